@@ -1,0 +1,1 @@
+"""HuBERT self-supervised pretraining and Japanese speech recognition."""

@@ -1,0 +1,1 @@
+"""Ring 2: everything that makes models."""
