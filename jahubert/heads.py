@@ -1,0 +1,53 @@
+"""What stands on top of the encoder: a codebook for pretraining, symbols for recognition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jahubert.hubert import HubertConfig, HubertModel
+
+
+class UnitHead(nn.Module):
+    """Logits over a codebook: cosine of the projected frame and each unit's embedding, over a temperature.
+
+    HuBERT paper section II-C, eq. 3. One matrix product of normalised vectors; equal to fairseq's
+    softmax over a positive and all negatives, without its four dead classes.
+    """
+
+    def __init__(self, width: int, n_units: int, dim: int = 256, temperature: float = 0.1):
+        super().__init__()
+        self.temperature = temperature
+        self.final_proj = nn.Linear(width, dim)
+        self.label_embeddings = nn.Parameter(torch.empty(n_units, dim).uniform_())
+
+    @property
+    def n_units(self) -> int:
+        return self.label_embeddings.shape[0]
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Logits (N, K) of frames (N, D)."""
+        frames = F.normalize(self.final_proj(hidden_ND).float(), dim=-1)
+        units = F.normalize(self.label_embeddings.float(), dim=-1)
+        return frames.to(hidden_ND.dtype) @ units.T.to(hidden_ND.dtype) / self.temperature
+
+
+class HubertForCtc(nn.Module):
+    """Encoder and one linear layer over symbols; module names are those of Hugging Face's HubertForCTC."""
+
+    def __init__(self, config: HubertConfig, n_symbols: int, hubert: HubertModel | None = None):
+        super().__init__()
+        self.hubert = HubertModel(config) if hubert is None else hubert
+        self.lm_head = nn.Linear(config.width, n_symbols)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+        nn.init.zeros_(self.lm_head.bias)
+
+    @property
+    def config(self) -> HubertConfig:
+        return self.hubert.config
+
+    def forward(self, wav_BT: Tensor, n_samples_B=None, **masks) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, S, V) in float32 and valid frames (B,); `masks` as in `HubertModel.forward`."""
+        encoded = self.hubert(wav_BT, n_samples_B, **masks)
+        return self.lm_head(encoded.hidden_BSD).float().log_softmax(-1), encoded.n_frames_B

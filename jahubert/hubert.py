@@ -1,0 +1,419 @@
+"""HuBERT: a convolutional front end and a Transformer encoder (Hsu et al. 2021, arXiv 2106.07447).
+
+One `HubertConfig` gives base, large, xlarge and any smaller size. Modules carry the names of Hugging
+Face's `HubertModel`, so a state dict of either loads into the other without renaming.
+
+Padding never enters a result. Waveforms are padded to a rectangle for the convolutions only: group
+norm takes its statistics per utterance, frames behind an utterance are zero for the positional
+convolution, and the Transformer works on the valid frames of the batch laid end to end (`Packing`),
+so no layer spends time on padding and attention never crosses utterances.
+
+Shapes: B batch, T samples, S frames, C conv channels, D width, N valid frames of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from jahubert.errors import AudioError, ConfigError
+from jahubert.frames import FrameGrid
+
+
+@dataclass(frozen=True)
+class HubertConfig:
+    """Sizes and regularisation of a HuBERT; the defaults are the paper's BASE (Table I, fairseq's base yaml)."""
+
+    conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
+    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the layer below
+    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_bias: bool = False
+    conv_norm: Literal["group", "layer"] = "group"  # group: one norm, per channel, after the first conv
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072  # inner width of the feed-forward blocks
+    pre_norm: bool = False  # layer norm before each block (large, xlarge) or after it (base)
+    pos_conv_kernel: int = 128  # frames
+    pos_conv_groups: int = 16
+    norm_eps: float = 1e-5
+    normalize: bool = False  # waveforms to zero mean and unit variance, per utterance
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.0
+    input_dropout: float = 0.1  # on the projected conv features
+    layer_drop: float = 0.05  # chance that a block is skipped in training
+    conv_grad_scale: float = 0.1  # gradient into the conv stack is multiplied by this
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not len(self.conv_dims) == len(self.conv_kernels) == len(self.conv_strides) > 0:
+            wrong.append("conv_dims, conv_kernels and conv_strides must have one entry a layer")
+        if self.width % self.heads:
+            wrong.append(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % self.pos_conv_groups:
+            wrong.append(f"width {self.width} is not divisible by pos_conv_groups {self.pos_conv_groups}")
+        if self.conv_norm not in ("group", "layer"):
+            wrong.append(f"conv_norm is {self.conv_norm!r}, but must be 'group' or 'layer'")
+        if min(self.layers, self.width, self.ffn, *self.conv_dims) < 1:
+            wrong.append("layers, width, ffn and conv_dims must be positive")
+        for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                wrong.append(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
+        if wrong:
+            raise ConfigError("HubertConfig: " + "; ".join(wrong))
+
+    @property
+    def grid(self) -> FrameGrid:
+        """Which samples each output frame sees."""
+        return FrameGrid.from_convs(self.conv_kernels, self.conv_strides)
+
+    @classmethod
+    def base(cls, **changes) -> HubertConfig:
+        """95 M parameters, 12 blocks of width 768."""
+        return replace(cls(), **changes)
+
+    @classmethod
+    def large(cls, **changes) -> HubertConfig:
+        """316 M parameters, 24 blocks of width 1024, pre-norm, no dropout."""
+        return replace(cls(**_LARGE), **changes)
+
+    @classmethod
+    def xlarge(cls, **changes) -> HubertConfig:
+        """962 M parameters, 48 blocks of width 1280, pre-norm, no dropout."""
+        return replace(cls(**_LARGE | {"width": 1280, "layers": 48, "ffn": 5120}), **changes)
+
+
+_LARGE: dict = {
+    "conv_norm": "layer",
+    "width": 1024,
+    "layers": 24,
+    "heads": 16,
+    "ffn": 4096,
+    "pre_norm": True,
+    "normalize": True,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "input_dropout": 0.0,
+    "layer_drop": 0.0,
+    "conv_grad_scale": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder says about a batch; frames behind an utterance are zero."""
+
+    hidden_BSD: Tensor  # output of the last computed block (with the closing norm if nothing was cut off)
+    n_frames_B: Tensor  # valid frames of each row, int64
+    layers: dict[int, Tensor] = field(default_factory=dict)  # kept block outputs; 0 is the input of block 1
+    conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar
+
+
+class Packing:
+    """Valid frames of a padded batch laid end to end, and attention inside each utterance."""
+
+    def __init__(self, n_frames: Sequence[int], width: int, device: torch.device):
+        self.n_frames, self.width = list(n_frames), width
+        self.full = all(n == width for n in self.n_frames)
+        self.mask_BS = torch.arange(width, device=device) < torch.tensor(self.n_frames, device=device)[:, None]
+        self.index_N = None if self.full else self.mask_BS.flatten().nonzero()[:, 0]
+
+    def pack(self, x_BSD: Tensor) -> Tensor:
+        flat = x_BSD.flatten(0, 1)
+        return flat if self.index_N is None else flat.index_select(0, self.index_N)
+
+    def unpack(self, x_ND: Tensor) -> Tensor:
+        shape = (len(self.n_frames), self.width, *x_ND.shape[1:])
+        if self.index_N is None:
+            return x_ND.reshape(shape)
+        flat = x_ND.new_zeros(shape[0] * shape[1], *x_ND.shape[1:])
+        return flat.index_copy(0, self.index_N, x_ND).reshape(shape)
+
+    def attend(self, q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, dropout: float) -> Tensor:
+        """Scaled dot-product attention; the three inputs and the result are (N, heads, head width)."""
+        if self.full:
+            q, k, v = (self.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+        if q_NHE.device.type == "cpu":  # one call an utterance computes no padded pair at all
+            rows = zip(*(x.transpose(0, 1).split(self.n_frames, dim=1) for x in (q_NHE, k_NHE, v_NHE)), strict=True)
+            outs = [F.scaled_dot_product_attention(q[None], k[None], v[None], dropout_p=dropout)[0] for q, k, v in rows]
+            return torch.cat(outs, dim=1).transpose(0, 1)
+        q, k, v = (self.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
+        mask = self.mask_BS[:, None, None, :]
+        return self.pack(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+        )
+
+
+class ConvLayer(nn.Module):
+    """Convolution over time, a norm where the layer has one, GELU."""
+
+    def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
+        super().__init__()
+        self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=bias)
+        nn.init.kaiming_normal_(self.conv.weight)
+        self.norm = norm
+        if norm == "group":
+            self.layer_norm: nn.Module = nn.GroupNorm(dim, dim)
+        elif norm == "layer":
+            self.layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, x_BCS: Tensor, n_frames: Sequence[int]) -> Tensor:
+        """`n_frames`: valid output frames of each row, for the statistics of the group norm."""
+        x_BCS = self.conv(x_BCS)
+        if self.norm == "group":
+            x_BCS = _group_norm(x_BCS, n_frames, self.layer_norm).to(x_BCS.dtype)
+        elif self.norm == "layer":
+            x_BCS = self.layer_norm(x_BCS.transpose(1, 2)).transpose(1, 2)
+        return F.gelu(x_BCS)
+
+
+def _group_norm(x_BCS: Tensor, n_frames: Sequence[int], norm: nn.GroupNorm) -> Tensor:
+    """Group norm in float32 whose statistics see the valid frames of each utterance only."""
+    x_BCS = x_BCS.float()
+    width = x_BCS.shape[2]
+    if all(n == width for n in n_frames):
+        return norm(x_BCS)
+    # One call an utterance: cheaper than masked sums, and the same numbers as the utterance alone.
+    rows = [F.pad(norm(x_BCS[b : b + 1, :, :n]), (0, width - n)) for b, n in enumerate(n_frames)]
+    return torch.cat(rows)
+
+
+class ConvFrontEnd(nn.Module):
+    """Seven unpadded convolutions: 16 kHz samples to 50 Hz frames."""
+
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        dims_in = (1, *config.conv_dims[:-1])
+        layers = []
+        for i, (dim_in, dim, kernel, stride) in enumerate(
+            zip(dims_in, config.conv_dims, config.conv_kernels, config.conv_strides, strict=True)
+        ):
+            norm = config.conv_norm if config.conv_norm == "layer" or i == 0 else None
+            layers.append(ConvLayer(dim_in, dim, kernel, stride, config.conv_bias, norm))
+        self.conv_layers = nn.ModuleList(layers)
+
+    def forward(self, wav_BT: Tensor, n_samples: Sequence[int]) -> Tensor:
+        """Frames (B, C, S); those that reach behind an utterance's last sample are not valid."""
+        x_BCS, lengths = wav_BT[:, None], list(n_samples)
+        for layer in self.conv_layers:
+            kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+            lengths = [(n - kernel) // stride + 1 for n in lengths]
+            x_BCS = layer(x_BCS, lengths)
+        return x_BCS
+
+
+class FeatureProjection(nn.Module):
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.conv_dims[-1], eps=config.norm_eps)
+        self.projection = nn.Linear(config.conv_dims[-1], config.width)
+        self.dropout = nn.Dropout(config.input_dropout)
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        return self.dropout(self.projection(self.layer_norm(x_NC)))
+
+
+class PositionalConv(nn.Module):
+    """A wide grouped convolution whose output tells each frame where it is (wav2vec 2.0)."""
+
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        kernel, width = config.pos_conv_kernel, config.width
+        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=config.pos_conv_groups)
+        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * width)))
+        nn.init.zeros_(conv.bias)
+        self.conv = weight_norm(conv, dim=2)
+        self.extra = 1 - kernel % 2  # an even kernel gives one frame too many
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y_BDS = self.conv(x_BSD.transpose(1, 2))
+        return F.gelu(y_BDS[:, :, : y_BDS.shape[2] - self.extra]).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
+        q, k, v = (p(x_ND).unflatten(1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(packing.attend(q, k, v, self.dropout if self.training else 0.0).flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        self.intermediate_dense = nn.Linear(config.width, config.ffn)
+        self.output_dense = nn.Linear(config.ffn, config.width)
+        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.output_dense(self.intermediate_dropout(F.gelu(self.intermediate_dense(x_ND))))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.attention = Attention(config)
+        self.layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
+        if self.pre_norm:
+            x_ND = x_ND + self.dropout(self.attention(self.layer_norm(x_ND), packing))
+            return x_ND + self.dropout(self.feed_forward(self.final_layer_norm(x_ND)))
+        x_ND = self.layer_norm(x_ND + self.dropout(self.attention(x_ND, packing)))
+        return self.final_layer_norm(x_ND + self.dropout(self.feed_forward(x_ND)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        self.pre_norm, self.layer_drop = config.pre_norm, config.layer_drop
+        self.pos_conv_embed = PositionalConv(config)
+        self.layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):  # BERT's initialisation
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, x_ND: Tensor, packing: Packing, last_layer: int | None, keep_layers: Iterable[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden frames of the last computed block, and those of the kept blocks, packed."""
+        keep = set(keep_layers)
+        x_ND = x_ND + packing.pack(self.pos_conv_embed(packing.unpack(x_ND)))
+        if not self.pre_norm:
+            x_ND = self.layer_norm(x_ND)
+        x_ND = self.dropout(x_ND)
+        kept = {0: x_ND} if 0 in keep else {}
+        for number, layer in enumerate(self.layers[:last_layer], start=1):
+            # Drawn on the CPU, so that a skipped block costs nothing and no device has to be asked.
+            if not (self.training and torch.rand(()).item() < self.layer_drop):
+                x_ND = layer(x_ND, packing)
+            if number in keep:
+                kept[number] = x_ND
+        if self.pre_norm and last_layer is None:
+            x_ND = self.layer_norm(x_ND)
+        return x_ND, kept
+
+
+class HubertModel(nn.Module):
+    """Waveforms in, frames out: `model(wav_BT, n_samples_B) -> Encoded`."""
+
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        self.config = config
+        self.feature_extractor = ConvFrontEnd(config)
+        self.feature_projection = FeatureProjection(config)
+        self.encoder = Encoder(config)
+        self.masked_spec_embed = nn.Parameter(torch.empty(config.width).uniform_())
+
+    @classmethod
+    def from_pretrained(cls, source) -> HubertModel:
+        """The encoder of a bundle folder, in eval mode (see `jahubert.checkpoint.load_bundle`)."""
+        from jahubert.checkpoint import load_bundle
+
+        return load_bundle(source).model
+
+    def forward(
+        self,
+        wav_BT: Tensor,
+        n_samples_B: Tensor | Sequence[int] | None = None,
+        *,
+        mask_BS: Tensor | None = None,
+        channel_mask_BD: Tensor | None = None,
+        last_layer: int | None = None,
+        keep_layers: Iterable[int] = (),
+    ) -> Encoded:
+        """Encode a padded batch of 16 kHz waveforms.
+
+        Args:
+            wav_BT: float waveforms; what stands behind `n_samples_B` is ignored.
+            n_samples_B: valid samples of each row (default: all).
+            mask_BS: frames replaced by the mask embedding before the encoder (True = masked).
+            channel_mask_BD: channels set to zero over the whole utterance (True = zero).
+            last_layer: stop after this block, counted from 1; its output, after residual and norm,
+                is `hidden_BSD`. Default: all blocks and, for pre-norm models, the closing norm.
+            keep_layers: block numbers whose outputs are wanted in `layers`; 0 is the input of block 1.
+
+        Raises:
+            AudioError: a row is shorter than one frame.
+            ConfigError: a layer number that the model does not have.
+        """
+        self._check_layers(last_layer, keep_layers)
+        wav_BT, n_samples = self._prepare(wav_BT, n_samples_B)
+        frames = [self.config.grid.n_frames(n) for n in n_samples]
+        features_BSC = self.feature_extractor(wav_BT, n_samples).transpose(1, 2)
+        packing = Packing(frames, features_BSC.shape[1], wav_BT.device)
+        features_NC = packing.pack(features_BSC)
+        scale = self.config.conv_grad_scale
+        if scale != 1.0 and features_NC.requires_grad:
+            features_NC = features_NC * scale + features_NC.detach() * (1 - scale)
+        penalty = features_NC.float().pow(2).mean() if self.training else None
+        x_ND = self.feature_projection(features_NC)
+        if mask_BS is not None:
+            x_ND = torch.where(packing.pack(mask_BS[..., None]), self.masked_spec_embed.to(x_ND.dtype), x_ND)
+        if channel_mask_BD is not None:
+            shape = (*packing.mask_BS.shape, -1)
+            x_ND = x_ND.masked_fill(packing.pack(channel_mask_BD[:, None].expand(shape)), 0.0)
+        x_ND, kept = self.encoder(x_ND, packing, last_layer, keep_layers)
+        return Encoded(
+            hidden_BSD=packing.unpack(x_ND),
+            n_frames_B=torch.tensor(frames, device=wav_BT.device),
+            layers={number: packing.unpack(x) for number, x in kept.items()},
+            conv_penalty=penalty,
+        )
+
+    def _check_layers(self, last_layer: int | None, keep_layers: Iterable[int]) -> None:
+        top = self.config.layers if last_layer is None else last_layer
+        if not 0 <= top <= self.config.layers:
+            raise ConfigError(f"layer {last_layer} was asked for, but the model has blocks 1 to {self.config.layers}")
+        wrong = [number for number in keep_layers if not 0 <= number <= top]
+        if wrong:
+            raise ConfigError(f"layers {wrong} were asked for, but only 0 to {top} are computed")
+
+    def _prepare(self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None) -> tuple[Tensor, list[int]]:
+        """Zero what lies behind each utterance, normalise if the model wants it, check the lengths."""
+        if wav_BT.ndim != 2:
+            raise AudioError(f"waveforms must be (batch, samples), but have shape {tuple(wav_BT.shape)}")
+        batch, width = wav_BT.shape
+        lengths = [width] * batch if n_samples_B is None else [int(n) for n in n_samples_B]
+        shortest, window = min(lengths), self.config.grid.window
+        if shortest < window:
+            raise AudioError(
+                f"utterance {lengths.index(shortest)} of the batch has {shortest} samples, but one frame needs "
+                f"{window}; drop it or pad it with silence"
+            )
+        if max(lengths) > width or len(lengths) != batch:
+            raise AudioError(f"lengths {lengths} do not fit waveforms of shape {tuple(wav_BT.shape)}")
+        if self.config.normalize:
+            rows = [_normalize(wav[:n]) for wav, n in zip(wav_BT, lengths, strict=True)]
+            wav_BT = torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
+        elif min(lengths) < width:
+            valid = torch.arange(width, device=wav_BT.device) < torch.tensor(lengths, device=wav_BT.device)[:, None]
+            wav_BT = torch.where(valid, wav_BT, 0.0)
+        return wav_BT, lengths
+
+
+def _normalize(wav_T: Tensor) -> Tensor:
+    """Zero mean, unit variance; the epsilon is the one of Hugging Face's feature extractor."""
+    return (wav_T - wav_T.mean()) / torch.sqrt(wav_T.var(unbiased=False) + 1e-7)
