@@ -1,0 +1,137 @@
+"""From a mapping of plain values to frozen dataclasses, with every mistake reported at once.
+
+Behind this door there are only dataclasses: a misspelt key, a wrong type or a value out of range is
+found before any work starts. A stage's `Config` declares its fields with the paper's defaults; a field
+made with `free(...)` may change without changing the result (device, workers, logging), so provenance
+leaves it out; a field of type `Path` is an input and counts by what is in it, not by where it lies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jahubert.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def free(default: Any) -> Any:
+    """A dataclass field that does not change the result."""
+    return dataclasses.field(default=default, metadata={"free": True})
+
+
+def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
+    """Build the dataclass `cls` from a mapping; nested dataclasses from nested mappings.
+
+    Raises:
+        ConfigError: naming every unknown key (with the nearest right one), missing key, wrong type and
+            failed check, one line each.
+    """
+    mistakes: list[str] = []
+    built = _build(tree, cls, where, mistakes)
+    if mistakes:
+        raise ConfigError(
+            "the configuration has " + f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
+        )
+    return built
+
+
+def unknown_key(key: str, known: typing.Iterable[str], where: str) -> str:
+    """One sentence on a key that does not exist."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {where}{near[0]}?" if near else "known keys are " + ", ".join(known)
+    return f"{where}{key}: there is no such key; {hint}"
+
+
+def _build(tree: Any, cls: type, where: str, mistakes: list[str]) -> Any:
+    if not isinstance(tree, Mapping):
+        mistakes.append(f"{where or 'configuration'}: expected a group of settings, found {tree!r}")
+        return None
+    prefix = f"{where}." if where else ""
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    before = len(mistakes)
+    mistakes += [unknown_key(str(key), known, prefix) for key in tree if key not in known]
+    values = {}
+    for name, field in known.items():
+        if name in tree:
+            values[name] = _value(tree[name], hints[name], prefix + name, mistakes)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            mistakes.append(f"{prefix}{name}: a value is needed")
+    if len(mistakes) > before:
+        return None
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        mistakes.append(f"{prefix}{error}" if prefix else str(error))
+        return None
+
+
+def _value(value: Any, hint: Any, where: str, mistakes: list[str]) -> Any:
+    """`value` as the annotated type, or a mistake."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        hint = next(arg for arg in args if arg is not type(None))
+        return _value(value, hint, where, mistakes)
+    if dataclasses.is_dataclass(hint):
+        return _build({} if value is None else value, typing.cast(type, hint), where, mistakes)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
+        hint_text = f"; did you mean {near[0]}?" if near else ""
+        mistakes.append(f"{where}: must be one of {', '.join(map(str, args))}, found {value!r}{hint_text}")
+        return None
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_value(item, args[0], f"{where}[{i}]", mistakes) for i, item in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    converted = _scalar(value, hint)
+    if converted is None:
+        name = getattr(hint, "__name__", str(hint))
+        mistakes.append(f"{where}: expected {name}, found {value!r}" + ("; give it a value" * (value is None)))
+    return converted
+
+
+def _scalar(value: Any, hint: Any) -> Any:
+    if isinstance(value, bool):
+        return value if hint in (bool, Any) else None
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, str):  # YAML reads 5e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    if hint is float and isinstance(value, int):
+        return float(value)
+    if hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if hint is str and isinstance(value, int):  # a name may be a number
+        return str(value)
+    return value if isinstance(hint, type) and isinstance(value, hint) else None
+
+
+def result_fields(config: Any) -> dict[str, Any]:
+    """Every field that changes the result, flat: `{"optim.lr": 5e-4, ...}`; `Path` values stay paths."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("free"):
+            continue
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{field.name}.{name}": inner for name, inner in result_fields(value).items()}
+        elif isinstance(value, Mapping):
+            flat |= {f"{field.name}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[field.name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,86 @@
+"""From a name in a configuration to an object: three tables to grep, and a door to the outside.
+
+Every table also takes "package.module:attribute" and "folder/file.py:attribute".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from jahubert.errors import ConfigError
+from jahubert.train.config import unknown_key
+
+FEATURES = {
+    "mfcc": "jahubert.train.features:Mfcc",
+    "hubert": "jahubert.train.features:HubertLayer",
+}
+ENGINES = {
+    "torch": "jahubert.train.engine:train",
+    "fairseq2": "jahubert.train.engine_fairseq2:train",
+}
+STAGES = {
+    name: f"jahubert.train.stages.{name}"
+    for name in (
+        "prepare",
+        "features",
+        "kmeans",
+        "label",
+        "pretrain",
+        "targets",
+        "finetune",
+        "decode",
+        "score",
+        "report",
+    )
+}
+
+
+def resolve(name: str, table: dict[str, str], what: str) -> Any:
+    """The object called `name`: an entry of the table, or an import path.
+
+    Raises:
+        ConfigError: no such entry, module, file or attribute.
+    """
+    target = table.get(name, name)
+    module_name, _, attribute = target.partition(":")
+    if target is name and not attribute:
+        raise ConfigError(f"{what}=" + unknown_key(name, table, "") + ", or give module:attribute or file.py:attribute")
+    module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name, what)
+    try:
+        return getattr(module, attribute) if attribute else module
+    except AttributeError:
+        raise ConfigError(f"{what}: {module_name} has no {attribute!r}") from None
+
+
+def _import(name: str, what: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.startswith(error.name):
+            raise ConfigError(f"{what}: there is no module {name}") from None
+        raise
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    name = "jahubert_file_" + "_".join(path.resolve().with_suffix("").parts[-2:])
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=None)
+    assert spec is not None and spec.loader is not None  # a .py file always has both
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.resolve().parent))  # a recipe may lie in several files
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module

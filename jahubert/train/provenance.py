@@ -1,0 +1,151 @@
+"""What a folder was made from: keep it, continue it, or refuse to mix it with something else.
+
+A stage's fingerprint covers its name, its VERSION, the settings that change its result and the
+fingerprints of its inputs. `started.json` is written before the work, `provenance.json` after it, by
+rename. Same fingerprint and finished: kept. Same and not finished: continued. Another: refused, with
+the setting that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from jahubert.errors import DataError, StaleError
+from jahubert.train.config import result_fields
+
+STARTED, DONE = "started.json", "provenance.json"
+
+
+def recipe_of(stage: str, version: int, config: Any) -> dict[str, Any]:
+    """Everything the result depends on, as JSON-ready values: what `fingerprint` hashes."""
+    fields = {}
+    for name, value in result_fields(config).items():
+        fields[name] = _input_fingerprint(name, value) if isinstance(value, Path) else value
+    return {"stage": stage, "version": version, "settings": fields}
+
+
+def fingerprint(recipe: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def begin(out: Path, recipe: dict[str, Any]) -> bool:
+    """Claim the folder `out` for this recipe; True when its result is already there.
+
+    Raises:
+        StaleError: the folder was made, or started, with something else.
+    """
+    for name in (DONE, STARTED):
+        if (out / name).exists():
+            before = read_record(out / name)
+            _refuse_other(out, before, recipe, finished=name == DONE)
+            return name == DONE
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / STARTED, {"fingerprint": fingerprint(recipe), **recipe})
+    return False
+
+
+def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
+    """Write the record that makes the folder done. The last thing a stage does."""
+    import torch
+
+    from jahubert import __version__
+
+    record = {
+        "fingerprint": fingerprint(recipe),
+        **recipe,
+        "metrics": metrics,
+        "seconds": round(seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "made_with": {"jahubert": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    write_json(out / DONE, record)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({error}); delete the folder {path.parent} to make it again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside and rename: a reader sees the old file or the whole new one."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _input_fingerprint(name: str, path: Path) -> str:
+    """An input made by a stage counts by its record, a foreign file or folder by its name and size."""
+    for folder in (path, path.parent):  # a stage names another stage's folder, or one thing in it
+        if (folder / DONE).exists():
+            return read_record(folder / DONE)["fingerprint"]
+        if (folder / STARTED).exists():
+            raise DataError(f"{name}: {folder} is not finished; run that stage first (jahubert status shows which)")
+    if path.is_file():
+        return f"{path.name}:{path.stat().st_size}"
+    if path.is_dir() and (path / "config.json").exists():  # a model folder from elsewhere
+        weights = sorted(path.glob("*.safetensors"))
+        return ",".join([path.name, *(f"{file.name}:{file.stat().st_size}" for file in weights)])
+    if path.is_dir():
+        return str(path)
+    if len(path.parts) == 2 and not path.is_absolute():
+        return str(path)  # a Hub name
+    raise DataError(f"{name}: {path} does not exist; run the stage that makes it first (jahubert status shows which)")
+
+
+def _refuse_other(out: Path, before: dict[str, Any], recipe: dict[str, Any], finished: bool) -> None:
+    if before.get("fingerprint") == fingerprint(recipe):
+        return
+    old, new = before.get("settings", {}), recipe["settings"]
+    stage = recipe["stage"]
+    changes = [
+        f"{stage}.{key} was {_short(old.get(key))}, now {_short(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if json.dumps(old.get(key), default=str) != json.dumps(new.get(key), default=str)
+    ]
+    if before.get("version") != recipe["version"]:
+        changes.append(f"{stage} itself changed, from version {before.get('version')} to {recipe['version']}")
+    state = "was made" if finished else "was started"
+    raise StaleError(
+        f"{out} {state} with other settings:\n  " + "\n  ".join(changes) + "\nUse the old settings, another "
+        "name=..., or delete the folder to make it again."
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"another input ({text[:8]})" if len(text) == 64 and " " not in text else text
+
+
+def status_table(root: Path) -> str:
+    """What is done in an experiment's folder, one line a stage.
+
+    Raises:
+        DataError: no stage has written into `root`.
+    """
+    rows = []
+    for started in sorted(root.glob("**/" + STARTED), key=lambda path: path.stat().st_mtime):
+        folder = started.parent
+        name = str(folder.relative_to(root))
+        if (folder / DONE).exists():
+            record = read_record(folder / DONE)
+            metrics = {k: v for k, v in record.get("metrics", {}).items() if isinstance(v, (int, float, str))}
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(metrics.items())[:4])
+            rows.append((name, "done", f"{record['seconds']:.0f} s", shown))
+        else:
+            rows.append((name, "started", "", "run the same command again to continue"))
+    if not rows:
+        raise DataError(f"{root}: no stage has run here; give the folder of an experiment, such as exp/demo")
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows)
