@@ -1,0 +1,171 @@
+"""The utterance table: what goes in comes out, and what must not go in is refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+
+from jahubert.audio import AudioSource
+from jahubert.errors import AudioError, DataError
+from jahubert.train import manifest as module
+from jahubert.train.manifest import Manifest, Phone, Rejected, Utterance, write_manifest
+
+
+def utterance(i: int, **changes) -> Utterance:
+    fields = {"id": f"発話{i:05d}", "audio": AudioSource(f"/corpus/名 前{i}.wav"), "n_samples": 1000 + i}
+    return Utterance(**{**fields, **changes})
+
+
+FULL = Utterance(
+    id="full",
+    audio=AudioSource("/corpus/shard.tar", 512, 32044),
+    start=320,
+    n_samples=1600,
+    speaker="話者",
+    text="今日は",
+    words=(("ky", "o:"), ("w", "a")),
+    split="eval1",
+    alignment=(Phone("ky", 0, 800), Phone("o:", 800, 1600)),
+)
+
+
+def test_rows_come_back_as_they_went_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", 7)  # several record batches
+    items = [utterance(i) for i in range(30)] + [FULL]
+    drops = [Rejected("x", "too short"), Rejected("y", "too short"), Rejected("z", "no audio")]
+    counts = write_manifest(tmp_path / "m.arrow", iter(items[:10] + drops + items[10:]))
+    manifest = Manifest(tmp_path / "m.arrow")
+    assert len(manifest) == 31
+    assert [manifest[i] for i in range(31)] == items
+    assert manifest[-1] == FULL
+    assert manifest.n_samples.dtype == np.int64
+    assert manifest.n_samples.tolist() == [item.n_samples for item in items]
+    assert manifest.ids() == [item.id for item in items]
+    assert manifest.ids([30, 2]) == ["full", items[2].id]
+    assert manifest.indices("eval1").tolist() == [30]
+    assert manifest.indices(has_words=True).tolist() == [30]
+    assert manifest.indices("train", has_words=False).tolist() == list(range(30))
+    assert counts == manifest.counts
+    assert counts["utterances"] == 31
+    assert counts["rejected"] == {"no audio": 1, "too short": 2}
+    assert counts["splits"]["eval1"] == {"utterances": 1, "hours": 0.1 / 3600, "with_words": 1}
+    lines = (tmp_path / "rejected.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"id": d.id, "reason": d.reason} for d in drops]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.arrow", "rejected.jsonl"]
+    with pytest.raises(IndexError):
+        manifest[31]
+    with pytest.raises(DataError, match=r"no split 'evall'.*eval1, train"):
+        manifest.indices("evall")
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_duplicate_ids_name_both_sources(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(module, "_ROWS", rows)
+    items = [utterance(i) for i in range(10)]
+    items[8] = utterance(8, id=items[2].id, start=160)
+    with pytest.raises(DataError) as error:
+        write_manifest(tmp_path / "m.arrow", items)
+    for part in (items[2].id, "/corpus/名 前2.wav", "/corpus/名 前8.wav", "from sample 160"):
+        assert part in str(error.value)
+    assert not (tmp_path / "m.arrow").exists()
+
+
+def test_colliding_hashes_are_not_duplicates(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_id_hash", lambda id: len(id))
+    write_manifest(tmp_path / "m.arrow", [utterance(i) for i in range(10)])
+    assert len(Manifest(tmp_path / "m.arrow")) == 10
+
+
+def test_fingerprint_follows_content_and_not_place(tmp_path):
+    def fingerprint(folder, items):
+        folder.mkdir(exist_ok=True)
+        write_manifest(folder / "m.arrow", items)
+        return Manifest(folder / "m.arrow").fingerprint
+
+    items = [utterance(i) for i in range(5)]
+    first = fingerprint(tmp_path / "a", items)
+    assert first == fingerprint(tmp_path / "b", items)
+    assert first != fingerprint(tmp_path / "c", items[::-1])
+    assert first != fingerprint(tmp_path / "c", [*items[:4], utterance(4, text="違う")])
+
+    def made(folder):
+        return [utterance(0, audio=AudioSource(str(folder / "audio" / "0.wav")))]
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert fingerprint(one, made(one)) == fingerprint(two, made(two))
+    one.rename(tmp_path / "moved")
+    assert Manifest(tmp_path / "moved" / "m.arrow")[0].audio.path == str(tmp_path / "moved/audio/0.wav")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": ""}, "has no id"),
+        ({"n_samples": 0}, "covers no audio"),
+        ({"start": -1}, "covers no audio"),
+        ({"words": (("a",), ())}, "word without phones"),
+        ({"alignment": (Phone("a", 0, 1002),)}, "overlaps or leaves its 1001 samples"),
+        ({"alignment": (Phone("a", 0, 10), Phone("b", 9, 20))}, "overlaps"),
+        ({"text": "\udce3"}, "not Unicode"),
+    ],
+)
+def test_unusable_utterances_are_refused(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message) as error:
+        write_manifest(tmp_path / "m.arrow", [utterance(0), utterance(1, **changes)])
+    assert "/corpus/名 前1.wav" in str(error.value)
+    assert not (tmp_path / "m.arrow").exists()
+
+
+def test_nothing_accepted_says_why(tmp_path):
+    with pytest.raises(DataError, match="all 2 were rejected, 2 of them because: no transcript"):
+        write_manifest(tmp_path / "m.arrow", [Rejected(str(i), "no transcript") for i in range(2)])
+    assert (tmp_path / "rejected.jsonl").is_file()
+    with pytest.raises(DataError, match="found nothing"):
+        write_manifest(tmp_path / "m.arrow", [])
+
+
+def test_a_recipe_that_fails_leaves_the_old_manifest(tmp_path):
+    def failing():
+        yield utterance(0)
+        raise RuntimeError("unplugged")
+
+    path = tmp_path / "m.arrow"
+    write_manifest(path, [utterance(3)])
+    with pytest.raises(RuntimeError):
+        write_manifest(path, failing())
+    assert Manifest(path)[0] == utterance(3)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_missing_broken_and_foreign_files(tmp_path):
+    with pytest.raises(DataError, match=r"no manifest.*stage=prepare"):
+        Manifest(tmp_path / "m.arrow")
+    path = tmp_path / "m.arrow"
+    write_manifest(path, [utterance(i) for i in range(50)])
+    whole = path.read_bytes()
+    for broken in (b"", b"not arrow", whole[: len(whole) // 2]):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match="damaged"):
+            Manifest(path)
+
+
+def test_load_checks_the_length(tmp_path):
+    samples = np.linspace(-0.5, 0.5, 4000, dtype=np.float32)
+    soundfile.write(tmp_path / "音.wav", samples, 16000, subtype="FLOAT")
+    source = AudioSource(str(tmp_path / "音.wav"))
+    items = [
+        Utterance("a", source, 100, 500),
+        Utterance("long", source, 3900, 200),
+        Utterance("gone", AudioSource("/no/such.wav"), 0, 5),
+    ]
+    write_manifest(tmp_path / "m.arrow", items)
+    manifest = pickle.loads(pickle.dumps(Manifest(tmp_path / "m.arrow")))  # as a worker gets it
+    assert manifest.load(0).numpy().tolist() == samples[100:600].tolist()
+    with pytest.raises(AudioError, match=r"'long'.*has 100 samples, but the manifest says 200"):
+        manifest.load(1)
+    with pytest.raises(AudioError, match=r"'gone'.*no such audio file"):
+        manifest.load(2)
