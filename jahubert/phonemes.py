@@ -1,0 +1,346 @@
+"""Japanese phones: the inventory of 40, kana to phones and back, and the label set of a CTC head.
+
+The inventory is the one of the Kaldi recipe for CSJ (and of Julius): short and long vowels, `N` for the
+moraic nasal, `q` for the first half of a geminate, and consonants in which a palatalised one (`ky`) is one
+phone. Only `ー` makes a vowel long: `オオ` is `o o`. Dictionaries and people write `せんせい` for what is
+said `センセー`, so a reading that is a spelling goes through `normalise_kana` first.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jahubert.errors import DataError
+
+VOWELS = ("a", "i", "u", "e", "o")
+_CONSONANTS = "w y j my ky dy by gy ny hy ry py p t k ts ch b d g z m n s sh h f r"
+PHONES: tuple[str, ...] = (*VOWELS, *(vowel + ":" for vowel in VOWELS), "N", "q", *_CONSONANTS.split())
+BOUNDARY = "|"
+BLANK = "<blank>"
+
+# How each consonant is written before a i u e o. Reading uses the single kana of this table and the rules
+# of `_syllable`; writing uses all of it, so that whatever a recogniser puts out has a spelling.
+_SPELLING = {
+    "": "ア イ ウ エ オ",
+    "k": "カ キ ク ケ コ",
+    "g": "ガ ギ グ ゲ ゴ",
+    "s": "サ スィ ス セ ソ",
+    "z": "ザ ズィ ズ ゼ ゾ",
+    "t": "タ ティ トゥ テ ト",
+    "d": "ダ ディ ドゥ デ ド",
+    "n": "ナ ニ ヌ ネ ノ",
+    "h": "ハ ヒ ホゥ ヘ ホ",
+    "b": "バ ビ ブ ベ ボ",
+    "p": "パ ピ プ ペ ポ",
+    "m": "マ ミ ム メ モ",
+    "y": "ヤ イ ユ イェ ヨ",
+    "r": "ラ リ ル レ ロ",
+    "w": "ワ ウィ ウ ウェ ウォ",
+    "f": "ファ フィ フ フェ フォ",
+    "sh": "シャ シ シュ シェ ショ",
+    "j": "ジャ ジ ジュ ジェ ジョ",
+    "ch": "チャ チ チュ チェ チョ",
+    "ts": "ツァ ツィ ツ ツェ ツォ",
+    "dy": "ヂャ ヂ ヂュ ヂェ ヂョ",
+    "ky": "キャ キ キュ キェ キョ",
+    "gy": "ギャ ギ ギュ ギェ ギョ",
+    "ny": "ニャ ニ ニュ ニェ ニョ",
+    "hy": "ヒャ ヒ ヒュ ヒェ ヒョ",
+    "by": "ビャ ビ ビュ ビェ ビョ",
+    "py": "ピャ ピ ピュ ピェ ピョ",
+    "my": "ミャ ミ ミュ ミェ ミョ",
+    "ry": "リャ リ リュ リェ リョ",
+}
+_WRITE = {(c, v): kana for c, row in _SPELLING.items() for v, kana in zip(VOWELS, row.split(), strict=True)}
+
+_SMALL = {"ァ": "a", "ィ": "i", "ゥ": "u", "ェ": "e", "ォ": "o", "ヮ": "a"}
+_SMALL_Y = {"ャ": "a", "ュ": "u", "ョ": "o"}
+# Consonants whose palatalised form is not spelled with a y of its own.
+_BEFORE_Y = {"f": "hy", "s": "sh", "z": "j", "sh": "sh", "j": "j", "ch": "ch", "t": "t", "d": "d", "ts": "ts"}
+# The syllables in which the rules would give something else.
+_IRREGULAR = {
+    "テュ": ("ts", "u"),
+    "ヂュ": ("dy", "u"),  # the only source of dy
+}
+
+
+def _single_kana() -> dict[str, tuple[str, ...]]:
+    table = {}
+    for (consonant, vowel), kana in _WRITE.items():
+        if len(kana) == 1:
+            table.setdefault(kana, (consonant, vowel) if consonant else (vowel,))
+    table |= {"ヂ": ("j", "i"), "ヅ": ("z", "u"), "ヲ": ("o",), "ヰ": ("i",), "ヱ": ("e",), "ヴ": ("b", "u")}
+    table |= {"ヷ": ("b", "a"), "ヸ": ("b", "i"), "ヹ": ("b", "e"), "ヺ": ("b", "o")}
+    table |= {"ヵ": ("k", "a"), "ヶ": ("k", "e"), "ン": ("N",), "ッ": ("q",)}
+    # A small kana with nothing to lean on is read as if it were large.
+    table |= {small: (vowel,) for small, vowel in _SMALL.items()} | {"ヮ": ("w", "a")}
+    table |= {small: ("y", vowel) for small, vowel in _SMALL_Y.items()}
+    return table
+
+
+_READ = _single_kana()
+
+
+def _syllable(base: str, small: str) -> tuple[str, ...]:
+    """Phones of a kana followed by a small one: by rule the base's consonant and the small kana's vowel."""
+    if base + small in _IRREGULAR:
+        return _IRREGULAR[base + small]
+    phones = _READ[base]
+    if len(phones) == 1:  # a bare vowel: ウィ is w i, any other keeps both vowels (イェ is i e)
+        if base == "ウ" and small in "ァィェォ":
+            return ("w", _SMALL[small])
+        return phones + _READ[small]
+    consonant = phones[0]
+    if small == "ィ":  # スィ and ズィ are said シ and ジ
+        return ({"s": "sh", "z": "j"}.get(consonant, consonant), "i")
+    if small in _SMALL:
+        return (consonant, _SMALL[small])
+    palatal = _BEFORE_Y.get(consonant, consonant + "y")
+    return (palatal if palatal in PHONES else consonant, _SMALL_Y[small])
+
+
+def to_katakana(kana: str) -> str:
+    """NFKC, hiragana to katakana, iteration marks written out; other characters stay as they are."""
+    out: list[str] = []
+    for char in unicodedata.normalize("NFKC", kana):
+        if "ぁ" <= char <= "ゖ" or char in "ゝゞ":
+            char = chr(ord(char) + 0x60)
+        if char in "ヽヾ" and out:
+            char = out[-1] if char == "ヽ" else unicodedata.normalize("NFC", out[-1] + "\u3099")
+        out.append(char)
+    return "".join(out)
+
+
+def kana_to_phones(kana: str) -> list[str]:
+    """Phones of a pronunciation in hiragana or katakana; `ー` makes the vowel before it long.
+
+    A `ー` with no vowel before it (at the start, after ン or ッ) has no sound of its own and is skipped.
+    DataError names the first character that has no reading, or says that only ッ and ー were given.
+    """
+    text = to_katakana(kana.strip())
+    phones: list[str] = []
+    i = 0
+    while i < len(text):
+        char, following = text[i], text[i + 1 : i + 2]
+        if char == "ー":
+            if phones and phones[-1] in VOWELS:
+                phones[-1] += ":"
+            i += 1
+        elif char not in _READ:
+            raise DataError(
+                f"no reading for {char!r} (character {i + 1}) in {kana!r}: give hiragana or katakana, "
+                "or convert text with jahubert.train.text"
+            )
+        elif (following in _SMALL or following in _SMALL_Y) and char not in "ンッ" and char not in _SMALL:
+            phones += _syllable(char, following)
+            i += 2
+        else:
+            phones += _READ[char]
+            i += 1
+    if text and all(phone == "q" for phone in phones):
+        raise DataError(f"{kana!r} has no vowel and no ン, so it cannot be spoken as a word")
+    return phones
+
+
+def phones_to_kana(phones: Sequence[str]) -> str:
+    """Katakana to read; a `|` becomes a space.
+
+    Any sequence of phones has a spelling: a consonant without its vowel, which a recogniser can put out, is
+    written with the kana that it has before `u`. DataError for a symbol outside the inventory.
+    """
+    out: list[str] = []
+    consonant = ""
+    for phone in phones:
+        vowel = phone.removesuffix(":")
+        if phone != BOUNDARY and phone not in PHONES:
+            raise DataError(f"{phone!r} is not one of the {len(PHONES)} phones")
+        if vowel in VOWELS:
+            out.append(_WRITE[consonant, vowel] + ("ー" if phone.endswith(":") else ""))
+            consonant = ""
+            continue
+        if consonant:
+            out.append(_WRITE[consonant, "u"])
+            consonant = ""
+        if phone in ("N", "q", BOUNDARY):
+            out.append({"N": "ン", "q": "ッ", BOUNDARY: " "}[phone])
+        else:
+            consonant = phone
+    if consonant:
+        out.append(_WRITE[consonant, "u"])
+    return "".join(out)
+
+
+# --- spelling to pronunciation ------------------------------------------------------------------------
+
+_ROW_OF = {kana: phones[-1] for kana, phones in _READ.items() if phones[-1] in VOWELS}
+# Vowel before, vowel kana after, that are said as one long vowel unless a word part starts between them.
+_LONG = {("o", "ウ"), ("o", "オ"), ("u", "ウ"), ("e", "イ"), ("e", "エ")}
+
+# `|` marks the start of a word part, so that the vowel after it stays; `ー` marks a long vowel that the rule
+# does not see, because アア and イイ are two vowels more often than one.
+_WORDS = (
+    (r"ホノオ", "ホノ|オ"),
+    (r"オノオノ", "オノ|オノ"),
+    (r"ヨソオ(?=[イウワエッ])", "ヨソ|オ"),
+    (r"ジョオウ", "ジョ|オウ"),
+    (r"スペイン", "スペ|イン"),
+    (r"^ソウル$", "ソ|ウル"),
+    (r"マエウリ", "マエ|ウリ"),
+    (r"ヤスウリ", "ヤス|ウリ"),
+    (r"メイシャ$", "メ|イシャ"),
+    (r"([カバマサ])ア(?=サン|サマ|チャン)", r"\1ー"),
+    (r"^([アマサナハ])ア$", r"\1ー"),
+    (r"([ニジ])イ(?=サン|サマ|チャン)", r"\1ー"),
+    (r"チイサ", "チーサ"),
+    (r"タマシイ", "タマシー"),
+    (r"シイタケ", "シータケ"),
+    (r"^ヒイキ", "ヒーキ"),
+    (r"^イイ(?=カタ|ワケ|カゲン$|ブン|マワシ|ツケ)", "イー"),
+    (r"^コン(バン|ニチ)ハ$", r"コン\1ワ"),
+    (r"^(デ|マタ|ソレデ|アルイ)ハ$", r"\1ワ"),
+)
+# Verbs that no noun shares the spelling of; the others need the surface (追う or 王, 酔う or 用).
+_VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
+# Kanji whose own reading begins with a vowel that the sound before must not swallow.
+_KANJI_STARTS = {
+    "売": "ウリ|ウル",
+    "打": "ウチ|ウツ",
+    "上": "ウエ|ウワ",
+    "入": "イリ|イレ",
+    "置": "オキ|オク",
+    "起": "オキ|オコ",
+    "押": "オシ|オサ",
+    "落": "オチ|オト",
+    "折": "オリ|オレ",
+    "音": "オト|オン",
+    "絵": "エ$",
+}
+_KANJI_STARTS |= {
+    "腕": "ウデ",
+    "牛": "ウシ",
+    "歌": "ウタ",
+    "内": "ウチ",
+    "梅": "ウメ",
+    "裏": "ウラ",
+    "魚": "ウオ",
+}
+_KANJI_STARTS |= {
+    "海": "ウミ",
+    "受": "ウケ",
+    "石": "イシ",
+    "板": "イタ",
+    "色": "イロ",
+    "犬": "イヌ",
+    "家": "イエ",
+}
+_KANJI_STARTS |= {"送": "オク", "奥": "オク", "親": "オヤ", "思": "オモ", "男": "オトコ", "女": "オンナ"}
+_OKURIGANA_U = re.compile(r"[\u4e00-\u9fff々]う")
+_NOT_A_VERB = re.compile(r"(?:難|早|向|目出度|芽出度)う$")
+
+
+def normalise_kana(reading: str, surface: str | None = None) -> str:
+    """The pronunciation, in katakana with ー, of a reading as dictionaries spell it: せんせい -> センセー.
+
+    Where the spelling leaves open whether a vowel is long (おう is オー in 王, オウ in 追う), `surface`, the
+    word as it is written, helps: the う that ends a verb, and a kanji whose own reading starts with a vowel,
+    stay short. ヂ, ヅ and ヲ become ジ, ズ and オ. Characters that are no kana stay as they are.
+    """
+    text = to_katakana(reading.strip())
+    for pattern, replacement in _WORDS:
+        text = re.sub(pattern, replacement, text)
+    if surface is None or surface == reading:
+        if _VERBS.search(text):
+            text = text[:-1] + "|ウ"
+    else:
+        text = _mark_parts(text, surface)
+    out: list[str] = []
+    for char in text:
+        row = _ROW_OF.get(out[-1]) if out else None
+        out.append("ー" if (row, char) in _LONG else char)
+    return "".join(out).replace("|", "").translate(str.maketrans("ヂヅヲ", "ジズオ"))
+
+
+def _mark_parts(text: str, surface: str) -> str:
+    """`text` with a `|` where the surface says that a vowel starts a word part of its own."""
+    if surface in ("言う", "云う", "いう") and text == "イウ":
+        return "ユー"
+    for kanji, starts in _KANJI_STARTS.items():
+        if kanji in surface[1:]:
+            text = re.sub(f"(?<=.)(?={starts})", "|", text)
+    if _OKURIGANA_U.search(surface[-2:]) and text.endswith("ウ") and not _NOT_A_VERB.search(surface):
+        text = text[:-1] + "|ウ"
+    return text
+
+
+# --- the label set --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PhonemeSet:
+    """The symbols of a CTC head, by index: 0 is blank, 1 the word boundary, then the phones."""
+
+    symbols: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.symbols[:2] != (BLANK, BOUNDARY) or len(set(self.symbols)) != len(self.symbols):
+            raise DataError(f"a phoneme set is {BLANK}, {BOUNDARY} and distinct phones, not {self.symbols}")
+        object.__setattr__(self, "_index", {symbol: i for i, symbol in enumerate(self.symbols)})
+
+    @classmethod
+    def standard(cls) -> PhonemeSet:
+        """Blank, boundary and the 40 phones: 42 symbols."""
+        return cls((BLANK, BOUNDARY, *PHONES))
+
+    @property
+    def blank(self) -> int:
+        return 0
+
+    @property
+    def boundary(self) -> int:
+        return 1
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def encode(self, words: Sequence[Sequence[str]]) -> list[int]:
+        """Labels of an utterance: the words' phones with one boundary between two words, none at the ends.
+
+        Empty words are left out. DataError names a symbol that the set does not have.
+        """
+        index: dict[str, int] = self.__dict__["_index"]
+        labels: list[int] = []
+        for word in words:
+            if labels and word:
+                labels.append(self.boundary)
+            for phone in word:
+                if index.get(phone, 0) <= self.boundary:
+                    raise DataError(f"{phone!r} in {' '.join(word)!r} is not one of this model's phones")
+                labels.append(index[phone])
+        return labels
+
+    def decode(self, labels: Sequence[int]) -> list[tuple[str, ...]]:
+        """Words as tuples of phones, without blanks and empty words. DataError for a label out of range."""
+        words: list[list[str]] = [[]]
+        for label in labels:
+            if not 0 <= label < len(self.symbols):
+                raise DataError(f"label {label} is outside 0..{len(self.symbols) - 1}")
+            if label == self.boundary:
+                words.append([])
+            elif label != self.blank:
+                words[-1].append(self.symbols[label])
+        return [tuple(word) for word in words if word]
+
+    def to_json(self) -> dict[str, list[str]]:
+        """What `from_json` takes, ready for json.dumps."""
+        return {"symbols": list(self.symbols)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, list[str]]) -> PhonemeSet:
+        """The inverse of `to_json`; DataError for anything else."""
+        symbols = data.get("symbols") if isinstance(data, dict) else None
+        if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
+            raise DataError(f"a phoneme set is an object with a list of strings named symbols, not {data!r}")
+        return cls(tuple(symbols))
