@@ -96,6 +96,13 @@ def audio_length(source: AudioLike, sample_rate: int | None = None) -> int:
         return length
 
 
+class _Streamed(soundfile.SoundFile):
+    """A file without a sample count: soundfile's seek after every read would fail, so it gets no seeking."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 class _Opened:
     """An open sound file with a name for messages; closes what it opened, nothing else."""
 
@@ -107,6 +114,11 @@ class _Opened:
         self._xing = b"Xing" in head or b"Info" in head  # an MP3 that counts its frames
         try:
             self.file = soundfile.SoundFile(target)
+            if self.file.frames >= _UNKNOWN:
+                self.file.close()
+                if isinstance(target, io.BytesIO):
+                    target.seek(0)
+                self.file = _Streamed(target)
         except (soundfile.SoundFileError, TypeError, ValueError, RuntimeError) as error:
             reason = getattr(error, "error_string", "") or error
             raise AudioError(f"{self.name} is not audio that can be read: {reason}") from error

@@ -1,0 +1,204 @@
+"""Audio in: every shape it comes in, and every way it can be broken."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+
+from jahubert.audio import AudioSource, audio_length, load_audio
+from jahubert.errors import AudioError
+
+RNG = np.random.default_rng(7)
+NOISE = (RNG.standard_normal(32_000) * 0.1).astype(np.float32)
+
+
+def encode(samples, rate=16_000, fmt="WAV", subtype=None) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, samples, rate, format=fmt, subtype=subtype)
+    return out.getvalue()
+
+
+def test_float_wav_with_a_japanese_name_comes_back_exactly(tmp_path):
+    path = tmp_path / "日本語 名前.wav"
+    path.write_bytes(encode(NOISE, subtype="FLOAT"))
+    for source in (path, str(path), AudioSource(str(path)), path.open("rb"), io.BytesIO(path.read_bytes())):
+        wav_T = load_audio(source)
+        assert wav_T.dtype == torch.float32
+        assert torch.equal(wav_T, torch.from_numpy(NOISE))
+    assert audio_length(path) == 32_000
+
+
+@pytest.mark.parametrize("fmt", ["WAV", "FLAC", "OGG", "AIFF", "AU", "MP3"])
+def test_crops_equal_slices_of_the_whole(tmp_path, fmt):
+    path = tmp_path / f"a.{fmt.lower()}"
+    path.write_bytes(encode(NOISE, fmt=fmt))
+    whole = load_audio(path)
+    assert audio_length(path) == len(whole)
+    torch.testing.assert_close(
+        load_audio(path, start=3201, n_samples=1600), whole[3201:4801], atol=1e-6, rtol=0
+    )
+    assert len(load_audio(path, start=31_000, n_samples=5000)) == len(whole) - 31_000
+    assert len(load_audio(path, start=10, n_samples=0)) == 0
+    with pytest.raises(AudioError, match=r"no audio from sample 40000 on"):
+        load_audio(path, start=40_000)
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 24_000, 44_100, 48_000, 16_001])
+def test_other_rates(tmp_path, rate):
+    t = np.arange(rate) / rate
+    path = tmp_path / "tone.wav"
+    path.write_bytes(encode(0.5 * np.sin(2 * np.pi * 440 * t), rate, subtype="FLOAT"))
+    wav_T = load_audio(path)
+    assert len(wav_T) == audio_length(path) == 16_000
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    assert np.abs(wav_T.numpy() - expected)[500:-500].max() < 1e-4
+    assert torch.equal(load_audio(path, start=1000, n_samples=99), wav_T[1000:1099])
+    assert torch.equal(load_audio((0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32), rate), wav_T)
+
+
+def test_length_is_predicted_for_every_length_and_rate():
+    rng = np.random.default_rng(0)
+    for rate in (7350, 8000, 11_025, 12_000, 16_001, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000):
+        for n in [*range(8, 200), *rng.integers(200, 100_000, 10)]:
+            samples = np.zeros(n, np.float32)
+            soxr_length = len(soxr.resample(samples, rate, 16_000, quality="HQ"))  # not only our own trimming
+            assert audio_length(samples, rate) == soxr_length == len(load_audio(samples, rate)), (rate, n)
+
+
+def test_stereo_is_averaged_and_arrays_may_lie_either_way():
+    stereo = np.stack([NOISE, NOISE[::-1]], axis=1)
+    expected = torch.from_numpy(stereo.mean(axis=1))
+    for source in (stereo, stereo.T, torch.from_numpy(stereo), io.BytesIO(encode(stereo, subtype="FLOAT"))):
+        torch.testing.assert_close(load_audio(source), expected)
+    assert audio_length(stereo) == audio_length(stereo.T) == 32_000
+
+
+def test_array_types_are_scaled_by_their_full_scale():
+    half = {np.int16: 2**14, np.int32: 2**30, np.uint8: 192, np.int8: 64, np.float64: 0.5, np.float16: 0.5}
+    for dtype, value in half.items():
+        assert load_audio(np.full(10, value, dtype)).tolist() == [0.5] * 10
+    assert load_audio(torch.full((10,), 0.5, dtype=torch.bfloat16, requires_grad=True)).tolist() == [0.5] * 10
+    for wrong in (np.zeros(5, np.int64), np.zeros(5, complex), np.zeros((2, 2, 2), np.float32)):
+        with pytest.raises(AudioError, match="audio arrays"):
+            load_audio(wrong)
+
+
+def test_the_caller_keeps_its_array():
+    mine = NOISE.copy()
+    load_audio(mine).mul_(0)
+    assert np.array_equal(mine, NOISE)
+
+
+def test_byte_range_inside_a_tar(tmp_path):
+    path = tmp_path / "shard 一.tar"
+    members = {
+        "あ.wav": encode(NOISE),
+        "い.flac": encode(NOISE[:7000], fmt="FLAC"),
+        "u.ogg": encode(NOISE, fmt="OGG"),
+    }
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        for member in tar:
+            source = AudioSource(str(path), member.offset_data, member.size)
+            expected = load_audio(io.BytesIO(members[member.name]))
+            assert torch.equal(load_audio(source), expected)
+            assert torch.equal(load_audio(source, start=320, n_samples=640), expected[320:960])
+            assert audio_length(source) == len(expected)
+    for outside in (AudioSource(str(path), 10**6, 500), AudioSource(str(path), 512, 10**7)):
+        with pytest.raises(AudioError, match=r"shard 一.tar.*behind the end"):
+            load_audio(outside)
+
+
+LONG_HEADER = bytearray(encode(NOISE, subtype="PCM_16"))
+LONG_HEADER[40:44] = struct.pack("<I", 64_002)
+BROKEN = {
+    "longer than its data.wav": (bytes(LONG_HEADER), "truncated"),
+    "half.wav": (encode(NOISE)[:30_000], "truncated"),
+    "half.rf64.wav": (encode(NOISE, fmt="RF64")[:30_000], "truncated"),
+    "half.aiff": (encode(NOISE, fmt="AIFF")[:30_000], "truncated"),
+    "half.au": (encode(NOISE, fmt="AU")[:30_000], "truncated"),
+    "half.flac": (encode(NOISE, fmt="FLAC")[:30_000], "truncated"),
+    "header only.flac": (encode(NOISE, fmt="FLAC")[:4200], "truncated"),
+    "half.ogg": (encode(NOISE, fmt="OGG")[:9000], "truncated"),
+    "half.opus": (encode(NOISE, fmt="OGG", subtype="OPUS")[:5000], "truncated"),
+    "half.mp3": (encode(NOISE, fmt="MP3")[:3000], "truncated"),
+    "zero.wav": (b"", "is empty"),
+    "no samples.wav": (encode(NOISE[:0]), "holds no audio"),
+    "text.wav": ("これは音声ではありません\n".encode() * 50, "is not audio"),
+    "headerless.raw": (NOISE.tobytes(), "is not audio"),
+    "cut header.wav": (encode(NOISE)[:20], "is not audio"),
+    "nan.wav": (
+        encode(np.where(np.arange(32_000) == 77, np.nan, NOISE), subtype="FLOAT"),
+        "NaN.*position 77",
+    ),
+    "nan 8k.wav": (
+        encode(np.where(np.arange(32_000) == 77, np.nan, NOISE), 8000, subtype="FLOAT"),
+        "NaN.*77",
+    ),
+    "inf.wav": (
+        encode(np.where(np.arange(32_000) == 5, np.inf, NOISE), subtype="DOUBLE"),
+        "infinite.*position 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused_by_name(tmp_path, name):
+    data, message = BROKEN[name]
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match=message) as error:
+        load_audio(path)
+    assert str(path) in str(error.value)
+
+
+def test_every_cut_of_a_file_is_noticed(tmp_path):
+    short = NOISE[:8000]
+    for fmt, subtype in (("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", None), ("OGG", None), ("OGG", "OPUS")):
+        data = encode(short, fmt=fmt, subtype=subtype)
+        for cut in RNG.integers(1, len(data), 60):
+            with pytest.raises(AudioError):
+                load_audio(io.BytesIO(data[:cut]))
+
+
+def test_files_whose_writer_could_not_know_the_length():
+    piped = bytearray(encode(NOISE, subtype="PCM_16"))
+    piped[4:8] = piped[40:44] = b"\xff\xff\xff\xff"
+    assert len(load_audio(io.BytesIO(piped))) == audio_length(io.BytesIO(piped)) == 32_000
+    flac = bytearray(encode(NOISE, fmt="FLAC"))
+    flac[21] &= 0xF0  # STREAMINFO: total samples = 0, that is unknown
+    flac[22:26] = bytes(4)
+    assert len(load_audio(io.BytesIO(flac))) == audio_length(io.BytesIO(flac)) == 32_000
+    assert len(load_audio(io.BytesIO(flac), start=31_000, n_samples=3000)) == 1000
+
+
+def test_a_chunk_after_the_samples_may_be_cut_and_chunks_before_them_may_be_odd():
+    data = encode(NOISE, subtype="PCM_16")
+    odd = data[:36] + b"note" + struct.pack("<I", 3) + b"abc\0" + data[36:] + b"LIST" + struct.pack("<I", 400)
+    assert len(load_audio(io.BytesIO(odd))) == 32_000
+
+
+def test_wrong_sources(tmp_path):
+    with pytest.raises(AudioError, match=r"no such audio file: .*nothing\.wav"):
+        load_audio(tmp_path / "nothing.wav")
+    with pytest.raises(AudioError, match="is a folder"):
+        load_audio(tmp_path)
+    with pytest.raises(AudioError, match="opened as text"):
+        load_audio(io.StringIO("text"))
+    with pytest.raises(AudioError, match="negative"):
+        load_audio(NOISE, start=-1)
+    with pytest.raises(AudioError, match="no audio"):
+        load_audio(NOISE[:0])
+    with pytest.raises(AudioError, match="rate must be positive"):
+        load_audio(NOISE, -16_000)
