@@ -1,1 +1,89 @@
-"""HuBERT self-supervised pretraining and Japanese speech recognition."""
+"""HuBERT self-supervised pretraining and Japanese speech recognition.
+
+    features = jahubert.FeatureExtractor.from_pretrained("bundle/", layer=6)("audio.wav")    # (frames, dim)
+    units = jahubert.UnitExtractor.from_pretrained("bundle/")("audio.wav")                   # (frames,)
+    transcript = jahubert.Transcriber.from_pretrained("bundle/").transcribe("audio.wav")     # .text, .words
+    encoded = jahubert.HubertModel.from_pretrained("bundle/")(wav_BT, n_samples_B)           # an nn.Module
+
+Names are imported when they are first used, and importing sets up nothing: no threads, no logging.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jahubert.audio import AudioSource, audio_length, load_audio
+    from jahubert.checkpoint import Bundle, load_bundle, save_bundle
+    from jahubert.decode import Hypothesis, Span, beam_search, forced_align, greedy
+    from jahubert.errors import JahubertError, UserError
+    from jahubert.extract import FeatureExtractor, UnitExtractor
+    from jahubert.frames import FrameGrid
+    from jahubert.heads import HubertForCtc, UnitHead
+    from jahubert.hubert import Encoded, HubertConfig, HubertModel
+    from jahubert.phonemes import PhonemeSet, kana_to_phones, phones_to_kana
+    from jahubert.transcribe import Transcriber, Transcript, Word
+
+__all__ = [
+    "__version__",
+    # use a model
+    "FeatureExtractor",
+    "UnitExtractor",
+    "Transcriber",
+    "Transcript",
+    "Word",
+    # build on a model
+    "HubertModel",
+    "HubertConfig",
+    "HubertForCtc",
+    "UnitHead",
+    "Encoded",
+    "FrameGrid",
+    "Bundle",
+    "load_bundle",
+    "save_bundle",
+    # parts
+    "load_audio",
+    "audio_length",
+    "AudioSource",
+    "PhonemeSet",
+    "kana_to_phones",
+    "phones_to_kana",
+    "greedy",
+    "beam_search",
+    "forced_align",
+    "Hypothesis",
+    "Span",
+    # errors
+    "JahubertError",
+    "UserError",
+]
+
+_HOME = {
+    "audio": ("AudioSource", "audio_length", "load_audio"),
+    "checkpoint": ("Bundle", "load_bundle", "save_bundle"),
+    "decode": ("Hypothesis", "Span", "beam_search", "forced_align", "greedy"),
+    "errors": ("JahubertError", "UserError"),
+    "extract": ("FeatureExtractor", "UnitExtractor"),
+    "frames": ("FrameGrid",),
+    "heads": ("HubertForCtc", "UnitHead"),
+    "hubert": ("Encoded", "HubertConfig", "HubertModel"),
+    "phonemes": ("PhonemeSet", "kana_to_phones", "phones_to_kana"),
+    "transcribe": ("Transcriber", "Transcript", "Word"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

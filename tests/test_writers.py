@@ -1,0 +1,104 @@
+"""Every format of one known transcript, and the rules of subtitles and tiers."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from jahubert import writers
+from jahubert.errors import ConfigError
+from jahubert.transcribe import Transcript, Word
+
+
+def word(kana: str, phonemes: str, start: float, step: float = 0.1) -> Word:
+    phones = tuple(phonemes.split())
+    times = tuple((start + i * step, start + (i + 1) * step) for i in range(len(phones)))
+    return Word(kana, phones, times[0][0], times[-1][1], -0.25, times)
+
+
+KNOWN = Transcript(
+    (word("アサ", "a s a", 0.5), word("ワ", "w a", 0.9), word("キレー", "k i r e:", 3661.0)),
+    duration=3662.0,
+    score=-7.5,
+    audio="朝 の/a.wav",
+)
+EMPTY = Transcript((), 1.5, 0.0, "quiet.wav")
+
+
+def test_text_and_phonemes():
+    assert writers.render(KNOWN, "text") == "アサ ワ キレー\n"
+    assert " ".join(KNOWN.phonemes) == "a s a | w a | k i r e:"
+    assert writers.render(EMPTY, "text") == "\n"
+
+
+def test_json_is_one_line_that_says_everything():
+    line = writers.render(KNOWN, "json")
+    assert line.count("\n") == 1 and "アサ" in line
+    content = json.loads(line)
+    assert content["audio"] == KNOWN.audio and content["duration"] == 3662.0 and content["score"] == -7.5
+    assert content["phonemes"] == list(KNOWN.phonemes)
+    first = content["words"][0]
+    assert (first["kana"], first["start"], first["end"]) == ("アサ", 0.5, 0.8)
+    assert first["times"] == [[0.5, 0.6], [0.6, 0.7], [0.7, 0.8]]
+
+
+def test_tsv():
+    lines = writers.render(KNOWN, "tsv").splitlines()
+    assert lines[0].split("\t") == ["audio", "start", "end", "kana", "phonemes"]
+    assert lines[1].split("\t") == ["朝 の/a.wav", "0.500", "0.800", "アサ", "a s a"]
+    assert len(lines) == 4
+
+
+def test_srt():
+    assert writers.render(KNOWN, "srt") == (
+        "1\n00:00:00,500 --> 00:00:01,100\nアサ ワ\n\n2\n01:01:01,000 --> 01:01:01,400\nキレー\n"
+    )
+    assert writers.render(EMPTY, "srt") == ""
+
+
+def test_vtt():
+    lines = writers.render(KNOWN, "vtt").splitlines()
+    assert lines[:4] == ["WEBVTT", "", "00:00:00.500 --> 00:00:01.100", "アサ ワ"]
+    assert writers.render(EMPTY, "vtt") == "WEBVTT\n"
+
+
+def test_a_subtitle_does_not_grow_too_long():
+    steady = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(60)), 31.0, 0.0)
+    times = re.findall(r"00:00:(\S+) --> 00:00:(\S+)", writers.render(steady, "vtt"))
+    assert len(times) > 3
+    assert all(float(end) - float(start) <= writers.CUE_LENGTH for start, end in times)
+
+
+def test_textgrid_tiers_are_gapless():
+    grid = writers.render(KNOWN, "textgrid")
+    for tier in grid.split("    item [")[1:]:
+        bounds = [float(x) for x in re.findall(r"^            xm(?:in|ax) = (\S+)", tier, re.M)]
+        labels = re.findall(r'            text = "(.*)"', tier)
+        assert bounds[0] == 0 and bounds[-1] == 3662.0
+        assert bounds[1:-1:2] == bounds[2::2] and len(labels) * 2 == len(bounds)
+        assert f"intervals: size = {len(labels)}" in tier
+        assert [x for x in labels if x] in (["アサ", "ワ", "キレー"], [p for p in KNOWN.phonemes if p != "|"])
+    assert 'name = "words"' in grid and 'name = "phones"' in grid
+    assert grid.count('text = ""') == 2 * 4
+    assert writers.render(EMPTY, "textgrid").count('text = ""') == 2
+
+
+def test_textgrid_quotes():
+    quoted = Transcript((Word('"', ("a",), 0.0, 0.1, -1.0, ((0.0, 0.1),)),), 1.0, -1.0)
+    assert 'text = """"' in writers.render(quoted, "textgrid")
+
+
+def test_save_writes_every_format(tmp_path):
+    paths = writers.save(KNOWN, tmp_path / "deep" / "talk.one", writers.FORMATS)
+    assert [p.name for p in paths] == [
+        f"talk.one{ending}" for ending in (".txt", ".json", ".tsv", ".srt", ".vtt", ".TextGrid")
+    ]
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == sorted(p.name for p in paths)
+    assert paths[0].read_text(encoding="utf-8") == "アサ ワ キレー\n"
+
+
+def test_unknown_format():
+    with pytest.raises(ConfigError, match=r"'doc'.*textgrid"):
+        writers.render(KNOWN, "doc")
