@@ -285,3 +285,21 @@ def test_all_stages_look_alike(path: Path) -> None:
     assert {"VERSION", "Config", "run"} <= top
     config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
     assert any("frozen=True" in ast.unparse(d) for d in config.decorator_list), "Config is a frozen dataclass"
+
+
+@pytest.mark.stack
+def test_the_stack_is_the_pinned_one() -> None:
+    done = python(
+        """
+        import importlib.metadata as md
+        import soundfile  # before fairseq2, which finds its libsndfile
+        import fairseq2, fairseq2.recipe, torch, torchaudio, faiss
+        from fairseq2.trainer import Trainer
+
+        for name, version in {"torch": "2.9.1", "torchaudio": "2.9.1", "fairseq2": "0.8.1"}.items():
+            assert md.version(name).partition("+")[0] == version, (name, md.version(name))
+        assert md.version("faiss-gpu").startswith("1.15.")
+        faiss.IndexFlatL2(4).add(torch.zeros(3, 4).numpy())
+        """
+    )
+    assert done.returncode == 0, done.stderr
