@@ -34,11 +34,11 @@ define need
 endef
 
 $(VENV)/bin/pip:
-	$(call need,3,the environment $(VENV))
+	$(call need,5,the environment $(VENV))
 	$(PYTHON) -m venv $(VENV)
 
 $(READY): pyproject.toml constraints.txt | $(VENV)/bin/pip
-	@echo "Installing into $(VENV) (about 1.5 GB with a CPU build of torch)"
+	@echo "Installing into $(VENV) (about 2.5 GB with a CPU build of torch)"
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
 	@touch $@
