@@ -139,14 +139,17 @@ class Transcriber:
         """
         waiting: list[tuple[str, Tensor]] = []
         for item in audio:
+            trouble = None
             try:
                 waiting.append((_name(item), load_audio(item, sample_rate)))
             except Exception as error:
+                trouble = error
+            if trouble is not None:  # behind those that were read before it
                 yield from self._flush(waiting, errors)
                 waiting = []
                 if errors == "raise":
-                    raise
-                yield error
+                    raise trouble
+                yield trouble
             if sum(len(wav) for _, wav in waiting) >= batch_seconds * SAMPLE_RATE:
                 yield from self._flush(waiting, errors)
                 waiting = []
@@ -161,16 +164,17 @@ class Transcriber:
         return encode_all(wavs, encode, self.grid, len(self.phonemes), CHUNK_SECONDS)
 
     def _flush(self, waiting: list[tuple[str, Tensor]], errors: str) -> Iterator[Transcript | Exception]:
-        if errors == "raise" or not waiting:
-            yield from self._finish(waiting)
+        if not waiting:
             return
+        done: Sequence[Transcript | Exception]
         try:
-            done: Sequence[Transcript | Exception] = self._finish(waiting)
-        except Exception as error:  # whose fault was it? the others are not to suffer
-            done = (
-                [error] if len(waiting) == 1 else [x for one in waiting for x in self._flush([one], errors)]
-            )
-        yield from done
+            done = self._finish(waiting)
+        except Exception as error:
+            if errors == "raise":
+                raise
+            done = [error] if len(waiting) == 1 else []
+        # If several failed together, one of them did it and the others are not to suffer.
+        yield from done or (result for one in waiting for result in self._flush([one], errors))
 
     def _finish(self, recordings: list[tuple[str, Tensor]]) -> list[Transcript]:
         """Encode, search, align and spell a few recordings together."""

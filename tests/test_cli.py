@@ -1,0 +1,227 @@
+"""The command line, run in this process and as a command: results, exit statuses, messages."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import jahubert
+from jahubert.checkpoint import save_bundle
+from jahubert.cli import main
+from jahubert.heads import HubertForCtc
+from jahubert.hubert import HubertConfig
+from jahubert.phonemes import PhonemeSet
+
+TINY = HubertConfig(
+    conv_dims=(8,) * 7, width=16, layers=2, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    ctc = HubertForCtc(TINY, 42)
+    torch.nn.init.normal_(ctc.lm_head.weight, std=1.5)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_bundle(
+        path, ctc=ctc, phonemes=PhonemeSet.standard(), centroids_KD=torch.randn(9, 16), centroid_layer=1
+    )
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """a.wav, sub/日本語 名前.flac and notes.txt in `data`, which lies in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/sub").mkdir(parents=True)
+    noise = np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32)
+    soundfile.write("data/a.wav", noise, 16_000)
+    soundfile.write("data/sub/日本語 名前.flac", noise[:7_000], 16_000)
+    Path("data/notes.txt").write_text("no audio")
+    return tmp_path
+
+
+def command(*args: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "jahubert", *args], capture_output=True, timeout=120, **options
+    )
+
+
+def test_one_file_gives_one_line_of_kana(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
+    out, err = capsys.readouterr()
+    wanted = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").text
+    assert out == wanted + "\n" and wanted and err == ""
+
+
+def test_several_are_named_and_one_that_fails_does_not_stop_the_others(bundle, folder, capsys):
+    Path("bad.wav").write_bytes(b"RIFFnothing")
+    Path("hollow").mkdir()
+    assert main(["transcribe", "--model", bundle, "bad.wav", "data", "hollow", "gone.wav"]) == 2
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["data/a.wav", "data/sub/日本語 名前.flac"]
+    errors = err.splitlines()
+    assert len(errors) == 4 and all(line.startswith("jahubert: error: ") for line in errors)
+    for name in ("bad.wav", "gone.wav", "hollow"):
+        assert sum(name in line for line in errors) == 1
+    assert "3 of 5" in errors[-1]
+
+
+def test_a_bug_is_shown_and_has_another_status(bundle, folder, capsys, monkeypatch):
+    def broken(self, wavs):
+        raise RuntimeError("kaputt")
+
+    monkeypatch.setattr("jahubert.transcribe.Transcriber.log_probs", broken)
+    assert main(["transcribe", "--model", bundle, "data/a.wav", "gone.wav"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "jahubert: error: data/a.wav: kaputt" in err and "gone.wav" in err
+
+
+def test_json_and_tsv_lines(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "-f", "json", "data"]) == 0
+    contents = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [c["audio"] for c in contents] == ["data/a.wav", "data/sub/日本語 名前.flac"]
+    assert contents[0]["duration"] == 0.75 and contents[0]["words"]
+    assert main(["transcribe", "--model", bundle, "-f", "tsv", "data"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("audio\tstart") for line in lines] == [True] + [False] * (len(lines) - 1)
+
+
+def test_every_format_into_a_folder(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "-f", "all", "-o", "out/deep", "data"]) == 0
+    assert capsys.readouterr().out == ""
+    names = sorted(str(p.relative_to("out/deep")) for p in Path("out/deep").rglob("*") if p.is_file())
+    endings = [".TextGrid", ".json", ".srt", ".tsv", ".txt", ".vtt"]
+    assert names == sorted(stem + e for stem in ("a", "sub/日本語 名前") for e in endings)
+
+
+def test_standard_input(bundle, folder, capsys, monkeypatch):
+    assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
+    wanted = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("data/a.wav").read_bytes())))
+    assert main(["transcribe", "--model", bundle, "-"]) == 0
+    assert capsys.readouterr().out == wanted
+
+
+def test_features(bundle, folder, capsys):
+    assert main(["features", "--model", bundle, "--layer", "1", "-o", "out", "data", "gone.wav"]) == 2
+    assert "gone.wav" in capsys.readouterr().err
+    found = np.load("out/sub/日本語 名前.npy")
+    wanted = jahubert.FeatureExtractor.from_pretrained(bundle, layer=1)("data/sub/日本語 名前.flac")
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
+    assert sorted(p.name for p in Path("out").rglob("*.*")) == ["a.npy", "日本語 名前.npy"]
+
+
+def test_units(bundle, folder, capsys):
+    wanted = jahubert.UnitExtractor.from_pretrained(bundle)("data/a.wav")
+    assert main(["units", "--model", bundle, "data/a.wav"]) == 0
+    assert capsys.readouterr().out == " ".join(map(str, wanted.tolist())) + "\n"
+    assert main(["units", "--model", bundle, "--unique", "--chunk", "10", "data"]) == 0
+    name, line = capsys.readouterr().out.splitlines()[0].split("\t")
+    assert name == "data/a.wav" and list(map(int, line.split())) == wanted.unique_consecutive().tolist()
+    assert main(["units", "--model", bundle, "-o", "out", "data/a.wav"]) == 0
+    assert capsys.readouterr().out == ""
+    assert np.array_equal(np.load("out/a.npy"), wanted.numpy())
+
+
+def test_info(bundle, capsys):
+    assert main(["info", bundle]) == 0
+    out = capsys.readouterr().out
+    assert "layers           2\n" in out and "can transcribe   true\n" in out and "9 of layer 1" in out
+    assert main(["info", "--json", bundle]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["config"]["width"] == 16 and len(content["symbols"]) == 42
+
+
+def test_status_of_a_folder_without_stages(tmp_path, capsys):
+    pytest.importorskip("jahubert.train.provenance")
+    assert main(["status", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["transcribe", "data/a.wav", "--model", "no such"], "no such"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "--beam", "0"], "beam is 0"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "--device", "teapot"], "'teapot'"),
+        (["transcribe", "data", "--model", "{bundle}", "-f", "srt"], "add -o DIR"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "-f", "all"], "add -o DIR"),
+        (["transcribe", "-", "-", "--model", "{bundle}"], "only once"),
+        (
+            ["transcribe", "data", "data/a.wav", "--model", "{bundle}", "-o", "out"],
+            "would both write out/a.txt",
+        ),
+        (["transcribe", "data", "--model", "{bundle}", "-o", "data/a.wav"], "is a file"),
+        (["features", "data", "--model", "{bundle}", "-o", "out", "--layer", "3"], "layer 3"),
+        (["units", "data", "--model", "{bundle}", "--chunk", "1"], "too short"),
+        (["info", "data"], "config.json"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(bundle, folder, capsys, args, says):
+    assert main([arg.format(bundle=bundle) for arg in args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("jahubert: error: ") and says in err and err.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["transcribe", "features", "units"])
+def test_no_model_at_all(folder, capsys, monkeypatch, name):
+    monkeypatch.setattr("jahubert.transcribe.builtin_model", lambda: None)
+    assert main([name, "data/a.wav", *(["-o", "out"] if name == "features" else [])]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_interruption_is_quiet(bundle, folder, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jahubert.transcribe.load_audio", interrupted)
+    assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_only_for_a_person(bundle, folder, capsys, monkeypatch):
+    main(["transcribe", "--model", bundle, "data"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    main(["transcribe", "--model", bundle, "data"])
+    out, err = capsys.readouterr()
+    assert "[2/2]" in err and "[" not in out
+
+
+def test_help_does_not_load_torch():
+    code = (
+        "import sys; from jahubert.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_as_a_command(bundle, folder):
+    done = command("transcribe", "--model", bundle, "data", env={"PATH": "", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == b""
+    assert "data/sub/日本語 名前.flac\t" in done.stdout.decode("utf-8")
+    assert command("no-such-command").returncode == 2
+    assert command("--version").stdout.decode().strip() == f"jahubert {jahubert.__version__}"
+
+
+def test_a_reader_that_leaves(bundle, folder):
+    line = f"{sys.executable} -m jahubert transcribe --model '{bundle}' -f json " + "data " * 3 + "| true"
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
+    assert done.stderr == b""
+
+
+def test_public_names_exist():
+    for name in jahubert.__all__:
+        assert getattr(jahubert, name) is not None and name in dir(jahubert)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = jahubert.Nothing
