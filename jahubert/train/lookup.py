@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jahubert
 from jahubert.errors import ConfigError
 from jahubert.train.config import unknown_key
 
@@ -37,6 +38,26 @@ STAGES = {
         "report",
     )
 }
+
+
+def home(kind: str) -> Path:
+    """Where `conf` or `recipes` stand: beside the package in a checkout, inside it in a wheel."""
+    package = Path(jahubert.__file__).parent
+    checkout = package.parent / kind
+    return checkout if (package.parent / "conf" / "config.yaml").exists() else package / f"_{kind}"
+
+
+def recipe_folder(recipe: str) -> Path:
+    """The folder of a recipe: a name under recipes/, or a path to one's own.
+
+    Raises:
+        ConfigError: no such recipe.
+    """
+    for folder in (home("recipes") / recipe, Path(recipe).expanduser()):
+        if (folder / "recipe.yaml").is_file():
+            return folder
+    names = sorted(path.parent.name for path in home("recipes").glob("*/recipe.yaml"))
+    raise ConfigError("recipe=" + unknown_key(recipe, names, "") + ", or give a folder that holds a recipe.yaml")
 
 
 def resolve(name: str, table: dict[str, str], what: str) -> Any:

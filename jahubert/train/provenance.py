@@ -13,8 +13,10 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jahubert.errors import DataError, StaleError
 from jahubert.train.config import result_fields
@@ -75,11 +77,17 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write beside and rename: a reader sees the old file or the whole new one."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    with written_beside(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False, default=str)
         file.write("\n")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name only when it is whole: a reader sees the old one or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)

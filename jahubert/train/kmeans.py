@@ -1,0 +1,262 @@
+"""k-means over frames: our own Lloyd in torch, faiss, or scikit-learn with fairseq's arguments.
+
+The torch backend goes from coarse to fine: k-means++ and Lloyd on a small sample (several starts, the best
+one is kept), then Lloyd on samples four times as large each, then on all frames. Most of the way is done
+where it is cheap, and the passes over all the data only finish it. Frames may be a memory map: they are read
+block by block and need not fit into memory or onto the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jahubert.errors import ConfigError, DataError, MissingExtraError
+
+Backend = Literal["auto", "torch", "faiss", "sklearn"]
+Frames = Tensor | np.ndarray
+
+_COARSE_FRAMES = 64  # a cluster, in the sample of the first level
+_COARSE_MIN = 20_000  # frames
+_GROWTH = 4  # from one level to the next
+
+
+@dataclass(frozen=True)
+class KmeansResult:
+    """Centroids and what is known about them on the frames they were fitted to."""
+
+    centroids_KD: Tensor  # float32, on the CPU
+    inertia: float  # mean squared distance of a frame to its centroid
+    counts_K: Tensor  # int64, frames in each cluster
+    history: list[float]  # inertia over all frames, before each pass and at the end
+    reseeded: int  # clusters that died and were started again elsewhere
+    backend: str
+
+
+def fit_kmeans(
+    frames_ND: Frames,
+    n_clusters: int,
+    *,
+    backend: Backend = "auto",
+    n_init: int = 1,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> KmeansResult:
+    """Cluster frames; the same seed gives the same centroids.
+
+    Args:
+        frames_ND: (N, D), any floating type, in memory or memory-mapped.
+        n_clusters: K.
+        backend: "auto" is "torch". "sklearn" is the reference: MiniBatchKMeans with fairseq's arguments
+            (n_init 20, batches of 10,000 ...), so that only `n_clusters` and `seed` act on it.
+        n_init: starts, of which the best one is kept.
+        max_iter: passes over all frames at most.
+        tol: stop when a pass lowers the inertia by less than this share (torch only).
+        device: where the products are computed.
+
+    Raises:
+        DataError: fewer frames than clusters, or NaN in the frames.
+        MissingExtraError: the backend is not installed.
+    """
+    backends = {"auto": _fit_torch, "torch": _fit_torch, "faiss": _fit_faiss, "sklearn": _fit_sklearn}
+    if backend not in backends:
+        raise ConfigError(f"no k-means backend {backend!r}; there are: {', '.join(backends)}")
+    if n_clusters < 1 or n_init < 1 or max_iter < 1:
+        raise ConfigError(
+            f"n_clusters, n_init and max_iter must be positive, but are {n_clusters}, {n_init} and {max_iter}"
+        )
+    if frames_ND.ndim != 2:
+        raise DataError(f"frames must be (N, D), but have shape {tuple(frames_ND.shape)}")
+    if len(frames_ND) < n_clusters:
+        raise DataError(
+            f"{len(frames_ND)} frames cannot make {n_clusters} clusters: use more audio or fewer clusters"
+        )
+    device = torch.device(device)
+    centroids_KD, history, reseeded = backends[backend](
+        frames_ND, n_clusters, n_init=n_init, max_iter=max_iter, tol=tol, seed=seed, device=device
+    )
+    total = _pass(frames_ND, centroids_KD, sums=False)  # of exactly the centroids that are returned
+    return KmeansResult(
+        centroids_KD=centroids_KD.cpu(),
+        inertia=total.inertia,
+        counts_K=total.counts_K.cpu(),
+        history=[*history, total.inertia],
+        reseeded=reseeded,
+        backend="torch" if backend == "auto" else backend,
+    )
+
+
+def assign(frames_ND: Frames, centroids_KD: Tensor) -> Tensor:
+    """The nearest centroid of each frame, int64 (N,), computed on the centroids' device."""
+    labels = [_nearest(x_ND, centroids_KD)[0] for x_ND in _blocks(frames_ND, centroids_KD)]
+    return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=centroids_KD.device)
+
+
+def inertia(frames_ND: Frames, centroids_KD: Tensor) -> float:
+    """Mean squared distance of the frames to their nearest centroids."""
+    return _pass(frames_ND, centroids_KD, sums=False).inertia
+
+
+def _blocks(frames_ND: Frames, centroids_KD: Tensor) -> Iterator[Tensor]:
+    """float32 blocks on the centroids' device; a block's distances stay in the cache (or fill the device)."""
+    if frames_ND.shape[1] != centroids_KD.shape[1]:
+        raise DataError(
+            f"frames have {frames_ND.shape[1]} dimensions, but the centroids {centroids_KD.shape[1]}: "
+            "they were made from another feature"
+        )
+    device = centroids_KD.device
+    budget = 1 << 20 if device.type == "cpu" else 1 << 27  # distances
+    rows = max(1024, budget // (len(centroids_KD) + frames_ND.shape[1]))
+    for start in range(0, len(frames_ND), rows):
+        block = frames_ND[start : start + rows]
+        if isinstance(block, np.ndarray):
+            block = torch.from_numpy(np.array(block, dtype=np.float32))
+        yield block.to(device, torch.float32)
+
+
+def _nearest(x_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels (N,) and squared distances (N,).
+
+    |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c). Around the centroids' mean: with features that lie far from
+    zero the products would swallow the differences.
+    """
+    middle_D = centroids_KD.mean(dim=0)
+    c_KD, x_ND = centroids_KD - middle_D, x_ND - middle_D
+    half_K = c_KD.square().sum(dim=1) / 2
+    least_N, label_N = torch.addmm(half_K, x_ND, c_KD.T, alpha=-1).min(dim=1)
+    return label_N, least_N.mul_(2).add_(x_ND.square().sum(dim=1)).clamp_(min=0)
+
+
+@dataclass
+class _Total:
+    sums_KD: Tensor  # float64
+    counts_K: Tensor  # int64
+    inertia: float
+
+
+def _pass(frames_ND: Frames, centroids_KD: Tensor, sums: bool = True) -> _Total:
+    """One pass over the frames: float32 within a block, float64 from block to block."""
+    n_clusters, device = len(centroids_KD), centroids_KD.device
+    sums_KD = torch.zeros(centroids_KD.shape, dtype=torch.float64, device=device)
+    counts_K = torch.zeros(n_clusters, dtype=torch.int64, device=device)
+    distance = torch.zeros((), dtype=torch.float64, device=device)
+    for x_ND in _blocks(frames_ND, centroids_KD):
+        label_N, distance_N = _nearest(x_ND, centroids_KD)
+        distance += distance_N.sum(dtype=torch.float64)
+        counts_K += torch.bincount(label_N, minlength=n_clusters)
+        if not sums:
+            continue
+        if device.type == "cpu":
+            sums_KD += torch.zeros_like(centroids_KD).index_add_(0, label_N, x_ND)
+        else:  # index_add_ adds in a random order there; a product does not, and is faster
+            member_NK = torch.nn.functional.one_hot(label_N, n_clusters).to(x_ND.dtype)
+            sums_KD += member_NK.T @ x_ND
+    mean = float(distance) / len(frames_ND)
+    if not math.isfinite(mean):
+        raise DataError("the frames hold NaN or infinite values: look for the utterances they came from")
+    return _Total(sums_KD, counts_K, mean)
+
+
+def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
+    """The n frames that lie farthest from their centroids, those on a centroid left out: (<= n, D)."""
+    best = torch.zeros(0, device=centroids_KD.device)
+    vectors = centroids_KD[:0]
+    for x_ND in _blocks(frames_ND, centroids_KD):
+        distances = torch.cat([best, _nearest(x_ND, centroids_KD)[1]])
+        best, index = distances.topk(min(n, len(distances)))
+        vectors = torch.cat([vectors, x_ND])[index]
+    return vectors[best > 0]
+
+
+def _lloyd(
+    frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float
+) -> tuple[Tensor, list[float], int]:
+    """Centroids after at most `max_iter` passes, the inertia before each, and how many were re-seeded."""
+    history: list[float] = []
+    reseeded = 0
+    for _ in range(max_iter):
+        total = _pass(frames_ND, centroids_KD)
+        history.append(total.inertia)
+        alive_K = total.counts_K > 0
+        moved_KD = (total.sums_KD / total.counts_K.clamp(min=1)[:, None]).to(centroids_KD.dtype)
+        dead = torch.nonzero(~alive_K)[:, 0]
+        if len(dead):
+            seeds = _farthest(frames_ND, centroids_KD, len(dead))
+            moved_KD[dead] = centroids_KD[dead]
+            moved_KD[dead[: len(seeds)]] = seeds
+            reseeded += len(seeds)
+        centroids_KD = moved_KD
+        if len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not len(dead):
+            break
+    return centroids_KD, history, reseeded
+
+
+def _fit_torch(
+    frames_ND: Frames,
+    n_clusters: int,
+    *,
+    n_init: int,
+    max_iter: int,
+    tol: float,
+    seed: int,
+    device: torch.device,
+) -> tuple[Tensor, list[float], int]:
+    # One order of the frames: every level sees the first so many of it. The last level needs no copy.
+    n_frames = len(frames_ND)
+    size = max(_COARSE_FRAMES * n_clusters, _COARSE_MIN)
+    order = np.random.default_rng(seed).permutation(n_frames) if size < n_frames else np.arange(n_frames)
+    sample_ND = _take(frames_ND, order[:size], device)
+    best: tuple[Tensor, list[float], int] | None = None
+    for start in range(n_init):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        found = _lloyd(sample_ND, _plus_plus(sample_ND, n_clusters, generator), max_iter, tol)
+        if best is None or found[1][-1] < best[1][-1]:
+            best = found
+    assert best is not None
+    centroids_KD, history, reseeded = best
+    if size >= n_frames:
+        return centroids_KD, history, reseeded
+    while (size := size * _GROWTH) * 2 < n_frames:
+        sample_ND = _take(frames_ND, order[:size], device)
+        centroids_KD, _, again = _lloyd(sample_ND, centroids_KD, max_iter, tol)
+        reseeded += again
+    centroids_KD, history, again = _lloyd(frames_ND, centroids_KD, max_iter, tol)
+    return centroids_KD, history, reseeded + again
+
+
+def _take(frames_ND: Frames, rows: np.ndarray, device: torch.device) -> Tensor:
+    rows = np.sort(rows)  # a memory map is read forwards
+    if isinstance(frames_ND, np.ndarray):
+        return torch.from_numpy(np.array(frames_ND[rows], dtype=np.float32)).to(device)
+    return frames_ND[torch.from_numpy(rows).to(frames_ND.device)].to(device, torch.float32)
+
+
+def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+    """Greedy k-means++: of a few candidates drawn by squared distance, the one that lowers the inertia most."""
+    x_ND = x_ND - x_ND.mean(dim=0)
+    norm_N = x_ND.square().sum(dim=1)
+    n_candidates = 2 + int(math.log(n_clusters))
+    chosen = [int(torch.randint(len(x_ND), (1,), generator=generator))]
+    distance_N = _to_rows(x_ND, norm_N, chosen)[0]
+    for _ in range(n_clusters - 1):
+        cumulative_N = distance_N.double().cumsum(dim=0)
+        draws = torch.rand(n_candidates, generator=generator, dtype=torch.float64).to(x_ND.device)
+        rows = torch.searchsorted(cumulative_N, draws * cumulative_N[-1]).clamp(max=len(x_ND) - 1)
+        closer_CN = torch.minimum(distance_N, _to_rows(x_ND, norm_N, rows))
+        best = int(closer_CN.sum(dim=1).argmin())
+        distance_N = closer_CN[best]
+        chosen.append(int(rows[best]))
+    return x_ND[chosen] + 0 if False else x_ND[chosen]
+
+
+def _to_rows(x_ND: Tensor, norm_N: Tensor, rows: Tensor | list[int]) -> Tensor:
+    """Squared distances of all frames to some of them, (rows, N)."""
+    return (norm_N + norm_N[rows][:, None] - 2 * (x_ND[rows] @ x_ND.T)).clamp_(min=0)

@@ -1,0 +1,103 @@
+"""How a training run moves: its length, batch, learning rate and optimiser. Both engines read this."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from jahubert.errors import ConfigError
+from jahubert.train.config import free
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; the defaults are HuBERT BASE pretraining (facts: fairseq's base yaml)."""
+
+    max_steps: int = 400_000
+    batch_seconds: float = 2800.0  # audio of one step over all devices, kept by accumulation
+    micro_seconds: float = 87.5  # audio that one device computes at once, with padding
+    lr: float = 5e-4
+    schedule: Literal["linear", "tri_stage"] = "linear"
+    warmup: float = 0.08  # share of the steps
+    hold: float = 0.4  # tri_stage: share of the steps at the full rate
+    final_lr: float = 0.0  # share of lr at the last step
+    betas: tuple[float, ...] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0  # 0: no clipping
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    engine: str = free("torch")
+    device: str = free("auto")
+    workers: int = free(0)  # processes that read audio, for each device
+    log_every: int = free(50)  # steps
+    save_every: int = free(1000)  # steps
+    keep_last: int = free(2)  # checkpoints
+    valid_every: int = 1000  # steps; 0: never
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {getattr(self, name)}, but must be positive"
+            for name in ("max_steps", "batch_seconds", "micro_seconds", "lr", "log_every", "save_every", "keep_last")
+            if getattr(self, name) <= 0
+        ]
+        if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
+            wrong.append("warmup and hold are shares of the steps and cannot sum to more than 1")
+        if self.micro_seconds > self.batch_seconds:
+            wrong.append(f"micro_seconds {self.micro_seconds} is more than batch_seconds {self.batch_seconds}")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of one step."""
+        return max(1, round(self.batch_seconds / self.micro_seconds))
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """Learning rate of a step, counted from 0.
+
+    linear: up over the warm-up, then straight down to `final_lr` (fairseq polynomial_decay, power 1).
+    tri_stage: from 1 % up, hold, then exponential decay to `final_lr` (SpecAugment paper; fairseq tri_stage).
+    """
+    warmup = max(1, round(config.warmup * config.max_steps))
+    if config.schedule == "linear":
+        if step < warmup:
+            return config.lr * (step + 1) / warmup
+        left = (config.max_steps - step) / max(1, config.max_steps - warmup)
+        return config.lr * (config.final_lr + (1 - config.final_lr) * max(0.0, left))
+    if step < warmup:
+        return config.lr * (0.01 + 0.99 * step / warmup)
+    decay_from = warmup + round(config.hold * config.max_steps)
+    if step < decay_from:
+        return config.lr
+    share = min(1.0, (step - decay_from) / max(1, config.max_steps - decay_from))
+    return config.lr * math.exp(math.log(max(config.final_lr, 1e-8)) * share)
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over everything that learns, in one fused kernel."""
+    return torch.optim.AdamW(
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        lr=torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The autocast type; float32 means none.
+
+    Raises:
+        ConfigError: fp16 on a CPU, which is several times slower than float32 there.
+    """
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision=fp16 is slower than fp32 on a CPU; use precision=fp32 or bf16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]

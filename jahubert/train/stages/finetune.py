@@ -1,0 +1,183 @@
+"""CTC fine-tuning: the pretraining head makes room for a linear layer over phonemes.
+
+Reads   the manifest, its targets, and a pretrained model (or none: the same network from scratch)
+Writes  checkpoints/, metrics.jsonl, best.safetensors, bundle/
+
+    python -m jahubert.run recipe=demo stage=finetune system=pretrained
+
+The conv stack is frozen and, for the first updates, everything but the head (HuBERT paper section IV-D;
+fairseq base_10h). Batches are padded, never cropped. The best step on the development set is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from jahubert.checkpoint import load_bundle, save_bundle
+from jahubert.decode import greedy
+from jahubert.errors import ConfigError, DataError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.heads import HubertForCtc
+from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.train import ranks
+from jahubert.train.batches import CtcBatch, CtcData, MaskConfig
+from jahubert.train.engine import Loss
+from jahubert.train.lookup import ENGINES, resolve
+from jahubert.train.losses import ctc_loss
+from jahubert.train.manifest import Manifest
+from jahubert.train.metrics import count_errors
+from jahubert.train.optim import TrainConfig
+from jahubert.train.targets import TargetStore
+
+VERSION = 1
+
+# fairseq's base_10h, the only fine-tuning settings that were published with HuBERT.
+_TRAIN = TrainConfig(
+    max_steps=25_000,
+    batch_seconds=1600.0,
+    micro_seconds=200.0,
+    lr=2e-5,
+    schedule="tri_stage",
+    warmup=0.1,
+    hold=0.4,
+    final_lr=0.05,
+    eps=1e-8,
+    weight_decay=0.0,
+    clip_norm=0.0,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    manifest: Path
+    targets: Path
+    pretrained: Path | None = None  # None: from random initialisation, with the sizes in `model`
+    model: HubertConfig = field(default_factory=HubertConfig)
+    train: TrainConfig = _TRAIN
+    mask: MaskConfig = MaskConfig(prob=0.75, min_spans=0, channel_prob=0.5)
+    fraction: float = 1.0  # of the labelled training utterances, the first ones of the manifest
+    freeze_conv: bool = True
+    head_only_steps: int = 10_000
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.1
+    input_dropout: float = 0.0
+    layer_drop: float = 0.1
+    dev_splits: tuple[str, ...] = ("dev",)
+    best: Literal["wer", "per", "loss"] = "wer"  # what chooses the best step on the development set
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}, but must be in (0, 1]")
+        if self.pretrained is None and (self.freeze_conv or self.head_only_steps):
+            raise ConfigError("a model from scratch cannot be frozen: set freeze_conv=false and head_only_steps=0")
+
+
+class FineTuner(nn.Module):
+    """Encoder and CTC head with their training behaviour."""
+
+    def __init__(self, ctc: HubertForCtc, *, freeze_conv: bool, head_only_steps: int, seed: int):
+        super().__init__()
+        self.ctc, self.head_only_steps, self.seed = ctc, head_only_steps, seed
+        if freeze_conv:
+            for parameter in ctc.hubert.feature_extractor.parameters():
+                parameter.requires_grad_(False)
+
+    def forward(self, batch: CtcBatch, step: int) -> Loss:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step >= self.head_only_steps):
+            encoded = self.ctc.hubert(
+                batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, channel_mask_BD=batch.channel_mask_BD
+            )
+        logp_BSV = self.ctc.lm_head(encoded.hidden_BSD).float().log_softmax(-1)
+        n_frames_B = encoded.n_frames_B.cpu()
+        total = ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B)
+        valid_BS = torch.arange(logp_BSV.shape[1])[None] < n_frames_B[:, None]
+        blanks = (logp_BSV.detach().argmax(-1).cpu() == 0)[valid_BS].sum()
+        sums = {"blanks": blanks, "frames": n_frames_B.sum(), "symbols": batch.n_target_B.sum(), "seconds": batch.seconds}
+        return Loss(total, len(n_frames_B), sums)
+
+    def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
+        """Loss in nats a symbol, and the share of frames whose best symbol is blank."""
+        return {"loss": sums["total"] / sums["symbols"], "blank": sums["blanks"] / sums["frames"]}
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    manifest, targets = Manifest(config.manifest), TargetStore(config.targets)
+    rows = choose_rows(manifest, targets, config)
+    torch.manual_seed(config.seed)
+    module = FineTuner(
+        build_model(config, len(targets.phonemes)),
+        freeze_conv=config.freeze_conv,
+        head_only_steps=config.head_only_steps,
+        seed=config.seed,
+    )
+    sizes = {
+        "width": module.ctc.config.width,
+        "micro_seconds": config.train.micro_seconds,
+        "per_step": config.train.per_step,
+        "seed": config.seed,
+    }
+    data = CtcData(manifest, targets, rows, mask=config.mask, **sizes)
+    dev_rows = np.intersect1d(
+        np.concatenate([manifest.indices(split=split) for split in config.dev_splits]), targets.labelled
+    )
+    if not len(dev_rows):
+        raise DataError(f"no labelled utterance in dev_splits {list(config.dev_splits)}; one is needed to choose the best step")
+    dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
+    train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
+    metrics = train(module, data, config.train, out, validate=lambda: evaluate(module, dev), best=config.best)
+    if ranks.rank() == 0:
+        info = {"finetuning": {"utterances": len(rows), "metrics": metrics}}
+        save_bundle(out / "bundle", ctc=module.ctc, phonemes=targets.phonemes, info=info)
+    ranks.barrier()
+    hours = float(manifest.n_samples[rows].sum()) / SAMPLE_RATE / 3600
+    return metrics | {"utterances": len(rows), "hours": hours}
+
+
+def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.ndarray:
+    """The first `fraction` of the labelled training utterances, in the manifest's order."""
+    rows = np.intersect1d(manifest.indices(split="train"), targets.labelled)
+    return rows[: max(1, round(config.fraction * len(rows)))]
+
+
+def build_model(config: Config, n_symbols: int) -> HubertForCtc:
+    """The pretrained encoder (or a new one) under a new head, with the dropout of fine-tuning."""
+    names = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop")
+    changes = {name: getattr(config, name) for name in names}
+    if config.pretrained is None:
+        return HubertForCtc(replace(config.model, conv_grad_scale=1.0, **changes), n_symbols)
+    found = load_bundle(config.pretrained)
+    hubert = HubertModel(replace(found.config, conv_grad_scale=1.0, **changes))
+    hubert.load_state_dict(found.model.state_dict())
+    return HubertForCtc(hubert.config, n_symbols, hubert)
+
+
+def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
+    """Loss, phone and word error rate of the greedy answer, over all processes."""
+    device = next(module.parameters()).device
+    phonemes = data.targets.phonemes
+    sums: dict[str, Any] = {name: 0.0 for name in ("loss", "symbols", "phone_errors", "phones", "word_errors", "words")}
+    for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
+        batch = data.load(micro).to(device)
+        logp_BSV, n_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
+        n_frames_B = n_frames_B.cpu()
+        sums["loss"] += float(ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B))
+        sums["symbols"] += len(batch.target_L)
+        for row, answer in zip(micro.rows, greedy(logp_BSV, n_frames_B), strict=True):
+            words, heard = data.targets.words(row), phonemes.decode(answer.labels)
+            for kind, (said, got) in {"phone": (sum(words, ()), sum(heard, ())), "word": (words, heard)}.items():
+                sums[f"{kind}_errors"] += count_errors(said, got).errors
+                sums[f"{kind}s"] += len(said)
+    totals = ranks.total(sums, device)
+    return {
+        "loss": totals["loss"] / totals["symbols"],
+        "per": totals["phone_errors"] / totals["phones"],
+        "wer": totals["word_errors"] / totals["words"],
+    }

@@ -1,0 +1,92 @@
+"""Every utterance's units: audio -> feature -> nearest centroid -> label store, in one pass.
+
+Reads   the manifest, the centroids, and the model whose layer they were fitted on
+Writes  units.bin, offsets.npy, header.json (a LabelStore); no feature touches the disk.
+        For units of a model's layer also bundle/: that model with its centroids, for `jahubert units`
+
+    python -m jahubert.run recipe=demo stage=label iteration=2
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from jahubert.checkpoint import save_bundle
+from jahubert.errors import DataError
+from jahubert.frames import HUBERT
+from jahubert.train import ranks
+from jahubert.train.config import free
+
+from jahubert.train.features import HubertLayer
+from jahubert.train.kmeans import assign
+from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
+from jahubert.train.manifest import Manifest
+from jahubert.train.provenance import read_record
+from jahubert.train.streaming import feature_header, make_feature, stream_features
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    manifest: Path
+    centroids: Path
+    model: Path | None = None  # for hubert features: the model they were fitted on
+    shard_size: int = free(2000)  # utterances between two saves
+    device: str = free("auto")
+    batch_seconds: float = free(80.0)
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    manifest = Manifest(config.manifest)
+    device = ranks.pick_device(config.device)
+    fitted = read_record(config.centroids / "header.json")
+    feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
+    made = feature_header(feature, fitted["feature"], fitted["layer"])
+    wrong = [f"{key} is {made[key]!r}, the centroids want {fitted[key]!r}" for key in fitted if made[key] != fitted[key]]
+    if wrong:
+        raise DataError(f"{config.model}: not the features that {config.centroids} was fitted on: {'; '.join(wrong)}")
+    centroids_KD = load_file(config.centroids / "centroids.safetensors")["centroids_KD"]
+    header = LabelHeader(
+        n_units=len(centroids_KD),
+        feature=fitted["feature"],
+        layer=fitted["layer"],
+        centroids=hashlib.sha256(centroids_KD.numpy().tobytes()).hexdigest(),
+        model=fitted["model"],
+        manifest=manifest.fingerprint,
+        normalize=fitted["normalize"],
+    )
+    n_frames = HUBERT.n_frames(torch.from_numpy(np.asarray(manifest.n_samples))).numpy()
+    writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
+    step = HUBERT.step_in(feature.grid)
+    centroids_KD = centroids_KD.to(device)
+    for shard in writer.pending()[ranks.rank() :: ranks.world()]:
+        frames = stream_features(manifest, feature, writer.rows(shard), config.batch_seconds)
+        writer.write(shard, [assign(f_SD[::step].to(device), centroids_KD).cpu().numpy() for _, f_SD in frames])
+    ranks.barrier()
+    if ranks.rank() == 0:
+        writer.finish()
+        if isinstance(feature, HubertLayer):
+            save_bundle(
+                out / "bundle",
+                model=feature.model,
+                centroids_KD=centroids_KD,
+                centroid_layer=fitted["layer"],
+                info={"units": vars(header)},
+            )
+    ranks.barrier()
+    usage_K = LabelStore(out).usage()
+    share_K = usage_K / usage_K.sum()
+    return {
+        "units": int(usage_K.sum()),
+        "used": int((usage_K > 0).sum()),
+        "perplexity": float(np.exp(-np.sum(share_K[share_K > 0] * np.log(share_K[share_K > 0])))),
+        "largest_share": float(share_K.max()),
+    }

@@ -1,0 +1,150 @@
+"""HuBERT pretraining: predict the units of masked frames.
+
+Reads   the manifest and its label store
+Writes  checkpoints/, metrics.jsonl, bundle/ (the trained model and its unit head)
+
+    python -m jahubert.run recipe=demo stage=pretrain iteration=1 pretrain.train.max_steps=500
+
+Every iteration starts from scratch (HuBERT paper section IV-C) unless `init_from` names a model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jahubert.checkpoint import load_bundle, save_bundle
+from jahubert.errors import ConfigError
+from jahubert.heads import UnitHead
+from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.train import ranks
+from jahubert.train.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
+from jahubert.train.engine import Loss, seed_micro
+from jahubert.train.labels import LabelStore
+from jahubert.train.lookup import ENGINES, resolve
+from jahubert.train.losses import unit_loss
+from jahubert.train.manifest import Manifest
+from jahubert.train.optim import TrainConfig
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    manifest: Path
+    labels: Path
+    model: HubertConfig = field(default_factory=HubertConfig)
+    init_from: Path | None = None  # continue from a model's encoder instead of from scratch
+    train: TrainConfig = field(default_factory=TrainConfig)
+    crop: CropConfig = field(default_factory=CropConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    unit_dim: int = 256  # width of the codebook (final_dim)
+    temperature: float = 0.1
+    penalty_weight: float = 10.0  # of the mean square of the conv features
+    valid_split: str = "dev"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop.max_seconds > self.train.micro_seconds:
+            raise ConfigError(
+                f"crop.max_seconds {self.crop.max_seconds} does not fit train.micro_seconds {self.train.micro_seconds}"
+            )
+
+
+class Pretrainer(nn.Module):
+    """Encoder, unit head, and the masked prediction loss with the feature penalty (fairseq HubertCriterion)."""
+
+    def __init__(self, config: HubertConfig, n_units: int, *, unit_dim: int, temperature: float, penalty: float, seed: int):
+        super().__init__()
+        self.seed, self.penalty = seed, penalty
+        self.hubert = HubertModel(config)
+        self.head = UnitHead(config.width, n_units, unit_dim, temperature)
+
+    def forward(self, batch: PretrainBatch, step: int) -> Loss:
+        encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
+        logits_NK = self.head(encoded.hidden_BSD[batch.mask_BS])
+        loss, count = unit_loss(logits_NK, batch.unit_N), len(batch.unit_N)
+        total = loss
+        if encoded.conv_penalty is not None:
+            total = loss + self.penalty * count * encoded.conv_penalty
+        correct = (logits_NK.detach().argmax(-1) == batch.unit_N).sum()
+        penalty = 0.0 if encoded.conv_penalty is None else encoded.conv_penalty.detach() * count
+        return Loss(total, count, {"nats": loss, "correct": correct, "penalty": penalty, "seconds": batch.seconds})
+
+    def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
+        """Loss in bits a masked frame, accuracy on masked frames, mean square of the conv features."""
+        return {
+            "loss": sums["nats"] / count / math.log(2),
+            "accuracy": sums["correct"] / count,
+            "penalty": sums["penalty"] / count,
+        }
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    manifest, labels = Manifest(config.manifest), LabelStore(config.labels)
+    data = _data(config, manifest, labels, "train")
+    valid = None
+    if len(manifest.indices(split=config.valid_split)):
+        valid = _data(config, manifest, labels, config.valid_split)
+    torch.manual_seed(config.seed)
+    module = Pretrainer(
+        config.model,
+        labels.header.n_units,
+        unit_dim=config.unit_dim,
+        temperature=config.temperature,
+        penalty=config.penalty_weight,
+        seed=config.seed,
+    )
+    if config.init_from is not None:
+        _init_from(module.hubert, config.init_from)
+    train = resolve(config.train.engine, ENGINES, "pretrain.train.engine")
+    validate = None if valid is None else lambda: evaluate(module, valid)
+    metrics = train(module, data, config.train, out, validate=validate)
+    if ranks.rank() == 0:
+        _export(config, module, labels, metrics, out)
+    ranks.barrier()
+    return metrics | {"padding": data.sampler.padding()}
+
+
+def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
+    """Loss and accuracy on a split whose masks are the same every time, over all processes."""
+    device = next(module.parameters()).device
+    sums: dict[str, Any] = {name: 0.0 for name in ("nats", "correct", "penalty", "count")}
+    for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
+        seed_micro(module.seed, micro)
+        loss = module(data.load(micro).to(device), 0)
+        for name in sums:
+            sums[name] = sums[name] + (loss.count if name == "count" else loss.sums[name])
+    totals = ranks.total(sums, device)
+    metrics = module.metrics(totals, totals["count"])
+    return {name: metrics[name] for name in ("loss", "accuracy")}
+
+
+def _data(config: Config, manifest: Manifest, labels: LabelStore, split: str) -> PretrainData:
+    return PretrainData(
+        manifest,
+        labels,
+        split=split,
+        crop=config.crop,
+        mask=config.mask,
+        micro_seconds=config.train.micro_seconds,
+        per_step=config.train.per_step,
+        seed=config.seed,
+    )
+
+
+def _init_from(model: HubertModel, source: Path) -> None:
+    found = load_bundle(source)
+    if found.config.width != model.config.width or found.config.layers != model.config.layers:
+        raise ConfigError(f"init_from={source}: its sizes are not those of `model`; give model={{...}} the same sizes")
+    model.load_state_dict(found.model.state_dict())
+
+
+def _export(config: Config, module: Pretrainer, labels: LabelStore, metrics: dict[str, float], out: Path) -> None:
+    info = {"steps": config.train.max_steps, "metrics": metrics, "labels": vars(labels.header)}
+    save_bundle(out / "bundle", model=module.hubert, unit_head=module.head, info={"pretraining": info})

@@ -1,0 +1,282 @@
+"""A corpus that makes itself: sentences from the project's own word lists, spoken by Open JTalk.
+
+Nothing is downloaded. The voice is the one inside pyopenjtalk-plus (HTS voice "Mei", CC BY 3.0, MMDAgent
+Project Team), and every phone's time is known exactly. That comes from how an HTS voice works: at speed 1.0
+the number of 5 ms frames of a phone depends on its own context label alone. So a copy of the voice whose frame
+is one sample long says how many frames a label takes, in no time. Copies with a longer or shorter frame speak
+slower or faster, every duration scaled alike; another frequency warping is a shorter or longer vocal tract.
+With a pitch these are the speakers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+from words import sentences
+
+from jahubert.audio import AudioSource
+from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.phonemes import VOWELS
+from jahubert.train.manifest import Phone, Rejected, Utterance
+from jahubert.train.text import Word, analyse, openjtalk, words_of
+
+VERSION = 1  # of the sound; in the name of every file
+_VOICE_RATE = 48_000  # Hz
+_STEP = _VOICE_RATE // SAMPLE_RATE
+_ALONE_SECONDS = 300  # less than this is made without helpers
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A way to speak: the same voice at another rate, pitch and vocal tract."""
+
+    name: str
+    frame: int  # samples of 48 kHz; 240 is the voice's own rate; a multiple of 3, so that times stay integers
+    half_tones: float
+    warping: float  # 0.55 is the voice's own; larger is a longer vocal tract
+
+
+SPEAKERS = (
+    Speaker("mei", 240, 0.0, 0.550),
+    Speaker("calm", 264, -2.0, 0.565),
+    Speaker("quick", 216, 2.0, 0.540),
+    Speaker("deep", 228, -8.0, 0.595),
+    Speaker("low", 252, -6.0, 0.585),
+    Speaker("hasty", 204, -1.0, 0.555),
+    Speaker("slow", 276, 1.0, 0.550),
+    Speaker("small", 222, 4.0, 0.525),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    minutes: float = 35.0  # of audio, all splits together
+    dev_share: float = 0.085  # of the minutes
+    test_share: float = 0.115
+    processes: int = 0  # 0: one for each core, at most 8
+
+
+@dataclass(frozen=True)
+class Line:
+    """All that decides the sound of one utterance."""
+
+    text: str
+    speaker: int  # index into SPEAKERS
+    lead: int  # frames cut from the silence at the start
+    tail: int  # and at the end
+    level_db: float  # of the speech, RMS, below full scale
+    snr_db: float
+    tilt: float  # of the noise: 0 white, 1 pink
+    noise: int  # seed
+
+    def path(self, work: Path) -> Path:
+        key = json.dumps([VERSION, asdict(self), asdict(SPEAKERS[self.speaker])], ensure_ascii=False)
+        return work / SPEAKERS[self.speaker].name / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
+
+
+def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+    """Yield the corpus: `demo-<split>-NNNNN`, splits train, dev and test, no sentence in two of them.
+
+    `data` is not used. Audio goes to `work` as FLAC, 16 kHz; files that are there already are kept.
+    Raises ConfigError for sizes that make no sense, MissingExtraError without pyopenjtalk-plus.
+    """
+    shares = (config.dev_share, config.test_share)
+    if config.minutes <= 0 or min(shares) < 0 or sum(shares) >= 1:
+        raise ConfigError(f"demo: minutes must be above 0, dev_share + test_share below 1; found {config}")
+    made: list[tuple[Line, Utterance]] = list(_plan(work, config, seed))
+    missing = [line for line, item in made if not _is_there(item)]
+    seconds = sum(item.n_samples for _, item in made) / SAMPLE_RATE
+    processes = 1 if seconds < _ALONE_SECONDS else config.processes or min(8, os.cpu_count() or 1)
+    _make(missing, work, processes)
+    for _, item in made:
+        yield item
+
+
+def _plan(work: Path, config: Config, seed: int) -> Iterator[tuple[Line, Utterance]]:
+    """Lines and their utterances until the minutes are full: test first, then dev, then train."""
+    total = config.minutes * 60 * SAMPLE_RATE
+    left = {"test": total * config.test_share, "dev": total * config.dev_share}
+    left["train"] = total - left["test"] - left["dev"]
+    counts = dict.fromkeys(left, 0)
+    split = next(name for name in left if left[name] > 0)
+    for i, text in enumerate(sentences(seed)):
+        rng = random.Random(f"line {seed} {i}")
+        words, labels = _labels(text)
+        frames = frames_of(labels)
+        line = Line(
+            text=text,
+            speaker=i % len(SPEAKERS),
+            lead=max(0, frames[0] - rng.randint(12, 50)),
+            tail=max(0, frames[-1] - rng.randint(12, 50)),
+            level_db=round(rng.uniform(-32, -20), 1),
+            snr_db=round(rng.uniform(20, 50), 1),
+            tilt=round(rng.uniform(0, 1), 2),
+            noise=rng.getrandbits(32),
+        )
+        samples = SPEAKERS[line.speaker].frame // _STEP
+        frames = [frames[0] - line.lead, *frames[1:-1], frames[-1] - line.tail]
+        item = Utterance(
+            id=f"demo-{split}-{counts[split]:05d}",
+            audio=AudioSource(str(line.path(work))),
+            n_samples=sum(frames) * samples,
+            speaker=SPEAKERS[line.speaker].name,
+            text=text,
+            words=tuple(word.phones for word in words),
+            split=split,
+            alignment=_alignment(words, labels, [n * samples for n in frames]),
+        )
+        yield line, item
+        counts[split] += 1
+        left[split] -= item.n_samples
+        if left[split] <= 0:
+            later = list(left)[list(left).index(split) + 1 :]
+            split = next((name for name in later if left[name] > 0), "")
+            if not split:
+                return
+
+
+def _labels(text: str) -> tuple[list[Word], list[str]]:
+    """Words of a sentence, and the full-context labels that say them."""
+    features = analyse(text)
+    return words_of(features), openjtalk().make_label(features)
+
+
+def _phone_of(label: str) -> str:
+    match = re.search(r"-(\w+)\+", label)
+    if match is None:
+        raise JahubertError(f"pyopenjtalk gave a label of another form than expected: {label}")
+    return match[1]
+
+
+def _alignment(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) -> tuple[Phone, ...]:
+    """The words' own phones at the times of the labels; a long vowel has two labels, silence is `pau`."""
+    spoken = [_phone_of(label) for label in labels]
+    phones: list[Phone] = []
+    wanted = (phone for word in words for phone in word.phones)
+    i = at = 0
+    while i < len(labels):
+        if spoken[i] in ("sil", "pau"):
+            symbol, parts = "pau", ["pau"]
+        else:
+            symbol = next(wanted, "nothing")
+            parts = [symbol[0]] * 2 if symbol.endswith(":") else [symbol]
+        said = spoken[i : i + len(parts)]
+        if [_kind(phone) for phone in said] != [_kind(phone) for phone in parts]:
+            raise JahubertError(
+                f"{said} is said where {symbol} is written in {' '.join(w.kana for w in words)}"
+            )
+        end = at + sum(samples[i : i + len(parts)])
+        phones.append(Phone(symbol, at, end))
+        at, i = end, i + len(parts)
+    if (rest := next(wanted, None)) is not None:
+        raise JahubertError(f"{rest} is written but not said in {' '.join(w.kana for w in words)}")
+    return tuple(phones)
+
+
+def _kind(phone: str) -> str:
+    """What Open JTalk's phones (devoiced I and U, cl, sil) and ours share: which vowel, or a consonant."""
+    if phone in ("sil", "pau", "nothing"):
+        return phone.replace("sil", "pau")
+    if phone in ("cl", "q"):
+        return "q"
+    return phone.lower() if phone.lower() in VOWELS else "N" if phone == "N" else "consonant"
+
+
+# --- sound ----------------------------------------------------------------------------------------------
+
+
+@cache
+def _engine(frame: int, warping: float) -> Any:
+    """An HTS engine with the package's voice, but this frame length and this warping."""
+    pyopenjtalk = openjtalk()
+    voice = Path(os.fsdecode(pyopenjtalk.DEFAULT_HTS_VOICE)).read_bytes()
+    voice, n_frame = re.subn(rb"FRAME_PERIOD:\d+", b"FRAME_PERIOD:%d" % frame, voice, count=1)
+    voice, n_warping = re.subn(rb"ALPHA=[\d.]+", b"ALPHA=%.3f" % warping, voice, count=1)
+    if not n_frame or not n_warping or b"SAMPLING_FREQUENCY:%d\n" % _VOICE_RATE not in voice:
+        raise DataError(
+            "the voice inside pyopenjtalk-plus is of another form than expected: install version 0.4.1"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "voice.htsvoice"
+        path.write_bytes(voice)
+        return pyopenjtalk.HTSEngine(os.fsencode(path))
+
+
+def frames_of(labels: Sequence[str]) -> list[int]:
+    """How many frames each label takes: exact, whatever the speaker."""
+    ruler = _engine(1, 0.55)
+    return [len(ruler.synthesize([label])) for label in labels]
+
+
+def speak(line: Line) -> np.ndarray:
+    """The sound of a line: int16 (T,) at 16 kHz."""
+    speaker = SPEAKERS[line.speaker]
+    engine = _engine(speaker.frame, speaker.warping)
+    engine.add_half_tone(speaker.half_tones)
+    wave = engine.synthesize(_labels(line.text)[1]).astype(np.float32)
+    wave = wave[line.lead * speaker.frame : len(wave) - line.tail * speaker.frame]
+    wave_T = soxr.resample(wave, _VOICE_RATE, SAMPLE_RATE)
+    wave_T *= 10 ** (line.level_db / 20) / np.sqrt(np.mean(wave_T**2))
+    n = len(wave_T)
+    noise = np.fft.rfft(np.random.default_rng(line.noise).standard_normal(n, dtype=np.float32))
+    noise /= np.arange(1, len(noise) + 1, dtype=np.float32) ** (line.tilt / 2)
+    noise_T = np.fft.irfft(noise, n)
+    wave_T = wave_T + noise_T * (10 ** ((line.level_db - line.snr_db) / 20) / np.sqrt(np.mean(noise_T**2)))
+    peak = np.abs(wave_T).max()
+    return np.round(wave_T * (32767 * min(1.0, 0.99 / peak))).astype(np.int16)
+
+
+def _is_there(item: Utterance) -> bool:
+    try:
+        return soundfile.info(item.audio.path).frames == item.n_samples
+    except (OSError, RuntimeError):
+        return False
+
+
+def _make(lines: Sequence[Line], work: Path, processes: int) -> None:
+    """Write the sound of the lines; with several processes, each a fresh interpreter that runs this file."""
+    if processes <= 1 or len(lines) < 2 * processes:
+        for line in lines:
+            _write(line, work)
+        return
+    code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", code, __file__, str(Path(__file__).parent), *sys.path]
+
+    def run(share: Sequence[Line]) -> subprocess.CompletedProcess:
+        order = json.dumps([str(work), [asdict(line) for line in share]])
+        return subprocess.run(command, input=order, capture_output=True, text=True, encoding="utf-8")
+
+    with ThreadPoolExecutor(processes) as pool:
+        for done in pool.map(run, [lines[i::processes] for i in range(processes)]):
+            if done.returncode:
+                raise JahubertError(f"a process that makes the demo corpus failed:\n{done.stderr[-2000:]}")
+
+
+def _write(line: Line, work: Path) -> None:
+    path = line.path(work)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    soundfile.write(beside, speak(line), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    folder, order = json.load(sys.stdin)
+    _make([Line(**line) for line in order], Path(folder), 1)
