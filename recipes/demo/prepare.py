@@ -2,7 +2,7 @@
 
 Nothing is downloaded. The voice is the one inside pyopenjtalk-plus (HTS voice "Mei", CC BY 3.0, MMDAgent
 Project Team), and every phone's time is known exactly. That comes from how an HTS voice works: at speed 1.0
-the number of 5 ms frames of a phone depends on its own context label alone. So a copy of the voice whose frame
+the number of 5 ms frames of a phone depends on its context label alone. So a copy of the voice whose frame
 is one sample long says how many frames a label takes, in no time. Copies with a longer or shorter frame speak
 slower or faster, every duration scaled alike; another frequency warping is a shorter or longer vocal tract.
 With a pitch these are the speakers.
