@@ -2,7 +2,7 @@
 
     config.json  model.safetensors  preprocessor_config.json     Hugging Face's layout
     vocab.json                                                  CTC models: symbol -> index
-    jahubert.json                                               format, phoneme set, layer of the units, origin
+    jahubert.json                                               format, phoneme set, unit layer, origin
     centroids.safetensors  pretraining_heads.safetensors        where they exist
     README.md                                                   a model card
 
@@ -98,7 +98,10 @@ def save_bundle(
     if unit_head is not None:
         save_file(_plain(unit_head.state_dict()), beside / "pretraining_heads.safetensors")
     if centroids_KD is not None:
-        save_file({"centroids_KD": centroids_KD.detach().float().cpu().contiguous()}, beside / "centroids.safetensors")
+        save_file(
+            {"centroids_KD": centroids_KD.detach().float().cpu().contiguous()},
+            beside / "centroids.safetensors",
+        )
     extra = {
         "format": FORMAT,
         "config": {"conv_grad_scale": hubert.config.conv_grad_scale, "normalize": hubert.config.normalize},
@@ -108,7 +111,9 @@ def save_bundle(
         **(info or {}),
     }
     _write_json(beside / "jahubert.json", extra)
-    (beside / "README.md").write_text(_model_card(path.name, hubert, extra, ctc is not None), encoding="utf-8")
+    (beside / "README.md").write_text(
+        _model_card(path.name, hubert, extra, ctc is not None), encoding="utf-8"
+    )
     if path.exists():
         old = path.with_name(path.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -129,11 +134,14 @@ def load_bundle(source: str | os.PathLike) -> Bundle:
     path = _folder(source)
     hf = _read_json(path / "config.json")
     if hf.get("model_type") != "hubert":
-        raise CheckpointError(f"{path}/config.json: model_type is {hf.get('model_type')!r}, but must be 'hubert'")
+        raise CheckpointError(
+            f"{path}/config.json: model_type is {hf.get('model_type')!r}, but must be 'hubert'"
+        )
     extra = _read_json(path / "jahubert.json") if (path / "jahubert.json").exists() else {}
     if extra.get("format", FORMAT) > FORMAT:
         raise CheckpointError(
-            f"{path}: written in format {extra['format']}, this jahubert reads up to {FORMAT}; update jahubert"
+            f"{path}: written in format {extra['format']}, but this jahubert reads up to {FORMAT}; "
+            "update jahubert"
         )
     config = _from_hf(path, hf, extra)
     weights = _read_tensors(path / "model.safetensors")
@@ -179,7 +187,10 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _load(path: Path, module: nn.Module, weights: dict[str, Tensor]) -> None:
     own = module.state_dict()
     # transformers names the weight norm after whichever torch API saved it.
-    old = {"conv.weight_g": "conv.parametrizations.weight.original0", "conv.weight_v": "conv.parametrizations.weight.original1"}
+    old = {
+        "conv.weight_g": "conv.parametrizations.weight.original0",
+        "conv.weight_v": "conv.parametrizations.weight.original1",
+    }
     for suffix, name in old.items():
         for key in [key for key in weights if key.endswith("pos_conv_embed." + suffix)]:
             weights[key.removesuffix(suffix) + name] = weights.pop(key)
@@ -187,7 +198,9 @@ def _load(path: Path, module: nn.Module, weights: dict[str, Tensor]) -> None:
     if prefix and all(key.startswith(prefix) or key.startswith("lm_head.") for key in weights):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     mask_key = next((key for key in own if key.endswith("masked_spec_embed")), None)
-    if mask_key and mask_key not in weights:  # Hugging Face leaves it out of models that were saved without masking
+    if (
+        mask_key and mask_key not in weights
+    ):  # Hugging Face leaves it out of models that were saved without masking
         weights[mask_key] = own[mask_key]
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     wrong = [
@@ -196,7 +209,11 @@ def _load(path: Path, module: nn.Module, weights: dict[str, Tensor]) -> None:
         if weights[key].shape != own[key].shape
     ]
     if missing or extra or wrong:
-        says = [f"missing {missing[:5]}" * bool(missing), f"unknown {extra[:5]}" * bool(extra), *sorted(wrong)[:5]]
+        says = [
+            f"missing {missing[:5]}" * bool(missing),
+            f"unknown {extra[:5]}" * bool(extra),
+            *sorted(wrong)[:5],
+        ]
         raise CheckpointError(f"{path}: weights do not fit config.json: " + "; ".join(filter(None, says)))
     module.load_state_dict({key: value.float() for key, value in weights.items()})
 
@@ -209,7 +226,9 @@ def _folder(source: str | os.PathLike) -> Path:
         return path
     name = str(source)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise CheckpointError(f"{name}: no such model folder; give a bundle folder or a Hub name such as owner/model")
+        raise CheckpointError(
+            f"{name}: no such model folder; give a bundle folder or a Hub name such as owner/model"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -218,7 +237,9 @@ def _folder(source: str | os.PathLike) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the Hub's errors share no base class
-        raise CheckpointError(f"{name}: no such folder, and the Hub did not give it either: {error}") from error
+        raise CheckpointError(
+            f"{name}: no such folder, and the Hub did not give it either: {error}"
+        ) from error
 
 
 def _read_json(path: Path) -> dict:
@@ -237,9 +258,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing; this reads safetensors weights only") from None
+        raise CheckpointError(
+            f"{path.parent}: {path.name} is missing; this reads safetensors weights only"
+        ) from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: broken or truncated safetensors file ({error}); copy it again") from error
+        raise CheckpointError(
+            f"{path}: broken or truncated safetensors file ({error}); copy it again"
+        ) from error
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -272,7 +297,9 @@ def _from_hf(path: Path, hf: dict, extra: dict) -> HubertConfig:
             raise CheckpointError(f"{path}/config.json: {key} is {hf[key]!r}; only {value!r} is supported")
     fields = {name: hf[key] for name, key in _HF_KEYS.items() if key in hf}
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    processor = _read_json(path / "preprocessor_config.json") if (path / "preprocessor_config.json").exists() else {}
+    processor = (
+        _read_json(path / "preprocessor_config.json") if (path / "preprocessor_config.json").exists() else {}
+    )
     fields["normalize"] = bool(processor.get("do_normalize", fields.get("pre_norm", False)))
     fields.update(extra.get("config", {}))
     try:
@@ -300,14 +327,23 @@ def _model_card(name: str, model: HubertModel, extra: dict, ctc: bool) -> str:
         f"# {name}",
         "",
         f"HuBERT with {config.layers} blocks of width {config.width} ({millions:.1f} M parameters), "
-        + ("fine-tuned with CTC on Japanese phonemes." if ctc else "pretrained by masked prediction of units."),
-        "Input: 16 kHz mono waveforms" + (", normalised per utterance." if config.normalize else ", as they are."),
+        + (
+            "fine-tuned with CTC on Japanese phonemes."
+            if ctc
+            else "pretrained by masked prediction of units."
+        ),
+        "Input: 16 kHz mono waveforms"
+        + (", normalised per utterance." if config.normalize else ", as they are."),
         "",
         "Made with jahubert: `jahubert.FeatureExtractor.from_pretrained(folder)`"
         + (", `jahubert transcribe --model folder audio.wav`." if ctc else "."),
         "",
         "```json",
-        json.dumps({key: extra[key] for key in extra if key not in ("phonemes", "config")}, indent=2, ensure_ascii=False),
+        json.dumps(
+            {key: extra[key] for key in extra if key not in ("phonemes", "config")},
+            indent=2,
+            ensure_ascii=False,
+        ),
         "```",
         "",
     ]

@@ -57,9 +57,11 @@ class FrameGrid:
         return sample - sample % self.hop
 
     def step_in(self, finer: FrameGrid) -> int:
-        """How many frames of `finer` go to one frame of this grid; frame `t` here is frame `t * step` there."""
+        """How many frames of `finer` one frame of this grid steps over: frame `t` here is `t * step` there."""
         if finer.window != self.window or self.hop % finer.hop:
-            raise ConfigError(f"{finer} does not subdivide {self}: windows must be equal and hops must divide")
+            raise ConfigError(
+                f"{finer} does not subdivide {self}: windows must be equal and hops must divide"
+            )
         return self.hop // finer.hop
 
     @property

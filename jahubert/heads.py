@@ -48,6 +48,6 @@ class HubertForCtc(nn.Module):
         return self.hubert.config
 
     def forward(self, wav_BT: Tensor, n_samples_B=None, **masks) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (B, S, V) in float32 and valid frames (B,); `masks` as in `HubertModel.forward`."""
+        """Log-probabilities (B, S, V), float32, and valid frames (B,); `masks` as for `HubertModel`."""
         encoded = self.hubert(wav_BT, n_samples_B, **masks)
         return self.lm_head(encoded.hidden_BSD).float().log_softmax(-1), encoded.n_frames_B

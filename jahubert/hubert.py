@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,12 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import FrameGrid
+from jahubert.packing import Packing
 
 
 @dataclass(frozen=True)
 class HubertConfig:
-    """Sizes and regularisation of a HuBERT; the defaults are the paper's BASE (Table I, fairseq's base yaml)."""
+    """Sizes and regularisation; the defaults are the paper's BASE (Table I, fairseq's base yaml)."""
 
     conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
     conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the layer below
@@ -117,42 +118,6 @@ class Encoded:
     conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar
 
 
-class Packing:
-    """Valid frames of a padded batch laid end to end, and attention inside each utterance."""
-
-    def __init__(self, n_frames: Sequence[int], width: int, device: torch.device):
-        self.n_frames, self.width = list(n_frames), width
-        self.full = all(n == width for n in self.n_frames)
-        self.mask_BS = torch.arange(width, device=device) < torch.tensor(self.n_frames, device=device)[:, None]
-        self.index_N = None if self.full else self.mask_BS.flatten().nonzero()[:, 0]
-
-    def pack(self, x_BSD: Tensor) -> Tensor:
-        flat = x_BSD.flatten(0, 1)
-        return flat if self.index_N is None else flat.index_select(0, self.index_N)
-
-    def unpack(self, x_ND: Tensor) -> Tensor:
-        shape = (len(self.n_frames), self.width, *x_ND.shape[1:])
-        if self.index_N is None:
-            return x_ND.reshape(shape)
-        flat = x_ND.new_zeros(shape[0] * shape[1], *x_ND.shape[1:])
-        return flat.index_copy(0, self.index_N, x_ND).reshape(shape)
-
-    def attend(self, q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, dropout: float) -> Tensor:
-        """Scaled dot-product attention; the three inputs and the result are (N, heads, head width)."""
-        if self.full:
-            q, k, v = (self.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
-        if q_NHE.device.type == "cpu":  # one call an utterance computes no padded pair at all
-            rows = zip(*(x.transpose(0, 1).split(self.n_frames, dim=1) for x in (q_NHE, k_NHE, v_NHE)), strict=True)
-            outs = [F.scaled_dot_product_attention(q[None], k[None], v[None], dropout_p=dropout)[0] for q, k, v in rows]
-            return torch.cat(outs, dim=1).transpose(0, 1)
-        q, k, v = (self.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
-        mask = self.mask_BS[:, None, None, :]
-        return self.pack(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
-        )
-
-
 class ConvLayer(nn.Module):
     """Convolution over time, a norm where the layer has one, GELU."""
 
@@ -170,7 +135,7 @@ class ConvLayer(nn.Module):
         """`n_frames`: valid output frames of each row, for the statistics of the group norm."""
         x_BCS = self.conv(x_BCS)
         if self.norm == "group":
-            x_BCS = _group_norm(x_BCS, n_frames, self.layer_norm).to(x_BCS.dtype)
+            x_BCS = _group_norm(x_BCS, n_frames, cast(nn.GroupNorm, self.layer_norm)).to(x_BCS.dtype)
         elif self.norm == "layer":
             x_BCS = self.layer_norm(x_BCS.transpose(1, 2)).transpose(1, 2)
         return F.gelu(x_BCS)
@@ -205,7 +170,8 @@ class ConvFrontEnd(nn.Module):
         """Frames (B, C, S); those that reach behind an utterance's last sample are not valid."""
         x_BCS, lengths = wav_BT[:, None], list(n_samples)
         for layer in self.conv_layers:
-            kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+            conv = cast(nn.Conv1d, layer.conv)
+            kernel, stride = conv.kernel_size[0], conv.stride[0]
             lengths = [(n - kernel) // stride + 1 for n in lengths]
             x_BCS = layer(x_BCS, lengths)
         return x_BCS
@@ -230,7 +196,7 @@ class PositionalConv(nn.Module):
         kernel, width = config.pos_conv_kernel, config.width
         conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=config.pos_conv_groups)
         nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * width)))
-        nn.init.zeros_(conv.bias)
+        nn.init.zeros_(cast(Tensor, conv.bias))
         self.conv = weight_norm(conv, dim=2)
         self.extra = 1 - kernel % 2  # an even kernel gives one frame too many
 
@@ -386,12 +352,16 @@ class HubertModel(nn.Module):
     def _check_layers(self, last_layer: int | None, keep_layers: Iterable[int]) -> None:
         top = self.config.layers if last_layer is None else last_layer
         if not 0 <= top <= self.config.layers:
-            raise ConfigError(f"layer {last_layer} was asked for, but the model has blocks 1 to {self.config.layers}")
+            raise ConfigError(
+                f"layer {last_layer} was asked for, but the model has blocks 1 to {self.config.layers}"
+            )
         wrong = [number for number in keep_layers if not 0 <= number <= top]
         if wrong:
             raise ConfigError(f"layers {wrong} were asked for, but only 0 to {top} are computed")
 
-    def _prepare(self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None) -> tuple[Tensor, list[int]]:
+    def _prepare(
+        self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None
+    ) -> tuple[Tensor, list[int]]:
         """Zero what lies behind each utterance, normalise if the model wants it, check the lengths."""
         if wav_BT.ndim != 2:
             raise AudioError(f"waveforms must be (batch, samples), but have shape {tuple(wav_BT.shape)}")
@@ -400,8 +370,8 @@ class HubertModel(nn.Module):
         shortest, window = min(lengths), self.config.grid.window
         if shortest < window:
             raise AudioError(
-                f"utterance {lengths.index(shortest)} of the batch has {shortest} samples, but one frame needs "
-                f"{window}; drop it or pad it with silence"
+                f"utterance {lengths.index(shortest)} of the batch has {shortest} samples, but one frame "
+                f"needs {window}; drop it or pad it with silence"
             )
         if max(lengths) > width or len(lengths) != batch:
             raise AudioError(f"lengths {lengths} do not fit waveforms of shape {tuple(wav_BT.shape)}")
@@ -409,7 +379,10 @@ class HubertModel(nn.Module):
             rows = [_normalize(wav[:n]) for wav, n in zip(wav_BT, lengths, strict=True)]
             wav_BT = torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
         elif min(lengths) < width:
-            valid = torch.arange(width, device=wav_BT.device) < torch.tensor(lengths, device=wav_BT.device)[:, None]
+            valid = (
+                torch.arange(width, device=wav_BT.device)
+                < torch.tensor(lengths, device=wav_BT.device)[:, None]
+            )
             wav_BT = torch.where(valid, wav_BT, 0.0)
         return wav_BT, lengths
 

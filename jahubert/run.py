@@ -1,4 +1,6 @@
-"""The door to the stages: `python -m jahubert.run recipe=NAME stage=STAGE [iteration=N] [system=NAME] [key=value ...]`.
+"""The door to the stages.
+
+    python -m jahubert.run recipe=NAME stage=STAGE [iteration=N] [system=NAME] [key=value ...]
 
 `stage=all` runs what is not done yet, in order, over all iterations and systems. The only file that
 imports Hydra. What a stage sees is composed in this order, later wins: the defaults of its dataclass,
@@ -27,7 +29,7 @@ PER_SYSTEM = ("finetune", "decode", "score")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the overrides ask for; returns the exit status (0, 1, 2 for a user's mistake, 75 to be requeued)."""
+    """Run what the overrides ask for; returns the exit status (2: a user's mistake, 75: stopped, to be continued)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if argv in (["-h"], ["--help"]):
@@ -77,13 +79,17 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
     from jahubert.train.lookup import STAGES
 
     if tree["recipe"] is None:
-        raise ConfigError("recipe=... is missing; choose one of " + ", ".join(_recipes()) + ", or give a folder")
+        raise ConfigError(
+            "recipe=... is missing; choose one of " + ", ".join(_recipes()) + ", or give a folder"
+        )
     asked, systems = tree["stage"], list(tree["systems"])
     if asked != "all" and asked not in STAGES:
         from jahubert.train.config import unknown_key
 
         known = [*STAGES, "all"]
-        raise ConfigError("stage=" + (unknown_key(str(asked), known, "") if asked else f"... is missing; {known}"))
+        raise ConfigError(
+            "stage=" + (unknown_key(str(asked), known, "") if asked else f"... is missing; {known}")
+        )
     if tree["system"] is not None and tree["system"] not in systems:
         raise ConfigError(f"system={tree['system']}: this recipe has the systems {', '.join(systems)}")
     chosen = [tree["system"]] if tree["system"] else systems
@@ -94,7 +100,9 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
     if asked != "all":
         return [(asked, None, None)]
     order: list[tuple[str, int | None, str | None]] = [("prepare", None, None)]
-    order += [(stage, iteration, None) for iteration in range(1, tree["iterations"] + 1) for stage in ITERATED]
+    order += [
+        (stage, iteration, None) for iteration in range(1, tree["iterations"] + 1) for stage in ITERATED
+    ]
     order += [("targets", None, None)]
     order += [(stage, None, system) for system in chosen for stage in PER_SYSTEM]
     return [*order, ("report", None, None)]
@@ -150,12 +158,13 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         values = {p.key_or_group: p.value() for p in parsed}
         recipe = values.get("recipe")
-        blocks = OmegaConf.create({})
+        blocks: Any = OmegaConf.create({})
         if recipe is not None:
             blocks = OmegaConf.load(recipe_folder(str(recipe)) / "recipe.yaml")
         groups = {name: values[name] for name in ("model", "iteration") if name in values}
         groups.setdefault("model", blocks.get("model_size", "base"))
         wanted = [f"{name}={value}" for name, value in groups.items()]
+        tree: Any
         if GlobalHydra.instance().is_initialized():  # inside Hydra's own main
             tree = hydra_compose("config", overrides=wanted)
         else:
@@ -169,12 +178,13 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         for override in parsed:
             if override.key_or_group not in ("model", "iteration"):
                 OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
+        if "name" not in values and recipe is not None:
+            tree.name = Path(str(recipe)).name  # a recipe may be given as a folder
         tree.recipe, tree.system = recipe, tree.system if system is None else system
         tree.setdefault("systems", {"main": {}})
-        plain = OmegaConf.to_container(tree, resolve=True)
+        plain: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
-    assert isinstance(plain, dict)  # the root of a config is a mapping
     _check_top(plain)
     return plain
 

@@ -37,7 +37,9 @@ class MaskConfig:
     channel_length: int = 64  # channels
 
     def __post_init__(self) -> None:
-        if not (0 <= self.prob < 1 and 0 <= self.channel_prob < 1 and self.length > 0 and self.channel_length > 0):
+        if not (
+            0 <= self.prob < 1 and 0 <= self.channel_prob < 1 and self.length > 0 and self.channel_length > 0
+        ):
             raise ConfigError(f"mask: probabilities must be in [0, 1) and lengths positive, found {self}")
 
 
@@ -82,7 +84,9 @@ class CtcBatch(_Batch):
 
     def __post_init__(self) -> None:
         if int(self.n_target_B.sum()) != len(self.target_L):
-            raise DataError(f"targets have {len(self.target_L)} symbols, their lengths sum to {int(self.n_target_B.sum())}")
+            raise DataError(
+                f"{len(self.target_L)} target symbols, but their lengths sum to {int(self.n_target_B.sum())}"
+            )
 
 
 def pad(rows: list[Tensor]) -> Tensor:
@@ -96,7 +100,9 @@ class CropConfig:
 
     min_seconds: float = 2.0  # shorter ones are left out
     max_seconds: float = 15.625  # longer ones are cropped, at random, on the frame grid
-    keep_in_memory_hours: float = free(4.0)  # audio kept decoded between epochs (0.23 GB an hour, each worker)
+    keep_in_memory_hours: float = free(
+        4.0
+    )  # audio kept decoded between epochs (0.23 GB an hour, each worker)
 
 
 class WaveCache:
@@ -139,7 +145,10 @@ class PretrainData:
         self.longest = HUBERT.floor(int(crop.max_seconds * SAMPLE_RATE))
         rows = manifest.indices(split=split)
         length = manifest.n_samples[rows]
-        rows, length = rows[length >= crop.min_seconds * SAMPLE_RATE], length[length >= crop.min_seconds * SAMPLE_RATE]
+        rows, length = (
+            rows[length >= crop.min_seconds * SAMPLE_RATE],
+            length[length >= crop.min_seconds * SAMPLE_RATE],
+        )
         self.waves = WaveCache(manifest, crop.keep_in_memory_hours)
         self.sampler = Sampler(
             rows, np.minimum(length, self.longest), micro_seconds=micro_seconds, per_step=per_step, seed=seed

@@ -37,7 +37,9 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     built = _build(tree, cls, where, mistakes)
     if mistakes:
         raise ConfigError(
-            "the configuration has " + f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes)
+            "the configuration has "
+            + f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  "
+            + "\n  ".join(mistakes)
         )
     return built
 
@@ -98,7 +100,9 @@ def _value(value: Any, hint: Any, where: str, mistakes: list[str]) -> Any:
     converted = _scalar(value, hint)
     if converted is None:
         name = getattr(hint, "__name__", str(hint))
-        mistakes.append(f"{where}: expected {name}, found {value!r}" + ("; give it a value" * (value is None)))
+        mistakes.append(
+            f"{where}: expected {name}, found {value!r}" + ("; give it a value" * (value is None))
+        )
     return converted
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -99,7 +99,9 @@ class Mine:
         return itertools.islice(self.sampler.stream(*self.state), ranks.rank(), None, ranks.world())
 
 
-def micro_batches(data: Data, config: TrainConfig, epoch: int, cursor: int) -> Iterator[tuple[MicroBatch, Any]]:
+def micro_batches(
+    data: Data, config: TrainConfig, epoch: int, cursor: int
+) -> Iterator[tuple[MicroBatch, Any]]:
     """Loaded micro-batches of this process; raises what reading them raised."""
     loader = DataLoader(
         Reader(data),
@@ -155,7 +157,9 @@ def train(
             if run.step % config.save_every == 0 or stop or run.step == config.max_steps:
                 run.save()
             if stop and run.step < config.max_steps:
-                raise Stopped(f"told to stop by {stop[0]}: saved at step {run.step}; the same command continues")
+                raise Stopped(
+                    f"told to stop by {stop[0]}: saved at step {run.step}; the same command continues"
+                )
     if best is not None and (out / "best.safetensors").exists():
         module.load_state_dict(load_file(out / "best.safetensors"))
         return run.best_metrics
@@ -170,8 +174,8 @@ class _Run:
         self.dtype = pick_precision(config, self.device)
         if config.per_step % ranks.world():
             raise ConfigError(
-                f"one step takes {config.per_step} micro-batches, which {ranks.world()} processes cannot share "
-                "evenly; change micro_seconds"
+                f"one step takes {config.per_step} micro-batches, which {ranks.world()} processes cannot "
+                "share evenly; change micro_seconds"
             )
         self.module, self.data, self.config, self.out = module.to(self.device), data, config, out
         self.wrapped: nn.Module = module
@@ -206,7 +210,9 @@ class _Run:
         totals = ranks.total(sums, self.device)
         if not math.isfinite(totals["total"]):
             names = ", ".join(str(row) for row in itertools.islice(itertools.chain(*rows), 8))
-            raise JahubertError(f"step {self.step + 1}: the loss is {totals['total']}; rows of the manifest: {names} ...")
+            raise JahubertError(
+                f"step {self.step + 1}: the loss is {totals['total']}; rows of the manifest: {names} ..."
+            )
         norm = self._update(totals.pop("count"), totals, self.module)
         self._forward_state(micro)
         self.window.add(totals, norm)
@@ -228,7 +234,7 @@ class _Run:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in module.parameters() if p.grad is not None]
         # Data-parallel gradients are means over processes; what is wanted is the sum over targets / targets.
-        torch._foreach_mul_([p.grad for p in parameters], ranks.world() / max(count, 1.0))
+        torch._foreach_mul_([cast(Tensor, p.grad) for p in parameters], ranks.world() / max(count, 1.0))
         limit = self.config.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit) if parameters else torch.zeros(())
         rate = lr_at(self.step, self.config)
@@ -311,19 +317,25 @@ class _Run:
     def _run_state(self) -> dict[str, Any]:
         names = ("step", "epoch", "cursor", "best_value", "best_metrics", "last_metrics")
         window = {name: getattr(self.window, name) for name in ("sums", "norm", "steps")}
-        return {name: getattr(self, name) for name in names} | {"window": window, "scaler": self.scaler.state_dict()}
+        return {name: getattr(self, name) for name in names} | {
+            "window": window,
+            "scaler": self.scaler.state_dict(),
+        }
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
         found = sorted((self.out / "checkpoints").glob("step_*[0-9]"))
         if found:
             model, optimizer = get_state_dict(self.module, self.optimizer)
-            state = {"model": model, "optimizer": optimizer}
+            state: dict[str, Any] = {"model": model, "optimizer": optimizer}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.load(state, checkpoint_id=found[-1])
             set_state_dict(
-                self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+                self.module,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
             )
             run = read_record(found[-1] / "run.json")
             self.scaler.load_state_dict(run.pop("scaler"))
@@ -378,7 +390,10 @@ def _stop_signals() -> Iterator[list[str]]:
     stop: list[str] = []
     wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     try:
-        before = {number: signal.signal(number, lambda n, _: stop.append(signal.Signals(n).name)) for number in wanted}
+        before = {
+            number: signal.signal(number, lambda n, _: stop.append(signal.Signals(n).name))
+            for number in wanted
+        }
     except ValueError:  # not the main thread: its owner decides
         before = {}
     try:

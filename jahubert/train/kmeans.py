@@ -24,6 +24,7 @@ Frames = Tensor | np.ndarray
 
 _COARSE_FRAMES = 64  # a cluster, in the sample of the first level
 _COARSE_MIN = 20_000  # frames
+_COARSE_PASSES, _COARSE_TOL = 30, 1e-3  # for each level but the last
 _GROWTH = 4  # from one level to the next
 
 
@@ -166,14 +167,18 @@ def _pass(frames_ND: Frames, centroids_KD: Tensor, sums: bool = True) -> _Total:
 
 
 def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
-    """The n frames that lie farthest from their centroids, those on a centroid left out: (<= n, D)."""
-    best = torch.zeros(0, device=centroids_KD.device)
-    vectors = centroids_KD[:0]
+    """Up to n frames (n, D) that lie far from all centroids, and from each other: outliers have neighbours."""
+    pool_N = torch.zeros(0, device=centroids_KD.device)
+    pool_ND = centroids_KD[:0]
     for x_ND in _blocks(frames_ND, centroids_KD):
-        distances = torch.cat([best, _nearest(x_ND, centroids_KD)[1]])
-        best, index = distances.topk(min(n, len(distances)))
-        vectors = torch.cat([vectors, x_ND])[index]
-    return vectors[best > 0]
+        distance_N = torch.cat([pool_N, _nearest(x_ND, centroids_KD)[1]])
+        pool_N, index = distance_N.topk(min(n * 32, len(distance_N)))
+        pool_ND = torch.cat([pool_ND, x_ND])[index]
+    chosen: list[Tensor] = []
+    while len(chosen) < n and float(pool_N.max()) > 0:
+        chosen.append(pool_ND[int(pool_N.argmax())])
+        pool_N = torch.minimum(pool_N, (pool_ND - chosen[-1]).square().sum(dim=1))
+    return torch.stack(chosen) if chosen else centroids_KD[:0]
 
 
 def _lloyd(
@@ -199,6 +204,23 @@ def _lloyd(
     return centroids_KD, history, reseeded
 
 
+def _coarse(
+    frames_ND: Frames, order: np.ndarray, n_clusters: int, n_init: int, seed: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """The best of several starts on a small sample, and how many frames of `order` it has seen."""
+    size = max(_COARSE_FRAMES * n_clusters, _COARSE_MIN)
+    sample_ND = _take(frames_ND, order[:size], device)
+    best, least = None, math.inf
+    for start in range(n_init):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        centroids_KD = _plus_plus(sample_ND, n_clusters, generator)
+        centroids_KD, history, _ = _lloyd(sample_ND, centroids_KD, _COARSE_PASSES, _COARSE_TOL)
+        if best is None or history[-1] < least:
+            best, least = centroids_KD, history[-1]
+    assert best is not None
+    return best, size
+
+
 def _fit_torch(
     frames_ND: Frames,
     n_clusters: int,
@@ -209,27 +231,13 @@ def _fit_torch(
     seed: int,
     device: torch.device,
 ) -> tuple[Tensor, list[float], int]:
-    # One order of the frames: every level sees the first so many of it. The last level needs no copy.
     n_frames = len(frames_ND)
-    size = max(_COARSE_FRAMES * n_clusters, _COARSE_MIN)
-    order = np.random.default_rng(seed).permutation(n_frames) if size < n_frames else np.arange(n_frames)
-    sample_ND = _take(frames_ND, order[:size], device)
-    best: tuple[Tensor, list[float], int] | None = None
-    for start in range(n_init):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        found = _lloyd(sample_ND, _plus_plus(sample_ND, n_clusters, generator), max_iter, tol)
-        if best is None or found[1][-1] < best[1][-1]:
-            best = found
-    assert best is not None
-    centroids_KD, history, reseeded = best
-    if size >= n_frames:
-        return centroids_KD, history, reseeded
+    order = np.random.default_rng(seed).permutation(n_frames)  # every level sees the first so many of it
+    centroids_KD, size = _coarse(frames_ND, order, n_clusters, n_init, seed, device)
     while (size := size * _GROWTH) * 2 < n_frames:
         sample_ND = _take(frames_ND, order[:size], device)
-        centroids_KD, _, again = _lloyd(sample_ND, centroids_KD, max_iter, tol)
-        reseeded += again
-    centroids_KD, history, again = _lloyd(frames_ND, centroids_KD, max_iter, tol)
-    return centroids_KD, history, reseeded + again
+        centroids_KD, _, _ = _lloyd(sample_ND, centroids_KD, _COARSE_PASSES, _COARSE_TOL)
+    return _lloyd(frames_ND, centroids_KD, max_iter, tol)
 
 
 def _take(frames_ND: Frames, rows: np.ndarray, device: torch.device) -> Tensor:
@@ -240,8 +248,8 @@ def _take(frames_ND: Frames, rows: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-means++: of a few candidates drawn by squared distance, the one that lowers the inertia most."""
-    x_ND = x_ND - x_ND.mean(dim=0)
+    """Greedy k-means++: of a few frames drawn by squared distance, the one that helps most."""
+    frames_ND, x_ND = x_ND, x_ND - x_ND.mean(dim=0)
     norm_N = x_ND.square().sum(dim=1)
     n_candidates = 2 + int(math.log(n_clusters))
     chosen = [int(torch.randint(len(x_ND), (1,), generator=generator))]
@@ -254,9 +262,83 @@ def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Ten
         best = int(closer_CN.sum(dim=1).argmin())
         distance_N = closer_CN[best]
         chosen.append(int(rows[best]))
-    return x_ND[chosen] + 0 if False else x_ND[chosen]
+    return frames_ND[chosen]
 
 
 def _to_rows(x_ND: Tensor, norm_N: Tensor, rows: Tensor | list[int]) -> Tensor:
     """Squared distances of all frames to some of them, (rows, N)."""
     return (norm_N + norm_N[rows][:, None] - 2 * (x_ND[rows] @ x_ND.T)).clamp_(min=0)
+
+
+def _fit_faiss(
+    frames_ND: Frames,
+    n_clusters: int,
+    *,
+    n_init: int,
+    max_iter: int,
+    tol: float,
+    seed: int,
+    device: torch.device,
+) -> tuple[Tensor, list[float], int]:
+    """faiss.Kmeans over all frames, from our start (its own random one is much worse); it has no `tol`."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError("faiss", "gpu") from error
+    on_gpu = device.type == "cuda"
+    if on_gpu and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
+        # faiss itself would run on the CPU without a word
+        raise ConfigError("faiss sees no GPU here (faiss-cpu?): use device=cpu or backend=torch")
+    n_frames, dim = frames_ND.shape
+    kmeans = faiss.Kmeans(
+        dim,
+        n_clusters,
+        niter=max_iter,
+        seed=seed,
+        gpu=on_gpu,
+        min_points_per_centroid=1,
+        max_points_per_centroid=math.ceil(n_frames / n_clusters) + 1,  # its default looks at 256 of them
+    )
+    order = np.random.default_rng(seed).permutation(n_frames)
+    start_KD, _ = _coarse(frames_ND, order, n_clusters, n_init, seed, device)
+    kmeans.train(_contiguous(frames_ND), init_centroids=_contiguous(start_KD))
+    history = [float(total) / n_frames for total in kmeans.obj]
+    splits = sum(int(stats["nsplit"]) for stats in kmeans.iteration_stats)
+    return torch.from_numpy(np.array(kmeans.centroids)).to(device), history, splits
+
+
+def _fit_sklearn(
+    frames_ND: Frames,
+    n_clusters: int,
+    *,
+    n_init: int,
+    max_iter: int,
+    tol: float,
+    seed: int,
+    device: torch.device,
+) -> tuple[Tensor, list[float], int]:
+    """MiniBatchKMeans exactly as fairseq's recipe calls it, with a random state of its own."""
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "train") from error
+    kmeans = MiniBatchKMeans(
+        n_clusters=n_clusters,
+        init="k-means++",
+        max_iter=100,
+        batch_size=10_000,
+        tol=0.0,
+        max_no_improvement=100,
+        init_size=None,
+        n_init=20,
+        reassignment_ratio=0.0,
+        compute_labels=False,
+        random_state=seed,
+    ).fit(_contiguous(frames_ND))
+    return torch.from_numpy(kmeans.cluster_centers_.astype(np.float32)).to(device), [], 0
+
+
+def _contiguous(frames_ND: Frames) -> np.ndarray:
+    if isinstance(frames_ND, Tensor):
+        frames_ND = frames_ND.cpu().float().numpy()
+    return np.ascontiguousarray(frames_ND, dtype=np.float32)

@@ -11,7 +11,9 @@ def unit_loss(logits_NK: Tensor, unit_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NK.float(), unit_N, reduction="sum")
 
 
-def ctc_loss(logp_BSV: Tensor, n_frames_B: Tensor, target_L: Tensor, n_target_B: Tensor, blank: int = 0) -> Tensor:
+def ctc_loss(
+    logp_BSV: Tensor, n_frames_B: Tensor, target_L: Tensor, n_target_B: Tensor, blank: int = 0
+) -> Tensor:
     """Sum of the CTC loss (nats) over utterances; one that cannot be aligned counts zero.
 
     `target_L` holds all targets of the batch end to end.

@@ -41,13 +41,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         wrong = [
             f"{name} is {getattr(self, name)}, but must be positive"
-            for name in ("max_steps", "batch_seconds", "micro_seconds", "lr", "log_every", "save_every", "keep_last")
+            for name in (
+                "max_steps",
+                "batch_seconds",
+                "micro_seconds",
+                "lr",
+                "log_every",
+                "save_every",
+                "keep_last",
+            )
             if getattr(self, name) <= 0
         ]
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
             wrong.append("warmup and hold are shares of the steps and cannot sum to more than 1")
         if self.micro_seconds > self.batch_seconds:
-            wrong.append(f"micro_seconds {self.micro_seconds} is more than batch_seconds {self.batch_seconds}")
+            wrong.append(
+                f"micro_seconds {self.micro_seconds} is more than batch_seconds {self.batch_seconds}"
+            )
         if wrong:
             raise ConfigError("; ".join(wrong))
 
@@ -97,7 +107,16 @@ def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
         ConfigError: fp16 on a CPU, which is several times slower than float32 there.
     """
     if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+        return torch.bfloat16 if bf16 else torch.float32
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision=fp16 is slower than fp32 on a CPU; use precision=fp32 or bf16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; on one that does not, it is slower than float32."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a private name: absent means unknown
+        return False

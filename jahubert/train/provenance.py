@@ -64,7 +64,11 @@ def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: 
         "metrics": metrics,
         "seconds": round(seconds, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "made_with": {"jahubert": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "made_with": {
+            "jahubert": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
     write_json(out / DONE, record)
 
@@ -73,7 +77,9 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable ({error}); delete the folder {path.parent} to make it again") from error
+        raise DataError(
+            f"{path}: not readable ({error}); delete the folder {path.parent} to make it again"
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -99,7 +105,9 @@ def _input_fingerprint(name: str, path: Path) -> str:
         if (folder / DONE).exists():
             return read_record(folder / DONE)["fingerprint"]
         if (folder / STARTED).exists():
-            raise DataError(f"{name}: {folder} is not finished; run that stage first (jahubert status shows which)")
+            raise DataError(
+                f"{name}: {folder} is not finished; run that stage first (jahubert status shows which)"
+            )
     if path.is_file():
         return f"{path.name}:{path.stat().st_size}"
     if path.is_dir() and (path / "config.json").exists():  # a model folder from elsewhere
@@ -109,7 +117,9 @@ def _input_fingerprint(name: str, path: Path) -> str:
         return str(path)
     if len(path.parts) == 2 and not path.is_absolute():
         return str(path)  # a Hub name
-    raise DataError(f"{name}: {path} does not exist; run the stage that makes it first (jahubert status shows which)")
+    raise DataError(
+        f"{name}: {path} does not exist; run the stage that makes it first (jahubert status shows which)"
+    )
 
 
 def _refuse_other(out: Path, before: dict[str, Any], recipe: dict[str, Any], finished: bool) -> None:
@@ -149,11 +159,15 @@ def status_table(root: Path) -> str:
         if (folder / DONE).exists():
             record = read_record(folder / DONE)
             metrics = {k: v for k, v in record.get("metrics", {}).items() if isinstance(v, (int, float, str))}
-            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(metrics.items())[:4])
+            shown = "  ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(metrics.items())[:4]
+            )
             rows.append((name, "done", f"{record['seconds']:.0f} s", shown))
         else:
             rows.append((name, "started", "", "run the same command again to continue"))
     if not rows:
         raise DataError(f"{root}: no stage has run here; give the folder of an experiment, such as exp/demo")
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+    )

@@ -30,8 +30,12 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device={name}: no such device; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"device={name}: this machine shows no GPU to torch; use device=auto or device=cpu")
-        device = torch.device("cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0)))
+            raise ConfigError(
+                f"device={name}: this machine shows no GPU to torch; use device=auto or device=cpu"
+            )
+        device = torch.device(
+            "cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        )
     return device
 
 
@@ -66,7 +70,9 @@ def barrier() -> None:
 
 def total(sums: dict[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
     """Each value summed over all processes, in float64; keys must be the same everywhere."""
-    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in sums.values()])
+    values = torch.stack(
+        [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in sums.values()]
+    )
     if dist.is_initialized():
         dist.all_reduce(values)
     return dict(zip(sums, values.tolist(), strict=True))

@@ -39,7 +39,8 @@ def summarize(exp: Path) -> dict[str, Any]:
                 "scores": json.loads((folder / "score" / "scores.json").read_text(encoding="utf-8")),
             }
     seconds = {
-        str(path.parent.relative_to(exp)): read_record(path)["seconds"] for path in sorted(exp.glob(f"**/{DONE}"))
+        str(path.parent.relative_to(exp)): read_record(path)["seconds"]
+        for path in sorted(exp.glob(f"**/{DONE}"))
     }
     return {"corpus": corpus, "systems": systems, "units": unit_quality(exp), "seconds": seconds}
 
@@ -94,13 +95,19 @@ def table(summary: dict[str, Any]) -> str:
     lines = []
     for split in sorted({split for system in summary["systems"].values() for split in system["scores"]}):
         lines += [f"Recognition on {split} (95 % intervals in brackets)"]
-        lines += [f"  {'system':<18}{'labels':>9}{'updates':>9}   {'PER %':<22}{'WER %':<22}{'kana CER %':<10}"]
+        lines += [
+            f"  {'system':<18}{'labels':>9}{'updates':>9}   {'PER %':<22}{'WER %':<22}{'kana CER %':<10}"
+        ]
         for name, system in summary["systems"].items():
             if split in system["scores"]:
                 score = system["scores"][split]
                 cells = [_cell(score[measure]) for measure in ("per", "wer", "kana_cer")]
-                labels = f"{system['hours'] * 60:.1f} min" if system["hours"] < 10 else f"{system['hours']:.0f} h"
-                lines += [f"  {name:<18}{labels:>9}{system['updates']:>9}   {cells[0]:<22}{cells[1]:<22}{cells[2]}"]
+                labels = (
+                    f"{system['hours'] * 60:.1f} min" if system["hours"] < 10 else f"{system['hours']:.0f} h"
+                )
+                lines += [
+                    f"  {name:<18}{labels:>9}{system['updates']:>9}   {cells[0]:<22}{cells[1]:<22}{cells[2]}"
+                ]
         lines += [""]
     if summary["units"]:
         source = next(iter(summary["units"].values()))["phones"]
@@ -130,10 +137,16 @@ def page(exp: Path, summary: dict[str, Any], text: str) -> str:
         for name, rows in curves.items()
         if rows
     )
-    took = "".join(f"<tr><td>{html.escape(k)}</td><td>{v:.0f} s</td></tr>" for k, v in summary["seconds"].items())
-    style = "body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{overflow-x:auto}img{max-width:100%}"
+    took = "".join(
+        f"<tr><td>{html.escape(k)}</td><td>{v:.0f} s</td></tr>" for k, v in summary["seconds"].items()
+    )
+    style = (
+        "body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+        "pre{overflow-x:auto}img{max-width:100%}"
+    )
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width'>"
         f"<title>{html.escape(exp.name)}</title><style>{style}</style>"
         f"<h1>{html.escape(exp.name)}</h1><pre>{html.escape(text)}</pre>{figures}"
         f"<h2>Time of each stage</h2><table>{took}</table></html>\n"

@@ -30,17 +30,28 @@ class Sampler:
     """Micro-batches of similar lengths, at most `micro_seconds` long with their padding."""
 
     def __init__(
-        self, rows: np.ndarray, n_samples: np.ndarray, *, micro_seconds: float, per_step: int, seed: int, max_rows: int = 0
+        self,
+        rows: np.ndarray,
+        n_samples: np.ndarray,
+        *,
+        micro_seconds: float,
+        per_step: int,
+        seed: int,
+        max_rows: int = 0,
     ):
         """`n_samples`: length of each of `rows` after cropping; `per_step`: micro-batches of one step."""
         self.rows, self.n_samples = np.asarray(rows), np.asarray(n_samples)
         self.capacity = int(micro_seconds * SAMPLE_RATE)
         self.per_step, self.seed, self.max_rows = per_step, seed, max_rows
         if not len(self.rows):
-            raise DataError("no utterance is left to train on; look at the split, the lengths and the labels asked for")
+            raise DataError(
+                "no utterance is left to train on; look at the split, the lengths and the labels asked for"
+            )
         if self.n_samples.max() > self.capacity:
             longest = self.n_samples.max() / SAMPLE_RATE
-            raise ConfigError(f"micro_seconds={micro_seconds} cannot hold the longest utterance ({longest:.2f} s)")
+            raise ConfigError(
+                f"micro_seconds={micro_seconds} cannot hold the longest utterance ({longest:.2f} s)"
+            )
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
         """All micro-batches of an epoch, in order."""

@@ -27,7 +27,9 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
     if kind != "hubert":
         return cls(device=str(device))
     if model is None or layer is None:
-        raise ConfigError("features.kind=hubert needs features.model (the folder of a trained model) and a layer")
+        raise ConfigError(
+            "features.kind=hubert needs features.model (the folder of a trained model) and a layer"
+        )
     hubert = load_bundle(model).model
     if not 1 <= layer <= hubert.config.layers:
         raise ConfigError(f"features.layer={layer}, but {model} has blocks 1 to {hubert.config.layers}")
@@ -49,7 +51,7 @@ def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, 
 def stream_features(
     manifest: Manifest, feature: Feature, rows: Iterable[int], batch_seconds: float
 ) -> Iterator[tuple[int, Tensor]]:
-    """(row, frames (S, dim)) for every row, in order; one that is shorter than a frame gives none, (0, dim)."""
+    """(row, frames (S, dim)) for every row, in order; an utterance shorter than a frame gives (0, dim)."""
     batch: list[tuple[int, Tensor]] = []
     room, used = batch_seconds * SAMPLE_RATE, 0
     for row in rows:

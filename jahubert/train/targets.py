@@ -1,4 +1,4 @@
-"""Target symbols of the utterances of a manifest: packed integers, row by row, an empty row where there are none."""
+"""Target symbols of the utterances of a manifest: packed integers, an empty row where there are none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: Phoneme
     for row in rows:
         symbols.extend(row)
         offsets.append(len(symbols))
-    for name, array in (("symbols.npy", np.array(symbols, np.int16)), ("offsets.npy", np.array(offsets, np.int64))):
+    for name, array in (
+        ("symbols.npy", np.array(symbols, np.int16)),
+        ("offsets.npy", np.array(offsets, np.int64)),
+    ):
         beside = folder / f"tmp_{name}"
         np.save(beside, array)
         beside.replace(folder / name)

@@ -68,7 +68,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         counts[split] = len(rows)
         if ranks.rank() == 0:
             with written_beside(out / f"{split}.jsonl") as file:
-                for rows_B, logp_BSV, n_frames_B in batches(bundle.ctc, manifest, targets, rows, config, device):
+                for rows_B, logp_BSV, n_frames_B in batches(
+                    bundle.ctc, manifest, targets, rows, config, device
+                ):
                     answers = beam_search(logp_BSV, n_frames_B, beam=config.beam)
                     for row, answer in zip(rows_B, answers, strict=True):
                         file.write(_line(manifest, targets, row, answer[0]))
@@ -130,7 +132,8 @@ def phone_times(logp_SV: Tensor, target: list[int], phonemes: PhonemeSet) -> lis
     """
     spans = forced_align(logp_SV, target)
     owner_S = [
-        min(spans, key=lambda span: max(span.start - frame, frame - span.end + 1, 0)) for frame in range(len(logp_SV))
+        min(spans, key=lambda span: max(span.start - frame, frame - span.end + 1, 0))
+        for frame in range(len(logp_SV))
     ]
     times: list[tuple[str, int, int]] = []
     for frame, span in enumerate(owner_S):

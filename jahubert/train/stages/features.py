@@ -52,7 +52,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     rows = sorted(chosen)
     parts = [rows[i : i + _PART] for i in range(0, len(rows), _PART)]
     for number in range(ranks.rank(), len(parts), ranks.world()):
-        _write_part(out / f"part_{number:05d}.npy", manifest, feature, parts[number], chosen, config.batch_seconds)
+        _write_part(
+            out / f"part_{number:05d}.npy", manifest, feature, parts[number], chosen, config.batch_seconds
+        )
     ranks.barrier()
     files = [out / f"part_{number:05d}.npy" for number in range(len(parts))]
     if ranks.rank() == 0:
@@ -64,7 +66,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         for file in files:
             file.unlink()
     ranks.barrier()
-    return {"frames": sum(len(taken) for taken in chosen.values()), "dim": feature.dim, "utterances": len(rows)}
+    return {
+        "frames": sum(len(taken) for taken in chosen.values()),
+        "dim": feature.dim,
+        "utterances": len(rows),
+    }
 
 
 def choose_frames(manifest: Manifest, feature: Feature, config: Config) -> dict[int, np.ndarray]:
@@ -79,15 +85,25 @@ def choose_frames(manifest: Manifest, feature: Feature, config: Config) -> dict[
     where = np.searchsorted(ends, taken, side="right")
     starts = ends - n_frames
     bounds = np.flatnonzero(np.diff(where)) + 1
-    return {int(rows[w[0]]): t - starts[w[0]] for w, t in zip(np.split(where, bounds), np.split(taken, bounds), strict=True)}
+    return {
+        int(rows[w[0]]): t - starts[w[0]]
+        for w, t in zip(np.split(where, bounds), np.split(taken, bounds), strict=True)
+    }
 
 
 def _write_part(
-    path: Path, manifest: Manifest, feature: Feature, rows: list[int], chosen: dict[int, np.ndarray], seconds: float
+    path: Path,
+    manifest: Manifest,
+    feature: Feature,
+    rows: list[int],
+    chosen: dict[int, np.ndarray],
+    seconds: float,
 ) -> None:
     if path.exists():
         return
-    frames = [f_SD[chosen[row]].cpu().numpy() for row, f_SD in stream_features(manifest, feature, rows, seconds)]
+    frames = [
+        f_SD[chosen[row]].cpu().numpy() for row, f_SD in stream_features(manifest, feature, rows, seconds)
+    ]
     beside = path.with_name("tmp_" + path.name)
     np.save(beside, np.concatenate(frames).astype(np.float32))
     beside.replace(path)

@@ -51,6 +51,7 @@ _TRAIN = TrainConfig(
     weight_decay=0.0,
     clip_norm=0.0,
 )
+_MASK = MaskConfig(prob=0.75, min_spans=0, channel_prob=0.5)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Config:
     pretrained: Path | None = None  # None: from random initialisation, with the sizes in `model`
     model: HubertConfig = field(default_factory=HubertConfig)
     train: TrainConfig = _TRAIN
-    mask: MaskConfig = MaskConfig(prob=0.75, min_spans=0, channel_prob=0.5)
+    mask: MaskConfig = _MASK
     fraction: float = 1.0  # of the labelled training utterances, the first ones of the manifest
     freeze_conv: bool = True
     head_only_steps: int = 10_000
@@ -77,7 +78,9 @@ class Config:
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction is {self.fraction}, but must be in (0, 1]")
         if self.pretrained is None and (self.freeze_conv or self.head_only_steps):
-            raise ConfigError("a model from scratch cannot be frozen: set freeze_conv=false and head_only_steps=0")
+            raise ConfigError(
+                "a model from scratch cannot be frozen: set freeze_conv=false and head_only_steps=0"
+            )
 
 
 class FineTuner(nn.Module):
@@ -100,7 +103,12 @@ class FineTuner(nn.Module):
         total = ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B)
         valid_BS = torch.arange(logp_BSV.shape[1])[None] < n_frames_B[:, None]
         blanks = (logp_BSV.detach().argmax(-1).cpu() == 0)[valid_BS].sum()
-        sums = {"blanks": blanks, "frames": n_frames_B.sum(), "symbols": batch.n_target_B.sum(), "seconds": batch.seconds}
+        sums = {
+            "blanks": blanks,
+            "frames": n_frames_B.sum(),
+            "symbols": batch.n_target_B.sum(),
+            "seconds": batch.seconds,
+        }
         return Loss(total, len(n_frames_B), sums)
 
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
@@ -118,7 +126,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         head_only_steps=config.head_only_steps,
         seed=config.seed,
     )
-    sizes = {
+    sizes: dict[str, Any] = {
         "width": module.ctc.config.width,
         "micro_seconds": config.train.micro_seconds,
         "per_step": config.train.per_step,
@@ -129,7 +137,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         np.concatenate([manifest.indices(split=split) for split in config.dev_splits]), targets.labelled
     )
     if not len(dev_rows):
-        raise DataError(f"no labelled utterance in dev_splits {list(config.dev_splits)}; one is needed to choose the best step")
+        raise DataError(
+            f"no labelled utterance in dev_splits {list(config.dev_splits)}; the best step is chosen on them"
+        )
     dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
     train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
     metrics = train(module, data, config.train, out, validate=lambda: evaluate(module, dev), best=config.best)
@@ -163,7 +173,9 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     """Loss, phone and word error rate of the greedy answer, over all processes."""
     device = next(module.parameters()).device
     phonemes = data.targets.phonemes
-    sums: dict[str, Any] = {name: 0.0 for name in ("loss", "symbols", "phone_errors", "phones", "word_errors", "words")}
+    sums: dict[str, Any] = {
+        name: 0.0 for name in ("loss", "symbols", "phone_errors", "phones", "word_errors", "words")
+    }
     for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
         batch = data.load(micro).to(device)
         logp_BSV, n_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
@@ -172,7 +184,10 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
         sums["symbols"] += len(batch.target_L)
         for row, answer in zip(micro.rows, greedy(logp_BSV, n_frames_B), strict=True):
             words, heard = data.targets.words(row), phonemes.decode(answer.labels)
-            for kind, (said, got) in {"phone": (sum(words, ()), sum(heard, ())), "word": (words, heard)}.items():
+            for kind, (said, got) in {
+                "phone": (sum(words, ()), sum(heard, ())),
+                "word": (words, heard),
+            }.items():
                 sums[f"{kind}_errors"] += count_errors(said, got).errors
                 sums[f"{kind}s"] += len(said)
     totals = ranks.total(sums, device)

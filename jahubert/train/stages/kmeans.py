@@ -39,7 +39,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.n_clusters < 2 or self.n_init < 1 or self.max_iter < 1 or not 0 <= self.held_out < 1:
-            raise ConfigError("n_clusters must be at least 2, n_init and max_iter at least 1, held_out in [0, 1)")
+            raise ConfigError(
+                "n_clusters must be at least 2, n_init and max_iter at least 1, held_out in [0, 1)"
+            )
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -48,7 +50,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         sample_ND = np.load(config.features / "sample.npy", mmap_mode="r")
         test = generator(config.seed, 13).random(len(sample_ND)) < config.held_out
         if (~test).sum() < config.n_clusters:
-            raise DataError(f"{config.features}: {(~test).sum()} frames cannot give {config.n_clusters} clusters")
+            raise DataError(
+                f"{config.features}: {(~test).sum()} frames cannot give {config.n_clusters} clusters"
+            )
         fit_ND = torch.from_numpy(sample_ND[~test])
         device = ranks.pick_device(config.device)
         result = fit_kmeans(

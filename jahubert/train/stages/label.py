@@ -23,7 +23,6 @@ from jahubert.errors import DataError
 from jahubert.frames import HUBERT
 from jahubert.train import ranks
 from jahubert.train.config import free
-
 from jahubert.train.features import HubertLayer
 from jahubert.train.kmeans import assign
 from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
@@ -50,9 +49,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     fitted = read_record(config.centroids / "header.json")
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
     made = feature_header(feature, fitted["feature"], fitted["layer"])
-    wrong = [f"{key} is {made[key]!r}, the centroids want {fitted[key]!r}" for key in fitted if made[key] != fitted[key]]
+    wrong = [
+        f"{key} is {made[key]!r}, the centroids want {fitted[key]!r}"
+        for key in fitted
+        if made[key] != fitted[key]
+    ]
     if wrong:
-        raise DataError(f"{config.model}: not the features that {config.centroids} was fitted on: {'; '.join(wrong)}")
+        raise DataError(
+            f"{config.model}: not the features that {config.centroids} was fitted on: {'; '.join(wrong)}"
+        )
     centroids_KD = load_file(config.centroids / "centroids.safetensors")["centroids_KD"]
     header = LabelHeader(
         n_units=len(centroids_KD),
@@ -69,7 +74,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     centroids_KD = centroids_KD.to(device)
     for shard in writer.pending()[ranks.rank() :: ranks.world()]:
         frames = stream_features(manifest, feature, writer.rows(shard), config.batch_seconds)
-        writer.write(shard, [assign(f_SD[::step].to(device), centroids_KD).cpu().numpy() for _, f_SD in frames])
+        writer.write(
+            shard, [assign(f_SD[::step].to(device), centroids_KD).cpu().numpy() for _, f_SD in frames]
+        )
     ranks.barrier()
     if ranks.rank() == 0:
         writer.finish()

@@ -52,14 +52,24 @@ class Config:
     def __post_init__(self) -> None:
         if self.crop.max_seconds > self.train.micro_seconds:
             raise ConfigError(
-                f"crop.max_seconds {self.crop.max_seconds} does not fit train.micro_seconds {self.train.micro_seconds}"
+                f"crop.max_seconds {self.crop.max_seconds} does not fit "
+                f"train.micro_seconds {self.train.micro_seconds}"
             )
 
 
 class Pretrainer(nn.Module):
-    """Encoder, unit head, and the masked prediction loss with the feature penalty (fairseq HubertCriterion)."""
+    """Encoder, unit head, and the masked prediction loss with its feature penalty (fairseq criterion)."""
 
-    def __init__(self, config: HubertConfig, n_units: int, *, unit_dim: int, temperature: float, penalty: float, seed: int):
+    def __init__(
+        self,
+        config: HubertConfig,
+        n_units: int,
+        *,
+        unit_dim: int,
+        temperature: float,
+        penalty: float,
+        seed: int,
+    ):
         super().__init__()
         self.seed, self.penalty = seed, penalty
         self.hubert = HubertModel(config)
@@ -74,7 +84,9 @@ class Pretrainer(nn.Module):
             total = loss + self.penalty * count * encoded.conv_penalty
         correct = (logits_NK.detach().argmax(-1) == batch.unit_N).sum()
         penalty = 0.0 if encoded.conv_penalty is None else encoded.conv_penalty.detach() * count
-        return Loss(total, count, {"nats": loss, "correct": correct, "penalty": penalty, "seconds": batch.seconds})
+        return Loss(
+            total, count, {"nats": loss, "correct": correct, "penalty": penalty, "seconds": batch.seconds}
+        )
 
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
         """Loss in bits a masked frame, accuracy on masked frames, mean square of the conv features."""
@@ -141,10 +153,14 @@ def _data(config: Config, manifest: Manifest, labels: LabelStore, split: str) ->
 def _init_from(model: HubertModel, source: Path) -> None:
     found = load_bundle(source)
     if found.config.width != model.config.width or found.config.layers != model.config.layers:
-        raise ConfigError(f"init_from={source}: its sizes are not those of `model`; give model={{...}} the same sizes")
+        raise ConfigError(
+            f"init_from={source}: its sizes are not those of `model`; give model={{...}} the same sizes"
+        )
     model.load_state_dict(found.model.state_dict())
 
 
-def _export(config: Config, module: Pretrainer, labels: LabelStore, metrics: dict[str, float], out: Path) -> None:
+def _export(
+    config: Config, module: Pretrainer, labels: LabelStore, metrics: dict[str, float], out: Path
+) -> None:
     info = {"steps": config.train.max_steps, "metrics": metrics, "labels": vars(labels.header)}
     save_bundle(out / "bundle", model=module.hubert, unit_head=module.head, info={"pretraining": info})

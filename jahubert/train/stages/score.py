@@ -50,14 +50,19 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if ranks.rank() == 0:
         write_json(out / "scores.json", scores)
     ranks.barrier()
-    return {f"{split}_{name}": score[name]["rate"] for split, score in scores.items() for name in ("per", "wer")}
+    return {
+        f"{split}_{name}": score[name]["rate"] for split, score in scores.items() for name in ("per", "wer")
+    }
 
 
 def score_file(path: Path, config: Config) -> dict[str, Any]:
     """All measures of one set: rate, interval, counts."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     pairs = [
-        ([tuple(word.split()) for word in line["reference"]], [tuple(word.split()) for word in line["hypothesis"]])
+        (
+            [tuple(word.split()) for word in line["reference"]],
+            [tuple(word.split()) for word in line["hypothesis"]],
+        )
         for line in lines
     ]
     result: dict[str, Any] = {"utterances": len(pairs)}

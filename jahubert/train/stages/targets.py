@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                     labelled += 1
                 except DataError as error:
                     reasons[str(error).split(":")[0]] += 1
-                    rejected.write(json.dumps({"id": utterance.id, "reason": str(error)}, ensure_ascii=False) + "\n")
+                    rejected.write(
+                        json.dumps({"id": utterance.id, "reason": str(error)}, ensure_ascii=False) + "\n"
+                    )
             rows.append(row)
     symbols = write_targets(out, rows, phonemes)
     ranks.barrier()
@@ -69,7 +72,7 @@ def target_of(utterance: Utterance, phonemes: PhonemeSet) -> list[int]:
         words = tuple(word.phones for word in text_to_words(utterance.text))
     row = phonemes.encode(words)
     # CTC needs a blank between equal neighbours.
-    needed = len(row) + sum(a == b for a, b in zip(row, row[1:], strict=False))
+    needed = len(row) + sum(a == b for a, b in pairwise(row))
     frames = HUBERT.n_frames(utterance.n_samples)
     if needed > frames:
         raise DataError(f"target longer than its audio: {needed} frames are needed, {frames} are there")
