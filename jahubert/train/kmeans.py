@@ -167,7 +167,7 @@ def _pass(frames_ND: Frames, centroids_KD: Tensor, sums: bool = True) -> _Total:
 
 
 def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
-    """Up to n frames (n, D) that lie far from all centroids, and from each other: outliers have neighbours."""
+    """Up to n frames (n, D) far from all centroids and from each other: outliers have neighbours."""
     pool_N = torch.zeros(0, device=centroids_KD.device)
     pool_ND = centroids_KD[:0]
     for x_ND in _blocks(frames_ND, centroids_KD):

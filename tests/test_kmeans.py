@@ -1,0 +1,147 @@
+"""k-means: planted clusters are found, by every backend, and nothing is done silently."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from jahubert.errors import ConfigError, DataError, MissingExtraError
+from jahubert.train import kmeans as module
+from jahubert.train.kmeans import assign, fit_kmeans, inertia
+
+
+def planted(n_clusters: int, per_cluster: int, dim: int, spread: float = 0.1, seed: int = 0):
+    """Shuffled frames around well-separated centres, the centres, and which frame belongs where."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((n_clusters, dim)) * 5 + 100  # far from zero on purpose
+    owner = rng.permutation(np.repeat(np.arange(n_clusters), per_cluster))
+    frames = centres[owner] + spread * rng.standard_normal((len(owner), dim))
+    return torch.from_numpy(frames.astype(np.float32)), torch.from_numpy(centres).float(), owner
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "faiss", "sklearn"])
+def test_planted_clusters_are_found(backend):
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    frames, centres, owner = planted(12, 400, 39)
+    found = fit_kmeans(frames, 12, backend=backend, n_init=5)
+    nearest = torch.cdist(centres, found.centroids_KD).min(dim=1)
+    assert nearest.values.max() < 0.1
+    assert sorted(nearest.indices.tolist()) == list(range(12))
+    assert found.counts_K.tolist() == [400] * 12
+    assert found.inertia == pytest.approx(39 * 0.1**2, rel=0.02)
+    assert found.inertia == found.history[-1] == inertia(frames, found.centroids_KD)
+    labels = assign(frames, found.centroids_KD)
+    assert labels.dtype == torch.int64
+    assert torch.equal(nearest.indices[owner], labels)
+    assert found.backend == ("torch" if backend == "auto" else backend)
+
+
+def test_coarse_to_fine_ends_where_plain_lloyd_cannot_improve(monkeypatch):
+    monkeypatch.setattr(module, "_COARSE_MIN", 100)
+    torch.manual_seed(0)
+    frames = torch.randn(20_000, 5)
+    found = fit_kmeans(frames, 10, tol=0, max_iter=300)
+    assert all(a >= b - 1e-6 for a, b in zip(found.history, found.history[1:], strict=False))
+    labels = assign(frames, found.centroids_KD)
+    for k in range(10):  # a fixed point: each centroid is the mean of its frames
+        mean = frames[labels == k].double().mean(dim=0)
+        torch.testing.assert_close(found.centroids_KD[k].double(), mean, atol=1e-5, rtol=0)
+    exact = (frames.double() - found.centroids_KD[labels].double()).square().sum(dim=1).mean()
+    assert found.inertia == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_same_seed_same_centroids_and_more_starts_are_not_worse():
+    torch.manual_seed(1)
+    frames = torch.randn(5000, 8)
+    one, two = (fit_kmeans(frames, 20, seed=3) for _ in range(2))
+    assert torch.equal(one.centroids_KD, two.centroids_KD)
+    assert one.history == two.history
+    assert not torch.equal(one.centroids_KD, fit_kmeans(frames, 20, seed=4).centroids_KD)
+    assert (
+        fit_kmeans(frames, 20, seed=3, n_init=8, tol=0).inertia
+        <= fit_kmeans(frames, 20, seed=3, tol=0).inertia
+    )
+
+
+def test_arrays_maps_and_half_precision_give_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_COARSE_MIN", 100)
+    frames, _, _ = planted(4, 1000, 6, spread=0.5)
+    frames = frames.half().float()
+    np.save(tmp_path / "frames.npy", frames.half().numpy())
+    mapped = np.load(tmp_path / "frames.npy", mmap_mode="r")
+    expected = fit_kmeans(frames, 4)
+    for same in (frames.numpy(), frames.half(), frames.double(), mapped):
+        assert torch.equal(fit_kmeans(same, 4).centroids_KD, expected.centroids_KD)
+        assert torch.equal(assign(same, expected.centroids_KD), assign(frames, expected.centroids_KD))
+
+
+def test_distances_far_from_zero_keep_their_digits():
+    torch.manual_seed(0)
+    frames = torch.randn(3000, 16) * 0.01 + 1000
+    centroids = frames[:50].clone()
+    exact = torch.cdist(frames.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    agree = assign(frames, centroids) == exact.argmin(dim=1)
+    assert agree.double().mean() > 0.999
+    assert inertia(frames, centroids) == pytest.approx(
+        float(exact.min(dim=1).values.square().mean()), rel=1e-3
+    )
+
+
+def test_dead_clusters_start_again_at_the_farthest_frames_and_are_counted():
+    frames, centres, _ = planted(4, 20, 3)
+    start = centres.clone()
+    start[2:] = 1e4  # nobody's nearest
+    centroids, history, reseeded = module._lloyd(frames, start, max_iter=20, tol=1e-4)
+    assert reseeded >= 2
+    assert torch.cdist(centres, centroids).min(dim=1).values.max() < 0.1
+    assert history[-1] < history[0]
+
+
+def test_fewer_distinct_frames_than_clusters():
+    frames = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).repeat(50, 1)
+    found = fit_kmeans(frames, 5)
+    assert found.inertia == 0
+    assert found.reseeded == 0
+    assert found.counts_K.sum() == 100
+    assert found.centroids_KD.isfinite().all()
+
+
+def test_as_many_clusters_as_frames():
+    frames, _, _ = planted(1, 30, 4)
+    assert fit_kmeans(frames, 30).inertia == pytest.approx(0, abs=1e-6)
+    assert assign(frames[:0], frames).tolist() == []
+
+
+def test_faiss_sees_every_frame():
+    pytest.importorskip("faiss")
+    torch.manual_seed(0)
+    frames = torch.randn(30_000, 2)  # 256 a centroid would be 512 frames
+    found = fit_kmeans(frames, 2, backend="faiss", max_iter=200)
+    labels = assign(frames, found.centroids_KD)
+    for k in range(2):
+        torch.testing.assert_close(found.centroids_KD[k], frames[labels == k].mean(dim=0), atol=2e-3, rtol=0)
+
+
+def test_what_cannot_work_is_refused(monkeypatch):
+    frames, _, _ = planted(2, 10, 4)
+    with pytest.raises(DataError, match="20 frames cannot make 21 clusters"):
+        fit_kmeans(frames, 21)
+    with pytest.raises(ConfigError, match=r"no k-means backend 'fais'.*faiss"):
+        fit_kmeans(frames, 2, backend="fais")
+    with pytest.raises(ConfigError, match="must be positive"):
+        fit_kmeans(frames, 0)
+    with pytest.raises(DataError, match=r"must be \(N, D\)"):
+        fit_kmeans(frames[0], 2)
+    with pytest.raises(DataError, match="another feature"):
+        assign(frames, frames[:2, :3])
+    frames[7, 1] = torch.nan
+    with pytest.raises(DataError, match="NaN"):
+        fit_kmeans(frames, 2)
+    for package, backend, extra in (("faiss", "faiss", "gpu"), ("sklearn.cluster", "sklearn", "train")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingExtraError, match=rf"jahubert\[{extra}\]"):
+            fit_kmeans(frames, 2, backend=backend)
