@@ -131,7 +131,7 @@ def _search(
     _, n_rows, n_symbols = logp_SBV.shape
     state = _empty_beam(logp_SBV, beam, blank)
     salt_V = torch.tensor(_salts(n_symbols), device=logp_SBV.device)
-    lift_K1 = (torch.arange(beam, device=logp_SBV.device) * n_symbols)[:, None]
+    number_K = torch.arange(1, beam + 1, device=logp_SBV.device)
     steps, bests, ends = [], [], {}
     running = n_rows
     for frame in range(counts[0] + 1):
@@ -142,7 +142,7 @@ def _search(
             break
         if running < state.last.shape[0]:
             state = state.first(running)
-        state, chosen_BK, best_B = _step(state, logp_SBV[frame, :running], salt_V, lift_K1, blank)
+        state, chosen_BK, best_B = _step(state, logp_SBV[frame, :running], salt_V, number_K, blank)
         steps.append(chosen_BK)
         bests.append(best_B)
     return _trace(steps, bests, ends, counts, n_symbols, n_best, blank)
@@ -172,7 +172,7 @@ def _empty_beam(logp_SBV: Tensor, beam: int, blank: int) -> _Beam:
 
 
 def _step(
-    state: _Beam, logp_BV: Tensor, salt_V: Tensor, lift_K1: Tensor, blank: int
+    state: _Beam, logp_BV: Tensor, salt_V: Tensor, number_K: Tensor, blank: int
 ) -> tuple[_Beam, Tensor, Tensor]:
     """One frame. Returns the next beam, the candidate each place came from, and the shift of the scores.
 
@@ -188,8 +188,11 @@ def _step(
 
     # Where k plus a label is a prefix j of the beam, its probability goes to j and the candidate is dropped.
     # Several j may point at candidate 0 for want of a parent, hence adding and not writing.
-    has_parent_BK, parent_BK = (state.parent[:, :, None] == state.key[:, None, :]).max(-1)
-    twin_BK = parent_BK * n_symbols + state.last
+    # (`max` over a dimension would wake the thread pool at every frame, which a busy machine punishes.)
+    is_parent_BKK = state.parent[:, :, None] == state.key[:, None, :]
+    place_BK = (is_parent_BKK * number_K).sum(-1)
+    has_parent_BK = place_BK > 0
+    twin_BK = (place_BK - 1).clamp_(min=0) * n_symbols + state.last
     drop_BK = torch.where(has_parent_BK, _NEVER, 0.0).to(logp_BV.dtype)
     gained_BK = flat_BC.gather(1, twin_BK).masked_fill_(~has_parent_BK, _NEVER)
     flat_BC.scatter_add_(1, twin_BK, drop_BK)
