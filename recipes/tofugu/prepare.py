@@ -1,0 +1,301 @@
+"""Japanese words spoken by two native speakers, one by one and joined to utterances of several words.
+
+Reads a clone of the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio (CC BY-SA 4.0, Tofugu
+and WaniKani): `lib/ogg/<surface>【<reading>】.ogg`. The reading gives the phones. No reading occurs in two of
+the splits train, dev and test. Joined words make utterances with known word boundaries, which single words
+lack: splits train, dev_joined and test_joined, the latter two from the held-out words. The files do not say
+which of the two speakers is heard, so `speaker` stays empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from jahubert.audio import AudioSource, load_audio
+from jahubert.errors import AudioError, ConfigError, DataError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.phonemes import kana_to_phones, normalise_kana
+from jahubert.train.manifest import Rejected, Utterance
+
+VERSION = 1  # of the sound; in the name of every file
+_BLOCK = SAMPLE_RATE // 100  # samples over which a level is measured
+_QUIET_DB = 45  # a block this far below the loudest one is silence
+_KEEP = SAMPLE_RATE // 20  # samples of silence kept around a word
+_FADE = SAMPLE_RATE // 200  # samples faded at both ends, against clicks
+
+
+@dataclass(frozen=True)
+class Config:
+    dev_share: float = 0.05  # of the different readings
+    test_share: float = 0.10
+    uses: int = 2  # joined utterances in which a training word occurs; 0: no joined training utterances
+    min_seconds: float = 2.0  # of a joined utterance
+    max_seconds: float = 12.0
+
+
+@dataclass(frozen=True)
+class _Source:
+    path: Path
+    surface: str
+    phones: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Word:
+    path: Path  # 16 kHz FLAC
+    surface: str
+    phones: tuple[str, ...]
+    n_samples: int
+    start: int  # the word without its silence
+    end: int
+
+
+def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+    """Yield `word-<split>-NNNNN`, then `joined-<split>-NNNNN`, and what had to be left out.
+
+    Audio goes to `work`, 16 kHz FLAC; files that are there already are kept. `work/word-times.jsonl` says at
+    which samples each word of a joined utterance starts and ends. Raises DataError without the corpus.
+    """
+    if not 0 < config.min_seconds * 2 <= config.max_seconds or config.dev_share + config.test_share >= 1:
+        raise ConfigError(
+            "tofugu: max_seconds must be at least twice min_seconds, and dev_share + test_share below 1; "
+            f"found {config}"
+        )
+    found = [_read_name(path) for path in _files(data)]
+    yield from (item for item in found if isinstance(item, Rejected))
+    sources = [item for item in found if isinstance(item, _Source)]
+    split_of = _split(sources, config, seed)
+    words: dict[str, list[_Word]] = {"train": [], "dev": [], "test": []}
+    (work / "words").mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        decoded = pool.map(lambda source: _decode(source, work / "words"), sources)
+        for source, word in zip(sources, decoded, strict=True):
+            if isinstance(word, Rejected):
+                yield word
+                continue
+            split = split_of[source.phones]
+            yield _single(word, split, len(words[split]))
+            words[split].append(word)
+    yield from _joined(words, work, config, seed)
+
+
+def _files(data: Path | None) -> list[Path]:
+    what = "the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio"
+    if data is None:
+        raise DataError(f"recipe tofugu needs data=FOLDER, a clone of {what}")
+    folder = data / "lib" / "ogg" if (data / "lib" / "ogg").is_dir() else data
+    files = sorted(folder.glob("*.ogg"), key=lambda path: unicodedata.normalize("NFC", path.name))
+    if not files:
+        raise DataError(f"{data}: no lib/ogg/*.ogg here; give data=FOLDER, a clone of {what}")
+    return files
+
+
+def _read_name(path: Path) -> _Source | Rejected:
+    name = unicodedata.normalize("NFC", path.stem)
+    match = re.fullmatch(r"(.+)【(.+)】", name)
+    if match is None:
+        return Rejected(name, "file name without a reading in 【】")
+    try:
+        phones = kana_to_phones(normalise_kana(match[2], match[1]))
+    except DataError:
+        return Rejected(name, "reading that is not kana")
+    return _Source(path, match[1], tuple(phones))
+
+
+def _split(sources: Sequence[_Source], config: Config, seed: int) -> dict[tuple[str, ...], str]:
+    """A split for every different reading, so that words that sound alike stay together."""
+    readings = sorted({source.phones for source in sources})
+    random.Random(f"split {seed}").shuffle(readings)
+    n_test, n_dev = round(len(readings) * config.test_share), round(len(readings) * config.dev_share)
+    names = ["test"] * n_test + ["dev"] * n_dev
+    return dict(zip(readings, names + ["train"] * (len(readings) - len(names)), strict=True))
+
+
+# --- single words ---------------------------------------------------------------------------------------
+
+
+def _decode(source: _Source, folder: Path) -> _Word | Rejected:
+    """The word as a 16 kHz file, made once."""
+    name = unicodedata.normalize("NFC", source.path.stem)
+    try:
+        key = f"{VERSION} {name} {source.path.stat().st_size}"
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
+        wave_T = _read(path)
+        if wave_T is None:
+            wave_T = _to_int16(load_audio(source.path).numpy())
+            _write(path, wave_T)
+    except (AudioError, OSError):
+        return Rejected(name, "unreadable audio")
+    bounds = _speech(wave_T)
+    if bounds is None:
+        return Rejected(name, "silent audio")
+    return _Word(path, source.surface, source.phones, len(wave_T), *bounds)
+
+
+def _single(word: _Word, split: str, number: int) -> Utterance:
+    return Utterance(
+        id=f"word-{split}-{number:05d}",
+        audio=AudioSource(str(word.path)),
+        n_samples=word.n_samples,
+        text=word.surface,
+        words=(word.phones,),
+        split=split,
+    )
+
+
+def _speech(wave_T: np.ndarray) -> tuple[int, int] | None:
+    """First and last sample of the word with a little silence around it; None where nothing is heard."""
+    n = len(wave_T) // _BLOCK
+    level = np.square(wave_T[: n * _BLOCK].reshape(n, _BLOCK).astype(np.float32)).mean(axis=1)
+    if n == 0 or level.max() < 100.0:  # RMS of 10 in 16 bits, about -70 dB
+        return None
+    loud = np.flatnonzero(level > level.max() * 10 ** (-_QUIET_DB / 10))
+    return max(0, int(loud[0]) * _BLOCK - _KEEP), min(len(wave_T), (int(loud[-1]) + 1) * _BLOCK + _KEEP)
+
+
+def _to_int16(wave_T: np.ndarray) -> np.ndarray:
+    return np.round(np.clip(wave_T, -1, 1) * 32767).astype(np.int16)
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """The samples of a file that an earlier run finished, or None."""
+    try:
+        return soundfile.read(path, dtype="int16")[0]
+    except (OSError, RuntimeError):
+        return None
+
+
+def _write(path: Path, wave_T: np.ndarray) -> None:
+    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    soundfile.write(beside, wave_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    beside.replace(path)
+
+
+# --- joined words ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One joined utterance: words, the pause after each but the last (samples), gains and noise."""
+
+    words: tuple[_Word, ...]
+    pauses: tuple[int, ...]
+    gains_db: tuple[float, ...]
+    noise_db: float
+    noise: int  # seed
+
+    @property
+    def times(self) -> list[tuple[int, int]]:
+        """First and last sample of every word."""
+        times, at = [], 0
+        for word, pause in zip(self.words, (*self.pauses, 0), strict=True):
+            times.append((at, at + word.end - word.start))
+            at = times[-1][1] + pause
+        return times
+
+    @property
+    def n_samples(self) -> int:
+        return self.times[-1][1]
+
+    def path(self, folder: Path) -> Path:
+        words = [(word.path.name, word.start, word.end) for word in self.words]
+        key = json.dumps([VERSION, words, self.pauses, self.gains_db, self.noise_db, self.noise])
+        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
+
+    def sound(self) -> np.ndarray:
+        """int16 (T,): the words with faded ends over a floor of low noise."""
+        rng = np.random.default_rng(self.noise)
+        wave_T = rng.standard_normal(self.n_samples, dtype=np.float32) * np.float32(
+            10 ** (self.noise_db / 20)
+        )
+        fade = np.linspace(0, 1, _FADE, dtype=np.float32)
+        for word, (start, end), gain in zip(self.words, self.times, self.gains_db, strict=True):
+            part = soundfile.read(word.path, dtype="float32")[0][word.start : word.end]
+            part[:_FADE] *= fade
+            part[-_FADE:] *= fade[::-1]
+            wave_T[start:end] += part * np.float32(10 ** (gain / 20))
+        return _to_int16(wave_T * min(1.0, 0.99 / float(np.abs(wave_T).max())))
+
+
+def _joined(words: dict[str, list[_Word]], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
+    folder = work / "joined"
+    folder.mkdir(parents=True, exist_ok=True)
+    rounds = {"train": config.uses, "dev": 1, "test": 1}
+    beside, times = work / "tmp-word-times.jsonl", work / "word-times.jsonl"
+    with beside.open("w", encoding="utf-8") as file:
+        for name, n in rounds.items():
+            rng = random.Random(f"join {seed} {name}")
+            plans = [plan for _ in range(n) for plan in _plans(words[name], config, rng)]
+            for i, plan in enumerate(plans):
+                item = _make(
+                    plan, folder, f"joined-{name}-{i:05d}", "train" if name == "train" else f"{name}_joined"
+                )
+                file.write(json.dumps({"id": item.id, "words": plan.times}) + "\n")
+                yield item
+    beside.replace(times)
+
+
+def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:
+    path = plan.path(folder)
+    try:
+        there = soundfile.info(path).frames == plan.n_samples
+    except (OSError, RuntimeError):
+        there = False
+    if not there:
+        _write(path, plan.sound())
+    return Utterance(
+        id=id,
+        audio=AudioSource(str(path)),
+        n_samples=plan.n_samples,
+        text=" ".join(word.surface for word in plan.words),
+        words=tuple(word.phones for word in plan.words),
+        split=split,
+    )
+
+
+def _plans(words: Sequence[_Word], config: Config, rng: random.Random) -> Iterator[_Plan]:
+    """Every word once, in random order, cut into utterances of a length within the limits."""
+    longest, shortest = config.max_seconds * SAMPLE_RATE, config.min_seconds * SAMPLE_RATE
+    order = [(word, _pause(rng)) for word in rng.sample(words, len(words))]
+    groups: list[list[tuple[_Word, int]]] = []
+    target = 0.0
+    for item in order:
+        if not groups or _length(groups[-1]) >= target or _length([*groups[-1], item]) > longest:
+            groups.append([])
+            target = rng.uniform(1.2 * shortest, 0.8 * longest)
+        groups[-1].append(item)
+    if len(groups) > 1 and _length(groups[-1]) < shortest:
+        last = groups.pop()
+        both = groups.pop() + last
+        halves = [both] if _length(both) <= longest else [both[: len(both) // 2], both[len(both) // 2 :]]
+        groups.extend(halves)
+    for group in groups:
+        if shortest <= _length(group) <= longest:
+            yield _Plan(
+                words=tuple(word for word, _ in group),
+                pauses=tuple(pause for _, pause in group[:-1]),
+                gains_db=tuple(round(rng.uniform(-4, 2), 1) for _ in group),
+                noise_db=round(rng.uniform(-80, -55), 1),
+                noise=rng.getrandbits(32),
+            )
+
+
+def _pause(rng: random.Random) -> int:
+    """Samples between two words: often none, or else 0.05 to 0.4 s."""
+    return 0 if rng.random() < 0.3 else round(rng.uniform(0.05, 0.4) * SAMPLE_RATE)
+
+
+def _length(group: Sequence[tuple[_Word, int]]) -> int:
+    return sum(word.end - word.start for word, _ in group) + sum(pause for _, pause in group[:-1])
