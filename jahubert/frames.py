@@ -57,7 +57,7 @@ class FrameGrid:
         return sample - sample % self.hop
 
     def step_in(self, finer: FrameGrid) -> int:
-        """How many frames of `finer` one frame of this grid steps over: frame `t` here is `t * step` there."""
+        """How many frames of `finer` one frame here steps over: frame `t` is frame `t * step` there."""
         if finer.window != self.window or self.hop % finer.hop:
             raise ConfigError(
                 f"{finer} does not subdivide {self}: windows must be equal and hops must divide"

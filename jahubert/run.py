@@ -29,7 +29,7 @@ PER_SYSTEM = ("finetune", "decode", "score")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the overrides ask for; returns the exit status (2: a user's mistake, 75: stopped, to be continued)."""
+    """Run what the overrides ask for; returns the exit status (2: a user's mistake)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if argv in (["-h"], ["--help"]):
@@ -67,11 +67,33 @@ def run(overrides: Sequence[str]) -> None:
     """
     from jahubert.train import ranks
 
-    tree = compose(overrides)
+    jobs = [configured(*job, overrides) for job in plan(compose(overrides))]
+    mistakes = list(dict.fromkeys(str(job) for job in jobs if isinstance(job, ConfigError)))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     with ranks.process_group():
-        for stage, iteration, system in plan(tree):
-            choice = [f"++iteration={iteration}"] if iteration else []
-            run_stage(stage, iteration, system, compose([*overrides, *choice], system))
+        for job in jobs:
+            run_stage(*job)  # type: ignore[misc]
+
+
+def configured(
+    stage: str, iteration: int | None, system: str | None, overrides: Sequence[str]
+) -> tuple[str, Any, Path] | ConfigError:
+    """(stage, its config, its folder), or what is wrong with it: all stages are checked before one runs."""
+    from jahubert.train.config import structure
+    from jahubert.train.lookup import STAGES, resolve
+
+    tree = compose([*overrides, *([f"++iteration={iteration}"] if iteration else [])], system)
+    out = Path(tree["exp"])
+    if iteration:
+        out /= f"iter{iteration}"
+    elif system:
+        out = out / "systems" / system
+    try:
+        config = structure(tree[stage] or {}, resolve(stage, STAGES, "stage").Config, stage)
+    except ConfigError as error:
+        return error
+    return stage, config, out / stage
 
 
 def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
@@ -84,14 +106,13 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
         )
     asked, systems = tree["stage"], list(tree["systems"])
     if asked != "all" and asked not in STAGES:
-        from jahubert.train.config import unknown_key
+        from jahubert.train.config import unknown
 
-        known = [*STAGES, "all"]
-        raise ConfigError(
-            "stage=" + (unknown_key(str(asked), known, "") if asked else f"... is missing; {known}")
-        )
+        raise ConfigError(unknown("stage", str(asked), [*STAGES, "all"], missing=asked is None))
     if tree["system"] is not None and tree["system"] not in systems:
-        raise ConfigError(f"system={tree['system']}: this recipe has the systems {', '.join(systems)}")
+        from jahubert.train.config import unknown
+
+        raise ConfigError(unknown("system", str(tree["system"]), systems))
     chosen = [tree["system"]] if tree["system"] else systems
     if asked in ITERATED:
         return [(asked, int(tree["iteration"]), None)]
@@ -108,20 +129,12 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
     return [*order, ("report", None, None)]
 
 
-def run_stage(stage: str, iteration: int | None, system: str | None, tree: dict[str, Any]) -> dict[str, Any]:
+def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     """Run one stage in its folder, or keep what is there."""
     from jahubert.train import provenance, ranks
-    from jahubert.train.config import structure
     from jahubert.train.lookup import STAGES, resolve
 
     module = resolve(stage, STAGES, "stage")
-    out = Path(tree["exp"])
-    if iteration:
-        out /= f"iter{iteration}"
-    elif system:
-        out = out / "systems" / system
-    out /= stage
-    config = structure(tree[stage] or {}, module.Config, stage)
     recipe = provenance.recipe_of(stage, module.VERSION, config)
     keep = getattr(module, "KEEP", True)
     if keep and provenance.begin(out, recipe):
@@ -163,7 +176,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
             blocks = OmegaConf.load(recipe_folder(str(recipe)) / "recipe.yaml")
         groups = {name: values[name] for name in ("model", "iteration") if name in values}
         groups.setdefault("model", blocks.get("model_size", "base"))
-        wanted = [f"{name}={value}" for name, value in groups.items()]
+        wanted = [f"{name}='{value}'" for name, value in groups.items()]  # quoted: a name may be a number
         tree: Any
         if GlobalHydra.instance().is_initialized():  # inside Hydra's own main
             tree = hydra_compose("config", overrides=wanted)

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +44,15 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     return built
 
 
-def unknown_key(key: str, known: typing.Iterable[str], where: str) -> str:
+def unknown(what: str, name: str, known: Iterable[str], missing: bool = False) -> str:
+    """One sentence on a name that does not exist (or, `missing`, was not given): the nearest one, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near and not missing else "choose one of " + ", ".join(known)
+    return f"{what}=... is missing; {hint}" if missing else f"{what}={name}: there is no such {what}; {hint}"
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> str:
     """One sentence on a key that does not exist."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

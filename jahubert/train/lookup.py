@@ -13,7 +13,7 @@ from typing import Any
 
 import jahubert
 from jahubert.errors import ConfigError
-from jahubert.train.config import unknown_key
+from jahubert.train.config import unknown
 
 FEATURES = {
     "mfcc": "jahubert.train.features:Mfcc",
@@ -57,9 +57,7 @@ def recipe_folder(recipe: str) -> Path:
         if (folder / "recipe.yaml").is_file():
             return folder
     names = sorted(path.parent.name for path in home("recipes").glob("*/recipe.yaml"))
-    raise ConfigError(
-        "recipe=" + unknown_key(recipe, names, "") + ", or give a folder that holds a recipe.yaml"
-    )
+    raise ConfigError(unknown("recipe", recipe, names) + " (or give a folder that holds a recipe.yaml)")
 
 
 def resolve(name: str, table: dict[str, str], what: str) -> Any:
@@ -71,9 +69,7 @@ def resolve(name: str, table: dict[str, str], what: str) -> Any:
     target = table.get(name, name)
     module_name, _, attribute = target.partition(":")
     if target is name and not attribute:
-        raise ConfigError(
-            f"{what}=" + unknown_key(name, table, "") + ", or give module:attribute or file.py:attribute"
-        )
+        raise ConfigError(unknown(what, name, table) + " (or give module:attribute or file.py:attribute)")
     module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name, what)
     try:
         return getattr(module, attribute) if attribute else module
