@@ -15,6 +15,7 @@ import os
 import random
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,8 +64,10 @@ class _Word:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield `word-<split>-NNNNN`, then `joined-<split>-NNNNN`, and what had to be left out.
+    """Yield `word-<split>-NNNNN` and `joined-<split>-NNNNN`, and what had to be left out.
 
+    Training words come tenth by tenth, in random order, each tenth followed by its own words joined: the
+    first part of the manifest holds that part of the words and no other, as training on few labels wants.
     Audio goes to `work`, 16 kHz FLAC; files that are there already are kept. `work/word-times.jsonl` says at
     which samples each word of a joined utterance starts and ends. Raises DataError without the corpus.
     """
@@ -85,10 +88,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             if isinstance(word, Rejected):
                 yield word
                 continue
-            split = split_of[source.phones]
-            yield _single(word, split, len(words[split]))
-            words[split].append(word)
-    yield from _joined(words, work, config, seed)
+            words[split_of[source.phones]].append(word)
+    yield from _utterances(words, work, config, seed)
 
 
 def _files(data: Path | None) -> list[Path]:
@@ -229,19 +230,26 @@ class _Plan:
         return _to_int16(wave_T * min(1.0, 0.99 / float(np.abs(wave_T).max())))
 
 
-def _joined(words: dict[str, list[_Word]], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
+def _utterances(words: dict[str, list[_Word]], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
+    train = random.Random(f"tenths {seed}").sample(words["train"], len(words["train"]))
+    parts = [("dev", words["dev"], 1), ("test", words["test"], 1)]
+    parts += [
+        ("train", train[i * len(train) // 10 : (i + 1) * len(train) // 10], config.uses) for i in range(10)
+    ]
+    counts: Counter[str] = Counter()
     folder = work / "joined"
     folder.mkdir(parents=True, exist_ok=True)
-    rounds = {"train": config.uses, "dev": 1, "test": 1}
     beside, times = work / "tmp-word-times.jsonl", work / "word-times.jsonl"
     with beside.open("w", encoding="utf-8") as file:
-        for name, n in rounds.items():
-            rng = random.Random(f"join {seed} {name}")
-            plans = [plan for _ in range(n) for plan in _plans(words[name], config, rng)]
-            for i, plan in enumerate(plans):
-                item = _make(
-                    plan, folder, f"joined-{name}-{i:05d}", "train" if name == "train" else f"{name}_joined"
-                )
+        for number, (name, part, rounds) in enumerate(parts):
+            for word in part:
+                yield _single(word, name, counts[name])
+                counts[name] += 1
+            rng = random.Random(f"join {seed} {number}")
+            for plan in (plan for _ in range(rounds) for plan in _plans(part, config, rng)):
+                split = "train" if name == "train" else f"{name}_joined"
+                item = _make(plan, folder, f"joined-{name}-{counts[split + ' joined']:05d}", split)
+                counts[split + " joined"] += 1
                 file.write(json.dumps({"id": item.id, "words": plan.times}) + "\n")
                 yield item
     beside.replace(times)
