@@ -1,0 +1,265 @@
+"""The training engine on a module small enough to run in milliseconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import Data, Toy
+
+from jahubert.errors import ConfigError, JahubertError
+from jahubert.train.engine import Stopped, train
+from jahubert.train.journal import trim_metrics
+from jahubert.train.optim import TrainConfig, lr_at, pick_precision
+from jahubert.train.sampler import Sampler
+
+TESTS = Path(__file__).parent
+QUICK = TrainConfig(
+    max_steps=20,
+    batch_seconds=12.0,
+    micro_seconds=6.0,
+    lr=0.01,
+    precision="fp32",
+    device="cpu",
+    log_every=3,
+    save_every=4,
+    valid_every=0,
+)
+
+
+def toy():
+    torch.manual_seed(0)
+    return Toy()
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def curve(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "timing"} for row in rows]
+
+
+def changed(**changes):
+    return TrainConfig(**{**vars(QUICK), **changes})
+
+
+def test_it_learns_and_writes_what_it_promises(tmp_path):
+    module = toy()
+    metrics = train(module, Data(), changed(max_steps=300, log_every=50), tmp_path)
+    losses = [row["loss"] for row in curve(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert metrics["loss"] == losses[-1]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_0000296", "step_0000300"]
+
+
+def test_one_step_equals_plain_pytorch(tmp_path):
+    """Summed losses over two micro-batches, divided by their targets, clipped, AdamW."""
+    module, plain, data = toy(), toy(), Data()
+    for m in (module, plain):
+        m.net[1].p = 0.0
+    config = changed(max_steps=1, clip_norm=0.1)
+    train(module, data, config, tmp_path)
+    batches = [data.load(micro) for micro in data.sampler.epoch(0)[:2]]
+    losses = [plain(batch, 0) for batch in batches]
+    (sum(loss.total for loss in losses) / sum(loss.count for loss in losses)).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    torch.optim.AdamW(
+        plain.parameters(), lr=lr_at(0, config), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
+    ).step()
+    torch.testing.assert_close(weights(module), weights(plain), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 6, 11, 19])
+def test_a_killed_run_continues_bit_equal(tmp_path, killed_at):
+    whole = toy()
+    (tmp_path / "whole").mkdir()
+    train(whole, Data(), QUICK, tmp_path / "whole")
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys, torch
+        from pathlib import Path
+        sys.path.insert(0, {str(TESTS)!r})
+        from toy import Data, Toy
+        from jahubert.train import engine
+        from jahubert.train.optim import TrainConfig
+        step = engine._Run.advance
+        def advance(self):
+            step(self)
+            if self.step == {killed_at}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        engine._Run.advance = advance
+        torch.manual_seed(0)
+        engine.train(Toy(), Data(), TrainConfig(**{vars(QUICK)!r}), Path(sys.argv[1]))
+        """
+    )
+    out = tmp_path / "killed"
+    out.mkdir()
+    done = subprocess.run([sys.executable, "-c", script, str(out)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    again = toy()
+    train(again, Data(), QUICK, out)
+    assert torch.equal(weights(again), weights(whole))
+    assert curve(out) == curve(tmp_path / "whole")
+
+
+def test_a_checkpoint_cut_in_the_middle_of_its_writing_does_not_count(tmp_path):
+    whole = toy()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    train(whole, Data(), QUICK, tmp_path / "a")
+    train(toy(), Data(), changed(max_steps=8), tmp_path / "b")
+    half = tmp_path / "b" / "checkpoints" / "step_0000012.tmp"
+    half.mkdir()
+    (half / "__0_0.distcp").write_bytes(b"half")
+    again = toy()
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # the line that was being written
+    train(again, Data(), QUICK, tmp_path / "b")
+    # The learning rate depends on max_steps, so only the shape of this run can be compared.
+    assert curve(tmp_path / "b")[-1]["step"] == 20
+    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == [
+        "step_0000016",
+        "step_0000020",
+    ]
+
+
+def test_readers_in_other_processes_change_nothing(tmp_path):
+    for workers in (0, 2):
+        (tmp_path / str(workers)).mkdir()
+    results = [toy(), toy()]
+    for module, workers in zip(results, (0, 2), strict=True):
+        train(module, Data(), changed(workers=workers), tmp_path / str(workers))
+    assert torch.equal(*map(weights, results))
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
+    one = toy()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    train(one, Data(per_step=4), changed(batch_seconds=24.0), tmp_path / "one")
+    script = tmp_path / "two.py"
+    config = {**vars(QUICK), "batch_seconds": 24.0}
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, torch
+            from pathlib import Path
+            sys.path.insert(0, {str(TESTS)!r})
+            from toy import Data, Toy
+            from jahubert.train import engine, ranks
+            from jahubert.train.optim import TrainConfig
+            with ranks.process_group():
+                torch.manual_seed(0)
+                module = Toy()
+                engine.train(module, Data(per_step=4), TrainConfig(**{config!r}), Path(sys.argv[1]))
+                if ranks.rank() == 0:
+                    torch.save(module.state_dict(), sys.argv[1] + "/weights.pt")
+            """
+        )
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    done = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    two = toy()
+    two.load_state_dict(torch.load(tmp_path / "two" / "weights.pt"))
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-6)
+    for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    module = toy()
+    with pytest.raises(JahubertError, match=r"step \d+: the loss is nan; rows of the manifest: "):
+        train(module, Data(bad=11), QUICK, tmp_path)
+    assert weights(module).isfinite().all()
+
+
+def test_sigterm_saves_and_says_so(tmp_path):
+    whole, module = toy(), toy()
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    train(whole, Data(), QUICK, tmp_path / "whole")
+    data = Data()
+    load = data.load
+
+    def load_and_stop(micro):
+        if (micro.epoch, micro.index) == (0, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(micro)
+
+    data.load = load_and_stop
+    with pytest.raises(Stopped, match="told to stop by SIGTERM: saved at step 3") as caught:
+        train(module, data, QUICK, tmp_path / "stopped")
+    assert caught.value.exit_status == 75
+    again = toy()
+    train(again, Data(), QUICK, tmp_path / "stopped")
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_the_best_step_is_kept(tmp_path):
+    module, values = toy(), iter([3.0, 1.0, 2.0, 5.0])
+    seen = []
+
+    def validate():
+        seen.append(weights(module).clone())
+        return {"per": next(values)}
+
+    metrics = train(module, Data(), changed(valid_every=5), tmp_path, validate=validate, best="per")
+    assert metrics == {"per": 1.0, "best_step": 10.0}
+    assert torch.equal(weights(module), seen[1])
+
+
+def test_learning_rates():
+    linear = TrainConfig(max_steps=100, lr=1.0, warmup=0.1)
+    assert [round(lr_at(s, linear), 6) for s in (0, 9, 10, 55, 99)] == [0.1, 1.0, 1.0, 0.5, round(1 / 90, 6)]
+    three = TrainConfig(max_steps=100, lr=1.0, warmup=0.1, hold=0.4, schedule="tri_stage", final_lr=0.05)
+    assert lr_at(0, three) == pytest.approx(0.01)
+    assert lr_at(10, three) == lr_at(49, three) == 1.0
+    assert lr_at(75, three) == pytest.approx(0.05**0.5)
+
+
+def test_impossible_training_settings():
+    with pytest.raises(ConfigError, match="lr is -1, but must be positive; warmup and hold"):
+        TrainConfig(lr=-1, warmup=1.5)
+    with pytest.raises(ConfigError, match="use precision=fp32 or bf16"):
+        pick_precision(TrainConfig(precision="fp16"), torch.device("cpu"))
+
+
+def test_metrics_behind_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    trim_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_sampler_covers_every_row_once_and_pads_little():
+    length = np.random.default_rng(0).integers(16_000, 160_000, 500)
+    sampler = Sampler(np.arange(100, 600), length, micro_seconds=40.0, per_step=2, seed=1)
+    epoch = sampler.epoch(0)
+    rows = [row for micro in epoch for row in micro.rows]
+    assert sorted(rows) == list(range(100, 600))
+    assert all(max(length[r - 100] for r in m.rows) * len(m.rows) <= 40 * 16_000 for m in epoch)
+    assert sampler.padding() < 0.03
+    assert sampler.epoch(0) == epoch != sampler.epoch(1)
+    stream = sampler.stream(0, len(epoch) - 1)
+    assert [next(stream), next(stream)] == [epoch[-1], sampler.epoch(1)[0]]
+
+
+def test_sampler_says_what_does_not_fit():
+    with pytest.raises(ConfigError, match=r"cannot hold the longest utterance \(2.00 s\)"):
+        Sampler(np.array([0]), np.array([32_000]), micro_seconds=1.0, per_step=1, seed=0)

@@ -1,0 +1,48 @@
+"""A module and data that train in milliseconds, for the engine tests and the processes they start."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from jahubert.train.engine import Loss
+from jahubert.train.masking import generator
+from jahubert.train.sampler import Sampler
+
+
+@dataclass
+class Batch:
+    x_BD: torch.Tensor
+
+    def to(self, device):
+        return Batch(self.x_BD.to(device))
+
+
+class Data:
+    def __init__(self, per_step=2, rows=23, bad=None):
+        length = 16000 + 400 * np.arange(rows)
+        self.sampler = Sampler(np.arange(rows), length, micro_seconds=6.0, per_step=per_step, seed=3)
+        self.bad = bad
+
+    def load(self, micro):
+        x = np.stack([generator(row, micro.epoch).standard_normal(5) for row in micro.rows])
+        if self.bad in micro.rows:
+            x[:] = np.nan
+        return Batch(torch.from_numpy(x.astype(np.float32)))
+
+
+class Toy(nn.Module):
+    seed = 5
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.3), nn.GELU(), nn.Linear(16, 1))
+
+    def forward(self, batch, step):
+        target = batch.x_BD.pow(2).sum(1)
+        loss = (self.net(batch.x_BD)[:, 0] - target).pow(2).sum()
+        return Loss(loss, len(target), {"rows": len(target), "seconds": 1.0})
+
+    def metrics(self, sums, count):
+        return {"loss": sums["total"] / count}
