@@ -1,7 +1,7 @@
 """k-means over frames: our own Lloyd in torch, faiss, or scikit-learn with fairseq's arguments.
 
 The torch backend goes from coarse to fine: k-means++ and Lloyd on a small sample (several starts, the best
-one is kept), then Lloyd on samples four times as large each, then on all frames. Most of the way is done
+one is kept), then Lloyd on samples eight times as large each, then on all frames. Most of the way is done
 where it is cheap, and the passes over all the data only finish it. Frames may be a memory map: they are read
 block by block and need not fit into memory or onto the device.
 """
@@ -24,8 +24,9 @@ Frames = Tensor | np.ndarray
 
 _COARSE_FRAMES = 64  # a cluster, in the sample of the first level
 _COARSE_MIN = 20_000  # frames
-_COARSE_PASSES, _COARSE_TOL = 30, 1e-3  # for each level but the last
-_GROWTH = 4  # from one level to the next
+_COARSE_PASSES = 50  # at most, for each level but the last
+_GROWTH = 8  # from one level to the next
+_LAST_TOL = 10  # passes over all frames are dear, and little is left to do for them
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class KmeansResult:
     centroids_KD: Tensor  # float32, on the CPU
     inertia: float  # mean squared distance of a frame to its centroid
     counts_K: Tensor  # int64, frames in each cluster
-    history: list[float]  # inertia over all frames, before each pass and at the end
+    history: list[float]  # inertia over all frames at each pass; the last one is `inertia`
     reseeded: int  # clusters that died and were started again elsewhere
     backend: str
 
@@ -60,7 +61,8 @@ def fit_kmeans(
             (n_init 20, batches of 10,000 ...), so that only `n_clusters` and `seed` act on it.
         n_init: starts, of which the best one is kept.
         max_iter: passes over all frames at most.
-        tol: stop when a pass lowers the inertia by less than this share (torch only).
+        tol: stop clustering a sample when a pass lowers its inertia by less than this share, and all frames
+            when by less than ten times as much (torch only).
         device: where the products are computed.
 
     Raises:
@@ -80,16 +82,20 @@ def fit_kmeans(
         raise DataError(
             f"{len(frames_ND)} frames cannot make {n_clusters} clusters: use more audio or fewer clusters"
         )
-    device = torch.device(device)
-    centroids_KD, history, reseeded = backends[backend](
-        frames_ND, n_clusters, n_init=n_init, max_iter=max_iter, tol=tol, seed=seed, device=device
+    fitted, history, reseeded = backends[backend](
+        frames_ND,
+        n_clusters,
+        n_init=n_init,
+        max_iter=max_iter,
+        tol=tol,
+        seed=seed,
+        device=torch.device(device),
     )
-    total = _pass(frames_ND, centroids_KD, sums=False)  # of exactly the centroids that are returned
     return KmeansResult(
-        centroids_KD=centroids_KD.cpu(),
-        inertia=total.inertia,
-        counts_K=total.counts_K.cpu(),
-        history=[*history, total.inertia],
+        centroids_KD=fitted.centroids_KD.cpu(),
+        inertia=fitted.inertia,
+        counts_K=fitted.counts_K.cpu(),
+        history=history,
         reseeded=reseeded,
         backend="torch" if backend == "auto" else backend,
     )
@@ -97,64 +103,90 @@ def fit_kmeans(
 
 def assign(frames_ND: Frames, centroids_KD: Tensor) -> Tensor:
     """The nearest centroid of each frame, int64 (N,), computed on the centroids' device."""
-    labels = [_nearest(x_ND, centroids_KD)[0] for x_ND in _blocks(frames_ND, centroids_KD)]
+    nearest = _Nearest(centroids_KD)
+    labels = [nearest(x_ND)[0] for x_ND in _blocks(frames_ND, centroids_KD)]
     return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=centroids_KD.device)
 
 
 def inertia(frames_ND: Frames, centroids_KD: Tensor) -> float:
     """Mean squared distance of the frames to their nearest centroids."""
-    return _pass(frames_ND, centroids_KD, sums=False).inertia
+    return _pass(frames_ND, centroids_KD).inertia
+
+
+def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
+    """Rows whose distances stay in the L2 cache, or fill a GPU."""
+    budget = 1 << 18 if device.type == "cpu" else 1 << 27
+    return max(1024, budget // sum(shape_KD))
 
 
 def _blocks(frames_ND: Frames, centroids_KD: Tensor) -> Iterator[Tensor]:
-    """float32 blocks on the centroids' device; a block's distances stay in the cache (or fill the device)."""
+    """float32 blocks on the centroids' device."""
     if frames_ND.shape[1] != centroids_KD.shape[1]:
         raise DataError(
             f"frames have {frames_ND.shape[1]} dimensions, but the centroids {centroids_KD.shape[1]}: "
             "they were made from another feature"
         )
-    device = centroids_KD.device
-    budget = 1 << 20 if device.type == "cpu" else 1 << 27  # distances
-    rows = max(1024, budget // (len(centroids_KD) + frames_ND.shape[1]))
+    rows = _block_rows(centroids_KD.shape, centroids_KD.device)
     for start in range(0, len(frames_ND), rows):
         block = frames_ND[start : start + rows]
         if isinstance(block, np.ndarray):
             block = torch.from_numpy(np.array(block, dtype=np.float32))
-        yield block.to(device, torch.float32)
+        yield block.to(centroids_KD.device, torch.float32)
 
 
-def _nearest(x_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels (N,) and squared distances (N,).
+class _Nearest:
+    """Nearest centroids: |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c).
 
-    |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c). Around the centroids' mean: with features that lie far from
-    zero the products would swallow the differences.
+    Around the centroids' mean: with features that lie far from zero the products would swallow the
+    differences.
     """
-    middle_D = centroids_KD.mean(dim=0)
-    c_KD, x_ND = centroids_KD - middle_D, x_ND - middle_D
-    half_K = c_KD.square().sum(dim=1) / 2
-    least_N, label_N = torch.addmm(half_K, x_ND, c_KD.T, alpha=-1).min(dim=1)
-    return label_N, least_N.mul_(2).add_(x_ND.square().sum(dim=1)).clamp_(min=0)
+
+    def __init__(self, centroids_KD: Tensor):
+        self.middle_D = centroids_KD.mean(dim=0)
+        centred_KD = centroids_KD - self.middle_D
+        self.half_K = centred_KD.square().sum(dim=1) / 2
+        self.centred_DK = centred_KD.T.contiguous()
+        rows = _block_rows(centroids_KD.shape, centroids_KD.device)
+        self.buffer_NK = centroids_KD.new_empty(
+            rows, len(centroids_KD)
+        )  # fresh pages for every block cost time
+        # numpy's argmin is twice as fast as torch's min, but knows only one thread.
+        self.by_numpy = centroids_KD.device.type == "cpu" and torch.get_num_threads() <= 2
+
+    def __call__(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels (N,); squared distances less |x|^2 (N,); the frames around the middle, x (N, D)."""
+        x_ND = x_ND - self.middle_D
+        score_NK = self.buffer_NK[: len(x_ND)]
+        torch.addmm(self.half_K, x_ND, self.centred_DK, alpha=-1, out=score_NK)
+        if self.by_numpy:
+            label_N = torch.from_numpy(score_NK.numpy().argmin(axis=1))
+            least_N = score_NK.gather(1, label_N[:, None])[:, 0]
+        else:
+            least_N, label_N = score_NK.min(dim=1)
+        return label_N, 2 * least_N, x_ND
 
 
 @dataclass
-class _Total:
-    sums_KD: Tensor  # float64
+class _Fitted:
+    """Centroids, and what one pass over the frames says about them."""
+
+    centroids_KD: Tensor
+    means_KD: Tensor  # of the frames of each cluster; the centroid itself where there are none
     counts_K: Tensor  # int64
     inertia: float
 
 
-def _pass(frames_ND: Frames, centroids_KD: Tensor, sums: bool = True) -> _Total:
+def _pass(frames_ND: Frames, centroids_KD: Tensor) -> _Fitted:
     """One pass over the frames: float32 within a block, float64 from block to block."""
     n_clusters, device = len(centroids_KD), centroids_KD.device
     sums_KD = torch.zeros(centroids_KD.shape, dtype=torch.float64, device=device)
     counts_K = torch.zeros(n_clusters, dtype=torch.int64, device=device)
     distance = torch.zeros((), dtype=torch.float64, device=device)
+    nearest = _Nearest(centroids_KD)
     for x_ND in _blocks(frames_ND, centroids_KD):
-        label_N, distance_N = _nearest(x_ND, centroids_KD)
-        distance += distance_N.sum(dtype=torch.float64)
+        label_N, least_N, x_ND = nearest(x_ND)
+        distance += torch.linalg.vecdot(x_ND, x_ND).add_(least_N).clamp_(min=0).sum(dtype=torch.float64)
         counts_K += torch.bincount(label_N, minlength=n_clusters)
-        if not sums:
-            continue
         if device.type == "cpu":
             sums_KD += torch.zeros_like(centroids_KD).index_add_(0, label_N, x_ND)
         else:  # index_add_ adds in a random order there; a product does not, and is faster
@@ -163,17 +195,21 @@ def _pass(frames_ND: Frames, centroids_KD: Tensor, sums: bool = True) -> _Total:
     mean = float(distance) / len(frames_ND)
     if not math.isfinite(mean):
         raise DataError("the frames hold NaN or infinite values: look for the utterances they came from")
-    return _Total(sums_KD, counts_K, mean)
+    means_KD = (sums_KD / counts_K.clamp(min=1)[:, None] + nearest.middle_D).to(centroids_KD.dtype)
+    means_KD = torch.where(counts_K[:, None] > 0, means_KD, centroids_KD)
+    return _Fitted(centroids_KD, means_KD, counts_K, mean)
 
 
 def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
     """Up to n frames (n, D) far from all centroids and from each other: outliers have neighbours."""
     pool_N = torch.zeros(0, device=centroids_KD.device)
     pool_ND = centroids_KD[:0]
-    for x_ND in _blocks(frames_ND, centroids_KD):
-        distance_N = torch.cat([pool_N, _nearest(x_ND, centroids_KD)[1]])
+    nearest = _Nearest(centroids_KD)
+    for block_ND in _blocks(frames_ND, centroids_KD):
+        _, least_N, x_ND = nearest(block_ND)
+        distance_N = torch.cat([pool_N, (x_ND.square().sum(dim=1) + least_N).clamp_(min=0)])
         pool_N, index = distance_N.topk(min(n * 32, len(distance_N)))
-        pool_ND = torch.cat([pool_ND, x_ND])[index]
+        pool_ND = torch.cat([pool_ND, block_ND])[index]
     chosen: list[Tensor] = []
     while len(chosen) < n and float(pool_N.max()) > 0:
         chosen.append(pool_ND[int(pool_N.argmax())])
@@ -183,42 +219,47 @@ def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
 
 def _lloyd(
     frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float
-) -> tuple[Tensor, list[float], int]:
-    """Centroids after at most `max_iter` passes, the inertia before each, and how many were re-seeded."""
+) -> tuple[_Fitted, list[float], int]:
+    """What the last of at most `max_iter` passes found, the inertia of each, and how many were re-seeded."""
     history: list[float] = []
     reseeded = 0
-    for _ in range(max_iter):
-        total = _pass(frames_ND, centroids_KD)
-        history.append(total.inertia)
-        alive_K = total.counts_K > 0
-        moved_KD = (total.sums_KD / total.counts_K.clamp(min=1)[:, None]).to(centroids_KD.dtype)
-        dead = torch.nonzero(~alive_K)[:, 0]
-        if len(dead):
-            seeds = _farthest(frames_ND, centroids_KD, len(dead))
-            moved_KD[dead] = centroids_KD[dead]
-            moved_KD[dead[: len(seeds)]] = seeds
+    fresh = False  # a re-seeded cluster deserves another pass
+    while True:
+        fitted = _pass(frames_ND, centroids_KD)
+        history.append(fitted.inertia)
+        converged = len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not fresh
+        if converged or len(history) == max_iter:
+            return fitted, history, reseeded
+        centroids_KD = fitted.means_KD
+        dead = torch.nonzero(fitted.counts_K == 0)[:, 0]
+        if fresh := len(dead) > 0:
+            seeds = _farthest(frames_ND, fitted.centroids_KD, len(dead))
+            centroids_KD[dead[: len(seeds)]] = seeds
             reseeded += len(seeds)
-        centroids_KD = moved_KD
-        if len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not len(dead):
-            break
-    return centroids_KD, history, reseeded
+            fresh = len(seeds) > 0
 
 
 def _coarse(
-    frames_ND: Frames, order: np.ndarray, n_clusters: int, n_init: int, seed: int, device: torch.device
+    frames_ND: Frames,
+    order: np.ndarray,
+    n_clusters: int,
+    n_init: int,
+    tol: float,
+    seed: int,
+    device: torch.device,
 ) -> tuple[Tensor, int]:
     """The best of several starts on a small sample, and how many frames of `order` it has seen."""
     size = max(_COARSE_FRAMES * n_clusters, _COARSE_MIN)
     sample_ND = _take(frames_ND, order[:size], device)
-    best, least = None, math.inf
+    best: _Fitted | None = None
     for start in range(n_init):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
         centroids_KD = _plus_plus(sample_ND, n_clusters, generator)
-        centroids_KD, history, _ = _lloyd(sample_ND, centroids_KD, _COARSE_PASSES, _COARSE_TOL)
-        if best is None or history[-1] < least:
-            best, least = centroids_KD, history[-1]
+        fitted, _, _ = _lloyd(sample_ND, centroids_KD, _COARSE_PASSES, tol)
+        if best is None or fitted.inertia < best.inertia:
+            best = fitted
     assert best is not None
-    return best, size
+    return best.means_KD, size
 
 
 def _fit_torch(
@@ -230,14 +271,19 @@ def _fit_torch(
     tol: float,
     seed: int,
     device: torch.device,
-) -> tuple[Tensor, list[float], int]:
+) -> tuple[_Fitted, list[float], int]:
     n_frames = len(frames_ND)
     order = np.random.default_rng(seed).permutation(n_frames)  # every level sees the first so many of it
-    centroids_KD, size = _coarse(frames_ND, order, n_clusters, n_init, seed, device)
-    while (size := size * _GROWTH) * 2 < n_frames:
-        sample_ND = _take(frames_ND, order[:size], device)
-        centroids_KD, _, _ = _lloyd(sample_ND, centroids_KD, _COARSE_PASSES, _COARSE_TOL)
-    return _lloyd(frames_ND, centroids_KD, max_iter, tol)
+    centroids_KD, size = _coarse(frames_ND, order, n_clusters, n_init, tol, seed, device)
+    if size < n_frames:
+        tol_all = tol * _LAST_TOL
+        while (size := size * _GROWTH) * 2 < n_frames:
+            sample_ND = _take(frames_ND, order[:size], device)
+            fitted, _, _ = _lloyd(sample_ND, centroids_KD, _COARSE_PASSES, tol)
+            centroids_KD = fitted.means_KD
+    else:
+        tol_all = tol
+    return _lloyd(frames_ND, centroids_KD, max_iter, tol_all)
 
 
 def _take(frames_ND: Frames, rows: np.ndarray, device: torch.device) -> Tensor:
@@ -279,7 +325,7 @@ def _fit_faiss(
     tol: float,
     seed: int,
     device: torch.device,
-) -> tuple[Tensor, list[float], int]:
+) -> tuple[_Fitted, list[float], int]:
     """faiss.Kmeans over all frames, from our start (its own random one is much worse); it has no `tol`."""
     try:
         import faiss
@@ -300,11 +346,12 @@ def _fit_faiss(
         max_points_per_centroid=math.ceil(n_frames / n_clusters) + 1,  # its default looks at 256 of them
     )
     order = np.random.default_rng(seed).permutation(n_frames)
-    start_KD, _ = _coarse(frames_ND, order, n_clusters, n_init, seed, device)
+    start_KD, _ = _coarse(frames_ND, order, n_clusters, n_init, tol, seed, device)
     kmeans.train(_contiguous(frames_ND), init_centroids=_contiguous(start_KD))
     history = [float(total) / n_frames for total in kmeans.obj]
     splits = sum(int(stats["nsplit"]) for stats in kmeans.iteration_stats)
-    return torch.from_numpy(np.array(kmeans.centroids)).to(device), history, splits
+    fitted = _pass(frames_ND, torch.from_numpy(np.array(kmeans.centroids)).to(device))
+    return fitted, [*history, fitted.inertia], splits
 
 
 def _fit_sklearn(
@@ -316,7 +363,7 @@ def _fit_sklearn(
     tol: float,
     seed: int,
     device: torch.device,
-) -> tuple[Tensor, list[float], int]:
+) -> tuple[_Fitted, list[float], int]:
     """MiniBatchKMeans exactly as fairseq's recipe calls it, with a random state of its own."""
     try:
         from sklearn.cluster import MiniBatchKMeans
@@ -335,7 +382,8 @@ def _fit_sklearn(
         compute_labels=False,
         random_state=seed,
     ).fit(_contiguous(frames_ND))
-    return torch.from_numpy(kmeans.cluster_centers_.astype(np.float32)).to(device), [], 0
+    fitted = _pass(frames_ND, torch.from_numpy(kmeans.cluster_centers_.astype(np.float32)).to(device))
+    return fitted, [fitted.inertia], 0
 
 
 def _contiguous(frames_ND: Frames) -> np.ndarray:
