@@ -256,6 +256,7 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
         raise AudioError(
             f"audio arrays are (T,), (channels, T) or (T, channels), but this has shape {source.shape}"
         )
+    samples: np.ndarray
     if source.dtype == np.uint8:
         samples = (source.astype(np.float32) - 128) / 128
     elif source.dtype in (np.int8, np.int16, np.int32):

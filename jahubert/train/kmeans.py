@@ -103,7 +103,7 @@ def fit_kmeans(
 
 def assign(frames_ND: Frames, centroids_KD: Tensor) -> Tensor:
     """The nearest centroid of each frame, int64 (N,), computed on the centroids' device."""
-    nearest = _Nearest(centroids_KD)
+    nearest = _Nearest(centroids_KD, len(frames_ND))
     labels = [nearest(x_ND)[0] for x_ND in _blocks(frames_ND, centroids_KD)]
     return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=centroids_KD.device)
 
@@ -141,12 +141,12 @@ class _Nearest:
     differences.
     """
 
-    def __init__(self, centroids_KD: Tensor):
+    def __init__(self, centroids_KD: Tensor, n_frames: int):
         self.middle_D = centroids_KD.mean(dim=0)
         centred_KD = centroids_KD - self.middle_D
         self.half_K = centred_KD.square().sum(dim=1) / 2
         self.centred_DK = centred_KD.T.contiguous()
-        rows = _block_rows(centroids_KD.shape, centroids_KD.device)
+        rows = min(n_frames, _block_rows(centroids_KD.shape, centroids_KD.device))
         self.buffer_NK = centroids_KD.new_empty(
             rows, len(centroids_KD)
         )  # fresh pages for every block cost time
@@ -182,7 +182,7 @@ def _pass(frames_ND: Frames, centroids_KD: Tensor) -> _Fitted:
     sums_KD = torch.zeros(centroids_KD.shape, dtype=torch.float64, device=device)
     counts_K = torch.zeros(n_clusters, dtype=torch.int64, device=device)
     distance = torch.zeros((), dtype=torch.float64, device=device)
-    nearest = _Nearest(centroids_KD)
+    nearest = _Nearest(centroids_KD, len(frames_ND))
     for x_ND in _blocks(frames_ND, centroids_KD):
         label_N, least_N, x_ND = nearest(x_ND)
         distance += torch.linalg.vecdot(x_ND, x_ND).add_(least_N).clamp_(min=0).sum(dtype=torch.float64)
@@ -204,7 +204,7 @@ def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
     """Up to n frames (n, D) far from all centroids and from each other: outliers have neighbours."""
     pool_N = torch.zeros(0, device=centroids_KD.device)
     pool_ND = centroids_KD[:0]
-    nearest = _Nearest(centroids_KD)
+    nearest = _Nearest(centroids_KD, len(frames_ND))
     for block_ND in _blocks(frames_ND, centroids_KD):
         _, least_N, x_ND = nearest(block_ND)
         distance_N = torch.cat([pool_N, (x_ND.square().sum(dim=1) + least_N).clamp_(min=0)])
@@ -349,7 +349,7 @@ def _fit_faiss(
     start_KD, _ = _coarse(frames_ND, order, n_clusters, n_init, tol, seed, device)
     kmeans.train(_contiguous(frames_ND), init_centroids=_contiguous(start_KD))
     history = [float(total) / n_frames for total in kmeans.obj]
-    splits = sum(int(stats["nsplit"]) for stats in kmeans.iteration_stats)
+    splits = int(np.sum([stats["nsplit"] for stats in kmeans.iteration_stats]))
     fitted = _pass(frames_ND, torch.from_numpy(np.array(kmeans.centroids)).to(device))
     return fitted, [*history, fitted.inertia], splits
 
