@@ -11,14 +11,13 @@ Under `out`: `checkpoints/step_N/` (written beside, renamed), `best.safetensors`
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,14 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from jahubert.errors import ConfigError, JahubertError, UserError
+from jahubert.errors import ConfigError, JahubertError, StaleError, UserError
 from jahubert.train import ranks
+from jahubert.train.journal import Journal, Window
 from jahubert.train.masking import generator
 from jahubert.train.optim import TrainConfig, build_optimizer, lr_at, pick_precision
 from jahubert.train.provenance import read_record, write_json
@@ -117,9 +116,76 @@ def micro_batches(
         yield micro, batch
 
 
+class Position:
+    """Where the data stands, for all processes alike: an epoch and how much of it was taken."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.epoch, self.cursor = sampler, 0, 0
+        self.sized, self.size = -1, 0  # the epoch whose size is known: counting one is work
+
+    def forward(self, n: int) -> None:
+        self.cursor += n
+        while True:
+            if self.sized != self.epoch:
+                self.sized, self.size = self.epoch, len(self.sampler.epoch(self.epoch))
+            if self.cursor < self.size:
+                break
+            self.epoch, self.cursor = self.epoch + 1, self.cursor - self.size
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+def share(config: TrainConfig) -> int:
+    """How many micro-batches of a step this process computes."""
+    if config.per_step % ranks.world():
+        raise ConfigError(
+            f"one step takes {config.per_step} micro-batches, which {ranks.world()} processes cannot "
+            "share evenly; change micro_seconds"
+        )
+    return config.per_step // ranks.world()
+
+
 def seed_micro(seed: int, micro: MicroBatch) -> None:
     """Set torch's random state for dropout and layer drop of one micro-batch."""
     torch.manual_seed(int(generator(seed, micro.epoch, micro.index, 7).integers(2**62)))
+
+
+def checkpoints(out: Path, engine: str) -> Path:
+    """The folder of an engine's checkpoints under `out`.
+
+    Raises:
+        StaleError: another engine began there; neither can read what the other one wrote.
+    """
+    folders = {"torch": out / "checkpoints", "fairseq2": out / "checkpoints_fairseq2"}
+    for other, folder in folders.items():
+        if other != engine and any(folder.glob("step_*[0-9]")):
+            raise StaleError(
+                f"{folder}: this run was begun with engine={other}; continue it with that one, or delete "
+                f"{out} to begin again with engine={engine}"
+            )
+    return folders[engine]
+
+
+def check_finite(total: float, step: int, micros: Sequence[MicroBatch]) -> None:
+    """Refuse to learn from a summed loss that is no number; `micros` are those of this process."""
+    if not math.isfinite(total):
+        rows = itertools.islice(itertools.chain.from_iterable(micro.rows for micro in micros), 8)
+        names = ", ".join(map(str, rows))
+        raise JahubertError(f"step {step}: the loss is {total}; rows of the manifest: {names} ...")
+
+
+def told_to_stop(signals: list[str], device: torch.device) -> bool:
+    """Whether a signal reached any process: all must leave at one step, since saving is done together."""
+    return bool(signals) if ranks.world() == 1 else ranks.total({"stop": len(signals)}, device)["stop"] > 0
+
+
+def stopped(signals: list[str], step: int) -> Stopped:
+    by = signals[0] if signals else "a signal to another process"
+    return Stopped(f"told to stop by {by}: saved at step {step}; the same command continues")
 
 
 def train(
@@ -147,23 +213,17 @@ def train(
     """
     run = _Run(module, data, config, out)
     run.restore()
-    with _stop_signals() as stop:
+    with stop_signals() as signals:
         while run.step < config.max_steps:
             run.advance()
-            if config.valid_every and validate is not None:
-                last = run.step == config.max_steps
-                if run.step % config.valid_every == 0 or last:
-                    run.validate(validate, best)
-            if run.step % config.save_every == 0 or stop or run.step == config.max_steps:
+            if validate is not None and run.journal.validation_due(run.step):
+                run.validate(validate, best)
+            stop, last = told_to_stop(signals, run.device), run.step == config.max_steps
+            if run.step % config.save_every == 0 or stop or last:
                 run.save()
-            if stop and run.step < config.max_steps:
-                raise Stopped(
-                    f"told to stop by {stop[0]}: saved at step {run.step}; the same command continues"
-                )
-    if best is not None and (out / "best.safetensors").exists():
-        module.load_state_dict(load_file(out / "best.safetensors"))
-        return run.best_metrics
-    return run.last_metrics
+            if stop and not last:
+                raise stopped(signals, run.step)
+    return run.journal.close(best)
 
 
 class _Run:
@@ -172,52 +232,44 @@ class _Run:
     def __init__(self, module: nn.Module, data: Data, config: TrainConfig, out: Path):
         self.device = ranks.pick_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        if config.per_step % ranks.world():
-            raise ConfigError(
-                f"one step takes {config.per_step} micro-batches, which {ranks.world()} processes cannot "
-                "share evenly; change micro_seconds"
-            )
-        self.module, self.data, self.config, self.out = module.to(self.device), data, config, out
+        self.mine = share(config)
+        self.module, self.data, self.config = module.to(self.device), data, config
         self.wrapped: nn.Module = module
         if ranks.world() > 1:
             # Layer drop leaves blocks out of a backward pass, and frozen phases leave more.
             self.wrapped = DistributedDataParallel(module, find_unused_parameters=True)
         self.optimizer = build_optimizer(module, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.step, self.epoch, self.cursor = 0, 0, 0
-        self.best_value, self.best_metrics = math.inf, {}
-        self.last_metrics: dict[str, float] = {}
+        self.folder = checkpoints(out, "torch")
+        self.step, self.position = 0, Position(data.sampler)
+        self.journal = Journal(module, config, out)
         self.stream: Iterator[tuple[MicroBatch, Any]] | None = None
-        self.window = _Window()
+        self.window = Window()
 
     def advance(self) -> None:
         """One step: gradients of all micro-batches, then one update."""
         if self.stream is None:
-            self.stream = micro_batches(self.data, self.config, self.epoch, self.cursor)
+            self.stream = micro_batches(self.data, self.config, self.position.epoch, self.position.cursor)
             self.wrapped.train()
-        config, sums, rows = self.config, {}, []
+        config, sums, micros = self.config, {}, []
         self.optimizer.zero_grad(set_to_none=True)
-        mine = config.per_step // ranks.world()
-        for number in range(mine):
+        for number in range(self.mine):
             started = time.perf_counter()
             micro, batch = next(self.stream)
             self.window.waiting += time.perf_counter() - started
-            rows.append(micro.rows)
-            loss = self._backward(micro, batch.to(self.device), last=number == mine - 1)
+            micros.append(micro)
+            loss = self._backward(micro, batch.to(self.device), last=number == self.mine - 1)
             for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
                 sums[name] = sums.get(name, 0.0) + value
         totals = ranks.total(sums, self.device)
-        if not math.isfinite(totals["total"]):
-            names = ", ".join(str(row) for row in itertools.islice(itertools.chain(*rows), 8))
-            raise JahubertError(
-                f"step {self.step + 1}: the loss is {totals['total']}; rows of the manifest: {names} ..."
-            )
+        check_finite(totals["total"], self.step + 1, micros)
         norm = self._update(totals.pop("count"), totals, self.module)
-        self._forward_state(micro)
+        self.step += 1
+        self.position.forward(config.per_step)
         self.window.add(totals, norm)
         if self.step % config.log_every == 0 or self.step == config.max_steps:
-            self._log()
+            self.journal.training(self.step, *self.window.close())
 
     def _backward(self, micro: MicroBatch, batch: Any, last: bool) -> Loss:
         seed_micro(self.module.seed, micro)  # type: ignore[arg-type]
@@ -247,57 +299,14 @@ class _Run:
         self.scaler.update()
         return float(norm)
 
-    def _forward_state(self, micro: MicroBatch) -> None:
-        """Where the data stands after this step, for all processes alike."""
-        self.step += 1
-        self.cursor += self.config.per_step
-        while self.cursor >= (size := self._epoch_size(self.epoch)):
-            self.epoch, self.cursor = self.epoch + 1, self.cursor - size
-
-    def _epoch_size(self, epoch: int) -> int:
-        if getattr(self, "_sized", None) != epoch:
-            self._sized, self._size = epoch, len(self.data.sampler.epoch(epoch))
-        return self._size
-
-    def _log(self) -> None:
-        sums, norm, timing = self.window.close()
-        metrics = self.module.metrics(sums, sums["count"])  # type: ignore[operator]
-        self.last_metrics = metrics
-        if ranks.rank() == 0:
-            row = {"step": self.step, **metrics, "grad_norm": norm, "lr": lr_at(self.step - 1, self.config)}
-            self._write(row | {"timing": timing})
-            seconds = sums.get("seconds", 0.0)
-            speed = f"{seconds / max(timing['seconds'], 1e-9):.0f} audio-s/s"
-            left = (self.config.max_steps - self.step) * timing["seconds"] / max(1, timing["steps"])
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-            log.info("step %d/%d  %s  %s  %.0f s left", self.step, self.config.max_steps, shown, speed, left)
-
     def validate(self, validate: Callable[[], dict[str, float]], best: str | None) -> None:
         started = time.perf_counter()
-        self.module.eval()
-        with torch.no_grad():
-            metrics = validate()
-        self.module.train()
+        self.journal.validate(self.step, validate, best)
         self.window.started += time.perf_counter() - started
-        if ranks.rank() == 0:
-            self._write({"step": self.step, **{f"valid_{name}": value for name, value in metrics.items()}})
-            log.info("step %d  valid  %s", self.step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        if best is not None and metrics[best] < self.best_value:
-            self.best_value = metrics[best]
-            self.best_metrics = {**metrics, "best_step": float(self.step)}
-            if ranks.rank() == 0:
-                beside = self.out / "best.safetensors.tmp"
-                save_file({k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}, beside)
-                beside.replace(self.out / "best.safetensors")
-
-    def _write(self, row: dict[str, Any]) -> None:
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
     def save(self) -> None:
         """Write the checkpoint of this step beside the others, rename it, drop the oldest."""
-        folder = self.out / "checkpoints"
-        beside, final = folder / f"step_{self.step:07d}.tmp", folder / f"step_{self.step:07d}"
+        beside, final = (self.folder / f"step_{self.step:07d}{end}" for end in (".tmp", ""))
         if final.exists():
             return
         if ranks.rank() == 0:
@@ -310,21 +319,22 @@ class _Run:
         if ranks.rank() == 0:
             write_json(beside / "run.json", self._run_state())
             beside.rename(final)
-            for old in sorted(folder.glob("step_*[0-9]"))[: -self.config.keep_last]:
+            for old in sorted(self.folder.glob("step_*[0-9]"))[: -self.config.keep_last]:
                 shutil.rmtree(old)
         ranks.barrier()
 
     def _run_state(self) -> dict[str, Any]:
-        names = ("step", "epoch", "cursor", "best_value", "best_metrics", "last_metrics")
-        window = {name: getattr(self.window, name) for name in ("sums", "norm", "steps")}
-        return {name: getattr(self, name) for name in names} | {
-            "window": window,
+        return {
+            "step": self.step,
+            **self.position.state(),
+            **self.journal.state(),
+            "window": self.window.state(),
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        found = sorted((self.out / "checkpoints").glob("step_*[0-9]"))
+        found = sorted(self.folder.glob("step_*[0-9]"))
         if found:
             model, optimizer = get_state_dict(self.module, self.optimizer)
             state: dict[str, Any] = {"model": model, "optimizer": optimizer}
@@ -338,54 +348,17 @@ class _Run:
                 optim_state_dict=state["optimizer"],
             )
             run = read_record(found[-1] / "run.json")
-            self.scaler.load_state_dict(run.pop("scaler"))
-            for owner, values in ((self.window, run.pop("window")), (self, run)):
-                for name, value in values.items():
-                    setattr(owner, name, value)
+            self.step = run["step"]
+            self.position.load(run)
+            self.journal.load(run)
+            self.scaler.load_state_dict(run["scaler"])
+            self.window.load(run["window"])
             log.info("continuing at step %d", self.step)
-        if ranks.rank() == 0:
-            trim_metrics(self.out / "metrics.jsonl", self.step)
-
-
-class _Window:
-    """Sums since the last log line."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.norm, self.steps, self.waiting, self.started = 0.0, 0, 0.0, time.perf_counter()
-
-    def add(self, totals: dict[str, float], norm: float) -> None:
-        for name, value in totals.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.norm, self.steps = self.norm + norm, self.steps + 1
-
-    def close(self) -> tuple[dict[str, float], float, dict[str, float]]:
-        seconds = time.perf_counter() - self.started
-        timing = {"seconds": seconds, "steps": self.steps, "waiting": self.waiting / max(seconds, 1e-9)}
-        result = self.sums, self.norm / max(1, self.steps), timing
-        self.__init__()  # type: ignore[misc]
-        return result
-
-
-def trim_metrics(path: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after the checkpoint that is continued."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # the line that was being written
-            break
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
+        self.journal.trim(self.step)
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[str]]:
+def stop_signals() -> Iterator[list[str]]:
     """A list that is empty until a signal to stop arrives; the handlers are put back at the end."""
     stop: list[str] = []
     wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]

@@ -1,0 +1,122 @@
+"""What holds for the choice of an engine, and for several processes, without the full stack.
+
+As a script under torchrun it is one of the processes: `torchrun --nproc-per-node 2 FILE FOLDER`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from jahubert.errors import MissingExtraError, StaleError
+from jahubert.train import ranks
+from jahubert.train.engine import Loss, Stopped, train
+from jahubert.train.lookup import ENGINES, resolve
+from jahubert.train.optim import TrainConfig
+from jahubert.train.sampler import MicroBatch, Sampler
+
+CONFIG = TrainConfig(
+    max_steps=5, batch_seconds=4.0, micro_seconds=1.0, lr=0.1, precision="fp32", device="cpu", save_every=9
+)
+
+
+@dataclass
+class Numbers:
+    x_ND: Tensor
+
+    def to(self, device: torch.device) -> Numbers:
+        return self
+
+
+class Data:
+    def __init__(self) -> None:
+        self.sampler = Sampler(np.arange(20), np.full(20, 8000), micro_seconds=1.0, per_step=4, seed=0)
+
+    def load(self, micro: MicroBatch) -> Numbers:
+        return Numbers(torch.tensor(micro.rows).float()[:, None] / 20)
+
+
+class Learner(nn.Module):
+    """Learns to double; in step `told_at` the last process, and no other, is told to stop."""
+
+    seed = 0
+
+    def __init__(self, told_at: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.told_at, self.line = told_at, nn.Linear(1, 1)
+
+    def forward(self, batch: Numbers, step: int) -> Loss:
+        if step + 1 == self.told_at and ranks.rank() == ranks.world() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return Loss((self.line(batch.x_ND) - 2 * batch.x_ND).square().sum(), len(batch.x_ND), {})
+
+    def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
+        return {"loss": sums["total"] / count}
+
+
+def learn(out: Path, told_at: int | None = None) -> dict[str, Tensor]:
+    out.mkdir(exist_ok=True)
+    module = Learner(told_at)
+    train(module, Data(), CONFIG, out)
+    return module.state_dict()
+
+
+def test_without_fairseq2_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fairseq2", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "jahubert.train.engine_fairseq2", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'jahubert\[fairseq2\]'"):
+        resolve("fairseq2", ENGINES, "engine")
+
+
+def test_a_run_of_the_other_engine_is_refused(tmp_path):
+    (tmp_path / "checkpoints_fairseq2" / "step_3").mkdir(parents=True)
+    with pytest.raises(StaleError, match="begun with engine=fairseq2"):
+        learn(tmp_path)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with (tmp_path / "log").open("w") as log:
+        torchrun = subprocess.Popen(
+            [*command, __file__, str(tmp_path)], env=os.environ, stdout=log, stderr=log
+        )
+        try:
+            status = torchrun.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # a hang is what this test is about
+            torchrun.terminate()  # which ends its processes; killed, it would leave them behind
+            status = torchrun.wait(timeout=60)
+    assert status == 0, (tmp_path / "log").read_text()[-3000:]
+    assert (tmp_path / "stopped" / "checkpoints" / "step_0000002").is_dir()
+    whole, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def main(folder: Path) -> None:
+    with ranks.process_group():
+        try:
+            learn(folder / "stopped", told_at=2)
+        except Stopped as stop:
+            by = "SIGTERM" if ranks.rank() == 1 else "a signal to another process"
+            if f"told to stop by {by}: saved at step 2" not in str(stop):
+                raise
+        else:
+            raise SystemExit("the run did not stop")
+        for name in ("stopped", "whole"):
+            state = learn(folder / name)
+            if ranks.rank() == 0:
+                save_file(state, folder / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
