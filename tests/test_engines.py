@@ -9,66 +9,44 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from toy import Data, Toy
 
 from jahubert.errors import MissingExtraError, StaleError
 from jahubert.train import ranks
 from jahubert.train.engine import Loss, Stopped, train
 from jahubert.train.lookup import ENGINES, resolve
 from jahubert.train.optim import TrainConfig
-from jahubert.train.sampler import MicroBatch, Sampler
 
 CONFIG = TrainConfig(
-    max_steps=5, batch_seconds=4.0, micro_seconds=1.0, lr=0.1, precision="fp32", device="cpu", save_every=9
+    max_steps=5, batch_seconds=24.0, micro_seconds=6.0, lr=0.01, precision="fp32", device="cpu", save_every=9
 )
 
 
-@dataclass
-class Numbers:
-    x_ND: Tensor
+class Told(Toy):
+    """In step `told_at` the last process, and no other, is told to stop."""
 
-    def to(self, device: torch.device) -> Numbers:
-        return self
-
-
-class Data:
-    def __init__(self) -> None:
-        self.sampler = Sampler(np.arange(20), np.full(20, 8000), micro_seconds=1.0, per_step=4, seed=0)
-
-    def load(self, micro: MicroBatch) -> Numbers:
-        return Numbers(torch.tensor(micro.rows).float()[:, None] / 20)
-
-
-class Learner(nn.Module):
-    """Learns to double; in step `told_at` the last process, and no other, is told to stop."""
-
-    seed = 0
-
-    def __init__(self, told_at: int | None = None):
-        super().__init__()
+    def __init__(self, told_at: int | None):
         torch.manual_seed(0)
-        self.told_at, self.line = told_at, nn.Linear(1, 1)
+        super().__init__()
+        self.told_at = told_at
 
-    def forward(self, batch: Numbers, step: int) -> Loss:
+    def forward(self, batch: Any, step: int) -> Loss:
         if step + 1 == self.told_at and ranks.rank() == ranks.world() - 1:
             signal.raise_signal(signal.SIGTERM)
-        return Loss((self.line(batch.x_ND) - 2 * batch.x_ND).square().sum(), len(batch.x_ND), {})
-
-    def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        return {"loss": sums["total"] / count}
+        return super().forward(batch, step)
 
 
 def learn(out: Path, told_at: int | None = None) -> dict[str, Tensor]:
     out.mkdir(exist_ok=True)
-    module = Learner(told_at)
-    train(module, Data(), CONFIG, out)
+    module = Told(told_at)
+    train(module, Data(per_step=4), CONFIG, out)
     return module.state_dict()
 
 
