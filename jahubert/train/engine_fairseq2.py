@@ -54,7 +54,7 @@ try:
     from fairseq2.file_system import NativeLocalFileSystem
     from fairseq2.gang import Gangs, ProcessGroupGang, create_fake_gangs, create_parallel_gangs
     from fairseq2.io import _TorchTensorFileDumper, _TorchTensorFileLoader
-    from fairseq2.metrics import MetricBag
+    from fairseq2.metrics import Mean, MetricBag
     from fairseq2.metrics.recorders import MetricRecorder
     from fairseq2.nn.ddp import to_ddp
     from fairseq2.optim.fp16_loss_scaler import NOOP_FP16_LOSS_SCALER, StandardFloat16LossScaler
@@ -133,16 +133,12 @@ class _Run:
         self.journal, self.reader = Journal(module, config, out), _Reader(self)
         self.gangs = _gangs(self.device)
         files = NativeLocalFileSystem()
+        tensors = _TorchTensorFileLoader(files), _TorchTensorFileDumper(files)
         self.manager = StandardCheckpointManager(
-            out,
-            self.gangs,
-            files,
-            _TorchTensorFileLoader(files),
-            _TorchTensorFileDumper(files),
-            _StandardThreadPool(1),
-            checkpoint_dir=self.folder,
+            out, self.gangs, files, *tensors, _StandardThreadPool(1), checkpoint_dir=self.folder
         )
         self.state = self.folder / "run.json"
+        self.bag: MetricBag  # the Trainer's
         self.step = self.manager.maybe_get_last_step_number(exclude_model_only=True) or 0
         self.validated, self.window = 0, Window()
         self._restore()
@@ -161,15 +157,12 @@ class _Run:
             self.journal.load(state)
             # A killed run may have validated after its last checkpoint; that is done again.
             self.validated = min(state["validated"], self.step)
-            if state["step"] == self.step:
-                self.window.load(state["window"])
         self.journal.trim(self.step)
         ranks.barrier()
 
     def write(self) -> None:
         """Keep what fairseq2's checkpoints have no place for."""
-        state = {"step": self.step, "validated": self.validated, "window": self.window.state()}
-        write_json(self.state, state | self.journal.state())
+        write_json(self.state, {"validated": self.validated, **self.journal.state()})
 
     def steps(self, signals: list[str]) -> None:
         """Let the Trainer work until the last step or a signal."""
@@ -254,8 +247,7 @@ class _Reader(DataReader):
 
     def __next__(self) -> list[_Held]:
         if self.stream is None:
-            place = self.position.state()
-            self.stream = micro_batches(self.run.data, self.run.config, **place)
+            self.stream = micro_batches(self.run.data, self.run.config, **self.position.state())
         self.position.forward(self.run.config.per_step)
         return [_Held(self) for _ in range(self.run.mine)]
 
@@ -270,10 +262,15 @@ class _Reader(DataReader):
         """Called at the end of the data, which never comes."""
 
     def state_dict(self) -> dict[str, object]:
-        return dict(self.position.state())
+        # Norms are here for want of a better place: the Trainer forgets its own when it continues.
+        window, recent = self.run.window, self.run.bag.get("grad_norm", Mean)  # recent: since the publication
+        norm, steps = window.norm + float(recent.weighted_sum), window.steps + int(recent.weights)
+        return {**self.position.state(), "norm": norm, "steps": steps}
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position.load(state_dict)
+        if self.run.step % self.run.config.log_every:
+            self.run.window.norm, self.run.window.steps = state_dict["norm"], state_dict["steps"]
 
     @property
     def num_accumulate(self) -> int:
@@ -329,7 +326,7 @@ class _Unit(TrainUnit):
         self.stopping = False
 
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
-        self.bag = metric_bag
+        self.run.bag = metric_bag
         metric_bag.add(SUMS, _Sums())
 
     def set_step_nr(self, step_nr: int) -> None:
@@ -338,7 +335,7 @@ class _Unit(TrainUnit):
         # Here, and not in a Validator, the checkpoint that a run continues from is never ahead of it.
         self.run.validate(self.step)
         if self.step % self.run.config.log_every == 0:
-            self.bag.get(SUMS, _Sums).reset()
+            self.run.bag.get(SUMS, _Sums).reset()
         self.micros: list[MicroBatch] = []
         self.total: Tensor | float = 0.0
 
@@ -375,7 +372,7 @@ class _Recorder(MetricRecorder):
         if step_nr % config.log_every == 0 or step_nr == config.max_steps:
             window.sums = {name: float(value) for name, value in values[SUMS].items()}
             run.journal.training(step_nr, *window.close())
-        if step_nr % config.save_every == 0 or self.unit.stopping:
+        if self.unit.stopping:
             run.write()
 
     def close(self) -> None:

@@ -94,20 +94,20 @@ class Tones:
 
 
 class Learner(nn.Module):
-    """Masked prediction; `told_at`: the step in which the last process, and no other, is told to stop."""
+    """Masked prediction; in step `told_at` the last process, and no other, gets a signal."""
 
     seed = 7
 
-    def __init__(self, told_at: int | None = None):
+    def __init__(self, told_at: int | None = None, told: signal.Signals = signal.SIGTERM):
         super().__init__()
-        self.told_at = told_at
+        self.told_at, self.told = told_at, told
         torch.manual_seed(3)
         self.hubert = HubertModel(MODEL)
         self.head = UnitHead(MODEL.width, UNITS, 8)
 
     def forward(self, batch: Batch, step: int) -> Loss:
         if step + 1 == self.told_at and ranks.rank() == ranks.world() - 1:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(self.told)
         encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
         logits_NK = self.head(encoded.hidden_BSD[batch.mask_BS])
         loss = unit_loss(logits_NK, batch.unit_N)
@@ -118,10 +118,10 @@ class Learner(nn.Module):
         return {"loss": sums["total"] / count, "accuracy": sums["correct"] / count}
 
 
-def learn(engine: str, out: Path, *, told_at: int | None = None, config: TrainConfig = CONFIG, best=None):
+def learn(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **told):
     """A run with its validation; the module after it, and what the engine returned."""
     out.mkdir(parents=True, exist_ok=True)
-    module, data = Learner(told_at), Tones()
+    module, data = Learner(**told), Tones()
 
     def validate() -> dict[str, float]:
         sums = {"total": 0.0, "count": 0.0, "correct": 0.0}
@@ -217,6 +217,17 @@ def test_stopped_between_two_lines_and_before_a_validation_was_written(whole, tm
 
 
 @pytest.mark.stack
+def test_killed_and_continued(whole, tmp_path):
+    killed = subprocess.run([sys.executable, __file__, str(tmp_path), "kill"], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    # Step 3 was being saved in the background while step 4 was computed; it may be there or not.
+    assert [row["step"] for row in lines(tmp_path)] == [2, 2, 4, 4]
+    state, _ = learn("fairseq2", tmp_path)
+    assert same(state, load_file(whole / "end.safetensors"))
+    check_lines(tmp_path, whole)
+
+
+@pytest.mark.stack
 def test_the_best_step_is_kept(tmp_path):
     config = replace(CONFIG, valid_every=1)
     best = "accuracy"  # the smaller, the better: not the last step, if anything is learnt
@@ -297,4 +308,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[2:] == ["kill"]:
+        learn("fairseq2", Path(sys.argv[1]), told_at=5, told=signal.SIGKILL)
+    else:
+        main(Path(sys.argv[1]))
