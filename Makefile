@@ -56,7 +56,7 @@ $(STACK_READY): pyproject.toml constraints-stack.txt | $(STACK)/bin/pip
 install: $(READY)
 
 demo: $(READY)
-	$(VENV)/bin/python -m jahubert.run recipe=demo stage=all $(ARGS)
+	$(VENV)/bin/python -m jahubert.run recipe=demo stage=all processes=2 $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from jahubert.errors import ConfigError
 
 SAMPLE_RATE = 16_000  # Hz, of every waveform inside jahubert
@@ -33,12 +31,10 @@ class FrameGrid:
             hop *= stride
         return cls(window, hop)
 
-    def n_frames(self, n_samples: int | torch.Tensor):
-        """Frames that fit whole into `n_samples` (an int, or an integer tensor of any shape)."""
-        if isinstance(n_samples, torch.Tensor):
-            frames = torch.div(n_samples - self.window, self.hop, rounding_mode="floor") + 1
-            return frames.clamp(min=0)
-        return max(0, (n_samples - self.window) // self.hop + 1)
+    def n_frames(self, n_samples):
+        """Frames that fit whole into `n_samples`: an int, or an integer array or tensor of any shape."""
+        frames = (n_samples - self.window) // self.hop + 1
+        return frames * (frames > 0)
 
     def n_samples(self, n_frames: int) -> int:
         """The fewest samples that hold `n_frames` frames."""

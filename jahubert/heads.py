@@ -20,7 +20,8 @@ class UnitHead(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.final_proj = nn.Linear(width, dim)
-        self.label_embeddings = nn.Parameter(torch.empty(n_units, dim).uniform_())
+        # fairseq draws from [0, 1), where all units point alike at first; from all around, learning starts sooner.
+        self.label_embeddings = nn.Parameter(torch.randn(n_units, dim))
 
     @property
     def n_units(self) -> int:

@@ -147,8 +147,12 @@ def _group_norm(x_BCS: Tensor, n_frames: Sequence[int], norm: nn.GroupNorm) -> T
     width = x_BCS.shape[2]
     if all(n == width for n in n_frames):
         return norm(x_BCS)
-    # One call an utterance: cheaper than masked sums, and the same numbers as the utterance alone.
-    rows = [F.pad(norm(x_BCS[b : b + 1, :, :n]), (0, width - n)) for b, n in enumerate(n_frames)]
+    # One call an utterance: cheaper than masked sums, and the same numbers as the utterance alone. Unbound,
+    # so that going back through a row's slice fills that row with zeros and not the whole batch.
+    rows = [
+        F.pad(norm(row_CS[None, :, :n]), (0, width - n))
+        for row_CS, n in zip(x_BCS.unbind(), n_frames, strict=True)
+    ]
     return torch.cat(rows)
 
 

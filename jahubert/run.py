@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -36,12 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
+        n = _processes(argv)
+        if n > 1 and "WORLD_SIZE" not in os.environ:
+            from jahubert.train import ranks
+
+            return ranks.launch([sys.executable, "-m", "jahubert.run", *argv], n)
         if any(arg.startswith("-") for arg in argv):
             _hydra_main(argv)
         else:
             run(argv)
     except JahubertError as error:
-        print(f"jahubert: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"jahubert: error: {error}", file=sys.stderr)
         return error.exit_status
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -135,22 +142,33 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     from jahubert.train.lookup import STAGES, resolve
 
     module = resolve(stage, STAGES, "stage")
-    recipe = provenance.recipe_of(stage, module.VERSION, config)
-    keep = getattr(module, "KEEP", True)
-    if keep and provenance.begin(out, recipe):
-        log.info("%s: done before, kept", out)
+    keep, first = getattr(module, "KEEP", True), ranks.rank() == 0
+
+    def begin() -> tuple[dict[str, Any], bool]:
+        recipe = provenance.recipe_of(stage, module.VERSION, config)
+        out.mkdir(parents=True, exist_ok=True)
+        return recipe, keep and provenance.begin(out, recipe)
+
+    recipe, there = ranks.from_first(begin)
+    if there:
+        say("%s: done before, kept", out)
         return provenance.read_record(out / provenance.DONE)["metrics"]
-    ranks.barrier()
-    out.mkdir(parents=True, exist_ok=True)
-    log.info("%s ...", out)
+    say("%s ...", out)
     started = time.monotonic()
     metrics = module.run(config, out)
-    if ranks.rank() == 0:
-        if keep:
-            provenance.finish(out, recipe, metrics, time.monotonic() - started)
-        log.info("%s: done in %.1f s  %s", out, time.monotonic() - started, _shown(metrics))
+    if first and keep:
+        provenance.finish(out, recipe, metrics, time.monotonic() - started)
     ranks.barrier()
+    say("%s: done in %.1f s  %s", out, time.monotonic() - started, _shown(metrics))
     return metrics
+
+
+def say(message: str, *values: Any) -> None:
+    """Log once, whatever the number of processes."""
+    from jahubert.train import ranks
+
+    if ranks.rank() == 0:
+        log.info(message, *values)
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
@@ -208,10 +226,28 @@ def _check_top(tree: dict[str, Any]) -> None:
     from jahubert.train.lookup import STAGES
 
     known = {*STAGES, *GROUPS, *SELECTORS, "iterations", "systems", "by_iteration", "model_size"}
-    known |= {"name", "exp", "data", "seed", "device", "workers", "engine", "pretrained", "hydra"}
+    known |= {
+        "name",
+        "exp",
+        "data",
+        "seed",
+        "device",
+        "workers",
+        "processes",
+        "engine",
+        "pretrained",
+        "hydra",
+    }
     wrong = [unknown_key(key, known, "") for key in tree if key not in known]
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _processes(argv: Sequence[str]) -> int:
+    given = [arg.partition("=")[2] for arg in argv if arg.lstrip("+").startswith("processes=")]
+    if given and not (given[-1].isdigit() and int(given[-1])):
+        raise ConfigError(f"processes={given[-1]}: give the number of processes on this machine")
+    return int(given[-1]) if given else 1
 
 
 def _recipes() -> list[str]:

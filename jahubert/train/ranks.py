@@ -7,13 +7,20 @@ and every function here does the obvious without a process group.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, UserError
+
+T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,6 +73,55 @@ def world() -> int:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, in all processes; an error of the user's is raised in all."""
+    if not dist.is_initialized():
+        return work()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = work()
+        except (UserError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def launch(command: Sequence[str], n: int) -> int:
+    """Run `command` as `n` processes of one group on this machine; the exit status of the first that fails.
+
+    What torchrun does for one machine, without its report on top of ours. Signals to stop go to all.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // n))
+    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = []
+    for number in range(n):
+        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
+        children.append(subprocess.Popen(command, env=environment))
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {
+        number: signal.signal(number, lambda n, _: [c.send_signal(n) for c in children]) for number in stops
+    }
+    try:
+        while all(child.poll() is None for child in children):
+            time.sleep(0.1)
+        failed = 0
+        for child in children:
+            if failed:
+                child.terminate()  # it would wait for the one that is gone
+            failed = failed or child.wait()
+        return failed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def total(sums: dict[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:

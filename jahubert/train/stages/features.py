@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from jahubert.errors import DataError
 from jahubert.train import ranks
@@ -76,7 +75,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 def choose_frames(manifest: Manifest, feature: Feature, config: Config) -> dict[int, np.ndarray]:
     """For each row of the manifest that has any, the frames that are in the sample."""
     rows = manifest.indices(split=config.split)
-    n_frames = feature.grid.n_frames(torch.from_numpy(manifest.n_samples[rows])).numpy()
+    n_frames = feature.grid.n_frames(manifest.n_samples[rows])
     ends = np.cumsum(n_frames)
     if not len(rows) or not ends[-1]:
         raise DataError(f"{config.manifest}: no frame in split {config.split!r}")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 
 from jahubert.checkpoint import save_bundle
@@ -68,7 +67,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         manifest=manifest.fingerprint,
         normalize=fitted["normalize"],
     )
-    n_frames = HUBERT.n_frames(torch.from_numpy(np.asarray(manifest.n_samples))).numpy()
+    n_frames = HUBERT.n_frames(manifest.n_samples)
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
     step = HUBERT.step_in(feature.grid)
     centroids_KD = centroids_KD.to(device)

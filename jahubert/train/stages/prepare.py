@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.errors import DataError
+from jahubert.train import ranks
 from jahubert.train.config import structure
 from jahubert.train.lookup import recipe_folder, resolve
 from jahubert.train.manifest import write_manifest
@@ -29,13 +30,18 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
+    return ranks.from_first(lambda: prepare(config, out))
+
+
+def prepare(config: Config, out: Path) -> dict[str, Any]:
+    """The work of the stage, which one process does."""
     file = recipe_folder(config.recipe) / "prepare.py"
     options = structure(config.options, resolve(f"{file}:Config", {}, "recipe"), "prepare.options")
-    prepare = resolve(f"{file}:prepare", {}, "recipe")
+    read = resolve(f"{file}:prepare", {}, "recipe")
     data = None if config.data is None else Path(config.data).expanduser()
     work = out / "work"
     work.mkdir(exist_ok=True)
-    counts = write_manifest(out / "manifest.arrow", prepare(data, work, options, config.seed))
+    counts = write_manifest(out / "manifest.arrow", read(data, work, options, config.seed))
     if not counts["utterances"]:
         raise DataError(f"{config.data or config.recipe}: no usable utterance; {out}/rejected.jsonl says why")
     return counts
