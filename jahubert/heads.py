@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ class UnitHead(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.final_proj = nn.Linear(width, dim)
-        # fairseq draws from [0, 1), where all units point alike at first; from all around, learning starts sooner.
+        # fairseq draws from [0, 1), where all units point alike; from all around, learning starts sooner.
         self.label_embeddings = nn.Parameter(torch.randn(n_units, dim))
 
     @property
@@ -42,7 +44,10 @@ class HubertForCtc(nn.Module):
         self.hubert = HubertModel(config) if hubert is None else hubert
         self.lm_head = nn.Linear(config.width, n_symbols)
         nn.init.normal_(self.lm_head.weight, std=0.02)
+        # Most frames of a trained CTC model say blank. Starting there, the encoder need not first push all
+        # its frames into one direction to say so, from which a small model takes long to come back.
         nn.init.zeros_(self.lm_head.bias)
+        nn.init.constant_(self.lm_head.bias[:1], math.log(0.8 / (0.2 / (n_symbols - 1))))
 
     @property
     def config(self) -> HubertConfig:

@@ -60,7 +60,8 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> str:
     return f"{where}{key}: there is no such key; {hint}"
 
 
-def _build(tree: Any, cls: type, where: str, mistakes: list[str]) -> Any:
+def _build(tree: Any, cls: type, where: str, mistakes: list[str], base: Any = None) -> Any:
+    """An instance of `cls`; what `tree` does not say is taken from `base`, else from the fields' defaults."""
     if not isinstance(tree, Mapping):
         mistakes.append(f"{where or 'configuration'}: expected a group of settings, found {tree!r}")
         return None
@@ -71,8 +72,11 @@ def _build(tree: Any, cls: type, where: str, mistakes: list[str]) -> Any:
     mistakes += [unknown_key(str(key), known, prefix) for key in tree if key not in known]
     values = {}
     for name, field in known.items():
+        default = field.default if base is None else getattr(base, name)
         if name in tree:
-            values[name] = _value(tree[name], hints[name], prefix + name, mistakes)
+            values[name] = _value(tree[name], hints[name], prefix + name, mistakes, default)
+        elif base is not None:
+            values[name] = default
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             mistakes.append(f"{prefix}{name}: a value is needed")
     if len(mistakes) > before:
@@ -84,16 +88,17 @@ def _build(tree: Any, cls: type, where: str, mistakes: list[str]) -> Any:
         return None
 
 
-def _value(value: Any, hint: Any, where: str, mistakes: list[str]) -> Any:
-    """`value` as the annotated type, or a mistake."""
+def _value(value: Any, hint: Any, where: str, mistakes: list[str], default: Any = None) -> Any:
+    """`value` as the annotated type, or a mistake; a group of settings changes those of `default`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         hint = next(arg for arg in args if arg is not type(None))
-        return _value(value, hint, where, mistakes)
+        return _value(value, hint, where, mistakes, default)
     if dataclasses.is_dataclass(hint):
-        return _build({} if value is None else value, typing.cast(type, hint), where, mistakes)
+        base = default if isinstance(default, typing.cast(type, hint)) else None
+        return _build({} if value is None else value, typing.cast(type, hint), where, mistakes, base)
     if origin is typing.Literal:
         if value in args:
             return value

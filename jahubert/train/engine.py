@@ -54,6 +54,7 @@ class Trainable(Protocol):
     """An `nn.Module` with a loss; `seed` makes its random choices repeatable."""
 
     seed: int
+    skips: bool  # whether a step may leave parameters without a gradient (layer drop, frozen phases)
 
     def __call__(self, batch: Any, step: int) -> Loss: ...
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
@@ -237,7 +238,7 @@ class _Run:
         self.wrapped: nn.Module = module
         if ranks.world() > 1:
             # Layer drop leaves blocks out of a backward pass, and frozen phases leave more.
-            self.wrapped = DistributedDataParallel(module, find_unused_parameters=True)
+            self.wrapped = DistributedDataParallel(module, find_unused_parameters=module.skips)
         self.optimizer = build_optimizer(module, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.folder = checkpoints(out, "torch")

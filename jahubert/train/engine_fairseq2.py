@@ -168,7 +168,7 @@ class _Run:
         """Let the Trainer work until the last step or a signal."""
         config, wrapped = self.config, self.module
         if ranks.world() > 1:  # leave its normalize_grads alone: False fails
-            wrapped = to_ddp(self.module, self.gangs, find_unused_parameters=True)
+            wrapped = to_ddp(self.module, self.gangs, find_unused_parameters=self.module.skips)
         optimizer = build_optimizer(self.module, config, self.device)
         fp16 = self.dtype is torch.float16
         unit = _Unit(self, wrapped, signals)

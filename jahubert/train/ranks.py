@@ -106,9 +106,13 @@ def launch(command: Sequence[str], n: int) -> int:
         own = {"RANK": str(number), "LOCAL_RANK": str(number)}
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
         children.append(subprocess.Popen(command, env=environment))
-    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def forward(number: int, _: Any) -> None:
+        for child in children:
+            child.send_signal(number)
+
     before = {
-        number: signal.signal(number, lambda n, _: [c.send_signal(n) for c in children]) for number in stops
+        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     }
     try:
         while all(child.poll() is None for child in children):

@@ -77,10 +77,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction is {self.fraction}, but must be in (0, 1]")
-        if self.pretrained is None and (self.freeze_conv or self.head_only_steps):
-            raise ConfigError(
-                "a model from scratch cannot be frozen: set freeze_conv=false and head_only_steps=0"
-            )
+        if self.pretrained is None and self.freeze_conv:
+            raise ConfigError("the conv stack of a model from scratch has to learn: set freeze_conv=false")
 
 
 class FineTuner(nn.Module):
@@ -89,6 +87,7 @@ class FineTuner(nn.Module):
     def __init__(self, ctc: HubertForCtc, *, freeze_conv: bool, head_only_steps: int, seed: int):
         super().__init__()
         self.ctc, self.head_only_steps, self.seed = ctc, head_only_steps, seed
+        self.skips = head_only_steps > 0 or ctc.config.layer_drop > 0
         if freeze_conv:
             for parameter in ctc.hubert.feature_extractor.parameters():
                 parameter.requires_grad_(False)

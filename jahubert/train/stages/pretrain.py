@@ -72,6 +72,7 @@ class Pretrainer(nn.Module):
     ):
         super().__init__()
         self.seed, self.penalty = seed, penalty
+        self.skips = config.layer_drop > 0
         self.hubert = HubertModel(config)
         self.head = UnitHead(config.width, n_units, unit_dim, temperature)
 

@@ -1,0 +1,115 @@
+"""Settings become dataclasses, or one message with everything that is wrong."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from jahubert.errors import ConfigError
+from jahubert.train.config import free, result_fields, structure
+from jahubert.train.lookup import FEATURES, STAGES, recipe_folder, resolve
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 1e-3
+    sizes: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self):
+        if self.rate <= 0:
+            raise ConfigError(f"rate is {self.rate}, but must be positive")
+
+
+@dataclass(frozen=True)
+class Outer:
+    folder: Path
+    kind: Literal["mfcc", "hubert"] = "mfcc"
+    layer: int | None = None
+    inner: Inner = field(default_factory=Inner)
+    device: str = free("auto")
+
+
+def test_values_take_the_declared_types():
+    got = structure({"folder": "a/b", "inner": {"rate": "5e-4", "sizes": [3]}, "layer": None}, Outer)
+    assert got == Outer(Path("a/b"), "mfcc", None, Inner(5e-4, (3,)))
+
+
+def test_all_mistakes_at_once_with_the_nearest_name():
+    with pytest.raises(ConfigError) as caught:
+        structure(
+            {"kind": "mfc", "inner": {"rates": 1, "sizes": "x"}, "layer": 2.5, "devise": "cpu"},
+            Outer,
+            "stage",
+        )
+    text = str(caught.value)
+    assert text.startswith("the configuration has 6 mistakes:")
+    assert "stage.devise: there is no such key; did you mean stage.device?" in text
+    assert "stage.folder: a value is needed" in text
+    assert "stage.kind: must be one of mfcc, hubert, found 'mfc'; did you mean mfcc?" in text
+    assert "stage.layer: expected int, found 2.5" in text
+    assert "stage.inner.rates: there is no such key; did you mean stage.inner.rate?" in text
+    assert "stage.inner.sizes: expected" in text
+
+
+def test_relations_are_checked_and_placed():
+    with pytest.raises(ConfigError, match=r"inner.rate is -1.0, but must be positive"):
+        structure({"folder": "a", "inner": {"rate": -1}}, Outer)
+
+
+@dataclass(frozen=True)
+class Fast:
+    inner: Inner = Inner(rate=7.0)  # frozen
+
+
+def test_a_group_changes_the_default_of_its_field_and_not_that_of_its_class():
+    assert structure({"inner": {"sizes": [5]}}, Fast).inner == Inner(rate=7.0, sizes=(5,))
+
+
+def test_fields_that_do_not_change_the_result_are_left_out():
+    assert result_fields(Outer(Path("a"))) == {
+        "folder": Path("a"),
+        "kind": "mfcc",
+        "layer": None,
+        "inner.rate": 1e-3,
+        "inner.sizes": [1, 2],
+    }
+
+
+def test_names_resolve_in_a_table_or_by_path(tmp_path):
+    assert resolve("mfcc", FEATURES, "features.kind").__name__ == "Mfcc"
+    assert resolve("math:sqrt", FEATURES, "features.kind")(9) == 3
+    (tmp_path / "mine.py").write_text("from helper import answer\n")
+    (tmp_path / "helper.py").write_text("answer = 42\n")
+    assert resolve(f"{tmp_path}/mine.py:answer", FEATURES, "features.kind") == 42
+    for name, says in {
+        "mfc": "features.kind=mfc: there is no such features.kind; did you mean mfcc?",
+        "nowhere:x": "there is no module nowhere",
+        "math:nothing": "math has no 'nothing'",
+        f"{tmp_path}/gone.py:x": "no such file",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            resolve(name, FEATURES, "features.kind")
+        assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_every_stage_keeps_the_contract(name):
+    stage = resolve(name, STAGES, "stage")
+    assert (
+        stage.__doc__
+        and f"stage={name}" in stage.__doc__
+        and "Reads" in stage.__doc__
+        and "Writes" in stage.__doc__
+    )
+    assert isinstance(stage.VERSION, int)
+    assert stage.Config.__dataclass_params__.frozen
+    assert callable(stage.run)
+
+
+def test_recipes_are_found_by_name_or_folder(tmp_path):
+    assert (recipe_folder("demo") / "prepare.py").is_file()
+    (tmp_path / "recipe.yaml").write_text("{}")
+    assert recipe_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ConfigError, match=r"recipe=dem: there is no such recipe; did you mean demo\?"):
+        recipe_folder("dem")
