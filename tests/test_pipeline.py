@@ -1,0 +1,160 @@
+"""The whole chain on a corpus learnt in seconds: every stage, killed again and again, refused when changed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from jahubert import run
+from jahubert.checkpoint import load_bundle
+from jahubert.errors import StaleError
+
+TONES = Path(__file__).parent / "tones"
+# What a stage leaves for the next one; logs and records hold times of day, so their bytes may differ.
+RESULTS = ("*.arrow", "*.npy", "*.safetensors", "units.bin", "*.jsonl", "scores.json", "table.txt")
+
+
+def command(exp: Path, *overrides: str) -> list[str]:
+    return [f"recipe={TONES}", "stage=all", f"exp={exp}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An unbroken run."""
+    exp = tmp_path_factory.mktemp("whole") / "exp"
+    run.run(command(exp))
+    return exp
+
+
+def results(exp: Path) -> dict[str, bytes]:
+    found = {}
+    for pattern in RESULTS:
+        for path in sorted(exp.rglob(pattern)):
+            name = str(path.relative_to(exp))
+            content = path.read_bytes()
+            if path.name == "metrics.jsonl":  # all but how long it took
+                rows = [json.loads(line) for line in content.splitlines()]
+                content = repr([{k: v for k, v in row.items() if k != "timing"} for row in rows]).encode()
+            found[name] = content
+    return found
+
+
+def test_it_learns_the_corpus(whole):
+    scores = json.loads((whole / "systems/pretrained/score/scores.json").read_text())["test"]
+    assert scores["utterances"] == 10
+    assert scores["per"]["rate"] < 0.05 and scores["wer"]["rate"] < 0.1
+    assert scores["per"]["low"] <= scores["per"]["rate"] <= scores["per"]["high"]
+    summary = json.loads((whole / "report/summary.json").read_text())
+    assert summary["units"]["iter1"]["pnmi"] > 0.9  # every phone is a chord of its own
+    assert summary["corpus"]["rejected"] == {"made to be rejected": 1}
+    page = (whole / "report/report.html").read_text()
+    assert "data:image/png;base64," in page and "pretrained" in page
+
+
+def test_phone_times_from_the_model_are_those_of_the_corpus(whole):
+    """Forced alignment against the planted times: most frames get their phone."""
+    from jahubert.frames import HUBERT
+    from jahubert.train.manifest import Manifest, Phone
+    from jahubert.train.metrics import phone_frames
+
+    manifest, same, frames = Manifest(whole / "prepare/manifest.arrow"), 0, 0
+    for line in map(
+        json.loads, (whole / "systems/pretrained/decode/alignment.jsonl").read_text().splitlines()
+    ):
+        utterance = manifest[line["row"]]
+        n_frames = HUBERT.n_frames(utterance.n_samples)
+        got = phone_frames([Phone(*phone) for phone in line["phones"]], n_frames, HUBERT)
+        want = phone_frames(utterance.alignment, n_frames, HUBERT)
+        same += sum(a == b for a, b in zip(got, want, strict=True))
+        frames += n_frames
+    assert same / frames > 0.6
+
+
+def test_the_bundles_open_and_answer(whole):
+    import jahubert
+
+    manifest_wav = sorted((whole / "prepare/work").glob("*.wav"))[0]
+    transcriber = jahubert.Transcriber.from_pretrained(whole / "systems/pretrained/finetune/bundle")
+    reference = json.loads((whole / "systems/pretrained/decode/test.jsonl").read_text().splitlines()[0])
+    transcript = transcriber.transcribe(whole / "prepare/work" / f"{reference['id'][-3:]}.wav")
+    words = [" ".join(word.phonemes) for word in transcript.words]
+    assert words == reference["hypothesis"]
+    units = jahubert.UnitExtractor.from_pretrained(whole / "iter2/label/bundle")(manifest_wav)
+    from jahubert.train.labels import LabelStore
+    from jahubert.train.manifest import Manifest
+
+    ids = Manifest(whole / "prepare/manifest.arrow").ids()
+    row = list(ids).index(f"tone-{manifest_wav.stem}")
+    assert torch.equal(
+        units.cpu().long(), torch.from_numpy(LabelStore(whole / "iter2/label")[row].astype("int64"))
+    )
+
+
+def test_asked_again_it_keeps_everything(whole, caplog):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("provenance.json")}
+    caplog.set_level("INFO", "jahubert")
+    run.run(command(whole))
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("provenance.json")} == before
+    assert sum("kept" in record.getMessage() for record in caplog.records) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("kmeans.n_clusters=13", "kmeans.n_clusters was 12, now 13"),
+        ("seed=1", "prepare.seed was 0, now 1"),
+        ("decode.beam=7", "decode.beam was 20, now 7"),
+        ("model.layers=4", "pretrain.model.layers was 3, now 4"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(whole, override, names):
+    with pytest.raises(StaleError) as caught:
+        run.run(command(whole, override))
+    assert names in str(caught.value)
+    assert "delete the folder" in str(caught.value)
+
+
+def test_what_does_not_change_the_result_may_change(whole):
+    run.run(
+        command(whole, "label.batch_seconds=3", "pretrain.train.log_every=5", "pretrain.train.keep_last=1")
+    )
+
+
+def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
+    exp, started, kills = tmp_path / "exp", time.monotonic(), 0
+    for attempt in range(40):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "jahubert.run", *command(exp)], stderr=subprocess.PIPE, text=True
+        )
+        try:
+            _, said = child.communicate(timeout=4 + 1.37 * attempt)
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(child.pid, signal.SIGKILL)
+            child.communicate()
+            kills += 1
+        assert time.monotonic() - started < 240
+    assert child.returncode == 0, said
+    assert kills >= 2
+    assert results(exp) == results(whole)
+
+
+def test_two_processes_give_a_working_model_too(tmp_path):
+    """Not the same bytes: k-means sums and gradients are added in another order."""
+    exp = tmp_path / "exp"
+    shorter = ["finetune.train.max_steps=20", "finetune.train.valid_every=20"]
+    halves = ["pretrain.train.micro_seconds=5", "finetune.train.micro_seconds=2.5", "processes=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jahubert.run", *command(exp, *shorter, *halves)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Recognition on test" in done.stdout
+    assert load_bundle(exp / "systems/pretrained/finetune").ctc is not None
