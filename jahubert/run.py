@@ -32,7 +32,10 @@ PER_SYSTEM = ("finetune", "decode", "score")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the overrides ask for; returns the exit status (2: a user's mistake)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
+    logging.basicConfig(
+        level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         return 0
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run(argv)
     except JahubertError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if not getattr(error, "told", False):
             print(f"jahubert: error: {error}", file=sys.stderr)
         return error.exit_status
     except OSError as error:
@@ -151,24 +154,16 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
 
     recipe, there = ranks.from_first(begin)
     if there:
-        say("%s: done before, kept", out)
+        log.info("%s: done before, kept", out)
         return provenance.read_record(out / provenance.DONE)["metrics"]
-    say("%s ...", out)
+    log.info("%s ...", out)
     started = time.monotonic()
     metrics = module.run(config, out)
     if first and keep:
         provenance.finish(out, recipe, metrics, time.monotonic() - started)
     ranks.barrier()
-    say("%s: done in %.1f s  %s", out, time.monotonic() - started, _shown(metrics))
+    log.info("%s: done in %.1f s  %s", out, time.monotonic() - started, _shown(metrics))
     return metrics
-
-
-def say(message: str, *values: Any) -> None:
-    """Log once, whatever the number of processes."""
-    from jahubert.train import ranks
-
-    if ranks.rank() == 0:
-        log.info(message, *values)
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:

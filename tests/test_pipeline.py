@@ -1,4 +1,4 @@
-"""The whole chain on a corpus learnt in seconds: every stage, killed again and again, refused when changed."""
+"""The whole chain on a corpus learnt in seconds: run, killed again and again, refused when changed."""
 
 import json
 import os

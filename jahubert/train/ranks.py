@@ -87,6 +87,7 @@ def from_first(work: Callable[[], T]) -> T:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
+        box[1].told = rank() != 0  # the first process tells the user
         raise box[1]
     return box[0]
 

@@ -1,0 +1,114 @@
+"""Folders remember what they were made from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from jahubert.errors import DataError, StaleError
+from jahubert.train.config import free
+from jahubert.train.provenance import (
+    DONE,
+    STARTED,
+    begin,
+    fingerprint,
+    finish,
+    recipe_of,
+    status_table,
+    write_json,
+    written_beside,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    source: Path
+    size: int = 3
+    device: str = free("cpu")
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_json(folder / DONE, {"fingerprint": "f" * 64})
+    return folder
+
+
+def test_begin_continue_finish_keep(tmp_path, source):
+    out = tmp_path / "out"
+    recipe = recipe_of("kmeans", 1, Config(source))
+    assert begin(out, recipe) is False
+    assert begin(out, recipe) is False  # killed, asked again
+    finish(out, recipe, {"inertia": 2.5}, seconds=1.25)
+    assert begin(out, recipe) is True
+    record = json.loads((out / DONE).read_text())
+    assert record["fingerprint"] == fingerprint(recipe)
+    assert record["metrics"] == {"inertia": 2.5}
+    assert record["settings"] == {"source": "f" * 64, "size": 3}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_setting_is_refused_by_name(tmp_path, source, finished):
+    out, recipe = tmp_path / "out", recipe_of("kmeans", 1, Config(source))
+    begin(out, recipe)
+    if finished:
+        finish(out, recipe, {}, 0.0)
+    with pytest.raises(StaleError, match=r"kmeans\.size was 3, now 4") as caught:
+        begin(out, recipe_of("kmeans", 1, Config(source, size=4)))
+    assert ("was made" if finished else "was started") in str(caught.value)
+    with pytest.raises(StaleError, match="kmeans itself changed, from version 1 to 2"):
+        begin(out, recipe_of("kmeans", 2, Config(source)))
+
+
+def test_what_is_free_may_change(tmp_path, source):
+    out = tmp_path / "out"
+    begin(out, recipe_of("kmeans", 1, Config(source, device="cpu")))
+    assert begin(out, recipe_of("kmeans", 1, Config(source, device="cuda"))) is False
+
+
+def test_an_input_counts_by_what_made_it(tmp_path, source):
+    before = recipe_of("kmeans", 1, Config(source))
+    moved = source.rename(tmp_path / "elsewhere")
+    assert recipe_of("kmeans", 1, Config(moved)) == before
+    write_json(moved / DONE, {"fingerprint": "e" * 64})
+    begin(tmp_path / "out", before)
+    with pytest.raises(
+        StaleError, match=r"kmeans.source was another input \(ffffffff\), now another input \(eeeeeeee\)"
+    ):
+        begin(tmp_path / "out", recipe_of("kmeans", 1, Config(moved)))
+
+
+def test_inputs_that_are_missing_or_not_finished(tmp_path):
+    with pytest.raises(
+        DataError, match=r"source: .*nowhere/at/all does not exist; run the stage that makes it first"
+    ):
+        recipe_of("kmeans", 1, Config(tmp_path / "nowhere/at/all"))
+    half = tmp_path / "half"
+    half.mkdir()
+    write_json(half / STARTED, {})
+    with pytest.raises(DataError, match="is not finished; run that stage first"):
+        recipe_of("kmeans", 1, Config(half))
+
+
+def test_a_file_written_beside_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_beside(path) as file:
+        file.write("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old"
+
+
+def test_status(tmp_path, source):
+    exp = tmp_path / "exp"
+    recipe = recipe_of("kmeans", 1, Config(source))
+    begin(exp / "iter1" / "kmeans", recipe)
+    finish(exp / "iter1" / "kmeans", recipe, {"inertia": 2.5, "backend": "torch"}, 3.0)
+    begin(exp / "iter1" / "label", recipe)
+    lines = status_table(exp).splitlines()
+    assert lines[0].split() == ["iter1/kmeans", "done", "3", "s", "inertia", "2.5", "backend", "torch"]
+    assert lines[1].split()[:2] == ["iter1/label", "started"]
+    with pytest.raises(DataError, match="no stage has run here"):
+        status_table(tmp_path / "nothing")
