@@ -139,7 +139,7 @@ def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
             os.kill(child.pid, signal.SIGKILL)
             child.communicate()
             kills += 1
-        assert time.monotonic() - started < 240
+        assert time.monotonic() - started < 480
     assert child.returncode == 0, said
     assert kills >= 2
     assert results(exp) == results(whole)
