@@ -1,0 +1,280 @@
+"""Does a wheel of this checkout work where nothing but ring 1 is installed?
+
+    python tools/wheel_check.py torch==2.13.0
+    python tools/wheel_check.py --work DIR torch==2.6.0        # a build with CUDA: 6 GB in DIR, kept
+    python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
+
+Run it in the development environment. It builds the wheel, makes tiny models and a recording and computes
+what is expected of them, makes an empty environment, and installs there the wheel without extras and the
+requirements given. Then it runs itself in that environment (`--inside`): every module of ring 1 is imported,
+conf/ and recipes/ are there, features, units and a transcript are those of the development environment, the
+commands work, nothing that only an extra brings can be imported, and what needs an extra says so.
+
+With `--work` the environment stays, and a second call installs its requirements over those of the first.
+Exit status: 0 all is well, 1 something is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pkgutil
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+# Only the standard library here: `--inside` starts where nothing is certain to be installed.
+
+REPO = Path(__file__).resolve().parent.parent
+CORE = ("torch", "numpy", "safetensors", "soundfile", "soxr")
+# What the extras bring, and some of what those bring, by the names of modules.
+OPTIONAL = (
+    "faiss", "fairseq2", "huggingface_hub", "hydra", "jiwer", "librosa", "matplotlib", "omegaconf", "pyarrow",
+    "pyopenjtalk", "pytest", "scipy", "sklearn", "tensorboard", "torchaudio", "tqdm", "transformers",
+)  # fmt: skip
+TOLERANCE = 1e-5
+MODELS = ("base", "large")  # the two shapes of HuBERT, both tiny
+
+
+class Broken(Exception):
+    """What is not as it should be."""
+
+
+def need(condition: object, message: str) -> None:
+    if not condition:
+        raise Broken(message)
+
+
+def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess[str]:
+    """Run a command and catch what it says; nothing of this environment's Python leads into another one."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    command = [str(part) for part in command]
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env={**env, "PYTHONUTF8": "1"}, **options
+    )
+
+
+def done(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
+    """What a command printed; Broken if it ended otherwise than expected."""
+    need(
+        result.returncode == status,
+        f"{' '.join(result.args)}\nended with {result.returncode}, not {status}:\n"
+        f"{result.stdout[-2000:]}{result.stderr[-4000:]}",
+    )
+    return result.stdout
+
+
+# In the development environment.
+
+
+def build_wheel(into: Path) -> Path:
+    """The wheel of this checkout, in `into`. hatchling is downloaded unless it is installed here."""
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    options = ["--no-deps", "--disable-pip-version-check", *isolation, "--wheel-dir", into]
+    done(run([sys.executable, "-m", "pip", "wheel", *options, REPO]))
+    (wheel,) = into.glob("jahubert-*.whl")
+    return wheel
+
+
+def make_material(folder: Path) -> None:
+    """Two tiny models, a recording (44.1 kHz, stereo) and what this environment makes of them."""
+    import numpy as np
+    import soundfile
+    import torch
+
+    import jahubert
+
+    torch.manual_seed(0)
+    sizes = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 32}
+    sizes |= {"pos_conv_kernel": 8, "pos_conv_groups": 2}
+    for name in MODELS:
+        ctc = jahubert.HubertForCtc(getattr(jahubert.HubertConfig, name)(**sizes), 42)
+        torch.nn.init.normal_(ctc.lm_head.weight, std=1.5)  # so that it says something
+        jahubert.save_bundle(
+            folder / name,
+            ctc=ctc,
+            phonemes=jahubert.PhonemeSet.standard(),
+            centroids_KD=torch.randn(9, 16),
+            centroid_layer=1,
+        )
+    time = np.arange(3 * 44_100) / 44_100
+    left = 0.3 * np.sin(2 * np.pi * (200 + 150 * time) * time)
+    right = np.random.default_rng(0).normal(0, 0.1, len(time))
+    soundfile.write(folder / "audio.wav", np.stack([left, right], axis=1), 44_100)
+    arrays, says = results(folder)
+    np.savez(folder / "expected.npz", **arrays)
+    (folder / "expected.json").write_text(json.dumps(says), encoding="utf-8")
+
+
+def results(folder: Path) -> tuple[dict, dict[str, str]]:
+    """Arrays and texts that the models make of the recording, by name, with the jahubert that is imported."""
+    import jahubert
+
+    arrays, says = {}, {}
+    for name in MODELS:
+        source, audio = folder / name, folder / "audio.wav"
+        for layer in (1, None):
+            extractor = jahubert.FeatureExtractor.from_pretrained(source, layer, device="cpu")
+            arrays[f"{name}.features.{layer or 'last'}"] = extractor(audio).numpy()
+        arrays[f"{name}.units"] = jahubert.UnitExtractor.from_pretrained(source, device="cpu")(audio).numpy()
+        transcript = jahubert.Transcriber.from_pretrained(source, device="cpu").transcribe(audio)
+        need(transcript.words, f"the model {name} says nothing, which would prove nothing")
+        says[name] = transcript.text
+    return arrays, says
+
+
+# In the other environment. The first two run in the unpacked wheel as well (tests/test_wheel.py).
+
+
+def check_package() -> None:
+    """Every module of ring 1 and every public name can be had, and what is not code came along."""
+    import jahubert
+
+    home = Path(jahubert.__file__).parent
+    need(REPO not in home.parents, f"jahubert is imported from the checkout, {home}")
+    for module in pkgutil.iter_modules(jahubert.__path__, "jahubert."):
+        if not module.ispkg and module.name != "jahubert.__main__":  # which is a program
+            importlib.import_module(module.name)
+    for name in jahubert.__all__:
+        getattr(jahubert, name)
+    need("jahubert.train" not in sys.modules, "importing ring 1 imported ring 2")
+    for file in ("_conf/config.yaml", "_conf/model/base.yaml", "_recipes/demo/prepare.py", "py.typed"):
+        need((home / file).is_file(), f"{home / file} is missing")
+
+
+def check_results(folder: Path) -> float:
+    """Features, units and transcripts are the expected ones; returns the largest difference of a feature."""
+    import numpy as np
+
+    arrays, says = results(folder)
+    expected = np.load(folder / "expected.npz")
+    largest = 0.0
+    for name, array in arrays.items():
+        largest = max(largest, compare(name, array, expected[name]))
+    wanted = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    need(says == wanted, f"the transcripts are {says}, expected {wanted}")
+    return largest
+
+
+def compare(name: str, found, wanted) -> float:
+    """Largest difference of two arrays; Broken where it is too large, for units (integers) above 0."""
+    import numpy as np
+
+    for what, a, b in (("type", found.dtype, wanted.dtype), ("shape", found.shape, wanted.shape)):
+        need(a == b, f"{name} has {what} {a}, expected {b}")
+    difference = float(np.abs(found - wanted).max())
+    allowed = TOLERANCE if found.dtype == np.float32 else 0
+    need(difference <= allowed, f"{name} differs by {difference}, allowed is {allowed}")
+    return difference
+
+
+def check_environment() -> None:
+    """Nothing is here that only an extra asks for."""
+    requires = importlib.metadata.requires("jahubert") or []
+    extras = {plain(r) for r in requires if "extra ==" in r}
+    need(len(extras) > 10, f"the metadata of the wheel names only these in extras: {sorted(extras)}")
+    here = {plain(d.metadata["Name"]) for d in importlib.metadata.distributions()}
+    need(not extras & here, f"installed although no extra was asked for: {sorted(extras & here)}")
+    found = [name for name in OPTIONAL if importlib.util.find_spec(name)]
+    need(not found, f"can be imported although no extra was asked for: {found}")
+
+
+def plain(requirement: str) -> str:
+    """The name in a requirement, as indexes write it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
+def check_commands(folder: Path, out: Path) -> None:
+    """The command `jahubert`, and the messages of what needs an extra."""
+    import numpy as np
+
+    from jahubert.transcribe import builtin_model
+
+    found = shutil.which("jahubert", path=str(Path(sys.executable).parent))
+    need(found, "the wheel installed no command `jahubert`")
+    command, audio = str(found), folder / "audio.wav"
+    expected = np.load(folder / "expected.npz")
+    says = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    for name in MODELS:
+        options = ["--device", "cpu", "--model", folder / name]
+        said = done(run([command, "transcribe", *options, audio], cwd=out))
+        need(said == says[name] + "\n", f"jahubert transcribe said {said!r}, expected {says[name]!r}")
+        done(run([command, "features", *options, "-o", out / name, audio], cwd=out))
+        compare("jahubert features", np.load(out / name / "audio.npy"), expected[f"{name}.features.last"])
+        units = done(run([command, "units", *options, audio], cwd=out)).split()
+        need(units == [str(u) for u in expected[f"{name}.units"]], f"jahubert units said {units}")
+    done(run([command, "info", folder / "base"], cwd=out))
+    if builtin_model() is not None:
+        done(run([command, "transcribe", "--device", "cpu", audio], cwd=out))
+    for needs in (
+        [sys.executable, "-m", "jahubert.run", "recipe=demo", "stage=prepare"],
+        [command, "transcribe", "--model", "owner/model", audio],
+    ):
+        result = run(needs, cwd=out)
+        done(result, status=2)
+        message = "jahubert[train]" in result.stderr and "Traceback" not in result.stderr
+        need(message, f"{' '.join(map(str, needs))} does not say which extra it needs:\n{result.stderr}")
+
+
+def inside(folder: Path) -> dict[str, str]:
+    """All checks, in the environment that runs this; returns the versions and the largest difference."""
+    check_environment()
+    check_package()
+    largest = check_results(folder)
+    with tempfile.TemporaryDirectory() as out:
+        check_commands(folder, Path(out))
+    versions = {name: importlib.metadata.version(name) for name in ("jahubert", *CORE)}
+    return {"python": platform.python_version(), **versions, "largest difference": f"{largest:.1e}"}
+
+
+def outside(requirements: Sequence[str], work: Path) -> str:
+    """Make everything below `work` and run the checks in the environment there; returns what they report."""
+    for name in ("wheel", "material"):
+        shutil.rmtree(work / name, ignore_errors=True)
+        (work / name).mkdir(parents=True)
+    wheel = build_wheel(work / "wheel")
+    make_material(work / "material")
+    folder = work / "env"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        done(run([sys.executable, "-m", "venv", folder]))
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done(run([*pip, *requirements, wheel]))
+    done(run([*pip, "--force-reinstall", "--no-deps", wheel]))  # one of the same version may have been there
+    return done(run([python, "-I", Path(__file__).resolve(), "--inside", work / "material"], cwd=work))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("requirements", nargs="*", help="what pip installs beside the wheel: torch==2.13.0")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep the environment there and use it again"
+    )
+    parser.add_argument("--inside", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        if args.inside:
+            report = "".join(f"{key:20}{value}\n" for key, value in inside(args.inside).items())
+        elif args.work:
+            report = outside(args.requirements, args.work.resolve())
+        else:
+            with tempfile.TemporaryDirectory(prefix="jahubert-wheel-") as work:
+                report = outside(args.requirements, Path(work))
+    except Broken as error:
+        print(f"wheel_check: {error}", file=sys.stderr)
+        return 1
+    print(report, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
