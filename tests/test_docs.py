@@ -1,0 +1,171 @@
+"""What the documentation shows works: examples run, commands compose, links lead somewhere.
+
+Every block marked ```python in README.md and docs/*.md runs, those of one file in one namespace, in a folder
+with a tiny random model as `bundle/` and noise as `audio.wav`. Blocks marked ```py are shown only.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+
+from jahubert import cli, run
+from jahubert.checkpoint import save_bundle
+from jahubert.errors import ConfigError
+from jahubert.heads import HubertForCtc, UnitHead
+from jahubert.hubert import HubertConfig
+from jahubert.phonemes import PhonemeSet
+
+REPO = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "recipes/*/*.md")
+    for path in REPO.glob(pattern)
+    if path.name not in ("LOG.md", "CHANGELOG.md")  # they tell of what was, not of what is
+)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    found = BLOCK.findall(path.read_text(encoding="utf-8"))
+    return [content for marked, content in found if marked == language]
+
+
+def commands(path: Path, door: str) -> list[tuple[str, ...]]:
+    """What stands behind `door` in the command lines of a page; for the stages also those inside a text."""
+    lines = "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
+    if door == "jahubert.run":
+        lines += re.findall(r"`(python -m jahubert\.run [^`\n]*)`", path.read_text(encoding="utf-8"))
+    split = [shlex.split(line, comments=True) for line in lines]
+    found = [words[words.index(door) + 1 :] for words in split if door in words]
+    return [tuple(words) for words in found if words != ["..."]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with what the examples call bundle/ and audio.wav."""
+    folder = tmp_path_factory.mktemp("docs")
+    torch.manual_seed(0)
+    config = HubertConfig(
+        conv_dims=(16,) * 7, width=32, layers=6, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
+    )
+    phonemes = PhonemeSet.standard()
+    save_bundle(
+        folder / "bundle",
+        ctc=HubertForCtc(config, len(phonemes)),
+        phonemes=phonemes,
+        unit_head=UnitHead(config.width, 20),
+        centroids_KD=torch.randn(20, config.width),
+        centroid_layer=2,
+    )
+    soundfile.write(folder / "audio.wav", 0.1 * torch.randn(32_000).numpy(), 16_000)
+    return folder
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_examples_run(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    namespace: dict = {"__name__": __name__}  # a dataclass looks up its module
+    for number, code in enumerate(blocks(path, "python"), start=1):
+        exec(compile(code, f"{name_of(path)}, example {number}", "exec"), namespace)
+
+
+def recipe_of_the_guide(folder: Path) -> Path:
+    """The recipe that docs/recipes.md writes, as files."""
+    guide = REPO / "docs/recipes.md"
+    recipe = folder / "mine"
+    recipe.mkdir()
+    (recipe / "prepare.py").write_text(blocks(guide, "python")[0], encoding="utf-8")
+    (recipe / "recipe.yaml").write_text(blocks(guide, "yaml")[0], encoding="utf-8")
+    return recipe
+
+
+def test_the_recipe_of_the_guide_reads_a_corpus(tmp_path: Path) -> None:
+    from jahubert.train.manifest import Manifest
+
+    recipe, corpus = recipe_of_the_guide(tmp_path), tmp_path / "corpus"
+    corpus.mkdir()
+    lines = [f"{n}.wav\tspeaker{n % 3}\tこれは音です" for n in range(7)]
+    (corpus / "transcripts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for n in range(6):  # the seventh is missing
+        soundfile.write(corpus / f"{n}.wav", 0.1 * torch.randn(8_000 * (30 if n == 5 else 2)).numpy(), 8_000)
+    command = [f"recipe={recipe}", f"data={corpus}", f"exp={tmp_path}/exp", "prepare.options.max_seconds=25"]
+    run.run([*command, "stage=prepare"])
+    run.run([*command, "stage=targets"])
+    manifest = Manifest(tmp_path / "exp/prepare/manifest.arrow")
+    assert manifest.counts["rejected"] == {"too long": 1, "unreadable audio": 1}
+    assert sorted(manifest.counts["splits"]) == ["dev", "test", "train"]
+    assert len(manifest.load(0)) == 32_000
+    assert not checked([*command, "stage=all"])
+
+
+@pytest.fixture(autouse=True)
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composing a tree is what takes the time, and the stages of one iteration or system share theirs."""
+
+    def compose(asked: Sequence[str], system: str | None = None) -> dict[str, Any]:
+        shared = tuple(word for word in asked if not word.startswith(("stage=", "processes=")))
+        stage = next((word.removeprefix("stage=") for word in asked if word.startswith("stage=")), None)
+        return {**_compose(shared, system), "stage": stage}
+
+    monkeypatch.setattr(run, "compose", compose)
+
+
+_compose = cache(run.compose)
+
+
+def checked(arguments: Sequence[str]) -> list[str]:
+    """What is wrong with the settings of the stages that a command line asks for."""
+    overrides = [word for word in arguments if not word.startswith("-")]
+    jobs = [run.configured(*job, overrides) for job in run.plan(run.compose(overrides))]
+    return [str(job) for job in jobs if isinstance(job, ConfigError)]
+
+
+def lines_of(door: str) -> dict[tuple[str, ...], str]:
+    """Every different command line, and the first page that it is on."""
+    found = [(words, name_of(path)) for path in PAGES for words in commands(path, door)]
+    return dict(reversed(found))
+
+
+STAGE_LINES, CLI_LINES = lines_of("jahubert.run"), lines_of("jahubert")
+
+
+@pytest.mark.parametrize("arguments", STAGE_LINES, ids=" ".join)
+def test_commands_of_stages_compose(arguments: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
+    recipe_of_the_guide(tmp_path)
+    monkeypatch.chdir(tmp_path)  # for `recipe=mine`, in docs/recipes.md
+    # Several seeds are one run each.
+    overrides = [re.sub(r"^(seed=\d+),.*", r"\1", word) for word in arguments]
+    assert not checked(overrides), f"in {STAGE_LINES[arguments]}"
+
+
+@pytest.mark.parametrize("arguments", CLI_LINES, ids=" ".join)
+def test_commands_parse(arguments: tuple[str, ...]) -> None:
+    cli.build_parser().parse_args(arguments[: arguments.index("<")] if "<" in arguments else arguments)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        assert found.exists(), f"{name_of(path)} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{name_of(path)} links to {target}"
