@@ -96,7 +96,7 @@ def table(summary: dict[str, Any]) -> str:
     for split in sorted({split for system in summary["systems"].values() for split in system["scores"]}):
         lines += [f"Recognition on {split} (95 % intervals in brackets)"]
         lines += [
-            f"  {'system':<18}{'labels':>9}{'updates':>9}   {'PER %':<22}{'WER %':<22}{'kana CER %':<10}"
+            f"  {'system':<18}{'labels':>9}{'updates':>9}   {'PER %':<25}{'WER %':<25}{'kana CER %':<10}"
         ]
         for name, system in summary["systems"].items():
             if split in system["scores"]:
@@ -106,7 +106,7 @@ def table(summary: dict[str, Any]) -> str:
                     f"{system['hours'] * 60:.1f} min" if system["hours"] < 10 else f"{system['hours']:.0f} h"
                 )
                 lines += [
-                    f"  {name:<18}{labels:>9}{system['updates']:>9}   {cells[0]:<22}{cells[1]:<22}{cells[2]}"
+                    f"  {name:<18}{labels:>9}{system['updates']:>9}   {cells[0]:<25}{cells[1]:<25}{cells[2]}"
                 ]
         lines += [""]
     if summary["units"]:
