@@ -10,16 +10,18 @@ and for this system, and the command line.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
+import re
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import ConfigError, JahubertError, MissingExtraError
+from jahubert.errors import ConfigError, DataError, JahubertError, MissingExtraError, UserError
 
 log = logging.getLogger("jahubert")
 
@@ -27,6 +29,10 @@ GROUPS = ("recipe", "model", "iteration")
 SELECTORS = ("stage", "system")
 ITERATED = ("features", "kmeans", "label", "pretrain")
 PER_SYSTEM = ("finetune", "decode", "score")
+INTERRUPTED = 130  # exit status
+# numpy says only how much it could write.
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+_NO_ROOM = 1 << 20  # bytes free: whatever failed, failed for want of room
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,20 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JahubertError as error:
         if not getattr(error, "told", False):
             print(f"jahubert: error: {error}", file=sys.stderr)
-        return error.exit_status
+        return INTERRUPTED if "told to stop by SIGINT" in str(error) else error.exit_status
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.filename is None:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(
-            f"jahubert: error: the disk is full{where}; free some space and run the same command again: "
-            "what was finished is kept",
-            file=sys.stderr,
-        )
-        return 2
+        print(f"jahubert: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return UserError.exit_status
     except KeyboardInterrupt:
         print("jahubert: interrupted; the same command continues", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -77,10 +78,14 @@ def run(overrides: Sequence[str]) -> None:
     """
     from jahubert.train import ranks
 
-    jobs = [configured(*job, overrides) for job in plan(compose(overrides))]
-    mistakes = list(dict.fromkeys(str(job) for job in jobs if isinstance(job, ConfigError)))
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
+    try:
+        jobs = [configured(*job, overrides) for job in plan(compose(overrides))]
+        mistakes = list(dict.fromkeys(str(job) for job in jobs if isinstance(job, ConfigError)))
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+    except JahubertError as error:
+        error.told = os.environ.get("RANK", "0") != "0"  # type: ignore[attr-defined]  # all find the same
+        raise
     with ranks.process_group():
         for job in jobs:
             run_stage(*job)  # type: ignore[misc]
@@ -114,7 +119,9 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
         raise ConfigError(
             "recipe=... is missing; choose one of " + ", ".join(_recipes()) + ", or give a folder"
         )
-    asked, systems = tree["stage"], list(tree["systems"])
+    asked, systems, iterations = tree["stage"], list(tree["systems"]), tree["iterations"]
+    if not isinstance(iterations, int) or iterations < 0:
+        raise ConfigError(f"iterations={iterations}: give the number of iterations of pretraining")
     if asked != "all" and asked not in STAGES:
         from jahubert.train.config import unknown
 
@@ -131,9 +138,7 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
     if asked != "all":
         return [(asked, None, None)]
     order: list[tuple[str, int | None, str | None]] = [("prepare", None, None)]
-    order += [
-        (stage, iteration, None) for iteration in range(1, tree["iterations"] + 1) for stage in ITERATED
-    ]
+    order += [(stage, iteration, None) for iteration in range(1, iterations + 1) for stage in ITERATED]
     order += [("targets", None, None)]
     order += [(stage, None, system) for system in chosen for stage in PER_SYSTEM]
     return [*order, ("report", None, None)]
@@ -152,18 +157,54 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         return recipe, keep and provenance.begin(out, recipe)
 
-    recipe, there = ranks.from_first(begin)
+    with full_disk_said(out):
+        recipe, there = ranks.from_first(begin)
     if there:
         log.info("%s: done before, kept", out)
         return provenance.read_record(out / provenance.DONE)["metrics"]
     log.info("%s ...", out)
     started = time.monotonic()
-    metrics = module.run(config, out)
-    if first and keep:
-        provenance.finish(out, recipe, metrics, time.monotonic() - started)
+    try:
+        with full_disk_said(out):
+            metrics = module.run(config, out)
+            if first and keep:
+                provenance.finish(out, recipe, metrics, time.monotonic() - started)
+    except BaseException:
+        if first:
+            provenance.release(out)
+        raise
     ranks.barrier()
     log.info("%s: done in %.1f s  %s", out, time.monotonic() - started, _shown(metrics))
     return metrics
+
+
+@contextmanager
+def full_disk_said(out: Path) -> Iterator[None]:
+    """Say in a sentence that the disk of `out` is full, whichever library noticed, and in its own words."""
+    try:
+        yield
+    except (JahubertError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not _is_full(error, out):
+            raise
+        raise DataError(
+            f"the disk is full while writing into {out}: free some space and run the same command again; "
+            "what was finished is kept"
+        ) from error
+
+
+def _is_full(error: BaseException | None, out: Path) -> bool:
+    """Whether the error, or one that it came from, speaks of a full disk, or there is no room left at all."""
+    while error is not None:
+        if _FULL.search(str(error)):
+            return True
+        for failure, _ in getattr(error, "failures", {}).values():  # of the processes that saved a checkpoint
+            if _is_full(failure, out):
+                return True
+        error = error.__cause__ or error.__context__
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free < _NO_ROOM
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
@@ -172,23 +213,21 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         from hydra import compose as hydra_compose
         from hydra import initialize_config_dir
         from hydra.core.global_hydra import GlobalHydra
-        from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
     except ImportError as error:
         raise MissingExtraError("hydra-core", "train") from error
-    from jahubert.train.lookup import home, recipe_folder
+    from jahubert.train.lookup import home
 
+    parsed = [_parsed(override) for override in overrides]
+    values = {p.key_or_group: p.value() for p in parsed}
+    recipe = values.get("recipe")
+    blocks = {} if recipe is None else _recipe_blocks(str(recipe))
+    groups = {name: values[name] for name in ("model", "iteration") if name in values}
+    groups.setdefault("model", blocks.get("model_size", "base"))
+    _check_groups(groups)
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        values = {p.key_or_group: p.value() for p in parsed}
-        recipe = values.get("recipe")
-        blocks: Any = OmegaConf.create({})
-        if recipe is not None:
-            blocks = OmegaConf.load(recipe_folder(str(recipe)) / "recipe.yaml")
-        groups = {name: values[name] for name in ("model", "iteration") if name in values}
-        groups.setdefault("model", blocks.get("model_size", "base"))
         wanted = [f"{name}='{value}'" for name, value in groups.items()]  # quoted: a name may be a number
         tree: Any
         if GlobalHydra.instance().is_initialized():  # inside Hydra's own main
@@ -198,21 +237,73 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
                 tree = hydra_compose("config", overrides=wanted)
         OmegaConf.set_struct(tree, False)
         tree = OmegaConf.merge(tree, blocks)
-        iteration_block = blocks.get("by_iteration", {}).get(int(tree.iteration), {})
-        system_block = blocks.get("systems", {}).get(system, {}) if system else {}
-        tree = OmegaConf.merge(tree, iteration_block, system_block or {})
+        iteration_block = (blocks.get("by_iteration") or {}).get(int(tree.iteration)) or {}
+        system_block = (blocks.get("systems") or {}).get(system or "") or {}
+        tree = OmegaConf.merge(tree, iteration_block, system_block)
         for override in parsed:
             if override.key_or_group not in ("model", "iteration"):
                 OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
         if "name" not in values and recipe is not None:
             tree.name = Path(str(recipe)).name  # a recipe may be given as a folder
         tree.recipe, tree.system = recipe, tree.system if system is None else system
-        tree.setdefault("systems", {"main": {}})
+        tree.systems = tree.get("systems") or {"main": {}}
         plain: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
     _check_top(plain)
     return plain
+
+
+def _parsed(override: str) -> Any:
+    """Hydra's view of `key=value`; a value outside its grammar (a path in Japanese) is taken as it stands."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    key, equals, value = override.partition("=")
+    if not equals and not override.startswith("~"):
+        raise ConfigError(f"{override}: not a setting; write key=value")
+    try:
+        parsed = parser.parse_override(override)
+    except HydraException as error:
+        if value[:1] in ("", "'", '"', "[", "{"):
+            raise ConfigError(f"{override}: cannot be read ({' '.join(str(error).split())})") from error
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        try:
+            parsed = parser.parse_override(f"{key}='{quoted}'")
+        except HydraException as again:
+            raise ConfigError(f"{override}: {key!r} is not the name of a setting") from again
+    if parsed.is_sweep_override():
+        raise ConfigError(f"{override}: several values need --multirun; give one")
+    return parsed
+
+
+def _recipe_blocks(recipe: str) -> Any:
+    """The settings of a recipe."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    from jahubert.train.lookup import recipe_folder
+
+    file = recipe_folder(recipe) / "recipe.yaml"
+    try:
+        blocks = OmegaConf.load(file)
+    except YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(blocks):
+        raise ConfigError(f"{file}: must hold settings, such as `kmeans: {{ n_clusters: 100 }}`")
+    return blocks
+
+
+def _check_groups(groups: dict[str, Any]) -> None:
+    """Refuse a model size or an iteration that has no file in conf/."""
+    from jahubert.train.config import unknown
+    from jahubert.train.lookup import home
+
+    for name, value in groups.items():
+        known = sorted(path.stem for path in (home("conf") / name).glob("*.yaml"))
+        if str(value) not in known:
+            raise ConfigError(unknown(name, str(value), known))
 
 
 def _check_top(tree: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.audio import load_audio
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.train.config import free
@@ -100,9 +99,15 @@ class CropConfig:
 
     min_seconds: float = 2.0  # shorter ones are left out
     max_seconds: float = 15.625  # longer ones are cropped, at random, on the frame grid
-    keep_in_memory_hours: float = free(
-        4.0
-    )  # audio kept decoded between epochs (0.23 GB an hour, each worker)
+    # Audio kept decoded between epochs (0.23 GB an hour, each worker).
+    keep_in_memory_hours: float = free(4.0)
+
+    def __post_init__(self) -> None:
+        if not HUBERT.n_samples(1) / SAMPLE_RATE <= self.max_seconds or self.min_seconds > self.max_seconds:
+            raise ConfigError(
+                f"max_seconds must be a frame (0.025) at least, and min_seconds no more; found "
+                f"{self.max_seconds} and {self.min_seconds}"
+            )
 
 
 class WaveCache:
@@ -116,8 +121,7 @@ class WaveCache:
         """`n_samples` samples of an utterance from its sample `start` on."""
         length = int(self.manifest.n_samples[row])
         if row not in self.kept and length > self.room:
-            utterance = self.manifest[row]
-            return load_audio(utterance.audio, start=utterance.start + start, n_samples=n_samples)
+            return self.manifest.load(row, start, n_samples)
         if row not in self.kept:
             wav_T = self.manifest.load(row)
             self.kept[row] = wav_T.numpy()
@@ -145,10 +149,8 @@ class PretrainData:
         self.longest = HUBERT.floor(int(crop.max_seconds * SAMPLE_RATE))
         rows = manifest.indices(split=split)
         length = manifest.n_samples[rows]
-        rows, length = (
-            rows[length >= crop.min_seconds * SAMPLE_RATE],
-            length[length >= crop.min_seconds * SAMPLE_RATE],
-        )
+        keep = length >= max(crop.min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
+        rows, length = rows[keep], length[keep]
         self.waves = WaveCache(manifest, crop.keep_in_memory_hours)
         self.sampler = Sampler(
             rows, np.minimum(length, self.longest), micro_seconds=micro_seconds, per_step=per_step, seed=seed
@@ -207,7 +209,8 @@ class CtcData:
             if self.mask is None:
                 continue
             rng = generator(self.seed, micro.epoch, row, 2)
-            frames = span_mask(HUBERT.n_frames(n_samples), self.mask.prob, self.mask.length, rng)
+            n_frames = HUBERT.n_frames(n_samples)
+            frames = span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
             masks.append(torch.from_numpy(frames))
             channels.append(
                 torch.from_numpy(span_mask(self.width, self.mask.channel_prob, self.mask.channel_length, rng))

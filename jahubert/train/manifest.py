@@ -64,7 +64,7 @@ class Utterance:
     id: str
     audio: AudioSource
     start: int = 0  # 16 kHz samples into the source
-    n_samples: int = 0  # 16 kHz samples
+    n_samples: int = 0  # 16 kHz samples; a recipe may leave it to stage=prepare: up to the end of the audio
     speaker: str = ""
     text: str = ""
     words: tuple[tuple[str, ...], ...] = ()  # words as phones
@@ -74,10 +74,11 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Rejected:
-    """What a recipe had to drop. Reasons are counted, so details belong into the id."""
+    """What had to be dropped. Reasons are counted, so what is particular belongs into the detail."""
 
     id: str
     reason: str
+    detail: str = ""
 
 
 def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Rejected]) -> dict:
@@ -103,7 +104,9 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Rejected
             for item in items:
                 if isinstance(item, Rejected):
                     writing.drop(item)
-                    drops.write(json.dumps({"id": item.id, "reason": item.reason}, ensure_ascii=False) + "\n")
+                    line = {"id": item.id, "reason": item.reason}
+                    line |= {"detail": item.detail} if item.detail else {}
+                    drops.write(json.dumps(line, ensure_ascii=False) + "\n")
                     continue
                 rows.append(writing.add(item))
                 if len(rows) == _ROWS:
@@ -296,7 +299,10 @@ class Manifest:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).absolute()
         if not self.path.is_file():
-            raise DataError(f"no manifest at {self.path}: run stage=prepare first")
+            raise DataError(
+                f"no manifest at {self.path}: run stage=prepare first; if that calls itself done, delete "
+                f"{self.path.parent} before"
+            )
         try:
             self._source = pa.memory_map(str(self.path))
             table = pa.ipc.open_file(self._source)
@@ -348,16 +354,28 @@ class Manifest:
             raise DataError(f"{self.path} has no split {split!r}; its splits are: {splits}")
         return found
 
-    def load(self, i: int) -> torch.Tensor:
-        """The audio of an utterance, float32 (T,); AudioError if it is not as long as the manifest says."""
+    def load(self, i: int, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
+        """The audio of an utterance, or `n_samples` samples of it from its sample `start` on, float32 (T,).
+
+        AudioError, naming the utterance, if it cannot be read or ends before the manifest says.
+        """
         item = self[i]
         try:
-            wav_T = load_audio(item.audio, start=item.start, n_samples=item.n_samples)
+            return load_utterance(item, start, n_samples)
         except AudioError as error:
-            raise AudioError(f"utterance {item.id!r}: {error}") from error
-        if len(wav_T) != item.n_samples:
             raise AudioError(
-                f"utterance {item.id!r} ({_place(item)}) has {len(wav_T)} samples, but the manifest says "
-                f"{item.n_samples}: the audio was changed after stage=prepare"
-            )
-        return wav_T
+                f"utterance {item.id!r}: {error}. Put it right, or prepare the corpus again, which "
+                "leaves it out"
+            ) from error
+
+
+def load_utterance(item: Utterance, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
+    """What `Manifest.load` gives, of an utterance in hand."""
+    wanted = item.n_samples - start if n_samples is None else n_samples
+    wav_T = load_audio(item.audio, start=item.start + start, n_samples=wanted)
+    if len(wav_T) != wanted:
+        raise AudioError(
+            f"{_place(item)} has {start + len(wav_T)} samples, but the manifest says {item.n_samples}: the "
+            "audio was changed after stage=prepare"
+        )
+    return wav_T

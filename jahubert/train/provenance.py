@@ -52,6 +52,15 @@ def begin(out: Path, recipe: dict[str, Any]) -> bool:
     return False
 
 
+def release(out: Path) -> None:
+    """Take the claim back where nothing was made under it: a mistake may be mended in the settings."""
+    made = (
+        path for path in out.rglob("*") if path.is_file() and path.name not in (STARTED, "rejected.jsonl")
+    )
+    if next(made, None) is None:
+        (out / STARTED).unlink(missing_ok=True)
+
+
 def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
     """Write the record that makes the folder done. The last thing a stage does."""
     import torch

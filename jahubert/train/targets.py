@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,17 +15,14 @@ from jahubert.train.provenance import read_record, write_json
 
 def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet) -> int:
     """Write the targets of all rows of a manifest; returns the number of symbols."""
-    offsets, symbols = [0], []
+    offsets, symbols = array("q", [0]), array("h")  # packed: a list would need many times the memory
     for row in rows:
         symbols.extend(row)
         offsets.append(len(symbols))
-    for name, array in (
-        ("symbols.npy", np.array(symbols, np.int16)),
-        ("offsets.npy", np.array(offsets, np.int64)),
-    ):
-        beside = folder / f"tmp_{name}"
-        np.save(beside, array)
-        beside.replace(folder / name)
+    for name, content in (("symbols", symbols), ("offsets", offsets)):
+        beside = folder / f"tmp_{name}.npy"
+        np.save(beside, np.array(content))
+        beside.replace(folder / f"{name}.npy")
     write_json(folder / "phonemes.json", phonemes.to_json())
     return len(symbols)
 

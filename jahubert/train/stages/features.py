@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jahubert.errors import DataError
+from jahubert.errors import ConfigError, DataError
 from jahubert.train import ranks
 from jahubert.train.config import free
 from jahubert.train.features import Feature
@@ -41,6 +41,10 @@ class Config:
     seed: int = 0
     device: str = free("auto")
     batch_seconds: float = free(80.0)
+
+    def __post_init__(self) -> None:
+        if self.sample_frames < 1:
+            raise ConfigError(f"sample_frames is {self.sample_frames}, but must be at least 1")
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

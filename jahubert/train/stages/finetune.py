@@ -78,7 +78,10 @@ class Config:
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction is {self.fraction}, but must be in (0, 1]")
         if self.pretrained is None and self.freeze_conv:
-            raise ConfigError("the conv stack of a model from scratch has to learn: set freeze_conv=false")
+            raise ConfigError(
+                "freeze_conv: the conv stack of a model from scratch has to learn; set it to false, "
+                "or name a model in `pretrained`"
+            )
 
 
 class FineTuner(nn.Module):

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from jahubert.checkpoint import save_bundle
-from jahubert.errors import DataError
+from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT
 from jahubert.train import ranks
 from jahubert.train.config import free
@@ -40,6 +40,10 @@ class Config:
     shard_size: int = free(2000)  # utterances between two saves
     device: str = free("auto")
     batch_seconds: float = free(80.0)
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise ConfigError(f"shard_size is {self.shard_size}, but must be at least 1")
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -71,7 +75,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
     step = HUBERT.step_in(feature.grid)
     centroids_KD = centroids_KD.to(device)
-    for shard in writer.pending()[ranks.rank() :: ranks.world()]:
+    # Asked once: a process that asked later would see a shorter list, and share it out differently.
+    for shard in ranks.from_first(writer.pending)[ranks.rank() :: ranks.world()]:
         frames = stream_features(manifest, feature, writer.rows(shard), config.batch_seconds)
         writer.write(
             shard, [assign(f_SD[::step].to(device), centroids_KD).cpu().numpy() for _, f_SD in frames]

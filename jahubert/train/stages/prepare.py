@@ -8,17 +8,27 @@ Writes  manifest.arrow, rejected.jsonl (what was dropped and why), work/ (audio 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import DataError
+from jahubert.audio import audio_length
+from jahubert.errors import AudioError
+from jahubert.frames import HUBERT
 from jahubert.train import ranks
-from jahubert.train.config import structure
+from jahubert.train.config import free, structure
 from jahubert.train.lookup import recipe_folder, resolve
-from jahubert.train.manifest import write_manifest
+from jahubert.train.manifest import Rejected, Utterance, load_utterance, write_manifest
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
+_AHEAD = 256  # utterances that may wait to be checked
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,9 @@ class Config:
     data: str | None = None  # the corpus folder
     options: dict[str, Any] = field(default_factory=dict)  # fields of the recipe's own Config
     seed: int = 0
+    # Decode every utterance once, and leave out what is broken: here, and not after a day of work, is the
+    # time to learn of it. Of sound audio comes the same manifest with and without.
+    check_audio: bool = free(True)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -41,7 +54,36 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     data = None if config.data is None else Path(config.data).expanduser()
     work = out / "work"
     work.mkdir(exist_ok=True)
-    counts = write_manifest(out / "manifest.arrow", read(data, work, options, config.seed))
-    if not counts["utterances"]:
-        raise DataError(f"{config.data or config.recipe}: no usable utterance; {out}/rejected.jsonl says why")
+    items = usable(read(data, work, options, config.seed), config.check_audio)
+    counts = write_manifest(out / "manifest.arrow", items)
+    if counts["rejected"]:
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in counts["rejected"].items())
+        log.warning("left out %d (%s); see %s/rejected.jsonl", sum(counts["rejected"].values()), reasons, out)
     return counts
+
+
+def usable(items: Iterable[Utterance | Rejected], check_audio: bool = True) -> Iterator[Utterance | Rejected]:
+    """What the recipe gave, in its order; utterances whose audio is of no use come back as `Rejected`."""
+    waiting: deque[Future[Utterance | Rejected]] = deque()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for item in items:
+            waiting.append(pool.submit(_checked, item, check_audio))
+            if len(waiting) == _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _checked(item: Utterance | Rejected, check_audio: bool) -> Utterance | Rejected:
+    if isinstance(item, Rejected):
+        return item
+    try:
+        if item.n_samples == 0:
+            item = replace(item, n_samples=audio_length(item.audio) - item.start)
+        if item.n_samples < HUBERT.n_samples(1):
+            return Rejected(item.id, "shorter than one frame", f"{item.n_samples} samples of {item.audio}")
+        if check_audio:
+            load_utterance(item)
+    except AudioError as error:
+        return Rejected(item.id, "unusable audio", str(error))
+    return item

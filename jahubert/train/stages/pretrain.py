@@ -46,10 +46,14 @@ class Config:
     unit_dim: int = 256  # width of the codebook (final_dim)
     temperature: float = 0.1
     penalty_weight: float = 10.0  # of the mean square of the conv features
-    valid_split: str = "dev"
+    valid_split: str | None = "dev"  # null: no validation
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.unit_dim < 1:
+            raise ConfigError(
+                f"temperature and unit_dim must be positive, but are {self.temperature} and {self.unit_dim}"
+            )
         if self.crop.max_seconds > self.train.micro_seconds:
             raise ConfigError(
                 f"crop.max_seconds {self.crop.max_seconds} does not fit "
@@ -102,7 +106,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, labels = Manifest(config.manifest), LabelStore(config.labels)
     data = _data(config, manifest, labels, "train")
     valid = None
-    if len(manifest.indices(split=config.valid_split)):
+    if config.valid_split is not None:
         valid = _data(config, manifest, labels, config.valid_split)
     torch.manual_seed(config.seed)
     module = Pretrainer(
@@ -152,12 +156,14 @@ def _data(config: Config, manifest: Manifest, labels: LabelStore, split: str) ->
 
 
 def _init_from(model: HubertModel, source: Path) -> None:
-    found = load_bundle(source)
-    if found.config.width != model.config.width or found.config.layers != model.config.layers:
+    weights, own = load_bundle(source).model.state_dict(), model.state_dict()
+    wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    if wrong or len(weights) != len(own):
         raise ConfigError(
-            f"init_from={source}: its sizes are not those of `model`; give model={{...}} the same sizes"
+            f"init_from={source}: its sizes are not those of `model` (see {(wrong or ['layers'])[0]}); give "
+            "`model` the same ones"
         )
-    model.load_state_dict(found.model.state_dict())
+    model.load_state_dict(weights)
 
 
 def _export(
