@@ -97,15 +97,16 @@ def test_the_recipe_of_the_guide_reads_a_corpus(tmp_path: Path) -> None:
 
     recipe, corpus = recipe_of_the_guide(tmp_path), tmp_path / "corpus"
     corpus.mkdir()
-    lines = [f"{n}.wav\tspeaker{n % 3}\tこれは音です" for n in range(7)]
+    texts = ["これは音です"] * 5 + ["", "これは"]
+    lines = [f"{n}.wav\tspeaker{n % 3}\t{text}" for n, text in enumerate(texts)]
     (corpus / "transcripts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for n in range(6):  # the seventh is missing
-        soundfile.write(corpus / f"{n}.wav", 0.1 * torch.randn(8_000 * (30 if n == 5 else 2)).numpy(), 8_000)
-    command = [f"recipe={recipe}", f"data={corpus}", f"exp={tmp_path}/exp", "prepare.options.max_seconds=25"]
+        soundfile.write(corpus / f"{n}.wav", 0.1 * torch.randn(16_000).numpy(), 8_000)
+    command = [f"recipe={recipe}", f"data={corpus}", f"exp={tmp_path}/exp"]
     run.run([*command, "stage=prepare"])
     run.run([*command, "stage=targets"])
     manifest = Manifest(tmp_path / "exp/prepare/manifest.arrow")
-    assert manifest.counts["rejected"] == {"too long": 1, "unreadable audio": 1}
+    assert manifest.counts["rejected"] == {"no text": 1, "unusable audio": 1}
     assert sorted(manifest.counts["splits"]) == ["dev", "test", "train"]
     assert len(manifest.load(0)) == 32_000
     assert not checked([*command, "stage=all"])
