@@ -124,7 +124,8 @@ def test_gradient_into_the_conv_stack_is_scaled():
     for scale in (1.0, 0.1):
         torch.manual_seed(0)
         model = HubertModel(HubertConfig(**SMALL, conv_grad_scale=scale, layer_drop=0.0, dropout=0.0)).eval()
-        model(torch.ones(1, 4000) * torch.linspace(-1, 1, 4000)).hidden_BSD.pow(2).sum().backward()
+        hidden_BSD = model(torch.linspace(-1, 1, 4000)[None]).hidden_BSD
+        (hidden_BSD * torch.linspace(-1, 1, hidden_BSD.numel()).view_as(hidden_BSD)).sum().backward()
         grads[scale] = model.feature_extractor.conv_layers[3].conv.weight.grad
     torch.testing.assert_close(grads[0.1], 0.1 * grads[1.0], rtol=1e-3, atol=1e-7)
 

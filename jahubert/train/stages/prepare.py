@@ -49,6 +49,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 def prepare(config: Config, out: Path) -> dict[str, Any]:
     """The work of the stage, which one process does."""
     file = recipe_folder(config.recipe) / "prepare.py"
+    if not file.is_file():
+        raise DataError(
+            f"recipe {config.recipe}: its corpus reader, {file.name}, is not there yet; see its README"
+        )
     options = structure(config.options, resolve(f"{file}:Config", {}, "recipe"), "prepare.options")
     read = resolve(f"{file}:prepare", {}, "recipe")
     data = None if config.data is None else Path(config.data).expanduser()
