@@ -49,9 +49,8 @@ def speed(conv_dims: tuple[int, ...], width: int, bf16: bool, seconds: int = 40,
 def main() -> None:
     torch.set_num_threads(1)
     for name, (conv_dims, width) in SIZES.items():
-        print(
-            f"{name:<30} fp32 {speed(conv_dims, width, False):6.0f}   bf16 {speed(conv_dims, width, True):6.0f}"
-        )
+        fp32, bf16 = speed(conv_dims, width, False), speed(conv_dims, width, True)
+        print(f"{name:<30} fp32 {fp32:6.0f}   bf16 {bf16:6.0f}")
 
 
 if __name__ == "__main__":

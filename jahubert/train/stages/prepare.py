@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.audio import audio_length
-from jahubert.errors import AudioError
+from jahubert.errors import AudioError, DataError
 from jahubert.frames import HUBERT
 from jahubert.train import ranks
 from jahubert.train.config import free, structure
