@@ -86,7 +86,10 @@ def copy(whole, tmp_path) -> Path:
         (["label.shard_size=0"], "label.shard_size is 0, but must be at least 1"),
         (["pretrain.temperature=0"], "pretrain.temperature and unit_dim must be positive"),
         (["pretrain.crop.max_seconds=0.01"], "pretrain.crop.max_seconds must be a frame"),
-        (["finetune.freeze_conv=true"], "finetune.freeze_conv: the conv stack of a model from scratch"),
+        (
+            ["finetune.freeze_conv=true", "finetune.pretrained=null"],
+            "finetune.freeze_conv: the conv stack of a model from scratch",
+        ),
         (["finetune.train.precision=fp64"], "must be one of auto, fp32, bf16, fp16"),
     ],
 )

@@ -80,6 +80,13 @@ def test_an_input_counts_by_what_made_it(tmp_path, source):
         begin(tmp_path / "out", recipe_of("kmeans", 1, Config(moved)))
 
 
+def test_what_was_read_from_outside_counts_too(tmp_path, source):
+    write_json(source / DONE, {"fingerprint": "f" * 64, "metrics": {"content": "one"}})
+    before = recipe_of("kmeans", 1, Config(source))
+    write_json(source / DONE, {"fingerprint": "f" * 64, "metrics": {"content": "two"}})
+    assert recipe_of("kmeans", 1, Config(source)) != before
+
+
 def test_inputs_that_are_missing_or_not_finished(tmp_path):
     with pytest.raises(
         DataError, match=r"source: .*nowhere/at/all does not exist; run the stage that makes it first"

@@ -112,7 +112,9 @@ def _input_fingerprint(name: str, path: Path) -> str:
     """An input made by a stage counts by its record, a foreign file or folder by its name and size."""
     for folder in (path, path.parent):  # a stage names another stage's folder, or one thing in it
         if (folder / DONE).exists():
-            return read_record(folder / DONE)["fingerprint"]
+            record = read_record(folder / DONE)
+            content = record.get("metrics", {}).get("content")  # of a stage whose settings do not say it all
+            return fingerprint({record["fingerprint"]: content}) if content else record["fingerprint"]
         if (folder / STARTED).exists():
             raise DataError(
                 f"{name}: {folder} is not finished; run that stage first (jahubert status shows which)"

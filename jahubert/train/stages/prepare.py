@@ -23,7 +23,7 @@ from jahubert.frames import HUBERT
 from jahubert.train import ranks
 from jahubert.train.config import free, structure
 from jahubert.train.lookup import recipe_folder, resolve
-from jahubert.train.manifest import Rejected, Utterance, load_utterance, write_manifest
+from jahubert.train.manifest import Manifest, Rejected, Utterance, load_utterance, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     if counts["rejected"]:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in counts["rejected"].items())
         log.warning("left out %d (%s); see %s/rejected.jsonl", sum(counts["rejected"].values()), reasons, out)
-    return counts
+    # A corpus or its reader can change without any setting: what comes after depends on what was read.
+    return counts | {"content": Manifest(out / "manifest.arrow").fingerprint}
 
 
 def usable(items: Iterable[Utterance | Rejected], check_audio: bool = True) -> Iterator[Utterance | Rejected]:
