@@ -32,6 +32,7 @@ PER_SYSTEM = ("finetune", "decode", "score")
 INTERRUPTED = 130  # exit status
 # numpy says only how much it could write.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+_LOST = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broken pipe|remote process exited")
 _NO_ROOM = 1 << 20  # bytes free: whatever failed, failed for want of room
 
 
@@ -63,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         print(f"jahubert: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return UserError.exit_status
+    except RuntimeError as error:  # gloo and NCCL raise nothing more particular
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not _LOST.search(str(error)):
+            raise
+        print(
+            "jahubert: another process of this run ended, so this one ends; see its message", file=sys.stderr
+        )
         return UserError.exit_status
     except KeyboardInterrupt:
         print("jahubert: interrupted; the same command continues", file=sys.stderr)
