@@ -57,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run(argv)
     except JahubertError as error:
-        if not getattr(error, "told", False):
+        stopped = str(error).startswith("told to stop by")  # all processes at once
+        if not getattr(error, "told", stopped and not first):
             print(f"jahubert: error: {error}", file=sys.stderr)
-        return INTERRUPTED if "told to stop by SIGINT" in str(error) else error.exit_status
+        return INTERRUPTED if stopped and "SIGINT" in str(error) else error.exit_status
     except OSError as error:
         if error.filename is None:
             raise

@@ -319,6 +319,18 @@ def test_ctrl_c(tmp_path):
     assert any((tmp_path / "iter1/pretrain/checkpoints").glob("step_*"))
 
 
+def test_trouble_of_one_process_of_several(whole, tmp_path):
+    """It alone says what is wrong; the other one ends without a traceback, and nothing waits for ever."""
+    exp = Path(shutil.copytree(whole, tmp_path / "exp"))
+    shutil.rmtree(exp / "iter1/label")
+    (exp / "prepare/work/4.wav").unlink()  # in the second of four shards
+    command = [sys.executable, "-m", "jahubert.run", f"recipe={ROUGH}", "stage=label", f"exp={exp}"]
+    command += ["processes=2", "label.shard_size=3"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROUGH.parent.parent, timeout=300)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stderr.count("jahubert: error: utterance '4': no such audio file") == 1
+
+
 # --- the command that uses a model --------------------------------------------------------------------------
 
 
