@@ -3,10 +3,10 @@
 One `HubertConfig` gives base, large, xlarge and any smaller size. Modules carry the names of Hugging
 Face's `HubertModel`, so a state dict of either loads into the other without renaming.
 
-Padding never enters a result. Waveforms are padded to a rectangle for the convolutions only: group
-norm takes its statistics per utterance, frames behind an utterance are zero for the positional
-convolution, and the Transformer works on the valid frames of the batch laid end to end (`Packing`),
-so no layer spends time on padding and attention never crosses utterances.
+Padding never enters a result. The convolutions see the waveforms without it (`frontend`), frames behind
+an utterance are zero for the positional convolution, and the Transformer works on the valid frames of
+the batch laid end to end (`Packing`), so no layer spends time on padding and attention never crosses
+utterances.
 
 Shapes: B batch, T samples, S frames, C conv channels, D width, N valid frames of the batch.
 """
@@ -25,7 +25,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import FrameGrid
-from jahubert.packing import Packing
+from jahubert.frontend import ConvFrontEnd
+from jahubert.packing import SPAN, Packing
 
 
 @dataclass(frozen=True)
@@ -118,69 +119,6 @@ class Encoded:
     conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar
 
 
-class ConvLayer(nn.Module):
-    """Convolution over time, a norm where the layer has one, GELU."""
-
-    def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
-        super().__init__()
-        self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=bias)
-        nn.init.kaiming_normal_(self.conv.weight)
-        self.norm = norm
-        if norm == "group":
-            self.layer_norm: nn.Module = nn.GroupNorm(dim, dim)
-        elif norm == "layer":
-            self.layer_norm = nn.LayerNorm(dim)
-
-    def forward(self, x_BCS: Tensor, n_frames: Sequence[int]) -> Tensor:
-        """`n_frames`: valid output frames of each row, for the statistics of the group norm."""
-        x_BCS = self.conv(x_BCS)
-        if self.norm == "group":
-            x_BCS = _group_norm(x_BCS, n_frames, cast(nn.GroupNorm, self.layer_norm)).to(x_BCS.dtype)
-        elif self.norm == "layer":
-            x_BCS = self.layer_norm(x_BCS.transpose(1, 2)).transpose(1, 2)
-        return F.gelu(x_BCS)
-
-
-def _group_norm(x_BCS: Tensor, n_frames: Sequence[int], norm: nn.GroupNorm) -> Tensor:
-    """Group norm in float32 whose statistics see the valid frames of each utterance only."""
-    x_BCS = x_BCS.float()
-    width = x_BCS.shape[2]
-    if all(n == width for n in n_frames):
-        return norm(x_BCS)
-    # One call an utterance: cheaper than masked sums, and the same numbers as the utterance alone. Unbound,
-    # so that going back through a row's slice fills that row with zeros and not the whole batch.
-    rows = [
-        F.pad(norm(row_CS[None, :, :n]), (0, width - n))
-        for row_CS, n in zip(x_BCS.unbind(), n_frames, strict=True)
-    ]
-    return torch.cat(rows)
-
-
-class ConvFrontEnd(nn.Module):
-    """Seven unpadded convolutions: 16 kHz samples to 50 Hz frames."""
-
-    def __init__(self, config: HubertConfig):
-        super().__init__()
-        dims_in = (1, *config.conv_dims[:-1])
-        layers = []
-        for i, (dim_in, dim, kernel, stride) in enumerate(
-            zip(dims_in, config.conv_dims, config.conv_kernels, config.conv_strides, strict=True)
-        ):
-            norm = config.conv_norm if config.conv_norm == "layer" or i == 0 else None
-            layers.append(ConvLayer(dim_in, dim, kernel, stride, config.conv_bias, norm))
-        self.conv_layers = nn.ModuleList(layers)
-
-    def forward(self, wav_BT: Tensor, n_samples: Sequence[int]) -> Tensor:
-        """Frames (B, C, S); those that reach behind an utterance's last sample are not valid."""
-        x_BCS, lengths = wav_BT[:, None], list(n_samples)
-        for layer in self.conv_layers:
-            conv = cast(nn.Conv1d, layer.conv)
-            kernel, stride = conv.kernel_size[0], conv.stride[0]
-            lengths = [(n - kernel) // stride + 1 for n in lengths]
-            x_BCS = layer(x_BCS, lengths)
-        return x_BCS
-
-
 class FeatureProjection(nn.Module):
     def __init__(self, config: HubertConfig):
         super().__init__()
@@ -270,7 +208,8 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden frames of the last computed block, and those of the kept blocks, packed."""
         keep = set(keep_layers)
-        x_ND = x_ND + packing.pack(self.pos_conv_embed(packing.unpack(x_ND)))
+        x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
+        x_ND = x_ND + packing.pack(self.pos_conv_embed(x_BSD)[:, : packing.width])
         if not self.pre_norm:
             x_ND = self.layer_norm(x_ND)
         x_ND = self.dropout(x_ND)
@@ -292,7 +231,13 @@ class HubertModel(nn.Module):
     def __init__(self, config: HubertConfig):
         super().__init__()
         self.config = config
-        self.feature_extractor = ConvFrontEnd(config)
+        self.feature_extractor = ConvFrontEnd(
+            config.conv_dims,
+            config.conv_kernels,
+            config.conv_strides,
+            bias=config.conv_bias,
+            norm=config.conv_norm,
+        )
         self.feature_projection = FeatureProjection(config)
         self.encoder = Encoder(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.width).uniform_())
@@ -330,21 +275,20 @@ class HubertModel(nn.Module):
             ConfigError: a layer number that the model does not have.
         """
         self._check_layers(last_layer, keep_layers)
-        wav_BT, n_samples = self._prepare(wav_BT, n_samples_B)
-        frames = [self.config.grid.n_frames(n) for n in n_samples]
-        features_BSC = self.feature_extractor(wav_BT, n_samples).transpose(1, 2)
-        packing = Packing(frames, features_BSC.shape[1], wav_BT.device)
-        features_NC = packing.pack(features_BSC)
+        wavs = self._rows(wav_BT, n_samples_B)
+        frames = [self.config.grid.n_frames(len(wav_T)) for wav_T in wavs]
+        features_NC = self.feature_extractor(wavs)
+        packing = Packing(frames, self.config.grid.n_frames(wav_BT.shape[1]), wav_BT.device)
         scale = self.config.conv_grad_scale
         if scale != 1.0 and features_NC.requires_grad:
             features_NC = features_NC * scale + features_NC.detach() * (1 - scale)
-        penalty = features_NC.float().pow(2).mean() if self.training else None
+        penalty = features_NC[: packing.n_valid].float().pow(2).mean() if self.training else None
         x_ND = self.feature_projection(features_NC)
         if mask_BS is not None:
             x_ND = torch.where(packing.pack(mask_BS[..., None]), self.masked_spec_embed.to(x_ND.dtype), x_ND)
         if channel_mask_BD is not None:
-            shape = (*packing.mask_BS.shape, -1)
-            x_ND = x_ND.masked_fill(packing.pack(channel_mask_BD[:, None].expand(shape)), 0.0)
+            mask_BSD = channel_mask_BD[:, None].expand(-1, packing.width, -1)
+            x_ND = x_ND.masked_fill(packing.pack(mask_BSD), 0.0)
         x_ND, kept = self.encoder(x_ND, packing, last_layer, keep_layers)
         return Encoded(
             hidden_BSD=packing.unpack(x_ND),
@@ -363,10 +307,8 @@ class HubertModel(nn.Module):
         if wrong:
             raise ConfigError(f"layers {wrong} were asked for, but only 0 to {top} are computed")
 
-    def _prepare(
-        self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None
-    ) -> tuple[Tensor, list[int]]:
-        """Zero what lies behind each utterance, normalise if the model wants it, check the lengths."""
+    def _rows(self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None) -> list[Tensor]:
+        """Each utterance without its padding, normalised if the model wants it; checks the lengths."""
         if wav_BT.ndim != 2:
             raise AudioError(f"waveforms must be (batch, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape
@@ -379,16 +321,8 @@ class HubertModel(nn.Module):
             )
         if max(lengths) > width or len(lengths) != batch:
             raise AudioError(f"lengths {lengths} do not fit waveforms of shape {tuple(wav_BT.shape)}")
-        if self.config.normalize:
-            rows = [_normalize(wav[:n]) for wav, n in zip(wav_BT, lengths, strict=True)]
-            wav_BT = torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
-        elif min(lengths) < width:
-            valid = (
-                torch.arange(width, device=wav_BT.device)
-                < torch.tensor(lengths, device=wav_BT.device)[:, None]
-            )
-            wav_BT = torch.where(valid, wav_BT, 0.0)
-        return wav_BT, lengths
+        rows = [wav_T[:n] for wav_T, n in zip(wav_BT, lengths, strict=True)]
+        return [_normalize(wav_T) for wav_T in rows] if self.config.normalize else rows
 
 
 def _normalize(wav_T: Tensor) -> Tensor:
