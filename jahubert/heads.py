@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jahubert.frontend import BLOCK
 from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.packing import SPAN
 
 
 class UnitHead(nn.Module):
@@ -31,9 +33,11 @@ class UnitHead(nn.Module):
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Logits (N, K) of frames (N, D)."""
+        n = len(hidden_ND)
+        hidden_ND = F.pad(hidden_ND, (0, 0, 0, -n % BLOCK))
         frames = F.normalize(self.final_proj(hidden_ND).float(), dim=-1)
         units = F.normalize(self.label_embeddings.float(), dim=-1)
-        return frames.to(hidden_ND.dtype) @ units.T.to(hidden_ND.dtype) / self.temperature
+        return (frames.to(hidden_ND.dtype) @ units.T.to(hidden_ND.dtype) / self.temperature)[:n]
 
 
 class HubertForCtc(nn.Module):
@@ -56,4 +60,9 @@ class HubertForCtc(nn.Module):
     def forward(self, wav_BT: Tensor, n_samples_B=None, **masks) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, S, V), float32, and valid frames (B,); `masks` as for `HubertModel`."""
         encoded = self.hubert(wav_BT, n_samples_B, **masks)
-        return self.lm_head(encoded.hidden_BSD).float().log_softmax(-1), encoded.n_frames_B
+        return self.log_probs(encoded.hidden_BSD), encoded.n_frames_B
+
+    def log_probs(self, hidden_BSD: Tensor) -> Tensor:
+        """Log-probabilities (B, S, V), float32, of the encoder's frames."""
+        n = hidden_BSD.shape[1]
+        return self.lm_head(F.pad(hidden_BSD, (0, 0, 0, -n % SPAN)))[:, :n].float().log_softmax(-1)

@@ -6,7 +6,6 @@ and every function here does the obvious without a process group.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -47,24 +46,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free for the next ones, instead of getting zeroed pages from the kernel.
-
-    Worth a tenth of a training step on a CPU; elsewhere it does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # no glibc
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 32 << 20)  # the largest it takes
-
-
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the other processes if a launcher started several; leave them at the end."""
-    keep_freed_memory()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -121,9 +105,7 @@ def launch(command: Sequence[str], n: int) -> int:
     children = []
     for number in range(n):
         own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-        # Kernels are compiled for each size of a batch; the default room of 1024 is too small for a corpus.
-        ours = {"OMP_NUM_THREADS": threads, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
-        environment = {**ours, **os.environ, **shared, **own}
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
         children.append(subprocess.Popen(command, env=environment))
 
     def forward(number: int, _: Any) -> None:

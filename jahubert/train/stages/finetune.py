@@ -100,7 +100,7 @@ class FineTuner(nn.Module):
             encoded = self.ctc.hubert(
                 batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, channel_mask_BD=batch.channel_mask_BD
             )
-        logp_BSV = self.ctc.lm_head(encoded.hidden_BSD).float().log_softmax(-1)
+        logp_BSV = self.ctc.log_probs(encoded.hidden_BSD)
         n_frames_B = encoded.n_frames_B.cpu()
         total = ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B)
         valid_BS = torch.arange(logp_BSV.shape[1])[None] < n_frames_B[:, None]
