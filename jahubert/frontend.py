@@ -63,10 +63,7 @@ class ConvLayer(nn.Module):
         return F.gelu(x_NC)
 
     def _normed_conv(self, x_NC: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Convolution and group norm in one: each tile times the weights and shift of its utterance.
-
-        A bias of the convolution would be subtracted again with the mean.
-        """
+        """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
         norm, kernel = cast(nn.GroupNorm, self.layer_norm), self.conv.weight.shape[2]
         taps_TRK = _taps(x_NC, kernel, self.stride).unflatten(0, (len(rows.owner_T), -1))
         with torch.autocast(x_NC.device.type, enabled=False):
@@ -75,6 +72,8 @@ class ConvLayer(nn.Module):
             variance_BC = torch.einsum("ck,bkl,cl->bc", weight_CK, covariance_BKK, weight_CK)
             scale_BC = norm.weight * torch.rsqrt(variance_BC.clamp_min(0.0) + norm.eps)
             shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
+            if self.conv.bias is not None:  # the norm takes it away again, but it is owed a gradient
+                shift_BC = shift_BC + 0.0 * self.conv.bias
             weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1).to(dtype)
             taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(dtype)  # the last one meets the shift
             return torch.bmm(taps_TRK, weight_BKC.index_select(0, rows.owner_T)).flatten(0, 1)

@@ -115,9 +115,25 @@ def configured(
         out = out / "systems" / system
     try:
         config = structure(tree[stage] or {}, resolve(stage, STAGES, "stage").Config, stage)
+        if stage == "features":
+            _check_layer(tree)
     except ConfigError as error:
         return error
     return stage, config, out / stage
+
+
+def _check_layer(tree: dict[str, Any]) -> None:
+    """Before anything runs: the model that an earlier iteration will make has the layer that is asked for."""
+    from jahubert.hubert import HubertConfig
+
+    features, layers = tree["features"], (tree["model"] or {}).get("layers", HubertConfig().layers)
+    own = Path(tree["exp"]) / f"iter{tree['iteration'] - 1}" / "pretrain" / "bundle"
+    layer = features.get("layer")
+    if features.get("model") and Path(features["model"]) == own and isinstance(layer, int) and layer > layers:
+        raise ConfigError(
+            f"features.layer: iteration {tree['iteration']} takes layer {layer}, but the model has {layers}; "
+            f"set it in by_iteration or on the command line"
+        )
 
 
 def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
@@ -148,6 +164,8 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
         return [(asked, None, None)]
     order: list[tuple[str, int | None, str | None]] = [("prepare", None, None)]
     order += [(stage, iteration, None) for iteration in range(1, iterations + 1) for stage in ITERATED]
+    if iterations:  # the last model's own units: for `jahubert units`, and to see what it knows of phones
+        order += [(stage, iterations + 1, None) for stage in ITERATED if stage != "pretrain"]
     order += [("targets", None, None)]
     order += [(stage, None, system) for system in chosen for stage in PER_SYSTEM]
     return [*order, ("report", None, None)]
@@ -321,18 +339,10 @@ def _check_top(tree: dict[str, Any]) -> None:
     from jahubert.train.lookup import STAGES
 
     known = {*STAGES, *GROUPS, *SELECTORS, "iterations", "systems", "by_iteration", "model_size"}
-    known |= {
-        "name",
-        "exp",
-        "data",
-        "seed",
-        "device",
-        "workers",
-        "processes",
-        "engine",
-        "pretrained",
-        "hydra",
-    }
+    known |= {"name", "exp", "data", "seed", "pretrained", "hydra"}
+    known |= {"device", "workers", "processes", "engine"}
+    options = tree["prepare"].get("options") if isinstance(tree["prepare"], dict) else None
+    known |= set(options if isinstance(options, dict) else ())  # a recipe may lift one up: subset=core
     wrong = [unknown_key(key, known, "") for key in tree if key not in known]
     if wrong:
         raise ConfigError("; ".join(wrong))

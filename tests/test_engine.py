@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy import Data, Toy
+from toy import Data, Toy, evaluate
 
 from jahubert.errors import ConfigError, JahubertError
+from jahubert.train import engine
 from jahubert.train.engine import Stopped, train
 from jahubert.train.journal import trim_metrics
 from jahubert.train.optim import TrainConfig, lr_at, pick_precision
@@ -110,6 +112,27 @@ def test_a_killed_run_continues_bit_equal(tmp_path, killed_at):
     assert curve(out) == curve(tmp_path / "whole")
 
 
+def test_tensorboard_shows_the_curve_of_a_continued_run(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(toy(), Data(), changed(max_steps=8), tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        advance = engine._Run.advance
+
+        def until_14(self):
+            if self.step == 14:
+                raise RuntimeError("lost, with what was written behind the checkpoint of step 8")
+            advance(self)
+
+        patch.setattr(engine._Run, "advance", until_14)
+        train(toy(), Data(), changed(save_every=100), tmp_path)
+    time.sleep(1.1)  # event files are named by the second
+    train(toy(), Data(), QUICK, tmp_path)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("training/loss")]
+    assert shown == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in curve(tmp_path)]
+
+
 def test_a_checkpoint_cut_in_the_middle_of_its_writing_does_not_count(tmp_path):
     whole = toy()
     (tmp_path / "a").mkdir()
@@ -140,46 +163,69 @@ def test_readers_in_other_processes_change_nothing(tmp_path):
     assert torch.equal(*map(weights, results))
 
 
-def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
-    one = toy()
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    train(one, Data(per_step=4), changed(batch_seconds=24.0), tmp_path / "one")
+TWO = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from toy import Data, Toy, evaluate
+from jahubert.train import engine, ranks
+from jahubert.train.optim import TrainConfig
+
+out, stop_at, config = Path(sys.argv[2]), int(sys.argv[3]), TrainConfig(**eval(sys.argv[4]))
+advance = engine._Run.advance
+
+def advance_or_stop(self):
+    if self.step == stop_at:
+        raise SystemExit(0)
+    advance(self)
+
+engine._Run.advance = advance_or_stop
+with ranks.process_group():
+    torch.manual_seed(0)
+    module, data = Toy(), Data(per_step=4)
+    engine.train(module, data, config, out, validate=lambda: evaluate(module, data), best="loss")
+    if ranks.rank() == 0:
+        torch.save(module.state_dict(), out / "weights.pt")
+"""
+
+
+def run_two(tmp_path, out, config, stop_at):
     script = tmp_path / "two.py"
-    config = {**vars(QUICK), "batch_seconds": 24.0}
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys, torch
-            from pathlib import Path
-            sys.path.insert(0, {str(TESTS)!r})
-            from toy import Data, Toy
-            from jahubert.train import engine, ranks
-            from jahubert.train.optim import TrainConfig
-            with ranks.process_group():
-                torch.manual_seed(0)
-                module = Toy()
-                engine.train(module, Data(per_step=4), TrainConfig(**{config!r}), Path(sys.argv[1]))
-                if ranks.rank() == 0:
-                    torch.save(module.state_dict(), sys.argv[1] + "/weights.pt")
-            """
-        )
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    done = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
+    script.write_text(TWO)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(script), str(TESTS), str(out), str(stop_at), repr(vars(config))]
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    two = toy()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, sharded):
+    config = changed(batch_seconds=24.0, valid_every=5, sharded=sharded)
+    one, two, data = toy(), toy(), Data(per_step=4)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    train(one, data, config, tmp_path / "one", validate=lambda: evaluate(one, data), best="loss")
+    run_two(tmp_path, tmp_path / "two", config, stop_at=-1)
     two.load_state_dict(torch.load(tmp_path / "two" / "weights.pt"))
     torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-6)
     for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_are_continued_by_one(tmp_path, sharded):
+    config = changed(batch_seconds=24.0, valid_every=5, sharded=sharded)
+    data = Data(per_step=4)
+    ends = {}
+    for name in ("whole", "moved"):
+        (tmp_path / name).mkdir()
+        if name == "moved":
+            run_two(tmp_path, tmp_path / name, config, stop_at=12)
+        module = toy()
+        validate = lambda module=module: evaluate(module, data)  # noqa: E731
+        train(module, data, config, tmp_path / name, validate=validate, best="loss")
+        ends[name] = weights(module)
+    torch.testing.assert_close(ends["moved"], ends["whole"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -145,3 +146,34 @@ def test_what_cannot_work_is_refused(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingExtraError, match=rf"jahubert\[{extra}\]"):
             fit_kmeans(frames, 2, backend=backend)
+
+
+SHARED = """
+import sys, numpy as np
+from jahubert.train import kmeans, ranks
+kmeans._COARSE_MIN = 100
+frames = np.random.default_rng(0).standard_normal((60_000, 12)).astype(np.float32)
+with ranks.process_group():
+    found = kmeans.fit_kmeans(frames, 12, n_init=2, max_iter=8, tol=0)
+    np.save(f"{sys.argv[1]}/{ranks.world()}_{ranks.rank()}.npy", found.centroids_KD.numpy())
+"""
+
+
+def test_any_number_of_processes_gives_the_same_centroids(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    for world in (1, 2, 4):
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+        ]
+        done = subprocess.run(
+            [*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+    found = [np.load(path) for path in sorted(tmp_path.glob("*.npy"))]
+    assert len(found) == 7 and len(np.unique(found[0], axis=0)) == 12
+    assert all(np.array_equal(found[0], other) for other in found)

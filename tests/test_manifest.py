@@ -12,7 +12,7 @@ import soundfile
 from jahubert.audio import AudioSource
 from jahubert.errors import AudioError, DataError
 from jahubert.train import manifest as module
-from jahubert.train.manifest import Manifest, Phone, Rejected, Utterance, write_manifest
+from jahubert.train.manifest import Manifest, Phone, Rejected, Utterance, Utterances, write_manifest
 
 
 def utterance(i: int, **changes) -> Utterance:
@@ -60,6 +60,56 @@ def test_rows_come_back_as_they_went_in(tmp_path, monkeypatch):
         manifest[31]
     with pytest.raises(DataError, match=r"no split 'evall'.*eval1, train"):
         manifest.indices("evall")
+
+
+def columns(first: int, n: int, **changes) -> Utterances:
+    fields = {
+        "path": "/corpus/000.tar",
+        "ids": [f"000/{i}" for i in range(first, first + n)],
+        "offset_N": np.arange(first, first + n) * 1024,
+        "length_N": np.full(n, 700),
+        "n_samples_N": np.arange(n) + 5000,
+        "texts": [f"文{i}" for i in range(n)],
+        "split": "dev",
+    }
+    return Utterances(**{**fields, **changes})
+
+
+def test_columns_are_rows_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", 4)
+    many = columns(0, 9)
+    items = [utterance(0), many, Rejected("x", "no audio"), utterance(1), columns(9, 0), columns(9, 2)]
+    counts = write_manifest(tmp_path / "m.arrow", items)
+    manifest = Manifest(tmp_path / "m.arrow")
+    assert [manifest[i] for i in range(len(manifest))] == [utterance(0), *many, utterance(1), *columns(9, 2)]
+    assert many[3].audio == AudioSource("/corpus/000.tar", 3072, 700)
+    assert manifest.indices("dev", has_words=False).tolist() == [*range(1, 10), 11, 12]
+    n_samples = sum(range(5000, 5009)) + 5000 + 5001
+    assert counts["splits"]["dev"] == {"utterances": 11, "hours": n_samples / 16_000 / 3600, "with_words": 0}
+    write_manifest(tmp_path / "n.arrow", [utterance(0), columns(0, 9, texts=["違う"] * 9)])
+    assert Manifest(tmp_path / "n.arrow").fingerprint != manifest.fingerprint
+    part = many.take([2, 5], "test")
+    assert [(item.id, item.split, item.n_samples) for item in part] == [
+        ("000/2", "test", 5002),
+        ("000/5", "test", 5005),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([columns(0, 3), columns(2, 3)], r"two utterances have the id '000/2': .*000.tar \(bytes 2048"),
+        ([columns(0, 3), utterance(0, id="000/1")], "two utterances have the id '000/1'"),
+        ([columns(0, 2, n_samples_N=np.array([1, 0]))], "'000/1'.*covers no audio"),
+        ([columns(0, 2, ids=["a", ""])], "has no id"),
+        ([columns(0, 2, split="")], "has no split"),
+        ([columns(0, 1, texts=["\udce3"])], "000.tar: a name or text in it is not Unicode"),
+    ],
+)
+def test_unusable_columns_are_refused(tmp_path, items, message):
+    with pytest.raises(DataError, match=message):
+        write_manifest(tmp_path / "m.arrow", items)
+    assert not (tmp_path / "m.arrow").exists()
 
 
 @pytest.mark.parametrize("rows", [3, 1000])

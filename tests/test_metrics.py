@@ -18,6 +18,7 @@ from jahubert.train.metrics import (
     cluster_quality,
     count_errors,
     error_rate,
+    joint_counts,
     phone_frames,
 )
 
@@ -86,7 +87,8 @@ def test_cluster_quality_of_a_table_worked_out_by_hand():
     table = [[6, 2, 0], [1, 1, 2]]
     phones = np.array([p for p in range(2) for k in range(3) for _ in range(table[p][k])])
     units = np.array([k for p in range(2) for k in range(3) for _ in range(table[p][k])])
-    found = cluster_quality(phones, units, 2, 3)
+    assert joint_counts(phones, units, 2, 3).tolist() == table
+    found = cluster_quality(joint_counts(phones, units, 2, 3))
     assert found["phone_purity"] == pytest.approx((6 + 2 + 2) / 12)
     assert found["cluster_purity"] == pytest.approx((6 + 2) / 12)
     cells = {(8, 7): 6, (8, 3): 2, (4, 7): 1, (4, 3): 1, (4, 2): 2}
@@ -98,11 +100,11 @@ def test_cluster_quality_of_a_table_worked_out_by_hand():
 def test_cluster_quality_at_its_ends():
     rng = np.random.default_rng(0)
     phones = rng.integers(0, 40, 20_000)
-    assert cluster_quality(phones, 39 - phones, 40, 41) == pytest.approx(
+    assert cluster_quality(joint_counts(phones, 39 - phones, 40, 41)) == pytest.approx(
         {"phone_purity": 1, "cluster_purity": 1, "pnmi": 1}
     )
-    assert cluster_quality(phones, rng.integers(0, 5, 20_000), 40, 5)["pnmi"] < 0.01
-    assert cluster_quality(np.zeros(9), np.arange(9), 1, 9)["pnmi"] == 0
+    assert cluster_quality(joint_counts(phones, rng.integers(0, 5, 20_000), 40, 5))["pnmi"] < 0.01
+    assert cluster_quality(joint_counts(np.zeros(9), np.arange(9), 1, 9))["pnmi"] == 0
     for wrong in (
         (phones, phones[:-1]),
         (phones[:0], phones[:0]),
@@ -110,7 +112,7 @@ def test_cluster_quality_at_its_ends():
         (phones, phones + 1),
     ):
         with pytest.raises(DataError):
-            cluster_quality(*wrong, 40, 40)
+            joint_counts(*wrong, 40, 40)
 
 
 def test_phone_at_the_middle_of_each_frame():

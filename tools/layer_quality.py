@@ -16,7 +16,7 @@ from jahubert.frames import HUBERT
 from jahubert.train.features import HubertLayer
 from jahubert.train.kmeans import assign, fit_kmeans
 from jahubert.train.manifest import Manifest
-from jahubert.train.metrics import cluster_quality, phone_frames
+from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.streaming import stream_features
 
 
@@ -45,7 +45,7 @@ def main() -> None:
             for n_clusters in args.clusters:
                 fitted = fit_kmeans(frame_ND, n_clusters, n_init=1, max_iter=30, seed=0)
                 unit_N = assign(frame_ND, fitted.centroids_KD).numpy()[known]
-                got = cluster_quality(phone_N, unit_N, len(names), n_clusters)
+                got = cluster_quality(joint_counts(phone_N, unit_N, len(names), n_clusters))
                 print(
                     f"{iteration:>9}{layer:>7}{n_clusters:>6}{got['pnmi']:>8.3f}"
                     f"{got['phone_purity']:>14.3f}{got['cluster_purity']:>16.3f}",

@@ -5,7 +5,7 @@ gradients of summed losses are accumulated, divided by the number of targets ove
 and applied. The random state is set anew for every micro-batch from (seed, epoch, index), so a run that
 was killed and started again, or that has another number of processes or readers, computes the same.
 
-Under `out`: `checkpoints/step_N/` (written beside, renamed), `best.safetensors`, `metrics.jsonl`.
+Under `out`: `checkpoints/step_N/` (written beside, renamed), `best.safetensors`, and what `journal` writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,7 +27,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from jahubert.errors import ConfigError, JahubertError, StaleError, UserError
@@ -35,6 +34,7 @@ from jahubert.train import ranks
 from jahubert.train.journal import Journal, Window
 from jahubert.train.masking import generator
 from jahubert.train.optim import TrainConfig, build_optimizer, lr_at, pick_precision
+from jahubert.train.parallel import Parallel, whole_number
 from jahubert.train.provenance import read_record, write_json
 from jahubert.train.sampler import MicroBatch, Sampler
 
@@ -55,6 +55,7 @@ class Trainable(Protocol):
 
     seed: int
     skips: bool  # whether a step may leave parameters without a gradient (layer drop, frozen phases)
+    blocks: Sequence[nn.Module]  # what FSDP2 shards one by one
 
     def __call__(self, batch: Any, step: int) -> Loss: ...
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
@@ -224,7 +225,9 @@ def train(
                 run.save()
             if stop and not last:
                 raise stopped(signals, run.step)
-    return run.journal.close(best)
+    metrics = run.journal.close(best)
+    run.parallel.gather()
+    return metrics
 
 
 class _Run:
@@ -235,10 +238,7 @@ class _Run:
         self.dtype = pick_precision(config, self.device)
         self.mine = share(config)
         self.module, self.data, self.config = module.to(self.device), data, config
-        self.wrapped: nn.Module = module
-        if ranks.world() > 1:
-            # Layer drop leaves blocks out of a backward pass, and frozen phases leave more.
-            self.wrapped = DistributedDataParallel(module, find_unused_parameters=module.skips)
+        self.parallel = Parallel(self.module, config.sharded)
         self.optimizer = build_optimizer(module, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.folder = checkpoints(out, "torch")
@@ -251,7 +251,7 @@ class _Run:
         """One step: gradients of all micro-batches, then one update."""
         if self.stream is None:
             self.stream = micro_batches(self.data, self.config, self.position.epoch, self.position.cursor)
-            self.wrapped.train()
+            self.module.train()
         config, sums, micros = self.config, {}, []
         self.optimizer.zero_grad(set_to_none=True)
         for number in range(self.mine):
@@ -274,11 +274,10 @@ class _Run:
 
     def _backward(self, micro: MicroBatch, batch: Any, last: bool) -> Loss:
         seed_micro(self.module.seed, micro)  # type: ignore[arg-type]
-        sync = nullcontext() if last or ranks.world() == 1 else self.wrapped.no_sync()  # type: ignore[operator]
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
-        with sync:
+        with self.parallel.accumulating(last):
             with autocast:
-                loss = self.wrapped(batch, self.step)
+                loss = self.parallel(batch, self.step)
             self.scaler.scale(loss.total).backward()
         return loss
 
@@ -298,11 +297,12 @@ class _Run:
                 group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return float(norm)
+        return whole_number(norm)
 
     def validate(self, validate: Callable[[], dict[str, float]], best: str | None) -> None:
         started = time.perf_counter()
-        self.journal.validate(self.step, validate, best)
+        with self.parallel.whole():
+            self.journal.validate(self.step, validate, best)
         self.window.started += time.perf_counter() - started
 
     def save(self) -> None:

@@ -1,4 +1,4 @@
-"""What is written down of a training run, by either engine: `metrics.jsonl` and the best weights."""
+"""What is written down of a training run, by either engine: metrics, and the best weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from jahubert.train import ranks
 from jahubert.train.optim import TrainConfig, lr_at
+from jahubert.train.parallel import load_whole_state, whole_state
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Journal:
         self.module, self.config, self.out = module, config, out
         self.best_value, self.best_metrics = math.inf, {}
         self.last_metrics: dict[str, float] = {}
+        self.board: Any = None
 
     def state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("best_value", "best_metrics", "last_metrics")}
@@ -39,9 +41,10 @@ class Journal:
             setattr(self, name, state[name])
 
     def trim(self, step: int) -> None:
-        """Forget the lines that a killed run wrote after the step that is continued."""
+        """Begin, or forget what a killed run wrote after the step that is continued."""
         if ranks.rank() == 0:
             trim_metrics(self.out / "metrics.jsonl", step)
+            self.board = _board(self.out / "tensorboard", step)
 
     def training(self, step: int, sums: dict[str, float], norm: float, timing: dict[str, float]) -> None:
         """The line of the steps since the last one: their sums, mean gradient norm and time."""
@@ -69,21 +72,39 @@ class Journal:
             log.info("step %d  valid  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         if best is not None and metrics[best] < self.best_value:
             self.best_value, self.best_metrics = metrics[best], {**metrics, "best_step": float(step)}
+            state = whole_state(self.module)
             if ranks.rank() == 0:
                 beside = self.out / "best.safetensors.tmp"
-                save_file({k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}, beside)
+                save_file({name: value.cpu().clone() for name, value in state.items()}, beside)
                 beside.replace(self.out / "best.safetensors")
 
     def close(self, best: str | None) -> dict[str, float]:
         """The metrics of the run; where `best` is given, the module gets its best weights back."""
+        if self.board is not None:
+            self.board.close()
         if best is not None and (self.out / "best.safetensors").exists():
-            self.module.load_state_dict(load_file(self.out / "best.safetensors"))
+            load_whole_state(self.module, load_file(self.out / "best.safetensors"))
             return self.best_metrics
         return self.last_metrics
 
     def _write(self, row: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                if name not in ("step", "timing"):
+                    kind = "validation" if name.startswith("valid_") else "training"
+                    self.board.add_scalar(f"{kind}/{name.removeprefix('valid_')}", value, row["step"])
+            self.board.flush()
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, or None where it is not installed; it hides what was written after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 class Window:

@@ -4,6 +4,9 @@ The torch backend goes from coarse to fine: k-means++ and Lloyd on a small sampl
 one is kept), then Lloyd on samples eight times as large each, then on all frames. Most of the way is done
 where it is cheap, and the passes over all the data only finish it. Frames may be a memory map: they are read
 block by block and need not fit into memory or onto the device.
+
+Several processes share each pass, and the result is the same bit for bit: blocks are dealt out to 16 lanes,
+lanes to processes, and the sums of the lanes are added in their order.
 """
 
 from __future__ import annotations
@@ -11,21 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.errors import ConfigError, DataError, MissingExtraError
+from jahubert.errors import ConfigError, DataError
+from jahubert.train import ranks
+from jahubert.train.kmeans_peers import faiss_kmeans, import_faiss, sklearn_kmeans
 
 Backend = Literal["auto", "torch", "faiss", "sklearn"]
-Frames = Tensor | np.ndarray
+Frames = Any  # (N, D): a tensor, an array, a memory map, or what gives arrays for slices and index arrays
 
 _COARSE_FRAMES = 64  # a cluster, in the sample of the first level
 _COARSE_MIN = 20_000  # frames
 _COARSE_PASSES = 50  # at most, for each level but the last
 _GROWTH = 8  # from one level to the next
+_LANES = 16  # sums that are kept apart, whatever the number of processes
 _LAST_TOL = 10  # passes over all frames are dear, and little is left to do for them
 
 
@@ -55,7 +61,7 @@ def fit_kmeans(
     """Cluster frames; the same seed gives the same centroids.
 
     Args:
-        frames_ND: (N, D), any floating type, in memory or memory-mapped.
+        frames_ND: (N, D), any floating type, in memory or memory-mapped; the same in every process.
         n_clusters: K.
         backend: "auto" is "torch". "sklearn" is the reference: MiniBatchKMeans with fairseq's arguments
             (n_init 20, batches of 10,000 ...), so that only `n_clusters` and `seed` act on it.
@@ -129,9 +135,21 @@ def _blocks(frames_ND: Frames, centroids_KD: Tensor) -> Iterator[Tensor]:
     rows = _block_rows(centroids_KD.shape, centroids_KD.device)
     for start in range(0, len(frames_ND), rows):
         block = frames_ND[start : start + rows]
-        if isinstance(block, np.ndarray):
+        if not isinstance(block, Tensor):
             block = torch.from_numpy(np.array(block, dtype=np.float32))
         yield block.to(centroids_KD.device, torch.float32)
+
+
+def _lanes(
+    frames_ND: Frames, centroids_KD: Tensor, sums_LKD: Tensor, rank: int, world: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The blocks of this process, each with the sums of its lane."""
+    rows = _block_rows(centroids_KD.shape, centroids_KD.device)
+    for number, start in enumerate(range(0, len(frames_ND), rows)):
+        lane = number % _LANES
+        if lane % world == rank:
+            for block_ND in _blocks(frames_ND[start : start + rows], centroids_KD):
+                yield sums_LKD[lane], block_ND
 
 
 class _Nearest:
@@ -176,22 +194,32 @@ class _Fitted:
     inertia: float
 
 
-def _pass(frames_ND: Frames, centroids_KD: Tensor) -> _Fitted:
-    """One pass over the frames: float32 within a block, float64 from block to block."""
+def _pass(frames_ND: Frames, centroids_KD: Tensor, together: bool = False) -> _Fitted:
+    """One pass over the frames: float32 within a block, float64 from block to block.
+
+    `together`: each process takes its lanes; otherwise this process takes all.
+    """
     n_clusters, device = len(centroids_KD), centroids_KD.device
-    sums_KD = torch.zeros(centroids_KD.shape, dtype=torch.float64, device=device)
-    counts_K = torch.zeros(n_clusters, dtype=torch.int64, device=device)
-    distance = torch.zeros((), dtype=torch.float64, device=device)
+    shape = (_LANES, n_clusters, centroids_KD.shape[1] + 2)  # sums, and beside them counts and distances
+    sums_LKD = torch.zeros(shape, dtype=torch.float64, device=device)
     nearest = _Nearest(centroids_KD, len(frames_ND))
-    for x_ND in _blocks(frames_ND, centroids_KD):
+    share = (ranks.rank(), ranks.world()) if together else (0, 1)
+    for lane_KD, x_ND in _lanes(frames_ND, centroids_KD, sums_LKD, *share):
         label_N, least_N, x_ND = nearest(x_ND)
-        distance += torch.linalg.vecdot(x_ND, x_ND).add_(least_N).clamp_(min=0).sum(dtype=torch.float64)
-        counts_K += torch.bincount(label_N, minlength=n_clusters)
+        distance = torch.linalg.vecdot(x_ND, x_ND).add_(least_N).clamp_(min=0).sum(dtype=torch.float64)
+        lane_KD[0, -1] += distance
+        lane_KD[:, -2] += torch.bincount(label_N, minlength=n_clusters)
         if device.type == "cpu":
-            sums_KD += torch.zeros_like(centroids_KD).index_add_(0, label_N, x_ND)
+            lane_KD[:, :-2] += torch.zeros_like(centroids_KD).index_add_(0, label_N, x_ND)
         else:  # index_add_ adds in a random order there; a product does not, and is faster
             member_NK = torch.nn.functional.one_hot(label_N, n_clusters).to(x_ND.dtype)
-            sums_KD += member_NK.T @ x_ND
+            lane_KD[:, :-2] += member_NK.T @ x_ND
+    if together:
+        ranks.add(sums_LKD)  # exact: in each lane all processes but one have zeros
+    total_KD = sums_LKD[0]
+    for lane_KD in sums_LKD[1:]:
+        total_KD = total_KD + lane_KD
+    sums_KD, counts_K, distance = total_KD[:, :-2], total_KD[:, -2].long(), total_KD[0, -1]
     mean = float(distance) / len(frames_ND)
     if not math.isfinite(mean):
         raise DataError("the frames hold NaN or infinite values: look for the utterances they came from")
@@ -218,14 +246,14 @@ def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
 
 
 def _lloyd(
-    frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float
+    frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, together: bool = False
 ) -> tuple[_Fitted, list[float], int]:
     """What the last of at most `max_iter` passes found, the inertia of each, and how many were re-seeded."""
     history: list[float] = []
     reseeded = 0
     fresh = False  # a re-seeded cluster deserves another pass
     while True:
-        fitted = _pass(frames_ND, centroids_KD)
+        fitted = _pass(frames_ND, centroids_KD, together)
         history.append(fitted.inertia)
         converged = len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not fresh
         if converged or len(history) == max_iter:
@@ -275,22 +303,25 @@ def _fit_torch(
     n_frames = len(frames_ND)
     order = np.random.default_rng(seed).permutation(n_frames)  # every level sees the first so many of it
     centroids_KD, size = _coarse(frames_ND, order, n_clusters, n_init, tol, seed, device)
+    centroids_KD = ranks.from_first(centroids_KD.cpu).to(
+        device
+    )  # another kind of processor may round otherwise
     if size < n_frames:
         tol_all = tol * _LAST_TOL
         while (size := size * _GROWTH) * 2 < n_frames:
             sample_ND = _take(frames_ND, order[:size], device)
-            fitted, _, _ = _lloyd(sample_ND, centroids_KD, _COARSE_PASSES, tol)
+            fitted, _, _ = _lloyd(sample_ND, centroids_KD, _COARSE_PASSES, tol, together=True)
             centroids_KD = fitted.means_KD
     else:
         tol_all = tol
-    return _lloyd(frames_ND, centroids_KD, max_iter, tol_all)
+    return _lloyd(frames_ND, centroids_KD, max_iter, tol_all, together=True)
 
 
 def _take(frames_ND: Frames, rows: np.ndarray, device: torch.device) -> Tensor:
     rows = np.sort(rows)  # a memory map is read forwards
-    if isinstance(frames_ND, np.ndarray):
-        return torch.from_numpy(np.array(frames_ND[rows], dtype=np.float32)).to(device)
-    return frames_ND[torch.from_numpy(rows).to(frames_ND.device)].to(device, torch.float32)
+    if isinstance(frames_ND, Tensor):
+        return frames_ND[torch.from_numpy(rows).to(frames_ND.device)].to(device, torch.float32)
+    return torch.from_numpy(np.array(frames_ND[rows], dtype=np.float32)).to(device)
 
 
 def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
@@ -326,31 +357,15 @@ def _fit_faiss(
     seed: int,
     device: torch.device,
 ) -> tuple[_Fitted, list[float], int]:
-    """faiss.Kmeans over all frames, from our start (its own random one is much worse); it has no `tol`."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtraError("faiss", "gpu") from error
-    on_gpu = device.type == "cuda"
-    if on_gpu and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
-        # faiss itself would run on the CPU without a word
-        raise ConfigError("faiss sees no GPU here (faiss-cpu?): use device=cpu or backend=torch")
-    n_frames, dim = frames_ND.shape
-    kmeans = faiss.Kmeans(
-        dim,
-        n_clusters,
-        niter=max_iter,
-        seed=seed,
-        gpu=on_gpu,
-        min_points_per_centroid=1,
-        max_points_per_centroid=math.ceil(n_frames / n_clusters) + 1,  # its default looks at 256 of them
-    )
-    order = np.random.default_rng(seed).permutation(n_frames)
+    """faiss over all frames, from our start (its own random one is much worse); it has no `tol`."""
+    gpu = device.type == "cuda"
+    import_faiss(gpu)  # before the work, not behind it
+    order = np.random.default_rng(seed).permutation(len(frames_ND))
     start_KD, _ = _coarse(frames_ND, order, n_clusters, n_init, tol, seed, device)
-    kmeans.train(_contiguous(frames_ND), init_centroids=_contiguous(start_KD))
-    history = [float(total) / n_frames for total in kmeans.obj]
-    splits = int(np.sum([stats["nsplit"] for stats in kmeans.iteration_stats]))
-    fitted = _pass(frames_ND, torch.from_numpy(np.array(kmeans.centroids)).to(device))
+    centroids_KD, history, splits = faiss_kmeans(
+        _contiguous(frames_ND), _contiguous(start_KD), max_iter=max_iter, seed=seed, gpu=gpu
+    )
+    fitted = _pass(frames_ND, torch.from_numpy(centroids_KD).to(device))
     return fitted, [*history, fitted.inertia], splits
 
 
@@ -364,29 +379,12 @@ def _fit_sklearn(
     seed: int,
     device: torch.device,
 ) -> tuple[_Fitted, list[float], int]:
-    """MiniBatchKMeans exactly as fairseq's recipe calls it, with a random state of its own."""
-    try:
-        from sklearn.cluster import MiniBatchKMeans
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "train") from error
-    kmeans = MiniBatchKMeans(
-        n_clusters=n_clusters,
-        init="k-means++",
-        max_iter=100,
-        batch_size=10_000,
-        tol=0.0,
-        max_no_improvement=100,
-        init_size=None,
-        n_init=20,
-        reassignment_ratio=0.0,
-        compute_labels=False,
-        random_state=seed,
-    ).fit(_contiguous(frames_ND))
-    fitted = _pass(frames_ND, torch.from_numpy(kmeans.cluster_centers_.astype(np.float32)).to(device))
+    centroids_KD = sklearn_kmeans(_contiguous(frames_ND), n_clusters, seed)
+    fitted = _pass(frames_ND, torch.from_numpy(centroids_KD).to(device))
     return fitted, [fitted.inertia], 0
 
 
 def _contiguous(frames_ND: Frames) -> np.ndarray:
     if isinstance(frames_ND, Tensor):
         frames_ND = frames_ND.cpu().float().numpy()
-    return np.ascontiguousarray(frames_ND, dtype=np.float32)
+    return np.ascontiguousarray(frames_ND[:], dtype=np.float32)

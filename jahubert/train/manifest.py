@@ -13,9 +13,9 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ import torch
 from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import AudioError, DataError
 from jahubert.frames import SAMPLE_RATE
+from jahubert.train.utterances import Phone, Rejected, Utterance, Utterances
 
 FORMAT = b"1"
 _ROWS = 8192  # a record batch: what is held in memory while writing
@@ -48,40 +49,7 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Phone:
-    """A phone of a known alignment; samples relative to the utterance's first sample, end exclusive."""
-
-    symbol: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """A stretch of audio, and what is known about it."""
-
-    id: str
-    audio: AudioSource
-    start: int = 0  # 16 kHz samples into the source
-    n_samples: int = 0  # 16 kHz samples; a recipe may leave it to stage=prepare: up to the end of the audio
-    speaker: str = ""
-    text: str = ""
-    words: tuple[tuple[str, ...], ...] = ()  # words as phones
-    split: str = "train"
-    alignment: tuple[Phone, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """What had to be dropped. Reasons are counted, so what is particular belongs into the detail."""
-
-    id: str
-    reason: str
-    detail: str = ""
-
-
-def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Rejected]) -> dict:
+def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utterances | Rejected]) -> dict:
     """Write utterances as they come, in bounded memory; the file appears under its name only when complete.
 
     Returns counts: {"utterances", "hours", "rejected": {reason: n}, "splits": {split: {"utterances", "hours",
@@ -100,7 +68,7 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Rejected
             pa.ipc.new_file(sink, _SCHEMA) as table,
             open(rejected_draft, "w", encoding="utf-8", errors="backslashreplace") as drops,
         ):
-            rows = []
+            rows: list[dict] = []
             for item in items:
                 if isinstance(item, Rejected):
                     writing.drop(item)
@@ -108,10 +76,13 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Rejected
                     line |= {"detail": item.detail} if item.detail else {}
                     drops.write(json.dumps(line, ensure_ascii=False) + "\n")
                     continue
-                rows.append(writing.add(item))
-                if len(rows) == _ROWS:
+                if isinstance(item, Utterance):
+                    rows.append(writing.add(item))
+                if rows and (len(rows) == _ROWS or isinstance(item, Utterances)):
                     table.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
                     rows = []
+                if isinstance(item, Utterances) and len(item):
+                    table.write_batch(writing.add_all(item))
             if rows:
                 table.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
         os.replace(rejected_draft, rejected)
@@ -156,11 +127,9 @@ class _Writing:
     def add(self, item: Utterance) -> dict:
         """The row of an utterance."""
         _check(item)
-        path = os.path.abspath(item.audio.path)
-        relative = path[len(self.prefix) :] if path.startswith(self.prefix) else path
         row = {
             "id": item.id,
-            "path": relative,
+            "path": self._relative(item.audio.path),
             "offset": item.audio.offset,
             "length": item.audio.length,
             "start": item.start,
@@ -178,12 +147,54 @@ class _Writing:
                 f"utterance {item.id!r} ({item.audio}) has a name or text that is not Unicode: rename it"
             ) from error
         self.id_hashes.append(_id_hash(item.id))
-        self.n_samples += item.n_samples
-        split = self.splits.setdefault(item.split, {"utterances": 0, "n_samples": 0, "with_words": 0})
-        split["utterances"] += 1
-        split["n_samples"] += item.n_samples
-        split["with_words"] += bool(item.words)
+        self._count(item.split, 1, item.n_samples, bool(item.words))
         return row
+
+    def add_all(self, items: Utterances) -> pa.RecordBatch:
+        """The rows of many utterances."""
+        if items.n_samples_N.min() <= 0 or not all(items.ids) or not items.split:
+            for item in items:
+                _check(item)
+        n, path = len(items), self._relative(items.path)
+        numbers = [items.offset_N, items.length_N, items.n_samples_N]
+        row = [
+            path,
+            items.split,
+            list(items.ids),
+            *(column.tolist() for column in numbers),
+            list(items.texts),
+        ]
+        try:
+            self.sha.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{items.path}: a name or text in it is not Unicode: rename it") from error
+        self.id_hashes.extend(map(_id_hash, items.ids))
+        self._count(items.split, n, int(items.n_samples_N.sum()), 0)
+        given: dict[str, Any] = {
+            "id": items.ids,
+            "path": [path] * n,
+            "text": items.texts,
+            "split": [items.split] * n,
+        }
+        given |= dict(zip(("offset", "length", "n_samples"), numbers, strict=True))
+        given |= {
+            "start": np.zeros(n, np.int64),
+            "speaker": [""] * n,
+            "words": [[]] * n,
+            "alignment": [[]] * n,
+        }
+        return pa.RecordBatch.from_arrays([pa.array(given[f.name], f.type) for f in _SCHEMA], schema=_SCHEMA)
+
+    def _relative(self, path: str) -> str:
+        path = os.path.abspath(path)
+        return path[len(self.prefix) :] if path.startswith(self.prefix) else path
+
+    def _count(self, name: str, n: int, n_samples: int, with_words: int) -> None:
+        self.n_samples += n_samples
+        split = self.splits.setdefault(name, {"utterances": 0, "n_samples": 0, "with_words": 0})
+        split["utterances"] += n
+        split["n_samples"] += n_samples
+        split["with_words"] += with_words
 
     def check_ids(self, table: pa.ipc.RecordBatchFileReader) -> None:
         """DataError naming both sources of the first id that comes twice."""

@@ -103,11 +103,11 @@ def phone_frames(alignment: Sequence[Phone], n_frames: int, grid: FrameGrid) -> 
     return names
 
 
-def cluster_quality(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_units: int) -> dict[str, float]:
-    """Phone purity, cluster purity and PNMI of frame-wise phones and units (HuBERT paper section IV-D).
+def joint_counts(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_units: int) -> np.ndarray:
+    """How many frames have each phone and unit, int64 (P, K), of frame-wise phones and units (N,).
 
-    phone purity: share of frames whose phone is the most frequent one of their unit; cluster purity: share
-    whose unit is the most frequent one of their phone; PNMI: I(phone; unit) / H(phone).
+    Raises:
+        DataError: no frames, not one phone for each unit, or numbers out of range.
     """
     phone_N, unit_N = np.asarray(phone_N, np.int64), np.asarray(unit_N, np.int64)
     if phone_N.shape != unit_N.shape or not len(phone_N):
@@ -118,7 +118,16 @@ def cluster_quality(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_un
         if index_N.min() < 0 or index_N.max() >= n:
             raise DataError(f"{name} lie in {index_N.min()}..{index_N.max()}, but must lie in 0..{n - 1}")
     counts = np.bincount(phone_N * n_units + unit_N, minlength=n_phones * n_units)
-    joint_PK = counts.reshape(n_phones, n_units) / len(phone_N)
+    return counts.reshape(n_phones, n_units)
+
+
+def cluster_quality(count_PK: np.ndarray) -> dict[str, float]:
+    """Phone purity, cluster purity and PNMI of `joint_counts` (HuBERT paper section IV-D).
+
+    phone purity: share of frames whose phone is the most frequent one of their unit; cluster purity: share
+    whose unit is the most frequent one of their phone; PNMI: I(phone; unit) / H(phone).
+    """
+    joint_PK = count_PK / count_PK.sum()
     phone_P, unit_K = joint_PK.sum(1), joint_PK.sum(0)
     seen = joint_PK > 0
     mutual = float(np.sum(joint_PK[seen] * np.log(joint_PK[seen] / np.outer(phone_P, unit_K)[seen])))

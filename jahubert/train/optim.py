@@ -31,6 +31,7 @@ class TrainConfig:
     clip_norm: float = 10.0  # 0: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     engine: str = free("torch")
+    sharded: bool = free(False)  # FSDP2 instead of DDP: for models that do not fit one device
     device: str = free("auto")
     workers: int = free(0)  # processes that read audio, for each device
     log_every: int = free(50)  # steps
@@ -52,6 +53,8 @@ class TrainConfig:
             )
             if getattr(self, name) <= 0
         ]
+        if self.sharded and self.engine != "torch":
+            wrong.append(f"sharded=true is for engine=torch, not engine={self.engine}")
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
             wrong.append("warmup and hold are shares of the steps and cannot sum to more than 1")
         if self.micro_seconds > self.batch_seconds:

@@ -92,6 +92,15 @@ def from_first(work: Callable[[], T]) -> T:
     return box[0]
 
 
+def in_turn(mine: list[T]) -> list[T]:
+    """What the processes made of things that were dealt out to them in turn, in the order of the things."""
+    if not dist.is_initialized():
+        return mine
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, mine)
+    return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+
+
 def launch(command: Sequence[str], n: int) -> int:
     """Run `command` as `n` processes of one group on this machine; the exit status of the first that fails.
 
@@ -129,11 +138,16 @@ def launch(command: Sequence[str], n: int) -> int:
             signal.signal(number, handler)
 
 
+def add(values: torch.Tensor) -> None:
+    """Sum a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+
+
 def total(sums: dict[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
     """Each value summed over all processes, in float64; keys must be the same everywhere."""
     values = torch.stack(
         [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in sums.values()]
     )
-    if dist.is_initialized():
-        dist.all_reduce(values)
+    add(values)
     return dict(zip(sums, values.tolist(), strict=True))

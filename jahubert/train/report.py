@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jahubert.errors import DataError, MissingExtraError
+from jahubert.errors import DataError
 from jahubert.frames import HUBERT
+from jahubert.train import figures
+from jahubert.train.health import unit_use
 from jahubert.train.labels import LabelStore
 from jahubert.train.manifest import Manifest, Phone
-from jahubert.train.metrics import cluster_quality, phone_frames
+from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.provenance import DONE, read_record
 
 
-def summarize(exp: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PhoneCounts:
+    """How many frames have each phone and each unit, for the units of each iteration."""
+
+    phones: list[str]
+    source: str  # of the phone times
+    counts: dict[str, np.ndarray]  # "iter1" -> (P, K)
+
+
+def summarize(exp: Path, counted: PhoneCounts | None) -> dict[str, Any]:
     """Systems with their scores, and units with their quality.
 
     Raises:
@@ -42,19 +52,24 @@ def summarize(exp: Path) -> dict[str, Any]:
         str(path.parent.relative_to(exp)): read_record(path)["seconds"]
         for path in sorted(exp.glob(f"**/{DONE}"))
     }
-    return {"corpus": corpus, "systems": systems, "units": unit_quality(exp), "seconds": seconds}
+    return {"corpus": corpus, "systems": systems, "units": unit_quality(exp, counted), "seconds": seconds}
 
 
-def unit_quality(exp: Path) -> dict[str, Any]:
-    """Cluster purity, phone purity and PNMI of each iteration's units against phone times.
+def label_stores(exp: Path) -> dict[str, LabelStore]:
+    """The finished units of an experiment by the name of their iteration."""
+    return {
+        path.parent.parent.name: LabelStore(path.parent) for path in sorted(exp.glob(f"iter*/label/{DONE}"))
+    }
+
+
+def phone_counts(exp: Path) -> PhoneCounts | None:
+    """Phones against units, frame by frame; None without units or phone times.
 
     The times are the corpus's own where it has them, else forced alignments that `decode` wrote.
     """
-    stores = {
-        path.parent.parent.name: LabelStore(path.parent) for path in sorted(exp.glob(f"iter*/label/{DONE}"))
-    }
+    stores = label_stores(exp)
     if not stores:
-        return {}
+        return None
     manifest = Manifest(exp / "prepare" / "manifest.arrow")
     times = {row: manifest[row].alignment for row in range(len(manifest))}
     times = {row: phones for row, phones in times.items() if phones}
@@ -67,25 +82,38 @@ def unit_quality(exp: Path) -> dict[str, Any]:
             source = f"forced alignment by {path.parent.parent.name}"
             break
     if not times:
-        return {}
-    names: dict[str, int] = {}
-    result = {}
+        return None
+    names = sorted({phone.symbol for alignment in times.values() for phone in alignment})
+    index = {name: number for number, name in enumerate(names)}
+    counts = {}
     for name, store in stores.items():
         phones, units = [], []
         for row, alignment in times.items():
             unit_S = store[row]
             said = phone_frames(alignment, len(unit_S), HUBERT)
             known = [frame for frame, phone in enumerate(said) if phone is not None]
-            phones += [names.setdefault(said[frame], len(names)) for frame in known]  # type: ignore[arg-type]
+            phones += [index[said[frame]] for frame in known]  # type: ignore[index]
             units.append(np.asarray(unit_S)[known].astype(np.int64))
-        quality = cluster_quality(np.array(phones), np.concatenate(units), len(names), store.header.n_units)
+        counts[name] = joint_counts(np.array(phones), np.concatenate(units), len(names), store.header.n_units)
+    return PhoneCounts(names, source, counts)
+
+
+def unit_quality(exp: Path, counted: PhoneCounts | None) -> dict[str, Any]:
+    """Use, cluster purity, phone purity and PNMI of each iteration's units against phone times."""
+    if counted is None:
+        return {}
+    stores, result = label_stores(exp), {}
+    for name, count_PK in counted.counts.items():
+        header = stores[name].header
         result[name] = {
-            "feature": store.header.feature,
-            "layer": store.header.layer,
-            "n_units": store.header.n_units,
-            "frames": len(phones),
-            "phones": source,
-            **quality,
+            "learnt": (exp / name / "pretrain" / DONE).exists(),  # else they are the last model's own units
+            "feature": header.feature,
+            "layer": header.layer,
+            "n_units": header.n_units,
+            "frames": int(count_PK.sum()),
+            "phones": counted.source,
+            **cluster_quality(count_PK),
+            **unit_use(stores[name].usage()),
         }
     return result
 
@@ -114,6 +142,7 @@ def table(summary: dict[str, Any]) -> str:
         lines += [f"Units against the phones of each frame (phone times: {source})"]
         lines += [f"  {'units':<24}{'K':>5}{'PNMI':>8}{'phone purity':>14}{'cluster purity':>16}"]
         for name, unit in summary["units"].items():
+            name = name if unit["learnt"] else "last model"
             feature = unit["feature"] if unit["layer"] is None else f"layer {unit['layer']}"
             lines += [
                 f"  {name + ': ' + feature:<24}{unit['n_units']:>5}{unit['pnmi']:>8.3f}"
@@ -126,17 +155,20 @@ def _cell(score: dict[str, float]) -> str:
     return f"{100 * score['rate']:.2f} [{100 * score['low']:.2f}, {100 * score['high']:.2f}]"
 
 
-def page(exp: Path, summary: dict[str, Any], text: str) -> str:
-    """One self-contained HTML page: tables, curves, what each stage took."""
-    curves = {
+def page(exp: Path, summary: dict[str, Any], text: str, counted: PhoneCounts | None) -> str:
+    """One self-contained HTML page: tables, curves, use and phones of the units, what each stage took."""
+    metrics = {
         str(path.parent.relative_to(exp)): [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted(exp.glob("**/metrics.jsonl"))
     }
-    figures = "\n".join(
-        f"<h2>{html.escape(name)}</h2>\n<img alt='curves of {html.escape(name)}' src='{_curve(rows)}'>"
-        for name, rows in curves.items()
-        if rows
-    )
+    shown = [
+        _figure(f"curves of {name}", figures.curves(rows), name) for name, rows in metrics.items() if rows
+    ]
+    for name, store in label_stores(exp).items():
+        shown += [_figure(f"use of {name}'s units", figures.unit_usage(store.usage()), f"{name}: units")]
+        if counted is not None and name in counted.counts:
+            matrix = figures.phone_matrix(counted.counts[name], counted.phones)
+            shown += [_figure(f"phones of {name}'s units", matrix)]
     took = "".join(
         f"<tr><td>{html.escape(k)}</td><td>{v:.0f} s</td></tr>" for k, v in summary["seconds"].items()
     )
@@ -148,31 +180,11 @@ def page(exp: Path, summary: dict[str, Any], text: str) -> str:
         f"<!doctype html><html lang='en'><meta charset='utf-8'>"
         f"<meta name='viewport' content='width=device-width'>"
         f"<title>{html.escape(exp.name)}</title><style>{style}</style>"
-        f"<h1>{html.escape(exp.name)}</h1><pre>{html.escape(text)}</pre>{figures}"
+        f"<h1>{html.escape(exp.name)}</h1><pre>{html.escape(text)}</pre>{''.join(shown)}"
         f"<h2>Time of each stage</h2><table>{took}</table></html>\n"
     )
 
 
-def _curve(rows: list[dict[str, Any]]) -> str:
-    """Every metric against the step as a PNG in a data address; training and validation in one frame."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "train") from error
-    skip = ("step", "timing")
-    names = list(dict.fromkeys(key.removeprefix("valid_") for row in rows for key in row if key not in skip))
-    figure = Figure(figsize=(3.2 * min(4, len(names)), 2.6 * -(-len(names) // 4)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for number, name in enumerate(names):
-        axes = figure.add_subplot(-(-len(names) // 4), min(4, len(names)), number + 1)
-        for key, label in ((name, "training"), (f"valid_{name}", "validation")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label)
-        axes.set_title(name)
-        axes.set_xlabel("step")
-        axes.legend(fontsize="small")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+def _figure(alt: str, address: str, title: str = "") -> str:
+    heading = f"<h2>{html.escape(title)}</h2>\n" if title else ""
+    return f"{heading}<img alt='{html.escape(alt, quote=True)}' src='{address}'>\n"

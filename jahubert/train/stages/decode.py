@@ -66,23 +66,26 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         if not len(rows):
             raise DataError(f"{config.manifest}: no labelled utterance in split {split!r}")
         counts[split] = len(rows)
-        if ranks.rank() == 0:
-            with written_beside(out / f"{split}.jsonl") as file:
-                for rows_B, logp_BSV, n_frames_B in batches(
-                    bundle.ctc, manifest, targets, rows, config, device
-                ):
-                    answers = beam_search(logp_BSV, n_frames_B, beam=config.beam)
-                    for row, answer in zip(rows_B, answers, strict=True):
-                        file.write(_line(manifest, targets, row, answer[0]))
-    if config.align_splits and ranks.rank() == 0:
+        lines = []
+        for rows_B, logp_BSV, n_frames_B in batches(bundle.ctc, manifest, targets, rows, config, device):
+            answers = beam_search(logp_BSV, n_frames_B, beam=config.beam)
+            lines.append(
+                [
+                    _line(manifest, targets, row, answer[0])
+                    for row, answer in zip(rows_B, answers, strict=True)
+                ]
+            )
+        _write(out / f"{split}.jsonl", lines)
+    if config.align_splits:
         rows = np.concatenate([manifest.indices(split=split) for split in config.align_splits])
-        rows = np.intersect1d(rows, targets.labelled)
-        with written_beside(out / "alignment.jsonl") as file:
-            for rows_B, logp_BSV, n_frames_B in batches(bundle.ctc, manifest, targets, rows, config, device):
-                for row, logp_SV, n_frames in zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True):
-                    phones = phone_times(logp_SV[:n_frames], targets[row].tolist(), targets.phonemes)
-                    line = {"id": manifest[row].id, "row": row, "phones": phones}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        rows, lines = np.intersect1d(rows, targets.labelled), []
+        for rows_B, logp_BSV, n_frames_B in batches(bundle.ctc, manifest, targets, rows, config, device):
+            aligned = []
+            for row, logp_SV, n_frames in zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True):
+                phones = phone_times(logp_SV[:n_frames], targets[row].tolist(), targets.phonemes)
+                aligned.append({"id": manifest[row].id, "row": row, "phones": phones})
+            lines.append([json.dumps(line, ensure_ascii=False) + "\n" for line in aligned])
+        _write(out / "alignment.jsonl", lines)
     ranks.barrier()
     return {"utterances": counts, "beam": config.beam}
 
@@ -95,7 +98,7 @@ def batches(
     config: Config,
     device: torch.device,
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """(rows, log-probabilities (B, S, V), valid frames (B,)) over all rows, similar lengths together."""
+    """(rows, log-probabilities (B, S, V), valid frames (B,)) of this process's batches of similar lengths."""
     longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
     data = CtcData(
         manifest,
@@ -109,10 +112,18 @@ def batches(
         keep_in_memory_hours=0,
     )
     with torch.inference_mode():
-        for micro in data.sampler.epoch(0):
+        for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
             batch = data.load(micro).to(device)
             logp_BSV, n_frames_B = model(batch.wav_BT, batch.n_samples_B)
             yield micro.rows, logp_BSV.cpu(), n_frames_B.cpu()
+
+
+def _write(path: Path, lines: list[list[str]]) -> None:
+    """Write the lines that the processes made of their batches, in the order of the batches."""
+    batches = ranks.in_turn(lines)
+    if ranks.rank() == 0:
+        with written_beside(path) as file:
+            file.writelines(line for batch in batches for line in batch)
 
 
 def _line(manifest: Manifest, targets: TargetStore, row: int, best: Hypothesis) -> str:

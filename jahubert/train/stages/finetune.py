@@ -1,7 +1,7 @@
 """CTC fine-tuning: the pretraining head makes room for a linear layer over phonemes.
 
 Reads   the manifest, its targets, and a pretrained model (or none: the same network from scratch)
-Writes  checkpoints/, metrics.jsonl, best.safetensors, bundle/
+Writes  checkpoints/, metrics.jsonl, tensorboard/, best.safetensors, bundle/
 
     python -m jahubert.run recipe=demo stage=finetune system=pretrained
 
@@ -77,6 +77,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction is {self.fraction}, but must be in (0, 1]")
+        if self.train.sharded and self.layer_drop:
+            raise ConfigError("train.sharded needs layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
             raise ConfigError(
                 "freeze_conv: the conv stack of a model from scratch has to learn; set it to false, "
@@ -91,6 +93,7 @@ class FineTuner(nn.Module):
         super().__init__()
         self.ctc, self.head_only_steps, self.seed = ctc, head_only_steps, seed
         self.skips = head_only_steps > 0 or ctc.config.layer_drop > 0
+        self.blocks = list(ctc.hubert.encoder.layers)
         if freeze_conv:
             for parameter in ctc.hubert.feature_extractor.parameters():
                 parameter.requires_grad_(False)

@@ -5,6 +5,8 @@ Writes  units.bin, offsets.npy, header.json (a LabelStore); no feature touches t
         For units of a model's layer also bundle/: that model with its centroids, for `jahubert units`
 
     python -m jahubert.run recipe=demo stage=label iteration=2
+
+Where `centroids` is a folder of fairseq's .tsv, .km and dict.km.txt, its units are taken as they are.
 """
 
 from __future__ import annotations
@@ -12,9 +14,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 from safetensors.torch import load_file
 
 from jahubert.checkpoint import save_bundle
@@ -22,7 +23,9 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT
 from jahubert.train import ranks
 from jahubert.train.config import free
+from jahubert.train.fairseq_files import import_units
 from jahubert.train.features import HubertLayer
+from jahubert.train.health import unit_use, watch_units
 from jahubert.train.kmeans import assign
 from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.manifest import Manifest
@@ -35,11 +38,12 @@ VERSION = 1
 @dataclass(frozen=True)
 class Config:
     manifest: Path
-    centroids: Path
+    centroids: Path  # the folder of stage kmeans, or of fairseq's files
     model: Path | None = None  # for hubert features: the model they were fitted on
     shard_size: int = free(2000)  # utterances between two saves
     device: str = free("auto")
     batch_seconds: float = free(80.0)
+    unhealthy: Literal["warn", "stop"] = free("warn")  # when units are too few, or one takes too much
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -48,6 +52,20 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
+    metrics: dict[str, Any] = {}
+    if next(config.centroids.glob("*.tsv"), None) is None:
+        label(config, manifest, out)
+    else:
+        given = (manifest, config.centroids, out, config.shard_size)
+        # Those files may change without any setting: what comes after depends on what was in them.
+        metrics["content"] = ranks.from_first(lambda: import_units(*given).header.centroids)
+    usage_K = LabelStore(out).usage()
+    ranks.from_first(lambda: watch_units(usage_K, str(out), stop=config.unhealthy == "stop"))
+    return metrics | {"units": int(usage_K.sum()), **unit_use(usage_K)}
+
+
+def label(config: Config, manifest: Manifest, out: Path) -> None:
+    """Units of our own centroids, by all processes."""
     device = ranks.pick_device(config.device)
     fitted = read_record(config.centroids / "header.json")
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
@@ -93,11 +111,3 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 info={"units": vars(header)},
             )
     ranks.barrier()
-    usage_K = LabelStore(out).usage()
-    share_K = usage_K / usage_K.sum()
-    return {
-        "units": int(usage_K.sum()),
-        "used": int((usage_K > 0).sum()),
-        "perplexity": float(np.exp(-np.sum(share_K[share_K > 0] * np.log(share_K[share_K > 0])))),
-        "largest_share": float(share_K.max()),
-    }

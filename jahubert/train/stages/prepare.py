@@ -17,13 +17,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jahubert.audio import audio_length
 from jahubert.errors import AudioError, DataError
 from jahubert.frames import HUBERT
 from jahubert.train import ranks
 from jahubert.train.config import free, structure
 from jahubert.train.lookup import recipe_folder, resolve
-from jahubert.train.manifest import Manifest, Rejected, Utterance, load_utterance, write_manifest
+from jahubert.train.manifest import Manifest, Rejected, Utterance, Utterances, load_utterance, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -67,16 +69,34 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     return counts | {"content": Manifest(out / "manifest.arrow").fingerprint}
 
 
-def usable(items: Iterable[Utterance | Rejected], check_audio: bool = True) -> Iterator[Utterance | Rejected]:
-    """What the recipe gave, in its order; utterances whose audio is of no use come back as `Rejected`."""
+def usable(
+    items: Iterable[Utterance | Utterances | Rejected], check_audio: bool = True
+) -> Iterator[Utterance | Utterances | Rejected]:
+    """What the recipe gave, in its order; utterances whose audio is of no use come back as `Rejected`.
+
+    `Utterances` come back whole where nothing is to be decoded, else one by one.
+    """
     waiting: deque[Future[Utterance | Rejected]] = deque()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for item in items:
-            waiting.append(pool.submit(_checked, item, check_audio))
-            if len(waiting) == _AHEAD:
-                yield waiting.popleft().result()
+            if isinstance(item, Utterances) and not check_audio:
+                while waiting:
+                    yield waiting.popleft().result()
+                yield from _long_enough(item)
+                continue
+            for single in item if isinstance(item, Utterances) else (item,):
+                waiting.append(pool.submit(_checked, single, check_audio))
+                if len(waiting) == _AHEAD:
+                    yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _long_enough(items: Utterances) -> Iterator[Utterances | Rejected]:
+    short_N = items.n_samples_N < HUBERT.n_samples(1)
+    for i in np.flatnonzero(short_N):
+        yield _checked(items[int(i)], False)  # type: ignore[misc]
+    yield items.take(np.flatnonzero(~short_N)) if short_N.any() else items
 
 
 def _checked(item: Utterance | Rejected, check_audio: bool) -> Utterance | Rejected:

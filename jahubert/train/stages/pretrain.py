@@ -1,7 +1,7 @@
 """HuBERT pretraining: predict the units of masked frames.
 
 Reads   the manifest and its label store
-Writes  checkpoints/, metrics.jsonl, bundle/ (the trained model and its unit head)
+Writes  checkpoints/, metrics.jsonl, tensorboard/, bundle/ (the trained model and its unit head)
 
     python -m jahubert.run recipe=demo stage=pretrain iteration=1 pretrain.train.max_steps=500
 
@@ -10,11 +10,13 @@ Every iteration starts from scratch (HuBERT paper section IV-C) unless `init_fro
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,13 +27,17 @@ from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
 from jahubert.train.engine import Loss, seed_micro
+from jahubert.train.health import accuracy_problem
 from jahubert.train.labels import LabelStore
 from jahubert.train.lookup import ENGINES, resolve
 from jahubert.train.losses import unit_loss
 from jahubert.train.manifest import Manifest
 from jahubert.train.optim import TrainConfig
 
+log = logging.getLogger(__name__)
+
 VERSION = 1
+_CHANCE_FRAMES = 1 << 22  # 23 hours; a look at all labels of a large corpus would delay every start
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class Config:
         if self.temperature <= 0 or self.unit_dim < 1:
             raise ConfigError(
                 f"temperature and unit_dim must be positive, but are {self.temperature} and {self.unit_dim}"
+            )
+        if self.train.sharded and self.model.layer_drop:
+            raise ConfigError(
+                "train.sharded needs model.layer_drop=0: all processes must run the same blocks"
             )
         if self.crop.max_seconds > self.train.micro_seconds:
             raise ConfigError(
@@ -76,11 +86,15 @@ class Pretrainer(nn.Module):
     ):
         super().__init__()
         self.seed, self.penalty = seed, penalty
+        self.updates = 0  # begun so far
         self.skips = config.layer_drop > 0
         self.hubert = HubertModel(config)
+        self.blocks = list(self.hubert.encoder.layers)
         self.head = UnitHead(config.width, n_units, unit_dim, temperature)
 
     def forward(self, batch: PretrainBatch, step: int) -> Loss:
+        if self.training:
+            self.updates = step + 1
         encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
         logits_NK = self.head(encoded.hidden_BSD[batch.mask_BS])
         loss, count = unit_loss(logits_NK, batch.unit_N), len(batch.unit_N)
@@ -120,12 +134,28 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if config.init_from is not None:
         _init_from(module.hubert, config.init_from)
     train = resolve(config.train.engine, ENGINES, "pretrain.train.engine")
-    validate = None if valid is None else lambda: evaluate(module, valid)
-    metrics = train(module, data, config.train, out, validate=validate)
+
+    def watched(metrics: dict[str, float]) -> dict[str, float]:
+        watch_accuracy(config, labels, metrics, module.updates)
+        return metrics
+
+    validate = None if valid is None else lambda: watched(evaluate(module, valid))
+    metrics = watched(train(module, data, config.train, out, validate=validate))
     if ranks.rank() == 0:
         _export(config, module, labels, metrics, out)
     ranks.barrier()
     return metrics | {"padding": data.sampler.padding()}
+
+
+def watch_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float], updates: int) -> None:
+    """Warn, once the warm-up is over, when the accuracy on masked frames says that too little was learnt."""
+    if ranks.rank() or "accuracy" not in metrics or updates <= config.train.warmup * config.train.max_steps:
+        return
+    count_K = np.bincount(labels.unit_N[:_CHANCE_FRAMES])
+    chance = float(count_K.max()) / int(count_K.sum())
+    header = labels.header
+    if problem := accuracy_problem(metrics["accuracy"], chance, updates, header.feature, header.n_units):
+        log.warning("%s", problem)
 
 
 def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:

@@ -27,12 +27,13 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     if ranks.rank():
         return {}
-    summary = report.summarize(config.exp)
+    counted = report.phone_counts(config.exp)
+    summary = report.summarize(config.exp, counted)
     table = report.table(summary)
     write_json(out / "summary.json", summary)
     with written_beside(out / "table.txt") as file:
         file.write(table + "\n")
     with written_beside(out / "report.html") as file:
-        file.write(report.page(config.exp, summary, table))
+        file.write(report.page(config.exp, summary, table, counted))
     print(f"{table}\n\nReport: {out / 'report.html'}")
     return {}

@@ -1,0 +1,23 @@
+"""What fairseq's HuBERT recipe reads: every `.tsv` of a folder is a split, every line an utterance."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jahubert.errors import DataError
+from jahubert.train.fairseq_files import manifests, read_tsv
+from jahubert.train.manifest import Rejected, Utterance
+
+
+@dataclass(frozen=True)
+class Config:
+    root: str | None = None  # where the audio lies now, if not in the folder of the first lines
+
+
+def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+    if data is None:
+        raise DataError("data=... is missing: give the folder of fairseq's train.tsv and valid.tsv")
+    for tsv in manifests(data):
+        for entry in read_tsv(tsv, config.root):
+            # The length is measured, not believed: units are held against it later.
+            yield Utterance(entry.id, entry.audio, split=tsv.stem)

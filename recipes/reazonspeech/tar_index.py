@@ -1,0 +1,216 @@
+"""Where the recordings of tar shards lie: headers are read one after the other, and nothing is unpacked.
+
+The index of a shard is a JSON file of columns, kept beside the manifest and made again when the shard's size
+or time changes. Run as a script, this file indexes the shards that it is told on standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jahubert.errors import AudioError, JahubertError
+
+VERSION = 1
+_BLOCK = 512  # bytes; headers and contents of a tar start at multiples of it
+_FLAC_HEAD = 26  # bytes of a FLAC file up to the end of its sample count
+_RATE = 16_000
+_FILES = (b"0", b"\0", b"7")  # types of ordinary members
+_PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]+)\n")
+
+
+def indexed(shards: Sequence[Path], folder: Path, processes: int) -> Iterator[dict[str, Any]]:
+    """The index of every shard, in their order, from `folder` or made in several processes.
+
+    An index has `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz), one row a recording, and
+    `broken`: [name, reason, detail] of what cannot be used.
+
+    Raises:
+        JahubertError: a process failed; the message holds what it printed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [shard for shard in shards if _read_index(shard, folder) is None]
+    n = max(1, min(processes, len(waiting)))
+    workers = [_Worker(waiting[i::n], folder) for i in range(n)] if n > 1 else []
+    made_by = {shard: workers[i % n] for i, shard in enumerate(waiting) if workers}
+    try:
+        for shard in shards:
+            if shard in made_by:
+                made_by[shard].wait_for(shard)
+            index = _read_index(shard, folder)
+            if index is None:
+                index = index_shard(shard)
+                _write_index(index, shard, folder)
+            yield index
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+class _Worker:
+    """A fresh interpreter that indexes shards, and says the name of each when it is done."""
+
+    def __init__(self, shards: Sequence[Path], folder: Path):
+        code = (
+            "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+        )
+        self.said = tempfile.TemporaryFile("w+")  # what goes wrong; a pipe could fill up  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, __file__, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            encoding="utf-8",
+        )
+        if self.process.stdin is not None:
+            json.dump([str(folder), [str(shard) for shard in shards]], self.process.stdin)
+            self.process.stdin.close()
+
+    def wait_for(self, shard: Path) -> None:
+        line = self.process.stdout.readline() if self.process.stdout is not None else ""
+        if line.rstrip("\n") != shard.name:
+            self.said.seek(0)
+            raise JahubertError(
+                f"a process that indexes shards failed at {shard}:\n{self.said.read()[-2000:]}"
+            )
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.said.close()
+
+
+def _state(shard: Path) -> list[int]:
+    """What changes when a shard does."""
+    status = shard.stat()
+    return [VERSION, status.st_size, status.st_mtime_ns]
+
+
+def _read_index(shard: Path, folder: Path) -> dict[str, Any] | None:
+    try:
+        index = json.loads((folder / f"{shard.stem}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index if index.get("state") == _state(shard) else None
+
+
+def _write_index(index: dict[str, Any], shard: Path, folder: Path) -> None:
+    path = folder / f"{shard.stem}.json"
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
+    beside.replace(path)
+
+
+# --- one shard --------------------------------------------------------------------------------------------
+
+
+def index_shard(shard: Path) -> dict[str, Any]:
+    """The index of a shard, as `indexed` describes it."""
+    names: list[str] = []
+    columns: dict[str, list[int]] = {"offsets": [], "lengths": [], "n_samples": []}
+    broken: list[list[str]] = []
+    state = _state(shard)
+    try:
+        with open(shard, "rb", buffering=0) as file:
+            for name, offset, length, head in _members(file, state[1], broken, shard.name):
+                n_samples = _flac_samples(head)
+                if not n_samples:
+                    n_samples, reason = _measure(shard, offset, length)
+                    if reason:
+                        broken.append([name, "unusable audio", reason])
+                        continue
+                names.append(name)
+                columns["offsets"].append(offset)
+                columns["lengths"].append(length)
+                columns["n_samples"].append(n_samples)
+    except OSError as error:
+        broken.append([shard.name, "unreadable shard", f"{shard}: {error.strerror}: the rest is not read"])
+        state = []  # so that the next run tries again
+    return {"state": state, "names": names, **columns, "broken": broken}
+
+
+def _members(
+    file: BinaryIO, size: int, broken: list[list[str]], shard: str
+) -> Iterator[tuple[str, int, int, bytes]]:
+    """(name, offset, length, first bytes) of the ordinary members of a tar, in its order.
+
+    One read a member takes its header and the head of its content together.
+    """
+    position, long_name = 0, b""
+    while position < size:
+        file.seek(position)
+        header = file.read(_BLOCK + _FLAC_HEAD)
+        if header[:_BLOCK].count(0) == _BLOCK:
+            return  # the end mark
+        length = _length(header[:_BLOCK])
+        if length is None:
+            broken.append([shard, "damaged shard", f"no tar header at byte {position}: the rest is not read"])
+            return
+        offset, kind = position + _BLOCK, header[156:157]
+        position = offset + -(-length // _BLOCK) * _BLOCK
+        if kind in (b"L", b"x"):  # the name of the next member, from GNU tar or POSIX
+            file.seek(offset)
+            body = file.read(length)
+            found = _PATH.search(body) if kind == b"x" else None
+            long_name = found[1] if found else body.rstrip(b"\0") if kind == b"L" else b""
+            continue
+        name = (long_name or _name(header)).decode("utf-8", "backslashreplace").removeprefix("./")
+        long_name = b""
+        if kind not in _FILES:
+            continue
+        if offset + length > size:
+            broken.append([name, "cut off", f"{shard} ends inside it, at byte {size}"])
+            return
+        yield name, offset, length, header[_BLOCK : _BLOCK + length]
+
+
+def _length(header: bytes) -> int | None:
+    """The length of a member's content in bytes; None where the header is none, by its checksum."""
+    try:
+        checksum = int(header[148:156].rstrip(b"\0 "), 8)
+        if len(header) < _BLOCK or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+            return None
+        digits = header[124:136]
+        return int.from_bytes(digits[1:], "big") if digits[0] & 0x80 else int(digits.rstrip(b"\0 "), 8)
+    except ValueError:
+        return None
+
+
+def _name(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def _flac_samples(head: bytes) -> int:
+    """The samples that a 16 kHz FLAC file promises; 0 where it is no such file, or does not say."""
+    if len(head) < _FLAC_HEAD or head[:4] != b"fLaC" or head[4] & 0x7F:
+        return 0
+    numbers = int.from_bytes(head[18:26], "big")  # rate 20 bits, channels 3, sample size 5, samples 36
+    return numbers & (1 << 36) - 1 if numbers >> 44 == _RATE else 0
+
+
+def _measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
+    """Length of any other audio in 16 kHz samples, or why there is none."""
+    from jahubert.audio import AudioSource, audio_length  # brings torch, which few shards need
+
+    try:
+        return audio_length(AudioSource(str(shard), offset, length)), ""
+    except AudioError as error:
+        return 0, str(error)
+
+
+if __name__ == "__main__":
+    folder, shards = json.load(sys.stdin)
+    for shard in map(Path, shards):
+        _write_index(index_shard(shard), shard, Path(folder))
+        print(shard.name, flush=True)

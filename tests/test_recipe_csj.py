@@ -1,0 +1,321 @@
+"""CSJ from invented trees: layouts, tags, channels, sets, and every mistake with its file and line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+from csj_tree import RATE, Segment, Talk, planned, sdb_lines, write_file_list, write_talk
+
+from jahubert import run
+from jahubert.errors import DataError
+from jahubert.train.lookup import resolve
+from jahubert.train.manifest import Manifest, Phone, Rejected, Utterance
+from jahubert.train.stages import prepare as stage
+from jahubert.train.targets import TargetStore
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "csj" / "prepare.py"
+csj = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+files, transcripts = sys.modules["csj_files"], sys.modules["csj_transcripts"]
+EVALS = {"A01M0110": "eval1", "A02M0012": "eval2", "S00F0019": "eval3"}
+SETS = {**EVALS, "A03F0109": "dev", "S02F0122": "dev", "A01F0055": "train", "S00M0075": "train"}
+OUTSIDE = {"A01M0999": "noncore", "D03M0017": "excluded"}
+
+
+def talks() -> list[Talk]:
+    core = set(files.read_list("core"))
+    return [planned(id, core=id in core) for id in {**SETS, **OUTSIDE}]
+
+
+def write(root: Path, layout: str = "usb", kinds=("sdb",)) -> Path:
+    for talk in talks():
+        write_talk(root, layout, talk, kinds)
+    return root
+
+
+@pytest.fixture(scope="module")
+def usb(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("usb"))
+
+
+def read(data: Path | None, work: Path, seed: int = 0, **options) -> tuple[list[Utterance], list[Rejected]]:
+    items = list(csj.prepare(data, work, csj.Config(**options), seed))
+    return [i for i in items if isinstance(i, Utterance)], [i for i in items if isinstance(i, Rejected)]
+
+
+def expected(plan: list[Talk]) -> dict[str, tuple]:
+    """id -> start and length in samples, and words, of what must be usable."""
+    found = {}
+    for talk in plan:
+        for item in talk.utterances:
+            speaker = f"{talk.id}-{item.channel}" if talk.id.startswith("D") else talk.id
+            if not item.reason:
+                name = f"{speaker}_{item.start:07d}_{item.end:07d}"
+                found[name] = (item.start * 16, (item.end - item.start) * 16, item.words)
+    return found
+
+
+# --- trees ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "kinds"), [("usb", ("sdb", "xml")), ("dvd", ("sdb",)), ("merl", ("sdb",)), ("usb", ("xml",))]
+)
+def test_every_layout_comes_out_as_planned(tmp_path, caplog, layout, kinds):
+    caplog.set_level(logging.INFO)
+    data, plan = write(tmp_path / "CSJ", layout, kinds), talks()
+    config = stage.Config(recipe="csj", data=str(data), options={"subset": "core"})
+    (tmp_path / "out").mkdir()
+    counts = stage.prepare(config, tmp_path / "out")
+    manifest = Manifest(tmp_path / "out" / "manifest.arrow")
+    items = [manifest[i] for i in range(len(manifest))]
+    wanted = expected([talk for talk in plan if talk.id in SETS])
+    assert {item.id: (item.start, item.n_samples, item.words) for item in items} == wanted
+    assert all(item.split == SETS[item.speaker] for item in items)
+    assert counts["hours"] == pytest.approx(sum(n for _, n, _ in wanted.values()) / RATE / 3600)
+    assert counts["rejected"] == {"masked name": len(SETS)}
+    assert {name: split["utterances"] for name, split in counts["splits"].items()} == {
+        "dev": 6, "eval1": 3, "eval2": 3, "eval3": 3, "train": 6
+    }  # fmt: skip
+    n_words = sum(len(words) for id, (_, _, words) in wanted.items() if SETS[id[:8]] == "train")
+    assert f"csj train: 2 talks, 6 utterances, 0.00 h, {n_words} words" in caplog.text
+    assert "csj dropped, masked name: 7" in caplog.text
+    assert "髙い" in "".join(item.text for item in items)
+    assert "ＩＢＭ" in "".join(item.text for item in items)
+
+
+def test_the_command_of_the_readme_reads_it(usb, tmp_path, capsys):
+    command = ["recipe=csj", f"data={usb}", f"exp={tmp_path}", "device=cpu"]
+    assert run.main([*command, "subset=all", "stage=prepare"]) == 0
+    assert run.main([*command, "subset=all", "stage=targets"]) == 0
+    manifest = Manifest(tmp_path / "prepare" / "manifest.arrow")
+    store = TargetStore(tmp_path / "targets")
+    for row in store.labelled:
+        assert tuple(store.words(row)) == manifest[row].words
+    # Of a second each, some are too short for their phones.
+    assert len(store.labelled) > 10
+    capsys.readouterr()
+    assert run.main([*command, "subset=core", "stage=prepare"]) == 2
+    assert "prepare.options.subset was all, now core" in capsys.readouterr().err
+    assert run.main(["recipe=demo", "stage=prepare", f"exp={tmp_path}/demo", "subset=core"]) == 2
+    assert "subset: there is no such key" in capsys.readouterr().err
+
+
+def test_trn_where_there_is_nothing_better(tmp_path, caplog):
+    plan = planned("A01F0055")
+    write_talk(tmp_path, "usb", plan, ("trn",))
+    items, _ = read(tmp_path, tmp_path)
+    assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected([plan])
+    assert "1 talks have only a TRN, whose words are phrases: A01F0055" in caplog.text
+
+
+def test_all_takes_what_is_not_core_and_a_list_what_it_names(usb, tmp_path):
+    def trained(**options):
+        return {item.speaker for item in read(usb, tmp_path, **options)[0] if item.split == "train"}
+
+    assert trained() == {"A01F0055", "S00M0075"}
+    assert trained(subset="all") == {"A01F0055", "S00M0075", "A01M0999"}
+    (tmp_path / "mine.txt").write_text("# one\nA01M0999\n")
+    assert trained(subset=str(tmp_path / "mine.txt")) == {"A01M0999"}
+
+
+def test_the_core_is_found_by_folder_then_file_list_then_list(tmp_path):
+    talk = planned("A01M0999", core=False)
+    write_talk(tmp_path / "dvd", "dvd", talk)
+    assert not files.find_talks(tmp_path / "dvd")["A01M0999"].core
+    talk.core = True
+    write_file_list(tmp_path / "dvd", [talk, planned("A01M0998")])
+    assert files.find_talks(tmp_path / "dvd")["A01M0999"].core
+    write_talk(tmp_path / "usb", "usb", talk)
+    assert files.find_talks(tmp_path / "usb")["A01M0999"].core
+
+
+def test_training_talks_come_in_a_random_order_that_the_seed_decides(tmp_path):
+    sets = {f"A01M{i:04d}": "train" for i in range(20)} | {"A01M0110": "eval1", "A03F0109": "dev"}
+    orders = [list(csj._in_order(sets, seed, lambda: True)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(order[:2] == ["A01M0110", "A03F0109"] for order in orders)
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(sets)
+    asked = iter([False, False, True])
+    front = list(csj._in_order(sets, 0, lambda: next(asked)))[2:4]
+    assert front == ["A01M0000", "A01M0001"]
+
+
+def test_kaldi_takes_its_development_set_from_the_front(usb, tmp_path, monkeypatch):
+    read_list = files.read_list
+    monkeypatch.setattr(csj, "read_list", lambda name: ["4"] if name == "dev-kaldi" else read_list(name))
+    items, _ = read(usb, tmp_path, dev="kaldi")
+    dev = [item.id for item in items if item.split == "dev"]
+    # Without the other list, its talks are training data like any other.
+    train = sorted(
+        id for id in expected(talks()) if SETS.get(id[:8]) in ("train", "dev") and id[:8] != "S02F0122"
+    )
+    assert dev == train[:4]
+    assert sorted(item.id for item in items if item.split == "train") == train[4:]
+
+
+def test_the_lists_are_those_of_the_published_recipes():
+    core, valid = set(files.read_list("core")), set(files.read_list("dev-lhotse"))
+    evals = {id for name in files.EVALS for id in files.read_list(name)}
+    excluded = set(files.read_list("excluded"))
+    assert (len(core), len(evals), len(excluded), len(valid)) == (201, 30, 6, 39)
+    assert len(core - evals - excluded) == 188
+    assert core & valid == {"A03F0109", "S00F0014"}
+    assert files.read_list("dev-kaldi") == ["4000"]
+
+
+# --- dialogues --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stereo", [False, True])
+def test_the_channels_of_a_dialogue_are_two_speakers(tmp_path, stereo):
+    plan = planned("D01F0002", channels="LR")
+    write_talk(tmp_path / "CSJ", "usb", plan, stereo=stereo)
+    work = tmp_path / "work"
+    work.mkdir()
+    items, rejected = read(tmp_path / "CSJ", work)
+    assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected([plan])
+    assert {item.speaker for item in items} == {"D01F0002-L", "D01F0002-R"}
+    assert [item.reason for item in rejected] == ["masked name"] * 2
+    for item in items:
+        assert Path(item.audio.path).parent == (work if stereo else tmp_path / "CSJ" / "WAV" / "core")
+        assert Path(item.audio.path).stem == item.speaker
+    if stereo:
+        both, _ = soundfile.read(tmp_path / "CSJ" / "WAV" / "core" / "D01F0002.wav")
+        assert (soundfile.read(work / "D01F0002-R.flac")[0] == both[:, 1]).all()
+
+
+def test_a_dialogue_without_its_channels_is_left_out(tmp_path):
+    write_talk(tmp_path, "usb", planned("D01F0002", channels="LR"))
+    wav = tmp_path / "WAV" / "core"
+    (wav / "D01F0002-L.wav").rename(wav / "D01F0002.wav")
+    (wav / "D01F0002-R.wav").unlink()
+    assert [(item.id, item.reason) for item in read(tmp_path, tmp_path)[1]] == [
+        ("D01F0002-L", "unusable audio"),
+        ("D01F0002-R", "unusable audio"),
+    ]
+
+
+# --- phone times ------------------------------------------------------------------------------------------
+
+
+def test_phone_times_of_the_core_become_the_alignment(tmp_path):
+    talk = Talk("A01F0055", [Segment(1000, 1700, [("今日", "キョー"), ("切手", "キッテ")])])
+    write_talk(tmp_path, "usb", talk, ("sdb", "xml"))
+    item = read(tmp_path, tmp_path)[0][0]
+    spelled = [("ky", 0, 1867), ("o:", 1867, 5600)]
+    spelled += [(p, 5600 + 1120 * i, 6720 + 1120 * i) for i, p in enumerate(("k", "i", "q", "t", "e"))]
+    assert item.start == 16_000
+    assert item.alignment == tuple(Phone(*phone) for phone in spelled)
+
+
+def test_an_alignment_is_cut_at_its_utterance_and_never_overlaps():
+    times = [
+        transcripts.PhoneTime(*t, "L")
+        for t in (("a", 0, 50), ("i", 50, 150), ("u", 140, 200), ("e", 200, 300))
+    ]
+    assert csj._alignment(times, 100, 250) == (Phone("i", 0, 50), Phone("u", 50, 100), Phone("e", 100, 150))
+    assert csj._alignment(times, 300, 400) == ()
+
+
+def test_a_phone_outside_the_set_is_refused_with_its_line(tmp_path):
+    write_talk(tmp_path, "usb", planned("A01F0055"), ("sdb", "xml"))
+    path = tmp_path / "XML" / "BaseXML" / "core" / "A01F0055.xml"
+    text = path.read_text(encoding="utf-8")
+    line = text[: text.index("PhonemeEntity")].count("\n") + 1
+    path.write_text(text.replace('PhonemeEntity="', 'PhonemeEntity="x', 1), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"A01F0055.xml:{line}: PhonemeEntity 'x.*is outside the set"):
+        read(tmp_path, tmp_path)
+    items, rejected = read(tmp_path, tmp_path, broken="drop")
+    assert len(items) == 3 and not any(item.alignment for item in items)
+    assert rejected[0].id == "A01F0055.xml" and rejected[0].reason == "broken phone times"
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------
+
+
+def broken_sdb(root: Path, change) -> Path:
+    """A corpus of one good talk and one whose SDB lines went through `change`."""
+    write_talk(root, "usb", planned("A01F0055"))
+    write_talk(root, "usb", planned("S00M0075"))
+    path = root / "MORPH" / "SDB" / "core" / "S00M0075.sdb"
+    lines = [line.encode("cp932") for line in sdb_lines(planned("S00M0075"))]
+    path.write_bytes(b"\r\n".join(change(lines)) + b"\r\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "left"),
+    [
+        (lambda x: [x[0], x[1].replace(b"-", b"~", 1), *x[2:]], "sdb:2: no time in column 4", 3),
+        (lambda x: [x[0], b"a\tb", *x[2:]], "sdb:2: no time in column 4.*found 2 columns", 3),
+        (lambda x: [x[0], x[1].split(b"\t")[0] + b"\x81\xff", *x[2:]], r"sdb:2: not Shift_JIS \(CP932\)", 3),
+        (lambda x: [b"\t".join(x[0].split(b"\t")[:10]), *x[1:]], "sdb:1: 10 columns.*would be column 11", 5),
+        (lambda x: [x[0].replace(x[0].split(b"\t")[10], b"(Z A)"), *x[1:]], r"sdb:1: unknown tag \(Z", 5),
+    ],
+)
+def test_a_broken_transcript_stops_or_is_left_out(tmp_path, change, says, left):
+    broken_sdb(tmp_path, change)
+    with pytest.raises(DataError, match=says) as error:
+        read(tmp_path, tmp_path)
+    assert "prepare.options.broken=drop" in str(error.value)
+    items, rejected = read(tmp_path, tmp_path, broken="drop")
+    assert len(items) == left
+    assert [item.reason for item in rejected].count("broken transcript") == 1
+
+
+def test_a_segment_that_ends_before_it_starts():
+    with pytest.raises(DataError, match=r"a.sdb:7: a segment from 2.000 to 1.000 s"):
+        transcripts._segment("a.sdb:7", 2 * RATE, RATE, "L")
+
+
+def test_a_held_out_talk_in_training_is_refused(usb, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("A01F0055\nA01M0110\nD03M0017\nA03F0109\n")
+    held = r"A01M0110 \(eval1\), A03F0109 \(dev\), D03M0017 \(excluded\)"
+    with pytest.raises(DataError, match=f"mine.txt: held out, and so not to be trained on: {held}"):
+        read(usb, tmp_path, subset=str(path))
+    path.write_text("A01F0055\nA01F0056\n")
+    with pytest.raises(DataError, match="no such talks in the corpus: A01F0056"):
+        read(usb, tmp_path, subset=str(path))
+    path.write_text("A01F0055\nA01F0055\n")
+    with pytest.raises(DataError, match="listed twice: A01F0055"):
+        read(usb, tmp_path, subset=str(path))
+    with pytest.raises(DataError, match="croe: no list of talks there"):
+        read(usb, tmp_path, subset="croe")
+
+
+def test_a_talk_in_two_subsets_is_refused(tmp_path, monkeypatch):
+    write_talk(tmp_path / "a", "usb", planned("A01F0055"))
+    noncore = tmp_path / "a" / "WAV" / "noncore"
+    noncore.mkdir()
+    (tmp_path / "a" / "WAV" / "core" / "A01F0055.wav").rename(noncore / "A01F0055.wav")
+    with pytest.raises(
+        DataError, match=r"A01F0055 is in two subsets: .*core.A01F0055.sdb and .*noncore.A01F0055.wav"
+    ):
+        read(tmp_path / "a", tmp_path)
+    for layout in ("usb", "dvd"):
+        write_talk(tmp_path / "b", layout, planned("A01F0055"))
+    with pytest.raises(DataError, match="A01F0055 is there twice"):
+        read(tmp_path / "b", tmp_path)
+    read_list = files.read_list
+    monkeypatch.setattr(
+        files, "read_list", lambda name: read_list("eval1") if name == "dev-lhotse" else read_list(name)
+    )
+    with pytest.raises(DataError, match=r"A01M0110 is in two sets, eval1 and dev"):
+        files.sets_of({}, "core", "lhotse")
+
+
+def test_missing_files_are_named(usb, tmp_path):
+    for data in (None, tmp_path):
+        with pytest.raises(DataError, match=r"Corpus of Spontaneous Japanese|no talk of CSJ here"):
+            read(data, tmp_path)
+    write_talk(tmp_path, "usb", planned("A01F0055"))
+    write_talk(tmp_path, "usb", planned("S00M0075"))
+    (tmp_path / "WAV" / "core" / "A01F0055.wav").unlink()
+    (tmp_path / "MORPH" / "SDB" / "core" / "S00M0075.sdb").unlink()
+    found = {(item.id, item.reason) for item in read(tmp_path, tmp_path)[1]}
+    assert found == {("A01F0055", "no audio"), ("S00M0075", "no transcript")}

@@ -1,0 +1,132 @@
+"""k-means: ours against scikit-learn's MiniBatchKMeans with fairseq's arguments, on the same frames.
+
+    python tools/bench/kmeans.py                                             # 2,000,000 x 39, 100 clusters
+    python tools/bench/kmeans.py --frames 300000 --dim 768 --clusters 500    # scikit-learn takes half an hour
+    python tools/bench/kmeans.py --sample exp/demo/iter1/features/sample.npy # real features
+
+Both in turn in one run; medians of the time to fit, and the mean squared distance of frames that neither saw.
+Then the assignment of frames against the numpy one of fairseq's recipe, which must give the same labels.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from jahubert.train.kmeans import assign, fit_kmeans
+
+
+def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:
+    """Frames around 300 centres of unequal weight and width, with dimensions that go together."""
+    rng = np.random.default_rng(seed)
+    turn = rng.standard_normal((dim, dim)) / np.sqrt(dim)
+    centres, width = 2 * rng.standard_normal((300, dim)), rng.uniform(0.5, 1.5, 300)
+    weight = rng.dirichlet(np.ones(300))
+    x_ND = np.empty((frames, dim), np.float32)
+    for start in range(0, frames, 100_000):
+        owner = rng.choice(300, min(100_000, frames - start), p=weight)
+        noise = width[owner, None] * rng.standard_normal((len(owner), dim))
+        x_ND[start : start + len(owner)] = (centres[owner] + noise) @ turn
+    return x_ND
+
+
+def fairseq_kmeans(x_ND: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    from sklearn.cluster import MiniBatchKMeans
+
+    fitted = MiniBatchKMeans(
+        n_clusters=clusters,
+        init="k-means++",
+        max_iter=100,
+        batch_size=10_000,
+        tol=0.0,
+        max_no_improvement=100,
+        init_size=None,
+        n_init=20,
+        reassignment_ratio=0.0,
+        compute_labels=False,
+        random_state=seed,
+    ).fit(x_ND)
+    return fitted.cluster_centers_.astype(np.float32)
+
+
+def fairseq_assign(x_ND: np.ndarray, centroids_KD: np.ndarray) -> np.ndarray:
+    """The labels of fairseq's recipe: all squared distances in numpy, then the least."""
+    norms = (x_ND**2).sum(1, keepdims=True) + (centroids_KD.T**2).sum(0, keepdims=True)
+    return (norms - 2 * x_ND @ centroids_KD.T).argmin(1)
+
+
+def inertia(x_ND: np.ndarray, centroids_KD: np.ndarray) -> float:
+    """Mean squared distance in float64, a block at a time."""
+    total, centroids_KD = 0.0, centroids_KD.astype(np.float64)
+    for start in range(0, len(x_ND), 10_000):
+        block = x_ND[start : start + 10_000].astype(np.float64)
+        nearest = fairseq_assign(block, centroids_KD)
+        total += float(((block - centroids_KD[nearest]) ** 2).sum())
+    return total / len(x_ND)
+
+
+def timed(work):
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--frames", type=int, default=2_000_000)
+    parser.add_argument("--dim", type=int, default=39)
+    parser.add_argument("--clusters", type=int, default=100)
+    parser.add_argument("--sample", help="a .npy of frames instead of made ones")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--n-init", type=int, default=3, help="our starts; 3 is what stage=kmeans does")
+    parser.add_argument("--device", default="cpu", help="of ours")
+    parser.add_argument("--threads", type=int, default=2, help="of ours; scikit-learn reads OMP_NUM_THREADS")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    x_ND = np.load(args.sample).astype(np.float32) if args.sample else mixture(args.frames, args.dim)
+    held = np.random.default_rng(1).random(len(x_ND)) < 0.02
+    fit_ND, test_ND = x_ND[~held], x_ND[held]
+    print(f"{len(fit_ND)} x {x_ND.shape[1]} frames, {args.clusters} clusters, {len(test_ND)} held out")
+    rows = []
+    for seed in range(args.repeats):
+        own_s, own = timed(
+            lambda seed=seed: fit_kmeans(
+                torch.from_numpy(fit_ND), args.clusters, backend="torch", n_init=args.n_init, max_iter=100,
+                seed=seed, device=args.device,
+            )
+        )  # fmt: skip
+        peer_s, peer = timed(lambda seed=seed: fairseq_kmeans(fit_ND, args.clusters, seed))
+        centroids_KD = own.centroids_KD.numpy()
+        rows.append((own_s, peer_s, inertia(test_ND, centroids_KD), inertia(test_ND, peer)))
+        print(
+            f"seed {seed}: ours {own_s:.2f} s, held-out inertia {rows[-1][2]:.3f}; "
+            f"scikit-learn {peer_s:.2f} s, {rows[-1][3]:.3f}",
+            flush=True,
+        )
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+    print(
+        f"fit: {medians[1] / medians[0]:.1f} times as fast, inertia {medians[2] / medians[3]:.4f} of theirs"
+    )
+
+    part_ND = fit_ND[:200_000]
+    centroids = own.centroids_KD.to(args.device)
+    times = []
+    for _ in range(6):
+        own_s, own_N = timed(lambda: assign(part_ND, centroids).cpu().numpy())
+        peer_s, peer_N = timed(lambda: fairseq_assign(part_ND, centroids_KD))
+        times.append((own_s, peer_s))
+    same = float(np.mean(own_N == peer_N))
+    ratio = statistics.median(peer_s / own_s for own_s, peer_s in times[1:])
+    print(
+        f"assignment of {len(part_ND)} frames: {ratio:.1f} times as fast as numpy, {same:.6f} of labels equal"
+    )
+    if same < 0.999:
+        raise SystemExit("parity check failed: more labels differ than rounding explains")
+
+
+if __name__ == "__main__":
+    main()

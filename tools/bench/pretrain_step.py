@@ -1,0 +1,307 @@
+"""One pretraining step of HuBERT base: ours against transformers and, where it is there, torchaudio.
+
+    python tools/bench/pretrain_step.py                     # CPU, fp32 and bf16, both kinds of lengths
+    python tools/bench/pretrain_step.py --device cuda --copies 4 --repeats 20
+    python tools/bench/pretrain_step.py --blocks 1 --similar 2 2.1 --mixed 2 3 --repeats 2   # does it run?
+
+A step is forward, loss over 500 units with the feature penalty, backward, clipping and fused AdamW, with
+dropout and layer drop as published, on the same padded batch and the same masks: transformers' HubertModel
+gets our unit head over the masked frames, torchaudio's hubert_pretrain_base keeps its own masks and head. All
+take a step in turn in one run; medians, and ratios step by step. Memory (over weights, gradients and
+optimiser) is measured in a process for each. `of peak` is the arithmetic that valid frames need, over the
+time, over a large matrix product in the same run. Before that: loss and gradient of ours and transformers
+agree on the same weights, without dropout.
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jahubert.heads import UnitHead
+from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.train.losses import unit_loss
+from jahubert.train.masking import generator, span_mask
+from jahubert.train.optim import TrainConfig, build_optimizer
+
+UNITS, PENALTY, CLIP = 500, 10.0, 10.0
+
+
+@dataclass
+class Batch:
+    wav_BT: Tensor
+    n_samples: list[int]
+    mask_BS: Tensor
+    unit_BS: Tensor
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.n_samples) / 16_000
+
+
+class Ours(nn.Module):
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        self.hubert, self.head = HubertModel(config), UnitHead(config.width, UNITS)
+
+    def forward(self, batch: Batch) -> Tensor:
+        encoded = self.hubert(batch.wav_BT, batch.n_samples, mask_BS=batch.mask_BS)
+        unit_N = batch.unit_BS[batch.mask_BS]
+        loss = unit_loss(self.head(encoded.hidden_BSD[batch.mask_BS]), unit_N) / len(unit_N)
+        return loss + PENALTY * encoded.conv_penalty
+
+
+class Transformers(nn.Module):
+    """HubertModel in its parts, since the loss wants the conv features too; attention masks padding."""
+
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        from transformers import HubertConfig as Config
+        from transformers import HubertModel as Model
+
+        self.hubert = Model(
+            Config(
+                num_hidden_layers=config.layers,
+                layerdrop=config.layer_drop,
+                hidden_dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
+                activation_dropout=config.activation_dropout,
+                feat_proj_dropout=config.input_dropout,
+            )
+        )
+        self.head, self.scale = UnitHead(config.width, UNITS), config.conv_grad_scale
+
+    def forward(self, batch: Batch) -> Tensor:
+        conv_BCS = self.hubert.feature_extractor(batch.wav_BT.clone())
+        conv_BCS = self.scale * conv_BCS + (1 - self.scale) * conv_BCS.detach()
+        penalty = conv_BCS.float().pow(2).mean()  # its gradient is scaled too, as fairseq's
+        hidden_BSD = self.hubert.feature_projection(conv_BCS.transpose(1, 2))
+        hidden_BSD = self.hubert._mask_hidden_states(hidden_BSD, mask_time_indices=batch.mask_BS)
+        valid_BS = None
+        if len(set(batch.n_samples)) > 1:
+            count_B = self.hubert._get_feat_extract_output_lengths(torch.tensor(batch.n_samples))
+            valid_BS = (torch.arange(hidden_BSD.shape[1]) < count_B[:, None]).to(hidden_BSD.device)
+        hidden_BSD = self.hubert.encoder(hidden_BSD, attention_mask=valid_BS)[0]
+        unit_N = batch.unit_BS[batch.mask_BS]
+        return unit_loss(self.head(hidden_BSD[batch.mask_BS]), unit_N) / len(unit_N) + PENALTY * penalty
+
+
+class Torchaudio(nn.Module):
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        from torchaudio.models import hubert_pretrain_base
+
+        self.model = hubert_pretrain_base(num_classes=UNITS)
+        transformer = self.model.wav2vec2.encoder.transformer
+        transformer.layers = transformer.layers[: config.layers]
+
+    def forward(self, batch: Batch) -> Tensor:
+        lengths = torch.tensor(batch.n_samples, device=batch.wav_BT.device)
+        logits_NK, _, penalty = self.model(batch.wav_BT, batch.unit_BS, lengths)
+        target_N = torch.zeros(
+            len(logits_NK), dtype=torch.long, device=logits_NK.device
+        )  # column 0 is the right one
+        return F.cross_entropy(logits_NK.float(), target_N) + PENALTY * penalty
+
+
+KINDS = {"ours": Ours, "transformers": Transformers, "torchaudio": Torchaudio}
+
+
+def importable(name: str) -> bool:
+    """Whether a peer is there and works: torchaudio beside another torch fails in ways of its own."""
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def make_batch(lengths: list[float], device: torch.device) -> Batch:
+    n_samples = [round(16_000 * seconds) for seconds in sorted(lengths, reverse=True)]
+    rng, grid = generator(0), HubertConfig().grid
+    wavs = [torch.from_numpy(0.1 * rng.standard_normal(n)).float() for n in n_samples]
+    masks = [torch.from_numpy(span_mask(grid.n_frames(n), 0.8, 10, rng, 2)) for n in n_samples]
+    mask_BS = nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    unit_BS = torch.from_numpy(rng.integers(0, UNITS, mask_BS.shape))
+    wav_BT = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
+    return Batch(wav_BT.to(device), n_samples, mask_BS.to(device), unit_BS.to(device))
+
+
+def flops(config: HubertConfig, n_samples: list[int]) -> float:
+    """Multiplications and additions of a step on valid frames only; backward counts twice forward."""
+    total = 0.0
+    for frames in n_samples:
+        dim_in = 1
+        for dim, kernel, stride in zip(
+            config.conv_dims, config.conv_kernels, config.conv_strides, strict=True
+        ):
+            frames = (frames - kernel) // stride + 1
+            total += 2 * frames * dim_in * kernel * dim
+            dim_in = dim
+        width = config.width
+        total += 2 * frames * width * (dim_in + width // config.pos_conv_groups * config.pos_conv_kernel)
+        block = 2 * frames * (4 * width**2 + 2 * width * config.ffn) + 4 * frames**2 * width
+        total += block * config.layers * (1 - config.layer_drop)
+    return 3 * total
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - started))
+    return best
+
+
+class Trainer:
+    """A model, its optimiser, and a step."""
+
+    def __init__(self, kind: str, config: HubertConfig, device: torch.device, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.device, self.dtype = device, dtype
+        self.module = KINDS[kind](config).to(device).train()
+        self.optimizer = build_optimizer(self.module, TrainConfig(lr=1e-5), device)
+
+    def step(self, batch: Batch) -> float:
+        """Seconds."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            loss = self.module(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # gradients stay, so that memory is that of activations
+        synchronize(self.device)
+        return time.perf_counter() - started
+
+
+def check(config: HubertConfig) -> None:
+    """Loss and gradient norm of ours and transformers on one utterance, same weights, nothing dropped.
+
+    On the CPU: a GPU's convolutions round to 10 bits unless told otherwise.
+    """
+    names = ("dropout", "attention_dropout", "input_dropout", "layer_drop")
+    still = HubertConfig.base(layers=config.layers, **dict.fromkeys(names, 0.0))
+    batch, found = make_batch([2.0], torch.device("cpu")), []
+    torch.manual_seed(0)
+    ours, theirs = Ours(still).train(), Transformers(still).train()
+    theirs.load_state_dict(ours.state_dict())
+    for module in (ours, theirs):
+        loss = module(batch)
+        loss.backward()
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        found.append(torch.stack([loss.detach(), torch.nn.utils.get_total_norm(gradients)]))
+    difference = float(((found[0] - found[1]) / found[1]).abs().max())
+    print(f"loss and gradient norm, ours against transformers: largest relative difference {difference:.1e}")
+    if difference > 1e-3:
+        raise SystemExit("parity check failed")
+
+
+def memory(kind: str, lengths: list[float], precision: str, args) -> float:
+    """MB of activations at the peak of a step, in a process of its own."""
+    given = ["--worker", kind, precision, *map(str, lengths)]
+    command = [sys.executable, __file__, "--device", args.device, "--blocks", str(args.blocks)]
+    done = subprocess.run([*command, "--threads", str(args.threads), *given], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{kind} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, device: torch.device) -> None:
+    """Print the peak of a second and third step over what is there between steps (CPU: Linux only)."""
+    trainer, batch = Trainer(kind, config, device, DTYPES[precision]), make_batch(lengths, device)
+    trainer.step(batch)
+    if device.type == "cuda":
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free is not held against the step
+        base = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    for _ in range(2):
+        trainer.step(batch)
+    highest = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+    print((highest - base) / 2**20)
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compare(name: str, lengths: list[float], precision: str, config: HubertConfig, args) -> None:
+    device, dtype = torch.device(args.device), DTYPES[precision]
+    batch, peak = make_batch(lengths, device), matrix_peak(device, dtype)
+    kinds = [kind for kind in KINDS if kind == "ours" or importable(kind)]
+    trainers = {kind: Trainer(kind, config, device, dtype) for kind in kinds}
+    rows = [[trainer.step(batch) for trainer in trainers.values()] for _ in range(args.repeats + 2)][2:]
+    del trainers
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the processes that measure memory
+    for column, kind in enumerate(kinds):
+        seconds = statistics.median(row[column] for row in rows)
+        ratio = statistics.median(row[column] / row[0] for row in rows)
+        share = flops(config, batch.n_samples) / seconds / peak
+        print(
+            f"{name:>8}{precision:>6}{kind:>14}{batch.seconds / seconds:>14.2f}{ratio:>16.2f}"
+            f"{memory(kind, lengths, precision, args):>10.0f}{share:>9.1%}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--similar", type=float, nargs="*", default=[4.4, 4.4, 4.3, 4.3], help="seconds; none: skip"
+    )
+    parser.add_argument("--mixed", type=float, nargs="*", default=[2.0, 3.0, 5.0, 8.0, 15.0])
+    parser.add_argument("--copies", type=int, default=1, help="of each length, to fill a GPU")
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=12, help="of the model; fewer only to try this script")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = HubertConfig.base(layers=args.blocks)
+    if args.worker:
+        kind, precision, *lengths = args.worker
+        return work(kind, precision, [float(length) for length in lengths], config, torch.device(args.device))
+    if importable("transformers"):
+        check(config)
+    print(f"{'lengths':>8}{'type':>6}{'':>14}{'audio-s/s':>14}{'time over ours':>16}{'MB':>10}{'of peak':>9}")
+    for name, lengths in (("similar", args.similar), ("mixed", args.mixed)):
+        for precision in args.precision if lengths else ():
+            compare(name, lengths * args.copies, precision, config, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Time and peak memory of features, k-means and labels as the hours of a corpus grow.
+
+    python tools/bench/units_scale.py exp/tofugu --hours 2 20  # MFCC, 100 units
+    python tools/bench/units_scale.py exp/tofugu --hours 2 20 --layer 3  # that layer, 500 units
+
+The corpus is the finished `prepare` of an experiment, repeated with other crops until it is as long as
+asked. Each stage runs in a process of its own, on one thread; its peak memory is what the system says of it.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from jahubert.train.manifest import Manifest, Utterance, write_manifest
+
+SHORTEST = 8_000  # samples of a crop
+
+
+def repeated(source: Manifest, hours: float):
+    """Utterances cut at random places out of those of a corpus, until there are enough."""
+    rng, left, number = np.random.default_rng(0), hours * 3600 * 16_000, 0
+    rows = source.indices(split="train")
+    while left > 0:
+        item = source[int(rows[number % len(rows)])]
+        spare = max(0, item.n_samples - SHORTEST) if number >= len(rows) else 0
+        start = int(rng.integers(spare // 2 + 1))
+        n_samples = item.n_samples - start - int(rng.integers(spare // 2 + 1))
+        yield Utterance(id=f"{number:07d}", audio=item.audio, start=item.start + start, n_samples=n_samples)
+        left -= n_samples
+        number += 1
+
+
+def run_stage(stage: str, out: str, settings: str) -> None:
+    """In the child: run it, print seconds and peak memory."""
+    from jahubert.train.config import structure
+    from jahubert.train.lookup import STAGES, resolve
+
+    module = resolve(stage, STAGES, "stage")
+    config = structure(json.loads(settings), module.Config, stage)
+    folder = Path(out)
+    folder.mkdir(parents=True)
+    started = time.perf_counter()
+    module.run(config, folder)
+    seconds = time.perf_counter() - started
+    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+
+
+def main() -> None:
+    if sys.argv[1] == "--stage":
+        run_stage(*sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("exp", type=Path)
+    parser.add_argument("--hours", type=float, nargs="+", default=[2.0, 20.0])
+    parser.add_argument("--layer", type=int, help="units of this layer of iteration 1's model")
+    parser.add_argument("--frames", type=int, default=200_000, help="of the sample for k-means")
+    args = parser.parse_args()
+    source = Manifest(args.exp / "prepare" / "manifest.arrow")
+    model = None if args.layer is None else str(args.exp / "iter1" / "pretrain" / "bundle")
+    print(f"{'hours':>6}{'stage':>10}{'seconds':>9}{'x real time':>13}{'peak MB':>9}")
+    for hours in args.hours:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder)
+            write_manifest(path / "manifest.arrow", repeated(source, hours))
+            manifest = {"manifest": str(path / "manifest.arrow"), "device": "cpu"}
+            features = manifest | {"sample_frames": args.frames}
+            if model is not None:
+                features |= {"kind": "hubert", "model": model, "layer": args.layer}
+            stages = {
+                "features": features,
+                "kmeans": {
+                    "features": str(path / "features"),
+                    "n_clusters": 500 if model else 100,
+                    "device": "cpu",
+                },
+                "label": manifest | {"centroids": str(path / "kmeans")} | ({"model": model} if model else {}),
+            }
+            for stage, settings in stages.items():
+                done = subprocess.run(
+                    [sys.executable, __file__, "--stage", stage, str(path / stage), json.dumps(settings)],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
+                seconds, peak = json.loads(done.stdout.splitlines()[-1])
+                print(
+                    f"{hours:>6.0f}{stage:>10}{seconds:>9.1f}{hours * 3600 / seconds:>13.0f}{peak:>9.0f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
