@@ -119,8 +119,8 @@ def unit_quality(exp: Path, counted: PhoneCounts | None) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The two tables as text."""
-    lines = []
+    """All tables as text."""
+    lines = _beside_published(summary)
     for split in sorted({split for system in summary["systems"].values() for split in system["scores"]}):
         lines += [f"Recognition on {split} (95 % intervals in brackets)"]
         lines += [
@@ -149,6 +149,22 @@ def table(summary: dict[str, Any]) -> str:
                 f"{unit['phone_purity']:>14.3f}{unit['cluster_purity']:>16.3f}"
             ]
     return "\n".join(lines).rstrip()
+
+
+def _beside_published(summary: dict[str, Any]) -> list[str]:
+    """WER of every system, one column a set, under the published rows (rinna 2024, Table 4, for CSJ)."""
+    if not summary["published"]:
+        return []
+    sets = sorted({split for row in summary["published"].values() for split in row})
+    rows = {f"published: {name}": row for name, row in summary["published"].items()}
+    for name, system in summary["systems"].items():
+        rates = {split: 100 * score["wer"]["rate"] for split, score in system["scores"].items()}
+        rows[f"here: {name}, {system['hours']:.0f} h"] = rates
+    lines = ["WER % beside the published table", f"  {'':<48}" + "".join(f"{split:>9}" for split in sets)]
+    for name, row in rows.items():
+        cells = (f"{row[split]:>9.2f}" if split in row else f"{'-':>9}" for split in sets)
+        lines.append(f"  {name:<48}" + "".join(cells))
+    return [*lines, ""]
 
 
 def _cell(score: dict[str, float]) -> str:

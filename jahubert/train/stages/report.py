@@ -8,7 +8,7 @@ Writes  summary.json, table.txt, report.html
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ KEEP = False  # it reads whatever is there, so it is made anew every time
 @dataclass(frozen=True)
 class Config:
     exp: Path
+    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown beside ours
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     if ranks.rank():
         return {}
     counted = report.phone_counts(config.exp)
-    summary = report.summarize(config.exp, counted)
+    summary = report.summarize(config.exp, counted) | {"published": config.published}
     table = report.table(summary)
     write_json(out / "summary.json", summary)
     with written_beside(out / "table.txt") as file:

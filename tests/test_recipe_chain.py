@@ -1,0 +1,60 @@
+"""The two recipes of the paper through every stage on invented corpora, up to the published table."""
+
+import json
+
+import torch
+from csj_tree import planned, write_talk
+from reazonspeech_tree import Release
+
+from jahubert import run
+from jahubert.checkpoint import save_bundle
+from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.train.labels import LabelStore
+
+SIZES = {"conv_dims": [8] * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
+MODEL = [f"model.{name}={value}" for name, value in {**SIZES, "pos_conv_groups": 2}.items()]
+QUICK = [
+    "max_steps=2",
+    "batch_seconds=20",
+    "micro_seconds=20",
+    "valid_every=1",
+    "log_every=1",
+    "precision=fp32",
+]
+SMALL = ["device=cpu", "workers=0", "decode.beam=2", "score.samples=10"]
+TALKS = ("A01M0110", "A02M0012", "S00F0019", "A03F0109", "S02F0122", "A01F0055", "S00M0075")
+
+
+def test_csj_ends_in_the_papers_table(tmp_path, capsys):
+    for name in TALKS:
+        write_talk(tmp_path / "CSJ", "usb", planned(name, n_utterances=4), ("sdb",))
+    model = HubertModel(HubertConfig(**SIZES | {"conv_dims": (8,) * 7}, pos_conv_groups=2))
+    save_bundle(tmp_path / "pretrained", model=model)
+    capsys.readouterr()
+    command = ["recipe=csj", "stage=all", f"data={tmp_path / 'CSJ'}", f"pretrained={tmp_path / 'pretrained'}"]
+    quick = [f"finetune.train.{setting}" for setting in QUICK]
+    exp = tmp_path / "exp"
+    assert run.main([*command, "subset=core", f"exp={exp}", *SMALL, *quick]) == 0, capsys.readouterr().err
+    table = capsys.readouterr().out
+    assert "published: rinna/japanese-hubert-base, core (32 h)" in table
+    assert [line.split()[-3:] for line in table.splitlines() if "core (32 h)" in line] == [
+        ["9.30", "7.07", "6.87"],
+        ["13.12", "10.33", "10.66"],
+    ]
+    scores = json.loads((exp / "systems/main/score/scores.json").read_text())
+    ours = next(line for line in table.splitlines() if "here: main" in line)
+    assert ours.split()[-3:] == [f"{100 * scores[f'eval{i}']['wer']['rate']:.2f}" for i in (1, 2, 3)]
+
+
+def test_reazonspeech_through_both_iterations_and_a_recogniser(tmp_path, capsys):
+    torch.manual_seed(0)
+    data = Release(tmp_path / "corpus", shards=3, rows=8).write()
+    command = ["recipe=reazonspeech", "stage=all", f"data={data}", "subset=tiny", f"exp={tmp_path / 'exp'}"]
+    options = ["prepare.options.dev=4", "prepare.options.test=4", "features.sample_frames=400"]
+    quick = [f"{stage}.train.{setting}" for stage in ("pretrain", "finetune") for setting in QUICK]
+    small = ["kmeans.n_clusters=5", "kmeans.n_init=1", "features.layer=2", "finetune.freeze_conv=false"]
+    small += ["finetune.head_only_steps=0", "pretrain.unit_dim=8", "pretrain.crop.min_seconds=0"]
+    assert run.main([*command, *options, *MODEL, *SMALL, *small, *quick]) == 0, capsys.readouterr().err
+    assert "Recognition on test" in capsys.readouterr().out
+    for iteration in (1, 2, 3):
+        assert LabelStore(tmp_path / f"exp/iter{iteration}/label").header.n_units == 5
