@@ -6,7 +6,7 @@
     centroids.safetensors  pretraining_heads.safetensors        where they exist
     README.md                                                   a model card
 
-A Hugging Face HuBERT folder without our extra files opens as well. Nothing is unpickled.
+A Hugging Face HuBERT folder without our extra files opens as well, and so do the files that `interop` reads.
 """
 
 from __future__ import annotations
@@ -15,18 +15,29 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jahubert.errors import CheckpointError, ConfigError, MissingExtraError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.heads import HubertForCtc, UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.interop import hf_symbols, hf_vocabulary, read_file, read_json, symbol_set
+from jahubert.layouts import (
+    Parts,
+    loaded,
+    make_config,
+    new_mask_embedding,
+    read_tensors,
+    take,
+    visible_fields,
+)
 from jahubert.phonemes import PhonemeSet
 
 FORMAT = 1
@@ -52,11 +63,16 @@ _HF_KEYS = {
     "input_dropout": "feat_proj_dropout",
     "layer_drop": "layerdrop",
 }
+# Fields that Hugging Face has no key for.
+_OWN_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")
+BIN = "pytorch_model.bin"
+SPECIAL_ROWS = "special_rows"  # beside the tensors of the pretraining head
+HEAD = "lm_head.weight"  # of a CTC model
 
 
 @dataclass
 class Bundle:
-    """An opened model folder; `model` is `ctc.hubert` where there is a CTC head. All in eval mode."""
+    """An opened model; `model` is `ctc.hubert` where there is a CTC head. All in eval mode."""
 
     config: HubertConfig
     model: HubertModel
@@ -65,7 +81,9 @@ class Bundle:
     unit_head: UnitHead | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
-    info: dict = field(default_factory=dict)  # jahubert.json as it was read
+    info: dict = field(default_factory=dict)  # jahubert.json as it was read, or which file it came from
+    special_rows: Tensor | None = None  # (4, dim): in front of fairseq's codebook, kept for the way back
+    notes: list[str] = field(default_factory=list)  # what reading left out or made anew, a sentence each
 
 
 def save_bundle(
@@ -78,6 +96,7 @@ def save_bundle(
     centroids_KD: Tensor | None = None,
     centroid_layer: int | None = None,
     info: dict | None = None,
+    special_rows: Tensor | None = None,
 ) -> Path:
     """Write a bundle beside `path` and rename it there, replacing an older one only when complete."""
     hubert = ctc.hubert if ctc is not None else model
@@ -89,14 +108,13 @@ def save_bundle(
     beside.mkdir(parents=True)
     weights: nn.Module = ctc if ctc is not None else hubert
     save_file(_plain(weights.state_dict()), beside / "model.safetensors", metadata={"format": "pt"})
-    _write_json(beside / "config.json", _to_hf(hubert.config, phonemes if ctc is not None else None))
+    _write_json(beside / "config.json", _to_hf(hubert.config, ctc, phonemes))
     _write_json(beside / "preprocessor_config.json", _preprocessor(hubert.config))
     if ctc is not None and phonemes is not None:
-        # Hugging Face's blank is the pad token; its usual name makes our folder open there unchanged.
-        names = ["<pad>", *phonemes.symbols[1:]]
-        _write_json(beside / "vocab.json", {name: index for index, name in enumerate(names)})
+        _write_json(beside / "vocab.json", hf_vocabulary(phonemes))
     if unit_head is not None:
-        save_file(_plain(unit_head.state_dict()), beside / "pretraining_heads.safetensors")
+        heads = unit_head.state_dict() | ({} if special_rows is None else {SPECIAL_ROWS: special_rows})
+        save_file(_plain(heads), beside / "pretraining_heads.safetensors")
     if centroids_KD is not None:
         save_file(
             {"centroids_KD": centroids_KD.detach().float().cpu().contiguous()},
@@ -104,7 +122,8 @@ def save_bundle(
         )
     extra = {
         "format": FORMAT,
-        "config": {"conv_grad_scale": hubert.config.conv_grad_scale, "normalize": hubert.config.normalize},
+        "config": {name: getattr(hubert.config, name) for name in _OWN_FIELDS},
+        "temperature": None if unit_head is None else unit_head.temperature,
         "phonemes": None if phonemes is None else phonemes.to_json(),
         "centroid_layer": centroid_layer,
         "weights": weights_hash(hubert),
@@ -126,48 +145,71 @@ def save_bundle(
 
 
 def load_bundle(source: str | os.PathLike) -> Bundle:
-    """Open a bundle, or a Hugging Face HuBERT folder or Hub name.
+    """Open a bundle, a Hugging Face HuBERT folder or Hub name, or a fairseq, s3prl or torchaudio file.
 
     Raises:
         CheckpointError: the folder, a file in it or a tensor is missing, broken or of the wrong shape.
     """
-    path = _folder(source)
-    hf = _read_json(path / "config.json")
+    path = _find(source)
+    parts = _read_folder(path) if path.is_dir() else read_file(path)
+    config, weights = parts.config, parts.weights
+    ctc, unit_head = None, None
+    if parts.head:
+        n_units, dim = parts.head["label_embeddings"].shape
+        unit_head = UnitHead(config.width, n_units, dim, parts.temperature)
+        _fill(path, unit_head, parts.head)
+    if HEAD in weights:
+        ctc = HubertForCtc(config, len(weights[HEAD]))
+        model = ctc.hubert
+        _fill(path, ctc, weights, lambda name: name.removeprefix("hubert."))
+    else:
+        model = HubertModel(config)
+        _fill(path, model, weights)
+    for module in (model, ctc, unit_head):
+        if module is not None:
+            module.eval()
+    return Bundle(
+        config, model, ctc, parts.phonemes, unit_head, parts.centroids_KD, parts.info.get("centroid_layer"),
+        parts.info, parts.special_rows, parts.notes,
+    )  # fmt: skip
+
+
+def _read_folder(path: Path) -> Parts:
+    """A bundle or a Hugging Face folder."""
+    hf = read_json(path / "config.json")
     if hf.get("model_type") != "hubert":
         raise CheckpointError(
             f"{path}/config.json: model_type is {hf.get('model_type')!r}, but must be 'hubert'"
         )
-    extra = _read_json(path / "jahubert.json") if (path / "jahubert.json").exists() else {}
+    extra = read_json(path / "jahubert.json") if (path / "jahubert.json").exists() else {}
+    if not isinstance(extra.get("format", FORMAT), int) or not isinstance(extra.get("config", {}), dict):
+        raise CheckpointError(f"{path}/jahubert.json: format or config is damaged; copy the folder again")
     if extra.get("format", FORMAT) > FORMAT:
         raise CheckpointError(
             f"{path}: written in format {extra['format']}, but this jahubert reads up to {FORMAT}; "
             "update jahubert"
         )
-    config = _from_hf(path, hf, extra)
-    weights = _read_tensors(path / "model.safetensors")
-    head_keys = {"lm_head.weight", "lm_head.bias"}
-    phonemes = PhonemeSet.from_json(extra["phonemes"]) if extra.get("phonemes") else None
-    ctc = None
-    if head_keys <= weights.keys():
-        ctc = HubertForCtc(config, weights["lm_head.weight"].shape[0])
-        _load(path, ctc, weights)
-        model = ctc.hubert
-    else:
-        model = HubertModel(config)
-        _load(path, model, weights)
-    unit_head = None
+    safe = path / "model.safetensors"
+    file = safe if safe.exists() or not (path / BIN).exists() else path / BIN
+    # transformers names the weight norm after whichever torch API saved it, and puts `hubert.` before the
+    # names of an encoder under a head.
+    weights = {_own_name(name): tensor for name, tensor in loaded(read_tensors(file)).items()}
+    config = make_config(path, visible_fields(path, weights, str), _fields(path, hf, extra))
+    parts = Parts(config, weights, info=extra)
+    if "masked_spec_embed" not in weights:  # Hugging Face leaves it out of models saved without masking
+        weights["masked_spec_embed"] = new_mask_embedding(config.width)
+        parts.notes.append("mask embedding: the source has none, so a new one was drawn")
+    if extra.get("phonemes"):
+        parts.phonemes = symbol_set(path / "jahubert.json", extra["phonemes"])
+    elif HEAD in weights:
+        parts.phonemes = hf_symbols(path, hf, len(weights[HEAD]))
     if (path / "pretraining_heads.safetensors").exists():
-        heads = _read_tensors(path / "pretraining_heads.safetensors")
-        n_units, dim = heads["label_embeddings"].shape
-        unit_head = UnitHead(config.width, n_units, dim)
-        _load(path, unit_head, heads)
-    centroids = None
+        parts.head = _tensors_with(path / "pretraining_heads.safetensors", "label_embeddings")
+        parts.special_rows = parts.head.pop(SPECIAL_ROWS, None)
+        parts.temperature = extra.get("temperature") or parts.temperature
     if (path / "centroids.safetensors").exists():
-        centroids = _read_tensors(path / "centroids.safetensors")["centroids_KD"]
-    for module in (model, ctc, unit_head):
-        if module is not None:
-            module.eval()
-    return Bundle(config, model, ctc, phonemes, unit_head, centroids, extra.get("centroid_layer"), extra)
+        parts.centroids_KD = _tensors_with(path / "centroids.safetensors", "centroids_KD")["centroids_KD"]
+    return parts
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -184,86 +226,56 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
-def _load(path: Path, module: nn.Module, weights: dict[str, Tensor]) -> None:
-    own = module.state_dict()
-    # transformers names the weight norm after whichever torch API saved it.
-    old = {
-        "conv.weight_g": "conv.parametrizations.weight.original0",
-        "conv.weight_v": "conv.parametrizations.weight.original1",
-    }
-    for suffix, name in old.items():
-        for key in [key for key in weights if key.endswith("pos_conv_embed." + suffix)]:
-            weights[key.removesuffix(suffix) + name] = weights.pop(key)
-    prefix = "" if any(key.startswith("hubert.") for key in own) else "hubert."
-    if prefix and all(key.startswith(prefix) or key.startswith("lm_head.") for key in weights):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    mask_key = next((key for key in own if key.endswith("masked_spec_embed")), None)
-    if (
-        mask_key and mask_key not in weights
-    ):  # Hugging Face leaves it out of models that were saved without masking
-        weights[mask_key] = own[mask_key]
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    wrong = [
-        f"{key} is {tuple(weights[key].shape)}, but the config asks for {tuple(own[key].shape)}"
-        for key in own.keys() & weights.keys()
-        if weights[key].shape != own[key].shape
-    ]
-    if missing or extra or wrong:
-        says = [
-            f"missing {missing[:5]}" * bool(missing),
-            f"unknown {extra[:5]}" * bool(extra),
-            *sorted(wrong)[:5],
-        ]
-        raise CheckpointError(f"{path}: weights do not fit config.json: " + "; ".join(filter(None, says)))
-    module.load_state_dict({key: value.float() for key, value in weights.items()})
+def _tensors_with(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a file of ours, `name` among them, a matrix."""
+    tensors = loaded(read_tensors(path))
+    if name not in tensors or tensors[name].dim() != 2:
+        raise CheckpointError(f"{path}: has no matrix {name}; copy the file again, or take it away")
+    return tensors
 
 
-def _folder(source: str | os.PathLike) -> Path:
+def _own_name(name: str) -> str:
+    """Our name of a tensor of a Hugging Face model."""
+    for suffix, own in (("weight_g", "original0"), ("weight_v", "original1")):
+        name = name.replace(
+            f"pos_conv_embed.conv.{suffix}", f"pos_conv_embed.conv.parametrizations.weight.{own}"
+        )
+    return name.removeprefix("hubert.")
+
+
+def _fill(
+    path: Path, module: nn.Module, weights: dict[str, Tensor], named: Callable[[str], str] = str
+) -> None:
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    module.load_state_dict(take(path, shapes, weights, named))
+
+
+def _find(source: str | os.PathLike) -> Path:
+    """The file or folder meant; a Hub name is looked up in the cache and, unless offline, on the Hub."""
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").exists() and (path / "bundle" / "config.json").exists():
             return path / "bundle"  # the output folder of a training stage
         return path
     name = str(source)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
+    if path.is_file():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/")):
         raise CheckpointError(
-            f"{name}: no such model folder; give a bundle folder or a Hub name such as owner/model"
+            f"{name}: no such model folder or file; give a bundle, a model file or a Hub name (owner/model)"
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise MissingExtraError("huggingface_hub", "train") from None
-    wanted = ["*.json", "*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not (folder / "model.safetensors").exists():  # only then: it is as large again
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", BIN]))
+        return folder
     except Exception as error:  # the Hub's errors share no base class
         raise CheckpointError(
-            f"{name}: no such folder, and the Hub did not give it either: {error}"
-        ) from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: not a model folder, {path.name} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent}: {path.name} is missing; this reads safetensors weights only"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: broken or truncated safetensors file ({error}); copy it again"
+            f"{name}: no such file or folder, and the Hub did not give it either: {error}"
         ) from error
 
 
@@ -271,11 +283,11 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _to_hf(config: HubertConfig, phonemes: PhonemeSet | None) -> dict:
+def _to_hf(config: HubertConfig, ctc: HubertForCtc | None, phonemes: PhonemeSet | None) -> dict:
     hf = {key: getattr(config, name) for name, key in _HF_KEYS.items()}
     return hf | {
         "model_type": "hubert",
-        "architectures": ["HubertModel" if phonemes is None else "HubertForCTC"],
+        "architectures": ["HubertModel" if ctc is None else "HubertForCTC"],
         "num_feat_extract_layers": len(config.conv_dims),
         "feat_extract_activation": "gelu",
         "hidden_act": "gelu",
@@ -283,13 +295,14 @@ def _to_hf(config: HubertConfig, phonemes: PhonemeSet | None) -> dict:
         "final_dropout": 0.0,
         "ctc_loss_reduction": "sum",
         "ctc_zero_infinity": True,
-        "vocab_size": 32 if phonemes is None else len(phonemes),
-        "pad_token_id": 0,  # the CTC blank
+        "vocab_size": 32 if ctc is None else ctc.lm_head.out_features,
+        "pad_token_id": 0 if phonemes is None else phonemes.blank,  # the CTC blank
         "torch_dtype": "float32",
     }
 
 
-def _from_hf(path: Path, hf: dict, extra: dict) -> HubertConfig:
+def _fields(path: Path, hf: dict, extra: dict) -> dict[str, Any]:
+    """HubertConfig's fields from config.json, preprocessor_config.json and jahubert.json."""
     wanted = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "feat_proj_layer_norm": True}
     wanted["conv_pos_batch_norm"] = False
     for key, value in wanted.items():
@@ -297,15 +310,11 @@ def _from_hf(path: Path, hf: dict, extra: dict) -> HubertConfig:
             raise CheckpointError(f"{path}/config.json: {key} is {hf[key]!r}; only {value!r} is supported")
     fields = {name: hf[key] for name, key in _HF_KEYS.items() if key in hf}
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    processor = (
-        _read_json(path / "preprocessor_config.json") if (path / "preprocessor_config.json").exists() else {}
-    )
-    fields["normalize"] = bool(processor.get("do_normalize", fields.get("pre_norm", False)))
-    fields.update(extra.get("config", {}))
-    try:
-        return HubertConfig(**fields)
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{path}/config.json: {error}") from error
+    # A folder without processor comes from Hugging Face's script for pretrained models, which writes none.
+    fields["normalize"] = bool(fields.get("pre_norm", False))
+    if (path / "preprocessor_config.json").exists():
+        fields["normalize"] = bool(read_json(path / "preprocessor_config.json").get("do_normalize", True))
+    return fields | extra.get("config", {})
 
 
 def _preprocessor(config: HubertConfig) -> dict:

@@ -1,4 +1,4 @@
-"""The command `jahubert`: transcripts, features and units of audio; what a model or an experiment holds.
+"""The command `jahubert`: transcripts, features and units; what a model or experiment holds; other formats.
 
 Results go to standard output or into the folder given with -o, everything else to standard error. A file that
 fails is reported and the others are still done. Exit status: 0 all done, 2 the user can mend what went wrong
@@ -29,6 +29,7 @@ AUDIO_ENDINGS = (
     ".rf64", ".caf", ".sph", ".nist",
 )  # fmt: skip
 STDIN = "-"
+MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,7 @@ def info(args: argparse.Namespace) -> int:
         "can transcribe": bundle.ctc is not None and bundle.phonemes is not None,
         "units": None if centroids is None else f"{len(centroids)} of layer {bundle.centroid_layer}",
         "codebook": bundle.unit_head.n_units if bundle.unit_head else None,
+        "notes": bundle.notes or None,
     }
     origin = {key: value for key, value in bundle.info.items() if key not in ("config", "phonemes")}
     if args.json:
@@ -266,6 +268,17 @@ def info(args: argparse.Namespace) -> int:
     for key, value in {**facts, **origin}.items():
         if value is not None:
             print(f"{key:16} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    from jahubert import convert as conversion
+
+    done = conversion.convert(args.source, args.target, args.to)
+    for note in done.notes:
+        print(f"not as it was: {note}")
+    print(f"largest absolute difference of the outputs on random audio: {done.difference:.3g}")
+    print(f"done: {args.target}")
     return 0
 
 
@@ -290,9 +303,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def audio(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("audio", nargs="+", help="audio files, folders, or - for standard input")
-        sub.add_argument(
-            "--model", metavar="SRC", help="bundle folder or Hub name (default: the built-in model)"
-        )
+        sub.add_argument("--model", metavar="SRC", help=f"{MODEL} (default: the built-in model)")
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
 
     def chunked(sub: argparse.ArgumentParser) -> None:
@@ -303,20 +314,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(transcribe, "write down what is said in audio, in kana and phonemes with times")
     audio(sub)
-    sub.add_argument(
-        "-f", "--format", choices=[*writers.FORMATS, "all"], default="text", help="default: text"
-    )
+    formats = [*writers.FORMATS, "all"]
+    sub.add_argument("-f", "--format", choices=formats, default="text", help="default: text")
     sub.add_argument("-o", "--output", metavar="DIR", help="write one file a recording (and format) there")
-    sub.add_argument(
-        "--beam", type=int, default=20, metavar="N", help="width of the beam search (default: 20)"
-    )
+    sub.add_argument("--beam", type=int, default=20, metavar="N", help="width of the search (default: 20)")
 
     sub = command(features, "write the frames of an encoder layer as float32 .npy (frames, dim)")
     audio(sub)
     sub.add_argument("-o", "--output", metavar="DIR", required=True, help="write one .npy a recording there")
-    sub.add_argument(
-        "--layer", type=int, metavar="N", help="output of block N; 0: its input (default: the last)"
-    )
+    sub.add_argument("--layer", type=int, metavar="N", help="output of block N (default: the last)")
     chunked(sub)
 
     sub = command(units, "print the discrete units of audio, 50 a second")
@@ -326,8 +332,13 @@ def build_parser() -> argparse.ArgumentParser:
     chunked(sub)
 
     sub = command(info, "say what a model is")
-    sub.add_argument("source", metavar="SRC", help="bundle folder or Hub name")
+    sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    sub = command(convert, "write a model in another format, read it again and compare")
+    sub.add_argument("source", metavar="SRC", help=MODEL)
+    sub.add_argument("target", metavar="DST", help="new folder (hf) or file (fairseq, torchaudio)")
+    sub.add_argument("--to", required=True, choices=["hf", "fairseq", "torchaudio"], help="its format")
 
     sub = command(status, "say which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")

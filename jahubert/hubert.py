@@ -47,6 +47,9 @@ class HubertConfig:
     pos_conv_groups: int = 16
     norm_eps: float = 1e-5
     normalize: bool = False  # waveforms to zero mean and unit variance, per utterance
+    # On that variance: Hugging Face 1e-7, fairseq and torchaudio 1e-5. It belongs to weights from elsewhere
+    # and is no setting of a training, so the records of stages leave it out ("free").
+    normalize_eps: float = field(default=1e-7, metadata={"free": True})
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation_dropout: float = 0.0
@@ -244,7 +247,7 @@ class HubertModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source) -> HubertModel:
-        """The encoder of a bundle folder, in eval mode (see `jahubert.checkpoint.load_bundle`)."""
+        """The encoder of anything that `jahubert.checkpoint.load_bundle` opens, in eval mode."""
         from jahubert.checkpoint import load_bundle
 
         return load_bundle(source).model
@@ -322,9 +325,10 @@ class HubertModel(nn.Module):
         if max(lengths) > width or len(lengths) != batch:
             raise AudioError(f"lengths {lengths} do not fit waveforms of shape {tuple(wav_BT.shape)}")
         rows = [wav_T[:n] for wav_T, n in zip(wav_BT, lengths, strict=True)]
-        return [_normalize(wav_T) for wav_T in rows] if self.config.normalize else rows
+        eps = self.config.normalize_eps
+        return [_normalize(wav_T, eps) for wav_T in rows] if self.config.normalize else rows
 
 
-def _normalize(wav_T: Tensor) -> Tensor:
-    """Zero mean, unit variance; the epsilon is the one of Hugging Face's feature extractor."""
-    return (wav_T - wav_T.mean()) / torch.sqrt(wav_T.var(unbiased=False) + 1e-7)
+def _normalize(wav_T: Tensor, eps: float) -> Tensor:
+    """Zero mean, unit variance."""
+    return (wav_T - wav_T.mean()) / torch.sqrt(wav_T.var(unbiased=False) + eps)

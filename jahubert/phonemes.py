@@ -280,12 +280,16 @@ def _mark_parts(text: str, surface: str) -> str:
 
 @dataclass(frozen=True)
 class PhonemeSet:
-    """The symbols of a CTC head, by index: 0 is blank, 1 the word boundary, then the phones."""
+    """The symbols of a CTC head, by index: blank, the word boundary, and the phones.
+
+    Heads made here have blank and boundary first; those of other projects have them anywhere, may have no
+    boundary, and may know kana or characters in place of phones.
+    """
 
     symbols: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.symbols[:2] != (BLANK, BOUNDARY) or len(set(self.symbols)) != len(self.symbols):
+        if BLANK not in self.symbols or len(set(self.symbols)) != len(self.symbols):
             raise DataError(f"a phoneme set is {BLANK}, {BOUNDARY} and distinct phones, not {self.symbols}")
         object.__setattr__(self, "_index", {symbol: i for i, symbol in enumerate(self.symbols)})
 
@@ -296,11 +300,18 @@ class PhonemeSet:
 
     @property
     def blank(self) -> int:
-        return 0
+        return self.__dict__["_index"][BLANK]
 
     @property
     def boundary(self) -> int:
-        return 1
+        """Index of the word boundary; -1, which no label is, where there is none."""
+        return self.__dict__["_index"].get(BOUNDARY, -1)
+
+    @property
+    def spells_phones(self) -> bool:
+        """Whether the symbols are phones, which have a spelling in kana; names in brackets do not count."""
+        own = (s for s in self.symbols if s not in (BLANK, BOUNDARY) and not re.fullmatch(r"<.*>|\[.*\]", s))
+        return all(symbol in PHONES for symbol in own)
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -313,10 +324,10 @@ class PhonemeSet:
         index: dict[str, int] = self.__dict__["_index"]
         labels: list[int] = []
         for word in words:
-            if labels and word:
+            if labels and word and self.boundary >= 0:
                 labels.append(self.boundary)
             for phone in word:
-                if index.get(phone, 0) <= self.boundary:
+                if phone in (BLANK, BOUNDARY) or phone not in index:
                     raise DataError(f"{phone!r} in {' '.join(word)!r} is not one of this model's phones")
                 labels.append(index[phone])
         return labels

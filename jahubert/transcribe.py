@@ -108,10 +108,10 @@ class Transcriber:
             )
         bundle = load_bundle(source)
         if bundle.ctc is None or bundle.phonemes is None:
-            lacks = "no CTC head" if bundle.ctc is None else "no phoneme set (jahubert.json)"
+            lacks = "no CTC head" if bundle.ctc is None else "no symbols (vocab.json)"
             raise CheckpointError(
                 f"{os.fspath(source)} has {lacks}, so it cannot transcribe; take a bundle that "
-                "stage finetune wrote"
+                "stage finetune wrote, or another CTC model"
             )
         return cls(bundle.ctc, bundle.phonemes, **options)
 
@@ -244,7 +244,7 @@ def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Word:
     n_frames = sum(s.end - s.start for s in spans)
     score = sum(s.score * (s.end - s.start) for s in spans) / n_frames
     try:
-        kana = phones_to_kana(phones)
+        kana = phones_to_kana(phones) if phonemes.spells_phones else "".join(phones)
     except DataError:  # a model with symbols of its own has no kana
         kana = "".join(phones)
     return Word(kana, phones, times[0][0], times[-1][1], score, times)

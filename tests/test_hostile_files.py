@@ -178,6 +178,15 @@ def test_values_that_are_not_there(tmp_path):
         refused(tmp_path / f"{change}.pt", "damaged", f"{change}.pt")
 
 
+def test_numbers_that_would_take_all_memory(tmp_path):
+    """A place far behind the end of the memo; a tensor that repeats one value beyond all bounds."""
+    assert read_pickled(program(tmp_path, b"\x80\x02}r\xff\xff\xff\xff.")) == {}
+    content = fairseq_content()
+    content["model"]["mask_emb"] = torch.zeros(1).expand(10**12)
+    torch.save(content, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "damaged", "(1000000000000,)")
+
+
 def test_weights_that_do_not_fit(folder):
     weights = load_file(folder / "model.safetensors")
     key = "hubert.encoder.layers.1.layer_norm.weight"
@@ -272,3 +281,6 @@ def test_vocabularies_that_do_not_fit(folder):
     (folder / "vocab.json").write_text(json.dumps({"<pad>": 0, "a": 1, "|": 7}))
     found = load_bundle(folder).phonemes
     assert found.symbols[:3] == ("<blank>", "a", "<2>") and found.boundary == 7
+    for damaged in ({"format": None}, {"config": 3}, {"config": {"teapot": 1}}, {"phonemes": [1]}):
+        (folder / "jahubert.json").write_text(json.dumps(damaged))
+        refused(folder, str(folder))
