@@ -152,7 +152,8 @@ def _read_old(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is none can cause
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Of what torch says the first sentence: the next ones advise to load it without restriction.
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise CheckpointError(
             f"{path}: neither safetensors nor a whole PyTorch file ({reason}); copy it again"
         ) from error

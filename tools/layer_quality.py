@@ -2,7 +2,7 @@
 
     python tools/layer_quality.py exp/demo --iterations 1 2 --clusters 100 500
 
-Needs a corpus whose manifest has phone times.
+Phone times are the corpus's own or, where it has none, those that `decode.align_splits` had made.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from jahubert.train.features import HubertLayer
 from jahubert.train.kmeans import assign, fit_kmeans
 from jahubert.train.manifest import Manifest
 from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
+from jahubert.train.report import phone_times
 from jahubert.train.streaming import stream_features
 
 
@@ -30,12 +31,16 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=2, help="take every n-th utterance")
     args = parser.parse_args()
     manifest = Manifest(args.exp / "prepare" / "manifest.arrow")
-    rows = [row for row in range(0, len(manifest), args.every) if manifest[row].alignment]
-    said = [phone_frames(manifest[r].alignment, HUBERT.n_frames(manifest[r].n_samples), HUBERT) for r in rows]
+    times, source = phone_times(args.exp, manifest)
+    if not times:
+        parser.error(f"{args.exp}: no phone times, neither in the manifest nor from decode.align_splits")
+    rows = sorted(times)[:: args.every]
+    said = [phone_frames(times[r], HUBERT.n_frames(manifest[r].n_samples), HUBERT) for r in rows]
     flat = [phone for phones in said for phone in phones]
     known = np.array([phone is not None for phone in flat])
     names = sorted({phone for phone in flat if phone is not None})
     phone_N = np.array([names.index(phone) for phone in flat if phone is not None])
+    print(f"{len(rows)} utterances, phone times: {source}")
     print(f"{'iteration':>9}{'layer':>7}{'K':>6}{'PNMI':>8}{'phone purity':>14}{'cluster purity':>16}")
     for iteration in args.iterations:
         model = load_bundle(args.exp / f"iter{iteration}" / "pretrain").model

@@ -27,8 +27,8 @@ class Parallel:
     """Calls the module and decides when its gradients are summed over the processes.
 
     Args:
-        module: already on its device. `module.blocks`, where it has them, are sharded one by one, so that
-            only one of them is whole at a time.
+        module: already on its device. Its `blocks` are sharded one by one, so that only one of them is
+            whole at a time.
         sharded: FSDP2 instead of DDP. Every process must run the same blocks in the same order.
     """
 
@@ -43,7 +43,7 @@ class Parallel:
             return
         from torch.distributed.fsdp import fully_shard
 
-        for part in [*cast(Any, getattr(module, "blocks", ())), module]:
+        for part in [*cast(Any, module.blocks), module]:
             fully_shard(part)
             self.blocks.append(part)
 

@@ -62,25 +62,28 @@ def label_stores(exp: Path) -> dict[str, LabelStore]:
     }
 
 
-def phone_counts(exp: Path) -> PhoneCounts | None:
-    """Phones against units, frame by frame; None without units or phone times.
+def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, ...]], str]:
+    """Phones of each row that has any, and where they are from.
 
     The times are the corpus's own where it has them, else forced alignments that `decode` wrote.
     """
+    times = {row: manifest[row].alignment for row in range(len(manifest))}
+    times = {row: phones for row, phones in times.items() if phones}
+    if times:
+        return times, "corpus"
+    for path in sorted(exp.glob("systems/*/decode/alignment.jsonl")):
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        times = {line["row"]: tuple(Phone(*phone) for phone in line["phones"]) for line in lines}
+        return times, f"forced alignment by {path.parent.parent.name}"
+    return {}, ""
+
+
+def phone_counts(exp: Path) -> PhoneCounts | None:
+    """Phones against units, frame by frame; None without units or phone times."""
     stores = label_stores(exp)
     if not stores:
         return None
-    manifest = Manifest(exp / "prepare" / "manifest.arrow")
-    times = {row: manifest[row].alignment for row in range(len(manifest))}
-    times = {row: phones for row, phones in times.items() if phones}
-    source = "corpus"
-    if not times:
-        source = "forced alignment"
-        for path in sorted(exp.glob("systems/*/decode/alignment.jsonl")):
-            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            times = {line["row"]: tuple(Phone(*phone) for phone in line["phones"]) for line in lines}
-            source = f"forced alignment by {path.parent.parent.name}"
-            break
+    times, source = phone_times(exp, Manifest(exp / "prepare" / "manifest.arrow"))
     if not times:
         return None
     names = sorted({phone.symbol for alignment in times.values() for phone in alignment})

@@ -10,13 +10,13 @@ a sequence here (`log_add`), as ours does; it has neither lexicon nor language m
 """
 
 import argparse
-import importlib
 import math
 import statistics
 import time
 from collections import defaultdict
 
 import torch
+from peers import importable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,15 +78,6 @@ def true_scores(logp_BSV: Tensor, answers: list[tuple[int, ...]]) -> Tensor:
     target = torch.tensor([label for answer in answers for label in answer], dtype=torch.long)
     frames = torch.full((len(answers),), logp_BSV.shape[1])
     return -F.ctc_loss(logp_BSV.double().transpose(0, 1), target, frames, n_B, reduction="none")
-
-
-def importable(name: str) -> bool:
-    """Whether a peer is there and works: torchaudio beside another torch fails in ways of its own."""
-    try:
-        importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
 
 
 def check(symbols: int, beam: int) -> None:

@@ -12,7 +12,6 @@ ours does.
 """
 
 import argparse
-import importlib
 import json
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from peers import importable
 from torch import Tensor, nn
 
 from jahubert.hubert import HubertConfig, HubertModel
@@ -119,15 +119,6 @@ def work(kind: str, layer: int, folder: Path, args) -> None:
         seconds.append(time.perf_counter() - started)
     torch.save(out[0].float().cpu(), folder / f"{kind}_{layer}.pt")
     print(json.dumps({"seconds": statistics.median(seconds[1:]), "memory": peak(device) - base}))
-
-
-def importable(name: str) -> bool:
-    """Whether a peer is there and works: torchaudio beside another torch fails in ways of its own."""
-    try:
-        importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
 
 
 def measure(kind: str, layer: int, folder: Path) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from jahubert.train.kmeans import assign, fit_kmeans
+from jahubert.train.kmeans_peers import sklearn_kmeans
 
 
 def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -30,25 +31,6 @@ def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:
         noise = width[owner, None] * rng.standard_normal((len(owner), dim))
         x_ND[start : start + len(owner)] = (centres[owner] + noise) @ turn
     return x_ND
-
-
-def fairseq_kmeans(x_ND: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    from sklearn.cluster import MiniBatchKMeans
-
-    fitted = MiniBatchKMeans(
-        n_clusters=clusters,
-        init="k-means++",
-        max_iter=100,
-        batch_size=10_000,
-        tol=0.0,
-        max_no_improvement=100,
-        init_size=None,
-        n_init=20,
-        reassignment_ratio=0.0,
-        compute_labels=False,
-        random_state=seed,
-    ).fit(x_ND)
-    return fitted.cluster_centers_.astype(np.float32)
 
 
 def fairseq_assign(x_ND: np.ndarray, centroids_KD: np.ndarray) -> np.ndarray:
@@ -99,7 +81,7 @@ def main() -> None:
                 seed=seed, device=args.device,
             )
         )  # fmt: skip
-        peer_s, peer = timed(lambda seed=seed: fairseq_kmeans(fit_ND, args.clusters, seed))
+        peer_s, peer = timed(lambda seed=seed: sklearn_kmeans(fit_ND, args.clusters, seed))
         centroids_KD = own.centroids_KD.numpy()
         rows.append((own_s, peer_s, inertia(test_ND, centroids_KD), inertia(test_ND, peer)))
         print(

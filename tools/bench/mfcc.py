@@ -8,13 +8,13 @@ one run, medians. The parity check is against Kaldi's arithmetic in float64, wri
 """
 
 import argparse
-import importlib
 import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from peers import importable
 from torch import Tensor
 
 from jahubert.frames import SAMPLE_RATE
@@ -51,15 +51,6 @@ def reference(wav_T: np.ndarray) -> np.ndarray:
 def slope(x: np.ndarray) -> np.ndarray:
     padded = np.pad(x, ((2, 2), (0, 0)), mode="edge")
     return (2 * (padded[4:] - padded[:-4]) + padded[3:-1] - padded[1:-3]) / 10
-
-
-def importable(name: str) -> bool:
-    """Whether a peer is there and works: torchaudio beside another torch fails in ways of its own."""
-    try:
-        importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
 
 
 def peer() -> tuple[str, Callable[[Tensor], Tensor]]:

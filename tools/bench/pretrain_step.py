@@ -15,7 +15,6 @@ agree on the same weights, without dropout.
 
 import argparse
 import ctypes
-import importlib
 import json
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peers import importable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,15 +115,6 @@ class Torchaudio(nn.Module):
 
 
 KINDS = {"ours": Ours, "transformers": Transformers, "torchaudio": Torchaudio}
-
-
-def importable(name: str) -> bool:
-    """Whether a peer is there and works: torchaudio beside another torch fails in ways of its own."""
-    try:
-        importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
 
 
 def make_batch(lengths: list[float], device: torch.device) -> Batch:
