@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jahubert.checkpoint import Bundle, load_bundle, save_bundle
     from jahubert.decode import Hypothesis, Span, beam_search, forced_align, greedy
     from jahubert.errors import JahubertError, UserError
-    from jahubert.extract import FeatureExtractor, UnitExtractor
+    from jahubert.extract import FeatureExtractor, LayerFeatures, UnitExtractor
     from jahubert.frames import FrameGrid
     from jahubert.heads import HubertForCtc, UnitHead
     from jahubert.hubert import Encoded, HubertConfig, HubertModel
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     # use a model
     "FeatureExtractor",
+    "LayerFeatures",
     "UnitExtractor",
     "Transcriber",
     "Transcript",
@@ -67,7 +68,7 @@ _HOME = {
     "checkpoint": ("Bundle", "load_bundle", "save_bundle"),
     "decode": ("Hypothesis", "Span", "beam_search", "forced_align", "greedy"),
     "errors": ("JahubertError", "UserError"),
-    "extract": ("FeatureExtractor", "UnitExtractor"),
+    "extract": ("FeatureExtractor", "LayerFeatures", "UnitExtractor"),
     "frames": ("FrameGrid",),
     "heads": ("HubertForCtc", "UnitHead"),
     "hubert": ("Encoded", "HubertConfig", "HubertModel"),

@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,6 +80,35 @@ def load_audio(
     return torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
 
 
+def stream_audio(
+    source: AudioLike, sample_rate: int | None = None, *, block_seconds: float = 10.0
+) -> Iterator[torch.Tensor]:
+    """The samples of `load_audio(source)` in blocks (T,), so that memory does not grow with a file.
+
+    They are the same bit for bit, MP3 up to its decoder's rounding (1e-7). Blocks have about `block_seconds`.
+    What is wrong with the end of a file raises when it is reached. A range of bytes (`AudioSource`) and an
+    open stream are read as they are, compressed, before they are decoded.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        yield from load_audio(source, sample_rate).split(max(1, round(block_seconds * SAMPLE_RATE)))
+        return
+    with _Opened(source) as opened:
+        rate, n_read, n_given = opened.file.samplerate, 0, 0
+        resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, quality="HQ")
+        empty = np.zeros(0, np.float32)
+        for frames_TC in chain(opened.blocks(max(1, round(block_seconds * rate))), [None]):
+            wav_T = empty if frames_TC is None else _mono(frames_TC)
+            _check_finite(wav_T, opened.name, n_read)
+            n_read += len(wav_T)
+            if resampler is not None:
+                wav_T = resampler.resample_chunk(wav_T, last=frames_TC is None)
+            if len(wav_T):
+                n_given += len(wav_T)
+                yield torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
+        if n_given == 0:
+            raise AudioError(f"{opened.name} holds no audio (0 samples)")
+
+
 def audio_length(source: AudioLike, sample_rate: int | None = None) -> int:
     """How many 16 kHz samples `load_audio(source)` returns, from the header wherever that can be trusted.
 
@@ -136,27 +167,49 @@ class _Opened:
             if file.frames >= _UNKNOWN:
                 return self._read_blocks(start, n)
             if file.format == "MP3":  # its seeking is not exact to the sample
-                promised = file.frames if self._xing else 0
-                return self._promise(promised - 4 * 1152, file.read(dtype="float32", always_2d=True))[
-                    start : None if n is None else start + n
-                ]
+                whole = self._promise(self._promised(), file.read(dtype="float32", always_2d=True))
+                return whole[start : None if n is None else start + n]
             start = min(start, file.frames)
             wanted = file.frames - start if n is None else min(n, file.frames - start)
             if start:
                 file.seek(start)
             return self._promise(wanted, file.read(wanted, dtype="float32", always_2d=True))
         except (soundfile.SoundFileError, RuntimeError) as error:
-            raise AudioError(
-                f"{self.name} is truncated or damaged: its samples cannot all be decoded"
-            ) from error
+            raise self._damaged() from error
+
+    def blocks(self, n: int) -> Iterator[np.ndarray]:
+        """Like `read`, from the start to the end, `n` frames at a time."""
+        file, n_read = self.file, 0
+        try:
+            while len(block := file.read(n, dtype="float32", always_2d=True)):
+                n_read += len(block)
+                yield block
+        except (soundfile.SoundFileError, RuntimeError) as error:
+            raise self._damaged() from error
+        if n_read < self._promised():
+            raise self._too_short(self._promised(), n_read)
+
+    def _promised(self) -> int:
+        """The frames that the header says there are, as far as it can be believed."""
+        if self.file.frames >= _UNKNOWN:
+            return 0
+        if self.file.format == "MP3":
+            return max(0, self.file.frames - 4 * 1152) if self._xing else 0
+        return self.file.frames
+
+    def _damaged(self) -> AudioError:
+        return AudioError(f"{self.name} is truncated or damaged: its samples cannot all be decoded")
 
     def _promise(self, wanted: int, got: np.ndarray) -> np.ndarray:
         if len(got) < wanted:
-            raise AudioError(
-                f"{self.name} is truncated: its header promises {self.file.frames} samples, "
-                f"but {len(got)} of the {wanted} asked for could be decoded"
-            )
+            raise self._too_short(wanted, len(got))
         return got
+
+    def _too_short(self, wanted: int, got: int) -> AudioError:
+        return AudioError(
+            f"{self.name} is truncated: its header promises {self.file.frames} samples, "
+            f"but {got} of the {wanted} asked for could be decoded"
+        )
 
     def _read_blocks(self, start: int, n: int | None) -> np.ndarray:
         blocks = [np.zeros((0, self.file.channels), np.float32)]
@@ -278,9 +331,9 @@ def _mono(frames_TC: np.ndarray) -> np.ndarray:
     return frames_TC.mean(axis=1, dtype=np.float32)
 
 
-def _check_finite(wav_T: np.ndarray, name: str) -> None:
+def _check_finite(wav_T: np.ndarray, name: str, start: int = 0) -> None:
     if not np.isfinite(wav_T).all():
-        bad = int(np.flatnonzero(~np.isfinite(wav_T))[0])
+        bad = start + int(np.flatnonzero(~np.isfinite(wav_T))[0])
         raise AudioError(f"{name} holds a NaN or infinite sample (the first one at position {bad})")
 
 

@@ -65,7 +65,7 @@ _HF_KEYS = {
 }
 # Fields that Hugging Face has no key for.
 _OWN_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")
-BIN = "pytorch_model.bin"
+SAFE, BIN = "model.safetensors", "pytorch_model.bin"
 SPECIAL_ROWS = "special_rows"  # beside the tensors of the pretraining head
 HEAD = "lm_head.weight"  # of a CTC model
 
@@ -107,7 +107,7 @@ def save_bundle(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     weights: nn.Module = ctc if ctc is not None else hubert
-    save_file(_plain(weights.state_dict()), beside / "model.safetensors", metadata={"format": "pt"})
+    save_file(_plain(weights.state_dict()), beside / SAFE, metadata={"format": "pt"})
     _write_json(beside / "config.json", _to_hf(hubert.config, ctc, phonemes))
     _write_json(beside / "preprocessor_config.json", _preprocessor(hubert.config))
     if ctc is not None and phonemes is not None:
@@ -189,11 +189,9 @@ def _read_folder(path: Path) -> Parts:
             f"{path}: written in format {extra['format']}, but this jahubert reads up to {FORMAT}; "
             "update jahubert"
         )
-    safe = path / "model.safetensors"
-    file = safe if safe.exists() or not (path / BIN).exists() else path / BIN
     # transformers names the weight norm after whichever torch API saved it, and puts `hubert.` before the
     # names of an encoder under a head.
-    weights = {_own_name(name): tensor for name, tensor in loaded(read_tensors(file)).items()}
+    weights = {_own_name(name): tensor for name, tensor in _weights(path).items()}
     config = make_config(path, visible_fields(path, weights, str), _fields(path, hf, extra))
     parts = Parts(config, weights, info=extra)
     if "masked_spec_embed" not in weights:  # Hugging Face leaves it out of models saved without masking
@@ -210,6 +208,25 @@ def _read_folder(path: Path) -> Parts:
     if (path / "centroids.safetensors").exists():
         parts.centroids_KD = _tensors_with(path / "centroids.safetensors", "centroids_KD")["centroids_KD"]
     return parts
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a Hugging Face folder, from one file or from the shards that an index names."""
+    file = next((path / name for name in (SAFE, BIN) if (path / name).exists()), path / SAFE)
+    index = next(
+        (path / f"{name}.index.json" for name in (SAFE, BIN) if (path / f"{name}.index.json").exists()), None
+    )
+    if file.exists() or index is None:
+        return loaded(read_tensors(file))
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        os.path.basename(str(name)) == name for name in shards.values()
+    ):
+        raise CheckpointError(f"{index}: weight_map must name files of this folder; copy the file again")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(shards.values())):
+        tensors |= loaded(read_tensors(path / name))
+    return tensors
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -270,8 +287,8 @@ def _find(source: str | os.PathLike) -> Path:
         raise MissingExtraError("huggingface_hub", "train") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        if not (folder / "model.safetensors").exists():  # only then: it is as large again
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", BIN]))
+        if not list(folder.glob("*.safetensors")):  # only then: it is as large again
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
         return folder
     except Exception as error:  # the Hub's errors share no base class
         raise CheckpointError(

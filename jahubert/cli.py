@@ -14,120 +14,19 @@ import io
 import json
 import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jahubert
 from jahubert import writers
 from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
+from jahubert.inputs import STDIN, Input, Report, complain, find_inputs, names_wanted
 
-AUDIO_ENDINGS = (
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64",
-    ".rf64", ".caf", ".sph", ".nist",
-)  # fmt: skip
-STDIN = "-"
+# Adds a subcommand: the function that it runs, and what it does in a few words.
+Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
-
-
-@dataclass(frozen=True)
-class Input:
-    """One recording: how it is called, and the name of its results below the output folder."""
-
-    label: str
-    base: Path
-
-    def open(self) -> Path | io.BytesIO:
-        """What `load_audio` takes."""
-        return io.BytesIO(sys.stdin.buffer.read()) if self.label == STDIN else Path(self.label)
-
-
-def find_inputs(
-    arguments: Sequence[str], into: str | None, ending: str
-) -> tuple[list[Input], dict[str, AudioError]]:
-    """Files, the audio files below folders, and standard input; and the folders that hold none.
-
-    ConfigError if two would write the same file below `into`.
-    """
-    found: list[Input] = []
-    empty: dict[str, AudioError] = {}
-    for argument in arguments:
-        path = Path(argument)
-        if argument == STDIN:
-            found.append(Input(STDIN, Path("stdin")))
-        elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS and p.is_file())
-            found += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
-            if not files:
-                empty[argument] = AudioError(
-                    f"{argument}: no audio file in it (endings: {' '.join(AUDIO_ENDINGS)})"
-                )
-        else:
-            found.append(Input(argument, Path(path.stem)))
-    if [item.label for item in found].count(STDIN) > 1:
-        raise ConfigError("standard input (-) can be given only once")
-    if into is not None:
-        if Path(into).exists() and not Path(into).is_dir():
-            raise ConfigError(f"-o {into} is a file; give a folder")
-        owner: dict[Path, str] = {}
-        for item in found:
-            other = owner.setdefault(item.base, item.label)
-            if other is not item.label:
-                target = Path(into, str(item.base) + ending)
-                raise ConfigError(
-                    f"{other} and {item.label} would both write {target}; use two runs with two folders"
-                )
-    return found, empty
-
-
-def names_wanted(arguments: Sequence[str]) -> bool:
-    """Whether a line of results must say whose it is: not for a single file, always for a folder."""
-    return len(arguments) > 1 or Path(arguments[0]).is_dir()
-
-
-class Report:
-    """Counts what failed, says it on standard error, and shows how far we are if somebody is looking."""
-
-    def __init__(self, inputs: Sequence[Input], empty: dict[str, AudioError]):
-        self.n_inputs, self.n_seen, self.failed, self.status = len(inputs) + len(empty), 0, 0, 0
-        self.shows = self.n_inputs > 1 and sys.stderr.isatty()
-        for label, error in empty.items():
-            self.failure(label, error)
-            self.seen(label)
-
-    def seen(self, label: str) -> None:
-        """One more is done, well or not."""
-        self.n_seen += 1
-        if self.shows:
-            end = "\n" if self.n_seen == self.n_inputs else ""
-            print(f"\r\x1b[K[{self.n_seen}/{self.n_inputs}] {label}", end=end, file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """Make room for a line of results or an error."""
-        if self.shows:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def failure(self, label: str, error: Exception) -> None:
-        self.clear()
-        self.failed += 1
-        if not isinstance(error, UserError | OSError):
-            traceback.print_exception(error, file=sys.stderr)
-            self.status = 1
-        elif self.status == 0:
-            self.status = error.exit_status if isinstance(error, UserError) else 2
-        message = str(error) or type(error).__name__
-        complain(message if label in message and label != STDIN else f"{label}: {message}")
-
-    def finish(self) -> int:
-        if self.failed and self.n_inputs > 1:
-            complain(f"{self.failed} of {self.n_inputs} failed")
-        return self.status
-
-
-def complain(message: object) -> None:
-    print(f"jahubert: error: {message}", file=sys.stderr)
 
 
 def model_source(args: argparse.Namespace) -> str | Path:
@@ -210,14 +109,44 @@ def save_array(array: Any, folder: str, item: Input) -> None:
 
 
 def features(args: argparse.Namespace) -> int:
-    inputs, empty = find_inputs(args.audio, args.output, ".npy")
+    from jahubert.feature_files import FeatureFiles, parts_folder
+
+    inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), ".npy")
     source = model_source(args)
+    import torch
+
+    from jahubert.checkpoint import weights_hash
     from jahubert.extract import FeatureExtractor
 
     extractor = FeatureExtractor.from_pretrained(
-        source, args.layer, device=args.device, chunk_seconds=args.chunk_seconds
-    )
-    return each(inputs, empty, lambda item: save_array(extractor(item.open()), args.output, item))
+        source, args.layer, weights=args.weights, device=args.device, dtype=getattr(torch, args.dtype),
+        chunk_seconds=args.chunk_seconds,
+    )  # fmt: skip
+    names = ("layer", "weights", "dtype", "chunk_seconds")
+    settings = {"model": weights_hash(extractor.model)} | {name: getattr(args, name) for name in names}
+    files = FeatureFiles(Path(args.output), settings)
+    report = Report(inputs, empty)
+    todo = [item for item in inputs if item.label == STDIN or not files.has(item.base, Path(item.label))]
+    if len(todo) < len(inputs):
+        report.clear()
+        print(f"{len(inputs) - len(todo)} of {len(inputs)} are there already", file=sys.stderr)
+        report.n_seen += len(inputs) - len(todo)
+    whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
+    for item in todo:
+        try:
+            if args.chunk_seconds is None:
+                found = next(whole)
+                if isinstance(found, Exception):
+                    raise found
+                pieces: Iterable[Any] = [found]
+            else:
+                pieces = extractor.stream(item.open())
+            files.write(item.base, pieces, extractor.features.shape)
+        except Exception as error:
+            report.failure(item.label, error)
+        report.seen(item.label)
+    files.finish()
+    return report.finish()
 
 
 def units(args: argparse.Namespace) -> int:
@@ -289,6 +218,18 @@ def status(args: argparse.Namespace) -> int:
     return 0
 
 
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def layers(text: str) -> int | list[int] | str:
+    """6, 3,6,9 or all."""
+    if text == "all":
+        return text
+    found = [int(part) for part in text.split(",")]
+    return found if "," in text else found[0]
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jahubert", description="HuBERT and Japanese speech recognition.")
     parser.add_argument("--version", action="version", version=f"jahubert {jahubert.__version__}")
@@ -300,6 +241,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(run=run)
         return sub
+
+    audio_commands(command)
+    model_commands(command)
+    return parser
+
+
+def audio_commands(command: Command) -> None:
+    """What is done with recordings."""
 
     def audio(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("audio", nargs="+", help="audio files, folders, or - for standard input")
@@ -319,10 +268,23 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", metavar="DIR", help="write one file a recording (and format) there")
     sub.add_argument("--beam", type=int, default=20, metavar="N", help="width of the search (default: 20)")
 
-    sub = command(features, "write the frames of an encoder layer as float32 .npy (frames, dim)")
+    sub = command(features, "write the frames of encoder layers as float32 .npy (frames, dim)")
     audio(sub)
-    sub.add_argument("-o", "--output", metavar="DIR", required=True, help="write one .npy a recording there")
-    sub.add_argument("--layer", type=int, metavar="N", help="output of block N (default: the last)")
+    sub.add_argument(
+        "-o", "--output", metavar="OUT", required=True,
+        help="write one .npy a recording into this folder, or all into this file, if it ends in .safetensors",
+    )  # fmt: skip
+    sub.add_argument(
+        "--layer", type=layers, metavar="N",
+        help="output of block N (default: the last); 3,6,9 or all give (frames, layers, dim)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--weights", type=numbers, metavar="W,W", help="write the sum of the layers, each times its weight"
+    )
+    sub.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="of the computation (default: float32)",
+    )  # fmt: skip
     chunked(sub)
 
     sub = command(units, "print the discrete units of audio, 50 a second")
@@ -331,6 +293,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--unique", action="store_true", help="merge repeated units")
     chunked(sub)
 
+
+def model_commands(command: Command) -> None:
+    """What is done with models and experiments."""
     sub = command(info, "say what a model is")
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -342,7 +307,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(status, "say which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,25 +1,29 @@
-"""Frames from audio: features of any layer, and units (the nearest centroid of each frame)."""
+"""Frames from audio: features of one layer or several, and units (the nearest centroid of each frame)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jahubert.audio import AudioLike, load_audio
+from jahubert.audio import AudioLike, load_audio, stream_audio
 from jahubert.checkpoint import Bundle, load_bundle
+from jahubert.chunks import chunk_size, encode_all, encode_stream
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.hubert import HubertModel
 
-OVERLAP_SECONDS = 4.0  # of two chunks of a long recording; each half of it is context that is thrown away
-BATCH_SECONDS = 120.0  # of padded audio that goes through the encoder at once
+Layers = int | Sequence[int] | Literal["all"] | None
+STREAM_SECONDS = 30.0  # of a chunk, where none was asked for
+READERS = 2  # threads that read audio ahead
+READ_AHEAD = 32  # recordings
 
-# Encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, D), n_frames_B).
-Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -35,93 +39,114 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return picked
 
 
-def chunk_starts(n_samples: int, grid: FrameGrid, seconds: float | None) -> list[tuple[int, int]]:
-    """Cut a recording into (start, samples), overlapping, each starting on a frame."""
-    if seconds is None:
-        return [(0, n_samples)]
-    overlap = grid.floor(round(OVERLAP_SECONDS * SAMPLE_RATE))
-    chunk = grid.floor(round(seconds * SAMPLE_RATE))
-    if chunk < 2 * overlap:
-        raise ConfigError(
-            f"chunks of {seconds} s are too short: they overlap by {OVERLAP_SECONDS} s; take 8 or more"
-        )
-    chunks, start = [], 0
-    while start + chunk < n_samples:
-        chunks.append((start, chunk))
-        start += chunk - overlap
-    return [*chunks, (start, n_samples - start)]
+def read_ahead(
+    audio: Iterable[AudioLike], sample_rate: int | None = None
+) -> Iterator[tuple[AudioLike, Tensor | Exception]]:
+    """Each recording and its 16 kHz waveform (T,), or why there is none, in order; read in the background."""
+
+    def read(item: AudioLike) -> Tensor | Exception:
+        try:
+            return load_audio(item, sample_rate)
+        except Exception as error:
+            return error
+
+    items = iter(audio)
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: list[tuple[AudioLike, Future]] = []
+        while True:
+            for item in islice(items, READ_AHEAD - len(waiting)):
+                waiting.append((item, pool.submit(read, item)))
+            if not waiting:
+                return
+            item, future = waiting.pop(0)
+            yield item, future.result()
 
 
-def encode_all(
-    wavs: Sequence[Tensor], encode: Encode, grid: FrameGrid, dim: int, chunk_seconds: float | None
-) -> list[Tensor]:
-    """Frames (S, dim) of each waveform, on the CPU; long ones in chunks joined in the middle of the overlap.
+class LayerFeatures(nn.Module):
+    """One layer of an encoder, several, or their weighted sum, as a module to train with.
 
-    A waveform that is shorter than one frame has no frames.
+    A model of another project takes it in as it is: `self.speech = LayerFeatures(hubert, "all", "learn")`.
+    Parameters are those of the encoder, and `mix_L`, the logits of the weights, if they are to be learned
+    (SUPERB, Yang et al. 2021, section 3). Early exit: no block above the last layer is computed.
+
+    Args:
+        model: the encoder, in whatever mode it is in.
+        layer: 1-based block whose output is taken, after residual and norm (Hugging Face and s3prl:
+            `hidden_states[layer]`); 0 is the input of block 1. A sequence of them, or "all", 0 to the last.
+            Default: the encoder's output, behind the closing norm of large models.
+        weights: one factor a layer, or "learn": their softmax, equal at first. Default: no sum.
     """
-    chunks = [
-        (index, start, n)
-        for index, wav in enumerate(wavs)
-        for start, n in chunk_starts(len(wav), grid, chunk_seconds)
-        if grid.n_frames(n)
-    ]
-    parts: dict[tuple[int, int], Tensor] = {}
-    with torch.inference_mode():
-        for batch in _batches(sorted(chunks, key=lambda chunk: -chunk[2])):
-            lengths = [n for _, _, n in batch]
-            wav_BT = torch.zeros(len(batch), lengths[0])
-            for row, (index, start, n) in zip(wav_BT, batch, strict=True):
-                row[:n] = wavs[index][start : start + n]
-            frames_BSD, n_frames_B = encode(wav_BT, lengths)
-            frames_BSD = frames_BSD.cpu()
-            for frames_SD, n_frames, (index, start, _) in zip(frames_BSD, n_frames_B, batch, strict=True):
-                parts[index, start] = frames_SD[: int(n_frames)].clone()
-    return [_join(len(wav), index, parts, grid, dim, chunk_seconds) for index, wav in enumerate(wavs)]
 
+    def __init__(
+        self,
+        model: HubertModel,
+        layer: Layers = None,
+        weights: Sequence[float] | Literal["learn"] | None = None,
+    ):
+        super().__init__()
+        top = model.config.layers
+        chosen = range(top + 1) if layer == "all" else [] if layer is None else layer
+        self.layers: list[int] = [chosen] if isinstance(chosen, int) else list(chosen)  # type: ignore[arg-type]
+        self.single = isinstance(layer, int) or layer is None
+        wrong = [n for n in self.layers if not isinstance(n, int) or not 0 <= n <= top]
+        if wrong or (not self.single and not self.layers):
+            asked = f"layer {wrong[0]}" if wrong else "no layer"
+            raise ConfigError(f"{asked} was asked for, but the model has layers 0 to {top}")
+        if weights is not None and self.single:
+            raise ConfigError("weights are for several layers; give layer as a list, or 'all'")
+        self.hubert = model
+        self.mix_L: Tensor | None = None
+        self.register_buffer("factors_L", None)
+        if isinstance(weights, str):
+            if weights != "learn":
+                raise ConfigError(f"weights is {weights!r}; give one number a layer, or 'learn'")
+            self.mix_L = nn.Parameter(torch.zeros(len(self.layers)))
+        elif weights is not None:
+            if len(weights) != len(self.layers):
+                raise ConfigError(f"{len(weights)} weights were given for {len(self.layers)} layers")
+            self.factors_L = torch.tensor([float(w) for w in weights])
 
-def _batches(chunks: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Chunks, longest first, gathered while their padded length fits."""
-    batch: list[tuple[int, int, int]] = []
-    for chunk in chunks:
-        if batch and (len(batch) + 1) * batch[0][2] > BATCH_SECONDS * SAMPLE_RATE:
-            yield batch
-            batch = []
-        batch.append(chunk)
-    if batch:
-        yield batch
+    @property
+    def weights_L(self) -> Tensor | None:
+        """The factor of each layer in the sum, or None if there is no sum."""
+        return self.factors_L if self.mix_L is None else self.mix_L.softmax(0)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one frame: (D,), or (L, D) for several layers that are not summed."""
+        width = self.hubert.config.width
+        return (width,) if self.single or self.weights_L is not None else (len(self.layers), width)
 
-def _join(
-    n_samples: int,
-    index: int,
-    parts: dict[tuple[int, int], Tensor],
-    grid: FrameGrid,
-    dim: int,
-    seconds: float | None,
-) -> Tensor:
-    """The frames of one waveform from those of its chunks."""
-    starts = [start for start, _ in chunk_starts(n_samples, grid, seconds) if (index, start) in parts]
-    if not starts:
-        return torch.zeros(0, dim)
-    half = grid.floor(round(OVERLAP_SECONDS * SAMPLE_RATE)) // grid.hop // 2
-    kept = []
-    for place, start in enumerate(starts):
-        part = parts[index, start]
-        first = half if place else 0
-        if place + 1 < len(starts):  # the next chunk takes over `half` frames behind its own start
-            part = part[: (starts[place + 1] - start) // grid.hop + half]
-        kept.append(part[first:])
-    return torch.cat(kept)
+    def forward(
+        self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features (B, S, D), or (B, S, L, D), zero behind each utterance, and valid frames (B,).
+
+        Arguments and errors are those of `HubertModel`.
+        """
+        last = max(self.layers) if self.layers else None
+        encoded = self.hubert(
+            wav_BT, n_samples_B, last_layer=last, keep_layers=() if self.single else self.layers
+        )
+        if self.single:
+            return encoded.hidden_BSD, encoded.n_frames_B
+        hidden_BSLD = torch.stack([encoded.layers[number] for number in self.layers], dim=2)
+        weights_L = self.weights_L
+        if weights_L is None:
+            return hidden_BSLD, encoded.n_frames_B
+        return torch.einsum("bsld,l->bsd", hidden_BSLD, weights_L.to(hidden_BSLD)), encoded.n_frames_B
 
 
 class FeatureExtractor:
-    """Features of one encoder layer: `extractor("a.wav")` -> float32 (frames, dim) on the CPU.
+    """Features of encoder layers: `extractor("a.wav")` -> float32 (frames, dim) on the CPU, without gradient.
+
+    Several layers give (frames, layers, dim), a weighted sum of them (frames, dim).
 
     Args:
         model: the encoder; it is put into eval mode and moved to `device`.
-        layer: 1-based block whose output is taken, after residual and norm (Hugging Face and s3prl:
-            `hidden_states[layer]`); 0 is the input of block 1. Default: the encoder's output.
+        layer, weights: as for `LayerFeatures`.
         device: default is the GPU where there is one.
+        dtype: of the matrix products (autocast): torch.float32, bfloat16 or float16. Results are float32.
         chunk_seconds: encode longer recordings in overlapping chunks of this length, which bounds the memory.
             Default: every recording as a whole.
     """
@@ -129,26 +154,28 @@ class FeatureExtractor:
     def __init__(
         self,
         model: HubertModel,
-        layer: int | None = None,
+        layer: Layers = None,
         *,
+        weights: Sequence[float] | None = None,
         device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
         chunk_seconds: float | None = None,
     ):
-        if layer is not None and not 0 <= layer <= model.config.layers:
-            raise ConfigError(
-                f"layer {layer} was asked for, but the model has layers 0 to {model.config.layers}"
-            )
-        self.device = pick_device(device)
-        self.model = model.eval().to(self.device)
-        self.layer, self.chunk_seconds = layer, chunk_seconds
-        chunk_starts(0, self.grid, chunk_seconds)  # refuses lengths that cannot be
+        if dtype not in PRECISIONS:
+            raise ConfigError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
+        self.device, self.dtype, self.chunk_seconds = pick_device(device), dtype, chunk_seconds
+        self.features = LayerFeatures(model, layer, weights).eval().to(self.device)
+        if chunk_seconds is not None:
+            chunk_size(self.grid, chunk_seconds)  # refuses lengths that cannot be
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | os.PathLike, layer: int | None = None, **options
-    ) -> FeatureExtractor:
+    def from_pretrained(cls, source: str | os.PathLike, layer: Layers = None, **options) -> FeatureExtractor:
         """From anything `HubertModel.from_pretrained` opens; `options` as in the constructor."""
         return cls(HubertModel.from_pretrained(source), layer, **options)
+
+    @property
+    def model(self) -> HubertModel:
+        return self.features.hubert
 
     @property
     def grid(self) -> FrameGrid:
@@ -159,12 +186,18 @@ class FeatureExtractor:
     def dim(self) -> int:
         return self.model.config.width
 
+    def times(self, n_frames: int) -> Tensor:
+        """Seconds (frames,), float64, of the middle of what each frame sees."""
+        return (
+            torch.arange(n_frames, dtype=torch.float64) * self.grid.hop + self.grid.center(0)
+        ) / SAMPLE_RATE
+
     @overload
     def __call__(self, audio: AudioLike, sample_rate: int | None = None) -> Tensor: ...
     @overload
     def __call__(self, audio: list | tuple, sample_rate: int | None = None) -> list[Tensor]: ...
     def __call__(self, audio, sample_rate=None):
-        """Features (frames, dim) of a file or array, or a list of them for a list.
+        """Features of a file or array, or a list of them for a list.
 
         `sample_rate` is that of arrays (16 kHz if not given); files know theirs. The result for one recording
         does not depend on the others in the list.
@@ -173,13 +206,53 @@ class FeatureExtractor:
             return self.encode([load_audio(item, sample_rate) for item in audio])
         return self.encode([load_audio(audio, sample_rate)])[0]
 
+    def many(
+        self,
+        audio: Iterable[AudioLike],
+        sample_rate: int | None = None,
+        *,
+        batch_seconds: float = 60.0,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> Iterator[Tensor | Exception]:
+        """Features of many files or arrays, in order, while the next ones are read in the background.
+
+        Recordings are encoded together until they last `batch_seconds`. With `errors="return"` a recording
+        that cannot be read gives its exception in place of features, and the others go on.
+        """
+        waiting: list[Tensor | Exception] = []
+        seconds = 0.0
+        for _, wav in read_ahead(audio, sample_rate):
+            if isinstance(wav, Exception) and errors == "raise":
+                raise wav
+            waiting.append(wav)
+            seconds += 0 if isinstance(wav, Exception) else len(wav) / SAMPLE_RATE
+            if seconds >= batch_seconds or len(waiting) == READ_AHEAD:
+                yield from self._encode_read(waiting)
+                waiting, seconds = [], 0.0
+        yield from self._encode_read(waiting)
+
+    def _encode_read(self, read: list[Tensor | Exception]) -> Iterator[Tensor | Exception]:
+        found = iter(self.encode([wav for wav in read if isinstance(wav, Tensor)]))
+        for wav in read:
+            yield wav if isinstance(wav, Exception) else next(found)
+
+    def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
+        """Features of one recording of any length, piece by piece, in memory that does not grow with it.
+
+        The pieces laid end to end are what the extractor gives with the same `chunk_seconds` (30 if none).
+        """
+        blocks = stream_audio(audio, sample_rate)
+        return encode_stream(blocks, self._forward, self.grid, self.chunk_seconds or STREAM_SECONDS)
+
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
         """Features of 16 kHz waveforms (T,)."""
-        return encode_all(wavs, self._forward, self.grid, self.dim, self.chunk_seconds)
+        return encode_all(wavs, self._forward, self.grid, self.features.shape, self.chunk_seconds)
 
     def _forward(self, wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
-        encoded = self.model(wav_BT.to(self.device), n_samples, last_layer=self.layer)
-        return encoded.hidden_BSD.float(), encoded.n_frames_B
+        enabled = self.dtype is not torch.float32
+        with torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled):
+            features, n_frames_B = self.features(wav_BT.to(self.device), n_samples)
+        return features.float(), n_frames_B
 
 
 class UnitExtractor:
@@ -220,6 +293,11 @@ class UnitExtractor:
         """Units (frames,) of a file or array, or a list of them for a list."""
         found = self.features(audio, sample_rate)
         return [self.nearest(x) for x in found] if isinstance(found, list) else self.nearest(found)
+
+    def many(self, audio: Iterable[AudioLike], sample_rate: int | None = None, **options) -> Iterator:
+        """Units of many files or arrays, in order; as `FeatureExtractor.many`."""
+        for found in self.features.many(audio, sample_rate, **options):
+            yield found if isinstance(found, Exception) else self.nearest(found)
 
     def nearest(self, frames_SD: Tensor) -> Tensor:
         """Index of the nearest centroid of each frame; the frame's own norm does not matter for that."""

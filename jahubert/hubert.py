@@ -112,9 +112,15 @@ _LARGE: dict = {
 }
 
 
+# What the zeros behind the utterances of a padded batch may do. Nothing ("ignored"), unless a peer is to be
+# met: "masked" counts them in the group norm of base models, as fairseq and torchaudio do, and Hugging Face
+# with an attention mask; "unmasked" takes them for audio, as Hugging Face does without one.
+Padding = Literal["ignored", "masked", "unmasked"]
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder says about a batch; frames behind an utterance are zero."""
+    """What the encoder says about a batch; frames behind an utterance are zero (but see `Padding`)."""
 
     hidden_BSD: Tensor  # output of the last computed block (with the closing norm if nothing was cut off)
     n_frames_B: Tensor  # valid frames of each row, int64
@@ -146,7 +152,14 @@ class PositionalConv(nn.Module):
         self.extra = 1 - kernel % 2  # an even kernel gives one frame too many
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        y_BDS = self.conv(x_BSD.transpose(1, 2))
+        x_BDS = x_BSD.transpose(1, 2)
+        if x_BDS.device.type == "cpu" and self.conv.weight.shape[1] < 16:
+            # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to 14
+            # channels: tests/test_hubert.py would see it.
+            with torch.autocast("cpu", enabled=False):
+                y_BDS = self.conv(x_BDS.float()).to(x_BSD.dtype)
+        else:
+            y_BDS = self.conv(x_BDS)
         return F.gelu(y_BDS[:, :, : y_BDS.shape[2] - self.extra]).transpose(1, 2)
 
 
@@ -261,6 +274,7 @@ class HubertModel(nn.Module):
         channel_mask_BD: Tensor | None = None,
         last_layer: int | None = None,
         keep_layers: Iterable[int] = (),
+        padding: Padding = "ignored",
     ) -> Encoded:
         """Encode a padded batch of 16 kHz waveforms.
 
@@ -272,16 +286,22 @@ class HubertModel(nn.Module):
             last_layer: stop after this block, counted from 1; its output, after residual and norm,
                 is `hidden_BSD`. Default: all blocks and, for pre-norm models, the closing norm.
             keep_layers: block numbers whose outputs are wanted in `layers`; 0 is the input of block 1.
+            padding: for comparison only, what other projects let padding do (see `Padding`).
 
         Raises:
             AudioError: a row is shorter than one frame.
             ConfigError: a layer number that the model does not have.
         """
         self._check_layers(last_layer, keep_layers)
-        wavs = self._rows(wav_BT, n_samples_B)
+        wavs, width = self._rows(wav_BT, n_samples_B), wav_BT.shape[1]
         frames = [self.config.grid.n_frames(len(wav_T)) for wav_T in wavs]
+        if padding != "ignored":
+            wavs = [F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs]
+        seen = [self.config.grid.n_frames(width)] * len(frames) if padding == "unmasked" else frames
+        packing = Packing(seen, self.config.grid.n_frames(width), wav_BT.device)
         features_NC = self.feature_extractor(wavs)
-        packing = Packing(frames, self.config.grid.n_frames(wav_BT.shape[1]), wav_BT.device)
+        if padding == "masked":
+            features_NC = features_NC.index_select(0, packing.index_N)
         scale = self.config.conv_grad_scale
         if scale != 1.0 and features_NC.requires_grad:
             features_NC = features_NC * scale + features_NC.detach() * (1 - scale)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from jahubert.audio import AudioLike, AudioSource, load_audio
 from jahubert.checkpoint import load_bundle
+from jahubert.chunks import encode_all
 from jahubert.decode import Hypothesis, Span, beam_search, forced_align
 from jahubert.errors import CheckpointError, ConfigError, DataError
-from jahubert.extract import encode_all, pick_device
+from jahubert.extract import pick_device
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.heads import HubertForCtc
 from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
@@ -161,7 +162,7 @@ class Transcriber:
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
             return self.model(wav_BT.to(self.device), n_samples)
 
-        return encode_all(wavs, encode, self.grid, len(self.phonemes), CHUNK_SECONDS)
+        return encode_all(wavs, encode, self.grid, (len(self.phonemes),), CHUNK_SECONDS)
 
     def _flush(self, waiting: list[tuple[str, Tensor]], errors: str) -> Iterator[Transcript | Exception]:
         if not waiting:

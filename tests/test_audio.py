@@ -12,7 +12,7 @@ import soundfile
 import soxr
 import torch
 
-from jahubert.audio import AudioSource, audio_length, load_audio
+from jahubert.audio import AudioSource, audio_length, load_audio, stream_audio
 from jahubert.errors import AudioError
 
 RNG = np.random.default_rng(7)
@@ -158,9 +158,27 @@ def test_broken_files_are_refused_by_name(tmp_path, name):
     data, message = BROKEN[name]
     path = tmp_path / name
     path.write_bytes(data)
-    with pytest.raises(AudioError, match=message) as error:
-        load_audio(path)
-    assert str(path) in str(error.value)
+    for read in (load_audio, lambda path: list(stream_audio(path, block_seconds=0.2))):
+        with pytest.raises(AudioError, match=message) as error:
+            read(path)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000, 16_001, 44_100])
+@pytest.mark.parametrize("fmt", ["WAV", "FLAC", "OGG", "MP3"])
+def test_a_stream_is_the_whole_in_blocks(tmp_path, fmt, rate):
+    if fmt == "MP3" and rate == 16_001:
+        pytest.skip("MP3 has a few rates only")
+    path = tmp_path / "long.audio"
+    samples = np.stack([np.tile(NOISE, 4), np.tile(NOISE[::-1], 4)], axis=1)
+    path.write_bytes(encode(samples, rate, fmt))
+    whole_T = load_audio(path)
+    for seconds in (0.37, 60.0):
+        for source in (path, io.BytesIO(path.read_bytes()), AudioSource(str(path)), whole_T):
+            blocks = list(stream_audio(source, block_seconds=seconds))
+            rounding = 1e-6 if fmt == "MP3" else 0  # its decoder's, which depends on where a read ends
+            torch.testing.assert_close(torch.cat(blocks), whole_T, atol=rounding, rtol=0)
+            assert max(map(len, blocks)) < 1.2 * max(seconds, 0.5) * 16_000
 
 
 def test_every_cut_of_a_file_is_noticed(tmp_path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 
 from jahubert.checkpoint import save_bundle
+from jahubert.chunks import chunk_starts, encode_all, encode_stream
 from jahubert.errors import AudioError, CheckpointError, ConfigError
-from jahubert.extract import FeatureExtractor, UnitExtractor, chunk_starts, encode_all
+from jahubert.extract import FeatureExtractor, LayerFeatures, UnitExtractor, read_ahead
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.hubert import HubertConfig, HubertModel
 
@@ -57,7 +61,7 @@ def test_a_list_gives_what_each_gives_alone(model, tmp_path):
 
 
 def test_batches_are_bounded(model, monkeypatch):
-    monkeypatch.setattr("jahubert.extract.BATCH_SECONDS", 2.0)
+    monkeypatch.setattr("jahubert.chunks.BATCH_SECONDS", 2.0)
     seen = []
 
     def encode(wav_BT, n_samples):
@@ -66,7 +70,7 @@ def test_batches_are_bounded(model, monkeypatch):
         return encoded.hidden_BSD, encoded.n_frames_B
 
     wavs = [noise(n, n) for n in (16_000, 3_000, 40_000, 16_000, 0, 15_000)]
-    found = encode_all(wavs, encode, TINY.grid, 16, None)
+    found = encode_all(wavs, encode, TINY.grid, (16,), None)
     assert [len(x) for x in found] == [TINY.grid.n_frames(len(w)) for w in wavs]
     assert (1, 40_000) in seen and all(b == 1 or b * t <= 32_000 for b, t in seen)
 
@@ -81,10 +85,12 @@ def test_chunks_join_to_the_frames_of_the_whole(n_samples, grid):
         frames = [grid.n_frames(n) for n in n_frames]
         return wav_BT[:, : grid.hop * max(frames) : grid.hop, None], torch.tensor(frames)
 
-    (whole,) = encode_all([wav], encode, grid, 1, None)
-    (joined,) = encode_all([wav], encode, grid, 1, 10.0)
+    (whole,) = encode_all([wav], encode, grid, (1,), None)
+    (joined,) = encode_all([wav], encode, grid, (1,), 10.0)
+    streamed = encode_stream(wav.split(70_001), encode, grid, 10.0)
     assert whole.shape == (grid.n_frames(n_samples), 1)
     assert torch.equal(joined, whole)
+    assert torch.equal(torch.cat([whole[:0], *streamed]), whole)
     assert all(start % grid.hop == 0 for start, _ in chunk_starts(n_samples, grid, 10.0))
 
 
@@ -97,6 +103,142 @@ def test_chunks_have_context_on_both_sides(model):
     assert float((chunked - whole).abs().mean()) < 0.2 * float(whole.std())
 
 
+def test_several_layers_and_their_sum(model):
+    wavs = [noise(9_000), noise(399), noise(6_000, 1)]
+    single = [FeatureExtractor(model, number, device="cpu")(wavs) for number in (1, 3)]
+    both = FeatureExtractor(model, [1, 3], device="cpu")(wavs)
+    summed = FeatureExtractor(model, [1, 3], weights=[0.25, -2.0], device="cpu")(wavs)
+    for one, three, pair, total in zip(*single, both, summed, strict=True):
+        assert pair.shape == (len(one), 2, 16) and total.shape == one.shape
+        torch.testing.assert_close(pair, torch.stack([one, three], dim=1))
+        torch.testing.assert_close(total, 0.25 * one - 2 * three)
+    assert FeatureExtractor(model, "all", device="cpu")(wavs[0]).shape[1:] == (4, 16)
+
+
+def test_a_module_to_train_with(model):
+    """What is learned: the weights of the layers, and the encoder below the highest of them."""
+    torch.manual_seed(0)
+    own = HubertModel(TINY)
+    module = LayerFeatures(own, [0, 2], weights="learn")
+    features_BSD, n_frames_B = module(torch.stack([noise(6_000), noise(6_000, 1)]), [6_000, 2_000])
+    assert n_frames_B.tolist() == [TINY.grid.n_frames(6_000), TINY.grid.n_frames(2_000)]
+    assert not features_BSD[1, n_frames_B[1] :].any()
+    features_BSD.pow(2).sum().backward()
+    assert module.mix_L is not None and module.mix_L.grad is not None and module.mix_L.grad.abs().sum() > 0
+    assert own.encoder.layers[1].attention.q_proj.weight.grad is not None
+    assert own.encoder.layers[2].attention.q_proj.weight.grad is None  # never computed
+    weights_L = module.weights_L
+    assert weights_L is not None and weights_L.tolist() == [0.5, 0.5]
+    own.eval()
+    frozen = FeatureExtractor(own, [0, 2], weights=weights_L.tolist(), device="cpu")
+    with torch.no_grad():
+        learned = module(noise(6_000)[None])[0][0]
+    torch.testing.assert_close(frozen(noise(6_000)), learned)
+    assert not frozen(noise(6_000)).requires_grad
+
+
+def test_times_are_the_middles_of_the_windows(model):
+    extractor = FeatureExtractor(model, 1, device="cpu")
+    times = extractor.times(3)
+    assert times.tolist() == [0.0125, 0.0325, 0.0525] and len(extractor.times(0)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_is_near(model, dtype):
+    wav = noise(9_000)
+    exact = FeatureExtractor(model, 2, device="cpu")(wav)
+    near = FeatureExtractor(model, 2, device="cpu", dtype=dtype)(wav)
+    assert near.dtype == torch.float32 and not torch.equal(near, exact)
+    assert float((near - exact).norm() / exact.norm()) < 0.03
+
+
+def test_many_files_in_order_while_others_are_read(model, tmp_path):
+    extractor = FeatureExtractor(model, 1, device="cpu")
+    items = [noise(500 * (1 + n % 7), n) for n in range(80)]
+    items[5:5] = [tmp_path / "gone.wav"]
+    items.append(tmp_path / "gone too.wav")
+    found = list(extractor.many(items, batch_seconds=1.0, errors="return"))
+    assert len(found) == len(items)
+    for item, features in zip(items, found, strict=True):
+        if isinstance(item, torch.Tensor):
+            torch.testing.assert_close(features, extractor(item), atol=1e-5, rtol=1e-5)
+        else:
+            assert isinstance(features, AudioError) and item.name in str(features)
+    with pytest.raises(AudioError, match=r"gone\.wav"):
+        list(extractor.many(items))
+
+
+def test_reading_ahead_is_bounded(monkeypatch):
+    monkeypatch.setattr("jahubert.extract.READ_AHEAD", 4)
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield noise(400)
+
+    stream = read_ahead(endless())
+    for _ in range(10):
+        next(stream)
+    assert taken <= 14
+    stream.close()
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_a_stream_gives_what_chunks_give(model, tmp_path, rate):
+    path = tmp_path / "long.flac"
+    soundfile.write(path, noise(21 * rate).numpy(), rate)
+    extractor = FeatureExtractor(model, [1, 2], device="cpu", chunk_seconds=8)
+    pieces = list(extractor.stream(path))
+    assert len(pieces) == 5
+    torch.testing.assert_close(torch.cat(pieces), extractor(path), atol=1e-6, rtol=1e-6)
+    assert list(extractor.stream(noise(100))) == []
+
+
+def test_memory_does_not_grow_with_the_recording(model, tmp_path):
+    """Peak memory (Linux) of a stream of 2 and of 20 minutes, in processes of their own."""
+    save_bundle(tmp_path / "b", model=model)
+    code = """
+import sys, jahubert
+extractor = jahubert.FeatureExtractor.from_pretrained(sys.argv[1], 1, device="cpu", chunk_seconds=10)
+frames = sum(len(piece) for piece in extractor.stream(sys.argv[2]))
+print(frames, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+    peaks = []
+    for minutes in (2, 20):
+        path = tmp_path / f"{minutes}.wav"
+        soundfile.write(path, np.tile(noise(16_000).numpy(), 60 * minutes), 16_000)  # 38 MB for 20 minutes
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "b", path], capture_output=True, text=True, check=True
+        )
+        frames, peak = map(int, done.stdout.split())
+        assert frames == HUBERT.n_frames(60 * minutes * 16_000)
+        peaks.append(peak / 1024)
+    assert peaks[1] - peaks[0] < 20, peaks  # MB; the samples alone would be 69 more
+
+
+def test_what_chunks_cannot_change():
+    """Layer norms look at one frame, the positional convolution at 64 to each side: the input of block 1 is
+    that of one pass, wherever the cuts are. Above it attention sees a chunk where it would see the whole."""
+    torch.manual_seed(0)
+    config = HubertConfig(
+        conv_dims=(8,) * 7,
+        width=16,
+        layers=2,
+        heads=2,
+        ffn=32,
+        pos_conv_groups=2,
+        conv_norm="layer",
+        pre_norm=True,
+    )
+    own, wav = HubertModel(config), noise(30 * 16_000)
+    whole = FeatureExtractor(own, "all", device="cpu")(wav)
+    chunked = FeatureExtractor(own, "all", device="cpu", chunk_seconds=10)(wav)
+    torch.testing.assert_close(chunked[:, 0], whole[:, 0], atol=1e-5, rtol=1e-5)
+    assert float((chunked[:, 1] - whole[:, 1]).abs().max()) > 1e-4
+
+
 def test_units_are_the_nearest_centroids(model, tmp_path):
     centroids = torch.randn(20, 16, generator=torch.Generator().manual_seed(3))
     save_bundle(tmp_path / "b", model=model, centroids_KD=centroids, centroid_layer=2)
@@ -107,6 +249,7 @@ def test_units_are_the_nearest_centroids(model, tmp_path):
     assert units.dtype == torch.int64 and extractor.n_units == 20
     assert torch.equal(units, torch.cdist(features(wav), centroids).argmin(1))
     assert [len(u) for u in extractor([wav, noise(100)])] == [len(units), 0]
+    assert [len(u) for u in extractor.many([wav, noise(100)])] == [len(units), 0]
 
 
 def test_what_a_user_can_get_wrong(model, tmp_path):
@@ -115,6 +258,17 @@ def test_what_a_user_can_get_wrong(model, tmp_path):
         UnitExtractor.from_pretrained(tmp_path / "b")
     with pytest.raises(ConfigError, match=r"layer 4 .* layers 0 to 3"):
         FeatureExtractor.from_pretrained(tmp_path / "b", layer=4)
+    for layer, weights, says in (
+        ([1, 4], None, "layer 4"),
+        ([], None, "no layer"),
+        (2, [1.0], "several layers"),
+        ([1, 2], [1.0], "1 weights were given for 2 layers"),
+        ([1, 2], "teach", "'teach'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            LayerFeatures(model, layer, weights)
+    with pytest.raises(ConfigError, match="float64"):
+        FeatureExtractor(model, dtype=torch.float64)
     with pytest.raises(ConfigError, match="too short"):
         FeatureExtractor(model, chunk_seconds=2)
     with pytest.raises(ConfigError, match="'teapot'"):

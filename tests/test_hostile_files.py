@@ -284,3 +284,18 @@ def test_vocabularies_that_do_not_fit(folder):
     for damaged in ({"format": None}, {"config": 3}, {"config": {"teapot": 1}}, {"phonemes": [1]}):
         (folder / "jahubert.json").write_text(json.dumps(damaged))
         refused(folder, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ({"weight_map": {"masked_spec_embed": "../elsewhere.safetensors"}}, "files of this folder"),
+        ({"weight_map": ["model-1.safetensors"]}, "files of this folder"),
+        ({"weight_map": {"masked_spec_embed": "model-1.safetensors"}}, "model-1.safetensors is missing"),
+    ],
+)
+def test_an_index_of_shards_that_does_not_fit(folder, index, says):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=says):
+        load_bundle(folder)

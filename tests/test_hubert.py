@@ -36,7 +36,7 @@ def theirs(config: HubertConfig, ours: HubertModel) -> HfModel:
 
 
 @pytest.mark.parametrize("config", [BASE_LIKE, LARGE_LIKE], ids=["base", "large"])
-@pytest.mark.parametrize("n_samples", [400, 719, 720, 16_000, 40_123])
+@pytest.mark.parametrize("n_samples", [400, 719, 720, 16_000, 40_123, 400_000])
 def test_equals_hugging_face(config, n_samples):
     torch.manual_seed(n_samples)
     ours = HubertModel(config).eval()
@@ -62,6 +62,38 @@ def test_masked_frames_equal_hugging_face(config):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["masked", "unmasked"])
+@pytest.mark.parametrize("config", [BASE_LIKE, LARGE_LIKE], ids=["base", "large"])
+def test_what_hugging_face_lets_padding_do(config, padding):
+    """A padded batch with a mask of masked frames: ours as theirs, with an attention mask and without."""
+    torch.manual_seed(0)
+    ours, lengths = HubertModel(config).eval(), [16_000, 400, 9_999, 12_345]
+    their_model = theirs(config, ours)
+    wav_BT = torch.randn(4, 16_000)
+    valid_BT = torch.arange(16_000) < torch.tensor(lengths)[:, None]
+    mask_BS = torch.rand(4, HUBERT.n_frames(16_000)) < 0.5
+    keep = range(config.layers + (not config.pre_norm))  # see above
+    with torch.no_grad():
+        got = ours(wav_BT, lengths, mask_BS=mask_BS, keep_layers=keep, padding=padding)
+        exact = ours(wav_BT, lengths, mask_BS=mask_BS)
+        want = their_model(
+            wav_BT * valid_BT,
+            attention_mask=valid_BT.long() if padding == "masked" else None,
+            mask_time_indices=mask_BS,
+            output_hidden_states=True,
+        )
+    assert got.n_frames_B.tolist() == [HUBERT.n_frames(n) for n in lengths]
+    for row, n in enumerate(got.n_frames_B.tolist()):
+        pairs = [(got.hidden_BSD, want.last_hidden_state)]
+        pairs += [(got.layers[number], want.hidden_states[number]) for number in keep]
+        for mine, their in pairs:
+            torch.testing.assert_close(mine[row, :n], their[row, :n], rtol=1e-5, atol=1e-5)
+    if config.conv_norm == "group" or padding == "unmasked":  # so the switch does something
+        assert float((got.hidden_BSD[1, 0] - exact.hidden_BSD[1, 0]).abs().max()) > 1e-3
+    else:
+        torch.testing.assert_close(got.hidden_BSD, exact.hidden_BSD, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("config", [BASE_LIKE, LARGE_LIKE], ids=["base", "large"])
 def test_an_utterance_does_not_depend_on_its_batch(config, normalize):
@@ -82,6 +114,25 @@ def test_an_utterance_does_not_depend_on_its_batch(config, normalize):
                 together.hidden_BSD[row, :n_frames], alone.hidden_BSD[0], rtol=1e-5, atol=1e-5
             )
             assert not together.hidden_BSD[row, n_frames:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [2, 4, 16], ids="{} groups".format)
+def test_lower_precision_is_near(groups, dtype):
+    """Groups of 96, 48 and 12 channels in the positional convolution, and its gradients."""
+    torch.manual_seed(0)
+    sizes = SMALL | {"width": 192, "pos_conv_groups": groups}
+    model = HubertModel(HubertConfig(**sizes, pos_conv_kernel=32)).eval()
+    wav_BT, found = 0.1 * torch.randn(2, 16_000), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            hidden_BSD = model(wav_BT).hidden_BSD.float()
+        model.zero_grad()
+        (hidden_BSD * torch.linspace(-1, 1, hidden_BSD.numel()).view_as(hidden_BSD)).sum().backward()
+        grad = model.encoder.pos_conv_embed.conv.parametrizations.weight.original1.grad
+        found.append((hidden_BSD.detach(), grad.clone()))
+    for exact, near in zip(*found, strict=True):
+        assert 0 < float((near - exact).norm() / exact.norm()) < 0.05
 
 
 def test_early_exit_equals_the_kept_layer():

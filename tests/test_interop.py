@@ -168,9 +168,11 @@ def hf_config(config: HubertConfig, **more) -> transformers.HubertConfig:
     )  # fmt: skip
 
 
-def save_hf(model, folder, safe: bool, normalize: bool, old_names: bool = False) -> None:
+def save_hf(
+    model, folder, safe: bool, normalize: bool, old_names: bool = False, shards: bool = False
+) -> None:
     """As transformers does, or as its older versions did with pytorch_model.bin."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **({"max_shard_size": "50KB"} if shards else {}))
     transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize).save_pretrained(folder)
     if not safe:
         (folder / "model.safetensors").unlink()
@@ -185,11 +187,13 @@ def save_hf(model, folder, safe: bool, normalize: bool, old_names: bool = False)
         torch.save(state, folder / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("files", ["safetensors", "bin", "old bin"])
+@pytest.mark.parametrize("files", ["safetensors", "shards", "bin", "old bin"])
 def test_hugging_face_models_open(tmp_path, kind, files):
     torch.manual_seed(0)
     theirs = transformers.HubertModel(hf_config(KINDS[kind])).eval()
-    save_hf(theirs, tmp_path / "hf", files == "safetensors", kind == "large", files == "old bin")
+    safe = files in ("safetensors", "shards")
+    save_hf(theirs, tmp_path / "hf", safe, kind == "large", files == "old bin", files == "shards")
+    assert (files == "shards") == ((tmp_path / "hf/model.safetensors.index.json").exists())
     bundle = load_bundle(tmp_path / "hf")
     assert bundle.config.normalize == (kind == "large") and bundle.notes == []
     processor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")

@@ -80,7 +80,7 @@ def model_of(config: HubertConfig) -> HubertModel:
 def test_equals_torchaudio(config):
     ours = model_of(config)
     model = theirs(config, ours)
-    for n_samples in (400, 719, 720, 16_000, 40_123):
+    for n_samples in (400, 719, 720, 16_000, 40_123, 400_000):
         wav_BT = 0.3 * torch.randn(2, n_samples)
         with torch.no_grad():
             got = ours(wav_BT, keep_layers=range(config.layers + 1))
@@ -93,17 +93,20 @@ def test_equals_torchaudio(config):
 
 
 @pytest.mark.stack
-def test_a_padded_batch_equals_torchaudio():
-    """Utterances of different lengths; only layer norm has nothing to say about the padding there."""
-    config = CONFIGS["layer norm, pre-norm"]
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_padded_batch_equals_torchaudio(config):
+    """Their group norm counts the padding, ours does if it is asked to; layer norms see one frame only."""
     ours = model_of(config)
     lengths = torch.tensor([16_000, 4_567, 401])
     wav_BT = torch.randn(3, 16_000) * (torch.arange(16_000) < lengths[:, None])
     with torch.no_grad():
-        got = ours(wav_BT, lengths)
         want_BSD, n_frames_B = theirs(config, ours)(wav_BT, lengths)
-    assert got.n_frames_B.tolist() == n_frames_B.tolist()
-    for row, n_frames in enumerate(n_frames_B.tolist()):
-        torch.testing.assert_close(
-            got.hidden_BSD[row, :n_frames], want_BSD[row, :n_frames], rtol=1e-5, atol=1e-5
-        )
+        found = {"masked": ours(wav_BT, lengths, padding="masked")}
+        if config.conv_norm == "layer":
+            found["ignored"] = ours(wav_BT, lengths)
+    for got in found.values():
+        assert got.n_frames_B.tolist() == n_frames_B.tolist()
+        for row, n_frames in enumerate(n_frames_B.tolist()):
+            torch.testing.assert_close(
+                got.hidden_BSD[row, :n_frames], want_BSD[row, :n_frames], rtol=1e-5, atol=1e-5
+            )

@@ -1,0 +1,114 @@
+"""What `jahubert features` writes: a .npy for each recording, or one safetensors file with all of them.
+
+Each recording is written beside its name and renamed when it is whole, and `features.json` says of which
+model and layers the features are. So an interrupted run is continued, and two kinds never mix in one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from jahubert.errors import ConfigError, StaleError
+
+SINGLE = ".safetensors"
+RECORD = "features.json"
+
+
+class FeatureFiles:
+    """The output of one run, or of several with the same settings.
+
+    Args:
+        output: a folder, or a file that ends in .safetensors; it is put together at the end, from a folder
+            beside it (`OUT.safetensors.parts`).
+        settings: what makes these features these features; JSON.
+
+    Raises:
+        ConfigError: the file exists already.
+        StaleError: the folder has features with other settings.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any]):
+        self.output, self.settings = output, settings
+        self.folder = parts_folder(output)
+        if self.folder != output and output.exists():
+            raise ConfigError(f"-o {output} exists already; remove it or choose another name")
+        record = self.folder / RECORD
+        if record.exists():
+            found = json.loads(record.read_text(encoding="utf-8"))
+            other = [name for name in settings if found.get(name) != settings[name]]
+            if other:
+                now = ", ".join(f"{name} {found.get(name)} (asked for: {settings[name]})" for name in other)
+                raise StaleError(f"{self.folder} has features of {now}; remove it or choose another folder")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def has(self, base: Path, audio: Path) -> bool:
+        """Whether the features of `audio` are there, and not older than it is."""
+        path = self._path(base)
+        try:
+            return path.stat().st_mtime >= audio.stat().st_mtime
+        except OSError:
+            return False
+
+    def write(self, base: Path, pieces: Iterable[Tensor], shape: tuple[int, ...]) -> None:
+        """Write frames (S, *shape), float32, that come in pieces."""
+        path = self._path(base)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        n_frames = 0
+        with beside.open("wb") as file:
+            _header(file, (0, *shape))
+            for piece in pieces:
+                file.write(piece.contiguous().numpy().tobytes())
+                n_frames += len(piece)
+            file.seek(0)  # numpy leaves room for a larger number
+            _header(file, (n_frames, *shape))
+        beside.replace(path)
+
+    def finish(self) -> None:
+        """Put the single file together, if it was one that was asked for."""
+        if self.folder == self.output:
+            return
+        files = sorted(self.folder.rglob("*.npy"))
+        arrays = {_key(file.relative_to(self.folder)): np.load(file, mmap_mode="r") for file in files}
+        header: dict[str, Any] = {"__metadata__": {k: json.dumps(v) for k, v in self.settings.items()}}
+        end = 0
+        for name, array in arrays.items():
+            header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
+            end += array.nbytes
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        beside = self.output.with_name(self.output.name + ".tmp")
+        with beside.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for file, array in zip(files, arrays.values(), strict=True):
+                with file.open("rb") as part:
+                    part.seek(file.stat().st_size - array.nbytes)
+                    shutil.copyfileobj(part, out)
+        beside.replace(self.output)
+        shutil.rmtree(self.folder)
+
+    def _path(self, base: Path) -> Path:
+        return self.folder / f"{base}.npy"
+
+
+def parts_folder(output: Path) -> Path:
+    """Where the .npy files of an output lie."""
+    return output.with_name(output.name + ".parts") if output.suffix == SINGLE else output
+
+
+def _header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+
+def _key(path: Path) -> str:
+    """A name in the safetensors file, which must be valid text."""
+    return path.with_suffix("").as_posix().encode("utf-8", "backslashreplace").decode()
