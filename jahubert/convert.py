@@ -154,7 +154,7 @@ def write_fairseq(
         CheckpointError: fairseq has no such model.
     """
     notes: list[str] = []
-    config, tensors = _written_encoder(path, model, notes)
+    config, tensors = _written_encoder(model, notes)
     tensors |= _written_head(config, ctc is None, unit_head, special_rows, notes)
     n_units = len(tensors["label_embs_concat"]) - len(SPECIALS)
     task: dict[str, Any] = {
@@ -170,9 +170,7 @@ def write_fairseq(
     task_state: dict[str, Any] = {"dictionaries": [_Dictionary([*SPECIALS, *map(str, range(n_units))])]}
     if ctc is not None:
         if phonemes is None:
-            raise CheckpointError(
-                f"{path}: the CTC head has no symbols, but fairseq wants a dictionary of them"
-            )
+            raise CheckpointError("the CTC head has no symbols, but fairseq wants a dictionary of them")
         proj, symbols = _written_ctc(ctc, phonemes, notes)
         tensors = {WRAPPED + name: value for name, value in tensors.items()} | proj
         tuned = {there: settings[name] for name, there in FINE_TUNED.items()}
@@ -194,9 +192,7 @@ def write_fairseq(
     return notes
 
 
-def _written_encoder(
-    path: Path, model: HubertModel, notes: list[str]
-) -> tuple[HubertConfig, dict[str, Tensor]]:
+def _written_encoder(model: HubertModel, notes: list[str]) -> tuple[HubertConfig, dict[str, Tensor]]:
     """The encoder under fairseq's names, and the config that is true of it there."""
     state = portable_state(model, "fairseq", notes)
     config = replace(model.config, conv_bias="feature_extractor.conv_layers.0.conv.bias" in state)
@@ -204,8 +200,8 @@ def _written_encoder(
         weight, bias = (state.pop(f"feature_projection.projection.{part}") for part in ("weight", "bias"))
         if bias.any() or not weight.equal(torch.eye(config.width)):
             raise CheckpointError(
-                f"{path}: the front end is as wide as the encoder, and then fairseq has no projection "
-                "between them, but this model has one; take another format"
+                f"the front end is as wide as the encoder ({config.width}); fairseq then has no projection "
+                "between them, but this model has one: take another format"
             )
     return config, {fairseq_name(name, config.conv_norm): value for name, value in state.items()}
 

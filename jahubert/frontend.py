@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TILE = 8  # output frames; each utterance begins on a whole one
+AT_ONCE = {"cpu": 32, "other": 1024}  # tiles that go through the stack together when no gradient is wanted
 BLOCK = 64  # rows; batches come in few sizes, as oneDNN compiles a kernel for every new one
 
 
@@ -51,21 +52,24 @@ class ConvLayer(nn.Module):
         elif norm == "layer":
             self.layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x_NC: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x_NC: Tensor, folded_BKC: Tensor | None, owner_T: Tensor) -> Tensor:
+        """Rows of the layer; `folded_BKC` is what `fold` made of the whole batch."""
         dtype = _compute_dtype(self.conv.weight)
-        if self.norm == "group":
-            return F.gelu(self._normed_conv(x_NC, rows, dtype))
+        if folded_BKC is not None:
+            taps_TRK = self._taps(x_NC).unflatten(0, (len(owner_T), -1))
+            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(dtype)  # the last one meets the shift
+            return _gelu(torch.bmm(taps_TRK, folded_BKC.index_select(0, owner_T)).flatten(0, 1))
         x_NC = _Conv.apply(x_NC.to(dtype), self.conv.weight.to(dtype), self.stride)
         if self.conv.bias is not None:
             x_NC = x_NC + self.conv.bias.to(dtype)
         if self.norm == "layer":
             x_NC = self.layer_norm(x_NC)
-        return F.gelu(x_NC)
+        return _gelu(x_NC)
 
-    def _normed_conv(self, x_NC: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
-        norm, kernel = cast(nn.GroupNorm, self.layer_norm), self.conv.weight.shape[2]
-        taps_TRK = _taps(x_NC, kernel, self.stride).unflatten(0, (len(rows.owner_T), -1))
+    def fold(self, x_NC: Tensor, rows: Rows) -> Tensor:
+        """Convolution and group norm in one: taps and shift (K + 1, C) for each utterance."""
+        norm, dtype = cast(nn.GroupNorm, self.layer_norm), _compute_dtype(self.conv.weight)
+        taps_TRK = self._taps(x_NC).unflatten(0, (len(rows.owner_T), -1))
         with torch.autocast(x_NC.device.type, enabled=False):
             mean_BK, covariance_BKK = _moments(taps_TRK, rows)
             weight_CK = self.conv.weight[:, 0].to(mean_BK.dtype)
@@ -74,9 +78,15 @@ class ConvLayer(nn.Module):
             shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
             if self.conv.bias is not None:  # the norm takes it away again, but it is owed a gradient
                 shift_BC = shift_BC + 0.0 * self.conv.bias
-            weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1).to(dtype)
-            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(dtype)  # the last one meets the shift
-            return torch.bmm(taps_TRK, weight_BKC.index_select(0, rows.owner_T)).flatten(0, 1)
+            return torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1).to(dtype)
+
+    def _taps(self, x_NC: Tensor) -> Tensor:
+        """The samples that each output frame of a one-channel input sees, (N / stride, K)."""
+        kernel = self.conv.weight.shape[2]
+        rows = x_NC.view(-1, self.stride)
+        shifts = -(-kernel // self.stride)
+        padded = F.pad(rows, (0, 0, 0, shifts - 1))
+        return torch.cat([padded[j : j + len(rows)] for j in range(shifts)], dim=1)[:, :kernel]
 
 
 class ConvFrontEnd(nn.Module):
@@ -119,12 +129,51 @@ class ConvFrontEnd(nn.Module):
         spare = total // TILE - len(owner)  # they may belong to anyone: behind any utterance's end
         owner_T = torch.tensor(owner + [0] * spare, device=device)
         place_T = torch.tensor(place + [tiles[0]] * spare, device=device)
-        for layer in layers:
-            lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
-            x_NC = layer(x_NC, Rows(owner_T, place_T, torch.tensor(lengths, device=device)))
+        folded_BKC = None
+        if layers[0].norm == "group":
+            kernel = layers[0].conv.kernel_size[0]
+            first_frames = [(n - kernel) // layers[0].stride + 1 for n in lengths]
+            folded_BKC = layers[0].fold(
+                x_NC, Rows(owner_T, place_T, torch.tensor(first_frames, device=device))
+            )
+        if torch.is_grad_enabled():
+            x_NC = self._stack(x_NC, folded_BKC, owner_T)
+        else:
+            x_NC = self._blockwise(x_NC, folded_BKC, owner_T)
+        lengths = self._n_frames(lengths)
         valid = [i for start, n in zip(first, lengths, strict=False) for i in range(start, start + n)]
         valid += [0] * (up_to(len(valid), BLOCK) - len(valid))
         return x_NC.index_select(0, torch.tensor(valid, device=device))
+
+    def _stack(self, x_NC: Tensor, folded_BKC: Tensor | None, owner_T: Tensor) -> Tensor:
+        for i, layer in enumerate(self.conv_layers):
+            x_NC = layer(x_NC, folded_BKC if i == 0 else None, owner_T)
+        return x_NC
+
+    def _blockwise(self, x_NC: Tensor, folded_BKC: Tensor | None, owner_T: Tensor) -> Tensor:
+        """The same some tiles at a time: the first layers are a hundred times as large as what comes out.
+
+        A block sees one tile more than it gives, as its last frames reach into it.
+        """
+        n_tiles, size = len(owner_T), AT_ONCE["cpu" if x_NC.device.type == "cpu" else "other"]
+        rows = len(x_NC) // n_tiles
+        x_NC, owner_T = F.pad(x_NC, (0, 0, 0, rows)), F.pad(owner_T, (0, 1))
+        parts = []
+        for start in range(0, n_tiles, size):
+            end = min(start + size, n_tiles)
+            part = self._stack(x_NC[start * rows : (end + 1) * rows], folded_BKC, owner_T[start : end + 1])
+            parts.append(part[:-TILE])
+        return torch.cat(parts)
+
+    def _n_frames(self, lengths: Sequence[int]) -> list[int]:
+        for layer in cast(Sequence[ConvLayer], self.conv_layers):
+            lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
+        return list(lengths)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """In place where nobody will want the input again."""
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 def up_to(n: int, multiple: int) -> int:
@@ -157,14 +206,6 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     """The type of matrix products: autocast does not reach into functions with a backward of their own."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
-    """The `kernel` samples that each output frame of a one-channel input sees, (N / stride, K)."""
-    rows = x_NC.view(-1, stride)
-    shifts = -(-kernel // stride)
-    padded = F.pad(rows, (0, 0, 0, shifts - 1))
-    return torch.cat([padded[j : j + len(rows)] for j in range(shifts)], dim=1)[:, :kernel]
 
 
 class _Conv(torch.autograd.Function):

@@ -1,14 +1,15 @@
 """Does a wheel of this checkout work where nothing but ring 1 is installed?
 
-    python tools/wheel_check.py torch==2.13.0
-    python tools/wheel_check.py --work DIR torch==2.6.0        # a build with CUDA: 6 GB in DIR, kept
+    python tools/wheel_check.py torch==2.15.0                  # a build with CUDA: 6 GB for a while
+    python tools/wheel_check.py --work DIR torch==2.6.0        # the same, kept in DIR
     python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
 
 Run it in the development environment. It builds the wheel, makes tiny models and a recording and computes
 what is expected of them, makes an empty environment, and installs there the wheel without extras and the
 requirements given. Then it runs itself in that environment (`--inside`): every module of ring 1 is imported,
 conf/ and recipes/ are there, features, units and a transcript are those of the development environment, the
-commands work, nothing that only an extra brings can be imported, and what needs an extra says so.
+commands work, models go into each format of others and say the same from there, nothing that only an extra
+brings can be imported, and what needs an extra says so.
 
 With `--work` the environment stays, and a second call installs its requirements over those of the first.
 Exit status: 0 all is well, 1 something is not.
@@ -125,6 +126,10 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
         for layer in (1, None):
             extractor = jahubert.FeatureExtractor.from_pretrained(source, layer, device="cpu")
             arrays[f"{name}.features.{layer or 'last'}"] = extractor(audio).numpy()
+        options = {"weights": (0.2, 0.3, 0.5), "device": "cpu", "chunk_seconds": 8}
+        extractor = jahubert.FeatureExtractor.from_pretrained(source, "all", **options)
+        arrays[f"{name}.stream"] = next(extractor.stream(audio)).numpy()
+        arrays[f"{name}.many"] = next(extractor.many([audio])).numpy()  # type: ignore[union-attr]
         arrays[f"{name}.units"] = jahubert.UnitExtractor.from_pretrained(source, device="cpu")(audio).numpy()
         transcript = jahubert.Transcriber.from_pretrained(source, device="cpu").transcribe(audio)
         need(transcript.words, f"the model {name} says nothing, which would prove nothing")
@@ -212,6 +217,11 @@ def check_commands(folder: Path, out: Path) -> None:
         compare("jahubert features", np.load(out / name / "audio.npy"), expected[f"{name}.features.last"])
         units = done(run([command, "units", *options, audio], cwd=out)).split()
         need(units == [str(u) for u in expected[f"{name}.units"]], f"jahubert units said {units}")
+        for to, target in (("fairseq", "f.pt"), ("torchaudio", "t.pt"), ("hf", "h")):
+            target = out / f"{name}.{target}"
+            done(run([command, "convert", folder / name, target, "--to", to], cwd=out))
+            said = done(run([command, "transcribe", "--device", "cpu", "--model", target, audio], cwd=out))
+            need(said == says[name] + "\n", f"through {to} the model {name} says {said!r}")
     done(run([command, "info", folder / "base"], cwd=out))
     if builtin_model() is not None:
         done(run([command, "transcribe", "--device", "cpu", audio], cwd=out))
