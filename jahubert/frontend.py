@@ -52,22 +52,28 @@ class ConvLayer(nn.Module):
         elif norm == "layer":
             self.layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x_NC: Tensor, folded_BKC: Tensor | None, owner_T: Tensor) -> Tensor:
-        """Rows of the layer; `folded_BKC` is what `fold` made of the whole batch."""
-        dtype = _compute_dtype(self.conv.weight)
-        if folded_BKC is not None:
+    def forward(self, x_NC: Tensor, weights: Tensor, owner_T: Tensor) -> Tensor:
+        """Rows of the layer; `weights` is what `prepare` made for the whole batch."""
+        if self.norm == "group":
             taps_TRK = self._taps(x_NC).unflatten(0, (len(owner_T), -1))
-            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(dtype)  # the last one meets the shift
-            return _gelu(torch.bmm(taps_TRK, folded_BKC.index_select(0, owner_T)).flatten(0, 1))
-        x_NC = _Conv.apply(x_NC.to(dtype), self.conv.weight.to(dtype), self.stride)
+            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(weights.dtype)  # the last one meets the shift
+            return _gelu(torch.bmm(taps_TRK, weights.index_select(0, owner_T)).flatten(0, 1))
+        x_NC = _Conv.apply(x_NC.to(weights.dtype), weights, self.conv.in_channels, self.stride)
         if self.conv.bias is not None:
-            x_NC = x_NC + self.conv.bias.to(dtype)
+            x_NC = x_NC + self.conv.bias.to(weights.dtype)
         if self.norm == "layer":
             x_NC = self.layer_norm(x_NC)
         return _gelu(x_NC)
 
-    def fold(self, x_NC: Tensor, rows: Rows) -> Tensor:
-        """Convolution and group norm in one: taps and shift (K + 1, C) for each utterance."""
+    def prepare(self, x_NC: Tensor, rows: Rows) -> Tensor:
+        """Weights as matrices: (K * C, outputs), or with a group norm (K + 1, outputs) for each utterance."""
+        if self.norm == "group":
+            return self._folded(x_NC, rows)
+        weight_OCK = self.conv.weight.to(_compute_dtype(self.conv.weight))
+        return weight_OCK.permute(2, 1, 0).flatten(0, 1)  # taps, each with all its channels
+
+    def _folded(self, x_NC: Tensor, rows: Rows) -> Tensor:
+        """Convolution and group norm in one: taps and shift (B, K + 1, C) of each utterance."""
         norm, dtype = cast(nn.GroupNorm, self.layer_norm), _compute_dtype(self.conv.weight)
         taps_TRK = self._taps(x_NC).unflatten(0, (len(rows.owner_T), -1))
         with torch.autocast(x_NC.device.type, enabled=False):
@@ -129,28 +135,22 @@ class ConvFrontEnd(nn.Module):
         spare = total // TILE - len(owner)  # they may belong to anyone: behind any utterance's end
         owner_T = torch.tensor(owner + [0] * spare, device=device)
         place_T = torch.tensor(place + [tiles[0]] * spare, device=device)
-        folded_BKC = None
-        if layers[0].norm == "group":
-            kernel = layers[0].conv.kernel_size[0]
-            first_frames = [(n - kernel) // layers[0].stride + 1 for n in lengths]
-            folded_BKC = layers[0].fold(
-                x_NC, Rows(owner_T, place_T, torch.tensor(first_frames, device=device))
-            )
-        if torch.is_grad_enabled():
-            x_NC = self._stack(x_NC, folded_BKC, owner_T)
-        else:
-            x_NC = self._blockwise(x_NC, folded_BKC, owner_T)
+        kernel, stride = layers[0].conv.kernel_size[0], layers[0].stride
+        n_first_B = torch.tensor([(n - kernel) // stride + 1 for n in lengths], device=device)
+        weights = [layer.prepare(x_NC, Rows(owner_T, place_T, n_first_B)) for layer in layers]
+        run = self._stack if torch.is_grad_enabled() else self._blockwise
+        x_NC = run(x_NC, weights, owner_T)
         lengths = self._n_frames(lengths)
         valid = [i for start, n in zip(first, lengths, strict=False) for i in range(start, start + n)]
         valid += [0] * (up_to(len(valid), BLOCK) - len(valid))
         return x_NC.index_select(0, torch.tensor(valid, device=device))
 
-    def _stack(self, x_NC: Tensor, folded_BKC: Tensor | None, owner_T: Tensor) -> Tensor:
-        for i, layer in enumerate(self.conv_layers):
-            x_NC = layer(x_NC, folded_BKC if i == 0 else None, owner_T)
+    def _stack(self, x_NC: Tensor, weights: list[Tensor], owner_T: Tensor) -> Tensor:
+        for layer, own in zip(self.conv_layers, weights, strict=True):
+            x_NC = layer(x_NC, own, owner_T)
         return x_NC
 
-    def _blockwise(self, x_NC: Tensor, folded_BKC: Tensor | None, owner_T: Tensor) -> Tensor:
+    def _blockwise(self, x_NC: Tensor, weights: list[Tensor], owner_T: Tensor) -> Tensor:
         """The same some tiles at a time: the first layers are a hundred times as large as what comes out.
 
         A block sees one tile more than it gives, as its last frames reach into it.
@@ -161,7 +161,7 @@ class ConvFrontEnd(nn.Module):
         parts = []
         for start in range(0, n_tiles, size):
             end = min(start + size, n_tiles)
-            part = self._stack(x_NC[start * rows : (end + 1) * rows], folded_BKC, owner_T[start : end + 1])
+            part = self._stack(x_NC[start * rows : (end + 1) * rows], weights, owner_T[start : end + 1])
             parts.append(part[:-TILE])
         return torch.cat(parts)
 
@@ -212,16 +212,14 @@ class _Conv(torch.autograd.Function):
     """Convolution of (N, C) rows as matrix products; see the module's docstring."""
 
     @staticmethod
-    def forward(ctx, x_NC: Tensor, weight_OCK: Tensor, stride: int) -> Tensor:
-        channels = weight_OCK.shape[1]
-        weight_KO = weight_OCK.permute(2, 1, 0).flatten(0, 1)  # taps, each with all its channels
+    def forward(ctx, x_NC: Tensor, weight_KO: Tensor, channels: int, stride: int) -> Tensor:
         rows = x_NC.view(-1, stride * channels)
         out, *further = weight_KO.split(stride * channels)
         y_NO = rows[:, : len(out)] @ out
         for j, part in enumerate(further, start=1):
             y_NO[:-j].addmm_(rows[j:, : len(part)], part)
         ctx.save_for_backward(rows, weight_KO)
-        ctx.shape = weight_OCK.shape
+        ctx.channels = channels
         return y_NO
 
     @staticmethod
@@ -238,11 +236,9 @@ class _Conv(torch.autograd.Function):
                     torch.mm(grad_NO, part.T, out=grad_x[:, : len(part)])
                 else:
                     grad_x[j:, : len(part)].addmm_(grad_NO[: n - j], part.T)
-            grad_x = grad_x.view(-1, ctx.shape[1])
+            grad_x = grad_x.view(-1, ctx.channels)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight_KO)
             for j, part in enumerate(grad_weight.split(width)):
                 torch.mm(rows[j:, : len(part)].T, grad_NO[: n - j], out=part)
-            outs, channels, kernel = ctx.shape
-            grad_weight = grad_weight.view(kernel, channels, outs).permute(2, 1, 0)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
