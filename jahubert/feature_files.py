@@ -30,7 +30,7 @@ class FeatureFiles:
         settings: what makes these features these features; JSON.
 
     Raises:
-        ConfigError: the file exists already.
+        ConfigError: the file exists already, or the folder cannot be made.
         StaleError: the folder has features with other settings.
     """
 
@@ -47,8 +47,11 @@ class FeatureFiles:
                 now = ", ".join(f"{name} {found.get(name)} (asked for: {settings[name]})" for name in other)
                 raise StaleError(f"{self.folder} has features of {now}; remove it or choose another folder")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
 
     def has(self, base: Path, audio: Path) -> bool:
         """Whether the features of `audio` are there, and not older than it is."""
@@ -64,13 +67,17 @@ class FeatureFiles:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
         n_frames = 0
-        with beside.open("wb") as file:
-            _header(file, (0, *shape))
-            for piece in pieces:
-                file.write(piece.contiguous().numpy().tobytes())
-                n_frames += len(piece)
-            file.seek(0)  # numpy leaves room for a larger number
-            _header(file, (n_frames, *shape))
+        try:
+            with beside.open("wb") as file:
+                _header(file, (0, *shape))
+                for piece in pieces:
+                    file.write(piece.contiguous().numpy().tobytes())
+                    n_frames += len(piece)
+                file.seek(0)  # numpy leaves room for a larger number
+                _header(file, (n_frames, *shape))
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
         beside.replace(path)
 
     def finish(self) -> None:

@@ -174,6 +174,13 @@ def test_features_in_one_file(bundle, folder, capsys):
     assert "all.safetensors exists already" in capsys.readouterr().err
 
 
+def test_features_that_cannot_be_written(bundle, folder, capsys):
+    assert main(["features", "--model", bundle, "-o", "/proc/out", "data/a.wav"]) == 2
+    assert "-o /proc/out cannot be written" in capsys.readouterr().err
+    assert main(["features", "--model", bundle, "--chunk", "8", "-o", "out", "data/notes.txt"]) == 2
+    assert [p.name for p in Path("out").iterdir()] == ["features.json"]  # nothing half done
+
+
 def test_units(bundle, folder, capsys):
     wanted = jahubert.UnitExtractor.from_pretrained(bundle)("data/a.wav")
     assert main(["units", "--model", bundle, "data/a.wav"]) == 0
