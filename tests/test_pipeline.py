@@ -108,7 +108,7 @@ def test_the_worst_come_first_with_their_sound(whole, page):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(page):
-    """No error in the console, every picture drawn, every sound playable, no sideways scrolling on a phone."""
+    """No error in the console, every picture drawn, every sound playable, nothing too wide for a phone."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra dev)")
     with sync_api.sync_playwright() as driver:
         try:
