@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,6 +78,35 @@ def load_audio(
         raise AudioError(f"{name} holds no audio{where} (0 samples)")
     _check_finite(wav_T, name)
     return torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
+
+
+def stream_audio(
+    source: AudioLike, sample_rate: int | None = None, seconds: float = 30.0
+) -> Iterator[torch.Tensor]:
+    """What `load_audio` returns, in blocks of about so many seconds: the memory is that of a block.
+
+    Raises AudioError as `load_audio` does, but when it comes to the place: a truncated file first gives
+    what it has. An array, or a stream, is in memory already.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        yield from load_audio(source, sample_rate).split(round(seconds * SAMPLE_RATE))
+        return
+    with _Opened(source) as opened:
+        rate, n_in, n_out = opened.file.samplerate, 0, 0
+        resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, quality="HQ")
+        for block in chain(opened.blocks(max(1, round(seconds * rate))), (None,)):
+            wav_T = np.zeros(0, np.float32) if block is None else _mono(block)
+            _check_finite(wav_T, opened.name, n_in)
+            n_in += len(wav_T)
+            if resampler is not None and (n_in or block is not None):
+                wav_T = resampler.resample_chunk(wav_T, last=block is None)
+            if block is None:
+                wav_T = _fit(wav_T, _resampled_length(n_in, rate) - n_out)
+            n_out += len(wav_T)
+            if len(wav_T):
+                yield torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
+        if n_out == 0:
+            raise AudioError(f"{opened.name} holds no audio (0 samples)")
 
 
 def audio_length(source: AudioLike, sample_rate: int | None = None) -> int:
@@ -149,6 +180,24 @@ class _Opened:
             raise AudioError(
                 f"{self.name} is truncated or damaged: its samples cannot all be decoded"
             ) from error
+
+    def blocks(self, n: int) -> Iterator[np.ndarray]:
+        """All frames, `n` at a time; AudioError as in `read`, at the end."""
+        file, read = self.file, 0
+        promised = (file.frames - 4 * 1152 if self._xing else 0) if file.format == "MP3" else file.frames
+        try:
+            while len(block := file.read(n, dtype="float32", always_2d=True)):
+                read += len(block)
+                yield block
+        except (soundfile.SoundFileError, RuntimeError) as error:
+            raise AudioError(
+                f"{self.name} is truncated or damaged: its samples cannot all be decoded"
+            ) from error
+        if read < promised < _UNKNOWN:
+            raise AudioError(
+                f"{self.name} is truncated: its header promises {file.frames} samples, "
+                f"but {read} could be decoded"
+            )
 
     def _promise(self, wanted: int, got: np.ndarray) -> np.ndarray:
         if len(got) < wanted:
@@ -278,9 +327,9 @@ def _mono(frames_TC: np.ndarray) -> np.ndarray:
     return frames_TC.mean(axis=1, dtype=np.float32)
 
 
-def _check_finite(wav_T: np.ndarray, name: str) -> None:
+def _check_finite(wav_T: np.ndarray, name: str, offset: int = 0) -> None:
     if not np.isfinite(wav_T).all():
-        bad = int(np.flatnonzero(~np.isfinite(wav_T))[0])
+        bad = offset + int(np.flatnonzero(~np.isfinite(wav_T))[0])
         raise AudioError(f"{name} holds a NaN or infinite sample (the first one at position {bad})")
 
 
@@ -290,10 +339,12 @@ def _resample(wav_T: np.ndarray, rate: int, name: str) -> np.ndarray:
     length = _resampled_length(len(wav_T), rate)
     if length == 0:
         return wav_T[:0]
-    out = soxr.resample(wav_T, rate, SAMPLE_RATE, quality="HQ")
-    if len(out) < length:  # not seen in practice: the length is a promise that `audio_length` makes
-        out = np.pad(out, (0, length - len(out)))
-    return out[:length]
+    return _fit(soxr.resample(wav_T, rate, SAMPLE_RATE, quality="HQ"), length)
+
+
+def _fit(wav_T: np.ndarray, length: int) -> np.ndarray:
+    """Exactly `length` samples. soxr gives them itself; the length is a promise of `audio_length`."""
+    return np.pad(wav_T, (0, max(0, length - len(wav_T))))[: max(0, length)]
 
 
 def _resampled_length(n: int, rate: int) -> int:

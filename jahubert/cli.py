@@ -14,120 +14,17 @@ import io
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jahubert
 from jahubert import writers
+from jahubert.console import Input, Report, complain, find_inputs, names_wanted
 from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
 
-AUDIO_ENDINGS = (
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64",
-    ".rf64", ".caf", ".sph", ".nist",
-)  # fmt: skip
-STDIN = "-"
 MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
-
-
-@dataclass(frozen=True)
-class Input:
-    """One recording: how it is called, and the name of its results below the output folder."""
-
-    label: str
-    base: Path
-
-    def open(self) -> Path | io.BytesIO:
-        """What `load_audio` takes."""
-        return io.BytesIO(sys.stdin.buffer.read()) if self.label == STDIN else Path(self.label)
-
-
-def find_inputs(
-    arguments: Sequence[str], into: str | None, ending: str
-) -> tuple[list[Input], dict[str, AudioError]]:
-    """Files, the audio files below folders, and standard input; and the folders that hold none.
-
-    ConfigError if two would write the same file below `into`.
-    """
-    found: list[Input] = []
-    empty: dict[str, AudioError] = {}
-    for argument in arguments:
-        path = Path(argument)
-        if argument == STDIN:
-            found.append(Input(STDIN, Path("stdin")))
-        elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS and p.is_file())
-            found += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
-            if not files:
-                empty[argument] = AudioError(
-                    f"{argument}: no audio file in it (endings: {' '.join(AUDIO_ENDINGS)})"
-                )
-        else:
-            found.append(Input(argument, Path(path.stem)))
-    if [item.label for item in found].count(STDIN) > 1:
-        raise ConfigError("standard input (-) can be given only once")
-    if into is not None:
-        if Path(into).exists() and not Path(into).is_dir():
-            raise ConfigError(f"-o {into} is a file; give a folder")
-        owner: dict[Path, str] = {}
-        for item in found:
-            other = owner.setdefault(item.base, item.label)
-            if other is not item.label:
-                target = Path(into, str(item.base) + ending)
-                raise ConfigError(
-                    f"{other} and {item.label} would both write {target}; use two runs with two folders"
-                )
-    return found, empty
-
-
-def names_wanted(arguments: Sequence[str]) -> bool:
-    """Whether a line of results must say whose it is: not for a single file, always for a folder."""
-    return len(arguments) > 1 or Path(arguments[0]).is_dir()
-
-
-class Report:
-    """Counts what failed, says it on standard error, and shows how far we are if somebody is looking."""
-
-    def __init__(self, inputs: Sequence[Input], empty: dict[str, AudioError]):
-        self.n_inputs, self.n_seen, self.failed, self.status = len(inputs) + len(empty), 0, 0, 0
-        self.shows = self.n_inputs > 1 and sys.stderr.isatty()
-        for label, error in empty.items():
-            self.failure(label, error)
-            self.seen(label)
-
-    def seen(self, label: str) -> None:
-        """One more is done, well or not."""
-        self.n_seen += 1
-        if self.shows:
-            end = "\n" if self.n_seen == self.n_inputs else ""
-            print(f"\r\x1b[K[{self.n_seen}/{self.n_inputs}] {label}", end=end, file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """Make room for a line of results or an error."""
-        if self.shows:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def failure(self, label: str, error: Exception) -> None:
-        self.clear()
-        self.failed += 1
-        if not isinstance(error, UserError | OSError):
-            traceback.print_exception(error, file=sys.stderr)
-            self.status = 1
-        elif self.status == 0:
-            self.status = error.exit_status if isinstance(error, UserError) else 2
-        message = str(error) or type(error).__name__
-        complain(message if label in message and label != STDIN else f"{label}: {message}")
-
-    def finish(self) -> int:
-        if self.failed and self.n_inputs > 1:
-            complain(f"{self.failed} of {self.n_inputs} failed")
-        return self.status
-
-
-def complain(message: object) -> None:
-    print(f"jahubert: error: {message}", file=sys.stderr)
 
 
 def model_source(args: argparse.Namespace) -> str | Path:
@@ -150,30 +47,33 @@ def transcribe(args: argparse.Namespace) -> int:
     inputs, empty = find_inputs(args.audio, args.output, writers.FORMATS[formats[0]][0])
     named = names_wanted(args.audio)
     if args.output is None and (
-        args.format == "all" or (named and args.format in ("srt", "vtt", "textgrid"))
+        args.format == "all" or (named and args.format in ("srt", "vtt", "textgrid", "audacity"))
     ):
         raise ConfigError(f"-f {args.format} of more than one file or format needs a folder: add -o DIR")
     source = model_source(args)
     from jahubert.transcribe import Transcriber, Transcript
 
-    asr = Transcriber.from_pretrained(source, beam=args.beam, device=args.device)
+    asr = Transcriber.from_pretrained(
+        source, beam=args.beam, device=args.device, vad=not args.no_vad, int8=args.int8
+    )
     report = Report(inputs, empty)
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
-    found_all = asr.transcribe_many((item.open() for item in inputs), errors="return")
+    found_all = asr.transcribe_many((item.open() for item in inputs), errors="return", progress=report.heard)
     for item, found in zip(inputs, found_all, strict=True):
         if isinstance(found, Transcript):
             found = replace(found, audio=item.label)
             try:
                 if args.output is not None:
-                    writers.save(found, Path(args.output, item.base), formats)
+                    writers.save(found, Path(args.output, item.base), formats, args.phonemes)
             except OSError as error:
                 found = error
         if isinstance(found, Exception):
             report.failure(item.label, found)
         elif args.output is None:
             report.clear()
-            content = writers.tsv_rows(found) if args.format == "tsv" else writers.render(found, args.format)
+            tsv = args.format == "tsv"  # one header for all
+            content = writers.tsv_rows(found) if tsv else writers.render(found, args.format, args.phonemes)
             print(
                 f"{item.label}\t{content}" if named and args.format == "text" else content, end="", flush=True
             )
@@ -248,7 +148,7 @@ def info(args: argparse.Namespace) -> int:
     config, centroids = bundle.config, bundle.centroids_KD
     facts: dict[str, Any] = {
         "model": str(args.source),
-        "parameters": n_parameters,
+        "parameters": n_parameters if args.json else f"{n_parameters:,}",
         "layers": config.layers,
         "width": config.width,
         "frames a second": config.grid.rate,
@@ -266,9 +166,16 @@ def info(args: argparse.Namespace) -> int:
         print(json.dumps(content, ensure_ascii=False, indent=2))
         return 0
     for key, value in {**facts, **origin}.items():
+        inner = value if isinstance(value, dict) else {}
         if value is not None:
-            print(f"{key:16} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+            print(f"{key:16} {_shown(value)}".rstrip() if not inner else key)
+        for name, each in inner.items():
+            print(f"  {name:14} {_shown(each)}")
     return 0
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -283,9 +190,17 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    from jahubert.train.provenance import status_table
+    from jahubert.train.provenance import stage_states, status_table
 
-    print(status_table(Path(args.experiment)))
+    states = stage_states(Path(args.experiment))
+    print(json.dumps(states, ensure_ascii=False, indent=2) if args.json else status_table(states))
+    return 0
+
+
+def completion(args: argparse.Namespace) -> int:
+    from jahubert.completion import script
+
+    print(script(build_parser(), args.shell), end="")
     return 0
 
 
@@ -302,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     def audio(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("audio", nargs="+", help="audio files, folders, or - for standard input")
+        sub.add_argument("audio", nargs="+", help="audio files, folders, 'patterns', or - for standard input")
         sub.add_argument("--model", metavar="SRC", help=f"{MODEL} (default: the built-in model)")
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
 
@@ -318,6 +233,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("-f", "--format", choices=formats, default="text", help="default: text")
     sub.add_argument("-o", "--output", metavar="DIR", help="write one file a recording (and format) there")
     sub.add_argument("--beam", type=int, default=20, metavar="N", help="width of the search (default: 20)")
+    sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
+    sub.add_argument("--no-vad", action="store_true", help="look for words in silence, noise and tones too")
+    sub.add_argument("--int8", action="store_true", help="8-bit matrix products, on a CPU")
 
     sub = command(features, "write the frames of an encoder layer as float32 .npy (frames, dim)")
     audio(sub)
@@ -342,6 +260,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(status, "say which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
+    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    sub = command(completion, "print a script that completes this command in your shell")
+    sub.add_argument("shell", choices=["bash", "zsh", "fish"])
     return parser
 
 

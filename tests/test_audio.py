@@ -12,7 +12,7 @@ import soundfile
 import soxr
 import torch
 
-from jahubert.audio import AudioSource, audio_length, load_audio
+from jahubert.audio import AudioSource, audio_length, load_audio, stream_audio
 from jahubert.errors import AudioError
 
 RNG = np.random.default_rng(7)
@@ -202,3 +202,43 @@ def test_wrong_sources(tmp_path):
         load_audio(NOISE[:0])
     with pytest.raises(AudioError, match="rate must be positive"):
         load_audio(NOISE, -16_000)
+
+
+@pytest.mark.parametrize("rate", [16_000, 8_000, 44_100, 48_000])
+@pytest.mark.parametrize(("fmt", "subtype"), [("WAV", "FLOAT"), ("FLAC", None), ("OGG", None), ("MP3", None)])
+def test_blocks_are_the_whole(fmt, subtype, rate, tmp_path):
+    path = tmp_path / f"a.{fmt.lower()}"
+    path.write_bytes(encode(np.stack([NOISE, NOISE[::-1]], axis=1), rate, fmt, subtype))
+    whole = load_audio(path)
+    for seconds in (0.1, 0.73, 100.0):
+        for source in (path, path.open("rb")):
+            blocks = list(stream_audio(source, seconds=seconds))
+            assert all(len(block) for block in blocks) and len(blocks) > 0.8 * len(whole) / 16_000 / seconds
+            together = torch.cat(blocks)
+            assert len(together) == len(whole) == audio_length(path) and together.dtype == torch.float32
+            # soxr rounds differently when it is fed bit by bit, and so does the MP3 decoder
+            torch.testing.assert_close(together, whole, atol=2e-4 if rate != 16_000 else 1e-7, rtol=0)
+
+
+def test_blocks_of_an_array():
+    blocks = list(stream_audio(NOISE, seconds=0.5))
+    assert len(blocks) == 4 and torch.equal(torch.cat(blocks), load_audio(NOISE))
+    assert torch.equal(torch.cat(list(stream_audio(NOISE, 8_000, seconds=0.5))), load_audio(NOISE, 8_000))
+
+
+@pytest.mark.parametrize("fmt", ["WAV", "FLAC", "OGG", "MP3"])
+def test_blocks_of_a_broken_file(fmt, tmp_path):
+    """The same refusal as of the whole file, at the latest when the blocks come to the place."""
+    path = tmp_path / "a"
+    data = encode(np.tile(NOISE, 10), 16_000, fmt)
+    for content in (b"", b"RIFFnothing", data[: len(data) * 2 // 3]):
+        path.write_bytes(content)
+        with pytest.raises(AudioError):
+            load_audio(path)
+        with pytest.raises(AudioError, match=str(path)):
+            list(stream_audio(path, seconds=1.0))
+    bad = np.tile(NOISE, 2)
+    bad[40_000] = np.nan
+    path.write_bytes(encode(bad, subtype="FLOAT"))
+    with pytest.raises(AudioError, match="position 40000"):
+        list(stream_audio(path, seconds=1.0))

@@ -1,0 +1,148 @@
+"""What the commands share: which recordings are meant, how far we are, what failed."""
+
+from __future__ import annotations
+
+import glob
+import io
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jahubert.errors import AudioError, ConfigError, UserError
+
+AUDIO_ENDINGS = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64",
+    ".rf64", ".caf", ".sph", ".nist",
+)  # fmt: skip
+STDIN = "-"
+BAR = 20  # characters
+
+
+@dataclass(frozen=True)
+class Input:
+    """One recording: how it is called, and the name of its results below the output folder."""
+
+    label: str
+    base: Path
+
+    def open(self) -> Path | io.BytesIO:
+        """What `load_audio` takes."""
+        return io.BytesIO(sys.stdin.buffer.read()) if self.label == STDIN else Path(self.label)
+
+
+def find_inputs(
+    arguments: Sequence[str], into: str | None, ending: str
+) -> tuple[list[Input], dict[str, AudioError]]:
+    """Files, the audio files below folders, and standard input; and the folders that hold none.
+
+    ConfigError if two would write the same file below `into`.
+    """
+    found: list[Input] = []
+    empty: dict[str, AudioError] = {}
+    matches = [match for argument in arguments for match in expanded(argument, empty)]
+    for argument in matches:
+        path = Path(argument)
+        if argument == STDIN:
+            found.append(Input(STDIN, Path("stdin")))
+        elif path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS and p.is_file())
+            found += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
+            if not files:
+                empty[argument] = AudioError(
+                    f"{argument}: no audio file in it (endings: {' '.join(AUDIO_ENDINGS)})"
+                )
+        else:
+            found.append(Input(argument, Path(path.stem)))
+    if [item.label for item in found].count(STDIN) > 1:
+        raise ConfigError("standard input (-) can be given only once")
+    if into is not None:
+        if Path(into).exists() and not Path(into).is_dir():
+            raise ConfigError(f"-o {into} is a file; give a folder")
+        owner: dict[Path, str] = {}
+        for item in found:
+            other = owner.setdefault(item.base, item.label)
+            if other is not item.label:
+                target = Path(into, str(item.base) + ending)
+                raise ConfigError(
+                    f"{other} and {item.label} would both write {target}; use two runs with two folders"
+                )
+    return found, empty
+
+
+def expanded(argument: str, empty: dict[str, AudioError]) -> list[str]:
+    """What a pattern matches that the shell did not expand; anything else as it stands."""
+    if Path(argument).exists() or not glob.has_magic(argument):
+        return [argument]
+    found = sorted(glob.glob(argument, recursive=True))
+    if not found:
+        empty[argument] = AudioError(f"{argument}: no file matches")
+    return found
+
+
+def names_wanted(arguments: Sequence[str]) -> bool:
+    """Whether a line of results must say whose it is: not for a single file, always for a folder."""
+    only = arguments[0]
+    return len(arguments) > 1 or Path(only).is_dir() or (glob.has_magic(only) and not Path(only).exists())
+
+
+class Report:
+    """Counts what failed, says it on standard error, and shows how far we are if somebody is looking."""
+
+    def __init__(self, inputs: Sequence[Input], empty: dict[str, AudioError]):
+        self.n_inputs, self.n_seen, self.failed, self.status = len(inputs) + len(empty), 0, 0, 0
+        self.shows, self.label = sys.stderr.isatty(), ""
+        self.seconds, self.started = 0.0, time.monotonic()
+        for label, error in empty.items():
+            self.failure(label, error)
+            self.seen(label)
+
+    def seen(self, label: str) -> None:
+        """One more is done, well or not."""
+        self.n_seen += 1
+        self.label = label
+        self.show("\n" if self.n_seen == self.n_inputs else "")
+
+    def heard(self, seconds: float) -> None:
+        """So much more audio is done."""
+        self.seconds += seconds
+        self.show()
+
+    def show(self, end: str = "") -> None:
+        if not self.shows:
+            return
+        done = round(BAR * self.n_seen / max(1, self.n_inputs))
+        speed = self.seconds / max(time.monotonic() - self.started, 1e-9)
+        minutes, seconds = divmod(round(self.seconds), 60)
+        audio = f"  {minutes}:{seconds:02d} of audio, {speed:.0f} times as fast" if self.seconds else ""
+        line = f"[{'#' * done}{'.' * (BAR - done)}] [{self.n_seen}/{self.n_inputs}]{audio}  {self.label}"
+        width = shutil.get_terminal_size().columns - 1  # a longer line would wrap and stay
+        print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Make room for a line of results or an error."""
+        if self.shows:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def failure(self, label: str, error: Exception) -> None:
+        self.clear()
+        self.failed += 1
+        if not isinstance(error, UserError | OSError):
+            traceback.print_exception(error, file=sys.stderr)
+            self.status = 1
+        elif self.status == 0:
+            self.status = error.exit_status if isinstance(error, UserError) else 2
+        message = str(error) or type(error).__name__
+        complain(message if label in message and label != STDIN else f"{label}: {message}")
+
+    def finish(self) -> int:
+        if self.failed and self.n_inputs > 1:
+            complain(f"{self.failed} of {self.n_inputs} failed")
+        return self.status
+
+
+def complain(message: object) -> None:
+    print(f"jahubert: error: {message}", file=sys.stderr)
