@@ -8,6 +8,7 @@ overlap from its frames; docs/frames.md says how much that matters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ BATCH_SECONDS = 120.0  # of padded audio that goes through the encoder at once
 Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of a recording, which starts on a frame; of its frames, `[keep, end)` count."""
+
+    wav_T: Tensor
+    start: int  # sample of the recording
+    keep: int  # those before are the previous chunk's
+    end: int
+
+
 def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
     """Samples of a chunk, and of what it has in common with the next."""
     overlap = grid.floor(round(OVERLAP_SECONDS * SAMPLE_RATE))
@@ -33,23 +44,20 @@ def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
     return chunk, overlap
 
 
-def chunk_starts(n_samples: int, grid: FrameGrid, seconds: float | None) -> list[tuple[int, int]]:
-    """Cut a recording into (start, samples), overlapping, each starting on a frame."""
+def chunks(blocks: Iterable[Tensor], grid: FrameGrid, seconds: float | None) -> Iterator[Chunk]:
+    """Overlapping chunks of a recording that comes in blocks (T,); one of everything if `seconds` is None."""
+    held, start, keep = torch.zeros(0), 0, 0
     if seconds is None:
-        return [(0, n_samples)]
-    chunk, overlap = chunk_size(grid, seconds)
-    chunks, start = [], 0
-    while start + chunk < n_samples:
-        chunks.append((start, chunk))
-        start += chunk - overlap
-    return [*chunks, (start, n_samples - start)]
-
-
-def kept_frames(number: int, step: int | None, grid: FrameGrid) -> slice:
-    """The frames of chunk `number` that are taken; `step` samples later the next one starts, if one does."""
-    half = grid.floor(round(OVERLAP_SECONDS * SAMPLE_RATE)) // grid.hop // 2
-    # The next chunk takes over `half` frames behind its own start.
-    return slice(half if number else 0, None if step is None else step // grid.hop + half)
+        held = torch.cat([held, *blocks])
+    else:
+        length, overlap = chunk_size(grid, seconds)
+        step, half = length - overlap, overlap // grid.hop // 2
+        for block in blocks:
+            held = torch.cat([held, block])
+            while len(held) > length:
+                yield Chunk(held[:length], start, keep, step // grid.hop + half)
+                held, start, keep = held[step:], start + step, half
+    yield Chunk(held, start, keep, int(grid.n_frames(len(held))))
 
 
 def encode_all(
@@ -59,34 +67,19 @@ def encode_all(
     shape: Sequence[int],
     chunk_seconds: float | None,
 ) -> list[Tensor]:
-    """Frames (S, *shape) of each waveform, on the CPU; long ones in chunks, joined in the middle of overlaps.
+    """Frames (S, *shape) of each waveform, on the CPU; long ones in chunks.
 
     A waveform that is shorter than one frame has no frames.
     """
-    cut = [chunk_starts(len(wav), grid, chunk_seconds) for wav in wavs]
-    chunks = [
-        (index, number, n)
-        for index, own in enumerate(cut)
-        for number, (_, n) in enumerate(own)
-        if grid.n_frames(n)
-    ]
-    parts: dict[tuple[int, int], Tensor] = {}
-    for batch in _batches(sorted(chunks, key=lambda chunk: -chunk[2])):
-        lengths = [n for _, _, n in batch]
-        wav_BT = torch.zeros(len(batch), lengths[0])
-        for row, (index, number, n) in zip(wav_BT, batch, strict=True):
-            start = cut[index][number][0]
-            row[:n] = wavs[index][start : start + n]
-        found = _encoded(encode, wav_BT, lengths)
-        for frames, (index, number, _) in zip(found, batch, strict=True):
-            own = cut[index]
-            step = own[number + 1][0] - own[number][0] if number + 1 < len(own) else None
-            parts[index, number] = frames[kept_frames(number, step, grid)].clone()
-    empty = torch.zeros(0, *shape)
-    return [
-        torch.cat([parts.get((index, number), empty) for number in range(len(own))])
-        for index, own in enumerate(cut)
-    ]
+    cut = [list(chunks([wav], grid, chunk_seconds)) for wav in wavs]
+    places = [(i, j) for i, own in enumerate(cut) for j, chunk in enumerate(own) if chunk.end > chunk.keep]
+    places.sort(key=lambda place: -len(cut[place[0]][place[1]].wav_T))
+    parts = [[torch.zeros(0, *shape)] * len(own) for own in cut]
+    for batch in _batches(places, [len(cut[i][j].wav_T) for i, j in places]):
+        found = _encoded([cut[i][j] for i, j in batch], encode)
+        for (i, j), frames in zip(batch, found, strict=True):
+            parts[i][j] = frames
+    return [torch.cat(own) for own in parts]
 
 
 def encode_stream(
@@ -97,34 +90,31 @@ def encode_stream(
     Laid end to end they are those of `encode_all`; memory is that of one chunk. Nothing comes of a waveform
     that is shorter than one frame.
     """
-    chunk, overlap = chunk_size(grid, chunk_seconds)
-    step, number, waiting = chunk - overlap, 0, torch.zeros(0)
-    for block in blocks:
-        waiting = torch.cat([waiting, block])
-        while len(waiting) > chunk:
-            (frames,) = _encoded(encode, waiting[None, :chunk], [chunk])
-            yield frames[kept_frames(number, step, grid)]
-            waiting, number = waiting[step:].clone(), number + 1
-    if grid.n_frames(len(waiting)):
-        (frames,) = _encoded(encode, waiting[None], [len(waiting)])
-        yield frames[kept_frames(number, None, grid)]
+    for chunk in chunks(blocks, grid, chunk_seconds):
+        if chunk.end > chunk.keep:
+            yield from _encoded([chunk], encode)
 
 
-def _encoded(encode: Encode, wav_BT: Tensor, lengths: list[int]) -> list[Tensor]:
-    """The valid frames of each row, on the CPU."""
+def _encoded(batch: list[Chunk], encode: Encode) -> list[Tensor]:
+    """The frames of each chunk that count, on the CPU."""
+    lengths = [len(chunk.wav_T) for chunk in batch]
+    wav_BT = torch.zeros(len(batch), max(lengths))
+    for row, chunk in zip(wav_BT, batch, strict=True):
+        row[: len(chunk.wav_T)] = chunk.wav_T
     with torch.inference_mode():
-        frames, n_frames_B = encode(wav_BT, lengths)
-        frames = frames.cpu()
-    return [row[: int(n)] for row, n in zip(frames, n_frames_B, strict=True)]
+        frames = encode(wav_BT, lengths)[0].cpu()
+    return [row[chunk.keep : chunk.end].clone() for row, chunk in zip(frames, batch, strict=True)]
 
 
-def _batches(chunks: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Chunks, longest first, gathered while their padded length fits."""
-    batch: list[tuple[int, int, int]] = []
-    for chunk in chunks:
-        if batch and (len(batch) + 1) * batch[0][2] > BATCH_SECONDS * SAMPLE_RATE:
+def _batches(places: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """Places in their order, longest first, gathered while their padded length fits."""
+    batch: list[tuple[int, int]] = []
+    longest = 0
+    for place, length in zip(places, lengths, strict=True):
+        if batch and (len(batch) + 1) * longest > BATCH_SECONDS * SAMPLE_RATE:
             yield batch
             batch = []
-        batch.append(chunk)
+        longest = longest if batch else length
+        batch.append(place)
     if batch:
         yield batch

@@ -21,8 +21,8 @@ from typing import Any
 
 import jahubert
 from jahubert import writers
+from jahubert.console import STDIN, Input, Report, complain, find_inputs, names_wanted
 from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
-from jahubert.inputs import STDIN, Input, Report, complain, find_inputs, names_wanted
 
 # Adds a subcommand: the function that it runs, and what it does in a few words.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -49,30 +49,33 @@ def transcribe(args: argparse.Namespace) -> int:
     inputs, empty = find_inputs(args.audio, args.output, writers.FORMATS[formats[0]][0])
     named = names_wanted(args.audio)
     if args.output is None and (
-        args.format == "all" or (named and args.format in ("srt", "vtt", "textgrid"))
+        args.format == "all" or (named and args.format in ("srt", "vtt", "textgrid", "audacity"))
     ):
         raise ConfigError(f"-f {args.format} of more than one file or format needs a folder: add -o DIR")
     source = model_source(args)
     from jahubert.transcribe import Transcriber, Transcript
 
-    asr = Transcriber.from_pretrained(source, beam=args.beam, device=args.device)
+    asr = Transcriber.from_pretrained(
+        source, beam=args.beam, device=args.device, vad=not args.no_vad, int8=args.int8
+    )
     report = Report(inputs, empty)
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
-    found_all = asr.transcribe_many((item.open() for item in inputs), errors="return")
+    found_all = asr.transcribe_many((item.open() for item in inputs), errors="return", progress=report.heard)
     for item, found in zip(inputs, found_all, strict=True):
         if isinstance(found, Transcript):
             found = replace(found, audio=item.label)
             try:
                 if args.output is not None:
-                    writers.save(found, Path(args.output, item.base), formats)
+                    writers.save(found, Path(args.output, item.base), formats, args.phonemes)
             except OSError as error:
                 found = error
         if isinstance(found, Exception):
             report.failure(item.label, found)
         elif args.output is None:
             report.clear()
-            content = writers.tsv_rows(found) if args.format == "tsv" else writers.render(found, args.format)
+            tsv = args.format == "tsv"  # one header for all
+            content = writers.tsv_rows(found) if tsv else writers.render(found, args.format, args.phonemes)
             print(
                 f"{item.label}\t{content}" if named and args.format == "text" else content, end="", flush=True
             )
@@ -177,7 +180,7 @@ def info(args: argparse.Namespace) -> int:
     config, centroids = bundle.config, bundle.centroids_KD
     facts: dict[str, Any] = {
         "model": str(args.source),
-        "parameters": n_parameters,
+        "parameters": n_parameters if args.json else f"{n_parameters:,}",
         "layers": config.layers,
         "width": config.width,
         "frames a second": config.grid.rate,
@@ -195,9 +198,16 @@ def info(args: argparse.Namespace) -> int:
         print(json.dumps(content, ensure_ascii=False, indent=2))
         return 0
     for key, value in {**facts, **origin}.items():
+        inner = value if isinstance(value, dict) else {}
         if value is not None:
-            print(f"{key:16} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+            print(f"{key:16} {_shown(value)}".rstrip() if not inner else key)
+        for name, each in inner.items():
+            print(f"  {name:14} {_shown(each)}")
     return 0
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -212,9 +222,17 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    from jahubert.train.provenance import status_table
+    from jahubert.train.provenance import stage_states, status_table
 
-    print(status_table(Path(args.experiment)))
+    states = stage_states(Path(args.experiment))
+    print(json.dumps(states, ensure_ascii=False, indent=2) if args.json else status_table(states))
+    return 0
+
+
+def completion(args: argparse.Namespace) -> int:
+    from jahubert.completion import script
+
+    print(script(build_parser(), args.shell), end="")
     return 0
 
 
@@ -251,7 +269,7 @@ def audio_commands(command: Command) -> None:
     """What is done with recordings."""
 
     def audio(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("audio", nargs="+", help="audio files, folders, or - for standard input")
+        sub.add_argument("audio", nargs="+", help="audio files, folders, 'patterns', or - for standard input")
         sub.add_argument("--model", metavar="SRC", help=f"{MODEL} (default: the built-in model)")
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
 
@@ -267,6 +285,9 @@ def audio_commands(command: Command) -> None:
     sub.add_argument("-f", "--format", choices=formats, default="text", help="default: text")
     sub.add_argument("-o", "--output", metavar="DIR", help="write one file a recording (and format) there")
     sub.add_argument("--beam", type=int, default=20, metavar="N", help="width of the search (default: 20)")
+    sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
+    sub.add_argument("--no-vad", action="store_true", help="look for words in silence, noise and tones too")
+    sub.add_argument("--int8", action="store_true", help="8-bit matrix products, on a CPU")
 
     sub = command(features, "write the frames of encoder layers as float32 .npy (frames, dim)")
     audio(sub)
@@ -302,11 +323,17 @@ def model_commands(command: Command) -> None:
 
     sub = command(convert, "write a model in another format, read it again and compare")
     sub.add_argument("source", metavar="SRC", help=MODEL)
-    sub.add_argument("target", metavar="DST", help="new folder (hf) or file (fairseq, torchaudio)")
-    sub.add_argument("--to", required=True, choices=["hf", "fairseq", "torchaudio"], help="its format")
+    sub.add_argument("target", metavar="DST", help="new folder (hf) or file (.pt; .onnx)")
+    sub.add_argument(
+        "--to", required=True, choices=["hf", "fairseq", "torchaudio", "onnx"], help="its format"
+    )
 
     sub = command(status, "say which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
+    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    sub = command(completion, "print a script that completes this command in your shell")
+    sub.add_argument("shell", choices=["bash", "zsh", "fish"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

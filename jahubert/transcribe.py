@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jahubert.audio import AudioLike, AudioSource, load_audio
+from jahubert.audio import AudioLike, AudioSource, stream_audio
 from jahubert.checkpoint import load_bundle
-from jahubert.chunks import encode_all
+from jahubert.chunks import Chunk, chunks, encode_all
 from jahubert.decode import Hypothesis, Span, beam_search, forced_align
 from jahubert.errors import CheckpointError, ConfigError, DataError
 from jahubert.extract import pick_device
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.heads import HubertForCtc
+from jahubert.longform import (
+    AT_ONCE,
+    CHUNK_SECONDS,
+    PAUSE_SECONDS,
+    Piece,
+    gathered,
+    pieces,
+    speech_frames,
+)  # fmt: skip
 from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 
-CHUNK_SECONDS = (
-    30.0  # longer recordings are encoded in overlapping chunks and decoded in pieces of this length
-)
 BEAM_ROWS = 32  # pieces in one beam search
-PAUSE_SECONDS = 0.5  # of blanks around the place where a long recording is cut for decoding
+NEVER = -1e4  # log-probability of a phone where nobody speaks
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,8 @@ class Transcriber:
         phonemes: the symbols of the head.
         beam: width of the beam search.
         device: default is the GPU where there is one.
+        vad: find no words where nobody speaks (`longform.speech_frames`).
+        int8: matrix products in 8 bits, on a CPU; weights by channel, activations as they come.
     """
 
     def __init__(
@@ -86,6 +97,8 @@ class Transcriber:
         *,
         beam: int = 20,
         device: str | torch.device | None = None,
+        vad: bool = True,
+        int8: bool = False,
     ):
         if model.lm_head.out_features != len(phonemes):
             raise CheckpointError(
@@ -95,8 +108,8 @@ class Transcriber:
         if beam < 1:
             raise ConfigError(f"beam is {beam}, but must be at least 1; the published results use 20")
         self.device = pick_device(device)
-        self.model = model.eval().to(self.device)
-        self.phonemes, self.beam = phonemes, beam
+        self.model = quantized(model, self.device) if int8 else model.eval().to(self.device)
+        self.phonemes, self.beam, self.vad = phonemes, beam, vad
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike | None = None, **options) -> Transcriber:
@@ -123,7 +136,10 @@ class Transcriber:
 
     def transcribe(self, audio: AudioLike, sample_rate: int | None = None) -> Transcript:
         """One file or array; `sample_rate` is that of an array (16 kHz if not given)."""
-        return self._finish([(_name(audio), load_audio(audio, sample_rate))])[0]
+        (found,) = self.transcribe_many([audio], sample_rate)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def transcribe_many(
         self,
@@ -132,29 +148,41 @@ class Transcriber:
         *,
         batch_seconds: float = 60.0,
         errors: Literal["raise", "return"] = "raise",
+        progress: Callable[[float], None] | None = None,
     ) -> Iterator[Transcript | Exception]:
-        """Transcripts of many files or arrays, in order, several recordings at a time.
+        """Transcripts of many files or arrays, in order, several short recordings at a time.
 
-        Recordings are read until they last `batch_seconds` together. With `errors="return"` a recording
-        that fails gives its exception in place of a transcript, and the others go on.
+        Recordings up to 30 s are read until they last `batch_seconds` together; longer ones are read and
+        recognised bit by bit, in memory that does not grow with them. With `errors="return"` a recording that
+        fails gives its exception in place of a transcript, and the others go on. `progress` is told the
+        seconds of audio done since it was last called.
         """
+        tell = progress or (lambda seconds: None)
         waiting: list[tuple[str, Tensor]] = []
         for item in audio:
-            trouble = None
+            head: list[Chunk] = []
+            found: Transcript | Exception | None = None
             try:
-                waiting.append((_name(item), load_audio(item, sample_rate)))
+                parts = chunks(stream_audio(item, sample_rate), self.grid, CHUNK_SECONDS)
+                head = list(islice(parts, 2))
             except Exception as error:
-                trouble = error
-            if trouble is not None:  # behind those that were read before it
-                yield from self._flush(waiting, errors)
-                waiting = []
-                if errors == "raise":
-                    raise trouble
-                yield trouble
-            if sum(len(wav) for _, wav in waiting) >= batch_seconds * SAMPLE_RATE:
-                yield from self._flush(waiting, errors)
-                waiting = []
-        yield from self._flush(waiting, errors)
+                found = error
+            if len(head) == 1:
+                waiting.append((_name(item), head[0].wav_T))
+                if sum(len(wav) for _, wav in waiting) < batch_seconds * SAMPLE_RATE:
+                    continue
+            yield from self._flush(waiting, errors, tell)
+            waiting = []
+            if len(head) == 1:
+                continue
+            try:
+                found = found or self._long(_name(item), chain(head, parts), tell)
+            except Exception as error:
+                found = error
+            if errors == "raise" and isinstance(found, Exception):
+                raise found
+            yield found
+        yield from self._flush(waiting, errors, tell)
 
     def log_probs(self, wavs: Sequence[Tensor]) -> list[Tensor]:
         """Log-probabilities (S, V), float32 on the CPU, of 16 kHz waveforms of any length."""
@@ -164,40 +192,72 @@ class Transcriber:
 
         return encode_all(wavs, encode, self.grid, (len(self.phonemes),), CHUNK_SECONDS)
 
-    def _flush(self, waiting: list[tuple[str, Tensor]], errors: str) -> Iterator[Transcript | Exception]:
+    def _flush(
+        self, waiting: list[tuple[str, Tensor]], errors: str, tell: Callable[[float], None]
+    ) -> Iterator[Transcript | Exception]:
+        """The transcripts of a few short recordings, made together."""
         if not waiting:
             return
         done: Sequence[Transcript | Exception]
         try:
-            done = self._finish(waiting)
+            done = self._short(waiting)
         except Exception as error:
             if errors == "raise":
                 raise
             done = [error] if len(waiting) == 1 else []
+        if done:
+            tell(sum(len(wav) for _, wav in waiting) / SAMPLE_RATE)
         # If several failed together, one of them did it and the others are not to suffer.
-        yield from done or (result for one in waiting for result in self._flush([one], errors))
+        yield from done or (result for one in waiting for result in self._flush([one], errors, tell))
 
-    def _finish(self, recordings: list[tuple[str, Tensor]]) -> list[Transcript]:
-        """Encode, search, align and spell a few recordings together."""
-        logps = self.log_probs([wav for _, wav in recordings])
-        longest = round(CHUNK_SECONDS * self.grid.rate)
-        pause = round(PAUSE_SECONDS * self.grid.rate)
-        cuts = [cut_at_pauses(logp, longest, pause, self.phonemes.blank) for logp in logps]
-        pieces = [logp[a:b] for logp, cut in zip(logps, cuts, strict=True) for a, b in cut]
-        found = iter(self._search(pieces))
-        transcripts = []
-        for (name, wav), logp, cut in zip(recordings, logps, cuts, strict=True):
-            spans: list[Span] = []
-            score = 0.0
-            for start, end in cut:
-                best = next(found)
-                score += best.score
-                for span in forced_align(logp[start:end], best.labels, self.phonemes.blank):
-                    spans.append(Span(span.label, start + span.start, start + span.end, span.score))
-            duration = len(wav) / SAMPLE_RATE
-            words = tuple(words_of(spans, self.phonemes, self.grid))
-            transcripts.append(Transcript(words, duration, score, name))
-        return transcripts
+    def _short(self, recordings: list[tuple[str, Tensor]]) -> list[Transcript]:
+        wavs = [wav for _, wav in recordings]
+        logps = [self._gated(logp, wav) for logp, wav in zip(self.log_probs(wavs), wavs, strict=True)]
+        found = self._decode([Piece(0, logp) for logp in logps])
+        return [
+            self._transcript(name, len(wav), [answer])
+            for (name, wav), answer in zip(recordings, found, strict=True)
+        ]
+
+    def _long(self, name: str, parts: Iterable[Chunk], tell: Callable[[float], None]) -> Transcript:
+        """One recording, chunk by chunk."""
+        n_samples = 0
+
+        def frames() -> Iterator[Tensor]:
+            nonlocal n_samples
+            for group in gathered(parts, AT_ONCE):
+                for chunk, logp in zip(group, self.log_probs([c.wav_T for c in group]), strict=True):
+                    yield self._gated(logp, chunk.wav_T)[chunk.keep : chunk.end]
+                before, n_samples = n_samples, group[-1].start + len(group[-1].wav_T)
+                tell((n_samples - before) / SAMPLE_RATE)
+
+        longest, pause = (round(seconds * self.grid.rate) for seconds in (CHUNK_SECONDS, PAUSE_SECONDS))
+        cut = pieces(frames(), longest, pause, self.phonemes.blank)
+        found = [answer for group in gathered(cut, AT_ONCE) for answer in self._decode(group)]
+        return self._transcript(name, n_samples, found)
+
+    def _gated(self, logp_SV: Tensor, wav_T: Tensor) -> Tensor:
+        """No phones where nobody speaks; blank and word boundary stay as they are."""
+        if not self.vad:
+            return logp_SV
+        silent_S = ~speech_frames(wav_T, self.grid)
+        phone_V = torch.ones(len(self.phonemes), dtype=torch.bool)
+        phone_V[[self.phonemes.blank, max(self.phonemes.boundary, self.phonemes.blank)]] = False
+        return logp_SV.masked_fill(silent_S[:, None] & phone_V, NEVER)
+
+    def _decode(self, cut: list[Piece]) -> list[tuple[list[Span], float]]:
+        """Aligned labels of each piece, at frames of the recording, and their log-probability."""
+        found = []
+        for piece, best in zip(cut, self._search([piece.logp_SV for piece in cut]), strict=True):
+            spans = forced_align(piece.logp_SV, best.labels, self.phonemes.blank)
+            moved = [Span(s.label, piece.start + s.start, piece.start + s.end, s.score) for s in spans]
+            found.append((moved, best.score))
+        return found
+
+    def _transcript(self, name: str, n_samples: int, found: list[tuple[list[Span], float]]) -> Transcript:
+        spans = (span for aligned, _ in found for span in aligned)
+        words = tuple(words_of(spans, self.phonemes, self.grid))
+        return Transcript(words, n_samples / SAMPLE_RATE, sum(score for _, score in found), name)
 
     def _search(self, pieces: list[Tensor]) -> list[Hypothesis]:
         """The best hypothesis of each piece; pieces of like length share a beam search."""
@@ -212,20 +272,22 @@ class Transcriber:
         return [best[i] for i in range(len(pieces))]
 
 
-def cut_at_pauses(logp_SV: Tensor, longest: int, pause: int, blank: int = 0) -> list[tuple[int, int]]:
-    """Pieces [start, end) of at most `longest` frames, cut in the middle of the clearest pauses.
-
-    What fits stays whole. A pause is `pause` frames that are most likely blank.
-    """
-    n_frames, start, pieces = len(logp_SV), 0, []
-    while n_frames - start > longest:
-        first = start + longest * 2 // 3
-        around = logp_SV[first - pause // 2 : start + longest, blank].exp()
-        quiet = torch.nn.functional.avg_pool1d(around[None, None], max(1, pause), stride=1)[0, 0]
-        end = first + int(quiet.argmax())
-        pieces.append((start, end))
-        start = end
-    return [*pieces, (start, n_frames)]
+def quantized(model: HubertForCtc, device: torch.device) -> HubertForCtc:
+    """A copy of the model with int8 linear layers; ConfigError where that cannot run."""
+    if device.type != "cpu":
+        raise ConfigError(
+            f"int8 is for CPUs, but the device is {device}; add device='cpu', or leave int8 out"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces torchao, another package, in its place
+        try:
+            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+        except ImportError as error:
+            raise ConfigError(
+                f"torch {torch.__version__} has no dynamic quantisation; leave int8 out"
+            ) from error
+        layers = {nn.Linear: per_channel_dynamic_qconfig}
+        return quantize_dynamic(copy.deepcopy(model).eval().cpu(), layers)
 
 
 def words_of(spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Iterator[Word]:

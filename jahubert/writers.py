@@ -1,4 +1,4 @@
-"""A transcript as text: plain, JSON, table, subtitles, Praat.
+"""A transcript as text: plain, JSON, table, subtitles, Praat, Audacity.
 
 Each writer turns one `Transcript` into the whole content of a file, as a string; times are in seconds.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jahubert.errors import ConfigError
+from jahubert.phonemes import BOUNDARY
 
 if TYPE_CHECKING:
     from jahubert.transcribe import Transcript, Word
@@ -107,6 +109,11 @@ def textgrid(transcript: Transcript) -> str:
     return "\n".join(lines) + "\n"
 
 
+def audacity(transcript: Transcript) -> str:
+    """Labels for Audacity (File, Import, Labels): one a word, from start to end."""
+    return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.kana}\n" for word in transcript.words)
+
+
 # Name of the format -> ending of its files and its writer.
 FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {
     "text": (".txt", text),
@@ -115,21 +122,28 @@ FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {
     "srt": (".srt", srt),
     "vtt": (".vtt", vtt),
     "textgrid": (".TextGrid", textgrid),
+    "audacity": (".labels.txt", audacity),
 }
+# Formats that show one spelling of a word; the others hold kana and phonemes.
+ONE_SPELLING = ("text", "srt", "vtt", "audacity")
 
 
-def render(transcript: Transcript, format: str) -> str:
-    """The transcript in one of `FORMATS`."""
+def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
+    """The transcript in one of `FORMATS`; with `phonemes` those stand where kana would."""
     if format not in FORMATS:
         raise ConfigError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
+    if phonemes and format in ONE_SPELLING:
+        transcript = _in_phonemes(transcript, boundary="" if format == "audacity" else f" {BOUNDARY}")
     return FORMATS[format][1](transcript)
 
 
-def save(transcript: Transcript, base: str | os.PathLike, formats: Iterable[str]) -> list[Path]:
+def save(
+    transcript: Transcript, base: str | os.PathLike, formats: Iterable[str], phonemes: bool = False
+) -> list[Path]:
     """Write `base` + ending for each format, UTF-8; a file is replaced only when the new one is complete."""
     written = []
     for format in formats:
-        content = render(transcript, format)
+        content = render(transcript, format, phonemes)
         path = Path(os.fspath(base) + FORMATS[format][0])
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
@@ -138,6 +152,16 @@ def save(transcript: Transcript, base: str | os.PathLike, formats: Iterable[str]
         beside.replace(path)
         written.append(path)
     return written
+
+
+def _in_phonemes(transcript: Transcript, boundary: str) -> Transcript:
+    """Words spelled in phonemes, each but the last with the boundary behind it."""
+    last = len(transcript.words) - 1
+    words = (
+        replace(word, kana=" ".join(word.phonemes) + boundary * (number < last))
+        for number, word in enumerate(transcript.words)
+    )
+    return replace(transcript, words=tuple(words))
 
 
 def _cues(words: Iterable[Word]) -> list[tuple[float, float, str]]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sounds import syllables
 
 import jahubert
 from jahubert.checkpoint import save_bundle
@@ -20,6 +21,7 @@ from jahubert.cli import main
 from jahubert.heads import HubertForCtc
 from jahubert.hubert import HubertConfig
 from jahubert.phonemes import PhonemeSet
+from jahubert.transcribe import quantized
 
 TINY = HubertConfig(
     conv_dims=(8,) * 7, width=16, layers=2, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
@@ -43,7 +45,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """a.wav, sub/日本語 名前.flac and notes.txt in `data`, which lies in the working folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/sub").mkdir(parents=True)
-    noise = np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32)
+    noise = syllables(0.75).numpy()  # the model would say nothing about anything steadier
     soundfile.write("data/a.wav", noise, 16_000)
     soundfile.write("data/sub/日本語 名前.flac", noise[:7_000], 16_000)
     Path("data/notes.txt").write_text("no audio")
@@ -100,7 +102,7 @@ def test_every_format_into_a_folder(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "-f", "all", "-o", "out/deep", "data"]) == 0
     assert capsys.readouterr().out == ""
     names = sorted(str(p.relative_to("out/deep")) for p in Path("out/deep").rglob("*") if p.is_file())
-    endings = [".TextGrid", ".json", ".srt", ".tsv", ".txt", ".vtt"]
+    endings = [".TextGrid", ".json", ".labels.txt", ".srt", ".tsv", ".txt", ".vtt"]
     assert names == sorted(stem + e for stem in ("a", "sub/日本語 名前") for e in endings)
 
 
@@ -245,7 +247,7 @@ def test_interruption_is_quiet(bundle, folder, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jahubert.transcribe.load_audio", interrupted)
+    monkeypatch.setattr("jahubert.transcribe.stream_audio", interrupted)
     assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 130
     assert capsys.readouterr() == ("", "")
 
@@ -257,6 +259,63 @@ def test_progress_only_for_a_person(bundle, folder, capsys, monkeypatch):
     main(["transcribe", "--model", bundle, "data"])
     out, err = capsys.readouterr()
     assert "[2/2]" in err and "[" not in out
+
+
+def test_progress_of_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
+    soundfile.write(tmp_path / "long.wav", syllables(95.0).numpy(), 16_000)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["transcribe", "--model", bundle, "--beam", "1", str(tmp_path / "long.wav")]) == 0
+    err = capsys.readouterr().err
+    shown = [line for line in err.split("\r") if "of audio" in line]
+    assert len(shown) >= 2 and "1:35 of audio" in shown[-1] and "[1/1]" in shown[-1]
+
+
+def test_patterns_that_no_shell_expanded(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "data/**/*.flac", "*.mp3"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("data/sub/日本語 名前.flac\t") and out.count("\n") == 1
+    assert "*.mp3: no file matches" in err
+    Path("odd[1].wav").write_bytes(Path("data/a.wav").read_bytes())
+    assert main(["transcribe", "--model", bundle, "odd[1].wav"]) == 0  # a file of that very name
+    assert "\t" not in capsys.readouterr().out
+
+
+def test_silence_gives_no_text_unless_it_is_asked_for(bundle, folder, capsys):
+    noise = np.random.default_rng(0).normal(0, 0.05, 32_000)
+    soundfile.write("noise.wav", noise, 16_000)
+    assert main(["transcribe", "--model", bundle, "noise.wav"]) == 0
+    assert capsys.readouterr().out == "\n"
+    assert main(["transcribe", "--model", bundle, "--no-vad", "noise.wav"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_phonemes_in_place_of_kana(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "--phonemes", "data/a.wav"]) == 0
+    wanted = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").phonemes
+    assert capsys.readouterr().out == " ".join(wanted) + "\n"
+
+
+def test_int8_is_near(bundle, folder):
+    exact, near = (
+        jahubert.Transcriber.from_pretrained(bundle, device="cpu", int8=int8) for int8 in (False, True)
+    )
+    wav = syllables(2.0)
+    (a,), (b,) = exact.log_probs([wav]), near.log_probs([wav])
+    assert not torch.equal(a, b) and (a.exp() - b.exp()).abs().mean() < 1e-3
+    assert "quantized" in str(type(near.model.lm_head))
+    with pytest.raises(jahubert.UserError, match="for CPUs"):
+        quantized(exact.model, torch.device("meta"))
+
+
+def test_status_as_json(folder, capsys):
+    from jahubert.train.provenance import begin
+
+    begin(folder / "exp" / "prepare", {"stage": "prepare", "version": 1, "settings": {}})
+    assert main(["status", "exp", "--json"]) == 0
+    (state,) = json.loads(capsys.readouterr().out)
+    assert (state["stage"], state["state"]) == ("prepare", "started")
+    assert main(["status", "exp"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["prepare", "started"]
 
 
 def test_help_does_not_load_torch():

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from jahubert.checkpoint import save_bundle
-from jahubert.chunks import chunk_starts, encode_all, encode_stream
+from jahubert.chunks import chunks, encode_all, encode_stream
 from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.extract import FeatureExtractor, LayerFeatures, UnitExtractor, read_ahead
 from jahubert.frames import HUBERT, FrameGrid
@@ -91,7 +91,7 @@ def test_chunks_join_to_the_frames_of_the_whole(n_samples, grid):
     assert whole.shape == (grid.n_frames(n_samples), 1)
     assert torch.equal(joined, whole)
     assert torch.equal(torch.cat([whole[:0], *streamed]), whole)
-    assert all(start % grid.hop == 0 for start, _ in chunk_starts(n_samples, grid, 10.0))
+    assert all(chunk.start % grid.hop == 0 for chunk in chunks([wav], grid, 10.0))
 
 
 def test_chunks_have_context_on_both_sides(model):

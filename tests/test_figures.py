@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+from xml.etree import ElementTree
 
 import numpy as np
 
-from jahubert.train.figures import curves, phone_matrix, phone_order, unit_usage
+from jahubert.train.figures import curves, layers, phone_matrix, phone_order, unit_usage, utterance
+from jahubert.train.manifest import Phone
 
 
 def size(address: str) -> tuple[int, int]:
@@ -31,11 +33,49 @@ def test_matrix_is_ordered_by_hand():
     assert np.all(np.diag(planted[phones_P][:, units_K]) == np.arange(10, 0, -1))
 
 
+def drawing(address: str) -> ElementTree.Element:
+    """The root of the SVG in a data address."""
+    head, _, data = address.partition(",")
+    assert head == "data:image/svg+xml;base64"
+    root = ElementTree.fromstring(base64.b64decode(data))
+    assert root.tag.endswith("svg")
+    return root
+
+
+def points(address: str) -> list[int]:
+    """The number of points of each curve: what is drawn, axes and grid aside."""
+    lines = [path for path in drawing(address).iter() if path.get("clip-path") and path.get("d")]
+    found = [path.get("d", "").count("L") + 1 for path in lines if "#b0b0b0" not in path.get("style", "")]
+    return found
+
+
 def test_figures_are_drawn():
     count_PK = np.random.default_rng(0).integers(0, 9, (42, 100))
     count_PK[:, 7] = 0
     assert size(phone_matrix(count_PK, [f"p{i}" for i in range(42)]))[0] == 990
-    assert size(unit_usage(count_PK.sum(0)))[0] == 990
-    assert size(unit_usage(np.zeros(4, int)))[0] == 990
-    rows = [{"step": i, "loss": 1 / i, "timing": {}} for i in range(1, 4)] + [{"step": 3, "valid_loss": 0.5}]
-    assert size(curves(rows))[0] == 352
+    for counts in (count_PK.sum(0), np.zeros(4, int)):
+        drawing(unit_usage(counts))
+    assert points(layers({"a": [0.1, 0.3, 0.2, 0.25], "b": [0.2, 0.3]})) == [4, 2]
+    assert phone_matrix(count_PK, ["p"] * 42) == phone_matrix(count_PK, ["p"] * 42)
+
+
+def test_a_curve_for_every_metric_with_speed_and_waiting():
+    timing = {"seconds": 2.0, "steps": 10, "waiting": 0.25}
+    rows = [{"step": i, "loss": 1 / i, "timing": timing} for i in range(1, 6)]
+    rows += [{"step": 3, "valid_loss": 0.5}, {"step": 5, "valid_loss": 0.4, "valid_per": 1.0}]
+    found = curves(rows)
+    assert set(found) == {"loss", "per", "speed", "waiting"}
+    assert points(found["loss"]) == [5, 2]
+    assert points(found["speed"]) == [5]
+
+
+def test_an_utterance_is_as_wide_as_it_is_long():
+    rng = np.random.default_rng(0)
+    phones = (Phone("a", 0, 3200), Phone("pau", 3200, 20_000))
+    short, long = (
+        size(utterance(0.1 * rng.standard_normal(n).astype(np.float32), phones, np.arange(n // 320)))
+        for n in (40_000, 120_000)
+    )
+    assert 2.5 < long[0] / short[0] < 3.5 and abs(long[1] - short[1]) < 5
+    for wav_T in (np.zeros(16_000, np.float32), np.ones(450, np.float32)):
+        size(utterance(wav_T, (), None))  # digital silence, and shorter than a window

@@ -19,6 +19,7 @@ from jahubert.train.metrics import (
     count_errors,
     error_rate,
     joint_counts,
+    pairs,
     phone_frames,
 )
 
@@ -33,6 +34,16 @@ def brute_distance(a: tuple, b: tuple) -> int:
         )
 
     return distance(len(a), len(b))
+
+
+def test_pairs_are_both_sequences_along_a_shortest_way():
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        said, heard = (tuple(rng.choice(list("aiueo"), rng.integers(0, 9))) for _ in range(2))
+        steps = pairs(said, heard)
+        assert tuple(a for a, _ in steps if a is not None) == said
+        assert tuple(b for _, b in steps if b is not None) == heard
+        assert sum(a != b for a, b in steps) == brute_distance(said, heard)
 
 
 def test_edits_equal_brute_force_and_jiwer():

@@ -1,7 +1,10 @@
 """The whole chain on a corpus learnt in seconds: run, killed again and again, refused when changed."""
 
+import base64
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 from jahubert import run
@@ -54,8 +58,92 @@ def test_it_learns_the_corpus(whole):
     assert summary["units"]["iter1"]["pnmi"] > 0.9  # every phone is a chord of its own
     assert [units["learnt"] for units in summary["units"].values()] == [True, True, False]
     assert summary["corpus"]["rejected"] == {"made to be rejected": 1}
-    page = (whole / "report/report.html").read_text()
-    assert "data:image/png;base64," in page and "pretrained" in page
+
+
+@pytest.fixture(scope="module", params=["en", "ja"])
+def page(whole, request) -> Path:
+    """The report in a language, beside the run."""
+    run.run(command(whole, "stage=report", f"report.language={request.param}"))
+    copy = whole.parent / f"report-{request.param}.html"
+    shutil.copy(whole / "report" / "report.html", copy)
+    return copy
+
+
+def test_the_page_holds_everything_and_needs_nothing(whole, page):
+    text = page.read_text(encoding="utf-8")
+    language = page.stem[-2:]
+    assert f'<html lang="{language}">' in text and "width=device-width" in text
+    words = {"en": ("Results", "Worst utterances"), "ja": ("結果", "誤りの多い発話")}
+    assert [all(word in text for word in words[each]) for each in ("en", "ja")].count(True) == 1
+    assert all(word in text for word in words[language])
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert {address.partition(":")[0] for address in addresses if not address.startswith("#")} == {"data"}
+    links = {address[1:] for address in addresses if address.startswith("#")}
+    assert links == set(re.findall(r'<section id="(\w+)"', text)) and len(links) == 5
+    for path in whole.rglob("provenance.json"):
+        record = json.loads(path.read_text())
+        assert record["fingerprint"][:16] in text
+    score = json.loads((whole / "systems/pretrained/score/scores.json").read_text())["test"]["per"]
+    assert f"{100 * score['rate']:.2f} <small>[{100 * score['low']:.2f}, {100 * score['high']:.2f}]" in text
+    assert len(text) < 3_000_000
+
+
+def test_the_worst_come_first_with_their_sound(whole, page):
+    from jahubert.train.metrics import count_errors
+
+    text = page.read_text(encoding="utf-8")
+    lines = map(json.loads, (whole / "systems/pretrained/decode/test.jsonl").read_text().splitlines())
+    rates = {}
+    for line in lines:
+        said, heard = (" ".join(line[side]).split() for side in ("reference", "hypothesis"))
+        rates[line["id"]] = count_errors(said, heard).rate
+    shown = re.findall(r'class="note">(tone-\d+)', text)
+    assert len(shown) == 4 and len(re.findall("<audio", text)) == 4
+    assert sorted((rates[name] for name in shown), reverse=True) == sorted(rates.values(), reverse=True)[:4]
+    sound = re.search(r"data:audio/mpeg;base64,([^\"]+)", text)[1]
+    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)))
+    length = soundfile.info(whole / "prepare/work" / f"{shown[0][-3:]}.wav").frames
+    assert rate == 16_000 and abs(len(wave) - length) < 2400
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(page):
+    """No error in the console, every picture drawn, every sound playable, nothing too wide for a phone."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra dev)")
+    with sync_api.sync_playwright() as driver:
+        try:
+            system = shutil.which("chromium") or shutil.which("google-chrome")
+            browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no browser: apt install chromium, or playwright install chromium ({error})")
+        for width in (1200, 390):
+            tab = browser.new_page(viewport={"width": width, "height": 840})
+            said: list[str] = []
+            tab.on("console", lambda message, said=said: said.append(message.text))
+            tab.on("pageerror", lambda error, said=said: said.append(str(error)))
+            tab.on("requestfailed", lambda request, said=said: said.append(request.url[:80]))
+            tab.goto(page.as_uri())
+            tab.wait_for_function("[...document.querySelectorAll('audio')].every(a => a.readyState > 0)")
+            assert said == []
+            assert tab.evaluate("document.images.length") > 20
+            assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+            assert tab.evaluate("[...document.querySelectorAll('audio')].every(a => a.duration > 0.5)")
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            wide = tab.evaluate(
+                "[...document.querySelectorAll('.scroll')].map(e => e.getBoundingClientRect().right)"
+            )
+            assert max(wide) <= width
+        browser.close()
+
+
+def test_a_report_without_the_audio_still_comes(whole, tmp_path):
+    exp = tmp_path / "exp"
+    shutil.copytree(whole, exp)
+    moved = exp / "prepare" / "work"
+    moved.rename(exp / "prepare" / "elsewhere")
+    run.run(command(exp, "stage=report"))
+    text = (exp / "report" / "report.html").read_text(encoding="utf-8")
+    assert "<audio" not in text and "no such audio file" in text
 
 
 def test_phone_times_from_the_model_are_those_of_the_corpus(whole):

@@ -15,6 +15,7 @@ from jahubert.train.provenance import (
     fingerprint,
     finish,
     recipe_of,
+    stage_states,
     status_table,
     write_json,
     written_beside,
@@ -114,8 +115,15 @@ def test_status(tmp_path, source):
     begin(exp / "iter1" / "kmeans", recipe)
     finish(exp / "iter1" / "kmeans", recipe, {"inertia": 2.5, "backend": "torch"}, 3.0)
     begin(exp / "iter1" / "label", recipe)
-    lines = status_table(exp).splitlines()
+    header, *lines = status_table(stage_states(exp)).splitlines()
+    assert header.split() == ["stage", "state", "time", "result"]
     assert lines[0].split() == ["iter1/kmeans", "done", "3", "s", "inertia", "2.5", "backend", "torch"]
     assert lines[1].split()[:2] == ["iter1/label", "started"]
+    trained = recipe_of("pretrain", 1, Config(source)) | {"settings": {"train.max_steps": 400}}
+    begin(exp / "iter1" / "pretrain", trained)
+    for written, shown in (("", "started"), ('{"step": 90}\n{"step": 100}\n{"st', "25 %")):
+        (exp / "iter1" / "pretrain" / "metrics.jsonl").write_text(written)
+        assert [state["state"] for state in stage_states(exp)] == ["done", "started", shown]
+    assert stage_states(exp)[0]["metrics"] == {"inertia": 2.5, "backend": "torch"}
     with pytest.raises(DataError, match="no stage has run here"):
-        status_table(tmp_path / "nothing")
+        stage_states(tmp_path / "nothing")

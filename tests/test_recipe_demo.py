@@ -76,7 +76,7 @@ def test_frames_of_single_labels_add_up_to_the_whole_for_every_speaker():
 
 
 def test_splits_share_no_sentence_and_have_their_share(made):
-    plan = [item for _, item in demo._plan(Path("x"), demo.Config(minutes=6.0), 0)]
+    plan = [item for _, item in demo._plan(demo.sentences(0), Path("x"), demo.Config(minutes=6.0), 0)]
     texts: dict[str, set[str]] = {}
     seconds: dict[str, float] = {}
     for item in plan:
@@ -94,7 +94,7 @@ def test_again_makes_the_same_bytes_and_keeps_what_is_there(made, tmp_path):
     work, items = made
     files = sorted(path.relative_to(work) for path in work.rglob("*.flac"))
     assert len(files) == len(items)
-    lines = [line for line, _ in demo._plan(tmp_path, demo.Config(minutes=MINUTES), 3)]
+    lines = [line for line, _ in demo._plan(demo.sentences(3), tmp_path, demo.Config(minutes=MINUTES), 3)]
     for line in lines[:2]:
         demo._write(line, tmp_path)
         assert line.path(tmp_path).read_bytes() == line.path(work).read_bytes()
@@ -109,13 +109,14 @@ def test_again_makes_the_same_bytes_and_keeps_what_is_there(made, tmp_path):
 
 def test_another_seed_is_another_corpus():
     first, second = (
-        {line.text for line, _ in demo._plan(Path("x"), demo.Config(minutes=0.5), seed)} for seed in (0, 1)
+        {line.text for line, _ in demo._plan(demo.sentences(seed), Path("x"), demo.Config(minutes=0.5), seed)}
+        for seed in (0, 1)
     )
     assert len(first & second) < len(first) / 2
 
 
 def test_two_processes_make_what_one_makes(made, tmp_path):
-    lines = [line for line, _ in demo._plan(tmp_path, demo.Config(minutes=MINUTES), 3)][:4]
+    lines = [line for line, _ in demo._plan(demo.sentences(3), tmp_path, demo.Config(minutes=MINUTES), 3)][:4]
     demo._make(lines, tmp_path, 2)
     for line in lines:
         assert line.path(tmp_path).read_bytes() == line.path(made[0]).read_bytes()

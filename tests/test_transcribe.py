@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from sounds import SOUNDS, nobody, syllables
 from torch.nn import functional as F
 
 import jahubert
 from jahubert.checkpoint import save_bundle
+from jahubert.chunks import chunks
 from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.heads import HubertForCtc
 from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.longform import CHUNK_SECONDS, pieces, speech_frames
 from jahubert.phonemes import PhonemeSet
-from jahubert.transcribe import Transcriber, builtin_model, cut_at_pauses
+from jahubert.transcribe import Transcriber, builtin_model
 
 TINY = HubertConfig(
     conv_dims=(8,) * 7, width=16, layers=2, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
@@ -34,14 +38,15 @@ def ctc() -> HubertForCtc:
 
 @pytest.fixture(scope="module")
 def random_asr(ctc) -> Transcriber:
-    return Transcriber(ctc, PHONEMES, beam=5, device="cpu")
+    return Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False)  # noise is what it has words for
 
 
 class Planted(Transcriber):
     """Hears what the waveform spells: sample 320 t holds the label of frame t, times 0.01."""
 
     def __init__(self):
-        super().__init__(HubertForCtc(TINY, len(PHONEMES)), PHONEMES, beam=4, device="cpu")
+        model = HubertForCtc(TINY, len(PHONEMES))
+        super().__init__(model, PHONEMES, beam=4, device="cpu", vad=False)  # a code is no speech
 
     def log_probs(self, wavs):
         found = []
@@ -105,13 +110,100 @@ def test_long_recordings_are_cut_in_pauses():
     for start, end in pauses:
         silent[start:end] = True
     logp = F.one_hot((~silent).long(), 3).float().mul(8).log_softmax(-1)
-    pieces = cut_at_pauses(logp, 1500, 25)
-    assert pieces[0][0] == 0 and pieces[-1][1] == 5000 and len(pieces) == 4
-    assert all(a[1] == b[0] for a, b in pairwise(pieces))
-    assert all(0 < end - start <= 1500 for start, end in pieces)
-    assert all(any(a <= cut <= b for a, b in pauses) for _, cut in pieces[:-1])
-    assert cut_at_pauses(logp[:1500], 1500, 25) == [(0, 1500)]
-    assert cut_at_pauses(logp[:0], 1500, 25) == [(0, 0)]
+    whole = list(pieces([logp], 1500, 25))
+    assert torch.equal(torch.cat([piece.logp_SV for piece in whole]), logp) and len(whole) == 4
+    ends = [piece.start + len(piece.logp_SV) for piece in whole]
+    assert [piece.start for piece in whole] == [0, *ends[:-1]]
+    assert all(0 < len(piece.logp_SV) <= 1500 for piece in whole)
+    assert all(any(a <= cut <= b for a, b in pauses) for cut in ends[:-1])
+    for bits in (logp.split(1), logp.split(700), logp.split(1501)):
+        assert [(piece.start, len(piece.logp_SV)) for piece in pieces(bits, 1500, 25)] == [
+            (piece.start, len(piece.logp_SV)) for piece in whole
+        ]
+    assert [len(piece.logp_SV) for piece in pieces([logp[:1500]], 1500, 25)] == [1500]
+    assert list(pieces([logp[:0]], 1500, 25)) == []
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 29.99, 30.0, 30.02, 61.3, 200.0])
+def test_chunks_keep_every_frame_once(seconds):
+    """A recording whose samples count: the frames kept are 0, 1, 2, ... of the whole, whatever the blocks."""
+    grid, n = TINY.grid, round(seconds * 16_000)
+    wav = torch.arange(n, dtype=torch.float64)
+    for size in (999, 16_000, 10**7):
+        kept = []
+        for chunk in chunks(wav.split(size), grid, CHUNK_SECONDS):
+            assert len(chunk.wav_T) <= 30 * 16_000
+            frames = chunk.wav_T[: grid.n_samples(grid.n_frames(len(chunk.wav_T)))].unfold(0, 400, 320)
+            kept += frames[chunk.keep : chunk.end, 0].tolist()
+        assert kept == [320.0 * frame for frame in range(grid.n_frames(n))]
+
+
+def test_long_recordings_are_what_the_whole_is(random_asr, tmp_path):
+    """Read in blocks, encoded in chunks and decoded in pieces, against one pass over everything."""
+    generator = torch.Generator().manual_seed(2)
+    wav = torch.randn(100 * 16_000, generator=generator) * 0.1
+    soundfile.write(tmp_path / "long.wav", wav.numpy(), 16_000, subtype="FLOAT")
+    found = random_asr.transcribe(tmp_path / "long.wav")
+    (logp,) = random_asr.log_probs([wav])  # 30 s chunks, joined by another function
+    cut = list(pieces([logp], 1500, 25))
+    whole = random_asr._transcript("", len(wav), random_asr._decode(cut))
+    assert found.phonemes == whole.phonemes and found.duration == 100.0
+    assert [word.times for word in found.words] == [word.times for word in whole.words]
+    seconds: list[float] = []
+    assert len(list(random_asr.transcribe_many([wav, wav[:16_000]], progress=seconds.append))) == 2
+    assert sum(seconds) == pytest.approx(101.0)
+
+
+@pytest.mark.parametrize("kind", SOUNDS)
+def test_nothing_is_heard_where_nobody_speaks(ctc, kind):
+    """The random model has phones for any sound; none is left unless somebody speaks, and then only there."""
+    asr = Transcriber(ctc, PHONEMES, beam=2, device="cpu")
+    sound = nobody(kind)
+    assert asr.transcribe(sound).words == ()
+    assert not speech_frames(sound, TINY.grid).any()
+    before, after = syllables(3.0), syllables(2.0, seed=1)
+    both = torch.cat([before, sound, after])
+    found_S = speech_frames(both, TINY.grid)
+    start, end = 3 * 50, 11 * 50
+    assert found_S[:start].float().mean() > 0.9 and found_S[end:].float().mean() > 0.9
+    assert not found_S[start + 65 : end - 65].any()
+    words = asr.transcribe(both).words
+    assert words and not any(a > 4.3 and b < 9.7 for word in words for a, b in word.times)
+
+
+def test_real_words_are_all_speech(shared_data):
+    files = sorted((shared_data / "tofugu" / "lib" / "ogg").glob("*.ogg"))[::100]
+    shares = []
+    for path in files + sorted((shared_data / "sentences").glob("*.wav")):
+        wav = jahubert.load_audio(path)
+        level = wav[: len(wav) // 320 * 320].view(-1, 320).square().mean(1).sqrt()
+        loud_S = (level > 0.1 * level.max())[: TINY.grid.n_frames(len(wav))]
+        shares.append(float(speech_frames(wav, TINY.grid)[: len(loud_S)][loud_S].float().mean()))
+    assert len(shares) >= 50 and min(shares) == 1.0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_recording(ctc, tmp_path):
+    """44.1 kHz stereo of 4 and of 24 minutes: 85 and 508 MB if it were read at once."""
+    save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
+    code = """
+import resource, sys, jahubert
+asr = jahubert.Transcriber.from_pretrained(sys.argv[1], beam=1, device="cpu")
+found = asr.transcribe(sys.argv[2])
+print(found.duration, len(found.words), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    minute = np.repeat(syllables(60.0).numpy(), 3)[: 60 * 44_100]
+    megabytes = []
+    for minutes in (4, 24):
+        with soundfile.SoundFile(tmp_path / "a.wav", "w", 44_100, 2) as file:
+            for _ in range(minutes):
+                file.write(np.stack([minute, minute], axis=1))
+        arguments = [sys.executable, "-c", code, str(tmp_path / "ctc"), str(tmp_path / "a.wav")]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=1200)
+        duration, words, used = map(float, done.stdout.split())
+        assert duration == 60 * minutes and words > 10 * minutes, done.stderr
+        megabytes.append(used)
+    assert megabytes[1] - megabytes[0] < 60, megabytes
 
 
 def test_many_are_what_each_is_alone(random_asr, tmp_path):
@@ -164,7 +256,7 @@ def test_from_pretrained(ctc, random_asr, tmp_path):
     save_bundle(tmp_path / "plain", model=HubertModel(TINY))
     wav = torch.randn(20_000) * 0.1
     same(
-        Transcriber.from_pretrained(tmp_path / "ctc", beam=5, device="cpu").transcribe(wav),
+        Transcriber.from_pretrained(tmp_path / "ctc", beam=5, device="cpu", vad=False).transcribe(wav),
         random_asr.transcribe(wav),
     )
     with pytest.raises(CheckpointError, match="no CTC head"):

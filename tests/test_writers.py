@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 
@@ -93,7 +94,8 @@ def test_textgrid_quotes():
 def test_save_writes_every_format(tmp_path):
     paths = writers.save(KNOWN, tmp_path / "deep" / "talk.one", writers.FORMATS)
     assert [p.name for p in paths] == [
-        f"talk.one{ending}" for ending in (".txt", ".json", ".tsv", ".srt", ".vtt", ".TextGrid")
+        f"talk.one{ending}"
+        for ending in (".txt", ".json", ".tsv", ".srt", ".vtt", ".TextGrid", ".labels.txt")
     ]
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == sorted(p.name for p in paths)
     assert paths[0].read_text(encoding="utf-8") == "アサ ワ キレー\n"
@@ -102,3 +104,63 @@ def test_save_writes_every_format(tmp_path):
 def test_unknown_format():
     with pytest.raises(ConfigError, match=r"'doc'.*textgrid"):
         writers.render(KNOWN, "doc")
+
+
+def test_phonemes_in_place_of_kana():
+    assert writers.render(KNOWN, "text", phonemes=True) == "a s a | w a | k i r e:\n"
+    assert "a s a | w a |\n" in writers.render(KNOWN, "srt", phonemes=True)
+    assert writers.render(KNOWN, "audacity", phonemes=True).splitlines()[1].split("\t")[2] == "w a"
+    for format in ("json", "tsv", "textgrid"):  # they hold both
+        assert writers.render(KNOWN, format, phonemes=True) == writers.render(KNOWN, format)
+
+
+LONG = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(8000)), 4001.0, -1.0, "long.wav")
+
+
+@pytest.mark.parametrize("transcript", [KNOWN, EMPTY, LONG], ids=["known", "empty", "long"])
+class TestOtherPrograms:
+    """What independent readers of the formats find in the files."""
+
+    def test_subrip(self, transcript, tmp_path):
+        srt = pytest.importorskip("srt", reason="extra dev")
+        (path,) = writers.save(transcript, tmp_path / "a", ["srt"])
+        cues = list(srt.parse(path.read_text(encoding="utf-8"), ignore_errors=False))
+        found = [(c.start.total_seconds(), c.end.total_seconds(), c.content) for c in cues]
+        assert found == rounded(writers._cues(transcript.words))
+        assert [cue.index for cue in cues] == list(range(1, len(cues) + 1))
+
+    def test_webvtt(self, transcript, tmp_path):
+        webvtt = pytest.importorskip("webvtt", reason="extra dev")
+        (path,) = writers.save(transcript, tmp_path / "a", ["vtt"])
+        found = [(c.start_in_seconds, c.end_in_seconds, c.text) for c in webvtt.read(path)]
+        wanted = rounded(writers._cues(transcript.words))
+        assert [text for *_, text in found] == [text for *_, text in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            assert one[:2] == pytest.approx(other[:2], abs=1.0)  # this reader drops milliseconds
+
+    def test_praat(self, transcript, tmp_path):
+        praatio = pytest.importorskip("praatio.textgrid", reason="extra dev")
+        (path,) = writers.save(transcript, tmp_path / "a", ["textgrid"])
+        grid = praatio.openTextgrid(str(path), includeEmptyIntervals=False, reportingMode="error")
+        words, phones = (grid.getTier(name).entries for name in ("words", "phones"))
+        assert [(e.label, e.start, e.end) for e in words] == [
+            (w.kana, pytest.approx(w.start, abs=1e-5), pytest.approx(w.end, abs=1e-5))
+            for w in transcript.words
+        ]
+        assert [e.label for e in phones] == [p for w in transcript.words for p in w.phonemes]
+        assert grid.maxTimestamp == pytest.approx(transcript.duration)
+
+    def test_audacity(self, transcript, tmp_path):
+        """Its label file is a table of tabs: start, end, text; csv is the reader."""
+        (path,) = writers.save(transcript, tmp_path / "a", ["audacity"])
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        assert [(float(a), float(b), label) for a, b, label in rows] == [
+            (pytest.approx(w.start, abs=1e-6), pytest.approx(w.end, abs=1e-6), w.kana)
+            for w in transcript.words
+        ]
+
+
+def rounded(cues: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Cues to the millisecond."""
+    return [(round(start, 3), round(end, 3), text) for start, end, text in cues]

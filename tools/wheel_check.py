@@ -108,8 +108,9 @@ def make_material(folder: Path) -> None:
             centroid_layer=1,
         )
     time = np.arange(3 * 44_100) / 44_100
-    left = 0.3 * np.sin(2 * np.pi * (200 + 150 * time) * time)
-    right = np.random.default_rng(0).normal(0, 0.1, len(time))
+    syllable = np.clip(2 * np.sin(2 * np.pi * 4 * time), 0, 1)  # silence would say nothing
+    left = 0.3 * np.sin(2 * np.pi * (200 + 150 * time) * time) * syllable
+    right = np.random.default_rng(0).normal(0, 0.1, len(time)) * syllable
     soundfile.write(folder / "audio.wav", np.stack([left, right], axis=1), 44_100)
     arrays, says = results(folder)
     np.savez(folder / "expected.npz", **arrays)

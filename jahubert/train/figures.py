@@ -1,4 +1,7 @@
-"""Figures of a report, each a PNG in a data address: a page of them needs no other file."""
+"""Figures of a report, each in a data address: a page of them needs no other file.
+
+They hold numbers and phones, no words: those stand beside them in the language of the page.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,56 @@ from typing import Any
 import numpy as np
 
 from jahubert.errors import MissingExtraError
+from jahubert.frames import HUBERT, SAMPLE_RATE
+from jahubert.train.manifest import Phone
+
+TRAINING, VALIDATION = "#1f6fb2", "#d1603d"  # of curves
+_FFT = 512  # samples of a spectrum
+_PALETTE = 37  # colours of units: neighbours in number are far apart in colour
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every metric against the step, training and validation together; `rows` are lines of metrics.jsonl."""
-    skip = ("step", "timing")
-    names = list(dict.fromkeys(key.removeprefix("valid_") for row in rows for key in row if key not in skip))
-    width, height = min(4, len(names)), -(-len(names) // 4)
+def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """One figure a metric against the step, training and validation; `rows` are lines of metrics.jsonl.
+
+    From the timing of the rows come `speed` (updates a second) and `waiting` (share of the time in which
+    there was no batch yet).
+    """
+    series: dict[str, tuple[list, list]] = {}
+    for row in rows:
+        values = {key: value for key, value in row.items() if key not in ("step", "timing")}
+        timing = row.get("timing")
+        if timing and timing["seconds"] > 0:
+            values |= {"speed": timing["steps"] / timing["seconds"], "waiting": timing["waiting"]}
+        for key, value in values.items():
+            lines = series.setdefault(key.removeprefix("valid_"), ([], []))
+            lines[key.startswith("valid_")].append((row["step"], value))
+    return {name: _curve(lines) for name, lines in series.items()}
+
+
+def _curve(lines: Sequence[Sequence[tuple[float, float]]]) -> str:
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for points, colour in zip(lines, (TRAINING, VALIDATION), strict=True):
+            if points:
+                mark = "o" if len(points) < 30 else None
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, marker=mark, markersize=3)
+        _plain(axes)
+
+    return _svg(draw, 3.4, 2.1)
+
+
+def layers(values: Mapping[str, Sequence[float]]) -> str:
+    """A value of each layer, block 1 first; one line a model, in the order given."""
 
     def draw(figure: Any) -> None:
-        for number, name in enumerate(names):
-            axes = figure.add_subplot(height, width, number + 1)
-            for key, label in ((name, "training"), (f"valid_{name}", "validation")):
-                points = [(row["step"], row[key]) for row in rows if key in row]
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=label)
-            axes.set_title(name)
-            axes.set_xlabel("step")
-            axes.legend(fontsize="small")
+        axes = figure.add_subplot()
+        for name, line in values.items():
+            axes.plot(range(1, len(line) + 1), line, marker="o", markersize=4, label=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize="small", frameon=False)
+        _plain(axes)
 
-    return _png(draw, 3.2 * width, 2.6 * height)
+    return _svg(draw, 5.0, 2.8)
 
 
 def phone_order(count_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,39 +86,106 @@ def phone_matrix(count_PK: np.ndarray, phones: Sequence[str]) -> str:
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        image = axes.imshow(share_PK[phones_P][:, units_K], aspect="auto", cmap="magma", vmin=0, vmax=1)
+        shown = share_PK[phones_P][:, units_K]
+        image = axes.imshow(shown, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         axes.set_yticks(range(len(phones)), [phones[i] for i in phones_P], fontsize=6)
-        axes.set_xlabel("units, by their most frequent phone")
-        figure.colorbar(image, label="P(phone | unit)")
+        axes.tick_params(length=2, labelsize=6)
+        figure.colorbar(image, pad=0.01, aspect=40).ax.tick_params(labelsize=6)
 
-    return _png(draw, 9.0, 1.5 + 0.11 * len(phones))
+    return _png(draw, 9.0, 1.0 + 0.12 * len(phones))
 
 
 def unit_usage(count_K: np.ndarray) -> str:
-    """The share of frames of each unit, the most frequent first, beside that of even use."""
-    share_K = np.sort(count_K)[::-1] / max(1, int(count_K.sum()))
+    """The share of frames of each unit in percent, the most frequent first, beside that of even use."""
+    share_K = 100 * np.sort(count_K)[::-1] / max(1, int(count_K.sum()))
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        axes.bar(np.arange(len(share_K)), 100 * share_K, width=1.0)
-        axes.axhline(100 / len(share_K), color="black", linewidth=0.8, linestyle="--", label="even use")
-        axes.set_xlabel("units, the most frequent first")
-        axes.set_ylabel("% of frames")
-        axes.legend(fontsize="small")
+        axes.fill_between(np.arange(len(share_K) + 1), np.append(share_K, 0), step="post", color=TRAINING)
+        axes.axhline(100 / len(share_K), color="black", linewidth=0.8, linestyle="--")
+        axes.set_xlim(0, len(share_K))
+        _plain(axes)
 
-    return _png(draw, 9.0, 2.4)
+    return _svg(draw, 5.0, 2.1)
 
 
-def _png(draw: Callable[[Any], None], width: float, height: float) -> str:
-    """What `draw` puts into a figure of so many inches."""
+def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | None) -> str:
+    """Waveform, spectrogram (kHz) with the phones where they are known, and a strip of units, in seconds."""
+    seconds = len(wav_T) / SAMPLE_RATE
+    heights = [1, 3.2] + ([0.5] if unit_S is not None else [])
+
+    def draw(figure: Any) -> None:
+        rows = figure.subplots(
+            len(heights), 1, sharex=True, height_ratios=heights, gridspec_kw={"hspace": 0.06}
+        )
+        time_T = np.arange(len(wav_T)) / SAMPLE_RATE
+        rows[0].plot(time_T, wav_T, color=TRAINING, linewidth=0.4)
+        rows[0].set_yticks([])
+        quiet = 1e-10  # so that the logarithm of digital silence is a number
+        noise_T = np.sqrt(quiet) * np.random.default_rng(0).standard_normal(max(len(wav_T), 2 * _FFT))
+        noise_T[: len(wav_T)] += wav_T
+        spectrum = rows[1].specgram(
+            noise_T, NFFT=_FFT, noverlap=_FFT * 3 // 4, Fs=SAMPLE_RATE / 1000, cmap="gray_r",
+            xextent=(0, len(noise_T) / SAMPLE_RATE),
+        )[0]  # fmt: skip
+        level = 10 * np.log10(spectrum.max() + quiet)
+        rows[1].images[0].set_clim(level - 70, level)
+        rows[1].set_ylim(0, SAMPLE_RATE / 2000)
+        for phone in phones:
+            start, end = phone.start / SAMPLE_RATE, phone.end / SAMPLE_RATE
+            rows[1].axvline(start, color=VALIDATION, linewidth=0.5)
+            if phone.symbol != "pau" and end <= seconds:
+                rows[1].text((start + end) / 2, SAMPLE_RATE / 2000 - 0.6, phone.symbol, **_LABEL)
+        if unit_S is not None:
+            extent = (0, len(unit_S) * HUBERT.hop / SAMPLE_RATE, 0, 1)
+            colour_S = unit_S[None].astype(np.int64) * 11 % _PALETTE
+            rows[2].imshow(
+                colour_S, aspect="auto", cmap="nipy_spectral", extent=extent, interpolation="nearest"
+            )
+            rows[2].set_yticks([])
+        for axes in rows:
+            axes.tick_params(labelsize=7, length=2)
+            axes.set_xlim(0, seconds)
+
+    return _png(draw, float(np.clip(2.2 * seconds, 4.5, 22)), 2.6, layout=None)
+
+
+_LABEL = {"fontsize": 7, "ha": "center", "color": VALIDATION, "weight": "bold"}
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7, length=3)
+    axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def _png(draw: Callable[[Any], None], width: float, height: float, layout: Any = "constrained") -> str:
+    """What `draw` puts into a figure of so many inches, as pixels: for what has very many marks."""
+    stream = _drawn(draw, (width, height), layout, "png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(stream).decode()
+
+
+def _svg(draw: Callable[[Any], None], width: float, height: float) -> str:
+    """The same as lines and letters, which stay sharp on any screen."""
+    stream = _drawn(draw, (width, height), "constrained", "svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(stream).decode()
+
+
+def _drawn(
+    draw: Callable[[Any], None], size: tuple[float, float], layout: Any, format: str, **options: Any
+) -> bytes:
     try:
+        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    # Letters stay letters, and the same figure is the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jahubert"}):
+        figure = Figure(figsize=size, layout=layout)
+        FigureCanvasAgg(figure)
+        draw(figure)
+        stream = io.BytesIO()
+        tight: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.02} if layout is None else {}
+        figure.savefig(stream, format=format, **tight, **options)
+    return stream.getvalue()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -45,20 +47,38 @@ class Errors:
 
 def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Errors:
     """The edits of a shortest way from the hypothesis to the reference; items are compared whole."""
+    if not reference or not hypothesis:
+        return Errors(0, 0, len(hypothesis), len(reference))
+    found = _compared(reference, hypothesis)
+    return Errors(found.hits, found.substitutions, found.insertions, found.deletions)
+
+
+def pairs(
+    reference: Sequence[Hashable], hypothesis: Sequence[Hashable]
+) -> list[tuple[Hashable | None, Hashable | None]]:
+    """(said, heard) along a shortest way; None stands where one of them has nothing."""
+    if not reference or not hypothesis:
+        return [(said, None) for said in reference] + [(None, heard) for heard in hypothesis]
+    steps: list[tuple[Hashable | None, Hashable | None]] = []
+    for chunk in _compared(reference, hypothesis).alignments[0]:
+        said = reference[chunk.ref_start_idx : chunk.ref_end_idx]
+        heard = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        steps += zip_longest(said, heard)
+    return steps
+
+
+def _compared(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
     try:
         import jiwer
     except ImportError as error:
         raise MissingExtraError("jiwer", "train") from error
-    if not reference or not hypothesis:
-        return Errors(0, 0, len(hypothesis), len(reference))
     # jiwer compares words of a string: every item becomes one, so that tuples of phones stay whole.
     names: dict[Hashable, str] = {}
     said, heard = (
         " ".join(names.setdefault(item, str(len(names))) for item in items)
         for items in (reference, hypothesis)
     )
-    found = jiwer.process_words(said, heard)
-    return Errors(found.hits, found.substitutions, found.insertions, found.deletions)
+    return jiwer.process_words(said, heard)
 
 
 def error_rate(references: Sequence[Sequence[Hashable]], hypotheses: Sequence[Sequence[Hashable]]) -> Errors:

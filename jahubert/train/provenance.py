@@ -157,27 +157,51 @@ def _short(value: Any) -> str:
     return f"another input ({text[:8]})" if len(text) == 64 and " " not in text else text
 
 
-def status_table(root: Path) -> str:
-    """What is done in an experiment's folder, one line a stage.
+def stage_states(root: Path) -> list[dict[str, Any]]:
+    """What is done in an experiment's folder, a stage each, in the order in which they were started.
 
     Raises:
         DataError: no stage has written into `root`.
     """
-    rows = []
+    states = []
     for started in sorted(root.glob("**/" + STARTED), key=lambda path: path.stat().st_mtime):
         folder = started.parent
-        name = str(folder.relative_to(root))
-        if (folder / DONE).exists():
-            record = read_record(folder / DONE)
-            metrics = {k: v for k, v in record.get("metrics", {}).items() if isinstance(v, (int, float, str))}
+        done = (folder / DONE).exists()
+        record = read_record(folder / DONE if done else started)
+        state = {"stage": str(folder.relative_to(root)), "state": "done" if done else "started"}
+        step, of = _last_step(folder / "metrics.jsonl"), record.get("settings", {}).get("train.max_steps")
+        if not done and step and of:
+            state["state"] = f"{100 * step // of} %"
+        kept = ("seconds", "finished", "metrics", "fingerprint")
+        states.append(state | {key: record[key] for key in kept if key in record})
+    if not states:
+        raise DataError(f"{root}: no stage has run here; give the folder of an experiment, such as exp/demo")
+    return states
+
+
+def _last_step(path: Path) -> int:
+    """The last update that a training wrote down; 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().splitlines()
+        return max((json.loads(line)["step"] for line in lines[-2:] if line.endswith(b"}")), default=0)
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def status_table(states: list[dict[str, Any]]) -> str:
+    """`stage_states` as a table, one line a stage."""
+    rows = [("stage", "state", "time", "result")]
+    for state in states:
+        if state["state"] == "done":
+            metrics = {k: v for k, v in state["metrics"].items() if isinstance(v, (int, float, str))}
             shown = "  ".join(
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(metrics.items())[:4]
             )
-            rows.append((name, "done", f"{record['seconds']:.0f} s", shown))
+            rows.append((state["stage"], "done", f"{state['seconds']:.0f} s", shown))
         else:
-            rows.append((name, "started", "", "run the same command again to continue"))
-    if not rows:
-        raise DataError(f"{root}: no stage has run here; give the folder of an experiment, such as exp/demo")
+            rows.append((state["stage"], state["state"], "", "run the same command again to continue"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
         "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows

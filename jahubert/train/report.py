@@ -1,8 +1,7 @@
-"""Numbers, curves and one HTML page of a run, all read from what the stages wrote."""
+"""The numbers of a run, all read from what the stages wrote."""
 
 from __future__ import annotations
 
-import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 
 from jahubert.errors import DataError
 from jahubert.frames import HUBERT
-from jahubert.train import figures
 from jahubert.train.health import unit_use
 from jahubert.train.labels import LabelStore
 from jahubert.train.manifest import Manifest, Phone
@@ -172,38 +170,3 @@ def _beside_published(summary: dict[str, Any]) -> list[str]:
 
 def _cell(score: dict[str, float]) -> str:
     return f"{100 * score['rate']:.2f} [{100 * score['low']:.2f}, {100 * score['high']:.2f}]"
-
-
-def page(exp: Path, summary: dict[str, Any], text: str, counted: PhoneCounts | None) -> str:
-    """One self-contained HTML page: tables, curves, use and phones of the units, what each stage took."""
-    metrics = {
-        str(path.parent.relative_to(exp)): [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted(exp.glob("**/metrics.jsonl"))
-    }
-    shown = [
-        _figure(f"curves of {name}", figures.curves(rows), name) for name, rows in metrics.items() if rows
-    ]
-    for name, store in label_stores(exp).items():
-        shown += [_figure(f"use of {name}'s units", figures.unit_usage(store.usage()), f"{name}: units")]
-        if counted is not None and name in counted.counts:
-            matrix = figures.phone_matrix(counted.counts[name], counted.phones)
-            shown += [_figure(f"phones of {name}'s units", matrix)]
-    took = "".join(
-        f"<tr><td>{html.escape(k)}</td><td>{v:.0f} s</td></tr>" for k, v in summary["seconds"].items()
-    )
-    style = (
-        "body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        "pre{overflow-x:auto}img{max-width:100%}"
-    )
-    return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'>"
-        f"<meta name='viewport' content='width=device-width'>"
-        f"<title>{html.escape(exp.name)}</title><style>{style}</style>"
-        f"<h1>{html.escape(exp.name)}</h1><pre>{html.escape(text)}</pre>{''.join(shown)}"
-        f"<h2>Time of each stage</h2><table>{took}</table></html>\n"
-    )
-
-
-def _figure(alt: str, address: str, title: str = "") -> str:
-    heading = f"<h2>{html.escape(title)}</h2>\n" if title else ""
-    return f"{heading}<img alt='{html.escape(alt, quote=True)}' src='{address}'>\n"

@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -100,7 +100,12 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     shares = (config.dev_share, config.test_share)
     if config.minutes <= 0 or min(shares) < 0 or sum(shares) >= 1:
         raise ConfigError(f"demo: minutes must be above 0, dev_share + test_share below 1; found {config}")
-    made: list[tuple[Line, Utterance]] = list(_plan(work, config, seed))
+    yield from spoken(sentences(seed), work, config, seed)
+
+
+def spoken(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
+    """The texts, said one after another by the speakers in turn, until the minutes are full or they end."""
+    made: list[tuple[Line, Utterance]] = list(_plan(texts, work, config, seed))
     missing = [line for line, item in made if not _is_there(item)]
     seconds = sum(item.n_samples for _, item in made) / SAMPLE_RATE
     processes = 1 if seconds < _ALONE_SECONDS else config.processes or min(8, os.cpu_count() or 1)
@@ -109,14 +114,14 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         yield item
 
 
-def _plan(work: Path, config: Config, seed: int) -> Iterator[tuple[Line, Utterance]]:
+def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[tuple[Line, Utterance]]:
     """Lines and their utterances until the minutes are full: test first, then dev, then train."""
     total = config.minutes * 60 * SAMPLE_RATE
     left = {"test": total * config.test_share, "dev": total * config.dev_share}
     left["train"] = total - left["test"] - left["dev"]
     counts = dict.fromkeys(left, 0)
     split = next(name for name in left if left[name] > 0)
-    for i, text in enumerate(sentences(seed)):
+    for i, text in enumerate(texts):
         rng = random.Random(f"line {seed} {i}")
         words, labels = _labels(text)
         frames = frames_of(labels)

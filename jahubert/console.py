@@ -1,9 +1,12 @@
-"""The recordings that a command line names, and what is said of each: done, failed, how far we are."""
+"""What the commands share: which recordings are meant, how far we are, what failed."""
 
 from __future__ import annotations
 
+import glob
 import io
+import shutil
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ AUDIO_ENDINGS = (
     ".rf64", ".caf", ".sph", ".nist",
 )  # fmt: skip
 STDIN = "-"
+BAR = 20  # characters
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ def find_inputs(
     """
     found: list[Input] = []
     empty: dict[str, AudioError] = {}
-    for argument in arguments:
+    matches = [match for argument in arguments for match in expanded(argument, empty)]
+    for argument in matches:
         path = Path(argument)
         if argument == STDIN:
             found.append(Input(STDIN, Path("stdin")))
@@ -68,9 +73,20 @@ def find_inputs(
     return found, empty
 
 
+def expanded(argument: str, empty: dict[str, AudioError]) -> list[str]:
+    """What a pattern matches that the shell did not expand; anything else as it stands."""
+    if Path(argument).exists() or not glob.has_magic(argument):
+        return [argument]
+    found = sorted(glob.glob(argument, recursive=True))
+    if not found:
+        empty[argument] = AudioError(f"{argument}: no file matches")
+    return found
+
+
 def names_wanted(arguments: Sequence[str]) -> bool:
     """Whether a line of results must say whose it is: not for a single file, always for a folder."""
-    return len(arguments) > 1 or Path(arguments[0]).is_dir()
+    only = arguments[0]
+    return len(arguments) > 1 or Path(only).is_dir() or (glob.has_magic(only) and not Path(only).exists())
 
 
 class Report:
@@ -78,7 +94,8 @@ class Report:
 
     def __init__(self, inputs: Sequence[Input], empty: dict[str, AudioError]):
         self.n_inputs, self.n_seen, self.failed, self.status = len(inputs) + len(empty), 0, 0, 0
-        self.shows = self.n_inputs > 1 and sys.stderr.isatty()
+        self.shows, self.label = sys.stderr.isatty(), ""
+        self.seconds, self.started = 0.0, time.monotonic()
         for label, error in empty.items():
             self.failure(label, error)
             self.seen(label)
@@ -86,9 +103,24 @@ class Report:
     def seen(self, label: str) -> None:
         """One more is done, well or not."""
         self.n_seen += 1
-        if self.shows:
-            end = "\n" if self.n_seen == self.n_inputs else ""
-            print(f"\r\x1b[K[{self.n_seen}/{self.n_inputs}] {label}", end=end, file=sys.stderr, flush=True)
+        self.label = label
+        self.show("\n" if self.n_seen == self.n_inputs else "")
+
+    def heard(self, seconds: float) -> None:
+        """So much more audio is done."""
+        self.seconds += seconds
+        self.show()
+
+    def show(self, end: str = "") -> None:
+        if not self.shows:
+            return
+        done = round(BAR * self.n_seen / max(1, self.n_inputs))
+        speed = self.seconds / max(time.monotonic() - self.started, 1e-9)
+        minutes, seconds = divmod(round(self.seconds), 60)
+        audio = f"  {minutes}:{seconds:02d} of audio, {speed:.0f} times as fast" if self.seconds else ""
+        line = f"[{'#' * done}{'.' * (BAR - done)}] [{self.n_seen}/{self.n_inputs}]{audio}  {self.label}"
+        width = shutil.get_terminal_size().columns - 1  # a longer line would wrap and stay
+        print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Make room for a line of results or an error."""

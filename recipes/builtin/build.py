@@ -1,0 +1,134 @@
+"""The built-in model, from the corpus to the folder that the wheel carries.
+
+    python recipes/builtin/build.py data=/path/to/the/words sentences=/path/to/sentences processes=2
+    python recipes/builtin/build.py --pack exp/builtin   # a run that was made before, here or elsewhere
+
+Runs every stage of the recipe with the settings given (what is done is kept), then writes the recogniser in
+float16 with its model card, whose numbers are those of stage `score`. Refuses a folder over 15 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import jahubert
+from jahubert import run
+from jahubert.checkpoint import load_bundle, save_bundle
+from jahubert.errors import ConfigError, DataError, UserError
+from jahubert.train.provenance import DONE, read_record
+
+NAME = "japanese-small"
+LIMIT = 15_000_000  # bytes
+LICENCE = "CC-BY-SA-4.0"
+ATTRIBUTION = (
+    "Trained on recordings by Tofugu and WaniKani (tofugu/japanese-vocabulary-pronunciation-audio, "
+    'CC BY-SA 4.0) and on speech made with the HTS voice "Mei" (MMDAgent Project Team, Nagoya Institute of '
+    "Technology, CC BY 3.0)"
+)
+SETS = {
+    "test_low": "held-out words, the lower of the two recorded voices",
+    "test_high": "held-out words, the higher one",
+    "test_joined": "held-out words of both voices, joined to utterances of 2 to 12 s",
+    "test_made": "sentences that training has not seen, made voices that it has heard",
+    "test_real": "sentences read by people that it has never heard (8 recordings)",
+}
+CARD = Path(__file__).with_name("card.md")
+PLACES = ("data", "sentences", "exp")  # settings whose values are folders of one machine
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pack", metavar="EXP", help="run nothing, only pack the experiment in this folder")
+    parser.add_argument(
+        "--to", metavar="DIR", type=Path, default=Path(jahubert.__file__).parent / "assets" / NAME
+    )
+    parser.add_argument("settings", nargs="*", help="data=... sentences=... and any other setting")
+    args = parser.parse_args(argv)
+    shown = [s for s in args.settings if s.partition("=")[0] not in PLACES]
+    command = " ".join(["python recipes/builtin/build.py", "data=...", "sentences=...", *shown])
+    overrides = ["recipe=builtin", *args.settings]
+    try:
+        if args.pack is None:
+            if any(setting.startswith("sentences=") for setting in args.settings):
+                overrides.append(f"decode.splits=[{','.join(SETS)}]")
+            status = run.main([*overrides, "stage=all"])
+            if status:
+                return status
+        exp = Path(args.pack or run.compose(overrides)["exp"])
+        size = pack(exp, args.to, command)
+    except UserError as error:
+        print(f"build.py: error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(f"{args.to}: {size / 1e6:.1f} MB")
+    return 0
+
+
+@torch.no_grad()
+def pack(exp: Path, target: Path, command: str) -> int:
+    """Write the recogniser of `exp` with its model card; returns its size in bytes.
+
+    Raises:
+        DataError: the run is not done, or the folder would be too large.
+    """
+    system = exp / "systems" / "main"
+    if not (system / "score" / DONE).exists():
+        raise DataError(f"{exp}: stage score is not done; run recipe=builtin stage=all first")
+    scores = json.loads((system / "score" / "scores.json").read_text(encoding="utf-8"))
+    record = read_record(system / "finetune" / DONE)
+    bundle = load_bundle(system / "finetune")
+    if bundle.ctc is None:
+        raise ConfigError(f"{system}: its bundle has no CTC head")
+    for tensor in bundle.ctc.state_dict().values():  # what is measured and hashed is what is in the file
+        tensor.copy_(tensor.half().float())
+    info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
+    info["per"] = {name: round(score["per"]["rate"], 4) for name, score in scores.items()}
+    beside = target.with_name(target.name + ".new")
+    save_bundle(beside, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info)
+    weights = load_file(beside / "model.safetensors")
+    half = {name: tensor.half() for name, tensor in weights.items()}
+    save_file(half, beside / "model.safetensors", metadata={"format": "pt"})
+    (beside / "README.md").write_text(card(bundle, scores, record, command), encoding="utf-8")
+    size = sum(path.stat().st_size for path in beside.iterdir())
+    if size > LIMIT:
+        raise DataError(f"{beside}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
+    return size
+
+
+def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], command: str) -> str:
+    def cell(score: dict[str, float]) -> str:
+        return f"{100 * score['rate']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+
+    rows = [
+        f"| {SETS.get(name, name)} | {score['utterances']} | "
+        + " | ".join(cell(score[measure]) for measure in ("per", "wer", "kana_cer"))
+        + " |"
+        for name, score in sorted(scores.items(), key=lambda item: list(SETS).index(item[0]))
+    ]
+    return CARD.read_text(encoding="utf-8").format(
+        name=NAME,
+        layers=bundle.config.layers,
+        width=bundle.config.width,
+        millions=sum(p.numel() for p in bundle.ctc.parameters()) / 1e6,
+        rows="\n".join(rows),
+        command=command,
+        fingerprint=record["fingerprint"],
+        hours=record["metrics"]["hours"],
+        attribution=ATTRIBUTION,
+        licence=LICENCE,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""What the built-in model learns from and is measured on: real words, their joined utterances, made voices.
+
+Three sources. The words of recipe `tofugu`, single and joined, and the joined ones again at other speeds,
+which are other vocal tracts and other rates. The sentences of recipe `demo`, said by its made voices. And
+the same voices reading the training words in random order: more different phones side by side than a
+pattern of sentences has. Splits for measuring: the held-out words by voice, joined, made sentences that
+training has not seen, and, where a folder is given, real sentences.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+
+import librosa
+import numpy as np
+import soundfile
+import soxr
+
+from jahubert.audio import AudioSource
+from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.train.lookup import recipe_folder, resolve
+from jahubert.train.manifest import Rejected, Utterance
+
+
+def _recipe(name: str) -> ModuleType:
+    """The corpus reader of another recipe."""
+    return sys.modules[resolve(f"{recipe_folder(name) / 'prepare.py'}:prepare", {}, "recipe").__module__]
+
+
+tofugu, demo = _recipe("tofugu"), _recipe("demo")
+Words, Voices = tofugu.Config, demo.Config
+
+# The recordings do not say who speaks: one voice lies around 125 Hz, the other around 240, few words between.
+LOW_VOICE = 175.0  # Hz, the median of a word
+_FLOOR, _CEILING = 70.0, 400.0  # Hz, where the pitch is looked for
+_WINDOW, _STEP = 1024, 256  # samples
+_JOINS = ("、", "、", "と", "の", "は", "が", "を", "に", "も")  # between the words that a made voice reads
+
+
+@dataclass(frozen=True)
+class Config:
+    sentences: str | None = None  # a folder with transcripts.tsv (columns file, text): split test_real
+    words: Words = field(default_factory=Words)
+    voices: Voices = field(default_factory=Voices)
+    reading: float = 35.0  # minutes of made voices that read training words
+    speeds: tuple[float, ...] = (0.87, 1.15)  # joined training utterances are there at one of these as well
+
+    def __post_init__(self) -> None:
+        if not all(0.5 <= speed <= 2 for speed in self.speeds):
+            raise ConfigError(f"speeds are {self.speeds}, but must lie between 0.5 and 2")
+        if self.reading < 0:
+            raise ConfigError(f"reading is {self.reading} minutes, but must not be negative")
+
+
+def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+    """Yield splits train, dev, dev_joined, dev_made, test_low, test_high, test_joined, test_made, test_real.
+
+    `data` is the corpus of recipe `tofugu`. Raises DataError without it.
+    """
+    words: list[str] = []
+    for number, item in enumerate(tofugu.prepare(data, work / "tofugu", config.words, seed)):
+        if isinstance(item, Rejected):
+            yield item
+            continue
+        joined = item.id.startswith("joined")
+        if item.split == "test":
+            item = replace(item, split=f"test_{_voice(item)}")
+        yield item
+        if item.split == "train" and not joined:
+            words.append(item.text)
+        if item.split == "train" and joined and config.speeds:
+            yield _at_speed(item, config.speeds[number % len(config.speeds)], work / "speeds")
+    for item in demo.spoken(demo.sentences(seed), work / "voices", config.voices, seed):
+        yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
+    reading = replace(config.voices, minutes=config.reading, dev_share=0.0, test_share=0.0)
+    if config.reading:
+        for item in demo.spoken(_texts(words, seed), work / "reading", reading, seed):
+            yield replace(item, id=item.id.replace("demo", "reading"))
+    if config.sentences is not None:
+        yield from _sentences(Path(config.sentences).expanduser())
+
+
+def _voice(item: Utterance) -> str:
+    """ "low" or "high", by the median pitch where the word is loud."""
+    wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
+    options = {"frame_length": _WINDOW, "hop_length": _STEP}
+    pitch_S = librosa.yin(wave_T, fmin=_FLOOR, fmax=_CEILING, sr=SAMPLE_RATE, **options)
+    level_S = librosa.feature.rms(y=wave_T, **options)[0][: len(pitch_S)]
+    return "low" if np.median(pitch_S[level_S > 0.3 * level_S.max()]) < LOW_VOICE else "high"
+
+
+def _at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
+    """The utterance played faster or slower, pitch and all."""
+    path = folder / f"{Path(item.audio.path).stem}-{speed}.flac"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
+        tofugu._write(path, tofugu._to_int16(soxr.resample(wave_T, SAMPLE_RATE * speed, SAMPLE_RATE)))
+    return replace(
+        item,
+        id=f"{item.id}-{speed}",
+        audio=AudioSource(str(path)),
+        n_samples=soundfile.info(path).frames,
+    )
+
+
+def _texts(words: list[str], seed: int) -> Iterator[str]:
+    """Texts of three to seven words in random order without end; none where Open JTalk cannot read a word."""
+    readable = [word for word in words if _is_readable(word)]
+    if not readable:
+        raise DataError("no training word can be read by pyopenjtalk, so none can be said by a made voice")
+    rng = random.Random(f"reading {seed}")
+    seen: set[str] = set()
+    while True:
+        deck = rng.sample(readable, len(readable))
+        while deck:
+            taken = [deck.pop() for _ in range(min(len(deck), rng.randint(3, 7)))]
+            text = "".join(word + rng.choice(_JOINS) for word in taken[:-1]) + taken[-1] + "。"
+            if text not in seen and _is_readable(text):
+                seen.add(text)
+                yield text
+
+
+def _is_readable(text: str) -> bool:
+    """Whether the phones of its words and those that the voice says agree."""
+    try:
+        words, labels = demo._labels(text)
+        demo._alignment(words, labels, [1] * len(labels))
+    except JahubertError:
+        return False
+    return bool(words)
+
+
+def _sentences(folder: Path) -> Iterator[Utterance]:
+    """Recordings with a text, only to measure on."""
+    table = folder / "transcripts.tsv"
+    if not table.is_file():
+        raise DataError(
+            f"{table}: no such file; give sentences=FOLDER with a table of the columns file and text"
+        )
+    with table.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            if not row.get("file") or not row.get("text"):
+                raise DataError(f"{table}: a row without file or text: {row}")
+            path = folder / row["file"]
+            yield Utterance(
+                id=f"real-{path.stem}", audio=AudioSource(str(path)), text=row["text"], split="test_real"
+            )
