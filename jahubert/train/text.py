@@ -4,8 +4,8 @@ A word is a morpheme of its dictionary, except that one whose pronunciation star
 でしょう) belongs to the word before it. Symbols are dropped. What the dictionary is known to get wrong is
 mended on both sides of it: `respell` writes out signs that it skips (minus, currencies, units, clock times,
 dates, fractions), `readings.py` corrects words and takes a user's own, and `_decide` settles readings that
-must not depend on what else is installed: 何 is ナン before a counter and before ダ, デ, ナ, ノ and ト; 言う is
-ユー, as in CSJ; ユウ and ュウ are ユー and ュー.
+must not depend on what else is installed: 何 is ナン before a counter and before ダ, デ, ナ, ノ and ト; 言う
+is ユー, as in CSJ; ユウ and ュウ are ユー and ュー.
 """
 
 from __future__ import annotations
