@@ -56,6 +56,9 @@ _SPELLING = {
 }
 _WRITE = {(c, v): kana for c, row in _SPELLING.items() for v, kana in zip(VOWELS, row.split(), strict=True)}
 
+# The characters that `phones_to_kana` writes.
+KANA: tuple[str, ...] = tuple(sorted({*"".join(_WRITE.values()), *"ンッー"}))
+
 _SMALL = {"ァ": "a", "ィ": "i", "ゥ": "u", "ェ": "e", "ォ": "o", "ヮ": "a"}
 _SMALL_Y = {"ャ": "a", "ュ": "u", "ョ": "o"}
 # Consonants whose palatalised form is not spelled with a y of its own.

@@ -4,8 +4,9 @@
 
 `stage=all` runs what is not done yet, in order, over all iterations and systems. The only file that
 imports Hydra. What a stage sees is composed in this order, later wins: the defaults of its dataclass,
-conf/config.yaml, the groups (model=, iteration=), the recipe's recipe.yaml, its block for this iteration
-and for this system, and the command line.
+conf/config.yaml, the groups (model=, iteration=), the fine-tuning preset of the recipe (conf/finetuning), its
+recipe.yaml, its block for this iteration and for this system, the preset of the command line
+(finetuning=), and the rest of the command line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jahubert.errors import ConfigError, DataError, JahubertError, MissingExtraE
 
 log = logging.getLogger("jahubert")
 
-GROUPS = ("recipe", "model", "iteration")
+GROUPS = ("recipe", "model", "iteration", "finetuning")
 SELECTORS = ("stage", "system")
 ITERATED = ("features", "kmeans", "label", "pretrain")
 PER_SYSTEM = ("finetune", "decode", "score")
@@ -188,6 +189,8 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
         recipe, there = ranks.from_first(begin)
     if there:
         log.info("%s: done before, kept", out)
+        if first and (out / "table.txt").is_file():
+            print((out / "table.txt").read_text(encoding="utf-8"))
         return provenance.read_record(out / provenance.DONE)["metrics"]
     log.info("%s ...", out)
     started = time.monotonic()
@@ -245,12 +248,13 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         from omegaconf.errors import OmegaConfBaseException
     except ImportError as error:
         raise MissingExtraError("hydra-core", "train") from error
-    from jahubert.train.lookup import home
+    from jahubert.train.lookup import home, preset_file
 
     parsed = [_parsed(override) for override in overrides]
     values = {p.key_or_group: p.value() for p in parsed}
     recipe = values.get("recipe")
     blocks = {} if recipe is None else _recipe_blocks(str(recipe))
+    subset = values.get("subset", blocks.get("subset"))
     groups = {name: values[name] for name in ("model", "iteration") if name in values}
     groups.setdefault("model", blocks.get("model_size", "base"))
     _check_groups(groups)
@@ -263,7 +267,9 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
             with initialize_config_dir(str(home("conf").resolve()), version_base="1.3"):
                 tree = hydra_compose("config", overrides=wanted)
         OmegaConf.set_struct(tree, False)
-        tree = OmegaConf.merge(tree, blocks)
+        files = preset_file(blocks.get("finetuning"), subset), preset_file(values.get("finetuning"))
+        own, asked = ({"finetune": OmegaConf.load(file)} if file else {} for file in files)
+        tree = OmegaConf.merge(tree, own, blocks, asked)
         iteration_block = (blocks.get("by_iteration") or {}).get(int(tree.iteration)) or {}
         system_block = (blocks.get("systems") or {}).get(system or "") or {}
         tree = OmegaConf.merge(tree, iteration_block, system_block)
@@ -272,6 +278,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
                 OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
         if "name" not in values and recipe is not None:
             tree.name = Path(str(recipe)).name  # a recipe may be given as a folder
+        tree.finetuning = values.get("finetuning")
         tree.recipe, tree.system = recipe, tree.system if system is None else system
         tree.systems = tree.get("systems") or {"main": {}}
         plain: Any = OmegaConf.to_container(tree, resolve=True)

@@ -16,7 +16,9 @@ import numpy as np
 import soundfile
 
 RATE = 16_000
-# As written, as said, as phones. Some are in CP932 only; a line without phones belongs to the word before it.
+# As written, as said, as phones; "" is no word. Every tag and event of the corpus is here, some characters
+# are in CP932 only. The first ones have no tags.
+PLAIN = 6
 WORDS = [
     ("今日", "キョー", "ky o:"),
     ("は", "ワ", "w a"),
@@ -28,6 +30,27 @@ WORDS = [
     ("(A アイビーエム;ＩＢＭ)", "アイビーエム", "a i b i: e m u"),
     ("ちゃんと", "(W チャント;チャント)<H>", "ch a N t o"),
     ("です", "デス", "d e s u"),
+    ("(D だ)", "(D ダ)", "d a"),
+    ("(D2 が)", "(D2 ガ)", "g a"),
+    ("(? 字数)", "(? ジスー)", "j i s u:"),
+    ("(? 亜,伊)", "(? ア,イ)", "a"),
+    ("(?)", "(?)", ""),
+    ("(M は)", "(M ワ)", "w a"),
+    ("(O ザッツ)", "(O ザッツ)", "z a q ts u"),
+    ("(X あの)", "(X アノ)", "a n o"),
+    ("(K たち(F えー)ばな;橘)", "(K タチ(F エー)バナ;タチバナ)", "t a ch i e: b a n a"),
+    ("(B 正;政)", "(B ゴ;セイ)", "s e i"),
+    ("(笑 はい)", "(笑 ハイ)", "h a i"),
+    ("(泣 はい)", "(泣 ハイ)", "h a i"),
+    ("(咳 はい)", "(咳 ハイ)", "h a i"),
+    ("(L そう)", "(L ソー)", "s o:"),
+    ("それ<Q>", "ソ<Q>レ", "s o r e"),
+    ("<FV>", "<FV>", ""),
+    ("<VN>", "<VN>", ""),
+    ("で<P:00012.345-00012.678>す", "デ<P:00012.345-00012.678>ス", "d e s u"),
+    ("はい<笑><咳><息><泣>", "ハイ<笑><咳><息><泣>", "h a i"),
+    ("<拍手><雑音><フロア発話><フロア笑>", "<拍手><雑音><フロア発話><フロア笑>", ""),
+    ("<デモ><ベル><朗読間違い>", "<デモ><ベル><朗読間違い>", ""),
 ]
 # The phonemes of the corpus's own XML where they have another name.
 XML_NAMES = {"q": "Q", "ts": "c", "ch": "cy", "sh": "sy", "j": "zy", "f": "F"}
@@ -73,10 +96,10 @@ def planned(id: str, n_utterances: int = 3, core: bool = True, channels: str = "
         for number in range(n_utterances):
             first, said = now, []
             for _ in range(rng.randint(1, 3)):
-                words = [rng.choice(WORDS) for _ in range(rng.randint(1, 4))]
+                words = [rng.choice(WORDS[:PLAIN]), *(rng.choice(WORDS) for _ in range(rng.randint(1, 4)))]
                 end = now + 350 * len(words)
                 talk.segments.append(Segment(now, end, [word[:2] for word in words], channel))
-                said += [tuple(phones.split()) for _, _, phones in words]
+                said += [tuple(phones.split()) for _, _, phones in words if phones]
                 now = end + rng.randint(200, 500)
             talk.utterances.append(Utterance(first, end, tuple(said), channel=channel))
             if number == n_utterances - 1:
@@ -117,7 +140,9 @@ def trn_lines(talk: Talk) -> list[str]:
 
 def xml_text(talk: Talk, phones: bool = True) -> str:
     """XML; with `phones`, a time for every phone of words without tags, spread evenly over the segment."""
-    known = {(written, said): spelled.split() for written, said, spelled in WORDS if "(" not in said}
+    known = {
+        (written, said): spelled.split() for written, said, spelled in WORDS if spelled and "(" not in said
+    }
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', f'<Talk TalkID="{talk.id}" SpeakerID="0001">']
     for number, segment in enumerate(talk.segments, 1):
         lines.append(
@@ -154,7 +179,7 @@ def _phonemes(phones: Sequence[str], start: float, length: float) -> Iterable[st
 
 
 def places(root: Path, layout: str, talk: Talk) -> dict[str, Path]:
-    """The folder of each kind of file in a layout: usb, dvd or merl."""
+    """The folder of each kind of file in a layout: usb, dvd, merl, or merl's other form, speech."""
     side = "core" if talk.core else "noncore"
     if layout == "usb":
         return {
@@ -163,6 +188,8 @@ def places(root: Path, layout: str, talk: Talk) -> dict[str, Path]:
             "xml": root / "XML" / "BaseXML" / side,
             "trn": root / "TRN" / "Form1" / side,
         }
+    if layout == "speech":
+        return dict.fromkeys(("sdb", "wav", "xml", "trn"), root / "CSJ2004" / "SPEECH" / talk.id)
     if layout == "dvd":
         return dict.fromkeys(("sdb", "wav", "xml", "trn"), root / f"dvd{3 + len(talk.id) % 5}" / talk.id)
     return {

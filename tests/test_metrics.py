@@ -14,12 +14,12 @@ from jahubert.frames import HUBERT, MFCC
 from jahubert.train.manifest import Phone
 from jahubert.train.metrics import (
     Errors,
+    align,
     bootstrap_interval,
     cluster_quality,
     count_errors,
     error_rate,
     joint_counts,
-    pairs,
     phone_frames,
 )
 
@@ -40,7 +40,7 @@ def test_pairs_are_both_sequences_along_a_shortest_way():
     rng = np.random.default_rng(1)
     for _ in range(60):
         said, heard = (tuple(rng.choice(list("aiueo"), rng.integers(0, 9))) for _ in range(2))
-        steps = pairs(said, heard)
+        steps = align(said, heard)
         assert tuple(a for a, _ in steps if a is not None) == said
         assert tuple(b for _, b in steps if b is not None) == heard
         assert sum(a != b for a, b in steps) == brute_distance(said, heard)

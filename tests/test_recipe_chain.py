@@ -8,8 +8,11 @@ from reazonspeech_tree import Release
 
 from jahubert import run
 from jahubert.checkpoint import save_bundle
+from jahubert.frames import HUBERT
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train.labels import LabelStore
+from jahubert.train.manifest import Manifest
+from jahubert.train.provenance import read_record
 
 SIZES = {"conv_dims": [8] * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
 MODEL = [f"model.{name}={value}" for name, value in {**SIZES, "pos_conv_groups": 2}.items()]
@@ -35,15 +38,41 @@ def test_csj_ends_in_the_papers_table(tmp_path, capsys):
     quick = [f"finetune.train.{setting}" for setting in QUICK]
     exp = tmp_path / "exp"
     assert run.main([*command, "subset=core", f"exp={exp}", *SMALL, *quick]) == 0, capsys.readouterr().err
-    table = capsys.readouterr().out
-    assert "published: rinna/japanese-hubert-base, core (32 h)" in table
+    printed = capsys.readouterr().out
+    table = (exp / "report/table.txt").read_text()
+    assert table in printed and "published: rinna/japanese-hubert-base, core (32 h)" in table
     assert [line.split()[-3:] for line in table.splitlines() if "core (32 h)" in line] == [
         ["9.30", "7.07", "6.87"],
         ["13.12", "10.33", "10.66"],
     ]
-    scores = json.loads((exp / "systems/main/score/scores.json").read_text())
-    ours = next(line for line in table.splitlines() if "here: main" in line)
-    assert ours.split()[-3:] == [f"{100 * scores[f'eval{i}']['wer']['rate']:.2f}" for i in (1, 2, 3)]
+    folder = exp / "systems/main"
+    scores = json.loads((folder / "score/scores.json").read_text())
+    wer = [f"{100 * scores[f'eval{i}']['wer']['rate']:.2f}" for i in (1, 2, 3)]
+    ours = [line.split()[-3:] for line in printed.splitlines() if "here: main" in line]
+    assert ours == [wer, wer]  # of stage=score, and of the report
+    assert list(scores["eval1"]["talks"]) == ["A01M0110"] == list(scores["eval1"]["speakers"])
+    assert "A01M0110_" in (folder / "score/eval1.txt").read_text()
+    settings = read_record(folder / "finetune/provenance.json")["settings"]
+    assert settings["mask.channel_prob"] == 0.5 and settings["head_only_steps"] == 10_000
+    # Asked again, the score prints what it found.
+    assert run.main(["recipe=csj", "stage=score", f"data={tmp_path / 'CSJ'}", f"exp={exp}", *SMALL]) == 0
+    assert [line.split()[-3:] for line in capsys.readouterr().out.splitlines() if "here: main" in line] == [
+        wer
+    ]
+
+
+def test_phone_times_of_the_csj_core_judge_units(tmp_path, capsys):
+    for name in TALKS:
+        write_talk(tmp_path / "CSJ", "usb", planned(name, n_utterances=4), ("sdb", "xml"))
+    command = ["recipe=csj", f"data={tmp_path / 'CSJ'}", f"exp={tmp_path / 'exp'}", "device=cpu"]
+    small = ["features.sample_frames=400", "kmeans.n_clusters=5", "kmeans.n_init=1"]
+    for stage in ("prepare", "features", "kmeans", "label", "report"):
+        assert run.main([*command, *small, f"stage={stage}"]) == 0, capsys.readouterr().err
+    assert "phone times: corpus" in capsys.readouterr().out
+    units = json.loads((tmp_path / "exp/report/summary.json").read_text())["units"]["iter1"]
+    manifest = Manifest(tmp_path / "exp/prepare/manifest.arrow")
+    timed = sum(HUBERT.n_frames(manifest[i].n_samples) for i in range(len(manifest)) if manifest[i].alignment)
+    assert units["n_units"] == 5 and 0 < units["frames"] <= timed
 
 
 def test_reazonspeech_through_both_iterations_and_a_recogniser(tmp_path, capsys):

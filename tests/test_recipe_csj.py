@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -61,9 +62,11 @@ def expected(plan: list[Talk]) -> dict[str, tuple]:
 # --- trees ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("layout", "kinds"), [("usb", ("sdb", "xml")), ("dvd", ("sdb",)), ("merl", ("sdb",)), ("usb", ("xml",))]
-)
+LAYOUTS = [("usb", ("sdb", "xml")), ("usb", ("xml",)), ("dvd", ("sdb",)), ("dvd", ("xml", "trn"))]
+LAYOUTS += [("merl", ("sdb",)), ("merl", ("trn",)), ("speech", ("sdb", "trn"))]
+
+
+@pytest.mark.parametrize(("layout", "kinds"), LAYOUTS)
 def test_every_layout_comes_out_as_planned(tmp_path, caplog, layout, kinds):
     caplog.set_level(logging.INFO)
     data, plan = write(tmp_path / "CSJ", layout, kinds), talks()
@@ -83,6 +86,9 @@ def test_every_layout_comes_out_as_planned(tmp_path, caplog, layout, kinds):
     n_words = sum(len(words) for id, (_, _, words) in wanted.items() if SETS[id[:8]] == "train")
     assert f"csj train: 2 talks, 6 utterances, 0.00 h, {n_words} words" in caplog.text
     assert "csj dropped, masked name: 7" in caplog.text
+    hours = sum(n for id, (_, n, _) in wanted.items() if SETS[id[:8]] == "train") / RATE / 3600
+    assert f"words; the paper: 32 h, here {hours / 32:.1%} of that" in caplog.text
+    assert re.search(r"; lhotse: 3,743 utterances, 6.67 h, here 0\.\d% of that", caplog.text)
     assert "髙い" in "".join(item.text for item in items)
     assert "ＩＢＭ" in "".join(item.text for item in items)
 
@@ -319,3 +325,18 @@ def test_missing_files_are_named(usb, tmp_path):
     (tmp_path / "MORPH" / "SDB" / "core" / "S00M0075.sdb").unlink()
     found = {(item.id, item.reason) for item in read(tmp_path, tmp_path)[1]}
     assert found == {("A01F0055", "no audio"), ("S00M0075", "no transcript")}
+
+
+def test_the_summary_compares_with_the_figures_of_other_recipes():
+    """A split that is as large as the known one is all of it, by what can be compared."""
+    hour = 3600 * RATE
+
+    def beside(name: str, utterances: int, hours: float, **options) -> str:
+        count = csj._Count(utterances=utterances, n_samples=round(hours * hour))
+        return csj._beside(name, count, csj.Config(**options))
+
+    assert beside("eval2", 1292, 2, join="kaldi") == "; Kaldi: 1,292 utterances, here 100.0% of that"
+    assert beside("eval2", 1292, 2) == ""
+    assert beside("train", 9, 276, subset="all") == "; the paper: 552 h, here 50.0% of that"
+    assert beside("train", 9, 276, subset="mine.txt") == ""
+    assert beside("dev", 4000, 6.5, dev="kaldi") == ""

@@ -157,3 +157,7 @@ def test_masked_names_take_only_themselves_unless_asked_otherwise():
 def test_the_vocabulary_of_the_tree_is_what_the_recipe_reads():
     for written, said, phones in WORDS:
         assert words(said, written=written) == phones
+    # And it has every tag and event that the recipe knows.
+    everything = "".join(written + said for written, said, _ in WORDS) + "(R ×)"
+    assert all(f"({tag} " in everything for tag in tags.TAGS)
+    assert all(f"<{event}>" in everything or f"<{event}:" in everything for event in tags.EVENTS)

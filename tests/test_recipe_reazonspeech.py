@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from reazonspeech_tree import RATE, Release, flac, name_of, write_headers
 
+from jahubert import run
 from jahubert.audio import load_audio
 from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.train.lookup import resolve
@@ -119,6 +120,51 @@ def test_a_shard_that_came_later_is_the_only_one_to_be_read(tmp_path, monkeypatc
     )
     assert found(read(data, tmp_path)[0]) == release.rows
     assert read_shards == ["002.tar"]
+
+
+def test_a_finished_manifest_is_extended_without_reading_the_other_shards(tmp_path, monkeypatch):
+    """What the README says: forget that the stage is done, keep its work, and run it again."""
+    release = Release(tmp_path / "corpus", shards=3, rows=4)
+    data, exp = release.write(), tmp_path / "exp"
+    third = release.shard(2).rename(tmp_path / "002.tar")
+    command = ["recipe=reazonspeech", "stage=prepare", f"data={data}", f"exp={exp}", "subset=tiny"]
+    command += ["prepare.check_audio=false", "prepare.options.processes=1"]
+    assert run.main(command) == 0
+    before = list(Manifest(exp / "prepare/manifest.arrow").ids())
+    third.rename(release.shard(2))
+    for record in ("provenance.json", "started.json"):
+        (exp / "prepare" / record).unlink()
+    read_shards = []
+    indexer = sys.modules["tar_index"]
+    index_shard = indexer.index_shard
+    monkeypatch.setattr(
+        indexer, "index_shard", lambda shard: read_shards.append(shard.name) or index_shard(shard)
+    )
+    assert run.main(command) == 0
+    after = list(Manifest(exp / "prepare/manifest.arrow").ids())
+    assert len(before) == 8 and after[:8] == before and len(after) == 12
+    assert read_shards == ["002.tar"]
+
+
+def test_several_machines_share_the_indexing(tmp_path, monkeypatch):
+    data = write_headers(tmp_path / "corpus", shards=5, rows=50)
+    script, index = RECIPE.with_name("tar_index.py"), tmp_path / "work" / "index"
+    for part, shards, rows in (("1/2", 3, 150), ("2/2", 2, 100)):
+        done = subprocess.run(
+            [sys.executable, script, data / "data", index, "--part", part, "--processes", "2"],
+            capture_output=True,
+            text=True,
+            cwd=RECIPE.parents[2],
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{shards} shards, {rows} recordings" in done.stdout
+    monkeypatch.setattr(tar_index, "index_shard", lambda shard: pytest.fail(f"{shard} was read again"))
+    items = list(recipe.prepare(data, tmp_path / "work", recipe.Config(processes=1), 0))
+    assert sum(len(item) for item in items) == 250
+    wrong = subprocess.run(
+        [sys.executable, script, data / "data", index, "--part", "3/2"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "give it as 1/4" in wrong.stderr
 
 
 def test_broken_members_are_skipped_and_counted(tmp_path):

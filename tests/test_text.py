@@ -5,13 +5,16 @@ from __future__ import annotations
 import builtins
 import subprocess
 import sys
+import unicodedata
+from pathlib import Path
 
 import pytest
 
 from jahubert.errors import DataError, MissingExtraError
 from jahubert.phonemes import PHONES
+from jahubert.train import readings
 from jahubert.train import text as text_module
-from jahubert.train.text import text_to_phones, text_to_words
+from jahubert.train.text import respell, text_to_phones, text_to_words
 
 pytest.importorskip("pyopenjtalk")
 
@@ -97,3 +100,67 @@ def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingExtraError, match=r"jahubert\[train\]"):
         text_to_words("今日")
+
+
+# --- sentences of the project's own -----------------------------------------------------------------------
+
+LINES = (Path(__file__).parent / "sentences.tsv").read_text(encoding="utf-8").splitlines()
+SENTENCES = dict(line.partition("\t")[::2] for line in LINES if line and not line.startswith("#"))
+
+
+def letters(text: str) -> str:
+    return "".join(char for char in text if unicodedata.category(char)[0] == "L" and char != "ー")
+
+
+def test_several_hundred_sentences_come_out_in_the_40_phones_and_whole():
+    """Every sentence has words, every word phones of the 40, and no letter of a sentence is left out."""
+    assert len(SENTENCES) > 350
+    used, compared = set(), 0
+    for sentence in SENTENCES:
+        words = text_to_words(sentence)
+        assert words and all(word.phones for word in words), sentence
+        used |= {phone for word in words for phone in word.phones}
+        plain = respell(sentence)
+        if not any(unicodedata.category(char)[0] == "N" or "A" <= char <= "z" for char in plain):
+            compared += 1
+            assert letters("".join(word.surface for word in words)) == letters(plain), sentence
+    assert used == set(PHONES)
+    assert compared > 250
+
+
+@pytest.mark.parametrize("sentence", [sentence for sentence, said in SENTENCES.items() if said])
+def test_sentences_with_a_known_reading(sentence):
+    assert kana(sentence) == SENTENCES[sentence].split()
+
+
+@pytest.mark.parametrize("surface", readings.NOUNS)
+def test_known_errors_of_the_dictionary_are_corrected(surface):
+    """Each entry mends something: without it the analyser says another thing."""
+    own = text_module.openjtalk().run_frontend(surface, predict_nani=False)
+    assert "".join(kana(surface)) == readings.NOUNS[surface]
+    assert "".join(f["pron"] for f in own).replace("’", "") != readings.NOUNS[surface]
+
+
+# --- a user's dictionary ----------------------------------------------------------------------------------
+
+
+def test_a_users_words_are_read_as_they_say(tmp_path):
+    path = tmp_path / "words.tsv"
+    path.write_text(
+        "# names\njahubert\tジャヒューバート\n大空翔子 \tおおぞらしょうこ # a person\n\nK8s\tクーベ\n"
+    )
+    said = text_to_words("大空翔子はjahubertとＫ８ｓを使う", path)
+    assert [word.kana for word in said] == [
+        "オーゾラショーコ", "ワ", "ジャヒューバート", "ト", "クーベ", "ヲ", "ツカウ"
+    ]  # fmt: skip
+    assert "ジャヒューバート" not in kana("jahubert")  # and nobody else's are changed
+
+
+@pytest.mark.parametrize("line", ["名前だけ", "名前\t漢字", "名前\t", "\tナマエ", "名前\tッ"])
+def test_a_broken_line_of_a_users_dictionary_is_named(tmp_path, line):
+    path = tmp_path / "words.tsv"
+    path.write_text(f"# mine\n{line}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"words.tsv:2: "):
+        text_to_words("今日", path)
+    with pytest.raises(DataError, match="no user dictionary"):
+        text_to_words("今日", tmp_path / "none.tsv")

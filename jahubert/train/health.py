@@ -138,3 +138,34 @@ def _shift(one_N: np.ndarray, other_N: np.ndarray) -> int:
     }
     best = max(_SHIFTS, key=lambda shift: agreement[shift])
     return best if 1 - agreement[best] < (1 - agreement[0]) / 2 else 0
+
+
+_EMPTY = 0.5  # share of utterances that are answered with nothing
+_PLATEAU = 0.1  # share of the updates over which nothing but blanks is no news
+
+
+def blank_problem(
+    blank: float, empty: float, step: int, *, max_steps: int, head_only_steps: int = 0
+) -> str | None:
+    """What is wrong when CTC says little but blanks after `step` updates, and what to do; None if nothing is.
+
+    Every CTC model says only blanks at first, and one whose encoder is frozen stays there longer, so nothing
+    is said until a tenth of the updates has passed with everything learning.
+
+    Args:
+        blank: share of frames whose best symbol is the blank.
+        empty: share of utterances of the development set whose answer is empty.
+    """
+    if empty < _EMPTY or step < min(max_steps, head_only_steps + _PLATEAU * max_steps):
+        return None
+    freed = (
+        f"{step - head_only_steps} of them with the whole network" if head_only_steps else "from the start"
+    )
+    return (
+        f"after {step} updates ({freed}) {empty:.0%} of the development utterances get an empty answer and "
+        f"{blank:.1%} of the frames say blank: the model is still on the plateau where silence is the best "
+        "guess. Look whether targets belong to their audio (stage=targets, rejected.jsonl) and whether "
+        "finetune.pretrained is the model you mean; then try twice the finetune.train.lr, fewer "
+        "finetune.head_only_steps, a smaller finetune.mask.prob, or more updates. From scratch, thousands of "
+        "updates on the plateau are usual"
+    )

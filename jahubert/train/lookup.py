@@ -105,3 +105,20 @@ def _import_file(path: Path) -> Any:
     finally:
         sys.path.remove(str(path.resolve().parent))
     return module
+
+
+def preset_file(named: Any, subset: Any = None) -> Path | None:
+    """The file of a fine-tuning preset (conf/finetuning), or None.
+
+    Args:
+        named: its name; or names by subset of the corpus, with `other` for the rest.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    if named is not None and not isinstance(named, (str, int)):
+        named = named.get(str(subset), named.get("other"))
+    files = {path.stem: path for path in home("conf").glob("finetuning/*.yaml")}
+    if named is not None and str(named) not in files:
+        raise ConfigError(unknown("finetuning", str(named), sorted(files)))
+    return files.get(str(named))

@@ -53,26 +53,26 @@ def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) 
     return Errors(found.hits, found.substitutions, found.insertions, found.deletions)
 
 
-def pairs(
+def align(
     reference: Sequence[Hashable], hypothesis: Sequence[Hashable]
 ) -> list[tuple[Hashable | None, Hashable | None]]:
-    """(said, heard) along a shortest way; None stands where one of them has nothing."""
+    """(said, heard) along the shortest way that `count_errors` counts; None for what the other side lacks."""
     if not reference or not hypothesis:
-        return [(said, None) for said in reference] + [(None, heard) for heard in hypothesis]
-    steps: list[tuple[Hashable | None, Hashable | None]] = []
-    for chunk in _compared(reference, hypothesis).alignments[0]:
-        said = reference[chunk.ref_start_idx : chunk.ref_end_idx]
-        heard = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        steps += zip_longest(said, heard)
-    return steps
+        return [*((said, None) for said in reference), *((None, heard) for heard in hypothesis)]
+    pairs: list[tuple[Hashable | None, Hashable | None]] = []
+    for part in _compared(reference, hypothesis).alignments[0]:
+        said = reference[part.ref_start_idx : part.ref_end_idx]
+        heard = hypothesis[part.hyp_start_idx : part.hyp_end_idx]
+        pairs += zip_longest(said, heard)
+    return pairs
 
 
 def _compared(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
+    """jiwer's comparison. It knows words of a string: every item becomes one, so that tuples stay whole."""
     try:
         import jiwer
     except ImportError as error:
         raise MissingExtraError("jiwer", "train") from error
-    # jiwer compares words of a string: every item becomes one, so that tuples of phones stay whole.
     names: dict[Hashable, str] = {}
     said, heard = (
         " ".join(names.setdefault(item, str(len(names))) for item in items)
@@ -108,6 +108,45 @@ def bootstrap_interval(
         rates[sample] = error_N[chosen].sum() / max(1.0, length_N[chosen].sum())
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Rate of one system less another's on the same utterances, its interval, and its share by chance."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(
+    errors: Sequence[int],
+    others: Sequence[int],
+    lengths: Sequence[int],
+    seed: int = 0,
+    n: int = 1000,
+    level: float = 0.95,
+) -> Difference:
+    """Two systems on the same utterances, resampled together (Bisani and Ney 2004).
+
+    `p`: how often a resampled difference lies as far from the measured one as that lies from zero, which is
+    how often chance alone would show so much (two-sided; Efron and Tibshirani 1993, chapter 16).
+    """
+    if not len(errors) == len(others) == len(lengths) or not len(errors):
+        raise DataError(
+            f"errors of {len(errors)} and {len(others)}, lengths of {len(lengths)} utterances: no pairs"
+        )
+    gap_N, length_N = np.asarray(errors, float) - np.asarray(others, float), np.asarray(lengths, float)
+    measured = gap_N.sum() / max(1.0, length_N.sum())
+    rng = np.random.default_rng(seed)
+    found = np.empty(n)
+    for sample in range(n):
+        chosen = rng.integers(len(gap_N), size=len(gap_N))
+        found[sample] = gap_N[chosen].sum() / max(1.0, length_N[chosen].sum())
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    as_far = np.abs(found - measured) >= abs(measured)
+    return Difference(float(measured), float(low), float(high), float((as_far.sum() + 1) / (n + 1)))
 
 
 def phone_frames(alignment: Sequence[Phone], n_frames: int, grid: FrameGrid) -> list[str | None]:

@@ -67,6 +67,7 @@ def _head(run: Run, records: Mapping[str, Any], say: Mapping[str, str]) -> str:
             (score[measure]["rate"], name, split)
             for name, system in run.summary["systems"].items()
             for split, score in system["scores"].items()
+            if measure in score  # kana and characters have no phones
         ]
         if found:
             rate, name, split = min(found)
@@ -96,7 +97,8 @@ def _results(summary: Mapping[str, Any], say: Mapping[str, str]) -> str:
             if split in system["scores"]:
                 score = system["scores"][split]
                 labels = _duration(3600 * system["hours"])
-                cells = [_rate(score[measure]) for measure in ("wer", "per", "kana_cer")]
+                found = [score.get("wer"), score.get("per"), score.get("kana_cer", score.get("cer"))]
+                cells = ["-" if rate is None else _rate(rate) for rate in found]
                 rows.append(("", [_escape(name), labels, f"{system['updates']:,}", *cells]))
         n = next(
             system["scores"][split]["utterances"] for system in systems.values() if split in system["scores"]

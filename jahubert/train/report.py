@@ -16,6 +16,7 @@ from jahubert.train.labels import LabelStore
 from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.provenance import DONE, read_record
+from jahubert.train.scoring import published_table
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,13 @@ def unit_quality(exp: Path, counted: PhoneCounts | None) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """All tables as text."""
-    lines = _beside_published(summary)
+    ours = {
+        f"{name}, {system['hours']:.0f} h": {
+            split: 100 * score["wer"]["rate"] for split, score in system["scores"].items() if "wer" in score
+        }
+        for name, system in summary["systems"].items()
+    }
+    lines = [published] if (published := published_table(summary["published"], ours)) else []
     for split in sorted({split for system in summary["systems"].values() for split in system["scores"]}):
         lines += [f"Recognition on {split} (95 % intervals in brackets)"]
         lines += [
@@ -130,7 +137,8 @@ def table(summary: dict[str, Any]) -> str:
         for name, system in summary["systems"].items():
             if split in system["scores"]:
                 score = system["scores"][split]
-                cells = [_cell(score[measure]) for measure in ("per", "wer", "kana_cer")]
+                cells = [_cell(score.get("per")), _cell(score.get("wer"))]
+                cells += [_cell(score.get("kana_cer", score.get("cer")))]
                 labels = (
                     f"{system['hours'] * 60:.1f} min" if system["hours"] < 10 else f"{system['hours']:.0f} h"
                 )
@@ -152,21 +160,7 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _beside_published(summary: dict[str, Any]) -> list[str]:
-    """WER of every system, one column a set, under the published rows (rinna 2024, Table 4, for CSJ)."""
-    if not summary["published"]:
-        return []
-    sets = sorted({split for row in summary["published"].values() for split in row})
-    rows = {f"published: {name}": row for name, row in summary["published"].items()}
-    for name, system in summary["systems"].items():
-        rates = {split: 100 * score["wer"]["rate"] for split, score in system["scores"].items()}
-        rows[f"here: {name}, {system['hours']:.0f} h"] = rates
-    lines = ["WER % beside the published table", f"  {'':<48}" + "".join(f"{split:>9}" for split in sets)]
-    for name, row in rows.items():
-        cells = (f"{row[split]:>9.2f}" if split in row else f"{'-':>9}" for split in sets)
-        lines.append(f"  {name:<48}" + "".join(cells))
-    return [*lines, ""]
-
-
-def _cell(score: dict[str, float]) -> str:
+def _cell(score: dict[str, float] | None) -> str:
+    if score is None:
+        return "-"
     return f"{100 * score['rate']:.2f} [{100 * score['low']:.2f}, {100 * score['high']:.2f}]"

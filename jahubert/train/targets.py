@@ -1,4 +1,4 @@
-"""Target symbols of the utterances of a manifest: packed integers, an empty row where there are none."""
+"""What is recognised: the symbols of a vocabulary, and the targets of a manifest's utterances in them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,33 @@ from pathlib import Path
 import numpy as np
 
 from jahubert.errors import DataError
-from jahubert.phonemes import PhonemeSet
+from jahubert.phonemes import BLANK, BOUNDARY, KANA, PhonemeSet
 from jahubert.train.provenance import read_record, write_json
+
+UNKNOWN = "<unk>"  # a character that training never showed: in a reference it is always an error
+
+
+def kana_set() -> PhonemeSet:
+    """Blank, word boundary and the kana that phones are written with."""
+    return PhonemeSet((BLANK, BOUNDARY, *KANA))
+
+
+def character_set(characters: Iterable[str]) -> PhonemeSet:
+    """Blank, the given characters and `<unk>`. Japanese text has no spaces, so there is no word boundary."""
+    return PhonemeSet((BLANK, UNKNOWN, *sorted(set(characters))))
+
+
+def vocabulary_of(symbols: PhonemeSet) -> str:
+    """What the symbols of a set are: phones, kana or characters."""
+    if symbols.spells_phones:
+        return "phones"
+    return "kana" if set(symbols.symbols) <= {BLANK, BOUNDARY, *KANA} else "characters"
+
+
+def words_of(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, ...]]:
+    """The words of labels as tuples of symbols; without a word boundary every symbol is a word of its own."""
+    words = symbols.decode(labels)
+    return words if symbols.boundary >= 0 else [(symbol,) for word in words for symbol in word]
 
 
 def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet) -> int:
@@ -45,8 +70,8 @@ class TargetStore:
         return self.symbol_L[self.offsets[row] : self.offsets[row + 1]]
 
     def words(self, row: int) -> list[tuple[str, ...]]:
-        """The words of an utterance, each a tuple of phones."""
-        return self.phonemes.decode(self[row].tolist())
+        """The words of an utterance, each a tuple of symbols, as `words_of` has them."""
+        return words_of(self.phonemes, self[row].tolist())
 
     @property
     def labelled(self) -> np.ndarray:

@@ -1,9 +1,11 @@
 """Japanese text -> words -> katakana pronunciation -> phones, with pyopenjtalk-plus.
 
 A word is a morpheme of its dictionary, except that one whose pronunciation starts with `ー` (the う of
-でしょう) belongs to the word before it. Symbols are dropped. Two readings are decided here, so that they do
-not depend on what else is installed: 何 is ナン before a counter and before ダ, デ, ナ, ノ and ト, and 言う
-is ユー, as in CSJ.
+でしょう) belongs to the word before it. Symbols are dropped. What the dictionary is known to get wrong is
+mended on both sides of it: `respell` writes out signs that it skips (minus, currencies, units, clock times,
+dates, fractions), `readings.py` corrects words and takes a user's own, and `_decide` settles readings that
+must not depend on what else is installed: 何 is ナン before a counter and before ダ, デ, ナ, ノ and ト; 言う
+is ユー, as in CSJ; ユウ and ュウ are ユー and ュー.
 """
 
 from __future__ import annotations
@@ -17,17 +19,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from jahubert.errors import DataError, MissingExtraError
 from jahubert.phonemes import kana_to_phones
+from jahubert.train.readings import dictionary
 
 Feature = Mapping[str, Any]  # a morpheme, as pyopenjtalk's run_frontend returns it
 
 _KANA = re.compile(r"[ァ-ヺー]")
 _NO_VOWEL = re.compile(r"[ッー]+")
+_YUU = re.compile("([ユュ])ウ")
 _NAN_BEFORE = re.compile(r"[ダデナノト]")
+
+# Signs that are one character each, before NFKC takes them apart (℃ would become the letter C).
+_SIGNS = {"℃": "度", "㎏": "キログラム", "㎎": "ミリグラム", "㎞": "キロメートル", "㎝": "センチメートル"}
+_SIGNS |= {"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "〜": "～"}
+_ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")  # numerals, which the analyser reads as numbers and NFKC makes letters of
+_AMOUNT = r"(\d[\d,]*(?:\.\d+)?)"
+_RESPELLINGS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<![A-Za-z0-9.)\]-])[-\u2212](?=\d)", "マイナス"),
+        (r"°C", "度"),
+        (r"[¥￥]" + _AMOUNT, r"\1円"),
+        (r"\$" + _AMOUNT, r"\1ドル"),
+        (r"€" + _AMOUNT, r"\1ユーロ"),
+        (r"£" + _AMOUNT, r"\1ポンド"),
+        (r"(\d+)\u2044(\d+)", r"\2分の\1"),
+        (r"(?<![\d/])(\d{4})/(1[0-2]|0?[1-9])/(3[01]|[12]\d|0?[1-9])(?![\d/])", r"\1年\2月\3日"),
+        (r"(?<![\d:])(2[0-4]|[01]?\d):00(?![\d:])", r"\1時"),
+        (r"(?<![\d:])(2[0-4]|[01]?\d):0?([1-5]?\d)(?![\d:])", r"\1時\2分"),
+        (r"(?<=\d)[~～](?=\d)", "から"),
+        (r"(?<=[A-Za-z])#", "シャープ"),
+        (r"年0(?=\d月)", "年"),
+        (r"月0(?=\d日)", "月"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +81,36 @@ def openjtalk() -> ModuleType:
     return pyopenjtalk
 
 
-def analyse(text: str) -> list[dict[str, Any]]:
+def respell(text: str) -> str:
+    """The text in NFKC, with signs that the dictionary would skip or misread written out, in one line.
+
+    Roman numerals stay as they are, Latin letters lose their accents, control characters become spaces.
+    """
+    text = "".join(_SIGNS.get(char, char) for char in text)
+    parts = _ROMAN.split(text)
+    parts[::2] = [unicodedata.normalize("NFKC", part) for part in parts[::2]]
+    text = "".join(_plain(char) for char in "".join(parts))
+    for pattern, replacement in _RESPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _plain(char: str) -> str:
+    if unicodedata.category(char)[0] in "CZ":
+        return " "
+    base = unicodedata.normalize("NFD", char)[0]
+    return base if base.isascii() else char
+
+
+def analyse(text: str, words: Path | None = None) -> list[dict[str, Any]]:
     """Morphemes of a text as pyopenjtalk gives them, with the readings decided here; it makes labels of them.
 
-    DataError names letters that have no reading.
+    `words` is a user dictionary (`readings.dictionary`). DataError names letters that have no reading.
     """
-    plain = "".join(
-        " " if unicodedata.category(c)[0] in "CZ" else c for c in unicodedata.normalize("NFKC", text)
-    )
-    features = [dict(feature) for feature in openjtalk().run_frontend(plain, predict_nani=False)]
+    pyopenjtalk = openjtalk()
+    plain = respell(text)
+    found = pyopenjtalk.run_frontend(plain, predict_nani=False, jtalk=dictionary(words))
+    features = [dict(feature) for feature in found]
     for feature, following in zip_longest(features, features[1:]):
         if not _KANA.search(feature["pron"]):
             letters = [c for c in feature["string"] if unicodedata.category(c)[0] in "LN"]
@@ -77,6 +128,8 @@ def _decide(feature: dict[str, Any], following: Feature | None) -> None:
         )
         if counts or (following["pos"] in ("助詞", "助動詞") and _NAN_BEFORE.match(following["pron"])):
             feature["pron"] = "ナン"
+    elif _YUU.search(pron):
+        feature["pron"] = _YUU.sub(r"\1ー", pron)
     elif pron.endswith("イウ") and string.endswith(("言う", "いう", "云う")):
         feature["pron"] = pron[:-2] + "ユー"
 
@@ -101,12 +154,16 @@ def words_of(features: Sequence[Feature]) -> list[Word]:
     return [Word(surface, kana, tuple(kana_to_phones(kana))) for surface, kana in words]
 
 
-def text_to_words(text: str) -> list[Word]:
-    """Words of a Japanese text. DataError when it has none, or letters that cannot be read."""
-    words = words_of(analyse(text))
-    if not words:
+def text_to_words(text: str, words: Path | None = None) -> list[Word]:
+    """Words of a Japanese text; `words` is a user dictionary.
+
+    Raises:
+        DataError: the text has no words, or letters that cannot be read.
+    """
+    found = words_of(analyse(text, words))
+    if not found:
         raise DataError(f"nothing to read in the text {text!r}")
-    return words
+    return found
 
 
 def text_to_phones(text: str) -> tuple[tuple[str, ...], ...]:

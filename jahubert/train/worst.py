@@ -19,7 +19,7 @@ from jahubert.phonemes import BOUNDARY
 from jahubert.train import figures
 from jahubert.train.labels import LabelStore
 from jahubert.train.manifest import Manifest, Phone
-from jahubert.train.metrics import Errors, count_errors, pairs
+from jahubert.train.metrics import Errors, align, count_errors
 
 LONGEST = 20.0  # seconds of an utterance that are heard and drawn: a page has to stay small
 
@@ -54,7 +54,7 @@ def worst(
         rows = manifest.indices(split=split)
         row = int(rows[manifest.ids(rows).index(line["id"])])
         item = manifest[row]
-        steps = pairs(_with_boundaries(line["reference"]), _with_boundaries(line["hypothesis"]))
+        steps = align(_with_boundaries(line["reference"]), _with_boundaries(line["hypothesis"]))
         try:
             wav_T = manifest.load(row, n_samples=min(item.n_samples, round(LONGEST * SAMPLE_RATE))).numpy()
             units = None if store is None else store[row][: HUBERT.n_frames(len(wav_T))]

@@ -32,8 +32,11 @@ log = logging.getLogger(__name__)
 
 _BROKEN = ("broken transcript", "broken phone times")  # reasons that stop, unless broken=drop
 _SHOWN = 20  # places that an error lists
-# Utterances of egs/csj/s5, joined by the rule of join=kaldi, those with masked names left out.
+# Figures of other recipes, to compare with. Utterances of egs/csj/s5, joined by the rule of join=kaldi, those
+# with masked names left out; hours and utterances of lhotse's development set; hours of the paper's training.
 KALDI = {"eval1": 1272, "eval2": 1292, "eval3": 1385}
+LHOTSE_DEV = (3743, 6 + 40 / 60 + 15 / 3600)
+PAPER_HOURS = {"core": 32.0, "all": 552.0}
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class _Count:
     utterances: int = 0
     n_samples: int = 0
     words: int = 0
+
+    @property
+    def hours(self) -> float:
+        return self.n_samples / SAMPLE_RATE / 3600
 
     def add(self, item: Utterance, talk: str) -> None:
         self.talks.add(talk)
@@ -114,15 +121,28 @@ def _in_order(sets: dict[str, str], seed: int, shuffled: Callable[[], bool]) -> 
 
 def _log_summary(counts: dict[str, _Count], dropped: Counter[str], config: Config) -> None:
     for name, count in counts.items():
-        known = f" (Kaldi: {KALDI[name]:,} utterances)" if config.join == "kaldi" and name in KALDI else ""
         log.info(
             f"csj {name}: {len(count.talks):,} talks, {count.utterances:,} utterances, "
-            f"{count.n_samples / SAMPLE_RATE / 3600:.2f} h, {count.words:,} words{known}"
+            f"{count.hours:.2f} h, {count.words:,} words{_beside(name, count, config)}"
         )
     for reason, n in dropped.most_common():
         log.info(f"csj dropped, {reason}: {n:,}")
     if missing := [name for name, count in counts.items() if not count.utterances]:
         log.warning("csj: nothing is in %s; a stage that needs it will say so", ", ".join(missing))
+
+
+def _beside(name: str, count: _Count, config: Config) -> str:
+    """How a split compares with what other recipes have of it; "" where none is comparable."""
+    known = []
+    if name in KALDI and config.join == "kaldi":
+        known.append(("Kaldi", f"{KALDI[name]:,} utterances", count.utterances / KALDI[name]))
+    if name == "dev" and config.dev == "lhotse":
+        utterances, hours = LHOTSE_DEV  # its rule of joining is another one, so the hours are what compares
+        known.append(("lhotse", f"{utterances:,} utterances, {hours:.2f} h", count.hours / hours))
+    if name == "train" and config.subset in PAPER_HOURS:
+        hours = PAPER_HOURS[config.subset]
+        known.append(("the paper", f"{hours:.0f} h", count.hours / hours))
+    return "".join(f"; {who}: {figure}, here {share:.1%} of that" for who, figure, share in known)
 
 
 # --- a talk -----------------------------------------------------------------------------------------------

@@ -1,12 +1,19 @@
 """Where the recordings of tar shards lie: headers are read one after the other, and nothing is unpacked.
 
 The index of a shard is a JSON file of columns, kept beside the manifest and made again when the shard's size
-or time changes. Run as a script, this file indexes the shards that it is told on standard input.
+or time changes. Several machines that see the same files can share the work, each with a part of the shards:
+
+    python recipes/reazonspeech/tar_index.py corpus/data exp/reazonspeech/prepare/work/index --part 1/4
+
+and `stage=prepare` on one of them then finds every index made. (Without arguments this file is the worker
+that `indexed` starts: it indexes the shards that it is told on standard input.)
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -58,7 +65,8 @@ class _Worker:
 
     def __init__(self, shards: Sequence[Path], folder: Path):
         code = (
-            "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+            "import runpy, sys; file, *sys.path[:] = sys.argv[1:]; sys.argv[:] = [file]; "
+            "runpy.run_path(file, run_name='__main__')"
         )
         self.said = tempfile.TemporaryFile("w+")  # what goes wrong; a pipe could fill up  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -209,7 +217,29 @@ def _measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
         return 0, str(error)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Index one part of the shards of a folder."""
+    parser = argparse.ArgumentParser(
+        description="Index a part of the shards; see the first lines of this file."
+    )
+    parser.add_argument("shards", type=Path, help="the folder of 000.tar ... fff.tar")
+    parser.add_argument("index", type=Path, help="work/index of stage=prepare, seen by all machines")
+    parser.add_argument("--part", default="1/1", help="2/4: the second of four parts")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)
+    if part is None or int(part[1]) > int(part[2]):
+        parser.error(f"--part {args.part}: give it as 1/4 ... 4/4")
+    shards = sorted(args.shards.glob("*.tar"))[int(part[1]) - 1 :: int(part[2])]
+    if not shards:
+        parser.error(f"{args.shards}: no shards in part {args.part}, such as 000.tar")
+    rows = sum(len(index["names"]) for index in indexed(shards, args.index, args.processes))
+    print(f"{len(shards)} shards, {rows} recordings: indexed in {args.index}")
+
+
+if __name__ == "__main__" and len(sys.argv) > 1:
+    main()
+elif __name__ == "__main__":
     folder, shards = json.load(sys.stdin)
     for shard in map(Path, shards):
         _write_index(index_shard(shard), shard, Path(folder))

@@ -12,6 +12,7 @@ from jahubert.errors import DataError
 from jahubert.train.manifest import Phone, Rejected, Utterance
 
 PHONES = ("a", "i", "u", "k", "s", "t", "n", "N")
+LETTERS = dict(zip(PHONES, "亜伊宇加左多奈无", strict=True))  # one for each: a text to learn characters from
 LENGTH = 1600  # samples of a phone
 
 
@@ -42,6 +43,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             id=f"tone-{number:03d}",
             audio=AudioSource(str(path)),
             n_samples=sum(map(len, wav)),
+            text="".join(LETTERS[phone] for word in words for phone in word),
             words=tuple(words),
             split="test" if number % 6 == 0 else "dev" if number % 6 == 1 else "train",
             alignment=tuple(alignment),

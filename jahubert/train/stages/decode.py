@@ -1,7 +1,8 @@
-"""Beam search over the evaluation splits, and phone times by forced alignment where they are wanted.
+"""Beam search over the evaluation splits, and phone and word times by forced alignment where wanted.
 
-Reads   a fine-tuned model, the manifest and its targets
-Writes  <split>.jsonl: id, reference and hypothesis words as phones, log-probability; alignment.jsonl
+Reads   a fine-tuned model, the manifest and its targets; a word list and an n-gram where they are named
+Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, the n best;
+        alignment.jsonl; phonemes.json, the symbols
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
 """
@@ -9,17 +10,18 @@ Writes  <split>.jsonl: id, reference and hypothesis words as phones, log-probabi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from jahubert.checkpoint import load_bundle
-from jahubert.decode import Hypothesis, beam_search, forced_align
+from jahubert.decode import Hypothesis, Span, beam_search, forced_align, greedy
 from jahubert.errors import CheckpointError, ConfigError, DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.heads import HubertForCtc
@@ -27,11 +29,12 @@ from jahubert.phonemes import PhonemeSet
 from jahubert.train import ranks
 from jahubert.train.batches import CtcData
 from jahubert.train.config import free
-from jahubert.train.manifest import Manifest
-from jahubert.train.provenance import written_beside
-from jahubert.train.targets import TargetStore
+from jahubert.train.lexicon import LexiconConfig, LexiconSearch
+from jahubert.train.manifest import Manifest, Utterance
+from jahubert.train.provenance import write_json, written_beside
+from jahubert.train.targets import TargetStore, words_of
 
-VERSION = 1
+VERSION = 2
 _REACH = 5  # frames, 100 ms
 
 
@@ -42,13 +45,30 @@ class Config:
     model: Path  # the folder of a fine-tuning, or a CTC bundle
     splits: tuple[str, ...] = ("eval1", "eval2", "eval3")
     align_splits: tuple[str, ...] = ()  # splits whose references get phone times
+    search: Literal["beam", "greedy"] = "beam"
     beam: int = 20
+    n_best: int = 1  # hypotheses that are written for each utterance
+    lexicon: LexiconConfig | None = None  # only words of a list, with an n-gram of them if there is one
     device: str = free("auto")
     batch_seconds: float = free(80.0)
 
     def __post_init__(self) -> None:
-        if self.beam < 1:
-            raise ConfigError(f"beam is {self.beam}, but must be at least 1")
+        if not 1 <= self.n_best <= self.beam:
+            raise ConfigError(f"n_best is {self.n_best}, but must be between 1 and beam, {self.beam}")
+        if self.search == "greedy" and (self.n_best > 1 or self.lexicon):
+            raise ConfigError("search=greedy finds one answer and takes no lexicon; use search=beam")
+
+
+Search = Callable[[Tensor, Tensor], Sequence[Sequence[Hypothesis]]]
+
+
+def make_search(config: Config, symbols: PhonemeSet) -> Search:
+    """What turns log-probabilities (B, S, V) and their valid frames (B,) into the best hypotheses first."""
+    if config.search == "greedy":
+        return lambda logp_BSV, n_frames_B: [[found] for found in greedy(logp_BSV, n_frames_B, symbols.blank)]
+    if config.lexicon:
+        return LexiconSearch(config.lexicon, symbols, config.beam, config.n_best)
+    return partial(beam_search, beam=config.beam, n_best=config.n_best, blank=symbols.blank)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -60,6 +80,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         raise CheckpointError(f"{config.model}: its symbols are not those of {config.targets}")
     device = ranks.pick_device(config.device)
     bundle.ctc.to(device)
+    search = make_search(config, targets.phonemes)
+    inside = partial(batches, bundle.ctc, manifest, targets, config=config, device=device)
     counts = {}
     for split in config.splits:
         rows = np.intersect1d(manifest.indices(split=split), targets.labelled)
@@ -67,25 +89,19 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             raise DataError(f"{config.manifest}: no labelled utterance in split {split!r}")
         counts[split] = len(rows)
         lines = []
-        for rows_B, logp_BSV, n_frames_B in batches(bundle.ctc, manifest, targets, rows, config, device):
-            answers = beam_search(logp_BSV, n_frames_B, beam=config.beam)
-            lines.append(
-                [
-                    _line(manifest, targets, row, answer[0])
-                    for row, answer in zip(rows_B, answers, strict=True)
-                ]
-            )
+        for rows_B, logp_BSV, n_frames_B in inside(rows):
+            found = zip(rows_B, search(logp_BSV, n_frames_B), strict=True)
+            lines.append([_line(manifest[row], targets, row, answers) for row, answers in found])
         _write(out / f"{split}.jsonl", lines)
     if config.align_splits:
         rows = np.concatenate([manifest.indices(split=split) for split in config.align_splits])
         rows, lines = np.intersect1d(rows, targets.labelled), []
-        for rows_B, logp_BSV, n_frames_B in batches(bundle.ctc, manifest, targets, rows, config, device):
-            aligned = []
-            for row, logp_SV, n_frames in zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True):
-                phones = phone_times(logp_SV[:n_frames], targets[row].tolist(), targets.phonemes)
-                aligned.append({"id": manifest[row].id, "row": row, "phones": phones})
-            lines.append([json.dumps(line, ensure_ascii=False) + "\n" for line in aligned])
+        for rows_B, logp_BSV, n_frames_B in inside(rows):
+            spoken = zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True)
+            lines.append([_times(manifest, targets, row, logp_SV[:n]) for row, logp_SV, n in spoken])
         _write(out / "alignment.jsonl", lines)
+    if ranks.rank() == 0:
+        write_json(out / "phonemes.json", targets.phonemes.to_json())
     ranks.barrier()
     return {"utterances": counts, "beam": config.beam}
 
@@ -126,25 +142,67 @@ def _write(path: Path, lines: list[list[str]]) -> None:
             file.writelines(line for batch in batches for line in batch)
 
 
-def _line(manifest: Manifest, targets: TargetStore, row: int, best: Hypothesis) -> str:
+def _line(utterance: Utterance, targets: TargetStore, row: int, answers: Sequence[Hypothesis]) -> str:
+    def spelled(labels: Sequence[int]) -> list[str]:
+        return [" ".join(word) for word in words_of(targets.phonemes, labels)]
+
+    line: dict[str, Any] = {
+        "id": utterance.id,
+        "talk": talk_of(utterance),
+        "speaker": utterance.speaker,
+        "reference": spelled(targets[row].tolist()),
+        "hypothesis": spelled(answers[0].labels),
+        "score": answers[0].score,
+    }
+    if len(answers) > 1:
+        line["n_best"] = [{"words": spelled(answer.labels), "score": answer.score} for answer in answers]
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def talk_of(utterance: Utterance) -> str:
+    """The recording that an utterance is a part of; itself where its audio is a member of an archive."""
+    return utterance.id if utterance.audio.length else Path(utterance.audio.path).stem
+
+
+def _times(manifest: Manifest, targets: TargetStore, row: int, logp_SV: Tensor) -> str:
+    symbols, target = targets.phonemes, targets[row].tolist()
+    spans = forced_align(logp_SV, target, symbols.blank)
     line = {
         "id": manifest[row].id,
-        "reference": [" ".join(word) for word in targets.words(row)],
-        "hypothesis": [" ".join(word) for word in targets.phonemes.decode(best.labels)],
-        "score": best.score,
+        "row": row,
+        "phones": phone_times(spans, len(logp_SV), symbols),
+        "words": word_times(spans, symbols),
     }
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def phone_times(logp_SV: Tensor, target: list[int], phonemes: PhonemeSet) -> list[tuple[str, int, int]]:
+def word_times(spans: Sequence[Span], symbols: PhonemeSet) -> list[tuple[str, int, int]]:
+    """(word, first sample, end sample): from the first symbol's first frame to the last one's last frame."""
+    words: list[list[Span]] = [[]]
+    for span in spans:
+        if span.label == symbols.boundary:
+            words.append([])
+        else:
+            words[-1].append(span)
+    return [
+        (
+            " ".join(symbols.symbols[span.label] for span in word),
+            HUBERT.start(word[0].start),
+            HUBERT.start(word[-1].end),
+        )
+        for word in words
+        if word
+    ]
+
+
+def phone_times(spans: Sequence[Span], n_frames: int, phonemes: PhonemeSet) -> list[tuple[str, int, int]]:
     """(phone, first sample, end sample) over the whole utterance, "pau" where nothing is said.
 
     CTC marks a phone by a spike: each frame goes to the nearest spike within `_REACH` frames.
     """
-    spans = forced_align(logp_SV, target)
     owner_S = [
         min(spans, key=lambda span: max(span.start - frame, frame - span.end + 1, 0))
-        for frame in range(len(logp_SV))
+        for frame in range(n_frames)
     ]
     times: list[tuple[str, int, int]] = []
     for frame, span in enumerate(owner_S):

@@ -11,13 +11,14 @@ fairseq base_10h). Batches are padded, never cropped. The best step on the devel
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jahubert.checkpoint import load_bundle, save_bundle
 from jahubert.decode import greedy
@@ -28,25 +29,30 @@ from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CtcBatch, CtcData, MaskConfig
 from jahubert.train.engine import Loss
+from jahubert.train.health import blank_problem
 from jahubert.train.lookup import ENGINES, resolve
 from jahubert.train.losses import ctc_loss
 from jahubert.train.manifest import Manifest
 from jahubert.train.metrics import count_errors
 from jahubert.train.optim import TrainConfig
-from jahubert.train.targets import TargetStore
+from jahubert.train.targets import TargetStore, words_of
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 
-# fairseq's base_10h, the only fine-tuning settings that were published with HuBERT.
+# fairseq's base_10h, the only fine-tuning settings that were published with HuBERT; others are in
+# conf/finetuning. Its rate rises for 8,000 updates and would fall to 5 % in another 72,000, of which it sees
+# 17,000: to 0.05 ** (17 / 72) = 0.493.
 _TRAIN = TrainConfig(
     max_steps=25_000,
     batch_seconds=1600.0,
     micro_seconds=200.0,
     lr=2e-5,
     schedule="tri_stage",
-    warmup=0.1,
-    hold=0.4,
-    final_lr=0.05,
+    warmup=0.32,
+    hold=0.0,
+    final_lr=0.493,
     eps=1e-8,
     weight_decay=0.0,
     clip_norm=0.0,
@@ -63,6 +69,7 @@ class Config:
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
     fraction: float = 1.0  # of the labelled training utterances, the first ones of the manifest
+    hours: float | None = None  # at most so much of them, drawn at random
     freeze_conv: bool = True
     head_only_steps: int = 10_000
     dropout: float = 0.0
@@ -71,12 +78,15 @@ class Config:
     input_dropout: float = 0.0
     layer_drop: float = 0.1
     dev_splits: tuple[str, ...] = ("dev",)
-    best: Literal["wer", "per", "loss"] = "wer"  # what chooses the best step on the development set
+    # What chooses the best step on the development set; of characters, wer and per are both the CER.
+    best: Literal["wer", "per", "loss"] = "wer"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction is {self.fraction}, but must be in (0, 1]")
+        if self.hours is not None and self.hours <= 0:
+            raise ConfigError(f"hours is {self.hours}, but must be positive")
         if self.train.sharded and self.layer_drop:
             raise ConfigError("train.sharded needs layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
@@ -92,6 +102,7 @@ class FineTuner(nn.Module):
     def __init__(self, ctc: HubertForCtc, *, freeze_conv: bool, head_only_steps: int, seed: int):
         super().__init__()
         self.ctc, self.head_only_steps, self.seed = ctc, head_only_steps, seed
+        self.updates = 0  # that it has had, as far as the last batch of training says
         self.skips = head_only_steps > 0 or ctc.config.layer_drop > 0
         self.blocks = list(ctc.hubert.encoder.layers)
         if freeze_conv:
@@ -99,6 +110,7 @@ class FineTuner(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(self, batch: CtcBatch, step: int) -> Loss:
+        self.updates = step + 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and step >= self.head_only_steps):
             encoded = self.ctc.hubert(
                 batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, channel_mask_BD=batch.channel_mask_BD
@@ -106,10 +118,8 @@ class FineTuner(nn.Module):
         logp_BSV = self.ctc.log_probs(encoded.hidden_BSD)
         n_frames_B = encoded.n_frames_B.cpu()
         total = ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B)
-        valid_BS = torch.arange(logp_BSV.shape[1])[None] < n_frames_B[:, None]
-        blanks = (logp_BSV.detach().argmax(-1).cpu() == 0)[valid_BS].sum()
         sums = {
-            "blanks": blanks,
+            "blanks": _blanks(logp_BSV, n_frames_B),
             "frames": n_frames_B.sum(),
             "symbols": batch.n_target_B.sum(),
             "seconds": batch.seconds,
@@ -146,8 +156,22 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             f"no labelled utterance in dev_splits {list(config.dev_splits)}; the best step is chosen on them"
         )
     dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
+
+    def validate() -> dict[str, float]:
+        found = evaluate(module, dev)
+        problem = blank_problem(
+            found["blank"],
+            found["empty"],
+            module.updates,
+            max_steps=config.train.max_steps,
+            head_only_steps=config.head_only_steps,
+        )
+        if problem and ranks.rank() == 0:
+            log.warning("%s", problem)
+        return found
+
     train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
-    metrics = train(module, data, config.train, out, validate=lambda: evaluate(module, dev), best=config.best)
+    metrics = train(module, data, config.train, out, validate=validate, best=config.best)
     if ranks.rank() == 0:
         info = {"finetuning": {"utterances": len(rows), "metrics": metrics}}
         save_bundle(out / "bundle", ctc=module.ctc, phonemes=targets.phonemes, info=info)
@@ -157,9 +181,18 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.ndarray:
-    """The first `fraction` of the labelled training utterances, in the manifest's order."""
+    """The labelled training utterances that are learnt from, in the manifest's order.
+
+    `fraction` takes the first ones. `hours` draws single utterances of these at random, so that ten minutes
+    are not the voice of one talk; the draws of one seed contain each other.
+    """
     rows = np.intersect1d(manifest.indices(split="train"), targets.labelled)
-    return rows[: max(1, round(config.fraction * len(rows)))]
+    rows = rows[: max(1, round(config.fraction * len(rows)))]
+    if config.hours is None:
+        return rows
+    drawn = np.random.default_rng([config.seed, 9]).permutation(rows)
+    until = np.cumsum(manifest.n_samples[drawn]) <= config.hours * 3600 * SAMPLE_RATE
+    return np.sort(drawn[: max(1, int(until.sum()))])
 
 
 def build_model(config: Config, n_symbols: int) -> HubertForCtc:
@@ -175,20 +208,35 @@ def build_model(config: Config, n_symbols: int) -> HubertForCtc:
 
 
 def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
-    """Loss, phone and word error rate of the greedy answer, over all processes."""
+    """Of the greedy answer, over all processes: loss, phone and word error rate, share of blank frames and of
+    utterances whose answer is empty."""
     device = next(module.parameters()).device
     phonemes = data.targets.phonemes
-    sums: dict[str, Any] = {
-        name: 0.0 for name in ("loss", "symbols", "phone_errors", "phones", "word_errors", "words")
-    }
+    names = (
+        "loss",
+        "symbols",
+        "phone_errors",
+        "phones",
+        "word_errors",
+        "words",
+        "blanks",
+        "frames",
+        "empty",
+        "rows",
+    )
+    sums: dict[str, Any] = dict.fromkeys(names, 0.0)
     for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
         batch = data.load(micro).to(device)
         logp_BSV, n_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
         n_frames_B = n_frames_B.cpu()
         sums["loss"] += float(ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B))
         sums["symbols"] += len(batch.target_L)
+        sums["blanks"] += _blanks(logp_BSV, n_frames_B)
+        sums["frames"] += int(n_frames_B.sum())
+        sums["rows"] += len(micro.rows)
         for row, answer in zip(micro.rows, greedy(logp_BSV, n_frames_B), strict=True):
-            words, heard = data.targets.words(row), phonemes.decode(answer.labels)
+            words, heard = data.targets.words(row), words_of(phonemes, answer.labels)
+            sums["empty"] += not heard
             for kind, (said, got) in {
                 "phone": (sum(words, ()), sum(heard, ())),
                 "word": (words, heard),
@@ -200,4 +248,12 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
         "loss": totals["loss"] / totals["symbols"],
         "per": totals["phone_errors"] / totals["phones"],
         "wer": totals["word_errors"] / totals["words"],
+        "blank": totals["blanks"] / totals["frames"],
+        "empty": totals["empty"] / totals["rows"],
     }
+
+
+def _blanks(logp_BSV: Tensor, n_frames_B: Tensor) -> int:
+    """How many frames have the blank as their best symbol."""
+    valid_BS = torch.arange(logp_BSV.shape[1])[None] < n_frames_B[:, None]
+    return int((logp_BSV.detach().argmax(-1).cpu() == 0)[valid_BS].sum())

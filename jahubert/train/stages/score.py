@@ -1,7 +1,8 @@
 """Error rates of the hypotheses: words as tuples of phones, phones, and kana characters.
 
-Reads   the hypotheses of `decode`
-Writes  scores.json: WER, PER and kana CER of each set with bootstrap intervals
+Reads   the hypotheses of `decode`, and those of another system where `baseline` names them
+Writes  scores.json: all measures of each set, talk and speaker, intervals, confusions, tests against the
+        baseline; <split>.txt: the same to read, with every utterance aligned; table.txt, which it prints
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
 """
@@ -9,31 +10,28 @@ Writes  scores.json: WER, PER and kana CER of each set with bootstrap intervals
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jahubert.errors import ConfigError, DataError
-from jahubert.phonemes import phones_to_kana
+from jahubert.phonemes import PhonemeSet
 from jahubert.train import ranks
-from jahubert.train.metrics import bootstrap_interval, count_errors
-from jahubert.train.provenance import write_json
+from jahubert.train.metrics import paired_bootstrap
+from jahubert.train.provenance import read_record, write_json, written_beside
+from jahubert.train.scoring import MEASURES, Scored, SetScore, details, published_table, rates_table
+from jahubert.train.targets import vocabulary_of
 
-VERSION = 1
-
-Words = list[tuple[str, ...]]
-# What is compared: joined labels are ambiguous (k y o, ky o), so words stay tuples and phones stay lists.
-MEASURES: dict[str, Callable[[Words], Sequence]] = {
-    "wer": lambda words: words,
-    "per": lambda words: [phone for word in words for phone in word],
-    "kana_cer": lambda words: "".join(phones_to_kana(word) for word in words),
-}
+VERSION = 2
+_CONFUSIONS = 30
 
 
 @dataclass(frozen=True)
 class Config:
     hypotheses: Path
+    baseline: Path | None = None  # hypotheses of another system, for a paired test
+    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown beside ours
     samples: int = 1000  # of the bootstrap over utterances
     seed: int = 0
 
@@ -43,41 +41,90 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    files = sorted(path for path in config.hypotheses.glob("*.jsonl") if path.name != "alignment.jsonl")
-    if not files:
-        raise DataError(f"{config.hypotheses}: no hypotheses here; run stage=decode first")
-    scores = {path.stem: score_file(path, config) for path in files}
+    scores = {}
+    for path in _files(config.hypotheses):
+        found = SetScore(list(read_hypotheses(path)), _measures(config.hypotheses))
+        score = score_set(found, config)
+        if config.baseline:
+            score["against"] = against(found, config.baseline / path.name, config)
+        scores[path.stem] = score
+        if ranks.rank() == 0:
+            with written_beside(out / f"{path.stem}.txt") as file:
+                file.writelines(f"{line}\n" for line in details(path.stem, score, found))
     if ranks.rank() == 0:
         write_json(out / "scores.json", scores)
+        wer = {split: 100 * score["wer"]["rate"] for split, score in scores.items() if "wer" in score}
+        table = published_table(config.published, {out.parent.name: wer}) + rates_table(scores)
+        with written_beside(out / "table.txt") as file:
+            file.write(table)
+        print(table)
     ranks.barrier()
     return {
-        f"{split}_{name}": score[name]["rate"] for split, score in scores.items() for name in ("per", "wer")
+        f"{split}_{measure.name}": score[measure.name]["rate"]
+        for split, score in scores.items()
+        for measure in _measures(config.hypotheses)
     }
 
 
-def score_file(path: Path, config: Config) -> dict[str, Any]:
-    """All measures of one set: rate, interval, counts."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    pairs = [
-        (
-            [tuple(word.split()) for word in line["reference"]],
-            [tuple(word.split()) for word in line["hypothesis"]],
+def _files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.glob("*.jsonl") if path.name != "alignment.jsonl")
+    if not files:
+        raise DataError(f"{folder}: no hypotheses here; run stage=decode first")
+    return files
+
+
+def _measures(folder: Path) -> Any:
+    return MEASURES[vocabulary_of(PhonemeSet.from_json(read_record(folder / "phonemes.json")))]
+
+
+def read_hypotheses(path: Path) -> Iterator[Scored]:
+    """The utterances of a file that `decode` wrote."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        said, heard = (
+            [tuple(word.split(" ")) for word in item[name]] for name in ("reference", "hypothesis")
         )
-        for line in lines
-    ]
-    result: dict[str, Any] = {"utterances": len(pairs)}
-    for name, view in MEASURES.items():
-        counts = [count_errors(view(said), view(heard)) for said, heard in pairs]
-        errors, lengths = [c.errors for c in counts], [c.length for c in counts]
-        low, high = bootstrap_interval(errors, lengths, seed=config.seed, n=config.samples)
-        result[name] = {
-            "rate": sum(errors) / max(1, sum(lengths)),
-            "low": low,
-            "high": high,
-            "errors": sum(errors),
-            "length": sum(lengths),
-            "substitutions": sum(c.substitutions for c in counts),
-            "insertions": sum(c.insertions for c in counts),
-            "deletions": sum(c.deletions for c in counts),
-        }
+        yield Scored(item["id"], item["talk"], item["speaker"], said, heard)
+
+
+def score_set(found: SetScore, config: Config) -> dict[str, Any]:
+    """All measures of one set, of its talks and of its speakers, and its most frequent errors."""
+    return {
+        "utterances": len(found.utterances),
+        **found.rates(config.seed, config.samples),
+        "talks": found.by(lambda item: item.talk),
+        "speakers": found.by(lambda item: item.speaker),
+        "confusions": found.confusions(_CONFUSIONS),
+    }
+
+
+def against(found: SetScore, path: Path, config: Config) -> dict[str, Any]:
+    """Each measure's paired test against another system's hypotheses of the same utterances.
+
+    Raises:
+        DataError: they are not of the same utterances, or the references differ.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: the baseline has no hypotheses of this set; decode the same splits with it")
+    others = {item.id: item for item in read_hypotheses(path)}
+    if others.keys() != {item.id for item in found.utterances}:
+        raise DataError(
+            f"{path}: the baseline is of other utterances; decode the same splits of one manifest"
+        )
+    paired = [others[item.id] for item in found.utterances]
+    if differing := [a.id for a, b in zip(found.utterances, paired, strict=True) if a.said != b.said]:
+        raise DataError(
+            f"{path}: the baseline has another reference for {differing[0]!r} and {len(differing) - 1} more; "
+            "both need the same targets"
+        )
+    baseline = SetScore(paired, found.measures)
+    result = {}
+    for name, counts in found.counts.items():
+        theirs = baseline.counts[name]
+        lengths = [c.length for c in counts]
+        test = paired_bootstrap(
+            [c.errors for c in counts], [c.errors for c in theirs], lengths, config.seed, config.samples
+        )
+        rate = sum(c.errors for c in theirs) / max(1, sum(lengths))
+        result[name] = {"baseline": rate, **asdict(test)}
     return result

@@ -1,4 +1,4 @@
-"""Target symbols for recognition: phones with a boundary between words.
+"""Target symbols for recognition: phones or kana with a boundary between words, or characters.
 
 Reads   the manifest: the words of an utterance where the corpus gives them, else its text
 Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (utterances left out, and why)
@@ -9,27 +9,34 @@ Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (utterances left
 from __future__ import annotations
 
 import json
+import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jahubert.errors import DataError
 from jahubert.frames import HUBERT
-from jahubert.phonemes import PhonemeSet
+from jahubert.phonemes import PhonemeSet, phones_to_kana
 from jahubert.train import ranks
 from jahubert.train.manifest import Manifest, Utterance
 from jahubert.train.provenance import written_beside
-from jahubert.train.targets import write_targets
+from jahubert.train.readings import read_words
+from jahubert.train.targets import UNKNOWN, character_set, kana_set, write_targets
 
-VERSION = 1
+log = logging.getLogger(__name__)
+
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Config:
     manifest: Path
+    vocabulary: Literal["phones", "kana", "characters"] = "phones"
+    user_dictionary: Path | None = None  # words and how they are read, for text (train/readings.py)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -38,18 +45,20 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def write(config: Config, out: Path) -> dict[str, Any]:
     """The work of the stage, which one process does."""
-    manifest, phonemes = Manifest(config.manifest), PhonemeSet.standard()
+    manifest = Manifest(config.manifest)
+    if config.user_dictionary:
+        read_words(config.user_dictionary)  # a mistake in it is none of the utterances'
+    symbols = symbol_set(config, manifest)
     reasons: Counter[str] = Counter()
-    labelled = 0
+    sources: Counter[str] = Counter()
 
     def rows() -> Iterator[list[int]]:
-        nonlocal labelled
         for index in range(len(manifest)):
             utterance, row = manifest[index], []
             if utterance.words or utterance.text:
                 try:
-                    row = target_of(utterance, phonemes)
-                    labelled += 1
+                    row = target_of(utterance, symbols, config)
+                    sources["words" if utterance.words else "text"] += 1
                 except DataError as error:
                     reasons[str(error).split(":")[0]] += 1
                     line = {"id": utterance.id, "reason": str(error)}
@@ -57,31 +66,70 @@ def write(config: Config, out: Path) -> dict[str, Any]:
             yield row
 
     with written_beside(out / "rejected.jsonl") as rejected:
-        symbols = write_targets(out, rows(), phonemes)
-    if not labelled:
+        n_symbols = write_targets(out, rows(), symbols)
+    for reason, n in reasons.most_common():
+        log.warning("left out, %s: %d utterances, named in %s", reason, n, out / "rejected.jsonl")
+    if not sources:
         raise DataError(f"{config.manifest}: no utterance has a usable text; {out}/rejected.jsonl says why")
-    return {"utterances": labelled, "symbols": symbols, "rejected": dict(reasons)}
+    return {
+        "utterances": sources.total(),
+        "symbols": n_symbols,
+        "vocabulary": len(symbols),
+        "made_of": dict(sources),
+        "rejected": dict(reasons),
+    }
 
 
-def target_of(utterance: Utterance, phonemes: PhonemeSet) -> list[int]:
+def symbol_set(config: Config, manifest: Manifest) -> PhonemeSet:
+    """The vocabulary; characters are those of the training text."""
+    if config.vocabulary == "phones":
+        return PhonemeSet.standard()
+    if config.vocabulary == "kana":
+        return kana_set()
+    rows = manifest.indices(split="train").tolist()
+    found = character_set(char for row in rows for char in characters(manifest[row].text))
+    if len(found) > 2**15:
+        raise DataError(f"{len(found)} different characters are more than targets can hold ({2**15})")
+    return found
+
+
+def characters(text: str) -> str:
+    """What is left of a text as characters to recognise: letters and digits, in NFKC."""
+    plain = unicodedata.normalize("NFKC", text)
+    return "".join(char for char in plain if unicodedata.category(char)[0] in "LN")
+
+
+def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list[int]:
     """Symbols of an utterance.
 
     Raises:
-        DataError: the text has no reading, or the symbols do not fit into the frames. What stands before the
-            colon is one of few reasons, which can be counted.
+        DataError: the text has no reading or no letters, or the symbols do not fit into the frames. What
+            stands before the colon is one of few reasons, which can be counted.
     """
-    words = utterance.words
-    if not words:
-        from jahubert.train.text import text_to_words
-
-        try:
-            words = tuple(word.phones for word in text_to_words(utterance.text))
-        except DataError as error:
-            raise DataError(f"text without a reading: {error}") from error
-    row = phonemes.encode(words)
+    if config.vocabulary == "characters":
+        known = set(symbols.symbols)
+        plain = characters(utterance.text)
+        if not plain:
+            raise DataError(f"text without letters: {utterance.text!r}")
+        row = symbols.encode([[char if char in known else UNKNOWN for char in plain]])
+    else:
+        words = utterance.words or _read(utterance.text, config.user_dictionary)
+        if config.vocabulary == "kana":
+            words = tuple(tuple(phones_to_kana(word)) for word in words)
+        row = symbols.encode(words)
     # CTC needs a blank between equal neighbours.
     needed = len(row) + sum(a == b for a, b in pairwise(row))
     frames = HUBERT.n_frames(utterance.n_samples)
     if needed > frames:
         raise DataError(f"target longer than its audio: {needed} frames are needed, {frames} are there")
     return row
+
+
+def _read(text: str, user_dictionary: Path | None) -> tuple[tuple[str, ...], ...]:
+    """Words of a text as phones; DataError where it has no reading."""
+    from jahubert.train.text import text_to_words
+
+    try:
+        return tuple(word.phones for word in text_to_words(text, user_dictionary))
+    except DataError as error:
+        raise DataError(f"text without a reading: {error}") from error

@@ -1,0 +1,237 @@
+"""Phones, kana or characters: the same stages from targets to scores, and what decode can be asked for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from jahubert import run
+from jahubert.audio import AudioSource
+from jahubert.errors import ConfigError, DataError
+from jahubert.frames import HUBERT
+from jahubert.phonemes import PhonemeSet
+from jahubert.train.manifest import Manifest, Utterance
+from jahubert.train.metrics import error_rate
+from jahubert.train.stages import decode, targets
+from jahubert.train.targets import UNKNOWN, TargetStore, character_set, kana_set, vocabulary_of, words_of
+
+TONES = Path(__file__).parent / "tones"
+QUICK = ["finetune.pretrained=null", "finetune.train.max_steps=300", "finetune.train.valid_every=150"]
+STAGES = ("prepare", "targets", "finetune", "decode", "score")
+
+
+def command(exp: Path, *overrides: str) -> list[str]:
+    return [f"recipe={TONES}", f"exp={exp}", *QUICK, "decode.align_splits=[test]", *overrides]
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> dict[str, Path]:
+    """An experiment with each vocabulary, all stages of recognition, from scratch."""
+    found = {}
+    for vocabulary in ("phones", "kana", "characters"):
+        exp = found[vocabulary] = tmp_path_factory.mktemp(vocabulary) / "exp"
+        for stage in STAGES:
+            run.run([*command(exp), f"stage={stage}", f"targets.vocabulary={vocabulary}"])
+    return found
+
+
+def hypotheses(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "measure", "limit"),
+    [("phones", "per", 0.1), ("kana", "kana_cer", 0.2), ("characters", "cer", 0.1)],
+)
+def test_every_vocabulary_is_learnt_by_the_same_code(learnt, vocabulary, measure, limit):
+    exp = learnt[vocabulary]
+    store = TargetStore(exp / "targets")
+    assert vocabulary_of(store.phonemes) == vocabulary
+    scores = json.loads((exp / "systems/pretrained/score/scores.json").read_text())["test"]
+    assert scores[measure]["rate"] < limit
+    manifest = Manifest(exp / "prepare/manifest.arrow")
+    for line in hypotheses(exp / "systems/pretrained/decode"):
+        row = next(i for i in range(len(manifest)) if manifest[i].id == line["id"])
+        item, said = manifest[row], [tuple(word.split()) for word in line["reference"]]
+        if vocabulary == "phones":
+            assert tuple(said) == item.words
+        elif vocabulary == "characters":
+            assert "".join(symbol for word in said for symbol in word) == item.text
+        else:
+            assert len(said) == len(item.words)
+        assert line["talk"] == Path(item.audio.path).stem
+
+
+def test_words_of_an_alignment_hold_their_phones(learnt):
+    exp = learnt["phones"]
+    manifest = Manifest(exp / "prepare/manifest.arrow")
+    close = n_words = 0
+    for line in map(
+        json.loads,
+        (exp / "systems/pretrained/decode/alignment.jsonl").read_text(encoding="utf-8").splitlines(),
+    ):
+        item = manifest[line["row"]]
+        assert [tuple(word.split()) for word, _, _ in line["words"]] == list(item.words)
+        assert all(a[2] <= b[1] for a, b in pairwise(line["words"]))
+        first = 0
+        for (_, start, end), word in zip(line["words"], item.words, strict=True):
+            planted = [phone for phone in item.alignment if phone.symbol != "pau"][first : first + len(word)]
+            first += len(word)
+            close += abs(start - planted[0].start) < 2400 and abs(end - planted[-1].end) < 2400
+            n_words += 1
+    assert close / n_words > 0.8
+
+
+# --- decode -----------------------------------------------------------------------------------------------
+
+
+def decoded(exp: Path, out: Path, **settings) -> list[dict]:
+    out.mkdir()
+    paths = {"manifest": exp / "prepare/manifest.arrow", "targets": exp / "targets"}
+    config = decode.Config(**paths, model=exp / "systems/pretrained/finetune", splits=("test",), device="cpu")
+    decode.run(replace(config, **settings), out)
+    return sorted(hypotheses(out), key=lambda line: line["id"])
+
+
+def test_hypotheses_and_error_rates_do_not_depend_on_the_batch(learnt, tmp_path):
+    exp, found = learnt["phones"], {}
+    for seconds in (0.1, 4.0, 80.0):
+        found[seconds] = decoded(exp, tmp_path / str(seconds), batch_seconds=seconds, n_best=3)
+    for other in (4.0, 80.0):
+        for a, b in zip(found[0.1], found[other], strict=True):
+            assert (a["id"], a["hypothesis"]) == (b["id"], b["hypothesis"])
+            assert a["score"] == pytest.approx(b["score"], abs=1e-3)
+            assert a["n_best"][0]["words"] == b["n_best"][0]["words"]
+    rates = {
+        error_rate([x["reference"] for x in rows], [x["hypothesis"] for x in rows]).rate
+        for rows in found.values()
+    }
+    assert len(rates) == 1
+
+
+def test_n_best_are_different_and_fall_and_greedy_is_there_to_compare(learnt, tmp_path):
+    exp = learnt["phones"]
+    for line in decoded(exp, tmp_path / "beam", n_best=5):
+        answers = line["n_best"]
+        assert len(answers) == 5 and answers[0]["words"] == line["hypothesis"]
+        assert len({tuple(answer["words"]) for answer in answers}) == 5
+        assert all(a["score"] >= b["score"] for a, b in pairwise(answers))
+    best = decoded(exp, tmp_path / "best")
+    greedy = decoded(exp, tmp_path / "greedy", search="greedy")
+    assert "n_best" not in best[0] and len(greedy) == len(best)
+    assert all(a["score"] <= b["score"] + 1e-3 for a, b in zip(greedy, best, strict=True))
+
+
+def test_a_word_list_leaves_only_its_words(learnt, tmp_path):
+    pytest.importorskip("flashlight.lib.text.decoder")
+    exp = learnt["phones"]
+    manifest = Manifest(exp / "prepare/manifest.arrow")
+    known = {word for i in manifest.indices(split="test") for word in manifest[int(i)].words}
+    (tmp_path / "words.txt").write_text(
+        "".join(f"w{i} {' '.join(word)}\n" for i, word in enumerate(sorted(known)))
+    )
+    lexicon = decode.LexiconConfig(tmp_path / "words.txt")
+    found = decoded(exp, tmp_path / "lexicon", lexicon=lexicon, n_best=2, batch_seconds=3.0)
+    assert all(tuple(word.split()) in known for line in found for word in line["hypothesis"])
+    free = decoded(exp, tmp_path / "free")
+    wer = [
+        error_rate([x["reference"] for x in rows], [x["hypothesis"] for x in rows]).rate
+        for rows in (found, free)
+    ]
+    assert wer[0] <= wer[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"beam": 0}, "n_best is 1, but must be between 1 and beam, 0"),
+        ({"n_best": 21}, "n_best is 21"),
+        ({"search": "greedy", "n_best": 2}, "greedy finds one answer"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        decode.Config(Path("m"), Path("t"), Path("b"), **settings)
+
+
+# --- targets ----------------------------------------------------------------------------------------------
+
+
+def spoken(**fields) -> Utterance:
+    return Utterance("u", AudioSource("a.wav"), n_samples=16_000, **fields)
+
+
+def config(**settings) -> targets.Config:
+    return targets.Config(Path("m"), **settings)
+
+
+def test_targets_of_each_vocabulary():
+    item = spoken(words=(("ky", "o:"), ("w", "a")), text="今日は、①番！")
+    for symbols, settings, said in (
+        (PhonemeSet.standard(), {}, ["ky o:", "w a"]),
+        (kana_set(), {"vocabulary": "kana"}, ["キ ョ ー", "ワ"]),
+        (character_set("今日は番"), {"vocabulary": "characters"}, ["今", "日", "は", UNKNOWN, "番"]),
+    ):
+        labels = targets.target_of(item, symbols, config(**settings))
+        assert [" ".join(word) for word in words_of(symbols, labels)] == said
+    read = targets.target_of(spoken(text="東京へ"), kana_set(), config(vocabulary="kana"))
+    assert [" ".join(word) for word in words_of(kana_set(), read)] == ["ト ー キ ョ ー", "エ"]
+
+
+@pytest.mark.parametrize(
+    ("item", "settings", "says"),
+    [
+        (spoken(words=(("k", "x"),)), {}, "'x' in 'k x' is not one of this model's phones"),
+        (spoken(text="…"), {"vocabulary": "characters"}, "text without letters: '…'"),
+        (spoken(text="Привет"), {}, "text without a reading: "),
+        (
+            spoken(words=(("a", "i") * 40,)),
+            {},
+            "target longer than its audio: 80 frames are needed, 49 are there",
+        ),
+        (spoken(words=(("a",) * 30,)), {}, "target longer than its audio: 59 frames are needed"),
+    ],
+)
+def test_what_cannot_be_a_target_has_its_reason(item, settings, says):
+    symbols = PhonemeSet.standard() if not settings else character_set("あ")
+    with pytest.raises(DataError, match=says):
+        targets.target_of(item, symbols, config(**settings))
+
+
+def test_targets_that_are_too_long_are_dropped_counted_and_named(tmp_path, caplog):
+    """Of one second each, those with more phones than frames go; the others keep their rows."""
+    import numpy as np
+    import soundfile
+
+    from jahubert.train.stages import prepare
+
+    recipe = tmp_path / "mine"
+    recipe.mkdir()
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.ones(16_000), 16_000)
+    (recipe / "recipe.yaml").write_text("{}\n")
+    (recipe / "prepare.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from jahubert.audio import AudioSource\n"
+        "from jahubert.train.manifest import Utterance\n"
+        "@dataclass(frozen=True)\nclass Config:\n    pass\n"
+        "def prepare(data, work, config, seed):\n"
+        "    for n in (10, 49, 50, 120):\n"
+        "        words = (tuple('ai'[i % 2] for i in range(n)),)\n"
+        f"        yield Utterance(f'n{{n}}', AudioSource({str(tmp_path / 'a.wav')!r}), words=words)\n"
+    )
+    for name in ("prepare", "targets"):
+        (tmp_path / name).mkdir()
+    prepare.run(prepare.Config(recipe=str(recipe)), tmp_path / "prepare")
+    manifest = tmp_path / "prepare/manifest.arrow"
+    metrics = targets.run(targets.Config(manifest), tmp_path / "targets")
+    assert HUBERT.n_frames(16_000) == 49
+    assert metrics["rejected"] == {"target longer than its audio": 2} and metrics["utterances"] == 2
+    assert "target longer than its audio: 2 utterances" in caplog.text
+    lines = (tmp_path / "targets/rejected.jsonl").read_text().splitlines()
+    assert Counter(json.loads(line)["id"] for line in lines) == {"n50": 1, "n120": 1}
+    assert TargetStore(tmp_path / "targets").labelled.tolist() == [0, 1]

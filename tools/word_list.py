@@ -1,0 +1,47 @@
+"""The words of an experiment's training targets, for decoding with a word list and an n-gram.
+
+    python tools/word_list.py exp/csj
+    lmplz -o 3 < exp/csj/words/corpus.txt > exp/csj/words/3gram.arpa       # KenLM's
+    python -m jahubert.run recipe=csj stage=decode decode.lexicon.words=exp/csj/words/lexicon.txt \
+        decode.lexicon.ngram=exp/csj/words/3gram.arpa decode.lexicon.ngram_weight=0.5
+
+Writes `words/lexicon.txt`, a word and its symbols a line, and `words/corpus.txt`, an utterance a line. A word
+is named by its kana, so words that sound alike are one, as in the error rates.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from jahubert.phonemes import phones_to_kana
+from jahubert.train.manifest import Manifest
+from jahubert.train.targets import TargetStore, vocabulary_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("exp", type=Path)
+    parser.add_argument("--least", type=int, default=1, help="leave out words that occur less often")
+    args = parser.parse_args()
+    manifest, targets = Manifest(args.exp / "prepare/manifest.arrow"), TargetStore(args.exp / "targets")
+    phones = vocabulary_of(targets.phonemes) == "phones"
+    counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    out = args.exp / "words"
+    out.mkdir(exist_ok=True)
+    with (out / "corpus.txt").open("w", encoding="utf-8") as corpus:
+        for row in manifest.indices(split="train").tolist():
+            words = targets.words(row)
+            names = [phones_to_kana(word) if phones else "".join(word) for word in words]
+            counts.update(zip(names, words, strict=True))
+            if names:
+                corpus.write(" ".join(names) + "\n")
+    kept = sorted(word for word, n in counts.items() if n >= args.least)
+    lines = (f"{name} {' '.join(spelled)}\n" for name, spelled in kept)
+    (out / "lexicon.txt").write_text("".join(lines), encoding="utf-8")
+    print(f"{len(kept)} words, {counts.total()} times, in {out}")
+
+
+if __name__ == "__main__":
+    main()
