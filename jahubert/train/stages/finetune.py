@@ -181,7 +181,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     sums: dict[str, Any] = {
         name: 0.0 for name in ("loss", "symbols", "phone_errors", "phones", "word_errors", "words")
     }
-    for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
+    for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
         batch = data.load(micro).to(device)
         logp_BSV, n_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
         n_frames_B = n_frames_B.cpu()
