@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -75,39 +74,6 @@ def test_one_step_equals_plain_pytorch(tmp_path):
         plain.parameters(), lr=lr_at(0, config), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
     ).step()
     torch.testing.assert_close(weights(module), weights(plain), rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("killed_at", [1, 4, 6, 11, 19])
-def test_a_killed_run_continues_bit_equal(tmp_path, killed_at):
-    whole = toy()
-    (tmp_path / "whole").mkdir()
-    train(whole, Data(), QUICK, tmp_path / "whole")
-    script = textwrap.dedent(
-        f"""
-        import os, signal, sys, torch
-        from pathlib import Path
-        sys.path.insert(0, {str(TESTS)!r})
-        from toy import Data, Toy
-        from jahubert.train import engine
-        from jahubert.train.optim import TrainConfig
-        step = engine._Run.advance
-        def advance(self):
-            step(self)
-            if self.step == {killed_at}:
-                os.kill(os.getpid(), signal.SIGKILL)
-        engine._Run.advance = advance
-        torch.manual_seed(0)
-        engine.train(Toy(), Data(), TrainConfig(**{vars(QUICK)!r}), Path(sys.argv[1]))
-        """
-    )
-    out = tmp_path / "killed"
-    out.mkdir()
-    done = subprocess.run([sys.executable, "-c", script, str(out)], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    again = toy()
-    train(again, Data(), QUICK, out)
-    assert torch.equal(weights(again), weights(whole))
-    assert curve(out) == curve(tmp_path / "whole")
 
 
 def test_tensorboard_shows_the_curve_of_a_continued_run(tmp_path, monkeypatch):
