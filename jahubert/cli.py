@@ -282,6 +282,16 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    from jahubert import run
+    from jahubert.train import plan as planning
+
+    own, overrides = planning.split(args.settings)
+    made = planning.make(run.compose(overrides), run.all_configured(overrides), own)
+    print(json.dumps(planning.as_json(*made), indent=2) if args.json else planning.table(*made))
+    return 0
+
+
 def status(args: argparse.Namespace) -> int:
     from jahubert.train.provenance import status_table
 
@@ -339,6 +349,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("target", metavar="DST", help="new folder (hf) or file (fairseq, torchaudio)")
     sub.add_argument("--to", required=True, choices=["hf", "fairseq", "torchaudio"], help="its format")
+
+    sub = command(plan, "say how many hours, and how much disk and memory, stages would take")
+    sub.add_argument(
+        "settings", nargs="+", metavar="KEY=VALUE",
+        help="what jahubert.run takes; and gpus=N, gpu=NAME (default: measure this machine), share=X of its "
+        "peak, hours=H of speech (default: of the prepared corpus, else the recipe's word)",
+    )  # fmt: skip
+    sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")
 
     sub = command(status, "say which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
