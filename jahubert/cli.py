@@ -221,6 +221,16 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    from jahubert import run
+    from jahubert.train import plan as planning
+
+    own, overrides = planning.split(args.settings)
+    made = planning.make(run.compose(overrides), run.all_configured(overrides), own)
+    print(json.dumps(planning.as_json(*made), indent=2) if args.json else planning.table(*made))
+    return 0
+
+
 def status(args: argparse.Namespace) -> int:
     from jahubert.train.provenance import stage_states, status_table
 
@@ -327,6 +337,14 @@ def model_commands(command: Command) -> None:
     sub.add_argument(
         "--to", required=True, choices=["hf", "fairseq", "torchaudio", "onnx"], help="its format"
     )
+
+    sub = command(plan, "say how many hours, and how much disk and memory, stages would take")
+    sub.add_argument(
+        "settings", nargs="+", metavar="KEY=VALUE",
+        help="what jahubert.run takes; and gpus=N, gpu=NAME (default: measure this machine), share=X of its "
+        "peak, hours=H of speech (default: of the prepared corpus, else the recipe's word)",
+    )  # fmt: skip
+    sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")
 
     sub = command(status, "say which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")

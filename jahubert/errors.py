@@ -34,6 +34,12 @@ class CheckpointError(UserError):
     """A model folder or file that cannot be read, or that is not what was asked for."""
 
 
+class DiskFullError(UserError):
+    """No room is left to write in; the same command may be started again when there is."""
+
+    exit_status = 1
+
+
 class StaleError(UserError):
     """A finished or started folder that was made with other settings than the ones asked for."""
 

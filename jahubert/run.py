@@ -2,11 +2,7 @@
 
     python -m jahubert.run recipe=NAME stage=STAGE [iteration=N] [system=NAME] [key=value ...]
 
-`stage=all` runs what is not done yet, in order, over all iterations and systems. The only file that
-imports Hydra. What a stage sees is composed in this order, later wins: the defaults of its dataclass,
-conf/config.yaml, the groups (model=, iteration=), the fine-tuning preset of the recipe (conf/finetuning), its
-recipe.yaml, its block for this iteration and for this system, the preset of the command line
-(finetuning=), and the rest of the command line.
+`stage=all` runs what is not done yet, in order, over all iterations and systems.
 """
 
 from __future__ import annotations
@@ -14,32 +10,27 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import ConfigError, DataError, JahubertError, MissingExtraError, UserError
+from jahubert.compose import compose
+from jahubert.errors import ConfigError, JahubertError, UserError
 
 log = logging.getLogger("jahubert")
 
-GROUPS = ("recipe", "model", "iteration", "finetuning")
-SELECTORS = ("stage", "system")
 ITERATED = ("features", "kmeans", "label", "pretrain")
 PER_SYSTEM = ("finetune", "decode", "score")
 INTERRUPTED = 130  # exit status
-# numpy says only how much it could write.
-_FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
 _LOST = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broken pipe|remote process exited")
-_NO_ROOM = 1 << 20  # bytes free: whatever failed, failed for want of room
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the overrides ask for; returns the exit status (2: a user's mistake)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    join_slurm(os.environ)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     logging.basicConfig(
         level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr
@@ -48,15 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        n = _processes(argv)
-        if n > 1 and "WORLD_SIZE" not in os.environ:
-            from jahubert.train import ranks
-
-            return ranks.launch([sys.executable, "-m", "jahubert.run", *argv], n)
         if any(arg.startswith("-") for arg in argv):
             _hydra_main(argv)
         else:
-            run(argv)
+            return start(argv)
     except JahubertError as error:
         stopped = str(error).startswith("told to stop by")  # all processes at once
         if not getattr(error, "told", stopped and not first):
@@ -80,6 +66,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def start(overrides: Sequence[str]) -> int:
+    """Run the stages here, or in as many processes as are asked for; the exit status."""
+    if (n := _processes(overrides)) > 1:
+        from jahubert.train import ranks
+
+        return ranks.launch([sys.executable, "-m", "jahubert.run", *overrides], n)
+    run(overrides)
+    return 0
+
+
+def join_slurm(environment: MutableMapping[str, str]) -> None:
+    """Where `srun` started several processes, say so in the variables that torch reads.
+
+    Only of a step's own tasks: a job's script has SLURM_NTASKS as well, and is one process.
+    """
+    n = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if n == "1" or "WORLD_SIZE" in environment:
+        return
+    # node[017-020,031],other3 -> node017
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).partition(",")[0]
+    environment["WORLD_SIZE"], environment["RANK"] = n, environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("MASTER_ADDR", first)
+    environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+
+
 def run(overrides: Sequence[str]) -> None:
     """Run the stages that a list of overrides asks for.
 
@@ -89,16 +101,26 @@ def run(overrides: Sequence[str]) -> None:
     from jahubert.train import ranks
 
     try:
-        jobs = [configured(*job, overrides) for job in plan(compose(overrides))]
-        mistakes = list(dict.fromkeys(str(job) for job in jobs if isinstance(job, ConfigError)))
-        if mistakes:
-            raise ConfigError("\n".join(mistakes))
+        jobs = all_configured(overrides)
     except JahubertError as error:
         error.told = os.environ.get("RANK", "0") != "0"  # type: ignore[attr-defined]  # all find the same
         raise
     with ranks.process_group():
         for job in jobs:
-            run_stage(*job)  # type: ignore[misc]
+            run_stage(*job)
+
+
+def all_configured(overrides: Sequence[str]) -> list[tuple[str, Any, Path]]:
+    """(stage, its config, its folder) of everything that is asked for, in order.
+
+    Raises:
+        ConfigError: all that is wrong with any of them.
+    """
+    jobs = [configured(*job, overrides) for job in plan(compose(overrides))]
+    mistakes = list(dict.fromkeys(str(job) for job in jobs if isinstance(job, ConfigError)))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return [job for job in jobs if not isinstance(job, ConfigError)]
 
 
 def configured(
@@ -175,6 +197,7 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
 def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     """Run one stage in its folder, or keep what is there."""
     from jahubert.train import provenance, ranks
+    from jahubert.train.disk import full_disk_said
     from jahubert.train.lookup import STAGES, resolve
 
     module = resolve(stage, STAGES, "stage")
@@ -208,158 +231,14 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     return metrics
 
 
-@contextmanager
-def full_disk_said(out: Path) -> Iterator[None]:
-    """Say in a sentence that the disk of `out` is full, whichever library noticed, and in its own words."""
-    try:
-        yield
-    except (JahubertError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        if not _is_full(error, out):
-            raise
-        raise DataError(
-            f"the disk is full while writing into {out}: free some space and run the same command again; "
-            "what was finished is kept"
-        ) from error
-
-
-def _is_full(error: BaseException | None, out: Path) -> bool:
-    """Whether the error, or one that it came from, speaks of a full disk, or there is no room left at all."""
-    while error is not None:
-        if _FULL.search(str(error)):
-            return True
-        for failure, _ in getattr(error, "failures", {}).values():  # of the processes that saved a checkpoint
-            if _is_full(failure, out):
-                return True
-        error = error.__cause__ or error.__context__
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free < _NO_ROOM
-
-
-def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
-    """The whole tree of settings as plain values."""
-    try:
-        from hydra import compose as hydra_compose
-        from hydra import initialize_config_dir
-        from hydra.core.global_hydra import GlobalHydra
-        from hydra.errors import HydraException
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-    except ImportError as error:
-        raise MissingExtraError("hydra-core", "train") from error
-    from jahubert.train.lookup import home, preset_file
-
-    parsed = [_parsed(override) for override in overrides]
-    values = {p.key_or_group: p.value() for p in parsed}
-    recipe = values.get("recipe")
-    blocks = {} if recipe is None else _recipe_blocks(str(recipe))
-    subset = values.get("subset", blocks.get("subset"))
-    groups = {name: values[name] for name in ("model", "iteration") if name in values}
-    groups.setdefault("model", blocks.get("model_size", "base"))
-    _check_groups(groups)
-    try:
-        wanted = [f"{name}='{value}'" for name, value in groups.items()]  # quoted: a name may be a number
-        tree: Any
-        if GlobalHydra.instance().is_initialized():  # inside Hydra's own main
-            tree = hydra_compose("config", overrides=wanted)
-        else:
-            with initialize_config_dir(str(home("conf").resolve()), version_base="1.3"):
-                tree = hydra_compose("config", overrides=wanted)
-        OmegaConf.set_struct(tree, False)
-        files = preset_file(blocks.get("finetuning"), subset), preset_file(values.get("finetuning"))
-        own, asked = ({"finetune": OmegaConf.load(file)} if file else {} for file in files)
-        tree = OmegaConf.merge(tree, own, blocks, asked)
-        iteration_block = (blocks.get("by_iteration") or {}).get(int(tree.iteration)) or {}
-        system_block = (blocks.get("systems") or {}).get(system or "") or {}
-        tree = OmegaConf.merge(tree, iteration_block, system_block)
-        for override in parsed:
-            if override.key_or_group not in ("model", "iteration"):
-                OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-        if "name" not in values and recipe is not None:
-            tree.name = Path(str(recipe)).name  # a recipe may be given as a folder
-        tree.finetuning = values.get("finetuning")
-        tree.recipe, tree.system = recipe, tree.system if system is None else system
-        tree.systems = tree.get("systems") or {"main": {}}
-        plain: Any = OmegaConf.to_container(tree, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).strip().splitlines()[0]) from error
-    _check_top(plain)
-    return plain
-
-
-def _parsed(override: str) -> Any:
-    """Hydra's view of `key=value`; a value outside its grammar (a path in Japanese) is taken as it stands."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    key, equals, value = override.partition("=")
-    if not equals and not override.startswith("~"):
-        raise ConfigError(f"{override}: not a setting; write key=value")
-    try:
-        parsed = parser.parse_override(override)
-    except HydraException as error:
-        if value[:1] in ("", "'", '"', "[", "{"):
-            raise ConfigError(f"{override}: cannot be read ({' '.join(str(error).split())})") from error
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        try:
-            parsed = parser.parse_override(f"{key}='{quoted}'")
-        except HydraException as again:
-            raise ConfigError(f"{override}: {key!r} is not the name of a setting") from again
-    if parsed.is_sweep_override():
-        raise ConfigError(f"{override}: several values need --multirun; give one")
-    return parsed
-
-
-def _recipe_blocks(recipe: str) -> Any:
-    """The settings of a recipe."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    from jahubert.train.lookup import recipe_folder
-
-    file = recipe_folder(recipe) / "recipe.yaml"
-    try:
-        blocks = OmegaConf.load(file)
-    except YAMLError as error:
-        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(blocks):
-        raise ConfigError(f"{file}: must hold settings, such as `kmeans: {{ n_clusters: 100 }}`")
-    return blocks
-
-
-def _check_groups(groups: dict[str, Any]) -> None:
-    """Refuse a model size or an iteration that has no file in conf/."""
-    from jahubert.train.config import unknown
-    from jahubert.train.lookup import home
-
-    for name, value in groups.items():
-        known = sorted(path.stem for path in (home("conf") / name).glob("*.yaml"))
-        if str(value) not in known:
-            raise ConfigError(unknown(name, str(value), known))
-
-
-def _check_top(tree: dict[str, Any]) -> None:
-    """Refuse names that no part of the tree reads."""
-    from jahubert.train.config import unknown_key
-    from jahubert.train.lookup import STAGES
-
-    known = {*STAGES, *GROUPS, *SELECTORS, "iterations", "systems", "by_iteration", "model_size"}
-    known |= {"name", "exp", "data", "seed", "pretrained", "hydra"}
-    known |= {"device", "workers", "processes", "engine"}
-    options = tree["prepare"].get("options") if isinstance(tree["prepare"], dict) else None
-    known |= set(options if isinstance(options, dict) else ())  # a recipe may lift one up: subset=core
-    wrong = [unknown_key(key, known, "") for key in tree if key not in known]
-    if wrong:
-        raise ConfigError("; ".join(wrong))
-
-
-def _processes(argv: Sequence[str]) -> int:
-    given = [arg.partition("=")[2] for arg in argv if arg.lstrip("+").startswith("processes=")]
-    if given and not (given[-1].isdigit() and int(given[-1])):
-        raise ConfigError(f"processes={given[-1]}: give the number of processes on this machine")
-    return int(given[-1]) if given else 1
+def _processes(overrides: Sequence[str]) -> int:
+    """How many processes are to be started here: none but this one if a launcher has started them."""
+    if "WORLD_SIZE" in os.environ:
+        return 1
+    n = compose(overrides)["processes"]
+    if not isinstance(n, int) or n < 1:
+        raise ConfigError(f"processes={n}: give the number of processes on this machine")
+    return n
 
 
 def _recipes() -> list[str]:
@@ -379,7 +258,9 @@ def _hydra_main(argv: list[str]) -> None:
 
     @hydra.main(config_path=str(home("conf").resolve()), config_name="config", version_base="1.3")
     def door(_: Any) -> None:
-        run([arg.removeprefix("++") for arg in HydraConfig.get().overrides.task])
+        join_slurm(os.environ)  # a launcher's job does not come through `main`
+        if status := start([arg.removeprefix("++") for arg in HydraConfig.get().overrides.task]):
+            sys.exit(status)
 
     door()
 

@@ -12,6 +12,8 @@ import pytest
 import soundfile
 
 from jahubert import cli, run
+from jahubert.errors import DiskFullError
+from jahubert.train.disk import full_disk_said
 from jahubert.train.labels import LabelStore
 from jahubert.train.manifest import Manifest
 
@@ -275,7 +277,8 @@ def test_a_full_disk(capsys, copy, stage, folder, file):
     shutil.rmtree(copy / folder)
     elsewhere = {name: content for name, content in files(copy).items() if not name.startswith(folder)}
     no_room(copy / folder / file)
-    message = refused(capsys, copy, stage)
+    status, message = jahubert(capsys, copy, stage)
+    assert status == 1 and "Traceback" not in message and message.count("jahubert: error: ") == 1
     assert "the disk is full" in message and folder in message and "run the same command again" in message
     assert {name: content for name, content in files(copy).items() if name in elsewhere} == elsewhere
     (copy / folder / file).unlink(missing_ok=True)
@@ -299,9 +302,9 @@ def test_a_full_disk_as_torch_and_safetensors_tell_it(tmp_path):
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         OSError("117000 requested and 64480 written"),
     ):
-        with pytest.raises(run.DataError, match="the disk is full"), run.full_disk_said(tmp_path):
+        with pytest.raises(DiskFullError, match="the disk is full"), full_disk_said(tmp_path):
             raise error
-    with pytest.raises(KeyError), run.full_disk_said(tmp_path):
+    with pytest.raises(KeyError), full_disk_said(tmp_path):
         raise KeyError("something else")
 
 

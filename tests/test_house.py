@@ -19,7 +19,9 @@ PACKAGE = REPO / "jahubert"
 MAX_FILE = 400  # lines
 MAX_FUNCTION = 60  # lines, decorators not counted
 # path or path:function -> why it may be longer. An entry that is no longer needed fails the test.
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "jahubert/train/engine_fairseq2.py": "a fifth of it imports what fairseq2 wants to be driven by",
+}
 
 # Window and hop lengths live in frames.py. (path, number) -> what the number is there, if not that.
 FRAME_NUMBERS = {160, 320, 400}
@@ -27,8 +29,8 @@ OTHER_NUMBERS: dict[tuple[str, int], str] = {}
 
 # Ring 1 may use these, and what these declare that they need; see [project] dependencies.
 CORE = ("torch", "numpy", "safetensors", "soundfile", "soxr")
-RING1 = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "run"))
-DOORS = ("cli", "run")
+RING1 = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "run", "compose"))
+DOORS = ("cli", "run", "compose")
 
 SOURCES = sorted(
     path

@@ -26,6 +26,9 @@ class Data:
         self.sampler = Sampler(np.arange(rows), length, micro_seconds=6.0, per_step=per_step, seed=3)
         self.bad = bad
 
+    def name(self, row):
+        return f"row {row}"
+
     def load(self, micro):
         x = np.stack([generator(row, micro.epoch).standard_normal(5) for row in micro.rows])
         if self.bad in micro.rows:
@@ -57,6 +60,6 @@ class Toy(nn.Module):
 def evaluate(module, data):
     """Summed squared answers, over all processes; they see different numbers of batches."""
     loss = 0.0
-    for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
+    for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
         loss += float(module.net(data.load(micro).x_BD).square().sum())
     return {"loss": ranks.total({"loss": loss}, torch.device("cpu"))["loss"]}

@@ -5,7 +5,7 @@ gradients of summed losses are accumulated, divided by the number of targets ove
 and applied. The random state is set anew for every micro-batch from (seed, epoch, index), so a run that
 was killed and started again, or that has another number of processes or readers, computes the same.
 
-Under `out`: `checkpoints/step_N/` (written beside, renamed), `best.safetensors`, and what `journal` writes.
+Under `out`: `checkpoints/step_N/`, `best.safetensors`, and what `journal` writes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import shutil
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,19 +22,18 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.data import DataLoader, Dataset
 
-from jahubert.errors import ConfigError, JahubertError, StaleError, UserError
+from jahubert.errors import ConfigError, JahubertError, UserError
 from jahubert.train import ranks
+from jahubert.train.checkpoints import Checkpoints, folder_of
 from jahubert.train.journal import Journal, Window
 from jahubert.train.masking import generator
 from jahubert.train.optim import TrainConfig, build_optimizer, lr_at, pick_precision
-from jahubert.train.parallel import Parallel, whole_number
-from jahubert.train.provenance import read_record, write_json
+from jahubert.train.parallel import Parallel, lighten, whole_number
 from jahubert.train.sampler import MicroBatch, Sampler
+from jahubert.train.watch import watch
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +66,9 @@ class Data(Protocol):
     sampler: Sampler
 
     def load(self, micro: MicroBatch) -> Any: ...
+    def name(self, row: int) -> str:
+        """What an utterance is called, for messages."""
+        ...
 
 
 class Stopped(JahubertError):
@@ -156,28 +156,38 @@ def seed_micro(seed: int, micro: MicroBatch) -> None:
     torch.manual_seed(int(generator(seed, micro.epoch, micro.index, 7).integers(2**62)))
 
 
-def checkpoints(out: Path, engine: str) -> Path:
-    """The folder of an engine's checkpoints under `out`.
+def check_finite(
+    total: float, step: int, mine: Sequence[tuple[MicroBatch, Tensor | float]], data: Data
+) -> None:
+    """Refuse to learn from a summed loss that is no number.
 
-    Raises:
-        StaleError: another engine began there; neither can read what the other one wrote.
+    Args:
+        total: over all processes.
+        mine: micro-batches of this process and their losses.
     """
-    folders = {"torch": out / "checkpoints", "fairseq2": out / "checkpoints_fairseq2"}
-    for other, folder in folders.items():
-        if other != engine and any(folder.glob("step_*[0-9]")):
-            raise StaleError(
-                f"{folder}: this run was begun with engine={other}; continue it with that one, or delete "
-                f"{out} to begin again with engine={engine}"
-            )
-    return folders[engine]
+    if math.isfinite(total):
+        return
+    wrong = [(micro, float(loss)) for micro, loss in mine if not math.isfinite(loss)]
+    if not wrong:
+        error = JahubertError(f"step {step}: the loss of another process is {total}")
+        error.told = True  # type: ignore[attr-defined]  # by that one
+        raise error
+    micro, loss = wrong[0]
+    names = ", ".join(repr(data.name(row)) for row in micro.rows[:8])
+    raise JahubertError(
+        f"step {step}: the loss is {loss}, and nothing was learnt from it; micro-batch {micro.index} of "
+        f"epoch {micro.epoch}, utterances {names}{' ...' * (len(micro.rows) > 8)}. Listen to them and leave "
+        "a broken one out; if they are in order, take a lower train.lr or train.precision=fp32"
+    )
 
 
-def check_finite(total: float, step: int, micros: Sequence[MicroBatch]) -> None:
-    """Refuse to learn from a summed loss that is no number; `micros` are those of this process."""
-    if not math.isfinite(total):
-        rows = itertools.islice(itertools.chain.from_iterable(micro.rows for micro in micros), 8)
-        names = ", ".join(map(str, rows))
-        raise JahubertError(f"step {step}: the loss is {total}; rows of the manifest: {names} ...")
+def check_norm(norm: float, step: int) -> None:
+    """Refuse an update whose loss is a number but whose gradient is none."""
+    if not math.isfinite(norm):
+        raise JahubertError(
+            f"step {step}: the norm of the gradient is {norm} though the loss is a number, and nothing was "
+            "learnt from it; the last checkpoint stays. Take a lower train.lr or train.precision=fp32"
+        )
 
 
 def told_to_stop(signals: list[str], device: torch.device) -> bool:
@@ -215,10 +225,11 @@ def train(
     """
     run = _Run(module, data, config, out)
     run.restore()
-    with stop_signals() as signals:
+    with stop_signals() as signals, watch(config.hang_minutes) as run.at:
         while run.step < config.max_steps:
             run.advance()
             if validate is not None and run.journal.validation_due(run.step):
+                run.at(f"the validation after step {run.step}")
                 run.validate(validate, best)
             stop, last = told_to_stop(signals, run.device), run.step == config.max_steps
             if run.step % config.save_every == 0 or stop or last:
@@ -231,21 +242,23 @@ def train(
 
 
 class _Run:
-    """The state of one training run and the four things that happen to it."""
+    """The state of one training run and what happens to it."""
 
     def __init__(self, module: nn.Module, data: Data, config: TrainConfig, out: Path):
         self.device = ranks.pick_device(config.device)
         self.dtype = pick_precision(config, self.device)
         self.mine = share(config)
         self.module, self.data, self.config = module.to(self.device), data, config
+        lighten(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.parallel = Parallel(self.module, config.sharded)
         self.optimizer = build_optimizer(module, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.folder = checkpoints(out, "torch")
+        self.checkpoints = Checkpoints(folder_of(out, "torch"), config)
         self.step, self.position = 0, Position(data.sampler)
         self.journal = Journal(module, config, out)
         self.stream: Iterator[tuple[MicroBatch, Any]] | None = None
         self.window = Window()
+        self.at: Callable[[str], None] = lambda place: None
 
     def advance(self) -> None:
         """One step: gradients of all micro-batches, then one update."""
@@ -253,20 +266,23 @@ class _Run:
             self.stream = micro_batches(self.data, self.config, self.position.epoch, self.position.cursor)
             self.module.train()
         config, sums, micros = self.config, {}, []
+        step = self.step + 1
         self.optimizer.zero_grad(set_to_none=True)
         for number in range(self.mine):
+            self.at(f"reading the audio of step {step}")
             started = time.perf_counter()
             micro, batch = next(self.stream)
             self.window.waiting += time.perf_counter() - started
-            micros.append(micro)
+            self.at(f"the computation of step {step}")
             loss = self._backward(micro, batch.to(self.device), last=number == self.mine - 1)
             for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
                 sums[name] = sums.get(name, 0.0) + value
+            micros.append((micro, loss.total.detach()))
         totals = ranks.total(sums, self.device)
-        check_finite(totals["total"], self.step + 1, micros)
+        check_finite(totals["total"], step, micros, self.data)
         norm = self._update(totals.pop("count"), totals, self.module)
-        self.step += 1
+        self.step = step
         self.position.forward(config.per_step)
         self.window.add(totals, norm)
         if self.step % config.log_every == 0 or self.step == config.max_steps:
@@ -289,6 +305,9 @@ class _Run:
         torch._foreach_mul_([cast(Tensor, p.grad) for p in parameters], ranks.world() / max(count, 1.0))
         limit = self.config.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit) if parameters else torch.zeros(())
+        size = whole_number(norm)
+        if not self.scaler.is_enabled():  # which leaves such an update out, and goes on
+            check_norm(size, self.step + 1)
         rate = lr_at(self.step, self.config)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -297,7 +316,7 @@ class _Run:
                 group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return whole_number(norm)
+        return size
 
     def validate(self, validate: Callable[[], dict[str, float]], best: str | None) -> None:
         started = time.perf_counter()
@@ -306,49 +325,19 @@ class _Run:
         self.window.started += time.perf_counter() - started
 
     def save(self) -> None:
-        """Write the checkpoint of this step beside the others, rename it, drop the oldest."""
-        beside, final = (self.folder / f"step_{self.step:07d}{end}" for end in (".tmp", ""))
-        if final.exists():
-            return
-        if ranks.rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-        ranks.barrier()
-        model, optimizer = get_state_dict(self.module, self.optimizer)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP says at length that there is one process
-            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=beside)
-        if ranks.rank() == 0:
-            write_json(beside / "run.json", self._run_state())
-            beside.rename(final)
-            for old in sorted(self.folder.glob("step_*[0-9]"))[: -self.config.keep_last]:
-                shutil.rmtree(old)
-        ranks.barrier()
-
-    def _run_state(self) -> dict[str, Any]:
-        return {
+        self.at(f"the checkpoint of step {self.step}")
+        state = {
             "step": self.step,
             **self.position.state(),
             **self.journal.state(),
             "window": self.window.state(),
             "scaler": self.scaler.state_dict(),
         }
+        self.checkpoints.save(self.step, self.module, self.optimizer, state)
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        found = sorted(self.folder.glob("step_*[0-9]"))
-        if found:
-            model, optimizer = get_state_dict(self.module, self.optimizer)
-            state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp.load(state, checkpoint_id=found[-1])
-            set_state_dict(
-                self.module,
-                self.optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-            )
-            run = read_record(found[-1] / "run.json")
+        if run := self.checkpoints.load(self.module, self.optimizer):
             self.step = run["step"]
             self.position.load(run)
             self.journal.load(run)

@@ -2,7 +2,8 @@
 
 It gives what `jahubert.train.engine` gives: the same micro-batches, random states, normalisation, clipping,
 rates and optimiser, and so the same weights, to the last bit where the number of processes is a power of
-two. One difference is left: a step whose float16 gradients overflow is repeated here, and counted there.
+two. Two differences are left: a step whose float16 gradients overflow is repeated here, and counted there;
+and a gradient that is no number under a loss that is one is found by the loss of the next step.
 
 Under `out`: `checkpoints_fairseq2/` (fairseq2's step_N folders, and run.json), `best.safetensors`,
 `metrics.jsonl`. A checkpoint holds pickles, so continue your own runs only, and as many processes as saved
@@ -28,11 +29,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from jahubert.errors import MissingExtraError, StaleError
 from jahubert.train import ranks
+from jahubert.train.checkpoints import folder_of
 from jahubert.train.engine import (
     Data,
     Position,
     check_finite,
-    checkpoints,
     micro_batches,
     seed_micro,
     share,
@@ -42,8 +43,10 @@ from jahubert.train.engine import (
 )
 from jahubert.train.journal import Journal, Window
 from jahubert.train.optim import TrainConfig, build_optimizer, lr_at, pick_precision
+from jahubert.train.parallel import lighten
 from jahubert.train.provenance import read_record, write_json
 from jahubert.train.sampler import MicroBatch
+from jahubert.train.watch import watch
 
 _conda = os.environ.pop("CONDA_PREFIX", None)  # with it, fairseq2 looks for libsndfile in that folder only
 try:
@@ -98,7 +101,7 @@ def train(
         JahubertError: a loss that is not finite, naming the utterances; nothing was updated with it.
     """
     run = _Run(module, data, config, out, validate, best)
-    with stop_signals() as signals:
+    with stop_signals() as signals, watch(config.hang_minutes) as run.at:
         if run.step < config.max_steps:  # a Trainer that has nothing to do would do one step more
             run.steps(signals)
             if run.step < config.max_steps:
@@ -127,8 +130,10 @@ class _Run:
     ):
         self.device = ranks.pick_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.mine, self.folder = share(config), checkpoints(out, "fairseq2")
+        self.mine, self.folder = share(config), folder_of(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config
+        lighten(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
+        self.at: Callable[[str], None] = lambda place: None
         self.validation, self.best = validation, best
         self.journal, self.reader = Journal(module, config, out), _Reader(self)
         self.gangs = _gangs(self.device)
@@ -155,8 +160,7 @@ class _Run:
         if self.step and self.state.exists():
             state = read_record(self.state)
             self.journal.load(state)
-            # A killed run may have validated after its last checkpoint; that is done again.
-            self.validated = min(state["validated"], self.step)
+            self.validated = min(state["validated"], self.step)  # what came after it is done again
         self.journal.trim(self.step)
         ranks.barrier()
 
@@ -198,7 +202,8 @@ class _Run:
             max_num_steps=None,  # with a number, request_stop() does nothing
             checkpoint_every_n_steps=config.save_every,
             keep_last_n_checkpoints=config.keep_last,
-            # It must divide the interval of the checkpoints; _Recorder writes the lines that are due.
+            keep_checkpoint_every_n_steps=config.keep_every or None,
+            # It must divide save_every; _Recorder writes the lines that are due.
             publish_metrics_every_n_steps=math.gcd(config.log_every, config.save_every),
         )
         unit.trainer = trainer
@@ -211,6 +216,7 @@ class _Run:
         """Validate after `step` if that is due and was not done before the run was killed."""
         if self.validation is None or step <= self.validated or not self.journal.validation_due(step):
             return
+        self.at(f"the validation after step {step}")
         started = time.perf_counter()
         self.journal.validate(step, self.validation, self.best)
         self.window.started += time.perf_counter() - started
@@ -253,17 +259,20 @@ class _Reader(DataReader):
 
     def read(self) -> tuple[MicroBatch, Any]:
         assert self.stream is not None  # __next__ made it
+        self.run.at("the reading of audio")
         started = time.perf_counter()
-        found = next(self.stream)
-        self.run.window.waiting += time.perf_counter() - started
-        return found
+        try:
+            return next(self.stream)
+        finally:
+            self.run.window.waiting += time.perf_counter() - started
+            self.run.at("the computation of a step")
 
     def reset(self) -> None:
         """Called at the end of the data, which never comes."""
 
     def state_dict(self) -> dict[str, object]:
-        # Norms are here for want of a better place: the Trainer forgets its own when it continues.
-        window, recent = self.run.window, self.run.bag.get("grad_norm", Mean)  # recent: since the publication
+        # Norms are here because the Trainer forgets its own; recent: since the last publication.
+        window, recent = self.run.window, self.run.bag.get("grad_norm", Mean)
         norm, steps = window.norm + float(recent.weighted_sum), window.steps + int(recent.weights)
         return {**self.position.state(), "norm": norm, "steps": steps}
 
@@ -331,12 +340,11 @@ class _Unit(TrainUnit):
 
     def set_step_nr(self, step_nr: int) -> None:
         """Called before the first micro-batch of a step, counted from 1."""
-        self.step = step_nr - 1
-        # Here, and not in a Validator, the checkpoint that a run continues from is never ahead of it.
+        self.step = step_nr - 1  # validated here, and not later: no checkpoint is ahead of its validation
         self.run.validate(self.step)
         if self.step % self.run.config.log_every == 0:
             self.run.bag.get(SUMS, _Sums).reset()
-        self.micros: list[MicroBatch] = []
+        self.micros: list[tuple[MicroBatch, Tensor]] = []
         self.total: Tensor | float = 0.0
 
     def process_batch(self, batch: _Held, metric_bag: MetricBag) -> tuple[Tensor, float]:
@@ -344,7 +352,7 @@ class _Unit(TrainUnit):
         loss = self.wrapped(batch.batch, self.step)
         metric_bag.get(SUMS, _Sums).update({"total": loss.total, "count": loss.count, **loss.sums})
         self.total = self.total + loss.total.detach()
-        self.micros.append(batch.micro)
+        self.micros.append((batch.micro, loss.total.detach()))
         if len(self.micros) == self.run.mine:
             self._agree()
         return loss.total, max(float(loss.count), AT_LEAST)
@@ -352,7 +360,8 @@ class _Unit(TrainUnit):
     def _agree(self) -> None:
         """All processes learn from this step, and go on after it, or none."""
         run = self.run
-        check_finite(ranks.total({"total": self.total}, run.device)["total"], self.step + 1, self.micros)
+        total = ranks.total({"total": self.total}, run.device)["total"]
+        check_finite(total, self.step + 1, self.micros, run.data)
         self.stopping = told_to_stop(self.signals, run.device) or self.step + 1 >= run.config.max_steps
         if self.stopping:
             self.trainer.request_stop()  # after this step

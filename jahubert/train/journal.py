@@ -51,11 +51,13 @@ class Journal:
         self.last_metrics = self.module.metrics(sums, sums["count"])  # type: ignore[operator]
         if ranks.rank() == 0:
             row = {"step": step, **self.last_metrics, "grad_norm": norm, "lr": lr_at(step - 1, self.config)}
-            self._write(row | {"timing": timing})
-            speed = f"{sums.get('seconds', 0.0) / max(timing['seconds'], 1e-9):.0f} audio-s/s"
             left = (self.config.max_steps - step) * timing["seconds"] / max(1, timing["steps"])
+            timing = timing | {"audio_hours_an_hour": sums.get("seconds", 0.0) / timing["seconds"]}
+            self._write(row | {"timing": timing})
             shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-            log.info("step %d/%d  %s  %s  %.0f s left", step, self.config.max_steps, shown, speed, left)
+            shown += f"  {timing['audio_hours_an_hour']:.4g} audio-h/h"
+            shown += f"  waiting for data {timing['waiting']:.1%}  {duration(left)} left"
+            log.info("step %d/%d  %s", step, self.config.max_steps, shown)
 
     def validation_due(self, step: int) -> bool:
         every = self.config.valid_every
@@ -91,10 +93,11 @@ class Journal:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.board is not None:
-            for name, value in row.items():
+            timing = {f"timing/{name}": value for name, value in row.get("timing", {}).items()}
+            for name, value in (row | timing).items():
                 if name not in ("step", "timing"):
-                    kind = "validation" if name.startswith("valid_") else "training"
-                    self.board.add_scalar(f"{kind}/{name.removeprefix('valid_')}", value, row["step"])
+                    kind = "validation/" if name.startswith("valid_") else "" if "/" in name else "training/"
+                    self.board.add_scalar(kind + name.removeprefix("valid_"), value, row["step"])
             self.board.flush()
 
 
@@ -113,25 +116,43 @@ class Window:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.norm, self.steps, self.waiting, self.started = 0.0, 0, 0.0, time.perf_counter()
+        self.overflows = 0  # steps whose float16 gradients overflowed: they have no norm
 
     def add(self, totals: dict[str, float], norm: float) -> None:
         for name, value in totals.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.norm, self.steps = self.norm + norm, self.steps + 1
+        self.steps += 1
+        if math.isfinite(norm):
+            self.norm += norm
+        else:
+            self.overflows += 1
 
     def close(self) -> tuple[dict[str, float], float, dict[str, float]]:
         """Sums, mean norm and timing, as `Journal.training` wants them; the window is empty again."""
-        seconds = time.perf_counter() - self.started
-        timing = {"seconds": seconds, "steps": self.steps, "waiting": self.waiting / max(seconds, 1e-9)}
-        result = self.sums, self.norm / max(1, self.steps), timing
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        timing = {"seconds": seconds, "steps": self.steps, "waiting": self.waiting / seconds}
+        result = self.sums, self.norm / max(1, self.steps - self.overflows), timing
         self.__init__()  # type: ignore[misc]
         return result
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums, "norm": self.norm, "steps": self.steps}
+        seconds = time.perf_counter() - self.started
+        return {name: value for name, value in vars(self).items() if name != "started"} | {"seconds": seconds}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.sums, self.norm, self.steps = state["sums"], state["norm"], state["steps"]
+        for name in vars(self).keys() - {"started"}:
+            setattr(self, name, state[name])
+        self.started = time.perf_counter() - state["seconds"]
+
+
+def duration(seconds: float) -> str:
+    """A time to wait for, in the two largest units that matter."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    if minutes >= 90:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def trim_metrics(path: Path, step: int) -> None:

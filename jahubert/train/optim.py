@@ -32,11 +32,17 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     engine: str = free("torch")
     sharded: bool = free(False)  # FSDP2 instead of DDP: for models that do not fit one device
+    recompute: bool = free(False)  # activation checkpointing: a third more work, a fraction of the memory
+    compile: bool = free(False)  # torch.compile of the Transformer blocks
+    hang_minutes: float = free(
+        30.0
+    )  # a process behind the others for so long is named, and all end; 0: never
     device: str = free("auto")
     workers: int = free(0)  # processes that read audio, for each device
     log_every: int = free(50)  # steps
     save_every: int = free(1000)  # steps
     keep_last: int = free(2)  # checkpoints
+    keep_every: int = free(0)  # steps, a multiple of save_every; those checkpoints stay as well; 0: none
     valid_every: int = 1000  # steps; 0: never
 
     def __post_init__(self) -> None:
@@ -55,6 +61,8 @@ class TrainConfig:
         ]
         if self.sharded and self.engine != "torch":
             wrong.append(f"sharded=true is for engine=torch, not engine={self.engine}")
+        if self.keep_every % self.save_every:
+            wrong.append(f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}")
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
             wrong.append("warmup and hold are shares of the steps and cannot sum to more than 1")
         if self.micro_seconds > self.batch_seconds:

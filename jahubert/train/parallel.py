@@ -6,8 +6,9 @@ plain ones of them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from jahubert.train import ranks
 
@@ -81,6 +83,20 @@ class Parallel:
             own = self.module.get_submodule(owner)
             if attribute in own._parameters:
                 own._parameters[attribute] = nn.Parameter(value)
+
+
+def lighten(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) -> None:
+    """Let blocks of a module save memory or time; neither changes names nor, but for rounding, results.
+
+    Args:
+        recompute: keep only what goes into a block, and compute the block again when gradients are due.
+        compiled: torch.compile each block. Lengths differ from batch to batch, so sizes are left open.
+    """
+    for block in blocks:
+        if recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if compiled:
+            block.compile(dynamic=True)
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from jahubert.errors import ConfigError, UserError
 
 T = TypeVar("T")
+
+_GRACE = 10.0  # seconds between asking a process to leave and making it
 
 
 def pick_device(name: str) -> torch.device:
@@ -54,7 +57,9 @@ def process_group() -> Iterator[None]:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(backend)
+        # Processes wait for each other's share of a stage, and while the first one prepares a corpus; NCCL
+        # would give up after ten minutes. Who hangs in a training is `watch`'s to say.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
     finally:
@@ -125,17 +130,27 @@ def launch(command: Sequence[str], n: int) -> int:
         number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     }
     try:
-        while all(child.poll() is None for child in children):
+        while not (failed := next(filter(None, (child.poll() for child in children)), 0)):
+            if all(child.returncode == 0 for child in children):
+                break
             time.sleep(0.1)
-        failed = 0
         for child in children:
-            if failed:
-                child.terminate()  # it would wait for the one that is gone
-            failed = failed or child.wait()
+            _end(child)  # it may wait for the one that is gone
         return failed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Give a process time to leave, ask it to, and make it: inside a sum over processes it hears nothing."""
+    for action in (lambda: None, child.terminate, child.kill):
+        action()
+        try:
+            child.wait(timeout=_GRACE)
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def add(values: torch.Tensor) -> None:

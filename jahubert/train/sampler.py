@@ -26,6 +26,29 @@ class MicroBatch:
     rows: tuple[int, ...]
 
 
+class Epoch:
+    """The micro-batches of one epoch, in order: two arrays, because 22 million rows must not be objects."""
+
+    def __init__(self, number: int, rows: np.ndarray, starts: np.ndarray, order: np.ndarray, padding: float):
+        """Micro-batch `i` is `rows[starts[order[i]] : starts[order[i] + 1]]`."""
+        self.number, self.rows, self.starts, self.order = number, rows, starts, order
+        self.padding = padding  # share of the samples
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # which also ends a loop
+        group = self.order[index]
+        rows = self.rows[self.starts[group] : self.starts[group + 1]]
+        return MicroBatch(self.number, index, tuple(rows.tolist()))
+
+    def share(self, rank: int, world: int) -> Iterator[MicroBatch]:
+        """Those of one process, when they are dealt out in turn."""
+        return (self[index] for index in range(rank, len(self), world))
+
+
 class Sampler:
     """Micro-batches of similar lengths, at most `micro_seconds` long with their padding."""
 
@@ -52,32 +75,49 @@ class Sampler:
             raise ConfigError(
                 f"micro_seconds={micro_seconds} cannot hold the longest utterance ({longest:.2f} s)"
             )
+        self.kept: dict[int, Epoch] = {}
 
-    def epoch(self, epoch: int) -> list[MicroBatch]:
+    def epoch(self, epoch: int) -> Epoch:
         """All micro-batches of an epoch, in order."""
+        if epoch not in self.kept:  # reading runs ahead of learning, so the one before is still asked for
+            self.kept = {number: made for number, made in self.kept.items() if number == epoch - 1}
+            self.kept[epoch] = self._made(epoch)
+        return self.kept[epoch]
+
+    def _made(self, epoch: int) -> Epoch:
         rng = generator(self.seed, epoch, 0)
         # A little noise on the lengths varies who meets whom, and costs next to no padding.
-        order = np.argsort(self.n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
-        groups: list[list[int]] = [[]]
-        longest = 0
-        for position in order:
-            longest = max(longest, int(self.n_samples[position]))
-            full = longest * (len(groups[-1]) + 1) > self.capacity
-            if groups[-1] and (full or len(groups[-1]) == self.max_rows):
-                groups.append([])
-                longest = int(self.n_samples[position])
-            groups[-1].append(int(self.rows[position]))
-        shuffled = rng.permutation(len(groups))
-        return [MicroBatch(epoch, index, tuple(groups[g])) for index, g in enumerate(shuffled)]
+        by_length = np.argsort(self.n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
+        length = self.n_samples[by_length]
+        starts = self._cut(length)
+        filled = np.sum(np.maximum.reduceat(length, starts[:-1]) * np.diff(starts))
+        padding = 1 - float(length.sum() / filled)
+        return Epoch(epoch, self.rows[by_length], starts, rng.permutation(len(starts) - 1), padding)
+
+    def _cut(self, length: np.ndarray) -> np.ndarray:
+        """Where each micro-batch begins, and the end, when lengths are taken in this order."""
+        starts, places = [0], np.arange(1, self._most(int(length[0])) + 1)
+        while starts[-1] < len(length):
+            first = starts[-1]
+            ahead = length[first : first + self._most(int(length[first]))]
+            if len(ahead) > len(places):
+                places = np.arange(1, len(ahead) + 1)
+            filled = np.maximum.accumulate(ahead) * places[: len(ahead)]  # with padding; it only grows
+            starts.append(first + int(np.searchsorted(filled, self.capacity, side="right")))
+        return np.array(starts)
+
+    def _most(self, shortest: int) -> int:
+        """Rows of a micro-batch that begins with this length, at most."""
+        most = self.capacity // max(1, shortest)
+        return min(most, self.max_rows) if self.max_rows else most
 
     def stream(self, epoch: int, cursor: int) -> Iterator[MicroBatch]:
         """Micro-batches without end, from a saved state on."""
         while True:
-            yield from self.epoch(epoch)[cursor:]
+            batches = self.epoch(epoch)
+            yield from (batches[index] for index in range(cursor, len(batches)))
             epoch, cursor = epoch + 1, 0
 
     def padding(self, epoch: int = 0) -> float:
         """Share of an epoch's samples that is padding."""
-        length = dict(zip(self.rows.tolist(), self.n_samples.tolist(), strict=True))
-        batches = [[length[row] for row in batch.rows] for batch in self.epoch(epoch)]
-        return 1 - sum(map(sum, batches)) / sum(max(b) * len(b) for b in batches)
+        return self.epoch(epoch).padding

@@ -128,7 +128,7 @@ def batches(
         keep_in_memory_hours=0,
     )
     with torch.inference_mode():
-        for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
+        for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
             batch = data.load(micro).to(device)
             logp_BSV, n_frames_B = model(batch.wav_BT, batch.n_samples_B)
             yield micro.rows, logp_BSV.cpu(), n_frames_B.cpu()

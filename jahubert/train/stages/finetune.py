@@ -212,20 +212,9 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     utterances whose answer is empty."""
     device = next(module.parameters()).device
     phonemes = data.targets.phonemes
-    names = (
-        "loss",
-        "symbols",
-        "phone_errors",
-        "phones",
-        "word_errors",
-        "words",
-        "blanks",
-        "frames",
-        "empty",
-        "rows",
-    )
-    sums: dict[str, Any] = dict.fromkeys(names, 0.0)
-    for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
+    names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
+    sums: dict[str, Any] = dict.fromkeys([*names, "blanks", "frames", "empty", "rows"], 0.0)
+    for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
         batch = data.load(micro).to(device)
         logp_BSV, n_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
         n_frames_B = n_frames_B.cpu()

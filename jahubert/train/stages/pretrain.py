@@ -22,6 +22,7 @@ from torch import nn
 
 from jahubert.checkpoint import load_bundle, save_bundle
 from jahubert.errors import ConfigError
+from jahubert.frames import SAMPLE_RATE
 from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
@@ -103,16 +104,20 @@ class Pretrainer(nn.Module):
             total = loss + self.penalty * count * encoded.conv_penalty
         correct = (logits_NK.detach().argmax(-1) == batch.unit_N).sum()
         penalty = 0.0 if encoded.conv_penalty is None else encoded.conv_penalty.detach() * count
-        return Loss(
-            total, count, {"nats": loss, "correct": correct, "penalty": penalty, "seconds": batch.seconds}
-        )
+        room = batch.wav_BT.numel() / SAMPLE_RATE
+        sums = {"nats": loss, "correct": correct, "penalty": penalty, "seconds": batch.seconds, "room": room}
+        return Loss(total, count, sums)
 
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Loss in bits a masked frame, accuracy on masked frames, mean square of the conv features."""
+        """Loss in bits a masked frame, accuracy on masked frames, mean square of the conv features.
+
+        And the share of the batches that is padding.
+        """
         return {
             "loss": sums["nats"] / count / math.log(2),
             "accuracy": sums["correct"] / count,
             "penalty": sums["penalty"] / count,
+            "padding": 1 - sums["seconds"] / sums["room"],
         }
 
 
@@ -161,8 +166,8 @@ def watch_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float]
 def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
     """Loss and accuracy on a split whose masks are the same every time, over all processes."""
     device = next(module.parameters()).device
-    sums: dict[str, Any] = {name: 0.0 for name in ("nats", "correct", "penalty", "count")}
-    for micro in data.sampler.epoch(0)[ranks.rank() :: ranks.world()]:
+    sums: dict[str, Any] = dict.fromkeys(("nats", "correct", "penalty", "seconds", "room", "count"), 0.0)
+    for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
         seed_micro(module.seed, micro)
         loss = module(data.load(micro).to(device), 0)
         for name in sums:

@@ -1,0 +1,252 @@
+"""What a run survives: kill -9 at any moment, a disk that fills, a process that hangs.
+
+As a script it is the victim: `FILE kill FOLDER TRIALS MODEL`, `FILE fill FOLDER`, or, as one of two
+processes, `FILE hang FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import Data, Toy
+
+from jahubert.train import ranks
+from jahubert.train.disk import full_disk_said
+from jahubert.train.engine import train
+from jahubert.train.optim import TrainConfig
+
+TOY = TrainConfig(
+    max_steps=60,
+    batch_seconds=12.0,
+    micro_seconds=6.0,
+    lr=0.01,
+    precision="fp32",
+    device="cpu",
+    log_every=3,
+    save_every=4,
+    valid_every=0,
+)
+WORKERS = (0, 2, 1)
+
+
+def make(model: str):
+    """A module, its data and the settings to train it with."""
+    torch.manual_seed(0)
+    if model == "toy":
+        return Toy(), Data(), TOY
+    from test_training_options import CONFIG, MODEL, UNITS, Noise
+
+    from jahubert.train.stages.pretrain import Pretrainer
+
+    module = Pretrainer(MODEL, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
+    return module, Noise(), replace(CONFIG, max_steps=60, log_every=3, save_every=4)
+
+
+def learn(out: Path, model: str, workers: int = 0) -> None:
+    out.mkdir(exist_ok=True)
+    module, data, config = make(model)
+    train(module, data, replace(config, workers=workers), out)
+    save_file(module.state_dict(), out / "end.safetensors")
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The process id of a child that does `work`: forked, since importing torch would take longer."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def status_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def learn_until_fsync(out: Path, model: str, last: int) -> None:
+    """Killed while the bytes of a checkpoint are brought to the disk, the `last` time that this happens."""
+    calls, fsync = iter(range(1, 10_000)), os.fsync
+
+    def killing(number: int) -> None:
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(number)
+
+    os.fsync = killing
+    learn(out, model)
+
+
+def kill(folder: Path, trials: int, model: str) -> None:
+    """Runs killed at random moments and inside checkpoints; prints how often each of them was."""
+    started = time.monotonic()
+    assert status_of(forked(lambda: learn(folder / "whole", model))) == 0
+    whole = time.monotonic() - started
+    rng = random.Random(trials)
+    for trial in range(trials):
+        out, killed = folder / str(trial), 0
+        if trial % 4 == 3:  # inside the second or a later checkpoint
+            last = rng.randrange(4, 16)
+            killed += status_of(forked(partial(learn_until_fsync, out, model, last))) == -signal.SIGKILL
+        for attempt in range(3):
+            workers = WORKERS[(trial + attempt) % 3]
+            pid = forked(partial(learn, out, model, workers))
+            if attempt < 2:
+                time.sleep(rng.uniform(0.05, 0.7) * whole)
+                os.kill(pid, signal.SIGKILL)
+            killed += status_of(pid) == -signal.SIGKILL
+        parts = len(list((out / "checkpoints").glob("*.tmp")))
+        print(json.dumps({"trial": trial, "killed": killed, "unfinished": parts}), flush=True)
+
+
+def lines(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
+
+
+def check_kills(folder: Path, trials: int, model: str) -> None:
+    done = subprocess.run(
+        [sys.executable, __file__, "kill", str(folder), str(trials), model], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    killed = [json.loads(line)["killed"] for line in done.stdout.splitlines()]
+    assert len(killed) == trials and sum(killed) >= trials, done.stdout
+    whole = load_file(folder / "whole" / "end.safetensors")
+    for trial in range(trials):
+        end = load_file(folder / str(trial) / "end.safetensors")
+        assert all(torch.equal(end[name], value) for name, value in whole.items()), f"trial {trial}"
+        assert lines(folder / str(trial)) == lines(folder / "whole"), f"trial {trial}"
+
+
+def test_kill_9_at_random_moments(tmp_path):
+    """Bit-equal weights and metrics, also inside a checkpoint, also with another number of readers."""
+    check_kills(tmp_path, 4, "toy")
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_of_the_real_model(tmp_path):
+    check_kills(tmp_path, 20, "hubert")
+
+
+class Filling(Data):
+    """While step 7 is computed, somebody else takes all that is left of the disk."""
+
+    def __init__(self, out: Path):
+        super().__init__()
+        self.other, self.reads = out / "other.bin", 0
+
+    def load(self, micro):
+        self.reads += 1
+        if self.reads == 13:
+            with self.other.open("wb", buffering=0) as other, suppress(OSError):
+                while other.write(bytes(1024)):
+                    pass
+        return super().load(micro)
+
+
+def fill(out: Path) -> None:
+    with full_disk_said(out):
+        train(make("toy")[0], Filling(out), replace(TOY, log_every=100), out)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of half a megabyte; where none can be mounted, there is no such test."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_fills_during_a_checkpoint(small_disk):
+    done = subprocess.run([sys.executable, __file__, "fill", str(small_disk)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the checkpoint of step 8 could not be written" in done.stderr
+    assert re.search(r"step_0000004 stays.*the disk is full while writing into", done.stderr, re.S)
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_0000004"]
+    (small_disk / "other.bin").unlink()
+    module, data, config = make("toy")
+    train(module, data, replace(config, max_steps=8), small_disk)  # it continues
+    assert (small_disk / "checkpoints" / "step_0000008").is_dir()
+
+
+def test_a_limit_on_files_is_a_full_disk(tmp_path):
+    """Where no small disk can be mounted: the same failure from a limit on the size of files."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, -1))"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_survival; {limit}"
+    work = f"sys.exit(test_survival.main(['fill', {str(tmp_path)!r}]))"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {work}"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the checkpoint of step 4 could not be written; there is no earlier one" in done.stderr
+    assert "the disk is full while writing into" in done.stderr
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+class Stuck(Data):
+    """The last process never gets the audio of its third step."""
+
+    reads = 0
+
+    def load(self, micro):
+        self.reads += 1
+        if ranks.rank() == 1 and self.reads == 5:
+            time.sleep(1000)
+        return super().load(micro)
+
+
+def hang(out: Path) -> None:
+    with ranks.process_group():
+        config = replace(TOY, batch_seconds=24.0, save_every=1, hang_minutes=2 / 60)
+        train(Toy(), Stuck(per_step=4), config, out)
+
+
+def test_a_process_that_hangs_is_named(tmp_path, capfd):
+    started = time.monotonic()
+    assert ranks.launch([sys.executable, __file__, "hang", str(tmp_path)], 2) == 1
+    assert time.monotonic() - started < 60
+    said = capfd.readouterr().err
+    assert said.count("jahubert: error: ") == 1
+    assert re.search(
+        r"error: process 1 of 2 \(pid \d+ on .+\) hangs: at reading the audio of step 3 for \d+ s; 1 other",
+        said,
+    )
+    assert "time.sleep(1000)" in said and "train.hang_minutes=0.033" in said
+    assert (tmp_path / "checkpoints" / "step_0000002").is_dir()
+
+
+def main(arguments: list[str]) -> int:
+    from jahubert.errors import DiskFullError
+
+    kind, folder, *rest = arguments
+    if kind == "kill":
+        kill(Path(folder), int(rest[0]), rest[1])
+    elif kind == "hang":
+        hang(Path(folder))
+    else:
+        try:
+            fill(Path(folder))
+        except DiskFullError as error:
+            print(f"jahubert: error: {error}", file=sys.stderr)
+            return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,256 @@
+"""What saves time, memory or rounding in a training of the real model changes nothing that is learnt."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import Data as ToyData
+from toy import Toy
+
+from jahubert.errors import ConfigError, JahubertError
+from jahubert.frames import HUBERT
+from jahubert.hubert import HubertConfig
+from jahubert.train import engine, optim
+from jahubert.train.batches import PretrainBatch, pad
+from jahubert.train.engine import train
+from jahubert.train.journal import duration
+from jahubert.train.masking import generator, span_mask
+from jahubert.train.optim import TrainConfig, pick_precision
+from jahubert.train.sampler import MicroBatch, Sampler
+from jahubert.train.stages.pretrain import Pretrainer
+
+MODEL = HubertConfig(
+    conv_dims=(8,) * 7,
+    width=32,
+    layers=3,
+    heads=2,
+    ffn=32,
+    pos_conv_kernel=8,
+    pos_conv_groups=2,
+    layer_drop=0.2,
+)
+CONFIG = TrainConfig(
+    max_steps=4,
+    batch_seconds=8.0,
+    micro_seconds=4.0,
+    lr=3e-3,
+    precision="fp32",
+    device="cpu",
+    log_every=2,
+    save_every=2,
+    valid_every=0,
+)
+QUIET = replace(MODEL, dropout=0.0, attention_dropout=0.0, input_dropout=0.0, layer_drop=0.0)
+UNITS = 7
+
+
+class Noise:
+    """Utterances of noise with units of no meaning: the real model and loss on few numbers."""
+
+    def __init__(self) -> None:
+        n_frames = 30 + 5 * np.arange(12)
+        self.sampler = Sampler(
+            np.arange(12), HUBERT.window + HUBERT.hop * (n_frames - 1), micro_seconds=4.0, per_step=2, seed=1
+        )
+        self.read: list[MicroBatch] = []
+
+    def name(self, row: int) -> str:
+        return f"noise-{row}"
+
+    def load(self, micro: MicroBatch) -> PretrainBatch:
+        self.read.append(micro)
+        wavs, masks, units = [], [], []
+        for row in micro.rows:
+            rng, n_frames = generator(2, micro.epoch, row), 30 + 5 * row
+            wavs.append(torch.from_numpy(rng.standard_normal(HUBERT.n_samples(n_frames))).float())
+            masks.append(torch.from_numpy(span_mask(n_frames, 0.5, 5, rng, 1)))
+            units.append(torch.from_numpy(rng.integers(UNITS, size=int(masks[-1].sum()))))
+        lengths = torch.tensor([len(wav) for wav in wavs])
+        return PretrainBatch(pad(wavs), lengths, pad(masks), torch.cat(units))
+
+
+def learn(out: Path, model: HubertConfig = MODEL, **changes) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Weights and metrics of a short pretraining."""
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    module = Pretrainer(model, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
+    train(module, Noise(), replace(CONFIG, **changes), out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return module.state_dict(), [{k: v for k, v in row.items() if k != "timing"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return learn(tmp_path_factory.mktemp("plain"))
+
+
+def test_recomputed_activations_learn_the_same(plain, tmp_path):
+    """With dropout and layer drop: the second forward pass draws what the first one drew."""
+    weights, metrics = learn(tmp_path, recompute=True)
+    assert all(torch.equal(weights[name], value) for name, value in plain[0].items())
+    assert weights.keys() == plain[0].keys() and metrics == plain[1]
+
+
+def kept_bytes(recompute: bool) -> int:
+    """What a forward pass keeps for the backward pass, each storage once."""
+    torch.manual_seed(0)
+    module = Pretrainer(
+        replace(MODEL, layers=6, layer_drop=0.0), UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3
+    )
+    engine.lighten(module.blocks, recompute, False)
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoded = module.hubert(torch.randn(2, 32_000))
+        loss = encoded.hidden_BSD.sum()
+    loss.backward()
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def test_recomputing_keeps_less():
+    assert kept_bytes(recompute=True) < 0.5 * kept_bytes(recompute=False)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(plain, tmp_path):
+    """Without dropout, for which inductor draws other numbers."""
+    eager = learn(tmp_path / "eager", QUIET)
+    compiled = learn(tmp_path / "compiled", QUIET, compile=True)
+    assert compiled[0].keys() == plain[0].keys()  # the same names in a checkpoint
+    for name, value in eager[0].items():
+        torch.testing.assert_close(compiled[0][name], value, rtol=1e-3, atol=1e-4)
+    for one, other in zip(eager[1], compiled[1], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_late_epoch_is_continued_without_reading_what_was_before(tmp_path, monkeypatch):
+    reached = engine.Position(Noise().sampler)
+    reached.forward(2 * 5_000)
+    assert reached.epoch > 1_000
+
+    def late(self) -> None:
+        self.step, self.position = 5_000, reached
+
+    monkeypatch.setattr(engine._Run, "restore", late)
+    data = Noise()
+    module = Pretrainer(MODEL, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
+    train(module, data, replace(CONFIG, max_steps=5_001), tmp_path)
+    epoch = (
+        data.sampler.epoch(reached.epoch) if reached.cursor >= 2 else data.sampler.epoch(reached.epoch - 1)
+    )
+    assert len(data.read) == 2 and (data.read[0].epoch, data.read[0].index)[0] == epoch.number
+    assert data.read[0] == epoch[data.read[0].index]
+
+
+def test_checkpoints_of_some_steps_stay(tmp_path):
+    train(Toy(), ToyData(), replace(CONFIG, max_steps=11, save_every=2, keep_every=4, keep_last=1), tmp_path)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_0000004", "step_0000008", "step_0000011"]
+    with pytest.raises(ConfigError, match="keep_every 5 is no multiple of save_every 2"):
+        replace(CONFIG, keep_every=5)
+
+
+def test_the_line_of_progress(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    _, metrics = learn(tmp_path)
+    said = [record.message for record in caplog.records if record.message.startswith("step 2/4")]
+    for part in (
+        "loss ",
+        "accuracy ",
+        "grad_norm ",
+        "padding ",
+        " audio-h/h",
+        "waiting for data ",
+        " s left",
+    ):
+        assert part in said[0], said[0]
+    assert all(0 <= row["padding"] < 0.2 and row["grad_norm"] > 0 for row in metrics)
+    timing = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["timing"]
+    assert timing["steps"] == 2 and timing["audio_hours_an_hour"] > 0 and 0 <= timing["waiting"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(5, "5 s"), (600, "10 min"), (7_260, "2 h 01 min"), (180_000, "2 d 2 h"), (345_500, "4 d 0 h")],
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_update(tmp_path):
+    module = Toy()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.net[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(JahubertError, match=r"step 1: the norm of the gradient is (nan|inf) though the loss"):
+        train(module, ToyData(), CONFIG, tmp_path)
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+
+
+def test_precision_of_a_device(monkeypatch):
+    cpu, auto = torch.device("cpu"), TrainConfig()
+    for has, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(optim, "_cpu_has_bf16", lambda has=has: has)
+        assert pick_precision(auto, cpu) is wanted
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
+        assert pick_precision(auto, torch.device("cuda")) is wanted
+    assert pick_precision(TrainConfig(precision="fp16"), torch.device("cuda")) is torch.float16
+
+
+def test_bf16_learns_what_fp32_learns(tmp_path):
+    """Without dropout, which draws other numbers in bfloat16."""
+    (_, exactly), (_, metrics) = (
+        learn(tmp_path / precision, QUIET, precision=precision) for precision in ("fp32", "bf16")
+    )
+    for row, exact in zip(metrics, exactly, strict=True):
+        assert row["loss"] == pytest.approx(exact["loss"], rel=0.02) and row != exact
+
+
+def test_fp16_leaves_an_overflow_out_and_continues_with_its_scale(tmp_path, monkeypatch):
+    """On a CPU that is slow and refused, but the arithmetic of the scaler is the same."""
+    monkeypatch.setattr(engine, "pick_precision", lambda config, device: torch.float16)
+    config = replace(CONFIG, max_steps=6, save_every=3, log_every=3)
+    ends, scales = {}, []
+    update = torch.amp.GradScaler.update
+
+    def seen(self, *args):
+        update(self, *args)
+        scales.append(self.get_scale())
+
+    monkeypatch.setattr(torch.amp.GradScaler, "update", seen)
+    for name, stops in (("whole", [6]), ("continued", [3, 6])):
+        (tmp_path / name).mkdir()
+        for stop in stops:
+            torch.manual_seed(0)
+            module = Toy()
+            advance = engine._Run.advance
+
+            def until(self, stop=stop, advance=advance):
+                if self.step == stop:
+                    raise KeyboardInterrupt
+                advance(self)
+
+            with monkeypatch.context() as patch:
+                if stop < 6:
+                    patch.setattr(engine._Run, "advance", until)
+                    with pytest.raises(KeyboardInterrupt):
+                        train(module, ToyData(), config, tmp_path / name)
+                else:
+                    train(module, ToyData(), config, tmp_path / name)
+        ends[name] = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    assert scales[0] < 65_536.0  # the first scale is too large for these losses
+    assert scales[6:] == scales[:6] and torch.equal(ends["whole"], ends["continued"])
+    assert ends["whole"].isfinite().all()
+    first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
+    assert math.isfinite(first["grad_norm"])
