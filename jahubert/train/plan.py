@@ -32,7 +32,7 @@ from jahubert.train.manifest import Manifest
 from jahubert.train.optim import TrainConfig, build_optimizer, pick_precision
 from jahubert.train.parallel import lighten
 
-# Dense matrix products in 16 bits with 32-bit sums, operations a second, and memory: the vendors' data sheets.
+# Dense products in 16 bits with 32-bit sums, operations a second, and memory: the vendors' data sheets.
 GPUS = {
     "V100": (125e12, 32e9),
     "T4": (65e12, 16e9),
