@@ -29,6 +29,10 @@ AUDIO_ENDINGS = (
     ".rf64", ".caf", ".sph", ".nist",
 )  # fmt: skip
 STDIN = "-"
+PLAN = (
+    "what jahubert.run takes; and gpus=N, gpu=NAME (default: measure this machine), share=X of its peak, "
+    "hours=H of speech (default: of the prepared corpus, else the recipe's word)"
+)
 MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
 
 
@@ -351,11 +355,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", required=True, choices=["hf", "fairseq", "torchaudio"], help="its format")
 
     sub = command(plan, "say how many hours, and how much disk and memory, stages would take")
-    sub.add_argument(
-        "settings", nargs="+", metavar="KEY=VALUE",
-        help="what jahubert.run takes; and gpus=N, gpu=NAME (default: measure this machine), share=X of its "
-        "peak, hours=H of speech (default: of the prepared corpus, else the recipe's word)",
-    )  # fmt: skip
+    sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
     sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")
 
     sub = command(status, "say which stages of an experiment are done")
