@@ -82,8 +82,7 @@ finally:
         os.environ["CONDA_PREFIX"] = _conda
 
 SUMS = "total_sums"  # the Trainer resets a metric at every publication unless it is called total_...
-# A process without targets would stay away from the sum over processes, and the others would wait for it.
-AT_LEAST = 1e-30
+AT_LEAST = 1e-30  # targets: a process without any would stay away from the sum over processes
 
 
 def train(
@@ -94,6 +93,7 @@ def train(
     *,
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
+    take_best: bool = True,
 ) -> dict[str, float]:
     """Train `module` up to `config.max_steps`, continuing what lies in `out`; see `engine.train`.
 
@@ -115,7 +115,7 @@ def train(
         run.write()
     ranks.barrier()
     run.journal.load(read_record(run.state))  # the line of the last step was computed on the first process
-    return run.journal.close(best)
+    return run.journal.close(best if take_best else None)
 
 
 class _Run:
