@@ -26,6 +26,10 @@ from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
 
 # Adds a subcommand: the function that it runs, and what it does in a few words.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+PLAN = (
+    "what jahubert.run takes; and gpus=N, gpu=NAME (default: measure this machine), share=X of its peak, "
+    "hours=H of speech (default: of the prepared corpus, else the recipe's word)"
+)
 MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
 
 
@@ -339,11 +343,7 @@ def model_commands(command: Command) -> None:
     )
 
     sub = command(plan, "say how many hours, and how much disk and memory, stages would take")
-    sub.add_argument(
-        "settings", nargs="+", metavar="KEY=VALUE",
-        help="what jahubert.run takes; and gpus=N, gpu=NAME (default: measure this machine), share=X of its "
-        "peak, hours=H of speech (default: of the prepared corpus, else the recipe's word)",
-    )  # fmt: skip
+    sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
     sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")
 
     sub = command(status, "say which stages of an experiment are done")

@@ -129,7 +129,7 @@ _compose = cache(run.compose)
 
 def checked(arguments: Sequence[str]) -> list[str]:
     """What is wrong with the settings of the stages that a command line asks for."""
-    overrides = [word for word in arguments if not word.startswith("-")]
+    overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]  # Hydra's own
     jobs = [run.configured(*job, overrides) for job in run.plan(run.compose(overrides))]
     return [str(job) for job in jobs if isinstance(job, ConfigError)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy import Data, Toy, evaluate
 
 from jahubert.errors import ConfigError, JahubertError
@@ -221,7 +222,8 @@ def test_sigterm_saves_and_says_so(tmp_path):
     assert torch.equal(weights(again), weights(whole))
 
 
-def test_the_best_step_is_kept(tmp_path):
+@pytest.mark.parametrize("take_best", [True, False])
+def test_the_best_step_is_kept(tmp_path, take_best):
     module, values = toy(), iter([3.0, 1.0, 2.0, 5.0])
     seen = []
 
@@ -229,9 +231,15 @@ def test_the_best_step_is_kept(tmp_path):
         seen.append(weights(module).clone())
         return {"per": next(values)}
 
-    metrics = train(module, Data(), changed(valid_every=5), tmp_path, validate=validate, best="per")
-    assert metrics == {"per": 1.0, "best_step": 10.0}
-    assert torch.equal(weights(module), seen[1])
+    config = changed(valid_every=5)
+    metrics = train(module, Data(), config, tmp_path, validate=validate, best="per", take_best=take_best)
+    kept = toy()
+    kept.load_state_dict(load_file(tmp_path / "best.safetensors"))
+    assert torch.equal(weights(kept), seen[1])
+    if take_best:
+        assert metrics == {"per": 1.0, "best_step": 10.0} and torch.equal(weights(module), seen[1])
+    else:
+        assert metrics["loss"] == curve(tmp_path)[-2]["loss"] and torch.equal(weights(module), seen[3])
 
 
 def test_learning_rates():

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy import Data as ToyData
 from toy import Toy
 
+from jahubert import run
 from jahubert.errors import ConfigError, JahubertError
 from jahubert.frames import HUBERT
 from jahubert.hubert import HubertConfig
@@ -26,6 +34,7 @@ from jahubert.train.optim import TrainConfig, pick_precision
 from jahubert.train.sampler import MicroBatch, Sampler
 from jahubert.train.stages.pretrain import Pretrainer
 
+TONES = Path(__file__).parent / "tones"
 MODEL = HubertConfig(
     conv_dims=(8,) * 7,
     width=32,
@@ -254,3 +263,50 @@ def test_fp16_leaves_an_overflow_out_and_continues_with_its_scale(tmp_path, monk
     assert ends["whole"].isfinite().all()
     first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
     assert math.isfinite(first["grad_norm"])
+
+
+def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The tones recipe's first pretraining on labels that are there; weights and curve."""
+    command = [f"recipe={TONES}", "stage=pretrain", f"exp={exp}", "pretrain.train.micro_seconds=5", *settings]
+    done = subprocess.run([sys.executable, "-m", "jahubert.run", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = exp / "iter1" / "pretrain"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k != "timing"} for row in rows]
+    return load_file(out / "bundle" / "model.safetensors"), rows
+
+
+@pytest.mark.slow
+def test_processes_and_shards_learn_what_one_process_learns(tmp_path):
+    """The real model through the command line: DDP, FSDP2, and FSDP2 killed and continued by one process."""
+    labelled = tmp_path / "labelled"
+    for stage in ("prepare", "features", "kmeans", "label"):
+        run.run([f"recipe={TONES}", f"stage={stage}", f"exp={labelled}"])
+    for name in ("one", "ddp", "fsdp", "moved"):
+        shutil.copytree(labelled, tmp_path / name)
+    weights, curve = pretrained(tmp_path / "one")
+    sharded = "pretrain.train.sharded=true"
+    ends = {
+        "ddp": pretrained(tmp_path / "ddp", "processes=2"),
+        "fsdp": pretrained(tmp_path / "fsdp", "processes=2", sharded),
+    }
+    moved = [
+        f"recipe={TONES}",
+        "stage=pretrain",
+        f"exp={tmp_path / 'moved'}",
+        "pretrain.train.micro_seconds=5",
+    ]
+    two = subprocess.Popen(
+        [sys.executable, "-m", "jahubert.run", *moved, "processes=2", sharded], start_new_session=True
+    )
+    while not (tmp_path / "moved/iter1/pretrain/checkpoints/step_0000005").exists():
+        assert two.poll() is None
+        time.sleep(0.02)
+    os.killpg(two.pid, signal.SIGKILL)
+    two.wait()
+    ends["moved"] = pretrained(tmp_path / "moved")
+    for end, rows in ends.values():
+        for row, wanted in zip(rows, curve, strict=True):
+            assert row == pytest.approx(wanted, rel=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(end[name], value, rtol=1e-3, atol=2e-5)

@@ -208,16 +208,18 @@ def train(
     *,
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
+    take_best: bool = True,
 ) -> dict[str, float]:
     """Train `module` (a `Trainable`) up to `config.max_steps`, continuing what lies in `out`.
 
     Args:
         validate: gives metrics of the module as it is, on all processes at once.
-        best: name of the validation metric that is to be small; the weights of its best step end in
-            `best.safetensors` and, at the end, in the module.
+        best: name of the validation metric that is to be small; the weights of its best step are kept in
+            `best.safetensors`.
+        take_best: at the end the module has those, and not its last ones.
 
     Returns:
-        The last metrics, those of the best step where `best` is given.
+        The last metrics, or those of the best step where it was taken.
 
     Raises:
         Stopped: SIGTERM, SIGUSR1 or SIGINT came; the state is saved.
@@ -236,7 +238,7 @@ def train(
                 run.save()
             if stop and not last:
                 raise stopped(signals, run.step)
-    metrics = run.journal.close(best)
+    metrics = run.journal.close(best if take_best else None)
     run.parallel.gather()
     return metrics
 

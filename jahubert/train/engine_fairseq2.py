@@ -1,9 +1,11 @@
 """The second engine: fairseq2's Trainer, gangs, checkpoint manager and recorders around the same objects.
 
-It gives what `jahubert.train.engine` gives: the same micro-batches, random states, normalisation, clipping,
-rates and optimiser, and so the same weights, to the last bit where the number of processes is a power of
-two. Two differences are left: a step whose float16 gradients overflow is repeated here, and counted there;
-and a gradient that is no number under a loss that is one is found by the loss of the next step.
+It gives what `jahubert.train.engine` gives, to the last bit where the number of processes is a power of two.
+Two differences are left: a step whose float16 gradients overflow is repeated here, and counted there; and a
+gradient that is no number under a loss that is one is found by the loss of the next step.
+
+Its `run` of recipes, which logs every environment variable, and its data pipeline, which saves decoded
+audio and not the random state, are not used.
 
 Under `out`: `checkpoints_fairseq2/` (fairseq2's step_N folders, and run.json), `best.safetensors`,
 `metrics.jsonl`. A checkpoint holds pickles, so continue your own runs only, and as many processes as saved
@@ -80,8 +82,7 @@ finally:
         os.environ["CONDA_PREFIX"] = _conda
 
 SUMS = "total_sums"  # the Trainer resets a metric at every publication unless it is called total_...
-# A process without targets would stay away from the sum over processes, and the others would wait for it.
-AT_LEAST = 1e-30
+AT_LEAST = 1e-30  # targets: a process without any would stay away from the sum over processes
 
 
 def train(
@@ -92,6 +93,7 @@ def train(
     *,
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
+    take_best: bool = True,
 ) -> dict[str, float]:
     """Train `module` up to `config.max_steps`, continuing what lies in `out`; see `engine.train`.
 
@@ -113,7 +115,7 @@ def train(
         run.write()
     ranks.barrier()
     run.journal.load(read_record(run.state))  # the line of the last step was computed on the first process
-    return run.journal.close(best)
+    return run.journal.close(best if take_best else None)
 
 
 class _Run:
@@ -203,7 +205,7 @@ class _Run:
             checkpoint_every_n_steps=config.save_every,
             keep_last_n_checkpoints=config.keep_last,
             keep_checkpoint_every_n_steps=config.keep_every or None,
-            # It must divide save_every; _Recorder writes the lines that are due.
+            # _Recorder writes the lines that are due.
             publish_metrics_every_n_steps=math.gcd(config.log_every, config.save_every),
         )
         unit.trainer = trainer
@@ -226,10 +228,7 @@ class _Run:
 
 
 class _Held:
-    """A micro-batch for the Trainer, which calls `to` just before it computes and ignores the result.
-
-    It is read only then: a step of many micro-batches holds one of them at a time.
-    """
+    """A micro-batch for the Trainer, which calls `to` just before it computes: it is read only then."""
 
     def __init__(self, reader: _Reader):
         self.reader = reader
@@ -261,17 +260,15 @@ class _Reader(DataReader):
         assert self.stream is not None  # __next__ made it
         self.run.at("the reading of audio")
         started = time.perf_counter()
-        try:
-            return next(self.stream)
-        finally:
-            self.run.window.waiting += time.perf_counter() - started
-            self.run.at("the computation of a step")
+        found = next(self.stream)
+        self.run.window.waiting += time.perf_counter() - started
+        self.run.at("the computation of a step")
+        return found
 
-    def reset(self) -> None:
-        """Called at the end of the data, which never comes."""
+    def reset(self) -> None: ...  # at the end of the data, which never comes
 
     def state_dict(self) -> dict[str, object]:
-        # Norms are here because the Trainer forgets its own; recent: since the last publication.
+        # The Trainer forgets its norms; recent: since the last publication.
         window, recent = self.run.window, self.run.bag.get("grad_norm", Mean)
         norm, steps = window.norm + float(recent.weighted_sum), window.steps + int(recent.weights)
         return {**self.position.state(), "norm": norm, "steps": steps}
@@ -340,7 +337,7 @@ class _Unit(TrainUnit):
 
     def set_step_nr(self, step_nr: int) -> None:
         """Called before the first micro-batch of a step, counted from 1."""
-        self.step = step_nr - 1  # validated here, and not later: no checkpoint is ahead of its validation
+        self.step = step_nr - 1  # validated here: no checkpoint is ahead of its validation
         self.run.validate(self.step)
         if self.step % self.run.config.log_every == 0:
             self.run.bag.get(SUMS, _Sums).reset()
@@ -360,8 +357,8 @@ class _Unit(TrainUnit):
     def _agree(self) -> None:
         """All processes learn from this step, and go on after it, or none."""
         run = self.run
-        total = ranks.total({"total": self.total}, run.device)["total"]
-        check_finite(total, self.step + 1, self.micros, run.data)
+        loss = ranks.total({"total": self.total}, run.device)["total"]
+        check_finite(loss, self.step + 1, self.micros, run.data)
         self.stopping = told_to_stop(self.signals, run.device) or self.step + 1 >= run.config.max_steps
         if self.stopping:
             self.trainer.request_stop()  # after this step
@@ -384,8 +381,7 @@ class _Recorder(MetricRecorder):
         if self.unit.stopping:
             run.write()
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
 
 class _KeptGangs(Gangs):

@@ -32,7 +32,7 @@ from jahubert.train.manifest import Manifest
 from jahubert.train.optim import TrainConfig, build_optimizer, pick_precision
 from jahubert.train.parallel import lighten
 
-# Dense matrix products in 16 bits with 32-bit sums, operations a second, and memory: from the data sheets.
+# Dense products in 16 bits with 32-bit sums, operations a second, and memory: the vendors' data sheets.
 GPUS = {
     "V100": (125e12, 32e9),
     "T4": (65e12, 16e9),
@@ -46,8 +46,8 @@ GPUS = {
     "H200": (989e12, 141e9),
     "B200": (2250e12, 180e9),
 }
-# Of the peak, where nothing was measured. Published runs of HuBERT base come to 0.075 (the paper's, 100,000
-# updates in 9.5 h on 32 V100) and 0.07 (minimal_hubert's, 400,000 in 10 h on 16 H100), by `step_flops`.
+# Of the peak, where nothing was measured. Published runs of HuBERT base come to 0.088 (the paper's, 100,000
+# updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert's, 400,000 in 10 h on 16 H100), by `step_flops`.
 SHARE = 0.1
 _MASKED = 0.57  # of the frames, at the paper's mask settings
 _MEAN_SECONDS = 5.7  # of an utterance of ReazonSpeech: 35,000 h in 22 million

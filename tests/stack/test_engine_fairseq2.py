@@ -197,6 +197,23 @@ def test_the_same_weights_and_metrics(whole, tmp_path):
 
 
 @pytest.mark.stack
+def test_recomputed_activations_and_kept_checkpoints(whole, tmp_path):
+    config = replace(CONFIG, recompute=True, save_every=1, keep_every=2, keep_last=1)
+    state, _ = learn("fairseq2", tmp_path, config=config)
+    assert same(state, load_file(whole / "end.safetensors"))
+    assert steps_in(tmp_path / "checkpoints_fairseq2") == [2, 4, 6]
+
+
+@pytest.mark.stack
+def test_the_trainer_cannot_be_imported_first():
+    """Where this fails, the import before it may go."""
+    code = "import soundfile; from fairseq2.trainer import Trainer"
+    environment = {name: value for name, value in os.environ.items() if name != "CONDA_PREFIX"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode and "circular import" in done.stderr
+
+
+@pytest.mark.stack
 def test_stopped_and_continued(whole, tmp_path):
     _, result = learn("fairseq2", tmp_path, told_at=3)
     assert result is None and steps_in(tmp_path / "checkpoints_fairseq2") == [3]

@@ -1,0 +1,96 @@
+"""What activation checkpointing and torch.compile cost and save: steps of one model on the same batches.
+
+    python tools/bench/training_options.py --model base --seconds 24 --repeats 5
+
+Forward, loss over 500 units, backward and AdamW; the variants take turns in one run. Kept: bytes that the
+forward pass keeps for the backward pass, counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from jahubert.heads import UnitHead
+from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.run import compose
+from jahubert.train.config import structure
+from jahubert.train.optim import TrainConfig, build_optimizer, pick_precision
+from jahubert.train.parallel import lighten
+from jahubert.train.plan import kept_bytes
+
+VARIANTS = {"plain": (False, False), "recompute": (True, False), "compile": (False, True)}
+
+
+class Step:
+    def __init__(self, config: HubertConfig, train: TrainConfig, recompute: bool, compiled: bool):
+        torch.manual_seed(0)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = pick_precision(train, self.device)
+        self.model = HubertModel(replace(config, layer_drop=0.0)).to(self.device).train()
+        self.head = UnitHead(config.width, 500).to(self.device)
+        lighten(list(self.model.encoder.layers), recompute, compiled)
+        modules = torch.nn.ModuleList([self.model, self.head])
+        self.optimizer = build_optimizer(modules, train, self.device)
+
+    def __call__(self, wav_BT: torch.Tensor, lengths: list[int]) -> float:
+        started = time.perf_counter()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            hidden_ND = self.model(wav_BT, lengths).hidden_BSD.flatten(0, 1)
+            loss = self.head(hidden_ND[: len(hidden_ND) // 2]).float().logsumexp(-1).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--seconds", type=float, default=16.0, help="audio of the batch")
+    parser.add_argument("--lengths", type=int, default=4, help="different batches, in turn")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    config = structure(compose(["recipe=reazonspeech", f"model={args.model}"])["model"], HubertConfig)
+    train = TrainConfig(precision=args.precision)
+    steps = {name: Step(config, train, *variant) for name, variant in VARIANTS.items()}
+    device = next(iter(steps.values())).device
+    batches = []
+    for number in range(args.lengths):  # of other lengths each, as in a training
+        seconds = 3.0 + 0.37 * number
+        n = max(1, int(args.seconds / seconds))
+        lengths = [int(16_000 * (seconds - 0.05 * row)) for row in range(n)]
+        batches.append((torch.randn(n, max(lengths), device=device), lengths))
+    audio = sum(sum(lengths) for _, lengths in batches) / 16_000
+    first: dict[str, float] = {}
+    for name, step in steps.items():
+        started = time.perf_counter()
+        for batch in batches:
+            step(*batch)
+        first[name] = time.perf_counter() - started
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            spent[name].append(sum(step(*batch) for batch in batches))
+    dtype = steps["plain"].dtype
+    threads = torch.get_num_threads()
+    print(f"{args.model}, {dtype}, {device}, {threads} threads, {audio:.0f} s in {args.lengths} batches")
+    for name, times in spent.items():
+        kept = kept_bytes(config, 8.0, name == "recompute", dtype)
+        median = statistics.median(times)
+        ratio = median / statistics.median(spent["plain"])
+        print(
+            f"{name:10} {audio / median:8.2f} audio-seconds a second  {ratio:.2f} of plain's time  "
+            f"first round {first[name]:.1f} s  kept {kept / 1e6:.1f} MB an audio-second"
+        )
+
+
+if __name__ == "__main__":
+    main()
