@@ -255,8 +255,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(convert, "write a model in another format, read it again and compare")
     sub.add_argument("source", metavar="SRC", help=MODEL)
-    sub.add_argument("target", metavar="DST", help="new folder (hf) or file (fairseq, torchaudio)")
-    sub.add_argument("--to", required=True, choices=["hf", "fairseq", "torchaudio"], help="its format")
+    sub.add_argument("target", metavar="DST", help="new folder (hf) or file (.pt; .onnx)")
+    sub.add_argument(
+        "--to", required=True, choices=["hf", "fairseq", "torchaudio", "onnx"], help="its format"
+    )
 
     sub = command(status, "say which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
