@@ -39,7 +39,8 @@ CORE = ("torch", "numpy", "safetensors", "soundfile", "soxr")
 # What the extras bring, and some of what those bring, by the names of modules.
 OPTIONAL = (
     "faiss", "fairseq2", "huggingface_hub", "hydra", "jiwer", "librosa", "matplotlib", "omegaconf", "onnx",
-    "onnxruntime", "pyarrow", "pyopenjtalk", "pytest", "scipy", "sklearn", "tensorboard", "torchaudio", "tqdm", "transformers",
+    "onnxruntime", "pyarrow", "pyopenjtalk", "pytest", "scipy", "sklearn", "tensorboard", "torchaudio",
+    "tqdm", "transformers",
 )  # fmt: skip
 TOLERANCE = 1e-5
 MODELS = ("base", "large")  # the two shapes of HuBERT, both tiny
