@@ -28,7 +28,9 @@ pytestmark = pytest.mark.slow
 
 REPO = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
-    r"(?:^#+ \d+\. `(?P<file>[^`]+)`$)|(?:^.*`(?P<script>[\w.-]+)`:$)|^```(?P<kind>\w+)\n(?P<text>.*?)^```",
+    r"(?:^#+ \d+\. `(?P<file>[^`]+)`$)"  # a heading that names the file below it
+    r"|(?:^[^\n]*`(?P<script>[\w.-]+)`:$)"  # or the end of a sentence that does
+    r"|^```(?P<kind>\w+)\n(?P<text>.*?)^```",
     re.S | re.M,
 )
 SIZES = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
