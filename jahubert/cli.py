@@ -249,6 +249,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--unique", action="store_true", help="merge repeated units")
     chunked(sub)
 
+    _about_models(command)
+    _about_experiments(command)
+    return parser
+
+
+Add = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+
+def _about_models(command: Add) -> None:
     sub = command(info, "say what a model is")
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -260,13 +269,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--to", required=True, choices=["hf", "fairseq", "torchaudio", "onnx"], help="its format"
     )
 
+
+def _about_experiments(command: Add) -> None:
     sub = command(status, "say which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
 
     sub = command(completion, "print a script that completes this command in your shell")
     sub.add_argument("shell", choices=["bash", "zsh", "fish"])
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

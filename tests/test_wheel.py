@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_string
 from email.message import Message
@@ -71,6 +72,19 @@ def test_everything_travels_and_nothing_else(unpacked):
     assert {"jahubert/_conf/config.yaml", "jahubert/_recipes/demo/prepare.py", "jahubert/py.typed"} <= wanted
     about = {f"{INFO}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")}
     assert there == wanted | about | {f"{INFO}/licenses/LICENSE"}
+
+
+@pytest.mark.slow
+def test_the_sdist_makes_the_same_wheel(wheel, tmp_path):
+    """It needs an index for hatchling. Tests, tools and documentation travel in it too."""
+    sdist = wheel_check.build_sdist(tmp_path)
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"tests/conftest.py", "tools/wheel_check.py", "docs/api.md", "README.md", "LICENSE"} <= names
+    (tmp_path / "again").mkdir()
+    again = wheel_check.build_wheel(tmp_path / "again", sdist)
+    one, other = (zipfile.ZipFile(path) for path in (wheel, again))
+    assert {i.filename: i.CRC for i in one.infolist()} == {i.filename: i.CRC for i in other.infolist()}
 
 
 def test_metadata(metadata, unpacked):
