@@ -40,7 +40,7 @@ $(VENV)/bin/pip:
 $(READY): pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing into $(VENV) (about 2.5 GB with a CPU build of torch)"
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[train,onnx,dev]'
 	@touch $@
 
 $(STACK)/bin/pip:

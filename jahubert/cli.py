@@ -276,6 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     audio_commands(command)
     model_commands(command)
+    experiment_commands(command)
     return parser
 
 
@@ -330,7 +331,7 @@ def audio_commands(command: Command) -> None:
 
 
 def model_commands(command: Command) -> None:
-    """What is done with models and experiments."""
+    """What is done with models."""
     sub = command(info, "say what a model is")
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -342,6 +343,9 @@ def model_commands(command: Command) -> None:
         "--to", required=True, choices=["hf", "fairseq", "torchaudio", "onnx"], help="its format"
     )
 
+
+def experiment_commands(command: Command) -> None:
+    """What is done with experiments, and with the shell."""
     sub = command(plan, "say how many hours, and how much disk and memory, stages would take")
     sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
     sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import shutil
 import sys
 import time
@@ -60,8 +61,7 @@ def find_inputs(
     if [item.label for item in found].count(STDIN) > 1:
         raise ConfigError("standard input (-) can be given only once")
     if into is not None:
-        if Path(into).exists() and not Path(into).is_dir():
-            raise ConfigError(f"-o {into} is a file; give a folder")
+        _check_output(Path(into))
         owner: dict[Path, str] = {}
         for item in found:
             other = owner.setdefault(item.base, item.label)
@@ -71,6 +71,15 @@ def find_inputs(
                     f"{other} and {item.label} would both write {target}; use two runs with two folders"
                 )
     return found, empty
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse a folder that cannot be written before any work is done for it."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ConfigError(f"-o {folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"-o {folder}: no permission to write into {there}; give another folder")
 
 
 def expanded(argument: str, empty: dict[str, AudioError]) -> list[str]:
@@ -136,6 +145,8 @@ class Report:
         elif self.status == 0:
             self.status = error.exit_status if isinstance(error, UserError) else 2
         message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{os.fsdecode(error.filename)}: {error.strerror}"
         complain(message if label in message and label != STDIN else f"{label}: {message}")
 
     def finish(self) -> int:

@@ -23,7 +23,7 @@ from jahubert.interop import write_torchaudio
 from jahubert.layouts import fairseq_name, portable_state
 from jahubert.phonemes import BLANK, PhonemeSet
 
-FORMATS = ("hf", "fairseq", "torchaudio")
+FORMATS = ("hf", "fairseq", "torchaudio", "onnx")
 ENDINGS = (".pt", ".pth")  # of files; not .json, which torchaudio's have beside them
 TOLERANCE = 1e-3  # the same weights in another order of rows may round differently, and nothing more
 FINAL_DIM = 256  # of a projection that has to be made up
@@ -38,9 +38,9 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike, target: str | os.PathLike, to: Literal["hf", "fairseq", "torchaudio"]
+    source: str | os.PathLike, target: str | os.PathLike, to: Literal["hf", "fairseq", "torchaudio", "onnx"]
 ) -> Conversion:
-    """Write `source`, anything that `load_bundle` opens, as a folder (hf) or file (fairseq, torchaudio).
+    """Write `source`, anything that `load_bundle` opens, as a folder (hf) or file.
 
     Raises:
         CheckpointError: the source cannot be read, the target format has no such model, or what was written
@@ -50,8 +50,9 @@ def convert(
     target = Path(target)
     if to not in FORMATS:
         raise ConfigError(f"no format {to!r}; choose one of {', '.join(FORMATS)}")
-    if to != "hf" and target.suffix not in ENDINGS:
-        raise ConfigError(f"{target}: {to} files end in {' or '.join(ENDINGS)}; choose another name")
+    endings = (".onnx",) if to == "onnx" else ENDINGS
+    if to != "hf" and target.suffix not in endings:
+        raise ConfigError(f"{target}: {to} files end in {' or '.join(endings)}; choose another name")
     for path in (target, target.with_suffix(".json")) if to == "torchaudio" else (target,):
         if path.exists():
             raise ConfigError(f"{path} exists already; remove it or choose another name")
@@ -70,15 +71,27 @@ def convert(
             info={name: bundle.info[name] for name in bundle.info if name not in _WRITTEN_ANEW},
             special_rows=bundle.special_rows,
         )
-    else:
+    elif to != "onnx":
         notes += _write_file(target, bundle, to)
-    difference = largest_difference(bundle, load_bundle(target))
+    if to == "onnx":
+        difference = _onnx(target, bundle)
+    else:
+        difference = largest_difference(bundle, load_bundle(target))
     if not difference <= TOLERANCE:
         raise CheckpointError(
             f"{target}: written, but its outputs differ from those of {source} by up to {difference:.2g}; "
             "do not use it, and report this"
         )
     return Conversion(tuple(notes), difference)
+
+
+def _onnx(target: Path, bundle: Bundle) -> float:
+    from jahubert.onnx_export import write_onnx  # torch.export takes a while to import
+
+    beside = target.with_name(target.stem + ".tmp" + target.suffix)
+    difference = write_onnx(beside, bundle)
+    beside.replace(target)
+    return difference
 
 
 # Of jahubert.json; save_bundle knows them better.

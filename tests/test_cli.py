@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import jahubert
 from jahubert.checkpoint import save_bundle
 from jahubert.cli import main
 from jahubert.heads import HubertForCtc
-from jahubert.hubert import HubertConfig
+from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 from jahubert.transcribe import quantized
 
@@ -224,6 +226,7 @@ def test_status_of_a_folder_without_stages(tmp_path, capsys):
             "would both write out/a.txt",
         ),
         (["transcribe", "data", "--model", "{bundle}", "-o", "data/a.wav"], "is a file"),
+        (["transcribe", "data", "--model", "{bundle}", "-o", "data/a.wav/out"], "data/a.wav is a file"),
         (["features", "data", "--model", "{bundle}", "-o", "out", "--layer", "3"], "layer 3"),
         (["units", "data", "--model", "{bundle}", "--chunk", "1"], "too short"),
         (["info", "data"], "config.json"),
@@ -344,3 +347,74 @@ def test_public_names_exist():
         assert getattr(jahubert, name) is not None and name in dir(jahubert)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = jahubert.Nothing
+
+
+def test_every_bad_recording_is_one_sentence_and_the_rest_is_done(bundle, folder, capsys):
+    Path("empty.wav").touch()
+    soundfile.write("no-samples.wav", np.zeros(0, np.float32), 16_000)
+    Path("text.wav").write_text("this is no audio")
+    whole = Path("data/a.wav").read_bytes()
+    Path("cut.wav").write_bytes(whole[: len(whole) // 2])
+    Path("hollow").mkdir()
+    bad = ["gone.wav", "empty.wav", "no-samples.wav", "text.wav", "cut.wav", "hollow"]
+    for command, extra in (("transcribe", ["-f", "all"]), ("features", []), ("units", [])):
+        assert main([command, "--model", bundle, "-o", command, *extra, *bad, "data/a.wav"]) == 2
+        out, err = capsys.readouterr()
+        lines = err.splitlines()
+        assert out == "" and len(lines) == len(bad) + 1 and "6 of 7 failed" in lines[-1]
+        for name in bad:
+            (line,) = (line for line in lines if name in line)
+            assert line.startswith("jahubert: error: ") and "Traceback" not in line
+        assert {path.name.partition(".")[0] for path in Path(command).iterdir()} == {"a"}
+
+
+def test_a_folder_without_permission(bundle, folder, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    assert main(["transcribe", "--model", bundle, "-o", "out", "data"]) == 2
+    err = capsys.readouterr().err
+    assert "no permission to write" in err and err.count("\n") == 1
+
+
+def test_models_of_another_kind(bundle, folder, capsys):
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"model_type": "wav2vec2"}')
+    Path("nothing").mkdir()
+    Path("notes.pt").write_text("no model")
+    save_bundle("encoder", model=HubertModel(TINY))
+    for model, says in (
+        ("other", "wav2vec2"),
+        ("nothing", "config.json"),
+        ("notes.pt", "notes.pt"),
+        ("encoder", "no CTC head"),
+        ("gone", "gone"),
+    ):
+        assert main(["transcribe", "--model", model, "data/a.wav"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and says in err and err.startswith("jahubert: error: ")
+
+
+def test_a_disk_that_is_full_loses_nothing_else(bundle, folder, capsys, monkeypatch):
+    write, broken = Path.write_text, "a.srt.tmp"
+
+    def full(self, *args, **kwargs):
+        if self.name == broken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["transcribe", "--model", bundle, "-f", "srt", "-o", "out", "data"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in err[0] and "data/a.wav" in err[0] and "1 of 2 failed" in err[1]
+    assert [str(p.relative_to("out")) for p in Path("out").rglob("*.srt")] == ["sub/日本語 名前.srt"]
+
+
+def test_help_is_there_in_half_a_second():
+    """The quickest of a few, so that a busy machine does not decide."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert command("--help").returncode == 0
+        seconds.append(time.perf_counter() - started)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5

@@ -1,6 +1,6 @@
 """What the documentation shows works: examples run, commands compose, links lead somewhere.
 
-Every block marked ```python in README.md and docs/*.md runs, those of one file in one namespace, in a folder
+Every block marked ```python in README.md and docs/ runs, those of one file in one namespace, in a folder
 with a tiny random model as `bundle/` and noise as `audio.wav`. Blocks marked ```py are shown only.
 """
 
@@ -27,7 +27,7 @@ from jahubert.phonemes import PhonemeSet
 REPO = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "recipes/*/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "recipes/*/*.md")
     for path in REPO.glob(pattern)
     if path.name not in ("LOG.md", "CHANGELOG.md")  # they tell of what was, not of what is
 )
@@ -74,7 +74,11 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+# Pages that are run from top to bottom, commands too, by test_tutorials.py.
+WHOLE = [path for path in PAGES if path.parent.name == "tutorials" and path.name != "features.md"]
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python") and p not in WHOLE], ids=name_of)
 def test_examples_run(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     namespace: dict = {"__name__": __name__}  # a dataclass looks up its module
@@ -83,8 +87,8 @@ def test_examples_run(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def recipe_of_the_guide(folder: Path) -> Path:
-    """The recipe that docs/recipes.md writes, as files."""
-    guide = REPO / "docs/recipes.md"
+    """The recipe that docs/tutorials/own-corpus.md writes, as files."""
+    guide = REPO / "docs/tutorials/own-corpus.md"
     recipe = folder / "mine"
     recipe.mkdir()
     (recipe / "prepare.py").write_text(blocks(guide, "python")[0], encoding="utf-8")
@@ -146,7 +150,7 @@ STAGE_LINES, CLI_LINES = lines_of("jahubert.run"), lines_of("jahubert")
 @pytest.mark.parametrize("arguments", STAGE_LINES, ids=" ".join)
 def test_commands_of_stages_compose(arguments: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     recipe_of_the_guide(tmp_path)
-    monkeypatch.chdir(tmp_path)  # for `recipe=mine`, in docs/recipes.md
+    monkeypatch.chdir(tmp_path)  # for `recipe=mine`, in docs/tutorials/own-corpus.md
     # Several seeds are one run each.
     overrides = [re.sub(r"^(seed=\d+),.*", r"\1", word) for word in arguments]
     assert not checked(overrides), f"in {STAGE_LINES[arguments]}"

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from jahubert.train.figures import curves, layers, phone_matrix, phone_order, unit_usage, utterance
+from jahubert.train.figures import curves, layer_curves, phone_matrix, phone_order, unit_usage, utterance
 from jahubert.train.manifest import Phone
 
 
@@ -55,7 +55,8 @@ def test_figures_are_drawn():
     assert size(phone_matrix(count_PK, [f"p{i}" for i in range(42)]))[0] == 990
     for counts in (count_PK.sum(0), np.zeros(4, int)):
         drawing(unit_usage(counts))
-    assert points(layers({"a": [0.1, 0.3, 0.2, 0.25], "b": [0.2, 0.3]})) == [4, 2]
+    layers = {"frames": 900, "mfcc": [{"pnmi": 0.4}], "iter1": [{"pnmi": x} for x in (0.1, 0.3, 0.2)]}
+    assert sorted(points(layer_curves(layers))) == [2, 3]
     assert phone_matrix(count_PK, ["p"] * 42) == phone_matrix(count_PK, ["p"] * 42)
 
 

@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_recording(ctc, tmp_path):
 import resource, sys, jahubert
 asr = jahubert.Transcriber.from_pretrained(sys.argv[1], beam=1, device="cpu")
 found = asr.transcribe(sys.argv[2])
-print(found.duration, len(found.words), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(found.duration, len(found.phonemes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
     minute = np.repeat(syllables(60.0).numpy(), 3)[: 60 * 44_100]
     megabytes = []
@@ -200,8 +200,8 @@ print(found.duration, len(found.words), resource.getrusage(resource.RUSAGE_SELF)
                 file.write(np.stack([minute, minute], axis=1))
         arguments = [sys.executable, "-c", code, str(tmp_path / "ctc"), str(tmp_path / "a.wav")]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=1200)
-        duration, words, used = map(float, done.stdout.split())
-        assert duration == 60 * minutes and words > 10 * minutes, done.stderr
+        duration, phones, used = map(float, done.stdout.split())
+        assert duration == 60 * minutes and phones > 10 * minutes, done.stderr
         megabytes.append(used)
     assert megabytes[1] - megabytes[0] < 60, megabytes
 

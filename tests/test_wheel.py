@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_string
 from email.message import Message
@@ -73,6 +74,19 @@ def test_everything_travels_and_nothing_else(unpacked):
     assert there == wanted | about | {f"{INFO}/licenses/LICENSE"}
 
 
+@pytest.mark.slow
+def test_the_sdist_makes_the_same_wheel(wheel, tmp_path):
+    """It needs an index for hatchling. Tests, tools and documentation travel in it too."""
+    sdist = wheel_check.build_sdist(tmp_path)
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"tests/conftest.py", "tools/wheel_check.py", "docs/api.md", "README.md", "LICENSE"} <= names
+    (tmp_path / "again").mkdir()
+    again = wheel_check.build_wheel(tmp_path / "again", sdist)
+    one, other = (zipfile.ZipFile(path) for path in (wheel, again))
+    assert {i.filename: i.CRC for i in one.infolist()} == {i.filename: i.CRC for i in other.infolist()}
+
+
 def test_metadata(metadata, unpacked):
     assert metadata["Name"] == "jahubert"
     assert metadata["Version"] == jahubert.__version__
@@ -90,7 +104,7 @@ def test_a_plain_install_brings_ring_1_and_no_more(metadata):
     for version in ("2.6.0", "2.13.0", "99.0"):  # no upper bound: whoever embeds us has a torch already
         assert core["torch"].specifier.contains(version)
     assert not core["torch"].specifier.contains("2.5.1")
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "gpu", "fairseq2", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "gpu", "fairseq2", "onnx", "dev"}
 
 
 def test_ring_1_runs_from_the_wheel_with_its_own_packages_only(unpacked, tmp_path):

@@ -4,12 +4,12 @@
     python tools/wheel_check.py --work DIR torch==2.6.0        # the same, kept in DIR
     python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
 
-Run it in the development environment. It builds the wheel, makes tiny models and a recording and computes
-what is expected of them, makes an empty environment, and installs there the wheel without extras and the
-requirements given. Then it runs itself in that environment (`--inside`): every module of ring 1 is imported,
-conf/ and recipes/ are there, features, units and a transcript are those of the development environment, the
-commands work, models go into each format of others and say the same from there, nothing that only an extra
-brings can be imported, and what needs an extra says so.
+Run it in the development environment. It builds the sdist and the wheel from that, makes tiny models and a
+recording and computes what is expected of them, makes an empty environment, and installs there the wheel
+without extras and the requirements given. Then it runs itself in that environment (`--inside`): every module
+of ring 1 is imported, conf/ and recipes/ are there, features, units and a transcript are those of the
+development environment, the commands work, models go into each format of others and say the same from there,
+nothing that only an extra brings can be imported, and what needs an extra says so.
 
 With `--work` the environment stays, and a second call installs its requirements over those of the first.
 Exit status: 0 all is well, 1 something is not.
@@ -39,8 +39,9 @@ REPO = Path(__file__).resolve().parent.parent
 CORE = ("torch", "numpy", "safetensors", "soundfile", "soxr")
 # What the extras bring, and some of what those bring, by the names of modules.
 OPTIONAL = (
-    "faiss", "fairseq2", "huggingface_hub", "hydra", "jiwer", "librosa", "matplotlib", "omegaconf", "pyarrow",
-    "pyopenjtalk", "pytest", "scipy", "sklearn", "tensorboard", "torchaudio", "tqdm", "transformers",
+    "faiss", "fairseq2", "huggingface_hub", "hydra", "jiwer", "librosa", "matplotlib", "omegaconf", "onnx",
+    "onnxruntime", "pyarrow", "pyopenjtalk", "pytest", "scipy", "sklearn", "tensorboard", "torchaudio",
+    "tqdm", "transformers",
 )  # fmt: skip
 TOLERANCE = 1e-5
 MODELS = ("base", "large")  # the two shapes of HuBERT, both tiny
@@ -77,13 +78,24 @@ def done(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
 # In the development environment.
 
 
-def build_wheel(into: Path) -> Path:
-    """The wheel of this checkout, in `into`. hatchling is downloaded unless it is installed here."""
+def build_wheel(into: Path, source: Path = REPO) -> Path:
+    """The wheel of this checkout or of an sdist, in `into`. hatchling is downloaded unless it is here."""
     isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
     options = ["--no-deps", "--disable-pip-version-check", *isolation, "--wheel-dir", into]
-    done(run([sys.executable, "-m", "pip", "wheel", *options, REPO]))
+    done(run([sys.executable, "-m", "pip", "wheel", *options, source]))
     (wheel,) = into.glob("jahubert-*.whl")
     return wheel
+
+
+def build_sdist(into: Path) -> Path:
+    """The sdist of this checkout, in `into`, by hatchling in a folder of its own."""
+    with tempfile.TemporaryDirectory() as tool:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        done(run([*pip, "--target", tool, "hatchling"]))
+        code = f"import sys; sys.path.insert(0, {tool!r}); from hatchling.cli import hatchling; hatchling()"
+        done(run([sys.executable, "-c", code, "build", "-t", "sdist", "-d", into], cwd=REPO))
+    (sdist,) = into.glob("jahubert-*.tar.gz")
+    return sdist
 
 
 def make_material(folder: Path) -> None:
@@ -252,7 +264,7 @@ def outside(requirements: Sequence[str], work: Path) -> str:
     for name in ("wheel", "material"):
         shutil.rmtree(work / name, ignore_errors=True)
         (work / name).mkdir(parents=True)
-    wheel = build_wheel(work / "wheel")
+    wheel = build_wheel(work / "wheel", build_sdist(work / "wheel"))
     make_material(work / "material")
     folder = work / "env"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -51,13 +51,20 @@ def _curve(lines: Sequence[Sequence[tuple[float, float]]]) -> str:
     return _svg(draw, 3.4, 2.1)
 
 
-def layers(values: Mapping[str, Sequence[float]]) -> str:
-    """A value of each layer, block 1 first; one line a model, in the order given."""
+def layer_curves(layers: Mapping[str, Any]) -> str:
+    """PNMI of units of every block of each model, beside that of MFCC units on the same frames.
+
+    `layers`: a list of {"pnmi": ...} of block 1, 2, ... for each model, and of one for "mfcc".
+    """
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        for name, line in values.items():
-            axes.plot(range(1, len(line) + 1), line, marker="o", markersize=4, label=name)
+        for name, blocks in layers.items():
+            if name == "mfcc":
+                axes.axhline(blocks[0]["pnmi"], color="black", linewidth=0.8, linestyle="--", label="MFCC")
+            elif isinstance(blocks, list):
+                line = [block["pnmi"] for block in blocks]
+                axes.plot(range(1, len(line) + 1), line, marker="o", markersize=4, label=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small", frameon=False)
         _plain(axes)

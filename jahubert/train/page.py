@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jahubert.train import figures
-from jahubert.train.labels import LabelStore
 from jahubert.train.page_text import TEXT
 from jahubert.train.provenance import DONE, read_record
-from jahubert.train.report import PhoneCounts
 from jahubert.train.worst import Example
 
 _LINES = (("training", "training_line"), ("validation", "validation_line"))  # of curves, with their colours
@@ -22,13 +22,14 @@ STYLE = Path(__file__).with_name("page.css")
 
 @dataclass(frozen=True)
 class Run:
-    """What the page is made from."""
+    """What the page is made from; units and their phones by the name of their iteration."""
 
     exp: Path
     summary: dict[str, Any]
-    counted: PhoneCounts | None
-    stores: dict[str, LabelStore]
-    examples: dict[str, list[Example]]  # by system
+    usage: Mapping[str, np.ndarray]  # (K,) frames
+    phones: Sequence[str]
+    counts: Mapping[str, np.ndarray]  # (P, K) frames, where phone times are known
+    examples: Mapping[str, Sequence[Example]]  # by system
 
 
 def page(run: Run, language: str) -> str:
@@ -72,8 +73,9 @@ def _head(run: Run, records: Mapping[str, Any], say: Mapping[str, str]) -> str:
         if found:
             rate, name, split = min(found)
             cards.append((f"{100 * rate:.1f} %", f"{say[measure]}: {name}, {split}"))
-    if run.summary["units"]:
-        pnmi, name = max((unit["pnmi"], name) for name, unit in run.summary["units"].items())
+    known = [(unit["pnmi"], name) for name, unit in run.summary["units"].items() if "pnmi" in unit]
+    if known:
+        pnmi, name = max(known)
         cards.append((f"{pnmi:.3f}", f"PNMI: {_title(name, run.summary['units'], say)}"))
     hours = run.summary["corpus"].get("hours")
     if isinstance(hours, (int, float)):
@@ -127,24 +129,25 @@ def _training(exp: Path, say: Mapping[str, str]) -> str:
 def _units(run: Run, say: Mapping[str, str]) -> str:
     units, parts = run.summary["units"], []
     if units:
-        header = [say["units"], "K", "PNMI", say["phone_purity"], say["cluster_purity"], say["used"]]
+        measures = ("pnmi", "phone_purity", "cluster_purity")
+        header = [say["units"], "K", say["used"], "PNMI", say["phone_purity"], say["cluster_purity"]]
         rows = []
         for name, unit in units.items():
-            numbers = [f"{unit[key]:.3f}" for key in ("pnmi", "phone_purity", "cluster_purity")]
+            numbers = [f"{unit[key]:.3f}" if key in unit else "" for key in measures]
             title = _escape(_title(name, units, say))
-            rows.append(("", [title, str(unit["n_units"]), *numbers, str(unit.get("used", ""))]))
-        source = _escape(next(iter(units.values()))["phones"])
-        parts.append(_table(header, rows) + f'<p class="note">{say["phone_times"]}: {source}</p>')
-    if run.summary.get("layers"):
-        curve = _figure(figures.layers(run.summary["layers"]), say["layers"])
-        parts.append(f'<div class="figures">{curve}</div>')
-    usage = [
-        _figure(figures.unit_usage(store.usage()), f"{_title(name, units, say)}: {say['usage']}")
-        for name, store in run.stores.items()
+            rows.append(("", [title, str(unit["n_units"]), str(unit.get("used", "")), *numbers]))
+        parts.append(_table(header, rows))
+        sources = {unit["phones"] for unit in units.values() if "phones" in unit}
+        parts += [f'<p class="note">{say["phone_times"]}: {_escape(source)}</p>' for source in sources]
+    drawn = [
+        _figure(figures.unit_usage(usage_K), f"{_title(name, units, say)}: {say['usage']}")
+        for name, usage_K in run.usage.items()
     ]
-    parts.append(f'<div class="figures">{"".join(usage)}</div>' if usage else "")
-    for name, count_PK in {} if run.counted is None else run.counted.counts.items():
-        matrix = figures.phone_matrix(count_PK, run.counted.phones)
+    if run.summary.get("layers"):
+        drawn.append(_figure(figures.layer_curves(run.summary["layers"]), say["layers"]))
+    parts.append(f'<div class="figures">{"".join(drawn)}</div>' if drawn else "")
+    for name, count_PK in run.counts.items():
+        matrix = figures.phone_matrix(count_PK, run.phones)
         caption = f"{_title(name, units, say)}: {say['matrix']}"
         parts.append(f'<div class="scroll wide">{_figure(matrix, caption)}</div>')
     return "".join(parts)

@@ -42,7 +42,7 @@ _BOTH = {
     "phone_times": ("phone times", "音素の時刻"),
     "layer": ("layer", "層"),
     "last_model": ("last model", "最後のモデル"),
-    "layers": ("PNMI of each layer", "層ごとの PNMI"),
+    "layers": ("PNMI of units of each layer; dashed: of MFCCs", "各層のユニットの PNMI。破線は MFCC"),
     "usage": (
         "share of frames of each unit (%), the most frequent first; dashed: even use",
         "各ユニットのフレームの割合(%)、多い順。破線は均等な場合",

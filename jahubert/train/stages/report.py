@@ -47,8 +47,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         file.write(table + "\n")
     with written_beside(out / "report.html") as file:
         stores = report.label_stores(config.exp)
-        run_ = Run(config.exp, summary, counted, stores, examples(config, stores))
-        file.write(page(run_, config.language))
+        usage = {name: store.usage() for name, store in stores.items()}
+        phones, counts = ([], {}) if counted is None else (counted.phones, counted.counts)
+        shown = Run(config.exp, summary, usage, phones, counts, examples(config, stores))
+        file.write(page(shown, config.language))
     print(f"{table}\n\nReport: {out / 'report.html'}")
     return {}
 
