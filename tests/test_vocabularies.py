@@ -161,6 +161,17 @@ def test_settings_that_make_no_sense(settings, says):
         decode.Config(Path("m"), Path("t"), Path("b"), **settings)
 
 
+def test_a_word_list_is_set_on_the_command_line():
+    asked = [f"recipe={TONES}", "stage=decode", "decode.lexicon.words=/a/words.txt"]
+    (job,) = run.plan(run.compose([*asked, "system=pretrained"]))
+    found = run.configured(
+        *job, [*asked, "decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"]
+    )
+    assert found[1].lexicon == decode.LexiconConfig(Path("/a/words.txt"), Path("/a/3.arpa"), 0.5)
+    wrong = run.configured(*job, [*asked, "decode.lexicon.arpa=/a/3.arpa"])
+    assert "decode.lexicon.arpa: there is no such key" in str(wrong)
+
+
 # --- targets ----------------------------------------------------------------------------------------------
 
 
@@ -188,7 +199,7 @@ def test_targets_of_each_vocabulary():
 @pytest.mark.parametrize(
     ("item", "settings", "says"),
     [
-        (spoken(words=(("k", "x"),)), {}, "'x' in 'k x' is not one of this model's phones"),
+        (spoken(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in 'k x' is not one of"),
         (spoken(text="…"), {"vocabulary": "characters"}, "text without letters: '…'"),
         (spoken(text="Привет"), {}, "text without a reading: "),
         (
