@@ -4,9 +4,9 @@
 
 `stage=all` runs what is not done yet, in order, over all iterations and systems. The only file that
 imports Hydra. What a stage sees is composed in this order, later wins: the defaults of its dataclass,
-conf/config.yaml, the groups (model=, iteration=), the fine-tuning preset of the recipe (conf/finetuning), its
-recipe.yaml, its block for this iteration and for this system, the preset of the command line
-(finetuning=), and the rest of the command line.
+conf/config.yaml, the groups (model=, iteration=), the fine-tuning preset that the recipe names, its
+recipe.yaml, a preset of the command line (finetuning=), the recipe's block for this iteration and for this
+system, and the rest of the command line.
 """
 
 from __future__ import annotations

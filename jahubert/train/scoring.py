@@ -178,7 +178,7 @@ def details(split: str, score: Mapping[str, Any], found: SetScore) -> Iterator[s
     """Lines of one set for a person: talks, speakers, confusions, and every utterance aligned."""
     yield from rates_table({split: score}).splitlines()
     for title, groups in (("talk", score["talks"]), ("speaker", score["speakers"])):
-        if len(groups) > 1:
+        if 1 < len(groups) < len(found.utterances):
             yield ""
             yield f"By {title}"
             for name, group in groups.items():
@@ -210,7 +210,8 @@ def aligned_lines(said: Words, heard: Words, kana: bool) -> Iterator[str]:
         for row, text in zip(rows, texts, strict=True):
             row.append(_wide(text, width))
     for title, row in zip(("said", "heard", ""), rows, strict=True):
-        yield f"  {title:<7}{''.join(row)}".rstrip()
+        if title or any(mark.strip() for mark in row):
+            yield f"  {title:<7}{''.join(row)}".rstrip()
 
 
 def measures_of(score: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
