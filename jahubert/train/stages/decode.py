@@ -10,6 +10,7 @@ Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probab
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ from jahubert.train.manifest import Manifest, Utterance
 from jahubert.train.provenance import write_json, written_beside
 from jahubert.train.targets import TargetStore, words_of
 
+log = logging.getLogger(__name__)
+
 VERSION = 2
 _REACH = 5  # frames, 100 ms
 
@@ -44,7 +47,7 @@ class Config:
     targets: Path
     model: Path  # the folder of a fine-tuning, or a CTC bundle
     splits: tuple[str, ...] = ("eval1", "eval2", "eval3")
-    align_splits: tuple[str, ...] = ()  # splits whose references get phone times
+    align_splits: tuple[str, ...] = ()  # splits whose references get phone and word times
     search: Literal["beam", "greedy"] = "beam"
     beam: int = 20
     n_best: int = 1  # hypotheses that are written for each utterance
@@ -88,9 +91,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     inside = partial(batches, bundle.ctc, manifest, targets, config=config, device=device)
     counts = {}
     for split in config.splits:
-        rows = np.intersect1d(manifest.indices(split=split), targets.labelled)
+        wanted = manifest.indices(split=split)
+        rows = np.intersect1d(wanted, targets.labelled)
         if not len(rows):
             raise DataError(f"{config.manifest}: no labelled utterance in split {split!r}")
+        if len(rows) < len(wanted):
+            log.warning(
+                "%s: %d of %d utterances have no target and will not be scored; %s says why",
+                split, len(wanted) - len(rows), len(wanted), config.targets / "rejected.jsonl",
+            )  # fmt: skip
         counts[split] = len(rows)
         lines = []
         for rows_B, logp_BSV, n_frames_B in inside(rows):
