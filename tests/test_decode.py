@@ -94,7 +94,7 @@ def test_a_wide_beam_finds_every_sequence_in_order(seed, blank):
 @pytest.mark.parametrize("beam", [1, 2, 5, 20])
 @pytest.mark.parametrize("kind", ["random", "sharp", "peaky"])
 def test_equals_a_plain_dictionary_search(kind, beam):
-    n_rows, n_frames, n_symbols = 4, 30, 7
+    n_rows, n_frames, n_symbols = 6, 30, 7  # 216 cases of all kinds and beams
     for seed in range(3):
         if kind == "peaky":
             logp = peaky_logp(n_rows, n_frames, n_symbols, seed)

@@ -79,6 +79,10 @@ def test_an_alignment_lines_up():
     assert len(said[: said.index("キ")]) + 1 == marks.index("S")  # カ is two columns wide
 
 
+def test_without_a_difference_there_is_no_line_of_marks():
+    assert len(list(aligned_lines(words("k a | k i"), words("k a | k i"), kana=True))) == 2
+
+
 def test_a_paired_test_tells_a_difference_from_noise():
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 30, 300)

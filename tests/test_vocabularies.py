@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,39 +22,42 @@ from jahubert.train.stages import decode, targets
 from jahubert.train.targets import UNKNOWN, TargetStore, character_set, kana_set, vocabulary_of, words_of
 
 TONES = Path(__file__).parent / "tones"
-QUICK = ["finetune.pretrained=null", "finetune.train.max_steps=300", "finetune.train.valid_every=150"]
-STAGES = ("prepare", "targets", "finetune", "decode", "score")
+STEPS = {"characters": 140, "phones": 600, "kana": 600}  # without boundaries it is soon learnt
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("phones", "kana")]
 
 
-def command(exp: Path, *overrides: str) -> list[str]:
-    return [f"recipe={TONES}", f"exp={exp}", *QUICK, "decode.align_splits=[test]", *overrides]
+def command(exp: Path, vocabulary: str, steps: int, *overrides: str) -> list[str]:
+    train = [f"finetune.train.{name}" for name in (f"max_steps={steps}", f"valid_every={steps}", "lr=4e-3")]
+    asked = [f"recipe={TONES}", f"exp={exp}", f"targets.vocabulary={vocabulary}", "finetune.pretrained=null"]
+    return [*asked, *train, "decode.align_splits=[test]", *overrides]
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory) -> dict[str, Path]:
-    """An experiment with each vocabulary, all stages of recognition, from scratch."""
-    found = {}
-    for vocabulary in ("phones", "kana", "characters"):
-        exp = found[vocabulary] = tmp_path_factory.mktemp(vocabulary) / "exp"
-        for stage in STAGES:
-            run.run([*command(exp), f"stage={stage}", f"targets.vocabulary={vocabulary}"])
-    return found
+def learnt(tmp_path_factory):
+    """Vocabulary -> an experiment through all stages of recognition, from scratch, made once."""
+
+    @cache
+    def make(vocabulary: str, steps: int = 0) -> Path:
+        exp = tmp_path_factory.mktemp(vocabulary) / "exp"
+        for stage in ("prepare", "targets", "finetune", "decode", "score"):
+            run.run([*command(exp, vocabulary, steps or STEPS[vocabulary]), f"stage={stage}"])
+        return exp
+
+    return make
 
 
 def hypotheses(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "measure", "limit"),
-    [("phones", "per", 0.1), ("kana", "kana_cer", 0.2), ("characters", "cer", 0.1)],
-)
-def test_every_vocabulary_is_learnt_by_the_same_code(learnt, vocabulary, measure, limit):
-    exp = learnt[vocabulary]
+@pytest.mark.parametrize("vocabulary", ["characters", *LONG])
+def test_every_vocabulary_is_learnt_by_the_same_code(learnt, vocabulary):
+    exp = learnt(vocabulary)
+    measure = {"characters": "cer", "phones": "per", "kana": "kana_cer"}[vocabulary]
     store = TargetStore(exp / "targets")
     assert vocabulary_of(store.phonemes) == vocabulary
     scores = json.loads((exp / "systems/pretrained/score/scores.json").read_text())["test"]
-    assert scores[measure]["rate"] < limit
+    assert scores[measure]["rate"] < 0.1
     manifest = Manifest(exp / "prepare/manifest.arrow")
     for line in hypotheses(exp / "systems/pretrained/decode"):
         row = next(i for i in range(len(manifest)) if manifest[i].id == line["id"])
@@ -67,8 +71,9 @@ def test_every_vocabulary_is_learnt_by_the_same_code(learnt, vocabulary, measure
         assert line["talk"] == Path(item.audio.path).stem
 
 
+@pytest.mark.slow
 def test_words_of_an_alignment_hold_their_phones(learnt):
-    exp = learnt["phones"]
+    exp = learnt("phones")
     manifest = Manifest(exp / "prepare/manifest.arrow")
     close = n_words = 0
     for line in map(
@@ -99,7 +104,7 @@ def decoded(exp: Path, out: Path, **settings) -> list[dict]:
 
 
 def test_hypotheses_and_error_rates_do_not_depend_on_the_batch(learnt, tmp_path):
-    exp, found = learnt["phones"], {}
+    exp, found = learnt("characters"), {}
     for seconds in (0.1, 4.0, 80.0):
         found[seconds] = decoded(exp, tmp_path / str(seconds), batch_seconds=seconds, n_best=3)
     for other in (4.0, 80.0):
@@ -115,11 +120,11 @@ def test_hypotheses_and_error_rates_do_not_depend_on_the_batch(learnt, tmp_path)
 
 
 def test_n_best_are_different_and_fall_and_greedy_is_there_to_compare(learnt, tmp_path):
-    exp = learnt["phones"]
+    exp = learnt("characters")
     for line in decoded(exp, tmp_path / "beam", n_best=5):
         answers = line["n_best"]
-        assert len(answers) == 5 and answers[0]["words"] == line["hypothesis"]
-        assert len({tuple(answer["words"]) for answer in answers}) == 5
+        assert 2 <= len(answers) <= 5 and answers[0]["words"] == line["hypothesis"]
+        assert len({tuple(answer["words"]) for answer in answers}) == len(answers)
         assert all(a["score"] >= b["score"] for a, b in pairwise(answers))
     best = decoded(exp, tmp_path / "best")
     greedy = decoded(exp, tmp_path / "greedy", search="greedy")
@@ -129,7 +134,7 @@ def test_n_best_are_different_and_fall_and_greedy_is_there_to_compare(learnt, tm
 
 def test_a_word_list_leaves_only_its_words(learnt, tmp_path):
     pytest.importorskip("flashlight.lib.text.decoder")
-    exp = learnt["phones"]
+    exp = learnt("phones", 2)
     manifest = Manifest(exp / "prepare/manifest.arrow")
     known = {word for i in manifest.indices(split="test") for word in manifest[int(i)].words}
     (tmp_path / "words.txt").write_text(
@@ -138,12 +143,9 @@ def test_a_word_list_leaves_only_its_words(learnt, tmp_path):
     lexicon = decode.LexiconConfig(tmp_path / "words.txt")
     found = decoded(exp, tmp_path / "lexicon", lexicon=lexicon, n_best=2, batch_seconds=3.0)
     assert all(tuple(word.split()) in known for line in found for word in line["hypothesis"])
-    free = decoded(exp, tmp_path / "free")
-    wer = [
-        error_rate([x["reference"] for x in rows], [x["hypothesis"] for x in rows]).rate
-        for rows in (found, free)
+    assert [line["reference"] for line in found] == [
+        line["reference"] for line in decoded(exp, tmp_path / "free")
     ]
-    assert wer[0] <= wer[1]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,17 @@ def test_a_word_list_leaves_only_its_words(learnt, tmp_path):
 def test_settings_that_make_no_sense(settings, says):
     with pytest.raises(ConfigError, match=says):
         decode.Config(Path("m"), Path("t"), Path("b"), **settings)
+
+
+def test_a_word_list_is_set_on_the_command_line():
+    asked = [f"recipe={TONES}", "stage=decode", "decode.lexicon.words=/a/words.txt"]
+    (job,) = run.plan(run.compose([*asked, "system=pretrained"]))
+    found = run.configured(
+        *job, [*asked, "decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"]
+    )
+    assert found[1].lexicon == decode.LexiconConfig(Path("/a/words.txt"), Path("/a/3.arpa"), 0.5)
+    wrong = run.configured(*job, [*asked, "decode.lexicon.arpa=/a/3.arpa"])
+    assert "decode.lexicon.arpa: there is no such key" in str(wrong)
 
 
 # --- targets ----------------------------------------------------------------------------------------------
@@ -186,7 +199,7 @@ def test_targets_of_each_vocabulary():
 @pytest.mark.parametrize(
     ("item", "settings", "says"),
     [
-        (spoken(words=(("k", "x"),)), {}, "'x' in 'k x' is not one of this model's phones"),
+        (spoken(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in 'k x' is not one of"),
         (spoken(text="…"), {"vocabulary": "characters"}, "text without letters: '…'"),
         (spoken(text="Привет"), {}, "text without a reading: "),
         (

@@ -16,7 +16,7 @@ from jahubert.train.labels import LabelStore
 from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.provenance import DONE, read_record
-from jahubert.train.scoring import published_table
+from jahubert.train.scoring import measures_of, published_table
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,13 @@ def table(summary: dict[str, Any]) -> str:
                     f"  {name:<18}{labels:>9}{system['updates']:>9}   {cells[0]:<25}{cells[1]:<25}{cells[2]}"
                 ]
         lines += [""]
+    notes = {
+        title: one["normaliser"]
+        for system in summary["systems"].values()
+        for score in system["scores"].values()
+        for title, one in measures_of(score)
+    }
+    lines += [f"{title}: {normaliser}" for title, normaliser in notes.items()] + [""] * bool(notes)
     if summary["units"]:
         source = next(iter(summary["units"].values()))["phones"]
         lines += [f"Units against the phones of each frame (phone times: {source})"]

@@ -163,10 +163,10 @@ def rates_table(scores: Mapping[str, Any]) -> str:
     lines = []
     for split, score in scores.items():
         lines.append(f"{split}: {score['utterances']} utterances")
-        for title, one in _measures_of(score):
+        for title, one in measures_of(score):
             interval = f"[{100 * one['low']:.2f}, {100 * one['high']:.2f}]"
             lines.append(f"  {title:<9}{100 * one['rate']:>7.2f} % {interval:<17} {one['normaliser']}")
-        for title, test in _measures_of(score.get("against", {})):
+        for title, test in measures_of(score.get("against", {})):
             gap = f"{100 * test['difference']:+.2f} [{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
             lines.append(
                 f"  {title} less the baseline's {100 * test['baseline']:.2f} %: {gap}, p = {test['p']:.3f}"
@@ -178,11 +178,11 @@ def details(split: str, score: Mapping[str, Any], found: SetScore) -> Iterator[s
     """Lines of one set for a person: talks, speakers, confusions, and every utterance aligned."""
     yield from rates_table({split: score}).splitlines()
     for title, groups in (("talk", score["talks"]), ("speaker", score["speakers"])):
-        if len(groups) > 1:
+        if 1 < len(groups) < len(found.utterances):
             yield ""
             yield f"By {title}"
             for name, group in groups.items():
-                rates = "  ".join(f"{t} {100 * one['rate']:.2f} %" for t, one in _measures_of(group))
+                rates = "  ".join(f"{t} {100 * one['rate']:.2f} %" for t, one in measures_of(group))
                 yield f"  {_wide(name, 24)}{group['utterances']:>6} utterances  {rates}"
     for measure in found.measures:
         kana = found.in_kana and measure.name == "wer"
@@ -210,10 +210,12 @@ def aligned_lines(said: Words, heard: Words, kana: bool) -> Iterator[str]:
         for row, text in zip(rows, texts, strict=True):
             row.append(_wide(text, width))
     for title, row in zip(("said", "heard", ""), rows, strict=True):
-        yield f"  {title:<7}{''.join(row)}".rstrip()
+        if title or any(mark.strip() for mark in row):
+            yield f"  {title:<7}{''.join(row)}".rstrip()
 
 
-def _measures_of(score: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+def measures_of(score: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """(title, value) of what a score says of each measure."""
     named = {measure.name: measure.title for group in MEASURES.values() for measure in group}
     return [(named[name], one) for name, one in score.items() if name in named]
 

@@ -10,6 +10,7 @@ Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probab
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ from jahubert.train.manifest import Manifest, Utterance
 from jahubert.train.provenance import write_json, written_beside
 from jahubert.train.targets import TargetStore, words_of
 
+log = logging.getLogger(__name__)
+
 VERSION = 2
 _REACH = 5  # frames, 100 ms
 
@@ -44,7 +47,7 @@ class Config:
     targets: Path
     model: Path  # the folder of a fine-tuning, or a CTC bundle
     splits: tuple[str, ...] = ("eval1", "eval2", "eval3")
-    align_splits: tuple[str, ...] = ()  # splits whose references get phone times
+    align_splits: tuple[str, ...] = ()  # splits whose references get phone and word times
     search: Literal["beam", "greedy"] = "beam"
     beam: int = 20
     n_best: int = 1  # hypotheses that are written for each utterance
@@ -63,12 +66,16 @@ Search = Callable[[Tensor, Tensor], Sequence[Sequence[Hypothesis]]]
 
 
 def make_search(config: Config, symbols: PhonemeSet) -> Search:
-    """What turns log-probabilities (B, S, V) and their valid frames (B,) into the best hypotheses first."""
+    """What turns log-probabilities (B, S, V) and their valid frames (B,) into hypotheses, the best first.
+
+    For more than one it gives the whole beam: some of it differs in nothing but boundaries at the ends.
+    """
+    n_best = 1 if config.n_best == 1 else config.beam
     if config.search == "greedy":
         return lambda logp_BSV, n_frames_B: [[found] for found in greedy(logp_BSV, n_frames_B, symbols.blank)]
     if config.lexicon:
-        return LexiconSearch(config.lexicon, symbols, config.beam, config.n_best)
-    return partial(beam_search, beam=config.beam, n_best=config.n_best, blank=symbols.blank)
+        return LexiconSearch(config.lexicon, symbols, config.beam, n_best)
+    return partial(beam_search, beam=config.beam, n_best=n_best, blank=symbols.blank)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -84,14 +91,22 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     inside = partial(batches, bundle.ctc, manifest, targets, config=config, device=device)
     counts = {}
     for split in config.splits:
-        rows = np.intersect1d(manifest.indices(split=split), targets.labelled)
+        wanted = manifest.indices(split=split)
+        rows = np.intersect1d(wanted, targets.labelled)
         if not len(rows):
             raise DataError(f"{config.manifest}: no labelled utterance in split {split!r}")
+        if len(rows) < len(wanted):
+            log.warning(
+                "%s: %d of %d utterances have no target and will not be scored; %s says why",
+                split, len(wanted) - len(rows), len(wanted), config.targets / "rejected.jsonl",
+            )  # fmt: skip
         counts[split] = len(rows)
         lines = []
         for rows_B, logp_BSV, n_frames_B in inside(rows):
             found = zip(rows_B, search(logp_BSV, n_frames_B), strict=True)
-            lines.append([_line(manifest[row], targets, row, answers) for row, answers in found])
+            lines.append(
+                [_line(manifest[row], targets, row, answers, config.n_best) for row, answers in found]
+            )
         _write(out / f"{split}.jsonl", lines)
     if config.align_splits:
         rows = np.concatenate([manifest.indices(split=split) for split in config.align_splits])
@@ -142,9 +157,11 @@ def _write(path: Path, lines: list[list[str]]) -> None:
             file.writelines(line for batch in batches for line in batch)
 
 
-def _line(utterance: Utterance, targets: TargetStore, row: int, answers: Sequence[Hypothesis]) -> str:
-    def spelled(labels: Sequence[int]) -> list[str]:
-        return [" ".join(word) for word in words_of(targets.phonemes, labels)]
+def _line(
+    utterance: Utterance, targets: TargetStore, row: int, answers: Sequence[Hypothesis], n_best: int
+) -> str:
+    def spelled(labels: Sequence[int]) -> tuple[str, ...]:
+        return tuple(" ".join(word) for word in words_of(targets.phonemes, labels))
 
     line: dict[str, Any] = {
         "id": utterance.id,
@@ -154,14 +171,17 @@ def _line(utterance: Utterance, targets: TargetStore, row: int, answers: Sequenc
         "hypothesis": spelled(answers[0].labels),
         "score": answers[0].score,
     }
-    if len(answers) > 1:
-        line["n_best"] = [{"words": spelled(answer.labels), "score": answer.score} for answer in answers]
+    if n_best > 1:
+        different: dict[tuple[str, ...], float] = {}
+        for answer in answers:
+            different.setdefault(spelled(answer.labels), answer.score)
+        line["n_best"] = [{"words": words, "score": score} for words, score in different.items()][:n_best]
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def talk_of(utterance: Utterance) -> str:
     """The recording that an utterance is a part of; itself where its audio is a member of an archive."""
-    return utterance.id if utterance.audio.length else Path(utterance.audio.path).stem
+    return utterance.id if utterance.audio.offset else Path(utterance.audio.path).stem
 
 
 def _times(manifest: Manifest, targets: TargetStore, row: int, logp_SV: Tensor) -> str:

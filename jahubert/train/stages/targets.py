@@ -116,7 +116,10 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
         words = utterance.words or _read(utterance.text, config.user_dictionary)
         if config.vocabulary == "kana":
             words = tuple(tuple(phones_to_kana(word)) for word in words)
-        row = symbols.encode(words)
+        try:
+            row = symbols.encode(words)
+        except DataError as error:
+            raise DataError(f"symbol outside the vocabulary: {error}") from error
     # CTC needs a blank between equal neighbours.
     needed = len(row) + sum(a == b for a, b in pairwise(row))
     frames = HUBERT.n_frames(utterance.n_samples)
