@@ -30,8 +30,8 @@ SELECTORS = ("stage", "system")
 ITERATED = ("features", "kmeans", "label", "pretrain")
 PER_SYSTEM = ("finetune", "decode", "score")
 INTERRUPTED = 130  # exit status
-# numpy says only how much it could write.
-_FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+# numpy says only how much it could write; a file is too large for a limit (ulimit -f).
+_FULL = re.compile(r"No space left on device|quota exceeded|File too large|\d+ requested and \d+ written")
 _LOST = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broken pipe|remote process exited")
 _NO_ROOM = 1 << 20  # bytes free: whatever failed, failed for want of room
 
@@ -216,8 +216,8 @@ def full_disk_said(out: Path) -> Iterator[None]:
         if not _is_full(error, out):
             raise
         raise DataError(
-            f"the disk is full while writing into {out}: free some space and run the same command again; "
-            "what was finished is kept"
+            f"the disk is full, or a quota or limit reached, while writing into {out}: make room and run the "
+            "same command again; what was finished is kept"
         ) from error
 
 

@@ -6,7 +6,7 @@ import base64
 
 import numpy as np
 
-from jahubert.train.figures import curves, phone_matrix, phone_order, unit_usage
+from jahubert.train.figures import curves, layer_curves, phone_matrix, phone_order, unit_usage
 
 
 def size(address: str) -> tuple[int, int]:
@@ -39,3 +39,5 @@ def test_figures_are_drawn():
     assert size(unit_usage(np.zeros(4, int)))[0] == 990
     rows = [{"step": i, "loss": 1 / i, "timing": {}} for i in range(1, 4)] + [{"step": 3, "valid_loss": 0.5}]
     assert size(curves(rows))[0] == 352
+    layers = {"frames": 900, "mfcc": [{"n_units": 9, "pnmi": 0.4}], "iter1": [{"pnmi": 0.5}, {"pnmi": 0.6}]}
+    assert size(layer_curves(layers)) == (550, 330)

@@ -76,6 +76,24 @@ def unit_usage(count_K: np.ndarray) -> str:
     return _png(draw, 9.0, 2.4)
 
 
+def layer_curves(layers: Mapping[str, Any]) -> str:
+    """PNMI of units of every block of each model, beside that of MFCC units on the same frames."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for name, blocks in layers.items():
+            if name == "mfcc":
+                axes.axhline(blocks[0]["pnmi"], color="black", linewidth=0.8, linestyle="--", label="MFCC")
+            elif name != "frames":
+                axes.plot(range(1, len(blocks) + 1), [block["pnmi"] for block in blocks], "o-", label=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(f"PNMI of {layers['mfcc'][0]['n_units']} units")
+        axes.legend(fontsize="small")
+
+    return _png(draw, 5.0, 3.0)
+
+
 def _png(draw: Callable[[Any], None], width: float, height: float) -> str:
     """What `draw` puts into a figure of so many inches."""
     try:
