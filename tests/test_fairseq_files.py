@@ -54,6 +54,7 @@ def test_units_are_converted_by_the_command(corpus, capsys):
     assert "train: 3 utterances\nvalid: 2 utterances\n" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (corpus / "again").iterdir()} == wanted
     (corpus / "exp" / "prepare").mkdir(parents=True)  # as the stages lay it out: no --manifest
+    (corpus / "audio").rename(corpus / "exp" / "prepare" / "audio")
     (corpus / "m.arrow").rename(corpus / "exp" / "prepare" / "manifest.arrow")
     (corpus / "exp" / "iter1").mkdir()
     label = (corpus / "label").rename(corpus / "exp" / "iter1" / "label")

@@ -80,17 +80,7 @@ def fit_kmeans(
     backends = {"auto": _fit_torch, "torch": _fit_torch, "faiss": _fit_faiss, "sklearn": _fit_sklearn}
     if backend not in backends:
         raise ConfigError(f"no k-means backend {backend!r}; there are: {', '.join(backends)}")
-    if min(n_clusters, n_init, max_iter) < 1 or lloyd_frames < n_clusters:
-        raise ConfigError(
-            "n_clusters, n_init and max_iter must be positive and lloyd_frames at least n_clusters, but are "
-            f"{n_clusters}, {n_init}, {max_iter} and {lloyd_frames}"
-        )
-    if frames_ND.ndim != 2:
-        raise DataError(f"frames must be (N, D), but have shape {tuple(frames_ND.shape)}")
-    if len(frames_ND) < n_clusters:
-        raise DataError(
-            f"{len(frames_ND)} frames cannot make {n_clusters} clusters: use more audio or fewer clusters"
-        )
+    _check(frames_ND, n_clusters, n_init, max_iter, lloyd_frames)
     fitted, history, reseeded = backends[backend](
         frames_ND,
         n_clusters,
@@ -109,6 +99,20 @@ def fit_kmeans(
         reseeded=reseeded,
         backend="torch" if backend == "auto" else backend,
     )
+
+
+def _check(frames_ND: Frames, n_clusters: int, n_init: int, max_iter: int, lloyd_frames: int) -> None:
+    if min(n_clusters, n_init, max_iter) < 1 or lloyd_frames < n_clusters:
+        raise ConfigError(
+            "n_clusters, n_init and max_iter must be positive and lloyd_frames at least n_clusters, but are "
+            f"{n_clusters}, {n_init}, {max_iter} and {lloyd_frames}"
+        )
+    if frames_ND.ndim != 2:
+        raise DataError(f"frames must be (N, D), but have shape {tuple(frames_ND.shape)}")
+    if len(frames_ND) < n_clusters:
+        raise DataError(
+            f"{len(frames_ND)} frames cannot make {n_clusters} clusters: use more audio or fewer clusters"
+        )
 
 
 def assign(frames_ND: Frames, centroids_KD: Tensor) -> Tensor:

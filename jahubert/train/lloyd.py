@@ -105,7 +105,7 @@ def _split(frames_ND: Any, centroids_KD: Tensor, lane: int) -> Iterator[tuple[in
     for start in range(0, len(frames_ND), rows):
         block_ND = frames_ND[start : start + rows]
         if not isinstance(block_ND, Tensor):
-            block_ND = torch.from_numpy(np.array(block_ND, dtype=np.float32))
+            block_ND = torch.from_numpy(np.require(block_ND, np.float32, ["C", "W"]))
         yield lane, block_ND.to(centroids_KD.device, torch.float32)
 
 
