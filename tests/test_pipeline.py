@@ -55,7 +55,8 @@ def test_it_learns_the_corpus(whole):
     assert summary["units"]["iter1"]["pnmi"] > 0.9  # every phone is a chord of its own
     layers = summary["layers"]
     assert len(layers["iter1"]) == len(layers["iter2"]) == 3 and layers["mfcc"][0]["pnmi"] > 0.9
-    assert max(layer["pnmi"] for layer in layers["iter2"]) > 0.8
+    # Iteration 2 learns fewer units of layer 2 than are measured there.
+    assert layers["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
     assert 3 < summary["units"]["iter1"]["entropy"] <= np.log2(12)
     assert [units["learnt"] for units in summary["units"].values()] == [True, True, False]
     assert summary["corpus"]["rejected"] == {"made to be rejected": 1}
