@@ -215,12 +215,30 @@ def _shown(value: Any) -> str:
 
 
 def convert(args: argparse.Namespace) -> int:
+    if Path(args.source, "units.bin").is_file():
+        return convert_labels(args)
     from jahubert import convert as conversion
 
     done = conversion.convert(args.source, args.target, args.to)
     for note in done.notes:
         print(f"not as it was: {note}")
     print(f"largest absolute difference of the outputs on random audio: {done.difference:.3g}")
+    print(f"done: {args.target}")
+    return 0
+
+
+def convert_labels(args: argparse.Namespace) -> int:
+    """The units of an experiment into the files that fairseq trains from."""
+    if args.to != "fairseq":
+        raise ConfigError(f"{args.source} holds units: they can be written with --to fairseq only")
+    from jahubert.train.fairseq_files import export
+    from jahubert.train.labels import LabelStore
+    from jahubert.train.manifest import Manifest
+
+    experiment = Path(args.source).absolute().parent.parent  # of iterN/label
+    manifest = Manifest(args.manifest or experiment / "prepare" / "manifest.arrow")
+    for split, count in export(manifest, LabelStore(args.source), Path(args.target)).items():
+        print(f"{split}: {count} utterances")
     print(f"done: {args.target}")
     return 0
 
@@ -336,11 +354,14 @@ def model_commands(command: Command) -> None:
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
 
-    sub = command(convert, "write a model in another format, read it again and compare")
-    sub.add_argument("source", metavar="SRC", help=MODEL)
-    sub.add_argument("target", metavar="DST", help="new folder (hf) or file (.pt; .onnx)")
+    sub = command(convert, "write a model in another format, read it again and compare; or units for fairseq")
+    sub.add_argument("source", metavar="SRC", help=f"{MODEL}; or exp/NAME/iterN/label, its units")
+    sub.add_argument("target", metavar="DST", help="new folder (hf, units) or file (.pt; .onnx)")
     sub.add_argument(
         "--to", required=True, choices=["hf", "fairseq", "torchaudio", "onnx"], help="its format"
+    )
+    sub.add_argument(
+        "--manifest", metavar="FILE", help="of the units (default: the experiment's prepare/manifest.arrow)"
     )
 
 

@@ -263,9 +263,9 @@ def no_room(path: Path) -> None:
     ("stage", "folder", "file"),
     [
         ("prepare", "prepare", "manifest.arrow.draft"),
-        ("features", "iter1/features", "tmp_part_00000.npy"),
+        ("features", "iter1/features", "tmp_sample.npy"),
         ("features", "iter1/features", "header.json.tmp"),
-        ("kmeans", "iter1/kmeans", "header.json.tmp"),
+        ("kmeans", "iter1/kmeans", "provenance.json.tmp"),
         ("pretrain", "iter1/pretrain", "provenance.json.tmp"),
         ("targets", "targets", "tmp_symbols.npy"),
         ("decode", "systems/main/decode", "test.jsonl.tmp"),

@@ -10,7 +10,15 @@ import pytest
 from jahubert.audio import AudioSource
 from jahubert.errors import DataError
 from jahubert.frames import HUBERT
-from jahubert.train.health import accuracy_problem, label_difference, unit_problem, unit_use, watch_units
+from jahubert.train import health
+from jahubert.train.health import (
+    accuracy_problem,
+    label_difference,
+    unit_problem,
+    unit_use,
+    watch_difference,
+    watch_units,
+)
 from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.manifest import Manifest, Utterance, write_manifest
 from jahubert.train.stages.pretrain import Config, watch_accuracy
@@ -18,7 +26,7 @@ from jahubert.train.stages.pretrain import Config, watch_accuracy
 
 def test_use_of_units_worked_out_by_hand():
     assert unit_use(np.array([2, 2, 0, 0])) == pytest.approx(
-        {"used": 2, "perplexity": 2, "largest_share": 0.5}
+        {"used": 2, "entropy": 1, "perplexity": 2, "largest_share": 0.5}
     )
     assert unit_use(np.full(100, 7))["perplexity"] == pytest.approx(100)
     assert unit_use(np.zeros(5, int))["used"] == 0
@@ -92,12 +100,13 @@ def made_store(folder, manifest, change=lambda unit_N: unit_N, **header):
     return LabelStore(folder)
 
 
-def test_two_stores_are_compared_in_a_sentence(tmp_path):
+def test_two_stores_are_compared_in_a_sentence(tmp_path, caplog, monkeypatch):
     manifest = made_manifest(tmp_path)
     one = made_store(tmp_path / "one", manifest)
 
     def said(name, change, **header):
-        return label_difference(one, made_store(tmp_path / name, manifest, change, **header), manifest) or ""
+        found = label_difference(one, made_store(tmp_path / name, manifest, change, **header), manifest)
+        return found.said if found else ""
 
     def changed(*frames):
         def change(unit_N):
@@ -116,6 +125,16 @@ def test_two_stores_are_compared_in_a_sentence(tmp_path):
     assert "second is the first, 2 frames early" in said("early", lambda unit_N: np.roll(unit_N, -2))
     other = said("other", lambda unit_N: 99 - unit_N, centroids="d" * 64)
     assert "made from other things: centroids 'ccc" in other
+    stores = {name: LabelStore(tmp_path / name) for name in ("same", "three", "late")}
+    watch_difference(one, stores["same"], manifest, stop=True)
+    assert not caplog.records
+    watch_difference(one, stores["late"], manifest, stop=False)
+    assert "1 frames late" in caplog.text
+    with pytest.raises(DataError, match=r"make both again\. To go on all the same, ask for unhealthy=warn"):
+        watch_difference(one, stores["three"], manifest, stop=True)
+    monkeypatch.setattr(health, "_ROUNDING", 0.05)
+    watch_difference(one, stores["three"], manifest, stop=True)
+    assert "harmless" in caplog.text
     (tmp_path / "n").mkdir()
     write_manifest(tmp_path / "n" / "m.arrow", [Utterance("x", AudioSource("/c/x.wav"), 0, 1000)])
     with pytest.raises(DataError, match="units of another manifest"):

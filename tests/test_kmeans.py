@@ -11,7 +11,9 @@ import torch
 
 from jahubert.errors import ConfigError, DataError, MissingExtraError
 from jahubert.train import kmeans as module
-from jahubert.train.kmeans import assign, fit_kmeans, inertia
+from jahubert.train import lloyd as lloyd_module
+from jahubert.train.kmeans import assign, draw_rows, fit_kmeans, inertia
+from jahubert.train.lloyd import Fitted, FrameFile, Subset, lloyd, refine
 
 
 def planted(n_clusters: int, per_cluster: int, dim: int, spread: float = 0.1, seed: int = 0):
@@ -96,7 +98,7 @@ def test_dead_clusters_start_again_at_the_farthest_frames_and_are_counted():
     frames, centres, _ = planted(4, 20, 3)
     start = centres.clone()
     start[2:] = 1e4  # nobody's nearest
-    fitted, history, reseeded = module._lloyd(frames, start, max_iter=20, tol=1e-4)
+    fitted, history, reseeded = lloyd(frames, start, max_iter=20, tol=1e-4)
     assert reseeded >= 2
     assert torch.cdist(centres, fitted.centroids_KD).min(dim=1).values.max() < 0.1
     assert history[-1] < history[0]
@@ -148,6 +150,99 @@ def test_what_cannot_work_is_refused(monkeypatch):
             fit_kmeans(frames, 2, backend=backend)
 
 
+@pytest.mark.parametrize(("n", "size"), [(50, 7), (50, 43), (9, 9), (5, 0)])
+def test_drawn_rows_are_all_equally_likely(n, size):
+    """Each row is in a draw as often as each other one, and so is each pair of neighbours."""
+    rng, n_draws = np.random.default_rng(0), 3000
+    drawn = np.zeros((n_draws, n), bool)
+    for number in range(n_draws):
+        rows = draw_rows(n, size, rng)
+        assert len(rows) == size and np.all(np.diff(rows) > 0)
+        drawn[number, rows] = True
+    for seen, expected in (
+        (drawn.mean(0), size / n),
+        ((drawn & np.roll(drawn, 1, axis=1)).mean(0), size * (size - 1) / n / (n - 1)),
+    ):
+        assert np.abs(seen - expected).max() <= 5 * np.sqrt(abs(expected * (1 - expected)) / n_draws)
+
+
+def test_drawing_a_few_out_of_very_many_needs_no_memory():
+    rows = draw_rows(6_840_000_000, 1000, np.random.default_rng(0))
+    assert rows.max() > 6_000_000_000 and len(rows) == 1000
+
+
+def overlapping(n: int, seed: int = 0) -> np.ndarray:
+    """Frames of 40 wide clusters, of which the first half of the file has only 20."""
+    rng = np.random.default_rng(seed)
+    centres = 3 * np.random.default_rng(5).standard_normal((40, 8))
+    owner = np.where(np.arange(n) < n // 2, rng.integers(20, size=n), rng.integers(40, size=n))
+    return (centres[owner] + rng.standard_normal((n, 8))).astype(np.float32)
+
+
+def test_mini_batches_take_what_lloyd_did_not_see(tmp_path, monkeypatch):
+    """One pass of them over a file does most of what Lloyd's passes over it would do from the same start."""
+    monkeypatch.setattr(module, "_COARSE_MIN", 500)
+    monkeypatch.setattr(module, "_COARSE_FRAMES", 10)
+    monkeypatch.setattr(lloyd_module, "_BATCH", 256)
+    np.save(tmp_path / "frames.npy", overlapping(60_000))
+    frames, test = FrameFile(tmp_path / "frames.npy"), overlapping(20_000, seed=1)
+    part = Subset(frames, draw_rows(60_000, 1000, np.random.default_rng(0)))
+    first = lloyd(part, fit_kmeans(part, 40, n_init=3).centroids_KD, 50, 1e-4)[0]
+    refined = refine(frames, first)
+    best = inertia(test, lloyd(frames, first.means_KD, 50, 1e-4)[0].centroids_KD)
+    on_part, on_all = inertia(test, first.means_KD), inertia(test, refined)
+    assert on_part - best > 0.05  # there was something to gain
+    assert on_all - best < 0.3 * (on_part - best)
+    found = fit_kmeans(frames, 40, n_init=3, lloyd_frames=1000)
+    assert inertia(test, found.centroids_KD) - best < 0.5 * (on_part - best)
+    assert found.counts_K.sum() == 60_000
+    assert found.history == [pytest.approx(inertia(frames, found.centroids_KD), rel=1e-6)]
+    in_memory = torch.from_numpy(np.load(tmp_path / "frames.npy"))
+    again = fit_kmeans(in_memory, 40, n_init=3, lloyd_frames=1000)
+    assert torch.equal(again.centroids_KD, found.centroids_KD)
+
+
+def test_a_refined_centroid_is_the_mean_of_all_its_frames():
+    """With clusters so far apart that nothing changes hands: the start counts as often as it was seen."""
+    frames, centres, owner = planted(4, 5000, 6)
+    start = Fitted(centres, centres + 0.5, torch.tensor([5000, 0, 2500, 10_000]), 0.0)
+    means_KD = torch.stack([frames[owner == k].double().mean(0) for k in range(4)])
+    weight_K1 = start.counts_K[:, None] / (start.counts_K[:, None] + 5000)
+    expected = weight_K1 * start.means_KD + (1 - weight_K1) * means_KD
+    torch.testing.assert_close(refine(frames, start), expected.float(), atol=1e-4, rtol=0)
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+from jahubert.train import kmeans, lloyd
+kmeans._HELD = 1 << 20
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+frames = lloyd.FrameFile(sys.argv[1])
+kmeans.fit_kmeans(lloyd.Subset(frames, np.arange(30_000)), 4, max_iter=1)
+before = peak()
+found = kmeans.fit_kmeans(frames, 4, max_iter=2, tol=0)
+assert int(found.counts_K.sum()) == len(frames)
+print(peak() - before)
+"""
+
+
+def test_a_file_of_frames_is_never_in_memory(tmp_path):
+    """Passes over 160 MB raise the peak of a process by a small part of that."""
+    path = tmp_path / "frames.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((400_000, 100), dtype=np.float32))
+    command = [sys.executable, "-c", MEMORY, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 40
+
+
+def test_a_file_that_is_no_array_is_named(tmp_path):
+    (tmp_path / "sample.npy").write_bytes(b"no array")
+    with pytest.raises(DataError, match=r"sample\.npy: not a \.npy file"):
+        FrameFile(tmp_path / "sample.npy")
+
+
 SHARED = """
 import sys, numpy as np
 from jahubert.train import kmeans, ranks
@@ -155,7 +250,9 @@ kmeans._COARSE_MIN = 100
 frames = np.random.default_rng(0).standard_normal((60_000, 12)).astype(np.float32)
 with ranks.process_group():
     found = kmeans.fit_kmeans(frames, 12, n_init=2, max_iter=8, tol=0)
-    np.save(f"{sys.argv[1]}/{ranks.world()}_{ranks.rank()}.npy", found.centroids_KD.numpy())
+    refined = kmeans.fit_kmeans(frames, 12, n_init=2, max_iter=8, tol=0, lloyd_frames=20_000)
+    both = np.concatenate([found.centroids_KD.numpy(), refined.centroids_KD.numpy()])
+    np.save(f"{sys.argv[1]}/{ranks.world()}_{ranks.rank()}.npy", both)
 """
 
 
@@ -175,5 +272,5 @@ def test_any_number_of_processes_gives_the_same_centroids(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     found = [np.load(path) for path in sorted(tmp_path.glob("*.npy"))]
-    assert len(found) == 7 and len(np.unique(found[0], axis=0)) == 12
+    assert len(found) == 7 and len(np.unique(found[0], axis=0)) == 24
     assert all(np.array_equal(found[0], other) for other in found)

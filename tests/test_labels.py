@@ -14,7 +14,7 @@ import pytest
 
 from jahubert.audio import AudioSource
 from jahubert.errors import DataError, StaleError
-from jahubert.frames import HUBERT
+from jahubert.frames import HUBERT, MFCC
 from jahubert.train import labels as module
 from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.manifest import Manifest, Utterance, write_manifest
@@ -233,6 +233,17 @@ def test_a_store_belongs_to_its_manifest(tmp_path):
     fill(tmp_path / "m", replace(HEADER, manifest=other.fingerprint)).finish()
     with pytest.raises(DataError, match=r"'u11' \(number 11\) has \d+ units, but \d+ frames, and so 1 utter"):
         LabelStore(tmp_path / "m").check(other)
+
+
+def test_units_of_another_grid_are_refused(tmp_path):
+    write_manifest(tmp_path / "m.arrow", [Utterance("u", AudioSource("/c/u.wav"), 0, 16_000)])
+    manifest = Manifest(tmp_path / "m.arrow")
+    header = replace(HEADER, manifest=manifest.fingerprint, window=MFCC.window, hop=MFCC.hop)
+    writer = LabelWriter(tmp_path / "l", header, MFCC.n_frames(manifest.n_samples))
+    writer.write(0, [np.zeros(MFCC.n_frames(16_000), int)])
+    writer.finish()
+    with pytest.raises(DataError, match=r"every 160 samples .*, but HuBERT has one every 320 .*stage=label"):
+        LabelStore(tmp_path / "l").check(manifest)
 
 
 def test_no_frames_at_all(tmp_path):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -54,8 +55,13 @@ def test_it_learns_the_corpus(whole):
     assert scores["utterances"] == 10
     assert scores["per"]["rate"] < 0.05 and scores["wer"]["rate"] < 0.1
     assert scores["per"]["low"] <= scores["per"]["rate"] <= scores["per"]["high"]
-    summary = json.loads((whole / "report/summary.json").read_text())
+    summary = json.loads((whole / "report/metrics.json").read_text())
     assert summary["units"]["iter1"]["pnmi"] > 0.9  # every phone is a chord of its own
+    layers = summary["layers"]
+    assert len(layers["iter1"]) == len(layers["iter2"]) == 3 and layers["mfcc"][0]["pnmi"] > 0.9
+    # Iteration 2 learns fewer units of layer 2 than are measured there.
+    assert layers["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
+    assert 3 < summary["units"]["iter1"]["entropy"] <= np.log2(12)
     assert [units["learnt"] for units in summary["units"].values()] == [True, True, False]
     assert summary["corpus"]["rejected"] == {"made to be rejected": 1}
 

@@ -69,7 +69,7 @@ def test_phone_times_of_the_csj_core_judge_units(tmp_path, capsys):
     for stage in ("prepare", "features", "kmeans", "label", "report"):
         assert run.main([*command, *small, f"stage={stage}"]) == 0, capsys.readouterr().err
     assert "phone times: corpus" in capsys.readouterr().out
-    units = json.loads((tmp_path / "exp/report/summary.json").read_text())["units"]["iter1"]
+    units = json.loads((tmp_path / "exp/report/metrics.json").read_text())["units"]["iter1"]
     manifest = Manifest(tmp_path / "exp/prepare/manifest.arrow")
     timed = sum(HUBERT.n_frames(manifest[i].n_samples) for i in range(len(manifest)) if manifest[i].alignment)
     assert units["n_units"] == 5 and 0 < units["frames"] <= timed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -24,7 +25,6 @@ _MEL_BINS, _LOW_HZ, _HIGH_HZ = 23, 20.0, SAMPLE_RATE / 2
 _CEPSTRA, _LIFTER = 13, 22
 _PREEMPHASIS = 0.97
 _LOG_FLOOR = torch.finfo(torch.float32).eps
-_BLOCK = 256  # frames: a block and its spectrum stay in the L2 cache
 
 
 class Feature(Protocol):
@@ -48,6 +48,9 @@ class Mfcc:
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
+        self.block = (
+            256 if self.device.type == "cpu" else 16_384
+        )  # frames: with their spectra in the L2 cache
         # Made in float64: the tables are exact to float32's last bit on every machine.
         window_T = torch.hann_window(self.grid.window, periodic=False, dtype=torch.float64) ** 0.85  # "povey"
         self.window_T = window_T.float().to(self.device)
@@ -56,25 +59,40 @@ class Mfcc:
         self.cepstra_MC = _cepstra().float().to(self.device)
 
     def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
+        """All together, in blocks of one size, so that no utterance depends on what it is computed with."""
+        hop, window = self.grid.hop, self.grid.window
+        # They lie end to end, each from a whole hop on: one view has the frames of all, and those across a
+        # border are computed and dropped.
+        hops = [-(-len(wav_T) // hop) for wav_T in wavs]
+        rows = -(-sum(hops) // self.block) * self.block
+        raw_T = torch.zeros(rows * hop + window, device=self.device)
+        starts = [0, *accumulate(hops)]
+        for wav_T, start in zip(wavs, starts, strict=False):
+            raw_T[start * hop : start * hop + len(wav_T)] = wav_T
         with torch.no_grad():
-            return [self._one(wav_T.to(self.device, torch.float32)) for wav_T in wavs]
+            static_SC = self._static(raw_T, rows)
+            found = []
+            for wav_T, start in zip(wavs, starts, strict=False):
+                own_SC = static_SC[start : start + self.grid.n_frames(len(wav_T))]
+                delta_SC = deltas(own_SC) if len(own_SC) else own_SC
+                found.append(
+                    torch.cat([own_SC, delta_SC, deltas(delta_SC) if len(own_SC) else own_SC], dim=1)
+                )
+        return found
 
-    def _one(self, wav_T: Tensor) -> Tensor:
-        n_frames = self.grid.n_frames(len(wav_T))
-        if n_frames == 0:
-            return wav_T.new_zeros(0, self.dim)
-        # Preemphasis is linear, so it runs over the waveform once instead of over every frame: a frame minus
-        # its mean, preemphasised, is the preemphasised frame minus (1 - 0.97) times the mean.
-        emphasised_T = F.pad(torch.sub(wav_T[1:], wav_T[:-1], alpha=_PREEMPHASIS), (1, 0))
-        raw_SW = wav_T.unfold(0, self.grid.window, self.grid.hop)
-        emphasised_SW = emphasised_T.unfold(0, self.grid.window, self.grid.hop)
-        mel_SM = wav_T.new_empty(n_frames, _MEL_BINS)
-        for start in range(0, n_frames, _BLOCK):
-            block = slice(start, start + _BLOCK)
-            mel_SM[block] = self._mel(raw_SW[block], emphasised_SW[block])
-        static_SC = mel_SM.clamp_(min=_LOG_FLOOR).log_() @ self.cepstra_MC
-        delta_SC = deltas(static_SC)
-        return torch.cat([static_SC, delta_SC, deltas(delta_SC)], dim=1)
+    def _static(self, raw_T: Tensor, rows: int) -> Tensor:
+        """The 13 cepstra of the frame that begins at each hop."""
+        window, hop = self.grid.window, self.grid.hop
+        static_SC = raw_T.new_empty(rows, _CEPSTRA)
+        for start in range(0, rows, self.block):
+            block_T = raw_T[start * hop : (start + self.block - 1) * hop + window]
+            # Preemphasis is linear, so it runs over the waveform once instead of over every frame: a frame
+            # minus its mean, preemphasised, is the preemphasised frame minus (1 - 0.97) times the mean.
+            emphasised_T = F.pad(torch.sub(block_T[1:], block_T[:-1], alpha=_PREEMPHASIS), (1, 0))
+            mel_SM = self._mel(block_T.unfold(0, window, hop), emphasised_T.unfold(0, window, hop))
+            log_SM = mel_SM.clamp_(min=_LOG_FLOOR).log_()
+            torch.mm(log_SM, self.cepstra_MC, out=static_SC[start : start + self.block])
+        return static_SC
 
     def _mel(self, raw_SW: Tensor, emphasised_SW: Tensor) -> Tensor:
         rest = 1 - _PREEMPHASIS

@@ -7,7 +7,7 @@ learns units looks at them; a stage warns, or stops where it is asked to.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 _USED = 0.9  # of the units should occur
 _PERPLEXITY = 0.25  # of the number of units: fewer frames than that are spread over
 _LARGEST = 0.3  # share of one unit; much silence gives 0.1 to 0.2
+_ROUNDING = 1e-3  # share of the frames that another device may label otherwise
 _SHIFTS = (-2, -1, 1, 2)  # frames
 # Masked accuracy by what the units are of and by updates: HuBERT base on LibriSpeech (fairseq #4907).
 _PUBLISHED = {
@@ -30,12 +31,15 @@ _POOR = 0.8  # of the published accuracy
 
 
 def unit_use(count_K: np.ndarray) -> dict[str, float]:
-    """Of frames counted by unit (K,): units that occur, perplexity (units in even use), largest share."""
+    """Of frames counted by unit (K,): units that occur, their entropy in bits, perplexity (units in even
+    use, 2 to the entropy), largest share."""
     share_K = np.asarray(count_K) / max(1, np.sum(count_K))
     seen = share_K[share_K > 0]
+    entropy = -float(np.sum(seen * np.log2(seen)))
     return {
         "used": len(seen),
-        "perplexity": float(np.exp(-np.sum(seen * np.log(seen)))),
+        "entropy": entropy,
+        "perplexity": 2**entropy,
         "largest_share": float(share_K.max()),
     }
 
@@ -92,8 +96,17 @@ def accuracy_problem(
     return None
 
 
-def label_difference(one: LabelStore, other: LabelStore, manifest: Manifest) -> str | None:
-    """How the units of two stores of one manifest differ, in a sentence with advice; None if nowhere.
+@dataclass(frozen=True)
+class Difference:
+    """Two stores of one manifest are not the same."""
+
+    frames: int
+    said: str  # where and probably why, and what to do
+    harmless: bool  # no more than rounding on another device does
+
+
+def label_difference(one: LabelStore, other: LabelStore, manifest: Manifest) -> Difference | None:
+    """How the units of two stores of one manifest differ; None if nowhere.
 
     Raises:
         DataError: a store is of another manifest.
@@ -103,8 +116,8 @@ def label_difference(one: LabelStore, other: LabelStore, manifest: Manifest) -> 
     header, theirs = asdict(one.header), asdict(other.header)
     made = [f"{key} {header[key]!r} and {theirs[key]!r}" for key in header if header[key] != theirs[key]]
     differing, rows = 0, np.zeros(0, np.int64)
-    for start in range(0, len(one.unit_N), 1 << 24):
-        block = slice(start, start + (1 << 24))
+    for start in range(0, len(one.unit_N), 1 << 20):
+        block = slice(start, start + (1 << 20))
         at = start + np.flatnonzero(one.unit_N[block] != other.unit_N[block])
         differing += len(at)
         rows = np.union1d(rows, np.searchsorted(one.offsets, at, side="right") - 1)
@@ -115,14 +128,25 @@ def label_difference(one: LabelStore, other: LabelStore, manifest: Manifest) -> 
         f"{one.folder} and {other.folder} differ in {differing} frames ({share:.2%}) of {len(rows)} "
         f"utterances, the first of them {manifest[int(rows[0])].id!r}"
     )
+    harmless = False
     if shift := _shift(one.unit_N, other.unit_N):
         when = "late" if shift > 0 else "early"
-        return f"{found}: the second is the first, {abs(shift)} frames {when}; find out which one is right"
-    if made:
-        return f"{found}; they were made from other things: {'; '.join(made)}"
-    if share < 1e-3:
-        return f"{found}, which rounding on another device does to frames between two centroids: harmless"
-    return f"{found}, though their headers agree: the audio changed, or one is damaged; make both again"
+        said = f"{found}: the second is the first, {abs(shift)} frames {when}; find out which one is right"
+    elif made:
+        said = f"{found}; they were made from other things: {'; '.join(made)}"
+    elif harmless := share < _ROUNDING:
+        said = f"{found}, which rounding on another device does to frames between two centroids: harmless"
+    else:
+        said = f"{found}, though their headers agree: the audio changed, or one is damaged; make both again"
+    return Difference(differing, said, harmless)
+
+
+def watch_difference(one: LabelStore, other: LabelStore, manifest: Manifest, stop: bool) -> None:
+    """Warn where two stores differ, or raise DataError where `stop` is set and it is more than rounding."""
+    if found := label_difference(one, other, manifest):
+        if stop and not found.harmless:
+            raise DataError(f"{found.said}. To go on all the same, ask for unhealthy=warn")
+        log.warning("%s", found.said)
 
 
 def _shift(one_N: np.ndarray, other_N: np.ndarray) -> int:

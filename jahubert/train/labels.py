@@ -187,7 +187,7 @@ class LabelStore:
         return unit_S
 
     def check(self, manifest: Manifest) -> None:
-        """Raises DataError if the units are not those of this manifest, naming the first that differs."""
+        """Raises DataError if the units are not of this manifest and HuBERT's grid, with what differs."""
         if len(self) != len(manifest) or self.header.manifest != manifest.fingerprint:
             raise DataError(
                 f"{self.folder}: units of another manifest ({len(self)} utterances, made from "
@@ -195,6 +195,11 @@ class LabelStore:
                 "run stage=label again"
             )
         grid = FrameGrid(self.header.window, self.header.hop)
+        if grid != HUBERT:
+            raise DataError(
+                f"{self.folder}: a unit every {grid.hop} samples from windows of {grid.window}, but "
+                f"HuBERT has one every {HUBERT.hop} from {HUBERT.window}; run stage=label again"
+            )
         expected = grid.n_frames(torch.tensor(manifest.n_samples)).numpy()
         wrong = np.flatnonzero(np.diff(self.offsets) != expected)
         if len(wrong):
@@ -207,8 +212,8 @@ class LabelStore:
     def usage(self) -> np.ndarray:
         """How often each unit occurs, (K,) int64."""
         counts_K = np.zeros(self.header.n_units, np.int64)
-        for start in range(0, len(self.unit_N), 1 << 24):
-            counts_K += np.bincount(self.unit_N[start : start + (1 << 24)], minlength=self.header.n_units)
+        for start in range(0, len(self.unit_N), 1 << 20):
+            counts_K += np.bincount(self.unit_N[start : start + (1 << 20)], minlength=self.header.n_units)
         return counts_K
 
 

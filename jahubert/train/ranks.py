@@ -97,6 +97,16 @@ def from_first(work: Callable[[], T]) -> T:
     return box[0]
 
 
+@contextmanager
+def said_once() -> Iterator[None]:
+    """For what all processes do alike: an error of the user's is raised in all, and the first one tells."""
+    try:
+        yield
+    except UserError as error:
+        error.told = rank() != 0  # type: ignore[attr-defined]
+        raise
+
+
 def in_turn(mine: list[T]) -> list[T]:
     """What the processes made of things that were dealt out to them in turn, in the order of the things."""
     if not dist.is_initialized():

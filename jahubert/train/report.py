@@ -8,34 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from jahubert.errors import DataError
+from jahubert.checkpoint import load_bundle
 from jahubert.frames import HUBERT
 from jahubert.train.health import unit_use
 from jahubert.train.labels import LabelStore
+from jahubert.train.layer_quality import PhoneFrames
 from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.provenance import DONE, read_record
 from jahubert.train.scoring import measures_of, published_table
 
+LAYER_UNITS = 100  # for each layer, as many as there are of MFCCs in the recipe
+
 
 @dataclass(frozen=True)
-class PhoneCounts:
-    """How many frames have each phone and each unit, for the units of each iteration."""
+class UnitCounts:
+    """How often the units of each iteration occur, and with which phones, where phone times are known."""
 
+    usage: dict[str, np.ndarray]  # "iter1" -> (K,) of all frames
     phones: list[str]
     source: str  # of the phone times
-    counts: dict[str, np.ndarray]  # "iter1" -> (P, K)
+    counts: dict[str, np.ndarray]  # "iter1" -> (P, K) of the frames whose phone is known
 
 
-def summarize(exp: Path, counted: PhoneCounts | None) -> dict[str, Any]:
-    """Systems with their scores, and units with their quality.
-
-    Raises:
-        DataError: the experiment has no prepared corpus.
-    """
-    if not (exp / "prepare" / DONE).exists():
-        raise DataError(f"{exp}: nothing to report yet; run stage=prepare and the stages after it first")
+def summarize(exp: Path, counted: UnitCounts) -> dict[str, Any]:
+    """Systems with their scores, and units with their quality."""
     corpus = read_record(exp / "prepare" / DONE)["metrics"]
     systems = {}
     for folder in sorted((exp / "systems").glob("*")):
@@ -77,14 +76,12 @@ def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, .
     return {}, ""
 
 
-def phone_counts(exp: Path) -> PhoneCounts | None:
-    """Phones against units, frame by frame; None without units or phone times."""
+def unit_counts(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> UnitCounts:
+    """Units, and phones against units frame by frame, of what `phone_times` gives."""
     stores = label_stores(exp)
-    if not stores:
-        return None
-    times, source = phone_times(exp, Manifest(exp / "prepare" / "manifest.arrow"))
+    usage = {name: store.usage() for name, store in stores.items()}
     if not times:
-        return None
+        return UnitCounts(usage, [], "", {})
     names = sorted({phone.symbol for alignment in times.values() for phone in alignment})
     index = {name: number for number, name in enumerate(names)}
     counts = {}
@@ -97,25 +94,46 @@ def phone_counts(exp: Path) -> PhoneCounts | None:
             phones += [index[said[frame]] for frame in known]  # type: ignore[index]
             units.append(np.asarray(unit_S)[known].astype(np.int64))
         counts[name] = joint_counts(np.array(phones), np.concatenate(units), len(names), store.header.n_units)
-    return PhoneCounts(names, source, counts)
+    return UnitCounts(usage, names, source, counts)
 
 
-def unit_quality(exp: Path, counted: PhoneCounts | None) -> dict[str, Any]:
-    """Use, cluster purity, phone purity and PNMI of each iteration's units against phone times."""
-    if counted is None:
+def layer_curves(
+    exp: Path, times: dict[int, tuple[Phone, ...]], n_frames: int, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Quality of units of MFCCs and of every block of each iteration's model, all on the same frames."""
+    models = sorted(path.parent for path in exp.glob(f"iter*/pretrain/{DONE}"))
+    if not (times and models and n_frames):
         return {}
+    frames = PhoneFrames(Manifest(exp / "prepare" / "manifest.arrow"), times, n_frames, seed)
+    if not len(frames):
+        return {}
+    curves: dict[str, Any] = {
+        "frames": len(frames),
+        "mfcc": [frames.quality(frames.mfcc(), LAYER_UNITS, seed)],
+    }
+    for folder in models:
+        layers = frames.layers(load_bundle(folder).model, device)
+        curves[folder.parent.name] = [frames.quality(frame_ND, LAYER_UNITS, seed) for frame_ND in layers]
+    return curves
+
+
+def unit_quality(exp: Path, counted: UnitCounts) -> dict[str, Any]:
+    """Use, cluster purity, phone purity and PNMI of each iteration's units against phone times."""
     stores, result = label_stores(exp), {}
-    for name, count_PK in counted.counts.items():
+    for name, usage_K in counted.usage.items():
         header = stores[name].header
+        against_phones = {}
+        if name in counted.counts:
+            count_PK = counted.counts[name]
+            against_phones = {"frames": int(count_PK.sum()), "phones": counted.source}
+            against_phones |= cluster_quality(count_PK)
         result[name] = {
             "learnt": (exp / name / "pretrain" / DONE).exists(),  # else they are the last model's own units
             "feature": header.feature,
             "layer": header.layer,
             "n_units": header.n_units,
-            "frames": int(count_PK.sum()),
-            "phones": counted.source,
-            **cluster_quality(count_PK),
-            **unit_use(stores[name].usage()),
+            **against_phones,
+            **unit_use(usage_K),
         }
     return result
 
@@ -153,11 +171,12 @@ def table(summary: dict[str, Any]) -> str:
         for title, one in measures_of(score)
     }
     lines += [f"{title}: {normaliser}" for title, normaliser in notes.items()] + [""] * bool(notes)
-    if summary["units"]:
-        source = next(iter(summary["units"].values()))["phones"]
+    measured = {name: unit for name, unit in summary["units"].items() if "pnmi" in unit}
+    if measured:
+        source = next(iter(measured.values()))["phones"]
         lines += [f"Units against the phones of each frame (phone times: {source})"]
         lines += [f"  {'units':<24}{'K':>5}{'PNMI':>8}{'phone purity':>14}{'cluster purity':>16}"]
-        for name, unit in summary["units"].items():
+        for name, unit in measured.items():
             name = name if unit["learnt"] else "last model"
             feature = unit["feature"] if unit["layer"] is None else f"layer {unit['layer']}"
             lines += [

@@ -1,16 +1,19 @@
-"""Features by name, and features of many utterances with one batch in memory at a time."""
+"""Features by name, features of many utterances with one batch in memory at a time, and centroids of them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from jahubert.checkpoint import load_bundle, weights_hash
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.features import Feature, HubertLayer
 from jahubert.train.lookup import FEATURES, resolve
@@ -48,6 +51,29 @@ def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, 
     }
 
 
+def save_centroids(path: Path, centroids_KD: Tensor, header: dict[str, Any]) -> None:
+    """Centroids of frames with this `feature_header`, which goes into the file's metadata."""
+    beside = path.with_name(path.name + ".tmp")
+    metadata = {"header": json.dumps(header)}
+    save_file({"centroids_KD": centroids_KD.float().contiguous()}, beside, metadata=metadata)
+    beside.replace(path)
+
+
+def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """float32 (K, D), and the `feature_header` of the frames that they were fitted to.
+
+    Raises:
+        DataError: no such file, or not one that stage kmeans wrote.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("centroids_KD"), json.loads((file.metadata() or {})["header"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path}: no centroids that stage=kmeans wrote ({error}); delete its folder to make them again"
+        ) from error
+
+
 def stream_features(
     manifest: Manifest, feature: Feature, rows: Iterable[int], batch_seconds: float
 ) -> Iterator[tuple[int, Tensor]]:
@@ -57,15 +83,24 @@ def stream_features(
     for row in rows:
         wav_T = manifest.load(row)
         if batch and used + len(wav_T) > room:
-            yield from _compute(feature, batch)
+            yield from _compute(manifest, feature, batch)
             batch, used = [], 0
         batch.append((row, wav_T))
         used += len(wav_T)
-    yield from _compute(feature, batch)
+    yield from _compute(manifest, feature, batch)
 
 
-def _compute(feature: Feature, batch: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+def _compute(
+    manifest: Manifest, feature: Feature, batch: list[tuple[int, Tensor]]
+) -> Iterator[tuple[int, Tensor]]:
     long_enough = [wav_T for _, wav_T in batch if feature.grid.n_frames(len(wav_T))]
     frames = iter(feature(long_enough) if long_enough else [])
     for row, wav_T in batch:
-        yield row, next(frames) if feature.grid.n_frames(len(wav_T)) else torch.zeros(0, feature.dim)
+        n_frames = feature.grid.n_frames(len(wav_T))
+        frames_SD = next(frames) if n_frames else torch.zeros(0, feature.dim)
+        if len(frames_SD) != n_frames:
+            raise DataError(
+                f"utterance {manifest[row].id!r}: the feature {feature.name} gives {len(frames_SD)} frames "
+                f"of {len(wav_T)} samples, but its grid says {n_frames}: one of them is wrong"
+            )
+        yield row, frames_SD

@@ -4,7 +4,8 @@
     python tools/bench/units_scale.py exp/tofugu --hours 2 20 --layer 3  # that layer, 500 units
 
 The corpus is the finished `prepare` of an experiment, repeated with other crops until it is as long as
-asked. Each stage runs in a process of its own, on one thread; its peak memory is what the system says of it.
+asked. Each stage runs in a process of its own, on one thread (OMP_NUM_THREADS=1); CPU seconds and peak memory
+are what the system says of it, and CPU seconds are those that other work on the machine disturbs least.
 """
 
 import argparse
@@ -49,7 +50,9 @@ def run_stage(stage: str, out: str, settings: str) -> None:
     started = time.perf_counter()
     module.run(config, folder)
     seconds = time.perf_counter() - started
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(json.dumps([seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, disk / 1e6]))
 
 
 def main() -> None:
@@ -66,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     source = Manifest(args.exp / "prepare" / "manifest.arrow")
     model = None if args.layer is None else str(args.exp / "iter1" / "pretrain" / "bundle")
-    print(f"{'hours':>6}{'stage':>10}{'seconds':>9}{'x real time':>13}{'peak MB':>9}")
+    print(f"{'hours':>6}{'stage':>10}{'seconds':>9}{'CPU s':>8}{'CPU s/h':>9}{'peak MB':>9}{'disk MB':>9}")
     for hours in args.hours:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
@@ -91,11 +94,9 @@ def main() -> None:
                     text=True,
                     check=True,
                 )
-                seconds, peak = json.loads(done.stdout.splitlines()[-1])
-                print(
-                    f"{hours:>6.0f}{stage:>10}{seconds:>9.1f}{hours * 3600 / seconds:>13.0f}{peak:>9.0f}",
-                    flush=True,
-                )
+                seconds, cpu, peak, disk = json.loads(done.stdout.splitlines()[-1])
+                times = f"{hours:>6.0f}{stage:>10}{seconds:>9.1f}{cpu:>8.1f}{cpu / hours:>9.2f}"
+                print(f"{times}{peak:>9.0f}{disk:>9.2f}", flush=True)
 
 
 if __name__ == "__main__":

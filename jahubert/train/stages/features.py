@@ -6,27 +6,32 @@ Writes  sample.npy (frames, dim) float32, header.json (which feature, layer and 
     python -m jahubert.run recipe=demo stage=features iteration=1
 
 The sample is uniform over the frames of the whole split, and the same for any number of processes: which
-frames are taken is drawn once from the manifest's lengths. Memory is bounded by `sample_frames`.
+frames are taken is drawn once from the manifest's lengths. Every process writes its frames to their places in
+the one file, so nobody ever holds the sample.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.train import ranks
 from jahubert.train.config import free
 from jahubert.train.features import Feature
+from jahubert.train.kmeans import draw_rows
 from jahubert.train.manifest import Manifest
 from jahubert.train.masking import generator
 from jahubert.train.provenance import write_json
 from jahubert.train.streaming import feature_header, make_feature, stream_features
 
-VERSION = 1
+VERSION = 2
 _PART = 500  # utterances between two saves
 
 
@@ -51,62 +56,77 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
     device = ranks.pick_device(config.device)
     feature = make_feature(config.kind, config.model, config.layer, device)
-    chosen = choose_frames(manifest, feature, config)
-    rows = sorted(chosen)
-    parts = [rows[i : i + _PART] for i in range(0, len(rows), _PART)]
-    for number in range(ranks.rank(), len(parts), ranks.world()):
-        _write_part(
-            out / f"part_{number:05d}.npy", manifest, feature, parts[number], chosen, config.batch_seconds
-        )
-    ranks.barrier()
-    files = [out / f"part_{number:05d}.npy" for number in range(len(parts))]
+    sample = draw_sample(manifest, feature, config)
+    done, beside, final = out / "parts", out / "tmp_sample.npy", out / "sample.npy"
+    if not ranks.from_first(final.exists):
+        data_start = ranks.from_first(lambda: _reserve(beside, (len(sample.frames), feature.dim)))
+        for part in range(ranks.rank(), -(-len(sample.rows) // _PART), ranks.world()):
+            mark = done / f"{part:06d}"
+            if not mark.exists():
+                chosen = range(part * _PART, min((part + 1) * _PART, len(sample.rows)))
+                _write_part(beside, data_start, manifest, feature, sample, chosen, config.batch_seconds)
+                done.mkdir(exist_ok=True)
+                mark.touch()
+        ranks.barrier()
     if ranks.rank() == 0:
-        beside = out / "tmp_sample.npy"
-        sample_ND = np.concatenate([np.load(file) for file in files])
-        np.save(beside, sample_ND)
-        beside.replace(out / "sample.npy")
         write_json(out / "header.json", feature_header(feature, config.kind, config.layer))
-        for file in files:
-            file.unlink()
+        if not final.exists():
+            beside.replace(final)
+        shutil.rmtree(done, ignore_errors=True)
     ranks.barrier()
-    return {
-        "frames": sum(len(taken) for taken in chosen.values()),
-        "dim": feature.dim,
-        "utterances": len(rows),
-    }
+    return {"frames": len(sample.frames), "dim": feature.dim, "utterances": len(sample.rows)}
 
 
-def choose_frames(manifest: Manifest, feature: Feature, config: Config) -> dict[int, np.ndarray]:
-    """For each row of the manifest that has any, the frames that are in the sample."""
+@dataclass(frozen=True)
+class Sample:
+    """The frames that were drawn, utterance by utterance."""
+
+    rows: np.ndarray  # (U,) of the manifest: utterances that hold any, ascending
+    bounds: np.ndarray  # (U + 1,): those of utterance i are frames[bounds[i] : bounds[i + 1]]
+    frames: np.ndarray  # (N,), counted within each utterance
+
+
+def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
+    """Which frames are taken: all choices of `sample_frames` frames of the split are equally likely."""
     rows = manifest.indices(split=config.split)
-    n_frames = feature.grid.n_frames(manifest.n_samples[rows])
-    ends = np.cumsum(n_frames)
+    ends = np.cumsum(feature.grid.n_frames(manifest.n_samples[rows]))
     if not len(rows) or not ends[-1]:
         raise DataError(f"{config.manifest}: no frame in split {config.split!r}")
     size = min(config.sample_frames, int(ends[-1]))
-    taken = np.sort(generator(config.seed, 11).choice(int(ends[-1]), size=size, replace=False, shuffle=False))
+    taken = draw_rows(int(ends[-1]), size, generator(config.seed, 11))
     where = np.searchsorted(ends, taken, side="right")
-    starts = ends - n_frames
-    bounds = np.flatnonzero(np.diff(where)) + 1
-    return {
-        int(rows[w[0]]): t - starts[w[0]]
-        for w, t in zip(np.split(where, bounds), np.split(taken, bounds), strict=True)
-    }
+    utterances, firsts = np.unique(where, return_index=True)
+    starts = np.concatenate([[0], ends])[where]
+    return Sample(rows[utterances], np.append(firsts, size), taken - starts)
+
+
+def _reserve(path: Path, shape: tuple[int, int]) -> int:
+    """An array of this shape on the disk, whatever a broken-off run left in it; where its data begin."""
+    path.touch()
+    with path.open("r+b") as file:
+        layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, layout)
+        start = file.tell()
+        file.truncate(start + 4 * shape[0] * shape[1])
+    return start
 
 
 def _write_part(
     path: Path,
+    data_start: int,
     manifest: Manifest,
     feature: Feature,
-    rows: list[int],
-    chosen: dict[int, np.ndarray],
+    sample: Sample,
+    chosen: range,
     seconds: float,
 ) -> None:
-    if path.exists():
-        return
-    frames = [
-        f_SD[chosen[row]].cpu().numpy() for row, f_SD in stream_features(manifest, feature, rows, seconds)
-    ]
-    beside = path.with_name("tmp_" + path.name)
-    np.save(beside, np.concatenate(frames).astype(np.float32))
-    beside.replace(path)
+    """The frames of some utterances of the sample, to their places in the file and safely onto the disk."""
+    bounds, frames = sample.bounds, sample.frames
+    rows = sample.rows[chosen.start : chosen.stop].tolist()
+    with path.open("r+b") as file:
+        file.seek(data_start + 4 * feature.dim * int(bounds[chosen.start]))
+        for number, (_, f_SD) in zip(chosen, stream_features(manifest, feature, rows, seconds), strict=True):
+            wanted = torch.from_numpy(frames[bounds[number] : bounds[number + 1]])
+            file.write(f_SD[wanted.to(f_SD.device)].float().cpu().numpy().astype("<f4").tobytes())
+        file.flush()
+        os.fsync(file.fileno())

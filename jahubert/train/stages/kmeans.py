@@ -1,7 +1,9 @@
 """Centroids of the sampled frames.
 
 Reads   the sample of `features`
-Writes  centroids.safetensors, header.json
+Writes  centroids.safetensors, whose metadata say which feature, layer and model they are of
+
+The sample is read from disk a stretch at a time, by all processes together; none holds it.
 
     python -m jahubert.run recipe=demo stage=kmeans iteration=1 kmeans.backend=torch
 """
@@ -13,17 +15,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.torch import save_file
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import ConfigError
 from jahubert.train import ranks
 from jahubert.train.config import free
 from jahubert.train.health import watch_units
-from jahubert.train.kmeans import fit_kmeans, inertia
+from jahubert.train.kmeans import draw_rows, fit_kmeans, inertia
+from jahubert.train.lloyd import FrameFile, Subset
 from jahubert.train.masking import generator
-from jahubert.train.provenance import read_record, write_json
+from jahubert.train.provenance import read_record
+from jahubert.train.streaming import save_centroids
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Config:
     backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"
     n_init: int = 3  # starts; the best one is kept
     max_iter: int = 100
+    lloyd_frames: int = 10_000_000  # more frames than that only refine the centroids, in one pass
     held_out: float = 0.02  # share of the sample that only measures
     seed: int = 0
     device: str = free("auto")
@@ -43,42 +47,30 @@ class Config:
             raise ConfigError(
                 "n_clusters must be at least 2, n_init and max_iter at least 1, held_out in [0, 1)"
             )
-
-
-class _Rows:
-    """Some rows of a memory map, read as they are asked for: every process sees the sample, none holds it."""
-
-    ndim = 2
-
-    def __init__(self, array_ND: np.ndarray, rows: np.ndarray):
-        self.array_ND, self.rows = array_ND, rows
-        self.shape = (len(rows), array_ND.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self.array_ND[self.rows[index]]
+        if self.lloyd_frames < self.n_clusters:
+            raise ConfigError(
+                f"lloyd_frames is {self.lloyd_frames}, but {self.n_clusters} clusters need at least as many"
+            )
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    sample_ND = np.load(config.features / "sample.npy", mmap_mode="r")
-    test = generator(config.seed, 13).random(len(sample_ND)) < config.held_out
-    if (~test).sum() < config.n_clusters:
-        raise DataError(f"{config.features}: {(~test).sum()} frames cannot give {config.n_clusters} clusters")
+    sample_ND = FrameFile(config.features / "sample.npy")
+    n_frames = len(sample_ND)
+    test = draw_rows(n_frames, round(n_frames * config.held_out), generator(config.seed, 13))
     if config.backend in ("faiss", "sklearn") and ranks.rank():
         ranks.barrier()
         return {}  # they know one process only
-    device = ranks.pick_device(config.device)
-    result = fit_kmeans(
-        _Rows(sample_ND, np.flatnonzero(~test)),
-        config.n_clusters,
-        backend=config.backend,
-        n_init=config.n_init,
-        max_iter=config.max_iter,
-        seed=config.seed,
-        device=device,
-    )
+    with ranks.said_once():
+        result = fit_kmeans(
+            Subset(sample_ND, np.delete(np.arange(n_frames), test)),
+            config.n_clusters,
+            backend=config.backend,
+            n_init=config.n_init,
+            max_iter=config.max_iter,
+            lloyd_frames=config.lloyd_frames,
+            seed=config.seed,
+            device=ranks.pick_device(config.device),
+        )
     metrics = {
         "inertia": result.inertia,
         "used_clusters": int((result.counts_K > 0).sum()),
@@ -87,12 +79,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         "backend": result.backend,
     }
     if ranks.rank() == 0:
-        if test.any():
-            metrics["held_out_inertia"] = inertia(sample_ND[test], result.centroids_KD)
-        beside = out / "centroids.safetensors.tmp"
-        save_file({"centroids_KD": result.centroids_KD.float().contiguous()}, beside)
-        beside.replace(out / "centroids.safetensors")
-        write_json(out / "header.json", read_record(config.features / "header.json"))
+        if len(test):
+            metrics["held_out_inertia"] = inertia(Subset(sample_ND, test), result.centroids_KD)
+        header = read_record(config.features / "header.json")
+        save_centroids(out / "centroids.safetensors", result.centroids_KD, header)
         watch_units(result.counts_K.numpy(), str(out), stop=config.unhealthy == "stop")
     ranks.barrier()
     return metrics

@@ -6,6 +6,7 @@ Writes  units.bin, offsets.npy, header.json (a LabelStore); no feature touches t
 
     python -m jahubert.run recipe=demo stage=label iteration=2
 
+With `compare_with`, another store of the same audio, it says how the two differ, if they do.
 Where `centroids` is a folder of fairseq's .tsv, .km and dict.km.txt, its units are taken as they are.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file
+import numpy as np
 
 from jahubert.checkpoint import save_bundle
 from jahubert.errors import ConfigError, DataError
@@ -25,12 +26,11 @@ from jahubert.train import ranks
 from jahubert.train.config import free
 from jahubert.train.fairseq_files import import_units
 from jahubert.train.features import HubertLayer
-from jahubert.train.health import unit_use, watch_units
-from jahubert.train.kmeans import assign
+from jahubert.train.health import unit_use, watch_difference, watch_units
 from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
+from jahubert.train.lloyd import Nearest
 from jahubert.train.manifest import Manifest
-from jahubert.train.provenance import read_record
-from jahubert.train.streaming import feature_header, make_feature, stream_features
+from jahubert.train.streaming import feature_header, load_centroids, make_feature, stream_features
 
 VERSION = 1
 
@@ -40,10 +40,14 @@ class Config:
     manifest: Path
     centroids: Path  # the folder of stage kmeans, or of fairseq's files
     model: Path | None = None  # for hubert features: the model they were fitted on
+    layer: int | None = free(None)  # for hubert features: centroids of another layer are refused
+    compare_with: Path | None = free(None)  # noqa: RUF009 - a label store that should hold the same units
     shard_size: int = free(2000)  # utterances between two saves
     device: str = free("auto")
     batch_seconds: float = free(80.0)
-    unhealthy: Literal["warn", "stop"] = free("warn")  # when units are too few, or one takes too much
+    unhealthy: Literal["warn", "stop"] = free(
+        "warn"
+    )  # too few units, one that takes too much, another store that differs
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -59,15 +63,29 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         given = (manifest, config.centroids, out, config.shard_size)
         # Those files may change without any setting: what comes after depends on what was in them.
         metrics["content"] = ranks.from_first(lambda: import_units(*given).header.centroids)
-    usage_K = LabelStore(out).usage()
-    ranks.from_first(lambda: watch_units(usage_K, str(out), stop=config.unhealthy == "stop"))
+    store = LabelStore(out)
+    usage_K = store.usage()
+    ranks.from_first(lambda: watch(store, usage_K, manifest, config))
     return metrics | {"units": int(usage_K.sum()), **unit_use(usage_K)}
+
+
+def watch(store: LabelStore, usage_K: np.ndarray, manifest: Manifest, config: Config) -> None:
+    """Warn, or stop where that is asked for, when the units look wrong or are not those of another store."""
+    stop = config.unhealthy == "stop"
+    watch_units(usage_K, str(store.folder), stop)
+    if config.compare_with is not None:
+        watch_difference(LabelStore(config.compare_with), store, manifest, stop)
 
 
 def label(config: Config, manifest: Manifest, out: Path) -> None:
     """Units of our own centroids, by all processes."""
     device = ranks.pick_device(config.device)
-    fitted = read_record(config.centroids / "header.json")
+    centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
+    if config.layer is not None and fitted["layer"] not in (None, config.layer):
+        raise DataError(
+            f"{config.centroids}: centroids of layer {fitted['layer']}, but units of layer {config.layer} "
+            "are asked for (features.layer); name the other folder as label.centroids, or make new ones"
+        )
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
     made = feature_header(feature, fitted["feature"], fitted["layer"])
     wrong = [
@@ -79,7 +97,6 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
         raise DataError(
             f"{config.model}: not the features that {config.centroids} was fitted on: {'; '.join(wrong)}"
         )
-    centroids_KD = load_file(config.centroids / "centroids.safetensors")["centroids_KD"]
     header = LabelHeader(
         n_units=len(centroids_KD),
         feature=fitted["feature"],
@@ -92,13 +109,11 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
     n_frames = HUBERT.n_frames(manifest.n_samples)
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
     step = HUBERT.step_in(feature.grid)
-    centroids_KD = centroids_KD.to(device)
+    nearest = Nearest(centroids_KD.to(device))
     # Asked once: a process that asked later would see a shorter list, and share it out differently.
     for shard in ranks.from_first(writer.pending)[ranks.rank() :: ranks.world()]:
         frames = stream_features(manifest, feature, writer.rows(shard), config.batch_seconds)
-        writer.write(
-            shard, [assign(f_SD[::step].to(device), centroids_KD).cpu().numpy() for _, f_SD in frames]
-        )
+        writer.write(shard, [nearest.labels(f_SD[::step].to(device)).cpu().numpy() for _, f_SD in frames])
     ranks.barrier()
     if ranks.rank() == 0:
         writer.finish()

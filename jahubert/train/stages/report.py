@@ -1,7 +1,7 @@
 """What a run came to: one table on the terminal, one HTML page.
 
 Reads   everything under the experiment's folder that is done
-Writes  summary.json, table.txt, report.html
+Writes  metrics.json, table.txt, report.html
 
     python -m jahubert.run recipe=demo stage=report report.language=ja
 """
@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, DataError
 from jahubert.train import ranks, report
-from jahubert.train.labels import LabelStore
-from jahubert.train.manifest import Manifest
+from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.page import Run, page
 from jahubert.train.provenance import DONE, write_json, written_beside
 from jahubert.train.worst import Example, worst
@@ -30,35 +29,46 @@ class Config:
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown beside ours
     language: Literal["en", "ja"] = "en"  # of the page
     worst: int = 4  # utterances of each system that are shown with their sound, about 0.2 MB each
+    layer_frames: int = 20_000  # on which units of each layer are measured; 0: not at all
+    seed: int = 0  # which frames those are
+    device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.worst < 0:
-            raise ConfigError(f"worst is {self.worst}, but must not be negative")
+        wrong = [name for name in ("worst", "layer_frames") if getattr(self, name) < 0]
+        if wrong:
+            raise ConfigError("; ".join(f"{n} is {getattr(self, n)}, but must be 0 or more" for n in wrong))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     if ranks.rank():
         return {}
-    counted = report.phone_counts(config.exp)
-    summary = report.summarize(config.exp, counted) | {"published": config.published}
+    if not (config.exp / "prepare" / DONE).exists():
+        raise DataError(
+            f"{config.exp}: nothing to report yet; run stage=prepare and the stages after it first"
+        )
+    manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
+    times, source = report.phone_times(config.exp, manifest)
+    counted = report.unit_counts(config.exp, times, source)
+    device = ranks.pick_device(config.device)
+    layers = report.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
+    summary = report.summarize(config.exp, counted) | {"layers": layers, "published": config.published}
     table = report.table(summary)
-    write_json(out / "summary.json", summary)
+    write_json(out / "metrics.json", summary)
     with written_beside(out / "table.txt") as file:
         file.write(table + "\n")
+    found = examples(config, manifest, times)
+    shown = Run(config.exp, summary, counted.usage, counted.phones, counted.counts, found)
     with written_beside(out / "report.html") as file:
-        stores = report.label_stores(config.exp)
-        usage = {name: store.usage() for name, store in stores.items()}
-        phones, counts = ([], {}) if counted is None else (counted.phones, counted.counts)
-        shown = Run(config.exp, summary, usage, phones, counts, examples(config, stores))
         file.write(page(shown, config.language))
     print(f"{table}\n\nReport: {out / 'report.html'}")
     return {}
 
 
-def examples(config: Config, stores: dict[str, LabelStore]) -> dict[str, list[Example]]:
+def examples(
+    config: Config, manifest: Manifest, times: dict[int, tuple[Phone, ...]]
+) -> dict[str, list[Example]]:
     """The worst utterances of every system that has been scored, with the units of the last labelling."""
-    manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
-    times, _ = report.phone_times(config.exp, manifest)
+    stores = report.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {
         folder.name: worst(folder / "decode", manifest, times, store, config.worst)
