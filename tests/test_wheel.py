@@ -90,7 +90,7 @@ def test_a_plain_install_brings_ring_1_and_no_more(metadata):
     for version in ("2.6.0", "2.13.0", "99.0"):  # no upper bound: whoever embeds us has a torch already
         assert core["torch"].specifier.contains(version)
     assert not core["torch"].specifier.contains("2.5.1")
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "gpu", "fairseq2", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "gpu", "fairseq2", "slurm", "dev"}
 
 
 def test_ring_1_runs_from_the_wheel_with_its_own_packages_only(unpacked, tmp_path):
