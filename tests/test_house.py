@@ -162,7 +162,7 @@ def test_import_configures_nothing_and_is_quick() -> None:
         ours_s = time.perf_counter() - start
         changed = [k for k, v in state().items() if v != before[k]]
         assert not changed, changed
-        assert ours_s < max(0.3 * torch_s, 0.5), f"jahubert {ours_s:.2f} s after torch {torch_s:.2f} s"
+        assert ours_s < 0.2, f"jahubert {ours_s:.2f} s after torch {torch_s:.2f} s"
         """
     )
     assert done.returncode == 0, done.stderr

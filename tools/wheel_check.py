@@ -44,6 +44,7 @@ OPTIONAL = (
     "tqdm", "transformers",
 )  # fmt: skip
 TOLERANCE = 1e-5
+FORMATS = ("flac", "ogg", "mp3")  # of the recording, beside WAV
 MODELS = ("base", "large")  # the two shapes of HuBERT, both tiny
 
 
@@ -124,6 +125,9 @@ def make_material(folder: Path) -> None:
     left = 0.3 * np.sin(2 * np.pi * (200 + 150 * time) * time) * syllable
     right = np.random.default_rng(0).normal(0, 0.1, len(time)) * syllable
     soundfile.write(folder / "audio.wav", np.stack([left, right], axis=1), 44_100)
+    (folder / "formats").mkdir()
+    for ending in FORMATS:
+        soundfile.write(folder / "formats" / f"{ending}.{ending}", np.stack([left, right], axis=1), 44_100)
     arrays, says = results(folder)
     np.savez(folder / "expected.npz", **arrays)
     (folder / "expected.json").write_text(json.dumps(says), encoding="utf-8")
@@ -235,6 +239,12 @@ def check_commands(folder: Path, out: Path) -> None:
             done(run([command, "convert", folder / name, target, "--to", to], cwd=out))
             said = done(run([command, "transcribe", "--device", "cpu", "--model", target, audio], cwd=out))
             need(said == says[name] + "\n", f"through {to} the model {name} says {said!r}")
+    options = ["--device", "cpu", "--model", folder / "base", "-f", "all", "-o", out / "all"]
+    done(run([command, "transcribe", *options, folder / "formats"], cwd=out))
+    written = {(path.name.partition(".")[0], path.name.partition(".")[2]) for path in (out / "all").iterdir()}
+    need(len(written) == 7 * len(FORMATS), f"jahubert transcribe -f all wrote {sorted(written)}")
+    said = (out / "all" / "flac.txt").read_text(encoding="utf-8")
+    need(said == says["base"] + "\n", f"jahubert transcribe said {said!r} of the FLAC")
     done(run([command, "info", folder / "base"], cwd=out))
     if builtin_model() is not None:
         done(run([command, "transcribe", "--device", "cpu", audio], cwd=out))

@@ -1,0 +1,116 @@
+"""From a file to text: our recogniser against transformers' HubertForCTC, and against itself in 8 bits.
+
+    python tools/bench/transcribe.py audio.wav                        # base size, random weights, two threads
+    python tools/bench/transcribe.py --model MODEL audio.wav          # a model of your own, and its int8
+    python tools/bench/transcribe.py --model exp/tofugu/systems/pretrained/finetune \\
+        --exp exp/tofugu --splits test test_joined                    # and what int8 costs in PER
+
+All get the same recording and weights, in turn, and the median of the rounds counts. Ours reads the file,
+looks for speech, encodes chunks of 30 s with 4 s of overlap and searches with a beam of 20; transformers gets
+the samples in stretches of 30 s without overlap and takes the best symbol of each frame, which is less work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import jahubert
+from jahubert.train.manifest import Manifest
+from jahubert.train.metrics import error_rate
+from jahubert.train.targets import TargetStore
+
+STRETCH = 30 * 16_000  # samples
+
+
+def base(folder: Path) -> Path:
+    """A bundle of HuBERT base with random weights."""
+    torch.manual_seed(0)
+    phonemes = jahubert.PhonemeSet.standard()
+    ctc = jahubert.HubertForCtc(jahubert.HubertConfig.base(), len(phonemes))
+    return jahubert.save_bundle(folder / "base", ctc=ctc, phonemes=phonemes)
+
+
+def theirs(source: Path) -> Callable[[str], object]:
+    """Reading and greedy decoding with transformers."""
+    from transformers import HubertForCTC
+
+    model = HubertForCTC.from_pretrained(source).eval()
+
+    @torch.inference_mode()
+    def run(audio: str) -> list[list[int]]:
+        stretches = jahubert.load_audio(audio).split(STRETCH)
+        found = []
+        for wav_T in stretches:
+            labels = model(wav_T[None]).logits[0].argmax(-1).unique_consecutive()
+            found.append(labels[labels != 0].tolist())
+        return found
+
+    return run
+
+
+def speed(source: Path, audio: str, rounds: int) -> None:
+    ours, int8 = (
+        jahubert.Transcriber.from_pretrained(source, device="cpu", int8=int8) for int8 in (False, True)
+    )
+    ways = {"ours": ours.transcribe, "ours, int8": int8.transcribe, "transformers": theirs(source)}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, run in ways.items():
+            started = time.perf_counter()
+            run(audio)
+            if number:  # the first round warms up
+                taken[name].append(time.perf_counter() - started)
+    seconds = len(jahubert.load_audio(audio)) / 16_000
+    print(f"{seconds:.1f} s of audio, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    peer = statistics.median(taken["transformers"])
+    for name, times in taken.items():
+        took = statistics.median(times)
+        rate = f"{seconds / took:7.1f} times real time  {peer / took:5.2f} times transformers"
+        print(f"{name:14} {took:8.2f} s  {rate}")
+
+
+def cost(source: Path, exp: Path, splits: list[str]) -> None:
+    """PER on splits of an experiment, exact and in 8 bits."""
+    manifest, targets = Manifest(exp / "prepare" / "manifest.arrow"), TargetStore(exp / "targets")
+    for int8 in (False, True):
+        asr = jahubert.Transcriber.from_pretrained(source, device="cpu", vad=False, int8=int8)
+        for split in splits:
+            rows = [int(row) for row in manifest.indices(split=split)]
+            started = time.perf_counter()
+            heard = asr.transcribe_many(manifest.load(row) for row in rows)
+            hypotheses = [[p for p in found.phonemes if p != "|"] for found in heard]
+            took = time.perf_counter() - started
+            said = [[phone for word in targets.words(row) for phone in word] for row in rows]
+            found, seconds = error_rate(said, hypotheses), manifest.n_samples[rows].sum() / 16_000
+            print(
+                f"{split:12} {'int8' if int8 else 'float32':8} PER {100 * found.rate:6.2f} %  "
+                f"{seconds / took:6.1f} times real time  ({len(rows)} utterances)"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("audio", nargs="?", help="a recording of some minutes")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--exp", type=Path, help="an experiment whose splits are to be transcribed")
+    parser.add_argument("--splits", nargs="+", default=["test"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.audio:
+        with tempfile.TemporaryDirectory() as folder:
+            speed(args.model or base(Path(folder)), args.audio, args.rounds)
+    if args.exp:
+        cost(args.model, args.exp, args.splits)
+
+
+if __name__ == "__main__":
+    main()
