@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 TILE = 8  # output frames; each utterance begins on a whole one
 BLOCK = 64  # rows; batches come in few sizes, as oneDNN compiles a kernel for every new one
+CACHED = 2**20  # numbers that a CPU works on at once: what its caches hold
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,39 @@ class Rows:
     n_frames_B: Tensor  # valid rows of each utterance
 
 
+class _Product(NamedTuple):
+    """The output of the first layer as two factors: the largest tensor of all is cheaper made than kept."""
+
+    taps_TRK: Tensor
+    weight_TKC: Tensor
+
+
 class ConvLayer(nn.Module):
-    """One convolution over time, a norm where the layer has one, GELU."""
+    """GELU of the layer below, one convolution over time, a norm where the layer has one."""
 
     def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
         super().__init__()
         self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
-        self.stride, self.norm = stride, norm
+        self.stride, self.norm, self.first = stride, norm, dim_in == 1
         if norm == "group":
             self.layer_norm: nn.Module = nn.GroupNorm(dim, dim)
         elif norm == "layer":
             self.layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x_NC: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor | _Product, rows: Rows) -> Tensor | _Product:
         dtype = _compute_dtype(self.conv.weight)
         if self.norm == "group":
-            return F.gelu(self._normed_conv(x_NC, rows, dtype))
-        x_NC = _Conv.apply(x_NC.to(dtype), self.conv.weight.to(dtype), self.stride)
+            return self._normed_conv(cast(Tensor, x), rows, dtype)
+        factors = x if isinstance(x, _Product) else (x.to(dtype), None)
+        x_NC = _GeluConv.apply(*factors, self.conv.weight, self.stride, not self.first)
         if self.conv.bias is not None:
             x_NC = x_NC + self.conv.bias.to(dtype)
         if self.norm == "layer":
             x_NC = self.layer_norm(x_NC)
-        return F.gelu(x_NC)
+        return x_NC
 
-    def _normed_conv(self, x_NC: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def _normed_conv(self, x_NC: Tensor, rows: Rows, dtype: torch.dtype) -> _Product:
         """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
         norm, kernel = cast(nn.GroupNorm, self.layer_norm), self.conv.weight.shape[2]
         taps_TRK = _taps(x_NC, kernel, self.stride).unflatten(0, (len(rows.owner_T), -1))
@@ -76,7 +85,7 @@ class ConvLayer(nn.Module):
                 shift_BC = shift_BC + 0.0 * self.conv.bias
             weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1).to(dtype)
             taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(dtype)  # the last one meets the shift
-            return torch.bmm(taps_TRK, weight_BKC.index_select(0, rows.owner_T)).flatten(0, 1)
+            return _Product(taps_TRK, weight_BKC.index_select(0, rows.owner_T))
 
 
 class ConvFrontEnd(nn.Module):
@@ -113,7 +122,7 @@ class ConvFrontEnd(nn.Module):
         first = [TILE * n for n in accumulate(tiles, initial=0)]
         total = up_to(first[-1], BLOCK)
         parts = [F.pad(w, (0, n * TILE * rate - len(w))) for w, n in zip(wavs, tiles, strict=True)]
-        x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * rate)])[:, None]
+        x: Tensor | _Product = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * rate)])[:, None]
         owner = [i for i, n in enumerate(tiles) for _ in range(n)]
         place = [j for n in tiles for j in range(n)]
         spare = total // TILE - len(owner)  # they may belong to anyone: behind any utterance's end
@@ -121,10 +130,11 @@ class ConvFrontEnd(nn.Module):
         place_T = torch.tensor(place + [tiles[0]] * spare, device=device)
         for layer in layers:
             lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
-            x_NC = layer(x_NC, Rows(owner_T, place_T, torch.tensor(lengths, device=device)))
+            x = layer(x, Rows(owner_T, place_T, torch.tensor(lengths, device=device)))
+        x_NC = torch.bmm(*x).flatten(0, 1) if isinstance(x, _Product) else x
         valid = [i for start, n in zip(first, lengths, strict=False) for i in range(start, start + n)]
         valid += [0] * (up_to(len(valid), BLOCK) - len(valid))
-        return x_NC.index_select(0, torch.tensor(valid, device=device))
+        return F.gelu(x_NC.index_select(0, torch.tensor(valid, device=device)))
 
 
 def up_to(n: int, multiple: int) -> int:
@@ -167,41 +177,92 @@ def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
     return torch.cat([padded[j : j + len(rows)] for j in range(shifts)], dim=1)[:, :kernel]
 
 
-class _Conv(torch.autograd.Function):
-    """Convolution of (N, C) rows as matrix products; see the module's docstring."""
+class _GeluConv(torch.autograd.Function):
+    """Convolution of GELU(x), of (N, C) rows, as matrix products; see the module's docstring.
+
+    Only x is kept for backward, or the factors whose product it is. On a CPU a part of the rows at a time, so
+    that what stands between the products stays in the cache.
+    """
 
     @staticmethod
-    def forward(ctx, x_NC: Tensor, weight_OCK: Tensor, stride: int) -> Tensor:
-        channels = weight_OCK.shape[1]
-        weight_KO = weight_OCK.permute(2, 1, 0).flatten(0, 1)  # taps, each with all its channels
-        rows = x_NC.view(-1, stride * channels)
-        out, *further = weight_KO.split(stride * channels)
-        y_NO = rows[:, : len(out)] @ out
-        for j, part in enumerate(further, start=1):
-            y_NO[:-j].addmm_(rows[j:, : len(part)], part)
-        ctx.save_for_backward(rows, weight_KO)
-        ctx.shape = weight_OCK.shape
+    def forward(ctx, x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool) -> Tensor:
+        outs, channels = weight_OCK.shape[:2]
+        # taps, each with all its channels: those of the same row of the input, of the next, ...
+        taps = weight_OCK.to(x.dtype).permute(2, 1, 0).reshape(-1, outs).split(stride * channels)
+        ctx.shape, ctx.width, ctx.gelu = weight_OCK.shape, stride * channels, gelu
+        n, parts = _parts(x, factor, ctx.width)
+        y_NO = x.new_empty(n, outs)
+        for start, stop in parts:
+            rows = _rows(x, factor, ctx.width, start, stop)
+            rows = F.gelu(rows) if gelu else rows
+            for j, tap in enumerate(taps):  # row i belongs to the outputs i, i - 1, ...
+                begin = max(start, j)
+                y_NO[begin - j : stop - j].addmm_(rows[begin - start :, : len(tap)], tap, beta=int(j > 0))
+        ctx.save_for_backward(x, factor, *taps)
         return y_NO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NO: Tensor):
-        rows, weight_KO = ctx.saved_tensors
+        x, factor, *taps = ctx.saved_tensors
         grad_NO = grad_NO.contiguous()
-        n, width = rows.shape
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.zeros_like(rows) if len(weight_KO) < width else torch.empty_like(rows)
-            for j, part in enumerate(weight_KO.split(width)):
-                if j == 0:
-                    torch.mm(grad_NO, part.T, out=grad_x[:, : len(part)])
-                else:
-                    grad_x[j:, : len(part)].addmm_(grad_NO[: n - j], part.T)
-            grad_x = grad_x.view(-1, ctx.shape[1])
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight_KO)
-            for j, part in enumerate(grad_weight.split(width)):
-                torch.mm(rows[j:, : len(part)].T, grad_NO[: n - j], out=part)
-            outs, channels, kernel = ctx.shape
-            grad_weight = grad_weight.view(kernel, channels, outs).permute(2, 1, 0)
-        return grad_x, grad_weight, None
+        needs = any(ctx.needs_input_grad[:2])
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_factor = None if factor is None else torch.empty_like(factor)
+        grad_taps = [tap.new_zeros(tap.shape, dtype=torch.float32) for tap in taps]
+        for start, stop in _parts(x, factor, ctx.width)[1]:
+            rows = _rows(x, factor, ctx.width, start, stop)
+            active = F.gelu(rows) if ctx.gelu else rows
+            grad_rows = torch.zeros_like(rows)
+            for j, (tap, grad_tap) in enumerate(zip(taps, grad_taps, strict=True)):
+                begin = max(start, j)
+                grad = grad_NO[begin - j : stop - j]
+                _add_product(grad_tap, active[begin - start :, : len(tap)].T, grad)
+                if needs:
+                    grad_rows[begin - start :, : len(tap)].addmm_(grad, tap.T)
+            if ctx.gelu and needs:
+                torch.ops.aten.gelu_backward.grad_input(grad_rows, rows, grad_input=grad_rows)
+            if factor is not None and grad_factor is not None:
+                tiles = _tiles(x, factor, ctx.width, start, stop)
+                grad_TRC = grad_rows.view(-1, x.shape[1], factor.shape[2])
+                torch.bmm(x[tiles].transpose(1, 2), grad_TRC, out=grad_factor[tiles])
+                if grad_x is not None:
+                    torch.bmm(grad_TRC, factor[tiles].transpose(1, 2), out=grad_x[tiles])
+            elif grad_x is not None:
+                grad_x.view(-1, ctx.width)[start:stop] = grad_rows
+        outs, channels, kernel = ctx.shape
+        grad_OCK = torch.cat(grad_taps).view(kernel, channels, outs).permute(2, 1, 0)
+        return grad_x, grad_factor, grad_OCK, None, None
+
+
+def _tile(x: Tensor, factor: Tensor, width: int) -> int:
+    """Rows of `width` numbers that a tile of a product makes."""
+    return x.shape[1] * factor.shape[2] // width
+
+
+def _tiles(x: Tensor, factor: Tensor, width: int, start: int, stop: int) -> slice:
+    return slice(start // _tile(x, factor, width), stop // _tile(x, factor, width))
+
+
+def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -> Tensor:
+    """Some rows of the input, `width` numbers each."""
+    if factor is None:
+        return x.view(-1, width)[start:stop]
+    tiles = _tiles(x, factor, width, start, stop)
+    return torch.bmm(x[tiles], factor[tiles]).view(-1, width)
+
+
+def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
+    """The number of rows, and where to cut: what a CPU's cache holds, and not at all on other devices."""
+    unit = BLOCK if factor is None else _tile(x, factor, width)
+    n = x.numel() // width if factor is None else len(x) * unit
+    step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n
+    return n, [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; the total is float32 whatever they are."""
+    if a.dtype is total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
