@@ -16,18 +16,19 @@ Shapes: B utterances, N frames of the batch end to end, T tiles of R rows, C cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 TILE = 8  # output frames; each utterance begins on a whole one
-AT_ONCE = {"cpu": 32, "other": 1024}  # tiles that go through the stack together when no gradient is wanted
 BLOCK = 64  # rows; batches come in few sizes, as oneDNN compiles a kernel for every new one
+AT_ONCE = 128  # tiles that go through the stack together when no gradient is wanted
+CACHED = 2**20  # numbers that a CPU works on at once: what its caches hold
 
 
 @dataclass(frozen=True)
@@ -39,43 +40,42 @@ class Rows:
     n_frames_B: Tensor  # valid rows of each utterance
 
 
+class _Product(NamedTuple):
+    """The output of the first layer as two factors: the largest tensor of all is cheaper made than kept."""
+
+    taps_TRK: Tensor
+    weight_TKC: Tensor
+
+
 class ConvLayer(nn.Module):
-    """One convolution over time, a norm where the layer has one, GELU."""
+    """GELU of the layer below, one convolution over time, a norm where the layer has one."""
 
     def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
         super().__init__()
         self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
-        self.stride, self.norm = stride, norm
+        self.stride, self.norm, self.first = stride, norm, dim_in == 1
         if norm == "group":
             self.layer_norm: nn.Module = nn.GroupNorm(dim, dim)
         elif norm == "layer":
             self.layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x_NC: Tensor, weights: Tensor, owner_T: Tensor) -> Tensor:
-        """Rows of the layer; `weights` is what `prepare` made for the whole batch."""
-        if self.norm == "group":
-            taps_TRK = self._taps(x_NC).unflatten(0, (len(owner_T), -1))
-            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(weights.dtype)  # the last one meets the shift
-            return _gelu(torch.bmm(taps_TRK, weights.index_select(0, owner_T)).flatten(0, 1))
-        x_NC = _Conv.apply(x_NC.to(weights.dtype), weights, self.conv.in_channels, self.stride)
+    def forward(self, x: Tensor | _Product) -> Tensor:
+        """Rows of a layer without group norm."""
+        dtype = _compute_dtype(self.conv.weight)
+        factors = x if isinstance(x, _Product) else (x.to(dtype), None)
+        x_NC = _GeluConv.apply(*factors, self.conv.weight, self.stride, not self.first)
         if self.conv.bias is not None:
-            x_NC = x_NC + self.conv.bias.to(weights.dtype)
+            x_NC = x_NC + self.conv.bias.to(dtype)
         if self.norm == "layer":
             x_NC = self.layer_norm(x_NC)
-        return _gelu(x_NC)
+        return x_NC
 
-    def prepare(self, x_NC: Tensor, rows: Rows) -> Tensor:
-        """Weights as matrices: (K * C, outputs), or with a group norm (K + 1, outputs) for each utterance."""
-        if self.norm == "group":
-            return self._folded(x_NC, rows)
-        weight_OCK = self.conv.weight.to(_compute_dtype(self.conv.weight))
-        return weight_OCK.permute(2, 1, 0).flatten(0, 1)  # taps, each with all its channels
-
-    def _folded(self, x_NC: Tensor, rows: Rows) -> Tensor:
-        """Convolution and group norm in one: taps and shift (B, K + 1, C) of each utterance."""
-        norm, dtype = cast(nn.GroupNorm, self.layer_norm), _compute_dtype(self.conv.weight)
-        taps_TRK = self._taps(x_NC).unflatten(0, (len(rows.owner_T), -1))
+    def group_normed(self, x_NC: Tensor, rows: Rows) -> _Product:
+        """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
+        norm, kernel = cast(nn.GroupNorm, self.layer_norm), self.conv.weight.shape[2]
+        dtype = _compute_dtype(self.conv.weight)
+        taps_TRK = _taps(x_NC, kernel, self.stride).unflatten(0, (len(rows.owner_T), -1))
         with torch.autocast(x_NC.device.type, enabled=False):
             mean_BK, covariance_BKK = _moments(taps_TRK, rows)
             weight_CK = self.conv.weight[:, 0].to(mean_BK.dtype)
@@ -84,15 +84,9 @@ class ConvLayer(nn.Module):
             shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
             if self.conv.bias is not None:  # the norm takes it away again, but it is owed a gradient
                 shift_BC = shift_BC + 0.0 * self.conv.bias
-            return torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1).to(dtype)
-
-    def _taps(self, x_NC: Tensor) -> Tensor:
-        """The samples that each output frame of a one-channel input sees, (N / stride, K)."""
-        kernel = self.conv.weight.shape[2]
-        rows = x_NC.view(-1, self.stride)
-        shifts = -(-kernel // self.stride)
-        padded = F.pad(rows, (0, 0, 0, shifts - 1))
-        return torch.cat([padded[j : j + len(rows)] for j in range(shifts)], dim=1)[:, :kernel]
+            weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1).to(dtype)
+            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(dtype)  # the last one meets the shift
+            return _Product(taps_TRK, weight_BKC.index_select(0, rows.owner_T))
 
 
 class ConvFrontEnd(nn.Module):
@@ -130,50 +124,44 @@ class ConvFrontEnd(nn.Module):
         total = up_to(first[-1], BLOCK)
         parts = [F.pad(w, (0, n * TILE * rate - len(w))) for w, n in zip(wavs, tiles, strict=True)]
         x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * rate)])[:, None]
+        x: Tensor | _Product = x_NC
         owner = [i for i, n in enumerate(tiles) for _ in range(n)]
         place = [j for n in tiles for j in range(n)]
         spare = total // TILE - len(owner)  # they may belong to anyone: behind any utterance's end
         owner_T = torch.tensor(owner + [0] * spare, device=device)
         place_T = torch.tensor(place + [tiles[0]] * spare, device=device)
-        kernel, stride = layers[0].conv.kernel_size[0], layers[0].stride
-        n_first_B = torch.tensor([(n - kernel) // stride + 1 for n in lengths], device=device)
-        weights = [layer.prepare(x_NC, Rows(owner_T, place_T, n_first_B)) for layer in layers]
-        run = self._stack if torch.is_grad_enabled() else self._blockwise
-        x_NC = run(x_NC, weights, owner_T)
-        lengths = self._n_frames(lengths)
+        kept = []  # frames of each utterance behind each layer
+        for layer in layers:
+            lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
+            kept.append(lengths)
+        if layers[0].norm == "group":  # its statistics need all of an utterance
+            rows = Rows(owner_T, place_T, torch.tensor(kept[0], device=device))
+            x, layers = layers[0].group_normed(x_NC, rows), layers[1:]
+        blocks = [(x, total)] if torch.is_grad_enabled() else _blocks(x, len(owner_T))
+        x_NC = torch.cat([_stack(layers, block)[:n] for block, n in blocks])
         valid = [i for start, n in zip(first, lengths, strict=False) for i in range(start, start + n)]
         valid += [0] * (up_to(len(valid), BLOCK) - len(valid))
-        return x_NC.index_select(0, torch.tensor(valid, device=device))
-
-    def _stack(self, x_NC: Tensor, weights: list[Tensor], owner_T: Tensor) -> Tensor:
-        for layer, own in zip(self.conv_layers, weights, strict=True):
-            x_NC = layer(x_NC, own, owner_T)
-        return x_NC
-
-    def _blockwise(self, x_NC: Tensor, weights: list[Tensor], owner_T: Tensor) -> Tensor:
-        """The same some tiles at a time: the first layers are a hundred times as large as what comes out.
-
-        A block sees one tile more than it gives, as its last frames reach into it.
-        """
-        n_tiles, size = len(owner_T), AT_ONCE["cpu" if x_NC.device.type == "cpu" else "other"]
-        rows = len(x_NC) // n_tiles
-        x_NC, owner_T = F.pad(x_NC, (0, 0, 0, rows)), F.pad(owner_T, (0, 1))
-        parts = []
-        for start in range(0, n_tiles, size):
-            end = min(start + size, n_tiles)
-            part = self._stack(x_NC[start * rows : (end + 1) * rows], weights, owner_T[start : end + 1])
-            parts.append(part[:-TILE])
-        return torch.cat(parts)
-
-    def _n_frames(self, lengths: Sequence[int]) -> list[int]:
-        for layer in cast(Sequence[ConvLayer], self.conv_layers):
-            lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
-        return list(lengths)
+        return F.gelu(x_NC.index_select(0, torch.tensor(valid, device=device)))
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """In place where nobody will want the input again."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+def _stack(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return torch.bmm(*x).flatten(0, 1) if isinstance(x, _Product) else x
+
+
+def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Product, int]]:
+    """Some tiles at a time, and the rows that count: the first layers take a hundred times what comes out.
+
+    A block has one tile more than it gives, as its last frames reach into it.
+    """
+    given: Sequence[Tensor] = x if isinstance(x, _Product) else [x.unflatten(0, (n_tiles, -1))]
+    tensors = [torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in given]
+    for start in range(0, n_tiles, AT_ONCE):
+        stop = min(start + AT_ONCE, n_tiles)
+        parts = [tensor[start : stop + 1] for tensor in tensors]
+        block = _Product(*parts) if isinstance(x, _Product) else parts[0].flatten(0, 1)
+        yield block, (stop - start) * TILE
 
 
 def up_to(n: int, multiple: int) -> int:
@@ -208,37 +196,100 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-class _Conv(torch.autograd.Function):
-    """Convolution of (N, C) rows as matrix products; see the module's docstring."""
+def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
+    """The `kernel` samples that each output frame of a one-channel input sees, (N / stride, K)."""
+    rows = x_NC.view(-1, stride)
+    shifts = -(-kernel // stride)
+    padded = F.pad(rows, (0, 0, 0, shifts - 1))
+    return torch.cat([padded[j : j + len(rows)] for j in range(shifts)], dim=1)[:, :kernel]
+
+
+class _GeluConv(torch.autograd.Function):
+    """Convolution of GELU(x), of (N, C) rows, as matrix products; see the module's docstring.
+
+    Only x is kept for backward, or the factors whose product it is. On a CPU a part of the rows at a time, so
+    that what stands between the products stays in the cache.
+    """
 
     @staticmethod
-    def forward(ctx, x_NC: Tensor, weight_KO: Tensor, channels: int, stride: int) -> Tensor:
-        rows = x_NC.view(-1, stride * channels)
-        out, *further = weight_KO.split(stride * channels)
-        y_NO = rows[:, : len(out)] @ out
-        for j, part in enumerate(further, start=1):
-            y_NO[:-j].addmm_(rows[j:, : len(part)], part)
-        ctx.save_for_backward(rows, weight_KO)
-        ctx.channels = channels
+    def forward(ctx, x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool) -> Tensor:
+        outs, channels = weight_OCK.shape[:2]
+        # taps, each with all its channels: those of the same row of the input, of the next, ...
+        taps = weight_OCK.to(x.dtype).permute(2, 1, 0).reshape(-1, outs).split(stride * channels)
+        ctx.shape, ctx.width, ctx.gelu = weight_OCK.shape, stride * channels, gelu
+        n, parts = _parts(x, factor, ctx.width)
+        y_NO = x.new_empty(n, outs)
+        for start, stop in parts:
+            rows = _rows(x, factor, ctx.width, start, stop)
+            rows = F.gelu(rows) if gelu else rows
+            for j, tap in enumerate(taps):  # row i belongs to the outputs i, i - 1, ...
+                begin = max(start, j)
+                y_NO[begin - j : stop - j].addmm_(rows[begin - start :, : len(tap)], tap, beta=int(j > 0))
+        ctx.save_for_backward(x, factor, *taps)
         return y_NO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NO: Tensor):
-        rows, weight_KO = ctx.saved_tensors
+        x, factor, *taps = ctx.saved_tensors
         grad_NO = grad_NO.contiguous()
-        n, width = rows.shape
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.zeros_like(rows) if len(weight_KO) < width else torch.empty_like(rows)
-            for j, part in enumerate(weight_KO.split(width)):
-                if j == 0:
-                    torch.mm(grad_NO, part.T, out=grad_x[:, : len(part)])
-                else:
-                    grad_x[j:, : len(part)].addmm_(grad_NO[: n - j], part.T)
-            grad_x = grad_x.view(-1, ctx.channels)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight_KO)
-            for j, part in enumerate(grad_weight.split(width)):
-                torch.mm(rows[j:, : len(part)].T, grad_NO[: n - j], out=part)
-        return grad_x, grad_weight, None, None
+        needs = any(ctx.needs_input_grad[:2])
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_factor = None if factor is None else torch.empty_like(factor)
+        grad_taps = [tap.new_zeros(tap.shape, dtype=torch.float32) for tap in taps]
+        for start, stop in _parts(x, factor, ctx.width)[1]:
+            rows = _rows(x, factor, ctx.width, start, stop)
+            active = F.gelu(rows) if ctx.gelu else rows
+            grad_rows = torch.zeros_like(rows)
+            for j, (tap, grad_tap) in enumerate(zip(taps, grad_taps, strict=True)):
+                begin = max(start, j)
+                grad = grad_NO[begin - j : stop - j]
+                _add_product(grad_tap, active[begin - start :, : len(tap)].T, grad)
+                if needs:
+                    grad_rows[begin - start :, : len(tap)].addmm_(grad, tap.T)
+            if ctx.gelu and needs:
+                torch.ops.aten.gelu_backward.grad_input(grad_rows, rows, grad_input=grad_rows)
+            if factor is not None and grad_factor is not None:
+                tiles = _tiles(x, factor, ctx.width, start, stop)
+                grad_TRC = grad_rows.view(-1, x.shape[1], factor.shape[2])
+                torch.bmm(x[tiles].transpose(1, 2), grad_TRC, out=grad_factor[tiles])
+                if grad_x is not None:
+                    torch.bmm(grad_TRC, factor[tiles].transpose(1, 2), out=grad_x[tiles])
+            elif grad_x is not None:
+                grad_x.view(-1, ctx.width)[start:stop] = grad_rows
+        outs, channels, kernel = ctx.shape
+        grad_OCK = torch.cat(grad_taps).view(kernel, channels, outs).permute(2, 1, 0)
+        return grad_x, grad_factor, grad_OCK, None, None
+
+
+def _tile(x: Tensor, factor: Tensor, width: int) -> int:
+    """Rows of `width` numbers that a tile of a product makes."""
+    return x.shape[1] * factor.shape[2] // width
+
+
+def _tiles(x: Tensor, factor: Tensor, width: int, start: int, stop: int) -> slice:
+    return slice(start // _tile(x, factor, width), stop // _tile(x, factor, width))
+
+
+def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -> Tensor:
+    """Some rows of the input, `width` numbers each."""
+    if factor is None:
+        return x.view(-1, width)[start:stop]
+    tiles = _tiles(x, factor, width, start, stop)
+    return torch.bmm(x[tiles], factor[tiles]).view(-1, width)
+
+
+def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
+    """The number of rows, and where to cut: what a CPU's cache holds, and not at all on other devices."""
+    unit = BLOCK if factor is None else _tile(x, factor, width)
+    n = x.numel() // width if factor is None else len(x) * unit
+    step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n
+    return n, [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; the total is float32 whatever they are."""
+    if a.dtype is total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)

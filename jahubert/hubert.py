@@ -13,20 +13,20 @@ Shapes: B batch, T samples, S frames, C conv channels, D width, N valid frames o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
+from jahubert.dropout import Dropout
 from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import FrameGrid
 from jahubert.frontend import ConvFrontEnd
-from jahubert.packing import SPAN, Packing
+from jahubert.packing import Packing
+from jahubert.positional import PositionalConv
 
 
 @dataclass(frozen=True)
@@ -133,34 +133,10 @@ class FeatureProjection(nn.Module):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dims[-1], eps=config.norm_eps)
         self.projection = nn.Linear(config.conv_dims[-1], config.width)
-        self.dropout = nn.Dropout(config.input_dropout)
+        self.dropout = Dropout(config.input_dropout)
 
     def forward(self, x_NC: Tensor) -> Tensor:
         return self.dropout(self.projection(self.layer_norm(x_NC)))
-
-
-class PositionalConv(nn.Module):
-    """A wide grouped convolution whose output tells each frame where it is (wav2vec 2.0)."""
-
-    def __init__(self, config: HubertConfig):
-        super().__init__()
-        kernel, width = config.pos_conv_kernel, config.width
-        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=config.pos_conv_groups)
-        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * width)))
-        nn.init.zeros_(cast(Tensor, conv.bias))
-        self.conv = weight_norm(conv, dim=2)
-        self.extra = 1 - kernel % 2  # an even kernel gives one frame too many
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BDS = x_BSD.transpose(1, 2)
-        if x_BDS.device.type == "cpu" and self.conv.weight.shape[1] < 16:
-            # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to 14
-            # channels: tests/test_hubert.py would see it.
-            with torch.autocast("cpu", enabled=False):
-                y_BDS = self.conv(x_BDS.float()).to(x_BSD.dtype)
-        else:
-            y_BDS = self.conv(x_BDS)
-        return F.gelu(y_BDS[:, :, : y_BDS.shape[2] - self.extra]).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -182,10 +158,30 @@ class FeedForward(nn.Module):
         super().__init__()
         self.intermediate_dense = nn.Linear(config.width, config.ffn)
         self.output_dense = nn.Linear(config.ffn, config.width)
-        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+        self.intermediate_dropout = Dropout(config.activation_dropout)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return self.output_dense(self.intermediate_dropout(F.gelu(self.intermediate_dense(x_ND))))
+        inner = self.intermediate_dense(x_ND)
+        if torch.is_grad_enabled() and not (self.training and self.intermediate_dropout.p):
+            return _GeluLinear.apply(inner, self.output_dense.weight, self.output_dense.bias)
+        return self.output_dense(self.intermediate_dropout(F.gelu(inner)))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """Linear layer of GELU(x), which is computed again for backward: a third of what a block would keep."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight, x)
+        return grad_x, grad.T @ F.gelu(x), grad.sum(0)
 
 
 class EncoderLayer(nn.Module):
@@ -196,7 +192,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
         if self.pre_norm:
@@ -210,9 +206,9 @@ class Encoder(nn.Module):
     def __init__(self, config: HubertConfig):
         super().__init__()
         self.pre_norm, self.layer_drop = config.pre_norm, config.layer_drop
-        self.pos_conv_embed = PositionalConv(config)
+        self.pos_conv_embed = PositionalConv(config.width, config.pos_conv_kernel, config.pos_conv_groups)
         self.layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):  # BERT's initialisation
@@ -224,8 +220,7 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden frames of the last computed block, and those of the kept blocks, packed."""
         keep = set(keep_layers)
-        x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
-        x_ND = x_ND + packing.pack(self.pos_conv_embed(x_BSD)[:, : packing.width])
+        x_ND = x_ND + self.pos_conv_embed(x_ND, packing)
         if not self.pre_norm:
             x_ND = self.layer_norm(x_ND)
         x_ND = self.dropout(x_ND)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jahubert.dropout import keep_mask
 from jahubert.frontend import BLOCK, up_to
 
 SPAN = 32  # frames; attention and positional convolution work on multiples of it (see frontend.BLOCK)
+CACHED = 2**19  # attention weights computed at once on a CPU: what its caches hold
 
 
 class _Span(NamedTuple):
     """Utterances of about one length, as a rectangle of packed rows."""
 
     index_P: Tensor  # the packed row of each place of the rectangle
+    behind_X: Tensor  # the places behind their utterance
     shape: tuple[int, int]  # utterances, frames
-    bias_B11S: Tensor  # minus infinity where a place lies behind its utterance
+    bias_U1S: Tensor  # minus infinity where a place lies behind its utterance
 
 
 class Packing:
@@ -54,26 +57,29 @@ class Packing:
             mask = None if min(self.n_frames) == self.width else self._mask_BS[:, None, None, :]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
             return self.pack(out.transpose(1, 2))
-        if q_NHE.dtype is torch.bfloat16:
-            return self._attend_bfloat16(q_NHE, k_NHE, v_NHE, dropout)
-        # One call an utterance computes no padded pair at all.
+        if q_NHE.dtype is torch.bfloat16 or dropout:
+            return _SpanAttention.apply(q_NHE, k_NHE, v_NHE, *self._spans, self.n_valid, dropout)
+        # One call an utterance computes no padded pair at all, but knows no dropout.
         parts = [*self.n_frames, len(q_NHE) - self.n_valid]
         rows = zip(*(x.transpose(0, 1)[None].split(parts, dim=2) for x in (q_NHE, k_NHE, v_NHE)), strict=True)
-        outs = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout) for q, k, v in rows]
+        outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v in rows]
         return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
-    def _attend_bfloat16(self, q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, dropout: float) -> Tensor:
-        """On a CPU in bfloat16, plain operations in few sizes take a fifth of the fused kernel's time."""
-        spans, back_N = self._spans
-        scale, outs = q_NHE.shape[-1] ** -0.5, []
-        for span in spans:
-            q, k, v = (
-                x.index_select(0, span.index_P).unflatten(0, span.shape).transpose(1, 2)
-                for x in (q_NHE, k_NHE, v_NHE)
-            )
-            weights = torch.softmax((q * scale) @ k.transpose(-1, -2) + span.bias_B11S.to(q.dtype), dim=-1)
-            outs.append((F.dropout(weights, dropout) @ v).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs).index_select(0, back_N)
+    def windows(self, kernel: int) -> tuple[list[int], list[int]]:
+        """Each utterance in windows of 2 * `kernel` frames, one every `kernel`, from half a kernel before it.
+
+        The packed row of every place of all windows (the row behind the last one where there is no frame),
+        and for each packed row its place among the first halves of the windows.
+        """
+        nowhere, start, there, back = len(self.index_N), 0, [], []
+        for n in self.n_frames:
+            count = -(-n // kernel)
+            padded = [nowhere] * (kernel // 2) + list(range(start, start + n)) + [nowhere] * (2 * kernel)
+            back += range(len(there) // 2, len(there) // 2 + n)
+            for window in range(count):
+                there += padded[window * kernel : (window + 2) * kernel]
+            start += n
+        return there, back + [0] * (nowhere - self.n_valid)
 
     @cached_property
     def _mask_BS(self) -> Tensor:
@@ -89,12 +95,94 @@ class Packing:
         for frames, members in groupby(order, key=lambda row: up_to(self.n_frames[row], SPAN)):
             rows = list(members)
             index = torch.zeros(len(rows), frames, dtype=torch.int64)
-            bias = torch.zeros(len(rows), 1, 1, frames)
+            bias, behind = torch.zeros(len(rows), 1, frames), []
             for i, row in enumerate(rows):
                 start, n = starts[row], self.n_frames[row]
                 index[i, :n] = torch.arange(start, start + n)
                 bias[i, ..., n:] = float("-inf")
+                behind += range(i * frames + n, (i + 1) * frames)
                 back[start : start + n] = range(place, place + n)
                 place += frames
-            spans.append(_Span(index.flatten(), (len(rows), frames), bias))
+            behind_X = torch.tensor(behind, dtype=torch.int64)
+            spans.append(_Span(index.flatten(), behind_X, (len(rows), frames), bias))
         return spans, torch.tensor(back)
+
+
+class _SpanAttention(torch.autograd.Function):
+    """Attention by plain matrix products over rectangles of few sizes (G heads of all utterances, S frames).
+
+    On a CPU, torch's fused kernel knows no dropout and takes five times as long in bfloat16. A few heads at a
+    time, so that all between the products stays in the cache; of each weight, one byte of dropout is kept for
+    backward, the rest is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, q_NHE, k_NHE, v_NHE, spans: list[_Span], back_N: Tensor, n_valid: int, dropout: float):
+        ctx.spans, ctx.back_N, ctx.n_valid = spans, back_N, n_valid
+        ctx.scale, ctx.keep_scale = q_NHE.shape[-1] ** -0.5, 1.0
+        outs, saved = [], []
+        for span in spans:
+            q, k, v = (_gather(x, span) for x in (q_NHE, k_NHE, v_NHE))
+            out, keep = torch.empty_like(v), None
+            q.mul_(ctx.scale)
+            if dropout:
+                keep, ctx.keep_scale = keep_mask((len(q), q.shape[1], q.shape[1]), dropout)
+            for some, weights, _ in _weights(q, k, span):
+                torch.bmm(weights if keep is None else weights.mul_(keep[some]), v[some], out=out[some])
+            saved += [q, k, v, keep]
+            outs.append(out.mul_(ctx.keep_scale))
+        ctx.save_for_backward(*saved)
+        return _scatter(outs, ctx)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_NHE: Tensor):
+        grads, saved = [], ctx.saved_tensors  # once: recomputed activations can be had a single time
+        for i, span in enumerate(ctx.spans):
+            q, k, v, keep = saved[4 * i : 4 * i + 4]
+            grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+            grad = _gather(grad_NHE, span).mul_(ctx.keep_scale)
+            for some, weights, spare in _weights(q, k, span):
+                grad_weights = torch.bmm(grad[some], v[some].transpose(1, 2), out=spare)
+                dropped = weights
+                if keep is not None:
+                    grad_weights.mul_(keep[some])
+                    dropped = weights * keep[some]
+                torch.bmm(dropped.transpose(1, 2), grad[some], out=grad_v[some])
+                grad_scores = torch.ops.aten._softmax_backward_data.out(
+                    grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
+                )
+                torch.bmm(grad_scores, k[some], out=grad_q[some])
+                torch.bmm(grad_scores.transpose(1, 2), q[some], out=grad_k[some])
+            grads.append((grad_q.mul_(ctx.scale), grad_k, grad_v))
+        return *(_scatter(parts, ctx) for parts in zip(*grads, strict=True)), None, None, None, None
+
+
+def _weights(q_GSE: Tensor, k_GSE: Tensor, span: _Span) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The softmax of a few heads at a time: which, their weights, and a spare buffer of the same size."""
+    heads, frames = len(q_GSE), q_GSE.shape[1]
+    step = max(1, CACHED // frames**2)
+    buffers = q_GSE.new_empty(2, min(step, heads), frames, frames)
+    bias_G1S = span.bias_U1S.to(q_GSE.dtype).repeat_interleave(heads // span.shape[0], dim=0)
+    for start in range(0, heads, step):
+        some = slice(start, min(start + step, heads))
+        weights, scores = buffers[:, : some.stop - start]
+        torch.baddbmm(bias_G1S[some], q_GSE[some], k_GSE[some].transpose(1, 2), out=scores)
+        yield some, torch.softmax(scores, dim=-1, out=weights), scores
+
+
+def _gather(x_NHE: Tensor, span: _Span) -> Tensor:
+    """The rows of a rectangle, all heads of all utterances: (G, S, E); zero behind each utterance."""
+    x_PHE = x_NHE.index_select(0, span.index_P).index_fill_(0, span.behind_X, 0)
+    return x_PHE.unflatten(0, span.shape).transpose(1, 2).contiguous().flatten(0, 1)
+
+
+def _scatter(parts: Iterable[Tensor], ctx) -> Tensor:
+    """From rectangles back to packed rows (N, H, E); those of no meaning become zero."""
+    rows = [
+        x.unflatten(0, (span.shape[0], -1)).transpose(1, 2).flatten(0, 1)
+        for x, span in zip(parts, ctx.spans, strict=True)
+    ]
+    out_NHE = torch.cat(rows).index_select(0, ctx.back_N)
+    out_NHE[ctx.n_valid :] = 0
+    return out_NHE

@@ -164,7 +164,7 @@ def test_command(tmp_path, capsys):
         with pytest.raises(ConfigError, match=says):
             convert(tmp_path / "a", tmp_path / name, "torchaudio")
     with pytest.raises(ConfigError, match="choose one of"):
-        convert(tmp_path / "a", tmp_path / "c", "onnx")
+        convert(tmp_path / "a", tmp_path / "c", "tensorrt")
 
 
 def test_differences_are_found(tmp_path):

@@ -40,7 +40,7 @@ def test_operations_are_those_that_torch_counts(layer):
     with FlopCounterMode(display=False) as below:
         features_1CS = nn.Sequential(*convs)(torch.zeros(1, 1, n_samples))
         x_SD = model.feature_projection(features_1CS[0].T)
-        model.encoder.pos_conv_embed(x_SD[None])
+        model.encoder.pos_conv_embed.conv(x_SD.T[None])
     packing = Packing([len(x_SD)], len(x_SD), torch.device("cpu"))
     with FlopCounterMode(display=False) as blocks, torch.autocast("cpu", torch.bfloat16):
         for block in model.encoder.layers[:layer]:

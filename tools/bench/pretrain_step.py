@@ -174,8 +174,8 @@ class Trainer:
         self.module = KINDS[kind](config).to(device).train()
         self.optimizer = build_optimizer(self.module, TrainConfig(lr=1e-5), device)
 
-    def step(self, batch: Batch) -> float:
-        """Seconds."""
+    def step(self, batch: Batch, keep_gradients: bool = False) -> float:
+        """Seconds; without gradients from before, as an engine leaves it, unless they are to be kept."""
         synchronize(self.device)
         started = time.perf_counter()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
@@ -183,7 +183,7 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # gradients stay, so that memory is that of activations
+        self.optimizer.zero_grad(set_to_none=not keep_gradients)
         synchronize(self.device)
         return time.perf_counter() - started
 
@@ -223,7 +223,7 @@ def memory(kind: str, lengths: list[float], precision: str, args) -> float:
 def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, device: torch.device) -> None:
     """Print the peak of a second and third step over what is there between steps (CPU: Linux only)."""
     trainer, batch = Trainer(kind, config, device, DTYPES[precision]), make_batch(lengths, device)
-    trainer.step(batch)
+    trainer.step(batch, keep_gradients=True)  # they stay, so that memory is that of activations
     if device.type == "cuda":
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -232,7 +232,7 @@ def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, 
         base = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     for _ in range(2):
-        trainer.step(batch)
+        trainer.step(batch, keep_gradients=True)
     highest = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
     print((highest - base) / 2**20)
 
