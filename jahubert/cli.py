@@ -134,10 +134,9 @@ def features(args: argparse.Namespace) -> int:
     files = FeatureFiles(Path(args.output), settings)
     report = Report(inputs, empty)
     todo = [item for item in inputs if item.label == STDIN or not files.has(item.base, Path(item.label))]
-    if len(todo) < len(inputs):
-        report.clear()
-        print(f"{len(inputs) - len(todo)} of {len(inputs)} are there already", file=sys.stderr)
-        report.n_seen += len(inputs) - len(todo)
+    if there := len(inputs) - len(todo):
+        print(f"{there} of {len(inputs)} are there already", file=sys.stderr)
+        report.n_seen += there
     whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
     for item in todo:
         try:
@@ -231,13 +230,9 @@ def convert_labels(args: argparse.Namespace) -> int:
     """The units of an experiment into the files that fairseq trains from."""
     if args.to != "fairseq":
         raise ConfigError(f"{args.source} holds units: they can be written with --to fairseq only")
-    from jahubert.train.fairseq_files import export
-    from jahubert.train.labels import LabelStore
-    from jahubert.train.manifest import Manifest
+    from jahubert.train.fairseq_files import export_experiment
 
-    experiment = Path(args.source).absolute().parent.parent  # of iterN/label
-    manifest = Manifest(args.manifest or experiment / "prepare" / "manifest.arrow")
-    for split, count in export(manifest, LabelStore(args.source), Path(args.target)).items():
+    for split, count in export_experiment(args.source, args.target, args.manifest).items():
         print(f"{split}: {count} utterances")
     print(f"done: {args.target}")
     return 0

@@ -202,6 +202,12 @@ def _step(grids: list[FrameGrid], n_units: int, n_samples: int, where: str) -> i
     return HUBERT.step_in(grids[0])
 
 
+def export_experiment(labels: str, folder: str, manifest: str | None) -> dict[str, int]:
+    """`export` of a folder `exp/NAME/iterN/label`; the manifest is that experiment's if none is given."""
+    path = Path(manifest) if manifest else Path(labels).absolute().parent.parent / "prepare/manifest.arrow"
+    return export(Manifest(path), LabelStore(Path(labels)), Path(folder))
+
+
 def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, int]:
     """Write the files that fairseq trains from, at 50 Hz; returns the utterances of each split.
 
