@@ -180,8 +180,10 @@ class _GeluLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grad_x = torch.ops.aten.gelu_backward(grad @ weight, x)
-        return grad_x, grad.T @ F.gelu(x), grad.sum(0)
+        grad_weight = grad.T @ F.gelu(x)
+        grad_x = grad @ weight
+        torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)
+        return grad_x, grad_weight, grad.sum(0)
 
 
 class EncoderLayer(nn.Module):

@@ -146,8 +146,9 @@ class _SpanAttention(torch.autograd.Function):
                 grad_weights = torch.bmm(grad[some], v[some].transpose(1, 2), out=spare)
                 dropped = weights
                 if keep is not None:
-                    grad_weights.mul_(keep[some])
-                    dropped = weights * keep[some]
+                    kept = keep[some].to(weights.dtype)
+                    grad_weights.mul_(kept)
+                    dropped = kept.mul_(weights)
                 torch.bmm(dropped.transpose(1, 2), grad[some], out=grad_v[some])
                 grad_scores = torch.ops.aten._softmax_backward_data.out(
                     grad_weights, weights, -1, weights.dtype, grad_input=grad_weights

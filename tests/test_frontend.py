@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from jahubert import frontend
 from jahubert.frontend import ConvFrontEnd
 from jahubert.packing import Packing
 
@@ -28,7 +29,9 @@ def plain(stack: ConvFrontEnd, wav_T: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("norm", ["group", "layer"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", [HUBERTS, ODD], ids=["hubert", "odd"])
-def test_equals_plain_convolutions_and_their_gradients(norm, bias, shape):
+@pytest.mark.parametrize("cached", [1, 2**20], ids=["parts", ""])
+def test_equals_plain_convolutions_and_their_gradients(norm, bias, shape, cached, monkeypatch):
+    monkeypatch.setattr(frontend, "CACHED", cached)  # the smallest parts, or all rows at once
     torch.manual_seed(0)
     stack = ConvFrontEnd((8, 6, 10, 4, 6, 8, 12)[: len(shape[0])], *shape, bias=bias, norm=norm)
     for name, parameter in stack.named_parameters():
