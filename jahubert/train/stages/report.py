@@ -43,21 +43,21 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    if ranks.rank():
-        return {}
     if not (config.exp / "prepare" / DONE).exists():
         raise DataError(
             f"{config.exp}: nothing to report yet; run stage=prepare and the stages after it first"
         )
     manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
     times, source = report.phone_times(config.exp, manifest)
-    counted = report.unit_counts(config.exp, times, source)
     device = ranks.pick_device(config.device)
-    try:
+    try:  # in all processes, which share the clustering
         layers = report.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
     except AudioError as error:  # a corpus may have moved since; the rest of the report needs no audio
         log.warning("PNMI by layer is left out: %s", error)
         layers = {}
+    if ranks.rank():
+        return {}
+    counted = report.unit_counts(config.exp, times, source)
     summary = report.summarize(config.exp, counted) | {"layers": layers, "published": config.published}
     table = report.table(summary)
     write_json(out / "metrics.json", summary)
