@@ -1,4 +1,4 @@
-"""Dropout from random bits, and attention, feed-forward and positional convolution that keep less for later."""
+"""Dropout from random bits; attention, feed-forward and positional convolution that keep less for later."""
 
 import pytest
 import torch
