@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -22,7 +22,6 @@ class _Span(NamedTuple):
     """Utterances of about one length, as a rectangle of packed rows."""
 
     index_P: Tensor  # the packed row of each place of the rectangle
-    behind_X: Tensor  # the places behind their utterance
     shape: tuple[int, int]  # utterances, frames
     bias_U1S: Tensor  # minus infinity where a place lies behind its utterance
 
@@ -95,16 +94,14 @@ class Packing:
         for frames, members in groupby(order, key=lambda row: up_to(self.n_frames[row], SPAN)):
             rows = list(members)
             index = torch.zeros(len(rows), frames, dtype=torch.int64)
-            bias, behind = torch.zeros(len(rows), 1, frames), []
+            bias = torch.zeros(len(rows), 1, frames)
             for i, row in enumerate(rows):
                 start, n = starts[row], self.n_frames[row]
                 index[i, :n] = torch.arange(start, start + n)
                 bias[i, ..., n:] = float("-inf")
-                behind += range(i * frames + n, (i + 1) * frames)
                 back[start : start + n] = range(place, place + n)
                 place += frames
-            behind_X = torch.tensor(behind, dtype=torch.int64)
-            spans.append(_Span(index.flatten(), behind_X, (len(rows), frames), bias))
+            spans.append(_Span(index.flatten(), (len(rows), frames), bias))
         return spans, torch.tensor(back)
 
 
@@ -118,11 +115,17 @@ class _SpanAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_NHE, k_NHE, v_NHE, spans: list[_Span], back_N: Tensor, n_valid: int, dropout: float):
-        ctx.spans, ctx.back_N, ctx.n_valid = spans, back_N, n_valid
-        ctx.scale, ctx.keep_scale = q_NHE.shape[-1] ** -0.5, 1.0
-        outs, saved = [], []
+        heads, width = q_NHE.shape[1:]
+        ctx.spans, ctx.n_valid, ctx.scale, ctx.keep_scale = spans, n_valid, width**-0.5, 1.0
+        # A row is one head of one frame: first the places of all rectangles, then the way back.
+        ctx.there, head_H = [], torch.arange(heads)
         for span in spans:
-            q, k, v = (_gather(x, span) for x in (q_NHE, k_NHE, v_NHE))
+            index_U1S = span.index_P.view(span.shape[0], 1, span.shape[1])
+            ctx.there.append((index_U1S * heads + head_H[:, None]).flatten())
+        ctx.back_NH = _head_rows(spans, back_N, heads)
+        outs, saved = [], []
+        for span, there in zip(spans, ctx.there, strict=True):
+            q, k, v = (_gather(x, there, span) for x in (q_NHE, k_NHE, v_NHE))
             out, keep = torch.empty_like(v), None
             q.mul_(ctx.scale)
             if dropout:
@@ -138,10 +141,14 @@ class _SpanAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NHE: Tensor):
         grads, saved = [], ctx.saved_tensors  # once: recomputed activations can be had a single time
-        for i, span in enumerate(ctx.spans):
+        for i, (span, there) in enumerate(zip(ctx.spans, ctx.there, strict=True)):
             q, k, v, keep = saved[4 * i : 4 * i + 4]
             grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-            grad = _gather(grad_NHE, span).mul_(ctx.keep_scale)
+            grad = _gather(grad_NHE, there, span)
+            valid_U1S1 = span.bias_U1S.exp()[..., None].to(
+                grad.dtype
+            )  # nothing comes from behind an utterance
+            grad.unflatten(0, (span.shape[0], -1)).mul_(ctx.keep_scale * valid_U1S1)
             for some, weights, spare in _weights(q, k, span):
                 grad_weights = torch.bmm(grad[some], v[some].transpose(1, 2), out=spare)
                 dropped = weights
@@ -168,22 +175,30 @@ def _weights(q_GSE: Tensor, k_GSE: Tensor, span: _Span) -> Iterator[tuple[slice,
     for start in range(0, heads, step):
         some = slice(start, min(start + step, heads))
         weights, scores = buffers[:, : some.stop - start]
-        torch.baddbmm(bias_G1S[some], q_GSE[some], k_GSE[some].transpose(1, 2), out=scores)
-        yield some, torch.softmax(scores, dim=-1, out=weights), scores
+        torch.bmm(q_GSE[some], k_GSE[some].transpose(1, 2), out=scores)
+        yield some, torch.softmax(scores.add_(bias_G1S[some]), dim=-1, out=weights), scores
 
 
-def _gather(x_NHE: Tensor, span: _Span) -> Tensor:
-    """The rows of a rectangle, all heads of all utterances: (G, S, E); zero behind each utterance."""
-    x_PHE = x_NHE.index_select(0, span.index_P).index_fill_(0, span.behind_X, 0)
-    return x_PHE.unflatten(0, span.shape).transpose(1, 2).contiguous().flatten(0, 1)
+def _gather(x_NHE: Tensor, there: Tensor, span: _Span) -> Tensor:
+    """The rows of a rectangle, all heads of all utterances: (G, S, E)."""
+    return x_NHE.reshape(-1, x_NHE.shape[2]).index_select(0, there).unflatten(0, (-1, span.shape[1]))
 
 
-def _scatter(parts: Iterable[Tensor], ctx) -> Tensor:
+def _head_rows(spans: list[_Span], back_N: Tensor, heads: int) -> Tensor:
+    """Where each head of each packed row lies in the rectangles of `_gather`, laid end to end."""
+    place_X, start = [], 0
+    for utterances, frames in (span.shape for span in spans):
+        rows_UHS = torch.arange(start * heads, (start + utterances * frames) * heads).view(-1, heads, frames)
+        place_X.append(rows_UHS.transpose(1, 2).reshape(-1, heads))
+        start += utterances * frames
+    return torch.cat(place_X).index_select(0, back_N).flatten()
+
+
+def _scatter(parts: Sequence[Tensor], ctx) -> Tensor:
     """From rectangles back to packed rows (N, H, E); those of no meaning become zero."""
-    rows = [
-        x.unflatten(0, (span.shape[0], -1)).transpose(1, 2).flatten(0, 1)
-        for x, span in zip(parts, ctx.spans, strict=True)
-    ]
-    out_NHE = torch.cat(rows).index_select(0, ctx.back_N)
+    rows = [x.view(-1, x.shape[2]) for x in parts]
+    flat = rows[0] if len(rows) == 1 else torch.cat(rows)
+    heads = len(ctx.there[0]) // len(ctx.spans[0].index_P)
+    out_NHE = flat.index_select(0, ctx.back_NH).unflatten(0, (-1, heads))
     out_NHE[ctx.n_valid :] = 0
     return out_NHE
