@@ -113,3 +113,11 @@ def test_recipes_are_found_by_name_or_folder(tmp_path):
     assert recipe_folder(str(tmp_path)) == tmp_path
     with pytest.raises(ConfigError, match=r"recipe=dem: there is no such recipe; did you mean demo\?"):
         recipe_folder("dem")
+
+
+def test_two_files_in_folders_of_one_name_are_two(tmp_path):
+    for number in (1, 2):
+        folder = tmp_path / str(number) / "mine"
+        folder.mkdir(parents=True)
+        (folder / "prepare.py").write_text(f"number = {number}\n")
+        assert resolve(f"{folder}/prepare.py:number", FEATURES, "features.kind") == number

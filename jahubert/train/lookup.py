@@ -5,8 +5,10 @@ Every table also takes "package.module:attribute" and "folder/file.py:attribute"
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,8 @@ def _import(name: str, what: str) -> Any:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
-    name = "jahubert_file_" + "_".join(path.resolve().with_suffix("").parts[-2:])
+    place = str(path.resolve())  # two folders of one name are two recipes
+    name = f"jahubert_file_{path.stem}_{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=None)

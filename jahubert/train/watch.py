@@ -91,6 +91,9 @@ class _Process:
                 self.store.set(str(self.rank), json.dumps(asdict(beat)))
                 if late and self.store.add("told", 1) == 1:
                     print(f"jahubert: error: {self._verdict()}", file=sys.stderr, flush=True)
+                    self.store.set("said", "")
+                elif late and self.rank == 0:  # whoever tells reads from its store
+                    self.store.wait(["said"], _PATIENCE)
             except RuntimeError:  # the first process is gone, and the store with it
                 pass
             if late and not self.over.is_set():
