@@ -57,10 +57,16 @@ def transcribe(args: argparse.Namespace) -> int:
     ):
         raise ConfigError(f"-f {args.format} of more than one file or format needs a folder: add -o DIR")
     source = model_source(args)
+    import torch
+
     from jahubert.transcribe import Transcriber, Transcript
 
     asr = Transcriber.from_pretrained(
-        source, beam=args.beam, device=args.device, vad=not args.no_vad, int8=args.int8
+        source,
+        beam=args.beam,
+        device=args.device,
+        vad=not args.no_vad,
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
     )
     report = Report(inputs, empty)
     if args.output is None and args.format == "tsv":
@@ -101,18 +107,6 @@ def each(inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[
             print(line, flush=True)
         report.seen(item.label)
     return report.finish()
-
-
-def save_array(array: Any, folder: str, item: Input) -> None:
-    """Write a tensor as .npy below `folder`; a file is replaced only when the new one is complete."""
-    import numpy as np
-
-    path = Path(folder, str(item.base) + ".npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        np.save(file, array.numpy())
-    beside.replace(path)
 
 
 def features(args: argparse.Namespace) -> int:
@@ -160,6 +154,7 @@ def units(args: argparse.Namespace) -> int:
     named = names_wanted(args.audio)
     source = model_source(args)
     from jahubert.extract import UnitExtractor
+    from jahubert.feature_files import save_array
 
     extractor = UnitExtractor.from_pretrained(source, device=args.device, chunk_seconds=args.chunk_seconds)
 
@@ -167,7 +162,7 @@ def units(args: argparse.Namespace) -> int:
         found = extractor(item.open())
         found = found.unique_consecutive() if args.unique else found
         if args.output is not None:
-            save_array(found, args.output, item)
+            save_array(found, Path(args.output, f"{item.base}.npy"))
             return None
         line = " ".join(map(str, found.tolist()))
         return f"{item.label}\t{line}" if named else line
@@ -307,6 +302,11 @@ def audio_commands(command: Command) -> None:
             help="encode longer recordings in overlapping chunks, which bounds the memory (default: whole)",
         )  # fmt: skip
 
+    def dtype(sub: argparse.ArgumentParser, default: str, *more: str) -> None:
+        names = [*dict.fromkeys([default, "float32", "bfloat16", "float16", *more])]
+        auto = "; auto: bfloat16 where the device has it, else float32" if default == "auto" else ""
+        sub.add_argument("--dtype", choices=names, default=default, help=f"default: {default}{auto}")
+
     sub = command(transcribe, "write down what is said in audio, in kana and phonemes with times")
     audio(sub)
     formats = [*writers.FORMATS, "all"]
@@ -315,7 +315,7 @@ def audio_commands(command: Command) -> None:
     sub.add_argument("--beam", type=int, default=20, metavar="N", help="width of the search (default: 20)")
     sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
     sub.add_argument("--no-vad", action="store_true", help="look for words in silence, noise and tones too")
-    sub.add_argument("--int8", action="store_true", help="8-bit matrix products, on a CPU")
+    dtype(sub, "auto", "int8")
 
     sub = command(features, "write the frames of encoder layers as float32 .npy (frames, dim)")
     audio(sub)
@@ -330,10 +330,7 @@ def audio_commands(command: Command) -> None:
     sub.add_argument(
         "--weights", type=numbers, metavar="W,W", help="write the sum of the layers, each times its weight"
     )
-    sub.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="of the computation (default: float32)",
-    )  # fmt: skip
+    dtype(sub, "float32")
     chunked(sub)
 
     sub = command(units, "print the discrete units of audio, 50 a second")

@@ -17,13 +17,12 @@ from jahubert.chunks import chunk_size, encode_all, encode_stream
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.hubert import HubertModel
+from jahubert.precision import PRECISIONS, computing_in
 
 Layers = int | Sequence[int] | Literal["all"] | None
 STREAM_SECONDS = 30.0  # of a chunk, where none was asked for
 READERS = 2  # threads that read audio ahead
 READ_AHEAD = 32  # recordings
-
-PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -249,8 +248,7 @@ class FeatureExtractor:
         return encode_all(wavs, self._forward, self.grid, self.features.shape, self.chunk_seconds)
 
     def _forward(self, wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
-        enabled = self.dtype is not torch.float32
-        with torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled):
+        with computing_in(self.dtype, self.device):
             features, n_frames_B = self.features(wav_BT.to(self.device), n_samples)
         return features.float(), n_frames_B
 

@@ -112,6 +112,15 @@ def parts_folder(output: Path) -> Path:
     return output.with_name(output.name + ".parts") if output.suffix == SINGLE else output
 
 
+def save_array(array: Tensor, path: Path) -> None:
+    """Write a tensor as .npy; a file is replaced only when the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        np.save(file, array.numpy())
+    beside.replace(path)
+
+
 def _header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from jahubert.frontend import BLOCK
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.packing import SPAN
+from jahubert.precision import computing_in
 
 
 class UnitHead(nn.Module):
@@ -65,4 +66,7 @@ class HubertForCtc(nn.Module):
     def log_probs(self, hidden_BSD: Tensor) -> Tensor:
         """Log-probabilities (B, S, V), float32, of the encoder's frames."""
         n = hidden_BSD.shape[1]
-        return self.lm_head(F.pad(hidden_BSD, (0, 0, 0, -n % SPAN)))[:, :n].float().log_softmax(-1)
+        padded_BSD = F.pad(hidden_BSD.float(), (0, 0, 0, -n % SPAN))
+        # Two symbols of nearly the same probability would be the same number in 16 bits.
+        with computing_in(torch.float32, hidden_BSD.device):
+            return self.lm_head(padded_BSD)[:, :n].log_softmax(-1)

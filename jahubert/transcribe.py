@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jahubert.audio import AudioLike, AudioSource, stream_audio
 from jahubert.checkpoint import load_bundle
@@ -32,6 +30,7 @@ from jahubert.longform import (
     speech_frames,
 )  # fmt: skip
 from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
+from jahubert.precision import PRECISIONS, computing_in, fastest, quantized
 
 BEAM_ROWS = 32  # pieces in one beam search
 NEVER = -1e4  # log-probability of a phone where nobody speaks
@@ -87,7 +86,8 @@ class Transcriber:
         beam: width of the beam search.
         device: default is the GPU where there is one.
         vad: find no words where nobody speaks (`longform.speech_frames`).
-        int8: matrix products in 8 bits, on a CPU; weights by channel, activations as they come.
+        dtype: of the matrix products: torch.float32, bfloat16, float16, or on a CPU int8; default is bfloat16
+            where the device has it in hardware, else float32.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Transcriber:
         beam: int = 20,
         device: str | torch.device | None = None,
         vad: bool = True,
-        int8: bool = False,
+        dtype: torch.dtype | None = None,
     ):
         if model.lm_head.out_features != len(phonemes):
             raise CheckpointError(
@@ -107,7 +107,11 @@ class Transcriber:
             )
         if beam < 1:
             raise ConfigError(f"beam is {beam}, but must be at least 1; the published results use 20")
+        if dtype not in (None, torch.int8, *PRECISIONS):
+            raise ConfigError(f"dtype is {dtype}; choose torch.float32, bfloat16, float16 or int8")
         self.device = pick_device(device)
+        self.dtype = fastest(self.device) if dtype is None else dtype
+        int8 = self.dtype is torch.int8
         self.model = quantized(model, self.device) if int8 else model.eval().to(self.device)
         self.phonemes, self.beam, self.vad = phonemes, beam, vad
 
@@ -188,7 +192,8 @@ class Transcriber:
         """Log-probabilities (S, V), float32 on the CPU, of 16 kHz waveforms of any length."""
 
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
-            return self.model(wav_BT.to(self.device), n_samples)
+            with computing_in(self.dtype, self.device):
+                return self.model(wav_BT.to(self.device), n_samples)
 
         return encode_all(wavs, encode, self.grid, (len(self.phonemes),), CHUNK_SECONDS)
 
@@ -270,24 +275,6 @@ class Transcriber:
             found = beam_search(padded, lengths, self.beam, blank=self.phonemes.blank)
             best.update({i: hypotheses[0] for i, hypotheses in zip(rows, found, strict=True)})
         return [best[i] for i in range(len(pieces))]
-
-
-def quantized(model: HubertForCtc, device: torch.device) -> HubertForCtc:
-    """A copy of the model with int8 linear layers; ConfigError where that cannot run."""
-    if device.type != "cpu":
-        raise ConfigError(
-            f"int8 is for CPUs, but the device is {device}; add device='cpu', or leave int8 out"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces torchao, another package, in its place
-        try:
-            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-        except ImportError as error:
-            raise ConfigError(
-                f"torch {torch.__version__} has no dynamic quantisation; leave int8 out"
-            ) from error
-        layers = {nn.Linear: per_channel_dynamic_qconfig}
-        return quantize_dynamic(copy.deepcopy(model).eval().cpu(), layers)
 
 
 def words_of(spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Iterator[Word]:

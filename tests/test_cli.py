@@ -23,7 +23,7 @@ from jahubert.cli import main
 from jahubert.heads import HubertForCtc
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
-from jahubert.transcribe import quantized
+from jahubert.precision import quantized
 
 TINY = HubertConfig(
     conv_dims=(8,) * 7, width=16, layers=2, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
@@ -239,16 +239,24 @@ def test_phonemes_in_place_of_kana(bundle, folder, capsys):
     assert capsys.readouterr().out == " ".join(wanted) + "\n"
 
 
-def test_int8_is_near(bundle, folder):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
+def test_fewer_bits_are_near(bundle, folder, dtype):
     exact, near = (
-        jahubert.Transcriber.from_pretrained(bundle, device="cpu", int8=int8) for int8 in (False, True)
+        jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=d) for d in (torch.float32, dtype)
     )
     wav = syllables(2.0)
     (a,), (b,) = exact.log_probs([wav]), near.log_probs([wav])
-    assert not torch.equal(a, b) and (a.exp() - b.exp()).abs().mean() < 1e-3
-    assert "quantized" in str(type(near.model.lm_head))
+    assert b.dtype == torch.float32 and not torch.equal(a, b)
+    assert (a.exp() - b.exp()).abs().mean() < 1e-3
+    assert ("quantized" in str(type(near.model.lm_head))) == (dtype is torch.int8)
+
+
+def test_where_int8_cannot_run(bundle):
+    exact = jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=torch.float32)
     with pytest.raises(jahubert.UserError, match="for CPUs"):
         quantized(exact.model, torch.device("meta"))
+    with pytest.raises(jahubert.UserError, match=r"dtype is torch\.float64; choose"):
+        jahubert.Transcriber(exact.model, exact.phonemes, dtype=torch.float64)
 
 
 def test_status_as_json(folder, capsys):

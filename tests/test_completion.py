@@ -30,7 +30,7 @@ def test_bash(tmp_path):
     names = [command.name for command in commands(build_parser())]
     assert offered("jahubert ", tmp_path) == names
     assert offered("jahubert tr", tmp_path) == ["transcribe"]
-    assert "--int8" in offered("jahubert transcribe --", tmp_path)
+    assert "--dtype" in offered("jahubert transcribe --", tmp_path)
     assert offered("jahubert transcribe -f s", tmp_path) == ["srt"]
     assert offered("jahubert convert a b --to t", tmp_path) == ["torchaudio"]
     assert offered("jahubert transcribe 日", tmp_path) == ["日本語 名前.wav"]

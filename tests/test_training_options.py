@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from toy import Data as ToyData
 from toy import Toy
 
-from jahubert import run
+from jahubert import precision, run
 from jahubert.errors import ConfigError, JahubertError
 from jahubert.frames import HUBERT
 from jahubert.hubert import HubertConfig
-from jahubert.train import engine, optim
+from jahubert.train import engine
 from jahubert.train.batches import PretrainBatch, pad
 from jahubert.train.engine import train
 from jahubert.train.journal import duration
@@ -210,7 +210,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_update(tmp_path):
 def test_precision_of_a_device(monkeypatch):
     cpu, auto = torch.device("cpu"), TrainConfig()
     for has, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(optim, "_cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr(precision, "_cpu_has_bf16", lambda has=has: has)
         assert pick_precision(auto, cpu) is wanted
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
         assert pick_precision(auto, torch.device("cuda")) is wanted

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from jahubert.errors import ConfigError, JahubertError, UserError
+from jahubert.precision import computing_in
 from jahubert.train import ranks
 from jahubert.train.checkpoints import Checkpoints, folder_of
 from jahubert.train.journal import Journal, Window
@@ -292,9 +293,8 @@ class _Run:
 
     def _backward(self, micro: MicroBatch, batch: Any, last: bool) -> Loss:
         seed_micro(self.module.seed, micro)  # type: ignore[arg-type]
-        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
         with self.parallel.accumulating(last):
-            with autocast:
+            with computing_in(self.dtype, self.device):
                 loss = self.parallel(batch, self.step)
             self.scaler.scale(loss.total).backward()
         return loss

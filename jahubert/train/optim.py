@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from jahubert.errors import ConfigError
+from jahubert.precision import fastest
 from jahubert.train.config import free
 
 
@@ -118,16 +119,7 @@ def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
         ConfigError: fp16 on a CPU, which is several times slower than float32 there.
     """
     if config.precision == "auto":
-        bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-        return torch.bfloat16 if bf16 else torch.float32
+        return fastest(device)
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision=fp16 is slower than fp32 on a CPU; use precision=fp32 or bf16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; on one that does not, it is slower than float32."""
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a private name: absent means unknown
-        return False

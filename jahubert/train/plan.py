@@ -25,6 +25,7 @@ from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.precision import computing_in
 from jahubert.train import ranks
 from jahubert.train.config import unknown
 from jahubert.train.features import Mfcc
@@ -175,9 +176,8 @@ def kept_bytes(config: HubertConfig, seconds: float, recompute: bool, precision:
         kept[storage._cdata] = storage
         return tensor
 
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision is not torch.float32)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FakeTensorMode(), autocast:
+    with FakeTensorMode(), computing_in(precision, torch.device("cpu")):
         model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
         model.encoder.training = False  # or it would look at a random number for layer drop
         lighten(list(model.encoder.layers), recompute, False)
@@ -212,7 +212,7 @@ def probe(config: HubertConfig, train: TrainConfig, n: int) -> Machine:
     spent = []
     while len(spent) < 2 or (sum(spent) < 5 and len(spent) < 12):
         started = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+        with computing_in(dtype, device):
             loss = _loss(model, head, wav_BT)
         loss.backward()
         optimizer.step()

@@ -1,9 +1,9 @@
-"""From a file to text: our recogniser against transformers' HubertForCTC, and against itself in 8 bits.
+"""From a file to text: our recogniser in several precisions against transformers' HubertForCTC.
 
     python tools/bench/transcribe.py audio.wav                        # base size, random weights, two threads
-    python tools/bench/transcribe.py --model MODEL audio.wav          # a model of your own, and its int8
+    python tools/bench/transcribe.py --model MODEL audio.wav          # a model of your own
     python tools/bench/transcribe.py --model exp/tofugu/systems/pretrained/finetune \\
-        --exp exp/tofugu --splits test test_joined                    # and what int8 costs in PER
+        --exp exp/tofugu --splits test test_joined                    # and what fewer bits cost in PER
 
 All get the same recording and weights, in turn, and the median of the rounds counts. Ours reads the file,
 looks for speech, encodes chunks of 30 s with 4 s of overlap and searches with a beam of 20; transformers gets
@@ -27,6 +27,7 @@ from jahubert.train.metrics import error_rate
 from jahubert.train.targets import TargetStore
 
 STRETCH = 30 * 16_000  # samples
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 def base(folder: Path) -> Path:
@@ -37,18 +38,18 @@ def base(folder: Path) -> Path:
     return jahubert.save_bundle(folder / "base", ctc=ctc, phonemes=phonemes)
 
 
-def theirs(source: Path) -> Callable[[str], object]:
+def theirs(source: Path, dtype: torch.dtype) -> Callable[[str], object]:
     """Reading and greedy decoding with transformers."""
     from transformers import HubertForCTC
 
-    model = HubertForCTC.from_pretrained(source).eval()
+    model = HubertForCTC.from_pretrained(source, dtype=dtype).eval()
 
     @torch.inference_mode()
     def run(audio: str) -> list[list[int]]:
         stretches = jahubert.load_audio(audio).split(STRETCH)
         found = []
         for wav_T in stretches:
-            labels = model(wav_T[None]).logits[0].argmax(-1).unique_consecutive()
+            labels = model(wav_T[None].to(dtype)).logits[0].argmax(-1).unique_consecutive()
             found.append(labels[labels != 0].tolist())
         return found
 
@@ -56,31 +57,38 @@ def theirs(source: Path) -> Callable[[str], object]:
 
 
 def speed(source: Path, audio: str, rounds: int) -> None:
-    ours, int8 = (
-        jahubert.Transcriber.from_pretrained(source, device="cpu", int8=int8) for int8 in (False, True)
-    )
-    ways = {"ours": ours.transcribe, "ours, int8": int8.transcribe, "transformers": theirs(source)}
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+    ways: dict[str, Callable[[str], object]] = {}
+    for dtype in DTYPES:
+        ways[f"ours, {name(dtype)}"] = jahubert.Transcriber.from_pretrained(
+            source, device="cpu", dtype=dtype
+        ).transcribe
+    for dtype in DTYPES[:2]:
+        ways[f"transformers, {name(dtype)}"] = theirs(source, dtype)
+    taken: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
-        for name, run in ways.items():
+        for way, run in ways.items():
             started = time.perf_counter()
             run(audio)
             if number:  # the first round warms up
-                taken[name].append(time.perf_counter() - started)
+                taken[way].append(time.perf_counter() - started)
     seconds = len(jahubert.load_audio(audio)) / 16_000
     print(f"{seconds:.1f} s of audio, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    peer = statistics.median(taken["transformers"])
-    for name, times in taken.items():
+    peer = statistics.median(taken["transformers, float32"])
+    for way, times in taken.items():
         took = statistics.median(times)
-        rate = f"{seconds / took:7.1f} times real time  {peer / took:5.2f} times transformers"
-        print(f"{name:14} {took:8.2f} s  {rate}")
+        rate = f"{seconds / took:7.1f} times real time  {peer / took:5.2f} times transformers in float32"
+        print(f"{way:22} {took:8.2f} s  {rate}")
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def cost(source: Path, exp: Path, splits: list[str]) -> None:
-    """PER on splits of an experiment, exact and in 8 bits."""
+    """PER on splits of an experiment in every precision."""
     manifest, targets = Manifest(exp / "prepare" / "manifest.arrow"), TargetStore(exp / "targets")
-    for int8 in (False, True):
-        asr = jahubert.Transcriber.from_pretrained(source, device="cpu", vad=False, int8=int8)
+    for dtype in DTYPES:
+        asr = jahubert.Transcriber.from_pretrained(source, device="cpu", vad=False, dtype=dtype)
         for split in splits:
             rows = [int(row) for row in manifest.indices(split=split)]
             started = time.perf_counter()
@@ -90,7 +98,7 @@ def cost(source: Path, exp: Path, splits: list[str]) -> None:
             said = [[phone for word in targets.words(row) for phone in word] for row in rows]
             found, seconds = error_rate(said, hypotheses), manifest.n_samples[rows].sum() / 16_000
             print(
-                f"{split:12} {'int8' if int8 else 'float32':8} PER {100 * found.rate:6.2f} %  "
+                f"{split:12} {name(dtype):8} PER {100 * found.rate:6.2f} %  "
                 f"{seconds / took:6.1f} times real time  ({len(rows)} utterances)"
             )
 

@@ -1,0 +1,58 @@
+"""In which numbers a model computes: float32, or fewer bits where that is faster.
+
+Lower precision is for matrix products and convolutions only (autocast); norms, softmax, cosines and the
+symbols' log-probabilities stay in float32. The weights themselves are not changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from jahubert.errors import ConfigError
+
+T = TypeVar("T", bound=nn.Module)
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fastest(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware, else float32, which is faster then."""
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if has else torch.float32
+
+
+def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    """Autocast to `dtype`; for float32 (and for int8, which is in the layers) none, also inside another."""
+    lower = dtype in PRECISIONS[1:]
+    return torch.autocast(device.type, dtype if lower else None, enabled=lower)
+
+
+def quantized(model: T, device: torch.device) -> T:
+    """A copy of the model with int8 linear layers: weights by channel, activations as they come.
+
+    Raises:
+        ConfigError: this device or this torch cannot run them.
+    """
+    if device.type != "cpu":
+        raise ConfigError(f"int8 is for CPUs, but the device is {device}; add device cpu, or take bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces torchao, another package, in its place
+        try:
+            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+        except ImportError as error:
+            raise ConfigError(
+                f"torch {torch.__version__} has no dynamic quantisation; leave int8 out"
+            ) from error
+        return quantize_dynamic(copy.deepcopy(model).eval().cpu(), {nn.Linear: per_channel_dynamic_qconfig})
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a private name: absent means unknown
+        return False
