@@ -2,6 +2,7 @@
 
     python tools/wheel_check.py torch==2.15.0                  # a build with CUDA: 6 GB for a while
     python tools/wheel_check.py --work DIR torch==2.6.0        # the same, kept in DIR
+    python tools/wheel_check.py --python python3.14            # another Python, which has venv
     python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
 
 Run it in the development environment. It builds the sdist and the wheel from that, makes tiny models and a
@@ -135,6 +136,8 @@ def make_material(folder: Path) -> None:
 
 def results(folder: Path) -> tuple[dict, dict[str, str]]:
     """Arrays and texts that the models make of the recording, by name, with the jahubert that is imported."""
+    import torch
+
     import jahubert
 
     arrays, says = {}, {}
@@ -148,7 +151,8 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
         arrays[f"{name}.stream"] = next(extractor.stream(audio)).numpy()
         arrays[f"{name}.many"] = next(extractor.many([audio])).numpy()  # type: ignore[union-attr]
         arrays[f"{name}.units"] = jahubert.UnitExtractor.from_pretrained(source, device="cpu")(audio).numpy()
-        transcript = jahubert.Transcriber.from_pretrained(source, device="cpu").transcribe(audio)
+        options = {"device": "cpu", "dtype": torch.float32}  # what another torch computes as well
+        transcript = jahubert.Transcriber.from_pretrained(source, **options).transcribe(audio)
         need(transcript.words, f"the model {name} says nothing, which would prove nothing")
         says[name] = transcript.text
     return arrays, says
@@ -224,11 +228,12 @@ def check_commands(folder: Path, out: Path) -> None:
     found = shutil.which("jahubert", path=str(Path(sys.executable).parent))
     need(found, "the wheel installed no command `jahubert`")
     command, audio = str(found), folder / "audio.wav"
+    transcribe: list[str | Path] = [command, "transcribe", "--device", "cpu", "--dtype", "float32"]
     expected = np.load(folder / "expected.npz")
     says = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     for name in MODELS:
         options = ["--device", "cpu", "--model", folder / name]
-        said = done(run([command, "transcribe", *options, audio], cwd=out))
+        said = done(run([*transcribe, "--model", folder / name, audio], cwd=out))
         need(said == says[name] + "\n", f"jahubert transcribe said {said!r}, expected {says[name]!r}")
         done(run([command, "features", *options, "-o", out / name, audio], cwd=out))
         compare("jahubert features", np.load(out / name / "audio.npy"), expected[f"{name}.features.last"])
@@ -237,10 +242,10 @@ def check_commands(folder: Path, out: Path) -> None:
         for to, target in (("fairseq", "f.pt"), ("torchaudio", "t.pt"), ("hf", "h")):
             target = out / f"{name}.{target}"
             done(run([command, "convert", folder / name, target, "--to", to], cwd=out))
-            said = done(run([command, "transcribe", "--device", "cpu", "--model", target, audio], cwd=out))
+            said = done(run([*transcribe, "--model", target, audio], cwd=out))
             need(said == says[name] + "\n", f"through {to} the model {name} says {said!r}")
-    options = ["--device", "cpu", "--model", folder / "base", "-f", "all", "-o", out / "all"]
-    done(run([command, "transcribe", *options, folder / "formats"], cwd=out))
+    options = ["--model", folder / "base", "-f", "all", "-o", out / "all"]
+    done(run([*transcribe, *options, folder / "formats"], cwd=out))
     written = {(path.name.partition(".")[0], path.name.partition(".")[2]) for path in (out / "all").iterdir()}
     need(len(written) == 7 * len(FORMATS), f"jahubert transcribe -f all wrote {sorted(written)}")
     said = (out / "all" / "flac.txt").read_text(encoding="utf-8")
@@ -269,7 +274,7 @@ def inside(folder: Path) -> dict[str, str]:
     return {"python": platform.python_version(), **versions, "largest difference": f"{largest:.1e}"}
 
 
-def outside(requirements: Sequence[str], work: Path) -> str:
+def outside(requirements: Sequence[str], work: Path, interpreter: str) -> str:
     """Make everything below `work` and run the checks in the environment there; returns what they report."""
     for name in ("wheel", "material"):
         shutil.rmtree(work / name, ignore_errors=True)
@@ -279,7 +284,7 @@ def outside(requirements: Sequence[str], work: Path) -> str:
     folder = work / "env"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
-        done(run([sys.executable, "-m", "venv", folder]))
+        done(run([interpreter, "-m", "venv", folder]))
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     done(run([*pip, *requirements, wheel]))
     done(run([*pip, "--force-reinstall", "--no-deps", wheel]))  # one of the same version may have been there
@@ -292,16 +297,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="keep the environment there and use it again"
     )
+    parser.add_argument(
+        "--python", default=sys.executable, help="makes the environment (default: this Python)"
+    )
     parser.add_argument("--inside", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
         if args.inside:
             report = "".join(f"{key:20}{value}\n" for key, value in inside(args.inside).items())
         elif args.work:
-            report = outside(args.requirements, args.work.resolve())
+            report = outside(args.requirements, args.work.resolve(), args.python)
         else:
             with tempfile.TemporaryDirectory(prefix="jahubert-wheel-") as work:
-                report = outside(args.requirements, Path(work))
+                report = outside(args.requirements, Path(work), args.python)
     except Broken as error:
         print(f"wheel_check: {error}", file=sys.stderr)
         return 1
