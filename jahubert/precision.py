@@ -52,7 +52,9 @@ def quantized(model: T, device: torch.device) -> T:
 
 
 def _cpu_has_bf16() -> bool:
+    # mkldnn._is_mkldnn_bf16_supported says yes for every AVX-512, where bfloat16 is only imitated.
+    cpu = torch.cpu
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a private name: absent means unknown
+        return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    except (AttributeError, RuntimeError):  # private names: absent means unknown
         return False
