@@ -171,3 +171,21 @@ def test_what_cannot_be_packed(finished, tmp_path, capsys, monkeypatch):
     (finished / "systems" / "main" / "score" / DONE).unlink()
     assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
     assert "stage score is not done" in capsys.readouterr().err
+
+
+def test_pretraining_is_that_of_tofugu_unless_another_is_named(monkeypatch):
+    asked: list[list[str]] = []
+
+    def done(overrides):
+        asked.append(list(overrides))
+        return 0
+
+    monkeypatch.setattr(build.run, "main", done)
+    settings = ["data=/corpus", "processes=2", "exp=elsewhere", "finetune.train.max_steps=7"]
+    status, folder = build.pretrained(settings)
+    assert (status, folder) == (0, "exp/tofugu/iter2/pretrain")
+    assert asked[0] == ["recipe=tofugu", "data=/corpus", "processes=2", "stage=prepare"]
+    assert asked[-1][-2:] == ["stage=pretrain", "iteration=2"] and len(asked) == 9
+    assert build.pretrained([*settings, "pretrained=mine"]) == (0, "mine") and len(asked) == 9
+    monkeypatch.setattr(build.run, "main", lambda overrides: 2 if "stage=kmeans" in overrides else 0)
+    assert build.pretrained(settings)[0] == 2

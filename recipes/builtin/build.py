@@ -3,8 +3,9 @@
     python recipes/builtin/build.py data=/path/to/the/words sentences=/path/to/sentences processes=2
     python recipes/builtin/build.py --pack exp/builtin   # a run that was made before, here or elsewhere
 
-Runs every stage of the recipe with the settings given (what is done is kept), then writes the recogniser in
-float16 with its model card, whose numbers are those of stage `score`. Refuses a folder over 15 MB.
+Pretrains by recipe tofugu in exp/tofugu, unless `pretrained=` names another network, and runs every stage of
+recipe builtin with the settings given (what is done is kept). Then writes the recogniser in float16 with its
+model card, whose numbers are those of stage `score`. Refuses a folder over 15 MB.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ SETS = {
     "test_real": "sentences read by people that it has never heard (8 recordings)",
 }
 CARD = Path(__file__).with_name("card.md")
-PLACES = ("data", "sentences", "exp")  # settings whose values are folders of one machine
+PLACES = ("data", "sentences", "exp", "pretrained")  # settings whose values are folders of one machine
+SHARED = ("data", "seed", "processes", "device", "workers")  # settings of pretraining too
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +63,8 @@ def main(argv: list[str]) -> int:
         if args.pack is None:
             if any(setting.startswith("sentences=") for setting in args.settings):
                 overrides.append(f"decode.splits=[{','.join(SETS)}]")
-            status = run.main([*overrides, "stage=all"])
+            status, source = pretrained(args.settings)
+            status = status or run.main([*overrides, f"pretrained={source}", "stage=all"])
             if status:
                 return status
         exp = Path(args.pack or run.compose(overrides)["exp"])
@@ -71,6 +74,19 @@ def main(argv: list[str]) -> int:
         return error.exit_status
     print(f"{args.to}: {size / 1e6:.1f} MB")
     return 0
+
+
+def pretrained(settings: list[str]) -> tuple[int, str]:
+    """The exit status of pretraining, and the folder of the network to start from."""
+    given = dict(setting.partition("=")[::2] for setting in settings)
+    if "pretrained" in given:
+        return 0, given["pretrained"]
+    overrides = ["recipe=tofugu", *(f"{name}={given[name]}" for name in SHARED if name in given)]
+    tree = run.compose(overrides)
+    each = [f"iteration={n + 1}" for n in range(tree["iterations"])]
+    jobs = [["stage=prepare"], *([f"stage={stage}", number] for number in each for stage in run.ITERATED)]
+    status = next((failed for job in jobs if (failed := run.main([*overrides, *job]))), 0)
+    return status, str(Path(tree["exp"], f"iter{tree['iterations']}", "pretrain"))
 
 
 @torch.no_grad()
