@@ -3,17 +3,19 @@
 Every block marked ```python in README.md and docs/ runs, those of one file in one namespace, in a folder
 with a tiny random model as `bundle/` and noise as `audio.wav`. Blocks marked ```py are shown only.
 
-Of README.md every line is run, or made sure that something else runs it: see `test_lines_of_the_readme_are_run`.
+Of README.md every line is run, here or elsewhere: `test_lines_of_the_readme_are_run`.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
 import shutil
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +220,7 @@ def test_lines_of_the_readme_are_run(line: str, desk: Path, monkeypatch, request
             if transcribe.builtin_model() is None:  # not every checkout has it
                 monkeypatch.setattr(transcribe, "builtin_model", lambda: desk / "bundle")
             assert cli.main(words) == 0
-            for option, folder in zip(words, words[1:], strict=False):
+            for option, folder in pairwise(words):
                 assert option != "-o" or list((desk / folder).iterdir())
         case ["python", "-m", "jahubert.run", *words]:
             tones = [f"recipe={REPO / 'tests' / 'tones'}", "name=demo"]
@@ -276,15 +278,29 @@ def test_the_readme_shows_nothing_else() -> None:
     assert not unseen, f"nobody runs these: {unseen}"
 
 
+API = REPO / "docs" / "api.md"
+
+
+def test_every_command_is_described() -> None:
+    choices = next(action.choices for action in cli.build_parser()._actions if action.choices)
+    described = re.findall(r"^\| `(\w+)[^`]*` \| ", API.read_text(encoding="utf-8"), re.M)
+    assert set(choices or ()) <= set(described)
+
+
 def test_every_public_name_is_described() -> None:
-    """docs/api.md has a row for each: what it gives, its errors, and the file that it is in."""
-    text = (REPO / "docs" / "api.md").read_text(encoding="utf-8")
+    """docs/api.md has a row for each: its arguments, what it gives, its errors, the file that it is in."""
+    text = API.read_text(encoding="utf-8")
     cells = [[cell.strip() for cell in row.split(" | ")] for row in re.findall(r"^\| (`.*) \|$", text, re.M)]
     rows = {re.match(r"`(\w+)", row[0])[1]: row for row in cells if len(row) == 4}  # type: ignore[index]
     assert set(rows) == set(jahubert.__all__)
-    for name, (_, gives, raised, source) in rows.items():
+    for name, (shown, gives, raised, source) in rows.items():
         module = jahubert._MODULE_OF.get(name, "__init__")
         assert source == f"[{module}.py](../jahubert/{module}.py)"
-        assert gives, name
-        kinds = [getattr(errors, kind) for kind in re.findall(r"`(\w+Error)`", raised)]
-        assert all(issubclass(kind, errors.JahubertError) for kind in kinds) and (kinds or raised == "none")
+        thing = getattr(jahubert, name)
+        asked = set(re.findall(r"\w+", shown.partition("(")[2]))
+        assert not asked or asked <= set(inspect.signature(thing).parameters), name
+        members = {*dir(thing), *getattr(thing, "__annotations__", ())}
+        assert gives and set(re.findall(r"`\.(\w+)", gives)) <= members, name
+        kinds = re.findall(r"`(\w+Error)`", raised)
+        assert all(hasattr(errors, kind) for kind in kinds if kind != "ValueError")
+        assert kinds or raised == "none"
