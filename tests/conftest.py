@@ -57,3 +57,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment of all stages on a corpus learnt in seconds, from one unbroken run: `tests/tones`."""
+    from jahubert import run
+
+    exp = tmp_path_factory.mktemp("whole") / "exp"
+    run.run([f"recipe={REPO / 'tests' / 'tones'}", "stage=all", f"exp={exp}"])
+    return exp

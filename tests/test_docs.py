@@ -2,22 +2,30 @@
 
 Every block marked ```python in README.md and docs/ runs, those of one file in one namespace, in a folder
 with a tiny random model as `bundle/` and noise as `audio.wav`. Blocks marked ```py are shown only.
+
+Of README.md every line is run, here or elsewhere: `test_lines_of_the_readme_are_run`.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soundfile
 import torch
+from sounds import syllables
 
-from jahubert import cli, run
+import jahubert
+from jahubert import cli, errors, run, transcribe
 from jahubert.checkpoint import save_bundle
 from jahubert.errors import ConfigError
 from jahubert.heads import HubertForCtc, UnitHead
@@ -96,6 +104,7 @@ def recipe_of_the_guide(folder: Path) -> Path:
     return recipe
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_the_recipe_of_the_guide_reads_a_corpus(tmp_path: Path) -> None:
     from jahubert.train.manifest import Manifest
 
@@ -116,7 +125,7 @@ def test_the_recipe_of_the_guide_reads_a_corpus(tmp_path: Path) -> None:
     assert not checked([*command, "stage=all"])
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Composing a tree is what takes the time, and the stages of one iteration or system share theirs."""
 
@@ -147,6 +156,7 @@ def lines_of(door: str) -> dict[tuple[str, ...], str]:
 STAGE_LINES, CLI_LINES = lines_of("jahubert.run"), lines_of("jahubert")
 
 
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("arguments", STAGE_LINES, ids=" ".join)
 def test_commands_of_stages_compose(arguments: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     recipe_of_the_guide(tmp_path)
@@ -174,3 +184,123 @@ def test_links_lead_somewhere(path: Path) -> None:
             titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.M)
             anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, f"{name_of(path)} links to {target}"
+
+
+# README.md: nothing in it that nobody runs.
+
+README = REPO / "README.md"
+LINES = [
+    line for block in blocks(README, "sh") for line in block.splitlines() if shlex.split(line, comments=True)
+]
+# What a command begins with, where it stands in a sentence.
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:jahubert|python|make|pip|torchrun|srun|git|cd)\s")
+
+
+@pytest.fixture(scope="module")
+def desk(place: Path, whole: Path) -> Path:
+    """`place` as a reader of README.md has it: with recordings, and an experiment that lacks a few stages."""
+    shutil.copytree(whole, place / "exp" / "demo")
+    for undone in ("prepare", "systems/pretrained/score", "report"):
+        shutil.rmtree(place / "exp" / "demo" / undone)
+    (place / "recordings" / "monday").mkdir(parents=True)
+    for seed, name in enumerate(
+        ("talk.wav", "interview.flac", "recordings/a.mp3", "recordings/monday/b.mp3")
+    ):
+        soundfile.write(place / name, syllables(2.0, seed).numpy(), 16_000)
+    return place
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.partition("#")[0].strip())
+def test_lines_of_the_readme_are_run(line: str, desk: Path, monkeypatch, request) -> None:
+    """Here, in their order, the demo's corpus being that of tests/tones; or by `.ci/run` or a tool."""
+    monkeypatch.chdir(desk)
+    match shlex.split(line, comments=True):
+        case ["jahubert", *words]:
+            request.getfixturevalue("composed_once")  # for `plan`
+            if transcribe.builtin_model() is None:  # not every checkout has it
+                monkeypatch.setattr(transcribe, "builtin_model", lambda: desk / "bundle")
+            assert cli.main(words) == 0
+            for option, folder in pairwise(words):
+                assert option != "-o" or list((desk / folder).iterdir())
+        case ["python", "-m", "jahubert.run", *words]:
+            tones = [f"recipe={REPO / 'tests' / 'tones'}", "name=demo"]
+            assert "recipe=demo" in words
+            assert run.main([*tones, *(word for word in words if word != "recipe=demo")]) == 0
+        case ["make", target]:
+            made = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (REPO / "Makefile").read_text(), re.M)
+            in_ci = f"step {target}\n" in (REPO / ".ci" / "run").read_text()
+            assert made and (in_ci or any(f"$(VENV)/bin/{each} $(ARGS)" in made[1] for each in LINES))
+        case ["pip", "install", what]:
+            assert installed(what)
+        case [_, "python", tool, *options] if tool.startswith("tools/bench/"):
+            measured = line.partition("#")[0].strip()
+            assert f"`{measured}`" in (REPO / "docs" / "performance.md").read_text(encoding="utf-8")
+            assert {word for word in options if word.startswith("--")} <= options_of(REPO / tool)
+        case _:
+            pytest.fail(f"nobody runs this line of README.md: {line}")
+
+
+def installed(what: str) -> bool:
+    """Whether the environments of `.ci/run`, or for a plain install tools/wheel_check.py, hold `what`."""
+    asked = re.fullmatch(r"\.(?:\[([\w,]+)\])?", what)
+    assert asked, f"{what}: only a clone can be installed"
+    if asked[1] is None:
+        return "[*pip, *requirements, wheel]" in (REPO / "tools" / "wheel_check.py").read_text(
+            encoding="utf-8"
+        )
+    made = re.findall(r"-e '\.\[([\w,]+)\]'", (REPO / "Makefile").read_text())
+    return any(set(asked[1].split(",")) <= set(extras.split(",")) for extras in made)
+
+
+def options_of(tool: Path) -> set[str]:
+    """The options that a script declares; a measurement itself takes minutes, and a quiet machine."""
+    calls = (
+        node for node in ast.walk(ast.parse(tool.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    )
+    return {
+        call.args[0].value
+        for call in calls
+        if getattr(call.func, "attr", "") == "add_argument" and isinstance(call.args[0], ast.Constant)
+    }
+
+
+def test_the_readme_shows_nothing_else() -> None:
+    """No block of another kind, and no command in a sentence that stands in no block."""
+    text = README.read_text(encoding="utf-8")
+    found = BLOCK.findall(text)
+    assert {marked for marked, _ in found} <= {"sh", "python", ""}
+    plain = [line for marked, content in found if not marked for line in content.splitlines()]
+    assert not [line for line in plain if COMMAND.match(line)]
+    spans = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+    unseen = [
+        span for span in spans if COMMAND.match(span) and not any(line.startswith(span) for line in LINES)
+    ]
+    assert not unseen, f"nobody runs these: {unseen}"
+
+
+API = REPO / "docs" / "api.md"
+
+
+def test_every_command_is_described() -> None:
+    choices = next(action.choices for action in cli.build_parser()._actions if action.choices)
+    described = re.findall(r"^\| `(\w+)[^`]*` \| ", API.read_text(encoding="utf-8"), re.M)
+    assert set(choices or ()) <= set(described)
+
+
+def test_every_public_name_is_described() -> None:
+    """docs/api.md has a row for each: its arguments, what it gives, its errors, the file that it is in."""
+    text = API.read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in row.split(" | ")] for row in re.findall(r"^\| (`.*) \|$", text, re.M)]
+    rows = {re.match(r"`(\w+)", row[0])[1]: row for row in cells if len(row) == 4}  # type: ignore[index]
+    assert set(rows) == set(jahubert.__all__)
+    for name, (shown, gives, raised, source) in rows.items():
+        module = jahubert._MODULE_OF.get(name, "__init__")
+        assert source == f"[{module}.py](../jahubert/{module}.py)"
+        thing = getattr(jahubert, name)
+        asked = set(re.findall(r"\w+", shown.partition("(")[2]))
+        assert not asked or asked <= set(inspect.signature(thing).parameters), name
+        members = {*dir(thing), *getattr(thing, "__annotations__", ())}
+        assert gives and set(re.findall(r"`\.(\w+)", gives)) <= members, name
+        kinds = re.findall(r"`(\w+Error)`", raised)
+        assert all(hasattr(errors, kind) for kind in kinds if kind != "ValueError")
+        assert kinds or raised == "none"

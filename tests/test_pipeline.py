@@ -1,4 +1,7 @@
-"""The whole chain on a corpus learnt in seconds: run, killed again and again, refused when changed."""
+"""The whole chain on a corpus learnt in seconds: run, killed again and again, refused when changed.
+
+The unbroken run is the fixture `whole` of conftest.py, which test_docs.py uses too.
+"""
 
 import base64
 import io
@@ -27,14 +30,6 @@ RESULTS = ("*.arrow", "*.npy", "*.safetensors", "units.bin", "*.jsonl", "scores.
 
 def command(exp: Path, *overrides: str) -> list[str]:
     return [f"recipe={TONES}", "stage=all", f"exp={exp}", *overrides]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """An unbroken run."""
-    exp = tmp_path_factory.mktemp("whole") / "exp"
-    run.run(command(exp))
-    return exp
 
 
 def results(exp: Path) -> dict[str, bytes]:
