@@ -48,7 +48,9 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             read, unless broken=drop.
     """
     if data is None:
-        raise DataError("recipe csj needs data=FOLDER, a copy of the Corpus of Spontaneous Japanese")
+        raise DataError(
+            "data= is missing: recipe csj needs data=FOLDER, a copy of the Corpus of Spontaneous Japanese"
+        )
     talks = find_talks(data)
     sets = sets_of(talks, config.subset, config.dev)
     if phrases := [talk for talk in sets if list(talks[talk].transcripts) == ["trn"]]:

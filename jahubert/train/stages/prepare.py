@@ -57,7 +57,7 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
         )
     options = structure(config.options, resolve(f"{file}:Config", {}, "recipe"), "prepare.options")
     read = resolve(f"{file}:prepare", {}, "recipe")
-    data = None if config.data is None else Path(config.data).expanduser()
+    data = Path(config.data).expanduser() if config.data else None  # "" too, which would be this folder
     work = out / "work"
     work.mkdir(exist_ok=True)
     items = usable(read(data, work, options, config.seed), config.check_audio)
