@@ -56,7 +56,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     there = {name: folder / f"{name}.tar" for name in sorted(captions.runs)}
     for name in [name for name, path in there.items() if not path.is_file()]:
         detail = f"{captions.count(name)} rows of {table.name}"
-        yield Rejected(f"{name}.tar", "shard that is not there", detail)
+        yield Rejected(f"{name}.tar", "shard that is not there", detail, missing=str(there[name].absolute()))
         del there[name]
     if not there:
         raise DataError(
