@@ -170,6 +170,18 @@ def planned(id: str, n_utterances: int = 3, core: bool = True, channels: str = "
     return talk
 
 
+def expected(plan: list[Talk]) -> dict[str, tuple]:
+    """id -> start and length in samples, and words, of what must be usable."""
+    found = {}
+    for talk in plan:
+        for item in talk.utterances:
+            speaker = f"{talk.id}-{item.channel}" if talk.id.startswith("D") else talk.id
+            if not item.reason:
+                name = f"{speaker}_{item.start:07d}_{item.end:07d}"
+                found[name] = (item.start * 16, (item.end - item.start) * 16, item.words)
+    return found
+
+
 # --- transcripts ------------------------------------------------------------------------------------------
 
 

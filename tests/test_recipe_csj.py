@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from csj_tree import LABELS, RATE, Segment, Talk, planned, sdb_lines, write_file_list, write_talk, xml_text
+from csj_tree import RATE, Talk, expected, planned, sdb_lines, write_file_list, write_talk
 
 from jahubert import run
 from jahubert.errors import DataError
 from jahubert.train.lookup import resolve
-from jahubert.train.manifest import Manifest, Phone, Rejected, Utterance
+from jahubert.train.manifest import Manifest, Rejected, Utterance
 from jahubert.train.stages import prepare as stage
 from jahubert.train.targets import TargetStore
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "csj" / "prepare.py"
 csj = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
-files, speech, summary, talks_, transcripts = (
-    sys.modules[f"csj_{name}"] for name in ("files", "speech", "summary", "talks", "transcripts")
+files, summary, talks_, transcripts = (
+    sys.modules[f"csj_{name}"] for name in ("files", "summary", "talks", "transcripts")
 )
 EVALS = {"A01M0110": "eval1", "A02M0012": "eval2", "S00F0019": "eval3"}
 SETS = {**EVALS, "A03F0109": "dev", "S02F0122": "dev", "A01F0055": "train", "S00M0075": "train"}
@@ -47,18 +47,6 @@ def usb(tmp_path_factory) -> Path:
 def read(data: Path | None, work: Path, seed: int = 0, **options) -> tuple[list[Utterance], list[Rejected]]:
     items = list(csj.prepare(data, work, csj.Config(**options), seed))
     return [i for i in items if isinstance(i, Utterance)], [i for i in items if isinstance(i, Rejected)]
-
-
-def expected(plan: list[Talk]) -> dict[str, tuple]:
-    """id -> start and length in samples, and words, of what must be usable."""
-    found = {}
-    for talk in plan:
-        for item in talk.utterances:
-            speaker = f"{talk.id}-{item.channel}" if talk.id.startswith("D") else talk.id
-            if not item.reason:
-                name = f"{speaker}_{item.start:07d}_{item.end:07d}"
-                found[name] = (item.start * 16, (item.end - item.start) * 16, item.words)
-    return found
 
 
 # --- trees ------------------------------------------------------------------------------------------------
@@ -237,97 +225,6 @@ def test_a_dialogue_without_its_channels_is_left_out(tmp_path):
         ("D01F0002-L", "unusable audio"),
         ("D01F0002-R", "unusable audio"),
     ]
-
-
-# --- phone times ------------------------------------------------------------------------------------------
-
-
-def test_phone_times_of_the_core_become_the_alignment(tmp_path):
-    talk = Talk("A01F0055", [Segment(1000, 1700, [("今日", "キョー"), ("切手", "キッテ")])])
-    write_talk(tmp_path, "usb", talk, ("sdb", "xml"))
-    item = read(tmp_path, tmp_path)[0][0]
-    spelled = [("ky", 0, 1867), ("o:", 1867, 5600)]
-    spelled += [(p, 5600 + 1120 * i, 6720 + 1120 * i) for i, p in enumerate(("k", "i", "q", "t", "e"))]
-    assert item.start == 16_000
-    assert item.alignment == tuple(Phone(*phone) for phone in spelled)
-
-
-def test_an_alignment_is_cut_at_its_utterance_and_never_overlaps():
-    times = [
-        transcripts.PhoneTime(*t, "L")
-        for t in (("a", 0, 50), ("i", 50, 150), ("u", 140, 200), ("e", 200, 300))
-    ]
-    assert talks_._alignment(times, 100, 250) == (
-        Phone("i", 0, 50),
-        Phone("u", 50, 100),
-        Phone("e", 100, 150),
-    )
-    assert talks_._alignment(times, 300, 400) == ()
-
-
-SAID = [kana for kana in LABELS if kana not in ("ー", "ッ") and kana[0] not in "<("]
-SAID += ["キー", "ヒッシ", "チャッツ", "ンー", "ニョーゴ"]
-
-
-@pytest.mark.parametrize("kana", SAID)
-def test_the_phonemes_of_the_xml_are_the_phones_of_the_kana(tmp_path, kana):
-    """The alignment of an utterance spells its words, whatever the corpus calls its phonemes."""
-    (tmp_path / "a.xml").write_text(xml_text(Talk("A01F0055", [Segment(0, 900, [(kana, kana)])])), "utf-8")
-    xml = transcripts.read_xml(tmp_path / "a.xml")
-    assert not xml.problems
-    (word,) = speech.speech_of(xml.segments, tmp_path, csj.Config())[0].words
-    assert tuple(phone.symbol for phone in xml.phones) == word
-    assert (xml.phones[0].start, xml.phones[-1].end) == (0, 900 * 16)
-
-
-def test_what_is_no_phone_has_no_time(tmp_path):
-    words = [("今日", "キョー"), ("<FV>", "<FV>"), ("<VN>", "<VN>"), ("(?)", "(?)"), ("は", "ワ")]
-    text = xml_text(Talk("A01F0055", [Segment(0, 1000, words)]))
-    pause = '<Phone PhoneEntity="SpzS" PhoneClass="others" PhoneStartTime="0.200" PhoneEndTime="0.300"/>'
-    (tmp_path / "a.xml").write_text(text.replace("</Phoneme>", pause + "</Phoneme>", 1), "utf-8")
-    xml = transcripts.read_xml(tmp_path / "a.xml")
-    assert [phone.symbol for phone in xml.phones] == ["ky", "o:", "w", "a"] and not xml.problems
-    assert xml.phones[0].end < 0.1 * RATE
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda text: text.replace('PhonemeEntity="', 'PhonemeEntity="x', 1), "PhonemeEntity 'x"),
-        (
-            lambda text: text.replace('PhoneStartTime="', 'PhoneStartTime="x', 1),
-            "PhoneStartTime must be a time",
-        ),
-        (lambda text: text.replace("</Talk>", ""), r"not XML \("),
-    ],
-)
-@pytest.mark.parametrize("broken", ["stop", "drop"])
-def test_phone_times_that_cannot_be_read_stop_nothing(tmp_path, caplog, change, says, broken):
-    """They are an extra: only they are left out, where they cannot be read, and counted."""
-    plan = planned("A01F0055")
-    write_talk(tmp_path, "usb", plan, ("sdb", "xml"))
-    path = tmp_path / "XML" / "BaseXML" / "core" / "A01F0055.xml"
-    whole, _ = read(tmp_path, tmp_path)
-    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
-    items, rejected = read(tmp_path, tmp_path, broken=broken)
-    assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected([plan])
-    assert rejected[0].id == "A01F0055.xml" and rejected[0].reason == "broken phone times"
-    assert re.search(rf"A01F0055.xml:\d+: {says}", rejected[0].detail)
-    assert "csj: phone times of 1 talks cannot be read in full" in caplog.text
-    first, *others = (item.alignment for item in items)
-    assert first == ()
-    if "not XML" not in says:
-        assert others == [item.alignment for item in whole][1:]
-
-
-def test_a_transcript_in_xml_is_read_whatever_its_phonemes_are(tmp_path):
-    plan = planned("A01F0055")
-    write_talk(tmp_path, "usb", plan, ("xml",))
-    path = tmp_path / "XML" / "BaseXML" / "core" / "A01F0055.xml"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('PhonemeEntity="', 'PhonemeEntity="x'), encoding="utf-8")
-    items, _ = read(tmp_path, tmp_path)
-    assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected([plan])
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------
