@@ -270,6 +270,8 @@ def _mark_parts(text: str, surface: str) -> str:
     """`text` with a `|` where the surface says that a vowel starts a word part of its own."""
     if surface in ("言う", "云う", "いう") and text == "イウ":
         return "ユー"
+    if "H" in unicodedata.normalize("NFKC", surface).upper():
+        text = text.replace("エイチ", "エ|イチ")  # the letter, which is no エー
     for kanji, starts in _KANJI_STARTS.items():
         if kanji in surface[1:]:
             text = re.sub(f"(?<=.)(?={starts})", "|", text)

@@ -212,6 +212,8 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
         recipe, there = ranks.from_first(begin)
     if there:
         log.info("%s: done before, kept", out)
+        if first and hasattr(module, "kept"):
+            module.kept(config, out)
         if first and (out / "table.txt").is_file():
             print((out / "table.txt").read_text(encoding="utf-8"))
         return provenance.read_record(out / provenance.DONE)["metrics"]

@@ -7,6 +7,7 @@ are at most 0.5 s and those between two are longer, so the plan knows what joini
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import soundfile
 RATE = 16_000
 # As written, as said, as phones; "" is no word. Every tag and event of the corpus is here, some characters
 # are in CP932 only. The first ones have no tags.
-PLAIN = 6
+PLAIN = 14
 WORDS = [
     ("今日", "キョー", "ky o:"),
     ("は", "ワ", "w a"),
@@ -26,6 +27,14 @@ WORDS = [
     ("①", "イチ", "i ch i"),
     ("切手", "キッテ", "k i q t e"),
     ("本", "ホン", "h o N"),
+    ("新聞", "シンブン", "sh i N b u N"),
+    ("時期", "ジキ", "j i k i"),
+    ("人", "ヒト", "h i t o"),
+    ("日本", "ニホン", "n i h o N"),
+    ("三つ", "ミッツ", "m i q ts u"),
+    ("義理", "ギリ", "g i r i"),
+    ("地図", "チズ", "ch i z u"),
+    ("指", "ユビ", "y u b i"),
     ("(F えー)", "(F エー)", "e:"),
     ("(A アイビーエム;ＩＢＭ)", "アイビーエム", "a i b i: e m u"),
     ("ちゃんと", "(W チャント;チャント)<H>", "ch a N t o"),
@@ -48,12 +57,59 @@ WORDS = [
     ("<FV>", "<FV>", ""),
     ("<VN>", "<VN>", ""),
     ("で<P:00012.345-00012.678>す", "デ<P:00012.345-00012.678>ス", "d e s u"),
+    ("ま<PL:00013.100-00013.250>す", "マ<PL:00013.100-00013.250>ス<PR:00013.300-00013.400>", "m a s u"),
     ("はい<笑><咳><息><泣>", "ハイ<笑><咳><息><泣>", "h a i"),
     ("<拍手><雑音><フロア発話><フロア笑>", "<拍手><雑音><フロア発話><フロア笑>", ""),
     ("<デモ><ベル><朗読間違い>", "<デモ><ベル><朗読間違い>", ""),
 ]
-# The phonemes of the corpus's own XML where they have another name.
-XML_NAMES = {"q": "Q", "ts": "c", "ch": "cy", "sh": "sy", "j": "zy", "f": "F"}
+# The phonemes that the XML of the core has for a mora: labels as in the manual on segments, and as public
+# readers of the XML list them.
+_PLAIN_ROWS = {
+    **{"k": "カキクケコ", "g": "ガギグゲゴ", "s": "サシスセソ", "z": "ザジズゼゾ", "t": "タチツテト"},
+    **{"n": "ナニヌネノ", "h": "ハヒフヘホ", "b": "バビブベボ", "p": "パピプペポ", "m": "マミムメモ"},
+    **{"r": "ラリルレロ"},
+}
+_PALATAL_ROWS = {"k": "キ", "g": "ギ", "s": "シ", "z": "ジ", "c": "チ", "n": "ニ", "h": "ヒ", "b": "ビ"}
+_PALATAL_ROWS |= {"p": "ピ", "m": "ミ", "r": "リ"}
+LABELS = {
+    kana: [label + "j" * (vowel == "i"), vowel]
+    for label, row in _PLAIN_ROWS.items()
+    for kana, vowel in zip(row, "aiueo", strict=True)
+}
+LABELS |= {
+    kana + small: [label + "y", vowel]
+    for label, kana in _PALATAL_ROWS.items()
+    for small, vowel in (("ャ", "a"), ("ュ", "u"), ("ョ", "o"), ("ェ", "e"))
+}
+LABELS |= {kana: [vowel] for kana, vowel in zip("アイウエオ", "aiueo", strict=True)}
+LABELS |= {
+    kana: labels.split()
+    for kana, labels in (
+        *(("チ", "cj i"), ("ツ", "c u"), ("フ", "F u"), ("ダ", "d a"), ("デ", "d e"), ("ド", "d o")),
+        *(("ヤ", "y a"), ("ユ", "y u"), ("ヨ", "y o"), ("ワ", "w a"), ("ン", "N"), ("ッ", "Q"), ("ー", "H")),
+        *(
+            ("ティ", "t i"),
+            ("ディ", "d i"),
+            ("トゥ", "t u"),
+            ("ドゥ", "d u"),
+            ("テュ", "ty u"),
+            ("デュ", "dy u"),
+        ),
+        *(("ファ", "F a"), ("フィ", "F i"), ("フェ", "F e"), ("フォ", "F o"), ("フュ", "Fy u")),
+        *(
+            ("ツァ", "c a"),
+            ("スィ", "s i"),
+            ("ズィ", "z i"),
+            ("イェ", "y e"),
+            ("クヮ", "kw a"),
+            ("グヮ", "gw a"),
+        ),
+        *(("ウィ", "w i"), ("ウェ", "w e"), ("ウォ", "w o"), ("ヴ", "v u"), ("ヴァ", "v a")),
+        *(("<FV>", "FV"), ("<VN>", "VN"), ("(?)", "?")),
+    )
+}
+_MORA = re.compile("|".join(sorted(map(re.escape, LABELS), key=len, reverse=True)))
+_STOPS = ("k", "g", "t", "d", "b", "p", "c", "z")  # a closure, SclS, comes before their own phone
 
 
 @dataclass
@@ -114,6 +170,18 @@ def planned(id: str, n_utterances: int = 3, core: bool = True, channels: str = "
     return talk
 
 
+def expected(plan: list[Talk]) -> dict[str, tuple]:
+    """id -> start and length in samples, and words, of what must be usable."""
+    found = {}
+    for talk in plan:
+        for item in talk.utterances:
+            speaker = f"{talk.id}-{item.channel}" if talk.id.startswith("D") else talk.id
+            if not item.reason:
+                name = f"{speaker}_{item.start:07d}_{item.end:07d}"
+                found[name] = (item.start * 16, (item.end - item.start) * 16, item.words)
+    return found
+
+
 # --- transcripts ------------------------------------------------------------------------------------------
 
 
@@ -140,10 +208,8 @@ def trn_lines(talk: Talk) -> list[str]:
 
 def xml_text(talk: Talk, phones: bool = True) -> str:
     """XML; with `phones`, a time for every phone of words without tags, spread evenly over the segment."""
-    known = {
-        (written, said): spelled.split() for written, said, spelled in WORDS if spelled and "(" not in said
-    }
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', f'<Talk TalkID="{talk.id}" SpeakerID="0001">']
+    lines.append("<TalkComment/>")
     for number, segment in enumerate(talk.segments, 1):
         lines.append(
             f'<IPU IPUID="{number:04d}" IPUStartTime="{segment.start / 1000:.6f}" '
@@ -151,28 +217,40 @@ def xml_text(talk: Talk, phones: bool = True) -> str:
         )
         step = (segment.end - segment.start) / len(segment.words)
         for index, (written, said) in enumerate(segment.words):
-            lines.append(f"<LUW><SUW OrthographicTranscription={quoteattr(written)}")
+            lines.append(f"<LUW><LineComment/><SUW OrthographicTranscription={quoteattr(written)}")
             lines.append(f"PhoneticTranscription={quoteattr(said)}>")
             mask = ' TagMaskStart="1"' if "×" in said else ""
             lines.append(f"<TransSUW{mask}>")
-            if phones and (written, said) in known:
-                lines += _phonemes(known[written, said], segment.start + index * step, step)
-            lines.append("</TransSUW></SUW></LUW>")
+            if phones and _MORA.sub("", said) == "":
+                lines += _moras(_MORA.findall(said), segment.start + index * step, step)
+            else:
+                lines.append('<NonLinguisticSound/><Mora MoraEntity="φ"/>')
+            lines.append("</TransSUW></SUW><Noise/></LUW>")
         lines.append("</IPU>")
     return "\n".join([*lines, "</Talk>", ""])
 
 
-def _phonemes(phones: Sequence[str], start: float, length: float) -> Iterable[str]:
-    """A long vowel is a vowel and H; a consonant has two phones."""
-    names = [name for phone in phones for name in ([phone[0], "H"] if phone.endswith(":") else [phone])]
-    step = length / len(names)
-    for number, name in enumerate(names):
-        times = [(start + (number + part / 2) * step) / 1000 for part in (0, 1, 2)]
-        spans = [(times[0], times[2])] if name in "aiueoHN" else [(times[0], times[1]), (times[1], times[2])]
-        yield f'<Phoneme PhonemeEntity="{XML_NAMES.get(name, name)}">'
-        for first, last in spans:
-            yield f'<Phone PhoneEntity="{name}" PhoneStartTime="{first:.6f}" PhoneEndTime="{last:.6f}"/>'
-        yield "</Phoneme>"
+def _moras(kana: Sequence[str], start: float, length: float) -> Iterable[str]:
+    step = length / sum(len(LABELS[mora]) for mora in kana)
+    for mora in kana:
+        yield f"<Mora MoraEntity={quoteattr(mora)}>"
+        for label in LABELS[mora]:
+            yield f'<Phoneme PhonemeEntity="{label}">'
+            if label[0] in _STOPS:
+                yield _phone("SclS", "others", start, step / 2)
+                yield _phone(label, "consonant", start + step / 2, step / 2)
+            elif label == "?":
+                yield _phone("S?S", "others", start, step)
+            else:
+                yield _phone(label, "vowel" if label in "aiueo" else "consonant", start, step)
+            yield "</Phoneme>"
+            start += step
+        yield "</Mora>"
+
+
+def _phone(entity: str, kind: str, start: float, length: float) -> str:
+    times = f'PhoneStartTime="{start / 1000:.6f}" PhoneEndTime="{(start + length) / 1000:.6f}"'
+    return f'<Phone PhoneEntity="{entity}" PhoneClass="{kind}" {times}/>'
 
 
 # --- trees ------------------------------------------------------------------------------------------------
@@ -223,5 +301,8 @@ def write_talk(
 
 
 def write_file_list(root: Path, talks: Iterable[Talk]) -> None:
-    rows = ["講演ID,講演種別,コア", *(f"{talk.id},学会,{'○' if talk.core else ''}" for talk in talks)]
+    rows = [
+        "講演ID,講演種別,コア",
+        *(f"{talk.id},学会,{'コア' if talk.core else 'ノンコア'}" for talk in talks),
+    ]
     (root / "fileList.csv").write_bytes("\r\n".join(rows).encode("cp932"))

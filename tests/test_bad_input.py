@@ -140,6 +140,13 @@ def test_status_of_a_folder_without_stages(capsys, tmp_path):
 # --- the corpus -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recipe", ["csj", "reazonspeech", "tofugu", "fairseq"])
+def test_no_data_is_not_the_folder_one_stands_in(capsys, tmp_path, recipe):
+    for data in ([], ["data="]):  # a variable of the shell that is empty gives the second
+        says = refused(capsys, tmp_path / "exp", "prepare", f"recipe={recipe}", *data)
+        assert says.startswith(f"data= is missing: recipe {recipe} needs data=FOLDER")
+
+
 @pytest.mark.parametrize("recipe", ["tofugu", str(ROUGH)])
 def test_a_missing_corpus_can_be_mended(capsys, tmp_path, recipe):
     """The folder is named, and the next try with the right one is not held against the first."""

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from csj_tree import RATE, Segment, Talk, planned, sdb_lines, write_file_list, write_talk
+from csj_tree import RATE, Talk, expected, planned, sdb_lines, write_file_list, write_talk
 
 from jahubert import run
 from jahubert.errors import DataError
 from jahubert.train.lookup import resolve
-from jahubert.train.manifest import Manifest, Phone, Rejected, Utterance
+from jahubert.train.manifest import Manifest, Rejected, Utterance
 from jahubert.train.stages import prepare as stage
 from jahubert.train.targets import TargetStore
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "csj" / "prepare.py"
 csj = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
-files, transcripts = sys.modules["csj_files"], sys.modules["csj_transcripts"]
+files, summary, talks_, transcripts = (
+    sys.modules[f"csj_{name}"] for name in ("files", "summary", "talks", "transcripts")
+)
 EVALS = {"A01M0110": "eval1", "A02M0012": "eval2", "S00F0019": "eval3"}
 SETS = {**EVALS, "A03F0109": "dev", "S02F0122": "dev", "A01F0055": "train", "S00M0075": "train"}
 OUTSIDE = {"A01M0999": "noncore", "D03M0017": "excluded"}
@@ -45,18 +47,6 @@ def usb(tmp_path_factory) -> Path:
 def read(data: Path | None, work: Path, seed: int = 0, **options) -> tuple[list[Utterance], list[Rejected]]:
     items = list(csj.prepare(data, work, csj.Config(**options), seed))
     return [i for i in items if isinstance(i, Utterance)], [i for i in items if isinstance(i, Rejected)]
-
-
-def expected(plan: list[Talk]) -> dict[str, tuple]:
-    """id -> start and length in samples, and words, of what must be usable."""
-    found = {}
-    for talk in plan:
-        for item in talk.utterances:
-            speaker = f"{talk.id}-{item.channel}" if talk.id.startswith("D") else talk.id
-            if not item.reason:
-                name = f"{speaker}_{item.start:07d}_{item.end:07d}"
-                found[name] = (item.start * 16, (item.end - item.start) * 16, item.words)
-    return found
 
 
 # --- trees ------------------------------------------------------------------------------------------------
@@ -84,7 +74,7 @@ def test_every_layout_comes_out_as_planned(tmp_path, caplog, layout, kinds):
         "dev": 6, "eval1": 3, "eval2": 3, "eval3": 3, "train": 6
     }  # fmt: skip
     n_words = sum(len(words) for id, (_, _, words) in wanted.items() if SETS[id[:8]] == "train")
-    assert f"csj train: 2 talks, 6 utterances, 0.00 h, {n_words} words" in caplog.text
+    assert f"csj train: 2 of 186 talks, 6 utterances, 0.00 h, {n_words} words" in caplog.text
     assert "csj dropped, masked name: 7" in caplog.text
     hours = sum(n for id, (_, n, _) in wanted.items() if SETS[id[:8]] == "train") / RATE / 3600
     assert f"words; the paper: 32 h, here {hours / 32:.1%} of that" in caplog.text
@@ -137,6 +127,38 @@ def test_the_core_is_found_by_folder_then_file_list_then_list(tmp_path):
     assert files.find_talks(tmp_path / "dvd")["A01M0999"].core
     write_talk(tmp_path / "usb", "usb", talk)
     assert files.find_talks(tmp_path / "usb")["A01M0999"].core
+
+
+def test_the_cell_of_the_file_list_is_a_word(tmp_path, caplog):
+    """An edition without core folders: only what says that it is the core is the core."""
+    said = {
+        "A01F0055": "コア",
+        "A01F0067": "ノンコア",
+        "S00M0075": "○",
+        "A01M0999": "ノンコア",
+        "A01M0998": "1",
+    }
+    said |= {"A01M0997": "", "A01F0122": "コ゛ア", "A01M0996": "不明"}
+    for id in said:
+        write_talk(tmp_path, "dvd", planned(id))
+    rows = ["講演ID,講演種別,コア", *(f"{id},学会,{cell}" for id, cell in said.items())]
+    (tmp_path / "fileList.csv").write_bytes("\r\n".join(rows).encode("cp932"))
+    found = files.find_talks(tmp_path)
+    assert {id for id, talk in found.items() if talk.core} == {"A01F0055", "S00M0075", "A01M0998", "A01F0122"}
+    assert "the column コア of 2 talks says neither コア nor ノンコア, but 'コ゛ア' '不明'" in caplog.text
+    assert "by lists/core.txt 1 talks are core, but their folder" in caplog.text
+    assert "by lists/core.txt 1 talks are not core, but their folder" in caplog.text
+
+
+def test_sources_that_disagree_on_the_core_are_named(tmp_path, caplog):
+    for id, core in (("A01F0055", True), ("A01F0067", False)):
+        write_talk(tmp_path, "usb", planned(id, core=core))
+    assert "says otherwise" not in caplog.text
+    write_file_list(tmp_path, [planned("A01F0055", core=False), planned("A01F0067", core=False)])
+    found = files.find_talks(tmp_path)
+    assert [id for id in found if found[id].core] == ["A01F0055"]
+    assert re.search(r"by fileList.csv 1 talks are not core, .*says otherwise: A01F0055\n", caplog.text)
+    assert re.search(r"by lists/core.txt 1 talks are core, .*says otherwise: A01F0067\n", caplog.text)
 
 
 def test_training_talks_come_in_a_random_order_that_the_seed_decides(tmp_path):
@@ -205,41 +227,6 @@ def test_a_dialogue_without_its_channels_is_left_out(tmp_path):
     ]
 
 
-# --- phone times ------------------------------------------------------------------------------------------
-
-
-def test_phone_times_of_the_core_become_the_alignment(tmp_path):
-    talk = Talk("A01F0055", [Segment(1000, 1700, [("今日", "キョー"), ("切手", "キッテ")])])
-    write_talk(tmp_path, "usb", talk, ("sdb", "xml"))
-    item = read(tmp_path, tmp_path)[0][0]
-    spelled = [("ky", 0, 1867), ("o:", 1867, 5600)]
-    spelled += [(p, 5600 + 1120 * i, 6720 + 1120 * i) for i, p in enumerate(("k", "i", "q", "t", "e"))]
-    assert item.start == 16_000
-    assert item.alignment == tuple(Phone(*phone) for phone in spelled)
-
-
-def test_an_alignment_is_cut_at_its_utterance_and_never_overlaps():
-    times = [
-        transcripts.PhoneTime(*t, "L")
-        for t in (("a", 0, 50), ("i", 50, 150), ("u", 140, 200), ("e", 200, 300))
-    ]
-    assert csj._alignment(times, 100, 250) == (Phone("i", 0, 50), Phone("u", 50, 100), Phone("e", 100, 150))
-    assert csj._alignment(times, 300, 400) == ()
-
-
-def test_a_phone_outside_the_set_is_refused_with_its_line(tmp_path):
-    write_talk(tmp_path, "usb", planned("A01F0055"), ("sdb", "xml"))
-    path = tmp_path / "XML" / "BaseXML" / "core" / "A01F0055.xml"
-    text = path.read_text(encoding="utf-8")
-    line = text[: text.index("PhonemeEntity")].count("\n") + 1
-    path.write_text(text.replace('PhonemeEntity="', 'PhonemeEntity="x', 1), encoding="utf-8")
-    with pytest.raises(DataError, match=rf"A01F0055.xml:{line}: PhonemeEntity 'x.*is outside the set"):
-        read(tmp_path, tmp_path)
-    items, rejected = read(tmp_path, tmp_path, broken="drop")
-    assert len(items) == 3 and not any(item.alignment for item in items)
-    assert rejected[0].id == "A01F0055.xml" and rejected[0].reason == "broken phone times"
-
-
 # --- mistakes ---------------------------------------------------------------------------------------------
 
 
@@ -273,6 +260,31 @@ def test_a_broken_transcript_stops_or_is_left_out(tmp_path, change, says, left):
     assert [item.reason for item in rejected].count("broken transcript") == 1
 
 
+def test_broken_transcripts_are_named_before_any_audio_is_read(tmp_path, monkeypatch):
+    """Hours of decoding come behind them: the last talk's mistakes are known first, all at once."""
+    broken_sdb(tmp_path, lambda x: [x[0], b"a\tb", *x[2:]])
+    monkeypatch.setattr(talks_, "_audio", lambda *args: pytest.fail("audio was read"))
+    items = csj.prepare(tmp_path, tmp_path, csj.Config(), 0)
+    with pytest.raises(
+        DataError, match=r"transcripts of 1 talks cannot be read, at 1 places:\n.*S00M0075.sdb:2:"
+    ):
+        next(items)
+
+
+def test_a_word_that_is_only_an_event_needs_no_pronunciation(tmp_path):
+    """Columns at the end of a line may be missing, and attributes that would be empty."""
+    line = b"\t".join(sdb_lines(planned("S00M0075"))[0].encode("cp932").split(b"\t")[:5])
+    broken_sdb(tmp_path, lambda x: [line + "\t<笑>".encode("cp932"), *x])
+    assert len(read(tmp_path, tmp_path)[0]) == 6
+    (tmp_path / "a.xml").write_text(
+        '<Talk><IPU IPUStartTime="0" IPUEndTime="1"><SUW OrthographicTranscription="&lt;笑&gt;"/><SUW/>'
+        '<SUW OrthographicTranscription="はい"/></IPU></Talk>',
+        "utf-8",
+    )
+    words = transcripts.read_xml(tmp_path / "a.xml").segments[0].words
+    assert [word.problem for word in words] == ["", "", "a SUW without a PhoneticTranscription"]
+
+
 def test_a_segment_that_ends_before_it_starts():
     with pytest.raises(DataError, match=r"a.sdb:7: a segment from 2.000 to 1.000 s"):
         transcripts._segment("a.sdb:7", 2 * RATE, RATE, "L")
@@ -290,7 +302,8 @@ def test_a_held_out_talk_in_training_is_refused(usb, tmp_path):
     path.write_text("A01F0055\nA01F0055\n")
     with pytest.raises(DataError, match="listed twice: A01F0055"):
         read(usb, tmp_path, subset=str(path))
-    with pytest.raises(DataError, match="croe: no list of talks there"):
+    says = "subset=croe: neither core nor all, nor a file with the talks to train on; did you mean core?"
+    with pytest.raises(DataError, match=re.escape(says)):
         read(usb, tmp_path, subset="croe")
 
 
@@ -332,11 +345,33 @@ def test_the_summary_compares_with_the_figures_of_other_recipes():
     hour = 3600 * RATE
 
     def beside(name: str, utterances: int, hours: float, **options) -> str:
-        count = csj._Count(utterances=utterances, n_samples=round(hours * hour))
-        return csj._beside(name, count, csj.Config(**options))
+        count = summary.Count(utterances=utterances, n_samples=round(hours * hour))
+        return summary.beside(name, count, csj.Config(**options))
 
-    assert beside("eval2", 1292, 2, join="kaldi") == "; Kaldi: 1,292 utterances, here 100.0% of that"
-    assert beside("eval2", 1292, 2) == ""
+    hours = 2 + 2 / 60 + 7 / 3600
+    icefall = "; icefall: 2.04 h, here 100.0% of that"
+    assert beside("eval2", 1292, hours, join="kaldi") == (
+        "; Kaldi: 1,292 utterances, here 100.0% of that" + icefall
+    )
+    assert beside("eval2", 1292, hours) == icefall
     assert beside("train", 9, 276, subset="all") == "; the paper: 552 h, here 50.0% of that"
     assert beside("train", 9, 276, subset="mine.txt") == ""
-    assert beside("dev", 4000, 6.5, dev="kaldi") == ""
+    assert beside("dev", 4000, 6.5, dev="kaldi") == "; Kaldi: 4,000 utterances, 6.52 h, here 99.7% of that"
+
+
+def test_the_talks_of_every_set_are_counted_and_the_missing_ones_named(usb, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    expected_talks = summary.expected_talks
+    evals = {"eval1": 10, "eval2": 10, "eval3": 10}
+    assert expected_talks("core", "lhotse") == {**evals, "dev": 39, "train": 186}
+    assert expected_talks("core", "kaldi") == {**evals, "train": 188}
+    assert expected_talks("all", "lhotse") == {**evals, "dev": 39, "train": 3302 - 30 - 6 - 39}
+    assert expected_talks("mine.txt", "lhotse") == {**evals, "dev": 39}
+    read(usb, tmp_path, subset="all")
+    assert "csj eval1: 1 of 10 talks, 3 utterances, 0.00 h" in caplog.text
+    assert "csj dev: 2 of 39 talks" in caplog.text
+    assert "csj train: 3 of 3,227 talks" in caplog.text
+    assert "9 of the 10 talks of eval1 are not there: A01M0097 A01M0137 A03M0106" in caplog.text
+    assert "csj: 9 talks are here, of the 3302 of the corpus" in caplog.text
+    read(usb, tmp_path, subset="core")
+    assert "197 of the 201 talks of core are not there: A01F0067" in caplog.text

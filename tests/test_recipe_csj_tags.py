@@ -64,6 +64,7 @@ ACTUAL, NO_FILLERS, NO_FRAGMENTS = {"pron": "actual"}, {"fillers": "drop"}, {"fr
         ("<VN>", "", [(ACTUAL, "u N")]),
         ("<FV>", "", [(ACTUAL, "")]),
         ("デ<P:00012.345-00012.678>ス", "d e s u", []),
+        ("デ<PL:00012.345-00012.678>ス", "d e s u", []),
         ("ハイ<笑><咳><息><泣><拍手><雑音>", "h a i", [(ACTUAL, "h a i")]),
         ("<フロア発話><フロア笑>ハイ<デモ><ベル><朗読間違い>", "h a i", [(ACTUAL, "h a i")]),
         ("(F (W エト;エート))", "e: t o", [(ACTUAL, "e t o"), (NO_FILLERS, "")]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -144,6 +145,56 @@ def test_a_finished_manifest_is_extended_without_reading_the_other_shards(tmp_pa
     after = list(Manifest(exp / "prepare/manifest.arrow").ids())
     assert len(before) == 8 and after[:8] == before and len(after) == 12
     assert read_shards == ["002.tar"]
+
+
+def test_a_late_shard_is_seen_and_only_it_is_decoded(tmp_path, monkeypatch, capsys, caplog):
+    """With the settings as they come: the kept result says what to do, and doing it costs one shard."""
+    release = Release(tmp_path / "corpus", shards=3, rows=4)
+    release.add(0, name_of(0, 90), flac(8000)[:-3000], "途中まで")
+    data, exp = release.write(), tmp_path / "exp"
+    command = ["recipe=reazonspeech", "stage=prepare", f"data={data}", f"exp={exp}", "subset=tiny"]
+    command += ["prepare.options.processes=1", "prepare.options.dev=5", "prepare.options.test=2"]
+    second = release.shard(1).rename(tmp_path / "001.tar")
+    decoded = []
+    load_utterance = stage.load_utterance
+    monkeypatch.setattr(stage, "load_utterance", lambda item: decoded.append(item.id) or load_utterance(item))
+    assert run.main(command) == 0
+    before = list(Manifest(exp / "prepare/manifest.arrow").ids())
+    assert len(before) == 8 and len(decoded) == 9
+    caplog.clear()
+    assert run.main(command) == 0
+    assert "missing" not in caplog.text
+    second.rename(release.shard(1))
+    assert run.main(command) == 0
+    assert "is without 1 files that were missing and are there now, such as" in caplog.text
+    assert str(release.shard(1)) in caplog.text
+    subprocess.run(re.search("^  (rm .*)$", caplog.text, re.M)[1], shell=True, check=True)
+    decoded.clear()
+    assert run.main(command) == 0
+    manifest = Manifest(exp / "prepare/manifest.arrow")
+    assert len(decoded) == 4 and all(id.startswith("001/") for id in decoded)
+    # As if it had been there from the start, in its place.
+    assert [f"{id}.flac" for id in manifest.ids()] == list(release.rows)
+    other = tmp_path / "other"
+    assert run.main([argument.replace(str(exp), str(other)) for argument in command]) == 0
+    assert Manifest(other / "prepare/manifest.arrow").fingerprint == manifest.fingerprint
+    rejected, others = ((folder / "prepare/rejected.jsonl").read_text() for folder in (exp, other))
+    assert rejected == others and name_of(0, 90).removesuffix(".flac") in rejected
+
+
+def test_a_shard_that_changed_is_decoded_again(tmp_path, monkeypatch):
+    release = Release(tmp_path / "corpus", shards=2, rows=3)
+    data, decoded = release.write(), []
+    load_utterance = stage.load_utterance
+    monkeypatch.setattr(stage, "load_utterance", lambda item: decoded.append(item.id) or load_utterance(item))
+    config = stage.Config("reazonspeech", str(data), {"subset": "tiny", "processes": 1})
+    for expected in (6, 0):
+        stage.run(config, tmp_path)
+        assert len(decoded) == expected
+        decoded.clear()
+    os.utime(release.shard(1))
+    stage.run(config, tmp_path)
+    assert len(decoded) == 3 and all(id.startswith("001/") for id in decoded)
 
 
 def test_several_machines_share_the_indexing(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import subprocess
 import sys
 import unicodedata
@@ -53,6 +54,11 @@ def test_words_are_what_is_said():
         ("[笑]☆😀", ["ワライ"]),
         ("ーです", ["デス"]),
         ("お、っ。ー", ["オ"]),
+        ("モー ツァ", ["モー", "ツァ"]),
+        ("ツァ ツァ", ["ツァ", "ツァ"]),
+        ("うわァ", ["ウワー"]),
+        ("ヷイオリン ワ\u3099", ["ヴァイオリン", "ヴァ"]),
+        ("ヸ、ヹ、ヺ", ["ヴィ", "ヴェ", "ヴォ"]),
         ("でしょうか\n\t行く", ["デショー", "カ", "イク"]),
     ],
 )
@@ -62,6 +68,63 @@ def test_readings(text, expected):
 
 def test_numbers_and_latin_are_read():
     assert "".join(kana("IBMの3月15日、24時")) == "アイビーエムノサンガツジューゴニチニジューヨジ"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("9:05", "クジゴフン"),
+        ("19:00", "ジュークジ"),
+        ("24:00", "ニジューヨジ"),
+        ("3:07", "サンジナナフン"),
+        ("2:1", "ニタイイチ"),
+        ("10:0", "ジュータイゼロ"),
+        ("19:5", "ジューキュータイゴ"),
+        ("12:60", "ジューニタイロクジュー"),
+        ("25:21", "ニジューゴタイニジューイチ"),
+        ("1.5:1", "イッテンゴタイイチ"),
+        ("2対1", "ニタイイチ"),
+    ],
+)
+def test_a_clock_has_two_digits_of_minutes_and_anything_else_is_a_score(text, said):
+    assert "".join(kana(text)) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *(
+            ("A", "エー"),
+            ("K", "ケー"),
+            ("J", "ジェー"),
+            ("H", "エイチ"),
+            ("ａ", "エー"),
+            ("ABC", "エービーシー"),
+        ),
+        *(("AI", "エーアイ"), ("OK", "オーケー"), ("NHK", "エヌエイチケー"), ("HDD", "エイチディーディー")),
+        *(
+            ("Jリーグ", "ジェーリーグ"),
+            ("JA", "ジェーエー"),
+            ("DNA", "ディーエヌエー"),
+            ("V", "ブイ"),
+            ("Z", "ゼット"),
+        ),
+    ],
+)
+def test_a_letter_has_one_name_wherever_it_stands(text, said):
+    assert "".join(kana(text)) == said
+
+
+DOC = (Path(__file__).parents[1] / "docs" / "readings.md").read_text(encoding="utf-8")
+DIFFERENCES = re.findall(
+    r"^\| ([^|`]+) \| ([ァ-ヺー]+) \| ([ァ-ヺー]+) \|$", DOC.partition("known reading")[2], re.M
+)
+
+
+def test_the_words_that_the_page_lists_are_read_as_it_says():
+    assert len(DIFFERENCES) == 60
+    for word, read, known in DIFFERENCES:
+        assert "".join(kana(word)) == read != known, word
 
 
 def test_phones_of_a_text():
@@ -153,6 +216,9 @@ def test_a_users_words_are_read_as_they_say(tmp_path):
     assert [word.kana for word in said] == [
         "オーゾラショーコ", "ワ", "ジャヒューバート", "ト", "クーベ", "ヲ", "ツカウ"
     ]  # fmt: skip
+    other = tmp_path / "letters.tsv"
+    other.write_text("NHK杯\tエヌエイチケイハイ\n", encoding="utf-8")
+    assert [word.kana for word in text_to_words("NHK杯", other)] == ["エヌエイチケーハイ"]
     assert "ジャヒューバート" not in kana("jahubert")  # and nobody else's are changed
 
 

@@ -74,6 +74,7 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
                     writing.drop(item)
                     line = {"id": item.id, "reason": item.reason}
                     line |= {"detail": item.detail} if item.detail else {}
+                    line |= {"missing": item.missing} if item.missing else {}
                     drops.write(json.dumps(line, ensure_ascii=False) + "\n")
                     continue
                 if isinstance(item, Utterance):

@@ -21,6 +21,7 @@ from jahubert.phonemes import kana_to_phones, normalise_kana
 
 # Found by reading 4,936 words whose reading is known (the file names of recipe tofugu) and the sentences of
 # the tests. Of 90 words that differed, 60 still do: they have two readings, or stand for a suffix (〜人).
+# docs/readings.md lists them.
 NOUNS = {
     "α波": "アルファハ",  # アルファナミ
     "かき氷": "カキゴーリ",  # カキゴオリ

@@ -5,7 +5,9 @@ A word is a morpheme of its dictionary, except that one whose pronunciation star
 mended on both sides of it: `respell` writes out signs that it skips (minus, currencies, units, clock times,
 dates, fractions), `readings.py` corrects words and takes a user's own, and `_decide` settles readings that
 must not depend on what else is installed: 何 is ナン before a counter and before ダ, デ, ナ, ノ and ト; 言う
-is ユー, as in CSJ; ユウ and ュウ are ユー and ュー.
+is ユー, as in CSJ; ユウ and ュウ are ユー and ュー. Latin letters are called what television calls them, in
+words too: エー, ケー and ジェー, as [ei] is a long vowel (NHK's committee on language, no. 1388, 2015), but
+エイチ, as in NHK's own name. What is still read wrongly is listed in docs/readings.md.
 """
 
 from __future__ import annotations
@@ -33,11 +35,17 @@ _KANA = re.compile(r"[ァ-ヺー]")
 _NO_VOWEL = re.compile(r"[ッー]+")
 _YUU = re.compile("([ユュ])ウ")
 _NAN_BEFORE = re.compile(r"[ダデナノト]")
+_LATIN = re.compile(r"[Ａ-Ｚａ-ｚ]")
+_SMALL_VOWELS = (
+    "ァィゥェォぁぃぅぇぉ"  # which the analyser sometimes takes for a word of their own: ツ and ァ
+)
 
 # Signs that are one character each, before NFKC takes them apart (℃ would become the letter C).
 _SIGNS = {"℃": "度", "㎏": "キログラム", "㎎": "ミリグラム", "㎞": "キロメートル", "㎝": "センチメートル"}
+_SIGNS |= {"ヷ": "ヴァ", "ヸ": "ヴィ", "ヹ": "ヴェ", "ヺ": "ヴォ"}
 _SIGNS |= {"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "〜": "～"}
 _ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")  # numerals, which the analyser reads as numbers and NFKC makes letters of
+_CLOCK = r"(?<![\d:])(2[0-4]|[01]?\d):(?=[0-5]\d)"
 _AMOUNT = r"(\d[\d,]*(?:\.\d+)?)"
 _RESPELLINGS = tuple(
     (re.compile(pattern), replacement)
@@ -50,8 +58,10 @@ _RESPELLINGS = tuple(
         (r"£" + _AMOUNT, r"\1ポンド"),
         (r"(\d+)\u2044(\d+)", r"\2分の\1"),
         (r"(?<![\d/])(\d{4})/(1[0-2]|0?[1-9])/(3[01]|[12]\d|0?[1-9])(?![\d/])", r"\1年\2月\3日"),
-        (r"(?<![\d:])(2[0-4]|[01]?\d):00(?![\d:])", r"\1時"),
-        (r"(?<![\d:])(2[0-4]|[01]?\d):0?([1-5]?\d)(?![\d:])", r"\1時\2分"),
+        # A clock has two digits of minutes; 2:1 is a score or a ratio, two to one.
+        (_CLOCK + r"00(?![\d:])", r"\1時"),
+        (_CLOCK + r"0?([1-5]?\d)(?![\d:])", r"\1時\2分"),
+        (r"(?<![\d:.])(\d+(?:\.\d+)?)[:対](?=\d+(?![\d:]))", r"\1タイ"),
         (r"(?<=\d)[~～](?=\d)", "から"),
         (r"(?<=[A-Za-z])#", "シャープ"),
         (r"年0(?=\d月)", "年"),
@@ -86,7 +96,7 @@ def respell(text: str) -> str:
 
     Roman numerals stay as they are, Latin letters lose their accents, control characters become spaces.
     """
-    text = "".join(_SIGNS.get(char, char) for char in text)
+    text = "".join(_SIGNS.get(char, char) for char in unicodedata.normalize("NFC", text))
     parts = _ROMAN.split(text)
     parts[::2] = [unicodedata.normalize("NFKC", part) for part in parts[::2]]
     text = "".join(_plain(char) for char in "".join(parts))
@@ -128,10 +138,20 @@ def _decide(feature: dict[str, Any], following: Feature | None) -> None:
         )
         if counts or (following["pos"] in ("助詞", "助動詞") and _NAN_BEFORE.match(following["pron"])):
             feature["pron"] = "ナン"
+    elif _LATIN.search(string):
+        feature["pron"] = _letter_names(string, pron)
     elif _YUU.search(pron):
         feature["pron"] = _YUU.sub(r"\1ー", pron)
     elif pron.endswith("イウ") and string.endswith(("言う", "いう", "云う")):
         feature["pron"] = pron[:-2] + "ユー"
+
+
+def _letter_names(string: str, pron: str) -> str:
+    """The pronunciation of a word with Latin letters, with each letter by one name wherever it stands."""
+    pron = re.sub("(ジェ|ケ)イ", r"\1ー", pron)
+    if not re.search("[Ｈｈ]", string):
+        return pron.replace("エイ", "エー")
+    return re.sub("エイ(?!’?チ)", "エー", pron.replace("エッチ", "エイチ"))
 
 
 def words_of(features: Sequence[Feature]) -> list[Word]:
@@ -143,7 +163,9 @@ def words_of(features: Sequence[Feature]) -> list[Word]:
         if not kana:
             joined = False
             continue
-        if joined and (kana.startswith("ー") or _NO_VOWEL.fullmatch(kana)):
+        if joined and feature["string"][0] in _SMALL_VOWELS:  # said as large ones where they stand alone
+            kana = _leaning(words[-1][1], feature["string"][0]) + kana[1:]
+        if joined and (kana[0] in "ー" + _SMALL_VOWELS or _NO_VOWEL.fullmatch(kana)):
             surface, before = words[-1]
             words[-1] = (surface + feature["string"], before + kana)
         elif kana := kana.lstrip("ー"):
@@ -152,6 +174,11 @@ def words_of(features: Sequence[Feature]) -> list[Word]:
             words.append((feature["string"], kana))
             joined = True
     return [Word(surface, kana, tuple(kana_to_phones(kana))) for surface, kana in words]
+
+
+def _leaning(before: str, small: str) -> str:
+    """A small vowel behind a word: itself, as in ツァ; ー where it draws out a vowel, as in うわぁ."""
+    return "ー" if kana_to_phones(before)[-1].removesuffix(":") == kana_to_phones(small)[0] else small
 
 
 def text_to_words(text: str, words: Path | None = None) -> list[Word]:

@@ -81,3 +81,4 @@ class Rejected:
     id: str
     reason: str
     detail: str = ""
+    missing: str = ""  # a file that was not there, and may come: stage=prepare then says how to take it in

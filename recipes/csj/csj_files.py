@@ -9,11 +9,13 @@ merl                       CSJ2004/{SDB,WAV,XML,TRN}/ID.*  or  CSJ2004/SPEECH/ID
 from __future__ import annotations
 
 import csv
+import difflib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from jahubert.errors import DataError
@@ -34,7 +36,10 @@ _PLACES = (
     ("(CSJ2004)?", "SDB|WAV|XML|TRN", _FILE),
     ("(CSJ2004)?", "SPEECH", _ID, _FILE),
 )
-_NOT_CORE = ("", "0", "×", "-", "noncore", "非コア")
+TALKS = 3302  # of the whole corpus, as NINJAL says
+# What a cell of fileList.csv says; public readers of it compare with コア, the other talks have ノンコア.
+_CORE = ("コア", "core", "○", "◯", "〇", "1")
+_NOT_CORE = ("", "ノンコア", "非コア", "noncore", "non-core", "×", "-", "0")
 
 
 @dataclass
@@ -74,13 +79,36 @@ def find_talks(data: Path) -> dict[str, Talk]:
             "dvd17 (DVD), or CSJ2004 with SDB and WAV"
         )
     listed = _read_file_list(data)
-    core = set(read_list("core"))
-    for talk in talks.values():
-        side = sides[talk.id][0]
-        talk.core = side == "core" if side else listed.get(talk.id, talk.id in core)
+    _mark_core(talks, {id: side for id, (side, _) in sides.items() if side}, listed)
     if gone := sorted(listed.keys() - talks.keys()):
         log.warning("%d talks of fileList.csv are not there: %s ...", len(gone), " ".join(gone[:5]))
     return dict(sorted(talks.items()))
+
+
+def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapping[str, bool]) -> None:
+    """Say which talks are the core: by their folder, else the file list, else lists/core.txt."""
+    core = set(read_list("core"))
+    sources = {
+        "their folder": {id: side == "core" for id, side in sides.items()},
+        "fileList.csv": listed,
+        "lists/core.txt": {id: id in core for id in talks},
+    }
+    for id, talk in talks.items():
+        talk.core = next(said[id] for said in sources.values() if id in said)
+    for (source, said), as_core in product(sources.items(), (True, False)):
+        if other := sorted(id for id in talks if said.get(id) is as_core and talks[id].core is not as_core):
+            log.warning(
+                "csj: by %s %d talks are %s, but their folder or fileList.csv counts, and says otherwise: %s",
+                source,
+                len(other),
+                "core" if as_core else "not core",
+                _some(other),
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and whether there are more; all of any list but the core's."""
+    return " ".join(names[:40]) + " ..." * (len(names) > 40)
 
 
 def _matches(data: Path) -> Iterator[tuple[Path, dict[str, str]]]:
@@ -104,7 +132,7 @@ def _names(folder: Path, part: str) -> list[str]:
 
 
 def _read_file_list(data: Path) -> dict[str, bool]:
-    """Talk -> whether it is in the core, from fileList.csv; {} where there is none or it does not say."""
+    """Talk -> whether it is in the core, from fileList.csv; without the talks of which it does not say."""
     path = data / "fileList.csv"
     if not path.is_file():
         return {}
@@ -116,11 +144,18 @@ def _read_file_list(data: Path) -> dict[str, bool]:
     if "講演ID" not in header or "コア" not in header:
         return {}
     talk, core = header.index("講演ID"), header.index("コア")
-    return {
-        row[talk].strip(): row[core].strip() not in _NOT_CORE
-        for row in rows[1:]
-        if len(row) > max(talk, core)
-    }
+    cells = {row[talk].strip(): row[core].strip().lower() for row in rows[1:] if len(row) > max(talk, core)}
+    if odd := sorted({cell for cell in cells.values() if cell not in _CORE + _NOT_CORE}):
+        n = sum(cell in odd for cell in cells.values())
+        log.warning(
+            "%s: the column コア of %d talks says neither %s nor %s, but %s; lists/core.txt decides for them",
+            path,
+            n,
+            _CORE[0],
+            _NOT_CORE[1],
+            _some([repr(cell) for cell in odd]),
+        )
+    return {id: cell in _CORE for id, cell in cells.items() if cell not in odd}
 
 
 # --- sets -------------------------------------------------------------------------------------------------
@@ -150,30 +185,52 @@ def sets_of(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, str]:
         DataError: a talk in two sets, a listed talk that is not there, or a talk to train on that is in a
             test set or by a test speaker.
     """
-    held: dict[str, str] = {}
-    lists = {name: read_list(name) for name in (*EVALS, "excluded")}
-    lists |= {"dev": read_list("dev-lhotse")} if dev == "lhotse" else {}
-    for name, entries in lists.items():
-        for talk in entries:
-            if held.setdefault(talk, name) != name:
-                raise DataError(
-                    f"talk {talk} is in two sets, {held[talk]} and {name}: see the lists in {LISTS}"
-                )
+    held = held_out(dev)
     if subset in ("core", "all"):
         train = {id for id, talk in talks.items() if (talk.core or subset == "all") and id not in held}
     else:
-        path = Path(subset).expanduser()
-        train = set(read_list(path))
-        if refused := sorted(f"{id} ({held[id]})" for id in train & held.keys()):
-            raise DataError(
-                f"{path}: held out, and so not to be trained on: {', '.join(refused)}. Take them out"
-            )
-        if gone := sorted(train - talks.keys()):
-            raise DataError(f"{path}: no such talks in the corpus: {' '.join(gone)}")
-    for name in (*EVALS, "dev"):
-        if gone := [id for id in lists.get(name, ()) if id not in talks]:
+        train = _own_list(subset, talks, held)
+    wanted = {name: {id for id, of in held.items() if of == name} for name in (*EVALS, "dev")}
+    wanted |= {"core": set(read_list("core"))} if subset == "core" else {}
+    for name, entries in wanted.items():
+        if gone := sorted(entries - talks.keys()):
             log.warning(
-                "%s: %d of %d talks are not there: %s", name, len(gone), len(lists[name]), " ".join(gone)
+                "csj: %d of the %d talks of %s are not there: %s", len(gone), len(entries), name, _some(gone)
             )
+    if subset == "all" and len(talks) < TALKS:
+        log.warning("csj: %d talks are here, of the %d of the corpus", len(talks), TALKS)
     sets = {id: name for id, name in held.items() if name != "excluded" and id in talks}
     return sets | dict.fromkeys(sorted(train), "train")
+
+
+def held_out(dev: str) -> dict[str, str]:
+    """Talk -> the set for which it is never trained on: eval1, eval2, eval3, excluded, and dev with lhotse.
+
+    Raises:
+        DataError: a talk in two of them.
+    """
+    names = (*EVALS, "excluded", *(("dev-lhotse",) if dev == "lhotse" else ()))
+    held: dict[str, str] = {}
+    for name in names:
+        for talk in read_list(name):
+            kind = name.partition("-")[0]
+            if held.setdefault(talk, kind) != kind:
+                raise DataError(
+                    f"talk {talk} is in two sets, {held[talk]} and {kind}: see the lists in {LISTS}"
+                )
+    return held
+
+
+def _own_list(subset: str, talks: Mapping[str, Talk], held: Mapping[str, str]) -> set[str]:
+    """The talks of a user's list."""
+    path = Path(subset).expanduser()
+    if not path.exists():
+        near = difflib.get_close_matches(subset, ("core", "all"), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise DataError(f"subset={subset}: neither core nor all, nor a file with the talks to train on{hint}")
+    train = set(read_list(path))
+    if refused := sorted(f"{id} ({held[id]})" for id in train & held.keys()):
+        raise DataError(f"{path}: held out, and so not to be trained on: {', '.join(refused)}. Take them out")
+    if gone := sorted(train - talks.keys()):
+        raise DataError(f"{path}: no such talks in the corpus: {' '.join(gone)}")
+    return train

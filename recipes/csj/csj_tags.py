@@ -34,9 +34,10 @@ FILLER, FRAGMENTS, MASK, UNCERTAIN = "F", ("D", "D2"), "R", "?"
 SLIPS, SPELLINGS = ("W", "B"), ("A", "K")
 TAGS = (FILLER, *FRAGMENTS, MASK, UNCERTAIN, *SLIPS, *SPELLINGS, *KEPT)
 SOUNDS = {"H": "ー", "VN": "ウン"}  # events that pron=actual spells
+# A pause names its times, and in dialogues its channel: <P:..>, <PL:..>, <PR:..>.
 EVENTS = (
     *SOUNDS,
-    *("Q", "FV", "P", "笑", "咳", "息", "泣", "拍手", "雑音"),
+    *("Q", "FV", "P", "PL", "PR", "笑", "咳", "息", "泣", "拍手", "雑音"),
     *("フロア発話", "フロア笑", "デモ", "ベル", "朗読間違い"),
 )
 _TOKEN = re.compile(

@@ -12,19 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
+from csj_phonemes import LONG, OUTSIDE, PHONES, SILENT, phone_of
+
 from jahubert.errors import DataError
 from jahubert.frames import SAMPLE_RATE
-from jahubert.phonemes import PHONES, VOWELS
+from jahubert.phonemes import VOWELS
 
 _TIME, _WRITTEN, _SAID = 3, 5, 10  # columns of SDB, from 0
 _SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _TRN_TIME = re.compile(r"(\d{4,}) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
-# Phonemes of the corpus's own XML whose name is another one here. H lengthens the vowel before it; FV, a
-# creaking without a vowel of its own, is no phone.
-_PHONEMES = {"Q": "q", "c": "ts", "cy": "ch", "sy": "sh", "zy": "j", "F": "f", "Fy": "hy", "VN": "N"}
-_PHONEMES |= {"ty": "ts", "dy": "d", "kw": "k", "gw": "g", "v": "b"}
-_PHONEMES |= {phone: phone for phone in PHONES if not phone.endswith(":")} | {"dy": "d"}
+UNKNOWN = ""  # a phone that could not be read: its time is known, what it was is not
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Segment:
 
 @dataclass
 class PhoneTime:
-    """A phone of the 40 and when it is said, in 16 kHz samples from the start of the talk."""
+    """A phone of the 40, or UNKNOWN, and when it is said, in 16 kHz samples from the start of the talk."""
 
     symbol: str
     start: int
@@ -78,11 +76,10 @@ def read_sdb(path: Path) -> list[Segment]:
         segment = segments.setdefault(
             (name, channel), _segment(f"{path}:{number}", _samples(start), _samples(end), channel)
         )
-        if len(columns) > _SAID:
-            segment.words.append(Word(number, columns[_WRITTEN], columns[_SAID]))
-        else:
-            problem = f"{len(columns)} columns, and the pronunciation would be column {_SAID + 1}"
-            segment.words.append(Word(number, "", "", problem=problem))
+        written, said = ((*columns, *[""] * _SAID)[column] for column in (_WRITTEN, _SAID))
+        lacks = len(columns) <= _SAID and not _nothing_said(written)
+        problem = f"{len(columns)} columns, and the pronunciation would be column {_SAID + 1}"
+        segment.words.append(Word(number, written, said, problem=problem if lacks else ""))
     return list(segments.values())
 
 
@@ -139,6 +136,11 @@ def _segment(where: str, start: int, end: int, channel: str) -> Segment:
     return Segment(start, end, channel)
 
 
+def _nothing_said(written: str) -> bool:
+    """Whether a word is events and no more, whose pronunciation may be missing."""
+    return not _EVENTS.sub("", written).strip()
+
+
 def _samples(seconds: str) -> int:
     return round(float(seconds) * SAMPLE_RATE)
 
@@ -146,11 +148,23 @@ def _samples(seconds: str) -> int:
 # --- XML --------------------------------------------------------------------------------------------------
 
 
-def read_xml(path: Path) -> tuple[list[Segment], list[PhoneTime]]:
-    """Segments of an XML file, and the phone times that talks of the core have in it.
+@dataclass
+class Xml:
+    """What an XML file holds: segments, and for talks of the core when each phone is said.
+
+    `problems` are places, as file:line, where phone times cannot be read; a phone there is UNKNOWN.
+    """
+
+    segments: list[Segment] = field(default_factory=list)
+    phones: list[PhoneTime] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_xml(path: Path) -> Xml:
+    """The segments and phone times of an XML file. What is wrong with phone times is only noted in it.
 
     Raises:
-        DataError: not XML, a time that is missing or no number, or a phoneme that the corpus does not have.
+        DataError: not XML, or a time of a segment that is missing or no number.
     """
     reader = _XmlReader(path)
     try:
@@ -160,71 +174,79 @@ def read_xml(path: Path) -> tuple[list[Segment], list[PhoneTime]]:
         raise DataError(
             f"{path}:{error.lineno}: not XML ({error}). Restore the file from the corpus"
         ) from error
-    return reader.segments, reader.phones
+    return reader.found
 
 
 class _XmlReader:
     def __init__(self, path: Path):
-        self.path = path
-        self.segments: list[Segment] = []
-        self.phones: list[PhoneTime] = []
-        self._phoneme = ""
+        self.path, self.found = path, Xml()
+        self._label, self._line = "", 0  # of the phoneme that is being read
+        self._before = ""  # label of the last of `phones`
         self._times: list[int] = []
-        self._where_phoneme = ""
         self.parser = expat.ParserCreate()
         self.parser.StartElementHandler = self._start
         self.parser.EndElementHandler = self._end
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
+        segments, line = self.found.segments, self.parser.CurrentLineNumber
         if name == "IPU":
             start, end = (self._time(attributes, key) for key in ("IPUStartTime", "IPUEndTime"))
-            self.segments.append(_segment(self._where(), start, end, attributes.get("Channel", "L")))
-        elif name == "SUW" and self.segments:
-            line, said = self.parser.CurrentLineNumber, attributes.get("PhoneticTranscription", "")
-            problem = "" if "PhoneticTranscription" in attributes else "a SUW without a PhoneticTranscription"
-            written = attributes.get("OrthographicTranscription", "")
-            self.segments[-1].words.append(Word(line, written, said, problem=problem))
-        elif name == "TransSUW" and self.segments and self.segments[-1].words:
+            segments.append(_segment(f"{self.path}:{line}", start, end, attributes.get("Channel", "L")))
+            self._before = ""
+        elif name == "SUW" and segments:
+            written, said = (
+                attributes.get(f"{kind}Transcription", "") for kind in ("Orthographic", "Phonetic")
+            )
+            lacks = "PhoneticTranscription" not in attributes and not _nothing_said(written)
+            problem = "a SUW without a PhoneticTranscription" if lacks else ""
+            segments[-1].words.append(Word(line, written, said, problem=problem))
+        elif name == "TransSUW" and segments and segments[-1].words:
             masks = (attributes.get(f"TagMask{part}", "0") for part in ("Start", "Midst", "End"))
-            self.segments[-1].words[-1].masked |= any(mask not in ("", "0") for mask in masks)
-        elif name == "Phoneme":
-            self._phoneme, self._times = attributes.get("PhonemeEntity", ""), []
-            self._where_phoneme = self._where()
-        elif name == "Phone":
-            self._times += [self._time(attributes, key) for key in ("PhoneStartTime", "PhoneEndTime")]
+            segments[-1].words[-1].masked |= any(mask not in ("", "0") for mask in masks)
+        elif name == "Phoneme" and segments:
+            self._label, self._line, self._times = attributes.get("PhonemeEntity", ""), line, []
+        elif name == "Phone" and segments and attributes.get("PhoneEntity") not in OUTSIDE:
+            try:
+                self._times += [self._time(attributes, key) for key in ("PhoneStartTime", "PhoneEndTime")]
+            except DataError as error:
+                self._unknown(segments[-1].start, segments[-1].end, str(error))
 
     def _end(self, name: str) -> None:
-        if name == "Phoneme" and self._times and self.segments:
-            self._add(self._phoneme, self._times[0], self._times[-1])
+        if name == "Phoneme" and self._times:
+            self._add(self._label, min(self._times), max(self._times))
 
-    def _add(self, phoneme: str, start: int, end: int) -> None:
+    def _add(self, label: str, start: int, end: int) -> None:
         """A phoneme; from its first phone's start to its last one's end."""
-        channel = self.segments[-1].channel
-        before = self.phones[-1] if self.phones and self.phones[-1].channel == channel else None
+        channel, phones = self.found.segments[-1].channel, self.found.phones
+        label_before, self._before = self._before, ""
+        before = phones[-1] if phones and phones[-1].channel == channel else None
         if before is not None:
             start = max(start, before.end)
-        if phoneme == "FV" or end <= start:
+        if label in SILENT or end <= start:
             return
-        if phoneme == "H":
+        if label == LONG:
             if before is not None and before.end == start:
                 before.symbol += ":" * (before.symbol in VOWELS)
                 before.end = end
-        elif phoneme in _PHONEMES:
-            self.phones.append(PhoneTime(_PHONEMES[phoneme], start, end, channel))
+        elif label in PHONES:
+            if before is not None and label in VOWELS and label_before:
+                before.symbol = phone_of(label_before, label)
+            phones.append(PhoneTime(phone_of(label), start, end, channel))
+            self._before = label
         else:
-            raise DataError(
-                f"{self._where_phoneme}: PhonemeEntity {phoneme!r} is outside the set; known are H, FV and "
-                f"{' '.join(_PHONEMES)}"
-            )
+            known = " ".join((*PHONES, LONG, *SILENT))
+            problem = f"PhonemeEntity {label!r} is not known; the known ones are {known}"
+            self._unknown(start, end, f"{self.path}:{self._line}: {problem}")
+
+    def _unknown(self, start: int, end: int, problem: str) -> None:
+        self.found.phones.append(PhoneTime(UNKNOWN, start, end, self.found.segments[-1].channel))
+        self.found.problems.append(problem)
 
     def _time(self, attributes: dict[str, str], key: str) -> int:
         try:
             return _samples(attributes[key])
         except (KeyError, ValueError):
             raise DataError(
-                f"{self._where()}: {key} must be a time in seconds, found {attributes.get(key)!r}. Restore "
-                "the file from the corpus"
+                f"{self.path}:{self.parser.CurrentLineNumber}: {key} must be a time in seconds, found "
+                f"{attributes.get(key)!r}. Restore the file from the corpus"
             ) from None
-
-    def _where(self) -> str:
-        return f"{self.path}:{self.parser.CurrentLineNumber}"

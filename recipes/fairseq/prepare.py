@@ -16,7 +16,9 @@ class Config:
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     if data is None:
-        raise DataError("data=... is missing: give the folder of fairseq's train.tsv and valid.tsv")
+        raise DataError(
+            "data= is missing: recipe fairseq needs data=FOLDER, with fairseq's train.tsv and valid.tsv"
+        )
     for tsv in manifests(data):
         for entry in read_tsv(tsv, config.root):
             # The length is measured, not believed: units are held against it later.

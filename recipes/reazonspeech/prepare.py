@@ -56,7 +56,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     there = {name: folder / f"{name}.tar" for name in sorted(captions.runs)}
     for name in [name for name, path in there.items() if not path.is_file()]:
         detail = f"{captions.count(name)} rows of {table.name}"
-        yield Rejected(f"{name}.tar", "shard that is not there", detail)
+        yield Rejected(f"{name}.tar", "shard that is not there", detail, missing=str(there[name].absolute()))
         del there[name]
     if not there:
         raise DataError(
@@ -81,7 +81,9 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
     """The table of a subset, and the folder of the shards, in a release or in the folder that holds one."""
     if data is None:
-        raise DataError("recipe reazonspeech needs data=FOLDER with tsv/*.tsv and data/*.tar of a release")
+        raise DataError(
+            "data= is missing: recipe reazonspeech needs data=FOLDER, a release with tsv/*.tsv and data/*.tar"
+        )
     releases = [folder for folder in (data, *sorted(data.glob("reazonspeech-v*"))) if _tables(folder)]
     if len(releases) != 1:
         found = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"

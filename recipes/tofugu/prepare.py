@@ -95,7 +95,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 def _files(data: Path | None) -> list[Path]:
     what = "the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio"
     if data is None:
-        raise DataError(f"recipe tofugu needs data=FOLDER, a clone of {what}")
+        raise DataError(f"data= is missing: recipe tofugu needs data=FOLDER, a clone of {what}")
     folder = data / "lib" / "ogg" if (data / "lib" / "ogg").is_dir() else data
     files = sorted(folder.glob("*.ogg"), key=lambda path: unicodedata.normalize("NFC", path.name))
     if not files:

@@ -1,19 +1,23 @@
 """A corpus folder becomes a manifest, through the recipe's own reader.
 
 Reads   the corpus, with `prepare()` of `recipes/<recipe>/prepare.py`
-Writes  manifest.arrow, rejected.jsonl (what was dropped and why), work/ (audio that the recipe made)
+Writes  manifest.arrow, rejected.jsonl (what was dropped and why), work/ (audio that the recipe made, and
+        which recordings of archives were decoded)
 
     python -m jahubert.run recipe=tofugu stage=prepare data=/path/to/japanese-vocabulary-pronunciation-audio
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,9 @@ import numpy as np
 from jahubert.audio import audio_length
 from jahubert.errors import AudioError, DataError
 from jahubert.frames import HUBERT
-from jahubert.train import ranks
+from jahubert.train import provenance, ranks
 from jahubert.train.config import free, structure
+from jahubert.train.decoded import Mark, Marks
 from jahubert.train.lookup import recipe_folder, resolve
 from jahubert.train.manifest import Manifest, Rejected, Utterance, Utterances, load_utterance, write_manifest
 
@@ -57,10 +62,11 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
         )
     options = structure(config.options, resolve(f"{file}:Config", {}, "recipe"), "prepare.options")
     read = resolve(f"{file}:prepare", {}, "recipe")
-    data = None if config.data is None else Path(config.data).expanduser()
+    data = Path(config.data).expanduser() if config.data else None  # "" too, which would be this folder
     work = out / "work"
     work.mkdir(exist_ok=True)
-    items = usable(read(data, work, options, config.seed), config.check_audio)
+    marks = Marks(work / "decoded") if config.check_audio else None
+    items = usable(read(data, work, options, config.seed), config.check_audio, marks)
     counts = write_manifest(out / "manifest.arrow", items)
     if counts["rejected"]:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in counts["rejected"].items())
@@ -69,27 +75,69 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     return counts | {"content": Manifest(out / "manifest.arrow").fingerprint}
 
 
+def kept(config: Config, out: Path) -> None:
+    """Warn of files that were missing when the manifest was made and are there now."""
+    came = []
+    with open(out / "rejected.jsonl", encoding="utf-8") as file:
+        for line in file:
+            if '"missing"' in line and Path(path := json.loads(line).get("missing", "")).is_file():
+                came.append(path)
+    if came:
+        records = " ".join(shlex.quote(str(out / name)) for name in (provenance.DONE, provenance.STARTED))
+        log.warning(
+            "%s is without %d files that were missing and are there now, such as %s. To take them in:\n"
+            "  rm -f %s\nand the same command again, which reads and decodes only what is new. What was made "
+            "from the shorter manifest is then refused, as after any change of the data",
+            out,
+            len(came),
+            came[0],
+            records,
+        )
+
+
 def usable(
-    items: Iterable[Utterance | Utterances | Rejected], check_audio: bool = True
+    items: Iterable[Utterance | Utterances | Rejected], check_audio: bool = True, marks: Marks | None = None
 ) -> Iterator[Utterance | Utterances | Rejected]:
     """What the recipe gave, in its order; utterances whose audio is of no use come back as `Rejected`.
 
-    `Utterances` come back whole where nothing is to be decoded, else one by one.
+    `Utterances` come back whole without `check_audio`, else one by one. With `marks`, what was decoded
+    before is not decoded again.
     """
-    waiting: deque[Future[Utterance | Rejected]] = deque()
+    waiting: deque[tuple[Future[Utterance | Rejected], Mark | None]] = deque()
+
+    def first() -> Utterance | Rejected:
+        future, mark = waiting.popleft()
+        result = future.result()
+        if mark is not None:
+            mark.add(result)
+        return result
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for item in items:
-            if isinstance(item, Utterances) and not check_audio:
+            whole = _without_decoding(item, check_audio, marks) if isinstance(item, Utterances) else None
+            if whole is not None:
                 while waiting:
-                    yield waiting.popleft().result()
-                yield from _long_enough(item)
+                    yield first()
+                yield from whole
                 continue
+            mark = marks.of(item) if marks and isinstance(item, Utterances) else None
             for single in item if isinstance(item, Utterances) else (item,):
-                waiting.append(pool.submit(_checked, single, check_audio))
+                waiting.append((pool.submit(_checked, single, check_audio), mark))
                 if len(waiting) == _AHEAD:
-                    yield waiting.popleft().result()
+                    yield first()
         while waiting:
-            yield waiting.popleft().result()
+            yield first()
+
+
+def _without_decoding(
+    items: Utterances, check_audio: bool, marks: Marks | None
+) -> Iterable[Utterance | Utterances | Rejected] | None:
+    """What is usable of many, where that is known; None where they must be decoded."""
+    if not check_audio:
+        return _long_enough(items)
+    found = marks.known(items) if marks else None
+    # One by one, as if they had been decoded: the manifest's fingerprint is over what it was given.
+    return None if found is None else chain(*found)
 
 
 def _long_enough(items: Utterances) -> Iterator[Utterances | Rejected]:

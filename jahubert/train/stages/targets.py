@@ -29,7 +29,7 @@ from jahubert.train.targets import UNKNOWN, character_set, kana_set, write_targe
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
