@@ -29,11 +29,15 @@ _LOST = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broken pip
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the overrides ask for; returns the exit status (2: a user's mistake)."""
+    from tqdm.contrib import DummyTqdmFile
+
     argv = list(sys.argv[1:] if argv is None else argv)
     join_slurm(os.environ)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     logging.basicConfig(
-        level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr
+        level=logging.INFO if first else logging.WARNING,
+        format="%(message)s",
+        stream=DummyTqdmFile(sys.stderr),  # a progress bar makes way for each line
     )
     if argv in (["-h"], ["--help"]):
         print(__doc__)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from jahubert.train import ranks
 from jahubert.train.config import free, structure
 from jahubert.train.lookup import recipe_folder, resolve
 from jahubert.train.manifest import Manifest, Rejected, Utterance, Utterances, load_utterance, write_manifest
+from jahubert.train.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     work = out / "work"
     work.mkdir(exist_ok=True)
     items = usable(read(data, work, options, config.seed), config.check_audio)
-    counts = write_manifest(out / "manifest.arrow", items)
+    with progress("reading the corpus", "utterances") as done:  # how many there are, no recipe knows
+        counts = write_manifest(out / "manifest.arrow", _counted(items, done))
     if counts["rejected"]:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in counts["rejected"].items())
         log.warning("left out %d (%s); see %s/rejected.jsonl", sum(counts["rejected"].values()), reasons, out)
@@ -90,6 +92,14 @@ def usable(
                     yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _counted(
+    items: Iterable[Utterance | Utterances | Rejected], done: Callable[[int], None]
+) -> Iterator[Utterance | Utterances | Rejected]:
+    for item in items:
+        done(len(item) if isinstance(item, Utterances) else 1)
+        yield item
 
 
 def _long_enough(items: Utterances) -> Iterator[Utterances | Rejected]:
