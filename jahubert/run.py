@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -29,11 +30,15 @@ _LOST = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broken pip
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the overrides ask for; returns the exit status (2: a user's mistake)."""
+    from tqdm.contrib import DummyTqdmFile
+
     argv = list(sys.argv[1:] if argv is None else argv)
     join_slurm(os.environ)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     logging.basicConfig(
-        level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr
+        level=logging.INFO if first else logging.WARNING,
+        format="%(message)s",
+        stream=DummyTqdmFile(sys.stderr),  # a progress bar makes way for each line
     )
     if argv in (["-h"], ["--help"]):
         print(__doc__)
@@ -99,13 +104,15 @@ def run(overrides: Sequence[str]) -> None:
         ConfigError: an override that Hydra cannot read, an unknown stage, recipe, system or key.
     """
     from jahubert.train import ranks
+    from jahubert.train.watch import watch
 
     try:
         jobs = all_configured(overrides)
+        minutes = _hang_minutes(overrides)
     except JahubertError as error:
         error.told = os.environ.get("RANK", "0") != "0"  # type: ignore[attr-defined]  # all find the same
         raise
-    with ranks.process_group():
+    with ranks.process_group(), watch(minutes):
         for job in jobs:
             run_stage(*job)
 
@@ -218,6 +225,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
             print((out / "table.txt").read_text(encoding="utf-8"))
         return provenance.read_record(out / provenance.DONE)["metrics"]
     log.info("%s ...", out)
+    ranks.at(str(out))
     started = time.monotonic()
     try:
         with full_disk_said(out):
@@ -241,6 +249,13 @@ def _processes(overrides: Sequence[str]) -> int:
     if not isinstance(n, int) or n < 1:
         raise ConfigError(f"processes={n}: give the number of processes on this machine")
     return n
+
+
+def _hang_minutes(overrides: Sequence[str]) -> float:
+    minutes = compose(overrides)["hang_minutes"]
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 <= minutes < math.inf:
+        raise ConfigError(f"hang_minutes={minutes}: give a number of minutes, or 0 for no limit")
+    return minutes
 
 
 def _recipes() -> list[str]:

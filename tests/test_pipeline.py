@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from terminal import Terminal
 
 from jahubert import run
 from jahubert.errors import StaleError
@@ -233,6 +234,37 @@ def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
     assert child.returncode == 0, said
     assert kills >= 2
     assert results(exp) == results(whole)
+
+
+def test_bars_for_a_person_change_nothing(whole, tmp_path):
+    """All stages but training, once more and on a terminal: the same files and metrics."""
+    exp = tmp_path / "exp"
+    shutil.copytree(whole, exp)
+    again = ("prepare", "features", "kmeans", "label", "targets", "decode", "report")
+    for folder in {path for stage in again for path in exp.rglob(stage) if path.is_dir()}:
+        for path in folder.iterdir():
+            if path.name != "work":  # sound that the recipe made
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with Terminal() as terminal:
+        done = subprocess.run(
+            [sys.executable, "-m", "jahubert.run", *command(exp)],
+            stdout=subprocess.DEVNULL,
+            stderr=terminal.slave,
+        )
+    assert done.returncode == 0, terminal.screen
+    assert results(exp) == results(whole)
+    records = {path.relative_to(exp): json.loads(path.read_text()) for path in exp.rglob("provenance.json")}
+    assert len(records) == 16
+    for path, record in records.items():
+        assert record["metrics"] == json.loads((whole / path).read_text())["metrics"]
+    bars = (
+        "reading the corpus: 0", "features:   0%|", "k-means++:   0%|", "k-means over 2,690 frames:   0%|",
+        "units:   0%|", "reading text:   0%|", "decoding test:   0%|", "alignment:   0%|",
+        "phone times:   0%|", "features of each layer:   0%|", "units of each layer of iter2:   0%|",
+        "units of iter3 and phones:   0%|",
+    )  # fmt: skip
+    assert [bar for bar in bars if bar not in terminal.written] == []
+    assert [row for row in terminal.screen if "|" in row or "[00" in row] == []  # what is left of one
 
 
 def test_two_processes(whole, tmp_path):

@@ -1,7 +1,7 @@
 """What a run survives: kill -9 at any moment, a disk that fills, a process that hangs.
 
 As a script it is the victim: `FILE kill FOLDER TRIALS MODEL`, `FILE fill FOLDER`, or, as one of two
-processes, `FILE hang FOLDER`.
+processes, `FILE hang FOLDER` or `FILE stage FOLDER`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jahubert.train import ranks
 from jahubert.train.disk import full_disk_said
 from jahubert.train.engine import train
 from jahubert.train.optim import TrainConfig
+from jahubert.train.watch import watch
 
 TOY = TrainConfig(
     max_steps=60,
@@ -212,9 +213,11 @@ class Stuck(Data):
 
 
 def hang(out: Path) -> None:
+    config = replace(TOY, batch_seconds=24.0, save_every=1)
     with ranks.process_group():
-        config = replace(TOY, batch_seconds=24.0, save_every=1, hang_minutes=2 / 60)
-        train(Toy(), Stuck(per_step=4), config, out)
+        train(Toy(), Data(per_step=4), replace(config, max_steps=1), out / "before")  # importing takes long
+        with watch(2 / 60):
+            train(Toy(), Stuck(per_step=4), config, out)
 
 
 def test_a_process_that_hangs_is_named(tmp_path, capfd):
@@ -223,12 +226,51 @@ def test_a_process_that_hangs_is_named(tmp_path, capfd):
     assert time.monotonic() - started < 60
     said = capfd.readouterr().err
     assert said.count("jahubert: error: ") == 1
-    assert re.search(
-        r"error: process 1 of 2 \(pid \d+ on .+\) hangs: at reading the audio of step 3 for \d+ s; 1 other",
-        said,
-    )
-    assert "time.sleep(1000)" in said and "train.hang_minutes=0.033" in said
+    assert re.search(r"error: process 1 of 2 \(pid \d+ on .+\) hangs: at reading the audio of step 3 f", said)
+    assert re.search(r" for \d+ s; 1 of 2 wait for it\. The limit is hang_minutes=0\.033", said)
+    assert "time.sleep(1000)" in said
     assert (tmp_path / "checkpoints" / "step_0000002").is_dir()
+
+
+LIMIT = 4.0  # seconds
+
+
+def hang_in_a_stage(folder: Path) -> None:
+    """The last process is slow, then the first one at what it does alone; then the last one hangs."""
+    from test_units_stages import stages
+
+    from jahubert import run
+    from jahubert.train.manifest import Manifest
+    from jahubert.train.stages import features
+
+    nap, load = LIMIT / 4, Manifest.load
+
+    def slow(self, row):
+        if ranks.rank() == 1:
+            time.sleep(nap)
+        return load(self, row)
+
+    Manifest.load, features._PART = slow, 2  # type: ignore[method-assign]
+    configs = stages(folder, folder)
+    with ranks.process_group(), watch(LIMIT / 60):
+        run.run_stage("features", configs["features"], folder / "features")
+        ranks.from_first(lambda: time.sleep(1.5 * LIMIT))
+        run.run_stage("kmeans", configs["kmeans"], folder / "kmeans")
+        print("healthy so far", file=sys.stderr)
+        nap = 1000
+        run.run_stage("label", configs["label"], folder / "label")
+
+
+def test_a_process_that_hangs_in_a_stage_is_named_and_a_slow_one_is_left_alone(tmp_path, capfd):
+    from test_units_stages import make_corpus
+
+    make_corpus(tmp_path)
+    assert ranks.launch([sys.executable, __file__, "stage", str(tmp_path)], 2) == 1
+    said = capfd.readouterr().err
+    assert said.count("healthy so far") == 2 and said.count("jahubert: error: ") == 1
+    assert re.search(rf"error: process 1 of 2 \(.+\) hangs: at {tmp_path}/label for \d+ s; 1 of 2 wait", said)
+    assert "time.sleep(nap)" in said
+    assert (tmp_path / "label/shards/000000.bin").exists()  # the share of the other one
 
 
 def main(arguments: list[str]) -> int:
@@ -237,8 +279,8 @@ def main(arguments: list[str]) -> int:
     kind, folder, *rest = arguments
     if kind == "kill":
         kill(Path(folder), int(rest[0]), rest[1])
-    elif kind == "hang":
-        hang(Path(folder))
+    elif kind in ("hang", "stage"):
+        {"hang": hang, "stage": hang_in_a_stage}[kind](Path(folder))
     else:
         try:
             fill(Path(folder))

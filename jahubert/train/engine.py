@@ -34,7 +34,6 @@ from jahubert.train.masking import generator
 from jahubert.train.optim import TrainConfig, build_optimizer, lr_at, pick_precision
 from jahubert.train.parallel import Parallel, lighten, whole_number
 from jahubert.train.sampler import MicroBatch, Sampler
-from jahubert.train.watch import watch
 
 log = logging.getLogger(__name__)
 
@@ -228,11 +227,11 @@ def train(
     """
     run = _Run(module, data, config, out)
     run.restore()
-    with stop_signals() as signals, watch(config.hang_minutes) as run.at:
+    with stop_signals() as signals:
         while run.step < config.max_steps:
             run.advance()
             if validate is not None and run.journal.validation_due(run.step):
-                run.at(f"the validation after step {run.step}")
+                ranks.at(f"the validation after step {run.step}")
                 run.validate(validate, best)
             stop, last = told_to_stop(signals, run.device), run.step == config.max_steps
             if run.step % config.save_every == 0 or stop or last:
@@ -261,7 +260,6 @@ class _Run:
         self.journal = Journal(module, config, out)
         self.stream: Iterator[tuple[MicroBatch, Any]] | None = None
         self.window = Window()
-        self.at: Callable[[str], None] = lambda place: None
 
     def advance(self) -> None:
         """One step: gradients of all micro-batches, then one update."""
@@ -272,11 +270,11 @@ class _Run:
         step = self.step + 1
         self.optimizer.zero_grad(set_to_none=True)
         for number in range(self.mine):
-            self.at(f"reading the audio of step {step}")
+            ranks.at(f"reading the audio of step {step}")
             started = time.perf_counter()
             micro, batch = next(self.stream)
             self.window.waiting += time.perf_counter() - started
-            self.at(f"the computation of step {step}")
+            ranks.at(f"the computation of step {step}")
             loss = self._backward(micro, batch.to(self.device), last=number == self.mine - 1)
             for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
@@ -327,7 +325,7 @@ class _Run:
         self.window.started += time.perf_counter() - started
 
     def save(self) -> None:
-        self.at(f"the checkpoint of step {self.step}")
+        ranks.at(f"the checkpoint of step {self.step}")
         state = {
             "step": self.step,
             **self.position.state(),

@@ -48,7 +48,6 @@ from jahubert.train.optim import TrainConfig, build_optimizer, lr_at, pick_preci
 from jahubert.train.parallel import lighten
 from jahubert.train.provenance import read_record, write_json
 from jahubert.train.sampler import MicroBatch
-from jahubert.train.watch import watch
 
 _conda = os.environ.pop("CONDA_PREFIX", None)  # with it, fairseq2 looks for libsndfile in that folder only
 try:
@@ -103,7 +102,7 @@ def train(
         JahubertError: a loss that is not finite, naming the utterances; nothing was updated with it.
     """
     run = _Run(module, data, config, out, validate, best)
-    with stop_signals() as signals, watch(config.hang_minutes) as run.at:
+    with stop_signals() as signals:
         if run.step < config.max_steps:  # a Trainer that has nothing to do would do one step more
             run.steps(signals)
             if run.step < config.max_steps:
@@ -135,7 +134,6 @@ class _Run:
         self.mine, self.folder = share(config), folder_of(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config
         lighten(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
-        self.at: Callable[[str], None] = lambda place: None
         self.validation, self.best = validation, best
         self.journal, self.reader = Journal(module, config, out), _Reader(self)
         self.gangs = _gangs(self.device)
@@ -218,7 +216,7 @@ class _Run:
         """Validate after `step` if that is due and was not done before the run was killed."""
         if self.validation is None or step <= self.validated or not self.journal.validation_due(step):
             return
-        self.at(f"the validation after step {step}")
+        ranks.at(f"the validation after step {step}")
         started = time.perf_counter()
         self.journal.validate(step, self.validation, self.best)
         self.window.started += time.perf_counter() - started
@@ -258,11 +256,11 @@ class _Reader(DataReader):
 
     def read(self) -> tuple[MicroBatch, Any]:
         assert self.stream is not None  # __next__ made it
-        self.run.at("the reading of audio")
+        ranks.at("the reading of audio")
         started = time.perf_counter()
         found = next(self.stream)
         self.run.window.waiting += time.perf_counter() - started
-        self.run.at("the computation of a step")
+        ranks.at("the computation of a step")
         return found
 
     def reset(self) -> None: ...  # at the end of the data, which never comes

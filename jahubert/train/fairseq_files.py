@@ -25,6 +25,7 @@ from jahubert.errors import DataError
 from jahubert.frames import HUBERT, MFCC, FrameGrid
 from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.manifest import Manifest, Utterance
+from jahubert.train.progress import progress
 from jahubert.train.provenance import written_beside
 
 DICT = "dict.km.txt"
@@ -117,8 +118,10 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
     shutil.rmtree(out / "shards", ignore_errors=True)
     writer = LabelWriter(out, header, HUBERT.n_frames(manifest.n_samples), shard_size)
     units = _units(manifest, folder, n_units)
-    for shard in writer.pending():
-        writer.write(shard, list(islice(units, len(writer.rows(shard)))))
+    with progress("units of fairseq's files", "utterances", len(manifest)) as done:
+        for shard in writer.pending():
+            writer.write(shard, list(islice(units, len(writer.rows(shard)))))
+            done(len(writer.rows(shard)))
     for _ in units:  # what the last lines say is checked too
         pass
     writer.finish()

@@ -21,6 +21,7 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.train import ranks
 from jahubert.train.kmeans_peers import faiss_kmeans, import_faiss, sklearn_kmeans
 from jahubert.train.lloyd import Fitted, Frames, Nearest, Subset, lloyd, on_device, one_pass, refine
+from jahubert.train.progress import progress
 
 Backend = Literal["auto", "torch", "faiss", "sklearn"]
 
@@ -204,14 +205,16 @@ def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Ten
     n_candidates = 2 + int(math.log(n_clusters))
     chosen = [int(torch.randint(len(x_ND), (1,), generator=generator))]
     distance_N = _to_rows(x_ND, norm_N, chosen)[0]
-    for _ in range(n_clusters - 1):
-        cumulative_N = distance_N.double().cumsum(dim=0)
-        draws = torch.rand(n_candidates, generator=generator, dtype=torch.float64).to(x_ND.device)
-        rows = torch.searchsorted(cumulative_N, draws * cumulative_N[-1]).clamp(max=len(x_ND) - 1)
-        closer_CN = torch.minimum(distance_N, _to_rows(x_ND, norm_N, rows))
-        best = int(closer_CN.sum(dim=1).argmin())
-        distance_N = closer_CN[best]
-        chosen.append(int(rows[best]))
+    with progress("k-means++", "centroids", n_clusters - 1) as done:
+        for _ in range(n_clusters - 1):
+            cumulative_N = distance_N.double().cumsum(dim=0)
+            draws = torch.rand(n_candidates, generator=generator, dtype=torch.float64).to(x_ND.device)
+            rows = torch.searchsorted(cumulative_N, draws * cumulative_N[-1]).clamp(max=len(x_ND) - 1)
+            closer_CN = torch.minimum(distance_N, _to_rows(x_ND, norm_N, rows))
+            best = int(closer_CN.sum(dim=1).argmin())
+            distance_N = closer_CN[best]
+            chosen.append(int(rows[best]))
+            done(1)
     return frames_ND[chosen]
 
 

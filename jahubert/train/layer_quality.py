@@ -16,6 +16,7 @@ from jahubert.train.kmeans import assign, fit_kmeans
 from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.masking import generator
 from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
+from jahubert.train.progress import progress
 
 _PER_CLUSTER = 50  # frames at least; with fewer, units follow single frames
 _MAX_ITER = 30
@@ -59,8 +60,9 @@ class PhoneFrames:
         model = model.to(device).eval()
         numbers = range(1, model.config.layers + 1)
         parts = []
-        with torch.no_grad():
+        with torch.no_grad(), progress("features of each layer", "utterances", len(self.known)) as done:
             for row, at in self.known.items():
+                done(1)
                 if not len(at):
                     continue
                 kept = model(self.manifest.load(row)[None].to(device), keep_layers=numbers).layers

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 from jahubert.train import ranks
+from jahubert.train.progress import progress
 
 Frames = Any  # (N, D): a tensor, an array, or what gives arrays for slices and index arrays
 
@@ -97,6 +98,7 @@ def _blocks(
     for number, start in enumerate(range(0, len(frames_ND), stretch)):
         lane = number % _LANES
         if lane % world == rank:
+            ranks.moving()  # a pass over all frames is long
             yield from _split(frames_ND[start : start + stretch], centroids_KD, lane)
 
 
@@ -230,19 +232,21 @@ def lloyd(
     history: list[float] = []
     reseeded = 0
     fresh = False  # a re-seeded cluster deserves another pass
-    while True:
-        fitted = one_pass(frames_ND, centroids_KD, together)
-        history.append(fitted.inertia)
-        converged = len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not fresh
-        if converged or len(history) == max_iter:
-            return fitted, history, reseeded
-        centroids_KD = fitted.means_KD
-        dead = torch.nonzero(fitted.counts_K == 0)[:, 0]
-        if fresh := len(dead) > 0:
-            seeds = _farthest(frames_ND, fitted.centroids_KD, len(dead))
-            centroids_KD[dead[: len(seeds)]] = seeds
-            reseeded += len(seeds)
-            fresh = len(seeds) > 0
+    with progress(f"k-means over {len(frames_ND):,} frames", "passes", max_iter) as done:
+        while True:
+            fitted = one_pass(frames_ND, centroids_KD, together)
+            history.append(fitted.inertia)
+            done(1)
+            converged = len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not fresh
+            if converged or len(history) == max_iter:
+                return fitted, history, reseeded
+            centroids_KD = fitted.means_KD
+            dead = torch.nonzero(fitted.counts_K == 0)[:, 0]
+            if fresh := len(dead) > 0:
+                seeds = _farthest(frames_ND, fitted.centroids_KD, len(dead))
+                centroids_KD[dead[: len(seeds)]] = seeds
+                reseeded += len(seeds)
+                fresh = len(seeds) > 0
 
 
 def refine(frames_ND: Frames, start: Fitted, together: bool = False) -> Tensor:
@@ -255,15 +259,18 @@ def refine(frames_ND: Frames, start: Fitted, together: bool = False) -> Tensor:
     centroids_KD, counts_K = start.means_KD.double(), start.counts_K.double()
     rank, world = (ranks.rank(), ranks.world()) if together else (0, 1)
     bounds = [len(frames_ND) * lane // _LANES for lane in range(_LANES + 1)]
-    for step in range(0, -(-len(frames_ND) // _LANES), _BATCH):
-        nearest = Nearest(centroids_KD.float())
-        parts = (
-            (lane, frames_ND[bounds[lane] + step : min(bounds[lane] + step + _BATCH, bounds[lane + 1])])
-            for lane in range(rank, _LANES, world)
-        )
-        blocks = (block for lane, part in parts for block in _split(part, nearest.centroids_KD, lane))
-        sums_KD, new_K, _ = _sums(blocks, nearest, together)
-        counts_K = counts_K + new_K
-        moved_KD = sums_KD - new_K[:, None] * (centroids_KD - nearest.middle_D)
-        centroids_KD = centroids_KD + moved_KD / counts_K.clamp(min=1)[:, None]
+    steps = range(0, -(-len(frames_ND) // _LANES), _BATCH)
+    with progress(f"k-means over {len(frames_ND):,} frames", "mini-batches", len(steps)) as done:
+        for step in steps:
+            nearest = Nearest(centroids_KD.float())
+            parts = (
+                (lane, frames_ND[bounds[lane] + step : min(bounds[lane] + step + _BATCH, bounds[lane + 1])])
+                for lane in range(rank, _LANES, world)
+            )
+            blocks = (block for lane, part in parts for block in _split(part, nearest.centroids_KD, lane))
+            sums_KD, new_K, _ = _sums(blocks, nearest, together)
+            counts_K = counts_K + new_K
+            moved_KD = sums_KD - new_K[:, None] * (centroids_KD - nearest.middle_D)
+            centroids_KD = centroids_KD + moved_KD / counts_K.clamp(min=1)[:, None]
+            done(1)
     return centroids_KD.float()

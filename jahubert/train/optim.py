@@ -35,9 +35,6 @@ class TrainConfig:
     sharded: bool = free(False)  # FSDP2 instead of DDP: for models that do not fit one device
     recompute: bool = free(False)  # activation checkpointing: a third more work, a fraction of the memory
     compile: bool = free(False)  # torch.compile of the Transformer blocks
-    hang_minutes: float = free(
-        30.0
-    )  # a process behind the others for so long is named, and all end; 0: never
     device: str = free("auto")
     workers: int = free(0)  # processes that read audio, for each device
     log_every: int = free(50)  # steps

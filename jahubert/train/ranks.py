@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, how many are we, sum something over all of us.
+"""The processes of a run: who am I, how many are we, what am I at, sum something over all of us.
 
 Started by torchrun (or a cluster's launcher with the same variables) there are several; otherwise one,
 and every function here does the obvious without a process group.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ def process_group() -> Iterator[None]:
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # Processes wait for each other's share of a stage, and while the first one prepares a corpus; NCCL
-        # would give up after ten minutes. Who hangs in a training is `watch`'s to say.
+        # would give up after ten minutes. Who hangs is `watch`'s to say.
         dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
@@ -75,9 +75,55 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+class Pulse(NamedTuple):
+    """What this process is at, for `watch`."""
+
+    number: int  # of the place: all processes come to the same ones, so the smallest is behind
+    place: str
+    moved: float  # when it last gave a sign of life, of time.monotonic()
+    alone: bool  # at work that only the first process does, and that may take as long as it takes
+
+
+_pulse = Pulse(0, "the start", time.monotonic(), alone=False)  # one assignment, since two threads use it
+
+
+def pulse() -> Pulse:
+    return _pulse
+
+
+def at(place: str) -> None:
+    """Say what this process comes to: all processes say it as often, in the same order."""
+    global _pulse
+    _pulse = Pulse(_pulse.number + 1, place, time.monotonic(), alone=False)
+
+
+def moving() -> None:
+    """A sign of life on the way to the next place, from a loop that is another one in each process."""
+    global _pulse
+    _pulse = _pulse._replace(moved=time.monotonic())
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    global _pulse
+    _pulse = _pulse._replace(alone=True)
+    yield
+    _pulse = _pulse._replace(alone=False, moved=time.monotonic())
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Around what waits for all processes."""
+    place = _pulse.place
+    at(f"{place}, waiting for the others")
+    yield
+    at(place)
+
+
 def barrier() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        with _meeting():
+            dist.barrier()
 
 
 def from_first(work: Callable[[], T]) -> T:
@@ -87,10 +133,12 @@ def from_first(work: Callable[[], T]) -> T:
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
-            box[0] = work()
+            with _alone():
+                box[0] = work()
         except (UserError, OSError) as error:
             box[1] = error
-    dist.broadcast_object_list(box, src=0)
+    with _meeting():
+        dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         box[1].told = rank() != 0  # the first process tells the user
         raise box[1]
@@ -112,7 +160,8 @@ def in_turn(mine: list[T]) -> list[T]:
     if not dist.is_initialized():
         return mine
     parts: list[Any] = [None] * world()
-    dist.all_gather_object(parts, mine)
+    with _meeting():
+        dist.all_gather_object(parts, mine)
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
 
@@ -166,7 +215,8 @@ def _end(child: subprocess.Popen) -> None:
 def add(values: torch.Tensor) -> None:
     """Sum a tensor over all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(values)
+        with _meeting():
+            dist.all_reduce(values)
 
 
 def total(sums: dict[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:

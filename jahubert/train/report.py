@@ -17,6 +17,7 @@ from jahubert.train.labels import LabelStore
 from jahubert.train.layer_quality import PhoneFrames
 from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
+from jahubert.train.progress import progress
 from jahubert.train.provenance import DONE, read_record
 from jahubert.train.scoring import measures_of, published_table
 
@@ -65,8 +66,12 @@ def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, .
 
     The times are the corpus's own where it has them, else forced alignments that `decode` wrote.
     """
-    times = {row: manifest[row].alignment for row in range(len(manifest))}
-    times = {row: phones for row, phones in times.items() if phones}
+    times: dict[int, tuple[Phone, ...]] = {}
+    with progress("phone times", "utterances", len(manifest)) as done:
+        for row in range(len(manifest)):
+            if phones := manifest[row].alignment:
+                times[row] = phones
+            done(1)
     if times:
         return times, "corpus"
     for path in sorted(exp.glob("systems/*/decode/alignment.jsonl")):
@@ -87,12 +92,14 @@ def unit_counts(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> 
     counts = {}
     for name, store in stores.items():
         phones, units = [], []
-        for row, alignment in times.items():
-            unit_S = store[row]
-            said = phone_frames(alignment, len(unit_S), HUBERT)
-            known = [frame for frame, phone in enumerate(said) if phone is not None]
-            phones += [index[said[frame]] for frame in known]  # type: ignore[index]
-            units.append(np.asarray(unit_S)[known].astype(np.int64))
+        with progress(f"units of {name} and phones", "utterances", len(times)) as done:
+            for row, alignment in times.items():
+                unit_S = store[row]
+                said = phone_frames(alignment, len(unit_S), HUBERT)
+                known = [frame for frame, phone in enumerate(said) if phone is not None]
+                phones += [index[said[frame]] for frame in known]  # type: ignore[index]
+                units.append(np.asarray(unit_S)[known].astype(np.int64))
+                done(1)
         counts[name] = joint_counts(np.array(phones), np.concatenate(units), len(names), store.header.n_units)
     return UnitCounts(usage, names, source, counts)
 
@@ -113,7 +120,12 @@ def layer_curves(
     }
     for folder in models:
         layers = frames.layers(load_bundle(folder).model, device)
-        curves[folder.parent.name] = [frames.quality(frame_ND, LAYER_UNITS, seed) for frame_ND in layers]
+        name = folder.parent.name
+        curves[name] = []
+        with progress(f"units of each layer of {name}", "layers", len(layers)) as done:
+            for frame_ND in layers:
+                curves[name].append(frames.quality(frame_ND, LAYER_UNITS, seed))
+                done(1)
     return curves
 
 

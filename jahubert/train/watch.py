@@ -2,7 +2,8 @@
 
 In a group of processes one that stands still (a dead file server, a stuck GPU) lets all others wait for
 it inside a sum over processes, and none of them knows for whom. Here a thread of each process looks after
-it. When its process has not moved for the limit, it reads what the others are at: who is behind is named,
+it. When its process has not moved for the limit, it reads what the others are at. One that others may wait
+for long, because its share is the largest, still gives signs of life; who is behind and gives none is named,
 with the place where it stands, and the processes end, so that a scheduler can start them again.
 """
 
@@ -15,12 +16,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from jahubert.train import ranks
 
@@ -30,43 +32,44 @@ _PATIENCE = timedelta(seconds=30)  # with the store
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process is at. Counts rise alike in all processes, so the smallest is behind."""
+    """What a process is at, as it stands in the store."""
 
     name: str  # of the process
-    count: int
+    number: int  # of its place; the smallest is behind
     place: str
-    seconds: float  # since it came there
+    seconds: float  # without a sign of life
+    alone: bool  # at work that has no limit
     stack: str  # where it stands in the code, once that is long ago
 
 
 @contextmanager
-def watch(minutes: float) -> Iterator[Callable[[str], None]]:
-    """A function to call with what this process is at now; in all processes as often, in the same order.
+def watch(minutes: float) -> Iterator[None]:
+    """Look after the processes inside; all of them enter together.
 
     Args:
-        minutes: without such a call, after which a process that is behind is named and all end. 0: never.
+        minutes: without a sign of life, after which a process that is behind is named and all end. 0: never.
     """
     if ranks.world() == 1 or not minutes:
-        yield lambda place: None
+        yield
         return
-    process = _Process(60 * minutes)
-    thread = threading.Thread(target=process.look, name="hang-watch", daemon=True)
+    watcher = _Watcher(60 * minutes)
+    thread = threading.Thread(target=watcher.look, name="hang-watch", daemon=True)
     thread.start()
     try:
-        yield process.at
+        yield
     finally:
-        process.over.set()
+        watcher.over.set()
         thread.join()
 
 
-class _Process:
-    """This process, and the store in the first one where all say what they are at."""
+class _Watcher:
+    """Of this process, and the store in the first one where all say what they are at."""
 
     def __init__(self, limit: float):
-        self.limit, self.over = limit, threading.Event()
-        self.now = (0, "the start", time.monotonic())  # one assignment, since two threads use it
+        self.limit, self.every, self.over = limit, min(10.0, limit / 10), threading.Event()
         self.rank, self.world, self.main = ranks.rank(), ranks.world(), threading.get_ident()
         self.name = f"process {self.rank} of {self.world} (pid {os.getpid()} on {socket.gethostname()})"
+        self.seen: dict[int, tuple[bytes, float]] = {}  # the last beat of each, and when it was first read
 
         def store(port: int) -> dist.TCPStore:
             host, first = os.environ["MASTER_ADDR"], self.rank == 0
@@ -75,40 +78,56 @@ class _Process:
         server = store(0) if self.rank == 0 else None
         port = ranks.from_first(lambda: server.port if server else 0)
         self.store = server or store(port)
-
-    def at(self, place: str) -> None:
-        self.now = (self.now[0] + 1, place, time.monotonic())
+        self._say()
+        ranks.barrier()  # from here on there is a beat of each
 
     def look(self) -> None:
         """Until it is over: say what this process is at, and look at the others when it stands too long."""
-        while not self.over.wait(min(10.0, self.limit / 10)):
-            count, place, since = self.now
-            seconds = time.monotonic() - since
-            stack = self._stack() if seconds > self.limit / 2 else ""
-            late = seconds > self.limit
+        while not self.over.wait(self.every):
+            late = time.monotonic() - ranks.pulse().moved > self.limit
             try:
-                beat = Beat(self.name, count, place, seconds, stack)
-                self.store.set(str(self.rank), json.dumps(asdict(beat)))
-                if late and self.store.add("told", 1) == 1:
-                    print(f"jahubert: error: {self._verdict()}", file=sys.stderr, flush=True)
+                self._say()
+                if late and (verdict := self._verdict()) and self.store.add("told", 1) == 1:
+                    tqdm.write(f"jahubert: error: {verdict}", file=sys.stderr)
                     self.store.set("said", "")
-                elif late and self.rank == 0:  # whoever tells reads from its store
-                    self.store.wait(["said"], _PATIENCE)
+                ends = self.store.check(["said"])
             except RuntimeError:  # the first process is gone, and the store with it
-                pass
-            if late and not self.over.is_set():
+                ends = late
+            if ends and self.rank == 0:  # the others read from its store that they end
+                self.over.wait(2 * self.every)
+            if ends and not self.over.is_set():
                 os._exit(_STATUS)  # the main thread would not come back from where it is
 
+    def _say(self) -> None:
+        now = ranks.pulse()
+        seconds = time.monotonic() - now.moved
+        stack = self._stack() if seconds > self.limit / 2 else ""
+        beat = Beat(self.name, now.number, now.place, seconds, now.alone, stack)
+        self.store.set(str(self.rank), json.dumps(asdict(beat)))
+
+    def _beats(self) -> list[Beat]:
+        """Of all processes. One whose beat stays the same is dead, or so stuck that its thread is, too."""
+        beats, now = [], time.monotonic()
+        for rank, said in enumerate(self.store.multi_get([str(rank) for rank in range(self.world)])):
+            if rank not in self.seen or self.seen[rank][0] != said:
+                self.seen[rank] = said, now
+            beat = Beat(**json.loads(said))
+            beats.append(replace(beat, seconds=beat.seconds + now - self.seen[rank][1]))
+        return beats
+
     def _verdict(self) -> str:
-        said = [str(rank) for rank in range(self.world) if self.store.check([str(rank)])]
-        beats = [Beat(**json.loads(self.store.get(rank))) for rank in said]
-        least = min(beat.count for beat in beats)
-        behind = [beat for beat in beats if beat.count == least]
-        names = "; ".join(f"{beat.name} hangs: at {beat.place} for {beat.seconds:.0f} s" for beat in behind)
+        """Who hangs, or nothing."""
+        beats = self._beats()
+        least = min(beat.number for beat in beats)
+        behind = [beat for beat in beats if beat.number == least]
+        hang = [beat for beat in behind if beat.seconds > self.limit and not beat.alone]
+        if not hang:
+            return ""
+        names = "; ".join(f"{beat.name} hangs: at {beat.place} for {beat.seconds:.0f} s" for beat in hang)
         return (
-            f"{names}; {len(beats) - len(behind)} others wait. The limit is train.hang_minutes="
-            f"{self.limit / 60:g}; the last checkpoint stays, and the same command continues it. "
-            f"{behind[0].name} stands here:\n{behind[0].stack}"
+            f"{names}; {len(beats) - len(behind)} of {self.world} wait for it. The limit is hang_minutes="
+            f"{self.limit / 60:g}; what was saved stays, and the same command continues it. "
+            f"{hang[0].name} stands here:\n{hang[0].stack}"
         )
 
     def _stack(self) -> str:

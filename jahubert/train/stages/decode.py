@@ -32,6 +32,7 @@ from jahubert.train.batches import CtcData
 from jahubert.train.config import free
 from jahubert.train.lexicon import LexiconConfig, LexiconSearch
 from jahubert.train.manifest import Manifest, Utterance
+from jahubert.train.progress import progress
 from jahubert.train.provenance import write_json, written_beside
 from jahubert.train.targets import TargetStore, words_of
 
@@ -102,7 +103,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             )  # fmt: skip
         counts[split] = len(rows)
         lines = []
-        for rows_B, logp_BSV, n_frames_B in inside(rows):
+        for rows_B, logp_BSV, n_frames_B in inside(rows, f"decoding {split}"):
             found = zip(rows_B, search(logp_BSV, n_frames_B), strict=True)
             lines.append(
                 [_line(manifest[row], targets, row, answers, config.n_best) for row, answers in found]
@@ -111,7 +112,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if config.align_splits:
         rows = np.concatenate([manifest.indices(split=split) for split in config.align_splits])
         rows, lines = np.intersect1d(rows, targets.labelled), []
-        for rows_B, logp_BSV, n_frames_B in inside(rows):
+        for rows_B, logp_BSV, n_frames_B in inside(rows, "alignment"):
             spoken = zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True)
             lines.append([_times(manifest, targets, row, logp_SV[:n]) for row, logp_SV, n in spoken])
         _write(out / "alignment.jsonl", lines)
@@ -126,6 +127,7 @@ def batches(
     manifest: Manifest,
     targets: TargetStore,
     rows: np.ndarray,
+    doing: str,
     config: Config,
     device: torch.device,
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
@@ -142,11 +144,14 @@ def batches(
         seed=0,
         keep_in_memory_hours=0,
     )
-    with torch.inference_mode():
-        for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
+    mine = list(data.sampler.epoch(0).share(ranks.rank(), ranks.world()))
+    n_rows = sum(len(micro.rows) for micro in mine)
+    with torch.inference_mode(), progress(doing, "utterances", n_rows) as done:
+        for micro in mine:
             batch = data.load(micro).to(device)
             logp_BSV, n_frames_B = model(batch.wav_BT, batch.n_samples_B)
             yield micro.rows, logp_BSV.cpu(), n_frames_B.cpu()
+            done(len(micro.rows))
 
 
 def _write(path: Path, lines: list[list[str]]) -> None:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.train import ranks
@@ -28,6 +30,7 @@ from jahubert.train.features import Feature
 from jahubert.train.kmeans import draw_rows
 from jahubert.train.manifest import Manifest
 from jahubert.train.masking import generator
+from jahubert.train.progress import progress
 from jahubert.train.provenance import write_json
 from jahubert.train.streaming import feature_header, make_feature, stream_features
 
@@ -57,22 +60,29 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     device = ranks.pick_device(config.device)
     feature = make_feature(config.kind, config.model, config.layer, device)
     sample = draw_sample(manifest, feature, config)
-    done, beside, final = out / "parts", out / "tmp_sample.npy", out / "sample.npy"
+    marks, beside, final = out / "parts", out / "tmp_sample.npy", out / "sample.npy"
     if not ranks.from_first(final.exists):
         data_start = ranks.from_first(lambda: _reserve(beside, (len(sample.frames), feature.dim)))
-        for part in range(ranks.rank(), -(-len(sample.rows) // _PART), ranks.world()):
-            mark = done / f"{part:06d}"
-            if not mark.exists():
-                chosen = range(part * _PART, min((part + 1) * _PART, len(sample.rows)))
-                _write_part(beside, data_start, manifest, feature, sample, chosen, config.batch_seconds)
-                done.mkdir(exist_ok=True)
-                mark.touch()
+        parts = {
+            part: range(part * _PART, min((part + 1) * _PART, len(sample.rows)))
+            for part in range(ranks.rank(), -(-len(sample.rows) // _PART), ranks.world())
+            if not (marks / f"{part:06d}").exists()
+        }
+        with progress("features", "utterances", sum(map(len, parts.values()))) as done:
+            for part, chosen in parts.items():
+                rows = sample.rows[chosen.start : chosen.stop].tolist()
+                found = stream_features(manifest, feature, rows, config.batch_seconds)
+                frames = ((number, f_SD) for number, (_, f_SD) in zip(chosen, found, strict=True))
+                start = data_start + 4 * feature.dim * int(sample.bounds[chosen.start])
+                _write_part(beside, start, sample, frames, done)
+                marks.mkdir(exist_ok=True)
+                (marks / f"{part:06d}").touch()
         ranks.barrier()
     if ranks.rank() == 0:
         write_json(out / "header.json", feature_header(feature, config.kind, config.layer))
         if not final.exists():
             beside.replace(final)
-        shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(marks, ignore_errors=True)
     ranks.barrier()
     return {"frames": len(sample.frames), "dim": feature.dim, "utterances": len(sample.rows)}
 
@@ -112,21 +122,15 @@ def _reserve(path: Path, shape: tuple[int, int]) -> int:
 
 
 def _write_part(
-    path: Path,
-    data_start: int,
-    manifest: Manifest,
-    feature: Feature,
-    sample: Sample,
-    chosen: range,
-    seconds: float,
+    path: Path, start: int, sample: Sample, frames: Iterable[tuple[int, Tensor]], done: Callable[[int], None]
 ) -> None:
-    """The frames of some utterances of the sample, to their places in the file and safely onto the disk."""
-    bounds, frames = sample.bounds, sample.frames
-    rows = sample.rows[chosen.start : chosen.stop].tolist()
+    """What was drawn of utterances that come as (number in the sample, all frames), from byte `start` of the
+    file on, and safely onto the disk."""
     with path.open("r+b") as file:
-        file.seek(data_start + 4 * feature.dim * int(bounds[chosen.start]))
-        for number, (_, f_SD) in zip(chosen, stream_features(manifest, feature, rows, seconds), strict=True):
-            wanted = torch.from_numpy(frames[bounds[number] : bounds[number + 1]])
+        file.seek(start)
+        for number, f_SD in frames:
+            wanted = torch.from_numpy(sample.frames[sample.bounds[number] : sample.bounds[number + 1]])
             file.write(f_SD[wanted.to(f_SD.device)].float().cpu().numpy().astype("<f4").tobytes())
+            done(1)
         file.flush()
         os.fsync(file.fileno())

@@ -54,12 +54,18 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
+    if config.backend in ("faiss", "sklearn"):  # they know one process only
+        return ranks.from_first(lambda: fit(config, out))
+    metrics = fit(config, out)
+    ranks.barrier()
+    return metrics
+
+
+def fit(config: Config, out: Path) -> dict[str, Any]:
+    """Centroids by the processes that take part, written by the first; what is known about them."""
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
     test = draw_rows(n_frames, round(n_frames * config.held_out), generator(config.seed, 13))
-    if config.backend in ("faiss", "sklearn") and ranks.rank():
-        ranks.barrier()
-        return {}  # they know one process only
     with ranks.said_once():
         result = fit_kmeans(
             Subset(sample_ND, np.delete(np.arange(n_frames), test)),
@@ -84,5 +90,4 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         header = read_record(config.features / "header.json")
         save_centroids(out / "centroids.safetensors", result.centroids_KD, header)
         watch_units(result.counts_K.numpy(), str(out), stop=config.unhealthy == "stop")
-    ranks.barrier()
     return metrics

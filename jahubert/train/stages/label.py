@@ -30,6 +30,7 @@ from jahubert.train.health import unit_use, watch_difference, watch_units
 from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.lloyd import Nearest
 from jahubert.train.manifest import Manifest
+from jahubert.train.progress import progress
 from jahubert.train.streaming import feature_header, load_centroids, make_feature, stream_features
 
 VERSION = 1
@@ -111,9 +112,14 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
     step = HUBERT.step_in(feature.grid)
     nearest = Nearest(centroids_KD.to(device))
     # Asked once: a process that asked later would see a shorter list, and share it out differently.
-    for shard in ranks.from_first(writer.pending)[ranks.rank() :: ranks.world()]:
-        frames = stream_features(manifest, feature, writer.rows(shard), config.batch_seconds)
-        writer.write(shard, [nearest.labels(f_SD[::step].to(device)).cpu().numpy() for _, f_SD in frames])
+    shards = ranks.from_first(writer.pending)[ranks.rank() :: ranks.world()]
+    with progress("units", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
+        for shard in shards:
+            units = []
+            for _, f_SD in stream_features(manifest, feature, writer.rows(shard), config.batch_seconds):
+                units.append(nearest.labels(f_SD[::step].to(device)).cpu().numpy())
+                done(1)
+            writer.write(shard, units)
     ranks.barrier()
     if ranks.rank() == 0:
         writer.finish()

@@ -14,7 +14,7 @@ import logging
 import os
 import shlex
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -31,6 +31,7 @@ from jahubert.train.config import free, structure
 from jahubert.train.decoded import Mark, Marks
 from jahubert.train.lookup import recipe_folder, resolve
 from jahubert.train.manifest import Manifest, Rejected, Utterance, Utterances, load_utterance, write_manifest
+from jahubert.train.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     work.mkdir(exist_ok=True)
     marks = Marks(work / "decoded") if config.check_audio else None
     items = usable(read(data, work, options, config.seed), config.check_audio, marks)
-    counts = write_manifest(out / "manifest.arrow", items)
+    with progress("reading the corpus", "utterances") as done:  # how many there are, no recipe knows
+        counts = write_manifest(out / "manifest.arrow", _counted(items, done))
     if counts["rejected"]:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in counts["rejected"].items())
         log.warning("left out %d (%s); see %s/rejected.jsonl", sum(counts["rejected"].values()), reasons, out)
@@ -138,6 +140,14 @@ def _without_decoding(
     found = marks.known(items) if marks else None
     # One by one, as if they had been decoded: the manifest's fingerprint is over what it was given.
     return None if found is None else chain(*found)
+
+
+def _counted(
+    items: Iterable[Utterance | Utterances | Rejected], done: Callable[[int], None]
+) -> Iterator[Utterance | Utterances | Rejected]:
+    for item in items:
+        done(len(item) if isinstance(item, Utterances) else 1)
+        yield item
 
 
 def _long_enough(items: Utterances) -> Iterator[Utterances | Rejected]:

@@ -23,6 +23,7 @@ from jahubert.frames import HUBERT
 from jahubert.phonemes import PhonemeSet, phones_to_kana
 from jahubert.train import ranks
 from jahubert.train.manifest import Manifest, Utterance
+from jahubert.train.progress import progress
 from jahubert.train.provenance import written_beside
 from jahubert.train.readings import read_words
 from jahubert.train.targets import UNKNOWN, character_set, kana_set, write_targets
@@ -63,9 +64,13 @@ def write(config: Config, out: Path) -> dict[str, Any]:
                     reasons[str(error).split(":")[0]] += 1
                     line = {"id": utterance.id, "reason": str(error)}
                     rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
+            done(1)
             yield row
 
-    with written_beside(out / "rejected.jsonl") as rejected:
+    with (
+        written_beside(out / "rejected.jsonl") as rejected,
+        progress("reading text", "utterances", len(manifest)) as done,
+    ):
         n_symbols = write_targets(out, rows(), symbols)
     for reason, n in reasons.most_common():
         log.warning("left out, %s: %d utterances, named in %s", reason, n, out / "rejected.jsonl")
