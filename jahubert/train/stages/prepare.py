@@ -80,6 +80,8 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
 def kept(config: Config, out: Path) -> None:
     """Warn of files that were missing when the manifest was made and are there now."""
     came = []
+    if not (out / "rejected.jsonl").is_file():
+        return  # a folder that somebody tidied up
     with open(out / "rejected.jsonl", encoding="utf-8") as file:
         for line in file:
             if '"missing"' in line and Path(path := json.loads(line).get("missing", "")).is_file():
