@@ -24,9 +24,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from jahubert.errors import CheckpointError, ConfigError, MissingExtraError
+from jahubert.errors import CheckpointError, ConfigError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.heads import HubertForCtc, UnitHead
+from jahubert.hub import find
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.interop import hf_symbols, hf_vocabulary, read_file, read_json, symbol_set
 from jahubert.layouts import (
@@ -150,7 +151,7 @@ def load_bundle(source: str | os.PathLike) -> Bundle:
     Raises:
         CheckpointError: the folder, a file in it or a tensor is missing, broken or of the wrong shape.
     """
-    path = _find(source)
+    path = find(source)
     parts = _read_folder(path) if path.is_dir() else read_file(path)
     config, weights = parts.config, parts.weights
     ctc, unit_head = None, None
@@ -265,35 +266,6 @@ def _fill(
 ) -> None:
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     module.load_state_dict(take(path, shapes, weights, named))
-
-
-def _find(source: str | os.PathLike) -> Path:
-    """The file or folder meant; a Hub name is looked up in the cache and, unless offline, on the Hub."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").exists() and (path / "bundle" / "config.json").exists():
-            return path / "bundle"  # the output folder of a training stage
-        return path
-    name = str(source)
-    if path.is_file():
-        return path
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise CheckpointError(
-            f"{name}: no such model folder or file; give a bundle, a model file or a Hub name (owner/model)"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingExtraError("huggingface_hub", "train") from None
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):  # only then: it is as large again
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
-        return folder
-    except Exception as error:  # the Hub's errors share no base class
-        raise CheckpointError(
-            f"{name}: no such file or folder, and the Hub did not give it either: {error}"
-        ) from error
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -16,7 +16,7 @@ from jahubert.errors import ConfigError, MissingExtraError
 
 FILES = ("model", "iteration", "machine")  # of conf/, by their names
 GROUPS = ("recipe", "model", "iteration", "finetuning", "machine")
-SELECTORS = ("stage", "system")
+SELECTORS = ("stage", "system", "decoding", "decode_folder")
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         from omegaconf.errors import OmegaConfBaseException
     except ImportError as error:
         raise MissingExtraError("hydra-core", "train") from error
-    from jahubert.train.lookup import home, recipe_folder
+    from jahubert.train.lookup import home, recipe_folder, stage_folder
 
     parsed = [_parsed(override) for override in overrides]
     values = {p.key_or_group: p.value() for p in parsed}
@@ -61,6 +61,8 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         tree.finetuning = values.get("finetuning")
         tree.recipe, tree.system = recipe, tree.system if system is None else system
         tree.systems = tree.get("systems") or {"main": {}}
+        tree.decoding = None if tree.decoding is None else str(tree.decoding)
+        tree.decode_folder = stage_folder("decode", None, "any", tree.decoding).name
         plain: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error

@@ -1,6 +1,6 @@
 """The door to the stages.
 
-    python -m jahubert.run recipe=NAME stage=STAGE [iteration=N] [system=NAME] [key=value ...]
+    python -m jahubert.run recipe=NAME stage=STAGE [iteration=N] [system=NAME] [decoding=NAME] [key=value ...]
 
 `stage=all` runs what is not done yet, in order, over all iterations and systems.
 """
@@ -101,13 +101,14 @@ def run(overrides: Sequence[str]) -> None:
     """Run the stages that a list of overrides asks for.
 
     Raises:
-        ConfigError: an override that Hydra cannot read, an unknown stage, recipe, system or key.
+        ConfigError: an override that Hydra cannot read; an unknown stage, recipe, system or key; an input
+            that is not there and that no stage of the command makes.
     """
     from jahubert.train import ranks
     from jahubert.train.watch import watch
 
     try:
-        jobs = all_configured(overrides)
+        jobs = all_configured(overrides, starting=True)
         minutes = _hang_minutes(overrides)
     except JahubertError as error:
         error.told = os.environ.get("RANK", "0") != "0"  # type: ignore[attr-defined]  # all find the same
@@ -117,17 +118,35 @@ def run(overrides: Sequence[str]) -> None:
             run_stage(*job)
 
 
-def all_configured(overrides: Sequence[str]) -> list[tuple[str, Any, Path]]:
+def all_configured(overrides: Sequence[str], starting: bool = False) -> list[tuple[str, Any, Path]]:
     """(stage, its config, its folder) of everything that is asked for, in order.
+
+    Args:
+        starting: they are about to run here, so their inputs must be there or on the way.
 
     Raises:
         ConfigError: all that is wrong with any of them.
     """
-    jobs = [configured(*job, overrides) for job in plan(compose(overrides))]
-    mistakes = list(dict.fromkeys(str(job) for job in jobs if isinstance(job, ConfigError)))
+    tree = compose(overrides)
+    planned = plan(tree)
+    found = [configured(*job, overrides) for job in planned]
+    jobs = [job for job in found if not isinstance(job, ConfigError)]
+    mistakes = [str(job) for job in found if isinstance(job, ConfigError)]
+    if starting:
+        from jahubert.train import door
+
+        made = [folder_of(tree, *job) for job in planned]
+        mistakes += door.mistakes(jobs, made, int(os.environ.get("WORLD_SIZE", 1)))
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    return [job for job in jobs if not isinstance(job, ConfigError)]
+        raise ConfigError("\n".join(dict.fromkeys(mistakes)))
+    return jobs
+
+
+def folder_of(tree: dict[str, Any], stage: str, iteration: int | None, system: str | None) -> Path:
+    """The folder of a stage in the experiment of a tree of settings."""
+    from jahubert.train.lookup import stage_folder
+
+    return Path(tree["exp"]) / stage_folder(stage, iteration, system, tree["decoding"])
 
 
 def configured(
@@ -138,18 +157,13 @@ def configured(
     from jahubert.train.lookup import STAGES, resolve
 
     tree = compose([*overrides, *([f"++iteration={iteration}"] if iteration else [])], system)
-    out = Path(tree["exp"])
-    if iteration:
-        out /= f"iter{iteration}"
-    elif system:
-        out = out / "systems" / system
     try:
         config = structure(tree[stage] or {}, resolve(stage, STAGES, "stage").Config, stage)
         if stage == "features":
             _check_layer(tree)
     except ConfigError as error:
         return error
-    return stage, config, out / stage
+    return stage, config, folder_of(tree, stage, iteration, system)
 
 
 def _check_layer(tree: dict[str, Any]) -> None:
@@ -185,6 +199,8 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
         from jahubert.train.config import unknown
 
         raise ConfigError(unknown("system", str(tree["system"]), systems))
+    if tree["decoding"] is not None and not re.fullmatch(r"[\w.-]+", tree["decoding"]):
+        raise ConfigError(f"decoding={tree['decoding']}: give a name for a folder: letters, digits, . _ -")
     chosen = [tree["system"]] if tree["system"] else systems
     if asked in ITERATED:
         return [(asked, int(tree["iteration"]), None)]
@@ -204,6 +220,7 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
 def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     """Run one stage in its folder, or keep what is there."""
     from jahubert.train import provenance, ranks
+    from jahubert.train.config import default_fields
     from jahubert.train.disk import full_disk_said
     from jahubert.train.lookup import STAGES, resolve
 
@@ -213,7 +230,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     def begin() -> tuple[dict[str, Any], bool]:
         recipe = provenance.recipe_of(stage, module.VERSION, config)
         out.mkdir(parents=True, exist_ok=True)
-        return recipe, keep and provenance.begin(out, recipe)
+        return recipe, keep and provenance.begin(out, recipe, default_fields(config))
 
     with full_disk_said(out):
         recipe, there = ranks.from_first(begin)

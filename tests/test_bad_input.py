@@ -91,7 +91,7 @@ def copy(whole, tmp_path) -> Path:
         (["pretrain.crop.max_seconds=0.01"], "pretrain.crop.max_seconds must be a frame"),
         (
             ["finetune.freeze_conv=true", "finetune.pretrained=null"],
-            "finetune.freeze_conv: the conv stack of a model from scratch",
+            "finetune.pretrained=... is missing: name the model to fine-tune",
         ),
         (["finetune.train.precision=fp64"], "must be one of auto, fp32, bf16, fp16"),
     ],
@@ -123,7 +123,7 @@ def test_stages_in_the_wrong_order(capsys, tmp_path):
     assert "exp/prepare" in refused(capsys, tmp_path / "exp", "features")
     done(capsys, tmp_path / "exp", "prepare")
     message = refused(capsys, tmp_path / "exp", "label")
-    assert "iter1/kmeans does not exist; run the stage that makes it first" in message
+    assert f"label.centroids: there is no {tmp_path}/exp/iter1/kmeans; run stage=kmeans first" in message
 
 
 def test_a_folder_that_cannot_be_written(capsys, tmp_path):

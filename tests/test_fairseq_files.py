@@ -11,7 +11,7 @@ import soundfile
 
 from jahubert import cli, run
 from jahubert.audio import AudioSource
-from jahubert.errors import DataError
+from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT, MFCC
 from jahubert.train.fairseq_files import export, import_units, read_dict, read_tsv
 from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
@@ -233,7 +233,7 @@ def test_it_trains(corpus):
     run.run(["recipe=fairseq", "stage=prepare", *settings])
     with pytest.raises(DataError, match=r"iter1/label: only \d\d of 100 units occur"):  # so few frames
         run.run(["recipe=fairseq", "stage=label", "label.unhealthy=stop", *settings])
-    with pytest.raises(DataError, match="iter1/label is not finished"):
+    with pytest.raises(ConfigError, match="iter1/label is not finished"):
         run.run(["recipe=fairseq", "stage=pretrain", *settings])
     for stage in ("label", "pretrain"):
         run.run(["recipe=fairseq", f"stage={stage}", *settings])

@@ -31,6 +31,22 @@ def test_the_same_update_on_any_number_of_gpus(model):
         assert run._processes(["recipe=reazonspeech", "stage=pretrain", *overrides]) == processes
 
 
+@pytest.mark.parametrize("recipe", [["csj", "subset=core"], ["csj", "subset=all"], ["reazonspeech"]])
+@pytest.mark.parametrize(("machine", "processes"), [("1gpu", 1), ("4gpu", 4), ("8gpu", 8), ("32gpu", 32)])
+def test_all_stages_share_their_updates_on_every_machine(recipe, machine, processes, tmp_path):
+    """Pretraining and fine-tuning of one command, with the global batch that was published."""
+    command = [f"recipe={recipe[0]}", *recipe[1:], "stage=all", "data=/c", "pretrained=a/b"]
+    trained = {
+        stage: config.train
+        for stage, config, _ in run.all_configured([*command, f"machine={machine}", f"exp={tmp_path}"])
+        if hasattr(config, "train")
+    }
+    assert "finetune" in trained and ("pretrain" in trained) == (recipe[0] == "reazonspeech")
+    for stage, train in trained.items():
+        assert train.batch_seconds == {"pretrain": 2800, "finetune": 1600}[stage]
+        assert train.share(processes) * processes == train.batch_seconds / train.micro_seconds
+
+
 def test_the_published_sizes():
     """fairseq's hubert_base_librispeech, hubert_large_librivox, hubert_xlarge_librivox."""
     sizes = {

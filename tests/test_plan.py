@@ -121,6 +121,13 @@ def test_from_the_table_of_gpus(capsys):
     assert float(row.split()[1]) / 2.5 == pytest.approx(9.5, rel=0.34)
 
 
+@pytest.mark.parametrize(("subset", "hours"), [("core", 32), ("all", 552)])
+def test_a_recipe_knows_the_hours_of_its_subsets(capsys, tmp_path, subset, hours):
+    settings = ["recipe=csj", f"subset={subset}", "pretrained=a/b", "gpu=H100", f"exp={tmp_path}", "--json"]
+    assert main(["plan", *settings]) == 0
+    assert json.loads(capsys.readouterr().out)["corpus"]["hours"] == hours
+
+
 def test_this_machine_is_measured(capsys, tmp_path):
     run.run([f"recipe={TONES}", "stage=prepare", f"exp={tmp_path}"])
     assert main(["plan", f"recipe={TONES}", f"exp={tmp_path}", "gpus=2", "iterations=1"]) == 0

@@ -90,9 +90,11 @@ def test_what_was_read_from_outside_counts_too(tmp_path, source):
 
 def test_inputs_that_are_missing_or_not_finished(tmp_path):
     with pytest.raises(
-        DataError, match=r"source: .*nowhere/at/all does not exist; run the stage that makes it first"
+        DataError, match=r"kmeans.source: there is no .*/nowhere/features; run stage=features first"
     ):
-        recipe_of("kmeans", 1, Config(tmp_path / "nowhere/at/all"))
+        recipe_of("kmeans", 1, Config(tmp_path / "nowhere/features"))
+    with pytest.raises(DataError, match=r"kmeans.source: there is no a/b; set it to one that is there"):
+        recipe_of("kmeans", 1, Config(Path("a/b")))  # a Hub name only where a model is named
     half = tmp_path / "half"
     half.mkdir()
     write_json(half / STARTED, {})

@@ -2,8 +2,9 @@
 
     python tools/word_list.py exp/csj
     lmplz -o 3 < exp/csj/words/corpus.txt > exp/csj/words/3gram.arpa       # KenLM's
-    python -m jahubert.run recipe=csj stage=decode decode.lexicon.words=exp/csj/words/lexicon.txt \
-        decode.lexicon.ngram=exp/csj/words/3gram.arpa decode.lexicon.ngram_weight=0.5
+    python -m jahubert.run recipe=csj stage=decode decoding=words decode.lexicon.ngram_weight=0.5 \
+        decode.lexicon.words=exp/csj/words/lexicon.txt decode.lexicon.ngram=exp/csj/words/3gram.arpa
+    python -m jahubert.run recipe=csj stage=score decoding=words score.baseline=exp/csj/systems/main/decode
 
 Writes `words/lexicon.txt`, a word and its symbols a line, and `words/corpus.txt`, an utterance a line. A word
 is named by its kana, so words that sound alike are one, as in the error rates.

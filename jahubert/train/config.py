@@ -3,7 +3,9 @@
 Behind this door there are only dataclasses: a misspelt key, a wrong type or a value out of range is
 found before any work starts. A stage's `Config` declares its fields with the paper's defaults; a field
 made with `free(...)` may change without changing the result (device, workers, logging), so provenance
-leaves it out; a field of type `Path` is an input and counts by what is in it, not by where it lies.
+leaves it out; a field of type `Path` is an input and counts by what is in it, not by where it lies. A
+`Path` that names a model (`a_model(...)`) may also be a name on the Hub; the class of a `group(...)` depends
+on the settings before it.
 """
 
 from __future__ import annotations
@@ -12,18 +14,32 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jahubert.errors import ConfigError
 
 T = TypeVar("T")
+Chosen = Callable[[Mapping[str, Any]], type | None]
 
 
 def free(default: Any) -> Any:
     """A dataclass field that does not change the result."""
     return dataclasses.field(default=default, metadata={"free": True})
+
+
+def a_model(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that names a model: a folder, a file or a name on the Hub."""
+    return dataclasses.field(default=default, metadata={"model": True})
+
+
+def group(chosen: Chosen) -> Any:
+    """A dataclass field that is a group of settings: `chosen` gives its class for the values before it.
+
+    None says that one of these is mistaken, which has been noted. Without `structure` it is what it is given.
+    """
+    return dataclasses.field(default_factory=dict, metadata={"group": chosen})
 
 
 def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
@@ -73,7 +89,9 @@ def _build(tree: Any, cls: type, where: str, mistakes: list[str], base: Any = No
     values = {}
     for name, field in known.items():
         default = field.default if base is None else getattr(base, name)
-        if name in tree:
+        if "group" in field.metadata:
+            values[name] = _group(tree.get(name), field.metadata["group"], values, prefix + name, mistakes)
+        elif name in tree:
             values[name] = _value(tree[name], hints[name], prefix + name, mistakes, default)
         elif base is not None:
             values[name] = default
@@ -86,6 +104,16 @@ def _build(tree: Any, cls: type, where: str, mistakes: list[str], base: Any = No
     except ConfigError as error:
         mistakes.append(f"{prefix}{error}" if prefix else str(error))
         return None
+
+
+def _group(tree: Any, chosen: Chosen, values: Mapping[str, Any], where: str, mistakes: list[str]) -> Any:
+    """A group of settings whose class depends on the values before it."""
+    try:
+        cls = chosen(values)
+    except ConfigError as error:
+        mistakes.append(str(error))
+        return None
+    return None if cls is None else _build({} if tree is None else tree, cls, where, mistakes)
 
 
 def _value(value: Any, hint: Any, where: str, mistakes: list[str], default: Any = None) -> Any:
@@ -141,14 +169,46 @@ def _scalar(value: Any, hint: Any) -> Any:
 def result_fields(config: Any) -> dict[str, Any]:
     """Every field that changes the result, flat: `{"optim.lr": 5e-4, ...}`; `Path` values stay paths."""
     flat: dict[str, Any] = {}
+    for name, value, about in _leaves(config):
+        if about.get("free"):
+            continue
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def default_fields(config: Any) -> dict[str, Any]:
+    """What `result_fields` gives where nothing was set, of the fields that need not be set."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if "group" in field.metadata:
+            inner = default_fields(getattr(config, field.name))
+        elif dataclasses.is_dataclass(default):
+            inner = result_fields(default)
+        else:
+            flat |= {} if default is dataclasses.MISSING else {field.name: default}
+            continue
+        flat |= {f"{field.name}.{name}": value for name, value in inner.items()}
+    return flat
+
+
+def inputs(config: Any) -> Iterator[tuple[str, Path, bool]]:
+    """(name, path, whether it may be a name on the Hub) of every file and folder that is named."""
+    for name, value, about in _leaves(config):
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path):
+                yield name, path, bool(about.get("model"))
+
+
+def _leaves(config: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """(flat name, value, what the field says of itself) of every setting."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.metadata.get("free"):
-            continue
         if dataclasses.is_dataclass(value):
-            flat |= {f"{field.name}.{name}": inner for name, inner in result_fields(value).items()}
-        elif isinstance(value, Mapping):
-            flat |= {f"{field.name}.{name}": inner for name, inner in value.items()}
+            for name, inner, about in _leaves(value):
+                yield f"{field.name}.{name}", inner, {**field.metadata, **about}
         else:
-            flat[field.name] = list(value) if isinstance(value, tuple) else value
-    return flat
+            yield field.name, value, field.metadata

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from jahubert.errors import ConfigError, JahubertError, UserError
+from jahubert.errors import JahubertError, UserError
 from jahubert.precision import computing_in
 from jahubert.train import ranks
 from jahubert.train.checkpoints import Checkpoints, folder_of
@@ -141,16 +141,6 @@ class Position:
         self.epoch, self.cursor = state["epoch"], state["cursor"]
 
 
-def share(config: TrainConfig) -> int:
-    """How many micro-batches of a step this process computes."""
-    if config.per_step % ranks.world():
-        raise ConfigError(
-            f"one step takes {config.per_step} micro-batches, which {ranks.world()} processes cannot "
-            "share evenly; change micro_seconds"
-        )
-    return config.per_step // ranks.world()
-
-
 def seed_micro(seed: int, micro: MicroBatch) -> None:
     """Set torch's random state for dropout and layer drop of one micro-batch."""
     torch.manual_seed(int(generator(seed, micro.epoch, micro.index, 7).integers(2**62)))
@@ -249,7 +239,7 @@ class _Run:
     def __init__(self, module: nn.Module, data: Data, config: TrainConfig, out: Path):
         self.device = ranks.pick_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.mine = share(config)
+        self.mine = config.share(ranks.world())
         self.module, self.data, self.config = module.to(self.device), data, config
         lighten(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.parallel = Parallel(self.module, config.sharded)

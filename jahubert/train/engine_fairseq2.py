@@ -38,7 +38,6 @@ from jahubert.train.engine import (
     check_finite,
     micro_batches,
     seed_micro,
-    share,
     stop_signals,
     stopped,
     told_to_stop,
@@ -131,7 +130,7 @@ class _Run:
     ):
         self.device = ranks.pick_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.mine, self.folder = share(config), folder_of(out, "fairseq2")
+        self.mine, self.folder = config.share(ranks.world()), folder_of(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config
         lighten(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.validation, self.best = validation, best

@@ -42,6 +42,27 @@ STAGES = {
 }
 
 
+DECODED = ("decode", "score")  # stages that may run several times on one fine-tuned model
+
+
+def stage_folder(stage: str, iteration: int | None, system: str | None, decoding: str | None = None) -> Path:
+    """Where a stage writes, below the folder of the experiment.
+
+    A second decoding of the same model has a name, which stands behind that of its stages: decode-greedy.
+    """
+    if iteration:
+        return Path(f"iter{iteration}", stage)
+    if system:
+        return Path("systems", system, f"{stage}-{decoding}" if decoding and stage in DECODED else stage)
+    return Path(stage)
+
+
+def maker(path: Path) -> str | None:
+    """The stage that makes a file or folder of this name, if one does."""
+    names = (folder.name.partition("-")[0] for folder in (path, path.parent))
+    return next((name for name in names if name in STAGES), None)
+
+
 def home(kind: str) -> Path:
     """Where `conf` or `recipes` stand: beside the package in a checkout, inside it in a wheel."""
     package = Path(jahubert.__file__).parent
@@ -110,17 +131,35 @@ def _import_file(path: Path) -> Any:
     return module
 
 
+def by_subset(value: Any, subset: Any) -> Any:
+    """What a recipe says of a subset of its corpus: one value for all, or values by subset, and `other`."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return value.get(str(subset), value.get("other"))
+
+
+def reader(recipe: str, what: str) -> Any:
+    """`prepare` or `Config` of the recipe's prepare.py, which reads its corpus.
+
+    Raises:
+        ConfigError: no such recipe, or it has no such file.
+    """
+    file = recipe_folder(recipe) / "prepare.py"
+    if not file.is_file():
+        raise ConfigError(f"recipe {recipe}: {file} is missing, which reads the corpus; see docs/recipes.md")
+    return resolve(f"{file}:{what}", {}, "recipe")
+
+
 def preset_file(named: Any, subset: Any = None) -> Path | None:
     """The file of a fine-tuning preset (conf/finetuning), or None.
 
     Args:
-        named: its name; or names by subset of the corpus, with `other` for the rest.
+        named: its name; or names by subset of the corpus.
 
     Raises:
         ConfigError: no such preset.
     """
-    if named is not None and not isinstance(named, (str, int)):
-        named = named.get(str(subset), named.get("other"))
+    named = by_subset(named, subset)
     files = {path.stem: path for path in home("conf").glob("finetuning/*.yaml")}
     if named is not None and str(named) not in files:
         raise ConfigError(unknown("finetuning", str(named), sorted(files)))

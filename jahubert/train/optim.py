@@ -75,6 +75,22 @@ class TrainConfig:
         """Micro-batches of one step."""
         return max(1, round(self.batch_seconds / self.micro_seconds))
 
+    def share(self, processes: int) -> int:
+        """Micro-batches of one update that each of so many processes computes.
+
+        Raises:
+            ConfigError: they cannot be shared evenly.
+        """
+        each, left = divmod(self.per_step, processes)
+        if left:
+            more = processes * (each + 1)
+            raise ConfigError(
+                f"train.micro_seconds: one update takes {self.per_step} micro-batches "
+                f"({self.batch_seconds:g} / {self.micro_seconds:g} s), which {processes} processes cannot "
+                f"share evenly; set it to {self.batch_seconds / more:.4g}, which makes {more} of them"
+            )
+        return each
+
 
 def lr_at(step: int, config: TrainConfig) -> float:
     """Learning rate of a step, counted from 0.

@@ -91,8 +91,9 @@ def _results(summary: Mapping[str, Any], say: Mapping[str, str]) -> str:
     parts = []
     for split in splits:
         rows: list[tuple[str, list[str]]] = []
+        of_phones = any("per" in system["scores"].get(split, ()) for system in systems.values())
         for name, row in published.items():
-            if split in row:
+            if split in row and of_phones:  # others are words of other symbols
                 cells = [_escape(f"{say['published']}: {name}"), "", "", f"{row[split]:.2f}", "", ""]
                 rows.append(("published", cells))
         for name, system in systems.items():

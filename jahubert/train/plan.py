@@ -29,6 +29,7 @@ from jahubert.precision import computing_in
 from jahubert.train import ranks
 from jahubert.train.config import unknown
 from jahubert.train.features import Mfcc
+from jahubert.train.lookup import by_subset
 from jahubert.train.manifest import Manifest
 from jahubert.train.optim import TrainConfig, build_optimizer, pick_precision
 from jahubert.train.parallel import lighten
@@ -112,7 +113,11 @@ def make(
             raise ConfigError(f"{name}={own[name]}: give a number") from None
         if numbers[name] < 0 or (name in own and not numbers[name]):
             raise ConfigError(f"{name}={own[name]}: give a number above 0")
-    corpus = _corpus(Path(tree["exp"], "prepare", "manifest.arrow"), numbers["hours"], tree.get("hours"))
+    corpus = _corpus(
+        Path(tree["exp"], "prepare", "manifest.arrow"),
+        numbers["hours"],
+        by_subset(tree.get("hours"), tree.get("subset")),
+    )
     n = max(1, int(numbers["gpus"]))
     if "gpu" in own:
         machine = from_table(own["gpu"], n, numbers["share"] or SHARE)

@@ -2,8 +2,9 @@
 
 A stage's fingerprint covers its name, its VERSION, the settings that change its result and the
 fingerprints of its inputs. `started.json` is written before the work, `provenance.json` after it, by
-rename. Same fingerprint and finished: kept. Same and not finished: continued. Another: refused, with
-the setting that differs.
+rename. The same and finished: kept. The same and not finished: continued. Another: refused, with the setting
+that differs. A setting that a record does not have, because an earlier version did not know it or wrote down
+only what was typed, counts as left at its default.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from jahubert.errors import DataError, StaleError
-from jahubert.train.config import result_fields
+from jahubert.train.config import inputs, result_fields
+from jahubert.train.lookup import DECODED, maker
 
 STARTED, DONE = "started.json", "provenance.json"
 
 
 def recipe_of(stage: str, version: int, config: Any) -> dict[str, Any]:
     """Everything the result depends on, as JSON-ready values: what `fingerprint` hashes."""
+    models = {name for name, _, model in inputs(config) if model}
     fields = {}
     for name, value in result_fields(config).items():
-        fields[name] = _input_fingerprint(name, value) if isinstance(value, Path) else value
+        is_input = isinstance(value, Path)
+        fields[name] = input_fingerprint(f"{stage}.{name}", value, name in models) if is_input else value
     return {"stage": stage, "version": version, "settings": fields}
 
 
@@ -36,8 +40,10 @@ def fingerprint(recipe: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def begin(out: Path, recipe: dict[str, Any]) -> bool:
+def begin(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> bool:
     """Claim the folder `out` for this recipe; True when its result is already there.
+
+    `defaults`: of the settings, for those that the record in the folder does not have (`default_fields`).
 
     Raises:
         StaleError: the folder was made, or started, with something else.
@@ -45,7 +51,7 @@ def begin(out: Path, recipe: dict[str, Any]) -> bool:
     for name in (DONE, STARTED):
         if (out / name).exists():
             before = read_record(out / name)
-            _refuse_other(out, before, recipe, finished=name == DONE)
+            _refuse_other(out, before, recipe, defaults or {}, finished=name == DONE)
             return name == DONE
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / STARTED, {"fingerprint": fingerprint(recipe), **recipe})
@@ -108,8 +114,16 @@ def written_beside(path: Path) -> Iterator[TextIO]:
     beside.replace(path)
 
 
-def _input_fingerprint(name: str, path: Path) -> str:
-    """An input made by a stage counts by its record, a foreign file or folder by its name and size."""
+def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
+    """An input made by a stage counts by its record, a foreign file or folder by its name and size.
+
+    Args:
+        name: the setting that names the path.
+        model: it may be a name on the Hub.
+
+    Raises:
+        DataError: it is not there, or not finished.
+    """
     for folder in (path, path.parent):  # a stage names another stage's folder, or one thing in it
         if (folder / DONE).exists():
             record = read_record(folder / DONE)
@@ -126,29 +140,54 @@ def _input_fingerprint(name: str, path: Path) -> str:
         return ",".join([path.name, *(f"{file.name}:{file.stat().st_size}" for file in weights)])
     if path.is_dir():
         return str(path)
-    if len(path.parts) == 2 and not path.is_absolute():
+    if model and len(path.parts) == 2 and not path.is_absolute():
         return str(path)  # a Hub name
-    raise DataError(
-        f"{name}: {path} does not exist; run the stage that makes it first (jahubert status shows which)"
+    if stage := maker(path):
+        raise DataError(
+            f"{name}: there is no {path}; run stage={stage} first, which makes it, or correct {name} "
+            "(jahubert status shows what is done)"
+        )
+    other = (
+        "give a folder, a model file or a Hub name (owner/model)" if model else "set it to one that is there"
     )
+    raise DataError(f"{name}: there is no {path}; {other}")
 
 
-def _refuse_other(out: Path, before: dict[str, Any], recipe: dict[str, Any], finished: bool) -> None:
-    if before.get("fingerprint") == fingerprint(recipe):
+def changes(
+    stage: str, before: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[str]:
+    """A sentence on each setting that is another one than in a record."""
+    new, default = (json.loads(json.dumps(dict(side), default=str)) for side in (settings, defaults))
+    old: dict[str, Any] = {}
+    for key, value in before.get("settings", {}).items():
+        if isinstance(value, dict) and key not in new:  # a group as it was typed
+            old |= {f"{key}.{inner}": each for inner, each in value.items()}
+        else:
+            old[key] = value
+    said = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now = (side.get(key, default.get(key)) for side in (old, new))
+        if was != now:
+            said.append(f"{stage}.{key} was {_short(was)}, now {_short(now)}")
+    return said
+
+
+def _refuse_other(
+    out: Path, before: dict[str, Any], recipe: dict[str, Any], defaults: Mapping[str, Any], finished: bool
+) -> None:
+    stage, version = recipe["stage"], recipe["version"]
+    said = changes(stage, before, recipe["settings"], defaults)
+    if before.get("version") != version:
+        said.append(f"{stage} itself changed, from version {before.get('version')} to {version}")
+    if not said:
         return
-    old, new = before.get("settings", {}), recipe["settings"]
-    stage = recipe["stage"]
-    changes = [
-        f"{stage}.{key} was {_short(old.get(key))}, now {_short(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if json.dumps(old.get(key), default=str) != json.dumps(new.get(key), default=str)
-    ]
-    if before.get("version") != recipe["version"]:
-        changes.append(f"{stage} itself changed, from version {before.get('version')} to {recipe['version']}")
     state = "was made" if finished else "was started"
+    beside = (
+        "decoding=NAME for a second decoding of the same model" if stage in DECODED else "another name=..."
+    )
     raise StaleError(
-        f"{out} {state} with other settings:\n  " + "\n  ".join(changes) + "\nUse the old settings, another "
-        "name=..., or delete the folder to make it again."
+        f"{out} {state} with other settings:\n  " + "\n  ".join(said) + f"\nUse the old settings, {beside}, "
+        "or delete the folder to make it again."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from jahubert.checkpoint import load_bundle
+from jahubert.errors import DataError
 from jahubert.frames import HUBERT
 from jahubert.train.health import unit_use
 from jahubert.train.labels import LabelStore
@@ -19,7 +21,8 @@ from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.progress import progress
 from jahubert.train.provenance import DONE, read_record
-from jahubert.train.scoring import measures_of, published_table
+from jahubert.train.results import results_of
+from jahubert.train.scoring import measures_of, phone_wer, published_table
 
 LAYER_UNITS = 100  # for each layer, as many as there are of MFCCs in the recipe
 
@@ -34,19 +37,19 @@ class UnitCounts:
     counts: dict[str, np.ndarray]  # "iter1" -> (P, K) of the frames whose phone is known
 
 
-def summarize(exp: Path, counted: UnitCounts) -> dict[str, Any]:
-    """Systems with their scores, and units with their quality."""
+def summarize(exp: Path, counted: UnitCounts, others: Sequence[Path] = ()) -> dict[str, Any]:
+    """Systems with their scores, those of other experiments too, and units with their quality.
+
+    Raises:
+        DataError: another experiment has no scores.
+    """
     corpus = read_record(exp / "prepare" / DONE)["metrics"]
-    systems = {}
-    for folder in sorted((exp / "systems").glob("*")):
-        if (folder / "score" / DONE).exists():
-            finetune = read_record(folder / "finetune" / DONE)
-            systems[folder.name] = {
-                "updates": finetune["settings"]["train.max_steps"],
-                "hours": finetune["metrics"]["hours"],
-                "utterances": finetune["metrics"]["utterances"],
-                "scores": json.loads((folder / "score" / "scores.json").read_text(encoding="utf-8")),
-            }
+    systems = {result.name: result.summary() for result in results_of(exp)}
+    for other in others:
+        theirs = {f"{other.name}: {result.name}": result.summary() for result in results_of(other)}
+        if not theirs:
+            raise DataError(f"report.others: {other} has no scores; run stage=score there first")
+        systems |= theirs
     seconds = {
         str(path.parent.relative_to(exp)): read_record(path)["seconds"]
         for path in sorted(exp.glob(f"**/{DONE}"))
@@ -152,17 +155,13 @@ def unit_quality(exp: Path, counted: UnitCounts) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """All tables as text."""
-    ours = {
-        f"{name}, {system['hours']:.0f} h": {
-            split: 100 * score["wer"]["rate"] for split, score in system["scores"].items() if "wer" in score
-        }
-        for name, system in summary["systems"].items()
-    }
+    ours = [(system["label"], phone_wer(system["scores"])) for system in summary["systems"].values()]
+    width = max(18, *(len(name) + 2 for name in summary["systems"]), 0)
     lines = [published] if (published := published_table(summary["published"], ours)) else []
     for split in sorted({split for system in summary["systems"].values() for split in system["scores"]}):
         lines += [f"Recognition on {split} (95 % intervals in brackets)"]
         lines += [
-            f"  {'system':<18}{'labels':>9}{'updates':>9}   {'PER %':<25}{'WER %':<25}{'kana CER %':<10}"
+            f"  {'system':<{width}}{'labels':>9}{'updates':>9}   {'PER %':<25}{'WER %':<25}{'kana CER %':<10}"
         ]
         for name, system in summary["systems"].items():
             if split in system["scores"]:
@@ -172,9 +171,8 @@ def table(summary: dict[str, Any]) -> str:
                 labels = (
                     f"{system['hours'] * 60:.1f} min" if system["hours"] < 10 else f"{system['hours']:.0f} h"
                 )
-                lines += [
-                    f"  {name:<18}{labels:>9}{system['updates']:>9}   {cells[0]:<25}{cells[1]:<25}{cells[2]}"
-                ]
+                named = f"  {name:<{width}}{labels:>9}{system['updates']:>9}"
+                lines += [f"{named}   {cells[0]:<25}{cells[1]:<25}{cells[2]}"]
         lines += [""]
     notes = {
         title: one["normaliser"]

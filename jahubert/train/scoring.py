@@ -143,19 +143,27 @@ def _name(item: Any) -> str:
 
 
 def published_table(
-    published: Mapping[str, Mapping[str, float]], ours: Mapping[str, Mapping[str, float]]
+    published: Mapping[str, Mapping[str, float]], ours: Sequence[tuple[str, Mapping[str, float]]]
 ) -> str:
-    """WER % of systems here (`ours`), one column a set, under published rows; "" without published ones."""
-    if not published:
+    """WER % of systems here, (name, by set), a column a set, under published rows; "" if either has none."""
+    here = [(f"here: {name}", row) for name, row in ours if row]
+    if not published or not here:
         return ""
-    rows = {f"published: {name}": row for name, row in published.items()}
-    rows |= {f"here: {name}": row for name, row in ours.items()}
-    sets = sorted({split for row in published.values() for split in row})
-    lines = ["WER % beside the published table", f"  {'':<48}" + "".join(f"{split:>9}" for split in sets)]
-    for name, row in rows.items():
+    rows = [(f"published: {name}", row) for name, row in published.items()] + here
+    sets, width = sorted({split for row in published.values() for split in row}), max(len(n) for n, _ in rows)
+    lines = [
+        "WER % beside the published table",
+        f"  {'':<{width}}" + "".join(f"{split:>9}" for split in sets),
+    ]
+    for name, row in rows:
         cells = (f"{row[split]:>9.2f}" if split in row else f"{'-':>9}" for split in sets)
-        lines.append(f"  {name:<48}" + "".join(cells))
+        lines.append(f"  {name:<{width}}" + "".join(cells))
     return "\n".join(lines) + "\n"
+
+
+def phone_wer(scores: Mapping[str, Any]) -> dict[str, float]:
+    """WER % of each set whose words are phones: the only one that compares with a published one."""
+    return {split: 100 * score["wer"]["rate"] for split, score in scores.items() if "per" in score}
 
 
 def rates_table(scores: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probab
         alignment.jsonl; phonemes.json, the symbols
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
+    python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=greedy decode.search=greedy
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jahubert.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
 from jahubert.train import ranks
 from jahubert.train.batches import CtcData
-from jahubert.train.config import free
+from jahubert.train.config import a_model, free
 from jahubert.train.lexicon import LexiconConfig, LexiconSearch
 from jahubert.train.manifest import Manifest, Utterance
 from jahubert.train.progress import progress
@@ -46,7 +47,7 @@ _REACH = 5  # frames, 100 ms
 class Config:
     manifest: Path
     targets: Path
-    model: Path  # the folder of a fine-tuning, or a CTC bundle
+    model: Path = a_model()  # the folder of a fine-tuning, or a CTC bundle
     splits: tuple[str, ...] = ("eval1", "eval2", "eval3")
     align_splits: tuple[str, ...] = ()  # splits whose references get phone and word times
     search: Literal["beam", "greedy"] = "beam"
@@ -61,6 +62,14 @@ class Config:
             raise ConfigError(f"n_best is {self.n_best}, but must be between 1 and beam, {self.beam}")
         if self.search == "greedy" and (self.n_best > 1 or self.lexicon):
             raise ConfigError("search=greedy finds one answer and takes no lexicon; use search=beam")
+
+    @property
+    def described(self) -> str:
+        """The search in few words."""
+        if self.search == "greedy":
+            return "greedy"
+        helped = "" if not self.lexicon else ", words and n-gram" if self.lexicon.ngram else ", word list"
+        return f"beam {self.beam}{helped}"
 
 
 Search = Callable[[Tensor, Tensor], Sequence[Sequence[Hypothesis]]]
@@ -119,7 +128,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if ranks.rank() == 0:
         write_json(out / "phonemes.json", targets.phonemes.to_json())
     ranks.barrier()
-    return {"utterances": counts, "beam": config.beam}
+    return {"utterances": counts, "search": config.described}
 
 
 def batches(

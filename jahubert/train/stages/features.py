@@ -25,7 +25,7 @@ from torch import Tensor
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.train import ranks
-from jahubert.train.config import free
+from jahubert.train.config import a_model, free
 from jahubert.train.features import Feature
 from jahubert.train.kmeans import draw_rows
 from jahubert.train.manifest import Manifest
@@ -42,7 +42,7 @@ _PART = 500  # utterances between two saves
 class Config:
     manifest: Path
     kind: str = "mfcc"  # mfcc, hubert, or module:attribute
-    model: Path | None = None  # for hubert: the folder of a trained model
+    model: Path | None = a_model(None)  # for hubert: the folder of a trained model
     layer: int = 6  # for hubert: output of this block
     split: str = "train"
     sample_frames: int = 2_000_000

@@ -28,6 +28,7 @@ from jahubert.heads import HubertForCtc
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CtcBatch, CtcData, MaskConfig
+from jahubert.train.config import a_model
 from jahubert.train.engine import Loss
 from jahubert.train.health import blank_problem
 from jahubert.train.lookup import ENGINES, resolve
@@ -64,7 +65,7 @@ _MASK = MaskConfig(prob=0.75, min_spans=0, channel_prob=0.5)
 class Config:
     manifest: Path
     targets: Path
-    pretrained: Path | None = None  # None: from random initialisation, with the sizes in `model`
+    pretrained: Path | None = a_model(None)  # None: from random initialisation, with the sizes in `model`
     model: HubertConfig = field(default_factory=HubertConfig)
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
@@ -91,8 +92,15 @@ class Config:
             raise ConfigError("train.sharded needs layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
             raise ConfigError(
-                "freeze_conv: the conv stack of a model from scratch has to learn; set it to false, "
-                "or name a model in `pretrained`"
+                "pretrained=... is missing: name the model to fine-tune, one on the Hub "
+                "(rinna/japanese-hubert-base), a folder (exp/NAME/iter2/pretrain) or a model file. Only to "
+                "start from scratch on purpose, set freeze_conv=false: its conv stack has to learn"
+            )
+        if not 0 <= self.head_only_steps < self.train.max_steps:
+            raise ConfigError(
+                f"head_only_steps is {self.head_only_steps}, but must be less than train.max_steps, "
+                f"{self.train.max_steps}: the encoder would never learn. Set it to 0, or to "
+                f"{round(0.4 * self.train.max_steps)}, the share that HuBERT's base_10h has"
             )
 
 
@@ -177,7 +185,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         save_bundle(out / "bundle", ctc=module.ctc, phonemes=targets.phonemes, info=info)
     ranks.barrier()
     hours = float(manifest.n_samples[rows].sum()) / SAMPLE_RATE / 3600
-    return metrics | {"utterances": len(rows), "hours": hours}
+    return metrics | {"utterances": len(rows), "hours": hours, "model": model_name(config.pretrained)}
+
+
+def model_name(source: Path | None) -> str:
+    """What a table calls the model that was fine-tuned: owner/model, NAME/iter2, or the end of its path."""
+    if source is None:
+        return "from scratch"
+    parts = [part for part in source.parts if part not in ("/", "bundle", "pretrain")]
+    return "/".join(parts[-2:])
 
 
 def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.ndarray:

@@ -23,7 +23,7 @@ from jahubert.checkpoint import save_bundle
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT
 from jahubert.train import ranks
-from jahubert.train.config import free
+from jahubert.train.config import a_model, free
 from jahubert.train.fairseq_files import import_units
 from jahubert.train.features import HubertLayer
 from jahubert.train.health import unit_use, watch_difference, watch_units
@@ -40,9 +40,9 @@ VERSION = 1
 class Config:
     manifest: Path
     centroids: Path  # the folder of stage kmeans, or of fairseq's files
-    model: Path | None = None  # for hubert features: the model they were fitted on
+    model: Path | None = a_model(None)  # for hubert features: the model they were fitted on
     layer: int | None = free(None)  # for hubert features: centroids of another layer are refused
-    compare_with: Path | None = free(None)  # noqa: RUF009 - a label store that should hold the same units
+    compare_with: Path | None = free(None)  # a label store that should hold the same units
     shard_size: int = free(2000)  # utterances between two saves
     device: str = free("auto")
     batch_seconds: float = free(80.0)

@@ -14,9 +14,9 @@ import logging
 import os
 import shlex
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from jahubert.audio import audio_length
-from jahubert.errors import AudioError, DataError
+from jahubert.errors import AudioError
 from jahubert.frames import HUBERT
 from jahubert.train import provenance, ranks
-from jahubert.train.config import free, structure
+from jahubert.train.config import free, group, structure
 from jahubert.train.decoded import Mark, Marks
-from jahubert.train.lookup import recipe_folder, resolve
+from jahubert.train.lookup import reader
 from jahubert.train.manifest import Manifest, Rejected, Utterance, Utterances, load_utterance, write_manifest
 from jahubert.train.progress import progress
 
@@ -43,7 +43,7 @@ _AHEAD = 256  # utterances that may wait to be checked
 class Config:
     recipe: str  # a name under recipes/, or a folder with a prepare.py
     data: str | None = None  # the corpus folder
-    options: dict[str, Any] = field(default_factory=dict)  # fields of the recipe's own Config
+    options: Any = group(lambda values: reader(values["recipe"], "Config") if values["recipe"] else None)
     seed: int = 0
     # Decode every utterance once, and leave out what is broken: here, and not after a day of work, is the
     # time to learn of it. Of sound audio comes the same manifest with and without.
@@ -56,13 +56,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def prepare(config: Config, out: Path) -> dict[str, Any]:
     """The work of the stage, which one process does."""
-    file = recipe_folder(config.recipe) / "prepare.py"
-    if not file.is_file():
-        raise DataError(
-            f"recipe {config.recipe}: its corpus reader, {file.name}, is not there yet; see its README"
-        )
-    options = structure(config.options, resolve(f"{file}:Config", {}, "recipe"), "prepare.options")
-    read = resolve(f"{file}:prepare", {}, "recipe")
+    options, read = config.options, reader(config.recipe, "prepare")
+    if isinstance(options, Mapping):  # made without a recipe's tree of settings
+        options = structure(options, reader(config.recipe, "Config"), "prepare.options")
     data = Path(config.data).expanduser() if config.data else None  # "" too, which would be this folder
     work = out / "work"
     work.mkdir(exist_ok=True)

@@ -28,6 +28,7 @@ from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
+from jahubert.train.config import a_model
 from jahubert.train.engine import Loss, seed_micro
 from jahubert.train.health import accuracy_problem
 from jahubert.train.labels import LabelStore
@@ -47,7 +48,7 @@ class Config:
     manifest: Path
     labels: Path
     model: HubertConfig = field(default_factory=HubertConfig)
-    init_from: Path | None = None  # continue from a model's encoder instead of from scratch
+    init_from: Path | None = a_model(None)  # continue from a model's encoder instead of from scratch
     train: TrainConfig = field(default_factory=TrainConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)

@@ -4,6 +4,7 @@ Reads   everything under the experiment's folder that is done
 Writes  metrics.json, table.txt, report.html
 
     python -m jahubert.run recipe=demo stage=report report.language=ja
+    python -m jahubert.run recipe=demo stage=report report.others=[exp/demo-1,exp/demo-2]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jahubert.train import ranks, report
 from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.page import Run, page
 from jahubert.train.provenance import DONE, write_json, written_beside
+from jahubert.train.results import results_of
 from jahubert.train.worst import Example, worst
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ KEEP = False  # it reads whatever is there, so it is made anew every time
 @dataclass(frozen=True)
 class Config:
     exp: Path
-    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown beside ours
+    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, beside ours of phones
+    others: tuple[Path, ...] = ()  # experiments whose scores stand in the same tables
     language: Literal["en", "ja"] = "en"  # of the page
     worst: int = 4  # utterances of each system that are shown with their sound, about 0.2 MB each
     layer_frames: int = 20_000  # on which units of each layer are measured; 0: not at all
@@ -58,7 +61,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if ranks.rank():
         return {}
     counted = report.unit_counts(config.exp, times, source)
-    summary = report.summarize(config.exp, counted) | {"layers": layers, "published": config.published}
+    summary = report.summarize(config.exp, counted, config.others) | {
+        "layers": layers,
+        "published": config.published,
+    }
     table = report.table(summary)
     write_json(out / "metrics.json", summary)
     with written_beside(out / "table.txt") as file:
@@ -78,7 +84,6 @@ def examples(
     stores = report.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {
-        folder.name: worst(folder / "decode", manifest, times, store, config.worst)
-        for folder in sorted((config.exp / "systems").glob("*"))
-        if config.worst and (folder / "score" / DONE).exists()
+        result.name: worst(result.folder("decode"), manifest, times, store, config.worst)
+        for result in (results_of(config.exp) if config.worst else ())
     }

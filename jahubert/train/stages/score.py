@@ -5,6 +5,8 @@ Writes  scores.json: all measures of each set, talk and speaker, intervals, conf
         baseline; <split>.txt: the same to read, with every utterance aligned; table.txt, which it prints
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
+    python -m jahubert.run recipe=demo stage=score system=pretrained decoding=greedy \
+        score.baseline=exp/demo/systems/pretrained/decode
 """
 
 from __future__ import annotations
@@ -20,7 +22,16 @@ from jahubert.phonemes import PhonemeSet
 from jahubert.train import ranks
 from jahubert.train.metrics import paired_bootstrap
 from jahubert.train.provenance import read_record, write_json, written_beside
-from jahubert.train.scoring import MEASURES, Scored, SetScore, details, published_table, rates_table
+from jahubert.train.results import label_of
+from jahubert.train.scoring import (
+    MEASURES,
+    Scored,
+    SetScore,
+    details,
+    phone_wer,
+    published_table,
+    rates_table,
+)
 from jahubert.train.targets import vocabulary_of
 
 VERSION = 2
@@ -53,8 +64,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 file.writelines(f"{line}\n" for line in details(path.stem, score, found))
     if ranks.rank() == 0:
         write_json(out / "scores.json", scores)
-        wer = {split: 100 * score["wer"]["rate"] for split, score in scores.items() if "wer" in score}
-        table = published_table(config.published, {out.parent.name: wer}) + rates_table(scores)
+        ours = [(label_of(config.hypotheses), phone_wer(scores))]
+        table = published_table(config.published, ours) + rates_table(scores)
         with written_beside(out / "table.txt") as file:
             file.write(table)
         print(table)
