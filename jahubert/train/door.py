@@ -24,12 +24,14 @@ def mistakes(jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], proces
         made: the folders that the command writes; what lies in them need not be there yet.
         processes: over which a training is shared.
     """
+    made = [folder.absolute() for folder in made]
     return [said for stage, config, _ in jobs for said in _of(stage, config, made, processes)]
 
 
 def _of(stage: str, config: Any, made: Sequence[Path], processes: int) -> Iterator[str]:
     for name, path, model in inputs(config):
-        if any(path == folder or path in folder.parents or folder in path.parents for folder in made):
+        place = path.absolute()
+        if any(folder in (place, *place.parents) or place in folder.parents for folder in made):
             continue
         setting = f"{stage}.{name}"
         try:

@@ -62,7 +62,9 @@ def label_of(decode: Path) -> str:
     )
     if not own:
         return str(decode)
-    search = own["metrics"].get("search") or f"beam {own['settings']['beam']}"
+    settings = own["settings"]  # an earlier version did not describe its search
+    before = f"beam {settings['beam']}" if settings["search"] == "beam" else settings["search"]
+    search = own["metrics"].get("search", before)
     decoding = decode.name.partition("-")[2]
     parts = [
         exp.resolve().name,
