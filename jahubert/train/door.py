@@ -13,7 +13,7 @@ from typing import Any
 from jahubert.errors import UserError
 from jahubert.hub import check
 from jahubert.train.config import inputs
-from jahubert.train.provenance import input_fingerprint
+from jahubert.train.provenance import DONE, input_fingerprint
 
 
 def mistakes(jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], processes: int) -> list[str]:
@@ -25,10 +25,10 @@ def mistakes(jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], proces
         processes: over which a training is shared.
     """
     made = [folder.absolute() for folder in made]
-    return [said for stage, config, _ in jobs for said in _of(stage, config, made, processes)]
+    return [said for job in jobs for said in _of(*job, made, processes)]
 
 
-def _of(stage: str, config: Any, made: Sequence[Path], processes: int) -> Iterator[str]:
+def _of(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int) -> Iterator[str]:
     for name, path, model in inputs(config):
         place = path.absolute()
         if any(folder in (place, *place.parents) or place in folder.parents for folder in made):
@@ -45,7 +45,7 @@ def _of(stage: str, config: Any, made: Sequence[Path], processes: int) -> Iterat
         except UserError as error:
             yield f"{setting}: {error}"
     try:
-        if hasattr(config, "train"):
+        if hasattr(config, "train") and not (out / DONE).exists():  # else nothing is left to share
             config.train.share(processes)
     except UserError as error:
         yield f"{stage}.{error}"
