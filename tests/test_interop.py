@@ -229,7 +229,7 @@ def test_hugging_face_ctc_models_transcribe(tmp_path, name):
     names = {"pad_token": symbols[blank], "unk_token": "[UNK]" if "[UNK]" in symbols else "<unk>"}
     tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), **names)
     tokenizer.save_pretrained(tmp_path / "hf")
-    asr = Transcriber.from_pretrained(tmp_path / "hf", device="cpu")
+    asr = Transcriber.from_pretrained(tmp_path / "hf", device="cpu", dtype=torch.float32)
     assert (asr.phonemes.blank, asr.phonemes.symbols[asr.phonemes.boundary]) == (blank, "|")
     wav_T = 0.1 * torch.randn(24_000)
     with torch.no_grad():
