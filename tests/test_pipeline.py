@@ -171,7 +171,9 @@ def test_the_bundles_open_and_answer(whole):
     import jahubert
 
     manifest_wav = sorted((whole / "prepare/work").glob("*.wav"))[0]
-    transcriber = jahubert.Transcriber.from_pretrained(whole / "systems/pretrained/finetune/bundle")
+    transcriber = jahubert.Transcriber.from_pretrained(
+        whole / "systems/pretrained/finetune/bundle", dtype=torch.float32
+    )
     reference = json.loads((whole / "systems/pretrained/decode/test.jsonl").read_text().splitlines()[0])
     transcript = transcriber.transcribe(whole / "prepare/work" / f"{reference['id'][-3:]}.wav")
     words = [" ".join(word.phonemes) for word in transcript.words]

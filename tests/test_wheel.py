@@ -81,6 +81,7 @@ def test_the_sdist_makes_the_same_wheel(wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"tests/conftest.py", "tools/wheel_check.py", "docs/api.md", "README.md", "LICENSE"} <= names
+    assert {"README.ja.md", ".ci/run", "jahubert/assets/japanese-small/model.safetensors"} <= names
     (tmp_path / "again").mkdir()
     again = wheel_check.build_wheel(tmp_path / "again", sdist)
     one, other = (zipfile.ZipFile(path) for path in (wheel, again))
@@ -90,7 +91,7 @@ def test_the_sdist_makes_the_same_wheel(wheel, tmp_path):
 def test_metadata(metadata, unpacked):
     assert metadata["Name"] == "jahubert"
     assert metadata["Version"] == jahubert.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-SA-4.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Root-Is-Purelib: true" in (unpacked / INFO / "WHEEL").read_text()
     entries = (unpacked / INFO / "entry_points.txt").read_text().split("\n")

@@ -30,9 +30,11 @@ NAME = "japanese-small"
 LIMIT = 15_000_000  # bytes
 LICENCE = "CC-BY-SA-4.0"
 ATTRIBUTION = (
-    "Trained on recordings by Tofugu and WaniKani (tofugu/japanese-vocabulary-pronunciation-audio, "
-    'CC BY-SA 4.0) and on speech made with the HTS voice "Mei" (MMDAgent Project Team, Nagoya Institute of '
-    "Technology, CC BY 3.0)"
+    "Trained on recordings by Tofugu and WaniKani "
+    "(https://github.com/tofugu/japanese-vocabulary-pronunciation-audio, CC BY-SA 4.0, "
+    "https://creativecommons.org/licenses/by-sa/4.0/), joined, resampled and mixed with noise, and on speech "
+    'made with the HTS voice "Mei" (MMDAgent Project Team, Nagoya Institute of Technology, CC BY 3.0, '
+    "https://creativecommons.org/licenses/by/3.0/)"
 )
 SETS = {
     "test_low": "held-out words, the lower of the two recorded voices",
