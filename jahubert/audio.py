@@ -152,7 +152,10 @@ class _Opened:
                 self.file = _Streamed(target)
         except (soundfile.SoundFileError, TypeError, ValueError, RuntimeError) as error:
             reason = getattr(error, "error_string", "") or error
-            raise AudioError(f"{self.name} is not audio that can be read: {reason}") from error
+            advice = (
+                " Make a WAV of m4a, aac and the like first (ffmpeg)." if "not recog" in str(reason) else ""
+            )
+            raise AudioError(f"{self.name} is not audio that can be read: {reason}{advice}") from error
 
     def __enter__(self) -> _Opened:
         return self

@@ -21,7 +21,7 @@ from typing import Any
 
 import jahubert
 from jahubert import writers
-from jahubert.console import STDIN, Input, Report, complain, find_inputs, names_wanted
+from jahubert.console import STDIN, Input, Report, complain, find_inputs, names_wanted, reason, status_of
 from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
 
 # Adds a subcommand: the function that it runs, and what it does in a few words.
@@ -52,10 +52,10 @@ def transcribe(args: argparse.Namespace) -> int:
     formats = list(writers.FORMATS) if args.format == "all" else [args.format]
     inputs, empty = find_inputs(args.audio, args.output, writers.FORMATS[formats[0]][0])
     named = names_wanted(args.audio)
-    if args.output is None and (
-        args.format == "all" or (named and args.format in ("srt", "vtt", "textgrid", "audacity"))
-    ):
-        raise ConfigError(f"-f {args.format} of more than one file or format needs a folder: add -o DIR")
+    if args.output is None and args.format == "all":
+        raise ConfigError("-f all writes several files: add -o DIR")
+    if args.output is None and named and args.format in ("srt", "vtt", "textgrid", "audacity"):
+        raise ConfigError(f"-f {args.format} of more than one recording needs a folder: add -o DIR")
     source = model_source(args)
     import torch
 
@@ -390,7 +390,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever reads us has seen enough (`| head`). Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except OSError as error:
+        if error.filename is None:  # of standard output, which Python would complain of again in the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever reads us has seen enough (`| head`)
+            return 141
+        complain(reason(error))
+        return status_of(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
@@ -19,6 +20,7 @@ AUDIO_ENDINGS = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64",
     ".rf64", ".caf", ".sph", ".nist",
 )  # fmt: skip
+OTHER_ENDINGS = (".m4a", ".aac", ".mp4", ".wma", ".webm")  # which nobody here reads: that is said of each
 STDIN = "-"
 BAR = 20  # characters
 
@@ -49,8 +51,11 @@ def find_inputs(
         path = Path(argument)
         if argument == STDIN:
             found.append(Input(STDIN, Path("stdin")))
+        elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            empty[argument] = AudioError(f"{argument}: no permission to read this folder")
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS and p.is_file())
+            endings = AUDIO_ENDINGS + OTHER_ENDINGS
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
             found += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
             if not files:
                 empty[argument] = AudioError(
@@ -60,6 +65,8 @@ def find_inputs(
             found.append(Input(argument, Path(path.stem)))
     if [item.label for item in found].count(STDIN) > 1:
         raise ConfigError("standard input (-) can be given only once")
+    if into == "":
+        raise ConfigError("-o is empty; name a folder")
     if into is not None:
         _check_output(Path(into))
         owner: dict[Path, str] = {}
@@ -141,18 +148,29 @@ class Report:
         self.failed += 1
         if not isinstance(error, UserError | OSError):
             traceback.print_exception(error, file=sys.stderr)
-            self.status = 1
-        elif self.status == 0:
-            self.status = error.exit_status if isinstance(error, UserError) else 2
-        message = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.filename is not None:
-            message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        if self.status != 1:
+            self.status = status_of(error)
+        message = reason(error)
         complain(message if label in message and label != STDIN else f"{label}: {message}")
 
     def finish(self) -> int:
         if self.failed and self.n_inputs > 1:
             complain(f"{self.failed} of {self.n_inputs} failed")
         return self.status
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def status_of(error: Exception) -> int:
+    """The exit status: 2 for what the user can mend, 1 for a full disk and for errors of the program."""
+    if isinstance(error, UserError):
+        return error.exit_status
+    return 2 if isinstance(error, OSError) and error.errno != errno.ENOSPC else 1
 
 
 def complain(message: object) -> None:

@@ -45,7 +45,7 @@ def convert(
     Raises:
         CheckpointError: the source cannot be read, the target format has no such model, or what was written
             gives other results than the source.
-        ConfigError: the target exists or has a wrong ending, or there is no such format.
+        ConfigError: the target exists, has a wrong ending or cannot be written, or there is no such format.
     """
     target = Path(target)
     if to not in FORMATS:
@@ -56,8 +56,10 @@ def convert(
     for path in (target, target.with_suffix(".json")) if to == "torchaudio" else (target,):
         if path.exists():
             raise ConfigError(f"{path} exists already; remove it or choose another name")
-    bundle = load_bundle(source)
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK | os.X_OK):  # before the work, not after it
+        raise ConfigError(f"{target}: no permission to write into {target.parent}; choose another place")
+    bundle = load_bundle(source)
     notes = list(bundle.notes)
     if to == "hf":
         save_bundle(

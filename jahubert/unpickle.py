@@ -149,6 +149,10 @@ def plain(value: Any) -> Any:
 
 
 def _read_old(path: Path) -> Any:
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{path} is an ONNX file, which is not read back; give the model it was made of"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is none can cause

@@ -352,7 +352,7 @@ def test_a_disk_that_is_full_loses_nothing_else(bundle, folder, capsys, monkeypa
         return write(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert main(["transcribe", "--model", bundle, "-f", "srt", "-o", "out", "data"]) == 2
+    assert main(["transcribe", "--model", bundle, "-f", "srt", "-o", "out", "data"]) == 1
     err = capsys.readouterr().err.splitlines()
     assert "No space left on device" in err[0] and "data/a.wav" in err[0] and "1 of 2 failed" in err[1]
     assert [str(p.relative_to("out")) for p in Path("out").rglob("*.srt")] == ["sub/日本語 名前.srt"]
@@ -368,3 +368,26 @@ def test_help_is_there_in_half_a_second():
         if seconds[-1] < 0.5:
             break
     assert min(seconds) < 0.5
+
+
+def test_what_telephones_write_is_not_passed_over_in_silence(bundle, folder, capsys):
+    (folder / "data" / "memo.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
+    assert main(["transcribe", "--model", bundle, "data"]) == 2
+    out, err = capsys.readouterr()
+    assert "memo.m4a" in err and "ffmpeg" in err and "1 of 3 failed" in err and "a.wav" in out
+
+
+def test_an_output_folder_that_is_no_name(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "-o", "", "data/a.wav"]) == 2
+    assert "-o is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio", "onnx"])
+def test_converting_into_a_place_that_cannot_be_written(bundle, folder, capsys, monkeypatch, to):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    ending = {"hf": "", "onnx": ".onnx"}.get(to, ".pt")
+    assert main(["convert", bundle, f"there/model{ending}", "--to", to]) == 2
+    assert "no permission to write" in capsys.readouterr().err and not list(Path("there").iterdir())
+    (folder / "file").write_text("x")
+    assert main(["convert", bundle, f"file/model{ending}", "--to", to]) == 2
+    assert capsys.readouterr().err.startswith("jahubert: error: file")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -55,3 +57,12 @@ def test_fish_offers():
     done = subprocess.run(["fish", "-N", "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stderr == ""
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["srt"]
+
+
+def test_a_full_disk_behind_standard_output():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    code = "import sys; from jahubert.cli import main; sys.exit(main(['completion', 'bash']))"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "jahubert: error: No space left on device\n")

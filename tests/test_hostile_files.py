@@ -299,3 +299,9 @@ def test_an_index_of_shards_that_does_not_fit(folder, index, says):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=says):
         load_bundle(folder)
+
+
+def test_an_onnx_file_is_not_a_model_to_read(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08")
+    with pytest.raises(CheckpointError, match="is an ONNX file"):
+        load_bundle(tmp_path / "model.onnx")

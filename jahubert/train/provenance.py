@@ -229,18 +229,25 @@ def _last_step(path: Path) -> int:
         return 0
 
 
+def _is_short(value: object) -> bool:
+    """A number or a word, and no fingerprint."""
+    return isinstance(value, (int, float)) or (isinstance(value, str) and len(value) < 20)
+
+
 def status_table(states: list[dict[str, Any]]) -> str:
     """`stage_states` as a table, one line a stage."""
     rows = [("stage", "state", "time", "result")]
     for state in states:
         if state["state"] == "done":
-            metrics = {k: v for k, v in state["metrics"].items() if isinstance(v, (int, float, str))}
+            metrics = {k: v for k, v in state["metrics"].items() if _is_short(v)}
             shown = "  ".join(
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(metrics.items())[:4]
             )
             rows.append((state["stage"], "done", f"{state['seconds']:.0f} s", shown))
         else:
-            rows.append((state["stage"], state["state"], "", "run the same command again to continue"))
+            rows.append(
+                (state["stage"], state["state"], "", "running, or stopped: then the same command continues")
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
         "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
