@@ -31,6 +31,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,10 +122,10 @@ def make_material(folder: Path) -> None:
             centroids_KD=torch.randn(9, 16),
             centroid_layer=1,
         )
-    time = np.arange(3 * 44_100) / 44_100
-    syllable = np.clip(2 * np.sin(2 * np.pi * 4 * time), 0, 1)  # silence would say nothing
-    left = 0.3 * np.sin(2 * np.pi * (200 + 150 * time) * time) * syllable
-    right = np.random.default_rng(0).normal(0, 0.1, len(time)) * syllable
+    t_T = np.arange(3 * 44_100) / 44_100
+    syllable = np.clip(2 * np.sin(2 * np.pi * 4 * t_T), 0, 1)  # silence would say nothing
+    left = 0.3 * np.sin(2 * np.pi * (200 + 150 * t_T) * t_T) * syllable
+    right = np.random.default_rng(0).normal(0, 0.1, len(t_T)) * syllable
     soundfile.write(folder / "audio.wav", np.stack([left, right], axis=1), 44_100)
     (folder / "formats").mkdir()
     for ending in FORMATS:
@@ -252,7 +253,7 @@ def check_commands(folder: Path, out: Path) -> None:
     need(said == says["base"] + "\n", f"jahubert transcribe said {said!r} of the FLAC")
     done(run([command, "info", folder / "base"], cwd=out))
     if builtin_model() is not None:
-        done(run([command, "transcribe", "--device", "cpu", audio], cwd=out))
+        check_speed([command, "transcribe", "--device", "cpu"], folder / "formats", out)
     for needs in (
         [sys.executable, "-m", "jahubert.run", "recipe=demo", "stage=prepare"],
         [command, "transcribe", "--model", "owner/model", audio],
@@ -261,6 +262,21 @@ def check_commands(folder: Path, out: Path) -> None:
         done(result, status=2)
         message = "jahubert[train]" in result.stderr and "Traceback" not in result.stderr
         need(message, f"{' '.join(map(str, needs))} does not say which extra it needs:\n{result.stderr}")
+
+
+def check_speed(transcribe: list[str], formats: Path, out: Path) -> None:
+    """The built-in model on a folder of 44.1 kHz stereo files, and on ten minutes, within half a minute."""
+    import soundfile
+
+    done(run([*transcribe, formats], cwd=out))
+    wav, rate = soundfile.read(formats / "flac.flac", always_2d=True)
+    with soundfile.SoundFile(out / "long.wav", "w", rate, 1) as file:
+        for _ in range(600 * rate // len(wav) + 1):
+            file.write(wav[:, 0])
+    started = time.monotonic()
+    done(run([*transcribe, out / "long.wav"], cwd=out))
+    took = time.monotonic() - started
+    need(took < 30, f"jahubert transcribe took {took:.0f} s for ten minutes")
 
 
 def inside(folder: Path) -> dict[str, str]:
