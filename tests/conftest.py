@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports torch or a hub client. Subprocesses inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports torch or a hub client. Subprocesses inherit it. One thread whatever the shell says:
+# some tests fork, and a child would wait for ever for the threads that its parent had.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # The suite is about arithmetic on a CPU; name devices in JAHUBERT_TEST_CUDA to run it beside a GPU.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import jahubert
 from jahubert.transcribe import Transcriber, builtin_model
 
 MODEL = builtin_model()
-SENTENCES = Path(os.environ.get("JAHUBERT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "sentences"
 SETS = ("test_low", "test_high", "test_joined", "test_made", "test_real")
 LIMIT = 15_000_000  # bytes in the wheel
 
@@ -59,14 +57,14 @@ def test_it_understands_the_voice_of_open_jtalk(asr):
     assert phone_error_rate(said, list(asr.transcribe_many(waves, rate))) < 0.3
 
 
-@pytest.mark.skipif(not SENTENCES.is_dir(), reason="needs the recordings of real sentences")
-def test_the_card_tells_the_truth_about_real_sentences(asr):
+def test_the_card_tells_the_truth_about_real_sentences(asr, shared_data):
     pytest.importorskip("pyopenjtalk")
     from jahubert.train.text import text_to_phones
 
-    with (SENTENCES / "transcripts.tsv").open(encoding="utf-8", newline="") as file:
+    folder = shared_data / "sentences"
+    with (folder / "transcripts.tsv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     said = [[phone for word in text_to_phones(row["text"]) for phone in word] for row in rows]
-    heard = list(asr.transcribe_many(SENTENCES / row["file"] for row in rows))
+    heard = list(asr.transcribe_many(folder / row["file"] for row in rows))
     told = jahubert.load_bundle(MODEL).info["per"]["test_real"]
     assert phone_error_rate(said, heard) == pytest.approx(told, abs=0.03)  # bfloat16, and where it listens
