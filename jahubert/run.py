@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.compose import compose
-from jahubert.errors import ConfigError, JahubertError, UserError
+from jahubert.errors import ConfigError, JahubertError, MissingExtraError, UserError
 
 log = logging.getLogger("jahubert")
 
@@ -30,20 +30,14 @@ _LOST = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broken pip
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the overrides ask for; returns the exit status (2: a user's mistake)."""
-    from tqdm.contrib import DummyTqdmFile
-
     argv = list(sys.argv[1:] if argv is None else argv)
-    join_slurm(os.environ)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
-    logging.basicConfig(
-        level=logging.INFO if first else logging.WARNING,
-        format="%(message)s",
-        stream=DummyTqdmFile(sys.stderr),  # a progress bar makes way for each line
-    )
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    join_slurm(os.environ)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     try:
+        _speak(logging.INFO if first else logging.WARNING)
         if any(arg.startswith("-") for arg in argv):
             _hydra_main(argv)
         else:
@@ -69,6 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("jahubert: interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _speak(level: int) -> None:
+    """Log lines go to standard error, where a progress bar makes way for each."""
+    try:
+        from tqdm.contrib import DummyTqdmFile
+    except ImportError as error:
+        raise MissingExtraError("tqdm", "train") from error
+    logging.basicConfig(level=level, format="%(message)s", stream=DummyTqdmFile(sys.stderr))
 
 
 def start(overrides: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ import pytest
 from terminal import Terminal
 from tqdm.contrib import DummyTqdmFile
 
+from jahubert import run
 from jahubert.train import ranks
 from jahubert.train.progress import progress
 
@@ -79,3 +80,10 @@ def test_every_step_is_a_sign_of_life():
     loop(steps=1)
     after = ranks.pulse()
     assert after.moved > before.moved and after._replace(moved=before.moved) == before
+
+
+def test_without_the_extra_that_brings_the_bars(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm.contrib", None)
+    assert run.main(["recipe=demo", "stage=prepare"]) == 2
+    assert "jahubert[train]" in capsys.readouterr().err
+    assert run.main(["--help"]) == 0
