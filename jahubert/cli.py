@@ -304,8 +304,8 @@ def audio_commands(command: Command) -> None:
 
     def dtype(sub: argparse.ArgumentParser, default: str, *more: str) -> None:
         names = [*dict.fromkeys([default, "float32", "bfloat16", "float16", *more])]
-        auto = "; auto: bfloat16 where the device has it, else float32" if default == "auto" else ""
-        sub.add_argument("--dtype", choices=names, default=default, help=f"default: {default}{auto}")
+        auto = "auto, bfloat16 where the device has it" if default == "auto" else default
+        sub.add_argument("--dtype", choices=names, default=default, help=f"of the computation ({auto})")
 
     sub = command(transcribe, "write down what is said in audio, in kana and phonemes with times")
     audio(sub)

@@ -145,9 +145,8 @@ class _SpanAttention(torch.autograd.Function):
             q, k, v, keep = saved[4 * i : 4 * i + 4]
             grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
             grad = _gather(grad_NHE, there, span)
-            valid_U1S1 = span.bias_U1S.exp()[..., None].to(
-                grad.dtype
-            )  # nothing comes from behind an utterance
+            # Nothing comes from behind an utterance.
+            valid_U1S1 = span.bias_U1S.exp()[..., None].to(grad.dtype)
             grad.unflatten(0, (span.shape[0], -1)).mul_(ctx.keep_scale * valid_U1S1)
             for some, weights, spare in _weights(q, k, span):
                 grad_weights = torch.bmm(grad[some], v[some].transpose(1, 2), out=spare)

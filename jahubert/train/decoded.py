@@ -22,6 +22,8 @@ VERSION = 1  # of the check that a mark stands for
 
 
 class Marks:
+    """All marks of a folder."""
+
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,10 +37,6 @@ class Marks:
         sound = [row for row, offset in enumerate(items.offset_N.tolist()) if str(offset) not in broken]
         rejected = [Rejected(*broken[str(o)]) for o in items.offset_N.tolist() if str(o) in broken]
         return items.take(np.array(sound, np.int64)), rejected
-
-    def of(self, items: Utterances) -> Mark:
-        """A mark for `items`, to be told the result of each of them."""
-        return Mark(self, items)
 
     def add(self, path: str, offsets: list[int], broken: dict[str, list[str]]) -> None:
         mark = self._read(path)

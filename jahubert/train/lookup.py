@@ -57,6 +57,11 @@ def stage_folder(stage: str, iteration: int | None, system: str | None, decoding
     return Path(stage)
 
 
+def decoding_of(folder: Path) -> str | None:
+    """The name of the decoding whose stage wrote a folder, as `stage_folder` made it; None: the plain one."""
+    return folder.name.partition("-")[2] or None
+
+
 def maker(path: Path) -> str | None:
     """The stage that makes a file or folder of this name, if one does."""
     names = (folder.name.partition("-")[0] for folder in (path, path.parent))

@@ -14,6 +14,7 @@ import numpy as np
 from jahubert.train import figures
 from jahubert.train.page_text import TEXT
 from jahubert.train.provenance import DONE, read_record
+from jahubert.train.scoring import phone_wer
 from jahubert.train.worst import Example
 
 _LINES = (("training", "training_line"), ("validation", "validation_line"))  # of curves, with their colours
@@ -91,7 +92,7 @@ def _results(summary: Mapping[str, Any], say: Mapping[str, str]) -> str:
     parts = []
     for split in splits:
         rows: list[tuple[str, list[str]]] = []
-        of_phones = any("per" in system["scores"].get(split, ()) for system in systems.values())
+        of_phones = any(split in phone_wer(system["scores"]) for system in systems.values())
         for name, row in published.items():
             if split in row and of_phones:  # others are words of other symbols
                 cells = [_escape(f"{say['published']}: {name}"), "", "", f"{row[split]:.2f}", "", ""]

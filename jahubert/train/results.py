@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jahubert.train.lookup import stage_folder
+from jahubert.train.lookup import decoding_of, stage_folder
 from jahubert.train.provenance import DONE, read_record
 
 
@@ -50,7 +50,7 @@ def results_of(exp: Path) -> Iterator[Result]:
     for system in sorted((exp / "systems").glob("*")):
         for folder in sorted(system.glob("score*")):
             if (folder / DONE).exists():
-                yield Result(exp, system.name, folder.name.partition("-")[2] or None)
+                yield Result(exp, system.name, decoding_of(folder))
 
 
 def label_of(decode: Path) -> str:
@@ -65,13 +65,13 @@ def label_of(decode: Path) -> str:
     settings = own["settings"]  # an earlier version did not describe its search
     before = f"beam {settings['beam']}" if settings["search"] == "beam" else settings["search"]
     search = own["metrics"].get("search", before)
-    decoding = decode.name.partition("-")[2]
+    decoding = decoding_of(decode)
     parts = [
         exp.resolve().name,
         "" if system.name == "main" else system.name,
         finetune.get("metrics", {}).get("model"),
         prepare.get("settings", {}).get("options.subset"),
-        "" if decoding in search else decoding,
+        None if decoding is None or decoding in search else decoding,
         search,
     ]
     return ", ".join(str(part) for part in parts if part)

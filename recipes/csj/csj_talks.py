@@ -52,18 +52,19 @@ def read_transcript(talk: Talk, phones: bool = True) -> Transcript | None:
     Raises:
         DataError: a transcript that cannot be read.
     """
-    files = talk.transcripts
+    files, xml = talk.transcripts, None
     if "sdb" in files:
         found = Transcript(files["sdb"], read_sdb(files["sdb"]))
     elif "xml" in files:
-        found = Transcript(files["xml"], read_xml(files["xml"]).segments)
+        xml = read_xml(files["xml"])
+        found = Transcript(files["xml"], xml.segments)
     elif "trn" in files:
         found = Transcript(files["trn"], read_trn(files["trn"]))
     else:
         return None
     if phones and talk.core and "xml" in files:
         try:
-            xml = read_xml(files["xml"])
+            xml = xml or read_xml(files["xml"])
             found.phones, found.problems = xml.phones, xml.problems
         except DataError as error:
             found.problems = [str(error)]

@@ -120,7 +120,7 @@ def usable(
                     yield first()
                 yield from whole
                 continue
-            mark = marks.of(item) if marks and isinstance(item, Utterances) else None
+            mark = Mark(marks, item) if marks and isinstance(item, Utterances) else None
             for single in item if isinstance(item, Utterances) else (item,):
                 waiting.append((pool.submit(_checked, single, check_audio), mark))
                 if len(waiting) == _AHEAD:
