@@ -134,14 +134,15 @@ class ConvFrontEnd(nn.Module):
         for layer in layers:
             lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
             kept.append(lengths)
+        valid = [i for start, n in zip(first, lengths, strict=False) for i in range(start, start + n)]
+        valid += [0] * (up_to(len(valid), BLOCK) - len(valid))
+        valid_N = torch.tensor(valid, device=device)  # before the work begins: a GPU is waited for by a copy
         if layers[0].norm == "group":  # its statistics need all of an utterance
             rows = Rows(owner_T, place_T, torch.tensor(kept[0], device=device))
             x, layers = layers[0].group_normed(x_NC, rows), layers[1:]
         blocks = [(x, total)] if torch.is_grad_enabled() else _blocks(x, len(owner_T))
         x_NC = torch.cat([_stack(layers, block)[:n] for block, n in blocks])
-        valid = [i for start, n in zip(first, lengths, strict=False) for i in range(start, start + n)]
-        valid += [0] * (up_to(len(valid), BLOCK) - len(valid))
-        return F.gelu(x_NC.index_select(0, torch.tensor(valid, device=device)))
+        return F.gelu(x_NC.index_select(0, valid_N))
 
 
 def _stack(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:

@@ -296,6 +296,7 @@ class HubertModel(nn.Module):
             wavs = [F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs]
         seen = [self.config.grid.n_frames(width)] * len(frames) if padding == "unmasked" else frames
         packing = Packing(seen, self.config.grid.n_frames(width), wav_BT.device)
+        n_frames_B = torch.tensor(frames, device=wav_BT.device)
         features_NC = self.feature_extractor(wavs)
         if padding == "masked":
             features_NC = features_NC.index_select(0, packing.index_N)
@@ -312,7 +313,7 @@ class HubertModel(nn.Module):
         x_ND, kept = self.encoder(x_ND, packing, last_layer, keep_layers)
         return Encoded(
             hidden_BSD=packing.unpack(x_ND),
-            n_frames_B=torch.tensor(frames, device=wav_BT.device),
+            n_frames_B=n_frames_B,
             layers={number: packing.unpack(x) for number, x in kept.items()},
             conv_penalty=penalty,
         )

@@ -22,7 +22,7 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 def fastest(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it in hardware, else float32, which is faster then."""
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    has = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_has_bf16()  # not emulated
     return torch.bfloat16 if has else torch.float32
 
 

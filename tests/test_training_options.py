@@ -25,7 +25,7 @@ from jahubert import precision, run
 from jahubert.errors import ConfigError, JahubertError
 from jahubert.frames import HUBERT
 from jahubert.hubert import HubertConfig
-from jahubert.train import engine
+from jahubert.train import engine, ranks
 from jahubert.train.batches import PretrainBatch, pad
 from jahubert.train.engine import train
 from jahubert.train.journal import duration
@@ -212,7 +212,7 @@ def test_precision_of_a_device(monkeypatch):
     for has, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(precision, "_cpu_has_bf16", lambda has=has: has)
         assert pick_precision(auto, cpu) is wanted
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, has=has: has and not emulated)
         assert pick_precision(auto, torch.device("cuda")) is wanted
     assert pick_precision(TrainConfig(precision="fp16"), torch.device("cuda")) is torch.float16
 
@@ -310,3 +310,15 @@ def test_processes_and_shards_learn_what_one_process_learns(tmp_path):
             assert row == pytest.approx(wanted, rel=1e-5)
         for name, value in weights.items():
             torch.testing.assert_close(end[name], value, rtol=1e-3, atol=2e-5)
+
+
+def test_more_processes_than_gpus_are_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ranks.pick_device("auto") == torch.device("cuda", 1)
+    assert ranks.pick_device("cuda:0") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="process 2 of this machine would take GPU 2, but torch sees 2"):
+        ranks.pick_device("auto")
+    assert ranks.pick_device("cpu") == torch.device("cpu")

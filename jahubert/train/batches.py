@@ -6,7 +6,9 @@ whatever it is batched with and however often the run was killed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -49,11 +51,19 @@ class _Batch:
 
     def to(self: B, device: torch.device) -> B:
         """The batch with its large tensors on `device`; lengths stay on the CPU, where they are read."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self: B) -> B:
+        """For a DataLoader: from page-locked memory `to` copies while the GPU is still at the last batch."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self: B, change: Callable[[Tensor], Tensor]) -> B:
+        """A copy with other large tensors; it is not checked again, for which a GPU would have to finish."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
             if isinstance(value, Tensor) and not name.startswith("n_"):
-                moved[name] = value.to(device, non_blocking=True)
-        return type(self)(**moved)
+                vars(other)[name] = change(value)
+        return other
 
     @property
     def seconds(self) -> float:
@@ -66,10 +76,12 @@ class PretrainBatch(_Batch):
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, row by row
+    place_N: Tensor = field(init=False)  # int64, where these frames are among all of the padded batch
 
     def __post_init__(self) -> None:
-        if self.mask_BS.sum() != len(self.unit_N):
-            raise DataError(f"{int(self.mask_BS.sum())} masked frames, but {len(self.unit_N)} units")
+        vars(self)["place_N"] = self.mask_BS.flatten().nonzero()[:, 0]
+        if len(self.place_N) != len(self.unit_N):
+            raise DataError(f"{len(self.place_N)} masked frames, but {len(self.unit_N)} units")
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,9 @@ class Mine:
 
 
 def micro_batches(
-    data: Data, config: TrainConfig, epoch: int, cursor: int
+    data: Data, config: TrainConfig, device: torch.device, *, epoch: int, cursor: int
 ) -> Iterator[tuple[MicroBatch, Any]]:
-    """Loaded micro-batches of this process; raises what reading them raised."""
+    """Loaded micro-batches of this process, on their way to `device`; raises what reading them raised."""
     loader = DataLoader(
         Reader(data),
         batch_size=None,
@@ -111,6 +111,7 @@ def micro_batches(
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         generator=torch.Generator(),  # or a resumed run would draw once more from the global one
+        pin_memory=device.type == "cuda",
     )
     for micro, batch in loader:
         if isinstance(batch, Exception):
@@ -243,7 +244,7 @@ class _Run:
         self.module, self.data, self.config = module.to(self.device), data, config
         lighten(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.parallel = Parallel(self.module, config.sharded)
-        self.optimizer = build_optimizer(module, config, self.device)
+        self.optimizer = build_optimizer(module, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.checkpoints = Checkpoints(folder_of(out, "torch"), config)
         self.step, self.position = 0, Position(data.sampler)
@@ -254,7 +255,7 @@ class _Run:
     def advance(self) -> None:
         """One step: gradients of all micro-batches, then one update."""
         if self.stream is None:
-            self.stream = micro_batches(self.data, self.config, self.position.epoch, self.position.cursor)
+            self.stream = micro_batches(self.data, self.config, self.device, **self.position.state())
             self.module.train()
         config, sums, micros = self.config, {}, []
         step = self.step + 1
@@ -298,12 +299,8 @@ class _Run:
         size = whole_number(norm)
         if not self.scaler.is_enabled():  # which leaves such an update out, and goes on
             check_norm(size, self.step + 1)
-        rate = lr_at(self.step, self.config)
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            group["lr"] = lr_at(self.step, self.config)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return size

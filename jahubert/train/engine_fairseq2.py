@@ -172,7 +172,7 @@ class _Run:
         config, wrapped = self.config, self.module
         if ranks.world() > 1:  # leave its normalize_grads alone: False fails
             wrapped = to_ddp(self.module, self.gangs, find_unused_parameters=self.module.skips)
-        optimizer = build_optimizer(self.module, config, self.device)
+        optimizer = build_optimizer(self.module, config)
         fp16 = self.dtype is torch.float16
         unit = _Unit(self, wrapped, signals)
         trainer = Trainer(
@@ -249,7 +249,9 @@ class _Reader(DataReader):
 
     def __next__(self) -> list[_Held]:
         if self.stream is None:
-            self.stream = micro_batches(self.run.data, self.run.config, **self.position.state())
+            self.stream = micro_batches(
+                self.run.data, self.run.config, self.run.device, **self.position.state()
+            )
         self.position.forward(self.run.config.per_step)
         return [_Held(self) for _ in range(self.run.mine)]
 

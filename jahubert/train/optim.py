@@ -113,11 +113,11 @@ def lr_at(step: int, config: TrainConfig) -> float:
     return config.lr * math.exp(math.log(max(config.final_lr, 1e-8)) * share)
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over everything that learns, in one fused kernel."""
     return torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr,
+        lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         weight_decay=config.weight_decay,

@@ -212,7 +212,7 @@ def probe(config: HubertConfig, train: TrainConfig, n: int) -> Machine:
     seconds = min(8.0, budget)
     model = HubertModel(replace(config, layer_drop=0.0)).to(device)
     head = UnitHead(config.width, 500).to(device)
-    optimizer = build_optimizer(torch.nn.ModuleList([model, head]), train, device)
+    optimizer = build_optimizer(torch.nn.ModuleList([model, head]), train)
     wav_BT = torch.randn(max(1, int(budget / seconds)), int(seconds * SAMPLE_RATE), device=device)
     spent = []
     while len(spent) < 2 or (sum(spent) < 5 and len(spent) < 12):

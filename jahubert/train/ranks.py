@@ -43,9 +43,14 @@ def pick_device(name: str) -> torch.device:
             raise ConfigError(
                 f"device={name}: this machine shows no GPU to torch; use device=auto or device=cpu"
             )
-        device = torch.device(
-            "cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-        )
+        number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        if number >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device={name}: process {os.environ.get('LOCAL_RANK', 0)} of this machine would take GPU "
+                f"{number}, but torch sees {torch.cuda.device_count()}; start as many processes as there are "
+                "GPUs, or set device=cpu"
+            )
+        device = torch.device("cuda", number)
     return device
 
 
@@ -54,9 +59,12 @@ def process_group() -> Iterator[None]:
     """Join the other processes if a launcher started several; leave them at the end."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"  # a stage may run on the CPU, and Python objects always do
+            number = int(os.environ.get("LOCAL_RANK", 0))
+            if number < torch.cuda.device_count():
+                torch.cuda.set_device(number)
         # Processes wait for each other's share of a stage, and while the first one prepares a corpus; NCCL
         # would give up after ten minutes. Who hangs is `watch`'s to say.
         dist.init_process_group(backend, timeout=timedelta(days=7))

@@ -172,7 +172,7 @@ class Trainer:
         torch.manual_seed(0)
         self.device, self.dtype = device, dtype
         self.module = KINDS[kind](config).to(device).train()
-        self.optimizer = build_optimizer(self.module, TrainConfig(lr=1e-5), device)
+        self.optimizer = build_optimizer(self.module, TrainConfig(lr=1e-5))
 
     def step(self, batch: Batch, keep_gradients: bool = False) -> float:
         """Seconds; without gradients from before, as an engine leaves it, unless they are to be kept."""

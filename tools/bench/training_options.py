@@ -35,7 +35,7 @@ class Step:
         self.head = UnitHead(config.width, 500).to(self.device)
         lighten(list(self.model.encoder.layers), recompute, compiled)
         modules = torch.nn.ModuleList([self.model, self.head])
-        self.optimizer = build_optimizer(modules, train, self.device)
+        self.optimizer = build_optimizer(modules, train)
 
     def __call__(self, wav_BT: torch.Tensor, lengths: list[int]) -> float:
         started = time.perf_counter()
