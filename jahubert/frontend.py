@@ -16,17 +16,21 @@ Shapes: B utterances, N frames of the batch end to end, T tiles of R rows, C cha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jahubert.indices import BLOCK, on_device, ranges, up_to
+from jahubert.precision import computed_in
+
 TILE = 8  # output frames; each utterance begins on a whole one
-BLOCK = 64  # rows; batches come in few sizes, as oneDNN compiles a kernel for every new one
 AT_ONCE = 128  # tiles that go through the stack together when no gradient is wanted
 CACHED = 2**20  # numbers that a CPU works on at once: what its caches hold
 
@@ -62,7 +66,7 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor | _Product) -> Tensor:
         """Rows of a layer without group norm."""
-        dtype = _compute_dtype(self.conv.weight)
+        dtype = computed_in(self.conv.weight)
         factors = x if isinstance(x, _Product) else (x.to(dtype), None)
         x_NC = _GeluConv.apply(*factors, self.conv.weight, self.stride, not self.first)
         if self.conv.bias is not None:
@@ -74,7 +78,7 @@ class ConvLayer(nn.Module):
     def group_normed(self, x_NC: Tensor, rows: Rows) -> _Product:
         """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
         norm, kernel = cast(nn.GroupNorm, self.layer_norm), self.conv.weight.shape[2]
-        dtype = _compute_dtype(self.conv.weight)
+        dtype = computed_in(self.conv.weight)
         taps_TRK = _taps(x_NC, kernel, self.stride).unflatten(0, (len(rows.owner_T), -1))
         with torch.autocast(x_NC.device.type, enabled=False):
             mean_BK, covariance_BKK = _moments(taps_TRK, rows)
@@ -84,9 +88,15 @@ class ConvLayer(nn.Module):
             shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
             if self.conv.bias is not None:  # the norm takes it away again, but it is owed a gradient
                 shift_BC = shift_BC + 0.0 * self.conv.bias
-            weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1).to(dtype)
-            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0).to(dtype)  # the last one meets the shift
-            return _Product(taps_TRK, weight_BKC.index_select(0, rows.owner_T))
+            weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1)
+            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # the last one meets the shift
+            if x_NC.device.type != "cpu":  # a GPU multiplies 16 taps faster than 11
+                weight_BKC = F.pad(weight_BKC, (0, 0, 0, -(kernel + 1) % 8))
+                taps_TRK = F.pad(taps_TRK, (0, -(kernel + 1) % 8))
+            # Few bits come after the selection, as its gradient sums an utterance's tiles.
+            weight_BKC = weight_BKC.to(torch.promote_types(dtype, torch.float32))
+            weight_TKC = weight_BKC.index_select(0, rows.owner_T)
+            return _Product(taps_TRK.to(dtype), weight_TKC.to(dtype))
 
 
 class ConvFrontEnd(nn.Module):
@@ -116,29 +126,27 @@ class ConvFrontEnd(nn.Module):
         """
         layers = [cast(ConvLayer, layer) for layer in self.conv_layers]
         device, lengths = wavs[0].device, [len(wav) for wav in wavs]
-        rate = 1  # rows of the buffer for each output frame
-        for layer in layers:
-            rate *= layer.stride
+        rate = math.prod(layer.stride for layer in layers)  # rows of the buffer for each output frame
         tiles = [-(-n // (rate * TILE)) for n in lengths]
         first = [TILE * n for n in accumulate(tiles, initial=0)]
         total = up_to(first[-1], BLOCK)
         parts = [F.pad(w, (0, n * TILE * rate - len(w))) for w, n in zip(wavs, tiles, strict=True)]
         x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * rate)])[:, None]
         x: Tensor | _Product = x_NC
-        owner = [i for i, n in enumerate(tiles) for _ in range(n)]
-        place = [j for n in tiles for j in range(n)]
-        spare = total // TILE - len(owner)  # they may belong to anyone: behind any utterance's end
-        owner_T = torch.tensor(owner + [0] * spare, device=device)
-        place_T = torch.tensor(place + [tiles[0]] * spare, device=device)
         kept = []  # frames of each utterance behind each layer
         for layer in layers:
             lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
             kept.append(lengths)
-        valid = [i for start, n in zip(first, lengths, strict=False) for i in range(start, start + n)]
-        valid += [0] * (up_to(len(valid), BLOCK) - len(valid))
-        valid_N = torch.tensor(valid, device=device)  # before the work begins: a GPU is waited for by a copy
+        spare = total // TILE - sum(tiles)  # tiles that may belong to anyone: behind any utterance's end
+        owner_T, place_T, n_frames_B, valid_N = on_device(
+            device,
+            np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(spare)),
+            np.append(ranges(np.zeros(len(tiles)), tiles), np.full(spare, tiles[0])),
+            kept[0],
+            np.append(ranges(first[:-1], lengths), np.zeros(-sum(lengths) % BLOCK)),
+        )
         if layers[0].norm == "group":  # its statistics need all of an utterance
-            rows = Rows(owner_T, place_T, torch.tensor(kept[0], device=device))
+            rows = Rows(owner_T, place_T, n_frames_B)
             x, layers = layers[0].group_normed(x_NC, rows), layers[1:]
         blocks = [(x, total)] if torch.is_grad_enabled() else _blocks(x, len(owner_T))
         x_NC = torch.cat([_stack(layers, block)[:n] for block, n in blocks])
@@ -165,11 +173,6 @@ def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Prod
         yield block, (stop - start) * TILE
 
 
-def up_to(n: int, multiple: int) -> int:
-    """The next multiple at or above `n`."""
-    return -(-n // multiple) * multiple
-
-
 def _moments(taps_TRK: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Mean (B, K) and covariance (B, K, K) of the taps over each utterance's valid rows.
 
@@ -189,12 +192,6 @@ def _moments(taps_TRK: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     mean_BK = sum_BK / count_B[:, None]
     covariance_BKK = square_BKK / count_B[:, None, None] - mean_BK[:, :, None] * mean_BK[:, None, :]
     return mean_BK, covariance_BKK
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type of matrix products: autocast does not reach into functions with a backward of their own."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:

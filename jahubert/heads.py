@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jahubert.frontend import BLOCK
 from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.indices import BLOCK
 from jahubert.packing import SPAN
 from jahubert.precision import computing_in
 

@@ -25,8 +25,10 @@ from jahubert.dropout import Dropout
 from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import FrameGrid
 from jahubert.frontend import ConvFrontEnd
-from jahubert.packing import Packing
+from jahubert.indices import on_device
+from jahubert.packing import Packing, fused_kernels
 from jahubert.positional import PositionalConv
+from jahubert.precision import computed_in
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
+        x_ND = x_ND.to(computed_in(x_ND))  # once, not by each of the three products
         q, k, v = (p(x_ND).unflatten(1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(packing.attend(q, k, v, self.dropout if self.training else 0.0).flatten(1))
 
@@ -296,7 +299,7 @@ class HubertModel(nn.Module):
             wavs = [F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs]
         seen = [self.config.grid.n_frames(width)] * len(frames) if padding == "unmasked" else frames
         packing = Packing(seen, self.config.grid.n_frames(width), wav_BT.device)
-        n_frames_B = torch.tensor(frames, device=wav_BT.device)
+        (n_frames_B,) = on_device(wav_BT.device, frames)
         features_NC = self.feature_extractor(wavs)
         if padding == "masked":
             features_NC = features_NC.index_select(0, packing.index_N)
@@ -310,7 +313,8 @@ class HubertModel(nn.Module):
         if channel_mask_BD is not None:
             mask_BSD = channel_mask_BD[:, None].expand(-1, packing.width, -1)
             x_ND = x_ND.masked_fill(packing.pack(mask_BSD), 0.0)
-        x_ND, kept = self.encoder(x_ND, packing, last_layer, keep_layers)
+        with fused_kernels(x_ND.device):
+            x_ND, kept = self.encoder(x_ND, packing, last_layer, keep_layers)
         return Encoded(
             hidden_BSD=packing.unpack(x_ND),
             n_frames_B=n_frames_B,

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jahubert.dropout import keep_mask
-from jahubert.frontend import BLOCK, up_to
+from jahubert.indices import BLOCK, on_device, ranges, up_to
 
-SPAN = 32  # frames; attention and positional convolution work on multiples of it (see frontend.BLOCK)
+SPAN = 32  # frames; attention and positional convolution work on multiples of it (see indices.BLOCK)
 CACHED = 2**19  # attention weights computed at once on a CPU: what its caches hold
+
+
+def fused_kernels(device: torch.device) -> AbstractContextManager:
+    """For `Packing.attend`: all of torch's but cuDNN's, which plans anew for each batch size and length."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class _Span(NamedTuple):
@@ -34,27 +44,30 @@ class Packing:
     """
 
     def __init__(self, n_frames: Sequence[int], width: int, device: torch.device):
-        self.n_frames, self.width, self.device = list(n_frames), width, device
-        self.n_valid = sum(n_frames)
-        index = [row * width + i for row, n in enumerate(self.n_frames) for i in range(n)]
-        spare = up_to(self.n_valid, BLOCK) - self.n_valid
-        self.index_N = torch.tensor(index + [index[0]] * spare, device=device)
+        self.n_frames, self.width = list(n_frames), width
+        self.n_rows, self.n_valid = len(self.n_frames), sum(n_frames)
+        index = ranges(width * np.arange(self.n_rows), n_frames)
+        spare = np.full(-self.n_valid % BLOCK, index[0])
+        self.index_N, n_frames_B = on_device(device, np.append(index, spare), n_frames)
+        # Torch's fused attention. Made here, in plain tensors and numbers: `attend` may be compiled.
+        self.fused, self.mask_B11S = device.type != "cpu", None
+        if self.fused and min(n_frames) < width:
+            self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]
 
     def pack(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.flatten(0, 1).index_select(0, self.index_N)
 
     def unpack(self, x_ND: Tensor) -> Tensor:
         """A padded batch, zero behind each utterance."""
-        flat = x_ND.new_zeros(len(self.n_frames) * self.width, *x_ND.shape[1:])
-        flat = flat.index_copy(0, self.index_N[: self.n_valid], x_ND[: self.n_valid])
-        return flat.unflatten(0, (-1, self.width))
+        flat = x_ND.new_zeros(self.n_rows * self.width, *x_ND.shape[1:])
+        flat.index_copy_(0, self.index_N[: self.n_valid], x_ND[: self.n_valid])
+        return flat.unflatten(0, (self.n_rows, self.width))
 
     def attend(self, q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, dropout: float) -> Tensor:
         """Scaled dot-product attention; the three inputs and the result are (N, heads, head width)."""
-        if q_NHE.device.type != "cpu":
+        if self.fused:
             q, k, v = (self.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
-            mask = None if min(self.n_frames) == self.width else self._mask_BS[:, None, None, :]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_B11S, dropout_p=dropout)
             return self.pack(out.transpose(1, 2))
         if q_NHE.dtype is torch.bfloat16 or dropout:
             return _SpanAttention.apply(q_NHE, k_NHE, v_NHE, *self._spans, self.n_valid, dropout)
@@ -64,26 +77,22 @@ class Packing:
         outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v in rows]
         return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
-    def windows(self, kernel: int) -> tuple[list[int], list[int]]:
+    def windows(self, kernel: int) -> tuple[Tensor, Tensor]:
         """Each utterance in windows of 2 * `kernel` frames, one every `kernel`, from half a kernel before it.
 
         The packed row of every place of all windows (the row behind the last one where there is no frame),
         and for each packed row its place among the first halves of the windows.
         """
-        nowhere, start, there, back = len(self.index_N), 0, [], []
-        for n in self.n_frames:
-            count = -(-n // kernel)
-            padded = [nowhere] * (kernel // 2) + list(range(start, start + n)) + [nowhere] * (2 * kernel)
-            back += range(len(there) // 2, len(there) // 2 + n)
-            for window in range(count):
-                there += padded[window * kernel : (window + 2) * kernel]
-            start += n
-        return there, back + [0] * (nowhere - self.n_valid)
-
-    @cached_property
-    def _mask_BS(self) -> Tensor:
-        n_frames_B = torch.tensor(self.n_frames, device=self.device)
-        return torch.arange(self.width, device=self.device) < n_frames_B[:, None]
+        n_frames, nowhere = np.array(self.n_frames), len(self.index_N)
+        counts = -(-n_frames // kernel)
+        owner_W, number_W = np.repeat(np.arange(self.n_rows), counts), ranges(np.zeros_like(counts), counts)
+        frame_WX = number_W[:, None] * kernel + np.arange(2 * kernel) - kernel // 2
+        there = (frame_WX >= 0) & (frame_WX < n_frames[owner_W, None])
+        start_B, first_B = (n.cumsum() - n for n in (n_frames, counts))
+        row_WX = np.where(there, start_B[owner_W, None] + frame_WX, nowhere)
+        back = np.append(ranges(first_B * kernel, n_frames), np.zeros(nowhere - self.n_valid))
+        there_X, back_N = on_device(self.index_N.device, row_WX.ravel(), back)
+        return there_X, back_N
 
     @cached_property
     def _spans(self) -> tuple[list[_Span], Tensor]:

@@ -1,8 +1,9 @@
 """The positional convolution: wide and grouped, its output tells each frame where it is (wav2vec 2.0).
 
-In float32 on a CPU it is computed in the frequency domain: windows of two kernels' length (overlap-save),
-each frequency one small matrix product a group. The Fourier transforms are matrix products as well; a
-quarter of the arithmetic of the plain sum over 128 taps, and less rounding.
+It is computed in the frequency domain: windows of two kernels' length (overlap-save), each frequency one
+small matrix product a group. The Fourier transforms are matrix products as well; a quarter of the arithmetic
+of the plain sum over 128 taps, and less rounding. In float32 always: a GPU's own convolution would round to
+ten bits. The plain sum is left where it is faster: in bfloat16 on a CPU, and on short batches.
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from jahubert.indices import sent
 from jahubert.packing import SPAN, Packing
+from jahubert.precision import computed_in
 
 
 class PositionalConv(nn.Module):
@@ -34,27 +37,31 @@ class PositionalConv(nn.Module):
         self.extra = 1 - kernel % 2  # an even kernel gives one frame too many
 
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
-        device = x_ND.device.type
-        plain = device != "cpu" or x_ND.dtype is not torch.float32 or torch.is_autocast_enabled(device)
-        # Below that, transforming the weights would cost more than is saved.
-        if plain or len(x_ND) < 4 * self.conv.kernel_size[0]:
-            x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
-            # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to 14
-            # channels: tests/test_hubert.py would see it.
-            exact = device == "cpu" and self.conv.weight.shape[1] < 16
-            with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not exact):
-                y_BDS = self.conv((x_BSD.float() if exact else x_BSD).transpose(1, 2)).to(x_BSD.dtype)
-            y_BDS = F.gelu(y_BDS[:, :, : y_BDS.shape[2] - self.extra])
-            return packing.pack(y_BDS.transpose(1, 2)[:, : packing.width])
-        return F.gelu(self._by_frequencies(x_ND, packing) + self.conv.bias)
+        on_cpu = x_ND.device.type == "cpu"
+        # On short batches transforming the weights would cost more than is saved.
+        if on_cpu and (computed_in(x_ND) is not torch.float32 or len(x_ND) < 4 * self.conv.kernel_size[0]):
+            return self._plain(x_ND, packing)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            y_ND = F.gelu(self._by_frequencies(x_ND.float(), packing) + self.conv.bias)
+        return y_ND.to(x_ND.dtype)
+
+    def _plain(self, x_ND: Tensor, packing: Packing) -> Tensor:
+        x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
+        # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to 14 channels:
+        # tests/test_hubert.py would see it.
+        exact = self.conv.weight.shape[1] < 16
+        with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not exact):
+            y_BDS = self.conv((x_BSD.float() if exact else x_BSD).transpose(1, 2)).to(x_BSD.dtype)
+        y_BDS = F.gelu(y_BDS[:, :, : y_BDS.shape[2] - self.extra])
+        return packing.pack(y_BDS.transpose(1, 2)[:, : packing.width])
 
     def _by_frequencies(self, x_ND: Tensor, packing: Packing) -> Tensor:
         weight_DCK = self.conv.weight
         width, channels, kernel = weight_DCK.shape
         groups, freqs = width // channels, kernel + 1
-        there_X, back_N = map(torch.tensor, packing.windows(kernel))
+        there_X, back_N = packing.windows(kernel)
         x_WXD = F.pad(x_ND, (0, 0, 0, 1)).index_select(0, there_X).view(-1, 2 * kernel, width)
-        forth_PFX, back_PXF = map(torch.from_numpy, _fourier(kernel))
+        forth_PFX, back_PXF = (sent(torch.from_numpy(table), x_ND.device) for table in _fourier(kernel))
 
         taps_KE = weight_DCK.view(-1, kernel).T
         real, imag = (

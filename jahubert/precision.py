@@ -32,6 +32,12 @@ def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMan
     return torch.autocast(device.type, dtype if lower else None, enabled=lower)
 
 
+def computed_in(tensor: torch.Tensor) -> torch.dtype:
+    """What a matrix product takes this tensor as: autocast does not reach into one's own functions."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 def quantized(model: T, device: torch.device) -> T:
     """A copy of the model with int8 linear layers: weights by channel, activations as they come.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def device(monkeypatch) -> Iterator[torch.device]:
         "elsewhere", reason="this torch cannot play a device", exc_type=ImportError
     )
     # Views that are made in inference mode need a tensor of torch's own.
-    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+    monkeypatch.setattr(torch, "inference_mode", lambda on=True: torch.no_grad() if on else nullcontext())
     with elsewhere.Elsewhere():
         yield elsewhere.DEVICE
 

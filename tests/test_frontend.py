@@ -107,3 +107,15 @@ def test_packing_there_and_back():
     for row, n in enumerate([3, 5, 1]):
         torch.testing.assert_close(back[row, :n], x_BSD[row, :n])
         assert (back[row, n:] == 0).all()
+
+
+def test_the_gradient_of_a_long_utterance_is_summed_in_float32():
+    """Its first layer is many tiles, and a sum in bfloat16 stops growing when it is 256 times what comes."""
+    torch.manual_seed(0)
+    stack, wav_T = ConvFrontEnd((64,), (10,), (5,), bias=False, norm="group"), torch.randn(480_000)
+    found = []
+    for few_bits in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=few_bits):
+            total = stack([wav_T]).float().sum()
+        found.append(torch.autograd.grad(total, stack.conv_layers[0].layer_norm.bias)[0])
+    assert (found[1] - found[0]).norm() < 5e-4 * found[0].norm()

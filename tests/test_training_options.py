@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from toy import Data as ToyData
 from toy import Toy
 
 from jahubert import precision, run
 from jahubert.errors import ConfigError, JahubertError
 from jahubert.frames import HUBERT
-from jahubert.hubert import HubertConfig
+from jahubert.hubert import EncoderLayer, HubertConfig
+from jahubert.packing import Packing
 from jahubert.train import engine, ranks
 from jahubert.train.batches import PretrainBatch, pad
 from jahubert.train.engine import train
@@ -130,6 +132,20 @@ def kept_bytes(recompute: bool) -> int:
 
 def test_recomputing_keeps_less():
     assert kept_bytes(recompute=True) < 0.5 * kept_bytes(recompute=False)
+
+
+def test_a_compiled_block_on_a_gpu_is_compiled_once_whatever_the_batch():
+    """The GPU's way through attention, on the CPU: sizes are left open, so one graph serves all batches."""
+    still = replace(MODEL, dropout=0.0, attention_dropout=0.0)
+    block, counter, rng = EncoderLayer(still), CompileCounter(), np.random.default_rng(0)
+    block.compile(backend=counter, dynamic=True)
+    for number in range(16):
+        n_frames = rng.integers(20, 90, size=number % 9 + 1).tolist()
+        packing = Packing(n_frames, max(n_frames), torch.device("cpu"))
+        packing.fused = True
+        packing.mask_B11S = (torch.arange(max(n_frames)) < torch.tensor(n_frames)[:, None])[:, None, None]
+        block(torch.randn(len(packing.index_N), still.width), packing)
+    assert counter.frame_count <= 3  # one row is a case of its own
 
 
 @pytest.mark.slow
