@@ -34,6 +34,6 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
     That takes page-locked memory. Any other copy begins when all work before it is done, and the host waits.
     """
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -43,6 +43,7 @@ class Batch:
     n_samples: list[int]
     mask_BS: Tensor
     unit_BS: Tensor
+    place_N: Tensor  # of the masked frames, as our training has them
 
     @property
     def seconds(self) -> float:
@@ -56,8 +57,10 @@ class Ours(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         encoded = self.hubert(batch.wav_BT, batch.n_samples, mask_BS=batch.mask_BS)
-        unit_N = batch.unit_BS[batch.mask_BS]
-        loss = unit_loss(self.head(encoded.hidden_BSD[batch.mask_BS]), unit_N) / len(unit_N)
+        hidden_ND, unit_N = (
+            x.flatten(0, 1).index_select(0, batch.place_N) for x in (encoded.hidden_BSD, batch.unit_BS)
+        )
+        loss = unit_loss(self.head(hidden_ND), unit_N) / len(unit_N)
         return loss + PENALTY * encoded.conv_penalty
 
 
@@ -125,7 +128,8 @@ def make_batch(lengths: list[float], device: torch.device) -> Batch:
     mask_BS = nn.utils.rnn.pad_sequence(masks, batch_first=True)
     unit_BS = torch.from_numpy(rng.integers(0, UNITS, mask_BS.shape))
     wav_BT = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
-    return Batch(wav_BT.to(device), n_samples, mask_BS.to(device), unit_BS.to(device))
+    place_N = mask_BS.flatten().nonzero()[:, 0]
+    return Batch(wav_BT.to(device), n_samples, *(x.to(device) for x in (mask_BS, unit_BS, place_N)))
 
 
 def flops(config: HubertConfig, n_samples: list[int]) -> float:
@@ -237,6 +241,17 @@ def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, 
     print((highest - base) / 2**20)
 
 
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")}
+PRODUCTS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}
+
+
+def products(trainer: Trainer, batch: Batch) -> tuple[float, float]:
+    """Seconds of a step, and of its matrix products and convolutions, on a CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        seconds = trainer.step(batch)
+    return seconds, sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in PRODUCTS) / 1e6
+
+
 def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
@@ -251,6 +266,9 @@ def compare(name: str, lengths: list[float], precision: str, config: HubertConfi
     kinds = [kind for kind in KINDS if kind == "ours" or importable(kind)]
     trainers = {kind: Trainer(kind, config, device, dtype) for kind in kinds}
     rows = [[trainer.step(batch) for trainer in trainers.values()] for _ in range(args.repeats + 2)][2:]
+    if args.profile:
+        for kind, trainer in trainers.items():
+            print("{:>28}: a step of {:.2f} s, {:.2f} s in products".format(kind, *products(trainer, batch)))
     del trainers
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the processes that measure memory
@@ -279,6 +297,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--blocks", type=int, default=12, help="of the model; fewer only to try this script")
+    parser.add_argument("--profile", action="store_true", help="how much of a step is matrix products (CPU)")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
