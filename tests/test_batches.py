@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from jahubert.audio import AudioSource
 from jahubert.errors import DataError
@@ -98,6 +99,16 @@ def test_labels_of_another_manifest_are_refused(corpus, tmp_path):
 def test_a_batch_whose_parts_do_not_fit_is_refused():
     with pytest.raises(DataError, match="2 masked frames, but 3 units"):
         PretrainBatch(torch.zeros(1, 800), torch.tensor([800]), torch.tensor([[True, True]]), torch.zeros(3))
+
+
+def test_a_batch_is_pinned_but_for_its_lengths(monkeypatch):
+    """As a DataLoader asks for it; locking pages needs a GPU, so numbers are changed here instead."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    batch = PretrainBatch(torch.zeros(1, 800), torch.tensor([800]), torch.tensor([[True]]), torch.zeros(1))
+    micro, pinned = pin_memory((MicroBatch(0, 0, (3, 1)), batch))
+    assert micro == MicroBatch(0, 0, (3, 1)) and type(pinned) is PretrainBatch
+    assert pinned.wav_BT.min() == 1 and pinned.unit_N.item() == 1 and pinned.n_samples_B.item() == 800
+    assert batch.wav_BT.max() == 0
 
 
 def test_fine_tuning_pads_and_never_crops(corpus, tmp_path):
