@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from toy import Data, Toy, evaluate
 
-from jahubert.errors import ConfigError, JahubertError
+from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.train import engine
 from jahubert.train.engine import Stopped, train
 from jahubert.train.journal import trim_metrics
@@ -117,6 +117,31 @@ def test_a_checkpoint_cut_in_the_middle_of_its_writing_does_not_count(tmp_path):
         "step_0000016",
         "step_0000020",
     ]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "run.json", ".metadata"])
+def test_a_checkpoint_that_a_power_failure_cut_short_is_left_out(name, tmp_path, caplog):
+    whole = toy()
+    train(whole, Data(), QUICK, tmp_path / "whole")
+    out = tmp_path / "cut"
+    train(toy(), Data(), QUICK, out)
+    newest = out / "checkpoints" / "step_0000020"
+    os.truncate(newest / name, 0)
+    module = toy()
+    train(module, Data(), QUICK, out)
+    assert f"{newest} is left out, it is damaged" in caplog.text
+    assert torch.equal(weights(module), weights(whole)) and curve(out) == curve(tmp_path / "whole")
+    caplog.clear()
+    train(toy(), Data(), QUICK, out)  # it was written again
+    assert "damaged" not in caplog.text
+
+
+def test_a_checkpoint_of_rubbish_is_named(tmp_path):
+    train(toy(), Data(), QUICK, tmp_path)
+    file = tmp_path / "checkpoints" / "step_0000020" / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(DataError, match=r"step_0000020: this checkpoint cannot be read .*delete the folder"):
+        train(toy(), Data(), QUICK, tmp_path)
 
 
 def test_readers_in_other_processes_change_nothing(tmp_path):

@@ -1,13 +1,15 @@
 """Checkpoints of a run of `engine`: written beside the others, renamed when whole, the oldest dropped.
 
 `torch.distributed.checkpoint` writes them, every process its share, and reads them again on any other
-number of processes, sharded or not. A folder `step_N` is whole: what a kill or a full disk left has another
-name.
+number of processes, sharded or not. What a kill or a full disk left has another name than `step_N`; what a
+power failure cut short is known by the sizes in `run.json`, which is written last. Neither is continued.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from jahubert.errors import StaleError
+from jahubert.errors import DataError, StaleError
 from jahubert.train import ranks
 from jahubert.train.optim import TrainConfig
 from jahubert.train.provenance import read_record, write_json
@@ -50,17 +53,18 @@ class Checkpoints:
 
     def found(self) -> list[Path]:
         """Those that are whole, the newest last."""
-        return sorted(self.folder.glob("step_*[0-9]"))
+        return [path for path in _by_step(self.folder) if not _damage(path)]
 
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
     ) -> None:
         """Write the checkpoint of a step; `run` is what the engine knows besides weights and moments."""
         beside, final = (self.folder / f"step_{step:07d}{end}" for end in (".tmp", ""))
-        if final.exists():
+        if ranks.from_first(lambda: final.exists() and not _damage(final)):
             return
         if ranks.rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            for old in (beside, final):
+                shutil.rmtree(old, ignore_errors=True)
         ranks.barrier()
         try:
             weights, moments = get_state_dict(module, optimizer)
@@ -68,8 +72,11 @@ class Checkpoints:
                 warnings.simplefilter("ignore")  # DCP says at length that there is one process
                 dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
             if ranks.rank() == 0:
-                write_json(beside / "run.json", run)
+                sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
+                write_json(beside / "run.json", run | {"sizes": sizes})
+                _to_disk(beside)
                 beside.rename(final)
+                _to_disk(self.folder)
         except BaseException:  # torch's CheckpointException is no Exception
             if ranks.rank() == 0:
                 shutil.rmtree(beside, ignore_errors=True)  # a full disk has room again
@@ -89,14 +96,53 @@ class Checkpoints:
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Load the newest checkpoint, if there is one, and give back what `save` was given as `run`."""
-        if not (found := self.found()):
+        if (newest := ranks.from_first(self._newest)) is None:
             return None
         weights, moments = get_state_dict(module, optimizer)
         state: dict[str, Any] = {"model": weights, "optimizer": moments}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=found[-1])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(state, checkpoint_id=newest)
+        except (Exception, CheckpointException) as error:  # which is no Exception
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise DataError(
+                f"{newest}: this checkpoint cannot be read ({reason.strip()}); delete the folder to continue "
+                "from the one before it, or from the beginning where there is none"
+            ) from error
         set_state_dict(
             module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-        return read_record(found[-1] / "run.json")
+        return read_record(newest / "run.json")
+
+    def _newest(self) -> Path | None:
+        for path in reversed(_by_step(self.folder)):
+            if not (damage := _damage(path)):
+                return path
+            log.warning("%s is left out, it is damaged: %s", path, damage)
+        return None
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*[0-9]"), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, if anything: files are looked at, not read."""
+    try:
+        sizes = json.loads((checkpoint / "run.json").read_text(encoding="utf-8")).get("sizes", {})
+        for name, size in sizes.items():
+            if (there := (checkpoint / name).stat().st_size) != size:
+                return f"{name} has {there} bytes instead of {size}"
+    except (OSError, ValueError) as error:
+        return f"{error}"
+    return ""
+
+
+def _to_disk(folder: Path) -> None:
+    """Names in a folder outlive a power failure only once the folder is written, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
