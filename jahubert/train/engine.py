@@ -15,8 +15,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -36,6 +36,9 @@ from jahubert.train.parallel import Parallel, lighten, whole_number
 from jahubert.train.sampler import MicroBatch, Sampler
 
 log = logging.getLogger(__name__)
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+Micros = Generator[tuple[MicroBatch, Any], None, None]
 
 
 @dataclass(frozen=True)
@@ -100,16 +103,26 @@ class Mine:
         return itertools.islice(self.sampler.stream(*self.state), ranks.rank(), None, ranks.world())
 
 
+def _deaf(_: int) -> None:
+    """For a reader: launchers and schedulers signal every process, and one whose readers die cannot save."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def micro_batches(
     data: Data, config: TrainConfig, device: torch.device, *, epoch: int, cursor: int
-) -> Iterator[tuple[MicroBatch, Any]]:
-    """Loaded micro-batches of this process, on their way to `device`; raises what reading them raised."""
+) -> Micros:
+    """Loaded micro-batches of this process, on their way to `device`; raises what reading them raised.
+
+    To be closed, which ends the readers: Python asks them by SIGTERM when it ends, and waits for ever.
+    """
     loader = DataLoader(
         Reader(data),
         batch_size=None,
         sampler=Mine(data.sampler, epoch, cursor),  # type: ignore[arg-type]
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
+        worker_init_fn=_deaf,
         generator=torch.Generator(),  # or a resumed run would draw once more from the global one
         pin_memory=device.type == "cuda",
     )
@@ -218,7 +231,7 @@ def train(
     """
     run = _Run(module, data, config, out)
     run.restore()
-    with stop_signals() as signals:
+    with stop_signals() as signals, closing(run):
         while run.step < config.max_steps:
             run.advance()
             if validate is not None and run.journal.validation_due(run.step):
@@ -249,8 +262,12 @@ class _Run:
         self.checkpoints = Checkpoints(folder_of(out, "torch"), config)
         self.step, self.position = 0, Position(data.sampler)
         self.journal = Journal(module, config, out)
-        self.stream: Iterator[tuple[MicroBatch, Any]] | None = None
+        self.stream: Micros | None = None
         self.window = Window()
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
 
     def advance(self) -> None:
         """One step: gradients of all micro-batches, then one update."""
@@ -338,11 +355,10 @@ class _Run:
 def stop_signals() -> Iterator[list[str]]:
     """A list that is empty until a signal to stop arrives; the handlers are put back at the end."""
     stop: list[str] = []
-    wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     try:
         before = {
             number: signal.signal(number, lambda n, _: stop.append(signal.Signals(n).name))
-            for number in wanted
+            for number in _STOPPING
         }
     except ValueError:  # not the main thread: its owner decides
         before = {}
