@@ -1,7 +1,7 @@
 """What a run survives: kill -9 at any moment, a disk that fills, a process that hangs.
 
-As a script it is the victim: `FILE kill FOLDER TRIALS MODEL`, `FILE fill FOLDER`, `FILE read FOLDER [ROW]`,
-or, as one of two processes, `FILE hang FOLDER` or `FILE stage FOLDER`.
+As a script it is the victim: `FILE kill FOLDER TRIALS MODEL`, `FILE fill FOLDER`, or, as one of two
+processes, `FILE hang FOLDER` or `FILE stage FOLDER`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import Data, Toy
 
+from jahubert import run
 from jahubert.train import ranks
 from jahubert.train.disk import full_disk_said
-from jahubert.train.engine import Stopped, train
+from jahubert.train.engine import train
 from jahubert.train.optim import TrainConfig
 from jahubert.train.watch import watch
 
@@ -145,83 +146,6 @@ def test_kill_9_at_twenty_random_moments_of_the_real_model(tmp_path):
     check_kills(tmp_path, 20, "hubert")
 
 
-class Watched(Data):
-    """Its readers take their time and write down who they are."""
-
-    def __init__(self, out: Path, bad: int | None):
-        super().__init__(bad=bad)
-        self.out = out
-
-    def load(self, micro):
-        (self.out / f"reader-{os.getpid()}").touch()
-        time.sleep(0.02)
-        return super().load(micro)
-
-
-def read(out: Path, bad: int | None = None) -> int:
-    """A training with two readers; `bad` is a row whose loss is no number."""
-    module, _, config = make("toy")
-    try:
-        train(module, Watched(out, bad), replace(config, workers=2), out)
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_status
-    return 0
-
-
-def started_reading(out: Path) -> subprocess.Popen:
-    """A process in which `read` has come to its first checkpoint."""
-    child = subprocess.Popen(
-        [sys.executable, __file__, "read", str(out)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not (out / "checkpoints" / "step_0000004").exists():
-        assert child.poll() is None, child.communicate()[1]
-        time.sleep(0.02)
-    return child
-
-
-@pytest.mark.parametrize(
-    ("number", "each"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
-)
-def test_a_signal_to_the_readers_too_stops_the_run_and_breaks_nothing(tmp_path, number, each):
-    """As a launcher and a scheduler send it: to the group of processes, or to each of them."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    stopped.mkdir()
-    child = started_reading(stopped)
-    if each:
-        for path in stopped.glob("reader-*"):
-            os.kill(int(path.name.removeprefix("reader-")), number)
-        time.sleep(0.1)  # the first to hear of it are the readers
-        os.kill(child.pid, number)
-    else:
-        os.killpg(child.pid, number)
-    said = child.communicate(timeout=30)[1]  # comes to its end when the last reader is gone
-    assert child.returncode == 75 and f"told to stop by {number.name}" in said, said
-    learn(whole, "toy")
-    learn(stopped, "toy")
-    ends = [load_file(out / "end.safetensors") for out in (whole, stopped)]
-    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
-    assert lines(stopped) == lines(whole)
-
-
-def test_an_error_does_not_wait_for_its_readers(tmp_path):
-    done = subprocess.run(
-        [sys.executable, __file__, "read", str(tmp_path), "11"], capture_output=True, text=True, timeout=30
-    )
-    assert done.returncode == 1 and "the loss is nan" in done.stderr
-
-
-@pytest.mark.slow
-def test_readers_leave_when_their_process_is_killed(tmp_path):
-    child = started_reading(tmp_path)
-    child.kill()
-    child.communicate(timeout=30)
-    assert len(list(tmp_path.glob("reader-*"))) == 2 and child.returncode == -signal.SIGKILL
-
-
 class Filling(Data):
     """While step 7 is computed, somebody else takes all that is left of the disk."""
 
@@ -316,7 +240,6 @@ def hang_in_a_stage(folder: Path) -> None:
     """The last process is slow, then the first one at what it does alone; then the last one hangs."""
     from test_units_stages import stages
 
-    from jahubert import run
     from jahubert.train.manifest import Manifest
     from jahubert.train.stages import features
 
@@ -356,8 +279,6 @@ def main(arguments: list[str]) -> int:
     kind, folder, *rest = arguments
     if kind == "kill":
         kill(Path(folder), int(rest[0]), rest[1])
-    elif kind == "read":
-        return read(Path(folder), *map(int, rest))
     elif kind in ("hang", "stage"):
         {"hang": hang, "stage": hang_in_a_stage}[kind](Path(folder))
     else:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from jahubert.errors import JahubertError, UserError
+from jahubert.errors import JahubertError, Stopped, UserError
 from jahubert.precision import computing_in
 from jahubert.train import ranks
 from jahubert.train.checkpoints import Checkpoints, folder_of
@@ -72,12 +72,6 @@ class Data(Protocol):
     def name(self, row: int) -> str:
         """What an utterance is called, for messages."""
         ...
-
-
-class Stopped(JahubertError):
-    """The run was told to stop and has saved its state; the same command continues it."""
-
-    exit_status = 75  # EX_TEMPFAIL: a scheduler may queue it again
 
 
 class Reader(Dataset):

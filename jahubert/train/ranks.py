@@ -10,7 +10,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from jahubert.errors import ConfigError, UserError
+from jahubert.errors import ConfigError, Stopped, UserError
 
 T = TypeVar("T")
 
@@ -54,25 +56,43 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def _traced(error: BaseException) -> int:
+    traceback.print_exception(error)
+    return 1
+
+
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes if a launcher started several; leave them at the end."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several:
-        backend = "gloo"
-        if torch.cuda.is_available():
-            backend = "cpu:gloo,cuda:nccl"  # a stage may run on the CPU, and Python objects always do
-            number = int(os.environ.get("LOCAL_RANK", 0))
-            if number < torch.cuda.device_count():
-                torch.cuda.set_device(number)
-        # Processes wait for each other's share of a stage, and while the first one prepares a corpus; NCCL
-        # would give up after ten minutes. Who hangs is `watch`'s to say.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
+def process_group(tell: Callable[[BaseException], int] = _traced) -> Iterator[None]:
+    """Join the other processes if a launcher started several; leave them at the end.
+
+    Args:
+        tell: says what is wrong when the work inside failed, and gives the exit status with which a process
+            of several ends here. Others may wait for it inside a sum, so the group is not taken apart: with
+            NCCL that waits for them. Its launcher, or the connection that it lost, ends each of them.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"  # a stage may run on the CPU, and Python objects always do
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        if number < torch.cuda.device_count():
+            torch.cuda.set_device(number)
+    # Processes wait for each other's share of a stage, and while the first one prepares a corpus; NCCL
+    # would give up after ten minutes. Who hangs is `watch`'s to say.
+    dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
-    finally:
-        if several:
-            dist.destroy_process_group()
+    except (Stopped, SystemExit):  # in all of them
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        status = tell(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    dist.destroy_process_group()
 
 
 def rank() -> int:
