@@ -141,6 +141,19 @@ def test_an_error_of_one_process_is_told_at_once_and_ends_all(
     assert ("Traceback" in told) == (error == "bug")
 
 
+def test_processes_that_do_not_leave_are_waited_for_together(monkeypatch):
+    monkeypatch.setattr(ranks, "_GRACE", 1.0)
+    deaf = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    command = [
+        sys.executable,
+        "-c",
+        f"{deaf}; sys.exit(3) if os.environ['RANK'] == '0' else time.sleep(1000)",
+    ]
+    started = time.monotonic()
+    assert ranks.launch(command, 6) == 3
+    assert time.monotonic() - started < 5
+
+
 def main(arguments: list[str]) -> int:
     kind, folder, *rest = arguments
     if kind == "read":

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ from jahubert.errors import ConfigError, Stopped, UserError
 
 T = TypeVar("T")
 
-_GRACE = 10.0  # seconds between asking a process to leave and making it
+_GRACE = 10.0  # seconds between asking processes to leave and making them
 
 
 def pick_device(name: str) -> torch.device:
@@ -221,23 +221,22 @@ def launch(command: Sequence[str], n: int) -> int:
             if all(child.returncode == 0 for child in children):
                 break
             time.sleep(0.1)
-        for child in children:
-            _end(child)  # it may wait for the one that is gone
+        _end(children)  # they may wait for the one that is gone
         return failed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end(child: subprocess.Popen) -> None:
-    """Give a process time to leave, ask it to, and make it: inside a sum over processes it hears nothing."""
-    for action in (lambda: None, child.terminate, child.kill):
-        action()
-        try:
-            child.wait(timeout=_GRACE)
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def _end(children: Sequence[subprocess.Popen]) -> None:
+    """Give processes time to leave, ask them to, and make them: inside a sum over processes none hears it."""
+    for action in (lambda _: None, subprocess.Popen.terminate, subprocess.Popen.kill):
+        for child in children:
+            action(child)
+        until = time.monotonic() + _GRACE
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=max(0.0, until - time.monotonic()))
 
 
 def add(values: torch.Tensor) -> None:
