@@ -107,7 +107,9 @@ def join_slurm(environment: MutableMapping[str, str]) -> None:
     # node[017-020,031],other3 -> node017
     first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).partition(",")[0]
     environment["WORLD_SIZE"], environment["RANK"] = n, environment["SLURM_PROCID"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    # With --gpus-per-task=1 a task sees its own GPU only, and that is its first one.
+    own = re.fullmatch("[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
+    environment["LOCAL_RANK"] = "0" if own else environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", first)
     environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
 

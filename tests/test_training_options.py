@@ -318,6 +318,12 @@ def test_more_processes_than_gpus_are_told_so(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert ranks.pick_device("auto") == torch.device("cuda", 1)
     assert ranks.pick_device("cuda:0") == torch.device("cuda", 0)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConfigError, match="device=cuda:0: 2 processes would sh"),
+    ):
+        patch.setattr(ranks, "world", lambda: 2)
+        ranks.pick_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="process 2 of this machine would take GPU 2, but torch sees 2"):
         ranks.pick_device("auto")

@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is this process's GPU where there is one, else the CPU.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: no such device here, or one for several processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,6 +44,10 @@ def pick_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise ConfigError(
                 f"device={name}: this machine shows no GPU to torch; use device=auto or device=cpu"
+            )
+        if device.index is not None and world() > 1:
+            raise ConfigError(
+                f"device={name}: {world()} processes would share one GPU; with device=cuda each has its own"
             )
         number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         if number >= torch.cuda.device_count():
