@@ -188,11 +188,6 @@ def check_norm(norm: float, step: int) -> None:
         )
 
 
-def told_to_stop(signals: list[str], device: torch.device) -> bool:
-    """Whether a signal reached any process: all must leave at one step, since saving is done together."""
-    return bool(signals) if ranks.world() == 1 else ranks.total({"stop": len(signals)}, device)["stop"] > 0
-
-
 def stopped(signals: list[str], step: int) -> Stopped:
     by = signals[0] if signals else "a signal to another process"
     return Stopped(f"told to stop by {by}: saved at step {step}; the same command continues")
@@ -225,17 +220,17 @@ def train(
     """
     run = _Run(module, data, config, out)
     run.restore()
-    with stop_signals() as signals, closing(run):
+    with stop_signals() as run.signals, closing(run):
         while run.step < config.max_steps:
             run.advance()
             if validate is not None and run.journal.validation_due(run.step):
                 ranks.at(f"the validation after step {run.step}")
                 run.validate(validate, best)
-            stop, last = told_to_stop(signals, run.device), run.step == config.max_steps
-            if run.step % config.save_every == 0 or stop or last:
+            last = run.step == config.max_steps
+            if run.step % config.save_every == 0 or run.told or last:
                 run.save()
-            if stop and not last:
-                raise stopped(signals, run.step)
+            if run.told and not last:
+                raise stopped(run.signals, run.step)
     metrics = run.journal.close(best if take_best else None)
     run.parallel.gather()
     return metrics
@@ -258,6 +253,8 @@ class _Run:
         self.journal = Journal(module, config, out)
         self.stream: Micros | None = None
         self.window = Window()
+        self.signals: list[str] = []  # to stop, that this process has heard
+        self.told = False  # whether any had when the step was computed: saving is done together
 
     def close(self) -> None:
         if self.stream is not None:
@@ -282,7 +279,8 @@ class _Run:
                 value = value.detach() if isinstance(value, Tensor) else value
                 sums[name] = sums.get(name, 0.0) + value
             micros.append((micro, loss.total.detach()))
-        totals = ranks.total(sums, self.device)
+        totals = ranks.total(sums | {"stop": len(self.signals)}, self.device)
+        self.told = totals.pop("stop") > 0
         check_finite(totals["total"], step, micros, self.data)
         norm = self._update(totals.pop("count"), totals, self.module)
         self.step = step

@@ -41,7 +41,6 @@ from jahubert.train.engine import (
     seed_micro,
     stop_signals,
     stopped,
-    told_to_stop,
 )
 from jahubert.train.journal import Journal, Window
 from jahubert.train.optim import TrainConfig, build_optimizer, lr_at, pick_precision
@@ -358,9 +357,9 @@ class _Unit(TrainUnit):
     def _agree(self) -> None:
         """All processes learn from this step, and go on after it, or none."""
         run = self.run
-        loss = ranks.total({"total": self.total}, run.device)["total"]
-        check_finite(loss, self.step + 1, self.micros, run.data)
-        self.stopping = told_to_stop(self.signals, run.device) or self.step + 1 >= run.config.max_steps
+        totals = ranks.total({"total": self.total, "stop": len(self.signals)}, run.device)
+        check_finite(totals["total"], self.step + 1, self.micros, run.data)
+        self.stopping = totals["stop"] > 0 or self.step + 1 >= run.config.max_steps
         if self.stopping:
             self.trainer.request_stop()  # after this step
 
