@@ -110,6 +110,8 @@ def micro_batches(
 
     To be closed, which ends the readers: Python asks them by SIGTERM when it ends, and waits for ever.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # memory is page-locked by way of the current GPU, which would be 0
     loader = DataLoader(
         Reader(data),
         batch_size=None,
