@@ -240,6 +240,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     from jahubert.train.config import default_fields
     from jahubert.train.disk import full_disk_said
     from jahubert.train.lookup import STAGES, resolve
+    from jahubert.train.memory import full_memory_said
 
     module = resolve(stage, STAGES, "stage")
     keep, first = getattr(module, "KEEP", True), ranks.rank() == 0
@@ -262,7 +263,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     ranks.at(str(out))
     started = time.monotonic()
     try:
-        with full_disk_said(out):
+        with full_disk_said(out), full_memory_said(stage, config):
             metrics = module.run(config, out)
             if first and keep:
                 provenance.finish(out, recipe, metrics, time.monotonic() - started)
