@@ -12,6 +12,12 @@ class JahubertError(Exception):
     exit_status = 1
 
 
+class Stopped(JahubertError):
+    """A training was told to stop, in all its processes, and has saved; the same command continues it."""
+
+    exit_status = 75  # EX_TEMPFAIL: a scheduler may queue it again
+
+
 class UserError(JahubertError):
     """Somebody can mend this without reading code: the message is enough."""
 

@@ -13,12 +13,13 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jahubert.compose import compose
-from jahubert.errors import ConfigError, JahubertError, MissingExtraError, UserError
+from jahubert.errors import ConfigError, JahubertError, MissingExtraError, Stopped, UserError
 
 log = logging.getLogger("jahubert")
 
@@ -35,34 +36,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     join_slurm(os.environ)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     try:
-        _speak(logging.INFO if first else logging.WARNING)
+        _speak(logging.INFO if _first() else logging.WARNING)
         if any(arg.startswith("-") for arg in argv):
             _hydra_main(argv)
         else:
             return start(argv)
-    except JahubertError as error:
-        stopped = str(error).startswith("told to stop by")  # all processes at once
-        if not getattr(error, "told", stopped and not first):
-            print(f"jahubert: error: {error}", file=sys.stderr)
-        return INTERRUPTED if stopped and "SIGINT" in str(error) else error.exit_status
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"jahubert: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return UserError.exit_status
-    except RuntimeError as error:  # gloo and NCCL raise nothing more particular
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not _LOST.search(str(error)):
-            raise
-        print(
-            "jahubert: another process of this run ended, so this one ends; see its message", file=sys.stderr
-        )
-        return UserError.exit_status
-    except KeyboardInterrupt:
-        print("jahubert: interrupted; the same command continues", file=sys.stderr)
-        return INTERRUPTED
+    except (Exception, KeyboardInterrupt) as error:
+        return tell(error)
     return 0
+
+
+def tell(error: BaseException) -> int:
+    """Say on standard error what ended the run, unless another process does; gives the exit status."""
+    status, said = 1, ""
+    if isinstance(error, JahubertError):
+        status, said = error.exit_status, f"error: {error}"
+        if isinstance(error, Stopped) and "SIGINT" in str(error):
+            status = INTERRUPTED
+    elif isinstance(error, OSError) and error.filename is not None:
+        status, said = UserError.exit_status, f"error: {error.filename}: {error.strerror}"
+    elif isinstance(error, RuntimeError) and _several() and _LOST.search(str(error)):
+        status = UserError.exit_status  # gloo and NCCL raise nothing more particular
+        said = "another process of this run ended, so this one ends; see its message"
+    elif isinstance(error, KeyboardInterrupt):
+        status, said = INTERRUPTED, "interrupted; the same command continues"
+    if not said:
+        traceback.print_exception(error)
+    elif not getattr(error, "told", isinstance(error, Stopped) and not _first()):
+        print(f"jahubert: {said}", file=sys.stderr)
+    return status
+
+
+def _first() -> bool:
+    """Of several processes, one speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def _speak(level: int) -> None:
@@ -95,7 +107,9 @@ def join_slurm(environment: MutableMapping[str, str]) -> None:
     # node[017-020,031],other3 -> node017
     first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).partition(",")[0]
     environment["WORLD_SIZE"], environment["RANK"] = n, environment["SLURM_PROCID"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    # With --gpus-per-task=1 a task sees its own GPU only, and that is its first one.
+    own = re.fullmatch("[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
+    environment["LOCAL_RANK"] = "0" if own else environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", first)
     environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
 
@@ -114,9 +128,9 @@ def run(overrides: Sequence[str]) -> None:
         jobs = all_configured(overrides, starting=True)
         minutes = _hang_minutes(overrides)
     except JahubertError as error:
-        error.told = os.environ.get("RANK", "0") != "0"  # type: ignore[attr-defined]  # all find the same
+        error.told = not _first()  # type: ignore[attr-defined]  # all find the same
         raise
-    with ranks.process_group(), watch(minutes):
+    with ranks.process_group(tell), watch(minutes):
         for job in jobs:
             run_stage(*job)
 
@@ -226,6 +240,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     from jahubert.train.config import default_fields
     from jahubert.train.disk import full_disk_said
     from jahubert.train.lookup import STAGES, resolve
+    from jahubert.train.memory import full_memory_said
 
     module = resolve(stage, STAGES, "stage")
     keep, first = getattr(module, "KEEP", True), ranks.rank() == 0
@@ -248,7 +263,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     ranks.at(str(out))
     started = time.monotonic()
     try:
-        with full_disk_said(out):
+        with full_disk_said(out), full_memory_said(stage, config):
             metrics = module.run(config, out)
             if first and keep:
                 provenance.finish(out, recipe, metrics, time.monotonic() - started)

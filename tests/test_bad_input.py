@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 
 from jahubert import cli, run
 from jahubert.errors import DiskFullError
@@ -329,6 +330,30 @@ def test_ctrl_c(tmp_path):
     assert process.wait() == 130 and "Traceback" not in rest
     assert "told to stop by SIGINT: saved at step" in rest and "the same command continues" in rest
     assert any((tmp_path / "iter1/pretrain/checkpoints").glob("step_*"))
+
+
+TOO_SMALL = {
+    "pretrain": ("engine._Run._backward", "train.micro_seconds below 10", ["pretrain.train.micro_seconds=5"]),
+    "label": ("ranks.pick_device", "label.batch_seconds below 80", ["label.batch_seconds=5"]),
+    "kmeans": ("ranks.pick_device", "set kmeans.device=cpu", []),
+}
+
+
+@pytest.mark.parametrize("stage", TOO_SMALL)
+def test_a_gpu_that_is_too_small(capsys, copy, monkeypatch, stage):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. Of the allocated ..."
+        )
+
+    place, says, less = TOO_SMALL[stage]
+    shutil.rmtree(copy / "iter1" / stage)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"jahubert.train.{place}", full)
+        message = refused(capsys, copy, stage)
+    assert message.startswith(f"{stage}: CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. ")
+    assert says in message
+    done(capsys, copy, stage, *less)  # in the same folder
 
 
 def test_trouble_of_one_process_of_several(whole, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import Data, Toy, evaluate
+from toy import Data, HeadFirst, Toy, evaluate
 
 from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.train import engine
@@ -157,7 +157,8 @@ TWO = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from toy import Data, Toy, evaluate
+import toy
+from toy import Data, evaluate
 from jahubert.train import engine, ranks
 from jahubert.train.optim import TrainConfig
 
@@ -172,18 +173,18 @@ def advance_or_stop(self):
 engine._Run.advance = advance_or_stop
 with ranks.process_group():
     torch.manual_seed(0)
-    module, data = Toy(), Data(per_step=4)
+    module, data = getattr(toy, sys.argv[5])(), Data(per_step=4)
     engine.train(module, data, config, out, validate=lambda: evaluate(module, data), best="loss")
     if ranks.rank() == 0:
         torch.save(module.state_dict(), out / "weights.pt")
 """
 
 
-def run_two(tmp_path, out, config, stop_at):
+def run_two(tmp_path, out, config, stop_at, model="Toy"):
     script = tmp_path / "two.py"
     script.write_text(TWO)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(script), str(TESTS), str(out), str(stop_at), repr(vars(config))]
+    arguments = [str(script), str(TESTS), str(out), str(stop_at), repr(vars(config)), model]
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -204,14 +205,16 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, sharded):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_are_continued_by_one(tmp_path, sharded):
+    """In the middle of a phase in which only some parameters learn."""
     config = changed(batch_seconds=24.0, valid_every=5, sharded=sharded)
     data = Data(per_step=4)
     ends = {}
     for name in ("whole", "moved"):
         (tmp_path / name).mkdir()
         if name == "moved":
-            run_two(tmp_path, tmp_path / name, config, stop_at=12)
-        module = toy()
+            run_two(tmp_path, tmp_path / name, config, stop_at=12, model="HeadFirst")
+        torch.manual_seed(0)
+        module = HeadFirst()
         validate = lambda module=module: evaluate(module, data)  # noqa: E731
         train(module, data, config, tmp_path / name, validate=validate, best="loss")
         ends[name] = weights(module)

@@ -90,10 +90,14 @@ def main(folder: Path) -> None:
                 raise
         else:
             raise SystemExit("the run did not stop")
+        sums, add = [], ranks.add
+        ranks.add = lambda values: (sums.append(values), add(values))
         for name in ("stopped", "whole"):
             state = learn(folder / name)
             if ranks.rank() == 0:
                 save_file(state, folder / f"{name}.safetensors")
+        # The losses and the wish to stop in one sum a step; "stopped" had three steps to go.
+        assert len(sums) == 3 + CONFIG.max_steps
 
 
 if __name__ == "__main__":

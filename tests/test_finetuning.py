@@ -11,14 +11,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from test_training_options import CONFIG, MODEL, Noise
 
 from jahubert import run
 from jahubert.errors import ConfigError
-from jahubert.frames import SAMPLE_RATE
+from jahubert.frames import HUBERT, SAMPLE_RATE
+from jahubert.heads import HubertForCtc
+from jahubert.train import engine
+from jahubert.train.batches import CtcBatch, pad
 from jahubert.train.config import result_fields, structure
 from jahubert.train.health import blank_problem
 from jahubert.train.lookup import home
+from jahubert.train.masking import generator
 from jahubert.train.optim import TrainConfig, lr_at
+from jahubert.train.sampler import MicroBatch
 from jahubert.train.stages import finetune
 
 PRESETS = sorted(path.stem for path in home("conf").glob("finetuning/*.yaml"))
@@ -135,3 +142,46 @@ def test_a_run_that_stays_at_blank_says_so(tmp_path, caplog):
 def test_rates_are_shares_that_fit():
     with pytest.raises(ConfigError, match="cannot sum to more than 1"):
         TrainConfig(schedule="tri_stage", warmup=0.7, hold=0.4)
+
+
+class Spoken(Noise):
+    """Utterances of noise, each with three symbols."""
+
+    def load(self, micro: MicroBatch) -> CtcBatch:  # type: ignore[override]
+        wavs = [
+            torch.from_numpy(generator(2, row).standard_normal(HUBERT.n_samples(30 + 5 * row))).float()
+            for row in micro.rows
+        ]
+        n_symbols_B = torch.full((len(wavs),), 3)
+        symbols_L = torch.arange(3 * len(wavs)) % 5 + 1
+        lengths = torch.tensor([len(wav) for wav in wavs])
+        return CtcBatch(pad(wavs), lengths, None, None, symbols_L, n_symbols_B)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_run_that_stops_while_only_the_head_learns_is_continued(stop, tmp_path, monkeypatch):
+    """Before the border between the phases, at it, and behind it; with layer drop."""
+    ends = []
+    advance = engine._Run.advance
+
+    def until(self):
+        if self.step == stop:
+            raise KeyboardInterrupt
+        advance(self)
+
+    for name in ("whole", "stopped", "stopped"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        ctc = HubertForCtc(replace(MODEL, layer_drop=0.5), 6)
+        module = finetune.FineTuner(ctc, freeze_conv=True, head_only_steps=2, seed=3)
+        config = replace(CONFIG, max_steps=6, save_every=1)
+        with monkeypatch.context() as patch:
+            if name == "stopped" and len(ends) == 1:
+                patch.setattr(engine._Run, "advance", until)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.train(module, Spoken(), config, tmp_path / name)
+            else:
+                engine.train(module, Spoken(), config, tmp_path / name)
+        ends.append(module.state_dict())
+    for key, value in ends[0].items():
+        assert torch.equal(ends[2][key], value), key

@@ -83,6 +83,19 @@ def test_tasks_of_srun_are_processes(nodes):
     }.items()  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("visible", "local"), [("0", "0"), ("GPU-8932f937", "0"), ("0,1,2,3", "3"), ("", "3"), (None, "3")]
+)
+def test_a_task_that_sees_one_gpu_takes_it(visible, local):
+    """`srun --gpus-per-task=1` shows each task its own, which torch counts from 0."""
+    environment = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+    environment |= {"SLURM_JOB_ID": "41", "SLURM_STEP_NODELIST": "node1"}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    run.join_slurm(environment)
+    assert environment["LOCAL_RANK"] == local
+
+
 def test_a_job_script_and_torchrun_under_srun_are_left_alone():
     for before in (
         {"SLURM_NTASKS": "32", "SLURM_PROCID": "0"},

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import Data, Toy
 
+from jahubert import run
 from jahubert.train import ranks
 from jahubert.train.disk import full_disk_said
 from jahubert.train.engine import train
@@ -239,7 +240,6 @@ def hang_in_a_stage(folder: Path) -> None:
     """The last process is slow, then the first one at what it does alone; then the last one hangs."""
     from test_units_stages import stages
 
-    from jahubert import run
     from jahubert.train.manifest import Manifest
     from jahubert.train.stages import features
 

@@ -334,7 +334,25 @@ def test_more_processes_than_gpus_are_told_so(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert ranks.pick_device("auto") == torch.device("cuda", 1)
     assert ranks.pick_device("cuda:0") == torch.device("cuda", 0)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConfigError, match="device=cuda:0: 2 processes would sh"),
+    ):
+        patch.setattr(ranks, "world", lambda: 2)
+        ranks.pick_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="process 2 of this machine would take GPU 2, but torch sees 2"):
         ranks.pick_device("auto")
     assert ranks.pick_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_by_number_is_the_current_one_before_anything_is_read(monkeypatch):
+    """Or page-locked memory for it would be made by way of GPU 0, whose memory that takes too."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    device = torch.device("cuda", 1)
+    stream = engine.micro_batches(ToyData(), CONFIG, device, epoch=0, cursor=0)
+    monkeypatch.setattr(engine, "DataLoader", lambda *args, **options: [(len(current), options)])
+    before, options = next(stream)
+    assert before == 1 and current == [device] and options["pin_memory"]
+    stream.close()

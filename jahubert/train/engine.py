@@ -15,8 +15,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from jahubert.errors import JahubertError, UserError
+from jahubert.errors import JahubertError, Stopped, UserError
 from jahubert.precision import computing_in
 from jahubert.train import ranks
 from jahubert.train.checkpoints import Checkpoints, folder_of
@@ -36,6 +36,9 @@ from jahubert.train.parallel import Parallel, lighten, whole_number
 from jahubert.train.sampler import MicroBatch, Sampler
 
 log = logging.getLogger(__name__)
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+Micros = Generator[tuple[MicroBatch, Any], None, None]
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,6 @@ class Data(Protocol):
         ...
 
 
-class Stopped(JahubertError):
-    """The run was told to stop and has saved its state; the same command continues it."""
-
-    exit_status = 75  # EX_TEMPFAIL: a scheduler may queue it again
-
-
 class Reader(Dataset):
     """`Data.load` for a DataLoader; an error comes back as a value, so that its type survives a worker."""
 
@@ -100,16 +97,28 @@ class Mine:
         return itertools.islice(self.sampler.stream(*self.state), ranks.rank(), None, ranks.world())
 
 
+def _deaf(_: int) -> None:
+    """For a reader: launchers and schedulers signal every process, and one whose readers die cannot save."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def micro_batches(
     data: Data, config: TrainConfig, device: torch.device, *, epoch: int, cursor: int
-) -> Iterator[tuple[MicroBatch, Any]]:
-    """Loaded micro-batches of this process, on their way to `device`; raises what reading them raised."""
+) -> Micros:
+    """Loaded micro-batches of this process, on their way to `device`; raises what reading them raised.
+
+    To be closed, which ends the readers: Python asks them by SIGTERM when it ends, and waits for ever.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # memory is page-locked by way of the current GPU, which would be 0
     loader = DataLoader(
         Reader(data),
         batch_size=None,
         sampler=Mine(data.sampler, epoch, cursor),  # type: ignore[arg-type]
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
+        worker_init_fn=_deaf,
         generator=torch.Generator(),  # or a resumed run would draw once more from the global one
         pin_memory=device.type == "cuda",
     )
@@ -181,11 +190,6 @@ def check_norm(norm: float, step: int) -> None:
         )
 
 
-def told_to_stop(signals: list[str], device: torch.device) -> bool:
-    """Whether a signal reached any process: all must leave at one step, since saving is done together."""
-    return bool(signals) if ranks.world() == 1 else ranks.total({"stop": len(signals)}, device)["stop"] > 0
-
-
 def stopped(signals: list[str], step: int) -> Stopped:
     by = signals[0] if signals else "a signal to another process"
     return Stopped(f"told to stop by {by}: saved at step {step}; the same command continues")
@@ -218,17 +222,17 @@ def train(
     """
     run = _Run(module, data, config, out)
     run.restore()
-    with stop_signals() as signals:
+    with stop_signals() as run.signals, closing(run):
         while run.step < config.max_steps:
             run.advance()
             if validate is not None and run.journal.validation_due(run.step):
                 ranks.at(f"the validation after step {run.step}")
                 run.validate(validate, best)
-            stop, last = told_to_stop(signals, run.device), run.step == config.max_steps
-            if run.step % config.save_every == 0 or stop or last:
+            last = run.step == config.max_steps
+            if run.step % config.save_every == 0 or run.told or last:
                 run.save()
-            if stop and not last:
-                raise stopped(signals, run.step)
+            if run.told and not last:
+                raise stopped(run.signals, run.step)
     metrics = run.journal.close(best if take_best else None)
     run.parallel.gather()
     return metrics
@@ -249,8 +253,14 @@ class _Run:
         self.checkpoints = Checkpoints(folder_of(out, "torch"), config)
         self.step, self.position = 0, Position(data.sampler)
         self.journal = Journal(module, config, out)
-        self.stream: Iterator[tuple[MicroBatch, Any]] | None = None
+        self.stream: Micros | None = None
         self.window = Window()
+        self.signals: list[str] = []  # to stop, that this process has heard
+        self.told = False  # whether any had when the step was computed: saving is done together
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
 
     def advance(self) -> None:
         """One step: gradients of all micro-batches, then one update."""
@@ -271,7 +281,8 @@ class _Run:
                 value = value.detach() if isinstance(value, Tensor) else value
                 sums[name] = sums.get(name, 0.0) + value
             micros.append((micro, loss.total.detach()))
-        totals = ranks.total(sums, self.device)
+        totals = ranks.total(sums | {"stop": len(self.signals)}, self.device)
+        self.told = totals.pop("stop") > 0
         check_finite(totals["total"], step, micros, self.data)
         norm = self._update(totals.pop("count"), totals, self.module)
         self.step = step
@@ -338,11 +349,10 @@ class _Run:
 def stop_signals() -> Iterator[list[str]]:
     """A list that is empty until a signal to stop arrives; the handlers are put back at the end."""
     stop: list[str] = []
-    wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     try:
         before = {
             number: signal.signal(number, lambda n, _: stop.append(signal.Signals(n).name))
-            for number in wanted
+            for number in _STOPPING
         }
     except ValueError:  # not the main thread: its owner decides
         before = {}

@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ from jahubert.train import ranks
 from jahubert.train.checkpoints import folder_of
 from jahubert.train.engine import (
     Data,
+    Micros,
     Position,
     check_finite,
     micro_batches,
     seed_micro,
     stop_signals,
     stopped,
-    told_to_stop,
 )
 from jahubert.train.journal import Journal, Window
 from jahubert.train.optim import TrainConfig, build_optimizer, lr_at, pick_precision
@@ -101,7 +101,7 @@ def train(
         JahubertError: a loss that is not finite, naming the utterances; nothing was updated with it.
     """
     run = _Run(module, data, config, out, validate, best)
-    with stop_signals() as signals:
+    with stop_signals() as signals, closing(run.reader):
         if run.step < config.max_steps:  # a Trainer that has nothing to do would do one step more
             run.steps(signals)
             if run.step < config.max_steps:
@@ -109,8 +109,7 @@ def train(
         else:
             run.manager.load_model_state(run.step, module)
         run.validate(run.step)
-    if ranks.rank() == 0:
-        run.write()
+    run.write()
     ranks.barrier()
     run.journal.load(read_record(run.state))  # the line of the last step was computed on the first process
     return run.journal.close(best if take_best else None)
@@ -165,7 +164,8 @@ class _Run:
 
     def write(self) -> None:
         """Keep what fairseq2's checkpoints have no place for."""
-        write_json(self.state, {"validated": self.validated, **self.journal.state()})
+        if ranks.rank() == 0:
+            write_json(self.state, {"validated": self.validated, **self.journal.state()})
 
     def steps(self, signals: list[str]) -> None:
         """Let the Trainer work until the last step or a signal."""
@@ -173,8 +173,7 @@ class _Run:
         if ranks.world() > 1:  # leave its normalize_grads alone: False fails
             wrapped = to_ddp(self.module, self.gangs, find_unused_parameters=self.module.skips)
         optimizer = build_optimizer(self.module, config)
-        fp16 = self.dtype is torch.float16
-        unit = _Unit(self, wrapped, signals)
+        fp16, unit = self.dtype is torch.float16, _Unit(self, wrapped, signals)
         trainer = Trainer(
             model=wrapped,
             unit=unit,
@@ -220,8 +219,7 @@ class _Run:
         self.journal.validate(step, self.validation, self.best)
         self.window.started += time.perf_counter() - started
         self.validated = step
-        if ranks.rank() == 0:
-            self.write()
+        self.write()
 
 
 class _Held:
@@ -242,18 +240,21 @@ class _Reader(DataReader):
 
     def __init__(self, run: _Run):
         self.run, self.position = run, Position(run.data.sampler)
-        self.stream: Iterator[tuple[MicroBatch, Any]] | None = None
+        self.stream: Micros | None = None
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
 
     def __iter__(self) -> Iterator[list[_Held]]:
         return self
 
     def __next__(self) -> list[_Held]:
+        run = self.run
         if self.stream is None:
-            self.stream = micro_batches(
-                self.run.data, self.run.config, self.run.device, **self.position.state()
-            )
-        self.position.forward(self.run.config.per_step)
-        return [_Held(self) for _ in range(self.run.mine)]
+            self.stream = micro_batches(run.data, run.config, run.device, **self.position.state())
+        self.position.forward(run.config.per_step)
+        return [_Held(self) for _ in range(run.mine)]
 
     def read(self) -> tuple[MicroBatch, Any]:
         assert self.stream is not None  # __next__ made it
@@ -356,9 +357,9 @@ class _Unit(TrainUnit):
     def _agree(self) -> None:
         """All processes learn from this step, and go on after it, or none."""
         run = self.run
-        loss = ranks.total({"total": self.total}, run.device)["total"]
-        check_finite(loss, self.step + 1, self.micros, run.data)
-        self.stopping = told_to_stop(self.signals, run.device) or self.step + 1 >= run.config.max_steps
+        totals = ranks.total({"total": self.total, "stop": len(self.signals)}, run.device)
+        check_finite(totals["total"], self.step + 1, self.micros, run.data)
+        self.stopping = totals["stop"] > 0 or self.step + 1 >= run.config.max_steps
         if self.stopping:
             self.trainer.request_stop()  # after this step
 
@@ -386,8 +387,7 @@ class _Recorder(MetricRecorder):
 class _KeptGangs(Gangs):
     """Trainer.run() closes its gangs, and that ends the process group, which is not its own here."""
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
 
 def _gangs(device: torch.device) -> Gangs:

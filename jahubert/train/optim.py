@@ -114,8 +114,13 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over everything that learns, in one fused kernel."""
-    return torch.optim.AdamW(
+    """AdamW over everything that learns, in one fused kernel.
+
+    Its moments are there from the start. AdamW makes those of a parameter at its first gradient, so a
+    checkpoint of a phase in which an encoder is frozen, or layers were dropped, would lack some, and could
+    not be read again.
+    """
+    optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
@@ -123,6 +128,16 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
         weight_decay=config.weight_decay,
         fused=True,
     )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros(
+                    (), dtype=torch.float32, device=parameter.device
+                ),  # as a fused one has it
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:

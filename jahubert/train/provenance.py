@@ -60,8 +60,11 @@ def begin(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None 
 
 def release(out: Path) -> None:
     """Take the claim back where nothing was made under it: a mistake may be mended in the settings."""
+    nothing = (STARTED, "rejected.jsonl")
     made = (
-        path for path in out.rglob("*") if path.is_file() and path.name not in (STARTED, "rejected.jsonl")
+        path
+        for path in out.rglob("*")  # a curve is drawn of metrics.jsonl, or has nothing in it
+        if path.is_file() and path.name not in nothing and not path.name.startswith("events.out.tfevents")
     )
     if next(made, None) is None:
         (out / STARTED).unlink(missing_ok=True)

@@ -10,27 +10,29 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from jahubert.errors import ConfigError, UserError
+from jahubert.errors import ConfigError, Stopped, UserError
 
 T = TypeVar("T")
 
-_GRACE = 10.0  # seconds between asking a process to leave and making it
+_GRACE = 10.0  # seconds between asking processes to leave and making them
 
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is this process's GPU where there is one, else the CPU.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: no such device here, or one for several processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +45,10 @@ def pick_device(name: str) -> torch.device:
             raise ConfigError(
                 f"device={name}: this machine shows no GPU to torch; use device=auto or device=cpu"
             )
+        if device.index is not None and world() > 1:
+            raise ConfigError(
+                f"device={name}: {world()} processes would share one GPU; with device=cuda each has its own"
+            )
         number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         if number >= torch.cuda.device_count():
             raise ConfigError(
@@ -54,25 +60,43 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def _traced(error: BaseException) -> int:
+    traceback.print_exception(error)
+    return 1
+
+
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes if a launcher started several; leave them at the end."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several:
-        backend = "gloo"
-        if torch.cuda.is_available():
-            backend = "cpu:gloo,cuda:nccl"  # a stage may run on the CPU, and Python objects always do
-            number = int(os.environ.get("LOCAL_RANK", 0))
-            if number < torch.cuda.device_count():
-                torch.cuda.set_device(number)
-        # Processes wait for each other's share of a stage, and while the first one prepares a corpus; NCCL
-        # would give up after ten minutes. Who hangs is `watch`'s to say.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
+def process_group(tell: Callable[[BaseException], int] = _traced) -> Iterator[None]:
+    """Join the other processes if a launcher started several; leave them at the end.
+
+    Args:
+        tell: says what is wrong when the work inside failed, and gives the exit status with which a process
+            of several ends here. Others may wait for it inside a sum, so the group is not taken apart: with
+            NCCL that waits for them. Its launcher, or the connection that it lost, ends each of them.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"  # a stage may run on the CPU, and Python objects always do
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        if number < torch.cuda.device_count():
+            torch.cuda.set_device(number)
+    # Processes wait for each other's share of a stage, and while the first one prepares a corpus; NCCL
+    # would give up after ten minutes. Who hangs is `watch`'s to say.
+    dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
-    finally:
-        if several:
-            dist.destroy_process_group()
+    except (Stopped, SystemExit):  # in all of them
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        status = tell(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -201,23 +225,22 @@ def launch(command: Sequence[str], n: int) -> int:
             if all(child.returncode == 0 for child in children):
                 break
             time.sleep(0.1)
-        for child in children:
-            _end(child)  # it may wait for the one that is gone
+        _end(children)  # they may wait for the one that is gone
         return failed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end(child: subprocess.Popen) -> None:
-    """Give a process time to leave, ask it to, and make it: inside a sum over processes it hears nothing."""
-    for action in (lambda: None, child.terminate, child.kill):
-        action()
-        try:
-            child.wait(timeout=_GRACE)
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def _end(children: Sequence[subprocess.Popen]) -> None:
+    """Give processes time to leave, ask them to, and make them: inside a sum over processes none hears it."""
+    for action in (lambda _: None, subprocess.Popen.terminate, subprocess.Popen.kill):
+        for child in children:
+            action(child)
+        until = time.monotonic() + _GRACE
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=max(0.0, until - time.monotonic()))
 
 
 def add(values: torch.Tensor) -> None:

@@ -1,0 +1,166 @@
+"""How a run ends before its time: by a signal to some or all of its processes, by an error in one of them.
+
+As a script it is the victim: `FILE read FOLDER [ROW]`, or, as one of two processes, `FILE alone FOLDER
+ERROR`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_survival import learn, lines, make
+from toy import Data
+
+from jahubert import run
+from jahubert.errors import DataError
+from jahubert.train import ranks
+from jahubert.train.engine import Stopped, train
+
+
+class Watched(Data):
+    """Its readers take their time and write down who they are."""
+
+    def __init__(self, out: Path, bad: int | None):
+        super().__init__(bad=bad)
+        self.out = out
+
+    def load(self, micro):
+        (self.out / f"reader-{os.getpid()}").touch()
+        time.sleep(0.02)
+        return super().load(micro)
+
+
+def read(out: Path, bad: int | None = None) -> int:
+    """A training with two readers; `bad` is a row whose loss is no number."""
+    module, _, config = make("toy")
+    try:
+        train(module, Watched(out, bad), replace(config, workers=2), out)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_status
+    return 0
+
+
+def started_reading(out: Path) -> subprocess.Popen:
+    """A process in which `read` has come to its first checkpoint."""
+    child = subprocess.Popen(
+        [sys.executable, __file__, "read", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (out / "checkpoints" / "step_0000004").exists():
+        assert child.poll() is None, child.communicate()[1]
+        time.sleep(0.02)
+    return child
+
+
+@pytest.mark.parametrize(
+    ("number", "each"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
+)
+def test_a_signal_to_the_readers_too_stops_the_run_and_breaks_nothing(tmp_path, number, each):
+    """As a launcher and a scheduler send it: to the group of processes, or to each of them."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    stopped.mkdir()
+    child = started_reading(stopped)
+    if each:
+        for path in stopped.glob("reader-*"):
+            os.kill(int(path.name.removeprefix("reader-")), number)
+        time.sleep(0.1)  # the first to hear of it are the readers
+        os.kill(child.pid, number)
+    else:
+        os.killpg(child.pid, number)
+    said = child.communicate(timeout=30)[1]  # comes to its end when the last reader is gone
+    assert child.returncode == 75 and f"told to stop by {number.name}" in said, said
+    learn(whole, "toy")
+    learn(stopped, "toy")
+    ends = [load_file(out / "end.safetensors") for out in (whole, stopped)]
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+    assert lines(stopped) == lines(whole)
+
+
+def test_an_error_does_not_wait_for_its_readers(tmp_path):
+    done = subprocess.run(
+        [sys.executable, __file__, "read", str(tmp_path), "11"], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1 and "the loss is nan" in done.stderr
+
+
+@pytest.mark.slow
+def test_readers_leave_when_their_process_is_killed(tmp_path):
+    child = started_reading(tmp_path)
+    child.kill()
+    child.communicate(timeout=30)
+    assert len(list(tmp_path.glob("reader-*"))) == 2 and child.returncode == -signal.SIGKILL
+
+
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "user": lambda: DataError("utterance 7 is broken"),
+    "file": lambda: FileNotFoundError(2, "No such file or directory", "a.wav"),
+    "bug": lambda: ZeroDivisionError("one of ours"),
+}
+
+
+def alone(folder: Path, error: str) -> None:
+    """An error in the last process while the first waits for it; who takes the group apart waits for all."""
+    dist.destroy_process_group = lambda: time.sleep(1000)  # as with NCCL
+    with ranks.process_group(run.tell):
+        if ranks.rank() == 1:
+            raise ERRORS[error]()
+        ranks.barrier()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        ("user", 2, "jahubert: error: utterance 7 is broken"),
+        ("file", 2, "jahubert: error: a.wav: No such file or directory"),
+        ("bug", 1, "ZeroDivisionError: one of ours"),
+    ],
+)
+def test_an_error_of_one_process_is_told_at_once_and_ends_all(
+    tmp_path, capfd, monkeypatch, error, status, said
+):
+    started = time.monotonic()
+    command = [sys.executable, __file__, "alone", str(tmp_path), error]
+    assert ranks.launch(command, 2) in (status, 2)  # 2: the first process notices within the same moment
+    assert time.monotonic() - started < 15
+    told = capfd.readouterr().err
+    assert told.count(said) == 1 and told.count("another process of this run ended") == 1, told
+    assert ("Traceback" in told) == (error == "bug")
+
+
+def test_processes_that_do_not_leave_are_waited_for_together(monkeypatch):
+    monkeypatch.setattr(ranks, "_GRACE", 1.0)
+    deaf = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    command = [
+        sys.executable,
+        "-c",
+        f"{deaf}; sys.exit(3) if os.environ['RANK'] == '0' else time.sleep(1000)",
+    ]
+    started = time.monotonic()
+    assert ranks.launch(command, 6) == 3
+    assert time.monotonic() - started < 5
+
+
+def main(arguments: list[str]) -> int:
+    kind, folder, *rest = arguments
+    if kind == "read":
+        return read(Path(folder), *map(int, rest))
+    alone(Path(folder), rest[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
