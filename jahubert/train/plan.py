@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 import torch
 
+from jahubert import ahead
 from jahubert.audio import load_audio
 from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT, SAMPLE_RATE
@@ -324,7 +325,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Row:
 def _reading_hours(seconds: float, flops: float, machine: Machine) -> float:
     """Hours of one pass that decodes, and computes `flops` an audio-second (0: MFCCs) on each device."""
     computing = machine.rate / flops if flops else 1 / (1 / machine.mfcc + 1 / machine.decoding)
-    return seconds / min(computing, 8 * machine.decoding) / machine.n / 3600
+    return seconds / min(computing, ahead.MOST * machine.decoding) / machine.n / 3600
 
 
 def _frame_cost(features: Any, model: HubertConfig) -> tuple[float, int]:

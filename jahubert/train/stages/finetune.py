@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jahubert.ahead import ahead
 from jahubert.checkpoint import load_bundle, save_bundle
 from jahubert.decode import greedy
 from jahubert.errors import ConfigError, DataError
@@ -230,8 +231,8 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     phonemes = data.targets.phonemes
     names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
     sums: dict[str, Any] = dict.fromkeys([*names, "blanks", "frames", "empty", "rows"], 0.0)
-    for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
-        batch = data.load(micro).to(device)
+    for micro, batch in ahead(data.load, data.sampler.epoch(0).share(ranks.rank(), ranks.world())):
+        batch = batch.to(device)
         logp_BSV, n_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
         n_frames_B = n_frames_B.cpu()
         sums["loss"] += float(ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B))
