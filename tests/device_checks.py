@@ -95,17 +95,44 @@ def test_a_pretraining_step(name, device):
     same_step(module.train(), pretrain_batch(), device)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_fine_tuning_step(masked, device):
+def fine_tuner() -> FineTuner:
     torch.manual_seed(0)
-    model = HubertForCtc(MODELS["base"], 12)
-    module = FineTuner(model, freeze_conv=True, head_only_steps=0, seed=3).train()
+    return FineTuner(HubertForCtc(MODELS["base"], 12), freeze_conv=True, head_only_steps=0, seed=3).train()
+
+
+def ctc_batch(masked: bool) -> CtcBatch:
     frames = [HUBERT.n_frames(len(wav_T)) for wav_T in wavs()]
     mask_BS = pad([torch.arange(n) % 7 < 2 for n in frames]) if masked else None
     channels_BD = torch.arange(64).expand(3, -1) % 9 == 0 if masked else None
     target_L, n_target_B = torch.tensor([3, 4, 5, 1, 2, 2, 9]), torch.tensor([3, 2, 2])
     lengths = torch.tensor([len(wav_T) for wav_T in wavs()])
-    same_step(module, CtcBatch(pad(wavs()), lengths, mask_BS, channels_BD, target_L, n_target_B), device)
+    return CtcBatch(pad(wavs()), lengths, mask_BS, channels_BD, target_L, n_target_B)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_fine_tuning_step(masked, device):
+    same_step(fine_tuner(), ctc_batch(masked), device)
+
+
+def test_a_fine_tuning_step_asks_nothing_back(device):
+    """What is known of the lengths is known before; the CPU goes on while the device computes."""
+    module, batch = fine_tuner().to(device), ctc_batch(masked=False)
+    here, there = fine_tuner()(batch, 0), batch.to(device)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = module(there, 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    else:
+        from elsewhere import ASKED
+
+        ASKED.clear()
+        loss = module(there, 0)
+        assert ASKED == []
+    assert {name: float(value) for name, value in loss.sums.items()} == {
+        name: float(value) for name, value in here.sums.items()
+    }
 
 
 class Speech:
