@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from jahubert.ahead import ahead
 from jahubert.audio import AudioLike, load_audio, stream_audio
 from jahubert.checkpoint import Bundle, load_bundle
 from jahubert.chunks import chunk_size, encode_all, encode_stream
@@ -21,7 +20,6 @@ from jahubert.precision import PRECISIONS, computing_in
 
 Layers = int | Sequence[int] | Literal["all"] | None
 STREAM_SECONDS = 30.0  # of a chunk, where none was asked for
-READERS = 2  # threads that read audio ahead
 READ_AHEAD = 32  # recordings
 
 
@@ -49,16 +47,7 @@ def read_ahead(
         except Exception as error:
             return error
 
-    items = iter(audio)
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting: list[tuple[AudioLike, Future]] = []
-        while True:
-            for item in islice(items, READ_AHEAD - len(waiting)):
-                waiting.append((item, pool.submit(read, item)))
-            if not waiting:
-                return
-            item, future = waiting.pop(0)
-            yield item, future.result()
+    return ahead(read, audio, READ_AHEAD)
 
 
 class LayerFeatures(nn.Module):

@@ -56,6 +56,7 @@ class _Backend(backend_registration._DummyBackendModule):
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
 DEVICE = torch.device(NAME, 0)
+ASKED: list[str] = []  # operations that brought something back to the CPU; a GPU has to finish before them
 
 
 class There(torch.Tensor):
@@ -120,6 +121,8 @@ def _run(func, args, kwargs):
         result = func(*inner[0], **inner[1])
         if func._schema.name == "aten::_to_copy" and result is inner[0][0]:
             result = result.clone()
+    if there and not (lands and isinstance(result, torch.Tensor | tuple | list | None)):
+        ASKED.append(str(func))
     if not lands:
         return result
     result = tree_map(lambda value: There(value) if isinstance(value, torch.Tensor) else value, result)

@@ -18,6 +18,7 @@ from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.packing import Packing
 from jahubert.train import plan as planning
+from jahubert.train.activations import kept_bytes, masked_loss
 from jahubert.train.parallel import lighten
 from jahubert.train.plan import Corpus, Machine
 
@@ -52,23 +53,41 @@ def test_operations_are_those_that_torch_counts(layer):
 
 
 def test_memory_is_what_a_real_step_keeps():
-    """Counted without numbers, and with them."""
+    """Counted without numbers, and with them: what four utterances more keep."""
     config = HubertConfig(conv_dims=(8,) * 7, width=32, layers=4, heads=2, ffn=64, layer_drop=0.0)
     for recompute in (False, True):
         torch.manual_seed(0)
-        model, head, kept = HubertModel(config), UnitHead(32, 500), {}
+        model, head, real = HubertModel(config), UnitHead(32, 500), []
         lighten(model.encoder.layers, recompute, False)
         own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *head.parameters())}
+        for rows in (4, 8):
+            kept = {}
 
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
+            def keep(tensor, kept=kept):
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden_ND = model(torch.randn(4, 32_000)).hidden_BSD.flatten(0, 1)
-            head(hidden_ND[: round(len(hidden_ND) * 0.57)]).logsumexp(-1).sum()
-        real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own) / 8
-        assert planning.kept_bytes(config, 2.0, recompute, torch.float32) == pytest.approx(real, rel=0.02)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                masked_loss(model, head, torch.randn(rows, 32_000))
+            real.append(sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own))
+        counted = kept_bytes(config, 2.0, recompute, torch.float32, gpu=False)
+        assert counted == pytest.approx((real[1] - real[0]) / 8, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("config", "recompute", "precision", "megabytes"),
+    [
+        (HubertConfig.base(), False, torch.bfloat16, 23.98),
+        (HubertConfig.base(), True, torch.bfloat16, 6.30),
+        (HubertConfig.base(), False, torch.float32, 38.75),
+        (HubertConfig.large(), False, torch.bfloat16, 70.52),
+        (HubertConfig.large(), True, torch.bfloat16, 23.37),
+    ],
+)
+def test_memory_of_a_gpu(config, recompute, precision, megabytes):
+    """An audio-second of utterances of 5.7 s, as counted with CUDA tensors without numbers (LOG.md)."""
+    counted = kept_bytes(config, 5.7, recompute, precision, gpu=True)
+    assert counted / 1e6 == pytest.approx(megabytes, rel=0.02)
 
 
 def test_stages_by_hand():
@@ -77,12 +96,16 @@ def test_stages_by_hand():
     assert rows["iter1/label"].disk == 19_000 * 3600 * 50 + 8 * 12_000_000
     assert rows["iter2/label"].disk == 2 * 19_000 * 3600 * 50 + 8 * 12_000_000
     flops = planning.step_flops(HubertConfig.base(), 5.7, False)
-    kept = planning.kept_bytes(HubertConfig.base(), 5.7, False, torch.bfloat16)
+    kept = kept_bytes(HubertConfig.base(), 5.7, False, torch.bfloat16, gpu=True)
     parameters = planning.n_parameters(HubertConfig.base())
     assert parameters == pytest.approx(94.4e6, rel=0.01)
     pretrain = rows["iter1/pretrain"]
     assert pretrain.hours == pytest.approx(250_000 * 2800 * flops / 1e13 / 3600)
-    assert pretrain.memory == pytest.approx(16 * parameters + 87.5 * kept)
+    assert pretrain.memory == pytest.approx((16 + 2) * parameters + 87.5 * kept)
+    fast = {
+        row.stage: row for row in planning.plan(run.all_configured(PAPER), CORPUS, replace(ONE, rate=1e15))
+    }
+    assert fast["iter2/label"].hours == pytest.approx(19_000 / 1000 / 4)  # as fast as four threads decode
     assert pretrain.disk == pytest.approx((2 * 12 + 8) * parameters)
     finetune = rows["main/finetune"]  # 10,000 of its 25,000 updates are forward passes, but for the head
     assert finetune.hours == pytest.approx(25_000 * 1600 * flops * (1 - 0.4 * 2 / 3) / 1e13 / 3600)

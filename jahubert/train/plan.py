@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import soundfile
 import torch
 
+from jahubert import ahead
 from jahubert.audio import load_audio
 from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT, SAMPLE_RATE
@@ -27,12 +27,12 @@ from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.precision import computing_in
 from jahubert.train import ranks
+from jahubert.train.activations import kept_bytes, masked_loss
 from jahubert.train.config import unknown
 from jahubert.train.features import Mfcc
 from jahubert.train.lookup import by_subset
 from jahubert.train.manifest import Manifest
 from jahubert.train.optim import TrainConfig, build_optimizer, pick_precision
-from jahubert.train.parallel import lighten
 
 # Dense products in 16 bits with 32-bit sums, operations a second, and memory: the vendors' data sheets.
 GPUS = {
@@ -51,9 +51,9 @@ GPUS = {
 # Of the peak, where nothing was measured. Published runs of HuBERT base come to 0.088 (the paper's, 100,000
 # updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert's, 400,000 in 10 h on 16 H100), by `step_flops`.
 SHARE = 0.1
-_MASKED = 0.57  # of the frames, at the paper's mask settings
 _MEAN_SECONDS = 5.7  # of an utterance of ReazonSpeech: 35,000 h in 22 million
 _ADAM = 16  # bytes a parameter: weight, gradient, two moments
+_COPY = 2  # bytes a parameter: autocast's copy of the weight in 16 bits, while a micro-batch is computed
 _SAVED = 12  # bytes a parameter in a checkpoint
 _TRAINED = ("pretrain", "finetune")
 _OWN = ("gpus", "gpu", "hours", "share")
@@ -169,39 +169,9 @@ def step_flops(config: HubertConfig, seconds: float, recompute: bool) -> float:
     return 3 * below + (4 if recompute else 3) * blocks
 
 
-@cache
-def kept_bytes(config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype) -> float:
-    """What a forward pass keeps for the backward pass, bytes an audio-second, on tensors without numbers."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept: dict[int, Any] = {}  # storages by identity, held so that none is given out twice
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FakeTensorMode(), computing_in(precision, torch.device("cpu")):
-        model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
-        model.encoder.training = False  # or it would look at a random number for layer drop
-        lighten(list(model.encoder.layers), recompute, False)
-        own = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
-        with hooks:
-            loss = _loss(model, head, torch.zeros(4, int(seconds * SAMPLE_RATE)))
-        del loss
-        return sum(storage.nbytes() for place, storage in kept.items() if place not in own) / (4 * seconds)
-
-
 def n_parameters(config: HubertConfig) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in HubertModel(config).parameters())
-
-
-def _loss(model: HubertModel, head: UnitHead, wav_BT: torch.Tensor) -> torch.Tensor:
-    """A loss of masked prediction's sizes."""
-    hidden_ND = model(wav_BT).hidden_BSD.flatten(0, 1)
-    return head(hidden_ND[: round(len(hidden_ND) * _MASKED)]).float().logsumexp(-1).sum()
 
 
 def probe(config: HubertConfig, train: TrainConfig, n: int) -> Machine:
@@ -218,7 +188,7 @@ def probe(config: HubertConfig, train: TrainConfig, n: int) -> Machine:
     while len(spent) < 2 or (sum(spent) < 5 and len(spent) < 12):
         started = time.perf_counter()
         with computing_in(dtype, device):
-            loss = _loss(model, head, wav_BT)
+            loss = masked_loss(model, head, wav_BT)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -306,8 +276,9 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Row:
     if head_only := min(getattr(config, "head_only_steps", 0), train.max_steps):  # no backward pass there
         flops *= 1 - head_only / train.max_steps * 2 / 3
     shards = machine.n if train.sharded else 1
-    kept = kept_bytes(config.model, seconds, train.recompute, precision)
-    memory = _ADAM * parameters / shards + kept * train.micro_seconds
+    kept = kept_bytes(config.model, seconds, train.recompute, precision, machine.memory is not None)
+    copies = _COPY * parameters if precision is torch.bfloat16 else 0
+    memory = _ADAM * parameters / shards + copies + kept * train.micro_seconds
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
     disk = (checkpoints * _SAVED + 2 * 4) * parameters  # and the bundle, and the best weights
     speed = machine.rate / each
@@ -324,7 +295,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Row:
 def _reading_hours(seconds: float, flops: float, machine: Machine) -> float:
     """Hours of one pass that decodes, and computes `flops` an audio-second (0: MFCCs) on each device."""
     computing = machine.rate / flops if flops else 1 / (1 / machine.mfcc + 1 / machine.decoding)
-    return seconds / min(computing, 8 * machine.decoding) / machine.n / 3600
+    return seconds / min(computing, ahead.MOST * machine.decoding) / machine.n / 3600
 
 
 def _frame_cost(features: Any, model: HubertConfig) -> tuple[float, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jahubert.ahead import ahead
 from jahubert.checkpoint import load_bundle, weights_hash
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
@@ -76,26 +77,39 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
 
 def stream_features(
     manifest: Manifest, feature: Feature, rows: Iterable[int], batch_seconds: float
-) -> Iterator[tuple[int, Tensor]]:
-    """(row, frames (S, dim)) for every row, in order; an utterance shorter than a frame gives (0, dim)."""
-    batch: list[tuple[int, Tensor]] = []
+) -> Generator[tuple[int, Tensor], None, None]:
+    """(row, frames (S, dim)) for every row, in order; an utterance shorter than a frame gives (0, dim).
+
+    The next batches are read meanwhile, until it is closed.
+    """
+
+    def read(batch: list[int]) -> list[Tensor]:
+        return [manifest.load(row) for row in batch]
+
+    for batch, wavs in ahead(read, _batches(manifest, rows, batch_seconds)):
+        yield from _compute(manifest, feature, batch, wavs)
+
+
+def _batches(manifest: Manifest, rows: Iterable[int], batch_seconds: float) -> Iterator[list[int]]:
+    batch: list[int] = []
     room, used = batch_seconds * SAMPLE_RATE, 0
     for row in rows:
-        wav_T = manifest.load(row)
-        if batch and used + len(wav_T) > room:
-            yield from _compute(manifest, feature, batch)
+        n_samples = int(manifest.n_samples[row])
+        if batch and used + n_samples > room:
+            yield batch
             batch, used = [], 0
-        batch.append((row, wav_T))
-        used += len(wav_T)
-    yield from _compute(manifest, feature, batch)
+        batch.append(row)
+        used += n_samples
+    if batch:
+        yield batch
 
 
 def _compute(
-    manifest: Manifest, feature: Feature, batch: list[tuple[int, Tensor]]
+    manifest: Manifest, feature: Feature, batch: list[int], wavs: list[Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
-    long_enough = [wav_T for _, wav_T in batch if feature.grid.n_frames(len(wav_T))]
+    long_enough = [wav_T for wav_T in wavs if feature.grid.n_frames(len(wav_T))]
     frames = iter(feature(long_enough) if long_enough else [])
-    for row, wav_T in batch:
+    for row, wav_T in zip(batch, wavs, strict=True):
         n_frames = feature.grid.n_frames(len(wav_T))
         frames_SD = next(frames) if n_frames else torch.zeros(0, feature.dim)
         if len(frames_SD) != n_frames:

@@ -106,6 +106,7 @@ def main() -> None:
         "case_frames": 100,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu", help="of ours; the peer knows the CPU only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     check(args.symbols, args.beam)
@@ -116,13 +117,14 @@ def main() -> None:
 
     def batched(x_BSV: Tensor) -> list[tuple[int, ...]]:
         frames = [x_BSV.shape[1]] * len(x_BSV)
-        return [found[0].labels for found in beam_search(x_BSV, frames, beam=args.beam)]
+        return [found[0].labels for found in beam_search(x_BSV.to(args.device), frames, beam=args.beam)]
 
     def single(x_BSV: Tensor) -> list[tuple[int, ...]]:
         return [batched(x_BSV[row : row + 1])[0] for row in range(len(x_BSV))]
 
     print(
-        f"{args.rows} rows of {args.frames} frames, beam {args.beam}, {args.threads} threads; ms an utterance"
+        f"{args.rows} rows of {args.frames} frames, beam {args.beam}, {args.threads} threads, {args.device}; "
+        "ms an utterance"
     )
     share = f"not less probable, of {args.cases}"
     print(f"{'log-probs':>10}{'batched':>9}{'single':>9}{name:>14}{'ratio':>8}{'per thread':>12}{share:>30}")

@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for the peers too
     config = HubertConfig.base(layers=args.blocks)
     if args.worker:
         kind, precision, *lengths = args.worker

@@ -27,7 +27,7 @@ from jahubert.train.metrics import error_rate
 from jahubert.train.targets import TargetStore
 
 STRETCH = 30 * 16_000  # samples
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # the last one on a CPU only
 
 
 def base(folder: Path) -> Path:
@@ -38,32 +38,32 @@ def base(folder: Path) -> Path:
     return jahubert.save_bundle(folder / "base", ctc=ctc, phonemes=phonemes)
 
 
-def theirs(source: Path, dtype: torch.dtype) -> Callable[[str], object]:
+def theirs(source: Path, dtype: torch.dtype, device: str) -> Callable[[str], object]:
     """Reading and greedy decoding with transformers."""
     from transformers import HubertForCTC
 
-    model = HubertForCTC.from_pretrained(source, dtype=dtype).eval()
+    model = HubertForCTC.from_pretrained(source, dtype=dtype).eval().to(device)
 
     @torch.inference_mode()
     def run(audio: str) -> list[list[int]]:
         stretches = jahubert.load_audio(audio).split(STRETCH)
         found = []
         for wav_T in stretches:
-            labels = model(wav_T[None].to(dtype)).logits[0].argmax(-1).unique_consecutive()
+            labels = model(wav_T[None].to(device, dtype)).logits[0].argmax(-1).unique_consecutive()
             found.append(labels[labels != 0].tolist())
         return found
 
     return run
 
 
-def speed(source: Path, audio: str, rounds: int) -> None:
+def speed(source: Path, audio: str, rounds: int, device: str) -> None:
     ways: dict[str, Callable[[str], object]] = {}
-    for dtype in DTYPES:
+    for dtype in dtypes(device):
         ways[f"ours, {name(dtype)}"] = jahubert.Transcriber.from_pretrained(
-            source, device="cpu", dtype=dtype
+            source, device=device, dtype=dtype
         ).transcribe
     for dtype in DTYPES[:2]:
-        ways[f"transformers, {name(dtype)}"] = theirs(source, dtype)
+        ways[f"transformers, {name(dtype)}"] = theirs(source, dtype, device)
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way, run in ways.items():
@@ -72,7 +72,7 @@ def speed(source: Path, audio: str, rounds: int) -> None:
             if number:  # the first round warms up
                 taken[way].append(time.perf_counter() - started)
     seconds = len(jahubert.load_audio(audio)) / 16_000
-    print(f"{seconds:.1f} s of audio, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{seconds:.1f} s of audio, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     peer = statistics.median(taken["transformers, float32"])
     for way, times in taken.items():
         took = statistics.median(times)
@@ -80,15 +80,19 @@ def speed(source: Path, audio: str, rounds: int) -> None:
         print(f"{way:22} {took:8.2f} s  {rate}")
 
 
+def dtypes(device: str) -> tuple[torch.dtype, ...]:
+    return DTYPES if device == "cpu" else DTYPES[:2]
+
+
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cost(source: Path, exp: Path, splits: list[str]) -> None:
+def cost(source: Path, exp: Path, splits: list[str], device: str) -> None:
     """PER on splits of an experiment in every precision."""
     manifest, targets = Manifest(exp / "prepare" / "manifest.arrow"), TargetStore(exp / "targets")
-    for dtype in DTYPES:
-        asr = jahubert.Transcriber.from_pretrained(source, device="cpu", vad=False, dtype=dtype)
+    for dtype in dtypes(device):
+        asr = jahubert.Transcriber.from_pretrained(source, device=device, vad=False, dtype=dtype)
         for split in splits:
             rows = [int(row) for row in manifest.indices(split=split)]
             started = time.perf_counter()
@@ -109,15 +113,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--exp", type=Path, help="an experiment whose splits are to be transcribed")
     parser.add_argument("--splits", nargs="+", default=["test"])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.audio:
         with tempfile.TemporaryDirectory() as folder:
-            speed(args.model or base(Path(folder)), args.audio, args.rounds)
+            speed(args.model or base(Path(folder)), args.audio, args.rounds, args.device)
     if args.exp:
-        cost(args.model, args.exp, args.splits)
+        cost(args.model, args.exp, args.splits, args.device)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jahubert.ahead import ahead
 from jahubert.checkpoint import load_bundle
 from jahubert.decode import Hypothesis, Span, beam_search, forced_align, greedy
 from jahubert.errors import CheckpointError, ConfigError, DataError
@@ -156,9 +157,8 @@ def batches(
     mine = list(data.sampler.epoch(0).share(ranks.rank(), ranks.world()))
     n_rows = sum(len(micro.rows) for micro in mine)
     with torch.inference_mode(), progress(doing, "utterances", n_rows) as done:
-        for micro in mine:
-            batch = data.load(micro).to(device)
-            logp_BSV, n_frames_B = model(batch.wav_BT, batch.n_samples_B)
+        for micro, batch in ahead(data.load, mine):
+            logp_BSV, n_frames_B = model(batch.wav_BT.to(device), batch.n_samples_B)
             yield micro.rows, logp_BSV.cpu(), n_frames_B.cpu()
             done(len(micro.rows))
 

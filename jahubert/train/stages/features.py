@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         with progress("features", "utterances", sum(map(len, parts.values()))) as done:
             for part, chosen in parts.items():
                 rows = sample.rows[chosen.start : chosen.stop].tolist()
-                found = stream_features(manifest, feature, rows, config.batch_seconds)
-                frames = ((number, f_SD) for number, (_, f_SD) in zip(chosen, found, strict=True))
                 start = data_start + 4 * feature.dim * int(sample.bounds[chosen.start])
-                _write_part(beside, start, sample, frames, done)
+                with closing(stream_features(manifest, feature, rows, config.batch_seconds)) as found:
+                    frames = ((number, f_SD) for number, (_, f_SD) in zip(chosen, found, strict=True))
+                    _write_part(beside, start, sample, frames, done)
                 marks.mkdir(exist_ok=True)
                 (marks / f"{part:06d}").touch()
         ranks.barrier()

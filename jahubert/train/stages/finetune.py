@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jahubert.ahead import ahead
 from jahubert.checkpoint import load_bundle, save_bundle
 from jahubert.decode import greedy
 from jahubert.errors import ConfigError, DataError
@@ -124,12 +125,13 @@ class FineTuner(nn.Module):
                 batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, channel_mask_BD=batch.channel_mask_BD
             )
         logp_BSV = self.ctc.log_probs(encoded.hidden_BSD)
-        n_frames_B = encoded.n_frames_B.cpu()
+        # Not the encoder's: the CPU would have to wait for the GPU to learn what it knows.
+        n_frames_B = self.ctc.config.grid.n_frames(batch.n_samples_B)
         total = ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B)
-        sums = {
-            "blanks": _blanks(logp_BSV, n_frames_B),
-            "frames": n_frames_B.sum(),
-            "symbols": batch.n_target_B.sum(),
+        sums: dict[str, Tensor | float] = {
+            "blanks": _blanks(logp_BSV, encoded.n_frames_B),
+            "frames": int(n_frames_B.sum()),
+            "symbols": len(batch.target_L),
             "seconds": batch.seconds,
         }
         return Loss(total, len(n_frames_B), sums)
@@ -230,13 +232,13 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     phonemes = data.targets.phonemes
     names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
     sums: dict[str, Any] = dict.fromkeys([*names, "blanks", "frames", "empty", "rows"], 0.0)
-    for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
-        batch = data.load(micro).to(device)
-        logp_BSV, n_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
-        n_frames_B = n_frames_B.cpu()
-        sums["loss"] += float(ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B))
+    for micro, batch in ahead(data.load, data.sampler.epoch(0).share(ranks.rank(), ranks.world())):
+        batch = batch.to(device)
+        logp_BSV, there_B = module.ctc(batch.wav_BT, batch.n_samples_B)
+        n_frames_B = module.ctc.config.grid.n_frames(batch.n_samples_B)
+        sums["loss"] += ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B).double()
         sums["symbols"] += len(batch.target_L)
-        sums["blanks"] += _blanks(logp_BSV, n_frames_B)
+        sums["blanks"] += _blanks(logp_BSV, there_B)
         sums["frames"] += int(n_frames_B.sum())
         sums["rows"] += len(micro.rows)
         for row, answer in zip(micro.rows, greedy(logp_BSV, n_frames_B), strict=True):
@@ -258,7 +260,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     }
 
 
-def _blanks(logp_BSV: Tensor, n_frames_B: Tensor) -> int:
-    """How many frames have the blank as their best symbol."""
-    valid_BS = torch.arange(logp_BSV.shape[1])[None] < n_frames_B[:, None]
-    return int((logp_BSV.detach().argmax(-1).cpu() == 0)[valid_BS].sum())
+def _blanks(logp_BSV: Tensor, n_frames_B: Tensor) -> Tensor:
+    """How many frames have the blank as their best symbol, counted where the log-probabilities are."""
+    valid_BS = torch.arange(logp_BSV.shape[1], device=logp_BSV.device) < n_frames_B[:, None]
+    return (valid_BS & (logp_BSV.detach().argmax(-1) == 0)).sum(dtype=torch.float64)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from jahubert.ahead import ahead
 from jahubert.checkpoint import load_bundle, save_bundle
 from jahubert.errors import ConfigError
 from jahubert.frames import SAMPLE_RATE
@@ -171,9 +172,9 @@ def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
     """Loss and accuracy on a split whose masks are the same every time, over all processes."""
     device = next(module.parameters()).device
     sums: dict[str, Any] = dict.fromkeys(("nats", "correct", "penalty", "seconds", "room", "count"), 0.0)
-    for micro in data.sampler.epoch(0).share(ranks.rank(), ranks.world()):
+    for micro, batch in ahead(data.load, data.sampler.epoch(0).share(ranks.rank(), ranks.world())):
         seed_micro(module.seed, micro)
-        loss = module(data.load(micro).to(device), 0)
+        loss = module(batch.to(device), 0)
         for name in sums:
             sums[name] = sums[name] + (loss.count if name == "count" else loss.sums[name])
     totals = ranks.total(sums, device)

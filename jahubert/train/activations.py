@@ -1,0 +1,87 @@
+"""What a training step keeps for its backward pass, counted on tensors without numbers.
+
+On a GPU it keeps more than the same model on a CPU: its autocast computes layer norms in float32, and
+attention holds padded rectangles. A torch without CUDA has no tensors of a GPU, so the first is done while
+counting and the second is added; together they are within 2 % of what tensors of a GPU without numbers gave
+(torch 2.15, fused attention; `tests/test_plan.py` has the figures).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from jahubert.frames import SAMPLE_RATE
+from jahubert.heads import UnitHead
+from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.precision import computing_in
+from jahubert.train.parallel import lighten
+
+MASKED = 0.57  # of the frames, at the paper's mask settings
+_ROWS = 4  # utterances; what twice as many keep more does not hold what does not grow, as copies of weights
+# Of a frame's width, in each block: what attention keeps on a GPU and not on a CPU. q, k and v before they
+# become rectangles, and in 16 bits the result too.
+_PADDED = {torch.float32: 3, torch.bfloat16: 4, torch.float16: 4}
+
+
+def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
+    """A loss of masked prediction's sizes."""
+    hidden_ND = model(wav_BT).hidden_BSD.flatten(0, 1)
+    return head(hidden_ND[: round(len(hidden_ND) * MASKED)]).float().logsumexp(-1).sum()
+
+
+@cache
+def kept_bytes(
+    config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
+) -> float:
+    """What a forward pass over utterances of `seconds` keeps for the backward pass, bytes an audio-second."""
+    if gpu:  # its fused attention keeps no dropout mask
+        config = replace(config, attention_dropout=0.0)
+    once, twice = (_kept(config, rows, seconds, recompute, precision, gpu) for rows in (_ROWS, 2 * _ROWS))
+    kept = (twice - once) / (_ROWS * seconds)
+    if gpu and not recompute:
+        frames = config.grid.n_frames(int(seconds * SAMPLE_RATE)) / seconds
+        kept += _PADDED[precision] * precision.itemsize * config.layers * config.width * frames
+    return kept
+
+
+class _NormsOfGpus(TorchFunctionMode):
+    """Layer norms in float32, as autocast has them on CUDA and not on a CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.layer_norm:
+            return function(*args, **(kwargs or {}))
+        with computing_in(torch.float32, torch.device("cpu")):
+            return function(args[0].float(), *args[1:], **(kwargs or {}))
+
+
+def _kept(
+    config: HubertConfig, rows: int, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
+) -> int:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, Any] = {}  # storages by identity, held so that none is given out twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    norms = _NormsOfGpus() if gpu else nullcontext()
+    with FakeTensorMode(), norms, computing_in(precision, torch.device("cpu")):
+        model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
+        model.encoder.training = False  # or it would look at a random number for layer drop
+        lighten(list(model.encoder.layers), recompute, False)
+        own = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
+        with hooks:
+            loss = masked_loss(model, head, torch.zeros(rows, int(seconds * SAMPLE_RATE)))
+        del loss
+        return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
