@@ -21,6 +21,7 @@ from jahubert.decode import beam_search, forced_align, greedy
 from jahubert.frames import HUBERT
 from jahubert.heads import HubertForCtc
 from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.train import lloyd as lloyd_module
 from jahubert.train.batches import CtcBatch, PretrainBatch, pad
 from jahubert.train.engine import train
 from jahubert.train.features import HubertLayer, Mfcc
@@ -195,6 +196,36 @@ def test_clusters_and_labels(backend, device):
     close(there.centroids_KD, here.centroids_KD)
     labels_N = assign(frames_ND.to(device), there.centroids_KD.to(device))
     assert torch.equal(labels_N.cpu(), assign(frames_ND, here.centroids_KD))
+
+
+class Read:
+    """Frames that count how many rows were asked for."""
+
+    ndim = 2
+
+    def __init__(self, frames_ND: np.ndarray):
+        self.frames_ND, self.shape, self.rows = frames_ND, frames_ND.shape, 0
+
+    def __len__(self) -> int:
+        return len(self.frames_ND)
+
+    def __getitem__(self, index) -> np.ndarray:
+        self.rows += len(self.frames_ND[index])
+        return self.frames_ND[index]
+
+
+@pytest.mark.parametrize(("stretches", "rows"), [(12, 3000), (4, 3000 + 3 * 1976), (0, 4 * 3000)])
+def test_frames_that_fit_onto_the_device_are_read_once(device, monkeypatch, stretches, rows):
+    """Four passes over 12 stretches of 256 frames, of which so many fit."""
+    monkeypatch.setattr(lloyd_module, "_block_rows", lambda shape, where: 256)
+    monkeypatch.setattr(lloyd_module, "_READ", 1)
+    monkeypatch.setattr(lloyd_module, "_room", lambda where: 4 * 6 * 256 * stretches)
+    frames_ND = np.random.default_rng(0).standard_normal((3000, 6)).astype(np.float32)
+    start_KD, frames = torch.from_numpy(frames_ND[:9].copy()), Read(frames_ND)
+    there, history, _ = lloyd_module.lloyd(frames, start_KD.to(device), 4, tol=0.0)
+    here, expected, _ = lloyd_module.lloyd(torch.from_numpy(frames_ND), start_KD, 4, tol=0.0)
+    close(there.means_KD, here.means_KD)
+    assert len(history) == 4 and history == pytest.approx(expected) and frames.rows == rows
 
 
 def test_answers_from_log_probabilities(device):

@@ -1,6 +1,7 @@
 """Passes over frames: who is nearest to whom, Lloyd's iteration, and mini-batches where there are too many.
 
 Frames may be a file larger than memory: they are read a stretch at a time, and need not fit onto the device.
+What of a process's share does fit onto a GPU stays there from the first pass to the last.
 Several processes share each pass, and the result is the same bit for bit: stretches are dealt out to 16
 lanes, lanes to processes, and the sums of the lanes are added in their order.
 """
@@ -76,6 +77,36 @@ def on_device(frames_ND: Frames, device: torch.device) -> Tensor:
     if not isinstance(frames_ND, Tensor):
         frames_ND = torch.from_numpy(np.asarray(frames_ND[:], dtype=np.float32))
     return frames_ND.to(device, torch.float32)
+
+
+class Held:
+    """Frames that stay on a device once they were read, as far as `room` bytes go."""
+
+    ndim = 2
+
+    def __init__(self, frames_ND: Frames, device: torch.device, room: int):
+        self.frames_ND, self.device, self.room = frames_ND, device, room
+        self.shape = frames_ND.shape
+        self.kept: dict[tuple[int, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.frames_ND)
+
+    def __getitem__(self, stretch: slice) -> Any:
+        place = (stretch.start, stretch.stop)
+        if place not in self.kept:
+            read_ND = self.frames_ND[stretch]
+            size = 4 * len(read_ND) * self.shape[1]
+            if size > self.room:
+                return read_ND
+            self.room -= size
+            self.kept[place] = on_device(read_ND, self.device)
+        return self.kept[place]
+
+
+def _room(device: torch.device) -> int:
+    """Bytes for `Held`: half of what a GPU has free; for a CPU the system keeps the file."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
 
 
 def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
@@ -229,6 +260,8 @@ def lloyd(
 
     It stops when a pass lowers the inertia by no more than the share `tol`.
     """
+    if not isinstance(frames_ND, Tensor):
+        frames_ND = Held(frames_ND, centroids_KD.device, _room(centroids_KD.device))
     history: list[float] = []
     reseeded = 0
     fresh = False  # a re-seeded cluster deserves another pass
