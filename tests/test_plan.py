@@ -18,9 +18,11 @@ from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.packing import Packing
 from jahubert.train import plan as planning
+from jahubert.train import speeds
 from jahubert.train.activations import kept_bytes, masked_loss
 from jahubert.train.parallel import lighten
-from jahubert.train.plan import Corpus, Machine
+from jahubert.train.plan import Corpus
+from jahubert.train.speeds import Machine
 
 TONES = Path(__file__).parent / "tones"
 PAPER = ["recipe=reazonspeech", "stage=all", "data=/c", "iterations=1"]
@@ -46,10 +48,10 @@ def test_operations_are_those_that_torch_counts(layer):
     with FlopCounterMode(display=False) as blocks, torch.autocast("cpu", torch.bfloat16):
         for block in model.encoder.layers[:layer]:
             block(packing.pack(x_SD[None]), packing)
-    found = planning.forward_flops(config, seconds, layer)
+    found = speeds.forward_flops(config, seconds, layer)
     assert found[0] * seconds == pytest.approx(below.get_total_flops(), rel=0.01)
     assert found[1] * seconds == pytest.approx(blocks.get_total_flops(), rel=0.01)
-    assert planning.n_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert speeds.n_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
 def test_memory_is_what_a_real_step_keeps():
@@ -95,9 +97,9 @@ def test_stages_by_hand():
     assert rows["iter1/features"].disk == 5e6 * 39 * 4
     assert rows["iter1/label"].disk == 19_000 * 3600 * 50 + 8 * 12_000_000
     assert rows["iter2/label"].disk == 2 * 19_000 * 3600 * 50 + 8 * 12_000_000
-    flops = planning.step_flops(HubertConfig.base(), 5.7, False)
+    flops = speeds.step_flops(HubertConfig.base(), 5.7, False)
     kept = kept_bytes(HubertConfig.base(), 5.7, False, torch.bfloat16, gpu=True)
-    parameters = planning.n_parameters(HubertConfig.base())
+    parameters = speeds.n_parameters(HubertConfig.base())
     assert parameters == pytest.approx(94.4e6, rel=0.01)
     pretrain = rows["iter1/pretrain"]
     assert pretrain.hours == pytest.approx(250_000 * 2800 * flops / 1e13 / 3600)
@@ -134,7 +136,7 @@ def test_from_the_table_of_gpus(capsys):
     assert "assumed, not measured" in made["machine"]["source"] and made["corpus"]["hours"] == 19_000
     stages = {row["stage"]: row for row in made["stages"]}
     assert stages["iter2/pretrain"]["hours"] == pytest.approx(
-        400_000 * 2800 * planning.step_flops(HubertConfig.base(), 5.7, False) / (0.1 * 989e12) / 8 / 3600
+        400_000 * 2800 * speeds.step_flops(HubertConfig.base(), 5.7, False) / (0.1 * 989e12) / 8 / 3600
     )
     # The paper's 9.5 hours for 100,000 updates on 32 V100, within a third, at the share that is assumed.
     assert (
