@@ -55,6 +55,35 @@ def kept_bytes(
     return kept
 
 
+def peak_bytes(
+    config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
+) -> float:
+    """What tensors of a micro-batch take at most, forward and backward, bytes an audio-second."""
+    kept = kept_bytes(config, seconds, recompute, precision, gpu)
+    frames = config.grid.n_frames(int(seconds * SAMPLE_RATE)) / seconds
+    block = 2 * precision.itemsize * config.ffn * frames  # GELU in the last block, and its gradient
+    if recompute:  # which is there as a whole then
+        block += (kept_bytes(config, seconds, False, precision, gpu) - kept) / config.layers
+    return max(kept + block, front_end_bytes(config, precision) if gpu else 0.0)
+
+
+def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
+    """What backward through a convolution has at once at most, when all above it is done: bytes an
+    audio-second. On a GPU, which takes all rows at once; a CPU takes a part of them at a time."""
+    rate, below, most = float(SAMPLE_RATE), 0.0, 0.0
+    for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
+        rate /= stride
+        if below:  # its input, GELU of that, the gradient to it; and the gradient that comes
+            now = precision.itemsize * (3 * below + rate * width)
+            if (
+                config.conv_norm == "layer"
+            ):  # the input is kept, too, and as it was before the norm, in float32
+                now += (precision.itemsize + 4) * below
+            most = max(most, now)
+        below = rate * width
+    return most
+
+
 class _NormsOfGpus(TorchFunctionMode):
     """Layer norms in float32, as autocast has them on CUDA and not on a CPU."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,39 @@ from jahubert import ahead
 from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT
 from jahubert.hubert import HubertConfig
-from jahubert.train.activations import kept_bytes
+from jahubert.train.activations import peak_bytes
+from jahubert.train.config import structure
 from jahubert.train.features import Mfcc
-from jahubert.train.lookup import by_subset
+from jahubert.train.lookup import STAGES, by_subset, resolve
 from jahubert.train.manifest import Manifest
 from jahubert.train.optim import TrainConfig
-from jahubert.train.speeds import SHARE, Machine, forward_flops, from_table, n_parameters, probe, step_flops
+from jahubert.train.speeds import (
+    GPUS,
+    SHARE,
+    Machine,
+    forward_flops,
+    from_table,
+    n_parameters,
+    probe,
+    step_flops,
+)
 
 _MEAN_SECONDS = 5.7  # of an utterance of ReazonSpeech: 35,000 h in 22 million
 _ADAM = 16  # bytes a parameter: weight, gradient, two moments
+_BUCKETS = 4  # bytes a parameter: where DDP sums the gradients of several processes
 _COPY = 2  # bytes a parameter: autocast's copy of the weight in 16 bits, while a micro-batch is computed
 _SAVED = 12  # bytes a parameter in a checkpoint
 _TRAINED = ("pretrain", "finetune")
-_OWN = ("gpus", "gpu", "hours", "share")
+# Of the plan itself: the largest value, and what is asked for where another was found.
+_NUMBERS = {
+    "gpus": (1e6, "a whole number of GPUs, 1 or more"),
+    "hours": (1e9, "a number of hours above 0"),
+    "share": (1.0, "a share of the peak, above 0 and at most 1"),
+}
+_OWN = ("gpu", *_NUMBERS)
+
+
+Job = tuple[str, Any, Path]  # stage, its config, its folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class Row:
     stage: str
     hours: float | None
     disk: float | None  # bytes
-    memory: float | None  # bytes on each device
+    memory: float | None  # bytes of tensors on each device: the least that it takes
     note: str = ""
 
 
@@ -60,58 +80,78 @@ def split(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return own, overrides
 
 
-def make(
-    tree: dict[str, Any], jobs: Sequence[tuple[str, Any, Path]], own: dict[str, str]
-) -> tuple[list[Row], Corpus, Machine]:
-    """The plan of `jobs` as `jahubert.run` makes them: (stage, its config, its folder).
+def make(tree: dict[str, Any], jobs: Sequence[Job], own: dict[str, str]) -> tuple[list[Row], Corpus, Machine]:
+    """The plan of `jobs` as `jahubert.run` makes them.
 
     Raises:
         ConfigError: a number that is none, a GPU that is not in the table, a corpus of unknown size.
     """
-    numbers = {}
-    for name in ("gpus", "hours", "share"):
-        try:
-            numbers[name] = float(own.get(name, 0))
-        except ValueError:
-            raise ConfigError(f"{name}={own[name]}: give a number") from None
-        if numbers[name] < 0 or (name in own and not numbers[name]):
-            raise ConfigError(f"{name}={own[name]}: give a number above 0")
-    corpus = _corpus(
-        Path(tree["exp"], "prepare", "manifest.arrow"),
-        numbers["hours"],
-        by_subset(tree.get("hours"), tree.get("subset")),
-    )
-    n = max(1, int(numbers["gpus"]))
+    gpus, hours, share = (_number(name, own) for name in _NUMBERS)
+    corpus = _corpus(Path(tree["exp"], "prepare", "manifest.arrow"), hours, tree)
+    for name in ("processes", "machines"):
+        if not isinstance(tree[name], int) or tree[name] < 1:
+            raise ConfigError(f"{name}={tree[name]}: give a whole number, 1 or more")
+    processes = tree["processes"] * tree["machines"]  # as many as the run will have
     if "gpu" in own:
-        machine = from_table(own["gpu"], n, numbers["share"] or SHARE)
+        machine = from_table(own["gpu"], int(gpus or processes), share or SHARE)
     else:
         trained = [config for stage, config, _ in jobs if stage in _TRAINED]
         if not trained:
             raise ConfigError(
                 "plan: these stages train nothing to measure; ask for stage=all, or give gpu=NAME"
             )
-        machine = probe(trained[0].model, trained[0].train, n)
-    return plan(jobs, corpus, machine), corpus, machine
+        machine = probe(trained[0].model, [config.train for config in trained], int(gpus or 1))
+        if not gpus and machine.memory:  # several processes of a CPU share what was measured
+            machine = replace(machine, n=processes)
+    return plan(jobs, corpus, machine, _beside(tree, jobs)), corpus, machine
 
 
-def _corpus(manifest: Path, given: float, recipe: float | None) -> Corpus:
+def _number(name: str, own: dict[str, str]) -> float | None:
+    """A number for the plan itself, where it is given."""
+    if name not in own:
+        return None
+    try:
+        number = float(own[name])
+    except ValueError:
+        number = math.nan
+    most, wanted = _NUMBERS[name]
+    if not 0 < number <= most or (name == "gpus" and number % 1):
+        raise ConfigError(f"{name}={own[name]}: give {wanted}")
+    return number
+
+
+def _beside(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
+    """What of an iteration is not asked for, but says what the one stage that is works on."""
+    stage, _, out = jobs[0]
+    if len(jobs) > 1 or stage not in ("features", "kmeans", "label"):
+        return []
+    others = [other for other in ("features", "kmeans", "pretrain") if other != stage]
+    settings = {other: (tree[other] or {}, resolve(other, STAGES, "stage").Config) for other in others}
+    return [(other, structure(*settings[other], other), out.parent / other) for other in others]
+
+
+def _corpus(manifest: Path, given: float | None, tree: dict[str, Any]) -> Corpus:
     """The corpus as it was prepared, unless its hours are given; else what the recipe says of it."""
     if manifest.exists() and not given:
         counts = Manifest(manifest).counts
         return Corpus(counts["hours"], counts["utterances"], str(manifest))
-    hours = given or recipe
+    subset = tree.get("subset")
+    hours = given or by_subset(tree.get("hours"), subset)
     if not hours:
-        raise ConfigError(f"{manifest} does not exist yet; say how much speech there is, as in hours=19000")
+        which = f" and the recipe does not know the hours of subset={subset}" if tree.get("hours") else ""
+        raise ConfigError(
+            f"{manifest} does not exist yet{which}; say how much speech there is, as in hours=19000"
+        )
     source = "hours=" if given else "the recipe's word"
     return Corpus(
         hours, round(hours * 3600 / _MEAN_SECONDS), f"{source}; utterances of {_MEAN_SECONDS} s assumed"
     )
 
 
-def plan(jobs: Sequence[tuple[str, Any, Path]], corpus: Corpus, machine: Machine) -> list[Row]:
-    """A row for each of `jobs`, (stage, its config, its folder) as `jahubert.run` makes them."""
-    configs = {(stage, out.parent): config for stage, config, out in jobs}
-    models = [config.model for stage, config, _ in jobs if stage in _TRAINED]
+def plan(jobs: Sequence[Job], corpus: Corpus, machine: Machine, beside: Sequence[Job] = ()) -> list[Row]:
+    """A row for each of `jobs`; those `beside` them are not asked for, but say what these work on."""
+    configs = {(stage, out.parent): config for stage, config, out in (*jobs, *beside)}
+    models = [config.model for (stage, _), config in configs.items() if stage in _TRAINED]
     model = models[0] if models else HubertConfig()
     rows = []
     for stage, config, out in jobs:
@@ -126,7 +166,7 @@ def plan(jobs: Sequence[tuple[str, Any, Path]], corpus: Corpus, machine: Machine
             rows.append(_kmeans(name, config, configs.get(("features", out.parent)), model, machine))
         elif stage == "label":
             features, kmeans = (configs.get((kind, out.parent)) for kind in ("features", "kmeans"))
-            rows.append(_label(name, config, features, kmeans, model, corpus, machine))
+            rows.append(_label(name, features, kmeans, model, corpus, machine))
         elif stage == "prepare":
             hours = corpus.hours / machine.decoding / 8 if config.check_audio else None
             rows.append(
@@ -141,37 +181,62 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Row:
     train: TrainConfig = config.train
     longest = config.crop.max_seconds if hasattr(config, "crop") else 30.0
     seconds = min(longest, 3600 * corpus.hours / corpus.utterances)
-    precision = torch.float32 if train.precision == "fp32" else torch.bfloat16
+    precision = _precision(train, machine)
+    rate = machine.float32 if precision is torch.float32 else machine.rate
     each, parameters = step_flops(config.model, seconds, train.recompute), n_parameters(config.model)
     flops = each * train.batch_seconds * train.max_steps
     if head_only := min(getattr(config, "head_only_steps", 0), train.max_steps):  # no backward pass there
         flops *= 1 - head_only / train.max_steps * 2 / 3
-    shards = machine.n if train.sharded else 1
-    kept = kept_bytes(config.model, seconds, train.recompute, precision, machine.memory is not None)
-    copies = _COPY * parameters if precision is torch.bfloat16 else 0
-    memory = _ADAM * parameters / shards + copies + kept * train.micro_seconds
+    hours: float | None = flops / rate / machine.n / 3600
+    memory = _memory(config.model, train, seconds, precision, machine)
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
     disk = (checkpoints * _SAVED + 2 * 4) * parameters  # and the bundle, and the best weights
-    speed = machine.rate / each
-    notes = [f"{speed * machine.n:.0f} audio-h/h", f"{math.ceil(speed / machine.decoding)} readers a device"]
+    speed = rate / each
+    readers = math.ceil(speed / machine.decoding)
+    notes = [f"{speed * machine.n:.0f} audio-h/h", f"{readers} reader{'s'[: readers > 1]} a device"]
     if machine.memory and memory > 0.9 * machine.memory:
         notes.append(
             "does not fit: lower train.micro_seconds, or train.recompute=true, or train.sharded=true"
         )
-    if train.per_step % machine.n:
-        notes.append(f"{machine.n} devices cannot share {train.per_step} micro-batches evenly")
-    return Row(name, flops / machine.rate / machine.n / 3600, disk, memory, ", ".join(notes))
+    if machine.memory and not machine.bfloat16 and train.precision in ("auto", "bf16"):
+        notes.append(f"in float32: {machine.name} has no bfloat16; set train.precision=fp16")
+    try:
+        train.share(machine.n)
+    except ConfigError as error:  # such a run does not start
+        hours, notes = None, [str(error)]
+    return Row(name, hours, disk, memory, ", ".join(notes))
+
+
+def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
+    """What a training will compute in on that machine: `optim.pick_precision` asks a device that is here."""
+    if train.precision == "fp16":
+        return torch.float16
+    return torch.bfloat16 if train.precision != "fp32" and machine.bfloat16 else torch.float32
+
+
+def _memory(
+    model: HubertConfig, train: TrainConfig, seconds: float, precision: torch.dtype, machine: Machine
+) -> float:
+    """Bytes that tensors take on one device. CUDA's own and what lies between tensors are not among them."""
+    parameters = n_parameters(model)
+    memory = _ADAM * parameters / (machine.n if train.sharded else 1)
+    if machine.n > 1 and not train.sharded:
+        memory += _BUCKETS * parameters
+    if precision is not torch.float32:
+        memory += _COPY * parameters
+    gpu = machine.memory is not None
+    return memory + train.micro_seconds * peak_bytes(model, seconds, train.recompute, precision, gpu)
 
 
 def _reading_hours(seconds: float, flops: float, machine: Machine) -> float:
     """Hours of one pass that decodes, and computes `flops` an audio-second (0: MFCCs) on each device."""
-    computing = machine.rate / flops if flops else 1 / (1 / machine.mfcc + 1 / machine.decoding)
+    computing = machine.float32 / flops if flops else 1 / (1 / machine.mfcc + 1 / machine.decoding)
     return seconds / min(computing, ahead.MOST * machine.decoding) / machine.n / 3600
 
 
 def _frame_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
     """Operations an audio-second and numbers a frame of what k-means sees; 0 operations: MFCCs."""
-    if features is None or features.kind == "mfcc":
+    if features.kind == "mfcc":
         return 0.0, Mfcc.dim
     return sum(forward_flops(model, _MEAN_SECONDS, features.layer)), model.width
 
@@ -185,19 +250,18 @@ def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machi
 
 def _kmeans(name: str, config: Any, features: Any, model: HubertConfig, machine: Machine) -> Row:
     _, dim = _frame_cost(features, model)
-    frames = features.sample_frames if features is not None else 2_000_000
-    flops = 2.0 * frames * dim * config.n_clusters * (config.max_iter + 10) * config.n_init
+    flops = 2.0 * features.sample_frames * dim * config.n_clusters * (config.max_iter + 10) * config.n_init
     size = 4.0 * dim * config.n_clusters
-    return Row(name, flops / machine.rate / machine.n / 3600, size, None, f"at most {config.max_iter} rounds")
+    hours = flops / machine.float32 / machine.n / 3600
+    return Row(name, hours, size, None, f"at most {config.max_iter} rounds")
 
 
 def _label(
-    name: str, config: Any, features: Any, kmeans: Any, model: HubertConfig, corpus: Corpus, machine: Machine
+    name: str, features: Any, kmeans: Any, model: HubertConfig, corpus: Corpus, machine: Machine
 ) -> Row:
     flops, _ = _frame_cost(features, model)
-    n_units = kmeans.n_clusters if kmeans is not None else 500
     frames = 3600 * corpus.hours * HUBERT.rate
-    disk = frames * (1 if n_units <= 256 else 2) + 8 * corpus.utterances
+    disk = frames * (1 if kmeans.n_clusters <= 256 else 2) + 8 * corpus.utterances
     return Row(name, _reading_hours(3600 * corpus.hours, flops, machine), disk, None, "")
 
 
@@ -213,10 +277,14 @@ def table(rows: Sequence[Row], corpus: Corpus, machine: Machine) -> str:
         f"one core here decodes {machine.decoding:,.0f} and computes MFCCs of {machine.mfcc:,.0f} "
         "audio-seconds a second",
     ]
-    lines = [("stage", "hours", "disk", "memory a device", "")]
+    if machine.memory is None:
+        head.append(f"for a GPU that is not here give gpu=NAME: {', '.join(GPUS)}")
+    lines = [("stage", "hours", "disk", "memory a device, at least", "")]
     lines += [(row.stage, _hours(row.hours), _size(row.disk), _size(row.memory), row.note) for row in rows]
+    missing = [row.stage for row in rows if row.hours is None and row.memory is not None]
+    left_out = f"without the hours of {', '.join(missing)}" if missing else ""
     total = sum(row.hours or 0 for row in rows)
-    lines.append(("all", _hours(total), _size(sum(row.disk or 0 for row in rows)), "", ""))
+    lines.append(("all", _hours(total or None), _size(sum(row.disk or 0 for row in rows)), "", left_out))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     body = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[4]]) for line in lines]
     return "\n".join([*head, "", *(line.rstrip() for line in body)])
