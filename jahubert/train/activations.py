@@ -1,9 +1,10 @@
 """What a training step keeps for its backward pass, counted on tensors without numbers.
 
-On a GPU it keeps more than the same model on a CPU: its autocast computes layer norms in float32, and
-attention holds padded rectangles. A torch without CUDA has no tensors of a GPU, so the first is done while
-counting and the second is added; together they are within 2 % of what tensors of a GPU without numbers gave
-(torch 2.15, fused attention; `tests/test_plan.py` has the figures).
+On a GPU it keeps more than the same model on a CPU: layer norms (its autocast) and the positional
+convolution are computed in float32, and attention holds padded rectangles. A torch without CUDA has no
+tensors of a GPU, so the first two are done while counting and the last is added; together they are within
+1 % of what tensors of a GPU without numbers gave (torch 2.15, fused attention; `tests/test_plan.py` has the
+figures).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from jahubert.frames import SAMPLE_RATE
 from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.packing import Packing
+from jahubert.positional import PositionalConv
 from jahubert.precision import computing_in
 from jahubert.train.parallel import lighten
 
@@ -52,6 +55,35 @@ def kept_bytes(
     return kept
 
 
+def peak_bytes(
+    config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
+) -> float:
+    """What tensors of a micro-batch take at most, forward and backward, bytes an audio-second."""
+    kept = kept_bytes(config, seconds, recompute, precision, gpu)
+    frames = config.grid.n_frames(int(seconds * SAMPLE_RATE)) / seconds
+    block = 2 * precision.itemsize * config.ffn * frames  # GELU in the last block, and its gradient
+    if recompute:  # which is there as a whole then
+        block += (kept_bytes(config, seconds, False, precision, gpu) - kept) / config.layers
+    return max(kept + block, front_end_bytes(config, precision) if gpu else 0.0)
+
+
+def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
+    """What backward through a convolution has at once at most, when all above it is done: bytes an
+    audio-second. On a GPU, which takes all rows at once; a CPU takes a part of them at a time."""
+    rate, below, most = float(SAMPLE_RATE), 0.0, 0.0
+    for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
+        rate /= stride
+        if below:  # its input, GELU of that, the gradient to it; and the gradient that comes
+            now = precision.itemsize * (3 * below + rate * width)
+            if (
+                config.conv_norm == "layer"
+            ):  # the input is kept, too, and as it was before the norm, in float32
+                now += (precision.itemsize + 4) * below
+            most = max(most, now)
+        below = rate * width
+    return most
+
+
 class _NormsOfGpus(TorchFunctionMode):
     """Layer norms in float32, as autocast has them on CUDA and not on a CPU."""
 
@@ -60,6 +92,17 @@ class _NormsOfGpus(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         with computing_in(torch.float32, torch.device("cpu")):
             return function(args[0].float(), *args[1:], **(kwargs or {}))
+
+
+def _as_on_gpus(convolution: PositionalConv) -> None:
+    """By frequencies in float32: in 16 bits a CPU takes the plain sum, a GPU does not."""
+    own = convolution.forward
+
+    def in_float32(x_ND: Tensor, packing: Packing) -> Tensor:
+        with computing_in(torch.float32, torch.device("cpu")):
+            return own(x_ND.float(), packing).to(x_ND.dtype)
+
+    convolution.forward = in_float32  # type: ignore[method-assign]
 
 
 def _kept(
@@ -79,6 +122,8 @@ def _kept(
     with FakeTensorMode(), norms, computing_in(precision, torch.device("cpu")):
         model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
         model.encoder.training = False  # or it would look at a random number for layer drop
+        if gpu:
+            _as_on_gpus(model.encoder.pos_conv_embed)
         lighten(list(model.encoder.layers), recompute, False)
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
         with hooks:

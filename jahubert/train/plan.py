@@ -1,62 +1,56 @@
 """Hours, disk and memory of every stage before anything starts.
 
 All hours are arithmetic on floating-point operations: those of the configured model follow from its sizes,
-and what a device does in a second is measured with a few real steps on this machine (`probe`), or taken
-from a table of GPUs as a stated share of their peak. The second is an estimate and says so.
+and what a device does in a second is measured here or assumed (`speeds`).
 """
 
 from __future__ import annotations
 
-import io
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 import torch
 
 from jahubert import ahead
-from jahubert.audio import load_audio
 from jahubert.errors import ConfigError
-from jahubert.frames import HUBERT, SAMPLE_RATE
-from jahubert.heads import UnitHead
-from jahubert.hubert import HubertConfig, HubertModel
-from jahubert.precision import computing_in
-from jahubert.train import ranks
-from jahubert.train.activations import kept_bytes, masked_loss
-from jahubert.train.config import unknown
+from jahubert.frames import HUBERT
+from jahubert.hubert import HubertConfig
+from jahubert.train.activations import peak_bytes
+from jahubert.train.config import structure
 from jahubert.train.features import Mfcc
-from jahubert.train.lookup import by_subset
+from jahubert.train.lookup import STAGES, by_subset, resolve
 from jahubert.train.manifest import Manifest
-from jahubert.train.optim import TrainConfig, build_optimizer, pick_precision
+from jahubert.train.optim import TrainConfig
+from jahubert.train.speeds import (
+    GPUS,
+    SHARE,
+    Machine,
+    forward_flops,
+    from_table,
+    n_parameters,
+    probe,
+    step_flops,
+)
 
-# Dense products in 16 bits with 32-bit sums, operations a second, and memory: the vendors' data sheets.
-GPUS = {
-    "V100": (125e12, 32e9),
-    "T4": (65e12, 16e9),
-    "A10": (125e12, 24e9),
-    "A100": (312e12, 80e9),
-    "L4": (121e12, 24e9),
-    "L40S": (362e12, 48e9),
-    "RTX3090": (71e12, 24e9),
-    "RTX4090": (165e12, 24e9),
-    "H100": (989e12, 80e9),
-    "H200": (989e12, 141e9),
-    "B200": (2250e12, 180e9),
-}
-# Of the peak, where nothing was measured. Published runs of HuBERT base come to 0.088 (the paper's, 100,000
-# updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert's, 400,000 in 10 h on 16 H100), by `step_flops`.
-SHARE = 0.1
 _MEAN_SECONDS = 5.7  # of an utterance of ReazonSpeech: 35,000 h in 22 million
 _ADAM = 16  # bytes a parameter: weight, gradient, two moments
+_BUCKETS = 4  # bytes a parameter: where DDP sums the gradients of several processes
 _COPY = 2  # bytes a parameter: autocast's copy of the weight in 16 bits, while a micro-batch is computed
 _SAVED = 12  # bytes a parameter in a checkpoint
 _TRAINED = ("pretrain", "finetune")
-_OWN = ("gpus", "gpu", "hours", "share")
+# Of the plan itself: the largest value, and what is asked for where another was found.
+_NUMBERS = {
+    "gpus": (1e6, "a whole number of GPUs, 1 or more"),
+    "hours": (1e9, "a number of hours above 0"),
+    "share": (1.0, "a share of the peak, above 0 and at most 1"),
+}
+_OWN = ("gpu", *_NUMBERS)
+
+
+Job = tuple[str, Any, Path]  # stage, its config, its folder
 
 
 @dataclass(frozen=True)
@@ -67,24 +61,13 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Machine:
-    name: str
-    n: int  # devices
-    rate: float  # floating-point operations a second of one device, in a training step
-    memory: float | None  # bytes of one device; None: not known
-    source: str  # "measured" and on what, or "assumed" and what
-    decoding: float  # audio-seconds that one core decodes in a second, measured here
-    mfcc: float  # audio-seconds whose MFCCs one core computes in a second, measured here
-
-
-@dataclass(frozen=True)
 class Row:
     """One stage; None: not estimated."""
 
     stage: str
     hours: float | None
     disk: float | None  # bytes
-    memory: float | None  # bytes on each device
+    memory: float | None  # bytes of tensors on each device: the least that it takes
     note: str = ""
 
 
@@ -97,150 +80,78 @@ def split(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return own, overrides
 
 
-def make(
-    tree: dict[str, Any], jobs: Sequence[tuple[str, Any, Path]], own: dict[str, str]
-) -> tuple[list[Row], Corpus, Machine]:
-    """The plan of `jobs` as `jahubert.run` makes them: (stage, its config, its folder).
+def make(tree: dict[str, Any], jobs: Sequence[Job], own: dict[str, str]) -> tuple[list[Row], Corpus, Machine]:
+    """The plan of `jobs` as `jahubert.run` makes them.
 
     Raises:
         ConfigError: a number that is none, a GPU that is not in the table, a corpus of unknown size.
     """
-    numbers = {}
-    for name in ("gpus", "hours", "share"):
-        try:
-            numbers[name] = float(own.get(name, 0))
-        except ValueError:
-            raise ConfigError(f"{name}={own[name]}: give a number") from None
-        if numbers[name] < 0 or (name in own and not numbers[name]):
-            raise ConfigError(f"{name}={own[name]}: give a number above 0")
-    corpus = _corpus(
-        Path(tree["exp"], "prepare", "manifest.arrow"),
-        numbers["hours"],
-        by_subset(tree.get("hours"), tree.get("subset")),
-    )
-    n = max(1, int(numbers["gpus"]))
+    gpus, hours, share = (_number(name, own) for name in _NUMBERS)
+    corpus = _corpus(Path(tree["exp"], "prepare", "manifest.arrow"), hours, tree)
+    for name in ("processes", "machines"):
+        if not isinstance(tree[name], int) or tree[name] < 1:
+            raise ConfigError(f"{name}={tree[name]}: give a whole number, 1 or more")
+    processes = tree["processes"] * tree["machines"]  # as many as the run will have
     if "gpu" in own:
-        machine = from_table(own["gpu"], n, numbers["share"] or SHARE)
+        machine = from_table(own["gpu"], int(gpus or processes), share or SHARE)
     else:
         trained = [config for stage, config, _ in jobs if stage in _TRAINED]
         if not trained:
             raise ConfigError(
                 "plan: these stages train nothing to measure; ask for stage=all, or give gpu=NAME"
             )
-        machine = probe(trained[0].model, trained[0].train, n)
-    return plan(jobs, corpus, machine), corpus, machine
+        machine = probe(trained[0].model, [config.train for config in trained], int(gpus or 1))
+        if not gpus and machine.memory:  # several processes of a CPU share what was measured
+            machine = replace(machine, n=processes)
+    return plan(jobs, corpus, machine, _beside(tree, jobs)), corpus, machine
 
 
-def _corpus(manifest: Path, given: float, recipe: float | None) -> Corpus:
+def _number(name: str, own: dict[str, str]) -> float | None:
+    """A number for the plan itself, where it is given."""
+    if name not in own:
+        return None
+    try:
+        number = float(own[name])
+    except ValueError:
+        number = math.nan
+    most, wanted = _NUMBERS[name]
+    if not 0 < number <= most or (name == "gpus" and number % 1):
+        raise ConfigError(f"{name}={own[name]}: give {wanted}")
+    return number
+
+
+def _beside(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
+    """What of an iteration is not asked for, but says what the one stage that is works on."""
+    stage, _, out = jobs[0]
+    if len(jobs) > 1 or stage not in ("features", "kmeans", "label"):
+        return []
+    others = [other for other in ("features", "kmeans", "pretrain") if other != stage]
+    settings = {other: (tree[other] or {}, resolve(other, STAGES, "stage").Config) for other in others}
+    return [(other, structure(*settings[other], other), out.parent / other) for other in others]
+
+
+def _corpus(manifest: Path, given: float | None, tree: dict[str, Any]) -> Corpus:
     """The corpus as it was prepared, unless its hours are given; else what the recipe says of it."""
     if manifest.exists() and not given:
         counts = Manifest(manifest).counts
         return Corpus(counts["hours"], counts["utterances"], str(manifest))
-    hours = given or recipe
+    subset = tree.get("subset")
+    hours = given or by_subset(tree.get("hours"), subset)
     if not hours:
-        raise ConfigError(f"{manifest} does not exist yet; say how much speech there is, as in hours=19000")
+        which = f" and the recipe does not know the hours of subset={subset}" if tree.get("hours") else ""
+        raise ConfigError(
+            f"{manifest} does not exist yet{which}; say how much speech there is, as in hours=19000"
+        )
     source = "hours=" if given else "the recipe's word"
     return Corpus(
         hours, round(hours * 3600 / _MEAN_SECONDS), f"{source}; utterances of {_MEAN_SECONDS} s assumed"
     )
 
 
-def forward_flops(config: HubertConfig, seconds: float, layer: int | None = None) -> tuple[float, float]:
-    """Operations an audio-second of a forward pass: below the blocks, and of the blocks up to `layer`.
-
-    Two for each weight that a frame meets, and the two products of attention in utterances of `seconds`.
-    """
-    length, channels, below = int(seconds * SAMPLE_RATE), 1, 0.0
-    for width, kernel, stride in zip(config.conv_dims, config.conv_kernels, config.conv_strides, strict=True):
-        length = (length - kernel) // stride + 1
-        below += 2.0 * length * width * channels * kernel
-        channels = width
-    width = config.width
-    positions = width * width // config.pos_conv_groups * config.pos_conv_kernel
-    below += 2.0 * length * (channels * width + positions)
-    blocks = config.layers if layer is None else min(layer, config.layers)
-    each = 2.0 * length * (4 * width * width + 2 * width * config.ffn + 2 * length * width)
-    return below / seconds, blocks * each / seconds
-
-
-def step_flops(config: HubertConfig, seconds: float, recompute: bool) -> float:
-    """Operations an audio-second of a training step: backward is twice forward."""
-    below, blocks = forward_flops(config, seconds)
-    return 3 * below + (4 if recompute else 3) * blocks
-
-
-def n_parameters(config: HubertConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in HubertModel(config).parameters())
-
-
-def probe(config: HubertConfig, train: TrainConfig, n: int) -> Machine:
-    """Measure a few real training steps on this machine's own device."""
-    device = ranks.pick_device(train.device)
-    dtype = pick_precision(train, device)
-    budget = train.micro_seconds if device.type == "cuda" else min(16.0, train.micro_seconds)
-    seconds = min(8.0, budget)
-    model = HubertModel(replace(config, layer_drop=0.0)).to(device)
-    head = UnitHead(config.width, 500).to(device)
-    optimizer = build_optimizer(torch.nn.ModuleList([model, head]), train)
-    wav_BT = torch.randn(max(1, int(budget / seconds)), int(seconds * SAMPLE_RATE), device=device)
-    spent = []
-    while len(spent) < 2 or (sum(spent) < 5 and len(spent) < 12):
-        started = time.perf_counter()
-        with computing_in(dtype, device):
-            loss = masked_loss(model, head, wav_BT)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spent.append(time.perf_counter() - started)
-    fastest = min(spent[1:])  # the first one compiles kernels
-    speed = wav_BT.numel() / SAMPLE_RATE / fastest
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    source = (
-        f"measured here, {str(dtype).removeprefix('torch.')}: {speed:.4g} audio-seconds a second in a step"
-    )
-    return Machine(name, n, speed * step_flops(config, seconds, False), memory, source, *_reading())
-
-
-def from_table(gpu: str, n: int, share: float) -> Machine:
-    """A GPU that is not here, at a share of its peak.
-
-    Raises:
-        ConfigError: the table does not have it.
-    """
-    names = {name.lower(): name for name in GPUS}
-    if gpu.lower() not in names:
-        raise ConfigError(unknown("gpu", gpu, GPUS))
-    name = names[gpu.lower()]
-    peak, memory = GPUS[name]
-    source = f"assumed, not measured: {share:.0%} of a peak of {peak / 1e12:.0f} TFLOP/s"
-    return Machine(name, n, peak * share, memory, source, *_reading())
-
-
-def _reading() -> tuple[float, float]:
-    """Audio-seconds that one core decodes, and whose MFCCs it computes, in a second."""
-    seconds, buffer = 20, io.BytesIO()
-    noise_T = np.random.default_rng(0).normal(0, 0.05, seconds * SAMPLE_RATE).astype(np.float32)
-    soundfile.write(buffer, noise_T, SAMPLE_RATE, format="FLAC")
-    mfcc, rates = Mfcc(), []
-    for work in (
-        lambda: load_audio(io.BytesIO(buffer.getvalue())),
-        lambda: mfcc([torch.from_numpy(noise_T)]),
-    ):
-        work()
-        started = time.perf_counter()
-        work()
-        rates.append(seconds / (time.perf_counter() - started))
-    return rates[0], rates[1]
-
-
-def plan(jobs: Sequence[tuple[str, Any, Path]], corpus: Corpus, machine: Machine) -> list[Row]:
-    """A row for each of `jobs`, (stage, its config, its folder) as `jahubert.run` makes them."""
-    configs = {(stage, out.parent): config for stage, config, out in jobs}
-    models = [config.model for stage, config, _ in jobs if stage in _TRAINED]
+def plan(jobs: Sequence[Job], corpus: Corpus, machine: Machine, beside: Sequence[Job] = ()) -> list[Row]:
+    """A row for each of `jobs`; those `beside` them are not asked for, but say what these work on."""
+    configs = {(stage, out.parent): config for stage, config, out in (*jobs, *beside)}
+    models = [config.model for (stage, _), config in configs.items() if stage in _TRAINED]
     model = models[0] if models else HubertConfig()
     rows = []
     for stage, config, out in jobs:
@@ -255,7 +166,7 @@ def plan(jobs: Sequence[tuple[str, Any, Path]], corpus: Corpus, machine: Machine
             rows.append(_kmeans(name, config, configs.get(("features", out.parent)), model, machine))
         elif stage == "label":
             features, kmeans = (configs.get((kind, out.parent)) for kind in ("features", "kmeans"))
-            rows.append(_label(name, config, features, kmeans, model, corpus, machine))
+            rows.append(_label(name, features, kmeans, model, corpus, machine))
         elif stage == "prepare":
             hours = corpus.hours / machine.decoding / 8 if config.check_audio else None
             rows.append(
@@ -270,37 +181,62 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Row:
     train: TrainConfig = config.train
     longest = config.crop.max_seconds if hasattr(config, "crop") else 30.0
     seconds = min(longest, 3600 * corpus.hours / corpus.utterances)
-    precision = torch.float32 if train.precision == "fp32" else torch.bfloat16
+    precision = _precision(train, machine)
+    rate = machine.float32 if precision is torch.float32 else machine.rate
     each, parameters = step_flops(config.model, seconds, train.recompute), n_parameters(config.model)
     flops = each * train.batch_seconds * train.max_steps
     if head_only := min(getattr(config, "head_only_steps", 0), train.max_steps):  # no backward pass there
         flops *= 1 - head_only / train.max_steps * 2 / 3
-    shards = machine.n if train.sharded else 1
-    kept = kept_bytes(config.model, seconds, train.recompute, precision, machine.memory is not None)
-    copies = _COPY * parameters if precision is torch.bfloat16 else 0
-    memory = _ADAM * parameters / shards + copies + kept * train.micro_seconds
+    hours: float | None = flops / rate / machine.n / 3600
+    memory = _memory(config.model, train, seconds, precision, machine)
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
     disk = (checkpoints * _SAVED + 2 * 4) * parameters  # and the bundle, and the best weights
-    speed = machine.rate / each
-    notes = [f"{speed * machine.n:.0f} audio-h/h", f"{math.ceil(speed / machine.decoding)} readers a device"]
+    speed = rate / each
+    readers = math.ceil(speed / machine.decoding)
+    notes = [f"{speed * machine.n:.0f} audio-h/h", f"{readers} reader{'s'[: readers > 1]} a device"]
     if machine.memory and memory > 0.9 * machine.memory:
         notes.append(
             "does not fit: lower train.micro_seconds, or train.recompute=true, or train.sharded=true"
         )
-    if train.per_step % machine.n:
-        notes.append(f"{machine.n} devices cannot share {train.per_step} micro-batches evenly")
-    return Row(name, flops / machine.rate / machine.n / 3600, disk, memory, ", ".join(notes))
+    if machine.memory and not machine.bfloat16 and train.precision in ("auto", "bf16"):
+        notes.append(f"in float32: {machine.name} has no bfloat16; set train.precision=fp16")
+    try:
+        train.share(machine.n)
+    except ConfigError as error:  # such a run does not start
+        hours, notes = None, [str(error)]
+    return Row(name, hours, disk, memory, ", ".join(notes))
+
+
+def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
+    """What a training will compute in on that machine: `optim.pick_precision` asks a device that is here."""
+    if train.precision == "fp16":
+        return torch.float16
+    return torch.bfloat16 if train.precision != "fp32" and machine.bfloat16 else torch.float32
+
+
+def _memory(
+    model: HubertConfig, train: TrainConfig, seconds: float, precision: torch.dtype, machine: Machine
+) -> float:
+    """Bytes that tensors take on one device. CUDA's own and what lies between tensors are not among them."""
+    parameters = n_parameters(model)
+    memory = _ADAM * parameters / (machine.n if train.sharded else 1)
+    if machine.n > 1 and not train.sharded:
+        memory += _BUCKETS * parameters
+    if precision is not torch.float32:
+        memory += _COPY * parameters
+    gpu = machine.memory is not None
+    return memory + train.micro_seconds * peak_bytes(model, seconds, train.recompute, precision, gpu)
 
 
 def _reading_hours(seconds: float, flops: float, machine: Machine) -> float:
     """Hours of one pass that decodes, and computes `flops` an audio-second (0: MFCCs) on each device."""
-    computing = machine.rate / flops if flops else 1 / (1 / machine.mfcc + 1 / machine.decoding)
+    computing = machine.float32 / flops if flops else 1 / (1 / machine.mfcc + 1 / machine.decoding)
     return seconds / min(computing, ahead.MOST * machine.decoding) / machine.n / 3600
 
 
 def _frame_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
     """Operations an audio-second and numbers a frame of what k-means sees; 0 operations: MFCCs."""
-    if features is None or features.kind == "mfcc":
+    if features.kind == "mfcc":
         return 0.0, Mfcc.dim
     return sum(forward_flops(model, _MEAN_SECONDS, features.layer)), model.width
 
@@ -314,19 +250,18 @@ def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machi
 
 def _kmeans(name: str, config: Any, features: Any, model: HubertConfig, machine: Machine) -> Row:
     _, dim = _frame_cost(features, model)
-    frames = features.sample_frames if features is not None else 2_000_000
-    flops = 2.0 * frames * dim * config.n_clusters * (config.max_iter + 10) * config.n_init
+    flops = 2.0 * features.sample_frames * dim * config.n_clusters * (config.max_iter + 10) * config.n_init
     size = 4.0 * dim * config.n_clusters
-    return Row(name, flops / machine.rate / machine.n / 3600, size, None, f"at most {config.max_iter} rounds")
+    hours = flops / machine.float32 / machine.n / 3600
+    return Row(name, hours, size, None, f"at most {config.max_iter} rounds")
 
 
 def _label(
-    name: str, config: Any, features: Any, kmeans: Any, model: HubertConfig, corpus: Corpus, machine: Machine
+    name: str, features: Any, kmeans: Any, model: HubertConfig, corpus: Corpus, machine: Machine
 ) -> Row:
     flops, _ = _frame_cost(features, model)
-    n_units = kmeans.n_clusters if kmeans is not None else 500
     frames = 3600 * corpus.hours * HUBERT.rate
-    disk = frames * (1 if n_units <= 256 else 2) + 8 * corpus.utterances
+    disk = frames * (1 if kmeans.n_clusters <= 256 else 2) + 8 * corpus.utterances
     return Row(name, _reading_hours(3600 * corpus.hours, flops, machine), disk, None, "")
 
 
@@ -342,10 +277,14 @@ def table(rows: Sequence[Row], corpus: Corpus, machine: Machine) -> str:
         f"one core here decodes {machine.decoding:,.0f} and computes MFCCs of {machine.mfcc:,.0f} "
         "audio-seconds a second",
     ]
-    lines = [("stage", "hours", "disk", "memory a device", "")]
+    if machine.memory is None:
+        head.append(f"for a GPU that is not here give gpu=NAME: {', '.join(GPUS)}")
+    lines = [("stage", "hours", "disk", "memory a device, at least", "")]
     lines += [(row.stage, _hours(row.hours), _size(row.disk), _size(row.memory), row.note) for row in rows]
+    missing = [row.stage for row in rows if row.hours is None and row.memory is not None]
+    left_out = f"without the hours of {', '.join(missing)}" if missing else ""
     total = sum(row.hours or 0 for row in rows)
-    lines.append(("all", _hours(total), _size(sum(row.disk or 0 for row in rows)), "", ""))
+    lines.append(("all", _hours(total or None), _size(sum(row.disk or 0 for row in rows)), "", left_out))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     body = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[4]]) for line in lines]
     return "\n".join([*head, "", *(line.rstrip() for line in body)])

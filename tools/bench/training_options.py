@@ -18,10 +18,10 @@ import torch
 from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.run import compose
+from jahubert.train.activations import kept_bytes
 from jahubert.train.config import structure
 from jahubert.train.optim import TrainConfig, build_optimizer, pick_precision
 from jahubert.train.parallel import lighten
-from jahubert.train.plan import kept_bytes
 
 VARIANTS = {"plain": (False, False), "recompute": (True, False), "compile": (False, True)}
 
