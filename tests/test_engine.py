@@ -280,7 +280,7 @@ def test_learning_rates():
 
 
 def test_impossible_training_settings():
-    with pytest.raises(ConfigError, match="lr is -1, but must be positive; warmup and hold"):
+    with pytest.raises(ConfigError, match=r"lr is -1, but must be positive\nwarmup is 1.5"):
         TrainConfig(lr=-1, warmup=1.5)
     with pytest.raises(ConfigError, match="use precision=fp32 or bf16"):
         pick_precision(TrainConfig(precision="fp16"), torch.device("cpu"))

@@ -213,6 +213,11 @@ def test_ctc_log_probabilities_sum_to_one():
     [
         ({"width": 100, "heads": 3}, "not divisible by heads"),
         ({"layers": 0}, "must be positive"),
+        ({"heads": 0}, "width 768 is not divisible by heads 0"),
+        ({"pos_conv_groups": -1}, "width 768 is not divisible by pos_conv_groups -1"),
+        ({"pos_conv_kernel": 0}, "must be positive"),
+        ({"conv_strides": (0,) * 7}, "must be positive"),
+        ({"norm_eps": -1.0}, "must be at least 0"),
         ({"conv_dims": (8,)}, "one entry a layer"),
         ({"dropout": 1.5}, "dropout is 1.5"),
         ({"conv_norm": "batch"}, "must be 'group' or 'layer'"),

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import DataError
 from jahubert.train import ranks
-from jahubert.train.config import a_model, free
+from jahubert.train.config import a_model, free, out_of_range, refuse
 from jahubert.train.features import Feature
 from jahubert.train.kmeans import draw_rows
 from jahubert.train.manifest import Manifest
@@ -52,8 +52,7 @@ class Config:
     batch_seconds: float = free(80.0)
 
     def __post_init__(self) -> None:
-        if self.sample_frames < 1:
-            raise ConfigError(f"sample_frames is {self.sample_frames}, but must be at least 1")
+        refuse(out_of_range(self, {"at least 1": ("layer", "sample_frames"), "positive": ("batch_seconds",)}))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

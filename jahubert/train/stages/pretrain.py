@@ -29,7 +29,7 @@ from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
-from jahubert.train.config import a_model
+from jahubert.train.config import a_model, out_of_range, refuse
 from jahubert.train.engine import Loss, seed_micro
 from jahubert.train.health import accuracy_problem
 from jahubert.train.labels import LabelStore
@@ -60,19 +60,16 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.unit_dim < 1:
-            raise ConfigError(
-                f"temperature and unit_dim must be positive, but are {self.temperature} and {self.unit_dim}"
-            )
+        numbers = {"positive": ("temperature",), "at least 1": ("unit_dim",)}
+        wrong = out_of_range(self, numbers | {"at least 0": ("penalty_weight",)})
         if self.train.sharded and self.model.layer_drop:
-            raise ConfigError(
-                "train.sharded needs model.layer_drop=0: all processes must run the same blocks"
-            )
+            wrong.append("train.sharded needs model.layer_drop=0: all processes must run the same blocks")
         if self.crop.max_seconds > self.train.micro_seconds:
-            raise ConfigError(
+            wrong.append(
                 f"crop.max_seconds {self.crop.max_seconds} does not fit "
                 f"train.micro_seconds {self.train.micro_seconds}"
             )
+        refuse(wrong)
 
 
 class Pretrainer(nn.Module):
