@@ -203,15 +203,13 @@ def train(
     *,
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
-    take_best: bool = True,
 ) -> dict[str, float]:
     """Train `module` (a `Trainable`) up to `config.max_steps`, continuing what lies in `out`.
 
     Args:
         validate: gives metrics of the module as it is, on all processes at once.
         best: name of the validation metric that is to be small; the weights of its best step are kept in
-            `best.safetensors`.
-        take_best: at the end the module has those, and not its last ones.
+            `best.safetensors`, and at the end the module has those, and not its last ones.
 
     Returns:
         The last metrics, or those of the best step where it was taken.
@@ -233,7 +231,7 @@ def train(
                 run.save()
             if run.told and not last:
                 raise stopped(run.signals, run.step)
-    metrics = run.journal.close(best if take_best else None)
+    metrics = run.journal.close(best)
     run.parallel.gather()
     return metrics
 

@@ -91,7 +91,6 @@ def train(
     *,
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
-    take_best: bool = True,
 ) -> dict[str, float]:
     """Train `module` up to `config.max_steps`, continuing what lies in `out`; see `engine.train`.
 
@@ -112,7 +111,7 @@ def train(
     run.write()
     ranks.barrier()
     run.journal.load(read_record(run.state))  # the line of the last step was computed on the first process
-    return run.journal.close(best if take_best else None)
+    return run.journal.close(best)
 
 
 class _Run:

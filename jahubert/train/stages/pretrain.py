@@ -1,8 +1,8 @@
 """HuBERT pretraining: predict the units of masked frames.
 
 Reads   the manifest and its label store
-Writes  checkpoints/, metrics.jsonl, tensorboard/, best.safetensors (of the smallest loss on the validation
-        split), bundle/ (the model as it was after the last step, and its unit head)
+Writes  checkpoints/, metrics.jsonl, tensorboard/, bundle/ (the model as it was after the last step, as in the
+        paper, and its unit head)
 
     python -m jahubert.run recipe=demo stage=pretrain iteration=1 pretrain.train.max_steps=500
 
@@ -146,8 +146,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         return metrics
 
     validate = None if valid is None else lambda: watched(evaluate(module, valid))
-    kept: dict[str, Any] = {"best": "loss" if valid else None, "take_best": False}  # the paper takes the last
-    metrics = watched(train(module, data, config.train, out, validate=validate, **kept))
+    metrics = watched(train(module, data, config.train, out, validate=validate))
     if ranks.rank() == 0:
         _export(config, module, labels, metrics, out)
     ranks.barrier()
