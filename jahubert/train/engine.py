@@ -38,6 +38,7 @@ from jahubert.train.sampler import MicroBatch, Sampler
 log = logging.getLogger(__name__)
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SMALLEST_SCALE = 1e-4  # of a float16 loss, as in fairseq: from the first one, thirty overflows in a row
 Micros = Generator[tuple[MicroBatch, Any], None, None]
 
 
@@ -190,6 +191,14 @@ def check_norm(norm: float, step: int) -> None:
         )
 
 
+def overflowing(step: int) -> JahubertError:
+    """What ends a float16 run that no scale of the loss can help, by either engine."""
+    return JahubertError(
+        f"step {step}: the float16 gradients overflow whatever the loss is scaled by, and the last steps "
+        "taught nothing; the last checkpoint stays. Take a lower train.lr, or train.precision=bf16 or fp32"
+    )
+
+
 def stopped(signals: list[str], step: int) -> Stopped:
     by = signals[0] if signals else "a signal to another process"
     return Stopped(f"told to stop by {by}: saved at step {step}; the same command continues")
@@ -312,6 +321,8 @@ class _Run:
             group["lr"] = lr_at(self.step, self.config)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise overflowing(self.step + 1)
         return size
 
     def validate(self, validate: Callable[[], dict[str, float]], best: str | None) -> None:
