@@ -206,6 +206,16 @@ def test_the_line_of_progress(tmp_path, caplog):
     assert timing["steps"] == 2 and timing["audio_hours_an_hour"] > 0 and 0 <= timing["waiting"] <= 1
 
 
+def test_settings_that_are_not_kept_to_the_letter_are_told_once(tmp_path, caplog):
+    odd = replace(CONFIG, batch_seconds=11.0, sharded=True)
+    train(Toy(), ToyData(per_step=3), odd, tmp_path)
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 2 and "sharded=true changes nothing: one process" in said[1]
+    assert "an update takes 12 s of audio and not batch_seconds=11: 3 times micro_seconds=4." in said[0]
+    assert "set micro_seconds=3.667" in said[0]
+    assert not replace(odd, micro_seconds=3.667).notes(2) and not CONFIG.notes(1)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(5, "5 s"), (600, "10 min"), (7_260, "2 h 01 min"), (180_000, "2 d 2 h"), (345_500, "4 d 0 h")],

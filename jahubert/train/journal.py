@@ -43,6 +43,8 @@ class Journal:
     def trim(self, step: int) -> None:
         """Begin, or forget what a killed run wrote after the step that is continued."""
         if ranks.rank() == 0:
+            for note in self.config.notes(ranks.world()):
+                log.warning("%s", note)
             trim_metrics(self.out / "metrics.jsonl", step)
             self.board = _board(self.out / "tensorboard", step)
 

@@ -88,6 +88,19 @@ class TrainConfig:
             )
         return each
 
+    def notes(self, processes: int) -> list[str]:
+        """A sentence on each setting that so many processes do not keep to the letter."""
+        found, seconds = [], self.per_step * self.micro_seconds
+        if abs(seconds / self.batch_seconds - 1) > 0.01:  # less is how a rounded micro_seconds is written
+            found.append(
+                f"an update takes {seconds:g} s of audio and not batch_seconds={self.batch_seconds:g}: "
+                f"{self.per_step} times micro_seconds={self.micro_seconds:g}. To have it exact, set "
+                f"micro_seconds={self.batch_seconds / self.per_step:.4g}, or another part of batch_seconds"
+            )
+        if self.sharded and processes == 1:
+            found.append("sharded=true changes nothing: one process has nobody to share the model with")
+        return found
+
 
 def lr_at(step: int, config: TrainConfig) -> float:
     """Learning rate of a step, counted from 0.
