@@ -4,7 +4,8 @@ Behind this door there are only dataclasses: a misspelt key, a wrong type or a v
 found before any work starts. A stage's `Config` declares its fields with the paper's defaults; a field
 made with `free(...)` may change without changing the result (device, workers, logging), so provenance
 leaves it out; a field of type `Path` is an input and counts by what is in it, not by where it lies. A
-`Path` that names a model (`a_model(...)`) may also be a name on the Hub; the class of a `group(...)` depends
+`Path` that names a model (`a_model(...)`) may also be a name on the Hub, and `a_split(...)` is one of the
+manifest's; the class of a `group(...)` depends
 on the settings before it.
 """
 
@@ -43,6 +44,11 @@ def free(default: Any) -> Any:
 def a_model(default: Any = dataclasses.MISSING) -> Any:
     """A dataclass field that names a model: a folder, a file or a name on the Hub."""
     return dataclasses.field(default=default, metadata={"model": True})
+
+
+def a_split(default: Any) -> Any:
+    """A dataclass field that names a split of the config's manifest, or several."""
+    return dataclasses.field(default=default, metadata={"split": True})
 
 
 def group(chosen: Chosen) -> Any:
@@ -235,6 +241,13 @@ def inputs(config: Any) -> Iterator[tuple[str, Path, bool]]:
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
                 yield name, path, bool(about.get("model"))
+
+
+def splits(config: Any) -> Iterator[tuple[str, str]]:
+    """(name of the setting, split) of every split that is named."""
+    for name, value, about in _leaves(config):
+        if about.get("split"):
+            yield from ((name, split) for split in ((value,) if isinstance(value, str) else value or ()))
 
 
 def _leaves(config: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

@@ -31,7 +31,7 @@ from jahubert.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
 from jahubert.train import ranks
 from jahubert.train.batches import CtcData
-from jahubert.train.config import a_model, free, out_of_range, refuse
+from jahubert.train.config import a_model, a_split, free, out_of_range, refuse
 from jahubert.train.lexicon import LexiconConfig, LexiconSearch
 from jahubert.train.manifest import Manifest, Utterance
 from jahubert.train.progress import progress
@@ -49,8 +49,8 @@ class Config:
     manifest: Path
     targets: Path
     model: Path = a_model()  # the folder of a fine-tuning, or a CTC bundle
-    splits: tuple[str, ...] = ("eval1", "eval2", "eval3")
-    align_splits: tuple[str, ...] = ()  # splits whose references get phone and word times
+    splits: tuple[str, ...] = a_split(("eval1", "eval2", "eval3"))
+    align_splits: tuple[str, ...] = a_split(())  # splits whose references get phone and word times
     search: Literal["beam", "greedy"] = "beam"
     beam: int = 20
     n_best: int = 1  # hypotheses that are written for each utterance

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 from jahubert.train import ranks
-from jahubert.train.config import a_model, free, out_of_range, refuse
+from jahubert.train.config import a_model, a_split, free, out_of_range, refuse
 from jahubert.train.features import Feature
 from jahubert.train.kmeans import draw_rows
 from jahubert.train.manifest import Manifest
@@ -45,7 +45,7 @@ class Config:
     kind: str = "mfcc"  # mfcc, hubert, or module:attribute
     model: Path | None = a_model(None)  # for hubert: the folder of a trained model
     layer: int = 6  # for hubert: output of this block
-    split: str = "train"
+    split: str = a_split("train")
     sample_frames: int = 2_000_000
     seed: int = 0
     device: str = free("auto")

@@ -29,7 +29,7 @@ from jahubert.heads import HubertForCtc
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CtcBatch, CtcData, MaskConfig
-from jahubert.train.config import a_model, out_of_range, refuse
+from jahubert.train.config import a_model, a_split, out_of_range, refuse
 from jahubert.train.engine import Loss
 from jahubert.train.health import blank_problem
 from jahubert.train.lookup import ENGINES, resolve
@@ -79,7 +79,7 @@ class Config:
     activation_dropout: float = 0.1
     input_dropout: float = 0.0
     layer_drop: float = 0.1
-    dev_splits: tuple[str, ...] = ("dev",)
+    dev_splits: tuple[str, ...] = a_split(("dev",))
     # What chooses the best step on the development set; of characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
     seed: int = 0

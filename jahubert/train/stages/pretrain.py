@@ -29,7 +29,7 @@ from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
-from jahubert.train.config import a_model, out_of_range, refuse
+from jahubert.train.config import a_model, a_split, out_of_range, refuse
 from jahubert.train.engine import Loss, seed_micro
 from jahubert.train.health import accuracy_problem
 from jahubert.train.labels import LabelStore
@@ -56,7 +56,7 @@ class Config:
     unit_dim: int = 256  # width of the codebook (final_dim)
     temperature: float = 0.1
     penalty_weight: float = 10.0  # of the mean square of the conv features
-    valid_split: str | None = "dev"  # null: no validation
+    valid_split: str | None = a_split("dev")  # null: no validation
     seed: int = 0
 
     def __post_init__(self) -> None:
