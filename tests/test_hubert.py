@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import HubertConfig as HfConfig
 from transformers import HubertModel as HfModel
 
@@ -199,6 +200,18 @@ def test_unit_head_is_the_cosine_softmax_of_the_paper():
     projected = head.final_proj(hidden_ND)
     want = torch.cosine_similarity(projected[:, None], head.label_embeddings[None], dim=-1) / 0.1
     torch.testing.assert_close(head(hidden_ND), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cosines_are_exact_also_where_the_products_have_fewer_bits(dtype):
+    torch.manual_seed(0)
+    head, hidden_ND = UnitHead(48, 500, dim=256), torch.randn(300, 48)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        logits_NK, projected_ND = head(hidden_ND), head.final_proj(hidden_ND)
+    units_KD = F.normalize(head.label_embeddings.detach().double(), dim=-1)
+    exact_NK = F.normalize(projected_ND.double(), dim=-1) @ units_KD.T / 0.1
+    assert logits_NK.dtype == torch.float32 and projected_ND.dtype == dtype
+    torch.testing.assert_close(logits_NK.double(), exact_NK, rtol=0, atol=1e-5)
 
 
 def test_ctc_log_probabilities_sum_to_one():
