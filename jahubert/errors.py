@@ -58,5 +58,8 @@ class MissingExtraError(UserError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str):
-        super().__init__(f"{package} is not installed. Install it with: pip install 'jahubert[{extra}]'")
+        super().__init__(
+            f"{package} is not installed. Install the extra {extra}, which brings it: "
+            f"pip install 'jahubert[{extra}]', or in a clone pip install -e '.[{extra}]'"
+        )
         self.package, self.extra = package, extra

@@ -33,12 +33,14 @@ class UnitHead(nn.Module):
         return self.label_embeddings.shape[0]
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        """Logits (N, K) of frames (N, D)."""
+        """Logits (N, K), float32, of frames (N, D)."""
         n = len(hidden_ND)
-        hidden_ND = F.pad(hidden_ND, (0, 0, 0, -n % BLOCK))
-        frames = F.normalize(self.final_proj(hidden_ND).float(), dim=-1)
-        units = F.normalize(self.label_embeddings.float(), dim=-1)
-        return (frames.to(hidden_ND.dtype) @ units.T.to(hidden_ND.dtype) / self.temperature)[:n]
+        projected_ND = self.final_proj(F.pad(hidden_ND, (0, 0, 0, -n % BLOCK)))
+        # A cosine of 16 bits, divided by the temperature, would be wrong by up to 0.02.
+        with computing_in(torch.float32, hidden_ND.device):
+            frames_ND = F.normalize(projected_ND.float(), dim=-1)
+            units_KD = F.normalize(self.label_embeddings.float(), dim=-1)
+            return (frames_ND @ units_KD.T / self.temperature)[:n]
 
 
 class HubertForCtc(nn.Module):

@@ -63,14 +63,18 @@ class HubertConfig:
         wrong = []
         if not len(self.conv_dims) == len(self.conv_kernels) == len(self.conv_strides) > 0:
             wrong.append("conv_dims, conv_kernels and conv_strides must have one entry a layer")
-        if self.width % self.heads:
-            wrong.append(f"width {self.width} is not divisible by heads {self.heads}")
-        if self.width % self.pos_conv_groups:
-            wrong.append(f"width {self.width} is not divisible by pos_conv_groups {self.pos_conv_groups}")
+        for name in ("heads", "pos_conv_groups"):
+            if (parts := getattr(self, name)) < 1 or self.width % parts:
+                wrong.append(f"width {self.width} is not divisible by {name} {parts}")
         if self.conv_norm not in ("group", "layer"):
             wrong.append(f"conv_norm is {self.conv_norm!r}, but must be 'group' or 'layer'")
-        if min(self.layers, self.width, self.ffn, *self.conv_dims) < 1:
-            wrong.append("layers, width, ffn and conv_dims must be positive")
+        sizes = (*self.conv_dims, *self.conv_kernels, *self.conv_strides)
+        if min(self.layers, self.width, self.ffn, self.pos_conv_kernel, *sizes) < 1:
+            wrong.append(
+                "layers, width, ffn, pos_conv_kernel, conv_dims, _kernels and _strides must be positive"
+            )
+        if not min(self.norm_eps, self.normalize_eps, self.conv_grad_scale) >= 0:
+            wrong.append("norm_eps, normalize_eps and conv_grad_scale must be at least 0")
         for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"):
             if not 0 <= getattr(self, name) < 1:
                 wrong.append(f"{name} is {getattr(self, name)}, but must be in [0, 1)")

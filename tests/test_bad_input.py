@@ -88,7 +88,7 @@ def copy(whole, tmp_path) -> Path:
         (["recipe=null"], "recipe=... is missing; choose one of"),
         (["features.sample_frames=0"], "features.sample_frames is 0, but must be at least 1"),
         (["label.shard_size=0"], "label.shard_size is 0, but must be at least 1"),
-        (["pretrain.temperature=0"], "pretrain.temperature and unit_dim must be positive"),
+        (["pretrain.temperature=0"], "pretrain.temperature is 0.0, but must be positive"),
         (["pretrain.crop.max_seconds=0.01"], "pretrain.crop.max_seconds must be a frame"),
         (
             ["finetune.freeze_conv=true", "finetune.pretrained=null"],

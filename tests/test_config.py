@@ -1,6 +1,6 @@
 """Settings become dataclasses, or one message with everything that is wrong."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +55,64 @@ def test_all_mistakes_at_once_with_the_nearest_name():
 def test_relations_are_checked_and_placed():
     with pytest.raises(ConfigError, match=r"inner.rate is -1.0, but must be positive"):
         structure({"folder": "a", "inner": {"rate": -1}}, Outer)
+
+
+def mistakes_of(stage: str, **settings) -> list[str]:
+    """What is wrong with the settings of a stage, line by line."""
+    config = resolve(stage, STAGES, "stage").Config
+    paths = {f.name: "x" for f in fields(config) if "Path" in str(f.type) and f.default is MISSING}
+    with pytest.raises(ConfigError) as caught:
+        structure(paths | settings, config, stage)
+    title, *lines = str(caught.value).splitlines()
+    assert title.startswith(f"the configuration has {len(lines)} mistake")
+    return [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "says"),
+    [
+        ("features", {"layer": 0, "batch_seconds": 0}, ["layer is 0", "batch_seconds is 0.0"]),
+        ("features", {"layer": -1, "sample_frames": -5}, ["layer is -1", "sample_frames is -5"]),
+        (
+            "kmeans",
+            {"n_clusters": 1, "n_init": 0, "held_out": 1},
+            ["n_clusters is 1", "n_init is 0", "held_"],
+        ),
+        ("label", {"shard_size": 0, "batch_seconds": -1}, ["shard_size is 0", "batch_seconds is -1.0"]),
+        ("finetune", {"dropout": 1, "hours": -1}, ["hours is -1.0", "dropout is 1.0", "pretrained=... is m"]),
+        ("decode", {"beam": 0, "batch_seconds": 0}, ["beam is 0", "batch_seconds is 0.0", "n_best is 1"]),
+        ("score", {"samples": -1}, ["samples is -1"]),
+        ("report", {"worst": -1, "layer_frames": -1}, ["worst is -1", "layer_frames is -1"]),
+        ("pretrain", {"penalty_weight": -1, "unit_dim": 0}, ["unit_dim is 0", "penalty_weight is -1.0"]),
+        ("pretrain", {"mask": {"min_spans": -1, "prob": 1}}, ["mask.prob is 1.0", "mask.min_spans is -1"]),
+        ("pretrain", {"crop": {"min_seconds": -1}}, ["crop.min_seconds is -1.0, but must be at least 0"]),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_all_at_once(stage, settings, says):
+    found = mistakes_of(stage, **settings)
+    wanted = [f"{stage}.{said}" for said in says]
+    assert len(found) == len(wanted)
+    assert all(any(line.startswith(said) for line in found) for said in wanted), found
+
+
+def test_numbers_of_a_training_that_cannot_be():
+    wrong = {
+        "lr": 0, "eps": -1, "weight_decay": -1, "clip_norm": -1, "workers": -1, "keep_every": -5,
+        "valid_every": -1, "save_every": 0, "warmup": -0.5, "final_lr": 5, "betas": [1.5, 0.9],
+    }  # fmt: skip
+    found = mistakes_of("pretrain", train=wrong)
+    assert len(found) == len(wrong)
+    assert {line.split(" ")[0] for line in found} == {f"pretrain.train.{name}" for name in wrong}
+    assert "pretrain.train.warmup is -0.5, but must be in [0, 1]" in found
+    assert mistakes_of("pretrain", train={"betas": [0.9]}) == [
+        "pretrain.train.betas is [0.9], but must be two numbers in [0, 1)"
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), "nan", ".inf", "-inf", float("inf")])
+def test_a_number_is_finite(value):
+    with pytest.raises(ConfigError, match=r"inner.rate: expected (a finite number|float), found"):
+        structure({"folder": "a", "inner": {"rate": value}}, Outer)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from jahubert.errors import ConfigError
 from jahubert.heads import HubertForCtc, UnitHead
 from jahubert.hubert import HubertConfig
 from jahubert.phonemes import PhonemeSet
+from jahubert.train.config import inputs
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -164,6 +165,25 @@ def test_commands_of_stages_compose(arguments: tuple[str, ...], tmp_path: Path, 
     # Several seeds are one run each.
     overrides = [re.sub(r"^(seed=\d+),.*", r"\1", word) for word in arguments]
     assert not checked(overrides), f"in {STAGE_LINES[arguments]}"
+
+
+@pytest.mark.usefixtures("composed_once")
+@pytest.mark.parametrize("path", sorted(REPO.glob("recipes/*/README.md")), ids=name_of)
+def test_commands_of_a_recipe_can_be_run_in_their_order(path: Path) -> None:
+    """What a command reads of the page's experiments, a command above it has made, or it makes itself."""
+    made: list[Path] = []
+    for arguments in commands(path, "jahubert.run"):
+        tree = run.compose(list(arguments))
+        planned = run.plan(tree)
+        made += [run.folder_of(tree, *job) for job in planned]
+        experiments = {folder.parts[:2] for folder in made}  # others come from other pages
+        for job in planned:
+            _, config, _ = run.configured(*job, arguments)  # type: ignore[misc]
+            for name, read, _ in inputs(config):
+                by_a_tool = "words" in read.parts
+                if name != "exp" and read.parts[:2] in experiments and not by_a_tool:
+                    there = any(folder in (read, *read.parents) for folder in made)
+                    assert there, f"{' '.join(arguments)}: no command before it makes {name}={read}"
 
 
 @pytest.mark.parametrize("arguments", CLI_LINES, ids=" ".join)

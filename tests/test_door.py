@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jahubert import run
 from jahubert.errors import CheckpointError, ConfigError
+from jahubert.train import door
 from jahubert.train.provenance import DONE, read_record, write_json
 
 REPO = Path(__file__).parent.parent
@@ -113,6 +115,62 @@ def test_processes_that_cannot_share_an_update_are_told_once(tmp_path):
         said = f"{stage}.train.micro_seconds: one update takes 2 micro-batches (10 / 5 s), which 3 processes"
         assert done.stderr.count(said) == 1
     assert "set it to 3.333" in done.stderr
+
+
+# --- the machine ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["engine=deepspeed"], "error: engine=deepspeed: there is no such engine; choose one of torch, fair"),
+        (["device=gpu"], "error: device=gpu: no such device; use auto, cpu, cuda or cuda:N"),
+        (["pretrain.train.precision=fp16"], "pretrain.train.precision=fp16 is slower than fp32 on a CPU"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_told_once_before_the_corpus_is_read(
+    capsys, tmp_path, overrides, says
+):
+    message = refused(capsys, tmp_path / "exp", "stage=all", *overrides)
+    assert says in message and len(message.splitlines()) == 1
+
+
+def test_an_engine_that_is_not_installed_is_told_before_the_corpus_is_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fairseq2", None)
+    monkeypatch.delitem(sys.modules, "jahubert.train.engine_fairseq2", raising=False)
+    message = refused(capsys, tmp_path / "exp", "stage=all", "engine=fairseq2")
+    assert "fairseq2 is not installed" in message and len(message.splitlines()) == 1
+
+
+def test_what_is_done_needs_no_machine(tmp_path):
+    """Fine-tuned on a GPU, scored on a laptop."""
+    exp = tmp_path / "exp"
+    (exp / "iter1/pretrain").mkdir(parents=True)
+    write_json(exp / "iter1/pretrain" / DONE, {})
+    told = run.all_configured([f"recipe={ROUGH}", "stage=all", f"exp={exp}"])
+    jobs = [(stage, replace(config, train=replace(config.train, device="gpu")), out)
+            for stage, config, out in told if stage in ("pretrain", "finetune")]  # fmt: skip
+    assert door.mistakes(jobs[:1], [exp], 1) == []
+    assert door.mistakes(jobs, [exp], 1) == ["device=gpu: no such device; use auto, cpu, cuda or cuda:N"]
+
+
+# --- splits -----------------------------------------------------------------------------------------------
+
+
+def test_splits_that_the_manifest_does_not_have_are_told_all_at_once(capsys, copy):
+    wrong = ["pretrain.valid_split=devv", "finetune.dev_splits=[dev,nope]", "decode.align_splits=[tset]"]
+    message = refused(capsys, copy, "stage=all", SCRATCH, *wrong)
+    for said in ("pretrain.valid_split=devv", "finetune.dev_splits=nope", "decode.align_splits=tset"):
+        assert f"{said}: {copy}/prepare/manifest.arrow has no such split; its splits are dev, " in message
+    assert "dev_splits=dev:" not in message and len(message.splitlines()) == 3
+
+
+def test_splits_are_looked_at_when_there_is_a_manifest(prepared, tmp_path):
+    wrong = [f"recipe={ROUGH}", "stage=all", "pretrain.valid_split=devv"]
+    door.check_splits(run.all_configured([*wrong, f"exp={tmp_path / 'exp'}"], starting=True))
+    jobs = run.all_configured([*wrong, f"exp={prepared}"])
+    with pytest.raises(ConfigError, match=r"pretrain.valid_split=devv: .* has no such split"):
+        door.check_splits(jobs)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------

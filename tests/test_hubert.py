@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import HubertConfig as HfConfig
 from transformers import HubertModel as HfModel
 
@@ -201,6 +202,18 @@ def test_unit_head_is_the_cosine_softmax_of_the_paper():
     torch.testing.assert_close(head(hidden_ND), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cosines_are_exact_also_where_the_products_have_fewer_bits(dtype):
+    torch.manual_seed(0)
+    head, hidden_ND = UnitHead(48, 500, dim=256), torch.randn(300, 48)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        logits_NK, projected_ND = head(hidden_ND), head.final_proj(hidden_ND)
+    units_KD = F.normalize(head.label_embeddings.detach().double(), dim=-1)
+    exact_NK = F.normalize(projected_ND.double(), dim=-1) @ units_KD.T / 0.1
+    assert logits_NK.dtype == torch.float32 and projected_ND.dtype == dtype
+    torch.testing.assert_close(logits_NK.double(), exact_NK, rtol=0, atol=1e-5)
+
+
 def test_ctc_log_probabilities_sum_to_one():
     model = HubertForCtc(BASE_LIKE, 42).eval()
     logp_BSV, n_frames_B = model(torch.randn(2, 8000), [8000, 4000])
@@ -213,6 +226,11 @@ def test_ctc_log_probabilities_sum_to_one():
     [
         ({"width": 100, "heads": 3}, "not divisible by heads"),
         ({"layers": 0}, "must be positive"),
+        ({"heads": 0}, "width 768 is not divisible by heads 0"),
+        ({"pos_conv_groups": -1}, "width 768 is not divisible by pos_conv_groups -1"),
+        ({"pos_conv_kernel": 0}, "must be positive"),
+        ({"conv_strides": (0,) * 7}, "must be positive"),
+        ({"norm_eps": -1.0}, "must be at least 0"),
         ({"conv_dims": (8,)}, "one entry a layer"),
         ({"dropout": 1.5}, "dropout is 1.5"),
         ({"conv_norm": "batch"}, "must be 'group' or 'layer'"),

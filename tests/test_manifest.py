@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import pickle
 
 import numpy as np
 import pytest
 import soundfile
 
+from jahubert import audio
 from jahubert.audio import AudioSource
 from jahubert.errors import AudioError, DataError
 from jahubert.train import manifest as module
@@ -217,5 +220,37 @@ def test_load_checks_the_length(tmp_path):
     assert manifest.load(0).numpy().tolist() == samples[100:600].tolist()
     with pytest.raises(AudioError, match=r"'long'.*has 100 samples, but the manifest says 200"):
         manifest.load(1)
-    with pytest.raises(AudioError, match=r"'gone'.*no such audio file"):
+    with pytest.raises(AudioError, match=r"'gone'.*no such audio file: /no/such.wav\. Put the rec"):
         manifest.load(2)
+
+
+def test_a_file_server_that_is_away_for_a_moment_is_asked_again(tmp_path, monkeypatch, caplog):
+    """What it says last is told; a file that is not there or no audio is told at once."""
+    caplog.set_level(logging.WARNING)
+    wav, text = tmp_path / "a.wav", tmp_path / "a.m4a"
+    soundfile.write(wav, np.zeros(400), 16000)
+    text.write_text("no sound " * 99)
+    sources = [AudioSource(str(path)) for path in (wav, text, tmp_path / "none.wav")]
+    write_manifest(tmp_path / "m.arrow", [Utterance(s.path, s, n_samples=400) for s in sources])
+    manifest, slept, away = Manifest(tmp_path / "m.arrow"), [], [2]
+
+    def opened(*args, **kwargs):
+        if away[0]:
+            away[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return open(*args, **kwargs)
+
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    monkeypatch.setattr(audio, "open", opened, raising=False)
+    assert len(manifest.load(0)) == 400 and slept == [1.0, 5.0]
+    assert "a.wav cannot be read: Stale file handle; trying again in 1 s" in caplog.messages[0]
+    away[0] = 99
+    with pytest.raises(AudioError, match=r"a.wav cannot be read: Stale file handle\. Put the recording back"):
+        manifest.load(0)
+    assert slept == [1.0, 5.0, 1.0, 5.0, 20.0]
+    away[0] = 0
+    with pytest.raises(AudioError, match=r"first \(ffmpeg\)\. Put the recording back .* the same command"):
+        manifest.load(1)
+    with pytest.raises(AudioError, match="no such audio file"):
+        manifest.load(2)
+    assert len(slept) == 5

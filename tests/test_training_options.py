@@ -206,6 +206,16 @@ def test_the_line_of_progress(tmp_path, caplog):
     assert timing["steps"] == 2 and timing["audio_hours_an_hour"] > 0 and 0 <= timing["waiting"] <= 1
 
 
+def test_settings_that_are_not_kept_to_the_letter_are_told_once(tmp_path, caplog):
+    odd = replace(CONFIG, batch_seconds=11.0, sharded=True)
+    train(Toy(), ToyData(per_step=3), odd, tmp_path)
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 2 and "sharded=true changes nothing: one process" in said[1]
+    assert "an update takes 12 s of audio and not batch_seconds=11: 3 times micro_seconds=4." in said[0]
+    assert "set micro_seconds=3.667" in said[0]
+    assert not replace(odd, micro_seconds=3.667).notes(2) and not CONFIG.notes(1)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(5, "5 s"), (600, "10 min"), (7_260, "2 h 01 min"), (180_000, "2 d 2 h"), (345_500, "4 d 0 h")],
@@ -242,8 +252,9 @@ def test_bf16_learns_what_fp32_learns(tmp_path):
         assert row["loss"] == pytest.approx(exact["loss"], rel=0.02) and row != exact
 
 
-def test_fp16_leaves_an_overflow_out_and_continues_with_its_scale(tmp_path, monkeypatch):
+def test_fp16_leaves_an_overflow_out_and_continues_with_its_scale(tmp_path, monkeypatch, caplog):
     """On a CPU that is slow and refused, but the arithmetic of the scaler is the same."""
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(engine, "pick_precision", lambda config, device: torch.float16)
     config = replace(CONFIG, max_steps=6, save_every=3, log_every=3)
     ends, scales = {}, []
@@ -279,6 +290,21 @@ def test_fp16_leaves_an_overflow_out_and_continues_with_its_scale(tmp_path, monk
     assert ends["whole"].isfinite().all()
     first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
     assert math.isfinite(first["grad_norm"])
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    fell = [now < before for before, now in zip([65_536.0, *scales[:5]], scales[:6], strict=True)]
+    assert [row.get("overflows", 0) for row in rows] == [sum(fell[:3]), sum(fell[3:])]
+    said = [record.message for record in caplog.records if record.message.startswith("step 3/6")]
+    assert f"  overflows {sum(fell[:3])}  " in said[0]
+
+
+def test_fp16_that_always_overflows_ends_and_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "pick_precision", lambda config, device: torch.float16)
+    module = Toy()
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    module.net[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(JahubertError, match=r"step 30: the float16 gradients overflow .*precision=bf16"):
+        train(module, ToyData(), replace(CONFIG, max_steps=99, save_every=9, log_every=9), tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(module.parameters(), before, strict=True))
 
 
 def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list[dict]]:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
-from jahubert.train.config import free
+from jahubert.train.config import free, out_of_range, refuse
 from jahubert.train.labels import LabelStore
 from jahubert.train.manifest import Manifest
 from jahubert.train.masking import generator, span_mask
@@ -38,10 +38,8 @@ class MaskConfig:
     channel_length: int = 64  # channels
 
     def __post_init__(self) -> None:
-        if not (
-            0 <= self.prob < 1 and 0 <= self.channel_prob < 1 and self.length > 0 and self.channel_length > 0
-        ):
-            raise ConfigError(f"mask: probabilities must be in [0, 1) and lengths positive, found {self}")
+        shares, lengths = ("prob", "channel_prob"), ("length", "channel_length")
+        refuse(out_of_range(self, {"in [0, 1)": shares, "at least 1": lengths, "at least 0": ("min_spans",)}))
 
 
 @dataclass(frozen=True)
@@ -116,11 +114,13 @@ class CropConfig:
     keep_in_memory_hours: float = free(4.0)
 
     def __post_init__(self) -> None:
+        wrong = out_of_range(self, {"at least 0": ("min_seconds", "keep_in_memory_hours")})
         if not HUBERT.n_samples(1) / SAMPLE_RATE <= self.max_seconds or self.min_seconds > self.max_seconds:
-            raise ConfigError(
+            wrong.append(
                 f"max_seconds must be a frame (0.025) at least, and min_seconds no more; found "
                 f"{self.max_seconds} and {self.min_seconds}"
             )
+        refuse(wrong)
 
 
 class WaveCache:

@@ -4,7 +4,8 @@ Behind this door there are only dataclasses: a misspelt key, a wrong type or a v
 found before any work starts. A stage's `Config` declares its fields with the paper's defaults; a field
 made with `free(...)` may change without changing the result (device, workers, logging), so provenance
 leaves it out; a field of type `Path` is an input and counts by what is in it, not by where it lies. A
-`Path` that names a model (`a_model(...)`) may also be a name on the Hub; the class of a `group(...)` depends
+`Path` that names a model (`a_model(...)`) may also be a name on the Hub, and `a_split(...)` is one of the
+manifest's; the class of a `group(...)` depends
 on the settings before it.
 """
 
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +24,16 @@ from jahubert.errors import ConfigError
 
 T = TypeVar("T")
 Chosen = Callable[[Mapping[str, Any]], type | None]
+
+_RANGES: dict[str, Callable[[float], bool]] = {  # none of them holds nan
+    "positive": lambda value: value > 0,
+    "at least 0": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+}
 
 
 def free(default: Any) -> Any:
@@ -34,12 +46,33 @@ def a_model(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"model": True})
 
 
+def a_split(default: Any) -> Any:
+    """A dataclass field that names a split of the config's manifest, or several."""
+    return dataclasses.field(default=default, metadata={"split": True})
+
+
 def group(chosen: Chosen) -> Any:
     """A dataclass field that is a group of settings: `chosen` gives its class for the values before it.
 
     None says that one of these is mistaken, which has been noted. Without `structure` it is what it is given.
     """
     return dataclasses.field(default_factory=dict, metadata={"group": chosen})
+
+
+def out_of_range(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]:
+    """A sentence on each number (None is none) outside what is allowed, as {"at least 0": fields, ...}."""
+    return [
+        f"{name} is {value}, but must be {what}"
+        for what, names in allowed.items()
+        for name in names
+        if (value := getattr(config, name)) is not None and not _RANGES[what](value)
+    ]
+
+
+def refuse(mistakes: Sequence[str]) -> None:
+    """ConfigError with all of them, one a line, if there are any."""
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
@@ -102,7 +135,7 @@ def _build(tree: Any, cls: type, where: str, mistakes: list[str], base: Any = No
     try:
         return cls(**values)
     except ConfigError as error:
-        mistakes.append(f"{prefix}{error}" if prefix else str(error))
+        mistakes += [prefix + line for line in str(error).splitlines()]
         return None
 
 
@@ -140,7 +173,8 @@ def _value(value: Any, hint: Any, where: str, mistakes: list[str], default: Any 
         return dict(value)
     converted = _scalar(value, hint)
     if converted is None:
-        name = getattr(hint, "__name__", str(hint))
+        number = hint is float and _number(value) is not None  # then it is nan, or infinite
+        name = "a finite number" if number else getattr(hint, "__name__", str(hint))
         mistakes.append(
             f"{where}: expected {name}, found {value!r}" + ("; give it a value" * (value is None))
         )
@@ -152,18 +186,24 @@ def _scalar(value: Any, hint: Any) -> Any:
         return value if hint in (bool, Any) else None
     if hint is Any:
         return value
-    if hint is float and isinstance(value, str):  # YAML reads 5e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    if hint is float and isinstance(value, int):
-        return float(value)
+    if hint is float:
+        number = _number(value)
+        return number if number is not None and math.isfinite(number) else None
     if hint is Path and isinstance(value, (str, Path)):
         return Path(value)
     if hint is str and isinstance(value, int):  # a name may be a number
         return str(value)
     return value if isinstance(hint, type) and isinstance(value, hint) else None
+
+
+def _number(value: Any) -> float | None:
+    """YAML reads 5e-4 as text."""
+    try:
+        return float(value) if isinstance(value, (int, float, str)) else None
+    except ValueError:
+        return None
+    except OverflowError:  # of a whole number with hundreds of digits
+        return math.inf
 
 
 def result_fields(config: Any) -> dict[str, Any]:
@@ -201,6 +241,13 @@ def inputs(config: Any) -> Iterator[tuple[str, Path, bool]]:
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
                 yield name, path, bool(about.get("model"))
+
+
+def splits(config: Any) -> Iterator[tuple[str, str]]:
+    """(name of the setting, split) of every split that is named."""
+    for name, value, about in _leaves(config):
+        if about.get("split"):
+            yield from ((name, split) for split in ((value,) if isinstance(value, str) else value or ()))
 
 
 def _leaves(config: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

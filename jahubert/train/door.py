@@ -1,7 +1,8 @@
 """What the settings do not say of themselves: whether the command that they are for can end well.
 
-A corpus is read for hours before a model is opened. What can be known of the model, of a word list or of the
-number of processes without any work is looked at before the first stage, and all of it is said at once.
+A corpus is read for hours before a model is opened. What can be known of the model, of a word list, of the
+device, the engine or the number of processes without any work is looked at before the first stage, the names
+of splits as soon as there is a manifest, and all of it is said at once.
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import UserError
+import torch
+
+from jahubert.errors import DataError, UserError
 from jahubert.hub import check
-from jahubert.train.config import inputs
+from jahubert.train import ranks
+from jahubert.train.config import inputs, refuse, splits
+from jahubert.train.lookup import ENGINES, resolve
+from jahubert.train.manifest import Manifest
+from jahubert.train.optim import pick_precision
 from jahubert.train.provenance import DONE, input_fingerprint
 
 
@@ -25,7 +32,33 @@ def mistakes(jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], proces
         processes: over which a training is shared.
     """
     made = [folder.absolute() for folder in made]
-    return [said for job in jobs for said in _of(*job, made, processes)]
+    found = [said for job in jobs for said in _of(*job, made, processes)]
+    return found + split_mistakes(jobs)
+
+
+def split_mistakes(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
+    """A sentence on each split that a stage is to read and its manifest, which is there, does not have."""
+    found, known = [], {}
+    for stage, config, out in jobs:
+        path = getattr(config, "manifest", None)
+        if path is None or not (path.parent / DONE).exists() or (out / DONE).exists():
+            continue
+        try:
+            known[path] = known.get(path) or Manifest(path).counts["splits"]
+        except DataError:  # the stages say what is wrong with it
+            continue
+        found += [
+            f"{stage}.{name}={split}: {path} has no such split; its splits are {', '.join(known[path])}"
+            for name, split in splits(config)
+            if split not in known[path]
+        ]
+    return found
+
+
+def check_splits(jobs: Sequence[tuple[str, Any, Path]]) -> None:
+    """For all processes, when stage prepare has run: ConfigError for splits that it did not make."""
+    with ranks.said_once():
+        refuse(split_mistakes(jobs))
 
 
 def _of(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int) -> Iterator[str]:
@@ -44,8 +77,29 @@ def _of(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int
                 check(path)
         except UserError as error:
             yield f"{setting}: {error}"
-    try:
-        if hasattr(config, "train") and not (out / DONE).exists():  # else nothing is left to share
-            config.train.share(processes)
-    except UserError as error:
-        yield f"{stage}.{error}"
+    if not (out / DONE).exists():  # else nothing is left to compute
+        yield from _of_the_machine(stage, config, processes)
+
+
+def _of_the_machine(stage: str, config: Any, processes: int) -> Iterator[str]:
+    """What all processes find alike: which GPU is whose, each of them sees when it takes its own."""
+    train = getattr(config, "train", None)
+    device = getattr(config if train is None else train, "device", None)
+    kind = None
+    if device is not None:
+        try:
+            own = device in ("auto", "cuda") and torch.cuda.is_available()
+            kind = ranks.pick_device("cuda:0" if own else device)
+        except UserError as error:
+            yield str(error)
+    if train is None:
+        return
+    for where, look in (
+        (f"{stage}.", lambda: train.share(processes)),
+        ("", lambda: resolve(train.engine, ENGINES, "engine")),
+        (f"{stage}.train.", lambda: kind and pick_precision(train, kind)),
+    ):
+        try:
+            look()
+        except UserError as error:
+            yield f"{where}{error}"

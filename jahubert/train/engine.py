@@ -38,6 +38,7 @@ from jahubert.train.sampler import MicroBatch, Sampler
 log = logging.getLogger(__name__)
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SMALLEST_SCALE = 1e-4  # of a float16 loss, as in fairseq: from the first one, thirty overflows in a row
 Micros = Generator[tuple[MicroBatch, Any], None, None]
 
 
@@ -190,6 +191,14 @@ def check_norm(norm: float, step: int) -> None:
         )
 
 
+def overflowing(step: int) -> JahubertError:
+    """What ends a float16 run that no scale of the loss can help, by either engine."""
+    return JahubertError(
+        f"step {step}: the float16 gradients overflow whatever the loss is scaled by, and the last steps "
+        "taught nothing; the last checkpoint stays. Take a lower train.lr, or train.precision=bf16 or fp32"
+    )
+
+
 def stopped(signals: list[str], step: int) -> Stopped:
     by = signals[0] if signals else "a signal to another process"
     return Stopped(f"told to stop by {by}: saved at step {step}; the same command continues")
@@ -203,15 +212,13 @@ def train(
     *,
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
-    take_best: bool = True,
 ) -> dict[str, float]:
     """Train `module` (a `Trainable`) up to `config.max_steps`, continuing what lies in `out`.
 
     Args:
         validate: gives metrics of the module as it is, on all processes at once.
         best: name of the validation metric that is to be small; the weights of its best step are kept in
-            `best.safetensors`.
-        take_best: at the end the module has those, and not its last ones.
+            `best.safetensors`, and at the end the module has those, and not its last ones.
 
     Returns:
         The last metrics, or those of the best step where it was taken.
@@ -233,7 +240,7 @@ def train(
                 run.save()
             if run.told and not last:
                 raise stopped(run.signals, run.step)
-    metrics = run.journal.close(best if take_best else None)
+    metrics = run.journal.close(best)
     run.parallel.gather()
     return metrics
 
@@ -314,6 +321,8 @@ class _Run:
             group["lr"] = lr_at(self.step, self.config)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise overflowing(self.step + 1)
         return size
 
     def validate(self, validate: Callable[[], dict[str, float]], best: str | None) -> None:

@@ -1,7 +1,7 @@
 """The second engine: fairseq2's Trainer, gangs, checkpoint manager and recorders around the same objects.
 
 It gives what `jahubert.train.engine` gives, to the last bit where the number of processes is a power of two.
-Two differences are left: a step whose float16 gradients overflow is repeated here, and counted there; and a
+Two differences are left: a step whose float16 gradients overflow is repeated here, and a step there; and a
 gradient that is no number under a loss that is one is found by the loss of the next step.
 
 Its `run` of recipes, which logs every environment variable, and its data pipeline, which saves decoded
@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from jahubert.train.engine import (
     Position,
     check_finite,
     micro_batches,
+    overflowing,
     seed_micro,
     stop_signals,
     stopped,
@@ -63,7 +64,7 @@ try:
     from fairseq2.optim.fp16_loss_scaler import NOOP_FP16_LOSS_SCALER, StandardFloat16LossScaler
     from fairseq2.profilers import NOOP_PROFILER
     from fairseq2.task import TaskStopException
-    from fairseq2.trainer import Trainer, TrainUnit
+    from fairseq2.trainer import MinimumLossScaleReachedError, Trainer, TrainUnit
     from fairseq2.utils.device_stat import NOOP_DEVICE_STAT_TRACKER
     from fairseq2.utils.gc import NOOP_GARBAGE_COLLECTOR
     from fairseq2.utils.progress import NOOP_PROGRESS_REPORTER
@@ -91,15 +92,8 @@ def train(
     *,
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
-    take_best: bool = True,
 ) -> dict[str, float]:
-    """Train `module` up to `config.max_steps`, continuing what lies in `out`; see `engine.train`.
-
-    Raises:
-        StaleError: a checkpoint of the other engine, or of another number of processes.
-        Stopped: SIGTERM, SIGUSR1 or SIGINT came; the state is saved.
-        JahubertError: a loss that is not finite, naming the utterances; nothing was updated with it.
-    """
+    """All as `engine.train`; and a checkpoint of another number of processes is a StaleError."""
     run = _Run(module, data, config, out, validate, best)
     with stop_signals() as signals, closing(run.reader):
         if run.step < config.max_steps:  # a Trainer that has nothing to do would do one step more
@@ -112,7 +106,7 @@ def train(
     run.write()
     ranks.barrier()
     run.journal.load(read_record(run.state))  # the line of the last step was computed on the first process
-    return run.journal.close(best if take_best else None)
+    return run.journal.close(best)
 
 
 class _Run:
@@ -143,7 +137,7 @@ class _Run:
         self.state = self.folder / "run.json"
         self.bag: MetricBag  # the Trainer's
         self.step = self.manager.maybe_get_last_step_number(exclude_model_only=True) or 0
-        self.validated, self.window = 0, Window()
+        self.validated, self.window, self.overflows = 0, Window(), 0
         self._restore()
 
     def _restore(self) -> None:
@@ -205,8 +199,12 @@ class _Run:
             publish_metrics_every_n_steps=math.gcd(config.log_every, config.save_every),
         )
         unit.trainer = trainer
-        with suppress(TaskStopException):  # what always ends it
+        try:
             trainer.run()
+        except MinimumLossScaleReachedError as error:
+            raise overflowing(trainer.step_nr) from error
+        except TaskStopException:  # what always ends it
+            pass
         self.step = trainer.step_nr
         trainer.close()
 
@@ -329,14 +327,15 @@ class _Unit(TrainUnit):
     def __init__(self, run: _Run, wrapped: nn.Module, signals: list[str]):
         self.run, self.wrapped, self.signals = run, wrapped, signals
         self.trainer: Trainer
-        self.stopping = False
+        self.step, self.stopping = -1, False
 
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         self.run.bag = metric_bag
         metric_bag.add(SUMS, _Sums())
 
     def set_step_nr(self, step_nr: int) -> None:
-        """Called before the first micro-batch of a step, counted from 1."""
+        """Called before the first micro-batch of a step, counted from 1; again where it is repeated."""
+        self.run.overflows += self.step == step_nr - 1
         self.step = step_nr - 1  # validated here: no checkpoint is ahead of its validation
         self.run.validate(self.step)
         if self.step % self.run.config.log_every == 0:
@@ -377,6 +376,7 @@ class _Recorder(MetricRecorder):
         window.norm, window.steps = window.norm + steps * float(values["grad_norm"]), window.steps + steps
         if step_nr % config.log_every == 0 or step_nr == config.max_steps:
             window.sums = {name: float(value) for name, value in values[SUMS].items()}
+            window.steps, window.overflows, run.overflows = window.steps + run.overflows, run.overflows, 0
             run.journal.training(step_nr, *window.close())
         if self.unit.stopping:
             run.write()

@@ -43,14 +43,19 @@ class Journal:
     def trim(self, step: int) -> None:
         """Begin, or forget what a killed run wrote after the step that is continued."""
         if ranks.rank() == 0:
+            for note in self.config.notes(ranks.world()):
+                log.warning("%s", note)
             trim_metrics(self.out / "metrics.jsonl", step)
             self.board = _board(self.out / "tensorboard", step)
 
-    def training(self, step: int, sums: dict[str, float], norm: float, timing: dict[str, float]) -> None:
+    def training(
+        self, step: int, sums: dict[str, float], norm: float, timing: dict[str, float], overflows: int
+    ) -> None:
         """The line of the steps since the last one: their sums, mean gradient norm and time."""
         self.last_metrics = self.module.metrics(sums, sums["count"])  # type: ignore[operator]
         if ranks.rank() == 0:
             row = {"step": step, **self.last_metrics, "grad_norm": norm, "lr": lr_at(step - 1, self.config)}
+            row |= {"overflows": overflows} if overflows else {}
             left = (self.config.max_steps - step) * timing["seconds"] / max(1, timing["steps"])
             timing = timing | {"audio_hours_an_hour": sums.get("seconds", 0.0) / timing["seconds"]}
             self._write(row | {"timing": timing})
@@ -116,7 +121,7 @@ class Window:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.norm, self.steps, self.waiting, self.started = 0.0, 0, 0.0, time.perf_counter()
-        self.overflows = 0  # steps whose float16 gradients overflowed: they have no norm
+        self.overflows = 0  # steps whose float16 gradients overflowed: they have no norm, and taught nothing
 
     def add(self, totals: dict[str, float], norm: float) -> None:
         for name, value in totals.items():
@@ -127,11 +132,11 @@ class Window:
         else:
             self.overflows += 1
 
-    def close(self) -> tuple[dict[str, float], float, dict[str, float]]:
-        """Sums, mean norm and timing, as `Journal.training` wants them; the window is empty again."""
+    def close(self) -> tuple[dict[str, float], float, dict[str, float], int]:
+        """Sums, mean norm, timing and overflows, for `Journal.training`; the window is empty again."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         timing = {"seconds": seconds, "steps": self.steps, "waiting": self.waiting / seconds}
-        result = self.sums, self.norm / max(1, self.steps - self.overflows), timing
+        result = self.sums, self.norm / max(1, self.steps - self.overflows), timing, self.overflows
         self.__init__()  # type: ignore[misc]
         return result
 

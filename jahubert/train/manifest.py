@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -22,12 +24,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from jahubert.audio import AudioSource, load_audio
+from jahubert.audio import AudioSource
 from jahubert.errors import AudioError, DataError
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.utterances import Phone, Rejected, Utterance, Utterances
+from jahubert.train.utterances import Phone, Rejected, Utterance, Utterances, load_utterance
+
+log = logging.getLogger(__name__)
 
 FORMAT = b"1"
+_PAUSES = (1.0, 5.0, 20.0)  # seconds before audio is asked for again
+_ADVICE = (
+    "Put the recording back as stage=prepare found it: the same command continues. To do without it, begin "
+    "again under another name=..., with stage=prepare, which leaves out what cannot be read; units, "
+    "checkpoints and targets belong to the manifest that they were made from, and are made again too"
+)
 _ROWS = 8192  # a record batch: what is held in memory while writing
 _SCHEMA = pa.schema(
     [
@@ -208,7 +218,7 @@ class _Writing:
             item = rows[int(i)]
             if item.id in first:
                 raise DataError(
-                    f"two utterances have the id {item.id!r}: {_place(first[item.id])} and {_place(item)}. "
+                    f"two utterances have the id {item.id!r}: {first[item.id].place} and {item.place}. "
                     "Ids must be unique: put the folder or the speaker into them"
                 )
             first[item.id] = item
@@ -268,10 +278,6 @@ def _id_hash(id: str) -> int:
 
 def _hours(n_samples: int) -> float:
     return n_samples / SAMPLE_RATE / 3600
-
-
-def _place(item: Utterance) -> str:
-    return f"{item.audio}" + (f", from sample {item.start}" if item.start else "")
 
 
 class _Rows:
@@ -369,25 +375,23 @@ class Manifest:
     def load(self, i: int, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
         """The audio of an utterance, or `n_samples` samples of it from its sample `start` on, float32 (T,).
 
+        What a file server that is away for a moment does not give is asked for again.
+
         AudioError, naming the utterance, if it cannot be read or ends before the manifest says.
         """
         item = self[i]
-        try:
-            return load_utterance(item, start, n_samples)
-        except AudioError as error:
-            raise AudioError(
-                f"utterance {item.id!r}: {error}. Put it right, or prepare the corpus again, which "
-                "leaves it out"
-            ) from error
+        for pause in (*_PAUSES, None):
+            try:
+                return load_utterance(item, start, n_samples)
+            except (AudioError, OSError) as error:
+                if pause is None or not _may_pass(error):
+                    raise AudioError(f"utterance {item.id!r}: {str(error).rstrip('.')}. {_ADVICE}") from error
+                log.warning("%s: %s; trying again in %g s", item.audio, error, pause)
+                time.sleep(pause)
+        raise AssertionError("the last pause is None")
 
 
-def load_utterance(item: Utterance, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
-    """What `Manifest.load` gives, of an utterance in hand."""
-    wanted = item.n_samples - start if n_samples is None else n_samples
-    wav_T = load_audio(item.audio, start=item.start + start, n_samples=wanted)
-    if len(wav_T) != wanted:
-        raise AudioError(
-            f"{_place(item)} has {start + len(wav_T)} samples, but the manifest says {item.n_samples}: the "
-            "audio was changed after stage=prepare"
-        )
-    return wav_T
+def _may_pass(error: Exception) -> bool:
+    """Whether the file server, and not the file, is what is wrong; that a file is not there is its answer."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)

@@ -11,7 +11,7 @@ from torch import nn
 
 from jahubert.errors import ConfigError
 from jahubert.precision import fastest
-from jahubert.train.config import free
+from jahubert.train.config import free, out_of_range, refuse
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,20 @@ class TrainConfig:
     valid_every: int = 1000  # steps; 0: never
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name} is {getattr(self, name)}, but must be positive"
-            for name in (
-                "max_steps",
-                "batch_seconds",
-                "micro_seconds",
-                "lr",
-                "log_every",
-                "save_every",
-                "keep_last",
-            )
-            if getattr(self, name) <= 0
-        ]
+        wrong = out_of_range(
+            self,
+            {
+                "positive": ("batch_seconds", "micro_seconds", "lr"),
+                "at least 1": ("max_steps", "log_every", "save_every", "keep_last"),
+                "at least 0": ("eps", "weight_decay", "clip_norm", "workers", "keep_every", "valid_every"),
+                "in [0, 1]": ("warmup", "hold", "final_lr"),
+            },
+        )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            wrong.append(f"betas is {list(self.betas)}, but must be two numbers in [0, 1)")
         if self.sharded and self.engine != "torch":
             wrong.append(f"sharded=true is for engine=torch, not engine={self.engine}")
-        if self.keep_every % self.save_every:
+        if self.save_every > 0 and self.keep_every % self.save_every:
             wrong.append(f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}")
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
             wrong.append("warmup and hold are shares of the steps and cannot sum to more than 1")
@@ -67,8 +65,7 @@ class TrainConfig:
             wrong.append(
                 f"micro_seconds {self.micro_seconds} is more than batch_seconds {self.batch_seconds}"
             )
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+        refuse(wrong)
 
     @property
     def per_step(self) -> int:
@@ -90,6 +87,19 @@ class TrainConfig:
                 f"share evenly; set it to {self.batch_seconds / more:.4g}, which makes {more} of them"
             )
         return each
+
+    def notes(self, processes: int) -> list[str]:
+        """A sentence on each setting that so many processes do not keep to the letter."""
+        found, seconds = [], self.per_step * self.micro_seconds
+        if abs(seconds / self.batch_seconds - 1) > 0.01:  # less is how a rounded micro_seconds is written
+            found.append(
+                f"an update takes {seconds:g} s of audio and not batch_seconds={self.batch_seconds:g}: "
+                f"{self.per_step} times micro_seconds={self.micro_seconds:g}. To have it exact, set "
+                f"micro_seconds={self.batch_seconds / self.per_step:.4g}, or another part of batch_seconds"
+            )
+        if self.sharded and processes == 1:
+            found.append("sharded=true changes nothing: one process has nobody to share the model with")
+        return found
 
 
 def lr_at(step: int, config: TrainConfig) -> float:

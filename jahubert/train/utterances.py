@@ -1,4 +1,7 @@
-"""What a recipe yields: an utterance, many of one archive in columns, or what had to be dropped."""
+"""What a recipe yields: an utterance, many of one archive in columns, or what had to be dropped.
+
+And the audio of one.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from jahubert.audio import AudioSource
+from jahubert.audio import AudioSource, load_audio
+from jahubert.errors import AudioError
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class Utterance:
     words: tuple[tuple[str, ...], ...] = ()  # words as phones
     split: str = "train"
     alignment: tuple[Phone, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Where its audio is, for messages."""
+        return f"{self.audio}" + (f", from sample {self.start}" if self.start else "")
 
 
 @dataclass(frozen=True)
@@ -82,3 +92,15 @@ class Rejected:
     reason: str
     detail: str = ""
     missing: str = ""  # a file that was not there, and may come: stage=prepare then says how to take it in
+
+
+def load_utterance(item: Utterance, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
+    """The audio of an utterance, or `n_samples` samples of it from its sample `start` on, float32 (T,)."""
+    wanted = item.n_samples - start if n_samples is None else n_samples
+    wav_T = load_audio(item.audio, start=item.start + start, n_samples=wanted)
+    if len(wav_T) != wanted:
+        raise AudioError(
+            f"{item.place} has {start + len(wav_T)} samples, but the manifest says {item.n_samples}: the "
+            "audio was changed after stage=prepare"
+        )
+    return wav_T

@@ -293,6 +293,39 @@ def test_a_loss_that_is_no_number_changes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.stack
+def test_float16_overflows_are_told_and_end_a_run_that_has_nothing_else(tmp_path, monkeypatch):
+    """On a CPU, where fairseq2's scaler would do nothing: the same one, told that it may."""
+    from jahubert.train import engine, engine_fairseq2
+
+    def scaler(gangs):
+        made = StandardFloat16LossScaler(gangs)
+        made._grad_scaler = torch.amp.GradScaler("cpu")
+        return made
+
+    StandardFloat16LossScaler = engine_fairseq2.StandardFloat16LossScaler
+    monkeypatch.setattr(engine_fairseq2, "StandardFloat16LossScaler", scaler)
+    for module in (engine, engine_fairseq2):
+        monkeypatch.setattr(module, "pick_precision", lambda config, device: torch.float16)
+    learn("fairseq2", tmp_path / "some")
+    found = [row.get("overflows", 0) for row in lines(tmp_path / "some") if "loss" in row]
+    assert found[0] > 0 and len(found) == 3
+    timing = json.loads((tmp_path / "some" / "metrics.jsonl").read_text().splitlines()[-2])["timing"]
+    assert timing["steps"] == 2 + found[-1]
+
+    monkeypatch.setattr(torch.amp.GradScaler, "_unscale_grads_", _infinite)
+    errors = []
+    for each in ("torch", "fairseq2"):
+        with pytest.raises(JahubertError, match="the float16 gradients overflow whatever") as error:
+            learn(each, tmp_path / each, config=replace(CONFIG, max_steps=99, valid_every=0))
+        errors.append(str(error.value).partition(": ")[2])
+    assert errors[0] == errors[1]
+
+
+def _infinite(self, optimizer, inv_scale, found_inf, allow_fp16) -> dict[torch.device, Tensor]:
+    return {torch.device("cpu"): torch.ones(())}
+
+
+@pytest.mark.stack
 def test_two_processes(whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -25,13 +25,13 @@ from torch import Tensor
 from jahubert.ahead import ahead
 from jahubert.checkpoint import load_bundle
 from jahubert.decode import Hypothesis, Span, beam_search, forced_align, greedy
-from jahubert.errors import CheckpointError, ConfigError, DataError
+from jahubert.errors import CheckpointError, DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
 from jahubert.train import ranks
 from jahubert.train.batches import CtcData
-from jahubert.train.config import a_model, free
+from jahubert.train.config import a_model, a_split, free, out_of_range, refuse
 from jahubert.train.lexicon import LexiconConfig, LexiconSearch
 from jahubert.train.manifest import Manifest, Utterance
 from jahubert.train.progress import progress
@@ -49,8 +49,8 @@ class Config:
     manifest: Path
     targets: Path
     model: Path = a_model()  # the folder of a fine-tuning, or a CTC bundle
-    splits: tuple[str, ...] = ("eval1", "eval2", "eval3")
-    align_splits: tuple[str, ...] = ()  # splits whose references get phone and word times
+    splits: tuple[str, ...] = a_split(("eval1", "eval2", "eval3"))
+    align_splits: tuple[str, ...] = a_split(())  # splits whose references get phone and word times
     search: Literal["beam", "greedy"] = "beam"
     beam: int = 20
     n_best: int = 1  # hypotheses that are written for each utterance
@@ -59,10 +59,12 @@ class Config:
     batch_seconds: float = free(80.0)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n_best <= self.beam:
-            raise ConfigError(f"n_best is {self.n_best}, but must be between 1 and beam, {self.beam}")
+        wrong = out_of_range(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
+        if self.n_best > self.beam:
+            wrong.append(f"n_best is {self.n_best}, but must be no more than beam, {self.beam}")
         if self.search == "greedy" and (self.n_best > 1 or self.lexicon):
-            raise ConfigError("search=greedy finds one answer and takes no lexicon; use search=beam")
+            wrong.append("search=greedy finds one answer and takes no lexicon; use search=beam")
+        refuse(wrong)
 
     @property
     def described(self) -> str:

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import DataError
 from jahubert.train import ranks
-from jahubert.train.config import a_model, free
+from jahubert.train.config import a_model, a_split, free, out_of_range, refuse
 from jahubert.train.features import Feature
 from jahubert.train.kmeans import draw_rows
 from jahubert.train.manifest import Manifest
@@ -45,15 +45,14 @@ class Config:
     kind: str = "mfcc"  # mfcc, hubert, or module:attribute
     model: Path | None = a_model(None)  # for hubert: the folder of a trained model
     layer: int = 6  # for hubert: output of this block
-    split: str = "train"
+    split: str = a_split("train")
     sample_frames: int = 2_000_000
     seed: int = 0
     device: str = free("auto")
     batch_seconds: float = free(80.0)
 
     def __post_init__(self) -> None:
-        if self.sample_frames < 1:
-            raise ConfigError(f"sample_frames is {self.sample_frames}, but must be at least 1")
+        refuse(out_of_range(self, {"at least 1": ("layer", "sample_frames"), "positive": ("batch_seconds",)}))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from jahubert.ahead import ahead
 from jahubert.checkpoint import load_bundle, save_bundle
 from jahubert.decode import greedy
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.heads import HubertForCtc
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CtcBatch, CtcData, MaskConfig
-from jahubert.train.config import a_model
+from jahubert.train.config import a_model, a_split, out_of_range, refuse
 from jahubert.train.engine import Loss
 from jahubert.train.health import blank_problem
 from jahubert.train.lookup import ENGINES, resolve
@@ -79,30 +79,29 @@ class Config:
     activation_dropout: float = 0.1
     input_dropout: float = 0.0
     layer_drop: float = 0.1
-    dev_splits: tuple[str, ...] = ("dev",)
+    dev_splits: tuple[str, ...] = a_split(("dev",))
     # What chooses the best step on the development set; of characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction is {self.fraction}, but must be in (0, 1]")
-        if self.hours is not None and self.hours <= 0:
-            raise ConfigError(f"hours is {self.hours}, but must be positive")
+        dropped = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop")
+        wrong = out_of_range(self, {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": dropped})
         if self.train.sharded and self.layer_drop:
-            raise ConfigError("train.sharded needs layer_drop=0: all processes must run the same blocks")
+            wrong.append("train.sharded needs layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
-            raise ConfigError(
+            wrong.append(
                 "pretrained=... is missing: name the model to fine-tune, one on the Hub "
                 "(rinna/japanese-hubert-base), a folder (exp/NAME/iter2/pretrain) or a model file. Only to "
                 "start from scratch on purpose, set freeze_conv=false: its conv stack has to learn"
             )
         if not 0 <= self.head_only_steps < self.train.max_steps:
-            raise ConfigError(
+            wrong.append(
                 f"head_only_steps is {self.head_only_steps}, but must be less than train.max_steps, "
                 f"{self.train.max_steps}: the encoder would never learn. Set it to 0, or to "
                 f"{round(0.4 * self.train.max_steps)}, the share that HuBERT's base_10h has"
             )
+        refuse(wrong)
 
 
 class FineTuner(nn.Module):

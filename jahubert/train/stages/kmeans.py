@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jahubert.errors import ConfigError
 from jahubert.train import ranks
-from jahubert.train.config import free
+from jahubert.train.config import free, out_of_range, refuse
 from jahubert.train.health import watch_units
 from jahubert.train.kmeans import draw_rows, fit_kmeans, inertia
 from jahubert.train.lloyd import FrameFile, Subset
@@ -43,14 +42,13 @@ class Config:
     unhealthy: Literal["warn", "stop"] = free("warn")  # when clusters are too few, or one takes too much
 
     def __post_init__(self) -> None:
-        if self.n_clusters < 2 or self.n_init < 1 or self.max_iter < 1 or not 0 <= self.held_out < 1:
-            raise ConfigError(
-                "n_clusters must be at least 2, n_init and max_iter at least 1, held_out in [0, 1)"
-            )
+        counts = {"at least 2": ("n_clusters",), "at least 1": ("n_init", "max_iter")}
+        wrong = out_of_range(self, counts | {"in [0, 1)": ("held_out",)})
         if self.lloyd_frames < self.n_clusters:
-            raise ConfigError(
+            wrong.append(
                 f"lloyd_frames is {self.lloyd_frames}, but {self.n_clusters} clusters need at least as many"
             )
+        refuse(wrong)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from jahubert.checkpoint import save_bundle
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import DataError
 from jahubert.frames import HUBERT
 from jahubert.train import ranks
-from jahubert.train.config import a_model, free
+from jahubert.train.config import a_model, free, out_of_range, refuse
 from jahubert.train.fairseq_files import import_units
 from jahubert.train.features import HubertLayer
 from jahubert.train.health import unit_use, watch_difference, watch_units
@@ -51,8 +51,7 @@ class Config:
     )  # too few units, one that takes too much, another store that differs
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ConfigError(f"shard_size is {self.shard_size}, but must be at least 1")
+        refuse(out_of_range(self, {"at least 1": ("layer", "shard_size"), "positive": ("batch_seconds",)}))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

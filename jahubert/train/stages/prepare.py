@@ -30,8 +30,9 @@ from jahubert.train import provenance, ranks
 from jahubert.train.config import free, group, structure
 from jahubert.train.decoded import Mark, Marks
 from jahubert.train.lookup import reader
-from jahubert.train.manifest import Manifest, Rejected, Utterance, Utterances, load_utterance, write_manifest
+from jahubert.train.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
 from jahubert.train.progress import progress
+from jahubert.train.utterances import load_utterance
 
 log = logging.getLogger(__name__)
 

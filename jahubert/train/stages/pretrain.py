@@ -1,8 +1,8 @@
 """HuBERT pretraining: predict the units of masked frames.
 
 Reads   the manifest and its label store
-Writes  checkpoints/, metrics.jsonl, tensorboard/, best.safetensors (of the smallest loss on the validation
-        split), bundle/ (the model as it was after the last step, and its unit head)
+Writes  checkpoints/, metrics.jsonl, tensorboard/, bundle/ (the model as it was after the last step, as in the
+        paper, and its unit head)
 
     python -m jahubert.run recipe=demo stage=pretrain iteration=1 pretrain.train.max_steps=500
 
@@ -29,7 +29,7 @@ from jahubert.heads import UnitHead
 from jahubert.hubert import HubertConfig, HubertModel
 from jahubert.train import ranks
 from jahubert.train.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
-from jahubert.train.config import a_model
+from jahubert.train.config import a_model, a_split, out_of_range, refuse
 from jahubert.train.engine import Loss, seed_micro
 from jahubert.train.health import accuracy_problem
 from jahubert.train.labels import LabelStore
@@ -56,23 +56,20 @@ class Config:
     unit_dim: int = 256  # width of the codebook (final_dim)
     temperature: float = 0.1
     penalty_weight: float = 10.0  # of the mean square of the conv features
-    valid_split: str | None = "dev"  # null: no validation
+    valid_split: str | None = a_split("dev")  # null: no validation
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.unit_dim < 1:
-            raise ConfigError(
-                f"temperature and unit_dim must be positive, but are {self.temperature} and {self.unit_dim}"
-            )
+        numbers = {"positive": ("temperature",), "at least 1": ("unit_dim",)}
+        wrong = out_of_range(self, numbers | {"at least 0": ("penalty_weight",)})
         if self.train.sharded and self.model.layer_drop:
-            raise ConfigError(
-                "train.sharded needs model.layer_drop=0: all processes must run the same blocks"
-            )
+            wrong.append("train.sharded needs model.layer_drop=0: all processes must run the same blocks")
         if self.crop.max_seconds > self.train.micro_seconds:
-            raise ConfigError(
+            wrong.append(
                 f"crop.max_seconds {self.crop.max_seconds} does not fit "
                 f"train.micro_seconds {self.train.micro_seconds}"
             )
+        refuse(wrong)
 
 
 class Pretrainer(nn.Module):
@@ -149,8 +146,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         return metrics
 
     validate = None if valid is None else lambda: watched(evaluate(module, valid))
-    kept: dict[str, Any] = {"best": "loss" if valid else None, "take_best": False}  # the paper takes the last
-    metrics = watched(train(module, data, config.train, out, validate=validate, **kept))
+    metrics = watched(train(module, data, config.train, out, validate=validate))
     if ranks.rank() == 0:
         _export(config, module, labels, metrics, out)
     ranks.barrier()

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jahubert.errors import AudioError, ConfigError, DataError
+from jahubert.errors import AudioError, DataError
 from jahubert.train import ranks, report
+from jahubert.train.config import out_of_range, refuse
 from jahubert.train.manifest import Manifest, Phone
 from jahubert.train.page import Run, page
 from jahubert.train.provenance import DONE, write_json, written_beside
@@ -40,9 +41,7 @@ class Config:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        wrong = [name for name in ("worst", "layer_frames") if getattr(self, name) < 0]
-        if wrong:
-            raise ConfigError("; ".join(f"{n} is {getattr(self, n)}, but must be 0 or more" for n in wrong))
+        refuse(out_of_range(self, {"at least 0": ("worst", "layer_frames")}))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

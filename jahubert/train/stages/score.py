@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import DataError
 from jahubert.phonemes import PhonemeSet
 from jahubert.train import ranks
+from jahubert.train.config import out_of_range, refuse
 from jahubert.train.metrics import paired_bootstrap
 from jahubert.train.provenance import read_record, write_json, written_beside
 from jahubert.train.results import label_of
@@ -47,8 +48,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ConfigError(f"samples is {self.samples}, but must be at least 1")
+        refuse(out_of_range(self, {"at least 1": ("samples",)}))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
