@@ -60,7 +60,8 @@ class Packing:
     def unpack(self, x_ND: Tensor) -> Tensor:
         """A padded batch, zero behind each utterance."""
         flat = x_ND.new_zeros(self.n_rows * self.width, *x_ND.shape[1:])
-        flat.index_copy_(0, self.index_N[: self.n_valid], x_ND[: self.n_valid])
+        # Not by `index_copy_`, whose gradient keeps all of x for its shape.
+        flat[self.index_N[: self.n_valid]] = x_ND[: self.n_valid]
         return flat.unflatten(0, (self.n_rows, self.width))
 
     def attend(self, q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, dropout: float) -> Tensor:

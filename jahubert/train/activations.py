@@ -29,9 +29,9 @@ from jahubert.train.parallel import lighten
 
 MASKED = 0.57  # of the frames, at the paper's mask settings
 _ROWS = 4  # utterances; what twice as many keep more does not hold what does not grow, as copies of weights
-# Of a frame's width, in each block: what attention keeps on a GPU and not on a CPU. q, k and v before they
-# become rectangles, and in 16 bits the result too.
-_PADDED = {torch.float32: 3, torch.bfloat16: 4, torch.float16: 4}
+# Of a frame's width, in each block: what attention keeps on a GPU and not on a CPU. In 16 bits its result, as a
+# rectangle beside the packed one.
+_PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}
 
 
 def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
