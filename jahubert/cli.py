@@ -27,8 +27,8 @@ from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
 # Adds a subcommand: the function that it runs, and what it does in a few words.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 PLAN = (
-    "what jahubert.run takes; and gpus=N, gpu=NAME (default: measure this machine), share=X of its peak, "
-    "hours=H of speech (default: of the prepared corpus, else the recipe's word)"
+    "what jahubert.run takes; gpus=N (default: its processes), gpu=NAME (default: this machine), share=X of "
+    "its 16-bit peak, hours=H of speech (default: of the prepared corpus, else the recipe's word)"
 )
 MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
 
