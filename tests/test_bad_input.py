@@ -248,10 +248,12 @@ def test_a_changed_setting_in_a_finished_folder_is_refused(capsys, copy):
 
 
 def test_a_mistake_found_late_does_not_claim_the_folder(capsys, copy):
-    """The evaluation set is misspelt: that is no reason to have to delete anything."""
-    shutil.rmtree(copy / "systems/main/decode")
-    assert "has no split 'tset'" in refused(capsys, copy, "decode", "decode.splits=[tset]")
-    done(capsys, copy, "decode")
+    """The sizes are those of another model: that is no reason to have to delete anything."""
+    other = (copy / "iter1/pretrain/bundle").rename(copy / "other")
+    shutil.rmtree(copy / "iter1/pretrain")
+    wrong = f"pretrain.init_from={other}", "model.ffn=32"
+    assert "its sizes are not those of `model`" in refused(capsys, copy, "pretrain", *wrong)
+    done(capsys, copy, "pretrain")
 
 
 def test_a_damaged_record_is_named(capsys, copy):
@@ -334,17 +336,15 @@ def test_ctrl_c(tmp_path):
 
 TOO_SMALL = {
     "pretrain": ("engine._Run._backward", "train.micro_seconds below 10", ["pretrain.train.micro_seconds=5"]),
-    "label": ("ranks.pick_device", "label.batch_seconds below 80", ["label.batch_seconds=5"]),
-    "kmeans": ("ranks.pick_device", "set kmeans.device=cpu", []),
+    "label": ("stages.label.make_feature", "label.batch_seconds below 80", ["label.batch_seconds=5"]),
+    "kmeans": ("stages.kmeans.fit_kmeans", "set kmeans.device=cpu", []),
 }
 
 
 @pytest.mark.parametrize("stage", TOO_SMALL)
 def test_a_gpu_that_is_too_small(capsys, copy, monkeypatch, stage):
     def full(*_, **__):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. Of the allocated ..."
-        )
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. Of ...")
 
     place, says, less = TOO_SMALL[stage]
     shutil.rmtree(copy / "iter1" / stage)
