@@ -200,6 +200,8 @@ def in_turn(mine: list[T]) -> list[T]:
 def launch(command: Sequence[str], n: int) -> int:
     """Run `command` as `n` processes of one group on this machine; the exit status of the first that fails.
 
+    Of several that failed at one moment, the highest: whoever only lost another one leaves with 1.
+
     What torchrun does for one machine, without its report on top of ours. Signals to stop go to all.
     """
     with socket.socket() as free:
@@ -221,7 +223,7 @@ def launch(command: Sequence[str], n: int) -> int:
         number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     }
     try:
-        while not (failed := next(filter(None, (child.poll() for child in children)), 0)):
+        while not (failed := max((child.poll() or 0 for child in children), key=abs)):
             if all(child.returncode == 0 for child in children):
                 break
             time.sleep(0.1)
