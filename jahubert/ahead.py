@@ -12,6 +12,7 @@ from typing import TypeVar
 A = TypeVar("A")
 B = TypeVar("B")
 
+NAME = "ahead"  # of the threads
 MOST = 4  # threads: 80 s of FLAC take a core 60 to 80 ms, and a GPU's model 30
 THREADS = max(1, min(MOST, (os.cpu_count() or 1) // 2))  # a CPU also has to compute
 
@@ -21,7 +22,7 @@ def ahead(work: Callable[[A], B], items: Iterable[A], n: int = 4) -> Generator[t
 
     What `work` raises is raised at its place. No thread outlives the iterator.
     """
-    items, pool = iter(items), ThreadPoolExecutor(THREADS)
+    items, pool = iter(items), ThreadPoolExecutor(THREADS, NAME)
     waiting: deque[tuple[A, Future[B]]] = deque()
     try:
         while True:

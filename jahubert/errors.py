@@ -50,6 +50,10 @@ class StaleError(UserError):
     """A finished or started folder that was made with other settings than the ones asked for."""
 
 
+class BusyError(UserError):
+    """A folder in which another run is at work."""
+
+
 class MissingExtraError(UserError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
 

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import MutableMapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,7 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
 def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     """Run one stage in its folder, or keep what is there."""
     from jahubert.train import provenance, ranks
+    from jahubert.train.claim import claimed
     from jahubert.train.config import default_fields
     from jahubert.train.disk import full_disk_said
     from jahubert.train.lookup import STAGES, resolve
@@ -249,30 +251,33 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     def begin() -> tuple[dict[str, Any], bool]:
         recipe = provenance.recipe_of(stage, module.VERSION, config)
         out.mkdir(parents=True, exist_ok=True)
+        if not (keep and (out / provenance.DONE).exists()):
+            claim.enter_context(claimed(out))
         return recipe, keep and provenance.begin(out, recipe, default_fields(config))
 
-    with full_disk_said(out):
-        recipe, there = ranks.from_first(begin)
-    if there:
-        log.info("%s: done before, kept", out)
-        if first and hasattr(module, "kept"):
-            module.kept(config, out)
-        if first and (out / "table.txt").is_file():
-            print((out / "table.txt").read_text(encoding="utf-8"))
-        return provenance.read_record(out / provenance.DONE)["metrics"]
-    log.info("%s ...", out)
-    ranks.at(str(out))
-    started = time.monotonic()
-    try:
-        with full_disk_said(out), full_memory_said(stage, config):
-            metrics = module.run(config, out)
-            if first and keep:
-                provenance.finish(out, recipe, metrics, time.monotonic() - started)
-    except BaseException:
-        if first:
-            provenance.release(out)
-        raise
-    ranks.barrier()
+    with ExitStack() as claim:
+        with full_disk_said(out):
+            recipe, there = ranks.from_first(begin)
+        if there:
+            log.info("%s: done before, kept", out)
+            if first and hasattr(module, "kept"):
+                module.kept(config, out)
+            if first and (out / "table.txt").is_file():
+                print((out / "table.txt").read_text(encoding="utf-8"))
+            return provenance.read_record(out / provenance.DONE)["metrics"]
+        log.info("%s ...", out)
+        ranks.at(str(out))
+        started = time.monotonic() - provenance.spent(out)
+        try:
+            with full_disk_said(out), full_memory_said(stage, config):
+                metrics = module.run(config, out)
+                if first and keep:
+                    provenance.finish(out, recipe, metrics, time.monotonic() - started)
+        except BaseException:
+            if first:
+                provenance.release(out, time.monotonic() - started)
+            raise
+        ranks.barrier()
     log.info("%s: done in %.1f s  %s", out, time.monotonic() - started, _shown(metrics))
     return metrics
 

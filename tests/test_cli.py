@@ -265,9 +265,9 @@ def test_status_as_json(folder, capsys):
     begin(folder / "exp" / "prepare", {"stage": "prepare", "version": 1, "settings": {}})
     assert main(["status", "exp", "--json"]) == 0
     (state,) = json.loads(capsys.readouterr().out)
-    assert (state["stage"], state["state"]) == ("prepare", "started")
+    assert (state["stage"], state["state"]) == ("prepare", "stopped")
     assert main(["status", "exp"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["prepare", "started"]
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["prepare", "stopped"]
 
 
 def test_help_does_not_load_torch():

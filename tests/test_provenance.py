@@ -1,12 +1,17 @@
 """Folders remember what they were made from."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from jahubert.errors import DataError, StaleError
+from jahubert.train.claim import claimed
 from jahubert.train.config import free
 from jahubert.train.provenance import (
     DONE,
@@ -120,12 +125,20 @@ def test_status(tmp_path, source):
     header, *lines = status_table(stage_states(exp)).splitlines()
     assert header.split() == ["stage", "state", "time", "result"]
     assert lines[0].split() == ["iter1/kmeans", "done", "3", "s", "inertia", "2.5", "backend", "torch"]
-    assert lines[1].split()[:2] == ["iter1/label", "started"]
+    assert lines[1].split()[:2] == ["iter1/label", "stopped"]
     trained = recipe_of("pretrain", 1, Config(source)) | {"settings": {"train.max_steps": 400}}
     begin(exp / "iter1" / "pretrain", trained)
-    for written, shown in (("", "started"), ('{"step": 90}\n{"step": 100}\n{"st', "25 %")):
+    lines = '{"step": 90, "lr": 1}\n{"step": 100, "loss": 3.5, "lr": 1}\n{"step": 100, "valid_loss": 3}\n{"st'
+    for written, shown in (("", "stopped"), (lines, "25 %")):
         (exp / "iter1" / "pretrain" / "metrics.jsonl").write_text(written)
-        assert [state["state"] for state in stage_states(exp)] == ["done", "started", shown]
+        assert [state["state"] for state in stage_states(exp)] == ["done", "stopped", shown]
+    shown = status_table(stage_states(exp)).splitlines()[-1]
+    assert shown.split("  ")[-3:] == ["loss 3.5", "lr 1", "stopped: the same command continues"]
+    with claimed(exp / "iter1" / "pretrain"):
+        (said,) = subprocess.run(
+            [sys.executable, "-m", "jahubert", "status", str(exp)], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1:]
+        assert f"running: process {os.getpid()} on {socket.gethostname()}" in said
     assert stage_states(exp)[0]["metrics"] == {"inertia": 2.5, "backend": "torch"}
     with pytest.raises(DataError, match="no stage has run here"):
         stage_states(tmp_path / "nothing")

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jahubert.errors import DataError, StaleError
+from jahubert.train.claim import NAME as RUNNING
+from jahubert.train.claim import holder
 from jahubert.train.config import inputs, result_fields
 from jahubert.train.lookup import DECODED, maker
 
@@ -58,9 +60,12 @@ def begin(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None 
     return False
 
 
-def release(out: Path) -> None:
-    """Take the claim back where nothing was made under it: a mistake may be mended in the settings."""
-    nothing = (STARTED, "rejected.jsonl")
+def release(out: Path, seconds: float) -> None:
+    """Take the claim back where nothing was made under it: a mistake may be mended in the settings.
+
+    `seconds`: of work so far, which are kept with a claim that stays.
+    """
+    nothing = (STARTED, RUNNING, "rejected.jsonl")
     made = (
         path
         for path in out.rglob("*")  # a curve is drawn of metrics.jsonl, or has nothing in it
@@ -68,6 +73,13 @@ def release(out: Path) -> None:
     )
     if next(made, None) is None:
         (out / STARTED).unlink(missing_ok=True)
+    elif (out / STARTED).exists():
+        write_json(out / STARTED, read_record(out / STARTED) | {"seconds": round(seconds, 1)})
+
+
+def spent(out: Path) -> float:
+    """Seconds of work in runs of this stage that ended before it was done (but not by a kill)."""
+    return read_record(out / STARTED).get("seconds", 0.0) if (out / STARTED).exists() else 0.0
 
 
 def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
@@ -211,9 +223,8 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
         done = (folder / DONE).exists()
         record = read_record(folder / DONE if done else started)
         state = {"stage": str(folder.relative_to(root)), "state": "done" if done else "started"}
-        step, of = _last_step(folder / "metrics.jsonl"), record.get("settings", {}).get("train.max_steps")
-        if not done and step and of:
-            state["state"] = f"{100 * step // of} %"
+        if not done:
+            state |= _progress(folder, record)
         kept = ("seconds", "finished", "metrics", "fingerprint")
         states.append(state | {key: record[key] for key in kept if key in record})
     if not states:
@@ -221,15 +232,26 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
     return states
 
 
-def _last_step(path: Path) -> int:
-    """The last update that a training wrote down; 0 where there is none."""
+def _progress(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """How far a stage is, and who is at it."""
+    running, last = holder(folder), _last_line(folder / "metrics.jsonl")
+    at_it = f"running: {running}" if running else "stopped: the same command continues"
+    found: dict[str, Any] = {"state": "running" if running else "stopped", "at": at_it}
+    if last and (of := record.get("settings", {}).get("train.max_steps")):
+        found |= {"state": f"{100 * last['step'] // of} %", "last": last}
+    return found
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last metrics of training that were written down; none of validation."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().splitlines()
-        return max((json.loads(line)["step"] for line in lines[-2:] if line.endswith(b"}")), default=0)
-    except (OSError, ValueError, KeyError):
-        return 0
+            file.seek(max(0, path.stat().st_size - 8192))
+            written = [line for line in file.read().splitlines() if line[:1] == b"{" and line[-1:] == b"}"]
+        lines = map(json.loads, reversed(written))
+        return next((line for line in lines if "lr" in line), {})
+    except (OSError, ValueError):
+        return {}
 
 
 def _is_short(value: object) -> bool:
@@ -241,16 +263,10 @@ def status_table(states: list[dict[str, Any]]) -> str:
     """`stage_states` as a table, one line a stage."""
     rows = [("stage", "state", "time", "result")]
     for state in states:
-        if state["state"] == "done":
-            metrics = {k: v for k, v in state["metrics"].items() if _is_short(v)}
-            shown = "  ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(metrics.items())[:4]
-            )
-            rows.append((state["stage"], "done", f"{state['seconds']:.0f} s", shown))
-        else:
-            rows.append(
-                (state["stage"], state["state"], "", "running, or stopped: then the same command continues")
-            )
+        metrics = {k: v for k, v in state.get("metrics", state.get("last", {})).items() if _is_short(v)}
+        shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()][:4]
+        time = f"{state['seconds']:.0f} s" if "seconds" in state else ""
+        rows.append((state["stage"], state["state"], time, "  ".join([*shown, state.get("at", "")])))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
         "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows

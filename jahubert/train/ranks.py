@@ -6,6 +6,7 @@ and every function here does the obvious without a process group.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -213,7 +214,7 @@ def launch(command: Sequence[str], n: int) -> int:
     for number in range(n):
         own = {"RANK": str(number), "LOCAL_RANK": str(number)}
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
-        children.append(subprocess.Popen(command, env=environment))
+        children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
 
     def forward(number: int, _: Any) -> None:
         for child in children:
@@ -232,6 +233,12 @@ def launch(command: Sequence[str], n: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """In a child: be told to stop when its parent dies, which by kill -9 cannot tell."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _end(children: Sequence[subprocess.Popen]) -> None:

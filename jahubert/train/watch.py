@@ -25,6 +25,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from tqdm import tqdm
 
+from jahubert import ahead
 from jahubert.errors import Stopped
 from jahubert.train import ranks
 
@@ -132,5 +133,12 @@ class _Watcher:
         )
 
     def _stack(self) -> str:
-        frame = sys._current_frames().get(self.main)
-        return "".join(traceback.format_stack(frame)[-4:]) if frame else ""
+        """Of the main thread, and of those that do its work ahead."""
+        frames, shown = sys._current_frames(), []
+        helping = [thread.ident for thread in threading.enumerate() if thread.name.startswith(ahead.NAME)]
+        for thread in (self.main, *helping):
+            if thread in frames:
+                lines = traceback.format_stack(frames[thread])
+                idle = thread != self.main and "work_queue.get" in lines[-1]
+                shown += [] if idle else lines[-4:]
+        return "".join(shown)
