@@ -60,7 +60,7 @@ def tell(error: BaseException) -> int:
     elif isinstance(error, RuntimeError) and _several() and _LOST.search(str(error)):
         # gloo and NCCL raise nothing more particular. Status 1: the one that ended has the last word, and
         # launchers give the highest.
-        said = "another process of this run ended, so this one ends; see its message"
+        said = "another process of this run ended, so this one ends; see what is said of that one"
     elif isinstance(error, KeyboardInterrupt):
         status, said = INTERRUPTED, "interrupted; the same command continues"
     if not said:

@@ -7,6 +7,7 @@ ERROR`.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,6 +153,20 @@ def test_processes_that_do_not_leave_are_waited_for_together(monkeypatch):
     started = time.monotonic()
     assert ranks.launch(command, 6) == 3
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "advice"),
+    [(signal.SIGKILL, 1, "memory"), (signal.SIGSEGV, 1, ""), (signal.SIGUSR1, 75, "")],
+)
+def test_a_process_that_dies_by_a_signal_is_named(capfd, monkeypatch, number, status, advice):
+    """Which cannot say it itself, and whose status no table has. One to stop came while it was importing."""
+    dies = f"import os, time; os.environ['RANK'] == '0' and time.sleep(1000); os.kill(os.getpid(), {number})"
+    monkeypatch.setattr(ranks, "_GRACE", 0.2)
+    assert ranks.launch([sys.executable, "-c", dies], 2) == status
+    said = capfd.readouterr().err
+    assert re.search(rf"jahubert: error: process 1 of 2 \(pid \d+\) was ended by {number.name}", said), said
+    assert ("want of memory" in said) == bool(advice) and said.count("jahubert: ") == 1
 
 
 def main(arguments: list[str]) -> int:

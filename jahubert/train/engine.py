@@ -37,7 +37,6 @@ from jahubert.train.sampler import MicroBatch, Sampler
 
 log = logging.getLogger(__name__)
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 Micros = Generator[tuple[MicroBatch, Any], None, None]
 
 
@@ -99,7 +98,7 @@ class Mine:
 
 def _deaf(_: int) -> None:
     """For a reader: launchers and schedulers signal every process, and one whose readers die cannot save."""
-    for number in _STOPPING:
+    for number in ranks.STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -352,7 +351,7 @@ def stop_signals() -> Iterator[list[str]]:
     try:
         before = {
             number: signal.signal(number, lambda n, _: stop.append(signal.Signals(n).name))
-            for number in _STOPPING
+            for number in ranks.STOPPING
         }
     except ValueError:  # not the main thread: its owner decides
         before = {}
