@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from test_survival import learn, lines, make
 from toy import Data
 
 from jahubert import run
-from jahubert.errors import DataError
+from jahubert.errors import DataError, JahubertError
 from jahubert.train import ranks
+from jahubert.train.batches import CropConfig
 from jahubert.train.engine import Stopped, train
+from jahubert.train.memory import full_memory_said
 
 
 class Watched(Data):
@@ -104,6 +107,28 @@ def test_readers_leave_when_their_process_is_killed(tmp_path):
     child.kill()
     child.communicate(timeout=30)
     assert len(list(tmp_path.glob("reader-*"))) == 2 and child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_reader_that_was_killed_is_told_in_a_sentence(tmp_path, stage):
+    """As the system kills the largest process where memory is short."""
+
+    class Deadly(Data):
+        def load(self, micro):
+            if micro.epoch == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().load(micro)
+
+    module, _, config = make("toy")
+    config = replace(config, workers=2)
+    of_stage = SimpleNamespace(train=config, **({"crop": CropConfig()} if stage == "pretrain" else {}))
+    with pytest.raises(JahubertError) as caught, full_memory_said(stage, of_stage):
+        train(module, Deadly(), config, tmp_path)
+    said = str(caught.value)
+    assert re.search(rf"{stage}, at .* step \d+: DataLoader worker \(pid.*\)", said), said
+    assert f"set {stage}.train.workers below 2" in said and "same command continues" in said
+    assert ("pretrain.crop.keep_in_memory_hours=0" in said) == (stage == "pretrain")
+    assert caught.value.exit_status == 1
 
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
