@@ -230,7 +230,7 @@ def train(
             last = run.step == config.max_steps
             if run.step % config.save_every == 0 or run.told or last:
                 run.save()
-            if run.told and not last:
+            if run.told:  # in the last step too, behind which other work would begin
                 raise stopped(run.signals, run.step)
     metrics = run.journal.close(best if take_best else None)
     run.parallel.gather()
@@ -346,7 +346,10 @@ class _Run:
 
 @contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """A list that is empty until a signal to stop arrives; the handlers are put back at the end."""
+    """A list that is empty until a signal to stop arrives; the handlers are put back at the end.
+
+    One that came too late to be acted upon is then handed to the handler that was there before.
+    """
     stop: list[str] = []
     try:
         before = {
@@ -360,3 +363,5 @@ def stop_signals() -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if stop:
+        signal.raise_signal(signal.Signals[stop[0]])

@@ -104,7 +104,7 @@ def train(
     with stop_signals() as signals, closing(run.reader):
         if run.step < config.max_steps:  # a Trainer that has nothing to do would do one step more
             run.steps(signals)
-            if run.step < config.max_steps:
+            if run.told:
                 raise stopped(signals, run.step)
         else:
             run.manager.load_model_state(run.step, module)
@@ -207,7 +207,7 @@ class _Run:
         unit.trainer = trainer
         with suppress(TaskStopException):  # what always ends it
             trainer.run()
-        self.step = trainer.step_nr
+        self.step, self.told = trainer.step_nr, unit.told
         trainer.close()
 
     def validate(self, step: int) -> None:
@@ -329,7 +329,7 @@ class _Unit(TrainUnit):
     def __init__(self, run: _Run, wrapped: nn.Module, signals: list[str]):
         self.run, self.wrapped, self.signals = run, wrapped, signals
         self.trainer: Trainer
-        self.stopping = False
+        self.stopping = self.told = False  # after this step; by a signal
 
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         self.run.bag = metric_bag
@@ -359,7 +359,8 @@ class _Unit(TrainUnit):
         run = self.run
         totals = ranks.total({"total": self.total, "stop": len(self.signals)}, run.device)
         check_finite(totals["total"], self.step + 1, self.micros, run.data)
-        self.stopping = totals["stop"] > 0 or self.step + 1 >= run.config.max_steps
+        self.told = totals["stop"] > 0
+        self.stopping = self.told or self.step + 1 >= run.config.max_steps
         if self.stopping:
             self.trainer.request_stop()  # after this step
 
