@@ -58,8 +58,9 @@ def tell(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.filename is not None:
         status, said = UserError.exit_status, f"error: {error.filename}: {error.strerror}"
     elif isinstance(error, RuntimeError) and _several() and _LOST.search(str(error)):
-        status = UserError.exit_status  # gloo and NCCL raise nothing more particular
-        said = "another process of this run ended, so this one ends; see its message"
+        # gloo and NCCL raise nothing more particular. Status 1: the one that ended has the last word, and
+        # launchers give the highest.
+        said = "another process of this run ended, so this one ends; see what is said of that one"
     elif isinstance(error, KeyboardInterrupt):
         status, said = INTERRUPTED, "interrupted; the same command continues"
     if not said:

@@ -7,6 +7,7 @@ ERROR`.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +25,11 @@ from test_survival import learn, lines, make
 from toy import Data
 
 from jahubert import run
-from jahubert.errors import DataError
+from jahubert.errors import DataError, JahubertError
 from jahubert.train import ranks
+from jahubert.train.batches import CropConfig
 from jahubert.train.engine import Stopped, train
+from jahubert.train.memory import full_memory_said
 
 
 class Watched(Data):
@@ -105,6 +109,28 @@ def test_readers_leave_when_their_process_is_killed(tmp_path):
     assert len(list(tmp_path.glob("reader-*"))) == 2 and child.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_reader_that_was_killed_is_told_in_a_sentence(tmp_path, stage):
+    """As the system kills the largest process where memory is short."""
+
+    class Deadly(Data):
+        def load(self, micro):
+            if micro.epoch == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().load(micro)
+
+    module, _, config = make("toy")
+    config = replace(config, workers=2)
+    of_stage = SimpleNamespace(train=config, **({"crop": CropConfig()} if stage == "pretrain" else {}))
+    with pytest.raises(JahubertError) as caught, full_memory_said(stage, of_stage):
+        train(module, Deadly(), config, tmp_path)
+    said = str(caught.value)
+    assert re.search(rf"{stage}, at .* step \d+: DataLoader worker \(pid.*\)", said), said
+    assert f"set {stage}.train.workers below 2" in said and "same command continues" in said
+    assert ("pretrain.crop.keep_in_memory_hours=0" in said) == (stage == "pretrain")
+    assert caught.value.exit_status == 1
+
+
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "user": lambda: DataError("utterance 7 is broken"),
     "file": lambda: FileNotFoundError(2, "No such file or directory", "a.wav"),
@@ -134,7 +160,7 @@ def test_an_error_of_one_process_is_told_at_once_and_ends_all(
 ):
     started = time.monotonic()
     command = [sys.executable, __file__, "alone", str(tmp_path), error]
-    assert ranks.launch(command, 2) in (status, 2)  # 2: the first process notices within the same moment
+    assert ranks.launch(command, 2) == status  # though the first process notices, perhaps at the same moment
     assert time.monotonic() - started < 15
     told = capfd.readouterr().err
     assert told.count(said) == 1 and told.count("another process of this run ended") == 1, told
@@ -152,6 +178,20 @@ def test_processes_that_do_not_leave_are_waited_for_together(monkeypatch):
     started = time.monotonic()
     assert ranks.launch(command, 6) == 3
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "advice"),
+    [(signal.SIGKILL, 1, "memory"), (signal.SIGSEGV, 1, ""), (signal.SIGUSR1, 75, "")],
+)
+def test_a_process_that_dies_by_a_signal_is_named(capfd, monkeypatch, number, status, advice):
+    """Which cannot say it itself, and whose status no table has. One to stop came while it was importing."""
+    dies = f"import os, time; os.environ['RANK'] == '0' and time.sleep(1000); os.kill(os.getpid(), {number})"
+    monkeypatch.setattr(ranks, "_GRACE", 0.2)
+    assert ranks.launch([sys.executable, "-c", dies], 2) == status
+    said = capfd.readouterr().err
+    assert re.search(rf"jahubert: error: process 1 of 2 \(pid \d+\) was ended by {number.name}", said), said
+    assert ("want of memory" in said) == bool(advice) and said.count("jahubert: ") == 1
 
 
 def main(arguments: list[str]) -> int:

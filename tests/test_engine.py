@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,45 @@ def test_sigterm_saves_and_says_so(tmp_path):
     again = toy()
     train(again, Data(), QUICK, tmp_path / "stopped")
     assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_signal_in_the_last_step_stops_what_would_come_next(tmp_path):
+    """The stage is not finished, and nothing starts behind it; the same command finds all steps done."""
+    validate = {"validate": lambda: {"per": 1.0}, "best": "per"}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    whole = train(toy(), Data(), changed(valid_every=5), tmp_path / "whole", **validate)
+    data = Data()
+
+    def load_and_stop(micro):
+        if (micro.epoch, micro.index) == last:
+            signal.raise_signal(signal.SIGUSR1)
+        return Data.load(data, micro)
+
+    last = [(micro.epoch, micro.index) for micro in islice(data.sampler.stream(0, 0), 2 * QUICK.max_steps)][
+        -1
+    ]
+    data.load = load_and_stop
+    with pytest.raises(Stopped, match=f"told to stop by SIGUSR1: saved at step {QUICK.max_steps}"):
+        train(toy(), data, changed(valid_every=5), tmp_path / "stopped", **validate)
+    assert train(toy(), Data(), changed(valid_every=5), tmp_path / "stopped", **validate) == whole
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
+def test_a_signal_behind_the_last_step_is_for_who_listened_before(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        train(
+            toy(),
+            Data(),
+            changed(valid_every=QUICK.max_steps),
+            tmp_path,
+            validate=lambda: signal.raise_signal(signal.SIGUSR1) or {"per": 1.0},
+        )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1]
 
 
 @pytest.mark.parametrize("best", ["per", None])

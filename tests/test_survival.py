@@ -223,7 +223,7 @@ def hang(out: Path) -> None:
 
 def test_a_process_that_hangs_is_named(tmp_path, capfd):
     started = time.monotonic()
-    assert ranks.launch([sys.executable, __file__, "hang", str(tmp_path)], 2) == 1
+    assert ranks.launch([sys.executable, __file__, "hang", str(tmp_path)], 2) == 75
     assert time.monotonic() - started < 60
     said = capfd.readouterr().err
     assert said.count("jahubert: error: ") == 1
@@ -265,7 +265,7 @@ def test_a_process_that_hangs_in_a_stage_is_named_and_a_slow_one_is_left_alone(t
     from test_units_stages import make_corpus
 
     make_corpus(tmp_path)
-    assert ranks.launch([sys.executable, __file__, "stage", str(tmp_path)], 2) == 1
+    assert ranks.launch([sys.executable, __file__, "stage", str(tmp_path)], 2) == 75
     said = capfd.readouterr().err
     assert said.count("healthy so far") == 2 and said.count("jahubert: error: ") == 1
     assert re.search(rf"error: process 1 of 2 \(.+\) hangs: at {tmp_path}/label for \d+ s; 1 of 2 wait", said)

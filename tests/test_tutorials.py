@@ -50,10 +50,8 @@ SMALL = [
 SHIMS = {
     "python": 'if [ "$1 $2" = "-m jahubert.run" ]; then exec {python} "$@" {small}; fi; exec {python} "$@"',
     "jahubert": 'exec {python} -m jahubert "$@"',
-    "torchrun": 'while [ "$1" != "-m" ]; do shift; done; exec python "$@"',  # one process
-    "srun": 'exec "$@"',
-    "scontrol": "echo localhost",
-    "sbatch": 'SLURM_JOB_NODELIST=localhost SLURM_NNODES=1 exec bash "$@"',
+    "srun": 'while [[ "$1" == -* ]]; do shift; done; exec "$@"',  # one process
+    "sbatch": 'exec bash "$@"',
 }
 
 

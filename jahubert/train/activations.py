@@ -29,8 +29,8 @@ from jahubert.train.parallel import lighten
 
 MASKED = 0.57  # of the frames, at the paper's mask settings
 _ROWS = 4  # utterances; what twice as many keep more does not hold what does not grow, as copies of weights
-# Of a frame's width, in each block: what attention keeps on a GPU and not on a CPU. In 16 bits its result, as a
-# rectangle beside the packed one.
+# Of a frame's width, in each block: what attention keeps on a GPU and not on a CPU. In 16 bits its result,
+# as a rectangle beside the packed one.
 _PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}
 
 

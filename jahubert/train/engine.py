@@ -37,7 +37,6 @@ from jahubert.train.sampler import MicroBatch, Sampler
 
 log = logging.getLogger(__name__)
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SMALLEST_SCALE = 1e-4  # of a float16 loss, as in fairseq: from the first one, thirty overflows in a row
 Micros = Generator[tuple[MicroBatch, Any], None, None]
 
@@ -100,7 +99,7 @@ class Mine:
 
 def _deaf(_: int) -> None:
     """For a reader: launchers and schedulers signal every process, and one whose readers die cannot save."""
-    for number in _STOPPING:
+    for number in ranks.STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -238,7 +237,7 @@ def train(
             last = run.step == config.max_steps
             if run.step % config.save_every == 0 or run.told or last:
                 run.save()
-            if run.told and not last:
+            if run.told:  # in the last step too, behind which other work would begin
                 raise stopped(run.signals, run.step)
     metrics = run.journal.close(best)
     run.parallel.gather()
@@ -356,12 +355,15 @@ class _Run:
 
 @contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """A list that is empty until a signal to stop arrives; the handlers are put back at the end."""
+    """A list that is empty until a signal to stop arrives; the handlers are put back at the end.
+
+    One that came too late to be acted upon is then handed to the handler that was there before.
+    """
     stop: list[str] = []
     try:
         before = {
             number: signal.signal(number, lambda n, _: stop.append(signal.Signals(n).name))
-            for number in _STOPPING
+            for number in ranks.STOPPING
         }
     except ValueError:  # not the main thread: its owner decides
         before = {}
@@ -370,3 +372,5 @@ def stop_signals() -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if stop:
+        signal.raise_signal(signal.Signals[stop[0]])

@@ -98,7 +98,7 @@ def train(
     with stop_signals() as signals, closing(run.reader):
         if run.step < config.max_steps:  # a Trainer that has nothing to do would do one step more
             run.steps(signals)
-            if run.step < config.max_steps:
+            if run.told:
                 raise stopped(signals, run.step)
         else:
             run.manager.load_model_state(run.step, module)
@@ -205,7 +205,7 @@ class _Run:
             raise overflowing(trainer.step_nr) from error
         except TaskStopException:  # what always ends it
             pass
-        self.step = trainer.step_nr
+        self.step, self.told = trainer.step_nr, unit.told
         trainer.close()
 
     def validate(self, step: int) -> None:
@@ -327,7 +327,7 @@ class _Unit(TrainUnit):
     def __init__(self, run: _Run, wrapped: nn.Module, signals: list[str]):
         self.run, self.wrapped, self.signals = run, wrapped, signals
         self.trainer: Trainer
-        self.step, self.stopping = -1, False
+        self.step, self.stopping, self.told = -1, False, False  # after this step; by a signal
 
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         self.run.bag = metric_bag
@@ -358,7 +358,8 @@ class _Unit(TrainUnit):
         run = self.run
         totals = ranks.total({"total": self.total, "stop": len(self.signals)}, run.device)
         check_finite(totals["total"], self.step + 1, self.micros, run.data)
-        self.stopping = totals["stop"] > 0 or self.step + 1 >= run.config.max_steps
+        self.told = totals["stop"] > 0
+        self.stopping = self.told or self.step + 1 >= run.config.max_steps
         if self.stopping:
             self.trainer.request_stop()  # after this step
 

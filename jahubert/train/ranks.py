@@ -26,6 +26,7 @@ from jahubert.errors import ConfigError, Stopped, UserError
 
 T = TypeVar("T")
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what asks a run to stop
 _GRACE = 10.0  # seconds between asking processes to leave and making them
 
 
@@ -201,6 +202,8 @@ def in_turn(mine: list[T]) -> list[T]:
 def launch(command: Sequence[str], n: int) -> int:
     """Run `command` as `n` processes of one group on this machine; the exit status of the first that fails.
 
+    Of several that failed at one moment, the highest: whoever only lost another one leaves with 1.
+
     What torchrun does for one machine, without its report on top of ours. Signals to stop go to all.
     """
     with socket.socket() as free:
@@ -208,29 +211,48 @@ def launch(command: Sequence[str], n: int) -> int:
         port = free.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // n))
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = []
-    for number in range(n):
-        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
-        children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
+    children: list[subprocess.Popen] = []
 
     def forward(number: int, _: Any) -> None:
         for child in children:
             child.send_signal(number)
 
-    before = {
-        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
+    before = {number: signal.signal(number, forward) for number in STOPPING}
     try:
-        while not (failed := next(filter(None, (child.poll() for child in children)), 0)):
+        for number in range(n):
+            own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
+            children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
+        while not any(ends := [child.poll() or 0 for child in children]):
             if all(child.returncode == 0 for child in children):
                 break
             time.sleep(0.1)
+        status = max(
+            _status(end, f"process {i} of {n} (pid {children[i].pid})") for i, end in enumerate(ends)
+        )
         _end(children)  # they may wait for the one that is gone
-        return failed
+        return status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _status(end: int, name: str) -> int:
+    """The exit status that stands for how a process ended; says what it cannot have said itself."""
+    if end >= 0:
+        return end
+    by = signal.Signals(-end)
+    status, why = 1, ""
+    if by in STOPPING:
+        status = 128 + by if by == signal.SIGINT else Stopped.exit_status
+        why = " before it listened; the same command continues"
+    elif by == signal.SIGKILL:
+        why = (
+            "; if nobody did that, the system did for want of memory: take fewer workers or processes, or "
+            "crop.keep_in_memory_hours=0. The same command continues"
+        )
+    print(f"jahubert: error: {name} was ended by {by.name}{why}", file=sys.stderr)
+    return status
 
 
 def _end_with_parent() -> None:

@@ -4,7 +4,8 @@ In a group of processes one that stands still (a dead file server, a stuck GPU) 
 it inside a sum over processes, and none of them knows for whom. Here a thread of each process looks after
 it. When its process has not moved for the limit, it reads what the others are at. One that others may wait
 for long, because its share is the largest, still gives signs of life; who is behind and gives none is named,
-with the place where it stands, and the processes end, so that a scheduler can start them again.
+with the place where it stands, and the processes end with the status that asks a scheduler to start them
+again.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from jahubert import ahead
+from jahubert.errors import Stopped
 from jahubert.train import ranks
 
-_STATUS = 1  # exit status: not one that asks for a restart, since somebody should look at that machine
 _PATIENCE = timedelta(seconds=30)  # with the store
 
 
@@ -97,7 +98,7 @@ class _Watcher:
             if ends and self.rank == 0:  # the others read from its store that they end
                 self.over.wait(2 * self.every)
             if ends and not self.over.is_set():
-                os._exit(_STATUS)  # the main thread would not come back from where it is
+                os._exit(Stopped.exit_status)  # the main thread would not come back from where it is
 
     def _say(self) -> None:
         now = ranks.pulse()

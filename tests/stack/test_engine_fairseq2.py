@@ -228,6 +228,15 @@ def test_stopped_and_continued(whole, tmp_path):
 
 
 @pytest.mark.stack
+def test_stopped_in_the_last_step(whole, tmp_path):
+    _, result = learn("fairseq2", tmp_path, told_at=CONFIG.max_steps)
+    assert result is None and CONFIG.max_steps in steps_in(tmp_path / "checkpoints_fairseq2")
+    state, _ = learn("fairseq2", tmp_path)
+    assert same(state, load_file(whole / "end.safetensors"))
+    check_lines(tmp_path, whole)
+
+
+@pytest.mark.stack
 def test_stopped_between_two_lines_and_before_a_validation_was_written(whole, tmp_path):
     odd = replace(CONFIG, log_every=4, save_every=3, valid_every=3)
     learn("torch", tmp_path / "torch", config=odd)
