@@ -123,7 +123,7 @@ def run(overrides: Sequence[str]) -> None:
         ConfigError: an override that Hydra cannot read; an unknown stage, recipe, system or key; an input
             that is not there and that no stage of the command makes.
     """
-    from jahubert.train import ranks
+    from jahubert.train import door, ranks
     from jahubert.train.watch import watch
 
     try:
@@ -135,6 +135,8 @@ def run(overrides: Sequence[str]) -> None:
     with ranks.process_group(tell), watch(minutes):
         for job in jobs:
             run_stage(*job)
+            if job[0] == "prepare":
+                door.check_splits(jobs)
 
 
 def all_configured(overrides: Sequence[str], starting: bool = False) -> list[tuple[str, Any, Path]]:

@@ -157,7 +157,7 @@ def test_stages_by_hand():
     assert pretrain.memory == pytest.approx(
         (16 + 2) * parameters + 87.5 * (19.59e6 + 2 * 50 * 3072 * 2), rel=0.01
     )
-    assert pretrain.disk == pytest.approx((2 * 12 + 8) * parameters, rel=0.01)
+    assert pretrain.disk == pytest.approx((2 * 12 + 4) * parameters, rel=0.01)
     finetune = rows["main/finetune"]  # 10,000 of its 25,000 updates are forward passes, but for the head
     assert finetune.hours == pytest.approx(step * 1600 * (15_000 + 10_000 / 3) / 1e13 / 3600, rel=0.01)
     assert rows["report"].hours is None

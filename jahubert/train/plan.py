@@ -190,7 +190,8 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Row:
     hours: float | None = flops / rate / machine.n / 3600
     memory = _memory(config.model, train, seconds, precision, machine)
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
-    disk = (checkpoints * _SAVED + 2 * 4) * parameters  # and the bundle, and the best weights
+    weights = 1 + hasattr(config, "dev_splits")  # the bundle, and of a fine-tuning those of the best step
+    disk = (checkpoints * _SAVED + weights * 4) * parameters
     speed = rate / each
     readers = math.ceil(speed / machine.decoding)
     notes = [f"{speed * machine.n:.0f} audio-h/h", f"{readers} reader{'s'[: readers > 1]} a device"]
