@@ -72,7 +72,7 @@ def out_of_range(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]
 def refuse(mistakes: Sequence[str]) -> None:
     """ConfigError with all of them, one a line, if there are any."""
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise ConfigError("\n".join(dict.fromkeys(mistakes)))  # iterations share some
 
 
 def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
