@@ -11,11 +11,13 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +39,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     join_slurm(os.environ)
-    try:
-        _speak(logging.INFO if _first() else logging.WARNING)
-        if any(arg.startswith("-") for arg in argv):
-            _hydra_main(argv)
-        else:
-            return start(argv)
-    except (Exception, KeyboardInterrupt) as error:
-        return tell(error)
+    with _listening():
+        try:
+            _speak(logging.INFO if _first() else logging.WARNING)
+            if any(arg.startswith("-") for arg in argv):
+                _hydra_main(argv)
+            else:
+                return start(argv)
+        except (Exception, KeyboardInterrupt, _Told) as error:
+            return tell(error)
     return 0
+
+
+class _Told(BaseException):
+    """To stop, by a signal outside of training: no `except Exception` is to keep it."""
+
+
+_told: list[str] = []  # the signal, once it came: what it breaks off may fail in another way, or swallow it
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """A signal to stop ends the work as Ctrl-C does; a training has handlers of its own, and saves."""
+    own, before = os.getpid(), {}
+
+    def stop(number: int, _: Any) -> None:
+        if os.getpid() != own:  # forked: the one that it works for says what there is to say
+            os._exit(Stopped.exit_status)
+        if not _told:  # launchers and schedulers may both send it
+            _told.append(signal.Signals(number).name)
+            raise _Told
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if _told else handler)
+        _told.clear()
+
+
+def _unless_told() -> None:
+    """Before something long begins."""
+    if _told:
+        raise _Told
 
 
 def tell(error: BaseException) -> int:
     """Say on standard error what ended the run, unless another process does; gives the exit status."""
     status, said = 1, ""
-    if isinstance(error, JahubertError):
+    if _told:
+        status = Stopped.exit_status
+        said = f"told to stop by {_told[0]}: what was finished is kept; the same command continues"
+    elif isinstance(error, JahubertError):
         status, said = error.exit_status, f"error: {error}"
         if isinstance(error, Stopped) and "SIGINT" in str(error):
             status = INTERRUPTED
@@ -65,7 +106,7 @@ def tell(error: BaseException) -> int:
         status, said = INTERRUPTED, "interrupted; the same command continues"
     if not said:
         traceback.print_exception(error)
-    elif not getattr(error, "told", isinstance(error, Stopped) and not _first()):
+    elif not getattr(error, "told", (bool(_told) or isinstance(error, Stopped)) and not _first()):
         print(f"jahubert: {said}", file=sys.stderr)
     return status
 
@@ -90,7 +131,9 @@ def _speak(level: int) -> None:
 
 def start(overrides: Sequence[str]) -> int:
     """Run the stages here, or in as many processes as are asked for; the exit status."""
-    if (n := _processes(overrides)) > 1:
+    n = _processes(overrides)
+    _unless_told()
+    if n > 1:
         from jahubert.train import ranks
 
         return ranks.launch([sys.executable, "-m", "jahubert.run", *overrides], n)
@@ -134,6 +177,7 @@ def run(overrides: Sequence[str]) -> None:
         raise
     with ranks.process_group(tell), watch(minutes):
         for job in jobs:
+            _unless_told()
             run_stage(*job)
             if job[0] == "prepare":
                 door.check_splits(jobs)

@@ -31,6 +31,8 @@ from jahubert.train.batches import CropConfig
 from jahubert.train.engine import Stopped, train
 from jahubert.train.memory import full_memory_said
 
+TONES = Path(__file__).parent / "tones"
+
 
 class Watched(Data):
     """Its readers take their time and write down who they are."""
@@ -129,6 +131,85 @@ def test_a_reader_that_was_killed_is_told_in_a_sentence(tmp_path, stage):
     assert f"set {stage}.train.workers below 2" in said and "same command continues" in said
     assert ("pretrain.crop.keep_in_memory_hours=0" in said) == (stage == "pretrain")
     assert caught.value.exit_status == 1
+
+
+SLOW = """
+import time
+from pathlib import Path
+from jahubert.train.features import Mfcc
+
+class Slow(Mfcc):
+    def __call__(self, wavs):
+        Path(__file__).with_suffix(".called").touch()
+        time.sleep(0.5)
+        return super().__call__(wavs)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_outside_of_training_asks_for_the_same_command(tmp_path, number, processes):
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [f"recipe={TONES}", f"exp={tmp_path / 'exp'}"]
+    assert run.main([*command, "stage=prepare"]) == 0
+    command += ["stage=features", "iteration=1", f"features.kind={tmp_path}/slow.py:Slow"]
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "jahubert.run",
+            *command,
+            "features.batch_seconds=2",
+            f"processes={processes}",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "slow.called").exists():
+        assert child.poll() is None, child.communicate()[1]
+        time.sleep(0.02)
+    os.killpg(child.pid, number)  # as a scheduler does, to the one that started the others too
+    said = child.communicate(timeout=30)[1]
+    assert child.returncode == 75 and "Traceback" not in said, said
+    assert said.count(f"told to stop by {number.name}: what was finished is kept; the same command") == 1, (
+        said
+    )
+    assert run.main(command) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5])
+def test_a_signal_while_it_starts_asks_for_the_same_command(tmp_path, seconds):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "jahubert.run", f"recipe={TONES}", "stage=prepare", f"exp={tmp_path / 'exp'}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    child.send_signal(signal.SIGUSR1)
+    said = child.communicate(timeout=30)[1]
+    assert (child.returncode == 75 and "told to stop by SIGUSR1" in said) or child.returncode == 0, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_a_signal_broke_off_may_fail_in_another_way_or_swallow_it(capsys, monkeypatch, fails):
+    def broken(_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:  # as imports of extensions do
+            if fails:
+                raise AttributeError("half done") from None
+        return {"processes": 1}
+
+    monkeypatch.setattr(run, "compose", broken)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run.main(["recipe=demo", "stage=all"]) == 75
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert capsys.readouterr().err.startswith("jahubert: told to stop by SIGTERM: what was finished is kept")
 
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
