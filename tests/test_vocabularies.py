@@ -151,7 +151,7 @@ def test_a_word_list_leaves_only_its_words(learnt, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"beam": 0}, "n_best is 1, but must be between 1 and beam, 0"),
+        ({"beam": 0}, "beam is 0, but must be at least 1"),
         ({"n_best": 21}, "n_best is 21"),
         ({"search": "greedy", "n_best": 2}, "greedy finds one answer"),
     ],

@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -74,7 +74,8 @@ def release(out: Path, seconds: float) -> None:
     if next(made, None) is None:
         (out / STARTED).unlink(missing_ok=True)
     elif (out / STARTED).exists():
-        write_json(out / STARTED, read_record(out / STARTED) | {"seconds": round(seconds, 1)})
+        with suppress(OSError):  # a full disk is what may have ended it
+            write_json(out / STARTED, read_record(out / STARTED) | {"seconds": round(seconds, 1)})
 
 
 def spent(out: Path) -> float:
@@ -122,10 +123,14 @@ def write_json(path: Path, content: Any) -> None:
 def written_beside(path: Path) -> Iterator[TextIO]:
     """A text file that takes its name only when it is whole: a reader sees the old one or the new one."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     beside.replace(path)
 
 
