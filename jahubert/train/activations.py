@@ -75,9 +75,7 @@ def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
         rate /= stride
         if below:  # its input, GELU of that, the gradient to it; and the gradient that comes
             now = precision.itemsize * (3 * below + rate * width)
-            if (
-                config.conv_norm == "layer"
-            ):  # the input is kept, too, and as it was before the norm, in float32
+            if config.conv_norm == "layer":  # the input is kept too, and what the norm got, in float32
                 now += (precision.itemsize + 4) * below
             most = max(most, now)
         below = rate * width

@@ -141,9 +141,8 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                "step": torch.zeros(
-                    (), dtype=torch.float32, device=parameter.device
-                ),  # as a fused one has it
+                # where a fused one has it
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

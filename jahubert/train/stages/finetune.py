@@ -62,6 +62,10 @@ _TRAIN = TrainConfig(
 _MASK = MaskConfig(prob=0.75, min_spans=0, channel_prob=0.5)
 
 
+# What fine-tuning sets anew in the model's own configuration.
+_DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop")
+
+
 @dataclass(frozen=True)
 class Config:
     manifest: Path
@@ -85,8 +89,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        dropped = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop")
-        wrong = out_of_range(self, {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": dropped})
+        numbers = {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": _DROPPED}
+        wrong = out_of_range(self, numbers)
         if self.train.sharded and self.layer_drop:
             wrong.append("train.sharded needs layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
@@ -214,8 +218,7 @@ def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.
 
 def build_model(config: Config, n_symbols: int) -> HubertForCtc:
     """The pretrained encoder (or a new one) under a new head, with the dropout of fine-tuning."""
-    names = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop")
-    changes = {name: getattr(config, name) for name in names}
+    changes = {name: getattr(config, name) for name in _DROPPED}
     if config.pretrained is None:
         return HubertForCtc(replace(config.model, conv_grad_scale=1.0, **changes), n_symbols)
     found = load_bundle(config.pretrained)
