@@ -17,15 +17,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jahubert.audio import AudioSource, audio_length, load_audio
-    from jahubert.checkpoint import Bundle, load_bundle, save_bundle
-    from jahubert.decode import Hypothesis, Span, beam_search, forced_align, greedy
     from jahubert.errors import JahubertError, UserError
-    from jahubert.extract import FeatureExtractor, LayerFeatures, UnitExtractor
+    from jahubert.formats.bundle import Bundle, load_bundle, save_bundle
     from jahubert.frames import FrameGrid
-    from jahubert.heads import HubertForCtc, UnitHead
-    from jahubert.hubert import Encoded, HubertConfig, HubertModel
+    from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy
+    from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor
+    from jahubert.inference.transcribe import Transcriber, Transcript, Word
+    from jahubert.model.heads import HubertForCtc, UnitHead
+    from jahubert.model.hubert import Encoded, HubertConfig, HubertModel
     from jahubert.phonemes import PhonemeSet, kana_to_phones, phones_to_kana
-    from jahubert.transcribe import Transcriber, Transcript, Word
 
 __all__ = [
     "__version__",
@@ -65,15 +65,15 @@ __all__ = [
 
 _HOME = {
     "audio": ("AudioSource", "audio_length", "load_audio"),
-    "checkpoint": ("Bundle", "load_bundle", "save_bundle"),
-    "decode": ("Hypothesis", "Span", "beam_search", "forced_align", "greedy"),
     "errors": ("JahubertError", "UserError"),
-    "extract": ("FeatureExtractor", "LayerFeatures", "UnitExtractor"),
+    "formats.bundle": ("Bundle", "load_bundle", "save_bundle"),
     "frames": ("FrameGrid",),
-    "heads": ("HubertForCtc", "UnitHead"),
-    "hubert": ("Encoded", "HubertConfig", "HubertModel"),
+    "inference.ctc": ("Hypothesis", "Span", "beam_search", "forced_align", "greedy"),
+    "inference.features": ("FeatureExtractor", "LayerFeatures", "UnitExtractor"),
+    "inference.transcribe": ("Transcriber", "Transcript", "Word"),
+    "model.heads": ("HubertForCtc", "UnitHead"),
+    "model.hubert": ("Encoded", "HubertConfig", "HubertModel"),
     "phonemes": ("PhonemeSet", "kana_to_phones", "phones_to_kana"),
-    "transcribe": ("Transcriber", "Transcript", "Word"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

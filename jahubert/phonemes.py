@@ -135,7 +135,7 @@ def kana_to_phones(kana: str) -> list[str]:
         elif char not in _READ:
             raise DataError(
                 f"no reading for {char!r} (character {i + 1}) in {kana!r}: give hiragana or katakana, "
-                "or convert text with jahubert.train.text"
+                "or convert text with jahubert.train.text.japanese"
             )
         elif (following in _SMALL or following in _SMALL_Y) and char not in "ンッ" and char not in _SMALL:
             phones += _syllable(char, following)

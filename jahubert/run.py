@@ -21,8 +21,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from jahubert.compose import compose
 from jahubert.errors import ConfigError, JahubertError, MissingExtraError, Stopped, UserError
+from jahubert.train.pipeline.compose import compose
 
 log = logging.getLogger("jahubert")
 
@@ -134,9 +134,9 @@ def start(overrides: Sequence[str]) -> int:
     n = _processes(overrides)
     _unless_told()
     if n > 1:
-        from jahubert.train import ranks
+        from jahubert.train.experiment import distributed
 
-        return ranks.launch([sys.executable, "-m", "jahubert.run", *overrides], n)
+        return distributed.launch([sys.executable, "-m", "jahubert.run", *overrides], n)
     run(overrides)
     return 0
 
@@ -166,8 +166,9 @@ def run(overrides: Sequence[str]) -> None:
         ConfigError: an override that Hydra cannot read; an unknown stage, recipe, system or key; an input
             that is not there and that no stage of the command makes.
     """
-    from jahubert.train import door, ranks
-    from jahubert.train.watch import watch
+    from jahubert.train.experiment import distributed
+    from jahubert.train.pipeline import preflight
+    from jahubert.train.trainer.watchdog import watch
 
     try:
         jobs = all_configured(overrides, starting=True)
@@ -175,12 +176,12 @@ def run(overrides: Sequence[str]) -> None:
     except JahubertError as error:
         error.told = not _first()  # type: ignore[attr-defined]  # all find the same
         raise
-    with ranks.process_group(tell), watch(minutes):
+    with distributed.process_group(tell), watch(minutes):
         for job in jobs:
             _unless_told()
             run_stage(*job)
             if job[0] == "prepare":
-                door.check_splits(jobs)
+                preflight.check_splits(jobs)
 
 
 def all_configured(overrides: Sequence[str], starting: bool = False) -> list[tuple[str, Any, Path]]:
@@ -198,10 +199,10 @@ def all_configured(overrides: Sequence[str], starting: bool = False) -> list[tup
     jobs = [job for job in found if not isinstance(job, ConfigError)]
     mistakes = [str(job) for job in found if isinstance(job, ConfigError)]
     if starting:
-        from jahubert.train import door
+        from jahubert.train.pipeline import preflight
 
         made = [folder_of(tree, *job) for job in planned]
-        mistakes += door.mistakes(jobs, made, int(os.environ.get("WORLD_SIZE", 1)))
+        mistakes += preflight.mistakes(jobs, made, int(os.environ.get("WORLD_SIZE", 1)))
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return jobs
@@ -209,7 +210,7 @@ def all_configured(overrides: Sequence[str], starting: bool = False) -> list[tup
 
 def folder_of(tree: dict[str, Any], stage: str, iteration: int | None, system: str | None) -> Path:
     """The folder of a stage in the experiment of a tree of settings."""
-    from jahubert.train.lookup import stage_folder
+    from jahubert.train.experiment.registry import stage_folder
 
     return Path(tree["exp"]) / stage_folder(stage, iteration, system, tree["decoding"])
 
@@ -218,8 +219,8 @@ def configured(
     stage: str, iteration: int | None, system: str | None, overrides: Sequence[str]
 ) -> tuple[str, Any, Path] | ConfigError:
     """(stage, its config, its folder), or what is wrong with it: all stages are checked before one runs."""
-    from jahubert.train.config import structure
-    from jahubert.train.lookup import STAGES, resolve
+    from jahubert.train.experiment.config import structure
+    from jahubert.train.experiment.registry import STAGES, resolve
 
     tree = compose([*overrides, *([f"++iteration={iteration}"] if iteration else [])], system)
     try:
@@ -233,7 +234,7 @@ def configured(
 
 def _check_layer(tree: dict[str, Any]) -> None:
     """Before anything runs: the model that an earlier iteration will make has the layer that is asked for."""
-    from jahubert.hubert import HubertConfig
+    from jahubert.model.hubert import HubertConfig
 
     features, layers = tree["features"], (tree["model"] or {}).get("layers", HubertConfig().layers)
     own = Path(tree["exp"]) / f"iter{tree['iteration'] - 1}" / "pretrain" / "bundle"
@@ -247,7 +248,7 @@ def _check_layer(tree: dict[str, Any]) -> None:
 
 def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
     """(stage, iteration, system) of everything that is asked for, in order."""
-    from jahubert.train.lookup import STAGES
+    from jahubert.train.experiment.registry import STAGES
 
     if tree["recipe"] is None:
         raise ConfigError(
@@ -257,11 +258,11 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
     if not isinstance(iterations, int) or iterations < 0:
         raise ConfigError(f"iterations={iterations}: give the number of iterations of pretraining")
     if asked != "all" and asked not in STAGES:
-        from jahubert.train.config import unknown
+        from jahubert.train.experiment.config import unknown
 
         raise ConfigError(unknown("stage", str(asked), [*STAGES, "all"], missing=asked is None))
     if tree["system"] is not None and tree["system"] not in systems:
-        from jahubert.train.config import unknown
+        from jahubert.train.experiment.config import unknown
 
         raise ConfigError(unknown("system", str(tree["system"]), systems))
     if tree["decoding"] is not None and not re.fullmatch(r"[\w.-]+", tree["decoding"]):
@@ -284,15 +285,15 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
 
 def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     """Run one stage in its folder, or keep what is there."""
-    from jahubert.train import provenance, ranks
-    from jahubert.train.claim import claimed
-    from jahubert.train.config import default_fields
-    from jahubert.train.disk import full_disk_said
-    from jahubert.train.lookup import STAGES, resolve
-    from jahubert.train.memory import full_memory_said
+    from jahubert.train.experiment import distributed, provenance
+    from jahubert.train.experiment.config import default_fields
+    from jahubert.train.experiment.disk_full import full_disk_said
+    from jahubert.train.experiment.lock import claimed
+    from jahubert.train.experiment.out_of_memory import full_memory_said
+    from jahubert.train.experiment.registry import STAGES, resolve
 
     module = resolve(stage, STAGES, "stage")
-    keep, first = getattr(module, "KEEP", True), ranks.rank() == 0
+    keep, first = getattr(module, "KEEP", True), distributed.rank() == 0
 
     def begin() -> tuple[dict[str, Any], bool]:
         recipe = provenance.recipe_of(stage, module.VERSION, config)
@@ -303,7 +304,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
 
     with ExitStack() as claim:
         with full_disk_said(out):
-            recipe, there = ranks.from_first(begin)
+            recipe, there = distributed.from_first(begin)
         if there:
             log.info("%s: done before, kept", out)
             if first and hasattr(module, "kept"):
@@ -312,7 +313,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
                 print((out / "table.txt").read_text(encoding="utf-8"))
             return provenance.read_record(out / provenance.DONE)["metrics"]
         log.info("%s ...", out)
-        ranks.at(str(out))
+        distributed.at(str(out))
         started = time.monotonic() - provenance.spent(out)
         try:
             with full_disk_said(out), full_memory_said(stage, config):
@@ -323,7 +324,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
             if first:
                 provenance.release(out, time.monotonic() - started)
             raise
-        ranks.barrier()
+        distributed.barrier()
     log.info("%s: done in %.1f s  %s", out, time.monotonic() - started, _shown(metrics))
     return metrics
 
@@ -346,7 +347,7 @@ def _hang_minutes(overrides: Sequence[str]) -> float:
 
 
 def _recipes() -> list[str]:
-    from jahubert.train.lookup import home
+    from jahubert.train.experiment.registry import home
 
     return sorted(path.parent.name for path in home("recipes").glob("*/recipe.yaml"))
 
@@ -356,7 +357,7 @@ def _hydra_main(argv: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from jahubert.train.lookup import home
+    from jahubert.train.experiment.registry import home
 
     sys.argv = [sys.argv[0], *(arg if arg.startswith(("-", "hydra")) else _lenient(arg) for arg in argv)]
 

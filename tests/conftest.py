@@ -19,6 +19,10 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+# Subprocesses of tests import `fixtures` too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(REPO / "tests"), str(REPO), os.environ.get("PYTHONPATH")])
+)
 LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 
 
@@ -62,9 +66,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment of all stages on a corpus learnt in seconds, from one unbroken run: `tests/tones`."""
+    """An experiment of all stages on the corpus of `tests/fixtures/tones`, from one uninterrupted run."""
     from jahubert import run
 
     exp = tmp_path_factory.mktemp("whole") / "exp"
-    run.run([f"recipe={REPO / 'tests' / 'tones'}", "stage=all", f"exp={exp}"])
+    run.run([f"recipe={REPO / 'tests' / 'fixtures' / 'tones'}", "stage=all", f"exp={exp}"])
     return exp

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from jahubert.checkpoint import load_bundle
-from jahubert.train.layer_quality import PhoneFrames
-from jahubert.train.manifest import Manifest
-from jahubert.train.report import phone_times
+from jahubert.formats.bundle import load_bundle
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.evaluation.layer_quality import PhoneFrames
+from jahubert.train.report.tables import phone_times
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
     return arrays, says
 
 
-# In the other environment. The first two run in the unpacked wheel as well (tests/test_wheel.py).
+# In the other environment. The first two run in the unpacked wheel as well (tests/repository/test_wheel.py).
 
 
 def check_package() -> None:
@@ -224,7 +224,7 @@ def check_commands(folder: Path, out: Path) -> None:
     """The command `jahubert`, and the messages of what needs an extra."""
     import numpy as np
 
-    from jahubert.transcribe import builtin_model
+    from jahubert.inference.transcribe import builtin_model
 
     found = shutil.which("jahubert", path=str(Path(sys.executable).parent))
     need(found, "the wheel installed no command `jahubert`")

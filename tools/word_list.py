@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 from jahubert.phonemes import phones_to_kana
-from jahubert.train.manifest import Manifest
-from jahubert.train.targets import TargetStore, vocabulary_of
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.targets import TargetStore, vocabulary_of
 
 
 def main() -> None:

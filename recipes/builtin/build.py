@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 
 import jahubert
 from jahubert import run
-from jahubert.checkpoint import load_bundle, save_bundle
 from jahubert.errors import ConfigError, DataError, UserError
-from jahubert.train.provenance import DONE, read_record
+from jahubert.formats.bundle import load_bundle, save_bundle
+from jahubert.train.experiment.provenance import DONE, read_record
 
 NAME = "japanese-small"
 LIMIT = 15_000_000  # bytes

@@ -25,8 +25,8 @@ import soxr
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.lookup import recipe_folder, resolve
-from jahubert.train.manifest import Rejected, Utterance
+from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.experiment.registry import recipe_folder, resolve
 
 
 def _recipe(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ from typing import Protocol
 from csj_files import EVALS, TALKS, held_out, read_list
 
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.manifest import Utterance
+from jahubert.train.data.manifest import Utterance
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from csj_transcripts import UNKNOWN, PhoneTime, Segment, read_sdb, read_trn, rea
 from jahubert.audio import AudioSource, audio_length
 from jahubert.errors import AudioError, DataError
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.manifest import Phone, Rejected, Utterance
+from jahubert.train.data.manifest import Phone, Rejected, Utterance
 
 BROKEN, NO_TIMES = "broken transcript", "broken phone times"  # reasons
 

@@ -21,7 +21,7 @@ from csj_summary import Count, log_summary
 from csj_talks import NO_TIMES, Reading, problems_of, read_talk
 
 from jahubert.errors import DataError
-from jahubert.train.manifest import Rejected, Utterance
+from jahubert.train.data.manifest import Rejected, Utterance
 
 log = logging.getLogger(__name__)
 

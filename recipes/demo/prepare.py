@@ -34,8 +34,8 @@ from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
-from jahubert.train.manifest import Phone, Rejected, Utterance
-from jahubert.train.text import Word, analyse, openjtalk, words_of
+from jahubert.train.data.manifest import Phone, Rejected, Utterance
+from jahubert.train.text.japanese import Word, analyse, openjtalk, words_of
 
 VERSION = 1  # of the sound; in the name of every file
 _VOICE_RATE = 48_000  # Hz

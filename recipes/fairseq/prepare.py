@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jahubert.errors import DataError
-from jahubert.train.fairseq_files import manifests, read_tsv
-from jahubert.train.manifest import Rejected, Utterance
+from jahubert.train.data.fairseq_files import manifests, read_tsv
+from jahubert.train.data.manifest import Rejected, Utterance
 
 
 @dataclass(frozen=True)

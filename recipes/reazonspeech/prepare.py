@@ -21,7 +21,7 @@ from tar_index import indexed
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.manifest import Rejected, Utterances
+from jahubert.train.data.manifest import Rejected, Utterances
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import AudioError, ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalise_kana
-from jahubert.train.manifest import Rejected, Utterance
+from jahubert.train.data.manifest import Rejected, Utterance
 
 VERSION = 1  # of the sound; in the name of every file
 _BLOCK = SAMPLE_RATE // 100  # samples over which a level is measured

@@ -2,8 +2,8 @@
 
     python tools/bench/cpu_attention.py            # one thread, milliseconds, fused and plain in turn
 
-Why `jahubert/packing.py` takes the plain ones in bfloat16, and the fused one in float32 where nothing is
-dropped (it knows no dropout).
+Why `jahubert/model/packing.py` takes the plain ones in bfloat16, and the fused one in float32 without dropout
+(the fused kernel has none).
 """
 
 import statistics

@@ -22,7 +22,7 @@ from peers import importable
 from torch import Tensor
 from torch.nn import functional as F
 
-from jahubert.decode import beam_search
+from jahubert.inference.ctc import beam_search
 
 
 def log_probs(rows: int, frames: int, symbols: int, peaky: bool, seed: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from peers import importable
 from torch import Tensor, nn
 
-from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.model.hubert import HubertConfig, HubertModel
 
 
 def ours(args) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jahubert.frontend import ConvFrontEnd
+from jahubert.model.kernels.conv_frontend import ConvFrontEnd
 
 KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
 SIZES = {"tiny": (32, 48, 64, 96, 128, 128, 192), "base": (512,) * 7}

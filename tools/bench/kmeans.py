@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from jahubert.train.kmeans import fit_kmeans
-from jahubert.train.kmeans_peers import sklearn_kmeans
-from jahubert.train.lloyd import Nearest
+from jahubert.train.clustering.kmeans import fit_kmeans
+from jahubert.train.clustering.kmeans_peers import sklearn_kmeans
+from jahubert.train.clustering.lloyd import Nearest
 
 
 def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:

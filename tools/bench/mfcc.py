@@ -18,7 +18,7 @@ from peers import importable
 from torch import Tensor
 
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.features import Mfcc
+from jahubert.train.clustering.features import Mfcc
 
 WINDOW, HOP, FFT, BINS, CEPSTRA = 400, 160, 512, 23, 13
 

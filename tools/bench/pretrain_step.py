@@ -28,11 +28,11 @@ from peers import importable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jahubert.heads import UnitHead
-from jahubert.hubert import HubertConfig, HubertModel
-from jahubert.train.losses import unit_loss
-from jahubert.train.masking import generator, span_mask
-from jahubert.train.optim import TrainConfig, build_optimizer
+from jahubert.model.heads import UnitHead
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.train.data.masking import generator, span_mask
+from jahubert.train.trainer.losses import unit_loss
+from jahubert.train.trainer.optim import TrainConfig, build_optimizer
 
 UNITS, PENALTY, CLIP = 500, 10.0, 10.0
 

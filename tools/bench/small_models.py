@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from jahubert.heads import UnitHead
-from jahubert.hubert import HubertConfig, HubertModel
-from jahubert.train.losses import unit_loss
+from jahubert.model.heads import UnitHead
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.train.trainer.losses import unit_loss
 
 SIZES = {
     "128 everywhere, width 192": ((128,) * 7, 192),

@@ -15,13 +15,13 @@ from dataclasses import replace
 
 import torch
 
-from jahubert.heads import UnitHead
-from jahubert.hubert import HubertConfig, HubertModel
+from jahubert.model.heads import UnitHead
+from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.run import compose
-from jahubert.train.activations import kept_bytes
-from jahubert.train.config import structure
-from jahubert.train.optim import TrainConfig, build_optimizer, pick_precision
-from jahubert.train.parallel import lighten
+from jahubert.train.experiment.config import structure
+from jahubert.train.plan.memory import kept_bytes
+from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_precision
+from jahubert.train.trainer.parallel import lighten
 
 VARIANTS = {"plain": (False, False), "recompute": (True, False), "compile": (False, True)}
 

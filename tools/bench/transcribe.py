@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 import jahubert
-from jahubert.train.manifest import Manifest
-from jahubert.train.metrics import error_rate
-from jahubert.train.targets import TargetStore
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.targets import TargetStore
+from jahubert.train.evaluation.metrics import error_rate
 
 STRETCH = 30 * 16_000  # samples
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # the last one on a CPU only

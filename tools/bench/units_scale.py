@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jahubert.train.manifest import Manifest, Utterance, write_manifest
+from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 
 SHORTEST = 8_000  # samples of a crop
 
@@ -40,8 +40,8 @@ def repeated(source: Manifest, hours: float):
 
 def run_stage(stage: str, out: str, settings: str) -> None:
     """In the child: run it, print seconds and peak memory."""
-    from jahubert.train.config import structure
-    from jahubert.train.lookup import STAGES, resolve
+    from jahubert.train.experiment.config import structure
+    from jahubert.train.experiment.registry import STAGES, resolve
 
     module = resolve(stage, STAGES, "stage")
     config = structure(json.loads(settings), module.Config, stage)

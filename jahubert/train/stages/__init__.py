@@ -1,4 +1,4 @@
-"""The stages, in the order in which they run; `jahubert.train.lookup.STAGES` lists them.
+"""The stages, in the order in which they run; `jahubert.train.experiment.registry.STAGES` lists them.
 
 A stage is a module with `VERSION` (raised when its result changes), a frozen `Config` whose defaults are
 the paper's, and `run(config, out) -> metrics`. It reads only what its config names, writes only under

@@ -22,21 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.ahead import ahead
-from jahubert.checkpoint import load_bundle
-from jahubert.decode import Hypothesis, Span, beam_search, forced_align, greedy
 from jahubert.errors import CheckpointError, DataError
+from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT, SAMPLE_RATE
-from jahubert.heads import HubertForCtc
+from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy
+from jahubert.model.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
-from jahubert.train import ranks
-from jahubert.train.batches import CtcData
-from jahubert.train.config import a_model, a_split, free, out_of_range, refuse
-from jahubert.train.lexicon import LexiconConfig, LexiconSearch
-from jahubert.train.manifest import Manifest, Utterance
-from jahubert.train.progress import progress
-from jahubert.train.provenance import write_json, written_beside
-from jahubert.train.targets import TargetStore, words_of
+from jahubert.prefetch import ahead
+from jahubert.train.data.batches import CtcData
+from jahubert.train.data.manifest import Manifest, Utterance
+from jahubert.train.data.targets import TargetStore, words_of
+from jahubert.train.evaluation.lexicon import LexiconConfig, LexiconSearch
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import a_model, a_split, free, out_of_range, refuse
+from jahubert.train.experiment.progress import progress
+from jahubert.train.experiment.provenance import write_json, written_beside
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         raise CheckpointError(f"{config.model}: this model has no CTC head; give a fine-tuned one")
     if bundle.phonemes != targets.phonemes:
         raise CheckpointError(f"{config.model}: its symbols are not those of {config.targets}")
-    device = ranks.pick_device(config.device)
+    device = distributed.pick_device(config.device)
     bundle.ctc.to(device)
     search = make_search(config, targets.phonemes)
     inside = partial(batches, bundle.ctc, manifest, targets, config=config, device=device)
@@ -128,9 +128,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             spoken = zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True)
             lines.append([_times(manifest, targets, row, logp_SV[:n]) for row, logp_SV, n in spoken])
         _write(out / "alignment.jsonl", lines)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         write_json(out / "phonemes.json", targets.phonemes.to_json())
-    ranks.barrier()
+    distributed.barrier()
     return {"utterances": counts, "search": config.described}
 
 
@@ -156,7 +156,7 @@ def batches(
         seed=0,
         keep_in_memory_hours=0,
     )
-    mine = list(data.sampler.epoch(0).share(ranks.rank(), ranks.world()))
+    mine = list(data.sampler.epoch(0).share(distributed.rank(), distributed.world()))
     n_rows = sum(len(micro.rows) for micro in mine)
     with torch.inference_mode(), progress(doing, "utterances", n_rows) as done:
         for micro, batch in ahead(data.load, mine):
@@ -167,8 +167,8 @@ def batches(
 
 def _write(path: Path, lines: list[list[str]]) -> None:
     """Write the lines that the processes made of their batches, in the order of the batches."""
-    batches = ranks.in_turn(lines)
-    if ranks.rank() == 0:
+    batches = distributed.in_turn(lines)
+    if distributed.rank() == 0:
         with written_beside(path) as file:
             file.writelines(line for batch in batches for line in batch)
 

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import DataError
-from jahubert.train import ranks
-from jahubert.train.config import a_model, a_split, free, out_of_range, refuse
-from jahubert.train.features import Feature
-from jahubert.train.kmeans import draw_rows
-from jahubert.train.manifest import Manifest
-from jahubert.train.masking import generator
-from jahubert.train.progress import progress
-from jahubert.train.provenance import write_json
-from jahubert.train.streaming import feature_header, make_feature, stream_features
+from jahubert.train.clustering.features import Feature
+from jahubert.train.clustering.kmeans import draw_rows
+from jahubert.train.clustering.streaming import feature_header, make_feature, stream_features
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.masking import generator
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import a_model, a_split, free, out_of_range, refuse
+from jahubert.train.experiment.progress import progress
+from jahubert.train.experiment.provenance import write_json
 
 VERSION = 2
 _PART = 500  # utterances between two saves
@@ -57,15 +57,15 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
-    device = ranks.pick_device(config.device)
+    device = distributed.pick_device(config.device)
     feature = make_feature(config.kind, config.model, config.layer, device)
     sample = draw_sample(manifest, feature, config)
     marks, beside, final = out / "parts", out / "tmp_sample.npy", out / "sample.npy"
-    if not ranks.from_first(final.exists):
-        data_start = ranks.from_first(lambda: _reserve(beside, (len(sample.frames), feature.dim)))
+    if not distributed.from_first(final.exists):
+        data_start = distributed.from_first(lambda: _reserve(beside, (len(sample.frames), feature.dim)))
         parts = {
             part: range(part * _PART, min((part + 1) * _PART, len(sample.rows)))
-            for part in range(ranks.rank(), -(-len(sample.rows) // _PART), ranks.world())
+            for part in range(distributed.rank(), -(-len(sample.rows) // _PART), distributed.world())
             if not (marks / f"{part:06d}").exists()
         }
         with progress("features", "utterances", sum(map(len, parts.values()))) as done:
@@ -77,13 +77,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                     _write_part(beside, start, sample, frames, done)
                 marks.mkdir(exist_ok=True)
                 (marks / f"{part:06d}").touch()
-        ranks.barrier()
-    if ranks.rank() == 0:
+        distributed.barrier()
+    if distributed.rank() == 0:
         write_json(out / "header.json", feature_header(feature, config.kind, config.layer))
         if not final.exists():
             beside.replace(final)
         shutil.rmtree(marks, ignore_errors=True)
-    ranks.barrier()
+    distributed.barrier()
     return {"frames": len(sample.frames), "dim": feature.dim, "utterances": len(sample.rows)}
 
 

@@ -20,24 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jahubert.ahead import ahead
-from jahubert.checkpoint import load_bundle, save_bundle
-from jahubert.decode import greedy
 from jahubert.errors import DataError
+from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.frames import SAMPLE_RATE
-from jahubert.heads import HubertForCtc
-from jahubert.hubert import HubertConfig, HubertModel
-from jahubert.train import ranks
-from jahubert.train.batches import CtcBatch, CtcData, MaskConfig
-from jahubert.train.config import a_model, a_split, out_of_range, refuse
-from jahubert.train.engine import Loss
-from jahubert.train.health import blank_problem
-from jahubert.train.lookup import ENGINES, resolve
-from jahubert.train.losses import ctc_loss
-from jahubert.train.manifest import Manifest
-from jahubert.train.metrics import count_errors
-from jahubert.train.optim import TrainConfig
-from jahubert.train.targets import TargetStore, words_of
+from jahubert.inference.ctc import greedy
+from jahubert.model.heads import HubertForCtc
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.prefetch import ahead
+from jahubert.train.data.batches import CtcBatch, CtcData, MaskConfig
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.targets import TargetStore, words_of
+from jahubert.train.evaluation.metrics import count_errors
+from jahubert.train.evaluation.unit_checks import blank_problem
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import a_model, a_split, out_of_range, refuse
+from jahubert.train.experiment.registry import ENGINES, resolve
+from jahubert.train.trainer.losses import ctc_loss
+from jahubert.train.trainer.optim import TrainConfig
+from jahubert.train.trainer.trainer import Loss
 
 log = logging.getLogger(__name__)
 
@@ -179,16 +179,16 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             max_steps=config.train.max_steps,
             head_only_steps=config.head_only_steps,
         )
-        if problem and ranks.rank() == 0:
+        if problem and distributed.rank() == 0:
             log.warning("%s", problem)
         return found
 
     train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
     metrics = train(module, data, config.train, out, validate=validate, best=config.best)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         info = {"finetuning": {"utterances": len(rows), "metrics": metrics}}
         save_bundle(out / "bundle", ctc=module.ctc, phonemes=targets.phonemes, info=info)
-    ranks.barrier()
+    distributed.barrier()
     hours = float(manifest.n_samples[rows].sum()) / SAMPLE_RATE / 3600
     return metrics | {"utterances": len(rows), "hours": hours, "model": model_name(config.pretrained)}
 
@@ -234,7 +234,9 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     phonemes = data.targets.phonemes
     names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
     sums: dict[str, Any] = dict.fromkeys([*names, "blanks", "frames", "empty", "rows"], 0.0)
-    for micro, batch in ahead(data.load, data.sampler.epoch(0).share(ranks.rank(), ranks.world())):
+    for micro, batch in ahead(
+        data.load, data.sampler.epoch(0).share(distributed.rank(), distributed.world())
+    ):
         batch = batch.to(device)
         logp_BSV, there_B = module.ctc(batch.wav_BT, batch.n_samples_B)
         n_frames_B = module.ctc.config.grid.n_frames(batch.n_samples_B)
@@ -252,7 +254,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
             }.items():
                 sums[f"{kind}_errors"] += count_errors(said, got).errors
                 sums[f"{kind}s"] += len(said)
-    totals = ranks.total(sums, device)
+    totals = distributed.total(sums, device)
     return {
         "loss": totals["loss"] / totals["symbols"],
         "per": totals["phone_errors"] / totals["phones"],

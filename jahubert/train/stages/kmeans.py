@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jahubert.train import ranks
-from jahubert.train.config import free, out_of_range, refuse
-from jahubert.train.health import watch_units
-from jahubert.train.kmeans import draw_rows, fit_kmeans, inertia
-from jahubert.train.lloyd import FrameFile, Subset
-from jahubert.train.masking import generator
-from jahubert.train.provenance import read_record
-from jahubert.train.streaming import save_centroids
+from jahubert.train.clustering.kmeans import draw_rows, fit_kmeans, inertia
+from jahubert.train.clustering.lloyd import FrameFile, Subset
+from jahubert.train.clustering.streaming import save_centroids
+from jahubert.train.data.masking import generator
+from jahubert.train.evaluation.unit_checks import watch_units
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import free, out_of_range, refuse
+from jahubert.train.experiment.provenance import read_record
 
 VERSION = 2
 
@@ -53,9 +53,9 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     if config.backend in ("faiss", "sklearn"):  # they know one process only
-        return ranks.from_first(lambda: fit(config, out))
+        return distributed.from_first(lambda: fit(config, out))
     metrics = fit(config, out)
-    ranks.barrier()
+    distributed.barrier()
     return metrics
 
 
@@ -64,7 +64,7 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
     test = draw_rows(n_frames, round(n_frames * config.held_out), generator(config.seed, 13))
-    with ranks.said_once():
+    with distributed.said_once():
         result = fit_kmeans(
             Subset(sample_ND, np.delete(np.arange(n_frames), test)),
             config.n_clusters,
@@ -73,7 +73,7 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
             max_iter=config.max_iter,
             lloyd_frames=config.lloyd_frames,
             seed=config.seed,
-            device=ranks.pick_device(config.device),
+            device=distributed.pick_device(config.device),
         )
     metrics = {
         "inertia": result.inertia,
@@ -82,7 +82,7 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
         "reseeded": result.reseeded,
         "backend": result.backend,
     }
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         if len(test):
             metrics["held_out_inertia"] = inertia(Subset(sample_ND, test), result.centroids_KD)
         header = read_record(config.features / "header.json")

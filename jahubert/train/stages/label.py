@@ -19,19 +19,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jahubert.checkpoint import save_bundle
 from jahubert.errors import DataError
+from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT
-from jahubert.train import ranks
-from jahubert.train.config import a_model, free, out_of_range, refuse
-from jahubert.train.fairseq_files import import_units
-from jahubert.train.features import HubertLayer
-from jahubert.train.health import unit_use, watch_difference, watch_units
-from jahubert.train.labels import LabelHeader, LabelStore, LabelWriter
-from jahubert.train.lloyd import Nearest
-from jahubert.train.manifest import Manifest
-from jahubert.train.progress import progress
-from jahubert.train.streaming import feature_header, load_centroids, make_feature, stream_features
+from jahubert.train.clustering.features import HubertLayer
+from jahubert.train.clustering.lloyd import Nearest
+from jahubert.train.clustering.streaming import feature_header, load_centroids, make_feature, stream_features
+from jahubert.train.data.fairseq_files import import_units
+from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.evaluation.unit_checks import unit_use, watch_difference, watch_units
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import a_model, free, out_of_range, refuse
+from jahubert.train.experiment.progress import progress
 
 VERSION = 1
 
@@ -62,10 +62,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     else:
         given = (manifest, config.centroids, out, config.shard_size)
         # Those files may change without any setting: what comes after depends on what was in them.
-        metrics["content"] = ranks.from_first(lambda: import_units(*given).header.centroids)
+        metrics["content"] = distributed.from_first(lambda: import_units(*given).header.centroids)
     store = LabelStore(out)
     usage_K = store.usage()
-    ranks.from_first(lambda: watch(store, usage_K, manifest, config))
+    distributed.from_first(lambda: watch(store, usage_K, manifest, config))
     return metrics | {"units": int(usage_K.sum()), **unit_use(usage_K)}
 
 
@@ -79,7 +79,7 @@ def watch(store: LabelStore, usage_K: np.ndarray, manifest: Manifest, config: Co
 
 def label(config: Config, manifest: Manifest, out: Path) -> None:
     """Units of our own centroids, by all processes."""
-    device = ranks.pick_device(config.device)
+    device = distributed.pick_device(config.device)
     centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
     if config.layer is not None and fitted["layer"] not in (None, config.layer):
         raise DataError(
@@ -111,7 +111,7 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
     step = HUBERT.step_in(feature.grid)
     nearest = Nearest(centroids_KD.to(device))
     # Asked once: a process that asked later would see a shorter list, and share it out differently.
-    shards = ranks.from_first(writer.pending)[ranks.rank() :: ranks.world()]
+    shards = distributed.from_first(writer.pending)[distributed.rank() :: distributed.world()]
     with progress("units", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
         for shard in shards:
             units = []
@@ -119,8 +119,8 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
                 units.append(nearest.labels(f_SD[::step].to(device)).cpu().numpy())
                 done(1)
             writer.write(shard, units)
-    ranks.barrier()
-    if ranks.rank() == 0:
+    distributed.barrier()
+    if distributed.rank() == 0:
         writer.finish()
         if isinstance(feature, HubertLayer):
             save_bundle(
@@ -130,4 +130,4 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
                 centroid_layer=fitted["layer"],
                 info={"units": vars(header)},
             )
-    ranks.barrier()
+    distributed.barrier()

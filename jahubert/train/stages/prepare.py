@@ -26,13 +26,13 @@ import numpy as np
 from jahubert.audio import audio_length
 from jahubert.errors import AudioError
 from jahubert.frames import HUBERT
-from jahubert.train import provenance, ranks
-from jahubert.train.config import free, group, structure
-from jahubert.train.decoded import Mark, Marks
-from jahubert.train.lookup import reader
-from jahubert.train.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
-from jahubert.train.progress import progress
-from jahubert.train.utterances import load_utterance
+from jahubert.train.data.decode_cache import Mark, Marks
+from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
+from jahubert.train.data.utterances import load_utterance
+from jahubert.train.experiment import distributed, provenance
+from jahubert.train.experiment.config import free, group, structure
+from jahubert.train.experiment.progress import progress
+from jahubert.train.experiment.registry import reader
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    return ranks.from_first(lambda: prepare(config, out))
+    return distributed.from_first(lambda: prepare(config, out))
 
 
 def prepare(config: Config, out: Path) -> dict[str, Any]:

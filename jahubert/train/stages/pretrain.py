@@ -21,22 +21,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from jahubert.ahead import ahead
-from jahubert.checkpoint import load_bundle, save_bundle
 from jahubert.errors import ConfigError
+from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.frames import SAMPLE_RATE
-from jahubert.heads import UnitHead
-from jahubert.hubert import HubertConfig, HubertModel
-from jahubert.train import ranks
-from jahubert.train.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
-from jahubert.train.config import a_model, a_split, out_of_range, refuse
-from jahubert.train.engine import Loss, seed_micro
-from jahubert.train.health import accuracy_problem
-from jahubert.train.labels import LabelStore
-from jahubert.train.lookup import ENGINES, resolve
-from jahubert.train.losses import unit_loss
-from jahubert.train.manifest import Manifest
-from jahubert.train.optim import TrainConfig
+from jahubert.model.heads import UnitHead
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.prefetch import ahead
+from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
+from jahubert.train.data.labels import LabelStore
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.evaluation.unit_checks import accuracy_problem
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import a_model, a_split, out_of_range, refuse
+from jahubert.train.experiment.registry import ENGINES, resolve
+from jahubert.train.trainer.losses import unit_loss
+from jahubert.train.trainer.optim import TrainConfig
+from jahubert.train.trainer.trainer import Loss, seed_micro
 
 log = logging.getLogger(__name__)
 
@@ -147,15 +147,19 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
     validate = None if valid is None else lambda: watched(evaluate(module, valid))
     metrics = watched(train(module, data, config.train, out, validate=validate))
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         _export(config, module, labels, metrics, out)
-    ranks.barrier()
+    distributed.barrier()
     return metrics | {"padding": data.sampler.padding()}
 
 
 def watch_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float], updates: int) -> None:
     """Warn, once the warm-up is over, when the accuracy on masked frames says that too little was learnt."""
-    if ranks.rank() or "accuracy" not in metrics or updates <= config.train.warmup * config.train.max_steps:
+    if (
+        distributed.rank()
+        or "accuracy" not in metrics
+        or updates <= config.train.warmup * config.train.max_steps
+    ):
         return
     count_K = np.bincount(labels.unit_N[:_CHANCE_FRAMES])
     chance = float(count_K.max()) / int(count_K.sum())
@@ -168,12 +172,14 @@ def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
     """Loss and accuracy on a split whose masks are the same every time, over all processes."""
     device = next(module.parameters()).device
     sums: dict[str, Any] = dict.fromkeys(("nats", "correct", "penalty", "seconds", "room", "count"), 0.0)
-    for micro, batch in ahead(data.load, data.sampler.epoch(0).share(ranks.rank(), ranks.world())):
+    for micro, batch in ahead(
+        data.load, data.sampler.epoch(0).share(distributed.rank(), distributed.world())
+    ):
         seed_micro(module.seed, micro)
         loss = module(batch.to(device), 0)
         for name in sums:
             sums[name] = sums[name] + (loss.count if name == "count" else loss.sums[name])
-    totals = ranks.total(sums, device)
+    totals = distributed.total(sums, device)
     metrics = module.metrics(totals, totals["count"])
     return {name: metrics[name] for name in ("loss", "accuracy")}
 

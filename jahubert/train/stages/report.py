@@ -1,10 +1,10 @@
 """What a run came to: one table on the terminal, one HTML page.
 
 Reads   everything under the experiment's folder that is done
-Writes  metrics.json, table.txt, report.html
+Writes  metrics.json, table.txt, tables.html
 
-    python -m jahubert.run recipe=demo stage=report report.language=ja
-    python -m jahubert.run recipe=demo stage=report report.others=[exp/demo-1,exp/demo-2]
+    python -m jahubert.run recipe=demo stage=report tables.language=ja
+    python -m jahubert.run recipe=demo stage=report tables.others=[exp/demo-1,exp/demo-2]
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jahubert.errors import AudioError, DataError
-from jahubert.train import ranks, report
-from jahubert.train.config import out_of_range, refuse
-from jahubert.train.manifest import Manifest, Phone
-from jahubert.train.page import Run, page
-from jahubert.train.provenance import DONE, write_json, written_beside
-from jahubert.train.results import results_of
-from jahubert.train.worst import Example, worst
+from jahubert.train.data.manifest import Manifest, Phone
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import out_of_range, refuse
+from jahubert.train.experiment.provenance import DONE, write_json, written_beside
+from jahubert.train.report import tables
+from jahubert.train.report.examples import Example, worst
+from jahubert.train.report.html import Run, page
+from jahubert.train.report.results import results_of
 
 log = logging.getLogger(__name__)
 
@@ -50,29 +51,29 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             f"{config.exp}: nothing to report yet; run stage=prepare and the stages after it first"
         )
     manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
-    times, source = report.phone_times(config.exp, manifest)
-    device = ranks.pick_device(config.device)
+    times, source = tables.phone_times(config.exp, manifest)
+    device = distributed.pick_device(config.device)
     try:  # in all processes, which share the clustering
-        layers = report.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
+        layers = tables.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
     except AudioError as error:  # a corpus may have moved since; the rest of the report needs no audio
         log.warning("PNMI by layer is left out: %s", error)
         layers = {}
-    if ranks.rank():
+    if distributed.rank():
         return {}
-    counted = report.unit_counts(config.exp, times, source)
-    summary = report.summarize(config.exp, counted, config.others) | {
+    counted = tables.unit_counts(config.exp, times, source)
+    summary = tables.summarize(config.exp, counted, config.others) | {
         "layers": layers,
         "published": config.published,
     }
-    table = report.table(summary)
+    table = tables.table(summary)
     write_json(out / "metrics.json", summary)
     with written_beside(out / "table.txt") as file:
         file.write(table + "\n")
     found = examples(config, manifest, times)
     shown = Run(config.exp, summary, counted.usage, counted.phones, counted.counts, found)
-    with written_beside(out / "report.html") as file:
+    with written_beside(out / "tables.html") as file:
         file.write(page(shown, config.language))
-    print(f"{table}\n\nReport: {out / 'report.html'}")
+    print(f"{table}\n\nReport: {out / 'tables.html'}")
     return {}
 
 
@@ -80,7 +81,7 @@ def examples(
     config: Config, manifest: Manifest, times: dict[int, tuple[Phone, ...]]
 ) -> dict[str, list[Example]]:
     """The worst utterances of every system that has been scored, with the units of the last labelling."""
-    stores = report.label_stores(config.exp)
+    stores = tables.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {
         result.name: worst(result.folder("decode"), manifest, times, store, config.worst)

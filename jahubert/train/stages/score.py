@@ -19,12 +19,9 @@ from typing import Any
 
 from jahubert.errors import DataError
 from jahubert.phonemes import PhonemeSet
-from jahubert.train import ranks
-from jahubert.train.config import out_of_range, refuse
-from jahubert.train.metrics import paired_bootstrap
-from jahubert.train.provenance import read_record, write_json, written_beside
-from jahubert.train.results import label_of
-from jahubert.train.scoring import (
+from jahubert.train.data.targets import vocabulary_of
+from jahubert.train.evaluation.metrics import paired_bootstrap
+from jahubert.train.evaluation.scoring import (
     MEASURES,
     Scored,
     SetScore,
@@ -33,7 +30,10 @@ from jahubert.train.scoring import (
     published_table,
     rates_table,
 )
-from jahubert.train.targets import vocabulary_of
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import out_of_range, refuse
+from jahubert.train.experiment.provenance import read_record, write_json, written_beside
+from jahubert.train.report.results import label_of
 
 VERSION = 2
 _CONFUSIONS = 30
@@ -59,17 +59,17 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         if config.baseline:
             score["against"] = against(found, config.baseline / path.name, config)
         scores[path.stem] = score
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             with written_beside(out / f"{path.stem}.txt") as file:
                 file.writelines(f"{line}\n" for line in details(path.stem, score, found))
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         write_json(out / "scores.json", scores)
         ours = [(label_of(config.hypotheses), phone_wer(scores))]
         table = published_table(config.published, ours) + rates_table(scores)
         with written_beside(out / "table.txt") as file:
             file.write(table)
         print(table)
-    ranks.barrier()
+    distributed.barrier()
     return {
         f"{split}_{measure.name}": score[measure.name]["rate"]
         for split, score in scores.items()

@@ -21,12 +21,12 @@ from typing import Any, Literal
 from jahubert.errors import DataError
 from jahubert.frames import HUBERT
 from jahubert.phonemes import PhonemeSet, phones_to_kana
-from jahubert.train import ranks
-from jahubert.train.manifest import Manifest, Utterance
-from jahubert.train.progress import progress
-from jahubert.train.provenance import written_beside
-from jahubert.train.readings import read_words
-from jahubert.train.targets import UNKNOWN, character_set, kana_set, write_targets
+from jahubert.train.data.manifest import Manifest, Utterance
+from jahubert.train.data.targets import UNKNOWN, character_set, kana_set, write_targets
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.progress import progress
+from jahubert.train.experiment.provenance import written_beside
+from jahubert.train.text.user_dictionary import read_words
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    return ranks.from_first(lambda: write(config, out))
+    return distributed.from_first(lambda: write(config, out))
 
 
 def write(config: Config, out: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
 
 def _read(text: str, user_dictionary: Path | None) -> tuple[tuple[str, ...], ...]:
     """Words of a text as phones; DataError where it has no reading."""
-    from jahubert.train.text import text_to_words
+    from jahubert.train.text.japanese import text_to_words
 
     try:
         return tuple(word.phones for word in text_to_words(text, user_dictionary))

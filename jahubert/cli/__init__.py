@@ -1,0 +1,1 @@
+"""The `jahubert` command: subcommands, console messages, feature files and shell completion."""

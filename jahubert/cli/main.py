@@ -1,0 +1,399 @@
+"""The command `jahubert`: transcripts, features and units; what a model or experiment holds; other formats.
+
+Results go to standard output or into the folder given with -o, everything else to standard error. A file that
+fails is reported and the others are still done. Exit status: 0 all done, 2 the user can mend what went wrong
+(a missing file, a wrong option), 1 an error of the program, 130 interrupted.
+
+Nothing heavy is imported before a command runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jahubert
+from jahubert.cli.console import STDIN, Input, Report, complain, find_inputs, names_wanted, reason, status_of
+from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
+from jahubert.inference import writers
+
+# Adds a subcommand: the function that it runs, and what it does in a few words.
+Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+PLAN = (
+    "what jahubert.run takes; gpus=N (default: its processes), gpu=NAME (default: this machine), share=X of "
+    "its 16-bit peak, hours=H of speech (default: of the prepared corpus, else the recipe's word)"
+)
+MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
+
+
+def model_source(args: argparse.Namespace) -> str | Path:
+    """The model asked for, or the built-in one."""
+    if args.model is not None:
+        return args.model
+    from jahubert.inference.transcribe import builtin_model
+
+    found = builtin_model()
+    if found is None:
+        raise CheckpointError(
+            "this installation has no built-in model; name one with --model: a bundle folder that a training "
+            "stage wrote, or a Hub name such as owner/model"
+        )
+    return found
+
+
+def transcribe(args: argparse.Namespace) -> int:
+    formats = list(writers.FORMATS) if args.format == "all" else [args.format]
+    inputs, empty = find_inputs(args.audio, args.output, writers.FORMATS[formats[0]][0])
+    named = names_wanted(args.audio)
+    if args.output is None and args.format == "all":
+        raise ConfigError("-f all writes several files: add -o DIR")
+    if args.output is None and named and args.format in ("srt", "vtt", "textgrid", "audacity"):
+        raise ConfigError(f"-f {args.format} of more than one recording needs a folder: add -o DIR")
+    source = model_source(args)
+    import torch
+
+    from jahubert.inference.transcribe import Transcriber, Transcript
+
+    asr = Transcriber.from_pretrained(
+        source,
+        beam=args.beam,
+        device=args.device,
+        vad=not args.no_vad,
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+    )
+    report = Report(inputs, empty)
+    if args.output is None and args.format == "tsv":
+        print(writers.TSV_HEADER, end="")
+    found_all = asr.transcribe_many((item.open() for item in inputs), errors="return", progress=report.heard)
+    for item, found in zip(inputs, found_all, strict=True):
+        if isinstance(found, Transcript):
+            found = replace(found, audio=item.label)
+            try:
+                if args.output is not None:
+                    writers.save(found, Path(args.output, item.base), formats, args.phonemes)
+            except OSError as error:
+                found = error
+        if isinstance(found, Exception):
+            report.failure(item.label, found)
+        elif args.output is None:
+            report.clear()
+            tsv = args.format == "tsv"  # one header for all
+            content = writers.tsv_rows(found) if tsv else writers.render(found, args.format, args.phonemes)
+            print(
+                f"{item.label}\t{content}" if named and args.format == "text" else content, end="", flush=True
+            )
+        report.seen(item.label)
+    return report.finish()
+
+
+def each(inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[Input], str | None]) -> int:
+    """Do `work` for every input and print the line that it returns."""
+    report = Report(inputs, empty)
+    for item in inputs:
+        line = None
+        try:
+            line = work(item)
+        except Exception as error:
+            report.failure(item.label, error)
+        if line is not None:
+            report.clear()
+            print(line, flush=True)
+        report.seen(item.label)
+    return report.finish()
+
+
+def features(args: argparse.Namespace) -> int:
+    from jahubert.cli.feature_files import FeatureFiles, parts_folder
+
+    inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), ".npy")
+    source = model_source(args)
+    import torch
+
+    from jahubert.formats.bundle import weights_hash
+    from jahubert.inference.features import FeatureExtractor
+
+    extractor = FeatureExtractor.from_pretrained(
+        source, args.layer, weights=args.weights, device=args.device, dtype=getattr(torch, args.dtype),
+        chunk_seconds=args.chunk_seconds,
+    )  # fmt: skip
+    names = ("layer", "weights", "dtype", "chunk_seconds")
+    settings = {"model": weights_hash(extractor.model)} | {name: getattr(args, name) for name in names}
+    files = FeatureFiles(Path(args.output), settings)
+    report = Report(inputs, empty)
+    todo = [item for item in inputs if item.label == STDIN or not files.has(item.base, Path(item.label))]
+    if there := len(inputs) - len(todo):
+        print(f"{there} of {len(inputs)} are there already", file=sys.stderr)
+        report.n_seen += there
+    whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
+    for item in todo:
+        try:
+            if args.chunk_seconds is None:
+                found = next(whole)
+                if isinstance(found, Exception):
+                    raise found
+                pieces: Iterable[Any] = [found]
+            else:
+                pieces = extractor.stream(item.open())
+            files.write(item.base, pieces, extractor.features.shape)
+        except Exception as error:
+            report.failure(item.label, error)
+        report.seen(item.label)
+    files.finish()
+    return report.finish()
+
+
+def units(args: argparse.Namespace) -> int:
+    inputs, empty = find_inputs(args.audio, args.output, ".npy")
+    named = names_wanted(args.audio)
+    source = model_source(args)
+    from jahubert.cli.feature_files import save_array
+    from jahubert.inference.features import UnitExtractor
+
+    extractor = UnitExtractor.from_pretrained(source, device=args.device, chunk_seconds=args.chunk_seconds)
+
+    def work(item: Input) -> str | None:
+        found = extractor(item.open())
+        found = found.unique_consecutive() if args.unique else found
+        if args.output is not None:
+            save_array(found, Path(args.output, f"{item.base}.npy"))
+            return None
+        line = " ".join(map(str, found.tolist()))
+        return f"{item.label}\t{line}" if named else line
+
+    return each(inputs, empty, work)
+
+
+def info(args: argparse.Namespace) -> int:
+    from jahubert.formats.bundle import load_bundle
+
+    bundle = load_bundle(args.source)
+    n_parameters = sum(p.numel() for p in (bundle.ctc or bundle.model).parameters())
+    config, centroids = bundle.config, bundle.centroids_KD
+    facts: dict[str, Any] = {
+        "model": str(args.source),
+        "parameters": n_parameters if args.json else f"{n_parameters:,}",
+        "layers": config.layers,
+        "width": config.width,
+        "frames a second": config.grid.rate,
+        "normalize": config.normalize,
+        "symbols": len(bundle.phonemes) if bundle.phonemes else None,
+        "can transcribe": bundle.ctc is not None and bundle.phonemes is not None,
+        "units": None if centroids is None else f"{len(centroids)} of layer {bundle.centroid_layer}",
+        "codebook": bundle.unit_head.n_units if bundle.unit_head else None,
+        "notes": bundle.notes or None,
+    }
+    origin = {key: value for key, value in bundle.info.items() if key not in ("config", "phonemes")}
+    if args.json:
+        symbols = list(bundle.phonemes.symbols) if bundle.phonemes else None
+        content = {**facts, "symbols": symbols, "config": asdict(config), "origin": origin}
+        print(json.dumps(content, ensure_ascii=False, indent=2))
+        return 0
+    for key, value in {**facts, **origin}.items():
+        inner = value if isinstance(value, dict) else {}
+        if value is not None:
+            print(f"{key:16} {_shown(value)}".rstrip() if not inner else key)
+        for name, each in inner.items():
+            print(f"  {name:14} {_shown(each)}")
+    return 0
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def convert(args: argparse.Namespace) -> int:
+    if Path(args.source, "units.bin").is_file():
+        return convert_labels(args)
+    from jahubert.formats import convert as conversion
+
+    done = conversion.convert(args.source, args.target, args.to)
+    for note in done.notes:
+        print(f"not as it was: {note}")
+    print(f"largest absolute difference of the outputs on random audio: {done.difference:.3g}")
+    print(f"done: {args.target}")
+    return 0
+
+
+def convert_labels(args: argparse.Namespace) -> int:
+    """The units of an experiment into the files that fairseq trains from."""
+    if args.to != "fairseq":
+        raise ConfigError(f"{args.source} holds units: they can be written with --to fairseq only")
+    from jahubert.train.data.fairseq_files import export_experiment
+
+    for split, count in export_experiment(args.source, args.target, args.manifest).items():
+        print(f"{split}: {count} utterances")
+    print(f"done: {args.target}")
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    from jahubert import run
+    from jahubert.train.plan import plan as planning
+
+    own, overrides = planning.split(args.settings)
+    made = planning.make(run.compose(overrides), run.all_configured(overrides), own)
+    print(json.dumps(planning.as_json(*made), indent=2) if args.json else planning.table(*made))
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    from jahubert.train.experiment.provenance import stage_states, status_table
+
+    states = stage_states(Path(args.experiment))
+    print(json.dumps(states, ensure_ascii=False, indent=2) if args.json else status_table(states))
+    return 0
+
+
+def completion(args: argparse.Namespace) -> int:
+    from jahubert.cli.completion import script
+
+    print(script(build_parser(), args.shell), end="")
+    return 0
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def layers(text: str) -> int | list[int] | str:
+    """6, 3,6,9 or all."""
+    if text == "all":
+        return text
+    found = [int(part) for part in text.split(",")]
+    return found if "," in text else found[0]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jahubert", description="HuBERT and Japanese speech recognition.")
+    parser.add_argument("--version", action="version", version=f"jahubert {jahubert.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            run.__name__, help=summary, description=summary[0].upper() + summary[1:] + "."
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    audio_commands(command)
+    model_commands(command)
+    experiment_commands(command)
+    return parser
+
+
+def audio_commands(command: Command) -> None:
+    """What is done with recordings."""
+
+    def audio(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("audio", nargs="+", help="audio files, folders, 'patterns', or - for standard input")
+        sub.add_argument("--model", metavar="SRC", help=f"{MODEL} (default: the built-in model)")
+        sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
+
+    def chunked(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--chunk", dest="chunk_seconds", type=float, metavar="SECONDS",
+            help="encode longer recordings in overlapping chunks, which bounds the memory (default: whole)",
+        )  # fmt: skip
+
+    def dtype(sub: argparse.ArgumentParser, default: str, *more: str) -> None:
+        names = [*dict.fromkeys([default, "float32", "bfloat16", "float16", *more])]
+        auto = "auto, bfloat16 where the device has it" if default == "auto" else default
+        sub.add_argument("--dtype", choices=names, default=default, help=f"of the computation ({auto})")
+
+    sub = command(transcribe, "write down what is said in audio, in kana and phonemes with times")
+    audio(sub)
+    formats = [*writers.FORMATS, "all"]
+    sub.add_argument("-f", "--format", choices=formats, default="text", help="default: text")
+    sub.add_argument("-o", "--output", metavar="DIR", help="write one file a recording (and format) there")
+    sub.add_argument("--beam", type=int, default=20, metavar="N", help="width of the search (default: 20)")
+    sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
+    sub.add_argument("--no-vad", action="store_true", help="look for words in silence, noise and tones too")
+    dtype(sub, "auto", "int8")
+
+    sub = command(features, "write the frames of encoder layers as float32 .npy (frames, dim)")
+    audio(sub)
+    sub.add_argument(
+        "-o", "--output", metavar="OUT", required=True,
+        help="write one .npy a recording into this folder, or all into this file, if it ends in .safetensors",
+    )  # fmt: skip
+    sub.add_argument(
+        "--layer", type=layers, metavar="N",
+        help="output of block N (default: the last); 3,6,9 or all give (frames, layers, dim)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--weights", type=numbers, metavar="W,W", help="write the sum of the layers, each times its weight"
+    )
+    dtype(sub, "float32")
+    chunked(sub)
+
+    sub = command(units, "print the discrete units of audio, 50 a second")
+    audio(sub)
+    sub.add_argument("-o", "--output", metavar="DIR", help="write one int64 .npy a recording there instead")
+    sub.add_argument("--unique", action="store_true", help="merge repeated units")
+    chunked(sub)
+
+
+def model_commands(command: Command) -> None:
+    """What is done with models."""
+    sub = command(info, "say what a model is")
+    sub.add_argument("source", metavar="SRC", help=MODEL)
+    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    sub = command(convert, "write a model in another format, read it again and compare; or units for fairseq")
+    sub.add_argument("source", metavar="SRC", help=f"{MODEL}; or exp/NAME/iterN/label, its units")
+    sub.add_argument("target", metavar="DST", help="new folder (hf, units) or file (.pt; .onnx)")
+    sub.add_argument(
+        "--to", required=True, choices=["hf", "fairseq", "torchaudio", "onnx"], help="its format"
+    )
+    sub.add_argument(
+        "--manifest", metavar="FILE", help="of the units (default: the experiment's prepare/manifest.arrow)"
+    )
+
+
+def experiment_commands(command: Command) -> None:
+    """What is done with experiments, and with the shell."""
+    sub = command(plan, "say how many hours, and how much disk and memory, stages would take")
+    sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
+    sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")
+
+    sub = command(status, "say which stages of an experiment are done")
+    sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
+    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    sub = command(completion, "print a script that completes this command in your shell")
+    sub.add_argument("shell", choices=["bash", "zsh", "fish"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be valid text, and results are UTF-8 whatever the locale of a pipe is.
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    try:
+        args = build_parser().parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        complain(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.filename is None:  # of standard output, which Python would complain of again in the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever reads us has seen enough (`| head`)
+            return 141
+        complain(reason(error))
+        return status_of(error)

@@ -1,0 +1,74 @@
+"""What stands on top of the encoder: a codebook for pretraining, symbols for recognition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.model.kernels.indexing import BLOCK
+from jahubert.model.packing import SPAN
+from jahubert.model.precision import computing_in
+
+
+class UnitHead(nn.Module):
+    """Logits over a codebook: cosine of the projected frame and each unit's embedding, over a temperature.
+
+    HuBERT paper section II-C, eq. 3. One matrix product of normalised vectors; equal to fairseq's
+    softmax over a positive and all negatives, without its four dead classes.
+    """
+
+    def __init__(self, width: int, n_units: int, dim: int = 256, temperature: float = 0.1):
+        super().__init__()
+        self.temperature = temperature
+        self.final_proj = nn.Linear(width, dim)
+        # fairseq draws from [0, 1), where all units point alike; from all around, learning starts sooner.
+        self.label_embeddings = nn.Parameter(torch.randn(n_units, dim))
+
+    @property
+    def n_units(self) -> int:
+        return self.label_embeddings.shape[0]
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Logits (N, K), float32, of frames (N, D)."""
+        n = len(hidden_ND)
+        projected_ND = self.final_proj(F.pad(hidden_ND, (0, 0, 0, -n % BLOCK)))
+        # A cosine of 16 bits, divided by the temperature, would be wrong by up to 0.02.
+        with computing_in(torch.float32, hidden_ND.device):
+            frames_ND = F.normalize(projected_ND.float(), dim=-1)
+            units_KD = F.normalize(self.label_embeddings.float(), dim=-1)
+            return (frames_ND @ units_KD.T / self.temperature)[:n]
+
+
+class HubertForCtc(nn.Module):
+    """Encoder and one linear layer over symbols; module names are those of Hugging Face's HubertForCTC."""
+
+    def __init__(self, config: HubertConfig, n_symbols: int, hubert: HubertModel | None = None):
+        super().__init__()
+        self.hubert = HubertModel(config) if hubert is None else hubert
+        self.lm_head = nn.Linear(config.width, n_symbols)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+        # Most frames of a trained CTC model say blank. Starting there, the encoder need not first push all
+        # its frames into one direction to say so, from which a small model takes long to come back.
+        nn.init.zeros_(self.lm_head.bias)
+        nn.init.constant_(self.lm_head.bias[:1], math.log(0.8 / (0.2 / (n_symbols - 1))))
+
+    @property
+    def config(self) -> HubertConfig:
+        return self.hubert.config
+
+    def forward(self, wav_BT: Tensor, n_samples_B=None, **masks) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, S, V), float32, and valid frames (B,); `masks` as for `HubertModel`."""
+        encoded = self.hubert(wav_BT, n_samples_B, **masks)
+        return self.log_probs(encoded.hidden_BSD), encoded.n_frames_B
+
+    def log_probs(self, hidden_BSD: Tensor) -> Tensor:
+        """Log-probabilities (B, S, V), float32, of the encoder's frames."""
+        n = hidden_BSD.shape[1]
+        padded_BSD = F.pad(hidden_BSD.float(), (0, 0, 0, -n % SPAN))
+        # Two symbols of nearly the same probability would be the same number in 16 bits.
+        with computing_in(torch.float32, hidden_BSD.device):
+            return self.lm_head(padded_BSD)[:, :n].log_softmax(-1)

@@ -1,0 +1,1 @@
+"""K-means targets: input features, k-means fitting and streaming feature extraction."""

@@ -1,0 +1,1 @@
+"""Training data: manifests, label and target stores, batches, sampling and masking."""

@@ -1,0 +1,79 @@
+"""What is recognised: the symbols of a vocabulary, and the targets of a manifest's utterances in them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jahubert.errors import DataError
+from jahubert.phonemes import BLANK, BOUNDARY, KANA, PhonemeSet
+from jahubert.train.experiment.provenance import read_record, write_json
+
+UNKNOWN = "<unk>"  # a character that training never showed: in a reference it is always an error
+
+
+def kana_set() -> PhonemeSet:
+    """Blank, word boundary and the kana that phones are written with."""
+    return PhonemeSet((BLANK, BOUNDARY, *KANA))
+
+
+def character_set(characters: Iterable[str]) -> PhonemeSet:
+    """Blank, the given characters and `<unk>`. Japanese text has no spaces, so there is no word boundary."""
+    return PhonemeSet((BLANK, UNKNOWN, *sorted(set(characters))))
+
+
+def vocabulary_of(symbols: PhonemeSet) -> str:
+    """What the symbols of a set are: phones, kana or characters."""
+    if symbols.spells_phones:
+        return "phones"
+    return "kana" if set(symbols.symbols) <= {BLANK, BOUNDARY, *KANA} else "characters"
+
+
+def words_of(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, ...]]:
+    """The words of labels as tuples of symbols; without a word boundary every symbol is a word of its own."""
+    words = symbols.decode(labels)
+    return words if symbols.boundary >= 0 else [(symbol,) for word in words for symbol in word]
+
+
+def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet) -> int:
+    """Write the targets of all rows of a manifest; returns the number of symbols."""
+    offsets, symbols = array("q", [0]), array("h")  # packed: a list would need many times the memory
+    for row in rows:
+        symbols.extend(row)
+        offsets.append(len(symbols))
+    for name, content in (("symbols", symbols), ("offsets", offsets)):
+        beside = folder / f"tmp_{name}.npy"
+        np.save(beside, np.array(content))
+        beside.replace(folder / f"{name}.npy")
+    write_json(folder / "phonemes.json", phonemes.to_json())
+    return len(symbols)
+
+
+class TargetStore:
+    """The targets that `write_targets` wrote, memory-mapped."""
+
+    def __init__(self, folder: Path):
+        try:
+            self.symbol_L = np.load(folder / "symbols.npy", mmap_mode="r")
+            self.offsets = np.load(folder / "offsets.npy")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: no targets here ({error}); run stage=targets first") from error
+        self.phonemes = PhonemeSet.from_json(read_record(folder / "phonemes.json"))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.symbol_L[self.offsets[row] : self.offsets[row + 1]]
+
+    def words(self, row: int) -> list[tuple[str, ...]]:
+        """The words of an utterance, each a tuple of symbols, as `words_of` has them."""
+        return words_of(self.phonemes, self[row].tolist())
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Rows that have a target."""
+        return np.flatnonzero(np.diff(self.offsets))

@@ -1,0 +1,1 @@
+"""Error rates, scoring, lexicon decoding, and the quality of units and layers."""

@@ -1,0 +1,1 @@
+"""Settings, records and processes of an experiment: what every stage builds on."""

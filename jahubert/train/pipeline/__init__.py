@@ -1,0 +1,1 @@
+"""The stage pipeline: Hydra composition and preflight checks."""

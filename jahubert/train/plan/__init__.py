@@ -1,0 +1,1 @@
+"""Cost estimates of a pretraining: FLOPs, memory, time and money."""

@@ -1,0 +1,1 @@
+"""The final report: tables, figures, examples and the HTML page."""

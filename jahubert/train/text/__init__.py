@@ -1,0 +1,1 @@
+"""Japanese text to words and phones, and the user dictionary."""

@@ -1,0 +1,361 @@
+"""The command line, run in this process and as a command: results, exit statuses, messages."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fixtures.sounds import syllables
+
+import jahubert
+from jahubert.cli.main import main
+from jahubert.formats.bundle import load_bundle, save_bundle
+from jahubert.model.hubert import HubertModel
+from jahubert.model.precision import quantized
+
+
+def command(*args: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "jahubert", *args], capture_output=True, timeout=120, **options
+    )
+
+
+def test_one_file_gives_one_line_of_kana(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
+    out, err = capsys.readouterr()
+    wanted = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").text
+    assert out == wanted + "\n" and wanted and err == ""
+
+
+def test_several_are_named_and_one_that_fails_does_not_stop_the_others(bundle, folder, capsys):
+    Path("bad.wav").write_bytes(b"RIFFnothing")
+    Path("hollow").mkdir()
+    assert main(["transcribe", "--model", bundle, "bad.wav", "data", "hollow", "gone.wav"]) == 2
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["data/a.wav", "data/sub/日本語 名前.flac"]
+    errors = err.splitlines()
+    assert len(errors) == 4 and all(line.startswith("jahubert: error: ") for line in errors)
+    for name in ("bad.wav", "gone.wav", "hollow"):
+        assert sum(name in line for line in errors) == 1
+    assert "3 of 5" in errors[-1]
+
+
+def test_a_bug_is_shown_and_has_another_status(bundle, folder, capsys, monkeypatch):
+    def broken(self, wavs):
+        raise RuntimeError("kaputt")
+
+    monkeypatch.setattr("jahubert.inference.transcribe.Transcriber.log_probs", broken)
+    assert main(["transcribe", "--model", bundle, "data/a.wav", "gone.wav"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "jahubert: error: data/a.wav: kaputt" in err and "gone.wav" in err
+
+
+def test_json_and_tsv_lines(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "-f", "json", "data"]) == 0
+    contents = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [c["audio"] for c in contents] == ["data/a.wav", "data/sub/日本語 名前.flac"]
+    assert contents[0]["duration"] == 0.75 and contents[0]["words"]
+    assert main(["transcribe", "--model", bundle, "-f", "tsv", "data"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("audio\tstart") for line in lines] == [True] + [False] * (len(lines) - 1)
+
+
+def test_every_format_into_a_folder(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "-f", "all", "-o", "out/deep", "data"]) == 0
+    assert capsys.readouterr().out == ""
+    names = sorted(str(p.relative_to("out/deep")) for p in Path("out/deep").rglob("*") if p.is_file())
+    endings = [".TextGrid", ".json", ".labels.txt", ".srt", ".tsv", ".txt", ".vtt"]
+    assert names == sorted(stem + e for stem in ("a", "sub/日本語 名前") for e in endings)
+
+
+def test_standard_input(bundle, folder, capsys, monkeypatch):
+    assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
+    wanted = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("data/a.wav").read_bytes())))
+    assert main(["transcribe", "--model", bundle, "-"]) == 0
+    assert capsys.readouterr().out == wanted
+
+
+def test_features(bundle, folder, capsys):
+    assert main(["features", "--model", bundle, "--layer", "1", "-o", "out", "data", "gone.wav"]) == 2
+    assert "gone.wav" in capsys.readouterr().err
+    found = np.load("out/sub/日本語 名前.npy")
+    wanted = jahubert.FeatureExtractor.from_pretrained(bundle, layer=1)("data/sub/日本語 名前.flac")
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
+    assert sorted(p.name for p in Path("out").rglob("*.*")) == ["a.npy", "features.json", "日本語 名前.npy"]
+
+
+def test_units(bundle, folder, capsys):
+    wanted = jahubert.UnitExtractor.from_pretrained(bundle)("data/a.wav")
+    assert main(["units", "--model", bundle, "data/a.wav"]) == 0
+    assert capsys.readouterr().out == " ".join(map(str, wanted.tolist())) + "\n"
+    assert main(["units", "--model", bundle, "--unique", "--chunk", "10", "data"]) == 0
+    name, line = capsys.readouterr().out.splitlines()[0].split("\t")
+    assert name == "data/a.wav" and list(map(int, line.split())) == wanted.unique_consecutive().tolist()
+    assert main(["units", "--model", bundle, "-o", "out", "data/a.wav"]) == 0
+    assert capsys.readouterr().out == ""
+    assert np.array_equal(np.load("out/a.npy"), wanted.numpy())
+
+
+def test_info(bundle, capsys):
+    assert main(["info", bundle]) == 0
+    out = capsys.readouterr().out
+    assert "layers           2\n" in out and "can transcribe   true\n" in out and "9 of layer 1" in out
+    assert main(["info", "--json", bundle]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["config"]["width"] == 16 and len(content["symbols"]) == 42
+
+
+def test_status_of_a_folder_without_stages(tmp_path, capsys):
+    pytest.importorskip("jahubert.train.experiment.provenance")
+    assert main(["status", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["transcribe", "data/a.wav", "--model", "no such"], "no such"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "--beam", "0"], "beam is 0"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "--device", "teapot"], "'teapot'"),
+        (["transcribe", "data", "--model", "{bundle}", "-f", "srt"], "add -o DIR"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "-f", "all"], "add -o DIR"),
+        (["transcribe", "-", "-", "--model", "{bundle}"], "only once"),
+        (
+            ["transcribe", "data", "data/a.wav", "--model", "{bundle}", "-o", "out"],
+            "would both write out/a.txt",
+        ),
+        (["transcribe", "data", "--model", "{bundle}", "-o", "data/a.wav"], "is a file"),
+        (["transcribe", "data", "--model", "{bundle}", "-o", "data/a.wav/out"], "data/a.wav is a file"),
+        (["features", "data", "--model", "{bundle}", "-o", "out", "--layer", "3"], "layer 3"),
+        (["units", "data", "--model", "{bundle}", "--chunk", "1"], "too short"),
+        (["info", "data"], "config.json"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(bundle, folder, capsys, args, says):
+    assert main([arg.format(bundle=bundle) for arg in args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("jahubert: error: ") and says in err and err.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["transcribe", "features", "units"])
+def test_no_model_at_all(folder, capsys, monkeypatch, name):
+    monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: None)
+    assert main([name, "data/a.wav", *(["-o", "out"] if name == "features" else [])]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_interruption_is_quiet(bundle, folder, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jahubert.inference.transcribe.stream_audio", interrupted)
+    assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_only_for_a_person(bundle, folder, capsys, monkeypatch):
+    main(["transcribe", "--model", bundle, "data"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    main(["transcribe", "--model", bundle, "data"])
+    out, err = capsys.readouterr()
+    assert "[2/2]" in err and "[" not in out
+
+
+def test_progress_of_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
+    soundfile.write(tmp_path / "long.wav", syllables(95.0).numpy(), 16_000)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["transcribe", "--model", bundle, "--beam", "1", str(tmp_path / "long.wav")]) == 0
+    err = capsys.readouterr().err
+    shown = [line for line in err.split("\r") if "of audio" in line]
+    assert len(shown) >= 2 and "1:35 of audio" in shown[-1] and "[1/1]" in shown[-1]
+
+
+def test_patterns_that_no_shell_expanded(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "data/**/*.flac", "*.mp3"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("data/sub/日本語 名前.flac\t") and out.count("\n") == 1
+    assert "*.mp3: no file matches" in err
+    Path("odd[1].wav").write_bytes(Path("data/a.wav").read_bytes())
+    assert main(["transcribe", "--model", bundle, "odd[1].wav"]) == 0  # a file of that very name
+    assert "\t" not in capsys.readouterr().out
+
+
+def test_silence_gives_no_text_unless_it_is_asked_for(bundle, folder, capsys):
+    noise = np.random.default_rng(0).normal(0, 0.05, 32_000)
+    soundfile.write("noise.wav", noise, 16_000)
+    assert main(["transcribe", "--model", bundle, "noise.wav"]) == 0
+    assert capsys.readouterr().out == "\n"
+    assert main(["transcribe", "--model", bundle, "--no-vad", "noise.wav"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_phonemes_in_place_of_kana(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "--phonemes", "data/a.wav"]) == 0
+    wanted = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").phonemes
+    assert capsys.readouterr().out == " ".join(wanted) + "\n"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
+def test_fewer_bits_are_near(bundle, folder, dtype):
+    exact, near = (
+        jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=d) for d in (torch.float32, dtype)
+    )
+    wav = syllables(2.0)
+    (a,), (b,) = exact.log_probs([wav]), near.log_probs([wav])
+    assert b.dtype == torch.float32 and not torch.equal(a, b)
+    assert (a.exp() - b.exp()).abs().mean() < 1e-3
+    assert ("quantized" in str(type(near.model.lm_head))) == (dtype is torch.int8)
+
+
+def test_where_int8_cannot_run(bundle):
+    exact = jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=torch.float32)
+    with pytest.raises(jahubert.UserError, match="for CPUs"):
+        quantized(exact.model, torch.device("meta"))
+    with pytest.raises(jahubert.UserError, match=r"dtype is torch\.float64; choose"):
+        jahubert.Transcriber(exact.model, exact.phonemes, dtype=torch.float64)
+
+
+def test_status_as_json(folder, capsys):
+    from jahubert.train.experiment.provenance import begin
+
+    begin(folder / "exp" / "prepare", {"stage": "prepare", "version": 1, "settings": {}})
+    assert main(["status", "exp", "--json"]) == 0
+    (state,) = json.loads(capsys.readouterr().out)
+    assert (state["stage"], state["state"]) == ("prepare", "stopped")
+    assert main(["status", "exp"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["prepare", "stopped"]
+
+
+def test_help_does_not_load_torch():
+    code = "import sys, jahubert.cli.main as m; m.build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_as_a_command(bundle, folder):
+    done = command("transcribe", "--model", bundle, "data", env={"PATH": "", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == b""
+    assert "data/sub/日本語 名前.flac\t" in done.stdout.decode("utf-8")
+    assert command("no-such-command").returncode == 2
+    assert command("--version").stdout.decode().strip() == f"jahubert {jahubert.__version__}"
+
+
+def test_a_reader_that_leaves(bundle, folder):
+    line = f"{sys.executable} -m jahubert transcribe --model '{bundle}' -f json " + "data " * 3 + "| true"
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
+    assert done.stderr == b""
+
+
+def test_public_names_exist():
+    for name in jahubert.__all__:
+        assert getattr(jahubert, name) is not None and name in dir(jahubert)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = jahubert.Nothing
+
+
+def test_every_bad_recording_is_one_sentence_and_the_rest_is_done(bundle, folder, capsys):
+    Path("empty.wav").touch()
+    soundfile.write("no-samples.wav", np.zeros(0, np.float32), 16_000)
+    Path("text.wav").write_text("this is no audio")
+    whole = Path("data/a.wav").read_bytes()
+    Path("cut.wav").write_bytes(whole[: len(whole) // 2])
+    Path("hollow").mkdir()
+    bad = ["gone.wav", "empty.wav", "no-samples.wav", "text.wav", "cut.wav", "hollow"]
+    for command, extra in (("transcribe", ["-f", "all"]), ("features", []), ("units", [])):
+        assert main([command, "--model", bundle, "-o", command, *extra, *bad, "data/a.wav"]) == 2
+        out, err = capsys.readouterr()
+        lines = err.splitlines()
+        assert out == "" and len(lines) == len(bad) + 1 and "6 of 7 failed" in lines[-1]
+        for name in bad:
+            (line,) = (line for line in lines if name in line)
+            assert line.startswith("jahubert: error: ") and "Traceback" not in line
+        written = {path.name for path in Path(command).iterdir()} - {"features.json"}
+        assert {name.partition(".")[0] for name in written} == {"a"}
+
+
+def test_a_folder_without_permission(bundle, folder, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    assert main(["transcribe", "--model", bundle, "-o", "out", "data"]) == 2
+    err = capsys.readouterr().err
+    assert "no permission to write" in err and err.count("\n") == 1
+
+
+def test_models_of_another_kind(bundle, folder, capsys):
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"model_type": "wav2vec2"}')
+    Path("nothing").mkdir()
+    Path("notes.pt").write_text("no model")
+    save_bundle("encoder", model=HubertModel(load_bundle(bundle).config))
+    for model, says in (
+        ("other", "wav2vec2"),
+        ("nothing", "config.json"),
+        ("notes.pt", "notes.pt"),
+        ("encoder", "no CTC head"),
+        ("gone", "gone"),
+    ):
+        assert main(["transcribe", "--model", model, "data/a.wav"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and says in err and err.startswith("jahubert: error: ")
+
+
+def test_a_disk_that_is_full_loses_nothing_else(bundle, folder, capsys, monkeypatch):
+    write, broken = Path.write_text, "a.srt.tmp"
+
+    def full(self, *args, **kwargs):
+        if self.name == broken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["transcribe", "--model", bundle, "-f", "srt", "-o", "out", "data"]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in err[0] and "data/a.wav" in err[0] and "1 of 2 failed" in err[1]
+    assert [str(p.relative_to("out")) for p in Path("out").rglob("*.srt")] == ["sub/日本語 名前.srt"]
+
+
+def test_help_is_there_in_half_a_second():
+    """The quickest of a few, so that a busy machine does not decide."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert command("--help").returncode == 0
+        seconds.append(time.perf_counter() - started)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+def test_what_telephones_write_is_not_passed_over_in_silence(bundle, folder, capsys):
+    (folder / "data" / "memo.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
+    assert main(["transcribe", "--model", bundle, "data"]) == 2
+    out, err = capsys.readouterr()
+    assert "memo.m4a" in err and "ffmpeg" in err and "1 of 3 failed" in err and "a.wav" in out
+
+
+def test_an_output_folder_that_is_no_name(bundle, folder, capsys):
+    assert main(["transcribe", "--model", bundle, "-o", "", "data/a.wav"]) == 2
+    assert "-o is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio", "onnx"])
+def test_converting_into_a_place_that_cannot_be_written(bundle, folder, capsys, monkeypatch, to):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    ending = {"hf": "", "onnx": ".onnx"}.get(to, ".pt")
+    assert main(["convert", bundle, f"there/model{ending}", "--to", to]) == 2
+    assert "no permission to write" in capsys.readouterr().err and not list(Path("there").iterdir())
+    (folder / "file").write_text("x")
+    assert main(["convert", bundle, f"file/model{ending}", "--to", to]) == 2
+    assert capsys.readouterr().err.startswith("jahubert: error: file")

@@ -1,0 +1,68 @@
+"""Completion scripts: real shells accept them and offer what the parser has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from jahubert.cli.completion import commands, script
+from jahubert.cli.main import build_parser, main
+
+
+def offered(line: str, folder) -> list[str]:
+    """What bash offers at the end of a line."""
+    words = line.split(" ")
+    quoted = " ".join(f"'{word}'" for word in words)
+    code = f"""
+{script(build_parser(), "bash")}
+COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _jahubert
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=folder, timeout=30)
+    assert done.returncode == 0 and done.stderr == ""
+    return done.stdout.split("\n")[:-1]
+
+
+def test_bash(tmp_path):
+    (tmp_path / "日本語 名前.wav").touch()
+    names = [command.name for command in commands(build_parser())]
+    assert offered("jahubert ", tmp_path) == names
+    assert offered("jahubert tr", tmp_path) == ["transcribe"]
+    assert "--dtype" in offered("jahubert transcribe --", tmp_path)
+    assert offered("jahubert transcribe -f s", tmp_path) == ["srt"]
+    assert offered("jahubert convert a b --to t", tmp_path) == ["torchaudio"]
+    assert offered("jahubert transcribe 日", tmp_path) == ["日本語 名前.wav"]
+    assert offered("jahubert completion z", tmp_path) == ["zsh"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_read_their_script(shell, capsys, tmp_path):
+    assert main(["completion", shell]) == 0
+    path = tmp_path / "script"
+    path.write_text(capsys.readouterr().out)
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    done = subprocess.run([shell, "-n", str(path)], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_fish_offers():
+    if shutil.which("fish") is None:
+        pytest.skip("no fish here")
+    code = script(build_parser(), "fish") + "complete -C 'jahubert transcribe --format s'\n"
+    done = subprocess.run(["fish", "-N", "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stderr == ""
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["srt"]
+
+
+def test_a_full_disk_behind_standard_output():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    code = "import sys; from jahubert.cli.main import main; sys.exit(main(['completion', 'bash']))"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "jahubert: error: No space left on device\n")

@@ -1,0 +1,71 @@
+"""`jahubert features`: what it writes, how it goes on after an interruption, what it refuses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+import jahubert
+from jahubert.cli.main import main
+
+
+def test_features_of_several_layers_in_chunks(bundle, folder, capsys):
+    soundfile.write("long.wav", np.random.default_rng(1).normal(0, 0.1, 160_000), 8_000)
+    chunks = {"chunk_seconds": 8}
+    for options, layer, more in (
+        (["--layer", "0,2"], [0, 2], {}),
+        (
+            ["--layer", "all", "--weights", "0.5,0,2", "--chunk", "8"],
+            "all",
+            {"weights": [0.5, 0, 2], **chunks},
+        ),
+    ):
+        out = f"out{len(options)}"
+        assert main(["features", "--model", bundle, *options, "-o", out, "long.wav"]) == 0
+        wanted = jahubert.FeatureExtractor.from_pretrained(bundle, layer, **more)("long.wav")
+        np.testing.assert_allclose(np.load(f"{out}/long.npy"), wanted.numpy(), atol=1e-5)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_features_continue_and_never_mix(bundle, folder, capsys, monkeypatch):
+    """What is there stays untouched, what is missing, older than its audio or half written is made."""
+    run = ["features", "--model", bundle, "-o", "out", "data"]
+    assert main(run) == 0
+    first, second = Path("out/a.npy"), Path("out/sub/日本語 名前.npy")
+    first.write_bytes(b"kept as it is")
+    second.rename(second.with_name(second.name + ".tmp"))
+    assert main(run) == 0
+    assert "1 of 2 are there already" in capsys.readouterr().err
+    assert first.read_bytes() == b"kept as it is" and np.load(second).shape[1] == 16
+    os.utime(first, (1, 1))
+    assert main(run) == 0
+    assert np.load(first).shape[1] == 16
+    capsys.readouterr()
+    assert main([*run, "--layer", "1"]) == 2
+    assert "layer None (asked for: 1)" in capsys.readouterr().err
+
+
+def test_features_in_one_file(bundle, folder, capsys):
+    from safetensors.numpy import load_file
+
+    Path("data/bad.wav").write_bytes(b"RIFFnothing")
+    run = ["features", "--model", bundle, "--layer", "1", "-o", "all.safetensors", "data"]
+    assert main(run) == 2  # for the bad one; the others are done
+    found = load_file("all.safetensors")
+    assert sorted(found) == ["a", "sub/日本語 名前"] and not Path("all.safetensors.parts").exists()
+    extractor = jahubert.FeatureExtractor.from_pretrained(bundle, 1)
+    for name, path in (("a", "data/a.wav"), ("sub/日本語 名前", "data/sub/日本語 名前.flac")):
+        np.testing.assert_allclose(found[name], extractor(path).numpy(), atol=1e-6)
+    capsys.readouterr()
+    assert main(run) == 2
+    assert "all.safetensors exists already" in capsys.readouterr().err
+
+
+def test_features_that_cannot_be_written(bundle, folder, capsys):
+    assert main(["features", "--model", bundle, "-o", "/proc/out", "data/a.wav"]) == 2
+    assert "-o /proc/out cannot be written" in capsys.readouterr().err
+    assert main(["features", "--model", bundle, "--chunk", "8", "-o", "out", "data/notes.txt"]) == 2
+    assert [p.name for p in Path("out").iterdir()] == ["features.json"]  # nothing half done

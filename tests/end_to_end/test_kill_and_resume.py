@@ -1,0 +1,259 @@
+"""What a run survives: kill -9 at any moment, a disk that fills, a process that hangs.
+
+As a script it is the victim: `FILE kill FOLDER TRIALS MODEL`, `FILE fill FOLDER`, or, as one of two
+processes, `FILE hang FOLDER` or `FILE stage FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.resumable import TOY, learn, lines, make
+from fixtures.toy import Data, Toy
+from safetensors.torch import load_file
+
+from jahubert import run
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.disk_full import full_disk_said
+from jahubert.train.trainer.trainer import train
+from jahubert.train.trainer.watchdog import watch
+
+WORKERS = (0, 2, 1)
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The process id of a child that does `work`: forked, since importing torch would take longer."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def status_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def learn_until_fsync(out: Path, model: str, last: int) -> None:
+    """Killed while the bytes of a checkpoint are brought to the disk, the `last` time that this happens."""
+    calls, fsync = iter(range(1, 10_000)), os.fsync
+
+    def killing(number: int) -> None:
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(number)
+
+    os.fsync = killing
+    learn(out, model)
+
+
+def kill(folder: Path, trials: int, model: str) -> None:
+    """Runs killed at random moments and inside checkpoints; prints how often each of them was."""
+    started = time.monotonic()
+    assert status_of(forked(lambda: learn(folder / "whole", model))) == 0
+    whole = time.monotonic() - started
+    rng = random.Random(trials)
+    for trial in range(trials):
+        out, killed = folder / str(trial), 0
+        if trial % 4 == 3:  # inside the second or a later checkpoint
+            last = rng.randrange(4, 16)
+            killed += status_of(forked(partial(learn_until_fsync, out, model, last))) == -signal.SIGKILL
+        for attempt in range(3):
+            workers = WORKERS[(trial + attempt) % 3]
+            pid = forked(partial(learn, out, model, workers))
+            if attempt < 2:
+                time.sleep(rng.uniform(0.05, 0.7) * whole)
+                os.kill(pid, signal.SIGKILL)
+            killed += status_of(pid) == -signal.SIGKILL
+        parts = len(list((out / "checkpoints").glob("*.tmp")))
+        print(json.dumps({"trial": trial, "killed": killed, "unfinished": parts}), flush=True)
+
+
+def check_kills(folder: Path, trials: int, model: str) -> None:
+    done = subprocess.run(
+        [sys.executable, __file__, "kill", str(folder), str(trials), model], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    killed = [json.loads(line)["killed"] for line in done.stdout.splitlines()]
+    assert len(killed) == trials and sum(killed) >= trials, done.stdout
+    whole = load_file(folder / "whole" / "end.safetensors")
+    for trial in range(trials):
+        end = load_file(folder / str(trial) / "end.safetensors")
+        assert all(torch.equal(end[name], value) for name, value in whole.items()), f"trial {trial}"
+        assert lines(folder / str(trial)) == lines(folder / "whole"), f"trial {trial}"
+
+
+def test_kill_9_at_random_moments(tmp_path):
+    """Bit-equal weights and metrics, also inside a checkpoint, also with another number of readers."""
+    check_kills(tmp_path, 4, "toy")
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_of_the_real_model(tmp_path):
+    check_kills(tmp_path, 20, "hubert")
+
+
+class Filling(Data):
+    """While step 7 is computed, somebody else takes all that is left of the disk."""
+
+    def __init__(self, out: Path):
+        super().__init__()
+        self.other, self.reads = out / "other.bin", 0
+
+    def load(self, micro):
+        self.reads += 1
+        if self.reads == 13:
+            with self.other.open("wb", buffering=0) as other, suppress(OSError):
+                while other.write(bytes(1024)):
+                    pass
+        return super().load(micro)
+
+
+def fill(out: Path) -> None:
+    with full_disk_said(out):
+        train(make("toy")[0], Filling(out), replace(TOY, log_every=100), out)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of half a megabyte; where none can be mounted, there is no such test."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_fills_during_a_checkpoint(small_disk):
+    done = subprocess.run([sys.executable, __file__, "fill", str(small_disk)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the checkpoint of step 8 could not be written" in done.stderr
+    assert re.search(r"step_0000004 stays.*the disk is full while writing into", done.stderr, re.S)
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_0000004"]
+    (small_disk / "other.bin").unlink()
+    module, data, config = make("toy")
+    train(module, data, replace(config, max_steps=8), small_disk)  # it continues
+    assert (small_disk / "checkpoints" / "step_0000008").is_dir()
+
+
+def test_a_limit_on_files_is_a_full_disk(tmp_path):
+    """Where no small disk can be mounted: the same failure from a limit on the size of files."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, -1))"
+    folder = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder!r}); import test_kill_and_resume; {limit}"
+    work = f"sys.exit(test_kill_and_resume.main(['fill', {str(tmp_path)!r}]))"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {work}"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the checkpoint of step 4 could not be written; there is no earlier one" in done.stderr
+    assert "the disk is full while writing into" in done.stderr
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+class Stuck(Data):
+    """The last process never gets the audio of its third step."""
+
+    reads = 0
+
+    def load(self, micro):
+        self.reads += 1
+        if distributed.rank() == 1 and self.reads == 5:
+            time.sleep(1000)
+        return super().load(micro)
+
+
+def hang(out: Path) -> None:
+    config = replace(TOY, batch_seconds=24.0, save_every=1)
+    with distributed.process_group():
+        train(Toy(), Data(per_step=4), replace(config, max_steps=1), out / "before")  # importing takes long
+        with watch(2 / 60):
+            train(Toy(), Stuck(per_step=4), config, out)
+
+
+def test_a_process_that_hangs_is_named(tmp_path, capfd):
+    started = time.monotonic()
+    assert distributed.launch([sys.executable, __file__, "hang", str(tmp_path)], 2) == 75
+    assert time.monotonic() - started < 60
+    said = capfd.readouterr().err
+    assert said.count("jahubert: error: ") == 1
+    assert re.search(r"error: process 1 of 2 \(pid \d+ on .+\) hangs: at reading the audio of step 3 f", said)
+    assert re.search(r" for \d+ s; 1 of 2 wait for it\. The limit is hang_minutes=0\.033", said)
+    assert "time.sleep(1000)" in said
+    assert (tmp_path / "checkpoints" / "step_0000002").is_dir()
+
+
+LIMIT = 4.0  # seconds
+
+
+def hang_in_a_stage(folder: Path) -> None:
+    """The last process is slow, then the first one at what it does alone; then the last one hangs."""
+    from fixtures.unit_stages import stages
+
+    from jahubert.train.data.manifest import Manifest
+    from jahubert.train.stages import features
+
+    nap, load = LIMIT / 4, Manifest.load
+
+    def slow(self, row):
+        if distributed.rank() == 1:
+            time.sleep(nap)
+        return load(self, row)
+
+    Manifest.load, features._PART = slow, 2  # type: ignore[method-assign]
+    configs = stages(folder, folder)
+    with distributed.process_group(), watch(LIMIT / 60):
+        run.run_stage("features", configs["features"], folder / "features")
+        distributed.from_first(lambda: time.sleep(1.5 * LIMIT))
+        run.run_stage("kmeans", configs["kmeans"], folder / "kmeans")
+        print("healthy so far", file=sys.stderr)
+        nap = 1000
+        run.run_stage("label", configs["label"], folder / "label")
+
+
+def test_a_process_that_hangs_in_a_stage_is_named_and_a_slow_one_is_left_alone(tmp_path, capfd):
+    from fixtures.unit_stages import make_corpus
+
+    make_corpus(tmp_path)
+    assert distributed.launch([sys.executable, __file__, "stage", str(tmp_path)], 2) == 75
+    said = capfd.readouterr().err
+    assert said.count("healthy so far") == 2 and said.count("jahubert: error: ") == 1
+    assert re.search(rf"error: process 1 of 2 \(.+\) hangs: at {tmp_path}/label for \d+ s; 1 of 2 wait", said)
+    assert "time.sleep(nap)" in said
+    assert (tmp_path / "label/shards/000000.bin").exists()  # the share of the other one
+
+
+def main(arguments: list[str]) -> int:
+    from jahubert.errors import DiskFullError
+
+    kind, folder, *rest = arguments
+    if kind == "kill":
+        kill(Path(folder), int(rest[0]), rest[1])
+    elif kind in ("hang", "stage"):
+        {"hang": hang, "stage": hang_in_a_stage}[kind](Path(folder))
+    else:
+        try:
+            fill(Path(folder))
+        except DiskFullError as error:
+            print(f"jahubert: error: {error}", file=sys.stderr)
+            return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

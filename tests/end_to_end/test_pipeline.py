@@ -1,0 +1,291 @@
+"""The whole chain on a corpus learnt in seconds: run, killed again and again, refused when changed.
+
+The unbroken run is the fixture `whole` of conftest.py, which test_docs.py uses too.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fixtures import FIXTURES
+from fixtures.terminal import Terminal
+
+from jahubert import run
+from jahubert.errors import StaleError
+
+TONES = FIXTURES / "tones"
+# What a stage leaves for the next one; logs and records hold times of day, so their bytes may differ.
+RESULTS = ("*.arrow", "*.npy", "*.safetensors", "units.bin", "*.jsonl", "scores.json", "table.txt")
+
+
+def command(exp: Path, *overrides: str) -> list[str]:
+    return [f"recipe={TONES}", "stage=all", f"exp={exp}", *overrides]
+
+
+def results(exp: Path) -> dict[str, bytes]:
+    found = {}
+    for pattern in RESULTS:
+        for path in sorted(exp.rglob(pattern)):
+            name = str(path.relative_to(exp))
+            content = path.read_bytes()
+            if path.name == "metrics.jsonl":  # all but how long it took
+                rows = [json.loads(line) for line in content.splitlines()]
+                content = repr([{k: v for k, v in row.items() if k != "timing"} for row in rows]).encode()
+            found[name] = content
+    return found
+
+
+def test_it_learns_the_corpus(whole):
+    scores = json.loads((whole / "systems/pretrained/score/scores.json").read_text())["test"]
+    assert scores["utterances"] == 10
+    assert scores["per"]["rate"] < 0.05 and scores["wer"]["rate"] < 0.1
+    assert scores["per"]["low"] <= scores["per"]["rate"] <= scores["per"]["high"]
+    summary = json.loads((whole / "report/metrics.json").read_text())
+    assert summary["units"]["iter1"]["pnmi"] > 0.9  # every phone is a chord of its own
+    layers = summary["layers"]
+    assert len(layers["iter1"]) == len(layers["iter2"]) == 3 and layers["mfcc"][0]["pnmi"] > 0.9
+    # Iteration 2 learns fewer units of layer 2 than are measured there.
+    assert layers["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
+    assert 3 < summary["units"]["iter1"]["entropy"] <= np.log2(12)
+    assert [units["learnt"] for units in summary["units"].values()] == [True, True, False]
+    assert summary["corpus"]["rejected"] == {"made to be rejected": 1}
+
+
+@pytest.fixture(scope="module", params=["en", "ja"])
+def page(whole, request) -> Path:
+    """The report in a language, beside the run."""
+    run.run(command(whole, "stage=report", f"report.language={request.param}"))
+    copy = whole.parent / f"report-{request.param}.html"
+    shutil.copy(whole / "report" / "report.html", copy)
+    return copy
+
+
+def test_the_page_holds_everything_and_needs_nothing(whole, page):
+    text = page.read_text(encoding="utf-8")
+    language = page.stem[-2:]
+    assert f'<html lang="{language}">' in text and "width=device-width" in text
+    words = {"en": ("Results", "Worst utterances"), "ja": ("結果", "誤りの多い発話")}
+    assert [all(word in text for word in words[each]) for each in ("en", "ja")].count(True) == 1
+    assert all(word in text for word in words[language])
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert {address.partition(":")[0] for address in addresses if not address.startswith("#")} == {"data"}
+    links = {address[1:] for address in addresses if address.startswith("#")}
+    assert links == set(re.findall(r'<section id="(\w+)"', text)) and len(links) == 5
+    for path in whole.rglob("provenance.json"):
+        record = json.loads(path.read_text())
+        assert record["fingerprint"][:16] in text
+    score = json.loads((whole / "systems/pretrained/score/scores.json").read_text())["test"]["per"]
+    assert f"{100 * score['rate']:.2f} <small>[{100 * score['low']:.2f}, {100 * score['high']:.2f}]" in text
+    assert len(text) < 3_000_000
+
+
+def test_the_worst_come_first_with_their_sound(whole, page):
+    from jahubert.train.evaluation.metrics import count_errors
+
+    text = page.read_text(encoding="utf-8")
+    lines = map(json.loads, (whole / "systems/pretrained/decode/test.jsonl").read_text().splitlines())
+    rates = {}
+    for line in lines:
+        said, heard = (" ".join(line[side]).split() for side in ("reference", "hypothesis"))
+        rates[line["id"]] = count_errors(said, heard).rate
+    shown = re.findall(r'class="note">(tone-\d+)', text)
+    assert len(shown) == 4 and len(re.findall("<audio", text)) == 4
+    assert sorted((rates[name] for name in shown), reverse=True) == sorted(rates.values(), reverse=True)[:4]
+    sound = re.search(r"data:audio/mpeg;base64,([^\"]+)", text)[1]
+    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)))
+    length = soundfile.info(whole / "prepare/work" / f"{shown[0][-3:]}.wav").frames
+    assert rate == 16_000 and abs(len(wave) - length) < 2400
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(page):
+    """No error in the console, every picture drawn, every sound playable, nothing too wide for a phone."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra dev)")
+    with sync_api.sync_playwright() as driver:
+        try:
+            system = shutil.which("chromium") or shutil.which("google-chrome")
+            browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no browser: apt install chromium, or playwright install chromium ({error})")
+        for width in (1200, 390):
+            tab = browser.new_page(viewport={"width": width, "height": 840})
+            said: list[str] = []
+            tab.on("console", lambda message, said=said: said.append(message.text))
+            tab.on("pageerror", lambda error, said=said: said.append(str(error)))
+            tab.on("requestfailed", lambda request, said=said: said.append(request.url[:80]))
+            tab.goto(page.as_uri())
+            tab.wait_for_function("[...document.querySelectorAll('audio')].every(a => a.readyState > 0)")
+            assert said == []
+            assert tab.evaluate("document.images.length") > 20
+            assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+            assert tab.evaluate("[...document.querySelectorAll('audio')].every(a => a.duration > 0.5)")
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            wide = tab.evaluate(
+                "[...document.querySelectorAll('.scroll')].map(e => e.getBoundingClientRect().right)"
+            )
+            assert max(wide) <= width
+        browser.close()
+
+
+def test_a_report_without_the_audio_still_comes(whole, tmp_path):
+    exp = tmp_path / "exp"
+    shutil.copytree(whole, exp)
+    moved = exp / "prepare" / "work"
+    moved.rename(exp / "prepare" / "elsewhere")
+    run.run(command(exp, "stage=report"))
+    text = (exp / "report" / "report.html").read_text(encoding="utf-8")
+    assert "<audio" not in text and "no such audio file" in text
+
+
+def test_phone_times_from_the_model_are_those_of_the_corpus(whole):
+    """Forced alignment against the planted times: most frames get their phone."""
+    from jahubert.frames import HUBERT
+    from jahubert.train.data.manifest import Manifest, Phone
+    from jahubert.train.evaluation.metrics import phone_frames
+
+    manifest, same, frames = Manifest(whole / "prepare/manifest.arrow"), 0, 0
+    for line in map(
+        json.loads, (whole / "systems/pretrained/decode/alignment.jsonl").read_text().splitlines()
+    ):
+        utterance = manifest[line["row"]]
+        n_frames = HUBERT.n_frames(utterance.n_samples)
+        got = phone_frames([Phone(*phone) for phone in line["phones"]], n_frames, HUBERT)
+        want = phone_frames(utterance.alignment, n_frames, HUBERT)
+        same += sum(a == b for a, b in zip(got, want, strict=True))
+        frames += n_frames
+    assert same / frames > 0.6
+
+
+def test_the_bundles_open_and_answer(whole):
+    import jahubert
+
+    manifest_wav = sorted((whole / "prepare/work").glob("*.wav"))[0]
+    transcriber = jahubert.Transcriber.from_pretrained(
+        whole / "systems/pretrained/finetune/bundle", dtype=torch.float32
+    )
+    reference = json.loads((whole / "systems/pretrained/decode/test.jsonl").read_text().splitlines()[0])
+    transcript = transcriber.transcribe(whole / "prepare/work" / f"{reference['id'][-3:]}.wav")
+    words = [" ".join(word.phonemes) for word in transcript.words]
+    assert words == reference["hypothesis"]
+    units = jahubert.UnitExtractor.from_pretrained(whole / "iter2/label/bundle")(manifest_wav)
+    from jahubert.train.data.labels import LabelStore
+    from jahubert.train.data.manifest import Manifest
+
+    ids = Manifest(whole / "prepare/manifest.arrow").ids()
+    row = list(ids).index(f"tone-{manifest_wav.stem}")
+    assert torch.equal(
+        units.cpu().long(), torch.from_numpy(LabelStore(whole / "iter2/label")[row].astype("int64"))
+    )
+
+
+def test_asked_again_it_keeps_everything(whole, caplog):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("provenance.json")}
+    caplog.set_level("INFO", "jahubert")
+    run.run(command(whole))
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("provenance.json")} == before
+    assert sum("kept" in record.getMessage() for record in caplog.records) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("kmeans.n_clusters=13", "kmeans.n_clusters was 12, now 13"),
+        ("seed=1", "prepare.seed was 0, now 1"),
+        ("decode.beam=7", "decode.beam was 20, now 7"),
+        ("model.layers=4", "pretrain.model.layers was 3, now 4"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(whole, override, names):
+    with pytest.raises(StaleError) as caught:
+        run.run(command(whole, override))
+    assert names in str(caught.value)
+    assert "delete the folder" in str(caught.value)
+
+
+def test_what_does_not_change_the_result_may_change(whole):
+    run.run(
+        command(whole, "label.batch_seconds=3", "pretrain.train.log_every=5", "pretrain.train.keep_last=1")
+    )
+
+
+def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
+    exp, started, kills = tmp_path / "exp", time.monotonic(), 0
+    for attempt in range(40):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "jahubert.run", *command(exp)], stderr=subprocess.PIPE, text=True
+        )
+        try:
+            _, said = child.communicate(timeout=4 + 1.37 * attempt)
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(child.pid, signal.SIGKILL)
+            child.communicate()
+            kills += 1
+        assert time.monotonic() - started < 480
+    assert child.returncode == 0, said
+    assert kills >= 2
+    assert results(exp) == results(whole)
+
+
+def test_bars_for_a_person_change_nothing(whole, tmp_path):
+    """All stages but training, once more and on a terminal: the same files and metrics."""
+    exp = tmp_path / "exp"
+    shutil.copytree(whole, exp)
+    again = ("prepare", "features", "kmeans", "label", "targets", "decode", "report")
+    for folder in {path for stage in again for path in exp.rglob(stage) if path.is_dir()}:
+        for path in folder.iterdir():
+            if path.name != "work":  # sound that the recipe made
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with Terminal() as terminal:
+        done = subprocess.run(
+            [sys.executable, "-m", "jahubert.run", *command(exp)],
+            stdout=subprocess.DEVNULL,
+            stderr=terminal.slave,
+        )
+    assert done.returncode == 0, terminal.screen
+    assert results(exp) == results(whole)
+    records = {path.relative_to(exp): json.loads(path.read_text()) for path in exp.rglob("provenance.json")}
+    assert len(records) == 16
+    for path, record in records.items():
+        assert record["metrics"] == json.loads((whole / path).read_text())["metrics"]
+    bars = (
+        "reading the corpus: 0", "features:   0%|", "k-means++:   0%|", "k-means over 2,690 frames:   0%|",
+        "units:   0%|", "reading text:   0%|", "decoding test:   0%|", "alignment:   0%|",
+        "phone times:   0%|", "features of each layer:   0%|", "units of each layer of iter2:   0%|",
+        "units of iter3 and phones:   0%|",
+    )  # fmt: skip
+    assert [bar for bar in bars if bar not in terminal.written] == []
+    assert [row for row in terminal.screen if "|" in row or "[00" in row] == []  # what is left of one
+
+
+def test_two_processes(whole, tmp_path):
+    """Units and decoding are the same bytes as one process's; gradients are added in another order."""
+    exp = tmp_path / "exp"
+    shorter = ["finetune.train.max_steps=20", "finetune.train.valid_every=20"]
+    halves = ["pretrain.train.micro_seconds=5", "finetune.train.micro_seconds=2.5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jahubert.run", *command(exp, *shorter, *halves, "processes=2")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Recognition on test" in done.stdout
+    for name in ("kmeans/centroids.safetensors", "label/units.bin"):
+        assert (exp / "iter1" / name).read_bytes() == (whole / "iter1" / name).read_bytes()
+    decoded = exp / "systems/pretrained/decode"
+    shutil.move(decoded, tmp_path / "two")
+    run.run([*command(exp, *shorter, *halves), "stage=decode"])
+    for name in ("test.jsonl", "alignment.jsonl"):
+        assert (decoded / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -1,0 +1,175 @@
+"""Models into other formats and back: round trips, what each format wants, the command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from fixtures.foreign import (
+    FAIRSEQ_EPS,
+    KINDS,
+    UNITS,
+    dictionary_class,
+    fairseq_settings,
+    fairseq_state,
+    model_of,
+    same_state,
+)
+
+from jahubert.cli.main import main as cli
+from jahubert.errors import CheckpointError, ConfigError
+from jahubert.formats.bundle import load_bundle, save_bundle
+from jahubert.formats.convert import convert, largest_difference
+from jahubert.model.heads import HubertForCtc, UnitHead
+from jahubert.model.hubert import HubertModel
+from jahubert.phonemes import BLANK, PhonemeSet
+
+
+@pytest.fixture
+def dictionary(monkeypatch):
+    return dictionary_class(monkeypatch)
+
+
+@pytest.fixture(params=KINDS, ids=list(KINDS))
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio"])
+@pytest.mark.parametrize("what", ["encoder", "pretrained", "recogniser"])
+def test_round_trips_are_bit_equal(tmp_path, kind, to, what):
+    model, phonemes = model_of(KINDS[kind]), PhonemeSet.standard()
+    parts: dict = {"model": model}
+    if what == "pretrained":
+        parts["unit_head"] = UnitHead(48, UNITS)
+    elif what == "recogniser":
+        parts = {"ctc": HubertForCtc(model.config, len(phonemes), model), "phonemes": phonemes}
+    save_bundle(tmp_path / "first", **parts)
+    first = load_bundle(tmp_path / "first")
+    out = tmp_path / ("model" if to == "hf" else "model.pt")
+    done = convert(tmp_path / "first", out, to)
+    assert done.difference < 1e-5
+    convert(out, tmp_path / "second", "hf")
+    second = load_bundle(tmp_path / "second")
+    if to == "torchaudio" and what != "pretrained":
+        assert any("mask embedding" in note for note in done.notes)
+        second.model.masked_spec_embed.data = first.model.masked_spec_embed.data
+    assert same_state(first.model, second.model)
+    assert first.phonemes == second.phonemes
+    for name in ("ctc", "unit_head"):
+        one, other = getattr(first, name), getattr(second, name)
+        assert (one is None) == (other is None) and (one is None or same_state(one, other))
+    eps = {"normalize_eps": FAIRSEQ_EPS} if to != "hf" else {}
+    assert vars(second.config) == vars(first.config) | eps
+    assert any("epsilon" in note for note in done.notes) == (to != "hf" and kind == "large")
+
+
+def test_a_fairseq_file_comes_back_bit_equal(tmp_path, kind, dictionary):
+    """Special rows, codebook and projection too, by way of our own folder."""
+    model = model_of(KINDS[kind])
+    state, *_ = fairseq_state(model)
+    settings, task = fairseq_settings(model.config)
+    torch.save({"model": state, "cfg": {"model": settings, "task": task}}, tmp_path / "a.pt")
+    assert convert(tmp_path / "a.pt", tmp_path / "b", "hf").difference == 0
+    assert convert(tmp_path / "b", tmp_path / "c.pt", "fairseq").difference == 0
+    again = torch.load(tmp_path / "c.pt", weights_only=False)  # with the stand-in for fairseq's class
+    assert again["model"].keys() == state.keys()
+    assert all(again["model"][name].equal(state[name]) for name in state)
+    found = again["task_state"]["dictionaries"][0]
+    assert isinstance(found, dictionary) and found.symbols[4:] == [str(unit) for unit in range(UNITS)]
+    assert found.indices["0"] == 4
+    ours = again["cfg"]["model"]
+    assert {name: ours[name] for name in settings if name in ours and name not in CHANGED} == {
+        name: value for name, value in settings.items() if name in ours and name not in CHANGED
+    }
+    assert eval(ours["conv_feature_layers"]) == eval(settings["conv_feature_layers"])
+
+
+CHANGED = ("conv_feature_layers", "label_rate")
+
+
+def test_fairseq_gets_the_symbols_it_wants(tmp_path, dictionary):
+    """Blank first under the name <s>; special symbols that the model lacks can never be said."""
+    symbols = PhonemeSet(("あ", "|", "い", "[UNK]", BLANK))
+    ctc = HubertForCtc(KINDS["base"], 5, model_of(KINDS["base"])).eval()
+    save_bundle(tmp_path / "a", ctc=ctc, phonemes=symbols)
+    done = convert(tmp_path / "a", tmp_path / "b.pt", "fairseq")
+    assert any("blank first" in note for note in done.notes)
+    content = torch.load(tmp_path / "b.pt", weights_only=False)
+    found = content["task_state"]["target_dictionary"].symbols
+    assert found == ["<s>", "<pad>", "</s>", "<unk>", "あ", "|", "い", "[UNK]"]
+    proj = content["model"]["w2v_encoder.proj.weight"]
+    assert proj[0].equal(ctc.lm_head.weight[4]) and proj[4:].equal(ctc.lm_head.weight[:4].data)
+    assert content["cfg"]["model"]["w2v_args"]["task"]["normalize"] is False
+    assert load_bundle(tmp_path / "b.pt").phonemes.symbols == (BLANK, "あ", "|", "い", "[UNK]")
+
+
+def test_zero_biases_of_large_models_do_not_travel(tmp_path):
+    model = model_of(replace(KINDS["large"], conv_bias=True, normalize_eps=FAIRSEQ_EPS))
+    save_bundle(tmp_path / "real", model=model)
+    for layer in model.feature_extractor.conv_layers:
+        layer.conv.bias.data.zero_()
+    save_bundle(tmp_path / "zero", model=model)
+    for to in ("fairseq", "torchaudio"):
+        assert convert(tmp_path / "real", tmp_path / f"real.{to}.pt", to).difference == 0
+        done = convert(tmp_path / "zero", tmp_path / f"zero.{to}.pt", to)
+        assert done.difference == 0 and any("biases" in note for note in done.notes)
+        assert load_bundle(tmp_path / f"real.{to}.pt").config.conv_bias
+        assert not load_bundle(tmp_path / f"zero.{to}.pt").config.conv_bias
+
+
+def test_equal_widths_need_no_projection(tmp_path, dictionary):
+    """fairseq leaves the projection out if the front end is as wide as the encoder."""
+    model = model_of(replace(KINDS["base"], conv_dims=(48,) * 7))
+    save_bundle(tmp_path / "a", model=model)
+    with pytest.raises(CheckpointError, match="no projection"):
+        convert(tmp_path / "a", tmp_path / "a.pt", "fairseq")
+    model.feature_projection.projection.weight.data = torch.eye(48)
+    model.feature_projection.projection.bias.data.zero_()
+    save_bundle(tmp_path / "b", model=model)
+    assert convert(tmp_path / "b", tmp_path / "b.pt", "fairseq").difference == 0
+    assert "post_extract_proj.weight" not in torch.load(tmp_path / "b.pt", weights_only=False)["model"]
+
+
+def test_the_two_epsilons_of_normalisation(tmp_path):
+    """They show on quiet audio: fairseq's larger one keeps it quieter."""
+    model = model_of(KINDS["large"])
+    other = HubertModel(replace(KINDS["large"], normalize_eps=FAIRSEQ_EPS)).eval()
+    other.load_state_dict(model.state_dict())
+    wav_T = 1e-3 * torch.randn(4_000)
+    with torch.no_grad():
+        a, b = (m(wav_T[None]).hidden_BSD for m in (model, other))
+        scaled = model.feature_extractor([torch.nn.functional.layer_norm(wav_T, wav_T.shape)])
+        wanted = other.feature_extractor(other._rows(wav_T[None], None))
+    torch.testing.assert_close(wanted, scaled)
+    assert (a - b).abs().max() > 1e-5
+
+
+def test_command(tmp_path, capsys):
+    save_bundle(
+        tmp_path / "a", model=model_of(KINDS["base"]), centroids_KD=torch.randn(4, 48), centroid_layer=1
+    )
+    assert cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt"), "--to", "torchaudio"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"done: {tmp_path / 'b.pt'}" and "largest absolute difference" in lines[-2]
+    assert any("centroids" in line for line in lines[:-2])
+    settings = json.loads((tmp_path / "b.json").read_text())
+    assert settings["factory"] == "torchaudio.models.wav2vec2_model"
+    assert settings["arguments"]["encoder_num_heads"] == 4
+    assert cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt"), "--to", "fairseq"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    for name, says in (("c", "end in .pt"), ("b.json", "end in .pt"), ("b.pth", "b.json exists already")):
+        with pytest.raises(ConfigError, match=says):
+            convert(tmp_path / "a", tmp_path / name, "torchaudio")
+    with pytest.raises(ConfigError, match="choose one of"):
+        convert(tmp_path / "a", tmp_path / "c", "tensorrt")
+
+
+def test_differences_are_found(tmp_path):
+    save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
+    one, other = load_bundle(tmp_path / "a"), load_bundle(tmp_path / "a")
+    assert largest_difference(one, other) == 0
+    other.model.encoder.layers[1].final_layer_norm.bias.data[3] += 0.5
+    assert largest_difference(one, other) == pytest.approx(0.5, rel=1e-4)

@@ -1,0 +1,281 @@
+"""Features and units of tiny random models: against the model, alone and in lists, whole and in chunks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from jahubert.errors import AudioError, CheckpointError, ConfigError
+from jahubert.formats.bundle import save_bundle
+from jahubert.frames import HUBERT, FrameGrid
+from jahubert.inference.chunking import chunks, encode_all, encode_stream
+from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor, read_ahead
+from jahubert.model.hubert import HubertConfig, HubertModel
+
+TINY = HubertConfig(
+    conv_dims=(8,) * 7, width=16, layers=3, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> HubertModel:
+    torch.manual_seed(0)
+    return HubertModel(TINY).eval()
+
+
+def noise(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+@pytest.mark.parametrize("layer", [None, 0, 1, 3])
+def test_features_are_those_of_the_layer(model, layer):
+    wav = noise(9_000)
+    features = FeatureExtractor(model, layer, device="cpu")(wav)
+    with torch.no_grad():
+        encoded = model(wav[None], keep_layers=(0, 1, 2, 3))
+    wanted = encoded.hidden_BSD if layer is None else encoded.layers[layer]
+    assert features.dtype == torch.float32 and features.shape == (TINY.grid.n_frames(9_000), 16)
+    torch.testing.assert_close(features, wanted[0])
+
+
+def test_a_list_gives_what_each_gives_alone(model, tmp_path):
+    extractor = FeatureExtractor(model, 2, device="cpu")
+    soundfile.write(tmp_path / "日本語 名前.wav", noise(5_000, 7).numpy(), 16_000, subtype="FLOAT")
+    items = [
+        noise(12_345),
+        tmp_path / "日本語 名前.wav",
+        noise(400, 2).numpy(),
+        noise(399),
+        str(tmp_path / "日本語 名前.wav"),
+    ]
+    together = extractor(items)
+    assert [len(x) for x in together] == [TINY.grid.n_frames(n) for n in (12_345, 5_000, 400, 399, 5_000)]
+    for one, item in zip(together, items, strict=True):
+        torch.testing.assert_close(one, extractor(item), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[1], extractor(noise(5_000, 7)), atol=1e-5, rtol=1e-5)
+
+
+def test_batches_are_bounded(model, monkeypatch):
+    monkeypatch.setattr("jahubert.inference.chunking.BATCH_SECONDS", 2.0)
+    seen = []
+
+    def encode(wav_BT, n_samples):
+        seen.append(tuple(wav_BT.shape))
+        encoded = model(wav_BT, n_samples)
+        return encoded.hidden_BSD, encoded.n_frames_B
+
+    wavs = [noise(n, n) for n in (16_000, 3_000, 40_000, 16_000, 0, 15_000)]
+    found = encode_all(wavs, encode, TINY.grid, (16,), None)
+    assert [len(x) for x in found] == [TINY.grid.n_frames(len(w)) for w in wavs]
+    assert (1, 40_000) in seen and all(b == 1 or b * t <= 32_000 for b, t in seen)
+
+
+@pytest.mark.parametrize("n_samples", [0, 399, 160_000, 160_001, 257_000, 256_000, 1_000_003])
+@pytest.mark.parametrize("grid", [HUBERT, FrameGrid(1000, 300)])
+def test_chunks_join_to_the_frames_of_the_whole(n_samples, grid):
+    """An encoder whose frame is the place of its first sample: any slip of a chunk shows."""
+    wav = torch.arange(n_samples, dtype=torch.float64)
+
+    def encode(wav_BT, n_frames):
+        frames = [grid.n_frames(n) for n in n_frames]
+        return wav_BT[:, : grid.hop * max(frames) : grid.hop, None], torch.tensor(frames)
+
+    (whole,) = encode_all([wav], encode, grid, (1,), None)
+    (joined,) = encode_all([wav], encode, grid, (1,), 10.0)
+    streamed = encode_stream(wav.split(70_001), encode, grid, 10.0)
+    assert whole.shape == (grid.n_frames(n_samples), 1)
+    assert torch.equal(joined, whole)
+    assert torch.equal(torch.cat([whole[:0], *streamed]), whole)
+    assert all(chunk.start % grid.hop == 0 for chunk in chunks([wav], grid, 10.0))
+
+
+def test_chunks_have_context_on_both_sides(model):
+    """A frame of a long recording is that of a window around it, far from the window's edges."""
+    wav = noise(20 * 16_000)
+    chunked = FeatureExtractor(model, 1, device="cpu", chunk_seconds=8)(wav)
+    whole = FeatureExtractor(model, 1, device="cpu")(wav)
+    assert chunked.shape == whole.shape
+    assert float((chunked - whole).abs().mean()) < 0.2 * float(whole.std())
+
+
+def test_several_layers_and_their_sum(model):
+    wavs = [noise(9_000), noise(399), noise(6_000, 1)]
+    single = [FeatureExtractor(model, number, device="cpu")(wavs) for number in (1, 3)]
+    both = FeatureExtractor(model, [1, 3], device="cpu")(wavs)
+    summed = FeatureExtractor(model, [1, 3], weights=[0.25, -2.0], device="cpu")(wavs)
+    for one, three, pair, total in zip(*single, both, summed, strict=True):
+        assert pair.shape == (len(one), 2, 16) and total.shape == one.shape
+        torch.testing.assert_close(pair, torch.stack([one, three], dim=1))
+        torch.testing.assert_close(total, 0.25 * one - 2 * three)
+    assert FeatureExtractor(model, "all", device="cpu")(wavs[0]).shape[1:] == (4, 16)
+
+
+def test_a_module_to_train_with(model):
+    """What is learned: the weights of the layers, and the encoder below the highest of them."""
+    torch.manual_seed(0)
+    own = HubertModel(TINY)
+    module = LayerFeatures(own, [0, 2], weights="learn")
+    features_BSD, n_frames_B = module(torch.stack([noise(6_000), noise(6_000, 1)]), [6_000, 2_000])
+    assert n_frames_B.tolist() == [TINY.grid.n_frames(6_000), TINY.grid.n_frames(2_000)]
+    assert not features_BSD[1, n_frames_B[1] :].any()
+    features_BSD.pow(2).sum().backward()
+    assert module.mix_L is not None and module.mix_L.grad is not None and module.mix_L.grad.abs().sum() > 0
+    assert own.encoder.layers[1].attention.q_proj.weight.grad is not None
+    assert own.encoder.layers[2].attention.q_proj.weight.grad is None  # never computed
+    weights_L = module.weights_L
+    assert weights_L is not None and weights_L.tolist() == [0.5, 0.5]
+    own.eval()
+    frozen = FeatureExtractor(own, [0, 2], weights=weights_L.tolist(), device="cpu")
+    with torch.no_grad():
+        learned = module(noise(6_000)[None])[0][0]
+    torch.testing.assert_close(frozen(noise(6_000)), learned)
+    assert not frozen(noise(6_000)).requires_grad
+
+
+def test_times_are_the_middles_of_the_windows(model):
+    extractor = FeatureExtractor(model, 1, device="cpu")
+    times = extractor.times(3)
+    assert times.tolist() == [0.0125, 0.0325, 0.0525] and len(extractor.times(0)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_is_near(model, dtype):
+    wav = noise(9_000)
+    exact = FeatureExtractor(model, 2, device="cpu")(wav)
+    near = FeatureExtractor(model, 2, device="cpu", dtype=dtype)(wav)
+    assert near.dtype == torch.float32 and not torch.equal(near, exact)
+    assert float((near - exact).norm() / exact.norm()) < 0.03
+
+
+def test_many_files_in_order_while_others_are_read(model, tmp_path):
+    extractor = FeatureExtractor(model, 1, device="cpu")
+    items = [noise(500 * (1 + n % 7), n) for n in range(80)]
+    items[5:5] = [tmp_path / "gone.wav"]
+    items.append(tmp_path / "gone too.wav")
+    found = list(extractor.many(items, batch_seconds=1.0, errors="return"))
+    assert len(found) == len(items)
+    for item, features in zip(items, found, strict=True):
+        if isinstance(item, torch.Tensor):
+            torch.testing.assert_close(features, extractor(item), atol=1e-5, rtol=1e-5)
+        else:
+            assert isinstance(features, AudioError) and item.name in str(features)
+    with pytest.raises(AudioError, match=r"gone\.wav"):
+        list(extractor.many(items))
+
+
+def test_reading_ahead_is_bounded(monkeypatch):
+    monkeypatch.setattr("jahubert.inference.features.READ_AHEAD", 4)
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield noise(400)
+
+    stream = read_ahead(endless())
+    for _ in range(10):
+        next(stream)
+    assert taken <= 14
+    stream.close()
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_a_stream_gives_what_chunks_give(model, tmp_path, rate):
+    path = tmp_path / "long.flac"
+    soundfile.write(path, noise(21 * rate).numpy(), rate)
+    extractor = FeatureExtractor(model, [1, 2], device="cpu", chunk_seconds=8)
+    pieces = list(extractor.stream(path))
+    assert len(pieces) == 5
+    torch.testing.assert_close(torch.cat(pieces), extractor(path), atol=1e-6, rtol=1e-6)
+    assert list(extractor.stream(noise(100))) == []
+
+
+def test_memory_does_not_grow_with_the_recording(model, tmp_path):
+    """Peak memory (Linux) of a stream of 2 and of 20 minutes, in processes of their own."""
+    save_bundle(tmp_path / "b", model=model)
+    code = """
+import sys, jahubert
+extractor = jahubert.FeatureExtractor.from_pretrained(sys.argv[1], 1, device="cpu", chunk_seconds=10)
+frames = sum(len(piece) for piece in extractor.stream(sys.argv[2]))
+print(frames, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+    peaks = []
+    for minutes in (2, 20):
+        path = tmp_path / f"{minutes}.wav"
+        soundfile.write(path, np.tile(noise(16_000).numpy(), 60 * minutes), 16_000)  # 38 MB for 20 minutes
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "b", path], capture_output=True, text=True, check=True
+        )
+        frames, peak = map(int, done.stdout.split())
+        assert frames == HUBERT.n_frames(60 * minutes * 16_000)
+        peaks.append(peak / 1024)
+    assert peaks[1] - peaks[0] < 20, peaks  # MB; the samples alone would be 69 more
+
+
+def test_what_chunks_cannot_change():
+    """Layer norms look at one frame, the positional convolution at 64 to each side: the input of block 1 is
+    that of one pass, wherever the cuts are. Above it attention sees a chunk where it would see the whole."""
+    torch.manual_seed(0)
+    config = HubertConfig(
+        conv_dims=(8,) * 7,
+        width=16,
+        layers=2,
+        heads=2,
+        ffn=32,
+        pos_conv_groups=2,
+        conv_norm="layer",
+        pre_norm=True,
+    )
+    own, wav = HubertModel(config), noise(30 * 16_000)
+    whole = FeatureExtractor(own, "all", device="cpu")(wav)
+    chunked = FeatureExtractor(own, "all", device="cpu", chunk_seconds=10)(wav)
+    torch.testing.assert_close(chunked[:, 0], whole[:, 0], atol=1e-5, rtol=1e-5)
+    assert float((chunked[:, 1] - whole[:, 1]).abs().max()) > 1e-4
+
+
+def test_units_are_the_nearest_centroids(model, tmp_path):
+    centroids = torch.randn(20, 16, generator=torch.Generator().manual_seed(3))
+    save_bundle(tmp_path / "b", model=model, centroids_KD=centroids, centroid_layer=2)
+    extractor = UnitExtractor.from_pretrained(tmp_path / "b", device="cpu")
+    features = FeatureExtractor.from_pretrained(tmp_path / "b", layer=2, device="cpu")
+    wav = noise(20_000)
+    units = extractor(wav)
+    assert units.dtype == torch.int64 and extractor.n_units == 20
+    assert torch.equal(units, torch.cdist(features(wav), centroids).argmin(1))
+    assert [len(u) for u in extractor([wav, noise(100)])] == [len(units), 0]
+    assert [len(u) for u in extractor.many([wav, noise(100)])] == [len(units), 0]
+
+
+def test_what_a_user_can_get_wrong(model, tmp_path):
+    save_bundle(tmp_path / "b", model=model)
+    with pytest.raises(CheckpointError, match="no centroids"):
+        UnitExtractor.from_pretrained(tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"layer 4 .* layers 0 to 3"):
+        FeatureExtractor.from_pretrained(tmp_path / "b", layer=4)
+    for layer, weights, says in (
+        ([1, 4], None, "layer 4"),
+        ([], None, "no layer"),
+        (2, [1.0], "several layers"),
+        ([1, 2], [1.0], "1 weights were given for 2 layers"),
+        ([1, 2], "teach", "'teach'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            LayerFeatures(model, layer, weights)
+    with pytest.raises(ConfigError, match="float64"):
+        FeatureExtractor(model, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="too short"):
+        FeatureExtractor(model, chunk_seconds=2)
+    with pytest.raises(ConfigError, match="'teapot'"):
+        FeatureExtractor(model, device="teapot")
+    with pytest.raises(CheckpointError, match="another model"):
+        UnitExtractor(FeatureExtractor(model, 1, device="cpu"), torch.zeros(4, 17))
+    with pytest.raises(AudioError, match=r"no\.wav"):
+        FeatureExtractor(model, device="cpu")(tmp_path / "no.wav")
+    with pytest.raises(AudioError):
+        FeatureExtractor(model, device="cpu")(np.zeros(0, np.float32))

@@ -1,0 +1,280 @@
+"""Transcripts from planted log-probabilities, and from a tiny random model: batches, long audio, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fixtures.sounds import SOUNDS, nobody, syllables
+from torch.nn import functional as F
+
+import jahubert
+from jahubert.errors import AudioError, CheckpointError, ConfigError
+from jahubert.formats.bundle import save_bundle
+from jahubert.inference.chunking import chunks
+from jahubert.inference.transcribe import Transcriber, builtin_model
+from jahubert.inference.vad import CHUNK_SECONDS, pieces, speech_frames
+from jahubert.model.heads import HubertForCtc
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.phonemes import PhonemeSet
+
+TINY = HubertConfig(
+    conv_dims=(8,) * 7, width=16, layers=2, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
+)
+PHONEMES = PhonemeSet.standard()
+
+
+@pytest.fixture(scope="module")
+def ctc() -> HubertForCtc:
+    torch.manual_seed(0)
+    model = HubertForCtc(TINY, len(PHONEMES))
+    torch.nn.init.normal_(model.lm_head.weight, std=1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def random_asr(ctc) -> Transcriber:
+    return Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False)  # noise is what it has words for
+
+
+class Planted(Transcriber):
+    """Hears what the waveform spells: sample 320 t holds the label of frame t, times 0.01."""
+
+    def __init__(self):
+        model = HubertForCtc(TINY, len(PHONEMES))
+        super().__init__(model, PHONEMES, beam=4, device="cpu", vad=False)  # a code is no speech
+
+    def log_probs(self, wavs):
+        found = []
+        for wav in wavs:
+            labels = (wav[: TINY.grid.n_frames(len(wav)) * 320 : 320] * 100).round().long()
+            found.append((F.one_hot(labels, len(PHONEMES)) * 12.0).log_softmax(-1))
+        return found
+
+
+def speech(frames: str, repeat: int = 1) -> torch.Tensor:
+    """A waveform for `Planted`: one symbol a frame, `-` blank."""
+    index = {symbol: i for i, symbol in enumerate(PHONEMES.symbols)} | {"-": 0}
+    wav = torch.zeros(len(frames.split()) * repeat * 320 + 80)
+    wav[:-80:320] = torch.tensor([index[symbol] for symbol in frames.split()] * repeat) * 0.01
+    return wav
+
+
+def same(a: jahubert.Transcript, b: jahubert.Transcript) -> None:
+    assert [w.phonemes for w in a.words] == [w.phonemes for w in b.words]
+    assert [w.times for w in a.words] == [w.times for w in b.words]
+    assert a.score == pytest.approx(b.score, abs=1e-2, rel=1e-4) and a.duration == b.duration
+
+
+def test_words_their_kana_and_their_times():
+    found = Planted().transcribe(speech("- a a - s a - | - - w - a - a - -"))
+    assert found.text == "アサ ワア"
+    assert found.phonemes == ("a", "s", "a", "|", "w", "a", "a")
+    assert [word.kana for word in found.words] == ["アサ", "ワア"]
+    assert [(word.start, word.end) for word in found.words] == [(0.02, 0.12), (0.2, 0.3)]
+    assert found.words[0].times == ((0.02, 0.06), (0.08, 0.1), (0.1, 0.12))
+    assert found.duration == pytest.approx(17 * 0.02 + 0.005)
+    assert -0.1 < found.score < 0 and -0.01 < found.words[0].score < 0
+
+
+def test_boundaries_at_the_ends_and_in_a_row_make_no_words():
+    found = Planted().transcribe(speech("| - a | - | i - |"))
+    assert [word.phonemes for word in found.words] == [("a",), ("i",)]
+
+
+def test_silence_and_too_short_audio():
+    for wav in (torch.zeros(16_000), torch.zeros(100)):
+        found = Planted().transcribe(wav)
+        assert found.words == () and found.text == "" and found.phonemes == ()
+        assert found.duration == len(wav) / 16_000
+
+
+def test_a_recording_of_minutes_keeps_words_and_times():
+    sentence = "- k o - N n i - ch i w a | " + "s - e k a - i - | " + "- " * 40
+    n = len(sentence.split())
+    found = Planted().transcribe(speech(sentence, repeat=60))  # 69 s
+    assert len(found.words) == 120
+    assert [word.kana for word in found.words[:2]] == ["コンニチワ", "セカイ"]
+    assert {word.kana for word in found.words} == {"コンニチワ", "セカイ"}
+    starts = [word.start for word in found.words[::2]]
+    assert starts == pytest.approx([(i * n + 1) * 0.02 for i in range(60)])
+
+
+def test_long_recordings_are_cut_in_pauses():
+    silent = torch.zeros(5000, dtype=torch.bool)
+    pauses = [(900, 930), (1350, 1400), (2300, 2340), (2500, 2560), (3600, 3700)]
+    for start, end in pauses:
+        silent[start:end] = True
+    logp = F.one_hot((~silent).long(), 3).float().mul(8).log_softmax(-1)
+    whole = list(pieces([logp], 1500, 25))
+    assert torch.equal(torch.cat([piece.logp_SV for piece in whole]), logp) and len(whole) == 4
+    ends = [piece.start + len(piece.logp_SV) for piece in whole]
+    assert [piece.start for piece in whole] == [0, *ends[:-1]]
+    assert all(0 < len(piece.logp_SV) <= 1500 for piece in whole)
+    assert all(any(a <= cut <= b for a, b in pauses) for cut in ends[:-1])
+    for bits in (logp.split(1), logp.split(700), logp.split(1501)):
+        assert [(piece.start, len(piece.logp_SV)) for piece in pieces(bits, 1500, 25)] == [
+            (piece.start, len(piece.logp_SV)) for piece in whole
+        ]
+    assert [len(piece.logp_SV) for piece in pieces([logp[:1500]], 1500, 25)] == [1500]
+    assert list(pieces([logp[:0]], 1500, 25)) == []
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 29.99, 30.0, 30.02, 61.3, 200.0])
+def test_chunks_keep_every_frame_once(seconds):
+    """A recording whose samples count: the frames kept are 0, 1, 2, ... of the whole, whatever the blocks."""
+    grid, n = TINY.grid, round(seconds * 16_000)
+    wav = torch.arange(n, dtype=torch.float64)
+    for size in (999, 16_000, 10**7):
+        kept = []
+        for chunk in chunks(wav.split(size), grid, CHUNK_SECONDS):
+            assert len(chunk.wav_T) <= 30 * 16_000
+            frames = chunk.wav_T[: grid.n_samples(grid.n_frames(len(chunk.wav_T)))].unfold(0, 400, 320)
+            kept += frames[chunk.keep : chunk.end, 0].tolist()
+        assert kept == [320.0 * frame for frame in range(grid.n_frames(n))]
+
+
+def test_long_recordings_are_what_the_whole_is(random_asr, tmp_path):
+    """Read in blocks, encoded in chunks and decoded in pieces, against one pass over everything."""
+    generator = torch.Generator().manual_seed(2)
+    wav = torch.randn(100 * 16_000, generator=generator) * 0.1
+    soundfile.write(tmp_path / "long.wav", wav.numpy(), 16_000, subtype="FLOAT")
+    found = random_asr.transcribe(tmp_path / "long.wav")
+    (logp,) = random_asr.log_probs([wav])  # 30 s chunks, joined by another function
+    cut = list(pieces([logp], 1500, 25))
+    whole = random_asr._transcript("", len(wav), random_asr._decode(cut))
+    assert found.phonemes == whole.phonemes and found.duration == 100.0
+    assert [word.times for word in found.words] == [word.times for word in whole.words]
+    seconds: list[float] = []
+    assert len(list(random_asr.transcribe_many([wav, wav[:16_000]], progress=seconds.append))) == 2
+    assert sum(seconds) == pytest.approx(101.0)
+
+
+@pytest.mark.parametrize("kind", SOUNDS)
+def test_nothing_is_heard_where_nobody_speaks(ctc, kind):
+    """The random model has phones for any sound; none is left unless somebody speaks, and then only there."""
+    asr = Transcriber(ctc, PHONEMES, beam=2, device="cpu")
+    sound = nobody(kind)
+    assert asr.transcribe(sound).words == ()
+    assert not speech_frames(sound, TINY.grid).any()
+    before, after = syllables(3.0), syllables(2.0, seed=1)
+    both = torch.cat([before, sound, after])
+    found_S = speech_frames(both, TINY.grid)
+    start, end = 3 * 50, 11 * 50
+    assert found_S[:start].float().mean() > 0.9 and found_S[end:].float().mean() > 0.9
+    assert not found_S[start + 65 : end - 65].any()
+    words = asr.transcribe(both).words
+    assert words and not any(a > 4.3 and b < 9.7 for word in words for a, b in word.times)
+
+
+def test_real_words_are_all_speech(shared_data):
+    files = sorted((shared_data / "tofugu" / "lib" / "ogg").glob("*.ogg"))[::100]
+    shares = []
+    for path in files + sorted((shared_data / "sentences").glob("*.wav")):
+        wav = jahubert.load_audio(path)
+        level = wav[: len(wav) // 320 * 320].view(-1, 320).square().mean(1).sqrt()
+        loud_S = (level > 0.1 * level.max())[: TINY.grid.n_frames(len(wav))]
+        shares.append(float(speech_frames(wav, TINY.grid)[: len(loud_S)][loud_S].float().mean()))
+    assert len(shares) >= 50 and min(shares) == 1.0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_recording(ctc, tmp_path):
+    """44.1 kHz stereo of 4 and of 24 minutes: 85 and 508 MB if it were read at once."""
+    save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
+    code = """
+import resource, sys, jahubert
+asr = jahubert.Transcriber.from_pretrained(sys.argv[1], beam=1, device="cpu")
+found = asr.transcribe(sys.argv[2])
+print(found.duration, len(found.phonemes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    minute = np.repeat(syllables(60.0).numpy(), 3)[: 60 * 44_100]
+    megabytes = []
+    for minutes in (4, 24):
+        with soundfile.SoundFile(tmp_path / "a.wav", "w", 44_100, 2) as file:
+            for _ in range(minutes):
+                file.write(np.stack([minute, minute], axis=1))
+        arguments = [sys.executable, "-c", code, str(tmp_path / "ctc"), str(tmp_path / "a.wav")]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=1200)
+        duration, phones, used = map(float, done.stdout.split())
+        assert duration == 60 * minutes and phones > 10 * minutes, done.stderr
+        megabytes.append(used)
+    assert megabytes[1] - megabytes[0] < 60, megabytes
+
+
+def test_many_are_what_each_is_alone(random_asr, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    wavs = [torch.randn(n, generator=generator) * 0.1 for n in (16_000, 7_001, 399, 30_000, 560_000)]
+    soundfile.write(tmp_path / "a b.flac", wavs[0].numpy(), 16_000)
+    sources = [*wavs, tmp_path / "a b.flac", wavs[1].numpy().astype(np.float64)]
+    alone = [random_asr.transcribe(source) for source in sources]
+    assert len(alone[4].phonemes) > 3
+    assert alone[5].audio == str(tmp_path / "a b.flac") and alone[0].audio == ""
+    for seconds in (0.0, 2.0, 1000.0):
+        together = list(random_asr.transcribe_many(sources, batch_seconds=seconds))
+        for one, other in zip(together, alone, strict=True):
+            same(one, other)
+
+
+def test_sample_rate_of_arrays(random_asr):
+    wav = np.random.default_rng(0).normal(0, 0.1, 8_000).astype(np.float32)
+    assert random_asr.transcribe(wav, sample_rate=8_000).duration == pytest.approx(1.0)
+
+
+def test_errors_are_raised_or_returned(random_asr, tmp_path):
+    (tmp_path / "bad.wav").write_bytes(b"RIFF not really")
+    wav = torch.randn(8_000) * 0.1
+    sources = [wav, tmp_path / "bad.wav", wav, tmp_path / "missing.wav"]
+    found = list(random_asr.transcribe_many(sources, errors="return"))
+    assert [type(x) for x in found] == [jahubert.Transcript, AudioError, jahubert.Transcript, AudioError]
+    stream = random_asr.transcribe_many(sources)
+    assert isinstance(next(stream), jahubert.Transcript)
+    with pytest.raises(AudioError, match=r"bad\.wav"):
+        next(stream)
+
+
+def test_a_failure_inside_a_batch_hits_only_its_own():
+    class Moody(Planted):
+        def log_probs(self, wavs):
+            if any(len(wav) == 9_000 for wav in wavs):
+                raise RuntimeError("out of memory")
+            return super().log_probs(wavs)
+
+    wavs = [torch.zeros(8_000), torch.zeros(9_000), torch.zeros(10_000)]
+    found = list(Moody().transcribe_many(wavs, errors="return"))
+    assert [type(x) for x in found] == [jahubert.Transcript, RuntimeError, jahubert.Transcript]
+    with pytest.raises(RuntimeError):
+        list(Moody().transcribe_many(wavs))
+
+
+def test_from_pretrained(ctc, random_asr, tmp_path):
+    save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
+    save_bundle(tmp_path / "plain", model=HubertModel(TINY))
+    wav = torch.randn(20_000) * 0.1
+    same(
+        Transcriber.from_pretrained(tmp_path / "ctc", beam=5, device="cpu", vad=False).transcribe(wav),
+        random_asr.transcribe(wav),
+    )
+    with pytest.raises(CheckpointError, match="no CTC head"):
+        Transcriber.from_pretrained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="nothing here"):
+        Transcriber.from_pretrained(tmp_path / "nothing here")
+    with pytest.raises(CheckpointError, match="has 42 symbols"):
+        Transcriber(ctc, PhonemeSet(PHONEMES.symbols[:10]))
+    with pytest.raises(ConfigError, match="beam is 0"):
+        Transcriber(ctc, PHONEMES, beam=0)
+
+
+def test_without_a_model(monkeypatch):
+    monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: None)
+    with pytest.raises(CheckpointError, match="no built-in model"):
+        Transcriber.from_pretrained()
+
+
+def test_the_built_in_model_is_a_folder_or_nothing():
+    found = builtin_model()
+    assert found is None or (found / "config.json").is_file()

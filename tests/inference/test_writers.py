@@ -1,0 +1,166 @@
+"""Every format of one known transcript, and the rules of subtitles and tiers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+
+from jahubert.errors import ConfigError
+from jahubert.inference import writers
+from jahubert.inference.transcribe import Transcript, Word
+
+
+def word(kana: str, phonemes: str, start: float, step: float = 0.1) -> Word:
+    phones = tuple(phonemes.split())
+    times = tuple((start + i * step, start + (i + 1) * step) for i in range(len(phones)))
+    return Word(kana, phones, times[0][0], times[-1][1], -0.25, times)
+
+
+KNOWN = Transcript(
+    (word("アサ", "a s a", 0.5), word("ワ", "w a", 0.9), word("キレー", "k i r e:", 3661.0)),
+    duration=3662.0,
+    score=-7.5,
+    audio="朝 の/a.wav",
+)
+EMPTY = Transcript((), 1.5, 0.0, "quiet.wav")
+
+
+def test_text_and_phonemes():
+    assert writers.render(KNOWN, "text") == "アサ ワ キレー\n"
+    assert " ".join(KNOWN.phonemes) == "a s a | w a | k i r e:"
+    assert writers.render(EMPTY, "text") == "\n"
+
+
+def test_json_is_one_line_that_says_everything():
+    line = writers.render(KNOWN, "json")
+    assert line.count("\n") == 1 and "アサ" in line
+    content = json.loads(line)
+    assert content["audio"] == KNOWN.audio and content["duration"] == 3662.0 and content["score"] == -7.5
+    assert content["phonemes"] == list(KNOWN.phonemes)
+    first = content["words"][0]
+    assert (first["kana"], first["start"], first["end"]) == ("アサ", 0.5, 0.8)
+    assert first["times"] == [[0.5, 0.6], [0.6, 0.7], [0.7, 0.8]]
+
+
+def test_tsv():
+    lines = writers.render(KNOWN, "tsv").splitlines()
+    assert lines[0].split("\t") == ["audio", "start", "end", "kana", "phonemes"]
+    assert lines[1].split("\t") == ["朝 の/a.wav", "0.500", "0.800", "アサ", "a s a"]
+    assert len(lines) == 4
+
+
+def test_srt():
+    assert writers.render(KNOWN, "srt") == (
+        "1\n00:00:00,500 --> 00:00:01,100\nアサ ワ\n\n2\n01:01:01,000 --> 01:01:01,400\nキレー\n"
+    )
+    assert writers.render(EMPTY, "srt") == ""
+
+
+def test_vtt():
+    lines = writers.render(KNOWN, "vtt").splitlines()
+    assert lines[:4] == ["WEBVTT", "", "00:00:00.500 --> 00:00:01.100", "アサ ワ"]
+    assert writers.render(EMPTY, "vtt") == "WEBVTT\n"
+
+
+def test_a_subtitle_does_not_grow_too_long():
+    steady = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(60)), 31.0, 0.0)
+    times = re.findall(r"00:00:(\S+) --> 00:00:(\S+)", writers.render(steady, "vtt"))
+    assert len(times) > 3
+    assert all(float(end) - float(start) <= writers.CUE_LENGTH for start, end in times)
+
+
+def test_textgrid_tiers_are_gapless():
+    grid = writers.render(KNOWN, "textgrid")
+    for tier in grid.split("    item [")[1:]:
+        bounds = [float(x) for x in re.findall(r"^            xm(?:in|ax) = (\S+)", tier, re.M)]
+        labels = re.findall(r'            text = "(.*)"', tier)
+        assert bounds[0] == 0 and bounds[-1] == 3662.0
+        assert bounds[1:-1:2] == bounds[2::2] and len(labels) * 2 == len(bounds)
+        assert f"intervals: size = {len(labels)}" in tier
+        assert [x for x in labels if x] in (["アサ", "ワ", "キレー"], [p for p in KNOWN.phonemes if p != "|"])
+    assert 'name = "words"' in grid and 'name = "phones"' in grid
+    assert grid.count('text = ""') == 2 * 4
+    assert writers.render(EMPTY, "textgrid").count('text = ""') == 2
+
+
+def test_textgrid_quotes():
+    quoted = Transcript((Word('"', ("a",), 0.0, 0.1, -1.0, ((0.0, 0.1),)),), 1.0, -1.0)
+    assert 'text = """"' in writers.render(quoted, "textgrid")
+
+
+def test_save_writes_every_format(tmp_path):
+    paths = writers.save(KNOWN, tmp_path / "deep" / "talk.one", writers.FORMATS)
+    assert [p.name for p in paths] == [
+        f"talk.one{ending}"
+        for ending in (".txt", ".json", ".tsv", ".srt", ".vtt", ".TextGrid", ".labels.txt")
+    ]
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == sorted(p.name for p in paths)
+    assert paths[0].read_text(encoding="utf-8") == "アサ ワ キレー\n"
+
+
+def test_unknown_format():
+    with pytest.raises(ConfigError, match=r"'doc'.*textgrid"):
+        writers.render(KNOWN, "doc")
+
+
+def test_phonemes_in_place_of_kana():
+    assert writers.render(KNOWN, "text", phonemes=True) == "a s a | w a | k i r e:\n"
+    assert "a s a | w a |\n" in writers.render(KNOWN, "srt", phonemes=True)
+    assert writers.render(KNOWN, "audacity", phonemes=True).splitlines()[1].split("\t")[2] == "w a"
+    for format in ("json", "tsv", "textgrid"):  # they hold both
+        assert writers.render(KNOWN, format, phonemes=True) == writers.render(KNOWN, format)
+
+
+LONG = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(8000)), 4001.0, -1.0, "long.wav")
+
+
+@pytest.mark.parametrize("transcript", [KNOWN, EMPTY, LONG], ids=["known", "empty", "long"])
+class TestOtherPrograms:
+    """What independent readers of the formats find in the files."""
+
+    def test_subrip(self, transcript, tmp_path):
+        srt = pytest.importorskip("srt", reason="extra dev")
+        (path,) = writers.save(transcript, tmp_path / "a", ["srt"])
+        cues = list(srt.parse(path.read_text(encoding="utf-8"), ignore_errors=False))
+        found = [(c.start.total_seconds(), c.end.total_seconds(), c.content) for c in cues]
+        assert found == rounded(writers._cues(transcript.words))
+        assert [cue.index for cue in cues] == list(range(1, len(cues) + 1))
+
+    def test_webvtt(self, transcript, tmp_path):
+        webvtt = pytest.importorskip("webvtt", reason="extra dev")
+        (path,) = writers.save(transcript, tmp_path / "a", ["vtt"])
+        found = [(c.start_in_seconds, c.end_in_seconds, c.text) for c in webvtt.read(path)]
+        wanted = rounded(writers._cues(transcript.words))
+        assert [text for *_, text in found] == [text for *_, text in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            assert one[:2] == pytest.approx(other[:2], abs=1.0)  # this reader drops milliseconds
+
+    def test_praat(self, transcript, tmp_path):
+        praatio = pytest.importorskip("praatio.textgrid", reason="extra dev")
+        (path,) = writers.save(transcript, tmp_path / "a", ["textgrid"])
+        grid = praatio.openTextgrid(str(path), includeEmptyIntervals=False, reportingMode="error")
+        words, phones = (grid.getTier(name).entries for name in ("words", "phones"))
+        assert [(e.label, e.start, e.end) for e in words] == [
+            (w.kana, pytest.approx(w.start, abs=1e-5), pytest.approx(w.end, abs=1e-5))
+            for w in transcript.words
+        ]
+        assert [e.label for e in phones] == [p for w in transcript.words for p in w.phonemes]
+        assert grid.maxTimestamp == pytest.approx(transcript.duration)
+
+    def test_audacity(self, transcript, tmp_path):
+        """Its label file is a table of tabs: start, end, text; csv is the reader."""
+        (path,) = writers.save(transcript, tmp_path / "a", ["audacity"])
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        assert [(float(a), float(b), label) for a, b, label in rows] == [
+            (pytest.approx(w.start, abs=1e-6), pytest.approx(w.end, abs=1e-6), w.kana)
+            for w in transcript.words
+        ]
+
+
+def rounded(cues: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Cues to the millisecond."""
+    return [(round(start, 3), round(end, 3), text) for start, end, text in cues]

@@ -1,0 +1,95 @@
+"""The published sizes, base and large, against Hugging Face's models on the same random weights.
+
+Every hidden state, masked frames, padded batches and the CTC head, for recordings of 25 ms to 25 s.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import HubertConfig as HfConfig
+from transformers import HubertForCTC as HfForCtc
+
+from jahubert.frames import HUBERT
+from jahubert.model.heads import HubertForCtc
+from jahubert.model.hubert import HubertConfig
+
+SYMBOLS = 42
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module", params=["base", "large"])
+def pair(request) -> tuple[HubertForCtc, HfForCtc]:
+    """Ours and theirs, one set of weights in both."""
+    # Normalising waveforms is the business of their processor, not of their model.
+    changes = {"conv_bias": True, "normalize": False} if request.param == "large" else {}
+    config: HubertConfig = getattr(HubertConfig, request.param)(**changes)
+    torch.manual_seed(0)
+    ours = HubertForCtc(config, SYMBOLS).eval()
+    for name, parameter in ours.named_parameters():
+        if "norm" in name or "bias" in name:  # new ones would do nothing
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    with torch.device("meta"):
+        theirs = HfForCtc(
+            HfConfig(
+                hidden_size=config.width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                intermediate_size=config.ffn,
+                conv_bias=config.conv_bias,
+                feat_extract_norm=config.conv_norm,
+                do_stable_layer_norm=config.pre_norm,
+                vocab_size=SYMBOLS,
+            )
+        )
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    return ours, theirs.eval()
+
+
+def waveforms(*lengths: int) -> torch.Tensor:
+    """(B, T), zero behind each."""
+    generator = torch.Generator().manual_seed(1)
+    wavs = [0.1 * torch.randn(n, generator=generator) for n in lengths]
+    return torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
+
+
+def difference(mine: torch.Tensor, their: torch.Tensor) -> float:
+    """Largest, relative to the largest value."""
+    return float((mine - their).abs().max() / their.abs().max())
+
+
+@pytest.mark.parametrize("n_samples", [400, 16_123, 400_000])
+def test_every_hidden_state(pair, n_samples):
+    ours, theirs = pair
+    config, wav_BT = ours.config, waveforms(n_samples)
+    mask_BS = torch.rand(1, HUBERT.n_frames(n_samples), generator=torch.Generator().manual_seed(2)) < 0.4
+    with torch.inference_mode():
+        got = ours.hubert(wav_BT, mask_BS=mask_BS, keep_layers=range(config.layers + 1))
+        want = theirs.hubert(wav_BT, mask_time_indices=mask_BS, output_hidden_states=True)
+    for number in range(config.layers + (not config.pre_norm)):  # theirs has the last one behind the norm
+        assert difference(got.layers[number], want.hidden_states[number]) < 1e-5, number
+    assert difference(got.hidden_BSD, want.last_hidden_state) < 1e-5
+
+
+@pytest.mark.parametrize("padding", ["masked", "unmasked"])
+def test_log_probabilities_of_a_padded_batch(pair, padding):
+    ours, theirs = pair
+    lengths = [30_000, 400, 16_123]
+    wav_BT = waveforms(*lengths)
+    valid_BT = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    with torch.inference_mode():
+        got, n_frames_B = ours(wav_BT, lengths, padding=padding)
+        want = theirs(wav_BT, attention_mask=valid_BT if padding == "masked" else None).logits.log_softmax(-1)
+    for row, n in enumerate(n_frames_B.tolist()):
+        assert difference(got[row, :n], want[row, :n]) < 1e-5
+
+
+def test_log_probabilities_do_not_depend_on_the_batch(pair):
+    ours, theirs = pair
+    lengths = [16_123, 400, 30_000]
+    wav_BT = waveforms(*lengths)
+    with torch.inference_mode():
+        together, n_frames_B = ours(wav_BT, lengths)
+        for row, n in enumerate(lengths):
+            want = theirs(wav_BT[row : row + 1, :n]).logits.log_softmax(-1)[0]
+            assert difference(together[row, : n_frames_B[row]], want) < 1e-5

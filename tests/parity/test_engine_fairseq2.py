@@ -1,0 +1,380 @@
+"""Both engines learn the same from the same: bit for bit, whole or stopped, in one process or two.
+
+As a script under torchrun it is the two processes: `torchrun --nproc-per-node 2 FILE FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from jahubert.errors import JahubertError, StaleError
+from jahubert.frames import HUBERT
+from jahubert.model.heads import UnitHead
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.train.data.masking import generator, span_mask
+from jahubert.train.data.sampler import MicroBatch, Sampler
+from jahubert.train.experiment import distributed
+from jahubert.train.trainer.losses import unit_loss
+from jahubert.train.trainer.optim import TrainConfig
+from jahubert.train.trainer.trainer import Loss, Stopped
+from jahubert.train.trainer.trainer import train as train_torch
+
+MODEL = HubertConfig(
+    conv_dims=(8,) * 7,
+    width=16,
+    layers=3,
+    heads=2,
+    ffn=32,
+    pos_conv_kernel=16,
+    pos_conv_groups=4,
+    layer_drop=0.2,
+)
+CONFIG = TrainConfig(
+    max_steps=6,
+    batch_seconds=8.0,  # four micro-batches a step: two for each of two processes
+    micro_seconds=2.0,
+    lr=3e-3,
+    clip_norm=0.5,
+    precision="fp32",
+    device="cpu",
+    log_every=2,
+    save_every=3,
+    valid_every=2,
+)
+UNITS = 5
+
+
+@dataclass
+class Batch:
+    wav_BT: Tensor
+    n_samples_B: Tensor
+    mask_BS: Tensor
+    unit_N: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return self
+
+
+class Tones:
+    """Utterances made of short tones; the unit of a frame is the pitch under it."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.units = [rng.integers(UNITS, size=rng.integers(6, 20)).repeat(4) for _ in range(24)]
+        n_samples = np.array([HUBERT.window + HUBERT.hop * (len(units) - 1) for units in self.units])
+        self.sampler = Sampler(
+            np.arange(len(n_samples)), n_samples, micro_seconds=CONFIG.micro_seconds, per_step=4, seed=1
+        )
+
+    def name(self, row: int) -> str:
+        return f"row {row}"
+
+    def load(self, micro: MicroBatch) -> Batch:
+        wavs, masks, units = [], [], []
+        for row in micro.rows:
+            rng = generator(1, micro.epoch, row)
+            pitch_T = self.units[row].repeat(HUBERT.hop)[: self.sampler.n_samples[row] - HUBERT.hop]
+            wav_T = np.sin(np.cumsum(0.1 + 0.2 * pitch_T)) + 0.1 * rng.standard_normal(len(pitch_T))
+            wavs.append(torch.from_numpy(np.pad(wav_T, (0, HUBERT.hop))).float())
+            mask_S = span_mask(len(self.units[row]), 0.5, 4, rng, min_spans=1)
+            masks.append(torch.from_numpy(mask_S))
+            units.append(torch.from_numpy(self.units[row][mask_S]))
+        pad = nn.utils.rnn.pad_sequence
+        n_samples_B = torch.tensor([len(wav) for wav in wavs])
+        return Batch(pad(wavs, True), n_samples_B, pad(masks, True), torch.cat(units))
+
+
+class Learner(nn.Module):
+    """Masked prediction; in step `told_at` the last process, and no other, gets a signal."""
+
+    seed = 7
+    skips = True
+
+    def __init__(self, told_at: int | None = None, told: signal.Signals = signal.SIGTERM):
+        super().__init__()
+        self.told_at, self.told = told_at, told
+        torch.manual_seed(3)
+        self.hubert = HubertModel(MODEL)
+        self.head = UnitHead(MODEL.width, UNITS, 8)
+        self.blocks = list(self.hubert.encoder.layers)
+
+    def forward(self, batch: Batch, step: int) -> Loss:
+        if step + 1 == self.told_at and distributed.rank() == distributed.world() - 1:
+            signal.raise_signal(self.told)
+        encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
+        logits_NK = self.head(encoded.hidden_BSD[batch.mask_BS])
+        loss = unit_loss(logits_NK, batch.unit_N)
+        correct = (logits_NK.argmax(-1) == batch.unit_N).sum()
+        return Loss(loss, len(batch.unit_N), {"correct": correct, "seconds": len(batch.unit_N) / 50})
+
+    def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
+        return {"loss": sums["total"] / count, "accuracy": sums["correct"] / count}
+
+
+def learn(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **told):
+    """A run with its validation; the module after it, and what the engine returned."""
+    out.mkdir(parents=True, exist_ok=True)
+    module, data = Learner(**told), Tones()
+
+    def validate() -> dict[str, float]:
+        sums = {"total": 0.0, "count": 0.0, "correct": 0.0}
+        for micro in data.sampler.epoch(0).share(distributed.rank(), distributed.world()):
+            loss = module(data.load(micro), 99)
+            sums["total"] += float(loss.total)
+            sums["correct"] += float(loss.sums["correct"])
+            sums["count"] += loss.count
+        totals = distributed.total(sums, torch.device("cpu"))
+        return module.metrics(totals, totals["count"])
+
+    if engine == "torch":
+        train = train_torch
+    else:
+        from jahubert.train.trainer.fairseq2 import train
+    try:
+        result = train(module, data, config, out, validate=validate, best=best)
+    except Stopped:
+        result = None
+    return module.state_dict(), result
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lines(out: Path) -> list[dict]:
+    """The metrics without what a clock said."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
+
+
+def check_lines(a: Path, b: Path) -> None:
+    """The sums are added up in another order, so the last digits differ."""
+    assert [list(row) for row in lines(a)] == [list(row) for row in lines(b)]
+    for row_a, row_b in zip(lines(a), lines(b), strict=True):
+        assert row_a == pytest.approx(row_b, rel=1e-6)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.partition("_")[2]) for path in folder.glob("step_*"))
+
+
+@pytest.mark.stack
+def test_the_import_survives_a_conda_environment():
+    code = "import os, jahubert.train.trainer.fairseq2; assert os.environ['CONDA_PREFIX'] == '/nowhere'"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "CONDA_PREFIX": "/nowhere"}, check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Six steps in one process with the torch engine: what everything is compared with."""
+    folder = tmp_path_factory.mktemp("torch")
+    state, result = learn("torch", folder)
+    save_file(state, folder / "end.safetensors")
+    assert result is not None and not same(state, Learner().state_dict())
+    return folder
+
+
+@pytest.mark.stack
+def test_the_same_weights_and_metrics(whole, tmp_path):
+    state, result = learn("fairseq2", tmp_path)
+    assert same(state, load_file(whole / "end.safetensors"))
+    check_lines(tmp_path, whole)
+    assert result == pytest.approx({name: lines(whole)[-2][name] for name in ("loss", "accuracy")})
+    assert [row["step"] for row in lines(tmp_path)] == [2, 2, 4, 4, 6, 6]
+    assert steps_in(tmp_path / "checkpoints_fairseq2") == [3, 6]
+
+
+@pytest.mark.stack
+def test_recomputed_activations_and_kept_checkpoints(whole, tmp_path):
+    config = replace(CONFIG, recompute=True, save_every=1, keep_every=2, keep_last=1)
+    state, _ = learn("fairseq2", tmp_path, config=config)
+    assert same(state, load_file(whole / "end.safetensors"))
+    assert steps_in(tmp_path / "checkpoints_fairseq2") == [2, 4, 6]
+
+
+@pytest.mark.stack
+def test_the_trainer_cannot_be_imported_first():
+    """Where this fails, the import before it may go."""
+    code = "import soundfile; from fairseq2.trainer import Trainer"
+    environment = {name: value for name, value in os.environ.items() if name != "CONDA_PREFIX"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode and "circular import" in done.stderr
+
+
+@pytest.mark.stack
+def test_stopped_and_continued(whole, tmp_path):
+    _, result = learn("fairseq2", tmp_path, told_at=3)
+    assert result is None and steps_in(tmp_path / "checkpoints_fairseq2") == [3]
+    state, result = learn("fairseq2", tmp_path)
+    assert same(state, load_file(whole / "end.safetensors"))
+    check_lines(tmp_path, whole)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    again, result_again = learn("fairseq2", tmp_path)
+    assert same(again, state) and result_again == result  # and not one step more
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    check_lines(tmp_path, whole)
+
+
+@pytest.mark.stack
+def test_stopped_in_the_last_step(whole, tmp_path):
+    _, result = learn("fairseq2", tmp_path, told_at=CONFIG.max_steps)
+    assert result is None and CONFIG.max_steps in steps_in(tmp_path / "checkpoints_fairseq2")
+    state, _ = learn("fairseq2", tmp_path)
+    assert same(state, load_file(whole / "end.safetensors"))
+    check_lines(tmp_path, whole)
+
+
+@pytest.mark.stack
+def test_stopped_between_two_lines_and_before_a_validation_was_written(whole, tmp_path):
+    odd = replace(CONFIG, log_every=4, save_every=3, valid_every=3)
+    learn("torch", tmp_path / "torch", config=odd)
+    learn("fairseq2", tmp_path / "ours", config=odd, told_at=3)
+    assert not (tmp_path / "ours" / "metrics.jsonl").exists()  # the validation of step 3 is still to come
+    state, _ = learn("fairseq2", tmp_path / "ours", config=odd)
+    assert same(state, load_file(whole / "end.safetensors"))
+    check_lines(tmp_path / "ours", tmp_path / "torch")
+
+
+@pytest.mark.stack
+def test_killed_and_continued(whole, tmp_path):
+    killed = subprocess.run([sys.executable, __file__, str(tmp_path), "kill"], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    # Step 3 was being saved in the background while step 4 was computed; it may be there or not.
+    assert [row["step"] for row in lines(tmp_path)] == [2, 2, 4, 4]
+    state, _ = learn("fairseq2", tmp_path)
+    assert same(state, load_file(whole / "end.safetensors"))
+    check_lines(tmp_path, whole)
+
+
+@pytest.mark.stack
+def test_the_best_step_is_kept(tmp_path):
+    config = replace(CONFIG, valid_every=1)
+    best = "accuracy"  # the smaller, the better: not the last step, if anything is learnt
+    wanted, metrics = learn("torch", tmp_path / "torch", config=config, best=best)
+    assert metrics["best_step"] < 6
+    learn("fairseq2", tmp_path / "ours", config=config, best=best, told_at=4)
+    for _ in range(2):  # continued, and asked again
+        state, result = learn("fairseq2", tmp_path / "ours", config=config, best=best)
+        assert same(state, wanted) and result == pytest.approx(metrics)
+    check_lines(tmp_path / "ours", tmp_path / "torch")
+
+
+@pytest.mark.stack
+def test_engines_are_not_mixed(tmp_path):
+    for engine, other in (("torch", "fairseq2"), ("fairseq2", "torch")):
+        learn(engine, tmp_path / engine, told_at=1)
+        with pytest.raises(StaleError, match=f"engine={engine}"):
+            learn(other, tmp_path / engine)
+
+
+@pytest.mark.stack
+def test_a_loss_that_is_no_number_changes_nothing(tmp_path, monkeypatch):
+    load = Tones.load
+
+    def broken(self: Tones, micro: MicroBatch) -> Batch:
+        batch = load(self, micro)
+        if self.sampler.epoch(micro.epoch)[micro.index] == self.sampler.epoch(0)[6]:
+            batch.wav_BT[:] = torch.nan
+        return batch
+
+    monkeypatch.setattr(Tones, "load", broken)
+    errors = []
+    for engine in ("torch", "fairseq2"):
+        with pytest.raises(
+            JahubertError,
+            match=r"step 2: the loss is nan, and .* micro-batch 6 of epoch 0, utterances 'row \d",
+        ) as error:
+            learn(engine, tmp_path / engine)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.stack
+def test_float16_overflows_are_told_and_end_a_run_that_has_nothing_else(tmp_path, monkeypatch):
+    """On a CPU, where fairseq2's scaler would do nothing: the same one, told that it may."""
+    from jahubert.train.trainer import fairseq2 as engine_fairseq2
+    from jahubert.train.trainer import trainer as engine
+
+    def scaler(gangs):
+        made = StandardFloat16LossScaler(gangs)
+        made._grad_scaler = torch.amp.GradScaler("cpu")
+        return made
+
+    StandardFloat16LossScaler = engine_fairseq2.StandardFloat16LossScaler
+    monkeypatch.setattr(engine_fairseq2, "StandardFloat16LossScaler", scaler)
+    for module in (engine, engine_fairseq2):
+        monkeypatch.setattr(module, "pick_precision", lambda config, device: torch.float16)
+    learn("fairseq2", tmp_path / "some")
+    found = [row.get("overflows", 0) for row in lines(tmp_path / "some") if "loss" in row]
+    assert found[0] > 0 and len(found) == 3
+    timing = json.loads((tmp_path / "some" / "metrics.jsonl").read_text().splitlines()[-2])["timing"]
+    assert timing["steps"] == 2 + found[-1]
+
+    monkeypatch.setattr(torch.amp.GradScaler, "_unscale_grads_", _infinite)
+    errors = []
+    for each in ("torch", "fairseq2"):
+        with pytest.raises(JahubertError, match="the float16 gradients overflow whatever") as error:
+            learn(each, tmp_path / each, config=replace(CONFIG, max_steps=99, valid_every=0))
+        errors.append(str(error.value).partition(": ")[2])
+    assert errors[0] == errors[1]
+
+
+def _infinite(self, optimizer, inv_scale, found_inf, allow_fp16) -> dict[torch.device, Tensor]:
+    return {torch.device("cpu"): torch.ones(())}
+
+
+@pytest.mark.stack
+def test_two_processes(whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        torchrun = subprocess.Popen(
+            [*command, __file__, str(tmp_path)], env=environment, stdout=log, stderr=log
+        )
+        try:
+            status = torchrun.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            torchrun.terminate()  # which ends its processes; killed, it would leave them behind
+            status = torchrun.wait(timeout=60)
+    assert status == 0, (tmp_path / "log").read_text()[-3000:]
+    wanted = load_file(tmp_path / "torch.safetensors")
+    for name in ("fairseq2", "torch-stopped", "fairseq2-stopped"):
+        assert same(load_file(tmp_path / f"{name}.safetensors"), wanted), name
+        check_lines(tmp_path / name, tmp_path / "torch")
+    # One process adds the gradients up in another order.
+    for name, value in load_file(whole / "end.safetensors").items():
+        torch.testing.assert_close(wanted[name], value, rtol=1e-3, atol=1e-4)
+    with pytest.raises(StaleError, match="saved by 2 processes, but now there are 1"):
+        learn("fairseq2", tmp_path / "fairseq2")
+
+
+def main(folder: Path) -> None:
+    """Every run of `test_two_processes`; a hang would be one process that stops a step before the other."""
+    with distributed.process_group():
+        for engine in ("torch", "fairseq2"):
+            runs = {engine: learn(engine, folder / engine)}
+            assert learn(engine, folder / f"{engine}-stopped", told_at=3)[1] is None
+            runs[f"{engine}-stopped"] = learn(engine, folder / f"{engine}-stopped")
+            assert len({str(result) for _, result in runs.values()}) == 1
+            for name, (state, _) in runs.items():
+                if distributed.rank() == 0:
+                    save_file(state, folder / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["kill"]:
+        learn("fairseq2", Path(sys.argv[1]), told_at=5, told=signal.SIGKILL)
+    else:
+        main(Path(sys.argv[1]))

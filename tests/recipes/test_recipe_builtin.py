@@ -1,0 +1,191 @@
+"""The recipe of the built-in model: voices told apart, speeds, reading, and the folder for the wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+pytest.importorskip("pyopenjtalk")
+
+import jahubert
+from jahubert.audio import AudioSource
+from jahubert.errors import ConfigError, DataError
+from jahubert.train.data.manifest import Utterance
+from jahubert.train.experiment.provenance import DONE
+from jahubert.train.experiment.registry import resolve
+
+HOME = Path(__file__).parents[2] / "recipes" / "builtin"
+builtin = sys.modules[resolve(f"{HOME / 'prepare.py'}:prepare", {}, "recipe").__module__]
+spec = importlib.util.spec_from_file_location("builtin_build", HOME / "build.py")
+assert spec and spec.loader
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+KANA = "かきくけこさしすせそたちつてとなにぬねの"
+RATE = 16_000
+
+
+def buzz(hz: float, seconds: float = 0.6) -> np.ndarray:
+    """Something with a pitch: harmonics of `hz` between two silences."""
+    time_T = np.arange(round(seconds * RATE)) / RATE
+    wav_T = sum(np.sin(2 * np.pi * hz * k * time_T) / k for k in range(1, 12)) * np.hanning(len(time_T))
+    return np.concatenate([np.zeros(2000), 0.2 * wav_T, np.zeros(2000)])
+
+
+def word(path: Path, hz: float) -> Utterance:
+    soundfile.write(path, buzz(hz), RATE)
+    return Utterance("word", AudioSource(str(path)), n_samples=len(buzz(hz)), text="か", split="test")
+
+
+def test_voices_are_told_apart_by_their_pitch(tmp_path):
+    for hz, voice in ((90, "low"), (125, "low"), (160, "low"), (190, "high"), (240, "high"), (320, "high")):
+        assert builtin._voice(word(tmp_path / "a.wav", hz)) == voice
+
+
+def test_another_speed_is_another_length_and_pitch(tmp_path):
+    item = word(tmp_path / "a.wav", 160)
+    fast, slow = (builtin._at_speed(item, speed, tmp_path / "speeds") for speed in (1.25, 0.8))
+    assert (fast.n_samples, slow.n_samples) == (round(item.n_samples / 1.25), round(item.n_samples / 0.8))
+    assert len({item.id, fast.id, slow.id}) == 3 and fast.text == item.text
+    assert (builtin._voice(fast), builtin._voice(slow)) == ("high", "low")
+    spectrum = np.abs(np.fft.rfft(soundfile.read(fast.audio.path)[0]))
+    assert spectrum.argmax() * RATE / fast.n_samples == pytest.approx(200, abs=4)
+    stamp = Path(fast.audio.path).stat().st_mtime_ns
+    assert builtin._at_speed(item, 1.25, tmp_path / "speeds") == fast
+    assert Path(fast.audio.path).stat().st_mtime_ns == stamp
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> list[Utterance]:
+    """The whole corpus from 40 invented words of two voices, and a sentence."""
+    root = tmp_path_factory.mktemp("corpus")
+    ogg = root / "lib" / "ogg"
+    ogg.mkdir(parents=True)
+    for i in range(40):
+        kana = KANA[i % 20] + KANA[(i * 7 + i // 20) % 20]
+        soundfile.write(ogg / f"{kana}【{kana}】.ogg", buzz(120 if i % 2 else 240), RATE)
+    sentences = root / "sentences"
+    sentences.mkdir()
+    soundfile.write(sentences / "one.wav", buzz(200, 3.0), RATE)
+    (sentences / "transcripts.tsv").write_text("file\ttext\tnote\none.wav\t雨が降る。\tx\n", encoding="utf-8")
+    config = builtin.Config(
+        sentences=str(sentences),
+        words=builtin.Words(dev_share=0.1, test_share=0.4, uses=1),
+        voices=builtin.Voices(minutes=0.6, dev_share=0.2, test_share=0.2),
+        reading=0.3,
+    )
+    return list(builtin.prepare(root, tmp_path_factory.mktemp("work"), config, 0))
+
+
+def test_splits(made):
+    splits = {item.split for item in made}
+    tests = {"test_low", "test_high", "test_joined", "test_made", "test_real"}
+    assert splits == {"train", "dev", "dev_joined", "dev_made", *tests}
+    assert len({item.id for item in made}) == len(made)
+    assert tests == set(build.SETS)
+    held_out = {item.words for item in made if item.split in ("test_low", "test_high")}
+    singles = {item.words for item in made if item.split == "train" and item.id.startswith("word")}
+    assert held_out and singles and not held_out & singles
+    for item in made:
+        if item.split in ("test_low", "test_high"):
+            number = next(k for k in range(40) if KANA[k % 20] + KANA[(k * 7 + k // 20) % 20] == item.text)
+            assert item.split == ("test_low" if number % 2 else "test_high")
+
+
+def test_made_voices_read_training_words_with_known_times(made):
+    singles = {item.text for item in made if item.split == "train" and item.id.startswith("word")}
+    reading = [item for item in made if item.id.startswith("reading")]
+    assert reading
+    for item in reading:
+        assert item.split == "train" and item.alignment[-1].end == item.n_samples
+        spoken = tuple(phone.symbol for phone in item.alignment if phone.symbol != "pau")
+        assert spoken == tuple(phone for word in item.words for phone in word)
+        assert sum(item.text.count(single) > 0 for single in singles) >= 2
+
+
+def test_real_sentences_are_only_for_measuring(made):
+    (item,) = (item for item in made if item.id.startswith("real"))
+    assert (item.split, item.text, item.id) == ("test_real", "雨が降る。", "real-one")
+
+
+@pytest.mark.parametrize("wrong", [{"speeds": (3.0,)}, {"reading": -1.0}])
+def test_settings_that_make_no_sense(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        builtin.Config(**wrong)
+
+
+def test_a_sentences_folder_without_its_table(tmp_path):
+    with pytest.raises(DataError, match=r"transcripts\.tsv"):
+        list(builtin._sentences(tmp_path))
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """What the stages leave of a run, as far as it is packed."""
+    torch.manual_seed(0)
+    sizes = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
+    ctc = jahubert.HubertForCtc(jahubert.HubertConfig(**sizes, pos_conv_groups=2), 42)
+    system = tmp_path / "exp" / "systems" / "main"
+    jahubert.save_bundle(system / "finetune" / "bundle", ctc=ctc, phonemes=jahubert.PhonemeSet.standard())
+    (system / "score").mkdir()
+    rate = {"rate": 0.1234, "low": 0.1, "high": 0.2}
+    score = {"utterances": 17, "per": rate, "wer": rate, "kana_cer": rate}
+    (system / "score" / "scores.json").write_text(json.dumps({"test_low": score, "test_made": score}))
+    record = {"fingerprint": "abcdef", "metrics": {"hours": 12.34}}
+    for stage in ("finetune", "score"):
+        (system / stage / DONE).write_text(json.dumps(record))
+    return tmp_path / "exp"
+
+
+def test_packing_keeps_the_model_and_says_what_it_can(finished, tmp_path, capsys):
+    target = tmp_path / "assets" / build.NAME
+    arguments = ["--pack", str(finished), "--to", str(target), "data=/home/somebody/x", "seed=3"]
+    assert build.main(arguments) == 0
+    before = jahubert.load_bundle(finished / "systems/main/finetune").ctc.state_dict()
+    bundle = jahubert.load_bundle(target)
+    for name, tensor in bundle.ctc.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name].half().float()), name
+    assert bundle.info["licence"] == "CC-BY-SA-4.0" and "Tofugu and WaniKani" in bundle.info["attribution"]
+    assert bundle.info["weights"] == jahubert.formats.bundle.weights_hash(bundle.model)
+    page = (target / "README.md").read_text(encoding="utf-8")
+    assert "12.3 [10.0, 20.0]" in page and "| 17 |" in page and "12.3 hours" in page
+    assert "CC BY-SA 4.0" in page and "not good for" in page
+    assert "seed=3" in page and "somebody" not in page
+    size = sum(path.stat().st_size for path in target.iterdir())
+    assert f"{size / 1e6:.1f} MB" in capsys.readouterr().out
+    assert build.main(arguments) == 0  # again, over the old one
+    assert sorted(path.name for path in target.parent.iterdir()) == [build.NAME]
+
+
+def test_what_cannot_be_packed(finished, tmp_path, capsys, monkeypatch):
+    target = tmp_path / "assets" / build.NAME
+    monkeypatch.setattr(build, "LIMIT", 1000)
+    assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
+    assert "at most" in capsys.readouterr().err and not target.exists()
+    (finished / "systems" / "main" / "score" / DONE).unlink()
+    assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
+    assert "stage score is not done" in capsys.readouterr().err
+
+
+def test_pretraining_is_that_of_tofugu_unless_another_is_named(monkeypatch):
+    asked: list[list[str]] = []
+
+    def done(overrides):
+        asked.append(list(overrides))
+        return 0
+
+    monkeypatch.setattr(build.run, "main", done)
+    settings = ["data=/corpus", "processes=2", "exp=elsewhere", "finetune.train.max_steps=7"]
+    status, folder = build.pretrained(settings)
+    assert (status, folder) == (0, "exp/tofugu/iter2/pretrain")
+    assert asked[0] == ["recipe=tofugu", "data=/corpus", "processes=2", "stage=prepare"]
+    assert asked[-1][-2:] == ["stage=pretrain", "iteration=2"] and len(asked) == 9
+    assert build.pretrained([*settings, "pretrained=mine"]) == (0, "mine") and len(asked) == 9
+    monkeypatch.setattr(build.run, "main", lambda overrides: 2 if "stage=kmeans" in overrides else 0)
+    assert build.pretrained(settings)[0] == 2

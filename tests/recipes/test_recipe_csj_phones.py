@@ -1,0 +1,110 @@
+"""Phone times of CSJ's XML: labels of the corpus as phones of the 40, and what cannot be read."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from fixtures.csj_tree import LABELS, RATE, Segment, Talk, expected, planned, write_talk, xml_text
+
+from jahubert.train.data.manifest import Phone, Rejected, Utterance
+from jahubert.train.experiment.registry import resolve
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "csj" / "prepare.py"
+csj = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+speech, talks, transcripts = (sys.modules[f"csj_{name}"] for name in ("speech", "talks", "transcripts"))
+
+
+def read(data: Path, **options) -> tuple[list[Utterance], list[Rejected]]:
+    items = list(csj.prepare(data, data, csj.Config(**options), 0))
+    return [i for i in items if isinstance(i, Utterance)], [i for i in items if isinstance(i, Rejected)]
+
+
+def test_phone_times_of_the_core_become_the_alignment(tmp_path):
+    talk = Talk("A01F0055", [Segment(1000, 1700, [("今日", "キョー"), ("切手", "キッテ")])])
+    write_talk(tmp_path, "usb", talk, ("sdb", "xml"))
+    item = read(tmp_path)[0][0]
+    spelled = [("ky", 0, 1867), ("o:", 1867, 5600)]
+    spelled += [(p, 5600 + 1120 * i, 6720 + 1120 * i) for i, p in enumerate(("k", "i", "q", "t", "e"))]
+    assert item.start == 16_000
+    assert item.alignment == tuple(Phone(*phone) for phone in spelled)
+
+
+def test_an_alignment_is_cut_at_its_utterance_and_never_overlaps():
+    times = [
+        transcripts.PhoneTime(*t, "L")
+        for t in (("a", 0, 50), ("i", 50, 150), ("u", 140, 200), ("e", 200, 300))
+    ]
+    assert talks._alignment(times, 100, 250) == (
+        Phone("i", 0, 50),
+        Phone("u", 50, 100),
+        Phone("e", 100, 150),
+    )
+    assert talks._alignment(times, 300, 400) == ()
+
+
+SAID = [kana for kana in LABELS if kana not in ("ー", "ッ") and kana[0] not in "<("]
+SAID += ["キー", "ヒッシ", "チャッツ", "ンー", "ニョーゴ"]
+
+
+@pytest.mark.parametrize("kana", SAID)
+def test_the_phonemes_of_the_xml_are_the_phones_of_the_kana(tmp_path, kana):
+    """The alignment of an utterance spells its words, whatever the corpus calls its phonemes."""
+    (tmp_path / "a.xml").write_text(xml_text(Talk("A01F0055", [Segment(0, 900, [(kana, kana)])])), "utf-8")
+    xml = transcripts.read_xml(tmp_path / "a.xml")
+    assert not xml.problems
+    (word,) = speech.speech_of(xml.segments, tmp_path, csj.Config())[0].words
+    assert tuple(phone.symbol for phone in xml.phones) == word
+    assert (xml.phones[0].start, xml.phones[-1].end) == (0, 900 * 16)
+
+
+def test_what_is_no_phone_has_no_time(tmp_path):
+    words = [("今日", "キョー"), ("<FV>", "<FV>"), ("<VN>", "<VN>"), ("(?)", "(?)"), ("は", "ワ")]
+    text = xml_text(Talk("A01F0055", [Segment(0, 1000, words)]))
+    pause = '<Phone PhoneEntity="SpzS" PhoneClass="others" PhoneStartTime="0.200" PhoneEndTime="0.300"/>'
+    (tmp_path / "a.xml").write_text(text.replace("</Phoneme>", pause + "</Phoneme>", 1), "utf-8")
+    xml = transcripts.read_xml(tmp_path / "a.xml")
+    assert [phone.symbol for phone in xml.phones] == ["ky", "o:", "w", "a"] and not xml.problems
+    assert xml.phones[0].end < 0.1 * RATE
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: text.replace('PhonemeEntity="', 'PhonemeEntity="x', 1), "PhonemeEntity 'x"),
+        (
+            lambda text: text.replace('PhoneStartTime="', 'PhoneStartTime="x', 1),
+            "PhoneStartTime must be a time",
+        ),
+        (lambda text: text.replace("</Talk>", ""), r"not XML \("),
+    ],
+)
+@pytest.mark.parametrize("broken", ["stop", "drop"])
+def test_phone_times_that_cannot_be_read_stop_nothing(tmp_path, caplog, change, says, broken):
+    """They are an extra: only they are left out, where they cannot be read, and counted."""
+    plan = planned("A01F0055")
+    write_talk(tmp_path, "usb", plan, ("sdb", "xml"))
+    path = tmp_path / "XML" / "BaseXML" / "core" / "A01F0055.xml"
+    whole, _ = read(tmp_path)
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    items, rejected = read(tmp_path, broken=broken)
+    assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected([plan])
+    assert rejected[0].id == "A01F0055.xml" and rejected[0].reason == "broken phone times"
+    assert re.search(rf"A01F0055.xml:\d+: {says}", rejected[0].detail)
+    assert "csj: phone times of 1 talks cannot be read in full" in caplog.text
+    first, *others = (item.alignment for item in items)
+    assert first == ()
+    if "not XML" not in says:
+        assert others == [item.alignment for item in whole][1:]
+
+
+def test_a_transcript_in_xml_is_read_whatever_its_phonemes_are(tmp_path):
+    plan = planned("A01F0055")
+    write_talk(tmp_path, "usb", plan, ("xml",))
+    path = tmp_path / "XML" / "BaseXML" / "core" / "A01F0055.xml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('PhonemeEntity="', 'PhonemeEntity="x'), encoding="utf-8")
+    items, _ = read(tmp_path)
+    assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected([plan])

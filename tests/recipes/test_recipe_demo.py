@@ -1,0 +1,130 @@
+"""The corpus that makes itself: exact times, no sentence in two splits, the same bytes again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+pytest.importorskip("pyopenjtalk")
+
+from jahubert.errors import ConfigError
+from jahubert.phonemes import PHONES
+from jahubert.train.data.manifest import Utterance
+from jahubert.train.experiment.registry import resolve
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "prepare.py"
+demo = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+MINUTES = 0.5
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, list[Utterance]]:
+    work = tmp_path_factory.mktemp("demo")
+    return work, list(demo.prepare(None, work, demo.Config(minutes=MINUTES), 3))
+
+
+def levels(item: Utterance) -> dict[str, list[float]]:
+    """Level in dB of every phone's middle half, relative to the whole utterance."""
+    wave, rate = soundfile.read(item.audio.path)
+    assert rate == 16_000
+    assert len(wave) == item.n_samples
+    found: dict[str, list[float]] = {}
+    for phone in item.alignment:
+        quarter = (phone.end - phone.start) // 4
+        part = wave[phone.start + quarter : phone.end - quarter]
+        found.setdefault(phone.symbol, []).append(10 * np.log10(np.mean(part**2) / np.mean(wave**2) + 1e-12))
+    return found
+
+
+def test_alignment_covers_the_audio_with_the_words_and_pauses(made):
+    for item in made[1]:
+        ends = [phone.end for phone in item.alignment]
+        assert [phone.start for phone in item.alignment] == [0, *ends[:-1]]
+        assert ends[-1] == item.n_samples
+        spoken = [phone.symbol for phone in item.alignment if phone.symbol != "pau"]
+        assert spoken == [phone for word in item.words for phone in word]
+        assert item.alignment[0].symbol == item.alignment[-1].symbol == "pau"
+
+
+def test_times_are_where_the_sound_is(made):
+    """Silence and closures are quiet and vowels are loud just inside the times that the manifest gives."""
+    all_levels: dict[str, list[float]] = {}
+    for item in made[1]:
+        for symbol, values in levels(item).items():
+            all_levels.setdefault(symbol, []).extend(values)
+    median = {symbol: float(np.median(values)) for symbol, values in all_levels.items()}
+    assert median["pau"] < -18
+    assert max(median["q"], median["t"]) < -12
+    assert min(median[vowel] for vowel in ("a", "o", "e")) > -3
+    assert max(all_levels["pau"]) < -12  # not one pause has speech in it
+
+
+def test_frames_of_single_labels_add_up_to_the_whole_for_every_speaker():
+    for i, text in enumerate(
+        ["昨日、東京で新しいパソコンを買いましょう。", "ヴィクトルさんはピューレを食べます。"]
+    ):
+        labels = demo._labels(text)[1]
+        frames = demo.frames_of(labels)
+        for speaker in demo.SPEAKERS[i::2]:
+            engine = demo._engine(speaker.frame, speaker.warping)
+            engine.add_half_tone(speaker.half_tones)
+            assert len(engine.synthesize(labels)) == sum(frames) * speaker.frame
+
+
+def test_splits_share_no_sentence_and_have_their_share(made):
+    plan = [item for _, item in demo._plan(demo.sentences(0), Path("x"), demo.Config(minutes=6.0), 0)]
+    texts: dict[str, set[str]] = {}
+    seconds: dict[str, float] = {}
+    for item in plan:
+        texts.setdefault(item.split, set()).add(item.text)
+        seconds[item.split] = seconds.get(item.split, 0) + item.n_samples / 16_000
+    assert sum(len(group) for group in texts.values()) == len(plan) == len({item.id for item in plan})
+    assert 360 <= sum(seconds.values()) < 375
+    assert seconds["test"] == pytest.approx(0.115 * 360, abs=6)
+    assert seconds["dev"] == pytest.approx(0.085 * 360, abs=6)
+    assert {item.speaker for item in plan} == {speaker.name for speaker in demo.SPEAKERS}
+    assert {phone for item in plan for word in item.words for phone in word} == set(PHONES) - {"dy"}
+
+
+def test_again_makes_the_same_bytes_and_keeps_what_is_there(made, tmp_path):
+    work, items = made
+    files = sorted(path.relative_to(work) for path in work.rglob("*.flac"))
+    assert len(files) == len(items)
+    lines = [line for line, _ in demo._plan(demo.sentences(3), tmp_path, demo.Config(minutes=MINUTES), 3)]
+    for line in lines[:2]:
+        demo._write(line, tmp_path)
+        assert line.path(tmp_path).read_bytes() == line.path(work).read_bytes()
+
+    stamp = (work / files[1]).stat().st_mtime_ns
+    (work / files[0]).unlink()
+    again = list(demo.prepare(None, work, demo.Config(minutes=MINUTES), 3))
+    assert again == items
+    assert soundfile.info(str(work / files[0])).frames > 0
+    assert (work / files[1]).stat().st_mtime_ns == stamp
+
+
+def test_another_seed_is_another_corpus():
+    first, second = (
+        {line.text for line, _ in demo._plan(demo.sentences(seed), Path("x"), demo.Config(minutes=0.5), seed)}
+        for seed in (0, 1)
+    )
+    assert len(first & second) < len(first) / 2
+
+
+def test_two_processes_make_what_one_makes(made, tmp_path):
+    lines = [line for line, _ in demo._plan(demo.sentences(3), tmp_path, demo.Config(minutes=MINUTES), 3)][:4]
+    demo._make(lines, tmp_path, 2)
+    for line in lines:
+        assert line.path(tmp_path).read_bytes() == line.path(made[0]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"minutes": 0}, {"dev_share": -0.1}, {"dev_share": 0.5, "test_share": 0.5}]
+)
+def test_sizes_that_make_no_sense(wrong, tmp_path):
+    with pytest.raises(ConfigError, match="minutes"):
+        list(demo.prepare(None, tmp_path, demo.Config(**wrong), 0))

@@ -1,0 +1,160 @@
+"""Each tutorial from top to bottom, as a reader types it: files, commands, Python; on small corpora.
+
+`python`, `jahubert` and the commands of a cluster are scripts in front of the PATH that run this checkout,
+and add to every command of the stages the sizes that make it quick. Nothing else of a page is changed but
+the folders that are a reader's own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fixtures.sounds import syllables
+
+import jahubert
+from jahubert.formats.bundle import save_bundle
+
+pytest.importorskip("hydra")
+pytestmark = pytest.mark.slow
+
+REPO = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(
+    r"(?:^#+ \d+\. `(?P<file>[^`]+)`$)"  # a heading that names the file below it
+    r"|(?:^[^\n]*`(?P<script>[\w.-]+)`:$)"  # or the end of a sentence that does
+    r"|^```(?P<kind>\w+)\n(?P<text>.*?)^```",
+    re.S | re.M,
+)
+SIZES = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
+TRAIN = (
+    "max_steps=2", "batch_seconds=20", "micro_seconds=20", "valid_every=1", "log_every=1", "precision=fp32",
+    "save_every=1",
+)  # fmt: skip
+SHAPES = {name: list(value) if isinstance(value, tuple) else value for name, value in SIZES.items()}
+SMALL = [
+    *(f"model.{name}={value}".replace(" ", "") for name, value in SHAPES.items()),
+    "model.pos_conv_groups=2", "device=cpu", "workers=0", "processes=1", "decode.beam=2", "score.samples=10",
+    "features.sample_frames=400", "features.layer=2", "kmeans.n_clusters=5", "kmeans.n_init=1",
+    "pretrain.unit_dim=8", "pretrain.crop.min_seconds=0", "finetune.freeze_conv=false",
+    "finetune.head_only_steps=0", "report.worst=1",
+    *(f"{stage}.train.{setting}" for stage in ("pretrain", "finetune") for setting in TRAIN),
+]  # fmt: skip
+SHIMS = {
+    "python": 'if [ "$1 $2" = "-m jahubert.run" ]; then exec {python} "$@" {small}; fi; exec {python} "$@"',
+    "jahubert": 'exec {python} -m jahubert "$@"',
+    "srun": 'while [[ "$1" == -* ]]; do shift; done; exec "$@"',  # one process
+    "sbatch": 'exec bash "$@"',
+}
+
+
+def own_corpus(folder: Path) -> dict[str, str]:
+    corpus = folder / "mycorpus" / "a"
+    corpus.mkdir(parents=True)
+    lines = []
+    for number in range(24):
+        soundfile.write(corpus / f"{number:03d}.wav", syllables(2.0, seed=number).numpy(), 22_050)
+        lines.append(f"a/{number:03d}.wav\tspeaker{number % 4}\tこれは音です\n")
+    (folder / "mycorpus" / "transcripts.tsv").write_text("".join(lines), encoding="utf-8")
+    return {}
+
+
+def csj(folder: Path) -> dict[str, str]:
+    from fixtures.csj_tree import planned, write_talk
+
+    for name in ("A01M0110", "A02M0012", "S00F0019", "A03F0109", "S02F0122", "A01F0055", "S00M0075"):
+        write_talk(folder / "CSJ", "usb", planned(name, n_utterances=4), ("sdb",))
+    config = jahubert.HubertConfig(**SIZES, pos_conv_groups=2)
+    for place in ("rinna/japanese-hubert-base", "exp/reazonspeech/iter2/pretrain"):
+        save_bundle(folder / place, model=jahubert.HubertModel(config))
+    soundfile.write(folder / "talk.wav", syllables(3.0).numpy(), 16_000)
+    return {
+        "/path/to/CSJ": str(folder / "CSJ"),
+        "rinna/japanese-hubert-base": str(folder / "rinna/japanese-hubert-base"),
+    }
+
+
+def reazonspeech(folder: Path) -> dict[str, str]:
+    from fixtures.reazonspeech_tree import Release
+
+    return {"/path/to/reazonspeech": str(Release(folder / "corpus", shards=3, rows=8).write())}
+
+
+def model(folder: Path) -> dict[str, str]:
+    torch.manual_seed(0)
+    config = jahubert.HubertConfig(**SIZES | {"layers": 6}, pos_conv_groups=2)
+    phonemes = jahubert.PhonemeSet.standard()
+    ctc = jahubert.HubertForCtc(config, len(phonemes))
+    save_bundle(
+        folder / "bundle", ctc=ctc, phonemes=phonemes, centroids_KD=torch.randn(9, 16), centroid_layer=2
+    )
+    soundfile.write(folder / "audio.wav", np.asarray(syllables(3.0)), 16_000)
+    return {}
+
+
+TUTORIALS: dict[str, tuple[Callable[[Path], dict[str, str]], tuple[str, ...]]] = {
+    "own-corpus": (own_corpus, ("exp/mine/report/report.html", "exp/mine-wider/report/report.html")),
+    "csj": (csj, ("exp/csj/report/report.html", "out/talk.TextGrid", "exp/csj-mine/report/table.txt")),
+    "reazonspeech": (
+        reazonspeech,
+        ("exp/first/iter1/label/units.bin", "exp/big/iter2/pretrain/bundle", "exp/big/report"),
+    ),
+    "features": (model, ("features/audio.npy",)),
+    "publish": (model, ("published/README.md", "published.pt", "published.onnx")),
+}
+
+
+def test_every_tutorial_is_run():
+    pages = {path.stem for path in (REPO / "docs" / "tutorials").glob("*.md")}
+    assert pages == {*TUTORIALS, "README"}
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_tutorial(name, tmp_path):
+    prepare, leaves = TUTORIALS[name]
+    if name == "publish":
+        pytest.importorskip("onnxscript", reason="extra onnx")
+    replaced = prepare(tmp_path)
+    for tool, line in SHIMS.items():
+        script = tmp_path / "bin" / tool
+        script.parent.mkdir(exist_ok=True)
+        extra = list(SMALL)
+        if name == "reazonspeech":
+            extra += ["prepare.options.dev=4", "prepare.options.test=4"]
+        small = " ".join(f"'{setting}'" for setting in extra)
+        script.write_text(f"#!/bin/bash\n{line.format(python=sys.executable, small=small)}\n")
+        script.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    text = (REPO / "docs" / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
+    for old, new in replaced.items():
+        text = re.sub(re.escape(old) + r"(?=[\s\"'`]|$)", lambda _, new=new: new, text)
+    session, file = "", None
+    for block in BLOCK.finditer(text):
+        file = block["file"] or block["script"] or file
+        if not block["kind"]:
+            continue
+        kind, content = block["kind"], block["text"]
+        if kind in ("python", "yaml", "bash") and file is not None:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text(content, encoding="utf-8")
+        elif kind == "python":
+            session += content
+            run([sys.executable, "-c", session], tmp_path, env)
+        elif kind == "sh" and "recipe=demo" not in content:  # own-corpus.md offers it to whom has none
+            run(["bash", "-e", "-c", content], tmp_path, env)
+        file = None
+    for leaf in leaves:
+        assert (tmp_path / leaf).exists(), leaf
+
+
+def run(command: list[str], folder: Path, env: dict[str, str]) -> None:
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"

@@ -1,0 +1,158 @@
+"""The wheel: what is in it, what it says of itself, and ring 1 running from it on its own packages only."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_string
+from email.message import Message
+from pathlib import Path
+
+import pytest
+from fixtures.ring1 import BLOCKER, CORE
+from packaging.requirements import Requirement
+
+import jahubert
+
+REPO = Path(__file__).resolve().parents[2]
+TOOL = REPO / "tools" / "wheel_check.py"
+INFO = f"jahubert-{jahubert.__version__}.dist-info"
+# Folder of the checkout -> folder of the wheel.
+PLACES = {"jahubert": "jahubert", "conf": "jahubert/_conf", "recipes": "jahubert/_recipes"}
+
+spec = importlib.util.spec_from_file_location("wheel_check", TOOL)
+assert spec and spec.loader
+wheel_check = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(wheel_check)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    try:
+        return wheel_check.build_wheel(tmp_path_factory.mktemp("wheel"))
+    except wheel_check.Broken as error:
+        if "install build dependencies did not run successfully" in str(error):
+            pytest.skip("hatchling is not installed and no index gives it")
+        raise
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metadata(unpacked) -> Message:
+    return message_from_string((unpacked / INFO / "METADATA").read_text(encoding="utf-8"))
+
+
+def from_wheel(unpacked: Path, code: str) -> str:
+    """What `code` prints in a fresh interpreter whose jahubert is the unpacked wheel."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=unpacked, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_everything_travels_and_nothing_else(unpacked):
+    there = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
+    wanted = {
+        f"{target}/{path.relative_to(REPO / source).as_posix()}"
+        for source, target in PLACES.items()
+        for path in (REPO / source).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {"jahubert/_conf/config.yaml", "jahubert/_recipes/demo/prepare.py", "jahubert/py.typed"} <= wanted
+    about = {f"{INFO}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")}
+    assert there == wanted | about | {f"{INFO}/licenses/LICENSE"}
+
+
+@pytest.mark.slow
+def test_the_sdist_makes_the_same_wheel(wheel, tmp_path):
+    """It needs an index for hatchling. Tests, tools and documentation travel in it too."""
+    sdist = wheel_check.build_sdist(tmp_path)
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"tests/conftest.py", "tools/wheel_check.py", "docs/api.md", "README.md", "LICENSE"} <= names
+    assert {"README.ja.md", ".ci/run", "jahubert/assets/japanese-small/model.safetensors"} <= names
+    (tmp_path / "again").mkdir()
+    again = wheel_check.build_wheel(tmp_path / "again", sdist)
+    one, other = (zipfile.ZipFile(path) for path in (wheel, again))
+    assert {i.filename: i.CRC for i in one.infolist()} == {i.filename: i.CRC for i in other.infolist()}
+
+
+def test_metadata(metadata, unpacked):
+    assert metadata["Name"] == "jahubert"
+    assert metadata["Version"] == jahubert.__version__
+    assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-SA-4.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert "Root-Is-Purelib: true" in (unpacked / INFO / "WHEEL").read_text()
+    entries = (unpacked / INFO / "entry_points.txt").read_text().split("\n")
+    assert "jahubert = jahubert.cli.main:main" in entries
+
+
+def test_a_plain_install_brings_ring_1_and_no_more(metadata):
+    requires = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    core = {r.name: r for r in requires if "extra" not in str(r.marker)}
+    assert set(core) == set(CORE) == set(wheel_check.CORE)
+    for version in ("2.6.0", "2.13.0", "99.0"):  # no upper bound: whoever embeds us has a torch already
+        assert core["torch"].specifier.contains(version)
+    assert not core["torch"].specifier.contains("2.5.1")
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "train", "gpu", "lm", "fairseq2", "slurm", "onnx", "dev",
+    }  # fmt: skip
+
+
+def test_ring_1_runs_from_the_wheel_with_its_own_packages_only(unpacked, tmp_path):
+    wheel_check.make_material(tmp_path)
+    code = f"""
+import runpy
+from pathlib import Path
+tool = runpy.run_path({str(TOOL)!r})
+tool["check_package"]()
+print(tool["check_results"](Path({str(tmp_path)!r})))
+"""
+    assert float(from_wheel(unpacked, BLOCKER + code)) < wheel_check.TOLERANCE
+
+
+def test_the_wheel_finds_its_own_settings_and_recipes(unpacked):
+    pytest.importorskip("hydra")
+    code = """
+from jahubert.run import compose
+from jahubert.train.experiment.registry import home, recipe_folder
+print(home("conf"), recipe_folder("demo"), compose(["recipe=demo"])["name"], sep="\\n")
+"""
+    conf, recipe, name = from_wheel(unpacked, code).splitlines()
+    assert (conf, recipe) == (str(unpacked / "jahubert/_conf"), str(unpacked / "jahubert/_recipes/demo"))
+    assert name == "demo"
+
+
+def test_the_check_sees_what_is_wrong(tmp_path):
+    import numpy as np
+
+    with pytest.raises(wheel_check.Broken, match="imported from the checkout"):
+        wheel_check.check_package()
+    wheel_check.make_material(tmp_path)
+    expected = dict(np.load(tmp_path / "expected.npz"))
+    assert wheel_check.check_results(tmp_path) == 0
+    for name, change in (("base.features.last", np.float32(2e-5)), ("large.units", 1)):
+        np.savez(tmp_path / "expected.npz", **expected | {name: expected[name] + change})
+        with pytest.raises(wheel_check.Broken, match=f"{name} differs by"):
+            wheel_check.check_results(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_empty_environment_with_the_wheel_and_no_extra():
+    """Needs an index for torch; other versions by hand, see the docstring of the tool."""
+    done = subprocess.run(
+        [sys.executable, TOOL, "torch==2.13.0"], capture_output=True, text=True, timeout=3600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2.13.0" in done.stdout

@@ -1,0 +1,121 @@
+"""Work that runs ahead: in order, bounded, errors at their place, and no thread is left."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fixtures.unit_stages import N, make_corpus, stages
+
+from jahubert import run
+from jahubert.errors import AudioError, DiskFullError
+from jahubert.prefetch import ahead
+from jahubert.train.clustering.features import Mfcc
+from jahubert.train.clustering.streaming import stream_features
+from jahubert.train.data.manifest import Manifest
+
+
+def threads() -> set[threading.Thread]:
+    """Those of all pools; a progress bar has one that stays."""
+    return {thread for thread in threading.enumerate() if "ThreadPool" in thread.name}
+
+
+def test_in_order_and_while_the_first_is_still_in_hand():
+    def work(number: int) -> int:
+        time.sleep(0.002 * (7 * number % 5))
+        begun[number].set()
+        return number * number
+
+    begun, before = [threading.Event() for _ in range(20)], threads()
+    for number, square in ahead(work, range(20), n=3):
+        assert square == number * number
+        assert all(event.wait(10) for event in begun[: number + 4])
+    assert threads() == before
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_no_more_than_n_are_begun(n):
+    begun = []
+    with closing(ahead(begun.append, iter(range(1000)), n)) as stream:
+        for _ in range(10):
+            next(stream)
+        time.sleep(0.05)
+        assert len(begun) <= 10 + n
+
+
+def test_an_error_comes_at_its_place_and_what_comes_after_it_is_dropped():
+    def work(number: int) -> int:
+        if number in (4, 5):
+            raise ValueError(f"file {number}")
+        return number
+
+    before, seen = threads(), []
+    with pytest.raises(ValueError, match="file 4"):
+        for number, _ in ahead(work, range(9)):
+            seen.append(number)
+    assert seen == [0, 1, 2, 3] and threads() == before
+
+
+def test_who_breaks_off_waits_for_what_was_begun_only():
+    begun, hold, before = [], threading.Event(), threads()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        if number:
+            hold.wait(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in ahead(work, range(99), n=90):
+            hold.set()
+            raise KeyboardInterrupt
+    assert threads() == before and len(begun) < 90
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder)
+    return folder
+
+
+def test_the_next_utterances_are_read_while_some_are_computed(corpus, monkeypatch):
+    begun, load = [threading.Event() for _ in range(N)], Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda self, row: begun[row].set() or load(self, row))
+
+    class Waiting(Mfcc):
+        def __call__(self, wavs):
+            third = min(len(found) + 3, N - 1)  # two short utterances at most are one batch
+            assert begun[third].wait(10), "nobody reads what comes next"
+            return super().__call__(wavs)
+
+    found: list[int] = []
+    for row, _ in stream_features(Manifest(corpus / "manifest.arrow"), Waiting(), range(N), 0.3):
+        found.append(row)
+    assert found == list(range(N))
+
+
+@pytest.mark.parametrize("kind", [AudioError, DiskFullError])
+def test_a_stage_that_fails_names_the_reason_and_leaves_no_reader(corpus, tmp_path, monkeypatch, kind):
+    def load(self, row, real=Manifest.load):
+        if row == 9:
+            raise AudioError(f"utterance {self[row].id!r} is truncated")
+        return real(self, row)
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config, before = replace(stages(corpus, tmp_path)["features"], batch_seconds=0.3), threads()
+    (tmp_path / "features").mkdir()
+    if kind is AudioError:
+        monkeypatch.setattr(Manifest, "load", load)
+    else:
+        monkeypatch.setattr("jahubert.train.stages.features._write_part", full)
+    says = {AudioError: "utterance 'u9' is truncated", DiskFullError: "the disk is full"}[kind]
+    with pytest.raises(kind, match=says):
+        run.run_stage("features", config, tmp_path / "features")
+    assert threads() == before

@@ -1,0 +1,134 @@
+"""MFCCs against a slow reference written from the recipe; layers against the model itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from jahubert.errors import ConfigError
+from jahubert.frames import HUBERT, MFCC
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.train.clustering.features import HubertLayer, Mfcc, deltas
+
+
+def speech_like(n: int, seed: int) -> torch.Tensor:
+    """Harmonics under a moving envelope, some noise, an offset, and a silent stretch."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(n) / 16_000
+    tone = sum(np.sin(2 * np.pi * 120 * k * t + rng.uniform(0, 6)) / k for k in range(1, 30))
+    wav = 0.1 * tone * (1 + np.sin(2 * np.pi * 3 * t)) + 0.003 * rng.standard_normal(n) + 0.01
+    wav[n // 3 : n // 3 + 1000] = 0.01
+    return torch.from_numpy(wav.astype(np.float32))
+
+
+def slow_mfcc(wav: np.ndarray) -> np.ndarray:
+    """Kaldi's MFCC, one frame and one filter at a time, in float64."""
+    wav = wav.astype(np.float64)
+    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** 0.85
+    mel = lambda hz: 1127 * np.log(1 + hz / 700)  # noqa: E731
+    edges = np.linspace(mel(20), mel(8000), 25)
+    rows = []
+    for start in range(0, len(wav) - 399, 160):
+        frame = wav[start : start + 400]
+        frame = frame - frame.mean()
+        before = np.concatenate([frame[:1], frame[:-1]])
+        power = np.abs(np.fft.fft((frame - 0.97 * before) * window, 512)) ** 2
+        energies = np.zeros(23)
+        for m in range(23):
+            left, centre, right = edges[m : m + 3]
+            for k in range(256):
+                at = mel(k * 16000 / 512)
+                weight = min((at - left) / (centre - left), (right - at) / (right - centre))
+                energies[m] += max(0.0, weight) * power[k]
+        logs = np.log(np.maximum(energies, 2.0**-23))
+        row = []
+        for c in range(13):
+            scale = np.sqrt((1 if c == 0 else 2) / 23)
+            dct = scale * sum(logs[m] * np.cos(np.pi * c * (m + 0.5) / 23) for m in range(23))
+            row.append(dct * (1 + 11 * np.sin(np.pi * c / 22)))
+        rows.append(row)
+    return np.array(rows)
+
+
+def slow_deltas(x: np.ndarray) -> np.ndarray:
+    last = len(x) - 1
+    at = lambda s: x[min(max(s, 0), last)]  # noqa: E731
+    return np.array([sum(k * (at(s + k) - at(s - k)) for k in (1, 2)) / 10 for s in range(len(x))])
+
+
+def test_mfcc_equals_the_slow_reference():
+    wav_T = speech_like(8000, 0)
+    static = slow_mfcc(wav_T.numpy())
+    delta = slow_deltas(static)
+    expected = np.concatenate([static, delta, slow_deltas(delta)], axis=1)
+    (got,) = Mfcc()([wav_T])
+    assert got.shape == (MFCC.n_frames(8000), 39)
+    assert got.dtype == torch.float32
+    # float32 rounding of a quiet frame, in units of the features; values reach 90
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-3)
+    assert np.sqrt(np.mean((got.numpy() - expected) ** 2)) < 1e-4
+
+
+def test_silence_meets_the_floor_of_the_logarithm():
+    (got,) = Mfcc()([torch.zeros(1600)])
+    np.testing.assert_allclose(got[:, 0].numpy(), np.log(2.0**-23) * np.sqrt(23), rtol=1e-5)
+    assert got[:, 1:].abs().max() < 1e-3
+    (offset,) = Mfcc()([torch.full((1600,), 0.5)])  # a constant is removed before anything else
+    torch.testing.assert_close(offset, got, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("n", [0, 1, 399, 400, 559, 560, 1040, 90_000])
+def test_number_of_frames_for_short_and_long_audio(n):
+    (got,) = Mfcc()([speech_like(90_000, 1)[:n]])
+    assert got.shape == (MFCC.n_frames(n), 39)
+    assert got.isfinite().all()
+    assert (n < 400) == (len(got) == 0)
+
+
+def test_mfcc_does_not_depend_on_the_batch_or_on_where_blocks_end():
+    wavs = [speech_like(n, n) for n in (5000, 16_000, 700, 64_000, 100)]
+    together = Mfcc()(wavs)
+    for wav_T, features in zip(wavs, together, strict=True):
+        assert torch.equal(Mfcc()([wav_T])[0], features)
+    long = speech_like(160_000, 3)
+    shifted = Mfcc()([long[160 * 37 :]])[0]
+    torch.testing.assert_close(Mfcc()([long])[0][37 + 4 :, :], shifted[4:], atol=2e-3, rtol=0)
+
+
+def test_every_second_mfcc_frame_is_a_hubert_frame():
+    assert HUBERT.step_in(Mfcc.grid) == 2
+
+
+def test_deltas_of_a_ramp_are_its_slope():
+    ramp = torch.arange(20.0)[:, None] * torch.tensor([[1.0, -3.0]])
+    torch.testing.assert_close(deltas(ramp)[2:-2], torch.tensor([[1.0, -3.0]]).expand(16, 2))
+    assert deltas(torch.ones(1, 5)).abs().max() == 0
+
+
+@pytest.fixture(scope="module")
+def model() -> HubertModel:
+    torch.manual_seed(0)
+    return HubertModel(HubertConfig.base(width=48, layers=3, heads=4, ffn=64))
+
+
+def test_a_layer_is_the_models_layer_whatever_the_batch(model):
+    feature = HubertLayer(model.train(), layer=2)
+    assert (feature.dim, feature.grid, feature.name) == (48, model.config.grid, "hubert")
+    wavs = [speech_like(n, n) for n in (4000, 300, 9000, 400)]
+    together = feature(wavs)
+    assert not model.training
+    assert [tuple(x.shape) for x in together] == [(HUBERT.n_frames(len(w)), 48) for w in wavs]
+    for i in (0, 2, 3):
+        with torch.no_grad():
+            alone = model(wavs[i][None], last_layer=2).hidden_BSD[0]
+        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-5)
+        assert not together[i].requires_grad
+    assert [len(x) for x in feature([wavs[1]])] == [0]
+    assert feature([]) == []
+
+
+def test_a_layer_that_is_not_there_is_refused(model):
+    for layer in (0, 4):
+        with pytest.raises(ConfigError, match="blocks 1 to 3"):
+            HubertLayer(model, layer)

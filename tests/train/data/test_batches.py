@@ -1,0 +1,141 @@
+"""Batches: labels stay on their frames, padding is padding, choices depend on the utterance alone."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from jahubert.audio import AudioSource
+from jahubert.errors import DataError
+from jahubert.frames import HUBERT
+from jahubert.phonemes import PhonemeSet
+from jahubert.train.data.batches import CropConfig, CtcData, MaskConfig, PretrainBatch, PretrainData
+from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
+from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
+from jahubert.train.data.sampler import MicroBatch
+from jahubert.train.data.targets import TargetStore, write_targets
+
+LENGTHS = (20_000, 47_777, 33_333, 64_001, 300)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Waveforms that say where they are: sample t is near t / 100000, and the unit of frame s is s % 200."""
+    folder = tmp_path_factory.mktemp("corpus")
+    items = []
+    for number, length in enumerate(LENGTHS):
+        wav = (np.arange(length) / 100_000).astype(np.float32)
+        soundfile.write(folder / f"{number}.wav", wav, 16_000, subtype="FLOAT")
+        items.append(
+            Utterance(id=str(number), audio=AudioSource(str(folder / f"{number}.wav")), n_samples=length)
+        )
+    write_manifest(folder / "manifest.arrow", items)
+    manifest = Manifest(folder / "manifest.arrow")
+    n_frames = HUBERT.n_frames(np.asarray(manifest.n_samples))
+    header = LabelHeader(200, "mfcc", None, "c", None, manifest.fingerprint, False)
+    writer = LabelWriter(folder / "labels", header, n_frames)
+    writer.write(0, [np.arange(n) % 200 for n in n_frames])
+    writer.finish()
+    return manifest, LabelStore(folder / "labels")
+
+
+def pretraining(corpus, **changes):
+    manifest, labels = corpus
+    settings = {"split": "train", "crop": CropConfig(min_seconds=0.5, max_seconds=1.5), "mask": MaskConfig()}
+    return PretrainData(manifest, labels, micro_seconds=8.0, per_step=1, seed=1, **{**settings, **changes})
+
+
+def test_units_are_those_of_the_frames_that_were_cropped(corpus):
+    data = pretraining(corpus)
+    for epoch in range(5):
+        batch = data.load(MicroBatch(epoch, 0, (0, 1, 2, 3)))
+        units = iter(batch.unit_N.tolist())
+        for wav_T, n_samples, mask_S in zip(batch.wav_BT, batch.n_samples_B, batch.mask_BS, strict=True):
+            first = round(wav_T[0].item() * 100_000)  # the sample at which the crop begins
+            assert first % HUBERT.hop == 0
+            assert n_samples <= 24_000 and not wav_T[n_samples:].any()
+            for frame in mask_S.nonzero()[:, 0].tolist():
+                assert next(units) == (first // HUBERT.hop + frame) % 200
+        assert next(units, None) is None
+
+
+def test_a_choice_depends_on_seed_epoch_and_utterance_only(corpus):
+    data = pretraining(corpus)
+    together = data.load(MicroBatch(3, 0, (1, 3)))
+    alone = data.load(MicroBatch(3, 9, (3,)))
+    assert torch.equal(together.wav_BT[1], alone.wav_BT[0])
+    assert torch.equal(together.mask_BS[1], alone.mask_BS[0])
+    other = data.load(MicroBatch(4, 0, (3,)))
+    assert not torch.equal(other.mask_BS, alone.mask_BS)
+
+
+def test_short_utterances_are_left_out(corpus):
+    assert sorted(pretraining(corpus).sampler.rows.tolist()) == [0, 1, 2, 3]
+    with pytest.raises(DataError, match="no utterance is left"):
+        pretraining(corpus, crop=CropConfig(min_seconds=10.0))
+
+
+def test_memory_or_disk_give_the_same(corpus):
+    crop = CropConfig(min_seconds=0.5, max_seconds=1.5, keep_in_memory_hours=0.0)
+    micro = MicroBatch(0, 0, (1, 2))
+    assert torch.equal(
+        pretraining(corpus, crop=crop).load(micro).wav_BT, pretraining(corpus).load(micro).wav_BT
+    )
+
+
+def test_labels_of_another_manifest_are_refused(corpus, tmp_path):
+    manifest, _ = corpus
+    n_frames = HUBERT.n_frames(np.asarray(manifest.n_samples))
+    writer = LabelWriter(
+        tmp_path / "other", LabelHeader(200, "mfcc", None, "c", None, "other", False), n_frames
+    )
+    writer.write(0, [np.zeros(n, int) for n in n_frames])
+    writer.finish()
+    with pytest.raises(DataError, match="manifest"):
+        pretraining((manifest, LabelStore(tmp_path / "other")))
+
+
+def test_a_batch_whose_parts_do_not_fit_is_refused():
+    with pytest.raises(DataError, match="2 masked frames, but 3 units"):
+        PretrainBatch(torch.zeros(1, 800), torch.tensor([800]), torch.tensor([[True, True]]), torch.zeros(3))
+
+
+def test_a_batch_is_pinned_but_for_its_lengths(monkeypatch):
+    """As a DataLoader asks for it; locking pages needs a GPU, so numbers are changed here instead."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    batch = PretrainBatch(torch.zeros(1, 800), torch.tensor([800]), torch.tensor([[True]]), torch.zeros(1))
+    micro, pinned = pin_memory((MicroBatch(0, 0, (3, 1)), batch))
+    assert micro == MicroBatch(0, 0, (3, 1)) and type(pinned) is PretrainBatch
+    assert pinned.wav_BT.min() == 1 and pinned.unit_N.item() == 1 and pinned.n_samples_B.item() == 800
+    assert batch.wav_BT.max() == 0
+
+
+def test_fine_tuning_pads_and_never_crops(corpus, tmp_path):
+    manifest, _ = corpus
+    phonemes = PhonemeSet.standard()
+    words = [[("k", "a")], [("a:",), ("s", "u")], [("i",)], [("N", "o"), ("e",)], []]
+    write_targets(tmp_path, [phonemes.encode(row) for row in words], phonemes)
+    targets = TargetStore(tmp_path)
+    assert targets.labelled.tolist() == [0, 1, 2, 3]
+    assert targets.words(3) == [("N", "o"), ("e",)]
+    data = CtcData(
+        manifest,
+        targets,
+        targets.labelled,
+        mask=MaskConfig(channel_prob=0.5, channel_length=4),
+        width=24,
+        micro_seconds=20.0,
+        per_step=1,
+        seed=0,
+    )
+    batch = data.load(MicroBatch(0, 0, (3, 0)))
+    assert batch.n_samples_B.tolist() == [64_001, 20_000] and batch.wav_BT.shape == (2, 64_001)
+    assert batch.n_target_B.tolist() == [4, 2]
+    assert phonemes.decode(batch.target_L[:4].tolist()) == [("N", "o"), ("e",)]
+    assert batch.mask_BS.shape == (2, HUBERT.n_frames(64_001))
+    assert batch.channel_mask_BD.shape == (2, 24) and batch.channel_mask_BD.any()
+    assert not batch.mask_BS[1, HUBERT.n_frames(20_000) :].any()
+    assert data.load(MicroBatch(0, 0, (3, 0))).to(torch.device("cpu")).seconds == pytest.approx(
+        84_001 / 16_000
+    )

@@ -1,0 +1,241 @@
+"""fairseq's .tsv, .km and dictionary: out and in again, exact, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from jahubert import run
+from jahubert.audio import AudioSource
+from jahubert.cli.main import main as cli
+from jahubert.errors import ConfigError, DataError
+from jahubert.frames import HUBERT, MFCC
+from jahubert.train.data.fairseq_files import export, import_units, read_dict, read_tsv
+from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
+from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
+
+# An ideographic space at both ends, and two characters that text mode takes for the end of a line.
+NAMES = ("話者 一/\u3000朝\u2028の声\u3000.wav", "話者 一/日本語 名前.wav", "b\x85.wav", "c:1.wav", "d.wav")
+LENGTHS = (4000, 8000, 12_345, 720, 32_000)
+SPLITS = ("train", "train", "valid", "train", "valid")
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """Audio below `audio/`, a manifest and a label store of it."""
+    items = []
+    for name, n_samples, split in zip(NAMES, LENGTHS, SPLITS, strict=True):
+        path = tmp_path / "audio" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.1 * np.random.default_rng(n_samples).standard_normal(n_samples), 16_000)
+        items.append(Utterance(name, AudioSource(str(path)), 0, n_samples, split=split))
+    write_manifest(tmp_path / "m.arrow", items)
+    manifest = Manifest(tmp_path / "m.arrow")
+    header = LabelHeader(100, "mfcc", None, "c" * 64, None, manifest.fingerprint, False)
+    n_frames = HUBERT.n_frames(manifest.n_samples)
+    writer = LabelWriter(tmp_path / "label", header, n_frames)
+    writer.write(0, [np.random.default_rng(n).integers(0, 100, n) for n in n_frames])
+    writer.finish()
+    return tmp_path
+
+
+def exported(corpus: Path) -> Path:
+    export(Manifest(corpus / "m.arrow"), LabelStore(corpus / "label"), corpus / "fairseq")
+    return corpus / "fairseq"
+
+
+def test_units_are_converted_by_the_command(corpus, capsys):
+    wanted = {path.name: path.read_bytes() for path in exported(corpus).iterdir()}
+    into = ["--to", "fairseq", "--manifest", str(corpus / "m.arrow")]
+    assert cli.main(["convert", str(corpus / "label"), str(corpus / "again"), *into]) == 0
+    assert "train: 3 utterances\nvalid: 2 utterances\n" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (corpus / "again").iterdir()} == wanted
+    (corpus / "exp" / "prepare").mkdir(parents=True)  # as the stages lay it out: no --manifest
+    (corpus / "audio").rename(corpus / "exp" / "prepare" / "audio")
+    (corpus / "m.arrow").rename(corpus / "exp" / "prepare" / "manifest.arrow")
+    (corpus / "exp" / "iter1").mkdir()
+    label = (corpus / "label").rename(corpus / "exp" / "iter1" / "label")
+    assert cli.main(["convert", str(label), str(corpus / "third"), "--to", "fairseq"]) == 0
+    capsys.readouterr()
+    assert cli.main(["convert", str(label), str(corpus / "hf"), "--to", "hf"]) == 2
+    assert "holds units: they can be written with --to fairseq only" in capsys.readouterr().err
+
+
+def prepared(folder: Path, exp: Path, *overrides: str) -> Manifest:
+    run.run(["recipe=fairseq", "stage=prepare", f"data={folder}", f"exp={exp}", *overrides])
+    return Manifest(exp / "prepare" / "manifest.arrow")
+
+
+def test_what_is_written_is_what_fairseq_reads(corpus):
+    folder = exported(corpus)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dict.km.txt", "train.km", "train.tsv", "valid.km", "valid.tsv",
+    ]  # fmt: skip
+    assert (folder / "dict.km.txt").read_text().splitlines() == [f"{unit} 1" for unit in range(100)]
+    root, *lines = (folder / "train.tsv").read_bytes().decode().rstrip("\n").split("\n")
+    assert root == str(corpus / "audio")
+    assert lines == [f"{NAMES[i]}\t{LENGTHS[i]}" for i in (0, 1, 3)]
+    labels = LabelStore(corpus / "label")
+    assert (folder / "valid.km").read_text().split("\n")[1] == " ".join(map(str, labels[4].tolist()))
+
+
+def test_there_and_back_the_units_are_the_same(corpus):
+    folder = exported(corpus)
+    manifest = prepared(folder, corpus / "exp")
+    assert manifest.ids() == [f"{SPLITS[i]}/{NAMES[i]}" for i in (0, 1, 3, 2, 4)]
+    assert manifest.n_samples.tolist() == [LENGTHS[i] for i in (0, 1, 3, 2, 4)]
+    store, before = (
+        import_units(manifest, folder, corpus / "back", shard_size=2),
+        LabelStore(corpus / "label"),
+    )
+    store.check(manifest)
+    assert store.header.n_units == 100 and store.header.feature == "fairseq"
+    for row, i in enumerate((0, 1, 3, 2, 4)):
+        assert store[row].tolist() == before[i].tolist()
+    again = import_units(manifest, folder, corpus / "back")  # done: nothing changes
+    assert again.header == store.header
+
+
+def rewrite(path: Path, number: int, change) -> None:
+    """Change the units of one line."""
+    lines = path.read_text().split("\n")
+    lines[number] = " ".join(map(str, change(list(map(int, lines[number].split())))))
+    path.write_text("\n".join(lines))
+
+
+def test_every_second_unit_at_100_hz(corpus):
+    folder = exported(corpus)
+    manifest = prepared(folder, corpus / "exp")
+    for split, rows in (("train", (0, 1, 3)), ("valid", (2, 4))):
+        lines = [np.random.default_rng(i).integers(0, 100, MFCC.n_frames(LENGTHS[i])) for i in rows]
+        (folder / f"{split}.km").write_text("".join(" ".join(map(str, line)) + "\n" for line in lines))
+    store = import_units(manifest, folder, corpus / "back")
+    for row, i in enumerate((0, 1, 3, 2, 4)):
+        unit_N = np.random.default_rng(i).integers(0, 100, MFCC.n_frames(LENGTHS[i]))
+        assert store[row].tolist() == unit_N[::2].tolist()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    "change", [lambda u: u[:-1], lambda u: [*u, 5], lambda u: [x for x in u for _ in "ab"]]
+)
+def test_one_frame_too_many_names_the_utterance(corpus, number, change):
+    folder = exported(corpus)
+    manifest = prepared(folder, corpus / "exp")
+    rewrite(folder / "train.km", number, change)
+    with pytest.raises(DataError) as caught:
+        import_units(manifest, folder, corpus / "back")
+    n_samples = LENGTHS[number]
+    frames = f"{n_samples} samples, which are {HUBERT.n_frames(n_samples)} frames at 50 Hz"
+    assert f"utterance {'train/' + NAMES[number]!r} (train.km, line {number + 1}): " in str(caught.value)
+    assert frames in str(caught.value)
+
+
+def test_files_that_do_not_belong_together(corpus):
+    folder = exported(corpus)
+    manifest = prepared(folder, corpus / "exp")
+    good = {path: path.read_bytes() for path in folder.iterdir()}
+    tsv, km, words = folder / "train.tsv", folder / "train.km", folder / "dict.km.txt"
+
+    def refused(path: Path, content: bytes | None, says: str) -> None:
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(DataError, match=says):
+            import_units(manifest, folder, corpus / "back")
+        path.write_bytes(good[path])
+
+    refused(km, None, "train.km is missing")
+    refused(words, None, "dict.km.txt is missing: copy it")
+    refused(words, good[words] * 2, "200 lines are not the units 0 to 199, each once.*appends")
+    refused(words, good[words] + b"<unk> 1\n", "101 lines are not the units")
+    refused(words, good[words][: good[words].index(b"50 1")], "units .* but dict.km.txt has 0 to 49")
+    refused(km, good[km].replace(b" ", b" x ", 1), "units are integers between spaces")
+    refused(
+        km,
+        good[km].split(b"\n")[0] + b"\n",
+        r"train.km ends before line 2, the units of 'train/話者 一/日本語",
+    )
+    refused(km, good[km] + b"1 2 3\n", "more lines than train.tsv has utterances")
+    refused(tsv, good[tsv].replace(b"8000", b"8320"), "says 8320 samples, but the audio has 8000 at 16 kHz")
+    refused(
+        tsv, good[tsv].replace(b"d.wav", b"e.wav").replace("日本語".encode(), b"e"), "ends before|in no .tsv"
+    )
+    refused(tsv, good[tsv].replace(b"\t8000", b" 8000"), r"train.tsv, line 3: expected path<TAB>samples")
+    assert len(import_units(manifest, folder, corpus / "back")) == 5
+
+
+def test_what_cannot_be_read_is_passed_over_with_its_units(corpus):
+    folder = exported(corpus)
+    (corpus / "audio" / NAMES[1]).write_bytes(b"no audio")
+    manifest = prepared(folder, corpus / "exp")
+    assert manifest.counts["rejected"] == {"unusable audio": 1}
+    store = import_units(manifest, folder, corpus / "back")
+    assert store[1].tolist() == LabelStore(corpus / "label")[3].tolist()
+
+
+def test_audio_that_moved(corpus):
+    folder = exported(corpus)
+    os.rename(corpus / "audio", corpus / "elsewhere")
+    manifest = prepared(folder, corpus / "exp", f"prepare.options.root={corpus}/elsewhere")
+    assert len(manifest) == 5 and Path(manifest[0].audio.path).is_file()
+
+
+def test_lines_of_a_tsv(tmp_path):
+    (tmp_path / "train.tsv").write_bytes("/根\r\na.zip:10:400\t4000\r\n/other/b.wav\t5\r\n".encode())
+    one, two = read_tsv(tmp_path / "train.tsv")
+    assert one.audio == AudioSource("/根/a.zip", 10, 400) and one.id == "train/a.zip:10:400"
+    assert two.audio == AudioSource("/other/b.wav") and two.n_samples == 5
+    (tmp_path / "dict.km.txt").write_text("2 90\n0 40\n1 3\n\n")  # by frequency
+    assert read_dict(tmp_path / "dict.km.txt") == 3
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        (Utterance("u", AudioSource("{}/d.wav"), 160, 8000), "a part of its recording"),
+        (Utterance("u", AudioSource("{}/d.wav"), 0, 8000), "a part of its recording"),
+        (Utterance("u", AudioSource("{}/d.tar", 0, 64_044), 0, 32_000), "inside an archive that is no .zip"),
+        (Utterance("u", AudioSource("{}/d\t.wav"), 0, 32_000), "has a tab"),
+    ],
+)
+def test_what_a_tsv_cannot_say_is_refused(corpus, item, says):
+    content = (corpus / "audio" / "d.wav").read_bytes()
+    for name in ("d.tar", "d\t.wav"):
+        (corpus / "audio" / name).write_bytes(content)
+    path = item.audio.path.format(corpus / "audio")
+    item = Utterance(
+        item.id, AudioSource(path, item.audio.offset, item.audio.length), item.start, item.n_samples
+    )
+    write_manifest(corpus / "part.arrow", [item])
+    manifest = Manifest(corpus / "part.arrow")
+    n_frames = HUBERT.n_frames(manifest.n_samples)
+    header = LabelHeader(3, "mfcc", None, "c" * 64, None, manifest.fingerprint, False)
+    writer = LabelWriter(corpus / "part", header, n_frames)
+    writer.write(0, [np.zeros(n_frames[0], int)])
+    writer.finish()
+    with pytest.raises(DataError, match=rf"utterance 'u' .*{says}"):
+        export(manifest, LabelStore(corpus / "part"), corpus / "out")
+    assert not [path for path in (corpus / "out").iterdir() if path.suffix != ".tmp"]
+
+
+def test_it_trains(corpus):
+    """Through the stages, as the recipe's README says."""
+    folder = exported(corpus)
+    settings = [
+        f"data={folder}", f"exp={corpus}/exp", "model=tiny", "device=cpu",
+        *(f"model.{key}" for key in ("layers=2", "width=24", "heads=2", "ffn=32", "pos_conv_groups=4")),
+        "model.conv_dims=[8,8,8,8,8,8,16]", "pretrain.crop.min_seconds=0.2", "pretrain.crop.max_seconds=2",
+        "pretrain.train.max_steps=2", "pretrain.train.batch_seconds=4", "pretrain.train.micro_seconds=4",
+        "pretrain.train.valid_every=2", "pretrain.train.precision=fp32",
+    ]  # fmt: skip
+    run.run(["recipe=fairseq", "stage=prepare", *settings])
+    with pytest.raises(DataError, match=r"iter1/label: only \d\d of 100 units occur"):  # so few frames
+        run.run(["recipe=fairseq", "stage=label", "label.unhealthy=stop", *settings])
+    with pytest.raises(ConfigError, match="iter1/label is not finished"):
+        run.run(["recipe=fairseq", "stage=pretrain", *settings])
+    for stage in ("label", "pretrain"):
+        run.run(["recipe=fairseq", f"stage={stage}", *settings])
+    assert (corpus / "exp/iter1/pretrain/bundle/model.safetensors").is_file()

@@ -1,0 +1,104 @@
+"""Who is batched with whom: every row once an epoch, with little padding, and without an object for each."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from jahubert import run
+from jahubert.errors import ConfigError
+from jahubert.frames import HUBERT
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.masking import generator
+from jahubert.train.data.sampler import MicroBatch, Sampler
+
+
+def plainly(rows, length, capacity, seed, epoch, max_rows=0):
+    """The rule in its simplest form: sort by noisy length, fill up, shuffle."""
+    rng = generator(seed, epoch, 0)
+    groups, longest = [[]], 0
+    for position in np.argsort(length * rng.uniform(0.97, 1.03, len(rows)), kind="stable"):
+        longest = max(longest, length[position])
+        full = longest * (len(groups[-1]) + 1) > capacity
+        if groups[-1] and (full or len(groups[-1]) == max_rows):
+            groups.append([])
+            longest = length[position]
+        groups[-1].append(int(rows[position]))
+    order = rng.permutation(len(groups))
+    return [MicroBatch(epoch, index, tuple(groups[group])) for index, group in enumerate(order)]
+
+
+@pytest.mark.parametrize("max_rows", [0, 5])
+@pytest.mark.parametrize("n", [1, 7, 3000])
+def test_the_order_is_that_of_the_rule(n, max_rows):
+    rng = np.random.default_rng(n)
+    rows, length = 100 + rng.permutation(n), rng.integers(5_000, 250_000, n)
+    sampler = Sampler(rows, length, micro_seconds=20.0, per_step=2, seed=1, max_rows=max_rows)
+    for epoch in (0, 3):
+        assert list(sampler.epoch(epoch)) == plainly(rows, length, 320_000, 1, epoch, max_rows)
+
+
+def test_every_row_comes_once_and_padding_is_little():
+    length = np.random.default_rng(0).integers(16_000, 160_000, 500)
+    sampler = Sampler(np.arange(100, 600), length, micro_seconds=40.0, per_step=2, seed=1)
+    epoch = list(sampler.epoch(0))
+    assert sorted(row for micro in epoch for row in micro.rows) == list(range(100, 600))
+    places = [max(length[row - 100] for row in micro.rows) * len(micro.rows) for micro in epoch]
+    assert max(places) <= 40 * 16_000
+    assert sampler.padding() == pytest.approx(1 - length.sum() / sum(places)) and sampler.padding() < 0.03
+    assert list(sampler.epoch(1)) != epoch
+    stream = sampler.stream(0, len(epoch) - 1)
+    assert [next(stream), next(stream)] == [epoch[-1], sampler.epoch(1)[0]]
+    assert [list(sampler.epoch(0).share(rank, 3)) for rank in range(3)] == [epoch[r::3] for r in range(3)]
+
+
+def test_it_says_what_does_not_fit():
+    with pytest.raises(ConfigError, match=r"cannot hold the longest utterance \(2.00 s\)"):
+        Sampler(np.array([0]), np.array([32_000]), micro_seconds=1.0, per_step=1, seed=0)
+
+
+def bytes_a_row(n: int) -> tuple[float, float]:
+    """Of an epoch of `n` rows: what stays, and the peak while it is made."""
+    length = np.random.default_rng(0).integers(16_000, 100_000, n)
+    sampler = Sampler(np.arange(n), length, micro_seconds=87.5, per_step=32, seed=1)
+    tracemalloc.start()
+    try:
+        epoch = sampler.epoch(0)
+        stays, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(len(epoch[index].rows) for index in range(0, len(epoch), 100)) > n // 200
+    return stays / n, peak / n
+
+
+def test_memory_of_an_epoch():
+    stays, peak = bytes_a_row(300_000)
+    assert stays < 12 and peak < 32
+
+
+@pytest.mark.slow
+def test_memory_of_an_epoch_of_five_million_rows():
+    stays, peak = bytes_a_row(5_000_000)  # as Python integers in tuples: 40 and more
+    assert stays < 12 and peak < 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tofugu", "demo"])
+def test_padding_of_the_recipes(recipe, tmp_path, request):
+    """Under 3 % on real distributions of lengths, with the recipe's own sizes."""
+    overrides = [f"recipe={recipe}", f"exp={tmp_path}", "stage=prepare", "prepare.check_audio=false"]
+    if recipe == "tofugu":
+        data = request.getfixturevalue("shared_data") / "tofugu"
+        overrides.append(f"data={data}")
+    run.run(overrides)
+    manifest = Manifest(tmp_path / "prepare/manifest.arrow")
+    for iteration in (1, 2):
+        _, config, _ = run.configured("pretrain", iteration, None, overrides)
+        length = manifest.n_samples[manifest.indices(split="train")]
+        length = length[length >= config.crop.min_seconds * 16_000]
+        length = np.minimum(length, HUBERT.floor(int(config.crop.max_seconds * 16_000)))
+        sizes = {"micro_seconds": config.train.micro_seconds, "per_step": config.train.per_step}
+        sampler = Sampler(np.arange(len(length)), length, seed=config.seed, **sizes)
+        assert len(length) > 500 and max(sampler.padding(epoch) for epoch in range(3)) < 0.03

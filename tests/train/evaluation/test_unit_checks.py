@@ -1,0 +1,141 @@
+"""The watch speaks when something is wrong, says what to do, and is silent otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jahubert.audio import AudioSource
+from jahubert.errors import DataError
+from jahubert.frames import HUBERT
+from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
+from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
+from jahubert.train.evaluation import unit_checks as health
+from jahubert.train.evaluation.unit_checks import (
+    accuracy_problem,
+    label_difference,
+    unit_problem,
+    unit_use,
+    watch_difference,
+    watch_units,
+)
+from jahubert.train.stages.pretrain import Config, watch_accuracy
+
+
+def test_use_of_units_worked_out_by_hand():
+    assert unit_use(np.array([2, 2, 0, 0])) == pytest.approx(
+        {"used": 2, "entropy": 1, "perplexity": 2, "largest_share": 0.5}
+    )
+    assert unit_use(np.full(100, 7))["perplexity"] == pytest.approx(100)
+    assert unit_use(np.zeros(5, int))["used"] == 0
+
+
+def test_good_units_are_passed_over_in_silence():
+    rng = np.random.default_rng(0)
+    for n_units in (4, 12, 100, 500):
+        assert unit_problem(rng.integers(50, 150, n_units)) is None
+    silence = np.full(100, 80)
+    silence[3] = 1000  # a ninth of the frames
+    assert unit_problem(silence) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        (np.r_[np.full(400, 9), np.zeros(100, int)], "only 400 of 500 units occur.*n_clusters"),
+        (np.r_[np.full(15, 1000), np.full(85, 1)], r"only 100 of 100 units occur \(perplexity 16\)"),
+        (np.r_[np.full(99, 10), 600], "unit 99 takes 38% of all frames. If that is silence"),
+        (np.array([50, 0, 0, 0, 0]), "unit 0 takes 100% of all frames"),
+        (np.zeros(5, int), "only 0 of 5"),
+    ],
+)
+def test_poor_units_are_named_with_advice(counts, says, caplog):
+    watch_units(counts, "exp/label", stop=False)
+    assert caplog.records[0].levelname == "WARNING" and "exp/label: " in caplog.text
+    with pytest.raises(DataError, match=rf"exp/label: {says}.*unhealthy=warn"):
+        watch_units(counts, "exp/label", stop=True)
+
+
+def test_accuracy_against_chance_and_the_published_curve():
+    assert accuracy_problem(0.06, 0.02, 900) is None
+    assert "0.021 after 900 updates; always saying the most frequent unit gives 0.020" in (
+        accuracy_problem(0.021, 0.020, 900) or ""
+    )
+    assert accuracy_problem(0.2, 0.02, 249_999, "mfcc", 100) is None  # the curve begins at 250,000
+    assert "0.365 after 250000" in (accuracy_problem(0.2, 0.02, 399_999, "mfcc", 100) or "")
+    assert "0.417 after 400000" in (accuracy_problem(0.2, 0.02, 400_000, "hubert", 500) or "")
+    assert accuracy_problem(0.35, 0.02, 400_000, "hubert", 500) is None
+    assert accuracy_problem(0.2, 0.02, 400_000, "hubert", 100) is None
+
+
+def test_pretraining_warns_behind_the_warm_up_only(tmp_path, caplog):
+    manifest = made_manifest(tmp_path)
+    labels = made_store(tmp_path / "a", manifest)
+    config = Config(tmp_path, tmp_path)
+    warm = round(config.train.warmup * config.train.max_steps)
+    watch_accuracy(config, labels, {"accuracy": 0.0}, warm)
+    watch_accuracy(config, labels, {"accuracy": 0.9}, warm + 1)
+    watch_accuracy(config, labels, {}, warm + 1)
+    assert not caplog.records
+    watch_accuracy(config, labels, {"accuracy": 0.0}, warm + 1)
+    assert "Nothing was learnt" in caplog.text
+
+
+def made_manifest(folder):
+    lengths = [HUBERT.n_samples(n) for n in (40, 0, 70, 90)]
+    items = [Utterance(f"u{i}", AudioSource(f"/c/{i}.wav"), 0, max(n, 100)) for i, n in enumerate(lengths)]
+    write_manifest(folder / "m.arrow", items)
+    return Manifest(folder / "m.arrow")
+
+
+def made_store(folder, manifest, change=lambda unit_N: unit_N, **header):
+    start = LabelHeader(100, "mfcc", None, "c" * 64, None, manifest.fingerprint, False)
+    n_frames = HUBERT.n_frames(manifest.n_samples)
+    unit_N = change(np.random.default_rng(0).integers(0, 100, n_frames.sum()))
+    writer = LabelWriter(folder, replace(start, **header), n_frames)
+    writer.write(0, np.split(unit_N, np.cumsum(n_frames)[:-1]))
+    writer.finish()
+    return LabelStore(folder)
+
+
+def test_two_stores_are_compared_in_a_sentence(tmp_path, caplog, monkeypatch):
+    manifest = made_manifest(tmp_path)
+    one = made_store(tmp_path / "one", manifest)
+
+    def said(name, change, **header):
+        found = label_difference(one, made_store(tmp_path / name, manifest, change, **header), manifest)
+        return found.said if found else ""
+
+    def changed(*frames):
+        def change(unit_N):
+            unit_N[list(frames)] += 1 - 2 * (unit_N[list(frames)] == 99)
+            return unit_N
+
+        return change
+
+    assert said("same", lambda unit_N: unit_N) == ""
+    assert said("same units of other centroids", lambda unit_N: unit_N, centroids="d" * 64) == ""
+    assert "differ in 3 frames (1.50%) of 2 utterances, the first of them 'u2'" in (
+        message := said("three", changed(50, 51, 150))
+    )
+    assert "headers agree" in message and "make both again" in message
+    assert "second is the first, 1 frames late" in said("late", lambda unit_N: np.roll(unit_N, 1))
+    assert "second is the first, 2 frames early" in said("early", lambda unit_N: np.roll(unit_N, -2))
+    other = said("other", lambda unit_N: 99 - unit_N, centroids="d" * 64)
+    assert "made from other things: centroids 'ccc" in other
+    stores = {name: LabelStore(tmp_path / name) for name in ("same", "three", "late")}
+    watch_difference(one, stores["same"], manifest, stop=True)
+    assert not caplog.records
+    watch_difference(one, stores["late"], manifest, stop=False)
+    assert "1 frames late" in caplog.text
+    with pytest.raises(DataError, match=r"make both again\. To go on all the same, ask for unhealthy=warn"):
+        watch_difference(one, stores["three"], manifest, stop=True)
+    monkeypatch.setattr(health, "_ROUNDING", 0.05)
+    watch_difference(one, stores["three"], manifest, stop=True)
+    assert "harmless" in caplog.text
+    (tmp_path / "n").mkdir()
+    write_manifest(tmp_path / "n" / "m.arrow", [Utterance("x", AudioSource("/c/x.wav"), 0, 1000)])
+    with pytest.raises(DataError, match="units of another manifest"):
+        label_difference(one, one, Manifest(tmp_path / "n" / "m.arrow"))

@@ -1,0 +1,181 @@
+"""Settings become dataclasses, or one message with everything that is wrong."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from jahubert.errors import ConfigError
+from jahubert.train.experiment.config import free, result_fields, structure
+from jahubert.train.experiment.registry import FEATURES, STAGES, recipe_folder, resolve
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 1e-3
+    sizes: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self):
+        if self.rate <= 0:
+            raise ConfigError(f"rate is {self.rate}, but must be positive")
+
+
+@dataclass(frozen=True)
+class Outer:
+    folder: Path
+    kind: Literal["mfcc", "hubert"] = "mfcc"
+    layer: int | None = None
+    inner: Inner = field(default_factory=Inner)
+    device: str = free("auto")
+
+
+def test_values_take_the_declared_types():
+    got = structure({"folder": "a/b", "inner": {"rate": "5e-4", "sizes": [3]}, "layer": None}, Outer)
+    assert got == Outer(Path("a/b"), "mfcc", None, Inner(5e-4, (3,)))
+
+
+def test_all_mistakes_at_once_with_the_nearest_name():
+    with pytest.raises(ConfigError) as caught:
+        structure(
+            {"kind": "mfc", "inner": {"rates": 1, "sizes": "x"}, "layer": 2.5, "devise": "cpu"},
+            Outer,
+            "stage",
+        )
+    text = str(caught.value)
+    assert text.startswith("the configuration has 6 mistakes:")
+    assert "stage.devise: there is no such key; did you mean stage.device?" in text
+    assert "stage.folder: a value is needed" in text
+    assert "stage.kind: must be one of mfcc, hubert, found 'mfc'; did you mean mfcc?" in text
+    assert "stage.layer: expected int, found 2.5" in text
+    assert "stage.inner.rates: there is no such key; did you mean stage.inner.rate?" in text
+    assert "stage.inner.sizes: expected" in text
+
+
+def test_relations_are_checked_and_placed():
+    with pytest.raises(ConfigError, match=r"inner.rate is -1.0, but must be positive"):
+        structure({"folder": "a", "inner": {"rate": -1}}, Outer)
+
+
+def mistakes_of(stage: str, **settings) -> list[str]:
+    """What is wrong with the settings of a stage, line by line."""
+    config = resolve(stage, STAGES, "stage").Config
+    paths = {f.name: "x" for f in fields(config) if "Path" in str(f.type) and f.default is MISSING}
+    with pytest.raises(ConfigError) as caught:
+        structure(paths | settings, config, stage)
+    title, *lines = str(caught.value).splitlines()
+    assert title.startswith(f"the configuration has {len(lines)} mistake")
+    return [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "says"),
+    [
+        ("features", {"layer": 0, "batch_seconds": 0}, ["layer is 0", "batch_seconds is 0.0"]),
+        ("features", {"layer": -1, "sample_frames": -5}, ["layer is -1", "sample_frames is -5"]),
+        (
+            "kmeans",
+            {"n_clusters": 1, "n_init": 0, "held_out": 1},
+            ["n_clusters is 1", "n_init is 0", "held_"],
+        ),
+        ("label", {"shard_size": 0, "batch_seconds": -1}, ["shard_size is 0", "batch_seconds is -1.0"]),
+        ("finetune", {"dropout": 1, "hours": -1}, ["hours is -1.0", "dropout is 1.0", "pretrained=... is m"]),
+        ("decode", {"beam": 0, "batch_seconds": 0}, ["beam is 0", "batch_seconds is 0.0", "n_best is 1"]),
+        ("score", {"samples": -1}, ["samples is -1"]),
+        ("report", {"worst": -1, "layer_frames": -1}, ["worst is -1", "layer_frames is -1"]),
+        ("pretrain", {"penalty_weight": -1, "unit_dim": 0}, ["unit_dim is 0", "penalty_weight is -1.0"]),
+        ("pretrain", {"mask": {"min_spans": -1, "prob": 1}}, ["mask.prob is 1.0", "mask.min_spans is -1"]),
+        ("pretrain", {"crop": {"min_seconds": -1}}, ["crop.min_seconds is -1.0, but must be at least 0"]),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_all_at_once(stage, settings, says):
+    found = mistakes_of(stage, **settings)
+    wanted = [f"{stage}.{said}" for said in says]
+    assert len(found) == len(wanted)
+    assert all(any(line.startswith(said) for line in found) for said in wanted), found
+
+
+def test_numbers_of_a_training_that_cannot_be():
+    wrong = {
+        "lr": 0, "eps": -1, "weight_decay": -1, "clip_norm": -1, "workers": -1, "keep_every": -5,
+        "valid_every": -1, "save_every": 0, "warmup": -0.5, "final_lr": 5, "betas": [1.5, 0.9],
+    }  # fmt: skip
+    found = mistakes_of("pretrain", train=wrong)
+    assert len(found) == len(wrong)
+    assert {line.split(" ")[0] for line in found} == {f"pretrain.train.{name}" for name in wrong}
+    assert "pretrain.train.warmup is -0.5, but must be in [0, 1]" in found
+    assert mistakes_of("pretrain", train={"betas": [0.9]}) == [
+        "pretrain.train.betas is [0.9], but must be two numbers in [0, 1)"
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), "nan", ".inf", "-inf", float("inf")])
+def test_a_number_is_finite(value):
+    with pytest.raises(ConfigError, match=r"inner.rate: expected (a finite number|float), found"):
+        structure({"folder": "a", "inner": {"rate": value}}, Outer)
+
+
+@dataclass(frozen=True)
+class Fast:
+    inner: Inner = Inner(rate=7.0)  # frozen
+
+
+def test_a_group_changes_the_default_of_its_field_and_not_that_of_its_class():
+    assert structure({"inner": {"sizes": [5]}}, Fast).inner == Inner(rate=7.0, sizes=(5,))
+
+
+def test_fields_that_do_not_change_the_result_are_left_out():
+    assert result_fields(Outer(Path("a"))) == {
+        "folder": Path("a"),
+        "kind": "mfcc",
+        "layer": None,
+        "inner.rate": 1e-3,
+        "inner.sizes": [1, 2],
+    }
+
+
+def test_names_resolve_in_a_table_or_by_path(tmp_path):
+    assert resolve("mfcc", FEATURES, "features.kind").__name__ == "Mfcc"
+    assert resolve("math:sqrt", FEATURES, "features.kind")(9) == 3
+    (tmp_path / "mine.py").write_text("from helper import answer\n")
+    (tmp_path / "helper.py").write_text("answer = 42\n")
+    assert resolve(f"{tmp_path}/mine.py:answer", FEATURES, "features.kind") == 42
+    for name, says in {
+        "mfc": "features.kind=mfc: there is no such features.kind; did you mean mfcc?",
+        "nowhere:x": "there is no module nowhere",
+        "math:nothing": "math has no 'nothing'",
+        f"{tmp_path}/gone.py:x": "no such file",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            resolve(name, FEATURES, "features.kind")
+        assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_every_stage_keeps_the_contract(name):
+    stage = resolve(name, STAGES, "stage")
+    assert (
+        stage.__doc__
+        and f"stage={name}" in stage.__doc__
+        and "Reads" in stage.__doc__
+        and "Writes" in stage.__doc__
+    )
+    assert isinstance(stage.VERSION, int)
+    assert stage.Config.__dataclass_params__.frozen
+    assert callable(stage.run)
+
+
+def test_recipes_are_found_by_name_or_folder(tmp_path):
+    assert (recipe_folder("demo") / "prepare.py").is_file()
+    (tmp_path / "recipe.yaml").write_text("{}")
+    assert recipe_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ConfigError, match=r"recipe=dem: there is no such recipe; did you mean demo\?"):
+        recipe_folder("dem")
+
+
+def test_two_files_in_folders_of_one_name_are_two(tmp_path):
+    for number in (1, 2):
+        folder = tmp_path / str(number) / "mine"
+        folder.mkdir(parents=True)
+        (folder / "prepare.py").write_text(f"number = {number}\n")
+        assert resolve(f"{folder}/prepare.py:number", FEATURES, "features.kind") == number

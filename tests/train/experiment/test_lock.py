@@ -1,0 +1,95 @@
+"""One run at a time in a folder, and none that is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jahubert.errors import BusyError
+from jahubert.train.experiment.distributed import launch
+from jahubert.train.experiment.lock import NAME, claimed, holder
+
+HOLD = "import sys, time; from pathlib import Path; from jahubert.train.experiment.lock import claimed\n"
+HOLD += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+
+
+def other(folder: Path) -> subprocess.Popen:
+    """Another process, holding the folder."""
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "mine\n"
+    return child
+
+
+def test_a_folder_is_for_one_process_until_that_ends(tmp_path):
+    child = other(tmp_path)
+    try:
+        assert f"process {child.pid}" in str(holder(tmp_path))
+        refusal = f"another run is at work there .process {child.pid} on"
+        with pytest.raises(BusyError, match=refusal), claimed(tmp_path):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    assert holder(tmp_path) is None  # by a kill, too
+    with claimed(tmp_path):
+        pass
+    assert not (tmp_path / NAME).exists()
+
+
+def test_what_a_process_forks_holds_nothing(tmp_path):
+    with claimed(tmp_path):
+        if not (child := os.fork()):
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with claimed(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_second_run_of_a_stage_is_refused(tmp_path, repo):
+    folder = tmp_path / "prepare"
+    folder.mkdir(parents=True)
+    child = other(folder)
+    try:
+        stage = [f"recipe={repo / 'tests' / 'tones'}", "stage=prepare", f"exp={tmp_path}"]
+        command = [sys.executable, "-m", "jahubert.run", *stage]
+        done = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        child.kill()
+        child.wait()
+    assert done.returncode == 2 and "another run is at work there" in done.stderr, done.stderr
+    assert [path.name for path in folder.iterdir()] == [NAME]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")
+def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    inner = f"import os, time; open(r'{pids}/' + str(os.getpid()), 'w').close(); time.sleep(60)"
+    if not (launcher := os.fork()):
+        launch([sys.executable, "-c", inner], 2)
+        os._exit(0)
+    until = time.monotonic() + 30
+    while len(children := [int(path.name) for path in pids.iterdir()]) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    while any(map(alive, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(children) == 2 and not any(map(alive, children))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except OSError:
+        return False

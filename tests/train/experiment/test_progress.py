@@ -1,0 +1,89 @@
+"""A bar for a person while a loop lasts, nothing for a file, and never more than one process's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+
+import pytest
+from fixtures.terminal import Terminal
+from tqdm.contrib import DummyTqdmFile
+
+from jahubert import run
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.progress import progress
+
+
+@contextmanager
+def on_a_terminal() -> Iterator[Terminal]:
+    """Standard error is a terminal."""
+    with (
+        Terminal() as terminal,
+        os.fdopen(os.dup(terminal.slave), "w", encoding="utf-8") as file,
+        redirect_stderr(file),
+    ):
+        yield terminal
+
+
+def loop(steps: int = 5, stop: int = 5) -> None:
+    with progress("units", "utterances", 2 * steps) as done:
+        for step in range(steps):
+            if step == stop:
+                raise ValueError("the fourth")
+            time.sleep(0.15)  # it is drawn ten times a second at most
+            done(2)
+
+
+def test_a_bar_while_it_lasts():
+    with on_a_terminal() as terminal:
+        loop()
+    assert "units:   0%" in terminal.written and "| 0/10 [" in terminal.written
+    assert "| 8/10 [" in terminal.written and " utterances/s]" in terminal.written
+    assert terminal.screen == []
+
+
+def test_it_is_gone_before_an_error_is_said():
+    with on_a_terminal() as terminal:
+        with pytest.raises(ValueError, match="the fourth"):
+            loop(stop=3)
+        print("jahubert: error: the fourth", file=sys.stderr)
+    assert "| 4/10 [" in terminal.written
+    assert terminal.screen == ["jahubert: error: the fourth"]
+
+
+def test_it_makes_way_for_other_lines():
+    with on_a_terminal() as terminal:
+        handler = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # as jahubert.run sets it up
+        with progress("outer", "layers", 2) as outer, progress("inner", "passes") as inner:
+            handler.emit(logging.makeLogRecord({"msg": "something is said"}))
+            inner(1)
+            outer(1)
+    assert "outer:" in terminal.written and "inner: 0 passes [" in terminal.written
+    assert terminal.screen == ["something is said"]
+
+
+def test_nothing_where_nobody_looks(capfd, monkeypatch):
+    loop(steps=1)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    with on_a_terminal() as terminal:
+        loop(steps=1)
+    assert terminal.written == ""
+
+
+def test_every_step_is_a_sign_of_life():
+    before = distributed.pulse()
+    loop(steps=1)
+    after = distributed.pulse()
+    assert after.moved > before.moved and after._replace(moved=before.moved) == before
+
+
+def test_without_the_extra_that_brings_the_bars(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm.contrib", None)
+    assert run.main(["recipe=demo", "stage=prepare"]) == 2
+    assert "jahubert[train]" in capsys.readouterr().err
+    assert run.main(["--help"]) == 0

@@ -1,0 +1,118 @@
+"""Presets of machines share a run out and do not change what it computes; SLURM's variables are torch's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from jahubert import run
+from jahubert.model.hubert import HubertConfig
+from jahubert.train.experiment.config import result_fields
+from jahubert.train.experiment.registry import home
+from jahubert.train.stages.pretrain import Config
+
+GPUS = {"1gpu": 1, "4gpu": 4, "8gpu": 8, "32gpu": 8}
+
+
+def pretraining(*overrides: str) -> Config:
+    ((_, config, _),) = run.all_configured(["recipe=reazonspeech", "stage=pretrain", "data=/c", *overrides])
+    return config
+
+
+@pytest.mark.parametrize("model", ["base", "large", "xlarge"])
+def test_the_same_update_on_any_number_of_gpus(model):
+    alone = pretraining(f"model={model}")
+    for machine, processes in GPUS.items():
+        overrides = [f"machine={machine}", f"model={model}"]
+        config = pretraining(*overrides)
+        assert result_fields(config) == result_fields(alone)
+        assert config.train.per_step % 32 == 0 and config.train.device == "cuda"
+        assert run._processes(["recipe=reazonspeech", "stage=pretrain", *overrides]) == processes
+
+
+@pytest.mark.parametrize("recipe", [["csj", "subset=core"], ["csj", "subset=all"], ["reazonspeech"]])
+@pytest.mark.parametrize(("machine", "processes"), [("1gpu", 1), ("4gpu", 4), ("8gpu", 8), ("32gpu", 32)])
+def test_all_stages_share_their_updates_on_every_machine(recipe, machine, processes, tmp_path):
+    """Pretraining and fine-tuning of one command, with the global batch that was published."""
+    command = [f"recipe={recipe[0]}", *recipe[1:], "stage=all", "data=/c", "pretrained=a/b"]
+    trained = {
+        stage: config.train
+        for stage, config, _ in run.all_configured([*command, f"machine={machine}", f"exp={tmp_path}"])
+        if hasattr(config, "train")
+    }
+    assert "finetune" in trained and ("pretrain" in trained) == (recipe[0] == "reazonspeech")
+    for stage, train in trained.items():
+        assert train.batch_seconds == {"pretrain": 2800, "finetune": 1600}[stage]
+        assert train.share(processes) * processes == train.batch_seconds / train.micro_seconds
+
+
+def test_the_published_sizes():
+    """fairseq's hubert_base_librispeech, hubert_large_librivox, hubert_xlarge_librivox."""
+    sizes = {
+        "base": (HubertConfig.base(), 256, 5e-4, 10.0, 2800.0, 87.5),
+        "large": (HubertConfig.large(), 768, 1.5e-3, 1.0, 7200.0, 56.25),
+        "xlarge": (HubertConfig.xlarge(), 1024, 3e-3, 1.0, 5760.0, 22.5),
+    }
+    for model, (config, unit_dim, lr, clip, batch, micro) in sizes.items():
+        found = pretraining(f"model={model}")
+        assert found.model == config and found.unit_dim == unit_dim
+        train = found.train
+        assert (train.lr, train.clip_norm, train.batch_seconds, train.micro_seconds) == (
+            lr, clip, batch, micro
+        )  # fmt: skip
+    for iteration, steps in ((1, 250_000), (2, 400_000)):
+        train = pretraining(f"iteration={iteration}").train
+        assert (train.max_steps, round(train.warmup * train.max_steps)) == (steps, 32_000)
+
+
+def test_a_laptop_takes_its_own_sizes_before_those_of_the_recipe():
+    config = pretraining("machine=laptop", "iteration=2", "pretrain.train.lr=1e-3")
+    assert config.model.width == 192 and config.train.device == "cpu"
+    assert (config.train.max_steps, config.train.batch_seconds, config.train.lr) == (6000, 30.0, 1e-3)
+    with pytest.raises(run.ConfigError, match=r"machine=9gpu: there is no such machine; did you mean 8gpu\?"):
+        pretraining("machine=9gpu")
+
+
+@pytest.mark.parametrize("nodes", ["node[017-020,031],other3", "node017", "node017,node020"])
+def test_tasks_of_srun_are_processes(nodes):
+    slurm = {"SLURM_STEP_NUM_TASKS": "32", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41"}
+    run.join_slurm(environment := {**slurm, "SLURM_STEP_NODELIST": nodes})
+    assert environment.items() >= {
+        "WORLD_SIZE": "32", "RANK": "9", "LOCAL_RANK": "1", "MASTER_ADDR": "node017", "MASTER_PORT": "20041"
+    }.items()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("visible", "local"), [("0", "0"), ("GPU-8932f937", "0"), ("0,1,2,3", "3"), ("", "3"), (None, "3")]
+)
+def test_a_task_that_sees_one_gpu_takes_it(visible, local):
+    """`srun --gpus-per-task=1` shows each task its own, which torch counts from 0."""
+    environment = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+    environment |= {"SLURM_JOB_ID": "41", "SLURM_STEP_NODELIST": "node1"}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    run.join_slurm(environment)
+    assert environment["LOCAL_RANK"] == local
+
+
+def test_a_job_script_and_torchrun_under_srun_are_left_alone():
+    for before in (
+        {"SLURM_NTASKS": "32", "SLURM_PROCID": "0"},
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "8", "RANK": "3"},
+    ):
+        run.join_slurm(environment := dict(before))
+        assert environment == before
+
+
+def test_the_slurm_launcher_composes():
+    launcher = pytest.importorskip("hydra_plugins.hydra_submitit_launcher.config")
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(home("conf").resolve()), version_base="1.3"):
+        tree = compose("config", ["hydra/launcher=slurm", "hydra.launcher.nodes=2"], return_hydra_config=True)
+    found = dict(tree.hydra.launcher)
+    known = {field.name for field in dataclasses.fields(launcher.SlurmQueueConf)} | {"_target_"}
+    assert found.keys() <= known and found["_target_"].endswith("SlurmLauncher")
+    assert (found["nodes"], found["tasks_per_node"], found["signal_delay_s"]) == (2, 8, 300)

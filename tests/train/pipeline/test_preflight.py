@@ -1,0 +1,281 @@
+"""What can be known to be wrong is said at the door: before anything runs, all at once, with the way out."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jahubert import run
+from jahubert.errors import CheckpointError, ConfigError
+from jahubert.train.experiment.provenance import DONE, read_record, write_json
+from jahubert.train.pipeline import preflight
+
+REPO = Path(__file__).parents[3]
+ROUGH = REPO / "tests" / "rough"
+SCRATCH = "finetune.pretrained=null"
+
+
+def refused(capsys, exp: Path, *overrides: str) -> str:
+    """The message of a command that must fail before anything is written."""
+    before = sorted(exp.rglob("*"))
+    capsys.readouterr()
+    assert run.main([f"recipe={ROUGH}", f"exp={exp}", *overrides]) == 2
+    assert sorted(exp.rglob("*")) == before
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """An experiment with its stage prepare."""
+    exp = tmp_path_factory.mktemp("prepared") / "exp"
+    assert run.main([f"recipe={ROUGH}", "stage=prepare", f"exp={exp}"]) == 0
+    return exp
+
+
+@pytest.fixture
+def copy(prepared, tmp_path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "exp"))
+
+
+# --- the model to fine-tune -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("nope", "finetune.pretrained: there is no nope; give a folder, a model file or a Hub name"),
+        ("/no/such/model", "finetune.pretrained: there is no /no/such/model; give"),
+        ("rinna/japanese-hubert-bas", "finetune.pretrained: rinna/japanese-hubert-bas: "),
+        (str(ROUGH), "not a model folder, config.json is missing"),
+    ],
+)
+def test_a_misspelt_model_is_named_before_the_corpus_is_read(capsys, tmp_path, named, says):
+    message = refused(capsys, tmp_path / "exp", "stage=all", "iterations=0", f"finetune.pretrained={named}")
+    assert says in message and "run stage=" not in message
+
+
+def test_csj_without_a_model_says_that_it_is_missing(capsys, tmp_path):
+    assert run.main(["recipe=csj", "stage=all", "data=/c", f"exp={tmp_path / 'exp'}"]) == 2
+    message = capsys.readouterr().err
+    assert "pretrained=... is missing" in message and "rinna/japanese-hubert-base" in message
+    assert message.index("is missing") < message.index("freeze_conv")
+
+
+def test_a_name_on_the_hub_is_asked_for_cheaply(tmp_path, monkeypatch):
+    """What is in the cache is not asked for; else only config.json is, and the answer is said in a line."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    from jahubert.formats.hub import check as hub_check
+
+    asked = []
+
+    def answer(error):
+        def download(name, file):
+            asked.append((name, file))
+            raise error
+
+        return download
+
+    def http(kind):
+        response = type("Response", (), {"headers": {}, "status_code": 404, "request": None})()
+        return kind("404 Client Error\nmuch more", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
+    hub_check("owner/cached")
+    assert not asked
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
+    for error, says in (
+        (http(RepositoryNotFoundError), "owner/gone: no such folder or file, and no model of that name on"),
+        (http(HfHubHTTPError), "owner/gone: not on this machine, and the Hub does not give it: 404"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer(error))
+        with pytest.raises(CheckpointError, match=says) as caught:
+            hub_check("owner/gone")
+        assert "much more" not in str(caught.value)
+    assert asked == [("owner/gone", "config.json")] * 2
+
+
+# --- processes --------------------------------------------------------------------------------------------
+
+
+def test_processes_that_cannot_share_an_update_are_told_once(tmp_path):
+    """Ten seconds in micro-batches of five are two; three processes cannot share them."""
+    halves = [f"{stage}.train.micro_seconds=5" for stage in ("pretrain", "finetune")]
+    command = [f"recipe={ROUGH}", "stage=all", f"exp={tmp_path / 'exp'}", *halves, "processes=3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jahubert.run", *command], capture_output=True, text=True, cwd=REPO
+    )
+    assert done.returncode == 2 and not (tmp_path / "exp").exists()
+    for stage in ("pretrain", "finetune"):
+        said = f"{stage}.train.micro_seconds: one update takes 2 micro-batches (10 / 5 s), which 3 processes"
+        assert done.stderr.count(said) == 1
+    assert "set it to 3.333" in done.stderr
+
+
+# --- the machine ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["engine=deepspeed"], "error: engine=deepspeed: there is no such engine; choose one of torch, fair"),
+        (["device=gpu"], "error: device=gpu: no such device; use auto, cpu, cuda or cuda:N"),
+        (["pretrain.train.precision=fp16"], "pretrain.train.precision=fp16 is slower than fp32 on a CPU"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_told_once_before_the_corpus_is_read(
+    capsys, tmp_path, overrides, says
+):
+    message = refused(capsys, tmp_path / "exp", "stage=all", *overrides)
+    assert says in message and len(message.splitlines()) == 1
+
+
+def test_an_engine_that_is_not_installed_is_told_before_the_corpus_is_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fairseq2", None)
+    monkeypatch.delitem(sys.modules, "jahubert.train.trainer.fairseq2", raising=False)
+    message = refused(capsys, tmp_path / "exp", "stage=all", "engine=fairseq2")
+    assert "fairseq2 is not installed" in message and len(message.splitlines()) == 1
+
+
+def test_what_is_done_needs_no_machine(tmp_path):
+    """Fine-tuned on a GPU, scored on a laptop."""
+    exp = tmp_path / "exp"
+    (exp / "iter1/pretrain").mkdir(parents=True)
+    write_json(exp / "iter1/pretrain" / DONE, {})
+    told = run.all_configured([f"recipe={ROUGH}", "stage=all", f"exp={exp}"])
+    jobs = [(stage, replace(config, train=replace(config.train, device="gpu")), out)
+            for stage, config, out in told if stage in ("pretrain", "finetune")]  # fmt: skip
+    assert preflight.mistakes(jobs[:1], [exp], 1) == []
+    assert preflight.mistakes(jobs, [exp], 1) == ["device=gpu: no such device; use auto, cpu, cuda or cuda:N"]
+
+
+# --- splits -----------------------------------------------------------------------------------------------
+
+
+def test_splits_that_the_manifest_does_not_have_are_told_all_at_once(capsys, copy):
+    wrong = ["pretrain.valid_split=devv", "finetune.dev_splits=[dev,nope]", "decode.align_splits=[tset]"]
+    message = refused(capsys, copy, "stage=all", SCRATCH, *wrong)
+    for said in ("pretrain.valid_split=devv", "finetune.dev_splits=nope", "decode.align_splits=tset"):
+        assert f"{said}: {copy}/prepare/manifest.arrow has no such split; its splits are dev, " in message
+    assert "dev_splits=dev:" not in message and len(message.splitlines()) == 3
+
+
+def test_splits_are_looked_at_when_there_is_a_manifest(prepared, tmp_path):
+    wrong = [f"recipe={ROUGH}", "stage=all", "pretrain.valid_split=devv"]
+    preflight.check_splits(run.all_configured([*wrong, f"exp={tmp_path / 'exp'}"], starting=True))
+    jobs = run.all_configured([*wrong, f"exp={prepared}"])
+    with pytest.raises(ConfigError, match=r"pretrain.valid_split=devv: .* has no such split"):
+        preflight.check_splits(jobs)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_not_there_are_named_with_their_settings_all_at_once(capsys, copy):
+    message = refused(
+        capsys, copy, "stage=all", "iterations=0", SCRATCH,
+        "decode.lexicon.words=words/lexicn.txt", f"score.baseline={copy}/systems/mian/decode",
+        "targets.user_dictionary=names.txt", "kmeans.n_cluster=3",
+    )  # fmt: skip
+    for said in (
+        "decode.lexicon.words: there is no words/lexicn.txt; set it to one that is there",
+        f"score.baseline: there is no {copy}/systems/mian/decode; run stage=decode first",
+        "targets.user_dictionary: there is no names.txt",
+    ):
+        assert said in message
+
+
+def test_what_an_earlier_stage_of_the_command_makes_is_no_mistake(tmp_path):
+    jobs = run.all_configured([f"recipe={ROUGH}", "stage=all", f"exp={tmp_path / 'exp'}"], starting=True)
+    assert [stage for stage, _, _ in jobs][-1] == "report"
+    with pytest.raises(ConfigError, match=r"label.centroids: there is no .*iter1/kmeans; run stage=kmeans"):
+        run.all_configured([f"recipe={ROUGH}", "stage=label", f"exp={tmp_path / 'exp'}"], starting=True)
+
+
+def test_another_experiment_that_is_not_finished_is_no_input(capsys, copy, tmp_path):
+    other = tmp_path / "other/iter1/pretrain"
+    other.mkdir(parents=True)
+    write_json(other / "started.json", {})
+    message = refused(capsys, copy, "stage=all", "iterations=0", f"finetune.pretrained={other}")
+    assert "finetune.pretrained: " in message and "is not finished" in message
+
+
+# --- relations --------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_is_never_joined_by_its_encoder_is_refused(capsys, tmp_path):
+    command = ["recipe=csj", "stage=all", "pretrained=a/b", f"exp={tmp_path / 'exp'}"]
+    assert run.main([*command, "finetune.train.max_steps=5000"]) == 2
+    message = capsys.readouterr().err
+    assert "finetune.head_only_steps is 10000, but must be less than train.max_steps, 5000" in message
+    assert "Set it to 0, or to 2000" in message
+
+
+# --- the options of a recipe ------------------------------------------------------------------------------
+
+
+def test_options_of_the_recipe_are_checked_like_all_others(capsys, copy):
+    message = refused(capsys, copy, "stage=prepare", "prepare.options.bda=empty", "prepare.seed=x")
+    assert "prepare.options.bda: there is no such key; did you mean prepare.options.bad?" in message
+    assert "prepare.seed: expected int" in message
+    assert "prepare.options.n_samples: expected int" in refused(
+        capsys, copy, "stage=all", "prepare.options.n_samples=many"
+    )
+
+
+def test_a_default_that_is_typed_is_no_change(capsys, copy):
+    command = [f"recipe={ROUGH}", "stage=prepare", f"exp={copy}"]
+    before = (copy / "prepare" / DONE).read_bytes()
+    assert run.main([*command, "prepare.options.bad=nothing", "prepare.options.n_samples=0"]) == 0
+    assert (copy / "prepare" / DONE).read_bytes() == before
+    message = refused(capsys, copy, "stage=prepare", "prepare.options.bad=empty")
+    assert "prepare.options.bad was nothing, now empty" in message
+
+
+def test_a_folder_with_fewer_settings_in_its_record_is_kept(capsys, copy):
+    """A record of an earlier version: only the options that were typed, nested ones as they were typed."""
+    record = read_record(copy / "prepare" / DONE)
+    assert record["settings"]["options.n_samples"] == 0
+    del record["settings"]["options.n_samples"], record["settings"]["seed"]
+    write_json(copy / "prepare" / DONE, record | {"fingerprint": "of another version"})
+    before = (copy / "prepare" / DONE).read_bytes()
+    assert run.main([f"recipe={ROUGH}", "stage=prepare", f"exp={copy}"]) == 0
+    assert (copy / "prepare" / DONE).read_bytes() == before
+    assert "prepare.seed was 0, now 1" in refused(capsys, copy, "stage=prepare", "seed=1")
+
+
+def test_groups_of_options_in_an_old_record(tmp_path):
+    from jahubert.train.experiment.provenance import changes
+
+    record = {"settings": {"options.voices": {"minutes": 150}, "options.reading": 200}}
+    new = {"options.voices.minutes": 150.0, "options.voices.share": 0.1, "options.reading": 200.0}
+    defaults = {"options.voices.minutes": 35.0, "options.voices.share": 0.1}
+    assert changes("prepare", record, new, defaults) == []
+    assert changes("prepare", record, new | {"options.voices.share": 0.2}, defaults) == [
+        "prepare.options.voices.share was 0.1, now 0.2"
+    ]
+
+
+def test_the_real_recipes_take_what_they_take(tmp_path):
+    for recipe, wrong, says in (
+        ("csj", "filers=drop", "did you mean prepare.options.fillers?"),
+        ("builtin", "words.use=3", "did you mean prepare.options.words.uses?"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            run.all_configured([f"recipe={recipe}", "stage=prepare", f"prepare.options.{wrong}"])
+        assert says in str(caught.value)
+
+
+def test_of_several_processes_one_speaks(tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
+    command = [sys.executable, "-m", "jahubert.run", f"recipe={ROUGH}", "stage=all", f"exp={tmp_path}/exp"]
+    done = subprocess.run(
+        [*command, "decode.lexicon.words=/no"], capture_output=True, text=True, cwd=REPO, env=environment
+    )
+    assert done.returncode == 2 and done.stderr == ""
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,110 @@
+"""Jobs of a SLURM cluster: what sbatch is given, and when a job puts itself into the queue again."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jahubert.train.experiment.registry import home
+
+REPO = Path(__file__).resolve().parents[3]
+PAGES = [*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("recipes/*/*.md")]
+SCRIPT = re.compile(r"^```\w+\n(#!/bin/bash\n#SBATCH .*?)^```", re.S | re.M)
+SCRIPTS = {
+    path.relative_to(REPO).as_posix(): script
+    for path in PAGES
+    for script in SCRIPT.findall(path.read_text(encoding="utf-8"))
+}
+AGAIN = re.compile(r"^again\(\).*?^}\n", re.S | re.M)
+
+# Of sbatch(1); one that it does not know, as those of srun, rejects the job.
+SBATCH = {
+    "account", "array", "comment", "constraint", "cpus-per-gpu", "cpus-per-task", "dependency", "error",
+    "exclude", "exclusive", "gpus-per-node", "gpus-per-task", "gres", "job-name", "mem", "mem-per-cpu",
+    "mem-per-gpu", "nodelist", "nodes", "ntasks-per-node", "open-mode", "output", "partition", "qos",
+    "requeue", "signal", "time", "wckey",
+}  # fmt: skip
+
+
+def options(script: str) -> set[str]:
+    lines = re.findall(r"^#SBATCH (.*)$", script, re.M)
+    return {name for line in lines for name in re.findall(r"(?:^|\s)--([\w-]+)", line)}
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
+def test_sbatch_knows_the_options_of_the_scripts(page):
+    assert options(SCRIPTS[page]) and options(SCRIPTS[page]) <= SBATCH
+
+
+def test_sbatch_knows_the_options_of_the_launcher(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from hydra import compose, initialize_config_dir
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    with initialize_config_dir(str(home("conf").resolve()), version_base="1.3"):
+        tree = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True)
+    own = (
+        "_target_",
+        "submitit_folder",
+        "max_num_timeout",
+        "timeout_min",
+        "tasks_per_node",
+        "name",
+        "mem_gb",
+    )
+    given = {name: value for name, value in dict(tree.hydra.launcher).items() if name not in own}
+    text = _make_sbatch_string("python", folder=tmp_path, time=1440, ntasks_per_node=8, **given)
+    assert {"requeue", "signal", "nodes"} <= options(text) <= SBATCH, text
+
+
+def test_all_scripts_queue_again_by_the_same_lines():
+    assert {"docs/scale.md", "docs/tutorials/reazonspeech.md"} <= SCRIPTS.keys()
+    assert len({tuple(AGAIN.findall(script)) for script in SCRIPTS.values()}) == 1
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
+def test_processes_are_signalled_by_srun_and_not_through_torchrun(page):
+    """Which dies by USR1 and leaves its processes behind."""
+    assert "--signal=USR1@" in SCRIPTS[page] and "torchrun" not in SCRIPTS[page]
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
+@pytest.mark.parametrize(
+    ("status", "count", "again"),
+    [
+        (0, None, False),
+        (2, None, False),  # a mistake stays one
+        (75, None, True),
+        (75, "99", True),
+        (75, "100", False),
+        (1, "3", True),
+        (137, None, True),  # a task was killed
+    ],
+)
+def test_a_job_is_queued_again_unless_a_person_is_needed(page, status, count, again, tmp_path):
+    for tool, line in {"srun": f"exit {status}", "scontrol": f'echo "$@" >> {tmp_path}/asked'}.items():
+        (tmp_path / tool).write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/{tool}.log\n{line}\n')
+        (tmp_path / tool).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41"}
+    env |= {} if count is None else {"SLURM_RESTART_COUNT": count}
+    done = subprocess.run(["bash", "-c", SCRIPTS[page]], env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode == status and not done.stderr
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 41\n" if again else "")
+    started = (tmp_path / "srun.log").read_text().splitlines()
+    assert all(line.startswith("--kill-on-bad-exit=0 --wait=60 python -m jahubert.run ") for line in started)
+    assert status == 0 or len(started) == 1  # nothing goes on behind what failed
+
+
+def test_torchrun_on_several_machines_says_where_they_meet():
+    lines = [
+        line
+        for path in PAGES
+        for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+        if "torchrun --nnodes" in line
+    ]
+    assert lines and all("--rdzv-backend c10d --rdzv-endpoint HOST:" in line for line in lines)

@@ -1,0 +1,89 @@
+"""Figures are whole PNGs, and the matrix of phones and units is put in an order that shows a diagonal."""
+
+from __future__ import annotations
+
+import base64
+from xml.etree import ElementTree
+
+import numpy as np
+
+from jahubert.train.data.manifest import Phone
+from jahubert.train.report.figures import (
+    curves,
+    layer_curves,
+    phone_matrix,
+    phone_order,
+    unit_usage,
+    utterance,
+)
+
+
+def size(address: str) -> tuple[int, int]:
+    """Width and height that the PNG in a data address says it has."""
+    head, _, data = address.partition(",")
+    content = base64.b64decode(data)
+    assert (
+        head == "data:image/png;base64" and content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+    )
+    width, height = np.frombuffer(content[16:24], ">u4")
+    return int(width), int(height)
+
+
+def test_matrix_is_ordered_by_hand():
+    # unit         0   1   2   3   4
+    count_PK = np.array([[0, 1, 0, 0, 2], [9, 0, 0, 3, 0], [1, 4, 0, 3, 0]])
+    phones_P, units_K = phone_order(count_PK)
+    assert phones_P.tolist() == [1, 2, 0]
+    assert units_K.tolist() == [0, 3, 1, 4, 2]  # unit 2 never occurs
+    planted = np.diag(np.arange(10, 0, -1))[np.random.default_rng(0).permutation(10)]
+    phones_P, units_K = phone_order(planted)
+    assert np.all(np.diag(planted[phones_P][:, units_K]) == np.arange(10, 0, -1))
+
+
+def drawing(address: str) -> ElementTree.Element:
+    """The root of the SVG in a data address."""
+    head, _, data = address.partition(",")
+    assert head == "data:image/svg+xml;base64"
+    root = ElementTree.fromstring(base64.b64decode(data))
+    assert root.tag.endswith("svg")
+    return root
+
+
+def points(address: str) -> list[int]:
+    """The number of points of each curve: what is drawn, axes and grid aside."""
+    lines = [path for path in drawing(address).iter() if path.get("clip-path") and path.get("d")]
+    found = [path.get("d", "").count("L") + 1 for path in lines if "#b0b0b0" not in path.get("style", "")]
+    return found
+
+
+def test_figures_are_drawn():
+    count_PK = np.random.default_rng(0).integers(0, 9, (42, 100))
+    count_PK[:, 7] = 0
+    assert size(phone_matrix(count_PK, [f"p{i}" for i in range(42)]))[0] == 990
+    for counts in (count_PK.sum(0), np.zeros(4, int)):
+        drawing(unit_usage(counts))
+    layers = {"frames": 900, "mfcc": [{"pnmi": 0.4}], "iter1": [{"pnmi": x} for x in (0.1, 0.3, 0.2)]}
+    assert sorted(points(layer_curves(layers))) == [2, 3]
+    assert phone_matrix(count_PK, ["p"] * 42) == phone_matrix(count_PK, ["p"] * 42)
+
+
+def test_a_curve_for_every_metric_with_speed_and_waiting():
+    timing = {"seconds": 2.0, "steps": 10, "waiting": 0.25}
+    rows = [{"step": i, "loss": 1 / i, "timing": timing} for i in range(1, 6)]
+    rows += [{"step": 3, "valid_loss": 0.5}, {"step": 5, "valid_loss": 0.4, "valid_per": 1.0}]
+    found = curves(rows)
+    assert set(found) == {"loss", "per", "speed", "waiting"}
+    assert points(found["loss"]) == [5, 2]
+    assert points(found["speed"]) == [5]
+
+
+def test_an_utterance_is_as_wide_as_it_is_long():
+    rng = np.random.default_rng(0)
+    phones = (Phone("a", 0, 3200), Phone("pau", 3200, 20_000))
+    short, long = (
+        size(utterance(0.1 * rng.standard_normal(n).astype(np.float32), phones, np.arange(n // 320)))
+        for n in (40_000, 120_000)
+    )
+    assert 2.5 < long[0] / short[0] < 3.5 and abs(long[1] - short[1]) < 5
+    for wav_T in (np.zeros(16_000, np.float32), np.ones(450, np.float32)):
+        size(utterance(wav_T, (), None))  # digital silence, and shorter than a window

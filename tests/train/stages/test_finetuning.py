@@ -1,0 +1,188 @@
+"""Fine-tuning presets against the published settings, the choice of labels, and the watch on blanks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fixtures import FIXTURES
+from fixtures.small_training import CONFIG, MODEL, Noise
+
+from jahubert import run
+from jahubert.errors import ConfigError
+from jahubert.frames import HUBERT, SAMPLE_RATE
+from jahubert.model.heads import HubertForCtc
+from jahubert.train.data.batches import CtcBatch, pad
+from jahubert.train.data.masking import generator
+from jahubert.train.data.sampler import MicroBatch
+from jahubert.train.evaluation.unit_checks import blank_problem
+from jahubert.train.experiment.config import result_fields, structure
+from jahubert.train.experiment.registry import home
+from jahubert.train.stages import finetune
+from jahubert.train.trainer import trainer as engine
+from jahubert.train.trainer.optim import TrainConfig, lr_at
+
+PRESETS = sorted(path.stem for path in home("conf").glob("finetuning/*.yaml"))
+
+
+@cache
+def settings(*overrides: str) -> finetune.Config:
+    tree = run.compose(["pretrained=model", *overrides, "stage=finetune"], "main")
+    return structure(tree["finetune"], finetune.Config, "finetune")
+
+
+def fairseq_tri_stage(step: int, peak: float, warmup: int, hold: int, decay: int) -> float:
+    """fairseq's tri_stage by its parameters: from 1 % up, hold, exponentially down to 5 %, and stay."""
+    if step < warmup:
+        return peak * (0.01 + 0.99 * step / warmup)
+    if step < warmup + hold:
+        return peak
+    return peak * math.exp(math.log(0.05) * min(1.0, (step - warmup - hold) / decay))
+
+
+@pytest.mark.parametrize(
+    ("preset", "phases"),
+    [
+        ("10h", (8_000, 0, 72_000)),  # of which 25,000 updates see 17,000 of decay
+        ("1h", (1_300, 5_200, 6_500)),
+        ("10min", (1_300, 5_200, 6_500)),
+        ("csj-core", (4_500, 18_000, 22_500)),
+        ("csj-all", (23_000, 92_000, 115_000)),
+    ],
+)
+def test_the_rate_of_a_preset_is_the_published_schedule(preset, phases):
+    train = settings("recipe=csj", f"finetuning={preset}").train
+    for step in np.linspace(0, train.max_steps - 1, 23).astype(int).tolist():
+        assert lr_at(step, train) == pytest.approx(fairseq_tri_stage(step, train.lr, *phases), rel=2e-3)
+
+
+def test_presets_hold_what_was_published_and_the_defaults_are_those_of_ten_hours():
+    assert PRESETS == ["10h", "10min", "1h", "csj-all", "csj-core"]
+    found = {name: settings("recipe=csj", f"finetuning={name}") for name in PRESETS}
+    assert {name: c.train.max_steps for name, c in found.items() if name[0] == "1"} == {
+        "10h": 25_000, "10min": 13_000, "1h": 13_000
+    }  # fmt: skip
+    assert [found[name].hours for name in ("10min", "1h", "10h")] == pytest.approx([1 / 6, 1, 10], abs=1e-3)
+    assert found["csj-core"].hours is None and found["csj-all"].head_only_steps == 0
+    for config in found.values():
+        assert config.freeze_conv and config.layer_drop == 0.1 and config.best == "wer"
+        assert config.train.batch_seconds == 1600 and config.mask.length == 10
+    fields = result_fields(replace(found["10h"], hours=None))
+    assert fields == result_fields(
+        finetune.Config(*(Path(fields[n]) for n in ("manifest", "targets", "pretrained")))
+    )
+
+
+def test_csj_takes_the_preset_of_its_subset_unless_another_is_asked_for():
+    core, everything = settings("recipe=csj"), settings("recipe=csj", "subset=all")
+    assert (core.train.max_steps, everything.train.max_steps) == (45_000, 230_000)
+    assert settings("recipe=csj", "subset=/my/list.txt").train == core.train
+    assert settings("recipe=csj", "subset=all", "finetuning=csj-core").train == core.train
+    assert settings("recipe=csj", "finetuning=1h", "finetune.hours=2").hours == 2
+    # On the command line a preset wins over the settings of a recipe.
+    assert settings("recipe=tofugu").train.max_steps == 2_500
+    assert settings("recipe=tofugu", "finetuning=1h").train.max_steps == 13_000
+    with pytest.raises(ConfigError, match="finetuning=1hr: there is no such finetuning; did you mean 1h"):
+        settings("recipe=csj", "finetuning=1hr")
+
+
+def test_hours_draw_single_utterances_at_random_and_small_sets_lie_in_large_ones():
+    rng = np.random.default_rng(0)
+    n_samples = rng.integers(1, 9, 500) * SAMPLE_RATE
+    manifest = SimpleNamespace(n_samples=n_samples, indices=lambda split: np.arange(500))
+    targets = SimpleNamespace(labelled=np.arange(0, 500, 2))
+    config = finetune.Config(Path("m"), Path("t"), Path("p"))
+
+    def chosen(**changes) -> set[int]:
+        rows = finetune.choose_rows(manifest, targets, replace(config, **changes))
+        assert (np.diff(rows) > 0).all()
+        return set(rows.tolist())
+
+    small, large = chosen(hours=0.05), chosen(hours=0.2)
+    assert small < large < chosen() == set(range(0, 500, 2))
+    for hours, rows in ((0.05, small), (0.2, large)):
+        assert hours - 9 / 3600 < n_samples[sorted(rows)].sum() / SAMPLE_RATE / 3600 <= hours
+    assert max(large) > 400 and chosen(hours=0.05, seed=1) != small
+    assert chosen(fraction=0.2) == set(range(0, 100, 2)) and chosen(fraction=0.2, hours=99) == chosen(
+        fraction=0.2
+    )
+    with pytest.raises(ConfigError, match="hours is 0, but must be positive"):
+        replace(config, hours=0)
+
+
+def test_blanks_are_advised_on_only_when_they_stay():
+    long = {"max_steps": 25_000, "head_only_steps": 10_000}
+    assert blank_problem(1.0, 1.0, 12_000, **long) is None  # the network has hardly begun
+    said = blank_problem(0.999, 0.97, 20_000, **long)
+    assert said is not None and "10000 of them with the whole network" in said and "97%" in said
+    for advice in ("rejected.jsonl", "finetune.train.lr", "finetune.head_only_steps", "finetune.mask.prob"):
+        assert advice in said
+    assert blank_problem(0.9, 0.2, 20_000, **long) is None
+    assert "from the start" in (blank_problem(1.0, 1.0, 500, max_steps=1000) or "")
+    assert blank_problem(1.0, 1.0, 50, max_steps=1000) is None
+
+
+def test_a_run_that_stays_at_blank_says_so(tmp_path, caplog):
+    """The real stage on a corpus of noise, whose rate is too low to learn anything."""
+    caplog.set_level(logging.WARNING)
+    rough = FIXTURES / "rough"
+    command = [f"recipe={rough}", f"exp={tmp_path}", "finetune.pretrained=null", "finetune.train.lr=1e-9"]
+    for stage in ("prepare", "targets", "finetune"):
+        run.run([*command, f"stage={stage}"])
+    assert "still on the plateau" in caplog.text
+    assert "valid_empty" in (tmp_path / "systems/main/finetune/metrics.jsonl").read_text()
+
+
+def test_rates_are_shares_that_fit():
+    with pytest.raises(ConfigError, match="cannot sum to more than 1"):
+        TrainConfig(schedule="tri_stage", warmup=0.7, hold=0.4)
+
+
+class Spoken(Noise):
+    """Utterances of noise, each with three symbols."""
+
+    def load(self, micro: MicroBatch) -> CtcBatch:  # type: ignore[override]
+        wavs = [
+            torch.from_numpy(generator(2, row).standard_normal(HUBERT.n_samples(30 + 5 * row))).float()
+            for row in micro.rows
+        ]
+        n_symbols_B = torch.full((len(wavs),), 3)
+        symbols_L = torch.arange(3 * len(wavs)) % 5 + 1
+        lengths = torch.tensor([len(wav) for wav in wavs])
+        return CtcBatch(pad(wavs), lengths, None, None, symbols_L, n_symbols_B)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_run_that_stops_while_only_the_head_learns_is_continued(stop, tmp_path, monkeypatch):
+    """Before the border between the phases, at it, and behind it; with layer drop."""
+    ends = []
+    advance = engine._Run.advance
+
+    def until(self):
+        if self.step == stop:
+            raise KeyboardInterrupt
+        advance(self)
+
+    for name in ("whole", "stopped", "stopped"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        ctc = HubertForCtc(replace(MODEL, layer_drop=0.5), 6)
+        module = finetune.FineTuner(ctc, freeze_conv=True, head_only_steps=2, seed=3)
+        config = replace(CONFIG, max_steps=6, save_every=1)
+        with monkeypatch.context() as patch:
+            if name == "stopped" and len(ends) == 1:
+                patch.setattr(engine._Run, "advance", until)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.train(module, Spoken(), config, tmp_path / name)
+            else:
+                engine.train(module, Spoken(), config, tmp_path / name)
+        ends.append(module.state_dict())
+    for key, value in ends[0].items():
+        assert torch.equal(ends[2][key], value), key

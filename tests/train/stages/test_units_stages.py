@@ -1,0 +1,358 @@
+"""features, kmeans and label end in the same bytes: killed, on a full disk, by any number of processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures.unit_stages import PART, SHARD, N, make_corpus, stages
+
+from jahubert import run
+from jahubert.errors import DataError, DiskFullError
+from jahubert.formats.bundle import save_bundle
+from jahubert.frames import MFCC
+from jahubert.model.hubert import HubertModel
+from jahubert.train.clustering import kmeans as kmeans_module
+from jahubert.train.clustering import lloyd as lloyd_module
+from jahubert.train.clustering.features import HubertLayer, Mfcc
+from jahubert.train.clustering.streaming import load_centroids, save_centroids, stream_features
+from jahubert.train.data import labels as labels_module
+from jahubert.train.data.labels import LabelStore
+from jahubert.train.data.manifest import Manifest, Phone
+from jahubert.train.evaluation import layer_quality
+from jahubert.train.evaluation.layer_quality import PhoneFrames
+from jahubert.train.experiment.provenance import read_record
+from jahubert.train.stages import features, label
+
+RESULTS = ("sample.npy", "header.json", "centroids.safetensors", "units.bin", "offsets.npy")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(features, "_PART", PART)
+    monkeypatch.setattr(kmeans_module, "_COARSE_MIN", 100)
+    monkeypatch.setattr(kmeans_module, "_COARSE_FRAMES", 10)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder)
+    return folder
+
+
+def run_to(exp: Path, corpus: Path, last: str) -> None:
+    for name, config in stages(corpus, exp).items():
+        run.run_stage(name, config, exp / name)
+        if name == last:
+            return
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in RESULTS if (folder / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Path:
+    exp = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_PART", PART)
+        patch.setattr(kmeans_module, "_COARSE_MIN", 100)
+        patch.setattr(kmeans_module, "_COARSE_FRAMES", 10)
+        run_to(exp, corpus, "label")
+    return exp
+
+
+def test_the_sample_holds_the_frames_that_were_drawn(corpus, whole):
+    manifest = Manifest(corpus / "manifest.arrow")
+    config = stages(corpus, whole)["features"]
+    every = [f_SD.numpy() for _, f_SD in stream_features(manifest, Mfcc(), range(N), 80.0)]
+    sample = features.draw_sample(manifest, Mfcc(), config)
+    rows = np.repeat(sample.rows, np.diff(sample.bounds))
+    assert len(set(zip(rows.tolist(), sample.frames.tolist(), strict=True))) == 300
+    stored = np.load(whole / "features/sample.npy")
+    assert stored.dtype == np.float32 and stored.shape == (300, 39)
+    assert np.array_equal(stored, [every[r][f] for r, f in zip(rows, sample.frames, strict=True)])
+    everything = replace(config, sample_frames=10**6)
+    taken = features.draw_sample(manifest, Mfcc(), everything)
+    assert np.array_equal(taken.frames, np.concatenate([np.arange(len(frames)) for frames in every]))
+
+
+def test_frames_of_all_utterances_are_drawn_alike(corpus):
+    manifest = Manifest(corpus / "manifest.arrow")
+    n_frames, seen = MFCC.n_frames(manifest.n_samples), np.zeros(N)
+    for seed in range(200):
+        sample = features.draw_sample(
+            manifest, Mfcc(), features.Config(corpus / "manifest.arrow", sample_frames=40, seed=seed)
+        )
+        seen[sample.rows] += np.diff(sample.bounds)
+    expected = 200 * 40 * n_frames / n_frames.sum()
+    assert np.abs(seen - expected).max() < 5 * np.sqrt(expected.max())
+    assert seen[5] == 0  # it has no frame
+
+
+def until_killed(work: Callable[[], None], moment: int) -> bool:
+    """Do `work` in a process of its own, killed before its `moment`th step; whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(moment))
+
+        def counted(real):
+            def call(*args, **kwargs):
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+
+            return call
+
+        for owner, name in (
+            (os, "fsync"),
+            (Path, "replace"),
+            (Path, "mkdir"),
+            (Path, "touch"),
+            (Path, "unlink"),
+            (labels_module.shutil, "rmtree"),
+            (labels_module.shutil, "copyfileobj"),
+            (Manifest, "load"),
+            (lloyd_module, "one_pass"),
+        ):
+            setattr(owner, name, counted(getattr(owner, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("stage", "at_least"), [("features", 25), ("kmeans", 10), ("label", 35)])
+def test_killed_at_any_moment_and_run_again(corpus, whole, tmp_path, stage, at_least):
+    moment, killed = 0, True
+    while killed:
+        exp = tmp_path / str(moment)
+        exp.mkdir()
+        for before in ("features", "kmeans"):
+            if before == stage:
+                break
+            (exp / before).symlink_to(whole / before)
+        config = stages(corpus, exp)[stage]
+        killed = until_killed(lambda c=config, e=exp: run.run_stage(stage, c, e / stage), moment)
+        run.run_stage(stage, config, exp / stage)
+        assert results(exp / stage) == results(whole / stage)
+        records = {"started.json", "provenance.json", ".running"}  # the last one of who was killed at the end
+        assert {path.name for path in (exp / stage).iterdir()} - records == set(results(whole / stage))
+        moment += 1
+    assert moment > at_least
+
+
+def test_what_was_made_before_a_kill_is_not_made_again(corpus, whole, tmp_path, monkeypatch):
+    loads: list[int] = []
+    real = Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda self, i, *rest: loads.append(i) or real(self, i, *rest))
+    for stage, size in (("features", PART), ("label", SHARD)):
+        exp = tmp_path / stage
+        exp.mkdir()
+        (exp / "kmeans").symlink_to(whole / "kmeans")
+        config = stages(corpus, exp)[stage]
+        with monkeypatch.context() as patch:
+            calls = iter(range(N))
+            sync, stop = os.fsync, 3  # one or two are of records
+
+            def full(descriptor, calls=calls, sync=sync, stop=stop):
+                if next(calls) >= stop:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                sync(descriptor)
+
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(DiskFullError, match="the disk is full"):
+                run.run_stage(stage, config, exp / stage)
+        first = len(set(loads))
+        loads.clear()
+        run.run_stage(stage, config, exp / stage)
+        assert results(exp / stage) == results(whole / stage)
+        assert 0 < len(set(loads)) <= N - first + size
+        loads.clear()
+
+
+@pytest.mark.parametrize(
+    ("stage", "limit", "says"),
+    [
+        ("features", 30_000, "the disk is full while writing into"),
+        ("label", 120, "the disk is full while writing into"),
+    ],
+)
+def test_no_room_in_the_middle_of_a_part(corpus, whole, tmp_path, stage, limit, says):
+    """A limit of the system, met by the long recording: a sentence, and what lies before it is kept."""
+    (tmp_path / "kmeans").symlink_to(whole / "kmeans")
+    config, load = stages(corpus, tmp_path)[stage], Manifest.load
+    child = os.fork()
+    if child == 0:
+
+        def limited(self, row):  # the records in front of the first recording may be larger
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            return load(self, row)
+
+        Manifest.load = limited  # type: ignore[method-assign]
+        try:
+            run.run_stage(stage, config, tmp_path / stage)
+        except DiskFullError as error:
+            os._exit(3 if says in str(error) else 4)
+        finally:
+            os._exit(5)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    kept = sorted(path.name for path in (tmp_path / stage).glob("*/0*"))
+    assert kept == {"features": ["000000"], "label": ["000000.bin", "000001.bin"]}[stage]
+    run.run_stage(stage, config, tmp_path / stage)
+    assert results(tmp_path / stage) == results(whole / stage)
+
+
+def test_centroids_know_what_they_are_of(corpus, whole, tmp_path):
+    centroids_KD, header = load_centroids(whole / "kmeans/centroids.safetensors")
+    assert centroids_KD.shape == (6, 39) and header == read_record(whole / "features/header.json")
+    torch.save({"centroids_KD": centroids_KD}, tmp_path / "centroids.safetensors")
+    with pytest.raises(DataError, match=r"centroids\.safetensors: no centroids that stage=kmeans wrote"):
+        load_centroids(tmp_path / "centroids.safetensors")
+
+
+@pytest.fixture(scope="module")
+def of_a_layer(corpus, tmp_path_factory) -> Path:
+    """Centroids of layer 1 of the model."""
+    exp = tmp_path_factory.mktemp("layer")
+    config = stages(corpus, exp)["features"]
+    config = replace(config, kind="hubert", model=corpus / "model", layer=1, sample_frames=100)
+    run.run_stage("features", config, exp / "features")
+    run.run_stage("kmeans", stages(corpus, exp)["kmeans"], exp / "kmeans")
+    return exp
+
+
+def test_centroids_of_something_else_are_refused(corpus, of_a_layer, tmp_path):
+    config = replace(stages(corpus, of_a_layer)["label"], model=corpus / "model", layer=1)
+    with pytest.raises(DataError, match=r"centroids of layer 1, but units of layer 2 are asked for"):
+        label.run(replace(config, layer=2), tmp_path / "a")
+    torch.manual_seed(1)
+    save_bundle(tmp_path / "other", model=HubertModel(HubertModel.from_pretrained(corpus / "model").config))
+    with pytest.raises(DataError, match=r"other: not the features that .* was fitted on: model is '"):
+        label.run(replace(config, model=tmp_path / "other"), tmp_path / "b")
+    centroids_KD, header = load_centroids(of_a_layer / "kmeans/centroids.safetensors")
+    (tmp_path / "k").mkdir()
+    save_centroids(tmp_path / "k/centroids.safetensors", centroids_KD, header | {"normalize": True})
+    with pytest.raises(DataError, match="normalize is False, the centroids want True"):
+        label.run(replace(config, centroids=tmp_path / "k"), tmp_path / "c")
+
+
+def test_a_store_that_should_be_the_same_is_compared(corpus, whole, tmp_path, caplog):
+    config = stages(corpus, whole)["label"]
+    label.run(replace(config, compare_with=whole / "label", unhealthy="warn"), tmp_path / "same")
+    assert "differ" not in caplog.text
+    centroids_KD, header = load_centroids(whole / "kmeans/centroids.safetensors")
+    (tmp_path / "kmeans").mkdir()
+    save_centroids(tmp_path / "kmeans/centroids.safetensors", centroids_KD.flip(0), header)
+    other = replace(config, centroids=tmp_path / "kmeans", compare_with=whole / "label")
+    label.run(replace(other, unhealthy="warn"), tmp_path / "warned")
+    assert "differ in" in caplog.text and "made from other things: centroids '" in caplog.text
+    with pytest.raises(DataError, match=r"differ in .* ask for unhealthy=warn"):
+        label.run(replace(other, unhealthy="stop"), tmp_path / "stopped")
+
+
+def test_a_feature_that_loses_a_frame_is_named(corpus):
+    class Short(Mfcc):
+        name = "short"
+
+        def __call__(self, wavs):
+            return [frames[: len(frames) - (len(frames) == 248)] for frames in super().__call__(wavs)]
+
+    manifest = Manifest(corpus / "manifest.arrow")
+    with pytest.raises(DataError, match=r"utterance 'u8': the feature short gives 247 frames of 40000 s"):
+        list(stream_features(manifest, Short(), range(N), 80.0))
+
+
+def test_quality_of_features_by_hand(corpus, monkeypatch):
+    """Features that are the phone have a PNMI of 1, features that know nothing have almost none."""
+    manifest = Manifest(corpus / "manifest.arrow")
+    times = {
+        row: tuple(
+            Phone("aiueo"[i % 5], 1600 * i, 1600 * (i + 1)) for i in range(manifest[row].n_samples // 1600)
+        )
+        for row in (2, 5, 7, 8, 11)
+    }
+    frames = PhoneFrames(manifest, times, n_frames=10_000)
+    n_known = sum(len(known) for known in frames.known.values())
+    assert len(frames) == n_known > 120 and frames.phones == list("aeiou")
+    assert len(PhoneFrames(manifest, times, n_frames=50)) == 50
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(frames.phone_N), 5).float()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(frames), 5, generator=generator)
+    assert frames.quality(one_hot, n_clusters=100)["n_units"] == len(frames) // 50  # few frames, few units
+    monkeypatch.setattr(layer_quality, "_PER_CLUSTER", 10)
+    got = frames.quality(one_hot + 0.01 * noise, n_clusters=10)
+    assert got == pytest.approx({"n_units": 10, "phone_purity": 1, "pnmi": 1, "cluster_purity": 0.5}, abs=0.2)
+    assert got["phone_purity"] == pytest.approx(1) and got["pnmi"] == pytest.approx(1)
+    assert frames.quality(noise, n_clusters=10)["pnmi"] < 0.3
+    model = HubertModel.from_pretrained(corpus / "model")
+    layers = frames.layers(model, torch.device("cpu"))
+    expected = torch.cat(
+        [HubertLayer(model, 2)([manifest.load(row)])[0][at] for row, at in frames.known.items()]
+    )
+    torch.testing.assert_close(layers[1], expected, atol=1e-5, rtol=1e-5)
+    assert frames.mfcc().shape == (len(frames), 39)
+
+
+WORKERS = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from jahubert import run
+from jahubert.train.experiment import distributed
+from jahubert.train.clustering import kmeans as kmeans_module
+from jahubert.train.stages import features
+from fixtures.unit_stages import PART, stages
+features._PART, kmeans_module._COARSE_MIN, kmeans_module._COARSE_FRAMES = PART, 100, 10
+corpus, exp = Path(sys.argv[1]), Path(sys.argv[2])
+with distributed.process_group():
+    for kind in ("mfcc", "hubert"):
+        for name, config in stages(corpus, exp / kind).items():
+            if kind == "hubert" and name == "features":
+                config = replace(config, kind=kind, layer=2, model=corpus / "model", sample_frames=200)
+            if kind == "hubert" and name == "label":
+                config = replace(config, layer=2, model=corpus / "model")
+            run.run_stage(name, config, exp / kind / name)
+"""
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_writes_the_same_bytes(corpus, whole, tmp_path):
+    from jahubert.train.experiment.distributed import launch
+
+    made = {}
+    for world in (1, 2, 8):
+        exp = tmp_path / str(world)
+        command = [sys.executable, "-c", WORKERS, str(corpus), str(exp)]
+        assert launch(command, world) == 0
+        made[world] = {
+            f"{kind}/{stage}": results(exp / kind / stage)
+            for kind in ("mfcc", "hubert")
+            for stage in ("features", "kmeans", "label")
+        }
+    assert made[1] == made[2] == made[8]
+    assert made[1]["mfcc/label"] == results(whole / "label")
+    assert len(LabelStore(tmp_path / "8/hubert/label")) == N
+
+
+@pytest.mark.slow
+def test_what_all_processes_find_is_said_once(corpus, whole, tmp_path):
+    command = [
+        sys.executable, "-m", "jahubert.run", "recipe=demo", "stage=kmeans", f"exp={tmp_path}", "processes=2",
+        f"kmeans.features={whole}/features", "kmeans.n_clusters=1000", "device=cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("jahubert: error: 294 frames cannot make 1000 clusters") == 1

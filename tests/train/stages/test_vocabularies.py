@@ -1,0 +1,251 @@
+"""Phones, kana or characters: the same stages from targets to scores, and what decode can be asked for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from fixtures import FIXTURES
+
+from jahubert import run
+from jahubert.audio import AudioSource
+from jahubert.errors import ConfigError, DataError
+from jahubert.frames import HUBERT
+from jahubert.phonemes import PhonemeSet
+from jahubert.train.data.manifest import Manifest, Utterance
+from jahubert.train.data.targets import UNKNOWN, TargetStore, character_set, kana_set, vocabulary_of, words_of
+from jahubert.train.evaluation.metrics import error_rate
+from jahubert.train.stages import decode, targets
+
+TONES = FIXTURES / "tones"
+STEPS = {"characters": 140, "phones": 600, "kana": 600}  # without boundaries it is soon learnt
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("phones", "kana")]
+
+
+def command(exp: Path, vocabulary: str, steps: int, *overrides: str) -> list[str]:
+    train = [f"finetune.train.{name}" for name in (f"max_steps={steps}", f"valid_every={steps}", "lr=4e-3")]
+    asked = [f"recipe={TONES}", f"exp={exp}", f"targets.vocabulary={vocabulary}", "finetune.pretrained=null"]
+    return [*asked, *train, "decode.align_splits=[test]", *overrides]
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """Vocabulary -> an experiment through all stages of recognition, from scratch, made once."""
+
+    @cache
+    def make(vocabulary: str, steps: int = 0) -> Path:
+        exp = tmp_path_factory.mktemp(vocabulary) / "exp"
+        for stage in ("prepare", "targets", "finetune", "decode", "score"):
+            run.run([*command(exp, vocabulary, steps or STEPS[vocabulary]), f"stage={stage}"])
+        return exp
+
+    return make
+
+
+def hypotheses(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("vocabulary", ["characters", *LONG])
+def test_every_vocabulary_is_learnt_by_the_same_code(learnt, vocabulary):
+    exp = learnt(vocabulary)
+    measure = {"characters": "cer", "phones": "per", "kana": "kana_cer"}[vocabulary]
+    store = TargetStore(exp / "targets")
+    assert vocabulary_of(store.phonemes) == vocabulary
+    scores = json.loads((exp / "systems/pretrained/score/scores.json").read_text())["test"]
+    assert scores[measure]["rate"] < 0.1
+    manifest = Manifest(exp / "prepare/manifest.arrow")
+    for line in hypotheses(exp / "systems/pretrained/decode"):
+        row = next(i for i in range(len(manifest)) if manifest[i].id == line["id"])
+        item, said = manifest[row], [tuple(word.split()) for word in line["reference"]]
+        if vocabulary == "phones":
+            assert tuple(said) == item.words
+        elif vocabulary == "characters":
+            assert "".join(symbol for word in said for symbol in word) == item.text
+        else:
+            assert len(said) == len(item.words)
+        assert line["talk"] == Path(item.audio.path).stem
+
+
+@pytest.mark.slow
+def test_words_of_an_alignment_hold_their_phones(learnt):
+    exp = learnt("phones")
+    manifest = Manifest(exp / "prepare/manifest.arrow")
+    close = n_words = 0
+    for line in map(
+        json.loads,
+        (exp / "systems/pretrained/decode/alignment.jsonl").read_text(encoding="utf-8").splitlines(),
+    ):
+        item = manifest[line["row"]]
+        assert [tuple(word.split()) for word, _, _ in line["words"]] == list(item.words)
+        assert all(a[2] <= b[1] for a, b in pairwise(line["words"]))
+        first = 0
+        for (_, start, end), word in zip(line["words"], item.words, strict=True):
+            planted = [phone for phone in item.alignment if phone.symbol != "pau"][first : first + len(word)]
+            first += len(word)
+            close += abs(start - planted[0].start) < 2400 and abs(end - planted[-1].end) < 2400
+            n_words += 1
+    assert close / n_words > 0.8
+
+
+# --- decode -----------------------------------------------------------------------------------------------
+
+
+def decoded(exp: Path, out: Path, **settings) -> list[dict]:
+    out.mkdir()
+    paths = {"manifest": exp / "prepare/manifest.arrow", "targets": exp / "targets"}
+    config = decode.Config(**paths, model=exp / "systems/pretrained/finetune", splits=("test",), device="cpu")
+    decode.run(replace(config, **settings), out)
+    return sorted(hypotheses(out), key=lambda line: line["id"])
+
+
+def test_hypotheses_and_error_rates_do_not_depend_on_the_batch(learnt, tmp_path):
+    exp, found = learnt("characters"), {}
+    for seconds in (0.1, 4.0, 80.0):
+        found[seconds] = decoded(exp, tmp_path / str(seconds), batch_seconds=seconds, n_best=3)
+    for other in (4.0, 80.0):
+        for a, b in zip(found[0.1], found[other], strict=True):
+            assert (a["id"], a["hypothesis"]) == (b["id"], b["hypothesis"])
+            assert a["score"] == pytest.approx(b["score"], abs=1e-3)
+            assert a["n_best"][0]["words"] == b["n_best"][0]["words"]
+    rates = {
+        error_rate([x["reference"] for x in rows], [x["hypothesis"] for x in rows]).rate
+        for rows in found.values()
+    }
+    assert len(rates) == 1
+
+
+def test_n_best_are_different_and_fall_and_greedy_is_there_to_compare(learnt, tmp_path):
+    exp = learnt("characters")
+    for line in decoded(exp, tmp_path / "beam", n_best=5):
+        answers = line["n_best"]
+        assert 2 <= len(answers) <= 5 and answers[0]["words"] == line["hypothesis"]
+        assert len({tuple(answer["words"]) for answer in answers}) == len(answers)
+        assert all(a["score"] >= b["score"] for a, b in pairwise(answers))
+    best = decoded(exp, tmp_path / "best")
+    greedy = decoded(exp, tmp_path / "greedy", search="greedy")
+    assert "n_best" not in best[0] and len(greedy) == len(best)
+    assert all(a["score"] <= b["score"] + 1e-3 for a, b in zip(greedy, best, strict=True))
+
+
+def test_a_word_list_leaves_only_its_words(learnt, tmp_path):
+    pytest.importorskip("flashlight.lib.text.decoder")
+    exp = learnt("phones", 2)
+    manifest = Manifest(exp / "prepare/manifest.arrow")
+    known = {word for i in manifest.indices(split="test") for word in manifest[int(i)].words}
+    (tmp_path / "words.txt").write_text(
+        "".join(f"w{i} {' '.join(word)}\n" for i, word in enumerate(sorted(known)))
+    )
+    lexicon = decode.LexiconConfig(tmp_path / "words.txt")
+    found = decoded(exp, tmp_path / "lexicon", lexicon=lexicon, n_best=2, batch_seconds=3.0)
+    assert all(tuple(word.split()) in known for line in found for word in line["hypothesis"])
+    assert [line["reference"] for line in found] == [
+        line["reference"] for line in decoded(exp, tmp_path / "free")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"beam": 0}, "beam is 0, but must be at least 1"),
+        ({"n_best": 21}, "n_best is 21"),
+        ({"search": "greedy", "n_best": 2}, "greedy finds one answer"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        decode.Config(Path("m"), Path("t"), Path("b"), **settings)
+
+
+def test_a_word_list_is_set_on_the_command_line():
+    asked = [f"recipe={TONES}", "stage=decode", "decode.lexicon.words=/a/words.txt"]
+    (job,) = run.plan(run.compose([*asked, "system=pretrained"]))
+    found = run.configured(
+        *job, [*asked, "decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"]
+    )
+    assert found[1].lexicon == decode.LexiconConfig(Path("/a/words.txt"), Path("/a/3.arpa"), 0.5)
+    wrong = run.configured(*job, [*asked, "decode.lexicon.arpa=/a/3.arpa"])
+    assert "decode.lexicon.arpa: there is no such key" in str(wrong)
+
+
+# --- targets ----------------------------------------------------------------------------------------------
+
+
+def spoken(**fields) -> Utterance:
+    return Utterance("u", AudioSource("a.wav"), n_samples=16_000, **fields)
+
+
+def config(**settings) -> targets.Config:
+    return targets.Config(Path("m"), **settings)
+
+
+def test_targets_of_each_vocabulary():
+    item = spoken(words=(("ky", "o:"), ("w", "a")), text="今日は、①番！")
+    for symbols, settings, said in (
+        (PhonemeSet.standard(), {}, ["ky o:", "w a"]),
+        (kana_set(), {"vocabulary": "kana"}, ["キ ョ ー", "ワ"]),
+        (character_set("今日は番"), {"vocabulary": "characters"}, ["今", "日", "は", UNKNOWN, "番"]),
+    ):
+        labels = targets.target_of(item, symbols, config(**settings))
+        assert [" ".join(word) for word in words_of(symbols, labels)] == said
+    read = targets.target_of(spoken(text="東京へ"), kana_set(), config(vocabulary="kana"))
+    assert [" ".join(word) for word in words_of(kana_set(), read)] == ["ト ー キ ョ ー", "エ"]
+
+
+@pytest.mark.parametrize(
+    ("item", "settings", "says"),
+    [
+        (spoken(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in 'k x' is not one of"),
+        (spoken(text="…"), {"vocabulary": "characters"}, "text without letters: '…'"),
+        (spoken(text="Привет"), {}, "text without a reading: "),
+        (
+            spoken(words=(("a", "i") * 40,)),
+            {},
+            "target longer than its audio: 80 frames are needed, 49 are there",
+        ),
+        (spoken(words=(("a",) * 30,)), {}, "target longer than its audio: 59 frames are needed"),
+    ],
+)
+def test_what_cannot_be_a_target_has_its_reason(item, settings, says):
+    symbols = PhonemeSet.standard() if not settings else character_set("あ")
+    with pytest.raises(DataError, match=says):
+        targets.target_of(item, symbols, config(**settings))
+
+
+def test_targets_that_are_too_long_are_dropped_counted_and_named(tmp_path, caplog):
+    """Of one second each, those with more phones than frames go; the others keep their rows."""
+    import numpy as np
+    import soundfile
+
+    from jahubert.train.stages import prepare
+
+    recipe = tmp_path / "mine"
+    recipe.mkdir()
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.ones(16_000), 16_000)
+    (recipe / "recipe.yaml").write_text("{}\n")
+    (recipe / "prepare.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from jahubert.audio import AudioSource\n"
+        "from jahubert.train.data.manifest import Utterance\n"
+        "@dataclass(frozen=True)\nclass Config:\n    pass\n"
+        "def prepare(data, work, config, seed):\n"
+        "    for n in (10, 49, 50, 120):\n"
+        "        words = (tuple('ai'[i % 2] for i in range(n)),)\n"
+        f"        yield Utterance(f'n{{n}}', AudioSource({str(tmp_path / 'a.wav')!r}), words=words)\n"
+    )
+    for name in ("prepare", "targets"):
+        (tmp_path / name).mkdir()
+    prepare.run(prepare.Config(recipe=str(recipe)), tmp_path / "prepare")
+    manifest = tmp_path / "prepare/manifest.arrow"
+    metrics = targets.run(targets.Config(manifest), tmp_path / "targets")
+    assert HUBERT.n_frames(16_000) == 49
+    assert metrics["rejected"] == {"target longer than its audio": 2} and metrics["utterances"] == 2
+    assert "target longer than its audio: 2 utterances" in caplog.text
+    lines = (tmp_path / "targets/rejected.jsonl").read_text().splitlines()
+    assert Counter(json.loads(line)["id"] for line in lines) == {"n50": 1, "n120": 1}
+    assert TargetStore(tmp_path / "targets").labelled.tolist() == [0, 1]

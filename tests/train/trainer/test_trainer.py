@@ -1,0 +1,335 @@
+"""The training engine on a module small enough to run in milliseconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.toy import Data, HeadFirst, Toy, evaluate
+from safetensors.torch import load_file
+
+from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.train.trainer import trainer as engine
+from jahubert.train.trainer.metric_log import trim_metrics
+from jahubert.train.trainer.optim import TrainConfig, lr_at, pick_precision
+from jahubert.train.trainer.trainer import Stopped, train
+
+TESTS = Path(__file__).parent
+QUICK = TrainConfig(
+    max_steps=20,
+    batch_seconds=12.0,
+    micro_seconds=6.0,
+    lr=0.01,
+    precision="fp32",
+    device="cpu",
+    log_every=3,
+    save_every=4,
+    valid_every=0,
+)
+
+
+def toy():
+    torch.manual_seed(0)
+    return Toy()
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def curve(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "timing"} for row in rows]
+
+
+def changed(**changes):
+    return TrainConfig(**{**vars(QUICK), **changes})
+
+
+def test_it_learns_and_writes_what_it_promises(tmp_path):
+    module = toy()
+    metrics = train(module, Data(), changed(max_steps=300, log_every=50), tmp_path)
+    losses = [row["loss"] for row in curve(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert metrics["loss"] == losses[-1]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_0000296", "step_0000300"]
+
+
+def test_one_step_equals_plain_pytorch(tmp_path):
+    """Summed losses over two micro-batches, divided by their targets, clipped, AdamW."""
+    module, plain, data = toy(), toy(), Data()
+    for m in (module, plain):
+        m.net[1].p = 0.0
+    config = changed(max_steps=1, clip_norm=0.1)
+    train(module, data, config, tmp_path)
+    batches = [data.load(data.sampler.epoch(0)[index]) for index in range(2)]
+    losses = [plain(batch, 0) for batch in batches]
+    (sum(loss.total for loss in losses) / sum(loss.count for loss in losses)).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    torch.optim.AdamW(
+        plain.parameters(), lr=lr_at(0, config), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
+    ).step()
+    torch.testing.assert_close(weights(module), weights(plain), rtol=1e-6, atol=1e-7)
+
+
+def test_tensorboard_shows_the_curve_of_a_continued_run(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(toy(), Data(), changed(max_steps=8), tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        advance = engine._Run.advance
+
+        def until_14(self):
+            if self.step == 14:
+                raise RuntimeError("lost, with what was written behind the checkpoint of step 8")
+            advance(self)
+
+        patch.setattr(engine._Run, "advance", until_14)
+        train(toy(), Data(), changed(save_every=100), tmp_path)
+    time.sleep(1.1)  # event files are named by the second
+    train(toy(), Data(), QUICK, tmp_path)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("training/loss")]
+    assert shown == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in curve(tmp_path)]
+
+
+def test_a_checkpoint_cut_in_the_middle_of_its_writing_does_not_count(tmp_path):
+    whole = toy()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    train(whole, Data(), QUICK, tmp_path / "a")
+    train(toy(), Data(), changed(max_steps=8), tmp_path / "b")
+    half = tmp_path / "b" / "checkpoints" / "step_0000012.tmp"
+    half.mkdir()
+    (half / "__0_0.distcp").write_bytes(b"half")
+    again = toy()
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # the line that was being written
+    train(again, Data(), QUICK, tmp_path / "b")
+    # The learning rate depends on max_steps, so only the shape of this run can be compared.
+    assert curve(tmp_path / "b")[-1]["step"] == 20
+    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == [
+        "step_0000016",
+        "step_0000020",
+    ]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "run.json", ".metadata"])
+def test_a_checkpoint_that_a_power_failure_cut_short_is_left_out(name, tmp_path, caplog):
+    whole = toy()
+    train(whole, Data(), QUICK, tmp_path / "whole")
+    out = tmp_path / "cut"
+    train(toy(), Data(), QUICK, out)
+    newest = out / "checkpoints" / "step_0000020"
+    os.truncate(newest / name, 0)
+    module = toy()
+    train(module, Data(), QUICK, out)
+    assert f"{newest} is left out, it is damaged" in caplog.text
+    assert torch.equal(weights(module), weights(whole)) and curve(out) == curve(tmp_path / "whole")
+    caplog.clear()
+    train(toy(), Data(), QUICK, out)  # it was written again
+    assert "damaged" not in caplog.text
+
+
+def test_a_checkpoint_of_rubbish_is_named(tmp_path):
+    train(toy(), Data(), QUICK, tmp_path)
+    file = tmp_path / "checkpoints" / "step_0000020" / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(DataError, match=r"step_0000020: this checkpoint cannot be read .*delete the folder"):
+        train(toy(), Data(), QUICK, tmp_path)
+
+
+def test_readers_in_other_processes_change_nothing(tmp_path):
+    for workers in (0, 2):
+        (tmp_path / str(workers)).mkdir()
+    results = [toy(), toy()]
+    for module, workers in zip(results, (0, 2), strict=True):
+        train(module, Data(), changed(workers=workers), tmp_path / str(workers))
+    assert torch.equal(*map(weights, results))
+
+
+TWO = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from fixtures import toy
+from fixtures.toy import Data, evaluate
+from jahubert.train.trainer import trainer as engine
+from jahubert.train.experiment import distributed
+from jahubert.train.trainer.optim import TrainConfig
+
+out, stop_at, config = Path(sys.argv[2]), int(sys.argv[3]), TrainConfig(**eval(sys.argv[4]))
+advance = engine._Run.advance
+
+def advance_or_stop(self):
+    if self.step == stop_at:
+        raise SystemExit(0)
+    advance(self)
+
+engine._Run.advance = advance_or_stop
+with distributed.process_group():
+    torch.manual_seed(0)
+    module, data = getattr(toy, sys.argv[5])(), Data(per_step=4)
+    engine.train(module, data, config, out, validate=lambda: evaluate(module, data), best="loss")
+    if distributed.rank() == 0:
+        torch.save(module.state_dict(), out / "weights.pt")
+"""
+
+
+def run_two(tmp_path, out, config, stop_at, model="Toy"):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(script), str(TESTS), str(out), str(stop_at), repr(vars(config)), model]
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, sharded):
+    config = changed(batch_seconds=24.0, valid_every=5, sharded=sharded)
+    one, two, data = toy(), toy(), Data(per_step=4)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    train(one, data, config, tmp_path / "one", validate=lambda: evaluate(one, data), best="loss")
+    run_two(tmp_path, tmp_path / "two", config, stop_at=-1)
+    two.load_state_dict(torch.load(tmp_path / "two" / "weights.pt"))
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-6)
+    for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_are_continued_by_one(tmp_path, sharded):
+    """In the middle of a phase in which only some parameters learn."""
+    config = changed(batch_seconds=24.0, valid_every=5, sharded=sharded)
+    data = Data(per_step=4)
+    ends = {}
+    for name in ("whole", "moved"):
+        (tmp_path / name).mkdir()
+        if name == "moved":
+            run_two(tmp_path, tmp_path / name, config, stop_at=12, model="HeadFirst")
+        torch.manual_seed(0)
+        module = HeadFirst()
+        validate = lambda module=module: evaluate(module, data)  # noqa: E731
+        train(module, data, config, tmp_path / name, validate=validate, best="loss")
+        ends[name] = weights(module)
+    torch.testing.assert_close(ends["moved"], ends["whole"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    module = toy()
+    with pytest.raises(JahubertError, match=r"step \d+: the loss is nan, .* epoch 0, utterances .*'row 11'"):
+        train(module, Data(bad=11), QUICK, tmp_path)
+    assert weights(module).isfinite().all()
+
+
+def test_sigterm_saves_and_says_so(tmp_path):
+    whole, module = toy(), toy()
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    train(whole, Data(), QUICK, tmp_path / "whole")
+    data = Data()
+    load = data.load
+
+    def load_and_stop(micro):
+        if (micro.epoch, micro.index) == (0, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(micro)
+
+    data.load = load_and_stop
+    with pytest.raises(Stopped, match="told to stop by SIGTERM: saved at step 3") as caught:
+        train(module, data, QUICK, tmp_path / "stopped")
+    assert caught.value.exit_status == 75
+    again = toy()
+    train(again, Data(), QUICK, tmp_path / "stopped")
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_signal_in_the_last_step_stops_what_would_come_next(tmp_path):
+    """The stage is not finished, and nothing starts behind it; the same command finds all steps done."""
+    validate = {"validate": lambda: {"per": 1.0}, "best": "per"}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    whole = train(toy(), Data(), changed(valid_every=5), tmp_path / "whole", **validate)
+    data = Data()
+
+    def load_and_stop(micro):
+        if (micro.epoch, micro.index) == last:
+            signal.raise_signal(signal.SIGUSR1)
+        return Data.load(data, micro)
+
+    last = [(micro.epoch, micro.index) for micro in islice(data.sampler.stream(0, 0), 2 * QUICK.max_steps)][
+        -1
+    ]
+    data.load = load_and_stop
+    with pytest.raises(Stopped, match=f"told to stop by SIGUSR1: saved at step {QUICK.max_steps}"):
+        train(toy(), data, changed(valid_every=5), tmp_path / "stopped", **validate)
+    assert train(toy(), Data(), changed(valid_every=5), tmp_path / "stopped", **validate) == whole
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
+def test_a_signal_behind_the_last_step_is_for_who_listened_before(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        train(
+            toy(),
+            Data(),
+            changed(valid_every=QUICK.max_steps),
+            tmp_path,
+            validate=lambda: signal.raise_signal(signal.SIGUSR1) or {"per": 1.0},
+        )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("best", ["per", None])
+def test_the_best_step_is_kept(tmp_path, best):
+    module, values = toy(), iter([3.0, 1.0, 2.0, 5.0])
+    seen = []
+
+    def validate():
+        seen.append(weights(module).clone())
+        return {"per": next(values)}
+
+    config = changed(valid_every=5)
+    metrics = train(module, Data(), config, tmp_path, validate=validate, best=best)
+    if best:
+        kept = toy()
+        kept.load_state_dict(load_file(tmp_path / "best.safetensors"))
+        assert torch.equal(weights(kept), seen[1])
+        assert metrics == {"per": 1.0, "best_step": 10.0} and torch.equal(weights(module), seen[1])
+    else:
+        assert not (tmp_path / "best.safetensors").exists()
+        assert metrics["loss"] == curve(tmp_path)[-2]["loss"] and torch.equal(weights(module), seen[3])
+
+
+def test_learning_rates():
+    linear = TrainConfig(max_steps=100, lr=1.0, warmup=0.1)
+    assert [round(lr_at(s, linear), 6) for s in (0, 9, 10, 55, 99)] == [0.1, 1.0, 1.0, 0.5, round(1 / 90, 6)]
+    three = TrainConfig(max_steps=100, lr=1.0, warmup=0.1, hold=0.4, schedule="tri_stage", final_lr=0.05)
+    assert lr_at(0, three) == pytest.approx(0.01)
+    assert lr_at(10, three) == lr_at(49, three) == 1.0
+    assert lr_at(75, three) == pytest.approx(0.05**0.5)
+
+
+def test_impossible_training_settings():
+    with pytest.raises(ConfigError, match=r"lr is -1, but must be positive\nwarmup is 1.5"):
+        TrainConfig(lr=-1, warmup=1.5)
+    with pytest.raises(ConfigError, match="use precision=fp32 or bf16"):
+        pick_precision(TrainConfig(precision="fp16"), torch.device("cpu"))
+
+
+def test_metrics_behind_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    trim_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

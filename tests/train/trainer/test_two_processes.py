@@ -1,0 +1,104 @@
+"""What holds for the choice of an engine, and for several processes, without the full stack.
+
+As a script under torchrun it is one of the processes: `torchrun --nproc-per-node 2 FILE FOLDER`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.toy import Data, Toy
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from jahubert.errors import MissingExtraError, StaleError
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.registry import ENGINES, resolve
+from jahubert.train.trainer.optim import TrainConfig
+from jahubert.train.trainer.trainer import Loss, Stopped, train
+
+CONFIG = TrainConfig(
+    max_steps=5, batch_seconds=24.0, micro_seconds=6.0, lr=0.01, precision="fp32", device="cpu", save_every=9
+)
+
+
+class Told(Toy):
+    """In step `told_at` the last process, and no other, is told to stop."""
+
+    def __init__(self, told_at: int | None):
+        torch.manual_seed(0)
+        super().__init__()
+        self.told_at = told_at
+
+    def forward(self, batch: Any, step: int) -> Loss:
+        if step + 1 == self.told_at and distributed.rank() == distributed.world() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return super().forward(batch, step)
+
+
+def learn(out: Path, told_at: int | None = None) -> dict[str, Tensor]:
+    out.mkdir(exist_ok=True)
+    module = Told(told_at)
+    train(module, Data(per_step=4), CONFIG, out)
+    return module.state_dict()
+
+
+def test_without_fairseq2_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fairseq2", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "jahubert.train.trainer.fairseq2", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'jahubert\[fairseq2\]'"):
+        resolve("fairseq2", ENGINES, "engine")
+
+
+def test_a_run_of_the_other_engine_is_refused(tmp_path):
+    (tmp_path / "checkpoints_fairseq2" / "step_3").mkdir(parents=True)
+    with pytest.raises(StaleError, match="begun with engine=fairseq2"):
+        learn(tmp_path)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with (tmp_path / "log").open("w") as log:
+        torchrun = subprocess.Popen(
+            [*command, __file__, str(tmp_path)], env=os.environ, stdout=log, stderr=log
+        )
+        try:
+            status = torchrun.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # a hang is what this test is about
+            torchrun.terminate()  # which ends its processes; killed, it would leave them behind
+            status = torchrun.wait(timeout=60)
+    assert status == 0, (tmp_path / "log").read_text()[-3000:]
+    assert (tmp_path / "stopped" / "checkpoints" / "step_0000002").is_dir()
+    whole, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def main(folder: Path) -> None:
+    with distributed.process_group():
+        try:
+            learn(folder / "stopped", told_at=2)
+        except Stopped as stop:
+            by = "SIGTERM" if distributed.rank() == 1 else "a signal to another process"
+            if f"told to stop by {by}: saved at step 2" not in str(stop):
+                raise
+        else:
+            raise SystemExit("the run did not stop")
+        sums, add = [], distributed.add
+        distributed.add = lambda values: (sums.append(values), add(values))
+        for name in ("stopped", "whole"):
+            state = learn(folder / name)
+            if distributed.rank() == 0:
+                save_file(state, folder / f"{name}.safetensors")
+        # The losses and the wish to stop in one sum a step; "stopped" had three steps to go.
+        assert len(sums) == 3 + CONFIG.max_steps
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
