@@ -13,11 +13,11 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 NAME = "ahead"  # of the threads
-MOST = 4  # threads: 80 s of FLAC take a core 60 to 80 ms, and a GPU's model 30
-THREADS = max(1, min(MOST, (os.cpu_count() or 1) // 2))  # a CPU also has to compute
+MAX_THREADS = 4  # threads: 80 s of FLAC take a core 60 to 80 ms, and a GPU's model 30
+THREADS = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))  # a CPU also has to compute
 
 
-def ahead(work: Callable[[A], B], items: Iterable[A], n: int = 4) -> Generator[tuple[A, B], None, None]:
+def prefetch(work: Callable[[A], B], items: Iterable[A], n: int = 4) -> Generator[tuple[A, B], None, None]:
     """(item, `work(item)`) in order, while the next `n` items are being worked on.
 
     What `work` raises is raised at its place. No thread outlives the iterator.

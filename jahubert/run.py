@@ -168,7 +168,7 @@ def run(overrides: Sequence[str]) -> None:
     """
     from jahubert.train.experiment import distributed
     from jahubert.train.pipeline import preflight
-    from jahubert.train.trainer.watchdog import watch
+    from jahubert.train.trainer.watchdog import watchdog
 
     try:
         jobs = all_configured(overrides, starting=True)
@@ -176,7 +176,7 @@ def run(overrides: Sequence[str]) -> None:
     except JahubertError as error:
         error.told = not _first()  # type: ignore[attr-defined]  # all find the same
         raise
-    with distributed.process_group(tell), watch(minutes):
+    with distributed.process_group(tell), watchdog(minutes):
         for job in jobs:
             _unless_told()
             run_stage(*job)
@@ -202,7 +202,7 @@ def all_configured(overrides: Sequence[str], starting: bool = False) -> list[tup
         from jahubert.train.pipeline import preflight
 
         made = [folder_of(tree, *job) for job in planned]
-        mistakes += preflight.mistakes(jobs, made, int(os.environ.get("WORLD_SIZE", 1)))
+        mistakes += preflight.preflight_errors(jobs, made, int(os.environ.get("WORLD_SIZE", 1)))
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return jobs
@@ -258,13 +258,13 @@ def plan(tree: dict[str, Any]) -> list[tuple[str, int | None, str | None]]:
     if not isinstance(iterations, int) or iterations < 0:
         raise ConfigError(f"iterations={iterations}: give the number of iterations of pretraining")
     if asked != "all" and asked not in STAGES:
-        from jahubert.train.experiment.config import unknown
+        from jahubert.train.experiment.config import unknown_name_error
 
-        raise ConfigError(unknown("stage", str(asked), [*STAGES, "all"], missing=asked is None))
+        raise ConfigError(unknown_name_error("stage", str(asked), [*STAGES, "all"], missing=asked is None))
     if tree["system"] is not None and tree["system"] not in systems:
-        from jahubert.train.experiment.config import unknown
+        from jahubert.train.experiment.config import unknown_name_error
 
-        raise ConfigError(unknown("system", str(tree["system"]), systems))
+        raise ConfigError(unknown_name_error("system", str(tree["system"]), systems))
     if tree["decoding"] is not None and not re.fullmatch(r"[\w.-]+", tree["decoding"]):
         raise ConfigError(f"decoding={tree['decoding']}: give a name for a folder: letters, digits, . _ -")
     chosen = [tree["system"]] if tree["system"] else systems
@@ -287,24 +287,24 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
     """Run one stage in its folder, or keep what is there."""
     from jahubert.train.experiment import distributed, provenance
     from jahubert.train.experiment.config import default_fields
-    from jahubert.train.experiment.disk_full import full_disk_said
-    from jahubert.train.experiment.lock import claimed
-    from jahubert.train.experiment.out_of_memory import full_memory_said
+    from jahubert.train.experiment.disk_full import report_disk_full
+    from jahubert.train.experiment.lock import run_lock
+    from jahubert.train.experiment.out_of_memory import report_oom
     from jahubert.train.experiment.registry import STAGES, resolve
 
     module = resolve(stage, STAGES, "stage")
     keep, first = getattr(module, "KEEP", True), distributed.rank() == 0
 
     def begin() -> tuple[dict[str, Any], bool]:
-        recipe = provenance.recipe_of(stage, module.VERSION, config)
+        recipe = provenance.stage_inputs(stage, module.VERSION, config)
         out.mkdir(parents=True, exist_ok=True)
         if not (keep and (out / provenance.DONE).exists()):
-            claim.enter_context(claimed(out))
-        return recipe, keep and provenance.begin(out, recipe, default_fields(config))
+            claim.enter_context(run_lock(out))
+        return recipe, keep and provenance.acquire(out, recipe, default_fields(config))
 
     with ExitStack() as claim:
-        with full_disk_said(out):
-            recipe, there = distributed.from_first(begin)
+        with report_disk_full(out):
+            recipe, there = distributed.rank0_broadcast(begin)
         if there:
             log.info("%s: done before, kept", out)
             if first and hasattr(module, "kept"):
@@ -313,16 +313,16 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
                 print((out / "table.txt").read_text(encoding="utf-8"))
             return provenance.read_record(out / provenance.DONE)["metrics"]
         log.info("%s ...", out)
-        distributed.at(str(out))
-        started = time.monotonic() - provenance.spent(out)
+        distributed.heartbeat(str(out))
+        started = time.monotonic() - provenance.elapsed_seconds(out)
         try:
-            with full_disk_said(out), full_memory_said(stage, config):
+            with report_disk_full(out), report_oom(stage, config):
                 metrics = module.run(config, out)
                 if first and keep:
                     provenance.finish(out, recipe, metrics, time.monotonic() - started)
         except BaseException:
             if first:
-                provenance.release(out, time.monotonic() - started)
+                provenance.rollback(out, time.monotonic() - started)
             raise
         distributed.barrier()
     log.info("%s: done in %.1f s  %s", out, time.monotonic() - started, _shown(metrics))
@@ -347,9 +347,9 @@ def _hang_minutes(overrides: Sequence[str]) -> float:
 
 
 def _recipes() -> list[str]:
-    from jahubert.train.experiment.registry import home
+    from jahubert.train.experiment.registry import data_folder
 
-    return sorted(path.parent.name for path in home("recipes").glob("*/recipe.yaml"))
+    return sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
 
 
 def _hydra_main(argv: list[str]) -> None:
@@ -357,11 +357,11 @@ def _hydra_main(argv: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from jahubert.train.experiment.registry import home
+    from jahubert.train.experiment.registry import data_folder
 
     sys.argv = [sys.argv[0], *(arg if arg.startswith(("-", "hydra")) else _lenient(arg) for arg in argv)]
 
-    @hydra.main(config_path=str(home("conf").resolve()), config_name="config", version_base="1.3")
+    @hydra.main(config_path=str(data_folder("conf").resolve()), config_name="config", version_base="1.3")
     def door(_: Any) -> None:
         join_slurm(os.environ)  # a launcher's job does not come through `main`
         if status := start([arg.removeprefix("++") for arg in HydraConfig.get().overrides.task]):

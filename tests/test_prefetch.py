@@ -14,7 +14,7 @@ from fixtures.unit_stages import N, make_corpus, stages
 
 from jahubert import run
 from jahubert.errors import AudioError, DiskFullError
-from jahubert.prefetch import ahead
+from jahubert.prefetch import prefetch
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.clustering.streaming import stream_features
 from jahubert.train.data.manifest import Manifest
@@ -32,7 +32,7 @@ def test_in_order_and_while_the_first_is_still_in_hand():
         return number * number
 
     begun, before = [threading.Event() for _ in range(20)], threads()
-    for number, square in ahead(work, range(20), n=3):
+    for number, square in prefetch(work, range(20), n=3):
         assert square == number * number
         assert all(event.wait(10) for event in begun[: number + 4])
     assert threads() == before
@@ -41,7 +41,7 @@ def test_in_order_and_while_the_first_is_still_in_hand():
 @pytest.mark.parametrize("n", [1, 4])
 def test_no_more_than_n_are_begun(n):
     begun = []
-    with closing(ahead(begun.append, iter(range(1000)), n)) as stream:
+    with closing(prefetch(begun.append, iter(range(1000)), n)) as stream:
         for _ in range(10):
             next(stream)
         time.sleep(0.05)
@@ -56,7 +56,7 @@ def test_an_error_comes_at_its_place_and_what_comes_after_it_is_dropped():
 
     before, seen = threads(), []
     with pytest.raises(ValueError, match="file 4"):
-        for number, _ in ahead(work, range(9)):
+        for number, _ in prefetch(work, range(9)):
             seen.append(number)
     assert seen == [0, 1, 2, 3] and threads() == before
 
@@ -70,7 +70,7 @@ def test_who_breaks_off_waits_for_what_was_begun_only():
             hold.wait(10)
 
     with pytest.raises(KeyboardInterrupt):
-        for _ in ahead(work, range(99), n=90):
+        for _ in prefetch(work, range(99), n=90):
             hold.set()
             raise KeyboardInterrupt
     assert threads() == before and len(begun) < 90

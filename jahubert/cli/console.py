@@ -46,7 +46,7 @@ def find_inputs(
     """
     found: list[Input] = []
     empty: dict[str, AudioError] = {}
-    matches = [match for argument in arguments for match in expanded(argument, empty)]
+    matches = [match for argument in arguments for match in expand_patterns(argument, empty)]
     for argument in matches:
         path = Path(argument)
         if argument == STDIN:
@@ -89,7 +89,7 @@ def _check_output(folder: Path) -> None:
         raise ConfigError(f"-o {folder}: no permission to write into {there}; give another folder")
 
 
-def expanded(argument: str, empty: dict[str, AudioError]) -> list[str]:
+def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
     """What a pattern matches that the shell did not expand; anything else as it stands."""
     if Path(argument).exists() or not glob.has_magic(argument):
         return [argument]
@@ -99,7 +99,7 @@ def expanded(argument: str, empty: dict[str, AudioError]) -> list[str]:
     return found
 
 
-def names_wanted(arguments: Sequence[str]) -> bool:
+def print_names(arguments: Sequence[str]) -> bool:
     """Whether a line of results must say whose it is: not for a single file, always for a folder."""
     only = arguments[0]
     return len(arguments) > 1 or Path(only).is_dir() or (glob.has_magic(only) and not Path(only).exists())
@@ -149,13 +149,13 @@ class Report:
         if not isinstance(error, UserError | OSError):
             traceback.print_exception(error, file=sys.stderr)
         if self.status != 1:
-            self.status = status_of(error)
+            self.status = exit_status(error)
         message = reason(error)
-        complain(message if label in message and label != STDIN else f"{label}: {message}")
+        print_error(message if label in message and label != STDIN else f"{label}: {message}")
 
     def finish(self) -> int:
         if self.failed and self.n_inputs > 1:
-            complain(f"{self.failed} of {self.n_inputs} failed")
+            print_error(f"{self.failed} of {self.n_inputs} failed")
         return self.status
 
 
@@ -166,12 +166,12 @@ def reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def status_of(error: Exception) -> int:
+def exit_status(error: Exception) -> int:
     """The exit status: 2 for what the user can mend, 1 for a full disk and for errors of the program."""
     if isinstance(error, UserError):
         return error.exit_status
     return 2 if isinstance(error, OSError) and error.errno != errno.ENOSPC else 1
 
 
-def complain(message: object) -> None:
+def print_error(message: object) -> None:
     print(f"jahubert: error: {message}", file=sys.stderr)

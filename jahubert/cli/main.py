@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import jahubert
-from jahubert.cli.console import STDIN, Input, Report, complain, find_inputs, names_wanted, reason, status_of
+from jahubert.cli.console import (
+    STDIN,
+    Input,
+    Report,
+    exit_status,
+    find_inputs,
+    print_error,
+    print_names,
+    reason,
+)
 from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
 from jahubert.inference import writers
 
@@ -51,7 +60,7 @@ def model_source(args: argparse.Namespace) -> str | Path:
 def transcribe(args: argparse.Namespace) -> int:
     formats = list(writers.FORMATS) if args.format == "all" else [args.format]
     inputs, empty = find_inputs(args.audio, args.output, writers.FORMATS[formats[0]][0])
-    named = names_wanted(args.audio)
+    named = print_names(args.audio)
     if args.output is None and args.format == "all":
         raise ConfigError("-f all writes several files: add -o DIR")
     if args.output is None and named and args.format in ("srt", "vtt", "textgrid", "audacity"):
@@ -151,7 +160,7 @@ def features(args: argparse.Namespace) -> int:
 
 def units(args: argparse.Namespace) -> int:
     inputs, empty = find_inputs(args.audio, args.output, ".npy")
-    named = names_wanted(args.audio)
+    named = print_names(args.audio)
     source = model_source(args)
     from jahubert.cli.feature_files import save_array
     from jahubert.inference.features import UnitExtractor
@@ -386,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        complain(error)
+        print_error(error)
         return error.exit_status
     except KeyboardInterrupt:
         return 130
@@ -395,5 +404,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # whoever reads us has seen enough (`| head`)
             return 141
-        complain(reason(error))
-        return status_of(error)
+        print_error(reason(error))
+        return exit_status(error)

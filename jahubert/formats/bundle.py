@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jahubert.errors import CheckpointError, ConfigError
-from jahubert.formats.hub import find
+from jahubert.formats.hub import resolve_model
 from jahubert.formats.state_dict import (
-    Parts,
-    loaded,
+    RawModel,
+    fields_from_shapes,
+    load_tensors,
     make_config,
     new_mask_embedding,
     read_tensors,
-    take,
-    visible_fields,
+    select_tensors,
 )
 from jahubert.formats.torchaudio import hf_symbols, hf_vocabulary, read_file, read_json, symbol_set
 from jahubert.frames import SAMPLE_RATE
@@ -151,7 +151,7 @@ def load_bundle(source: str | os.PathLike) -> Bundle:
     Raises:
         CheckpointError: the folder, a file in it or a tensor is missing, broken or of the wrong shape.
     """
-    path = find(source)
+    path = resolve_model(source)
     parts = _read_folder(path) if path.is_dir() else read_file(path)
     config, weights = parts.config, parts.weights
     ctc, unit_head = None, None
@@ -175,7 +175,7 @@ def load_bundle(source: str | os.PathLike) -> Bundle:
     )  # fmt: skip
 
 
-def _read_folder(path: Path) -> Parts:
+def _read_folder(path: Path) -> RawModel:
     """A bundle or a Hugging Face folder."""
     hf = read_json(path / "config.json")
     if hf.get("model_type") != "hubert":
@@ -193,8 +193,8 @@ def _read_folder(path: Path) -> Parts:
     # transformers names the weight norm after whichever torch API saved it, and puts `hubert.` before the
     # names of an encoder under a head.
     weights = {_own_name(name): tensor for name, tensor in _weights(path).items()}
-    config = make_config(path, visible_fields(path, weights, str), _fields(path, hf, extra))
-    parts = Parts(config, weights, info=extra)
+    config = make_config(path, fields_from_shapes(path, weights, str), _fields(path, hf, extra))
+    parts = RawModel(config, weights, info=extra)
     if "masked_spec_embed" not in weights:  # Hugging Face leaves it out of models saved without masking
         weights["masked_spec_embed"] = new_mask_embedding(config.width)
         parts.notes.append("mask embedding: the source has none, so a new one was drawn")
@@ -218,7 +218,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
         (path / f"{name}.index.json" for name in (SAFE, BIN) if (path / f"{name}.index.json").exists()), None
     )
     if file.exists() or index is None:
-        return loaded(read_tensors(file))
+        return load_tensors(read_tensors(file))
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(
         os.path.basename(str(name)) == name for name in shards.values()
@@ -226,7 +226,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index}: weight_map must name files of this folder; copy the file again")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(shards.values())):
-        tensors |= loaded(read_tensors(path / name))
+        tensors |= load_tensors(read_tensors(path / name))
     return tensors
 
 
@@ -246,7 +246,7 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _tensors_with(path: Path, name: str) -> dict[str, Tensor]:
     """The tensors of a file of ours, `name` among them, a matrix."""
-    tensors = loaded(read_tensors(path))
+    tensors = load_tensors(read_tensors(path))
     if name not in tensors or tensors[name].dim() != 2:
         raise CheckpointError(f"{path}: has no matrix {name}; copy the file again, or take it away")
     return tensors
@@ -265,7 +265,7 @@ def _fill(
     path: Path, module: nn.Module, weights: dict[str, Tensor], named: Callable[[str], str] = str
 ) -> None:
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    module.load_state_dict(take(path, shapes, weights, named))
+    module.load_state_dict(select_tensors(path, shapes, weights, named))
 
 
 def _write_json(path: Path, content: dict) -> None:

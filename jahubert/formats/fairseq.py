@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import CheckpointError
-from jahubert.formats.safe_pickle import plain
+from jahubert.formats.safe_pickle import to_plain
 from jahubert.formats.state_dict import (
     NORMALIZE_EPS,
-    Parts,
+    RawModel,
     encoder_shapes,
     fairseq_name,
+    fields_from_shapes,
     make_config,
     new_mask_embedding,
-    take,
-    visible_fields,
+    select_tensors,
 )
 from jahubert.phonemes import BLANK, PhonemeSet
 
@@ -55,7 +55,7 @@ FINE_TUNED = {name: name for name in ("dropout", "attention_dropout", "activatio
 FINE_TUNED |= {"feature_grad_mult": "feature_grad_mult", "encoder_layerdrop": "layerdrop"}
 
 
-def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: str) -> Parts:
+def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: str) -> RawModel:
     """The parts of a fairseq or s3prl checkpoint; `prefix` stands before the encoder's names in `tensors`.
 
     Raises:
@@ -65,7 +65,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
     model, task = _settings(path, content)
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     outside = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-    config = make_config(path, visible_fields(path, inner, fairseq_name), _fields(path, model, task))
+    config = make_config(path, fields_from_shapes(path, inner, fairseq_name), _fields(path, model, task))
     codebooks, symbols = _dictionaries(content)
     ctc = {
         f"lm_head.{part}": outside.pop(f"w2v_encoder.proj.{part}").float()
@@ -80,7 +80,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
         # fairseq has none between equal widths; this one changes nothing.
         inner["post_extract_proj.weight"] = torch.eye(config.width)
         inner["post_extract_proj.bias"] = torch.zeros(config.width)
-    weights = take(
+    weights = select_tensors(
         path, encoder_shapes(config), inner | outside, lambda name: fairseq_name(name, config.conv_norm)
     )
     phonemes = None
@@ -94,14 +94,14 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
             )
     temperature = model.get("logit_temp")
     temperature = temperature if isinstance(temperature, int | float) and temperature > 0 else 0.1
-    return Parts(config, weights | ctc, head, temperature, special_rows, phonemes, notes=notes)
+    return RawModel(config, weights | ctc, head, temperature, special_rows, phonemes, notes=notes)
 
 
 def _settings(path: Path, content: dict) -> tuple[dict, dict]:
     """Settings of model and task; those of the pretrained model where a fine-tuned one wraps it."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
-    found = plain(content.get("cfg")) or plain(content.get("args"))
+    found = to_plain(content.get("cfg")) or to_plain(content.get("args"))
     if not isinstance(found, dict):
         raise CheckpointError(
             f"{path}: fairseq weights without settings (cfg or args); take the whole checkpoint"
@@ -174,9 +174,9 @@ def _conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
 def _dictionaries(content: dict) -> tuple[list[list[str]], list[str]]:
     """Symbols of each codebook, and of the CTC head, as far as the file knows them."""
     if "model_weight" in content:
-        named = plain(content.get("dictionaries_symbols"))
+        named = to_plain(content.get("dictionaries_symbols"))
         return [symbols for symbols in named if _are_symbols(symbols)] if isinstance(named, list) else [], []
-    state = plain(content.get("task_state"))
+    state = to_plain(content.get("task_state"))
     found: dict[str, list[list[str]]] = {}
     for name, value in state.items() if isinstance(state, dict) else ():
         # One dictionary, a list of them, or in some versions a table by the ending of the label files.

@@ -8,7 +8,7 @@ from pathlib import Path
 from jahubert.errors import CheckpointError, MissingExtraError
 
 
-def find(source: str | os.PathLike) -> Path:
+def resolve_model(source: str | os.PathLike) -> Path:
     """The file or folder meant; a Hub name is looked up in the cache and, unless offline, on the Hub.
 
     Raises:
@@ -32,14 +32,14 @@ def find(source: str | os.PathLike) -> Path:
         ) from error
 
 
-def check(source: str | os.PathLike) -> None:
-    """Say early, and without reading or fetching weights, what `find` would say later.
+def check_exists(source: str | os.PathLike) -> None:
+    """Say early, and without reading or fetching weights, what `resolve_model` would say later.
 
     Of a Hub name that is not in the cache, config.json is fetched: it tells whether the name is right and
     open to us, and the Hub within reach.
 
     Raises:
-        CheckpointError: as `find`; or a folder that is no model.
+        CheckpointError: as `resolve_model`; or a folder that is no model.
     """
     if (path := _here(source)) is not None:
         if path.is_dir() and not (path / "config.json").exists():

@@ -133,19 +133,19 @@ def read_pickled(path: Path) -> Any:
         ) from error
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Records as the dicts, lists and values that they hold; omegaconf's nodes are unwrapped."""
     if isinstance(value, Record):
         state = value.state if isinstance(value.state, dict) else {}
         for inside in ("_content", "_val"):
             if inside in state:
-                return plain(state[inside])
+                return to_plain(state[inside])
         if value.args and not state and not len(value):  # a member of an enumeration
-            return plain(value.args[0])
-        return plain({**value, **state})
+            return to_plain(value.args[0])
+        return to_plain({**value, **state})
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: to_plain(inner) for key, inner in value.items()}
+    return [to_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _read_old(path: Path) -> Any:

@@ -49,7 +49,7 @@ _TORCHAUDIO = [
 
 
 @dataclass
-class Parts:
+class RawModel:
     """What was read from somewhere: tensors in Hugging Face's names, not yet in modules."""
 
     config: HubertConfig
@@ -127,7 +127,7 @@ def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[st
     return state
 
 
-def take(
+def select_tensors(
     where: object,
     shapes: Mapping[str, torch.Size],
     found: Mapping[str, Tensor],
@@ -155,7 +155,9 @@ def take(
     return {ours: found[name].float() for name, ours in theirs.items()}
 
 
-def visible_fields(where: object, found: Mapping[str, Tensor], named: Callable[[str], str]) -> dict[str, Any]:
+def fields_from_shapes(
+    where: object, found: Mapping[str, Tensor], named: Callable[[str], str]
+) -> dict[str, Any]:
     """The fields of HubertConfig that the shapes of an encoder show.
 
     Raises:
@@ -192,7 +194,7 @@ def visible_fields(where: object, found: Mapping[str, Tensor], named: Callable[[
 
 
 def make_config(where: object, shown: Mapping[str, Any], said: Mapping[str, Any]) -> HubertConfig:
-    """HubertConfig from what the weights show (`visible_fields`) and what the settings say.
+    """HubertConfig from what the weights show (`fields_from_shapes`) and what the settings say.
 
     Raises:
         CheckpointError: the two contradict each other, or no HuBERT is like that.
@@ -238,7 +240,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def loaded(table: Any) -> dict[str, Tensor]:
+def load_tensors(table: Any) -> dict[str, Tensor]:
     """The tensors of a table, read now; other things in it are left out."""
     items = table.items() if isinstance(table, Mapping) else ()
     tensors = {str(name): value.load() if isinstance(value, Stored) else value for name, value in items}

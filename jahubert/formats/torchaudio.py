@@ -17,16 +17,16 @@ from jahubert.errors import CheckpointError, DataError
 from jahubert.formats.fairseq import read_fairseq
 from jahubert.formats.state_dict import (
     NORMALIZE_EPS,
-    Parts,
+    RawModel,
     encoder_shapes,
-    loaded,
+    fields_from_shapes,
+    load_tensors,
     make_config,
     new_mask_embedding,
     portable_state,
     read_tensors,
-    take,
+    select_tensors,
     torchaudio_name,
-    visible_fields,
     weight_norm_name,
 )
 from jahubert.model.heads import HubertForCtc, UnitHead
@@ -60,7 +60,7 @@ _PRETRAINING: dict[str, Any] = {
 _PUBLISHED_HEADS = {1024: 16, 1280: 16}  # width -> heads of large and xlarge; base and most others: 64 wide
 
 
-def read_file(path: Path) -> Parts:
+def read_file(path: Path) -> RawModel:
     """Read a fairseq, s3prl or torchaudio file.
 
     A bare torchaudio state dict does not say all; see `_torchaudio_fields` for what is taken then.
@@ -72,7 +72,7 @@ def read_file(path: Path) -> Parts:
     inside = next(
         (content[key] for key in ("model_weight", "model", "state_dict") if key in content), content
     )
-    tensors = {weight_norm_name(name): value for name, value in loaded(inside).items()}
+    tensors = {weight_norm_name(name): value for name, value in load_tensors(inside).items()}
     front = re.compile(r"(.*?)feature_extractor\.conv_layers\.0\.")
     starts = {match[1] for name in tensors if (match := front.match(name))}
     if len(starts) != 1:
@@ -95,7 +95,7 @@ def read_file(path: Path) -> Parts:
     return parts
 
 
-def _read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> Parts:
+def _read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawModel:
     """The state of wav2vec2_model, perhaps with `aux`, or hubert_pretrain_model, bare or from Lightning."""
     notes: list[str] = []
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -123,13 +123,17 @@ def _read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> Par
         notes.append("mask embedding: the source has none, so a new one was drawn")
     shapes = encoder_shapes(config)
     del shapes["masked_spec_embed"]
-    weights = take(path, shapes, inner | others, torchaudio_name) | {"masked_spec_embed": mask.float()} | ctc
+    weights = (
+        select_tensors(path, shapes, inner | others, torchaudio_name)
+        | {"masked_spec_embed": mask.float()}
+        | ctc
+    )
     phonemes = None
     if ctc and len(labels) == len(ctc["lm_head.weight"]):
         phonemes = symbol_set(path.with_suffix(".json"), {"symbols": labels})
     elif ctc:
         notes.append("symbols: torchaudio's files do not name those of the CTC head")
-    return Parts(config, weights, head, phonemes=phonemes, notes=notes)
+    return RawModel(config, weights, head, phonemes=phonemes, notes=notes)
 
 
 def _torchaudio_fields(
@@ -140,7 +144,7 @@ def _torchaudio_fields(
     Without that file a model has the strides of the published ones and 64 channels a head (xlarge 80);
     pre-norm and normalised waveforms go with layer norms in the front end, as in torchaudio's own models.
     """
-    shown = visible_fields(path, inner, torchaudio_name)
+    shown = fields_from_shapes(path, inner, torchaudio_name)
     layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in inner
     fields: dict[str, Any] = {
         "conv_norm": "layer" if layer_norms else "group",

@@ -15,8 +15,8 @@ from jahubert.formats.bundle import Bundle, load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import chunk_size, encode_all, encode_stream
 from jahubert.model.hubert import HubertModel
-from jahubert.model.precision import PRECISIONS, computing_in
-from jahubert.prefetch import ahead
+from jahubert.model.precision import PRECISIONS, autocast
+from jahubert.prefetch import prefetch
 
 Layers = int | Sequence[int] | Literal["all"] | None
 STREAM_SECONDS = 30.0  # of a chunk, where none was asked for
@@ -36,7 +36,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return picked
 
 
-def read_ahead(
+def prefetch_audio(
     audio: Iterable[AudioLike], sample_rate: int | None = None
 ) -> Iterator[tuple[AudioLike, Tensor | Exception]]:
     """Each recording and its 16 kHz waveform (T,), or why there is none, in order; read in the background."""
@@ -47,7 +47,7 @@ def read_ahead(
         except Exception as error:
             return error
 
-    return ahead(read, audio, READ_AHEAD)
+    return prefetch(read, audio, READ_AHEAD)
 
 
 class LayerFeatures(nn.Module):
@@ -209,7 +209,7 @@ class FeatureExtractor:
         """
         waiting: list[Tensor | Exception] = []
         seconds = 0.0
-        for _, wav in read_ahead(audio, sample_rate):
+        for _, wav in prefetch_audio(audio, sample_rate):
             if isinstance(wav, Exception) and errors == "raise":
                 raise wav
             waiting.append(wav)
@@ -237,7 +237,7 @@ class FeatureExtractor:
         return encode_all(wavs, self._forward, self.grid, self.features.shape, self.chunk_seconds)
 
     def _forward(self, wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
-        with computing_in(self.dtype, self.device):
+        with autocast(self.dtype, self.device):
             features, n_frames_B = self.features(wav_BT.to(self.device), n_samples)
         return features.float(), n_frames_B
 

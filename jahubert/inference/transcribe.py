@@ -23,13 +23,13 @@ from jahubert.inference.vad import (
     AT_ONCE,
     CHUNK_SECONDS,
     PAUSE_SECONDS,
-    Piece,
-    gathered,
-    pieces,
+    Segment,
+    decoding_segments,
+    merge_spans,
     speech_frames,
 )  # fmt: skip
 from jahubert.model.heads import HubertForCtc
-from jahubert.model.precision import PRECISIONS, computing_in, fastest, quantized
+from jahubert.model.precision import PRECISIONS, autocast, preferred_dtype, quantize_int8
 from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 
 BEAM_ROWS = 32  # pieces in one beam search
@@ -110,9 +110,9 @@ class Transcriber:
         if dtype not in (None, torch.int8, *PRECISIONS):
             raise ConfigError(f"dtype is {dtype}; choose torch.float32, bfloat16, float16 or int8")
         self.device = pick_device(device)
-        self.dtype = fastest(self.device) if dtype is None else dtype
+        self.dtype = preferred_dtype(self.device) if dtype is None else dtype
         int8 = self.dtype is torch.int8
-        self.model = quantized(model, self.device) if int8 else model.eval().to(self.device)
+        self.model = quantize_int8(model, self.device) if int8 else model.eval().to(self.device)
         self.phonemes, self.beam, self.vad = phonemes, beam, vad
 
     @classmethod
@@ -192,7 +192,7 @@ class Transcriber:
         """Log-probabilities (S, V), float32 on the CPU, of 16 kHz waveforms of any length."""
 
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
-            with computing_in(self.dtype, self.device):
+            with autocast(self.dtype, self.device):
                 return self.model(wav_BT.to(self.device), n_samples)
 
         return encode_all(wavs, encode, self.grid, (len(self.phonemes),), CHUNK_SECONDS)
@@ -218,7 +218,7 @@ class Transcriber:
     def _short(self, recordings: list[tuple[str, Tensor]]) -> list[Transcript]:
         wavs = [wav for _, wav in recordings]
         logps = [self._gated(logp, wav) for logp, wav in zip(self.log_probs(wavs), wavs, strict=True)]
-        found = self._decode([Piece(0, logp) for logp in logps])
+        found = self._decode([Segment(0, logp) for logp in logps])
         return [
             self._transcript(name, len(wav), [answer])
             for (name, wav), answer in zip(recordings, found, strict=True)
@@ -230,15 +230,15 @@ class Transcriber:
 
         def frames() -> Iterator[Tensor]:
             nonlocal n_samples
-            for group in gathered(parts, AT_ONCE):
+            for group in merge_spans(parts, AT_ONCE):
                 for chunk, logp in zip(group, self.log_probs([c.wav_T for c in group]), strict=True):
                     yield self._gated(logp, chunk.wav_T)[chunk.keep : chunk.end]
                 before, n_samples = n_samples, group[-1].start + len(group[-1].wav_T)
                 tell((n_samples - before) / SAMPLE_RATE)
 
         longest, pause = (round(seconds * self.grid.rate) for seconds in (CHUNK_SECONDS, PAUSE_SECONDS))
-        cut = pieces(frames(), longest, pause, self.phonemes.blank)
-        found = [answer for group in gathered(cut, AT_ONCE) for answer in self._decode(group)]
+        cut = decoding_segments(frames(), longest, pause, self.phonemes.blank)
+        found = [answer for group in merge_spans(cut, AT_ONCE) for answer in self._decode(group)]
         return self._transcript(name, n_samples, found)
 
     def _gated(self, logp_SV: Tensor, wav_T: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class Transcriber:
         phone_V[[self.phonemes.blank, max(self.phonemes.boundary, self.phonemes.blank)]] = False
         return logp_SV.masked_fill(silent_S[:, None] & phone_V, NEVER)
 
-    def _decode(self, cut: list[Piece]) -> list[tuple[list[Span], float]]:
+    def _decode(self, cut: list[Segment]) -> list[tuple[list[Span], float]]:
         """Aligned labels of each piece, at frames of the recording, and their log-probability."""
         found = []
         for piece, best in zip(cut, self._search([piece.logp_SV for piece in cut]), strict=True):

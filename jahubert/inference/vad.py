@@ -34,7 +34,7 @@ _AROUND = 12  # frames around speech that are kept: quiet consonants, and room f
 _QUIET = 1e-10
 
 
-def gathered(items: Iterable[T], n: int) -> Iterator[list[T]]:
+def merge_spans(items: Iterable[T], n: int) -> Iterator[list[T]]:
     """Lists of up to `n` items, each as soon as it is full."""
     group: list[T] = []
     for item in items:
@@ -47,14 +47,16 @@ def gathered(items: Iterable[T], n: int) -> Iterator[list[T]]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """Log-probabilities of a part of a recording that is decoded alone, from frame `start` on."""
 
     start: int
     logp_SV: Tensor
 
 
-def pieces(frames: Iterable[Tensor], longest: int, pause: int, blank: int = 0) -> Iterator[Piece]:
+def decoding_segments(
+    frames: Iterable[Tensor], longest: int, pause: int, blank: int = 0
+) -> Iterator[Segment]:
     """Log-probabilities that come bit by bit, cut into pieces of at most `longest` frames.
 
     Cuts are in the middle of the clearest pauses, `pause` frames that are most likely blank. What fits stays
@@ -68,10 +70,10 @@ def pieces(frames: Iterable[Tensor], longest: int, pause: int, blank: int = 0) -
             around = held[first - pause // 2 : longest, blank].exp()
             quiet = F.avg_pool1d(around[None, None], max(1, pause), stride=1)[0, 0]
             end = first + int(quiet.argmax())
-            yield Piece(start, held[:end])
+            yield Segment(start, held[:end])
             held, start = held[end:], start + end
     if len(held):
-        yield Piece(start, held)
+        yield Segment(start, held)
 
 
 def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.model.kernels.indexing import BLOCK
 from jahubert.model.packing import SPAN
-from jahubert.model.precision import computing_in
+from jahubert.model.precision import autocast
 
 
 class UnitHead(nn.Module):
@@ -37,7 +37,7 @@ class UnitHead(nn.Module):
         n = len(hidden_ND)
         projected_ND = self.final_proj(F.pad(hidden_ND, (0, 0, 0, -n % BLOCK)))
         # A cosine of 16 bits, divided by the temperature, would be wrong by up to 0.02.
-        with computing_in(torch.float32, hidden_ND.device):
+        with autocast(torch.float32, hidden_ND.device):
             frames_ND = F.normalize(projected_ND.float(), dim=-1)
             units_KD = F.normalize(self.label_embeddings.float(), dim=-1)
             return (frames_ND @ units_KD.T / self.temperature)[:n]
@@ -70,5 +70,5 @@ class HubertForCtc(nn.Module):
         n = hidden_BSD.shape[1]
         padded_BSD = F.pad(hidden_BSD.float(), (0, 0, 0, -n % SPAN))
         # Two symbols of nearly the same probability would be the same number in 16 bits.
-        with computing_in(torch.float32, hidden_BSD.device):
+        with autocast(torch.float32, hidden_BSD.device):
             return self.lm_head(padded_BSD)[:, :n].log_softmax(-1)

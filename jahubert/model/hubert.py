@@ -25,10 +25,10 @@ from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import FrameGrid
 from jahubert.model.kernels.conv_frontend import ConvFrontEnd
 from jahubert.model.kernels.dropout import Dropout
-from jahubert.model.kernels.indexing import on_device
+from jahubert.model.kernels.indexing import index_tensors
 from jahubert.model.kernels.positional_conv import PositionalConv
 from jahubert.model.packing import Packing, fused_kernels
-from jahubert.model.precision import computed_in
+from jahubert.model.precision import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
-        x_ND = x_ND.to(computed_in(x_ND))  # once, not by each of the three products
+        x_ND = x_ND.to(autocast_dtype(x_ND))  # once, not by each of the three products
         q, k, v = (p(x_ND).unflatten(1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(packing.attend(q, k, v, self.dropout if self.training else 0.0).flatten(1))
 
@@ -303,7 +303,7 @@ class HubertModel(nn.Module):
             wavs = [F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs]
         seen = [self.config.grid.n_frames(width)] * len(frames) if padding == "unmasked" else frames
         packing = Packing(seen, self.config.grid.n_frames(width), wav_BT.device)
-        (n_frames_B,) = on_device(wav_BT.device, frames)
+        (n_frames_B,) = index_tensors(wav_BT.device, frames)
         features_NC = self.feature_extractor(wavs)
         if padding == "masked":
             features_NC = features_NC.index_select(0, packing.index_N)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jahubert.model.kernels.dropout import keep_mask
-from jahubert.model.kernels.indexing import BLOCK, on_device, ranges, up_to
+from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up
 
 SPAN = 32  # frames; attention and positional convolution work on multiples of it (see indices.BLOCK)
 CACHED = 2**19  # attention weights computed at once on a CPU: what its caches hold
@@ -46,9 +46,9 @@ class Packing:
     def __init__(self, n_frames: Sequence[int], width: int, device: torch.device):
         self.n_frames, self.width = list(n_frames), width
         self.n_rows, self.n_valid = len(self.n_frames), sum(n_frames)
-        index = ranges(width * np.arange(self.n_rows), n_frames)
+        index = concat_ranges(width * np.arange(self.n_rows), n_frames)
         spare = np.full(-self.n_valid % BLOCK, index[0])
-        self.index_N, n_frames_B = on_device(device, np.append(index, spare), n_frames)
+        self.index_N, n_frames_B = index_tensors(device, np.append(index, spare), n_frames)
         # Torch's fused attention. Made here, in plain tensors and numbers: `attend` may be compiled.
         self.fused, self.mask_B11S = device.type != "cpu", None
         if self.fused and min(n_frames) < width:
@@ -86,13 +86,16 @@ class Packing:
         """
         n_frames, nowhere = np.array(self.n_frames), len(self.index_N)
         counts = -(-n_frames // kernel)
-        owner_W, number_W = np.repeat(np.arange(self.n_rows), counts), ranges(np.zeros_like(counts), counts)
+        owner_W, number_W = (
+            np.repeat(np.arange(self.n_rows), counts),
+            concat_ranges(np.zeros_like(counts), counts),
+        )
         frame_WX = number_W[:, None] * kernel + np.arange(2 * kernel) - kernel // 2
         there = (frame_WX >= 0) & (frame_WX < n_frames[owner_W, None])
         start_B, first_B = (n.cumsum() - n for n in (n_frames, counts))
         row_WX = np.where(there, start_B[owner_W, None] + frame_WX, nowhere)
-        back = np.append(ranges(first_B * kernel, n_frames), np.zeros(nowhere - self.n_valid))
-        there_X, back_N = on_device(self.index_N.device, row_WX.ravel(), back)
+        back = np.append(concat_ranges(first_B * kernel, n_frames), np.zeros(nowhere - self.n_valid))
+        there_X, back_N = index_tensors(self.index_N.device, row_WX.ravel(), back)
         return there_X, back_N
 
     @cached_property
@@ -101,7 +104,7 @@ class Packing:
         starts = list(accumulate(self.n_frames, initial=0))
         order = sorted(range(len(self.n_frames)), key=lambda row: self.n_frames[row])
         spans, place, back = [], 0, [0] * len(self.index_N)
-        for frames, members in groupby(order, key=lambda row: up_to(self.n_frames[row], SPAN)):
+        for frames, members in groupby(order, key=lambda row: round_up(self.n_frames[row], SPAN)):
             rows = list(members)
             index = torch.zeros(len(rows), frames, dtype=torch.int64)
             bias = torch.zeros(len(rows), 1, frames)

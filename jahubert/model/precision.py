@@ -20,25 +20,25 @@ T = TypeVar("T", bound=nn.Module)
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def fastest(device: torch.device) -> torch.dtype:
+def preferred_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it in hardware, else float32, which is faster then."""
     has = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_has_bf16()  # not emulated
     return torch.bfloat16 if has else torch.float32
 
 
-def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
     """Autocast to `dtype`; for float32 (and for int8, which is in the layers) none, also inside another."""
     lower = dtype in PRECISIONS[1:]
     return torch.autocast(device.type, dtype if lower else None, enabled=lower)
 
 
-def computed_in(tensor: torch.Tensor) -> torch.dtype:
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """What a matrix product takes this tensor as: autocast does not reach into one's own functions."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
-def quantized(model: T, device: torch.device) -> T:
+def quantize_int8(model: T, device: torch.device) -> T:
     """A copy of the model with int8 linear layers: weights by channel, activations as they come.
 
     Raises:

@@ -21,7 +21,7 @@ import jahubert
 from jahubert.cli.main import main
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.model.hubert import HubertModel
-from jahubert.model.precision import quantized
+from jahubert.model.precision import quantize_int8
 
 
 def command(*args: str, **options) -> subprocess.CompletedProcess:
@@ -224,15 +224,15 @@ def test_fewer_bits_are_near(bundle, folder, dtype):
 def test_where_int8_cannot_run(bundle):
     exact = jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=torch.float32)
     with pytest.raises(jahubert.UserError, match="for CPUs"):
-        quantized(exact.model, torch.device("meta"))
+        quantize_int8(exact.model, torch.device("meta"))
     with pytest.raises(jahubert.UserError, match=r"dtype is torch\.float64; choose"):
         jahubert.Transcriber(exact.model, exact.phonemes, dtype=torch.float64)
 
 
 def test_status_as_json(folder, capsys):
-    from jahubert.train.experiment.provenance import begin
+    from jahubert.train.experiment.provenance import acquire
 
-    begin(folder / "exp" / "prepare", {"stage": "prepare", "version": 1, "settings": {}})
+    acquire(folder / "exp" / "prepare", {"stage": "prepare", "version": 1, "settings": {}})
     assert main(["status", "exp", "--json"]) == 0
     (state,) = json.loads(capsys.readouterr().out)
     assert (state["stage"], state["state"]) == ("prepare", "stopped")

@@ -18,7 +18,7 @@ from jahubert.cli.main import main as cli
 from jahubert.errors import DiskFullError
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.experiment.disk_full import full_disk_said
+from jahubert.train.experiment.disk_full import report_disk_full
 
 ROUGH = FIXTURES / "rough"
 
@@ -314,9 +314,9 @@ def test_a_full_disk_as_torch_and_safetensors_tell_it(tmp_path):
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         OSError("117000 requested and 64480 written"),
     ):
-        with pytest.raises(DiskFullError, match="the disk is full"), full_disk_said(tmp_path):
+        with pytest.raises(DiskFullError, match="the disk is full"), report_disk_full(tmp_path):
             raise error
-    with pytest.raises(KeyError), full_disk_said(tmp_path):
+    with pytest.raises(KeyError), report_disk_full(tmp_path):
         raise KeyError("something else")
 
 

@@ -28,9 +28,9 @@ from safetensors.torch import load_file
 
 from jahubert import run
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.disk_full import full_disk_said
+from jahubert.train.experiment.disk_full import report_disk_full
 from jahubert.train.trainer.trainer import train
-from jahubert.train.trainer.watchdog import watch
+from jahubert.train.trainer.watchdog import watchdog
 
 WORKERS = (0, 2, 1)
 
@@ -127,7 +127,7 @@ class Filling(Data):
 
 
 def fill(out: Path) -> None:
-    with full_disk_said(out):
+    with report_disk_full(out):
         train(make("toy")[0], Filling(out), replace(TOY, log_every=100), out)
 
 
@@ -182,7 +182,7 @@ def hang(out: Path) -> None:
     config = replace(TOY, batch_seconds=24.0, save_every=1)
     with distributed.process_group():
         train(Toy(), Data(per_step=4), replace(config, max_steps=1), out / "before")  # importing takes long
-        with watch(2 / 60):
+        with watchdog(2 / 60):
             train(Toy(), Stuck(per_step=4), config, out)
 
 
@@ -217,9 +217,9 @@ def hang_in_a_stage(folder: Path) -> None:
 
     Manifest.load, features._PART = slow, 2  # type: ignore[method-assign]
     configs = stages(folder, folder)
-    with distributed.process_group(), watch(LIMIT / 60):
+    with distributed.process_group(), watchdog(LIMIT / 60):
         run.run_stage("features", configs["features"], folder / "features")
-        distributed.from_first(lambda: time.sleep(1.5 * LIMIT))
+        distributed.rank0_broadcast(lambda: time.sleep(1.5 * LIMIT))
         run.run_stage("kmeans", configs["kmeans"], folder / "kmeans")
         print("healthy so far", file=sys.stderr)
         nap = 1000

@@ -29,7 +29,7 @@ from jahubert import run
 from jahubert.errors import DataError, JahubertError
 from jahubert.train.data.batches import CropConfig
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.out_of_memory import full_memory_said
+from jahubert.train.experiment.out_of_memory import report_oom
 from jahubert.train.trainer.trainer import Stopped, train
 
 TONES = FIXTURES / "tones"
@@ -125,7 +125,7 @@ def test_a_reader_that_was_killed_is_told_in_a_sentence(tmp_path, stage):
     module, _, config = make("toy")
     config = replace(config, workers=2)
     of_stage = SimpleNamespace(train=config, **({"crop": CropConfig()} if stage == "pretrain" else {}))
-    with pytest.raises(JahubertError) as caught, full_memory_said(stage, of_stage):
+    with pytest.raises(JahubertError) as caught, report_oom(stage, of_stage):
         train(module, Deadly(), config, tmp_path)
     said = str(caught.value)
     assert re.search(rf"{stage}, at .* step \d+: DataLoader worker \(pid.*\)", said), said

@@ -14,7 +14,7 @@ from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.inference.chunking import chunks, encode_all, encode_stream
-from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor, read_ahead
+from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor, prefetch_audio
 from jahubert.model.hubert import HubertConfig, HubertModel
 
 TINY = HubertConfig(
@@ -178,7 +178,7 @@ def test_reading_ahead_is_bounded(monkeypatch):
             taken += 1
             yield noise(400)
 
-    stream = read_ahead(endless())
+    stream = prefetch_audio(endless())
     for _ in range(10):
         next(stream)
     assert taken <= 14

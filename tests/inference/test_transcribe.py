@@ -17,7 +17,7 @@ from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.formats.bundle import save_bundle
 from jahubert.inference.chunking import chunks
 from jahubert.inference.transcribe import Transcriber, builtin_model
-from jahubert.inference.vad import CHUNK_SECONDS, pieces, speech_frames
+from jahubert.inference.vad import CHUNK_SECONDS, decoding_segments, speech_frames
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
@@ -110,18 +110,18 @@ def test_long_recordings_are_cut_in_pauses():
     for start, end in pauses:
         silent[start:end] = True
     logp = F.one_hot((~silent).long(), 3).float().mul(8).log_softmax(-1)
-    whole = list(pieces([logp], 1500, 25))
+    whole = list(decoding_segments([logp], 1500, 25))
     assert torch.equal(torch.cat([piece.logp_SV for piece in whole]), logp) and len(whole) == 4
     ends = [piece.start + len(piece.logp_SV) for piece in whole]
     assert [piece.start for piece in whole] == [0, *ends[:-1]]
     assert all(0 < len(piece.logp_SV) <= 1500 for piece in whole)
     assert all(any(a <= cut <= b for a, b in pauses) for cut in ends[:-1])
     for bits in (logp.split(1), logp.split(700), logp.split(1501)):
-        assert [(piece.start, len(piece.logp_SV)) for piece in pieces(bits, 1500, 25)] == [
+        assert [(piece.start, len(piece.logp_SV)) for piece in decoding_segments(bits, 1500, 25)] == [
             (piece.start, len(piece.logp_SV)) for piece in whole
         ]
-    assert [len(piece.logp_SV) for piece in pieces([logp[:1500]], 1500, 25)] == [1500]
-    assert list(pieces([logp[:0]], 1500, 25)) == []
+    assert [len(piece.logp_SV) for piece in decoding_segments([logp[:1500]], 1500, 25)] == [1500]
+    assert list(decoding_segments([logp[:0]], 1500, 25)) == []
 
 
 @pytest.mark.parametrize("seconds", [0.4, 1.0, 29.99, 30.0, 30.02, 61.3, 200.0])
@@ -145,7 +145,7 @@ def test_long_recordings_are_what_the_whole_is(random_asr, tmp_path):
     soundfile.write(tmp_path / "long.wav", wav.numpy(), 16_000, subtype="FLOAT")
     found = random_asr.transcribe(tmp_path / "long.wav")
     (logp,) = random_asr.log_probs([wav])  # 30 s chunks, joined by another function
-    cut = list(pieces([logp], 1500, 25))
+    cut = list(decoding_segments([logp], 1500, 25))
     whole = random_asr._transcript("", len(wav), random_asr._decode(cut))
     assert found.phonemes == whole.phonemes and found.duration == 100.0
     assert [word.times for word in found.words] == [word.times for word in whole.words]

@@ -135,7 +135,7 @@ def learn(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **
             sums["total"] += float(loss.total)
             sums["correct"] += float(loss.sums["correct"])
             sums["count"] += loss.count
-        totals = distributed.total(sums, torch.device("cpu"))
+        totals = distributed.all_reduce_sums(sums, torch.device("cpu"))
         return module.metrics(totals, totals["count"])
 
     if engine == "torch":

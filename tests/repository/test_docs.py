@@ -33,7 +33,7 @@ from jahubert.inference import transcribe
 from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import HubertConfig
 from jahubert.phonemes import PhonemeSet
-from jahubert.train.experiment.config import inputs
+from jahubert.train.experiment.config import input_fields
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -181,7 +181,7 @@ def test_commands_of_a_recipe_can_be_run_in_their_order(path: Path) -> None:
         experiments = {folder.parts[:2] for folder in made}  # others come from other pages
         for job in planned:
             _, config, _ = run.configured(*job, arguments)  # type: ignore[misc]
-            for name, read, _ in inputs(config):
+            for name, read, _ in input_fields(config):
                 by_a_tool = "words" in read.parts
                 if name != "exp" and read.parts[:2] in experiments and not by_a_tool:
                     there = any(folder in (read, *read.parents) for folder in made)

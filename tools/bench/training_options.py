@@ -21,7 +21,7 @@ from jahubert.run import compose
 from jahubert.train.experiment.config import structure
 from jahubert.train.plan.memory import kept_bytes
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_precision
-from jahubert.train.trainer.parallel import lighten
+from jahubert.train.trainer.parallel import wrap_blocks
 
 VARIANTS = {"plain": (False, False), "recompute": (True, False), "compile": (False, True)}
 
@@ -33,7 +33,7 @@ class Step:
         self.dtype = pick_precision(train, self.device)
         self.model = HubertModel(replace(config, layer_drop=0.0)).to(self.device).train()
         self.head = UnitHead(config.width, 500).to(self.device)
-        lighten(list(self.model.encoder.layers), recompute, compiled)
+        wrap_blocks(list(self.model.encoder.layers), recompute, compiled)
         modules = torch.nn.ModuleList([self.model, self.head])
         self.optimizer = build_optimizer(modules, train)
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jahubert.model.kernels.indexing import BLOCK, on_device, ranges, up_to
-from jahubert.model.precision import computed_in
+from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up
+from jahubert.model.precision import autocast_dtype
 
 TILE = 8  # output frames; each utterance begins on a whole one
 AT_ONCE = 128  # tiles that go through the stack together when no gradient is wanted
@@ -66,7 +66,7 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor | _Product) -> Tensor:
         """Rows of a layer without group norm."""
-        dtype = computed_in(self.conv.weight)
+        dtype = autocast_dtype(self.conv.weight)
         factors = x if isinstance(x, _Product) else (x.to(dtype), None)
         x_NC = _GeluConv.apply(*factors, self.conv.weight, self.stride, not self.first)
         if self.conv.bias is not None:
@@ -78,7 +78,7 @@ class ConvLayer(nn.Module):
     def group_normed(self, x_NC: Tensor, rows: Rows) -> _Product:
         """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
         norm, kernel = cast(nn.GroupNorm, self.layer_norm), self.conv.weight.shape[2]
-        dtype = computed_in(self.conv.weight)
+        dtype = autocast_dtype(self.conv.weight)
         taps_TRK = _taps(x_NC, kernel, self.stride).unflatten(0, (len(rows.owner_T), -1))
         with torch.autocast(x_NC.device.type, enabled=False):
             mean_BK, covariance_BKK = _moments(taps_TRK, rows)
@@ -129,7 +129,7 @@ class ConvFrontEnd(nn.Module):
         rate = math.prod(layer.stride for layer in layers)  # rows of the buffer for each output frame
         tiles = [-(-n // (rate * TILE)) for n in lengths]
         first = [TILE * n for n in accumulate(tiles, initial=0)]
-        total = up_to(first[-1], BLOCK)
+        total = round_up(first[-1], BLOCK)
         parts = [F.pad(w, (0, n * TILE * rate - len(w))) for w, n in zip(wavs, tiles, strict=True)]
         x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * rate)])[:, None]
         x: Tensor | _Product = x_NC
@@ -138,12 +138,12 @@ class ConvFrontEnd(nn.Module):
             lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
             kept.append(lengths)
         spare = total // TILE - sum(tiles)  # tiles that may belong to anyone: behind any utterance's end
-        owner_T, place_T, n_frames_B, valid_N = on_device(
+        owner_T, place_T, n_frames_B, valid_N = index_tensors(
             device,
             np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(spare)),
-            np.append(ranges(np.zeros(len(tiles)), tiles), np.full(spare, tiles[0])),
+            np.append(concat_ranges(np.zeros(len(tiles)), tiles), np.full(spare, tiles[0])),
             kept[0],
-            np.append(ranges(first[:-1], lengths), np.zeros(-sum(lengths) % BLOCK)),
+            np.append(concat_ranges(first[:-1], lengths), np.zeros(-sum(lengths) % BLOCK)),
         )
         if layers[0].norm == "group":  # its statistics need all of an utterance
             rows = Rows(owner_T, place_T, n_frames_B)

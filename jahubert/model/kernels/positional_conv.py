@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from jahubert.model.kernels.indexing import sent
+from jahubert.model.kernels.indexing import to_device_async
 from jahubert.model.packing import SPAN, Packing
-from jahubert.model.precision import computed_in
+from jahubert.model.precision import autocast_dtype
 
 
 class PositionalConv(nn.Module):
@@ -39,7 +39,7 @@ class PositionalConv(nn.Module):
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
         on_cpu = x_ND.device.type == "cpu"
         # On short batches transforming the weights would cost more than is saved.
-        if on_cpu and (computed_in(x_ND) is not torch.float32 or len(x_ND) < 4 * self.conv.kernel_size[0]):
+        if on_cpu and (autocast_dtype(x_ND) is not torch.float32 or len(x_ND) < 4 * self.conv.kernel_size[0]):
             return self._plain(x_ND, packing)
         with torch.autocast(x_ND.device.type, enabled=False):
             y_ND = F.gelu(self._by_frequencies(x_ND.float(), packing) + self.conv.bias)
@@ -61,7 +61,9 @@ class PositionalConv(nn.Module):
         groups, freqs = width // channels, kernel + 1
         there_X, back_N = packing.windows(kernel)
         x_WXD = F.pad(x_ND, (0, 0, 0, 1)).index_select(0, there_X).view(-1, 2 * kernel, width)
-        forth_PFX, back_PXF = (sent(torch.from_numpy(table), x_ND.device) for table in _fourier(kernel))
+        forth_PFX, back_PXF = (
+            to_device_async(torch.from_numpy(table), x_ND.device) for table in _fourier(kernel)
+        )
 
         taps_KE = weight_DCK.view(-1, kernel).T
         real, imag = (

@@ -24,9 +24,9 @@ from jahubert.train.clustering.lloyd import (
     Frames,
     Nearest,
     Subset,
+    assign_pass,
     lloyd,
-    on_device,
-    one_pass,
+    load_frames,
     refine,
 )
 from jahubert.train.experiment import distributed
@@ -132,7 +132,7 @@ def assign(frames_ND: Frames, centroids_KD: Tensor) -> Tensor:
 
 def inertia(frames_ND: Frames, centroids_KD: Tensor) -> float:
     """Mean squared distance of the frames to their nearest centroids."""
-    return one_pass(frames_ND, centroids_KD).inertia
+    return assign_pass(frames_ND, centroids_KD).inertia
 
 
 def draw_rows(n: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -158,7 +158,7 @@ def _coarse(
 ) -> tuple[Tensor, int]:
     """The best of several starts on a small sample, and how many frames of `order` it has seen."""
     size = max(_COARSE_FRAMES * n_clusters, _COARSE_MIN)
-    sample_ND = on_device(Subset(frames_ND, np.sort(order[:size])), device)
+    sample_ND = load_frames(Subset(frames_ND, np.sort(order[:size])), device)
     best: Fitted | None = None
     for start in range(n_init):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
@@ -189,13 +189,13 @@ def _fit_torch(
     order = rng.permutation(n_chosen)  # every level sees the first so many of it
     centroids_KD, size = _coarse(chosen_ND, order, n_clusters, n_init, tol, seed, device)
     # Another kind of processor may round otherwise.
-    centroids_KD = distributed.from_first(centroids_KD.cpu).to(device)
+    centroids_KD = distributed.rank0_broadcast(centroids_KD.cpu).to(device)
     if size < n_chosen:
         tol_all = tol * _LAST_TOL
         while (size := size * _GROWTH) * 2 < n_chosen:
             sample_ND: Frames = Subset(chosen_ND, np.sort(order[:size]))
             if 4 * size * frames_ND.shape[1] <= _HELD:
-                sample_ND = on_device(sample_ND, device)
+                sample_ND = load_frames(sample_ND, device)
             fitted, _, _ = lloyd(sample_ND, centroids_KD, _COARSE_PASSES, tol, together=True)
             centroids_KD = fitted.means_KD
     else:
@@ -203,7 +203,7 @@ def _fit_torch(
     fitted, history, reseeded = lloyd(chosen_ND, centroids_KD, max_iter, tol_all, together=True)
     if n_chosen == n_frames:
         return fitted, history, reseeded
-    fitted = one_pass(frames_ND, refine(frames_ND, fitted, together=True), together=True)
+    fitted = assign_pass(frames_ND, refine(frames_ND, fitted, together=True), together=True)
     return fitted, [fitted.inertia], reseeded
 
 
@@ -251,7 +251,7 @@ def _fit_faiss(
     centroids_KD, history, splits = faiss_kmeans(
         _contiguous(frames_ND), _contiguous(start_KD), max_iter=max_iter, seed=seed, gpu=gpu
     )
-    fitted = one_pass(frames_ND, torch.from_numpy(centroids_KD).to(device))
+    fitted = assign_pass(frames_ND, torch.from_numpy(centroids_KD).to(device))
     return fitted, [*history, fitted.inertia], splits
 
 
@@ -267,7 +267,7 @@ def _fit_sklearn(
     device: torch.device,
 ) -> tuple[Fitted, list[float], int]:
     centroids_KD = sklearn_kmeans(_contiguous(frames_ND), n_clusters, seed)
-    fitted = one_pass(frames_ND, torch.from_numpy(centroids_KD).to(device))
+    fitted = assign_pass(frames_ND, torch.from_numpy(centroids_KD).to(device))
     return fitted, [fitted.inertia], 0
 
 

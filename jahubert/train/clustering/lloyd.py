@@ -72,14 +72,14 @@ class Subset:
         return self.frames_ND[rows]
 
 
-def on_device(frames_ND: Frames, device: torch.device) -> Tensor:
+def load_frames(frames_ND: Frames, device: torch.device) -> Tensor:
     """All of these frames, float32."""
     if not isinstance(frames_ND, Tensor):
         frames_ND = torch.from_numpy(np.asarray(frames_ND[:], dtype=np.float32))
     return frames_ND.to(device, torch.float32)
 
 
-class Held:
+class CachedFrames:
     """Frames that stay on a device once they were read, as far as `room` bytes go."""
 
     ndim = 2
@@ -100,12 +100,12 @@ class Held:
             if size > self.room:
                 return read_ND
             self.room -= size
-            self.kept[place] = on_device(read_ND, self.device)
+            self.kept[place] = load_frames(read_ND, self.device)
         return self.kept[place]
 
 
 def _room(device: torch.device) -> int:
-    """Bytes for `Held`: half of what a GPU has free; for a CPU the system keeps the file."""
+    """Bytes for `CachedFrames`: half of what a GPU has free; for a CPU the system keeps the file."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
 
 
@@ -129,7 +129,7 @@ def _blocks(
     for number, start in enumerate(range(0, len(frames_ND), stretch)):
         lane = number % _LANES
         if lane % world == rank:
-            distributed.moving()  # a pass over all frames is long
+            distributed.tick()  # a pass over all frames is long
             yield from _split(frames_ND[start : start + stretch], centroids_KD, lane)
 
 
@@ -215,7 +215,7 @@ def _sums(
             member_NK = torch.nn.functional.one_hot(label_N, n_clusters).to(x_ND.dtype)
             lane_KD[:, :-2] += member_NK.T @ x_ND
     if together:
-        distributed.add(sums_LKD)  # exact: in each lane all processes but one have zeros
+        distributed.all_reduce_(sums_LKD)  # exact: in each lane all processes but one have zeros
     total_KD = sums_LKD[0]
     for lane_KD in sums_LKD[1:]:
         total_KD = total_KD + lane_KD
@@ -224,7 +224,7 @@ def _sums(
     return total_KD[:, :-2], total_KD[:, -2], total_KD[0, -1]
 
 
-def one_pass(frames_ND: Frames, centroids_KD: Tensor, together: bool = False) -> Fitted:
+def assign_pass(frames_ND: Frames, centroids_KD: Tensor, together: bool = False) -> Fitted:
     """What all frames say of centroids.
 
     `together`: each process takes its lanes; otherwise this process takes all.
@@ -261,13 +261,13 @@ def lloyd(
     It stops when a pass lowers the inertia by no more than the share `tol`.
     """
     if not isinstance(frames_ND, Tensor):
-        frames_ND = Held(frames_ND, centroids_KD.device, _room(centroids_KD.device))
+        frames_ND = CachedFrames(frames_ND, centroids_KD.device, _room(centroids_KD.device))
     history: list[float] = []
     reseeded = 0
     fresh = False  # a re-seeded cluster deserves another pass
     with progress(f"k-means over {len(frames_ND):,} frames", "passes", max_iter) as done:
         while True:
-            fitted = one_pass(frames_ND, centroids_KD, together)
+            fitted = assign_pass(frames_ND, centroids_KD, together)
             history.append(fitted.inertia)
             done(1)
             converged = len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not fresh

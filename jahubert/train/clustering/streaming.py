@@ -15,7 +15,7 @@ from torch import Tensor
 from jahubert.errors import ConfigError, DataError
 from jahubert.formats.bundle import load_bundle, weights_hash
 from jahubert.frames import SAMPLE_RATE
-from jahubert.prefetch import ahead
+from jahubert.prefetch import prefetch
 from jahubert.train.clustering.features import Feature, HubertLayer
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment.registry import FEATURES, resolve
@@ -86,7 +86,7 @@ def stream_features(
     def read(batch: list[int]) -> list[Tensor]:
         return [manifest.load(row) for row in batch]
 
-    for batch, wavs in ahead(read, _batches(manifest, rows, batch_seconds)):
+    for batch, wavs in prefetch(read, _batches(manifest, rows, batch_seconds)):
         yield from _compute(manifest, feature, batch, wavs)
 
 

@@ -22,7 +22,7 @@ from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import generator, span_mask
 from jahubert.train.data.sampler import MicroBatch, Sampler
 from jahubert.train.data.targets import TargetStore
-from jahubert.train.experiment.config import free, out_of_range, refuse
+from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 
 B = TypeVar("B", bound="_Batch")
 
@@ -39,7 +39,9 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         shares, lengths = ("prob", "channel_prob"), ("length", "channel_length")
-        refuse(out_of_range(self, {"in [0, 1)": shares, "at least 1": lengths, "at least 0": ("min_spans",)}))
+        raise_config_errors(
+            range_errors(self, {"in [0, 1)": shares, "at least 1": lengths, "at least 0": ("min_spans",)})
+        )
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,16 @@ class CropConfig:
     max_seconds: float = 15.625  # longer ones are cropped, at random, on the frame grid
     # A split of no more hours stays decoded in the memory of each reader (0.23 GB an hour); of a larger one
     # nothing does, since a part would save next to no decoding.
-    keep_in_memory_hours: float = free(4.0)
+    keep_in_memory_hours: float = runtime_field(4.0)
 
     def __post_init__(self) -> None:
-        wrong = out_of_range(self, {"at least 0": ("min_seconds", "keep_in_memory_hours")})
+        wrong = range_errors(self, {"at least 0": ("min_seconds", "keep_in_memory_hours")})
         if not HUBERT.n_samples(1) / SAMPLE_RATE <= self.max_seconds or self.min_seconds > self.max_seconds:
             wrong.append(
                 f"max_seconds must be a frame (0.025) at least, and min_seconds no more; found "
                 f"{self.max_seconds} and {self.min_seconds}"
             )
-        refuse(wrong)
+        raise_config_errors(wrong)
 
 
 class WaveCache:

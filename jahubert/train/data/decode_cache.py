@@ -21,7 +21,7 @@ from jahubert.train.experiment.provenance import write_json
 VERSION = 1  # of the check that a mark stands for
 
 
-class Marks:
+class DecodeCache:
     """All marks of a folder."""
 
     def __init__(self, folder: Path):
@@ -59,10 +59,10 @@ class Marks:
         return self.folder / f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.json"
 
 
-class Mark:
+class CachedLength:
     """Collects what becomes of the rows of one `Utterances`, in their order; written after the last one."""
 
-    def __init__(self, marks: Marks, items: Utterances):
+    def __init__(self, marks: DecodeCache, items: Utterances):
         self.marks, self.items = marks, items
         self.done = 0
         self.broken: dict[str, list[str]] = {}

@@ -62,7 +62,7 @@ def unit_problem(count_K: np.ndarray) -> str | None:
     return None
 
 
-def watch_units(count_K: np.ndarray, where: str, stop: bool) -> None:
+def check_units(count_K: np.ndarray, where: str, stop: bool) -> None:
     """Warn of poor units, or raise DataError where `stop` is set."""
     if problem := unit_problem(count_K):
         if stop:
@@ -141,7 +141,7 @@ def label_difference(one: LabelStore, other: LabelStore, manifest: Manifest) -> 
     return Difference(differing, said, harmless)
 
 
-def watch_difference(one: LabelStore, other: LabelStore, manifest: Manifest, stop: bool) -> None:
+def check_difference(one: LabelStore, other: LabelStore, manifest: Manifest, stop: bool) -> None:
     """Warn where two stores differ, or raise DataError where `stop` is set and it is more than rounding."""
     if found := label_difference(one, other, manifest):
         if stop and not found.harmless:

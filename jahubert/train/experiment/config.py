@@ -36,22 +36,22 @@ _RANGES: dict[str, Callable[[float], bool]] = {  # none of them holds nan
 }
 
 
-def free(default: Any) -> Any:
+def runtime_field(default: Any) -> Any:
     """A dataclass field that does not change the result."""
     return dataclasses.field(default=default, metadata={"free": True})
 
 
-def a_model(default: Any = dataclasses.MISSING) -> Any:
+def model_field(default: Any = dataclasses.MISSING) -> Any:
     """A dataclass field that names a model: a folder, a file or a name on the Hub."""
     return dataclasses.field(default=default, metadata={"model": True})
 
 
-def a_split(default: Any) -> Any:
+def split_field(default: Any) -> Any:
     """A dataclass field that names a split of the config's manifest, or several."""
     return dataclasses.field(default=default, metadata={"split": True})
 
 
-def group(chosen: Chosen) -> Any:
+def config_group(chosen: Chosen) -> Any:
     """A dataclass field that is a group of settings: `chosen` gives its class for the values before it.
 
     None says that one of these is mistaken, which has been noted. Without `structure` it is what it is given.
@@ -59,7 +59,7 @@ def group(chosen: Chosen) -> Any:
     return dataclasses.field(default_factory=dict, metadata={"group": chosen})
 
 
-def out_of_range(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]:
+def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]:
     """A sentence on each number (None is none) outside what is allowed, as {"at least 0": fields, ...}."""
     return [
         f"{name} is {value}, but must be {what}"
@@ -69,7 +69,7 @@ def out_of_range(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]
     ]
 
 
-def refuse(mistakes: Sequence[str]) -> None:
+def raise_config_errors(mistakes: Sequence[str]) -> None:
     """ConfigError with all of them, one a line, if there are any."""
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))  # iterations share some
@@ -93,7 +93,7 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     return built
 
 
-def unknown(what: str, name: str, known: Iterable[str], missing: bool = False) -> str:
+def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool = False) -> str:
     """One sentence on a name that does not exist (or, `missing`, was not given): the nearest one, or all."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -101,7 +101,7 @@ def unknown(what: str, name: str, known: Iterable[str], missing: bool = False) -
     return f"{what}=... is missing; {hint}" if missing else f"{what}={name}: there is no such {what}; {hint}"
 
 
-def unknown_key(key: str, known: Iterable[str], where: str) -> str:
+def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
     """One sentence on a key that does not exist."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -118,7 +118,7 @@ def _build(tree: Any, cls: type, where: str, mistakes: list[str], base: Any = No
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     before = len(mistakes)
-    mistakes += [unknown_key(str(key), known, prefix) for key in tree if key not in known]
+    mistakes += [unknown_key_error(str(key), known, prefix) for key in tree if key not in known]
     values = {}
     for name, field in known.items():
         default = field.default if base is None else getattr(base, name)
@@ -235,7 +235,7 @@ def default_fields(config: Any) -> dict[str, Any]:
     return flat
 
 
-def inputs(config: Any) -> Iterator[tuple[str, Path, bool]]:
+def input_fields(config: Any) -> Iterator[tuple[str, Path, bool]]:
     """(name, path, whether it may be a name on the Hub) of every file and folder that is named."""
     for name, value, about in _leaves(config):
         for path in value if isinstance(value, tuple) else (value,):
@@ -243,7 +243,7 @@ def inputs(config: Any) -> Iterator[tuple[str, Path, bool]]:
                 yield name, path, bool(about.get("model"))
 
 
-def splits(config: Any) -> Iterator[tuple[str, str]]:
+def split_fields(config: Any) -> Iterator[tuple[str, str]]:
     """(name of the setting, split) of every split that is named."""
     for name, value, about in _leaves(config):
         if about.get("split"):

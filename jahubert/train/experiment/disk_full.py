@@ -18,7 +18,7 @@ _NO_ROOM = 1 << 20  # bytes free: whatever failed, failed for want of room
 
 
 @contextmanager
-def full_disk_said(out: Path) -> Iterator[None]:
+def report_disk_full(out: Path) -> Iterator[None]:
     """Raise DiskFullError for what a full disk under `out` does to the work inside."""
     try:
         yield

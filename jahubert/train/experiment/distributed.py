@@ -109,7 +109,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-class Pulse(NamedTuple):
+class Heartbeat(NamedTuple):
     """What this process is at, for `watch`."""
 
     number: int  # of the place: all processes come to the same ones, so the smallest is behind
@@ -118,20 +118,20 @@ class Pulse(NamedTuple):
     alone: bool  # at work that only the first process does, and that may take as long as it takes
 
 
-_pulse = Pulse(0, "the start", time.monotonic(), alone=False)  # one assignment, since two threads use it
+_pulse = Heartbeat(0, "the start", time.monotonic(), alone=False)  # one assignment, since two threads use it
 
 
-def pulse() -> Pulse:
+def last_heartbeat() -> Heartbeat:
     return _pulse
 
 
-def at(place: str) -> None:
+def heartbeat(place: str) -> None:
     """Say what this process comes to: all processes say it as often, in the same order."""
     global _pulse
-    _pulse = Pulse(_pulse.number + 1, place, time.monotonic(), alone=False)
+    _pulse = Heartbeat(_pulse.number + 1, place, time.monotonic(), alone=False)
 
 
-def moving() -> None:
+def tick() -> None:
     """A sign of life on the way to the next place, from a loop that is another one in each process."""
     global _pulse
     _pulse = _pulse._replace(moved=time.monotonic())
@@ -149,9 +149,9 @@ def _alone() -> Iterator[None]:
 def _meeting() -> Iterator[None]:
     """Around what waits for all processes."""
     place = _pulse.place
-    at(f"{place}, waiting for the others")
+    heartbeat(f"{place}, waiting for the others")
     yield
-    at(place)
+    heartbeat(place)
 
 
 def barrier() -> None:
@@ -160,7 +160,7 @@ def barrier() -> None:
             dist.barrier()
 
 
-def from_first(work: Callable[[], T]) -> T:
+def rank0_broadcast(work: Callable[[], T]) -> T:
     """What `work` gives in the first process, in all processes; an error of the user's is raised in all."""
     if not dist.is_initialized():
         return work()
@@ -180,7 +180,7 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def said_once() -> Iterator[None]:
+def rank0_reports() -> Iterator[None]:
     """For what all processes do alike: an error of the user's is raised in all, and the first one tells."""
     try:
         yield
@@ -189,7 +189,7 @@ def said_once() -> Iterator[None]:
         raise
 
 
-def in_turn(mine: list[T]) -> list[T]:
+def gather_interleaved(mine: list[T]) -> list[T]:
     """What the processes made of things that were dealt out to them in turn, in the order of the things."""
     if not dist.is_initialized():
         return mine
@@ -272,17 +272,17 @@ def _end(children: Sequence[subprocess.Popen]) -> None:
                 child.wait(timeout=max(0.0, until - time.monotonic()))
 
 
-def add(values: torch.Tensor) -> None:
+def all_reduce_(values: torch.Tensor) -> None:
     """Sum a tensor over all processes, in place."""
     if dist.is_initialized():
         with _meeting():
             dist.all_reduce(values)
 
 
-def total(sums: dict[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
+def all_reduce_sums(sums: dict[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
     """Each value summed over all processes, in float64; keys must be the same everywhere."""
     values = torch.stack(
         [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in sums.values()]
     )
-    add(values)
+    all_reduce_(values)
     return dict(zip(sums, values.tolist(), strict=True))

@@ -17,21 +17,21 @@ from jahubert.errors import BusyError
 if sys.platform != "win32":  # which has no such locks
     import fcntl
 
-NAME = ".running"
+LOCK_NAME = ".running"
 _TRIES = 5
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; processes that it forks hold nothing.
 
     Raises:
         BusyError: another process holds it, here or on any machine that shares the file system.
     """
     for _ in range(_TRIES):
-        with (folder / NAME).open("a+", encoding="utf-8") as file:
+        with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
             other = _held(file)
-            if other is None and _is(file, folder / NAME):
+            if other is None and _is(file, folder / LOCK_NAME):
                 job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}{job}")
@@ -39,7 +39,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    (folder / NAME).unlink(missing_ok=True)
+                    (folder / LOCK_NAME).unlink(missing_ok=True)
                 return
         time.sleep(0.1)  # somebody may only have looked, or be at the end
     raise BusyError(
@@ -48,12 +48,12 @@ def claimed(folder: Path) -> Iterator[None]:
     )
 
 
-def holder(folder: Path) -> str | None:
+def lock_owner(folder: Path) -> str | None:
     """Who works in the folder at this moment, if anybody does."""
-    if not (folder / NAME).exists():
+    if not (folder / LOCK_NAME).exists():
         return None
     try:
-        with (folder / NAME).open("r+", encoding="utf-8") as file:
+        with (folder / LOCK_NAME).open("r+", encoding="utf-8") as file:
             return _held(file)
     except OSError:  # gone, or not ours to write
         return None

@@ -17,7 +17,7 @@ _READER = re.compile(r"DataLoader worker \(pid[^\n]*?\) (is killed by signal: \w
 
 
 @contextmanager
-def full_memory_said(stage: str, config: Any) -> Iterator[None]:
+def report_oom(stage: str, config: Any) -> Iterator[None]:
     """Raise ConfigError where a stage does not fit its GPU, JahubertError where a reader was killed."""
     try:
         yield
@@ -30,7 +30,7 @@ def full_memory_said(stage: str, config: Any) -> Iterator[None]:
         fewer = f"set {stage}.train.workers below {config.train.workers}"
         fewer += f" or {stage}.crop.keep_in_memory_hours=0" if hasattr(config, "crop") else ""
         raise JahubertError(
-            f"{stage}, at {distributed.pulse().place}: {said[0]}. If nobody did that, the system did "
+            f"{stage}, at {distributed.last_heartbeat().place}: {said[0]}. If nobody did, the system did so "
             f"for want of memory: {fewer}. The same command continues from the last checkpoint"
         ) from error
 

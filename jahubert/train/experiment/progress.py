@@ -23,7 +23,7 @@ def progress(doing: str, unit: str, total: int | None = None) -> Iterator[Callab
     ) as bar:
 
         def done(n: int) -> None:
-            distributed.moving()
+            distributed.tick()
             bar.update(n)
 
         yield done

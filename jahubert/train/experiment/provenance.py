@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jahubert.errors import DataError, StaleError
-from jahubert.train.experiment.config import inputs, result_fields
-from jahubert.train.experiment.lock import NAME as RUNNING
-from jahubert.train.experiment.lock import holder
-from jahubert.train.experiment.registry import DECODED, maker
+from jahubert.train.experiment.config import input_fields, result_fields
+from jahubert.train.experiment.lock import LOCK_NAME as RUNNING
+from jahubert.train.experiment.lock import lock_owner
+from jahubert.train.experiment.registry import DECODED, stage_of
 
 STARTED, DONE = "started.json", "provenance.json"
 
 
-def recipe_of(stage: str, version: int, config: Any) -> dict[str, Any]:
+def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
     """Everything the result depends on, as JSON-ready values: what `fingerprint` hashes."""
-    models = {name for name, _, model in inputs(config) if model}
+    models = {name for name, _, model in input_fields(config) if model}
     fields = {}
     for name, value in result_fields(config).items():
         is_input = isinstance(value, Path)
@@ -42,7 +42,7 @@ def fingerprint(recipe: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def begin(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> bool:
+def acquire(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> bool:
     """Claim the folder `out` for this recipe; True when its result is already there.
 
     `defaults`: of the settings, for those that the record in the folder does not have (`default_fields`).
@@ -60,7 +60,7 @@ def begin(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None 
     return False
 
 
-def release(out: Path, seconds: float) -> None:
+def rollback(out: Path, seconds: float) -> None:
     """Take the claim back where nothing was made under it: a mistake may be mended in the settings.
 
     `seconds`: of work so far, which are kept with a claim that stays.
@@ -78,7 +78,7 @@ def release(out: Path, seconds: float) -> None:
             write_json(out / STARTED, read_record(out / STARTED) | {"seconds": round(seconds, 1)})
 
 
-def spent(out: Path) -> float:
+def elapsed_seconds(out: Path) -> float:
     """Seconds of work in runs of this stage that ended before it was done (but not by a kill)."""
     return read_record(out / STARTED).get("seconds", 0.0) if (out / STARTED).exists() else 0.0
 
@@ -114,13 +114,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    with written_beside(path) as file:
+    with atomic_text(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False, default=str)
         file.write("\n")
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[TextIO]:
+def atomic_text(path: Path) -> Iterator[TextIO]:
     """A text file that takes its name only when it is whole: a reader sees the old one or the new one."""
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -162,7 +162,7 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
         return str(path)
     if model and len(path.parts) == 2 and not path.is_absolute():
         return str(path)  # a Hub name
-    if stage := maker(path):
+    if stage := stage_of(path):
         raise DataError(
             f"{name}: there is no {path}; run stage={stage} first, which makes it, or correct {name} "
             "(jahubert status shows what is done)"
@@ -173,7 +173,7 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
     raise DataError(f"{name}: there is no {path}; {other}")
 
 
-def changes(
+def changed_settings(
     stage: str, before: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> list[str]:
     """A sentence on each setting that is another one than in a record."""
@@ -196,7 +196,7 @@ def _refuse_other(
     out: Path, before: dict[str, Any], recipe: dict[str, Any], defaults: Mapping[str, Any], finished: bool
 ) -> None:
     stage, version = recipe["stage"], recipe["version"]
-    said = changes(stage, before, recipe["settings"], defaults)
+    said = changed_settings(stage, before, recipe["settings"], defaults)
     if before.get("version") != version:
         said.append(f"{stage} itself changed, from version {before.get('version')} to {version}")
     if not said:
@@ -239,7 +239,7 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
 
 def _progress(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """How far a stage is, and who is at it."""
-    running, last = holder(folder), _last_line(folder / "metrics.jsonl")
+    running, last = lock_owner(folder), _last_line(folder / "metrics.jsonl")
     at_it = f"running: {running}" if running else "stopped: the same command continues"
     found: dict[str, Any] = {"state": "running" if running else "stopped", "at": at_it}
     if last and (of := record.get("settings", {}).get("train.max_steps")):

@@ -15,7 +15,7 @@ from typing import Any
 
 import jahubert
 from jahubert.errors import ConfigError
-from jahubert.train.experiment.config import unknown
+from jahubert.train.experiment.config import unknown_name_error
 
 FEATURES = {
     "mfcc": "jahubert.train.clustering.features:Mfcc",
@@ -62,13 +62,13 @@ def decoding_of(folder: Path) -> str | None:
     return folder.name.partition("-")[2] or None
 
 
-def maker(path: Path) -> str | None:
+def stage_of(path: Path) -> str | None:
     """The stage that makes a file or folder of this name, if one does."""
     names = (folder.name.partition("-")[0] for folder in (path, path.parent))
     return next((name for name in names if name in STAGES), None)
 
 
-def home(kind: str) -> Path:
+def data_folder(kind: str) -> Path:
     """Where `conf` or `recipes` stand: beside the package in a checkout, inside it in a wheel."""
     package = Path(jahubert.__file__).parent
     checkout = package.parent / kind
@@ -81,11 +81,13 @@ def recipe_folder(recipe: str) -> Path:
     Raises:
         ConfigError: no such recipe.
     """
-    for folder in (home("recipes") / recipe, Path(recipe).expanduser()):
+    for folder in (data_folder("recipes") / recipe, Path(recipe).expanduser()):
         if (folder / "recipe.yaml").is_file():
             return folder
-    names = sorted(path.parent.name for path in home("recipes").glob("*/recipe.yaml"))
-    raise ConfigError(unknown("recipe", recipe, names) + " (or give a folder that holds a recipe.yaml)")
+    names = sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
+    raise ConfigError(
+        unknown_name_error("recipe", recipe, names) + " (or give a folder that holds a recipe.yaml)"
+    )
 
 
 def resolve(name: str, table: dict[str, str], what: str) -> Any:
@@ -97,7 +99,9 @@ def resolve(name: str, table: dict[str, str], what: str) -> Any:
     target = table.get(name, name)
     module_name, _, attribute = target.partition(":")
     if target is name and not attribute:
-        raise ConfigError(unknown(what, name, table) + " (or give module:attribute or file.py:attribute)")
+        raise ConfigError(
+            unknown_name_error(what, name, table) + " (or give module:attribute or file.py:attribute)"
+        )
     module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name, what)
     try:
         return getattr(module, attribute) if attribute else module
@@ -143,7 +147,7 @@ def by_subset(value: Any, subset: Any) -> Any:
     return value.get(str(subset), value.get("other"))
 
 
-def reader(recipe: str, what: str) -> Any:
+def recipe_reader(recipe: str, what: str) -> Any:
     """`prepare` or `Config` of the recipe's prepare.py, which reads its corpus.
 
     Raises:
@@ -165,7 +169,7 @@ def preset_file(named: Any, subset: Any = None) -> Path | None:
         ConfigError: no such preset.
     """
     named = by_subset(named, subset)
-    files = {path.stem: path for path in home("conf").glob("finetuning/*.yaml")}
+    files = {path.stem: path for path in data_folder("conf").glob("finetuning/*.yaml")}
     if named is not None and str(named) not in files:
-        raise ConfigError(unknown("finetuning", str(named), sorted(files)))
+        raise ConfigError(unknown_name_error("finetuning", str(named), sorted(files)))
     return files.get(str(named))

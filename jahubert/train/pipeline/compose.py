@@ -30,7 +30,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         from omegaconf.errors import OmegaConfBaseException
     except ImportError as error:
         raise MissingExtraError("hydra-core", "train") from error
-    from jahubert.train.experiment.registry import home, recipe_folder, stage_folder
+    from jahubert.train.experiment.registry import data_folder, recipe_folder, stage_folder
 
     parsed = [_parsed(override) for override in overrides]
     values = {p.key_or_group: p.value() for p in parsed}
@@ -39,7 +39,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
     _check_groups(groups)
     machine = groups.pop("machine", None)
     presets = [{} if recipe is None else _blocks(recipe_folder(str(recipe)) / "recipe.yaml")]
-    presets += [_blocks(home("conf") / "machine" / f"{machine}.yaml")] if machine else []
+    presets += [_blocks(data_folder("conf") / "machine" / f"{machine}.yaml")] if machine else []
     sizes = [preset["model_size"] for preset in presets if "model_size" in preset]
     groups.setdefault("model", (sizes or ["base"])[-1])
     _check_groups(groups)
@@ -49,7 +49,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         if GlobalHydra.instance().is_initialized():  # inside Hydra's own main
             tree = hydra_compose("config", overrides=wanted)
         else:
-            with initialize_config_dir(str(home("conf").resolve()), version_base="1.3"):
+            with initialize_config_dir(str(data_folder("conf").resolve()), version_base="1.3"):
                 tree = hydra_compose("config", overrides=wanted)
         OmegaConf.set_struct(tree, False)
         tree = _merged(tree, values, presets, system)
@@ -128,18 +128,18 @@ def _blocks(file: Path) -> Any:
 
 def _check_groups(groups: dict[str, Any]) -> None:
     """Refuse a model size, an iteration or a machine that has no file in conf/."""
-    from jahubert.train.experiment.config import unknown
-    from jahubert.train.experiment.registry import home
+    from jahubert.train.experiment.config import unknown_name_error
+    from jahubert.train.experiment.registry import data_folder
 
     for name, value in groups.items():
-        known = sorted(path.stem for path in (home("conf") / name).glob("*.yaml"))
+        known = sorted(path.stem for path in (data_folder("conf") / name).glob("*.yaml"))
         if str(value) not in known:
-            raise ConfigError(unknown(name, str(value), known))
+            raise ConfigError(unknown_name_error(name, str(value), known))
 
 
 def _check_top(tree: dict[str, Any]) -> None:
     """Refuse names that no part of the tree reads."""
-    from jahubert.train.experiment.config import unknown_key
+    from jahubert.train.experiment.config import unknown_key_error
     from jahubert.train.experiment.registry import STAGES
 
     known = {*STAGES, *GROUPS, *SELECTORS, "iterations", "systems", "by_iteration", "model_size"}
@@ -147,6 +147,6 @@ def _check_top(tree: dict[str, Any]) -> None:
     known |= {"device", "workers", "processes", "machines", "engine", "hours", "hang_minutes"}
     options = tree["prepare"].get("options") if isinstance(tree["prepare"], dict) else None
     known |= set(options if isinstance(options, dict) else ())  # a recipe may lift one up: subset=core
-    wrong = [unknown_key(key, known, "") for key in tree if key not in known]
+    wrong = [unknown_key_error(key, known, "") for key in tree if key not in known]
     if wrong:
         raise ConfigError("; ".join(wrong))

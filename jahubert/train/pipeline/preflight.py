@@ -14,16 +14,18 @@ from typing import Any
 import torch
 
 from jahubert.errors import DataError, UserError
-from jahubert.formats.hub import check
+from jahubert.formats.hub import check_exists
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import inputs, refuse, splits
+from jahubert.train.experiment.config import input_fields, raise_config_errors, split_fields
 from jahubert.train.experiment.provenance import DONE, input_fingerprint
 from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.optim import pick_precision
 
 
-def mistakes(jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], processes: int) -> list[str]:
+def preflight_errors(
+    jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], processes: int
+) -> list[str]:
     """A sentence on each thing that a stage would stumble over.
 
     Args:
@@ -33,10 +35,10 @@ def mistakes(jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], proces
     """
     made = [folder.absolute() for folder in made]
     found = [said for job in jobs for said in _of(*job, made, processes)]
-    return found + split_mistakes(jobs)
+    return found + split_errors(jobs)
 
 
-def split_mistakes(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
+def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
     """A sentence on each split that a stage is to read and its manifest, which is there, does not have."""
     found, known = [], {}
     for stage, config, out in jobs:
@@ -49,7 +51,7 @@ def split_mistakes(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
             continue
         found += [
             f"{stage}.{name}={split}: {path} has no such split; its splits are {', '.join(known[path])}"
-            for name, split in splits(config)
+            for name, split in split_fields(config)
             if split not in known[path]
         ]
     return found
@@ -57,12 +59,12 @@ def split_mistakes(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
 
 def check_splits(jobs: Sequence[tuple[str, Any, Path]]) -> None:
     """For all processes, when stage prepare has run: ConfigError for splits that it did not make."""
-    with distributed.said_once():
-        refuse(split_mistakes(jobs))
+    with distributed.rank0_reports():
+        raise_config_errors(split_errors(jobs))
 
 
 def _of(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int) -> Iterator[str]:
-    for name, path, model in inputs(config):
+    for name, path, model in input_fields(config):
         place = path.absolute()
         if any(folder in (place, *place.parents) or place in folder.parents for folder in made):
             continue
@@ -74,7 +76,7 @@ def _of(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int
             continue
         try:
             if model:
-                check(path)
+                check_exists(path)
         except UserError as error:
             yield f"{setting}: {error}"
     if not (out / DONE).exists():  # else nothing is left to compute

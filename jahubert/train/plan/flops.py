@@ -22,10 +22,10 @@ from jahubert.errors import ConfigError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.model.precision import computing_in, fastest
+from jahubert.model.precision import autocast, preferred_dtype
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import unknown
+from jahubert.train.experiment.config import unknown_name_error
 from jahubert.train.plan.memory import masked_loss
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_precision
 
@@ -117,7 +117,7 @@ def probe(config: HubertConfig, trains: Sequence[TrainConfig], n: int) -> Machin
         n,
         rates[0],
         rates[-1],
-        fastest(device) is torch.bfloat16,
+        preferred_dtype(device) is torch.bfloat16,
         torch.cuda.get_device_properties(device).total_memory if gpu else None,
         f"measured here, {', '.join(said)} audio-seconds a second in a step",
         *_reading(),
@@ -144,7 +144,7 @@ def _speed(config: HubertConfig, train: TrainConfig, device: torch.device, dtype
     spent = []
     while len(spent) < 2 or (sum(spent) < 5 and len(spent) < 12):
         started = time.perf_counter()
-        with computing_in(dtype, device):
+        with autocast(dtype, device):
             loss = masked_loss(model, head, wav_BT)
         loss.backward()
         optimizer.step()
@@ -163,7 +163,7 @@ def from_table(gpu: str, n: int, share: float) -> Machine:
     """
     names = {name.lower(): name for name in GPUS}
     if gpu.lower() not in names:
-        raise ConfigError(unknown("gpu", gpu, GPUS))
+        raise ConfigError(unknown_name_error("gpu", gpu, GPUS))
     name = names[gpu.lower()]
     found = GPUS[name]
     rate = share * found.bits16

@@ -23,8 +23,8 @@ from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.model.kernels.positional_conv import PositionalConv
 from jahubert.model.packing import Packing
-from jahubert.model.precision import computing_in
-from jahubert.train.trainer.parallel import lighten
+from jahubert.model.precision import autocast
+from jahubert.train.trainer.parallel import wrap_blocks
 
 MASKED = 0.57  # of the frames, at the paper's mask settings
 _ROWS = 4  # utterances; what twice as many keep more does not hold what does not grow, as copies of weights
@@ -87,7 +87,7 @@ class _NormsOfGpus(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.layer_norm:
             return function(*args, **(kwargs or {}))
-        with computing_in(torch.float32, torch.device("cpu")):
+        with autocast(torch.float32, torch.device("cpu")):
             return function(args[0].float(), *args[1:], **(kwargs or {}))
 
 
@@ -96,7 +96,7 @@ def _as_on_gpus(convolution: PositionalConv) -> None:
     own = convolution.forward
 
     def in_float32(x_ND: Tensor, packing: Packing) -> Tensor:
-        with computing_in(torch.float32, torch.device("cpu")):
+        with autocast(torch.float32, torch.device("cpu")):
             return own(x_ND.float(), packing).to(x_ND.dtype)
 
     convolution.forward = in_float32  # type: ignore[method-assign]
@@ -116,12 +116,12 @@ def _kept(
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     norms = _NormsOfGpus() if gpu else nullcontext()
-    with FakeTensorMode(), norms, computing_in(precision, torch.device("cpu")):
+    with FakeTensorMode(), norms, autocast(precision, torch.device("cpu")):
         model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
         model.encoder.training = False  # or it would look at a random number for layer drop
         if gpu:
             _as_on_gpus(model.encoder.pos_conv_embed)
-        lighten(list(model.encoder.layers), recompute, False)
+        wrap_blocks(list(model.encoder.layers), recompute, False)
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
         with hooks:
             loss = masked_loss(model, head, torch.zeros(rows, int(seconds * SAMPLE_RATE)))

@@ -232,7 +232,7 @@ def _memory(
 def _reading_hours(seconds: float, flops: float, machine: Machine) -> float:
     """Hours of one pass that decodes, and computes `flops` an audio-second (0: MFCCs) on each device."""
     computing = machine.float32 / flops if flops else 1 / (1 / machine.mfcc + 1 / machine.decoding)
-    return seconds / min(computing, ahead.MOST * machine.decoding) / machine.n / 3600
+    return seconds / min(computing, ahead.MAX_THREADS * machine.decoding) / machine.n / 3600
 
 
 def _frame_cost(features: Any, model: HubertConfig) -> tuple[float, int]:

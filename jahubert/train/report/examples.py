@@ -41,7 +41,7 @@ class Example:
     note: str = ""  # why there is no sound
 
 
-def worst(
+def worst_examples(
     folder: Path, manifest: Manifest, times: dict[int, tuple[Phone, ...]], store: LabelStore | None, n: int
 ) -> list[Example]:
     """The `n` utterances of a `decode` folder with the highest phone error rate, the worst first.

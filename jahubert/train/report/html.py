@@ -22,7 +22,7 @@ STYLE = Path(__file__).with_name("html.css")
 
 
 @dataclass(frozen=True)
-class Run:
+class PageData:
     """What the page is made from; units and their phones by the name of their iteration."""
 
     exp: Path
@@ -33,7 +33,7 @@ class Run:
     examples: Mapping[str, Sequence[Example]]  # by system
 
 
-def page(run: Run, language: str) -> str:
+def render_page(run: PageData, language: str) -> str:
     """The page, in English ("en") or Japanese ("ja")."""
     say = TEXT[language]
     records = {
@@ -60,7 +60,7 @@ def page(run: Run, language: str) -> str:
     )
 
 
-def _head(run: Run, records: Mapping[str, Any], say: Mapping[str, str]) -> str:
+def _head(run: PageData, records: Mapping[str, Any], say: Mapping[str, str]) -> str:
     last = max(records.values(), key=lambda record: record["finished"])
     versions = ", ".join(f"{name} {version}" for name, version in last["made_with"].items())
     cards = []
@@ -128,7 +128,7 @@ def _training(exp: Path, say: Mapping[str, str]) -> str:
     return legend + "".join(parts) if parts else ""
 
 
-def _units(run: Run, say: Mapping[str, str]) -> str:
+def _units(run: PageData, say: Mapping[str, str]) -> str:
     units, parts = run.summary["units"], []
     if units:
         measures = ("pnmi", "phone_purity", "cluster_purity")

@@ -28,15 +28,21 @@ from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy
 from jahubert.model.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
-from jahubert.prefetch import ahead
+from jahubert.prefetch import prefetch
 from jahubert.train.data.batches import CtcData
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.targets import TargetStore, words_of
 from jahubert.train.evaluation.lexicon import LexiconConfig, LexiconSearch
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import a_model, a_split, free, out_of_range, refuse
+from jahubert.train.experiment.config import (
+    model_field,
+    raise_config_errors,
+    range_errors,
+    runtime_field,
+    split_field,
+)
 from jahubert.train.experiment.progress import progress
-from jahubert.train.experiment.provenance import write_json, written_beside
+from jahubert.train.experiment.provenance import atomic_text, write_json
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +54,23 @@ _REACH = 5  # frames, 100 ms
 class Config:
     manifest: Path
     targets: Path
-    model: Path = a_model()  # the folder of a fine-tuning, or a CTC bundle
-    splits: tuple[str, ...] = a_split(("eval1", "eval2", "eval3"))
-    align_splits: tuple[str, ...] = a_split(())  # splits whose references get phone and word times
+    model: Path = model_field()  # the folder of a fine-tuning, or a CTC bundle
+    splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))
+    align_splits: tuple[str, ...] = split_field(())  # splits whose references get phone and word times
     search: Literal["beam", "greedy"] = "beam"
     beam: int = 20
     n_best: int = 1  # hypotheses that are written for each utterance
     lexicon: LexiconConfig | None = None  # only words of a list, with an n-gram of them if there is one
-    device: str = free("auto")
-    batch_seconds: float = free(80.0)
+    device: str = runtime_field("auto")
+    batch_seconds: float = runtime_field(80.0)
 
     def __post_init__(self) -> None:
-        wrong = out_of_range(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
+        wrong = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
         if self.n_best > self.beam:
             wrong.append(f"n_best is {self.n_best}, but must be no more than beam, {self.beam}")
         if self.search == "greedy" and (self.n_best > 1 or self.lexicon):
             wrong.append("search=greedy finds one answer and takes no lexicon; use search=beam")
-        refuse(wrong)
+        raise_config_errors(wrong)
 
     @property
     def described(self) -> str:
@@ -159,7 +165,7 @@ def batches(
     mine = list(data.sampler.epoch(0).share(distributed.rank(), distributed.world()))
     n_rows = sum(len(micro.rows) for micro in mine)
     with torch.inference_mode(), progress(doing, "utterances", n_rows) as done:
-        for micro, batch in ahead(data.load, mine):
+        for micro, batch in prefetch(data.load, mine):
             logp_BSV, n_frames_B = model(batch.wav_BT.to(device), batch.n_samples_B)
             yield micro.rows, logp_BSV.cpu(), n_frames_B.cpu()
             done(len(micro.rows))
@@ -167,9 +173,9 @@ def batches(
 
 def _write(path: Path, lines: list[list[str]]) -> None:
     """Write the lines that the processes made of their batches, in the order of the batches."""
-    batches = distributed.in_turn(lines)
+    batches = distributed.gather_interleaved(lines)
     if distributed.rank() == 0:
-        with written_beside(path) as file:
+        with atomic_text(path) as file:
             file.writelines(line for batch in batches for line in batch)
 
 

@@ -31,7 +31,13 @@ from jahubert.train.clustering.streaming import feature_header, make_feature, st
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import generator
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import a_model, a_split, free, out_of_range, refuse
+from jahubert.train.experiment.config import (
+    model_field,
+    raise_config_errors,
+    range_errors,
+    runtime_field,
+    split_field,
+)
 from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import write_json
 
@@ -43,16 +49,18 @@ _PART = 500  # utterances between two saves
 class Config:
     manifest: Path
     kind: str = "mfcc"  # mfcc, hubert, or module:attribute
-    model: Path | None = a_model(None)  # for hubert: the folder of a trained model
+    model: Path | None = model_field(None)  # for hubert: the folder of a trained model
     layer: int = 6  # for hubert: output of this block
-    split: str = a_split("train")
+    split: str = split_field("train")
     sample_frames: int = 2_000_000
     seed: int = 0
-    device: str = free("auto")
-    batch_seconds: float = free(80.0)
+    device: str = runtime_field("auto")
+    batch_seconds: float = runtime_field(80.0)
 
     def __post_init__(self) -> None:
-        refuse(out_of_range(self, {"at least 1": ("layer", "sample_frames"), "positive": ("batch_seconds",)}))
+        raise_config_errors(
+            range_errors(self, {"at least 1": ("layer", "sample_frames"), "positive": ("batch_seconds",)})
+        )
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -61,8 +69,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     feature = make_feature(config.kind, config.model, config.layer, device)
     sample = draw_sample(manifest, feature, config)
     marks, beside, final = out / "parts", out / "tmp_sample.npy", out / "sample.npy"
-    if not distributed.from_first(final.exists):
-        data_start = distributed.from_first(lambda: _reserve(beside, (len(sample.frames), feature.dim)))
+    if not distributed.rank0_broadcast(final.exists):
+        data_start = distributed.rank0_broadcast(lambda: _reserve(beside, (len(sample.frames), feature.dim)))
         parts = {
             part: range(part * _PART, min((part + 1) * _PART, len(sample.rows)))
             for part in range(distributed.rank(), -(-len(sample.rows) // _PART), distributed.world())

@@ -26,14 +26,14 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.inference.ctc import greedy
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.prefetch import ahead
+from jahubert.prefetch import prefetch
 from jahubert.train.data.batches import CtcBatch, CtcData, MaskConfig
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.targets import TargetStore, words_of
 from jahubert.train.evaluation.metrics import count_errors
 from jahubert.train.evaluation.unit_checks import blank_problem
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import a_model, a_split, out_of_range, refuse
+from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, split_field
 from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.losses import ctc_loss
 from jahubert.train.trainer.optim import TrainConfig
@@ -70,7 +70,7 @@ _DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout
 class Config:
     manifest: Path
     targets: Path
-    pretrained: Path | None = a_model(None)  # None: from random initialisation, with the sizes in `model`
+    pretrained: Path | None = model_field(None)  # None: from random initialisation, with the sizes in `model`
     model: HubertConfig = field(default_factory=HubertConfig)
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
@@ -83,14 +83,14 @@ class Config:
     activation_dropout: float = 0.1
     input_dropout: float = 0.0
     layer_drop: float = 0.1
-    dev_splits: tuple[str, ...] = a_split(("dev",))
+    dev_splits: tuple[str, ...] = split_field(("dev",))
     # What chooses the best step on the development set; of characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
     seed: int = 0
 
     def __post_init__(self) -> None:
         numbers = {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": _DROPPED}
-        wrong = out_of_range(self, numbers)
+        wrong = range_errors(self, numbers)
         if self.train.sharded and self.layer_drop:
             wrong.append("train.sharded needs layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
@@ -105,7 +105,7 @@ class Config:
                 f"{self.train.max_steps}: the encoder would never learn. Set it to 0, or to "
                 f"{round(0.4 * self.train.max_steps)}, the share that HuBERT's base_10h has"
             )
-        refuse(wrong)
+        raise_config_errors(wrong)
 
 
 class FineTuner(nn.Module):
@@ -234,7 +234,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     phonemes = data.targets.phonemes
     names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
     sums: dict[str, Any] = dict.fromkeys([*names, "blanks", "frames", "empty", "rows"], 0.0)
-    for micro, batch in ahead(
+    for micro, batch in prefetch(
         data.load, data.sampler.epoch(0).share(distributed.rank(), distributed.world())
     ):
         batch = batch.to(device)
@@ -254,7 +254,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
             }.items():
                 sums[f"{kind}_errors"] += count_errors(said, got).errors
                 sums[f"{kind}s"] += len(said)
-    totals = distributed.total(sums, device)
+    totals = distributed.all_reduce_sums(sums, device)
     return {
         "loss": totals["loss"] / totals["symbols"],
         "per": totals["phone_errors"] / totals["phones"],

@@ -20,9 +20,9 @@ from jahubert.train.clustering.kmeans import draw_rows, fit_kmeans, inertia
 from jahubert.train.clustering.lloyd import FrameFile, Subset
 from jahubert.train.clustering.streaming import save_centroids
 from jahubert.train.data.masking import generator
-from jahubert.train.evaluation.unit_checks import watch_units
+from jahubert.train.evaluation.unit_checks import check_units
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import free, out_of_range, refuse
+from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 from jahubert.train.experiment.provenance import read_record
 
 VERSION = 2
@@ -38,22 +38,24 @@ class Config:
     lloyd_frames: int = 10_000_000  # more frames than that only refine the centroids, in one pass
     held_out: float = 0.02  # share of the sample that only measures
     seed: int = 0
-    device: str = free("auto")
-    unhealthy: Literal["warn", "stop"] = free("warn")  # when clusters are too few, or one takes too much
+    device: str = runtime_field("auto")
+    unhealthy: Literal["warn", "stop"] = runtime_field(
+        "warn"
+    )  # when clusters are too few, or one takes too much
 
     def __post_init__(self) -> None:
         counts = {"at least 2": ("n_clusters",), "at least 1": ("n_init", "max_iter")}
-        wrong = out_of_range(self, counts | {"in [0, 1)": ("held_out",)})
+        wrong = range_errors(self, counts | {"in [0, 1)": ("held_out",)})
         if self.lloyd_frames < self.n_clusters:
             wrong.append(
                 f"lloyd_frames is {self.lloyd_frames}, but {self.n_clusters} clusters need at least as many"
             )
-        refuse(wrong)
+        raise_config_errors(wrong)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     if config.backend in ("faiss", "sklearn"):  # they know one process only
-        return distributed.from_first(lambda: fit(config, out))
+        return distributed.rank0_broadcast(lambda: fit(config, out))
     metrics = fit(config, out)
     distributed.barrier()
     return metrics
@@ -64,7 +66,7 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
     test = draw_rows(n_frames, round(n_frames * config.held_out), generator(config.seed, 13))
-    with distributed.said_once():
+    with distributed.rank0_reports():
         result = fit_kmeans(
             Subset(sample_ND, np.delete(np.arange(n_frames), test)),
             config.n_clusters,
@@ -87,5 +89,5 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
             metrics["held_out_inertia"] = inertia(Subset(sample_ND, test), result.centroids_KD)
         header = read_record(config.features / "header.json")
         save_centroids(out / "centroids.safetensors", result.centroids_KD, header)
-        watch_units(result.counts_K.numpy(), str(out), stop=config.unhealthy == "stop")
+        check_units(result.counts_K.numpy(), str(out), stop=config.unhealthy == "stop")
     return metrics

@@ -28,9 +28,9 @@ from jahubert.train.clustering.streaming import feature_header, load_centroids, 
 from jahubert.train.data.fairseq_files import import_units
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.evaluation.unit_checks import unit_use, watch_difference, watch_units
+from jahubert.train.evaluation.unit_checks import check_difference, check_units, unit_use
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import a_model, free, out_of_range, refuse
+from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, runtime_field
 from jahubert.train.experiment.progress import progress
 
 VERSION = 1
@@ -40,18 +40,20 @@ VERSION = 1
 class Config:
     manifest: Path
     centroids: Path  # the folder of stage kmeans, or of fairseq's files
-    model: Path | None = a_model(None)  # for hubert features: the model they were fitted on
-    layer: int | None = free(None)  # for hubert features: centroids of another layer are refused
-    compare_with: Path | None = free(None)  # a label store that should hold the same units
-    shard_size: int = free(2000)  # utterances between two saves
-    device: str = free("auto")
-    batch_seconds: float = free(80.0)
-    unhealthy: Literal["warn", "stop"] = free(
+    model: Path | None = model_field(None)  # for hubert features: the model they were fitted on
+    layer: int | None = runtime_field(None)  # for hubert features: centroids of another layer are refused
+    compare_with: Path | None = runtime_field(None)  # a label store that should hold the same units
+    shard_size: int = runtime_field(2000)  # utterances between two saves
+    device: str = runtime_field("auto")
+    batch_seconds: float = runtime_field(80.0)
+    unhealthy: Literal["warn", "stop"] = runtime_field(
         "warn"
     )  # too few units, one that takes too much, another store that differs
 
     def __post_init__(self) -> None:
-        refuse(out_of_range(self, {"at least 1": ("layer", "shard_size"), "positive": ("batch_seconds",)}))
+        raise_config_errors(
+            range_errors(self, {"at least 1": ("layer", "shard_size"), "positive": ("batch_seconds",)})
+        )
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -62,19 +64,19 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     else:
         given = (manifest, config.centroids, out, config.shard_size)
         # Those files may change without any setting: what comes after depends on what was in them.
-        metrics["content"] = distributed.from_first(lambda: import_units(*given).header.centroids)
+        metrics["content"] = distributed.rank0_broadcast(lambda: import_units(*given).header.centroids)
     store = LabelStore(out)
     usage_K = store.usage()
-    distributed.from_first(lambda: watch(store, usage_K, manifest, config))
+    distributed.rank0_broadcast(lambda: watch(store, usage_K, manifest, config))
     return metrics | {"units": int(usage_K.sum()), **unit_use(usage_K)}
 
 
 def watch(store: LabelStore, usage_K: np.ndarray, manifest: Manifest, config: Config) -> None:
     """Warn, or stop where that is asked for, when the units look wrong or are not those of another store."""
     stop = config.unhealthy == "stop"
-    watch_units(usage_K, str(store.folder), stop)
+    check_units(usage_K, str(store.folder), stop)
     if config.compare_with is not None:
-        watch_difference(LabelStore(config.compare_with), store, manifest, stop)
+        check_difference(LabelStore(config.compare_with), store, manifest, stop)
 
 
 def label(config: Config, manifest: Manifest, out: Path) -> None:
@@ -111,7 +113,7 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
     step = HUBERT.step_in(feature.grid)
     nearest = Nearest(centroids_KD.to(device))
     # Asked once: a process that asked later would see a shorter list, and share it out differently.
-    shards = distributed.from_first(writer.pending)[distributed.rank() :: distributed.world()]
+    shards = distributed.rank0_broadcast(writer.pending)[distributed.rank() :: distributed.world()]
     with progress("units", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
         for shard in shards:
             units = []

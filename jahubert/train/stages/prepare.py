@@ -26,13 +26,13 @@ import numpy as np
 from jahubert.audio import audio_length
 from jahubert.errors import AudioError
 from jahubert.frames import HUBERT
-from jahubert.train.data.decode_cache import Mark, Marks
+from jahubert.train.data.decode_cache import CachedLength, DecodeCache
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
 from jahubert.train.data.utterances import load_utterance
 from jahubert.train.experiment import distributed, provenance
-from jahubert.train.experiment.config import free, group, structure
+from jahubert.train.experiment.config import config_group, runtime_field, structure
 from jahubert.train.experiment.progress import progress
-from jahubert.train.experiment.registry import reader
+from jahubert.train.experiment.registry import recipe_reader
 
 log = logging.getLogger(__name__)
 
@@ -44,26 +44,28 @@ _AHEAD = 256  # utterances that may wait to be checked
 class Config:
     recipe: str  # a name under recipes/, or a folder with a prepare.py
     data: str | None = None  # the corpus folder
-    options: Any = group(lambda values: reader(values["recipe"], "Config") if values["recipe"] else None)
+    options: Any = config_group(
+        lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
+    )
     seed: int = 0
     # Decode every utterance once, and leave out what is broken: here, and not after a day of work, is the
     # time to learn of it. Of sound audio comes the same manifest with and without.
-    check_audio: bool = free(True)
+    check_audio: bool = runtime_field(True)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    return distributed.from_first(lambda: prepare(config, out))
+    return distributed.rank0_broadcast(lambda: prepare(config, out))
 
 
 def prepare(config: Config, out: Path) -> dict[str, Any]:
     """The work of the stage, which one process does."""
-    options, read = config.options, reader(config.recipe, "prepare")
+    options, read = config.options, recipe_reader(config.recipe, "prepare")
     if isinstance(options, Mapping):  # made without a recipe's tree of settings
-        options = structure(options, reader(config.recipe, "Config"), "prepare.options")
+        options = structure(options, recipe_reader(config.recipe, "Config"), "prepare.options")
     data = Path(config.data).expanduser() if config.data else None  # "" too, which would be this folder
     work = out / "work"
     work.mkdir(exist_ok=True)
-    marks = Marks(work / "decoded") if config.check_audio else None
+    marks = DecodeCache(work / "decoded") if config.check_audio else None
     items = usable(read(data, work, options, config.seed), config.check_audio, marks)
     with progress("reading the corpus", "utterances") as done:  # how many there are, no recipe knows
         counts = write_manifest(out / "manifest.arrow", _counted(items, done))
@@ -97,14 +99,16 @@ def kept(config: Config, out: Path) -> None:
 
 
 def usable(
-    items: Iterable[Utterance | Utterances | Rejected], check_audio: bool = True, marks: Marks | None = None
+    items: Iterable[Utterance | Utterances | Rejected],
+    check_audio: bool = True,
+    marks: DecodeCache | None = None,
 ) -> Iterator[Utterance | Utterances | Rejected]:
     """What the recipe gave, in its order; utterances whose audio is of no use come back as `Rejected`.
 
     `Utterances` come back whole without `check_audio`, else one by one. With `marks`, what was decoded
     before is not decoded again.
     """
-    waiting: deque[tuple[Future[Utterance | Rejected], Mark | None]] = deque()
+    waiting: deque[tuple[Future[Utterance | Rejected], CachedLength | None]] = deque()
 
     def first() -> Utterance | Rejected:
         future, mark = waiting.popleft()
@@ -121,7 +125,7 @@ def usable(
                     yield first()
                 yield from whole
                 continue
-            mark = Mark(marks, item) if marks and isinstance(item, Utterances) else None
+            mark = CachedLength(marks, item) if marks and isinstance(item, Utterances) else None
             for single in item if isinstance(item, Utterances) else (item,):
                 waiting.append((pool.submit(_checked, single, check_audio), mark))
                 if len(waiting) == _AHEAD:
@@ -131,7 +135,7 @@ def usable(
 
 
 def _without_decoding(
-    items: Utterances, check_audio: bool, marks: Marks | None
+    items: Utterances, check_audio: bool, marks: DecodeCache | None
 ) -> Iterable[Utterance | Utterances | Rejected] | None:
     """What is usable of many, where that is known; None where they must be decoded."""
     if not check_audio:

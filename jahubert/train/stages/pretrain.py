@@ -26,13 +26,13 @@ from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.prefetch import ahead
+from jahubert.prefetch import prefetch
 from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.evaluation.unit_checks import accuracy_problem
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import a_model, a_split, out_of_range, refuse
+from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, split_field
 from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.losses import unit_loss
 from jahubert.train.trainer.optim import TrainConfig
@@ -49,19 +49,19 @@ class Config:
     manifest: Path
     labels: Path
     model: HubertConfig = field(default_factory=HubertConfig)
-    init_from: Path | None = a_model(None)  # continue from a model's encoder instead of from scratch
+    init_from: Path | None = model_field(None)  # continue from a model's encoder instead of from scratch
     train: TrainConfig = field(default_factory=TrainConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     unit_dim: int = 256  # width of the codebook (final_dim)
     temperature: float = 0.1
     penalty_weight: float = 10.0  # of the mean square of the conv features
-    valid_split: str | None = a_split("dev")  # null: no validation
+    valid_split: str | None = split_field("dev")  # null: no validation
     seed: int = 0
 
     def __post_init__(self) -> None:
         numbers = {"positive": ("temperature",), "at least 1": ("unit_dim",)}
-        wrong = out_of_range(self, numbers | {"at least 0": ("penalty_weight",)})
+        wrong = range_errors(self, numbers | {"at least 0": ("penalty_weight",)})
         if self.train.sharded and self.model.layer_drop:
             wrong.append("train.sharded needs model.layer_drop=0: all processes must run the same blocks")
         if self.crop.max_seconds > self.train.micro_seconds:
@@ -69,7 +69,7 @@ class Config:
                 f"crop.max_seconds {self.crop.max_seconds} does not fit "
                 f"train.micro_seconds {self.train.micro_seconds}"
             )
-        refuse(wrong)
+        raise_config_errors(wrong)
 
 
 class Pretrainer(nn.Module):
@@ -172,14 +172,14 @@ def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
     """Loss and accuracy on a split whose masks are the same every time, over all processes."""
     device = next(module.parameters()).device
     sums: dict[str, Any] = dict.fromkeys(("nats", "correct", "penalty", "seconds", "room", "count"), 0.0)
-    for micro, batch in ahead(
+    for micro, batch in prefetch(
         data.load, data.sampler.epoch(0).share(distributed.rank(), distributed.world())
     ):
         seed_micro(module.seed, micro)
         loss = module(batch.to(device), 0)
         for name in sums:
             sums[name] = sums[name] + (loss.count if name == "count" else loss.sums[name])
-    totals = distributed.total(sums, device)
+    totals = distributed.all_reduce_sums(sums, device)
     metrics = module.metrics(totals, totals["count"])
     return {name: metrics[name] for name in ("loss", "accuracy")}
 

@@ -1,7 +1,7 @@
 """What a run came to: one table on the terminal, one HTML page.
 
 Reads   everything under the experiment's folder that is done
-Writes  metrics.json, table.txt, tables.html
+Writes  metrics.json, table.txt, report.html
 
     python -m jahubert.run recipe=demo stage=report tables.language=ja
     python -m jahubert.run recipe=demo stage=report tables.others=[exp/demo-1,exp/demo-2]
@@ -17,11 +17,11 @@ from typing import Any, Literal
 from jahubert.errors import AudioError, DataError
 from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import out_of_range, refuse
-from jahubert.train.experiment.provenance import DONE, write_json, written_beside
+from jahubert.train.experiment.config import raise_config_errors, range_errors
+from jahubert.train.experiment.provenance import DONE, atomic_text, write_json
 from jahubert.train.report import tables
-from jahubert.train.report.examples import Example, worst
-from jahubert.train.report.html import Run, page
+from jahubert.train.report.examples import Example, worst_examples
+from jahubert.train.report.html import PageData, render_page
 from jahubert.train.report.results import results_of
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Config:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        refuse(out_of_range(self, {"at least 0": ("worst", "layer_frames")}))
+        raise_config_errors(range_errors(self, {"at least 0": ("worst", "layer_frames")}))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -67,13 +67,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     }
     table = tables.table(summary)
     write_json(out / "metrics.json", summary)
-    with written_beside(out / "table.txt") as file:
+    with atomic_text(out / "table.txt") as file:
         file.write(table + "\n")
     found = examples(config, manifest, times)
-    shown = Run(config.exp, summary, counted.usage, counted.phones, counted.counts, found)
-    with written_beside(out / "tables.html") as file:
-        file.write(page(shown, config.language))
-    print(f"{table}\n\nReport: {out / 'tables.html'}")
+    shown = PageData(config.exp, summary, counted.usage, counted.phones, counted.counts, found)
+    with atomic_text(out / "report.html") as file:
+        file.write(render_page(shown, config.language))
+    print(f"{table}\n\nReport: {out / 'report.html'}")
     return {}
 
 
@@ -84,6 +84,6 @@ def examples(
     stores = tables.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {
-        result.name: worst(result.folder("decode"), manifest, times, store, config.worst)
+        result.name: worst_examples(result.folder("decode"), manifest, times, store, config.worst)
         for result in (results_of(config.exp) if config.worst else ())
     }

@@ -31,8 +31,8 @@ from jahubert.train.evaluation.scoring import (
     rates_table,
 )
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import out_of_range, refuse
-from jahubert.train.experiment.provenance import read_record, write_json, written_beside
+from jahubert.train.experiment.config import raise_config_errors, range_errors
+from jahubert.train.experiment.provenance import atomic_text, read_record, write_json
 from jahubert.train.report.results import label_of
 
 VERSION = 2
@@ -48,7 +48,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        refuse(out_of_range(self, {"at least 1": ("samples",)}))
+        raise_config_errors(range_errors(self, {"at least 1": ("samples",)}))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -60,13 +60,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             score["against"] = against(found, config.baseline / path.name, config)
         scores[path.stem] = score
         if distributed.rank() == 0:
-            with written_beside(out / f"{path.stem}.txt") as file:
+            with atomic_text(out / f"{path.stem}.txt") as file:
                 file.writelines(f"{line}\n" for line in details(path.stem, score, found))
     if distributed.rank() == 0:
         write_json(out / "scores.json", scores)
         ours = [(label_of(config.hypotheses), phone_wer(scores))]
         table = published_table(config.published, ours) + rates_table(scores)
-        with written_beside(out / "table.txt") as file:
+        with atomic_text(out / "table.txt") as file:
             file.write(table)
         print(table)
     distributed.barrier()

@@ -25,7 +25,7 @@ from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.targets import UNKNOWN, character_set, kana_set, write_targets
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.progress import progress
-from jahubert.train.experiment.provenance import written_beside
+from jahubert.train.experiment.provenance import atomic_text
 from jahubert.train.text.user_dictionary import read_words
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    return distributed.from_first(lambda: write(config, out))
+    return distributed.rank0_broadcast(lambda: write(config, out))
 
 
 def write(config: Config, out: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def write(config: Config, out: Path) -> dict[str, Any]:
             yield row
 
     with (
-        written_beside(out / "rejected.jsonl") as rejected,
+        atomic_text(out / "rejected.jsonl") as rejected,
         progress("reading text", "utterances", len(manifest)) as done,
     ):
         n_symbols = write_targets(out, rows(), symbols)

@@ -60,7 +60,7 @@ class Checkpoints:
     ) -> None:
         """Write the checkpoint of a step; `run` is what the engine knows besides weights and moments."""
         beside, final = (self.folder / f"step_{step:07d}{end}" for end in (".tmp", ""))
-        if distributed.from_first(lambda: final.exists() and not _damage(final)):
+        if distributed.rank0_broadcast(lambda: final.exists() and not _damage(final)):
             return
         if distributed.rank() == 0:
             for old in (beside, final):
@@ -96,7 +96,7 @@ class Checkpoints:
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Load the newest checkpoint, if there is one, and give back what `save` was given as `run`."""
-        if (newest := distributed.from_first(self._newest)) is None:
+        if (newest := distributed.rank0_broadcast(self._newest)) is None:
             return None
         weights, moments = get_state_dict(module, optimizer)
         state: dict[str, Any] = {"model": weights, "optimizer": moments}

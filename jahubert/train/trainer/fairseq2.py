@@ -34,13 +34,13 @@ from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.trainer.checkpoints import folder_of
-from jahubert.train.trainer.metric_log import Journal, Window
+from jahubert.train.trainer.metric_log import MetricLog, Window
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, lr_at, pick_precision
-from jahubert.train.trainer.parallel import lighten
+from jahubert.train.trainer.parallel import wrap_blocks
 from jahubert.train.trainer.trainer import (
     Data,
+    DataState,
     Micros,
-    Position,
     check_finite,
     micro_batches,
     overflowing,
@@ -125,9 +125,9 @@ class _Run:
         self.dtype = pick_precision(config, self.device)
         self.mine, self.folder = config.share(distributed.world()), folder_of(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config
-        lighten(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
+        wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.validation, self.best = validation, best
-        self.journal, self.reader = Journal(module, config, out), _Reader(self)
+        self.journal, self.reader = MetricLog(module, config, out), _Reader(self)
         self.gangs = _gangs(self.device)
         files = NativeLocalFileSystem()
         tensors = _TorchTensorFileLoader(files), _TorchTensorFileDumper(files)
@@ -212,7 +212,7 @@ class _Run:
         """Validate after `step` if that is due and was not done before the run was killed."""
         if self.validation is None or step <= self.validated or not self.journal.validation_due(step):
             return
-        distributed.at(f"the validation after step {step}")
+        distributed.heartbeat(f"the validation after step {step}")
         started = time.perf_counter()
         self.journal.validate(step, self.validation, self.best)
         self.window.started += time.perf_counter() - started
@@ -237,7 +237,7 @@ class _Reader(DataReader):
     """This process's micro-batches of one step at each `next`, without end; its state is two integers."""
 
     def __init__(self, run: _Run):
-        self.run, self.position = run, Position(run.data.sampler)
+        self.run, self.position = run, DataState(run.data.sampler)
         self.stream: Micros | None = None
 
     def close(self) -> None:
@@ -256,11 +256,11 @@ class _Reader(DataReader):
 
     def read(self) -> tuple[MicroBatch, Any]:
         assert self.stream is not None  # __next__ made it
-        distributed.at("the reading of audio")
+        distributed.heartbeat("the reading of audio")
         started = time.perf_counter()
         found = next(self.stream)
         self.run.window.waiting += time.perf_counter() - started
-        distributed.at("the computation of a step")
+        distributed.heartbeat("the computation of a step")
         return found
 
     def reset(self) -> None: ...  # at the end of the data, which never comes
@@ -356,7 +356,7 @@ class _Unit(TrainUnit):
     def _agree(self) -> None:
         """All processes learn from this step, and go on after it, or none."""
         run = self.run
-        totals = distributed.total({"total": self.total, "stop": len(self.signals)}, run.device)
+        totals = distributed.all_reduce_sums({"total": self.total, "stop": len(self.signals)}, run.device)
         check_finite(totals["total"], self.step + 1, self.micros, run.data)
         self.told = totals["stop"] > 0
         self.stopping = self.told or self.step + 1 >= run.config.max_steps

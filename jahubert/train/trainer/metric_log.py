@@ -16,12 +16,12 @@ from torch import nn
 
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.optim import TrainConfig, lr_at
-from jahubert.train.trainer.parallel import load_whole_state, whole_state
+from jahubert.train.trainer.parallel import full_state, load_full_state
 
 log = logging.getLogger(__name__)
 
 
-class Journal:
+class MetricLog:
     """Lines of metrics, and the weights of the step that did best in validation.
 
     All processes call it alike; only the first one writes. `state()` belongs into a checkpoint.
@@ -79,7 +79,7 @@ class Journal:
             log.info("step %d  valid  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         if best is not None and metrics[best] < self.best_value:
             self.best_value, self.best_metrics = metrics[best], {**metrics, "best_step": float(step)}
-            state = whole_state(self.module)
+            state = full_state(self.module)
             if distributed.rank() == 0:
                 beside = self.out / "best.safetensors.tmp"
                 save_file({name: value.cpu().clone() for name, value in state.items()}, beside)
@@ -90,7 +90,7 @@ class Journal:
         if self.board is not None:
             self.board.close()
         if best is not None and (self.out / "best.safetensors").exists():
-            load_whole_state(self.module, load_file(self.out / "best.safetensors"))
+            load_full_state(self.module, load_file(self.out / "best.safetensors"))
             return self.best_metrics
         return self.last_metrics
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from jahubert.errors import ConfigError
-from jahubert.model.precision import fastest
-from jahubert.train.experiment.config import free, out_of_range, refuse
+from jahubert.model.precision import preferred_dtype
+from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,24 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip_norm: float = 10.0  # 0: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    engine: str = free("torch")
-    sharded: bool = free(False)  # FSDP2 instead of DDP: for models that do not fit one device
-    recompute: bool = free(False)  # activation checkpointing: a third more work, a fraction of the memory
-    compile: bool = free(False)  # torch.compile of the Transformer blocks
-    device: str = free("auto")
-    workers: int = free(0)  # processes that read audio, for each device
-    log_every: int = free(50)  # steps
-    save_every: int = free(1000)  # steps
-    keep_last: int = free(2)  # checkpoints
-    keep_every: int = free(0)  # steps, a multiple of save_every; those checkpoints stay as well; 0: none
+    engine: str = runtime_field("torch")
+    sharded: bool = runtime_field(False)  # FSDP2 instead of DDP: for models that do not fit one device
+    recompute: bool = runtime_field(
+        False
+    )  # activation checkpointing: a third more work, a fraction of the memory
+    compile: bool = runtime_field(False)  # torch.compile of the Transformer blocks
+    device: str = runtime_field("auto")
+    workers: int = runtime_field(0)  # processes that read audio, for each device
+    log_every: int = runtime_field(50)  # steps
+    save_every: int = runtime_field(1000)  # steps
+    keep_last: int = runtime_field(2)  # checkpoints
+    keep_every: int = runtime_field(
+        0
+    )  # steps, a multiple of save_every; those checkpoints stay as well; 0: none
     valid_every: int = 1000  # steps; 0: never
 
     def __post_init__(self) -> None:
-        wrong = out_of_range(
+        wrong = range_errors(
             self,
             {
                 "positive": ("batch_seconds", "micro_seconds", "lr"),
@@ -65,7 +69,7 @@ class TrainConfig:
             wrong.append(
                 f"micro_seconds {self.micro_seconds} is more than batch_seconds {self.batch_seconds}"
             )
-        refuse(wrong)
+        raise_config_errors(wrong)
 
     @property
     def per_step(self) -> int:
@@ -156,7 +160,7 @@ def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
         ConfigError: fp16 on a CPU, which is several times slower than float32 there.
     """
     if config.precision == "auto":
-        return fastest(device)
+        return preferred_dtype(device)
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision=fp16 is slower than fp32 on a CPU; use precision=fp32 or bf16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]

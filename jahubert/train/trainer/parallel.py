@@ -78,14 +78,14 @@ class Parallel:
         """Plain, whole parameters again, for whoever saves the module; all processes call it together."""
         if not self.blocks:
             return
-        for name, value in whole_state(self.module).items():
+        for name, value in full_state(self.module).items():
             owner, _, attribute = name.rpartition(".")
             own = self.module.get_submodule(owner)
             if attribute in own._parameters:
                 own._parameters[attribute] = nn.Parameter(value)
 
 
-def lighten(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) -> None:
+def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) -> None:
     """Let blocks of a module save memory or time; neither changes names nor, but for rounding, results.
 
     Args:
@@ -99,16 +99,16 @@ def lighten(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) -> Non
             block.compile(dynamic=True)
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
+def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict with whole tensors, sharded or not; all processes call it together."""
     return {name: value.detach() for name, value in get_model_state_dict(module, options=_WHOLE).items()}
 
 
-def load_whole_state(module: nn.Module, state: dict[str, Any]) -> None:
+def load_full_state(module: nn.Module, state: dict[str, Any]) -> None:
     """The way back; the state is the same in every process."""
     set_model_state_dict(module, state, options=_WHOLE)
 
 
-def whole_number(value: Tensor) -> float:
+def full_norm(value: Tensor) -> float:
     """A norm that FSDP2 leaves in shares, as one number."""
     return float(value.full_tensor() if hasattr(value, "full_tensor") else value)

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from jahubert.errors import JahubertError, Stopped, UserError
-from jahubert.model.precision import computing_in
+from jahubert.model.precision import autocast
 from jahubert.train.data.masking import generator
 from jahubert.train.data.sampler import MicroBatch, Sampler
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.checkpoints import Checkpoints, folder_of
-from jahubert.train.trainer.metric_log import Journal, Window
+from jahubert.train.trainer.metric_log import MetricLog, Window
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, lr_at, pick_precision
-from jahubert.train.trainer.parallel import Parallel, lighten, whole_number
+from jahubert.train.trainer.parallel import Parallel, full_norm, wrap_blocks
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Reader(Dataset):
             return micro, error
 
 
-class Mine:
+class ShardedSampler:
     """The endless micro-batches of this process, from a state on."""
 
     def __init__(self, sampler: Sampler, epoch: int, cursor: int):
@@ -117,7 +117,7 @@ def micro_batches(
     loader = DataLoader(
         Reader(data),
         batch_size=None,
-        sampler=Mine(data.sampler, epoch, cursor),  # type: ignore[arg-type]
+        sampler=ShardedSampler(data.sampler, epoch, cursor),  # type: ignore[arg-type]
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_deaf,
@@ -130,7 +130,7 @@ def micro_batches(
         yield micro, batch
 
 
-class Position:
+class DataState:
     """Where the data stands, for all processes alike: an epoch and how much of it was taken."""
 
     def __init__(self, sampler: Sampler):
@@ -234,7 +234,7 @@ def train(
         while run.step < config.max_steps:
             run.advance()
             if validate is not None and run.journal.validation_due(run.step):
-                distributed.at(f"the validation after step {run.step}")
+                distributed.heartbeat(f"the validation after step {run.step}")
                 run.validate(validate, best)
             last = run.step == config.max_steps
             if run.step % config.save_every == 0 or run.told or last:
@@ -254,13 +254,13 @@ class _Run:
         self.dtype = pick_precision(config, self.device)
         self.mine = config.share(distributed.world())
         self.module, self.data, self.config = module.to(self.device), data, config
-        lighten(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
+        wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.parallel = Parallel(self.module, config.sharded)
         self.optimizer = build_optimizer(module, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.checkpoints = Checkpoints(folder_of(out, "torch"), config)
-        self.step, self.position = 0, Position(data.sampler)
-        self.journal = Journal(module, config, out)
+        self.step, self.position = 0, DataState(data.sampler)
+        self.journal = MetricLog(module, config, out)
         self.stream: Micros | None = None
         self.window = Window()
         self.signals: list[str] = []  # to stop, that this process has heard
@@ -279,17 +279,17 @@ class _Run:
         step = self.step + 1
         self.optimizer.zero_grad(set_to_none=True)
         for number in range(self.mine):
-            distributed.at(f"reading the audio of step {step}")
+            distributed.heartbeat(f"reading the audio of step {step}")
             started = time.perf_counter()
             micro, batch = next(self.stream)
             self.window.waiting += time.perf_counter() - started
-            distributed.at(f"the computation of step {step}")
+            distributed.heartbeat(f"the computation of step {step}")
             loss = self._backward(micro, batch.to(self.device), last=number == self.mine - 1)
             for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
                 sums[name] = sums.get(name, 0.0) + value
             micros.append((micro, loss.total.detach()))
-        totals = distributed.total(sums | {"stop": len(self.signals)}, self.device)
+        totals = distributed.all_reduce_sums(sums | {"stop": len(self.signals)}, self.device)
         self.told = totals.pop("stop") > 0
         check_finite(totals["total"], step, micros, self.data)
         norm = self._update(totals.pop("count"), totals, self.module)
@@ -302,7 +302,7 @@ class _Run:
     def _backward(self, micro: MicroBatch, batch: Any, last: bool) -> Loss:
         seed_micro(self.module.seed, micro)  # type: ignore[arg-type]
         with self.parallel.accumulating(last):
-            with computing_in(self.dtype, self.device):
+            with autocast(self.dtype, self.device):
                 loss = self.parallel(batch, self.step)
             self.scaler.scale(loss.total).backward()
         return loss
@@ -315,7 +315,7 @@ class _Run:
         torch._foreach_mul_([cast(Tensor, p.grad) for p in parameters], distributed.world() / max(count, 1.0))
         limit = self.config.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit) if parameters else torch.zeros(())
-        size = whole_number(norm)
+        size = full_norm(norm)
         if not self.scaler.is_enabled():  # which leaves such an update out, and goes on
             check_norm(size, self.step + 1)
         for group in self.optimizer.param_groups:
@@ -333,7 +333,7 @@ class _Run:
         self.window.started += time.perf_counter() - started
 
     def save(self) -> None:
-        distributed.at(f"the checkpoint of step {self.step}")
+        distributed.heartbeat(f"the checkpoint of step {self.step}")
         state = {
             "step": self.step,
             **self.position.state(),

@@ -33,7 +33,7 @@ _PATIENCE = timedelta(seconds=30)  # with the store
 
 
 @dataclass(frozen=True)
-class Beat:
+class Status:
     """What a process is at, as it stands in the store."""
 
     name: str  # of the process
@@ -45,7 +45,7 @@ class Beat:
 
 
 @contextmanager
-def watch(minutes: float) -> Iterator[None]:
+def watchdog(minutes: float) -> Iterator[None]:
     """Look after the processes inside; all of them enter together.
 
     Args:
@@ -78,7 +78,7 @@ class _Watcher:
             return dist.TCPStore(host, port, is_master=first, wait_for_workers=False, timeout=_PATIENCE)
 
         server = store(0) if self.rank == 0 else None
-        port = distributed.from_first(lambda: server.port if server else 0)
+        port = distributed.rank0_broadcast(lambda: server.port if server else 0)
         self.store = server or store(port)
         self._say()
         distributed.barrier()  # from here on there is a beat of each
@@ -86,7 +86,7 @@ class _Watcher:
     def look(self) -> None:
         """Until it is over: say what this process is at, and look at the others when it stands too long."""
         while not self.over.wait(self.every):
-            late = time.monotonic() - distributed.pulse().moved > self.limit
+            late = time.monotonic() - distributed.last_heartbeat().moved > self.limit
             try:
                 self._say()
                 if late and (verdict := self._verdict()) and self.store.add("told", 1) == 1:
@@ -101,19 +101,19 @@ class _Watcher:
                 os._exit(Stopped.exit_status)  # the main thread would not come back from where it is
 
     def _say(self) -> None:
-        now = distributed.pulse()
+        now = distributed.last_heartbeat()
         seconds = time.monotonic() - now.moved
         stack = self._stack() if seconds > self.limit / 2 else ""
-        beat = Beat(self.name, now.number, now.place, seconds, now.alone, stack)
+        beat = Status(self.name, now.number, now.place, seconds, now.alone, stack)
         self.store.set(str(self.rank), json.dumps(asdict(beat)))
 
-    def _beats(self) -> list[Beat]:
+    def _beats(self) -> list[Status]:
         """Of all processes. One whose beat stays the same is dead, or so stuck that its thread is, too."""
         beats, now = [], time.monotonic()
         for rank, said in enumerate(self.store.multi_get([str(rank) for rank in range(self.world)])):
             if rank not in self.seen or self.seen[rank][0] != said:
                 self.seen[rank] = said, now
-            beat = Beat(**json.loads(said))
+            beat = Status(**json.loads(said))
             beats.append(replace(beat, seconds=beat.seconds + now - self.seen[rank][1]))
         return beats
 

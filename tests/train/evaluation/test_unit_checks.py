@@ -15,11 +15,11 @@ from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 from jahubert.train.evaluation import unit_checks as health
 from jahubert.train.evaluation.unit_checks import (
     accuracy_problem,
+    check_difference,
+    check_units,
     label_difference,
     unit_problem,
     unit_use,
-    watch_difference,
-    watch_units,
 )
 from jahubert.train.stages.pretrain import Config, watch_accuracy
 
@@ -52,10 +52,10 @@ def test_good_units_are_passed_over_in_silence():
     ],
 )
 def test_poor_units_are_named_with_advice(counts, says, caplog):
-    watch_units(counts, "exp/label", stop=False)
+    check_units(counts, "exp/label", stop=False)
     assert caplog.records[0].levelname == "WARNING" and "exp/label: " in caplog.text
     with pytest.raises(DataError, match=rf"exp/label: {says}.*unhealthy=warn"):
-        watch_units(counts, "exp/label", stop=True)
+        check_units(counts, "exp/label", stop=True)
 
 
 def test_accuracy_against_chance_and_the_published_curve():
@@ -126,14 +126,14 @@ def test_two_stores_are_compared_in_a_sentence(tmp_path, caplog, monkeypatch):
     other = said("other", lambda unit_N: 99 - unit_N, centroids="d" * 64)
     assert "made from other things: centroids 'ccc" in other
     stores = {name: LabelStore(tmp_path / name) for name in ("same", "three", "late")}
-    watch_difference(one, stores["same"], manifest, stop=True)
+    check_difference(one, stores["same"], manifest, stop=True)
     assert not caplog.records
-    watch_difference(one, stores["late"], manifest, stop=False)
+    check_difference(one, stores["late"], manifest, stop=False)
     assert "1 frames late" in caplog.text
     with pytest.raises(DataError, match=r"make both again\. To go on all the same, ask for unhealthy=warn"):
-        watch_difference(one, stores["three"], manifest, stop=True)
+        check_difference(one, stores["three"], manifest, stop=True)
     monkeypatch.setattr(health, "_ROUNDING", 0.05)
-    watch_difference(one, stores["three"], manifest, stop=True)
+    check_difference(one, stores["three"], manifest, stop=True)
     assert "harmless" in caplog.text
     (tmp_path / "n").mkdir()
     write_manifest(tmp_path / "n" / "m.arrow", [Utterance("x", AudioSource("/c/x.wav"), 0, 1000)])

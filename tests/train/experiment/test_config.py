@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from jahubert.errors import ConfigError
-from jahubert.train.experiment.config import free, result_fields, structure
+from jahubert.train.experiment.config import result_fields, runtime_field, structure
 from jahubert.train.experiment.registry import FEATURES, STAGES, recipe_folder, resolve
 
 
@@ -27,7 +27,7 @@ class Outer:
     kind: Literal["mfcc", "hubert"] = "mfcc"
     layer: int | None = None
     inner: Inner = field(default_factory=Inner)
-    device: str = free("auto")
+    device: str = runtime_field("auto")
 
 
 def test_values_take_the_declared_types():

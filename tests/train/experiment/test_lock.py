@@ -13,7 +13,7 @@ import pytest
 
 from jahubert.errors import BusyError
 from jahubert.train.experiment.distributed import launch
-from jahubert.train.experiment.lock import NAME, claimed, holder
+from jahubert.train.experiment.lock import LOCK_NAME, lock_owner, run_lock
 
 HOLD = "import sys, time; from pathlib import Path; from jahubert.train.experiment.lock import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
@@ -29,26 +29,26 @@ def other(folder: Path) -> subprocess.Popen:
 def test_a_folder_is_for_one_process_until_that_ends(tmp_path):
     child = other(tmp_path)
     try:
-        assert f"process {child.pid}" in str(holder(tmp_path))
+        assert f"process {child.pid}" in str(lock_owner(tmp_path))
         refusal = f"another run is at work there .process {child.pid} on"
-        with pytest.raises(BusyError, match=refusal), claimed(tmp_path):
+        with pytest.raises(BusyError, match=refusal), run_lock(tmp_path):
             pass
     finally:
         child.kill()
         child.wait()
-    assert holder(tmp_path) is None  # by a kill, too
-    with claimed(tmp_path):
+    assert lock_owner(tmp_path) is None  # by a kill, too
+    with run_lock(tmp_path):
         pass
-    assert not (tmp_path / NAME).exists()
+    assert not (tmp_path / LOCK_NAME).exists()
 
 
 def test_what_a_process_forks_holds_nothing(tmp_path):
-    with claimed(tmp_path):
+    with run_lock(tmp_path):
         if not (child := os.fork()):
             time.sleep(60)
             os._exit(0)
     try:
-        with claimed(tmp_path):
+        with run_lock(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -67,7 +67,7 @@ def test_a_second_run_of_a_stage_is_refused(tmp_path, repo):
         child.kill()
         child.wait()
     assert done.returncode == 2 and "another run is at work there" in done.stderr, done.stderr
-    assert [path.name for path in folder.iterdir()] == [NAME]
+    assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")

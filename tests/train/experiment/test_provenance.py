@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 from jahubert.errors import DataError, StaleError
-from jahubert.train.experiment.config import free
-from jahubert.train.experiment.lock import claimed
+from jahubert.train.experiment.config import runtime_field
+from jahubert.train.experiment.lock import run_lock
 from jahubert.train.experiment.provenance import (
     DONE,
     STARTED,
-    begin,
+    acquire,
+    atomic_text,
     fingerprint,
     finish,
-    recipe_of,
+    stage_inputs,
     stage_states,
     status_table,
     write_json,
-    written_beside,
 )
 
 
@@ -31,7 +31,7 @@ from jahubert.train.experiment.provenance import (
 class Config:
     source: Path
     size: int = 3
-    device: str = free("cpu")
+    device: str = runtime_field("cpu")
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def source(tmp_path):
 
 def test_begin_continue_finish_keep(tmp_path, source):
     out = tmp_path / "out"
-    recipe = recipe_of("kmeans", 1, Config(source))
-    assert begin(out, recipe) is False
-    assert begin(out, recipe) is False  # killed, asked again
+    recipe = stage_inputs("kmeans", 1, Config(source))
+    assert acquire(out, recipe) is False
+    assert acquire(out, recipe) is False  # killed, asked again
     finish(out, recipe, {"inertia": 2.5}, seconds=1.25)
-    assert begin(out, recipe) is True
+    assert acquire(out, recipe) is True
     record = json.loads((out / DONE).read_text())
     assert record["fingerprint"] == fingerprint(recipe)
     assert record["metrics"] == {"inertia": 2.5}
@@ -57,60 +57,60 @@ def test_begin_continue_finish_keep(tmp_path, source):
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_setting_is_refused_by_name(tmp_path, source, finished):
-    out, recipe = tmp_path / "out", recipe_of("kmeans", 1, Config(source))
-    begin(out, recipe)
+    out, recipe = tmp_path / "out", stage_inputs("kmeans", 1, Config(source))
+    acquire(out, recipe)
     if finished:
         finish(out, recipe, {}, 0.0)
     with pytest.raises(StaleError, match=r"kmeans\.size was 3, now 4") as caught:
-        begin(out, recipe_of("kmeans", 1, Config(source, size=4)))
+        acquire(out, stage_inputs("kmeans", 1, Config(source, size=4)))
     assert ("was made" if finished else "was started") in str(caught.value)
     with pytest.raises(StaleError, match="kmeans itself changed, from version 1 to 2"):
-        begin(out, recipe_of("kmeans", 2, Config(source)))
+        acquire(out, stage_inputs("kmeans", 2, Config(source)))
 
 
 def test_what_is_free_may_change(tmp_path, source):
     out = tmp_path / "out"
-    begin(out, recipe_of("kmeans", 1, Config(source, device="cpu")))
-    assert begin(out, recipe_of("kmeans", 1, Config(source, device="cuda"))) is False
+    acquire(out, stage_inputs("kmeans", 1, Config(source, device="cpu")))
+    assert acquire(out, stage_inputs("kmeans", 1, Config(source, device="cuda"))) is False
 
 
 def test_an_input_counts_by_what_made_it(tmp_path, source):
-    before = recipe_of("kmeans", 1, Config(source))
+    before = stage_inputs("kmeans", 1, Config(source))
     moved = source.rename(tmp_path / "elsewhere")
-    assert recipe_of("kmeans", 1, Config(moved)) == before
+    assert stage_inputs("kmeans", 1, Config(moved)) == before
     write_json(moved / DONE, {"fingerprint": "e" * 64})
-    begin(tmp_path / "out", before)
+    acquire(tmp_path / "out", before)
     with pytest.raises(
         StaleError, match=r"kmeans.source was another input \(ffffffff\), now another input \(eeeeeeee\)"
     ):
-        begin(tmp_path / "out", recipe_of("kmeans", 1, Config(moved)))
+        acquire(tmp_path / "out", stage_inputs("kmeans", 1, Config(moved)))
 
 
 def test_what_was_read_from_outside_counts_too(tmp_path, source):
     write_json(source / DONE, {"fingerprint": "f" * 64, "metrics": {"content": "one"}})
-    before = recipe_of("kmeans", 1, Config(source))
+    before = stage_inputs("kmeans", 1, Config(source))
     write_json(source / DONE, {"fingerprint": "f" * 64, "metrics": {"content": "two"}})
-    assert recipe_of("kmeans", 1, Config(source)) != before
+    assert stage_inputs("kmeans", 1, Config(source)) != before
 
 
 def test_inputs_that_are_missing_or_not_finished(tmp_path):
     with pytest.raises(
         DataError, match=r"kmeans.source: there is no .*/nowhere/features; run stage=features first"
     ):
-        recipe_of("kmeans", 1, Config(tmp_path / "nowhere/features"))
+        stage_inputs("kmeans", 1, Config(tmp_path / "nowhere/features"))
     with pytest.raises(DataError, match=r"kmeans.source: there is no a/b; set it to one that is there"):
-        recipe_of("kmeans", 1, Config(Path("a/b")))  # a Hub name only where a model is named
+        stage_inputs("kmeans", 1, Config(Path("a/b")))  # a Hub name only where a model is named
     half = tmp_path / "half"
     half.mkdir()
     write_json(half / STARTED, {})
     with pytest.raises(DataError, match="is not finished; run that stage first"):
-        recipe_of("kmeans", 1, Config(half))
+        stage_inputs("kmeans", 1, Config(half))
 
 
 def test_a_file_written_beside_is_whole_or_not_there(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), written_beside(path) as file:
+    with pytest.raises(RuntimeError), atomic_text(path) as file:
         file.write("half of the n")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -118,23 +118,23 @@ def test_a_file_written_beside_is_whole_or_not_there(tmp_path):
 
 def test_status(tmp_path, source):
     exp = tmp_path / "exp"
-    recipe = recipe_of("kmeans", 1, Config(source))
-    begin(exp / "iter1" / "kmeans", recipe)
+    recipe = stage_inputs("kmeans", 1, Config(source))
+    acquire(exp / "iter1" / "kmeans", recipe)
     finish(exp / "iter1" / "kmeans", recipe, {"inertia": 2.5, "backend": "torch"}, 3.0)
-    begin(exp / "iter1" / "label", recipe)
+    acquire(exp / "iter1" / "label", recipe)
     header, *lines = status_table(stage_states(exp)).splitlines()
     assert header.split() == ["stage", "state", "time", "result"]
     assert lines[0].split() == ["iter1/kmeans", "done", "3", "s", "inertia", "2.5", "backend", "torch"]
     assert lines[1].split()[:2] == ["iter1/label", "stopped"]
-    trained = recipe_of("pretrain", 1, Config(source)) | {"settings": {"train.max_steps": 400}}
-    begin(exp / "iter1" / "pretrain", trained)
+    trained = stage_inputs("pretrain", 1, Config(source)) | {"settings": {"train.max_steps": 400}}
+    acquire(exp / "iter1" / "pretrain", trained)
     lines = '{"step": 90, "lr": 1}\n{"step": 100, "loss": 3.5, "lr": 1}\n{"step": 100, "valid_loss": 3}\n{"st'
     for written, shown in (("", "stopped"), (lines, "25 %")):
         (exp / "iter1" / "pretrain" / "metrics.jsonl").write_text(written)
         assert [state["state"] for state in stage_states(exp)] == ["done", "stopped", shown]
     shown = status_table(stage_states(exp)).splitlines()[-1]
     assert shown.split("  ")[-3:] == ["loss 3.5", "lr 1", "stopped: the same command continues"]
-    with claimed(exp / "iter1" / "pretrain"):
+    with run_lock(exp / "iter1" / "pretrain"):
         (said,) = subprocess.run(
             [sys.executable, "-m", "jahubert", "status", str(exp)], capture_output=True, text=True, check=True
         ).stdout.splitlines()[-1:]

@@ -9,7 +9,7 @@ import pytest
 from jahubert import run
 from jahubert.model.hubert import HubertConfig
 from jahubert.train.experiment.config import result_fields
-from jahubert.train.experiment.registry import home
+from jahubert.train.experiment.registry import data_folder
 from jahubert.train.stages.pretrain import Config
 
 GPUS = {"1gpu": 1, "4gpu": 4, "8gpu": 8, "32gpu": 8}
@@ -110,7 +110,7 @@ def test_the_slurm_launcher_composes():
     launcher = pytest.importorskip("hydra_plugins.hydra_submitit_launcher.config")
     from hydra import compose, initialize_config_dir
 
-    with initialize_config_dir(str(home("conf").resolve()), version_base="1.3"):
+    with initialize_config_dir(str(data_folder("conf").resolve()), version_base="1.3"):
         tree = compose("config", ["hydra/launcher=slurm", "hydra.launcher.nodes=2"], return_hydra_config=True)
     found = dict(tree.hydra.launcher)
     known = {field.name for field in dataclasses.fields(launcher.SlurmQueueConf)} | {"_target_"}

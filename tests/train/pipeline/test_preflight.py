@@ -70,7 +70,7 @@ def test_a_name_on_the_hub_is_asked_for_cheaply(tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    from jahubert.formats.hub import check as hub_check
+    from jahubert.formats.hub import check_exists as hub_check
 
     asked = []
 
@@ -150,8 +150,10 @@ def test_what_is_done_needs_no_machine(tmp_path):
     told = run.all_configured([f"recipe={ROUGH}", "stage=all", f"exp={exp}"])
     jobs = [(stage, replace(config, train=replace(config.train, device="gpu")), out)
             for stage, config, out in told if stage in ("pretrain", "finetune")]  # fmt: skip
-    assert preflight.mistakes(jobs[:1], [exp], 1) == []
-    assert preflight.mistakes(jobs, [exp], 1) == ["device=gpu: no such device; use auto, cpu, cuda or cuda:N"]
+    assert preflight.preflight_errors(jobs[:1], [exp], 1) == []
+    assert preflight.preflight_errors(jobs, [exp], 1) == [
+        "device=gpu: no such device; use auto, cpu, cuda or cuda:N"
+    ]
 
 
 # --- splits -----------------------------------------------------------------------------------------------
@@ -250,13 +252,13 @@ def test_a_folder_with_fewer_settings_in_its_record_is_kept(capsys, copy):
 
 
 def test_groups_of_options_in_an_old_record(tmp_path):
-    from jahubert.train.experiment.provenance import changes
+    from jahubert.train.experiment.provenance import changed_settings
 
     record = {"settings": {"options.voices": {"minutes": 150}, "options.reading": 200}}
     new = {"options.voices.minutes": 150.0, "options.voices.share": 0.1, "options.reading": 200.0}
     defaults = {"options.voices.minutes": 35.0, "options.voices.share": 0.1}
-    assert changes("prepare", record, new, defaults) == []
-    assert changes("prepare", record, new | {"options.voices.share": 0.2}, defaults) == [
+    assert changed_settings("prepare", record, new, defaults) == []
+    assert changed_settings("prepare", record, new | {"options.voices.share": 0.2}, defaults) == [
         "prepare.options.voices.share was 0.1, now 0.2"
     ]
 

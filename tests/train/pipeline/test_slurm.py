@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jahubert.train.experiment.registry import home
+from jahubert.train.experiment.registry import data_folder
 
 REPO = Path(__file__).resolve().parents[3]
 PAGES = [*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("recipes/*/*.md")]
@@ -45,7 +45,7 @@ def test_sbatch_knows_the_options_of_the_launcher(tmp_path):
     from hydra import compose, initialize_config_dir
     from submitit.slurm.slurm import _make_sbatch_string
 
-    with initialize_config_dir(str(home("conf").resolve()), version_base="1.3"):
+    with initialize_config_dir(str(data_folder("conf").resolve()), version_base="1.3"):
         tree = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True)
     own = (
         "_target_",

@@ -25,7 +25,7 @@ from jahubert.train.plan import plan as planning
 from jahubert.train.plan.flops import Machine
 from jahubert.train.plan.memory import front_end_bytes, kept_bytes, masked_loss, peak_bytes
 from jahubert.train.plan.plan import Corpus
-from jahubert.train.trainer.parallel import lighten
+from jahubert.train.trainer.parallel import wrap_blocks
 
 TONES = FIXTURES / "tones"
 PAPER = ["recipe=reazonspeech", "stage=all", "data=/c", "iterations=1"]
@@ -63,7 +63,7 @@ def test_memory_is_what_a_real_step_keeps():
     for recompute in (False, True):
         torch.manual_seed(0)
         model, head, real = HubertModel(config), UnitHead(32, 500), []
-        lighten(model.encoder.layers, recompute, False)
+        wrap_blocks(model.encoder.layers, recompute, False)
         own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *head.parameters())}
         for rows in (4, 8):
             kept = {}

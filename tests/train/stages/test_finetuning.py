@@ -24,12 +24,12 @@ from jahubert.train.data.masking import generator
 from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.evaluation.unit_checks import blank_problem
 from jahubert.train.experiment.config import result_fields, structure
-from jahubert.train.experiment.registry import home
+from jahubert.train.experiment.registry import data_folder
 from jahubert.train.stages import finetune
 from jahubert.train.trainer import trainer as engine
 from jahubert.train.trainer.optim import TrainConfig, lr_at
 
-PRESETS = sorted(path.stem for path in home("conf").glob("finetuning/*.yaml"))
+PRESETS = sorted(path.stem for path in data_folder("conf").glob("finetuning/*.yaml"))
 
 
 @cache

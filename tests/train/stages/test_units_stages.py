@@ -124,7 +124,7 @@ def until_killed(work: Callable[[], None], moment: int) -> bool:
             (labels_module.shutil, "rmtree"),
             (labels_module.shutil, "copyfileobj"),
             (Manifest, "load"),
-            (lloyd_module, "one_pass"),
+            (lloyd_module, "assign_pass"),
         ):
             setattr(owner, name, counted(getattr(owner, name)))
         try:

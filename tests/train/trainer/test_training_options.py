@@ -113,7 +113,7 @@ def test_compiled_blocks_learn_the_same(plain, tmp_path):
 
 
 def test_a_late_epoch_is_continued_without_reading_what_was_before(tmp_path, monkeypatch):
-    reached = engine.Position(Noise().sampler)
+    reached = engine.DataState(Noise().sampler)
     reached.forward(2 * 5_000)
     assert reached.epoch > 1_000
 

@@ -90,8 +90,8 @@ def main(folder: Path) -> None:
                 raise
         else:
             raise SystemExit("the run did not stop")
-        sums, add = [], distributed.add
-        distributed.add = lambda values: (sums.append(values), add(values))
+        sums, add = [], distributed.all_reduce_
+        distributed.all_reduce_ = lambda values: (sums.append(values), add(values))
         for name in ("stopped", "whole"):
             state = learn(folder / name)
             if distributed.rank() == 0:
