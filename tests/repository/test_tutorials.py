@@ -44,7 +44,7 @@ SMALL = [
     "model.pos_conv_groups=2", "device=cpu", "workers=0", "processes=1", "decode.beam=2", "score.samples=10",
     "features.sample_frames=400", "features.layer=2", "kmeans.n_clusters=5", "kmeans.n_init=1",
     "pretrain.unit_dim=8", "pretrain.crop.min_seconds=0", "finetune.freeze_conv=false",
-    "finetune.head_only_steps=0", "report.worst=1",
+    "finetune.head_only_steps=0", "report.examples=1",
     *(f"{stage}.train.{setting}" for stage in ("pretrain", "finetune") for setting in TRAIN),
 ]  # fmt: skip
 SHIMS = {

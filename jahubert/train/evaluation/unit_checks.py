@@ -66,7 +66,7 @@ def check_units(count_K: np.ndarray, where: str, stop: bool) -> None:
     """Warn of poor units, or raise DataError where `stop` is set."""
     if problem := unit_problem(count_K):
         if stop:
-            raise DataError(f"{where}: {problem}. To go on all the same, ask for unhealthy=warn")
+            raise DataError(f"{where}: {problem}. To go on all the same, ask for on_bad_units=warn")
         log.warning("%s: %s", where, problem)
 
 
@@ -145,7 +145,7 @@ def check_difference(one: LabelStore, other: LabelStore, manifest: Manifest, sto
     """Warn where two stores differ, or raise DataError where `stop` is set and it is more than rounding."""
     if found := label_difference(one, other, manifest):
         if stop and not found.harmless:
-            raise DataError(f"{found.said}. To go on all the same, ask for unhealthy=warn")
+            raise DataError(f"{found.said}. To go on all the same, ask for on_bad_units=warn")
         log.warning("%s", found.said)
 
 

@@ -48,7 +48,7 @@ def summarize(exp: Path, counted: UnitCounts, others: Sequence[Path] = ()) -> di
     for other in others:
         theirs = {f"{other.name}: {result.name}": result.summary() for result in results_of(other)}
         if not theirs:
-            raise DataError(f"report.others: {other} has no scores; run stage=score there first")
+            raise DataError(f"report.compare_with: {other} has no scores; run stage=score there first")
         systems |= theirs
     seconds = {
         str(path.parent.relative_to(exp)): read_record(path)["seconds"]

@@ -39,7 +39,7 @@ class Config:
     held_out: float = 0.02  # share of the sample that only measures
     seed: int = 0
     device: str = runtime_field("auto")
-    unhealthy: Literal["warn", "stop"] = runtime_field(
+    on_bad_units: Literal["warn", "error"] = runtime_field(
         "warn"
     )  # when clusters are too few, or one takes too much
 
@@ -89,5 +89,5 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
             metrics["held_out_inertia"] = inertia(Subset(sample_ND, test), result.centroids_KD)
         header = read_record(config.features / "header.json")
         save_centroids(out / "centroids.safetensors", result.centroids_KD, header)
-        check_units(result.counts_K.numpy(), str(out), stop=config.unhealthy == "stop")
+        check_units(result.counts_K.numpy(), str(out), stop=config.on_bad_units == "error")
     return metrics

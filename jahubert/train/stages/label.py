@@ -46,7 +46,7 @@ class Config:
     shard_size: int = runtime_field(2000)  # utterances between two saves
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)
-    unhealthy: Literal["warn", "stop"] = runtime_field(
+    on_bad_units: Literal["warn", "error"] = runtime_field(
         "warn"
     )  # too few units, one that takes too much, another store that differs
 
@@ -73,7 +73,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def watch(store: LabelStore, usage_K: np.ndarray, manifest: Manifest, config: Config) -> None:
     """Warn, or stop where that is asked for, when the units look wrong or are not those of another store."""
-    stop = config.unhealthy == "stop"
+    stop = config.on_bad_units == "error"
     check_units(usage_K, str(store.folder), stop)
     if config.compare_with is not None:
         check_difference(LabelStore(config.compare_with), store, manifest, stop)

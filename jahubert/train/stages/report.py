@@ -3,8 +3,8 @@
 Reads   everything under the experiment's folder that is done
 Writes  metrics.json, table.txt, report.html
 
-    python -m jahubert.run recipe=demo stage=report tables.language=ja
-    python -m jahubert.run recipe=demo stage=report tables.others=[exp/demo-1,exp/demo-2]
+    python -m jahubert.run recipe=demo stage=report report.language=ja
+    python -m jahubert.run recipe=demo stage=report report.compare_with=[exp/demo-1,exp/demo-2]
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ KEEP = False  # it reads whatever is there, so it is made anew every time
 class Config:
     exp: Path
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, beside ours of phones
-    others: tuple[Path, ...] = ()  # experiments whose scores stand in the same tables
+    compare_with: tuple[Path, ...] = ()  # experiments whose scores stand in the same tables
     language: Literal["en", "ja"] = "en"  # of the page
-    worst: int = 4  # utterances of each system that are shown with their sound, about 0.2 MB each
+    examples: int = 4  # utterances of each system that are shown with their sound, about 0.2 MB each
     layer_frames: int = 20_000  # on which units of each layer are measured; 0: not at all
     seed: int = 0  # which frames those are
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        raise_config_errors(range_errors(self, {"at least 0": ("worst", "layer_frames")}))
+        raise_config_errors(range_errors(self, {"at least 0": ("examples", "layer_frames")}))
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if distributed.rank():
         return {}
     counted = tables.unit_counts(config.exp, times, source)
-    summary = tables.summarize(config.exp, counted, config.others) | {
+    summary = tables.summarize(config.exp, counted, config.compare_with) | {
         "layers": layers,
         "published": config.published,
     }
@@ -84,6 +84,6 @@ def examples(
     stores = tables.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {
-        result.name: worst_examples(result.folder("decode"), manifest, times, store, config.worst)
-        for result in (results_of(config.exp) if config.worst else ())
+        result.name: worst_examples(result.folder("decode"), manifest, times, store, config.examples)
+        for result in (results_of(config.exp) if config.examples else ())
     }

@@ -233,7 +233,7 @@ def test_it_trains(corpus):
     ]  # fmt: skip
     run.run(["recipe=fairseq", "stage=prepare", *settings])
     with pytest.raises(DataError, match=r"iter1/label: only \d\d of 100 units occur"):  # so few frames
-        run.run(["recipe=fairseq", "stage=label", "label.unhealthy=stop", *settings])
+        run.run(["recipe=fairseq", "stage=label", "label.on_bad_units=error", *settings])
     with pytest.raises(ConfigError, match="iter1/label is not finished"):
         run.run(["recipe=fairseq", "stage=pretrain", *settings])
     for stage in ("label", "pretrain"):

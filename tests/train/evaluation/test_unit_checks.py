@@ -54,7 +54,7 @@ def test_good_units_are_passed_over_in_silence():
 def test_poor_units_are_named_with_advice(counts, says, caplog):
     check_units(counts, "exp/label", stop=False)
     assert caplog.records[0].levelname == "WARNING" and "exp/label: " in caplog.text
-    with pytest.raises(DataError, match=rf"exp/label: {says}.*unhealthy=warn"):
+    with pytest.raises(DataError, match=rf"exp/label: {says}.*on_bad_units=warn"):
         check_units(counts, "exp/label", stop=True)
 
 
@@ -130,7 +130,9 @@ def test_two_stores_are_compared_in_a_sentence(tmp_path, caplog, monkeypatch):
     assert not caplog.records
     check_difference(one, stores["late"], manifest, stop=False)
     assert "1 frames late" in caplog.text
-    with pytest.raises(DataError, match=r"make both again\. To go on all the same, ask for unhealthy=warn"):
+    with pytest.raises(
+        DataError, match=r"make both again\. To go on all the same, ask for on_bad_units=warn"
+    ):
         check_difference(one, stores["three"], manifest, stop=True)
     monkeypatch.setattr(health, "_ROUNDING", 0.05)
     check_difference(one, stores["three"], manifest, stop=True)

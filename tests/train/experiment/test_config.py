@@ -82,7 +82,7 @@ def mistakes_of(stage: str, **settings) -> list[str]:
         ("finetune", {"dropout": 1, "hours": -1}, ["hours is -1.0", "dropout is 1.0", "pretrained=... is m"]),
         ("decode", {"beam": 0, "batch_seconds": 0}, ["beam is 0", "batch_seconds is 0.0", "n_best is 1"]),
         ("score", {"samples": -1}, ["samples is -1"]),
-        ("report", {"worst": -1, "layer_frames": -1}, ["worst is -1", "layer_frames is -1"]),
+        ("report", {"examples": -1, "layer_frames": -1}, ["examples is -1", "layer_frames is -1"]),
         ("pretrain", {"penalty_weight": -1, "unit_dim": 0}, ["unit_dim is 0", "penalty_weight is -1.0"]),
         ("pretrain", {"mask": {"min_spans": -1, "prob": 1}}, ["mask.prob is 1.0", "mask.min_spans is -1"]),
         ("pretrain", {"crop": {"min_seconds": -1}}, ["crop.min_seconds is -1.0, but must be at least 0"]),

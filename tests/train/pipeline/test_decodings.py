@@ -73,7 +73,7 @@ def test_a_changed_search_says_how_to_have_both(twice, capsys):
 
 def test_all_decodings_and_other_experiments_become_one_table(copy, twice, capsys):
     capsys.readouterr()
-    assert run.main(command(copy, "report", f"report.others=[{twice}]")) == 0
+    assert run.main(command(copy, "report", f"report.compare_with=[{twice}]")) == 0
     printed = capsys.readouterr().out
     assert re.findall(r"^  ((?:published|here): .*?)  ", printed, re.M) == [
         "published: paper",
@@ -88,10 +88,10 @@ def test_all_decodings_and_other_experiments_become_one_table(copy, twice, capsy
     page = (copy / "report/report.html").read_text(encoding="utf-8")
     assert "<h3>main, greedy</h3>" in page and "first: main, greedy" in page and "published: paper" in page
     (copy.parent / "empty").mkdir()
-    assert run.main(command(copy, "report", f"report.others=[{copy.parent / 'empty'}]")) == 2
+    assert run.main(command(copy, "report", f"report.compare_with=[{copy.parent / 'empty'}]")) == 2
     assert "empty has no scores; run stage=score there first" in capsys.readouterr().err
-    assert run.main(command(copy, "report", "report.others=[exp/none]")) == 2
-    assert "report.others: there is no exp/none" in capsys.readouterr().err
+    assert run.main(command(copy, "report", "report.compare_with=[exp/none]")) == 2
+    assert "report.compare_with: there is no exp/none" in capsys.readouterr().err
 
 
 def test_the_published_table_stands_beside_words_of_phones_only(copy, capsys):

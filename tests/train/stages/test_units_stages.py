@@ -251,16 +251,16 @@ def test_centroids_of_something_else_are_refused(corpus, of_a_layer, tmp_path):
 
 def test_a_store_that_should_be_the_same_is_compared(corpus, whole, tmp_path, caplog):
     config = stages(corpus, whole)["label"]
-    label.run(replace(config, compare_with=whole / "label", unhealthy="warn"), tmp_path / "same")
+    label.run(replace(config, compare_with=whole / "label", on_bad_units="warn"), tmp_path / "same")
     assert "differ" not in caplog.text
     centroids_KD, header = load_centroids(whole / "kmeans/centroids.safetensors")
     (tmp_path / "kmeans").mkdir()
     save_centroids(tmp_path / "kmeans/centroids.safetensors", centroids_KD.flip(0), header)
     other = replace(config, centroids=tmp_path / "kmeans", compare_with=whole / "label")
-    label.run(replace(other, unhealthy="warn"), tmp_path / "warned")
+    label.run(replace(other, on_bad_units="warn"), tmp_path / "warned")
     assert "differ in" in caplog.text and "made from other things: centroids '" in caplog.text
-    with pytest.raises(DataError, match=r"differ in .* ask for unhealthy=warn"):
-        label.run(replace(other, unhealthy="stop"), tmp_path / "stopped")
+    with pytest.raises(DataError, match=r"differ in .* ask for on_bad_units=warn"):
+        label.run(replace(other, on_bad_units="error"), tmp_path / "stopped")
 
 
 def test_a_feature_that_loses_a_frame_is_named(corpus):
