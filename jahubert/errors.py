@@ -1,31 +1,37 @@
-"""Every error that jahubert raises on purpose.
+"""Exceptions raised by jahubert.
 
-An error says what is wrong, where, what was found and what to do next. `UserError` is for whatever a
-file, an option or a machine's setup can cause: the two command lines print its message without a
-traceback and leave with its `exit_status`.
+A message states what failed, where, what was found and what to do. `UserError` covers whatever a file, an
+option or the setup of a machine can cause: the command lines print its message without a traceback and exit
+with its `exit_status`.
 """
 
 
 class JahubertError(Exception):
-    """Base of all errors raised on purpose; a traceback is worth showing."""
+    """Base class; shown with a traceback unless it is a `UserError`.
 
-    exit_status = 1
+    Attributes:
+        exit_status: exit status of a command that this error ends.
+        reported: another process has already printed the message, so this one stays silent.
+    """
+
+    exit_status: int = 1
+    reported: bool = False
 
 
 class Stopped(JahubertError):
-    """A training was told to stop, in all its processes, and has saved; the same command continues it."""
+    """Training received a stop signal and saved a checkpoint; the same command resumes it."""
 
-    exit_status = 75  # EX_TEMPFAIL: a scheduler may queue it again
+    exit_status = 75  # EX_TEMPFAIL: a scheduler may requeue the job
 
 
 class UserError(JahubertError):
-    """Somebody can mend this without reading code: the message is enough."""
+    """An error that the user can fix without reading code: the message suffices."""
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """One or several mistakes in a configuration, all of them in one message."""
+    """One or more mistakes in a configuration, all in one message."""
 
 
 class AudioError(UserError):
@@ -33,33 +39,36 @@ class AudioError(UserError):
 
 
 class DataError(UserError):
-    """A manifest, label store, corpus or target that is missing, broken or does not fit another one."""
+    """A missing, corrupt or mismatched manifest, label store, corpus or target."""
 
 
 class CheckpointError(UserError):
-    """A model folder or file that cannot be read, or that is not what was asked for."""
+    """A model folder or file that cannot be read or is not of the required kind."""
 
 
 class DiskFullError(UserError):
-    """No room is left to write in; the same command may be started again when there is."""
+    """No space left on a device; the same command resumes once there is some."""
 
     exit_status = 1
 
 
 class StaleError(UserError):
-    """A finished or started folder that was made with other settings than the ones asked for."""
+    """An existing output folder that was made with other settings than the current ones."""
 
 
 class BusyError(UserError):
-    """A folder in which another run is at work."""
+    """A folder that another run is using."""
 
 
 class MissingExtraError(UserError, ImportError):
-    """An optional package is needed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that provides it."""
 
     def __init__(self, package: str, extra: str):
         super().__init__(
-            f"{package} is not installed. Install the extra {extra}, which brings it: "
+            f"{package} is not installed. Install the extra {extra}: "
             f"pip install 'jahubert[{extra}]', or in a clone pip install -e '.[{extra}]'"
         )
         self.package, self.extra = package, extra
+
+    def __reduce__(self):
+        return type(self), (self.package, self.extra)

@@ -89,6 +89,7 @@ def _unless_told() -> None:
 def tell(error: BaseException) -> int:
     """Say on standard error what ended the run, unless another process does; gives the exit status."""
     status, said = 1, ""
+    reported = isinstance(error, JahubertError) and error.reported
     if _told:
         status = Stopped.exit_status
         said = f"told to stop by {_told[0]}: what was finished is kept; the same command continues"
@@ -106,7 +107,7 @@ def tell(error: BaseException) -> int:
         status, said = INTERRUPTED, "interrupted; the same command continues"
     if not said:
         traceback.print_exception(error)
-    elif not getattr(error, "told", (bool(_told) or isinstance(error, Stopped)) and not _first()):
+    elif not (reported or ((_told or isinstance(error, Stopped)) and not _first())):
         print(f"jahubert: {said}", file=sys.stderr)
     return status
 
@@ -174,7 +175,7 @@ def run(overrides: Sequence[str]) -> None:
         jobs = all_configured(overrides, starting=True)
         minutes = _hang_minutes(overrides)
     except JahubertError as error:
-        error.told = not _first()  # type: ignore[attr-defined]  # all find the same
+        error.reported = not _first()  # every process finds the same mistakes
         raise
     with distributed.process_group(tell), watchdog(minutes):
         for job in jobs:

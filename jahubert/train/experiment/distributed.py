@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from jahubert.errors import ConfigError, Stopped, UserError
+from jahubert.errors import ConfigError, JahubertError, Stopped, UserError
 
 T = TypeVar("T")
 
@@ -174,8 +174,12 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
     with _meeting():
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        box[1].told = rank() != 0  # the first process tells the user
-        raise box[1]
+        failure = box[1]
+        if rank() != 0:  # the first process reports it
+            if isinstance(failure, OSError):
+                failure = (UserError if failure.filename else JahubertError)(str(failure))
+            failure.reported = True
+        raise failure
     return box[0]
 
 
@@ -185,7 +189,7 @@ def rank0_reports() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.told = rank() != 0  # type: ignore[attr-defined]
+        error.reported = rank() != 0
         raise
 
 

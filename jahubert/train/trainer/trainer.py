@@ -172,7 +172,7 @@ def check_finite(
     wrong = [(micro, float(loss)) for micro, loss in mine if not math.isfinite(loss)]
     if not wrong:
         error = JahubertError(f"step {step}: the loss of another process is {total}")
-        error.told = True  # type: ignore[attr-defined]  # by that one
+        error.reported = True  # by that process
         raise error
     micro, loss = wrong[0]
     names = ", ".join(repr(data.name(row)) for row in micro.rows[:8])
