@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jahubert.phonemes import phones_to_kana
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.data.targets import TargetStore, vocabulary_of
+from jahubert.train.data.targets import TargetStore, vocabulary_kind
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--least", type=int, default=1, help="leave out words that occur less often")
     args = parser.parse_args()
     manifest, targets = Manifest(args.exp / "prepare/manifest.arrow"), TargetStore(args.exp / "targets")
-    phones = vocabulary_of(targets.phonemes) == "phones"
+    phones = vocabulary_kind(targets.phonemes) == "phones"
     counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
     out = args.exp / "words"
     out.mkdir(exist_ok=True)

@@ -35,7 +35,7 @@ from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
-from jahubert.train.text.japanese import Word, analyse, openjtalk, words_of
+from jahubert.train.text.japanese import Word, analyze, features_to_words, openjtalk
 
 VERSION = 1  # of the sound; in the name of every file
 _VOICE_RATE = 48_000  # Hz
@@ -159,8 +159,8 @@ def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterat
 
 def _labels(text: str) -> tuple[list[Word], list[str]]:
     """Words of a sentence, and the full-context labels that say them."""
-    features = analyse(text)
-    return words_of(features), openjtalk().make_label(features)
+    features = analyze(text)
+    return features_to_words(features), openjtalk().make_label(features)
 
 
 def _phone_of(label: str) -> str:

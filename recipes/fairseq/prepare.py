@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jahubert.errors import DataError
-from jahubert.train.data.fairseq_files import manifests, read_tsv
+from jahubert.train.data.fairseq_files import find_tsv_files, read_tsv
 from jahubert.train.data.manifest import Rejected, Utterance
 
 
@@ -19,7 +19,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         raise DataError(
             "data= is missing: recipe fairseq needs data=FOLDER, with fairseq's train.tsv and valid.tsv"
         )
-    for tsv in manifests(data):
+    for tsv in find_tsv_files(data):
         for entry in read_tsv(tsv, config.root):
             # The length is measured, not believed: units are held against it later.
             yield Utterance(entry.id, entry.audio, split=tsv.stem)

@@ -181,9 +181,11 @@ class Stuck(Data):
 def hang(out: Path) -> None:
     config = replace(TOY, batch_seconds=24.0, save_every=1)
     with distributed.process_group():
-        train(Toy(), Data(per_step=4), replace(config, max_steps=1), out / "before")  # importing takes long
+        train(
+            Toy(), Data(micro_batches_per_step=4), replace(config, max_steps=1), out / "before"
+        )  # importing takes long
         with watchdog(2 / 60):
-            train(Toy(), Stuck(per_step=4), config, out)
+            train(Toy(), Stuck(micro_batches_per_step=4), config, out)
 
 
 def test_a_process_that_hangs_is_named(tmp_path, capfd):

@@ -26,7 +26,7 @@ from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.clustering.features import HubertLayer, Mfcc
 from jahubert.train.clustering.kmeans import assign, fit_kmeans
 from jahubert.train.data.batches import CtcBatch, PretrainBatch, pad
-from jahubert.train.data.masking import generator, span_mask
+from jahubert.train.data.masking import seeded_rng, span_mask
 from jahubert.train.data.sampler import MicroBatch, Sampler
 from jahubert.train.stages.finetune import FineTuner
 from jahubert.train.stages.pretrain import Pretrainer
@@ -84,7 +84,7 @@ def same_step(module: nn.Module, batch: PretrainBatch | CtcBatch, device: torch.
 def pretrain_batch(seed: int = 0) -> PretrainBatch:
     masks, units = [], []
     for i, wav_T in enumerate(wavs()):
-        rng, n_frames = generator(seed, i), HUBERT.n_frames(len(wav_T))
+        rng, n_frames = seeded_rng(seed, i), HUBERT.n_frames(len(wav_T))
         masks.append(torch.from_numpy(span_mask(n_frames, 0.5, 5, rng, 1)))
         units.append(torch.from_numpy(rng.integers(UNITS, size=int(masks[-1].sum()))))
     return PretrainBatch(pad(wavs()), torch.tensor([len(w) for w in wavs()]), pad(masks), torch.cat(units))
@@ -142,7 +142,7 @@ class Speech:
 
     def __init__(self) -> None:
         lengths = np.array([len(wav_T) for wav_T in wavs()])
-        self.sampler = Sampler(np.arange(3), lengths, micro_seconds=8.0, per_step=1, seed=1)
+        self.sampler = Sampler(np.arange(3), lengths, micro_seconds=8.0, micro_batches_per_step=1, seed=1)
 
     def name(self, row: int) -> str:
         return f"row-{row}"

@@ -23,7 +23,7 @@ from jahubert.errors import JahubertError, StaleError
 from jahubert.frames import HUBERT
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.train.data.masking import generator, span_mask
+from jahubert.train.data.masking import seeded_rng, span_mask
 from jahubert.train.data.sampler import MicroBatch, Sampler
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.losses import unit_loss
@@ -75,7 +75,11 @@ class Tones:
         self.units = [rng.integers(UNITS, size=rng.integers(6, 20)).repeat(4) for _ in range(24)]
         n_samples = np.array([HUBERT.window + HUBERT.hop * (len(units) - 1) for units in self.units])
         self.sampler = Sampler(
-            np.arange(len(n_samples)), n_samples, micro_seconds=CONFIG.micro_seconds, per_step=4, seed=1
+            np.arange(len(n_samples)),
+            n_samples,
+            micro_seconds=CONFIG.micro_seconds,
+            micro_batches_per_step=4,
+            seed=1,
         )
 
     def name(self, row: int) -> str:
@@ -84,7 +88,7 @@ class Tones:
     def load(self, micro: MicroBatch) -> Batch:
         wavs, masks, units = [], [], []
         for row in micro.rows:
-            rng = generator(1, micro.epoch, row)
+            rng = seeded_rng(1, micro.epoch, row)
             pitch_T = self.units[row].repeat(HUBERT.hop)[: self.sampler.n_samples[row] - HUBERT.hop]
             wav_T = np.sin(np.cumsum(0.1 + 0.2 * pitch_T)) + 0.1 * rng.standard_normal(len(pitch_T))
             wavs.append(torch.from_numpy(np.pad(wav_T, (0, HUBERT.hop))).float())
@@ -130,7 +134,7 @@ def learn(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **
 
     def validate() -> dict[str, float]:
         sums = {"total": 0.0, "count": 0.0, "correct": 0.0}
-        for micro in data.sampler.epoch(0).share(distributed.rank(), distributed.world()):
+        for micro in data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world()):
             loss = module(data.load(micro), 99)
             sums["total"] += float(loss.total)
             sums["correct"] += float(loss.sums["correct"])

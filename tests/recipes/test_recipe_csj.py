@@ -89,10 +89,10 @@ def test_the_command_of_the_readme_reads_it(usb, tmp_path, capsys):
     assert run.main([*command, "subset=all", "stage=targets"]) == 0
     manifest = Manifest(tmp_path / "prepare" / "manifest.arrow")
     store = TargetStore(tmp_path / "targets")
-    for row in store.labelled:
+    for row in store.labeled_rows:
         assert tuple(store.words(row)) == manifest[row].words
     # Of a second each, some are too short for their phones.
-    assert len(store.labelled) > 10
+    assert len(store.labeled_rows) > 10
     capsys.readouterr()
     assert run.main([*command, "subset=core", "stage=prepare"]) == 2
     assert "prepare.options.subset was all, now core" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.train.data.masking import generator, span_mask
+from jahubert.train.data.masking import seeded_rng, span_mask
 from jahubert.train.trainer.losses import unit_loss
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer
 
@@ -43,7 +43,7 @@ class Batch:
     n_samples: list[int]
     mask_BS: Tensor
     unit_BS: Tensor
-    place_N: Tensor  # of the masked frames, as our training has them
+    masked_index_N: Tensor  # of the masked frames, as our training has them
 
     @property
     def seconds(self) -> float:
@@ -58,7 +58,7 @@ class Ours(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         encoded = self.hubert(batch.wav_BT, batch.n_samples, mask_BS=batch.mask_BS)
         hidden_ND, unit_N = (
-            x.flatten(0, 1).index_select(0, batch.place_N) for x in (encoded.hidden_BSD, batch.unit_BS)
+            x.flatten(0, 1).index_select(0, batch.masked_index_N) for x in (encoded.hidden_BSD, batch.unit_BS)
         )
         loss = unit_loss(self.head(hidden_ND), unit_N) / len(unit_N)
         return loss + PENALTY * encoded.conv_penalty
@@ -122,14 +122,14 @@ KINDS = {"ours": Ours, "transformers": Transformers, "torchaudio": Torchaudio}
 
 def make_batch(lengths: list[float], device: torch.device) -> Batch:
     n_samples = [round(16_000 * seconds) for seconds in sorted(lengths, reverse=True)]
-    rng, grid = generator(0), HubertConfig().grid
+    rng, grid = seeded_rng(0), HubertConfig().grid
     wavs = [torch.from_numpy(0.1 * rng.standard_normal(n)).float() for n in n_samples]
     masks = [torch.from_numpy(span_mask(grid.n_frames(n), 0.8, 10, rng, 2)) for n in n_samples]
     mask_BS = nn.utils.rnn.pad_sequence(masks, batch_first=True)
     unit_BS = torch.from_numpy(rng.integers(0, UNITS, mask_BS.shape))
     wav_BT = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
-    place_N = mask_BS.flatten().nonzero()[:, 0]
-    return Batch(wav_BT.to(device), n_samples, *(x.to(device) for x in (mask_BS, unit_BS, place_N)))
+    masked_index_N = mask_BS.flatten().nonzero()[:, 0]
+    return Batch(wav_BT.to(device), n_samples, *(x.to(device) for x in (mask_BS, unit_BS, masked_index_N)))
 
 
 def flops(config: HubertConfig, n_samples: list[int]) -> float:

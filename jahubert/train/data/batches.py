@@ -19,7 +19,7 @@ from jahubert.errors import DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.data.masking import generator, span_mask
+from jahubert.train.data.masking import seeded_rng, span_mask
 from jahubert.train.data.sampler import MicroBatch, Sampler
 from jahubert.train.data.targets import TargetStore
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
@@ -76,12 +76,12 @@ class PretrainBatch(_Batch):
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, row by row
-    place_N: Tensor = field(init=False)  # int64, where these frames are among all of the padded batch
+    masked_index_N: Tensor = field(init=False)  # int64, where these frames are among all of the padded batch
 
     def __post_init__(self) -> None:
-        vars(self)["place_N"] = self.mask_BS.flatten().nonzero()[:, 0]
-        if len(self.place_N) != len(self.unit_N):
-            raise DataError(f"{len(self.place_N)} masked frames, but {len(self.unit_N)} units")
+        vars(self)["masked_index_N"] = self.mask_BS.flatten().nonzero()[:, 0]
+        if len(self.masked_index_N) != len(self.unit_N):
+            raise DataError(f"{len(self.masked_index_N)} masked frames, but {len(self.unit_N)} units")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class CropConfig:
         raise_config_errors(wrong)
 
 
-class WaveCache:
+class WaveformCache:
     """Waveforms of some rows of a manifest, kept after the first reading if all are `hours` at most."""
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, hours: float):
@@ -154,7 +154,7 @@ class PretrainData:
         crop: CropConfig,
         mask: MaskConfig,
         micro_seconds: float,
-        per_step: int,
+        micro_batches_per_step: int,
         seed: int,
     ):
         labels.check(manifest)
@@ -164,9 +164,13 @@ class PretrainData:
         length = manifest.n_samples[rows]
         keep = length >= max(crop.min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
         rows, length = rows[keep], length[keep]
-        self.waves = WaveCache(manifest, rows, crop.keep_in_memory_hours)
+        self.waves = WaveformCache(manifest, rows, crop.keep_in_memory_hours)
         self.sampler = Sampler(
-            rows, np.minimum(length, self.longest), micro_seconds=micro_seconds, per_step=per_step, seed=seed
+            rows,
+            np.minimum(length, self.longest),
+            micro_seconds=micro_seconds,
+            micro_batches_per_step=micro_batches_per_step,
+            seed=seed,
         )
 
     def name(self, row: int) -> str:
@@ -175,11 +179,11 @@ class PretrainData:
     def load(self, micro: MicroBatch) -> PretrainBatch:
         wavs, masks, units = [], [], []
         for row in micro.rows:
-            rng = generator(self.seed, micro.epoch, row, 1)
+            rng = seeded_rng(self.seed, micro.epoch, row, 1)
             length = int(self.manifest.n_samples[row])
             n_samples = min(length, self.longest)
             first = int(rng.integers((length - n_samples) // HUBERT.hop + 1))  # in frames: labels stay exact
-            track_S = self.labels.track(row, HUBERT.n_frames(length))
+            track_S = self.labels.units(row, HUBERT.n_frames(length))
             n_frames = HUBERT.n_frames(n_samples)
             mask_S = span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
             wavs.append(self.waves.load(row, HUBERT.start(first), n_samples))
@@ -205,15 +209,19 @@ class CtcData:
         mask: MaskConfig | None,
         width: int,
         micro_seconds: float,
-        per_step: int,
+        micro_batches_per_step: int,
         seed: int,
         keep_in_memory_hours: float = 4.0,
     ):
         """`width`: channels of the encoder, for the channel mask; `mask=None`: nothing is masked."""
         self.manifest, self.targets, self.mask, self.width, self.seed = manifest, targets, mask, width, seed
-        self.waves = WaveCache(manifest, rows, keep_in_memory_hours)
+        self.waves = WaveformCache(manifest, rows, keep_in_memory_hours)
         self.sampler = Sampler(
-            rows, manifest.n_samples[rows], micro_seconds=micro_seconds, per_step=per_step, seed=seed
+            rows,
+            manifest.n_samples[rows],
+            micro_seconds=micro_seconds,
+            micro_batches_per_step=micro_batches_per_step,
+            seed=seed,
         )
 
     def name(self, row: int) -> str:
@@ -227,7 +235,7 @@ class CtcData:
             targets.append(torch.from_numpy(self.targets[row].astype(np.int64)))
             if self.mask is None:
                 continue
-            rng = generator(self.seed, micro.epoch, row, 2)
+            rng = seeded_rng(self.seed, micro.epoch, row, 2)
             n_frames = HUBERT.n_frames(n_samples)
             frames = span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
             masks.append(torch.from_numpy(frames))

@@ -28,7 +28,7 @@ class DecodeCache:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def known(self, items: Utterances) -> tuple[Utterances, list[Rejected]] | None:
+    def lookup(self, items: Utterances) -> tuple[Utterances, list[Rejected]] | None:
         """The sound recordings of `items`, and the others, if all were decoded before; else None."""
         mark = self._read(items.path)
         if not np.isin(items.offset_N, mark["offsets"]).all():
@@ -59,7 +59,7 @@ class DecodeCache:
         return self.folder / f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.json"
 
 
-class CachedLength:
+class DecodeRecorder:
     """Collects what becomes of the rows of one `Utterances`, in their order; written after the last one."""
 
     def __init__(self, marks: DecodeCache, items: Utterances):

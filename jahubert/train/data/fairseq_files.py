@@ -33,7 +33,7 @@ _ZIPPED = re.compile(r"(.+\.zip):(\d+):(\d+)", re.DOTALL)  # path, offset and le
 
 
 @dataclass(frozen=True)
-class Entry:
+class TsvEntry:
     """A line of a `.tsv`."""
 
     id: str  # split/path, as it stands in the file
@@ -41,7 +41,7 @@ class Entry:
     n_samples: int  # as the file says
 
 
-def manifests(folder: Path) -> list[Path]:
+def find_tsv_files(folder: Path) -> list[Path]:
     """The `.tsv` files of a folder, in the order in which they are read; each is a split.
 
     Raises:
@@ -53,7 +53,7 @@ def manifests(folder: Path) -> list[Path]:
     return found
 
 
-def read_tsv(path: Path, root: str | None = None) -> Iterator[Entry]:
+def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
     """The utterances of a `.tsv`, one at a time; `root` stands in for the folder of its first line.
 
     Raises:
@@ -72,7 +72,7 @@ def read_tsv(path: Path, root: str | None = None) -> Iterator[Entry]:
             zipped = _ZIPPED.fullmatch(name)
             file, offset, length = zipped.groups() if zipped else (name, 0, -1)
             audio = AudioSource(os.path.join(root or said, file), int(offset), int(length))
-            yield Entry(f"{path.stem}/{name}", audio, int(count))
+            yield TsvEntry(f"{path.stem}/{name}", audio, int(count))
 
 
 def read_dict(path: Path) -> int:
@@ -109,7 +109,7 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
         n_units=n_units,
         feature="fairseq",  # its files do not say which
         layer=None,
-        centroids=_hash([folder / DICT, *(_km(tsv) for tsv in manifests(folder))]),
+        centroids=_hash([folder / DICT, *(_km(tsv) for tsv in find_tsv_files(folder))]),
         model=None,
         manifest=manifest.fingerprint,
         normalize=False,
@@ -148,7 +148,7 @@ def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarra
     """Units at 50 Hz, int64 (S,), of each utterance of the manifest, in its order."""
     row = 0
     wanted: Utterance | None = manifest[0]
-    for tsv in manifests(folder):
+    for tsv in find_tsv_files(folder):
         km, grids = _km(tsv), [HUBERT, MFCC]
         with km.open("rb") as lines:
             for number, entry in enumerate(read_tsv(tsv), start=1):

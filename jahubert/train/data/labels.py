@@ -175,7 +175,7 @@ class LabelStore:
             raise IndexError(f"utterance {row} of a label store of {len(self)}")
         return self.unit_N[self.offsets[row] : self.offsets[row + 1]]
 
-    def track(self, row: int, n_frames: int) -> np.ndarray:
+    def units(self, row: int, n_frames: int) -> np.ndarray:
         """The units of an utterance that has `n_frames` frames.
 
         Raises:
@@ -209,7 +209,7 @@ class LabelStore:
                 f"but {expected[row]} frames, and so {len(wrong)} utterances in all; run stage=label again"
             )
 
-    def usage(self) -> np.ndarray:
+    def unit_counts(self) -> np.ndarray:
         """How often each unit occurs, (K,) int64."""
         counts_K = np.zeros(self.header.n_units, np.int64)
         for start in range(0, len(self.unit_N), 1 << 20):

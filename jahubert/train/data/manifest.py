@@ -218,7 +218,7 @@ class _Writing:
             item = rows[int(i)]
             if item.id in first:
                 raise DataError(
-                    f"two utterances have the id {item.id!r}: {first[item.id].place} and {item.place}. "
+                    f"two utterances have the id {item.id!r}: {first[item.id].location} and {item.location}. "
                     "Ids must be unique: put the folder or the speaker into them"
                 )
             first[item.id] = item

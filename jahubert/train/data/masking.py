@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def generator(*key: int) -> np.random.Generator:
+def seeded_rng(*key: int) -> np.random.Generator:
     """A generator that depends on nothing but the numbers in `key`, such as (seed, epoch, utterance)."""
     return np.random.default_rng(np.random.SeedSequence([number & 0xFFFFFFFF for number in key]))
 

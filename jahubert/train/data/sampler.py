@@ -14,7 +14,7 @@ import numpy as np
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.data.masking import generator
+from jahubert.train.data.masking import seeded_rng
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Epoch:
         rows = self.rows[self.starts[group] : self.starts[group + 1]]
         return MicroBatch(self.number, index, tuple(rows.tolist()))
 
-    def share(self, rank: int, world: int) -> Iterator[MicroBatch]:
+    def for_rank(self, rank: int, world: int) -> Iterator[MicroBatch]:
         """Those of one process, when they are dealt out in turn."""
         return (self[index] for index in range(rank, len(self), world))
 
@@ -58,14 +58,14 @@ class Sampler:
         n_samples: np.ndarray,
         *,
         micro_seconds: float,
-        per_step: int,
+        micro_batches_per_step: int,
         seed: int,
         max_rows: int = 0,
     ):
-        """`n_samples`: length of each of `rows` after cropping; `per_step`: micro-batches of one step."""
+        """`n_samples`: length of each of `rows` after cropping."""
         self.rows, self.n_samples = np.asarray(rows), np.asarray(n_samples)
         self.capacity = int(micro_seconds * SAMPLE_RATE)
-        self.per_step, self.seed, self.max_rows = per_step, seed, max_rows
+        self.micro_batches_per_step, self.seed, self.max_rows = micro_batches_per_step, seed, max_rows
         if not len(self.rows):
             raise DataError(
                 "no utterance is left to train on; look at the split, the lengths and the labels asked for"
@@ -85,7 +85,7 @@ class Sampler:
         return self.kept[epoch]
 
     def _made(self, epoch: int) -> Epoch:
-        rng = generator(self.seed, epoch, 0)
+        rng = seeded_rng(self.seed, epoch, 0)
         # A little noise on the lengths varies who meets whom, and costs next to no padding.
         by_length = np.argsort(self.n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
         length = self.n_samples[by_length]

@@ -25,14 +25,14 @@ def character_set(characters: Iterable[str]) -> PhonemeSet:
     return PhonemeSet((BLANK, UNKNOWN, *sorted(set(characters))))
 
 
-def vocabulary_of(symbols: PhonemeSet) -> str:
+def vocabulary_kind(symbols: PhonemeSet) -> str:
     """What the symbols of a set are: phones, kana or characters."""
     if symbols.spells_phones:
         return "phones"
     return "kana" if set(symbols.symbols) <= {BLANK, BOUNDARY, *KANA} else "characters"
 
 
-def words_of(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, ...]]:
+def split_words(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, ...]]:
     """The words of labels as tuples of symbols; without a word boundary every symbol is a word of its own."""
     words = symbols.decode(labels)
     return words if symbols.boundary >= 0 else [(symbol,) for word in words for symbol in word]
@@ -70,10 +70,10 @@ class TargetStore:
         return self.symbol_L[self.offsets[row] : self.offsets[row + 1]]
 
     def words(self, row: int) -> list[tuple[str, ...]]:
-        """The words of an utterance, each a tuple of symbols, as `words_of` has them."""
-        return words_of(self.phonemes, self[row].tolist())
+        """The words of an utterance, each a tuple of symbols, as `split_words` has them."""
+        return split_words(self.phonemes, self[row].tolist())
 
     @property
-    def labelled(self) -> np.ndarray:
+    def labeled_rows(self) -> np.ndarray:
         """Rows that have a target."""
         return np.flatnonzero(np.diff(self.offsets))

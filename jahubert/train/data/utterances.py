@@ -39,7 +39,7 @@ class Utterance:
     alignment: tuple[Phone, ...] = ()
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where its audio is, for messages."""
         return f"{self.audio}" + (f", from sample {self.start}" if self.start else "")
 
@@ -100,7 +100,7 @@ def load_utterance(item: Utterance, start: int = 0, n_samples: int | None = None
     wav_T = load_audio(item.audio, start=item.start + start, n_samples=wanted)
     if len(wav_T) != wanted:
         raise AudioError(
-            f"{item.place} has {start + len(wav_T)} samples, but the manifest says {item.n_samples}: the "
+            f"{item.location} has {start + len(wav_T)} samples, but the manifest says {item.n_samples}: the "
             "audio was changed after stage=prepare"
         )
     return wav_T

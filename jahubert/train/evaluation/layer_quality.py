@@ -14,7 +14,7 @@ from jahubert.model.hubert import HubertModel
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.clustering.kmeans import assign, fit_kmeans
 from jahubert.train.data.manifest import Manifest, Phone
-from jahubert.train.data.masking import generator
+from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.experiment.progress import progress
 
@@ -36,7 +36,7 @@ class PhoneFrames:
         self.manifest, self.device = manifest, torch.device("cpu")
         self.known: dict[int, np.ndarray] = {}  # row -> which of its frames
         rows = np.array(sorted(times))
-        for row in generator(seed, 17).permutation(rows).tolist():
+        for row in seeded_rng(seed, 17).permutation(rows).tolist():
             if len(said) >= n_frames:
                 break
             phones = phone_frames(times[row], HUBERT.n_frames(manifest[row].n_samples), HUBERT)

@@ -87,7 +87,7 @@ def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, .
 def unit_counts(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> UnitCounts:
     """Units, and phones against units frame by frame, of what `phone_times` gives."""
     stores = label_stores(exp)
-    usage = {name: store.usage() for name, store in stores.items()}
+    usage = {name: store.unit_counts() for name, store in stores.items()}
     if not times:
         return UnitCounts(usage, [], "", {})
     names = sorted({phone.symbol for alignment in times.values() for phone in alignment})

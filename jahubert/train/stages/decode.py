@@ -31,7 +31,7 @@ from jahubert.phonemes import PhonemeSet
 from jahubert.prefetch import prefetch
 from jahubert.train.data.batches import CtcData
 from jahubert.train.data.manifest import Manifest, Utterance
-from jahubert.train.data.targets import TargetStore, words_of
+from jahubert.train.data.targets import TargetStore, split_words
 from jahubert.train.evaluation.lexicon import LexiconConfig, LexiconSearch
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import (
@@ -111,7 +111,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     counts = {}
     for split in config.splits:
         wanted = manifest.indices(split=split)
-        rows = np.intersect1d(wanted, targets.labelled)
+        rows = np.intersect1d(wanted, targets.labeled_rows)
         if not len(rows):
             raise DataError(f"{config.manifest}: no labelled utterance in split {split!r}")
         if len(rows) < len(wanted):
@@ -129,7 +129,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         _write(out / f"{split}.jsonl", lines)
     if config.align_splits:
         rows = np.concatenate([manifest.indices(split=split) for split in config.align_splits])
-        rows, lines = np.intersect1d(rows, targets.labelled), []
+        rows, lines = np.intersect1d(rows, targets.labeled_rows), []
         for rows_B, logp_BSV, n_frames_B in inside(rows, "alignment"):
             spoken = zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True)
             lines.append([_times(manifest, targets, row, logp_SV[:n]) for row, logp_SV, n in spoken])
@@ -158,11 +158,11 @@ def batches(
         mask=None,
         width=1,
         micro_seconds=max(config.batch_seconds, longest + 1),
-        per_step=1,
+        micro_batches_per_step=1,
         seed=0,
         keep_in_memory_hours=0,
     )
-    mine = list(data.sampler.epoch(0).share(distributed.rank(), distributed.world()))
+    mine = list(data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world()))
     n_rows = sum(len(micro.rows) for micro in mine)
     with torch.inference_mode(), progress(doing, "utterances", n_rows) as done:
         for micro, batch in prefetch(data.load, mine):
@@ -183,7 +183,7 @@ def _line(
     utterance: Utterance, targets: TargetStore, row: int, answers: Sequence[Hypothesis], n_best: int
 ) -> str:
     def spelled(labels: Sequence[int]) -> tuple[str, ...]:
-        return tuple(" ".join(word) for word in words_of(targets.phonemes, labels))
+        return tuple(" ".join(word) for word in split_words(targets.phonemes, labels))
 
     line: dict[str, Any] = {
         "id": utterance.id,

@@ -29,7 +29,7 @@ from jahubert.train.clustering.features import Feature
 from jahubert.train.clustering.kmeans import draw_rows
 from jahubert.train.clustering.streaming import feature_header, make_feature, stream_features
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.data.masking import generator
+from jahubert.train.data.masking import seeded_rng
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import (
     model_field,
@@ -111,7 +111,7 @@ def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
     if not len(rows) or not ends[-1]:
         raise DataError(f"{config.manifest}: no frame in split {config.split!r}")
     size = min(config.sample_frames, int(ends[-1]))
-    taken = draw_rows(int(ends[-1]), size, generator(config.seed, 11))
+    taken = draw_rows(int(ends[-1]), size, seeded_rng(config.seed, 11))
     where = np.searchsorted(ends, taken, side="right")
     utterances, firsts = np.unique(where, return_index=True)
     starts = np.concatenate([[0], ends])[where]

@@ -29,7 +29,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.prefetch import prefetch
 from jahubert.train.data.batches import CtcBatch, CtcData, MaskConfig
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.data.targets import TargetStore, words_of
+from jahubert.train.data.targets import TargetStore, split_words
 from jahubert.train.evaluation.metrics import count_errors
 from jahubert.train.evaluation.unit_checks import blank_problem
 from jahubert.train.experiment import distributed
@@ -157,12 +157,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "width": module.ctc.config.width,
         "micro_seconds": config.train.micro_seconds,
-        "per_step": config.train.per_step,
+        "micro_batches_per_step": config.train.per_step,
         "seed": config.seed,
     }
     data = CtcData(manifest, targets, rows, mask=config.mask, **sizes)
     dev_rows = np.intersect1d(
-        np.concatenate([manifest.indices(split=split) for split in config.dev_splits]), targets.labelled
+        np.concatenate([manifest.indices(split=split) for split in config.dev_splits]), targets.labeled_rows
     )
     if not len(dev_rows):
         raise DataError(
@@ -207,7 +207,7 @@ def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.
     `fraction` takes the first ones. `hours` draws single utterances of these at random, so that ten minutes
     are not the voice of one talk; the draws of one seed contain each other.
     """
-    rows = np.intersect1d(manifest.indices(split="train"), targets.labelled)
+    rows = np.intersect1d(manifest.indices(split="train"), targets.labeled_rows)
     rows = rows[: max(1, round(config.fraction * len(rows)))]
     if config.hours is None:
         return rows
@@ -235,7 +235,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
     sums: dict[str, Any] = dict.fromkeys([*names, "blanks", "frames", "empty", "rows"], 0.0)
     for micro, batch in prefetch(
-        data.load, data.sampler.epoch(0).share(distributed.rank(), distributed.world())
+        data.load, data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world())
     ):
         batch = batch.to(device)
         logp_BSV, there_B = module.ctc(batch.wav_BT, batch.n_samples_B)
@@ -246,7 +246,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
         sums["frames"] += int(n_frames_B.sum())
         sums["rows"] += len(micro.rows)
         for row, answer in zip(micro.rows, greedy(logp_BSV, n_frames_B), strict=True):
-            words, heard = data.targets.words(row), words_of(phonemes, answer.labels)
+            words, heard = data.targets.words(row), split_words(phonemes, answer.labels)
             sums["empty"] += not heard
             for kind, (said, got) in {
                 "phone": (sum(words, ()), sum(heard, ())),

@@ -19,7 +19,7 @@ import numpy as np
 from jahubert.train.clustering.kmeans import draw_rows, fit_kmeans, inertia
 from jahubert.train.clustering.lloyd import FrameFile, Subset
 from jahubert.train.clustering.streaming import save_centroids
-from jahubert.train.data.masking import generator
+from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.unit_checks import check_units
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
@@ -65,7 +65,7 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
     """Centroids by the processes that take part, written by the first; what is known about them."""
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
-    test = draw_rows(n_frames, round(n_frames * config.held_out), generator(config.seed, 13))
+    test = draw_rows(n_frames, round(n_frames * config.held_out), seeded_rng(config.seed, 13))
     with distributed.rank0_reports():
         result = fit_kmeans(
             Subset(sample_ND, np.delete(np.arange(n_frames), test)),

@@ -66,7 +66,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         # Those files may change without any setting: what comes after depends on what was in them.
         metrics["content"] = distributed.rank0_broadcast(lambda: import_units(*given).header.centroids)
     store = LabelStore(out)
-    usage_K = store.usage()
+    usage_K = store.unit_counts()
     distributed.rank0_broadcast(lambda: watch(store, usage_K, manifest, config))
     return metrics | {"units": int(usage_K.sum()), **unit_use(usage_K)}
 

@@ -26,7 +26,7 @@ import numpy as np
 from jahubert.audio import audio_length
 from jahubert.errors import AudioError
 from jahubert.frames import HUBERT
-from jahubert.train.data.decode_cache import CachedLength, DecodeCache
+from jahubert.train.data.decode_cache import DecodeCache, DecodeRecorder
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
 from jahubert.train.data.utterances import load_utterance
 from jahubert.train.experiment import distributed, provenance
@@ -108,7 +108,7 @@ def usable(
     `Utterances` come back whole without `check_audio`, else one by one. With `marks`, what was decoded
     before is not decoded again.
     """
-    waiting: deque[tuple[Future[Utterance | Rejected], CachedLength | None]] = deque()
+    waiting: deque[tuple[Future[Utterance | Rejected], DecodeRecorder | None]] = deque()
 
     def first() -> Utterance | Rejected:
         future, mark = waiting.popleft()
@@ -125,7 +125,7 @@ def usable(
                     yield first()
                 yield from whole
                 continue
-            mark = CachedLength(marks, item) if marks and isinstance(item, Utterances) else None
+            mark = DecodeRecorder(marks, item) if marks and isinstance(item, Utterances) else None
             for single in item if isinstance(item, Utterances) else (item,):
                 waiting.append((pool.submit(_checked, single, check_audio), mark))
                 if len(waiting) == _AHEAD:
@@ -140,7 +140,7 @@ def _without_decoding(
     """What is usable of many, where that is known; None where they must be decoded."""
     if not check_audio:
         return _long_enough(items)
-    found = marks.known(items) if marks else None
+    found = marks.lookup(items) if marks else None
     # One by one, as if they had been decoded: the manifest's fingerprint is over what it was given.
     return None if found is None else chain(*found)
 

@@ -98,7 +98,7 @@ class Pretrainer(nn.Module):
             self.updates = step + 1
         encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
         # Not by the mask: a GPU would have to count its frames before the next line.
-        logits_NK = self.head(encoded.hidden_BSD.flatten(0, 1).index_select(0, batch.place_N))
+        logits_NK = self.head(encoded.hidden_BSD.flatten(0, 1).index_select(0, batch.masked_index_N))
         loss, count = unit_loss(logits_NK, batch.unit_N), len(batch.unit_N)
         total = loss
         if encoded.conv_penalty is not None:
@@ -173,7 +173,7 @@ def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
     device = next(module.parameters()).device
     sums: dict[str, Any] = dict.fromkeys(("nats", "correct", "penalty", "seconds", "room", "count"), 0.0)
     for micro, batch in prefetch(
-        data.load, data.sampler.epoch(0).share(distributed.rank(), distributed.world())
+        data.load, data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world())
     ):
         seed_micro(module.seed, micro)
         loss = module(batch.to(device), 0)
@@ -192,7 +192,7 @@ def _data(config: Config, manifest: Manifest, labels: LabelStore, split: str) ->
         crop=config.crop,
         mask=config.mask,
         micro_seconds=config.train.micro_seconds,
-        per_step=config.train.per_step,
+        micro_batches_per_step=config.train.per_step,
         seed=config.seed,
     )
 

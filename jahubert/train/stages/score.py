@@ -19,7 +19,7 @@ from typing import Any
 
 from jahubert.errors import DataError
 from jahubert.phonemes import PhonemeSet
-from jahubert.train.data.targets import vocabulary_of
+from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import paired_bootstrap
 from jahubert.train.evaluation.scoring import (
     MEASURES,
@@ -85,7 +85,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _measures(folder: Path) -> Any:
-    return MEASURES[vocabulary_of(PhonemeSet.from_json(read_record(folder / "phonemes.json")))]
+    return MEASURES[vocabulary_kind(PhonemeSet.from_json(read_record(folder / "phonemes.json")))]
 
 
 def read_hypotheses(path: Path) -> Iterator[Scored]:

@@ -1,13 +1,18 @@
-"""Japanese text -> words -> katakana pronunciation -> phones, with pyopenjtalk-plus.
+"""Japanese text to words, katakana pronunciations and phones, with pyopenjtalk-plus.
 
-A word is a morpheme of its dictionary, except that one whose pronunciation starts with `ー` (the う of
-でしょう) belongs to the word before it. Symbols are dropped. What the dictionary is known to get wrong is
-mended on both sides of it: `respell` writes out signs that it skips (minus, currencies, units, clock times,
-dates, fractions), `readings.py` corrects words and takes a user's own, and `_decide` settles readings that
-must not depend on what else is installed: 何 is ナン before a counter and before ダ, デ, ナ, ノ and ト; 言う
-is ユー, as in CSJ; ユウ and ュウ are ユー and ュー. Latin letters are called what television calls them, in
-words too: エー, ケー and ジェー, as [ei] is a long vowel (NHK's committee on language, no. 1388, 2015), but
-エイチ, as in NHK's own name. What is still read wrongly is listed in docs/readings.md.
+A word is a morpheme of its dictionary, except that a morpheme pronounced with an initial `ー` (the う of
+でしょう) is joined to the preceding word. Symbols are dropped. Known errors of the dictionary are corrected
+before and after the analysis:
+
+- `normalize_text` spells out what the dictionary skips or misreads: minus signs, currencies, units, clock
+  times, dates and fractions;
+- `user_dictionary.py` corrects single words and adds a user's own;
+- `_fix_reading` fixes readings that depend on the context or on installed packages: 何 is ナン before a
+  counter and before ダ, デ, ナ, ノ and ト; 言う is ユー, as in CSJ; ユウ and ュウ are ユー and ュー.
+
+Latin letters have their broadcast names, also inside words: エー, ケー and ジェー, since [ei] is a long vowel
+(NHK's committee on language, no. 1388, 2015), but エイチ, as in NHK's own name. docs/readings.md lists the
+remaining errors.
 """
 
 from __future__ import annotations
@@ -91,7 +96,7 @@ def openjtalk() -> ModuleType:
     return pyopenjtalk
 
 
-def respell(text: str) -> str:
+def normalize_text(text: str) -> str:
     """The text in NFKC, with signs that the dictionary would skip or misread written out, in one line.
 
     Roman numerals stay as they are, Latin letters lose their accents, control characters become spaces.
@@ -112,13 +117,13 @@ def _plain(char: str) -> str:
     return base if base.isascii() else char
 
 
-def analyse(text: str, words: Path | None = None) -> list[dict[str, Any]]:
+def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
     """Morphemes of a text as pyopenjtalk gives them, with the readings decided here; it makes labels of them.
 
     `words` is a user dictionary (`readings.dictionary`). DataError names letters that have no reading.
     """
     pyopenjtalk = openjtalk()
-    plain = respell(text)
+    plain = normalize_text(text)
     found = pyopenjtalk.run_frontend(plain, predict_nani=False, jtalk=dictionary(words))
     features = [dict(feature) for feature in found]
     for feature, following in zip_longest(features, features[1:]):
@@ -126,11 +131,11 @@ def analyse(text: str, words: Path | None = None) -> list[dict[str, Any]]:
             letters = [c for c in feature["string"] if unicodedata.category(c)[0] in "LN"]
             if letters:
                 raise DataError(f"no reading for {''.join(letters)!r} in the text {text!r}: spell it in kana")
-        _decide(feature, following)
+        _fix_reading(feature, following)
     return features
 
 
-def _decide(feature: dict[str, Any], following: Feature | None) -> None:
+def _fix_reading(feature: dict[str, Any], following: Feature | None) -> None:
     string, pron = feature["string"], feature["pron"]
     if pron == "ナニ" and string == "何" and following is not None:
         counts = (
@@ -154,8 +159,8 @@ def _letter_names(string: str, pron: str) -> str:
     return re.sub("エイ(?!’?チ)", "エー", pron.replace("エッチ", "エイチ"))
 
 
-def words_of(features: Sequence[Feature]) -> list[Word]:
-    """Words of the morphemes that `analyse` returns, in order; may be empty."""
+def features_to_words(features: Sequence[Feature]) -> list[Word]:
+    """Words of the morphemes that `analyze` returns, in order; may be empty."""
     words: list[tuple[str, str]] = []
     joined = False  # whether the morpheme before this one was a word, with no symbol between
     for feature in features:
@@ -187,7 +192,7 @@ def text_to_words(text: str, words: Path | None = None) -> list[Word]:
     Raises:
         DataError: the text has no words, or letters that cannot be read.
     """
-    found = words_of(analyse(text, words))
+    found = features_to_words(analyze(text, words))
     if not found:
         raise DataError(f"nothing to read in the text {text!r}")
     return found

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from jahubert.errors import JahubertError, Stopped, UserError
 from jahubert.model.precision import autocast
-from jahubert.train.data.masking import generator
+from jahubert.train.data.masking import seeded_rng
 from jahubert.train.data.sampler import MicroBatch, Sampler
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.checkpoints import Checkpoints, folder_of
@@ -155,7 +155,7 @@ class DataState:
 
 def seed_micro(seed: int, micro: MicroBatch) -> None:
     """Set torch's random state for dropout and layer drop of one micro-batch."""
-    torch.manual_seed(int(generator(seed, micro.epoch, micro.index, 7).integers(2**62)))
+    torch.manual_seed(int(seeded_rng(seed, micro.epoch, micro.index, 7).integers(2**62)))
 
 
 def check_finite(

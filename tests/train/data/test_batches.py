@@ -43,7 +43,9 @@ def corpus(tmp_path_factory):
 def pretraining(corpus, **changes):
     manifest, labels = corpus
     settings = {"split": "train", "crop": CropConfig(min_seconds=0.5, max_seconds=1.5), "mask": MaskConfig()}
-    return PretrainData(manifest, labels, micro_seconds=8.0, per_step=1, seed=1, **{**settings, **changes})
+    return PretrainData(
+        manifest, labels, micro_seconds=8.0, micro_batches_per_step=1, seed=1, **{**settings, **changes}
+    )
 
 
 def test_units_are_those_of_the_frames_that_were_cropped(corpus):
@@ -117,16 +119,16 @@ def test_fine_tuning_pads_and_never_crops(corpus, tmp_path):
     words = [[("k", "a")], [("a:",), ("s", "u")], [("i",)], [("N", "o"), ("e",)], []]
     write_targets(tmp_path, [phonemes.encode(row) for row in words], phonemes)
     targets = TargetStore(tmp_path)
-    assert targets.labelled.tolist() == [0, 1, 2, 3]
+    assert targets.labeled_rows.tolist() == [0, 1, 2, 3]
     assert targets.words(3) == [("N", "o"), ("e",)]
     data = CtcData(
         manifest,
         targets,
-        targets.labelled,
+        targets.labeled_rows,
         mask=MaskConfig(channel_prob=0.5, channel_length=4),
         width=24,
         micro_seconds=20.0,
-        per_step=1,
+        micro_batches_per_step=1,
         seed=0,
     )
     batch = data.load(MicroBatch(0, 0, (3, 0)))

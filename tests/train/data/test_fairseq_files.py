@@ -51,7 +51,7 @@ def exported(corpus: Path) -> Path:
 def test_units_are_converted_by_the_command(corpus, capsys):
     wanted = {path.name: path.read_bytes() for path in exported(corpus).iterdir()}
     into = ["--to", "fairseq", "--manifest", str(corpus / "m.arrow")]
-    assert cli.main(["convert", str(corpus / "label"), str(corpus / "again"), *into]) == 0
+    assert cli(["convert", str(corpus / "label"), str(corpus / "again"), *into]) == 0
     assert "train: 3 utterances\nvalid: 2 utterances\n" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (corpus / "again").iterdir()} == wanted
     (corpus / "exp" / "prepare").mkdir(parents=True)  # as the stages lay it out: no --manifest
@@ -59,9 +59,9 @@ def test_units_are_converted_by_the_command(corpus, capsys):
     (corpus / "m.arrow").rename(corpus / "exp" / "prepare" / "manifest.arrow")
     (corpus / "exp" / "iter1").mkdir()
     label = (corpus / "label").rename(corpus / "exp" / "iter1" / "label")
-    assert cli.main(["convert", str(label), str(corpus / "third"), "--to", "fairseq"]) == 0
+    assert cli(["convert", str(label), str(corpus / "third"), "--to", "fairseq"]) == 0
     capsys.readouterr()
-    assert cli.main(["convert", str(label), str(corpus / "hf"), "--to", "hf"]) == 2
+    assert cli(["convert", str(label), str(corpus / "hf"), "--to", "hf"]) == 2
     assert "holds units: they can be written with --to fairseq only" in capsys.readouterr().err
 
 

@@ -51,12 +51,12 @@ def test_units_come_back(tmp_path, n_units, dtype):
     assert len(store) == 53
     for row in range(53):
         assert store[row].dtype == dtype
-        assert store.track(row, int(N_FRAMES[row])).tolist() == units(row, n_units).tolist()
+        assert store.units(row, int(N_FRAMES[row])).tolist() == units(row, n_units).tolist()
     expected = np.bincount(np.concatenate([units(row, n_units) for row in range(53)]), minlength=n_units)
-    assert store.usage().tolist() == expected.tolist()
+    assert store.unit_counts().tolist() == expected.tolist()
     assert sorted(contents(tmp_path)) == ["header.json", "offsets.npy", "units.bin"]
     with pytest.raises(DataError, match=r"utterance 7 has \d+ units, but 99 frames"):
-        store.track(7, 99)
+        store.units(7, 99)
     for row in (53, -1):
         with pytest.raises(IndexError):
             store[row]

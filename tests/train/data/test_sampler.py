@@ -11,13 +11,13 @@ from jahubert import run
 from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.data.masking import generator
+from jahubert.train.data.masking import seeded_rng
 from jahubert.train.data.sampler import MicroBatch, Sampler
 
 
 def plainly(rows, length, capacity, seed, epoch, max_rows=0):
     """The rule in its simplest form: sort by noisy length, fill up, shuffle."""
-    rng = generator(seed, epoch, 0)
+    rng = seeded_rng(seed, epoch, 0)
     groups, longest = [[]], 0
     for position in np.argsort(length * rng.uniform(0.97, 1.03, len(rows)), kind="stable"):
         longest = max(longest, length[position])
@@ -35,14 +35,14 @@ def plainly(rows, length, capacity, seed, epoch, max_rows=0):
 def test_the_order_is_that_of_the_rule(n, max_rows):
     rng = np.random.default_rng(n)
     rows, length = 100 + rng.permutation(n), rng.integers(5_000, 250_000, n)
-    sampler = Sampler(rows, length, micro_seconds=20.0, per_step=2, seed=1, max_rows=max_rows)
+    sampler = Sampler(rows, length, micro_seconds=20.0, micro_batches_per_step=2, seed=1, max_rows=max_rows)
     for epoch in (0, 3):
         assert list(sampler.epoch(epoch)) == plainly(rows, length, 320_000, 1, epoch, max_rows)
 
 
 def test_every_row_comes_once_and_padding_is_little():
     length = np.random.default_rng(0).integers(16_000, 160_000, 500)
-    sampler = Sampler(np.arange(100, 600), length, micro_seconds=40.0, per_step=2, seed=1)
+    sampler = Sampler(np.arange(100, 600), length, micro_seconds=40.0, micro_batches_per_step=2, seed=1)
     epoch = list(sampler.epoch(0))
     assert sorted(row for micro in epoch for row in micro.rows) == list(range(100, 600))
     places = [max(length[row - 100] for row in micro.rows) * len(micro.rows) for micro in epoch]
@@ -51,18 +51,18 @@ def test_every_row_comes_once_and_padding_is_little():
     assert list(sampler.epoch(1)) != epoch
     stream = sampler.stream(0, len(epoch) - 1)
     assert [next(stream), next(stream)] == [epoch[-1], sampler.epoch(1)[0]]
-    assert [list(sampler.epoch(0).share(rank, 3)) for rank in range(3)] == [epoch[r::3] for r in range(3)]
+    assert [list(sampler.epoch(0).for_rank(rank, 3)) for rank in range(3)] == [epoch[r::3] for r in range(3)]
 
 
 def test_it_says_what_does_not_fit():
     with pytest.raises(ConfigError, match=r"cannot hold the longest utterance \(2.00 s\)"):
-        Sampler(np.array([0]), np.array([32_000]), micro_seconds=1.0, per_step=1, seed=0)
+        Sampler(np.array([0]), np.array([32_000]), micro_seconds=1.0, micro_batches_per_step=1, seed=0)
 
 
 def bytes_a_row(n: int) -> tuple[float, float]:
     """Of an epoch of `n` rows: what stays, and the peak while it is made."""
     length = np.random.default_rng(0).integers(16_000, 100_000, n)
-    sampler = Sampler(np.arange(n), length, micro_seconds=87.5, per_step=32, seed=1)
+    sampler = Sampler(np.arange(n), length, micro_seconds=87.5, micro_batches_per_step=32, seed=1)
     tracemalloc.start()
     try:
         epoch = sampler.epoch(0)
@@ -99,6 +99,6 @@ def test_padding_of_the_recipes(recipe, tmp_path, request):
         length = manifest.n_samples[manifest.indices(split="train")]
         length = length[length >= config.crop.min_seconds * 16_000]
         length = np.minimum(length, HUBERT.floor(int(config.crop.max_seconds * 16_000)))
-        sizes = {"micro_seconds": config.train.micro_seconds, "per_step": config.train.per_step}
+        sizes = {"micro_seconds": config.train.micro_seconds, "micro_batches_per_step": config.train.per_step}
         sampler = Sampler(np.arange(len(length)), length, seed=config.seed, **sizes)
         assert len(length) > 500 and max(sampler.padding(epoch) for epoch in range(3)) < 0.03

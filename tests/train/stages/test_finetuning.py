@@ -20,7 +20,7 @@ from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
 from jahubert.train.data.batches import CtcBatch, pad
-from jahubert.train.data.masking import generator
+from jahubert.train.data.masking import seeded_rng
 from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.evaluation.unit_checks import blank_problem
 from jahubert.train.experiment.config import result_fields, structure
@@ -97,7 +97,7 @@ def test_hours_draw_single_utterances_at_random_and_small_sets_lie_in_large_ones
     rng = np.random.default_rng(0)
     n_samples = rng.integers(1, 9, 500) * SAMPLE_RATE
     manifest = SimpleNamespace(n_samples=n_samples, indices=lambda split: np.arange(500))
-    targets = SimpleNamespace(labelled=np.arange(0, 500, 2))
+    targets = SimpleNamespace(labeled_rows=np.arange(0, 500, 2))
     config = finetune.Config(Path("m"), Path("t"), Path("p"))
 
     def chosen(**changes) -> set[int]:
@@ -150,7 +150,7 @@ class Spoken(Noise):
 
     def load(self, micro: MicroBatch) -> CtcBatch:  # type: ignore[override]
         wavs = [
-            torch.from_numpy(generator(2, row).standard_normal(HUBERT.n_samples(30 + 5 * row))).float()
+            torch.from_numpy(seeded_rng(2, row).standard_normal(HUBERT.n_samples(30 + 5 * row))).float()
             for row in micro.rows
         ]
         n_symbols_B = torch.full((len(wavs),), 3)

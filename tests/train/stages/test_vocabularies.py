@@ -18,7 +18,14 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.data.manifest import Manifest, Utterance
-from jahubert.train.data.targets import UNKNOWN, TargetStore, character_set, kana_set, vocabulary_of, words_of
+from jahubert.train.data.targets import (
+    UNKNOWN,
+    TargetStore,
+    character_set,
+    kana_set,
+    split_words,
+    vocabulary_kind,
+)
 from jahubert.train.evaluation.metrics import error_rate
 from jahubert.train.stages import decode, targets
 
@@ -56,7 +63,7 @@ def test_every_vocabulary_is_learnt_by_the_same_code(learnt, vocabulary):
     exp = learnt(vocabulary)
     measure = {"characters": "cer", "phones": "per", "kana": "kana_cer"}[vocabulary]
     store = TargetStore(exp / "targets")
-    assert vocabulary_of(store.phonemes) == vocabulary
+    assert vocabulary_kind(store.phonemes) == vocabulary
     scores = json.loads((exp / "systems/pretrained/score/scores.json").read_text())["test"]
     assert scores[measure]["rate"] < 0.1
     manifest = Manifest(exp / "prepare/manifest.arrow")
@@ -192,9 +199,9 @@ def test_targets_of_each_vocabulary():
         (character_set("今日は番"), {"vocabulary": "characters"}, ["今", "日", "は", UNKNOWN, "番"]),
     ):
         labels = targets.target_of(item, symbols, config(**settings))
-        assert [" ".join(word) for word in words_of(symbols, labels)] == said
+        assert [" ".join(word) for word in split_words(symbols, labels)] == said
     read = targets.target_of(spoken(text="東京へ"), kana_set(), config(vocabulary="kana"))
-    assert [" ".join(word) for word in words_of(kana_set(), read)] == ["ト ー キ ョ ー", "エ"]
+    assert [" ".join(word) for word in split_words(kana_set(), read)] == ["ト ー キ ョ ー", "エ"]
 
 
 @pytest.mark.parametrize(
@@ -248,4 +255,4 @@ def test_targets_that_are_too_long_are_dropped_counted_and_named(tmp_path, caplo
     assert "target longer than its audio: 2 utterances" in caplog.text
     lines = (tmp_path / "targets/rejected.jsonl").read_text().splitlines()
     assert Counter(json.loads(line)["id"] for line in lines) == {"n50": 1, "n120": 1}
-    assert TargetStore(tmp_path / "targets").labelled.tolist() == [0, 1]
+    assert TargetStore(tmp_path / "targets").labeled_rows.tolist() == [0, 1]

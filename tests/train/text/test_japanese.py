@@ -16,7 +16,7 @@ from jahubert.errors import DataError, MissingExtraError
 from jahubert.phonemes import PHONES
 from jahubert.train.text import japanese as text_module
 from jahubert.train.text import user_dictionary as readings
-from jahubert.train.text.japanese import respell, text_to_phones, text_to_words
+from jahubert.train.text.japanese import normalize_text, text_to_phones, text_to_words
 
 pytest.importorskip("pyopenjtalk")
 
@@ -184,7 +184,7 @@ def test_several_hundred_sentences_come_out_in_the_40_phones_and_whole():
         words = text_to_words(sentence)
         assert words and all(word.phones for word in words), sentence
         used |= {phone for word in words for phone in word.phones}
-        plain = respell(sentence)
+        plain = normalize_text(sentence)
         if not any(unicodedata.category(char)[0] == "N" or "A" <= char <= "z" for char in plain):
             compared += 1
             assert letters("".join(word.surface for word in words)) == letters(plain), sentence

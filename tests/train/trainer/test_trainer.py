@@ -175,7 +175,7 @@ def advance_or_stop(self):
 engine._Run.advance = advance_or_stop
 with distributed.process_group():
     torch.manual_seed(0)
-    module, data = getattr(toy, sys.argv[5])(), Data(per_step=4)
+    module, data = getattr(toy, sys.argv[5])(), Data(micro_batches_per_step=4)
     engine.train(module, data, config, out, validate=lambda: evaluate(module, data), best="loss")
     if distributed.rank() == 0:
         torch.save(module.state_dict(), out / "weights.pt")
@@ -194,7 +194,7 @@ def run_two(tmp_path, out, config, stop_at, model="Toy"):
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, sharded):
     config = changed(batch_seconds=24.0, valid_every=5, sharded=sharded)
-    one, two, data = toy(), toy(), Data(per_step=4)
+    one, two, data = toy(), toy(), Data(micro_batches_per_step=4)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     train(one, data, config, tmp_path / "one", validate=lambda: evaluate(one, data), best="loss")
@@ -209,7 +209,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, sharded):
 def test_two_processes_are_continued_by_one(tmp_path, sharded):
     """In the middle of a phase in which only some parameters learn."""
     config = changed(batch_seconds=24.0, valid_every=5, sharded=sharded)
-    data = Data(per_step=4)
+    data = Data(micro_batches_per_step=4)
     ends = {}
     for name in ("whole", "moved"):
         (tmp_path / name).mkdir()

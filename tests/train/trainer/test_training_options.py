@@ -160,7 +160,7 @@ def test_the_line_of_progress(tmp_path, caplog):
 
 def test_settings_that_are_not_kept_to_the_letter_are_told_once(tmp_path, caplog):
     odd = replace(CONFIG, batch_seconds=11.0, sharded=True)
-    train(Toy(), ToyData(per_step=3), odd, tmp_path)
+    train(Toy(), ToyData(micro_batches_per_step=3), odd, tmp_path)
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 2 and "sharded=true changes nothing: one process" in said[1]
     assert "an update takes 12 s of audio and not batch_seconds=11: 3 times micro_seconds=4." in said[0]

@@ -46,7 +46,7 @@ class Told(Toy):
 def learn(out: Path, told_at: int | None = None) -> dict[str, Tensor]:
     out.mkdir(exist_ok=True)
     module = Told(told_at)
-    train(module, Data(per_step=4), CONFIG, out)
+    train(module, Data(micro_batches_per_step=4), CONFIG, out)
     return module.state_dict()
 
 
