@@ -113,7 +113,7 @@ def test_readers_leave_when_their_process_is_killed(tmp_path):
 
 
 class KillsReader(Data):
-    """Its readers are killed in the third epoch, as the kernel kills the largest process when memory is short."""
+    """Its readers are killed in the third epoch, as the kernel does when memory is short."""
 
     def load(self, micro):
         if micro.epoch == 2:
