@@ -241,13 +241,13 @@ def _trace(
     for frame in range(len(steps) - 1, -1, -1):
         chosen_BK = steps[frame].cpu().numpy()
         n = len(chosen_BK)
-        shift_B[:n] += bests[frame].double().cpu().numpy()
+        shift_B[:n] += bests[frame].cpu().double().numpy()
         picked = np.take_along_axis(chosen_BK, places[:n], 1)
         symbols[frame, :n] = picked % n_symbols
         places[:n] = picked // n_symbols
     found = []
     for row in range(n_rows):
-        scores = ends[row][:n_best].double().cpu().numpy() + shift_B[row]
+        scores = ends[row][:n_best].cpu().double().numpy() + shift_B[row]
         labels = (symbols[:, row, i] for i in range(n_best))
         found.append(
             [

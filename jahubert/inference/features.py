@@ -14,6 +14,7 @@ from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.bundle import Bundle, load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import chunk_size, encode_all, encode_stream
+from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertModel
 from jahubert.model.precision import PRECISIONS, autocast
 from jahubert.prefetch import prefetch
@@ -21,19 +22,6 @@ from jahubert.prefetch import prefetch
 Layers = int | Sequence[int] | Literal["all"] | None
 STREAM_SECONDS = 30.0  # of a chunk, where none was asked for
 READ_AHEAD = 32  # recordings
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the GPU where there is one, or the CPU."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-        torch.empty(0, device=picked)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {str(device)!r} cannot be used here ({reason}); try 'cpu'") from error
-    return picked
 
 
 def prefetch_audio(

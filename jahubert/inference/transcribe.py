@@ -18,7 +18,6 @@ from jahubert.formats.bundle import load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, chunks, encode_all
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
-from jahubert.inference.features import pick_device
 from jahubert.inference.vad import (
     AT_ONCE,
     CHUNK_SECONDS,
@@ -28,6 +27,7 @@ from jahubert.inference.vad import (
     merge_spans,
     speech_frames,
 )  # fmt: skip
+from jahubert.model.device import pick_device
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.precision import PRECISIONS, autocast, preferred_dtype, quantize_int8
 from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana

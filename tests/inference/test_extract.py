@@ -15,6 +15,7 @@ from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.inference.chunking import chunks, encode_all, encode_stream
 from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor, prefetch_audio
+from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertConfig, HubertModel
 
 TINY = HubertConfig(
@@ -271,7 +272,7 @@ def test_what_a_user_can_get_wrong(model, tmp_path):
         FeatureExtractor(model, dtype=torch.float64)
     with pytest.raises(ConfigError, match="too short"):
         FeatureExtractor(model, chunk_seconds=2)
-    with pytest.raises(ConfigError, match="'teapot'"):
+    with pytest.raises(ConfigError, match="device=teapot"):
         FeatureExtractor(model, device="teapot")
     with pytest.raises(CheckpointError, match="another model"):
         UnitExtractor(FeatureExtractor(model, 1, device="cpu"), torch.zeros(4, 17))
@@ -279,3 +280,17 @@ def test_what_a_user_can_get_wrong(model, tmp_path):
         FeatureExtractor(model, device="cpu")(tmp_path / "no.wav")
     with pytest.raises(AudioError):
         FeatureExtractor(model, device="cpu")(np.zeros(0, np.float32))
+
+
+def test_device_names(monkeypatch):
+    assert pick_device("cpu") == torch.device("cpu") and pick_device(torch.device("cpu")).type == "cpu"
+    for name in ("teapot", "cuda:7", "cuda"):
+        with pytest.raises(ConfigError, match=name):
+            pick_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device() == pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device() == torch.device("cuda") and pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match="cuda:2"):
+        pick_device("cuda:2")

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from jahubert.errors import ConfigError, JahubertError, Stopped, UserError
+from jahubert.model.device import pick_device
 
 T = TypeVar("T")
 
@@ -30,36 +31,28 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what asks a run to
 _GRACE = 10.0  # seconds between asking processes to leave and making them
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is this process's GPU where there is one, else the CPU.
+def process_device(name: str) -> torch.device:
+    """The device of this process: `cuda` is the GPU with its local rank, `auto` that GPU or else the CPU.
+
+    `auto` never picks an Apple GPU, because training sums losses in float64, which MPS lacks.
 
     Raises:
-        ConfigError: no such device here, or one for several processes.
+        ConfigError: unknown or unavailable device, or a single GPU for several processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name}: no such device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"device={name}: this machine shows no GPU to torch; use device=auto or device=cpu"
-            )
-        if device.index is not None and world() > 1:
-            raise ConfigError(
-                f"device={name}: {world()} processes would share one GPU; with device=cuda each has its own"
-            )
-        number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-        if number >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device={name}: process {os.environ.get('LOCAL_RANK', 0)} of this machine would take GPU "
-                f"{number}, but torch sees {torch.cuda.device_count()}; start as many processes as there are "
-                "GPUs, or set device=cpu"
-            )
-        device = torch.device("cuda", number)
-    return device
+    if name.startswith("cuda:") and world() > 1:
+        raise ConfigError(
+            f"device={name}: {world()} processes would share one GPU; with device=cuda each has its own"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and 0 < n_gpus <= local_rank:
+        raise ConfigError(
+            f"device={name}: process {local_rank} of this machine needs GPU {local_rank}, but torch sees "
+            f"{n_gpus}; start one process per GPU, or set device=cpu"
+        )
+    return pick_device(f"cuda:{local_rank}" if name == "cuda" else name)
 
 
 def _traced(error: BaseException) -> int:

@@ -91,7 +91,7 @@ def _of_the_machine(stage: str, config: Any, processes: int) -> Iterator[str]:
     if device is not None:
         try:
             own = device in ("auto", "cuda") and torch.cuda.is_available()
-            kind = distributed.pick_device("cuda:0" if own else device)
+            kind = distributed.process_device("cuda:0" if own else device)
         except UserError as error:
             yield str(error)
     if train is None:

@@ -104,7 +104,7 @@ def n_parameters(config: HubertConfig) -> int:
 
 def probe(config: HubertConfig, trains: Sequence[TrainConfig], n: int) -> Machine:
     """Measure a few real training steps on this machine's own device, in each precision that is needed."""
-    device = distributed.pick_device(trains[0].device)
+    device = distributed.process_device(trains[0].device)
     asked = [pick_precision(train, device) for train in trains]
     # Features and labels are computed in float32, whatever a training takes.
     dtypes = dict.fromkeys([*(dtype for dtype in asked if dtype.itemsize == 2), torch.float32])

@@ -104,7 +104,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         raise CheckpointError(f"{config.model}: this model has no CTC head; give a fine-tuned one")
     if bundle.phonemes != targets.phonemes:
         raise CheckpointError(f"{config.model}: its symbols are not those of {config.targets}")
-    device = distributed.pick_device(config.device)
+    device = distributed.process_device(config.device)
     bundle.ctc.to(device)
     search = make_search(config, targets.phonemes)
     inside = partial(batches, bundle.ctc, manifest, targets, config=config, device=device)

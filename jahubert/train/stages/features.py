@@ -65,7 +65,7 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
-    device = distributed.pick_device(config.device)
+    device = distributed.process_device(config.device)
     feature = make_feature(config.kind, config.model, config.layer, device)
     sample = draw_sample(manifest, feature, config)
     marks, beside, final = out / "parts", out / "tmp_sample.npy", out / "sample.npy"

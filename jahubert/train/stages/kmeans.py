@@ -75,7 +75,7 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
             max_iter=config.max_iter,
             lloyd_frames=config.lloyd_frames,
             seed=config.seed,
-            device=distributed.pick_device(config.device),
+            device=distributed.process_device(config.device),
         )
     metrics = {
         "inertia": result.inertia,

@@ -81,7 +81,7 @@ def watch(store: LabelStore, usage_K: np.ndarray, manifest: Manifest, config: Co
 
 def label(config: Config, manifest: Manifest, out: Path) -> None:
     """Units of our own centroids, by all processes."""
-    device = distributed.pick_device(config.device)
+    device = distributed.process_device(config.device)
     centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
     if config.layer is not None and fitted["layer"] not in (None, config.layer):
         raise DataError(

@@ -52,7 +52,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         )
     manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
     times, source = tables.phone_times(config.exp, manifest)
-    device = distributed.pick_device(config.device)
+    device = distributed.process_device(config.device)
     try:  # in all processes, which share the clustering
         layers = tables.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
     except AudioError as error:  # a corpus may have moved since; the rest of the report needs no audio

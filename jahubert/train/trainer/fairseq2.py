@@ -121,7 +121,7 @@ class _Run:
         validation: Callable[[], dict[str, float]] | None,
         best: str | None,
     ):
-        self.device = distributed.pick_device(config.device)
+        self.device = distributed.process_device(config.device)
         self.dtype = pick_precision(config, self.device)
         self.mine, self.folder = config.share(distributed.world()), folder_of(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config

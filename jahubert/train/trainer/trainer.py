@@ -250,7 +250,7 @@ class _Run:
     """The state of one training run and what happens to it."""
 
     def __init__(self, module: nn.Module, data: Data, config: TrainConfig, out: Path):
-        self.device = distributed.pick_device(config.device)
+        self.device = distributed.process_device(config.device)
         self.dtype = pick_precision(config, self.device)
         self.mine = config.share(distributed.world())
         self.module, self.data, self.config = module.to(self.device), data, config

@@ -1,0 +1,34 @@
+"""Choice of the compute device."""
+
+from __future__ import annotations
+
+import torch
+
+from jahubert.errors import ConfigError
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The requested device; for None or "auto" a CUDA GPU, an Apple GPU (MPS) or the CPU, whichever is first.
+
+    Raises:
+        ConfigError: unknown or unavailable device.
+    """
+    if device is None or device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device={device}: unknown device; use auto, cpu, cuda, cuda:N or mps") from None
+    if picked.type == "cuda":
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (picked.index or 0) >= n_gpus:
+            raise ConfigError(f"device={device} is not available: torch sees {n_gpus} GPUs; use auto or cpu")
+        return picked
+    try:
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={device} is not available ({reason}); use auto or cpu") from error
+    return picked
