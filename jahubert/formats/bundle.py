@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jahubert.errors import CheckpointError, ConfigError
+from jahubert.formats.atomic import atomic_folder
 from jahubert.formats.hub import resolve_model
 from jahubert.formats.state_dict import (
     RawModel,
@@ -66,6 +66,7 @@ _HF_KEYS = {
 }
 # Fields that Hugging Face has no key for.
 _OWN_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")
+INFO = "jahubert.json"
 SAFE, BIN = "model.safetensors", "pytorch_model.bin"
 SPECIAL_ROWS = "special_rows"  # beside the tensors of the pretraining head
 HEAD = "lm_head.weight"  # of a CTC model
@@ -99,28 +100,18 @@ def save_bundle(
     info: dict | None = None,
     special_rows: Tensor | None = None,
 ) -> Path:
-    """Write a bundle beside `path` and rename it there, replacing an older one only when complete."""
+    """Write a bundle, replacing an older one of that name only when the new one is complete.
+
+    Raises:
+        ConfigError: no model is given, or `path` exists and is no bundle.
+    """
     hubert = ctc.hubert if ctc is not None else model
     if hubert is None:
         raise ConfigError("save_bundle needs a model or a ctc model")
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if path.exists() and not (path / INFO).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path}: exists and is not a bundle; remove it or choose another name")
     weights: nn.Module = ctc if ctc is not None else hubert
-    save_file(_plain(weights.state_dict()), beside / SAFE, metadata={"format": "pt"})
-    _write_json(beside / "config.json", _to_hf(hubert.config, ctc, phonemes))
-    _write_json(beside / "preprocessor_config.json", _preprocessor(hubert.config))
-    if ctc is not None and phonemes is not None:
-        _write_json(beside / "vocab.json", hf_vocabulary(phonemes))
-    if unit_head is not None:
-        heads = unit_head.state_dict() | ({} if special_rows is None else {SPECIAL_ROWS: special_rows})
-        save_file(_plain(heads), beside / "pretraining_heads.safetensors")
-    if centroids_KD is not None:
-        save_file(
-            {"centroids_KD": centroids_KD.detach().float().cpu().contiguous()},
-            beside / "centroids.safetensors",
-        )
     extra = {
         "format": FORMAT,
         "config": {name: getattr(hubert.config, name) for name in _OWN_FIELDS},
@@ -130,18 +121,21 @@ def save_bundle(
         "weights": weights_hash(hubert),
         **(info or {}),
     }
-    _write_json(beside / "jahubert.json", extra)
-    (beside / "README.md").write_text(
-        _model_card(path.name, hubert, extra, ctc is not None), encoding="utf-8"
-    )
-    if path.exists():
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        beside.rename(path)
-        shutil.rmtree(old)
-    else:
-        beside.rename(path)
+    with atomic_folder(path) as folder:
+        save_file(_plain(weights.state_dict()), folder / SAFE, metadata={"format": "pt"})
+        _write_json(folder / "config.json", _to_hf(hubert.config, ctc, phonemes))
+        _write_json(folder / "preprocessor_config.json", _preprocessor(hubert.config))
+        if ctc is not None and phonemes is not None:
+            _write_json(folder / "vocab.json", hf_vocabulary(phonemes))
+        if unit_head is not None:
+            heads = unit_head.state_dict() | ({} if special_rows is None else {SPECIAL_ROWS: special_rows})
+            save_file(_plain(heads), folder / "pretraining_heads.safetensors")
+        if centroids_KD is not None:
+            centroids = {"centroids_KD": centroids_KD.detach().float().cpu().contiguous()}
+            save_file(centroids, folder / "centroids.safetensors")
+        _write_json(folder / INFO, extra)
+        card = _model_card(path.name, hubert, extra, ctc is not None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return path
 
 

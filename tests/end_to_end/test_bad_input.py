@@ -14,7 +14,7 @@ import torch
 from fixtures import FIXTURES
 
 from jahubert import run
-from jahubert.cli.main import main as cli
+from jahubert.cli import main as cli
 from jahubert.errors import DiskFullError
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest

@@ -18,7 +18,7 @@ from fixtures.foreign import (
     same_state,
 )
 
-from jahubert.cli.main import main as cli
+from jahubert.cli import main as cli
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.convert import convert, largest_difference

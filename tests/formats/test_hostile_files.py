@@ -15,7 +15,7 @@ import torch
 from fixtures.foreign import KINDS, fairseq_settings, fairseq_state, model_of, torchaudio_state
 from safetensors.torch import load_file, save_file
 
-from jahubert.cli.main import main as cli
+from jahubert.cli import main as cli
 from jahubert.errors import CheckpointError
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.safe_pickle import read_pickled

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fixtures.foreign import KINDS, model_of
 
-from jahubert.cli.main import main as cli
+from jahubert.cli import main as cli
 from jahubert.errors import ConfigError, MissingExtraError
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.convert import convert

@@ -26,7 +26,7 @@ from fixtures.sounds import syllables
 
 import jahubert
 from jahubert import errors, run
-from jahubert.cli.main import main as cli
+from jahubert.cli import main as cli
 from jahubert.errors import ConfigError
 from jahubert.formats.bundle import save_bundle
 from jahubert.inference import transcribe

@@ -11,7 +11,7 @@ import soundfile
 
 from jahubert import run
 from jahubert.audio import AudioSource
-from jahubert.cli.main import main as cli
+from jahubert.cli import main as cli
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT, MFCC
 from jahubert.train.data.fairseq_files import export, import_units, read_dict, read_tsv

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jahubert import run
-from jahubert.cli.main import main as cli
+from jahubert.cli import main as cli
 from jahubert.train.experiment.provenance import DONE, read_record
 
 REPO = Path(__file__).parents[3]

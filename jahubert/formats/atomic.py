@@ -1,0 +1,158 @@
+"""Atomic file and folder writes.
+
+Content is written under a temporary name in the same folder, flushed to the disk and renamed, so a reader
+sees the old content or the new one, whenever the writer is killed or the disk is full. The temporary name is
+short (it fits wherever the final one does), starts with `.tmp-` and is derived from the final name; it is
+locked while in use. The next write of the same file or folder therefore reuses what a killed process left,
+and two processes that write the same file at once do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TextIO, overload
+
+if sys.platform != "win32":
+    import fcntl
+
+PREFIX = ".tmp-"
+_FOLDER, _REPLACED = ".new", ".old"  # of the temporary name: a new folder, and the one that it replaces
+
+
+@overload
+def atomic_write(
+    path: Path, mode: Literal["w"] = "w", errors: str | None = None
+) -> AbstractContextManager[TextIO]: ...
+@overload
+def atomic_write(path: Path, mode: Literal["wb"]) -> AbstractContextManager[BinaryIO]: ...
+@contextmanager
+def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iterator[Any]:
+    """Open a file for writing that replaces `path` at the end of the `with` block, unless the block raises.
+
+    Args:
+        path: the file to write; its folder must exist.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+        errors: for text, how characters are written that UTF-8 cannot encode, as in `open`.
+    """
+    with atomic_path(path) as temporary:
+        encoding = None if "b" in mode else "utf-8"
+        with temporary.open(mode, encoding=encoding, errors=errors) as file:
+            yield file
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """As `atomic_write`, for libraries that open files by name: give a temporary path, not an open file."""
+    with _reserve(path) as temporary:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `path` at the end and replaces a folder of that name.
+
+    Folders cannot be exchanged in one step: the old one is renamed just before the new one takes its name. If
+    the process is killed between the two, the next write restores the old one before it begins.
+    """
+    path = path.resolve()  # of a symbolic link, its target is replaced
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _reserve(path) as reserved:
+        folder, replaced = (reserved.with_name(reserved.name + kind) for kind in (_FOLDER, _REPLACED))
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        for leftover in (folder, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            if path.exists():
+                path.rename(replaced)
+            folder.rename(path)
+        except BaseException:
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left in `folder`."""
+    for temporary in folder.glob(PREFIX + "*"):
+        if temporary.suffix in (_FOLDER, _REPLACED):
+            continue
+        with suppress(OSError), temporary.open("r+b") as file:
+            if _lock(file.fileno()):
+                shutil.rmtree(temporary.with_name(temporary.name + _FOLDER), ignore_errors=True)
+                temporary.unlink()
+
+
+@contextmanager
+def _reserve(path: Path) -> Iterator[Path]:
+    """Create and lock an empty temporary file for `path`, and remove it at the end unless it was renamed.
+
+    Errors about the temporary file name `path`, the file that the user knows.
+    """
+    stem = PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    temporary = path.with_name(stem)
+    try:
+        while True:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            # Its previous user may have renamed or removed the file between the opening and the locking.
+            if _lock(descriptor) and _has_name(descriptor, temporary):
+                break
+            os.close(descriptor)
+            temporary = path.with_name(f"{stem}-{secrets.token_hex(3)}")
+        try:
+            os.ftruncate(descriptor, 0)
+            yield temporary
+        finally:
+            if _has_name(descriptor, temporary):
+                temporary.unlink(missing_ok=True)
+            os.close(descriptor)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file unless another writer has; True also where the file system has no locks."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _flush(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

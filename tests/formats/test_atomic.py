@@ -1,0 +1,148 @@
+"""Atomic writes: old or new content, never half of it, and no files left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from jahubert.formats.atomic import PREFIX, atomic_folder, atomic_path, atomic_write, remove_leftovers
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as file:
+        file.write("あ")
+        assert not path.exists()
+    assert path.read_bytes() == "あ".encode()
+    with atomic_write(path, "wb") as file:
+        file.write(b"\x00")
+    assert path.read_bytes() == b"\x00"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write("new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_longest_file_name_can_be_written(tmp_path):
+    path = tmp_path / ("n" * 255)
+    with atomic_write(path) as file:
+        file.write("x")
+    with atomic_path(path) as temporary:
+        assert len(temporary.name) < 30
+        temporary.write_text("y")
+    assert path.read_text() == "y" and names(tmp_path) == [path.name]
+
+
+def test_error_names_the_file_and_not_the_temporary_one(tmp_path):
+    path = tmp_path / "missing" / "a.txt"
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(path):
+        pass
+    assert caught.value.filename == str(path)
+
+
+def test_leftover_of_a_killed_process_is_reused(tmp_path):
+    program = """
+        import os, signal, sys
+        from pathlib import Path
+        from jahubert.formats.atomic import atomic_folder, atomic_write
+        out = Path(sys.argv[1])
+        with atomic_write(out / "a.txt") as file, atomic_folder(out / "b") as folder:
+            file.write("half")
+            file.flush()
+            (folder / "half").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 3 and all(name.startswith(PREFIX) for name in names(tmp_path))
+    with atomic_write(tmp_path / "a.txt") as file:
+        file.write("ok")
+    with atomic_folder(tmp_path / "b") as folder:
+        (folder / "whole").touch()
+    assert (tmp_path / "a.txt").read_text() == "ok"
+    assert names(tmp_path) == ["a.txt", "b"] and names(tmp_path / "b") == ["whole"]
+
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    with atomic_write(tmp_path / "c.txt") as file:
+        remove_leftovers(tmp_path)
+        file.write("still written")
+    assert names(tmp_path) == ["a.txt", "b", "c.txt"] and names(tmp_path / "b") == ["whole"]
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "a.bin"
+
+    def write(number: int) -> None:
+        for _ in range(50):
+            with atomic_write(path, "wb") as file:
+                for _ in range(20):
+                    file.write(bytes([number]) * 1000)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    content = path.read_bytes()
+    assert len(content) == 20_000 and len(set(content)) == 1
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_folder_is_replaced_as_a_whole(tmp_path):
+    for name in ("b.tmp", "b.old", "b.new"):  # of a user
+        (tmp_path / name).mkdir()
+    for content in ("1", "2"):
+        with atomic_folder(tmp_path / "b") as folder:
+            (folder / content).touch()
+    assert names(tmp_path / "b") == ["2"]
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "b") as folder:
+        (folder / "3").touch()
+        raise ValueError
+    assert names(tmp_path / "b") == ["2"] and names(tmp_path) == ["b", "b.new", "b.old", "b.tmp"]
+
+
+def test_folder_replaced_by_a_killed_process_comes_back(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "b") as folder:
+        (folder / "1").touch()
+    pid = os.fork()
+    if not pid:
+        rename = os.rename
+
+        def kill_at_second(*names, count=[0]):  # noqa: B006
+            count[0] += 1
+            if count[0] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*names)
+
+        os.rename = kill_at_second
+        with atomic_folder(tmp_path / "b"):
+            pass
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "b"):
+        raise ValueError
+    assert names(tmp_path / "b") == ["1"] and names(tmp_path) == ["b"]
+
+
+def test_folder_does_not_replace_a_file(tmp_path):
+    (tmp_path / "b").write_text("a user's")
+    with pytest.raises(NotADirectoryError), atomic_folder(tmp_path / "b"):
+        pass
+    assert (tmp_path / "b").read_text() == "a user's"
