@@ -104,7 +104,7 @@ class Learner(nn.Module):
     """Masked prediction; in step `told_at` the last process, and no other, gets a signal."""
 
     seed = 7
-    skips = True
+    has_unused_parameters = True
 
     def __init__(self, told_at: int | None = None, told: signal.Signals = signal.SIGTERM):
         super().__init__()

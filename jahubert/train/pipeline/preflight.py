@@ -97,7 +97,7 @@ def _of_the_machine(stage: str, config: Any, processes: int) -> Iterator[str]:
     if train is None:
         return
     for where, look in (
-        (f"{stage}.", lambda: train.share(processes)),
+        (f"{stage}.", lambda: train.accumulation_steps(processes)),
         ("", lambda: resolve(train.engine, ENGINES, "engine")),
         (f"{stage}.train.", lambda: kind and pick_precision(train, kind)),
     ):

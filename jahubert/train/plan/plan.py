@@ -202,7 +202,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Row:
     if machine.memory and not machine.bfloat16 and train.precision in ("auto", "bf16"):
         notes.append(f"in float32: {machine.name} has no bfloat16; set train.precision=fp16")
     try:
-        train.share(machine.n)
+        train.accumulation_steps(machine.n)
     except ConfigError as error:  # such a run does not start
         hours, notes = None, [str(error)]
     return Row(name, hours, disk, memory, ", ".join(notes))

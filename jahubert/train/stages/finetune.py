@@ -115,7 +115,7 @@ class FineTuner(nn.Module):
         super().__init__()
         self.ctc, self.head_only_steps, self.seed = ctc, head_only_steps, seed
         self.updates = 0  # that it has had, as far as the last batch of training says
-        self.skips = head_only_steps > 0 or ctc.config.layer_drop > 0
+        self.has_unused_parameters = head_only_steps > 0 or ctc.config.layer_drop > 0
         self.blocks = list(ctc.hubert.encoder.layers)
         if freeze_conv:
             for parameter in ctc.hubert.feature_extractor.parameters():
@@ -157,7 +157,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "width": module.ctc.config.width,
         "micro_seconds": config.train.micro_seconds,
-        "micro_batches_per_step": config.train.per_step,
+        "micro_batches_per_step": config.train.micro_batches_per_step,
         "seed": config.seed,
     }
     data = CtcData(manifest, targets, rows, mask=config.mask, **sizes)

@@ -88,7 +88,7 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.seed, self.penalty = seed, penalty
         self.updates = 0  # begun so far
-        self.skips = config.layer_drop > 0
+        self.has_unused_parameters = config.layer_drop > 0
         self.hubert = HubertModel(config)
         self.blocks = list(self.hubert.encoder.layers)
         self.head = UnitHead(config.width, n_units, unit_dim, temperature)
@@ -192,7 +192,7 @@ def _data(config: Config, manifest: Manifest, labels: LabelStore, split: str) ->
         crop=config.crop,
         mask=config.mask,
         micro_seconds=config.train.micro_seconds,
-        micro_batches_per_step=config.train.per_step,
+        micro_batches_per_step=config.train.micro_batches_per_step,
         seed=config.seed,
     )
 

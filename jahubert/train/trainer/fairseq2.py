@@ -123,7 +123,7 @@ class _Run:
     ):
         self.device = distributed.process_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.mine, self.folder = config.share(distributed.world()), folder_of(out, "fairseq2")
+        self.mine, self.folder = config.accumulation_steps(distributed.world()), folder_of(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config
         wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.validation, self.best = validation, best
@@ -165,7 +165,9 @@ class _Run:
         """Let the Trainer work until the last step or a signal."""
         config, wrapped = self.config, self.module
         if distributed.world() > 1:  # leave its normalize_grads alone: False fails
-            wrapped = to_ddp(self.module, self.gangs, find_unused_parameters=self.module.skips)
+            wrapped = to_ddp(
+                self.module, self.gangs, find_unused_parameters=self.module.has_unused_parameters
+            )
         optimizer = build_optimizer(self.module, config)
         fp16, unit = self.dtype is torch.float16, _Unit(self, wrapped, signals)
         trainer = Trainer(
@@ -251,7 +253,7 @@ class _Reader(DataReader):
         run = self.run
         if self.stream is None:
             self.stream = micro_batches(run.data, run.config, run.device, **self.position.state())
-        self.position.forward(run.config.per_step)
+        self.position.forward(run.config.micro_batches_per_step)
         return [_Held(self) for _ in range(run.mine)]
 
     def read(self) -> tuple[MicroBatch, Any]:

@@ -1,4 +1,4 @@
-"""The two losses, as pure functions: sums over what was predicted, to be divided by a global count."""
+"""Loss functions: sums over targets, to be divided by their global count."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch.nn import functional as F
 
 
 def unit_loss(logits_NK: Tensor, unit_N: Tensor) -> Tensor:
-    """Sum of the cross entropy (nats) over masked frames (HuBERT paper eq. 2, only the masked part)."""
+    """Summed cross entropy (nats) over masked frames (HuBERT paper, eq. 2, masked part only)."""
     return F.cross_entropy(logits_NK.float(), unit_N, reduction="sum")
 
 
 def ctc_loss(
     logp_BSV: Tensor, n_frames_B: Tensor, target_L: Tensor, n_target_B: Tensor, blank: int = 0
 ) -> Tensor:
-    """Sum of the CTC loss (nats) over utterances; one that cannot be aligned counts zero.
+    """Summed CTC loss (nats) over utterances; an utterance that cannot be aligned counts as zero.
 
-    `target_L` holds all targets of the batch end to end.
+    `target_L` is the concatenation of the targets of all utterances.
     """
     return F.ctc_loss(
         logp_BSV.float().transpose(0, 1),

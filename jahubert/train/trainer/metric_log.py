@@ -43,7 +43,7 @@ class MetricLog:
     def trim(self, step: int) -> None:
         """Begin, or forget what a killed run wrote after the step that is continued."""
         if distributed.rank() == 0:
-            for note in self.config.notes(distributed.world()):
+            for note in self.config.warnings(distributed.world()):
                 log.warning("%s", note)
             trim_metrics(self.out / "metrics.jsonl", step)
             self.board = _board(self.out / "tensorboard", step)

@@ -41,7 +41,9 @@ class Parallel:
             return
         if not sharded:
             # Layer drop leaves blocks out of a backward pass, and frozen phases leave more.
-            self.call = DistributedDataParallel(module, find_unused_parameters=bool(module.skips))
+            self.call = DistributedDataParallel(
+                module, find_unused_parameters=bool(module.has_unused_parameters)
+            )
             return
         from torch.distributed.fsdp import fully_shard
 

@@ -54,7 +54,7 @@ class Trainable(Protocol):
     """An `nn.Module` with a loss; `seed` makes its random choices repeatable."""
 
     seed: int
-    skips: bool  # whether a step may leave parameters without a gradient (layer drop, frozen phases)
+    has_unused_parameters: bool  # a step may leave parameters without a gradient (layer drop, frozen phases)
     blocks: Sequence[nn.Module]  # what FSDP2 shards one by one
 
     def __call__(self, batch: Any, step: int) -> Loss: ...
@@ -252,7 +252,7 @@ class _Run:
     def __init__(self, module: nn.Module, data: Data, config: TrainConfig, out: Path):
         self.device = distributed.process_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.mine = config.share(distributed.world())
+        self.mine = config.accumulation_steps(distributed.world())
         self.module, self.data, self.config = module.to(self.device), data, config
         wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.parallel = Parallel(self.module, config.sharded)
@@ -294,7 +294,7 @@ class _Run:
         check_finite(totals["total"], step, micros, self.data)
         norm = self._update(totals.pop("count"), totals, self.module)
         self.step = step
-        self.position.forward(config.per_step)
+        self.position.forward(config.micro_batches_per_step)
         self.window.add(totals, norm)
         if self.step % config.log_every == 0 or self.step == config.max_steps:
             self.journal.training(self.step, *self.window.close())

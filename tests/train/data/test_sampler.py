@@ -99,6 +99,9 @@ def test_padding_of_the_recipes(recipe, tmp_path, request):
         length = manifest.n_samples[manifest.indices(split="train")]
         length = length[length >= config.crop.min_seconds * 16_000]
         length = np.minimum(length, HUBERT.floor(int(config.crop.max_seconds * 16_000)))
-        sizes = {"micro_seconds": config.train.micro_seconds, "micro_batches_per_step": config.train.per_step}
+        sizes = {
+            "micro_seconds": config.train.micro_seconds,
+            "micro_batches_per_step": config.train.micro_batches_per_step,
+        }
         sampler = Sampler(np.arange(len(length)), length, seed=config.seed, **sizes)
         assert len(length) > 500 and max(sampler.padding(epoch) for epoch in range(3)) < 0.03

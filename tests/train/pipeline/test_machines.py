@@ -27,7 +27,7 @@ def test_the_same_update_on_any_number_of_gpus(model):
         overrides = [f"machine={machine}", f"model={model}"]
         config = pretraining(*overrides)
         assert result_fields(config) == result_fields(alone)
-        assert config.train.per_step % 32 == 0 and config.train.device == "cuda"
+        assert config.train.micro_batches_per_step % 32 == 0 and config.train.device == "cuda"
         assert run._processes(["recipe=reazonspeech", "stage=pretrain", *overrides]) == processes
 
 
@@ -44,7 +44,7 @@ def test_all_stages_share_their_updates_on_every_machine(recipe, machine, proces
     assert "finetune" in trained and ("pretrain" in trained) == (recipe[0] == "reazonspeech")
     for stage, train in trained.items():
         assert train.batch_seconds == {"pretrain": 2800, "finetune": 1600}[stage]
-        assert train.share(processes) * processes == train.batch_seconds / train.micro_seconds
+        assert train.accumulation_steps(processes) * processes == train.batch_seconds / train.micro_seconds
 
 
 def test_the_published_sizes():

@@ -165,7 +165,7 @@ def test_settings_that_are_not_kept_to_the_letter_are_told_once(tmp_path, caplog
     assert len(said) == 2 and "sharded=true changes nothing: one process" in said[1]
     assert "an update takes 12 s of audio and not batch_seconds=11: 3 times micro_seconds=4." in said[0]
     assert "set micro_seconds=3.667" in said[0]
-    assert not replace(odd, micro_seconds=3.667).notes(2) and not CONFIG.notes(1)
+    assert not replace(odd, micro_seconds=3.667).warnings(2) and not CONFIG.warnings(1)
 
 
 @pytest.mark.parametrize(
