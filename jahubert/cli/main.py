@@ -36,8 +36,8 @@ from jahubert.inference import writers
 # Adds a subcommand: the function that it runs, and what it does in a few words.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 PLAN = (
-    "what jahubert.run takes; gpus=N (default: its processes), gpu=NAME (default: this machine), share=X of "
-    "its 16-bit peak, hours=H of speech (default: of the prepared corpus, else the recipe's word)"
+    "what jahubert.run takes; gpus=N (default: its processes), gpu=NAME (default: this machine), "
+    "utilization=X of its 16-bit peak, hours=H of speech (default: the prepared corpus, else the recipe)"
 )
 MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
 
@@ -244,11 +244,11 @@ def convert_labels(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     from jahubert import run
-    from jahubert.train.plan import plan as planning
+    from jahubert.train.plan import estimate
 
-    own, overrides = planning.split(args.settings)
-    made = planning.make(run.compose(overrides), run.all_configured(overrides), own)
-    print(json.dumps(planning.as_json(*made), indent=2) if args.json else planning.table(*made))
+    options, overrides = estimate.split_settings(args.settings)
+    made = estimate.make_plan(run.compose(overrides), run.all_configured(overrides), options)
+    print(json.dumps(estimate.plan_json(made), indent=2) if args.json else estimate.plan_table(made))
     return 0
 
 

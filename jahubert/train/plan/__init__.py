@@ -1,1 +1,1 @@
-"""Cost estimates of a pretraining: FLOPs, memory, time and money."""
+"""Cost estimates of a run before it starts: FLOPs, memory, disk and hours per stage."""

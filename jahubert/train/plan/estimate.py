@@ -1,0 +1,328 @@
+"""Estimated hours, disk space and memory of every stage of a run.
+
+Hours are FLOPs divided by the FLOP/s of a device: the former follow from the sizes of the model (`flops`),
+the latter are measured on this machine or assumed (`machine`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jahubert import prefetch
+from jahubert.errors import ConfigError
+from jahubert.frames import HUBERT
+from jahubert.model.hubert import HubertConfig
+from jahubert.train.clustering.features import Mfcc
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.experiment.config import structure
+from jahubert.train.experiment.registry import STAGES, by_subset, resolve
+from jahubert.train.plan.flops import forward_flops, n_parameters, step_flops
+from jahubert.train.plan.machine import GPUS, UTILIZATION, Machine, from_table, measure
+from jahubert.train.plan.memory import peak_bytes
+from jahubert.train.trainer.optim import TrainConfig
+
+_MEAN_SECONDS = 5.7  # per utterance of ReazonSpeech: 35,000 h in 22 million utterances
+# Bytes per parameter.
+_ADAM = 16  # weight, gradient and two moments
+_DDP_BUCKETS = 4  # gradients that DDP reduces over several processes
+_AUTOCAST_COPY = 2  # the weights in 16 bits, while a micro-batch is computed
+_CHECKPOINT = 12
+_TRAINING_STAGES = ("pretrain", "finetune")
+# Numeric settings of the estimate itself: largest value, and the expected value for the error message.
+_NUMBERS = {
+    "gpus": (1e6, "a whole number of GPUs, 1 or more"),
+    "hours": (1e9, "a number of hours above 0"),
+    "utilization": (1.0, "a fraction of the peak, above 0 and at most 1"),
+}
+_SETTINGS = ("gpu", *_NUMBERS)
+
+Job = tuple[str, Any, Path]  # stage, its config, its output folder
+
+
+@dataclass(frozen=True)
+class Corpus:
+    hours: float
+    utterances: int
+    source: str  # of the hours
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """Cost of one stage; None: not estimated."""
+
+    stage: str
+    hours: float | None
+    disk_bytes: float | None
+    memory_bytes: float | None  # of tensors on each device, a lower bound
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimates of a run's stages, with the corpus and the machine that they are for."""
+
+    stages: list[StageEstimate]
+    corpus: Corpus
+    machine: Machine
+
+
+def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Separate `key=value` settings of the estimate from those of the stages (`stage=all` by default)."""
+    options: dict[str, str] = {}
+    overrides = []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key in _SETTINGS:
+            options[key] = value
+        else:
+            overrides.append(setting)
+    if not any(setting.startswith("stage=") for setting in overrides):
+        overrides.append("stage=all")
+    return options, overrides
+
+
+def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]) -> Plan:
+    """Estimate the jobs that `jahubert.run` makes of a composed configuration `tree`.
+
+    Raises:
+        ConfigError: an invalid number, an unknown GPU, or a corpus of unknown size.
+    """
+    numbers = {name: _number(name, options) for name in _NUMBERS}
+    corpus = _corpus(Path(tree["exp"], "prepare", "manifest.arrow"), numbers["hours"], tree)
+    for name in ("processes", "machines"):
+        if not isinstance(tree[name], int) or tree[name] < 1:
+            raise ConfigError(f"{name}={tree[name]}: give a whole number, 1 or more")
+    processes = tree["processes"] * tree["machines"]
+    gpus = numbers["gpus"]
+    if "gpu" in options:
+        machine = from_table(options["gpu"], int(gpus or processes), numbers["utilization"] or UTILIZATION)
+    else:
+        trained = [config for stage, config, _ in jobs if stage in _TRAINING_STAGES]
+        if not trained:
+            raise ConfigError(
+                "plan: none of these stages trains a model that could be measured; use stage=all or gpu=NAME"
+            )
+        machine = measure(trained[0].model, [config.train for config in trained], int(gpus or 1))
+        if not gpus and machine.memory_bytes:  # on a CPU, several processes share what was measured
+            machine = replace(machine, n_devices=processes)
+    return Plan(estimate_stages(jobs, corpus, machine, _context_jobs(tree, jobs)), corpus, machine)
+
+
+def _number(name: str, options: dict[str, str]) -> float | None:
+    """A numeric setting of the estimate, or None where it is not given."""
+    if name not in options:
+        return None
+    try:
+        number = float(options[name])
+    except ValueError:
+        number = math.nan
+    largest, expected = _NUMBERS[name]
+    if not 0 < number <= largest or (name == "gpus" and number % 1):
+        raise ConfigError(f"{name}={options[name]}: give {expected}")
+    return number
+
+
+def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
+    """Stages that a single stage of an iteration depends on for its sizes, though they are not run."""
+    stage, _, out = jobs[0]
+    if len(jobs) > 1 or stage not in ("features", "kmeans", "label"):
+        return []
+    others = [other for other in ("features", "kmeans", "pretrain") if other != stage]
+    settings = {other: (tree[other] or {}, resolve(other, STAGES, "stage").Config) for other in others}
+    return [(other, structure(*settings[other], other), out.parent / other) for other in others]
+
+
+def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> Corpus:
+    """Size of the corpus: `hours=`, else the prepared manifest, else the recipe's figure."""
+    if manifest.exists() and not given_hours:
+        counts = Manifest(manifest).counts
+        return Corpus(counts["hours"], counts["utterances"], str(manifest))
+    subset = tree.get("subset")
+    hours = given_hours or by_subset(tree.get("hours"), subset)
+    if not hours:
+        unknown = f" and the recipe gives no hours for subset={subset}" if tree.get("hours") else ""
+        raise ConfigError(
+            f"{manifest} does not exist yet{unknown}; give the hours of speech, as in hours=19000"
+        )
+    source = "hours=" if given_hours else "from the recipe"
+    return Corpus(
+        hours, round(hours * 3600 / _MEAN_SECONDS), f"{source}; utterances of {_MEAN_SECONDS} s assumed"
+    )
+
+
+def estimate_stages(
+    jobs: Sequence[Job], corpus: Corpus, machine: Machine, context: Sequence[Job] = ()
+) -> list[StageEstimate]:
+    """One estimate per job; `context` holds jobs that determine sizes but are not run (`_context_jobs`)."""
+    configs = {(stage, out.parent): config for stage, config, out in (*jobs, *context)}
+    models = [config.model for (stage, _), config in configs.items() if stage in _TRAINING_STAGES]
+    model = models[0] if models else HubertConfig()
+    estimates = []
+    for stage, config, out in jobs:
+        name = stage
+        if out.parent.name.startswith("iter") or "systems" in out.parts:
+            name = f"{out.parent.name}/{stage}"
+        features, kmeans = (configs.get((kind, out.parent)) for kind in ("features", "kmeans"))
+        if stage in _TRAINING_STAGES:
+            estimate = _training(name, config, corpus, machine)
+        elif stage == "features":
+            estimate = _features(name, config, model, corpus, machine)
+        elif stage == "kmeans":
+            estimate = _kmeans(name, config, features, model, machine)
+        elif stage == "label":
+            estimate = _label(name, features, kmeans, model, corpus, machine)
+        elif stage == "prepare":
+            hours = corpus.hours / machine.decode_speed / 8 if config.check_audio else None
+            note = "decodes all audio once, in 8 threads"
+            estimate = StageEstimate(name, hours, 250.0 * corpus.utterances, None, note)
+        else:
+            estimate = StageEstimate(name, None, None, None, "small compared with the others")
+        estimates.append(estimate)
+    return estimates
+
+
+def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> StageEstimate:
+    train: TrainConfig = config.train
+    longest = config.crop.max_seconds if hasattr(config, "crop") else 30.0
+    seconds = min(longest, 3600 * corpus.hours / corpus.utterances)
+    precision = _precision(train, machine)
+    rate = machine.flops_fp32 if precision is torch.float32 else machine.flops_16bit
+    flops_per_second = step_flops(config.model, seconds, train.recompute)
+    parameters = n_parameters(config.model)
+    flops = flops_per_second * train.batch_seconds * train.max_steps
+    head_only = min(getattr(config, "head_only_steps", 0), train.max_steps)
+    flops *= 1 - head_only / train.max_steps * 2 / 3  # those steps have no backward pass of the encoder
+    hours: float | None = flops / rate / machine.n_devices / 3600
+    memory = _training_memory(config.model, train, seconds, precision, machine)
+    checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
+    weights = 1 + hasattr(config, "dev_splits")  # the bundle; in fine-tuning also the best step
+    disk = (checkpoints * _CHECKPOINT + weights * 4) * parameters
+    speed = rate / flops_per_second
+    readers = math.ceil(speed / machine.decode_speed)
+    notes = [f"{speed * machine.n_devices:.0f} audio-h/h", f"{readers} reader{'s'[: readers > 1]} per device"]
+    if machine.memory_bytes and memory > 0.9 * machine.memory_bytes:
+        notes.append(
+            "does not fit: lower train.micro_seconds, or set train.recompute=true or train.sharded=true"
+        )
+    if machine.memory_bytes and not machine.has_bfloat16 and train.precision in ("auto", "bf16"):
+        notes.append(f"in float32: {machine.name} has no bfloat16; set train.precision=fp16")
+    try:
+        train.accumulation_steps(machine.n_devices)
+    except ConfigError as error:  # such a run would not start
+        hours, notes = None, [str(error)]
+    return StageEstimate(name, hours, disk, memory, ", ".join(notes))
+
+
+def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
+    """Dtype of a training on that machine (`optim.pick_precision` needs the device itself)."""
+    if train.precision == "fp16":
+        return torch.float16
+    return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32
+
+
+def _training_memory(
+    model: HubertConfig, train: TrainConfig, seconds: float, precision: torch.dtype, machine: Machine
+) -> float:
+    """Bytes of tensors on one device, without CUDA's own memory and fragmentation."""
+    parameters = n_parameters(model)
+    memory = _ADAM * parameters / (machine.n_devices if train.sharded else 1)
+    if machine.n_devices > 1 and not train.sharded:
+        memory += _DDP_BUCKETS * parameters
+    if precision is not torch.float32:
+        memory += _AUTOCAST_COPY * parameters
+    gpu = machine.memory_bytes is not None
+    return memory + train.micro_seconds * peak_bytes(model, seconds, train.recompute, precision, gpu)
+
+
+def _pass_hours(seconds: float, flops_per_second: float, machine: Machine) -> float:
+    """Hours of one pass over `seconds` of audio, limited by decoding or computing; 0 FLOPs: MFCCs."""
+    if flops_per_second:
+        compute_speed = machine.flops_fp32 / flops_per_second
+    else:
+        compute_speed = 1 / (1 / machine.mfcc_speed + 1 / machine.decode_speed)
+    speed = min(compute_speed, prefetch.MAX_THREADS * machine.decode_speed)
+    return seconds / speed / machine.n_devices / 3600
+
+
+def _feature_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
+    """FLOPs per second of audio (0: MFCCs), and dimension of the features that k-means sees."""
+    if features.kind == "mfcc":
+        return 0.0, Mfcc.dim
+    return sum(forward_flops(model, _MEAN_SECONDS, features.layer)), model.width
+
+
+def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machine: Machine) -> StageEstimate:
+    flops_per_second, dim = _feature_cost(config, model)
+    sampled = 1 - math.exp(-config.sample_frames / corpus.utterances)  # fraction of utterances with a frame
+    hours = _pass_hours(3600 * corpus.hours * sampled, flops_per_second, machine)
+    return StageEstimate(name, hours, 4.0 * dim * config.sample_frames, None)
+
+
+def _kmeans(name: str, config: Any, features: Any, model: HubertConfig, machine: Machine) -> StageEstimate:
+    _, dim = _feature_cost(features, model)
+    flops = 2.0 * features.sample_frames * dim * config.n_clusters * (config.max_iter + 10) * config.n_init
+    hours = flops / machine.flops_fp32 / machine.n_devices / 3600
+    note = f"at most {config.max_iter} iterations"
+    return StageEstimate(name, hours, 4.0 * dim * config.n_clusters, None, note)
+
+
+def _label(
+    name: str, features: Any, kmeans: Any, model: HubertConfig, corpus: Corpus, machine: Machine
+) -> StageEstimate:
+    flops_per_second, _ = _feature_cost(features, model)
+    frames = 3600 * corpus.hours * HUBERT.rate
+    disk = frames * (1 if kmeans.n_clusters <= 256 else 2) + 8 * corpus.utterances
+    return StageEstimate(name, _pass_hours(3600 * corpus.hours, flops_per_second, machine), disk, None)
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan as text."""
+    corpus, machine = plan.corpus, plan.machine
+    head = [
+        f"{machine.n_devices} x {machine.name}: {machine.source}",
+        f"corpus: {corpus.hours:,.1f} h, {corpus.utterances:,} utterances ({corpus.source})",
+        f"per second, one core here decodes {machine.decode_speed:,.0f} s of audio and computes the MFCCs "
+        f"of {machine.mfcc_speed:,.0f} s",
+    ]
+    if machine.memory_bytes is None:
+        head.append(f"to estimate for another GPU, give gpu=NAME: {', '.join(GPUS)}")
+    lines = [("stage", "hours", "disk", "memory per device, at least", "")]
+    for row in plan.stages:
+        sizes = (_hours(row.hours), _size(row.disk_bytes), _size(row.memory_bytes))
+        lines.append((row.stage, *sizes, row.note))
+    hours = sum(row.hours or 0 for row in plan.stages)
+    disk = sum(row.disk_bytes or 0 for row in plan.stages)
+    missing = [row.stage for row in plan.stages if row.hours is None and row.memory_bytes is not None]
+    note = f"without the hours of {', '.join(missing)}" if missing else ""
+    lines.append(("all", _hours(hours or None), _size(disk), "", note))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    body = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        body.append("  ".join([*cells, line[4]]).rstrip())
+    return "\n".join([*head, "", *body])
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-ready values."""
+    return asdict(plan)
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return ""
+    if hours >= 10:
+        return f"{hours:,.0f}"
+    return f"{hours:.2g}" if hours >= 0.01 else "0.01"
+
+
+def _size(size: float | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.2g} MB"

@@ -1,0 +1,184 @@
+"""Speed and memory of the machine that an estimate is for: measured here, or taken from a table of GPUs."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+
+from jahubert.audio import load_audio
+from jahubert.errors import ConfigError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.model.heads import UnitHead
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.model.precision import autocast, preferred_dtype
+from jahubert.train.clustering.features import Mfcc
+from jahubert.train.experiment import distributed
+from jahubert.train.experiment.config import unknown_name_error
+from jahubert.train.plan.flops import step_flops
+from jahubert.train.plan.memory import masked_loss
+from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_precision
+
+
+class Gpu(NamedTuple):
+    """Peak figures from the vendor's data sheet."""
+
+    flops_16bit: float  # per second, dense, 16-bit inputs with 32-bit accumulation
+    flops_fp32: float  # per second, without tensor cores: torch does not use TF32 by default
+    memory_bytes: float
+    has_bfloat16: bool = True
+
+
+GPUS = {
+    "V100": Gpu(125e12, 15.7e12, 32e9, has_bfloat16=False),
+    "T4": Gpu(65e12, 8.1e12, 16e9, has_bfloat16=False),
+    "A10": Gpu(125e12, 31.2e12, 24e9),
+    "A100": Gpu(312e12, 19.5e12, 80e9),
+    "L4": Gpu(121e12, 30.3e12, 24e9),
+    "L40S": Gpu(362e12, 91.6e12, 48e9),
+    "RTX3090": Gpu(71e12, 35.6e12, 24e9),
+    "RTX4090": Gpu(165e12, 82.6e12, 24e9),
+    "H100": Gpu(989e12, 67e12, 80e9),
+    "H200": Gpu(989e12, 67e12, 141e9),
+    "B200": Gpu(2250e12, 75e12, 180e9),
+}
+# Utilization assumed for a GPU that was not measured, of the 16-bit peak. By `step_flops`, published runs of
+# HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert: 400,000
+# updates in 10 h on 16 H100).
+UTILIZATION = 0.1
+# The same for float32, whose lower peak leaves less overhead next to the products; on a CPU it is three times
+# the utilization in 16 bits (docs/performance.md: 60 % and 20 %).
+UTILIZATION_FP32 = 0.3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an estimate needs to know of a machine; rates are those of a training step, per device."""
+
+    name: str
+    n_devices: int
+    flops_16bit: float  # per second
+    flops_fp32: float  # per second
+    has_bfloat16: bool  # if so, precision=auto trains in bfloat16, else in float32
+    memory_bytes: float | None  # of one GPU; None: a CPU
+    source: str  # what was measured or assumed
+    decode_speed: float  # seconds of audio that one core decodes per second, measured on this machine
+    mfcc_speed: float  # seconds of audio whose MFCCs one core computes per second, measured on this machine
+
+
+def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
+    """Time a few training steps on this machine's device, in each precision that the run needs."""
+    device = distributed.process_device(trains[0].device)
+    requested = [pick_precision(train, device) for train in trains]
+    # Features and labels are always computed in float32.
+    dtypes = list(dict.fromkeys([*(dtype for dtype in requested if dtype.itemsize == 2), torch.float32]))
+    speeds = [_training_speed(config, trains[0], device, dtype) for dtype in dtypes]
+    flops = [speed * step_flops(config, _utterance_seconds(trains[0]), False) for speed in speeds]
+    is_gpu = device.type == "cuda"
+    measured = ", ".join(
+        f"{str(dtype).removeprefix('torch.')}: {speed:.4g}"
+        for dtype, speed in zip(dtypes, speeds, strict=True)
+    )
+    decode_speed, mfcc_speed = _reading_speeds()
+    return Machine(
+        name=torch.cuda.get_device_name(device) if is_gpu else "this machine's CPU",
+        n_devices=n_devices,
+        flops_16bit=flops[0],
+        flops_fp32=flops[-1],
+        has_bfloat16=preferred_dtype(device) is torch.bfloat16,
+        memory_bytes=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
+        source=f"measured here, {measured} seconds of audio per second of training",
+        decode_speed=decode_speed,
+        mfcc_speed=mfcc_speed,
+    )
+
+
+def from_table(gpu: str, n_devices: int, utilization: float) -> Machine:
+    """A GPU of the table at a fraction `utilization` of its peak; case does not matter.
+
+    Raises:
+        ConfigError: the GPU is not in the table.
+    """
+    names = {name.lower(): name for name in GPUS}
+    if gpu.lower() not in names:
+        raise ConfigError(unknown_name_error("gpu", gpu, GPUS))
+    name = names[gpu.lower()]
+    peak = GPUS[name]
+    flops_16bit = utilization * peak.flops_16bit
+    decode_speed, mfcc_speed = _reading_speeds()
+    return Machine(
+        name=name,
+        n_devices=n_devices,
+        flops_16bit=flops_16bit,
+        flops_fp32=min(flops_16bit, UTILIZATION_FP32 * peak.flops_fp32),
+        has_bfloat16=peak.has_bfloat16,
+        memory_bytes=peak.memory_bytes,
+        source=(
+            f"assumed, not measured: {utilization:.3g} of the 16-bit peak of "
+            f"{peak.flops_16bit / 1e12:.0f} TFLOP/s; in float32 {UTILIZATION_FP32:g} of "
+            f"{peak.flops_fp32 / 1e12:.3g} TFLOP/s, but at most the 16-bit rate"
+        ),
+        decode_speed=decode_speed,
+        mfcc_speed=mfcc_speed,
+    )
+
+
+def _utterance_seconds(train: TrainConfig) -> float:
+    return min(8.0, train.micro_seconds)
+
+
+def _training_speed(
+    config: HubertConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Seconds of audio per second of training."""
+    budget = train.micro_seconds if device.type == "cuda" else min(16.0, train.micro_seconds)
+    seconds = _utterance_seconds(train)
+    model = HubertModel(replace(config, layer_drop=0.0)).to(device)
+    head = UnitHead(config.width, 500).to(device)
+    optimizer = build_optimizer(torch.nn.ModuleList([model, head]), train)
+    wav_BT = torch.randn(max(1, int(budget / seconds)), int(seconds * SAMPLE_RATE), device=device)
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < 5 and len(times) < 12):
+        started = time.perf_counter()
+        with autocast(dtype, device):
+            loss = masked_loss(model, head, wav_BT)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return wav_BT.numel() / SAMPLE_RATE / min(times[1:])  # the first step compiles kernels
+
+
+def _reading_speeds() -> tuple[float, float]:
+    """Seconds of audio that one core decodes, and computes MFCCs of, per second."""
+    seconds, flac = 5, io.BytesIO()
+    noise_T = np.random.default_rng(0).normal(0, 0.05, seconds * SAMPLE_RATE).astype(np.float32)
+    soundfile.write(flac, noise_T, SAMPLE_RATE, format="FLAC")
+    mfcc, wav_T = Mfcc(), torch.from_numpy(noise_T)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        decode_time = _median_time(lambda: load_audio(io.BytesIO(flac.getvalue())))
+        mfcc_time = _median_time(lambda: mfcc([wav_T]))
+    finally:
+        torch.set_num_threads(threads)
+    return seconds / decode_time, seconds / mfcc_time
+
+
+def _median_time(work: Callable[[], Any], repeats: int = 15) -> float:
+    work()  # warm-up
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return median(times)
