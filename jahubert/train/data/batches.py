@@ -1,7 +1,7 @@
-"""Batches of both trainings: built from a manifest and its labels or targets, checked, moved to a device.
+"""Training batches for pretraining and CTC fine-tuning, from a manifest and its labels or targets.
 
-Every random choice (crop, mask) is a function of (seed, epoch, row), so an utterance meets the same fate
-whatever it is batched with and however often the run was killed.
+Crops and masks are functions of (seed, epoch, row), so they depend neither on the other utterances of a batch
+nor on how often a run was interrupted.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ B = TypeVar("B", bound="_Batch")
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Span masks over frames and channels; the defaults are HuBERT pretraining."""
+    """Span masks over frames and channels; the defaults are those of HuBERT pretraining."""
 
-    prob: float = 0.8  # expected share of positions inside spans, before overlap
+    prob: float = 0.8  # expected share of positions in spans, without overlap
     length: int = 10  # frames
     min_spans: int = 2
     channel_prob: float = 0.0
@@ -46,19 +46,19 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class _Batch:
-    wav_BT: Tensor  # float32, zero behind each utterance
+    wav_BT: Tensor  # float32, zero-padded
     n_samples_B: Tensor  # int64, on the CPU
 
     def to(self: B, device: torch.device) -> B:
-        """The batch with its large tensors on `device`; lengths stay on the CPU, where they are read."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        """A copy with its large tensors on `device`; lengths stay on the CPU, where they are read."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: B) -> B:
-        """For a DataLoader: from page-locked memory `to` copies while the GPU is still at the last batch."""
-        return self._with(Tensor.pin_memory)
+        """A copy in page-locked memory, so that `to` overlaps with computation; called by DataLoader."""
+        return self._map(Tensor.pin_memory)
 
-    def _with(self: B, change: Callable[[Tensor], Tensor]) -> B:
-        """A copy with other large tensors; it is not checked again, for which a GPU would have to finish."""
+    def _map(self: B, change: Callable[[Tensor], Tensor]) -> B:
+        """A copy with `change` applied to the large tensors; not validated, which would synchronize a GPU."""
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and not name.startswith("n_"):
@@ -72,11 +72,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class PretrainBatch(_Batch):
-    """Waveforms, which of their frames are masked, and the units of those frames."""
+    """Waveforms, their frame masks, and the units of the masked frames."""
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, row by row
-    masked_index_N: Tensor = field(init=False)  # int64, where these frames are among all of the padded batch
+    masked_index_N: Tensor = field(init=False)  # int64, indices of these frames in the flattened batch
 
     def __post_init__(self) -> None:
         vars(self)["masked_index_N"] = self.mask_BS.flatten().nonzero()[:, 0]
@@ -86,7 +86,7 @@ class PretrainBatch(_Batch):
 
 @dataclass(frozen=True)
 class CtcBatch(_Batch):
-    """Waveforms, masks over frames and channels, and the target symbols of each utterance end to end."""
+    """Waveforms, masks over frames and channels, and the concatenated target symbols."""
 
     mask_BS: Tensor | None
     channel_mask_BD: Tensor | None
@@ -101,49 +101,49 @@ class CtcBatch(_Batch):
 
 
 def pad(rows: list[Tensor]) -> Tensor:
-    """Rows of different lengths as one (B, longest) tensor, zero (or False) behind each."""
+    """Stack rows of different lengths into one (B, longest) tensor, padded with zero or False."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 @dataclass(frozen=True)
 class CropConfig:
-    """Which utterances are learnt from, and how much of a long one; defaults are the paper's."""
+    """Length limits of pretraining utterances; the defaults are the paper's."""
 
-    min_seconds: float = 2.0  # shorter ones are left out
-    max_seconds: float = 15.625  # longer ones are cropped, at random, on the frame grid
-    # A split of no more hours stays decoded in the memory of each reader (0.23 GB an hour); of a larger one
-    # nothing does, since a part would save next to no decoding.
+    min_seconds: float = 2.0  # shorter utterances are skipped
+    max_seconds: float = 15.625  # longer ones are cropped at random, on the frame grid
+    # A split of at most this many hours is kept decoded in the memory of each data worker (0.23 GB per hour).
+    # A larger split is not cached at all: a part of it would save next to no decoding.
     keep_in_memory_hours: float = runtime_field(4.0)
 
     def __post_init__(self) -> None:
-        wrong = range_errors(self, {"at least 0": ("min_seconds", "keep_in_memory_hours")})
+        errors = range_errors(self, {"at least 0": ("min_seconds", "keep_in_memory_hours")})
         if not HUBERT.n_samples(1) / SAMPLE_RATE <= self.max_seconds or self.min_seconds > self.max_seconds:
-            wrong.append(
-                f"max_seconds must be a frame (0.025) at least, and min_seconds no more; found "
-                f"{self.max_seconds} and {self.min_seconds}"
+            errors.append(
+                "max_seconds must be at least one frame (0.025) and at least min_seconds; found max_seconds="
+                f"{self.max_seconds} and min_seconds={self.min_seconds}"
             )
-        raise_config_errors(wrong)
+        raise_config_errors(errors)
 
 
 class WaveformCache:
-    """Waveforms of some rows of a manifest, kept after the first reading if all are `hours` at most."""
+    """In-memory cache of decoded utterances, active if `rows` have at most `max_hours` of audio."""
 
-    def __init__(self, manifest: Manifest, rows: np.ndarray, hours: float):
+    def __init__(self, manifest: Manifest, rows: np.ndarray, max_hours: float):
         self.manifest = manifest
-        self.keeps = manifest.n_samples[rows].sum() <= hours * 3600 * SAMPLE_RATE
-        self.kept: dict[int, np.ndarray] = {}
+        self.enabled = manifest.n_samples[rows].sum() <= max_hours * 3600 * SAMPLE_RATE
+        self.waveforms: dict[int, np.ndarray] = {}
 
     def load(self, row: int, start: int, n_samples: int) -> Tensor:
-        """`n_samples` samples of an utterance from its sample `start` on."""
-        if not self.keeps:
+        """Load `n_samples` samples of an utterance from its sample `start` on, float32 (T,)."""
+        if not self.enabled:
             return self.manifest.load(row, start, n_samples)
-        if row not in self.kept:
-            self.kept[row] = self.manifest.load(row).numpy()
-        return torch.from_numpy(self.kept[row][start : start + n_samples])
+        if row not in self.waveforms:
+            self.waveforms[row] = self.manifest.load(row).numpy()
+        return torch.from_numpy(self.waveforms[row][start : start + n_samples])
 
 
 class PretrainData:
-    """Micro-batches for masked prediction over one split."""
+    """Micro-batches of cropped utterances of one split, for masked prediction."""
 
     def __init__(
         self,
@@ -159,15 +159,15 @@ class PretrainData:
     ):
         labels.check(manifest)
         self.manifest, self.labels, self.mask, self.seed = manifest, labels, mask, seed
-        self.longest = HUBERT.floor(int(crop.max_seconds * SAMPLE_RATE))
+        self.max_samples = HUBERT.floor(int(crop.max_seconds * SAMPLE_RATE))
         rows = manifest.indices(split=split)
-        length = manifest.n_samples[rows]
-        keep = length >= max(crop.min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
-        rows, length = rows[keep], length[keep]
-        self.waves = WaveformCache(manifest, rows, crop.keep_in_memory_hours)
+        n_samples = manifest.n_samples[rows]
+        keep = n_samples >= max(crop.min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
+        rows, n_samples = rows[keep], n_samples[keep]
+        self.cache = WaveformCache(manifest, rows, crop.keep_in_memory_hours)
         self.sampler = Sampler(
             rows,
-            np.minimum(length, self.longest),
+            np.minimum(n_samples, self.max_samples),
             micro_seconds=micro_seconds,
             micro_batches_per_step=micro_batches_per_step,
             seed=seed,
@@ -181,13 +181,14 @@ class PretrainData:
         for row in micro.rows:
             rng = seeded_rng(self.seed, micro.epoch, row, 1)
             length = int(self.manifest.n_samples[row])
-            n_samples = min(length, self.longest)
-            first = int(rng.integers((length - n_samples) // HUBERT.hop + 1))  # in frames: labels stay exact
-            track_S = self.labels.units(row, HUBERT.n_frames(length))
+            n_samples = min(length, self.max_samples)
+            # Crops start on a frame, so that labels stay exact.
+            first = int(rng.integers((length - n_samples) // HUBERT.hop + 1))
+            unit_S = self.labels.units(row, HUBERT.n_frames(length))
             n_frames = HUBERT.n_frames(n_samples)
             mask_S = span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
-            wavs.append(self.waves.load(row, HUBERT.start(first), n_samples))
-            units.append(np.asarray(track_S[first : first + n_frames])[mask_S].astype(np.int64))
+            wavs.append(self.cache.load(row, HUBERT.start(first), n_samples))
+            units.append(np.asarray(unit_S[first : first + n_frames])[mask_S].astype(np.int64))
             masks.append(torch.from_numpy(mask_S))
         return PretrainBatch(
             wav_BT=pad(wavs),
@@ -198,7 +199,7 @@ class PretrainData:
 
 
 class CtcData:
-    """Micro-batches of whole utterances and their target symbols: padded, never cropped."""
+    """Micro-batches of whole utterances with their target symbols; never cropped."""
 
     def __init__(
         self,
@@ -213,9 +214,9 @@ class CtcData:
         seed: int,
         keep_in_memory_hours: float = 4.0,
     ):
-        """`width`: channels of the encoder, for the channel mask; `mask=None`: nothing is masked."""
+        """`width`: channels of the encoder, for the channel mask; `mask=None` disables masking."""
         self.manifest, self.targets, self.mask, self.width, self.seed = manifest, targets, mask, width, seed
-        self.waves = WaveformCache(manifest, rows, keep_in_memory_hours)
+        self.cache = WaveformCache(manifest, rows, keep_in_memory_hours)
         self.sampler = Sampler(
             rows,
             manifest.n_samples[rows],
@@ -231,7 +232,7 @@ class CtcData:
         wavs, masks, channels, targets = [], [], [], []
         for row in micro.rows:
             n_samples = int(self.manifest.n_samples[row])
-            wavs.append(self.waves.load(row, 0, n_samples))
+            wavs.append(self.cache.load(row, 0, n_samples))
             targets.append(torch.from_numpy(self.targets[row].astype(np.int64)))
             if self.mask is None:
                 continue

@@ -1,8 +1,8 @@
-"""Marks of the recordings of archives that were decoded once, so that no later run decodes them again.
+"""Cache of decoding checks, so that no recording of an archive is decoded twice.
 
-A mark is a JSON file an archive, below the folder that is given: the offsets that were decoded, and which of
-them were of no use and why. It counts as long as the archive keeps its size and time. `stage=prepare` keeps
-its marks in `work/decoded`: a run that was killed, or that takes in archives which came later, goes on.
+One JSON file per archive holds the offsets of the decoded recordings, and why broken ones were rejected. It
+is valid as long as the size and modification time of the archive do not change. `stage=prepare` keeps it in
+`work/decoded`, so that an interrupted run resumes, and archives that arrive later are added.
 """
 
 from __future__ import annotations
@@ -18,59 +18,61 @@ import numpy as np
 from jahubert.train.data.utterances import Rejected, Utterance, Utterances
 from jahubert.train.experiment.provenance import write_json
 
-VERSION = 1  # of the check that a mark stands for
+VERSION = 1  # of the decoding check
 
 
 class DecodeCache:
-    """All marks of a folder."""
+    """The cache files of a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def lookup(self, items: Utterances) -> tuple[Utterances, list[Rejected]] | None:
-        """The sound recordings of `items`, and the others, if all were decoded before; else None."""
-        mark = self._read(items.path)
-        if not np.isin(items.offset_N, mark["offsets"]).all():
+        """Usable and rejected recordings of `items` if all were decoded before, else None."""
+        entry = self._read(items.path)
+        if not np.isin(items.offset_N, entry["offsets"]).all():
             return None
-        broken = mark["broken"]
-        sound = [row for row, offset in enumerate(items.offset_N.tolist()) if str(offset) not in broken]
-        rejected = [Rejected(*broken[str(o)]) for o in items.offset_N.tolist() if str(o) in broken]
-        return items.take(np.array(sound, np.int64)), rejected
+        broken = entry["broken"]
+        offsets = [str(offset) for offset in items.offset_N.tolist()]
+        usable = [row for row, offset in enumerate(offsets) if offset not in broken]
+        rejected = [Rejected(*broken[offset]) for offset in offsets if offset in broken]
+        return items.take(np.array(usable, np.int64)), rejected
 
     def add(self, path: str, offsets: list[int], broken: dict[str, list[str]]) -> None:
-        mark = self._read(path)
-        mark["offsets"] = sorted({*mark["offsets"], *offsets})
-        mark["broken"] |= broken
-        write_json(self._file(path), mark)
+        """Record decoded offsets of an archive; `broken` maps an offset to the fields of its `Rejected`."""
+        entry = self._read(path)
+        entry["offsets"] = sorted({*entry["offsets"], *offsets})
+        entry["broken"] |= broken
+        write_json(self._file(path), entry)
 
     def _read(self, path: str) -> dict[str, Any]:
         state = [VERSION]
-        with contextlib.suppress(OSError):  # an archive that is gone: each of its rows will say so
+        with contextlib.suppress(OSError):  # a missing archive: reading its recordings reports it
             status = Path(path).stat()
             state += [status.st_size, status.st_mtime_ns]
         try:
-            mark = json.loads(self._file(path).read_text(encoding="utf-8"))
+            entry = json.loads(self._file(path).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            mark = {}
-        return mark if mark.get("state") == state else {"state": state, "offsets": [], "broken": {}}
+            entry = {}
+        return entry if entry.get("state") == state else {"state": state, "offsets": [], "broken": {}}
 
     def _file(self, path: str) -> Path:
         return self.folder / f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.json"
 
 
 class DecodeRecorder:
-    """Collects what becomes of the rows of one `Utterances`, in their order; written after the last one."""
+    """Collector of the decoding results of one `Utterances`, in order; saved after the last one."""
 
-    def __init__(self, marks: DecodeCache, items: Utterances):
-        self.marks, self.items = marks, items
-        self.done = 0
+    def __init__(self, cache: DecodeCache, items: Utterances):
+        self.cache, self.items = cache, items
+        self.n_decoded = 0
         self.broken: dict[str, list[str]] = {}
 
     def add(self, result: Utterance | Rejected) -> None:
         offsets = self.items.offset_N
         if isinstance(result, Rejected):
-            self.broken[str(int(offsets[self.done]))] = [result.id, result.reason, result.detail]
-        self.done += 1
-        if self.done == len(offsets):
-            self.marks.add(self.items.path, offsets.tolist(), self.broken)
+            self.broken[str(int(offsets[self.n_decoded]))] = [result.id, result.reason, result.detail]
+        self.n_decoded += 1
+        if self.n_decoded == len(offsets):
+            self.cache.add(self.items.path, offsets.tolist(), self.broken)

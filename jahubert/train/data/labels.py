@@ -1,9 +1,9 @@
-"""Units of every utterance: packed integers at 50 Hz, memory-mapped, written shard by shard.
+"""Label store: the units of every utterance as packed integers at 50 Hz, memory-mapped.
 
 A finished store is `units.bin` (uint8 up to 256 units, else uint16), `offsets.npy` (first frame of each
-utterance, and the end) and `header.json`, which says what the numbers mean. While it is being written the
-shards lie in `shards/`; each takes its name only when it is whole and on the disk, so that a run that is
-killed, or that fills the disk, loses one shard at most and ends in the same bytes when it is started again.
+utterance, and the end) and `header.json`, which describes the units. Shards are written to `shards/` first;
+each gets its name only when it is complete and synced to disk. A run that is killed or fills the disk
+therefore loses at most one shard, and yields the same bytes when it is rerun.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jahubert.train.data.manifest import Manifest
 
 @dataclass(frozen=True)
 class LabelHeader:
-    """What the units of a store are; two stores with one header were made from the same things."""
+    """Description of the units of a store; stores with equal headers have the same origin."""
 
     n_units: int
     feature: str  # mfcc or hubert
@@ -49,11 +49,10 @@ class LabelWriter:
     """Writes a store in shards of `shard_size` utterances, in any order, by any number of processes."""
 
     def __init__(self, folder: Path, header: LabelHeader, n_frames: np.ndarray, shard_size: int = 2000):
-        """`n_frames`: frames of every utterance of the manifest. A folder that was started with another
-        `shard_size` keeps its own.
+        """`n_frames`: frames of every utterance of the manifest. An unfinished folder keeps its shard size.
 
         Raises:
-            StaleError: the folder holds units that were made from something else; names the field.
+            StaleError: the folder holds units of another origin; names the field.
         """
         self.folder, self.header, self.n_frames = Path(folder), header, np.asarray(n_frames, np.int64)
         self.shards = self.folder / "shards"
@@ -61,11 +60,11 @@ class LabelWriter:
         done, started = self.folder / "header.json", self.shards / "plan.json"
         self.shard_size = shard_size
         if done.exists():
-            _refuse_other(self.folder, _read_json(done), plan)
+            _check_header(self.folder, _read_json(done), plan)
         elif started.exists():
             before = _read_json(started)
             self.shard_size = before.pop("shard_size", shard_size)
-            _refuse_other(self.folder, before, plan)
+            _check_header(self.folder, before, plan)
         else:
             self.shards.mkdir(parents=True, exist_ok=True)
             _write_json(started, plan | {"shard_size": shard_size})
@@ -79,28 +78,28 @@ class LabelWriter:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.n_frames)))
 
     def pending(self) -> list[int]:
-        """Shards that are not written yet, or not whole."""
+        """Shards that are missing or incomplete."""
         if (self.folder / "header.json").exists():
             return []
-        return [shard for shard in range(len(self)) if not self._is_whole(shard)]
+        return [shard for shard in range(len(self)) if not self._is_complete(shard)]
 
     def write(self, shard: int, units: Sequence[np.ndarray]) -> None:
         """Write the units of all utterances of a shard.
 
         Raises:
-            DataError: an utterance has another number of units than frames, or a unit that is not there; the
+            DataError: the number of units differs from the number of frames, a unit is out of range, or the
                 disk is full.
         """
         rows = self.rows(shard)
         if len(units) != len(rows):
-            raise DataError(f"shard {shard} has {len(rows)} utterances, but units of {len(units)} were given")
+            raise DataError(f"shard {shard}: expected units of {len(rows)} utterances, found {len(units)}")
         packed = []
         for row, unit_S in zip(rows, units, strict=True):
             unit_S = np.asarray(unit_S)
             if len(unit_S) != self.n_frames[row]:
                 raise DataError(f"utterance {row}: {len(unit_S)} units, but {self.n_frames[row]} frames")
             if len(unit_S) and not np.issubdtype(unit_S.dtype, np.integer):
-                raise DataError(f"utterance {row}: units are integers, but these are {unit_S.dtype}")
+                raise DataError(f"utterance {row}: units must be integers, found {unit_S.dtype}")
             if len(unit_S) and not 0 <= np.min(unit_S) <= np.max(unit_S) < self.header.n_units:
                 raise DataError(f"utterance {row}: units outside 0..{self.header.n_units - 1}")
             packed.append(unit_S.astype(self.header.dtype))
@@ -108,19 +107,19 @@ class LabelWriter:
         _write(self._path(shard), lambda out: out.write(content))
 
     def finish(self) -> None:
-        """Join the shards; the header is written last and makes the store whole."""
+        """Concatenate the shards; the header is written last and marks the store as complete."""
         if not (self.folder / "header.json").exists():
             if missing := self.pending():
-                raise DataError(f"{self.folder}: shards {missing[:5]} are missing; run stage=label again")
+                raise DataError(f"{self.folder}: shards {missing[:5]} are missing; rerun stage=label")
             offsets = np.concatenate([[0], np.cumsum(self.n_frames)]).astype(np.int64)
-            _write(self.folder / "units.bin", self._join)
+            _write(self.folder / "units.bin", self._concatenate)
             _write(self.folder / "offsets.npy", lambda out: np.save(out, offsets))
             _write_json(self.folder / "header.json", asdict(self.header))
-        for left_behind in self.folder.glob("*.tmp"):  # by a killed run
-            left_behind.unlink(missing_ok=True)
+        for leftover in self.folder.glob("*.tmp"):  # from a killed run
+            leftover.unlink(missing_ok=True)
         shutil.rmtree(self.shards, ignore_errors=True)
 
-    def _join(self, out: BinaryIO) -> None:
+    def _concatenate(self, out: BinaryIO) -> None:
         for shard in range(len(self)):
             with self._path(shard).open("rb") as file:
                 shutil.copyfileobj(file, out)
@@ -128,7 +127,7 @@ class LabelWriter:
     def _path(self, shard: int) -> Path:
         return self.shards / f"{shard:06d}.bin"
 
-    def _is_whole(self, shard: int) -> bool:
+    def _is_complete(self, shard: int) -> bool:
         rows = self.rows(shard)
         size = int(self.n_frames[rows.start : rows.stop].sum()) * self.header.dtype.itemsize
         path = self._path(shard)
@@ -136,10 +135,14 @@ class LabelWriter:
 
 
 class LabelStore:
-    """A finished store, memory-mapped; cheap to send to a worker process."""
+    """A finished label store, memory-mapped; cheap to send to a worker process."""
 
     def __init__(self, folder: Path):
-        """Raises DataError where there is none, or its files do not fit each other."""
+        """Open a store.
+
+        Raises:
+            DataError: no finished store in `folder`, or files that do not fit together.
+        """
         self.folder = Path(folder)
         try:
             self.header = LabelHeader(**_read_json(self.folder / "header.json"))
@@ -147,18 +150,20 @@ class LabelStore:
             size = (self.folder / "units.bin").stat().st_size
         except FileNotFoundError as error:
             raise DataError(
-                f"{self.folder}: no finished label store ({error.filename} is missing); run stage=label"
+                f"{self.folder}: no finished label store ({error.filename} not found); run stage=label"
             ) from None
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{self.folder}: not a label store ({error}); run stage=label again") from error
+            raise DataError(f"{self.folder}: not a label store ({error}); rerun stage=label") from error
         if self.header.format != LabelHeader.format:
-            raise DataError(f"{self.folder}: format {self.header.format}, but this version reads 1")
+            raise DataError(
+                f"{self.folder}: format {self.header.format}, but this version reads {LabelHeader.format}"
+            )
         if size != self.offsets[-1] * self.header.dtype.itemsize:
             raise DataError(
-                f"{self.folder}/units.bin: {size} bytes, but offsets.npy asks for {self.offsets[-1]} units "
-                f"of {self.header.dtype.itemsize}; run stage=label again"
+                f"{self.folder}/units.bin: {size} bytes, but offsets.npy has {self.offsets[-1]} units of "
+                f"{self.header.dtype.itemsize} bytes; rerun stage=label"
             )
-        # An empty file cannot be mapped. The plain view saves memmap's bookkeeping for every utterance.
+        # An empty file cannot be mapped. A plain array avoids memmap's overhead on every access.
         self.unit_N: np.ndarray = np.zeros(0, self.header.dtype)
         if size:
             self.unit_N = np.asarray(np.memmap(self.folder / "units.bin", self.header.dtype, "r"))
@@ -170,16 +175,16 @@ class LabelStore:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """Units of an utterance, uint8 or uint16 (S,), read-only."""
+        """The units of an utterance, uint8 or uint16 (S,), read-only."""
         if not 0 <= row < len(self):
             raise IndexError(f"utterance {row} of a label store of {len(self)}")
         return self.unit_N[self.offsets[row] : self.offsets[row + 1]]
 
     def units(self, row: int, n_frames: int) -> np.ndarray:
-        """The units of an utterance that has `n_frames` frames.
+        """The units of an utterance, checked against its number of frames.
 
         Raises:
-            DataError: there are more or fewer units than frames.
+            DataError: the two numbers differ.
         """
         unit_S = self[row]
         if len(unit_S) != n_frames:
@@ -187,49 +192,50 @@ class LabelStore:
         return unit_S
 
     def check(self, manifest: Manifest) -> None:
-        """Raises DataError if the units are not of this manifest and HuBERT's grid, with what differs."""
+        """Raise DataError unless the units belong to this manifest and to HuBERT's frame grid."""
         if len(self) != len(manifest) or self.header.manifest != manifest.fingerprint:
             raise DataError(
-                f"{self.folder}: units of another manifest ({len(self)} utterances, made from "
-                f"{self.header.manifest[:8]}; asked for {len(manifest)}, {manifest.fingerprint[:8]}); "
-                "run stage=label again"
+                f"{self.folder}: made from another manifest ({len(self)} utterances, fingerprint "
+                f"{self.header.manifest[:8]}) than this one ({len(manifest)}, {manifest.fingerprint[:8]}); "
+                "rerun stage=label"
             )
         grid = FrameGrid(self.header.window, self.header.hop)
         if grid != HUBERT:
             raise DataError(
-                f"{self.folder}: a unit every {grid.hop} samples from windows of {grid.window}, but "
-                f"HuBERT has one every {HUBERT.hop} from {HUBERT.window}; run stage=label again"
+                f"{self.folder}: units have a hop of {grid.hop} and a window of {grid.window} samples, but "
+                f"HuBERT's frames have {HUBERT.hop} and {HUBERT.window}; rerun stage=label"
             )
         expected = grid.n_frames(torch.tensor(manifest.n_samples)).numpy()
         wrong = np.flatnonzero(np.diff(self.offsets) != expected)
         if len(wrong):
             row = int(wrong[0])
             raise DataError(
-                f"{self.folder}: utterance {manifest[row].id!r} (number {row}) has {len(self[row])} units, "
-                f"but {expected[row]} frames, and so {len(wrong)} utterances in all; run stage=label again"
+                f"{self.folder}: {len(wrong)} utterances whose numbers of units and frames differ, such as "
+                f"{manifest[row].id!r} (row {row}): {len(self[row])} units, {expected[row]} frames; rerun "
+                "stage=label"
             )
 
     def unit_counts(self) -> np.ndarray:
-        """How often each unit occurs, (K,) int64."""
+        """Number of occurrences of each unit, int64 (K,)."""
         counts_K = np.zeros(self.header.n_units, np.int64)
         for start in range(0, len(self.unit_N), 1 << 20):
             counts_K += np.bincount(self.unit_N[start : start + (1 << 20)], minlength=self.header.n_units)
         return counts_K
 
 
-def _refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    wrong = [f"{key} was {old!r}, now {now.get(key)!r}" for key, old in before.items() if old != now.get(key)]
-    if wrong:
-        raise StaleError(f"{folder}: holds other units: {'; '.join(wrong)}; delete it to make it again")
+def _check_header(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        f"{key} was {old!r}, now {now.get(key)!r}" for key, old in before.items() if old != now.get(key)
+    ]
+    if changed:
+        raise StaleError(f"{folder} holds other units: {'; '.join(changed)}. Delete it to make them again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(
-            f"{path}: not JSON ({error}); delete {path.parent} and run stage=label again"
-        ) from error
+        raise DataError(f"{path}: not JSON ({error}); delete {path.parent} and rerun stage=label") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""The utterance table: one Arrow file, memory-mapped and shared by all workers.
+"""Utterance manifest: one memory-mapped Arrow file, shared by all workers.
 
-A corpus of 22 million utterances never becomes Python objects: rows are built when they are asked for.
-Audio paths below the manifest's own folder are stored relative to it, so that an experiment's folder can be
-moved or copied. `rejected.jsonl` beside it says what was dropped and why.
+Rows become Python objects only on access, so a corpus of 22 million utterances fits in memory. Audio paths
+below the manifest's folder are stored relative to it, so that an experiment folder can be moved or copied.
+`rejected.jsonl`, next to the manifest, lists what was dropped and why.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from jahubert.train.data.utterances import Phone, Rejected, Utterance, Utterance
 log = logging.getLogger(__name__)
 
 FORMAT = b"1"
-_PAUSES = (1.0, 5.0, 20.0)  # seconds before audio is asked for again
-_ADVICE = (
-    "Put the recording back as stage=prepare found it: the same command continues. To do without it, begin "
-    "again under another name=..., with stage=prepare, which leaves out what cannot be read; units, "
-    "checkpoints and targets belong to the manifest that they were made from, and are made again too"
+_RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds before audio is read again
+_MISSING_AUDIO_HINT = (
+    "Restore the recording as stage=prepare read it, and rerun the same command. To train without it, start "
+    "again with stage=prepare under another name=..., which rejects unreadable audio; units, checkpoints and "
+    "targets belong to one manifest and have to be made again"
 )
-_ROWS = 8192  # a record batch: what is held in memory while writing
+_BATCH_ROWS = 8192  # rows per record batch, the part held in memory while writing
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -60,58 +60,65 @@ _SCHEMA = pa.schema(
 
 
 def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utterances | Rejected]) -> dict:
-    """Write utterances as they come, in bounded memory; the file appears under its name only when complete.
+    """Write a manifest in bounded memory; the file gets its name only when it is complete.
 
-    Returns counts: {"utterances", "hours", "rejected": {reason: n}, "splits": {split: {"utterances", "hours",
-    "with_words"}}}. Raises DataError for an unusable utterance, for two with one id (naming both sources),
-    and when nothing at all was accepted.
+    Returns:
+        Counts: {"utterances", "hours", "rejected": {reason: n}, "splits": {split: {"utterances", "hours",
+        "with_words"}}}.
+
+    Raises:
+        DataError: an unusable utterance, two utterances with one id, or no accepted utterance at all.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft, made = path.with_name(path.name + ".draft"), path.with_name(path.name + ".tmp")
+    draft, tmp = path.with_name(path.name + ".draft"), path.with_name(path.name + ".tmp")
     rejected = path.with_name("rejected.jsonl")
     rejected_draft = rejected.with_name("rejected.jsonl.tmp")
-    writing = _Writing(path.parent.absolute())
+    builder = _ManifestBuilder(path.parent.absolute())
     try:
         with (
             pa.OSFile(str(draft), "wb") as sink,
             pa.ipc.new_file(sink, _SCHEMA) as table,
-            open(rejected_draft, "w", encoding="utf-8", errors="backslashreplace") as drops,
+            open(rejected_draft, "w", encoding="utf-8", errors="backslashreplace") as rejected_file,
         ):
             rows: list[dict] = []
             for item in items:
                 if isinstance(item, Rejected):
-                    writing.drop(item)
-                    line = {"id": item.id, "reason": item.reason}
-                    line |= {"detail": item.detail} if item.detail else {}
-                    line |= {"missing": item.missing} if item.missing else {}
-                    drops.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    builder.count_rejected(item)
+                    record = {"id": item.id, "reason": item.reason}
+                    if item.detail:
+                        record["detail"] = item.detail
+                    if item.missing:
+                        record["missing"] = item.missing
+                    rejected_file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     continue
                 if isinstance(item, Utterance):
-                    rows.append(writing.add(item))
-                if rows and (len(rows) == _ROWS or isinstance(item, Utterances)):
+                    rows.append(builder.row(item))
+                if rows and (len(rows) == _BATCH_ROWS or isinstance(item, Utterances)):
                     table.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
                     rows = []
                 if isinstance(item, Utterances) and len(item):
-                    table.write_batch(writing.add_all(item))
+                    table.write_batch(builder.record_batch(item))
             if rows:
                 table.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
         os.replace(rejected_draft, rejected)
-        if not writing.n_samples:
-            raise DataError(f"no utterance to write into {path}: {writing.why_empty()} (see {rejected})")
+        if not builder.n_samples:
+            raise DataError(f"no utterance to write into {path}: {builder.why_empty()} (see {rejected})")
         with pa.memory_map(str(draft)) as source:
             table = pa.ipc.open_file(source)
-            writing.check_ids(table)
-            _finish(table, made, writing.metadata())
-        os.replace(made, path)
+            builder.check_ids(table)
+            _copy_with_metadata(table, tmp, builder.metadata())
+        os.replace(tmp, path)
     finally:
-        for temporary in (draft, made, rejected_draft):
+        for temporary in (draft, tmp, rejected_draft):
             temporary.unlink(missing_ok=True)
-    return writing.counts()
+    return builder.counts()
 
 
-def _finish(table: pa.ipc.RecordBatchFileReader, path: Path, metadata: dict[bytes, bytes]) -> None:
-    """Copy the draft below a schema that carries the fingerprint, which is known only at the end."""
+def _copy_with_metadata(
+    table: pa.ipc.RecordBatchFileReader, path: Path, metadata: dict[bytes, bytes]
+) -> None:
+    """Copy the draft under a schema that carries the fingerprint, which is known only at the end."""
     schema = _SCHEMA.with_metadata(metadata)
     with open(path, "wb") as file:
         with pa.ipc.new_file(file, schema) as out:
@@ -121,22 +128,22 @@ def _finish(table: pa.ipc.RecordBatchFileReader, path: Path, metadata: dict[byte
         os.fsync(file.fileno())
 
 
-class _Writing:
-    """Checks, counts and the running fingerprint of a manifest that is being written."""
+class _ManifestBuilder:
+    """Checks, counts and running fingerprint of a manifest while it is written."""
 
     def __init__(self, folder: Path):
         self.prefix = os.path.abspath(folder) + os.sep
         self.sha = hashlib.sha256()
-        self.id_hashes = array("q")  # 8 bytes an utterance, where a set of strings would need over 100
+        self.id_hashes = array("q")  # 8 bytes per utterance; a set of strings would need over 100
         self.n_samples = 0
         self.rejected: dict[str, int] = {}
         self.splits: dict[str, dict] = {}
 
-    def drop(self, item: Rejected) -> None:
+    def count_rejected(self, item: Rejected) -> None:
         self.rejected[item.reason] = self.rejected.get(item.reason, 0) + 1
 
-    def add(self, item: Utterance) -> dict:
-        """The row of an utterance."""
+    def row(self, item: Utterance) -> dict:
+        """Check and count an utterance; return its row."""
         _check(item)
         row = {
             "id": item.id,
@@ -155,20 +162,20 @@ class _Writing:
             self.sha.update(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"utterance {item.id!r} ({item.audio}) has a name or text that is not Unicode: rename it"
+                f"utterance {item.id!r} ({item.audio}): its name or text is not valid Unicode; rename it"
             ) from error
         self.id_hashes.append(_id_hash(item.id))
         self._count(item.split, 1, item.n_samples, bool(item.words))
         return row
 
-    def add_all(self, items: Utterances) -> pa.RecordBatch:
-        """The rows of many utterances."""
+    def record_batch(self, items: Utterances) -> pa.RecordBatch:
+        """Check and count the utterances of an archive; return their rows."""
         if items.n_samples_N.min() <= 0 or not all(items.ids) or not items.split:
             for item in items:
                 _check(item)
         n, path = len(items), self._relative(items.path)
         numbers = [items.offset_N, items.length_N, items.n_samples_N]
-        row = [
+        content = [
             path,
             items.split,
             list(items.ids),
@@ -176,25 +183,26 @@ class _Writing:
             list(items.texts),
         ]
         try:
-            self.sha.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self.sha.update(json.dumps(content, ensure_ascii=False).encode() + b"\n")
         except UnicodeEncodeError as error:
-            raise DataError(f"{items.path}: a name or text in it is not Unicode: rename it") from error
+            raise DataError(f"{items.path}: a name or text in it is not valid Unicode; rename it") from error
         self.id_hashes.extend(map(_id_hash, items.ids))
         self._count(items.split, n, int(items.n_samples_N.sum()), 0)
-        given: dict[str, Any] = {
+        columns: dict[str, Any] = {
             "id": items.ids,
             "path": [path] * n,
-            "text": items.texts,
-            "split": [items.split] * n,
-        }
-        given |= dict(zip(("offset", "length", "n_samples"), numbers, strict=True))
-        given |= {
+            "offset": items.offset_N,
+            "length": items.length_N,
             "start": np.zeros(n, np.int64),
+            "n_samples": items.n_samples_N,
             "speaker": [""] * n,
+            "text": items.texts,
             "words": [[]] * n,
+            "split": [items.split] * n,
             "alignment": [[]] * n,
         }
-        return pa.RecordBatch.from_arrays([pa.array(given[f.name], f.type) for f in _SCHEMA], schema=_SCHEMA)
+        arrays = [pa.array(columns[field.name], field.type) for field in _SCHEMA]
+        return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
 
     def _relative(self, path: str) -> str:
         path = os.path.abspath(path)
@@ -208,18 +216,18 @@ class _Writing:
         split["with_words"] += with_words
 
     def check_ids(self, table: pa.ipc.RecordBatchFileReader) -> None:
-        """DataError naming both sources of the first id that comes twice."""
+        """Raise DataError for a duplicate id, naming both sources."""
         hashes = np.frombuffer(self.id_hashes, dtype=np.int64)
         values, counts = np.unique(hashes, return_counts=True)
         suspects = np.flatnonzero(np.isin(hashes, values[counts > 1]))
         first: dict[str, Utterance] = {}
         rows = _Rows(table, Path(self.prefix))
-        for i in suspects:  # equal hashes of unequal ids are possible, so the ids themselves decide
+        for i in suspects:  # different ids can have equal hashes, so compare the ids themselves
             item = rows[int(i)]
             if item.id in first:
                 raise DataError(
-                    f"two utterances have the id {item.id!r}: {first[item.id].location} and {item.location}. "
-                    "Ids must be unique: put the folder or the speaker into them"
+                    f"duplicate utterance id {item.id!r}: {first[item.id].location} and {item.location}. "
+                    "Make ids unique, for example with the folder or the speaker in them"
                 )
             first[item.id] = item
 
@@ -245,9 +253,9 @@ class _Writing:
 
     def why_empty(self) -> str:
         if not self.rejected:
-            return "the recipe found nothing"
+            return "the recipe yielded nothing"
         reason, n = max(self.rejected.items(), key=lambda pair: pair[1])
-        return f"all {sum(self.rejected.values())} were rejected, {n} of them because: {reason}"
+        return f"all {sum(self.rejected.values())} were rejected, {n} of them for: {reason}"
 
 
 def _check(item: Utterance) -> None:
@@ -255,7 +263,7 @@ def _check(item: Utterance) -> None:
     if not item.id:
         problem = "has no id"
     elif item.n_samples <= 0 or item.start < 0:
-        problem = f"covers no audio: start {item.start}, n_samples {item.n_samples} (see audio_length)"
+        problem = f"covers no audio: start {item.start}, n_samples {item.n_samples}"
     elif not item.split:
         problem = "has no split"
     elif any(not word for word in item.words):
@@ -264,7 +272,7 @@ def _check(item: Utterance) -> None:
         end = 0
         for phone in item.alignment:
             if not end <= phone.start < phone.end <= item.n_samples:
-                problem = f"has an alignment that overlaps or leaves its {item.n_samples} samples at {phone}"
+                problem = f"has an alignment that overlaps, or exceeds {item.n_samples} samples, at {phone}"
                 break
             end = phone.end
     if problem:
@@ -318,8 +326,8 @@ class Manifest:
         self.path = Path(path).absolute()
         if not self.path.is_file():
             raise DataError(
-                f"no manifest at {self.path}: run stage=prepare first; if that calls itself done, delete "
-                f"{self.path.parent} before"
+                f"{self.path}: manifest not found; run stage=prepare (if it reports that it is done, delete "
+                f"{self.path.parent} first)"
             )
         try:
             self._source = pa.memory_map(str(self.path))
@@ -327,11 +335,11 @@ class Manifest:
             self._rows = _Rows(table, self.path.parent)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{self.path} is not a manifest, or it is damaged: {error}. Run prepare again"
+                f"{self.path}: not a manifest, or damaged ({error}); rerun stage=prepare"
             ) from error
         metadata = table.schema.metadata or {}
         if metadata.get(b"format") != FORMAT or not table.schema.remove_metadata().equals(_SCHEMA):
-            raise DataError(f"{self.path} is not a manifest of format {FORMAT.decode()}: run prepare again")
+            raise DataError(f"{self.path}: not a manifest of format {FORMAT.decode()}; rerun stage=prepare")
         self.fingerprint: str = metadata[b"fingerprint"].decode()
         self.counts: dict = json.loads(metadata[b"counts"])
 
@@ -345,7 +353,7 @@ class Manifest:
         return self._rows[i % len(self)]
 
     def __reduce__(self):
-        return Manifest, (self.path,)  # a worker maps the file itself
+        return Manifest, (self.path,)  # each worker maps the file itself
 
     @cached_property
     def n_samples(self) -> np.ndarray:
@@ -355,43 +363,48 @@ class Manifest:
         return n_samples
 
     def ids(self, indices: Sequence[int] | np.ndarray | None = None) -> list[str]:
-        """Ids, of all utterances or of some; all of 22 million are 2 GB of strings."""
+        """Ids of all utterances (2 GB of strings for 22 million), or of those at `indices`."""
         column = self._rows.column("id")
         return (column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist()
 
     def indices(self, split: str | None = None, has_words: bool | None = None) -> np.ndarray:
-        """int64 indices, ascending, of a split and with or without words; DataError for an unknown split."""
+        """Ascending int64 indices of the utterances of a split, with or without words.
+
+        Raises:
+            DataError: unknown split.
+        """
         keep = np.ones(len(self), bool)
         if split is not None:
             keep &= np.asarray(pc.equal(self._rows.column("split"), split))
         if has_words is not None:
             keep &= np.asarray(pc.greater(pc.list_value_length(self._rows.column("words")), 0)) == has_words
-        found = np.flatnonzero(keep)
         if split is not None and split not in self.counts["splits"]:
             splits = ", ".join(self.counts["splits"])
             raise DataError(f"{self.path} has no split {split!r}; its splits are: {splits}")
-        return found
+        return np.flatnonzero(keep)
 
     def load(self, i: int, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
-        """The audio of an utterance, or `n_samples` samples of it from its sample `start` on, float32 (T,).
+        """Load `n_samples` samples of utterance `i` from its sample `start` on, by default all; float32 (T,).
 
-        What a file server that is away for a moment does not give is asked for again.
+        Transient errors, for example of a network file system, are retried.
 
-        AudioError, naming the utterance, if it cannot be read or ends before the manifest says.
+        Raises:
+            AudioError: the audio is unreadable or shorter than in the manifest; names the utterance.
         """
         item = self[i]
-        for pause in (*_PAUSES, None):
+        for delay in (*_RETRY_DELAYS, None):
             try:
                 return load_utterance(item, start, n_samples)
             except (AudioError, OSError) as error:
-                if pause is None or not _may_pass(error):
-                    raise AudioError(f"utterance {item.id!r}: {str(error).rstrip('.')}. {_ADVICE}") from error
-                log.warning("%s: %s; trying again in %g s", item.audio, error, pause)
-                time.sleep(pause)
-        raise AssertionError("the last pause is None")
+                if delay is None or not _is_transient(error):
+                    message = f"utterance {item.id!r}: {str(error).rstrip('.')}. {_MISSING_AUDIO_HINT}"
+                    raise AudioError(message) from error
+                log.warning("%s: %s; retrying in %g s", item.audio, error, delay)
+                time.sleep(delay)
+        raise AssertionError("the last delay is None")
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the file server, and not the file, is what is wrong; that a file is not there is its answer."""
+def _is_transient(error: Exception) -> bool:
+    """Whether the file system failed rather than the file; a missing file is a definite answer."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)

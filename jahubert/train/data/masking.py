@@ -1,7 +1,4 @@
-"""Which frames and channels are masked: spans at random starts (wav2vec 2.0 section 3.1).
-
-Pure functions of their random generator; see facts on fairseq's rule in `span_mask`.
-"""
+"""Span masks over frames and channels, with random starts (wav2vec 2.0, section 3.1)."""
 
 from __future__ import annotations
 
@@ -9,19 +6,19 @@ import numpy as np
 
 
 def seeded_rng(*key: int) -> np.random.Generator:
-    """A generator that depends on nothing but the numbers in `key`, such as (seed, epoch, utterance)."""
+    """A random generator that depends only on the numbers in `key`, such as (seed, epoch, utterance)."""
     return np.random.default_rng(np.random.SeedSequence([number & 0xFFFFFFFF for number in key]))
 
 
 def span_mask(
     length: int, prob: float, span: int, rng: np.random.Generator, min_spans: int = 0
 ) -> np.ndarray:
-    """Bool array (length,), True inside spans.
+    """Draw a bool mask (length,), True inside spans.
 
-    The number of spans is `prob * length / span`, rounded at random to one of its neighbours, and at
-    least `min_spans`; starts are drawn without replacement, and spans may overlap, so that `prob=0.8`
-    and `span=10` mask about 57 % (fairseq `compute_mask_indices`, "static", without its trim of all
-    rows of a batch to one count). At least one position stays free; spans shrink where they do not fit.
+    The number of spans is `prob * length / span`, randomly rounded up or down, and at least `min_spans`.
+    Starts are drawn without replacement, and spans may overlap, so that `prob=0.8` and `span=10` mask about
+    57 % (fairseq `compute_mask_indices`, "static", but without trimming all rows of a batch to one count).
+    At least one position stays unmasked; spans are shortened if they do not fit.
     """
     mask = np.zeros(length, dtype=bool)
     n_spans = max(min_spans, int(prob * length / span + rng.random()))

@@ -1,8 +1,8 @@
-"""Which utterances go together, in which order: a function of (seed, epoch) and nothing else.
+"""Length-bucketed sampler of micro-batches, a function of (seed, epoch) only.
 
-A micro-batch is what one device computes at once; a step takes a fixed number of micro-batches, split
-over the ranks, so the batch of a step does not depend on how many ranks or workers there are. The state
-of the data is two integers: the epoch, and how many of its micro-batches were taken.
+A micro-batch is what one device computes at once. A step takes a fixed number of micro-batches, distributed
+over the ranks, so the batch of a step does not depend on the number of ranks or workers. The state of the
+sampler is two integers: the epoch, and the number of its micro-batches that were consumed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jahubert.train.data.masking import seeded_rng
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows of a manifest that are computed at once, and where they stand in the run."""
+    """Rows of a manifest that are computed at once, with their position in the run."""
 
     epoch: int
     index: int  # in the epoch
@@ -27,7 +27,7 @@ class MicroBatch:
 
 
 class Epoch:
-    """The micro-batches of one epoch, in order: two arrays, because 22 million rows must not be objects."""
+    """The micro-batches of one epoch, in order, as arrays (millions of rows must not become objects)."""
 
     def __init__(self, number: int, rows: np.ndarray, starts: np.ndarray, order: np.ndarray, padding: float):
         """Micro-batch `i` is `rows[starts[order[i]] : starts[order[i] + 1]]`."""
@@ -39,18 +39,18 @@ class Epoch:
 
     def __getitem__(self, index: int) -> MicroBatch:
         if not 0 <= index < len(self):
-            raise IndexError(index)  # which also ends a loop
+            raise IndexError(index)  # also ends iteration
         group = self.order[index]
         rows = self.rows[self.starts[group] : self.starts[group + 1]]
         return MicroBatch(self.number, index, tuple(rows.tolist()))
 
     def for_rank(self, rank: int, world: int) -> Iterator[MicroBatch]:
-        """Those of one process, when they are dealt out in turn."""
+        """Every `world`-th micro-batch, starting at `rank`."""
         return (self[index] for index in range(rank, len(self), world))
 
 
 class Sampler:
-    """Micro-batches of similar lengths, at most `micro_seconds` long with their padding."""
+    """Sampler of micro-batches of similar lengths, each at most `micro_seconds` long including padding."""
 
     def __init__(
         self,
@@ -67,57 +67,55 @@ class Sampler:
         self.capacity = int(micro_seconds * SAMPLE_RATE)
         self.micro_batches_per_step, self.seed, self.max_rows = micro_batches_per_step, seed, max_rows
         if not len(self.rows):
-            raise DataError(
-                "no utterance is left to train on; look at the split, the lengths and the labels asked for"
-            )
+            raise DataError("no utterance to train on; check the split, the length limits and the labels")
         if self.n_samples.max() > self.capacity:
             longest = self.n_samples.max() / SAMPLE_RATE
             raise ConfigError(
-                f"micro_seconds={micro_seconds} cannot hold the longest utterance ({longest:.2f} s)"
+                f"micro_seconds={micro_seconds} is shorter than the longest utterance ({longest:.2f} s)"
             )
-        self.kept: dict[int, Epoch] = {}
+        self._epochs: dict[int, Epoch] = {}
 
     def epoch(self, epoch: int) -> Epoch:
         """All micro-batches of an epoch, in order."""
-        if epoch not in self.kept:  # reading runs ahead of learning, so the one before is still asked for
-            self.kept = {number: made for number, made in self.kept.items() if number == epoch - 1}
-            self.kept[epoch] = self._made(epoch)
-        return self.kept[epoch]
+        if epoch not in self._epochs:  # data workers run ahead, so the previous epoch is still in use
+            self._epochs = {number: built for number, built in self._epochs.items() if number == epoch - 1}
+            self._epochs[epoch] = self._build(epoch)
+        return self._epochs[epoch]
 
-    def _made(self, epoch: int) -> Epoch:
+    def _build(self, epoch: int) -> Epoch:
         rng = seeded_rng(self.seed, epoch, 0)
-        # A little noise on the lengths varies who meets whom, and costs next to no padding.
+        # A little noise on the lengths varies the neighbors of an utterance at almost no cost in padding.
         by_length = np.argsort(self.n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
         length = self.n_samples[by_length]
-        starts = self._cut(length)
-        filled = np.sum(np.maximum.reduceat(length, starts[:-1]) * np.diff(starts))
-        padding = 1 - float(length.sum() / filled)
+        starts = self._boundaries(length)
+        padded = np.sum(np.maximum.reduceat(length, starts[:-1]) * np.diff(starts))
+        padding = 1 - float(length.sum() / padded)
         return Epoch(epoch, self.rows[by_length], starts, rng.permutation(len(starts) - 1), padding)
 
-    def _cut(self, length: np.ndarray) -> np.ndarray:
-        """Where each micro-batch begins, and the end, when lengths are taken in this order."""
-        starts, places = [0], np.arange(1, self._most(int(length[0])) + 1)
+    def _boundaries(self, length: np.ndarray) -> np.ndarray:
+        """Start of each micro-batch, and the end of the last one, for lengths in this order."""
+        starts, counts = [0], np.arange(1, self._row_limit(int(length[0])) + 1)
         while starts[-1] < len(length):
             first = starts[-1]
-            ahead = length[first : first + self._most(int(length[first]))]
-            if len(ahead) > len(places):
-                places = np.arange(1, len(ahead) + 1)
-            filled = np.maximum.accumulate(ahead) * places[: len(ahead)]  # with padding; it only grows
-            starts.append(first + int(np.searchsorted(filled, self.capacity, side="right")))
+            candidates = length[first : first + self._row_limit(int(length[first]))]
+            if len(candidates) > len(counts):
+                counts = np.arange(1, len(candidates) + 1)
+            padded = np.maximum.accumulate(candidates) * counts[: len(candidates)]  # monotonic
+            starts.append(first + int(np.searchsorted(padded, self.capacity, side="right")))
         return np.array(starts)
 
-    def _most(self, shortest: int) -> int:
-        """Rows of a micro-batch that begins with this length, at most."""
-        most = self.capacity // max(1, shortest)
-        return min(most, self.max_rows) if self.max_rows else most
+    def _row_limit(self, first_length: int) -> int:
+        """Maximum number of rows of a micro-batch whose first row has this length."""
+        limit = self.capacity // max(1, first_length)
+        return min(limit, self.max_rows) if self.max_rows else limit
 
     def stream(self, epoch: int, cursor: int) -> Iterator[MicroBatch]:
-        """Micro-batches without end, from a saved state on."""
+        """Endless micro-batches from a saved state on."""
         while True:
             batches = self.epoch(epoch)
             yield from (batches[index] for index in range(cursor, len(batches)))
             epoch, cursor = epoch + 1, 0
 
     def padding(self, epoch: int = 0) -> float:
-        """Share of an epoch's samples that is padding."""
+        """Padding as a share of an epoch's samples."""
         return self.epoch(epoch).padding

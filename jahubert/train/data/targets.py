@@ -1,4 +1,4 @@
-"""What is recognised: the symbols of a vocabulary, and the targets of a manifest's utterances in them."""
+"""Target store: the symbols to recognize in every utterance of a manifest, and their vocabulary."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jahubert.errors import DataError
 from jahubert.phonemes import BLANK, BOUNDARY, KANA, PhonemeSet
 from jahubert.train.experiment.provenance import read_record, write_json
 
-UNKNOWN = "<unk>"  # a character that training never showed: in a reference it is always an error
+UNKNOWN = "<unk>"  # a character that does not occur in training: in a reference it is always an error
 
 
 def kana_set() -> PhonemeSet:
-    """Blank, word boundary and the kana that phones are written with."""
+    """Blank, word boundary, and the kana that spell phones."""
     return PhonemeSet((BLANK, BOUNDARY, *KANA))
 
 
@@ -26,28 +26,28 @@ def character_set(characters: Iterable[str]) -> PhonemeSet:
 
 
 def vocabulary_kind(symbols: PhonemeSet) -> str:
-    """What the symbols of a set are: phones, kana or characters."""
+    """The kind of a vocabulary: phones, kana or characters."""
     if symbols.spells_phones:
         return "phones"
     return "kana" if set(symbols.symbols) <= {BLANK, BOUNDARY, *KANA} else "characters"
 
 
 def split_words(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, ...]]:
-    """The words of labels as tuples of symbols; without a word boundary every symbol is a word of its own."""
+    """Split labels into words, tuples of symbols; without a word boundary, every symbol is a word."""
     words = symbols.decode(labels)
     return words if symbols.boundary >= 0 else [(symbol,) for word in words for symbol in word]
 
 
 def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet) -> int:
-    """Write the targets of all rows of a manifest; returns the number of symbols."""
-    offsets, symbols = array("q", [0]), array("h")  # packed: a list would need many times the memory
+    """Write the targets of all rows of a manifest; return the number of symbols."""
+    offsets, symbols = array("q", [0]), array("h")  # packed: lists would need many times the memory
     for row in rows:
         symbols.extend(row)
         offsets.append(len(symbols))
     for name, content in (("symbols", symbols), ("offsets", offsets)):
-        beside = folder / f"tmp_{name}.npy"
-        np.save(beside, np.array(content))
-        beside.replace(folder / f"{name}.npy")
+        tmp = folder / f"tmp_{name}.npy"
+        np.save(tmp, np.array(content))
+        tmp.replace(folder / f"{name}.npy")
     write_json(folder / "phonemes.json", phonemes.to_json())
     return len(symbols)
 
@@ -60,7 +60,7 @@ class TargetStore:
             self.symbol_L = np.load(folder / "symbols.npy", mmap_mode="r")
             self.offsets = np.load(folder / "offsets.npy")
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: no targets here ({error}); run stage=targets first") from error
+            raise DataError(f"{folder}: targets not found ({error}); run stage=targets first") from error
         self.phonemes = PhonemeSet.from_json(read_record(folder / "phonemes.json"))
 
     def __len__(self) -> int:
@@ -70,10 +70,10 @@ class TargetStore:
         return self.symbol_L[self.offsets[row] : self.offsets[row + 1]]
 
     def words(self, row: int) -> list[tuple[str, ...]]:
-        """The words of an utterance, each a tuple of symbols, as `split_words` has them."""
+        """The words of an utterance, each a tuple of symbols, as in `split_words`."""
         return split_words(self.phonemes, self[row].tolist())
 
     @property
     def labeled_rows(self) -> np.ndarray:
-        """Rows that have a target."""
+        """Rows with a target."""
         return np.flatnonzero(np.diff(self.offsets))

@@ -1,7 +1,4 @@
-"""What a recipe yields: an utterance, many of one archive in columns, or what had to be dropped.
-
-And the audio of one.
-"""
+"""Items that a recipe yields: utterances, columns of utterances of an archive, rejected items."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from jahubert.errors import AudioError
 
 @dataclass(frozen=True)
 class Phone:
-    """A phone of a known alignment; samples relative to the utterance's first sample, end exclusive."""
+    """A phone of a reference alignment; samples from the start of the utterance, end exclusive."""
 
     symbol: str
     start: int
@@ -26,12 +23,12 @@ class Phone:
 
 @dataclass(frozen=True)
 class Utterance:
-    """A stretch of audio, and what is known about it."""
+    """A stretch of audio with its speaker, text and reference alignment, as far as they are known."""
 
     id: str
     audio: AudioSource
     start: int = 0  # 16 kHz samples into the source
-    n_samples: int = 0  # 16 kHz samples; a recipe may leave it to stage=prepare: up to the end of the audio
+    n_samples: int = 0  # 16 kHz samples; 0: stage=prepare measures up to the end of the audio
     speaker: str = ""
     text: str = ""
     words: tuple[tuple[str, ...], ...] = ()  # words as phones
@@ -40,16 +37,13 @@ class Utterance:
 
     @property
     def location(self) -> str:
-        """Where its audio is, for messages."""
+        """The location of the audio, for messages."""
         return f"{self.audio}" + (f", from sample {self.start}" if self.start else "")
 
 
 @dataclass(frozen=True)
 class Utterances:
-    """Whole recordings inside one archive, in columns: for millions of rows, which objects would slow down.
-
-    All columns have one row an utterance. Lengths must be given.
-    """
+    """Whole recordings of one archive in columns, for corpora of millions of rows; lengths are required."""
 
     path: str
     ids: Sequence[str]
@@ -72,7 +66,7 @@ class Utterances:
         return (self[i] for i in range(len(self)))
 
     def take(self, rows: Sequence[int] | np.ndarray, split: str | None = None) -> Utterances:
-        """Some of the rows, perhaps for another split."""
+        """The given rows, optionally assigned to another split."""
         return Utterances(
             self.path,
             [self.ids[i] for i in rows],
@@ -86,21 +80,25 @@ class Utterances:
 
 @dataclass(frozen=True)
 class Rejected:
-    """What had to be dropped. Reasons are counted, so what is particular belongs into the detail."""
+    """A rejected item. Reasons are counted, so keep them few; particulars go into `detail`."""
 
     id: str
     reason: str
     detail: str = ""
-    missing: str = ""  # a file that was not there, and may come: stage=prepare then says how to take it in
+    missing: str = ""  # a file that may still arrive; once it exists, stage=prepare explains how to add it
 
 
 def load_utterance(item: Utterance, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
-    """The audio of an utterance, or `n_samples` samples of it from its sample `start` on, float32 (T,)."""
-    wanted = item.n_samples - start if n_samples is None else n_samples
-    wav_T = load_audio(item.audio, start=item.start + start, n_samples=wanted)
-    if len(wav_T) != wanted:
+    """Load `n_samples` samples of an utterance from its sample `start` on, by default all; float32 (T,).
+
+    Raises:
+        AudioError: unreadable audio, or fewer samples than in the manifest.
+    """
+    n_requested = item.n_samples - start if n_samples is None else n_samples
+    wav_T = load_audio(item.audio, start=item.start + start, n_samples=n_requested)
+    if len(wav_T) != n_requested:
         raise AudioError(
-            f"{item.location} has {start + len(wav_T)} samples, but the manifest says {item.n_samples}: the "
+            f"{item.location} has {start + len(wav_T)} samples, but {item.n_samples} in the manifest: the "
             "audio was changed after stage=prepare"
         )
     return wav_T

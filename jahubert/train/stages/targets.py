@@ -37,7 +37,7 @@ VERSION = 3
 class Config:
     manifest: Path
     vocabulary: Literal["phones", "kana", "characters"] = "phones"
-    user_dictionary: Path | None = None  # words and how they are read, for text (train/readings.py)
+    user_dictionary: Path | None = None  # words and their readings
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

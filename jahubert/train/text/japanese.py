@@ -4,7 +4,7 @@ A word is a morpheme of its dictionary, except that a morpheme pronounced with a
 でしょう) is joined to the preceding word. Symbols are dropped. Known errors of the dictionary are corrected
 before and after the analysis:
 
-- `normalize_text` spells out what the dictionary skips or misreads: minus signs, currencies, units, clock
+- `normalization.py` spells out what the dictionary skips or misreads: minus signs, currencies, units, clock
   times, dates and fractions;
 - `user_dictionary.py` corrects single words and adds a user's own;
 - `_fix_reading` fixes readings that depend on the context or on installed packages: 何 is ナン before a
@@ -32,52 +32,23 @@ from typing import Any
 
 from jahubert.errors import DataError, MissingExtraError
 from jahubert.phonemes import kana_to_phones
+from jahubert.train.text.normalization import normalize_text
 from jahubert.train.text.user_dictionary import dictionary
 
-Feature = Mapping[str, Any]  # a morpheme, as pyopenjtalk's run_frontend returns it
+Feature = Mapping[str, Any]  # a morpheme in the format of pyopenjtalk.run_frontend
 
 _KANA = re.compile(r"[ァ-ヺー]")
 _NO_VOWEL = re.compile(r"[ッー]+")
 _YUU = re.compile("([ユュ])ウ")
 _NAN_BEFORE = re.compile(r"[ダデナノト]")
 _LATIN = re.compile(r"[Ａ-Ｚａ-ｚ]")
-_SMALL_VOWELS = (
-    "ァィゥェォぁぃぅぇぉ"  # which the analyser sometimes takes for a word of their own: ツ and ァ
-)
-
-# Signs that are one character each, before NFKC takes them apart (℃ would become the letter C).
-_SIGNS = {"℃": "度", "㎏": "キログラム", "㎎": "ミリグラム", "㎞": "キロメートル", "㎝": "センチメートル"}
-_SIGNS |= {"ヷ": "ヴァ", "ヸ": "ヴィ", "ヹ": "ヴェ", "ヺ": "ヴォ"}
-_SIGNS |= {"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "〜": "～"}
-_ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")  # numerals, which the analyser reads as numbers and NFKC makes letters of
-_CLOCK = r"(?<![\d:])(2[0-4]|[01]?\d):(?=[0-5]\d)"
-_AMOUNT = r"(\d[\d,]*(?:\.\d+)?)"
-_RESPELLINGS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<![A-Za-z0-9.)\]-])[-\u2212](?=\d)", "マイナス"),
-        (r"°C", "度"),
-        (r"[¥￥]" + _AMOUNT, r"\1円"),
-        (r"\$" + _AMOUNT, r"\1ドル"),
-        (r"€" + _AMOUNT, r"\1ユーロ"),
-        (r"£" + _AMOUNT, r"\1ポンド"),
-        (r"(\d+)\u2044(\d+)", r"\2分の\1"),
-        (r"(?<![\d/])(\d{4})/(1[0-2]|0?[1-9])/(3[01]|[12]\d|0?[1-9])(?![\d/])", r"\1年\2月\3日"),
-        # A clock has two digits of minutes; 2:1 is a score or a ratio, two to one.
-        (_CLOCK + r"00(?![\d:])", r"\1時"),
-        (_CLOCK + r"0?([1-5]?\d)(?![\d:])", r"\1時\2分"),
-        (r"(?<![\d:.])(\d+(?:\.\d+)?)[:対](?=\d+(?![\d:]))", r"\1タイ"),
-        (r"(?<=\d)[~～](?=\d)", "から"),
-        (r"(?<=[A-Za-z])#", "シャープ"),
-        (r"年0(?=\d月)", "年"),
-        (r"月0(?=\d日)", "月"),
-    )
-)
+# The analyzer sometimes splits small vowels off as words: ツ and ァ.
+_SMALL_VOWELS = "ァィゥェォぁぃぅぇぉ"
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word: as it was written, as it is said (katakana), and the phones of that."""
+    """A word with its spelling, its pronunciation in katakana, and its phones."""
 
     surface: str
     kana: str
@@ -86,7 +57,11 @@ class Word:
 
 @cache
 def openjtalk() -> ModuleType:
-    """The pyopenjtalk module, imported without the notices that it prints; MissingExtraError without it."""
+    """Import pyopenjtalk without the notices that it prints.
+
+    Raises:
+        MissingExtraError: pyopenjtalk-plus is not installed.
+    """
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -96,41 +71,25 @@ def openjtalk() -> ModuleType:
     return pyopenjtalk
 
 
-def normalize_text(text: str) -> str:
-    """The text in NFKC, with signs that the dictionary would skip or misread written out, in one line.
-
-    Roman numerals stay as they are, Latin letters lose their accents, control characters become spaces.
-    """
-    text = "".join(_SIGNS.get(char, char) for char in unicodedata.normalize("NFC", text))
-    parts = _ROMAN.split(text)
-    parts[::2] = [unicodedata.normalize("NFKC", part) for part in parts[::2]]
-    text = "".join(_plain(char) for char in "".join(parts))
-    for pattern, replacement in _RESPELLINGS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def _plain(char: str) -> str:
-    if unicodedata.category(char)[0] in "CZ":
-        return " "
-    base = unicodedata.normalize("NFD", char)[0]
-    return base if base.isascii() else char
-
-
 def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
-    """Morphemes of a text as pyopenjtalk gives them, with the readings decided here; it makes labels of them.
+    """Analyze a text into morphemes with corrected readings, in the format of pyopenjtalk.run_frontend.
 
-    `words` is a user dictionary (`readings.dictionary`). DataError names letters that have no reading.
+    Args:
+        text: any Japanese text.
+        words: a user dictionary, see `user_dictionary.read_words`.
+
+    Raises:
+        DataError: letters without a reading.
     """
     pyopenjtalk = openjtalk()
-    plain = normalize_text(text)
-    found = pyopenjtalk.run_frontend(plain, predict_nani=False, jtalk=dictionary(words))
-    features = [dict(feature) for feature in found]
+    normalized = normalize_text(text)
+    morphemes = pyopenjtalk.run_frontend(normalized, predict_nani=False, jtalk=dictionary(words))
+    features = [dict(morpheme) for morpheme in morphemes]
     for feature, following in zip_longest(features, features[1:]):
         if not _KANA.search(feature["pron"]):
             letters = [c for c in feature["string"] if unicodedata.category(c)[0] in "LN"]
             if letters:
-                raise DataError(f"no reading for {''.join(letters)!r} in the text {text!r}: spell it in kana")
+                raise DataError(f"no reading for {''.join(letters)!r} in the text {text!r}; spell it in kana")
         _fix_reading(feature, following)
     return features
 
@@ -138,10 +97,10 @@ def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
 def _fix_reading(feature: dict[str, Any], following: Feature | None) -> None:
     string, pron = feature["string"], feature["pron"]
     if pron == "ナニ" and string == "何" and following is not None:
-        counts = (
+        is_counter = (
             "助数詞" in (following["pos_group2"], following["pos_group3"]) or following["pos_group1"] == "数"
         )
-        if counts or (following["pos"] in ("助詞", "助動詞") and _NAN_BEFORE.match(following["pron"])):
+        if is_counter or (following["pos"] in ("助詞", "助動詞") and _NAN_BEFORE.match(following["pron"])):
             feature["pron"] = "ナン"
     elif _LATIN.search(string):
         feature["pron"] = _letter_names(string, pron)
@@ -152,7 +111,7 @@ def _fix_reading(feature: dict[str, Any], following: Feature | None) -> None:
 
 
 def _letter_names(string: str, pron: str) -> str:
-    """The pronunciation of a word with Latin letters, with each letter by one name wherever it stands."""
+    """The pronunciation of a word with Latin letters, with one name per letter in every context."""
     pron = re.sub("(ジェ|ケ)イ", r"\1ー", pron)
     if not re.search("[Ｈｈ]", string):
         return pron.replace("エイ", "エー")
@@ -160,16 +119,16 @@ def _letter_names(string: str, pron: str) -> str:
 
 
 def features_to_words(features: Sequence[Feature]) -> list[Word]:
-    """Words of the morphemes that `analyze` returns, in order; may be empty."""
+    """Join morphemes of `analyze` into words; may be empty."""
     words: list[tuple[str, str]] = []
-    joined = False  # whether the morpheme before this one was a word, with no symbol between
+    joined = False  # whether the previous morpheme is a word, with no symbol in between
     for feature in features:
         kana = "".join(_KANA.findall(feature["pron"]))
         if not kana:
             joined = False
             continue
-        if joined and feature["string"][0] in _SMALL_VOWELS:  # said as large ones where they stand alone
-            kana = _leaning(words[-1][1], feature["string"][0]) + kana[1:]
+        if joined and feature["string"][0] in _SMALL_VOWELS:  # read as large vowels when split off
+            kana = _small_vowel_reading(words[-1][1], feature["string"][0]) + kana[1:]
         if joined and (kana[0] in "ー" + _SMALL_VOWELS or _NO_VOWEL.fullmatch(kana)):
             surface, before = words[-1]
             words[-1] = (surface + feature["string"], before + kana)
@@ -181,23 +140,27 @@ def features_to_words(features: Sequence[Feature]) -> list[Word]:
     return [Word(surface, kana, tuple(kana_to_phones(kana))) for surface, kana in words]
 
 
-def _leaning(before: str, small: str) -> str:
-    """A small vowel behind a word: itself, as in ツァ; ー where it draws out a vowel, as in うわぁ."""
-    return "ー" if kana_to_phones(before)[-1].removesuffix(":") == kana_to_phones(small)[0] else small
+def _small_vowel_reading(preceding: str, small: str) -> str:
+    """The reading of a small vowel after a word: itself (ツァ), or ー if it lengthens a vowel (うわぁ)."""
+    return "ー" if kana_to_phones(preceding)[-1].removesuffix(":") == kana_to_phones(small)[0] else small
 
 
 def text_to_words(text: str, words: Path | None = None) -> list[Word]:
-    """Words of a Japanese text; `words` is a user dictionary.
+    """Convert a Japanese text to words; `words` is a user dictionary.
 
     Raises:
-        DataError: the text has no words, or letters that cannot be read.
+        DataError: the text has no words, or letters without a reading.
     """
-    found = features_to_words(analyze(text, words))
-    if not found:
-        raise DataError(f"nothing to read in the text {text!r}")
-    return found
+    result = features_to_words(analyze(text, words))
+    if not result:
+        raise DataError(f"no words in the text {text!r}")
+    return result
 
 
 def text_to_phones(text: str) -> tuple[tuple[str, ...], ...]:
-    """Words of a Japanese text as phones: what `Utterance.words` holds. DataError as in `text_to_words`."""
+    """Convert a Japanese text to words as phones, the format of `Utterance.words`.
+
+    Raises:
+        DataError: as `text_to_words`.
+    """
     return tuple(word.phones for word in text_to_words(text))

@@ -1,7 +1,7 @@
-"""Words that the dictionary of pyopenjtalk-plus lacks or reads wrongly: known errors, and a user's own words.
+"""User dictionary: corrections of the dictionary of pyopenjtalk-plus, and a user's own words.
 
-Both become one user dictionary of MeCab, compiled in memory of a temporary folder (3 ms), so that a corrected
-word is also found as one word: 正義 is not split, 神聖 is not read as two names.
+Both are compiled (3 ms) into one user dictionary of MeCab, so that a corrected word is also segmented as one
+word: 正義 is not split, 神聖 is not read as two names.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from typing import Any
 from jahubert.errors import DataError
 from jahubert.phonemes import kana_to_phones, normalise_kana
 
-# Found by reading 4,936 words whose reading is known (the file names of recipe tofugu) and the sentences of
-# the tests. Of 90 words that differed, 60 still do: they have two readings, or stand for a suffix (〜人).
-# docs/readings.md lists them.
+# From 4,936 words with known readings (the file names of recipe tofugu) and the sentences of the tests. Of 90
+# words that differed, 60 still do: they have two readings, or are a suffix; see docs/readings.md.
 NOUNS = {
     "α波": "アルファハ",  # アルファナミ
     "かき氷": "カキゴーリ",  # カキゴオリ
@@ -49,7 +48,7 @@ NOUNS = {
     "金星": "キンセー",  # カナボシ
 }
 ICHIDAN, GODAN_RA = "一段", "五段・ラ行"
-VERBS = {  # stem -> (stem as it is said, conjugation)
+VERBS = {  # stem -> (pronunciation of the stem, conjugation)
     "点け": ("ツケ", ICHIDAN),  # the form 点ける: テンケル
     "紛れ": ("マギレ", ICHIDAN),  # マガエレル
     "蒸れ": ("ムレ", ICHIDAN),  # フケレル
@@ -59,22 +58,20 @@ _ENDINGS = {
     ICHIDAN: ("ル 基本形", " 連用形", " 未然形", "レ 仮定形", "ロ 命令ｒｏ", "ヨ 未然ウ接続"),
     GODAN_RA: ("ル 基本形", "リ 連用形", "ラ 未然形", "ッ 連用タ接続", "レ 仮定形", "ロ 未然ウ接続"),
 }
-_COST = -6000  # so low that a word of ours wins over whatever its characters could be split into
+_COST = -6000  # low enough that a word of the user dictionary wins over any segmentation of its characters
 
 
 @cache
 def dictionary(path: Path | None = None) -> Any:
-    """pyopenjtalk's analyser with the corrections of this file, and with a user's words from `path`.
-
-    The file has one word a line: as it is written, a tab, its reading in kana; `#` starts a comment.
+    """Create pyopenjtalk's analyzer with the corrections of this module and the user's words of `path`.
 
     Raises:
-        DataError: no such file, or a line that is not a word and a reading, by its number.
+        DataError: as `read_words`.
     """
     import pyopenjtalk
 
     rows = [_noun(surface, kana) for surface, kana in NOUNS.items()]
-    rows += [row for stem, (said, kind) in VERBS.items() for row in _verb(stem, said, kind)]
+    rows += [row for stem, (reading, kind) in VERBS.items() for row in _verb(stem, reading, kind)]
     rows += [_noun(surface, kana) for surface, kana in read_words(path)] if path else []
     with tempfile.TemporaryDirectory() as folder:
         source, compiled = Path(folder, "words.csv"), Path(folder, "words.dic")
@@ -89,11 +86,17 @@ def dictionary(path: Path | None = None) -> Any:
 
 
 def read_words(path: Path) -> list[tuple[str, str]]:
-    """(surface, katakana pronunciation) of a user dictionary; DataError as in `dictionary`."""
+    """Read (surface, katakana pronunciation) pairs from a user dictionary.
+
+    The file has one word per line: the spelling, a tab, the reading in kana; `#` starts a comment.
+
+    Raises:
+        DataError: file not found, or a line that is not a word and a reading, with its number.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no user dictionary that can be read ({error})") from error
+        raise DataError(f"{path}: cannot read the user dictionary ({error})") from error
     words = []
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].rstrip()
@@ -102,7 +105,7 @@ def read_words(path: Path) -> list[tuple[str, str]]:
         surface, _, reading = (part.strip() for part in line.partition("\t"))
         try:
             if not (surface and kana_to_phones(reading)):
-                raise DataError("a word, a tab and its reading in kana are needed")
+                raise DataError("expected a word, a tab and its reading in kana")
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from error
         words.append((surface, normalise_kana(reading, surface)))
@@ -113,16 +116,16 @@ def _noun(surface: str, kana: str) -> str:
     return _row(surface, "名詞,一般,*,*,*,*", kana)
 
 
-def _verb(stem: str, said: str, kind: str) -> Iterator[str]:
+def _verb(stem: str, reading: str, kind: str) -> Iterator[str]:
     for ending in _ENDINGS[kind]:
         kana, form = ending.split(" ")
         written = "".join(chr(ord(char) - 0x60) for char in kana)
-        yield _row(stem + written, f"動詞,自立,*,*,{kind},{form}", said + kana)
+        yield _row(stem + written, f"動詞,自立,*,*,{kind},{form}", reading + kana)
 
 
 def _row(surface: str, grammar: str, kana: str) -> str:
-    """A line of a MeCab dictionary; MeCab finds the context numbers of the grammar by itself."""
-    # The analyser sees ASCII in its full-width form.
+    """A line of a MeCab dictionary; MeCab fills in the context ids of the grammar."""
+    # The analyzer sees ASCII characters in full width.
     wide = unicodedata.normalize("NFKC", surface)
     wide = "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in wide)
     return f"{wide},,,{_COST},{grammar},{wide},{kana},{kana},0/{len(kana)},*"
@@ -130,13 +133,13 @@ def _row(surface: str, grammar: str, kana: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing on standard output, where the compiler, which is C++, shows its progress."""
+    """Suppress standard output, where the compiler, which is C++, prints its progress."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+    saved = os.dup(1)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved, 1)
+        os.close(saved)

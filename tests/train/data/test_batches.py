@@ -1,4 +1,4 @@
-"""Batches: labels stay on their frames, padding is padding, choices depend on the utterance alone."""
+"""Training batches: alignment of labels and crops, padding, reproducible random choices."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ LENGTHS = (20_000, 47_777, 33_333, 64_001, 300)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Waveforms that say where they are: sample t is near t / 100000, and the unit of frame s is s % 200."""
+    """Ramp waveforms, sample t is about t / 100000, whose unit at frame s is s % 200."""
     folder = tmp_path_factory.mktemp("corpus")
     items = []
     for number, length in enumerate(LENGTHS):
@@ -48,7 +48,7 @@ def pretraining(corpus, **changes):
     )
 
 
-def test_units_are_those_of_the_frames_that_were_cropped(corpus):
+def test_units_match_the_cropped_frames(corpus):
     data = pretraining(corpus)
     for epoch in range(5):
         batch = data.load(MicroBatch(epoch, 0, (0, 1, 2, 3)))
@@ -62,7 +62,7 @@ def test_units_are_those_of_the_frames_that_were_cropped(corpus):
         assert next(units, None) is None
 
 
-def test_a_choice_depends_on_seed_epoch_and_utterance_only(corpus):
+def test_crop_and_mask_depend_only_on_seed_epoch_and_utterance(corpus):
     data = pretraining(corpus)
     together = data.load(MicroBatch(3, 0, (1, 3)))
     alone = data.load(MicroBatch(3, 9, (3,)))
@@ -72,13 +72,13 @@ def test_a_choice_depends_on_seed_epoch_and_utterance_only(corpus):
     assert not torch.equal(other.mask_BS, alone.mask_BS)
 
 
-def test_short_utterances_are_left_out(corpus):
+def test_short_utterances_are_skipped(corpus):
     assert sorted(pretraining(corpus).sampler.rows.tolist()) == [0, 1, 2, 3]
-    with pytest.raises(DataError, match="no utterance is left"):
+    with pytest.raises(DataError, match="no utterance"):
         pretraining(corpus, crop=CropConfig(min_seconds=10.0))
 
 
-def test_memory_or_disk_give_the_same(corpus):
+def test_cached_and_uncached_waveforms_are_equal(corpus):
     crop = CropConfig(min_seconds=0.5, max_seconds=1.5, keep_in_memory_hours=0.0)
     micro = MicroBatch(0, 0, (1, 2))
     assert torch.equal(
@@ -86,7 +86,7 @@ def test_memory_or_disk_give_the_same(corpus):
     )
 
 
-def test_labels_of_another_manifest_are_refused(corpus, tmp_path):
+def test_labels_of_another_manifest_are_rejected(corpus, tmp_path):
     manifest, _ = corpus
     n_frames = HUBERT.n_frames(np.asarray(manifest.n_samples))
     writer = LabelWriter(
@@ -98,13 +98,13 @@ def test_labels_of_another_manifest_are_refused(corpus, tmp_path):
         pretraining((manifest, LabelStore(tmp_path / "other")))
 
 
-def test_a_batch_whose_parts_do_not_fit_is_refused():
+def test_inconsistent_batch_is_rejected():
     with pytest.raises(DataError, match="2 masked frames, but 3 units"):
         PretrainBatch(torch.zeros(1, 800), torch.tensor([800]), torch.tensor([[True, True]]), torch.zeros(3))
 
 
-def test_a_batch_is_pinned_but_for_its_lengths(monkeypatch):
-    """As a DataLoader asks for it; locking pages needs a GPU, so numbers are changed here instead."""
+def test_pinning_leaves_lengths_unchanged(monkeypatch):
+    """Called by DataLoader; locking pages needs a GPU, so a replacement changes the values instead."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     batch = PretrainBatch(torch.zeros(1, 800), torch.tensor([800]), torch.tensor([[True]]), torch.zeros(1))
     micro, pinned = pin_memory((MicroBatch(0, 0, (3, 1)), batch))
@@ -113,7 +113,7 @@ def test_a_batch_is_pinned_but_for_its_lengths(monkeypatch):
     assert batch.wav_BT.max() == 0
 
 
-def test_fine_tuning_pads_and_never_crops(corpus, tmp_path):
+def test_fine_tuning_batches_are_padded_and_never_cropped(corpus, tmp_path):
     manifest, _ = corpus
     phonemes = PhonemeSet.standard()
     words = [[("k", "a")], [("a:",), ("s", "u")], [("i",)], [("N", "o"), ("e",)], []]

@@ -1,4 +1,4 @@
-"""The utterance table: what goes in comes out, and what must not go in is refused by name."""
+"""Utterance manifest: round trip, rejection of unusable utterances, loading of audio."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ FULL = Utterance(
 )
 
 
-def test_rows_come_back_as_they_went_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", 7)  # several record batches
+def test_rows_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_ROWS", 7)  # several record batches
     items = [utterance(i) for i in range(30)] + [FULL]
-    drops = [Rejected("x", "too short"), Rejected("y", "too short"), Rejected("z", "no audio")]
-    counts = write_manifest(tmp_path / "m.arrow", iter(items[:10] + drops + items[10:]))
+    rejected = [Rejected("x", "too short"), Rejected("y", "too short"), Rejected("z", "no audio")]
+    counts = write_manifest(tmp_path / "m.arrow", iter(items[:10] + rejected + items[10:]))
     manifest = Manifest(tmp_path / "m.arrow")
     assert len(manifest) == 31
     assert [manifest[i] for i in range(31)] == items
@@ -57,7 +57,7 @@ def test_rows_come_back_as_they_went_in(tmp_path, monkeypatch):
     assert counts["rejected"] == {"no audio": 1, "too short": 2}
     assert counts["splits"]["eval1"] == {"utterances": 1, "hours": 0.1 / 3600, "with_words": 1}
     lines = (tmp_path / "rejected.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [{"id": d.id, "reason": d.reason} for d in drops]
+    assert [json.loads(line) for line in lines] == [{"id": d.id, "reason": d.reason} for d in rejected]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.arrow", "rejected.jsonl"]
     with pytest.raises(IndexError):
         manifest[31]
@@ -78,20 +78,20 @@ def columns(first: int, n: int, **changes) -> Utterances:
     return Utterances(**{**fields, **changes})
 
 
-def test_columns_are_rows_like_any_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", 4)
-    many = columns(0, 9)
-    items = [utterance(0), many, Rejected("x", "no audio"), utterance(1), columns(9, 0), columns(9, 2)]
+def test_columns_are_stored_as_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_ROWS", 4)
+    batch = columns(0, 9)
+    items = [utterance(0), batch, Rejected("x", "no audio"), utterance(1), columns(9, 0), columns(9, 2)]
     counts = write_manifest(tmp_path / "m.arrow", items)
     manifest = Manifest(tmp_path / "m.arrow")
-    assert [manifest[i] for i in range(len(manifest))] == [utterance(0), *many, utterance(1), *columns(9, 2)]
-    assert many[3].audio == AudioSource("/corpus/000.tar", 3072, 700)
+    assert [manifest[i] for i in range(len(manifest))] == [utterance(0), *batch, utterance(1), *columns(9, 2)]
+    assert batch[3].audio == AudioSource("/corpus/000.tar", 3072, 700)
     assert manifest.indices("dev", has_words=False).tolist() == [*range(1, 10), 11, 12]
     n_samples = sum(range(5000, 5009)) + 5000 + 5001
     assert counts["splits"]["dev"] == {"utterances": 11, "hours": n_samples / 16_000 / 3600, "with_words": 0}
     write_manifest(tmp_path / "n.arrow", [utterance(0), columns(0, 9, texts=["違う"] * 9)])
     assert Manifest(tmp_path / "n.arrow").fingerprint != manifest.fingerprint
-    part = many.take([2, 5], "test")
+    part = batch.take([2, 5], "test")
     assert [(item.id, item.split, item.n_samples) for item in part] == [
         ("000/2", "test", 5002),
         ("000/5", "test", 5005),
@@ -101,15 +101,15 @@ def test_columns_are_rows_like_any_other(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([columns(0, 3), columns(2, 3)], r"two utterances have the id '000/2': .*000.tar \(bytes 2048"),
-        ([columns(0, 3), utterance(0, id="000/1")], "two utterances have the id '000/1'"),
+        ([columns(0, 3), columns(2, 3)], r"duplicate utterance id '000/2': .*000.tar \(bytes 2048"),
+        ([columns(0, 3), utterance(0, id="000/1")], "'000/1'"),
         ([columns(0, 2, n_samples_N=np.array([1, 0]))], "'000/1'.*covers no audio"),
         ([columns(0, 2, ids=["a", ""])], "has no id"),
         ([columns(0, 2, split="")], "has no split"),
-        ([columns(0, 1, texts=["\udce3"])], "000.tar: a name or text in it is not Unicode"),
+        ([columns(0, 1, texts=["\udce3"])], "000.tar.*Unicode"),
     ],
 )
-def test_unusable_columns_are_refused(tmp_path, items, message):
+def test_unusable_columns_are_rejected(tmp_path, items, message):
     with pytest.raises(DataError, match=message):
         write_manifest(tmp_path / "m.arrow", items)
     assert not (tmp_path / "m.arrow").exists()
@@ -117,7 +117,7 @@ def test_unusable_columns_are_refused(tmp_path, items, message):
 
 @pytest.mark.parametrize("rows", [3, 1000])
 def test_duplicate_ids_name_both_sources(tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(module, "_ROWS", rows)
+    monkeypatch.setattr(module, "_BATCH_ROWS", rows)
     items = [utterance(i) for i in range(10)]
     items[8] = utterance(8, id=items[2].id, start=160)
     with pytest.raises(DataError) as error:
@@ -127,13 +127,13 @@ def test_duplicate_ids_name_both_sources(tmp_path, monkeypatch, rows):
     assert not (tmp_path / "m.arrow").exists()
 
 
-def test_colliding_hashes_are_not_duplicates(tmp_path, monkeypatch):
+def test_hash_collisions_are_not_duplicates(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_id_hash", lambda id: len(id))
     write_manifest(tmp_path / "m.arrow", [utterance(i) for i in range(10)])
     assert len(Manifest(tmp_path / "m.arrow")) == 10
 
 
-def test_fingerprint_follows_content_and_not_place(tmp_path):
+def test_fingerprint_depends_on_content_but_not_on_the_folder(tmp_path):
     def fingerprint(folder, items):
         folder.mkdir(exist_ok=True)
         write_manifest(folder / "m.arrow", items)
@@ -145,11 +145,11 @@ def test_fingerprint_follows_content_and_not_place(tmp_path):
     assert first != fingerprint(tmp_path / "c", items[::-1])
     assert first != fingerprint(tmp_path / "c", [*items[:4], utterance(4, text="違う")])
 
-    def made(folder):
+    def items_in(folder):
         return [utterance(0, audio=AudioSource(str(folder / "audio" / "0.wav")))]
 
     one, two = tmp_path / "one", tmp_path / "two"
-    assert fingerprint(one, made(one)) == fingerprint(two, made(two))
+    assert fingerprint(one, items_in(one)) == fingerprint(two, items_in(two))
     one.rename(tmp_path / "moved")
     assert Manifest(tmp_path / "moved" / "m.arrow")[0].audio.path == str(tmp_path / "moved/audio/0.wav")
 
@@ -161,27 +161,27 @@ def test_fingerprint_follows_content_and_not_place(tmp_path):
         ({"n_samples": 0}, "covers no audio"),
         ({"start": -1}, "covers no audio"),
         ({"words": (("a",), ())}, "word without phones"),
-        ({"alignment": (Phone("a", 0, 1002),)}, "overlaps or leaves its 1001 samples"),
-        ({"alignment": (Phone("a", 0, 10), Phone("b", 9, 20))}, "overlaps"),
-        ({"text": "\udce3"}, "not Unicode"),
+        ({"alignment": (Phone("a", 0, 1002),)}, "alignment.*1001 samples"),
+        ({"alignment": (Phone("a", 0, 10), Phone("b", 9, 20))}, "alignment"),
+        ({"text": "\udce3"}, "Unicode"),
     ],
 )
-def test_unusable_utterances_are_refused(tmp_path, changes, message):
+def test_unusable_utterances_are_rejected(tmp_path, changes, message):
     with pytest.raises(DataError, match=message) as error:
         write_manifest(tmp_path / "m.arrow", [utterance(0), utterance(1, **changes)])
     assert "/corpus/名 前1.wav" in str(error.value)
     assert not (tmp_path / "m.arrow").exists()
 
 
-def test_nothing_accepted_says_why(tmp_path):
-    with pytest.raises(DataError, match="all 2 were rejected, 2 of them because: no transcript"):
+def test_empty_manifest_reports_the_most_frequent_reason(tmp_path):
+    with pytest.raises(DataError, match="no transcript"):
         write_manifest(tmp_path / "m.arrow", [Rejected(str(i), "no transcript") for i in range(2)])
     assert (tmp_path / "rejected.jsonl").is_file()
-    with pytest.raises(DataError, match="found nothing"):
+    with pytest.raises(DataError, match="yielded nothing"):
         write_manifest(tmp_path / "m.arrow", [])
 
 
-def test_a_recipe_that_fails_leaves_the_old_manifest(tmp_path):
+def test_failing_recipe_keeps_the_old_manifest(tmp_path):
     def failing():
         yield utterance(0)
         raise RuntimeError("unplugged")
@@ -194,19 +194,19 @@ def test_a_recipe_that_fails_leaves_the_old_manifest(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_missing_broken_and_foreign_files(tmp_path):
-    with pytest.raises(DataError, match=r"no manifest.*stage=prepare"):
+def test_missing_and_damaged_manifests_are_rejected(tmp_path):
+    with pytest.raises(DataError, match=r"m.arrow: manifest not found"):
         Manifest(tmp_path / "m.arrow")
     path = tmp_path / "m.arrow"
     write_manifest(path, [utterance(i) for i in range(50)])
-    whole = path.read_bytes()
-    for broken in (b"", b"not arrow", whole[: len(whole) // 2]):
+    content = path.read_bytes()
+    for broken in (b"", b"not arrow", content[: len(content) // 2]):
         path.write_bytes(broken)
         with pytest.raises(DataError, match="damaged"):
             Manifest(path)
 
 
-def test_load_checks_the_length(tmp_path):
+def test_loading_checks_the_length(tmp_path):
     samples = np.linspace(-0.5, 0.5, 4000, dtype=np.float32)
     soundfile.write(tmp_path / "音.wav", samples, 16000, subtype="FLOAT")
     source = AudioSource(str(tmp_path / "音.wav"))
@@ -216,41 +216,42 @@ def test_load_checks_the_length(tmp_path):
         Utterance("gone", AudioSource("/no/such.wav"), 0, 5),
     ]
     write_manifest(tmp_path / "m.arrow", items)
-    manifest = pickle.loads(pickle.dumps(Manifest(tmp_path / "m.arrow")))  # as a worker gets it
+    manifest = pickle.loads(pickle.dumps(Manifest(tmp_path / "m.arrow")))  # as sent to a data worker
     assert manifest.load(0).numpy().tolist() == samples[100:600].tolist()
-    with pytest.raises(AudioError, match=r"'long'.*has 100 samples, but the manifest says 200"):
+    with pytest.raises(AudioError, match=r"'long'.*100 samples.* 200 "):
         manifest.load(1)
-    with pytest.raises(AudioError, match=r"'gone'.*no such audio file: /no/such.wav\. Put the rec"):
+    with pytest.raises(AudioError, match=r"'gone'.*/no/such.wav"):
         manifest.load(2)
 
 
-def test_a_file_server_that_is_away_for_a_moment_is_asked_again(tmp_path, monkeypatch, caplog):
-    """What it says last is told; a file that is not there or no audio is told at once."""
+def test_transient_read_errors_are_retried(tmp_path, monkeypatch, caplog):
+    """The last error is reported; a missing file or one without audio is reported at once."""
     caplog.set_level(logging.WARNING)
     wav, text = tmp_path / "a.wav", tmp_path / "a.m4a"
     soundfile.write(wav, np.zeros(400), 16000)
-    text.write_text("no sound " * 99)
+    text.write_text("not audio " * 99)
     sources = [AudioSource(str(path)) for path in (wav, text, tmp_path / "none.wav")]
     write_manifest(tmp_path / "m.arrow", [Utterance(s.path, s, n_samples=400) for s in sources])
-    manifest, slept, away = Manifest(tmp_path / "m.arrow"), [], [2]
+    manifest = Manifest(tmp_path / "m.arrow")
+    delays, failures = [], [2]
 
-    def opened(*args, **kwargs):
-        if away[0]:
-            away[0] -= 1
+    def flaky_open(*args, **kwargs):
+        if failures[0]:
+            failures[0] -= 1
             raise OSError(errno.ESTALE, "Stale file handle")
         return open(*args, **kwargs)
 
-    monkeypatch.setattr(module.time, "sleep", slept.append)
-    monkeypatch.setattr(audio, "open", opened, raising=False)
-    assert len(manifest.load(0)) == 400 and slept == [1.0, 5.0]
-    assert "a.wav cannot be read: Stale file handle; trying again in 1 s" in caplog.messages[0]
-    away[0] = 99
-    with pytest.raises(AudioError, match=r"a.wav cannot be read: Stale file handle\. Put the recording back"):
+    monkeypatch.setattr(module.time, "sleep", delays.append)
+    monkeypatch.setattr(audio, "open", flaky_open, raising=False)
+    assert len(manifest.load(0)) == 400 and delays == [1.0, 5.0]
+    assert "a.wav" in caplog.messages[0] and "Stale file handle" in caplog.messages[0]
+    failures[0] = 99
+    with pytest.raises(AudioError, match=r"a.wav.*Stale file handle"):
         manifest.load(0)
-    assert slept == [1.0, 5.0, 1.0, 5.0, 20.0]
-    away[0] = 0
-    with pytest.raises(AudioError, match=r"first \(ffmpeg\)\. Put the recording back .* the same command"):
+    assert delays == [1.0, 5.0, 1.0, 5.0, 20.0]
+    failures[0] = 0
+    with pytest.raises(AudioError, match=r"a.m4a"):
         manifest.load(1)
-    with pytest.raises(AudioError, match="no such audio file"):
+    with pytest.raises(AudioError, match=r"none.wav"):
         manifest.load(2)
-    assert len(slept) == 5
+    assert len(delays) == 5

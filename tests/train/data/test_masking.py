@@ -1,4 +1,4 @@
-"""Span masks against fairseq's rule, and batches that do not depend on their company."""
+"""Span masks compared with fairseq's rule."""
 
 import numpy as np
 import pytest
@@ -6,22 +6,22 @@ import pytest
 from jahubert.train.data.masking import seeded_rng, span_mask
 
 
-def test_share_of_masked_frames_is_that_of_the_rule():
+def test_masked_share_matches_fairseq():
     """prob 0.8, span 10: 56.6 % at 781 frames and 57.3 % at 99 (numpy simulation of fairseq's rule)."""
-    for length, want in ((781, 0.566), (99, 0.573)):
+    for length, share in ((781, 0.566), (99, 0.573)):
         shares = [span_mask(length, 0.8, 10, seeded_rng(seed), 2).mean() for seed in range(400)]
-        assert np.mean(shares) == pytest.approx(want, abs=0.01)
+        assert np.mean(shares) == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("length", range(1, 40))
-def test_short_utterances_keep_a_free_frame(length):
+def test_short_utterances_keep_an_unmasked_frame(length):
     for seed in range(20):
         mask = span_mask(length, 0.8, 10, seeded_rng(seed), min_spans=2)
         assert mask.shape == (length,) and not mask.all()
         assert mask.any() or length < 2
 
 
-def test_one_span_is_contiguous_and_none_means_none():
+def test_spans_are_contiguous_and_zero_probability_masks_nothing():
     mask = span_mask(100, 0.1, 10, np.random.default_rng(0))
     assert mask.sum() in (0, 10, *range(11, 21))
     runs = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
@@ -29,7 +29,7 @@ def test_one_span_is_contiguous_and_none_means_none():
     assert not span_mask(100, 0.0, 10, np.random.default_rng(0)).any()
 
 
-def test_a_mask_is_a_function_of_its_key():
+def test_mask_is_a_function_of_the_key():
     assert np.array_equal(
         span_mask(300, 0.8, 10, seeded_rng(1, 2, 3)), span_mask(300, 0.8, 10, seeded_rng(1, 2, 3))
     )

@@ -1,4 +1,4 @@
-"""Who is batched with whom: every row once an epoch, with little padding, and without an object for each."""
+"""Sampler of micro-batches: every row once per epoch, little padding, little memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jahubert.train.data.masking import seeded_rng
 from jahubert.train.data.sampler import MicroBatch, Sampler
 
 
-def plainly(rows, length, capacity, seed, epoch, max_rows=0):
-    """The rule in its simplest form: sort by noisy length, fill up, shuffle."""
+def reference_batches(rows, length, capacity, seed, epoch, max_rows=0):
+    """A simple implementation: sort by noisy length, fill up, shuffle."""
     rng = seeded_rng(seed, epoch, 0)
     groups, longest = [[]], 0
     for position in np.argsort(length * rng.uniform(0.97, 1.03, len(rows)), kind="stable"):
@@ -32,56 +32,56 @@ def plainly(rows, length, capacity, seed, epoch, max_rows=0):
 
 @pytest.mark.parametrize("max_rows", [0, 5])
 @pytest.mark.parametrize("n", [1, 7, 3000])
-def test_the_order_is_that_of_the_rule(n, max_rows):
+def test_batches_match_the_reference_implementation(n, max_rows):
     rng = np.random.default_rng(n)
     rows, length = 100 + rng.permutation(n), rng.integers(5_000, 250_000, n)
     sampler = Sampler(rows, length, micro_seconds=20.0, micro_batches_per_step=2, seed=1, max_rows=max_rows)
     for epoch in (0, 3):
-        assert list(sampler.epoch(epoch)) == plainly(rows, length, 320_000, 1, epoch, max_rows)
+        assert list(sampler.epoch(epoch)) == reference_batches(rows, length, 320_000, 1, epoch, max_rows)
 
 
-def test_every_row_comes_once_and_padding_is_little():
+def test_every_row_occurs_once_with_little_padding():
     length = np.random.default_rng(0).integers(16_000, 160_000, 500)
     sampler = Sampler(np.arange(100, 600), length, micro_seconds=40.0, micro_batches_per_step=2, seed=1)
     epoch = list(sampler.epoch(0))
     assert sorted(row for micro in epoch for row in micro.rows) == list(range(100, 600))
-    places = [max(length[row - 100] for row in micro.rows) * len(micro.rows) for micro in epoch]
-    assert max(places) <= 40 * 16_000
-    assert sampler.padding() == pytest.approx(1 - length.sum() / sum(places)) and sampler.padding() < 0.03
+    padded = [max(length[row - 100] for row in micro.rows) * len(micro.rows) for micro in epoch]
+    assert max(padded) <= 40 * 16_000
+    assert sampler.padding() == pytest.approx(1 - length.sum() / sum(padded)) and sampler.padding() < 0.03
     assert list(sampler.epoch(1)) != epoch
     stream = sampler.stream(0, len(epoch) - 1)
     assert [next(stream), next(stream)] == [epoch[-1], sampler.epoch(1)[0]]
     assert [list(sampler.epoch(0).for_rank(rank, 3)) for rank in range(3)] == [epoch[r::3] for r in range(3)]
 
 
-def test_it_says_what_does_not_fit():
-    with pytest.raises(ConfigError, match=r"cannot hold the longest utterance \(2.00 s\)"):
+def test_too_long_utterance_is_rejected():
+    with pytest.raises(ConfigError, match=r"micro_seconds=1.0.*2.00 s"):
         Sampler(np.array([0]), np.array([32_000]), micro_seconds=1.0, micro_batches_per_step=1, seed=0)
 
 
-def bytes_a_row(n: int) -> tuple[float, float]:
-    """Of an epoch of `n` rows: what stays, and the peak while it is made."""
+def bytes_per_row(n: int) -> tuple[float, float]:
+    """Memory per row of an epoch of `n` rows: afterwards, and at the peak while it is built."""
     length = np.random.default_rng(0).integers(16_000, 100_000, n)
     sampler = Sampler(np.arange(n), length, micro_seconds=87.5, micro_batches_per_step=32, seed=1)
     tracemalloc.start()
     try:
         epoch = sampler.epoch(0)
-        stays, peak = tracemalloc.get_traced_memory()
+        retained, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert sum(len(epoch[index].rows) for index in range(0, len(epoch), 100)) > n // 200
-    return stays / n, peak / n
+    return retained / n, peak / n
 
 
 def test_memory_of_an_epoch():
-    stays, peak = bytes_a_row(300_000)
-    assert stays < 12 and peak < 32
+    retained, peak = bytes_per_row(300_000)
+    assert retained < 12 and peak < 32
 
 
 @pytest.mark.slow
 def test_memory_of_an_epoch_of_five_million_rows():
-    stays, peak = bytes_a_row(5_000_000)  # as Python integers in tuples: 40 and more
-    assert stays < 12 and peak < 32
+    retained, peak = bytes_per_row(5_000_000)  # as Python integers in tuples: 40 and more
+    assert retained < 12 and peak < 32
 
 
 @pytest.mark.slow

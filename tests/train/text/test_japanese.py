@@ -1,4 +1,4 @@
-"""Text to words to phones."""
+"""Japanese text front end: words, readings, phones, user dictionary."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fixtures import FIXTURES
 from jahubert.errors import DataError, MissingExtraError
 from jahubert.phonemes import PHONES
 from jahubert.train.text import japanese as text_module
-from jahubert.train.text import user_dictionary as readings
-from jahubert.train.text.japanese import normalize_text, text_to_phones, text_to_words
+from jahubert.train.text import user_dictionary
+from jahubert.train.text.japanese import text_to_phones, text_to_words
+from jahubert.train.text.normalization import normalize_text
 
 pytest.importorskip("pyopenjtalk")
 
@@ -25,7 +26,7 @@ def kana(text: str) -> list[str]:
     return [word.kana for word in text_to_words(text)]
 
 
-def test_words_are_what_is_said():
+def test_words_have_surface_reading_and_phones():
     words = text_to_words("昨日、東京で新しいパソコンを買いましょう。")
     assert [(w.surface, w.kana) for w in words] == [
         ("昨日", "キノー"),
@@ -67,12 +68,12 @@ def test_readings(text, expected):
     assert kana(text) == expected
 
 
-def test_numbers_and_latin_are_read():
+def test_numbers_and_latin_letters_are_read():
     assert "".join(kana("IBMの3月15日、24時")) == "アイビーエムノサンガツジューゴニチニジューヨジ"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reading"),
     [
         ("9:05", "クジゴフン"),
         ("19:00", "ジュークジ"),
@@ -87,12 +88,12 @@ def test_numbers_and_latin_are_read():
         ("2対1", "ニタイイチ"),
     ],
 )
-def test_a_clock_has_two_digits_of_minutes_and_anything_else_is_a_score(text, said):
-    assert "".join(kana(text)) == said
+def test_clock_times_and_scores_are_told_apart(text, reading):
+    assert "".join(kana(text)) == reading
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reading"),
     [
         *(
             ("A", "エー"),
@@ -112,8 +113,8 @@ def test_a_clock_has_two_digits_of_minutes_and_anything_else_is_a_score(text, sa
         ),
     ],
 )
-def test_a_letter_has_one_name_wherever_it_stands(text, said):
-    assert "".join(kana(text)) == said
+def test_letters_have_one_name_in_every_context(text, reading):
+    assert "".join(kana(text)) == reading
 
 
 DOC = (Path(__file__).parents[3] / "docs" / "readings.md").read_text(encoding="utf-8")
@@ -122,7 +123,7 @@ DIFFERENCES = re.findall(
 )
 
 
-def test_the_words_that_the_page_lists_are_read_as_it_says():
+def test_documented_differences_are_current():
     assert len(DIFFERENCES) == 60
     for word, read, known in DIFFERENCES:
         assert "".join(kana(word)) == read != known, word
@@ -136,17 +137,17 @@ def test_phones_of_a_text():
 
 
 @pytest.mark.parametrize("text", ["", "  ", "。…☆", "ッ"])
-def test_text_without_words(text):
-    with pytest.raises(DataError, match="nothing to read"):
+def test_text_without_words_is_rejected(text):
+    with pytest.raises(DataError, match="no words"):
         text_to_words(text)
 
 
-def test_letters_without_reading_are_named():
+def test_error_names_letters_without_a_reading():
     with pytest.raises(DataError, match="Привет"):
         text_to_words("今日Привет")
 
 
-def test_nothing_is_printed():
+def test_analysis_prints_nothing():
     code = "from jahubert.train.text.japanese import text_to_words; text_to_words('何')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
@@ -155,18 +156,18 @@ def test_nothing_is_printed():
 def test_missing_package_names_the_extra(monkeypatch):
     real = builtins.__import__
 
-    def refuse(name, *args, **kwargs):
+    def import_without_pyopenjtalk(name, *args, **kwargs):
         if name == "pyopenjtalk":
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
     text_module.openjtalk.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(builtins, "__import__", import_without_pyopenjtalk)
     with pytest.raises(MissingExtraError, match=r"jahubert\[train\]"):
         text_to_words("今日")
 
 
-# --- sentences of the project's own -----------------------------------------------------------------------
+# --- sentences --------------------------------------------------------------------------------------------
 
 LINES = (FIXTURES / "sentences.tsv").read_text(encoding="utf-8").splitlines()
 SENTENCES = dict(line.partition("\t")[::2] for line in LINES if line and not line.startswith("#"))
@@ -176,8 +177,8 @@ def letters(text: str) -> str:
     return "".join(char for char in text if unicodedata.category(char)[0] == "L" and char != "ー")
 
 
-def test_several_hundred_sentences_come_out_in_the_40_phones_and_whole():
-    """Every sentence has words, every word phones of the 40, and no letter of a sentence is left out."""
+def test_sentences_use_the_40_phones_and_lose_no_letter():
+    """Every sentence has words, every word has phones, and no letter is dropped."""
     assert len(SENTENCES) > 350
     used, compared = set(), 0
     for sentence in SENTENCES:
@@ -192,42 +193,42 @@ def test_several_hundred_sentences_come_out_in_the_40_phones_and_whole():
     assert compared > 250
 
 
-@pytest.mark.parametrize("sentence", [sentence for sentence, said in SENTENCES.items() if said])
-def test_sentences_with_a_known_reading(sentence):
+@pytest.mark.parametrize("sentence", [sentence for sentence, reading in SENTENCES.items() if reading])
+def test_sentences_with_a_checked_reading(sentence):
     assert kana(sentence) == SENTENCES[sentence].split()
 
 
-@pytest.mark.parametrize("surface", readings.NOUNS)
+@pytest.mark.parametrize("surface", user_dictionary.NOUNS)
 def test_known_errors_of_the_dictionary_are_corrected(surface):
-    """Each entry mends something: without it the analyser says another thing."""
-    own = text_module.openjtalk().run_frontend(surface, predict_nani=False)
-    assert "".join(kana(surface)) == readings.NOUNS[surface]
-    assert "".join(f["pron"] for f in own).replace("’", "") != readings.NOUNS[surface]
+    """Every entry is needed: without it the analyzer returns another reading."""
+    uncorrected = text_module.openjtalk().run_frontend(surface, predict_nani=False)
+    assert "".join(kana(surface)) == user_dictionary.NOUNS[surface]
+    assert "".join(f["pron"] for f in uncorrected).replace("’", "") != user_dictionary.NOUNS[surface]
 
 
 # --- a user's dictionary ----------------------------------------------------------------------------------
 
 
-def test_a_users_words_are_read_as_they_say(tmp_path):
+def test_user_dictionary_sets_readings(tmp_path):
     path = tmp_path / "words.tsv"
     path.write_text(
         "# names\njahubert\tジャヒューバート\n大空翔子 \tおおぞらしょうこ # a person\n\nK8s\tクーベ\n"
     )
-    said = text_to_words("大空翔子はjahubertとＫ８ｓを使う", path)
-    assert [word.kana for word in said] == [
+    words = text_to_words("大空翔子はjahubertとＫ８ｓを使う", path)
+    assert [word.kana for word in words] == [
         "オーゾラショーコ", "ワ", "ジャヒューバート", "ト", "クーベ", "ヲ", "ツカウ"
     ]  # fmt: skip
     other = tmp_path / "letters.tsv"
     other.write_text("NHK杯\tエヌエイチケイハイ\n", encoding="utf-8")
     assert [word.kana for word in text_to_words("NHK杯", other)] == ["エヌエイチケーハイ"]
-    assert "ジャヒューバート" not in kana("jahubert")  # and nobody else's are changed
+    assert "ジャヒューバート" not in kana("jahubert")  # without the dictionary
 
 
 @pytest.mark.parametrize("line", ["名前だけ", "名前\t漢字", "名前\t", "\tナマエ", "名前\tッ"])
-def test_a_broken_line_of_a_users_dictionary_is_named(tmp_path, line):
+def test_error_names_the_line_of_a_user_dictionary(tmp_path, line):
     path = tmp_path / "words.tsv"
     path.write_text(f"# mine\n{line}\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"words.tsv:2: "):
         text_to_words("今日", path)
-    with pytest.raises(DataError, match="no user dictionary"):
+    with pytest.raises(DataError, match=r"none.tsv"):
         text_to_words("今日", tmp_path / "none.tsv")
