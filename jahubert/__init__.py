@@ -5,7 +5,7 @@
     transcript = jahubert.Transcriber.from_pretrained("bundle/").transcribe("audio.wav")     # .text, .words
     encoded = jahubert.HubertModel.from_pretrained("bundle/")(wav_BT, n_samples_B)           # an nn.Module
 
-Names are imported when they are first used, and importing sets up nothing: no threads, no logging.
+Names are imported lazily, and importing has no side effects such as threads or logging.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ __all__ = [
     "UserError",
 ]
 
-_HOME = {
+_EXPORTS = {
     "audio": ("AudioSource", "audio_length", "load_audio"),
     "errors": ("JahubertError", "UserError"),
     "formats.bundle": ("Bundle", "load_bundle", "save_bundle"),
@@ -75,7 +75,7 @@ _HOME = {
     "model.hubert": ("Encoded", "HubertConfig", "HubertModel"),
     "phonemes": ("PhonemeSet", "kana_to_phones", "phones_to_kana"),
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Samples and frames: the one place where window and hop lengths live.
+"""Sampling rate and frame arithmetic: the only module that spells out window and hop lengths.
 
-HuBERT's conv stack sees frame `t` through the samples `[320 t, 320 t + 400)`; an MFCC frame `t` sees
-`[160 t, 160 t + 400)`. So every second MFCC frame is exactly a HuBERT frame, and a crop that starts on
-a multiple of 320 samples starts on a frame of both: labels can be exact, without rounding.
+Frame `t` of HuBERT's convolutional encoder covers the samples `[320 t, 320 t + 400)`, an MFCC frame
+`[160 t, 160 t + 400)`. Every second MFCC frame therefore coincides with a HuBERT frame, and a crop that
+starts on a multiple of 320 samples starts on a frame of both, so labels need no rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SAMPLE_RATE = 16_000  # Hz, of every waveform inside jahubert
 
 @dataclass(frozen=True)
 class FrameGrid:
-    """A grid of frames over samples: frame `t` covers `[hop * t, hop * t + window)`."""
+    """Frames over samples: frame `t` covers `[hop * t, hop * t + window)`."""
 
     window: int  # samples
     hop: int  # samples
@@ -32,12 +32,12 @@ class FrameGrid:
         return cls(window, hop)
 
     def n_frames(self, n_samples):
-        """Frames that fit whole into `n_samples`: an int, or an integer array or tensor of any shape."""
+        """Number of complete frames in `n_samples`: an int, or an integer array or tensor of any shape."""
         frames = (n_samples - self.window) // self.hop + 1
         return frames * (frames > 0)
 
     def n_samples(self, n_frames: int) -> int:
-        """The fewest samples that hold `n_frames` frames."""
+        """The smallest number of samples that contains `n_frames` frames."""
         return 0 if n_frames == 0 else self.hop * (n_frames - 1) + self.window
 
     def start(self, frame: int) -> int:
@@ -52,8 +52,12 @@ class FrameGrid:
         """The last frame start at or before `sample`."""
         return sample - sample % self.hop
 
-    def step_in(self, finer: FrameGrid) -> int:
-        """How many frames of `finer` one frame here steps over: frame `t` is frame `t * step` there."""
+    def hop_ratio(self, finer: FrameGrid) -> int:
+        """Number of hops of `finer` per hop of this grid: frame `t` here is frame `t * ratio` there.
+
+        Raises:
+            ConfigError: the windows differ, or the hops do not divide.
+        """
         if finer.window != self.window or self.hop % finer.hop:
             raise ConfigError(
                 f"{finer} does not subdivide {self}: windows must be equal and hops must divide"
@@ -62,7 +66,7 @@ class FrameGrid:
 
     @property
     def rate(self) -> float:
-        """Frames a second."""
+        """Frames per second."""
         return SAMPLE_RATE / self.hop
 
 

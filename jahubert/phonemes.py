@@ -1,9 +1,9 @@
-"""Japanese phones: the inventory of 40, kana to phones and back, and the label set of a CTC head.
+"""Japanese phones: the inventory, conversion between kana and phones, and the symbols of a CTC head.
 
-The inventory is the one of the Kaldi recipe for CSJ (and of Julius): short and long vowels, `N` for the
-moraic nasal, `q` for the first half of a geminate, and consonants in which a palatalised one (`ky`) is one
-phone. Only `ー` makes a vowel long: `オオ` is `o o`. Dictionaries and people write `せんせい` for what is
-said `センセー`, so a reading that is a spelling goes through `normalise_kana` first.
+The 40 phones are those of the Kaldi recipe for CSJ (and of Julius): short and long vowels, the moraic nasal
+`N`, `q` for the first half of a geminate, and consonants; a palatalized consonant (`ky`) is a single phone.
+Only `ー` marks a long vowel: `オオ` is `o o`. `normalize_kana` converts orthographic readings such as
+`せんせい` to the pronunciation, `センセー`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PHONES: tuple[str, ...] = (*VOWELS, *(vowel + ":" for vowel in VOWELS), "N", "q"
 BOUNDARY = "|"
 BLANK = "<blank>"
 
-# How each consonant is written before a i u e o. Reading uses the single kana of this table and the rules
-# of `_syllable`; writing uses all of it, so that whatever a recogniser puts out has a spelling.
+# Spelling of each consonant before a i u e o. Kana to phones uses the single kana of this table and the rules
+# of `_syllable`; phones to kana uses all of it, so that every output of a recognizer has a spelling.
 _SPELLING = {
     "": "ア イ ウ エ オ",
     "k": "カ キ ク ケ コ",
@@ -56,14 +56,14 @@ _SPELLING = {
 }
 _WRITE = {(c, v): kana for c, row in _SPELLING.items() for v, kana in zip(VOWELS, row.split(), strict=True)}
 
-# The characters that `phones_to_kana` writes.
+# All characters in the output of `phones_to_kana`.
 KANA: tuple[str, ...] = tuple(sorted({*"".join(_WRITE.values()), *"ンッー"}))
 
 _SMALL = {"ァ": "a", "ィ": "i", "ゥ": "u", "ェ": "e", "ォ": "o", "ヮ": "a"}
 _SMALL_Y = {"ャ": "a", "ュ": "u", "ョ": "o"}
-# Consonants whose palatalised form is not spelled with a y of its own.
+# Consonants whose palatalized form is not the consonant plus y.
 _BEFORE_Y = {"f": "hy", "s": "sh", "z": "j", "sh": "sh", "j": "j", "ch": "ch", "t": "t", "d": "d", "ts": "ts"}
-# The syllables in which the rules would give something else.
+# Exceptions to the rules of `_syllable`.
 _IRREGULAR = {
     "テュ": ("ts", "u"),
     "ヂュ": ("dy", "u"),  # the only source of dy
@@ -78,7 +78,7 @@ def _single_kana() -> dict[str, tuple[str, ...]]:
     table |= {"ヂ": ("j", "i"), "ヅ": ("z", "u"), "ヲ": ("o",), "ヰ": ("i",), "ヱ": ("e",), "ヴ": ("b", "u")}
     table |= {"ヷ": ("b", "a"), "ヸ": ("b", "i"), "ヹ": ("b", "e"), "ヺ": ("b", "o")}
     table |= {"ヵ": ("k", "a"), "ヶ": ("k", "e"), "ン": ("N",), "ッ": ("q",)}
-    # A small kana with nothing to lean on is read as if it were large.
+    # A small kana without a base is read as its large form.
     table |= {small: (vowel,) for small, vowel in _SMALL.items()} | {"ヮ": ("w", "a")}
     table |= {small: ("y", vowel) for small, vowel in _SMALL_Y.items()}
     return table
@@ -88,7 +88,7 @@ _READ = _single_kana()
 
 
 def _syllable(base: str, small: str) -> tuple[str, ...]:
-    """Phones of a kana followed by a small one: by rule the base's consonant and the small kana's vowel."""
+    """Phones of a kana and a following small one: usually the base's consonant and the small kana's vowel."""
     if base + small in _IRREGULAR:
         return _IRREGULAR[base + small]
     phones = _READ[base]
@@ -97,7 +97,7 @@ def _syllable(base: str, small: str) -> tuple[str, ...]:
             return ("w", _SMALL[small])
         return phones + _READ[small]
     consonant = phones[0]
-    if small == "ィ":  # スィ and ズィ are said シ and ジ
+    if small == "ィ":  # スィ and ズィ are pronounced シ and ジ
         return ({"s": "sh", "z": "j"}.get(consonant, consonant), "i")
     if small in _SMALL:
         return (consonant, _SMALL[small])
@@ -106,7 +106,7 @@ def _syllable(base: str, small: str) -> tuple[str, ...]:
 
 
 def to_katakana(kana: str) -> str:
-    """NFKC, hiragana to katakana, iteration marks written out; other characters stay as they are."""
+    """Convert hiragana to katakana after NFKC and expand iteration marks; other characters are unchanged."""
     out: list[str] = []
     for char in unicodedata.normalize("NFKC", kana):
         if "ぁ" <= char <= "ゖ" or char in "ゝゞ":
@@ -118,10 +118,12 @@ def to_katakana(kana: str) -> str:
 
 
 def kana_to_phones(kana: str) -> list[str]:
-    """Phones of a pronunciation in hiragana or katakana; `ー` makes the vowel before it long.
+    """Phones of a pronunciation in hiragana or katakana; `ー` lengthens the vowel before it.
 
-    A `ー` with no vowel before it (at the start, after ン or ッ) has no sound of its own and is skipped.
-    DataError names the first character that has no reading, or says that only ッ and ー were given.
+    A `ー` that does not follow a vowel (at the start, after ン or ッ) is silent and skipped.
+
+    Raises:
+        DataError: a character that is not kana, or a word of only ッ and ー.
     """
     text = to_katakana(kana.strip())
     phones: list[str] = []
@@ -134,7 +136,7 @@ def kana_to_phones(kana: str) -> list[str]:
             i += 1
         elif char not in _READ:
             raise DataError(
-                f"no reading for {char!r} (character {i + 1}) in {kana!r}: give hiragana or katakana, "
+                f"{char!r} (character {i + 1} of {kana!r}) is not kana: use hiragana or katakana, "
                 "or convert text with jahubert.train.text.japanese"
             )
         elif (following in _SMALL or following in _SMALL_Y) and char not in "ンッ" and char not in _SMALL:
@@ -144,22 +146,25 @@ def kana_to_phones(kana: str) -> list[str]:
             phones += _READ[char]
             i += 1
     if text and all(phone == "q" for phone in phones):
-        raise DataError(f"{kana!r} has no vowel and no ン, so it cannot be spoken as a word")
+        raise DataError(f"{kana!r} is not a word: it has neither a vowel nor ン")
     return phones
 
 
 def phones_to_kana(phones: Sequence[str]) -> str:
-    """Katakana to read; a `|` becomes a space.
+    """Katakana spelling of phones; `|` becomes a space.
 
-    Any sequence of phones has a spelling: a consonant without its vowel, which a recogniser can put out, is
-    written with the kana that it has before `u`. DataError for a symbol outside the inventory.
+    Every sequence of phones has a spelling: a consonant without a vowel, which a recognizer may output, is
+    spelled as before `u`.
+
+    Raises:
+        DataError: a symbol outside the inventory.
     """
     out: list[str] = []
     consonant = ""
     for phone in phones:
         vowel = phone.removesuffix(":")
         if phone != BOUNDARY and phone not in PHONES:
-            raise DataError(f"{phone!r} is not one of the {len(PHONES)} phones")
+            raise DataError(f"{phone!r} is not a phone; the phones are {' '.join(PHONES)}")
         if vowel in VOWELS:
             out.append(_WRITE[consonant, vowel] + ("ー" if phone.endswith(":") else ""))
             consonant = ""
@@ -179,11 +184,11 @@ def phones_to_kana(phones: Sequence[str]) -> str:
 # --- spelling to pronunciation ------------------------------------------------------------------------
 
 _ROW_OF = {kana: phones[-1] for kana, phones in _READ.items() if phones[-1] in VOWELS}
-# Vowel before, vowel kana after, that are said as one long vowel unless a word part starts between them.
+# A vowel and the kana after it that form one long vowel, unless a morpheme starts between them.
 _LONG = {("o", "ウ"), ("o", "オ"), ("u", "ウ"), ("e", "イ"), ("e", "エ")}
 
-# `|` marks the start of a word part, so that the vowel after it stays; `ー` marks a long vowel that the rule
-# does not see, because アア and イイ are two vowels more often than one.
+# `|` marks a morpheme boundary, which keeps the vowel after it separate; `ー` marks a long vowel that the
+# rule leaves out, because アア and イイ are usually two vowels.
 _WORDS = (
     (r"ホノオ", "ホノ|オ"),
     (r"オノオノ", "オノ|オノ"),
@@ -205,9 +210,9 @@ _WORDS = (
     (r"^コン(バン|ニチ)ハ$", r"コン\1ワ"),
     (r"^(デ|マタ|ソレデ|アルイ)ハ$", r"\1ワ"),
 )
-# Verbs that no noun shares the spelling of; the others need the surface (追う or 王, 酔う or 用).
+# Verbs that no noun is spelled like; others need the surface form (追う or 王, 酔う or 用).
 _VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
-# Kanji whose own reading begins with a vowel that the sound before must not swallow.
+# Kanji whose reading starts with a vowel that is not merged with the preceding one.
 _KANJI_STARTS = {
     "売": "ウリ|ウル",
     "打": "ウチ|ウツ",
@@ -244,12 +249,15 @@ _OKURIGANA_U = re.compile(r"[\u4e00-\u9fff々]う")
 _NOT_A_VERB = re.compile(r"(?:難|早|向|目出度|芽出度)う$")
 
 
-def normalise_kana(reading: str, surface: str | None = None) -> str:
-    """The pronunciation, in katakana with ー, of a reading as dictionaries spell it: せんせい -> センセー.
+def normalize_kana(reading: str, surface: str | None = None) -> str:
+    """Pronunciation, in katakana with ー, of an orthographic reading: せんせい -> センセー.
 
-    Where the spelling leaves open whether a vowel is long (おう is オー in 王, オウ in 追う), `surface`, the
-    word as it is written, helps: the う that ends a verb, and a kanji whose own reading starts with a vowel,
-    stay short. ヂ, ヅ and ヲ become ジ, ズ and オ. Characters that are no kana stay as they are.
+    ヂ, ヅ and ヲ become ジ, ズ and オ. Other characters than kana are unchanged.
+
+    Args:
+        reading: kana as in a dictionary.
+        surface: the word as written. It resolves readings that are ambiguous (おう is オー in 王 and オウ in
+            追う): the う that ends a verb, and the initial vowel of a kanji's reading, stay separate.
     """
     text = to_katakana(reading.strip())
     for pattern, replacement in _WORDS:
@@ -267,11 +275,11 @@ def normalise_kana(reading: str, surface: str | None = None) -> str:
 
 
 def _mark_parts(text: str, surface: str) -> str:
-    """`text` with a `|` where the surface says that a vowel starts a word part of its own."""
+    """`text` with a `|` at morpheme boundaries that the surface form shows."""
     if surface in ("言う", "云う", "いう") and text == "イウ":
         return "ユー"
     if "H" in unicodedata.normalize("NFKC", surface).upper():
-        text = text.replace("エイチ", "エ|イチ")  # the letter, which is no エー
+        text = text.replace("エイチ", "エ|イチ")  # the letter H is not エー
     for kanji, starts in _KANJI_STARTS.items():
         if kanji in surface[1:]:
             text = re.sub(f"(?<=.)(?={starts})", "|", text)
@@ -285,17 +293,19 @@ def _mark_parts(text: str, surface: str) -> str:
 
 @dataclass(frozen=True)
 class PhonemeSet:
-    """The symbols of a CTC head, by index: blank, the word boundary, and the phones.
+    """The symbols of a CTC head by index: blank, word boundary and phones.
 
-    Heads made here have blank and boundary first; those of other projects have them anywhere, may have no
-    boundary, and may know kana or characters in place of phones.
+    In heads trained by jahubert, blank and boundary come first. In other CTC models they can be anywhere, the
+    boundary may be missing, and the other symbols may be kana or characters.
     """
 
     symbols: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if BLANK not in self.symbols or len(set(self.symbols)) != len(self.symbols):
-            raise DataError(f"a phoneme set is {BLANK}, {BOUNDARY} and distinct phones, not {self.symbols}")
+            raise DataError(
+                f"a phoneme set consists of distinct symbols, {BLANK} among them; found {self.symbols}"
+            )
         object.__setattr__(self, "_index", {symbol: i for i, symbol in enumerate(self.symbols)})
 
     @classmethod
@@ -309,22 +319,25 @@ class PhonemeSet:
 
     @property
     def boundary(self) -> int:
-        """Index of the word boundary; -1, which no label is, where there is none."""
+        """Index of the word boundary; -1 if the set has none."""
         return self.__dict__["_index"].get(BOUNDARY, -1)
 
     @property
-    def spells_phones(self) -> bool:
-        """Whether the symbols are phones, which have a spelling in kana; names in brackets do not count."""
-        own = (s for s in self.symbols if s not in (BLANK, BOUNDARY) and not re.fullmatch(r"<.*>|\[.*\]", s))
-        return all(symbol in PHONES for symbol in own)
+    def are_phones(self) -> bool:
+        """Whether all symbols but special ones (<unk>, [PAD]) are phones and so have a kana spelling."""
+        special = re.compile(r"<.*>|\[.*\]")
+        return all(s in PHONES or s == BOUNDARY or special.fullmatch(s) for s in self.symbols)
 
     def __len__(self) -> int:
         return len(self.symbols)
 
     def encode(self, words: Sequence[Sequence[str]]) -> list[int]:
-        """Labels of an utterance: the words' phones with one boundary between two words, none at the ends.
+        """Labels of an utterance: the phones of its words, with a boundary between words.
 
-        Empty words are left out. DataError names a symbol that the set does not have.
+        Empty words are skipped.
+
+        Raises:
+            DataError: a phone that is not in the set.
         """
         index: dict[str, int] = self.__dict__["_index"]
         labels: list[int] = []
@@ -333,12 +346,16 @@ class PhonemeSet:
                 labels.append(self.boundary)
             for phone in word:
                 if phone in (BLANK, BOUNDARY) or phone not in index:
-                    raise DataError(f"{phone!r} in {' '.join(word)!r} is not one of this model's phones")
+                    raise DataError(f"{phone!r} in {' '.join(word)!r} is not a phone of this model")
                 labels.append(index[phone])
         return labels
 
     def decode(self, labels: Sequence[int]) -> list[tuple[str, ...]]:
-        """Words as tuples of phones, without blanks and empty words. DataError for a label out of range."""
+        """Words as tuples of phones; blanks and empty words are dropped.
+
+        Raises:
+            DataError: a label out of range.
+        """
         words: list[list[str]] = [[]]
         for label in labels:
             if not 0 <= label < len(self.symbols):
@@ -350,13 +367,17 @@ class PhonemeSet:
         return [tuple(word) for word in words if word]
 
     def to_json(self) -> dict[str, list[str]]:
-        """What `from_json` takes, ready for json.dumps."""
+        """A JSON-serializable form; `from_json` is the inverse."""
         return {"symbols": list(self.symbols)}
 
     @classmethod
     def from_json(cls, data: dict[str, list[str]]) -> PhonemeSet:
-        """The inverse of `to_json`; DataError for anything else."""
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: any other content.
+        """
         symbols = data.get("symbols") if isinstance(data, dict) else None
         if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
-            raise DataError(f"a phoneme set is an object with a list of strings named symbols, not {data!r}")
+            raise DataError(f"a phoneme set is an object with a list of strings `symbols`; found {data!r}")
         return cls(tuple(symbols))

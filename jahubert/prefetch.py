@@ -1,4 +1,4 @@
-"""Work done ahead in a few threads: decoding lets go of the interpreter, so a GPU need not wait."""
+"""Background prefetching with a thread pool (audio decoding releases the GIL)."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-A = TypeVar("A")
-B = TypeVar("B")
+T = TypeVar("T")
+R = TypeVar("R")
 
-NAME = "ahead"  # of the threads
-MAX_THREADS = 4  # threads: 80 s of FLAC take a core 60 to 80 ms, and a GPU's model 30
-THREADS = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))  # a CPU also has to compute
+THREAD_PREFIX = "prefetch"
+MAX_THREADS = 4  # decoding 80 s of FLAC takes 60 to 80 ms on one core, encoding it on a GPU 30 ms
+N_THREADS = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))  # leaves cores for computation
 
 
-def prefetch(work: Callable[[A], B], items: Iterable[A], n: int = 4) -> Generator[tuple[A, B], None, None]:
-    """(item, `work(item)`) in order, while the next `n` items are being worked on.
+def prefetch(
+    function: Callable[[T], R], items: Iterable[T], n: int = 4
+) -> Generator[tuple[T, R], None, None]:
+    """Map `function` over `items` in background threads, `n` items ahead of the consumer.
 
-    What `work` raises is raised at its place. No thread outlives the iterator.
+    Yields (item, result) in order; an exception is raised at the position of its item. All threads have ended
+    when the generator is closed.
     """
-    items, pool = iter(items), ThreadPoolExecutor(THREADS, NAME)
-    waiting: deque[tuple[A, Future[B]]] = deque()
+    items = iter(items)
+    pool = ThreadPoolExecutor(N_THREADS, THREAD_PREFIX)
+    pending: deque[tuple[T, Future[R]]] = deque()
     try:
         while True:
-            waiting.extend((item, pool.submit(work, item)) for item in islice(items, n + 1 - len(waiting)))
-            if not waiting:
+            for item in islice(items, n + 1 - len(pending)):
+                pending.append((item, pool.submit(function, item)))
+            if not pending:
                 return
-            item, future = waiting.popleft()
+            item, future = pending.popleft()
             yield item, future.result()
     finally:
         pool.shutdown(cancel_futures=True)

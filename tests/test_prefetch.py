@@ -1,4 +1,4 @@
-"""Work that runs ahead: in order, bounded, errors at their place, and no thread is left."""
+"""Background prefetching: order, bounds, errors, and termination of threads."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from fixtures.unit_stages import N, make_corpus, stages
 
 from jahubert import run
 from jahubert.errors import AudioError, DiskFullError
-from jahubert.prefetch import prefetch
+from jahubert.prefetch import THREAD_PREFIX, prefetch
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.clustering.streaming import stream_features
 from jahubert.train.data.manifest import Manifest
 
 
 def threads() -> set[threading.Thread]:
-    """Those of all pools; a progress bar has one that stays."""
-    return {thread for thread in threading.enumerate() if "ThreadPool" in thread.name}
+    """Running prefetch threads."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith(THREAD_PREFIX)}
 
 
-def test_in_order_and_while_the_first_is_still_in_hand():
+def test_results_are_in_order_and_computed_ahead():
     def work(number: int) -> int:
         time.sleep(0.002 * (7 * number % 5))
-        begun[number].set()
+        started[number].set()
         return number * number
 
-    begun, before = [threading.Event() for _ in range(20)], threads()
+    started, before = [threading.Event() for _ in range(20)], threads()
     for number, square in prefetch(work, range(20), n=3):
         assert square == number * number
-        assert all(event.wait(10) for event in begun[: number + 4])
+        assert all(event.wait(10) for event in started[: number + 4])
     assert threads() == before
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_no_more_than_n_are_begun(n):
-    begun = []
-    with closing(prefetch(begun.append, iter(range(1000)), n)) as stream:
+def test_at_most_n_items_are_started_ahead(n):
+    started = []
+    with closing(prefetch(started.append, iter(range(1000)), n)) as stream:
         for _ in range(10):
             next(stream)
         time.sleep(0.05)
-        assert len(begun) <= 10 + n
+        assert len(started) <= 10 + n
 
 
-def test_an_error_comes_at_its_place_and_what_comes_after_it_is_dropped():
+def test_error_is_raised_at_its_position():
     def work(number: int) -> int:
         if number in (4, 5):
             raise ValueError(f"file {number}")
@@ -61,11 +61,11 @@ def test_an_error_comes_at_its_place_and_what_comes_after_it_is_dropped():
     assert seen == [0, 1, 2, 3] and threads() == before
 
 
-def test_who_breaks_off_waits_for_what_was_begun_only():
-    begun, hold, before = [], threading.Event(), threads()
+def test_early_exit_waits_only_for_started_items():
+    started, hold, before = [], threading.Event(), threads()
 
     def work(number: int) -> None:
-        begun.append(number)
+        started.append(number)
         if number:
             hold.wait(10)
 
@@ -73,7 +73,7 @@ def test_who_breaks_off_waits_for_what_was_begun_only():
         for _ in prefetch(work, range(99), n=90):
             hold.set()
             raise KeyboardInterrupt
-    assert threads() == before and len(begun) < 90
+    assert threads() == before and len(started) < 90
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +83,14 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_next_utterances_are_read_while_some_are_computed(corpus, monkeypatch):
-    begun, load = [threading.Event() for _ in range(N)], Manifest.load
-    monkeypatch.setattr(Manifest, "load", lambda self, row: begun[row].set() or load(self, row))
+def test_utterances_are_read_during_computation(corpus, monkeypatch):
+    started, load = [threading.Event() for _ in range(N)], Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda self, row: started[row].set() or load(self, row))
 
     class Waiting(Mfcc):
         def __call__(self, wavs):
             third = min(len(found) + 3, N - 1)  # two short utterances at most are one batch
-            assert begun[third].wait(10), "nobody reads what comes next"
+            assert started[third].wait(10), "the next utterance is not being read"
             return super().__call__(wavs)
 
     found: list[int] = []
@@ -100,7 +100,7 @@ def test_the_next_utterances_are_read_while_some_are_computed(corpus, monkeypatc
 
 
 @pytest.mark.parametrize("kind", [AudioError, DiskFullError])
-def test_a_stage_that_fails_names_the_reason_and_leaves_no_reader(corpus, tmp_path, monkeypatch, kind):
+def test_failing_stage_reports_the_reason_and_ends_its_threads(corpus, tmp_path, monkeypatch, kind):
     def load(self, row, real=Manifest.load):
         if row == 9:
             raise AudioError(f"utterance {self[row].id!r} is truncated")
@@ -115,7 +115,7 @@ def test_a_stage_that_fails_names_the_reason_and_leaves_no_reader(corpus, tmp_pa
         monkeypatch.setattr(Manifest, "load", load)
     else:
         monkeypatch.setattr("jahubert.train.stages.features._write_part", full)
-    says = {AudioError: "utterance 'u9' is truncated", DiskFullError: "the disk is full"}[kind]
-    with pytest.raises(kind, match=says):
+    message = {AudioError: "utterance 'u9' is truncated", DiskFullError: "the disk is full"}[kind]
+    with pytest.raises(kind, match=message):
         run.run_stage("features", config, tmp_path / "features")
     assert threads() == before

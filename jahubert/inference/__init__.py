@@ -1,1 +1,1 @@
-"""Features, units and transcripts from audio: extraction, CTC decoding, chunking, voice activity, writers."""
+"""Features, units and transcripts of audio: extraction, CTC decoding, chunking, voice activity, writers."""

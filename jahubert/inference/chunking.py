@@ -1,14 +1,15 @@
-"""Recordings of any length through an encoder: in batches, and in overlapping chunks where they are long.
+"""Batched encoding of recordings of any length, long ones in overlapping chunks.
 
-A chunk starts on a frame, and the frames of neighbours are joined in the middle of their overlap: every frame
-of the recording comes once, at its place. What a chunk cannot see is what lies further away than half an
-overlap from its frames; docs/frames.md says how much that matters.
+A chunk starts on a frame, and neighbors are joined in the middle of their overlap, so every frame of the
+recording is returned exactly once. A frame at a joint sees only half an overlap of context on one side;
+docs/frames.md measures the effect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from torch import Tensor
 from jahubert.errors import ConfigError
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 
-OVERLAP_SECONDS = 4.0  # of two chunks of a long recording; each half of it is context that is thrown away
-BATCH_SECONDS = 120.0  # of padded audio that goes through the encoder at once
+T = TypeVar("T")
+
+OVERLAP_SECONDS = 4.0  # of neighboring chunks; half of it on each side is context only
+BATCH_SECONDS = 120.0  # of padded audio per forward pass
 
 # Encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, ...), n_frames_B).
 Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
@@ -25,39 +28,48 @@ Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of a recording, which starts on a frame; of its frames, `[keep, end)` count."""
+    """Part of a recording that starts on a frame; its frames `[keep, end)` enter the result."""
 
     wav_T: Tensor
-    start: int  # sample of the recording
-    keep: int  # those before are the previous chunk's
+    start: int  # first sample, within the recording
+    keep: int  # earlier frames are taken from the previous chunk
     end: int
 
 
 def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
-    """Samples of a chunk, and of what it has in common with the next."""
+    """Length of a chunk and of its overlap with the next one, in samples.
+
+    Raises:
+        ConfigError: the chunk is shorter than two overlaps.
+    """
     overlap = grid.floor(round(OVERLAP_SECONDS * SAMPLE_RATE))
     chunk = grid.floor(round(seconds * SAMPLE_RATE))
     if chunk < 2 * overlap:
         raise ConfigError(
-            f"chunks of {seconds} s are too short: they overlap by {OVERLAP_SECONDS} s; take 8 or more"
+            f"chunks of {seconds} s are too short for an overlap of {OVERLAP_SECONDS} s; use at least "
+            f"{2 * OVERLAP_SECONDS:.0f} s"
         )
     return chunk, overlap
 
 
 def chunks(blocks: Iterable[Tensor], grid: FrameGrid, seconds: float | None) -> Iterator[Chunk]:
-    """Overlapping chunks of a recording that comes in blocks (T,); one of everything if `seconds` is None."""
-    held, start, keep = torch.zeros(0), 0, 0
+    """Overlapping chunks of a recording given in blocks (T,); a single chunk if `seconds` is None."""
+    start, keep = 0, 0
+    buffer = torch.zeros(0, device="cpu")
     if seconds is None:
-        held = torch.cat([held, *blocks])
+        buffer = torch.cat([buffer, *blocks])
     else:
         length, overlap = chunk_size(grid, seconds)
-        step, half = length - overlap, overlap // grid.hop // 2
+        step = length - overlap
+        half = overlap // grid.hop // 2
         for block in blocks:
-            held = torch.cat([held, block])
-            while len(held) > length:
-                yield Chunk(held[:length], start, keep, step // grid.hop + half)
-                held, start, keep = held[step:], start + step, half
-    yield Chunk(held, start, keep, int(grid.n_frames(len(held))))
+            buffer = torch.cat([buffer, block])
+            while len(buffer) > length:
+                yield Chunk(buffer[:length], start, keep, step // grid.hop + half)
+                buffer = buffer[step:]
+                start += step
+                keep = half
+    yield Chunk(buffer, start, keep, int(grid.n_frames(len(buffer))))
 
 
 def encode_all(
@@ -67,17 +79,26 @@ def encode_all(
     shape: Sequence[int],
     chunk_seconds: float | None,
 ) -> list[Tensor]:
-    """Frames (S, *shape) of each waveform, on the CPU; long ones in chunks.
+    """Encode waveforms in batches of similar length, long ones in chunks.
 
-    A waveform that is shorter than one frame has no frames.
+    Args:
+        wavs: 16 kHz waveforms (T,).
+        shape: shape of one frame.
+        chunk_seconds: length of the chunks; None encodes every waveform as a whole.
+
+    Returns:
+        Frames (S, *shape) of each waveform, on the CPU; S is 0 for less than one frame of audio.
     """
-    cut = [list(chunks([wav], grid, chunk_seconds)) for wav in wavs]
-    places = [(i, j) for i, own in enumerate(cut) for j, chunk in enumerate(own) if chunk.end > chunk.keep]
-    places.sort(key=lambda place: -len(cut[place[0]][place[1]].wav_T))
-    parts = [[torch.zeros(0, *shape)] * len(own) for own in cut]
-    for batch in _batches(places, [len(cut[i][j].wav_T) for i, j in places]):
-        found = _encoded([cut[i][j] for i, j in batch], encode)
-        for (i, j), frames in zip(batch, found, strict=True):
+    chunks_of = [list(chunks([wav], grid, chunk_seconds)) for wav in wavs]
+    parts = [[torch.zeros(0, *shape, device="cpu")] * len(own) for own in chunks_of]
+    # (waveform, chunk) pairs, longest chunk first, so that a batch has little padding.
+    pairs = [
+        (i, j) for i, own in enumerate(chunks_of) for j, chunk in enumerate(own) if chunk.end > chunk.keep
+    ]
+    pairs.sort(key=lambda pair: -len(chunks_of[pair[0]][pair[1]].wav_T))
+    for batch in _batches(pairs, [len(chunks_of[i][j].wav_T) for i, j in pairs]):
+        encoded = _encode_batch([chunks_of[i][j] for i, j in batch], encode)
+        for (i, j), frames in zip(batch, encoded, strict=True):
             parts[i][j] = frames
     return [torch.cat(own) for own in parts]
 
@@ -85,20 +106,32 @@ def encode_all(
 def encode_stream(
     blocks: Iterable[Tensor], encode: Encode, grid: FrameGrid, chunk_seconds: float
 ) -> Iterator[Tensor]:
-    """Frames (S, ...) of one waveform that comes in blocks (T,), chunk by chunk, on the CPU.
+    """Frames (S, ...) of one waveform given in blocks (T,), chunk by chunk, on the CPU.
 
-    Laid end to end they are those of `encode_all`; memory is that of one chunk. Nothing comes of a waveform
-    that is shorter than one frame.
+    Concatenated they equal the result of `encode_all`; memory is bounded by one chunk. Yields nothing for
+    less than one frame of audio.
     """
     for chunk in chunks(blocks, grid, chunk_seconds):
         if chunk.end > chunk.keep:
-            yield from _encoded([chunk], encode)
+            yield from _encode_batch([chunk], encode)
 
 
-def _encoded(batch: list[Chunk], encode: Encode) -> list[Tensor]:
-    """The frames of each chunk that count, on the CPU."""
+def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
+    """Lists of up to `n` items, each as soon as it is full (`itertools.batched` of Python 3.12)."""
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == n:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
+    """The kept frames of each chunk, on the CPU."""
     lengths = [len(chunk.wav_T) for chunk in batch]
-    wav_BT = torch.zeros(len(batch), max(lengths))
+    wav_BT = torch.zeros(len(batch), max(lengths), device="cpu")
     for row, chunk in zip(wav_BT, batch, strict=True):
         row[: len(chunk.wav_T)] = chunk.wav_T
     with torch.inference_mode():
@@ -106,15 +139,15 @@ def _encoded(batch: list[Chunk], encode: Encode) -> list[Tensor]:
     return [row[chunk.keep : chunk.end].clone() for row, chunk in zip(frames, batch, strict=True)]
 
 
-def _batches(places: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Places in their order, longest first, gathered while their padded length fits."""
+def _batches(pairs: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """Consecutive pairs, longest first, as many as fit into a padded batch of `BATCH_SECONDS`."""
     batch: list[tuple[int, int]] = []
     longest = 0
-    for place, length in zip(places, lengths, strict=True):
+    for pair, length in zip(pairs, lengths, strict=True):
         if batch and (len(batch) + 1) * longest > BATCH_SECONDS * SAMPLE_RATE:
             yield batch
             batch = []
         longest = longest if batch else length
-        batch.append(place)
+        batch.append(pair)
     if batch:
         yield batch

@@ -1,4 +1,4 @@
-"""Frames from audio: features of one layer or several, and units (the nearest centroid of each frame)."""
+"""Frame-level features of one or several encoder layers, and discrete units (nearest centroids)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from jahubert.model.precision import PRECISIONS, autocast
 from jahubert.prefetch import prefetch
 
 Layers = int | Sequence[int] | Literal["all"] | None
-STREAM_SECONDS = 30.0  # of a chunk, where none was asked for
-READ_AHEAD = 32  # recordings
+STREAM_SECONDS = 30.0  # default chunk length of `FeatureExtractor.stream`
+PREFETCH = 32  # recordings
 
 
 def prefetch_audio(
     audio: Iterable[AudioLike], sample_rate: int | None = None
 ) -> Iterator[tuple[AudioLike, Tensor | Exception]]:
-    """Each recording and its 16 kHz waveform (T,), or why there is none, in order; read in the background."""
+    """Recordings in order, each with its 16 kHz waveform (T,) or the exception of reading it.
+
+    The next `PREFETCH` recordings are decoded in background threads.
+    """
 
     def read(item: AudioLike) -> Tensor | Exception:
         try:
@@ -35,22 +38,26 @@ def prefetch_audio(
         except Exception as error:
             return error
 
-    return prefetch(read, audio, READ_AHEAD)
+    return prefetch(read, audio, PREFETCH)
 
 
 class LayerFeatures(nn.Module):
-    """One layer of an encoder, several, or their weighted sum, as a module to train with.
+    """One encoder layer, several layers or their weighted sum, as a trainable module.
 
-    A model of another project takes it in as it is: `self.speech = LayerFeatures(hubert, "all", "learn")`.
-    Parameters are those of the encoder, and `mix_L`, the logits of the weights, if they are to be learned
-    (SUPERB, Yang et al. 2021, section 3). Early exit: no block above the last layer is computed.
+    Use it as a submodule of a downstream model: `self.speech = LayerFeatures(hubert, "all", "learn")`. Its
+    parameters are those of the encoder and, for learned weights, the logits `mix_L` (SUPERB, Yang et al.
+    2021, section 3). Blocks above the highest requested layer are not computed.
 
     Args:
-        model: the encoder, in whatever mode it is in.
+        model: the encoder, left in its current mode (train or eval).
         layer: 1-based block whose output is taken, after residual and norm (Hugging Face and s3prl:
-            `hidden_states[layer]`); 0 is the input of block 1. A sequence of them, or "all", 0 to the last.
-            Default: the encoder's output, behind the closing norm of large models.
-        weights: one factor a layer, or "learn": their softmax, equal at first. Default: no sum.
+            `hidden_states[layer]`); 0 is the input of block 1. Several layers as a sequence, or "all" for 0
+            to the last. Default: the encoder's output, which includes the final norm of pre-norm models.
+        weights: one factor per layer, or "learn" for a learned softmax, uniform at initialization.
+            Default: layers are stacked, not summed.
+
+    Raises:
+        ConfigError: a layer that the model lacks, or weights that do not match the layers.
     """
 
     def __init__(
@@ -61,44 +68,49 @@ class LayerFeatures(nn.Module):
     ):
         super().__init__()
         top = model.config.layers
-        chosen = range(top + 1) if layer == "all" else [] if layer is None else layer
-        self.layers: list[int] = [chosen] if isinstance(chosen, int) else list(chosen)  # type: ignore[arg-type]
-        self.single = isinstance(layer, int) or layer is None
+        self.layers: list[int]
+        self.single = layer is None or isinstance(layer, int)
+        if layer is None:
+            self.layers = []
+        elif layer == "all":
+            self.layers = list(range(top + 1))
+        else:
+            self.layers = [layer] if isinstance(layer, int) else list(layer)  # type: ignore[arg-type]
         wrong = [n for n in self.layers if not isinstance(n, int) or not 0 <= n <= top]
         if wrong or (not self.single and not self.layers):
-            asked = f"layer {wrong[0]}" if wrong else "no layer"
-            raise ConfigError(f"{asked} was asked for, but the model has layers 0 to {top}")
+            value = f"layer {wrong[0]}" if wrong else "an empty list of layers"
+            raise ConfigError(f"{value} is not valid: the model has layers 0 to {top}")
         if weights is not None and self.single:
-            raise ConfigError("weights are for several layers; give layer as a list, or 'all'")
+            raise ConfigError("weights need several layers: give layer as a list, or 'all'")
         self.hubert = model
         self.mix_L: Tensor | None = None
         self.register_buffer("factors_L", None)
         if isinstance(weights, str):
             if weights != "learn":
-                raise ConfigError(f"weights is {weights!r}; give one number a layer, or 'learn'")
+                raise ConfigError(f"weights is {weights!r}, but must be one number per layer or 'learn'")
             self.mix_L = nn.Parameter(torch.zeros(len(self.layers)))
         elif weights is not None:
             if len(weights) != len(self.layers):
-                raise ConfigError(f"{len(weights)} weights were given for {len(self.layers)} layers")
+                raise ConfigError(f"{len(weights)} weights for {len(self.layers)} layers: give one per layer")
             self.factors_L = torch.tensor([float(w) for w in weights])
 
     @property
     def weights_L(self) -> Tensor | None:
-        """The factor of each layer in the sum, or None if there is no sum."""
+        """Factor of each layer in the weighted sum; None if layers are not summed."""
         return self.factors_L if self.mix_L is None else self.mix_L.softmax(0)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one frame: (D,), or (L, D) for several layers that are not summed."""
+        """Shape of one frame: (D,), or (L, D) for several layers that are not summed."""
         width = self.hubert.config.width
         return (width,) if self.single or self.weights_L is not None else (len(self.layers), width)
 
     def forward(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Features (B, S, D), or (B, S, L, D), zero behind each utterance, and valid frames (B,).
+        """Features (B, S, D) or (B, S, L, D), with padding frames zero, and valid frames (B,).
 
-        Arguments and errors are those of `HubertModel`.
+        Arguments and errors as for `HubertModel.forward`.
         """
         last = max(self.layers) if self.layers else None
         encoded = self.hubert(
@@ -119,12 +131,15 @@ class FeatureExtractor:
     Several layers give (frames, layers, dim), a weighted sum of them (frames, dim).
 
     Args:
-        model: the encoder; it is put into eval mode and moved to `device`.
+        model: the encoder; it is switched to eval mode and moved to `device`.
         layer, weights: as for `LayerFeatures`.
-        device: default is the GPU where there is one.
-        dtype: of the matrix products (autocast): torch.float32, bfloat16 or float16. Results are float32.
-        chunk_seconds: encode longer recordings in overlapping chunks of this length, which bounds the memory.
+        device: default: a GPU if available.
+        dtype: autocast dtype: torch.float32, bfloat16 or float16. Results are float32.
+        chunk_seconds: encode longer recordings in overlapping chunks of this length, which bounds memory.
             Default: every recording as a whole.
+
+    Raises:
+        ConfigError: an invalid layer, device, dtype or chunk length.
     """
 
     def __init__(
@@ -139,14 +154,16 @@ class FeatureExtractor:
     ):
         if dtype not in PRECISIONS:
             raise ConfigError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
-        self.device, self.dtype, self.chunk_seconds = pick_device(device), dtype, chunk_seconds
+        self.device = pick_device(device)
+        self.dtype = dtype
+        self.chunk_seconds = chunk_seconds
         self.features = LayerFeatures(model, layer, weights).eval().to(self.device)
         if chunk_seconds is not None:
-            chunk_size(self.grid, chunk_seconds)  # refuses lengths that cannot be
+            chunk_size(self.grid, chunk_seconds)  # validates the length
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, layer: Layers = None, **options) -> FeatureExtractor:
-        """From anything `HubertModel.from_pretrained` opens; `options` as in the constructor."""
+        """Load whatever `HubertModel.from_pretrained` opens; `options` are those of the constructor."""
         return cls(HubertModel.from_pretrained(source), layer, **options)
 
     @property
@@ -155,7 +172,7 @@ class FeatureExtractor:
 
     @property
     def grid(self) -> FrameGrid:
-        """Which samples each frame sees."""
+        """Samples covered by each frame."""
         return self.model.config.grid
 
     @property
@@ -163,20 +180,29 @@ class FeatureExtractor:
         return self.model.config.width
 
     def times(self, n_frames: int) -> Tensor:
-        """Seconds (frames,), float64, of the middle of what each frame sees."""
-        return (
-            torch.arange(n_frames, dtype=torch.float64) * self.grid.hop + self.grid.center(0)
-        ) / SAMPLE_RATE
+        """Center of each frame in seconds: float64 (frames,)."""
+        first = self.grid.center(0)
+        samples = torch.arange(n_frames, dtype=torch.float64, device="cpu") * self.grid.hop + first
+        return samples / SAMPLE_RATE
+
+    def to(self, device: str | torch.device) -> FeatureExtractor:
+        """Move the model to another device, in place."""
+        self.device = pick_device(device)
+        self.features.to(self.device)
+        return self
 
     @overload
     def __call__(self, audio: AudioLike, sample_rate: int | None = None) -> Tensor: ...
     @overload
     def __call__(self, audio: list | tuple, sample_rate: int | None = None) -> list[Tensor]: ...
     def __call__(self, audio, sample_rate=None):
-        """Features of a file or array, or a list of them for a list.
+        """Features of one recording, or a list of them for a list of recordings.
 
-        `sample_rate` is that of arrays (16 kHz if not given); files know theirs. The result for one recording
-        does not depend on the others in the list.
+        The result for a recording does not depend on the others in the list.
+
+        Args:
+            audio: whatever `load_audio` accepts, or a list of it.
+            sample_rate: sampling rate of arrays in Hz. Default: 16,000.
         """
         if isinstance(audio, list | tuple):
             return self.encode([load_audio(item, sample_rate) for item in audio])
@@ -190,10 +216,13 @@ class FeatureExtractor:
         batch_seconds: float = 60.0,
         errors: Literal["raise", "return"] = "raise",
     ) -> Iterator[Tensor | Exception]:
-        """Features of many files or arrays, in order, while the next ones are read in the background.
+        """Features of many recordings, in order; the next ones are decoded in the background.
 
-        Recordings are encoded together until they last `batch_seconds`. With `errors="return"` a recording
-        that cannot be read gives its exception in place of features, and the others go on.
+        Args:
+            audio: files or arrays.
+            sample_rate: sampling rate of arrays in Hz. Default: 16,000.
+            batch_seconds: audio per batch.
+            errors: "return" yields the exception of an unreadable recording in its place and continues.
         """
         waiting: list[Tensor | Exception] = []
         seconds = 0.0
@@ -202,20 +231,22 @@ class FeatureExtractor:
                 raise wav
             waiting.append(wav)
             seconds += 0 if isinstance(wav, Exception) else len(wav) / SAMPLE_RATE
-            if seconds >= batch_seconds or len(waiting) == READ_AHEAD:
-                yield from self._encode_read(waiting)
-                waiting, seconds = [], 0.0
-        yield from self._encode_read(waiting)
+            if seconds >= batch_seconds or len(waiting) == PREFETCH:
+                yield from self._encode_valid(waiting)
+                waiting = []
+                seconds = 0.0
+        yield from self._encode_valid(waiting)
 
-    def _encode_read(self, read: list[Tensor | Exception]) -> Iterator[Tensor | Exception]:
-        found = iter(self.encode([wav for wav in read if isinstance(wav, Tensor)]))
-        for wav in read:
-            yield wav if isinstance(wav, Exception) else next(found)
+    def _encode_valid(self, wavs: list[Tensor | Exception]) -> Iterator[Tensor | Exception]:
+        """Features of the waveforms; exceptions are passed through at their position."""
+        features = iter(self.encode([wav for wav in wavs if isinstance(wav, Tensor)]))
+        for wav in wavs:
+            yield wav if isinstance(wav, Exception) else next(features)
 
     def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
-        """Features of one recording of any length, piece by piece, in memory that does not grow with it.
+        """Features of one recording of any length, piece by piece, in bounded memory.
 
-        The pieces laid end to end are what the extractor gives with the same `chunk_seconds` (30 if none).
+        Concatenated, the pieces equal the features with the same `chunk_seconds` (default here: 30).
         """
         blocks = stream_audio(audio, sample_rate)
         return encode_stream(blocks, self._forward, self.grid, self.chunk_seconds or STREAM_SECONDS)
@@ -231,12 +262,20 @@ class FeatureExtractor:
 
 
 class UnitExtractor:
-    """Discrete units: `units("a.wav")` -> int64 (frames,), the nearest centroid of each frame's features."""
+    """Discrete units: `units("a.wav")` -> int64 (frames,), the index of the centroid nearest to each frame.
+
+    Args:
+        features: extractor of the layer that the centroids belong to.
+        centroids_KD: k-means centroids.
+
+    Raises:
+        CheckpointError: centroids of another dimension than the features.
+    """
 
     def __init__(self, features: FeatureExtractor, centroids_KD: Tensor):
         if centroids_KD.dim() != 2 or centroids_KD.shape[1] != features.dim:
             raise CheckpointError(
-                f"centroids have shape {tuple(centroids_KD.shape)}, but the features have {features.dim} "
+                f"centroids of shape {tuple(centroids_KD.shape)} do not match features of {features.dim} "
                 "dimensions: they belong to another model"
             )
         self.features = features
@@ -244,15 +283,16 @@ class UnitExtractor:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **options) -> UnitExtractor:
-        """From a bundle with centroids; `options` as for `FeatureExtractor`, without `layer`."""
+        """Load a bundle with centroids; `options` are those of `FeatureExtractor` without `layer`."""
         return cls.from_bundle(load_bundle(source), os.fspath(source), **options)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, name: str = "this model", **options) -> UnitExtractor:
+    def from_bundle(cls, bundle: Bundle, name: str = "the model", **options) -> UnitExtractor:
+        """Use a loaded bundle; `name` is shown in error messages."""
         if bundle.centroids_KD is None or bundle.centroid_layer is None:
             raise CheckpointError(
-                f"{name} has no centroids of one of its layers, so it has no units; take a bundle that was "
-                "saved with centroids (stage kmeans on the layer of a model), or use FeatureExtractor"
+                f"{name} has no centroids, so it cannot extract units; use a bundle with centroids of one of "
+                "its layers (stage label writes one), or FeatureExtractor"
             )
         return cls(FeatureExtractor(bundle.model, bundle.centroid_layer, **options), bundle.centroids_KD)
 
@@ -260,22 +300,30 @@ class UnitExtractor:
     def n_units(self) -> int:
         return self.centroids_KD.shape[0]
 
+    def to(self, device: str | torch.device) -> UnitExtractor:
+        """Move the encoder to another device, in place; units are computed on the CPU."""
+        self.features.to(device)
+        return self
+
     @overload
     def __call__(self, audio: AudioLike, sample_rate: int | None = None) -> Tensor: ...
     @overload
     def __call__(self, audio: list | tuple, sample_rate: int | None = None) -> list[Tensor]: ...
     def __call__(self, audio, sample_rate=None):
-        """Units (frames,) of a file or array, or a list of them for a list."""
-        found = self.features(audio, sample_rate)
-        return [self.nearest(x) for x in found] if isinstance(found, list) else self.nearest(found)
+        """Units (frames,) of one recording, or a list of them for a list; as for `FeatureExtractor`."""
+        features = self.features(audio, sample_rate)
+        if isinstance(features, list):
+            return [self.nearest(frames_SD) for frames_SD in features]
+        return self.nearest(features)
 
     def many(self, audio: Iterable[AudioLike], sample_rate: int | None = None, **options) -> Iterator:
-        """Units of many files or arrays, in order; as `FeatureExtractor.many`."""
-        for found in self.features.many(audio, sample_rate, **options):
-            yield found if isinstance(found, Exception) else self.nearest(found)
+        """Units of many recordings, in order; arguments as for `FeatureExtractor.many`."""
+        for features in self.features.many(audio, sample_rate, **options):
+            yield features if isinstance(features, Exception) else self.nearest(features)
 
     def nearest(self, frames_SD: Tensor) -> Tensor:
-        """Index of the nearest centroid of each frame; the frame's own norm does not matter for that."""
+        """Index of the nearest centroid of each frame, int64 (S,)."""
+        # argmin of |x - c|^2 = |x|^2 - 2 x.c + |c|^2, where |x|^2 is constant.
         bias_K = self.centroids_KD.pow(2).sum(1) / 2
         blocks = [(bias_K - block @ self.centroids_KD.T).argmin(1) for block in frames_SD.split(16_384)]
         return torch.cat(blocks)

@@ -1,4 +1,4 @@
-"""Speech to text: audio of any length -> phones, kana, words with times."""
+"""Speech recognition: audio of any length to phonemes, kana and words with times."""
 
 from __future__ import annotations
 
@@ -16,50 +16,47 @@ from jahubert.audio import AudioLike, AudioSource, stream_audio
 from jahubert.errors import CheckpointError, ConfigError, DataError
 from jahubert.formats.bundle import load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
-from jahubert.inference.chunking import Chunk, chunks, encode_all
+from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
-from jahubert.inference.vad import (
-    AT_ONCE,
-    CHUNK_SECONDS,
-    PAUSE_SECONDS,
-    Segment,
-    decoding_segments,
-    merge_spans,
-    speech_frames,
-)  # fmt: skip
+from jahubert.inference.vad import Segment, cut_at_pauses, speech_frames
 from jahubert.model.device import pick_device
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.precision import PRECISIONS, autocast, preferred_dtype, quantize_int8
 from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 
-BEAM_ROWS = 32  # pieces in one beam search
-NEVER = -1e4  # log-probability of a phone where nobody speaks
+CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
+CHUNKS_PER_BATCH = 4
+PAUSE_SECONDS = 0.5  # of blanks where a long recording is cut for decoding
+BEAM_ROWS = 32  # segments per beam search
+GATED = -1e4  # log-probability of a phone outside of speech
+
+Progress = Callable[[float], None]  # receives the seconds of audio completed since the last call
 
 
 @dataclass(frozen=True)
 class Word:
-    """One word: what was said, and when (seconds from the start of the recording)."""
+    """A recognized word with its times in seconds from the start of the recording."""
 
     kana: str
     phonemes: tuple[str, ...]
     start: float
     end: float
-    score: float  # mean natural log-probability of its frames
+    score: float  # mean natural log-probability per frame
     times: tuple[tuple[float, float], ...]  # start and end of each phoneme
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was said in one recording."""
+    """Recognition result of one recording."""
 
     words: tuple[Word, ...]
     duration: float  # seconds
-    score: float  # natural log of the CTC probability of the labels found
-    audio: str = ""  # file name, where there is one
+    score: float  # natural log of the CTC probability of all labels
+    audio: str = ""  # file name; empty for arrays and streams
 
     @property
     def text(self) -> str:
-        """Kana, a space between words."""
+        """Kana, with a space between words."""
         return " ".join(word.kana for word in self.words)
 
     @property
@@ -67,27 +64,33 @@ class Transcript:
         """All phonemes, with `|` between words."""
         out: list[str] = []
         for word in self.words:
-            out += [BOUNDARY, *word.phonemes] if out else word.phonemes
+            if out:
+                out.append(BOUNDARY)
+            out += word.phonemes
         return tuple(out)
 
 
 def builtin_model() -> Path | None:
-    """The folder of the model that came with the package, if one did."""
-    found = sorted((Path(__file__).parents[1] / "assets").glob("*/config.json"))
-    return found[0].parent if found else None
+    """Folder of the model shipped with the package; None if the installation has none."""
+    configs = sorted((Path(__file__).parents[1] / "assets").glob("*/config.json"))
+    return configs[0].parent if configs else None
 
 
 class Transcriber:
-    """Recognises speech with a CTC model: `Transcriber.from_pretrained("bundle/").transcribe("a.wav")`.
+    """CTC speech recognizer: `Transcriber.from_pretrained("bundle/").transcribe("a.wav")`.
 
     Args:
-        model: encoder with a CTC head; it is put into eval mode and moved to `device`.
+        model: encoder with a CTC head; it is switched to eval mode and moved to `device`.
         phonemes: the symbols of the head.
         beam: width of the beam search.
-        device: default is the GPU where there is one.
-        vad: find no words where nobody speaks (`longform.speech_frames`).
-        dtype: of the matrix products: torch.float32, bfloat16, float16, or on a CPU int8; default is bfloat16
-            where the device has it in hardware, else float32.
+        device: default: a GPU if available.
+        vad: suppress phones outside of speech (`vad.speech_frames`).
+        dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
+            hardware supports it, otherwise float32.
+
+    Raises:
+        CheckpointError: the head and the phoneme set differ in size.
+        ConfigError: an invalid beam, device or dtype.
     """
 
     def __init__(
@@ -102,8 +105,8 @@ class Transcriber:
     ):
         if model.lm_head.out_features != len(phonemes):
             raise CheckpointError(
-                f"the model's head has {model.lm_head.out_features} symbols, but its phoneme set has "
-                f"{len(phonemes)}"
+                f"the CTC head has {model.lm_head.out_features} outputs, but the phoneme set has "
+                f"{len(phonemes)} symbols"
             )
         if beam < 1:
             raise ConfigError(f"beam is {beam}, but must be at least 1; the published results use 20")
@@ -111,13 +114,17 @@ class Transcriber:
             raise ConfigError(f"dtype is {dtype}; choose torch.float32, bfloat16, float16 or int8")
         self.device = pick_device(device)
         self.dtype = preferred_dtype(self.device) if dtype is None else dtype
-        int8 = self.dtype is torch.int8
-        self.model = quantize_int8(model, self.device) if int8 else model.eval().to(self.device)
-        self.phonemes, self.beam, self.vad = phonemes, beam, vad
+        if self.dtype is torch.int8:
+            self.model = quantize_int8(model, self.device)
+        else:
+            self.model = model.eval().to(self.device)
+        self.phonemes = phonemes
+        self.beam = beam
+        self.vad = vad
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike | None = None, **options) -> Transcriber:
-        """From a fine-tuned bundle (default: the built-in model); `options` as in the constructor."""
+        """Load a fine-tuned model (default: the built-in one); `options` are those of the constructor."""
         source = builtin_model() if source is None else source
         if source is None:
             raise CheckpointError(
@@ -126,24 +133,41 @@ class Transcriber:
             )
         bundle = load_bundle(source)
         if bundle.ctc is None or bundle.phonemes is None:
-            lacks = "no CTC head" if bundle.ctc is None else "no symbols (vocab.json)"
+            missing = "CTC head" if bundle.ctc is None else "symbols (vocab.json)"
             raise CheckpointError(
-                f"{os.fspath(source)} has {lacks}, so it cannot transcribe; take a bundle that "
-                "stage finetune wrote, or another CTC model"
+                f"{os.fspath(source)} has no {missing}, so it cannot transcribe; use a bundle written by "
+                "stage finetune, or another CTC model"
             )
         return cls(bundle.ctc, bundle.phonemes, **options)
 
     @property
     def grid(self) -> FrameGrid:
-        """Which samples each frame sees."""
+        """Samples covered by each frame."""
         return self.model.config.grid
 
+    def to(self, device: str | torch.device) -> Transcriber:
+        """Move the model to another device, in place.
+
+        Raises:
+            ConfigError: unavailable device, or an int8 model and a device other than the CPU.
+        """
+        picked = pick_device(device)
+        if self.dtype is torch.int8 and picked.type != "cpu":
+            raise ConfigError(f"an int8 model runs on the CPU only, not on {picked}")
+        self.device = picked
+        self.model.to(picked)
+        return self
+
     def transcribe(self, audio: AudioLike, sample_rate: int | None = None) -> Transcript:
-        """One file or array; `sample_rate` is that of an array (16 kHz if not given)."""
-        (found,) = self.transcribe_many([audio], sample_rate)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        """Transcribe one recording.
+
+        Args:
+            audio: whatever `load_audio` accepts.
+            sample_rate: sampling rate of an array in Hz. Default: 16,000.
+        """
+        (transcript,) = self.transcribe_many([audio], sample_rate)
+        assert isinstance(transcript, Transcript)  # errors="raise"
+        return transcript
 
     def transcribe_many(
         self,
@@ -152,44 +176,50 @@ class Transcriber:
         *,
         batch_seconds: float = 60.0,
         errors: Literal["raise", "return"] = "raise",
-        progress: Callable[[float], None] | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[Transcript | Exception]:
-        """Transcripts of many files or arrays, in order, several short recordings at a time.
+        """Transcribe many recordings, in order.
 
-        Recordings up to 30 s are read until they last `batch_seconds` together; longer ones are read and
-        recognised bit by bit, in memory that does not grow with them. With `errors="return"` a recording that
-        fails gives its exception in place of a transcript, and the others go on. `progress` is told the
-        seconds of audio done since it was last called.
+        Recordings of up to 30 s are batched; longer ones are read and recognized chunk by chunk in bounded
+        memory.
+
+        Args:
+            audio: files or arrays.
+            sample_rate: sampling rate of arrays in Hz. Default: 16,000.
+            batch_seconds: audio per batch of short recordings.
+            errors: "return" yields the exception of a failed recording in its place and continues.
+            progress: called with the seconds of audio completed since its last call.
         """
-        tell = progress or (lambda seconds: None)
-        waiting: list[tuple[str, Tensor]] = []
+        batch: list[tuple[str, Tensor]] = []
         for item in audio:
+            name = _name(item)
+            error: Exception | None = None
             head: list[Chunk] = []
-            found: Transcript | Exception | None = None
+            parts: Iterator[Chunk] = iter(())
             try:
                 parts = chunks(stream_audio(item, sample_rate), self.grid, CHUNK_SECONDS)
                 head = list(islice(parts, 2))
-            except Exception as error:
-                found = error
+            except Exception as caught:
+                error = caught
             if len(head) == 1:
-                waiting.append((_name(item), head[0].wav_T))
-                if sum(len(wav) for _, wav in waiting) < batch_seconds * SAMPLE_RATE:
+                batch.append((name, head[0].wav_T))
+                if sum(len(wav_T) for _, wav_T in batch) < batch_seconds * SAMPLE_RATE:
                     continue
-            yield from self._flush(waiting, errors, tell)
-            waiting = []
-            if len(head) == 1:
-                continue
-            try:
-                found = found or self._long(_name(item), chain(head, parts), tell)
-            except Exception as error:
-                found = error
-            if errors == "raise" and isinstance(found, Exception):
-                raise found
-            yield found
-        yield from self._flush(waiting, errors, tell)
+            yield from self._transcribe_batch(batch, errors, progress)
+            batch = []
+            if len(head) == 2:
+                try:
+                    yield self._transcribe_long(name, chain(head, parts), progress)
+                except Exception as caught:
+                    error = caught
+            if error is not None:
+                if errors == "raise":
+                    raise error
+                yield error
+        yield from self._transcribe_batch(batch, errors, progress)
 
     def log_probs(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Log-probabilities (S, V), float32 on the CPU, of 16 kHz waveforms of any length."""
+        """Log-probabilities (S, V), float32 on the CPU, of 16 kHz waveforms (T,) of any length."""
 
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
             with autocast(self.dtype, self.device):
@@ -197,95 +227,111 @@ class Transcriber:
 
         return encode_all(wavs, encode, self.grid, (len(self.phonemes),), CHUNK_SECONDS)
 
-    def _flush(
-        self, waiting: list[tuple[str, Tensor]], errors: str, tell: Callable[[float], None]
+    def _transcribe_batch(
+        self, recordings: list[tuple[str, Tensor]], errors: str, progress: Progress | None
     ) -> Iterator[Transcript | Exception]:
-        """The transcripts of a few short recordings, made together."""
-        if not waiting:
+        """Transcripts of short recordings (name, waveform), computed together."""
+        if not recordings:
             return
-        done: Sequence[Transcript | Exception]
+        results: Sequence[Transcript | Exception]
         try:
-            done = self._short(waiting)
+            results = self._transcribe_short(recordings)
         except Exception as error:
             if errors == "raise":
                 raise
-            done = [error] if len(waiting) == 1 else []
-        if done:
-            tell(sum(len(wav) for _, wav in waiting) / SAMPLE_RATE)
-        # If several failed together, one of them did it and the others are not to suffer.
-        yield from done or (result for one in waiting for result in self._flush([one], errors, tell))
+            results = [error] if len(recordings) == 1 else []
+        if not results:  # one recording failed: retry one by one, so that the others are unaffected
+            for recording in recordings:
+                yield from self._transcribe_batch([recording], errors, progress)
+            return
+        if progress is not None:
+            progress(sum(len(wav_T) for _, wav_T in recordings) / SAMPLE_RATE)
+        yield from results
 
-    def _short(self, recordings: list[tuple[str, Tensor]]) -> list[Transcript]:
-        wavs = [wav for _, wav in recordings]
-        logps = [self._gated(logp, wav) for logp, wav in zip(self.log_probs(wavs), wavs, strict=True)]
-        found = self._decode([Segment(0, logp) for logp in logps])
+    def _transcribe_short(self, recordings: list[tuple[str, Tensor]]) -> list[Transcript]:
+        wavs = [wav_T for _, wav_T in recordings]
+        segments = [
+            Segment(0, self._gate(logp_SV, wav_T))
+            for logp_SV, wav_T in zip(self.log_probs(wavs), wavs, strict=True)
+        ]
         return [
-            self._transcript(name, len(wav), [answer])
-            for (name, wav), answer in zip(recordings, found, strict=True)
+            self._transcript(name, len(wav_T), [decoded])
+            for (name, wav_T), decoded in zip(recordings, self._decode(segments), strict=True)
         ]
 
-    def _long(self, name: str, parts: Iterable[Chunk], tell: Callable[[float], None]) -> Transcript:
-        """One recording, chunk by chunk."""
+    def _transcribe_long(
+        self, name: str, recording: Iterable[Chunk], progress: Progress | None
+    ) -> Transcript:
         n_samples = 0
 
-        def frames() -> Iterator[Tensor]:
+        def log_probs() -> Iterator[Tensor]:
             nonlocal n_samples
-            for group in merge_spans(parts, AT_ONCE):
-                for chunk, logp in zip(group, self.log_probs([c.wav_T for c in group]), strict=True):
-                    yield self._gated(logp, chunk.wav_T)[chunk.keep : chunk.end]
-                before, n_samples = n_samples, group[-1].start + len(group[-1].wav_T)
-                tell((n_samples - before) / SAMPLE_RATE)
+            for batch in batched(recording, CHUNKS_PER_BATCH):
+                logps = self.log_probs([chunk.wav_T for chunk in batch])
+                for chunk, logp_SV in zip(batch, logps, strict=True):
+                    yield self._gate(logp_SV, chunk.wav_T)[chunk.keep : chunk.end]
+                end = batch[-1].start + len(batch[-1].wav_T)
+                if progress is not None:
+                    progress((end - n_samples) / SAMPLE_RATE)
+                n_samples = end
 
-        longest, pause = (round(seconds * self.grid.rate) for seconds in (CHUNK_SECONDS, PAUSE_SECONDS))
-        cut = decoding_segments(frames(), longest, pause, self.phonemes.blank)
-        found = [answer for group in merge_spans(cut, AT_ONCE) for answer in self._decode(group)]
-        return self._transcript(name, n_samples, found)
+        max_frames = round(CHUNK_SECONDS * self.grid.rate)
+        pause = round(PAUSE_SECONDS * self.grid.rate)
+        segments = cut_at_pauses(log_probs(), max_frames, pause, self.phonemes.blank)
+        decoded = [result for batch in batched(segments, CHUNKS_PER_BATCH) for result in self._decode(batch)]
+        return self._transcript(name, n_samples, decoded)
 
-    def _gated(self, logp_SV: Tensor, wav_T: Tensor) -> Tensor:
-        """No phones where nobody speaks; blank and word boundary stay as they are."""
+    def _gate(self, logp_SV: Tensor, wav_T: Tensor) -> Tensor:
+        """Suppress phones outside of speech; blank and word boundary are unchanged."""
         if not self.vad:
             return logp_SV
         silent_S = ~speech_frames(wav_T, self.grid)
-        phone_V = torch.ones(len(self.phonemes), dtype=torch.bool)
-        phone_V[[self.phonemes.blank, max(self.phonemes.boundary, self.phonemes.blank)]] = False
-        return logp_SV.masked_fill(silent_S[:, None] & phone_V, NEVER)
+        phone_V = torch.ones(len(self.phonemes), dtype=torch.bool, device=logp_SV.device)
+        phone_V[self.phonemes.blank] = False
+        if self.phonemes.boundary >= 0:
+            phone_V[self.phonemes.boundary] = False
+        return logp_SV.masked_fill(silent_S[:, None] & phone_V, GATED)
 
-    def _decode(self, cut: list[Segment]) -> list[tuple[list[Span], float]]:
-        """Aligned labels of each piece, at frames of the recording, and their log-probability."""
-        found = []
-        for piece, best in zip(cut, self._search([piece.logp_SV for piece in cut]), strict=True):
-            spans = forced_align(piece.logp_SV, best.labels, self.phonemes.blank)
-            moved = [Span(s.label, piece.start + s.start, piece.start + s.end, s.score) for s in spans]
-            found.append((moved, best.score))
-        return found
+    def _decode(self, segments: list[Segment]) -> list[tuple[list[Span], float]]:
+        """Aligned labels of each segment, in frames of the recording, and their log-probability."""
+        results = []
+        best = self._search([segment.logp_SV for segment in segments])
+        for segment, hypothesis in zip(segments, best, strict=True):
+            spans = forced_align(segment.logp_SV, hypothesis.labels, self.phonemes.blank)
+            offset = segment.start
+            spans = [Span(s.label, offset + s.start, offset + s.end, s.score) for s in spans]
+            results.append((spans, hypothesis.score))
+        return results
 
-    def _transcript(self, name: str, n_samples: int, found: list[tuple[list[Span], float]]) -> Transcript:
-        spans = (span for aligned, _ in found for span in aligned)
+    def _transcript(self, name: str, n_samples: int, decoded: list[tuple[list[Span], float]]) -> Transcript:
+        spans = [span for aligned, _ in decoded for span in aligned]
+        score = sum(score for _, score in decoded)
         words = tuple(words_of(spans, self.phonemes, self.grid))
-        return Transcript(words, n_samples / SAMPLE_RATE, sum(score for _, score in found), name)
+        return Transcript(words, n_samples / SAMPLE_RATE, score, name)
 
-    def _search(self, pieces: list[Tensor]) -> list[Hypothesis]:
-        """The best hypothesis of each piece; pieces of like length share a beam search."""
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
+    def _search(self, logps: list[Tensor]) -> list[Hypothesis]:
+        """The best hypothesis of each segment; segments of similar length share a beam search."""
+        order = sorted(range(len(logps)), key=lambda i: len(logps[i]))
         best: dict[int, Hypothesis] = {}
-        for begin in range(0, len(order), BEAM_ROWS):
-            rows = order[begin : begin + BEAM_ROWS]
-            padded = torch.nn.utils.rnn.pad_sequence([pieces[i] for i in rows], batch_first=True)
-            lengths = [len(pieces[i]) for i in rows]
-            found = beam_search(padded, lengths, self.beam, blank=self.phonemes.blank)
-            best.update({i: hypotheses[0] for i, hypotheses in zip(rows, found, strict=True)})
-        return [best[i] for i in range(len(pieces))]
+        for rows in batched(order, BEAM_ROWS):
+            padded = torch.nn.utils.rnn.pad_sequence([logps[i] for i in rows], batch_first=True)
+            n_best = beam_search(padded, [len(logps[i]) for i in rows], self.beam, blank=self.phonemes.blank)
+            for i, hypotheses in zip(rows, n_best, strict=True):
+                best[i] = hypotheses[0]
+        return [best[i] for i in range(len(logps))]
 
 
 def words_of(spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Iterator[Word]:
-    """Aligned labels gathered into words at the boundary symbol."""
+    """Group aligned labels into words at the boundary symbol."""
     group: list[Span] = []
-    for span in [*spans, None]:
-        if span is not None and span.label != phonemes.boundary:
+    for span in spans:
+        if span.label != phonemes.boundary:
             group.append(span)
         elif group:
             yield _word(group, phonemes, grid)
             group = []
+    if group:
+        yield _word(group, phonemes, grid)
 
 
 def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Word:
@@ -294,12 +340,12 @@ def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Word:
     n_frames = sum(s.end - s.start for s in spans)
     score = sum(s.score * (s.end - s.start) for s in spans) / n_frames
     try:
-        kana = phones_to_kana(phones) if phonemes.spells_phones else "".join(phones)
-    except DataError:  # a model with symbols of its own has no kana
+        kana = phones_to_kana(phones) if phonemes.are_phones else "".join(phones)
+    except DataError:  # special symbols such as <unk> have no kana
         kana = "".join(phones)
     return Word(kana, phones, times[0][0], times[-1][1], score, times)
 
 
 def _name(audio: AudioLike) -> str:
-    """The file name of a source, or nothing for arrays and streams."""
+    """The file name of a source; empty for arrays and streams."""
     return str(audio) if isinstance(audio, str | os.PathLike | AudioSource) else ""

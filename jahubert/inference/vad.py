@@ -1,27 +1,20 @@
-"""Long recordings in bounded memory: where somebody speaks, and where to cut for decoding.
+"""Voice activity detection, and segmentation of long recordings at pauses.
 
-A CTC model that has only seen speech finds phones in silence, noise and music as well. What tells speech
-from them: it is louder than -60 dB, its level moves by several dB within a second (that of noise does not),
-and so does its spectrum from one 40 ms to the next (that of tones does not).
+A CTC model that was trained on speech alone also outputs phones for silence, noise and music. Speech differs
+from them in three ways: it is louder than -60 dBFS, its level varies by several dB within a second (that of
+noise does not), and so does its spectrum over 40 ms (that of tones does not).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from jahubert.frames import FrameGrid
-
-T = TypeVar("T")
-
-CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
-AT_ONCE = 4  # chunks in one pass of the model
-PAUSE_SECONDS = 0.5  # of blanks around the place where a long recording is cut for decoding
 
 # Voice activity, in frames of 20 ms; measured on words, sentences, noise and tones (LOG.md).
 _WINDOW, _STEP = 64, 16  # frames over which level and spectrum are watched
@@ -34,53 +27,47 @@ _AROUND = 12  # frames around speech that are kept: quiet consonants, and room f
 _QUIET = 1e-10
 
 
-def merge_spans(items: Iterable[T], n: int) -> Iterator[list[T]]:
-    """Lists of up to `n` items, each as soon as it is full."""
-    group: list[T] = []
-    for item in items:
-        group.append(item)
-        if len(group) == n:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 @dataclass(frozen=True)
 class Segment:
-    """Log-probabilities of a part of a recording that is decoded alone, from frame `start` on."""
+    """Log-probabilities of a part of a recording that is decoded on its own."""
 
-    start: int
+    start: int  # first frame, within the recording
     logp_SV: Tensor
 
 
-def decoding_segments(
-    frames: Iterable[Tensor], longest: int, pause: int, blank: int = 0
-) -> Iterator[Segment]:
-    """Log-probabilities that come bit by bit, cut into pieces of at most `longest` frames.
+def cut_at_pauses(blocks: Iterable[Tensor], max_frames: int, pause: int, blank: int = 0) -> Iterator[Segment]:
+    """Cut a stream of log-probabilities into segments at the clearest pauses.
 
-    Cuts are in the middle of the clearest pauses, `pause` frames that are most likely blank. What fits stays
-    whole, and the pieces do not depend on the bits.
+    The result does not depend on the block sizes, and a recording of up to `max_frames` stays whole.
+
+    Args:
+        blocks: log-probabilities (S, V) of consecutive frames.
+        max_frames: upper bound on the length of a segment; cuts are in its last third.
+        pause: length in frames of the window whose mean blank probability is maximized; cuts are at its
+            center.
+        blank: index of the blank symbol.
     """
-    held, start = torch.zeros(0, 0), 0
-    for logp_SV in frames:
-        held = torch.cat([held, logp_SV]) if len(held) else logp_SV
-        while len(held) > longest:
-            first = longest * 2 // 3
-            around = held[first - pause // 2 : longest, blank].exp()
-            quiet = F.avg_pool1d(around[None, None], max(1, pause), stride=1)[0, 0]
-            end = first + int(quiet.argmax())
-            yield Segment(start, held[:end])
-            held, start = held[end:], start + end
-    if len(held):
-        yield Segment(start, held)
+    buffer = torch.zeros(0, 0, device="cpu")
+    start = 0
+    for logp_SV in blocks:
+        buffer = torch.cat([buffer, logp_SV]) if len(buffer) else logp_SV
+        while len(buffer) > max_frames:
+            first = max_frames * 2 // 3
+            blank_S = buffer[first - pause // 2 : max_frames, blank].exp()
+            mean_S = F.avg_pool1d(blank_S[None, None], max(1, pause), stride=1)[0, 0]
+            end = first + int(mean_S.argmax())
+            yield Segment(start, buffer[:end])
+            buffer = buffer[end:]
+            start += end
+    if len(buffer):
+        yield Segment(start, buffer)
 
 
 def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
     """Whether somebody speaks at each frame of 16 kHz audio: bool (S,)."""
     n_frames = int(grid.n_frames(len(wav_T)))
     if n_frames == 0:
-        return torch.zeros(0, dtype=torch.bool)
+        return torch.zeros(0, dtype=torch.bool, device=wav_T.device)
     frames_SW = wav_T[: grid.n_samples(n_frames)].unfold(0, grid.window, grid.hop)
     level_S = 10 * torch.log10(frames_SW.square().mean(1) + _QUIET)
     change_S = _spectral_change(frames_SW)
@@ -94,7 +81,8 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
     spread_N = (moves_N - mean_N1).square().nanmean(1).sqrt()
     changes_N = change_NW.where(active_NW, torch.nan).nanmedian(1).values
     speech_N = (active_NW.sum(1) >= _FEWEST) & (spread_N > _LEVEL_DB) & (changes_N > _CHANGE_DB)
-    votes_S, windows_S = torch.zeros(n_frames + pad[1]), torch.zeros(n_frames + pad[1])
+    votes_S = wav_T.new_zeros(n_frames + pad[1])
+    windows_S = torch.zeros_like(votes_S)
     for number, active_W in enumerate(active_NW):
         here = slice(number * _STEP, number * _STEP + _WINDOW)
         windows_S[here] += 1
@@ -107,11 +95,15 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
 
 def _spectral_change(frames_SW: Tensor) -> Tensor:
     """Mean over frequencies of how much the log spectrum moves within `_LAG` frames, dB (S,)."""
-    power_SF = torch.fft.rfft(frames_SW * torch.hann_window(frames_SW.shape[1])).abs().square()
+    power_SF = (
+        torch.fft.rfft(frames_SW * torch.hann_window(frames_SW.shape[1], device=frames_SW.device))
+        .abs()
+        .square()
+    )
     # What lies 60 dB below the loudest frequency of a frame is not heard beside it.
     floor_S1 = power_SF.amax(1, keepdim=True) * 1e-6 + _QUIET
     level_SF = 10 * torch.log10(power_SF + floor_S1)
-    change_S = torch.zeros(len(frames_SW))
+    change_S = frames_SW.new_zeros(len(frames_SW))
     if len(frames_SW) > _LAG:
         moved_SF = level_SF[_LAG:] - level_SF[:-_LAG]
         change_S[:-_LAG] = (moved_SF - moved_SF.mean(1, keepdim=True)).abs().mean(1)  # louder is no change

@@ -1,6 +1,6 @@
-"""A transcript as text: plain, JSON, table, subtitles, Praat, Audacity.
+"""Output formats of transcripts: text, JSON, TSV, subtitles, Praat TextGrid and Audacity labels.
 
-Each writer turns one `Transcript` into the whole content of a file, as a string; times are in seconds.
+Each writer converts one `Transcript` to the content of a file; times are in seconds.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jahubert.errors import ConfigError
+from jahubert.formats.atomic import atomic_write
 from jahubert.phonemes import BOUNDARY
 
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript, Word
 
-# A subtitle ends at a pause, or when it would be too long to read.
+# A subtitle cue ends at a pause, or before it gets too long to read.
 CUE_PAUSE = 0.6  # seconds
 CUE_LENGTH = 7.0  # seconds
 CUE_KANA = 40  # characters
@@ -27,12 +28,12 @@ TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
 
 
 def text(transcript: Transcript) -> str:
-    """Kana, words separated by spaces, in one line."""
+    """One line of kana with a space between words."""
     return transcript.text + "\n"
 
 
 def jsonl(transcript: Transcript) -> str:
-    """Everything that is known, as one line of JSON."""
+    """The complete transcript as one line of JSON."""
     words = [
         {
             "kana": word.kana,
@@ -56,7 +57,7 @@ def jsonl(transcript: Transcript) -> str:
 
 
 def tsv_rows(transcript: Transcript) -> str:
-    """One line a word, without the header."""
+    """One line per word, without the header."""
     name = " ".join(transcript.audio.split())
     return "".join(
         f"{name}\t{word.start:.3f}\t{word.end:.3f}\t{word.kana}\t{' '.join(word.phonemes)}\n"
@@ -94,27 +95,27 @@ def textgrid(transcript: Transcript) -> str:
     end = max([transcript.duration, *(stop for _, stop, _ in phones)])
     lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', "", "xmin = 0", f"xmax = {end:.6f}"]
     lines += ["tiers? <exists>", "size = 2", "item []:"]
-    for number, (name, marked) in enumerate((("words", words), ("phones", phones)), start=1):
-        intervals = _tile(marked, end)
+    for number, (name, labeled) in enumerate((("words", words), ("phones", phones)), start=1):
+        intervals = _tile(labeled, end)
         lines += [f"    item [{number}]:", '        class = "IntervalTier"', f'        name = "{name}"']
         lines += [
             "        xmin = 0",
             f"        xmax = {end:.6f}",
             f"        intervals: size = {len(intervals)}",
         ]
-        for place, (start, stop, label) in enumerate(intervals, start=1):
+        for index, (start, stop, label) in enumerate(intervals, start=1):
             quoted = label.replace('"', '""')
-            lines += [f"        intervals [{place}]:", f"            xmin = {start:.6f}"]
+            lines += [f"        intervals [{index}]:", f"            xmin = {start:.6f}"]
             lines += [f"            xmax = {stop:.6f}", f'            text = "{quoted}"']
     return "\n".join(lines) + "\n"
 
 
 def audacity(transcript: Transcript) -> str:
-    """Labels for Audacity (File, Import, Labels): one a word, from start to end."""
+    """Audacity labels (File, Import, Labels), one per word."""
     return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.kana}\n" for word in transcript.words)
 
 
-# Name of the format -> ending of its files and its writer.
+# Format name -> file name suffix and writer.
 FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {
     "text": (".txt", text),
     "json": (".json", jsonl),
@@ -124,75 +125,87 @@ FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {
     "textgrid": (".TextGrid", textgrid),
     "audacity": (".labels.txt", audacity),
 }
-# Formats that show one spelling of a word; the others hold kana and phonemes.
-ONE_SPELLING = ("text", "srt", "vtt", "audacity")
+# Formats that contain either kana or phonemes; the others contain both.
+SINGLE_SPELLING = ("text", "srt", "vtt", "audacity")
 
 
 def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
-    """The transcript in one of `FORMATS`; with `phonemes` those stand where kana would."""
+    """The transcript in one of `FORMATS`.
+
+    Args:
+        phonemes: write phonemes instead of kana in formats that contain only one of them.
+
+    Raises:
+        ConfigError: unknown format.
+    """
     if format not in FORMATS:
-        raise ConfigError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
-    if phonemes and format in ONE_SPELLING:
-        transcript = _in_phonemes(transcript, boundary="" if format == "audacity" else f" {BOUNDARY}")
+        raise ConfigError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+    if phonemes and format in SINGLE_SPELLING:
+        transcript = _spell_phonemes(transcript, boundary="" if format == "audacity" else f" {BOUNDARY}")
     return FORMATS[format][1](transcript)
 
 
 def save(
     transcript: Transcript, base: str | os.PathLike, formats: Iterable[str], phonemes: bool = False
 ) -> list[Path]:
-    """Write `base` + ending for each format, UTF-8; a file is replaced only when the new one is complete."""
+    """Write one UTF-8 file per format, named `base` plus the format's suffix; returns their paths."""
     written = []
     for format in formats:
         content = render(transcript, format, phonemes)
         path = Path(os.fspath(base) + FORMATS[format][0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        # File names that are not UTF-8 reach us as lone surrogates, which no file can hold.
-        beside.write_text(content, encoding="utf-8", errors="replace")
-        beside.replace(path)
+        # Names of audio files that are not UTF-8 contain lone surrogates, which cannot be encoded.
+        with atomic_write(path, errors="replace") as file:
+            file.write(content)
         written.append(path)
     return written
 
 
-def _in_phonemes(transcript: Transcript, boundary: str) -> Transcript:
-    """Words spelled in phonemes, each but the last with the boundary behind it."""
-    last = len(transcript.words) - 1
-    words = (
-        replace(word, kana=" ".join(word.phonemes) + boundary * (number < last))
-        for number, word in enumerate(transcript.words)
-    )
+def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
+    """The transcript with phonemes in place of kana, and the boundary after each word but the last."""
+    words = []
+    for index, word in enumerate(transcript.words):
+        spelling = " ".join(word.phonemes)
+        if index < len(transcript.words) - 1:
+            spelling += boundary
+        words.append(replace(word, kana=spelling))
     return replace(transcript, words=tuple(words))
 
 
 def _cues(words: Iterable[Word]) -> list[tuple[float, float, str]]:
-    """Words gathered into subtitles: (start, end, text)."""
+    """Group words into subtitle cues (start, end, text)."""
     groups: list[list[Word]] = []
     for word in words:
-        if groups:
-            open_ = groups[-1]
-            n_kana = sum(len(w.kana) for w in open_) + len(word.kana)
-            pause, length = word.start - open_[-1].end, word.end - open_[0].start
-            if pause < CUE_PAUSE and length <= CUE_LENGTH and n_kana <= CUE_KANA:
-                open_.append(word)
-                continue
-        groups.append([word])
+        if groups and _fits(word, groups[-1]):
+            groups[-1].append(word)
+        else:
+            groups.append([word])
     return [(group[0].start, group[-1].end, " ".join(word.kana for word in group)) for group in groups]
 
 
+def _fits(word: Word, cue: list[Word]) -> bool:
+    """Whether a word can be appended to a cue."""
+    n_kana = sum(len(w.kana) for w in cue) + len(word.kana)
+    pause = word.start - cue[-1].end
+    length = word.end - cue[0].start
+    return pause < CUE_PAUSE and length <= CUE_LENGTH and n_kana <= CUE_KANA
+
+
 def _clock(seconds: float, point: str) -> str:
-    """Hours:minutes:seconds and milliseconds behind `point`."""
+    """Timestamp HH:MM:SS and milliseconds after the decimal sign `point`."""
     ms = round(seconds * 1000)
     return f"{ms // 3_600_000:02d}:{ms // 60_000 % 60:02d}:{ms // 1000 % 60:02d}{point}{ms % 1000:03d}"
 
 
-def _tile(marked: list[tuple[float, float, str]], end: float) -> list[tuple[float, float, str]]:
-    """Praat wants intervals without gaps: fill them with empty ones."""
-    tiles, at = [], 0.0
-    for start, stop, label in marked:
-        if start > at:
-            tiles.append((at, start, ""))
+def _tile(labeled: list[tuple[float, float, str]], end: float) -> list[tuple[float, float, str]]:
+    """Fill the gaps between intervals with empty ones, as Praat requires."""
+    tiles = []
+    position = 0.0
+    for start, stop, label in labeled:
+        if start > position:
+            tiles.append((position, start, ""))
         tiles.append((start, stop, label))
-        at = stop
-    if end > at or not tiles:
-        tiles.append((at, end, ""))
+        position = stop
+    if end > position or not tiles:
+        tiles.append((position, end, ""))
     return tiles

@@ -27,7 +27,7 @@ import soundfile
 from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import AudioError, ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
-from jahubert.phonemes import kana_to_phones, normalise_kana
+from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.train.data.manifest import Rejected, Utterance
 
 VERSION = 1  # of the sound; in the name of every file
@@ -109,7 +109,7 @@ def _read_name(path: Path) -> _Source | Rejected:
     if match is None:
         return Rejected(name, "file name without a reading in 【】")
     try:
-        phones = kana_to_phones(normalise_kana(match[2], match[1]))
+        phones = kana_to_phones(normalize_kana(match[2], match[1]))
     except DataError:
         return Rejected(name, "reading that is not kana")
     return _Source(path, match[1], tuple(phones))

@@ -1,4 +1,4 @@
-"""The model inside the package: it is there, small, says what it is, and understands what it should."""
+"""The built-in model: presence, size, model card and accuracy."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def asr() -> Transcriber:
     return Transcriber.from_pretrained(device="cpu")
 
 
-def phone_error_rate(said: list[list[str]], heard: list[jahubert.Transcript]) -> float:
+def phone_error_rate(references: list[list[str]], transcripts: list[jahubert.Transcript]) -> float:
     from jahubert.train.evaluation.metrics import error_rate
 
-    return error_rate(said, [[p for p in found.phonemes if p != "|"] for found in heard]).rate
+    return error_rate(references, [[p for p in t.phonemes if p != "|"] for t in transcripts]).rate
 
 
-def test_it_is_in_the_package_and_small():
+def test_package_contains_a_small_model():
     assert MODEL is not None and MODEL.parent.parent == Path(jahubert.__file__).parent
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= LIMIT
 
 
-def test_its_card_says_what_it_is():
+def test_model_card_is_complete():
     card = (MODEL / "README.md").read_text(encoding="utf-8")
     for part in ("license: cc-by-sa-4.0", "Tofugu and WaniKani", "Mei", "not good for", "build.py data=..."):
         assert part in card
@@ -44,7 +44,7 @@ def test_its_card_says_what_it_is():
     ]
 
 
-def test_it_understands_the_voice_of_open_jtalk(asr):
+def test_open_jtalk_voice_is_recognized(asr):
     pyopenjtalk = pytest.importorskip("pyopenjtalk")
     from jahubert.train.text.japanese import text_to_phones
 
@@ -53,18 +53,18 @@ def test_it_understands_the_voice_of_open_jtalk(asr):
     for text in texts:
         wave, rate = pyopenjtalk.tts(text)
         waves.append((np.asarray(wave) / 2**15).astype(np.float32))
-    said = [[phone for word in text_to_phones(text) for phone in word] for text in texts]
-    assert phone_error_rate(said, list(asr.transcribe_many(waves, rate))) < 0.3
+    references = [[phone for word in text_to_phones(text) for phone in word] for text in texts]
+    assert phone_error_rate(references, list(asr.transcribe_many(waves, rate))) < 0.3
 
 
-def test_the_card_tells_the_truth_about_real_sentences(asr, shared_data):
+def test_error_rate_on_real_sentences_matches_the_card(asr, shared_data):
     pytest.importorskip("pyopenjtalk")
     from jahubert.train.text.japanese import text_to_phones
 
     folder = shared_data / "sentences"
     with (folder / "transcripts.tsv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    said = [[phone for word in text_to_phones(row["text"]) for phone in word] for row in rows]
-    heard = list(asr.transcribe_many(folder / row["file"] for row in rows))
-    told = jahubert.load_bundle(MODEL).info["per"]["test_real"]
-    assert phone_error_rate(said, heard) == pytest.approx(told, abs=0.03)  # bfloat16, and where it listens
+    references = [[phone for word in text_to_phones(row["text"]) for phone in word] for row in rows]
+    transcripts = list(asr.transcribe_many(folder / row["file"] for row in rows))
+    expected = jahubert.load_bundle(MODEL).info["per"]["test_real"]
+    assert phone_error_rate(references, transcripts) == pytest.approx(expected, abs=0.03)  # bfloat16 and VAD

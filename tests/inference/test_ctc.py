@@ -1,4 +1,4 @@
-"""Decoders against brute force, a plain dictionary implementation, CTC loss and planted paths."""
+"""CTC decoding compared with brute force, a dictionary implementation, CTC loss and planted paths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random_logp(*shape: int, seed: int, sharpness: float = 1.0, dtype=torch.floa
 
 
 def peaky_logp(n_rows: int, n_frames: int, n_symbols: int, seed: int) -> torch.Tensor:
-    """What a trained model says: mostly blank, sometimes one label, rarely two rivals."""
+    """Log-probabilities like those of a trained model: mostly blank, with isolated confident labels."""
     generator = torch.Generator().manual_seed(seed)
     winner = torch.randint(1, n_symbols, (n_rows, n_frames), generator=generator)
     winner[torch.rand(n_rows, n_frames, generator=generator) < 0.6] = 0
@@ -43,7 +43,7 @@ def ctc_score(logp_SV: torch.Tensor, labels, blank: int = 0) -> float:
 
 
 def every_sequence(logp_SV: torch.Tensor, blank: int) -> list[Hypothesis]:
-    """All label sequences with their probability, by walking over all paths."""
+    """All label sequences with their probabilities, by enumeration of all paths."""
     scores = defaultdict(list)
     n_frames, n_symbols = logp_SV.shape
     values = logp_SV.double().tolist()
@@ -55,7 +55,7 @@ def every_sequence(logp_SV: torch.Tensor, blank: int) -> list[Hypothesis]:
 
 
 def dictionary_search(logp_SV: torch.Tensor, beam: int) -> list[Hypothesis]:
-    """Prefix beam search the slow and obvious way, in float64."""
+    """Reference prefix beam search over dictionaries, in float64."""
     prefixes = {(): (0.0, -math.inf)}
     for frame in logp_SV.double().tolist():
         grown = defaultdict(lambda: [-math.inf, -math.inf])
@@ -76,24 +76,24 @@ def dictionary_search(logp_SV: torch.Tensor, beam: int) -> list[Hypothesis]:
     return sorted((Hypothesis(p, add_log(*s)) for p, s in prefixes.items()), key=lambda h: -h.score)
 
 
-def same(found: list[Hypothesis], wanted: list[Hypothesis], tolerance: float = 1e-4) -> None:
-    assert [h.labels for h in found] == [h.labels for h in wanted]
-    assert [h.score for h in found] == pytest.approx([h.score for h in wanted], abs=tolerance)
+def assert_same(found: list[Hypothesis], expected: list[Hypothesis], tolerance: float = 1e-4) -> None:
+    assert [h.labels for h in found] == [h.labels for h in expected]
+    assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=tolerance)
 
 
 @pytest.mark.parametrize("blank", [0, 2])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_wide_beam_finds_every_sequence_in_order(seed, blank):
+def test_wide_beam_finds_every_sequence_in_order(seed, blank):
     logp = random_logp(1, 6, 3, seed=seed, sharpness=1.5, dtype=torch.float64)
-    wanted = every_sequence(logp[0], blank)
+    expected = every_sequence(logp[0], blank)
     found = beam_search(logp, [6], beam=200, n_best=200, blank=blank)[0]
-    same(found, wanted, 1e-9)  # also: no sequence twice, none invented, fewer than n_best
+    assert_same(found, expected, 1e-9)  # no duplicates, and fewer than n_best
     assert add_log(*(h.score for h in found)) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5, 20])
 @pytest.mark.parametrize("kind", ["random", "sharp", "peaky"])
-def test_equals_a_plain_dictionary_search(kind, beam):
+def test_beam_search_equals_dictionary_search(kind, beam):
     n_rows, n_frames, n_symbols = 6, 30, 7  # 216 cases of all kinds and beams
     for seed in range(3):
         if kind == "peaky":
@@ -102,10 +102,10 @@ def test_equals_a_plain_dictionary_search(kind, beam):
             logp = random_logp(n_rows, n_frames, n_symbols, seed=seed, sharpness=4 if kind == "sharp" else 1)
         found = beam_search(logp, [n_frames] * n_rows, beam=beam, n_best=min(3, beam))
         for row in range(n_rows):
-            same(found[row], dictionary_search(logp[row], beam)[: min(3, beam)])
+            assert_same(found[row], dictionary_search(logp[row], beam)[: min(3, beam)])
 
 
-def test_score_of_a_wide_beam_is_the_ctc_probability():
+def test_score_of_wide_beam_is_the_ctc_probability():
     logp = peaky_logp(3, 14, 8, seed=5)
     for row, (best,) in enumerate(beam_search(logp, [14] * 3, beam=500)):
         assert best.score == pytest.approx(ctc_score(logp[row], best.labels), abs=1e-3)
@@ -113,7 +113,7 @@ def test_score_of_a_wide_beam_is_the_ctc_probability():
         assert best.score <= ctc_score(logp[row], best.labels) + 1e-5
 
 
-def test_scores_keep_their_digits_on_long_input():
+def test_scores_keep_precision_on_long_input():
     logp = random_logp(1, 3000, 6, seed=1, sharpness=2)
     single = beam_search(logp, [3000], beam=8)[0][0]
     double = beam_search(logp.double(), [3000], beam=8)[0][0]
@@ -121,18 +121,18 @@ def test_scores_keep_their_digits_on_long_input():
     assert single.score == pytest.approx(double.score, abs=2e-2) and abs(double.score) > 1000
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_rows_do_not_depend_on_their_batch():
     counts = [17, 40, 0, 33, 1]
     logp = random_logp(len(counts), 40, 9, seed=2, sharpness=2)
     for row, n in enumerate(counts):
-        logp[row, n:] = float("nan")  # must never be looked at
+        logp[row, n:] = float("nan")  # must never be read
     for decode in (greedy, lambda x, n: [h for row in beam_search(x, n, beam=6, n_best=4) for h in row]):
         together = decode(logp, torch.tensor(counts))
         alone = [h for row, n in enumerate(counts) for h in decode(logp[row : row + 1, :n], [n])]
-        same(together, alone, 1e-5)
+        assert_same(together, alone, 1e-5)
 
 
-def test_no_frames_and_no_rows():
+def test_empty_input():
     assert beam_search(torch.zeros(2, 0, 4), [0, 0]) == [[Hypothesis((), 0.0)]] * 2
     assert greedy(torch.zeros(1, 0, 4), [0]) == [Hypothesis((), 0.0)]
     assert beam_search(torch.zeros(0, 5, 4), []) == [] == greedy(torch.zeros(0, 5, 4), [])
@@ -154,7 +154,7 @@ def test_greedy_merges_repeats_and_drops_blanks():
     assert best.score == pytest.approx(8 * float(logp.max()), abs=1e-5)
 
 
-def test_nan_is_named():
+def test_nan_is_located():
     logp = random_logp(2, 5, 4, seed=0)
     logp[1, 3] = float("nan")
     with pytest.raises(DataError, match=r"row 1 .* frame 3"):
@@ -163,7 +163,7 @@ def test_nan_is_named():
 
 
 @pytest.mark.parametrize("arguments", [{"beam": 0}, {"n_best": 0}, {"beam": 2, "n_best": 3}, {"blank": 4}])
-def test_wrong_arguments(arguments):
+def test_invalid_arguments_are_rejected(arguments):
     with pytest.raises(ValueError):
         beam_search(random_logp(1, 5, 4, seed=0), [5], **arguments)
 
@@ -186,7 +186,7 @@ def test_alignment_of_a_long_planted_path():
 
 
 @pytest.mark.parametrize("labels", [(1,), (1, 1), (2, 1, 2), (1, 2, 2)])
-def test_alignment_is_the_best_of_all_paths(labels):
+def test_alignment_is_the_most_probable_path(labels):
     for seed in range(5):
         logp = random_logp(6, 3, seed=seed, sharpness=2, dtype=torch.float64)
         rows = logp.tolist()
@@ -202,15 +202,15 @@ def test_alignment_is_the_best_of_all_paths(labels):
         assert [s.label for s in spans] == list(labels)
 
 
-def test_alignment_that_just_fits_and_one_that_does_not():
+def test_alignment_needs_enough_frames():
     logp = random_logp(4, 3, seed=0)
     assert [(s.start, s.end) for s in forced_align(logp, [1, 1, 2])] == [(0, 1), (2, 3), (3, 4)]
-    with pytest.raises(DataError, match=r"at least 5 frames .* there are 4"):
+    with pytest.raises(DataError, match=r"at least 5 frames .* has 4"):
         forced_align(logp, [1, 1, 2, 1])
     assert forced_align(logp, []) == []
 
 
-def test_alignment_refuses_what_is_no_label():
+def test_alignment_rejects_invalid_labels():
     logp = random_logp(4, 3, seed=0)
     for labels in ([0], [3], [-1]):
         with pytest.raises(DataError, match="cannot be aligned"):

@@ -1,4 +1,4 @@
-"""Features and units of tiny random models: against the model, alone and in lists, whole and in chunks."""
+"""Features and units of tiny random models: layers, batches, chunks, streams, devices and pickling."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def noise(n: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layer", [None, 0, 1, 3])
-def test_features_are_those_of_the_layer(model, layer):
+def test_features_equal_the_layer_output(model, layer):
     wav = noise(9_000)
     features = FeatureExtractor(model, layer, device="cpu")(wav)
     with torch.no_grad():
         encoded = model(wav[None], keep_layers=(0, 1, 2, 3))
-    wanted = encoded.hidden_BSD if layer is None else encoded.layers[layer]
+    expected = encoded.hidden_BSD if layer is None else encoded.layers[layer]
     assert features.dtype == torch.float32 and features.shape == (TINY.grid.n_frames(9_000), 16)
-    torch.testing.assert_close(features, wanted[0])
+    torch.testing.assert_close(features, expected[0])
 
 
-def test_a_list_gives_what_each_gives_alone(model, tmp_path):
+def test_results_do_not_depend_on_the_batch(model, tmp_path):
     extractor = FeatureExtractor(model, 2, device="cpu")
     soundfile.write(tmp_path / "日本語 名前.wav", noise(5_000, 7).numpy(), 16_000, subtype="FLOAT")
     items = [
@@ -78,8 +78,8 @@ def test_batches_are_bounded(model, monkeypatch):
 
 @pytest.mark.parametrize("n_samples", [0, 399, 160_000, 160_001, 257_000, 256_000, 1_000_003])
 @pytest.mark.parametrize("grid", [HUBERT, FrameGrid(1000, 300)])
-def test_chunks_join_to_the_frames_of_the_whole(n_samples, grid):
-    """An encoder whose frame is the place of its first sample: any slip of a chunk shows."""
+def test_joined_chunks_equal_the_whole(n_samples, grid):
+    """The encoder returns the index of the first sample of each frame, so any misalignment shows."""
     wav = torch.arange(n_samples, dtype=torch.float64)
 
     def encode(wav_BT, n_frames):
@@ -96,7 +96,7 @@ def test_chunks_join_to_the_frames_of_the_whole(n_samples, grid):
 
 
 def test_chunks_have_context_on_both_sides(model):
-    """A frame of a long recording is that of a window around it, far from the window's edges."""
+    """Frames are taken from the middle of a chunk, away from its edges."""
     wav = noise(20 * 16_000)
     chunked = FeatureExtractor(model, 1, device="cpu", chunk_seconds=8)(wav)
     whole = FeatureExtractor(model, 1, device="cpu")(wav)
@@ -104,7 +104,7 @@ def test_chunks_have_context_on_both_sides(model):
     assert float((chunked - whole).abs().mean()) < 0.2 * float(whole.std())
 
 
-def test_several_layers_and_their_sum(model):
+def test_several_layers_are_stacked_or_summed(model):
     wavs = [noise(9_000), noise(399), noise(6_000, 1)]
     single = [FeatureExtractor(model, number, device="cpu")(wavs) for number in (1, 3)]
     both = FeatureExtractor(model, [1, 3], device="cpu")(wavs)
@@ -116,36 +116,36 @@ def test_several_layers_and_their_sum(model):
     assert FeatureExtractor(model, "all", device="cpu")(wavs[0]).shape[1:] == (4, 16)
 
 
-def test_a_module_to_train_with(model):
-    """What is learned: the weights of the layers, and the encoder below the highest of them."""
+def test_layer_features_is_trainable(model):
+    """Gradients reach the layer weights and the encoder up to the highest requested layer."""
     torch.manual_seed(0)
-    own = HubertModel(TINY)
-    module = LayerFeatures(own, [0, 2], weights="learn")
+    encoder = HubertModel(TINY)
+    module = LayerFeatures(encoder, [0, 2], weights="learn")
     features_BSD, n_frames_B = module(torch.stack([noise(6_000), noise(6_000, 1)]), [6_000, 2_000])
     assert n_frames_B.tolist() == [TINY.grid.n_frames(6_000), TINY.grid.n_frames(2_000)]
     assert not features_BSD[1, n_frames_B[1] :].any()
     features_BSD.pow(2).sum().backward()
     assert module.mix_L is not None and module.mix_L.grad is not None and module.mix_L.grad.abs().sum() > 0
-    assert own.encoder.layers[1].attention.q_proj.weight.grad is not None
-    assert own.encoder.layers[2].attention.q_proj.weight.grad is None  # never computed
+    assert encoder.encoder.layers[1].attention.q_proj.weight.grad is not None
+    assert encoder.encoder.layers[2].attention.q_proj.weight.grad is None  # not computed
     weights_L = module.weights_L
     assert weights_L is not None and weights_L.tolist() == [0.5, 0.5]
-    own.eval()
-    frozen = FeatureExtractor(own, [0, 2], weights=weights_L.tolist(), device="cpu")
+    encoder.eval()
+    frozen = FeatureExtractor(encoder, [0, 2], weights=weights_L.tolist(), device="cpu")
     with torch.no_grad():
         learned = module(noise(6_000)[None])[0][0]
     torch.testing.assert_close(frozen(noise(6_000)), learned)
     assert not frozen(noise(6_000)).requires_grad
 
 
-def test_times_are_the_middles_of_the_windows(model):
+def test_times_are_the_centers_of_the_frames(model):
     extractor = FeatureExtractor(model, 1, device="cpu")
     times = extractor.times(3)
     assert times.tolist() == [0.0125, 0.0325, 0.0525] and len(extractor.times(0)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision_is_near(model, dtype):
+def test_low_precision_is_close(model, dtype):
     wav = noise(9_000)
     exact = FeatureExtractor(model, 2, device="cpu")(wav)
     near = FeatureExtractor(model, 2, device="cpu", dtype=dtype)(wav)
@@ -153,11 +153,11 @@ def test_lower_precision_is_near(model, dtype):
     assert float((near - exact).norm() / exact.norm()) < 0.03
 
 
-def test_many_files_in_order_while_others_are_read(model, tmp_path):
+def test_many_preserves_order_and_reports_errors_in_place(model, tmp_path):
     extractor = FeatureExtractor(model, 1, device="cpu")
     items = [noise(500 * (1 + n % 7), n) for n in range(80)]
-    items[5:5] = [tmp_path / "gone.wav"]
-    items.append(tmp_path / "gone too.wav")
+    items[5:5] = [tmp_path / "missing.wav"]
+    items.append(tmp_path / "missing too.wav")
     found = list(extractor.many(items, batch_seconds=1.0, errors="return"))
     assert len(found) == len(items)
     for item, features in zip(items, found, strict=True):
@@ -165,12 +165,12 @@ def test_many_files_in_order_while_others_are_read(model, tmp_path):
             torch.testing.assert_close(features, extractor(item), atol=1e-5, rtol=1e-5)
         else:
             assert isinstance(features, AudioError) and item.name in str(features)
-    with pytest.raises(AudioError, match=r"gone\.wav"):
+    with pytest.raises(AudioError, match=r"missing\.wav"):
         list(extractor.many(items))
 
 
-def test_reading_ahead_is_bounded(monkeypatch):
-    monkeypatch.setattr("jahubert.inference.features.READ_AHEAD", 4)
+def test_prefetching_is_bounded(monkeypatch):
+    monkeypatch.setattr("jahubert.inference.features.PREFETCH", 4)
     taken = 0
 
     def endless():
@@ -187,7 +187,7 @@ def test_reading_ahead_is_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_a_stream_gives_what_chunks_give(model, tmp_path, rate):
+def test_stream_equals_chunked_features(model, tmp_path, rate):
     path = tmp_path / "long.flac"
     soundfile.write(path, noise(21 * rate).numpy(), rate)
     extractor = FeatureExtractor(model, [1, 2], device="cpu", chunk_seconds=8)
@@ -198,7 +198,7 @@ def test_a_stream_gives_what_chunks_give(model, tmp_path, rate):
 
 
 def test_memory_does_not_grow_with_the_recording(model, tmp_path):
-    """Peak memory (Linux) of a stream of 2 and of 20 minutes, in processes of their own."""
+    """Peak memory (Linux) of streaming 2 and 20 minutes, each in a separate process."""
     save_bundle(tmp_path / "b", model=model)
     code = """
 import sys, jahubert
@@ -219,9 +219,9 @@ print(frames, next(line.split()[1] for line in open("/proc/self/status") if line
     assert peaks[1] - peaks[0] < 20, peaks  # MB; the samples alone would be 69 more
 
 
-def test_what_chunks_cannot_change():
-    """Layer norms look at one frame, the positional convolution at 64 to each side: the input of block 1 is
-    that of one pass, wherever the cuts are. Above it attention sees a chunk where it would see the whole."""
+def test_input_of_the_first_block_does_not_depend_on_chunks():
+    """Layer norms see one frame and the positional convolution 64 on each side, less than half an overlap;
+    attention, above them, sees a chunk instead of the whole recording."""
     torch.manual_seed(0)
     config = HubertConfig(
         conv_dims=(8,) * 7,
@@ -233,9 +233,9 @@ def test_what_chunks_cannot_change():
         conv_norm="layer",
         pre_norm=True,
     )
-    own, wav = HubertModel(config), noise(30 * 16_000)
-    whole = FeatureExtractor(own, "all", device="cpu")(wav)
-    chunked = FeatureExtractor(own, "all", device="cpu", chunk_seconds=10)(wav)
+    encoder, wav = HubertModel(config), noise(30 * 16_000)
+    whole = FeatureExtractor(encoder, "all", device="cpu")(wav)
+    chunked = FeatureExtractor(encoder, "all", device="cpu", chunk_seconds=10)(wav)
     torch.testing.assert_close(chunked[:, 0], whole[:, 0], atol=1e-5, rtol=1e-5)
     assert float((chunked[:, 1] - whole[:, 1]).abs().max()) > 1e-4
 
@@ -253,20 +253,20 @@ def test_units_are_the_nearest_centroids(model, tmp_path):
     assert [len(u) for u in extractor.many([wav, noise(100)])] == [len(units), 0]
 
 
-def test_what_a_user_can_get_wrong(model, tmp_path):
+def test_invalid_arguments_are_rejected(model, tmp_path):
     save_bundle(tmp_path / "b", model=model)
     with pytest.raises(CheckpointError, match="no centroids"):
         UnitExtractor.from_pretrained(tmp_path / "b")
-    with pytest.raises(ConfigError, match=r"layer 4 .* layers 0 to 3"):
+    with pytest.raises(ConfigError, match=r"layer 4 .*0 to 3"):
         FeatureExtractor.from_pretrained(tmp_path / "b", layer=4)
-    for layer, weights, says in (
+    for layer, weights, message in (
         ([1, 4], None, "layer 4"),
-        ([], None, "no layer"),
+        ([], None, "empty list"),
         (2, [1.0], "several layers"),
-        ([1, 2], [1.0], "1 weights were given for 2 layers"),
+        ([1, 2], [1.0], "1 weights for 2 layers"),
         ([1, 2], "teach", "'teach'"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError, match=message):
             LayerFeatures(model, layer, weights)
     with pytest.raises(ConfigError, match="float64"):
         FeatureExtractor(model, dtype=torch.float64)

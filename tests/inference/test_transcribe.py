@@ -1,4 +1,4 @@
-"""Transcripts from planted log-probabilities, and from a tiny random model: batches, long audio, errors."""
+"""Transcription with planted log-probabilities and tiny random models: batches, long audio, errors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from fixtures.sounds import SOUNDS, nobody, syllables
+from fixtures.sounds import SOUNDS, nonspeech, syllables
 from torch.nn import functional as F
 
 import jahubert
 from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.formats.bundle import save_bundle
 from jahubert.inference.chunking import chunks
-from jahubert.inference.transcribe import Transcriber, builtin_model
-from jahubert.inference.vad import CHUNK_SECONDS, decoding_segments, speech_frames
+from jahubert.inference.transcribe import CHUNK_SECONDS, Transcriber, builtin_model
+from jahubert.inference.vad import cut_at_pauses, speech_frames
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
@@ -38,15 +38,15 @@ def ctc() -> HubertForCtc:
 
 @pytest.fixture(scope="module")
 def random_asr(ctc) -> Transcriber:
-    return Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False)  # noise is what it has words for
+    return Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False)  # the tests transcribe noise
 
 
 class Planted(Transcriber):
-    """Hears what the waveform spells: sample 320 t holds the label of frame t, times 0.01."""
+    """Reads labels from the waveform: sample 320 t is 0.01 times the label of frame t."""
 
     def __init__(self):
         model = HubertForCtc(TINY, len(PHONEMES))
-        super().__init__(model, PHONEMES, beam=4, device="cpu", vad=False)  # a code is no speech
+        super().__init__(model, PHONEMES, beam=4, device="cpu", vad=False)
 
     def log_probs(self, wavs):
         found = []
@@ -57,20 +57,20 @@ class Planted(Transcriber):
 
 
 def speech(frames: str, repeat: int = 1) -> torch.Tensor:
-    """A waveform for `Planted`: one symbol a frame, `-` blank."""
+    """A waveform for `Planted`: one symbol per frame, `-` is the blank."""
     index = {symbol: i for i, symbol in enumerate(PHONEMES.symbols)} | {"-": 0}
     wav = torch.zeros(len(frames.split()) * repeat * 320 + 80)
     wav[:-80:320] = torch.tensor([index[symbol] for symbol in frames.split()] * repeat) * 0.01
     return wav
 
 
-def same(a: jahubert.Transcript, b: jahubert.Transcript) -> None:
+def assert_same(a: jahubert.Transcript, b: jahubert.Transcript) -> None:
     assert [w.phonemes for w in a.words] == [w.phonemes for w in b.words]
     assert [w.times for w in a.words] == [w.times for w in b.words]
     assert a.score == pytest.approx(b.score, abs=1e-2, rel=1e-4) and a.duration == b.duration
 
 
-def test_words_their_kana_and_their_times():
+def test_words_have_kana_and_times():
     found = Planted().transcribe(speech("- a a - s a - | - - w - a - a - -"))
     assert found.text == "アサ ワア"
     assert found.phonemes == ("a", "s", "a", "|", "w", "a", "a")
@@ -81,7 +81,7 @@ def test_words_their_kana_and_their_times():
     assert -0.1 < found.score < 0 and -0.01 < found.words[0].score < 0
 
 
-def test_boundaries_at_the_ends_and_in_a_row_make_no_words():
+def test_redundant_boundaries_make_no_words():
     found = Planted().transcribe(speech("| - a | - | i - |"))
     assert [word.phonemes for word in found.words] == [("a",), ("i",)]
 
@@ -93,7 +93,7 @@ def test_silence_and_too_short_audio():
         assert found.duration == len(wav) / 16_000
 
 
-def test_a_recording_of_minutes_keeps_words_and_times():
+def test_long_recordings_keep_words_and_times():
     sentence = "- k o - N n i - ch i w a | " + "s - e k a - i - | " + "- " * 40
     n = len(sentence.split())
     found = Planted().transcribe(speech(sentence, repeat=60))  # 69 s
@@ -104,29 +104,29 @@ def test_a_recording_of_minutes_keeps_words_and_times():
     assert starts == pytest.approx([(i * n + 1) * 0.02 for i in range(60)])
 
 
-def test_long_recordings_are_cut_in_pauses():
+def test_long_recordings_are_cut_at_pauses():
     silent = torch.zeros(5000, dtype=torch.bool)
     pauses = [(900, 930), (1350, 1400), (2300, 2340), (2500, 2560), (3600, 3700)]
     for start, end in pauses:
         silent[start:end] = True
     logp = F.one_hot((~silent).long(), 3).float().mul(8).log_softmax(-1)
-    whole = list(decoding_segments([logp], 1500, 25))
+    whole = list(cut_at_pauses([logp], 1500, 25))
     assert torch.equal(torch.cat([piece.logp_SV for piece in whole]), logp) and len(whole) == 4
     ends = [piece.start + len(piece.logp_SV) for piece in whole]
     assert [piece.start for piece in whole] == [0, *ends[:-1]]
     assert all(0 < len(piece.logp_SV) <= 1500 for piece in whole)
     assert all(any(a <= cut <= b for a, b in pauses) for cut in ends[:-1])
     for bits in (logp.split(1), logp.split(700), logp.split(1501)):
-        assert [(piece.start, len(piece.logp_SV)) for piece in decoding_segments(bits, 1500, 25)] == [
+        assert [(piece.start, len(piece.logp_SV)) for piece in cut_at_pauses(bits, 1500, 25)] == [
             (piece.start, len(piece.logp_SV)) for piece in whole
         ]
-    assert [len(piece.logp_SV) for piece in decoding_segments([logp[:1500]], 1500, 25)] == [1500]
-    assert list(decoding_segments([logp[:0]], 1500, 25)) == []
+    assert [len(piece.logp_SV) for piece in cut_at_pauses([logp[:1500]], 1500, 25)] == [1500]
+    assert list(cut_at_pauses([logp[:0]], 1500, 25)) == []
 
 
 @pytest.mark.parametrize("seconds", [0.4, 1.0, 29.99, 30.0, 30.02, 61.3, 200.0])
 def test_chunks_keep_every_frame_once(seconds):
-    """A recording whose samples count: the frames kept are 0, 1, 2, ... of the whole, whatever the blocks."""
+    """Each sample is its own index, so the kept frames must be 0, 1, 2, ... for any block size."""
     grid, n = TINY.grid, round(seconds * 16_000)
     wav = torch.arange(n, dtype=torch.float64)
     for size in (999, 16_000, 10**7):
@@ -138,14 +138,14 @@ def test_chunks_keep_every_frame_once(seconds):
         assert kept == [320.0 * frame for frame in range(grid.n_frames(n))]
 
 
-def test_long_recordings_are_what_the_whole_is(random_asr, tmp_path):
-    """Read in blocks, encoded in chunks and decoded in pieces, against one pass over everything."""
+def test_streaming_equals_one_pass(random_asr, tmp_path):
+    """Reading in blocks, encoding in chunks and decoding in segments, compared with one pass."""
     generator = torch.Generator().manual_seed(2)
     wav = torch.randn(100 * 16_000, generator=generator) * 0.1
     soundfile.write(tmp_path / "long.wav", wav.numpy(), 16_000, subtype="FLOAT")
     found = random_asr.transcribe(tmp_path / "long.wav")
     (logp,) = random_asr.log_probs([wav])  # 30 s chunks, joined by another function
-    cut = list(decoding_segments([logp], 1500, 25))
+    cut = list(cut_at_pauses([logp], 1500, 25))
     whole = random_asr._transcript("", len(wav), random_asr._decode(cut))
     assert found.phonemes == whole.phonemes and found.duration == 100.0
     assert [word.times for word in found.words] == [word.times for word in whole.words]
@@ -155,10 +155,10 @@ def test_long_recordings_are_what_the_whole_is(random_asr, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SOUNDS)
-def test_nothing_is_heard_where_nobody_speaks(ctc, kind):
-    """The random model has phones for any sound; none is left unless somebody speaks, and then only there."""
+def test_no_words_outside_of_speech(ctc, kind):
+    """The random model outputs phones for any sound; only those within speech remain."""
     asr = Transcriber(ctc, PHONEMES, beam=2, device="cpu")
-    sound = nobody(kind)
+    sound = nonspeech(kind)
     assert asr.transcribe(sound).words == ()
     assert not speech_frames(sound, TINY.grid).any()
     before, after = syllables(3.0), syllables(2.0, seed=1)
@@ -171,7 +171,7 @@ def test_nothing_is_heard_where_nobody_speaks(ctc, kind):
     assert words and not any(a > 4.3 and b < 9.7 for word in words for a, b in word.times)
 
 
-def test_real_words_are_all_speech(shared_data):
+def test_real_speech_is_detected(shared_data):
     files = sorted((shared_data / "tofugu" / "lib" / "ogg").glob("*.ogg"))[::100]
     shares = []
     for path in files + sorted((shared_data / "sentences").glob("*.wav")):
@@ -184,7 +184,7 @@ def test_real_words_are_all_speech(shared_data):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_recording(ctc, tmp_path):
-    """44.1 kHz stereo of 4 and of 24 minutes: 85 and 508 MB if it were read at once."""
+    """44.1 kHz stereo of 4 and 24 minutes: 85 and 508 MB if read at once."""
     save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
     code = """
 import resource, sys, jahubert
@@ -206,7 +206,7 @@ print(found.duration, len(found.phonemes), resource.getrusage(resource.RUSAGE_SE
     assert megabytes[1] - megabytes[0] < 60, megabytes
 
 
-def test_many_are_what_each_is_alone(random_asr, tmp_path):
+def test_results_do_not_depend_on_the_batch(random_asr, tmp_path):
     generator = torch.Generator().manual_seed(1)
     wavs = [torch.randn(n, generator=generator) * 0.1 for n in (16_000, 7_001, 399, 30_000, 560_000)]
     soundfile.write(tmp_path / "a b.flac", wavs[0].numpy(), 16_000)
@@ -217,7 +217,7 @@ def test_many_are_what_each_is_alone(random_asr, tmp_path):
     for seconds in (0.0, 2.0, 1000.0):
         together = list(random_asr.transcribe_many(sources, batch_seconds=seconds))
         for one, other in zip(together, alone, strict=True):
-            same(one, other)
+            assert_same(one, other)
 
 
 def test_sample_rate_of_arrays(random_asr):
@@ -237,44 +237,44 @@ def test_errors_are_raised_or_returned(random_asr, tmp_path):
         next(stream)
 
 
-def test_a_failure_inside_a_batch_hits_only_its_own():
-    class Moody(Planted):
+def test_failure_in_a_batch_affects_one_recording():
+    class FailsOnLength9000(Planted):
         def log_probs(self, wavs):
             if any(len(wav) == 9_000 for wav in wavs):
                 raise RuntimeError("out of memory")
             return super().log_probs(wavs)
 
     wavs = [torch.zeros(8_000), torch.zeros(9_000), torch.zeros(10_000)]
-    found = list(Moody().transcribe_many(wavs, errors="return"))
+    found = list(FailsOnLength9000().transcribe_many(wavs, errors="return"))
     assert [type(x) for x in found] == [jahubert.Transcript, RuntimeError, jahubert.Transcript]
     with pytest.raises(RuntimeError):
-        list(Moody().transcribe_many(wavs))
+        list(FailsOnLength9000().transcribe_many(wavs))
 
 
 def test_from_pretrained(ctc, random_asr, tmp_path):
     save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
     save_bundle(tmp_path / "plain", model=HubertModel(TINY))
     wav = torch.randn(20_000) * 0.1
-    same(
+    assert_same(
         Transcriber.from_pretrained(tmp_path / "ctc", beam=5, device="cpu", vad=False).transcribe(wav),
         random_asr.transcribe(wav),
     )
     with pytest.raises(CheckpointError, match="no CTC head"):
         Transcriber.from_pretrained(tmp_path / "plain")
-    with pytest.raises(CheckpointError, match="nothing here"):
-        Transcriber.from_pretrained(tmp_path / "nothing here")
-    with pytest.raises(CheckpointError, match="has 42 symbols"):
+    with pytest.raises(CheckpointError, match="missing"):
+        Transcriber.from_pretrained(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="42 outputs"):
         Transcriber(ctc, PhonemeSet(PHONEMES.symbols[:10]))
     with pytest.raises(ConfigError, match="beam is 0"):
         Transcriber(ctc, PHONEMES, beam=0)
 
 
-def test_without_a_model(monkeypatch):
+def test_missing_builtin_model_is_reported(monkeypatch):
     monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: None)
     with pytest.raises(CheckpointError, match="no built-in model"):
         Transcriber.from_pretrained()
 
 
-def test_the_built_in_model_is_a_folder_or_nothing():
+def test_builtin_model_is_a_bundle_or_none():
     found = builtin_model()
     assert found is None or (found / "config.json").is_file()

@@ -1,4 +1,4 @@
-"""Every format of one known transcript, and the rules of subtitles and tiers."""
+"""Output formats: content, subtitle cues, TextGrid tiers, and files read back by other programs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_text_and_phonemes():
     assert writers.render(EMPTY, "text") == "\n"
 
 
-def test_json_is_one_line_that_says_everything():
+def test_json_is_one_complete_line():
     line = writers.render(KNOWN, "json")
     assert line.count("\n") == 1 and "アサ" in line
     content = json.loads(line)
@@ -65,7 +65,7 @@ def test_vtt():
     assert writers.render(EMPTY, "vtt") == "WEBVTT\n"
 
 
-def test_a_subtitle_does_not_grow_too_long():
+def test_subtitle_cues_are_bounded():
     steady = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(60)), 31.0, 0.0)
     times = re.findall(r"00:00:(\S+) --> 00:00:(\S+)", writers.render(steady, "vtt"))
     assert len(times) > 3
@@ -106,11 +106,11 @@ def test_unknown_format():
         writers.render(KNOWN, "doc")
 
 
-def test_phonemes_in_place_of_kana():
+def test_phonemes_replace_kana():
     assert writers.render(KNOWN, "text", phonemes=True) == "a s a | w a | k i r e:\n"
     assert "a s a | w a |\n" in writers.render(KNOWN, "srt", phonemes=True)
     assert writers.render(KNOWN, "audacity", phonemes=True).splitlines()[1].split("\t")[2] == "w a"
-    for format in ("json", "tsv", "textgrid"):  # they hold both
+    for format in ("json", "tsv", "textgrid"):  # these contain both
         assert writers.render(KNOWN, format, phonemes=True) == writers.render(KNOWN, format)
 
 
@@ -119,7 +119,7 @@ LONG = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(8000)), 
 
 @pytest.mark.parametrize("transcript", [KNOWN, EMPTY, LONG], ids=["known", "empty", "long"])
 class TestOtherPrograms:
-    """What independent readers of the formats find in the files."""
+    """Files read by independent implementations of the formats."""
 
     def test_subrip(self, transcript, tmp_path):
         srt = pytest.importorskip("srt", reason="extra dev")
@@ -151,7 +151,7 @@ class TestOtherPrograms:
         assert grid.maxTimestamp == pytest.approx(transcript.duration)
 
     def test_audacity(self, transcript, tmp_path):
-        """Its label file is a table of tabs: start, end, text; csv is the reader."""
+        """Audacity labels are tab-separated: start, end, text."""
         (path,) = writers.save(transcript, tmp_path / "a", ["audacity"])
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))

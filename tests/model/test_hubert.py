@@ -156,10 +156,10 @@ def test_frame_grid_is_the_conv_stack(n_samples):
 
 
 def test_every_second_mfcc_frame_is_a_hubert_frame():
-    step = HUBERT.step_in(MFCC)
+    step = HUBERT.hop_ratio(MFCC)
     assert all(HUBERT.start(t) == MFCC.start(step * t) for t in range(50))
     with pytest.raises(ConfigError, match="does not subdivide"):
-        HUBERT.step_in(FrameGrid(window=512, hop=160))
+        HUBERT.hop_ratio(FrameGrid(window=512, hop=160))
 
 
 def test_published_sizes():

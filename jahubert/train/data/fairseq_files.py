@@ -200,7 +200,7 @@ def _units_per_frame(grids: list[FrameGrid], n_units: int, n_samples: int, where
             f"frames at 50 Hz and {MFCC.n_frames(n_samples)} at 100 Hz (one rate per file). Either the units "
             "belong to other audio, or frames were lost where features of long audio were computed in chunks"
         )
-    return HUBERT.step_in(grids[0])
+    return HUBERT.hop_ratio(grids[0])
 
 
 def export_experiment(labels: str, folder: str, manifest: str | None) -> dict[str, int]:

@@ -27,7 +27,7 @@ def character_set(characters: Iterable[str]) -> PhonemeSet:
 
 def vocabulary_kind(symbols: PhonemeSet) -> str:
     """The kind of a vocabulary: phones, kana or characters."""
-    if symbols.spells_phones:
+    if symbols.are_phones:
         return "phones"
     return "kana" if set(symbols.symbols) <= {BLANK, BOUNDARY, *KANA} else "characters"
 

@@ -52,7 +52,7 @@ class PhoneFrames:
 
     def mfcc(self) -> Tensor:
         """(N, 39), at HuBERT's rate."""
-        mfcc, step = Mfcc(), HUBERT.step_in(Mfcc.grid)
+        mfcc, step = Mfcc(), HUBERT.hop_ratio(Mfcc.grid)
         return torch.cat([mfcc([self.manifest.load(row)])[0][::step][at] for row, at in self.known.items()])
 
     def layers(self, model: HubertModel, device: torch.device) -> Tensor:

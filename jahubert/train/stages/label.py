@@ -110,7 +110,7 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
     )
     n_frames = HUBERT.n_frames(manifest.n_samples)
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
-    step = HUBERT.step_in(feature.grid)
+    step = HUBERT.hop_ratio(feature.grid)
     nearest = Nearest(centroids_KD.to(device))
     # Asked once: a process that asked later would see a shorter list, and share it out differently.
     shards = distributed.rank0_broadcast(writer.pending)[distributed.rank() :: distributed.world()]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.errors import DataError
-from jahubert.phonemes import kana_to_phones, normalise_kana
+from jahubert.phonemes import kana_to_phones, normalize_kana
 
 # From 4,936 words with known readings (the file names of recipe tofugu) and the sentences of the tests. Of 90
 # words that differed, 60 still do: they have two readings, or are a suffix; see docs/readings.md.
@@ -108,7 +108,7 @@ def read_words(path: Path) -> list[tuple[str, str]]:
                 raise DataError("expected a word, a tab and its reading in kana")
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from error
-        words.append((surface, normalise_kana(reading, surface)))
+        words.append((surface, normalize_kana(reading, surface)))
     return words
 
 

@@ -135,7 +135,9 @@ class _Watcher:
     def _stack(self) -> str:
         """Of the main thread, and of those that do its work ahead."""
         frames, shown = sys._current_frames(), []
-        helping = [thread.ident for thread in threading.enumerate() if thread.name.startswith(ahead.NAME)]
+        helping = [
+            thread.ident for thread in threading.enumerate() if thread.name.startswith(ahead.THREAD_PREFIX)
+        ]
         for thread in (self.main, *helping):
             if thread in frames:
                 lines = traceback.format_stack(frames[thread])

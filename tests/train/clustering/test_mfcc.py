@@ -97,7 +97,7 @@ def test_mfcc_does_not_depend_on_the_batch_or_on_where_blocks_end():
 
 
 def test_every_second_mfcc_frame_is_a_hubert_frame():
-    assert HUBERT.step_in(Mfcc.grid) == 2
+    assert HUBERT.hop_ratio(Mfcc.grid) == 2
 
 
 def test_deltas_of_a_ramp_are_its_slope():

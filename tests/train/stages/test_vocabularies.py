@@ -207,7 +207,7 @@ def test_targets_of_each_vocabulary():
 @pytest.mark.parametrize(
     ("item", "settings", "says"),
     [
-        (spoken(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in 'k x' is not one of"),
+        (spoken(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in 'k x'"),
         (spoken(text="…"), {"vocabulary": "characters"}, "text without letters: '…'"),
         (spoken(text="Привет"), {}, "text without a reading: "),
         (
