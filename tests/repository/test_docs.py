@@ -1,18 +1,16 @@
-"""What the documentation shows works: examples run, commands compose, links lead somewhere.
+"""Documentation: examples run, commands parse and compose, links resolve, generated pages are current.
 
 Every block marked ```python in README.md and docs/ runs, those of one file in one namespace, in a folder
-with a tiny random model as `bundle/` and noise as `audio.wav`. Blocks marked ```py are shown only.
-
-Of README.md every line is run, here or elsewhere: `test_lines_of_the_readme_are_run`.
+with a tiny random model as `bundle/` and noise as `audio.wav`. Blocks marked ```py are not executed.
+The `jahubert` commands of README.md run as well; those of other pages are parsed.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import shlex
-import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -25,7 +23,7 @@ import torch
 from fixtures.sounds import syllables
 
 import jahubert
-from jahubert import errors, run
+from jahubert import run
 from jahubert.cli import main as cli
 from jahubert.errors import ConfigError
 from jahubert.formats.bundle import save_bundle
@@ -40,7 +38,7 @@ PAGES = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "recipes/*/*.md")
     for path in REPO.glob(pattern)
-    if path.name not in ("LOG.md", "CHANGELOG.md")  # they tell of what was, not of what is
+    if path.name not in ("LOG.md", "CHANGELOG.md")  # about earlier versions
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
@@ -54,19 +52,19 @@ def blocks(path: Path, language: str) -> list[str]:
     return [content for marked, content in found if marked == language]
 
 
-def commands(path: Path, door: str) -> list[tuple[str, ...]]:
-    """What stands behind `door` in the command lines of a page; for the stages also those inside a text."""
+def commands(path: Path, program: str) -> list[tuple[str, ...]]:
+    """Arguments of each command line of a page that runs `program`; for stages also of inline code."""
     lines = "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
-    if door == "jahubert.run":
+    if program == "jahubert.run":
         lines += re.findall(r"`(python -m jahubert\.run [^`\n]*)`", path.read_text(encoding="utf-8"))
     split = [shlex.split(line, comments=True) for line in lines]
-    found = [words[words.index(door) + 1 :] for words in split if door in words]
+    found = [words[words.index(program) + 1 :] for words in split if program in words]
     return [tuple(words) for words in found if words != ["..."]]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with what the examples call bundle/ and audio.wav."""
+def examples(tmp_path_factory) -> Path:
+    """A folder with the bundle/ and audio.wav of the examples."""
     folder = tmp_path_factory.mktemp("docs")
     torch.manual_seed(0)
     config = HubertConfig(
@@ -85,19 +83,21 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-# Pages that are run from top to bottom, commands too, by test_tutorials.py.
-WHOLE = [path for path in PAGES if path.parent.name == "tutorials" and path.name != "features.md"]
+# Pages that test_tutorials.py runs from top to bottom.
+TUTORIALS = [path for path in PAGES if path.parent.name == "tutorials" and path.name != "features.md"]
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python") and p not in WHOLE], ids=name_of)
-def test_examples_run(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+@pytest.mark.parametrize(
+    "path", [p for p in PAGES if blocks(p, "python") and p not in TUTORIALS], ids=name_of
+)
+def test_examples_run(path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(examples)
     namespace: dict = {"__name__": __name__}  # a dataclass looks up its module
     for number, code in enumerate(blocks(path, "python"), start=1):
         exec(compile(code, f"{name_of(path)}, example {number}", "exec"), namespace)
 
 
-def recipe_of_the_guide(folder: Path) -> Path:
+def tutorial_recipe(folder: Path) -> Path:
     """The recipe that docs/tutorials/own-corpus.md writes, as files."""
     guide = REPO / "docs/tutorials/own-corpus.md"
     recipe = folder / "mine"
@@ -108,10 +108,10 @@ def recipe_of_the_guide(folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("composed_once")
-def test_the_recipe_of_the_guide_reads_a_corpus(tmp_path: Path) -> None:
+def test_recipe_of_the_tutorial_reads_a_corpus(tmp_path: Path) -> None:
     from jahubert.train.data.manifest import Manifest
 
-    recipe, corpus = recipe_of_the_guide(tmp_path), tmp_path / "corpus"
+    recipe, corpus = tutorial_recipe(tmp_path), tmp_path / "corpus"
     corpus.mkdir()
     texts = ["これは音です"] * 5 + ["", "これは"]
     lines = [f"{n}.wav\tspeaker{n % 3}\t{text}" for n, text in enumerate(texts)]
@@ -130,7 +130,7 @@ def test_the_recipe_of_the_guide_reads_a_corpus(tmp_path: Path) -> None:
 
 @pytest.fixture
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composing a tree is what takes the time, and the stages of one iteration or system share theirs."""
+    """Compose each tree once: it takes most of the time, and the stages of an iteration share it."""
 
     def compose(asked: Sequence[str], system: str | None = None) -> dict[str, Any]:
         shared = tuple(word for word in asked if not word.startswith(("stage=", "processes=")))
@@ -144,15 +144,15 @@ _compose = cache(run.compose)
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
-    """What is wrong with the settings of the stages that a command line asks for."""
+    """Configuration errors of the stages that a command line runs."""
     overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]  # Hydra's own
     jobs = [run.configured(*job, overrides) for job in run.plan(run.compose(overrides))]
     return [str(job) for job in jobs if isinstance(job, ConfigError)]
 
 
-def lines_of(door: str) -> dict[tuple[str, ...], str]:
-    """Every different command line, and the first page that it is on."""
-    found = [(words, name_of(path)) for path in PAGES for words in commands(path, door)]
+def lines_of(program: str) -> dict[tuple[str, ...], str]:
+    """Every distinct command line, with the first page that shows it."""
+    found = [(words, name_of(path)) for path in PAGES for words in commands(path, program)]
     return dict(reversed(found))
 
 
@@ -162,7 +162,7 @@ STAGE_LINES, CLI_LINES = lines_of("jahubert.run"), lines_of("jahubert")
 @pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("arguments", STAGE_LINES, ids=" ".join)
 def test_commands_of_stages_compose(arguments: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
-    recipe_of_the_guide(tmp_path)
+    tutorial_recipe(tmp_path)
     monkeypatch.chdir(tmp_path)  # for `recipe=mine`, in docs/tutorials/own-corpus.md
     # Several seeds are one run each.
     overrides = [re.sub(r"^(seed=\d+),.*", r"\1", word) for word in arguments]
@@ -171,8 +171,8 @@ def test_commands_of_stages_compose(arguments: tuple[str, ...], tmp_path: Path, 
 
 @pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("path", sorted(REPO.glob("recipes/*/README.md")), ids=name_of)
-def test_commands_of_a_recipe_can_be_run_in_their_order(path: Path) -> None:
-    """What a command reads of the page's experiments, a command above it has made, or it makes itself."""
+def test_commands_of_a_recipe_run_in_the_order_shown(path: Path) -> None:
+    """Every input from the experiments of a page is made by an earlier command, or by the same one."""
     made: list[Path] = []
     for arguments in commands(path, "jahubert.run"):
         tree = run.compose(list(arguments))
@@ -194,7 +194,7 @@ def test_commands_parse(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_resolve(path: Path) -> None:
     text = BLOCK.sub("", path.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):
@@ -208,121 +208,48 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in anchors, f"{name_of(path)} links to {target}"
 
 
-# README.md: nothing in it that nobody runs.
-
-README = REPO / "README.md"
-LINES = [
-    line for block in blocks(README, "sh") for line in block.splitlines() if shlex.split(line, comments=True)
+README_LINES = [
+    line
+    for block in blocks(REPO / "README.md", "sh")
+    for line in block.splitlines()
+    if shlex.split(line, comments=True)[:1] in (["jahubert"], ["pip"])
 ]
-# What a command begins with, where it stands in a sentence.
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:jahubert|python|make|pip|torchrun|srun|git|cd)\s")
 
 
-@pytest.fixture(scope="module")
-def desk(place: Path, whole: Path) -> Path:
-    """`place` as a reader of README.md has it: with recordings, and an experiment that lacks a few stages."""
-    shutil.copytree(whole, place / "exp" / "demo")
-    for undone in ("prepare", "systems/pretrained/score", "report"):
-        shutil.rmtree(place / "exp" / "demo" / undone)
-    (place / "recordings" / "monday").mkdir(parents=True)
-    for seed, name in enumerate(
-        ("talk.wav", "interview.flac", "recordings/a.mp3", "recordings/monday/b.mp3")
-    ):
-        soundfile.write(place / name, syllables(2.0, seed).numpy(), 16_000)
-    return place
+@pytest.fixture
+def readme_folder(examples: Path) -> Path:
+    """`examples` with the recordings that README.md mentions."""
+    (examples / "recordings").mkdir(exist_ok=True)
+    soundfile.write(examples / "recordings" / "talk.wav", syllables(2.0, 0).numpy(), 16_000)
+    return examples
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: line.partition("#")[0].strip())
-def test_lines_of_the_readme_are_run(line: str, desk: Path, monkeypatch, request) -> None:
-    """Here, in order, with `tests/fixtures/tones` as the demo's corpus; or by `.ci/run` or a tool."""
-    monkeypatch.chdir(desk)
-    match shlex.split(line, comments=True):
-        case ["jahubert", *words]:
-            request.getfixturevalue("composed_once")  # for `plan`
-            if transcribe.builtin_model() is None:  # not every checkout has it
-                monkeypatch.setattr(transcribe, "builtin_model", lambda: desk / "bundle")
-            assert cli.main(words) == 0
-            for option, folder in pairwise(words):
-                assert option != "-o" or list((desk / folder).iterdir())
-        case ["python", "-m", "jahubert.run", *words]:
-            tones = [f"recipe={REPO / 'tests' / 'tones'}", "name=demo"]
-            assert "recipe=demo" in words
-            assert run.main([*tones, *(word for word in words if word != "recipe=demo")]) == 0
-        case ["make", target]:
-            made = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (REPO / "Makefile").read_text(), re.M)
-            in_ci = f"step {target}\n" in (REPO / ".ci" / "run").read_text()
-            assert made and (in_ci or any(f"$(VENV)/bin/{each} $(ARGS)" in made[1] for each in LINES))
-        case ["pip", "install", what]:
-            assert installed(what)
-        case [_, "python", tool, *options] if tool.startswith("tools/bench/"):
-            measured = line.partition("#")[0].strip()
-            assert f"`{measured}`" in (REPO / "docs" / "performance.md").read_text(encoding="utf-8")
-            assert {word for word in options if word.startswith("--")} <= options_of(REPO / tool)
-        case _:
-            pytest.fail(f"nobody runs this line of README.md: {line}")
+@pytest.mark.parametrize("line", README_LINES, ids=lambda line: line.partition("#")[0].strip())
+def test_command_of_the_readme_runs(line: str, readme_folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(readme_folder)
+    if transcribe.builtin_model() is None:  # it is made by a recipe, so a checkout may lack it
+        monkeypatch.setattr(transcribe, "builtin_model", lambda: readme_folder / "bundle")
+    words = shlex.split(line, comments=True)
+    if words[0] == "pip":
+        declared = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+        for extra in re.findall(r"\w+", words[-1].partition("[")[2]):
+            assert re.search(rf"^{extra} = \[", declared, re.M), f"no extra {extra}"
+        return
+    assert cli.main(words[1:]) == 0
+    for option, folder in pairwise(words):
+        assert option != "-o" or list((readme_folder / folder).iterdir())
 
 
-def installed(what: str) -> bool:
-    """Whether the environments of `.ci/run`, or for a plain install tools/wheel_check.py, hold `what`."""
-    asked = re.fullmatch(r"\.(?:\[([\w,]+)\])?", what)
-    assert asked, f"{what}: only a clone can be installed"
-    if asked[1] is None:
-        return "[*pip, *requirements, wheel]" in (REPO / "tools" / "wheel_check.py").read_text(
-            encoding="utf-8"
-        )
-    made = re.findall(r"-e '\.\[([\w,]+)\]'", (REPO / "Makefile").read_text())
-    return any(set(asked[1].split(",")) <= set(extras.split(",")) for extras in made)
+def test_every_command_and_public_name_is_documented() -> None:
+    text = (REPO / "docs" / "api.md").read_text(encoding="utf-8")
+    commands = next(action.choices for action in cli.build_parser()._actions if action.choices)
+    missing = [name for name in (*(commands or ()), *jahubert.__all__) if not re.search(rf"\b{name}\b", text)]
+    assert not missing, f"not in docs/api.md: {missing}"
 
 
-def options_of(tool: Path) -> set[str]:
-    """The options that a script declares; a measurement itself takes minutes, and a quiet machine."""
-    calls = (
-        node for node in ast.walk(ast.parse(tool.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+def test_settings_reference_is_current() -> None:
+    """`python tools/settings_reference.py` writes the page again."""
+    done = subprocess.run(
+        [sys.executable, REPO / "tools" / "settings_reference.py", "--check"], capture_output=True, text=True
     )
-    return {
-        call.args[0].value
-        for call in calls
-        if getattr(call.func, "attr", "") == "add_argument" and isinstance(call.args[0], ast.Constant)
-    }
-
-
-def test_the_readme_shows_nothing_else() -> None:
-    """No block of another kind, and no command in a sentence that stands in no block."""
-    text = README.read_text(encoding="utf-8")
-    found = BLOCK.findall(text)
-    assert {marked for marked, _ in found} <= {"sh", "python", ""}
-    plain = [line for marked, content in found if not marked for line in content.splitlines()]
-    assert not [line for line in plain if COMMAND.match(line)]
-    spans = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
-    unseen = [
-        span for span in spans if COMMAND.match(span) and not any(line.startswith(span) for line in LINES)
-    ]
-    assert not unseen, f"nobody runs these: {unseen}"
-
-
-API = REPO / "docs" / "api.md"
-
-
-def test_every_command_is_described() -> None:
-    choices = next(action.choices for action in cli.build_parser()._actions if action.choices)
-    described = re.findall(r"^\| `(\w+)[^`]*` \| ", API.read_text(encoding="utf-8"), re.M)
-    assert set(choices or ()) <= set(described)
-
-
-def test_every_public_name_is_described() -> None:
-    """docs/api.md has a row for each: its arguments, what it gives, its errors, the file that it is in."""
-    text = API.read_text(encoding="utf-8")
-    cells = [[cell.strip() for cell in row.split(" | ")] for row in re.findall(r"^\| (`.*) \|$", text, re.M)]
-    rows = {re.match(r"`(\w+)", row[0])[1]: row for row in cells if len(row) == 4}  # type: ignore[index]
-    assert set(rows) == set(jahubert.__all__)
-    for name, (shown, gives, raised, source) in rows.items():
-        module = jahubert._MODULE_OF.get(name, "__init__")
-        assert source == f"[{module}.py](../jahubert/{module}.py)"
-        thing = getattr(jahubert, name)
-        asked = set(re.findall(r"\w+", shown.partition("(")[2]))
-        assert not asked or asked <= set(inspect.signature(thing).parameters), name
-        members = {*dir(thing), *getattr(thing, "__annotations__", ())}
-        assert gives and set(re.findall(r"`\.(\w+)", gives)) <= members, name
-        kinds = re.findall(r"`(\w+Error)`", raised)
-        assert all(hasattr(errors, kind) for kind in kinds if kind != "ValueError")
-        assert kinds or raised == "none"
+    assert done.returncode == 0, done.stderr

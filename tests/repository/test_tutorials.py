@@ -1,8 +1,7 @@
-"""Each tutorial from top to bottom, as a reader types it: files, commands, Python; on small corpora.
+"""Tutorials, executed from top to bottom: files, commands and Python, on small corpora.
 
-`python`, `jahubert` and the commands of a cluster are scripts in front of the PATH that run this checkout,
-and add to every command of the stages the sizes that make it quick. Nothing else of a page is changed but
-the folders that are a reader's own.
+`python`, `jahubert` and the commands of a cluster are replaced by scripts first in PATH that run this
+checkout with small sizes. Otherwise only the paths of a reader's own folders are changed.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ pytestmark = pytest.mark.slow
 
 REPO = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
-    r"(?:^#+ \d+\. `(?P<file>[^`]+)`$)"  # a heading that names the file below it
-    r"|(?:^[^\n]*`(?P<script>[\w.-]+)`:$)"  # or the end of a sentence that does
+    r"(?:^#+ \d+\. `(?P<file>[^`]+)`$)"  # a heading that names the file in the next block
+    r"|(?:^[^\n]*`(?P<script>[\w.-]+)`:$)"  # or a line that ends with its name and a colon
     r"|^```(?P<kind>\w+)\n(?P<text>.*?)^```",
     re.S | re.M,
 )
@@ -72,8 +71,8 @@ def csj(folder: Path) -> dict[str, str]:
     for name in ("A01M0110", "A02M0012", "S00F0019", "A03F0109", "S02F0122", "A01F0055", "S00M0075"):
         write_talk(folder / "CSJ", "usb", planned(name, n_utterances=4), ("sdb",))
     config = jahubert.HubertConfig(**SIZES, pos_conv_groups=2)
-    for place in ("rinna/japanese-hubert-base", "exp/reazonspeech/iter2/pretrain"):
-        save_bundle(folder / place, model=jahubert.HubertModel(config))
+    for model in ("rinna/japanese-hubert-base", "exp/reazonspeech/iter2/pretrain"):
+        save_bundle(folder / model, model=jahubert.HubertModel(config))
     soundfile.write(folder / "talk.wav", syllables(3.0).numpy(), 16_000)
     return {
         "/path/to/CSJ": str(folder / "CSJ"),
@@ -111,13 +110,13 @@ TUTORIALS: dict[str, tuple[Callable[[Path], dict[str, str]], tuple[str, ...]]] =
 }
 
 
-def test_every_tutorial_is_run():
+def test_every_tutorial_is_listed():
     pages = {path.stem for path in (REPO / "docs" / "tutorials").glob("*.md")}
     assert pages == {*TUTORIALS, "README"}
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_tutorial(name, tmp_path):
+def test_tutorial_runs(name, tmp_path):
     prepare, leaves = TUTORIALS[name]
     if name == "publish":
         pytest.importorskip("onnxscript", reason="extra onnx")
@@ -148,7 +147,7 @@ def test_tutorial(name, tmp_path):
         elif kind == "python":
             session += content
             run([sys.executable, "-c", session], tmp_path, env)
-        elif kind == "sh" and "recipe=demo" not in content:  # own-corpus.md offers it to whom has none
+        elif kind == "sh" and "recipe=demo" not in content:  # own-corpus.md shows it as an alternative
             run(["bash", "-e", "-c", content], tmp_path, env)
         file = None
     for leaf in leaves:

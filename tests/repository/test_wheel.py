@@ -1,4 +1,4 @@
-"""The wheel: what is in it, what it says of itself, and ring 1 running from it on its own packages only."""
+"""The wheel: contents, metadata, and ring 1 running from it on its declared dependencies only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "wheel_check.py"
 INFO = f"jahubert-{jahubert.__version__}.dist-info"
 # Folder of the checkout -> folder of the wheel.
-PLACES = {"jahubert": "jahubert", "conf": "jahubert/_conf", "recipes": "jahubert/_recipes"}
+PACKAGED = {"jahubert": "jahubert", "conf": "jahubert/_conf", "recipes": "jahubert/_recipes"}
 
 spec = importlib.util.spec_from_file_location("wheel_check", TOOL)
 assert spec and spec.loader
@@ -35,7 +35,7 @@ def wheel(tmp_path_factory) -> Path:
         return wheel_check.build_wheel(tmp_path_factory.mktemp("wheel"))
     except wheel_check.Broken as error:
         if "install build dependencies did not run successfully" in str(error):
-            pytest.skip("hatchling is not installed and no index gives it")
+            pytest.skip("hatchling is not installed and no package index is available")
         raise
 
 
@@ -53,7 +53,7 @@ def metadata(unpacked) -> Message:
 
 
 def from_wheel(unpacked: Path, code: str) -> str:
-    """What `code` prints in a fresh interpreter whose jahubert is the unpacked wheel."""
+    """Standard output of `code` in a fresh interpreter that imports the unpacked wheel."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=unpacked, timeout=300
     )
@@ -61,22 +61,26 @@ def from_wheel(unpacked: Path, code: str) -> str:
     return done.stdout
 
 
-def test_everything_travels_and_nothing_else(unpacked):
-    there = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
-    wanted = {
+def test_wheel_holds_package_conf_and_recipes_only(unpacked):
+    contents = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
+    expected = {
         f"{target}/{path.relative_to(REPO / source).as_posix()}"
-        for source, target in PLACES.items()
+        for source, target in PACKAGED.items()
         for path in (REPO / source).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"jahubert/_conf/config.yaml", "jahubert/_recipes/demo/prepare.py", "jahubert/py.typed"} <= wanted
+    assert {
+        "jahubert/_conf/config.yaml",
+        "jahubert/_recipes/demo/prepare.py",
+        "jahubert/py.typed",
+    } <= expected
     about = {f"{INFO}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")}
-    assert there == wanted | about | {f"{INFO}/licenses/LICENSE"}
+    assert contents == expected | about | {f"{INFO}/licenses/LICENSE"}
 
 
 @pytest.mark.slow
-def test_the_sdist_makes_the_same_wheel(wheel, tmp_path):
-    """It needs an index for hatchling. Tests, tools and documentation travel in it too."""
+def test_sdist_builds_the_same_wheel(wheel, tmp_path):
+    """Needs a package index for hatchling. The sdist also holds tests, tools and documentation."""
     sdist = wheel_check.build_sdist(tmp_path)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -98,11 +102,11 @@ def test_metadata(metadata, unpacked):
     assert "jahubert = jahubert.cli.main:main" in entries
 
 
-def test_a_plain_install_brings_ring_1_and_no_more(metadata):
+def test_plain_install_requires_only_the_core_packages(metadata):
     requires = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     core = {r.name: r for r in requires if "extra" not in str(r.marker)}
     assert set(core) == set(CORE) == set(wheel_check.CORE)
-    for version in ("2.6.0", "2.13.0", "99.0"):  # no upper bound: whoever embeds us has a torch already
+    for version in ("2.6.0", "2.13.0", "99.0"):  # no upper bound: applications bring their own torch
         assert core["torch"].specifier.contains(version)
     assert not core["torch"].specifier.contains("2.5.1")
     assert set(metadata.get_all("Provides-Extra")) == {
@@ -110,7 +114,7 @@ def test_a_plain_install_brings_ring_1_and_no_more(metadata):
     }  # fmt: skip
 
 
-def test_ring_1_runs_from_the_wheel_with_its_own_packages_only(unpacked, tmp_path):
+def test_ring_1_runs_from_the_wheel_with_core_packages_only(unpacked, tmp_path):
     wheel_check.make_material(tmp_path)
     code = f"""
 import runpy
@@ -122,19 +126,19 @@ print(tool["check_results"](Path({str(tmp_path)!r})))
     assert float(from_wheel(unpacked, BLOCKER + code)) < wheel_check.TOLERANCE
 
 
-def test_the_wheel_finds_its_own_settings_and_recipes(unpacked):
+def test_wheel_finds_its_settings_and_recipes(unpacked):
     pytest.importorskip("hydra")
     code = """
 from jahubert.run import compose
-from jahubert.train.experiment.registry import home, recipe_folder
-print(home("conf"), recipe_folder("demo"), compose(["recipe=demo"])["name"], sep="\\n")
+from jahubert.train.experiment.registry import data_folder, recipe_folder
+print(data_folder("conf"), recipe_folder("demo"), compose(["recipe=demo"])["name"], sep="\\n")
 """
     conf, recipe, name = from_wheel(unpacked, code).splitlines()
     assert (conf, recipe) == (str(unpacked / "jahubert/_conf"), str(unpacked / "jahubert/_recipes/demo"))
     assert name == "demo"
 
 
-def test_the_check_sees_what_is_wrong(tmp_path):
+def test_wheel_check_detects_deviations(tmp_path):
     import numpy as np
 
     with pytest.raises(wheel_check.Broken, match="imported from the checkout"):
@@ -149,8 +153,8 @@ def test_the_check_sees_what_is_wrong(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_empty_environment_with_the_wheel_and_no_extra():
-    """Needs an index for torch; other versions by hand, see the docstring of the tool."""
+def test_wheel_works_in_an_empty_environment():
+    """Needs a package index for torch."""
     done = subprocess.run(
         [sys.executable, TOOL, "torch==2.13.0"], capture_output=True, text=True, timeout=3600
     )
