@@ -67,8 +67,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An experiment of all stages on the corpus of `tests/fixtures/tones`, from one uninterrupted run."""
-    from jahubert import run
+    from jahubert.train.pipeline import runner
 
     exp = tmp_path_factory.mktemp("whole") / "exp"
-    run.run([f"recipe={REPO / 'tests' / 'fixtures' / 'tones'}", "stage=all", f"exp={exp}"])
+    runner.run([f"recipe={REPO / 'tests' / 'fixtures' / 'tones'}", "stage=all", f"exp={exp}"])
     return exp

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from fixtures.unit_stages import N, make_corpus, stages
 
-from jahubert import run
 from jahubert.errors import AudioError, DiskFullError
 from jahubert.prefetch import THREAD_PREFIX, prefetch
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.clustering.streaming import stream_features
 from jahubert.train.data.manifest import Manifest
+from jahubert.train.pipeline import runner
 
 
 def threads() -> set[threading.Thread]:
@@ -117,5 +117,5 @@ def test_failing_stage_reports_the_reason_and_ends_its_threads(corpus, tmp_path,
         monkeypatch.setattr("jahubert.train.stages.features._write_part", full)
     message = {AudioError: "utterance 'u9' is truncated", DiskFullError: "the disk is full"}[kind]
     with pytest.raises(kind, match=message):
-        run.run_stage("features", config, tmp_path / "features")
+        runner.run_stage("features", config, tmp_path / "features")
     assert threads() == before

@@ -242,12 +242,18 @@ def convert_labels(args: argparse.Namespace) -> int:
     return 0
 
 
+def run(args: argparse.Namespace) -> int:
+    """Only for the help and for completion: `main` passes these arguments on as they are."""
+    raise NotImplementedError
+
+
 def plan(args: argparse.Namespace) -> int:
-    from jahubert import run
+    from jahubert.train.pipeline.compose import compose
+    from jahubert.train.pipeline.jobs import configure_jobs
     from jahubert.train.plan import estimate
 
     options, overrides = estimate.split_settings(args.settings)
-    made = estimate.make_plan(run.compose(overrides), run.all_configured(overrides), options)
+    made = estimate.make_plan(compose(overrides), configure_jobs(overrides), options)
     print(json.dumps(estimate.plan_json(made), indent=2) if args.json else estimate.plan_table(made))
     return 0
 
@@ -368,6 +374,7 @@ def model_commands(command: Command) -> None:
 
 def experiment_commands(command: Command) -> None:
     """What is done with experiments, and with the shell."""
+    command(run, "run stages of an experiment: prepare, pretrain, finetune, ... (as python -m jahubert.run)")
     sub = command(plan, "say how many hours, and how much disk and memory, stages would take")
     sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
     sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")
@@ -382,6 +389,11 @@ def experiment_commands(command: Command) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"]:
+        from jahubert.run import main as run_stages
+
+        return run_stages(argv[1:])
     for stream in (sys.stdout, sys.stderr):
         # File names need not be valid text, and results are UTF-8 whatever the locale of a pipe is.
         if isinstance(stream, io.TextIOWrapper):

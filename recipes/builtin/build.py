@@ -25,6 +25,8 @@ from jahubert import run
 from jahubert.errors import ConfigError, DataError, UserError
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.train.experiment.provenance import DONE, read_record
+from jahubert.train.pipeline.compose import compose
+from jahubert.train.pipeline.jobs import PER_ITERATION
 
 NAME = "japanese-small"
 LIMIT = 15_000_000  # bytes
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> int:
             status = status or run.main([*overrides, f"pretrained={source}", "stage=all"])
             if status:
                 return status
-        exp = Path(args.pack or run.compose(overrides)["exp"])
+        exp = Path(args.pack or compose(overrides)["exp"])
         size = pack(exp, args.to, command)
     except UserError as error:
         print(f"build.py: error: {error}", file=sys.stderr)
@@ -84,9 +86,9 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
     if "pretrained" in given:
         return 0, given["pretrained"]
     overrides = ["recipe=tofugu", *(f"{name}={given[name]}" for name in SHARED if name in given)]
-    tree = run.compose(overrides)
+    tree = compose(overrides)
     each = [f"iteration={n + 1}" for n in range(tree["iterations"])]
-    jobs = [["stage=prepare"], *([f"stage={stage}", number] for number in each for stage in run.ITERATED)]
+    jobs = [["stage=prepare"], *([f"stage={stage}", number] for number in each for stage in PER_ITERATION)]
     status = next((failed for job in jobs if (failed := run.main([*overrides, *job]))), 0)
     return status, str(Path(tree["exp"], f"iter{tree['iterations']}", "pretrain"))
 

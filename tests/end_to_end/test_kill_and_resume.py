@@ -26,9 +26,9 @@ from fixtures.resumable import TOY, learn, lines, make
 from fixtures.toy import Data, Toy
 from safetensors.torch import load_file
 
-from jahubert import run
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.disk_full import report_disk_full
+from jahubert.train.experiment.resource_errors import report_disk_full
+from jahubert.train.pipeline import runner
 from jahubert.train.trainer.trainer import train
 from jahubert.train.trainer.watchdog import watchdog
 
@@ -195,7 +195,7 @@ def test_a_process_that_hangs_is_named(tmp_path, capfd):
     said = capfd.readouterr().err
     assert said.count("jahubert: error: ") == 1
     assert re.search(r"error: process 1 of 2 \(pid \d+ on .+\) hangs: at reading the audio of step 3 f", said)
-    assert re.search(r" for \d+ s; 1 of 2 wait for it\. The limit is hang_minutes=0\.033", said)
+    assert re.search(r" for \d+ s; 1 of 2 wait for it\. The limit is hang_timeout_minutes=0\.033", said)
     assert "time.sleep(1000)" in said
     assert (tmp_path / "checkpoints" / "step_0000002").is_dir()
 
@@ -220,12 +220,12 @@ def hang_in_a_stage(folder: Path) -> None:
     Manifest.load, features._PART = slow, 2  # type: ignore[method-assign]
     configs = stages(folder, folder)
     with distributed.process_group(), watchdog(LIMIT / 60):
-        run.run_stage("features", configs["features"], folder / "features")
+        runner.run_stage("features", configs["features"], folder / "features")
         distributed.rank0_broadcast(lambda: time.sleep(1.5 * LIMIT))
-        run.run_stage("kmeans", configs["kmeans"], folder / "kmeans")
+        runner.run_stage("kmeans", configs["kmeans"], folder / "kmeans")
         print("healthy so far", file=sys.stderr)
         nap = 1000
-        run.run_stage("label", configs["label"], folder / "label")
+        runner.run_stage("label", configs["label"], folder / "label")
 
 
 def test_a_process_that_hangs_in_a_stage_is_named_and_a_slow_one_is_left_alone(tmp_path, capfd):

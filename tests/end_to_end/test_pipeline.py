@@ -22,8 +22,8 @@ import torch
 from fixtures import FIXTURES
 from fixtures.terminal import Terminal
 
-from jahubert import run
 from jahubert.errors import StaleError
+from jahubert.train.pipeline import runner
 
 TONES = FIXTURES / "tones"
 # What a stage leaves for the next one; logs and records hold times of day, so their bytes may differ.
@@ -66,7 +66,7 @@ def test_it_learns_the_corpus(whole):
 @pytest.fixture(scope="module", params=["en", "ja"])
 def page(whole, request) -> Path:
     """The report in a language, beside the run."""
-    run.run(command(whole, "stage=report", f"report.language={request.param}"))
+    runner.run(command(whole, "stage=report", f"report.language={request.param}"))
     copy = whole.parent / f"report-{request.param}.html"
     shutil.copy(whole / "report" / "report.html", copy)
     return copy
@@ -144,7 +144,7 @@ def test_a_report_without_the_audio_still_comes(whole, tmp_path):
     shutil.copytree(whole, exp)
     moved = exp / "prepare" / "work"
     moved.rename(exp / "prepare" / "elsewhere")
-    run.run(command(exp, "stage=report"))
+    runner.run(command(exp, "stage=report"))
     text = (exp / "report" / "report.html").read_text(encoding="utf-8")
     assert "<audio" not in text and "no such audio file" in text
 
@@ -193,7 +193,7 @@ def test_the_bundles_open_and_answer(whole):
 def test_asked_again_it_keeps_everything(whole, caplog):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("provenance.json")}
     caplog.set_level("INFO", "jahubert")
-    run.run(command(whole))
+    runner.run(command(whole))
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("provenance.json")} == before
     assert sum("kept" in record.getMessage() for record in caplog.records) == len(before)
 
@@ -209,13 +209,13 @@ def test_asked_again_it_keeps_everything(whole, caplog):
 )
 def test_a_changed_setting_is_refused_by_name(whole, override, names):
     with pytest.raises(StaleError) as caught:
-        run.run(command(whole, override))
+        runner.run(command(whole, override))
     assert names in str(caught.value)
     assert "delete the folder" in str(caught.value)
 
 
 def test_what_does_not_change_the_result_may_change(whole):
-    run.run(
+    runner.run(
         command(whole, "label.batch_seconds=3", "pretrain.train.log_every=5", "pretrain.train.keep_last=1")
     )
 
@@ -286,6 +286,6 @@ def test_two_processes(whole, tmp_path):
         assert (exp / "iter1" / name).read_bytes() == (whole / "iter1" / name).read_bytes()
     decoded = exp / "systems/pretrained/decode"
     shutil.move(decoded, tmp_path / "two")
-    run.run([*command(exp, *shorter, *halves), "stage=decode"])
+    runner.run([*command(exp, *shorter, *halves), "stage=decode"])
     for name in ("test.jsonl", "alignment.jsonl"):
         assert (decoded / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -29,7 +29,9 @@ from jahubert import run
 from jahubert.errors import DataError, JahubertError
 from jahubert.train.data.batches import CropConfig
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.out_of_memory import report_oom
+from jahubert.train.experiment.resource_errors import report_oom
+from jahubert.train.pipeline import runner
+from jahubert.train.pipeline.reporting import report_error
 from jahubert.train.trainer.trainer import Stopped, train
 
 TONES = FIXTURES / "tones"
@@ -89,7 +91,7 @@ def test_a_signal_to_the_readers_too_stops_the_run_and_breaks_nothing(tmp_path, 
     else:
         os.killpg(child.pid, number)
     said = child.communicate(timeout=30)[1]  # comes to its end when the last reader is gone
-    assert child.returncode == 75 and f"told to stop by {number.name}" in said, said
+    assert child.returncode == 75 and number.name in said, said
     learn(whole, "toy")
     learn(stopped, "toy")
     ends = [load_file(out / "end.safetensors") for out in (whole, stopped)]
@@ -185,9 +187,7 @@ def test_a_signal_outside_of_training_asks_for_the_same_command(tmp_path, number
     os.killpg(child.pid, number)  # as a scheduler does, to the one that started the others too
     said = child.communicate(timeout=30)[1]
     assert child.returncode == 75 and "Traceback" not in said, said
-    assert said.count(f"told to stop by {number.name}: what was finished is kept; the same command") == 1, (
-        said
-    )
+    assert said.count(f"received {number.name}: finished work is kept; rerun the same command") == 1, said
     assert run.main(command) == 0
 
 
@@ -201,7 +201,7 @@ def test_a_signal_while_it_starts_asks_for_the_same_command(tmp_path, seconds):
     time.sleep(seconds)
     child.send_signal(signal.SIGUSR1)
     said = child.communicate(timeout=30)[1]
-    assert (child.returncode == 75 and "told to stop by SIGUSR1" in said) or child.returncode == 0, said
+    assert (child.returncode == 75 and "received SIGUSR1" in said) or child.returncode == 0, said
     assert "Traceback" not in said
 
 
@@ -215,14 +215,14 @@ def test_what_a_signal_broke_off_may_fail_in_another_way_or_swallow_it(capsys, m
                 raise AttributeError("half done") from None
         return {"processes": 1}
 
-    monkeypatch.setattr(run, "compose", broken)
+    monkeypatch.setattr(runner, "compose", broken)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         assert run.main(["recipe=demo", "stage=all"]) == 75
     finally:
         signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    assert capsys.readouterr().err.startswith("jahubert: told to stop by SIGTERM: what was finished is kept")
+    assert capsys.readouterr().err.startswith("jahubert: received SIGTERM: finished work is kept")
 
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
@@ -235,7 +235,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 def alone(folder: Path, error: str) -> None:
     """An error in the last process while the first waits for it; who takes the group apart waits for all."""
     dist.destroy_process_group = lambda: time.sleep(1000)  # as with NCCL
-    with distributed.process_group(run.tell):
+    with distributed.process_group(report_error):
         if distributed.rank() == 1:
             raise ERRORS[error]()
         distributed.barrier()
@@ -259,7 +259,7 @@ def test_an_error_of_one_process_is_told_at_once_and_ends_all(
     )  # though the first process notices, perhaps at the same moment
     assert time.monotonic() - started < 15
     told = capfd.readouterr().err
-    assert told.count(said) == 1 and told.count("another process of this run ended") == 1, told
+    assert told.count(said) == 1 and told.count("exiting because another rank failed") == 1, told
     assert ("Traceback" in told) == (error == "bug")
 
 
@@ -287,7 +287,7 @@ def test_a_process_that_dies_by_a_signal_is_named(capfd, monkeypatch, number, st
     assert distributed.launch([sys.executable, "-c", dies], 2) == status
     said = capfd.readouterr().err
     assert re.search(rf"jahubert: error: process 1 of 2 \(pid \d+\) was ended by {number.name}", said), said
-    assert ("want of memory" in said) == bool(advice) and said.count("jahubert: ") == 1
+    assert ("out of memory" in said) == bool(advice) and said.count("jahubert: ") == 1
 
 
 def main(arguments: list[str]) -> int:

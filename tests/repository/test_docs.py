@@ -23,7 +23,6 @@ import torch
 from fixtures.sounds import syllables
 
 import jahubert
-from jahubert import run
 from jahubert.cli import main as cli
 from jahubert.errors import ConfigError
 from jahubert.formats.bundle import save_bundle
@@ -32,6 +31,8 @@ from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import HubertConfig
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.experiment.config import input_fields
+from jahubert.train.pipeline import jobs, runner
+from jahubert.train.pipeline.compose import compose
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -119,8 +120,8 @@ def test_recipe_of_the_tutorial_reads_a_corpus(tmp_path: Path) -> None:
     for n in range(6):  # the seventh is missing
         soundfile.write(corpus / f"{n}.wav", 0.1 * torch.randn(16_000).numpy(), 8_000)
     command = [f"recipe={recipe}", f"data={corpus}", f"exp={tmp_path}/exp"]
-    run.run([*command, "stage=prepare"])
-    run.run([*command, "stage=targets"])
+    runner.run([*command, "stage=prepare"])
+    runner.run([*command, "stage=targets"])
     manifest = Manifest(tmp_path / "exp/prepare/manifest.arrow")
     assert manifest.counts["rejected"] == {"no text": 1, "unusable audio": 1}
     assert sorted(manifest.counts["splits"]) == ["dev", "test", "train"]
@@ -132,22 +133,25 @@ def test_recipe_of_the_tutorial_reads_a_corpus(tmp_path: Path) -> None:
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compose each tree once: it takes most of the time, and the stages of an iteration share it."""
 
-    def compose(asked: Sequence[str], system: str | None = None) -> dict[str, Any]:
+    def compose_shared(asked: Sequence[str], system: str | None = None) -> dict[str, Any]:
         shared = tuple(word for word in asked if not word.startswith(("stage=", "processes=")))
         stage = next((word.removeprefix("stage=") for word in asked if word.startswith("stage=")), None)
         return {**_compose(shared, system), "stage": stage}
 
-    monkeypatch.setattr(run, "compose", compose)
+    monkeypatch.setattr(jobs, "compose", compose_shared)
 
 
-_compose = cache(run.compose)
+_compose = cache(compose)
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
     """Configuration errors of the stages that a command line runs."""
     overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]  # Hydra's own
-    jobs = [run.configured(*job, overrides) for job in run.plan(run.compose(overrides))]
-    return [str(job) for job in jobs if isinstance(job, ConfigError)]
+    try:
+        jobs.configure_jobs(overrides)
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
 
 
 def lines_of(program: str) -> dict[tuple[str, ...], str]:
@@ -175,12 +179,12 @@ def test_commands_of_a_recipe_run_in_the_order_shown(path: Path) -> None:
     """Every input from the experiments of a page is made by an earlier command, or by the same one."""
     made: list[Path] = []
     for arguments in commands(path, "jahubert.run"):
-        tree = run.compose(list(arguments))
-        planned = run.plan(tree)
-        made += [run.folder_of(tree, *job) for job in planned]
+        tree = compose(list(arguments))
+        planned = jobs.plan_stages(tree)
+        made += [jobs.output_folder(tree, job) for job in planned]
         experiments = {folder.parts[:2] for folder in made}  # others come from other pages
         for job in planned:
-            _, config, _ = run.configured(*job, arguments)  # type: ignore[misc]
+            _, config, _ = jobs.configure_job(job, arguments)
             for name, read, _ in input_fields(config):
                 by_a_tool = "words" in read.parts
                 if name != "exp" and read.parts[:2] in experiments and not by_a_tool:

@@ -129,7 +129,7 @@ print(tool["check_results"](Path({str(tmp_path)!r})))
 def test_wheel_finds_its_settings_and_recipes(unpacked):
     pytest.importorskip("hydra")
     code = """
-from jahubert.run import compose
+from jahubert.train.pipeline.compose import compose
 from jahubert.train.experiment.registry import data_folder, recipe_folder
 print(data_folder("conf"), recipe_folder("demo"), compose(["recipe=demo"])["name"], sep="\\n")
 """

@@ -242,11 +242,11 @@ def _status(end: int, name: str) -> int:
     status, why = 1, ""
     if by in STOPPING:
         status = 128 + by if by == signal.SIGINT else Stopped.exit_status
-        why = " before it listened; the same command continues"
+        why = " while it was starting; rerun the same command to resume"
     elif by == signal.SIGKILL:
         why = (
-            "; if nobody did that, the system did for want of memory: take fewer workers or processes, or "
-            "crop.keep_in_memory_hours=0. The same command continues"
+            ". Unless someone killed it, the system ran out of memory: use fewer workers or processes, or "
+            "crop.keep_in_memory_hours=0, and rerun the same command to resume"
         )
     print(f"jahubert: error: {name} was ended by {by.name}{why}", file=sys.stderr)
     return status

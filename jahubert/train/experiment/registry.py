@@ -75,6 +75,11 @@ def data_folder(kind: str) -> Path:
     return checkout if (package.parent / "conf" / "config.yaml").exists() else package / f"_{kind}"
 
 
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
+
+
 def recipe_folder(recipe: str) -> Path:
     """The folder of a recipe: a name under recipes/, or a path to one's own.
 
@@ -84,9 +89,8 @@ def recipe_folder(recipe: str) -> Path:
     for folder in (data_folder("recipes") / recipe, Path(recipe).expanduser()):
         if (folder / "recipe.yaml").is_file():
             return folder
-    names = sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
     raise ConfigError(
-        unknown_name_error("recipe", recipe, names) + " (or give a folder that holds a recipe.yaml)"
+        unknown_name_error("recipe", recipe, recipe_names()) + " (or give a folder that holds a recipe.yaml)"
     )
 
 

@@ -144,7 +144,7 @@ def _check_top(tree: dict[str, Any]) -> None:
 
     known = {*STAGES, *GROUPS, *SELECTORS, "iterations", "systems", "by_iteration", "model_size"}
     known |= {"name", "exp", "data", "seed", "pretrained", "hydra"}
-    known |= {"device", "workers", "processes", "machines", "engine", "hours", "hang_minutes"}
+    known |= {"device", "workers", "processes", "machines", "engine", "hours", "hang_timeout_minutes"}
     options = tree["prepare"].get("options") if isinstance(tree["prepare"], dict) else None
     known |= set(options if isinstance(options, dict) else ())  # a recipe may lift one up: subset=core
     wrong = [unknown_key_error(key, known, "") for key in tree if key not in known]

@@ -127,8 +127,8 @@ class _Watcher:
             return ""
         names = "; ".join(f"{beat.name} hangs: at {beat.place} for {beat.seconds:.0f} s" for beat in hang)
         return (
-            f"{names}; {len(beats) - len(behind)} of {self.world} wait for it. The limit is hang_minutes="
-            f"{self.limit / 60:g}; what was saved stays, and the same command continues it. "
+            f"{names}; {len(beats) - len(behind)} of {self.world} wait for it. The limit is "
+            f"hang_timeout_minutes={self.limit / 60:g}; what was saved stays, the same command continues. "
             f"{hang[0].name} stands here:\n{hang[0].stack}"
         )
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from jahubert import run
 from jahubert.audio import AudioSource
 from jahubert.cli import main as cli
 from jahubert.errors import ConfigError, DataError
@@ -17,6 +16,7 @@ from jahubert.frames import HUBERT, MFCC
 from jahubert.train.data.fairseq_files import export, import_units, read_dict, read_tsv
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
+from jahubert.train.pipeline import runner
 
 # Ideographic spaces at both ends, and two characters that text mode takes for line ends.
 NAMES = ("話者 一/\u3000朝\u2028の声\u3000.wav", "話者 一/日本語 名前.wav", "b\x85.wav", "c:1.wav", "d.wav")
@@ -66,7 +66,7 @@ def test_convert_command_writes_the_files_of_export(corpus, capsys):
 
 
 def prepared(folder: Path, exp: Path, *overrides: str) -> Manifest:
-    run.run(["recipe=fairseq", "stage=prepare", f"data={folder}", f"exp={exp}", *overrides])
+    runner.run(["recipe=fairseq", "stage=prepare", f"data={folder}", f"exp={exp}", *overrides])
     return Manifest(exp / "prepare" / "manifest.arrow")
 
 
@@ -230,11 +230,11 @@ def test_imported_units_train(corpus):
         "pretrain.train.max_steps=2", "pretrain.train.batch_seconds=4", "pretrain.train.micro_seconds=4",
         "pretrain.train.valid_every=2", "pretrain.train.precision=fp32",
     ]  # fmt: skip
-    run.run(["recipe=fairseq", "stage=prepare", *settings])
+    runner.run(["recipe=fairseq", "stage=prepare", *settings])
     with pytest.raises(DataError, match=r"iter1/label: only \d\d of 100 units occur"):  # too few frames
-        run.run(["recipe=fairseq", "stage=label", "label.on_bad_units=error", *settings])
+        runner.run(["recipe=fairseq", "stage=label", "label.on_bad_units=error", *settings])
     with pytest.raises(ConfigError, match="iter1/label is not finished"):
-        run.run(["recipe=fairseq", "stage=pretrain", *settings])
+        runner.run(["recipe=fairseq", "stage=pretrain", *settings])
     for stage in ("label", "pretrain"):
-        run.run(["recipe=fairseq", f"stage={stage}", *settings])
+        runner.run(["recipe=fairseq", f"stage={stage}", *settings])
     assert (corpus / "exp/iter1/pretrain/bundle/model.safetensors").is_file()

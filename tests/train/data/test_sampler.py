@@ -7,12 +7,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from jahubert import run
 from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.data.sampler import MicroBatch, Sampler
+from jahubert.train.pipeline import runner
+from jahubert.train.pipeline.jobs import PlannedStage, configure_job
 
 
 def reference_batches(rows, length, capacity, seed, epoch, max_rows=0):
@@ -92,10 +93,10 @@ def test_padding_of_the_recipes(recipe, tmp_path, request):
     if recipe == "tofugu":
         data = request.getfixturevalue("shared_data") / "tofugu"
         overrides.append(f"data={data}")
-    run.run(overrides)
+    runner.run(overrides)
     manifest = Manifest(tmp_path / "prepare/manifest.arrow")
     for iteration in (1, 2):
-        _, config, _ = run.configured("pretrain", iteration, None, overrides)
+        _, config, _ = configure_job(PlannedStage("pretrain", iteration), overrides)
         length = manifest.n_samples[manifest.indices(split="train")]
         length = length[length >= config.crop.min_seconds * 16_000]
         length = np.minimum(length, HUBERT.floor(int(config.crop.max_seconds * 16_000)))

@@ -15,8 +15,8 @@ from jahubert.errors import BusyError
 from jahubert.train.experiment.distributed import launch
 from jahubert.train.experiment.lock import LOCK_NAME, lock_owner, run_lock
 
-HOLD = "import sys, time; from pathlib import Path; from jahubert.train.experiment.lock import claimed\n"
-HOLD += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from jahubert.train.experiment.lock import run_lock\n"
+HOLD += "with run_lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
 
 
 def other(folder: Path) -> subprocess.Popen:
@@ -60,7 +60,7 @@ def test_a_second_run_of_a_stage_is_refused(tmp_path, repo):
     folder.mkdir(parents=True)
     child = other(folder)
     try:
-        stage = [f"recipe={repo / 'tests' / 'tones'}", "stage=prepare", f"exp={tmp_path}"]
+        stage = [f"recipe={repo / 'tests/fixtures/tones'}", "stage=prepare", f"exp={tmp_path}"]
         command = [sys.executable, "-m", "jahubert.run", *stage]
         done = subprocess.run(command, capture_output=True, text=True)
     finally:

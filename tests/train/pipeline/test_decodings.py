@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures import FIXTURES
 
 from jahubert import run
 from jahubert.cli import main as cli
 from jahubert.train.experiment.provenance import DONE, read_record
 
 REPO = Path(__file__).parents[3]
-ROUGH = REPO / "tests" / "rough"
+ROUGH = FIXTURES / "rough"
 SETTINGS = ["iterations=0", "finetune.pretrained=null", "score.published={paper: {test: 12.5}}"]
 
 

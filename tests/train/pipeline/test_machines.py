@@ -6,17 +6,19 @@ import dataclasses
 
 import pytest
 
-from jahubert import run
+from jahubert.errors import ConfigError
 from jahubert.model.hubert import HubertConfig
 from jahubert.train.experiment.config import result_fields
 from jahubert.train.experiment.registry import data_folder
+from jahubert.train.pipeline import command, runner
+from jahubert.train.pipeline.jobs import configure_jobs
 from jahubert.train.stages.pretrain import Config
 
 GPUS = {"1gpu": 1, "4gpu": 4, "8gpu": 8, "32gpu": 8}
 
 
 def pretraining(*overrides: str) -> Config:
-    ((_, config, _),) = run.all_configured(["recipe=reazonspeech", "stage=pretrain", "data=/c", *overrides])
+    ((_, config, _),) = configure_jobs(["recipe=reazonspeech", "stage=pretrain", "data=/c", *overrides])
     return config
 
 
@@ -28,7 +30,7 @@ def test_the_same_update_on_any_number_of_gpus(model):
         config = pretraining(*overrides)
         assert result_fields(config) == result_fields(alone)
         assert config.train.micro_batches_per_step % 32 == 0 and config.train.device == "cuda"
-        assert run._processes(["recipe=reazonspeech", "stage=pretrain", *overrides]) == processes
+        assert runner.processes_to_launch(["recipe=reazonspeech", "stage=pretrain", *overrides]) == processes
 
 
 @pytest.mark.parametrize("recipe", [["csj", "subset=core"], ["csj", "subset=all"], ["reazonspeech"]])
@@ -38,7 +40,7 @@ def test_all_stages_share_their_updates_on_every_machine(recipe, machine, proces
     command = [f"recipe={recipe[0]}", *recipe[1:], "stage=all", "data=/c", "pretrained=a/b"]
     trained = {
         stage: config.train
-        for stage, config, _ in run.all_configured([*command, f"machine={machine}", f"exp={tmp_path}"])
+        for stage, config, _ in configure_jobs([*command, f"machine={machine}", f"exp={tmp_path}"])
         if hasattr(config, "train")
     }
     assert "finetune" in trained and ("pretrain" in trained) == (recipe[0] == "reazonspeech")
@@ -70,14 +72,14 @@ def test_a_laptop_takes_its_own_sizes_before_those_of_the_recipe():
     config = pretraining("machine=laptop", "iteration=2", "pretrain.train.lr=1e-3")
     assert config.model.width == 192 and config.train.device == "cpu"
     assert (config.train.max_steps, config.train.batch_seconds, config.train.lr) == (6000, 30.0, 1e-3)
-    with pytest.raises(run.ConfigError, match=r"machine=9gpu: there is no such machine; did you mean 8gpu\?"):
+    with pytest.raises(ConfigError, match=r"machine=9gpu: there is no such machine; did you mean 8gpu\?"):
         pretraining("machine=9gpu")
 
 
 @pytest.mark.parametrize("nodes", ["node[017-020,031],other3", "node017", "node017,node020"])
 def test_tasks_of_srun_are_processes(nodes):
     slurm = {"SLURM_STEP_NUM_TASKS": "32", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41"}
-    run.join_slurm(environment := {**slurm, "SLURM_STEP_NODELIST": nodes})
+    command.join_slurm(environment := {**slurm, "SLURM_STEP_NODELIST": nodes})
     assert environment.items() >= {
         "WORLD_SIZE": "32", "RANK": "9", "LOCAL_RANK": "1", "MASTER_ADDR": "node017", "MASTER_PORT": "20041"
     }.items()  # fmt: skip
@@ -92,7 +94,7 @@ def test_a_task_that_sees_one_gpu_takes_it(visible, local):
     environment |= {"SLURM_JOB_ID": "41", "SLURM_STEP_NODELIST": "node1"}
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
-    run.join_slurm(environment)
+    command.join_slurm(environment)
     assert environment["LOCAL_RANK"] == local
 
 
@@ -102,7 +104,7 @@ def test_a_job_script_and_torchrun_under_srun_are_left_alone():
         {"SLURM_STEP_NUM_TASKS": "1"},
         {"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "8", "RANK": "3"},
     ):
-        run.join_slurm(environment := dict(before))
+        command.join_slurm(environment := dict(before))
         assert environment == before
 
 

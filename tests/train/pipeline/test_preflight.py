@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fixtures import FIXTURES
 
 from jahubert import run
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.train.experiment.provenance import DONE, read_record, write_json
 from jahubert.train.pipeline import preflight
+from jahubert.train.pipeline.jobs import configure_jobs
 
 REPO = Path(__file__).parents[3]
-ROUGH = REPO / "tests" / "rough"
+ROUGH = FIXTURES / "rough"
 SCRATCH = "finetune.pretrained=null"
 
 
@@ -147,7 +149,7 @@ def test_what_is_done_needs_no_machine(tmp_path):
     exp = tmp_path / "exp"
     (exp / "iter1/pretrain").mkdir(parents=True)
     write_json(exp / "iter1/pretrain" / DONE, {})
-    told = run.all_configured([f"recipe={ROUGH}", "stage=all", f"exp={exp}"])
+    told = configure_jobs([f"recipe={ROUGH}", "stage=all", f"exp={exp}"])
     jobs = [(stage, replace(config, train=replace(config.train, device="gpu")), out)
             for stage, config, out in told if stage in ("pretrain", "finetune")]  # fmt: skip
     assert preflight.preflight_errors(jobs[:1], [exp], 1) == []
@@ -168,8 +170,8 @@ def test_splits_that_the_manifest_does_not_have_are_told_all_at_once(capsys, cop
 
 def test_splits_are_looked_at_when_there_is_a_manifest(prepared, tmp_path):
     wrong = [f"recipe={ROUGH}", "stage=all", "pretrain.valid_split=devv"]
-    preflight.check_splits(run.all_configured([*wrong, f"exp={tmp_path / 'exp'}"], starting=True))
-    jobs = run.all_configured([*wrong, f"exp={prepared}"])
+    preflight.check_splits(configure_jobs([*wrong, f"exp={tmp_path / 'exp'}"], check_inputs=True))
+    jobs = configure_jobs([*wrong, f"exp={prepared}"])
     with pytest.raises(ConfigError, match=r"pretrain.valid_split=devv: .* has no such split"):
         preflight.check_splits(jobs)
 
@@ -192,10 +194,10 @@ def test_files_that_are_not_there_are_named_with_their_settings_all_at_once(caps
 
 
 def test_what_an_earlier_stage_of_the_command_makes_is_no_mistake(tmp_path):
-    jobs = run.all_configured([f"recipe={ROUGH}", "stage=all", f"exp={tmp_path / 'exp'}"], starting=True)
+    jobs = configure_jobs([f"recipe={ROUGH}", "stage=all", f"exp={tmp_path / 'exp'}"], check_inputs=True)
     assert [stage for stage, _, _ in jobs][-1] == "report"
     with pytest.raises(ConfigError, match=r"label.centroids: there is no .*iter1/kmeans; run stage=kmeans"):
-        run.all_configured([f"recipe={ROUGH}", "stage=label", f"exp={tmp_path / 'exp'}"], starting=True)
+        configure_jobs([f"recipe={ROUGH}", "stage=label", f"exp={tmp_path / 'exp'}"], check_inputs=True)
 
 
 def test_another_experiment_that_is_not_finished_is_no_input(capsys, copy, tmp_path):
@@ -268,7 +270,7 @@ def test_the_real_recipes_take_what_they_take(tmp_path):
         ("builtin", "words.use=3", "did you mean prepare.options.words.uses?"),
     ):
         with pytest.raises(ConfigError) as caught:
-            run.all_configured([f"recipe={recipe}", "stage=prepare", f"prepare.options.{wrong}"])
+            configure_jobs([f"recipe={recipe}", "stage=prepare", f"prepare.options.{wrong}"])
         assert says in str(caught.value)
 
 

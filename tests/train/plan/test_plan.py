@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from jahubert import run
 from jahubert.cli.main import main
 from jahubert.frames import HUBERT
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.model.packing import Packing
+from jahubert.train.pipeline import runner
+from jahubert.train.pipeline.jobs import configure_jobs
 from jahubert.train.plan import estimate, flops, machine
 from jahubert.train.plan.estimate import Corpus
 from jahubert.train.plan.machine import Machine
@@ -135,7 +136,7 @@ class Alive(TorchDispatchMode):
 
 
 def planned(settings, corpus=CORPUS, machine=ONE):
-    return {row.stage: row for row in estimate.estimate_stages(run.all_configured(settings), corpus, machine)}
+    return {row.stage: row for row in estimate.estimate_stages(configure_jobs(settings), corpus, machine)}
 
 
 def test_estimates_match_values_computed_by_hand():
@@ -261,7 +262,7 @@ def test_hours_come_from_recipe_by_subset(capsys, tmp_path, subset, hours):
 
 
 def test_speed_is_measured_on_this_machine(capsys, tmp_path):
-    run.run([f"recipe={TONES}", "stage=prepare", f"exp={tmp_path}"])
+    runner.run([f"recipe={TONES}", "stage=prepare", f"exp={tmp_path}"])
     assert main(["plan", f"recipe={TONES}", f"exp={tmp_path}", "gpus=2", "iterations=1"]) == 0
     printed = capsys.readouterr().out
     assert "2 x this machine's CPU: measured here" in printed and "60 utterances" in printed

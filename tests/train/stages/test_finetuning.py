@@ -15,7 +15,6 @@ import torch
 from fixtures import FIXTURES
 from fixtures.small_training import CONFIG, MODEL, Noise
 
-from jahubert import run
 from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
@@ -25,6 +24,8 @@ from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.evaluation.unit_checks import blank_problem
 from jahubert.train.experiment.config import result_fields, structure
 from jahubert.train.experiment.registry import data_folder
+from jahubert.train.pipeline import runner
+from jahubert.train.pipeline.compose import compose
 from jahubert.train.stages import finetune
 from jahubert.train.trainer import trainer as engine
 from jahubert.train.trainer.optim import TrainConfig, lr_at
@@ -34,7 +35,7 @@ PRESETS = sorted(path.stem for path in data_folder("conf").glob("finetuning/*.ya
 
 @cache
 def settings(*overrides: str) -> finetune.Config:
-    tree = run.compose(["pretrained=model", *overrides, "stage=finetune"], "main")
+    tree = compose(["pretrained=model", *overrides, "stage=finetune"], "main")
     return structure(tree["finetune"], finetune.Config, "finetune")
 
 
@@ -135,7 +136,7 @@ def test_a_run_that_stays_at_blank_says_so(tmp_path, caplog):
     rough = FIXTURES / "rough"
     command = [f"recipe={rough}", f"exp={tmp_path}", "finetune.pretrained=null", "finetune.train.lr=1e-9"]
     for stage in ("prepare", "targets", "finetune"):
-        run.run([*command, f"stage={stage}"])
+        runner.run([*command, f"stage={stage}"])
     assert "still on the plateau" in caplog.text
     assert "valid_empty" in (tmp_path / "systems/main/finetune/metrics.jsonl").read_text()
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from fixtures.unit_stages import PART, SHARD, N, make_corpus, stages
 
-from jahubert import run
 from jahubert.errors import DataError, DiskFullError
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import MFCC
@@ -32,6 +31,7 @@ from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.evaluation import layer_quality
 from jahubert.train.evaluation.layer_quality import PhoneFrames
 from jahubert.train.experiment.provenance import read_record
+from jahubert.train.pipeline import runner
 from jahubert.train.stages import features, label
 
 RESULTS = ("sample.npy", "header.json", "centroids.safetensors", "units.bin", "offsets.npy")
@@ -53,7 +53,7 @@ def corpus(tmp_path_factory) -> Path:
 
 def run_to(exp: Path, corpus: Path, last: str) -> None:
     for name, config in stages(corpus, exp).items():
-        run.run_stage(name, config, exp / name)
+        runner.run_stage(name, config, exp / name)
         if name == last:
             return
 
@@ -145,8 +145,8 @@ def test_killed_at_any_moment_and_run_again(corpus, whole, tmp_path, stage, at_l
                 break
             (exp / before).symlink_to(whole / before)
         config = stages(corpus, exp)[stage]
-        killed = until_killed(lambda c=config, e=exp: run.run_stage(stage, c, e / stage), moment)
-        run.run_stage(stage, config, exp / stage)
+        killed = until_killed(lambda c=config, e=exp: runner.run_stage(stage, c, e / stage), moment)
+        runner.run_stage(stage, config, exp / stage)
         assert results(exp / stage) == results(whole / stage)
         records = {"started.json", "provenance.json", ".running"}  # the last one of who was killed at the end
         assert {path.name for path in (exp / stage).iterdir()} - records == set(results(whole / stage))
@@ -174,10 +174,10 @@ def test_what_was_made_before_a_kill_is_not_made_again(corpus, whole, tmp_path, 
 
             patch.setattr(os, "fsync", full)
             with pytest.raises(DiskFullError, match="the disk is full"):
-                run.run_stage(stage, config, exp / stage)
+                runner.run_stage(stage, config, exp / stage)
         first = len(set(loads))
         loads.clear()
-        run.run_stage(stage, config, exp / stage)
+        runner.run_stage(stage, config, exp / stage)
         assert results(exp / stage) == results(whole / stage)
         assert 0 < len(set(loads)) <= N - first + size
         loads.clear()
@@ -203,7 +203,7 @@ def test_no_room_in_the_middle_of_a_part(corpus, whole, tmp_path, stage, limit, 
 
         Manifest.load = limited  # type: ignore[method-assign]
         try:
-            run.run_stage(stage, config, tmp_path / stage)
+            runner.run_stage(stage, config, tmp_path / stage)
         except DiskFullError as error:
             os._exit(3 if says in str(error) else 4)
         finally:
@@ -211,7 +211,7 @@ def test_no_room_in_the_middle_of_a_part(corpus, whole, tmp_path, stage, limit, 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     kept = sorted(path.name for path in (tmp_path / stage).glob("*/0*"))
     assert kept == {"features": ["000000"], "label": ["000000.bin", "000001.bin"]}[stage]
-    run.run_stage(stage, config, tmp_path / stage)
+    runner.run_stage(stage, config, tmp_path / stage)
     assert results(tmp_path / stage) == results(whole / stage)
 
 
@@ -229,8 +229,8 @@ def of_a_layer(corpus, tmp_path_factory) -> Path:
     exp = tmp_path_factory.mktemp("layer")
     config = stages(corpus, exp)["features"]
     config = replace(config, kind="hubert", model=corpus / "model", layer=1, sample_frames=100)
-    run.run_stage("features", config, exp / "features")
-    run.run_stage("kmeans", stages(corpus, exp)["kmeans"], exp / "kmeans")
+    runner.run_stage("features", config, exp / "features")
+    runner.run_stage("kmeans", stages(corpus, exp)["kmeans"], exp / "kmeans")
     return exp
 
 
@@ -324,7 +324,7 @@ with distributed.process_group():
                 config = replace(config, kind=kind, layer=2, model=corpus / "model", sample_frames=200)
             if kind == "hubert" and name == "label":
                 config = replace(config, layer=2, model=corpus / "model")
-            run.run_stage(name, config, exp / kind / name)
+            runner.run_stage(name, config, exp / kind / name)
 """
 
 

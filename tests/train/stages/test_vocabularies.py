@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from fixtures import FIXTURES
 
-from jahubert import run
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT
@@ -27,6 +26,9 @@ from jahubert.train.data.targets import (
     vocabulary_kind,
 )
 from jahubert.train.evaluation.metrics import error_rate
+from jahubert.train.pipeline import runner
+from jahubert.train.pipeline.compose import compose
+from jahubert.train.pipeline.jobs import configure_job, plan_stages
 from jahubert.train.stages import decode, targets
 
 TONES = FIXTURES / "tones"
@@ -48,7 +50,7 @@ def learnt(tmp_path_factory):
     def make(vocabulary: str, steps: int = 0) -> Path:
         exp = tmp_path_factory.mktemp(vocabulary) / "exp"
         for stage in ("prepare", "targets", "finetune", "decode", "score"):
-            run.run([*command(exp, vocabulary, steps or STEPS[vocabulary]), f"stage={stage}"])
+            runner.run([*command(exp, vocabulary, steps or STEPS[vocabulary]), f"stage={stage}"])
         return exp
 
     return make
@@ -171,13 +173,11 @@ def test_settings_that_make_no_sense(settings, says):
 
 def test_a_word_list_is_set_on_the_command_line():
     asked = [f"recipe={TONES}", "stage=decode", "decode.lexicon.words=/a/words.txt"]
-    (job,) = run.plan(run.compose([*asked, "system=pretrained"]))
-    found = run.configured(
-        *job, [*asked, "decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"]
-    )
+    (job,) = plan_stages(compose([*asked, "system=pretrained"]))
+    found = configure_job(job, [*asked, "decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"])
     assert found[1].lexicon == decode.LexiconConfig(Path("/a/words.txt"), Path("/a/3.arpa"), 0.5)
-    wrong = run.configured(*job, [*asked, "decode.lexicon.arpa=/a/3.arpa"])
-    assert "decode.lexicon.arpa: there is no such key" in str(wrong)
+    with pytest.raises(ConfigError, match=r"decode\.lexicon\.arpa"):
+        configure_job(job, [*asked, "decode.lexicon.arpa=/a/3.arpa"])
 
 
 # --- targets ----------------------------------------------------------------------------------------------

@@ -24,12 +24,12 @@ from fixtures.toy import Toy
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
-from jahubert import run
 from jahubert.errors import ConfigError, JahubertError
 from jahubert.model import precision
 from jahubert.model.hubert import EncoderLayer, HubertConfig
 from jahubert.model.packing import Packing
 from jahubert.train.experiment import distributed
+from jahubert.train.pipeline import runner
 from jahubert.train.stages.pretrain import Pretrainer
 from jahubert.train.trainer import trainer as engine
 from jahubert.train.trainer.metric_log import duration
@@ -275,7 +275,7 @@ def test_processes_and_shards_learn_what_one_process_learns(tmp_path):
     """The real model through the command line: DDP, FSDP2, and FSDP2 killed and continued by one process."""
     labelled = tmp_path / "labelled"
     for stage in ("prepare", "features", "kmeans", "label"):
-        run.run([f"recipe={TONES}", f"stage={stage}", f"exp={labelled}"])
+        runner.run([f"recipe={TONES}", f"stage={stage}", f"exp={labelled}"])
     for name in ("one", "ddp", "fsdp", "moved"):
         shutil.copytree(labelled, tmp_path / name)
     weights, curve = pretrained(tmp_path / "one")

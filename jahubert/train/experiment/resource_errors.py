@@ -1,0 +1,99 @@
+"""Clear errors for a full disk, for GPU memory and for killed data-loading workers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jahubert.errors import ConfigError, DiskFullError, JahubertError
+from jahubert.train.experiment import distributed
+
+# numpy reports only how much it wrote; "File too large" is a limit on file sizes.
+_DISK_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
+)
+_MIN_FREE_BYTES = 1 << 20  # with less than this, any error is taken for a full disk
+_OOM_SUMMARY = re.compile(r".*? is free|[^\n]*")  # the part of torch's message before allocator details
+_WORKER_KILLED = re.compile(
+    r"DataLoader worker \(pid[^\n]*?\) (is killed by signal: \w+|exited unexpectedly)"
+)
+
+
+@contextmanager
+def report_disk_full(out: Path) -> Iterator[None]:
+    """Raise DiskFullError for an error that a full disk at `out` caused.
+
+    Args:
+        out: the folder that is written.
+    """
+    try:
+        yield
+    except (DiskFullError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch's CheckpointException is not an Exception
+        if isinstance(error, JahubertError) and not _DISK_FULL.search(str(error)):
+            raise
+        if not _is_disk_full(error, out):
+            raise
+        raise DiskFullError(
+            f"the disk is full while writing to {out}: free some space and rerun the same command; "
+            "finished work is kept"
+        ) from error
+
+
+def _is_disk_full(error: BaseException | None, out: Path) -> bool:
+    """Whether the error or one of its causes reports a full disk, or no space is left at all."""
+    while error is not None:
+        if _DISK_FULL.search(str(error)):
+            return True
+        for failure, _ in getattr(error, "failures", {}).values():  # of ranks that saved a checkpoint
+            if _is_disk_full(failure, out):
+                return True
+        error = error.__cause__ or error.__context__
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free < _MIN_FREE_BYTES
+
+
+@contextmanager
+def report_oom(stage: str, config: Any) -> Iterator[None]:
+    """Name the setting to change when memory is exhausted.
+
+    Raises:
+        ConfigError: the stage does not fit into GPU memory.
+        JahubertError: a data-loading worker was killed.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = _OOM_SUMMARY.findall(str(error))[0].rstrip(".")
+        raise ConfigError(f"{stage}: {message}. {_memory_advice(stage, config)}") from error
+    except RuntimeError as error:  # torch raises nothing more specific
+        match = _WORKER_KILLED.search(str(error))
+        if match is None or not hasattr(config, "train"):
+            raise
+        advice = f"set {stage}.train.workers below {config.train.workers}"
+        if hasattr(config, "crop"):
+            advice += f" or {stage}.crop.keep_in_memory_hours=0"
+        raise JahubertError(
+            f"{stage}, at {distributed.last_heartbeat().place}: {match[0]}. Unless someone killed it, the "
+            f"system ran out of memory: {advice}. Rerun the same command to resume from the last checkpoint"
+        ) from error
+
+
+def _memory_advice(stage: str, config: Any) -> str:
+    """The setting that reduces GPU memory use."""
+    if hasattr(config, "train"):
+        train = f"{stage}.train"
+        return (
+            f"Set {train}.micro_seconds below {config.train.micro_seconds:g}; the batch stays as large. "
+            f"A run with a checkpoint keeps that setting and continues with {train}.recompute=true"
+        )
+    if hasattr(config, "batch_seconds"):
+        return f"Set {stage}.batch_seconds below {config.batch_seconds:g}; finished work is kept"
+    return f"Free memory on that GPU, or set {stage}.device=cpu"

@@ -1,0 +1,134 @@
+"""Planning of a command: its stages in order, each with its checked settings and its folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jahubert.errors import ConfigError
+from jahubert.train.experiment.config import structure, unknown_name_error
+from jahubert.train.experiment.registry import STAGES, recipe_names, resolve, stage_folder
+from jahubert.train.pipeline.compose import compose
+
+PER_ITERATION = ("features", "kmeans", "label", "pretrain")
+PER_SYSTEM = ("finetune", "decode", "score")
+
+
+class PlannedStage(NamedTuple):
+    """A stage of an experiment; `iteration` and `system` are set for the stages that have one."""
+
+    stage: str
+    iteration: int | None = None
+    system: str | None = None
+
+
+class Job(NamedTuple):
+    """A stage with its settings, ready to run in a folder."""
+
+    stage: str
+    config: Any  # the stage's `Config`
+    out: Path
+
+
+def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list[Job]:
+    """All jobs of a command, in order.
+
+    Args:
+        check_inputs: the jobs are about to run here, so their inputs must exist or be made by the command.
+
+    Raises:
+        ConfigError: every mistake in any of them.
+    """
+    tree = compose(overrides)
+    planned = plan_stages(tree)
+    jobs: list[Job] = []
+    mistakes: list[str] = []
+    for stage in planned:
+        try:
+            jobs.append(configure_job(stage, overrides))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if check_inputs:
+        from jahubert.train.pipeline import preflight
+
+        outputs = [output_folder(tree, stage) for stage in planned]
+        mistakes += preflight.preflight_errors(jobs, outputs, int(os.environ.get("WORLD_SIZE", 1)))
+    if mistakes:
+        raise ConfigError("\n".join(dict.fromkeys(mistakes)))
+    return jobs
+
+
+def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:
+    """One stage with its settings.
+
+    Raises:
+        ConfigError: every mistake in the settings.
+    """
+    stage, iteration, system = planned
+    tree = compose([*overrides, *([f"iteration={iteration}"] if iteration else [])], system)
+    config = structure(tree[stage] or {}, resolve(stage, STAGES, "stage").Config, stage)
+    if stage == "features":
+        _check_layer(tree)
+    return Job(stage, config, output_folder(tree, planned))
+
+
+def output_folder(tree: dict[str, Any], planned: PlannedStage) -> Path:
+    """The folder that a stage writes."""
+    return Path(tree["exp"]) / stage_folder(*planned, tree["decoding"])
+
+
+def _check_layer(tree: dict[str, Any]) -> None:
+    """Refuse a layer that the model of the previous iteration, which may not exist yet, will not have."""
+    from jahubert.model.hubert import HubertConfig
+
+    features, n_layers = tree["features"], (tree["model"] or {}).get("layers", HubertConfig().layers)
+    bundle = Path(tree["exp"]) / f"iter{tree['iteration'] - 1}" / "pretrain" / "bundle"
+    layer = features.get("layer")
+    is_bundle = features.get("model") and Path(features["model"]) == bundle
+    if is_bundle and isinstance(layer, int) and layer > n_layers:
+        raise ConfigError(
+            f"features.layer: iteration {tree['iteration']} takes layer {layer}, "
+            f"but the model has {n_layers}; set it in by_iteration or on the command line"
+        )
+
+
+def plan_stages(tree: dict[str, Any]) -> list[PlannedStage]:
+    """The stages that `stage=` selects, in the order in which they run.
+
+    Raises:
+        ConfigError: no recipe, or an unknown stage, system or decoding.
+    """
+    if tree["recipe"] is None:
+        raise ConfigError(
+            "recipe=... is missing; choose one of " + ", ".join(recipe_names()) + ", or give a folder"
+        )
+    stage, systems, iterations = tree["stage"], list(tree["systems"]), tree["iterations"]
+    if not isinstance(iterations, int) or iterations < 0:
+        raise ConfigError(f"iterations={iterations}: give the number of iterations of pretraining")
+    if stage != "all" and stage not in STAGES:
+        raise ConfigError(unknown_name_error("stage", str(stage), [*STAGES, "all"], missing=stage is None))
+    if tree["system"] is not None and tree["system"] not in systems:
+        raise ConfigError(unknown_name_error("system", str(tree["system"]), systems))
+    if tree["decoding"] is not None and not re.fullmatch(r"[\w.-]+", tree["decoding"]):
+        raise ConfigError(f"decoding={tree['decoding']}: give a folder name: letters, digits, . _ -")
+    if tree["system"]:
+        systems = [tree["system"]]
+    if stage in PER_ITERATION:
+        return [PlannedStage(stage, int(tree["iteration"]))]
+    if stage in PER_SYSTEM:
+        return [PlannedStage(stage, system=system) for system in systems]
+    if stage != "all":
+        return [PlannedStage(stage)]
+    planned = [PlannedStage("prepare")]
+    for iteration in range(1, iterations + 1):
+        planned += [PlannedStage(name, iteration) for name in PER_ITERATION]
+    if iterations:  # units of the last model, for `jahubert units` and for the report
+        planned += [PlannedStage(name, iterations + 1) for name in PER_ITERATION if name != "pretrain"]
+    planned.append(PlannedStage("targets"))
+    for system in systems:
+        planned += [PlannedStage(name, system=system) for name in PER_SYSTEM]
+    planned.append(PlannedStage("report"))
+    return planned

@@ -1,0 +1,56 @@
+"""Stop signals outside of training: SIGTERM and SIGUSR1 end the work the way Ctrl-C does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jahubert.errors import Stopped
+
+# SIGINT is not among them: Python raises KeyboardInterrupt for it. Windows has no SIGUSR1.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_received: list[str] = []  # kept apart from the exception, which interrupted code may replace or swallow
+
+
+class StopRequested(BaseException):
+    """A stop signal arrived outside of training; not an `Exception`, so that no handler swallows it."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Raise StopRequested in the main thread when a stop signal arrives.
+
+    Training installs its own handlers, which save a checkpoint first.
+    """
+    main_process, previous = os.getpid(), {}
+
+    def stop(number: int, _: Any) -> None:
+        if os.getpid() != main_process:  # a forked worker: the main process reports
+            os._exit(Stopped.exit_status)
+        if not _received:  # launchers and schedulers may both send it
+            _received.append(signal.Signals(number).name)
+            raise StopRequested
+
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_IGN if _received else handler)
+        _received.clear()
+
+
+def received_signal() -> str | None:
+    """The name of the stop signal that arrived, if any."""
+    return _received[0] if _received else None
+
+
+def check_stop() -> None:
+    """Raise StopRequested if a stop signal arrived; called before long steps."""
+    if _received:
+        raise StopRequested
