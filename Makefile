@@ -1,9 +1,13 @@
-# Everything a fresh machine needs: Python 3.11 with venv and pip, and make. No GPU, no system packages.
-#   make demo        install, then run the whole pipeline on a corpus it makes itself
-#   make test        install, then the default test suite
-#   make check       formatting, lint, types, import contracts, tests: what a change must pass
+# Everything a fresh machine needs is Python 3.11 with venv and pip, and make. No GPU, no system packages.
+#   make demo        install, then run the whole pipeline on a corpus that it synthesizes
+#   make test        install, then run the default test suite on all cores
+#   make lint        formatting, lint, types, import contracts
+#   make check       lint and test: what a change must pass
+#   make format      fix formatting and what ruff can fix
 #   make slow        the long tests
 #   make test-stack  a second environment (torch 2.9.1, fairseq2, faiss-gpu; 8 GB) and the tests that need it
+#   make package     build the wheel and the sdist, and check their metadata
+#   make docs        regenerate docs/settings.md
 #   make clean       remove caches and build output; make distclean also removes both environments
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,19 +16,22 @@ STACK ?= .venv-stack
 ARGS ?=
 # Arguments for pytest, for example: make test PYTEST_ARGS='-k audio -x'
 PYTEST_ARGS ?=
+# Processes of pytest. Each test file runs in one of them, so that its fixtures are made once.
+JOBS ?= auto
+PARALLEL = -n $(JOBS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-# An environment is made again, in place, when what is pinned or declared has changed. bin/pip is the last
-# thing that venv writes, so an interrupted one is made again too.
+# An environment is updated in place when the pins or the declared dependencies have changed. bin/pip is the
+# last file that venv writes, so an interrupted environment is created again.
 READY := $(VENV)/.jahubert-ready
 STACK_READY := $(STACK)/.jahubert-ready
 
-.PHONY: help install demo test check format slow test-stack clean distclean
+.PHONY: help install demo test lint check format slow test-stack package docs clean distclean
 help:
 	@sed -n 's/^#   //p' Makefile
 
-# $(call need,GB,what): stop before a long download when the disk cannot hold its end.
+# $(call need,GB,what): stop before a long download that the disk cannot hold.
 define need
 	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 	if [ "$$free" -lt $(1) ]; then \
@@ -59,14 +66,15 @@ demo: $(READY)
 	$(VENV)/bin/python -m jahubert.run recipe=demo stage=all processes=2 $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
-check: $(READY)
+lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
-	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
+
+check: lint test
 
 format: $(READY)
 	$(VENV)/bin/ruff format .
@@ -75,7 +83,16 @@ format: $(READY)
 slow: $(READY)
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
-# CONDA_PREFIX would make fairseq2 look for libsndfile inside that environment instead of this one.
+package: $(READY)
+	rm -rf dist
+	$(VENV)/bin/python -m build --installer pip .
+	$(VENV)/bin/python -m twine check --strict dist/*
+	$(VENV)/bin/pyroma --min 8 .  # no e-mail address and no project URL yet
+
+docs: $(READY)
+	$(VENV)/bin/python tools/settings_reference.py
+
+# With CONDA_PREFIX set, fairseq2 would look for libsndfile in the conda environment instead of this one.
 test-stack: $(STACK_READY)
 	env -u CONDA_PREFIX $(STACK)/bin/python -m pytest -m stack $(PYTEST_ARGS)
 

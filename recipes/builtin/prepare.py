@@ -17,13 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
-import librosa
 import numpy as np
 import soundfile
 import soxr
 
 from jahubert.audio import AudioSource
-from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.errors import ConfigError, DataError, JahubertError, MissingExtraError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.experiment.registry import recipe_folder, resolve
@@ -89,6 +88,10 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 def _voice(item: Utterance) -> str:
     """ "low" or "high", by the median pitch where the word is loud."""
+    try:
+        import librosa
+    except ImportError as error:
+        raise MissingExtraError("librosa", "recipes") from error
     wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
     options = {"frame_length": _WINDOW, "hop_length": _STEP}
     pitch_S = librosa.yin(wave_T, fmin=_FLOOR, fmax=_CEILING, sr=SAMPLE_RATE, **options)

@@ -110,7 +110,7 @@ def test_plain_install_requires_only_the_core_packages(metadata):
         assert core["torch"].specifier.contains(version)
     assert not core["torch"].specifier.contains("2.5.1")
     assert set(metadata.get_all("Provides-Extra")) == {
-        "train", "gpu", "lm", "fairseq2", "slurm", "onnx", "dev",
+        "train", "recipes", "gpu", "lm", "fairseq2", "slurm", "onnx", "dev",
     }  # fmt: skip
 
 
