@@ -32,7 +32,7 @@ def main() -> None:
     if not times:
         parser.error(f"{args.exp}: no phone times, neither in the manifest nor from decode.align_splits")
     frames = PhoneFrames(manifest, times, args.frames, args.seed)
-    print(f"{len(frames)} frames of {len(frames.known)} utterances, phone times: {source}")
+    print(f"{len(frames)} frames of {len(frames.frames_of_row)} utterances, phone times: {source}")
     print(f"{'model':>9}{'layer':>7}{'K':>6}{'PNMI':>8}{'phone purity':>14}{'cluster purity':>16}")
     for iteration in (0, *args.iterations):
         if iteration:

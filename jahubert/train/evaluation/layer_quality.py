@@ -1,4 +1,4 @@
-"""Which block of a model tells phones apart: the quality of units of each, on a bounded number of frames."""
+"""Quality of the units of every layer: k-means on a bounded sample of frames whose phones are known."""
 
 from __future__ import annotations
 
@@ -18,60 +18,73 @@ from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.experiment.progress import progress
 
-_PER_CLUSTER = 50  # frames at least; with fewer, units follow single frames
+_FRAMES_PER_CLUSTER = 50  # at least; with fewer, clusters follow single frames
 _MAX_ITER = 30
 
 
 class PhoneFrames:
-    """Frames whose phone is known, of utterances drawn at random, and the quality of features of them.
-
-    Every feature sees the same frames, so that its numbers compare with those of another.
-    """
+    """Frames with known phones from randomly drawn utterances, to compare features on the same frames."""
 
     def __init__(
         self, manifest: Manifest, times: Mapping[int, Sequence[Phone]], n_frames: int, seed: int = 0
     ):
-        """`times`: phones of each row that has any; utterances are taken until `n_frames` frames are full."""
-        said: list[str] = []
-        self.manifest, self.device = manifest, torch.device("cpu")
-        self.known: dict[int, np.ndarray] = {}  # row -> which of its frames
+        """Draw utterances until there are `n_frames` frames.
+
+        Args:
+            times: phones of each manifest row that has any.
+        """
+        self.manifest = manifest
+        self.frames_of_row: dict[int, np.ndarray] = {}
+        symbols: list[str] = []
         rows = np.array(sorted(times))
         for row in seeded_rng(seed, 17).permutation(rows).tolist():
-            if len(said) >= n_frames:
+            if len(symbols) >= n_frames:
                 break
             phones = phone_frames(times[row], HUBERT.n_frames(manifest[row].n_samples), HUBERT)
-            known = [frame for frame, phone in enumerate(phones) if phone is not None]
-            self.known[row] = np.array(known[: n_frames - len(said)], np.int64)
-            said += [str(phones[frame]) for frame in self.known[row]]
-        self.phones = sorted(set(said))
+            frames = [frame for frame, phone in enumerate(phones) if phone is not None]
+            frames = frames[: n_frames - len(symbols)]
+            self.frames_of_row[row] = np.array(frames, np.int64)
+            symbols += [str(phones[frame]) for frame in frames]
+        self.phones = sorted(set(symbols))
         index = {phone: number for number, phone in enumerate(self.phones)}
-        self.phone_N = np.array([index[phone] for phone in said], np.int64)
+        self.phone_N = np.array([index[phone] for phone in symbols], np.int64)
 
     def __len__(self) -> int:
         return len(self.phone_N)
 
     def mfcc(self) -> Tensor:
-        """(N, 39), at HuBERT's rate."""
-        mfcc, step = Mfcc(), HUBERT.hop_ratio(Mfcc.grid)
-        return torch.cat([mfcc([self.manifest.load(row)])[0][::step][at] for row, at in self.known.items()])
+        """MFCCs at HuBERT's frame rate, float32 (N, 39)."""
+        mfcc = Mfcc()
+        step = HUBERT.hop_ratio(Mfcc.grid)
+        parts = []
+        for row, frames in self.frames_of_row.items():
+            mfcc_SC = mfcc([self.manifest.load(row)])[0]
+            parts.append(mfcc_SC[::step][frames])
+        return torch.cat(parts)
 
     def layers(self, model: HubertModel, device: torch.device) -> Tensor:
-        """The output of every block, float32 (layers, N, D) on the CPU."""
+        """Outputs of all blocks, float32 (layers, N, D) on the CPU."""
         model = model.to(device).eval()
         numbers = range(1, model.config.layers + 1)
         parts = []
-        with torch.no_grad(), progress("features of each layer", "utterances", len(self.known)) as done:
-            for row, at in self.known.items():
+        n_rows = len(self.frames_of_row)
+        with torch.no_grad(), progress("features of each layer", "utterances", n_rows) as done:
+            for row, frames in self.frames_of_row.items():
                 done(1)
-                if not len(at):
+                if not len(frames):
                     continue
-                kept = model(self.manifest.load(row)[None].to(device), keep_layers=numbers).layers
-                parts.append(torch.stack([kept[number][0, torch.from_numpy(at)] for number in numbers]).cpu())
+                wav_1T = self.manifest.load(row)[None].to(device)
+                outputs = model(wav_1T, keep_layers=numbers).layers
+                index_N = torch.from_numpy(frames)
+                parts.append(torch.stack([outputs[number][0, index_N] for number in numbers]).cpu())
         return torch.cat(parts, dim=1).float()
 
     def quality(self, frames_ND: Tensor, n_clusters: int, seed: int = 0) -> dict[str, Any]:
-        """Phone purity, cluster purity and PNMI of units that are fitted to these frames."""
-        n_clusters = max(2, min(n_clusters, len(self) // _PER_CLUSTER))
+        """Phone purity, cluster purity and PNMI of `n_clusters` units fitted to these frames.
+
+        With few frames there are fewer units (`n_units` of the result).
+        """
+        n_clusters = max(2, min(n_clusters, len(self) // _FRAMES_PER_CLUSTER))
         fitted = fit_kmeans(frames_ND, n_clusters, max_iter=_MAX_ITER, seed=seed)
         unit_N = assign(frames_ND, fitted.centroids_KD).numpy()
         counts_PK = joint_counts(self.phone_N, unit_N, len(self.phones), n_clusters)

@@ -1,11 +1,13 @@
-"""Beam search over the words of a list, with an n-gram of them where there is one, by flashlight-text.
+"""Lexicon-constrained beam search with an optional word n-gram, by flashlight-text.
 
-A lexicon has one pronunciation a line: a word, then its symbols, with spaces between (`カワ k a w a`); a word
-with several has several lines. The n-gram is over those words: an ARPA file, or a binary one of KenLM.
+A lexicon has one pronunciation per line: a word and its symbols, separated by spaces (`カワ k a w a`). A word
+with several pronunciations has several lines. The n-gram is a word model of that lexicon, in ARPA or KenLM's
+binary format.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from jahubert.errors import ConfigError, DataError, MissingExtraError
 from jahubert.inference.ctc import Hypothesis
 from jahubert.phonemes import PhonemeSet
 
-_NEVER = -1e4  # log-probability of what cannot be; flashlight wants finite ones
+_LOG_ZERO = -1e4  # flashlight requires finite log-probabilities
 _UNKNOWN = "<unk>"
 
 
@@ -27,45 +29,48 @@ class LexiconConfig:
     words: Path
     ngram: Path | None = None
     ngram_weight: float = 1.0
-    word_score: float = 0.0  # added for each word: above 0 more words, below 0 fewer
+    word_score: float = 0.0  # added per word; positive favors more words, negative fewer
 
     def __post_init__(self) -> None:
         if self.ngram is None and self.ngram_weight != 1.0:
-            raise ConfigError("ngram_weight without an ngram changes nothing; name one, or leave it out")
+            raise ConfigError("ngram_weight has no effect without ngram; set ngram or remove ngram_weight")
 
 
 def read_lexicon(path: Path, symbols: PhonemeSet) -> list[tuple[str, tuple[str, ...]]]:
-    """(word, its symbols) of each line.
+    """(word, symbols) of each line.
 
     Raises:
-        DataError: no such file, no words, or a line that is no word with known symbols, by its number.
+        DataError: the file cannot be read or has no words, or a line (named by its number) has no symbols or
+            symbols outside the vocabulary.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no word list that can be read ({error})") from error
-    found = []
+        raise DataError(f"{path}: cannot read the word list ({error})") from error
+    entries = []
     for number, line in enumerate(lines, 1):
-        word, *spelled = line.split() or [""]
-        if not word:
+        if not line.strip():
             continue
-        if not spelled:
-            raise DataError(f"{path}:{number}: {word!r} has no symbols; write them behind it, with spaces")
+        word, *spelling = line.split()
+        if not spelling:
+            raise DataError(
+                f"{path}:{number}: {word!r} has no symbols; write them after it, separated by spaces"
+            )
         try:
-            symbols.encode([spelled])
+            symbols.encode([spelling])
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from error
-        found.append((word, tuple(spelled)))
-    if not found:
-        raise DataError(f"{path}: a word list without words")
-    return found
+        entries.append((word, tuple(spelling)))
+    if not entries:
+        raise DataError(f"{path}: the word list is empty")
+    return entries
 
 
 class LexiconSearch:
-    """Beam search whose answers are words of a lexicon; rows are searched one by one, whatever the batch.
+    """Beam search that only returns words of a lexicon; every row of a batch is searched on its own.
 
-    The score of a hypothesis is its log-probability as far as the beam saw it, plus the weighted one of the
-    n-gram (natural log) and `word_score` for each word.
+    The score of a hypothesis is its log-probability over the paths in the beam, plus the weighted n-gram
+    log-probability (natural logarithm) and `word_score` per word.
     """
 
     def __init__(self, config: LexiconConfig, symbols: PhonemeSet, beam: int, n_best: int):
@@ -75,18 +80,20 @@ class LexiconSearch:
         except ImportError as error:
             raise MissingExtraError("flashlight-text", "lm") from error
         if symbols.boundary < 0:
-            raise ConfigError("a lexicon needs a vocabulary with word boundaries: phones or kana")
-        self.symbols, self.n_best = symbols, n_best
+            raise ConfigError("decode.lexicon needs a vocabulary with word boundaries: phones or kana")
+        self.symbols = symbols
+        self.n_best = n_best
         lexicon = read_lexicon(config.words, symbols)
         words = Dictionary()
         for word in dict.fromkeys([_UNKNOWN, *(word for word, _ in lexicon)]):
             words.add_entry(word)
         model = _ngram(config.ngram, words) if config.ngram else decoder.ZeroLM()
-        trie, start = decoder.Trie(len(symbols), symbols.boundary), model.start(False)
-        for word, spelled in lexicon:
-            number = words.get_index(word)
-            _, score = model.score(start, number)
-            trie.insert([*symbols.encode([spelled]), symbols.boundary], number, score)
+        trie = decoder.Trie(len(symbols), symbols.boundary)
+        start = model.start(False)
+        for word, spelling in lexicon:
+            index = words.get_index(word)
+            _, score = model.score(start, index)
+            trie.insert([*symbols.encode([spelling]), symbols.boundary], index, score)
         trie.smear(decoder.SmearingMode.MAX)
         options = decoder.LexiconDecoderOptions(
             beam_size=beam,
@@ -104,25 +111,26 @@ class LexiconSearch:
         )
 
     def __call__(self, logp_BSV: Tensor, n_frames_B: Sequence[int] | Tensor) -> list[list[Hypothesis]]:
+        """Hypotheses of every row, best first, from log-probabilities and numbers of valid frames."""
         rows = zip(logp_BSV, (int(n) for n in n_frames_B), strict=True)
-        return [self._row(logp_SV[:n].float().cpu().numpy()) for logp_SV, n in rows]
+        return [self._search(logp_SV[:n].float().cpu().numpy()) for logp_SV, n in rows]
 
-    def _row(self, logp_SV: np.ndarray) -> list[Hypothesis]:
-        # A word ends with its boundary; one more frame says that of the last word.
-        padded_SV = np.full((len(logp_SV) + 1, len(self.symbols)), _NEVER, np.float32)
-        padded_SV[:-1] = np.maximum(logp_SV, _NEVER)
+    def _search(self, logp_SV: np.ndarray) -> list[Hypothesis]:
+        # A word ends at a boundary, so a boundary frame is appended for the last word.
+        padded_SV = np.full((len(logp_SV) + 1, len(self.symbols)), _LOG_ZERO, np.float32)
+        padded_SV[:-1] = np.maximum(logp_SV, _LOG_ZERO)
         padded_SV[-1, self.symbols.boundary] = 0.0
-        found = self.decoder.decode(padded_SV.ctypes.data, *padded_SV.shape)
-        best: dict[tuple[int, ...], float] = {}  # words that sound alike are one answer
-        for answer in found:
-            labels = self._labels(answer.tokens)
-            best[labels] = max(best.get(labels, -np.inf), answer.score)
+        results = self.decoder.decode(padded_SV.ctypes.data, *padded_SV.shape)
+        best: dict[tuple[int, ...], float] = {}  # homophones are one hypothesis
+        for result in results:
+            labels = self._labels(result.tokens)
+            best[labels] = max(best.get(labels, -np.inf), result.score)
         ranked = sorted(best.items(), key=lambda item: -item[1])
         return [Hypothesis(labels, score) for labels, score in ranked[: self.n_best]]
 
     def _labels(self, path: Sequence[int]) -> tuple[int, ...]:
-        """The labels of a path over frames: repeats merged, blanks and outer boundaries dropped."""
-        merged = [label for before, label in zip([-1, *path], path, strict=False) if label != before]
+        """Labels of a frame-wise path: repeats merged, blanks and outer boundaries removed."""
+        merged = [label for label, _ in itertools.groupby(path)]
         labels = [label for label in merged if label != self.symbols.blank]
         return tuple(self.symbols.encode(self.symbols.decode(labels)))
 
@@ -132,5 +140,5 @@ def _ngram(path: Path, words: Any) -> Any:
 
     try:
         return KenLM(str(path), words)
-    except Exception as error:  # whatever the C++ library throws
-        raise DataError(f"{path}: no n-gram that KenLM can read ({error})") from error
+    except Exception as error:  # the C++ library raises no specific type
+        raise DataError(f"{path}: KenLM cannot read this n-gram ({error})") from error

@@ -1,4 +1,4 @@
-"""Error rates with intervals, and how well units tell phones apart."""
+"""Metrics: error rates with confidence intervals, and the quality of clusters against phones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from jahubert.errors import DataError, MissingExtraError
 from jahubert.frames import FrameGrid
 from jahubert.train.data.manifest import Phone
 
+Pair = tuple[Hashable | None, Hashable | None]  # (reference, hypothesis); None: an insertion or a deletion
+
 
 @dataclass(frozen=True)
-class Errors:
-    """Counts of one comparison; `length` is that of the reference."""
+class ErrorCounts:
+    """Hits, substitutions, insertions and deletions of one or more comparisons."""
 
     hits: int
     substitutions: int
@@ -25,6 +27,7 @@ class Errors:
 
     @property
     def length(self) -> int:
+        """Number of items in the reference."""
         return self.hits + self.substitutions + self.deletions
 
     @property
@@ -33,11 +36,11 @@ class Errors:
 
     @property
     def rate(self) -> float:
-        """Errors for each item of the reference; above 1 where much was inserted."""
+        """Errors per item of the reference; above 1 if there are many insertions."""
         return self.errors / max(1, self.length)
 
-    def __add__(self, other: Errors) -> Errors:
-        return Errors(
+    def __add__(self, other: ErrorCounts) -> ErrorCounts:
+        return ErrorCounts(
             self.hits + other.hits,
             self.substitutions + other.substitutions,
             self.insertions + other.insertions,
@@ -45,74 +48,98 @@ class Errors:
         )
 
 
-def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Errors:
-    """The edits of a shortest way from the hypothesis to the reference; items are compared whole."""
+def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> ErrorCounts:
+    """Edit operations of a minimum-distance alignment; items are compared for equality."""
     if not reference or not hypothesis:
-        return Errors(0, 0, len(hypothesis), len(reference))
-    found = _compared(reference, hypothesis)
-    return Errors(found.hits, found.substitutions, found.insertions, found.deletions)
+        return ErrorCounts(0, 0, len(hypothesis), len(reference))
+    aligned = _jiwer_alignment(reference, hypothesis)
+    return ErrorCounts(aligned.hits, aligned.substitutions, aligned.insertions, aligned.deletions)
 
 
-def align(
-    reference: Sequence[Hashable], hypothesis: Sequence[Hashable]
-) -> list[tuple[Hashable | None, Hashable | None]]:
-    """(said, heard) along the shortest way that `count_errors` counts; None for what the other side lacks."""
+def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list[Pair]:
+    """Pairs (reference item, hypothesis item) of the alignment that `count_errors` counts.
+
+    None stands for the missing item of an insertion or a deletion.
+    """
     if not reference or not hypothesis:
-        return [*((said, None) for said in reference), *((None, heard) for heard in hypothesis)]
-    pairs: list[tuple[Hashable | None, Hashable | None]] = []
-    for part in _compared(reference, hypothesis).alignments[0]:
-        said = reference[part.ref_start_idx : part.ref_end_idx]
-        heard = hypothesis[part.hyp_start_idx : part.hyp_end_idx]
-        pairs += zip_longest(said, heard)
+        return [*((item, None) for item in reference), *((None, item) for item in hypothesis)]
+    pairs: list[Pair] = []
+    for chunk in _jiwer_alignment(reference, hypothesis).alignments[0]:
+        reference_items = reference[chunk.ref_start_idx : chunk.ref_end_idx]
+        hypothesis_items = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        pairs += zip_longest(reference_items, hypothesis_items)
     return pairs
 
 
-def _compared(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
-    """jiwer's comparison. It knows words of a string: every item becomes one, so that tuples stay whole."""
+def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
+    """jiwer's result. jiwer compares words of a string, so every distinct item is replaced by a number."""
     try:
         import jiwer
     except ImportError as error:
         raise MissingExtraError("jiwer", "train") from error
-    names: dict[Hashable, str] = {}
-    said, heard = (
-        " ".join(names.setdefault(item, str(len(names))) for item in items)
+    numbers: dict[Hashable, str] = {}
+    texts = [
+        " ".join(numbers.setdefault(item, str(len(numbers))) for item in items)
         for items in (reference, hypothesis)
-    )
-    return jiwer.process_words(said, heard)
+    ]
+    return jiwer.process_words(texts[0], texts[1])
 
 
-def error_rate(references: Sequence[Sequence[Hashable]], hypotheses: Sequence[Sequence[Hashable]]) -> Errors:
-    """Errors of a whole set: `.rate` is the PER of sequences of phones, the WER of sequences of words.
+def error_rate(
+    references: Sequence[Sequence[Hashable]], hypotheses: Sequence[Sequence[Hashable]]
+) -> ErrorCounts:
+    """Errors of a whole set: `.rate` is the PER for sequences of phones, the WER for sequences of words.
 
-    A word is its tuple of phones: joined to a string, `k y o` and `ky o` would be the same.
+    Pass a word as the tuple of its phones: joined to a string, `k y o` and `ky o` would be equal.
+
+    Raises:
+        DataError: different numbers of references and hypotheses.
     """
     if len(references) != len(hypotheses):
         raise DataError(
             f"{len(references)} references, but {len(hypotheses)} hypotheses: match them by id first"
         )
     pairs = zip(references, hypotheses, strict=True)
-    return sum((count_errors(said, heard) for said, heard in pairs), Errors(0, 0, 0, 0))
+    counts = (count_errors(reference, hypothesis) for reference, hypothesis in pairs)
+    return sum(counts, ErrorCounts(0, 0, 0, 0))
 
 
 def bootstrap_interval(
     errors: Sequence[int], lengths: Sequence[int], seed: int = 0, n: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of sum(errors) / sum(lengths) under resampling of utterances (Bisani and Ney 2004)."""
+    """Confidence interval of sum(errors) / sum(lengths) by resampling utterances (Bisani and Ney 2004).
+
+    Args:
+        errors, lengths: errors and reference length of each utterance.
+        n: number of bootstrap samples.
+
+    Raises:
+        DataError: no utterances, or different numbers of errors and lengths.
+    """
     if len(errors) != len(lengths) or not len(errors):
-        raise DataError(f"errors of {len(errors)} and lengths of {len(lengths)} utterances: no interval")
+        raise DataError(
+            f"bootstrap interval: {len(errors)} error counts and {len(lengths)} lengths; one of each is "
+            "needed per utterance"
+        )
     error_N, length_N = np.asarray(errors, float), np.asarray(lengths, float)
+    rates = _resampled_rates(error_N, length_N, seed, n)
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _resampled_rates(error_N: np.ndarray, length_N: np.ndarray, seed: int, n: int) -> np.ndarray:
+    """sum(errors) / sum(lengths) of `n` bootstrap samples of utterances."""
     rng = np.random.default_rng(seed)
     rates = np.empty(n)
     for sample in range(n):
         chosen = rng.integers(len(error_N), size=len(error_N))
         rates[sample] = error_N[chosen].sum() / max(1.0, length_N[chosen].sum())
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return rates
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Rate of one system less another's on the same utterances, its interval, and its share by chance."""
+class PairedTest:
+    """Difference of two systems' error rates, its confidence interval and p-value."""
 
     difference: float
     low: float
@@ -122,69 +149,68 @@ class Difference:
 
 def paired_bootstrap(
     errors: Sequence[int],
-    others: Sequence[int],
+    baseline_errors: Sequence[int],
     lengths: Sequence[int],
     seed: int = 0,
     n: int = 1000,
     level: float = 0.95,
-) -> Difference:
-    """Two systems on the same utterances, resampled together (Bisani and Ney 2004).
+) -> PairedTest:
+    """Paired bootstrap test of two systems on the same utterances (Bisani and Ney 2004).
 
-    `p`: how often a resampled difference lies as far from the measured one as that lies from zero, which is
-    how often chance alone would show so much (two-sided; Efron and Tibshirani 1993, chapter 16).
+    The p-value is two-sided: the share of bootstrap differences that are at least as far from the measured
+    difference as that is from zero (Efron and Tibshirani 1993, chapter 16).
+
+    Raises:
+        DataError: no utterances, or different numbers of them.
     """
-    if not len(errors) == len(others) == len(lengths) or not len(errors):
+    if not len(errors) == len(baseline_errors) == len(lengths) or not len(errors):
         raise DataError(
-            f"errors of {len(errors)} and {len(others)}, lengths of {len(lengths)} utterances: no pairs"
+            f"paired bootstrap: {len(errors)} and {len(baseline_errors)} error counts and {len(lengths)} "
+            "lengths; one of each is needed per utterance"
         )
-    gap_N, length_N = np.asarray(errors, float) - np.asarray(others, float), np.asarray(lengths, float)
-    measured = gap_N.sum() / max(1.0, length_N.sum())
-    rng = np.random.default_rng(seed)
-    found = np.empty(n)
-    for sample in range(n):
-        chosen = rng.integers(len(gap_N), size=len(gap_N))
-        found[sample] = gap_N[chosen].sum() / max(1.0, length_N[chosen].sum())
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    as_far = np.abs(found - measured) >= abs(measured)
-    return Difference(float(measured), float(low), float(high), float((as_far.sum() + 1) / (n + 1)))
+    difference_N = np.asarray(errors, float) - np.asarray(baseline_errors, float)
+    length_N = np.asarray(lengths, float)
+    measured = difference_N.sum() / max(1.0, length_N.sum())
+    differences = _resampled_rates(difference_N, length_N, seed, n)
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    n_extreme = (np.abs(differences - measured) >= abs(measured)).sum()
+    return PairedTest(float(measured), float(low), float(high), float((n_extreme + 1) / (n + 1)))
 
 
 def phone_frames(alignment: Sequence[Phone], n_frames: int, grid: FrameGrid) -> list[str | None]:
-    """The phone at the middle of each frame; None where the alignment says nothing."""
-    names: list[str | None] = []
-    at = 0
+    """Phone at the center of each frame; None where the alignment has none."""
+    symbols: list[str | None] = []
+    index = 0
     for frame in range(n_frames):
         center = grid.center(frame)
-        while at < len(alignment) and alignment[at].end <= center:
-            at += 1
-        inside = at < len(alignment) and alignment[at].start <= center
-        names.append(alignment[at].symbol if inside else None)
-    return names
+        while index < len(alignment) and alignment[index].end <= center:
+            index += 1
+        inside = index < len(alignment) and alignment[index].start <= center
+        symbols.append(alignment[index].symbol if inside else None)
+    return symbols
 
 
 def joint_counts(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_units: int) -> np.ndarray:
-    """How many frames have each phone and unit, int64 (P, K), of frame-wise phones and units (N,).
+    """Number of frames per phone and unit, int64 (P, K), from frame-wise phones and units (N,).
 
     Raises:
-        DataError: no frames, not one phone for each unit, or numbers out of range.
+        DataError: no frames, different numbers of phones and units, or indices out of range.
     """
     phone_N, unit_N = np.asarray(phone_N, np.int64), np.asarray(unit_N, np.int64)
     if phone_N.shape != unit_N.shape or not len(phone_N):
-        raise DataError(
-            f"{len(phone_N)} phones and {len(unit_N)} units: one of each is needed for every frame"
-        )
+        raise DataError(f"{len(phone_N)} phones and {len(unit_N)} units; one of each is needed per frame")
     for name, index_N, n in (("phones", phone_N, n_phones), ("units", unit_N, n_units)):
         if index_N.min() < 0 or index_N.max() >= n:
-            raise DataError(f"{name} lie in {index_N.min()}..{index_N.max()}, but must lie in 0..{n - 1}")
+            raise DataError(f"{name} are in {index_N.min()}..{index_N.max()}, but must be in 0..{n - 1}")
     counts = np.bincount(phone_N * n_units + unit_N, minlength=n_phones * n_units)
     return counts.reshape(n_phones, n_units)
 
 
 def cluster_quality(count_PK: np.ndarray) -> dict[str, float]:
-    """Phone purity, cluster purity and PNMI of `joint_counts` (HuBERT paper section IV-D).
+    """Phone purity, cluster purity and PNMI of `joint_counts` (HuBERT paper, section IV-D).
 
-    phone purity: share of frames whose phone is the most frequent one of their unit; cluster purity: share
-    whose unit is the most frequent one of their phone; PNMI: I(phone; unit) / H(phone).
+    Phone purity: share of frames whose phone is the most frequent one of their unit. Cluster purity: share
+    of frames whose unit is the most frequent one of their phone. PNMI: I(phone; unit) / H(phone).
     """
     joint_PK = count_PK / count_PK.sum()
     phone_P, unit_K = joint_PK.sum(1), joint_PK.sum(0)

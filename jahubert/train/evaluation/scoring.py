@@ -1,4 +1,4 @@
-"""What is compared when hypotheses are scored, and how it is shown: rates, talks, confusions, alignments."""
+"""Scoring of hypotheses: error rates by set, talk and speaker, confusions, and alignments as text."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jahubert.phonemes import phones_to_kana
-from jahubert.train.evaluation.metrics import Errors, align, bootstrap_interval, count_errors
+from jahubert.train.evaluation.metrics import ErrorCounts, align, bootstrap_interval, count_errors
 
 Words = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A view of an utterance's words that is compared item by item, and how it was normalised for that."""
+    """An error rate: the items of an utterance that it compares, and how they are normalized."""
 
     name: str
     title: str
-    view: Callable[[Words], Sequence]
-    normaliser: str
+    items: Callable[[Words], Sequence]
+    normalizer: str
 
 
-def _flat(words: Words) -> list[str]:
+def _symbols(words: Words) -> list[str]:
     return [symbol for word in words for symbol in word]
 
 
-def _words_of(symbols: str) -> Measure:
-    normaliser = f"words as tuples of {symbols}, compared whole; nothing else changed"
-    return Measure("wer", "WER", lambda words: words, normaliser)
+def _word_measure(symbols: str) -> Measure:
+    normalizer = f"words as tuples of {symbols}, compared as a whole; no other normalization"
+    return Measure("wer", "WER", lambda words: words, normalizer)
 
 
 # By vocabulary. Joined labels are ambiguous (k y o, ky o), so words stay tuples and phones stay lists.
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "phones": (
-        _words_of("phones"),
-        Measure("per", "PER", _flat, "phones without word boundaries; nothing else changed"),
+        _word_measure("phones"),
+        Measure("per", "PER", _symbols, "phones without word boundaries; no other normalization"),
         Measure(
             "kana_cer",
             "kana CER",
@@ -46,84 +46,89 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
         ),
     ),
     "kana": (
-        _words_of("kana"),
-        Measure("kana_cer", "kana CER", _flat, "katakana as pronounced (ー for long vowels), without spaces"),
+        _word_measure("kana"),
+        Measure(
+            "kana_cer", "kana CER", _symbols, "katakana as pronounced (ー for long vowels), without spaces"
+        ),
     ),
-    "characters": (Measure("cer", "CER", _flat, "NFKC, letters and digits only, without spaces"),),
+    "characters": (Measure("cer", "CER", _symbols, "NFKC, letters and digits only, without spaces"),),
 }
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredUtterance:
     """An utterance with its reference and its best hypothesis."""
 
     id: str
     talk: str
     speaker: str
-    said: Words
-    heard: Words
+    reference: Words
+    hypothesis: Words
 
 
 @dataclass
 class SetScore:
-    """The errors of each utterance of a set, by measure."""
+    """The errors of every utterance of a set, by measure."""
 
-    utterances: list[Scored]
+    utterances: list[ScoredUtterance]
     measures: tuple[Measure, ...]
-    counts: dict[str, list[Errors]] = field(init=False)
+    counts: dict[str, list[ErrorCounts]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = {
-            m.name: [count_errors(m.view(item.said), m.view(item.heard)) for item in self.utterances]
-            for m in self.measures
+            measure.name: [
+                count_errors(measure.items(utterance.reference), measure.items(utterance.hypothesis))
+                for utterance in self.utterances
+            ]
+            for measure in self.measures
         }
 
     @property
-    def in_kana(self) -> bool:
-        """Whether words are phones, which people read as kana."""
+    def has_phones(self) -> bool:
+        """Whether words are phones, which are displayed as kana."""
         return self.measures is MEASURES["phones"]
 
-    def rates(self, seed: int, samples: int) -> dict[str, Any]:
-        """Every measure of the whole set: rate, interval, counts and normaliser."""
+    def rates(self, seed: int, n_samples: int) -> dict[str, Any]:
+        """Every measure of the whole set: rate, counts, bootstrap interval and normalizer."""
         result = {}
         for measure in self.measures:
             counts = self.counts[measure.name]
             low, high = bootstrap_interval(
-                [c.errors for c in counts], [c.length for c in counts], seed=seed, n=samples
+                [c.errors for c in counts], [c.length for c in counts], seed=seed, n=n_samples
             )
-            interval = {"low": low, "high": high, "normaliser": measure.normaliser}
-            result[measure.name] = _counted(counts) | interval
+            interval = {"low": low, "high": high, "normaliser": measure.normalizer}
+            result[measure.name] = _totals(counts) | interval
         return result
 
-    def by(self, key: Callable[[Scored], str]) -> dict[str, Any]:
-        """Every measure of each group of utterances, such as those of one talk."""
+    def by(self, key: Callable[[ScoredUtterance], str]) -> dict[str, Any]:
+        """Every measure of each group of utterances, for example by talk or by speaker."""
         groups: dict[str, list[int]] = {}
-        for number, item in enumerate(self.utterances):
-            groups.setdefault(key(item), []).append(number)
+        for number, utterance in enumerate(self.utterances):
+            groups.setdefault(key(utterance), []).append(number)
         return {
             name: {"utterances": len(members)}
-            | {m: _counted([counts[i] for i in members]) for m, counts in self.counts.items()}
+            | {measure: _totals([counts[i] for i in members]) for measure, counts in self.counts.items()}
             for name, members in sorted(groups.items())
         }
 
-    def confusions(self, most: int) -> dict[str, list[tuple[str, str, int]]]:
-        """(said, heard, how often) of the most frequent errors of words and symbols; "" is nothing."""
-        found: dict[str, Counter[tuple[str, str]]] = {}
+    def confusions(self, n: int) -> dict[str, list[tuple[str, str, int]]]:
+        """The `n` most frequent errors by measure: (reference, hypothesis, count).
+
+        An insertion has the reference "", a deletion the hypothesis "".
+        """
+        result = {}
         for measure in self.measures:
-            counter = found.setdefault(measure.name, Counter())
-            for item in self.utterances:
-                pairs = align(measure.view(item.said), measure.view(item.heard))
-                counter.update((_name(a), _name(b)) for a, b in pairs if a != b)
-        return {
-            name: [
-                (said, heard, n) for (said, heard), n in sorted(c.items(), key=lambda x: (-x[1], x[0]))[:most]
-            ]
-            for name, c in found.items()
-        }
+            counter: Counter[tuple[str, str]] = Counter()
+            for utterance in self.utterances:
+                pairs = align(measure.items(utterance.reference), measure.items(utterance.hypothesis))
+                counter.update((_item_text(a), _item_text(b)) for a, b in pairs if a != b)
+            most_frequent = sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:n]
+            result[measure.name] = [(a, b, count) for (a, b), count in most_frequent]
+        return result
 
 
-def _counted(counts: Sequence[Errors]) -> dict[str, Any]:
-    total = sum(counts, Errors(0, 0, 0, 0))
+def _totals(counts: Sequence[ErrorCounts]) -> dict[str, Any]:
+    total = sum(counts, ErrorCounts(0, 0, 0, 0))
     return {
         "rate": total.rate,
         "errors": total.errors,
@@ -134,25 +139,31 @@ def _counted(counts: Sequence[Errors]) -> dict[str, Any]:
     }
 
 
-def _name(item: Any) -> str:
-    """A word or symbol to read."""
-    return "" if item is None else item if isinstance(item, str) else " ".join(item)
+def _item_text(item: Any) -> str:
+    """A word or symbol as text; "" for the missing side of an insertion or a deletion."""
+    if item is None:
+        return ""
+    return item if isinstance(item, str) else " ".join(item)
 
 
-# --- text to read -----------------------------------------------------------------------------------------
+# --- text output ------------------------------------------------------------------------------------------
 
 
 def published_table(
-    published: Mapping[str, Mapping[str, float]], ours: Sequence[tuple[str, Mapping[str, float]]]
+    published: Mapping[str, Mapping[str, float]], results: Sequence[tuple[str, Mapping[str, float]]]
 ) -> str:
-    """WER % of systems here, (name, by set), a column a set, under published rows; "" if either has none."""
-    here = [(f"here: {name}", row) for name, row in ours if row]
-    if not published or not here:
+    """Table of WER % with one column per set: published rows, then `results` as (name, WER by set).
+
+    Empty if there are no published rows or no results.
+    """
+    results = [(f"here: {name}", row) for name, row in results if row]
+    if not published or not results:
         return ""
-    rows = [(f"published: {name}", row) for name, row in published.items()] + here
-    sets, width = sorted({split for row in published.values() for split in row}), max(len(n) for n, _ in rows)
+    rows = [*((f"published: {name}", row) for name, row in published.items()), *results]
+    sets = sorted({split for row in published.values() for split in row})
+    width = max(len(name) for name, _ in rows)
     lines = [
-        "WER % beside the published table",
+        "WER % compared with published results",
         f"  {'':<{width}}" + "".join(f"{split:>9}" for split in sets),
     ]
     for name, row in rows:
@@ -162,81 +173,88 @@ def published_table(
 
 
 def phone_wer(scores: Mapping[str, Any]) -> dict[str, float]:
-    """WER % of each set whose words are phones: the only one that compares with a published one."""
+    """WER % of each set whose words are phones, the only WER that is comparable with published ones."""
     return {split: 100 * score["wer"]["rate"] for split, score in scores.items() if "per" in score}
 
 
 def rates_table(scores: Mapping[str, Any]) -> str:
-    """Every measure of every set with its interval and its normaliser, and the test against a baseline."""
+    """Every measure of every set with its interval and normalizer, and the test against the baseline."""
     lines = []
     for split, score in scores.items():
         lines.append(f"{split}: {score['utterances']} utterances")
-        for title, one in measures_of(score):
-            interval = f"[{100 * one['low']:.2f}, {100 * one['high']:.2f}]"
-            lines.append(f"  {title:<9}{100 * one['rate']:>7.2f} % {interval:<17} {one['normaliser']}")
+        for title, rate in measures_of(score):
+            interval = f"[{100 * rate['low']:.2f}, {100 * rate['high']:.2f}]"
+            lines.append(f"  {title:<9}{100 * rate['rate']:>7.2f} % {interval:<17} {rate['normaliser']}")
         for title, test in measures_of(score.get("against", {})):
-            gap = f"{100 * test['difference']:+.2f} [{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
+            interval = f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
             lines.append(
-                f"  {title} less the baseline's {100 * test['baseline']:.2f} %: {gap}, p = {test['p']:.3f}"
+                f"  {title}: {100 * test['difference']:+.2f} {interval} compared with the baseline's "
+                f"{100 * test['baseline']:.2f} %, p = {test['p']:.3f}"
             )
     return "\n".join(lines) + "\n"
 
 
-def details(split: str, score: Mapping[str, Any], found: SetScore) -> Iterator[str]:
-    """Lines of one set for a person: talks, speakers, confusions, and every utterance aligned."""
+def details(split: str, score: Mapping[str, Any], set_score: SetScore) -> Iterator[str]:
+    """Lines of a set's text report: rates, talks, speakers, confusions, and every utterance aligned."""
     yield from rates_table({split: score}).splitlines()
     for title, groups in (("talk", score["talks"]), ("speaker", score["speakers"])):
-        if 1 < len(groups) < len(found.utterances):
+        if 1 < len(groups) < len(set_score.utterances):
             yield ""
             yield f"By {title}"
             for name, group in groups.items():
-                rates = "  ".join(f"{t} {100 * one['rate']:.2f} %" for t, one in measures_of(group))
-                yield f"  {_wide(name, 24)}{group['utterances']:>6} utterances  {rates}"
-    for measure in found.measures:
-        kana = found.in_kana and measure.name == "wer"
+                rates = "  ".join(
+                    f"{measure} {100 * rate['rate']:.2f} %" for measure, rate in measures_of(group)
+                )
+                yield f"  {_pad(name, 24)}{group['utterances']:>6} utterances  {rates}"
+    for measure in set_score.measures:
+        as_kana = set_score.has_phones and measure.name == "wer"
         if rows := score["confusions"][measure.name]:
             yield ""
-            yield f"Most frequent errors, {measure.title} (said, heard, how often)"
-            for said, heard, n in rows:
-                yield f"  {_wide(_shown(said, kana), 24)}{_wide(_shown(heard, kana), 24)}{n:>6}"
+            yield f"Most frequent errors, {measure.title} (reference, hypothesis, count)"
+            for reference, hypothesis, count in rows:
+                cells = (display_text(symbols, as_kana) for symbols in (reference, hypothesis))
+                yield "  " + "".join(_pad(cell, 24) for cell in cells) + f"{count:>6}"
     yield ""
-    yield "Utterances (S: another one, D: not heard, I: not said)"
-    for number, item in enumerate(found.utterances):
-        counts = found.counts[found.measures[0].name][number]
+    yield "Utterances (S: substitution, D: deletion, I: insertion)"
+    first = set_score.measures[0]
+    for utterance, counts in zip(set_score.utterances, set_score.counts[first.name], strict=True):
         yield ""
-        yield f"{item.id}  {found.measures[0].title} {counts.errors}/{counts.length}"
-        yield from aligned_lines(item.said, item.heard, found.in_kana)
+        yield f"{utterance.id}  {first.title} {counts.errors}/{counts.length}"
+        yield from aligned_lines(utterance.reference, utterance.hypothesis, set_score.has_phones)
 
 
-def aligned_lines(said: Words, heard: Words, kana: bool) -> Iterator[str]:
-    """What was said, what was heard, and a mark under each difference; columns line up."""
-    rows: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for a, b in align(said, heard):
+def aligned_lines(reference: Words, hypothesis: Words, as_kana: bool) -> Iterator[str]:
+    """Reference and hypothesis with aligned columns, and a line that marks the errors if there are any."""
+    columns = []
+    for a, b in align(reference, hypothesis):
         mark = "" if a == b else "I" if a is None else "D" if b is None else "S"
-        texts = (_shown(_name(a), kana), _shown(_name(b), kana), mark)
-        width = max(_width(text) for text in texts) + 2
-        for row, text in zip(rows, texts, strict=True):
-            row.append(_wide(text, width))
-    for title, row in zip(("said", "heard", ""), rows, strict=True):
-        if title or any(mark.strip() for mark in row):
-            yield f"  {title:<7}{''.join(row)}".rstrip()
+        columns.append((display_text(_item_text(a), as_kana), display_text(_item_text(b), as_kana), mark))
+    widths = [max(_width(text) for text in column) + 2 for column in columns]
+    for row, title in enumerate(("reference", "hypothesis", "")):
+        cells = [_pad(column[row], width) for column, width in zip(columns, widths, strict=True)]
+        line = f"  {title:<12}{''.join(cells)}".rstrip()
+        if line:
+            yield line
 
 
 def measures_of(score: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """(title, value) of what a score says of each measure."""
-    named = {measure.name: measure.title for group in MEASURES.values() for measure in group}
-    return [(named[name], one) for name, one in score.items() if name in named]
+    """(title, value) of each measure in a score."""
+    titles = {measure.name: measure.title for group in MEASURES.values() for measure in group}
+    return [(titles[name], value) for name, value in score.items() if name in titles]
 
 
-def _shown(symbols: str, kana: bool) -> str:
-    """A word to read, or `***` for nothing."""
+def display_text(symbols: str, as_kana: bool) -> str:
+    """A word or symbol as displayed: kana or joined symbols, `***` for a missing one."""
+    if not symbols:
+        return "***"
     parts = symbols.split(" ")
-    return "***" if not symbols else phones_to_kana(parts) if kana else "".join(parts)
+    return phones_to_kana(parts) if as_kana else "".join(parts)
 
 
 def _width(text: str) -> int:
+    """Columns in a terminal; wide characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def _wide(text: str, width: int) -> str:
+def _pad(text: str, width: int) -> str:
     return text + " " * (width - _width(text))

@@ -18,7 +18,7 @@ from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.phonemes import BOUNDARY
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest, Phone
-from jahubert.train.evaluation.metrics import Errors, align, count_errors
+from jahubert.train.evaluation.metrics import ErrorCounts, align, count_errors
 from jahubert.train.report import figures
 
 LONGEST = 20.0  # seconds of an utterance that are heard and drawn: a page has to stay small
@@ -34,7 +34,7 @@ class Example:
     split: str
     text: str
     seconds: float
-    errors: Errors  # of phones
+    errors: ErrorCounts  # of phones
     steps: list[tuple[str | None, str | None]]
     sound: str = ""  # data address of an MP3; empty where the audio cannot be read any more
     figure: str = ""
@@ -67,7 +67,7 @@ def worst_examples(
     return examples
 
 
-def _measured(folder: Path) -> Iterator[tuple[Errors, str, dict]]:
+def _measured(folder: Path) -> Iterator[tuple[ErrorCounts, str, dict]]:
     for path in sorted(folder.glob("*.jsonl")):
         if path.name == "alignment.jsonl":
             continue

@@ -19,7 +19,7 @@ from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.evaluation.layer_quality import PhoneFrames
 from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.evaluation.scoring import measures_of, phone_wer, published_table
-from jahubert.train.evaluation.unit_checks import unit_use
+from jahubert.train.evaluation.unit_checks import usage_statistics
 from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.report.results import results_of
@@ -148,7 +148,7 @@ def unit_quality(exp: Path, counted: UnitCounts) -> dict[str, Any]:
             "layer": header.layer,
             "n_units": header.n_units,
             **against_phones,
-            **unit_use(usage_K),
+            **usage_statistics(usage_K),
         }
     return result
 

@@ -1,9 +1,9 @@
-"""Centroids of the sampled frames.
+"""K-means centroids of the sampled frames.
 
 Reads   the sample of `features`
-Writes  centroids.safetensors, whose metadata say which feature, layer and model they are of
+Writes  centroids.safetensors, with feature, layer and model in its metadata
 
-The sample is read from disk a stretch at a time, by all processes together; none holds it.
+All processes share the work and read the sample in blocks, so it need not fit in memory.
 
     python -m jahubert.run recipe=demo stage=kmeans iteration=1 kmeans.backend=torch
 """
@@ -20,7 +20,7 @@ from jahubert.train.clustering.kmeans import draw_rows, fit_kmeans, inertia
 from jahubert.train.clustering.lloyd import FrameFile, Subset
 from jahubert.train.clustering.streaming import save_centroids
 from jahubert.train.data.masking import seeded_rng
-from jahubert.train.evaluation.unit_checks import check_units
+from jahubert.train.evaluation.unit_checks import OnBadUnits, check_units
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 from jahubert.train.experiment.provenance import read_record
@@ -33,28 +33,27 @@ class Config:
     features: Path
     n_clusters: int = 100
     backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"
-    n_init: int = 3  # starts; the best one is kept
+    n_init: int = 3  # initializations; the best result is kept
     max_iter: int = 100
-    lloyd_frames: int = 10_000_000  # more frames than that only refine the centroids, in one pass
-    held_out: float = 0.02  # share of the sample that only measures
+    lloyd_frames: int = 10_000_000  # further frames only refine the centroids, in one mini-batch pass
+    held_out: float = 0.02  # share of the sample that is not fitted and measures the inertia
     seed: int = 0
     device: str = runtime_field("auto")
-    on_bad_units: Literal["warn", "error"] = runtime_field(
-        "warn"
-    )  # when clusters are too few, or one takes too much
+    # If too few clusters are used or one is too large (see evaluation/unit_checks.py).
+    on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:
         counts = {"at least 2": ("n_clusters",), "at least 1": ("n_init", "max_iter")}
         wrong = range_errors(self, counts | {"in [0, 1)": ("held_out",)})
         if self.lloyd_frames < self.n_clusters:
             wrong.append(
-                f"lloyd_frames is {self.lloyd_frames}, but {self.n_clusters} clusters need at least as many"
+                f"lloyd_frames is {self.lloyd_frames}, but must be at least n_clusters, {self.n_clusters}"
             )
         raise_config_errors(wrong)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    if config.backend in ("faiss", "sklearn"):  # they know one process only
+    if config.backend in ("faiss", "sklearn"):  # single-process libraries
         return distributed.rank0_broadcast(lambda: fit(config, out))
     metrics = fit(config, out)
     distributed.barrier()
@@ -62,13 +61,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def fit(config: Config, out: Path) -> dict[str, Any]:
-    """Centroids by the processes that take part, written by the first; what is known about them."""
+    """Fit centroids in all processes that call this, write them in rank 0, and return their metrics."""
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
-    test = draw_rows(n_frames, round(n_frames * config.held_out), seeded_rng(config.seed, 13))
+    held_out = draw_rows(n_frames, round(n_frames * config.held_out), seeded_rng(config.seed, 13))
     with distributed.rank0_reports():
         result = fit_kmeans(
-            Subset(sample_ND, np.delete(np.arange(n_frames), test)),
+            Subset(sample_ND, np.delete(np.arange(n_frames), held_out)),
             config.n_clusters,
             backend=config.backend,
             n_init=config.n_init,
@@ -85,9 +84,9 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
         "backend": result.backend,
     }
     if distributed.rank() == 0:
-        if len(test):
-            metrics["held_out_inertia"] = inertia(Subset(sample_ND, test), result.centroids_KD)
+        if len(held_out):
+            metrics["held_out_inertia"] = inertia(Subset(sample_ND, held_out), result.centroids_KD)
         header = read_record(config.features / "header.json")
         save_centroids(out / "centroids.safetensors", result.centroids_KD, header)
-        check_units(result.counts_K.numpy(), str(out), stop=config.on_bad_units == "error")
+        check_units(result.counts_K.numpy(), str(out), config.on_bad_units)
     return metrics

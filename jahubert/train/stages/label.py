@@ -1,13 +1,13 @@
-"""Every utterance's units: audio -> feature -> nearest centroid -> label store, in one pass.
+"""Units of every utterance: audio -> features -> nearest centroids -> label store, in one pass.
 
 Reads   the manifest, the centroids, and the model whose layer they were fitted on
-Writes  units.bin, offsets.npy, header.json (a LabelStore); no feature touches the disk.
-        For units of a model's layer also bundle/: that model with its centroids, for `jahubert units`
+Writes  units.bin, offsets.npy, header.json (a LabelStore; features are never stored); for units of a model's
+        layer also bundle/, that model with its centroids, for `jahubert units`
 
     python -m jahubert.run recipe=demo stage=label iteration=2
 
-With `compare_with`, another store of the same audio, it says how the two differ, if they do.
-Where `centroids` is a folder of fairseq's .tsv, .km and dict.km.txt, its units are taken as they are.
+With `compare_with`, another store of the same audio, differences between the two are reported. If `centroids`
+is a folder with fairseq's .tsv, .km and dict.km.txt files, their units are imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +28,12 @@ from jahubert.train.clustering.streaming import feature_header, load_centroids, 
 from jahubert.train.data.fairseq_files import import_units
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.evaluation.unit_checks import check_difference, check_units, unit_use
+from jahubert.train.evaluation.unit_checks import (
+    OnBadUnits,
+    check_label_difference,
+    check_units,
+    usage_statistics,
+)
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, runtime_field
 from jahubert.train.experiment.progress import progress
@@ -40,15 +45,14 @@ VERSION = 1
 class Config:
     manifest: Path
     centroids: Path  # the folder of stage kmeans, or of fairseq's files
-    model: Path | None = model_field(None)  # for hubert features: the model they were fitted on
-    layer: int | None = runtime_field(None)  # for hubert features: centroids of another layer are refused
-    compare_with: Path | None = runtime_field(None)  # a label store that should hold the same units
-    shard_size: int = runtime_field(2000)  # utterances between two saves
+    model: Path | None = model_field(None)  # for hubert features: the model that centroids were fitted on
+    layer: int | None = runtime_field(None)  # for hubert features: the expected layer of the centroids
+    compare_with: Path | None = runtime_field(None)  # a label store that should have the same units
+    shard_size: int = runtime_field(2000)  # utterances per file until all are labeled
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)
-    on_bad_units: Literal["warn", "error"] = runtime_field(
-        "warn"
-    )  # too few units, one that takes too much, another store that differs
+    # If too few units are used, one is too large, or `compare_with` differs (see evaluation/unit_checks.py).
+    on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:
         raise_config_errors(
@@ -59,45 +63,43 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
     metrics: dict[str, Any] = {}
-    if next(config.centroids.glob("*.tsv"), None) is None:
-        label(config, manifest, out)
+    if any(config.centroids.glob("*.tsv")):
+        # The files' content is recorded, because they may change while all settings stay the same.
+        metrics["content"] = distributed.rank0_broadcast(
+            lambda: import_units(manifest, config.centroids, out, config.shard_size).header.centroids
+        )
     else:
-        given = (manifest, config.centroids, out, config.shard_size)
-        # Those files may change without any setting: what comes after depends on what was in them.
-        metrics["content"] = distributed.rank0_broadcast(lambda: import_units(*given).header.centroids)
+        write_units(config, manifest, out)
     store = LabelStore(out)
-    usage_K = store.unit_counts()
-    distributed.rank0_broadcast(lambda: watch(store, usage_K, manifest, config))
-    return metrics | {"units": int(usage_K.sum()), **unit_use(usage_K)}
+    count_K = store.unit_counts()
+    distributed.rank0_broadcast(lambda: check_store(store, count_K, manifest, config))
+    return metrics | {"units": int(count_K.sum()), **usage_statistics(count_K)}
 
 
-def watch(store: LabelStore, usage_K: np.ndarray, manifest: Manifest, config: Config) -> None:
-    """Warn, or stop where that is asked for, when the units look wrong or are not those of another store."""
-    stop = config.on_bad_units == "error"
-    check_units(usage_K, str(store.folder), stop)
+def check_store(store: LabelStore, count_K: np.ndarray, manifest: Manifest, config: Config) -> None:
+    """Warn or raise, by `on_bad_units`, if unit usage is poor or the units differ from `compare_with`."""
+    check_units(count_K, str(store.folder), config.on_bad_units)
     if config.compare_with is not None:
-        check_difference(LabelStore(config.compare_with), store, manifest, stop)
+        check_label_difference(LabelStore(config.compare_with), store, manifest, config.on_bad_units)
 
 
-def label(config: Config, manifest: Manifest, out: Path) -> None:
-    """Units of our own centroids, by all processes."""
+def write_units(config: Config, manifest: Manifest, out: Path) -> None:
+    """Label all utterances by the centroids of stage kmeans, in all processes."""
     device = distributed.process_device(config.device)
     centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
     if config.layer is not None and fitted["layer"] not in (None, config.layer):
         raise DataError(
-            f"{config.centroids}: centroids of layer {fitted['layer']}, but units of layer {config.layer} "
-            "are asked for (features.layer); name the other folder as label.centroids, or make new ones"
+            f"{config.centroids}: centroids of layer {fitted['layer']}, but features.layer={config.layer}; "
+            "set label.centroids to centroids of that layer, or run stages features and kmeans for it"
         )
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
-    made = feature_header(feature, fitted["feature"], fitted["layer"])
-    wrong = [
-        f"{key} is {made[key]!r}, the centroids want {fitted[key]!r}"
-        for key in fitted
-        if made[key] != fitted[key]
+    found = feature_header(feature, fitted["feature"], fitted["layer"])
+    mismatches = [
+        f"{key} is {found[key]!r}, expected {fitted[key]!r}" for key in fitted if found[key] != fitted[key]
     ]
-    if wrong:
+    if mismatches:
         raise DataError(
-            f"{config.model}: not the features that {config.centroids} was fitted on: {'; '.join(wrong)}"
+            f"{config.model}: {config.centroids} was fitted on other features: {'; '.join(mismatches)}"
         )
     header = LabelHeader(
         n_units=len(centroids_KD),
@@ -112,7 +114,7 @@ def label(config: Config, manifest: Manifest, out: Path) -> None:
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
     step = HUBERT.hop_ratio(feature.grid)
     nearest = Nearest(centroids_KD.to(device))
-    # Asked once: a process that asked later would see a shorter list, and share it out differently.
+    # Listed once: a process that lists them later would see fewer, and split them differently.
     shards = distributed.rank0_broadcast(writer.pending)[distributed.rank() :: distributed.world()]
     with progress("units", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
         for shard in shards:

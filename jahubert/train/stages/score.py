@@ -1,8 +1,8 @@
-"""Error rates of the hypotheses: words as tuples of phones, phones, and kana characters.
+"""Error rates of hypotheses: WER, PER and kana CER.
 
-Reads   the hypotheses of `decode`, and those of another system where `baseline` names them
-Writes  scores.json: all measures of each set, talk and speaker, intervals, confusions, tests against the
-        baseline; <split>.txt: the same to read, with every utterance aligned; table.txt, which it prints
+Reads   the hypotheses of `decode`, and those of another system if `baseline` is set
+Writes  scores.json: all measures by set, talk and speaker, with intervals, confusions and the test against
+        the baseline; <split>.txt: the same as text, with every utterance aligned; table.txt, as printed
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
     python -m jahubert.run recipe=demo stage=score system=pretrained decoding=greedy \
@@ -23,7 +23,8 @@ from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import paired_bootstrap
 from jahubert.train.evaluation.scoring import (
     MEASURES,
-    Scored,
+    Measure,
+    ScoredUtterance,
     SetScore,
     details,
     phone_wer,
@@ -36,15 +37,15 @@ from jahubert.train.experiment.provenance import atomic_text, read_record, write
 from jahubert.train.report.results import label_of
 
 VERSION = 2
-_CONFUSIONS = 30
+_N_CONFUSIONS = 30
 
 
 @dataclass(frozen=True)
 class Config:
     hypotheses: Path
     baseline: Path | None = None  # hypotheses of another system, for a paired test
-    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown beside ours
-    samples: int = 1000  # of the bootstrap over utterances
+    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
+    samples: int = 1000  # bootstrap samples
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,20 +53,21 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
+    measures = _measures(config.hypotheses)
     scores = {}
-    for path in _files(config.hypotheses):
-        found = SetScore(list(read_hypotheses(path)), _measures(config.hypotheses))
-        score = score_set(found, config)
+    for path in _hypothesis_files(config.hypotheses):
+        set_score = SetScore(list(read_hypotheses(path)), measures)
+        score = score_set(set_score, config)
         if config.baseline:
-            score["against"] = against(found, config.baseline / path.name, config)
+            score["against"] = compare_with_baseline(set_score, config.baseline / path.name, config)
         scores[path.stem] = score
         if distributed.rank() == 0:
             with atomic_text(out / f"{path.stem}.txt") as file:
-                file.writelines(f"{line}\n" for line in details(path.stem, score, found))
+                file.writelines(f"{line}\n" for line in details(path.stem, score, set_score))
     if distributed.rank() == 0:
         write_json(out / "scores.json", scores)
-        ours = [(label_of(config.hypotheses), phone_wer(scores))]
-        table = published_table(config.published, ours) + rates_table(scores)
+        results = [(label_of(config.hypotheses), phone_wer(scores))]
+        table = published_table(config.published, results) + rates_table(scores)
         with atomic_text(out / "table.txt") as file:
             file.write(table)
         print(table)
@@ -73,69 +75,75 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return {
         f"{split}_{measure.name}": score[measure.name]["rate"]
         for split, score in scores.items()
-        for measure in _measures(config.hypotheses)
+        for measure in measures
     }
 
 
-def _files(folder: Path) -> list[Path]:
+def _hypothesis_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.glob("*.jsonl") if path.name != "alignment.jsonl")
     if not files:
-        raise DataError(f"{folder}: no hypotheses here; run stage=decode first")
+        raise DataError(f"{folder}: no hypotheses (*.jsonl); run stage=decode first")
     return files
 
 
-def _measures(folder: Path) -> Any:
+def _measures(folder: Path) -> tuple[Measure, ...]:
     return MEASURES[vocabulary_kind(PhonemeSet.from_json(read_record(folder / "phonemes.json")))]
 
 
-def read_hypotheses(path: Path) -> Iterator[Scored]:
-    """The utterances of a file that `decode` wrote."""
+def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
+    """Utterances of a hypothesis file that `decode` wrote."""
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
-        said, heard = (
-            [tuple(word.split(" ")) for word in item[name]] for name in ("reference", "hypothesis")
+        yield ScoredUtterance(
+            id=item["id"],
+            talk=item["talk"],
+            speaker=item["speaker"],
+            reference=[tuple(word.split(" ")) for word in item["reference"]],
+            hypothesis=[tuple(word.split(" ")) for word in item["hypothesis"]],
         )
-        yield Scored(item["id"], item["talk"], item["speaker"], said, heard)
 
 
-def score_set(found: SetScore, config: Config) -> dict[str, Any]:
-    """All measures of one set, of its talks and of its speakers, and its most frequent errors."""
+def score_set(set_score: SetScore, config: Config) -> dict[str, Any]:
+    """All measures of a set, of its talks and speakers, and its most frequent errors."""
     return {
-        "utterances": len(found.utterances),
-        **found.rates(config.seed, config.samples),
-        "talks": found.by(lambda item: item.talk),
-        "speakers": found.by(lambda item: item.speaker),
-        "confusions": found.confusions(_CONFUSIONS),
+        "utterances": len(set_score.utterances),
+        **set_score.rates(config.seed, config.samples),
+        "talks": set_score.by(lambda utterance: utterance.talk),
+        "speakers": set_score.by(lambda utterance: utterance.speaker),
+        "confusions": set_score.confusions(_N_CONFUSIONS),
     }
 
 
-def against(found: SetScore, path: Path, config: Config) -> dict[str, Any]:
-    """Each measure's paired test against another system's hypotheses of the same utterances.
+def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> dict[str, Any]:
+    """Paired bootstrap test of each measure against another system's hypotheses of the same utterances.
 
     Raises:
-        DataError: they are not of the same utterances, or the references differ.
+        DataError: the baseline has other utterances or other references.
     """
     if not path.is_file():
         raise DataError(f"{path}: the baseline has no hypotheses of this set; decode the same splits with it")
-    others = {item.id: item for item in read_hypotheses(path)}
-    if others.keys() != {item.id for item in found.utterances}:
+    by_id = {utterance.id: utterance for utterance in read_hypotheses(path)}
+    if by_id.keys() != {utterance.id for utterance in set_score.utterances}:
         raise DataError(
-            f"{path}: the baseline is of other utterances; decode the same splits of one manifest"
+            f"{path}: the baseline has other utterances; decode the same splits of the same manifest"
         )
-    paired = [others[item.id] for item in found.utterances]
-    if differing := [a.id for a, b in zip(found.utterances, paired, strict=True) if a.said != b.said]:
+    paired = [by_id[utterance.id] for utterance in set_score.utterances]
+    different = [
+        ours.id
+        for ours, theirs in zip(set_score.utterances, paired, strict=True)
+        if ours.reference != theirs.reference
+    ]
+    if different:
         raise DataError(
-            f"{path}: the baseline has another reference for {differing[0]!r} and {len(differing) - 1} more; "
-            "both need the same targets"
+            f"{path}: the baseline has other references in {len(different)} utterances, first in "
+            f"{different[0]!r}; use the same targets for both"
         )
-    baseline = SetScore(paired, found.measures)
+    baseline = SetScore(paired, set_score.measures)
     result = {}
-    for name, counts in found.counts.items():
-        theirs = baseline.counts[name]
-        lengths = [c.length for c in counts]
-        test = paired_bootstrap(
-            [c.errors for c in counts], [c.errors for c in theirs], lengths, config.seed, config.samples
-        )
-        rate = sum(c.errors for c in theirs) / max(1, sum(lengths))
-        result[name] = {"baseline": rate, **asdict(test)}
+    for name, counts in set_score.counts.items():
+        errors = [count.errors for count in counts]
+        baseline_errors = [count.errors for count in baseline.counts[name]]
+        lengths = [count.length for count in counts]
+        test = paired_bootstrap(errors, baseline_errors, lengths, config.seed, config.samples)
+        result[name] = {"baseline": sum(baseline_errors) / max(1, sum(lengths)), **asdict(test)}
     return result

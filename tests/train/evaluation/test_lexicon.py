@@ -1,4 +1,4 @@
-"""Search over a word list: against every path there is, with an n-gram, and its mistakes."""
+"""Lexicon search: compared with an exhaustive search, with an n-gram, and with invalid files."""
 
 from __future__ import annotations
 
@@ -42,15 +42,17 @@ def log_probs(seed: int, frames: int = 5) -> torch.Tensor:
     return (2 * torch.randn(1, frames, len(SYMBOLS), generator=generator)).log_softmax(-1)
 
 
-def every_path(logp_SV: torch.Tensor, allowed: set[tuple[str, ...]]) -> dict[tuple, float]:
-    """Words -> log-probability of all paths that say them, whatever boundaries stand around and between."""
-    rows, found = logp_SV.double().tolist(), defaultdict(lambda: -np.inf)
+def exhaustive_search(logp_SV: torch.Tensor, allowed: set[tuple[str, ...]]) -> dict[tuple, float]:
+    """Log-probability of every word sequence, summed over its paths (with any outer boundaries)."""
+    rows = logp_SV.double().tolist()
+    scores: dict[tuple, float] = defaultdict(lambda: -np.inf)
     for path in itertools.product(range(len(SYMBOLS)), repeat=len(rows)):
         labels = [label for label, _ in itertools.groupby(path) if label]
         words = tuple(SYMBOLS.decode(labels))
         if set(words) <= allowed:
-            found[words] = np.logaddexp(found[words], sum(row[v] for row, v in zip(rows, path, strict=True)))
-    return found
+            logp = sum(row[v] for row, v in zip(rows, path, strict=True))
+            scores[words] = np.logaddexp(scores[words], logp)
+    return scores
 
 
 @pytest.fixture
@@ -67,20 +69,19 @@ def ngram(tmp_path) -> Path:
     return path
 
 
-def test_the_answer_is_the_best_of_all_word_sequences(words):
+def test_search_finds_the_most_probable_word_sequences(words):
     pytest.importorskip("flashlight.lib.text.decoder")
     search = LexiconSearch(LexiconConfig(words), SYMBOLS, beam=2000, n_best=3)
-    allowed = {spelled for _, spelled in read_lexicon(words, SYMBOLS)}
+    allowed = {spelling for _, spelling in read_lexicon(words, SYMBOLS)}
     for seed in range(12):
         logp = log_probs(seed)
-        truth = sorted(every_path(logp[0], allowed).items(), key=lambda item: -item[1])
+        truth = sorted(exhaustive_search(logp[0], allowed).items(), key=lambda item: -item[1])
         found = search(logp, [5])[0]
-        assert [tuple(SYMBOLS.decode(h.labels)) for h in found] == [said for said, _ in truth[:3]]
-        # Words that are spelled alike are two for flashlight, and each of them has the whole probability.
+        assert [tuple(SYMBOLS.decode(h.labels)) for h in found] == [sequence for sequence, _ in truth[:3]]
         assert [h.score for h in found] == pytest.approx([score for _, score in truth[:3]], abs=1e-3)
 
 
-def test_rows_of_a_batch_are_searched_alone(words):
+def test_result_does_not_depend_on_the_batch(words):
     pytest.importorskip("flashlight.lib.text.decoder")
     search = LexiconSearch(LexiconConfig(words), SYMBOLS, beam=20, n_best=2)
     logp = torch.cat([log_probs(seed, 9) for seed in range(4)])
@@ -90,44 +91,44 @@ def test_rows_of_a_batch_are_searched_alone(words):
     assert together[2][0].labels == ()
 
 
-def test_an_ngram_decides_between_words_that_sound_as_likely(words, ngram):
+def test_ngram_decides_between_equally_probable_words(words, ngram):
     pytest.importorskip("flashlight.lib.text.decoder")
     logp = torch.full((1, 3, 5), -1e4)
-    logp[0, 0, SYMBOLS.encode(["k"])] = 0.0  # k, then a or i, either as likely
+    logp[0, 0, SYMBOLS.encode(["k"])] = 0.0  # k, then a or i with equal probability
     logp[0, 1, [2, 4]] = np.log(0.5)
     logp[0, 2, 0] = 0.0
 
-    def said(**settings) -> list[tuple[str, ...]]:
+    def best(**settings) -> list[tuple[str, ...]]:
         found = LexiconSearch(LexiconConfig(words, ngram, **settings), SYMBOLS, beam=20, n_best=1)
         return SYMBOLS.decode(found(logp, [3])[0][0].labels)
 
-    assert said() == [("k", "a")]  # <s> カ is a likely beginning
-    assert said(ngram_weight=-1.0) == [("k", "i")]
+    assert best() == [("k", "a")]  # the n-gram prefers <s> カ
+    assert best(ngram_weight=-1.0) == [("k", "i")]
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ("ア a\nイ\n", r"words.txt:2: 'イ' has no symbols"),
-        ("ア a\nウ u\n", r"words.txt:2: 'u' in 'u' is not one"),
-        ("\n", "a word list without words"),
+        ("ア a\nイ\n", r"words.txt:2: 'イ'"),
+        ("ア a\nウ u\n", r"words.txt:2: 'u'"),
+        ("\n", "words.txt"),
     ],
 )
-def test_a_broken_word_list_is_named(tmp_path, text, says):
+def test_invalid_word_list_is_rejected(tmp_path, text, message):
     path = tmp_path / "words.txt"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         read_lexicon(path, SYMBOLS)
-    with pytest.raises(DataError, match="no word list that can be read"):
+    with pytest.raises(DataError, match="none"):
         read_lexicon(tmp_path / "none.txt", SYMBOLS)
 
 
-def test_what_cannot_go_together_is_refused(words, tmp_path):
-    with pytest.raises(ConfigError, match="ngram_weight without an ngram"):
+def test_incompatible_settings_are_rejected(words, tmp_path):
+    with pytest.raises(ConfigError, match="ngram_weight"):
         LexiconConfig(words, ngram_weight=2.0)
     pytest.importorskip("flashlight.lib.text.decoder")
-    with pytest.raises(ConfigError, match="vocabulary with word boundaries"):
+    with pytest.raises(ConfigError, match="word boundaries"):
         LexiconSearch(LexiconConfig(words), PhonemeSet((BLANK, "a", "k", "i")), 20, 1)
-    with pytest.raises(DataError, match="no n-gram that KenLM can read"):
+    with pytest.raises(DataError, match="arpa"):
         LexiconSearch(LexiconConfig(words, tmp_path / "none.arpa"), SYMBOLS, 20, 1)
     assert kana_set().boundary == 1

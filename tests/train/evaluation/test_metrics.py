@@ -1,4 +1,4 @@
-"""Error rates and cluster quality against truth worked out by hand or by brute force."""
+"""Error rates and cluster quality against values computed by hand or by brute force."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jahubert.errors import DataError
 from jahubert.frames import HUBERT, MFCC
 from jahubert.train.data.manifest import Phone
 from jahubert.train.evaluation.metrics import (
-    Errors,
+    ErrorCounts,
     align,
     bootstrap_interval,
     cluster_quality,
@@ -36,45 +36,49 @@ def brute_distance(a: tuple, b: tuple) -> int:
     return distance(len(a), len(b))
 
 
-def test_pairs_are_both_sequences_along_a_shortest_way():
+def test_alignment_has_minimum_distance():
     rng = np.random.default_rng(1)
     for _ in range(60):
-        said, heard = (tuple(rng.choice(list("aiueo"), rng.integers(0, 9))) for _ in range(2))
-        steps = align(said, heard)
-        assert tuple(a for a, _ in steps if a is not None) == said
-        assert tuple(b for _, b in steps if b is not None) == heard
-        assert sum(a != b for a, b in steps) == brute_distance(said, heard)
+        reference, hypothesis = (tuple(rng.choice(list("aiueo"), rng.integers(0, 9))) for _ in range(2))
+        pairs = align(reference, hypothesis)
+        counts = count_errors(reference, hypothesis)
+        assert tuple(a for a, _ in pairs if a is not None) == reference
+        assert tuple(b for _, b in pairs if b is not None) == hypothesis
+        assert sum(a != b for a, b in pairs) == brute_distance(reference, hypothesis)
+        assert sum(a is None for a, _ in pairs) == counts.insertions
+        assert sum(b is None for _, b in pairs) == counts.deletions
+        assert sum(a == b for a, b in pairs) == counts.hits
 
 
-def test_edits_equal_brute_force_and_jiwer():
+def test_error_counts_equal_brute_force_and_jiwer():
     rng = np.random.default_rng(0)
     for _ in range(150):
-        said, heard = (tuple(rng.choice(list("aiueoN"), rng.integers(0, 12))) for _ in range(2))
-        found = count_errors(said, heard)
-        assert found.errors == brute_distance(said, heard)
-        assert found.length == len(said)
-        assert found.hits + found.substitutions + found.insertions == len(heard)
-        if said and heard:
-            assert found.rate == pytest.approx(jiwer.wer(" ".join(said), " ".join(heard)))
+        reference, hypothesis = (tuple(rng.choice(list("aiueoN"), rng.integers(0, 12))) for _ in range(2))
+        counts = count_errors(reference, hypothesis)
+        assert counts.errors == brute_distance(reference, hypothesis)
+        assert counts.length == len(reference)
+        assert counts.hits + counts.substitutions + counts.insertions == len(hypothesis)
+        if reference and hypothesis:
+            assert counts.rate == pytest.approx(jiwer.wer(" ".join(reference), " ".join(hypothesis)))
 
 
 def test_words_are_compared_as_tuples_of_phones():
-    said, heard = [("k", "y", "o"), ("a",)], [("ky", "o"), ("a",)]
-    assert count_errors(said, heard) == Errors(1, 1, 0, 0)
-    assert count_errors([("a b",), (" ",)], [("a b",), (" ",)]) == Errors(2, 0, 0, 0)
+    reference, hypothesis = [("k", "y", "o"), ("a",)], [("ky", "o"), ("a",)]
+    assert count_errors(reference, hypothesis) == ErrorCounts(1, 1, 0, 0)
+    assert count_errors([("a b",), (" ",)], [("a b",), (" ",)]) == ErrorCounts(2, 0, 0, 0)
 
 
-def test_a_set_is_counted_by_items_and_not_by_utterances():
+def test_rate_of_a_set_is_weighted_by_reference_length():
     total = error_rate([list("aaaa"), list("b"), []], [list("aaaa"), list("c"), list("d")])
-    assert total == Errors(hits=4, substitutions=1, insertions=1, deletions=0)
+    assert total == ErrorCounts(hits=4, substitutions=1, insertions=1, deletions=0)
     assert total.rate == pytest.approx(2 / 5)
     assert count_errors([], []).rate == 0
-    assert error_rate([list("ab")], [[]]) == Errors(0, 0, 0, 2)
-    with pytest.raises(DataError, match="2 references, but 1 hypotheses"):
+    assert error_rate([list("ab")], [[]]) == ErrorCounts(0, 0, 0, 2)
+    with pytest.raises(DataError, match="2 references"):
         error_rate([["a"], ["b"]], [["a"]])
 
 
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
+def test_bootstrap_interval_has_nominal_coverage():
     rng = np.random.default_rng(1)
     inside = 0
     for trial in range(120):
@@ -87,11 +91,11 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
     assert bootstrap_interval(errors, lengths, 5) == bootstrap_interval(errors, lengths, 5)
     assert bootstrap_interval(errors, lengths, 5) != bootstrap_interval(errors, lengths, 6)
     assert bootstrap_interval([1, 1], [10, 10]) == (0.1, 0.1)
-    with pytest.raises(DataError, match="no interval"):
+    with pytest.raises(DataError, match="interval"):
         bootstrap_interval([], [])
 
 
-def test_cluster_quality_of_a_table_worked_out_by_hand():
+def test_cluster_quality_of_a_small_table():
     # frames        unit 0   unit 1   unit 2
     # phone 0          6        2        0
     # phone 1          1        1        2
@@ -99,16 +103,16 @@ def test_cluster_quality_of_a_table_worked_out_by_hand():
     phones = np.array([p for p in range(2) for k in range(3) for _ in range(table[p][k])])
     units = np.array([k for p in range(2) for k in range(3) for _ in range(table[p][k])])
     assert joint_counts(phones, units, 2, 3).tolist() == table
-    found = cluster_quality(joint_counts(phones, units, 2, 3))
-    assert found["phone_purity"] == pytest.approx((6 + 2 + 2) / 12)
-    assert found["cluster_purity"] == pytest.approx((6 + 2) / 12)
+    quality = cluster_quality(joint_counts(phones, units, 2, 3))
+    assert quality["phone_purity"] == pytest.approx((6 + 2 + 2) / 12)
+    assert quality["cluster_purity"] == pytest.approx((6 + 2) / 12)
     cells = {(8, 7): 6, (8, 3): 2, (4, 7): 1, (4, 3): 1, (4, 2): 2}
     mutual = sum(n / 12 * math.log(n * 12 / (p * k)) for (p, k), n in cells.items())
     entropy = -(8 / 12 * math.log(8 / 12) + 4 / 12 * math.log(4 / 12))
-    assert found["pnmi"] == pytest.approx(mutual / entropy)
+    assert quality["pnmi"] == pytest.approx(mutual / entropy)
 
 
-def test_cluster_quality_at_its_ends():
+def test_cluster_quality_limits():
     rng = np.random.default_rng(0)
     phones = rng.integers(0, 40, 20_000)
     assert cluster_quality(joint_counts(phones, 39 - phones, 40, 41)) == pytest.approx(
@@ -126,9 +130,9 @@ def test_cluster_quality_at_its_ends():
             joint_counts(*wrong, 40, 40)
 
 
-def test_phone_at_the_middle_of_each_frame():
+def test_phone_frames_take_the_phone_at_the_frame_center():
     alignment = [Phone("k", 300, 640), Phone("a", 640, 900), Phone("N", 1300, 5000)]
-    # middles of HuBERT frames: 200, 520, 840, 1160, 1480
+    # centers of HuBERT frames: 200, 520, 840, 1160, 1480
     assert phone_frames(alignment, 5, HUBERT) == [None, "k", "a", None, "N"]
     assert phone_frames(alignment, 10, MFCC)[::2] == phone_frames(alignment, 5, HUBERT)
     assert phone_frames([Phone("a", 200, 520)], 2, HUBERT) == ["a", None]  # the end is exclusive
