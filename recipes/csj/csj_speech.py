@@ -43,10 +43,15 @@ class Spoken:
     masked: bool  # a name in it is noise
     problems: tuple[str, ...]  # file:line: what cannot be read there
 
-    def with_next(self, other: Spoken) -> Spoken:
+    @property
+    def event_only(self) -> bool:
+        """Whether nothing is spoken: noise, applause, a cough."""
+        return not (self.words or self.masked or self.problems)
+
+    def merged_with(self, other: Spoken) -> Spoken:
         return Spoken(
             self.start,
-            other.end,
+            max(self.end, other.end),
             self.words + other.words,
             self.text + other.text,
             self.masked or other.masked,
@@ -112,21 +117,31 @@ def _phones(kana: str) -> tuple[str, ...]:
     return tuple(kana_to_phones(kana))
 
 
-def join(pieces: Iterable[Spoken], options: Joining) -> list[Spoken]:
-    """Utterances: neighbours joined while the silence between them and their length allow it."""
-    gap, longest = round(options.max_gap * SAMPLE_RATE), round(options.max_seconds * SAMPLE_RATE)
-    joined: list[Spoken] = []
-    for piece in pieces:
-        last = joined[-1] if joined else None
-        if last is None or piece.start - last.end > gap:
-            fits = False
-        elif options.join == "kaldi":
-            fits = last.end - last.start <= longest
+def join(segments: Iterable[Spoken], options: Joining) -> list[Spoken]:
+    """Join neighboring segments into utterances while the gap between them and their length allow it.
+
+    A segment that holds only an event, which may lie inside a speech segment, is returned as it is and does
+    not take part: it neither ends nor bridges nor lengthens an utterance.
+    """
+    max_gap, max_samples = round(options.max_gap * SAMPLE_RATE), round(options.max_seconds * SAMPLE_RATE)
+    result: list[Spoken] = []
+    last: int | None = None  # index of the utterance that the next segment may join
+    for segment in segments:
+        if segment.event_only:
+            result.append(segment)
+        elif last is not None and _can_join(result[last], segment, max_gap, max_samples, options.join):
+            result[last] = result[last].merged_with(segment)
         else:
-            usable = not (last.masked or piece.masked or last.problems or piece.problems)
-            fits = usable and piece.end - last.start <= longest
-        if fits and last is not None:
-            joined[-1] = last.with_next(piece)
-        else:
-            joined.append(piece)
-    return joined
+            last = len(result)
+            result.append(segment)
+    return result
+
+
+def _can_join(utterance: Spoken, segment: Spoken, max_gap: int, max_samples: int, rule: str) -> bool:
+    if segment.start - utterance.end > max_gap:
+        return False
+    if rule == "kaldi":
+        return utterance.end - utterance.start <= max_samples
+    if utterance.masked or segment.masked or utterance.problems or segment.problems:
+        return False
+    return max(utterance.end, segment.end) - utterance.start <= max_samples

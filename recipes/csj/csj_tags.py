@@ -41,7 +41,8 @@ EVENTS = (
     *("フロア発話", "フロア笑", "デモ", "ベル", "朗読間違い"),
 )
 _TOKEN = re.compile(
-    r"\((?P<tag>[^\s()<>;,]*)\s?|<(?P<event>[^<>()]*)>|(?P<mark>[();,<>])|(?P<text>[^();,<>]+)"
+    # A mask may follow its tag without a blank: (R×××), (F×××).
+    r"\((?P<tag>[^\s()<>;,×]*)\s?|<(?P<event>[^<>()]*)>|(?P<mark>[();,<>])|(?P<text>[^();,<>]+)"
 )
 
 

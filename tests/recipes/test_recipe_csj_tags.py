@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -59,6 +60,8 @@ ACTUAL, NO_FILLERS, NO_FRAGMENTS = {"pron": "actual"}, {"fillers": "drop"}, {"fr
         ("(咳 ハイ)", "h a i", []),
         ("(R タナカ)", "masked", [(ACTUAL, "masked")]),
         ("××サン", "masked", []),
+        ("(R×××××)", "masked", [(ACTUAL, "masked")]),
+        ("(R (F×××)サン)", "masked", []),
         ("ソレ<H>", "s o r e", [(ACTUAL, "s o r e:")]),
         ("ソ<Q>レ", "s o r e", [(ACTUAL, "s o r e")]),
         ("<VN>", "", [(ACTUAL, "u N")]),
@@ -153,6 +156,95 @@ def test_masked_names_take_only_themselves_unless_asked_otherwise():
     assert [piece.masked for piece in speech.join(found, speech.Joining(join="kaldi"))] == [True]
     with pytest.raises(ConfigError, match="max_seconds above 0"):
         speech.Joining(max_seconds=0)
+
+
+def test_events_neither_end_nor_bridge_nor_lengthen_an_utterance():
+    """Segments without words; the first one has the times of a public sample."""
+
+    def segments(*times: tuple[float, float, str]) -> list[tuple[float, float, str]]:
+        spoken = [
+            speech.Spoken(round(a * RATE), round(b * RATE), (("a",),) if word else (), word, False, ())
+            for a, b, word in times
+        ]
+        return [(p.start / RATE, p.end / RATE, p.text) for p in speech.join(spoken, speech.Joining())]
+
+    assert segments((665.796, 668.979, "x"), (665.817, 665.957, "")) == [
+        (665.796, 668.979, "x"),
+        (665.817, 665.957, ""),
+    ]
+    assert segments((0, 3, "x"), (1, 2, ""), (3.2, 4, "y")) == [(0, 4, "xy"), (1, 2, "")]
+    assert segments((0, 1, "x"), (1.3, 1.6, ""), (1.9, 3, "y")) == [
+        (0, 1, "x"),
+        (1.3, 1.6, ""),
+        (1.9, 3, "y"),
+    ]
+    assert segments((0, 1, "x"), (1.1, 1.3, ""), (1.4, 2, "y")) == [(0, 2, "xy"), (1.1, 1.3, "")]
+    assert segments((0, 7, ""), (7.1, 12, "x"), (12.1, 15, "y")) == [(0, 7, ""), (7.1, 15, "xy")]
+
+
+def joined_by_description(segments, join: str, max_gap: int, max_length: int):
+    """The joining rule written from its description, independently of the recipe; returns lists of indices.
+
+    Only segments with something spoken count. Such a segment starts a new utterance if its distance to the
+    end of speech so far exceeds the gap, or if the utterance is too long: with kaldi, before the segment is
+    added, otherwise with it. Except with kaldi, masked segments and segments with problems stay alone.
+    """
+    utterances: list[list[int]] = []
+    for i, (start, end, kind) in enumerate(segments):
+        if kind == "event":
+            continue
+        new = True
+        if utterances:
+            members = [segments[j] for j in utterances[-1]]
+            first, reached = members[0][0], max(e for _, e, _ in members)
+            new = start - reached > max_gap
+            if join == "kaldi":
+                new |= reached - first > max_length
+            else:
+                new |= max(reached, end) - first > max_length
+                new |= any(k in ("mask", "problem") for _, _, k in (*members, segments[i]))
+        if new:
+            utterances.append([])
+        utterances[-1].append(i)
+    return utterances
+
+
+@pytest.mark.parametrize("join", ["strict", "kaldi"])
+@pytest.mark.parametrize(
+    "kinds",
+    [("speech",), ("speech", "mask"), ("speech", "event"), ("speech", "speech", "mask", "event", "problem")],
+)
+def test_joining_matches_its_description_on_random_segments(join, kinds):
+    rng = random.Random(f"{join} {kinds}")
+    options = speech.Joining(join=join)
+    for _ in range(1000):
+        now, segments = 0, []
+        for _ in range(rng.randint(1, 30)):
+            kind, length = rng.choice(kinds), rng.choice((200, 1000, 3000, 11_000))
+            inside = kind == "event" and segments and rng.random() < 0.5  # within the segment before
+            start = (
+                rng.randint(*segments[-1][:2]) if inside else now + rng.choice((0, 100, 499, 500, 501, 900))
+            )
+            segments.append((start, start + rng.randint(1, length), kind))
+            now = max(now, segments[-1][1])
+        spoken = [
+            speech.Spoken(
+                start * 16,
+                end * 16,
+                ((str(i),),) if kind == "speech" else (),
+                str(i),
+                kind == "mask",
+                ("broken",) if kind == "problem" else (),
+            )
+            for i, (start, end, kind) in enumerate(segments)
+        ]
+        found = [u for u in speech.join(spoken, options) if not u.event_only]
+        expected = joined_by_description(segments, join, 500, 10_000)
+        for utterance, members in zip(found, expected, strict=True):
+            assert utterance.start == segments[members[0]][0] * 16
+            assert utterance.end == max(segments[i][1] for i in members) * 16
+            assert utterance.text == "".join(map(str, members))
+            assert utterance.words == tuple((str(i),) for i in members if segments[i][2] == "speech")
 
 
 def test_the_vocabulary_of_the_tree_is_what_the_recipe_reads():
