@@ -1,7 +1,7 @@
-"""What a run survives: kill -9 at any moment, a disk that fills, a process that hangs.
+"""Tests of robustness: kill -9 at any moment, a full disk, a process that hangs.
 
-As a script it is the victim: `FILE kill FOLDER TRIALS MODEL`, `FILE fill FOLDER`, or, as one of two
-processes, `FILE hang FOLDER` or `FILE stage FOLDER`.
+This file is also the script of the processes under test: `FILE kill FOLDER TRIALS MODEL`,
+`FILE fill FOLDER`, or, as one of two processes, `FILE hang FOLDER` or `FILE stage FOLDER`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WORKERS = (0, 2, 1)
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The process id of a child that does `work`: forked, since importing torch would take longer."""
+    """Run `work` in a forked child (importing torch again would take longer); returns its process id."""
     if pid := os.fork():
         return pid
     try:
@@ -52,7 +52,7 @@ def status_of(pid: int) -> int:
 
 
 def learn_until_fsync(out: Path, model: str, last: int) -> None:
-    """Killed while the bytes of a checkpoint are brought to the disk, the `last` time that this happens."""
+    """Train, killed in the `last` call of fsync, which is made while a checkpoint is saved."""
     calls, fsync = iter(range(1, 10_000)), os.fsync
 
     def killing(number: int) -> None:
@@ -65,14 +65,14 @@ def learn_until_fsync(out: Path, model: str, last: int) -> None:
 
 
 def kill(folder: Path, trials: int, model: str) -> None:
-    """Runs killed at random moments and inside checkpoints; prints how often each of them was."""
+    """Runs killed at random moments and while saving checkpoints; prints how often each was killed."""
     started = time.monotonic()
     assert status_of(forked(lambda: learn(folder / "whole", model))) == 0
     whole = time.monotonic() - started
     rng = random.Random(trials)
     for trial in range(trials):
         out, killed = folder / str(trial), 0
-        if trial % 4 == 3:  # inside the second or a later checkpoint
+        if trial % 4 == 3:  # while saving the second or a later checkpoint
             last = rng.randrange(4, 16)
             killed += status_of(forked(partial(learn_until_fsync, out, model, last))) == -signal.SIGKILL
         for attempt in range(3):
@@ -100,18 +100,18 @@ def check_kills(folder: Path, trials: int, model: str) -> None:
         assert lines(folder / str(trial)) == lines(folder / "whole"), f"trial {trial}"
 
 
-def test_kill_9_at_random_moments(tmp_path):
-    """Bit-equal weights and metrics, also inside a checkpoint, also with another number of readers."""
+def test_killed_run_resumes_bit_identically(tmp_path):
+    """Also if killed while saving a checkpoint, and with another number of DataLoader workers."""
     check_kills(tmp_path, 4, "toy")
 
 
 @pytest.mark.slow
-def test_kill_9_at_twenty_random_moments_of_the_real_model(tmp_path):
+def test_killed_run_of_the_real_model_resumes_bit_identically(tmp_path):
     check_kills(tmp_path, 20, "hubert")
 
 
 class Filling(Data):
-    """While step 7 is computed, somebody else takes all that is left of the disk."""
+    """Another file takes all the space that is left on the disk while step 7 is computed."""
 
     def __init__(self, out: Path):
         super().__init__()
@@ -133,7 +133,7 @@ def fill(out: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of half a megabyte; where none can be mounted, there is no such test."""
+    """A file system of half a megabyte."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs")
@@ -141,33 +141,31 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_disk_that_fills_during_a_checkpoint(small_disk):
+def test_disk_that_fills_during_a_checkpoint(small_disk):
     done = subprocess.run([sys.executable, __file__, "fill", str(small_disk)], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "the checkpoint of step 8 could not be written" in done.stderr
-    assert re.search(r"step_0000004 stays.*the disk is full while writing into", done.stderr, re.S)
+    assert re.search(r"checkpoint of step 8 .*step_0000004 .*disk is full", done.stderr, re.S), done.stderr
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_0000004"]
     (small_disk / "other.bin").unlink()
     module, data, config = make("toy")
-    train(module, data, replace(config, max_steps=8), small_disk)  # it continues
+    train(module, data, replace(config, max_steps=8), small_disk)  # it resumes
     assert (small_disk / "checkpoints" / "step_0000008").is_dir()
 
 
-def test_a_limit_on_files_is_a_full_disk(tmp_path):
-    """Where no small disk can be mounted: the same failure from a limit on the size of files."""
+def test_file_size_limit_is_reported_as_a_full_disk(tmp_path):
+    """The same failure as on a full disk, for machines where no small disk can be mounted."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, -1))"
     folder = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {folder!r}); import test_kill_and_resume; {limit}"
     work = f"sys.exit(test_kill_and_resume.main(['fill', {str(tmp_path)!r}]))"
     done = subprocess.run([sys.executable, "-c", f"{code}; {work}"], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "the checkpoint of step 4 could not be written; there is no earlier one" in done.stderr
-    assert "the disk is full while writing into" in done.stderr
+    assert re.search(r"checkpoint of step 4 .*disk is full", done.stderr, re.S), done.stderr
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
 class Stuck(Data):
-    """The last process never gets the audio of its third step."""
+    """The last process hangs while it reads the audio of its third step."""
 
     reads = 0
 
@@ -181,22 +179,20 @@ class Stuck(Data):
 def hang(out: Path) -> None:
     config = replace(TOY, batch_seconds=24.0, save_every=1)
     with distributed.process_group():
-        train(
-            Toy(), Data(micro_batches_per_step=4), replace(config, max_steps=1), out / "before"
-        )  # importing takes long
+        # The first training imports what it needs, which takes long.
+        train(Toy(), Data(micro_batches_per_step=4), replace(config, max_steps=1), out / "before")
         with watchdog(2 / 60):
             train(Toy(), Stuck(micro_batches_per_step=4), config, out)
 
 
-def test_a_process_that_hangs_is_named(tmp_path, capfd):
+def test_hanging_process_is_named(tmp_path, capfd):
     started = time.monotonic()
     assert distributed.launch([sys.executable, __file__, "hang", str(tmp_path)], 2) == 75
     assert time.monotonic() - started < 60
-    said = capfd.readouterr().err
-    assert said.count("jahubert: error: ") == 1
-    assert re.search(r"error: process 1 of 2 \(pid \d+ on .+\) hangs: at reading the audio of step 3 f", said)
-    assert re.search(r" for \d+ s; 1 of 2 wait for it\. The limit is hang_timeout_minutes=0\.033", said)
-    assert "time.sleep(1000)" in said
+    stderr = capfd.readouterr().err
+    assert stderr.count("jahubert: error: ") == 1
+    assert re.search(r"error: process 1 of 2 \(pid \d+ on .+\) hangs: at .* step 3 ", stderr), stderr
+    assert "hang_timeout_minutes=0.033" in stderr and "time.sleep(1000)" in stderr
     assert (tmp_path / "checkpoints" / "step_0000002").is_dir()
 
 
@@ -204,7 +200,7 @@ LIMIT = 4.0  # seconds
 
 
 def hang_in_a_stage(folder: Path) -> None:
-    """The last process is slow, then the first one at what it does alone; then the last one hangs."""
+    """The last process is slow, then rank 0 at work that it does alone; then the last process hangs."""
     from fixtures.unit_stages import stages
 
     from jahubert.train.data.manifest import Manifest
@@ -228,16 +224,16 @@ def hang_in_a_stage(folder: Path) -> None:
         runner.run_stage("label", configs["label"], folder / "label")
 
 
-def test_a_process_that_hangs_in_a_stage_is_named_and_a_slow_one_is_left_alone(tmp_path, capfd):
+def test_hanging_process_in_a_stage_is_named_and_a_slow_one_is_not(tmp_path, capfd):
     from fixtures.unit_stages import make_corpus
 
     make_corpus(tmp_path)
     assert distributed.launch([sys.executable, __file__, "stage", str(tmp_path)], 2) == 75
-    said = capfd.readouterr().err
-    assert said.count("healthy so far") == 2 and said.count("jahubert: error: ") == 1
-    assert re.search(rf"error: process 1 of 2 \(.+\) hangs: at {tmp_path}/label for \d+ s; 1 of 2 wait", said)
-    assert "time.sleep(nap)" in said
-    assert (tmp_path / "label/shards/000000.bin").exists()  # the share of the other one
+    stderr = capfd.readouterr().err
+    assert stderr.count("healthy so far") == 2 and stderr.count("jahubert: error: ") == 1
+    assert re.search(rf"error: process 1 of 2 \(.+\) hangs: at {tmp_path}/label for \d+ s", stderr), stderr
+    assert "time.sleep(nap)" in stderr
+    assert (tmp_path / "label/shards/000000.bin").exists()  # written by the other process
 
 
 def main(arguments: list[str]) -> int:

@@ -101,22 +101,22 @@ class Tones:
 
 
 class Learner(nn.Module):
-    """Masked prediction; in step `told_at` the last process, and no other, gets a signal."""
+    """Masked prediction; in step `stop_at` the last process, and no other, gets a signal."""
 
     seed = 7
     has_unused_parameters = True
 
-    def __init__(self, told_at: int | None = None, told: signal.Signals = signal.SIGTERM):
+    def __init__(self, stop_at: int | None = None, stop_signal: signal.Signals = signal.SIGTERM):
         super().__init__()
-        self.told_at, self.told = told_at, told
+        self.stop_at, self.stop_signal = stop_at, stop_signal
         torch.manual_seed(3)
         self.hubert = HubertModel(MODEL)
         self.head = UnitHead(MODEL.width, UNITS, 8)
         self.blocks = list(self.hubert.encoder.layers)
 
     def forward(self, batch: Batch, step: int) -> Loss:
-        if step + 1 == self.told_at and distributed.rank() == distributed.world() - 1:
-            signal.raise_signal(self.told)
+        if step + 1 == self.stop_at and distributed.rank() == distributed.world() - 1:
+            signal.raise_signal(self.stop_signal)
         encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
         logits_NK = self.head(encoded.hidden_BSD[batch.mask_BS])
         loss = unit_loss(logits_NK, batch.unit_N)
@@ -127,10 +127,10 @@ class Learner(nn.Module):
         return {"loss": sums["total"] / count, "accuracy": sums["correct"] / count}
 
 
-def learn(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **told):
-    """A run with its validation; the module after it, and what the engine returned."""
+def learn(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **stop):
+    """Train with validation; returns the state dict and the metrics, None if the run was stopped."""
     out.mkdir(parents=True, exist_ok=True)
-    module, data = Learner(**told), Tones()
+    module, data = Learner(**stop), Tones()
 
     def validate() -> dict[str, float]:
         sums = {"total": 0.0, "count": 0.0, "correct": 0.0}
@@ -158,13 +158,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def lines(out: Path) -> list[dict]:
-    """The metrics without what a clock said."""
+    """The metrics without timing."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
 
 
 def check_lines(a: Path, b: Path) -> None:
-    """The sums are added up in another order, so the last digits differ."""
+    """Sums are accumulated in another order, so the last digits differ."""
     assert [list(row) for row in lines(a)] == [list(row) for row in lines(b)]
     for row_a, row_b in zip(lines(a), lines(b), strict=True):
         assert row_a == pytest.approx(row_b, rel=1e-6)
@@ -175,14 +175,14 @@ def steps_in(folder: Path) -> list[int]:
 
 
 @pytest.mark.stack
-def test_the_import_survives_a_conda_environment():
+def test_import_restores_conda_prefix():
     code = "import os, jahubert.train.trainer.fairseq2; assert os.environ['CONDA_PREFIX'] == '/nowhere'"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "CONDA_PREFIX": "/nowhere"}, check=True)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Six steps in one process with the torch engine: what everything is compared with."""
+    """The reference: six steps of the torch engine in one process."""
     folder = tmp_path_factory.mktemp("torch")
     state, result = learn("torch", folder)
     save_file(state, folder / "end.safetensors")
@@ -191,7 +191,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.stack
-def test_the_same_weights_and_metrics(whole, tmp_path):
+def test_weights_and_metrics_equal_the_torch_engine(whole, tmp_path):
     state, result = learn("fairseq2", tmp_path)
     assert same(state, load_file(whole / "end.safetensors"))
     check_lines(tmp_path, whole)
@@ -201,7 +201,7 @@ def test_the_same_weights_and_metrics(whole, tmp_path):
 
 
 @pytest.mark.stack
-def test_recomputed_activations_and_kept_checkpoints(whole, tmp_path):
+def test_activation_checkpointing_and_keep_every(whole, tmp_path):
     config = replace(CONFIG, recompute=True, save_every=1, keep_every=2, keep_last=1)
     state, _ = learn("fairseq2", tmp_path, config=config)
     assert same(state, load_file(whole / "end.safetensors"))
@@ -209,8 +209,8 @@ def test_recomputed_activations_and_kept_checkpoints(whole, tmp_path):
 
 
 @pytest.mark.stack
-def test_the_trainer_cannot_be_imported_first():
-    """Where this fails, the import before it may go."""
+def test_importing_fairseq2_trainer_first_is_still_a_circular_import():
+    """If this fails, the workaround in the engine can be removed."""
     code = "import soundfile; from fairseq2.trainer import Trainer"
     environment = {name: value for name, value in os.environ.items() if name != "CONDA_PREFIX"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -218,22 +218,22 @@ def test_the_trainer_cannot_be_imported_first():
 
 
 @pytest.mark.stack
-def test_stopped_and_continued(whole, tmp_path):
-    _, result = learn("fairseq2", tmp_path, told_at=3)
+def test_stopped_run_is_resumed(whole, tmp_path):
+    _, result = learn("fairseq2", tmp_path, stop_at=3)
     assert result is None and steps_in(tmp_path / "checkpoints_fairseq2") == [3]
     state, result = learn("fairseq2", tmp_path)
     assert same(state, load_file(whole / "end.safetensors"))
     check_lines(tmp_path, whole)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
     again, result_again = learn("fairseq2", tmp_path)
-    assert same(again, state) and result_again == result  # and not one step more
+    assert same(again, state) and result_again == result  # without another step
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
     check_lines(tmp_path, whole)
 
 
 @pytest.mark.stack
 def test_stopped_in_the_last_step(whole, tmp_path):
-    _, result = learn("fairseq2", tmp_path, told_at=CONFIG.max_steps)
+    _, result = learn("fairseq2", tmp_path, stop_at=CONFIG.max_steps)
     assert result is None and CONFIG.max_steps in steps_in(tmp_path / "checkpoints_fairseq2")
     state, _ = learn("fairseq2", tmp_path)
     assert same(state, load_file(whole / "end.safetensors"))
@@ -241,21 +241,21 @@ def test_stopped_in_the_last_step(whole, tmp_path):
 
 
 @pytest.mark.stack
-def test_stopped_between_two_lines_and_before_a_validation_was_written(whole, tmp_path):
+def test_stop_between_log_lines_and_before_a_validation(whole, tmp_path):
     odd = replace(CONFIG, log_every=4, save_every=3, valid_every=3)
     learn("torch", tmp_path / "torch", config=odd)
-    learn("fairseq2", tmp_path / "ours", config=odd, told_at=3)
-    assert not (tmp_path / "ours" / "metrics.jsonl").exists()  # the validation of step 3 is still to come
+    learn("fairseq2", tmp_path / "ours", config=odd, stop_at=3)
+    assert not (tmp_path / "ours" / "metrics.jsonl").exists()  # step 3 has not been validated yet
     state, _ = learn("fairseq2", tmp_path / "ours", config=odd)
     assert same(state, load_file(whole / "end.safetensors"))
     check_lines(tmp_path / "ours", tmp_path / "torch")
 
 
 @pytest.mark.stack
-def test_killed_and_continued(whole, tmp_path):
+def test_killed_run_is_resumed(whole, tmp_path):
     killed = subprocess.run([sys.executable, __file__, str(tmp_path), "kill"], timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    # Step 3 was being saved in the background while step 4 was computed; it may be there or not.
+    # Step 3 was being saved in the background while step 4 was computed, so it may exist or not.
     assert [row["step"] for row in lines(tmp_path)] == [2, 2, 4, 4]
     state, _ = learn("fairseq2", tmp_path)
     assert same(state, load_file(whole / "end.safetensors"))
@@ -263,28 +263,28 @@ def test_killed_and_continued(whole, tmp_path):
 
 
 @pytest.mark.stack
-def test_the_best_step_is_kept(tmp_path):
+def test_best_weights_are_kept(tmp_path):
     config = replace(CONFIG, valid_every=1)
-    best = "accuracy"  # the smaller, the better: not the last step, if anything is learnt
+    best = "accuracy"  # minimized, so not the last step if accuracy improves
     wanted, metrics = learn("torch", tmp_path / "torch", config=config, best=best)
     assert metrics["best_step"] < 6
-    learn("fairseq2", tmp_path / "ours", config=config, best=best, told_at=4)
-    for _ in range(2):  # continued, and asked again
+    learn("fairseq2", tmp_path / "ours", config=config, best=best, stop_at=4)
+    for _ in range(2):  # resumed, then finished
         state, result = learn("fairseq2", tmp_path / "ours", config=config, best=best)
         assert same(state, wanted) and result == pytest.approx(metrics)
     check_lines(tmp_path / "ours", tmp_path / "torch")
 
 
 @pytest.mark.stack
-def test_engines_are_not_mixed(tmp_path):
+def test_checkpoints_of_another_engine_are_rejected(tmp_path):
     for engine, other in (("torch", "fairseq2"), ("fairseq2", "torch")):
-        learn(engine, tmp_path / engine, told_at=1)
+        learn(engine, tmp_path / engine, stop_at=1)
         with pytest.raises(StaleError, match=f"engine={engine}"):
             learn(other, tmp_path / engine)
 
 
 @pytest.mark.stack
-def test_a_loss_that_is_no_number_changes_nothing(tmp_path, monkeypatch):
+def test_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch):
     load = Tones.load
 
     def broken(self: Tones, micro: MicroBatch) -> Batch:
@@ -298,7 +298,7 @@ def test_a_loss_that_is_no_number_changes_nothing(tmp_path, monkeypatch):
     for engine in ("torch", "fairseq2"):
         with pytest.raises(
             JahubertError,
-            match=r"step 2: the loss is nan, and .* micro-batch 6 of epoch 0, utterances 'row \d",
+            match=r"step 2: non-finite loss nan in micro-batch 6 of epoch 0.*'row \d",
         ) as error:
             learn(engine, tmp_path / engine)
         errors.append(str(error.value))
@@ -306,8 +306,8 @@ def test_a_loss_that_is_no_number_changes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.stack
-def test_float16_overflows_are_told_and_end_a_run_that_has_nothing_else(tmp_path, monkeypatch):
-    """On a CPU, where fairseq2's scaler would do nothing: the same one, told that it may."""
+def test_fp16_overflows_are_counted_and_end_a_run_without_other_steps(tmp_path, monkeypatch):
+    """On a CPU, where fairseq2's loss scaler has to be enabled explicitly."""
     from jahubert.train.trainer import fairseq2 as engine_fairseq2
     from jahubert.train.trainer import trainer as engine
 
@@ -329,7 +329,7 @@ def test_float16_overflows_are_told_and_end_a_run_that_has_nothing_else(tmp_path
     monkeypatch.setattr(torch.amp.GradScaler, "_unscale_grads_", _infinite)
     errors = []
     for each in ("torch", "fairseq2"):
-        with pytest.raises(JahubertError, match="the float16 gradients overflow whatever") as error:
+        with pytest.raises(JahubertError, match="float16 gradients overflow") as error:
             learn(each, tmp_path / each, config=replace(CONFIG, max_steps=99, valid_every=0))
         errors.append(str(error.value).partition(": ")[2])
     assert errors[0] == errors[1]
@@ -360,16 +360,16 @@ def test_two_processes(whole, tmp_path):
     # One process adds the gradients up in another order.
     for name, value in load_file(whole / "end.safetensors").items():
         torch.testing.assert_close(wanted[name], value, rtol=1e-3, atol=1e-4)
-    with pytest.raises(StaleError, match="saved by 2 processes, but now there are 1"):
+    with pytest.raises(StaleError, match="saved by 2 processes"):
         learn("fairseq2", tmp_path / "fairseq2")
 
 
 def main(folder: Path) -> None:
-    """Every run of `test_two_processes`; a hang would be one process that stops a step before the other."""
+    """All runs of `test_two_processes`; it hangs if one process stops a step before the other."""
     with distributed.process_group():
         for engine in ("torch", "fairseq2"):
             runs = {engine: learn(engine, folder / engine)}
-            assert learn(engine, folder / f"{engine}-stopped", told_at=3)[1] is None
+            assert learn(engine, folder / f"{engine}-stopped", stop_at=3)[1] is None
             runs[f"{engine}-stopped"] = learn(engine, folder / f"{engine}-stopped")
             assert len({str(result) for _, result in runs.values()}) == 1
             for name, (state, _) in runs.items():
@@ -379,6 +379,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2:] == ["kill"]:
-        learn("fairseq2", Path(sys.argv[1]), told_at=5, told=signal.SIGKILL)
+        learn("fairseq2", Path(sys.argv[1]), stop_at=5, told=signal.SIGKILL)
     else:
         main(Path(sys.argv[1]))

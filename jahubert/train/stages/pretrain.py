@@ -34,9 +34,10 @@ from jahubert.train.evaluation.unit_checks import accuracy_problem
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, split_field
 from jahubert.train.experiment.registry import ENGINES, resolve
+from jahubert.train.trainer.loader import seed_micro_batch
 from jahubert.train.trainer.losses import unit_loss
 from jahubert.train.trainer.optim import TrainConfig
-from jahubert.train.trainer.trainer import Loss, seed_micro
+from jahubert.train.trainer.trainer import Loss
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
     for micro, batch in prefetch(
         data.load, data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world())
     ):
-        seed_micro(module.seed, micro)
+        seed_micro_batch(module.seed, micro)
         loss = module(batch.to(device), 0)
         for name in sums:
             sums[name] = sums[name] + (loss.count if name == "count" else loss.sums[name])

@@ -1,8 +1,8 @@
-"""Checkpoints of a run of `engine`: written beside the others, renamed when whole, the oldest dropped.
+"""Checkpoints of the default training engine.
 
-`torch.distributed.checkpoint` writes them, every process its share, and reads them again on any other
-number of processes, sharded or not. What a kill or a full disk left has another name than `step_N`; what a
-power failure cut short is known by the sizes in `run.json`, which is written last. Neither is continued.
+`torch.distributed.checkpoint` (DCP) saves them from all processes and loads them on any number of processes,
+sharded or not. A checkpoint is written to `step_N.tmp` and renamed when it is complete. `run.json`, written
+last, holds the size of every file, so that a checkpoint truncated by a power failure is recognized.
 """
 
 from __future__ import annotations
@@ -29,73 +29,83 @@ from jahubert.train.trainer.optim import TrainConfig
 log = logging.getLogger(__name__)
 
 
-def folder_of(out: Path, engine: str) -> Path:
+def checkpoint_folder(out: Path, engine: str) -> Path:
     """The folder of an engine's checkpoints under `out`.
 
     Raises:
-        StaleError: another engine began there; neither can read what the other one wrote.
+        StaleError: it has checkpoints of another engine, which this one cannot read.
     """
     folders = {"torch": out / "checkpoints", "fairseq2": out / "checkpoints_fairseq2"}
     for other, folder in folders.items():
         if other != engine and any(folder.glob("step_*[0-9]")):
             raise StaleError(
-                f"{folder}: this run was begun with engine={other}; continue it with that one, or delete "
-                f"{out} to begin again with engine={engine}"
+                f"{folder}: checkpoints of engine={other}; set train.engine={other} to resume, or delete "
+                f"{out} to start again with engine={engine}"
             )
     return folders[engine]
 
 
 class Checkpoints:
-    """The checkpoints of one run; all processes call its functions together."""
+    """The checkpoints of one run; methods are called in all processes together."""
 
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder, self.config = folder, config
 
-    def found(self) -> list[Path]:
-        """Those that are whole, the newest last."""
+    def intact(self) -> list[Path]:
+        """Complete and undamaged checkpoints, the newest last."""
         return [path for path in _by_step(self.folder) if not _damage(path)]
 
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
     ) -> None:
-        """Write the checkpoint of a step; `run` is what the engine knows besides weights and moments."""
-        beside, final = (self.folder / f"step_{step:07d}{end}" for end in (".tmp", ""))
+        """Save a checkpoint and delete those that are no longer kept.
+
+        Args:
+            run: JSON-ready state of the engine besides weights and optimizer state.
+        """
+        final = self.folder / f"step_{step:07d}"
+        temporary = self.folder / f"{final.name}.tmp"
         if distributed.rank0_broadcast(lambda: final.exists() and not _damage(final)):
             return
         if distributed.rank() == 0:
-            for old in (beside, final):
+            for old in (temporary, final):
                 shutil.rmtree(old, ignore_errors=True)
         distributed.barrier()
         try:
             weights, moments = get_state_dict(module, optimizer)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # DCP says at length that there is one process
-                dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
+                warnings.simplefilter("ignore")  # DCP warns when there is a single process
+                dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
             if distributed.rank() == 0:
-                sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
-                write_json(beside / "run.json", run | {"sizes": sizes})
-                _to_disk(beside)
-                beside.rename(final)
-                _to_disk(self.folder)
-        except BaseException:  # torch's CheckpointException is no Exception
+                sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+                write_json(temporary / "run.json", run | {"sizes": sizes})
+                _sync_folder(temporary)
+                temporary.rename(final)
+                _sync_folder(self.folder)
+        except BaseException:  # torch's CheckpointException is not an Exception
             if distributed.rank() == 0:
-                shutil.rmtree(beside, ignore_errors=True)  # a full disk has room again
-                last = f"{self.found()[-1]} stays" if self.found() else "there is no earlier one"
-                log.error("the checkpoint of step %d could not be written; %s", step, last)
+                shutil.rmtree(temporary, ignore_errors=True)  # free the space on a full disk
+                intact = self.intact()
+                kept = f"{intact[-1]} is kept" if intact else "there is no earlier checkpoint"
+                log.error("saving the checkpoint of step %d failed; %s", step, kept)
             raise
         if distributed.rank() == 0:
-            self._drop()
+            self._delete_old()
         distributed.barrier()
 
-    def _drop(self) -> None:
+    def _delete_old(self) -> None:
         """Delete all but the newest `keep_last` and those of every `keep_every` steps."""
         every = self.config.keep_every
-        for old in self.found()[: -self.config.keep_last]:
+        for old in self.intact()[: -self.config.keep_last]:
             if not every or int(old.name.removeprefix("step_")) % every:
                 shutil.rmtree(old)
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Load the newest checkpoint, if there is one, and give back what `save` was given as `run`."""
+        """Load the newest intact checkpoint, if there is one, and return the `run` that was saved with it.
+
+        Raises:
+            DataError: the checkpoint could not be read.
+        """
         if (newest := distributed.rank0_broadcast(self._newest)) is None:
             return None
         weights, moments = get_state_dict(module, optimizer)
@@ -104,11 +114,11 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.load(state, checkpoint_id=newest)
-        except (Exception, CheckpointException) as error:  # which is no Exception
+        except (Exception, CheckpointException) as error:  # the latter is not an Exception
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise DataError(
-                f"{newest}: this checkpoint cannot be read ({reason.strip()}); delete the folder to continue "
-                "from the one before it, or from the beginning where there is none"
+                f"{newest}: unreadable checkpoint ({reason.strip()}); delete this folder to resume from the "
+                "previous checkpoint"
             ) from error
         set_state_dict(
             module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
@@ -119,7 +129,7 @@ class Checkpoints:
         for path in reversed(_by_step(self.folder)):
             if not (damage := _damage(path)):
                 return path
-            log.warning("%s is left out, it is damaged: %s", path, damage)
+            log.warning("%s: damaged checkpoint ignored (%s)", path, damage)
         return None
 
 
@@ -128,19 +138,20 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, if anything: files are looked at, not read."""
+    """A description of the damage to a checkpoint, judged by file sizes; empty if it is intact."""
     try:
         sizes = json.loads((checkpoint / "run.json").read_text(encoding="utf-8")).get("sizes", {})
         for name, size in sizes.items():
-            if (there := (checkpoint / name).stat().st_size) != size:
-                return f"{name} has {there} bytes instead of {size}"
+            actual = (checkpoint / name).stat().st_size
+            if actual != size:
+                return f"{name} has {actual} bytes instead of {size}"
     except (OSError, ValueError) as error:
         return f"{error}"
     return ""
 
 
-def _to_disk(folder: Path) -> None:
-    """Names in a folder outlive a power failure only once the folder is written, too."""
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder to the disk, so that the names in it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,15 +1,15 @@
-"""The second engine: fairseq2's Trainer, gangs, checkpoint manager and recorders around the same objects.
+"""Training engine that drives the same objects with fairseq2's Trainer, gangs and checkpoint manager.
 
-Bit-identical to `jahubert.train.trainer.trainer` where the number of processes is a power of two.
-Two differences are left: a step whose float16 gradients overflow is repeated here, and a step there; and a
-gradient that is no number under a loss that is one is found by the loss of the next step.
+Results are bit-identical to `trainer` if the number of processes is a power of two, with two exceptions:
+a step whose float16 gradients overflow is repeated here (there it counts as a step), and a non-finite
+gradient with a finite loss is detected only by the loss of the next step.
 
-Its `run` of recipes, which logs every environment variable, and its data pipeline, which saves decoded
-audio and not the random state, are not used.
+fairseq2's recipe runner, which logs all environment variables, and its data pipeline, whose checkpoints hold
+decoded audio but no random state, are not used.
 
-Under `out`: `checkpoints_fairseq2/` (fairseq2's step_N folders, and run.json), `best.safetensors`,
-`metrics.jsonl`. A checkpoint holds pickles, so continue your own runs only, and as many processes as saved
-it must load it. Written against fairseq2 0.8.1; three of the names below are private there.
+Files under `out`: `checkpoints_fairseq2/` (fairseq2's step_N folders and run.json), `best.safetensors`,
+`metrics.jsonl`. The checkpoints contain pickles, so resume only your own runs, with the number of processes
+that saved them. Written for fairseq2 0.8.1; three of the imported names are private there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import soundfile  # noqa: F401  fairseq2 needs libsndfile, and finds the one that this has loaded
+import soundfile  # noqa: F401  loads the libsndfile that fairseq2 needs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,25 +33,29 @@ from jahubert.errors import MissingExtraError, StaleError
 from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.provenance import read_record, write_json
-from jahubert.train.trainer.checkpoints import folder_of
+from jahubert.train.trainer.checkpoints import checkpoint_folder
+from jahubert.train.trainer.loader import (
+    Data,
+    DataState,
+    MicroBatches,
+    check_shared_memory,
+    micro_batches,
+    seed_micro_batch,
+)
 from jahubert.train.trainer.metric_log import MetricLog, Window
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, lr_at, pick_precision
 from jahubert.train.trainer.parallel import wrap_blocks
+from jahubert.train.trainer.stop import StopDeadlineError, StopSignals, stop_signals
 from jahubert.train.trainer.trainer import (
-    Data,
-    DataState,
-    Micros,
-    check_finite,
-    micro_batches,
-    overflowing,
-    seed_micro,
-    stop_signals,
-    stopped,
+    DATA_SECONDS,
+    check_finite_loss,
+    overflow_error,
+    stopped_error,
 )
 
-_conda = os.environ.pop("CONDA_PREFIX", None)  # with it, fairseq2 looks for libsndfile in that folder only
+_conda = os.environ.pop("CONDA_PREFIX", None)  # if set, fairseq2 looks for libsndfile only there
 try:
-    import fairseq2.recipe  # noqa: F401  before the trainer, or their imports go round in a circle
+    import fairseq2.recipe  # noqa: F401  imported before fairseq2.trainer to avoid a circular import
     from fairseq2.checkpoint import NOOP_HG_EXPORTER, StandardCheckpointManager
     from fairseq2.datasets import DataReader
     from fairseq2.early_stopper import NOOP_EARLY_STOPPER
@@ -80,8 +84,8 @@ finally:
     if _conda is not None:
         os.environ["CONDA_PREFIX"] = _conda
 
-SUMS = "total_sums"  # the Trainer resets a metric at every publication unless it is called total_...
-AT_LEAST = 1e-30  # targets: a process without any would stay away from the sum over processes
+SUMS = "total_sums"  # the Trainer resets every metric at each publication unless its name starts with total_
+MIN_TARGETS = 1e-30  # a process that reports zero targets would not take part in the all-reduce
 
 
 def train(
@@ -93,24 +97,29 @@ def train(
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
 ) -> dict[str, float]:
-    """All as `engine.train`; and a checkpoint of another number of processes is a StaleError."""
-    run = _Run(module, data, config, out, validate, best)
-    with stop_signals() as signals, closing(run.reader):
-        if run.step < config.max_steps:  # a Trainer that has nothing to do would do one step more
-            run.steps(signals)
-            if run.told:
-                raise stopped(signals, run.step)
+    """Train `module`, as `jahubert.train.trainer.trainer.train` does.
+
+    Raises:
+        StaleError: the checkpoint was saved by another number of processes.
+    """
+    check_shared_memory(config)
+    run = _TrainingRun(module, data, config, out, validate, best)
+    with stop_signals() as run.stop, closing(run.reader):
+        if run.step < config.max_steps:  # a Trainer at the last step would train one step more
+            run.train_steps()
+            if run.stop_requested:
+                raise stopped_error(run.stop, run.step)
         else:
             run.manager.load_model_state(run.step, module)
         run.validate(run.step)
-    run.write()
+    run.save_state()
     distributed.barrier()
-    run.journal.load(read_record(run.state))  # the line of the last step was computed on the first process
-    return run.journal.close(best)
+    run.metric_log.load_state_dict(read_record(run.state_path))  # rank 0 computed the last training metrics
+    return run.metric_log.close(best)
 
 
-class _Run:
-    """What one training run consists of, in our terms; the classes below hand it to fairseq2."""
+class _TrainingRun:
+    """The state of one training run; the classes below adapt it to fairseq2's interfaces."""
 
     def __init__(
         self,
@@ -123,53 +132,57 @@ class _Run:
     ):
         self.device = distributed.process_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.mine, self.folder = config.accumulation_steps(distributed.world()), folder_of(out, "fairseq2")
+        self.accumulation_steps = config.accumulation_steps(distributed.world())
+        self.folder = checkpoint_folder(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config
         wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.validation, self.best = validation, best
-        self.journal, self.reader = MetricLog(module, config, out), _Reader(self)
+        self.metric_log, self.reader = MetricLog(module, config, out), _Reader(self)
         self.gangs = _gangs(self.device)
         files = NativeLocalFileSystem()
         tensors = _TorchTensorFileLoader(files), _TorchTensorFileDumper(files)
         self.manager = StandardCheckpointManager(
             out, self.gangs, files, *tensors, _StandardThreadPool(1), checkpoint_dir=self.folder
         )
-        self.state = self.folder / "run.json"
-        self.bag: MetricBag  # the Trainer's
+        self.state_path = self.folder / "run.json"
+        self.stop = StopSignals()  # received by this process
+        self.stop_requested = False  # received by any process
+        self.metric_bag: MetricBag  # of the Trainer
         self.step = self.manager.maybe_get_last_step_number(exclude_model_only=True) or 0
         self.validated, self.window, self.overflows = 0, Window(), 0
         self._restore()
 
     def _restore(self) -> None:
-        """Check the checkpoint that the Trainer will load, and load what stands beside it."""
+        """Check the checkpoint that the Trainer will load, and load the state that fairseq2 does not keep."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        saved = len(list((self.folder / f"step_{self.step}" / "trainer").glob("rank_*.pt")))
-        if self.step and saved != distributed.world():
+        n_saved = len(list((self.folder / f"step_{self.step}" / "trainer").glob("rank_*.pt")))
+        if self.step and n_saved != distributed.world():
             raise StaleError(
-                f"{self.folder}: step {self.step} was saved by {saved} processes, but now there are "
-                f"{distributed.world()}; start as many, or use engine=torch, whose checkpoints fit any number"
+                f"{self.folder}: step {self.step} was saved by {n_saved} processes, but this run has "
+                f"{distributed.world()}; start {n_saved} processes, or use train.engine=torch, whose "
+                "checkpoints load on any number"
             )
-        if self.step and self.state.exists():
-            state = read_record(self.state)
-            self.journal.load(state)
-            self.validated = min(state["validated"], self.step)  # what came after it is done again
-        self.journal.trim(self.step)
+        if self.step and self.state_path.exists():
+            state = read_record(self.state_path)
+            self.metric_log.load_state_dict(state)
+            self.validated = min(state["validated"], self.step)  # later validations are repeated
+        self.metric_log.trim(self.step)
         distributed.barrier()
 
-    def write(self) -> None:
-        """Keep what fairseq2's checkpoints have no place for."""
+    def save_state(self) -> None:
+        """Save the state that fairseq2's checkpoints have no place for."""
         if distributed.rank() == 0:
-            write_json(self.state, {"validated": self.validated, **self.journal.state()})
+            write_json(self.state_path, {"validated": self.validated, **self.metric_log.state_dict()})
 
-    def steps(self, signals: list[str]) -> None:
-        """Let the Trainer work until the last step or a signal."""
+    def train_steps(self) -> None:
+        """Run fairseq2's Trainer until the last step or a stop signal."""
         config, wrapped = self.config, self.module
-        if distributed.world() > 1:  # leave its normalize_grads alone: False fails
+        if distributed.world() > 1:  # with the default normalize_grads: False fails
             wrapped = to_ddp(
                 self.module, self.gangs, find_unused_parameters=self.module.has_unused_parameters
             )
         optimizer = build_optimizer(self.module, config)
-        fp16, unit = self.dtype is torch.float16, _Unit(self, wrapped, signals)
+        fp16, unit = self.dtype is torch.float16, _Unit(self, wrapped)
         trainer = Trainer(
             model=wrapped,
             unit=unit,
@@ -180,7 +193,7 @@ class _Run:
             optimizer=optimizer,
             lr_scheduler=_Schedule(optimizer, config),
             fp16_loss_scaler=StandardFloat16LossScaler(self.gangs) if fp16 else NOOP_FP16_LOSS_SCALER,
-            validator=NOOP_VALIDATOR,  # it would come after saving; see _Unit.set_step_nr
+            validator=NOOP_VALIDATOR,  # it would run after saving; see _Unit.set_step_nr
             early_stopper=NOOP_EARLY_STOPPER,
             checkpoint_manager=self.manager,
             hg_exporter=NOOP_HG_EXPORTER,
@@ -190,40 +203,40 @@ class _Run:
             device_stat_tracker=NOOP_DEVICE_STAT_TRACKER,
             wall_watch=Stopwatch(),
             progress_reporter=NOOP_PROGRESS_REPORTER,
-            seed=0,  # every micro-batch sets its own
+            seed=0,  # unused: every micro-batch is seeded
             no_sync_grad_accumulation=distributed.world() > 1,
             max_grad_norm=config.clip_norm or None,
-            max_num_steps=None,  # with a number, request_stop() does nothing
+            max_num_steps=None,  # with a number, request_stop() has no effect
             checkpoint_every_n_steps=config.save_every,
             keep_last_n_checkpoints=config.keep_last,
             keep_checkpoint_every_n_steps=config.keep_every or None,
-            # _Recorder writes the lines that are due.
+            # _Recorder logs only the steps that are due
             publish_metrics_every_n_steps=math.gcd(config.log_every, config.save_every),
         )
         unit.trainer = trainer
         try:
             trainer.run()
         except MinimumLossScaleReachedError as error:
-            raise overflowing(trainer.step_nr) from error
-        except TaskStopException:  # what always ends it
+            raise overflow_error(trainer.step_nr) from error
+        except TaskStopException:  # every run ends with request_stop()
             pass
-        self.step, self.told = trainer.step_nr, unit.told
+        self.step = trainer.step_nr
         trainer.close()
 
     def validate(self, step: int) -> None:
-        """Validate after `step` if that is due and was not done before the run was killed."""
-        if self.validation is None or step <= self.validated or not self.journal.validation_due(step):
+        """Validate after `step` if that is due and was not already done before the run was killed."""
+        if self.validation is None or step <= self.validated or not self.metric_log.validation_due(step):
             return
         distributed.heartbeat(f"the validation after step {step}")
         started = time.perf_counter()
-        self.journal.validate(step, self.validation, self.best)
+        self.metric_log.validate(step, self.validation, self.best)
         self.window.started += time.perf_counter() - started
         self.validated = step
-        self.write()
+        self.save_state()
 
 
-class _Held:
-    """A micro-batch for the Trainer, which calls `to` just before it computes: it is read only then."""
+class _LazyBatch:
+    """A micro-batch that is read when the Trainer moves it to the device, just before it is computed."""
 
     def __init__(self, reader: _Reader):
         self.reader = reader
@@ -236,55 +249,62 @@ class _Held:
 
 
 class _Reader(DataReader):
-    """This process's micro-batches of one step at each `next`, without end; its state is two integers."""
+    """Endless iterator over the steps of this process; each item is the list of micro-batches of a step."""
 
-    def __init__(self, run: _Run):
-        self.run, self.position = run, DataState(run.data.sampler)
-        self.stream: Micros | None = None
+    def __init__(self, run: _TrainingRun):
+        self.run, self.data_state = run, DataState(run.data.sampler)
+        self.micro_batches: MicroBatches | None = None
 
     def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
+        if self.micro_batches is not None:
+            self.micro_batches.close()
 
-    def __iter__(self) -> Iterator[list[_Held]]:
+    def __iter__(self) -> Iterator[list[_LazyBatch]]:
         return self
 
-    def __next__(self) -> list[_Held]:
+    def __next__(self) -> list[_LazyBatch]:
         run = self.run
-        if self.stream is None:
-            self.stream = micro_batches(run.data, run.config, run.device, **self.position.state())
-        self.position.forward(run.config.micro_batches_per_step)
-        return [_Held(self) for _ in range(run.mine)]
+        if self.micro_batches is None:
+            state = self.data_state.state_dict()
+            self.micro_batches = micro_batches(run.data, run.config, run.device, **state)
+        self.data_state.advance(run.config.micro_batches_per_step)
+        return [_LazyBatch(self) for _ in range(run.accumulation_steps)]
 
     def read(self) -> tuple[MicroBatch, Any]:
-        assert self.stream is not None  # __next__ made it
+        assert self.micro_batches is not None  # created by __next__
         distributed.heartbeat("the reading of audio")
         started = time.perf_counter()
-        found = next(self.stream)
+        try:
+            with self.run.stop.deadline(DATA_SECONDS):
+                micro_batch = next(self.micro_batches)
+        except StopDeadlineError as error:
+            raise StopDeadlineError(
+                f"{error} while waiting for data; rerun the same command to resume from the last checkpoint"
+            ) from None
         self.run.window.waiting += time.perf_counter() - started
         distributed.heartbeat("the computation of a step")
-        return found
+        return micro_batch
 
-    def reset(self) -> None: ...  # at the end of the data, which never comes
+    def reset(self) -> None: ...  # called at the end of the data, which is endless
 
     def state_dict(self) -> dict[str, object]:
-        # The Trainer forgets its norms; recent: since the last publication.
-        window, recent = self.run.window, self.run.bag.get("grad_norm", Mean)
+        # The Trainer does not save gradient norms; `recent` are those since the last publication.
+        window, recent = self.run.window, self.run.metric_bag.get("grad_norm", Mean)
         norm, steps = window.norm + float(recent.weighted_sum), window.steps + int(recent.weights)
-        return {**self.position.state(), "norm": norm, "steps": steps}
+        return {**self.data_state.state_dict(), "norm": norm, "steps": steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.position.load(state_dict)
+        self.data_state.load_state_dict(state_dict)
         if self.run.step % self.run.config.log_every:
             self.run.window.norm, self.run.window.steps = state_dict["norm"], state_dict["steps"]
 
     @property
     def num_accumulate(self) -> int:
-        return self.run.mine
+        return self.run.accumulation_steps
 
 
 class _Schedule(LRScheduler):
-    """`lr_at` itself: a LambdaLR would multiply, and round."""
+    """The learning rate of `lr_at`; LambdaLR would multiply by a factor, which rounds differently."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig):
         self.config = config
@@ -298,7 +318,7 @@ class _Schedule(LRScheduler):
 
 
 class _Sums(Metric):
-    """Named sums since the last log line, over all processes; kept in checkpoints, unlike other metrics."""
+    """Named sums over all processes since the last log line; unlike other metrics, saved in checkpoints."""
 
     def __init__(self, *, device: torch.device | None = None):
         super().__init__(device=device)
@@ -324,71 +344,72 @@ class _Sums(Metric):
 
 
 class _Unit(TrainUnit):
-    """One micro-batch, and what stands around a step: validation, a check of the loss, the wish to stop."""
+    """Computes micro-batches; around a step it validates, checks the loss and handles stop requests."""
 
-    def __init__(self, run: _Run, wrapped: nn.Module, signals: list[str]):
-        self.run, self.wrapped, self.signals = run, wrapped, signals
+    def __init__(self, run: _TrainingRun, wrapped: nn.Module):
+        self.run, self.wrapped = run, wrapped
         self.trainer: Trainer
-        self.step, self.stopping, self.told = -1, False, False  # after this step; by a signal
+        self.step = -1
+        self.stopping = False  # after this step: the last one, or a stop was requested
 
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
-        self.run.bag = metric_bag
+        self.run.metric_bag = metric_bag
         metric_bag.add(SUMS, _Sums())
 
     def set_step_nr(self, step_nr: int) -> None:
-        """Called before the first micro-batch of a step, counted from 1; again where it is repeated."""
+        """Called before the first micro-batch of a step (counted from 1), again if the step is repeated."""
         self.run.overflows += self.step == step_nr - 1
-        self.step = step_nr - 1  # validated here: no checkpoint is ahead of its validation
+        self.step = step_nr - 1  # validated now, so that no checkpoint is ahead of its validation
         self.run.validate(self.step)
         if self.step % self.run.config.log_every == 0:
-            self.run.bag.get(SUMS, _Sums).reset()
-        self.micros: list[tuple[MicroBatch, Tensor]] = []
+            self.run.metric_bag.get(SUMS, _Sums).reset()
+        self.losses: list[tuple[MicroBatch, Tensor]] = []
         self.total: Tensor | float = 0.0
 
-    def process_batch(self, batch: _Held, metric_bag: MetricBag) -> tuple[Tensor, float]:
-        seed_micro(self.run.module.seed, batch.micro)  # type: ignore[arg-type]
+    def process_batch(self, batch: _LazyBatch, metric_bag: MetricBag) -> tuple[Tensor, float]:
+        seed_micro_batch(self.run.module.seed, batch.micro)  # type: ignore[arg-type]
         loss = self.wrapped(batch.batch, self.step)
         metric_bag.get(SUMS, _Sums).update({"total": loss.total, "count": loss.count, **loss.sums})
         self.total = self.total + loss.total.detach()
-        self.micros.append((batch.micro, loss.total.detach()))
-        if len(self.micros) == self.run.mine:
-            self._agree()
-        return loss.total, max(float(loss.count), AT_LEAST)
+        self.losses.append((batch.micro, loss.total.detach()))
+        if len(self.losses) == self.run.accumulation_steps:
+            self._synchronize()
+        return loss.total, max(float(loss.count), MIN_TARGETS)
 
-    def _agree(self) -> None:
-        """All processes learn from this step, and go on after it, or none."""
+    def _synchronize(self) -> None:
+        """Check the loss and stop requests of all processes, so that all go on or none."""
         run = self.run
-        totals = distributed.all_reduce_sums({"total": self.total, "stop": len(self.signals)}, run.device)
-        check_finite(totals["total"], self.step + 1, self.micros, run.data)
-        self.told = totals["stop"] > 0
-        self.stopping = self.told or self.step + 1 >= run.config.max_steps
+        totals = distributed.all_reduce_sums({"total": self.total, "stop": len(run.stop.names)}, run.device)
+        check_finite_loss(totals["total"], self.step + 1, self.losses, run.data)
+        run.stop_requested = totals["stop"] > 0
+        self.stopping = run.stop_requested or self.step + 1 >= run.config.max_steps
         if self.stopping:
             self.trainer.request_stop()  # after this step
 
 
 class _Recorder(MetricRecorder):
-    """fairseq2's published metrics into our journal; only the first process calls it."""
+    """Passes metrics published by the Trainer, on rank 0 only, to the metric log."""
 
-    def __init__(self, run: _Run, unit: _Unit):
+    def __init__(self, run: _TrainingRun, unit: _Unit):
         self.run, self.unit = run, unit
 
     def record_metric_values(self, category: str, values: Any, step_nr: int | None = None) -> None:
         run, config = self.run, self.run.config
-        assert step_nr is not None  # the Trainer always gives it
+        assert step_nr is not None  # always given by the Trainer
         window, steps, run.step = run.window, step_nr - run.step, step_nr
         window.norm, window.steps = window.norm + steps * float(values["grad_norm"]), window.steps + steps
         if step_nr % config.log_every == 0 or step_nr == config.max_steps:
             window.sums = {name: float(value) for name, value in values[SUMS].items()}
             window.steps, window.overflows, run.overflows = window.steps + run.overflows, run.overflows, 0
-            run.journal.training(step_nr, *window.close())
+            run.metric_log.training(step_nr, *window.close())
         if self.unit.stopping:
-            run.write()
+            run.save_state()
 
     def close(self) -> None: ...
 
 
-class _KeptGangs(Gangs):
-    """Trainer.run() closes its gangs, and that ends the process group, which is not its own here."""
+class _SharedGangs(Gangs):
+    """Gangs that leave the process group open when Trainer.run() closes them."""
 
     def close(self) -> None: ...
 
@@ -396,6 +417,6 @@ class _KeptGangs(Gangs):
 def _gangs(device: torch.device) -> Gangs:
     if distributed.world() == 1:
         gangs = create_fake_gangs(device)
-    else:  # its own way to make a group refuses one that is there
+    else:  # ProcessGroupGang.create_default_process_group refuses an existing group
         gangs = create_parallel_gangs(ProcessGroupGang(dist.group.WORLD, device))
-    return _KeptGangs(**{field.name: getattr(gangs, field.name) for field in fields(gangs)})
+    return _SharedGangs(**{field.name: getattr(gangs, field.name) for field in fields(gangs)})

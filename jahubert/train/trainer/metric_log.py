@@ -1,4 +1,4 @@
-"""What is written down of a training run, by either engine: metrics, and the best weights."""
+"""Metric logging and tracking of the best weights, for both engines."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.optim import TrainConfig, lr_at
 from jahubert.train.trainer.parallel import full_state, load_full_state
@@ -22,54 +23,54 @@ log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Lines of metrics, and the weights of the step that did best in validation.
+    """Writer of `metrics.jsonl`, TensorBoard events and `best.safetensors`.
 
-    All processes call it alike; only the first one writes. `state()` belongs into a checkpoint.
+    Methods are called in all processes; only rank 0 writes.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig, out: Path):
         self.module, self.config, self.out = module, config, out
         self.best_value, self.best_metrics = math.inf, {}
         self.last_metrics: dict[str, float] = {}
-        self.board: Any = None
+        self.tensorboard: Any = None
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("best_value", "best_metrics", "last_metrics")}
 
-    def load(self, state: dict[str, Any]) -> None:
-        for name in self.state():
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.state_dict():
             setattr(self, name, state[name])
 
     def trim(self, step: int) -> None:
-        """Begin, or forget what a killed run wrote after the step that is continued."""
+        """Start logging after `step`: drop what a killed run logged after it."""
         if distributed.rank() == 0:
-            for note in self.config.warnings(distributed.world()):
-                log.warning("%s", note)
+            for message in self.config.warnings(distributed.world()):
+                log.warning("%s", message)
             trim_metrics(self.out / "metrics.jsonl", step)
-            self.board = _board(self.out / "tensorboard", step)
+            self.tensorboard = _summary_writer(self.out / "tensorboard", step)
 
     def training(
         self, step: int, sums: dict[str, float], norm: float, timing: dict[str, float], overflows: int
     ) -> None:
-        """The line of the steps since the last one: their sums, mean gradient norm and time."""
+        """Log the steps since the last call (arguments as returned by `Window.close`)."""
         self.last_metrics = self.module.metrics(sums, sums["count"])  # type: ignore[operator]
         if distributed.rank() == 0:
             row = {"step": step, **self.last_metrics, "grad_norm": norm, "lr": lr_at(step - 1, self.config)}
             row |= {"overflows": overflows} if overflows else {}
-            left = (self.config.max_steps - step) * timing["seconds"] / max(1, timing["steps"])
+            remaining = (self.config.max_steps - step) * timing["seconds"] / max(1, timing["steps"])
             timing = timing | {"audio_hours_an_hour": sums.get("seconds", 0.0) / timing["seconds"]}
             self._write(row | {"timing": timing})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-            shown += f"  {timing['audio_hours_an_hour']:.4g} audio-h/h"
-            shown += f"  waiting for data {timing['waiting']:.1%}  {duration(left)} left"
-            log.info("step %d/%d  %s", step, self.config.max_steps, shown)
+            line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+            line += f"  {timing['audio_hours_an_hour']:.4g} audio-h/h"
+            line += f"  waiting for data {timing['waiting']:.1%}  {duration(remaining)} left"
+            log.info("step %d/%d  %s", step, self.config.max_steps, line)
 
     def validation_due(self, step: int) -> bool:
         every = self.config.valid_every
         return bool(every) and step > 0 and (step % every == 0 or step == self.config.max_steps)
 
     def validate(self, step: int, validate: Callable[[], dict[str, float]], best: str | None) -> None:
-        """Validate the module as it is after `step`; keep its weights if `best` was never smaller."""
+        """Validate the module after `step`; save its weights if metric `best` is lower than ever before."""
         self.module.eval()
         with torch.no_grad():
             metrics = validate()
@@ -81,14 +82,13 @@ class MetricLog:
             self.best_value, self.best_metrics = metrics[best], {**metrics, "best_step": float(step)}
             state = full_state(self.module)
             if distributed.rank() == 0:
-                beside = self.out / "best.safetensors.tmp"
-                save_file({name: value.cpu().clone() for name, value in state.items()}, beside)
-                beside.replace(self.out / "best.safetensors")
+                with atomic_path(self.out / "best.safetensors") as temporary:
+                    save_file({name: value.cpu().clone() for name, value in state.items()}, temporary)
 
     def close(self, best: str | None) -> dict[str, float]:
-        """The metrics of the run; where `best` is given, the module gets its best weights back."""
-        if self.board is not None:
-            self.board.close()
+        """The final metrics; with `best`, those of the best step, whose weights the module gets."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         if best is not None and (self.out / "best.safetensors").exists():
             load_full_state(self.module, load_file(self.out / "best.safetensors"))
             return self.best_metrics
@@ -97,17 +97,20 @@ class MetricLog:
     def _write(self, row: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.board is not None:
+        if self.tensorboard is not None:
             timing = {f"timing/{name}": value for name, value in row.get("timing", {}).items()}
             for name, value in (row | timing).items():
-                if name not in ("step", "timing"):
-                    kind = "validation/" if name.startswith("valid_") else "" if "/" in name else "training/"
-                    self.board.add_scalar(kind + name.removeprefix("valid_"), value, row["step"])
-            self.board.flush()
+                if name in ("step", "timing"):
+                    continue
+                tag = name if "/" in name else f"training/{name}"
+                if name.startswith("valid_"):
+                    tag = "validation/" + name.removeprefix("valid_")
+                self.tensorboard.add_scalar(tag, value, row["step"])
+            self.tensorboard.flush()
 
 
-def _board(folder: Path, step: int) -> Any:
-    """TensorBoard's writer, or None where it is not installed; it hides what was written after `step`."""
+def _summary_writer(folder: Path, step: int) -> Any:
+    """A TensorBoard writer that hides events after `step`; None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -116,12 +119,12 @@ def _board(folder: Path, step: int) -> Any:
 
 
 class Window:
-    """Sums, gradient norms and time since the last line."""
+    """Sums, gradient norms and timing of the steps since the last logged line."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.norm, self.steps, self.waiting, self.started = 0.0, 0, 0.0, time.perf_counter()
-        self.overflows = 0  # steps whose float16 gradients overflowed: they have no norm, and taught nothing
+        self.overflows = 0  # skipped steps, whose float16 gradients overflowed; their norm is not finite
 
     def add(self, totals: dict[str, float], norm: float) -> None:
         for name, value in totals.items():
@@ -133,25 +136,25 @@ class Window:
             self.overflows += 1
 
     def close(self) -> tuple[dict[str, float], float, dict[str, float], int]:
-        """Sums, mean norm, timing and overflows, for `Journal.training`; the window is empty again."""
+        """Return (sums, mean gradient norm, timing, overflows) and reset the window."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         timing = {"seconds": seconds, "steps": self.steps, "waiting": self.waiting / seconds}
         result = self.sums, self.norm / max(1, self.steps - self.overflows), timing, self.overflows
         self.__init__()  # type: ignore[misc]
         return result
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         seconds = time.perf_counter() - self.started
         return {name: value for name, value in vars(self).items() if name != "started"} | {"seconds": seconds}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in vars(self).keys() - {"started"}:
             setattr(self, name, state[name])
         self.started = time.perf_counter() - state["seconds"]
 
 
 def duration(seconds: float) -> str:
-    """A time to wait for, in the two largest units that matter."""
+    """A duration rounded for display, such as `3 h 05 min`."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
@@ -161,7 +164,7 @@ def duration(seconds: float) -> str:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after the checkpoint that is continued."""
+    """Drop lines after `step`, and a partial last line, from a metrics file of a killed run."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -170,8 +173,7 @@ def trim_metrics(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:  # the line that was being written
+        except ValueError:  # partially written when the run was killed
             break
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
+    with atomic_write(path) as file:
+        file.writelines(line + "\n" for line in kept)

@@ -1,7 +1,7 @@
-"""One module over all processes: whole copies of it (DDP), or a shard in each (FSDP2).
+"""Data parallelism for one module: DDP, or sharding with FSDP2; activation checkpointing and torch.compile.
 
-The module stays the caller's object. Sharded, its parameters are DTensors while it trains; `gather` makes
-plain ones of them again.
+The caller keeps its module. With sharding, its parameters are DTensors during training;
+`Parallel.unshard_parameters` turns them into plain ones again.
 """
 
 from __future__ import annotations
@@ -22,26 +22,25 @@ from torch.utils.checkpoint import checkpoint
 
 from jahubert.train.experiment import distributed
 
-_WHOLE = StateDictOptions(full_state_dict=True)
+_FULL = StateDictOptions(full_state_dict=True)
 
 
 class Parallel:
-    """Calls the module and decides when its gradients are summed over the processes.
+    """A module wrapped for data-parallel training, with control over when gradients are reduced.
 
     Args:
-        module: already on its device. Its `blocks` are sharded one by one, so that only one of them is
-            whole at a time.
+        module: already on its device. Its `blocks` are sharded separately, so that only one of them is
+            unsharded at a time.
         sharded: FSDP2 instead of DDP. Every process must run the same blocks in the same order.
     """
 
     def __init__(self, module: nn.Module, sharded: bool):
-        self.module, self.call = module, module
-        self.blocks: list[Any] = []  # in FSDP2's hands, the module itself last
+        self.module, self.wrapped = module, module
+        self.shards: list[Any] = []  # modules sharded by FSDP2; the root module is the last one
         if distributed.world() == 1:
             return
         if not sharded:
-            # Layer drop leaves blocks out of a backward pass, and frozen phases leave more.
-            self.call = DistributedDataParallel(
+            self.wrapped = DistributedDataParallel(
                 module, find_unused_parameters=bool(module.has_unused_parameters)
             )
             return
@@ -49,50 +48,52 @@ class Parallel:
 
         for part in [*cast(Any, module.blocks), module]:
             fully_shard(part)
-            self.blocks.append(part)
+            self.shards.append(part)
 
     def __call__(self, *args: Any) -> Any:
-        return self.call(*args)
+        return self.wrapped(*args)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Only behind the last micro-batch of a step are gradients summed over the processes."""
-        if isinstance(self.call, DistributedDataParallel) and not last:
-            with self.call.no_sync():
+        """Reduce gradients over the processes only in the backward pass of the last micro-batch of a step."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            with self.wrapped.no_sync():
                 yield
             return
-        if self.blocks:
-            self.blocks[-1].set_requires_gradient_sync(last)
+        if self.shards:
+            self.shards[-1].set_requires_gradient_sync(last)
         yield
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Parameters are whole inside: for validation, where processes see different numbers of batches."""
-        for block in self.blocks:
-            block.set_reshard_after_forward(False, recurse=False)
-            block.unshard()
+    def unsharded(self) -> Iterator[None]:
+        """Keep the parameters unsharded: for validation, as processes have different numbers of batches."""
+        for shard in self.shards:
+            shard.set_reshard_after_forward(False, recurse=False)
+            shard.unshard()
         yield
-        for block in self.blocks:
-            block.reshard()
-            block.set_reshard_after_forward(block is not self.module, recurse=False)
+        for shard in self.shards:
+            shard.reshard()
+            shard.set_reshard_after_forward(shard is not self.module, recurse=False)
 
-    def gather(self) -> None:
-        """Plain, whole parameters again, for whoever saves the module; all processes call it together."""
-        if not self.blocks:
+    def unshard_parameters(self) -> None:
+        """Replace DTensors by plain parameters, for saving the module; called in all processes together."""
+        if not self.shards:
             return
         for name, value in full_state(self.module).items():
-            owner, _, attribute = name.rpartition(".")
-            own = self.module.get_submodule(owner)
-            if attribute in own._parameters:
-                own._parameters[attribute] = nn.Parameter(value)
+            prefix, _, attribute = name.rpartition(".")
+            owner = self.module.get_submodule(prefix)
+            if attribute in owner._parameters:
+                owner._parameters[attribute] = nn.Parameter(value)
 
 
 def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) -> None:
-    """Let blocks of a module save memory or time; neither changes names nor, but for rounding, results.
+    """Apply activation checkpointing or torch.compile to blocks in place.
+
+    Neither changes parameter names, nor results beyond rounding.
 
     Args:
-        recompute: keep only what goes into a block, and compute the block again when gradients are due.
-        compiled: torch.compile each block. Lengths differ from batch to batch, so sizes are left open.
+        recompute: store only the input of a block and recompute the block in the backward pass.
+        compiled: torch.compile each block with dynamic shapes, as lengths differ between batches.
     """
     for block in blocks:
         if recompute:
@@ -102,15 +103,15 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors, sharded or not; all processes call it together."""
-    return {name: value.detach() for name, value in get_model_state_dict(module, options=_WHOLE).items()}
+    """The state dict with full tensors, sharded or not; called in all processes together."""
+    return {name: value.detach() for name, value in get_model_state_dict(module, options=_FULL).items()}
 
 
 def load_full_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """The way back; the state is the same in every process."""
-    set_model_state_dict(module, state, options=_WHOLE)
+    """Load a state dict with full tensors, the same in every process."""
+    set_model_state_dict(module, state, options=_FULL)
 
 
 def full_norm(value: Tensor) -> float:
-    """A norm that FSDP2 leaves in shares, as one number."""
+    """The value of a norm, which FSDP2 returns as a DTensor."""
     return float(value.full_tensor() if hasattr(value, "full_tensor") else value)

@@ -1,11 +1,13 @@
-"""Which process hangs: each says in a store that all can reach what it is at, and for how long.
+"""Watchdog that ends a distributed run when one of its processes hangs, and names that process.
 
-In a group of processes one that stands still (a dead file server, a stuck GPU) lets all others wait for
-it inside a sum over processes, and none of them knows for whom. Here a thread of each process looks after
-it. When its process has not moved for the limit, it reads what the others are at. One that others may wait
-for long, because its share is the largest, still gives signs of life; who is behind and gives none is named,
-with the place where it stands, and the processes end with the status that asks a scheduler to start them
-again.
+When one process of a group hangs (a dead file server, a stuck GPU), all others wait for it in a collective
+operation without knowing for whom. A thread in every process therefore publishes the last heartbeat of its
+process in a key-value store on rank 0. When its own process has made no progress for the time limit, the
+thread reads the heartbeats of all. A process that is behind the others and gave no sign of life is reported
+with its stack, and all processes exit with the status that asks a scheduler to restart them. A process that
+is only slow, because its share of the work is the largest, still ticks and is left alone.
+
+A second thread covers the case that rank 0 itself, and with it the store, no longer responds.
 """
 
 from __future__ import annotations
@@ -25,122 +27,158 @@ from datetime import timedelta
 import torch.distributed as dist
 from tqdm import tqdm
 
-from jahubert import prefetch as ahead
+from jahubert import prefetch
 from jahubert.errors import Stopped
 from jahubert.train.experiment import distributed
 
-_PATIENCE = timedelta(seconds=30)  # with the store
+_STORE_TIMEOUT = timedelta(seconds=30)
+_RESUME = "what was saved is kept; rerun the same command to resume"
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a process is at, as it stands in the store."""
+    """The state of a process as published in the store."""
 
     name: str  # of the process
-    number: int  # of its place; the smallest is behind
+    number: int  # of its heartbeat; the process with the smallest number is behind
     place: str
-    seconds: float  # without a sign of life
-    alone: bool  # at work that has no limit
-    stack: str  # where it stands in the code, once that is long ago
+    seconds: float  # since the last sign of life
+    alone: bool  # doing work of rank 0 that has no time limit
+    stack: str  # of the main thread, once the last sign of life is long ago
 
 
 @contextmanager
 def watchdog(minutes: float) -> Iterator[None]:
-    """Look after the processes inside; all of them enter together.
+    """Watch the processes inside the block, which all of them enter together.
 
     Args:
-        minutes: without a sign of life, after which a process that is behind is named and all end. 0: never.
+        minutes: without a sign of life until a process that is behind is reported and all exit; 0: never.
     """
     if distributed.world() == 1 or not minutes:
         yield
         return
     watcher = _Watcher(60 * minutes)
-    thread = threading.Thread(target=watcher.look, name="hang-watch", daemon=True)
-    thread.start()
+    threads = [
+        threading.Thread(target=work, name="watchdog", daemon=True)
+        for work in (watcher.watch, watcher.watch_store)
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
-        watcher.over.set()
-        thread.join()
+        watcher.done.set()
+        for thread in threads:
+            thread.join(timeout=_STORE_TIMEOUT.total_seconds())  # it may be waiting for the store
 
 
 class _Watcher:
-    """Of this process, and the store in the first one where all say what they are at."""
+    """The watchdog of one process and its connection to the store on rank 0."""
 
     def __init__(self, limit: float):
-        self.limit, self.every, self.over = limit, min(10.0, limit / 10), threading.Event()
-        self.rank, self.world, self.main = distributed.rank(), distributed.world(), threading.get_ident()
+        self.limit, self.interval, self.done = limit, min(10.0, limit / 10), threading.Event()
+        self.rank, self.world = distributed.rank(), distributed.world()
+        self.main_thread = threading.get_ident()
         self.name = f"process {self.rank} of {self.world} (pid {os.getpid()} on {socket.gethostname()})"
-        self.seen: dict[int, tuple[bytes, float]] = {}  # the last beat of each, and when it was first read
+        self.seen: dict[int, tuple[bytes, float]] = {}  # rank: its last status, and when it was first read
+        self.unanswered = 0  # intervals since the store last responded
 
         def store(port: int) -> dist.TCPStore:
-            host, first = os.environ["MASTER_ADDR"], self.rank == 0
-            return dist.TCPStore(host, port, is_master=first, wait_for_workers=False, timeout=_PATIENCE)
+            host, server = os.environ["MASTER_ADDR"], self.rank == 0
+            return dist.TCPStore(host, port, is_master=server, wait_for_workers=False, timeout=_STORE_TIMEOUT)
 
         server = store(0) if self.rank == 0 else None
         port = distributed.rank0_broadcast(lambda: server.port if server else 0)
         self.store = server or store(port)
-        self._say()
-        distributed.barrier()  # from here on there is a beat of each
+        self._publish()
+        distributed.barrier()  # all have published
 
-    def look(self) -> None:
-        """Until it is over: say what this process is at, and look at the others when it stands too long."""
-        while not self.over.wait(self.every):
-            late = time.monotonic() - distributed.last_heartbeat().moved > self.limit
+    def watch(self) -> None:
+        """Publish the status of this process, and check the others when this one has waited for too long."""
+        while not self.done.wait(self.interval):
+            waiting = time.monotonic() - distributed.last_heartbeat().moved > self.limit
             try:
-                self._say()
-                if late and (verdict := self._verdict()) and self.store.add("told", 1) == 1:
-                    tqdm.write(f"jahubert: error: {verdict}", file=sys.stderr)
-                    self.store.set("said", "")
-                ends = self.store.check(["said"])
-            except RuntimeError:  # the first process is gone, and the store with it
-                ends = late
-            if ends and self.rank == 0:  # the others read from its store that they end
-                self.over.wait(2 * self.every)
-            if ends and not self.over.is_set():
-                os._exit(Stopped.exit_status)  # the main thread would not come back from where it is
+                self._publish()
+                if waiting and (report := self._report()) and self.store.add("reports", 1) == 1:
+                    tqdm.write(f"jahubert: error: {report}", file=sys.stderr)
+                    self.store.set("exit", "")
+                ending = self.store.check(["exit"])
+                self.unanswered = 0
+            except RuntimeError:  # rank 0 has exited, and the store with it
+                ending = waiting
+            if ending and self.rank == 0:  # the others read from its store that they are to exit
+                self.done.wait(2 * self.interval)
+            if ending:
+                self._exit()
 
-    def _say(self) -> None:
-        now = distributed.last_heartbeat()
-        seconds = time.monotonic() - now.moved
+    def watch_store(self) -> None:
+        """Exit when rank 0 no longer responds: then `watch` waits for its store, without a time limit.
+
+        Counts intervals, not seconds: a group of processes that was suspended as a whole goes on.
+        """
+        while not self.done.wait(self.interval):
+            self.unanswered += 1
+            if self.unanswered * self.interval <= self.limit + 2 * self.interval:
+                continue
+            if self.rank == 1:  # one report is enough
+                tqdm.write(
+                    f"jahubert: error: process 0 of {self.world} hangs: no response from it for "
+                    f"{self.unanswered * self.interval:.0f} s; {distributed.last_heartbeat().place} in "
+                    f"{self.name}. The limit is hang_timeout_minutes={self.limit / 60:g}; {_RESUME}",
+                    file=sys.stderr,
+                )
+            self._exit()
+
+    def _exit(self) -> None:
+        if not self.done.is_set():
+            os._exit(Stopped.exit_status)  # the main thread would not return from where it waits
+
+    def _publish(self) -> None:
+        heartbeat = distributed.last_heartbeat()
+        seconds = time.monotonic() - heartbeat.moved
         stack = self._stack() if seconds > self.limit / 2 else ""
-        beat = Status(self.name, now.number, now.place, seconds, now.alone, stack)
-        self.store.set(str(self.rank), json.dumps(asdict(beat)))
+        status = Status(self.name, heartbeat.number, heartbeat.place, seconds, heartbeat.alone, stack)
+        self.store.set(str(self.rank), json.dumps(asdict(status)))
 
-    def _beats(self) -> list[Status]:
-        """Of all processes. One whose beat stays the same is dead, or so stuck that its thread is, too."""
-        beats, now = [], time.monotonic()
-        for rank, said in enumerate(self.store.multi_get([str(rank) for rank in range(self.world)])):
-            if rank not in self.seen or self.seen[rank][0] != said:
-                self.seen[rank] = said, now
-            beat = Status(**json.loads(said))
-            beats.append(replace(beat, seconds=beat.seconds + now - self.seen[rank][1]))
-        return beats
+    def _statuses(self) -> list[Status]:
+        """Of all processes. The age of one that is no longer published keeps growing."""
+        statuses, now = [], time.monotonic()
+        for rank, text in enumerate(self.store.multi_get([str(rank) for rank in range(self.world)])):
+            if rank not in self.seen or self.seen[rank][0] != text:
+                self.seen[rank] = text, now
+            status = Status(**json.loads(text))
+            statuses.append(replace(status, seconds=status.seconds + now - self.seen[rank][1]))
+        return statuses
 
-    def _verdict(self) -> str:
-        """Who hangs, or nothing."""
-        beats = self._beats()
-        least = min(beat.number for beat in beats)
-        behind = [beat for beat in beats if beat.number == least]
-        hang = [beat for beat in behind if beat.seconds > self.limit and not beat.alone]
-        if not hang:
+    def _report(self) -> str:
+        """A description of the processes that hang; empty if there are none."""
+        statuses = self._statuses()
+        least = min(status.number for status in statuses)
+        behind = [status for status in statuses if status.number == least]
+        hanging = [status for status in behind if status.seconds > self.limit and not status.alone]
+        if not hanging:
             return ""
-        names = "; ".join(f"{beat.name} hangs: at {beat.place} for {beat.seconds:.0f} s" for beat in hang)
+        names = "; ".join(
+            f"{status.name} hangs: at {status.place} for {status.seconds:.0f} s" for status in hanging
+        )
         return (
-            f"{names}; {len(beats) - len(behind)} of {self.world} wait for it. The limit is "
-            f"hang_timeout_minutes={self.limit / 60:g}; what was saved stays, the same command continues. "
-            f"{hang[0].name} stands here:\n{hang[0].stack}"
+            f"{names}; {len(statuses) - len(behind)} of {self.world} processes wait. The limit is "
+            f"hang_timeout_minutes={self.limit / 60:g}; {_RESUME}. "
+            f"Stack of {hanging[0].name}:\n{hanging[0].stack}"
         )
 
     def _stack(self) -> str:
-        """Of the main thread, and of those that do its work ahead."""
-        frames, shown = sys._current_frames(), []
-        helping = [
-            thread.ident for thread in threading.enumerate() if thread.name.startswith(ahead.THREAD_PREFIX)
+        """The innermost frames of the main thread and of busy prefetching threads."""
+        frames = sys._current_frames()
+        threads = [
+            thread.ident for thread in threading.enumerate() if thread.name.startswith(prefetch.THREAD_PREFIX)
         ]
-        for thread in (self.main, *helping):
-            if thread in frames:
-                lines = traceback.format_stack(frames[thread])
-                idle = thread != self.main and "work_queue.get" in lines[-1]
-                shown += [] if idle else lines[-4:]
-        return "".join(shown)
+        lines = []
+        for thread in (self.main_thread, *threads):
+            if thread not in frames:
+                continue
+            stack = traceback.format_stack(frames[thread])
+            idle = thread != self.main_thread and "work_queue.get" in stack[-1]
+            if not idle:
+                lines += stack[-4:]
+        return "".join(lines)

@@ -1,4 +1,4 @@
-"""What saves time, memory or rounding in a training of the real model changes nothing that is learnt."""
+"""Tests of training options with the real model: recomputation, compilation, precision, processes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ from jahubert.model.packing import Packing
 from jahubert.train.experiment import distributed
 from jahubert.train.pipeline import runner
 from jahubert.train.stages.pretrain import Pretrainer
-from jahubert.train.trainer import trainer as engine
+from jahubert.train.trainer import loader, trainer
+from jahubert.train.trainer.loader import DataState
 from jahubert.train.trainer.metric_log import duration
 from jahubert.train.trainer.optim import TrainConfig, pick_precision
+from jahubert.train.trainer.parallel import wrap_blocks
 from jahubert.train.trainer.trainer import train
 
 TONES = FIXTURES / "tones"
@@ -54,40 +56,40 @@ def plain(tmp_path_factory):
     return learn(tmp_path_factory.mktemp("plain"))
 
 
-def test_recomputed_activations_learn_the_same(plain, tmp_path):
-    """With dropout and layer drop: the second forward pass draws what the first one drew."""
+def test_activation_checkpointing_does_not_change_the_result(plain, tmp_path):
+    """With dropout and layer drop: the second forward pass draws the same random numbers."""
     weights, metrics = learn(tmp_path, recompute=True)
     assert all(torch.equal(weights[name], value) for name, value in plain[0].items())
     assert weights.keys() == plain[0].keys() and metrics == plain[1]
 
 
-def kept_bytes(recompute: bool) -> int:
-    """What a forward pass keeps for the backward pass, each storage once."""
+def saved_bytes(recompute: bool) -> int:
+    """Bytes that a forward pass saves for the backward pass, each storage counted once."""
     torch.manual_seed(0)
     module = Pretrainer(
         replace(MODEL, layers=6, layer_drop=0.0), UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3
     )
-    engine.lighten(module.blocks, recompute, False)
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    kept: dict[int, int] = {}
+    wrap_blocks(module.blocks, recompute, False)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    saved: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         encoded = module.hubert(torch.randn(2, 32_000))
         loss = encoded.hidden_BSD.sum()
     loss.backward()
-    return sum(size for place, size in kept.items() if place not in own)
+    return sum(size for address, size in saved.items() if address not in parameters)
 
 
-def test_recomputing_keeps_less():
-    assert kept_bytes(recompute=True) < 0.5 * kept_bytes(recompute=False)
+def test_activation_checkpointing_saves_memory():
+    assert saved_bytes(recompute=True) < 0.5 * saved_bytes(recompute=False)
 
 
-def test_a_compiled_block_on_a_gpu_is_compiled_once_whatever_the_batch():
-    """The GPU's way through attention, on the CPU: sizes are left open, so one graph serves all batches."""
+def test_compiled_block_is_not_recompiled_for_every_batch():
+    """With the attention path of a GPU, on the CPU: shapes are dynamic, so one graph serves all batches."""
     still = replace(MODEL, dropout=0.0, attention_dropout=0.0)
     block, counter, rng = EncoderLayer(still), CompileCounter(), np.random.default_rng(0)
     block.compile(backend=counter, dynamic=True)
@@ -97,12 +99,12 @@ def test_a_compiled_block_on_a_gpu_is_compiled_once_whatever_the_batch():
         packing.fused = True
         packing.mask_B11S = (torch.arange(max(n_frames)) < torch.tensor(n_frames)[:, None])[:, None, None]
         block(torch.randn(len(packing.index_N), still.width), packing)
-    assert counter.frame_count <= 3  # one row is a case of its own
+    assert counter.frame_count <= 3  # a batch of one row is specialized
 
 
 @pytest.mark.slow
-def test_compiled_blocks_learn_the_same(plain, tmp_path):
-    """Without dropout, for which inductor draws other numbers."""
+def test_compilation_does_not_change_the_result(plain, tmp_path):
+    """Without dropout, for which inductor draws other random numbers."""
     eager = learn(tmp_path / "eager", QUIET)
     compiled = learn(tmp_path / "compiled", QUIET, compile=True)
     assert compiled[0].keys() == plain[0].keys()  # the same names in a checkpoint
@@ -112,15 +114,15 @@ def test_compiled_blocks_learn_the_same(plain, tmp_path):
         assert one == pytest.approx(other, rel=1e-4)
 
 
-def test_a_late_epoch_is_continued_without_reading_what_was_before(tmp_path, monkeypatch):
-    reached = engine.DataState(Noise().sampler)
-    reached.forward(2 * 5_000)
+def test_resuming_in_a_late_epoch_reads_only_its_own_batches(tmp_path, monkeypatch):
+    reached = DataState(Noise().sampler)
+    reached.advance(2 * 5_000)
     assert reached.epoch > 1_000
 
     def late(self) -> None:
-        self.step, self.position = 5_000, reached
+        self.step, self.data_state = 5_000, reached
 
-    monkeypatch.setattr(engine._Run, "restore", late)
+    monkeypatch.setattr(trainer._TrainingRun, "restore", late)
     data = Noise()
     module = Pretrainer(MODEL, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
     train(module, data, replace(CONFIG, max_steps=5_001), tmp_path)
@@ -131,18 +133,18 @@ def test_a_late_epoch_is_continued_without_reading_what_was_before(tmp_path, mon
     assert data.read[0] == epoch[data.read[0].index]
 
 
-def test_checkpoints_of_some_steps_stay(tmp_path):
+def test_keep_every_keeps_checkpoints(tmp_path):
     train(Toy(), ToyData(), replace(CONFIG, max_steps=11, save_every=2, keep_every=4, keep_last=1), tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_0000004", "step_0000008", "step_0000011"]
-    with pytest.raises(ConfigError, match="keep_every 5 is no multiple of save_every 2"):
+    with pytest.raises(ConfigError, match=r"keep_every.* 5.*save_every 2"):
         replace(CONFIG, keep_every=5)
 
 
-def test_the_line_of_progress(tmp_path, caplog):
+def test_progress_is_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     _, metrics = learn(tmp_path)
-    said = [record.message for record in caplog.records if record.message.startswith("step 2/4")]
+    messages = [record.message for record in caplog.records if record.message.startswith("step 2/4")]
     for part in (
         "loss ",
         "accuracy ",
@@ -152,40 +154,39 @@ def test_the_line_of_progress(tmp_path, caplog):
         "waiting for data ",
         " s left",
     ):
-        assert part in said[0], said[0]
+        assert part in messages[0], messages[0]
     assert all(0 <= row["padding"] < 0.2 and row["grad_norm"] > 0 for row in metrics)
     timing = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["timing"]
     assert timing["steps"] == 2 and timing["audio_hours_an_hour"] > 0 and 0 <= timing["waiting"] <= 1
 
 
-def test_settings_that_are_not_kept_to_the_letter_are_told_once(tmp_path, caplog):
+def test_settings_without_exact_effect_are_warned_about(tmp_path, caplog):
     odd = replace(CONFIG, batch_seconds=11.0, sharded=True)
     train(Toy(), ToyData(micro_batches_per_step=3), odd, tmp_path)
-    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(said) == 2 and "sharded=true changes nothing: one process" in said[1]
-    assert "an update takes 12 s of audio and not batch_seconds=11: 3 times micro_seconds=4." in said[0]
-    assert "set micro_seconds=3.667" in said[0]
+    messages = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(messages) == 2 and "sharded=true" in messages[1]
+    assert "batch_seconds=11" in messages[0] and "micro_seconds=3.667" in messages[0]
     assert not replace(odd, micro_seconds=3.667).warnings(2) and not CONFIG.warnings(1)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(5, "5 s"), (600, "10 min"), (7_260, "2 h 01 min"), (180_000, "2 d 2 h"), (345_500, "4 d 0 h")],
 )
-def test_durations(seconds, said):
-    assert duration(seconds) == said
+def test_durations_are_rounded(seconds, text):
+    assert duration(seconds) == text
 
 
-def test_a_gradient_that_is_no_number_stops_before_the_update(tmp_path):
+def test_non_finite_gradient_stops_before_the_update(tmp_path):
     module = Toy()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     module.net[0].weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(JahubertError, match=r"step 1: the norm of the gradient is (nan|inf) though the loss"):
+    with pytest.raises(JahubertError, match=r"step 1: non-finite gradient norm (nan|inf)"):
         train(module, ToyData(), CONFIG, tmp_path)
     assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
 
 
-def test_precision_of_a_device(monkeypatch):
+def test_precision_follows_the_device(monkeypatch):
     cpu, auto = torch.device("cpu"), TrainConfig()
     for has, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(precision, "_cpu_has_bf16", lambda has=has: has)
@@ -195,8 +196,8 @@ def test_precision_of_a_device(monkeypatch):
     assert pick_precision(TrainConfig(precision="fp16"), torch.device("cuda")) is torch.float16
 
 
-def test_bf16_learns_what_fp32_learns(tmp_path):
-    """Without dropout, which draws other numbers in bfloat16."""
+def test_bf16_loss_is_close_to_fp32(tmp_path):
+    """Without dropout, which draws other random numbers in bfloat16."""
     (_, exactly), (_, metrics) = (
         learn(tmp_path / precision, QUIET, precision=precision) for precision in ("fp32", "bf16")
     )
@@ -204,10 +205,10 @@ def test_bf16_learns_what_fp32_learns(tmp_path):
         assert row["loss"] == pytest.approx(exact["loss"], rel=0.02) and row != exact
 
 
-def test_fp16_leaves_an_overflow_out_and_continues_with_its_scale(tmp_path, monkeypatch, caplog):
-    """On a CPU that is slow and refused, but the arithmetic of the scaler is the same."""
+def test_fp16_skips_overflows_and_resumes_with_its_scale(tmp_path, monkeypatch, caplog):
+    """On a CPU, where fp16 is slow and rejected, but the arithmetic of the loss scaler is the same."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(engine, "pick_precision", lambda config, device: torch.float16)
+    monkeypatch.setattr(trainer, "pick_precision", lambda config, device: torch.float16)
     config = replace(CONFIG, max_steps=6, save_every=3, log_every=3)
     ends, scales = {}, []
     update = torch.amp.GradScaler.update
@@ -217,50 +218,50 @@ def test_fp16_leaves_an_overflow_out_and_continues_with_its_scale(tmp_path, monk
         scales.append(self.get_scale())
 
     monkeypatch.setattr(torch.amp.GradScaler, "update", seen)
-    for name, stops in (("whole", [6]), ("continued", [3, 6])):
+    for name, stops in (("whole", [6]), ("resumed", [3, 6])):
         (tmp_path / name).mkdir()
         for stop in stops:
             torch.manual_seed(0)
             module = Toy()
-            advance = engine._Run.advance
+            train_step = trainer._TrainingRun.train_step
 
-            def until(self, stop=stop, advance=advance):
+            def until(self, stop=stop, train_step=train_step):
                 if self.step == stop:
                     raise KeyboardInterrupt
-                advance(self)
+                train_step(self)
 
             with monkeypatch.context() as patch:
                 if stop < 6:
-                    patch.setattr(engine._Run, "advance", until)
+                    patch.setattr(trainer._TrainingRun, "train_step", until)
                     with pytest.raises(KeyboardInterrupt):
                         train(module, ToyData(), config, tmp_path / name)
                 else:
                     train(module, ToyData(), config, tmp_path / name)
         ends[name] = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
     assert scales[0] < 65_536.0  # the first scale is too large for these losses
-    assert scales[6:] == scales[:6] and torch.equal(ends["whole"], ends["continued"])
+    assert scales[6:] == scales[:6] and torch.equal(ends["whole"], ends["resumed"])
     assert ends["whole"].isfinite().all()
     first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
     assert math.isfinite(first["grad_norm"])
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     fell = [now < before for before, now in zip([65_536.0, *scales[:5]], scales[:6], strict=True)]
     assert [row.get("overflows", 0) for row in rows] == [sum(fell[:3]), sum(fell[3:])]
-    said = [record.message for record in caplog.records if record.message.startswith("step 3/6")]
-    assert f"  overflows {sum(fell[:3])}  " in said[0]
+    messages = [record.message for record in caplog.records if record.message.startswith("step 3/6")]
+    assert f"  overflows {sum(fell[:3])}  " in messages[0]
 
 
-def test_fp16_that_always_overflows_ends_and_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "pick_precision", lambda config, device: torch.float16)
+def test_fp16_that_always_overflows_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "pick_precision", lambda config, device: torch.float16)
     module = Toy()
     before = [parameter.detach().clone() for parameter in module.parameters()]
     module.net[0].weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(JahubertError, match=r"step 30: the float16 gradients overflow .*precision=bf16"):
+    with pytest.raises(JahubertError, match=r"step 30: float16 .*train.precision=bf16"):
         train(module, ToyData(), replace(CONFIG, max_steps=99, save_every=9, log_every=9), tmp_path)
     assert all(torch.equal(*pair) for pair in zip(module.parameters(), before, strict=True))
 
 
 def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """The tones recipe's first pretraining on labels that are there; weights and curve."""
+    """Weights and curve of the first pretraining of the tones recipe, on existing labels."""
     command = [f"recipe={TONES}", "stage=pretrain", f"exp={exp}", "pretrain.train.micro_seconds=5", *settings]
     done = subprocess.run([sys.executable, "-m", "jahubert.run", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -271,8 +272,8 @@ def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list
 
 
 @pytest.mark.slow
-def test_processes_and_shards_learn_what_one_process_learns(tmp_path):
-    """The real model through the command line: DDP, FSDP2, and FSDP2 killed and continued by one process."""
+def test_ddp_and_fsdp_equal_one_process(tmp_path):
+    """The real model through the command line: DDP, FSDP2, and FSDP2 killed and resumed by one process."""
     labelled = tmp_path / "labelled"
     for stage in ("prepare", "features", "kmeans", "label"):
         runner.run([f"recipe={TONES}", f"stage={stage}", f"exp={labelled}"])
@@ -324,13 +325,13 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch):
     assert distributed.process_device("cpu") == torch.device("cpu")
 
 
-def test_a_gpu_by_number_is_the_current_one_before_anything_is_read(monkeypatch):
-    """Or page-locked memory for it would be made by way of GPU 0, whose memory that takes too."""
+def test_gpu_is_made_current_before_batches_are_pinned(monkeypatch):
+    """Otherwise pinned memory would be allocated through GPU 0, and take memory there."""
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     device = torch.device("cuda", 1)
-    stream = engine.micro_batches(ToyData(), CONFIG, device, epoch=0, cursor=0)
-    monkeypatch.setattr(engine, "DataLoader", lambda *args, **options: [(len(current), options)])
+    stream = loader.micro_batches(ToyData(), CONFIG, device, epoch=0, cursor=0)
+    monkeypatch.setattr(loader, "DataLoader", lambda *args, **options: [(len(current), options)])
     before, options = next(stream)
     assert before == 1 and current == [device] and options["pin_memory"]
     stream.close()

@@ -1,6 +1,6 @@
-"""What holds for the choice of an engine, and for several processes, without the full stack.
+"""Tests of stopping several processes together, and of the choice of an engine, without fairseq2.
 
-As a script under torchrun it is one of the processes: `torchrun --nproc-per-node 2 FILE FOLDER`.
+This file is also the script of each process: `torchrun --nproc-per-node 2 FILE FOLDER`.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ CONFIG = TrainConfig(
 )
 
 
-class Told(Toy):
-    """In step `told_at` the last process, and no other, is told to stop."""
+class StopsAtStep(Toy):
+    """Sends SIGTERM to the last process, and to no other, in step `stop_at`."""
 
-    def __init__(self, told_at: int | None):
+    def __init__(self, stop_at: int | None):
         torch.manual_seed(0)
         super().__init__()
-        self.told_at = told_at
+        self.stop_at = stop_at
 
     def forward(self, batch: Any, step: int) -> Loss:
-        if step + 1 == self.told_at and distributed.rank() == distributed.world() - 1:
+        if step + 1 == self.stop_at and distributed.rank() == distributed.world() - 1:
             signal.raise_signal(signal.SIGTERM)
         return super().forward(batch, step)
 
 
-def learn(out: Path, told_at: int | None = None) -> dict[str, Tensor]:
+def learn(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
     out.mkdir(exist_ok=True)
-    module = Told(told_at)
+    module = StopsAtStep(stop_at)
     train(module, Data(micro_batches_per_step=4), CONFIG, out)
     return module.state_dict()
 
 
-def test_without_fairseq2_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fairseq2", None)  # as if it were not installed
+def test_missing_fairseq2_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fairseq2", None)  # simulate that it is not installed
     monkeypatch.delitem(sys.modules, "jahubert.train.trainer.fairseq2", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'jahubert\[fairseq2\]'"):
         resolve("fairseq2", ENGINES, "engine")
 
 
-def test_a_run_of_the_other_engine_is_refused(tmp_path):
+def test_checkpoints_of_another_engine_are_rejected(tmp_path):
     (tmp_path / "checkpoints_fairseq2" / "step_3").mkdir(parents=True)
-    with pytest.raises(StaleError, match="begun with engine=fairseq2"):
+    with pytest.raises(StaleError, match="engine=fairseq2"):
         learn(tmp_path)
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
+def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (tmp_path / "log").open("w") as log:
         torchrun = subprocess.Popen(
@@ -72,7 +72,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
         try:
             status = torchrun.wait(timeout=60)
         except subprocess.TimeoutExpired:  # a hang is what this test is about
-            torchrun.terminate()  # which ends its processes; killed, it would leave them behind
+            torchrun.terminate()  # terminates its processes, which a kill would leave running
             status = torchrun.wait(timeout=60)
     assert status == 0, (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "stopped" / "checkpoints" / "step_0000002").is_dir()
@@ -83,20 +83,20 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
 def main(folder: Path) -> None:
     with distributed.process_group():
         try:
-            learn(folder / "stopped", told_at=2)
+            learn(folder / "stopped", stop_at=2)
         except Stopped as stop:
-            by = "SIGTERM" if distributed.rank() == 1 else "a signal to another process"
-            if f"told to stop by {by}: saved at step 2" not in str(stop):
+            name = "SIGTERM" if distributed.rank() == 1 else "another process"
+            if name not in str(stop) or "step 2" not in str(stop):
                 raise
         else:
             raise SystemExit("the run did not stop")
-        sums, add = [], distributed.all_reduce_
-        distributed.all_reduce_ = lambda values: (sums.append(values), add(values))
+        sums, all_reduce = [], distributed.all_reduce_
+        distributed.all_reduce_ = lambda values: (sums.append(values), all_reduce(values))
         for name in ("stopped", "whole"):
             state = learn(folder / name)
             if distributed.rank() == 0:
                 save_file(state, folder / f"{name}.safetensors")
-        # The losses and the wish to stop in one sum a step; "stopped" had three steps to go.
+        # One all-reduce per step for the losses and the stop request; "stopped" had three steps to go.
         assert len(sums) == 3 + CONFIG.max_steps
 
 

@@ -1,0 +1,223 @@
+"""Loading of training data: the micro-batches of one process, their worker processes, and their position."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from jahubert.errors import ConfigError, UserError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.masking import seeded_rng
+from jahubert.train.data.sampler import MicroBatch, Sampler
+from jahubert.train.experiment import distributed
+from jahubert.train.trainer.optim import TrainConfig
+
+MicroBatches = Generator[tuple[MicroBatch, Any], None, None]
+
+SHARED_MEMORY = Path("/dev/shm")
+_PREFETCH = 4  # micro-batches per worker
+_SHUTDOWN_SECONDS = 10.0  # until workers that do not end are killed
+
+
+class SharedMemoryError(UserError):
+    """A DataLoader worker found no room in shared memory for its micro-batch."""
+
+    exit_status = 1
+
+
+class Data(Protocol):
+    """A source of micro-batches."""
+
+    sampler: Sampler
+
+    def load(self, micro: MicroBatch) -> Any:
+        """A batch: an object with `.to(device)` whose attributes are tensors or plain values."""
+        ...
+
+    def name(self, row: int) -> str:
+        """The id of an utterance, for messages."""
+        ...
+
+
+class _BatchDataset(Dataset):
+    """`Data.load` as a map-style dataset; errors are returned as values, so that they keep their type."""
+
+    def __init__(self, data: Data, config: TrainConfig):
+        self.data, self.config = data, config
+
+    def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, Any]:
+        try:
+            batch = self.data.load(micro)
+            if get_worker_info() is not None:
+                _move_to_shared_memory(batch, self.config)
+            return micro, batch
+        except (UserError, OSError) as error:
+            return micro, error
+
+
+def _move_to_shared_memory(batch: Any, config: TrainConfig) -> None:
+    """Do what the queue of a worker would do in a background thread, where an error loses the batch."""
+    try:
+        for value in vars(batch).values():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    except RuntimeError as error:
+        raise SharedMemoryError(
+            f"no room for a micro-batch in shared memory ({error}); {_less_shared_memory(config)}"
+        ) from None
+
+
+def _less_shared_memory(config: TrainConfig) -> str:
+    return (
+        f"enlarge {SHARED_MEMORY}, or set train.workers below {config.workers} or train.micro_seconds below "
+        f"{config.micro_seconds:g}"
+    )
+
+
+def shared_memory_bytes(config: TrainConfig) -> int:
+    """Bytes of shared memory that the DataLoader workers of one process use for waveforms at most."""
+    in_flight = _PREFETCH * config.workers + 1  # the last one is being computed
+    return int(in_flight * config.micro_seconds * SAMPLE_RATE * 4) if config.workers else 0
+
+
+def check_shared_memory(config: TrainConfig) -> None:
+    """Compare the shared memory that DataLoader workers need with what is free.
+
+    Raises:
+        ConfigError: there is too little.
+    """
+    if not config.workers or not SHARED_MEMORY.is_dir():
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(
+        distributed.world(), torch.cuda.device_count() or distributed.world()
+    )
+    need = processes * shared_memory_bytes(config)
+    status = os.statvfs(SHARED_MEMORY)
+    free = status.f_bavail * status.f_frsize
+    if need > free:
+        raise ConfigError(
+            f"{SHARED_MEMORY} has {free / 1e6:.3g} MB free, but {processes} x {config.workers} DataLoader "
+            f"workers need {need / 1e6:.3g} MB; {_less_shared_memory(config)}"
+        )
+
+
+class ShardedSampler:
+    """The endless sequence of micro-batches of this process, starting at a position."""
+
+    def __init__(self, sampler: Sampler, epoch: int, cursor: int):
+        self.sampler, self.epoch, self.cursor = sampler, epoch, cursor
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        stream = self.sampler.stream(self.epoch, self.cursor)
+        return itertools.islice(stream, distributed.rank(), None, distributed.world())
+
+
+def ignore_signals(_: int = 0) -> None:
+    """Make a DataLoader worker ignore stop signals, which launchers and schedulers send to every process.
+
+    A run whose workers have died cannot finish its step and save.
+    """
+    for number in distributed.STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def micro_batches(
+    data: Data, config: TrainConfig, device: torch.device, *, epoch: int, cursor: int
+) -> MicroBatches:
+    """Yield the micro-batches of this process in order, in pinned memory if `device` is a GPU.
+
+    Close the generator to end the workers: they ignore SIGTERM, with which Python would end them at exit.
+
+    Raises:
+        UserError, OSError: reading failed.
+        RuntimeError: a worker died (raised by torch).
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory is allocated through the current GPU, by default 0
+    loader = DataLoader(
+        _BatchDataset(data, config),
+        batch_size=None,
+        sampler=ShardedSampler(data.sampler, epoch, cursor),  # type: ignore[arg-type]
+        num_workers=config.workers,
+        prefetch_factor=_PREFETCH if config.workers else None,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # or a resumed run would draw once more from the global one
+        pin_memory=device.type == "cuda",
+    )
+    others = multiprocessing.active_children()
+    iterator = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    try:
+        for micro, batch in iterator:
+            if isinstance(batch, Exception):
+                raise batch
+            yield micro, batch
+    finally:
+        _close(iterator, workers)
+        del iterator
+
+
+def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
+    """End the workers of a DataLoader now.
+
+    `del iterator` would not: the traceback of an error refers to it. A worker that is stuck in a read is
+    killed after a while, and torch's SIGCHLD handler, which raises in the main thread, is disabled meanwhile.
+    """
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is None:  # no workers
+        return
+    handled = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if handled else None
+    timer = threading.Timer(_SHUTDOWN_SECONDS, _kill, [workers])
+    timer.start()
+    try:
+        shutdown()
+    finally:
+        timer.cancel()
+        if handled:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+class DataState:
+    """The position in the data, the same in all processes: an epoch and the micro-batches taken from it."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.epoch, self.cursor = sampler, 0, 0
+        self._sized_epoch, self._size = -1, 0  # computing the size of an epoch is expensive
+
+    def advance(self, n: int) -> None:
+        """Move forward by `n` micro-batches."""
+        self.cursor += n
+        while True:
+            if self._sized_epoch != self.epoch:
+                self._sized_epoch, self._size = self.epoch, len(self.sampler.epoch(self.epoch))
+            if self.cursor < self._size:
+                break
+            self.epoch, self.cursor = self.epoch + 1, self.cursor - self._size
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+def seed_micro_batch(seed: int, micro: MicroBatch) -> None:
+    """Seed torch's random state for the dropout and layer drop of one micro-batch."""
+    torch.manual_seed(int(seeded_rng(seed, micro.epoch, micro.index, 7).integers(2**62)))
