@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from jahubert.errors import ConfigError, StaleError
+from jahubert.formats.atomic import atomic_write
 
 SINGLE = ".safetensors"
 RECORD = "features.json"
@@ -49,7 +50,8 @@ class FeatureFiles:
         else:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                with atomic_write(record) as file:
+                    file.write(json.dumps(settings, indent=2) + "\n")
             except OSError as error:
                 raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
 
@@ -65,20 +67,14 @@ class FeatureFiles:
         """Write frames (S, *shape), float32, that come in pieces."""
         path = self._path(base)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
         n_frames = 0
-        try:
-            with beside.open("wb") as file:
-                _header(file, (0, *shape))
-                for piece in pieces:
-                    file.write(piece.contiguous().numpy().tobytes())
-                    n_frames += len(piece)
-                file.seek(0)  # numpy leaves room for a larger number
-                _header(file, (n_frames, *shape))
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-        beside.replace(path)
+        with atomic_write(path, "wb") as file:
+            _header(file, (0, *shape))
+            for piece in pieces:
+                file.write(piece.contiguous().numpy().tobytes())
+                n_frames += len(piece)
+            file.seek(0)  # numpy leaves room for a larger number
+            _header(file, (n_frames, *shape))
 
     def finish(self) -> None:
         """Put the single file together, if it was one that was asked for."""
@@ -93,14 +89,12 @@ class FeatureFiles:
             end += array.nbytes
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        beside = self.output.with_name(self.output.name + ".tmp")
-        with beside.open("wb") as out:
+        with atomic_write(self.output, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for file, array in zip(files, arrays.values(), strict=True):
                 with file.open("rb") as part:
                     part.seek(file.stat().st_size - array.nbytes)
                     shutil.copyfileobj(part, out)
-        beside.replace(self.output)
         shutil.rmtree(self.folder)
 
     def _path(self, base: Path) -> Path:
@@ -115,10 +109,8 @@ def parts_folder(output: Path) -> Path:
 def save_array(array: Tensor, path: Path) -> None:
     """Write a tensor as .npy; a file is replaced only when the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+    with atomic_write(path, "wb") as file:
         np.save(file, array.numpy())
-    beside.replace(path)
 
 
 def _header(file: BinaryIO, shape: tuple[int, ...]) -> None:

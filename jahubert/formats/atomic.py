@@ -51,7 +51,7 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """As `atomic_write`, for libraries that open files by name: give a temporary path, not an open file."""
-    with _reserve(path) as temporary:
+    with temporary_file(path) as temporary:
         yield temporary
         _flush(temporary)
         temporary.replace(path)
@@ -68,7 +68,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _reserve(path) as reserved:
+    with temporary_file(path) as reserved:
         folder, replaced = (reserved.with_name(reserved.name + kind) for kind in (_FOLDER, _REPLACED))
         if replaced.exists() and not path.exists():
             replaced.rename(path)
@@ -78,11 +78,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             yield folder
             for file in folder.rglob("*"):
-                if file.is_file():
-                    _flush(file)
+                _flush(file)
+            _flush(folder)
             if path.exists():
                 path.rename(replaced)
             folder.rename(path)
+            _flush(path.parent)
         except BaseException:
             if replaced.exists() and not path.exists():
                 replaced.rename(path)
@@ -102,14 +103,18 @@ def remove_leftovers(folder: Path) -> None:
                 temporary.unlink()
 
 
+def temporary_path(path: Path) -> Path:
+    """The temporary name of a file or folder, unless two writers of it are active at once."""
+    return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
+
+
 @contextmanager
-def _reserve(path: Path) -> Iterator[Path]:
+def temporary_file(path: Path) -> Iterator[Path]:
     """Create and lock an empty temporary file for `path`, and remove it at the end unless it was renamed.
 
     Errors about the temporary file name `path`, the file that the user knows.
     """
-    stem = PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
-    temporary = path.with_name(stem)
+    temporary = temporary_path(path)
     try:
         while True:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -117,9 +122,10 @@ def _reserve(path: Path) -> Iterator[Path]:
             if _lock(descriptor) and _has_name(descriptor, temporary):
                 break
             os.close(descriptor)
-            temporary = path.with_name(f"{stem}-{secrets.token_hex(3)}")
+            temporary = path.with_name(f"{temporary_path(path).name}-{secrets.token_hex(3)}")
         try:
-            os.ftruncate(descriptor, 0)
+            if os.fstat(descriptor).st_size:
+                os.ftruncate(descriptor, 0)
             yield temporary
         finally:
             if _has_name(descriptor, temporary):
@@ -150,8 +156,10 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the content of a file is on the disk."""
-    descriptor = os.open(path, os.O_RDWR)
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -15,6 +15,7 @@ from csj_transcripts import UNKNOWN, PhoneTime, Segment, read_sdb, read_trn, rea
 
 from jahubert.audio import AudioSource, audio_length
 from jahubert.errors import AudioError, DataError
+from jahubert.formats.atomic import atomic_path
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 
@@ -132,9 +133,8 @@ def _one_channel(path: Path, number: int, made: Path) -> Path:
     """A channel of a stereo file as a file of its own, made once."""
     if not made.is_file():
         frames_TC, rate = soundfile.read(path, dtype="int16", always_2d=True)
-        beside = made.with_name(f"tmp-{made.name}")
-        soundfile.write(beside, frames_TC[:, number], rate, format="FLAC", subtype="PCM_16")
-        beside.replace(made)
+        with atomic_path(made) as temporary:
+            soundfile.write(temporary, frames_TC[:, number], rate, format="FLAC", subtype="PCM_16")
     return made
 
 

@@ -32,6 +32,7 @@ from words import sentences
 
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.formats.atomic import atomic_path
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
@@ -277,9 +278,8 @@ def _make(lines: Sequence[Line], work: Path, processes: int) -> None:
 def _write(line: Line, work: Path) -> None:
     path = line.path(work)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    soundfile.write(beside, speak(line), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    beside.replace(path)
+    with atomic_path(path) as temporary:
+        soundfile.write(temporary, speak(line), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
 
 
 if __name__ == "__main__":

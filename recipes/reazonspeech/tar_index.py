@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jahubert.errors import AudioError, JahubertError
+from jahubert.formats.atomic import atomic_write
 
 VERSION = 1
 _BLOCK = 512  # bytes; headers and contents of a tar start at multiples of it
@@ -113,9 +114,8 @@ def _read_index(shard: Path, folder: Path) -> dict[str, Any] | None:
 
 def _write_index(index: dict[str, Any], shard: Path, folder: Path) -> None:
     path = folder / f"{shard.stem}.json"
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
-    beside.replace(path)
+    with atomic_write(path, errors="backslashreplace") as file:
+        json.dump(index, file, ensure_ascii=False)
 
 
 # --- one shard --------------------------------------------------------------------------------------------

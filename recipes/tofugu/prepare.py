@@ -26,6 +26,7 @@ import soundfile
 
 from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import AudioError, ConfigError, DataError
+from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.train.data.manifest import Rejected, Utterance
@@ -179,9 +180,8 @@ def _read(path: Path) -> np.ndarray | None:
 
 
 def _write(path: Path, wave_T: np.ndarray) -> None:
-    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    soundfile.write(beside, wave_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    beside.replace(path)
+    with atomic_path(path) as temporary:
+        soundfile.write(temporary, wave_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
 
 
 # --- joined words ---------------------------------------------------------------------------------------
@@ -239,8 +239,7 @@ def _utterances(words: dict[str, list[_Word]], work: Path, config: Config, seed:
     counts: Counter[str] = Counter()
     folder = work / "joined"
     folder.mkdir(parents=True, exist_ok=True)
-    beside, times = work / "tmp-word-times.jsonl", work / "word-times.jsonl"
-    with beside.open("w", encoding="utf-8") as file:
+    with atomic_write(work / "word-times.jsonl") as file:
         for number, (name, part, rounds) in enumerate(parts):
             for word in part:
                 yield _single(word, name, counts[name])
@@ -252,7 +251,6 @@ def _utterances(words: dict[str, list[_Word]], work: Path, config: Config, seed:
                 counts[split + " joined"] += 1
                 file.write(json.dumps({"id": item.id, "words": plan.times}) + "\n")
                 yield item
-    beside.replace(times)
 
 
 def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:

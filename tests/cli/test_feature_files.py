@@ -10,6 +10,7 @@ import soundfile
 
 import jahubert
 from jahubert.cli.main import main
+from jahubert.formats.atomic import temporary_path
 
 
 def test_features_of_several_layers_in_chunks(bundle, folder, capsys):
@@ -36,7 +37,7 @@ def test_features_continue_and_never_mix(bundle, folder, capsys, monkeypatch):
     assert main(run) == 0
     first, second = Path("out/a.npy"), Path("out/sub/日本語 名前.npy")
     first.write_bytes(b"kept as it is")
-    second.rename(second.with_name(second.name + ".tmp"))
+    second.rename(temporary_path(second))
     assert main(run) == 0
     assert "1 of 2 are there already" in capsys.readouterr().err
     assert first.read_bytes() == b"kept as it is" and np.load(second).shape[1] == 16

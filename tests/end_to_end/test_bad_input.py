@@ -16,6 +16,7 @@ from fixtures import FIXTURES
 from jahubert import run
 from jahubert.cli import main as cli
 from jahubert.errors import DiskFullError
+from jahubert.formats.atomic import temporary_path
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment.resource_errors import report_disk_full
@@ -264,36 +265,39 @@ def test_a_damaged_record_is_named(capsys, copy):
     assert "iter1/kmeans/provenance.json: not readable" in message and "delete the folder" in message
 
 
-def no_room(path: Path) -> None:
-    """Writing to `path` meets a full disk."""
+def no_room(path: Path) -> Path:
+    """Let writing to `path` fail with a full disk; returns the link to remove afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to("/dev/full")
+    link = path if path.name == "tmp_sample.npy" else temporary_path(path)
+    link.symlink_to("/dev/full")
+    return link
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
     ("stage", "folder", "file"),
     [
-        ("prepare", "prepare", "manifest.arrow.draft"),
+        ("prepare", "prepare", "draft"),
+        ("prepare", "prepare", "manifest.arrow"),
         ("features", "iter1/features", "tmp_sample.npy"),
-        ("features", "iter1/features", "header.json.tmp"),
-        ("kmeans", "iter1/kmeans", "provenance.json.tmp"),
-        ("pretrain", "iter1/pretrain", "provenance.json.tmp"),
-        ("targets", "targets", "tmp_symbols.npy"),
-        ("decode", "systems/main/decode", "test.jsonl.tmp"),
-        ("score", "systems/main/score", "provenance.json.tmp"),
+        ("features", "iter1/features", "header.json"),
+        ("kmeans", "iter1/kmeans", "provenance.json"),
+        ("pretrain", "iter1/pretrain", "provenance.json"),
+        ("targets", "targets", "symbols.npy"),
+        ("decode", "systems/main/decode", "test.jsonl"),
+        ("score", "systems/main/score", "provenance.json"),
     ],
 )
 def test_a_full_disk(capsys, copy, stage, folder, file):
     before = files(copy / folder)
     shutil.rmtree(copy / folder)
     elsewhere = {name: content for name, content in files(copy).items() if not name.startswith(folder)}
-    no_room(copy / folder / file)
+    link = no_room(copy / folder / file)
     status, message = jahubert(capsys, copy, stage)
     assert status == 1 and "Traceback" not in message and message.count("jahubert: error: ") == 1
     assert "the disk is full" in message and folder in message
     assert {name: content for name, content in files(copy).items() if name in elsewhere} == elsewhere
-    (copy / folder / file).unlink(missing_ok=True)
+    link.unlink(missing_ok=True)
     done(capsys, copy, stage)
     after = files(copy / folder)
     made = [[name for name in names if not name.startswith("tensorboard/")] for names in (after, before)]

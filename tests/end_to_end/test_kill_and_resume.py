@@ -26,6 +26,7 @@ from fixtures.resumable import TOY, learn, lines, make
 from fixtures.toy import Data, Toy
 from safetensors.torch import load_file
 
+from jahubert.formats.atomic import PREFIX
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.resource_errors import report_disk_full
 from jahubert.train.pipeline import runner
@@ -82,7 +83,7 @@ def kill(folder: Path, trials: int, model: str) -> None:
                 time.sleep(rng.uniform(0.05, 0.7) * whole)
                 os.kill(pid, signal.SIGKILL)
             killed += status_of(pid) == -signal.SIGKILL
-        parts = len(list((out / "checkpoints").glob("*.tmp")))
+        parts = len(list((out / "checkpoints").glob(PREFIX + "*.new")))
         print(json.dumps({"trial": trial, "killed": killed, "unfinished": parts}), flush=True)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jahubert.errors import ConfigError, DataError
+from jahubert.formats.atomic import atomic_path
 from jahubert.formats.bundle import load_bundle, weights_hash
 from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
@@ -54,10 +55,9 @@ def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, 
 
 def save_centroids(path: Path, centroids_KD: Tensor, header: dict[str, Any]) -> None:
     """Centroids of frames with this `feature_header`, which goes into the file's metadata."""
-    beside = path.with_name(path.name + ".tmp")
     metadata = {"header": json.dumps(header)}
-    save_file({"centroids_KD": centroids_KD.float().contiguous()}, beside, metadata=metadata)
-    beside.replace(path)
+    with atomic_path(path) as temporary:
+        save_file({"centroids_KD": centroids_KD.float().contiguous()}, temporary, metadata=metadata)
 
 
 def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:

@@ -22,11 +22,11 @@ import numpy as np
 
 from jahubert.audio import AudioSource, audio_length
 from jahubert.errors import DataError
+from jahubert.formats.atomic import atomic_write
 from jahubert.frames import HUBERT, MFCC, FrameGrid
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.experiment.progress import progress
-from jahubert.train.experiment.provenance import atomic_text
 
 DICT = "dict.km.txt"
 _ZIP_MEMBER = re.compile(r"(.+\.zip):(\d+):(\d+)", re.DOTALL)  # path, offset and length in bytes
@@ -221,10 +221,10 @@ def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, in
     root = os.path.commonpath([os.path.dirname(manifest[row].audio.path) for row in _sampled_rows(manifest)])
     counts = dict.fromkeys(manifest.counts["splits"], 0)
     with ExitStack() as files:
-        dictionary = files.enter_context(atomic_text(folder / DICT))
+        dictionary = files.enter_context(atomic_write(folder / DICT))
         dictionary.writelines(f"{unit} 1\n" for unit in range(labels.header.n_units))
         tsv, km = (
-            {split: files.enter_context(atomic_text(folder / f"{split}{kind}")) for split in counts}
+            {split: files.enter_context(atomic_write(folder / f"{split}{kind}")) for split in counts}
             for kind in (".tsv", ".km")
         )
         for file in tsv.values():

@@ -9,9 +9,7 @@ therefore loses at most one shard, and yields the same bytes when it is rerun.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 
 from jahubert.errors import DataError, StaleError
+from jahubert.formats.atomic import atomic_write, remove_leftovers
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.train.data.manifest import Manifest
 
@@ -115,8 +114,7 @@ class LabelWriter:
             _write(self.folder / "units.bin", self._concatenate)
             _write(self.folder / "offsets.npy", lambda out: np.save(out, offsets))
             _write_json(self.folder / "header.json", asdict(self.header))
-        for leftover in self.folder.glob("*.tmp"):  # from a killed run
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
         shutil.rmtree(self.shards, ignore_errors=True)
 
     def _concatenate(self, out: BinaryIO) -> None:
@@ -244,18 +242,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Write beside, to the disk, then rename: the name stands for a whole file, whatever happens."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # several processes may write one file
+    """Write a file atomically. DataError: the disk is full or the folder cannot be written."""
     try:
-        with beside.open("wb") as out:
+        with atomic_write(path, "wb") as out:
             fill(out)
-            out.flush()
-            os.fsync(out.fileno())
-        beside.replace(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be written: {error.strerror}. What was written before is kept: mend that and "
             "start the stage again"
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ import torch
 
 from jahubert.audio import AudioSource
 from jahubert.errors import AudioError, DataError
+from jahubert.formats.atomic import atomic_path, atomic_write, temporary_file
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.utterances import Phone, Rejected, Utterance, Utterances, load_utterance
 
@@ -71,15 +72,13 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft, tmp = path.with_name(path.name + ".draft"), path.with_name(path.name + ".tmp")
     rejected = path.with_name("rejected.jsonl")
-    rejected_draft = rejected.with_name("rejected.jsonl.tmp")
     builder = _ManifestBuilder(path.parent.absolute())
-    try:
+    with temporary_file(path.with_name("draft")) as draft:
         with (
             pa.OSFile(str(draft), "wb") as sink,
             pa.ipc.new_file(sink, _SCHEMA) as table,
-            open(rejected_draft, "w", encoding="utf-8", errors="backslashreplace") as rejected_file,
+            atomic_write(rejected, errors="backslashreplace") as rejected_file,
         ):
             rows: list[dict] = []
             for item in items:
@@ -101,17 +100,12 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
                     table.write_batch(builder.record_batch(item))
             if rows:
                 table.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
-        os.replace(rejected_draft, rejected)
         if not builder.n_samples:
             raise DataError(f"no utterance to write into {path}: {builder.why_empty()} (see {rejected})")
-        with pa.memory_map(str(draft)) as source:
+        with pa.memory_map(str(draft)) as source, atomic_path(path) as temporary:
             table = pa.ipc.open_file(source)
             builder.check_ids(table)
-            _copy_with_metadata(table, tmp, builder.metadata())
-        os.replace(tmp, path)
-    finally:
-        for temporary in (draft, tmp, rejected_draft):
-            temporary.unlink(missing_ok=True)
+            _copy_with_metadata(table, temporary, builder.metadata())
     return builder.counts()
 
 
@@ -120,12 +114,9 @@ def _copy_with_metadata(
 ) -> None:
     """Copy the draft under a schema that carries the fingerprint, which is known only at the end."""
     schema = _SCHEMA.with_metadata(metadata)
-    with open(path, "wb") as file:
-        with pa.ipc.new_file(file, schema) as out:
-            for i in range(table.num_record_batches):
-                out.write_batch(table.get_batch(i).replace_schema_metadata(metadata))
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "wb") as file, pa.ipc.new_file(file, schema) as out:
+        for i in range(table.num_record_batches):
+            out.write_batch(table.get_batch(i).replace_schema_metadata(metadata))
 
 
 class _ManifestBuilder:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jahubert.errors import DataError
+from jahubert.formats.atomic import atomic_write
 from jahubert.phonemes import BLANK, BOUNDARY, KANA, PhonemeSet
 from jahubert.train.experiment.provenance import read_record, write_json
 
@@ -45,9 +46,8 @@ def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: Phoneme
         symbols.extend(row)
         offsets.append(len(symbols))
     for name, content in (("symbols", symbols), ("offsets", offsets)):
-        tmp = folder / f"tmp_{name}.npy"
-        np.save(tmp, np.array(content))
-        tmp.replace(folder / f"{name}.npy")
+        with atomic_write(folder / f"{name}.npy", "wb") as file:
+            np.save(file, np.array(content))
     write_json(folder / "phonemes.json", phonemes.to_json())
     return len(symbols)
 

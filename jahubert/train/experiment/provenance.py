@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jahubert.errors import DataError, StaleError
+from jahubert.formats.atomic import PREFIX, atomic_write
 from jahubert.train.experiment.config import input_fields, result_fields
 from jahubert.train.experiment.lock import LOCK_NAME as RUNNING
 from jahubert.train.experiment.lock import lock_owner
@@ -66,12 +66,14 @@ def rollback(out: Path, seconds: float) -> None:
     `seconds`: of work so far, which are kept with a claim that stays.
     """
     nothing = (STARTED, RUNNING, "rejected.jsonl")
-    made = (
-        path
-        for path in out.rglob("*")  # a curve is drawn of metrics.jsonl, or has nothing in it
-        if path.is_file() and path.name not in nothing and not path.name.startswith("events.out.tfevents")
+    curve_or_unfinished = ("events.out.tfevents", PREFIX)  # a curve is drawn of metrics.jsonl, or is empty
+    made = any(
+        path.is_file()
+        and path.name not in nothing
+        and not any(part.startswith(curve_or_unfinished) for part in path.relative_to(out).parts)
+        for path in out.rglob("*")
     )
-    if next(made, None) is None:
+    if not made:
         (out / STARTED).unlink(missing_ok=True)
     elif (out / STARTED).exists():
         with suppress(OSError):  # a full disk is what may have ended it
@@ -114,24 +116,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    with atomic_text(path) as file:
+    with atomic_write(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False, default=str)
         file.write("\n")
-
-
-@contextmanager
-def atomic_text(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name only when it is whole: a reader sees the old one or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    beside.replace(path)
 
 
 def input_fingerprint(name: str, path: Path, model: bool = False) -> str:

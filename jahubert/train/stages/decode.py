@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, DataError
+from jahubert.formats.atomic import atomic_write
 from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy
@@ -42,7 +43,7 @@ from jahubert.train.experiment.config import (
     split_field,
 )
 from jahubert.train.experiment.progress import progress
-from jahubert.train.experiment.provenance import atomic_text, write_json
+from jahubert.train.experiment.provenance import write_json
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def _write(path: Path, lines: list[list[str]]) -> None:
     """Write the lines that the processes made of their batches, in the order of the batches."""
     batches = distributed.gather_interleaved(lines)
     if distributed.rank() == 0:
-        with atomic_text(path) as file:
+        with atomic_write(path) as file:
             file.writelines(line for batch in batches for line in batch)
 
 

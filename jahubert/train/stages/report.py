@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jahubert.errors import AudioError, DataError
+from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors
-from jahubert.train.experiment.provenance import DONE, atomic_text, write_json
+from jahubert.train.experiment.provenance import DONE, write_json
 from jahubert.train.report import tables
 from jahubert.train.report.examples import Example, worst_examples
 from jahubert.train.report.html import PageData, render_page
@@ -67,11 +68,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     }
     table = tables.table(summary)
     write_json(out / "metrics.json", summary)
-    with atomic_text(out / "table.txt") as file:
+    with atomic_write(out / "table.txt") as file:
         file.write(table + "\n")
     found = examples(config, manifest, times)
     shown = PageData(config.exp, summary, counted.usage, counted.phones, counted.counts, found)
-    with atomic_text(out / "report.html") as file:
+    with atomic_write(out / "report.html") as file:
         file.write(render_page(shown, config.language))
     print(f"{table}\n\nReport: {out / 'report.html'}")
     return {}

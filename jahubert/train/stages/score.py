@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.errors import DataError
+from jahubert.formats.atomic import atomic_write
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import paired_bootstrap
@@ -33,7 +34,7 @@ from jahubert.train.evaluation.scoring import (
 )
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors
-from jahubert.train.experiment.provenance import atomic_text, read_record, write_json
+from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.report.results import label_of
 
 VERSION = 2
@@ -62,13 +63,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             score["against"] = compare_with_baseline(set_score, config.baseline / path.name, config)
         scores[path.stem] = score
         if distributed.rank() == 0:
-            with atomic_text(out / f"{path.stem}.txt") as file:
+            with atomic_write(out / f"{path.stem}.txt") as file:
                 file.writelines(f"{line}\n" for line in details(path.stem, score, set_score))
     if distributed.rank() == 0:
         write_json(out / "scores.json", scores)
         results = [(label_of(config.hypotheses), phone_wer(scores))]
         table = published_table(config.published, results) + rates_table(scores)
-        with atomic_text(out / "table.txt") as file:
+        with atomic_write(out / "table.txt") as file:
             file.write(table)
         print(table)
     distributed.barrier()

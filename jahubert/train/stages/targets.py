@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jahubert.errors import DataError
+from jahubert.formats.atomic import atomic_write
 from jahubert.frames import HUBERT
 from jahubert.phonemes import PhonemeSet, phones_to_kana
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.targets import UNKNOWN, character_set, kana_set, write_targets
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.progress import progress
-from jahubert.train.experiment.provenance import atomic_text
 from jahubert.train.text.user_dictionary import read_words
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def write(config: Config, out: Path) -> dict[str, Any]:
             yield row
 
     with (
-        atomic_text(out / "rejected.jsonl") as rejected,
+        atomic_write(out / "rejected.jsonl") as rejected,
         progress("reading text", "utterances", len(manifest)) as done,
     ):
         n_symbols = write_targets(out, rows(), symbols)

@@ -1,7 +1,7 @@
 """Checkpoints of the default training engine.
 
 `torch.distributed.checkpoint` (DCP) saves them from all processes and loads them on any number of processes,
-sharded or not. A checkpoint is written to `step_N.tmp` and renamed when it is complete. `run.json`, written
+sharded or not. A checkpoint gets its name `step_N` when it is complete. `run.json`, written
 last, holds the size of every file, so that a checkpoint truncated by a power failure is recognized.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from jahubert.errors import DataError, StaleError
+from jahubert.formats.atomic import atomic_folder
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.trainer.optim import TrainConfig
@@ -64,27 +65,20 @@ class Checkpoints:
             run: JSON-ready state of the engine besides weights and optimizer state.
         """
         final = self.folder / f"step_{step:07d}"
-        temporary = self.folder / f"{final.name}.tmp"
         if distributed.rank0_broadcast(lambda: final.exists() and not _damage(final)):
             return
-        if distributed.rank() == 0:
-            for old in (temporary, final):
-                shutil.rmtree(old, ignore_errors=True)
-        distributed.barrier()
         try:
-            weights, moments = get_state_dict(module, optimizer)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # DCP warns when there is a single process
-                dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
-            if distributed.rank() == 0:
-                sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
-                write_json(temporary / "run.json", run | {"sizes": sizes})
-                _sync_folder(temporary)
-                temporary.rename(final)
-                _sync_folder(self.folder)
+            with ExitStack() as stack:  # rank 0 makes and renames the folder that all ranks write into
+                folder = distributed.rank0_broadcast(lambda: stack.enter_context(atomic_folder(final)))
+                weights, moments = get_state_dict(module, optimizer)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # DCP warns when there is a single process
+                    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+                if distributed.rank() == 0:
+                    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+                    write_json(folder / "run.json", run | {"sizes": sizes})
         except BaseException:  # torch's CheckpointException is not an Exception
             if distributed.rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)  # free the space on a full disk
                 intact = self.intact()
                 kept = f"{intact[-1]} is kept" if intact else "there is no earlier checkpoint"
                 log.error("saving the checkpoint of step %d failed; %s", step, kept)
@@ -148,12 +142,3 @@ def _damage(checkpoint: Path) -> str:
     except (OSError, ValueError) as error:
         return f"{error}"
     return ""
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk, so that the names in it survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,6 @@ from jahubert.train.experiment.provenance import (
     DONE,
     STARTED,
     acquire,
-    atomic_text,
     fingerprint,
     finish,
     stage_inputs,
@@ -105,15 +104,6 @@ def test_inputs_that_are_missing_or_not_finished(tmp_path):
     write_json(half / STARTED, {})
     with pytest.raises(DataError, match="is not finished; run that stage first"):
         stage_inputs("kmeans", 1, Config(half))
-
-
-def test_a_file_written_beside_is_whole_or_not_there(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_text(path) as file:
-        file.write("half of the n")
-        raise RuntimeError
-    assert path.read_text() == "old"
 
 
 def test_status(tmp_path, source):

@@ -15,6 +15,7 @@ from fixtures.toy import Data, HeadFirst, Toy, evaluate
 from safetensors.torch import load_file
 
 from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.formats.atomic import temporary_path
 from jahubert.train.trainer import trainer
 from jahubert.train.trainer.metric_log import trim_metrics
 from jahubert.train.trainer.optim import TrainConfig, lr_at, pick_precision
@@ -100,7 +101,9 @@ def test_unfinished_checkpoint_is_ignored_and_deleted(tmp_path):
     (tmp_path / "b").mkdir()
     train(whole, Data(), QUICK, tmp_path / "a")
     train(toy(), Data(), replace(QUICK, max_steps=8), tmp_path / "b")
-    half = tmp_path / "b" / "checkpoints" / "step_0000012.tmp"
+    unfinished = temporary_path(tmp_path / "b" / "checkpoints" / "step_0000012")
+    unfinished.touch()
+    half = unfinished.with_name(unfinished.name + ".new")
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"half")
     again = toy()
