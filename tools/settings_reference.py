@@ -40,7 +40,7 @@ HEAD = """\
 
 Settings are given on the command line as `name=value` or in a recipe's `recipe.yaml`. The defaults below
 are those of the dataclasses, which are the paper's. The files in `conf/` and the recipe change some of
-them; [stages.md](stages.md#where-a-setting-comes-from) lists the order. A setting marked \\* does not
+them; [running.md](running.md#where-a-setting-comes-from) lists the order. A setting marked \\* does not
 change the result, so it may be changed when a stage is resumed.
 """
 
