@@ -26,7 +26,7 @@ RING1 = sorted(
     for path in PACKAGE.rglob("*.py")
     if path.relative_to(PACKAGE).parts[0] not in ("train", "cli", "run.py", "__main__.py", "__init__.py")
 )
-ENTRY_POINTS = [PACKAGE / "__main__.py", *sorted((PACKAGE / "cli").glob("*.py"))]
+ENTRY_POINTS = [PACKAGE / "run.py", PACKAGE / "__main__.py", *sorted((PACKAGE / "cli").glob("*.py"))]
 
 SOURCES = sorted(
     path
