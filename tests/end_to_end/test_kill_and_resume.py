@@ -214,7 +214,7 @@ def hang_in_a_stage(folder: Path) -> None:
             time.sleep(nap)
         return load(self, row)
 
-    Manifest.load, features._PART = slow, 2  # type: ignore[method-assign]
+    Manifest.load, features._PART_SIZE = slow, 2  # type: ignore[method-assign]
     configs = stages(folder, folder)
     with distributed.process_group(), watchdog(LIMIT / 60):
         runner.run_stage("features", configs["features"], folder / "features")

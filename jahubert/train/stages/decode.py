@@ -1,8 +1,8 @@
-"""Beam search over the evaluation splits, and phone and word times by forced alignment where wanted.
+"""Decoding of the evaluation splits by beam search, and forced alignment of phones and words.
 
-Reads   a fine-tuned model, the manifest and its targets; a word list and an n-gram where they are named
-Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, the n best;
-        alignment.jsonl; phonemes.json, the symbols
+Reads   a fine-tuned model, the manifest and its targets; a word list and an n-gram if configured
+Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, n-best list;
+        alignment.jsonl: phone and word times; phonemes.json: the symbols
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
     python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=greedy decode.search=greedy
@@ -48,7 +48,7 @@ from jahubert.train.experiment.provenance import write_json
 log = logging.getLogger(__name__)
 
 VERSION = 2
-_REACH = 5  # frames, 100 ms
+_MAX_DISTANCE = 5  # frames (100 ms) between a CTC spike and the frames that belong to its phone
 
 
 @dataclass(frozen=True)
@@ -57,42 +57,43 @@ class Config:
     targets: Path
     model: Path = model_field()  # the folder of a fine-tuning, or a CTC bundle
     splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))
-    align_splits: tuple[str, ...] = split_field(())  # splits whose references get phone and word times
+    align_splits: tuple[str, ...] = split_field(())  # splits whose references are aligned
     search: Literal["beam", "greedy"] = "beam"
     beam: int = 20
-    n_best: int = 1  # hypotheses that are written for each utterance
-    lexicon: LexiconConfig | None = None  # only words of a list, with an n-gram of them if there is one
+    n_best: int = 1  # hypotheses written per utterance
+    lexicon: LexiconConfig | None = None  # restricts hypotheses to a word list
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)
 
     def __post_init__(self) -> None:
-        wrong = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
+        errors = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
         if self.n_best > self.beam:
-            wrong.append(f"n_best is {self.n_best}, but must be no more than beam, {self.beam}")
+            errors.append(f"n_best is {self.n_best}, but must be at most beam, {self.beam}")
         if self.search == "greedy" and (self.n_best > 1 or self.lexicon):
-            wrong.append("search=greedy finds one answer and takes no lexicon; use search=beam")
-        raise_config_errors(wrong)
+            errors.append("search=greedy has neither n_best nor lexicon; set search=beam")
+        raise_config_errors(errors)
 
     @property
-    def described(self) -> str:
-        """The search in few words."""
+    def description(self) -> str:
+        """Short description of the search, for tables."""
         if self.search == "greedy":
             return "greedy"
-        helped = "" if not self.lexicon else ", words and n-gram" if self.lexicon.ngram else ", word list"
-        return f"beam {self.beam}{helped}"
+        if self.lexicon is None:
+            return f"beam {self.beam}"
+        return f"beam {self.beam}, {'words and n-gram' if self.lexicon.ngram else 'word list'}"
 
 
 Search = Callable[[Tensor, Tensor], Sequence[Sequence[Hypothesis]]]
 
 
 def make_search(config: Config, symbols: PhonemeSet) -> Search:
-    """What turns log-probabilities (B, S, V) and their valid frames (B,) into hypotheses, the best first.
+    """Function from log-probabilities (B, S, V) and valid frames (B,) to hypotheses, best first.
 
-    For more than one it gives the whole beam: some of it differs in nothing but boundaries at the ends.
+    For n-best lists it returns the whole beam, because some entries differ only in outer boundaries.
     """
     n_best = 1 if config.n_best == 1 else config.beam
     if config.search == "greedy":
-        return lambda logp_BSV, n_frames_B: [[found] for found in greedy(logp_BSV, n_frames_B, symbols.blank)]
+        return lambda logp_BSV, n_frames_B: [[best] for best in greedy(logp_BSV, n_frames_B, symbols.blank)]
     if config.lexicon:
         return LexiconSearch(config.lexicon, symbols, config.beam, n_best)
     return partial(beam_search, beam=config.beam, n_best=n_best, blank=symbols.blank)
@@ -102,55 +103,61 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, targets = Manifest(config.manifest), TargetStore(config.targets)
     bundle = load_bundle(config.model)
     if bundle.ctc is None:
-        raise CheckpointError(f"{config.model}: this model has no CTC head; give a fine-tuned one")
+        raise CheckpointError(f"decode.model: {config.model} has no CTC head; set it to a fine-tuned model")
     if bundle.phonemes != targets.phonemes:
-        raise CheckpointError(f"{config.model}: its symbols are not those of {config.targets}")
+        raise CheckpointError(f"decode.model: {config.model} has other symbols than {config.targets}")
     device = distributed.process_device(config.device)
     bundle.ctc.to(device)
     search = make_search(config, targets.phonemes)
-    inside = partial(batches, bundle.ctc, manifest, targets, config=config, device=device)
+    log_probs = partial(log_probabilities, bundle.ctc, manifest, targets, config=config, device=device)
     counts = {}
     for split in config.splits:
-        wanted = manifest.indices(split=split)
-        rows = np.intersect1d(wanted, targets.labeled_rows)
+        split_rows = manifest.indices(split=split)
+        rows = np.intersect1d(split_rows, targets.labeled_rows)
         if not len(rows):
-            raise DataError(f"{config.manifest}: no labelled utterance in split {split!r}")
-        if len(rows) < len(wanted):
+            raise DataError(
+                f"decode.splits: no utterance of split {split!r} in {config.manifest} has a target"
+            )
+        if len(rows) < len(split_rows):
             log.warning(
-                "%s: %d of %d utterances have no target and will not be scored; %s says why",
-                split, len(wanted) - len(rows), len(wanted), config.targets / "rejected.jsonl",
+                "%s: %d of %d utterances have no target and are not scored (reasons: %s)",
+                split, len(split_rows) - len(rows), len(split_rows), config.targets / "rejected.jsonl",
             )  # fmt: skip
         counts[split] = len(rows)
         lines = []
-        for rows_B, logp_BSV, n_frames_B in inside(rows, f"decoding {split}"):
-            found = zip(rows_B, search(logp_BSV, n_frames_B), strict=True)
+        for rows_B, logp_BSV, n_frames_B in log_probs(rows, f"decoding {split}"):
+            results = zip(rows_B, search(logp_BSV, n_frames_B), strict=True)
             lines.append(
-                [_line(manifest[row], targets, row, answers, config.n_best) for row, answers in found]
+                [
+                    _hypothesis_line(manifest[row], targets, row, hypotheses, config.n_best)
+                    for row, hypotheses in results
+                ]
             )
         _write(out / f"{split}.jsonl", lines)
     if config.align_splits:
         rows = np.concatenate([manifest.indices(split=split) for split in config.align_splits])
-        rows, lines = np.intersect1d(rows, targets.labeled_rows), []
-        for rows_B, logp_BSV, n_frames_B in inside(rows, "alignment"):
-            spoken = zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True)
-            lines.append([_times(manifest, targets, row, logp_SV[:n]) for row, logp_SV, n in spoken])
+        rows = np.intersect1d(rows, targets.labeled_rows)
+        lines = []
+        for rows_B, logp_BSV, n_frames_B in log_probs(rows, "alignment"):
+            batch = zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True)
+            lines.append([_alignment_line(manifest, targets, row, logp_SV[:n]) for row, logp_SV, n in batch])
         _write(out / "alignment.jsonl", lines)
     if distributed.rank() == 0:
         write_json(out / "phonemes.json", targets.phonemes.to_json())
     distributed.barrier()
-    return {"utterances": counts, "search": config.described}
+    return {"utterances": counts, "search": config.description}
 
 
-def batches(
+def log_probabilities(
     model: HubertForCtc,
     manifest: Manifest,
     targets: TargetStore,
     rows: np.ndarray,
-    doing: str,
+    description: str,
     config: Config,
     device: torch.device,
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """(rows, log-probabilities (B, S, V), valid frames (B,)) of this process's batches of similar lengths."""
+    """(rows, log-probabilities (B, S, V), valid frames (B,)) per batch, for the batches of this process."""
     longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
     data = CtcData(
         manifest,
@@ -163,51 +170,51 @@ def batches(
         seed=0,
         keep_in_memory_hours=0,
     )
-    mine = list(data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world()))
-    n_rows = sum(len(micro.rows) for micro in mine)
-    with torch.inference_mode(), progress(doing, "utterances", n_rows) as done:
-        for micro, batch in prefetch(data.load, mine):
+    micro_batches = list(data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world()))
+    n_rows = sum(len(micro.rows) for micro in micro_batches)
+    with torch.inference_mode(), progress(description, "utterances", n_rows) as done:
+        for micro, batch in prefetch(data.load, micro_batches):
             logp_BSV, n_frames_B = model(batch.wav_BT.to(device), batch.n_samples_B)
             yield micro.rows, logp_BSV.cpu(), n_frames_B.cpu()
             done(len(micro.rows))
 
 
 def _write(path: Path, lines: list[list[str]]) -> None:
-    """Write the lines that the processes made of their batches, in the order of the batches."""
+    """Write the lines of all processes in the order of the batches."""
     batches = distributed.gather_interleaved(lines)
     if distributed.rank() == 0:
         with atomic_write(path) as file:
             file.writelines(line for batch in batches for line in batch)
 
 
-def _line(
-    utterance: Utterance, targets: TargetStore, row: int, answers: Sequence[Hypothesis], n_best: int
+def _hypothesis_line(
+    utterance: Utterance, targets: TargetStore, row: int, hypotheses: Sequence[Hypothesis], n_best: int
 ) -> str:
-    def spelled(labels: Sequence[int]) -> tuple[str, ...]:
+    def to_words(labels: Sequence[int]) -> tuple[str, ...]:
         return tuple(" ".join(word) for word in split_words(targets.phonemes, labels))
 
     line: dict[str, Any] = {
         "id": utterance.id,
         "talk": talk_of(utterance),
         "speaker": utterance.speaker,
-        "reference": spelled(targets[row].tolist()),
-        "hypothesis": spelled(answers[0].labels),
-        "score": answers[0].score,
+        "reference": to_words(targets[row].tolist()),
+        "hypothesis": to_words(hypotheses[0].labels),
+        "score": hypotheses[0].score,
     }
     if n_best > 1:
-        different: dict[tuple[str, ...], float] = {}
-        for answer in answers:
-            different.setdefault(spelled(answer.labels), answer.score)
-        line["n_best"] = [{"words": words, "score": score} for words, score in different.items()][:n_best]
+        unique: dict[tuple[str, ...], float] = {}
+        for hypothesis in hypotheses:
+            unique.setdefault(to_words(hypothesis.labels), hypothesis.score)
+        line["n_best"] = [{"words": words, "score": score} for words, score in unique.items()][:n_best]
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def talk_of(utterance: Utterance) -> str:
-    """The recording that an utterance is a part of; itself where its audio is a member of an archive."""
+    """The recording that an utterance is part of; for a member of an archive, the utterance itself."""
     return utterance.id if utterance.audio.offset else Path(utterance.audio.path).stem
 
 
-def _times(manifest: Manifest, targets: TargetStore, row: int, logp_SV: Tensor) -> str:
+def _alignment_line(manifest: Manifest, targets: TargetStore, row: int, logp_SV: Tensor) -> str:
     symbols, target = targets.phonemes, targets[row].tolist()
     spans = forced_align(logp_SV, target, symbols.blank)
     line = {
@@ -220,7 +227,7 @@ def _times(manifest: Manifest, targets: TargetStore, row: int, logp_SV: Tensor) 
 
 
 def word_times(spans: Sequence[Span], symbols: PhonemeSet) -> list[tuple[str, int, int]]:
-    """(word, first sample, end sample): from the first symbol's first frame to the last one's last frame."""
+    """(word, first sample, end sample) from the first frame of a word's symbols to the last one."""
     words: list[list[Span]] = [[]]
     for span in spans:
         if span.label == symbols.boundary:
@@ -239,20 +246,21 @@ def word_times(spans: Sequence[Span], symbols: PhonemeSet) -> list[tuple[str, in
 
 
 def phone_times(spans: Sequence[Span], n_frames: int, phonemes: PhonemeSet) -> list[tuple[str, int, int]]:
-    """(phone, first sample, end sample) over the whole utterance, "pau" where nothing is said.
+    """(phone, first sample, end sample) over the whole utterance, "pau" for pauses.
 
-    CTC marks a phone by a spike: each frame goes to the nearest spike within `_REACH` frames.
+    CTC marks a phone by a spike, so a frame belongs to the nearest spike within `_MAX_DISTANCE` frames.
     """
-    owner_S = [
+    nearest_S = [
         min(spans, key=lambda span: max(span.start - frame, frame - span.end + 1, 0))
         for frame in range(n_frames)
     ]
     times: list[tuple[str, int, int]] = []
-    for frame, span in enumerate(owner_S):
-        near = max(span.start - frame, frame - span.end + 1, 0) <= _REACH
-        said = near and span.label != phonemes.boundary
-        name, end = phonemes.symbols[span.label] if said else "pau", HUBERT.start(frame + 1)
-        if frame and span is owner_S[frame - 1] and times[-1][0] == name:
+    for frame, span in enumerate(nearest_S):
+        is_near = max(span.start - frame, frame - span.end + 1, 0) <= _MAX_DISTANCE
+        is_phone = is_near and span.label != phonemes.boundary
+        name = phonemes.symbols[span.label] if is_phone else "pau"
+        end = HUBERT.start(frame + 1)
+        if frame and span is nearest_S[frame - 1] and times[-1][0] == name:
             times[-1] = (name, times[-1][1], end)
         else:
             times.append((name, HUBERT.start(frame), end))

@@ -1,13 +1,13 @@
-"""A bounded random sample of feature frames, for k-means.
+"""Random sample of feature frames for k-means, of bounded size.
 
-Reads   the manifest; in iteration 2 and later the model of the iteration before
-Writes  sample.npy (frames, dim) float32, header.json (which feature, layer and model)
+Reads   the manifest; in iteration 2 and later the model of the previous iteration
+Writes  sample.npy (frames, dim) float32, header.json (feature, layer and model)
 
     python -m jahubert.run recipe=demo stage=features iteration=1
 
-The sample is uniform over the frames of the whole split, and the same for any number of processes: which
-frames are taken is drawn once from the manifest's lengths. Every process writes its frames to their places in
-the one file, so nobody ever holds the sample.
+The sample is uniform over the frames of the split and the same for any number of processes: it is drawn once,
+from the lengths in the manifest. Every process writes its frames into one file, so the sample need not fit in
+memory.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import write_json
 
 VERSION = 2
-_PART = 500  # utterances between two saves
+_PART_SIZE = 500  # utterances per part; a killed process loses at most one part
 
 
 @dataclass(frozen=True)
 class Config:
     manifest: Path
     kind: str = "mfcc"  # mfcc, hubert, or module:attribute
-    model: Path | None = model_field(None)  # for hubert: the folder of a trained model
-    layer: int = 6  # for hubert: output of this block
+    model: Path | None = model_field(None)  # for hubert: a trained model
+    layer: int = 6  # for hubert: the block whose output is used, from 1
     split: str = split_field("train")
     sample_frames: int = 2_000_000
     seed: int = 0
@@ -68,48 +68,52 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     device = distributed.process_device(config.device)
     feature = make_feature(config.kind, config.model, config.layer, device)
     sample = draw_sample(manifest, feature, config)
-    marks, beside, final = out / "parts", out / "tmp_sample.npy", out / "sample.npy"
+    done_parts = out / "parts"  # one empty file per finished part
+    temporary = out / "tmp_sample.npy"
+    final = out / "sample.npy"
     if not distributed.rank0_broadcast(final.exists):
-        data_start = distributed.rank0_broadcast(lambda: _reserve(beside, (len(sample.frames), feature.dim)))
+        data_start = distributed.rank0_broadcast(
+            lambda: _allocate(temporary, (len(sample.frames), feature.dim))
+        )
         parts = {
-            part: range(part * _PART, min((part + 1) * _PART, len(sample.rows)))
-            for part in range(distributed.rank(), -(-len(sample.rows) // _PART), distributed.world())
-            if not (marks / f"{part:06d}").exists()
+            part: range(part * _PART_SIZE, min((part + 1) * _PART_SIZE, len(sample.rows)))
+            for part in range(distributed.rank(), -(-len(sample.rows) // _PART_SIZE), distributed.world())
+            if not (done_parts / f"{part:06d}").exists()
         }
         with progress("features", "utterances", sum(map(len, parts.values()))) as done:
             for part, chosen in parts.items():
                 rows = sample.rows[chosen.start : chosen.stop].tolist()
                 start = data_start + 4 * feature.dim * int(sample.bounds[chosen.start])
-                with closing(stream_features(manifest, feature, rows, config.batch_seconds)) as found:
-                    frames = ((number, f_SD) for number, (_, f_SD) in zip(chosen, found, strict=True))
-                    _write_part(beside, start, sample, frames, done)
-                marks.mkdir(exist_ok=True)
-                (marks / f"{part:06d}").touch()
+                with closing(stream_features(manifest, feature, rows, config.batch_seconds)) as stream:
+                    frames = ((number, f_SD) for number, (_, f_SD) in zip(chosen, stream, strict=True))
+                    _write_part(temporary, start, sample, frames, done)
+                done_parts.mkdir(exist_ok=True)
+                (done_parts / f"{part:06d}").touch()
         distributed.barrier()
     if distributed.rank() == 0:
         write_json(out / "header.json", feature_header(feature, config.kind, config.layer))
         if not final.exists():
-            beside.replace(final)
-        shutil.rmtree(marks, ignore_errors=True)
+            temporary.replace(final)
+        shutil.rmtree(done_parts, ignore_errors=True)
     distributed.barrier()
     return {"frames": len(sample.frames), "dim": feature.dim, "utterances": len(sample.rows)}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The frames that were drawn, utterance by utterance."""
+    """The frames of a sample, sorted by utterance."""
 
-    rows: np.ndarray  # (U,) of the manifest: utterances that hold any, ascending
-    bounds: np.ndarray  # (U + 1,): those of utterance i are frames[bounds[i] : bounds[i + 1]]
-    frames: np.ndarray  # (N,), counted within each utterance
+    rows: np.ndarray  # (U,) manifest rows of the utterances with sampled frames, ascending
+    bounds: np.ndarray  # (U + 1,) the frames of utterance i are frames[bounds[i] : bounds[i + 1]]
+    frames: np.ndarray  # (N,) index within the utterance
 
 
 def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
-    """Which frames are taken: all choices of `sample_frames` frames of the split are equally likely."""
+    """Draw `sample_frames` frames of the split without replacement, all with equal probability."""
     rows = manifest.indices(split=config.split)
     ends = np.cumsum(feature.grid.n_frames(manifest.n_samples[rows]))
     if not len(rows) or not ends[-1]:
-        raise DataError(f"{config.manifest}: no frame in split {config.split!r}")
+        raise DataError(f"features.split: split {config.split!r} of {config.manifest} has no frames")
     size = min(config.sample_frames, int(ends[-1]))
     taken = draw_rows(int(ends[-1]), size, seeded_rng(config.seed, 11))
     where = np.searchsorted(ends, taken, side="right")
@@ -118,8 +122,8 @@ def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
     return Sample(rows[utterances], np.append(firsts, size), taken - starts)
 
 
-def _reserve(path: Path, shape: tuple[int, int]) -> int:
-    """An array of this shape on the disk, whatever a broken-off run left in it; where its data begin."""
+def _allocate(path: Path, shape: tuple[int, int]) -> int:
+    """Create or reuse a .npy file for a float32 array of this shape; return the byte offset of its data."""
     path.touch()
     with path.open("r+b") as file:
         layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -132,13 +136,16 @@ def _reserve(path: Path, shape: tuple[int, int]) -> int:
 def _write_part(
     path: Path, start: int, sample: Sample, frames: Iterable[tuple[int, Tensor]], done: Callable[[int], None]
 ) -> None:
-    """What was drawn of utterances that come as (number in the sample, all frames), from byte `start` of the
-    file on, and safely onto the disk."""
+    """Write the sampled frames of utterances at byte `start` of the file and flush them to the disk.
+
+    Args:
+        frames: (index of the utterance in the sample, all its frames).
+    """
     with path.open("r+b") as file:
         file.seek(start)
         for number, f_SD in frames:
-            wanted = torch.from_numpy(sample.frames[sample.bounds[number] : sample.bounds[number + 1]])
-            file.write(f_SD[wanted.to(f_SD.device)].float().cpu().numpy().astype("<f4").tobytes())
+            index_N = torch.from_numpy(sample.frames[sample.bounds[number] : sample.bounds[number + 1]])
+            file.write(f_SD[index_N.to(f_SD.device)].float().cpu().numpy().astype("<f4").tobytes())
             done(1)
         file.flush()
         os.fsync(file.fileno())

@@ -1,12 +1,13 @@
-"""CTC fine-tuning: the pretraining head makes room for a linear layer over phonemes.
+"""CTC fine-tuning of a pretrained encoder with a linear layer over the symbols.
 
-Reads   the manifest, its targets, and a pretrained model (or none: the same network from scratch)
+Reads   the manifest, its targets, and a pretrained model (or none, to train from scratch)
 Writes  checkpoints/, metrics.jsonl, tensorboard/, best.safetensors, bundle/
 
     python -m jahubert.run recipe=demo stage=finetune system=pretrained
 
-The conv stack is frozen and, for the first updates, everything but the head (HuBERT paper section IV-D;
-fairseq base_10h). Batches are padded, never cropped. The best step on the development set is kept.
+The convolutional encoder is frozen and, for the first updates, everything except the head (HuBERT paper,
+section IV-D; fairseq base_10h). Batches are padded, never cropped. The best step on the development set is
+kept.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 
-# fairseq's base_10h, the only fine-tuning settings that were published with HuBERT; others are in
-# conf/finetuning. Its rate rises for 8,000 updates and would fall to 5 % in another 72,000, of which it sees
-# 17,000: to 0.05 ** (17 / 72) = 0.493.
+# fairseq's base_10h, the only fine-tuning settings published with HuBERT; other presets are in
+# conf/finetuning. Its learning rate rises for 8,000 updates and would decay to 5 % within 72,000, of which
+# 17,000 are run: final_lr is 0.05 ** (17 / 72) = 0.493.
 _TRAIN = TrainConfig(
     max_steps=25_000,
     batch_seconds=1600.0,
@@ -62,7 +63,7 @@ _TRAIN = TrainConfig(
 _MASK = MaskConfig(prob=0.75, min_spans=0, channel_prob=0.5)
 
 
-# What fine-tuning sets anew in the model's own configuration.
+# Settings of the model's configuration that fine-tuning replaces.
 _DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop")
 
 
@@ -70,12 +71,12 @@ _DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout
 class Config:
     manifest: Path
     targets: Path
-    pretrained: Path | None = model_field(None)  # None: from random initialisation, with the sizes in `model`
+    pretrained: Path | None = model_field(None)  # None: random initialization with the sizes in `model`
     model: HubertConfig = field(default_factory=HubertConfig)
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
-    fraction: float = 1.0  # of the labelled training utterances, the first ones of the manifest
-    hours: float | None = None  # at most so much of them, drawn at random
+    fraction: float = 1.0  # of the labeled training utterances, in the order of the manifest
+    hours: float | None = None  # upper limit of their duration; utterances are drawn at random
     freeze_conv: bool = True
     head_only_steps: int = 10_000
     dropout: float = 0.0
@@ -84,37 +85,37 @@ class Config:
     input_dropout: float = 0.0
     layer_drop: float = 0.1
     dev_splits: tuple[str, ...] = split_field(("dev",))
-    # What chooses the best step on the development set; of characters, wer and per are both the CER.
+    # Metric that selects the best step on the development set; for characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": _DROPPED}
-        wrong = range_errors(self, numbers)
+        ranges = {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": _DROPPED}
+        errors = range_errors(self, ranges)
         if self.train.sharded and self.layer_drop:
-            wrong.append("train.sharded needs layer_drop=0: all processes must run the same blocks")
+            errors.append("train.sharded requires layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
-            wrong.append(
-                "pretrained=... is missing: name the model to fine-tune, one on the Hub "
-                "(rinna/japanese-hubert-base), a folder (exp/NAME/iter2/pretrain) or a model file. Only to "
-                "start from scratch on purpose, set freeze_conv=false: its conv stack has to learn"
+            errors.append(
+                "pretrained=... is required: the model to fine-tune, as a Hub name "
+                "(rinna/japanese-hubert-base), a folder (exp/NAME/iter2/pretrain) or a model file. To train "
+                "from scratch, set freeze_conv=false"
             )
         if not 0 <= self.head_only_steps < self.train.max_steps:
-            wrong.append(
+            errors.append(
                 f"head_only_steps is {self.head_only_steps}, but must be less than train.max_steps, "
-                f"{self.train.max_steps}: the encoder would never learn. Set it to 0, or to "
-                f"{round(0.4 * self.train.max_steps)}, the share that HuBERT's base_10h has"
+                f"{self.train.max_steps}, or the encoder is never trained. Set it to 0, or to "
+                f"{round(0.4 * self.train.max_steps)}, the proportion in HuBERT's base_10h"
             )
-        raise_config_errors(wrong)
+        raise_config_errors(errors)
 
 
 class FineTuner(nn.Module):
-    """Encoder and CTC head with their training behaviour."""
+    """Encoder and CTC head with freezing, loss and metrics, as the trainer expects it."""
 
     def __init__(self, ctc: HubertForCtc, *, freeze_conv: bool, head_only_steps: int, seed: int):
         super().__init__()
         self.ctc, self.head_only_steps, self.seed = ctc, head_only_steps, seed
-        self.updates = 0  # that it has had, as far as the last batch of training says
+        self.updates = 0  # including the one of the last training batch
         self.has_unused_parameters = head_only_steps > 0 or ctc.config.layer_drop > 0
         self.blocks = list(ctc.hubert.encoder.layers)
         if freeze_conv:
@@ -128,7 +129,7 @@ class FineTuner(nn.Module):
                 batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, channel_mask_BD=batch.channel_mask_BD
             )
         logp_BSV = self.ctc.log_probs(encoded.hidden_BSD)
-        # Not the encoder's: the CPU would have to wait for the GPU to learn what it knows.
+        # Computed from host-side lengths: reading the encoder's result would synchronize with the GPU.
         n_frames_B = self.ctc.config.grid.n_frames(batch.n_samples_B)
         total = ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B)
         sums: dict[str, Tensor | float] = {
@@ -140,7 +141,7 @@ class FineTuner(nn.Module):
         return Loss(total, len(n_frames_B), sums)
 
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Loss in nats a symbol, and the share of frames whose best symbol is blank."""
+        """Loss in nats per symbol, and the share of frames whose most probable symbol is blank."""
         return {"loss": sums["total"] / sums["symbols"], "blank": sums["blanks"] / sums["frames"]}
 
 
@@ -166,22 +167,23 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     )
     if not len(dev_rows):
         raise DataError(
-            f"no labelled utterance in dev_splits {list(config.dev_splits)}; the best step is chosen on them"
+            f"finetune.dev_splits={list(config.dev_splits)}: no utterance has a target; the "
+            "best step is selected on them"
         )
     dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
 
     def validate() -> dict[str, float]:
-        found = evaluate(module, dev)
+        metrics = evaluate(module, dev)
         problem = blank_problem(
-            found["blank"],
-            found["empty"],
+            metrics["blank"],
+            metrics["empty"],
             module.updates,
             max_steps=config.train.max_steps,
             head_only_steps=config.head_only_steps,
         )
         if problem and distributed.rank() == 0:
             log.warning("%s", problem)
-        return found
+        return metrics
 
     train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
     metrics = train(module, data, config.train, out, validate=validate, best=config.best)
@@ -194,7 +196,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def model_name(source: Path | None) -> str:
-    """What a table calls the model that was fine-tuned: owner/model, NAME/iter2, or the end of its path."""
+    """Display name of the fine-tuned model: owner/model, NAME/iter2, or the end of its path."""
     if source is None:
         return "from scratch"
     parts = [part for part in source.parts if part not in ("/", "bundle", "pretrain")]
@@ -202,34 +204,37 @@ def model_name(source: Path | None) -> str:
 
 
 def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.ndarray:
-    """The labelled training utterances that are learnt from, in the manifest's order.
+    """Manifest rows of the labeled training utterances to train on, ascending.
 
-    `fraction` takes the first ones. `hours` draws single utterances of these at random, so that ten minutes
-    are not the voice of one talk; the draws of one seed contain each other.
+    `fraction` takes the first ones. `hours` draws utterances from these at random, so that ten minutes are
+    not all from one talk; with the same seed, a larger subset contains the smaller ones.
     """
     rows = np.intersect1d(manifest.indices(split="train"), targets.labeled_rows)
     rows = rows[: max(1, round(config.fraction * len(rows)))]
     if config.hours is None:
         return rows
     drawn = np.random.default_rng([config.seed, 9]).permutation(rows)
-    until = np.cumsum(manifest.n_samples[drawn]) <= config.hours * 3600 * SAMPLE_RATE
-    return np.sort(drawn[: max(1, int(until.sum()))])
+    within_limit = np.cumsum(manifest.n_samples[drawn]) <= config.hours * 3600 * SAMPLE_RATE
+    return np.sort(drawn[: max(1, int(within_limit.sum()))])
 
 
 def build_model(config: Config, n_symbols: int) -> HubertForCtc:
-    """The pretrained encoder (or a new one) under a new head, with the dropout of fine-tuning."""
+    """The pretrained encoder, or a new one, with a new head and the dropout of fine-tuning."""
     changes = {name: getattr(config, name) for name in _DROPPED}
     if config.pretrained is None:
         return HubertForCtc(replace(config.model, conv_grad_scale=1.0, **changes), n_symbols)
-    found = load_bundle(config.pretrained)
-    hubert = HubertModel(replace(found.config, conv_grad_scale=1.0, **changes))
-    hubert.load_state_dict(found.model.state_dict())
+    bundle = load_bundle(config.pretrained)
+    hubert = HubertModel(replace(bundle.config, conv_grad_scale=1.0, **changes))
+    hubert.load_state_dict(bundle.model.state_dict())
     return HubertForCtc(hubert.config, n_symbols, hubert)
 
 
 def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
-    """Of the greedy answer, over all processes: loss, phone and word error rate, share of blank frames and of
-    utterances whose answer is empty."""
+    """Metrics of greedy decoding over all processes.
+
+    Returns:
+        loss (nats per symbol), per, wer, blank (share of frames) and empty (share of empty hypotheses).
+    """
     device = next(module.parameters()).device
     phonemes = data.targets.phonemes
     names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
@@ -238,22 +243,21 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
         data.load, data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world())
     ):
         batch = batch.to(device)
-        logp_BSV, there_B = module.ctc(batch.wav_BT, batch.n_samples_B)
+        logp_BSV, device_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
         n_frames_B = module.ctc.config.grid.n_frames(batch.n_samples_B)
         sums["loss"] += ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B).double()
         sums["symbols"] += len(batch.target_L)
-        sums["blanks"] += _blanks(logp_BSV, there_B)
+        sums["blanks"] += _blanks(logp_BSV, device_frames_B)
         sums["frames"] += int(n_frames_B.sum())
         sums["rows"] += len(micro.rows)
-        for row, answer in zip(micro.rows, greedy(logp_BSV, n_frames_B), strict=True):
-            words, heard = data.targets.words(row), split_words(phonemes, answer.labels)
-            sums["empty"] += not heard
-            for kind, (said, got) in {
-                "phone": (sum(words, ()), sum(heard, ())),
-                "word": (words, heard),
-            }.items():
-                sums[f"{kind}_errors"] += count_errors(said, got).errors
-                sums[f"{kind}s"] += len(said)
+        for row, best in zip(micro.rows, greedy(logp_BSV, n_frames_B), strict=True):
+            reference, hypothesis = data.targets.words(row), split_words(phonemes, best.labels)
+            phones = sum(reference, ())
+            sums["empty"] += not hypothesis
+            sums["word_errors"] += count_errors(reference, hypothesis).errors
+            sums["words"] += len(reference)
+            sums["phone_errors"] += count_errors(phones, sum(hypothesis, ())).errors
+            sums["phones"] += len(phones)
     totals = distributed.all_reduce_sums(sums, device)
     return {
         "loss": totals["loss"] / totals["symbols"],
@@ -265,6 +269,6 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
 
 
 def _blanks(logp_BSV: Tensor, n_frames_B: Tensor) -> Tensor:
-    """How many frames have the blank as their best symbol, counted where the log-probabilities are."""
+    """Number of frames whose most probable symbol is blank, as a tensor on the same device."""
     valid_BS = torch.arange(logp_BSV.shape[1], device=logp_BSV.device) < n_frames_B[:, None]
     return (valid_BS & (logp_BSV.detach().argmax(-1) == 0)).sum(dtype=torch.float64)

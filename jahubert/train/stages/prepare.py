@@ -1,8 +1,8 @@
-"""A corpus folder becomes a manifest, through the recipe's own reader.
+"""Conversion of a corpus into a manifest by the recipe's reader.
 
 Reads   the corpus, with `prepare()` of `recipes/<recipe>/prepare.py`
-Writes  manifest.arrow, rejected.jsonl (what was dropped and why), work/ (audio that the recipe made, and
-        which recordings of archives were decoded)
+Writes  manifest.arrow, rejected.jsonl (rejected utterances with reasons), work/ (audio that the recipe
+        creates, and the cache of decoded archive members)
 
     python -m jahubert.run recipe=tofugu stage=prepare data=/path/to/japanese-vocabulary-pronunciation-audio
 """
@@ -37,7 +37,7 @@ from jahubert.train.experiment.registry import recipe_reader
 log = logging.getLogger(__name__)
 
 VERSION = 1
-_AHEAD = 256  # utterances that may wait to be checked
+_MAX_PENDING = 256  # utterances submitted for checking
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Config:
         lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
     )
     seed: int = 0
-    # Decode every utterance once, and leave out what is broken: here, and not after a day of work, is the
-    # time to learn of it. Of sound audio comes the same manifest with and without.
+    # Decode every utterance once and reject broken audio now rather than during training. For intact audio
+    # the manifest is the same either way.
     check_audio: bool = runtime_field(True)
 
 
@@ -58,42 +58,49 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def prepare(config: Config, out: Path) -> dict[str, Any]:
-    """The work of the stage, which one process does."""
+    """Read the corpus and write the manifest, in one process."""
     options, read = config.options, recipe_reader(config.recipe, "prepare")
-    if isinstance(options, Mapping):  # made without a recipe's tree of settings
+    if isinstance(options, Mapping):  # built without `structure`, for example in a test
         options = structure(options, recipe_reader(config.recipe, "Config"), "prepare.options")
-    data = Path(config.data).expanduser() if config.data else None  # "" too, which would be this folder
+    data = (
+        Path(config.data).expanduser() if config.data else None
+    )  # an empty string would be the current folder
     work = out / "work"
     work.mkdir(exist_ok=True)
-    marks = DecodeCache(work / "decoded") if config.check_audio else None
-    items = usable(read(data, work, options, config.seed), config.check_audio, marks)
-    with progress("reading the corpus", "utterances") as done:  # how many there are, no recipe knows
+    cache = DecodeCache(work / "decoded") if config.check_audio else None
+    items = usable(read(data, work, options, config.seed), config.check_audio, cache)
+    with progress("reading the corpus", "utterances") as done:  # the total is unknown
         counts = write_manifest(out / "manifest.arrow", _counted(items, done))
     if counts["rejected"]:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in counts["rejected"].items())
-        log.warning("left out %d (%s); see %s/rejected.jsonl", sum(counts["rejected"].values()), reasons, out)
-    # A corpus or its reader can change without any setting: what comes after depends on what was read.
+        log.warning(
+            "rejected %d utterances (%s); see %s/rejected.jsonl",
+            sum(counts["rejected"].values()),
+            reasons,
+            out,
+        )
+    # The content is recorded, because a corpus or its reader may change while all settings stay the same.
     return counts | {"content": Manifest(out / "manifest.arrow").fingerprint}
 
 
 def kept(config: Config, out: Path) -> None:
-    """Warn of files that were missing when the manifest was made and are there now."""
-    came = []
+    """Warn about files that were missing when the manifest was made and exist now."""
+    new_files = []
     if not (out / "rejected.jsonl").is_file():
-        return  # a folder that somebody tidied up
+        return  # deleted by the user
     with open(out / "rejected.jsonl", encoding="utf-8") as file:
         for line in file:
             if '"missing"' in line and Path(path := json.loads(line).get("missing", "")).is_file():
-                came.append(path)
-    if came:
+                new_files.append(path)
+    if new_files:
         records = " ".join(shlex.quote(str(out / name)) for name in (provenance.DONE, provenance.STARTED))
         log.warning(
-            "%s is without %d files that were missing and are there now, such as %s. To take them in:\n"
-            "  rm -f %s\nand the same command again, which reads and decodes only what is new. What was made "
-            "from the shorter manifest is then refused, as after any change of the data",
+            "%s: %d files that were missing when the manifest was made exist now, such as %s. To add them, "
+            "run\n  rm -f %s\nand rerun the same command; only new files are read. Stages that used the old "
+            "manifest must then be run again",
             out,
-            len(came),
-            came[0],
+            len(new_files),
+            new_files[0],
             records,
         )
 
@@ -101,48 +108,49 @@ def kept(config: Config, out: Path) -> None:
 def usable(
     items: Iterable[Utterance | Utterances | Rejected],
     check_audio: bool = True,
-    marks: DecodeCache | None = None,
+    cache: DecodeCache | None = None,
 ) -> Iterator[Utterance | Utterances | Rejected]:
-    """What the recipe gave, in its order; utterances whose audio is of no use come back as `Rejected`.
+    """Items of a recipe in their order; utterances with unusable audio are replaced by `Rejected`.
 
-    `Utterances` come back whole without `check_audio`, else one by one. With `marks`, what was decoded
-    before is not decoded again.
+    Args:
+        check_audio: decode every utterance; `Utterances` are then yielded one by one.
+        cache: lengths of recordings that were decoded before and need not be decoded again.
     """
-    waiting: deque[tuple[Future[Utterance | Rejected], DecodeRecorder | None]] = deque()
+    pending: deque[tuple[Future[Utterance | Rejected], DecodeRecorder | None]] = deque()
 
-    def first() -> Utterance | Rejected:
-        future, mark = waiting.popleft()
+    def next_result() -> Utterance | Rejected:
+        future, recorder = pending.popleft()
         result = future.result()
-        if mark is not None:
-            mark.add(result)
+        if recorder is not None:
+            recorder.add(result)
         return result
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for item in items:
-            whole = _without_decoding(item, check_audio, marks) if isinstance(item, Utterances) else None
-            if whole is not None:
-                while waiting:
-                    yield first()
-                yield from whole
+            checked = _without_decoding(item, check_audio, cache) if isinstance(item, Utterances) else None
+            if checked is not None:
+                while pending:
+                    yield next_result()
+                yield from checked
                 continue
-            mark = DecodeRecorder(marks, item) if marks and isinstance(item, Utterances) else None
+            recorder = DecodeRecorder(cache, item) if cache and isinstance(item, Utterances) else None
             for single in item if isinstance(item, Utterances) else (item,):
-                waiting.append((pool.submit(_checked, single, check_audio), mark))
-                if len(waiting) == _AHEAD:
-                    yield first()
-        while waiting:
-            yield first()
+                pending.append((pool.submit(_checked, single, check_audio), recorder))
+                if len(pending) == _MAX_PENDING:
+                    yield next_result()
+        while pending:
+            yield next_result()
 
 
 def _without_decoding(
-    items: Utterances, check_audio: bool, marks: DecodeCache | None
+    items: Utterances, check_audio: bool, cache: DecodeCache | None
 ) -> Iterable[Utterance | Utterances | Rejected] | None:
-    """What is usable of many, where that is known; None where they must be decoded."""
+    """The checked items if that is known without decoding, else None."""
     if not check_audio:
         return _long_enough(items)
-    found = marks.lookup(items) if marks else None
-    # One by one, as if they had been decoded: the manifest's fingerprint is over what it was given.
-    return None if found is None else chain(*found)
+    cached = cache.lookup(items) if cache else None
+    # One by one, as after decoding, because the manifest's fingerprint depends on it.
+    return None if cached is None else chain(*cached)
 
 
 def _counted(

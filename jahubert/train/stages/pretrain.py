@@ -1,12 +1,12 @@
-"""HuBERT pretraining: predict the units of masked frames.
+"""HuBERT pretraining by prediction of the units of masked frames.
 
 Reads   the manifest and its label store
-Writes  checkpoints/, metrics.jsonl, tensorboard/, bundle/ (the model as it was after the last step, as in the
-        paper, and its unit head)
+Writes  checkpoints/, metrics.jsonl, tensorboard/, bundle/ (the model after the last step, as in the paper,
+        and its unit head)
 
     python -m jahubert.run recipe=demo stage=pretrain iteration=1 pretrain.train.max_steps=500
 
-Every iteration starts from scratch (HuBERT paper section IV-C) unless `init_from` names a model.
+Every iteration starts from scratch (HuBERT paper, section IV-C) unless `init_from` is set.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from jahubert.train.trainer.trainer import Loss
 log = logging.getLogger(__name__)
 
 VERSION = 1
-_CHANCE_FRAMES = 1 << 22  # 23 hours; a look at all labels of a large corpus would delay every start
+_CHANCE_FRAMES = 1 << 22  # 23 hours; reading all labels of a large corpus would take too long
 
 
 @dataclass(frozen=True)
@@ -50,31 +50,31 @@ class Config:
     manifest: Path
     labels: Path
     model: HubertConfig = field(default_factory=HubertConfig)
-    init_from: Path | None = model_field(None)  # continue from a model's encoder instead of from scratch
+    init_from: Path | None = model_field(None)  # initialize the encoder from this model
     train: TrainConfig = field(default_factory=TrainConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
-    unit_dim: int = 256  # width of the codebook (final_dim)
+    unit_dim: int = 256  # dimension of the unit embeddings (fairseq: final_dim)
     temperature: float = 0.1
-    penalty_weight: float = 10.0  # of the mean square of the conv features
+    penalty_weight: float = 10.0  # of the mean square of the convolutional features
     valid_split: str | None = split_field("dev")  # null: no validation
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = {"positive": ("temperature",), "at least 1": ("unit_dim",)}
-        wrong = range_errors(self, numbers | {"at least 0": ("penalty_weight",)})
+        ranges = {"positive": ("temperature",), "at least 1": ("unit_dim",)}
+        errors = range_errors(self, ranges | {"at least 0": ("penalty_weight",)})
         if self.train.sharded and self.model.layer_drop:
-            wrong.append("train.sharded needs model.layer_drop=0: all processes must run the same blocks")
+            errors.append("train.sharded requires model.layer_drop=0: all processes must run the same blocks")
         if self.crop.max_seconds > self.train.micro_seconds:
-            wrong.append(
-                f"crop.max_seconds {self.crop.max_seconds} does not fit "
-                f"train.micro_seconds {self.train.micro_seconds}"
+            errors.append(
+                f"crop.max_seconds is {self.crop.max_seconds}, but must be at most train.micro_seconds, "
+                f"{self.train.micro_seconds}"
             )
-        raise_config_errors(wrong)
+        raise_config_errors(errors)
 
 
 class Pretrainer(nn.Module):
-    """Encoder, unit head, and the masked prediction loss with its feature penalty (fairseq criterion)."""
+    """Encoder and unit head with the masked prediction loss and feature penalty of fairseq's criterion."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Pretrainer(nn.Module):
     ):
         super().__init__()
         self.seed, self.penalty = seed, penalty
-        self.updates = 0  # begun so far
+        self.updates = 0  # including the current one
         self.has_unused_parameters = config.layer_drop > 0
         self.hubert = HubertModel(config)
         self.blocks = list(self.hubert.encoder.layers)
@@ -98,7 +98,7 @@ class Pretrainer(nn.Module):
         if self.training:
             self.updates = step + 1
         encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
-        # Not by the mask: a GPU would have to count its frames before the next line.
+        # Indices rather than the mask: boolean indexing would synchronize with the GPU.
         logits_NK = self.head(encoded.hidden_BSD.flatten(0, 1).index_select(0, batch.masked_index_N))
         loss, count = unit_loss(logits_NK, batch.unit_N), len(batch.unit_N)
         total = loss
@@ -106,20 +106,23 @@ class Pretrainer(nn.Module):
             total = loss + self.penalty * count * encoded.conv_penalty
         correct = (logits_NK.detach().argmax(-1) == batch.unit_N).sum()
         penalty = 0.0 if encoded.conv_penalty is None else encoded.conv_penalty.detach() * count
-        room = batch.wav_BT.numel() / SAMPLE_RATE
-        sums = {"nats": loss, "correct": correct, "penalty": penalty, "seconds": batch.seconds, "room": room}
+        padded_seconds = batch.wav_BT.numel() / SAMPLE_RATE
+        sums = {
+            "nats": loss,
+            "correct": correct,
+            "penalty": penalty,
+            "seconds": batch.seconds,
+            "padded_seconds": padded_seconds,
+        }
         return Loss(total, count, sums)
 
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Loss in bits a masked frame, accuracy on masked frames, mean square of the conv features.
-
-        And the share of the batches that is padding.
-        """
+        """Loss (bits per masked frame), accuracy on masked frames, feature penalty, and share of padding."""
         return {
             "loss": sums["nats"] / count / math.log(2),
             "accuracy": sums["correct"] / count,
             "penalty": sums["penalty"] / count,
-            "padding": 1 - sums["seconds"] / sums["room"],
+            "padding": 1 - sums["seconds"] / sums["padded_seconds"],
         }
 
 
@@ -142,20 +145,20 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         _init_from(module.hubert, config.init_from)
     train = resolve(config.train.engine, ENGINES, "pretrain.train.engine")
 
-    def watched(metrics: dict[str, float]) -> dict[str, float]:
-        watch_accuracy(config, labels, metrics, module.updates)
+    def checked(metrics: dict[str, float]) -> dict[str, float]:
+        check_accuracy(config, labels, metrics, module.updates)
         return metrics
 
-    validate = None if valid is None else lambda: watched(evaluate(module, valid))
-    metrics = watched(train(module, data, config.train, out, validate=validate))
+    validate = None if valid is None else lambda: checked(evaluate(module, valid))
+    metrics = checked(train(module, data, config.train, out, validate=validate))
     if distributed.rank() == 0:
         _export(config, module, labels, metrics, out)
     distributed.barrier()
     return metrics | {"padding": data.sampler.padding()}
 
 
-def watch_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float], updates: int) -> None:
-    """Warn, once the warm-up is over, when the accuracy on masked frames says that too little was learnt."""
+def check_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float], updates: int) -> None:
+    """Warn if the accuracy on masked frames is too low after the warmup."""
     if (
         distributed.rank()
         or "accuracy" not in metrics
@@ -170,9 +173,11 @@ def watch_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float]
 
 
 def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
-    """Loss and accuracy on a split whose masks are the same every time, over all processes."""
+    """Loss and accuracy on a split over all processes, with the same masks every time."""
     device = next(module.parameters()).device
-    sums: dict[str, Any] = dict.fromkeys(("nats", "correct", "penalty", "seconds", "room", "count"), 0.0)
+    sums: dict[str, Any] = dict.fromkeys(
+        ("nats", "correct", "penalty", "seconds", "padded_seconds", "count"), 0.0
+    )
     for micro, batch in prefetch(
         data.load, data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world())
     ):
@@ -199,12 +204,14 @@ def _data(config: Config, manifest: Manifest, labels: LabelStore, split: str) ->
 
 
 def _init_from(model: HubertModel, source: Path) -> None:
-    weights, own = load_bundle(source).model.state_dict(), model.state_dict()
-    wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
-    if wrong or len(weights) != len(own):
+    weights, expected = load_bundle(source).model.state_dict(), model.state_dict()
+    mismatches = [
+        name for name in expected if name not in weights or weights[name].shape != expected[name].shape
+    ]
+    if mismatches or len(weights) != len(expected):
         raise ConfigError(
-            f"init_from={source}: its sizes are not those of `model` (see {(wrong or ['layers'])[0]}); give "
-            "`model` the same ones"
+            f"pretrain.init_from={source}: its sizes differ from `model` (see "
+            f"{(mismatches or ['layers'])[0]}); set `model` to the same sizes"
         )
     model.load_state_dict(weights)
 

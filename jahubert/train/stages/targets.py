@@ -1,7 +1,7 @@
-"""Target symbols for recognition: phones or kana with a boundary between words, or characters.
+"""Target symbols for CTC: phones or kana with word boundaries, or characters.
 
-Reads   the manifest: the words of an utterance where the corpus gives them, else its text
-Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (utterances left out, and why)
+Reads   the manifest: the words of an utterance if the corpus has them, else its text
+Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (rejected utterances with reasons)
 
     python -m jahubert.run recipe=demo stage=targets
 """
@@ -41,14 +41,14 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    return distributed.rank0_broadcast(lambda: write(config, out))
+    return distributed.rank0_broadcast(lambda: make_targets(config, out))
 
 
-def write(config: Config, out: Path) -> dict[str, Any]:
-    """The work of the stage, which one process does."""
+def make_targets(config: Config, out: Path) -> dict[str, Any]:
+    """Convert all utterances and write the target store, in one process."""
     manifest = Manifest(config.manifest)
     if config.user_dictionary:
-        read_words(config.user_dictionary)  # a mistake in it is none of the utterances'
+        read_words(config.user_dictionary)  # fail early on an invalid dictionary
     symbols = symbol_set(config, manifest)
     reasons: Counter[str] = Counter()
     sources: Counter[str] = Counter()
@@ -73,9 +73,9 @@ def write(config: Config, out: Path) -> dict[str, Any]:
     ):
         n_symbols = write_targets(out, rows(), symbols)
     for reason, n in reasons.most_common():
-        log.warning("left out, %s: %d utterances, named in %s", reason, n, out / "rejected.jsonl")
+        log.warning("rejected, %s: %d utterances, listed in %s", reason, n, out / "rejected.jsonl")
     if not sources:
-        raise DataError(f"{config.manifest}: no utterance has a usable text; {out}/rejected.jsonl says why")
+        raise DataError(f"{config.manifest}: no utterance has a usable text (reasons: {out}/rejected.jsonl)")
     return {
         "utterances": sources.total(),
         "symbols": n_symbols,
@@ -86,20 +86,20 @@ def write(config: Config, out: Path) -> dict[str, Any]:
 
 
 def symbol_set(config: Config, manifest: Manifest) -> PhonemeSet:
-    """The vocabulary; characters are those of the training text."""
+    """The vocabulary: phones, kana, or the characters of the training text."""
     if config.vocabulary == "phones":
         return PhonemeSet.standard()
     if config.vocabulary == "kana":
         return kana_set()
     rows = manifest.indices(split="train").tolist()
-    found = character_set(char for row in rows for char in characters(manifest[row].text))
-    if len(found) > 2**15:
-        raise DataError(f"{len(found)} different characters are more than targets can hold ({2**15})")
-    return found
+    symbols = character_set(char for row in rows for char in characters(manifest[row].text))
+    if len(symbols) > 2**15:
+        raise DataError(f"{len(symbols)} different characters, but targets are limited to {2**15}")
+    return symbols
 
 
 def characters(text: str) -> str:
-    """What is left of a text as characters to recognise: letters and digits, in NFKC."""
+    """Characters to be recognized in a text: letters and digits, in NFKC."""
     plain = unicodedata.normalize("NFKC", text)
     return "".join(char for char in plain if unicodedata.category(char)[0] in "LN")
 
@@ -108,8 +108,8 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
     """Symbols of an utterance.
 
     Raises:
-        DataError: the text has no reading or no letters, or the symbols do not fit into the frames. What
-            stands before the colon is one of few reasons, which can be counted.
+        DataError: the text has no reading or no letters, or there are more symbols than frames. The
+            part of the message before the colon is the reason that rejections are counted by.
     """
     if config.vocabulary == "characters":
         known = set(symbols.symbols)
@@ -118,23 +118,23 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
             raise DataError(f"text without letters: {utterance.text!r}")
         row = symbols.encode([[char if char in known else UNKNOWN for char in plain]])
     else:
-        words = utterance.words or _read(utterance.text, config.user_dictionary)
+        words = utterance.words or _text_to_phones(utterance.text, config.user_dictionary)
         if config.vocabulary == "kana":
             words = tuple(tuple(phones_to_kana(word)) for word in words)
         try:
             row = symbols.encode(words)
         except DataError as error:
             raise DataError(f"symbol outside the vocabulary: {error}") from error
-    # CTC needs a blank between equal neighbours.
+    # CTC needs a blank between equal neighbors.
     needed = len(row) + sum(a == b for a, b in pairwise(row))
     frames = HUBERT.n_frames(utterance.n_samples)
     if needed > frames:
-        raise DataError(f"target longer than its audio: {needed} frames are needed, {frames} are there")
+        raise DataError(f"target longer than its audio: {needed} frames needed, {frames} available")
     return row
 
 
-def _read(text: str, user_dictionary: Path | None) -> tuple[tuple[str, ...], ...]:
-    """Words of a text as phones; DataError where it has no reading."""
+def _text_to_phones(text: str, user_dictionary: Path | None) -> tuple[tuple[str, ...], ...]:
+    """Words of a text as phones; raises DataError if it has no reading."""
     from jahubert.train.text.japanese import text_to_words
 
     try:

@@ -21,7 +21,7 @@ from jahubert.train.evaluation.unit_checks import (
     usage_problem,
     usage_statistics,
 )
-from jahubert.train.stages.pretrain import Config, watch_accuracy
+from jahubert.train.stages.pretrain import Config, check_accuracy
 
 
 def test_usage_statistics_by_hand():
@@ -73,11 +73,11 @@ def test_pretraining_warns_only_after_the_warmup(tmp_path, caplog):
     labels = made_store(tmp_path / "a", manifest)
     config = Config(tmp_path, tmp_path)
     warm = round(config.train.warmup * config.train.max_steps)
-    watch_accuracy(config, labels, {"accuracy": 0.0}, warm)
-    watch_accuracy(config, labels, {"accuracy": 0.9}, warm + 1)
-    watch_accuracy(config, labels, {}, warm + 1)
+    check_accuracy(config, labels, {"accuracy": 0.0}, warm)
+    check_accuracy(config, labels, {"accuracy": 0.9}, warm + 1)
+    check_accuracy(config, labels, {}, warm + 1)
     assert not caplog.records
-    watch_accuracy(config, labels, {"accuracy": 0.0}, warm + 1)
+    check_accuracy(config, labels, {"accuracy": 0.0}, warm + 1)
     assert "accuracy on masked frames" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""features, kmeans and label end in the same bytes: killed, on a full disk, by any number of processes."""
+"""Stages features, kmeans and label: identical output if killed, on a full disk, and in several processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RESULTS = ("sample.npy", "header.json", "centroids.safetensors", "units.bin", "o
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(features, "_PART", PART)
+    monkeypatch.setattr(features, "_PART_SIZE", PART)
     monkeypatch.setattr(kmeans_module, "_COARSE_MIN", 100)
     monkeypatch.setattr(kmeans_module, "_COARSE_FRAMES", 10)
 
@@ -66,14 +66,14 @@ def results(folder: Path) -> dict[str, bytes]:
 def whole(corpus, tmp_path_factory) -> Path:
     exp = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_PART", PART)
+        patch.setattr(features, "_PART_SIZE", PART)
         patch.setattr(kmeans_module, "_COARSE_MIN", 100)
         patch.setattr(kmeans_module, "_COARSE_FRAMES", 10)
         run_to(exp, corpus, "label")
     return exp
 
 
-def test_the_sample_holds_the_frames_that_were_drawn(corpus, whole):
+def test_sample_contains_the_drawn_frames(corpus, whole):
     manifest = Manifest(corpus / "manifest.arrow")
     config = stages(corpus, whole)["features"]
     every = [f_SD.numpy() for _, f_SD in stream_features(manifest, Mfcc(), range(N), 80.0)]
@@ -88,7 +88,7 @@ def test_the_sample_holds_the_frames_that_were_drawn(corpus, whole):
     assert np.array_equal(taken.frames, np.concatenate([np.arange(len(frames)) for frames in every]))
 
 
-def test_frames_of_all_utterances_are_drawn_alike(corpus):
+def test_sample_is_uniform_over_frames(corpus):
     manifest = Manifest(corpus / "manifest.arrow")
     n_frames, seen = MFCC.n_frames(manifest.n_samples), np.zeros(N)
     for seed in range(200):
@@ -101,8 +101,8 @@ def test_frames_of_all_utterances_are_drawn_alike(corpus):
     assert seen[5] == 0  # it has no frame
 
 
-def until_killed(work: Callable[[], None], moment: int) -> bool:
-    """Do `work` in a process of its own, killed before its `moment`th step; whether it was."""
+def killed_before_step(work: Callable[[], None], moment: int) -> bool:
+    """Run `work` in a child process that is killed before I/O call `moment`; True if killed."""
     child = os.fork()
     if child == 0:
         left = iter(range(moment))
@@ -135,7 +135,7 @@ def until_killed(work: Callable[[], None], moment: int) -> bool:
 
 
 @pytest.mark.parametrize(("stage", "at_least"), [("features", 25), ("kmeans", 10), ("label", 35)])
-def test_killed_at_any_moment_and_run_again(corpus, whole, tmp_path, stage, at_least):
+def test_stage_killed_at_any_moment_is_resumed(corpus, whole, tmp_path, stage, at_least):
     moment, killed = 0, True
     while killed:
         exp = tmp_path / str(moment)
@@ -145,16 +145,20 @@ def test_killed_at_any_moment_and_run_again(corpus, whole, tmp_path, stage, at_l
                 break
             (exp / before).symlink_to(whole / before)
         config = stages(corpus, exp)[stage]
-        killed = until_killed(lambda c=config, e=exp: runner.run_stage(stage, c, e / stage), moment)
+        killed = killed_before_step(lambda c=config, e=exp: runner.run_stage(stage, c, e / stage), moment)
         runner.run_stage(stage, config, exp / stage)
         assert results(exp / stage) == results(whole / stage)
-        records = {"started.json", "provenance.json", ".running"}  # the last one of who was killed at the end
+        records = {
+            "started.json",
+            "provenance.json",
+            ".running",
+        }  # .running is left by a process killed at the end
         assert {path.name for path in (exp / stage).iterdir()} - records == set(results(whole / stage))
         moment += 1
     assert moment > at_least
 
 
-def test_what_was_made_before_a_kill_is_not_made_again(corpus, whole, tmp_path, monkeypatch):
+def test_finished_parts_are_not_computed_again(corpus, whole, tmp_path, monkeypatch):
     loads: list[int] = []
     real = Manifest.load
     monkeypatch.setattr(Manifest, "load", lambda self, i, *rest: loads.append(i) or real(self, i, *rest))
@@ -173,7 +177,7 @@ def test_what_was_made_before_a_kill_is_not_made_again(corpus, whole, tmp_path, 
                 sync(descriptor)
 
             patch.setattr(os, "fsync", full)
-            with pytest.raises(DiskFullError, match="the disk is full"):
+            with pytest.raises(DiskFullError, match="disk"):
                 runner.run_stage(stage, config, exp / stage)
         first = len(set(loads))
         loads.clear()
@@ -184,20 +188,17 @@ def test_what_was_made_before_a_kill_is_not_made_again(corpus, whole, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("stage", "limit", "says"),
-    [
-        ("features", 30_000, "the disk is full while writing into"),
-        ("label", 120, "the disk is full while writing into"),
-    ],
+    ("stage", "limit"),
+    [("features", 30_000), ("label", 120)],
 )
-def test_no_room_in_the_middle_of_a_part(corpus, whole, tmp_path, stage, limit, says):
-    """A limit of the system, met by the long recording: a sentence, and what lies before it is kept."""
+def test_full_disk_in_the_middle_of_a_part(corpus, whole, tmp_path, stage, limit):
+    """A file size limit that the long recording exceeds: one error, and finished parts are kept."""
     (tmp_path / "kmeans").symlink_to(whole / "kmeans")
     config, load = stages(corpus, tmp_path)[stage], Manifest.load
     child = os.fork()
     if child == 0:
 
-        def limited(self, row):  # the records in front of the first recording may be larger
+        def limited(self, row):  # not before, as the records may be larger
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             return load(self, row)
 
@@ -205,7 +206,7 @@ def test_no_room_in_the_middle_of_a_part(corpus, whole, tmp_path, stage, limit, 
         try:
             runner.run_stage(stage, config, tmp_path / stage)
         except DiskFullError as error:
-            os._exit(3 if says in str(error) else 4)
+            os._exit(3 if str(tmp_path / stage) in str(error) else 4)
         finally:
             os._exit(5)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
@@ -215,16 +216,16 @@ def test_no_room_in_the_middle_of_a_part(corpus, whole, tmp_path, stage, limit, 
     assert results(tmp_path / stage) == results(whole / stage)
 
 
-def test_centroids_know_what_they_are_of(corpus, whole, tmp_path):
+def test_centroids_store_their_feature_header(corpus, whole, tmp_path):
     centroids_KD, header = load_centroids(whole / "kmeans/centroids.safetensors")
     assert centroids_KD.shape == (6, 39) and header == read_record(whole / "features/header.json")
     torch.save({"centroids_KD": centroids_KD}, tmp_path / "centroids.safetensors")
-    with pytest.raises(DataError, match=r"centroids\.safetensors: no centroids that stage=kmeans wrote"):
+    with pytest.raises(DataError, match=r"centroids\.safetensors"):
         load_centroids(tmp_path / "centroids.safetensors")
 
 
 @pytest.fixture(scope="module")
-def of_a_layer(corpus, tmp_path_factory) -> Path:
+def layer_centroids(corpus, tmp_path_factory) -> Path:
     """Centroids of layer 1 of the model."""
     exp = tmp_path_factory.mktemp("layer")
     config = stages(corpus, exp)["features"]
@@ -234,22 +235,22 @@ def of_a_layer(corpus, tmp_path_factory) -> Path:
     return exp
 
 
-def test_centroids_of_something_else_are_refused(corpus, of_a_layer, tmp_path):
-    config = replace(stages(corpus, of_a_layer)["label"], model=corpus / "model", layer=1)
+def test_mismatched_centroids_are_rejected(corpus, layer_centroids, tmp_path):
+    config = replace(stages(corpus, layer_centroids)["label"], model=corpus / "model", layer=1)
     with pytest.raises(DataError, match=r"layer 1.*features.layer=2"):
         label.run(replace(config, layer=2), tmp_path / "a")
     torch.manual_seed(1)
     save_bundle(tmp_path / "other", model=HubertModel(HubertModel.from_pretrained(corpus / "model").config))
     with pytest.raises(DataError, match=r"other: .*: model is '"):
         label.run(replace(config, model=tmp_path / "other"), tmp_path / "b")
-    centroids_KD, header = load_centroids(of_a_layer / "kmeans/centroids.safetensors")
+    centroids_KD, header = load_centroids(layer_centroids / "kmeans/centroids.safetensors")
     (tmp_path / "k").mkdir()
     save_centroids(tmp_path / "k/centroids.safetensors", centroids_KD, header | {"normalize": True})
     with pytest.raises(DataError, match="normalize is False, expected True"):
         label.run(replace(config, centroids=tmp_path / "k"), tmp_path / "c")
 
 
-def test_a_store_that_should_be_the_same_is_compared(corpus, whole, tmp_path, caplog):
+def test_label_store_is_compared_with_another(corpus, whole, tmp_path, caplog):
     config = stages(corpus, whole)["label"]
     label.run(replace(config, compare_with=whole / "label", on_bad_units="warn"), tmp_path / "same")
     assert "differ" not in caplog.text
@@ -263,7 +264,7 @@ def test_a_store_that_should_be_the_same_is_compared(corpus, whole, tmp_path, ca
         label.run(replace(other, on_bad_units="error"), tmp_path / "stopped")
 
 
-def test_a_feature_that_loses_a_frame_is_named(corpus):
+def test_feature_with_wrong_frame_count_is_rejected(corpus):
     class Short(Mfcc):
         name = "short"
 
@@ -271,12 +272,12 @@ def test_a_feature_that_loses_a_frame_is_named(corpus):
             return [frames[: len(frames) - (len(frames) == 248)] for frames in super().__call__(wavs)]
 
     manifest = Manifest(corpus / "manifest.arrow")
-    with pytest.raises(DataError, match=r"utterance 'u8': the feature short gives 247 frames of 40000 s"):
+    with pytest.raises(DataError, match=r"'u8'.*short.*247"):
         list(stream_features(manifest, Short(), range(N), 80.0))
 
 
-def test_quality_of_features_by_hand(corpus, monkeypatch):
-    """Features that are the phone have a PNMI of 1, features that know nothing have almost none."""
+def test_quality_of_constructed_features(corpus, monkeypatch):
+    """Features that encode the phone have a PNMI of 1, random features almost 0."""
     manifest = Manifest(corpus / "manifest.arrow")
     times = {
         row: tuple(
@@ -291,7 +292,9 @@ def test_quality_of_features_by_hand(corpus, monkeypatch):
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(frames.phone_N), 5).float()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(frames), 5, generator=generator)
-    assert frames.quality(one_hot, n_clusters=100)["n_units"] == len(frames) // 50  # few frames, few units
+    assert (
+        frames.quality(one_hot, n_clusters=100)["n_units"] == len(frames) // 50
+    )  # fewer units for few frames
     monkeypatch.setattr(layer_quality, "_FRAMES_PER_CLUSTER", 10)
     got = frames.quality(one_hot + 0.01 * noise, n_clusters=10)
     assert got == pytest.approx({"n_units": 10, "phone_purity": 1, "pnmi": 1, "cluster_purity": 0.5}, abs=0.2)
@@ -315,7 +318,7 @@ from jahubert.train.experiment import distributed
 from jahubert.train.clustering import kmeans as kmeans_module
 from jahubert.train.stages import features
 from fixtures.unit_stages import PART, stages
-features._PART, kmeans_module._COARSE_MIN, kmeans_module._COARSE_FRAMES = PART, 100, 10
+features._PART_SIZE, kmeans_module._COARSE_MIN, kmeans_module._COARSE_FRAMES = PART, 100, 10
 corpus, exp = Path(sys.argv[1]), Path(sys.argv[2])
 with distributed.process_group():
     for kind in ("mfcc", "hubert"):
@@ -329,7 +332,7 @@ with distributed.process_group():
 
 
 @pytest.mark.slow
-def test_any_number_of_workers_writes_the_same_bytes(corpus, whole, tmp_path):
+def test_output_does_not_depend_on_the_number_of_processes(corpus, whole, tmp_path):
     from jahubert.train.experiment.distributed import launch
 
     made = {}
@@ -348,11 +351,11 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_all_processes_find_is_said_once(corpus, whole, tmp_path):
+def test_error_in_all_processes_is_reported_once(corpus, whole, tmp_path):
     command = [
         sys.executable, "-m", "jahubert.run", "recipe=demo", "stage=kmeans", f"exp={tmp_path}", "processes=2",
         f"kmeans.features={whole}/features", "kmeans.n_clusters=1000", "device=cpu",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.count("jahubert: error: 294 frames cannot make 1000 clusters") == 1
+    assert done.stderr.count("jahubert: error:") == 1 and "1000 clusters" in done.stderr

@@ -1,4 +1,4 @@
-"""Phones, kana or characters: the same stages from targets to scores, and what decode can be asked for."""
+"""Vocabularies (phones, kana, characters) from targets to scores, and the options of decode."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jahubert.train.pipeline.jobs import configure_job, plan_stages
 from jahubert.train.stages import decode, targets
 
 TONES = FIXTURES / "tones"
-STEPS = {"characters": 140, "phones": 600, "kana": 600}  # without boundaries it is soon learnt
+STEPS = {"characters": 140, "phones": 600, "kana": 600}  # easier without word boundaries
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("phones", "kana")]
 
 
@@ -43,8 +43,8 @@ def command(exp: Path, vocabulary: str, steps: int, *overrides: str) -> list[str
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory):
-    """Vocabulary -> an experiment through all stages of recognition, from scratch, made once."""
+def trained(tmp_path_factory):
+    """Function from vocabulary to an experiment with all recognition stages, trained once."""
 
     @cache
     def make(vocabulary: str, steps: int = 0) -> Path:
@@ -61,8 +61,8 @@ def hypotheses(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("vocabulary", ["characters", *LONG])
-def test_every_vocabulary_is_learnt_by_the_same_code(learnt, vocabulary):
-    exp = learnt(vocabulary)
+def test_vocabulary_is_trained_and_scored(trained, vocabulary):
+    exp = trained(vocabulary)
     measure = {"characters": "cer", "phones": "per", "kana": "kana_cer"}[vocabulary]
     store = TargetStore(exp / "targets")
     assert vocabulary_kind(store.phonemes) == vocabulary
@@ -71,19 +71,19 @@ def test_every_vocabulary_is_learnt_by_the_same_code(learnt, vocabulary):
     manifest = Manifest(exp / "prepare/manifest.arrow")
     for line in hypotheses(exp / "systems/pretrained/decode"):
         row = next(i for i in range(len(manifest)) if manifest[i].id == line["id"])
-        item, said = manifest[row], [tuple(word.split()) for word in line["reference"]]
+        item, reference = manifest[row], [tuple(word.split()) for word in line["reference"]]
         if vocabulary == "phones":
-            assert tuple(said) == item.words
+            assert tuple(reference) == item.words
         elif vocabulary == "characters":
-            assert "".join(symbol for word in said for symbol in word) == item.text
+            assert "".join(symbol for word in reference for symbol in word) == item.text
         else:
-            assert len(said) == len(item.words)
+            assert len(reference) == len(item.words)
         assert line["talk"] == Path(item.audio.path).stem
 
 
 @pytest.mark.slow
-def test_words_of_an_alignment_hold_their_phones(learnt):
-    exp = learnt("phones")
+def test_aligned_words_contain_their_phones(trained):
+    exp = trained("phones")
     manifest = Manifest(exp / "prepare/manifest.arrow")
     close = n_words = 0
     for line in map(
@@ -113,8 +113,8 @@ def decoded(exp: Path, out: Path, **settings) -> list[dict]:
     return sorted(hypotheses(out), key=lambda line: line["id"])
 
 
-def test_hypotheses_and_error_rates_do_not_depend_on_the_batch(learnt, tmp_path):
-    exp, found = learnt("characters"), {}
+def test_hypotheses_do_not_depend_on_batch_size(trained, tmp_path):
+    exp, found = trained("characters"), {}
     for seconds in (0.1, 4.0, 80.0):
         found[seconds] = decoded(exp, tmp_path / str(seconds), batch_seconds=seconds, n_best=3)
     for other in (4.0, 80.0):
@@ -129,8 +129,8 @@ def test_hypotheses_and_error_rates_do_not_depend_on_the_batch(learnt, tmp_path)
     assert len(rates) == 1
 
 
-def test_n_best_are_different_and_fall_and_greedy_is_there_to_compare(learnt, tmp_path):
-    exp = learnt("characters")
+def test_n_best_are_unique_and_sorted(trained, tmp_path):
+    exp = trained("characters")
     for line in decoded(exp, tmp_path / "beam", n_best=5):
         answers = line["n_best"]
         assert 2 <= len(answers) <= 5 and answers[0]["words"] == line["hypothesis"]
@@ -142,9 +142,9 @@ def test_n_best_are_different_and_fall_and_greedy_is_there_to_compare(learnt, tm
     assert all(a["score"] <= b["score"] + 1e-3 for a, b in zip(greedy, best, strict=True))
 
 
-def test_a_word_list_leaves_only_its_words(learnt, tmp_path):
+def test_word_list_restricts_hypotheses(trained, tmp_path):
     pytest.importorskip("flashlight.lib.text.decoder")
-    exp = learnt("phones", 2)
+    exp = trained("phones", 2)
     manifest = Manifest(exp / "prepare/manifest.arrow")
     known = {word for i in manifest.indices(split="test") for word in manifest[int(i)].words}
     (tmp_path / "words.txt").write_text(
@@ -159,19 +159,19 @@ def test_a_word_list_leaves_only_its_words(learnt, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
-        ({"beam": 0}, "beam is 0, but must be at least 1"),
+        ({"beam": 0}, "beam is 0"),
         ({"n_best": 21}, "n_best is 21"),
-        ({"search": "greedy", "n_best": 2}, "greedy finds one answer"),
+        ({"search": "greedy", "n_best": 2}, "search=greedy"),
     ],
 )
-def test_settings_that_make_no_sense(settings, says):
-    with pytest.raises(ConfigError, match=says):
+def test_invalid_decode_settings_are_rejected(settings, message):
+    with pytest.raises(ConfigError, match=message):
         decode.Config(Path("m"), Path("t"), Path("b"), **settings)
 
 
-def test_a_word_list_is_set_on_the_command_line():
+def test_word_list_is_set_on_the_command_line():
     asked = [f"recipe={TONES}", "stage=decode", "decode.lexicon.words=/a/words.txt"]
     (job,) = plan_stages(compose([*asked, "system=pretrained"]))
     found = configure_job(job, [*asked, "decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"])
@@ -183,7 +183,7 @@ def test_a_word_list_is_set_on_the_command_line():
 # --- targets ----------------------------------------------------------------------------------------------
 
 
-def spoken(**fields) -> Utterance:
+def utterance(**fields) -> Utterance:
     return Utterance("u", AudioSource("a.wav"), n_samples=16_000, **fields)
 
 
@@ -192,40 +192,40 @@ def config(**settings) -> targets.Config:
 
 
 def test_targets_of_each_vocabulary():
-    item = spoken(words=(("ky", "o:"), ("w", "a")), text="今日は、①番！")
-    for symbols, settings, said in (
+    item = utterance(words=(("ky", "o:"), ("w", "a")), text="今日は、①番！")
+    for symbols, settings, expected in (
         (PhonemeSet.standard(), {}, ["ky o:", "w a"]),
         (kana_set(), {"vocabulary": "kana"}, ["キ ョ ー", "ワ"]),
         (character_set("今日は番"), {"vocabulary": "characters"}, ["今", "日", "は", UNKNOWN, "番"]),
     ):
         labels = targets.target_of(item, symbols, config(**settings))
-        assert [" ".join(word) for word in split_words(symbols, labels)] == said
-    read = targets.target_of(spoken(text="東京へ"), kana_set(), config(vocabulary="kana"))
+        assert [" ".join(word) for word in split_words(symbols, labels)] == expected
+    read = targets.target_of(utterance(text="東京へ"), kana_set(), config(vocabulary="kana"))
     assert [" ".join(word) for word in split_words(kana_set(), read)] == ["ト ー キ ョ ー", "エ"]
 
 
 @pytest.mark.parametrize(
-    ("item", "settings", "says"),
+    ("item", "settings", "message"),
     [
-        (spoken(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in 'k x'"),
-        (spoken(text="…"), {"vocabulary": "characters"}, "text without letters: '…'"),
-        (spoken(text="Привет"), {}, "text without a reading: "),
+        (utterance(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in 'k x'"),
+        (utterance(text="…"), {"vocabulary": "characters"}, "text without letters: '…'"),
+        (utterance(text="Привет"), {}, "text without a reading: "),
         (
-            spoken(words=(("a", "i") * 40,)),
+            utterance(words=(("a", "i") * 40,)),
             {},
-            "target longer than its audio: 80 frames are needed, 49 are there",
+            "target longer than its audio: 80 .* 49",
         ),
-        (spoken(words=(("a",) * 30,)), {}, "target longer than its audio: 59 frames are needed"),
+        (utterance(words=(("a",) * 30,)), {}, "target longer than its audio: 59"),
     ],
 )
-def test_what_cannot_be_a_target_has_its_reason(item, settings, says):
+def test_invalid_target_has_a_reason(item, settings, message):
     symbols = PhonemeSet.standard() if not settings else character_set("あ")
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         targets.target_of(item, symbols, config(**settings))
 
 
-def test_targets_that_are_too_long_are_dropped_counted_and_named(tmp_path, caplog):
-    """Of one second each, those with more phones than frames go; the others keep their rows."""
+def test_too_long_targets_are_rejected_and_counted(tmp_path, caplog):
+    """Utterances with more phones than frames are rejected; the others keep their rows."""
     import numpy as np
     import soundfile
 
