@@ -1,4 +1,4 @@
-"""Segments of a talk as words in phones, and joined to utterances."""
+"""Segments of a talk as words in phones, and their joining to utterances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from csj_tags import Options, Untagged
+from csj_tags import TagOptions, resolve_tags
 from csj_transcripts import Segment
 
 from jahubert.errors import ConfigError, DataError
@@ -17,99 +17,118 @@ from jahubert.phonemes import kana_to_phones, to_katakana
 
 
 @dataclass(frozen=True)
-class Joining:
+class JoinOptions:
     max_gap: float = 0.5  # seconds between two segments that are joined
-    max_seconds: float = 10.0  # of joined segments; a single one may be longer
-    # kaldi: a segment is joined as long as what comes before it is not longer than max_seconds, and masked
-    # names take with them whatever they are joined to. The rule of egs/csj/s5, to compare with it.
+    max_seconds: float = 10.0  # of joined segments; a single segment may be longer
+    # kaldi: the rule of egs/csj/s5, to compare with it. A segment is joined if the utterance so far is not
+    # longer than max_seconds, a masked name spoils the utterance that it is joined to, and no segments are
+    # joined across a segment of the other channel.
     join: Literal["strict", "kaldi"] = "strict"
 
     def __post_init__(self) -> None:
         if self.max_gap < 0 or self.max_seconds <= 0:
             raise ConfigError(
-                f"max_gap must not be negative, and max_seconds above 0; found {self.max_gap} and "
+                f"max_gap must be at least 0 and max_seconds above 0; found {self.max_gap} and "
                 f"{self.max_seconds}"
             )
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """A segment without its tags, or several joined; times in 16 kHz samples from the start of the talk."""
+class SpokenSegment:
+    """A segment with resolved tags, or several joined ones; 16 kHz samples from the start of the talk."""
 
     start: int
     end: int
     words: tuple[tuple[str, ...], ...]  # as phones
-    text: str  # as written
-    masked: bool  # a name in it is noise
-    problems: tuple[str, ...]  # file:line: what cannot be read there
+    text: str  # orthography
+    masked: bool  # contains a masked name, whose audio is noise
+    problems: tuple[str, ...]  # file:line: why the pronunciation cannot be read
+    text_problems: tuple[str, ...] = ()  # the same of the orthography, which is not trained on
+    channel: str = "L"
 
     @property
     def event_only(self) -> bool:
         """Whether nothing is spoken: noise, applause, a cough."""
         return not (self.words or self.masked or self.problems)
 
-    def merged_with(self, other: Spoken) -> Spoken:
-        return Spoken(
+    def merged_with(self, other: SpokenSegment) -> SpokenSegment:
+        return SpokenSegment(
             self.start,
             max(self.end, other.end),
             self.words + other.words,
             self.text + other.text,
             self.masked or other.masked,
             self.problems + other.problems,
+            self.text_problems + other.text_problems,
+            self.channel,
         )
 
 
-def speech_of(segments: Sequence[Segment], path: Path, options: Options) -> list[Spoken]:
-    """The segments of one channel without their tags, in their order; `path` is for messages."""
+def resolve_segments(segments: Sequence[Segment], path: Path, options: TagOptions) -> list[SpokenSegment]:
+    """Resolve the tags of all channels of a transcript, in its order; `path` is for messages."""
+    resolved: dict[int, SpokenSegment] = {}
+    for channel in {segment.channel for segment in segments}:
+        rows = [i for i, segment in enumerate(segments) if segment.channel == channel]
+        spoken = _resolve_channel([segments[i] for i in rows], path, options)
+        resolved |= dict(zip(rows, spoken, strict=True))
+    return [resolved[i] for i in range(len(segments))]
+
+
+def _resolve_channel(segments: Sequence[Segment], path: Path, options: TagOptions) -> list[SpokenSegment]:
     words = [word for segment in segments for word in segment.words]
-    said, written = Untagged(options, "pronunciation"), Untagged(options, "orthography")
-    for number, word in enumerate(words):
-        said.feed(number, word.said)
-        written.feed(number, word.written)
-    kana, text = said.texts(), written.texts()
-    masked = said.masked | written.masked | {number for number, word in enumerate(words) if word.masked}
-    problems: dict[int, list[str]] = {
-        number: [word.problem] for number, word in enumerate(words) if word.problem
-    }
-    for number, problem in said.problems + written.problems:
-        if problem not in problems.setdefault(number, []):
-            problems[number].append(problem)
+    segment_N = [i for i, segment in enumerate(segments) for _ in segment.words]
+    kana = resolve_tags([word.pronunciation for word in words], segment_N, options, "pronunciation")
+    text = resolve_tags([word.orthography for word in words], segment_N, options, "orthography")
+    masked = kana.masked | text.masked | {i for i, word in enumerate(words) if word.masked}
+    problems = [(i, word.problem) for i, word in enumerate(words) if word.problem] + kana.problems
+    text_problems = [(i, word.text_problem) for i, word in enumerate(words) if word.text_problem]
+    text_problems += text.problems
+
+    def located(problems: list[tuple[int, str]], rows: range) -> list[str]:
+        return [f"{path}:{words[i].line}: {problem}" for i, problem in sorted(problems) if i in rows]
+
     result, first = [], 0
     for segment in segments:
-        own = range(first, first + len(segment.words))
-        first = own.stop
-        wrong = [
-            f"{path}:{words[number].line}: {problem}"
-            for number in own
-            for problem in problems.get(number, ())
-        ]
+        rows = range(first, first + len(segment.words))
+        first = rows.stop
+        unreadable = located(problems, rows)
+        is_masked = not masked.isdisjoint(rows)
         phones: list[tuple[str, ...]] = []
-        hidden = not masked.isdisjoint(own)
-        if not wrong and not hidden:
-            for spelled, line in joined_words((kana[number], words[number].line) for number in own):
+        if not unreadable and not is_masked:
+            for spelling, line in merge_dependent_words((kana.texts[i], words[i].line) for i in rows):
                 try:
-                    phones.append(_phones(spelled))
+                    phones.append(_phones(spelling))
                 except DataError as error:
-                    wrong.append(f"{path}:{line}: {error}")
-        whole = "".join(text[own.start : own.stop])
-        result.append(Spoken(segment.start, segment.end, tuple(phones), whole, hidden, tuple(wrong)))
+                    unreadable.append(f"{path}:{line}: {error}")
+        result.append(
+            SpokenSegment(
+                segment.start,
+                segment.end,
+                tuple(phones),
+                "".join(text.texts[rows.start : rows.stop]),
+                is_masked,
+                tuple(unreadable),
+                tuple(located(text_problems, rows)),
+                segment.channel,
+            )
+        )
     return result
 
 
-def joined_words(words: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """(kana, line) of the words that can be said on their own.
+def merge_dependent_words(words: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Merge (kana, line) of words that cannot be pronounced alone into the preceding word of the segment.
 
-    What begins with ー, or is nothing but ッ, belongs to the word before it in the segment (行こ + う, said
-    イコ + ー); where there is none, the ー is left out. Words without sound are left out too.
+    These start with ー or consist of ッ (行こ + う, pronounced イコ + ー). Without a preceding word the ー is
+    dropped. Words without sound are dropped.
     """
-    found: list[tuple[str, int]] = []
+    result: list[tuple[str, int]] = []
     for kana, line in words:
         kana = to_katakana(kana).replace("・", "")
-        if found and (kana.startswith("ー") or not kana.strip("ッー")):
-            found[-1] = (found[-1][0] + kana, found[-1][1])
+        if result and (kana.startswith("ー") or not kana.strip("ッー")):
+            result[-1] = (result[-1][0] + kana, result[-1][1])
         elif (kana := kana.lstrip("ー")).strip("ッー"):
-            found.append((kana, line))
-    return found
+            result.append((kana, line))
+    return result
 
 
 @cache
@@ -117,27 +136,37 @@ def _phones(kana: str) -> tuple[str, ...]:
     return tuple(kana_to_phones(kana))
 
 
-def join(segments: Iterable[Spoken], options: Joining) -> list[Spoken]:
+def join_segments(segments: Iterable[SpokenSegment], options: JoinOptions) -> list[SpokenSegment]:
     """Join neighboring segments into utterances while the gap between them and their length allow it.
 
     A segment that holds only an event, which may lie inside a speech segment, is returned as it is and does
     not take part: it neither ends nor bridges nor lengthens an utterance.
+
+    Args:
+        segments: all channels of a talk, in the order of the transcript.
+        options: the joining rule.
     """
     max_gap, max_samples = round(options.max_gap * SAMPLE_RATE), round(options.max_seconds * SAMPLE_RATE)
-    result: list[Spoken] = []
-    last: int | None = None  # index of the utterance that the next segment may join
+    result: list[SpokenSegment] = []
+    open_utterances: dict[str, int] = {}  # channel -> index of the utterance that its next segment may join
     for segment in segments:
         if segment.event_only:
             result.append(segment)
-        elif last is not None and _can_join(result[last], segment, max_gap, max_samples, options.join):
+            continue
+        last = open_utterances.get(segment.channel)
+        if last is not None and _can_join(result[last], segment, max_gap, max_samples, options.join):
             result[last] = result[last].merged_with(segment)
-        else:
-            last = len(result)
-            result.append(segment)
+            continue
+        if options.join == "kaldi":
+            open_utterances.clear()
+        open_utterances[segment.channel] = len(result)
+        result.append(segment)
     return result
 
 
-def _can_join(utterance: Spoken, segment: Spoken, max_gap: int, max_samples: int, rule: str) -> bool:
+def _can_join(
+    utterance: SpokenSegment, segment: SpokenSegment, max_gap: int, max_samples: int, rule: str
+) -> bool:
     if segment.start - utterance.end > max_gap:
         return False
     if rule == "kaldi":

@@ -1,7 +1,7 @@
-"""Tags of a CSJ transcript: what each of them means, and the text without them.
+"""Resolution of the tags of CSJ transcripts.
 
 A tag is `(NAME text)` or `(NAME one;other)`; tags nest, and may open in one word and close in a later one,
-even in a later segment. An event is `<NAME>` or `<NAME:detail>`. What becomes of them:
+even in a later segment. An event is `<NAME>` or `<NAME:detail>`. They are resolved as follows:
 
 | tag                            | pronunciation                         | orthography |
 |--------------------------------|---------------------------------------|-------------|
@@ -11,35 +11,40 @@ even in a later segment. An event is `<NAME>` or `<NAME:detail>`. What becomes o
 | (A x;y) Latin and numbers      | x                                     | y           |
 | (K x;y) kanji broken by a tag  | x                                     | y           |
 | (? x) (? x,y) uncertain        | x; the empty (?) is nothing           | the same    |
-| (M x) (O x) (X x) (L x)        | x                                     | the same    |
+| (M x) metalinguistic           | x; of (M x;y) x                       | x; y        |
+| (O x) (X x) (L x)              | x                                     | the same    |
 | (笑 x) (泣 x) (咳 x)           | x                                     | the same    |
-| (R x) masked name, and ×       | the utterance cannot be used          | the same    |
-| <H> a vowel drawn out          | nothing; `ー` with pron=actual        | nothing     |
-| <VN> a hum like うん           | nothing; ウン with pron=actual        | nothing     |
+| (R x) masked name, and ×       | the utterance is rejected             | the same    |
+| <H> lengthened vowel           | nothing; `ー` with pron=actual        | nothing     |
+| <VN> hum like うん             | nothing; ウン with actual and in (F)  | nothing     |
 | <Q> <FV> <P:..> <笑> and noise | nothing                               | nothing     |
 
-Where an alternative is missing, the one that is there is taken. Source of the tags: the manuals of the
-corpus (NINJAL); pron=canonical is what Kaldi and ESPnet train on.
+`;` and `,` belong to the innermost enclosing tag that takes alternatives, also across a nested tag:
+`(W コ(L デ;ココデ))` is a slip for ココデ. A missing alternative is replaced by the existing one. The tags
+are described in the manuals of the corpus (NINJAL); pron=canonical is what Kaldi and ESPnet train on.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 Side = Literal["pronunciation", "orthography"]
 KEPT = ("M", "O", "X", "L", "笑", "泣", "咳")
-FILLER, FRAGMENTS, MASK, UNCERTAIN = "F", ("D", "D2"), "R", "?"
+FILLER, FRAGMENTS, MASK, UNCERTAIN, METALINGUISTIC = "F", ("D", "D2"), "R", "?", "M"
 SLIPS, SPELLINGS = ("W", "B"), ("A", "K")
 TAGS = (FILLER, *FRAGMENTS, MASK, UNCERTAIN, *SLIPS, *SPELLINGS, *KEPT)
 SOUNDS = {"H": "ー", "VN": "ウン"}  # events that pron=actual spells
-# A pause names its times, and in dialogues its channel: <P:..>, <PL:..>, <PR:..>.
+# A pause has its times, and in dialogues its channel: <P:..>, <PL:..>, <PR:..>.
 EVENTS = (
     *SOUNDS,
     *("Q", "FV", "P", "PL", "PR", "笑", "咳", "息", "泣", "拍手", "雑音"),
     *("フロア発話", "フロア笑", "デモ", "ベル", "朗読間違い"),
 )
+# Tags whose alternatives a mark separates, in the order in which they are looked for.
+_SEPARATES = {";": ((*SLIPS, *SPELLINGS), (METALINGUISTIC,)), ",": ((UNCERTAIN,),)}
 _TOKEN = re.compile(
     # A mask may follow its tag without a blank: (R×××), (F×××).
     r"\((?P<tag>[^\s()<>;,×]*)\s?|<(?P<event>[^<>()]*)>|(?P<mark>[();,<>])|(?P<text>[^();,<>]+)"
@@ -47,38 +52,78 @@ _TOKEN = re.compile(
 
 
 @dataclass(frozen=True)
-class Options:
-    pron: Literal["canonical", "actual"] = "canonical"  # what was meant, or what was said
+class TagOptions:
+    pron: Literal["canonical", "actual"] = "canonical"  # the intended or the actual pronunciation
     fillers: Literal["keep", "drop"] = "keep"
     fragments: Literal["keep", "drop"] = "keep"
 
 
 @dataclass
-class _Open:
-    """A tag that is not closed yet: its alternatives, each as pieces of text and the words they belong to."""
+class Resolved:
+    """Text of every word without tags, indices of masked words, and problems as (word, description)."""
+
+    texts: list[str]
+    masked: set[int] = field(default_factory=set)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+
+def resolve_tags(texts: Sequence[str], segment_N: Sequence[int], options: TagOptions, side: Side) -> Resolved:
+    """Resolve the tags of one side of a channel's transcript.
+
+    Args:
+        texts: the words with their tags.
+        segment_N: the segment of each word. A tag that is never closed spoils the rest of its segment only.
+        options: which alternatives are taken.
+        side: which column of the transcript the words are from.
+    """
+    result = Resolved([""] * len(texts))
+    start = 0
+    while start < len(texts):
+        parser = _Parser(options, side)
+        for word in range(start, len(texts)):
+            parser.feed(word, texts[word])
+        end = len(texts)
+        if (unclosed := parser.unclosed()) is not None:
+            result.problems.append((unclosed.word, f"the tag ({unclosed.name} is never closed"))
+            end = next(
+                (i for i in range(unclosed.word, end) if segment_N[i] != segment_N[unclosed.word]), end
+            )
+        for word, text in parser.pieces():
+            result.texts[word] += text
+        result.masked |= {word for word in parser.masked if word < end}
+        result.problems += [problem for problem in parser.problems if problem[0] < end]
+        start = end
+    return result
+
+
+@dataclass
+class _Tag:
+    """An open tag: its alternatives, each as pieces of text with the word that they belong to."""
 
     name: str
     word: int
     alternatives: list[list[tuple[int, str]]] = field(default_factory=lambda: [[]])
 
 
-class Untagged:
-    """One side of a talk's transcript, fed word by word; afterwards its text without tags.
+class _Parser:
+    """Parser that is fed word by word. A piece of text stays with its word, whichever word closes the tag."""
 
-    A piece of text stays with the word that it was written in, whichever word closes its tag.
-    """
-
-    def __init__(self, options: Options, side: Side):
+    def __init__(self, options: TagOptions, side: Side):
         self.options, self.side = options, side
-        self.masked: set[int] = set()  # words that a masked name reaches into
-        self.problems: list[tuple[int, str]] = []  # (word, what is wrong with it)
-        self._stack = [_Open("", 0)]
-        self._last = -1
+        self.masked: set[int] = set()
+        self.problems: list[tuple[int, str]] = []
+        self._stack = [_Tag("", 0)]
+
+    def unclosed(self) -> _Tag | None:
+        """The outermost open tag."""
+        return self._stack[1] if len(self._stack) > 1 else None
+
+    def pieces(self) -> list[tuple[int, str]]:
+        """Resolved text outside of open tags, with the word of each piece."""
+        return self._stack[0].alternatives[0]
 
     def feed(self, word: int, text: str) -> None:
-        """The text of the next word, with its tags; words are numbered upwards from 0."""
-        self._last = word
-        self._mask(word, text)
+        self._check_mask(word, text)
         for token in _TOKEN.finditer(text):
             kind = token.lastgroup
             if kind == "tag":
@@ -90,22 +135,7 @@ class Untagged:
             else:
                 self._add(word, token["text"])
 
-    def texts(self) -> list[str]:
-        """The text of each word that was fed; call it once, at the end of the talk.
-
-        What an unclosed tag holds is lost: every word from its opening on is a problem.
-        """
-        if len(self._stack) > 1:
-            first = self._stack[1]
-            self.problems.append((first.word, f"the tag ({first.name} is never closed"))
-            for word in range(first.word + 1, self._last + 1):
-                self.problems.append((word, f"inside the tag ({first.name} that is never closed"))
-        texts = [""] * (self._last + 1)
-        for word, text in self._stack[0].alternatives[0]:
-            texts[word] += text
-        return texts
-
-    def _mask(self, word: int, text: str) -> None:
+    def _check_mask(self, word: int, text: str) -> None:
         if "×" in text or any(tag.name == MASK for tag in self._stack):
             self.masked.add(word)
 
@@ -114,38 +144,52 @@ class Untagged:
 
     def _open(self, word: int, name: str) -> None:
         content = ""
-        if name.startswith(UNCERTAIN):  # the only tag that may stand without a space
+        if name.startswith(UNCERTAIN):  # (?x) may be written without a blank
             name, content = UNCERTAIN, name[1:]
         if name not in TAGS:
-            self.problems.append((word, f"unknown tag ({name}; the known ones are {' '.join(TAGS)}"))
-        self._stack.append(_Open(name, word))
-        self._mask(word, content)
+            self.problems.append((word, f"unknown tag ({name}; known tags: {' '.join(TAGS)}"))
+        self._stack.append(_Tag(name, word))
+        self._check_mask(word, content)
         self._add(word, content)
 
     def _mark(self, word: int, mark: str) -> None:
-        tag = self._stack[-1]
         if mark == ")" and len(self._stack) > 1:
-            self._stack.pop()
+            tag = self._stack.pop()
             self._stack[-1].alternatives[-1] += self._chosen(tag)
-        elif (mark == ";" and tag.name in SLIPS + SPELLINGS) or (mark == "," and tag.name == UNCERTAIN):
-            tag.alternatives.append([])
-        else:
-            self.problems.append((word, f"a {mark} that belongs to no tag"))
+        elif not any(self._split(names) for names in _SEPARATES.get(mark, ())):
+            self.problems.append((word, f"a {mark} outside of a tag that takes it"))
 
-    def _chosen(self, tag: _Open) -> list[tuple[int, str]]:
-        options = self.options
-        if (tag.name == FILLER and options.fillers == "drop") or (
-            tag.name in FRAGMENTS and options.fragments == "drop"
-        ):
+    def _split(self, names: Sequence[str]) -> bool:
+        """Begin the next alternative of the innermost open tag with one of these names, if there is one."""
+        depth = next((i for i in range(len(self._stack) - 1, 0, -1) if self._stack[i].name in names), None)
+        if depth is None:
+            return False
+        # The content of nested tags so far belongs to the alternative that ends here.
+        for i in range(len(self._stack) - 1, depth, -1):
+            inner = self._stack[i]
+            self._stack[i - 1].alternatives[-1] += self._chosen(inner)
+            inner.alternatives = [[]]
+        self._stack[depth].alternatives.append([])
+        return True
+
+    def _chosen(self, tag: _Tag) -> list[tuple[int, str]]:
+        if tag.name == FILLER and self.options.fillers == "drop":
             return []
-        second = (tag.name in SLIPS and options.pron == "canonical") or (
-            tag.name in SPELLINGS and self.side == "orthography"
-        )
+        if tag.name in FRAGMENTS and self.options.fragments == "drop":
+            return []
+        if tag.name in SLIPS:
+            second = self.options.pron == "canonical"
+        else:
+            second = tag.name in (*SPELLINGS, METALINGUISTIC) and self.side == "orthography"
         return tag.alternatives[min(int(second), len(tag.alternatives) - 1)]
 
     def _event(self, word: int, event: str) -> None:
         name = event.partition(":")[0]
         if name not in EVENTS:
-            self.problems.append((word, f"unknown tag <{event}>; the known ones are {' '.join(EVENTS)}"))
-        elif name in SOUNDS and self.side == "pronunciation" and self.options.pron == "actual":
+            self.problems.append((word, f"unknown event <{event}>; known events: {' '.join(EVENTS)}"))
+            return
+        # A filler whose actual pronunciation is a hum, (F <VN>) for (F うん), keeps its word.
+        hummed_filler = name == "VN" and any(tag.name == FILLER for tag in self._stack)
+        spelled = name in SOUNDS and (self.options.pron == "actual" or hummed_filler)
+        if spelled and self.side == "pronunciation":
             self._add(word, SOUNDS[name])

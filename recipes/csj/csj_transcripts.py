@@ -1,13 +1,14 @@
-"""The transcripts of a CSJ talk: SDB and TRN (Shift_JIS), XML (UTF-8), as segments of words with their tags.
+"""Readers of CSJ transcripts: SDB and TRN (Shift_JIS) and XML (UTF-8), as segments of words with tags.
 
-A segment is what the corpus itself times: speech between pauses of 0.2 s. Its words are short units in SDB
-and XML; TRN has only phrases (bunsetsu). Every error names the file and the line.
+A segment is the unit that the corpus times: speech between pauses of 0.2 s. Its words are short units in SDB
+and XML, phrases (bunsetsu) in TRN. A malformed line spoils only the segments that it may belong to: its
+description is kept in `Word.problem`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
@@ -18,22 +19,24 @@ from jahubert.errors import DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 
-_TIME, _WRITTEN, _SAID = 3, 5, 10  # columns of SDB, from 0
+_TIME, _ORTHOGRAPHY, _PRONUNCIATION = 3, 5, 10  # columns of SDB, from 0
 _SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _TRN_TIME = re.compile(r"(\d{4,}) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
-UNKNOWN = ""  # a phone that could not be read: its time is known, what it was is not
+UNKNOWN = ""  # a phone that could not be read, although its time is known
+_BAD = "\ufffd"  # stands for bytes that cannot be decoded
 
 
 @dataclass
 class Word:
-    """A word with its tags, and what is wrong with its line."""
+    """A word with its tags, and what is wrong with its pronunciation and its orthography."""
 
     line: int
-    written: str
-    said: str
+    orthography: str
+    pronunciation: str
     masked: bool = False
     problem: str = ""
+    text_problem: str = ""
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Segment:
 
 @dataclass
 class PhoneTime:
-    """A phone of the 40, or UNKNOWN, and when it is said, in 16 kHz samples from the start of the talk."""
+    """A phone of the 40, or UNKNOWN, with its time in 16 kHz samples from the start of the talk."""
 
     symbol: str
     start: int
@@ -57,37 +60,50 @@ class PhoneTime:
 
 
 def read_sdb(path: Path) -> list[Segment]:
-    """Segments of an SDB file, in its order; the channels of a dialogue are mixed in it, line by line.
+    """Read the segments of an SDB file, in its order; it mixes the channels of a dialogue line by line.
 
     Raises:
-        DataError: bytes that are not Shift_JIS (CP932), or a line without a time.
+        DataError: no line has a time.
     """
     segments: dict[tuple[str, str], Segment] = {}
+    latest: dict[str, Segment] = {}  # by channel
+    unplaced: list[Word] = []  # lines without a time, which may belong to the next segment
     for number, line in _lines(path):
         columns = line.split("\t")
         match = _SDB_TIME.fullmatch(columns[_TIME]) if len(columns) > _TIME else None
         if match is None:
             found = repr(columns[_TIME]) if len(columns) > _TIME else f"{len(columns)} columns"
-            raise DataError(
-                f"{path}:{number}: no time in column {_TIME + 1}, such as '0001 00000.113-00006.570 "
-                f"L:-001-001'; found {found}. Restore the file from the corpus"
-            )
+            problem = f"expected a time in column {_TIME + 1}, such as '0001 00000.113-00006.570 L:-001-001'"
+            word = Word(number, "", "", problem=f"{problem}; found {found}")
+            for segment in latest.values():
+                segment.words.append(word)
+            unplaced.append(word)
+            continue
         name, start, end, channel = match.groups()
-        segment = segments.setdefault(
-            (name, channel), _segment(f"{path}:{number}", _samples(start), _samples(end), channel)
-        )
-        written, said = ((*columns, *[""] * _SAID)[column] for column in (_WRITTEN, _SAID))
-        lacks = len(columns) <= _SAID and not _nothing_said(written)
-        problem = f"{len(columns)} columns, and the pronunciation would be column {_SAID + 1}"
-        segment.words.append(Word(number, written, said, problem=problem if lacks else ""))
-    return list(segments.values())
+        segment = segments.setdefault((name, channel), Segment(_samples(start), _samples(end), channel))
+        latest[channel] = segment
+        segment.words += unplaced
+        unplaced = []
+        segment.words.append(_sdb_word(number, columns))
+    if not segments:
+        reason = unplaced[0].problem if unplaced else "the file is empty"
+        raise DataError(f"{path}:{unplaced[0].line if unplaced else 1}: {reason}")
+    return _check_times(segments.values())
+
+
+def _sdb_word(line: int, columns: list[str]) -> Word:
+    padded = (*columns, *[""] * _PRONUNCIATION)
+    word = Word(line, padded[_ORTHOGRAPHY], padded[_PRONUNCIATION])
+    if len(columns) <= _PRONUNCIATION and not _is_event(word.orthography):
+        word.problem = f"{len(columns)} columns, but the pronunciation is column {_PRONUNCIATION + 1}"
+    return _check_encoding(word)
 
 
 def read_trn(path: Path) -> list[Segment]:
-    """Segments of a TRN (Form1) file; its words are phrases.
+    """Read the segments of a TRN (Form1) file; its words are phrases.
 
     Raises:
-        DataError: bytes that are not Shift_JIS (CP932), a broken time, or a phrase outside a segment.
+        DataError: no line has a time.
     """
     segments: list[Segment] = []
     for number, line in _lines(path):
@@ -95,50 +111,58 @@ def read_trn(path: Path) -> list[Segment]:
             continue
         if match := _TRN_TIME.fullmatch(line):
             _, start, end, channel = match.groups()
-            segments.append(_segment(f"{path}:{number}", _samples(start), _samples(end), channel))
+            segments.append(Segment(_samples(start), _samples(end), channel))
             continue
         if _EVENTS.fullmatch(line):
             continue
-        written, ampersand, said = (part.strip() for part in line.partition("&"))
-        if not segments or (not ampersand and re.match(r"\d{4,} ", line)):
-            raise DataError(
-                f"{path}:{number}: a segment starts with a time, such as '0001 00000.113-00006.570 L:'; "
-                f"found {line[:60]!r}. Restore the file from the corpus"
-            )
-        problem = "" if ampersand else "a phrase without & and a pronunciation behind it"
-        segments[-1].words.append(Word(number, written, said, problem=problem))
-    return segments
+        orthography, ampersand, pronunciation = (part.strip() for part in line.partition("&"))
+        is_header = not ampersand and re.match(r"\d{4,} ", line)
+        if is_header or not segments:  # a segment whose time is unknown
+            time = segments[-1].end if segments else 0
+            problem = f"expected a time, such as '0001 00000.113-00006.570 L:'; found {line[:60]!r}"
+            word = Word(number, "", "", problem=problem)
+            segments.append(Segment(time, time, segments[-1].channel if segments else "L", [word]))
+            continue
+        word = Word(number, orthography, pronunciation)
+        if not ampersand:
+            word.problem = "a phrase without & and a pronunciation"
+        segments[-1].words.append(_check_encoding(word))
+    if all(segment.end <= segment.start for segment in segments):
+        raise DataError(f"{path}: no segment with a time, such as '0001 00000.113-00006.570 L:'")
+    return _check_times(segments)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, from 1, decoded one by one, without empty ones."""
+    """Numbered non-empty lines, from 1; bytes that are not Shift_JIS (CP932) are replaced by `_BAD`."""
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        raw = raw.rstrip(b"\r\x1a")
-        try:
-            line = raw.decode("cp932")
-        except UnicodeDecodeError as error:
-            wrong, before = raw[error.start : error.start + 2].hex(" "), raw[: error.start].decode("cp932")
-            raise DataError(
-                f"{path}:{number}: not Shift_JIS (CP932): the bytes {wrong} behind {before[-20:]!r}. "
-                "Restore the file from the corpus"
-            ) from error
+        line = raw.rstrip(b"\r\x1a").decode("cp932", errors="replace")
         if line.strip():
             yield number, line
 
 
-def _segment(where: str, start: int, end: int, channel: str) -> Segment:
-    if end <= start:
-        first, last = start / SAMPLE_RATE, end / SAMPLE_RATE
-        raise DataError(
-            f"{where}: a segment from {first:.3f} to {last:.3f} s, which is no time at all. Restore the file "
-            "from the corpus"
-        )
-    return Segment(start, end, channel)
+def _check_encoding(word: Word) -> Word:
+    if _BAD in word.pronunciation and not word.problem:
+        word.problem = f"not Shift_JIS (CP932): {word.pronunciation!r}"
+    if _BAD in word.orthography:
+        word.text_problem = f"not Shift_JIS (CP932): {word.orthography!r}"
+    return word
 
 
-def _nothing_said(written: str) -> bool:
-    """Whether a word is events and no more, whose pronunciation may be missing."""
-    return not _EVENTS.sub("", written).strip()
+def _check_times(segments: Iterable[Segment]) -> list[Segment]:
+    """Mark segments that end before they start."""
+    result = list(segments)
+    for segment in result:
+        if segment.end <= segment.start and not any(word.problem for word in segment.words):
+            start, end = segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE
+            if segment.words:
+                segment.words[0].problem = f"the segment ends at {end:.3f} s, but starts at {start:.3f} s"
+            segment.end = segment.start
+    return result
+
+
+def _is_event(orthography: str) -> bool:
+    """Whether a word consists of events, whose pronunciation may be missing."""
+    return not _EVENTS.sub("", orthography).strip()
 
 
 def _samples(seconds: str) -> int:
@@ -149,10 +173,10 @@ def _samples(seconds: str) -> int:
 
 
 @dataclass
-class Xml:
-    """What an XML file holds: segments, and for talks of the core when each phone is said.
+class XmlTranscript:
+    """Content of an XML file: segments, and for talks of the core the time of each phone.
 
-    `problems` are places, as file:line, where phone times cannot be read; a phone there is UNKNOWN.
+    `problems` lists, as file:line, where phone times cannot be read; such a phone is UNKNOWN.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -160,46 +184,43 @@ class Xml:
     problems: list[str] = field(default_factory=list)
 
 
-def read_xml(path: Path) -> Xml:
-    """The segments and phone times of an XML file. What is wrong with phone times is only noted in it.
+def read_xml(path: Path) -> XmlTranscript:
+    """Read the segments and phone times of an XML file.
 
     Raises:
-        DataError: not XML, or a time of a segment that is missing or no number.
+        DataError: not well-formed XML.
     """
     reader = _XmlReader(path)
     try:
         with open(path, "rb") as file:
             reader.parser.ParseFile(file)
     except expat.ExpatError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: not XML ({error}). Restore the file from the corpus"
-        ) from error
-    return reader.found
+        raise DataError(f"{path}:{error.lineno}: not well-formed XML ({error})") from error
+    _check_times(reader.result.segments)
+    return reader.result
 
 
 class _XmlReader:
     def __init__(self, path: Path):
-        self.path, self.found = path, Xml()
-        self._label, self._line = "", 0  # of the phoneme that is being read
-        self._before = ""  # label of the last of `phones`
+        self.path, self.result = path, XmlTranscript()
+        self._label, self._line = "", 0  # of the current phoneme
+        self._before = ""  # label of the last phone
         self._times: list[int] = []
         self.parser = expat.ParserCreate()
         self.parser.StartElementHandler = self._start
         self.parser.EndElementHandler = self._end
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
-        segments, line = self.found.segments, self.parser.CurrentLineNumber
+        segments, line = self.result.segments, self.parser.CurrentLineNumber
         if name == "IPU":
-            start, end = (self._time(attributes, key) for key in ("IPUStartTime", "IPUEndTime"))
-            segments.append(_segment(f"{self.path}:{line}", start, end, attributes.get("Channel", "L")))
+            self._add_segment(attributes, line)
             self._before = ""
         elif name == "SUW" and segments:
-            written, said = (
-                attributes.get(f"{kind}Transcription", "") for kind in ("Orthographic", "Phonetic")
-            )
-            lacks = "PhoneticTranscription" not in attributes and not _nothing_said(written)
-            problem = "a SUW without a PhoneticTranscription" if lacks else ""
-            segments[-1].words.append(Word(line, written, said, problem=problem))
+            orthography = attributes.get("OrthographicTranscription", "")
+            word = Word(line, orthography, attributes.get("PhoneticTranscription", ""))
+            if "PhoneticTranscription" not in attributes and not _is_event(orthography):
+                word.problem = "a SUW without a PhoneticTranscription"
+            segments[-1].words.append(word)
         elif name == "TransSUW" and segments and segments[-1].words:
             masks = (attributes.get(f"TagMask{part}", "0") for part in ("Start", "Midst", "End"))
             segments[-1].words[-1].masked |= any(mask not in ("", "0") for mask in masks)
@@ -211,13 +232,25 @@ class _XmlReader:
             except DataError as error:
                 self._unknown(segments[-1].start, segments[-1].end, str(error))
 
+    def _add_segment(self, attributes: dict[str, str], line: int) -> None:
+        segments = self.result.segments
+        segment = Segment(0, 0, attributes.get("Channel", "L"))
+        try:
+            segment.start, segment.end = (
+                self._time(attributes, f"IPU{edge}Time") for edge in ("Start", "End")
+            )
+        except DataError as error:
+            segment.start = segment.end = segments[-1].end if segments else 0
+            segment.words.append(Word(line, "", "", problem=str(error).partition(": ")[2]))
+        segments.append(segment)
+
     def _end(self, name: str) -> None:
         if name == "Phoneme" and self._times:
             self._add(self._label, min(self._times), max(self._times))
 
     def _add(self, label: str, start: int, end: int) -> None:
-        """A phoneme; from its first phone's start to its last one's end."""
-        channel, phones = self.found.segments[-1].channel, self.found.phones
+        """Add a phoneme with the time from the start of its first phone to the end of its last one."""
+        channel, phones = self.result.segments[-1].channel, self.result.phones
         label_before, self._before = self._before, ""
         before = phones[-1] if phones and phones[-1].channel == channel else None
         if before is not None:
@@ -235,12 +268,12 @@ class _XmlReader:
             self._before = label
         else:
             known = " ".join((*PHONES, LONG, *SILENT))
-            problem = f"PhonemeEntity {label!r} is not known; the known ones are {known}"
+            problem = f"unknown PhonemeEntity {label!r}; known labels: {known}"
             self._unknown(start, end, f"{self.path}:{self._line}: {problem}")
 
     def _unknown(self, start: int, end: int, problem: str) -> None:
-        self.found.phones.append(PhoneTime(UNKNOWN, start, end, self.found.segments[-1].channel))
-        self.found.problems.append(problem)
+        self.result.phones.append(PhoneTime(UNKNOWN, start, end, self.result.segments[-1].channel))
+        self.result.problems.append(problem)
 
     def _time(self, attributes: dict[str, str], key: str) -> int:
         try:
@@ -248,5 +281,5 @@ class _XmlReader:
         except (KeyError, ValueError):
             raise DataError(
                 f"{self.path}:{self.parser.CurrentLineNumber}: {key} must be a time in seconds, found "
-                f"{attributes.get(key)!r}. Restore the file from the corpus"
+                f"{attributes.get(key)!r}"
             ) from None

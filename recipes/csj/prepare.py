@@ -1,9 +1,9 @@
-"""CSJ, the Corpus of Spontaneous Japanese (NINJAL): fine-tuning and the three test sets.
+"""CSJ, the Corpus of Spontaneous Japanese (NINJAL): fine-tuning data and the three test sets.
 
-Reads the USB, DVD and merl layouts (csj_files.py); SDB where it is, else XML, else TRN
-(csj_transcripts.py); tags become phones by the options of csj_tags.py. Segments with little silence between
-them are joined to utterances. Words are short units as phones; splits are train, dev, eval1, eval2, eval3.
-Where a talk has an XML with phone times (the core), they become the alignment of its utterances.
+Reads the USB, DVD and merl layouts (csj_files.py) and SDB, XML or TRN transcripts (csj_transcripts.py);
+resolves tags by the options of csj_tags.py; joins segments with short gaps to utterances (csj_speech.py).
+Words are short units as phones; splits are train, dev, eval1, eval2 and eval3. Phone times of talks with an
+XML (the core) become the alignment of their utterances.
 """
 
 from __future__ import annotations
@@ -16,92 +16,120 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from csj_files import EVALS, Talk, find_talks, read_list, sets_of
-from csj_summary import Count, log_summary
-from csj_talks import NO_TIMES, Reading, problems_of, read_talk
+from csj_files import EVALS, Talk, assign_sets, find_talks, read_list
+from csj_summary import SplitCount, log_summary
+from csj_talks import NO_TIMES, TalkOptions, check_transcript, read_talk
 
-from jahubert.errors import DataError
+from jahubert.errors import ConfigError, DataError
 from jahubert.train.data.manifest import Rejected, Utterance
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 20  # places that an error lists
+_MAX_LISTED = 20  # problems in a message
 
 
 @dataclass(frozen=True)
-class Config(Reading):
-    subset: str = "core"  # core, all, or a file with the talks to train on, one a line
+class Config(TalkOptions):
+    subset: str = "core"  # core, all, or a file with the talks to train on, one per line
     dev: Literal["lhotse", "kaldi"] = "lhotse"  # 39 talks, or the first 4,000 utterances of the training data
-    broken: Literal["stop", "drop"] = "stop"  # where a transcript cannot be read
+    # Share of segments, and of talks, whose transcript cannot be read. They are rejected; a larger share ends
+    # the run, unless it is a single one. 0: any ends it.
+    max_broken: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.max_broken <= 1:
+            raise ConfigError(f"max_broken must be in [0, 1]; found {self.max_broken}")
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield `<talk>_<start>_<end>` (milliseconds; `<talk>-L` in dialogues), and what had to be left out.
+    """Yield utterances `<talk>_<start>_<end>` (milliseconds; `<talk>-L` in dialogues) and rejected ones.
 
-    All transcripts are read once before any audio is, so that what is wrong with them is known in minutes.
-    The test sets come first, then dev, then the training talks in random order, so that the first part of
-    the training data is a fair sample of it. The two channels of a stereo file go to `work`, one FLAC each.
-    Logs talks, utterances, hours and words of every split.
+    All transcripts are checked before any audio is read, so that their problems are known within minutes. The
+    test sets come first, then dev, then the training talks in random order, so that the first part of the
+    training data is a fair sample. The channels of a stereo file are written to `work`, one FLAC each. Logs
+    talks, utterances, hours and words of every split.
 
     Raises:
-        DataError: no corpus; a talk in two sets, or a held-out one in training; transcripts that cannot be
-            read, unless broken=drop.
+        DataError: corpus not found; a talk in two sets, or a held-out one in training; too many unreadable
+            transcripts.
     """
     if data is None:
         raise DataError(
-            "data= is missing: recipe csj needs data=FOLDER, a copy of the Corpus of Spontaneous Japanese"
+            "data= is required: recipe csj needs data=FOLDER, a copy of the Corpus of Spontaneous Japanese"
         )
     talks = find_talks(data)
-    sets = sets_of(talks, config.subset, config.dev)
+    sets = assign_sets(talks, config.subset, config.dev)
     if phrases := [talk for talk in sets if list(talks[talk].transcripts) == ["trn"]]:
-        shown = " ".join(phrases[:5])
-        log.warning("csj: %d talks have only a TRN, whose words are phrases: %s ...", len(phrases), shown)
-    if config.broken == "stop":
-        _refuse_broken({name: talks[name] for name in sets}, config)
-    first = int(read_list("dev-kaldi")[0]) if config.dev == "kaldi" else 0
-    counts = {name: Count() for name in ("train", "dev", *EVALS)}
-    dropped: Counter[str] = Counter()
+        examples = " ".join(phrases[:5])
+        log.warning("csj: %d talks have only a TRN, whose words are phrases: %s ...", len(phrases), examples)
+    _check_transcripts({name: talks[name] for name in sets}, config)
+    n_kaldi_dev = int(read_list("dev-kaldi")[0]) if config.dev == "kaldi" else 0
+    counts = {name: SplitCount() for name in ("train", "dev", *EVALS)}
+    rejected: Counter[str] = Counter()
     without_times: list[str] = []
-    for talk in _in_order(sets, seed, shuffled=lambda: counts["dev"].utterances >= first):
+    for talk in _ordered_talks(sets, seed, shuffle=lambda: counts["dev"].utterances >= n_kaldi_dev):
         for item in read_talk(talks[talk], work, config):
             if isinstance(item, Rejected):
-                dropped[item.reason] += 1
-                without_times += [item.detail] if item.reason == NO_TIMES else []
+                rejected[item.reason] += 1
+                if item.reason == NO_TIMES:
+                    without_times.append(item.detail)
                 yield item
                 continue
-            split = "dev" if sets[talk] == "train" and counts["dev"].utterances < first else sets[talk]
+            is_kaldi_dev = sets[talk] == "train" and counts["dev"].utterances < n_kaldi_dev
+            split = "dev" if is_kaldi_dev else sets[talk]
             counts[split].add(item, talk)
             yield replace(item, split=split)
     if without_times:
         log.warning(
-            "csj: phone times of %d talks cannot be read in full; utterances there have none, and lose "
-            "nothing else. The first: %s",
+            "csj: unreadable phone times in %d talks; the utterances concerned have no alignment, but are "
+            "kept. The first: %s",
             len(without_times),
             without_times[0],
         )
-    log_summary(counts, dropped, config)
+    log_summary(counts, rejected, config)
 
 
-def _refuse_broken(talks: Mapping[str, Talk], config: Config) -> None:
-    """Raise DataError with the places where transcripts cannot be read, if there are any."""
-    log.info("csj: reading the transcripts of %d talks, before any audio", len(talks))
-    found = {name: problems for name, talk in talks.items() if (problems := problems_of(talk, config))}
-    if not found:
+def _check_transcripts(talks: Mapping[str, Talk], config: Config) -> None:
+    """Log unreadable segments and talks; raise DataError if they are more than `max_broken` allows."""
+    log.info("csj: checking the transcripts of %d talks", len(talks))
+    checks = [check_transcript(talk, config) for talk in talks.values()]
+    n_segments, n_broken = sum(check.n_segments for check in checks), sum(check.n_broken for check in checks)
+    n_unreadable = sum(check.unreadable for check in checks)
+    if text_problems := [problem for check in checks for problem in check.text_problems]:
+        log.warning(
+            "csj: %d problems in the orthography, which is not trained on; the text of these utterances is "
+            "incomplete. The first: %s",
+            len(text_problems),
+            text_problems[0],
+        )
+    problems = [problem for check in checks for problem in check.problems]
+    if not problems:
         return
-    problems = [problem for name in found for problem in found[name]]
-    shown = "\n  ".join(problems[:_SHOWN]) + "\n  ..." * (len(problems) > _SHOWN)
-    raise DataError(
-        f"transcripts of {len(found)} talks cannot be read, at {len(problems)} places:\n  {shown}\n"
-        "Mend the files, or leave these utterances out with prepare.options.broken=drop"
+    listed = "\n  ".join([*problems[:_MAX_LISTED], *["..."][: max(0, len(problems) - _MAX_LISTED)]])
+    message = (
+        f"csj: {n_broken} of {n_segments} segments and {n_unreadable} of {len(talks)} transcripts cannot be "
+        f"read:\n  {listed}"
     )
+    if _too_many(n_broken, n_segments, config) or _too_many(n_unreadable, len(talks), config):
+        raise DataError(
+            f"{message}\nFix the files, or reject these utterances by raising prepare.options.max_broken="
+            f"{config.max_broken}"
+        )
+    log.warning("%s\nTheir utterances are rejected", message)
 
 
-def _in_order(sets: dict[str, str], seed: int, shuffled: Callable[[], bool]) -> Iterator[str]:
-    """Talks: test sets, dev, then training talks, by their ids and, once `shuffled` says so, at random."""
+def _too_many(n_broken: int, total: int, config: Config) -> bool:
+    allowed = max(1.0, config.max_broken * total) if config.max_broken else 0
+    return n_broken > allowed
+
+
+def _ordered_talks(sets: dict[str, str], seed: int, shuffle: Callable[[], bool]) -> Iterator[str]:
+    """Talks of the test sets, dev, then training, by id; training talks are shuffled once `shuffle()`."""
     for name in (*EVALS, "dev"):
         yield from (talk for talk in sets if sets[talk] == name)
-    waiting = sorted((talk for talk in sets if sets[talk] == "train"), reverse=True)
-    while waiting and not shuffled():
-        yield waiting.pop()
-    random.Random(f"talks {seed}").shuffle(waiting)
-    yield from waiting
+    remaining = sorted((talk for talk in sets if sets[talk] == "train"), reverse=True)
+    while remaining and not shuffle():
+        yield remaining.pop()
+    random.Random(f"talks {seed}").shuffle(remaining)
+    yield from remaining

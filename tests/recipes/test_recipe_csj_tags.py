@@ -1,4 +1,4 @@
-"""Tags of CSJ with every option, words over several of them, and the joining of segments."""
+"""CSJ: tags with every option, words that span several of them, joining of segments."""
 
 from __future__ import annotations
 
@@ -13,31 +13,35 @@ from jahubert.errors import ConfigError
 from jahubert.train.experiment.registry import resolve
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "csj" / "prepare.py"
-resolve(f"{RECIPE}:prepare", {}, "recipe")  # which loads what stands beside it
+resolve(f"{RECIPE}:prepare", {}, "recipe")  # also loads the modules next to it
 speech, tags, transcripts = (sys.modules[f"csj_{name}"] for name in ("speech", "tags", "transcripts"))
 
 
 # --- tags -------------------------------------------------------------------------------------------------
 
 
-def words(*said: str, written: str = "", **options) -> str:
-    """The words of a segment as one string, `|` between them; or the first problem, or `masked`."""
-    segment = transcripts.Segment(
-        0, RATE, "L", [transcripts.Word(i + 1, written, s) for i, s in enumerate(said)]
-    )
-    found = speech.speech_of([segment], Path("a.sdb"), tags.Options(**options))[0]
-    return "masked" if found.masked else found.problems[0] if found.problems else show(found.words)
+def segment_of(*pronunciations: str, orthography: str = "", start: int = 0, channel: str = "L"):
+    words = [transcripts.Word(i + 1, orthography, p) for i, p in enumerate(pronunciations)]
+    return transcripts.Segment(start, start + RATE, channel, words)
 
 
-def show(words) -> str:
-    return " | ".join(" ".join(word) for word in words)
+def resolved(*segments, **options):
+    return speech.resolve_segments(segments, Path("a.sdb"), tags.TagOptions(**options))
+
+
+def words(*pronunciations: str, orthography: str = "", **options) -> str:
+    """The words of a segment separated by `|`; or the first problem, or `masked`."""
+    segment = resolved(segment_of(*pronunciations, orthography=orthography), **options)[0]
+    if segment.masked:
+        return "masked"
+    return segment.problems[0] if segment.problems else " | ".join(" ".join(word) for word in segment.words)
 
 
 ACTUAL, NO_FILLERS, NO_FRAGMENTS = {"pron": "actual"}, {"fillers": "drop"}, {"fragments": "drop"}
 
 
 @pytest.mark.parametrize(
-    ("said", "canonical", "others"),
+    ("pronunciation", "canonical", "others"),
     [
         ("(F エー)", "e:", [(NO_FILLERS, "")]),
         ("(D ダ)", "d a", [(NO_FRAGMENTS, ""), (NO_FILLERS, "d a")]),
@@ -72,32 +76,42 @@ ACTUAL, NO_FILLERS, NO_FRAGMENTS = {"pron": "actual"}, {"fillers": "drop"}, {"fr
         ("<フロア発話><フロア笑>ハイ<デモ><ベル><朗読間違い>", "h a i", [(ACTUAL, "h a i")]),
         ("(F (W エト;エート))", "e: t o", [(ACTUAL, "e t o"), (NO_FILLERS, "")]),
         ("(笑 (W (D ギ)ツ;ギジュ))", "g i j u", [(ACTUAL, "g i ts u"), (ACTUAL | NO_FRAGMENTS, "ts u")]),
+        ("(W コ(L デ;ココデ))", "k o k o d e", [(ACTUAL, "k o d e")]),
+        ("(W (笑 ソ;ソー))", "s o:", [(ACTUAL, "s o")]),
+        ("(W イ;ー)", "", []),
+        ("(? (F アノ,エノ))", "a n o", [(NO_FILLERS, "")]),
+        ("(F (? アノ,エノ))", "a n o", [(NO_FILLERS, "")]),
+        ("(? ジスー, ジッスー)", "j i s u:", []),
+        ("(M エス;Ｓ)", "e s u", [(ACTUAL, "e s u")]),
+        ("(M (A エス;Ｓ)(A エヌ;Ｎ))", "e s u e n u", []),
+        ("(W ア(D イ)ウ(F エ;オ)カ)", "o k a", [(ACTUAL, "a i u e"), (ACTUAL | NO_FILLERS, "a i u")]),
+        ("(F <VN>)", "u N", [(ACTUAL, "u N"), (NO_FILLERS, "")]),
         ("ンー", "N", []),
         ("ヴァイ・オリン", "b a i o r i N", []),
     ],
 )  # fmt: skip
-def test_each_tag_for_each_option(said, canonical, others):
-    assert words(said) == canonical
+def test_each_tag_for_each_option(pronunciation, canonical, others):
+    assert words(pronunciation) == canonical
     for options, phones in others:
-        assert words(said, **options) == phones
+        assert words(pronunciation, **options) == phones
 
 
-def test_tags_reach_over_words_and_segments():
+def test_tags_span_words_and_segments():
     assert words("(F エ", "エット)", "ハイ") == "e | e q t o | h a i"
     assert words("(F エ", "エット)", "ハイ", fillers="drop") == "h a i"
-    # A piece stays with the word that it stands in.
+    # A piece of text stays with the word that it is written in.
     assert words("(W コイ", "ショ;コレ", "デショ)", pron="actual") == "k o i | sh o"
     assert words("(W コイ", "ショ;コレ", "デショ)") == "k o r e | d e sh o"
     pieces = [("(R ×", "L"), ("", "L"), ("×)サン", "L"), ("ハイ", "L")]
-    segments = [
-        transcripts.Segment(i, i + 1, channel, [transcripts.Word(i, "", said)])
-        for i, (said, channel) in enumerate(pieces)
-    ]
-    found = speech.speech_of(segments, Path("a"), tags.Options())
-    assert [piece.masked for piece in found] == [True, True, True, False]
+    segments = [segment_of(pronunciation, channel=channel) for pronunciation, channel in pieces]
+    assert [segment.masked for segment in resolved(*segments)] == [True, True, True, False]
+    # A tag that is never closed spoils its segment only.
+    unclosed = resolved(segment_of("ア", "(F イ", "ウ"), segment_of("エ"), segment_of("(笑 オ", "カ)"))
+    assert [bool(segment.problems) for segment in unclosed] == [True, False, False]
+    assert [segment.words for segment in unclosed[1:]] == [(("e",),), (("o",), ("k", "a"))]
 
 
-def test_a_long_vowel_alone_belongs_to_the_word_before():
+def test_dependent_words_are_merged_into_the_preceding_word():
     assert words("イコ", "ー") == "i k o:"
     assert words("デショ", "ーネ") == "d e sh o: n e"
     assert words("マ", "ッ") == "m a q"
@@ -105,57 +119,79 @@ def test_a_long_vowel_alone_belongs_to_the_word_before():
     assert words("ッ", "ー", "<笑>") == ""
 
 
-def test_the_orthography_has_the_written_alternative():
-    word = transcripts.Word(1, "(K たち(F えー)ばな;橘)(A シーディー;ＣＤ)(W ぎーつ;技術)", "ア")
-    segment = transcripts.Segment(0, 1, "L", [word])
-    assert speech.speech_of([segment], Path("a"), tags.Options())[0].text == "橘ＣＤ技術"
-    assert speech.speech_of([segment], Path("a"), tags.Options(pron="actual"))[0].text == "橘ＣＤぎーつ"
+def test_orthography_takes_the_written_alternative():
+    orthography = "(K たち(F えー)ばな;橘)(A シーディー;ＣＤ)(W ぎーつ;技術)(M エス;Ｓ)"
+    segment = segment_of("ア", orthography=orthography)
+    assert resolved(segment)[0].text == "橘ＣＤ技術Ｓ"
+    assert resolved(segment, pron="actual")[0].text == "橘ＣＤぎーつＳ"
+
+
+def test_problems_of_the_orthography_are_not_fatal():
+    segment = resolved(segment_of("ア", orthography="(Z 亜"))[0]
+    assert segment.words == (("a",),) and not segment.problems
+    assert all("a.sdb:1" in problem for problem in segment.text_problems) and segment.text_problems
 
 
 @pytest.mark.parametrize(
-    ("said", "says"),
+    ("pronunciations", "location"),
     [
-        (["ア", "(Z イ)"], "a.sdb:2: unknown tag (Z; the known ones are F D"),
-        (["<ドア>"], "a.sdb:1: unknown tag <ドア>; the known ones are H VN"),
-        (["ア)"], "a.sdb:1: a ) that belongs to no tag"),
-        (["ア;イ"], "a.sdb:1: a ; that belongs to no tag"),
+        (["ア", "(Z イ)"], "a.sdb:2: unknown tag (Z"),
+        (["<ドア>"], "a.sdb:1: unknown event <ドア>"),
+        (["ア)"], "a.sdb:1: a ) outside"),
+        (["ア;イ"], "a.sdb:1: a ; outside"),
         (["ア", "(F イ", "ウ"], "a.sdb:2: the tag (F is never closed"),
-        (["漢字"], "a.sdb:1: no reading for '漢'"),
+        (["漢字"], "a.sdb:1: '漢'"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(said, says):
-    assert words(*said).startswith(says)
+def test_problems_name_file_and_line(pronunciations, location):
+    assert words(*pronunciations).startswith(location)
 
 
 # --- joining ----------------------------------------------------------------------------------------------
 
 
-def pieces(*times: tuple[float, float], masked: tuple[int, ...] = ()):
+def spoken(*times: tuple[float, float], masked: tuple[int, ...] = (), channels: str = ""):
     return [
-        speech.Spoken(round(a * RATE), round(b * RATE), (("a",),), "あ", i in masked, ())
+        speech.SpokenSegment(
+            round(a * RATE),
+            round(b * RATE),
+            (("a",),),
+            "あ",
+            i in masked,
+            (),
+            channel=(channels or "L" * 99)[i],
+        )
         for i, (a, b) in enumerate(times)
     ]
 
 
-def joined(found, **options) -> list[tuple[float, float]]:
-    return [(p.start / RATE, p.end / RATE) for p in speech.join(found, speech.Joining(**options))]
+def joined(segments, **options) -> list[tuple[float, float]]:
+    utterances = speech.join_segments(segments, speech.JoinOptions(**options))
+    return [(u.start / RATE, u.end / RATE) for u in utterances]
 
 
-def test_segments_are_joined_over_short_gaps_up_to_the_longest():
-    assert joined(pieces((0, 1), (1.5, 2), (2.501, 3))) == [(0, 2), (2.501, 3)]
-    assert joined(pieces((0, 6), (6, 10), (10, 10.1))) == [(0, 10), (10, 10.1)]
-    assert joined(pieces((0, 12), (12.1, 13))) == [(0, 12), (12.1, 13)]
-    assert joined(pieces((0, 9), (9, 18)), join="kaldi") == [(0, 18)]
-    assert joined(pieces((0, 9), (9, 19), (19, 20)), join="kaldi") == [(0, 19), (19, 20)]
-    assert joined(pieces((0, 1), (2, 3)), max_gap=1, max_seconds=3) == [(0, 3)]
+def test_segments_are_joined_over_short_gaps_up_to_a_length():
+    assert joined(spoken((0, 1), (1.5, 2), (2.501, 3))) == [(0, 2), (2.501, 3)]
+    assert joined(spoken((0, 6), (6, 10), (10, 10.1))) == [(0, 10), (10, 10.1)]
+    assert joined(spoken((0, 12), (12.1, 13))) == [(0, 12), (12.1, 13)]
+    assert joined(spoken((0, 9), (9, 18)), join="kaldi") == [(0, 18)]
+    assert joined(spoken((0, 9), (9, 19), (19, 20)), join="kaldi") == [(0, 19), (19, 20)]
+    assert joined(spoken((0, 1), (2, 3)), max_gap=1, max_seconds=3) == [(0, 3)]
 
 
-def test_masked_names_take_only_themselves_unless_asked_otherwise():
-    found = pieces((0, 1), (1.2, 2), (2.2, 3), (3.2, 4), masked=(2,))
-    assert joined(found) == [(0, 2), (2.2, 3), (3.2, 4)]
-    assert [piece.masked for piece in speech.join(found, speech.Joining(join="kaldi"))] == [True]
-    with pytest.raises(ConfigError, match="max_seconds above 0"):
-        speech.Joining(max_seconds=0)
+def test_masked_names_are_not_joined_except_with_kaldi():
+    segments = spoken((0, 1), (1.2, 2), (2.2, 3), (3.2, 4), masked=(2,))
+    assert joined(segments) == [(0, 2), (2.2, 3), (3.2, 4)]
+    kaldi = speech.join_segments(segments, speech.JoinOptions(join="kaldi"))
+    assert [utterance.masked for utterance in kaldi] == [True]
+    with pytest.raises(ConfigError, match="max_seconds"):
+        speech.JoinOptions(max_seconds=0)
+
+
+def test_kaldi_does_not_join_across_the_other_channel():
+    segments = spoken((0, 1), (0.5, 1.2), (1.1, 2), (2.1, 3), channels="LRLL")
+    assert joined(segments) == [(0, 3), (0.5, 1.2)]
+    assert joined(segments, join="kaldi") == [(0, 1), (0.5, 1.2), (1.1, 3)]
 
 
 def test_events_neither_end_nor_bridge_nor_lengthen_an_utterance():
@@ -163,10 +199,11 @@ def test_events_neither_end_nor_bridge_nor_lengthen_an_utterance():
 
     def segments(*times: tuple[float, float, str]) -> list[tuple[float, float, str]]:
         spoken = [
-            speech.Spoken(round(a * RATE), round(b * RATE), (("a",),) if word else (), word, False, ())
+            speech.SpokenSegment(round(a * RATE), round(b * RATE), (("a",),) if word else (), word, False, ())
             for a, b, word in times
         ]
-        return [(p.start / RATE, p.end / RATE, p.text) for p in speech.join(spoken, speech.Joining())]
+        utterances = speech.join_segments(spoken, speech.JoinOptions())
+        return [(u.start / RATE, u.end / RATE, u.text) for u in utterances]
 
     assert segments((665.796, 668.979, "x"), (665.817, 665.957, "")) == [
         (665.796, 668.979, "x"),
@@ -216,7 +253,7 @@ def joined_by_description(segments, join: str, max_gap: int, max_length: int):
 )
 def test_joining_matches_its_description_on_random_segments(join, kinds):
     rng = random.Random(f"{join} {kinds}")
-    options = speech.Joining(join=join)
+    options = speech.JoinOptions(join=join)
     for _ in range(1000):
         now, segments = 0, []
         for _ in range(rng.randint(1, 30)):
@@ -228,7 +265,7 @@ def test_joining_matches_its_description_on_random_segments(join, kinds):
             segments.append((start, start + rng.randint(1, length), kind))
             now = max(now, segments[-1][1])
         spoken = [
-            speech.Spoken(
+            speech.SpokenSegment(
                 start * 16,
                 end * 16,
                 ((str(i),),) if kind == "speech" else (),
@@ -238,7 +275,7 @@ def test_joining_matches_its_description_on_random_segments(join, kinds):
             )
             for i, (start, end, kind) in enumerate(segments)
         ]
-        found = [u for u in speech.join(spoken, options) if not u.event_only]
+        found = [u for u in speech.join_segments(spoken, options) if not u.event_only]
         expected = joined_by_description(segments, join, 500, 10_000)
         for utterance, members in zip(found, expected, strict=True):
             assert utterance.start == segments[members[0]][0] * 16
@@ -247,10 +284,9 @@ def test_joining_matches_its_description_on_random_segments(join, kinds):
             assert utterance.words == tuple((str(i),) for i in members if segments[i][2] == "speech")
 
 
-def test_the_vocabulary_of_the_tree_is_what_the_recipe_reads():
-    for written, said, phones in WORDS:
-        assert words(said, written=written) == phones
-    # And it has every tag and event that the recipe knows.
-    everything = "".join(written + said for written, said, _ in WORDS) + "(R ×)"
+def test_words_of_the_invented_tree_have_all_tags_and_events():
+    for orthography, pronunciation, phones in WORDS:
+        assert words(pronunciation, orthography=orthography) == phones
+    everything = "".join(orthography + pronunciation for orthography, pronunciation, _ in WORDS) + "(R ×)"
     assert all(f"({tag} " in everything for tag in tags.TAGS)
     assert all(f"<{event}>" in everything or f"<{event}:" in everything for event in tags.EVENTS)

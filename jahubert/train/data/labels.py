@@ -242,12 +242,15 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Write a file atomically. DataError: the disk is full or the folder cannot be written."""
+    """Write a file atomically.
+
+    Raises:
+        DataError: the disk is full, or the folder is not writable.
+    """
     try:
         with atomic_write(path, "wb") as out:
             fill(out)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be written: {error.strerror}. What was written before is kept: mend that and "
-            "start the stage again"
+            f"{path} cannot be written: {error.strerror}. Complete shards are kept: fix this and rerun the stage"
         ) from error
