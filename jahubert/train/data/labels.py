@@ -252,5 +252,5 @@ def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
             fill(out)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be written: {error.strerror}. Complete shards are kept: fix this and rerun the stage"
+            f"{path} cannot be written: {error.strerror}. Fix this and rerun the stage"
         ) from error
