@@ -25,6 +25,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.clustering.features import HubertLayer, Mfcc
 from jahubert.train.clustering.kmeans import assign, fit_kmeans
+from jahubert.train.clustering.lloyd import KmeansOptions
 from jahubert.train.data.batches import CtcBatch, PretrainBatch, pad
 from jahubert.train.data.masking import seeded_rng, span_mask
 from jahubert.train.data.sampler import MicroBatch, Sampler
@@ -193,7 +194,9 @@ def test_features_of_every_kind(name, device):
 def test_clusters_and_labels(backend, device):
     rng = np.random.default_rng(0)
     frames_ND = torch.from_numpy(rng.standard_normal((3000, 6)) + 8 * rng.integers(3, size=(3000, 1))).float()
-    here, there = (fit_kmeans(frames_ND, 3, backend=backend, device=where) for where in ("cpu", device))
+    here, there = (
+        fit_kmeans(frames_ND, KmeansOptions(3, backend=backend, device=where)) for where in ("cpu", device)
+    )
     close(there.centroids_KD, here.centroids_KD)
     labels_N = assign(frames_ND.to(device), there.centroids_KD.to(device))
     assert torch.equal(labels_N.cpu(), assign(frames_ND, here.centroids_KD))
@@ -219,14 +222,15 @@ class Read:
 def test_frames_that_fit_onto_the_device_are_read_once(device, monkeypatch, stretches, rows):
     """Four passes over 12 stretches of 256 frames, of which so many fit."""
     monkeypatch.setattr(lloyd_module, "_block_rows", lambda shape, where: 256)
-    monkeypatch.setattr(lloyd_module, "_READ", 1)
-    monkeypatch.setattr(lloyd_module, "_room", lambda where: 4 * 6 * 256 * stretches)
+    monkeypatch.setattr(lloyd_module, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(lloyd_module, "_cache_bytes", lambda where: 4 * 6 * 256 * stretches)
     frames_ND = np.random.default_rng(0).standard_normal((3000, 6)).astype(np.float32)
     start_KD, frames = torch.from_numpy(frames_ND[:9].copy()), Read(frames_ND)
-    there, history, _ = lloyd_module.lloyd(frames, start_KD.to(device), 4, tol=0.0)
-    here, expected, _ = lloyd_module.lloyd(torch.from_numpy(frames_ND), start_KD, 4, tol=0.0)
-    close(there.means_KD, here.means_KD)
-    assert len(history) == 4 and history == pytest.approx(expected) and frames.rows == rows
+    there = lloyd_module.lloyd(frames, start_KD.to(device), 4, tol=0.0)
+    here = lloyd_module.lloyd(torch.from_numpy(frames_ND), start_KD, 4, tol=0.0)
+    close(there.statistics.means_KD, here.statistics.means_KD)
+    assert len(there.history) == 4 and there.history == pytest.approx(here.history)
+    assert frames.rows == rows
 
 
 def test_answers_from_log_probabilities(device):

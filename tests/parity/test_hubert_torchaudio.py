@@ -1,4 +1,4 @@
-"""The encoder against torchaudio's, on the same random weights under its names."""
+"""Parity of the encoder with torchaudio's, with the same random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from jahubert.model.hubert import HubertConfig, HubertModel
 
 SMALL = {"conv_dims": (24,) * 7, "width": 48, "layers": 3, "heads": 4, "ffn": 96, "pos_conv_groups": 4}
-# Both settings are independent in torchaudio as here; base and large are the first and the last.
+# Both settings are independent, in torchaudio and here; base and large are the first and the last.
 CONFIGS = {
     f"{conv_norm} norm, {'pre' if pre_norm else 'post'}-norm": HubertConfig(
         **SMALL, conv_norm=conv_norm, pre_norm=pre_norm, conv_bias=conv_norm == "layer"
@@ -19,7 +19,7 @@ CONFIGS = {
     for conv_norm in ("group", "layer")
     for pre_norm in (False, True)
 }
-# From our names (Hugging Face's) to torchaudio's.
+# Parameter names: ours (Hugging Face's) to torchaudio's.
 NAMES = [
     (r"^feature_projection\.", "encoder.feature_projection."),
     (r"^encoder\.(pos_conv_embed|layer_norm|layers)\b", r"encoder.transformer.\1"),
@@ -30,7 +30,7 @@ NAMES = [
 
 def renamed(ours: HubertModel) -> dict[str, Tensor]:
     state = ours.state_dict()
-    del state["masked_spec_embed"]  # it belongs to torchaudio's pretraining wrapper
+    del state["masked_spec_embed"]  # part of torchaudio's pretraining wrapper
     result = {}
     for name, value in state.items():
         for pattern, replacement in NAMES:
@@ -66,7 +66,7 @@ def theirs(config: HubertConfig, ours: HubertModel):
 
 
 def model_of(config: HubertConfig) -> HubertModel:
-    """With norms that do something: new ones multiply by one and add nothing."""
+    """With random weights and biases of norms, which are initialized to one and zero."""
     torch.manual_seed(0)
     model = HubertModel(config).eval()
     for name, parameter in model.named_parameters():
@@ -95,7 +95,7 @@ def test_equals_torchaudio(config):
 @pytest.mark.stack
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_a_padded_batch_equals_torchaudio(config):
-    """Their group norm counts the padding, ours does if it is asked to; layer norms see one frame only."""
+    """torchaudio's group norm includes padding, ours only on request; layer norms see a single frame."""
     ours = model_of(config)
     lengths = torch.tensor([16_000, 4_567, 401])
     wav_BT = torch.randn(3, 16_000) * (torch.arange(16_000) < lengths[:, None])

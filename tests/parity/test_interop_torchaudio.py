@@ -1,4 +1,4 @@
-"""State dicts of torchaudio's models open here, and ours load strictly into the models it makes for them."""
+"""Interoperability with torchaudio: its state dicts load here, and exported ones load into its models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNITS = 11
 
 
 def theirs_of(path):
-    """The model that the JSON file beside a state dict asks torchaudio for, with the weights in it."""
+    """The torchaudio model that the JSON file next to a state dict specifies, with these weights."""
     import torchaudio
 
     settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def theirs_of(path):
 
 
 def waveforms(config: HubertConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same noise for us and, normalised where the model wants it, for torchaudio."""
+    """The same noise for us and for torchaudio, normalized if the model requires it."""
     wav_BT = 0.1 * torch.randn(2, 16_000)
     return wav_BT, torch.stack([F.layer_norm(w, w.shape) for w in wav_BT]) if config.normalize else wav_BT
 
@@ -43,7 +43,7 @@ def waveforms(config: HubertConfig) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.stack
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("ctc", [False, True])
-def test_ours_opens_there(tmp_path, config, ctc):
+def test_exported_model_loads_into_torchaudio(tmp_path, config, ctc):
     torch.manual_seed(0)
     model, phonemes = HubertModel(config).eval(), PhonemeSet.standard()
     head = HubertForCtc(config, len(phonemes), model).eval()
@@ -74,7 +74,7 @@ def test_pretraining_head_and_loss(tmp_path, config):
         want = F.cross_entropy(logit_m, torch.zeros(len(logit_m), dtype=torch.int64), reduction="sum")
         logit_NK = head(hidden_BSD[mask_BS])
         got = F.cross_entropy(logit_NK, unit_BS[mask_BS], reduction="sum")
-    # Theirs: the right unit first, then all of them, where the right one cannot come again.
+    # torchaudio puts the logit of the target unit first, then all logits with the target masked.
     right_N1 = unit_BS[mask_BS][:, None]
     again = logit_NK.scatter(1, right_N1, float("-inf"))
     torch.testing.assert_close(
@@ -85,8 +85,8 @@ def test_pretraining_head_and_loss(tmp_path, config):
 
 @pytest.mark.stack
 @pytest.mark.parametrize("name", ["hubert_base", "hubert_large"])
-def test_theirs_opens_here(tmp_path, name):
-    """The published sizes, whose bare state dicts say all."""
+def test_torchaudio_model_loads(tmp_path, name):
+    """The published sizes, which state dicts without metadata specify completely."""
     import torchaudio
 
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_theirs_opens_here(tmp_path, name):
 
 
 @pytest.mark.stack
-def test_pretraining_state_dict_opens_here(tmp_path):
+def test_torchaudio_pretraining_state_dict_loads(tmp_path):
     import torchaudio
 
     theirs = torchaudio.models.hubert_pretrain_base(num_classes=100).eval()

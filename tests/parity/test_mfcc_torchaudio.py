@@ -1,8 +1,8 @@
-"""Our MFCCs are torchaudio's, which are Kaldi's.
+"""Parity of our MFCCs with torchaudio's, which equal Kaldi's.
 
-torchaudio makes its cosine table in float32, and the lifter magnifies the table's errors: at the floor of
-the logarithm, 16 below zero, its last cepstra are off by 1.6e-4. So it is asked twice: as it is, and with
-an exact table and float64 samples, where what is left is our own rounding.
+torchaudio computes its DCT table in float32, and the lifter magnifies the table's errors: at the floor of the
+logarithm, 16 below zero, its last cepstra are off by 1.6e-4. So ours are compared twice: with the original,
+and with an exact table and float64 samples, where only our own rounding remains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LENGTHS = [400, 401, 559, 560, 719, 720, 4_000, 16_000, 41_123, 160_007]
 
 
 def speech_like(n_samples: int, seed: int) -> Tensor:
-    """A gliding voice with formants and breath, in syllables with gaps."""
+    """Synthetic speech: a voice with formants, gliding pitch and breath noise, in syllables with pauses."""
     generator = torch.Generator().manual_seed(seed)
     time = torch.arange(n_samples) / 16_000
     pitch = 2 * math.pi * torch.cumsum(120 + 40 * torch.sin(2 * math.pi * 0.7 * time), 0) / 16_000
@@ -35,14 +35,16 @@ def noise(n_samples: int, level: float) -> Tensor:
 
 SIGNALS = {
     "speech": lambda n: speech_like(n, n),
-    # With noise: filters that hear nothing but the tone's rounding error would compare that (1e-2, in
-    # torchaudio as well as here).
+    # With noise: filters that contain only the rounding error of the tone would differ by 1e-2, in torchaudio
+    # as well as here.
     "tone": lambda n: 0.3 * torch.sin(0.17 * torch.arange(n)) + noise(n, 0.03),
     "tones and an offset": lambda n: (
         0.1 + 0.2 * (torch.sin(0.05 * torch.arange(n)) + torch.sin(1.9 * torch.arange(n))) + noise(n, 0.03)
     ),
     "loud noise": lambda n: noise(n, 1.0).clamp(-1, 1),
-    "near silence": lambda n: noise(n, 1e-5),  # under one step of 16-bit audio: partly at the log's floor
+    "near silence": lambda n: noise(
+        n, 1e-5
+    ),  # below one step of 16-bit audio: partly at the floor of the logarithm
     "nearer silence": lambda n: noise(n, 1e-8),
     "silence": torch.zeros,
     "a click": lambda n: torch.nn.functional.one_hot(torch.tensor(n // 2), n).float(),

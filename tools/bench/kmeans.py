@@ -1,13 +1,13 @@
-"""k-means: ours against scikit-learn's MiniBatchKMeans with fairseq's arguments, on the same frames.
+"""Benchmark of k-means against scikit-learn's MiniBatchKMeans with fairseq's arguments, on the same frames.
 
     python tools/bench/kmeans.py                                             # 2,000,000 x 39, 100 clusters
     python tools/bench/kmeans.py --frames 300000 --dim 768 --clusters 500    # scikit-learn takes half an hour
     python tools/bench/kmeans.py --sample exp/demo/iter1/features/sample.npy # real features
 
-Both in turn in one run; medians of the time to fit, and the mean squared distance of frames that neither saw.
-Time is given twice, by the clock and as CPU time of all threads, which other work on the machine disturbs
-less. Then the assignment of frames, as one array and by utterances of 500, against the numpy one of fairseq's
-recipe, which must give the same labels.
+Prints medians of the time to fit, measured interleaved, and the inertia of held-out frames. Times are wall
+time and the CPU time of all threads, which other work on the machine disturbs less. Then compares the
+assignment of frames, as one array and in utterances of 500, with the numpy code of fairseq's recipe, which
+must give the same labels.
 """
 
 import argparse
@@ -19,33 +19,33 @@ import numpy as np
 import torch
 
 from jahubert.train.clustering.kmeans import fit_kmeans
-from jahubert.train.clustering.kmeans_peers import sklearn_kmeans
-from jahubert.train.clustering.lloyd import Nearest
+from jahubert.train.clustering.lloyd import KmeansOptions, NearestCentroid
+from jahubert.train.clustering.peers import sklearn_centroids
 
 
 def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:
-    """Frames around 300 centres of unequal weight and width, with dimensions that go together."""
+    """Frames around 300 centers of unequal weight and width, with correlated dimensions."""
     rng = np.random.default_rng(seed)
-    turn = rng.standard_normal((dim, dim)) / np.sqrt(dim)
-    centres, width = 2 * rng.standard_normal((300, dim)), rng.uniform(0.5, 1.5, 300)
+    mixing = rng.standard_normal((dim, dim)) / np.sqrt(dim)
+    centers, width = 2 * rng.standard_normal((300, dim)), rng.uniform(0.5, 1.5, 300)
     weight = rng.dirichlet(np.ones(300))
     x_ND = np.empty((frames, dim), np.float32)
     for start in range(0, frames, 100_000):
         owner = rng.choice(300, min(100_000, frames - start), p=weight)
         noise = width[owner, None] * rng.standard_normal((len(owner), dim))
-        x_ND[start : start + len(owner)] = (centres[owner] + noise) @ turn
+        x_ND[start : start + len(owner)] = (centers[owner] + noise) @ mixing
     return x_ND
 
 
 def fairseq_assign(x_ND: np.ndarray, centroids_KD: np.ndarray) -> np.ndarray:
-    """The labels of fairseq's recipe: all squared distances in numpy, in its order, then the least."""
+    """Labels as in fairseq's recipe: argmin over all squared distances in numpy."""
     products_NK = np.matmul(x_ND, centroids_KD.T)
     norm_K = (centroids_KD.T**2).sum(0, keepdims=True)
     return ((x_ND**2).sum(1, keepdims=True) - 2 * products_NK + norm_K).argmin(1)
 
 
 def inertia(x_ND: np.ndarray, centroids_KD: np.ndarray) -> float:
-    """Mean squared distance in float64, a block at a time."""
+    """Mean squared distance in float64, computed in blocks."""
     total, centroids_KD = 0.0, centroids_KD.astype(np.float64)
     for start in range(0, len(x_ND), 10_000):
         block = x_ND[start : start + 10_000].astype(np.float64)
@@ -55,7 +55,7 @@ def inertia(x_ND: np.ndarray, centroids_KD: np.ndarray) -> float:
 
 
 def timed(work: Callable[[], Any]) -> tuple[np.ndarray, Any]:
-    """Seconds by the clock and of all CPUs, and what `work` gives."""
+    """Wall time and CPU time in seconds, and the result of `work`."""
     started = np.array([time.perf_counter(), time.process_time()])
     result = work()
     return np.array([time.perf_counter(), time.process_time()]) - started, result
@@ -68,11 +68,15 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=2_000_000)
     parser.add_argument("--dim", type=int, default=39)
     parser.add_argument("--clusters", type=int, default=100)
-    parser.add_argument("--sample", help="a .npy of frames instead of made ones")
+    parser.add_argument("--sample", help="a .npy file of frames instead of synthetic ones")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--n-init", type=int, default=3, help="our starts; 3 is what stage=kmeans does")
-    parser.add_argument("--device", default="cpu", help="of ours")
-    parser.add_argument("--threads", type=int, default=2, help="of ours; scikit-learn reads OMP_NUM_THREADS")
+    parser.add_argument(
+        "--n-init", type=int, default=3, help="initializations of jahubert; 3 in stage=kmeans"
+    )
+    parser.add_argument("--device", default="cpu", help="of jahubert")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of jahubert; scikit-learn reads OMP_NUM_THREADS"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     x_ND = np.load(args.sample).astype(np.float32) if args.sample else mixture(args.frames, args.dim)
@@ -83,23 +87,23 @@ def main() -> None:
     for seed in range(args.repeats):
         own_s, own = timed(
             lambda seed=seed: fit_kmeans(
-                torch.from_numpy(fit_ND), args.clusters, backend="torch", n_init=args.n_init, max_iter=100,
-                seed=seed, device=args.device,
+                torch.from_numpy(fit_ND),
+                KmeansOptions(args.clusters, n_init=args.n_init, max_iter=100, seed=seed, device=args.device),
             )
-        )  # fmt: skip
-        peer_s, peer = timed(lambda seed=seed: sklearn_kmeans(fit_ND, args.clusters, seed))
-        centroids_KD = own.centroids_KD.numpy()
-        rows.append((own_s, peer_s, inertia(test_ND, centroids_KD), inertia(test_ND, peer)))
+        )
+        peer_s, peer_KD = timed(lambda seed=seed: sklearn_centroids(fit_ND, args.clusters, seed))
+        own_inertia, peer_inertia = inertia(test_ND, own.centroids_KD.numpy()), inertia(test_ND, peer_KD)
+        rows.append((own_s, peer_s, own_inertia, peer_inertia))
         print(
-            f"seed {seed}: ours {own_s[0]:.2f} s (CPU {own_s[1]:.2f}), held-out inertia {rows[-1][2]:.3f}; "
-            f"scikit-learn {peer_s[0]:.2f} s (CPU {peer_s[1]:.2f}), {rows[-1][3]:.3f}",
+            f"seed {seed}: jahubert {own_s[0]:.2f} s (CPU {own_s[1]:.2f}), inertia {own_inertia:.3f}; "
+            f"scikit-learn {peer_s[0]:.2f} s (CPU {peer_s[1]:.2f}), inertia {peer_inertia:.3f}",
             flush=True,
         )
     own_s, peer_s, own_inertia, peer_inertia = (np.median(x, axis=0) for x in zip(*rows, strict=True))
     ratio = peer_s / own_s
     print(
-        f"fit: {ratio[0]:.1f} times as fast by the clock, {ratio[1]:.1f} in CPU time, "
-        f"inertia {own_inertia / peer_inertia:.4f} of theirs"
+        f"fit: speedup {ratio[0]:.1f} in wall time, {ratio[1]:.1f} in CPU time; "
+        f"relative inertia {own_inertia / peer_inertia:.4f}"
     )
 
     for size in (200_000, 500):
@@ -107,20 +111,21 @@ def main() -> None:
 
 
 def assignment(frames_ND: np.ndarray, size: int, centroids_KD: torch.Tensor) -> None:
-    """Compare the labels of all frames, `size` of them at a time, and the time they take."""
+    """Compare labels and time of assigning all frames, `size` frames at a time."""
     parts = [frames_ND[start : start + size] for start in range(0, len(frames_ND), size)]
     peer_KD, times = centroids_KD.cpu().numpy(), []
     for _ in range(6):
-        nearest = Nearest(centroids_KD)
+        nearest = NearestCentroid(centroids_KD)
         own_s, own = timed(lambda: [nearest.labels(x_ND).cpu() for x_ND in parts])  # noqa: B023
         peer_s, peer = timed(lambda: [fairseq_assign(x_ND, peer_KD) for x_ND in parts])
         times.append([own_s, peer_s])
     same = float(np.mean(np.concatenate(own) == np.concatenate(peer)))
     own_s, peer_s = np.median(times[1:], axis=0)
     print(
-        f"labels of {len(frames_ND)} frames, {size} at a time: ours {own_s[0]:.3f} s (CPU {own_s[1]:.3f}), "
-        f"numpy {peer_s[0]:.3f} s (CPU {peer_s[1]:.3f}), {peer_s[0] / own_s[0]:.1f} times as fast; "
-        f"{same:.6f} of them equal"
+        f"labels of {len(frames_ND)} frames, {size} at a time: "
+        f"jahubert {own_s[0]:.3f} s (CPU {own_s[1]:.3f}), "
+        f"numpy {peer_s[0]:.3f} s (CPU {peer_s[1]:.3f}), speedup {peer_s[0] / own_s[0]:.1f}; "
+        f"{same:.6f} of the labels equal"
     )
     if same < 0.999:
         raise SystemExit("parity check failed: more labels differ than rounding explains")

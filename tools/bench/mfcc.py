@@ -1,10 +1,10 @@
-"""39-dim MFCCs: ours against fairseq's recipe (torchaudio's Kaldi MFCC and two deltas, by utterance).
+"""Benchmark of 39-dim MFCCs against fairseq's recipe (torchaudio's Kaldi MFCC and two deltas, per utterance).
 
-    python tools/bench/mfcc.py                     # 600 s of noise under an envelope, one thread
+    python tools/bench/mfcc.py                     # 600 s of modulated noise, one thread
     python tools/bench/mfcc.py --seconds 1932 --device cuda
 
-Without torchaudio the peer is librosa, whose features are others: 23 HTK filters, two deltas. Both in turn in
-one run, medians. The parity check is against Kaldi's arithmetic in float64, written out below.
+Without torchaudio the peer is librosa, with similar features (23 HTK filters, two deltas). Prints medians of
+interleaved runs. The parity check compares with Kaldi's arithmetic in float64, implemented below.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def slope(x: np.ndarray) -> np.ndarray:
 
 
 def peer() -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Name and function of the recipe to compare with, of one waveform."""
+    """Name and function of the peer, which takes one waveform."""
     if importable("torchaudio"):
         import torchaudio
 
@@ -68,18 +68,18 @@ def peer() -> tuple[str, Callable[[Tensor], Tensor]]:
         return "torchaudio, fairseq's recipe", fairseq
     import librosa
 
-    def other(wav_T: Tensor) -> Tensor:
+    def librosa_mfcc(wav_T: Tensor) -> Tensor:
         sizes = {"n_fft": FFT, "win_length": WINDOW, "hop_length": HOP, "n_mels": BINS, "htk": True}
         static = librosa.feature.mfcc(y=wav_T.numpy(), sr=SAMPLE_RATE, n_mfcc=CEPSTRA, center=False, **sizes)
         delta = librosa.feature.delta(static, width=5, mode="nearest")
         both = [static, delta, librosa.feature.delta(delta, width=5, mode="nearest")]
         return torch.from_numpy(np.concatenate(both)).T.contiguous()
 
-    return "librosa, other features", other
+    return "librosa, similar features", librosa_mfcc
 
 
 def waveforms(seconds: float) -> list[Tensor]:
-    """Noise under an envelope, 2 to 15 s each."""
+    """Noise with a sinusoidal envelope, 2 to 15 s each."""
     rng, wavs = np.random.default_rng(0), []
     while seconds > 0:
         n_samples = int(SAMPLE_RATE * min(max(seconds, 1.0), rng.uniform(2, 15)))
@@ -99,28 +99,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    wavs, ours, (name, theirs) = waveforms(args.seconds), Mfcc(args.device), peer()
+    wavs, own_mfcc, (name, peer_mfcc) = waveforms(args.seconds), Mfcc(args.device), peer()
     seconds = sum(map(len, wavs)) / SAMPLE_RATE
     exact = reference(wavs[0].numpy())
-    for label, found in (("ours", ours(wavs[:1])[0].cpu()), (name, theirs(wavs[0]))):
-        if found.shape != exact.shape:  # librosa's frames are as long as its FFT
+    for label, features in (("jahubert", own_mfcc(wavs[:1])[0].cpu()), (name, peer_mfcc(wavs[0]))):
+        if features.shape != exact.shape:  # librosa's windows are as long as its FFT
             continue
-        error = np.abs(found.numpy() - exact).max()
+        error = np.abs(features.numpy() - exact).max()
         print(f"largest difference from Kaldi's arithmetic: {error:.2g}  {label}")
-        if label == "ours" and not error < 1e-3:
+        if label == "jahubert" and not error < 1e-3:
             raise SystemExit("parity check failed")
     times = []
     for _ in range(args.repeats + 1):
         pair = []
-        for compute in (lambda: [x.cpu() for x in ours(wavs)], lambda: [theirs(wav_T) for wav_T in wavs]):
+        for compute in (
+            lambda: [x.cpu() for x in own_mfcc(wavs)],
+            lambda: [peer_mfcc(wav_T) for wav_T in wavs],
+        ):
             started = time.perf_counter()
             compute()
             pair.append(time.perf_counter() - started)
         times.append(pair)
-    mine, other = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    own_s, peer_s = (statistics.median(column) for column in zip(*times[1:], strict=True))
     ratio = statistics.median(b / a for a, b in times[1:])
     print(f"{len(wavs)} utterances, {seconds:.0f} s, {args.threads} threads, {args.device}; x real time")
-    print(f"ours {seconds / mine:.0f}   {name} {seconds / other:.0f}   ratio {ratio:.2f}")
+    print(f"jahubert {seconds / own_s:.0f}   {name} {seconds / peer_s:.0f}   speedup {ratio:.2f}")
 
 
 if __name__ == "__main__":

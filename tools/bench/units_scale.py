@@ -1,11 +1,11 @@
-"""Time and peak memory of features, k-means and labels as the hours of a corpus grow.
+"""Benchmark of the time and peak memory of features, kmeans and label against the hours of a corpus.
 
     python tools/bench/units_scale.py exp/tofugu --hours 2 20  # MFCC, 100 units
-    python tools/bench/units_scale.py exp/tofugu --hours 2 20 --layer 3  # that layer, 500 units
+    python tools/bench/units_scale.py exp/tofugu --hours 2 20 --layer 3  # HuBERT layer 3, 500 units
 
-The corpus is the finished `prepare` of an experiment, repeated with other crops until it is as long as
-asked. Each stage runs in a process of its own, on one thread (OMP_NUM_THREADS=1); CPU seconds and peak memory
-are what the system says of it, and CPU seconds are those that other work on the machine disturbs least.
+The corpus of a finished stage `prepare` is repeated with random crops until it is long enough. Each stage
+runs in a separate process with one thread (OMP_NUM_THREADS=1). CPU seconds, which other work on the machine
+disturbs least, and peak memory are those of that process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHORTEST = 8_000  # samples of a crop
 
 
 def repeated(source: Manifest, hours: float):
-    """Utterances cut at random places out of those of a corpus, until there are enough."""
+    """Random crops of the utterances of a corpus, of `hours` in total."""
     rng, left, number = np.random.default_rng(0), hours * 3600 * 16_000, 0
     rows = source.indices(split="train")
     while left > 0:
@@ -39,7 +39,7 @@ def repeated(source: Manifest, hours: float):
 
 
 def run_stage(stage: str, out: str, settings: str) -> None:
-    """In the child: run it, print seconds and peak memory."""
+    """Run a stage in this process and print seconds, CPU seconds, peak memory and size on disk as JSON."""
     from jahubert.train.experiment.config import structure
     from jahubert.train.experiment.registry import STAGES, resolve
 
@@ -50,9 +50,9 @@ def run_stage(stage: str, out: str, settings: str) -> None:
     started = time.perf_counter()
     module.run(config, folder)
     seconds = time.perf_counter() - started
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
     disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(json.dumps([seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, disk / 1e6]))
+    print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, disk / 1e6]))
 
 
 def main() -> None:
@@ -64,8 +64,8 @@ def main() -> None:
     )
     parser.add_argument("exp", type=Path)
     parser.add_argument("--hours", type=float, nargs="+", default=[2.0, 20.0])
-    parser.add_argument("--layer", type=int, help="units of this layer of iteration 1's model")
-    parser.add_argument("--frames", type=int, default=200_000, help="of the sample for k-means")
+    parser.add_argument("--layer", type=int, help="layer of the model of iteration 1; default: MFCC")
+    parser.add_argument("--frames", type=int, default=200_000, help="frames in the sample for k-means")
     args = parser.parse_args()
     source = Manifest(args.exp / "prepare" / "manifest.arrow")
     model = None if args.layer is None else str(args.exp / "iter1" / "pretrain" / "bundle")

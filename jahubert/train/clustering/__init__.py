@@ -1,1 +1,1 @@
-"""K-means targets: input features, k-means fitting and streaming feature extraction."""
+"""K-means targets: input features, streaming feature extraction, and k-means fitting."""

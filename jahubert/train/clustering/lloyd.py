@@ -1,173 +1,133 @@
-"""Passes over frames: who is nearest to whom, Lloyd's iteration, and mini-batches where there are too many.
+"""Lloyd's algorithm and mini-batch k-means over frames that may not fit in memory.
 
-Frames may be a file larger than memory: they are read a stretch at a time, and need not fit onto the device.
-What of a process's share does fit onto a GPU stays there from the first pass to the last.
-Several processes share each pass, and the result is the same bit for bit: stretches are dealt out to 16
-lanes, lanes to processes, and the sums of the lanes are added in their order.
+Fitting goes from coarse to fine: k-means++ and Lloyd's algorithm on a small sample (several initializations,
+the best is kept), then Lloyd's algorithm on samples that are eight times as large each, then on all frames.
+Most of the improvement happens where a pass is cheap. With more than `lloyd_frames` frames, one mini-batch
+pass over all of them replaces the last step.
+
+Frames are read in chunks. Chunks of a process that fit on a GPU stay there for the next pass. Several
+processes share each pass with bit-identical results: chunks are distributed over 16 lanes and lanes over
+processes, and the sums of the lanes are added in a fixed order.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.errors import DataError
+from jahubert.errors import ConfigError, DataError
+from jahubert.train.clustering.frames import CachedFrames, Frames, Subset, draw_rows, load_frames
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.progress import progress
 
-Frames = Any  # (N, D): a tensor, an array, or what gives arrays for slices and index arrays
+Backend = Literal["auto", "torch", "faiss", "sklearn"]
 
-_LANES = 16  # sums that are kept apart, whatever the number of processes
-_READ = 1 << 22  # bytes of frames that are read at once, if their distances are fewer
-_BATCH = 4096  # frames of a lane between two steps of `refine`
+_LANES = 16  # separate partial sums, whatever the number of processes
+_CHUNK_BYTES = 1 << 22  # of frames per read, if their distances take less
+_BATCH = 4096  # frames per lane in a mini-batch
 
-
-class FrameFile:
-    """The frames of a .npy file. What was read does not stay mapped, so a pass over all needs no memory."""
-
-    ndim = 2
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.shape, self.dtype = self._map().shape, self._map().dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return np.array(self._map()[index])
-
-    def _map(self) -> np.ndarray:
-        try:
-            return np.load(self.path, mmap_mode="r")
-        except ValueError as error:
-            raise DataError(
-                f"{self.path}: not a .npy file ({error}); delete its folder, run it again"
-            ) from error
+_COARSE_FRAMES = 64  # per cluster, in the sample of the first level
+_COARSE_MIN = 20_000  # frames
+_COARSE_PASSES = 50  # at most, on every level but the last
+_GROWTH = 8  # of the sample from one level to the next
+_IN_MEMORY = 1 << 30  # bytes: samples up to this size are loaded, larger ones are read in each pass
+_LAST_TOL = 10  # factor on `tol` for the passes over all frames, which are expensive and gain little
 
 
-class Subset:
-    """Some rows of frames, gathered when they are asked for; ascending rows are read forwards."""
+@dataclass(frozen=True)
+class KmeansOptions:
+    """Options of a k-means fit, for every backend.
 
-    ndim = 2
+    Args:
+        n_clusters: K.
+        backend: "auto" is "torch", the one in this file. "sklearn" is the reference: MiniBatchKMeans with
+            fairseq's arguments, which uses only `n_clusters` and `seed`.
+        n_init: initializations, of which the best is kept.
+        max_iter: maximum number of passes over all frames.
+        tol: relative decrease of the inertia per pass below which Lloyd's algorithm stops on a sample; ten
+            times as much on all frames (torch only).
+        lloyd_frames: with more frames than this, a uniform sample of this size is clustered, and one
+            mini-batch pass over all frames refines the result (torch only).
+        device: where distances are computed.
 
-    def __init__(self, frames_ND: Frames, rows: np.ndarray):
-        self.frames_ND, self.rows = frames_ND, rows
-        self.shape = (len(rows), frames_ND.shape[1])
+    Raises:
+        ConfigError: a value is out of range.
+    """
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    n_clusters: int
+    backend: Backend = "auto"
+    n_init: int = 1
+    max_iter: int = 50
+    tol: float = 1e-4
+    lloyd_frames: int = 10_000_000
+    seed: int = 0
+    device: str | torch.device = "cpu"
 
-    def __getitem__(self, index: Any) -> Any:
-        rows = self.rows[index]
-        if isinstance(self.frames_ND, Tensor):
-            return self.frames_ND[torch.from_numpy(rows).to(self.frames_ND.device)]
-        return self.frames_ND[rows]
-
-
-def load_frames(frames_ND: Frames, device: torch.device) -> Tensor:
-    """All of these frames, float32."""
-    if not isinstance(frames_ND, Tensor):
-        frames_ND = torch.from_numpy(np.asarray(frames_ND[:], dtype=np.float32))
-    return frames_ND.to(device, torch.float32)
-
-
-class CachedFrames:
-    """Frames that stay on a device once they were read, as far as `room` bytes go."""
-
-    ndim = 2
-
-    def __init__(self, frames_ND: Frames, device: torch.device, room: int):
-        self.frames_ND, self.device, self.room = frames_ND, device, room
-        self.shape = frames_ND.shape
-        self.kept: dict[tuple[int, int], Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.frames_ND)
-
-    def __getitem__(self, stretch: slice) -> Any:
-        place = (stretch.start, stretch.stop)
-        if place not in self.kept:
-            read_ND = self.frames_ND[stretch]
-            size = 4 * len(read_ND) * self.shape[1]
-            if size > self.room:
-                return read_ND
-            self.room -= size
-            self.kept[place] = load_frames(read_ND, self.device)
-        return self.kept[place]
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("n_clusters", 1),
+            ("n_init", 1),
+            ("max_iter", 1),
+            ("lloyd_frames", self.n_clusters),
+        ):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least {minimum}")
 
 
-def _room(device: torch.device) -> int:
-    """Bytes for `CachedFrames`: half of what a GPU has free; for a CPU the system keeps the file."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+@dataclass(frozen=True)
+class PassStatistics:
+    """Centroids and the result of one pass over the frames with them."""
+
+    centroids_KD: Tensor
+    means_KD: Tensor  # of the frames of each cluster; the centroid itself for an empty cluster
+    counts_K: Tensor  # int64
+    inertia: float  # mean squared distance of a frame to its centroid
 
 
-def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
-    """Rows whose distances stay in the L2 cache, or fill a GPU."""
-    budget = 1 << 18 if device.type == "cpu" else 1 << 27
-    return max(1024, budget // sum(shape_KD))
+@dataclass(frozen=True)
+class Fit:
+    """The result of Lloyd's algorithm or of a backend."""
+
+    statistics: PassStatistics  # of the last pass
+    history: list[float]  # inertia after each pass
+    reseeded: int  # empty clusters that were moved to another frame
 
 
-def _blocks(
-    frames_ND: Frames, centroids_KD: Tensor, rank: int = 0, world: int = 1
-) -> Iterator[tuple[int, Tensor]]:
-    """(lane, float32 block on the centroids' device) of all frames, or of the lanes of one process."""
-    if frames_ND.shape[1] != centroids_KD.shape[1]:
-        raise DataError(
-            f"frames have {frames_ND.shape[1]} dimensions, but the centroids {centroids_KD.shape[1]}: "
-            "they were made from another feature"
-        )
-    rows = _block_rows(centroids_KD.shape, centroids_KD.device)
-    stretch = rows * max(1, _READ // (4 * rows * centroids_KD.shape[1]))
-    for number, start in enumerate(range(0, len(frames_ND), stretch)):
-        lane = number % _LANES
-        if lane % world == rank:
-            distributed.tick()  # a pass over all frames is long
-            yield from _split(frames_ND[start : start + stretch], centroids_KD, lane)
+class NearestCentroid:
+    """Assignment of frames to centroids by |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c).
 
-
-def _split(frames_ND: Any, centroids_KD: Tensor, lane: int) -> Iterator[tuple[int, Tensor]]:
-    rows = _block_rows(centroids_KD.shape, centroids_KD.device)
-    for start in range(0, len(frames_ND), rows):
-        block_ND = frames_ND[start : start + rows]
-        if not isinstance(block_ND, Tensor):
-            block_ND = torch.from_numpy(np.require(block_ND, np.float32, ["C", "W"]))
-        yield lane, block_ND.to(centroids_KD.device, torch.float32)
-
-
-class Nearest:
-    """Nearest centroids: |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c).
-
-    Around the centroids' mean: with features that lie far from zero the products would swallow the
-    differences.
+    Computed relative to the mean of the centroids, because the products would lose precision for features
+    far from zero.
     """
 
     def __init__(self, centroids_KD: Tensor):
         self.centroids_KD = centroids_KD
-        self.middle_D = centroids_KD.mean(dim=0)
-        self.centred_KD = centroids_KD - self.middle_D
-        self.half_K = self.centred_KD.square().sum(dim=1) / 2
-        self.centred_DK = self.centred_KD.T.contiguous()
-        # Fresh pages for every block would cost time.
+        self.mean_D = centroids_KD.mean(dim=0)
+        self.centered_KD = centroids_KD - self.mean_D
+        self.half_norm_K = self.centered_KD.square().sum(dim=1) / 2
+        self.centered_DK = self.centered_KD.T.contiguous()
+        # Buffers reused for all blocks: newly allocated pages would cost time.
         self.frames_ND, self.score_NK = centroids_KD[:0], centroids_KD.new_empty(0, len(centroids_KD))
-        # numpy's argmin is twice as fast as torch's min, but knows only one thread.
-        self.by_numpy = centroids_KD.device.type == "cpu" and torch.get_num_threads() <= 2
+        # numpy's argmin is twice as fast as torch's, but single-threaded.
+        self.use_numpy = centroids_KD.device.type == "cpu" and torch.get_num_threads() <= 2
 
     def labels(self, frames_ND: Frames) -> Tensor:
-        """The nearest centroid of each frame, int64 (N,), on the centroids' device."""
-        found = [self._label(x_ND) for _, x_ND in _blocks(frames_ND, self.centroids_KD)]
-        return torch.cat(found) if found else self.half_K.new_zeros(0, dtype=torch.int64)
+        """The nearest centroid of each frame, int64 (N,), on the device of the centroids."""
+        labels = [self._label(x_ND) for _, x_ND in _blocks(frames_ND, self.centroids_KD)]
+        return torch.cat(labels) if labels else self.half_norm_K.new_zeros(0, dtype=torch.int64)
 
     def distances(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a block: labels (N,); squared distances (N,); the frames around the middle (N, D), until the
-        next block."""
+        """Labels (N,), squared distances (N,), and the centered frames (N, D) of a block.
+
+        The centered frames are valid until the next call.
+        """
         label_N = self._label(x_ND)
         least_N = self.score_NK[: len(x_ND)].gather(1, label_N[:, None])[:, 0]
         x_ND = self.frames_ND[: len(x_ND)]
@@ -176,33 +136,176 @@ class Nearest:
     def _label(self, x_ND: Tensor) -> Tensor:
         if len(x_ND) > len(self.score_NK):
             self.frames_ND = torch.empty_like(x_ND)
-            self.score_NK = x_ND.new_empty(len(x_ND), len(self.half_K))
+            self.score_NK = x_ND.new_empty(len(x_ND), len(self.half_norm_K))
         score_NK, frames_ND = self.score_NK[: len(x_ND)], self.frames_ND[: len(x_ND)]
-        torch.sub(x_ND, self.middle_D, out=frames_ND)
-        torch.addmm(self.half_K, frames_ND, self.centred_DK, alpha=-1, out=score_NK)
-        if self.by_numpy:
+        torch.sub(x_ND, self.mean_D, out=frames_ND)
+        torch.addmm(self.half_norm_K, frames_ND, self.centered_DK, alpha=-1, out=score_NK)
+        if self.use_numpy:
             return torch.from_numpy(score_NK.numpy().argmin(axis=1))
         return score_NK.argmin(dim=1)
 
 
-@dataclass
-class Fitted:
-    """Centroids, and what one pass over the frames says about them."""
+def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
+    """Cluster frames from coarse to fine, sharing the passes among all processes."""
+    device = torch.device(options.device)
+    n_frames, rng = len(frames_ND), np.random.default_rng(options.seed)
+    sample_ND = frames_ND
+    if options.lloyd_frames < n_frames:
+        sample_ND = Subset(frames_ND, draw_rows(n_frames, options.lloyd_frames, rng))
+    n_sample = len(sample_ND)
+    order = rng.permutation(n_sample)  # every level uses a prefix of it
+    centroids_KD, size = coarse_centroids(sample_ND, order, options)
+    # The processes may run on different CPUs, which round differently.
+    centroids_KD = distributed.rank0_broadcast(centroids_KD.cpu).to(device)
+    tol = options.tol
+    if size < n_sample:
+        tol = options.tol * _LAST_TOL
+        while (size := size * _GROWTH) * 2 < n_sample:
+            level_ND: Frames = Subset(sample_ND, np.sort(order[:size]))
+            if 4 * size * frames_ND.shape[1] <= _IN_MEMORY:
+                level_ND = load_frames(level_ND, device)
+            fit = lloyd(level_ND, centroids_KD, _COARSE_PASSES, options.tol, all_ranks=True)
+            centroids_KD = fit.statistics.means_KD
+    fit = lloyd(sample_ND, centroids_KD, options.max_iter, tol, all_ranks=True)
+    if n_sample == n_frames:
+        return fit
+    centroids_KD = mini_batch_pass(frames_ND, fit.statistics, all_ranks=True)
+    statistics = assign_pass(frames_ND, centroids_KD, all_ranks=True)
+    return Fit(statistics, [statistics.inertia], fit.reseeded)
 
-    centroids_KD: Tensor
-    means_KD: Tensor  # of the frames of each cluster; the centroid itself where there are none
-    counts_K: Tensor  # int64
-    inertia: float  # mean squared distance of a frame to its centroid
+
+def coarse_centroids(frames_ND: Frames, order: np.ndarray, options: KmeansOptions) -> tuple[Tensor, int]:
+    """Centroids of a small sample, the best of several initializations.
+
+    Args:
+        order: a permutation of the rows, of which the sample is a prefix.
+
+    Returns:
+        The centroids (K, D) on the device, and the length of the prefix.
+    """
+    size = max(_COARSE_FRAMES * options.n_clusters, _COARSE_MIN)
+    sample_ND = load_frames(Subset(frames_ND, np.sort(order[:size])), torch.device(options.device))
+    best: PassStatistics | None = None
+    for number in range(options.n_init):
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + number)
+        initial_KD = _plus_plus(sample_ND, options.n_clusters, generator)
+        statistics = lloyd(sample_ND, initial_KD, _COARSE_PASSES, options.tol).statistics
+        if best is None or statistics.inertia < best.inertia:
+            best = statistics
+    assert best is not None
+    return best.means_KD, size
+
+
+def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+    """Greedy k-means++: of several frames drawn by squared distance, choose the one that helps most."""
+    frames_ND, x_ND = x_ND, x_ND - x_ND.mean(dim=0)
+    norm_N = x_ND.square().sum(dim=1)
+    n_candidates = 2 + int(math.log(n_clusters))
+    chosen = [int(torch.randint(len(x_ND), (1,), generator=generator))]
+    distance_N = _distances_to_rows(x_ND, norm_N, chosen)[0]
+    with progress("k-means++", "centroids", n_clusters - 1) as done:
+        for _ in range(n_clusters - 1):
+            cumulative_N = distance_N.double().cumsum(dim=0)
+            draws = torch.rand(n_candidates, generator=generator, dtype=torch.float64).to(x_ND.device)
+            rows = torch.searchsorted(cumulative_N, draws * cumulative_N[-1]).clamp(max=len(x_ND) - 1)
+            closer_CN = torch.minimum(distance_N, _distances_to_rows(x_ND, norm_N, rows))
+            best = int(closer_CN.sum(dim=1).argmin())
+            distance_N = closer_CN[best]
+            chosen.append(int(rows[best]))
+            done(1)
+    return frames_ND[chosen]
+
+
+def _distances_to_rows(x_ND: Tensor, norm_N: Tensor, rows: Tensor | list[int]) -> Tensor:
+    """Squared distances of all frames to the frames `rows`, (rows, N)."""
+    return (norm_N + norm_N[rows][:, None] - 2 * (x_ND[rows] @ x_ND.T)).clamp_(min=0)
+
+
+def lloyd(frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, all_ranks: bool = False) -> Fit:
+    """Lloyd's algorithm for at most `max_iter` passes, until the inertia decreases by no more than `tol`.
+
+    Args:
+        tol: relative to the inertia of the pass before.
+        all_ranks: share the passes among the processes, which all call this together.
+    """
+    if not isinstance(frames_ND, Tensor):
+        device = centroids_KD.device
+        frames_ND = CachedFrames(frames_ND, device, _cache_bytes(device))
+    history: list[float] = []
+    reseeded = 0
+    moved = False  # clusters that were moved in the last pass need another one
+    with progress(f"k-means over {len(frames_ND):,} frames", "passes", max_iter) as done:
+        while True:
+            statistics = assign_pass(frames_ND, centroids_KD, all_ranks)
+            history.append(statistics.inertia)
+            done(1)
+            converged = len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not moved
+            if converged or len(history) == max_iter:
+                return Fit(statistics, history, reseeded)
+            centroids_KD = statistics.means_KD
+            empty = torch.nonzero(statistics.counts_K == 0)[:, 0]
+            moved = False
+            if len(empty) > 0:
+                seeds = _farthest(frames_ND, statistics.centroids_KD, len(empty))
+                centroids_KD[empty[: len(seeds)]] = seeds
+                reseeded += len(seeds)
+                moved = len(seeds) > 0
+
+
+def assign_pass(frames_ND: Frames, centroids_KD: Tensor, all_ranks: bool = False) -> PassStatistics:
+    """Assign all frames to centroids; with `all_ranks`, each process takes its lanes."""
+    nearest = NearestCentroid(centroids_KD)
+    rank, world = (distributed.rank(), distributed.world()) if all_ranks else (0, 1)
+    blocks = _blocks(frames_ND, centroids_KD, rank, world)
+    sums_KD, counts_K, distance = _sums(blocks, nearest, all_ranks)
+    means_KD = (sums_KD / counts_K.clamp(min=1)[:, None] + nearest.mean_D).to(centroids_KD.dtype)
+    means_KD = torch.where(counts_K[:, None] > 0, means_KD, centroids_KD)
+    return PassStatistics(centroids_KD, means_KD, counts_K.long(), float(distance) / len(frames_ND))
+
+
+def mini_batch_pass(frames_ND: Frames, start: PassStatistics, all_ranks: bool = False) -> Tensor:
+    """Refine centroids with one pass of mini-batches over all frames; returns (K, D).
+
+    After each batch a centroid is the mean of all frames assigned to it so far, including those of `start`
+    (MacQueen 1967; learning rate of Sculley 2010). A batch has frames from 16 distant positions, because
+    neighboring frames belong to the same speaker.
+    """
+    centroids_KD, counts_K = start.means_KD.double(), start.counts_K.double()
+    rank, world = (distributed.rank(), distributed.world()) if all_ranks else (0, 1)
+    bounds = [len(frames_ND) * lane // _LANES for lane in range(_LANES + 1)]
+    offsets = range(0, -(-len(frames_ND) // _LANES), _BATCH)
+    with progress(f"k-means over {len(frames_ND):,} frames", "mini-batches", len(offsets)) as done:
+        for offset in offsets:
+            nearest = NearestCentroid(centroids_KD.float())
+            parts = {
+                lane: slice(start + offset, min(start + offset + _BATCH, end))
+                for lane, (start, end) in enumerate(itertools.pairwise(bounds))
+                if lane % world == rank
+            }
+            blocks = (
+                block
+                for lane, part in parts.items()
+                for block in _split(frames_ND[part], nearest.centroids_KD, lane)
+            )
+            sums_KD, new_K, _ = _sums(blocks, nearest, all_ranks)
+            counts_K = counts_K + new_K
+            moved_KD = sums_KD - new_K[:, None] * (centroids_KD - nearest.mean_D)
+            centroids_KD = centroids_KD + moved_KD / counts_K.clamp(min=1)[:, None]
+            done(1)
+    return centroids_KD.float()
 
 
 def _sums(
-    blocks: Iterable[tuple[int, Tensor]], nearest: Nearest, together: bool
+    blocks: Iterable[tuple[int, Tensor]], nearest: NearestCentroid, all_ranks: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the blocks, in float64: the sum of each cluster's frames around the middle (K, D), how many they
-    are (K,), and the sum of all squared distances. float32 within a block, float64 from block to block.
+    """Sums over blocks of frames, float32 within a block and float64 across blocks.
+
+    Returns:
+        For each cluster the sum of its centered frames (K, D) and their number (K,), and the sum of all
+        squared distances.
     """
-    n_clusters, device = len(nearest.half_K), nearest.half_K.device
-    shape = (_LANES, n_clusters, len(nearest.middle_D) + 2)  # sums, and beside them counts and distances
+    n_clusters, device = len(nearest.half_norm_K), nearest.half_norm_K.device
+    shape = (_LANES, n_clusters, len(nearest.mean_D) + 2)  # the last two columns: counts and distances
     sums_LKD = torch.zeros(shape, dtype=torch.float64, device=device)
     for lane, block_ND in blocks:
         label_N, distance_N, x_ND = nearest.distances(block_ND)
@@ -210,38 +313,25 @@ def _sums(
         lane_KD[0, -1] += distance_N.sum(dtype=torch.float64)
         lane_KD[:, -2] += torch.bincount(label_N, minlength=n_clusters)
         if device.type == "cpu":
-            lane_KD[:, :-2] += torch.zeros_like(nearest.centred_KD).index_add_(0, label_N, x_ND)
-        else:  # index_add_ adds in a random order there; a product does not, and is faster
+            lane_KD[:, :-2] += torch.zeros_like(nearest.centered_KD).index_add_(0, label_N, x_ND)
+        else:  # on a GPU index_add_ adds in random order; a matrix product does not, and is faster
             member_NK = torch.nn.functional.one_hot(label_N, n_clusters).to(x_ND.dtype)
             lane_KD[:, :-2] += member_NK.T @ x_ND
-    if together:
-        distributed.all_reduce_(sums_LKD)  # exact: in each lane all processes but one have zeros
+    if all_ranks:
+        distributed.all_reduce_(sums_LKD)  # exact: each lane is zero in all processes but one
     total_KD = sums_LKD[0]
     for lane_KD in sums_LKD[1:]:
         total_KD = total_KD + lane_KD
     if not math.isfinite(float(total_KD[0, -1])):
-        raise DataError("the frames hold NaN or infinite values: look for the utterances they came from")
+        raise DataError("the frames contain NaN or infinite values: check the audio they were computed from")
     return total_KD[:, :-2], total_KD[:, -2], total_KD[0, -1]
 
 
-def assign_pass(frames_ND: Frames, centroids_KD: Tensor, together: bool = False) -> Fitted:
-    """What all frames say of centroids.
-
-    `together`: each process takes its lanes; otherwise this process takes all.
-    """
-    nearest = Nearest(centroids_KD)
-    share = (distributed.rank(), distributed.world()) if together else (0, 1)
-    sums_KD, counts_K, distance = _sums(_blocks(frames_ND, centroids_KD, *share), nearest, together)
-    means_KD = (sums_KD / counts_K.clamp(min=1)[:, None] + nearest.middle_D).to(centroids_KD.dtype)
-    means_KD = torch.where(counts_K[:, None] > 0, means_KD, centroids_KD)
-    return Fitted(centroids_KD, means_KD, counts_K.long(), float(distance) / len(frames_ND))
-
-
 def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
-    """Up to n frames (n, D) far from all centroids and from each other: outliers have neighbours."""
+    """Up to n frames (n, D) far from all centroids and, as outliers have neighbors, from each other."""
     pool_N = torch.zeros(0, device=centroids_KD.device)
     pool_ND = centroids_KD[:0]
-    nearest = Nearest(centroids_KD)
+    nearest = NearestCentroid(centroids_KD)
     for _, block_ND in _blocks(frames_ND, centroids_KD):
         distance_N = torch.cat([pool_N, nearest.distances(block_ND)[1]])
         pool_N, index = distance_N.topk(min(n * 32, len(distance_N)))
@@ -253,57 +343,39 @@ def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
     return torch.stack(chosen) if chosen else centroids_KD[:0]
 
 
-def lloyd(
-    frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, together: bool = False
-) -> tuple[Fitted, list[float], int]:
-    """What the last of at most `max_iter` passes found, the inertia of each, and how many were re-seeded.
-
-    It stops when a pass lowers the inertia by no more than the share `tol`.
-    """
-    if not isinstance(frames_ND, Tensor):
-        frames_ND = CachedFrames(frames_ND, centroids_KD.device, _room(centroids_KD.device))
-    history: list[float] = []
-    reseeded = 0
-    fresh = False  # a re-seeded cluster deserves another pass
-    with progress(f"k-means over {len(frames_ND):,} frames", "passes", max_iter) as done:
-        while True:
-            fitted = assign_pass(frames_ND, centroids_KD, together)
-            history.append(fitted.inertia)
-            done(1)
-            converged = len(history) > 1 and history[-2] - history[-1] <= tol * history[-2] and not fresh
-            if converged or len(history) == max_iter:
-                return fitted, history, reseeded
-            centroids_KD = fitted.means_KD
-            dead = torch.nonzero(fitted.counts_K == 0)[:, 0]
-            if fresh := len(dead) > 0:
-                seeds = _farthest(frames_ND, fitted.centroids_KD, len(dead))
-                centroids_KD[dead[: len(seeds)]] = seeds
-                reseeded += len(seeds)
-                fresh = len(seeds) > 0
+def _blocks(
+    frames_ND: Frames, centroids_KD: Tensor, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (lane, float32 block on the device of the centroids) of all frames in the lanes of a process."""
+    if frames_ND.shape[1] != centroids_KD.shape[1]:
+        raise DataError(
+            f"the frames have {frames_ND.shape[1]} dimensions, but the centroids {centroids_KD.shape[1]}: "
+            "they belong to another feature"
+        )
+    rows = _block_rows(centroids_KD.shape, centroids_KD.device)
+    chunk = rows * max(1, _CHUNK_BYTES // (4 * rows * centroids_KD.shape[1]))
+    for number, start in enumerate(range(0, len(frames_ND), chunk)):
+        lane = number % _LANES
+        if lane % world == rank:
+            distributed.tick()  # a pass over all frames is long
+            yield from _split(frames_ND[start : start + chunk], centroids_KD, lane)
 
 
-def refine(frames_ND: Frames, start: Fitted, together: bool = False) -> Tensor:
-    """Centroids (K, D) after one pass of mini-batches, which looks at each frame once.
+def _split(frames_ND: Any, centroids_KD: Tensor, lane: int) -> Iterator[tuple[int, Tensor]]:
+    rows = _block_rows(centroids_KD.shape, centroids_KD.device)
+    for start in range(0, len(frames_ND), rows):
+        block_ND = frames_ND[start : start + rows]
+        if not isinstance(block_ND, Tensor):
+            block_ND = torch.from_numpy(np.require(block_ND, np.float32, ["C", "W"]))
+        yield lane, block_ND.to(centroids_KD.device, torch.float32)
 
-    After every batch a centroid is the mean of all frames that were nearest to it until then, those of
-    `start` counted in (MacQueen 1967; the rate of Sculley 2010). A batch has frames from 16 places all over,
-    because neighbours are of one voice.
-    """
-    centroids_KD, counts_K = start.means_KD.double(), start.counts_K.double()
-    rank, world = (distributed.rank(), distributed.world()) if together else (0, 1)
-    bounds = [len(frames_ND) * lane // _LANES for lane in range(_LANES + 1)]
-    steps = range(0, -(-len(frames_ND) // _LANES), _BATCH)
-    with progress(f"k-means over {len(frames_ND):,} frames", "mini-batches", len(steps)) as done:
-        for step in steps:
-            nearest = Nearest(centroids_KD.float())
-            parts = (
-                (lane, frames_ND[bounds[lane] + step : min(bounds[lane] + step + _BATCH, bounds[lane + 1])])
-                for lane in range(rank, _LANES, world)
-            )
-            blocks = (block for lane, part in parts for block in _split(part, nearest.centroids_KD, lane))
-            sums_KD, new_K, _ = _sums(blocks, nearest, together)
-            counts_K = counts_K + new_K
-            moved_KD = sums_KD - new_K[:, None] * (centroids_KD - nearest.middle_D)
-            centroids_KD = centroids_KD + moved_KD / counts_K.clamp(min=1)[:, None]
-            done(1)
-    return centroids_KD.float()
+
+def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
+    """Rows of a block: its distances fit in the L2 cache of a CPU, or fill a GPU."""
+    budget = 1 << 18 if device.type == "cpu" else 1 << 27
+    return max(1024, budget // sum(shape_KD))
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Bytes for `CachedFrames`: half of a GPU's free memory; on a CPU the operating system caches files."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""Features by name, features of many utterances with one batch in memory at a time, and centroids of them."""
+"""Streaming feature extraction for a manifest, and the file of centroids with its feature header."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from jahubert.train.experiment.registry import FEATURES, resolve
 
 
 def make_feature(kind: str, model: Path | None, layer: int | None, device: torch.device) -> Feature:
-    """The feature called `kind`; a HuBERT layer needs the folder of its model.
+    """Create the feature `kind`; a HuBERT layer needs the folder of its model.
 
     Raises:
-        ConfigError: no such feature, no model given, or a layer that the model does not have.
+        ConfigError: an unknown feature, a missing model, or a layer that the model does not have.
     """
     cls = resolve(kind, FEATURES, "features.kind")
     if kind != "hubert":
         return cls(device=str(device))
     if model is None or layer is None:
         raise ConfigError(
-            "features.kind=hubert needs features.model (the folder of a trained model) and a layer"
+            "features.kind=hubert requires features.model (the folder of a trained model) and features.layer"
         )
     hubert = load_bundle(model).model
     if not 1 <= layer <= hubert.config.layers:
-        raise ConfigError(f"features.layer={layer}, but {model} has blocks 1 to {hubert.config.layers}")
+        raise ConfigError(f"features.layer is {layer}, but {model} has layers 1 to {hubert.config.layers}")
     return cls(hubert, layer, device=str(device))
 
 
 def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, Any]:
-    """What centroids and labels must know of the feature they were made from."""
+    """Description of a feature, stored with the centroids and labels derived from it."""
     model = feature.model if isinstance(feature, HubertLayer) else None
     return {
         "feature": kind,
@@ -54,33 +54,38 @@ def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, 
 
 
 def save_centroids(path: Path, centroids_KD: Tensor, header: dict[str, Any]) -> None:
-    """Centroids of frames with this `feature_header`, which goes into the file's metadata."""
+    """Save centroids with the `feature_header` of their frames as metadata."""
     metadata = {"header": json.dumps(header)}
     with atomic_path(path) as temporary:
         save_file({"centroids_KD": centroids_KD.float().contiguous()}, temporary, metadata=metadata)
 
 
 def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """float32 (K, D), and the `feature_header` of the frames that they were fitted to.
+    """Load centroids, float32 (K, D), and the `feature_header` of the frames they were fitted to.
 
     Raises:
-        DataError: no such file, or not one that stage kmeans wrote.
+        DataError: the file is missing or was not written by stage kmeans.
     """
     try:
         with safe_open(path, "pt") as file:
             return file.get_tensor("centroids_KD"), json.loads((file.metadata() or {})["header"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(
-            f"{path}: no centroids that stage=kmeans wrote ({error}); delete its folder to make them again"
+            f"{path}: not a centroid file of stage=kmeans ({error}); delete its folder and rerun that stage"
         ) from error
 
 
 def stream_features(
     manifest: Manifest, feature: Feature, rows: Iterable[int], batch_seconds: float
 ) -> Generator[tuple[int, Tensor], None, None]:
-    """(row, frames (S, dim)) for every row, in order; an utterance shorter than a frame gives (0, dim).
+    """Yield (row, frames) for every row, in order, while the next batches are being read.
 
-    The next batches are read meanwhile, until it is closed.
+    Args:
+        rows: of the manifest.
+        batch_seconds: audio per batch, without padding.
+
+    Yields:
+        The row and its frames (S, dim); S is 0 for an utterance shorter than a frame.
     """
 
     def read(batch: list[int]) -> list[Tensor]:
@@ -92,10 +97,10 @@ def stream_features(
 
 def _batches(manifest: Manifest, rows: Iterable[int], batch_seconds: float) -> Iterator[list[int]]:
     batch: list[int] = []
-    room, used = batch_seconds * SAMPLE_RATE, 0
+    limit, used = batch_seconds * SAMPLE_RATE, 0
     for row in rows:
         n_samples = int(manifest.n_samples[row])
-        if batch and used + n_samples > room:
+        if batch and used + n_samples > limit:
             yield batch
             batch, used = [], 0
         batch.append(row)
@@ -114,7 +119,7 @@ def _compute(
         frames_SD = next(frames) if n_frames else torch.zeros(0, feature.dim)
         if len(frames_SD) != n_frames:
             raise DataError(
-                f"utterance {manifest[row].id!r}: the feature {feature.name} gives {len(frames_SD)} frames "
-                f"of {len(wav_T)} samples, but its grid says {n_frames}: one of them is wrong"
+                f"utterance {manifest[row].id!r}: feature {feature.name} returned {len(frames_SD)} frames "
+                f"for {len(wav_T)} samples, but its grid specifies {n_frames}"
             )
         yield row, frames_SD

@@ -13,6 +13,7 @@ from jahubert.frames import HUBERT
 from jahubert.model.hubert import HubertModel
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.clustering.kmeans import assign, fit_kmeans
+from jahubert.train.clustering.lloyd import KmeansOptions
 from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
@@ -85,7 +86,7 @@ class PhoneFrames:
         With few frames there are fewer units (`n_units` of the result).
         """
         n_clusters = max(2, min(n_clusters, len(self) // _FRAMES_PER_CLUSTER))
-        fitted = fit_kmeans(frames_ND, n_clusters, max_iter=_MAX_ITER, seed=seed)
+        fitted = fit_kmeans(frames_ND, KmeansOptions(n_clusters, max_iter=_MAX_ITER, seed=seed))
         unit_N = assign(frames_ND, fitted.centroids_KD).numpy()
         counts_PK = joint_counts(self.phone_N, unit_N, len(self.phones), n_clusters)
         return {"n_units": n_clusters, **cluster_quality(counts_PK)}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 from jahubert.train.clustering.features import Feature
-from jahubert.train.clustering.kmeans import draw_rows
+from jahubert.train.clustering.frames import draw_rows
 from jahubert.train.clustering.streaming import feature_header, make_feature, stream_features
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import seeded_rng

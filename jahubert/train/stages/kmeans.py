@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jahubert.train.clustering.kmeans import draw_rows, fit_kmeans, inertia
-from jahubert.train.clustering.lloyd import FrameFile, Subset
+from jahubert.train.clustering.frames import FrameFile, Subset, draw_rows
+from jahubert.train.clustering.kmeans import fit_kmeans, inertia
+from jahubert.train.clustering.lloyd import KmeansOptions
 from jahubert.train.clustering.streaming import save_centroids
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.unit_checks import OnBadUnits, check_units
@@ -68,13 +69,15 @@ def fit(config: Config, out: Path) -> dict[str, Any]:
     with distributed.rank0_reports():
         result = fit_kmeans(
             Subset(sample_ND, np.delete(np.arange(n_frames), held_out)),
-            config.n_clusters,
-            backend=config.backend,
-            n_init=config.n_init,
-            max_iter=config.max_iter,
-            lloyd_frames=config.lloyd_frames,
-            seed=config.seed,
-            device=distributed.process_device(config.device),
+            KmeansOptions(
+                config.n_clusters,
+                backend=config.backend,
+                n_init=config.n_init,
+                max_iter=config.max_iter,
+                lloyd_frames=config.lloyd_frames,
+                seed=config.seed,
+                device=distributed.process_device(config.device),
+            ),
         )
     metrics = {
         "inertia": result.inertia,

@@ -23,7 +23,7 @@ from jahubert.errors import DataError
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT
 from jahubert.train.clustering.features import HubertLayer
-from jahubert.train.clustering.lloyd import Nearest
+from jahubert.train.clustering.lloyd import NearestCentroid
 from jahubert.train.clustering.streaming import feature_header, load_centroids, make_feature, stream_features
 from jahubert.train.data.fairseq_files import import_units
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
@@ -113,7 +113,7 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     n_frames = HUBERT.n_frames(manifest.n_samples)
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
     step = HUBERT.hop_ratio(feature.grid)
-    nearest = Nearest(centroids_KD.to(device))
+    nearest = NearestCentroid(centroids_KD.to(device))
     # Listed once: a process that lists them later would see fewer, and split them differently.
     shards = distributed.rank0_broadcast(writer.pending)[distributed.rank() :: distributed.world()]
     with progress("units", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:

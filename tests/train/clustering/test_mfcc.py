@@ -1,4 +1,4 @@
-"""MFCCs against a slow reference written from the recipe; layers against the model itself."""
+"""Tests of MFCCs against a slow reference implementation, and of HuBERT layers against the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jahubert.train.clustering.features import HubertLayer, Mfcc, deltas
 
 
 def speech_like(n: int, seed: int) -> torch.Tensor:
-    """Harmonics under a moving envelope, some noise, an offset, and a silent stretch."""
+    """Harmonics with a moving envelope, some noise, an offset, and a silent section."""
     rng = np.random.default_rng(seed)
     t = np.arange(n) / 16_000
     tone = sum(np.sin(2 * np.pi * 120 * k * t + rng.uniform(0, 6)) / k for k in range(1, 30))
@@ -23,7 +23,7 @@ def speech_like(n: int, seed: int) -> torch.Tensor:
 
 
 def slow_mfcc(wav: np.ndarray) -> np.ndarray:
-    """Kaldi's MFCC, one frame and one filter at a time, in float64."""
+    """Kaldi's MFCC in float64, one frame and one filter at a time."""
     wav = wav.astype(np.float64)
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** 0.85
     mel = lambda hz: 1127 * np.log(1 + hz / 700)  # noqa: E731
@@ -70,11 +70,11 @@ def test_mfcc_equals_the_slow_reference():
     assert np.sqrt(np.mean((got.numpy() - expected) ** 2)) < 1e-4
 
 
-def test_silence_meets_the_floor_of_the_logarithm():
+def test_silence_reaches_the_floor_of_the_logarithm():
     (got,) = Mfcc()([torch.zeros(1600)])
     np.testing.assert_allclose(got[:, 0].numpy(), np.log(2.0**-23) * np.sqrt(23), rtol=1e-5)
     assert got[:, 1:].abs().max() < 1e-3
-    (offset,) = Mfcc()([torch.full((1600,), 0.5)])  # a constant is removed before anything else
+    (offset,) = Mfcc()([torch.full((1600,), 0.5)])  # the mean is removed first
     torch.testing.assert_close(offset, got, atol=1e-3, rtol=0)
 
 
@@ -86,7 +86,7 @@ def test_number_of_frames_for_short_and_long_audio(n):
     assert (n < 400) == (len(got) == 0)
 
 
-def test_mfcc_does_not_depend_on_the_batch_or_on_where_blocks_end():
+def test_mfcc_is_independent_of_the_batch_and_of_blocks():
     wavs = [speech_like(n, n) for n in (5000, 16_000, 700, 64_000, 100)]
     together = Mfcc()(wavs)
     for wav_T, features in zip(wavs, together, strict=True):
@@ -112,7 +112,7 @@ def model() -> HubertModel:
     return HubertModel(HubertConfig.base(width=48, layers=3, heads=4, ffn=64))
 
 
-def test_a_layer_is_the_models_layer_whatever_the_batch(model):
+def test_layer_equals_the_model_for_every_batch(model):
     feature = HubertLayer(model.train(), layer=2)
     assert (feature.dim, feature.grid, feature.name) == (48, model.config.grid, "hubert")
     wavs = [speech_like(n, n) for n in (4000, 300, 9000, 400)]
@@ -128,7 +128,7 @@ def test_a_layer_is_the_models_layer_whatever_the_batch(model):
     assert feature([]) == []
 
 
-def test_a_layer_that_is_not_there_is_refused(model):
+def test_missing_layer_is_rejected(model):
     for layer in (0, 4):
-        with pytest.raises(ConfigError, match="blocks 1 to 3"):
+        with pytest.raises(ConfigError, match=r"layer is \d"):
             HubertLayer(model, layer)

@@ -21,7 +21,6 @@ from jahubert.errors import DataError, DiskFullError
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import MFCC
 from jahubert.model.hubert import HubertModel
-from jahubert.train.clustering import kmeans as kmeans_module
 from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.clustering.features import HubertLayer, Mfcc
 from jahubert.train.clustering.streaming import load_centroids, save_centroids, stream_features
@@ -40,8 +39,8 @@ RESULTS = ("sample.npy", "header.json", "centroids.safetensors", "units.bin", "o
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(features, "_PART_SIZE", PART)
-    monkeypatch.setattr(kmeans_module, "_COARSE_MIN", 100)
-    monkeypatch.setattr(kmeans_module, "_COARSE_FRAMES", 10)
+    monkeypatch.setattr(lloyd_module, "_COARSE_MIN", 100)
+    monkeypatch.setattr(lloyd_module, "_COARSE_FRAMES", 10)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +66,8 @@ def whole(corpus, tmp_path_factory) -> Path:
     exp = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_PART_SIZE", PART)
-        patch.setattr(kmeans_module, "_COARSE_MIN", 100)
-        patch.setattr(kmeans_module, "_COARSE_FRAMES", 10)
+        patch.setattr(lloyd_module, "_COARSE_MIN", 100)
+        patch.setattr(lloyd_module, "_COARSE_FRAMES", 10)
         run_to(exp, corpus, "label")
     return exp
 
@@ -315,10 +314,10 @@ from dataclasses import replace
 from pathlib import Path
 from jahubert import run
 from jahubert.train.experiment import distributed
-from jahubert.train.clustering import kmeans as kmeans_module
+from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.stages import features
 from fixtures.unit_stages import PART, stages
-features._PART_SIZE, kmeans_module._COARSE_MIN, kmeans_module._COARSE_FRAMES = PART, 100, 10
+features._PART_SIZE, lloyd_module._COARSE_MIN, lloyd_module._COARSE_FRAMES = PART, 100, 10
 corpus, exp = Path(sys.argv[1]), Path(sys.argv[2])
 with distributed.process_group():
     for kind in ("mfcc", "hubert"):

@@ -1,0 +1,94 @@
+"""K-means backends of other libraries, in a single process: faiss and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jahubert.errors import ConfigError, MissingExtraError
+from jahubert.train.clustering.frames import Frames
+from jahubert.train.clustering.lloyd import Fit, KmeansOptions, assign_pass, coarse_centroids
+
+
+def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
+    """K-means of faiss on all frames, initialized as `fit_lloyd` does; `tol` and `lloyd_frames` are not used.
+
+    faiss's own random initialization gives a much higher inertia.
+
+    Raises:
+        MissingExtraError: faiss is not installed.
+        ConfigError: `device` is a GPU that faiss does not see.
+    """
+    device = torch.device(options.device)
+    faiss = _import_faiss(gpu=device.type == "cuda")  # fail before the work
+    order = np.random.default_rng(options.seed).permutation(len(frames_ND))
+    initial_KD, _ = coarse_centroids(frames_ND, order, options)
+    n_frames, dim = frames_ND.shape
+    kmeans = faiss.Kmeans(
+        dim,
+        options.n_clusters,
+        niter=options.max_iter,
+        seed=options.seed,
+        gpu=device.type == "cuda",
+        min_points_per_centroid=1,
+        max_points_per_centroid=math.ceil(n_frames / options.n_clusters) + 1,  # use all frames; default: 256
+    )
+    kmeans.train(_to_numpy(frames_ND), init_centroids=_to_numpy(initial_KD))
+    history = [float(total) / n_frames for total in kmeans.obj]
+    splits = int(np.sum([stats["nsplit"] for stats in kmeans.iteration_stats]))
+    statistics = assign_pass(frames_ND, torch.from_numpy(np.array(kmeans.centroids)).to(device))
+    return Fit(statistics, [*history, statistics.inertia], splits)
+
+
+def _import_faiss(gpu: bool) -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError("faiss", "gpu") from error
+    if gpu and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
+        # faiss would run on the CPU without a warning
+        raise ConfigError("faiss finds no GPU (is faiss-cpu installed?): set device=cpu or backend=torch")
+    return faiss
+
+
+def fit_sklearn(frames_ND: Frames, options: KmeansOptions) -> Fit:
+    """K-means of scikit-learn as in fairseq's recipe; uses only `n_clusters` and `seed`."""
+    centroids = sklearn_centroids(_to_numpy(frames_ND), options.n_clusters, options.seed)
+    statistics = assign_pass(frames_ND, torch.from_numpy(centroids).to(options.device))
+    return Fit(statistics, [statistics.inertia], 0)
+
+
+def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+    """Centroids (K, D), float32, of MiniBatchKMeans with the arguments of fairseq's learn_kmeans.py.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "train") from error
+    kmeans = MiniBatchKMeans(
+        n_clusters=n_clusters,
+        init="k-means++",
+        max_iter=100,
+        batch_size=10_000,
+        tol=0.0,
+        max_no_improvement=100,
+        init_size=None,
+        n_init=20,
+        reassignment_ratio=0.0,
+        compute_labels=False,
+        random_state=seed,
+    ).fit(frames_ND)
+    return kmeans.cluster_centers_.astype(np.float32)
+
+
+def _to_numpy(frames_ND: Frames) -> np.ndarray:
+    if isinstance(frames_ND, Tensor):
+        frames_ND = frames_ND.cpu().float().numpy()
+    return np.ascontiguousarray(frames_ND[:], dtype=np.float32)
