@@ -1,21 +1,23 @@
-"""HuBERT: a convolutional front end and a Transformer encoder (Hsu et al. 2021, arXiv 2106.07447).
+"""HuBERT (Hsu et al. 2021, https://arxiv.org/abs/2106.07447): configuration, modules and forward pass.
 
-One `HubertConfig` gives base, large, xlarge and any smaller size. Modules carry the names of Hugging
-Face's `HubertModel`, so a state dict of either loads into the other without renaming.
+The forward pass reads like the paper: ordinary torch modules on a padded batch of waveforms with lengths.
+Padding never enters a result: the group norm takes its statistics over valid frames, attention masks the
+others, and the positional convolution sees zeros there.
 
-Padding never enters a result. The convolutions see the waveforms without it (`frontend`), frames behind
-an utterance are zero for the positional convolution, and the Transformer works on the valid frames of
-the batch laid end to end (`Packing`), so no layer spends time on padding and attention never crosses
-utterances.
+`jahubert.model.kernels` computes the same on packed frames, several times faster. `kernels.dispatch.usable`
+decides between the two; its docstring is the whole rule. Nothing in this file depends on the kernels.
 
-Shapes: B batch, T samples, S frames, C conv channels, D width, N valid frames of the batch.
+Modules carry the names of Hugging Face's `HubertModel`, so either state dict loads into the other.
+
+Shapes: B utterances, T samples, S frames, C conv channels, D model width, H heads, E head width, K taps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +25,20 @@ from torch.nn import functional as F
 
 from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import FrameGrid
-from jahubert.model.kernels.conv_frontend import ConvFrontEnd
-from jahubert.model.kernels.dropout import Dropout
-from jahubert.model.kernels.indexing import index_tensors
-from jahubert.model.kernels.positional_conv import PositionalConv
-from jahubert.model.packing import Packing, fused_kernels
-from jahubert.model.precision import autocast_dtype
+from jahubert.model import kernels
+from jahubert.model.precision import autocast
+from jahubert.model.weight_norm import WeightNormConv1d
+
+if TYPE_CHECKING:
+    from jahubert.model.kernels.packing import Packing
 
 
 @dataclass(frozen=True)
 class HubertConfig:
-    """Sizes and regularisation; the defaults are the paper's BASE (Table I, fairseq's base yaml)."""
+    """Sizes and regularization; the defaults are the paper's BASE (Table I, fairseq's base yaml)."""
 
     conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
-    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the layer below
+    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the previous layer
     conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
     conv_bias: bool = False
     conv_norm: Literal["group", "layer"] = "group"  # group: one norm, per channel, after the first conv
@@ -49,41 +51,42 @@ class HubertConfig:
     pos_conv_groups: int = 16
     norm_eps: float = 1e-5
     normalize: bool = False  # waveforms to zero mean and unit variance, per utterance
-    # On that variance: Hugging Face 1e-7, fairseq and torchaudio 1e-5. It belongs to weights from elsewhere
-    # and is no setting of a training, so the records of stages leave it out ("free").
+    # Added to that variance: 1e-7 in Hugging Face, 1e-5 in fairseq and torchaudio. It belongs to imported
+    # weights and is not a training setting, so stage records leave it out ("free").
     normalize_eps: float = field(default=1e-7, metadata={"free": True})
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation_dropout: float = 0.0
     input_dropout: float = 0.1  # on the projected conv features
-    layer_drop: float = 0.05  # chance that a block is skipped in training
+    layer_drop: float = 0.05  # probability that a block is skipped in training
     conv_grad_scale: float = 0.1  # gradient into the conv stack is multiplied by this
 
     def __post_init__(self) -> None:
-        wrong = []
+        errors = []
         if not len(self.conv_dims) == len(self.conv_kernels) == len(self.conv_strides) > 0:
-            wrong.append("conv_dims, conv_kernels and conv_strides must have one entry a layer")
+            errors.append("conv_dims, conv_kernels and conv_strides must have one entry per layer")
         for name in ("heads", "pos_conv_groups"):
-            if (parts := getattr(self, name)) < 1 or self.width % parts:
-                wrong.append(f"width {self.width} is not divisible by {name} {parts}")
+            parts = getattr(self, name)
+            if parts < 1 or self.width % parts:
+                errors.append(f"width {self.width} is not divisible by {name} {parts}")
         if self.conv_norm not in ("group", "layer"):
-            wrong.append(f"conv_norm is {self.conv_norm!r}, but must be 'group' or 'layer'")
+            errors.append(f"conv_norm is {self.conv_norm!r}, but must be 'group' or 'layer'")
         sizes = (*self.conv_dims, *self.conv_kernels, *self.conv_strides)
         if min(self.layers, self.width, self.ffn, self.pos_conv_kernel, *sizes) < 1:
-            wrong.append(
+            errors.append(
                 "layers, width, ffn, pos_conv_kernel, conv_dims, _kernels and _strides must be positive"
             )
         if not min(self.norm_eps, self.normalize_eps, self.conv_grad_scale) >= 0:
-            wrong.append("norm_eps, normalize_eps and conv_grad_scale must be at least 0")
+            errors.append("norm_eps, normalize_eps and conv_grad_scale must be at least 0")
         for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"):
             if not 0 <= getattr(self, name) < 1:
-                wrong.append(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
-        if wrong:
-            raise ConfigError("HubertConfig: " + "; ".join(wrong))
+                errors.append(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
+        if errors:
+            raise ConfigError("HubertConfig: " + "; ".join(errors))
 
     @property
     def grid(self) -> FrameGrid:
-        """Which samples each output frame sees."""
+        """The samples that each output frame covers."""
         return FrameGrid.from_convs(self.conv_kernels, self.conv_strides)
 
     @classmethod
@@ -118,20 +121,90 @@ _LARGE: dict = {
 }
 
 
-# What the zeros behind the utterances of a padded batch may do. Nothing ("ignored"), unless a peer is to be
-# met: "masked" counts them in the group norm of base models, as fairseq and torchaudio do, and Hugging Face
-# with an attention mask; "unmasked" takes them for audio, as Hugging Face does without one.
+# The effect of padding on valid frames. "ignored": none. The other two reproduce other projects: "masked"
+# counts the padding in the group norm of base models (fairseq, torchaudio, and Hugging Face with an attention
+# mask); "unmasked" treats it as audio (Hugging Face without one).
 Padding = Literal["ignored", "masked", "unmasked"]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder says about a batch; frames behind an utterance are zero (but see `Padding`)."""
+    """Output of the encoder. Frames after the end of an utterance are zero (unless `padding="unmasked"`)."""
 
-    hidden_BSD: Tensor  # output of the last computed block (with the closing norm if nothing was cut off)
-    n_frames_B: Tensor  # valid frames of each row, int64
+    hidden_BSD: Tensor  # output of the last computed block (after the closing norm if all were computed)
+    n_frames_B: Tensor  # valid frames of each utterance, int64
     layers: dict[int, Tensor] = field(default_factory=dict)  # kept block outputs; 0 is the input of block 1
-    conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar
+    conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar; in training only
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group norm with one group per channel, over the valid frames of each utterance."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels)
+
+    def forward(self, x_BCS: Tensor, valid_B1S: Tensor | None = None) -> Tensor:
+        if valid_B1S is None:
+            return super().forward(x_BCS)
+        x_BCS = x_BCS.to(torch.promote_types(x_BCS.dtype, torch.float32))
+        count_B11 = valid_B1S.sum(-1, keepdim=True)
+        mean_BC1 = x_BCS.masked_fill(~valid_B1S, 0.0).sum(-1, keepdim=True) / count_B11
+        centered_BCS = (x_BCS - mean_BC1).masked_fill(~valid_B1S, 0.0)
+        variance_BC1 = centered_BCS.square().sum(-1, keepdim=True) / count_B11
+        normed_BCS = centered_BCS * torch.rsqrt(variance_BC1 + self.eps)
+        return normed_BCS * self.weight[:, None] + self.bias[:, None]
+
+
+class ConvLayer(nn.Module):
+    """Convolution over time without padding, normalization (where the layer has one), GELU."""
+
+    def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
+        super().__init__()
+        self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=bias)
+        nn.init.kaiming_normal_(self.conv.weight)
+        self.norm = norm
+        if norm == "group":
+            self.layer_norm: nn.Module = MaskedGroupNorm(dim)
+        elif norm == "layer":
+            self.layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, x_BCS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
+        """Args: x_BCS: output of the previous layer; valid_BS: valid frames of this layer's output."""
+        x_BCS = self.conv(x_BCS)
+        if self.norm == "group":
+            x_BCS = self.layer_norm(x_BCS, None if valid_BS is None else valid_BS[:, None])
+        elif self.norm == "layer":
+            x_BCS = self.layer_norm(x_BCS.transpose(1, 2)).transpose(1, 2)
+        return F.gelu(x_BCS)
+
+
+class ConvFrontEnd(nn.Module):
+    """Convolutional encoder: 16 kHz waveforms to features at 50 Hz."""
+
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        dims = (1, *config.conv_dims)
+        self.conv_layers = nn.ModuleList(
+            ConvLayer(dims[i], dims[i + 1], kernel, stride, config.conv_bias, config.conv_norm)
+            if i == 0 or config.conv_norm == "layer"
+            else ConvLayer(dims[i], dims[i + 1], kernel, stride, config.conv_bias, None)
+            for i, (kernel, stride) in enumerate(zip(config.conv_kernels, config.conv_strides, strict=True))
+        )
+
+    def forward(self, wav_BT: Tensor, n_samples: Sequence[int] | None = None) -> Tensor:
+        """Features (B, S, C); `n_samples` are the lengths if the batch is padded."""
+        if kernels.usable(self):
+            return kernels.front_end_padded(self, wav_BT, n_samples)
+        x_BCS = wav_BT[:, None]
+        for layer in self.conv_layers:
+            valid_BS = None
+            if n_samples is not None:
+                conv = cast(ConvLayer, layer).conv
+                kernel, stride = conv.kernel_size[0], conv.stride[0]
+                n_samples = [(n - kernel) // stride + 1 for n in n_samples]
+                valid_BS = length_mask(n_samples, (x_BCS.shape[2] - kernel) // stride + 1, wav_BT.device)
+            x_BCS = layer(x_BCS, valid_BS)
+        return x_BCS.transpose(1, 2)
 
 
 class FeatureProjection(nn.Module):
@@ -139,13 +212,37 @@ class FeatureProjection(nn.Module):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dims[-1], eps=config.norm_eps)
         self.projection = nn.Linear(config.conv_dims[-1], config.width)
-        self.dropout = Dropout(config.input_dropout)
+        self.dropout = nn.Dropout(config.input_dropout)
 
-    def forward(self, x_NC: Tensor) -> Tensor:
-        return self.dropout(self.projection(self.layer_norm(x_NC)))
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        return self.dropout(self.projection(self.layer_norm(x_BSC)))
+
+
+class PositionalConv(nn.Module):
+    """Relative positional embedding: a wide grouped convolution over the frames (wav2vec 2.0)."""
+
+    def __init__(self, config: HubertConfig):
+        super().__init__()
+        width, kernel = config.width, config.pos_conv_kernel
+        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=config.pos_conv_groups)
+        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * width)))
+        nn.init.zeros_(cast(Tensor, conv.bias))
+        self.conv = WeightNormConv1d(conv)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """x_BSD must be zero after the end of each utterance."""
+        n_frames, lower = x_BSD.shape[1], torch.is_autocast_enabled(x_BSD.device.type)
+        # In float32: oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to
+        # 14 channels, and a GPU would round to ten bits.
+        with autocast(torch.float32, x_BSD.device):
+            y_BDS = self.conv((x_BSD.float() if lower else x_BSD).transpose(1, 2))
+        # An even kernel gives one frame too many.
+        return F.gelu(y_BDS[:, :, :n_frames]).transpose(1, 2).to(x_BSD.dtype)
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention."""
+
     def __init__(self, config: HubertConfig):
         super().__init__()
         self.heads, self.dropout = config.heads, config.attention_dropout
@@ -154,10 +251,15 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.width, config.width)
         self.out_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
-        x_ND = x_ND.to(autocast_dtype(x_ND))  # once, not by each of the three products
-        q, k, v = (p(x_ND).unflatten(1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(packing.attend(q, k, v, self.dropout if self.training else 0.0).flatten(1))
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None) -> Tensor:
+        q_BHSE, k_BHSE, v_BHSE = (
+            project(x_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mask_B11S = None if valid_BS is None else valid_BS[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        out_BHSE = F.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, mask_B11S, dropout)
+        return self.out_proj(out_BHSE.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -165,35 +267,15 @@ class FeedForward(nn.Module):
         super().__init__()
         self.intermediate_dense = nn.Linear(config.width, config.ffn)
         self.output_dense = nn.Linear(config.ffn, config.width)
-        self.intermediate_dropout = Dropout(config.activation_dropout)
+        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        inner = self.intermediate_dense(x_ND)
-        if torch.is_grad_enabled() and not (self.training and self.intermediate_dropout.p):
-            return _GeluLinear.apply(inner, self.output_dense.weight, self.output_dense.bias)
-        return self.output_dense(self.intermediate_dropout(F.gelu(inner)))
-
-
-class _GeluLinear(torch.autograd.Function):
-    """Linear layer of GELU(x), which is computed again for backward: a third of what a block would keep."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        weight = weight.to(x.dtype)
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias.to(x.dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        grad_weight = grad.T @ F.gelu(x)
-        grad_x = grad @ weight
-        torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)
-        return grad_x, grad_weight, grad.sum(0)
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.output_dense(self.intermediate_dropout(F.gelu(self.intermediate_dense(x_BSD))))
 
 
 class EncoderLayer(nn.Module):
+    """Transformer block, with layer norms after (post-norm) or before (pre-norm) its two parts."""
+
     def __init__(self, config: HubertConfig):
         super().__init__()
         self.pre_norm = config.pre_norm
@@ -201,70 +283,81 @@ class EncoderLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, frames: Tensor | Packing | None) -> Tensor:
+        """A padded batch x (B, S, D) with its valid frames (B, S) or None, or packed frames (N, D)."""
+        if isinstance(frames, kernels.Packing):
+            return kernels.encoder_layer(self, x, frames)
         if self.pre_norm:
-            x_ND = x_ND + self.dropout(self.attention(self.layer_norm(x_ND), packing))
-            return x_ND + self.dropout(self.feed_forward(self.final_layer_norm(x_ND)))
-        x_ND = self.layer_norm(x_ND + self.dropout(self.attention(x_ND, packing)))
-        return self.final_layer_norm(x_ND + self.dropout(self.feed_forward(x_ND)))
+            x = x + self.dropout(self.attention(self.layer_norm(x), frames))
+            return x + self.dropout(self.feed_forward(self.final_layer_norm(x)))
+        x = self.layer_norm(x + self.dropout(self.attention(x, frames)))
+        return self.final_layer_norm(x + self.dropout(self.feed_forward(x)))
 
 
 class Encoder(nn.Module):
+    """Positional convolution and Transformer blocks."""
+
     def __init__(self, config: HubertConfig):
         super().__init__()
         self.pre_norm, self.layer_drop = config.pre_norm, config.layer_drop
-        self.pos_conv_embed = PositionalConv(config.width, config.pos_conv_kernel, config.pos_conv_groups)
+        self.pos_conv_embed = PositionalConv(config)
         self.layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
         for module in self.layers.modules():
-            if isinstance(module, nn.Linear):  # BERT's initialisation
+            if isinstance(module, nn.Linear):  # BERT's initialization
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, x_ND: Tensor, packing: Packing, last_layer: int | None, keep_layers: Iterable[int]
+        self,
+        x_BSD: Tensor,
+        valid_BS: Tensor | None = None,
+        last_layer: int | None = None,
+        keep_layers: Iterable[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Hidden frames of the last computed block, and those of the kept blocks, packed."""
-        keep = set(keep_layers)
-        x_ND = x_ND + self.pos_conv_embed(x_ND, packing)
+        """Output of the last computed block, and those of the kept ones."""
+        if valid_BS is not None:
+            x_BSD = x_BSD.masked_fill(~valid_BS[..., None], 0.0)
+        x_BSD = x_BSD + self.pos_conv_embed(x_BSD)
         if not self.pre_norm:
-            x_ND = self.layer_norm(x_ND)
-        x_ND = self.dropout(x_ND)
-        kept = {0: x_ND} if 0 in keep else {}
+            x_BSD = self.layer_norm(x_BSD)
+        return self.transformer(self.dropout(x_BSD), valid_BS, last_layer, keep_layers)
+
+    def transformer(
+        self, x: Tensor, frames: Tensor | Packing | None, last_layer: int | None, keep_layers: Iterable[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The blocks, on a padded batch or on packed frames (see `EncoderLayer.forward`)."""
+        keep = set(keep_layers)
+        kept = {0: x} if 0 in keep else {}
         for number, layer in enumerate(self.layers[:last_layer], start=1):
-            # Drawn on the CPU, so that a skipped block costs nothing and no device has to be asked.
-            if not (self.training and torch.rand(()).item() < self.layer_drop):
-                x_ND = layer(x_ND, packing)
+            # Drawn on the CPU, so that a skipped block costs nothing and no device has to be waited for.
+            skipped = self.training and torch.rand((), device="cpu").item() < self.layer_drop
+            if not skipped:
+                x = layer(x, frames)
             if number in keep:
-                kept[number] = x_ND
+                kept[number] = x
         if self.pre_norm and last_layer is None:
-            x_ND = self.layer_norm(x_ND)
-        return x_ND, kept
+            x = self.layer_norm(x)
+        return x, kept
 
 
 class HubertModel(nn.Module):
-    """Waveforms in, frames out: `model(wav_BT, n_samples_B) -> Encoded`."""
+    """Waveforms to frames: `model(wav_BT, n_samples_B) -> Encoded`."""
 
     def __init__(self, config: HubertConfig):
         super().__init__()
         self.config = config
-        self.feature_extractor = ConvFrontEnd(
-            config.conv_dims,
-            config.conv_kernels,
-            config.conv_strides,
-            bias=config.conv_bias,
-            norm=config.conv_norm,
-        )
+        self.feature_extractor = ConvFrontEnd(config)
         self.feature_projection = FeatureProjection(config)
         self.encoder = Encoder(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.width).uniform_())
 
     @classmethod
     def from_pretrained(cls, source) -> HubertModel:
-        """The encoder of anything that `jahubert.formats.bundle.load_bundle` opens, in eval mode."""
+        """The encoder of any checkpoint that `jahubert.load_bundle` opens, in eval mode."""
         from jahubert.formats.bundle import load_bundle
 
         return load_bundle(source).model
@@ -283,78 +376,102 @@ class HubertModel(nn.Module):
         """Encode a padded batch of 16 kHz waveforms.
 
         Args:
-            wav_BT: float waveforms; what stands behind `n_samples_B` is ignored.
-            n_samples_B: valid samples of each row (default: all).
+            wav_BT: float waveforms; samples after `n_samples_B` are ignored.
+            n_samples_B: valid samples of each utterance (default: all).
             mask_BS: frames replaced by the mask embedding before the encoder (True = masked).
             channel_mask_BD: channels set to zero over the whole utterance (True = zero).
             last_layer: stop after this block, counted from 1; its output, after residual and norm,
                 is `hidden_BSD`. Default: all blocks and, for pre-norm models, the closing norm.
-            keep_layers: block numbers whose outputs are wanted in `layers`; 0 is the input of block 1.
-            padding: for comparison only, what other projects let padding do (see `Padding`).
+            keep_layers: block numbers whose outputs are returned in `layers`; 0 is the input of block 1.
+            padding: for comparisons only: the effect that padding has in other projects (see `Padding`).
 
         Raises:
-            AudioError: a row is shorter than one frame.
+            AudioError: an utterance is shorter than one frame, or lengths and waveforms do not match.
             ConfigError: a layer number that the model does not have.
         """
         self._check_layers(last_layer, keep_layers)
-        wavs, width = self._rows(wav_BT, n_samples_B), wav_BT.shape[1]
-        frames = [self.config.grid.n_frames(len(wav_T)) for wav_T in wavs]
-        if padding != "ignored":
-            wavs = [F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs]
-        seen = [self.config.grid.n_frames(width)] * len(frames) if padding == "unmasked" else frames
-        packing = Packing(seen, self.config.grid.n_frames(width), wav_BT.device)
-        (n_frames_B,) = index_tensors(wav_BT.device, frames)
-        features_NC = self.feature_extractor(wavs)
-        if padding == "masked":
-            features_NC = features_NC.index_select(0, packing.index_N)
-        scale = self.config.conv_grad_scale
-        if scale != 1.0 and features_NC.requires_grad:
-            features_NC = features_NC * scale + features_NC.detach() * (1 - scale)
-        penalty = features_NC[: packing.n_valid].float().pow(2).mean() if self.training else None
-        x_ND = self.feature_projection(features_NC)
+        n_samples = self._check_lengths(wav_BT, n_samples_B)
+        if kernels.usable(self):
+            return kernels.encode(
+                self, wav_BT, n_samples, mask_BS, channel_mask_BD, last_layer, keep_layers, padding
+            )
+        wav_BT = self._normalize_batch(wav_BT, n_samples)
+        features_BSC = self.feature_extractor(wav_BT, n_samples if padding == "ignored" else None)
+        batch, n_frames, _ = features_BSC.shape
+        valid_BS, n_frames_B = None, torch.full((batch,), n_frames, device=wav_BT.device)
+        if n_samples is not None:
+            valid_BS = length_mask(map(self.config.grid.n_frames, n_samples), n_frames, wav_BT.device)
+            n_frames_B = valid_BS.sum(1)
+            valid_BS = None if padding == "unmasked" else valid_BS
+        features_BSC = scale_gradient(features_BSC, self.config.conv_grad_scale)
+        penalty = mean_square(features_BSC, valid_BS) if self.training else None
+        x_BSD = self.feature_projection(features_BSC)
         if mask_BS is not None:
-            x_ND = torch.where(packing.pack(mask_BS[..., None]), self.masked_spec_embed.to(x_ND.dtype), x_ND)
+            x_BSD = torch.where(mask_BS[..., None], self.masked_spec_embed.to(x_BSD.dtype), x_BSD)
         if channel_mask_BD is not None:
-            mask_BSD = channel_mask_BD[:, None].expand(-1, packing.width, -1)
-            x_ND = x_ND.masked_fill(packing.pack(mask_BSD), 0.0)
-        with fused_kernels(x_ND.device):
-            x_ND, kept = self.encoder(x_ND, packing, last_layer, keep_layers)
-        return Encoded(
-            hidden_BSD=packing.unpack(x_ND),
-            n_frames_B=n_frames_B,
-            layers={number: packing.unpack(x) for number, x in kept.items()},
-            conv_penalty=penalty,
-        )
+            x_BSD = x_BSD.masked_fill(channel_mask_BD[:, None], 0.0)
+        x_BSD, layers = self.encoder(x_BSD, valid_BS, last_layer, keep_layers)
+        if valid_BS is not None:
+            x_BSD = x_BSD.masked_fill(~valid_BS[..., None], 0.0)
+            layers = {number: x.masked_fill(~valid_BS[..., None], 0.0) for number, x in layers.items()}
+        return Encoded(x_BSD, n_frames_B, layers, penalty)
 
     def _check_layers(self, last_layer: int | None, keep_layers: Iterable[int]) -> None:
         top = self.config.layers if last_layer is None else last_layer
         if not 0 <= top <= self.config.layers:
             raise ConfigError(
-                f"layer {last_layer} was asked for, but the model has blocks 1 to {self.config.layers}"
+                f"last_layer is {last_layer}, but the model has blocks 1 to {self.config.layers}"
             )
         wrong = [number for number in keep_layers if not 0 <= number <= top]
         if wrong:
-            raise ConfigError(f"layers {wrong} were asked for, but only 0 to {top} are computed")
+            raise ConfigError(f"keep_layers has {wrong}, but only layers 0 to {top} are computed")
 
-    def _rows(self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None) -> list[Tensor]:
-        """Each utterance without its padding, normalised if the model wants it; checks the lengths."""
+    def _check_lengths(self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None) -> list[int] | None:
+        """The lengths as integers, or None if nothing is padded."""
         if wav_BT.ndim != 2:
             raise AudioError(f"waveforms must be (batch, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape
-        lengths = [width] * batch if n_samples_B is None else [int(n) for n in n_samples_B]
-        shortest, window = min(lengths), self.config.grid.window
+        n_samples = [width] * batch if n_samples_B is None else [int(n) for n in n_samples_B]
+        if len(n_samples) != batch or (n_samples_B is not None and max(n_samples) > width):
+            raise AudioError(f"lengths {n_samples} do not fit waveforms of shape {tuple(wav_BT.shape)}")
+        shortest, window = min(n_samples), self.config.grid.window
         if shortest < window:
             raise AudioError(
-                f"utterance {lengths.index(shortest)} of the batch has {shortest} samples, but one frame "
+                f"utterance {n_samples.index(shortest)} of the batch has {shortest} samples, but one frame "
                 f"needs {window}; drop it or pad it with silence"
             )
-        if max(lengths) > width or len(lengths) != batch:
-            raise AudioError(f"lengths {lengths} do not fit waveforms of shape {tuple(wav_BT.shape)}")
-        rows = [wav_T[:n] for wav_T, n in zip(wav_BT, lengths, strict=True)]
-        eps = self.config.normalize_eps
-        return [_normalize(wav_T, eps) for wav_T in rows] if self.config.normalize else rows
+        return None if n_samples_B is None or shortest == width else n_samples
+
+    def normalize(self, wav: Tensor) -> Tensor:
+        """Zero mean and unit variance over the last dimension, if the model was trained on such waveforms."""
+        if not self.config.normalize:
+            return wav
+        deviation = torch.sqrt(wav.var(-1, unbiased=False, keepdim=True) + self.config.normalize_eps)
+        return (wav - wav.mean(-1, keepdim=True)) / deviation
+
+    def _normalize_batch(self, wav_BT: Tensor, n_samples: Sequence[int] | None) -> Tensor:
+        """Normalized waveforms, zero after each utterance."""
+        if n_samples is None:
+            return self.normalize(wav_BT)
+        wavs = [self.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, n_samples, strict=True)]
+        return torch.stack([F.pad(wav_T, (0, wav_BT.shape[1] - len(wav_T))) for wav_T in wavs])
 
 
-def _normalize(wav_T: Tensor, eps: float) -> Tensor:
-    """Zero mean, unit variance."""
-    return (wav_T - wav_T.mean()) / torch.sqrt(wav_T.var(unbiased=False) + eps)
+def length_mask(lengths: Iterable[int], width: int, device: torch.device) -> Tensor:
+    """True up to each length: (B, width)."""
+    (length_B,) = kernels.index_tensors(device, list(lengths))
+    return torch.arange(width, device=device) < length_B[:, None]
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x, with its gradient multiplied by `scale`."""
+    if scale == 1.0 or not x.requires_grad:
+        return x
+    return x * scale + x.detach() * (1 - scale)
+
+
+def mean_square(x_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
+    """Mean square of the valid frames, float32."""
+    if valid_BS is None:
+        return x_BSC.float().square().mean()
+    return x_BSC.float().square().mean(-1).masked_fill(~valid_BS, 0.0).sum() / valid_BS.sum()

@@ -1,14 +1,14 @@
-"""In which numbers a model computes: float32, or fewer bits where that is faster.
+"""Compute precision: autocast dtypes and int8 quantization.
 
-Lower precision is for matrix products and convolutions only (autocast); norms, softmax, cosines and the
-symbols' log-probabilities stay in float32. The weights themselves are not changed.
+Lower precision applies to matrix products and convolutions only (autocast); norms, softmax, cosines and
+log-probabilities stay in float32. The weights themselves are not changed.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -21,46 +21,51 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware, else float32, which is faster then."""
-    has = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_has_bf16()  # not emulated
-    return torch.bfloat16 if has else torch.float32
+    """bfloat16 if the device multiplies it in hardware, else float32, which is faster then."""
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(False)  # not by emulation
+    else:
+        supported = _cpu_has_bf16()
+    return torch.bfloat16 if supported else torch.float32
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Autocast to `dtype`; for float32 (and for int8, which is in the layers) none, also inside another."""
+    """Autocast to `dtype`; disabled for float32, and for int8, which is in the layers."""
     lower = dtype in PRECISIONS[1:]
+    if not lower and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, dtype if lower else None, enabled=lower)
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What a matrix product takes this tensor as: autocast does not reach into one's own functions."""
+    """The autocast dtype for this tensor, or its own: autocast does not reach into autograd functions."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def quantize_int8(model: T, device: torch.device) -> T:
-    """A copy of the model with int8 linear layers: weights by channel, activations as they come.
+    """A copy of the model with int8 linear layers: weights quantized per channel, activations dynamically.
 
     Raises:
-        ConfigError: this device or this torch cannot run them.
+        ConfigError: the device is not a CPU, or this torch has no dynamic quantization.
     """
     if device.type != "cpu":
-        raise ConfigError(f"int8 is for CPUs, but the device is {device}; add device cpu, or take bfloat16")
+        raise ConfigError(f"int8 needs a CPU, but the device is {device}; use device cpu, or bfloat16")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces torchao, another package, in its place
+        warnings.simplefilter("ignore")  # torch recommends torchao, another package
         try:
             from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
         except ImportError as error:
             raise ConfigError(
-                f"torch {torch.__version__} has no dynamic quantisation; leave int8 out"
+                f"torch {torch.__version__} has no dynamic quantization; do not use int8"
             ) from error
         return quantize_dynamic(copy.deepcopy(model).eval().cpu(), {nn.Linear: per_channel_dynamic_qconfig})
 
 
 def _cpu_has_bf16() -> bool:
-    # mkldnn._is_mkldnn_bf16_supported says yes for every AVX-512, where bfloat16 is only imitated.
+    # mkldnn._is_mkldnn_bf16_supported is true for every AVX-512, where bfloat16 is only emulated.
     cpu = torch.cpu
     try:
         return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-    except (AttributeError, RuntimeError):  # private names: absent means unknown
+    except (AttributeError, RuntimeError):  # private functions, absent in some versions
         return False

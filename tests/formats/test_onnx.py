@@ -1,4 +1,4 @@
-"""ONNX files in onnxruntime against the model, for every length; the command; what is missing."""
+"""ONNX files in onnxruntime against the model for many lengths, the command, and missing packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jahubert.cli import main as cli
 from jahubert.errors import ConfigError, MissingExtraError
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.convert import convert
-from jahubert.formats.onnx import INPUT, Plain, expected
+from jahubert.formats.onnx import INPUT, OnnxGraph, expected
 from jahubert.model.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
 
@@ -39,14 +39,14 @@ def bundle(request, tmp_path):
 
 
 @pytest.mark.parametrize("bundle", ALL, ids=str, indirect=True)
-def test_plain_arithmetic_is_the_models(bundle):
+def test_exported_module_equals_the_model(bundle):
     opened = load_bundle(bundle)
-    plain = Plain(opened.model, None if opened.ctc is None else opened.ctc.lm_head).eval()
+    graph = OnnxGraph(opened).eval()
     for n in LENGTHS:
         wav = torch.randn(1, n, generator=torch.Generator().manual_seed(n))
         with torch.inference_mode():
-            found = plain(wav)
-        torch.testing.assert_close(found, expected(opened, wav), atol=5e-5, rtol=1e-5)
+            output = graph(wav)
+        torch.testing.assert_close(output, expected(opened, wav), atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_plain_arithmetic_is_the_models(bundle):
     ids=str,
     indirect=True,
 )
-def test_a_file_answers_as_the_model_for_every_length(bundle, tmp_path):
+def test_file_equals_the_model_for_every_length(bundle, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="extra onnx")
     pytest.importorskip("onnxscript", reason="extra onnx")
     done = convert(bundle, tmp_path / "model.onnx", "onnx")
@@ -64,18 +64,18 @@ def test_a_file_answers_as_the_model_for_every_length(bundle, tmp_path):
     opened = load_bundle(bundle)
     for n in LENGTHS:
         wav = torch.randn(1, n, generator=torch.Generator().manual_seed(n)) * 0.3
-        (found,) = session.run(None, {INPUT: wav.numpy()})
-        wanted = expected(opened, wav).numpy()
-        assert found.shape == wanted.shape and found.dtype == np.float32
-        assert np.abs(found - wanted).max() < 1e-4, n
-    about = session.get_modelmeta().custom_metadata_map
-    assert json.loads(about["sample_rate"]) == 16_000
+        (output,) = session.run(None, {INPUT: wav.numpy()})
+        expected_output = expected(opened, wav).numpy()
+        assert output.shape == expected_output.shape and output.dtype == np.float32
+        assert np.abs(output - expected_output).max() < 1e-4, n
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["sample_rate"]) == 16_000
     if opened.ctc is not None:
-        assert json.loads(about["symbols"]) == list(PHONEMES.symbols)
+        assert json.loads(metadata["symbols"]) == list(PHONEMES.symbols)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "model.onnx"]
 
 
-def test_the_command(tmp_path, capsys):
+def test_convert_command(tmp_path, capsys):
     pytest.importorskip("onnxscript", reason="extra onnx")
     save_bundle(tmp_path / "bundle", model=model_of(next(iter(KINDS.values()))))
     assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "a.onnx"), "--to", "onnx"]) == 0
@@ -85,10 +85,10 @@ def test_the_command(tmp_path, capsys):
     assert ".onnx" in capsys.readouterr().err
 
 
-def test_without_the_extra(tmp_path, monkeypatch):
+def test_missing_extra_and_existing_files_are_reported(tmp_path, monkeypatch):
     save_bundle(tmp_path / "bundle", model=model_of(next(iter(KINDS.values()))))
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingExtraError, match=r"jahubert\[onnx\]"):
         convert(tmp_path / "bundle", tmp_path / "a.onnx", "onnx")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="bundle"):
         convert(tmp_path / "bundle", tmp_path / "bundle", "hf")

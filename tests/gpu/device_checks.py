@@ -46,13 +46,13 @@ def device(monkeypatch) -> Iterator[torch.device]:
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield torch.device("cuda", 0)
         return
-    elsewhere = pytest.importorskip(
-        "elsewhere", reason="this torch cannot play a device", exc_type=ImportError
+    fake_device = pytest.importorskip(
+        "fixtures.fake_device", reason="this torch has no devices written in Python", exc_type=ImportError
     )
     # Views that are made in inference mode need a tensor of torch's own.
     monkeypatch.setattr(torch, "inference_mode", lambda on=True: torch.no_grad() if on else nullcontext())
-    with elsewhere.Elsewhere():
-        yield elsewhere.DEVICE
+    with fake_device.FakeDeviceMode():
+        yield fake_device.DEVICE
 
 
 def wavs() -> list[Tensor]:
@@ -128,11 +128,11 @@ def test_a_fine_tuning_step_asks_nothing_back(device):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     else:
-        from fixtures.fake_device import ASKED
+        from fixtures.fake_device import SYNCS
 
-        ASKED.clear()
+        SYNCS.clear()
         loss = module(there, 0)
-        assert ASKED == []
+        assert SYNCS == []
     assert {name: float(value) for name, value in loss.sums.items()} == {
         name: float(value) for name, value in here.sums.items()
     }

@@ -1,4 +1,4 @@
-"""The encoder against Hugging Face's on the same weights, and against itself alone and in a batch."""
+"""The model against Hugging Face's on the same weights, batches, configs and heads."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_equals_hugging_face(config, n_samples):
         got = ours(wav_BT, keep_layers=range(config.layers + 1))
         want = theirs(config, ours)(wav_BT, output_hidden_states=True)
     torch.testing.assert_close(got.hidden_BSD, want.last_hidden_state, rtol=1e-5, atol=1e-5)
-    # The last hidden state of a pre-norm model is, in their version, behind the closing norm.
+    # Hugging Face applies the closing norm of pre-norm models to the last hidden state.
     for number in range(config.layers + (not config.pre_norm)):
         torch.testing.assert_close(got.layers[number], want.hidden_states[number], rtol=1e-5, atol=1e-5)
 
@@ -65,8 +65,8 @@ def test_masked_frames_equal_hugging_face(config):
 
 @pytest.mark.parametrize("padding", ["masked", "unmasked"])
 @pytest.mark.parametrize("config", [BASE_LIKE, LARGE_LIKE], ids=["base", "large"])
-def test_what_hugging_face_lets_padding_do(config, padding):
-    """A padded batch with a mask of masked frames: ours as theirs, with an attention mask and without."""
+def test_padding_options_reproduce_hugging_face(config, padding):
+    """A padded batch with masked frames, as Hugging Face computes it with and without an attention mask."""
     torch.manual_seed(0)
     ours, lengths = HubertModel(config).eval(), [16_000, 400, 9_999, 12_345]
     their_model = theirs(config, ours)
@@ -87,9 +87,9 @@ def test_what_hugging_face_lets_padding_do(config, padding):
     for row, n in enumerate(got.n_frames_B.tolist()):
         pairs = [(got.hidden_BSD, want.last_hidden_state)]
         pairs += [(got.layers[number], want.hidden_states[number]) for number in keep]
-        for mine, their in pairs:
-            torch.testing.assert_close(mine[row, :n], their[row, :n], rtol=1e-5, atol=1e-5)
-    if config.conv_norm == "group" or padding == "unmasked":  # so the switch does something
+        for output, expected in pairs:
+            torch.testing.assert_close(output[row, :n], expected[row, :n], rtol=1e-5, atol=1e-5)
+    if config.conv_norm == "group" or padding == "unmasked":  # then padding has an effect
         assert float((got.hidden_BSD[1, 0] - exact.hidden_BSD[1, 0]).abs().max()) > 1e-3
     else:
         torch.testing.assert_close(got.hidden_BSD, exact.hidden_BSD, rtol=1e-5, atol=1e-5)
@@ -102,7 +102,7 @@ def test_an_utterance_does_not_depend_on_its_batch(config, normalize):
     model = HubertModel(HubertConfig(**{**vars(config), "normalize": normalize})).eval()
     lengths = [16_000, 400, 9_999, 25_600]
     wavs = [torch.randn(n) for n in lengths]
-    batch_BT = torch.full((4, 30_000), 7.0)  # what stands behind an utterance must not matter
+    batch_BT = torch.full((4, 30_000), 7.0)  # samples after an utterance must not matter
     for row, wav_T in enumerate(wavs):
         batch_BT[row, : len(wav_T)] = wav_T
     with torch.no_grad():
@@ -119,20 +119,20 @@ def test_an_utterance_does_not_depend_on_its_batch(config, normalize):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [2, 4, 16], ids="{} groups".format)
-def test_lower_precision_is_near(groups, dtype):
-    """Groups of 96, 48 and 12 channels in the positional convolution, and its gradients."""
+def test_autocast_is_close_to_float32(groups, dtype):
+    """With groups of 96, 48 and 12 channels in the positional convolution, and its gradients."""
     torch.manual_seed(0)
     sizes = SMALL | {"width": 192, "pos_conv_groups": groups}
     model = HubertModel(HubertConfig(**sizes, pos_conv_kernel=32)).eval()
-    wav_BT, found = 0.1 * torch.randn(2, 16_000), []
+    wav_BT, results = 0.1 * torch.randn(2, 16_000), []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype, enabled=enabled):
             hidden_BSD = model(wav_BT).hidden_BSD.float()
         model.zero_grad()
         (hidden_BSD * torch.linspace(-1, 1, hidden_BSD.numel()).view_as(hidden_BSD)).sum().backward()
         grad = model.encoder.pos_conv_embed.conv.parametrizations.weight.original1.grad
-        found.append((hidden_BSD.detach(), grad.clone()))
-    for exact, near in zip(*found, strict=True):
+        results.append((hidden_BSD.detach(), grad.clone()))
+    for exact, near in zip(*results, strict=True):
         assert 0 < float((near - exact).norm() / exact.norm()) < 0.05
 
 
@@ -203,7 +203,7 @@ def test_unit_head_is_the_cosine_softmax_of_the_paper():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cosines_are_exact_also_where_the_products_have_fewer_bits(dtype):
+def test_cosines_are_float32_under_autocast(dtype):
     torch.manual_seed(0)
     head, hidden_ND = UnitHead(48, 500, dim=256), torch.randn(300, 48)
     with torch.no_grad(), torch.autocast("cpu", dtype):
@@ -222,38 +222,46 @@ def test_ctc_log_probabilities_sum_to_one():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "setting"),
     [
-        ({"width": 100, "heads": 3}, "not divisible by heads"),
-        ({"layers": 0}, "must be positive"),
-        ({"heads": 0}, "width 768 is not divisible by heads 0"),
-        ({"pos_conv_groups": -1}, "width 768 is not divisible by pos_conv_groups -1"),
-        ({"pos_conv_kernel": 0}, "must be positive"),
-        ({"conv_strides": (0,) * 7}, "must be positive"),
-        ({"norm_eps": -1.0}, "must be at least 0"),
-        ({"conv_dims": (8,)}, "one entry a layer"),
-        ({"dropout": 1.5}, "dropout is 1.5"),
-        ({"conv_norm": "batch"}, "must be 'group' or 'layer'"),
+        ({"width": 100, "heads": 3}, "heads"),
+        ({"layers": 0}, "layers"),
+        ({"heads": 0}, "heads"),
+        ({"pos_conv_groups": -1}, "pos_conv_groups"),
+        ({"pos_conv_kernel": 0}, "pos_conv_kernel"),
+        ({"conv_strides": (0,) * 7}, "_strides"),
+        ({"norm_eps": -1.0}, "norm_eps"),
+        ({"conv_dims": (8,)}, "conv_dims"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"conv_norm": "batch"}, "conv_norm"),
     ],
 )
-def test_impossible_configs_are_refused(changes, says):
-    with pytest.raises(ConfigError, match=says):
+def test_impossible_configs_are_refused(changes, setting):
+    with pytest.raises(ConfigError, match=setting):
         HubertConfig(**changes)
 
 
-def test_too_short_and_wrong_shapes_are_refused():
+def test_invalid_batches_and_layers_are_refused():
     model = HubertModel(BASE_LIKE).eval()
-    with pytest.raises(AudioError, match="utterance 1 of the batch has 399 samples"):
+    with pytest.raises(AudioError, match=r"utterance 1 .* 399 samples"):
         model(torch.zeros(2, 800), [800, 399])
-    with pytest.raises(AudioError, match="must be \\(batch, samples\\)"):
+    with pytest.raises(AudioError, match="lengths"):
+        model(torch.zeros(2, 800), [800, 801])
+    with pytest.raises(AudioError, match="lengths"):
+        model(torch.zeros(2, 800), [800])
+    with pytest.raises(AudioError, match="shape"):
         model(torch.zeros(800))
-    with pytest.raises(ConfigError, match="blocks 1 to 3"):
+    with pytest.raises(AudioError, match="399 samples"):
+        model(torch.zeros(1, 399))
+    with pytest.raises(ConfigError, match="last_layer"):
         model(torch.zeros(1, 800), last_layer=4)
+    with pytest.raises(ConfigError, match="keep_layers"):
+        model(torch.zeros(1, 800), last_layer=2, keep_layers=[1, 3])
 
 
 def test_conv_penalty_is_the_mean_square_of_valid_features():
     model = HubertModel(BASE_LIKE).train()
     wav_BT = torch.randn(1, 6400)
-    features = model.feature_extractor(wav_BT)[: BASE_LIKE.grid.n_frames(6400)]
-    got = model(wav_BT).conv_penalty
-    assert math.isclose(got.item(), features.pow(2).mean().item(), rel_tol=1e-5)
+    features_BSC = model.feature_extractor(wav_BT)
+    penalty = model(wav_BT).conv_penalty
+    assert math.isclose(penalty.item(), features_BSC.pow(2).mean().item(), rel_tol=1e-5)

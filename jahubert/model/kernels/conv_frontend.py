@@ -1,194 +1,174 @@
-"""The convolutional front end: 16 kHz samples to 50 Hz frames, without padding and without transposing.
+"""Convolutional front end on concatenated waveforms, as matrix products without padding or transposition.
 
-All waveforms of a batch lie end to end in one buffer, each filled up with zeros to whole tiles of 8
-output frames, and time comes before channels. A convolution of stride `s` is then a matrix product of
-rows of `s` input frames, plus one of the same rows shifted by one for the taps that reach further: no
-copy, no padded batch, and the fastest kernel that a device has. Rows that reach over the end of an
-utterance hold rubbish; no valid frame ever reads them, and they are cut off at the end.
+All waveforms of a batch are concatenated, each zero-filled to whole tiles of 8 output frames, with time
+before channels. A convolution of stride `s` is then a matrix product of rows of `s` input frames, plus one of
+the same rows shifted by one for the taps that reach further: no copy, no padded batch, and the fastest kernel
+of any device. Rows that reach over the end of an utterance are garbage; no valid frame reads them, and they
+are cut off at the end.
 
-The group norm behind the first layer (HuBERT base) scales every channel of an utterance by statistics
-over its whole length. As that layer is linear in its few taps, the statistics follow from the mean
-and covariance of the taps themselves, and norm and convolution become one product with weights of the
-utterance's own.
+The group norm after the first layer (HuBERT base) scales every channel by its statistics over the whole
+utterance. As that layer is linear in its few taps, the statistics follow from the mean and covariance of the
+taps, and norm and convolution become one product with weights per utterance.
 
-Shapes: B utterances, N frames of the batch end to end, T tiles of R rows, C channels, K taps.
+Shapes: B utterances, N frames of the concatenation, T tiles of R rows, C channels, K taps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jahubert.frames import FrameGrid
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up
+from jahubert.model.kernels.packing import Packing
 from jahubert.model.precision import autocast_dtype
 
-TILE = 8  # output frames; each utterance begins on a whole one
-AT_ONCE = 128  # tiles that go through the stack together when no gradient is wanted
-CACHED = 2**20  # numbers that a CPU works on at once: what its caches hold
+if TYPE_CHECKING:
+    from jahubert.model.hubert import ConvFrontEnd, ConvLayer
+
+TILE = 8  # output frames; each utterance begins on a whole tile
+TILES_AT_ONCE = 128  # tiles that go through the stack together when no gradient is needed
+CACHED = 2**20  # numbers that a CPU works on at once: what fits its caches
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Where the utterances lie in a buffer: in which tiles of equal length, and how much of them is valid."""
+def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[int] | None) -> Tensor:
+    """`ConvFrontEnd.forward`: features (B, S, C), zero after each utterance."""
+    convs = [cast("ConvLayer", layer).conv for layer in stack.conv_layers]
+    grid = FrameGrid.from_convs([conv.kernel_size[0] for conv in convs], [conv.stride[0] for conv in convs])
+    batch, width = wav_BT.shape
+    lengths = [width] * batch if n_samples is None else n_samples
+    packing = Packing([grid.n_frames(n) for n in lengths], grid.n_frames(width), wav_BT.device)
+    wavs = [wav_T[:n] for wav_T, n in zip(wav_BT, lengths, strict=True)]
+    return packing.unpack(front_end(stack, wavs))
 
-    owner_T: Tensor  # the utterance that each tile belongs to
-    place_T: Tensor  # the tile's number within its utterance
+
+def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor]) -> Tensor:
+    """Packed features (N, C) of waveforms of at least one frame each, with the filler rows of `Packing`."""
+    layers = [cast("ConvLayer", layer) for layer in stack.conv_layers]
+    strides = [layer.conv.stride[0] for layer in layers]
+    device, lengths = wavs[0].device, [len(wav) for wav in wavs]
+    hop = math.prod(strides)  # samples per output frame
+    tiles = [-(-n // (hop * TILE)) for n in lengths]
+    first = [TILE * n for n in accumulate(tiles, initial=0)]
+    total = round_up(first[-1], BLOCK)
+    parts = [F.pad(w, (0, n * TILE * hop - len(w))) for w, n in zip(wavs, tiles, strict=True)]
+    x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * hop)])[:, None]
+    x: Tensor | _Product = x_NC
+    n_frames = []  # of each utterance, after each layer
+    for layer, stride in zip(layers, strides, strict=True):
+        lengths = [(n - layer.conv.kernel_size[0]) // stride + 1 for n in lengths]
+        n_frames.append(lengths)
+    filler = total // TILE - sum(tiles)  # tiles after the last utterance, assigned to the first one
+    owner_T, position_T, n_frames_B, valid_N = index_tensors(
+        device,
+        np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(filler)),
+        np.append(concat_ranges(np.zeros(len(tiles)), tiles), np.full(filler, tiles[0])),
+        n_frames[0],
+        np.append(concat_ranges(first[:-1], lengths), np.zeros(-sum(lengths) % BLOCK)),
+    )
+    if layers[0].norm == "group":  # its statistics need the whole utterance
+        x, layers = _group_normed(layers[0], x_NC, _Tiles(owner_T, position_T, n_frames_B)), layers[1:]
+    blocks = [(x, total)] if torch.is_grad_enabled() else _blocks(x, len(owner_T))
+    x_NC = torch.cat([_run_layers(layers, block)[:n] for block, n in blocks])
+    return F.gelu(x_NC.index_select(0, valid_N))
+
+
+class _Tiles(NamedTuple):
+    """The utterance of each tile, and the length of each utterance."""
+
+    owner_T: Tensor  # utterance that a tile belongs to
+    position_T: Tensor  # the tile's number within its utterance
     n_frames_B: Tensor  # valid rows of each utterance
 
 
 class _Product(NamedTuple):
-    """The output of the first layer as two factors: the largest tensor of all is cheaper made than kept."""
+    """Output of the first layer as two factors, multiplied where needed: it is the largest activation."""
 
     taps_TRK: Tensor
     weight_TKC: Tensor
 
 
-class ConvLayer(nn.Module):
-    """GELU of the layer below, one convolution over time, a norm where the layer has one."""
-
-    def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
-        super().__init__()
-        self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=bias)
-        nn.init.kaiming_normal_(self.conv.weight)
-        self.stride, self.norm, self.first = stride, norm, dim_in == 1
-        if norm == "group":
-            self.layer_norm: nn.Module = nn.GroupNorm(dim, dim)
-        elif norm == "layer":
-            self.layer_norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor | _Product) -> Tensor:
-        """Rows of a layer without group norm."""
-        dtype = autocast_dtype(self.conv.weight)
-        factors = x if isinstance(x, _Product) else (x.to(dtype), None)
-        x_NC = _GeluConv.apply(*factors, self.conv.weight, self.stride, not self.first)
-        if self.conv.bias is not None:
-            x_NC = x_NC + self.conv.bias.to(dtype)
-        if self.norm == "layer":
-            x_NC = self.layer_norm(x_NC)
-        return x_NC
-
-    def group_normed(self, x_NC: Tensor, rows: Rows) -> _Product:
-        """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
-        norm, kernel = cast(nn.GroupNorm, self.layer_norm), self.conv.weight.shape[2]
-        dtype = autocast_dtype(self.conv.weight)
-        taps_TRK = _taps(x_NC, kernel, self.stride).unflatten(0, (len(rows.owner_T), -1))
-        with torch.autocast(x_NC.device.type, enabled=False):
-            mean_BK, covariance_BKK = _moments(taps_TRK, rows)
-            weight_CK = self.conv.weight[:, 0].to(mean_BK.dtype)
-            variance_BC = torch.einsum("ck,bkl,cl->bc", weight_CK, covariance_BKK, weight_CK)
-            scale_BC = norm.weight * torch.rsqrt(variance_BC.clamp_min(0.0) + norm.eps)
-            shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
-            if self.conv.bias is not None:  # the norm takes it away again, but it is owed a gradient
-                shift_BC = shift_BC + 0.0 * self.conv.bias
-            weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1)
-            taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # the last one meets the shift
-            if x_NC.device.type != "cpu":  # a GPU multiplies 16 taps faster than 11
-                weight_BKC = F.pad(weight_BKC, (0, 0, 0, -(kernel + 1) % 8))
-                taps_TRK = F.pad(taps_TRK, (0, -(kernel + 1) % 8))
-            # Few bits come after the selection, as its gradient sums an utterance's tiles.
-            weight_BKC = weight_BKC.to(torch.promote_types(dtype, torch.float32))
-            weight_TKC = weight_BKC.index_select(0, rows.owner_T)
-            return _Product(taps_TRK.to(dtype), weight_TKC.to(dtype))
+def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
+    """GELU of the previous layer's output, then convolution and layer norm (without this layer's GELU)."""
+    dtype = autocast_dtype(layer.conv.weight)
+    factors = x if isinstance(x, _Product) else (x.to(dtype), None)
+    x_NC = _GeluConv.apply(*factors, layer.conv.weight, layer.conv.stride[0], gelu)
+    if layer.conv.bias is not None:
+        x_NC = x_NC + layer.conv.bias.to(dtype)
+    if layer.norm == "layer":
+        x_NC = layer.layer_norm(x_NC)
+    return x_NC
 
 
-class ConvFrontEnd(nn.Module):
-    """A stack of unpadded convolutions: samples to frames of `conv_dims[-1]` channels."""
-
-    def __init__(
-        self,
-        dims: Sequence[int],
-        kernels: Sequence[int],
-        strides: Sequence[int],
-        *,
-        bias: bool,
-        norm: Literal["group", "layer"],
-    ):
-        super().__init__()
-        self.conv_layers = nn.ModuleList(
-            ConvLayer(dim_in, dim, kernel, stride, bias, norm if norm == "layer" or i == 0 else None)
-            for i, (dim_in, dim, kernel, stride) in enumerate(
-                zip((1, *dims), dims, kernels, strides, strict=False)
-            )
-        )
-
-    def forward(self, wavs: Sequence[Tensor]) -> Tensor:
-        """Frames (N, C) of all waveforms, each at least one frame long.
-
-        The valid ones end to end, and up to `BLOCK` - 1 rows of no meaning behind them.
-        """
-        layers = [cast(ConvLayer, layer) for layer in self.conv_layers]
-        device, lengths = wavs[0].device, [len(wav) for wav in wavs]
-        rate = math.prod(layer.stride for layer in layers)  # rows of the buffer for each output frame
-        tiles = [-(-n // (rate * TILE)) for n in lengths]
-        first = [TILE * n for n in accumulate(tiles, initial=0)]
-        total = round_up(first[-1], BLOCK)
-        parts = [F.pad(w, (0, n * TILE * rate - len(w))) for w, n in zip(wavs, tiles, strict=True)]
-        x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * rate)])[:, None]
-        x: Tensor | _Product = x_NC
-        kept = []  # frames of each utterance behind each layer
-        for layer in layers:
-            lengths = [(n - layer.conv.kernel_size[0]) // layer.stride + 1 for n in lengths]
-            kept.append(lengths)
-        spare = total // TILE - sum(tiles)  # tiles that may belong to anyone: behind any utterance's end
-        owner_T, place_T, n_frames_B, valid_N = index_tensors(
-            device,
-            np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(spare)),
-            np.append(concat_ranges(np.zeros(len(tiles)), tiles), np.full(spare, tiles[0])),
-            kept[0],
-            np.append(concat_ranges(first[:-1], lengths), np.zeros(-sum(lengths) % BLOCK)),
-        )
-        if layers[0].norm == "group":  # its statistics need all of an utterance
-            rows = Rows(owner_T, place_T, n_frames_B)
-            x, layers = layers[0].group_normed(x_NC, rows), layers[1:]
-        blocks = [(x, total)] if torch.is_grad_enabled() else _blocks(x, len(owner_T))
-        x_NC = torch.cat([_stack(layers, block)[:n] for block, n in blocks])
-        return F.gelu(x_NC.index_select(0, valid_N))
+def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
+    """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
+    norm, kernel = cast(nn.GroupNorm, layer.layer_norm), layer.conv.weight.shape[2]
+    dtype = autocast_dtype(layer.conv.weight)
+    taps_TRK = _taps(x_NC, kernel, layer.conv.stride[0]).unflatten(0, (len(tiles.owner_T), -1))
+    with torch.autocast(x_NC.device.type, enabled=False):
+        mean_BK, covariance_BKK = _moments(taps_TRK, tiles)
+        weight_CK = layer.conv.weight[:, 0].to(mean_BK.dtype)
+        variance_BC = torch.einsum("ck,bkl,cl->bc", weight_CK, covariance_BKK, weight_CK)
+        scale_BC = norm.weight * torch.rsqrt(variance_BC.clamp_min(0.0) + norm.eps)
+        shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
+        if layer.conv.bias is not None:  # the norm removes it, but it must have a gradient (of zero)
+            shift_BC = shift_BC + 0.0 * layer.conv.bias
+        weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1)
+        taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # the last one is multiplied by the shift
+        if x_NC.device.type != "cpu":  # a GPU multiplies 16 taps faster than 11
+            weight_BKC = F.pad(weight_BKC, (0, 0, 0, -(kernel + 1) % 8))
+            taps_TRK = F.pad(taps_TRK, (0, -(kernel + 1) % 8))
+        # Lower precision only after the selection, as its gradient sums an utterance's tiles.
+        weight_BKC = weight_BKC.to(torch.promote_types(dtype, torch.float32))
+        weight_TKC = weight_BKC.index_select(0, tiles.owner_T)
+        return _Product(taps_TRK.to(dtype), weight_TKC.to(dtype))
 
 
-def _stack(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:
-    for layer in layers:
-        x = layer(x)
+def _run_layers(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:
+    """The layers after a group-normed first one (x a product), or all of them (x the waveform)."""
+    for i, layer in enumerate(layers):
+        x = _conv_layer(layer, x, gelu=i > 0 or isinstance(x, _Product))
     return torch.bmm(*x).flatten(0, 1) if isinstance(x, _Product) else x
 
 
 def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Product, int]]:
-    """Some tiles at a time, and the rows that count: the first layers take a hundred times what comes out.
+    """A few tiles at a time, and their number of output frames.
 
-    A block has one tile more than it gives, as its last frames reach into it.
+    All at once, the first layers would take a hundred times the memory of the output. A block has one tile
+    more than it outputs, as its last frames reach into that tile.
     """
-    given: Sequence[Tensor] = x if isinstance(x, _Product) else [x.unflatten(0, (n_tiles, -1))]
-    tensors = [torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in given]
-    for start in range(0, n_tiles, AT_ONCE):
-        stop = min(start + AT_ONCE, n_tiles)
+    inputs: Sequence[Tensor] = x if isinstance(x, _Product) else [x.unflatten(0, (n_tiles, -1))]
+    tensors = [torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in inputs]
+    for start in range(0, n_tiles, TILES_AT_ONCE):
+        stop = min(start + TILES_AT_ONCE, n_tiles)
         parts = [tensor[start : stop + 1] for tensor in tensors]
         block = _Product(*parts) if isinstance(x, _Product) else parts[0].flatten(0, 1)
         yield block, (stop - start) * TILE
 
 
-def _moments(taps_TRK: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def _moments(taps_TRK: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
     """Mean (B, K) and covariance (B, K, K) of the taps over each utterance's valid rows.
 
-    In float64: a channel may keep a small part of the power of its taps.
+    In float64: a channel may pass only a small part of the power of its taps.
     """
     exact = torch.float32 if taps_TRK.device.type == "mps" else torch.float64  # mps has no float64
-    count_B = rows.n_frames_B.to(exact)
-    row_TR = rows.place_T[:, None] * taps_TRK.shape[1] + torch.arange(
+    count_B = tiles.n_frames_B.to(exact)
+    row_TR = tiles.position_T[:, None] * taps_TRK.shape[1] + torch.arange(
         taps_TRK.shape[1], device=taps_TRK.device
     )
-    valid_TR = row_TR < rows.n_frames_B[rows.owner_T][:, None]
+    valid_TR = row_TR < tiles.n_frames_B[tiles.owner_T][:, None]
     taps_TRK = torch.where(valid_TR[..., None], taps_TRK, 0.0).to(exact)
     sum_TK, square_TKK = taps_TRK.sum(1), taps_TRK.transpose(1, 2) @ taps_TRK
     n, kernel = len(count_B), taps_TRK.shape[2]
-    sum_BK = sum_TK.new_zeros(n, kernel).index_add(0, rows.owner_T, sum_TK)
-    square_BKK = sum_TK.new_zeros(n, kernel, kernel).index_add(0, rows.owner_T, square_TKK)
+    sum_BK = sum_TK.new_zeros(n, kernel).index_add(0, tiles.owner_T, sum_TK)
+    square_BKK = sum_TK.new_zeros(n, kernel, kernel).index_add(0, tiles.owner_T, square_TKK)
     mean_BK = sum_BK / count_B[:, None]
     covariance_BKK = square_BKK / count_B[:, None, None] - mean_BK[:, :, None] * mean_BK[:, None, :]
     return mean_BK, covariance_BKK
@@ -203,10 +183,10 @@ def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 class _GeluConv(torch.autograd.Function):
-    """Convolution of GELU(x), of (N, C) rows, as matrix products; see the module's docstring.
+    """Convolution of GELU(x), with x of shape (N, C), as matrix products; see the module's docstring.
 
-    Only x is kept for backward, or the factors whose product it is. On a CPU a part of the rows at a time, so
-    that what stands between the products stays in the cache.
+    Stores only x for the backward pass, or the factors whose product it is. A CPU works on a part of the rows
+    at a time, so that the intermediate results stay in the cache.
     """
 
     @staticmethod
@@ -261,7 +241,7 @@ class _GeluConv(torch.autograd.Function):
 
 
 def _tile(x: Tensor, factor: Tensor, width: int) -> int:
-    """Rows of `width` numbers that a tile of a product makes."""
+    """Rows of `width` numbers per tile of a product."""
     return x.shape[1] * factor.shape[2] // width
 
 
@@ -270,7 +250,7 @@ def _tiles(x: Tensor, factor: Tensor, width: int, start: int, stop: int) -> slic
 
 
 def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -> Tensor:
-    """Some rows of the input, `width` numbers each."""
+    """Rows `start` to `stop` of the input, `width` numbers each."""
     if factor is None:
         return x.view(-1, width)[start:stop]
     tiles = _tiles(x, factor, width, start, stop)
@@ -278,7 +258,7 @@ def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -
 
 
 def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """The number of rows, and where to cut: what a CPU's cache holds, and not at all on other devices."""
+    """The number of rows, and the ranges to process at once: what a CPU's cache holds, else all."""
     unit = BLOCK if factor is None else _tile(x, factor, width)
     n = x.numel() // width if factor is None else len(x) * unit
     step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n
@@ -286,7 +266,7 @@ def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tupl
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; the total is float32 whatever they are."""
+    """total += a @ b, accumulated in the total's float32."""
     if a.dtype is total.dtype:
         total.addmm_(a, b)
     else:

@@ -1,7 +1,7 @@
-"""Dropout from sixteen random bits an element, on a CPU.
+"""Dropout on a CPU from sixteen random bits per element.
 
-torch draws a Bernoulli number for every element there, which takes longer than the matrix product that
-the dropout follows (5 ns against 1). Other devices keep torch's own.
+torch draws a Bernoulli number per element there, which takes longer than the matrix product before it (5 ns
+compared with 1). Other devices use torch's own dropout.
 """
 
 from __future__ import annotations
@@ -13,23 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Dropout(nn.Dropout):
-    """`nn.Dropout`, faster on a CPU; `p` is rounded to a multiple of 2**-16 there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        return _Dropout.apply(x, self.p)
+def dropout(module: nn.Dropout, x: Tensor) -> Tensor:
+    """`module(x)`; on a CPU, `p` is rounded to a multiple of 2**-16."""
+    if not module.training or module.p == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, module.p)
+    return _Dropout.apply(x, module.p)
 
 
 def keep_mask(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
-    """One byte an element, 0 with probability `p` and 1 otherwise; and what keeps the mean: 1 / (1 - p)."""
-    count, dropped = torch.Size(shape).numel(), round(p * 2**16)
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    """One byte per element, 0 with probability `p` and 1 otherwise; and 1 / (1 - p), which keeps the mean."""
+    count, threshold = torch.Size(shape).numel(), round(p * 2**16)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     number = bits.view(torch.int16)[:count].view(shape)
-    return (number >= dropped - 2**15).view(torch.uint8), 2**16 / (2**16 - dropped)
+    return (number >= threshold - 2**15).view(torch.uint8), 2**16 / (2**16 - threshold)
 
 
 class _Dropout(torch.autograd.Function):
@@ -40,7 +38,6 @@ class _Dropout(torch.autograd.Function):
         return (x * keep).mul_(ctx.scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         (keep,) = ctx.saved_tensors
         return (grad * keep).mul_(ctx.scale), None

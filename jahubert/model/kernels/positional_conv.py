@@ -1,9 +1,9 @@
-"""The positional convolution: wide and grouped, its output tells each frame where it is (wav2vec 2.0).
+"""Positional convolution on packed frames, in the frequency domain.
 
-It is computed in the frequency domain: windows of two kernels' length (overlap-save), each frequency one
-small matrix product a group. The Fourier transforms are matrix products as well; a quarter of the arithmetic
-of the plain sum over 128 taps, and less rounding. In float32 always: a GPU's own convolution would round to
-ten bits. The plain sum is left where it is faster: in bfloat16 on a CPU, and on short batches.
+Overlap-save with windows of twice the kernel; each frequency is one small matrix product per group, and the
+Fourier transforms are matrix products as well: a quarter of the arithmetic of the direct sum over 128 taps,
+and less rounding. Always in float32, as a GPU's own convolution would round to ten bits. The direct sum is
+used where it is faster: in bfloat16 on a CPU, and on short batches.
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """
@@ -12,80 +12,100 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
-from jahubert.model.kernels.indexing import to_device_async
-from jahubert.model.packing import SPAN, Packing
+from jahubert.model.kernels.indexing import concat_ranges, index_tensors, to_device_async
+from jahubert.model.kernels.packing import SPAN, Packing
 from jahubert.model.precision import autocast_dtype
 
-
-class PositionalConv(nn.Module):
-    """Packed frames (N, D) to packed frames; every utterance sees zeros around itself."""
-
-    def __init__(self, width: int, kernel: int, groups: int):
-        super().__init__()
-        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
-        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * width)))
-        nn.init.zeros_(cast(Tensor, conv.bias))
-        self.conv = weight_norm(conv, dim=2)
-        self.extra = 1 - kernel % 2  # an even kernel gives one frame too many
-
-    def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
-        on_cpu = x_ND.device.type == "cpu"
-        # On short batches transforming the weights would cost more than is saved.
-        if on_cpu and (autocast_dtype(x_ND) is not torch.float32 or len(x_ND) < 4 * self.conv.kernel_size[0]):
-            return self._plain(x_ND, packing)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            y_ND = F.gelu(self._by_frequencies(x_ND.float(), packing) + self.conv.bias)
-        return y_ND.to(x_ND.dtype)
-
-    def _plain(self, x_ND: Tensor, packing: Packing) -> Tensor:
-        x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
-        # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to 14 channels:
-        # tests/model/test_hubert.py would see it.
-        exact = self.conv.weight.shape[1] < 16
-        with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not exact):
-            y_BDS = self.conv((x_BSD.float() if exact else x_BSD).transpose(1, 2)).to(x_BSD.dtype)
-        y_BDS = F.gelu(y_BDS[:, :, : y_BDS.shape[2] - self.extra])
-        return packing.pack(y_BDS.transpose(1, 2)[:, : packing.width])
-
-    def _by_frequencies(self, x_ND: Tensor, packing: Packing) -> Tensor:
-        weight_DCK = self.conv.weight
-        width, channels, kernel = weight_DCK.shape
-        groups, freqs = width // channels, kernel + 1
-        there_X, back_N = packing.windows(kernel)
-        x_WXD = F.pad(x_ND, (0, 0, 0, 1)).index_select(0, there_X).view(-1, 2 * kernel, width)
-        forth_PFX, back_PXF = (
-            to_device_async(torch.from_numpy(table), x_ND.device) for table in _fourier(kernel)
-        )
-
-        taps_KE = weight_DCK.view(-1, kernel).T
-        real, imag = (
-            (forth_PFX[part, :, :kernel] @ taps_KE).view(-1, channels, channels).transpose(1, 2)
-            for part in range(2)
-        )
-        spectra = (forth_PFX.flatten(0, 1) @ x_WXD).view(-1, freqs * groups, channels).transpose(0, 1)
-        # times the conjugate of the weights: a correlation
-        by_real, by_imag = (torch.bmm(spectra, part).unflatten(1, (-1, 2)).unbind(2) for part in (real, imag))
-        y_real, y_imag = by_real[0] + by_imag[1], by_real[1] - by_imag[0]
-        y_XE = back_PXF[0] @ y_real.reshape(freqs, -1) + back_PXF[1] @ y_imag.reshape(freqs, -1)
-        y_WXD = y_XE.view(kernel, groups, -1, channels).permute(2, 0, 1, 3).reshape(-1, width)
-        return y_WXD.index_select(0, back_N)
+if TYPE_CHECKING:
+    from jahubert.model.hubert import PositionalConv
 
 
-@lru_cache(maxsize=4)  # as numpy's arrays: a tensor would remember the mode that it was made in
+def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
+    """`module` on packed frames; every utterance is surrounded by zeros."""
+    # On short batches transforming the weights would cost more than it saves.
+    short = len(x_ND) < 4 * module.conv.kernel_size[0]
+    if x_ND.device.type == "cpu" and (short or autocast_dtype(x_ND) is not torch.float32):
+        return _direct(module, x_ND, packing)
+    return by_frequencies(module, x_ND, packing)
+
+
+def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
+    x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
+    weight_DCK, kernel = module.conv.weight, module.conv.kernel_size[0]
+    # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to 14 channels:
+    # tests/model/test_hubert.py would find it.
+    exact = weight_DCK.shape[1] < 16
+    with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not exact):
+        x_BDS = (x_BSD.float() if exact else x_BSD).transpose(1, 2)
+        y_BDS = module.conv(x_BDS).to(x_BSD.dtype)
+    y_BDS = F.gelu(y_BDS[:, :, : y_BDS.shape[2] - 1 + kernel % 2])
+    return packing.pack(y_BDS.transpose(1, 2)[:, : packing.width])
+
+
+def by_frequencies(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
+    """The convolution as products of spectra, with bias and GELU."""
+    with torch.autocast(x_ND.device.type, enabled=False):
+        y_ND = _correlate(x_ND.float(), module.conv.weight, packing)
+        return F.gelu(y_ND + module.conv.bias).to(x_ND.dtype)
+
+
+def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
+    width, channels, kernel = weight_DCK.shape
+    groups, freqs = width // channels, kernel + 1
+    row_X, position_N = _windows(packing, kernel)
+    x_WXD = F.pad(x_ND, (0, 0, 0, 1)).index_select(0, row_X).view(-1, 2 * kernel, width)
+    forward_PFX, inverse_PXF = (
+        to_device_async(torch.from_numpy(table), x_ND.device) for table in _fourier(kernel)
+    )
+
+    taps_KE = weight_DCK.view(-1, kernel).T
+    real, imag = (
+        (forward_PFX[part, :, :kernel] @ taps_KE).view(-1, channels, channels).transpose(1, 2)
+        for part in range(2)
+    )
+    spectra = (forward_PFX.flatten(0, 1) @ x_WXD).view(-1, freqs * groups, channels).transpose(0, 1)
+    # times the conjugate of the weights: a correlation
+    by_real, by_imag = (torch.bmm(spectra, part).unflatten(1, (-1, 2)).unbind(2) for part in (real, imag))
+    y_real, y_imag = by_real[0] + by_imag[1], by_real[1] - by_imag[0]
+    y_XE = inverse_PXF[0] @ y_real.reshape(freqs, -1) + inverse_PXF[1] @ y_imag.reshape(freqs, -1)
+    y_WXD = y_XE.view(kernel, groups, -1, channels).permute(2, 0, 1, 3).reshape(-1, width)
+    return y_WXD.index_select(0, position_N)
+
+
+def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
+    """Each utterance in windows of 2 * `kernel` frames, one every `kernel`, from half a kernel before it.
+
+    Returns the packed row of every frame of all windows (for frames outside the utterance, the row after the
+    last one), and for each packed row its position among the first halves of the windows.
+    """
+    n_frames, outside = np.array(packing.n_frames), packing.n_rows
+    counts = -(-n_frames // kernel)
+    utterance_W = np.repeat(np.arange(packing.n_utterances), counts)
+    number_W = concat_ranges(np.zeros_like(counts), counts)
+    frame_WX = number_W[:, None] * kernel + np.arange(2 * kernel) - kernel // 2
+    inside = (frame_WX >= 0) & (frame_WX < n_frames[utterance_W, None])
+    start_B, first_B = (n.cumsum() - n for n in (n_frames, counts))
+    row_WX = np.where(inside, start_B[utterance_W, None] + frame_WX, outside)
+    filler = np.zeros(packing.n_rows - packing.n_valid)
+    position = np.append(concat_ranges(first_B * kernel, n_frames), filler)
+    row_X, position_N = index_tensors(packing.index_N.device, row_WX.ravel(), position)
+    return row_X, position_N
+
+
+@lru_cache(maxsize=4)  # as numpy arrays: a tensor would keep the mode that it was made in (inference, fake)
 def _fourier(kernel: int) -> tuple[np.ndarray, np.ndarray]:
-    """Real and imaginary parts (2, F, 2K) of a window's transform, and back (2, K, F) to its first half."""
+    """Real and imaginary parts of a window's transform (2, F, 2K), and of half of its inverse (2, K, F)."""
     size = 2 * kernel
     angle_FX = np.outer(np.arange(kernel + 1), np.arange(size)) % size * (2 * math.pi / size)
     wave_PFX = np.stack([np.cos(angle_FX), -np.sin(angle_FX)])
-    share_F1 = np.full((kernel + 1, 1), 2 / size)  # a frequency and its mirror image
-    share_F1[[0, -1]] = 1 / size  # which these two are themselves
-    back_PXF = (wave_PFX * share_F1)[:, :, :kernel].transpose(0, 2, 1)
-    return wave_PFX.astype(np.float32), np.ascontiguousarray(back_PXF, np.float32)
+    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # a frequency and its mirror image
+    weight_F1[[0, -1]] = 1 / size  # the first and the last one are their own mirror image
+    inverse_PXF = (wave_PFX * weight_F1)[:, :, :kernel].transpose(0, 2, 1)
+    return wave_PFX.astype(np.float32), np.ascontiguousarray(inverse_PXF, np.float32)

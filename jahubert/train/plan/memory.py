@@ -1,13 +1,14 @@
-"""What a training step keeps for its backward pass, counted on tensors without numbers.
+"""Activation memory of a training step, counted on fake tensors.
 
-On a GPU it keeps more than the same model on a CPU: layer norms (its autocast) and the positional
-convolution are computed in float32, and attention holds padded rectangles. A torch without CUDA has no
-tensors of a GPU, so the first two are done while counting and the last is added; together they are within
-1 % of what fake CUDA tensors gave (torch 2.15, fused attention; figures in `tests/train/plan/test_plan.py`).
+A GPU stores more for the backward pass than a CPU: its layer norms (by autocast) and its positional
+convolution compute in float32, and attention stores padded rectangles. A torch without CUDA has no fake
+CUDA tensors, so the first two are reproduced while counting and the last is added; together they are within
+1 % of the count on fake CUDA tensors (torch 2.15, fused attention; `tests/train/plan/test_plan.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
@@ -21,20 +22,20 @@ from torch.overrides import TorchFunctionMode
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.model.kernels.positional_conv import PositionalConv
-from jahubert.model.packing import Packing
+from jahubert.model.kernels.packing import Packing
+from jahubert.model.kernels.positional_conv import by_frequencies, positional_conv
 from jahubert.model.precision import autocast
 from jahubert.train.trainer.parallel import wrap_blocks
 
 MASKED = 0.57  # of the frames, at the paper's mask settings
-_ROWS = 4  # utterances; what twice as many keep more does not hold what does not grow, as copies of weights
-# Of a frame's width, in each block: what attention keeps on a GPU and not on a CPU. In 16 bits its result,
-# as a rectangle beside the packed one.
+_ROWS = 4  # utterances; the difference to twice as many leaves out what does not grow, as copies of weights
+# Of a frame's width, in each block: what attention stores on a GPU and not on a CPU. In 16 bits its result,
+# as a padded rectangle in addition to the packed one.
 _PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}
 
 
 def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
-    """A loss of masked prediction's sizes."""
+    """A loss with the tensor sizes of masked prediction."""
     hidden_ND = model(wav_BT).hidden_BSD.flatten(0, 1)
     return head(hidden_ND[: round(len(hidden_ND) * MASKED)]).float().logsumexp(-1).sum()
 
@@ -43,10 +44,10 @@ def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
 def kept_bytes(
     config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> float:
-    """What a forward pass over utterances of `seconds` keeps for the backward pass, bytes an audio-second."""
-    if gpu:  # its fused attention keeps no dropout mask
+    """Bytes per audio-second stored for the backward pass, for utterances of `seconds`."""
+    if gpu:  # its fused attention stores no dropout mask
         config = replace(config, attention_dropout=0.0)
-    once, twice = (_kept(config, rows, seconds, recompute, precision, gpu) for rows in (_ROWS, 2 * _ROWS))
+    once, twice = (_stored(config, rows, seconds, recompute, precision, gpu) for rows in (_ROWS, 2 * _ROWS))
     kept = (twice - once) / (_ROWS * seconds)
     if gpu and not recompute:
         frames = config.grid.n_frames(int(seconds * SAMPLE_RATE)) / seconds
@@ -57,32 +58,34 @@ def kept_bytes(
 def peak_bytes(
     config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> float:
-    """What tensors of a micro-batch take at most, forward and backward, bytes an audio-second."""
+    """Peak bytes per audio-second of a micro-batch's tensors, forward and backward."""
     kept = kept_bytes(config, seconds, recompute, precision, gpu)
     frames = config.grid.n_frames(int(seconds * SAMPLE_RATE)) / seconds
     block = 2 * precision.itemsize * config.ffn * frames  # GELU in the last block, and its gradient
-    if recompute:  # which is there as a whole then
+    if recompute:  # the activations of one whole block
         block += (kept_bytes(config, seconds, False, precision, gpu) - kept) / config.layers
     return max(kept + block, front_end_bytes(config, precision) if gpu else 0.0)
 
 
 def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
-    """What backward through a convolution has at once at most, when all above it is done: bytes an
-    audio-second. On a GPU, which takes all rows at once; a CPU takes a part of them at a time."""
+    """Peak bytes per audio-second of the backward pass through a convolution, after all later layers.
+
+    On a GPU, which processes all rows at once; a CPU takes a part of them at a time.
+    """
     rate, below, most = float(SAMPLE_RATE), 0.0, 0.0
     for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
         rate /= stride
-        if below:  # its input, GELU of that, the gradient to it; and the gradient that comes
+        if below:  # its input, GELU of the input, the gradients of input and output
             now = precision.itemsize * (3 * below + rate * width)
-            if config.conv_norm == "layer":  # the input is kept too, and what the norm got, in float32
+            if config.conv_norm == "layer":  # also the input and, in float32, what the norm received
                 now += (precision.itemsize + 4) * below
             most = max(most, now)
         below = rate * width
     return most
 
 
-class _NormsOfGpus(TorchFunctionMode):
-    """Layer norms in float32, as autocast has them on CUDA and not on a CPU."""
+class _GpuLayerNorm(TorchFunctionMode):
+    """Layer norms in float32, as autocast computes them on CUDA and not on a CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.layer_norm:
@@ -91,39 +94,40 @@ class _NormsOfGpus(TorchFunctionMode):
             return function(args[0].float(), *args[1:], **(kwargs or {}))
 
 
-def _as_on_gpus(convolution: PositionalConv) -> None:
-    """By frequencies in float32: in 16 bits a CPU takes the plain sum, a GPU does not."""
-    own = convolution.forward
-
-    def in_float32(x_ND: Tensor, packing: Packing) -> Tensor:
-        with autocast(torch.float32, torch.device("cpu")):
-            return own(x_ND.float(), packing).to(x_ND.dtype)
-
-    convolution.forward = in_float32  # type: ignore[method-assign]
-
-
-def _kept(
+def _stored(
     config: HubertConfig, rows: int, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> int:
+    """Bytes that a forward pass over `rows` utterances stores for the backward pass, without the weights."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    kept: dict[int, Any] = {}  # storages by identity, held so that none is given out twice
+    layer_norm = _GpuLayerNorm() if gpu else nullcontext()
+    n_samples = int(seconds * SAMPLE_RATE)
+    with FakeTensorMode(), layer_norm, autocast(precision, torch.device("cpu")):
+        model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
+        model.encoder.training = False  # layer drop would need the value of a random number
+        wrap_blocks(list(model.encoder.layers), recompute, False)
+        weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
+        total = _stored_by(lambda: masked_loss(model, head, torch.zeros(rows, n_samples)), weights)
+        if gpu:  # the positional convolution of a GPU in place of a CPU's
+            n_frames = config.grid.n_frames(n_samples)
+            packing = Packing([n_frames] * rows, n_frames, torch.device("cpu"))
+            x_ND = torch.zeros(packing.n_rows, config.width, dtype=precision, requires_grad=True)
+            conv = model.encoder.pos_conv_embed
+            total -= _stored_by(lambda: positional_conv(conv, x_ND, packing), weights)
+            total += _stored_by(lambda: by_frequencies(conv, x_ND, packing), weights)
+        return total
 
-    def keep(tensor: Tensor) -> Tensor:
+
+def _stored_by(forward: Callable[[], Tensor], weights: set[int]) -> int:
+    """Bytes of the tensors that a function saves for its backward pass, each storage once."""
+    stored: dict[int, Any] = {}  # storages by identity, referenced so that no address is reused
+
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        stored[storage._cdata] = storage
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    norms = _NormsOfGpus() if gpu else nullcontext()
-    with FakeTensorMode(), norms, autocast(precision, torch.device("cpu")):
-        model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
-        model.encoder.training = False  # or it would look at a random number for layer drop
-        if gpu:
-            _as_on_gpus(model.encoder.pos_conv_embed)
-        wrap_blocks(list(model.encoder.layers), recompute, False)
-        own = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
-        with hooks:
-            loss = masked_loss(model, head, torch.zeros(rows, int(seconds * SAMPLE_RATE)))
-        del loss
-        return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(storage.nbytes() for address, storage in stored.items() if address not in weights)

@@ -27,7 +27,7 @@ from torch._dynamo.testing import CompileCounter
 from jahubert.errors import ConfigError, JahubertError
 from jahubert.model import precision
 from jahubert.model.hubert import EncoderLayer, HubertConfig
-from jahubert.model.packing import Packing
+from jahubert.model.kernels.packing import Packing
 from jahubert.train.experiment import distributed
 from jahubert.train.pipeline import runner
 from jahubert.train.stages.pretrain import Pretrainer
@@ -96,9 +96,9 @@ def test_compiled_block_is_not_recompiled_for_every_batch():
     for number in range(16):
         n_frames = rng.integers(20, 90, size=number % 9 + 1).tolist()
         packing = Packing(n_frames, max(n_frames), torch.device("cpu"))
-        packing.fused = True
+        packing.fused_attention = True
         packing.mask_B11S = (torch.arange(max(n_frames)) < torch.tensor(n_frames)[:, None])[:, None, None]
-        block(torch.randn(len(packing.index_N), still.width), packing)
+        block(torch.randn(packing.n_rows, still.width), packing)
     assert counter.frame_count <= 3  # a batch of one row is specialized
 
 

@@ -1,0 +1,105 @@
+"""The rule that chooses between the plain modules and the kernels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_globals
+from torch.utils.checkpoint import checkpoint
+
+_enabled = os.environ.get("JAHUBERT_KERNELS", "1") != "0"
+_TORCH_MODULES = {nn.Conv1d, nn.Dropout, nn.LayerNorm, nn.Linear, nn.Module, nn.ModuleDict, nn.ModuleList}
+_FSDP = "torch.distributed.fsdp"
+_OWN_MODULES = {"jahubert.model.hubert", "jahubert.model.weight_norm"}
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Use the plain modules inside; the environment variable JAHUBERT_KERNELS=0 does so for a process."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def usable(part: nn.Module) -> bool:
+    """Whether kernels may compute `part`, a model or its front end; checked in every forward pass.
+
+    Kernels read the weights of modules without calling them, and work on packed frames instead of a padded
+    batch. They are used unless
+
+    - they are switched off (`disabled`);
+    - operations are recorded or transformed: torch.export (hence ONNX), torch.compile of the whole model,
+      torch.jit.trace, torch.func, forward-mode differentiation;
+    - a module inside `part` is not exactly of its standard type (LoRA and other wrappers, quantized layers,
+      parametrizations), has a hook (pruning uses one) or a patched `forward`, or has a weight that is a
+      tensor subclass with its own arithmetic.
+
+    Transformer blocks are called as modules either way, so activation checkpointing, torch.compile and FSDP2
+    may wrap them.
+    """
+    if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if module_globals._has_any_global_hook():
+        return False
+    modules = list(part._modules.values())
+    while modules:
+        module = modules.pop()
+        if module is None:
+            continue
+        if not _is_standard(module):
+            return False
+        modules.extend(module._modules.values())
+    return True
+
+
+def _is_standard(module: nn.Module) -> bool:
+    """Whether this module (not those inside it) is as `jahubert.model.hubert` builds it."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    for weight in module._parameters.values():
+        weight_type: Any = type(weight)
+        if weight_type is not nn.Parameter and _has_own_arithmetic(weight_type):
+            return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    forward = module.__dict__.get("forward")
+    kind: Any = type(module)
+    if not _is_block(kind):
+        return _is_standard_type(kind) and not hooks and forward is None
+    from_fsdp = all(getattr(hook, "__module__", "").startswith(_FSDP) for hook in hooks)
+    return from_fsdp and (forward is None or (isinstance(forward, partial) and forward.func is checkpoint))
+
+
+# Types do not change, so these answers can be cached.
+@lru_cache(maxsize=64)
+def _is_standard_type(kind: type[nn.Module]) -> bool:
+    return kind in _TORCH_MODULES or kind.__module__ in _OWN_MODULES
+
+
+@lru_cache(maxsize=64)
+def _is_block(kind: type[nn.Module]) -> bool:
+    """Whether modules of this type are Transformer blocks, as they are or as FSDP2 subclasses them."""
+    if kind.__module__.startswith(_FSDP):
+        kind = kind.__bases__[-1]
+    return kind.__module__ in _OWN_MODULES and kind.__name__ == "EncoderLayer"
+
+
+@lru_cache(maxsize=64)
+def _has_own_arithmetic(kind: type) -> bool:
+    """Whether a tensor type overrides torch's functions, as those of quantized weights do."""
+    if not issubclass(kind, Tensor):
+        return False  # a parameter that is None
+    override, default = kind.__torch_function__, Tensor.__torch_function__
+    is_default = getattr(override, "__func__", None) is getattr(default, "__func__", default)
+    return not is_default and override is not torch._C._disabled_torch_function_impl

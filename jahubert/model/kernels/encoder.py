@@ -1,0 +1,82 @@
+"""The forward pass of the model and of a Transformer block on packed frames.
+
+Shapes: B utterances, S frames of the padded batch, N packed frames, C conv channels, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jahubert.model.kernels.attention import fused_kernels, self_attention
+from jahubert.model.kernels.conv_frontend import front_end
+from jahubert.model.kernels.dropout import dropout
+from jahubert.model.kernels.feed_forward import feed_forward
+from jahubert.model.kernels.indexing import index_tensors
+from jahubert.model.kernels.packing import Packing
+from jahubert.model.kernels.positional_conv import positional_conv
+
+if TYPE_CHECKING:
+    from jahubert.model.hubert import Encoded, EncoderLayer, HubertModel, Padding
+
+
+def encode(
+    model: HubertModel,
+    wav_BT: Tensor,
+    n_samples: Sequence[int] | None,
+    mask_BS: Tensor | None,
+    channel_mask_BD: Tensor | None,
+    last_layer: int | None,
+    keep_layers: Iterable[int],
+    padding: Padding,
+) -> Encoded:
+    """`HubertModel.forward` on packed frames; `n_samples` are the lengths if the batch is padded."""
+    from jahubert.model.hubert import Encoded, scale_gradient
+
+    config, device = model.config, wav_BT.device
+    batch, width = wav_BT.shape
+    lengths = [width] * batch if n_samples is None else n_samples
+    wavs = [model.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, lengths, strict=True)]
+    n_frames, padded_frames = [config.grid.n_frames(n) for n in lengths], config.grid.n_frames(width)
+    if padding != "ignored":
+        wavs = [F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs]
+    visible = [padded_frames] * batch if padding == "unmasked" else n_frames
+    packing = Packing(visible, padded_frames, device)
+    (n_frames_B,) = index_tensors(device, n_frames)
+    features_NC = front_end(model.feature_extractor, wavs)
+    if padding == "masked":
+        features_NC = features_NC.index_select(0, packing.index_N)
+    features_NC = scale_gradient(features_NC, config.conv_grad_scale)
+    penalty = features_NC[: packing.n_valid].float().pow(2).mean() if model.training else None
+
+    projection = model.feature_projection
+    x_ND = dropout(projection.dropout, projection.projection(projection.layer_norm(features_NC)))
+    if mask_BS is not None:
+        x_ND = torch.where(packing.pack(mask_BS[..., None]), model.masked_spec_embed.to(x_ND.dtype), x_ND)
+    if channel_mask_BD is not None:
+        mask_BSD = channel_mask_BD[:, None].expand(-1, packing.width, -1)
+        x_ND = x_ND.masked_fill(packing.pack(mask_BSD), 0.0)
+
+    encoder = model.encoder
+    with fused_kernels(device):
+        x_ND = x_ND + positional_conv(encoder.pos_conv_embed, x_ND, packing)
+        if not encoder.pre_norm:
+            x_ND = encoder.layer_norm(x_ND)
+        x_ND = dropout(encoder.dropout, x_ND)
+        x_ND, kept = encoder.transformer(x_ND, packing, last_layer, keep_layers)
+    layers = {number: packing.unpack(x) for number, x in kept.items()}
+    return Encoded(packing.unpack(x_ND), n_frames_B, layers, penalty)
+
+
+def encoder_layer(block: EncoderLayer, x_ND: Tensor, packing: Packing) -> Tensor:
+    """`EncoderLayer.forward` on packed frames."""
+    attention, ffn = block.attention, block.feed_forward
+    if block.pre_norm:
+        x_ND = x_ND + dropout(block.dropout, self_attention(attention, block.layer_norm(x_ND), packing))
+        return x_ND + dropout(block.dropout, feed_forward(ffn, block.final_layer_norm(x_ND)))
+    x_ND = block.layer_norm(x_ND + dropout(block.dropout, self_attention(attention, x_ND, packing)))
+    return block.final_layer_norm(x_ND + dropout(block.dropout, feed_forward(ffn, x_ND)))

@@ -1,0 +1,81 @@
+"""Packed representation of a padded batch: the valid frames of all utterances, concatenated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up
+
+SPAN = 32  # frames; sizes of attention and positional convolution are multiples of it (see indexing.BLOCK)
+
+
+class Rectangle(NamedTuple):
+    """Utterances of similar length as a padded batch, gathered from packed frames."""
+
+    index_P: Tensor  # packed row of each position
+    shape: tuple[int, int]  # utterances, frames
+    bias_U1S: Tensor  # attention bias: minus infinity after the end of an utterance
+
+
+class Packing:
+    """Conversion between a padded batch (B, S, D) and packed frames (N, D).
+
+    Packed tensors have the valid frames first, then up to `BLOCK` - 1 filler rows that no result depends on.
+
+    Args:
+        n_frames: valid frames of each utterance.
+        width: S, the frames of the padded batch.
+        device: of the tensors that are packed.
+    """
+
+    def __init__(self, n_frames: Sequence[int], width: int, device: torch.device):
+        self.n_frames, self.width = list(n_frames), width
+        self.n_utterances, self.n_valid = len(self.n_frames), sum(n_frames)
+        index = concat_ranges(width * np.arange(self.n_utterances), n_frames)
+        filler = np.full(-self.n_valid % BLOCK, index[0])
+        self.index_N, n_frames_B = index_tensors(device, np.append(index, filler), n_frames)
+        # For torch's fused attention. Computed here, so that compiled blocks see tensors and numbers only.
+        self.fused_attention, self.mask_B11S = device.type != "cpu", None
+        if self.fused_attention and min(n_frames) < width:
+            self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]
+
+    @property
+    def n_rows(self) -> int:
+        """N, valid frames and filler rows."""
+        return len(self.index_N)
+
+    def pack(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.flatten(0, 1).index_select(0, self.index_N)
+
+    def unpack(self, x_ND: Tensor) -> Tensor:
+        """A padded batch, zero after each utterance."""
+        flat = x_ND.new_zeros(self.n_utterances * self.width, *x_ND.shape[1:])
+        # Not by `index_copy_`, whose backward keeps all of x for its shape.
+        flat[self.index_N[: self.n_valid]] = x_ND[: self.n_valid]
+        return flat.unflatten(0, (self.n_utterances, self.width))
+
+    @cached_property
+    def rectangles(self) -> tuple[list[Rectangle], Tensor]:
+        """Rectangles of similar lengths, and the position of each packed row in their concatenation (CPU)."""
+        starts = list(accumulate(self.n_frames, initial=0))
+        order = sorted(range(self.n_utterances), key=lambda row: self.n_frames[row])
+        rectangles, position, position_N = [], 0, [0] * self.n_rows
+        for frames, members in groupby(order, key=lambda row: round_up(self.n_frames[row], SPAN)):
+            rows = list(members)
+            index = torch.zeros(len(rows), frames, dtype=torch.int64, device="cpu")
+            bias = torch.zeros(len(rows), 1, frames, device="cpu")
+            for i, row in enumerate(rows):
+                start, n = starts[row], self.n_frames[row]
+                index[i, :n] = torch.arange(start, start + n, device="cpu")
+                bias[i, ..., n:] = float("-inf")
+                position_N[start : start + n] = range(position, position + n)
+                position += frames
+            rectangles.append(Rectangle(index.flatten(), (len(rows), frames), bias))
+        return rectangles, torch.tensor(position_N, device="cpu")
