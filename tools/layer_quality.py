@@ -1,9 +1,9 @@
-"""Which block's units tell phones apart best: PNMI and purities of each layer of a run's models.
+"""PNMI and purities of units of every layer of an experiment's models.
 
     python tools/layer_quality.py exp/demo --iterations 1 2 --clusters 100 500 --frames 100000
 
-The report has the same numbers for 100 units on 20,000 frames. Phone times are the corpus's own or, where it
-has none, those that `decode.align_splits` had made.
+The report has the same measures for 100 units on 20,000 frames. Phone times are the corpus's own or, if it
+has none, the forced alignment of `decode.align_splits`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from jahubert.formats.bundle import load_bundle
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.evaluation.layer_quality import PhoneFrames
-from jahubert.train.report.tables import phone_times
+from jahubert.train.report.units import phone_times
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     manifest = Manifest(args.exp / "prepare" / "manifest.arrow")
     times, source = phone_times(args.exp, manifest)
     if not times:
-        parser.error(f"{args.exp}: no phone times, neither in the manifest nor from decode.align_splits")
+        parser.error(f"{args.exp}: no phone times in the manifest or from decode.align_splits")
     frames = PhoneFrames(manifest, times, args.frames, args.seed)
     print(f"{len(frames)} frames of {len(frames.frames_of_row)} utterances, phone times: {source}")
     print(f"{'model':>9}{'layer':>7}{'K':>6}{'PNMI':>8}{'phone purity':>14}{'cluster purity':>16}")
@@ -42,11 +42,11 @@ def main() -> None:
             layers = frames.mfcc()[None]
         for layer, frame_ND in enumerate(layers, start=1):
             for n_clusters in args.clusters:
-                got = frames.quality(frame_ND, n_clusters, args.seed)
+                quality = frames.quality(frame_ND, n_clusters, args.seed)
                 name = f"{f'iter{iteration}':>9}{layer:>7}" if iteration else f"{'mfcc':>9}{'':>7}"
                 print(
-                    f"{name}{got['n_units']:>6}{got['pnmi']:>8.3f}"
-                    f"{got['phone_purity']:>14.3f}{got['cluster_purity']:>16.3f}",
+                    f"{name}{quality['n_units']:>6}{quality['pnmi']:>8.3f}"
+                    f"{quality['phone_purity']:>14.3f}{quality['cluster_purity']:>16.3f}",
                     flush=True,
                 )
 

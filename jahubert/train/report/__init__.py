@@ -1,1 +1,1 @@
-"""The final report: tables, figures, examples and the HTML page."""
+"""The report of an experiment: results, text tables, figures, example utterances and the HTML page."""

@@ -1,6 +1,6 @@
-"""Figures of a report, each in a data address: a page of them needs no other file.
+"""Figures of a report as data URIs, which a page can embed without further files.
 
-They hold numbers and phones, no words: those stand beside them in the language of the page.
+Figures contain numbers and phones but no words; captions are text of the page, in its language.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.train.data.manifest import Phone
 
 TRAINING, VALIDATION = "#1f6fb2", "#d1603d"  # of curves
-_FFT = 512  # samples of a spectrum
-_PALETTE = 37  # colours of units: neighbours in number are far apart in colour
+_FFT = 512  # samples
+_PALETTE = 37  # colors of units; consecutive units get distant colors
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """One figure a metric against the step, training and validation; `rows` are lines of metrics.jsonl.
+    """One figure per metric over the steps, for training and validation.
 
-    From the timing of the rows come `speed` (updates a second) and `waiting` (share of the time in which
-    there was no batch yet).
+    Args:
+        rows: lines of metrics.jsonl. Their timing adds `speed` (updates per second) and `waiting` (share of
+            time without a batch).
     """
     series: dict[str, tuple[list, list]] = {}
     for row in rows:
@@ -42,19 +43,20 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _curve(lines: Sequence[Sequence[tuple[float, float]]]) -> str:
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        for points, colour in zip(lines, (TRAINING, VALIDATION), strict=True):
+        for points, color in zip(lines, (TRAINING, VALIDATION), strict=True):
             if points:
                 mark = "o" if len(points) < 30 else None
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, marker=mark, markersize=3)
-        _plain(axes)
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=1.4, marker=mark, markersize=3)
+        _style(axes)
 
     return _svg(draw, 3.4, 2.1)
 
 
 def layer_curves(layers: Mapping[str, Any]) -> str:
-    """PNMI of units of every block of each model, beside that of MFCC units on the same frames.
+    """PNMI of the units of every block of each model, and of MFCC units on the same frames.
 
-    `layers`: a list of {"pnmi": ...} of block 1, 2, ... for each model, and of one for "mfcc".
+    Args:
+        layers: for each model a list of {"pnmi": ...} of block 1, 2, ...; for "mfcc" a list of one.
     """
 
     def draw(figure: Any) -> None:
@@ -67,27 +69,28 @@ def layer_curves(layers: Mapping[str, Any]) -> str:
                 axes.plot(range(1, len(line) + 1), line, marker="o", markersize=4, label=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small", frameon=False)
-        _plain(axes)
+        _style(axes)
 
     return _svg(draw, 5.0, 2.8)
 
 
 def phone_order(count_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns in which a matrix of phones and units shows a diagonal.
+    """Order of rows and columns in which a matrix of phones and units shows a diagonal.
 
-    Phones (P,), the most frequent first; units (K,) by their most frequent phone, those that say it most
-    surely first, and units that never occur at the end.
+    Returns:
+        Phones (P,), most frequent first; and units (K,) by their most frequent phone, within it by that
+        phone's share of the unit, and units that never occur at the end.
     """
     phones_P = np.argsort(-count_PK.sum(1), kind="stable")
     sorted_PK = count_PK[phones_P]
     total_K = sorted_PK.sum(0)
-    sure_K = sorted_PK.max(0) / np.maximum(1, total_K)
+    purity_K = sorted_PK.max(0) / np.maximum(1, total_K)
     phone_K = np.where(total_K > 0, sorted_PK.argmax(0), len(phones_P))
-    return phones_P, np.lexsort((-sure_K, phone_K))
+    return phones_P, np.lexsort((-purity_K, phone_K))
 
 
 def phone_matrix(count_PK: np.ndarray, phones: Sequence[str]) -> str:
-    """How probable each phone is, given the unit: columns sum to 1 (HuBERT paper, figure 2, transposed)."""
+    """P(phone | unit): columns sum to 1 (HuBERT paper, figure 2, transposed)."""
     phones_P, units_K = phone_order(count_PK)
     share_PK = count_PK / np.maximum(1, count_PK.sum(0))
 
@@ -103,7 +106,7 @@ def phone_matrix(count_PK: np.ndarray, phones: Sequence[str]) -> str:
 
 
 def unit_usage(count_K: np.ndarray) -> str:
-    """The share of frames of each unit in percent, the most frequent first, beside that of even use."""
+    """Share of frames of each unit in percent, most frequent first, and the share under uniform usage."""
     share_K = 100 * np.sort(count_K)[::-1] / max(1, int(count_K.sum()))
 
     def draw(figure: Any) -> None:
@@ -111,13 +114,13 @@ def unit_usage(count_K: np.ndarray) -> str:
         axes.fill_between(np.arange(len(share_K) + 1), np.append(share_K, 0), step="post", color=TRAINING)
         axes.axhline(100 / len(share_K), color="black", linewidth=0.8, linestyle="--")
         axes.set_xlim(0, len(share_K))
-        _plain(axes)
+        _style(axes)
 
     return _svg(draw, 5.0, 2.1)
 
 
 def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | None) -> str:
-    """Waveform, spectrogram (kHz) with the phones where they are known, and a strip of units, in seconds."""
+    """Waveform, spectrogram (kHz) with phones, and units, over time in seconds."""
     seconds = len(wav_T) / SAMPLE_RATE
     heights = [1, 3.2] + ([0.5] if unit_S is not None else [])
 
@@ -128,14 +131,14 @@ def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | N
         time_T = np.arange(len(wav_T)) / SAMPLE_RATE
         rows[0].plot(time_T, wav_T, color=TRAINING, linewidth=0.4)
         rows[0].set_yticks([])
-        quiet = 1e-10  # so that the logarithm of digital silence is a number
-        noise_T = np.sqrt(quiet) * np.random.default_rng(0).standard_normal(max(len(wav_T), 2 * _FFT))
+        floor = 1e-10  # keeps the logarithm of digital silence finite
+        noise_T = np.sqrt(floor) * np.random.default_rng(0).standard_normal(max(len(wav_T), 2 * _FFT))
         noise_T[: len(wav_T)] += wav_T
         spectrum = rows[1].specgram(
             noise_T, NFFT=_FFT, noverlap=_FFT * 3 // 4, Fs=SAMPLE_RATE / 1000, cmap="gray_r",
             xextent=(0, len(noise_T) / SAMPLE_RATE),
         )[0]  # fmt: skip
-        level = 10 * np.log10(spectrum.max() + quiet)
+        level = 10 * np.log10(spectrum.max() + floor)
         rows[1].images[0].set_clim(level - 70, level)
         rows[1].set_ylim(0, SAMPLE_RATE / 2000)
         for phone in phones:
@@ -145,9 +148,9 @@ def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | N
                 rows[1].text((start + end) / 2, SAMPLE_RATE / 2000 - 0.6, phone.symbol, **_LABEL)
         if unit_S is not None:
             extent = (0, len(unit_S) * HUBERT.hop / SAMPLE_RATE, 0, 1)
-            colour_S = unit_S[None].astype(np.int64) * 11 % _PALETTE
+            color_S = unit_S[None].astype(np.int64) * 11 % _PALETTE
             rows[2].imshow(
-                colour_S, aspect="auto", cmap="nipy_spectral", extent=extent, interpolation="nearest"
+                color_S, aspect="auto", cmap="nipy_spectral", extent=extent, interpolation="nearest"
             )
             rows[2].set_yticks([])
         for axes in rows:
@@ -160,25 +163,25 @@ def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | N
 _LABEL = {"fontsize": 7, "ha": "center", "color": VALIDATION, "weight": "bold"}
 
 
-def _plain(axes: Any) -> None:
+def _style(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=7, length=3)
     axes.grid(alpha=0.25, linewidth=0.5)
 
 
 def _png(draw: Callable[[Any], None], width: float, height: float, layout: Any = "constrained") -> str:
-    """What `draw` puts into a figure of so many inches, as pixels: for what has very many marks."""
-    stream = _drawn(draw, (width, height), layout, "png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(stream).decode()
+    """Data URI of a PNG of a figure in inches, for figures with very many elements."""
+    content = _render(draw, (width, height), layout, "png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float) -> str:
-    """The same as lines and letters, which stay sharp on any screen."""
-    stream = _drawn(draw, (width, height), "constrained", "svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(stream).decode()
+    """Data URI of an SVG of a figure in inches."""
+    content = _render(draw, (width, height), "constrained", "svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(content).decode()
 
 
-def _drawn(
+def _render(
     draw: Callable[[Any], None], size: tuple[float, float], layout: Any, format: str, **options: Any
 ) -> bytes:
     try:
@@ -187,7 +190,7 @@ def _drawn(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train") from error
-    # Letters stay letters, and the same figure is the same bytes.
+    # Text stays text, and equal figures have equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jahubert"}):
         figure = Figure(figsize=size, layout=layout)
         FigureCanvasAgg(figure)

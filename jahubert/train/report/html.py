@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jahubert.train.evaluation.scoring import phone_wer
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.report import figures
 from jahubert.train.report.examples import Example
 from jahubert.train.report.html_text import TEXT
+from jahubert.train.report.units import UnitCounts
 
 _LINES = (("training", "training_line"), ("validation", "validation_line"))  # of curves, with their colours
 STYLE = Path(__file__).with_name("html.css")
@@ -27,9 +26,7 @@ class PageData:
 
     exp: Path
     summary: dict[str, Any]
-    usage: Mapping[str, np.ndarray]  # (K,) frames
-    phones: Sequence[str]
-    counts: Mapping[str, np.ndarray]  # (P, K) frames, where phone times are known
+    counts: UnitCounts
     examples: Mapping[str, Sequence[Example]]  # by system
 
 
@@ -143,13 +140,13 @@ def _units(run: PageData, say: Mapping[str, str]) -> str:
         parts += [f'<p class="note">{say["phone_times"]}: {_escape(source)}</p>' for source in sources]
     drawn = [
         _figure(figures.unit_usage(usage_K), f"{_title(name, units, say)}: {say['usage']}")
-        for name, usage_K in run.usage.items()
+        for name, usage_K in run.counts.usage.items()
     ]
     if run.summary.get("layers"):
         drawn.append(_figure(figures.layer_curves(run.summary["layers"]), say["layers"]))
     parts.append(f'<div class="figures">{"".join(drawn)}</div>' if drawn else "")
-    for name, count_PK in run.counts.items():
-        matrix = figures.phone_matrix(count_PK, run.phones)
+    for name, count_PK in run.counts.joint.items():
+        matrix = figures.phone_matrix(count_PK, run.counts.phones)
         caption = f"{_title(name, units, say)}: {say['matrix']}"
         parts.append(f'<div class="scroll wide">{_figure(matrix, caption)}</div>')
     return "".join(parts)
@@ -166,12 +163,12 @@ def _worst(examples: Mapping[str, Sequence[Example]], say: Mapping[str, str]) ->
 
 
 def _example(example: Example, say: Mapping[str, str]) -> str:
-    said, heard = [], []
-    for one, other in example.steps:
-        kind = "" if one == other else "sub" if one and other else "del" if one else "ins"
-        said.append(f'<td class="{kind}">{_escape(one or "·")}</td>')
-        heard.append(f'<td class="{kind}">{_escape(other or "·")}</td>')
-    sound = f'<audio controls preload="metadata" src="{example.sound}"></audio>' if example.sound else ""
+    reference, hypothesis = [], []
+    for a, b in example.pairs:
+        kind = "" if a == b else "ins" if a is None else "del" if b is None else "sub"
+        reference.append(f'<td class="{kind}">{_escape(str(a or "·"))}</td>')
+        hypothesis.append(f'<td class="{kind}">{_escape(str(b or "·"))}</td>')
+    sound = f'<audio controls preload="metadata" src="{example.audio}"></audio>' if example.audio else ""
     picture = (
         f'<div class="scroll">{_image(example.figure, say["picture"] + ": " + example.id)}</div>'
         if example.figure
@@ -182,8 +179,8 @@ def _example(example: Example, say: Mapping[str, str]) -> str:
         f'<div class="example"><p><b>{_escape(example.text or example.id)}</b></p>'
         f'<p class="note">{_escape(example.id)} · {_escape(example.split)} · {example.seconds:.1f} s · '
         f"PER {100 * errors.rate:.0f} % ({errors.errors}/{errors.length})</p>{sound}{picture}"
-        f'<div class="scroll"><table class="phones"><tr><th>{say["said"]}</th>{"".join(said)}</tr>'
-        f"<tr><th>{say['heard']}</th>{''.join(heard)}</tr></table></div></div>"
+        f'<div class="scroll"><table class="phones"><tr><th>{say["reference"]}</th>{"".join(reference)}</tr>'
+        f"<tr><th>{say['hypothesis']}</th>{''.join(hypothesis)}</tr></table></div></div>"
     )
 
 

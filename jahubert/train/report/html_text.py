@@ -56,12 +56,12 @@ _BOTH = {
         "known, and the units.",
         "音素誤り率の高い順。波形、スペクトログラム(kHz)と音素(時刻が分かる場合)、ユニット。",
     ),
-    "sub": ("substituted", "置換"),
-    "del": ("left out", "脱落"),
-    "ins": ("added", "挿入"),
+    "sub": ("substitution", "置換"),
+    "del": ("deletion", "脱落"),
+    "ins": ("insertion", "挿入"),
     "picture": ("waveform, spectrogram and units", "波形・スペクトログラム・ユニット"),
-    "said": ("said", "正解"),
-    "heard": ("heard", "認識"),
+    "reference": ("reference", "正解"),
+    "hypothesis": ("hypothesis", "認識結果"),
     "finished": ("finished", "終了"),
 }
 TEXT = {

@@ -1,20 +1,21 @@
-"""What an experiment has scored: each decoding of each system, and what a table calls it."""
+"""Scored systems of an experiment, and the labels that tables give them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jahubert.errors import DataError
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.experiment.registry import decoding_of, stage_folder
 
 
 @dataclass(frozen=True)
 class Result:
-    """A decoding of a system, and its scores."""
+    """One decoding of a system that has been scored."""
 
     exp: Path
     system: str
@@ -25,19 +26,14 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Within its experiment."""
+        """Name within its experiment."""
         return f"{self.system}, {self.decoding}" if self.decoding else self.system
 
-    @property
-    def label(self) -> str:
-        """Anywhere: experiment, model, subset of the corpus, search."""
-        return label_of(self.folder("decode"))
-
     def summary(self) -> dict[str, Any]:
-        """Its scores, and what they were learnt from."""
+        """Label, scores, and size of the fine-tuning."""
         finetune = read_record(self.folder("finetune") / DONE)
         return {
-            "label": self.label,
+            "label": result_label(self.folder("decode")),
             "updates": finetune["settings"]["train.max_steps"],
             "hours": finetune["metrics"]["hours"],
             "utterances": finetune["metrics"]["utterances"],
@@ -45,32 +41,51 @@ class Result:
         }
 
 
-def results_of(exp: Path) -> Iterator[Result]:
-    """All that is scored in an experiment: systems by name, the plain decoding of each first."""
+def find_results(exp: Path) -> Iterator[Result]:
+    """Scored decodings of an experiment, by name of the system, each with its main decoding first."""
     for system in sorted((exp / "systems").glob("*")):
         for folder in sorted(system.glob("score*")):
             if (folder / DONE).exists():
                 yield Result(exp, system.name, decoding_of(folder))
 
 
-def label_of(decode: Path) -> str:
-    """What hypotheses are of, by the records of the stages before them; their folder where there are none."""
+def summarize_results(exp: Path, others: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
+    """`Result.summary` of every system of an experiment by name, and of other experiments as "name: system".
+
+    Raises:
+        DataError: another experiment has no scores.
+    """
+    systems = {result.name: result.summary() for result in find_results(exp)}
+    for other in others:
+        summaries = {f"{other.name}: {result.name}": result.summary() for result in find_results(other)}
+        if not summaries:
+            raise DataError(f"report.compare_with: {other} has no scores; run stage=score there first")
+        systems |= summaries
+    return systems
+
+
+def result_label(decode: Path) -> str:
+    """Label of the hypotheses in a folder of stage `decode`: experiment, model, subset and search.
+
+    It is read from the records of the stages; without records it is the folder itself.
+    """
     system, exp = decode.parent, decode.parent.parent.parent
-    prepare, finetune, own = (
+    prepare_record, finetune_record, decode_record = (
         read_record(folder / DONE) if (folder / DONE).exists() else {}
         for folder in (exp / "prepare", system / "finetune", decode)
     )
-    if not own:
+    if not decode_record:
         return str(decode)
-    settings = own["settings"]  # an earlier version did not describe its search
-    before = f"beam {settings['beam']}" if settings["search"] == "beam" else settings["search"]
-    search = own["metrics"].get("search", before)
+    settings = decode_record["settings"]
+    search = decode_record["metrics"].get("search")
+    if search is None:  # a record of an earlier version
+        search = f"beam {settings['beam']}" if settings["search"] == "beam" else settings["search"]
     decoding = decoding_of(decode)
     parts = [
         exp.resolve().name,
         "" if system.name == "main" else system.name,
-        finetune.get("metrics", {}).get("model"),
-        prepare.get("settings", {}).get("options.subset"),
+        finetune_record.get("metrics", {}).get("model"),
+        prepare_record.get("settings", {}).get("options.subset"),
         None if decoding is None or decoding in search else decoding,
         search,
     ]

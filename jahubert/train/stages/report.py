@@ -1,6 +1,6 @@
-"""What a run came to: one table on the terminal, one HTML page.
+"""Report of an experiment: tables on the terminal and an HTML page.
 
-Reads   everything under the experiment's folder that is done
+Reads   the finished stages of the experiment
 Writes  metrics.json, table.txt, report.html
 
     python -m jahubert.run recipe=demo stage=report report.language=ja
@@ -19,27 +19,28 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors
-from jahubert.train.experiment.provenance import DONE, write_json
-from jahubert.train.report import tables
+from jahubert.train.experiment.provenance import DONE, read_record, write_json
+from jahubert.train.report import units
 from jahubert.train.report.examples import Example, worst_examples
 from jahubert.train.report.html import PageData, render_page
-from jahubert.train.report.results import results_of
+from jahubert.train.report.results import find_results, summarize_results
+from jahubert.train.report.tables import text_tables
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-KEEP = False  # it reads whatever is there, so it is made anew every time
+KEEP = False  # always made again, as it reads all finished stages
 
 
 @dataclass(frozen=True)
 class Config:
     exp: Path
-    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, beside ours of phones
-    compare_with: tuple[Path, ...] = ()  # experiments whose scores stand in the same tables
+    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
+    compare_with: tuple[Path, ...] = ()  # experiments in the same tables
     language: Literal["en", "ja"] = "en"  # of the page
-    examples: int = 4  # utterances of each system that are shown with their sound, about 0.2 MB each
-    layer_frames: int = 20_000  # on which units of each layer are measured; 0: not at all
-    seed: int = 0  # which frames those are
+    examples: int = 4  # utterances per system with audio, about 0.2 MB each
+    layer_frames: int = 20_000  # that the units of each layer are measured on; 0: skip this
+    seed: int = 0  # of the choice of those frames
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -48,43 +49,52 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     if not (config.exp / "prepare" / DONE).exists():
-        raise DataError(
-            f"{config.exp}: nothing to report yet; run stage=prepare and the stages after it first"
-        )
+        raise DataError(f"{config.exp}: nothing to report; run stage=prepare and the following stages first")
     manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
-    times, source = tables.phone_times(config.exp, manifest)
+    times, source = units.phone_times(config.exp, manifest)
     device = distributed.process_device(config.device)
-    try:  # in all processes, which share the clustering
-        layers = tables.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
-    except AudioError as error:  # a corpus may have moved since; the rest of the report needs no audio
-        log.warning("PNMI by layer is left out: %s", error)
+    try:  # in all processes, because they share the clustering
+        layers = units.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
+    except AudioError as error:  # the corpus may have been moved; the rest needs no audio
+        log.warning("report without PNMI by layer: %s", error)
         layers = {}
     if distributed.rank():
         return {}
-    counted = tables.unit_counts(config.exp, times, source)
-    summary = tables.summarize(config.exp, counted, config.compare_with) | {
+    counts = units.count_units(config.exp, times, source)
+    summary = {
+        "corpus": read_record(config.exp / "prepare" / DONE)["metrics"],
+        "systems": summarize_results(config.exp, config.compare_with),
+        "units": units.unit_quality(config.exp, counts),
+        "seconds": stage_seconds(config.exp),
         "layers": layers,
         "published": config.published,
     }
-    table = tables.table(summary)
+    table = text_tables(summary)
     write_json(out / "metrics.json", summary)
     with atomic_write(out / "table.txt") as file:
         file.write(table + "\n")
-    found = examples(config, manifest, times)
-    shown = PageData(config.exp, summary, counted.usage, counted.phones, counted.counts, found)
+    page = PageData(config.exp, summary, counts, find_examples(config, manifest, times))
     with atomic_write(out / "report.html") as file:
-        file.write(render_page(shown, config.language))
+        file.write(render_page(page, config.language))
     print(f"{table}\n\nReport: {out / 'report.html'}")
     return {}
 
 
-def examples(
+def stage_seconds(exp: Path) -> dict[str, float]:
+    """Duration of each finished stage by its folder."""
+    return {
+        str(path.parent.relative_to(exp)): read_record(path)["seconds"]
+        for path in sorted(exp.glob(f"**/{DONE}"))
+    }
+
+
+def find_examples(
     config: Config, manifest: Manifest, times: dict[int, tuple[Phone, ...]]
 ) -> dict[str, list[Example]]:
-    """The worst utterances of every system that has been scored, with the units of the last labelling."""
-    stores = tables.label_stores(config.exp)
+    """Utterances with the highest error rates of every scored system, with units."""
+    stores = units.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {
         result.name: worst_examples(result.folder("decode"), manifest, times, store, config.examples)
-        for result in (results_of(config.exp) if config.examples else ())
+        for result in (find_results(config.exp) if config.examples else ())
     }

@@ -35,7 +35,7 @@ from jahubert.train.evaluation.scoring import (
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors
 from jahubert.train.experiment.provenance import read_record, write_json
-from jahubert.train.report.results import label_of
+from jahubert.train.report.results import result_label
 
 VERSION = 2
 _N_CONFUSIONS = 30
@@ -67,7 +67,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 file.writelines(f"{line}\n" for line in details(path.stem, score, set_score))
     if distributed.rank() == 0:
         write_json(out / "scores.json", scores)
-        results = [(label_of(config.hypotheses), phone_wer(scores))]
+        results = [(result_label(config.hypotheses), phone_wer(scores))]
         table = published_table(config.published, results) + rates_table(scores)
         with atomic_write(out / "table.txt") as file:
             file.write(table)

@@ -1,4 +1,4 @@
-"""Figures are whole PNGs, and the matrix of phones and units is put in an order that shows a diagonal."""
+"""Figures are valid images, and the matrix of phones and units is sorted along a diagonal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from jahubert.train.report.figures import (
 )
 
 
-def size(address: str) -> tuple[int, int]:
-    """Width and height that the PNG in a data address says it has."""
+def png_size(address: str) -> tuple[int, int]:
+    """Width and height of the PNG in a data URI."""
     head, _, data = address.partition(",")
     content = base64.b64decode(data)
     assert (
@@ -29,7 +29,7 @@ def size(address: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def test_matrix_is_ordered_by_hand():
+def test_phone_matrix_is_sorted_along_a_diagonal():
     # unit         0   1   2   3   4
     count_PK = np.array([[0, 1, 0, 0, 2], [9, 0, 0, 3, 0], [1, 4, 0, 3, 0]])
     phones_P, units_K = phone_order(count_PK)
@@ -40,8 +40,8 @@ def test_matrix_is_ordered_by_hand():
     assert np.all(np.diag(planted[phones_P][:, units_K]) == np.arange(10, 0, -1))
 
 
-def drawing(address: str) -> ElementTree.Element:
-    """The root of the SVG in a data address."""
+def svg_root(address: str) -> ElementTree.Element:
+    """The root of the SVG in a data URI."""
     head, _, data = address.partition(",")
     assert head == "data:image/svg+xml;base64"
     root = ElementTree.fromstring(base64.b64decode(data))
@@ -49,41 +49,40 @@ def drawing(address: str) -> ElementTree.Element:
     return root
 
 
-def points(address: str) -> list[int]:
-    """The number of points of each curve: what is drawn, axes and grid aside."""
-    lines = [path for path in drawing(address).iter() if path.get("clip-path") and path.get("d")]
-    found = [path.get("d", "").count("L") + 1 for path in lines if "#b0b0b0" not in path.get("style", "")]
-    return found
+def points_per_curve(address: str) -> list[int]:
+    """Number of points of each curve, without axes and grid."""
+    lines = [path for path in svg_root(address).iter() if path.get("clip-path") and path.get("d")]
+    return [path.get("d", "").count("L") + 1 for path in lines if "#b0b0b0" not in path.get("style", "")]
 
 
-def test_figures_are_drawn():
+def test_unit_figures_are_valid_images():
     count_PK = np.random.default_rng(0).integers(0, 9, (42, 100))
     count_PK[:, 7] = 0
-    assert size(phone_matrix(count_PK, [f"p{i}" for i in range(42)]))[0] == 990
+    assert png_size(phone_matrix(count_PK, [f"p{i}" for i in range(42)]))[0] == 990
     for counts in (count_PK.sum(0), np.zeros(4, int)):
-        drawing(unit_usage(counts))
+        svg_root(unit_usage(counts))
     layers = {"frames": 900, "mfcc": [{"pnmi": 0.4}], "iter1": [{"pnmi": x} for x in (0.1, 0.3, 0.2)]}
-    assert sorted(points(layer_curves(layers))) == [2, 3]
+    assert sorted(points_per_curve(layer_curves(layers))) == [2, 3]
     assert phone_matrix(count_PK, ["p"] * 42) == phone_matrix(count_PK, ["p"] * 42)
 
 
-def test_a_curve_for_every_metric_with_speed_and_waiting():
+def test_curves_of_every_metric_with_speed_and_waiting():
     timing = {"seconds": 2.0, "steps": 10, "waiting": 0.25}
     rows = [{"step": i, "loss": 1 / i, "timing": timing} for i in range(1, 6)]
     rows += [{"step": 3, "valid_loss": 0.5}, {"step": 5, "valid_loss": 0.4, "valid_per": 1.0}]
     found = curves(rows)
     assert set(found) == {"loss", "per", "speed", "waiting"}
-    assert points(found["loss"]) == [5, 2]
-    assert points(found["speed"]) == [5]
+    assert points_per_curve(found["loss"]) == [5, 2]
+    assert points_per_curve(found["speed"]) == [5]
 
 
-def test_an_utterance_is_as_wide_as_it_is_long():
+def test_width_of_utterance_figure_follows_its_duration():
     rng = np.random.default_rng(0)
     phones = (Phone("a", 0, 3200), Phone("pau", 3200, 20_000))
     short, long = (
-        size(utterance(0.1 * rng.standard_normal(n).astype(np.float32), phones, np.arange(n // 320)))
+        png_size(utterance(0.1 * rng.standard_normal(n).astype(np.float32), phones, np.arange(n // 320)))
         for n in (40_000, 120_000)
     )
     assert 2.5 < long[0] / short[0] < 3.5 and abs(long[1] - short[1]) < 5
     for wav_T in (np.zeros(16_000, np.float32), np.ones(450, np.float32)):
-        size(utterance(wav_T, (), None))  # digital silence, and shorter than a window
+        png_size(utterance(wav_T, (), None))  # digital silence, and shorter than a window

@@ -1,0 +1,135 @@
+"""Units of an experiment: usage, quality against phones, and quality of every layer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jahubert.formats.bundle import load_bundle
+from jahubert.frames import HUBERT
+from jahubert.train.data.labels import LabelStore
+from jahubert.train.data.manifest import Manifest, Phone
+from jahubert.train.evaluation.layer_quality import PhoneFrames
+from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
+from jahubert.train.evaluation.unit_checks import usage_statistics
+from jahubert.train.experiment.progress import progress
+from jahubert.train.experiment.provenance import DONE
+
+LAYER_UNITS = 100  # K for every layer, the same as for MFCCs in the recipe
+
+
+@dataclass(frozen=True)
+class UnitCounts:
+    """Frames per unit of each iteration, and per phone and unit if phone times are available."""
+
+    usage: dict[str, np.ndarray]  # "iter1" -> (K,) all frames
+    phones: list[str]
+    source: str  # of the phone times
+    joint: dict[str, np.ndarray]  # "iter1" -> (P, K) frames with a known phone
+
+
+def label_stores(exp: Path) -> dict[str, LabelStore]:
+    """The finished label stores of an experiment by iteration ("iter1", ...)."""
+    return {
+        path.parent.parent.name: LabelStore(path.parent) for path in sorted(exp.glob(f"iter*/label/{DONE}"))
+    }
+
+
+def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, ...]], str]:
+    """Phones of each manifest row that has any, and the source of their times.
+
+    These are the corpus's own times if it has any, else the forced alignment of stage `decode`.
+    """
+    times: dict[int, tuple[Phone, ...]] = {}
+    with progress("phone times", "utterances", len(manifest)) as done:
+        for row in range(len(manifest)):
+            if phones := manifest[row].alignment:
+                times[row] = phones
+            done(1)
+    if times:
+        return times, "corpus"
+    for path in sorted(exp.glob("systems/*/decode/alignment.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            times[item["row"]] = tuple(Phone(*phone) for phone in item["phones"])
+        return times, f"forced alignment by {path.parent.parent.name}"
+    return {}, ""
+
+
+def count_units(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> UnitCounts:
+    """Count units, and phones and units of the same frame, given the result of `phone_times`."""
+    stores = label_stores(exp)
+    usage = {name: store.unit_counts() for name, store in stores.items()}
+    if not times:
+        return UnitCounts(usage, [], "", {})
+    symbols = sorted({phone.symbol for phones in times.values() for phone in phones})
+    index = {symbol: number for number, symbol in enumerate(symbols)}
+    joint = {}
+    for name, store in stores.items():
+        phone_parts: list[int] = []
+        unit_parts: list[np.ndarray] = []
+        with progress(f"units of {name} and phones", "utterances", len(times)) as done:
+            for row, alignment in times.items():
+                unit_S = np.asarray(store[row])
+                phone_S = phone_frames(alignment, len(unit_S), HUBERT)
+                known = np.array([phone is not None for phone in phone_S], bool)
+                phone_parts += [index[phone] for phone in phone_S if phone is not None]
+                unit_parts.append(unit_S[known].astype(np.int64))
+                done(1)
+        phone_N, unit_N = np.array(phone_parts), np.concatenate(unit_parts)
+        joint[name] = joint_counts(phone_N, unit_N, len(symbols), store.header.n_units)
+    return UnitCounts(usage, symbols, source, joint)
+
+
+def layer_curves(
+    exp: Path, times: dict[int, tuple[Phone, ...]], n_frames: int, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Quality of `LAYER_UNITS` units of MFCCs and of every block of each iteration's model.
+
+    All are measured on the same frames. Empty if there are no phone times or models.
+    """
+    models = sorted(path.parent for path in exp.glob(f"iter*/pretrain/{DONE}"))
+    if not (times and models and n_frames):
+        return {}
+    frames = PhoneFrames(Manifest(exp / "prepare" / "manifest.arrow"), times, n_frames, seed)
+    if not len(frames):
+        return {}
+    curves: dict[str, Any] = {
+        "frames": len(frames),
+        "mfcc": [frames.quality(frames.mfcc(), LAYER_UNITS, seed)],
+    }
+    for folder in models:
+        layers = frames.layers(load_bundle(folder).model, device)
+        name = folder.parent.name
+        curves[name] = []
+        with progress(f"units of each layer of {name}", "layers", len(layers)) as done:
+            for frame_ND in layers:
+                curves[name].append(frames.quality(frame_ND, LAYER_UNITS, seed))
+                done(1)
+    return curves
+
+
+def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
+    """Feature, usage, purities and PNMI of the units of each iteration."""
+    stores, result = label_stores(exp), {}
+    for name, usage_K in counts.usage.items():
+        header = stores[name].header
+        against_phones: dict[str, Any] = {}
+        if name in counts.joint:
+            count_PK = counts.joint[name]
+            against_phones = {"frames": int(count_PK.sum()), "phones": counts.source}
+            against_phones |= cluster_quality(count_PK)
+        result[name] = {
+            "learnt": (exp / name / "pretrain" / DONE).exists(),  # False: units of the last model
+            "feature": header.feature,
+            "layer": header.layer,
+            "n_units": header.n_units,
+            **against_phones,
+            **usage_statistics(usage_K),
+        }
+    return result
