@@ -1,6 +1,6 @@
 """The published sizes, base and large, against Hugging Face's models on the same random weights.
 
-Every hidden state, masked frames, padded batches and the CTC head, for recordings of 25 ms to 25 s.
+Every hidden state, masked frames, padded batches and the CTC head, for recordings of 25 ms to 15 s.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def difference(mine: torch.Tensor, their: torch.Tensor) -> float:
     return float((mine - their).abs().max() / their.abs().max())
 
 
-@pytest.mark.parametrize("n_samples", [400, 16_123, 400_000])
+@pytest.mark.parametrize("n_samples", [400, 16_123, 240_000])
 def test_every_hidden_state(pair, n_samples):
     ours, theirs = pair
     config, wav_BT = ours.config, waveforms(n_samples)
