@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -87,9 +86,7 @@ def elapsed_seconds(out: Path) -> float:
 
 def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
     """Write the record that makes the folder done. The last thing a stage does."""
-    import torch
-
-    from jahubert import __version__
+    from jahubert.train.experiment.environment import environment
 
     record = {
         "fingerprint": fingerprint(recipe),
@@ -97,11 +94,7 @@ def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: 
         "metrics": metrics,
         "seconds": round(seconds, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "made_with": {
-            "jahubert": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "made_with": environment(),
     }
     write_json(out / DONE, record)
 
