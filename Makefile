@@ -12,6 +12,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 STACK ?= .venv-stack
+# Other versions than the pinned ones, for example: make test PYTHON=python3.10 CONSTRAINTS= TORCH=torch==2.6.0
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch
+PIN = $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Hydra overrides for `make demo`, for example: make demo ARGS='seed=1'
 ARGS ?=
 # Arguments for pytest, for example: make test PYTEST_ARGS='-k audio -x'
@@ -44,10 +48,10 @@ $(VENV)/bin/pip:
 	$(call need,5,the environment $(VENV))
 	$(PYTHON) -m venv $(VENV)
 
-$(READY): pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/pip
 	@echo "Installing into $(VENV) (about 2.5 GB with a CPU build of torch)"
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[train,onnx,dev]'
+	$(VENV)/bin/python -m pip install --quiet $(PIN) '$(TORCH)'
+	$(VENV)/bin/python -m pip install --quiet $(PIN) '$(TORCH)' -e '.[train,onnx,dev]'
 	@touch $@
 
 $(STACK)/bin/pip:
