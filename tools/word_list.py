@@ -1,4 +1,4 @@
-"""The words of an experiment's training targets, for decoding with a word list and an n-gram.
+"""Word list and training corpus of an n-gram, from the training targets of an experiment.
 
     python tools/word_list.py exp/csj
     lmplz -o 3 < exp/csj/words/corpus.txt > exp/csj/words/3gram.arpa       # KenLM's
@@ -6,8 +6,8 @@
         decode.lexicon.words=exp/csj/words/lexicon.txt decode.lexicon.ngram=exp/csj/words/3gram.arpa
     python -m jahubert.run recipe=csj stage=score decoding=words score.baseline=exp/csj/systems/main/decode
 
-Writes `words/lexicon.txt`, a word and its symbols a line, and `words/corpus.txt`, an utterance a line. A word
-is named by its kana, so words that sound alike are one, as in the error rates.
+Writes `words/lexicon.txt`, one word with its symbols per line, and `words/corpus.txt`, one utterance per line.
+A word is identified by its kana, so homophones are one word, as in the error rates.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("exp", type=Path)
-    parser.add_argument("--least", type=int, default=1, help="leave out words that occur less often")
+    parser.add_argument("--least", type=int, default=1, help="minimum number of occurrences of a word")
     args = parser.parse_args()
     manifest, targets = Manifest(args.exp / "prepare/manifest.arrow"), TargetStore(args.exp / "targets")
     phones = vocabulary_kind(targets.phonemes) == "phones"
@@ -41,7 +41,7 @@ def main() -> None:
     kept = sorted(word for word, n in counts.items() if n >= args.least)
     lines = (f"{name} {' '.join(spelled)}\n" for name, spelled in kept)
     (out / "lexicon.txt").write_text("".join(lines), encoding="utf-8")
-    print(f"{len(kept)} words, {counts.total()} times, in {out}")
+    print(f"{len(kept)} words with {counts.total()} occurrences written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The built-in model, from the corpus to the folder that the wheel carries.
+"""Build of the built-in model, from the corpus to the folder that is part of the wheel.
 
     python recipes/builtin/build.py data=/path/to/the/words sentences=/path/to/sentences processes=2
-    python recipes/builtin/build.py --pack exp/builtin   # a run that was made before, here or elsewhere
+    python recipes/builtin/build.py --pack exp/builtin   # pack a finished run, possibly of another machine
 
-Pretrains by recipe tofugu in exp/tofugu, unless `pretrained=` names another network, and runs every stage of
-recipe builtin with the settings given (what is done is kept). Then writes the recogniser in float16 with its
-model card, whose numbers are those of stage `score`. Refuses a folder over 15 MB.
+Pretrains with recipe tofugu in exp/tofugu, unless `pretrained=` names a model, and runs all stages of recipe
+builtin with the given settings (finished stages are kept). Then writes the recognizer in float16 with a model
+card that has the numbers of stage `score`. The folder must not exceed 15 MB.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ SETS = {
     "test_low": "held-out words, the lower of the two recorded voices",
     "test_high": "held-out words, the higher one",
     "test_joined": "held-out words of both voices, joined to utterances of 2 to 12 s",
-    "test_made": "sentences that training has not seen, made voices that it has heard",
-    "test_real": "sentences read by people that it has never heard (8 recordings)",
+    "test_made": "sentences that do not occur in training, synthetic voices that do",
+    "test_real": "sentences read by speakers that do not occur in training (8 recordings)",
 }
 CARD = Path(__file__).with_name("card.md")
-PLACES = ("data", "sentences", "exp", "pretrained")  # settings whose values are folders of one machine
-SHARED = ("data", "seed", "processes", "device", "workers")  # settings of pretraining too
+PATH_SETTINGS = ("data", "sentences", "exp", "pretrained")  # not shown in the card
+SHARED = ("data", "seed", "processes", "device", "workers")  # settings that pretraining takes as well
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pack", metavar="EXP", help="run nothing, only pack the experiment in this folder")
+    parser.add_argument("--pack", metavar="EXP", help="only pack the finished experiment in this folder")
     parser.add_argument(
         "--to", metavar="DIR", type=Path, default=Path(jahubert.__file__).parent / "assets" / NAME
     )
     parser.add_argument("settings", nargs="*", help="data=... sentences=... and any other setting")
     args = parser.parse_args(argv)
-    shown = [s for s in args.settings if s.partition("=")[0] not in PLACES]
-    command = " ".join(["python recipes/builtin/build.py", "data=...", "sentences=...", *shown])
+    settings = [s for s in args.settings if s.partition("=")[0] not in PATH_SETTINGS]
+    command = " ".join(["python recipes/builtin/build.py", "data=...", "sentences=...", *settings])
     overrides = ["recipe=builtin", *args.settings]
     try:
         if args.pack is None:
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def pretrained(settings: list[str]) -> tuple[int, str]:
-    """The exit status of pretraining, and the folder of the network to start from."""
+    """Run pretraining; return its exit status and the folder of the pretrained model."""
     given = dict(setting.partition("=")[::2] for setting in settings)
     if "pretrained" in given:
         return 0, given["pretrained"]
@@ -95,34 +95,34 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
 
 @torch.no_grad()
 def pack(exp: Path, target: Path, command: str) -> int:
-    """Write the recogniser of `exp` with its model card; returns its size in bytes.
+    """Write the recognizer of `exp` with its model card; return the size in bytes.
 
     Raises:
-        DataError: the run is not done, or the folder would be too large.
+        DataError: the run is not finished, or the folder is too large.
     """
     system = exp / "systems" / "main"
     if not (system / "score" / DONE).exists():
-        raise DataError(f"{exp}: stage score is not done; run recipe=builtin stage=all first")
+        raise DataError(f"{exp}: stage score is not finished; run recipe=builtin stage=all first")
     scores = json.loads((system / "score" / "scores.json").read_text(encoding="utf-8"))
     record = read_record(system / "finetune" / DONE)
     bundle = load_bundle(system / "finetune")
     if bundle.ctc is None:
         raise ConfigError(f"{system}: its bundle has no CTC head")
-    for tensor in bundle.ctc.state_dict().values():  # what is measured and hashed is what is in the file
+    for tensor in bundle.ctc.state_dict().values():  # the hash is that of the weights in the file
         tensor.copy_(tensor.half().float())
     info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
     info["per"] = {name: round(score["per"]["rate"], 4) for name, score in scores.items()}
-    beside = target.with_name(target.name + ".new")
-    save_bundle(beside, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info)
-    weights = load_file(beside / "model.safetensors")
+    staging = target.with_name(target.name + ".new")
+    save_bundle(staging, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info)
+    weights = load_file(staging / "model.safetensors")
     half = {name: tensor.half() for name, tensor in weights.items()}
-    save_file(half, beside / "model.safetensors", metadata={"format": "pt"})
-    (beside / "README.md").write_text(card(bundle, scores, record, command), encoding="utf-8")
-    size = sum(path.stat().st_size for path in beside.iterdir())
+    save_file(half, staging / "model.safetensors", metadata={"format": "pt"})
+    (staging / "README.md").write_text(card(bundle, scores, record, command), encoding="utf-8")
+    size = sum(path.stat().st_size for path in staging.iterdir())
     if size > LIMIT:
-        raise DataError(f"{beside}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")
+        raise DataError(f"{staging}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")
     shutil.rmtree(target, ignore_errors=True)
-    beside.rename(target)
+    staging.rename(target)
     return size
 
 

@@ -1,10 +1,10 @@
-"""What the built-in model learns from and is measured on: real words, their joined utterances, made voices.
+"""Training and test data of the built-in model: recorded words, joined utterances, synthetic voices.
 
-Three sources. The words of recipe `tofugu`, single and joined, and the joined ones again at other speeds,
-which are other vocal tracts and other rates. The sentences of recipe `demo`, said by its made voices. And
-the same voices reading the training words in random order: more different phones side by side than a
-pattern of sentences has. Splits for measuring: the held-out words by voice, joined, made sentences that
-training has not seen, and, where a folder is given, real sentences.
+There are three sources: the words of recipe `tofugu`, single and joined, and the joined ones again at other
+speeds, which change vocal tract and rate; the sentences of recipe `demo` in its synthetic voices; and the
+training words in random order in the same voices, which have more different phone sequences than sentence
+patterns. Test splits are the held-out words by voice, the same joined, synthetic sentences that do not occur
+in training, and real sentences, if a folder is given.
 """
 
 from __future__ import annotations
@@ -36,32 +36,35 @@ def _recipe(name: str) -> ModuleType:
 tofugu, demo = _recipe("tofugu"), _recipe("demo")
 Words, Voices = tofugu.Config, demo.Config
 
-# The recordings do not say who speaks: one voice lies around 125 Hz, the other around 240, few words between.
-LOW_VOICE = 175.0  # Hz, the median of a word
-_FLOOR, _CEILING = 70.0, 400.0  # Hz, where the pitch is looked for
+# The recordings do not name the speaker: one voice is around 125 Hz, the other around 240 Hz.
+LOW_VOICE = 175.0  # Hz, median pitch of a word
+_FLOOR, _CEILING = 70.0, 400.0  # Hz, range of the pitch tracker
 _WINDOW, _STEP = 1024, 256  # samples
-_JOINS = ("、", "、", "と", "の", "は", "が", "を", "に", "も")  # between the words that a made voice reads
+_JOINS = ("、", "、", "と", "の", "は", "が", "を", "に", "も")  # between words read by a synthetic voice
 
 
 @dataclass(frozen=True)
 class Config:
-    sentences: str | None = None  # a folder with transcripts.tsv (columns file, text): split test_real
+    sentences: str | None = None  # folder with transcripts.tsv (columns file, text): split test_real
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
-    reading: float = 35.0  # minutes of made voices that read training words
-    speeds: tuple[float, ...] = (0.87, 1.15)  # joined training utterances are there at one of these as well
+    reading: float = 35.0  # minutes of training words in synthetic voices
+    speeds: tuple[float, ...] = (0.87, 1.15)  # every joined training utterance is repeated at one of these
 
     def __post_init__(self) -> None:
         if not all(0.5 <= speed <= 2 for speed in self.speeds):
-            raise ConfigError(f"speeds are {self.speeds}, but must lie between 0.5 and 2")
+            raise ConfigError(f"speeds must be between 0.5 and 2; found {self.speeds}")
         if self.reading < 0:
-            raise ConfigError(f"reading is {self.reading} minutes, but must not be negative")
+            raise ConfigError(f"reading must be at least 0 minutes; found {self.reading}")
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Yield splits train, dev, dev_joined, dev_made, test_low, test_high, test_joined, test_made, test_real.
 
-    `data` is the corpus of recipe `tofugu`. Raises DataError without it.
+    `data` is the corpus of recipe `tofugu`.
+
+    Raises:
+        DataError: corpus not found.
     """
     words: list[str] = []
     for number, item in enumerate(tofugu.prepare(data, work / "tofugu", config.words, seed)):
@@ -76,18 +79,18 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             words.append(item.text)
         if item.split == "train" and joined and config.speeds:
             yield _at_speed(item, config.speeds[number % len(config.speeds)], work / "speeds")
-    for item in demo.spoken(demo.sentences(seed), work / "voices", config.voices, seed):
+    for item in demo.synthesize(demo.sentences(seed), work / "voices", config.voices, seed):
         yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
     reading = replace(config.voices, minutes=config.reading, dev_share=0.0, test_share=0.0)
     if config.reading:
-        for item in demo.spoken(_texts(words, seed), work / "reading", reading, seed):
+        for item in demo.synthesize(_texts(words, seed), work / "reading", reading, seed):
             yield replace(item, id=item.id.replace("demo", "reading"))
     if config.sentences is not None:
         yield from _sentences(Path(config.sentences).expanduser())
 
 
 def _voice(item: Utterance) -> str:
-    """ "low" or "high", by the median pitch where the word is loud."""
+    """Classify a voice as "low" or "high" by the median pitch of the loud part of the word."""
     try:
         import librosa
     except ImportError as error:
@@ -100,7 +103,7 @@ def _voice(item: Utterance) -> str:
 
 
 def _at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
-    """The utterance played faster or slower, pitch and all."""
+    """The utterance played faster or slower, with its pitch."""
     path = folder / f"{Path(item.audio.path).stem}-{speed}.flac"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,10 +118,10 @@ def _at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
 
 
 def _texts(words: list[str], seed: int) -> Iterator[str]:
-    """Texts of three to seven words in random order without end; none where Open JTalk cannot read a word."""
+    """Endless texts of three to seven words in random order, without words that Open JTalk cannot read."""
     readable = [word for word in words if _is_readable(word)]
     if not readable:
-        raise DataError("no training word can be read by pyopenjtalk, so none can be said by a made voice")
+        raise DataError("pyopenjtalk can read none of the training words, so no voice can be synthesized")
     rng = random.Random(f"reading {seed}")
     seen: set[str] = set()
     while True:
@@ -132,7 +135,7 @@ def _texts(words: list[str], seed: int) -> Iterator[str]:
 
 
 def _is_readable(text: str) -> bool:
-    """Whether the phones of its words and those that the voice says agree."""
+    """Whether the phones of the words agree with those of the synthetic voice."""
     try:
         words, labels = demo._labels(text)
         demo._alignment(words, labels, [1] * len(labels))
@@ -142,11 +145,11 @@ def _is_readable(text: str) -> bool:
 
 
 def _sentences(folder: Path) -> Iterator[Utterance]:
-    """Recordings with a text, only to measure on."""
+    """Test recordings with a text."""
     table = folder / "transcripts.tsv"
     if not table.is_file():
         raise DataError(
-            f"{table}: no such file; give sentences=FOLDER with a table of the columns file and text"
+            f"{table}: file not found; give sentences=FOLDER with a table that has the columns file and text"
         )
     with table.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):

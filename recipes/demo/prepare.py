@@ -1,11 +1,10 @@
-"""A corpus that makes itself: sentences from the project's own word lists, spoken by Open JTalk.
+"""Synthetic corpus: sentences composed from the project's word lists, spoken by Open JTalk.
 
-Nothing is downloaded. The voice is the one inside pyopenjtalk-plus (HTS voice "Mei", CC BY 3.0, MMDAgent
-Project Team), and every phone's time is known exactly. That comes from how an HTS voice works: at speed 1.0
-the number of 5 ms frames of a phone depends on its context label alone. So a copy of the voice whose frame
-is one sample long says how many frames a label takes, in no time. Copies with a longer or shorter frame speak
-slower or faster, every duration scaled alike; another frequency warping is a shorter or longer vocal tract.
-With a pitch these are the speakers.
+Nothing is downloaded. The voice is part of pyopenjtalk-plus (HTS voice "Mei", CC BY 3.0, MMDAgent Project
+Team), and all phone times are exact: at speed 1.0, the number of 5 ms frames of a phone in an HTS voice
+depends on its context label alone, so a copy of the voice with frames of one sample yields the frame counts
+of labels almost instantly. Copies with longer or shorter frames speak slower or faster, with all durations
+scaled alike; frequency warping changes the length of the vocal tract. With a pitch, these are the speakers.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ from jahubert.phonemes import VOWELS
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.text.japanese import Word, analyze, features_to_words, openjtalk
 
-VERSION = 1  # of the sound; in the name of every file
+VERSION = 1  # of the generated audio; part of every file name
 _VOICE_RATE = 48_000  # Hz
 _STEP = _VOICE_RATE // SAMPLE_RATE
-_ALONE_SECONDS = 300  # less than this is made without helpers
+_PARALLEL_SECONDS = 300  # from this much audio on, several processes are used
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A way to speak: the same voice at another rate, pitch and vocal tract."""
+    """A speaker: the voice at another rate, pitch and vocal tract length."""
 
     name: str
-    frame: int  # samples of 48 kHz; 240 is the voice's own rate; a multiple of 3, so that times stay integers
+    frame: int  # 48 kHz samples; 240 is the original rate; a multiple of 3, so that times are integers
     half_tones: float
-    warping: float  # 0.55 is the voice's own; larger is a longer vocal tract
+    warping: float  # 0.55 is the original; larger is a longer vocal tract
 
 
 SPEAKERS = (
@@ -71,16 +70,16 @@ class Config:
     minutes: float = 35.0  # of audio, all splits together
     dev_share: float = 0.085  # of the minutes
     test_share: float = 0.115
-    processes: int = 0  # 0: one for each core, at most 8
+    processes: int = 0  # 0: one per core, at most 8
 
 
 @dataclass(frozen=True)
 class Line:
-    """All that decides the sound of one utterance."""
+    """All parameters that determine the audio of an utterance."""
 
     text: str
     speaker: int  # index into SPEAKERS
-    lead: int  # frames cut from the silence at the start
+    lead: int  # frames removed from the silence at the start
     tail: int  # and at the end
     level_db: float  # of the speech, RMS, below full scale
     snr_db: float
@@ -93,30 +92,33 @@ class Line:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield the corpus: `demo-<split>-NNNNN`, splits train, dev and test, no sentence in two of them.
+    """Yield `demo-<split>-NNNNN` in the splits train, dev and test, with no sentence in two of them.
 
-    `data` is not used. Audio goes to `work` as FLAC, 16 kHz; files that are there already are kept.
-    Raises ConfigError for sizes that make no sense, MissingExtraError without pyopenjtalk-plus.
+    `data` is not used. Audio is written to `work` as 16 kHz FLAC; existing files are kept.
+
+    Raises:
+        ConfigError: inconsistent sizes.
+        MissingExtraError: pyopenjtalk-plus is not installed.
     """
     shares = (config.dev_share, config.test_share)
     if config.minutes <= 0 or min(shares) < 0 or sum(shares) >= 1:
         raise ConfigError(f"demo: minutes must be above 0, dev_share + test_share below 1; found {config}")
-    yield from spoken(sentences(seed), work, config, seed)
+    yield from synthesize(sentences(seed), work, config, seed)
 
 
-def spoken(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
-    """The texts, said one after another by the speakers in turn, until the minutes are full or they end."""
-    made: list[tuple[Line, Utterance]] = list(_plan(texts, work, config, seed))
-    missing = [line for line, item in made if not _is_there(item)]
-    seconds = sum(item.n_samples for _, item in made) / SAMPLE_RATE
-    processes = 1 if seconds < _ALONE_SECONDS else config.processes or min(8, os.cpu_count() or 1)
-    _make(missing, work, processes)
-    for _, item in made:
+def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
+    """Utterances of the texts by alternating speakers, until `minutes` are reached or the texts end."""
+    plan: list[tuple[Line, Utterance]] = list(_plan(texts, work, config, seed))
+    missing = [line for line, item in plan if not _exists(item)]
+    seconds = sum(item.n_samples for _, item in plan) / SAMPLE_RATE
+    processes = 1 if seconds < _PARALLEL_SECONDS else config.processes or min(8, os.cpu_count() or 1)
+    _render(missing, work, processes)
+    for _, item in plan:
         yield item
 
 
 def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[tuple[Line, Utterance]]:
-    """Lines and their utterances until the minutes are full: test first, then dev, then train."""
+    """Lines and their utterances until `minutes` are reached: test first, then dev, then train."""
     total = config.minutes * 60 * SAMPLE_RATE
     left = {"test": total * config.test_share, "dev": total * config.dev_share}
     left["train"] = total - left["test"] - left["dev"]
@@ -159,7 +161,7 @@ def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterat
 
 
 def _labels(text: str) -> tuple[list[Word], list[str]]:
-    """Words of a sentence, and the full-context labels that say them."""
+    """Words of a sentence and their full-context labels."""
     features = analyze(text)
     return features_to_words(features), openjtalk().make_label(features)
 
@@ -167,58 +169,55 @@ def _labels(text: str) -> tuple[list[Word], list[str]]:
 def _phone_of(label: str) -> str:
     match = re.search(r"-(\w+)\+", label)
     if match is None:
-        raise JahubertError(f"pyopenjtalk gave a label of another form than expected: {label}")
+        raise JahubertError(f"unexpected format of a label from pyopenjtalk: {label}")
     return match[1]
 
 
 def _alignment(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) -> tuple[Phone, ...]:
-    """The words' own phones at the times of the labels; a long vowel has two labels, silence is `pau`."""
-    spoken = [_phone_of(label) for label in labels]
+    """Phones of the words at the times of the labels; a long vowel has two labels, silence is `pau`."""
+    label_phones = [_phone_of(label) for label in labels]
+    kana = " ".join(word.kana for word in words)
     phones: list[Phone] = []
-    wanted = (phone for word in words for phone in word.phones)
-    i = at = 0
+    remaining = (phone for word in words for phone in word.phones)
+    i = start = 0
     while i < len(labels):
-        if spoken[i] in ("sil", "pau"):
+        if label_phones[i] in ("sil", "pau"):
             symbol, parts = "pau", ["pau"]
         else:
-            symbol = next(wanted, "nothing")
+            symbol = next(remaining, "none")
             parts = [symbol[0]] * 2 if symbol.endswith(":") else [symbol]
-        said = spoken[i : i + len(parts)]
-        if [_kind(phone) for phone in said] != [_kind(phone) for phone in parts]:
-            raise JahubertError(
-                f"{said} is said where {symbol} is written in {' '.join(w.kana for w in words)}"
-            )
-        end = at + sum(samples[i : i + len(parts)])
-        phones.append(Phone(symbol, at, end))
-        at, i = end, i + len(parts)
-    if (rest := next(wanted, None)) is not None:
-        raise JahubertError(f"{rest} is written but not said in {' '.join(w.kana for w in words)}")
+        actual = label_phones[i : i + len(parts)]
+        if [_phone_class(phone) for phone in actual] != [_phone_class(phone) for phone in parts]:
+            raise JahubertError(f"labels have {actual} for the phone {symbol} of the words {kana}")
+        end = start + sum(samples[i : i + len(parts)])
+        phones.append(Phone(symbol, start, end))
+        start, i = end, i + len(parts)
+    if (missing := next(remaining, None)) is not None:
+        raise JahubertError(f"labels end before the phone {missing} of the words {kana}")
     return tuple(phones)
 
 
-def _kind(phone: str) -> str:
-    """What Open JTalk's phones (devoiced I and U, cl, sil) and ours share: which vowel, or a consonant."""
-    if phone in ("sil", "pau", "nothing"):
+def _phone_class(phone: str) -> str:
+    """Class on which the phones of Open JTalk (devoiced I and U, cl, sil) and the 40 agree."""
+    if phone in ("sil", "pau", "none"):
         return phone.replace("sil", "pau")
     if phone in ("cl", "q"):
         return "q"
     return phone.lower() if phone.lower() in VOWELS else "N" if phone == "N" else "consonant"
 
 
-# --- sound ----------------------------------------------------------------------------------------------
+# --- synthesis ------------------------------------------------------------------------------------------
 
 
 @cache
 def _engine(frame: int, warping: float) -> Any:
-    """An HTS engine with the package's voice, but this frame length and this warping."""
+    """An HTS engine with the voice of the package, this frame length and this warping."""
     pyopenjtalk = openjtalk()
     voice = Path(os.fsdecode(pyopenjtalk.DEFAULT_HTS_VOICE)).read_bytes()
     voice, n_frame = re.subn(rb"FRAME_PERIOD:\d+", b"FRAME_PERIOD:%d" % frame, voice, count=1)
     voice, n_warping = re.subn(rb"ALPHA=[\d.]+", b"ALPHA=%.3f" % warping, voice, count=1)
     if not n_frame or not n_warping or b"SAMPLING_FREQUENCY:%d\n" % _VOICE_RATE not in voice:
-        raise DataError(
-            "the voice inside pyopenjtalk-plus is of another form than expected: install version 0.4.1"
-        )
+        raise DataError("unexpected format of the voice of pyopenjtalk-plus; install version 0.4.1")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "voice.htsvoice"
         path.write_bytes(voice)
@@ -226,13 +225,13 @@ def _engine(frame: int, warping: float) -> Any:
 
 
 def frames_of(labels: Sequence[str]) -> list[int]:
-    """How many frames each label takes: exact, whatever the speaker."""
-    ruler = _engine(1, 0.55)
-    return [len(ruler.synthesize([label])) for label in labels]
+    """Number of frames of each label, which is the same for all speakers."""
+    engine = _engine(1, 0.55)
+    return [len(engine.synthesize([label])) for label in labels]
 
 
-def speak(line: Line) -> np.ndarray:
-    """The sound of a line: int16 (T,) at 16 kHz."""
+def waveform(line: Line) -> np.ndarray:
+    """Synthesize a line, int16 (T,) at 16 kHz."""
     speaker = SPEAKERS[line.speaker]
     engine = _engine(speaker.frame, speaker.warping)
     engine.add_half_tone(speaker.half_tones)
@@ -249,15 +248,15 @@ def speak(line: Line) -> np.ndarray:
     return np.round(wave_T * (32767 * min(1.0, 0.99 / peak))).astype(np.int16)
 
 
-def _is_there(item: Utterance) -> bool:
+def _exists(item: Utterance) -> bool:
     try:
         return soundfile.info(item.audio.path).frames == item.n_samples
     except (OSError, RuntimeError):
         return False
 
 
-def _make(lines: Sequence[Line], work: Path, processes: int) -> None:
-    """Write the sound of the lines; with several processes, each a fresh interpreter that runs this file."""
+def _render(lines: Sequence[Line], work: Path, processes: int) -> None:
+    """Write the audio of the lines; several processes are subprocesses that run this file."""
     if processes <= 1 or len(lines) < 2 * processes:
         for line in lines:
             _write(line, work)
@@ -266,22 +265,22 @@ def _make(lines: Sequence[Line], work: Path, processes: int) -> None:
     command = [sys.executable, "-c", code, __file__, str(Path(__file__).parent), *sys.path]
 
     def run(share: Sequence[Line]) -> subprocess.CompletedProcess:
-        order = json.dumps([str(work), [asdict(line) for line in share]])
-        return subprocess.run(command, input=order, capture_output=True, text=True, encoding="utf-8")
+        job = json.dumps([str(work), [asdict(line) for line in share]])
+        return subprocess.run(command, input=job, capture_output=True, text=True, encoding="utf-8")
 
     with ThreadPoolExecutor(processes) as pool:
         for done in pool.map(run, [lines[i::processes] for i in range(processes)]):
             if done.returncode:
-                raise JahubertError(f"a process that makes the demo corpus failed:\n{done.stderr[-2000:]}")
+                raise JahubertError(f"a process that synthesizes the demo failed:\n{done.stderr[-2000:]}")
 
 
 def _write(line: Line, work: Path) -> None:
     path = line.path(work)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        soundfile.write(temporary, speak(line), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+        soundfile.write(temporary, waveform(line), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
 
 
 if __name__ == "__main__":
-    folder, order = json.load(sys.stdin)
-    _make([Line(**line) for line in order], Path(folder), 1)
+    folder, job = json.load(sys.stdin)
+    _render([Line(**line) for line in job], Path(folder), 1)

@@ -153,7 +153,7 @@ PATTERNS: tuple[str, ...] = (
 
 
 class _Deck:
-    """Draws words and puts none back until a list is used up, so that all come about equally often."""
+    """Draws words without replacement until a list is used up, so that all are about equally frequent."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -166,7 +166,7 @@ class _Deck:
 
 
 def sentences(seed: int) -> Iterator[str]:
-    """Different sentences without end, the same for the same seed; patterns take turns."""
+    """Endless distinct sentences, a function of the seed, with alternating patterns."""
     rng = random.Random(f"demo {seed}")
     deck, seen = _Deck(rng), set()
     while True:

@@ -1,4 +1,4 @@
-"""What fairseq's HuBERT recipe reads: every `.tsv` of a folder is a split, every line an utterance."""
+"""Corpora of fairseq's HuBERT recipe: every `.tsv` of a folder is a split, every line an utterance."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from jahubert.train.data.manifest import Rejected, Utterance
 
 @dataclass(frozen=True)
 class Config:
-    root: str | None = None  # where the audio lies now, if not in the folder of the first lines
+    root: str | None = None  # folder of the audio, if it has moved from that in the first lines
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     if data is None:
         raise DataError(
-            "data= is missing: recipe fairseq needs data=FOLDER, with fairseq's train.tsv and valid.tsv"
+            "data= is required: recipe fairseq needs data=FOLDER with fairseq's train.tsv and valid.tsv"
         )
     for tsv in find_tsv_files(data):
         for entry in read_tsv(tsv, config.root):
-            # The length is measured, not believed: units are held against it later.
+            # The length is measured and not taken from the file: units are checked against it later.
             yield Utterance(entry.id, entry.audio, split=tsv.stem)

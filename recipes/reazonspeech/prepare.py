@@ -1,8 +1,8 @@
 """ReazonSpeech (Reazon Human Interaction Laboratory), v1 and v2 of any size: television speech with captions.
 
-Reads `tsv/<subset>.tsv` (name, tab, caption; no header) and `data/000.tar` ... `data/fff.tar` as they were
-downloaded. Nothing is unpacked: the manifest points into the shards. Captions are kept as text; pretraining
-does not look at them, and stage=targets reads them into phones.
+Reads `tsv/<subset>.tsv` (name, tab, caption; no header) and `data/000.tar` ... `data/fff.tar` as downloaded.
+Nothing is unpacked: the manifest refers to byte ranges of the shards. Captions are kept as text, which
+stage=targets converts to phones and pretraining ignores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tar_index import indexed
+from tar_index import index_shards
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
@@ -26,7 +26,7 @@ from jahubert.train.data.manifest import Rejected, Utterances
 log = logging.getLogger(__name__)
 
 _SHARD = re.compile(rb"[0-9a-f]{3}")
-_SAY_EVERY = 256  # shards
+_LOG_EVERY = 256  # shards
 
 
 @dataclass(frozen=True)
@@ -34,65 +34,73 @@ class Config:
     subset: str = "all"  # tiny, small, medium, large or all: the name of a .tsv
     dev: int = 1000  # utterances, the first ones
     test: int = 100  # the next ones
-    processes: int = 0  # that index shards; 0: one for each core
+    processes: int = 0  # that index shards; 0: one per core
 
     def __post_init__(self) -> None:
         if min(self.dev, self.test, self.processes) < 0:
-            raise ConfigError(f"dev, test and processes must not be negative; found {self}")
+            raise ConfigError(f"dev, test and processes must be at least 0; found {self}")
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterances | Rejected]:
-    """Yield the recordings shard by shard, `<shard>/<name>`, and what had to be left out.
+    """Yield recordings `<shard>/<name>`, shard by shard, and rejected ones.
 
-    `work/index` keeps where the members of each shard lie: a run that was stopped goes on from there, and a
-    shard that came later is the only one to be read.
+    `work/index` caches the members of each shard: an interrupted run resumes, and of shards that arrive later
+    only these are read.
 
     Raises:
-        DataError: no table of that subset, or none of its shards.
+        DataError: the table of the subset, or all of its shards, not found.
     """
     table, folder = find_release(data, config.subset)
     captions = Captions(table)
     yield from captions.rejected
-    there = {name: folder / f"{name}.tar" for name in sorted(captions.runs)}
-    for name in [name for name, path in there.items() if not path.is_file()]:
-        detail = f"{captions.count(name)} rows of {table.name}"
-        yield Rejected(f"{name}.tar", "shard that is not there", detail, missing=str(there[name].absolute()))
-        del there[name]
-    if not there:
+    shards = {name: folder / f"{name}.tar" for name in sorted(captions.runs)}
+    for name, path in list(shards.items()):
+        if not path.is_file():
+            detail = f"{captions.count(name)} rows of {table.name}"
+            yield Rejected(f"{name}.tar", "missing shard", detail, missing=str(path.absolute()))
+            del shards[name]
+    if not shards:
+        example = next(iter(sorted(captions.runs)), "000")
         raise DataError(
-            f"{folder}: none of the {len(captions.runs)} shards of {table.name} is there, such as "
-            f"{next(iter(sorted(captions.runs)), '000')}.tar; download them beside the table"
+            f"{folder}: none of the {len(captions.runs)} shards of {table.name} found, such as {example}.tar;"
+            " download them into this folder"
         )
-    done = n_samples = 0
-    indices = indexed(list(there.values()), work / "index", config.processes or os.cpu_count() or 1)
-    for number, ((name, path), index) in enumerate(zip(there.items(), indices, strict=True), 1):
-        texts, rejected = captions.of(name)
-        rows, more = _joined(path, index, texts, table)
-        yield from (*rejected, *more)
-        yield from _in_splits(rows, done, config)
-        done, n_samples = done + len(rows), n_samples + int(rows.n_samples_N.sum())
-        if number % _SAY_EVERY == 0 or number == len(there):
+    n_rows = n_samples = 0
+    indices = index_shards(list(shards.values()), work / "index", config.processes or os.cpu_count() or 1)
+    for number, ((name, path), index) in enumerate(zip(shards.items(), indices, strict=True), 1):
+        texts, rejected_rows = captions.of(name)
+        rows, rejected = _match_captions(path, index, texts, table)
+        yield from (*rejected_rows, *rejected)
+        yield from _assign_splits(rows, n_rows, config)
+        n_rows += len(rows)
+        n_samples += int(rows.n_samples_N.sum())
+        if number % _LOG_EVERY == 0 or number == len(shards):
             hours = n_samples / SAMPLE_RATE / 3600
             log.info(
-                f"reazonspeech: {number:,} of {len(there):,} shards, {done:,} utterances, {hours:,.2f} h"
+                f"reazonspeech: {number:,} of {len(shards):,} shards, {n_rows:,} utterances, {hours:,.2f} h"
             )
 
 
 def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
-    """The table of a subset, and the folder of the shards, in a release or in the folder that holds one."""
+    """Find the table of a subset and the folder of its shards, in a release or in the folder above it.
+
+    Raises:
+        DataError: no release, more than one, or no such table.
+    """
     if data is None:
         raise DataError(
-            "data= is missing: recipe reazonspeech needs data=FOLDER, a release with tsv/*.tsv and data/*.tar"
+            "data= is required: recipe reazonspeech needs data=FOLDER with tsv/*.tsv and data/*.tar"
         )
     releases = [folder for folder in (data, *sorted(data.glob("reazonspeech-v*"))) if _tables(folder)]
     if len(releases) != 1:
         found = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"
         raise DataError(
-            f"{data}: {found} here; give data=FOLDER with tsv/*.tsv and data/*.tar of one release"
+            f"{data}: found {found}; give data=FOLDER with tsv/*.tsv and data/*.tar of one release"
         )
     tables = _tables(releases[0])
     if subset not in tables:
-        raise DataError(f"{releases[0]}: no table {subset}.tsv; subset can be {', '.join(sorted(tables))}")
+        available = ", ".join(sorted(tables))
+        raise DataError(f"{releases[0]}: table {subset}.tsv not found; available subsets: {available}")
     shards = releases[0] / "data"
     return tables[subset], shards if shards.is_dir() else releases[0]
 
@@ -101,33 +109,33 @@ def _tables(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in (*folder.glob("*.tsv"), *folder.glob("tsv/*.tsv"))}
 
 
-def _joined(
+def _match_captions(
     path: Path, index: dict[str, Any], texts: dict[str, str], table: Path
 ) -> tuple[Utterances, list[Rejected]]:
-    """The recordings of a shard that have a caption, and what is left of both; empties `texts`."""
+    """The recordings of a shard that have a caption, and the rest of both; empties `texts`."""
     rejected = [Rejected(*item) for item in index["broken"]]
     for name, _, _ in index["broken"]:
         texts.pop(name, None)
     captioned = set(texts)
-    kept: list[int] = []
+    matched: list[int] = []
     captions: list[str] = []
     for row, name in enumerate(index["names"]):
         text = texts.pop(name, None)
         if text is None:
-            reason = "name that comes twice" if name in captioned else "no caption"
+            reason = "duplicate name" if name in captioned else "no caption"
             rejected.append(Rejected(name, reason, str(path)))
             continue
-        kept.append(row)
+        matched.append(row)
         captions.append(text)
     rejected += [Rejected(name, "no audio in its shard", table.name) for name in texts]
-    columns = (np.array(index[name], np.int64)[kept] for name in ("offsets", "lengths", "n_samples"))
-    ids = [index["names"][row].rpartition(".")[0] or index["names"][row] for row in kept]
+    columns = (np.array(index[name], np.int64)[matched] for name in ("offsets", "lengths", "n_samples"))
+    ids = [index["names"][row].rpartition(".")[0] or index["names"][row] for row in matched]
     return Utterances(str(path), ids, *columns, captions), rejected
 
 
-def _in_splits(rows: Utterances, done: int, config: Config) -> Iterator[Utterances]:
-    """The rows, of which `done` others came before, as dev, test and train."""
-    bounds = np.clip(np.array([0, config.dev, config.dev + config.test]) - done, 0, len(rows)).tolist()
+def _assign_splits(rows: Utterances, n_before: int, config: Config) -> Iterator[Utterances]:
+    """Split rows, preceded by `n_before` others, into dev, test and train."""
+    bounds = np.clip(np.array([0, config.dev, config.dev + config.test]) - n_before, 0, len(rows)).tolist()
     for split, first, last in zip(("dev", "test", "train"), bounds, [*bounds[1:], len(rows)], strict=True):
         if first < last:
             yield rows.take(range(first, last), split)
@@ -135,15 +143,12 @@ def _in_splits(rows: Utterances, done: int, config: Config) -> Iterator[Utteranc
 
 @dataclass
 class Captions:
-    """A table of captions that is read shard by shard: only where the rows of each shard are is kept.
-
-    A table is ordered by shard or not; its rows may be as many as the corpus has.
-    """
+    """Captions of a table in any order, read shard by shard; only the positions of the rows are in memory."""
 
     table: Path
-    # Shard -> first byte, byte behind the end and first line of each run of its rows.
+    # Shard -> first byte, end byte and first line of each run of its rows.
     runs: dict[str, array] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)  # rows that belong to no shard
+    rejected: list[Rejected] = field(default_factory=list)  # rows without a shard
 
     def __post_init__(self) -> None:
         last, run, end = b"", array("q"), 0
@@ -161,14 +166,14 @@ class Captions:
                     last = b""
                     if line.strip():
                         detail = f"{self.table.name}:{number}: {line[:60]!r}"
-                        self.rejected.append(Rejected(f"line {number}", "row that names no shard", detail))
+                        self.rejected.append(Rejected(f"line {number}", "row without a shard", detail))
 
     def count(self, shard: str) -> int:
-        """How many rows a shard has."""
+        """Number of rows of a shard."""
         return sum(block.count(b"\n") + (not block.endswith(b"\n")) for block, _ in self._blocks(shard))
 
     def of(self, shard: str) -> tuple[dict[str, str], list[Rejected]]:
-        """Name -> caption of a shard, and the rows that cannot be used."""
+        """Name -> caption of a shard, and its unusable rows."""
         texts: dict[str, str] = {}
         rejected: list[Rejected] = []
         for block, first in self._blocks(shard):
@@ -182,7 +187,7 @@ class Captions:
                 if not tab:
                     reason = "row without a tab"
                 elif name in texts:
-                    reason = "row that comes twice"
+                    reason = "duplicate row"
                 if reason:
                     rejected.append(Rejected(name, reason, f"{self.table.name}:{number}"))
                 else:

@@ -1,12 +1,12 @@
-"""Where the recordings of tar shards lie: headers are read one after the other, and nothing is unpacked.
+"""Index of the recordings in tar shards, read from the headers without unpacking.
 
-The index of a shard is a JSON file of columns, kept beside the manifest and made again when the shard's size
-or time changes. Several machines that see the same files can share the work, each with a part of the shards:
+The index of a shard is a JSON file of columns, which is renewed when size or modification time of the shard
+change. Several machines with a shared file system can each index a part of the shards:
 
     python recipes/reazonspeech/tar_index.py corpus/data exp/reazonspeech/prepare/work/index --part 1/4
 
-and `stage=prepare` on one of them then finds every index made. (Without arguments this file is the worker
-that `indexed` starts: it indexes the shards that it is told on standard input.)
+`stage=prepare` then finds all indices. (Without arguments this file is the worker process of `index_shards`,
+which reads the names of its shards from standard input.)
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ VERSION = 1
 _BLOCK = 512  # bytes; headers and contents of a tar start at multiples of it
 _FLAC_HEAD = 26  # bytes of a FLAC file up to the end of its sample count
 _RATE = 16_000
-_FILES = (b"0", b"\0", b"7")  # types of ordinary members
+_FILES = (b"0", b"\0", b"7")  # types of regular members
 _PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]+)\n")
 
 
-def indexed(shards: Sequence[Path], folder: Path, processes: int) -> Iterator[dict[str, Any]]:
-    """The index of every shard, in their order, from `folder` or made in several processes.
+def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterator[dict[str, Any]]:
+    """Indices of all shards, in order, read from `folder` or made by several processes.
 
-    An index has `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz), one row a recording, and
-    `broken`: [name, reason, detail] of what cannot be used.
+    An index has the columns `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz), one row per
+    recording, and `broken`: [name, reason, detail] of unusable recordings.
 
     Raises:
-        JahubertError: a process failed; the message holds what it printed.
+        JahubertError: a process failed; the message has its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = [shard for shard in shards if _read_index(shard, folder) is None]
-    n = max(1, min(processes, len(waiting)))
-    workers = [_Worker(waiting[i::n], folder) for i in range(n)] if n > 1 else []
-    made_by = {shard: workers[i % n] for i, shard in enumerate(waiting) if workers}
+    pending = [shard for shard in shards if _read_index(shard, folder) is None]
+    n = max(1, min(processes, len(pending)))
+    workers = [_Worker(pending[i::n], folder) for i in range(n)] if n > 1 else []
+    worker_of = {shard: workers[i % n] for i, shard in enumerate(pending) if workers}
     try:
         for shard in shards:
-            if shard in made_by:
-                made_by[shard].wait_for(shard)
+            if shard in worker_of:
+                worker_of[shard].wait_for(shard)
             index = _read_index(shard, folder)
             if index is None:
                 index = index_shard(shard)
@@ -62,19 +62,19 @@ def indexed(shards: Sequence[Path], folder: Path, processes: int) -> Iterator[di
 
 
 class _Worker:
-    """A fresh interpreter that indexes shards, and says the name of each when it is done."""
+    """A subprocess that indexes shards and prints the name of each finished one."""
 
     def __init__(self, shards: Sequence[Path], folder: Path):
         code = (
             "import runpy, sys; file, *sys.path[:] = sys.argv[1:]; sys.argv[:] = [file]; "
             "runpy.run_path(file, run_name='__main__')"
         )
-        self.said = tempfile.TemporaryFile("w+")  # what goes wrong; a pipe could fill up  # noqa: SIM115
+        self.errors = tempfile.TemporaryFile("w+")  # a pipe could fill up  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, __file__, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.said,
+            stderr=self.errors,
             text=True,
             encoding="utf-8",
         )
@@ -85,21 +85,19 @@ class _Worker:
     def wait_for(self, shard: Path) -> None:
         line = self.process.stdout.readline() if self.process.stdout is not None else ""
         if line.rstrip("\n") != shard.name:
-            self.said.seek(0)
-            raise JahubertError(
-                f"a process that indexes shards failed at {shard}:\n{self.said.read()[-2000:]}"
-            )
+            self.errors.seek(0)
+            raise JahubertError(f"the process that indexes {shard} failed:\n{self.errors.read()[-2000:]}")
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        self.said.close()
+        self.errors.close()
 
 
 def _state(shard: Path) -> list[int]:
-    """What changes when a shard does."""
+    """Version of the index, and size and modification time of the shard."""
     status = shard.stat()
     return [VERSION, status.st_size, status.st_mtime_ns]
 
@@ -122,7 +120,7 @@ def _write_index(index: dict[str, Any], shard: Path, folder: Path) -> None:
 
 
 def index_shard(shard: Path) -> dict[str, Any]:
-    """The index of a shard, as `indexed` describes it."""
+    """Index a shard; see `index_shards`."""
     names: list[str] = []
     columns: dict[str, list[int]] = {"offsets": [], "lengths": [], "n_samples": []}
     broken: list[list[str]] = []
@@ -141,27 +139,24 @@ def index_shard(shard: Path) -> dict[str, Any]:
                 columns["lengths"].append(length)
                 columns["n_samples"].append(n_samples)
     except OSError as error:
-        broken.append([shard.name, "unreadable shard", f"{shard}: {error.strerror}: the rest is not read"])
-        state = []  # so that the next run tries again
+        broken.append([shard.name, "unreadable shard", f"{shard}: {error.strerror}; the rest is skipped"])
+        state = []  # the next run tries again
     return {"state": state, "names": names, **columns, "broken": broken}
 
 
 def _members(
     file: BinaryIO, size: int, broken: list[list[str]], shard: str
 ) -> Iterator[tuple[str, int, int, bytes]]:
-    """(name, offset, length, first bytes) of the ordinary members of a tar, in its order.
-
-    One read a member takes its header and the head of its content together.
-    """
+    """(name, offset, length, first bytes) of the regular members of a tar, with one read per member."""
     position, long_name = 0, b""
     while position < size:
         file.seek(position)
         header = file.read(_BLOCK + _FLAC_HEAD)
         if header[:_BLOCK].count(0) == _BLOCK:
-            return  # the end mark
+            return  # end of archive
         length = _length(header[:_BLOCK])
         if length is None:
-            broken.append([shard, "damaged shard", f"no tar header at byte {position}: the rest is not read"])
+            broken.append([shard, "damaged shard", f"no tar header at byte {position}; the rest is skipped"])
             return
         offset, kind = position + _BLOCK, header[156:157]
         position = offset + -(-length // _BLOCK) * _BLOCK
@@ -176,13 +171,13 @@ def _members(
         if kind not in _FILES:
             continue
         if offset + length > size:
-            broken.append([name, "cut off", f"{shard} ends inside it, at byte {size}"])
+            broken.append([name, "truncated", f"{shard} ends inside it, at byte {size}"])
             return
         yield name, offset, length, header[_BLOCK : _BLOCK + length]
 
 
 def _length(header: bytes) -> int | None:
-    """The length of a member's content in bytes; None where the header is none, by its checksum."""
+    """The length of a member's content in bytes; None if the checksum shows that this is not a header."""
     try:
         checksum = int(header[148:156].rstrip(b"\0 "), 8)
         if len(header) < _BLOCK or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
@@ -200,7 +195,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _flac_samples(head: bytes) -> int:
-    """The samples that a 16 kHz FLAC file promises; 0 where it is no such file, or does not say."""
+    """The number of samples in the header of a 16 kHz FLAC file; 0 for any other file or if it is missing."""
     if len(head) < _FLAC_HEAD or head[:4] != b"fLaC" or head[4] & 0x7F:
         return 0
     numbers = int.from_bytes(head[18:26], "big")  # rate 20 bits, channels 3, sample size 5, samples 36
@@ -208,8 +203,8 @@ def _flac_samples(head: bytes) -> int:
 
 
 def _measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
-    """Length of any other audio in 16 kHz samples, or why there is none."""
-    from jahubert.audio import AudioSource, audio_length  # brings torch, which few shards need
+    """Length of any other audio in 16 kHz samples, and why it is 0."""
+    from jahubert.audio import AudioSource, audio_length  # imports torch, which few shards need
 
     try:
         return audio_length(AudioSource(str(shard), offset, length)), ""
@@ -218,23 +213,23 @@ def _measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Index one part of the shards of a folder."""
+    """Index a part of the shards of a folder."""
     parser = argparse.ArgumentParser(
-        description="Index a part of the shards; see the first lines of this file."
+        description="Index a part of the shards; see the docstring of this file."
     )
     parser.add_argument("shards", type=Path, help="the folder of 000.tar ... fff.tar")
-    parser.add_argument("index", type=Path, help="work/index of stage=prepare, seen by all machines")
+    parser.add_argument("index", type=Path, help="work/index of stage=prepare, on a shared file system")
     parser.add_argument("--part", default="1/1", help="2/4: the second of four parts")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)
     if part is None or int(part[1]) > int(part[2]):
-        parser.error(f"--part {args.part}: give it as 1/4 ... 4/4")
+        parser.error(f"--part {args.part}: expected a form such as 1/4 ... 4/4")
     shards = sorted(args.shards.glob("*.tar"))[int(part[1]) - 1 :: int(part[2])]
     if not shards:
         parser.error(f"{args.shards}: no shards in part {args.part}, such as 000.tar")
-    rows = sum(len(index["names"]) for index in indexed(shards, args.index, args.processes))
-    print(f"{len(shards)} shards, {rows} recordings: indexed in {args.index}")
+    rows = sum(len(index["names"]) for index in index_shards(shards, args.index, args.processes))
+    print(f"{len(shards)} shards with {rows} recordings indexed in {args.index}")
 
 
 if __name__ == "__main__" and len(sys.argv) > 1:

@@ -1,10 +1,10 @@
-"""Japanese words spoken by two native speakers, one by one and joined to utterances of several words.
+"""Japanese words by two native speakers, single and concatenated to utterances of several words.
 
 Reads a clone of the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio (CC BY-SA 4.0, Tofugu
-and WaniKani): `lib/ogg/<surface>【<reading>】.ogg`. The reading gives the phones. No reading occurs in two of
-the splits train, dev and test. Joined words make utterances with known word boundaries, which single words
-lack: splits train, dev_joined and test_joined, the latter two from the held-out words. The files do not say
-which of the two speakers is heard, so `speaker` stays empty.
+and WaniKani): `lib/ogg/<surface>【<reading>】.ogg`. The phones come from the reading. No reading is in two of
+the splits train, dev and test. Concatenated words have known word boundaries; they are in the splits train,
+dev_joined and test_joined, the latter two made from held-out words. `speaker` is empty, as the files do not
+name it.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.train.data.manifest import Rejected, Utterance
 
-VERSION = 1  # of the sound; in the name of every file
+VERSION = 1  # of the generated audio; part of every file name
 _BLOCK = SAMPLE_RATE // 100  # samples over which a level is measured
-_QUIET_DB = 45  # a block this far below the loudest one is silence
+_QUIET_DB = 45  # a block this much below the loudest one is silence
 _KEEP = SAMPLE_RATE // 20  # samples of silence kept around a word
 _FADE = SAMPLE_RATE // 200  # samples faded at both ends, against clicks
 
 
 @dataclass(frozen=True)
 class Config:
-    dev_share: float = 0.05  # of the different readings
+    dev_share: float = 0.05  # of the distinct readings
     test_share: float = 0.10
-    uses: int = 2  # joined utterances in which a training word occurs; 0: no joined training utterances
+    uses: int = 2  # joined utterances per training word; 0: no joined training utterances
     min_seconds: float = 2.0  # of a joined utterance
     max_seconds: float = 12.0
 
@@ -60,26 +60,30 @@ class _Word:
     surface: str
     phones: tuple[str, ...]
     n_samples: int
-    start: int  # the word without its silence
+    start: int  # of the word without silence
     end: int
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield `word-<split>-NNNNN` and `joined-<split>-NNNNN`, and what had to be left out.
+    """Yield `word-<split>-NNNNN` and `joined-<split>-NNNNN`, and rejected files.
 
-    Training words come tenth by tenth, in random order, each tenth followed by its own words joined: the
-    first part of the manifest holds that part of the words and no other, as training on few labels wants.
-    Audio goes to `work`, 16 kHz FLAC; files that are there already are kept. `work/word-times.jsonl` says at
-    which samples each word of a joined utterance starts and ends. Raises DataError without the corpus.
+    Training words come in random order in ten parts, each followed by its words joined, so that the first
+    part of the manifest covers that part of the words only, as training on few labels requires. Audio is
+    written to `work` as 16 kHz FLAC; existing files are kept. `work/word-times.jsonl` has the first and last
+    sample of each word of the joined utterances.
+
+    Raises:
+        DataError: corpus not found.
+        ConfigError: inconsistent lengths or shares.
     """
     if not 0 < config.min_seconds * 2 <= config.max_seconds or config.dev_share + config.test_share >= 1:
         raise ConfigError(
             "tofugu: max_seconds must be at least twice min_seconds, and dev_share + test_share below 1; "
             f"found {config}"
         )
-    found = [_read_name(path) for path in _files(data)]
-    yield from (item for item in found if isinstance(item, Rejected))
-    sources = [item for item in found if isinstance(item, _Source)]
+    parsed = [_parse_name(path) for path in _files(data)]
+    yield from (item for item in parsed if isinstance(item, Rejected))
+    sources = [item for item in parsed if isinstance(item, _Source)]
     split_of = _split(sources, config, seed)
     words: dict[str, list[_Word]] = {"train": [], "dev": [], "test": []}
     (work / "words").mkdir(parents=True, exist_ok=True)
@@ -94,17 +98,17 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 
 def _files(data: Path | None) -> list[Path]:
-    what = "the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio"
+    repository = "the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio"
     if data is None:
-        raise DataError(f"data= is missing: recipe tofugu needs data=FOLDER, a clone of {what}")
+        raise DataError(f"data= is required: recipe tofugu needs data=FOLDER, a clone of {repository}")
     folder = data / "lib" / "ogg" if (data / "lib" / "ogg").is_dir() else data
     files = sorted(folder.glob("*.ogg"), key=lambda path: unicodedata.normalize("NFC", path.name))
     if not files:
-        raise DataError(f"{data}: no lib/ogg/*.ogg here; give data=FOLDER, a clone of {what}")
+        raise DataError(f"{data}: no lib/ogg/*.ogg found; give data=FOLDER, a clone of {repository}")
     return files
 
 
-def _read_name(path: Path) -> _Source | Rejected:
+def _parse_name(path: Path) -> _Source | Rejected:
     name = unicodedata.normalize("NFC", path.stem)
     match = re.fullmatch(r"(.+)【(.+)】", name)
     if match is None:
@@ -117,7 +121,7 @@ def _read_name(path: Path) -> _Source | Rejected:
 
 
 def _split(sources: Sequence[_Source], config: Config, seed: int) -> dict[tuple[str, ...], str]:
-    """A split for every different reading, so that words that sound alike stay together."""
+    """Assign every distinct reading to a split, so that homophones stay together."""
     readings = sorted({source.phones for source in sources})
     random.Random(f"split {seed}").shuffle(readings)
     n_test, n_dev = round(len(readings) * config.test_share), round(len(readings) * config.dev_share)
@@ -129,7 +133,7 @@ def _split(sources: Sequence[_Source], config: Config, seed: int) -> dict[tuple[
 
 
 def _decode(source: _Source, folder: Path) -> _Word | Rejected:
-    """The word as a 16 kHz file, made once."""
+    """Convert a word to a 16 kHz file, unless it exists."""
     name = unicodedata.normalize("NFC", source.path.stem)
     try:
         key = f"{VERSION} {name} {source.path.stat().st_size}"
@@ -158,7 +162,7 @@ def _single(word: _Word, split: str, number: int) -> Utterance:
 
 
 def _speech(wave_T: np.ndarray) -> tuple[int, int] | None:
-    """First and last sample of the word with a little silence around it; None where nothing is heard."""
+    """First and last sample of the word with a little silence around it; None for silence."""
     n = len(wave_T) // _BLOCK
     level = np.square(wave_T[: n * _BLOCK].reshape(n, _BLOCK).astype(np.float32)).mean(axis=1)
     if n == 0 or level.max() < 100.0:  # RMS of 10 in 16 bits, about -70 dB
@@ -172,7 +176,7 @@ def _to_int16(wave_T: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """The samples of a file that an earlier run finished, or None."""
+    """The samples of a file from an earlier run, or None."""
     try:
         return soundfile.read(path, dtype="int16")[0]
     except (OSError, RuntimeError):
@@ -189,7 +193,7 @@ def _write(path: Path, wave_T: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One joined utterance: words, the pause after each but the last (samples), gains and noise."""
+    """A joined utterance: words, pauses between them (samples), gains and noise."""
 
     words: tuple[_Word, ...]
     pauses: tuple[int, ...]
@@ -200,10 +204,10 @@ class _Plan:
     @property
     def times(self) -> list[tuple[int, int]]:
         """First and last sample of every word."""
-        times, at = [], 0
+        times, start = [], 0
         for word, pause in zip(self.words, (*self.pauses, 0), strict=True):
-            times.append((at, at + word.end - word.start))
-            at = times[-1][1] + pause
+            times.append((start, start + word.end - word.start))
+            start = times[-1][1] + pause
         return times
 
     @property
@@ -215,8 +219,8 @@ class _Plan:
         key = json.dumps([VERSION, words, self.pauses, self.gains_db, self.noise_db, self.noise])
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
 
-    def sound(self) -> np.ndarray:
-        """int16 (T,): the words with faded ends over a floor of low noise."""
+    def render(self) -> np.ndarray:
+        """The words with faded ends over low noise, int16 (T,)."""
         rng = np.random.default_rng(self.noise)
         wave_T = rng.standard_normal(self.n_samples, dtype=np.float32) * np.float32(
             10 ** (self.noise_db / 20)
@@ -256,11 +260,11 @@ def _utterances(words: dict[str, list[_Word]], work: Path, config: Config, seed:
 def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:
     path = plan.path(folder)
     try:
-        there = soundfile.info(path).frames == plan.n_samples
+        exists = soundfile.info(path).frames == plan.n_samples
     except (OSError, RuntimeError):
-        there = False
-    if not there:
-        _write(path, plan.sound())
+        exists = False
+    if not exists:
+        _write(path, plan.render())
     return Utterance(
         id=id,
         audio=AudioSource(str(path)),
@@ -272,7 +276,7 @@ def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:
 
 
 def _plans(words: Sequence[_Word], config: Config, rng: random.Random) -> Iterator[_Plan]:
-    """Every word once, in random order, cut into utterances of a length within the limits."""
+    """Plans with every word once, in random order, of lengths within the limits."""
     longest, shortest = config.max_seconds * SAMPLE_RATE, config.min_seconds * SAMPLE_RATE
     order = [(word, _pause(rng)) for word in rng.sample(words, len(words))]
     groups: list[list[tuple[_Word, int]]] = []
@@ -299,7 +303,7 @@ def _plans(words: Sequence[_Word], config: Config, rng: random.Random) -> Iterat
 
 
 def _pause(rng: random.Random) -> int:
-    """Samples between two words: often none, or else 0.05 to 0.4 s."""
+    """Random pause between two words in samples: none in 30 % of cases, else 0.05 to 0.4 s."""
     return 0 if rng.random() < 0.3 else round(rng.uniform(0.05, 0.4) * SAMPLE_RATE)
 
 

@@ -1,4 +1,4 @@
-"""The two recipes of the paper through every stage on invented corpora, up to the published table."""
+"""Recipes csj and reazonspeech through all stages on invented corpora, up to the published table."""
 
 import json
 
@@ -28,7 +28,7 @@ SMALL = ["device=cpu", "workers=0", "decode.beam=2", "score.samples=10"]
 TALKS = ("A01M0110", "A02M0012", "S00F0019", "A03F0109", "S02F0122", "A01F0055", "S00M0075")
 
 
-def test_csj_ends_in_the_papers_table(tmp_path, capsys):
+def test_csj_ends_in_the_published_table(tmp_path, capsys):
     for name in TALKS:
         write_talk(tmp_path / "CSJ", "usb", planned(name, n_utterances=4), ("sdb",))
     model = HubertModel(HubertConfig(**SIZES | {"conv_dims": (8,) * 7}, pos_conv_groups=2))
@@ -38,9 +38,9 @@ def test_csj_ends_in_the_papers_table(tmp_path, capsys):
     quick = [f"finetune.train.{setting}" for setting in QUICK] + ["finetune.head_only_steps=1"]
     exp = tmp_path / "exp"
     assert run.main([*command, "subset=core", f"exp={exp}", *SMALL, *quick]) == 0, capsys.readouterr().err
-    printed = capsys.readouterr().out
+    output = capsys.readouterr().out
     table = (exp / "report/table.txt").read_text()
-    assert table in printed and "published: rinna/japanese-hubert-base, core (32 h)" in table
+    assert table in output and "published: rinna/japanese-hubert-base, core (32 h)" in table
     assert [line.split()[-3:] for line in table.splitlines() if "core (32 h)" in line] == [
         ["9.30", "7.07", "6.87"],
         ["13.12", "10.33", "10.66"],
@@ -49,18 +49,18 @@ def test_csj_ends_in_the_papers_table(tmp_path, capsys):
     scores = json.loads((folder / "score/scores.json").read_text())
     wer = [f"{100 * scores[f'eval{i}']['wer']['rate']:.2f}" for i in (1, 2, 3)]
     label = f"here: exp, {tmp_path.name}/pretrained, core, beam 2 "
-    ours = [line.split()[-3:] for line in printed.splitlines() if label in line]
-    assert ours == [wer, wer]  # of stage=score, and of the report
+    rows = [line.split()[-3:] for line in output.splitlines() if label in line]
+    assert rows == [wer, wer]  # from stage=score and from the report
     assert list(scores["eval1"]["talks"]) == ["A01M0110"] == list(scores["eval1"]["speakers"])
     assert "A01M0110_" in (folder / "score/eval1.txt").read_text()
     settings = read_record(folder / "finetune/provenance.json")["settings"]
     assert settings["mask.channel_prob"] == 0.5 and settings["head_only_steps"] == 1
-    # Asked again, the score prints what it found.
+    # A finished stage prints its table again.
     assert run.main(["recipe=csj", "stage=score", f"data={tmp_path / 'CSJ'}", f"exp={exp}", *SMALL]) == 0
     assert [line.split()[-3:] for line in capsys.readouterr().out.splitlines() if label in line] == [wer]
 
 
-def test_phone_times_of_the_csj_core_judge_units(tmp_path, capsys):
+def test_phone_times_of_the_csj_core_evaluate_units(tmp_path, capsys):
     for name in TALKS:
         write_talk(tmp_path / "CSJ", "usb", planned(name, n_utterances=4), ("sdb", "xml"))
     command = ["recipe=csj", f"data={tmp_path / 'CSJ'}", f"exp={tmp_path / 'exp'}", "device=cpu"]
@@ -74,7 +74,7 @@ def test_phone_times_of_the_csj_core_judge_units(tmp_path, capsys):
     assert units["n_units"] == 5 and 0 < units["frames"] <= timed
 
 
-def test_reazonspeech_through_both_iterations_and_a_recogniser(tmp_path, capsys, caplog):
+def test_reazonspeech_through_both_iterations_and_fine_tuning(tmp_path, capsys, caplog):
     torch.manual_seed(0)
     data = Release(tmp_path / "corpus", shards=3, rows=8).write()
     command = ["recipe=reazonspeech", "stage=all", f"data={data}", "subset=tiny", f"exp={tmp_path / 'exp'}"]
@@ -84,12 +84,12 @@ def test_reazonspeech_through_both_iterations_and_a_recogniser(tmp_path, capsys,
     small += ["finetune.head_only_steps=0", "pretrain.unit_dim=8", "pretrain.crop.min_seconds=0"]
     assert run.main([*command, *options, *MODEL, *SMALL, *small, *quick]) == 0, capsys.readouterr().err
     assert "Recognition on test" in capsys.readouterr().out
-    # These recordings are too short for most of their captions, which is said and not hidden.
+    # These recordings are too short for most of their captions, which is reported.
     scored = json.loads((tmp_path / "exp/systems/main/score/scores.json").read_text())
     for split, score in scored.items():
         missing = 4 - score["utterances"]
-        said = f"{split}: {missing} of 4 utterances have no target"
-        assert (said in caplog.text) == (missing > 0)
+        message = f"{split}: {missing} of 4 utterances have no target"
+        assert (message in caplog.text) == (missing > 0)
     assert min(score["utterances"] for score in scored.values()) < 4
     for iteration in (1, 2, 3):
         assert LabelStore(tmp_path / f"exp/iter{iteration}/label").header.n_units == 5

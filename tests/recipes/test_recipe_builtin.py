@@ -1,4 +1,4 @@
-"""The recipe of the built-in model: voices told apart, speeds, reading, and the folder for the wheel."""
+"""Recipe builtin: classification of voices, speeds, synthetic reading, packing for the wheel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RATE = 16_000
 
 
 def buzz(hz: float, seconds: float = 0.6) -> np.ndarray:
-    """Something with a pitch: harmonics of `hz` between two silences."""
+    """A pitched sound: harmonics of `hz` between two silences."""
     time_T = np.arange(round(seconds * RATE)) / RATE
     wav_T = sum(np.sin(2 * np.pi * hz * k * time_T) / k for k in range(1, 12)) * np.hanning(len(time_T))
     return np.concatenate([np.zeros(2000), 0.2 * wav_T, np.zeros(2000)])
@@ -43,12 +43,12 @@ def word(path: Path, hz: float) -> Utterance:
     return Utterance("word", AudioSource(str(path)), n_samples=len(buzz(hz)), text="か", split="test")
 
 
-def test_voices_are_told_apart_by_their_pitch(tmp_path):
+def test_voices_are_classified_by_pitch(tmp_path):
     for hz, voice in ((90, "low"), (125, "low"), (160, "low"), (190, "high"), (240, "high"), (320, "high")):
         assert builtin._voice(word(tmp_path / "a.wav", hz)) == voice
 
 
-def test_another_speed_is_another_length_and_pitch(tmp_path):
+def test_speed_changes_length_and_pitch(tmp_path):
     item = word(tmp_path / "a.wav", 160)
     fast, slow = (builtin._at_speed(item, speed, tmp_path / "speeds") for speed in (1.25, 0.8))
     assert (fast.n_samples, slow.n_samples) == (round(item.n_samples / 1.25), round(item.n_samples / 0.8))
@@ -62,8 +62,8 @@ def test_another_speed_is_another_length_and_pitch(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> list[Utterance]:
-    """The whole corpus from 40 invented words of two voices, and a sentence."""
+def corpus(tmp_path_factory) -> list[Utterance]:
+    """The corpus from 40 invented words in two voices and one sentence."""
     root = tmp_path_factory.mktemp("corpus")
     ogg = root / "lib" / "ogg"
     ogg.mkdir(parents=True)
@@ -83,24 +83,24 @@ def made(tmp_path_factory) -> list[Utterance]:
     return list(builtin.prepare(root, tmp_path_factory.mktemp("work"), config, 0))
 
 
-def test_splits(made):
-    splits = {item.split for item in made}
+def test_splits_are_complete_and_disjoint(corpus):
+    splits = {item.split for item in corpus}
     tests = {"test_low", "test_high", "test_joined", "test_made", "test_real"}
     assert splits == {"train", "dev", "dev_joined", "dev_made", *tests}
-    assert len({item.id for item in made}) == len(made)
+    assert len({item.id for item in corpus}) == len(corpus)
     assert tests == set(build.SETS)
-    held_out = {item.words for item in made if item.split in ("test_low", "test_high")}
-    singles = {item.words for item in made if item.split == "train" and item.id.startswith("word")}
+    held_out = {item.words for item in corpus if item.split in ("test_low", "test_high")}
+    singles = {item.words for item in corpus if item.split == "train" and item.id.startswith("word")}
     assert held_out and singles and not held_out & singles
-    for item in made:
+    for item in corpus:
         if item.split in ("test_low", "test_high"):
             number = next(k for k in range(40) if KANA[k % 20] + KANA[(k * 7 + k // 20) % 20] == item.text)
             assert item.split == ("test_low" if number % 2 else "test_high")
 
 
-def test_made_voices_read_training_words_with_known_times(made):
-    singles = {item.text for item in made if item.split == "train" and item.id.startswith("word")}
-    reading = [item for item in made if item.id.startswith("reading")]
+def test_synthetic_voices_read_training_words_with_exact_times(corpus):
+    singles = {item.text for item in corpus if item.split == "train" and item.id.startswith("word")}
+    reading = [item for item in corpus if item.id.startswith("reading")]
     assert reading
     for item in reading:
         assert item.split == "train" and item.alignment[-1].end == item.n_samples
@@ -109,15 +109,15 @@ def test_made_voices_read_training_words_with_known_times(made):
         assert sum(item.text.count(single) > 0 for single in singles) >= 2
 
 
-def test_real_sentences_are_only_for_measuring(made):
-    (item,) = (item for item in made if item.id.startswith("real"))
+def test_real_sentences_are_a_test_split(corpus):
+    (item,) = (item for item in corpus if item.id.startswith("real"))
     assert (item.split, item.text, item.id) == ("test_real", "雨が降る。", "real-one")
 
 
-@pytest.mark.parametrize("wrong", [{"speeds": (3.0,)}, {"reading": -1.0}])
-def test_settings_that_make_no_sense(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        builtin.Config(**wrong)
+@pytest.mark.parametrize("options", [{"speeds": (3.0,)}, {"reading": -1.0}])
+def test_invalid_settings_are_rejected(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        builtin.Config(**options)
 
 
 def test_a_sentences_folder_without_its_table(tmp_path):
@@ -143,7 +143,7 @@ def finished(tmp_path) -> Path:
     return tmp_path / "exp"
 
 
-def test_packing_keeps_the_model_and_says_what_it_can(finished, tmp_path, capsys):
+def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     target = tmp_path / "assets" / build.NAME
     arguments = ["--pack", str(finished), "--to", str(target), "data=/home/somebody/x", "seed=3"]
     assert build.main(arguments) == 0
@@ -159,33 +159,33 @@ def test_packing_keeps_the_model_and_says_what_it_can(finished, tmp_path, capsys
     assert "seed=3" in page and "somebody" not in page
     size = sum(path.stat().st_size for path in target.iterdir())
     assert f"{size / 1e6:.1f} MB" in capsys.readouterr().out
-    assert build.main(arguments) == 0  # again, over the old one
+    assert build.main(arguments) == 0  # replaces the old one
     assert sorted(path.name for path in target.parent.iterdir()) == [build.NAME]
 
 
-def test_what_cannot_be_packed(finished, tmp_path, capsys, monkeypatch):
+def test_unfinished_or_large_models_are_not_packed(finished, tmp_path, capsys, monkeypatch):
     target = tmp_path / "assets" / build.NAME
     monkeypatch.setattr(build, "LIMIT", 1000)
     assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
     assert "at most" in capsys.readouterr().err and not target.exists()
     (finished / "systems" / "main" / "score" / DONE).unlink()
     assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
-    assert "stage score is not done" in capsys.readouterr().err
+    assert "stage score" in capsys.readouterr().err
 
 
-def test_pretraining_is_that_of_tofugu_unless_another_is_named(monkeypatch):
-    asked: list[list[str]] = []
+def test_pretraining_uses_tofugu_unless_a_model_is_given(monkeypatch):
+    commands: list[list[str]] = []
 
-    def done(overrides):
-        asked.append(list(overrides))
+    def fake_run(overrides):
+        commands.append(list(overrides))
         return 0
 
-    monkeypatch.setattr(build.run, "main", done)
-    settings = ["data=/corpus", "processes=2", "exp=elsewhere", "finetune.train.max_steps=7"]
+    monkeypatch.setattr(build.run, "main", fake_run)
+    settings = ["data=/corpus", "processes=2", "exp=other", "finetune.train.max_steps=7"]
     status, folder = build.pretrained(settings)
     assert (status, folder) == (0, "exp/tofugu/iter2/pretrain")
-    assert asked[0] == ["recipe=tofugu", "data=/corpus", "processes=2", "stage=prepare"]
-    assert asked[-1][-2:] == ["stage=pretrain", "iteration=2"] and len(asked) == 9
-    assert build.pretrained([*settings, "pretrained=mine"]) == (0, "mine") and len(asked) == 9
+    assert commands[0] == ["recipe=tofugu", "data=/corpus", "processes=2", "stage=prepare"]
+    assert commands[-1][-2:] == ["stage=pretrain", "iteration=2"] and len(commands) == 9
+    assert build.pretrained([*settings, "pretrained=mine"]) == (0, "mine") and len(commands) == 9
     monkeypatch.setattr(build.run, "main", lambda overrides: 2 if "stage=kmeans" in overrides else 0)
     assert build.pretrained(settings)[0] == 2

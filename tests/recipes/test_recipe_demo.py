@@ -1,4 +1,4 @@
-"""The corpus that makes itself: exact times, no sentence in two splits, the same bytes again."""
+"""Recipe demo: exact phone times, disjoint splits, reproducible audio."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ MINUTES = 0.5
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, list[Utterance]]:
+def corpus(tmp_path_factory) -> tuple[Path, list[Utterance]]:
     work = tmp_path_factory.mktemp("demo")
     return work, list(demo.prepare(None, work, demo.Config(minutes=MINUTES), 3))
 
 
 def levels(item: Utterance) -> dict[str, list[float]]:
-    """Level in dB of every phone's middle half, relative to the whole utterance."""
+    """Level in dB of the middle half of every phone, relative to the whole utterance."""
     wave, rate = soundfile.read(item.audio.path)
     assert rate == 16_000
     assert len(wave) == item.n_samples
-    found: dict[str, list[float]] = {}
+    result: dict[str, list[float]] = {}
     for phone in item.alignment:
         quarter = (phone.end - phone.start) // 4
         part = wave[phone.start + quarter : phone.end - quarter]
-        found.setdefault(phone.symbol, []).append(10 * np.log10(np.mean(part**2) / np.mean(wave**2) + 1e-12))
-    return found
+        result.setdefault(phone.symbol, []).append(10 * np.log10(np.mean(part**2) / np.mean(wave**2) + 1e-12))
+    return result
 
 
-def test_alignment_covers_the_audio_with_the_words_and_pauses(made):
-    for item in made[1]:
+def test_alignment_covers_the_audio_with_the_words_and_pauses(corpus):
+    for item in corpus[1]:
         ends = [phone.end for phone in item.alignment]
         assert [phone.start for phone in item.alignment] == [0, *ends[:-1]]
         assert ends[-1] == item.n_samples
@@ -50,20 +50,20 @@ def test_alignment_covers_the_audio_with_the_words_and_pauses(made):
         assert item.alignment[0].symbol == item.alignment[-1].symbol == "pau"
 
 
-def test_times_are_where_the_sound_is(made):
-    """Silence and closures are quiet and vowels are loud just inside the times that the manifest gives."""
+def test_phone_times_match_the_audio(corpus):
+    """Silence and closures are quiet, vowels are loud."""
     all_levels: dict[str, list[float]] = {}
-    for item in made[1]:
+    for item in corpus[1]:
         for symbol, values in levels(item).items():
             all_levels.setdefault(symbol, []).extend(values)
     median = {symbol: float(np.median(values)) for symbol, values in all_levels.items()}
     assert median["pau"] < -18
     assert max(median["q"], median["t"]) < -12
     assert min(median[vowel] for vowel in ("a", "o", "e")) > -3
-    assert max(all_levels["pau"]) < -12  # not one pause has speech in it
+    assert max(all_levels["pau"]) < -12  # no pause contains speech
 
 
-def test_frames_of_single_labels_add_up_to_the_whole_for_every_speaker():
+def test_frames_of_labels_sum_to_the_utterance_for_every_speaker():
     for i, text in enumerate(
         ["昨日、東京で新しいパソコンを買いましょう。", "ヴィクトルさんはピューレを食べます。"]
     ):
@@ -75,7 +75,7 @@ def test_frames_of_single_labels_add_up_to_the_whole_for_every_speaker():
             assert len(engine.synthesize(labels)) == sum(frames) * speaker.frame
 
 
-def test_splits_share_no_sentence_and_have_their_share(made):
+def test_splits_are_disjoint_and_have_the_configured_size(corpus):
     plan = [item for _, item in demo._plan(demo.sentences(0), Path("x"), demo.Config(minutes=6.0), 0)]
     texts: dict[str, set[str]] = {}
     seconds: dict[str, float] = {}
@@ -90,8 +90,8 @@ def test_splits_share_no_sentence_and_have_their_share(made):
     assert {phone for item in plan for word in item.words for phone in word} == set(PHONES) - {"dy"}
 
 
-def test_again_makes_the_same_bytes_and_keeps_what_is_there(made, tmp_path):
-    work, items = made
+def test_second_run_is_identical_and_keeps_existing_files(corpus, tmp_path):
+    work, items = corpus
     files = sorted(path.relative_to(work) for path in work.rglob("*.flac"))
     assert len(files) == len(items)
     lines = [line for line, _ in demo._plan(demo.sentences(3), tmp_path, demo.Config(minutes=MINUTES), 3)]
@@ -107,7 +107,7 @@ def test_again_makes_the_same_bytes_and_keeps_what_is_there(made, tmp_path):
     assert (work / files[1]).stat().st_mtime_ns == stamp
 
 
-def test_another_seed_is_another_corpus():
+def test_seed_changes_the_corpus():
     first, second = (
         {line.text for line, _ in demo._plan(demo.sentences(seed), Path("x"), demo.Config(minutes=0.5), seed)}
         for seed in (0, 1)
@@ -115,16 +115,16 @@ def test_another_seed_is_another_corpus():
     assert len(first & second) < len(first) / 2
 
 
-def test_two_processes_make_what_one_makes(made, tmp_path):
+def test_two_processes_write_the_same_audio_as_one(corpus, tmp_path):
     lines = [line for line, _ in demo._plan(demo.sentences(3), tmp_path, demo.Config(minutes=MINUTES), 3)][:4]
-    demo._make(lines, tmp_path, 2)
+    demo._render(lines, tmp_path, 2)
     for line in lines:
-        assert line.path(tmp_path).read_bytes() == line.path(made[0]).read_bytes()
+        assert line.path(tmp_path).read_bytes() == line.path(corpus[0]).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"minutes": 0}, {"dev_share": -0.1}, {"dev_share": 0.5, "test_share": 0.5}]
+    "options", [{"minutes": 0}, {"dev_share": -0.1}, {"dev_share": 0.5, "test_share": 0.5}]
 )
-def test_sizes_that_make_no_sense(wrong, tmp_path):
+def test_inconsistent_sizes_are_rejected(options, tmp_path):
     with pytest.raises(ConfigError, match="minutes"):
-        list(demo.prepare(None, tmp_path, demo.Config(**wrong), 0))
+        list(demo.prepare(None, tmp_path, demo.Config(**options), 0))

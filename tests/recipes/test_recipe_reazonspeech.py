@@ -1,4 +1,4 @@
-"""ReazonSpeech from invented releases: rows join members, broken things are counted, shards are read once."""
+"""ReazonSpeech on invented releases: matching of captions, damaged shards, caching of indices."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ tar_index = sys.modules["tar_index"]
 
 
 def read(data: Path | None, work: Path, **options):
-    """Utterances one by one, and what was left out."""
+    """Single utterances, and rejected ones."""
     config = recipe.Config(**{"subset": "tiny", "processes": 1, **options})
     items = list(recipe.prepare(data, work, config, 0))
     rows = [item for batch in items if isinstance(batch, Utterances) for item in batch]
     return rows, [item for item in items if isinstance(item, Rejected)]
 
 
-def found(rows) -> dict[str, tuple[int, str]]:
+def content(rows) -> dict[str, tuple[int, str]]:
     return {f"{item.id}.flac": (item.n_samples, item.text) for item in rows}
 
 
 @pytest.mark.parametrize("dot", [False, True])
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_rows_and_members_come_together(tmp_path, dot, form, end):
+def test_captions_are_matched_with_recordings(tmp_path, dot, form, end):
     release = Release(tmp_path / "reazonspeech-v1", shards=2, rows=3, dot=dot)
     release.write(end=end, form=form)
-    rows, rejected = read(tmp_path, tmp_path)  # the release's folder is found
+    rows, rejected = read(tmp_path, tmp_path)  # finds the folder of the release
     assert not rejected
-    assert list(found(rows).items()) == list(release.rows.items())
+    assert list(content(rows).items()) == list(release.rows.items())
     for item in rows:
         assert len(load_audio(item.audio)) == item.n_samples
-    member = next(content for name, content in release.members[0] if name == f"{rows[0].id}.flac")
+    member = next(data for name, data in release.members[0] if name == f"{rows[0].id}.flac")
     raw = Path(rows[0].audio.path).read_bytes()
     assert raw[rows[0].audio.offset :][: rows[0].audio.length] == member
 
 
-def test_all_stages_that_read_it(tmp_path, caplog):
+def test_prepare_and_targets(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     release = Release(tmp_path / "corpus", shards=3, rows=6)
     data = release.write()
@@ -69,7 +69,7 @@ def test_all_stages_that_read_it(tmp_path, caplog):
         counts[check] = stage.run(config, out)
         manifest = Manifest(out / "manifest.arrow")
         items = [manifest[i] for i in range(len(manifest))]
-        assert found(items) == release.rows
+        assert content(items) == release.rows
         assert [item.split for item in items] == ["dev"] * 7 + ["test"] * 4 + ["train"] * 7
         assert counts[check]["hours"] == pytest.approx(sum(n for n, _ in release.rows.values()) / RATE / 3600)
         assert counts[check]["splits"]["dev"]["utterances"] == 7
@@ -77,15 +77,15 @@ def test_all_stages_that_read_it(tmp_path, caplog):
         assert all(item.words == () and item.alignment == () and item.speaker == "" for item in items)
         assert "3 of 3 shards, 18 utterances" in caplog.text
     (tmp_path / "targets").mkdir()
-    # Captions become phones as any text does; these recordings are too short for most of them.
-    said = targets.run(
+    # These recordings are too short for the phones of most captions.
+    metrics = targets.run(
         targets.Config(tmp_path / "out True" / "prepare" / "manifest.arrow"), tmp_path / "targets"
     )
-    assert said["utterances"] + sum(said["rejected"].values()) == 18
-    assert set(said["rejected"]) == {"target longer than its audio"}
+    assert metrics["utterances"] + sum(metrics["rejected"].values()) == 18
+    assert set(metrics["rejected"]) == {"target longer than its audio"}
 
 
-def test_several_processes_give_the_same_and_a_second_run_reads_nothing_again(tmp_path, monkeypatch):
+def test_indices_are_equal_for_any_number_of_processes_and_cached(tmp_path, monkeypatch):
     data = write_headers(tmp_path / "corpus", shards=5, rows=200)
     one = list(recipe.prepare(data, tmp_path / "one", recipe.Config(processes=1), 0))
     two = list(recipe.prepare(data, tmp_path / "two", recipe.Config(processes=2), 0))
@@ -104,14 +104,14 @@ def test_several_processes_give_the_same_and_a_second_run_reads_nothing_again(tm
     assert read_shards == ["003.tar"]
 
 
-def test_a_shard_that_came_later_is_the_only_one_to_be_read(tmp_path, monkeypatch):
+def test_only_a_later_shard_is_read(tmp_path, monkeypatch):
     release = Release(tmp_path / "corpus", shards=3, rows=3)
     data = release.write()
     third = release.shard(2).rename(tmp_path / "002.tar")
     rows, rejected = read(data, tmp_path)
     assert len(rows) == 6
     assert [(item.id, item.reason, item.detail) for item in rejected] == [
-        ("002.tar", "shard that is not there", "3 rows of tiny.tsv")
+        ("002.tar", "missing shard", "3 rows of tiny.tsv")
     ]
     third.rename(release.shard(2))
     read_shards = []
@@ -119,12 +119,12 @@ def test_a_shard_that_came_later_is_the_only_one_to_be_read(tmp_path, monkeypatc
     monkeypatch.setattr(
         tar_index, "index_shard", lambda shard: read_shards.append(shard.name) or index_shard(shard)
     )
-    assert found(read(data, tmp_path)[0]) == release.rows
+    assert content(read(data, tmp_path)[0]) == release.rows
     assert read_shards == ["002.tar"]
 
 
-def test_a_finished_manifest_is_extended_without_reading_the_other_shards(tmp_path, monkeypatch):
-    """What the README says: forget that the stage is done, keep its work, and run it again."""
+def test_finished_manifest_is_extended_without_reading_other_shards(tmp_path, monkeypatch):
+    """The steps of the README: delete the records of the stage, keep its work, and rerun it."""
     release = Release(tmp_path / "corpus", shards=3, rows=4)
     data, exp = release.write(), tmp_path / "exp"
     third = release.shard(2).rename(tmp_path / "002.tar")
@@ -147,8 +147,8 @@ def test_a_finished_manifest_is_extended_without_reading_the_other_shards(tmp_pa
     assert read_shards == ["002.tar"]
 
 
-def test_a_late_shard_is_seen_and_only_it_is_decoded(tmp_path, monkeypatch, capsys, caplog):
-    """With the settings as they come: the kept result says what to do, and doing it costs one shard."""
+def test_late_shard_is_reported_and_only_it_is_decoded(tmp_path, monkeypatch, capsys, caplog):
+    """The reported commands add the shard and decode nothing else."""
     release = Release(tmp_path / "corpus", shards=3, rows=4)
     release.add(0, name_of(0, 90), flac(8000)[:-3000], "途中まで")
     data, exp = release.write(), tmp_path / "exp"
@@ -173,7 +173,7 @@ def test_a_late_shard_is_seen_and_only_it_is_decoded(tmp_path, monkeypatch, caps
     assert run.main(command) == 0
     manifest = Manifest(exp / "prepare/manifest.arrow")
     assert len(decoded) == 4 and all(id.startswith("001/") for id in decoded)
-    # As if it had been there from the start, in its place.
+    # The result is that of a complete release.
     assert [f"{id}.flac" for id in manifest.ids()] == list(release.rows)
     other = tmp_path / "other"
     assert run.main([argument.replace(str(exp), str(other)) for argument in command]) == 0
@@ -182,7 +182,7 @@ def test_a_late_shard_is_seen_and_only_it_is_decoded(tmp_path, monkeypatch, caps
     assert rejected == others and name_of(0, 90).removesuffix(".flac") in rejected
 
 
-def test_a_shard_that_changed_is_decoded_again(tmp_path, monkeypatch):
+def test_changed_shard_is_decoded_again(tmp_path, monkeypatch):
     release = Release(tmp_path / "corpus", shards=2, rows=3)
     data, decoded = release.write(), []
     load_utterance = stage.load_utterance
@@ -197,7 +197,7 @@ def test_a_shard_that_changed_is_decoded_again(tmp_path, monkeypatch):
     assert len(decoded) == 3 and all(id.startswith("001/") for id in decoded)
 
 
-def test_several_machines_share_the_indexing(tmp_path, monkeypatch):
+def test_machines_share_the_indexing(tmp_path, monkeypatch):
     data = write_headers(tmp_path / "corpus", shards=5, rows=50)
     script, index = RECIPE.with_name("tar_index.py"), tmp_path / "work" / "index"
     for part, shards, rows in (("1/2", 3, 150), ("2/2", 2, 100)):
@@ -208,24 +208,24 @@ def test_several_machines_share_the_indexing(tmp_path, monkeypatch):
             cwd=RECIPE.parents[2],
         )
         assert done.returncode == 0, done.stderr
-        assert f"{shards} shards, {rows} recordings" in done.stdout
+        assert f"{shards} shards with {rows} recordings" in done.stdout
     monkeypatch.setattr(tar_index, "index_shard", lambda shard: pytest.fail(f"{shard} was read again"))
     items = list(recipe.prepare(data, tmp_path / "work", recipe.Config(processes=1), 0))
     assert sum(len(item) for item in items) == 250
-    wrong = subprocess.run(
+    invalid = subprocess.run(
         [sys.executable, script, data / "data", index, "--part", "3/2"], capture_output=True, text=True
     )
-    assert wrong.returncode == 2 and "give it as 1/4" in wrong.stderr
+    assert invalid.returncode == 2 and "--part 3/2" in invalid.stderr
 
 
-def test_broken_members_are_skipped_and_counted(tmp_path):
+def test_damaged_members_are_rejected(tmp_path):
     release = Release(tmp_path / "corpus", shards=1, rows=3)
-    whole = flac(8000)
+    recording = flac(8000)
     release.add(0, name_of(0, 90), b"", "空です")
     release.add(0, name_of(0, 91), b"not audio" * 200, "違います")
-    release.add(0, name_of(0, 92), whole[: len(whole) // 2], "途中まで")  # seen only by decoding
-    release.add(0, name_of(0, 93), whole, None)
-    release.add(0, name_of(0, 0), whole, None)  # a second member of that name
+    release.add(0, name_of(0, 92), recording[: len(recording) // 2], "途中まで")  # found only by decoding
+    release.add(0, name_of(0, 93), recording, None)
+    release.add(0, name_of(0, 0), recording, None)  # a second member of that name
     release.add(0, name_of(0, 94), flac(4000, 8000), "八キロヘルツ", 8000)
     release.add(0, name_of(0, 95), flac(100), "短い", 100)
     release.table += [f"{name_of(0, 96)}\tありません".encode(), name_of(0, 97).encode()]
@@ -236,16 +236,16 @@ def test_broken_members_are_skipped_and_counted(tmp_path):
     ]
     data = release.write()
     rows, rejected = read(data, tmp_path)
-    assert found(rows) == release.rows | {name_of(0, 92): (8000, "途中まで")}
+    assert content(rows) == release.rows | {name_of(0, 92): (8000, "途中まで")}
     assert {(item.id, item.reason) for item in rejected} == {
-        ("line 11", "row that names no shard"),
+        ("line 11", "row without a shard"),
         (name_of(0, 97), "row without a tab"),
-        (name_of(0, 0), "row that comes twice"),
+        (name_of(0, 0), "duplicate row"),
         (name_of(0, 98), "caption that is not UTF-8"),
         (name_of(0, 90), "unusable audio"),
         (name_of(0, 91), "unusable audio"),
         (name_of(0, 93), "no caption"),
-        (name_of(0, 0), "name that comes twice"),
+        (name_of(0, 0), "duplicate name"),
         (name_of(0, 96), "no audio in its shard"),
     }
     assert any(item.detail.startswith("tiny.tsv:11: b'nothing") for item in rejected)
@@ -261,15 +261,15 @@ def test_broken_members_are_skipped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "usable", "says"),
+    ("damage", "usable", "reason"),
     [
-        (lambda raw: raw[: len(raw) - 10_240 - 4000], 3, "cut off"),
-        (lambda raw: raw[:3000], 0, "cut off"),
+        (lambda raw: raw[: len(raw) - 10_240 - 4000], 3, "truncated"),
+        (lambda raw: raw[:3000], 0, "truncated"),
         (lambda raw: raw[:700], 0, "damaged shard"),
         (lambda raw: b"\1" * 600, 0, "damaged shard"),
     ],
 )
-def test_a_broken_shard_gives_what_comes_before_the_break(tmp_path, damage, usable, says):
+def test_damaged_shard_yields_the_members_before_the_damage(tmp_path, damage, usable, reason):
     release = Release(tmp_path / "corpus", shards=2, rows=4)
     data = release.write()
     release.change(0, damage)
@@ -277,11 +277,11 @@ def test_a_broken_shard_gives_what_comes_before_the_break(tmp_path, damage, usab
     shard = [item for item in rows if item.id.startswith("000/")]
     assert len(rows) - len(shard) == 4 and len(shard) == usable
     reasons = [item.reason for item in rejected]
-    assert reasons[0] == says
-    assert reasons[1:] == ["no audio in its shard"] * (4 - usable - (says == "cut off"))
+    assert reasons[0] == reason
+    assert reasons[1:] == ["no audio in its shard"] * (4 - usable - (reason == "truncated"))
 
 
-def test_a_shard_that_cannot_be_opened_is_tried_again(tmp_path, monkeypatch):
+def test_unreadable_shard_is_retried_by_the_next_run(tmp_path, monkeypatch):
     data = Release(tmp_path / "corpus", shards=2, rows=2).write()
     members = tar_index._members
 
@@ -298,25 +298,25 @@ def test_a_shard_that_cannot_be_opened_is_tried_again(tmp_path, monkeypatch):
     assert len(read(data, tmp_path)[0]) == 4
 
 
-def test_the_rows_of_a_table_may_come_in_any_order(tmp_path):
+def test_table_may_have_any_order(tmp_path):
     release = Release(tmp_path / "corpus", shards=3, rows=5)
     release.table = release.table[::2] + release.table[1::2]
     rows, rejected = read(release.write(), tmp_path)
-    assert found(rows) == release.rows and not rejected
+    assert content(rows) == release.rows and not rejected
     assert recipe.Captions(tmp_path / "corpus" / "tsv" / "tiny.tsv").count("001") == 5
 
 
-def test_table_and_shards_may_lie_in_one_folder(tmp_path):
+def test_table_and_shards_may_be_in_one_folder(tmp_path):
     release = Release(tmp_path / "corpus", shards=2, rows=2)
     data = release.write()
     for path in [*data.glob("*/*.tsv"), *data.glob("*/*.tar")]:
         path.rename(data / path.name)
     for folder in ("tsv", "data"):
         (data / folder).rmdir()
-    assert found(read(data, tmp_path)[0]) == release.rows
+    assert content(read(data, tmp_path)[0]) == release.rows
 
 
-def test_long_names(tmp_path):
+def test_long_member_names(tmp_path):
     release = Release(tmp_path / "corpus", shards=1, rows=1)
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
         long = f"000/{form}/" + "/".join(["長い" * 8] * 4) + "/名前.flac"
@@ -326,13 +326,13 @@ def test_long_names(tmp_path):
         release.table = []
         release.rows = {}
         release.add(0, long, flac(4000), "長い", 4000)
-        assert found(read(release.write(form=form), tmp_path / str(form))[0]) == {long: (4000, "長い")}
+        assert content(read(release.write(form=form), tmp_path / str(form))[0]) == {long: (4000, "長い")}
 
 
-def test_a_worker_that_fails_says_why(tmp_path):
+def test_error_of_a_worker_process_is_reported(tmp_path):
     shards = [tmp_path / "000.tar", tmp_path / "001.tar"]
-    with pytest.raises(JahubertError, match=r"failed at .*000.tar:(.|\n)*FileNotFoundError"):
-        list(tar_index.indexed(shards, tmp_path / "index", 2))
+    with pytest.raises(JahubertError, match=r"000.tar(.|\n)*FileNotFoundError"):
+        list(tar_index.index_shards(shards, tmp_path / "index", 2))
 
 
 MEASURE = """
@@ -350,7 +350,7 @@ seconds = time.perf_counter() - started
 started = time.perf_counter()
 opened = len(Manifest(out / "manifest.arrow"))
 opening = time.perf_counter() - started
-# Not getrusage of this process: it also counts what the process that started this one had in memory.
+# Not getrusage of this process, which includes the memory of its parent before exec.
 own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 peak = own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(json.dumps([rows, opened, rows / seconds, opening, peak / 1024**2]))
@@ -360,7 +360,7 @@ print(json.dumps([rows, opened, rows / seconds, opening, peak / 1024**2]))
 @pytest.mark.parametrize(
     ("shards", "rows"), [(4, 500), pytest.param(64, 15_625, marks=pytest.mark.slow)], ids=["few", "a million"]
 )
-def test_rows_a_second_and_memory(tmp_path, shards, rows):
+def test_rows_per_second_and_memory(tmp_path, shards, rows):
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is read from /proc")
     data = write_headers(tmp_path / "corpus", shards, rows)
@@ -368,26 +368,26 @@ def test_rows_a_second_and_memory(tmp_path, shards, rows):
     command = [sys.executable, "-c", MEASURE, str(data), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RECIPE.parents[2])
     assert done.returncode == 0, done.stderr
-    found, opened, rate, opening, gib = json.loads(done.stdout)
-    assert found == opened == shards * rows
+    n_rows, opened, rate, opening, gib = json.loads(done.stdout)
+    assert n_rows == opened == shards * rows
     assert opening < 1
     assert gib < 2
-    assert rate > 20_000 or found < 100_000  # starting two processes takes longer than few rows
+    assert rate > 20_000 or n_rows < 100_000  # few rows take less time than starting two processes
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_data_is_reported(tmp_path):
     for data in (None, tmp_path):
         with pytest.raises(DataError, match=r"give data=FOLDER|needs data=FOLDER"):
             read(data, tmp_path)
     release = Release(tmp_path / "reazonspeech-v2", shards=1, rows=1)
     release.write()
-    with pytest.raises(DataError, match=r"no table smal.tsv; subset can be tiny"):
+    with pytest.raises(DataError, match=r"smal.tsv.* tiny"):
         read(tmp_path, tmp_path, subset="smal")
     release.shard(0).unlink()
-    with pytest.raises(DataError, match=r"none of the 1 shards of tiny.tsv is there, such as 000.tar"):
+    with pytest.raises(DataError, match=r"tiny.tsv.*000.tar"):
         read(tmp_path, tmp_path)
     Release(tmp_path / "reazonspeech-v1", shards=1, rows=1).write()
-    with pytest.raises(DataError, match="reazonspeech-v1 and reazonspeech-v2 here"):
+    with pytest.raises(DataError, match="reazonspeech-v1 and reazonspeech-v2"):
         read(tmp_path, tmp_path)
-    with pytest.raises(ConfigError, match="must not be negative"):
+    with pytest.raises(ConfigError, match="dev"):
         recipe.Config(dev=-1)

@@ -1,4 +1,4 @@
-"""Words to utterances: splits by reading, trimmed and joined words, broken files named."""
+"""Recipe tofugu: splits by reading, trimmed and joined words, rejected files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tone(seconds: float, silence: float = 0.2) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """60 invented words, two of them said alike, and four files that cannot be used."""
+    """60 invented words, two of them homophones, and four unusable files."""
     root = tmp_path_factory.mktemp("corpus")
     ogg = root / "lib" / "ogg"
     ogg.mkdir(parents=True)
@@ -48,7 +48,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(corpus, tmp_path_factory) -> tuple[Path, list[Utterance], list[Rejected]]:
+def prepared(corpus, tmp_path_factory) -> tuple[Path, list[Utterance], list[Rejected]]:
     work = tmp_path_factory.mktemp("work")
     items = list(tofugu.prepare(corpus, work, tofugu.Config(dev_share=0.2, test_share=0.2), 0))
     return (
@@ -62,8 +62,8 @@ def words_in(items: list[Utterance], prefix: str) -> list[tuple[str, ...]]:
     return sorted(word for item in items if item.id.startswith(prefix) for word in item.words)
 
 
-def test_what_cannot_be_used_is_named_with_its_reason(made):
-    assert {(item.id, item.reason) for item in made[2]} == {
+def test_unusable_files_are_rejected_with_a_reason(prepared):
+    assert {(item.id, item.reason) for item in prepared[2]} == {
         ("壊【こわれ】", "unreadable audio"),
         ("漢【漢字】", "reading that is not kana"),
         ("無名", "file name without a reading in 【】"),
@@ -71,21 +71,21 @@ def test_what_cannot_be_used_is_named_with_its_reason(made):
     }
 
 
-def test_no_reading_is_in_two_splits_and_every_word_is_somewhere(made):
-    items = made[1]
+def test_splits_have_disjoint_readings_and_all_words(prepared):
+    items = prepared[1]
     splits = {name: words_in(items, f"word-{name}-") for name in ("train", "dev", "test")}
     assert sum(map(len, splits.values())) == 60
     assert all(splits.values())
     for a, b in (("train", "dev"), ("train", "test"), ("dev", "test")):
         assert not set(splits[a]) & set(splits[b])
-    alike = [item.split for item in items if item.text in ("橋", "箸")]
-    assert len(set(alike)) == 1
+    homophones = [item.split for item in items if item.text in ("橋", "箸")]
+    assert len(set(homophones)) == 1
     assert {item.split for item in items} == {"train", "dev", "test", "dev_joined", "test_joined"}
     assert len({item.id for item in items}) == len(items)
 
 
-def test_joined_utterances_use_held_out_words_once_and_training_words_twice(made):
-    items = made[1]
+def test_joined_utterances_use_held_out_words_once_and_training_words_twice(prepared):
+    items = prepared[1]
     assert words_in(items, "joined-test-") == words_in(items, "word-test-")
     assert words_in(items, "joined-dev-") == words_in(items, "word-dev-")
     assert words_in(items, "joined-train-") == sorted(2 * words_in(items, "word-train-"))
@@ -98,8 +98,8 @@ def test_joined_utterances_use_held_out_words_once_and_training_words_twice(made
             )
 
 
-def test_word_times_are_where_the_tones_are(made):
-    work, items, _ = made
+def test_word_times_match_the_tones(prepared):
+    work, items, _ = prepared
     times = [json.loads(line) for line in (work / "word-times.jsonl").read_text().splitlines()]
     by_id = {item.id: item for item in items}
     assert [row["id"] for row in times] == [id for id in by_id if id.startswith("joined")]
@@ -120,49 +120,51 @@ def test_word_times_are_where_the_tones_are(made):
     assert all(pause == 0 or 800 <= pause <= 6400 for pause in pauses)
 
 
-def test_manifest_accepts_it_and_a_second_run_keeps_every_file(made, corpus, tmp_path):
-    work, items, rejected = made
+def test_second_run_keeps_existing_files(prepared, corpus, tmp_path):
+    work, items, rejected = prepared
     config = tofugu.Config(dev_share=0.2, test_share=0.2)
     stamps = {path: path.stat().st_mtime_ns for path in work.rglob("*.flac")}
-    victim = Path(items[0].audio.path)
-    stamps.pop(victim)
-    before = victim.read_bytes()
-    victim.unlink()
+    deleted = Path(items[0].audio.path)
+    stamps.pop(deleted)
+    before = deleted.read_bytes()
+    deleted.unlink()
     counts = write_manifest(tmp_path / "manifest.arrow", tofugu.prepare(corpus, work, config, 0))
     assert counts["utterances"] == len(items)
     assert sum(counts["rejected"].values()) == len(rejected) == 4
-    assert victim.read_bytes() == before
-    assert stamps == {path: path.stat().st_mtime_ns for path in work.rglob("*.flac") if path != victim}
+    assert deleted.read_bytes() == before
+    assert stamps == {path: path.stat().st_mtime_ns for path in work.rglob("*.flac") if path != deleted}
     manifest = Manifest(tmp_path / "manifest.arrow")
     assert [manifest[i].id for i in range(len(manifest))] == [item.id for item in items]
     assert len(manifest.load(len(manifest) - 1)) == items[-1].n_samples
 
 
-def test_the_seed_decides_the_splits(corpus, made):
+def test_splits_depend_on_the_seed(corpus, prepared):
     sources = [
-        found for path in tofugu._files(corpus) if not isinstance(found := tofugu._read_name(path), Rejected)
+        source
+        for path in tofugu._files(corpus)
+        if not isinstance(source := tofugu._parse_name(path), Rejected)
     ]
     first, again, other = (tofugu._split(sources, tofugu.Config(), seed) for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_missing_corpus_says_what_to_do(tmp_path):
+def test_missing_corpus_names_the_repository(tmp_path):
     for data in (None, tmp_path):
         with pytest.raises(DataError, match="tofugu/japanese-vocabulary-pronunciation-audio"):
             list(tofugu.prepare(data, tmp_path / "work", tofugu.Config(), 0))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"min_seconds": 7}, {"min_seconds": 0}, {"dev_share": 0.6, "test_share": 0.4}]
+    "options", [{"min_seconds": 7}, {"min_seconds": 0}, {"dev_share": 0.6, "test_share": 0.4}]
 )
-def test_sizes_that_make_no_sense(wrong, corpus, tmp_path):
+def test_inconsistent_sizes_are_rejected(options, corpus, tmp_path):
     with pytest.raises(ConfigError):
-        list(tofugu.prepare(corpus, tmp_path, tofugu.Config(**wrong), 0))
+        list(tofugu.prepare(corpus, tmp_path, tofugu.Config(**options), 0))
 
 
 def test_real_words(tmp_path):
     if not (TOFUGU / "lib" / "ogg").is_dir():
-        pytest.skip("the Tofugu words are not here")
+        pytest.skip("the Tofugu words are not available")
     ogg = tmp_path / "data" / "lib" / "ogg"
     ogg.mkdir(parents=True)
     for path in sorted((TOFUGU / "lib" / "ogg").iterdir())[::60]:
