@@ -6,8 +6,8 @@
         decode.lexicon.words=exp/csj/words/lexicon.txt decode.lexicon.ngram=exp/csj/words/3gram.arpa
     python -m jahubert.run recipe=csj stage=score decoding=words score.baseline=exp/csj/systems/main/decode
 
-Writes `words/lexicon.txt`, one word with its symbols per line, and `words/corpus.txt`, one utterance per line.
-A word is identified by its kana, so homophones are one word, as in the error rates.
+Writes `words/lexicon.txt`, one word with its symbols per line, and `words/corpus.txt`, one utterance per
+line. A word is identified by its kana, so homophones are one word, as in the error rates.
 """
 
 import argparse
