@@ -72,6 +72,7 @@ def process_group(tell: Callable[[BaseException], int] = _traced) -> Iterator[No
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    _end_with_parent()  # torchrun does not arrange this
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"  # a stage may run on the CPU, and Python objects always do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -156,16 +157,26 @@ def micro_batches(
         pin_memory=device.type == "cuda",
     )
     others = multiprocessing.active_children()
-    iterator = iter(loader)
-    workers = [child for child in multiprocessing.active_children() if child not in others]
+    iterator = None
     try:
+        iterator = _start_workers(loader, config)
         for micro, batch in iterator:
             if isinstance(batch, Exception):
                 raise batch
             yield micro, batch
     finally:
-        _close(iterator, workers)
-        del iterator
+        _close(iterator, [child for child in multiprocessing.active_children() if child not in others])
+
+
+def _start_workers(loader: DataLoader, config: TrainConfig) -> Iterator[tuple[MicroBatch, Any]]:
+    try:
+        return iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SharedMemoryError(
+            f"no room in shared memory for the queues of DataLoader workers; {_less_shared_memory(config)}"
+        ) from None
 
 
 def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
@@ -173,9 +184,13 @@ def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) ->
 
     `del iterator` would not: the traceback of an error refers to it. A worker that is stuck in a read is
     killed after a while, and torch's SIGCHLD handler, which raises in the main thread, is disabled meanwhile.
+
+    Args:
+        iterator: None if it could not start all of its workers.
     """
     shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is None:  # no workers
+    if shutdown is None:
+        _kill(workers)
         return
     handled = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if handled else None
