@@ -18,9 +18,9 @@ from jahubert.errors import AudioError, ConfigError, UserError
 
 AUDIO_ENDINGS = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64",
-    ".rf64", ".caf", ".sph", ".nist",
+    ".rf64", ".bw64", ".caf", ".sph", ".nist",
+    ".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka",  # with an optional decoder
 )  # fmt: skip
-OTHER_ENDINGS = (".m4a", ".aac", ".mp4", ".wma", ".webm")  # which nobody here reads: that is said of each
 STDIN = "-"
 BAR = 20  # characters
 
@@ -54,8 +54,7 @@ def find_inputs(
         elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
             empty[argument] = AudioError(f"{argument}: no permission to read this folder")
         elif path.is_dir():
-            endings = AUDIO_ENDINGS + OTHER_ENDINGS
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
+            files = sorted(p for p in path.rglob("*") if _is_audio(p, path))
             found += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
             if not files:
                 empty[argument] = AudioError(
@@ -78,6 +77,13 @@ def find_inputs(
                     f"{other} and {item.label} would both write {target}; use two runs with two folders"
                 )
     return found, empty
+
+
+def _is_audio(path: Path, folder: Path) -> bool:
+    """Whether a file below `folder` is audio by its suffix, and not metadata of macOS."""
+    if path.name.startswith("._") or "__MACOSX" in path.relative_to(folder).parts:
+        return False
+    return path.suffix.lower() in AUDIO_ENDINGS and path.is_file()
 
 
 def _check_output(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from jahubert.audio import AudioLike, load_audio, stream_audio
+from jahubert.audio import AudioLike, is_recording, load_audio, stream_audio
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.bundle import Bundle, load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
@@ -204,9 +204,9 @@ class FeatureExtractor:
             audio: whatever `load_audio` accepts, or a list of it.
             sample_rate: sampling rate of arrays in Hz. Default: 16,000.
         """
-        if isinstance(audio, list | tuple):
-            return self.encode([load_audio(item, sample_rate) for item in audio])
-        return self.encode([load_audio(audio, sample_rate)])[0]
+        if is_recording(audio):
+            return self.encode([load_audio(audio, sample_rate)])[0]
+        return self.encode([load_audio(item, sample_rate) for item in audio])
 
     def many(
         self,

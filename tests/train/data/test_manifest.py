@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from jahubert import audio
 from jahubert.audio import AudioSource
+from jahubert.audio import sources as audio
 from jahubert.errors import AudioError, DataError
 from jahubert.train.data import manifest as module
 from jahubert.train.data.manifest import Manifest, Phone, Rejected, Utterance, Utterances, write_manifest

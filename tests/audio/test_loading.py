@@ -1,4 +1,4 @@
-"""Audio in: every shape it comes in, and every way it can be broken."""
+"""Loading of files, byte ranges, streams and arrays; rejection of broken ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode(samples, rate=16_000, fmt="WAV", subtype=None) -> bytes:
     return out.getvalue()
 
 
-def test_float_wav_with_a_japanese_name_comes_back_exactly(tmp_path):
+def test_float_wav_with_a_japanese_name_is_exact(tmp_path):
     path = tmp_path / "日本語 名前.wav"
     path.write_bytes(encode(NOISE, subtype="FLOAT"))
     for source in (path, str(path), AudioSource(str(path)), path.open("rb"), io.BytesIO(path.read_bytes())):
@@ -63,16 +63,16 @@ def test_other_rates(tmp_path, rate):
     assert torch.equal(load_audio((0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32), rate), wav_T)
 
 
-def test_length_is_predicted_for_every_length_and_rate():
+def test_length_is_exact_for_every_length_and_rate():
     rng = np.random.default_rng(0)
     for rate in (7350, 8000, 11_025, 12_000, 16_001, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000):
         for n in [*range(8, 200), *rng.integers(200, 100_000, 10)]:
             samples = np.zeros(n, np.float32)
-            soxr_length = len(soxr.resample(samples, rate, 16_000, quality="HQ"))  # not only our own trimming
+            soxr_length = len(soxr.resample(samples, rate, 16_000, quality="HQ"))  # an independent count
             assert audio_length(samples, rate) == soxr_length == len(load_audio(samples, rate)), (rate, n)
 
 
-def test_stereo_is_averaged_and_arrays_may_lie_either_way():
+def test_stereo_is_averaged_in_either_orientation():
     stereo = np.stack([NOISE, NOISE[::-1]], axis=1)
     expected = torch.from_numpy(stereo.mean(axis=1))
     for source in (stereo, stereo.T, torch.from_numpy(stereo), io.BytesIO(encode(stereo, subtype="FLOAT"))):
@@ -90,10 +90,10 @@ def test_array_types_are_scaled_by_their_full_scale():
             load_audio(wrong)
 
 
-def test_the_caller_keeps_its_array():
-    mine = NOISE.copy()
-    load_audio(mine).mul_(0)
-    assert np.array_equal(mine, NOISE)
+def test_argument_is_not_modified():
+    array = NOISE.copy()
+    load_audio(array).mul_(0)
+    assert np.array_equal(array, NOISE)
 
 
 def test_byte_range_inside_a_tar(tmp_path):
@@ -116,7 +116,7 @@ def test_byte_range_inside_a_tar(tmp_path):
             assert torch.equal(load_audio(source, start=320, n_samples=640), expected[320:960])
             assert audio_length(source) == len(expected)
     for outside in (AudioSource(str(path), 10**6, 500), AudioSource(str(path), 512, 10**7)):
-        with pytest.raises(AudioError, match=r"shard 一.tar.*behind the end"):
+        with pytest.raises(AudioError, match=r"shard 一.tar.*exceeds the file"):
             load_audio(outside)
 
 
@@ -134,10 +134,10 @@ BROKEN = {
     "half.opus": (encode(NOISE, fmt="OGG", subtype="OPUS")[:5000], "truncated"),
     "half.mp3": (encode(NOISE, fmt="MP3")[:3000], "truncated"),
     "zero.wav": (b"", "is empty"),
-    "no samples.wav": (encode(NOISE[:0]), "holds no audio"),
-    "text.wav": ("これは音声ではありません\n".encode() * 50, "is not audio"),
-    "headerless.raw": (NOISE.tobytes(), "is not audio"),
-    "cut header.wav": (encode(NOISE)[:20], "is not audio"),
+    "no samples.wav": (encode(NOISE[:0]), "no audio"),
+    "text.wav": ("これは音声ではありません\n".encode() * 50, "not audio"),
+    "headerless.raw": (NOISE.tobytes(), "not audio"),
+    "cut header.wav": (encode(NOISE)[:20], "not audio"),
     "nan.wav": (
         encode(np.where(np.arange(32_000) == 77, np.nan, NOISE), subtype="FLOAT"),
         "NaN.*position 77",
@@ -154,7 +154,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_refused_by_name(tmp_path, name):
+def test_broken_files_are_rejected_by_name(tmp_path, name):
     data, message = BROKEN[name]
     path = tmp_path / name
     path.write_bytes(data)
@@ -164,7 +164,7 @@ def test_broken_files_are_refused_by_name(tmp_path, name):
         assert str(path) in str(error.value)
 
 
-def test_every_cut_of_a_file_is_noticed(tmp_path):
+def test_truncation_at_any_position_is_detected(tmp_path):
     short = NOISE[:8000]
     for fmt, subtype in (("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", None), ("OGG", None), ("OGG", "OPUS")):
         data = encode(short, fmt=fmt, subtype=subtype)
@@ -173,7 +173,7 @@ def test_every_cut_of_a_file_is_noticed(tmp_path):
                 load_audio(io.BytesIO(data[:cut]))
 
 
-def test_files_whose_writer_could_not_know_the_length():
+def test_files_of_unknown_length_are_read_to_the_end():
     piped = bytearray(encode(NOISE, subtype="PCM_16"))
     piped[4:8] = piped[40:44] = b"\xff\xff\xff\xff"
     assert len(load_audio(io.BytesIO(piped))) == audio_length(io.BytesIO(piped)) == 32_000
@@ -184,30 +184,30 @@ def test_files_whose_writer_could_not_know_the_length():
     assert len(load_audio(io.BytesIO(flac), start=31_000, n_samples=3000)) == 1000
 
 
-def test_a_chunk_after_the_samples_may_be_cut_and_chunks_before_them_may_be_odd():
+def test_unusual_wav_chunks_are_skipped():
     data = encode(NOISE, subtype="PCM_16")
     odd = data[:36] + b"note" + struct.pack("<I", 3) + b"abc\0" + data[36:] + b"LIST" + struct.pack("<I", 400)
     assert len(load_audio(io.BytesIO(odd))) == 32_000
 
 
-def test_wrong_sources(tmp_path):
+def test_invalid_sources_are_rejected(tmp_path):
     with pytest.raises(AudioError, match=r"no such audio file: .*nothing\.wav"):
         load_audio(tmp_path / "nothing.wav")
-    with pytest.raises(AudioError, match="is a folder"):
+    with pytest.raises(AudioError, match="folder"):
         load_audio(tmp_path)
-    with pytest.raises(AudioError, match="opened as text"):
+    with pytest.raises(AudioError, match="text stream"):
         load_audio(io.StringIO("text"))
     with pytest.raises(AudioError, match="negative"):
         load_audio(NOISE, start=-1)
     with pytest.raises(AudioError, match="no audio"):
         load_audio(NOISE[:0])
-    with pytest.raises(AudioError, match="rate must be positive"):
+    with pytest.raises(AudioError, match="must be positive"):
         load_audio(NOISE, -16_000)
 
 
 @pytest.mark.parametrize("rate", [16_000, 8_000, 44_100, 48_000])
 @pytest.mark.parametrize(("fmt", "subtype"), [("WAV", "FLOAT"), ("FLAC", None), ("OGG", None), ("MP3", None)])
-def test_blocks_are_the_whole(fmt, subtype, rate, tmp_path):
+def test_blocks_equal_the_whole(fmt, subtype, rate, tmp_path):
     path = tmp_path / f"a.{fmt.lower()}"
     path.write_bytes(encode(np.stack([NOISE, NOISE[::-1]], axis=1), rate, fmt, subtype))
     whole = load_audio(path)
@@ -217,7 +217,7 @@ def test_blocks_are_the_whole(fmt, subtype, rate, tmp_path):
             assert all(len(block) for block in blocks) and len(blocks) > 0.8 * len(whole) / 16_000 / seconds
             together = torch.cat(blocks)
             assert len(together) == len(whole) == audio_length(path) and together.dtype == torch.float32
-            rounding = 1e-6 if fmt == "MP3" else 0  # its decoder's, which depends on where a read ends
+            rounding = 1e-6 if fmt == "MP3" else 0  # of its decoder, which depends on block boundaries
             torch.testing.assert_close(together, whole, atol=rounding, rtol=0)
 
 
@@ -229,8 +229,8 @@ def test_blocks_of_an_array():
 
 
 @pytest.mark.parametrize("fmt", ["WAV", "FLAC", "OGG", "MP3"])
-def test_blocks_of_a_broken_file(fmt, tmp_path):
-    """The same refusal as of the whole file, at the latest when the blocks come to the place."""
+def test_blocks_of_broken_files_are_rejected(fmt, tmp_path):
+    """A broken file is rejected, at the latest when its damaged position is reached."""
     path = tmp_path / "a"
     data = encode(np.tile(NOISE, 10), 16_000, fmt)
     for content in (b"", b"RIFFnothing", data[: len(data) * 2 // 3]):

@@ -1,0 +1,241 @@
+"""Checks of audio containers: sizes in headers, concatenated streams and truncated files.
+
+Decoders believe headers: they clip a file whose header promises more than there is, and ignore audio beyond
+what it promises. `split` compares the structure of a file with its size before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from jahubert.audio import mpeg
+from jahubert.audio.sources import AudioBytes
+from jahubert.errors import AudioError
+
+_RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
+# Data sizes of writers that cannot seek back: SoX, arecord and others, before or after adding the header.
+_PLACEHOLDERS = (0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
+_MAX_U32 = 0xFFFFFFFF
+_MAX_PADDING = 4096  # bytes of unknown content tolerated after the samples
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stream within a file that is decoded on its own: `prefix` followed by the bytes of a range."""
+
+    start: int  # bytes
+    length: int  # bytes
+    prefix: bytes = b""  # a corrected header
+    min_frames: int = 0  # fewer decoded frames mean damage
+
+
+def split(source: AudioBytes) -> list[Part]:
+    """The streams of a file, usually one.
+
+    Raises:
+        AudioError: the file ends before its header says, or holds bytes that belong to no stream.
+    """
+    name, file, size = source
+    whole = [Part(0, size)]
+    file.seek(0)
+    head = file.read(12)
+    magic = head[:4]
+    if magic == b"OggS":
+        return _split_ogg(file, size, name)
+    if magic in _RIFF and head[8:12] == b"WAVE":
+        return _split_riff(file, size, name)
+    if magic in (b".snd", b"dns.") and len(head) == 12:
+        return [_check_au(file, size, name)]
+    if magic == b"FORM":
+        _check_end(_aiff_end(file), size, name)
+    elif magic == b"caff":
+        _check_end(_caf_end(file), size, name)
+    elif mpeg.is_mpeg(head):
+        streams = mpeg.split(file, name)
+        if len(streams) == 1 and streams[0].tagged:
+            return [Part(0, size, min_frames=streams[0].min_frames)]
+        return [Part(s.start, s.end - s.start, s.prefix, s.min_frames) for s in streams] or whole
+    return whole
+
+
+def _check_end(end: int, size: int, name: str) -> None:
+    if end > size:
+        raise AudioError(f"{name} is truncated: its header states {end} bytes, but it has {size}")
+
+
+def _is_placeholder(length: int, header: int) -> bool:
+    return any(abs(length - value) <= header for value in _PLACEHOLDERS)
+
+
+def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
+    """WAV files; several after one another make several parts."""
+    parts: list[Part] = []
+    start = 0
+    while start < size:
+        part, start = _riff_part(file, start, size, name)
+        parts.append(part)
+    return parts
+
+
+def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, int]:
+    """The WAV file that begins at `start`, and where the next one begins (or `size`)."""
+    file.seek(start)
+    magic, riff_size = struct.unpack("4sI", file.read(8))
+    order = ">" if magic == b"RIFX" else "<"
+    data_size_64 = 0
+    position = start + 12
+    while True:
+        file.seek(position)
+        chunk = file.read(8)
+        if len(chunk) < 8:  # no samples: the decoder refuses it
+            return Part(start, size - start), size
+        kind = chunk[:4]
+        length = struct.unpack(order + "I", chunk[4:])[0]
+        if kind == b"ds64":
+            sizes = file.read(16)
+            data_size_64 = struct.unpack("<QQ", sizes)[1] if len(sizes) == 16 else 0
+        if kind == b"data":
+            break
+        position += 8 + length + (length & 1)
+    data_start = position + 8
+    header_size = data_start - start
+    is_64 = magic in (b"RF64", b"BW64") and length == _MAX_U32
+    if is_64:
+        length = data_size_64
+    if order == ">":
+        riff_size = int.from_bytes(riff_size.to_bytes(4, "little"), "big")
+    unknown = data_start + length > size and _is_placeholder(length, header_size)
+    if length == 0 and size > data_start:
+        file.seek(data_start)
+        consistent = start + 9 + riff_size >= size and not _is_placeholder(riff_size, header_size)
+        unknown = not consistent and file.read(4) not in _RIFF
+    if unknown:
+        prefix = _riff_header(file, start, data_start, size - data_start, order)
+        return Part(data_start, size - data_start, prefix), size
+    _check_end(data_start + length, size, name)
+    end = _riff_end(file, data_start + length, size, name)
+    if magic == b"BW64":  # libsndfile knows this successor of RF64 by its old name only
+        return Part(start + 4, end - start - 4, b"RF64"), end
+    return Part(start, end - start), end
+
+
+def _riff_header(file: BinaryIO, start: int, data_start: int, n_bytes: int, order: str) -> bytes:
+    """The header of a WAV file with the actual sizes, as ordinary RIFF."""
+    file.seek(start)
+    header = bytearray(file.read(data_start - start))
+    header[:4] = b"RIFX" if order == ">" else b"RIFF"
+    if header[12:16] == b"ds64":
+        header[12:16] = b"JUNK"
+    riff_size = data_start - start - 8 + n_bytes
+    header[4:8] = struct.pack(order + "I", min(riff_size, _MAX_U32))
+    header[-4:] = struct.pack(order + "I", min(n_bytes, _MAX_U32))
+    return bytes(header)
+
+
+def _riff_end(file: BinaryIO, position: int, size: int, name: str) -> int:
+    """Where a WAV file ends whose samples end at `position`: at the next WAV file, or at `size`."""
+    data_end = position
+    position += position & 1
+    while position + 8 <= size:
+        file.seek(position)
+        chunk = file.read(12)
+        kind = chunk[:4]
+        if kind in _RIFF and chunk[8:] == b"WAVE":
+            return position
+        if not all(0x20 <= byte < 0x7F for byte in kind):
+            break
+        position += 8 + struct.unpack("<I", chunk[4:8])[0]
+        position += position & 1
+    file.seek(position)
+    if position < size and size - position > _MAX_PADDING and any(file.read(_MAX_PADDING)):
+        raise AudioError(
+            f"{name}: its header states {data_end} bytes of header and samples, but {size - position} bytes "
+            "of unknown content follow; repair the header (for example with sox --ignore-length)"
+        )
+    return size
+
+
+def _check_au(file: BinaryIO, size: int, name: str) -> Part:
+    file.seek(0)
+    header = bytearray(file.read(12))
+    order = ">" if header[:4] == b".snd" else "<"
+    offset, length = struct.unpack(order + "II", header[4:])
+    n_bytes = size - offset
+    if n_bytes > 0 and (length == 0 or (length > n_bytes and _is_placeholder(length, offset))):
+        header[8:12] = struct.pack(order + "I", min(n_bytes, _MAX_U32))
+        return Part(12, size - 12, bytes(header))
+    _check_end(offset + length, size, name)
+    return Part(0, size)
+
+
+def _aiff_end(file: BinaryIO) -> int:
+    """Where the samples of an AIFF file end according to its header; 0 if it has none."""
+    position = 12
+    while True:
+        file.seek(position)
+        chunk = file.read(8)
+        if len(chunk) < 8:
+            return 0
+        length = struct.unpack(">I", chunk[4:])[0]
+        if chunk[:4] == b"SSND":
+            return position + 8 + length
+        position += 8 + length + (length & 1)
+
+
+def _caf_end(file: BinaryIO) -> int:
+    """Where the samples of a Core Audio file end according to its header; 0 if that is not stated."""
+    position = 8
+    while True:
+        file.seek(position)
+        chunk = file.read(12)
+        if len(chunk) < 12:
+            return 0
+        length = struct.unpack(">q", chunk[4:])[0]
+        if length < 0:  # -1: to the end of the file
+            return 0
+        if chunk[:4] == b"data":
+            return position + 12 + length
+        position += 12 + length
+
+
+def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
+    """The links of an Ogg file (RFC 3533): a link starts with pages marked as the beginning of a stream."""
+    starts: list[int] = []
+    position = 0
+    last_flags = 2
+    while position < size:
+        file.seek(position)
+        header = file.read(27 + 255)
+        if header[:4] != b"OggS":
+            if find(file, b"OggS", position) < 0:  # for example an ID3 tag
+                break
+            raise AudioError(f"{name} is damaged: no Ogg page at byte {position}")
+        n_segments = header[26] if len(header) > 26 else 0
+        end = position + 27 + n_segments + sum(header[27 : 27 + n_segments])
+        if len(header) < 27 + n_segments or end > size:
+            raise AudioError(f"{name} is truncated: its last Ogg page is incomplete")
+        flags = header[5]
+        if not starts or (flags & 2 and not last_flags & 2):
+            if starts and not last_flags & 4:
+                raise AudioError(f"{name} is truncated: no last Ogg page before byte {position}")
+            starts.append(position)
+        last_flags = flags
+        position = end
+    if not last_flags & 4:
+        raise AudioError(f"{name} is truncated: its last Ogg page is not marked as the last one")
+    ends = [*starts[1:], size]
+    return [Part(start, end - start) for start, end in zip(starts, ends, strict=True)]
+
+
+def find(file: BinaryIO, pattern: bytes, position: int) -> int:
+    """The position of a pattern in a file at or after `position`; -1 if it does not occur."""
+    file.seek(position)
+    overlap = b""
+    while block := file.read(1 << 20):
+        index = (overlap + block).find(pattern)
+        if index >= 0:
+            return file.tell() - len(block) - len(overlap) + index
+        overlap = block[-len(pattern) + 1 :]
+    return -1

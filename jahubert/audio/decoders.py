@@ -1,0 +1,205 @@
+"""Decoding of audio files with soundfile (libsndfile), or an optional decoder for what it cannot open."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import soundfile
+
+from jahubert.audio import media
+from jahubert.audio.containers import Part, find, split
+from jahubert.audio.sources import AudioBytes
+from jahubert.errors import AudioError
+
+_BLOCK = 60 * 48_000  # frames decoded at a time from a file of unknown length
+_UNKNOWN = 1 << 48  # a frame count above this means that the header states none
+_FLAC = b"fLaC\0\0\0\x22"  # the beginning of a FLAC stream
+_READ_AHEAD = 65_536  # bytes; more than a decoder reads beyond what it has decoded
+_SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeError)
+
+
+class Decoder(Protocol):
+    """An open stream of one sampling rate."""
+
+    rate: int  # Hz
+
+    def length(self) -> int:
+        """Samples per channel; decodes the stream if its header cannot be trusted."""
+
+    def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
+        """Samples (frames, channels), float32: all, or up to `n` from `start` on."""
+
+    def blocks(self, n: int) -> Iterator[np.ndarray]:
+        """All samples in blocks of up to `n` frames."""
+
+
+@contextmanager
+def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
+    """Decoders for the streams of a file, in order.
+
+    Raises:
+        AudioError: not audio, an unsupported format, or a truncated file.
+    """
+    magic = media.sniff(source)
+    if magic is not None:
+        with media.open_media(source, magic) as media_decoder:
+            yield [media_decoder]
+        return
+    parts = split(source)
+    decoders: list[SoundFileDecoder] = []
+    try:
+        try:
+            decoders += (SoundFileDecoder(source, part) for part in parts)
+        except _SOUNDFILE_ERRORS as error:
+            unsupported = media.explain(source, getattr(error, "error_string", "") or str(error))
+            raise unsupported from error
+        yield list(decoders)
+    finally:
+        for decoder in decoders:
+            decoder.close()
+
+
+class _Bytes(io.RawIOBase):
+    """A part of a file as a file: a prefix, then a range of bytes."""
+
+    def __init__(self, file: BinaryIO, part: Part):
+        self.file = file
+        self.part = part
+        self.position = 0
+        self.size = len(part.prefix) + part.length
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[override]
+        end = min(self.size, self.position + len(buffer))
+        prefix = self.part.prefix
+        data = prefix[self.position : end]
+        start = max(0, self.position - len(prefix))
+        n_bytes = end - len(prefix) - start
+        if n_bytes > 0:
+            self.file.seek(self.part.start + start)
+            data += self.file.read(n_bytes)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+class _Sequential(soundfile.SoundFile):
+    """A file without seeks between reads.
+
+    soundfile seeks to the current position after each read of a seekable file, which fails if the length is
+    unknown, and makes the MP3 decoder lose the bits that frames share (audible at each block boundary).
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+class SoundFileDecoder:
+    """A stream that libsndfile decodes."""
+
+    def __init__(self, source: AudioBytes, part: Part):
+        self.name = source.name
+        self.source = source
+        self.part = part
+        self.file = _Sequential(self._target(), closefd=False)
+        self.rate = self.file.samplerate
+
+    def _target(self) -> int | BinaryIO:
+        """What soundfile opens: the file descriptor of a whole regular file, otherwise a file object."""
+        file = self.source.file
+        file.seek(0)
+        if self.part.prefix or self.part.length != self.source.size:
+            return io.BufferedReader(_Bytes(file, self.part), 16_384)  # type: ignore[return-value]
+        if isinstance(file, io.BytesIO) or sys.platform == "win32":
+            return file
+        descriptor = file.fileno()
+        os.lseek(descriptor, 0, os.SEEK_SET)  # libsndfile takes the current position for the beginning
+        return descriptor
+
+    def close(self) -> None:
+        self.file.close()
+
+    def length(self) -> int:
+        # The decoders of MP3 do not keep to a sample count, and a FLAC from a pipe has none.
+        if self.file.format == "MP3" or self.file.frames >= _UNKNOWN:
+            return sum(len(block) for block in self.blocks(_BLOCK))
+        return self.file.frames
+
+    def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
+        file = self.file
+        if file.format == "MP3" or file.frames >= _UNKNOWN:  # not seekable to the sample
+            everything = np.concatenate([np.zeros((0, file.channels), np.float32), *self.blocks(_BLOCK)])
+            return everything[start : None if n is None else start + n]
+        start = min(start, file.frames)
+        n_expected = file.frames - start if n is None else min(n, file.frames - start)
+        try:
+            if start:
+                file.seek(start)
+            samples = file.read(n_expected, dtype="float32", always_2d=True)
+        except _SOUNDFILE_ERRORS as error:
+            raise self._damaged() from error
+        if len(samples) < n_expected:
+            raise self._truncated(n_expected, len(samples))
+        if n is None:
+            self._check_end()
+        return samples
+
+    def blocks(self, n: int) -> Iterator[np.ndarray]:
+        file = self.file
+        n_read = 0
+        try:
+            while len(block := file.read(n, dtype="float32", always_2d=True)):
+                n_read += len(block)
+                yield block
+        except _SOUNDFILE_ERRORS as error:
+            raise self._damaged() from error
+        n_expected = self._min_frames()
+        if n_read < n_expected:
+            raise self._truncated(n_expected, n_read)
+        self._check_end()
+
+    def _min_frames(self) -> int:
+        if self.file.frames >= _UNKNOWN:
+            return 0
+        return self.part.min_frames if self.file.format == "MP3" else self.file.frames
+
+    def _check_end(self) -> None:
+        """Refuse concatenated FLAC files: decoders stop at the end of the first one."""
+        if self.file.format != "FLAC":
+            return
+        file = self.source.file
+        in_memory = isinstance(file, io.BytesIO)
+        position = file.tell() if in_memory else os.lseek(file.fileno(), 0, os.SEEK_CUR)
+        if find(file, _FLAC, max(len(_FLAC), position - _READ_AHEAD)) >= 0:
+            raise AudioError(
+                f"{self.name} contains several FLAC streams, of which a decoder reads only the first; split "
+                "the file, or convert it with ffmpeg"
+            )
+
+    def _damaged(self) -> AudioError:
+        return AudioError(f"{self.name} is truncated or damaged: its samples cannot all be decoded")
+
+    def _truncated(self, n_expected: int, n_read: int) -> AudioError:
+        return AudioError(
+            f"{self.name} is truncated: its header states {self.file.frames} samples, but only {n_read} of "
+            f"{n_expected} could be decoded"
+        )

@@ -1,0 +1,253 @@
+"""Loading of audio: waveforms, blocks of a stream, and lengths."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, BinaryIO
+
+import numpy as np
+import soxr
+import torch
+
+from jahubert.audio.decoders import Decoder, open_decoders
+from jahubert.audio.sources import AudioSource, open_bytes
+from jahubert.errors import AudioError
+from jahubert.frames import SAMPLE_RATE
+
+# A file, byte range or binary stream; samples; or samples with their rate as (rate, samples) or
+# {"array": samples, "sampling_rate": rate}.
+AudioLike = (
+    str
+    | os.PathLike
+    | AudioSource
+    | BinaryIO
+    | np.ndarray
+    | torch.Tensor
+    | Sequence[float]
+    | tuple[float, Any]
+    | Mapping[str, Any]
+)
+_EXPECTED = (
+    "pass a path, an AudioSource, a binary stream, an array of samples, (rate, array) or "
+    '{"array": ..., "sampling_rate": ...}'
+)
+
+
+def load_audio(
+    source: AudioLike, sample_rate: float | None = None, *, start: int = 0, n_samples: int | None = None
+) -> torch.Tensor:
+    """Audio as a float32 tensor (T,): mono, 16 kHz, full scale = 1.
+
+    Arrays are (T,), (channels, T) or (T, channels), the smaller side being the channels; integers are scaled
+    by their full scale.
+
+    Args:
+        source: see `AudioLike`.
+        sample_rate: sampling rate of an array in Hz. Default: 16,000. Files state their own.
+        start: first sample to return, at 16 kHz.
+        n_samples: number of samples to return, at 16 kHz; fewer are returned at the end of the audio.
+
+    Raises:
+        AudioError: missing file, not audio, empty, truncated, or NaN or infinite samples.
+    """
+    if start < 0 or (n_samples is not None and n_samples < 0):
+        raise AudioError(f"start and n_samples must not be negative, but are {start} and {n_samples}")
+    end = None if n_samples is None else start + n_samples
+    array, rate = _samples(source, sample_rate)
+    if array is not None:
+        name = "the array"
+        wav_T = _to_16k(_mono(_array(array)), rate, name)[start:end]
+    else:
+        with _open(source) as (name, decoders):
+            if len(decoders) == 1 and decoders[0].rate == SAMPLE_RATE:
+                wav_T = _mono(decoders[0].read(start, n_samples))
+            else:
+                streams = [_to_16k(_mono(d.read()), d.rate, name) for d in decoders]
+                wav_T = np.concatenate(streams)[start:end]
+    if wav_T.size == 0 and n_samples != 0:
+        position = f" from sample {start} on" if start else ""
+        raise AudioError(f"{name} holds no audio{position} (0 samples)")
+    _check_finite(wav_T, name)
+    return torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
+
+
+def stream_audio(
+    source: AudioLike, sample_rate: float | None = None, *, block_seconds: float = 10.0
+) -> Iterator[torch.Tensor]:
+    """The samples of `load_audio(source)` in blocks (T,), in memory that does not grow with a file.
+
+    Concatenated, the blocks are bit-identical to the whole, for MP3 up to rounding (1e-7). An error in a file
+    is raised when its position is reached. Byte ranges, pipes and open streams are kept in memory, encoded.
+
+    Args:
+        source, sample_rate: as for `load_audio`.
+        block_seconds: approximate length of a block.
+    """
+    array, _ = _samples(source, sample_rate)
+    if array is not None:
+        yield from load_audio(source, sample_rate).split(max(1, round(block_seconds * SAMPLE_RATE)))
+        return
+    with _open(source) as (name, decoders):
+        n_read = n_samples = 0
+        for decoder in decoders:
+            resampler = None
+            if decoder.rate != SAMPLE_RATE:
+                resampler = soxr.ResampleStream(decoder.rate, SAMPLE_RATE, 1, quality="HQ")
+            for frames_TC in chain(decoder.blocks(max(1, round(block_seconds * decoder.rate))), [None]):
+                wav_T = np.zeros(0, np.float32) if frames_TC is None else _mono(frames_TC)
+                _check_finite(wav_T, name, n_read)
+                n_read += len(wav_T)
+                if resampler is not None:
+                    wav_T = resampler.resample_chunk(wav_T, last=frames_TC is None)
+                if len(wav_T):
+                    n_samples += len(wav_T)
+                    yield torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
+        if n_samples == 0:
+            raise AudioError(f"{name} holds no audio (0 samples)")
+
+
+def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
+    """Number of 16 kHz samples that `load_audio(source)` returns.
+
+    It is computed from the header of formats whose headers can be checked, otherwise by decoding.
+
+    Raises:
+        AudioError: as `load_audio`, except for errors that only decoding finds.
+    """
+    array, rate = _samples(source, sample_rate)
+    if array is not None:
+        return _resampled_length(max(np.shape(array), default=0), rate)
+    with _open(source) as (name, decoders):
+        length = sum(_resampled_length(decoder.length(), decoder.rate) for decoder in decoders)
+        if length == 0:
+            raise AudioError(f"{name} holds no audio (0 samples)")
+        return length
+
+
+def is_recording(audio: Any) -> bool:
+    """Whether `audio` is a single recording, as opposed to a list of recordings."""
+    if not isinstance(audio, list | tuple):
+        return True
+    return _is_rate_and_samples(audio) or (bool(audio) and all(map(_is_number, audio)))
+
+
+@contextmanager
+def _open(source: Any) -> Iterator[tuple[str, list[Decoder]]]:
+    with open_bytes(source) as audio_bytes, open_decoders(audio_bytes) as decoders:
+        yield audio_bytes.name, decoders
+
+
+def _samples(source: Any, sample_rate: float | None) -> tuple[Any, int]:
+    """The array in `source` and its rate; (None, rate) for files and streams."""
+    stated: Any = None
+    if isinstance(source, Mapping):
+        array = source.get("array", source.get("raw"))
+        stated = source.get("sampling_rate")
+        if array is None or stated is None:
+            raise AudioError(f"audio is a dict with the keys {sorted(map(str, source))}: {_EXPECTED}")
+    elif _is_rate_and_samples(source):
+        stated, array = source
+    elif isinstance(source, np.ndarray | torch.Tensor | list | tuple):
+        array = source
+    elif isinstance(source, str | os.PathLike | AudioSource) or hasattr(source, "read"):
+        return None, SAMPLE_RATE
+    else:
+        raise AudioError(f"audio is of type {type(source).__name__}: {_EXPECTED}")
+    if not isinstance(array, np.ndarray | torch.Tensor):
+        array = _from_sequence(array)
+    rate = _rate(sample_rate if stated is None else stated)
+    if stated is not None and sample_rate is not None and _rate(sample_rate) != rate:
+        raise AudioError(f"the audio has a sampling rate of {rate} Hz, but sample_rate is {sample_rate}")
+    return array, rate
+
+
+def _from_sequence(values: Any) -> np.ndarray:
+    """An array of a list of floats, or of channels that are lists of floats."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        array = np.zeros(0, object)
+    if not isinstance(values, list | tuple) or array.dtype.kind not in "fi":
+        raise AudioError(f"audio is a {type(values).__name__} that is not a list of floats: {_EXPECTED}")
+    if array.dtype.kind == "i":
+        raise AudioError("audio is a list of integers, whose full scale is unknown: pass an array of int16")
+    return array
+
+
+def _is_rate_and_samples(source: Any) -> bool:
+    is_pair = isinstance(source, tuple) and len(source) == 2
+    return is_pair and _is_number(source[0]) and not _is_number(source[1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _rate(value: Any) -> int:
+    """A sampling rate as an integer."""
+    if value is None:
+        return SAMPLE_RATE
+    if not _is_number(value) or value != int(value):
+        raise AudioError(f"the sampling rate must be a whole number of Hz, but is {value!r}")
+    if value <= 0:
+        raise AudioError(f"the sampling rate must be positive, but is {value}")
+    return int(value)
+
+
+def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Samples (frames, channels), float, of an array of any usual type and orientation."""
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() else source).numpy()
+    if source.ndim not in (1, 2):
+        raise AudioError(
+            f"audio arrays are (T,), (channels, T) or (T, channels), but this has shape {source.shape}"
+        )
+    samples: np.ndarray
+    if source.dtype == np.uint8:
+        samples = (source.astype(np.float32) - 128) / 128
+    elif source.dtype in (np.int8, np.int16, np.int32):
+        samples = source.astype(np.float32) / -float(np.iinfo(source.dtype).min)
+    elif np.issubdtype(source.dtype, np.floating):
+        samples = source.astype(np.float32)  # a copy: the result never shares memory with the argument
+    else:
+        raise AudioError(
+            f"audio arrays contain floats or 8, 16 or 32 bit integers, but this contains {source.dtype}"
+        )
+    if samples.ndim == 1:
+        return samples[:, None]
+    return samples.T if samples.shape[0] < samples.shape[1] else samples
+
+
+def _mono(frames_TC: np.ndarray) -> np.ndarray:
+    if frames_TC.shape[1] == 1:
+        return frames_TC[:, 0]
+    return frames_TC.mean(axis=1, dtype=np.float32)
+
+
+def _check_finite(wav_T: np.ndarray, name: str, start: int = 0) -> None:
+    if not np.isfinite(wav_T).all():
+        bad = start + int(np.flatnonzero(~np.isfinite(wav_T))[0])
+        raise AudioError(f"{name} has a NaN or infinite sample (the first at position {bad})")
+
+
+def _to_16k(wav_T: np.ndarray, rate: int, name: str) -> np.ndarray:
+    if rate == SAMPLE_RATE:
+        return wav_T
+    _check_finite(wav_T, name)  # resampling would spread a NaN
+    length = _resampled_length(len(wav_T), rate)
+    if length == 0:
+        return wav_T[:0]
+    resampled = soxr.resample(wav_T, rate, SAMPLE_RATE, quality="HQ")
+    if len(resampled) < length:  # not observed; `audio_length` relies on the length
+        resampled = np.pad(resampled, (0, length - len(resampled)))
+    return resampled[:length]
+
+
+def _resampled_length(n: int, rate: int) -> int:
+    """soxr's output length: n * 16,000 / rate, halves rounded up."""
+    return n if rate == SAMPLE_RATE else (2 * n * SAMPLE_RATE + rate) // (2 * rate)

@@ -1,0 +1,216 @@
+"""Structure of MPEG audio files (MP3): frames, tags, and the streams of concatenated files.
+
+A file without a header frame (Xing, Info, VBRI) does not state its length, and decoders guess it from the
+first frame; one that was concatenated states the length of its first part. Walking over the frame headers
+gives the truth for about a hundredth of the cost of decoding.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import BinaryIO, NamedTuple
+
+from jahubert.errors import AudioError
+
+_BITRATES = {  # kbit/s by (MPEG 1, layer) and index 1 to 14
+    (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+_TOLERANCE = 4 * 1152  # samples of encoder delay and padding that decoders remove
+
+
+class _Header(NamedTuple):
+    kind: tuple[int, int, int]  # version bits, layer, sampling rate: constant within a stream
+    length: int  # bytes of the frame
+    n_samples: int
+    side_info: int  # bytes
+
+
+@dataclass
+class Stream:
+    """Consecutive frames of one encoding."""
+
+    start: int  # bytes
+    end: int
+    n_frames: int  # without the header frame
+    n_samples: int  # per frame
+    tagged: bool  # a header frame states its length correctly
+    prefix: bytes  # a header frame, where it has none
+
+    @property
+    def min_frames(self) -> int:
+        """The least number of samples per channel that decoding gives."""
+        return max(0, self.n_frames * self.n_samples - _TOLERANCE)
+
+
+def is_mpeg(head: bytes) -> bool:
+    """Whether a file that begins with `head` may be MPEG audio."""
+    return head[:3] == b"ID3" or _parse(head[:4]) is not None
+
+
+def split(file: BinaryIO, name: str) -> list[Stream]:
+    """The streams of a file; none if it has no frames.
+
+    Raises:
+        AudioError: a stream has fewer frames than its header frame states.
+    """
+    try:
+        data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError:  # in memory
+        file.seek(0)
+        data = file.read()
+    streams: list[Stream] = []
+    position = 0
+    while (position := _next_frame(data, position)) >= 0:
+        stream, position = _read_stream(data, position, name)
+        streams.append(stream)
+    if not isinstance(data, bytes):
+        data.close()
+    return streams
+
+
+def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream, int]:
+    """The stream whose first frame is at `start`, and the position after it."""
+    first = _parse(data[start : start + 4])
+    assert first is not None
+    stated = _stated_frames(data, start, first)
+    position = start if stated is None else start + first.length
+    n_frames = 0
+    size = len(data)
+    incomplete = False
+    while True:
+        header = _parse(data[position : position + 4])
+        if header is None or header.kind != first.kind:
+            position = _resync(data, position, first.kind)
+            if position < 0:
+                break
+            continue
+        if position + header.length > size:
+            incomplete = True
+            break
+        if n_frames and _stated_frames(data, position, header) is not None:
+            break  # the header frame of the next stream
+        n_frames += 1
+        position += header.length
+        end = position
+    if not n_frames:
+        end = min(size, start + first.length)
+    if stated is not None and (n_frames < stated - 1 or (incomplete and n_frames < stated)):
+        raise AudioError(f"{name} is truncated: its header states {stated} MP3 frames, but it has {n_frames}")
+    tagged = stated is not None and n_frames <= stated + 1
+    # Other layers have no header frame, and a constant bitrate, from which decoders know the length.
+    prefix = b"" if tagged or first.kind[1] != 3 else _header_frame(data[start : start + 4], n_frames)
+    if stated is not None and not tagged:
+        start += first.length
+    return Stream(start, end, n_frames, first.n_samples, tagged, prefix), end
+
+
+def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
+    """The next position where two valid frames follow one another, or one that ends the file; -1 if none."""
+    while 0 <= position < len(data):
+        position = _skip_tags(data, position)
+        header = _parse(data[position : position + 4])
+        if header is not None:
+            following = data[position + header.length : position + header.length + 4]
+            after = _parse(following)
+            last = position + header.length == len(data) or following[:3] in (b"TAG", b"ID3", b"APE")
+            if last or (after is not None and after.kind == header.kind):
+                return position
+        position = data.find(b"\xff", position + 1)
+    return -1
+
+
+def _resync(data: mmap.mmap | bytes, position: int, kind: tuple[int, int, int]) -> int:
+    """The next frame of the same stream after bytes that are not a frame; -1 if the stream ends there."""
+    if _skip_tags(data, position) != position:
+        return -1
+    following = _next_frame(data, position)
+    header = _parse(data[following : following + 4]) if following >= 0 else None
+    return following if header is not None and header.kind == kind else -1
+
+
+def _skip_tags(data: mmap.mmap | bytes, position: int) -> int:
+    """The position after ID3 and APE tags."""
+    while True:
+        head = data[position : position + 32]
+        if head[:3] == b"ID3" and len(head) >= 10 and not any(byte & 0x80 for byte in head[6:10]):
+            n_bytes = (head[6] << 21) | (head[7] << 14) | (head[8] << 7) | head[9]
+            position += 10 + n_bytes + (10 if head[5] & 0x10 else 0)
+        elif head[:3] == b"TAG":
+            position += 128
+        elif head[:8] == b"APETAGEX" and len(head) == 32:
+            n_bytes, _, flags = struct.unpack("<III", head[12:24])
+            is_header = bool(flags & 1 << 29)
+            position += n_bytes + 32 if is_header else 32
+        else:
+            return position
+
+
+def _parse(head: bytes) -> _Header | None:
+    """The frame header in four bytes; None if they are not one (or a free-format one)."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
+        return None
+    return _parse_bits(int.from_bytes(head, "big") & 0xFFFFFFC0)
+
+
+@lru_cache(maxsize=65_536)
+def _parse_bits(bits: int) -> _Header | None:
+    version = bits >> 19 & 3
+    layer = 4 - (bits >> 17 & 3)
+    bitrate_index = bits >> 12 & 15
+    rate_index = bits >> 10 & 3
+    if version == 1 or layer == 4 or bitrate_index in (0, 15) or rate_index == 3:
+        return None
+    is_v1 = version == 3
+    bitrate = 1000 * _BITRATES[is_v1, layer][bitrate_index - 1]
+    rate = _RATES[version][rate_index]
+    padding = bits >> 9 & 1
+    if layer == 1:
+        length, n_samples = (12 * bitrate // rate + padding) * 4, 384
+    else:
+        n_samples = 576 if layer == 3 and not is_v1 else 1152
+        length = n_samples // 8 * bitrate // rate + padding
+    mono = bits >> 6 & 3 == 3
+    if is_v1:
+        side_info = 17 if mono else 32
+    else:
+        side_info = 9 if mono else 17
+    return _Header((version, layer, rate), length, n_samples, side_info)
+
+
+def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> int | None:
+    """The number of frames that a header frame states; None for a frame with audio."""
+    if header.kind[1] != 3:
+        return None
+    frame = data[position : position + min(header.length, 64)]
+    for offset in (4 + header.side_info, 6 + header.side_info):  # with a checksum
+        if frame[offset : offset + 4] in (b"Xing", b"Info") and len(frame) >= offset + 12:
+            flags, n_frames = struct.unpack(">II", frame[offset + 4 : offset + 12])
+            return n_frames if flags & 1 else None
+    if frame[36:40] == b"VBRI" and len(frame) >= 54:
+        return struct.unpack(">I", frame[50:54])[0]
+    return None
+
+
+def _header_frame(head: bytes, n_frames: int) -> bytes:
+    """A header frame (Xing) that states the number of frames of a stream; `head` begins its first frame."""
+    bits = int.from_bytes(head, "big") | 1 << 16  # without a checksum
+    for bitrate_index in range(1, 15):
+        candidate = (bits & ~0xF200 & 0xFFFFFFFF) | bitrate_index << 12
+        header = _parse_bits(candidate & 0xFFFFFFC0)
+        assert header is not None
+        if header.length >= header.side_info + 64:
+            break
+    frame = bytearray(header.length)
+    frame[:4] = candidate.to_bytes(4, "big")
+    offset = 4 + header.side_info
+    frame[offset : offset + 12] = b"Xing" + struct.pack(">II", 1, n_frames)
+    return bytes(frame)

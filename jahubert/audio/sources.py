@@ -1,0 +1,101 @@
+"""Bytes of audio files: regular files, byte ranges, pipes and open streams as seekable binary files."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from jahubert.errors import AudioError
+
+
+@dataclass(frozen=True)
+class AudioSource:
+    """An audio file, or a byte range of an uncompressed tar or zip archive."""
+
+    path: str
+    offset: int = 0  # bytes
+    length: int = -1  # bytes; -1: to the end of the file
+
+    def __str__(self) -> str:
+        if self.offset == 0 and self.length < 0:
+            return self.path
+        end = "end" if self.length < 0 else str(self.offset + self.length)
+        return f"{self.path} (bytes {self.offset} to {end})"
+
+
+class AudioBytes(NamedTuple):
+    """The encoded bytes of a recording."""
+
+    name: str  # for messages
+    file: BinaryIO  # seekable: an open regular file, or the bytes in memory
+    size: int  # bytes
+
+
+@contextmanager
+def open_bytes(source: Any) -> Iterator[AudioBytes]:
+    """Open the bytes of a file, a byte range or a binary stream.
+
+    Only the bytes are used, never the name of the file. Pipes, streams and byte ranges are read into memory.
+
+    Raises:
+        AudioError: missing, unreadable or empty file, byte range outside of the file, or text stream.
+    """
+    if hasattr(source, "read"):
+        name = str(getattr(source, "name", "the stream"))
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise AudioError(f"{name} is a text stream: open the file in binary mode, or pass its path")
+        yield _in_memory(name, data)
+        return
+    if not isinstance(source, AudioSource):
+        source = AudioSource(os.fsdecode(source))
+    name = str(source)
+    try:
+        # Unbuffered: decoders move the position of its descriptor.
+        file = cast(BinaryIO, open(source.path, "rb", buffering=0))  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise AudioError(f"no such audio file: {source.path}") from error
+    except IsADirectoryError:
+        raise AudioError(f"{name} is a folder, not an audio file") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise AudioError(f"{name} cannot be read: {reason}") from error
+    with file:
+        try:
+            yield _range(file, source, name)
+        except OSError as error:
+            raise AudioError(f"{name} cannot be read: {error.strerror or error}") from error
+
+
+def _range(file: BinaryIO, source: AudioSource, name: str) -> AudioBytes:
+    """The part of an open file that `source` names."""
+    whole = source.offset == 0 and source.length < 0
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        data = file.read()
+        end = None if source.length < 0 else source.offset + source.length
+        return _in_memory(name, data[source.offset : end])
+    size = file.seek(0, os.SEEK_END)
+    if whole:
+        file.seek(0)
+        if size == 0:
+            raise AudioError(f"{name} is empty (0 bytes)")
+        return AudioBytes(name, file, size)
+    file.seek(source.offset)
+    data = file.read(source.length)
+    if source.offset > size or len(data) < source.length:
+        raise AudioError(
+            f"{name} exceeds the file, which has {size} bytes: the archive is truncated, or the manifest was "
+            "made from another one"
+        )
+    return _in_memory(name, data)
+
+
+def _in_memory(name: str, data: bytes) -> AudioBytes:
+    if not data:
+        raise AudioError(f"{name} is empty (0 bytes)")
+    return AudioBytes(name, io.BytesIO(data), len(data))

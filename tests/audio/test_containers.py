@@ -1,0 +1,242 @@
+"""Files whose headers are wrong: concatenated, piped, tagged and truncated ones of every container."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from jahubert.audio import AudioSource, audio_length, load_audio, stream_audio
+from jahubert.errors import AudioError
+
+RNG = np.random.default_rng(11)
+NOISE = (RNG.standard_normal(24_000) * 0.1).astype(np.float32)
+# Speech-like level changes: an encoder with a variable bitrate starts with small frames.
+QUIET_THEN_LOUD = np.concatenate([NOISE * 1e-4, NOISE, NOISE]).astype(np.float32)
+
+
+def encode(samples, rate=16_000, fmt="WAV", subtype=None, **options) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, samples, rate, format=fmt, subtype=subtype, **options)
+    return out.getvalue()
+
+
+def mp3(samples=NOISE, rate=16_000, vbr=False) -> bytes:
+    options = {"bitrate_mode": "VARIABLE", "compression_level": 0.3} if vbr else {}
+    return encode(samples, rate, "MP3", **options)
+
+
+def without_header_frame(data: bytes) -> bytes:
+    """An MP3 file without its first frame, which states the length."""
+    assert b"Xing" in data[:200] or b"Info" in data[:200]
+    position = data.find(b"\xff", 4)
+    while data[position : position + 2] != data[:2]:
+        position = data.find(b"\xff", position + 1)
+    return data[position:]
+
+
+def id3(title: str) -> bytes:
+    text = b"\x03" + title.encode() + b"\0"
+    frame = b"TIT2" + struct.pack(">IH", len(text), 0) + text
+    return b"ID3\x03\0\0" + bytes([0, 0, len(frame) >> 7, len(frame) & 127]) + frame
+
+
+def seconds(data: bytes, tmp_path: Path) -> float:
+    """The duration of a file, on which all ways of reading it agree."""
+    path = tmp_path / "audio"
+    path.write_bytes(data)
+    wav_T = load_audio(path)
+    for source in (path, data, AudioSource(str(path), 0, len(data))):
+        open_source = partial(io.BytesIO, data) if source is data else partial(lambda source: source, source)
+        blocks = torch.cat(list(stream_audio(open_source(), block_seconds=0.3)))
+        assert audio_length(open_source()) == len(wav_T) == len(blocks) == len(load_audio(open_source()))
+        torch.testing.assert_close(blocks, wav_T, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        load_audio(path, start=9_000, n_samples=50), wav_T[9_000:9_050], atol=1e-6, rtol=0
+    )
+    return len(wav_T) / 16_000
+
+
+@pytest.mark.parametrize("vbr", [False, True])
+def test_concatenated_mp3_is_read_to_the_end(tmp_path, vbr):
+    one = mp3(QUIET_THEN_LOUD, vbr=vbr)
+    assert seconds(one + one, tmp_path) == 9.0
+    assert seconds(one + id3("second") + one + b"TAG" + bytes(125), tmp_path) == 9.0
+    other_rate = mp3(np.repeat(NOISE, 2), 32_000)
+    assert seconds(one + other_rate, tmp_path) == 6.0
+    bare = without_header_frame(one)
+    for data in (bare + bare, one + bare, bare + one):
+        assert seconds(data, tmp_path) == pytest.approx(9.0, abs=0.25)
+
+
+def test_blocks_of_mp3_have_no_glitches():
+    """Consecutive frames share bits, which a seek between reads would lose."""
+    data = mp3(QUIET_THEN_LOUD)
+    whole = load_audio(io.BytesIO(data))
+    for seconds in (0.05, 0.3, 1.5):
+        blocks = torch.cat(list(stream_audio(io.BytesIO(data), block_seconds=seconds)))
+        torch.testing.assert_close(blocks, whole, atol=1e-6, rtol=0)
+
+
+def test_vbr_mp3_without_a_header_frame_is_read_to_the_end(tmp_path):
+    bare = without_header_frame(mp3(QUIET_THEN_LOUD, vbr=True))
+    assert abs(soundfile.SoundFile(io.BytesIO(bare)).frames / 16_000 - 4.5) > 1  # the guess of the decoder
+    assert seconds(bare, tmp_path) == pytest.approx(4.5, abs=0.15)
+    assert seconds(id3("a title") + bare, tmp_path) == pytest.approx(4.5, abs=0.15)
+
+
+@pytest.mark.parametrize("title", ["Info", "More Information", "Xing", "LAME"])
+def test_titles_are_not_header_frames(tmp_path, title):
+    bare = without_header_frame(mp3(vbr=True))
+    assert seconds(id3(title) + bare, tmp_path) == pytest.approx(1.5, abs=0.15)
+    assert seconds(id3(title) + mp3(), tmp_path) == 1.5
+
+
+def test_truncated_mp3_is_rejected(tmp_path):
+    data = mp3(QUIET_THEN_LOUD, vbr=True)
+    for cut in (0.3, 0.7, 0.97):
+        with pytest.raises(AudioError, match="truncated"):
+            seconds(data[: int(cut * len(data))], tmp_path)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_chained_ogg_is_read_to_the_end(tmp_path, subtype):
+    one = encode(NOISE, fmt="OGG", subtype=subtype)
+    two = encode(np.repeat(NOISE, 3), 48_000, fmt="OGG", subtype=subtype)
+    assert seconds(one + one + one, tmp_path) == 4.5
+    assert seconds(one + two, tmp_path) == 3.0
+    joined = load_audio(io.BytesIO(one + two))
+    torch.testing.assert_close(joined[:24_000], load_audio(io.BytesIO(one)))
+    torch.testing.assert_close(joined[24_000:], load_audio(io.BytesIO(two)))
+    for broken in ((one + two)[:-100], one[:-50] + two):
+        with pytest.raises(AudioError, match=r"truncated|damaged"):
+            load_audio(io.BytesIO(broken))
+
+
+def test_concatenated_wav_and_flac(tmp_path):
+    one, two = encode(NOISE), encode(NOISE, 8_000)
+    assert seconds(one + two + one, tmp_path) == 6.0
+    with pytest.raises(AudioError, match="truncated"):
+        seconds(one + two[:-100], tmp_path)
+    flac = encode(np.tile(NOISE, 4), fmt="FLAC")
+    path = tmp_path / "twice.flac"
+    for data in (flac + flac, encode(NOISE, fmt="FLAC") * 2):
+        path.write_bytes(data)
+        for read in (load_audio, lambda source: list(stream_audio(source))):
+            for source in (path, io.BytesIO(data)):
+                with pytest.raises(AudioError, match=r"several FLAC streams|damaged"):
+                    read(source)
+
+
+PLACEHOLDERS = [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+
+
+@pytest.mark.parametrize("placeholder", PLACEHOLDERS)
+@pytest.mark.parametrize("added", [-44, -36, -8, 0])
+def test_wav_from_a_pipe_is_read_to_the_end(tmp_path, placeholder, added):
+    data = bytearray(encode(NOISE, subtype="PCM_16"))
+    size = max(0, placeholder + added)
+    for riff_size in (size, (size + 36) % 2**32, (size + 44) % 2**32, 0xFFFFFFFF):
+        data[4:8] = struct.pack("<I", riff_size)
+        data[40:44] = struct.pack("<I", size)
+        if placeholder == 0xFFFFFFFF and added:
+            continue
+        assert seconds(bytes(data), tmp_path) == 1.5
+    big_endian = bytearray(encode(NOISE, subtype="PCM_16", endian="BIG"))
+    assert big_endian[:4] == b"RIFX"
+    big_endian[4:8] = big_endian[40:44] = struct.pack(">I", size)
+    assert seconds(bytes(big_endian), tmp_path) == 1.5
+
+
+@pytest.mark.parametrize("placeholder", PLACEHOLDERS)
+def test_au_from_a_pipe_is_read_to_the_end(tmp_path, placeholder):
+    data = bytearray(encode(NOISE, fmt="AU"))
+    data[8:12] = struct.pack(">I", placeholder)
+    assert seconds(bytes(data), tmp_path) == 1.5
+
+
+def test_truncated_files_are_rejected_and_empty_ones_are_empty(tmp_path):
+    long = encode(np.tile(NOISE, 40))
+    for size in (36_001, 100_000, len(long) - 1):
+        with pytest.raises(AudioError, match="truncated"):
+            seconds(long[:size], tmp_path)
+    for fmt in ("AU", "AIFF", "CAF", "RF64"):
+        data = encode(NOISE, fmt=fmt)
+        with pytest.raises(AudioError, match="truncated"):
+            seconds(data[: len(data) // 2], tmp_path)
+    empty = encode(NOISE[:0])
+    for data in (empty, empty + b"LIST" + struct.pack("<I", 4) + b"INFO"):
+        data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+        with pytest.raises(AudioError, match="no audio"):
+            seconds(data, tmp_path)
+
+
+def test_stale_wav_header_is_rejected(tmp_path):
+    """A recorder that was killed: the header states the length at the last time it was updated."""
+    data = bytearray(encode(NOISE, subtype="PCM_16"))
+    data[4:8], data[40:44] = struct.pack("<I", 10_036), struct.pack("<I", 10_000)
+    with pytest.raises(AudioError, match="header states"):
+        seconds(bytes(data), tmp_path)
+    assert seconds(encode(NOISE) + bytes(9_000), tmp_path) == 1.5  # padding
+
+
+def test_bw64_is_read(tmp_path):
+    data = encode(NOISE, fmt="RF64")
+    assert data[:4] == b"RF64"
+    assert seconds(b"BW64" + data[4:], tmp_path) == 1.5
+    with pytest.raises(AudioError, match="truncated"):
+        seconds(b"BW64" + data[4:-100], tmp_path)
+
+
+def test_result_depends_on_bytes_only(tmp_path):
+    """Not on the name, its encoding, the suffix, or a macOS resource file of the same name."""
+    data = mp3()
+    expected = load_audio(io.BytesIO(data))
+    folder = os.fsencode(tmp_path)
+    sidecar = b"\0\x05\x16\x07\0\x02\0\0Mac OS X        " + bytes(4000)
+    for name in (b"a.mp3", b"a.wav", b"a.raw", b"a", "録音.mp3".encode("shift_jis"), "録音.mp3".encode()):
+        path = os.path.join(folder, name)
+        Path(os.fsdecode(path)).write_bytes(data)
+        Path(os.fsdecode(os.path.join(folder, b"._" + name))).write_bytes(sidecar)
+        assert torch.equal(load_audio(Path(os.fsdecode(path))), expected)
+    code = "import sys, jahubert; print(jahubert.audio_length(sys.argv[1]))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for name in ("録音.mp3".encode("shift_jis"), "録音.mp3".encode()):
+        arguments = [sys.executable, "-c", code, os.path.join(folder, name)]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+        assert int(done.stdout) == len(expected)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+def test_pipes_are_read(tmp_path):
+    for data in (encode(NOISE), encode(NOISE, fmt="FLAC"), mp3()):
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        writer = threading.Thread(target=fifo.write_bytes, args=(data,))
+        writer.start()
+        assert len(load_audio(fifo)) == 24_000
+        writer.join()
+        fifo.unlink()
+        code = "import jahubert; print(jahubert.audio_length('/dev/stdin'))"
+        done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
+        assert int(done.stdout) == 24_000
+
+
+def test_shared_cases(shared_data):
+    cases = shared_data.parent / "cases"
+    if not cases.is_dir():
+        pytest.skip(f"needs {cases}")
+    for path in sorted((cases / "wavpipe").glob("*.wav")):
+        assert audio_length(path) == len(load_audio(path)) == 89_280
+    for path in sorted((cases / "concatenated").iterdir()):
+        assert audio_length(path) == len(load_audio(path)) == pytest.approx(15.6 * 16_000, rel=0.01)
