@@ -137,6 +137,14 @@ class Encoded:
     conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar; in training only
 
 
+torch.utils._pytree.register_pytree_node(  # for torch.export
+    Encoded,
+    lambda encoded: (list(vars(encoded).values()), None),
+    lambda values, _: Encoded(*values),
+    serialized_type_name="jahubert.Encoded",
+)
+
+
 class MaskedGroupNorm(nn.GroupNorm):
     """Group norm with one group per channel, over the valid frames of each utterance."""
 
@@ -428,8 +436,8 @@ class HubertModel(nn.Module):
 
     def _check_lengths(self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None) -> list[int] | None:
         """The lengths as integers, or None if nothing is padded."""
-        if wav_BT.ndim != 2:
-            raise AudioError(f"waveforms must be (batch, samples), but have shape {tuple(wav_BT.shape)}")
+        if wav_BT.ndim != 2 or wav_BT.shape[0] == 0:
+            raise AudioError(f"waveforms must be (batch >= 1, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape
         n_samples = [width] * batch if n_samples_B is None else [int(n) for n in n_samples_B]
         if len(n_samples) != batch or (n_samples_B is not None and max(n_samples) > width):

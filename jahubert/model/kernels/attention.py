@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jahubert.model.kernels.dispatch import once_differentiable
 from jahubert.model.kernels.dropout import keep_mask
 from jahubert.model.kernels.packing import Packing, Rectangle
 from jahubert.model.precision import autocast_dtype
@@ -89,7 +90,7 @@ class _RectangleAttention(torch.autograd.Function):
         return _scatter(outs, ctx)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_NHE: Tensor):
         grads, saved = [], ctx.saved_tensors  # read once: recomputed activations are available a single time
         for i, (rectangle, gather) in enumerate(zip(ctx.rectangles, ctx.gather, strict=True)):

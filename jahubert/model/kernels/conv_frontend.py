@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jahubert.frames import FrameGrid
+from jahubert.model.kernels.dispatch import once_differentiable
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up
 from jahubert.model.kernels.packing import Packing
 from jahubert.model.precision import autocast_dtype
@@ -207,7 +208,7 @@ class _GeluConv(torch.autograd.Function):
         return y_NO
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_NO: Tensor):
         x, factor, *taps = ctx.saved_tensors
         grad_NO = grad_NO.contiguous()

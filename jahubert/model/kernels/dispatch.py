@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as module_globals
 from torch.utils.checkpoint import checkpoint
 
@@ -22,13 +23,33 @@ _OWN_MODULES = {"jahubert.model.hubert", "jahubert.model.weight_norm"}
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Use the plain modules inside; the environment variable JAHUBERT_KERNELS=0 does so for a process."""
+    """Use the plain modules and unfused attention inside; these can be differentiated any number of times.
+
+    Setting the environment variable JAHUBERT_KERNELS=0 selects the plain modules for a whole process.
+    """
     global _enabled
     before, _enabled = _enabled, False
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         _enabled = before
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """torch's decorator, with an error for double backward that names the way to do it."""
+    first_order = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the fast kernels of jahubert have no second derivative; run the forward pass inside "
+                "`with jahubert.model.kernels.disabled():`, which uses the plain modules"
+            )
+        return first_order(ctx, *grads)
+
+    return checked
 
 
 def usable(part: nn.Module) -> bool:
@@ -45,7 +66,8 @@ def usable(part: nn.Module) -> bool:
       tensor subclass with its own arithmetic.
 
     Transformer blocks are called as modules either way, so activation checkpointing, torch.compile and FSDP2
-    may wrap them.
+    may wrap them. Double backward cannot be foreseen in the forward pass: the kernels refuse it and name the
+    switch.
     """
     if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jahubert.model.kernels.dispatch import once_differentiable
 from jahubert.model.kernels.dropout import dropout
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class _GeluLinear(torch.autograd.Function):
         return F.linear(F.gelu(x), weight, bias.to(x.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         grad_weight = grad.T @ F.gelu(x)

@@ -38,21 +38,22 @@ def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> T
 
 def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
-    weight_DCK, kernel = module.conv.weight, module.conv.kernel_size[0]
+    n_frames, dtype = x_BSD.shape[1], x_BSD.dtype
     # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to 14 channels:
     # tests/model/test_hubert.py would find it.
-    exact = weight_DCK.shape[1] < 16
-    with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not exact):
-        x_BDS = (x_BSD.float() if exact else x_BSD).transpose(1, 2)
-        y_BDS = module.conv(x_BDS).to(x_BSD.dtype)
-    y_BDS = F.gelu(y_BDS[:, :, : y_BDS.shape[2] - 1 + kernel % 2])
+    lower = torch.is_autocast_enabled("cpu")
+    exact = module.conv.weight.shape[1] < 16
+    with torch.autocast("cpu", enabled=lower and not exact):
+        x_BDS = (x_BSD.float() if lower and exact else x_BSD).transpose(1, 2)
+        y_BDS = F.gelu(module.conv(x_BDS).to(dtype)[:, :, :n_frames])
     return packing.pack(y_BDS.transpose(1, 2)[:, : packing.width])
 
 
 def by_frequencies(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     """The convolution as products of spectra, with bias and GELU."""
+    dtype = torch.promote_types(x_ND.dtype, torch.float32)
     with torch.autocast(x_ND.device.type, enabled=False):
-        y_ND = _correlate(x_ND.float(), module.conv.weight, packing)
+        y_ND = _correlate(x_ND.to(dtype), module.conv.weight.to(dtype), packing)
         return F.gelu(y_ND + module.conv.bias).to(x_ND.dtype)
 
 
@@ -62,7 +63,7 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
     row_X, position_N = _windows(packing, kernel)
     x_WXD = F.pad(x_ND, (0, 0, 0, 1)).index_select(0, row_X).view(-1, 2 * kernel, width)
     forward_PFX, inverse_PXF = (
-        to_device_async(torch.from_numpy(table), x_ND.device) for table in _fourier(kernel)
+        to_device_async(torch.from_numpy(table).to(x_ND.dtype), x_ND.device) for table in _fourier(kernel)
     )
 
     taps_KE = weight_DCK.view(-1, kernel).T
