@@ -39,24 +39,24 @@ class HubertConfig:
 
     conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
     conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the previous layer
-    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-    conv_bias: bool = False
+    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)  # samples, then frames of the previous layer
+    conv_bias: bool = False  # biases in the conv layers
     conv_norm: Literal["group", "layer"] = "group"  # group: one norm, per channel, after the first conv
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
+    width: int = 768  # of the Transformer
+    layers: int = 12  # Transformer blocks
+    heads: int = 12  # attention heads per block
     ffn: int = 3072  # inner width of the feed-forward blocks
     pre_norm: bool = False  # layer norm before each block (large, xlarge) or after it (base)
     pos_conv_kernel: int = 128  # frames
-    pos_conv_groups: int = 16
-    norm_eps: float = 1e-5
+    pos_conv_groups: int = 16  # channel groups of the positional convolution
+    norm_eps: float = 1e-5  # of layer and group norms
     normalize: bool = False  # waveforms to zero mean and unit variance, per utterance
     # Added to that variance: 1e-7 in Hugging Face, 1e-5 in fairseq and torchaudio. It belongs to imported
     # weights and is not a training setting, so stage records leave it out ("free").
     normalize_eps: float = field(default=1e-7, metadata={"free": True})
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    activation_dropout: float = 0.0
+    dropout: float = 0.1  # after attention and feed-forward
+    attention_dropout: float = 0.1  # on attention weights
+    activation_dropout: float = 0.0  # inside the feed-forward blocks
     input_dropout: float = 0.1  # on the projected conv features
     layer_drop: float = 0.05  # probability that a block is skipped in training
     conv_grad_scale: float = 0.1  # gradient into the conv stack is multiplied by this

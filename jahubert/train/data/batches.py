@@ -33,8 +33,8 @@ class MaskConfig:
 
     prob: float = 0.8  # expected share of positions in spans, without overlap
     length: int = 10  # frames
-    min_spans: int = 2
-    channel_prob: float = 0.0
+    min_spans: int = 2  # per utterance
+    channel_prob: float = 0.0  # expected share of channels in spans, without overlap
     channel_length: int = 64  # channels
 
     def __post_init__(self) -> None:

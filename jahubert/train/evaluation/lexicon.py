@@ -26,9 +26,9 @@ _UNKNOWN = "<unk>"
 
 @dataclass(frozen=True)
 class LexiconConfig:
-    words: Path
-    ngram: Path | None = None
-    ngram_weight: float = 1.0
+    words: Path  # file with a word and its symbols per line
+    ngram: Path | None = None  # n-gram of the words: ARPA or KenLM's binary format
+    ngram_weight: float = 1.0  # factor of its log-probability
     word_score: float = 0.0  # added per word; positive favors more words, negative fewer
 
     def __post_init__(self) -> None:

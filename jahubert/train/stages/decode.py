@@ -56,14 +56,14 @@ class Config:
     manifest: Path
     targets: Path
     model: Path = model_field()  # the folder of a fine-tuning, or a CTC bundle
-    splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))
+    splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))  # splits to decode
     align_splits: tuple[str, ...] = split_field(())  # splits whose references are aligned
-    search: Literal["beam", "greedy"] = "beam"
-    beam: int = 20
+    search: Literal["beam", "greedy"] = "beam"  # greedy: the best symbol of each frame
+    beam: int = 20  # width of the beam search
     n_best: int = 1  # hypotheses written per utterance
     lexicon: LexiconConfig | None = None  # restricts hypotheses to a word list
     device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)
+    batch_seconds: float = runtime_field(80.0)  # audio per batch
 
     def __post_init__(self) -> None:
         errors = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})

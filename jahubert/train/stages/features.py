@@ -51,11 +51,11 @@ class Config:
     kind: str = "mfcc"  # mfcc, hubert, or module:attribute
     model: Path | None = model_field(None)  # for hubert: a trained model
     layer: int = 6  # for hubert: the block whose output is used, from 1
-    split: str = split_field("train")
-    sample_frames: int = 2_000_000
+    split: str = split_field("train")  # of the manifest
+    sample_frames: int = 2_000_000  # drawn uniformly from the split
     seed: int = 0
     device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)
+    batch_seconds: float = runtime_field(80.0)  # audio per batch
 
     def __post_init__(self) -> None:
         raise_config_errors(

@@ -77,14 +77,14 @@ class Config:
     mask: MaskConfig = _MASK
     fraction: float = 1.0  # of the labeled training utterances, in the order of the manifest
     hours: float | None = None  # upper limit of their duration; utterances are drawn at random
-    freeze_conv: bool = True
-    head_only_steps: int = 10_000
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.1
-    input_dropout: float = 0.0
-    layer_drop: float = 0.1
-    dev_splits: tuple[str, ...] = split_field(("dev",))
+    freeze_conv: bool = True  # keep the convolutional front end fixed
+    head_only_steps: int = 10_000  # first updates, which train only the CTC head
+    dropout: float = 0.0  # replaces that of the model
+    attention_dropout: float = 0.0  # replaces that of the model
+    activation_dropout: float = 0.1  # replaces that of the model
+    input_dropout: float = 0.0  # replaces that of the model
+    layer_drop: float = 0.1  # replaces that of the model
+    dev_splits: tuple[str, ...] = split_field(("dev",))  # splits for validation
     # Metric that selects the best step on the development set; for characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
     seed: int = 0

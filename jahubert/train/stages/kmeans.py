@@ -32,10 +32,10 @@ VERSION = 2
 @dataclass(frozen=True)
 class Config:
     features: Path
-    n_clusters: int = 100
-    backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"
+    n_clusters: int = 100  # number of centroids
+    backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"  # auto: torch
     n_init: int = 3  # initializations; the best result is kept
-    max_iter: int = 100
+    max_iter: int = 100  # iterations of Lloyd's algorithm per initialization
     lloyd_frames: int = 10_000_000  # further frames only refine the centroids, in one mini-batch pass
     held_out: float = 0.02  # share of the sample that is not fitted and measures the inertia
     seed: int = 0

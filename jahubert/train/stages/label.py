@@ -50,7 +50,7 @@ class Config:
     compare_with: Path | None = runtime_field(None)  # a label store that should have the same units
     shard_size: int = runtime_field(2000)  # utterances per file until all are labeled
     device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)
+    batch_seconds: float = runtime_field(80.0)  # audio per batch
     # If too few units are used, one is too large, or `compare_with` differs (see evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 

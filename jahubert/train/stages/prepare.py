@@ -44,6 +44,7 @@ _MAX_PENDING = 256  # utterances submitted for checking
 class Config:
     recipe: str  # a name under recipes/, or a folder with a prepare.py
     data: str | None = None  # the corpus folder
+    # Fields of the recipe's own `Config`.
     options: Any = config_group(
         lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
     )

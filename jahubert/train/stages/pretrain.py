@@ -55,7 +55,7 @@ class Config:
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     unit_dim: int = 256  # dimension of the unit embeddings (fairseq: final_dim)
-    temperature: float = 0.1
+    temperature: float = 0.1  # of the cosine similarities of frames and units
     penalty_weight: float = 10.0  # of the mean square of the convolutional features
     valid_split: str | None = split_field("dev")  # null: no validation
     seed: int = 0

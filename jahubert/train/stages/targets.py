@@ -36,7 +36,7 @@ VERSION = 3
 @dataclass(frozen=True)
 class Config:
     manifest: Path
-    vocabulary: Literal["phones", "kana", "characters"] = "phones"
+    vocabulary: Literal["phones", "kana", "characters"] = "phones"  # the symbols to predict
     user_dictionary: Path | None = None  # words and their readings
 
 

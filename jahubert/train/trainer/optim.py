@@ -18,19 +18,23 @@ from jahubert.train.experiment.config import raise_config_errors, range_errors, 
 class TrainConfig:
     """Settings of one training run; the defaults are those of HuBERT BASE pretraining in fairseq."""
 
-    max_steps: int = 400_000
+    max_steps: int = 400_000  # updates
     batch_seconds: float = 2800.0  # audio per step over all devices, kept by gradient accumulation
     micro_seconds: float = 87.5  # audio per device and forward pass, padding included
-    lr: float = 5e-4
-    schedule: Literal["linear", "tri_stage"] = "linear"
+    lr: float = 5e-4  # peak learning rate
+    schedule: Literal["linear", "tri_stage"] = (
+        "linear"  # linear: warm-up and decay; tri_stage: warm-up, hold, decay
+    )
     warmup: float = 0.08  # fraction of the steps
     hold: float = 0.4  # tri_stage: fraction of the steps at the full learning rate
     final_lr: float = 0.0  # learning rate of the last step, as a fraction of lr
-    betas: tuple[float, ...] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.01
+    betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW
+    eps: float = 1e-6  # of AdamW
+    weight_decay: float = 0.01  # of AdamW
     clip_norm: float = 10.0  # 0: no clipping
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 if the device supports it, else fp32
+    )
     engine: str = runtime_field("torch")
     sharded: bool = runtime_field(False)  # FSDP2 instead of DDP: for models that do not fit one device
     recompute: bool = runtime_field(False)  # activation checkpointing: less memory, a third more compute
