@@ -1,44 +1,142 @@
 """Normalization of Japanese text before morphological analysis.
 
-Spells out what the dictionary of pyopenjtalk-plus skips or misreads: minus signs, currencies, units, clock
-times, dates, ratios and fractions.
+Spells out what the dictionary of pyopenjtalk-plus skips or misreads, in classes of rules that are applied in
+order: numeric dates, clock times, phone numbers and addresses, fractions, ratios and scores, ranges, signs
+and arithmetic, currencies, units, and internet addresses. Numbers with counters need no rule.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
+from math import gcd
 
 # Single-character signs, replaced before NFKC decomposes them (℃ would become the letter C).
-_SIGNS = {"℃": "度", "㎏": "キログラム", "㎎": "ミリグラム", "㎞": "キロメートル", "㎝": "センチメートル"}
-_SIGNS |= {"ヷ": "ヴァ", "ヸ": "ヴィ", "ヹ": "ヴェ", "ヺ": "ヴォ"}
-_SIGNS |= {"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "〜": "～"}
-_ROMAN = re.compile(
-    r"([Ⅰ-ⅿ]+)"
-)  # numerals: the analyzer reads them as numbers, but NFKC turns them into letters
-_CLOCK = r"(?<![\d:])(2[0-4]|[01]?\d):(?=[0-5]\d)"
-_AMOUNT = r"(\d[\d,]*(?:\.\d+)?)"
-_RESPELLINGS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<![A-Za-z0-9.)\]-])[-\u2212](?=\d)", "マイナス"),
-        (r"°C", "度"),
-        (r"[¥￥]" + _AMOUNT, r"\1円"),
-        (r"\$" + _AMOUNT, r"\1ドル"),
-        (r"€" + _AMOUNT, r"\1ユーロ"),
-        (r"£" + _AMOUNT, r"\1ポンド"),
-        (r"(\d+)\u2044(\d+)", r"\2分の\1"),
-        (r"(?<![\d/])(\d{4})/(1[0-2]|0?[1-9])/(3[01]|[12]\d|0?[1-9])(?![\d/])", r"\1年\2月\3日"),
-        # Clock times have two digits for the minutes; other pairs are scores or ratios (2:1, two to one).
-        (_CLOCK + r"00(?![\d:])", r"\1時"),
-        (_CLOCK + r"0?([1-5]?\d)(?![\d:])", r"\1時\2分"),
-        (r"(?<![\d:.])(\d+(?:\.\d+)?)[:対](?=\d+(?![\d:]))", r"\1タイ"),
-        (r"(?<=\d)[~～](?=\d)", "から"),
-        (r"(?<=[A-Za-z])#", "シャープ"),
-        (r"年0(?=\d月)", "年"),
-        (r"月0(?=\d日)", "月"),
-    )
-)
+_SIGNS = {
+    **{"℃": "度", "㎏": "キログラム", "㎎": "ミリグラム", "㎞": "キロメートル", "㎝": "センチメートル"},
+    **{"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "ℓ": "リットル"},
+    **{"〜": "～", "№": "ナンバー", "㈱": "株式会社", "㈲": "有限会社", "±": "プラスマイナス"},
+    **{"½": "2分の1", "⅓": "3分の1", "⅔": "3分の2", "¼": "4分の1", "¾": "4分の3"},
+    **{"ヷ": "ヴァ", "ヸ": "ヴィ", "ヹ": "ヴェ", "ヺ": "ヴォ"},
+}
+# Roman numerals: the analyzer reads them as numbers, but NFKC turns them into letters.
+_ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")
+_DIGIT_NAMES = ("ゼロ", "イチ", "ニー", "サン", "ヨン", "ゴー", "ロク", "ナナ", "ハチ", "キュー")
+
+_NUMBER = r"\d[\d,]*(?:\.\d+)?"
+_MONTH, _DAY = r"(?:1[0-2]|0?[1-9])", r"(?:3[01]|[12]\d|0?[1-9])"
+_CLOCK = r"(?<![\d:])(2[0-4]|[01]?\d):"
+_WEEKDAYS = {"月": "ゲツ", "火": "カ", "水": "スイ", "木": "モク", "金": "キン", "土": "ド", "日": "ニチ"}
+_WEEKDAY = "[月火水木金土日]"
+_RESULT = "(?:で|の)?(?:勝|負|敗|引き分|下し|破|制し|快勝|完敗|辛勝|大差)"
+
+
+def _digits(match: re.Match[str]) -> str:
+    """Digit by digit, with の for hyphens, as phone numbers are read."""
+    return "".join("ノ" if char == "-" else _DIGIT_NAMES[int(char)] for char in match[0])
+
+
+def _slash(match: re.Match[str]) -> str:
+    """A day of the year or a fraction: 11/3 is a date, 1/2 and 1/100 are fractions."""
+    first, second = int(match[1]), int(match[2])
+    is_date = 1 <= first <= 12 and 1 <= second <= 31
+    is_reduced = first < second and gcd(first, second) == 1
+    if match[3] or (is_date and not (is_reduced and second <= 10)):
+        return f"{first}月{second}日{match[3] or ''}" if is_date else match[0]
+    return f"{second}分の{first}" if is_reduced else match[0]
+
+
+def _weekdays(match: re.Match[str]) -> str:
+    return f"{_WEEKDAYS[match[1]]}から{_WEEKDAYS[match[2]]}"
+
+
+_Replacement = str | Callable[[re.Match[str]], str]
+_RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
+    (
+        "dates",
+        (
+            (rf"(?<![\d/])(\d{{4}})/({_MONTH})/({_DAY})(?![\d/])", r"\1年\2月\3日"),
+            (rf"(?<![\d-])(\d{{4}})-({_MONTH})-({_DAY})(?![\d-])", r"\1年\2月\3日"),
+            (rf"(?<![\d.])(\d{{4}})\.({_MONTH})\.({_DAY})(?![\d.])", r"\1年\2月\3日"),
+            (r"年0(?=\d月)", "年"),
+            (r"月0(?=\d日)", "月"),
+        ),
+    ),
+    (
+        "clock times",  # two digits for the minutes; other pairs are scores or ratios
+        (
+            (r"(?<![\d:])(\d{1,2}):([0-5]\d):([0-5]\d)(?![\d:])", r"\1時間\2分\3秒"),
+            (_CLOCK + r"00(?![\d:])", r"\1時"),
+            (_CLOCK + r"0?([1-5]?\d)(?<=:[0-5]\d)(?![\d:])", r"\1時\2分"),
+            (r"(?<![\d.])0(?=\d[時分秒])", ""),
+            (r"(?<=間)0(?=\d分)|(?<=分)0(?=\d秒)", ""),
+            (r"(?<![\d.])0時(?!間)", "零時"),
+        ),
+    ),
+    (
+        "phone numbers and addresses",
+        (
+            (r"(?<![\d-])0\d{1,4}-\d{1,4}-\d{3,4}(?![\d-])", _digits),
+            (r"(?<![\d-])\d{1,3}(?:-\d{1,4}){2,3}(?![\d-])", lambda match: match[0].replace("-", "の")),
+        ),
+    ),
+    (
+        "fractions",
+        (
+            (r"(\d+)\u2044(\d+)", r"\2分の\1"),
+            (rf"(?<![\d/.])(\d{{1,4}})/(\d{{1,4}})(\({_WEEKDAY}\))?(?![\d/.])", _slash),
+        ),
+    ),
+    (
+        "ratios and scores",
+        (
+            (rf"(?<![\d.-])(\d{{1,3}})-(?=\d{{1,3}}{_RESULT})", r"\1対"),
+            (r"(?<![\d:.])1[:対](?=\d+(?:\.\d+)?(?![\d:]))", "イッタイ"),
+            (r"(?<![\d:.])(\d+(?:\.\d+)?)[:対](?=\d+(?:\.\d+)?(?![\d:]))", r"\1タイ"),
+        ),
+    ),
+    (
+        "ranges",
+        (
+            (r"(?<=\d)[~～](?=\d)", "から"),
+            # From a number with its unit: 20%～30%, 10時～12時.
+            (r"(\d[^\d\s~～、。ぁ-ん]{1,6})[~～](?=第?\d)", r"\1から"),
+            (rf"(?<![一-龠])({_WEEKDAY})[~～]({_WEEKDAY})(?![一-龠])", _weekdays),
+            (rf"(?<=曜)[~～](?={_WEEKDAY})|(?<=曜日)[~～](?={_WEEKDAY})", "から"),
+        ),
+    ),
+    (
+        "arithmetic and signs",
+        (
+            (r"(?<=\d)-(?=\d+=)", "引く"),
+            (r"(?<=[\dA-Za-z)])=(?=[\dA-Za-z(-])", "イコール"),
+            (r"(?<![A-Za-z0-9.)\]-])[-\u2212](?=\d)", "マイナス"),
+            (r"(?<![A-Za-z0-9.)\]+])\+(?=\d)", "プラス"),
+            (r"(?<=[A-Za-z])#", "シャープ"),
+            (r"(?<![A-Za-z])#(?=\d)", "ナンバー"),
+        ),
+    ),
+    (
+        "currencies",
+        tuple((sign + rf"({_NUMBER})", rf"\1{name}") for sign, name in (
+            ("[¥￥]", "円"), (r"\$", "ドル"), ("€", "ユーロ"), ("£", "ポンド")
+        )),
+    ),
+    (
+        "units",
+        (
+            (r"°C", "度"),
+            (r"(?<=\d)L(?![A-Za-z])", "リットル"),
+            (r"(?<=\d)km/h", "キロ"),
+        ),
+    ),
+    (
+        "internet addresses",
+        ((r"(?<=[a-z0-9])\.(?=[a-z]{2,})", "ドット"), (r"(?<=[A-Za-z0-9])@(?=[A-Za-z0-9])", "アットマーク")),
+    ),
+)  # fmt: skip
+_COMPILED = [(re.compile(pattern), new) for _, rules in _RULES for pattern, new in rules]
 
 
 def normalize_text(text: str) -> str:
@@ -50,7 +148,7 @@ def normalize_text(text: str) -> str:
     parts = _ROMAN.split(text)
     parts[::2] = [unicodedata.normalize("NFKC", part) for part in parts[::2]]
     text = "".join(_simplify(char) for char in "".join(parts))
-    for pattern, replacement in _RESPELLINGS:
+    for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
     return text
 

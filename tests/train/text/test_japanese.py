@@ -198,12 +198,35 @@ def test_sentences_with_a_checked_reading(sentence):
     assert kana(sentence) == SENTENCES[sentence].split()
 
 
+READINGS = [
+    line.split("\t")[1:]
+    for line in (FIXTURES / "readings.tsv").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize(("text", "reading"), READINGS)
+def test_checked_readings(text, reading):
+    assert "".join(kana(text)) == reading
+
+
+def test_number_of_checked_readings():
+    assert len({text for text, _ in READINGS}) == len(READINGS) >= 300
+
+
+# Words that the analyzer reads wrongly only after other words.
+CONTEXTS = {"三日月": "鼻血と三日月", "零時": "午前零時", "真水": "塩水と真水"}
+
+
 @pytest.mark.parametrize("surface", user_dictionary.NOUNS)
 def test_known_errors_of_the_dictionary_are_corrected(surface):
     """Every entry is needed: without it the analyzer returns another reading."""
-    uncorrected = text_module.openjtalk().run_frontend(surface, predict_nani=False)
-    assert "".join(kana(surface)) == user_dictionary.NOUNS[surface]
-    assert "".join(f["pron"] for f in uncorrected).replace("’", "") != user_dictionary.NOUNS[surface]
+    text = CONTEXTS.get(surface, surface)
+    uncorrected = text_module.openjtalk().run_frontend(text, predict_nani=False)
+    assert "".join(kana(text)).endswith(user_dictionary.NOUNS[surface])
+    assert (
+        not "".join(f["pron"] for f in uncorrected).replace("’", "").endswith(user_dictionary.NOUNS[surface])
+    )
 
 
 # --- a user's dictionary ----------------------------------------------------------------------------------
