@@ -1,9 +1,9 @@
-"""Pictures of a report, as a screen and as a phone show it.
+"""Screenshots of a report: light and dark on a wide screen, and on a phone.
 
     python tools/report_pictures.py exp/tofugu/report/report.html docs/pictures
 
-Writes report-screen.png and report-phone.png, each the sections of the page side by side.
-Needs playwright and a chromium (extra dev; apt install chromium).
+Writes report-screen.png, report-dark.png and report-phone.png, each with sections of the page side by side.
+Requires playwright and Chromium (extra dev; apt install chromium).
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import io
 import shutil
 from pathlib import Path
 
-from PIL import Image  # matplotlib brings it
+from PIL import Image  # a dependency of matplotlib
 from playwright.sync_api import Page, sync_playwright
 
-VIEWS = {"screen": (1100, 1500), "phone": (390, 844)}  # width and height of the window
-SECTIONS = ("results", "training", "units", "worst")
+# Name: width and height of the window, and color scheme.
+VIEWS = {"screen": (1100, 1500, "light"), "dark": (1100, 1500, "dark"), "phone": (390, 844, "light")}
+SECTIONS = ("results", "units", "examples", "training")
+MAX_WIDTH = 2000
 
 
-def column(page: Page, section: str) -> Image.Image:
-    """What is seen after a tap on the link to a section."""
+def section_picture(page: Page, section: str) -> Image.Image:
+    """The window after following the link to a section; the first one from the top of the page."""
     page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
-    if section == "results":
+    if section == SECTIONS[0]:
         page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(200)
     return Image.open(io.BytesIO(page.screenshot()))
@@ -36,18 +38,21 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as driver:
-        system = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        for name, (width, height) in VIEWS.items():
-            page = browser.new_page(viewport={"width": width, "height": height})
+        chromium = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, (width, height, scheme) in VIEWS.items():
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             page.goto(args.report.resolve().as_uri())
             page.wait_for_load_state()
-            columns = [column(page, section) for section in SECTIONS]
-            strip = Image.new("RGB", ((width + 20) * len(columns) - 20, height), "#b0b7c0")
-            for number, picture in enumerate(columns):
+            page.evaluate("document.querySelectorAll('#training details').forEach(part => part.open = true)")
+            sections = [section for section in SECTIONS if page.query_selector(f"#{section}")]
+            pictures = [section_picture(page, section) for section in sections]
+            strip = Image.new("RGB", ((width + 20) * len(pictures) - 20, height), "#b0b7c0")
+            for number, picture in enumerate(pictures):
                 strip.paste(picture, ((width + 20) * number, 0))
-            if strip.width > 2000:
-                strip = strip.resize((2000, round(strip.height * 2000 / strip.width)), Image.LANCZOS)
+            if strip.width > MAX_WIDTH:
+                size = (MAX_WIDTH, round(strip.height * MAX_WIDTH / strip.width))
+                strip = strip.resize(size, Image.Resampling.LANCZOS)
             path = args.out / f"report-{name}.png"
             strip.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
             print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import heapq
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,10 @@ import soundfile
 
 from jahubert.errors import AudioError
 from jahubert.frames import HUBERT, SAMPLE_RATE
-from jahubert.phonemes import BOUNDARY
+from jahubert.phonemes import BOUNDARY, PhonemeSet
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest, Phone
+from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, Pair, align, count_errors
 from jahubert.train.report import figures
 
@@ -33,8 +33,10 @@ class Example:
     split: str
     text: str
     seconds: float
-    errors: ErrorCounts  # of phones
-    pairs: list[Pair]  # phones and word boundaries
+    errors: ErrorCounts  # of symbols
+    word_pairs: list[Pair]  # aligned words, each a tuple of symbols
+    symbol_pairs: list[Pair]  # aligned symbols and word boundaries
+    has_phones: bool  # whether symbols are phones, which are displayed as kana
     audio: str = ""  # data URI of an MP3
     figure: str = ""  # data URI
     note: str = ""  # why there is no audio
@@ -50,20 +52,32 @@ class _Decoded:
 
     @property
     def sort_key(self) -> tuple[float, int, str]:
-        return self.errors.rate, self.errors.errors, self.line["id"]
+        """Ascending from the best; among utterances without errors, longer ones are better."""
+        return self.errors.rate, self.errors.errors or -self.errors.length, self.line["id"]
 
 
-def worst_examples(
+def find_examples(
     decode: Path, manifest: Manifest, times: dict[int, tuple[Phone, ...]], store: LabelStore | None, n: int
-) -> list[Example]:
-    """The `n` utterances in a folder of stage `decode` with the highest phone error rate, worst first.
+) -> dict[str, list[Example]]:
+    """The `n` "worst", "median" and "best" utterances in a folder of stage `decode`, by symbol error rate.
+
+    An utterance is in one group only; short sets have fewer examples.
 
     Args:
         times: phones of each manifest row that has any.
         store: units of the manifest's rows.
     """
-    worst = heapq.nlargest(n, _decoded(decode), key=lambda decoded: decoded.sort_key)
-    return [_example(decoded, manifest, times, store) for decoded in worst]
+    phonemes = PhonemeSet.from_json(json.loads((decode / "phonemes.json").read_text(encoding="utf-8")))
+    has_phones = vocabulary_kind(phonemes) == "phones"
+    ranked = sorted(_decoded(decode), key=lambda decoded: decoded.sort_key, reverse=True)
+    worst, rest = ranked[:n], ranked[n:]
+    best, rest = rest[::-1][:n], rest[: max(0, len(rest) - n)]
+    first = max(0, (len(rest) - n) // 2)
+    groups = {"worst": worst, "median": rest[first : first + n], "best": best}
+    return {
+        group: [_example(decoded, manifest, times, store, has_phones) for decoded in members]
+        for group, members in groups.items()
+    }
 
 
 def _decoded(decode: Path) -> Iterator[_Decoded]:
@@ -77,9 +91,13 @@ def _decoded(decode: Path) -> Iterator[_Decoded]:
 
 
 def _example(
-    decoded: _Decoded, manifest: Manifest, times: dict[int, tuple[Phone, ...]], store: LabelStore | None
+    decoded: _Decoded,
+    manifest: Manifest,
+    times: dict[int, tuple[Phone, ...]],
+    store: LabelStore | None,
+    has_phones: bool,
 ) -> Example:
-    line = decoded.line
+    line, sides = decoded.line, ("reference", "hypothesis")
     rows = manifest.indices(split=decoded.split)
     row = int(rows[manifest.ids(rows).index(line["id"])])
     utterance = manifest[row]
@@ -98,7 +116,9 @@ def _example(
         text=utterance.text,
         seconds=utterance.n_samples / SAMPLE_RATE,
         errors=decoded.errors,
-        pairs=align(_with_boundaries(line["reference"]), _with_boundaries(line["hypothesis"])),
+        word_pairs=align(*([tuple(word.split()) for word in line[side]] for side in sides)),
+        symbol_pairs=align(*(_with_boundaries(line[side]) for side in sides)),
+        has_phones=has_phones,
         audio=audio,
         figure=figure,
         note=note,

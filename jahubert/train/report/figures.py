@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,37 +16,51 @@ from jahubert.errors import MissingExtraError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.train.data.manifest import Phone
 
-TRAINING, VALIDATION = "#1f6fb2", "#d1603d"  # of curves
+TRAINING, VALIDATION = "#1f6fb2", "#d1603d"
+_RUN_COLORS = (TRAINING, "#c2452d", "#2e8b57", "#8a5cb8", "#b8860b", "#4a4a4a")
 _FFT = 512  # samples
 _PALETTE = 37  # colors of units; consecutive units get distant colors
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """One figure per metric over the steps, for training and validation.
+def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """One figure per metric over the steps: a color per run, validation dashed.
 
     Args:
-        rows: lines of metrics.jsonl. Their timing adds `speed` (updates per second) and `waiting` (share of
-            time without a batch).
+        runs: by name, the lines of metrics.jsonl. Their timing adds `speed` (updates per second) and
+            `waiting` (share of time without a batch).
     """
-    series: dict[str, tuple[list, list]] = {}
-    for row in rows:
-        values = {key: value for key, value in row.items() if key not in ("step", "timing")}
-        timing = row.get("timing")
-        if timing and timing["seconds"] > 0:
-            values |= {"speed": timing["steps"] / timing["seconds"], "waiting": timing["waiting"]}
-        for key, value in values.items():
-            lines = series.setdefault(key.removeprefix("valid_"), ([], []))
-            lines[key.startswith("valid_")].append((row["step"], value))
-    return {name: _curve(lines) for name, lines in series.items()}
+    series: dict[str, dict[tuple[str, bool], list[tuple[float, float]]]] = {}
+    for run, rows in runs.items():
+        for row in rows:
+            values = {key: value for key, value in row.items() if key not in ("step", "timing")}
+            timing = row.get("timing")
+            if timing and timing["seconds"] > 0:
+                values |= {"speed": timing["steps"] / timing["seconds"], "waiting": timing["waiting"]}
+            for key, value in values.items():
+                lines = series.setdefault(key.removeprefix("valid_"), {})
+                lines.setdefault((run, key.startswith("valid_")), []).append((row["step"], value))
+    colors = run_colors(runs)
+    return {name: _curve(lines, colors) for name, lines in series.items()}
 
 
-def _curve(lines: Sequence[Sequence[tuple[float, float]]]) -> str:
+def run_colors(runs: Iterable[str]) -> dict[str, str]:
+    """The color of each run's curves."""
+    return {run: _RUN_COLORS[number % len(_RUN_COLORS)] for number, run in enumerate(runs)}
+
+
+def _curve(lines: Mapping[tuple[str, bool], Sequence[tuple[float, float]]], colors: Mapping[str, str]) -> str:
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        for points, color in zip(lines, (TRAINING, VALIDATION), strict=True):
-            if points:
-                mark = "o" if len(points) < 30 else None
-                axes.plot(*zip(*points, strict=True), color=color, linewidth=1.4, marker=mark, markersize=3)
+        for (run, is_validation), points in lines.items():
+            color = VALIDATION if is_validation and len(colors) == 1 else colors[run]
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                linewidth=1.4,
+                linestyle="--" if is_validation else "-",
+                marker="o" if len(points) < 30 else None,
+                markersize=3,
+            )
         _style(axes)
 
     return _svg(draw, 3.4, 2.1)

@@ -1,246 +1,463 @@
-"""A run as one HTML page that needs no other file: results, curves, units, the worst utterances, settings."""
+"""The report as one HTML page without external files, for screens and phones, light and dark."""
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jahubert.train.evaluation.scoring import phone_wer
+from jahubert.train.evaluation.scoring import display_text, phone_wer
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.report import figures
 from jahubert.train.report.examples import Example
-from jahubert.train.report.html_text import TEXT
-from jahubert.train.report.units import UnitCounts
+from jahubert.train.report.markup import (
+    Row,
+    Strings,
+    definitions,
+    details,
+    escape,
+    figure,
+    image,
+    note,
+    table,
+)
+from jahubert.train.report.tables import splits_of
+from jahubert.train.report.units import LAYER_UNITS, UnitCounts
 
-_LINES = (("training", "training_line"), ("validation", "validation_line"))  # of curves, with their colours
 STYLE = Path(__file__).with_name("html.css")
+_MAX_SPEAKERS = 30
+_MAX_CONFUSIONS = 15
+_ERRORS = {
+    "wer": "word_errors",
+    "per": "phone_errors",
+    "kana_cer": "kana_errors",
+    "cer": "character_errors",
+}
 
 
 @dataclass(frozen=True)
 class PageData:
-    """What the page is made from; units and their phones by the name of their iteration."""
+    """Content of the page; `experiments` are named paths, the report's own one first."""
 
-    exp: Path
-    summary: dict[str, Any]
+    experiments: Mapping[str, Path]
+    summary: Mapping[str, Any]
     counts: UnitCounts
-    examples: Mapping[str, Sequence[Example]]  # by system
+    examples: Mapping[str, Mapping[str, Sequence[Example]]]  # system -> "worst", "median", "best"
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.experiments))
+
+    @property
+    def exp(self) -> Path:
+        return self.experiments[self.name]
 
 
-def render_page(run: PageData, language: str) -> str:
-    """The page, in English ("en") or Japanese ("ja")."""
-    say = TEXT[language]
-    records = {
-        str(path.parent.relative_to(run.exp)): read_record(path)
-        for path in sorted(run.exp.glob(f"**/{DONE}"))
+def render_page(data: PageData, language: str) -> str:
+    """The page as HTML, in English ("en") or Japanese ("ja")."""
+    strings = Strings(language)
+    records = stage_records(data.exp)
+    bodies = {
+        "results": _results(data, strings),
+        "units": _units(data, strings),
+        "examples": _examples(data.examples, strings),
+        "training": _training(data.experiments, strings),
+        "comparison": _comparison(data.experiments, strings),
+        "settings": _settings(records, strings),
     }
-    sections = [
-        ("results", _results(run.summary, say)),
-        ("training", _training(run.exp, say)),
-        ("units", _units(run, say)),
-        ("worst", _worst(run.examples, say)),
-        ("settings", _settings(records, say)),
-    ]
-    shown = [(name, body) for name, body in sections if body]
-    links = "".join(f'<a href="#{name}">{say[name]}</a>' for name, _ in shown)
-    bodies = "".join(f'<section id="{name}"><h2>{say[name]}</h2>{body}</section>' for name, body in shown)
+    bodies = {name: body for name, body in bodies.items() if body}
+    links = "".join(f'<a href="#{name}">{strings(name)}</a>' for name in bodies)
+    sections = "".join(
+        f'<section id="{name}"><h2>{strings(name)}</h2>{body}</section>' for name, body in bodies.items()
+    )
+    title = escape(data.name)
     return (
         f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'  # or the browser would ask a server for one
-        f"<title>{_escape(run.exp.name)}</title><style>{STYLE.read_text()}</style></head><body>"
-        f"<h1>{_escape(run.exp.name)}</h1>{_head(run, records, say)}<nav>{links}</nav>{bodies}"
+        '<link rel="icon" href="data:,">'  # otherwise browsers request one from a server
+        f"<title>{title}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>"
+        f"<h1>{title}</h1>{_header(data, records, strings)}<nav>{links}</nav>{sections}"
         "</body></html>\n"
     )
 
 
-def _head(run: PageData, records: Mapping[str, Any], say: Mapping[str, str]) -> str:
-    last = max(records.values(), key=lambda record: record["finished"])
-    versions = ", ".join(f"{name} {version}" for name, version in last["made_with"].items())
-    cards = []
-    for measure in ("wer", "per"):
-        found = [
-            (score[measure]["rate"], name, split)
-            for name, system in run.summary["systems"].items()
-            for split, score in system["scores"].items()
-            if measure in score  # kana and characters have no phones
-        ]
-        if found:
-            rate, name, split = min(found)
-            cards.append((f"{100 * rate:.1f} %", f"{say[measure]}: {name}, {split}"))
-    known = [(unit["pnmi"], name) for name, unit in run.summary["units"].items() if "pnmi" in unit]
-    if known:
-        pnmi, name = max(known)
-        cards.append((f"{pnmi:.3f}", f"PNMI: {_title(name, run.summary['units'], say)}"))
-    hours = run.summary["corpus"].get("hours")
+def stage_records(exp: Path) -> dict[str, Any]:
+    """The records of an experiment's finished stages by folder."""
+    return {str(path.parent.relative_to(exp)): read_record(path) for path in sorted(exp.glob(f"**/{DONE}"))}
+
+
+# --- header -----------------------------------------------------------------------------------------------
+
+
+def _header(data: PageData, records: Mapping[str, Any], strings: Strings) -> str:
+    cards = _headline(data.summary, strings)
+    hours = data.summary["corpus"].get("hours")
     if isinstance(hours, (int, float)):
-        cards.append((f"{hours:.1f} h", say["corpus"]))
-    cards.append((_duration(sum(record["seconds"] for record in records.values())), say["computing"]))
-    shown = "".join(f'<div class="card"><b>{_escape(b)}</b><span>{_escape(s)}</span></div>' for b, s in cards)
-    return f'<p class="note">{last["finished"]} · {_escape(versions)}</p><div class="cards">{shown}</div>'
+        cards.append((strings.duration(3600 * hours), strings("corpus")))
+    seconds = sum(record["seconds"] for record in records.values())
+    cards.append((strings.duration(seconds), strings("computing")))
+    boxes = "".join(f'<div class="card"><b>{escape(b)}</b><span>{escape(s)}</span></div>' for b, s in cards)
+    return f'<div class="cards">{boxes}</div>{_made_with(records, strings)}'
 
 
-def _results(summary: Mapping[str, Any], say: Mapping[str, str]) -> str:
-    systems, published = summary["systems"], summary["published"]
-    splits = dict.fromkeys(split for system in systems.values() for split in system["scores"])
-    parts = []
-    for split in splits:
-        rows: list[tuple[str, list[str]]] = []
-        of_phones = any(split in phone_wer(system["scores"]) for system in systems.values())
-        for name, row in published.items():
-            if split in row and of_phones:  # others are words of other symbols
-                cells = [_escape(f"{say['published']}: {name}"), "", "", f"{row[split]:.2f}", "", ""]
-                rows.append(("published", cells))
-        for name, system in systems.items():
-            if split in system["scores"]:
-                score = system["scores"][split]
-                labels = _duration(3600 * system["hours"])
-                found = [score.get("wer"), score.get("per"), score.get("kana_cer", score.get("cer"))]
-                cells = ["-" if rate is None else _rate(rate) for rate in found]
-                rows.append(("", [_escape(name), labels, f"{system['updates']:,}", *cells]))
-        n = next(
-            system["scores"][split]["utterances"] for system in systems.values() if split in system["scores"]
-        )
-        header = [say["system"], say["labels"], say["updates"], "WER %", "PER %", say["kana_cer"]]
-        parts.append(f"<h3>{_escape(split)} ({n:,} {say['utterances']})</h3>{_table(header, rows)}")
-    return "".join(parts) + f'<p class="note">{say["results_note"]}</p>' if parts else ""
-
-
-def _training(exp: Path, say: Mapping[str, str]) -> str:
-    parts = []
-    for path in sorted(exp.glob("**/metrics.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        shown = [
-            _figure(address, say.get(f"metric_{name}", name))
-            for name, address in figures.curves(rows).items()
+def _headline(summary: Mapping[str, Any], strings: Strings) -> list[tuple[str, str]]:
+    """The most important numbers with their captions."""
+    cards = []
+    for measure, title in (("wer", "lowest_wer"), ("per", "lowest_per"), ("cer", "lowest_cer")):
+        rates = [
+            (score[measure]["rate"], name, split)
+            for name, system in summary["systems"].items()
+            for split, score in system["scores"].items()
+            if measure in score
         ]
-        if shown:
-            name = _escape(str(path.parent.relative_to(exp)))
-            parts.append(f'<h3>{name}</h3><div class="figures">{"".join(shown)}</div>')
-    lines = [f'<span class="{kind}">━ {say[name]}</span>' for kind, name in _LINES]
-    legend = f'<p class="note">{" ".join(lines)} · {say["training_note"]}</p>'
-    return legend + "".join(parts) if parts else ""
+        if rates:
+            rate, name, split = min(rates)
+            cards.append((f"{100 * rate:.1f} %", f"{strings(title)}: {name}, {split}"))
+    if best := _best_layer(summary["layers"], strings):
+        text = strings("pnmi_equal_k", k=best.n_units, layer=best.name, mfcc=f"{best.mfcc:.3f}")
+        cards.append((f"{best.pnmi:.3f}", text))
+    return cards
 
 
-def _units(run: PageData, say: Mapping[str, str]) -> str:
-    units, parts = run.summary["units"], []
-    if units:
-        measures = ("pnmi", "phone_purity", "cluster_purity")
-        header = [say["units"], "K", say["used"], "PNMI", say["phone_purity"], say["cluster_purity"]]
-        rows = []
-        for name, unit in units.items():
-            numbers = [f"{unit[key]:.3f}" if key in unit else "" for key in measures]
-            title = _escape(_title(name, units, say))
-            rows.append(("", [title, str(unit["n_units"]), str(unit.get("used", "")), *numbers]))
-        parts.append(_table(header, rows))
-        sources = {unit["phones"] for unit in units.values() if "phones" in unit}
-        parts += [f'<p class="note">{say["phone_times"]}: {_escape(source)}</p>' for source in sources]
-    drawn = [
-        _figure(figures.unit_usage(usage_K), f"{_title(name, units, say)}: {say['usage']}")
-        for name, usage_K in run.counts.usage.items()
+def _made_with(records: Mapping[str, Any], strings: Strings) -> str:
+    """Commands, commits, devices and versions of the stages, each distinct value once."""
+    values: dict[str, dict[str, None]] = {}
+    ordered = sorted(records.values(), key=lambda record: record["finished"])
+    for record in ordered:
+        made_with = record["made_with"]
+        versions = (f"{key} {made_with[key]}" for key in ("jahubert", "torch", "python") if key in made_with)
+        named = {key: made_with.get(key, "") for key in ("command", "commit", "device")}
+        for key, value in (named | {"versions": ", ".join(versions)}).items():
+            if value:
+                values.setdefault(key, {})[value] = None
+    items = {}
+    for key in ("command", "commit", "device", "versions"):
+        if key in values:
+            tag = "code" if key in ("command", "commit") else "span"
+            items[strings(key)] = "<br>".join(f"<{tag}>{escape(value)}</{tag}>" for value in values[key])
+    items[strings("finished")] = ordered[-1]["finished"]
+    return definitions(items)
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+def _results(data: PageData, strings: Strings) -> str:
+    systems, published = data.summary["systems"], data.summary["published"]
+    parts = []
+    for split in splits_of(systems):
+        scored = {name: system for name, system in systems.items() if split in system["scores"]}
+        rows: list[Row] = []
+        if any(split in phone_wer(system["scores"]) for system in scored.values()):
+            for name, wer in published.items():
+                if split in wer:
+                    title = escape(f"{strings('published')}: {name}")
+                    rows.append(("published", [title, "", "", f"{wer[split]:.2f}", "", ""]))
+        for name, system in scored.items():
+            score = system["scores"][split]
+            rates = (score.get("wer"), score.get("per"), score.get("kana_cer", score.get("cer")))
+            cells = [escape(name), strings.duration(3600 * system["hours"]), f"{system['updates']:,}"]
+            rows.append(("", [*cells, *("" if rate is None else _rate(rate) for rate in rates)]))
+        some = next(iter(scored.values()))["scores"][split]
+        cer = strings("cer" if "cer" in some else "kana_cer")
+        header = [strings("system"), strings("labels"), strings("updates"), "WER %", "PER %", cer]
+        count = strings("n_utterances", f"{some['utterances']:,}")
+        parts.append(f"<h3>{escape(split)} <small>({count})</small></h3>{table(header, rows)}")
+        parts += [_breakdown(name, system["scores"][split], strings) for name, system in scored.items()]
+    return "".join(parts) + note(strings("results_note")) if parts else ""
+
+
+def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
+    """Folded tables of a system's speakers and most frequent errors."""
+    measures = {name: title for name, title in _MEASURES.items() if name in score}
+    first = next(iter(measures))
+    speakers = sorted(score.get("speakers", {}).items(), key=lambda item: (-item[1][first]["rate"], item[0]))
+    rows: list[Row] = [
+        ("", [escape(name), f"{group['utterances']:,}", *(f"{100 * group[m]['rate']:.2f}" for m in measures)])
+        for name, group in speakers[:_MAX_SPEAKERS]
     ]
-    if run.summary.get("layers"):
-        drawn.append(_figure(figures.layer_curves(run.summary["layers"]), say["layers"]))
-    parts.append(f'<div class="figures">{"".join(drawn)}</div>' if drawn else "")
-    for name, count_PK in run.counts.joint.items():
-        matrix = figures.phone_matrix(count_PK, run.counts.phones)
-        caption = f"{_title(name, units, say)}: {say['matrix']}"
-        parts.append(f'<div class="scroll wide">{_figure(matrix, caption)}</div>')
+    header = [strings("speaker"), strings("utterances"), *(f"{title} %" for title in measures.values())]
+    by_speaker = table(header, rows) if rows else ""
+    if len(speakers) > _MAX_SPEAKERS:
+        by_speaker += note(strings("more_rows", len(speakers) - _MAX_SPEAKERS))
+    confusions = []
+    for measure in measures:
+        if pairs := score.get("confusions", {}).get(measure):
+            as_kana = measure == "wer" and "per" in score
+            confusions.append(_confusions(measure, pairs, as_kana, strings))
+    columns = f'<div class="columns">{"".join(confusions)}</div>' if confusions else ""
+    name = escape(system)
+    return details(f"{strings('by_speaker')}: {name}", by_speaker) + details(
+        f"{strings('confusions')}: {name}", columns
+    )
+
+
+_MEASURES = {"wer": "WER", "per": "PER", "kana_cer": "CER", "cer": "CER"}
+
+
+def _confusions(measure: str, pairs: Sequence[tuple[str, str, int]], as_kana: bool, strings: Strings) -> str:
+    rows: list[Row] = []
+    for reference, hypothesis, count in pairs[:_MAX_CONFUSIONS]:
+        kind = "ins" if not reference else "del" if not hypothesis else "sub"
+        cells = [
+            f'<span class="{kind}">&nbsp;{escape(display_text(side, as_kana) if side else "–")}&nbsp;</span>'
+            for side in (reference, hypothesis)
+        ]
+        rows.append(("", [*cells, f"{count:,}"]))
+    header = [strings("reference"), strings("hypothesis"), strings("count")]
+    return f"<div><h4>{strings(_ERRORS[measure])}</h4>{table(header, rows, '')}</div>"
+
+
+# --- units ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _BestLayer:
+    name: str
+    pnmi: float
+    mfcc: float
+    n_units: int
+
+
+def _best_layer(layers: Mapping[str, Any], strings: Strings) -> _BestLayer | None:
+    """The layer with the highest PNMI among those measured with equal K, compared with MFCCs."""
+    candidates = [
+        (quality["pnmi"], f"{model}, {strings('layer', number)}", quality["n_units"])
+        for model, blocks in layers.items()
+        if model not in ("mfcc", "frames")
+        for number, quality in enumerate(blocks, 1)
+    ]
+    if not candidates:
+        return None
+    pnmi, name, n_units = max(candidates)
+    return _BestLayer(name, pnmi, layers["mfcc"][0]["pnmi"], n_units)
+
+
+def _units(data: PageData, strings: Strings) -> str:
+    units, layers = data.summary["units"], data.summary["layers"]
+    parts = [_equal_k(layers, units, strings)] if layers else []
+    named = {**units}
+    for experiment, content in data.summary.get("others", {}).items():
+        named |= {f"{experiment}: {name}": unit for name, unit in content["units"].items()}
+    if named:
+        parts.append(f"<h3>{strings('iteration_units')}</h3>{_units_table(named, strings)}")
+    usage = [
+        figure(figures.unit_usage(usage_K), f"{_unit_title(name, units[name], strings)}: {caption}")
+        for name, usage_K in data.counts.usage.items()
+        for caption in [strings("usage_caption")]
+    ]
+    parts.append(details(strings("usage"), f'<div class="figures">{"".join(usage)}</div>' if usage else ""))
+    matrices = []
+    for name, count_PK in data.counts.joint.items():
+        caption = f"{_unit_title(name, units[name], strings)}: {strings('matrix_caption')}"
+        picture = figure(figures.phone_matrix(count_PK, data.counts.phones), caption, "photo")
+        matrices.append(f'<div class="scroll wide">{picture}</div>')
+    parts.append(details(strings("matrix"), "".join(matrices)))
     return "".join(parts)
 
 
-def _worst(examples: Mapping[str, Sequence[Example]], say: Mapping[str, str]) -> str:
+def _equal_k(layers: Mapping[str, Any], units: Mapping[str, Any], strings: Strings) -> str:
+    """Quality of MFCCs and layers with the same number of units, and what it means."""
+    best = _best_layer(layers, strings)
+    if best is None:
+        return ""
+    clustered = {(f"iter{_number(name) - 1}", unit["layer"]) for name, unit in units.items() if unit["layer"]}
+    rows: list[Row] = [("", ["MFCC", *_qualities(layers["mfcc"][0]), ""])]
+    for model, blocks in layers.items():
+        if model in ("mfcc", "frames"):
+            continue
+        for number, quality in enumerate(blocks, 1):
+            name = f"{model}, {strings('layer', number)}"
+            marks = [strings("clustered_layer")] if (model, number) in clustered else []
+            if name == best.name:
+                marks.append(strings("best_layer"))
+            if marks:
+                kind = "best" if name == best.name else ""
+                rows.append((kind, [name, *_qualities(quality), ", ".join(marks)]))
+    header = [strings("feature"), "K", "PNMI", strings("phone_purity"), strings("cluster_purity"), ""]
+    key = "layer_above" if best.pnmi > best.mfcc else "layer_below"
+    values = {"layer": best.name, "pnmi": f"{best.pnmi:.3f}", "mfcc": f"{best.mfcc:.3f}"}
+    title = strings("equal_k", k=min(LAYER_UNITS, best.n_units), frames=f"{layers['frames']:,}")
+    curves = figure(figures.layer_curves(layers), strings("layer_curves"))
+    return f'<p class="statement">{strings(key, **values)}</p><h3>{title}</h3>{table(header, rows)}{curves}'
+
+
+def _number(iteration: str) -> int:
+    return int(iteration.removeprefix("iter"))
+
+
+def _qualities(quality: Mapping[str, Any]) -> list[str]:
+    measures = ("pnmi", "phone_purity", "cluster_purity")
+    return [
+        str(quality["n_units"]),
+        *(f"{quality[name]:.3f}" if name in quality else "" for name in measures),
+    ]
+
+
+def _units_table(units: Mapping[str, Any], strings: Strings) -> str:
+    header = [
+        strings("units"),
+        "K",
+        "PNMI",
+        strings("phone_purity"),
+        strings("cluster_purity"),
+        strings("used"),
+    ]
+    rows: list[Row] = [
+        ("", [escape(_unit_title(name, unit, strings)), *_qualities(unit), str(unit["used"])])
+        for name, unit in units.items()
+    ]
+    sources = {unit["phones"] for unit in units.values() if "phones" in unit}
+    notes = [strings("phone_times", escape(_source(source, strings))) for source in sorted(sources)]
+    if len({unit["n_units"] for unit in units.values()}) > 1:
+        notes.insert(0, strings("unequal_k_note"))
+    return table(header, rows) + "".join(map(note, notes))
+
+
+def _source(source: str, strings: Strings) -> str:
+    if source == "corpus":
+        return strings("source_corpus")
+    return strings("source_alignment", source.removeprefix("forced alignment by "))
+
+
+def _unit_title(name: str, unit: Mapping[str, Any], strings: Strings) -> str:
+    """Iteration and feature of units, such as "iter2: layer 6"."""
+    feature = str(unit["feature"]).upper() if unit["layer"] is None else strings("layer", unit["layer"])
+    experiment, separator, iteration = name.rpartition(": ")
+    return f"{experiment}{separator}{iteration if unit['learnt'] else strings('last_model')}: {feature}"
+
+
+# --- examples ---------------------------------------------------------------------------------------------
+
+
+def _examples(systems: Mapping[str, Mapping[str, Sequence[Example]]], strings: Strings) -> str:
     parts = []
-    for system, found in examples.items():
-        parts += [f"<h3>{_escape(system)}</h3>", *(_example(example, say) for example in found)]
-    colours = " ".join(
-        f'<span class="{kind}">&nbsp;{say[kind]}&nbsp;</span>' for kind in ("sub", "del", "ins")
-    )
-    return f'<p class="note">{say["worst_note"]} {colours}</p>{"".join(parts)}' if parts else ""
+    for system, groups in systems.items():
+        parts.append(f"<h3>{escape(system)}</h3>")
+        for group, examples in groups.items():
+            if examples:
+                parts.append(f"<h4>{strings(group)}</h4>")
+                parts += [_example(example, strings) for example in examples]
+    if not parts:
+        return ""
+    kinds = (("sub", "substitution"), ("del", "deletion"), ("ins", "insertion"))
+    colors = " ".join(f'<span class="{kind}">&nbsp;{strings(name)}&nbsp;</span>' for kind, name in kinds)
+    return note(f"{colors} · {strings('examples_note')}") + "".join(parts)
 
 
-def _example(example: Example, say: Mapping[str, str]) -> str:
-    reference, hypothesis = [], []
-    for a, b in example.pairs:
-        kind = "" if a == b else "ins" if a is None else "del" if b is None else "sub"
-        reference.append(f'<td class="{kind}">{_escape(str(a or "·"))}</td>')
-        hypothesis.append(f'<td class="{kind}">{_escape(str(b or "·"))}</td>')
-    sound = f'<audio controls preload="metadata" src="{example.audio}"></audio>' if example.audio else ""
-    picture = (
-        f'<div class="scroll">{_image(example.figure, say["picture"] + ": " + example.id)}</div>'
-        if example.figure
-        else f'<p class="note">{_escape(example.note)}</p>'
-    )
+def _example(example: Example, strings: Strings) -> str:
+    audio = f'<audio controls preload="metadata" src="{example.audio}"></audio>' if example.audio else ""
+    if example.figure:
+        picture = image(example.figure, f"{strings('picture')}: {example.id}")
+        picture = f'<div class="scroll">{picture}</div>'
+    else:
+        picture = note(escape(example.note))
     errors = example.errors
+    measure = "PER" if example.has_phones else "CER"
+    about = (
+        f"{escape(example.id)} · {escape(example.split)} · {strings('seconds', f'{example.seconds:.1f}')} · "
+        f"{measure} {100 * errors.rate:.0f} % ({errors.errors}/{errors.length})"
+    )
+    sides = [(strings("reference"), 0), (strings("hypothesis"), 1)]
+    words = {title: _marked(example.word_pairs, side, example.has_phones, "span") for title, side in sides}
+    symbols = "".join(
+        f"<tr><th>{title}</th>{_marked(example.symbol_pairs, side, False, 'td')}</tr>"
+        for title, side in sides
+    )
+    symbol_table = f'<div class="scroll"><table class="symbols">{symbols}</table></div>'
     return (
-        f'<div class="example"><p><b>{_escape(example.text or example.id)}</b></p>'
-        f'<p class="note">{_escape(example.id)} · {_escape(example.split)} · {example.seconds:.1f} s · '
-        f"PER {100 * errors.rate:.0f} % ({errors.errors}/{errors.length})</p>{sound}{picture}"
-        f'<div class="scroll"><table class="phones"><tr><th>{say["reference"]}</th>{"".join(reference)}</tr>'
-        f"<tr><th>{say['hypothesis']}</th>{''.join(hypothesis)}</tr></table></div></div>"
+        f'<div class="example"><p><b>{escape(example.text or example.id)}</b></p><p class="note">{about}</p>'
+        f"{definitions(words, 'kana')}{audio}{picture}{details(strings('symbols'), symbol_table)}</div>"
     )
 
 
-def _settings(records: Mapping[str, Any], say: Mapping[str, str]) -> str:
+def _marked(pairs: Sequence[tuple[Any, Any]], side: int, as_kana: bool, tag: str) -> str:
+    """One side of an alignment, with a CSS class for each error."""
+    cells = []
+    for pair in pairs:
+        kind = "" if pair[0] == pair[1] else "ins" if pair[0] is None else "del" if pair[1] is None else "sub"
+        item = pair[side]
+        if item is None:
+            text = "–"
+        else:
+            text = display_text(item if isinstance(item, str) else " ".join(item), as_kana)
+        cells.append(f'<{tag} class="{kind}">{escape(text)}</{tag}>')
+    return "".join(cells)
+
+
+# --- training, comparison, settings -----------------------------------------------------------------------
+
+
+def _training(experiments: Mapping[str, Path], strings: Strings) -> str:
+    """Folded training curves, those of several experiments in the same figures."""
+    stages: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for experiment, exp in experiments.items():
+        for path in sorted(exp.glob("**/metrics.jsonl")):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            stages.setdefault(str(path.parent.relative_to(exp)), {})[experiment] = rows
+    parts = []
+    for stage, runs in stages.items():
+        plots = [
+            figure(uri, strings.get(f"metric_{name}", name)) for name, uri in figures.curves(runs).items()
+        ]
+        if plots:
+            colors = figures.run_colors(runs)
+            legend = [
+                f'<span class="legend" style="color:{color}">━ {escape(name)}</span>'
+                for name, color in colors.items()
+            ]
+            legend = legend if len(legend) > 1 else []
+            lines = [f"━ {strings('training_line')}", f"╌ {strings('validation_line')}"]
+            caption = note(" ".join([*legend, *lines, "·", strings("training_note")]))
+            parts.append(details(escape(stage), f'{caption}<div class="figures">{"".join(plots)}</div>'))
+    return "".join(parts)
+
+
+def _comparison(experiments: Mapping[str, Path], strings: Strings) -> str:
+    """Settings that differ between the experiments, in the stages that all of them have."""
+    if len(experiments) < 2:
+        return ""
+    records = {name: stage_records(exp) for name, exp in experiments.items()}
+    common = set.intersection(*(set(stages) for stages in records.values()))
+    rows: list[Row] = []
+    for stage in sorted(common):
+        settings = [stages[stage]["settings"] for stages in records.values()]
+        for key in sorted(set().union(*settings)):
+            values = [each.get(key) for each in settings]
+            is_input = any(isinstance(value, str) and _is_fingerprint(value) for value in values)
+            if not is_input and any(value != values[0] for value in values):
+                rows.append(("", [escape(f"{stage}: {key}"), *(escape(_value(value)) for value in values)]))
+    if not rows:
+        return note(strings("no_differences"))
+    return table([strings("setting"), *map(escape, experiments)], rows)
+
+
+def _settings(records: Mapping[str, Any], strings: Strings) -> str:
     parts = []
     for folder, record in sorted(records.items(), key=lambda item: item[1]["finished"]):
-        about = {
-            "fingerprint": record["fingerprint"],
-            say["finished"]: record["finished"],
-            **record["made_with"],
-        }
-        rows = [
-            ("", [_escape(key), _escape(_value(value))])
-            for key, value in {**record["settings"], **about}.items()
+        made_with = {"fingerprint": record["fingerprint"], strings("finished"): record["finished"]}
+        for key, value in record["made_with"].items():
+            made_with[strings.get(key, key)] = value
+        rows: list[Row] = [
+            ("", [escape(key), escape(_value(value))])
+            for key, value in {**record["settings"], **made_with}.items()
         ]
-        summary = f"{_escape(folder)} <small>{_duration(record['seconds'])}</small>"
-        parts.append(f"<details><summary>{summary}</summary>{_table([], rows, 'settings')}</details>")
+        parts.append(details(escape(folder), table([], rows, "text"), strings.duration(record["seconds"])))
     return "".join(parts)
-
-
-def _title(name: str, units: Mapping[str, Any], say: Mapping[str, str]) -> str:
-    """What the units of an iteration are: of which layer, or of MFCCs."""
-    if name not in units:
-        return name
-    unit = units[name]
-    feature = str(unit["feature"]).upper() if unit["layer"] is None else f"{say['layer']} {unit['layer']}"
-    return f"{name if unit['learnt'] else say['last_model']}: {feature}"
-
-
-def _table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], kind: str = "") -> str:
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    lines = "".join(
-        f'<tr class="{mark}">' + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for mark, row in rows
-    )
-    thead = f"<thead><tr>{head}</tr></thead>" if header else ""
-    return f'<div class="scroll"><table class="{kind}">{thead}<tbody>{lines}</tbody></table></div>'
-
-
-def _figure(address: str, caption: str) -> str:
-    return f"<figure><figcaption>{_escape(caption)}</figcaption>{_image(address, caption)}</figure>"
-
-
-def _image(address: str, alt: str) -> str:
-    return f'<img alt="{_escape(alt)}" src="{address}">'
 
 
 def _rate(score: Mapping[str, float]) -> str:
-    return f"{100 * score['rate']:.2f} <small>[{100 * score['low']:.2f}, {100 * score['high']:.2f}]</small>"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    interval = f"[{100 * score['low']:.2f}, {100 * score['high']:.2f}]"
+    return f"<span>{100 * score['rate']:.2f} <small>{interval}</small></span>"
 
 
 def _value(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"{text[:16]}…" if len(text) == 64 and text.isalnum() else text  # the fingerprint of an input
+    return f"{text[:16]}…" if _is_fingerprint(text) else text
 
 
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)
+def _is_fingerprint(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{64}", text) is not None

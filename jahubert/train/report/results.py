@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,25 @@ def find_results(exp: Path) -> Iterator[Result]:
                 yield Result(exp, system.name, decoding_of(folder))
 
 
-def summarize_results(exp: Path, others: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
-    """`Result.summary` of every system of an experiment by name, and of other experiments as "name: system".
+def name_experiments(exp: Path, others: Sequence[Path] = ()) -> dict[str, Path]:
+    """Unique names of experiments, `exp` first: the names of the folders, or paths if names are equal."""
+    by_path = {path.resolve(): path for path in (exp, *others)}
+    names = [path.name for path in by_path]
+    return {
+        path.name if names.count(path.name) == 1 else str(given): given for path, given in by_path.items()
+    }
+
+
+def summarize_results(experiments: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """`Result.summary` of every system: of the first experiment by name, of others as "experiment: system".
 
     Raises:
-        DataError: another experiment has no scores.
+        DataError: one of the others has no scores.
     """
+    (_, exp), *others = experiments.items()
     systems = {result.name: result.summary() for result in find_results(exp)}
-    for other in others:
-        summaries = {f"{other.name}: {result.name}": result.summary() for result in find_results(other)}
+    for name, other in others:
+        summaries = {f"{name}: {result.name}": result.summary() for result in find_results(other)}
         if not summaries:
             raise DataError(f"report.compare_with: {other} has no scores; run stage=score there first")
         systems |= summaries

@@ -133,3 +133,9 @@ def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
             **usage_statistics(usage_K),
         }
     return result
+
+
+def measure_units(exp: Path) -> dict[str, Any]:
+    """`unit_quality` of an experiment, with its own phone times."""
+    times, source = phone_times(exp, Manifest(exp / "prepare" / "manifest.arrow"))
+    return unit_quality(exp, count_units(exp, times, source))

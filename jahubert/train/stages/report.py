@@ -21,9 +21,9 @@ from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors
 from jahubert.train.experiment.provenance import DONE, read_record, write_json
 from jahubert.train.report import units
-from jahubert.train.report.examples import Example, worst_examples
+from jahubert.train.report.examples import Example, find_examples
 from jahubert.train.report.html import PageData, render_page
-from jahubert.train.report.results import find_results, summarize_results
+from jahubert.train.report.results import find_results, name_experiments, summarize_results
 from jahubert.train.report.tables import text_tables
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ KEEP = False  # always made again, as it reads all finished stages
 class Config:
     exp: Path
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
-    compare_with: tuple[Path, ...] = ()  # experiments in the same tables
+    compare_with: tuple[Path, ...] = ()  # experiments to show in the same tables and figures
     language: Literal["en", "ja"] = "en"  # of the page
-    examples: int = 4  # utterances per system with audio, about 0.2 MB each
+    examples: int = 2  # per system, each of the worst, median and best utterances; about 0.2 MB each
     layer_frames: int = 20_000  # that the units of each layer are measured on; 0: skip this
     seed: int = 0  # of the choice of those frames
     device: str = "auto"
@@ -60,11 +60,14 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         layers = {}
     if distributed.rank():
         return {}
+    experiments = name_experiments(config.exp, config.compare_with)
+    systems = summarize_results(experiments)
     counts = units.count_units(config.exp, times, source)
     summary = {
         "corpus": read_record(config.exp / "prepare" / DONE)["metrics"],
-        "systems": summarize_results(config.exp, config.compare_with),
+        "systems": systems,
         "units": units.unit_quality(config.exp, counts),
+        "others": {name: {"units": units.measure_units(exp)} for name, exp in list(experiments.items())[1:]},
         "seconds": stage_seconds(config.exp),
         "layers": layers,
         "published": config.published,
@@ -73,7 +76,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     write_json(out / "metrics.json", summary)
     with atomic_write(out / "table.txt") as file:
         file.write(table + "\n")
-    page = PageData(config.exp, summary, counts, find_examples(config, manifest, times))
+    page = PageData(experiments, summary, counts, system_examples(config, manifest, times))
     with atomic_write(out / "report.html") as file:
         file.write(render_page(page, config.language))
     print(f"{table}\n\nReport: {out / 'report.html'}")
@@ -88,13 +91,13 @@ def stage_seconds(exp: Path) -> dict[str, float]:
     }
 
 
-def find_examples(
+def system_examples(
     config: Config, manifest: Manifest, times: dict[int, tuple[Phone, ...]]
-) -> dict[str, list[Example]]:
-    """Utterances with the highest error rates of every scored system, with units."""
+) -> dict[str, dict[str, list[Example]]]:
+    """Examples of every scored system, with the units of the last iteration."""
     stores = units.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {
-        result.name: worst_examples(result.folder("decode"), manifest, times, store, config.examples)
+        result.name: find_examples(result.folder("decode"), manifest, times, store, config.examples)
         for result in (find_results(config.exp) if config.examples else ())
     }

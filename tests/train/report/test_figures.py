@@ -70,10 +70,16 @@ def test_curves_of_every_metric_with_speed_and_waiting():
     timing = {"seconds": 2.0, "steps": 10, "waiting": 0.25}
     rows = [{"step": i, "loss": 1 / i, "timing": timing} for i in range(1, 6)]
     rows += [{"step": 3, "valid_loss": 0.5}, {"step": 5, "valid_loss": 0.4, "valid_per": 1.0}]
-    found = curves(rows)
-    assert set(found) == {"loss", "per", "speed", "waiting"}
-    assert points_per_curve(found["loss"]) == [5, 2]
-    assert points_per_curve(found["speed"]) == [5]
+    plots = curves({"a": rows})
+    assert set(plots) == {"loss", "per", "speed", "waiting"}
+    assert points_per_curve(plots["loss"]) == [5, 2]
+    assert points_per_curve(plots["speed"]) == [5]
+
+
+def test_curves_of_several_runs_share_a_figure():
+    rows = [{"step": i, "loss": 1 / i} for i in range(1, 6)]
+    plots = curves({"a": rows, "b": rows[:3]})
+    assert points_per_curve(plots["loss"]) == [5, 3]
 
 
 def test_width_of_utterance_figure_follows_its_duration():

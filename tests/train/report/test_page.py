@@ -1,0 +1,126 @@
+"""The report page: both languages complete, units at equal K, examples, and several experiments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jahubert.phonemes import PhonemeSet
+from jahubert.train.report import html
+from jahubert.train.report.examples import find_examples
+from jahubert.train.report.html import PageData, render_page
+from jahubert.train.report.markup import Strings
+from jahubert.train.report.results import name_experiments
+from jahubert.train.report.units import UnitCounts
+
+
+def quality(pnmi: float, n_units: int = 100) -> dict:
+    return {"pnmi": pnmi, "phone_purity": pnmi, "cluster_purity": 0.1, "n_units": n_units}
+
+
+def rates(per: float) -> dict:
+    rate = {"rate": per, "low": per / 2, "high": 2 * per, "normaliser": "none"}
+    speakers = {"<anna>": {"utterances": 3, "wer": rate, "per": rate, "kana_cer": rate}}
+    confusions = {"wer": [("k i", "k u", 2), ("", "o:", 1)], "per": [("i", "", 3)], "kana_cer": []}
+    measures = {"wer": rate, "per": rate, "kana_cer": rate}
+    return {"utterances": 3, **measures, "speakers": speakers, "confusions": confusions}
+
+
+def system(per: float) -> dict:
+    return {"label": "x", "hours": 1.0, "updates": 100, "utterances": 9, "scores": {"test": rates(per)}}
+
+
+def make_experiment(exp: Path, lr: float = 1e-3) -> Path:
+    (exp / "systems/main/finetune").mkdir(parents=True)
+    record = {
+        "fingerprint": "a" * 64,
+        "settings": {"train.lr": lr, "manifest": "b" * 64, "<evil>": 1},
+        "seconds": 90.0,
+        "finished": "2026-01-01T00:00:00Z",
+        "made_with": {"jahubert": "1", "torch": "2", "python": "3", "device": "GPU X", "command": "run a<b"},
+    }
+    (exp / "systems/main/finetune/provenance.json").write_text(json.dumps(record))
+    rows = [{"step": step, "loss": 1 / step} for step in (1, 2)]
+    (exp / "systems/main/finetune/metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return exp
+
+
+def page(exp: Path, others: tuple[Path, ...] = (), language: str = "en", layers: dict | None = None) -> str:
+    unit = {"learnt": True, "feature": "hubert", "layer": 6, "used": 9, **quality(0.5, 500)}
+    mfcc = unit | {"feature": "mfcc", "layer": None} | quality(0.4)
+    summary = {
+        "systems": {"main": system(0.1)} | {f"{other.name}: main": system(0.2) for other in others},
+        "published": {"paper": {"test": 7.5}},
+        "units": {"iter1": mfcc, "iter2": unit},
+        "others": {other.name: {"units": {"iter1": mfcc}} for other in others},
+        "layers": layers or {},
+        "corpus": {"hours": 2.0},
+    }
+    counts = UnitCounts({"iter1": np.ones(9, int)}, ["a", "b"], "corpus", {"iter1": np.eye(2, dtype=int)})
+    return render_page(PageData(name_experiments(exp, others), summary, counts, {}), language)
+
+
+def layers(best: float) -> dict:
+    return {"frames": 900, "mfcc": [quality(0.4)], "iter1": [quality(0.1)] * 5 + [quality(best)]}
+
+
+def test_strings_have_the_same_placeholders_in_both_languages():
+    texts = json.loads(Path(html.__file__).with_name("strings.json").read_text(encoding="utf-8"))
+    for key, (english, japanese) in texts.items():
+        for mark in "{}", "{k}", "{layer}", "{mfcc}", "{pnmi}", "{frames}":
+            assert english.count(mark) == japanese.count(mark), key
+    assert Strings("ja").duration(30) != Strings("en").duration(30)
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_page_is_escaped_and_has_command_and_device(tmp_path, language):
+    text = page(make_experiment(tmp_path / "a"), language=language)
+    assert f'<html lang="{language}">' in text and "run a&lt;b" in text and "GPU X" in text
+    assert "&lt;evil&gt;" in text and "<evil>" not in text and "&lt;anna&gt;" in text
+    assert "prefers-color-scheme:dark" in text
+
+
+def test_units_are_compared_at_equal_k(tmp_path):
+    exp = make_experiment(tmp_path / "a")
+    strings = Strings("en")
+    above, below = page(exp, layers=layers(0.6)), page(exp, layers=layers(0.3))
+    values = {"layer": "iter1, layer 6", "mfcc": "0.400"}
+    assert strings("layer_above", pnmi="0.600", **values) in above
+    assert strings("layer_below", pnmi="0.300", **values) in below
+    assert strings("unequal_k_note") in above  # the units of the iterations have K = 100 and 500
+    assert strings("pnmi_equal_k", k=100, **values) in above
+    assert "statement" not in page(exp).partition("<body>")[2]
+
+
+def test_several_experiments_are_compared(tmp_path):
+    first, second = make_experiment(tmp_path / "a"), make_experiment(tmp_path / "b", lr=2e-3)
+    text = page(first, (second,))
+    assert 'id="comparison"' in text and "systems/main/finetune: train.lr" in text and "0.002" in text
+    assert "b: iter1: MFCC" in text and "b: main" in text
+    assert 'id="comparison"' not in page(first)
+
+
+def test_experiments_with_equal_names_stay_apart(tmp_path):
+    names = name_experiments(tmp_path / "x/a", [tmp_path / "y/a", tmp_path / "z/b"])
+    assert list(names) == [str(tmp_path / "x/a"), str(tmp_path / "y/a"), "b"]
+
+
+def test_examples_are_worst_median_and_best(tmp_path, monkeypatch):
+    monkeypatch.setattr("jahubert.train.report.examples._example", lambda decoded, *rest: decoded.line["id"])
+    (tmp_path / "phonemes.json").write_text(json.dumps(PhonemeSet.standard().to_json()))
+    lines = []
+    for n in range(9):
+        reference, hypothesis = "a " * 10, "a " * (10 - n)
+        lines.append({"id": f"u{n}", "reference": [reference.strip()], "hypothesis": [hypothesis.strip()]})
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    groups = find_examples(tmp_path, None, {}, None, 2)
+    assert groups == {"worst": ["u8", "u7"], "median": ["u5", "u4"], "best": ["u0", "u1"]}
+    groups = find_examples(tmp_path, None, {}, None, 4)
+    assert groups == {
+        "worst": ["u8", "u7", "u6", "u5"],
+        "median": ["u4"],
+        "best": ["u0", "u1", "u2", "u3"],
+    }
