@@ -8,6 +8,7 @@
 #   make test-stack  a second environment (torch 2.9.1, fairseq2, faiss-gpu; 8 GB) and the tests that need it
 #   make package     build the wheel and the sdist, and check their metadata
 #   make docs        regenerate docs/settings.md
+#   make site        build the documentation site into site/
 #   make clean       remove caches and build output; make distclean also removes both environments
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 READY := $(VENV)/.jahubert-ready
 STACK_READY := $(STACK)/.jahubert-ready
 
-.PHONY: help install demo test lint check format slow test-stack package docs clean distclean
+.PHONY: help install demo test lint check format slow test-stack package docs site clean distclean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -96,12 +97,19 @@ package: $(READY)
 docs: $(READY)
 	$(VENV)/bin/python tools/settings_reference.py
 
+$(VENV)/.docs-ready: $(READY)
+	$(VENV)/bin/python -m pip install --quiet $(PIN) -e '.[docs]'
+	@touch $@
+
+site: docs $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
+
 # With CONDA_PREFIX set, fairseq2 would look for libsndfile in the conda environment instead of this one.
 test-stack: $(STACK_READY)
 	env -u CONDA_PREFIX $(STACK)/bin/python -m pytest -m stack $(PYTEST_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find jahubert recipes tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
