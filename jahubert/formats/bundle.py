@@ -1,12 +1,13 @@
-"""Bundles: a model folder that explains itself and that Hugging Face `transformers` opens as it is.
+"""Bundles: model folders that describe themselves and that Hugging Face `transformers` can open.
 
     config.json  model.safetensors  preprocessor_config.json     Hugging Face's layout
     vocab.json                                                  CTC models: symbol -> index
-    jahubert.json                                               format, phoneme set, unit layer, origin
-    centroids.safetensors  pretraining_heads.safetensors        where they exist
-    README.md                                                   a model card
+    jahubert.json                                               format, symbols, unit layer, origin, checksums
+    centroids.safetensors  pretraining_heads.safetensors        if present
+    README.md                                                   model card
 
-A Hugging Face HuBERT folder without our extra files opens as well, and so do the files that `interop` reads.
+`load_bundle` opens models of all formats in four steps: `resolve_model` finds the file or folder, one reader
+turns it into a `RawModel`, its tensors are checked, and modules are built.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,59 +23,51 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.atomic import atomic_folder
+from jahubert.formats.fairseq import read_fairseq
 from jahubert.formats.hub import resolve_model
+from jahubert.formats.huggingface import (
+    CONFIG,
+    PREPROCESSOR,
+    SAFE,
+    VOCABULARY,
+    huggingface_config,
+    preprocessor_config,
+    read_huggingface,
+    vocabulary,
+)
+from jahubert.formats.safe_pickle import load_tensors
 from jahubert.formats.state_dict import (
+    HEAD,
     RawModel,
-    fields_from_shapes,
-    load_tensors,
-    make_config,
-    new_mask_embedding,
+    config_field,
+    count_symbols,
+    encoder_shapes,
     read_tensors,
     select_tensors,
+    symbol_set,
+    weight_norm_name,
 )
-from jahubert.formats.torchaudio import hf_symbols, hf_vocabulary, read_file, read_json, symbol_set
-from jahubert.frames import SAMPLE_RATE
+from jahubert.formats.torchaudio import read_torchaudio
+from jahubert.formats.typed_fields import read_json, typed, typed_item
 from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 
 FORMAT = 1
-
-# Our field -> Hugging Face's key, for the fields that only change their name.
-_HF_KEYS = {
-    "conv_dims": "conv_dim",
-    "conv_kernels": "conv_kernel",
-    "conv_strides": "conv_stride",
-    "conv_bias": "conv_bias",
-    "conv_norm": "feat_extract_norm",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "ffn": "intermediate_size",
-    "pre_norm": "do_stable_layer_norm",
-    "pos_conv_kernel": "num_conv_pos_embeddings",
-    "pos_conv_groups": "num_conv_pos_embedding_groups",
-    "norm_eps": "layer_norm_eps",
-    "dropout": "hidden_dropout",
-    "attention_dropout": "attention_dropout",
-    "activation_dropout": "activation_dropout",
-    "input_dropout": "feat_proj_dropout",
-    "layer_drop": "layerdrop",
-}
-# Fields that Hugging Face has no key for.
-_OWN_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")
-INFO = "jahubert.json"
-SAFE, BIN = "model.safetensors", "pytorch_model.bin"
-SPECIAL_ROWS = "special_rows"  # beside the tensors of the pretraining head
-HEAD = "lm_head.weight"  # of a CTC model
+INFO, CENTROIDS, HEADS = "jahubert.json", "centroids.safetensors", "pretraining_heads.safetensors"
+# Keys of jahubert.json that `save_bundle` sets.
+INFO_KEYS = ("format", "config", "temperature", "phonemes", "centroid_layer", "weights", "files", "checksum")
+_CONFIG_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")  # Hugging Face has no key for them
+_SPECIAL_ROWS = "special_rows"  # stored with the tensors of the pretraining head
 
 
 @dataclass
 class Bundle:
-    """An opened model; `model` is `ctc.hubert` where there is a CTC head. All in eval mode."""
+    """An opened model; `model` is `ctc.hubert` if there is a CTC head. All modules are in eval mode."""
 
     config: HubertConfig
     model: HubertModel
@@ -83,9 +76,12 @@ class Bundle:
     unit_head: UnitHead | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
-    info: dict = field(default_factory=dict)  # jahubert.json as it was read, or which file it came from
-    special_rows: Tensor | None = None  # (4, dim): in front of fairseq's codebook, kept for the way back
-    notes: list[str] = field(default_factory=list)  # what reading left out or made anew, a sentence each
+    info: dict = field(default_factory=dict)  # the content of jahubert.json, or the file that was read
+    special_rows: Tensor | None = None  # (4, dim): rows before fairseq's codebook, for conversion back
+    notes: list[str] = field(default_factory=list)  # what was dropped or newly initialized, a sentence each
+
+
+# --- writing ----------------------------------------------------------------------------------------------
 
 
 def save_bundle(
@@ -99,133 +95,60 @@ def save_bundle(
     centroid_layer: int | None = None,
     info: dict | None = None,
     special_rows: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a bundle, replacing an older one of that name only when the new one is complete.
 
+    Args:
+        path: the folder.
+        info: further content of jahubert.json.
+        dtype: of the weights in model.safetensors; they are read as float32.
+
     Raises:
-        ConfigError: no model is given, or `path` exists and is no bundle.
+        ConfigError: no model is given, or `path` exists and is not a bundle.
     """
     hubert = ctc.hubert if ctc is not None else model
     if hubert is None:
         raise ConfigError("save_bundle needs a model or a ctc model")
+    if centroids_KD is not None and centroid_layer is None:
+        raise ConfigError("save_bundle needs centroid_layer, the layer that the centroids belong to")
     path = Path(path)
     if path.exists() and not (path / INFO).exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: exists and is not a bundle; remove it or choose another name")
-    weights: nn.Module = ctc if ctc is not None else hubert
     extra = {
         "format": FORMAT,
-        "config": {name: getattr(hubert.config, name) for name in _OWN_FIELDS},
+        "config": {name: getattr(hubert.config, name) for name in _CONFIG_FIELDS},
         "temperature": None if unit_head is None else unit_head.temperature,
         "phonemes": None if phonemes is None else phonemes.to_json(),
         "centroid_layer": centroid_layer,
         "weights": weights_hash(hubert),
         **(info or {}),
     }
+    n_symbols = None if ctc is None else ctc.lm_head.out_features
     with atomic_folder(path) as folder:
-        save_file(_plain(weights.state_dict()), folder / SAFE, metadata={"format": "pt"})
-        _write_json(folder / "config.json", _to_hf(hubert.config, ctc, phonemes))
-        _write_json(folder / "preprocessor_config.json", _preprocessor(hubert.config))
+        weights: nn.Module = hubert if ctc is None else ctc
+        save_file(_savable(weights.state_dict(), dtype), folder / SAFE, metadata={"format": "pt"})
+        _write_json(folder / CONFIG, huggingface_config(hubert.config, phonemes, n_symbols))
+        _write_json(folder / PREPROCESSOR, preprocessor_config(hubert.config))
         if ctc is not None and phonemes is not None:
-            _write_json(folder / "vocab.json", hf_vocabulary(phonemes))
+            _write_json(folder / VOCABULARY, vocabulary(phonemes))
         if unit_head is not None:
-            heads = unit_head.state_dict() | ({} if special_rows is None else {SPECIAL_ROWS: special_rows})
-            save_file(_plain(heads), folder / "pretraining_heads.safetensors")
+            heads = unit_head.state_dict()
+            if special_rows is not None:
+                heads[_SPECIAL_ROWS] = special_rows
+            save_file(_savable(heads), folder / HEADS)
         if centroids_KD is not None:
-            centroids = {"centroids_KD": centroids_KD.detach().float().cpu().contiguous()}
-            save_file(centroids, folder / "centroids.safetensors")
-        _write_json(folder / INFO, extra)
+            save_file(_savable({"centroids_KD": centroids_KD}), folder / CENTROIDS)
         card = _model_card(path.name, hubert, extra, ctc is not None)
+        extra["files"] = {file.name: _describe(file) for file in sorted(folder.iterdir())}
+        extra["checksum"] = _checksum(extra)
+        _write_json(folder / INFO, extra)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return path
 
 
-def load_bundle(source: str | os.PathLike) -> Bundle:
-    """Open a bundle, a Hugging Face HuBERT folder or Hub name, or a fairseq, s3prl or torchaudio file.
-
-    Raises:
-        CheckpointError: the folder, a file in it or a tensor is missing, broken or of the wrong shape.
-    """
-    path = resolve_model(source)
-    parts = _read_folder(path) if path.is_dir() else read_file(path)
-    config, weights = parts.config, parts.weights
-    ctc, unit_head = None, None
-    if parts.head:
-        n_units, dim = parts.head["label_embeddings"].shape
-        unit_head = UnitHead(config.width, n_units, dim, parts.temperature)
-        _fill(path, unit_head, parts.head)
-    if HEAD in weights:
-        ctc = HubertForCtc(config, len(weights[HEAD]))
-        model = ctc.hubert
-        _fill(path, ctc, weights, lambda name: name.removeprefix("hubert."))
-    else:
-        model = HubertModel(config)
-        _fill(path, model, weights)
-    for module in (model, ctc, unit_head):
-        if module is not None:
-            module.eval()
-    return Bundle(
-        config, model, ctc, parts.phonemes, unit_head, parts.centroids_KD, parts.info.get("centroid_layer"),
-        parts.info, parts.special_rows, parts.notes,
-    )  # fmt: skip
-
-
-def _read_folder(path: Path) -> RawModel:
-    """A bundle or a Hugging Face folder."""
-    hf = read_json(path / "config.json")
-    if hf.get("model_type") != "hubert":
-        raise CheckpointError(
-            f"{path}/config.json: model_type is {hf.get('model_type')!r}, but must be 'hubert'"
-        )
-    extra = read_json(path / "jahubert.json") if (path / "jahubert.json").exists() else {}
-    if not isinstance(extra.get("format", FORMAT), int) or not isinstance(extra.get("config", {}), dict):
-        raise CheckpointError(f"{path}/jahubert.json: format or config is damaged; copy the folder again")
-    if extra.get("format", FORMAT) > FORMAT:
-        raise CheckpointError(
-            f"{path}: written in format {extra['format']}, but this jahubert reads up to {FORMAT}; "
-            "update jahubert"
-        )
-    # transformers names the weight norm after whichever torch API saved it, and puts `hubert.` before the
-    # names of an encoder under a head.
-    weights = {_own_name(name): tensor for name, tensor in _weights(path).items()}
-    config = make_config(path, fields_from_shapes(path, weights, str), _fields(path, hf, extra))
-    parts = RawModel(config, weights, info=extra)
-    if "masked_spec_embed" not in weights:  # Hugging Face leaves it out of models saved without masking
-        weights["masked_spec_embed"] = new_mask_embedding(config.width)
-        parts.notes.append("mask embedding: the source has none, so a new one was drawn")
-    if extra.get("phonemes"):
-        parts.phonemes = symbol_set(path / "jahubert.json", extra["phonemes"])
-    elif HEAD in weights:
-        parts.phonemes = hf_symbols(path, hf, len(weights[HEAD]))
-    if (path / "pretraining_heads.safetensors").exists():
-        parts.head = _tensors_with(path / "pretraining_heads.safetensors", "label_embeddings")
-        parts.special_rows = parts.head.pop(SPECIAL_ROWS, None)
-        parts.temperature = extra.get("temperature") or parts.temperature
-    if (path / "centroids.safetensors").exists():
-        parts.centroids_KD = _tensors_with(path / "centroids.safetensors", "centroids_KD")["centroids_KD"]
-    return parts
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder, from one file or from the shards that an index names."""
-    file = next((path / name for name in (SAFE, BIN) if (path / name).exists()), path / SAFE)
-    index = next(
-        (path / f"{name}.index.json" for name in (SAFE, BIN) if (path / f"{name}.index.json").exists()), None
-    )
-    if file.exists() or index is None:
-        return load_tensors(read_tensors(file))
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        os.path.basename(str(name)) == name for name in shards.values()
-    ):
-        raise CheckpointError(f"{index}: weight_map must name files of this folder; copy the file again")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(shards.values())):
-        tensors |= load_tensors(read_tensors(path / name))
-    return tensors
-
-
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values: which weights these are, whatever file they lie in."""
+    """SHA-256 of the names, shapes and values of all tensors: identifies weights in any file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()
@@ -234,109 +157,246 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-
-
-def _tensors_with(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file of ours, `name` among them, a matrix."""
-    tensors = load_tensors(read_tensors(path))
-    if name not in tensors or tensors[name].dim() != 2:
-        raise CheckpointError(f"{path}: has no matrix {name}; copy the file again, or take it away")
-    return tensors
-
-
-def _own_name(name: str) -> str:
-    """Our name of a tensor of a Hugging Face model."""
-    for suffix, own in (("weight_g", "original0"), ("weight_v", "original1")):
-        name = name.replace(
-            f"pos_conv_embed.conv.{suffix}", f"pos_conv_embed.conv.parametrizations.weight.{own}"
-        )
-    return name.removeprefix("hubert.")
-
-
-def _fill(
-    path: Path, module: nn.Module, weights: dict[str, Tensor], named: Callable[[str], str] = str
-) -> None:
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    module.load_state_dict(select_tensors(path, shapes, weights, named))
+def _savable(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().to(dtype).contiguous().clone() for name, tensor in state.items()}
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _to_hf(config: HubertConfig, ctc: HubertForCtc | None, phonemes: PhonemeSet | None) -> dict:
-    hf = {key: getattr(config, name) for name, key in _HF_KEYS.items()}
-    return hf | {
-        "model_type": "hubert",
-        "architectures": ["HubertModel" if ctc is None else "HubertForCTC"],
-        "num_feat_extract_layers": len(config.conv_dims),
-        "feat_extract_activation": "gelu",
-        "hidden_act": "gelu",
-        "feat_proj_layer_norm": True,
-        "final_dropout": 0.0,
-        "ctc_loss_reduction": "sum",
-        "ctc_zero_infinity": True,
-        "vocab_size": 32 if ctc is None else ctc.lm_head.out_features,
-        "pad_token_id": 0 if phonemes is None else phonemes.blank,  # the CTC blank
-        "torch_dtype": "float32",
-    }
-
-
-def _fields(path: Path, hf: dict, extra: dict) -> dict[str, Any]:
-    """HubertConfig's fields from config.json, preprocessor_config.json and jahubert.json."""
-    wanted = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "feat_proj_layer_norm": True}
-    wanted["conv_pos_batch_norm"] = False
-    for key, value in wanted.items():
-        if hf.get(key, value) != value:
-            raise CheckpointError(f"{path}/config.json: {key} is {hf[key]!r}; only {value!r} is supported")
-    fields = {name: hf[key] for name, key in _HF_KEYS.items() if key in hf}
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    # A folder without processor comes from Hugging Face's script for pretrained models, which writes none.
-    fields["normalize"] = bool(fields.get("pre_norm", False))
-    if (path / "preprocessor_config.json").exists():
-        fields["normalize"] = bool(read_json(path / "preprocessor_config.json").get("do_normalize", True))
-    return fields | extra.get("config", {})
-
-
-def _preprocessor(config: HubertConfig) -> dict:
-    return {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "do_normalize": config.normalize,
-        "feature_size": 1,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "return_attention_mask": config.conv_norm == "layer",
-        "sampling_rate": SAMPLE_RATE,
-    }
-
-
 def _model_card(name: str, model: HubertModel, extra: dict, ctc: bool) -> str:
     config = model.config
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    lines = [
-        f"# {name}",
-        "",
-        f"HuBERT with {config.layers} blocks of width {config.width} ({millions:.1f} M parameters), "
-        + (
-            "fine-tuned with CTC on Japanese phonemes."
-            if ctc
-            else "pretrained by masked prediction of units."
-        ),
-        "Input: 16 kHz mono waveforms"
-        + (", normalised per utterance." if config.normalize else ", as they are."),
-        "",
-        "Made with jahubert: `jahubert.FeatureExtractor.from_pretrained(folder)`"
-        + (", `jahubert transcribe --model folder audio.wav`." if ctc else "."),
-        "",
-        "```json",
-        json.dumps(
-            {key: extra[key] for key in extra if key not in ("phonemes", "config")},
-            indent=2,
-            ensure_ascii=False,
-        ),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    origin = {key: value for key, value in extra.items() if key not in ("phonemes", "config")}
+    training = "fine-tuned with CTC" if ctc else "pretrained by masked prediction of units"
+    waveforms = "normalized per utterance" if config.normalize else "not normalized"
+    use = "`jahubert.FeatureExtractor.from_pretrained(folder)`"
+    if ctc:
+        use += ", `jahubert transcribe --model folder audio.wav`"
+    return f"""# {name}
+
+HuBERT with {config.layers} blocks of width {config.width} ({millions:.1f} M parameters), {training}.
+Input: 16 kHz mono waveforms, {waveforms}.
+
+Made with jahubert: {use}.
+
+```json
+{json.dumps(origin, indent=2, ensure_ascii=False)}
+```
+"""
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def load_bundle(source: str | os.PathLike) -> Bundle:
+    """Open a bundle, a Hugging Face HuBERT folder or Hub name, or a fairseq, s3prl or torchaudio file.
+
+    Raises:
+        CheckpointError: the folder, a file in it or a tensor is missing, damaged or of the wrong shape.
+    """
+    path = resolve_model(source)
+    if not path.is_dir():
+        raw = _read_file(path)
+    elif (path / INFO).exists():
+        raw = _read_bundle(path)
+    else:
+        raw = read_huggingface(path)
+    bundle = _build(path, raw)
+    recorded = raw.info.get("weights")
+    if recorded and "files" not in raw.info and recorded != weights_hash(bundle.model):
+        raise CheckpointError(
+            f"{path}: its weights are not those that {INFO} recorded; copy the bundle again"
+        )
+    return bundle
+
+
+def _read_bundle(folder: Path) -> RawModel:
+    """A Hugging Face folder with our additional files."""
+    path = folder / INFO
+    info = read_json(path)
+    if typed_item(path, info, "format", int, 0) > FORMAT:
+        raise CheckpointError(
+            f"{folder}: written in format {info['format']}, but this jahubert reads up to {FORMAT}; "
+            "update jahubert"
+        )
+    _verify(folder, info)
+    fields = typed_item(path, info, "config", dict, {})
+    for name in fields:
+        if name not in _CONFIG_FIELDS:
+            raise CheckpointError(f"{path}: unknown field {name!r} in config")
+    raw = read_huggingface(folder, {name: config_field(path, name, name, fields[name]) for name in fields})
+    raw.info = info
+    phonemes = typed_item(path, info, "phonemes", dict)
+    if phonemes is not None:
+        raw.phonemes = symbol_set(path, typed(path, "symbols", phonemes.get("symbols"), list))
+    if (folder / HEADS).exists():
+        raw.head = load_tensors(folder / HEADS, read_tensors(folder / HEADS))
+        if "label_embeddings" not in raw.head:
+            raise CheckpointError(f"{folder / HEADS}: label_embeddings is missing")
+        rows = raw.head.pop(_SPECIAL_ROWS, None)
+        if rows is not None and (rows.dim() != 2 or not rows.is_floating_point()):
+            raise CheckpointError(f"{folder / HEADS}: {_SPECIAL_ROWS} is not a matrix")
+        raw.special_rows = rows
+        raw.temperature = typed_item(path, info, "temperature", float, raw.temperature)
+        if raw.temperature <= 0:
+            raise CheckpointError(f"{path}: temperature is {raw.temperature}, but must be positive")
+    raw.centroid_layer = typed_item(path, info, "centroid_layer", int)
+    if (folder / CENTROIDS).exists():
+        tensors = load_tensors(folder / CENTROIDS, read_tensors(folder / CENTROIDS))
+        raw.centroids_KD = _centroids(folder / CENTROIDS, tensors, raw)
+    return raw
+
+
+def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
+    """Centroids (K, D) of a layer of the model."""
+    centroids_KD = tensors.get("centroids_KD")
+    if centroids_KD is None or centroids_KD.dim() != 2 or not len(centroids_KD):
+        raise CheckpointError(f"{path}: has no matrix centroids_KD")
+    if not centroids_KD.is_floating_point() or centroids_KD.shape[1] != raw.config.width:
+        raise CheckpointError(
+            f"{path}: centroids_KD is {tuple(centroids_KD.shape)}, {centroids_KD.dtype}, but the model has "
+            f"width {raw.config.width}"
+        )
+    if raw.centroid_layer is None or not 0 <= raw.centroid_layer <= raw.config.layers:
+        raise CheckpointError(f"{path.parent / INFO}: centroid_layer is {raw.centroid_layer}")
+    return centroids_KD.float()
+
+
+def _read_file(path: Path) -> RawModel:
+    """A fairseq, s3prl or torchaudio file, recognized by the names of its tensors."""
+    content = read_tensors(path)
+    tables = [content[key] for key in ("model_weight", "model", "state_dict") if key in content]
+    loaded = load_tensors(path, tables[0] if tables else content)
+    tensors = {weight_norm_name(name): value for name, value in loaded.items()}
+    front_end = re.compile(r"(.*?)feature_extractor\.conv_layers\.0\.")
+    prefixes = {match[1] for name in tensors if (match := front_end.match(name))}
+    if len(prefixes) != 1:
+        raise CheckpointError(
+            f"{path}: {len(tensors)} tensors with {len(prefixes)} HuBERT front ends, so this is not a HuBERT "
+            "model; give a fairseq, s3prl or torchaudio file, or a Hugging Face folder"
+        )
+    (prefix,) = prefixes
+    if f"{prefix}encoder.layers.0.self_attn.q_proj.weight" in tensors:
+        raw = read_fairseq(path, content, tensors, prefix)
+        layout = "s3prl" if "model_weight" in content else "fairseq"
+    elif f"{prefix}encoder.transformer.layers.0.attention.q_proj.weight" in tensors:
+        raw, layout = read_torchaudio(path, tensors, prefix), "torchaudio"
+    else:
+        raise CheckpointError(
+            f"{path}: neither fairseq's nor torchaudio's names; for a Hugging Face model, give the folder "
+            "with its config.json"
+        )
+    raw.info = {"origin": {"file": path.name, "layout": layout}}
+    return raw
+
+
+def _build(path: Path, raw: RawModel) -> Bundle:
+    """Modules with the weights of a model. All shapes are checked before memory is taken for modules."""
+    config = raw.config
+    n_symbols = count_symbols(path, raw.weights, config.width)
+    if raw.phonemes is not None and len(raw.phonemes) != n_symbols:
+        raise CheckpointError(f"{path}: {len(raw.phonemes)} symbols, but a CTC head of {n_symbols} outputs")
+    shapes = encoder_shapes(config)
+    ctc, unit_head = None, None
+    with torch.device("cpu"), _SkipRandomInit():
+        if n_symbols is None:
+            weights = select_tensors(path, shapes, raw.weights)
+            model = HubertModel(config)
+            model.load_state_dict(weights)
+        else:
+            head = {HEAD: (n_symbols, config.width), "lm_head.bias": (n_symbols,)}
+            weights = select_tensors(path, shapes | head, raw.weights)
+            ctc = HubertForCtc(config, n_symbols)
+            model = ctc.hubert
+            model.load_state_dict({name: weights[name] for name in shapes})
+            ctc.lm_head.load_state_dict({name: weights[f"lm_head.{name}"] for name in ("weight", "bias")})
+            ctc.eval()
+        if raw.head:
+            unit_head = _build_unit_head(path, raw)
+    return Bundle(
+        config,
+        model.eval(),
+        ctc,
+        raw.phonemes,
+        unit_head,
+        raw.centroids_KD,
+        raw.centroid_layer,
+        raw.info,
+        raw.special_rows,
+        raw.notes,
+    )
+
+
+def _build_unit_head(path: Path, raw: RawModel) -> UnitHead:
+    table = raw.head["label_embeddings"]
+    if table.dim() != 2 or not table.numel():
+        raise CheckpointError(f"{path}: label_embeddings, the codebook, has shape {tuple(table.shape)}")
+    n_units, dim = table.shape
+    shapes = {
+        "label_embeddings": (n_units, dim),
+        "final_proj.weight": (dim, raw.config.width),
+        "final_proj.bias": (dim,),
+    }
+    state = select_tensors(path, shapes, raw.head)
+    head = UnitHead(raw.config.width, n_units, dim, raw.temperature)
+    head.load_state_dict(state)
+    return head.eval()
+
+
+class _SkipRandomInit(TorchFunctionMode):
+    """Leaves out the random initialization of modules whose tensors are loaded afterwards."""
+
+    _SKIPPED = (
+        nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_,
+    )  # fmt: skip
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in self._SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+# --- checksums --------------------------------------------------------------------------------------------
+
+
+def _verify(folder: Path, info: dict) -> None:
+    """Compare the files of a bundle with the sizes and SHA-256 in its jahubert.json, if it has them.
+
+    Raises:
+        CheckpointError: a file is missing or has other content.
+    """
+    path, advice = folder / INFO, "copy the bundle again"
+    if "checksum" in info and info["checksum"] != _checksum(info):
+        raise CheckpointError(
+            f"{path}: damaged or edited; {advice}, or delete its fields `checksum` and `files` if the change "
+            "was intended"
+        )
+    for name, recorded in typed_item(path, info, "files", dict, {}).items():
+        file = folder / os.path.basename(name)
+        if not file.is_file() or _describe(file) != recorded:
+            raise CheckpointError(
+                f"{file}: missing or damaged, its checksum is not the one in {INFO}; {advice}, or delete the "
+                f"fields `checksum` and `files` of {INFO} if the change was intended"
+            )
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _checksum(info: dict) -> str:
+    """SHA-256 of jahubert.json without its own checksum."""
+    content = {key: value for key, value in info.items() if key != "checksum"}
+    content = json.loads(json.dumps(content))  # as it is read again: all keys are text
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

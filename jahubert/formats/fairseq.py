@@ -1,4 +1,4 @@
-"""fairseq's HuBERT checkpoints, read without fairseq.
+"""fairseq's and s3prl's HuBERT checkpoints, without fairseq.
 
 A checkpoint holds settings (`cfg`, or `args` in older files), the weights (`model`) and the dictionaries of
 its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, settings and weights.
@@ -9,6 +9,11 @@ of K units has K + 4 rows there; the first special symbol, `<s>`, is the CTC bla
 from __future__ import annotations
 
 import ast
+import math
+import pickle
+import re
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +21,49 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import CheckpointError
+from jahubert.formats.atomic import atomic_write
+from jahubert.formats.limits import CONVS
 from jahubert.formats.safe_pickle import to_plain
 from jahubert.formats.state_dict import (
+    HEAD,
     NORMALIZE_EPS,
+    WEIGHT_NORM,
     RawModel,
+    config_field,
+    count_symbols,
     encoder_shapes,
-    fairseq_name,
     fields_from_shapes,
     make_config,
     new_mask_embedding,
+    portable_state,
+    rename,
     select_tensors,
+    symbol_set,
 )
+from jahubert.formats.typed_fields import short_repr, typed_item
+from jahubert.frames import SAMPLE_RATE
+from jahubert.model.heads import HubertForCtc, UnitHead
+from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import BLANK, PhonemeSet
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-NEVER = -1e4  # bias of a symbol that is there only because fairseq wants it: its probability is exactly zero
-WRAPPED = "w2v_encoder.w2v_model."  # the pretrained model inside a fine-tuned one
-MAX_CONVS = 64
+_NEVER = -1e4  # bias of a symbol that only fairseq needs: its probability is exactly zero
+_WRAPPED = "w2v_encoder.w2v_model."  # prefix of the pretrained model inside a fine-tuned one
+_FINAL_DIM = 256  # of a newly initialized projection
+_NAMES = [
+    (r"^(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
+    (r"^feature_projection\.layer_norm\.", "layer_norm."),
+    (r"^feature_projection\.projection\.", "post_extract_proj."),
+    (r"^encoder\.pos_conv_embed\.conv\.", "encoder.pos_conv.0."),
+    (r"^(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
+    (r"^(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
+    (r"\.feed_forward\.intermediate_dense\.", ".fc1."),
+    (r"\.feed_forward\.output_dense\.", ".fc2."),
+    (r"^masked_spec_embed$", "mask_emb"),
+    *WEIGHT_NORM,
+]
 # Our field -> fairseq's setting, for the fields that only change their name.
-FIELDS = {
+_FIELDS = {
     "conv_bias": "conv_bias",
     "width": "encoder_embed_dim",
     "layers": "encoder_layers",
@@ -50,96 +79,132 @@ FIELDS = {
     "layer_drop": "encoder_layerdrop",
     "conv_grad_scale": "feature_grad_mult",
 }
-# What fine-tuning sets anew, by the name it has there.
-FINE_TUNED = {name: name for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_input")}
-FINE_TUNED |= {"feature_grad_mult": "feature_grad_mult", "encoder_layerdrop": "layerdrop"}
+# Settings of pretraining that fine-tuning replaces, and their names there.
+_FINE_TUNED = {name: name for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_input")}
+_FINE_TUNED |= {"feature_grad_mult": "feature_grad_mult", "encoder_layerdrop": "layerdrop"}
+# The only values that are supported.
+_FIXED = {
+    "layer_type": "transformer",
+    "pos_conv_depth": 1,
+    "conv_pos_batch_norm": False,
+    "activation_fn": "gelu",
+}
+
+
+def fairseq_name(name: str, conv_norm: str = "group") -> str:
+    """fairseq's name of one of our encoder's tensors."""
+    index = "2" if conv_norm == "group" else "2.1"  # there, a layer norm is between two transpositions
+    name = re.sub(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", rf"\1.{index}.", name)
+    return rename(name, _NAMES)
+
+
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: str) -> RawModel:
-    """The parts of a fairseq or s3prl checkpoint; `prefix` stands before the encoder's names in `tensors`.
+    """Read a fairseq or s3prl checkpoint.
+
+    Args:
+        path: the file, for messages.
+        content: the unpickled file.
+        tensors: its weights.
+        prefix: of the encoder's names in `tensors`.
 
     Raises:
-        CheckpointError: its settings or weights are not those of a HuBERT.
+        CheckpointError: its settings or weights are not those of a HuBERT model.
     """
     notes: list[str] = []
-    model, task = _settings(path, content)
+    model, task = _read_settings(path, content)
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    outside = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-    config = make_config(path, fields_from_shapes(path, inner, fairseq_name), _fields(path, model, task))
-    codebooks, symbols = _dictionaries(content)
-    ctc = {
-        f"lm_head.{part}": outside.pop(f"w2v_encoder.proj.{part}").float()
-        for part in ("weight", "bias")
-        if f"w2v_encoder.proj.{part}" in outside
-    }
-    head, special_rows = _take_head(inner, codebooks, notes)
+    outer = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    config = make_config(
+        path, fields_from_shapes(path, inner, fairseq_name), _config_fields(path, model, task)
+    )
+    codebooks, symbols = _read_dictionaries(path, content)
+    head, special_rows = _take_head(path, inner, codebooks, notes)
     if "mask_emb" not in inner:
         inner["mask_emb"] = new_mask_embedding(config.width)
         notes.append("mask embedding: the source has none, so a new one was drawn")
     if "post_extract_proj.weight" not in inner and config.conv_dims[-1] == config.width:
-        # fairseq has none between equal widths; this one changes nothing.
+        # fairseq has no projection between equal widths; this one changes nothing.
         inner["post_extract_proj.weight"] = torch.eye(config.width)
         inner["post_extract_proj.bias"] = torch.zeros(config.width)
+    ctc = {}
+    for part in ("weight", "bias"):
+        if f"w2v_encoder.proj.{part}" in outer:
+            ctc[f"lm_head.{part}"] = outer.pop(f"w2v_encoder.proj.{part}").float()
     weights = select_tensors(
-        path, encoder_shapes(config), inner | outside, lambda name: fairseq_name(name, config.conv_norm)
+        path, encoder_shapes(config), inner | outer, lambda name: fairseq_name(name, config.conv_norm)
     )
     phonemes = None
-    if ctc:
-        ctc, symbols = _without_never(ctc, symbols)
-        if len(symbols) == len(ctc["lm_head.weight"]) and len({BLANK, *symbols[1:]}) == len(symbols):
-            phonemes = PhonemeSet((BLANK, *symbols[1:]))
+    if count_symbols(path, ctc, config.width) is not None:
+        ctc, symbols = _drop_unused_specials(ctc, symbols)
+        symbols = [BLANK, *symbols[1:]]
+        if len(symbols) == len(ctc[HEAD]) and len(set(symbols)) == len(symbols):
+            phonemes = symbol_set(path, symbols)
         else:
-            notes.append(
-                f"symbols: the file names {len(symbols)}, but its CTC head has {len(ctc['lm_head.weight'])}"
-            )
-    temperature = model.get("logit_temp")
-    temperature = temperature if isinstance(temperature, int | float) and temperature > 0 else 0.1
-    return RawModel(config, weights | ctc, head, temperature, special_rows, phonemes, notes=notes)
+            notes.append(f"symbols: the file names {len(symbols)}, but its CTC head has {len(ctc[HEAD])}")
+    temperature = typed_item(path, model, "logit_temp", float, 0.1)
+    return RawModel(
+        config,
+        weights | ctc,
+        head,
+        temperature if temperature > 0 else 0.1,
+        special_rows,
+        phonemes,
+        notes=notes,
+    )
 
 
-def _settings(path: Path, content: dict) -> tuple[dict, dict]:
+def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
     """Settings of model and task; those of the pretrained model where a fine-tuned one wraps it."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
-    found = to_plain(content.get("cfg")) or to_plain(content.get("args"))
-    if not isinstance(found, dict):
+    settings: Any = to_plain(path, content.get("cfg")) or to_plain(path, content.get("args"))
+    if not isinstance(settings, dict):
         raise CheckpointError(
-            f"{path}: fairseq weights without settings (cfg or args); take the whole checkpoint"
+            f"{path}: fairseq weights without settings (cfg or args); use the complete checkpoint"
         )
-    nested = isinstance(found.get("model"), dict)  # an old Namespace is one flat table for everything
-    model, task = (found["model"], found.get("task")) if nested else (found, found)
-    kind = str(model.get("_name") or model.get("arch") or "hubert")
-    if "hubert" not in kind:
-        raise CheckpointError(f"{path}: a fairseq model of kind {kind!r}, but only HuBERT can be opened")
-    if isinstance(model.get("w2v_args"), dict):
-        changed = {name: model[there] for name, there in FINE_TUNED.items() if model.get(there) is not None}
-        model = _settings(path, {"cfg": model["w2v_args"]})[0] | changed
+    # An old Namespace is one flat table for model and task.
+    model: dict = settings
+    task: Any = settings
+    if isinstance(settings.get("model"), dict):
+        model, task = settings["model"], settings.get("task")
+    kind = model.get("_name") or model.get("arch") or "hubert"
+    if not isinstance(kind, str) or "hubert" not in kind:
+        raise CheckpointError(
+            f"{path}: a fairseq model of kind {short_repr(kind)}, but only HuBERT is supported"
+        )
+    pretrained_settings = typed_item(path, model, "w2v_args", dict)
+    if pretrained_settings is not None:
+        changed = {name: model[tuned] for name, tuned in _FINE_TUNED.items() if model.get(tuned) is not None}
+        pretrained, _ = _read_settings(path, {"cfg": pretrained_settings})
+        model = pretrained | changed
     return model, task if isinstance(task, dict) else {}
 
 
-def _fields(path: Path, model: dict, task: dict) -> dict[str, Any]:
-    """HubertConfig's fields from fairseq's settings; what they do not say has fairseq's defaults."""
-    only = {
-        "layer_type": "transformer",
-        "pos_conv_depth": 1,
-        "conv_pos_batch_norm": False,
-        "activation_fn": "gelu",
-    }
-    only["extractor_mode"] = "layer_norm" if model.get("extractor_mode") == "layer_norm" else "default"
-    for name, value in only.items():
+def _config_fields(path: Path, model: dict, task: dict) -> dict[str, Any]:
+    """HubertConfig's fields from fairseq's settings; missing ones have fairseq's defaults."""
+    fixed = dict(_FIXED)
+    conv_norm = "layer" if model.get("extractor_mode") == "layer_norm" else "group"
+    fixed["extractor_mode"] = "layer_norm" if conv_norm == "layer" else "default"
+    for name, value in fixed.items():
         if model.get(name, value) != value:
-            raise CheckpointError(f"{path}: {name} is {model[name]!r}; only {value!r} is supported")
+            raise CheckpointError(f"{path}: {name} is {short_repr(model[name])}; only {value!r} is supported")
     fields: dict[str, Any] = {"layer_drop": 0.0, "input_dropout": 0.0, "conv_grad_scale": 1.0}
-    fields |= {ours: model[name] for ours, name in FIELDS.items() if model.get(name) is not None}
-    fields["conv_norm"] = "layer" if only["extractor_mode"] == "layer_norm" else "group"
+    for ours, name in _FIELDS.items():
+        if model.get(name) is not None:
+            fields[ours] = config_field(path, ours, name, model[name])
+    fields["conv_norm"] = conv_norm
     if model.get("conv_feature_layers") is not None:
-        dims, kernels, strides = zip(*_conv_layers(path, model["conv_feature_layers"]), strict=True)
+        dims, kernels, strides = zip(*_parse_conv_layers(path, model["conv_feature_layers"]), strict=True)
         fields |= {"conv_dims": dims, "conv_kernels": kernels, "conv_strides": strides}
-    return fields | {"normalize": bool(task.get("normalize", False)), "normalize_eps": NORMALIZE_EPS}
+    fields["normalize"] = typed_item(path, task, "normalize", bool, False)
+    return fields | {"normalize_eps": NORMALIZE_EPS}
 
 
-def _conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
-    """The list that fairseq gets by running the text as a program; here only lists, `+` and `*` are known."""
+def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
+    """Parse a list that fairseq evaluates as Python code; here, only lists, `+` and `*` are accepted."""
 
     def build(node: ast.AST) -> Any:
         if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -152,92 +217,282 @@ def _conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
             return build(node.left) + build(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             layers, times = build(node.left), build(node.right)
-            if isinstance(layers, list) and isinstance(times, int) and times <= MAX_CONVS:
+            if isinstance(layers, list) and isinstance(times, int) and len(layers) * times <= CONVS:
                 return layers * times
         raise ValueError
 
     try:
-        found = build(ast.parse(str(text).strip(), mode="eval").body)
-        if not isinstance(found, list) or not 0 < len(found) <= MAX_CONVS:
+        if not isinstance(text, str) or len(text) > 10_000:
             raise ValueError
-        if any(len(layer) != 3 or not all(type(n) is int and n > 0 for n in layer) for layer in found):
+        layers = build(ast.parse(text.strip(), mode="eval").body)
+        if not isinstance(layers, list) or not 0 < len(layers) <= CONVS:
             raise ValueError
+        for layer in layers:
+            if len(layer) != 3 or not all(type(n) is int and 0 < n < 2**31 for n in layer):
+                raise ValueError
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise CheckpointError(
-            f"{path}: conv_feature_layers is {str(text)[:80]!r}, which fairseq would run as a program. "
+            f"{path}: conv_feature_layers is {short_repr(text)}, which fairseq would run as code. "
             "Nothing was run here: it must be a list of (channels, kernel, stride), such as "
             "'[(512, 10, 5)] + [(512, 3, 2)] * 4'"
         ) from None
-    return found
+    return layers
 
 
-def _dictionaries(content: dict) -> tuple[list[list[str]], list[str]]:
-    """Symbols of each codebook, and of the CTC head, as far as the file knows them."""
+def _read_dictionaries(path: Path, content: dict) -> tuple[list[list[str]], list[str]]:
+    """Symbols of each codebook and of the CTC head; empty lists if the file has none."""
     if "model_weight" in content:
-        named = to_plain(content.get("dictionaries_symbols"))
-        return [symbols for symbols in named if _are_symbols(symbols)] if isinstance(named, list) else [], []
-    state = to_plain(content.get("task_state"))
-    found: dict[str, list[list[str]]] = {}
+        names = to_plain(path, content.get("dictionaries_symbols"))
+        return [symbols for symbols in names if _are_symbols(symbols)] if isinstance(names, list) else [], []
+    state = to_plain(path, content.get("task_state"))
+    dictionaries: dict[str, list[list[str]]] = {}
     for name, value in state.items() if isinstance(state, dict) else ():
-        # One dictionary, a list of them, or in some versions a table by the ending of the label files.
+        # One dictionary, a list of them, or in some versions a table by the suffix of the label files.
         if isinstance(value, dict) and "symbols" not in value:
             value = list(value.values())
-        several = value if isinstance(value, list) else [value]
-        found[name] = [
-            one["symbols"] for one in several if isinstance(one, dict) and _are_symbols(one.get("symbols"))
+        dictionaries[name] = [
+            item["symbols"]
+            for item in (value if isinstance(value, list) else [value])
+            if isinstance(item, dict) and _are_symbols(item.get("symbols"))
         ]
-    targets = found.get("target_dictionary") or found.get("ft_dictionaries") or [[]]
-    return found.get("dictionaries") or found.get("pt_dictionaries") or [], targets[0]
+    codebooks = dictionaries.get("dictionaries") or dictionaries.get("pt_dictionaries") or []
+    targets = dictionaries.get("target_dictionary") or dictionaries.get("ft_dictionaries") or [[]]
+    return codebooks, targets[0]
 
 
-def _are_symbols(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(symbol, str) for symbol in found)
+def _are_symbols(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(symbol, str) for symbol in value)
 
 
 def _take_head(
-    inner: dict[str, Tensor], codebooks: list[list[str]], notes: list[str]
+    path: Path, inner: dict[str, Tensor], codebooks: list[list[str]], notes: list[str]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Remove the pretraining head from `inner`; UnitHead's tensors, and the rows of the special symbols."""
+    """Remove the pretraining head from `inner`; returns UnitHead's tensors and the special symbols' rows."""
     table = inner.pop("label_embs", None)  # its name in the oldest files
     table = inner.pop("label_embs_concat", table)
-    projection = {part: inner.pop(f"final_proj.{part}", None) for part in ("weight", "bias")}
-    glu = [inner.pop(name) for name in list(inner) if name.startswith("target_glu.")]
-    weight, bias = projection["weight"], projection["bias"]
+    weight, bias = (inner.pop(f"final_proj.{part}", None) for part in ("weight", "bias"))
+    gate = [inner.pop(name) for name in list(inner) if name.startswith("target_glu.")]
+    for name, tensor in (("label_embs_concat", table), ("final_proj.weight", weight)):
+        if tensor is not None and (tensor.dim() != 2 or not tensor.numel()):
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, but must be a matrix")
     if table is None or weight is None or bias is None:
         if table is not None and len(table) > len(SPECIALS):
             notes.append("codebook: its projection is not in the source, so it was left out")
         return {}, None
-    if glu or len(codebooks) > 1 or len(weight) != table.shape[1]:
-        notes.append("pretraining head: it has several codebooks or a gate, which UnitHead has not; left out")
+    if gate or len(codebooks) > 1 or len(weight) != table.shape[1]:
+        notes.append("pretraining head: several codebooks or a gate, which UnitHead does not have; left out")
         return {}, None
     if len(table) <= len(SPECIALS):
         return {}, None
     symbols = codebooks[0][len(SPECIALS) :] if codebooks else []
     order = _unit_order(symbols, len(table) - len(SPECIALS))
     if order != sorted(order):
-        notes.append("codebook: its rows were put in the order of the units' numbers")
+        notes.append("codebook: its rows were sorted by unit number")
     rows = table[len(SPECIALS) :].float()[order]
     head = {"final_proj.weight": weight.float(), "final_proj.bias": bias.float(), "label_embeddings": rows}
     return head, table[: len(SPECIALS)].float()
 
 
 def _unit_order(symbols: list[str], n_units: int) -> list[int]:
-    """For each unit the row that is its own: lines of a dictionary may be sorted by frequency."""
-    place = {symbol: row for row, symbol in enumerate(symbols)}
+    """The row of each unit: the lines of a dictionary may be sorted by frequency."""
+    rows = {symbol: row for row, symbol in enumerate(symbols)}
     names = [str(unit) for unit in range(n_units)]
-    known = len(symbols) == n_units and all(name in place for name in names)
-    return [place[name] for name in names] if known else list(range(n_units))
+    if len(symbols) == n_units and all(name in rows for name in names):
+        return [rows[name] for name in names]
+    return list(range(n_units))
 
 
-def _without_never(ctc: dict[str, Tensor], symbols: list[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Drop special symbols that can never be said: they were added for fairseq by `write_fairseq`."""
-    weight, bias = ctc["lm_head.weight"], ctc.get("lm_head.bias")
-    if bias is None or len(symbols) != len(weight) or len(bias) != len(weight):
+def _drop_unused_specials(ctc: dict[str, Tensor], symbols: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Drop special symbols that have probability zero: `write_fairseq` adds them."""
+    weight, bias = ctc[HEAD], ctc.get("lm_head.bias")
+    if bias is None or len(symbols) != len(weight) or bias.shape != weight.shape[:1]:
         return ctc, symbols
-    idle = [
-        s in SPECIALS[1:] and float(b) <= NEVER and not w.any()
-        for s, w, b in zip(symbols, weight, bias, strict=True)
-    ]
-    keep = [row for row, never in enumerate(idle) if not never]
-    kept = {"lm_head.weight": weight[keep], "lm_head.bias": bias[keep]}
-    return kept, [symbols[row] for row in keep]
+    keep = []
+    for row, symbol in enumerate(symbols):
+        unused = symbol in SPECIALS[1:] and float(bias[row]) <= _NEVER and not weight[row].any()
+        if not unused:
+            keep.append(row)
+    return {HEAD: weight[keep], "lm_head.bias": bias[keep]}, [symbols[row] for row in keep]
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def write_fairseq(
+    path: Path,
+    model: HubertModel,
+    *,
+    ctc: HubertForCtc | None = None,
+    phonemes: PhonemeSet | None = None,
+    unit_head: UnitHead | None = None,
+    special_rows: Tensor | None = None,
+) -> list[str]:
+    """Write the checkpoint of a pretrained model or, with `ctc`, of a fine-tuned one.
+
+    Returns:
+        What was dropped or newly initialized, a sentence each.
+
+    Raises:
+        CheckpointError: fairseq cannot represent the model.
+    """
+    notes: list[str] = []
+    config, tensors = _encoder_tensors(model, notes)
+    tensors |= _head_tensors(config, ctc is None, unit_head, special_rows, notes)
+    codebook = tensors["label_embs_concat"]
+    settings = _model_settings(config, codebook.shape[1], 0.1 if unit_head is None else unit_head.temperature)
+    task: dict[str, Any] = {
+        "_name": "hubert_pretraining",
+        "data": "",
+        "labels": ["km"],
+        "sample_rate": SAMPLE_RATE,
+        "label_rate": config.grid.rate,
+        "normalize": config.normalize,
+        "fine_tuning": False,
+    }
+    cfg: dict[str, Any] = {"_name": None, "task": task, "model": settings}
+    units = [str(unit) for unit in range(len(codebook) - len(SPECIALS))]
+    task_state: dict[str, Any] = {"dictionaries": [_Dictionary([*SPECIALS, *units])]}
+    if ctc is not None:
+        if phonemes is None:
+            raise CheckpointError("the CTC head has no symbols, but fairseq needs a dictionary of them")
+        projection, symbols = _ctc_tensors(ctc, phonemes, notes)
+        tensors = {_WRAPPED + name: value for name, value in tensors.items()} | projection
+        cfg = _fine_tuned_cfg(cfg)
+        task_state["target_dictionary"] = _Dictionary(symbols)
+    history = {
+        "criterion_name": "",
+        "optimizer_name": "FairseqAdam",
+        "lr_scheduler_state": {},
+        "num_updates": 0,
+    }
+    content = {
+        "args": None,
+        "cfg": cfg,
+        "model": tensors,
+        "task_state": task_state,
+        "optimizer_history": [history],
+        "extra_state": {"epoch": 1, "train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        "last_optimizer_state": None,
+    }
+    with atomic_write(path, "wb") as file:
+        torch.save(content, file, pickle_module=_PICKLE)
+    return notes
+
+
+def _encoder_tensors(model: HubertModel, notes: list[str]) -> tuple[HubertConfig, dict[str, Tensor]]:
+    """The encoder under fairseq's names, and its configuration there."""
+    state = portable_state(model, "fairseq", notes)
+    config = replace(model.config, conv_bias="feature_extractor.conv_layers.0.conv.bias" in state)
+    if config.conv_dims[-1] == config.width:
+        weight, bias = (state.pop(f"feature_projection.projection.{part}") for part in ("weight", "bias"))
+        if bias.any() or not weight.equal(torch.eye(config.width)):
+            raise CheckpointError(
+                f"the front end is as wide as the encoder ({config.width}); fairseq then has no projection "
+                "between them, but this model has one: choose another format"
+            )
+    return config, {fairseq_name(name, config.conv_norm): value for name, value in state.items()}
+
+
+def _head_tensors(
+    config: HubertConfig,
+    pretrained: bool,
+    head: UnitHead | None,
+    special_rows: Tensor | None,
+    notes: list[str],
+) -> dict[str, Tensor]:
+    """Codebook and projection; newly initialized where fairseq needs one that the model does not have."""
+    random = torch.Generator().manual_seed(0)
+    if head is None:
+        dim, rows = _FINAL_DIM, torch.zeros(0, _FINAL_DIM)
+        bound = 1 / math.sqrt(config.width)
+        weight = torch.empty(dim, config.width).uniform_(-bound, bound, generator=random)
+        projection = {"final_proj.weight": weight, "final_proj.bias": torch.zeros(dim)}
+        if pretrained:
+            notes.append(
+                "pretraining head: the source has none, so a projection was drawn and the codebook is empty"
+            )
+    else:
+        rows = head.label_embeddings.detach().cpu()
+        dim = rows.shape[1]
+        state = head.final_proj.state_dict().items()
+        projection = {f"final_proj.{name}": value.detach().cpu() for name, value in state}
+        if not pretrained:
+            notes.append("projection of the pretraining head: fairseq removes it from fine-tuned models")
+        if special_rows is None:
+            notes.append(f"codebook: four rows for {' '.join(SPECIALS)}, which fairseq needs, were drawn")
+    if special_rows is None or special_rows.shape[1] != dim:
+        special_rows = torch.rand(len(SPECIALS), dim, generator=random)
+    table = {"label_embs_concat": torch.cat([special_rows, rows])}
+    return table | projection if pretrained else table
+
+
+def _model_settings(config: HubertConfig, final_dim: int, temperature: float) -> dict[str, Any]:
+    convs = list(zip(config.conv_dims, config.conv_kernels, config.conv_strides, strict=True))
+    return {name: getattr(config, ours) for ours, name in _FIELDS.items()} | {
+        "_name": "hubert",
+        "extractor_mode": "default" if config.conv_norm == "group" else "layer_norm",
+        "conv_feature_layers": str(convs),
+        "activation_fn": "gelu",
+        "label_rate": config.grid.rate,
+        "final_dim": final_dim,
+        "logit_temp": temperature,
+        "untie_final_proj": True,
+    }
+
+
+def _fine_tuned_cfg(pretrained: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a CTC model that wraps the pretrained one."""
+    settings, task = pretrained["model"], pretrained["task"]
+    model = {tuned: settings[name] for name, tuned in _FINE_TUNED.items()}
+    model |= {"_name": "hubert_ctc", "w2v_path": "", "w2v_args": pretrained, "final_dropout": 0.0, "data": ""}
+    model["normalize"] = task["normalize"]
+    task = task | {"fine_tuning": True, "labels": ["ltr"], "label_rate": -1, "single_target": True}
+    return {"_name": None, "task": task, "model": model}
+
+
+def _ctc_tensors(
+    ctc: HubertForCtc, phonemes: PhonemeSet, notes: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The CTC head with fairseq's four special symbols first, and the symbols of its rows."""
+    weight, bias = ctc.lm_head.weight.detach().cpu(), ctc.lm_head.bias.detach().cpu()
+    # Models that came from fairseq through Hugging Face have <s> and <pad> swapped.
+    swapped = {BLANK: "<s>"} if "<pad>" in phonemes.symbols else {BLANK: "<s>", "<s>": "<pad>"}
+    names = [swapped.get(symbol, symbol) for symbol in phonemes.symbols]
+    added = [name for name in SPECIALS if name not in names]
+    weight = torch.cat([weight, weight.new_zeros(len(added), weight.shape[1])])
+    bias = torch.cat([bias, bias.new_full((len(added),), _NEVER)])
+    names += added
+    order = [names.index(name) for name in SPECIALS]
+    order += [row for row in range(len(names)) if row not in order]
+    if added:
+        notes.append(f"CTC head: rows for {' '.join(added)} were added, with probability zero")
+    if [row for row in order if row < len(phonemes)] != list(range(len(phonemes))):
+        notes.append("CTC head: its rows were put in fairseq's order, the blank first")
+    tensors = {"w2v_encoder.proj.weight": weight[order], "w2v_encoder.proj.bias": bias[order]}
+    return tensors, [names[row] for row in order]
+
+
+class _Dictionary:
+    """The attributes of fairseq's Dictionary."""
+
+    def __init__(self, symbols: list[str]):
+        self.bos_word, self.pad_word, self.eos_word, self.unk_word = SPECIALS
+        self.symbols, self.count = list(symbols), [1] * len(symbols)
+        self.indices = {symbol: row for row, symbol in enumerate(symbols)}
+        self.bos_index, self.pad_index, self.eos_index, self.unk_index = range(len(SPECIALS))
+        self.nspecial = len(SPECIALS)
+
+
+class _Pickler(pickle._Pickler):
+    """Saves `_Dictionary` as fairseq's class; the usual pickler would have to import fairseq."""
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if obj is not _Dictionary:
+            super().save_global(obj, name)  # type: ignore[misc]
+            return
+        self.write(b"cfairseq.data.dictionary\nDictionary\n")  # type: ignore[attr-defined]
+        self.memoize(obj)  # type: ignore[attr-defined]
+
+
+_PICKLE = types.ModuleType("pickle_without_fairseq")
+_PICKLE.Pickler = _Pickler  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, a file, or a name on the Hugging Face Hub."""
+"""Location of a model: a folder, a file, or a name on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from jahubert.errors import CheckpointError, MissingExtraError
 
 
 def resolve_model(source: str | os.PathLike) -> Path:
-    """The file or folder meant; a Hub name is looked up in the cache and, unless offline, on the Hub.
+    """Find the file or folder of a model; a Hub name is looked up in the cache and on the Hub.
 
     Raises:
-        CheckpointError: no such file or folder, and no such name, or none that can be had now.
+        CheckpointError: no such file, folder or name, or the Hub cannot be reached.
     """
-    if (path := _here(source)) is not None:
+    path = _local_path(source)
+    if path is not None:
         return path
     name = str(source)
     try:
@@ -23,25 +24,26 @@ def resolve_model(source: str | os.PathLike) -> Path:
         raise MissingExtraError("huggingface_hub", "train") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):  # only then: it is as large again
+        if not list(folder.glob("*.safetensors")):  # downloaded only if needed: as large again
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
         return folder
     except Exception as error:  # the Hub's errors share no base class
         raise CheckpointError(
-            f"{name}: no such file or folder, and the Hub did not give it either: {error}"
+            f"{name}: no such file or folder, and not available on the Hub: {error}"
         ) from error
 
 
 def check_exists(source: str | os.PathLike) -> None:
-    """Say early, and without reading or fetching weights, what `resolve_model` would say later.
+    """Raise the errors of `resolve_model` early, without reading or downloading weights.
 
-    Of a Hub name that is not in the cache, config.json is fetched: it tells whether the name is right and
-    open to us, and the Hub within reach.
+    For a Hub name that is not in the cache, config.json is downloaded, which shows whether the name exists
+    and is accessible.
 
     Raises:
-        CheckpointError: as `resolve_model`; or a folder that is no model.
+        CheckpointError: as `resolve_model`; or a folder that is not a model.
     """
-    if (path := _here(source)) is not None:
+    path = _local_path(source)
+    if path is not None:
         if path.is_dir() and not (path / "config.json").exists():
             raise CheckpointError(f"{path}: not a model folder, config.json is missing")
         return
@@ -56,17 +58,21 @@ def check_exists(source: str | os.PathLike) -> None:
             huggingface_hub.hf_hub_download(name, "config.json")
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: no such folder or file, and no model of that name on the Hub that is open to you"
+            f"{name}: no such folder or file, and no accessible model of that name on the Hub"
         ) from error
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{name}: not on this machine, and the Hub does not give it: {reason}"
+            f"{name}: not on this machine, and not available on the Hub: {reason}"
         ) from error
 
 
-def _here(source: str | os.PathLike) -> Path | None:
-    """The file or folder of that name; None for what can only be a name on the Hub."""
+def _local_path(source: str | os.PathLike) -> Path | None:
+    """The file or folder of that name; None for what can only be a name on the Hub.
+
+    Raises:
+        CheckpointError: neither.
+    """
     path, name = Path(source), str(source)
     if path.is_dir():
         inner = path / "bundle"  # in the output folder of a training stage

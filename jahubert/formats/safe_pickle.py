@@ -1,18 +1,20 @@
-"""PyTorch's `.pt` and `.bin` files, read without running anything that is in them.
+"""Restricted reader of PyTorch's `.pt` and `.bin` files.
 
-A pickle is a program: it may name any function of any package and have it called. Nothing is called here but
-what this file defines. Tensors are raw bytes of the file, objects of the few families that model files hold
-(settings of argparse, omegaconf and Lightning, dictionaries of fairseq) become inert records, and a file that
-names anything else is refused.
+A pickle is a program: it may call any function of any package, repeat work exponentially and declare sizes
+that the file does not have. Here it can call nothing but the few constructors that this module defines.
+Tensors are views of the file's own bytes; objects of known families (settings of argparse, omegaconf and
+Lightning, dictionaries of fairseq) become inert records; everything else is refused. Time and memory are
+bounded by the number of instructions and by the size of the file.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jahubert.errors import CheckpointError
+from jahubert.errors import CheckpointError, JahubertError
+from jahubert.formats.limits import DEPTH, EXPANSION, INSTRUCTIONS, PICKLE_BYTES, VARIABLE, limit
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -41,164 +44,396 @@ _FAMILIES |= {"lightning", "lightning_fabric", "pytorch_lightning"}
 _NAMES = {"torch.device", "torch.Size", "_codecs.encode", "collections.defaultdict", "collections.Counter"}
 _BUILTINS = {"object", "dict", "list", "tuple", "set", "frozenset", "slice", "complex"}
 _BUILTINS |= {"bool", "int", "long", "float", "str", "unicode", "bytes", "bytearray"}
+_REBUILD_TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+_REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file that is older than PyTorch 1.6
+_LEGACY_PROTOCOL = 1001
+_PythonUnpickler: Any = pickle._Unpickler  # the one written in Python; the type stubs lack its attributes
 
 
 class Record(dict):
-    """An object of a foreign class: what it was made of, and nothing that it can do."""
+    """An object of a foreign class: its constructor arguments and its state, without any behavior."""
 
     args: tuple = ()
     state: Any = None
 
-    def __init__(self, *args: Any, **_: Any):
-        super().__init__()
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
     def append(self, _: Any) -> None:
-        """Lists and sets of foreign classes lose their items: no setting is one."""
+        """Ignore the items of foreign lists and sets: no setting is stored in one."""
 
     def extend(self, _: Iterable) -> None:
-        """See `append`."""
+        """As `append`."""
 
-    add = append
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
     __ne__ = object.__ne__
 
 
+@dataclass
+class Storage:
+    """The bytes that one or several tensors view; read from the file on first use."""
+
+    dtype: torch.dtype
+    read: Callable[[], bytes]
+    content: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """All values, one-dimensional.
+
+        Raises:
+            ValueError: the number of bytes is not a multiple of the item size.
+        """
+        if self.content is None:
+            raw = bytearray(self.read())
+            if len(raw) % self.dtype.itemsize:
+                raise ValueError(f"{len(raw)} bytes")
+            empty = torch.empty(0, dtype=self.dtype)
+            self.content = torch.frombuffer(raw, dtype=self.dtype) if raw else empty
+        return self.content
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that still lies in the file."""
+    """A tensor in a file, not read yet."""
 
-    file: zipfile.ZipFile
-    entry: str
-    dtype: torch.dtype
+    path: Path
+    storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        """Declared size."""
+        return math.prod(self.shape) * self.storage.dtype.itemsize
+
     def load(self) -> Tensor:
-        """Its values, on the CPU.
+        """Its values, on the CPU; tensors of one storage share memory.
 
         Raises:
             CheckpointError: the file has no or too few bytes for it.
         """
         try:
-            raw = bytearray(self.file.read(self.entry))
-            n_values, odd = divmod(len(raw), self.dtype.itemsize)
-            # A shape may claim more than there is, with a stride of zero as much as it likes.
-            if odd or not 0 <= math.prod(self.shape) <= n_values:
-                raise ValueError(f"{len(raw)} bytes")
-            flat = torch.frombuffer(raw, dtype=self.dtype) if raw else torch.empty(0, dtype=self.dtype)
-            return flat.as_strided(self.shape, self.stride, self.offset).contiguous()
-        except (
-            KeyError,
-            OSError,
-            EOFError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            zipfile.BadZipFile,
-        ) as error:
+            values = self.storage.values()
+            # A stride of zero would let a tensor have more values than its storage.
+            if math.prod(self.shape) > len(values):
+                raise ValueError(f"{values.nbytes} bytes")
+            return values.as_strided(self.shape, self.stride, self.offset)
+        except Exception as error:  # of zipfile, zlib or torch
             raise CheckpointError(
-                f"{self.file.filename}: the values of a tensor of shape {self.shape} are damaged ({error}); "
-                "copy the file again"
+                f"{self.path}: the values of a tensor of shape {self.shape} are damaged ({error}); "
+                "download or copy the file again"
             ) from error
 
 
 def read_pickled(path: Path) -> Any:
-    """What `torch.save` wrote: containers and numbers as they are, tensors as `Stored`, objects as `Record`.
-
-    Files older than PyTorch 1.6, which are not zip archives, are left to torch.load with weights_only.
+    """Read what `torch.save` wrote: containers and numbers, tensors as `Stored`, objects as `Record`.
 
     Raises:
-        CheckpointError: not such a file, damaged, or it names what a model file has no need of.
+        CheckpointError: not such a file, damaged, too complex, or it names something that no model needs.
     """
-    if not zipfile.is_zipfile(path):
-        return _read_old(path)
-    try:
-        file = zipfile.ZipFile(path)
-        (program,) = (name for name in file.namelist() if name.endswith("/data.pkl") or name == "data.pkl")
-        folder = program.removesuffix("data.pkl")
-        if folder + "byteorder" in file.namelist() and file.read(folder + "byteorder") != b"little":
-            raise CheckpointError(f"{path}: written on a big-endian machine; only little-endian can be read")
-        return _Unpickler(path, file, folder, file.read(program)).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged program fails in any way a program can
-        raise CheckpointError(
-            f"{path}: not a readable PyTorch file ({type(error).__name__}: {error}); copy it again"
-        ) from error
-
-
-def to_plain(value: Any) -> Any:
-    """Records as the dicts, lists and values that they hold; omegaconf's nodes are unwrapped."""
-    if isinstance(value, Record):
-        state = value.state if isinstance(value.state, dict) else {}
-        for inside in ("_content", "_val"):
-            if inside in state:
-                return to_plain(state[inside])
-        if value.args and not state and not len(value):  # a member of an enumeration
-            return to_plain(value.args[0])
-        return to_plain({**value, **state})
-    if isinstance(value, dict):
-        return {key: to_plain(inner) for key, inner in value.items()}
-    return [to_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _read_old(path: Path) -> Any:
     if path.suffix == ".onnx":
-        raise CheckpointError(
-            f"{path} is an ONNX file, which is not read back; give the model it was made of"
-        )
+        raise CheckpointError(f"{path}: ONNX files cannot be read; give the model that it was made from")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is none can cause
-        # Of what torch says the first sentence: the next ones advise to load it without restriction.
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        return _read_archive(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    except JahubertError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = f"{type(error).__name__}: {error}"[:200]
         raise CheckpointError(
-            f"{path}: neither safetensors nor a whole PyTorch file ({reason}); copy it again"
+            f"{path}: neither safetensors nor an intact PyTorch file ({reason}); download or copy it again"
         ) from error
 
 
-class _Unpickler(pickle._Unpickler):
-    """The one written in Python: a damaged number makes the other ask for gigabytes."""
+def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
+    """The tensors of a table read from `path`; its other values are left out.
 
-    def __init__(self, path: Path, file: zipfile.ZipFile, folder: str, program: bytes):
-        super().__init__(BytesIO(program), encoding="utf-8")
-        self.path, self.file, self.folder = path, file, folder
+    Raises:
+        CheckpointError: damaged values, or tensors that are together far larger than the file.
+    """
+    items = table if isinstance(table, Mapping) else {}
+    declared = sum(value.n_bytes for value in items.values() if isinstance(value, Stored))
+    if declared > _max_bytes(path):
+        raise CheckpointError(
+            f"{path}: {declared:,} bytes of tensors in a file of {path.stat().st_size:,} bytes; it is "
+            f"damaged or malicious ({VARIABLE} raises the limit)"
+        )
+    tensors = {name: value.load() if isinstance(value, Stored) else value for name, value in items.items()}
+    return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+
+
+def to_plain(where: object, value: Any) -> Any:
+    """Replace records by the dicts, lists and values that they hold; omegaconf's nodes are unwrapped.
+
+    Raises:
+        CheckpointError: the value is nested too deeply.
+    """
+    done: dict[int, Any] = {}  # an object that is used in several places is converted once
+
+    def convert(value: Any, depth: int) -> Any:
+        if depth > limit(DEPTH):
+            raise CheckpointError(f"{where}: settings are nested more than {limit(DEPTH)} levels deep")
+        if not isinstance(value, dict | list | tuple):
+            return value
+        if id(value) not in done:
+            done[id(value)] = None  # for an object that contains itself
+            done[id(value)] = convert_container(value, depth + 1)
+        return done[id(value)]
+
+    def convert_container(value: Any, depth: int) -> Any:
+        if isinstance(value, Record):
+            state = value.state if isinstance(value.state, dict) else {}
+            for content in ("_content", "_val"):
+                if content in state:
+                    return convert(state[content], depth)
+            if value.args and not state and not len(value):  # a member of an enumeration
+                return convert(value.args[0], depth)
+            value = {**value, **state}
+        if isinstance(value, dict):
+            return {key: convert(inner, depth) for key, inner in value.items()}
+        return [convert(inner, depth) for inner in value]
+
+    return convert(value, 0)
+
+
+def _read_archive(path: Path) -> Any:
+    """A file of PyTorch 1.6 or newer: a zip archive of the pickle and one entry per storage."""
+    archive = zipfile.ZipFile(path)
+    entries = {info.filename: info for info in archive.infolist()}
+    (program,) = (name for name in entries if name.endswith("/data.pkl") or name == "data.pkl")
+    folder = program.removesuffix("data.pkl")
+    bytes_left = _max_bytes(path)
+
+    def read(name: str) -> bytes:
+        nonlocal bytes_left
+        entry = entries[name]
+        bytes_left -= entry.file_size
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or bytes_left < 0:
+            raise ValueError(f"{name} has {entry.file_size:,} bytes ({VARIABLE} raises the limit)")
+        return archive.read(entry)
+
+    if folder + "byteorder" in entries and read(folder + "byteorder") != b"little":
+        raise CheckpointError(f"{path}: written on a big-endian machine; only little-endian can be read")
+
+    storages: dict[tuple[str, torch.dtype], Storage] = {}
+
+    def storage(key: str, dtype: torch.dtype, _: int) -> Storage:
+        new = Storage(dtype, lambda: read(f"{folder}data/{key}"))
+        return storages.setdefault((key, dtype), new)
+
+    if entries[program].file_size > limit(PICKLE_BYTES):
+        raise ValueError(f"a pickle of {entries[program].file_size:,} bytes; {VARIABLE} raises the limit")
+    return _Unpickler(path, BytesIO(read(program)), storage).load()
+
+
+def _read_legacy(path: Path) -> Any:
+    """A file older than PyTorch 1.6: several pickles, then the values of the storages one after another."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        storages: dict[str, Storage] = {}
+        n_values: dict[str, int] = {}
+        data: dict[str, bytes] = {}
+
+        def storage(key: str, dtype: torch.dtype, size: int) -> Storage:
+            n_values.setdefault(key, size)
+            return storages.setdefault(key, Storage(dtype, lambda: data[key]))
+
+        def read() -> Any:
+            return _Unpickler(path, content, storage).load()
+
+        if read() != _LEGACY_MAGIC or read() != _LEGACY_PROTOCOL:
+            raise ValueError("unknown first bytes")
+        read()  # byte order and sizes of the machine that wrote it
+        result = read()
+        keys = read()
+        if not isinstance(keys, list) or set(keys) != set(storages):
+            raise ValueError("storages are missing")
+        for key in keys:
+            size = int.from_bytes(content.read(8), "little")
+            n_bytes = size * storages[key].dtype.itemsize
+            if size != n_values[key] or content.tell() + n_bytes > len(content):
+                raise ValueError(f"storage {key} has {size} values")
+            data[key] = content.read(n_bytes)
+        return result
+
+
+def _max_bytes(path: Path) -> int:
+    """How many bytes may be read from a file, uncompressed."""
+    return limit(EXPANSION) * (path.stat().st_size + (1 << 20))
+
+
+class _Dispatch(dict):
+    """The instructions of a pickle; counts those that are executed."""
+
+    executed = 0
+    allowed = 0
+
+    def __getitem__(self, instruction: int) -> Callable:
+        self.count(1)
+        return super().__getitem__(instruction)
+
+    def count(self, n: int) -> None:
+        self.executed += n
+        if self.executed > self.allowed:
+            raise ValueError(f"more than {self.allowed:,} instructions; {VARIABLE} raises the limit")
+
+
+class _Unpickler(_PythonUnpickler):
+    """Unpickler that makes containers, numbers, records and descriptions of tensors, and nothing else.
+
+    Args:
+        path: the file, for messages.
+        file: the pickle.
+        storage: gives the storage of a key, dtype and number of values.
+    """
+
+    def __init__(self, path: Path, file: Any, storage: Callable[[str, torch.dtype, int], Storage]):
+        super().__init__(file, encoding="utf-8")
+        self.path, self.storage = path, storage
+        self.dispatch = _Dispatch(_INSTRUCTIONS)
+        self.dispatch.allowed = limit(INSTRUCTIONS)
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full == "collections.OrderedDict":
             return OrderedDict
-        if full in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"):
-            return getattr(self, name.removeprefix("_"))
+        if full in _REBUILD_TENSOR:
+            return self.rebuild_tensor
+        if full == _REBUILD_PARAMETER:
+            return self.rebuild_parameter
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+            return Record
         builtin = module in ("builtins", "__builtin__") and name in _BUILTINS
         if builtin or full in _NAMES or module.partition(".")[0] in _FAMILIES:
-            return type(name, (Record,), {})
+            return Record
         raise CheckpointError(
-            f"{self.path}: the file names {full}, which no model needs; opening it the usual way could run "
-            "code that somebody put there. Nothing of it was run; ask for the weights as safetensors"
+            f"{self.path}: the file names {full[:100]!r}, which no model needs; opening it with torch.load "
+            "could run malicious code. Nothing was run; ask for the weights as safetensors"
         )
 
-    def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
-        kind, dtype, key = pid[:3]
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f"{self.path}: holds {kind!r} data of a kind that no model needs")
-        return f"{self.folder}data/{key}", dtype
+    def persistent_load(self, pid: Any) -> Storage:
+        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[5:] not in ((), (None,)):
+            raise ValueError("unknown kind of storage")
+        kind, dtype, key, _, size = pid[:5]
+        types = (type(kind), type(key), type(size))
+        if types != (str, str, int) or kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise ValueError("unknown kind of storage")
+        return self.storage(key, dtype, size)
 
-    def rebuild_tensor_v2(
-        self, storage: tuple[str, torch.dtype], offset: int, shape: Any, stride: Any, *_: Any
-    ) -> Stored:
-        entry, dtype = storage
-        return Stored(self.file, entry, dtype, offset, tuple(shape), tuple(stride))
+    def rebuild_tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Stored:
+        numbers = (offset, *_integers(shape), *_integers(stride))
+        if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError("damaged tensor")
+        return Stored(self.path, storage, offset, _integers(shape), _integers(stride))
 
-    def rebuild_parameter(self, data: Stored, *_: Any) -> Stored:
+    def rebuild_parameter(self, data: Any, *_: Any) -> Stored:
+        if not isinstance(data, Stored):
+            raise ValueError("damaged parameter")
         return data
+
+    def call(self, function: Any, args: Any) -> Any:
+        """Make an object; `function` is what `find_class` returned."""
+        if function is Record:
+            record = Record()
+            record.args = tuple(args)  # not copied if it is a tuple: it may be large and used often
+            return record
+        if function is OrderedDict:
+            pairs = list(args[0]) if len(args) == 1 else []
+            self.dispatch.count(len(pairs))
+            result: OrderedDict = OrderedDict()
+            for key, value in pairs:
+                result[_checked_key(key)] = value
+            return result
+        if function in (self.rebuild_tensor, self.rebuild_parameter) and len(args) < 10:
+            return function(*args)
+        raise ValueError("calls something that is not a class")
+
+    # --- instructions whose usual versions could run code or take time that is not bounded by the file ----
+
+    def make(self) -> None:
+        """REDUCE and NEWOBJ: function and arguments are on the stack."""
+        args = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], args)
+
+    def make_with_keywords(self) -> None:
+        """NEWOBJ_EX; keywords of foreign classes are left out."""
+        self.stack.pop()
+        self.make()
+
+    def make_from_stack(self) -> None:
+        """OBJ."""
+        function, *args = self.pop_mark()
+        self.append(self.call(function, args))
+
+    def make_from_text(self) -> None:
+        """INST."""
+        module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
+        self.append(self.call(self.find_class(module, name), self.pop_mark()))
+
+    def set_state(self) -> None:
+        """BUILD."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Record):
+            self.stack[-1].state = state
+        elif not isinstance(self.stack[-1], OrderedDict):  # whose attributes (`_metadata`) no model needs
+            raise ValueError("sets attributes")
+
+    def set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._fill([key, value])
+
+    def set_items(self) -> None:
+        self._fill(self.pop_mark())
+
+    def make_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._fill(items)
+
+    def _fill(self, items: list) -> None:
+        table = self.stack[-1]
+        if not isinstance(table, dict):
+            raise ValueError("sets items of something that is not a dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            table[_checked_key(key)] = value
+
+    def refuse(self) -> None:
+        raise ValueError("an instruction that no model needs")
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    """A shape or stride; torch.Size is a record of one argument."""
+    if isinstance(value, Record):
+        value = value.args[0]
+    if type(value) not in (tuple, list) or len(value) > 8:
+        raise ValueError("damaged shape")
+    return tuple(value)
+
+
+def _checked_key(key: Any) -> Any:
+    """A key of a dict. Hashing a nested tuple can take time exponential in its size in the file."""
+    simple = (str, int, float, bool, bytes, type(None), Record)
+    parts = key if type(key) is tuple and len(key) < 10 else (key,)
+    if not all(type(part) in simple for part in parts):
+        raise ValueError("a key of a dict that is neither text nor a number")
+    return key
+
+
+_INSTRUCTIONS: dict[int, Callable] = dict(_PythonUnpickler.dispatch)
+_REPLACED = {
+    pickle.REDUCE: _Unpickler.make,
+    pickle.NEWOBJ: _Unpickler.make,
+    pickle.NEWOBJ_EX: _Unpickler.make_with_keywords,
+    pickle.OBJ: _Unpickler.make_from_stack,
+    pickle.INST: _Unpickler.make_from_text,
+    pickle.BUILD: _Unpickler.set_state,
+    pickle.SETITEM: _Unpickler.set_item,
+    pickle.SETITEMS: _Unpickler.set_items,
+    pickle.DICT: _Unpickler.make_dict,
+}
+_INSTRUCTIONS |= {instruction[0]: function for instruction, function in _REPLACED.items()}
+_REFUSED = (
+    pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID,
+    pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
+)  # fmt: skip
+_INSTRUCTIONS |= {instruction[0]: _Unpickler.refuse for instruction in _REFUSED}

@@ -1,7 +1,8 @@
-"""What weights are called elsewhere, and how they are taken out of a file and checked.
+"""Tensors of a model file, its configuration, and the checks that all formats share.
 
-Hugging Face's names are our own, so each other layout is one function from our name of a tensor to its name
-there. It serves reading and writing, and what a file has too much or too little is reported in its own names.
+Every reader turns a file into a `RawModel`: tensors under Hugging Face's names, which are also ours, and a
+`HubertConfig`. Another layout is described by one function from our name of a tensor to its name there, which
+serves reading and writing, so messages show the names that are in the file.
 """
 
 from __future__ import annotations
@@ -17,88 +18,283 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jahubert.errors import CheckpointError, ConfigError
-from jahubert.formats.safe_pickle import Stored, read_pickled
+from jahubert.errors import CheckpointError, ConfigError, DataError
+from jahubert.formats.limits import CONVS, LAYERS, limit
+from jahubert.formats.safe_pickle import read_pickled
+from jahubert.formats.typed_fields import typed
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 
-NORMALIZE_EPS = 1e-5  # of fairseq and torchaudio, which normalise waveforms by layer_norm
-TORCH_NORM_EPS = 1e-5  # of every norm in a model of theirs
-
-_WEIGHT_NORM = [
+NORMALIZE_EPS = 1e-5  # of fairseq and torchaudio, which normalize waveforms with layer_norm
+TORCH_NORM_EPS = 1e-5  # of all norms in fairseq and torchaudio models
+HEAD = "lm_head.weight"  # of a CTC model
+WEIGHT_NORM = [
     (r"parametrizations\.weight\.original0$", "weight_g"),
     (r"parametrizations\.weight\.original1$", "weight_v"),
-]
-_FAIRSEQ = [
-    (r"^(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
-    (r"^feature_projection\.layer_norm\.", "layer_norm."),
-    (r"^feature_projection\.projection\.", "post_extract_proj."),
-    (r"^encoder\.pos_conv_embed\.conv\.", "encoder.pos_conv.0."),
-    (r"^(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
-    (r"^(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
-    (r"\.feed_forward\.intermediate_dense\.", ".fc1."),
-    (r"\.feed_forward\.output_dense\.", ".fc2."),
-    (r"^masked_spec_embed$", "mask_emb"),
-    *_WEIGHT_NORM,
-]
-_TORCHAUDIO = [
-    (r"^feature_projection\.", "encoder.feature_projection."),
-    (r"^encoder\.(pos_conv_embed|layer_norm|layers)\b", r"encoder.transformer.\1"),
-    *_WEIGHT_NORM,
 ]
 
 
 @dataclass
 class RawModel:
-    """What was read from somewhere: tensors in Hugging Face's names, not yet in modules."""
+    """The content of a model file or folder: tensors under Hugging Face's names, not yet in modules."""
 
     config: HubertConfig
-    weights: dict[str, Tensor]  # of the encoder, and `lm_head.*` where there is a CTC head
-    head: dict[str, Tensor] = field(default_factory=dict)  # UnitHead's; empty where there is none
+    weights: dict[str, Tensor]  # of the encoder, and `lm_head.*` of a CTC model
+    head: dict[str, Tensor] = field(default_factory=dict)  # of UnitHead; empty if there is none
     temperature: float = 0.1  # of that head
-    special_rows: Tensor | None = None  # fairseq's four rows in front of the codebook
+    special_rows: Tensor | None = None  # (4, dim): rows that fairseq keeps before the codebook
     phonemes: PhonemeSet | None = None
     centroids_KD: Tensor | None = None
+    centroid_layer: int | None = None
     info: dict = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # what was left out or made anew, a sentence each
+    notes: list[str] = field(default_factory=list)  # what was dropped or newly initialized, a sentence each
 
 
-def fairseq_name(name: str, conv_norm: str = "group") -> str:
-    """fairseq's name of one of our encoder's tensors."""
-    place = "2" if conv_norm == "group" else "2.1"  # a layer norm stands between two transpositions
-    name = re.sub(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", rf"\1.{place}.", name)
-    return _renamed(name, _FAIRSEQ)
+# --- names ------------------------------------------------------------------------------------------------
 
 
-def torchaudio_name(name: str) -> str:
-    """torchaudio's name of one of our encoder's tensors; it has none for the mask embedding."""
-    return _renamed(name, _TORCHAUDIO)
-
-
-def weight_norm_name(name: str) -> str:
-    """`weight_g` and `weight_v`, whichever way of torch to normalise a weight saved it."""
-    return _renamed(name, _WEIGHT_NORM)
-
-
-def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
+def rename(name: str, rules: list[tuple[str, str]]) -> str:
+    """Apply (pattern, replacement) rules to the name of a tensor, one after another."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def encoder_shapes(config: HubertConfig) -> dict[str, torch.Size]:
-    """Names and shapes of the encoder's tensors."""
-    with torch.device("meta"):
-        return {name: value.shape for name, value in HubertModel(config).state_dict().items()}
+def weight_norm_name(name: str) -> str:
+    """The name with `weight_g` or `weight_v`, whichever torch API for weight normalization saved it."""
+    return rename(name, WEIGHT_NORM)
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read a `.safetensors`, `.pt` or `.bin` file; tensors of pickled files are still `Stored`.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a table.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: {path.name} is missing; download or copy the folder again")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if path.suffix != ".safetensors" and start[8:] != b"{":
+        content = read_pickled(path)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds a {type(content).__name__} and no weights")
+        return content
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: broken or truncated safetensors file ({error}); download or copy it again"
+        ) from error
+
+
+def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
+    """The symbols of a CTC head.
+
+    Raises:
+        CheckpointError: fewer than two, duplicate or not printable.
+    """
+    for symbol in symbols:
+        if not typed(where, "a symbol", symbol, str).isprintable():
+            raise CheckpointError(f"{where}: symbol {symbol!r} has control characters")
+    if len(symbols) < 2:
+        raise CheckpointError(f"{where}: a CTC model needs at least two symbols, found {len(symbols)}")
+    try:
+        return PhonemeSet(tuple(symbols))
+    except DataError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+# --- configuration ----------------------------------------------------------------------------------------
+
+
+def config_field(where: object, field: str, name: str, value: Any) -> Any:
+    """The value of a field of HubertConfig, with the type of its default; `name` is its name in the file.
+
+    Raises:
+        CheckpointError: a value of another type.
+    """
+    default = HubertConfig.__dataclass_fields__[field].default
+    return typed(where, name, value, type(default))
+
+
+def fields_from_shapes(
+    where: object, tensors: Mapping[str, Tensor], name_of: Callable[[str], str]
+) -> dict[str, Any]:
+    """The fields of HubertConfig that the shapes of an encoder determine.
+
+    Args:
+        where: the file, for messages.
+        tensors: the encoder's tensors, under the names of the file.
+        name_of: our name of a tensor -> its name in the file.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another number of dimensions.
+    """
+
+    def shape(name: str, dims: int) -> torch.Size:
+        tensor = tensors.get(name_of(name))
+        if tensor is None or tensor.dim() != dims or not tensor.numel():
+            problem = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise CheckpointError(
+                f"{where}: {name_of(name)} is {problem}, so this is not a complete HuBERT model"
+            )
+        return tensor.shape
+
+    def count(name: str, most: int) -> int:
+        n = 0
+        while name_of(name.format(n)) in tensors:
+            n += 1
+        if n > limit(most):
+            raise CheckpointError(f"{where}: {n} layers {name.format('N')}, but at most {most} are supported")
+        return n
+
+    conv, ffn = "feature_extractor.conv_layers.{}.conv.", "encoder.layers.{}.feed_forward.intermediate_dense."
+    shape(conv.format(0) + "weight", 3)
+    convs = [shape(conv.format(n) + "weight", 3) for n in range(count(conv + "weight", CONVS))]
+    width, per_group, kernel = shape("encoder.pos_conv_embed.conv.parametrizations.weight.original1", 3)
+    return {
+        "conv_dims": tuple(dim for dim, _, _ in convs),
+        "conv_kernels": tuple(taps for _, _, taps in convs),
+        "conv_bias": name_of(conv.format(0) + "bias") in tensors,
+        "width": width,
+        "layers": count(ffn + "weight", LAYERS),
+        "ffn": shape(ffn.format(0) + "weight", 2)[0],
+        "pos_conv_kernel": kernel,
+        "pos_conv_groups": width // per_group,
+    }
+
+
+def make_config(where: object, from_shapes: Mapping[str, Any], settings: Mapping[str, Any]) -> HubertConfig:
+    """HubertConfig from the shapes of the weights (`fields_from_shapes`) and from the settings of the file.
+
+    Raises:
+        CheckpointError: the two contradict each other, or no HuBERT has such a configuration.
+    """
+    wrong = [
+        f"{name} {settings[name]}, not {from_shapes[name]}"
+        for name in from_shapes
+        if settings.get(name, from_shapes[name]) != from_shapes[name]
+    ]
+    if wrong:  # checked before a model is built, which could have any size
+        raise CheckpointError(
+            f"{where}: weights and settings do not fit; the settings specify {', '.join(wrong)}. Use both "
+            "as they were published"
+        )
+    try:
+        return HubertConfig(**{**from_shapes, **settings})
+    except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{where}: its settings do not describe a HuBERT model: {error}") from error
+
+
+# --- shapes and values ------------------------------------------------------------------------------------
+
+
+def encoder_shapes(config: HubertConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the encoder's tensors, without building it."""
+    width, ffn, kernel = config.width, config.ffn, config.pos_conv_kernel
+    shapes: dict[str, tuple[int, ...]] = {"masked_spec_embed": (width,)}
+
+    def affine(name: str, *weight: int) -> None:
+        shapes[f"{name}.weight"] = weight
+        shapes[f"{name}.bias"] = weight[:1]
+
+    channels = 1
+    for n, (dim, taps) in enumerate(zip(config.conv_dims, config.conv_kernels, strict=True)):
+        layer = f"feature_extractor.conv_layers.{n}"
+        shapes[f"{layer}.conv.weight"] = (dim, channels, taps)
+        if config.conv_bias:
+            shapes[f"{layer}.conv.bias"] = (dim,)
+        if n == 0 or config.conv_norm == "layer":
+            affine(f"{layer}.layer_norm", dim)
+        channels = dim
+    affine("feature_projection.layer_norm", channels)
+    affine("feature_projection.projection", width, channels)
+    position = "encoder.pos_conv_embed.conv"
+    shapes[f"{position}.bias"] = (width,)
+    shapes[f"{position}.parametrizations.weight.original0"] = (1, 1, kernel)
+    shapes[f"{position}.parametrizations.weight.original1"] = (width, width // config.pos_conv_groups, kernel)
+    affine("encoder.layer_norm", width)
+    for n in range(config.layers):
+        block = f"encoder.layers.{n}"
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            affine(f"{block}.attention.{projection}", width, width)
+        affine(f"{block}.layer_norm", width)
+        affine(f"{block}.feed_forward.intermediate_dense", ffn, width)
+        affine(f"{block}.feed_forward.output_dense", width, ffn)
+        affine(f"{block}.final_layer_norm", width)
+    return shapes
+
+
+def count_symbols(where: object, weights: Mapping[str, Tensor], width: int) -> int | None:
+    """The outputs of the CTC head; None if there is none.
+
+    Raises:
+        CheckpointError: the head has another width than the encoder, or fewer than two outputs.
+    """
+    if HEAD not in weights:
+        return None
+    shape = weights[HEAD].shape
+    if len(shape) != 2 or shape[0] < 2 or shape[1] != width:
+        raise CheckpointError(
+            f"{where}: {HEAD}, the CTC head, has shape {tuple(shape)}, but needs (symbols, {width})"
+        )
+    return shape[0]
+
+
+def select_tensors(
+    where: object,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    name_of: Callable[[str], str] = str,
+) -> dict[str, Tensor]:
+    """The tensors of the given names and shapes, in float32.
+
+    Args:
+        where: the file, for messages.
+        shapes: our name of each tensor, and its shape.
+        tensors: the tensors found, under the names of the file.
+        name_of: our name -> the name in the file.
+
+    Raises:
+        CheckpointError: a tensor is missing, not expected, of another shape or not of floating point.
+    """
+    names = {name_of(name): name for name in shapes}
+    missing = [name for name in names if name not in tensors]
+    unknown = sorted(tensors.keys() - names.keys())
+    wrong = []
+    for name, ours in names.items():
+        if name in tensors and tensors[name].shape != shapes[ours]:
+            wrong.append(f"{name} is {tuple(tensors[name].shape)} and not {shapes[ours]}")
+        elif name in tensors and not tensors[name].is_floating_point():
+            wrong.append(f"{name} is of type {tensors[name].dtype}")
+    problems = wrong[:5]
+    if unknown:
+        problems.insert(0, f"unknown {unknown[:5]}")
+    if missing:
+        problems.insert(0, f"missing {missing[:5]}")
+    if problems:
+        raise CheckpointError(
+            f"{where}: the weights are not those of the HuBERT model that the settings describe: "
+            + "; ".join(problems)
+            + ". Use both as they were published"
+        )
+    return {ours: tensors[name].float() for name, ours in names.items()}
 
 
 def new_mask_embedding(width: int) -> Tensor:
-    """A mask embedding (D,) for weights that came without: drawn as for training, always the same one."""
+    """A mask embedding (D,) for weights without one: drawn as for training, always the same."""
     return torch.rand(width, generator=torch.Generator().manual_seed(0))
 
 
+# --- writing ----------------------------------------------------------------------------------------------
+
+
 def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[str, Tensor]:
-    """The encoder's tensors by our names, for fairseq or torchaudio; what is lost on the way goes to `notes`.
+    """The encoder's tensors under our names, for fairseq or torchaudio; appends to `notes` what is lost.
 
     Raises:
         CheckpointError: the target would compute something else with these weights.
@@ -106,142 +302,20 @@ def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[st
     config = model.config
     if config.norm_eps != TORCH_NORM_EPS:
         raise CheckpointError(
-            f"norm_eps is {config.norm_eps}, but {target} has {TORCH_NORM_EPS} built in and would give other "
-            "results; take another format"
+            f"norm_eps is {config.norm_eps}, but {target} uses a fixed {TORCH_NORM_EPS} and would give other "
+            "results; choose another format"
         )
     if config.normalize and config.normalize_eps != NORMALIZE_EPS:
         notes.append(
-            f"epsilon of the normalised waveform: {target} has {NORMALIZE_EPS}, the source "
-            f"{config.normalize_eps}; only very quiet audio shows it"
+            f"epsilon of waveform normalization: {target} uses {NORMALIZE_EPS}, the source "
+            f"{config.normalize_eps}; results differ for very quiet audio only"
         )
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     biases = [
         name for name in state if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.conv\.bias", name)
     ]
     if biases and not any(state[name].any() for name in biases):
-        # Large models have none where they were trained; Hugging Face's copies carry zeros.
+        # The published large models were trained without; Hugging Face's copies of them have zeros.
         state = {name: value for name, value in state.items() if name not in biases}
-        notes.append(
-            "biases of the front end: all zero, so they were left out, as the published models have none"
-        )
+        notes.append("biases of the front end: all zero and left out, as in the published models")
     return state
-
-
-def select_tensors(
-    where: object,
-    shapes: Mapping[str, torch.Size],
-    found: Mapping[str, Tensor],
-    named: Callable[[str], str] = str,
-) -> dict[str, Tensor]:
-    """The tensors `shapes` asks for, float32, out of `found`, where they are called `named(...)`.
-
-    Raises:
-        CheckpointError: one is missing or of another shape, or `found` holds others as well.
-    """
-    theirs = {named(name): name for name in shapes}
-    missing, extra = [name for name in theirs if name not in found], sorted(found.keys() - theirs.keys())
-    wrong = [
-        f"{name} is {tuple(found[name].shape)} and not {tuple(shapes[ours])}"
-        for name, ours in theirs.items()
-        if name in found and found[name].shape != shapes[ours]
-    ]
-    if missing or extra or wrong:
-        says = [f"missing {missing[:5]}" * bool(missing), f"unknown {extra[:5]}" * bool(extra), *wrong[:5]]
-        raise CheckpointError(
-            f"{where}: the weights are not those of the HuBERT that its settings describe: "
-            + "; ".join(filter(None, says))
-            + ". Take both as they were published"
-        )
-    return {ours: found[name].float() for name, ours in theirs.items()}
-
-
-def fields_from_shapes(
-    where: object, found: Mapping[str, Tensor], named: Callable[[str], str]
-) -> dict[str, Any]:
-    """The fields of HubertConfig that the shapes of an encoder show.
-
-    Raises:
-        CheckpointError: a tensor is missing without which there is no encoder.
-    """
-
-    def shape(ours: str, dims: int) -> torch.Size:
-        tensor = found.get(named(ours))
-        if tensor is None or tensor.dim() != dims:
-            says = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise CheckpointError(
-                f"{where}: {named(ours)} is {says}, so this is not a whole HuBERT; copy it again "
-                "or take another"
-            )
-        return tensor.shape
-
-    def count(ours: str) -> int:
-        return next(n for n in range(len(found) + 1) if named(ours.format(n)) not in found)
-
-    conv, ffn = "feature_extractor.conv_layers.{}.conv.", "encoder.layers.{}.feed_forward.intermediate_dense."
-    shape(conv.format(0) + "weight", 3)
-    convs = [shape(conv.format(n) + "weight", 3) for n in range(count(conv + "weight"))]
-    width, per_group, kernel = shape("encoder.pos_conv_embed.conv.parametrizations.weight.original1", 3)
-    return {
-        "conv_dims": tuple(dim for dim, _, _ in convs),
-        "conv_kernels": tuple(taps for _, _, taps in convs),
-        "conv_bias": named(conv.format(0) + "bias") in found,
-        "width": width,
-        "layers": count(ffn + "weight"),
-        "ffn": shape(ffn.format(0) + "weight", 2)[0],
-        "pos_conv_kernel": kernel,
-        "pos_conv_groups": width // max(1, per_group),
-    }
-
-
-def make_config(where: object, shown: Mapping[str, Any], said: Mapping[str, Any]) -> HubertConfig:
-    """HubertConfig from what the weights show (`fields_from_shapes`) and what the settings say.
-
-    Raises:
-        CheckpointError: the two contradict each other, or no HuBERT is like that.
-    """
-    wrong = [
-        f"{name} {said[name]}, not {shown[name]}"
-        for name in shown
-        if said.get(name, shown[name]) != shown[name]
-    ]
-    if wrong:  # seen before a model of the wrong size is made, which could be of any size
-        raise CheckpointError(
-            f"{where}: weights and settings do not fit; the settings say {', '.join(wrong)}. Take both "
-            "as they were published"
-        )
-    try:
-        return HubertConfig(**{**shown, **said})
-    except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}: its settings describe no HuBERT: {error}") from error
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """The content of a `.safetensors`, `.pt` or `.bin` file; tensors of pickled files are still `Stored`.
-
-    Raises:
-        CheckpointError: missing, damaged, or a pickle that is no table of tensors.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: {path.name} is missing; copy the folder again")
-    with path.open("rb") as file:
-        start = file.read(9)
-    if path.suffix != ".safetensors" and start[8:] != b"{":
-        content = read_pickled(path)
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{path}: holds a {type(content).__name__} and no weights; give another file"
-            )
-        return content
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: broken or truncated safetensors file ({error}); copy it again"
-        ) from error
-
-
-def load_tensors(table: Any) -> dict[str, Tensor]:
-    """The tensors of a table, read now; other things in it are left out."""
-    items = table.items() if isinstance(table, Mapping) else ()
-    tensors = {str(name): value.load() if isinstance(value, Stored) else value for name, value in items}
-    return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}

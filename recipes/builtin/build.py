@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 import jahubert
 from jahubert import run
 from jahubert.errors import ConfigError, DataError, UserError
+from jahubert.formats.atomic import atomic_folder
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.pipeline.compose import compose
@@ -112,17 +111,12 @@ def pack(exp: Path, target: Path, command: str) -> int:
         tensor.copy_(tensor.half().float())
     info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
     info["per"] = {name: round(score["per"]["rate"], 4) for name, score in scores.items()}
-    staging = target.with_name(target.name + ".new")
-    save_bundle(staging, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info)
-    weights = load_file(staging / "model.safetensors")
-    half = {name: tensor.half() for name, tensor in weights.items()}
-    save_file(half, staging / "model.safetensors", metadata={"format": "pt"})
-    (staging / "README.md").write_text(card(bundle, scores, record, command), encoding="utf-8")
-    size = sum(path.stat().st_size for path in staging.iterdir())
-    if size > LIMIT:
-        raise DataError(f"{staging}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")
-    shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)
+    with atomic_folder(target) as folder:
+        save_bundle(folder, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info, dtype=torch.float16)
+        (folder / "README.md").write_text(card(bundle, scores, record, command), encoding="utf-8")
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        if size > LIMIT:
+            raise DataError(f"{target}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")
     return size
 
 

@@ -1,0 +1,215 @@
+"""Hugging Face's HuBERT folders: configuration, weights, vocabulary.
+
+Weights are in one file or in shards, as safetensors or as PyTorch's `.bin`. Tensor names are our own, except
+for the prefix `hubert.` of an encoder under a head and for the older names of weight normalization.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from jahubert.errors import CheckpointError
+from jahubert.formats.safe_pickle import load_tensors
+from jahubert.formats.state_dict import (
+    RawModel,
+    config_field,
+    count_symbols,
+    fields_from_shapes,
+    make_config,
+    new_mask_embedding,
+    read_tensors,
+    symbol_set,
+)
+from jahubert.formats.typed_fields import read_json, read_optional_json, short_repr, typed, typed_item
+from jahubert.frames import SAMPLE_RATE
+from jahubert.model.hubert import HubertConfig
+from jahubert.phonemes import BLANK, BOUNDARY, PhonemeSet
+
+SAFE, BIN = "model.safetensors", "pytorch_model.bin"
+CONFIG, PREPROCESSOR, VOCABULARY = "config.json", "preprocessor_config.json", "vocab.json"
+# Our field -> Hugging Face's key.
+_KEYS = {
+    "conv_dims": "conv_dim",
+    "conv_kernels": "conv_kernel",
+    "conv_strides": "conv_stride",
+    "conv_bias": "conv_bias",
+    "conv_norm": "feat_extract_norm",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "ffn": "intermediate_size",
+    "pre_norm": "do_stable_layer_norm",
+    "pos_conv_kernel": "num_conv_pos_embeddings",
+    "pos_conv_groups": "num_conv_pos_embedding_groups",
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "input_dropout": "feat_proj_dropout",
+    "layer_drop": "layerdrop",
+}
+# The only values that are supported.
+_FIXED = {
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "feat_proj_layer_norm": True,
+    "conv_pos_batch_norm": False,
+}
+
+
+def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> RawModel:
+    """Read a Hugging Face folder.
+
+    Args:
+        folder: the folder.
+        fields: fields of HubertConfig that Hugging Face has no key for, where they are known.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not of a HuBERT model.
+    """
+    settings = read_json(folder / CONFIG)
+    if settings.get("model_type") != "hubert":
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type is {short_repr(settings.get('model_type'))}, but must be 'hubert'"
+        )
+    weights = {_our_name(name): tensor for name, tensor in _read_weights(folder).items()}
+    from_shapes = fields_from_shapes(folder, weights, str)
+    config = make_config(folder, from_shapes, _config_fields(folder, settings) | dict(fields or {}))
+    raw = RawModel(config, weights)
+    if "masked_spec_embed" not in weights:  # Hugging Face leaves it out of models saved without masking
+        weights["masked_spec_embed"] = new_mask_embedding(config.width)
+        raw.notes.append("mask embedding: the source has none, so a new one was drawn")
+    n_symbols = count_symbols(folder, weights, config.width)
+    if n_symbols is not None:
+        raw.phonemes = _read_symbols(folder, settings, n_symbols)
+    return raw
+
+
+def huggingface_config(config: HubertConfig, phonemes: PhonemeSet | None, n_symbols: int | None) -> dict:
+    """The content of config.json; `n_symbols` are the outputs of a CTC model."""
+    settings = {key: getattr(config, name) for name, key in _KEYS.items()}
+    return settings | {
+        "model_type": "hubert",
+        "architectures": ["HubertModel" if n_symbols is None else "HubertForCTC"],
+        "num_feat_extract_layers": len(config.conv_dims),
+        "feat_extract_activation": "gelu",
+        "hidden_act": "gelu",
+        "feat_proj_layer_norm": True,
+        "final_dropout": 0.0,
+        "ctc_loss_reduction": "sum",
+        "ctc_zero_infinity": True,
+        "vocab_size": 32 if n_symbols is None else n_symbols,
+        "pad_token_id": 0 if phonemes is None else phonemes.blank,  # the CTC blank
+        "torch_dtype": "float32",
+    }
+
+
+def preprocessor_config(config: HubertConfig) -> dict:
+    """The content of preprocessor_config.json."""
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": config.normalize,
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": config.conv_norm == "layer",
+        "sampling_rate": SAMPLE_RATE,
+    }
+
+
+def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
+    """The content of vocab.json, where the blank is called `<pad>`."""
+    names = {BLANK: "<pad>"}
+    # A model from fairseq has both: its blank is <s>, and <pad> is another symbol.
+    names["<pad>"] = "<pad >" if "<s>" in phonemes.symbols else "<s>"
+    return {names.get(symbol, symbol): row for row, symbol in enumerate(phonemes.symbols)}
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder, from one file or from the shards that an index lists."""
+    for name in (SAFE, BIN):
+        if (folder / name).exists():
+            return load_tensors(folder / name, read_tensors(folder / name))
+    for name in (SAFE, BIN):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            tensors: dict[str, Tensor] = {}
+            for shard in _shard_names(index):
+                tensors |= load_tensors(folder / shard, read_tensors(folder / shard))
+            return tensors
+    raise CheckpointError(f"{folder}: {SAFE} is missing; download or copy the folder again")
+
+
+def _shard_names(index: Path) -> list[str]:
+    shards = typed_item(index, read_json(index), "weight_map", dict, {}).values()
+    for name in shards:
+        if typed(index, "a file in weight_map", name, str) != os.path.basename(name):
+            raise CheckpointError(f"{index}: weight_map must name files of this folder, found {name!r}")
+    return sorted(set(shards))
+
+
+def _our_name(name: str) -> str:
+    """Our name of a tensor of a Hugging Face model."""
+    for suffix, own in (("weight_g", "original0"), ("weight_v", "original1")):
+        name = name.replace(
+            f"pos_conv_embed.conv.{suffix}", f"pos_conv_embed.conv.parametrizations.weight.{own}"
+        )
+    return name.removeprefix("hubert.")
+
+
+def _config_fields(folder: Path, settings: dict) -> dict[str, Any]:
+    """HubertConfig's fields from config.json and preprocessor_config.json."""
+    path = folder / CONFIG
+    for key, value in _FIXED.items():
+        if settings.get(key, value) != value:
+            raise CheckpointError(
+                f"{path}: {key} is {short_repr(settings[key])}; only {value!r} is supported"
+            )
+    fields = {
+        name: config_field(path, name, key, settings[key]) for name, key in _KEYS.items() if key in settings
+    }
+    # A folder without a processor comes from Hugging Face's script for pretrained models, which writes none.
+    fields["normalize"] = fields.get("pre_norm", False)
+    processor = folder / PREPROCESSOR
+    if processor.exists():
+        fields["normalize"] = typed_item(processor, read_json(processor), "do_normalize", bool, True)
+    return fields
+
+
+def _read_symbols(folder: Path, settings: dict, n_rows: int) -> PhonemeSet | None:
+    """The symbols of a CTC head, by row; None if the folder has no vocabulary.
+
+    The blank is row `pad_token_id` of config.json, whatever its name, and the word delimiter is that of
+    tokenizer_config.json. A row that the vocabulary does not name gets its number as a name.
+    """
+    path = folder / VOCABULARY
+    if not path.is_file():
+        return None
+    rows = {**read_json(path), **read_optional_json(folder / "added_tokens.json")}
+    names = {row: name for name, row in rows.items() if type(row) is int and 0 <= row < n_rows}
+    symbols = [names.get(row, f"<{row}>") for row in range(n_rows)]
+    blank = typed_item(folder / CONFIG, settings, "pad_token_id", int, 0)
+    if not 0 <= blank < n_rows:
+        raise CheckpointError(
+            f"{folder / CONFIG}: pad_token_id, the CTC blank, is {blank}, but the head has {n_rows} "
+            "outputs; set it to the one that the model was trained with"
+        )
+    tokenizer = folder / "tokenizer_config.json"
+    delimiter = typed_item(
+        tokenizer, _content(read_optional_json(tokenizer)), "word_delimiter_token", str, BOUNDARY
+    )
+    if delimiter in symbols and BOUNDARY not in symbols:
+        symbols[symbols.index(delimiter)] = BOUNDARY
+    symbols[blank] = BLANK
+    return symbol_set(path, symbols)
+
+
+def _content(tokenizer: dict) -> dict:
+    """The tokenizer's settings, in which a token is text or an object with its text as `content`."""
+    token = tokenizer.get("word_delimiter_token")
+    return tokenizer | ({"word_delimiter_token": token.get("content")} if isinstance(token, dict) else {})

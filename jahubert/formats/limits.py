@@ -1,0 +1,36 @@
+"""Limits on the memory and time that opening a model file may take.
+
+They are far above what models of real projects need. The environment variable `JAHUBERT_LIMITS` multiplies
+all of them, for a larger file that is trusted.
+"""
+
+from __future__ import annotations
+
+import os
+
+from jahubert.errors import ConfigError
+
+VARIABLE = "JAHUBERT_LIMITS"
+JSON_BYTES = 4 << 20  # parsed JSON can take fifty times its size
+PICKLE_BYTES = 16 << 20  # of the pickle without its tensors
+INSTRUCTIONS = 1_000_000  # of a pickle; 300 tensors and 50,000 symbols need 400,000
+DEPTH = 100  # levels of nested settings
+EXPANSION = 4  # bytes of tensors per byte of their file
+CONVS = 64  # layers of the front end
+LAYERS = 512  # Transformer blocks
+
+
+def limit(value: int) -> int:
+    """One of the limits above, multiplied by the environment variable.
+
+    Raises:
+        ConfigError: the variable is not a positive number.
+    """
+    text = os.environ.get(VARIABLE, "1")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise ConfigError(f"{VARIABLE}={text}: must be a positive number")
+    return int(value * factor)

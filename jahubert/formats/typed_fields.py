@@ -1,0 +1,107 @@
+"""Typed access to the JSON files and settings of models.
+
+Settings come from files that anybody may have written. Every field is read through `typed`, which checks its
+type once, so that the code after it never meets a string or NaN where it expects a number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jahubert.errors import CheckpointError
+from jahubert.formats.limits import JSON_BYTES, VARIABLE, limit
+
+MAX_INT = 2**31 - 1
+_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "text",
+    tuple: "a list of integers",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def typed(where: object, name: str, value: Any, kind: type) -> Any:
+    """Check the type of a field and return its value.
+
+    Args:
+        where: the file, for the message.
+        name: the field, for the message.
+        value: the value found.
+        kind: bool, int, float, str, list or dict; tuple for a list of integers, which is returned as a tuple.
+
+    Raises:
+        CheckpointError: the value is of another type, not finite, or larger than any setting of a model.
+    """
+    if kind is float and type(value) is int and abs(value) <= MAX_INT:
+        value = float(value)
+    if kind is tuple and type(value) in (list, tuple) and all(_is_int(item) for item in value):
+        return tuple(value)
+    matches = _is_int(value) if kind is int else type(value) is kind and kind is not tuple
+    if kind is float and matches:
+        matches = math.isfinite(value)
+    if kind is str and matches:
+        matches = _is_encodable(value)
+    if not matches:
+        raise CheckpointError(f"{where}: {name} is {short_repr(value)}, but must be {_NAMES[kind]}")
+    return value
+
+
+def typed_item(where: object, table: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """Field `name` of a table, as in `typed`; `default` if it is missing or null."""
+    value = table.get(name)
+    return default if value is None else typed(where, name, value, kind)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, too large or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit(JSON_BYTES) + 1)
+        if len(data) > limit(JSON_BYTES):
+            raise ValueError(f"more than {limit(JSON_BYTES):,} bytes; {VARIABLE} raises the limit")
+        content = json.loads(data.decode("utf-8"))
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # fails on lone surrogates
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: not a model folder, {path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; an empty table if there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def short_repr(value: Any) -> str:
+    """A representation of limited length and depth."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a huge {type(value).__name__}"
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and abs(value) <= MAX_INT
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
