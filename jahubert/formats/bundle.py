@@ -39,6 +39,7 @@ from jahubert.formats.huggingface import (
     read_huggingface,
     vocabulary,
 )
+from jahubert.formats.model_card import model_card
 from jahubert.formats.safe_pickle import load_tensors
 from jahubert.formats.state_dict import (
     HEAD,
@@ -139,7 +140,7 @@ def save_bundle(
             save_file(_savable(heads), folder / HEADS)
         if centroids_KD is not None:
             save_file(_savable({"centroids_KD": centroids_KD}), folder / CENTROIDS)
-        card = _model_card(path.name, hubert, extra, ctc is not None)
+        card = model_card(path.name, hubert, extra, ctc is not None)
         extra["files"] = {file.name: _describe(file) for file in sorted(folder.iterdir())}
         extra["checksum"] = _checksum(extra)
         _write_json(folder / INFO, extra)
@@ -163,28 +164,6 @@ def _savable(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> di
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _model_card(name: str, model: HubertModel, extra: dict, ctc: bool) -> str:
-    config = model.config
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    origin = {key: value for key, value in extra.items() if key not in ("phonemes", "config")}
-    training = "fine-tuned with CTC" if ctc else "pretrained by masked prediction of units"
-    waveforms = "normalized per utterance" if config.normalize else "not normalized"
-    use = "`jahubert.FeatureExtractor.from_pretrained(folder)`"
-    if ctc:
-        use += ", `jahubert transcribe --model folder audio.wav`"
-    return f"""# {name}
-
-HuBERT with {config.layers} blocks of width {config.width} ({millions:.1f} M parameters), {training}.
-Input: 16 kHz mono waveforms, {waveforms}.
-
-Made with jahubert: {use}.
-
-```json
-{json.dumps(origin, indent=2, ensure_ascii=False)}
-```
-"""
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -188,7 +188,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
     metrics = train(module, data, config.train, out, validate=validate, best=config.best)
     if distributed.rank() == 0:
-        info = {"finetuning": {"utterances": len(rows), "metrics": metrics}}
+        finetuning: dict[str, Any] = {"utterances": len(rows), "metrics": metrics}
+        if config.pretrained is not None and not config.pretrained.exists():  # a Hub name
+            finetuning["base_model"] = str(config.pretrained)
+        info = {"finetuning": finetuning}
         save_bundle(out / "bundle", ctc=module.ctc, phonemes=targets.phonemes, info=info)
     distributed.barrier()
     hours = float(manifest.n_samples[rows].sum()) / SAMPLE_RATE / 3600
