@@ -4,8 +4,8 @@ The forward pass reads like the paper: ordinary torch modules on a padded batch 
 Padding never enters a result: the group norm takes its statistics over valid frames, attention masks the
 others, and the positional convolution sees zeros there.
 
-`jahubert.model.kernels` computes the same on packed frames, several times faster. `kernels.dispatch.usable`
-decides between the two; its docstring is the whole rule. Nothing in this file depends on the kernels.
+`jahubert.model.kernels` computes the same on packed frames, several times faster, and is used by default.
+`kernels.usable` decides between the two (its docstring is the whole rule), at three places of this file.
 
 Modules carry the names of Hugging Face's `HubertModel`, so either state dict loads into the other.
 
@@ -15,19 +15,26 @@ Shapes: B utterances, T samples, S frames, C conv channels, D model width, H hea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 
 from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import FrameGrid
 from jahubert.model import kernels
+from jahubert.model.layers import (
+    MaskedGroupNorm,
+    WeightNormConv1d,
+    length_mask,
+    mean_square,
+    scale_gradient,
+)
 from jahubert.model.precision import autocast
-from jahubert.model.weight_norm import WeightNormConv1d
 
 if TYPE_CHECKING:
     from jahubert.model.kernels.packing import Packing
@@ -137,30 +144,9 @@ class Encoded:
     conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar; in training only
 
 
-torch.utils._pytree.register_pytree_node(  # for torch.export
-    Encoded,
-    lambda encoded: (list(vars(encoded).values()), None),
-    lambda values, _: Encoded(*values),
-    serialized_type_name="jahubert.Encoded",
+register_pytree_node(  # for torch.export
+    Encoded, lambda encoded: (list(vars(encoded).values()), None), lambda values, _: Encoded(*values)
 )
-
-
-class MaskedGroupNorm(nn.GroupNorm):
-    """Group norm with one group per channel, over the valid frames of each utterance."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels)
-
-    def forward(self, x_BCS: Tensor, valid_B1S: Tensor | None = None) -> Tensor:
-        if valid_B1S is None:
-            return super().forward(x_BCS)
-        x_BCS = x_BCS.to(torch.promote_types(x_BCS.dtype, torch.float32))
-        count_B11 = valid_B1S.sum(-1, keepdim=True)
-        mean_BC1 = x_BCS.masked_fill(~valid_B1S, 0.0).sum(-1, keepdim=True) / count_B11
-        centered_BCS = (x_BCS - mean_BC1).masked_fill(~valid_B1S, 0.0)
-        variance_BC1 = centered_BCS.square().sum(-1, keepdim=True) / count_B11
-        normed_BCS = centered_BCS * torch.rsqrt(variance_BC1 + self.eps)
-        return normed_BCS * self.weight[:, None] + self.bias[:, None]
 
 
 class ConvLayer(nn.Module):
@@ -192,12 +178,10 @@ class ConvFrontEnd(nn.Module):
     def __init__(self, config: HubertConfig):
         super().__init__()
         dims = (1, *config.conv_dims)
-        self.conv_layers = nn.ModuleList(
-            ConvLayer(dims[i], dims[i + 1], kernel, stride, config.conv_bias, config.conv_norm)
-            if i == 0 or config.conv_norm == "layer"
-            else ConvLayer(dims[i], dims[i + 1], kernel, stride, config.conv_bias, None)
-            for i, (kernel, stride) in enumerate(zip(config.conv_kernels, config.conv_strides, strict=True))
-        )
+        self.conv_layers = nn.ModuleList()
+        for i, (kernel, stride) in enumerate(zip(config.conv_kernels, config.conv_strides, strict=True)):
+            norm = config.conv_norm if i == 0 or config.conv_norm == "layer" else None
+            self.conv_layers.append(ConvLayer(dims[i], dims[i + 1], kernel, stride, config.conv_bias, norm))
 
     def forward(self, wav_BT: Tensor, n_samples: Sequence[int] | None = None) -> Tensor:
         """Features (B, S, C); `n_samples` are the lengths if the batch is padded."""
@@ -324,7 +308,7 @@ class Encoder(nn.Module):
         x_BSD: Tensor,
         valid_BS: Tensor | None = None,
         last_layer: int | None = None,
-        keep_layers: Iterable[int] = (),
+        keep_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Output of the last computed block, and those of the kept ones."""
         if valid_BS is not None:
@@ -335,17 +319,16 @@ class Encoder(nn.Module):
         return self.transformer(self.dropout(x_BSD), valid_BS, last_layer, keep_layers)
 
     def transformer(
-        self, x: Tensor, frames: Tensor | Packing | None, last_layer: int | None, keep_layers: Iterable[int]
+        self, x: Tensor, frames: Tensor | Packing | None, last_layer: int | None, keep_layers: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The blocks, on a padded batch or on packed frames (see `EncoderLayer.forward`)."""
-        keep = set(keep_layers)
-        kept = {0: x} if 0 in keep else {}
+        kept = {0: x} if 0 in keep_layers else {}
         for number, layer in enumerate(self.layers[:last_layer], start=1):
             # Drawn on the CPU, so that a skipped block costs nothing and no device has to be waited for.
             skipped = self.training and torch.rand((), device="cpu").item() < self.layer_drop
             if not skipped:
                 x = layer(x, frames)
-            if number in keep:
+            if number in keep_layers:
                 kept[number] = x
         if self.pre_norm and last_layer is None:
             x = self.layer_norm(x)
@@ -397,6 +380,7 @@ class HubertModel(nn.Module):
             AudioError: an utterance is shorter than one frame, or lengths and waveforms do not match.
             ConfigError: a layer number that the model does not have.
         """
+        keep_layers = set(keep_layers)
         self._check_layers(last_layer, keep_layers)
         n_samples = self._check_lengths(wav_BT, n_samples_B)
         if kernels.usable(self):
@@ -424,7 +408,7 @@ class HubertModel(nn.Module):
             layers = {number: x.masked_fill(~valid_BS[..., None], 0.0) for number, x in layers.items()}
         return Encoded(x_BSD, n_frames_B, layers, penalty)
 
-    def _check_layers(self, last_layer: int | None, keep_layers: Iterable[int]) -> None:
+    def _check_layers(self, last_layer: int | None, keep_layers: Collection[int]) -> None:
         top = self.config.layers if last_layer is None else last_layer
         if not 0 <= top <= self.config.layers:
             raise ConfigError(
@@ -463,23 +447,3 @@ class HubertModel(nn.Module):
             return self.normalize(wav_BT)
         wavs = [self.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, n_samples, strict=True)]
         return torch.stack([F.pad(wav_T, (0, wav_BT.shape[1] - len(wav_T))) for wav_T in wavs])
-
-
-def length_mask(lengths: Iterable[int], width: int, device: torch.device) -> Tensor:
-    """True up to each length: (B, width)."""
-    (length_B,) = kernels.index_tensors(device, list(lengths))
-    return torch.arange(width, device=device) < length_B[:, None]
-
-
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """x, with its gradient multiplied by `scale`."""
-    if scale == 1.0 or not x.requires_grad:
-        return x
-    return x * scale + x.detach() * (1 - scale)
-
-
-def mean_square(x_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
-    """Mean square of the valid frames, float32."""
-    if valid_BS is None:
-        return x_BSC.float().square().mean()
-    return x_BSC.float().square().mean(-1).masked_fill(~valid_BS, 0.0).sum() / valid_BS.sum()

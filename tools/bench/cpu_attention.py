@@ -1,9 +1,9 @@
-"""Attention on a CPU, forward and backward: torch's fused kernel against the three plain operations.
+"""Attention on a CPU, forward and backward: torch's fused kernel compared with unfused operations.
 
-    python tools/bench/cpu_attention.py            # one thread, milliseconds, fused and plain in turn
+    python tools/bench/cpu_attention.py            # one thread, milliseconds, both in turn
 
-Why `jahubert/model/packing.py` takes the plain ones in bfloat16, and the fused one in float32 without dropout
-(the fused kernel has none).
+The reason why `jahubert/model/kernels/attention.py` is unfused in bfloat16, and fused in float32 without
+dropout (which the fused kernel does not have).
 """
 
 import statistics
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1) @ v
 
 
@@ -26,7 +26,7 @@ def milliseconds(attend, inputs: list[Tensor]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'heads x width':>14}{'frames':>8}{'type':>10}{'fused':>9}{'plain':>9}{'ratio':>8}")
+    print(f"{'heads x width':>14}{'frames':>8}{'type':>10}{'fused':>9}{'unfused':>9}{'ratio':>8}")
     for heads, width in ((4, 48), (12, 64)):
         for frames in (100, 300, 600):
             for dtype in (torch.float32, torch.bfloat16):
@@ -35,11 +35,12 @@ def main() -> None:
                 ]
                 pairs = []
                 for _ in range(12):
-                    pairs.append([milliseconds(f, inputs) for f in (F.scaled_dot_product_attention, plain)])
-                fused, own = (statistics.median(column) for column in zip(*pairs[2:], strict=True))
+                    pairs.append([milliseconds(f, inputs) for f in (F.scaled_dot_product_attention, unfused)])
+                fused, plain = (statistics.median(column) for column in zip(*pairs[2:], strict=True))
                 name = str(dtype).removeprefix("torch.")
                 print(
-                    f"{heads:>9} x {width:<3}{frames:>7}{name:>10}{fused:>9.2f}{own:>9.2f}{fused / own:>8.2f}"
+                    f"{heads:>9} x {width:<3}{frames:>7}{name:>10}"
+                    f"{fused:>9.2f}{plain:>9.2f}{fused / plain:>8.2f}"
                 )
 
 

@@ -1,14 +1,14 @@
-"""Features of layer 6 and 12 of HuBERT base: ours against transformers and, where it is there, torchaudio.
+"""Features of layers 6 and 12 of HuBERT base: jahubert and its peers.
 
     python tools/bench/extract.py                      # six recordings of 10 s, fp32, two threads
     python tools/bench/extract.py --device cuda --precision bf16
-    python tools/bench/extract.py --blocks 2 --layers 1 2 --lengths 2 3 --rounds 1     # does it run?
+    python tools/bench/extract.py --blocks 2 --layers 1 2 --lengths 2 3 --rounds 1     # a quick check
 
-One set of random weights for all. Every measurement is a process of its own, in turn (ours, theirs, ours,
-...), so that peak memory (over the process with its model loaded) is that of one of them. Outputs of the
-longest recording, which has no padding, must agree. A model computes what its interface makes it compute:
-transformers returns hidden states of all layers and has no early exit, torchaudio's `num_layers` stops as
-ours does.
+All models have the same random weights. Every measurement runs in its own process, in turn (ours, theirs,
+ours, ...), so that peak memory (above the process with its model loaded) belongs to one of them. Outputs of
+the longest recording, which has no padding, must agree. Each model computes what its interface requires:
+transformers returns hidden states of all layers and has no early exit; torchaudio's `num_layers` stops early,
+as ours does.
 """
 
 import argparse
@@ -50,14 +50,14 @@ BUILDERS = {"ours": ours, "transformers": transformers, "torchaudio": torchaudio
 
 
 def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Our weights into any of the three: torchaudio keeps the encoder one level deeper."""
+    """Load our weights into any of the three; torchaudio nests the encoder one level deeper."""
     names = set(model.state_dict())
     renamed = {}
     for name, value in weights.items():
         if name not in names:
             name = name.replace("encoder.", "encoder.transformer.", 1)
             name = name.replace("feature_projection.", "encoder.feature_projection.", 1)
-        if name not in names:  # weight norm as it was called before torch 2.0
+        if name not in names:  # names of weight norm before torch 2.0
             name = name.replace("parametrizations.weight.original0", "weight_g")
             name = name.replace("parametrizations.weight.original1", "weight_v")
         if name in names:
@@ -77,13 +77,13 @@ def features(kind: str, model: nn.Module, wav_BT: Tensor, n_samples: list[int], 
 
 
 def resident(field: str) -> float:
-    """MB of this process: VmRSS is now, VmHWM the most since `forget_peak` (Linux)."""
+    """Memory of this process in MB: VmRSS is current, VmHWM the peak since `reset_peak` (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def forget_peak(device: torch.device) -> float:
-    """MB in use; peaks are counted from here."""
+def reset_peak(device: torch.device) -> float:
+    """Start counting the peak; returns the MB in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
@@ -96,9 +96,9 @@ def peak(device: torch.device) -> float:
 
 
 def work(kind: str, layer: int, folder: Path, args) -> None:
-    """One measurement; the last line of the output is its JSON."""
+    """One measurement; prints it as JSON on the last line."""
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for the peers too
+    torch.backends.cudnn.allow_tf32 = False  # full float32 for all
     device = torch.device(args.device)
     model = BUILDERS[kind](args).eval()
     load(model, torch.load(folder / "weights.pt"))
@@ -107,7 +107,7 @@ def work(kind: str, layer: int, folder: Path, args) -> None:
     generator = torch.Generator().manual_seed(0)
     wavs = [0.1 * torch.randn(n, generator=generator) for n in n_samples]
     wav_BT = nn.utils.rnn.pad_sequence(wavs, batch_first=True).to(device)
-    seconds, base = [], forget_peak(device)
+    seconds, base = [], reset_peak(device)
     for _ in range(args.repeats + 1):
         started = time.perf_counter()
         with (
@@ -131,19 +131,17 @@ def measure(kind: str, layer: int, folder: Path) -> dict[str, float]:
 
 
 def compare(layer: int, kinds: list[str], folder: Path, args) -> None:
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(args.rounds):
         for kind in kinds:
-            found[kind].append(measure(kind, layer, folder))
-    own = torch.load(folder / f"ours_{layer}.pt")
+            runs[kind].append(measure(kind, layer, folder))
+    ours_SD = torch.load(folder / f"ours_{layer}.pt")
     for kind in kinds:
         other = torch.load(folder / f"{kind}_{layer}.pt")
-        difference = float((own - other).abs().max() / own.abs().max())
-        seconds, memory = (
-            statistics.median(run[key] for run in found[kind]) for key in ("seconds", "memory")
-        )
-        pairs = zip(found[kind], found["ours"], strict=True)
-        ratio = statistics.median(theirs["seconds"] / mine["seconds"] for theirs, mine in pairs)
+        difference = float((ours_SD - other).abs().max() / ours_SD.abs().max())
+        seconds, memory = (statistics.median(run[key] for run in runs[kind]) for key in ("seconds", "memory"))
+        pairs = zip(runs[kind], runs["ours"], strict=True)
+        ratio = statistics.median(peer["seconds"] / our["seconds"] for peer, our in pairs)
         print(
             f"{layer:>6}{kind:>14}{1000 * seconds:>10.0f}{ratio:>8.2f}{memory:>10.0f}{difference:>12.1e}",
             flush=True,
@@ -160,14 +158,12 @@ def main() -> None:
         "--lengths", type=float, nargs="+", default=[10.0] * 6, help="seconds of each recording"
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 12])
-    parser.add_argument("--blocks", type=int, default=12, help="of the model; fewer only to try this script")
+    parser.add_argument("--blocks", type=int, default=12, help="of the model; fewer for a quick check")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="in each process, behind one that does not count"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each kind")
+    parser.add_argument("--repeats", type=int, default=3, help="in each process, after a warm-up")
+    parser.add_argument("--rounds", type=int, default=5, help="processes per model")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -1,10 +1,10 @@
-"""The convolutional front end, forward and backward, against plain torch.nn layers on the same weights.
+"""Convolutional front end, forward and backward: the kernels compared with the plain modules.
 
     python tools/bench/front_end.py                # one thread, tiny and base, group and layer norms
     python tools/bench/front_end.py --device cuda
 
-Milliseconds for a second of audio, both in turn in one run, medians. The plain stack computes the padded
-rectangle, as its peers do; `--lengths` in seconds decides how much of it is padding.
+Milliseconds per second of audio: medians, both measured in turn in one run. The plain modules compute the
+padded batch; `--lengths` (seconds) determines how much of it is padding.
 """
 
 import argparse
@@ -12,26 +12,13 @@ import statistics
 import time
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from jahubert.model.kernels.conv_frontend import ConvFrontEnd
+from jahubert.model import kernels
+from jahubert.model.hubert import ConvFrontEnd, HubertConfig
+from jahubert.model.kernels.conv_frontend import front_end
 
-KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
 SIZES = {"tiny": (32, 48, 64, 96, 128, 128, 192), "base": (512,) * 7}
-
-
-def plain(stack: ConvFrontEnd, wav_BT: Tensor) -> Tensor:
-    """The padded batch through torch's own layers: (B, frames, channels)."""
-    x_BCS = wav_BT[:, None]
-    for layer in stack.conv_layers:
-        x_BCS = layer.conv(x_BCS)
-        if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
-            x_BCS = layer.layer_norm(x_BCS)
-        elif layer.norm == "layer":
-            x_BCS = layer.layer_norm(x_BCS.transpose(1, 2)).transpose(1, 2)
-        x_BCS = F.gelu(x_BCS)
-    return x_BCS.transpose(1, 2)
 
 
 def main() -> None:
@@ -43,34 +30,46 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for the peers too
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     device, seconds = torch.device(args.device), sum(args.lengths)
     wavs = [0.1 * torch.randn(round(16_000 * length), device=device) for length in args.lengths]
+    n_samples, grid = [len(wav_T) for wav_T in wavs], HubertConfig().grid
     wav_BT = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
-    print(f"{'size':>6}{'norm':>8}{'type':>10}{'plain':>9}{'ours':>9}{'ratio':>8}")
+    print(f"{'size':>6}{'norm':>8}{'type':>10}{'plain':>9}{'kernels':>9}{'ratio':>8}")
     for size, dims in SIZES.items():
         for norm in ("group", "layer"):
-            stack = ConvFrontEnd(dims, KERNELS, STRIDES, bias=False, norm=norm).to(device)
-            one = plain(stack, wavs[0][None])[0]
-            torch.testing.assert_close(stack(wavs[:1])[: len(one)], one, rtol=1e-3, atol=1e-4)
+            stack = ConvFrontEnd(HubertConfig(conv_dims=dims, conv_norm=norm)).to(device)
+            with kernels.disabled():
+                expected = stack(wav_BT, n_samples)
+            torch.testing.assert_close(
+                front_end(stack, wavs)[: grid.n_frames(n_samples[0])],
+                expected[0, : grid.n_frames(n_samples[0])],
+                rtol=1e-3,
+                atol=1e-4,
+            )
             for dtype in (torch.float32, torch.bfloat16):
                 pairs = []
                 for _ in range(args.repeats + 2):
                     pair = []
-                    for encode, batch in ((lambda x, s=stack: plain(s, x), wav_BT), (stack, wavs)):
+                    for fast in (False, True):
                         started = time.perf_counter()
                         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-                            out = encode(batch)
+                            if fast:
+                                out = front_end(stack, wavs)
+                            else:
+                                with kernels.disabled():
+                                    out = stack(wav_BT, n_samples)
                         out.float().square().mean().backward()
                         if device.type == "cuda":
                             torch.cuda.synchronize()
                         pair.append(1000 * (time.perf_counter() - started) / seconds)
                     pairs.append(pair)
-                theirs, ours = (statistics.median(column) for column in zip(*pairs[2:], strict=True))
+                plain, kernel = (statistics.median(column) for column in zip(*pairs[2:], strict=True))
                 name = str(dtype).removeprefix("torch.")
                 print(
-                    f"{size:>6}{norm:>8}{name:>10}{theirs:>9.2f}{ours:>9.2f}{theirs / ours:>8.2f}", flush=True
+                    f"{size:>6}{norm:>8}{name:>10}{plain:>9.2f}{kernel:>9.2f}{plain / kernel:>8.2f}",
+                    flush=True,
                 )
 
 

@@ -1,10 +1,10 @@
-"""What the benchmarks need to know of the peers they compare with."""
+"""Availability of the packages that the benchmarks compare with."""
 
 import importlib
 
 
 def importable(name: str) -> bool:
-    """Whether a peer is there and works: torchaudio beside another torch fails in ways of its own."""
+    """Whether a package can be imported; torchaudio built for another torch raises various errors."""
     try:
         importlib.import_module(name)
     except (ImportError, OSError, RuntimeError):

@@ -1,6 +1,6 @@
-"""Pretraining speed of small models on one CPU thread: which sizes two cores can train in minutes.
+"""Pretraining speed of small models on one CPU thread, to choose sizes that two cores train in minutes.
 
-python tools/bench/small_models.py             # audio-seconds a CPU-second, forward and backward
+python tools/bench/small_models.py             # audio-seconds per CPU-second, forward and backward
 """
 
 import time

@@ -1,9 +1,9 @@
-"""What activation checkpointing and torch.compile cost and save: steps of one model on the same batches.
+"""Cost and savings of activation checkpointing and torch.compile: steps of one model on the same batches.
 
     python tools/bench/training_options.py --model base --seconds 24 --repeats 5
 
-Forward, loss over 500 units, backward and AdamW; the variants take turns in one run. Kept: bytes that the
-forward pass keeps for the backward pass, counted.
+A step is forward, loss over 500 units, backward and AdamW; the variants take turns in one run. "stored" are
+the bytes that the forward pass stores for the backward pass, counted.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     steps = {name: Step(config, train, *variant) for name, variant in VARIANTS.items()}
     device = next(iter(steps.values())).device
     batches = []
-    for number in range(args.lengths):  # of other lengths each, as in a training
+    for number in range(args.lengths):  # lengths vary, as in training
         seconds = 3.0 + 0.37 * number
         n = max(1, int(args.seconds / seconds))
         lengths = [int(16_000 * (seconds - 0.05 * row)) for row in range(n)]
@@ -83,12 +83,12 @@ def main() -> None:
     threads = torch.get_num_threads()
     print(f"{args.model}, {dtype}, {device}, {threads} threads, {audio:.0f} s in {args.lengths} batches")
     for name, times in spent.items():
-        kept = kept_bytes(config, 8.0, name == "recompute", dtype)
+        stored = kept_bytes(config, 8.0, name == "recompute", dtype, device.type == "cuda")
         median = statistics.median(times)
         ratio = median / statistics.median(spent["plain"])
         print(
-            f"{name:10} {audio / median:8.2f} audio-seconds a second  {ratio:.2f} of plain's time  "
-            f"first round {first[name]:.1f} s  kept {kept / 1e6:.1f} MB an audio-second"
+            f"{name:10} {audio / median:8.2f} audio-seconds per second  {ratio:.2f} of plain's time  "
+            f"first round {first[name]:.1f} s  stored {stored / 1e6:.1f} MB per audio-second"
         )
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 _enabled = os.environ.get("JAHUBERT_KERNELS", "1") != "0"
 _TORCH_MODULES = {nn.Conv1d, nn.Dropout, nn.LayerNorm, nn.Linear, nn.Module, nn.ModuleDict, nn.ModuleList}
 _FSDP = "torch.distributed.fsdp"
-_OWN_MODULES = {"jahubert.model.hubert", "jahubert.model.weight_norm"}
+_OWN_MODULES = {"jahubert.model.hubert", "jahubert.model.layers"}
 
 
 @contextmanager

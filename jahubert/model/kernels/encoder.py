@@ -5,7 +5,7 @@ Shapes: B utterances, S frames of the padded batch, N packed frames, C conv chan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,11 +31,12 @@ def encode(
     mask_BS: Tensor | None,
     channel_mask_BD: Tensor | None,
     last_layer: int | None,
-    keep_layers: Iterable[int],
+    keep_layers: Collection[int],
     padding: Padding,
 ) -> Encoded:
     """`HubertModel.forward` on packed frames; `n_samples` are the lengths if the batch is padded."""
-    from jahubert.model.hubert import Encoded, scale_gradient
+    from jahubert.model.hubert import Encoded
+    from jahubert.model.layers import scale_gradient
 
     config, device = model.config, wav_BT.device
     batch, width = wav_BT.shape
