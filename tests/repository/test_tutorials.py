@@ -80,6 +80,16 @@ def csj(folder: Path) -> dict[str, str]:
     }
 
 
+def table(folder: Path) -> dict[str, str]:
+    words = folder / "tofugu" / "lib" / "ogg"
+    words.mkdir(parents=True)
+    for number in range(24):
+        soundfile.write(words / f"語{number}【おとです】.ogg", syllables(1.0, seed=number).numpy(), 16_000)
+    config = jahubert.HubertConfig(**SIZES, pos_conv_groups=2)
+    save_bundle(folder / "hubert", model=jahubert.HubertModel(config))
+    return {"rinna/japanese-hubert-base": str(folder / "hubert")}
+
+
 def reazonspeech(folder: Path) -> dict[str, str]:
     from fixtures.reazonspeech_tree import Release
 
@@ -105,6 +115,8 @@ TUTORIALS: dict[str, tuple[Callable[[Path], dict[str, str]], tuple[str, ...]]] =
         reazonspeech,
         ("exp/first/iter1/label/units.bin", "exp/big/iter2/pretrain/bundle", "exp/big/report"),
     ),
+    "table": (table, ("exp/words/report/report.html", "exp/words-characters/report/report.html")),
+    "table.ja": (table, ("exp/words/report/report.html", "exp/words-characters/report/report.html")),
     "features": (model, ("features/audio.npy",)),
     "publish": (model, ("published/README.md", "published.pt", "published.onnx")),
 }

@@ -143,7 +143,7 @@ def _check_top(tree: dict[str, Any]) -> None:
     from jahubert.train.experiment.registry import STAGES
 
     known = {*STAGES, *GROUPS, *SELECTORS, "iterations", "systems", "by_iteration", "model_size"}
-    known |= {"name", "exp", "data", "seed", "pretrained", "hydra"}
+    known |= {"name", "exp", "data", "seed", "pretrained", "vocabulary", "hydra"}
     known |= {"device", "workers", "processes", "machines", "engine", "hours", "hang_timeout_minutes"}
     options = tree["prepare"].get("options") if isinstance(tree["prepare"], dict) else None
     known |= set(options if isinstance(options, dict) else ())  # a recipe may lift one up: subset=core

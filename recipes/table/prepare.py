@@ -1,0 +1,201 @@
+"""Recipe for your own recordings: tables, corpus folders, and manifests of other toolkits.
+
+`data` is a csv, tsv, jsonl or parquet file, a Common Voice release, a Kaldi data directory, an ESPnet dump, a
+lhotse cut manifest, or a folder of audio with .txt or .lab files (table_sources.py). Splits are those of the
+input; without any, speakers are assigned to train, dev and test.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from pauses import cut_at_pauses
+from table_sources import Row, normalize_split, read_rows, unique_ids
+
+from jahubert.audio import AudioSource, audio_length
+from jahubert.errors import AudioError, ConfigError, DataError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.phonemes import kana_to_phones, normalize_kana
+from jahubert.train.data.manifest import Rejected, Utterance
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE = SAMPLE_RATE // 10  # samples that a time may exceed its audio, as rounded times do
+
+
+@dataclass(frozen=True)
+class Config:
+    dev_share: float = 0.1  # of the utterances, if the input has no splits
+    test_share: float = 0.1
+    # Seconds. A longer recording without text is cut at pauses; one with text is rejected, since its words
+    # cannot be assigned to the parts.
+    max_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if min(self.dev_share, self.test_share) <= 0 or self.dev_share + self.test_share >= 1:
+            raise ConfigError(
+                "dev_share and test_share must be above 0 and sum to less than 1; found "
+                f"{self.dev_share} and {self.test_share}"
+            )
+        if self.max_seconds < 1:
+            raise ConfigError(f"max_seconds must be at least 1; found {self.max_seconds}")
+
+
+def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+    """Yield the utterances of the input and rejected rows, and log what each split has.
+
+    Raises:
+        DataError: an unsupported or malformed input.
+    """
+    if data is None:
+        raise DataError("data= is required: recipe table needs data=PATH of a table or a corpus folder")
+    rows: list[Row] = []
+    rejected: Counter[str] = Counter()
+    for item in (checked for row in read_rows(data) for checked in _check(row)):
+        if isinstance(item, Rejected):
+            rejected[item.reason] += 1
+            yield item
+        else:
+            rows.append(item)
+    root = data if data.is_dir() else data.parent
+    id_of = unique_ids(rows, root)
+    rows = sorted((replace(row, id=id_of(row)) for row in rows), key=lambda row: row.id)
+    rows, duplicates = _split_duplicates(rows)
+    rejected["duplicate id"] += len(duplicates)
+    yield from duplicates
+    splits = _assign_splits(rows, config, seed)
+    counts: dict[str, Counter[str]] = {}
+    for row, split in zip(rows, splits, strict=True):
+        for item in _utterances(row, split, config):
+            if isinstance(item, Rejected):
+                rejected[item.reason] += 1
+            else:
+                count = counts.setdefault(split, Counter())
+                count.update(utterances=1, samples=item.n_samples, labeled=bool(item.text or item.words))
+            yield item
+    _log_report(counts, rejected, rows, splits)
+
+
+def _check(row: Row | Rejected) -> Iterator[Row | Rejected]:
+    if isinstance(row, Rejected):
+        yield row
+    elif not row.path.is_file():
+        yield Rejected(row.id or row.where, "audio file not found", f"{row.where}: {row.path}")
+    elif row.start < 0 or (row.end is not None and row.end <= row.start):
+        times = f"start {row.start:g} s, end {row.end} s"
+        yield Rejected(row.id or row.where, "end not after start", f"{row.where}: {times}")
+    else:
+        yield replace(row, split=normalize_split(row.split))
+
+
+def _split_duplicates(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
+    first: dict[str, Row] = {}
+    duplicates = []
+    for row in rows:
+        if row.id in first:
+            detail = f"{row.where}: id {row.id!r} is already at {first[row.id].where}"
+            duplicates.append(Rejected(row.id, "duplicate id", detail))
+        else:
+            first[row.id] = row
+    return list(first.values()), duplicates
+
+
+def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
+    """Splits of the input, else by speaker, or by utterance if there are fewer than three speakers."""
+    if any(row.split for row in rows):
+        return [row.split or "train" for row in rows]
+    groups = [row.speaker for row in rows]
+    if len(set(groups)) < 3:
+        log.warning(
+            "table: no splits and %d speakers; utterances are assigned to splits at random, so the test set "
+            "does not measure accuracy on unseen speakers",
+            len(set(groups)),
+        )
+        groups = [row.id for row in rows]
+    sizes = Counter(groups)
+    order = sorted(sizes)
+    random.Random(f"splits {seed}").shuffle(order)
+    split_of = dict.fromkeys(order, "train")
+    remaining = iter(order)
+    for split, share in (("test", config.test_share), ("dev", config.dev_share)):
+        n = 0
+        while n < share * len(rows) and (group := next(remaining, None)) is not None:
+            split_of[group] = split
+            n += sizes[group]
+    return [split_of[group] for group in groups]
+
+
+def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Rejected]:
+    start = round(row.start * SAMPLE_RATE)
+    try:
+        length = _length(row.path)
+    except AudioError as error:
+        yield Rejected(row.id, "unusable audio", f"{row.where}: {error}")
+        return
+    end = length if row.end is None else round(row.end * SAMPLE_RATE)
+    if end > length + _TOLERANCE or start >= length:
+        seconds = length / SAMPLE_RATE
+        detail = f"{row.where}: {row.start:g} to {end / SAMPLE_RATE:g} s, but the audio has {seconds:.3f} s"
+        yield Rejected(row.id, "time after the end of the audio", detail)
+        return
+    end = min(end, length)
+    try:
+        words = tuple(tuple(kana_to_phones(normalize_kana(word))) for word in row.kana.split())
+    except DataError as error:
+        yield Rejected(row.id, "invalid kana", f"{row.where}: {error}")
+        return
+    item = Utterance(
+        id=row.id,
+        audio=AudioSource(str(row.path)),
+        start=start,
+        n_samples=end - start,
+        speaker=row.speaker,
+        text=row.text or row.kana,
+        words=words,
+        split=split,
+    )
+    if item.n_samples <= config.max_seconds * SAMPLE_RATE:
+        yield item
+    elif item.text:
+        seconds = item.n_samples / SAMPLE_RATE
+        detail = f"{row.where}: {seconds:.1f} s; cut it, or raise prepare.options.max_seconds"
+        yield Rejected(row.id, "text for a recording longer than max_seconds", detail)
+    else:
+        try:
+            parts = list(cut_at_pauses(item.audio, start, end, round(config.max_seconds * SAMPLE_RATE)))
+        except AudioError as error:
+            yield Rejected(row.id, "unusable audio", f"{row.where}: {error}")
+            return
+        for number, (first, last) in enumerate(parts):
+            yield replace(item, id=f"{row.id}-{number:04d}", start=first, n_samples=last - first)
+
+
+def _log_report(
+    counts: dict[str, Counter[str]], rejected: Counter[str], rows: Sequence[Row], splits: Sequence[str]
+) -> None:
+    for split, count in sorted(counts.items()):
+        speakers = {row.speaker for row, other in zip(rows, splits, strict=True) if other == split}
+        log.info(
+            "table %s: %d utterances (%d with text), %.2f h, %d speakers",
+            split,
+            count["utterances"],
+            count["labeled"],
+            count["samples"] / SAMPLE_RATE / 3600,
+            len(speakers - {""}),
+        )
+    for reason, n in rejected.most_common():
+        if n:
+            log.warning("table rejected, %s: %d", reason, n)
+    if characters := {character for row in rows for character in row.text}:
+        log.info("table: %d different characters in the text", len(characters))
+
+
+@lru_cache(maxsize=1)  # the segments of a recording follow each other
+def _length(path: Path) -> int:
+    return audio_length(path)

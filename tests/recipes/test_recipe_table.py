@@ -1,0 +1,296 @@
+"""Recipe table: equal results for all input kinds, malformed input, splits, cutting of long recordings."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+
+from jahubert import run
+from jahubert.errors import ConfigError, DataError
+from jahubert.formats.bundle import save_bundle
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.train.data.manifest import Manifest, Rejected, Utterance
+from jahubert.train.experiment.registry import resolve
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "table" / "prepare.py"
+table = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+RATE = 16_000
+TEXTS = ("今日は晴れです", "明日は雨", "駅へ行く", "水を飲む", "本を読む")
+SPLITS = ("train", "train", "train", "dev", "test")
+
+
+def recordings() -> list[dict]:
+    """100 recordings by 10 speakers; the file names are unique."""
+    return [
+        {"id": f"s{i % 10}-{i:03d}", "speaker": f"s{i % 10}", "text": TEXTS[i % 5], "split": SPLITS[i % 5]}
+        for i in range(100)
+    ]
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("audio")
+    for i, item in enumerate(recordings()):
+        path = folder / item["speaker"] / f"{item['id']}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, 0.1 * np.random.default_rng(i).standard_normal(4000 + 16 * i), RATE)
+    return folder
+
+
+def path_of(audio: Path, item: dict) -> Path:
+    return audio / item["speaker"] / f"{item['id']}.wav"
+
+
+def write_delimited(root: Path, audio: Path, suffix: str, encoding: str = "utf-8") -> Path:
+    mark = {".csv": ",", ".tsv": "\t"}[suffix]
+    lines = [mark.join(("path", "sentence", "speaker", "split"))]
+    lines += [mark.join((str(path_of(audio, r)), r["text"], r["speaker"], r["split"])) for r in recordings()]
+    (root / f"corpus{suffix}").write_text("\n".join(lines) + "\n", encoding=encoding)
+    return root / f"corpus{suffix}"
+
+
+def write_jsonl(root: Path, audio: Path) -> Path:
+    rows = [r | {"audio_filepath": str(path_of(audio, r))} for r in recordings()]
+    (root / "a.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    return root / "a.jsonl"
+
+
+def write_parquet(root: Path, audio: Path) -> Path:
+    rows = [r | {"audio": {"path": str(path_of(audio, r)), "bytes": None}} for r in recordings()]
+    pq.write_table(pa.Table.from_pylist(rows), root / "a.parquet")
+    return root / "a.parquet"
+
+
+def write_common_voice(root: Path, audio: Path) -> Path:
+    (root / "cv" / "clips").mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        lines = ["client_id\tpath\tsentence\tup_votes"]
+        for r in recordings():
+            if r["split"] == split:
+                (root / "cv" / "clips" / f"{r['id']}.wav").symlink_to(path_of(audio, r))
+                lines.append(f"{r['speaker']}\t{r['id']}.wav\t{r['text']}\t2")
+        (root / "cv" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root / "cv"
+
+
+def write_kaldi(folder: Path, audio: Path, rows: list[dict], segments: bool = False) -> Path:
+    folder.mkdir(parents=True)
+    recording = "rec-{}" if segments else "{}"
+    scp = [f"{recording.format(r['id'])} {path_of(audio, r)}" for r in rows]
+    (folder / "wav.scp").write_text("\n".join(scp) + "\n")
+    (folder / "text").write_text("".join(f"{r['id']} {r['text']}\n" for r in rows), encoding="utf-8")
+    (folder / "utt2spk").write_text("".join(f"{r['id']} {r['speaker']}\n" for r in rows))
+    if segments:
+        lengths = [soundfile.info(path_of(audio, r)).frames / RATE for r in rows]
+        lines = [f"{r['id']} rec-{r['id']} 0.00 {n:.4f}" for r, n in zip(rows, lengths, strict=True)]
+        (folder / "segments").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_espnet(root: Path, audio: Path, segments: bool = False) -> Path:
+    for split in ("train", "dev", "test"):
+        rows = [r for r in recordings() if r["split"] == split]
+        write_kaldi(root / "dump" / "raw" / split, audio, rows, segments)
+    return root / "dump"
+
+
+def write_cuts(root: Path, audio: Path) -> Path:
+    cuts = []
+    for r in recordings():
+        path = path_of(audio, r)
+        length = soundfile.info(path).frames / RATE
+        source = {"type": "file", "channels": [0], "source": str(path)}
+        recording = {"id": r["id"], "sources": [source], "sampling_rate": RATE, "duration": length}
+        supervision = {"id": r["id"], "text": r["text"], "speaker": r["speaker"]}
+        cut = {"id": r["id"], "start": 0.0, "duration": length, "channel": 0, "type": "MonoCut"}
+        cut |= {"supervisions": [supervision], "recording": recording, "custom": {"split": r["split"]}}
+        cuts.append(json.dumps(cut, ensure_ascii=False))
+    with gzip.open(root / "cuts.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(cuts) + "\n")
+    return root / "cuts.jsonl.gz"
+
+
+def prepared(data: Path | None, **options) -> tuple[list[Utterance], list[Rejected]]:
+    items = list(table.prepare(data, Path("unused"), table.Config(**options), 0))
+    return [i for i in items if isinstance(i, Utterance)], [i for i in items if isinstance(i, Rejected)]
+
+
+def content(items: list[Utterance]) -> list[tuple]:
+    return [(i.id, i.start, i.n_samples, i.speaker, i.text, i.split) for i in items]
+
+
+KINDS = {
+    "csv": lambda root, audio: write_delimited(root, audio, ".csv"),
+    "tsv with a byte order mark": lambda root, audio: write_delimited(root, audio, ".tsv", "utf-8-sig"),
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
+    "Common Voice": write_common_voice,
+    "ESPnet": write_espnet,
+    "ESPnet with segments": lambda root, audio: write_espnet(root, audio, segments=True),
+    "lhotse": write_cuts,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_input_kinds_yield_the_same_utterances(tmp_path, audio, kind):
+    items, rejected = prepared(KINDS[kind](tmp_path, audio))
+    assert not rejected
+    expected = [
+        (r["id"], 0, 4000 + 16 * i, r["speaker"], r["text"], r["split"]) for i, r in enumerate(recordings())
+    ]
+    assert content(items) == sorted(expected)
+
+
+def test_inputs_without_splits_yield_the_same_utterances(tmp_path, audio):
+    """A Kaldi data directory and a folder with .txt or .lab files; speakers are assigned to splits."""
+    kaldi, rejected = prepared(write_kaldi(tmp_path / "kaldi", audio, recordings()))
+    assert not rejected and len(kaldi) == 100
+    folder = tmp_path / "folder"
+    for i, r in enumerate(recordings()):
+        path = folder / r["speaker"] / f"{r['id']}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(path_of(audio, r))
+        path.with_suffix(".txt" if i % 2 else ".lab").write_text(r["text"] + "\n", encoding="utf-8")
+    assert content(prepared(folder)[0]) == content(kaldi)
+    splits = {split: {i.speaker for i in kaldi if i.split == split} for split in ("train", "dev", "test")}
+    assert [len(splits[name]) for name in ("train", "dev", "test")] == [8, 1, 1]
+    assert not splits["train"] & splits["dev"] and not splits["train"] & splits["test"]
+
+
+def test_few_speakers_are_split_by_utterance(tmp_path, audio, caplog):
+    rows = [r for r in recordings() if r["speaker"] in ("s0", "s1")]
+    items, _ = prepared(write_kaldi(tmp_path / "kaldi", audio, rows))
+    assert sorted({i.split for i in items}) == ["dev", "test", "train"]
+    assert "unseen speakers" in caplog.text
+
+
+def write(path: Path, lines: list[str], encoding: str = "utf-8") -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+    return path
+
+
+def test_malformed_rows_are_rejected_with_their_line(tmp_path, audio):
+    good = path_of(audio, recordings()[0])
+    lines = ["path,text,start,end,id", f"{good},良い,,,good", f"{good},二度,,,good", "none.wav,無い,,,none"]
+    lines += [
+        f"{good},逆,0.2,0.1,reversed",
+        f"{good},数,x,0.1,number",
+        f"{good},長い,0,99,late",
+        ",無名,,,empty",
+    ]
+    lines += [f"{good},多い,,,many,fields", f"{good},部分,0.05,0.15,part"]
+    items, rejected = prepared(write(tmp_path / "a.csv", lines))
+    assert [(i.id, i.start, i.n_samples) for i in items] == [("good", 0, 4000), ("part", 800, 1600)]
+    found = {item.reason: item.detail for item in rejected}
+    for reason, line in {
+        "duplicate id": 3,
+        "audio file not found": 4,
+        "end not after start": 5,
+        "invalid time": 6,
+        "time after the end of the audio": 7,
+        "no audio path": 8,
+        "malformed line": 9,
+    }.items():
+        assert f"a.csv:{line}" in found.pop(reason), reason
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "encoding", "problem"),
+    [
+        (
+            "a.csv",
+            ["sentence,speaker", "今日,s"],
+            "utf-8",
+            r"a.csv:2: no column with the audio.*sentence, speaker",
+        ),
+        ("a.tsv", ["path\tsentence", "a.wav\t今日"], "cp932", r"a.tsv:2: not UTF-8.*Shift_JIS"),
+        ("a.xlsx", ["path"], "utf-8", r"a.xlsx.*\.csv"),
+        ("a.parquet", ["path"], "utf-8", r"a.parquet.*parquet"),
+    ],
+)
+def test_malformed_files_are_reported(tmp_path, name, lines, encoding, problem):
+    with pytest.raises(DataError, match=problem):
+        prepared(write(tmp_path / name, lines, encoding))
+
+
+def test_missing_input_is_reported(tmp_path):
+    with pytest.raises(DataError, match="data="):
+        prepared(None)
+    with pytest.raises(DataError, match=r"none.*not found"):
+        prepared(tmp_path / "none")
+    with pytest.raises(DataError, match="no audio found"):
+        prepared(tmp_path)
+    for options in ({"dev_share": 0.0}, {"dev_share": 0.6, "test_share": 0.4}, {"max_seconds": 0.1}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            table.Config(**options)
+
+
+def test_kaldi_commands_and_archives_are_rejected(tmp_path, audio):
+    good = path_of(audio, recordings()[0])
+    (tmp_path / "wav.scp").write_text(f"a {good}\nb sox x.wav -t wav - |\nc raw.ark:123\n")
+    items, rejected = prepared(tmp_path)
+    assert [item.id for item in items] == ["a"] and [item.id for item in rejected] == ["b", "c"]
+    assert "wav.scp:2" in rejected[0].detail and "wav.scp:3" in rejected[1].detail
+
+
+def test_kana_become_words(tmp_path, audio):
+    good = path_of(audio, recordings()[0])
+    lines = ["path\tkana", f"{good}\tきょう わ", f"{good}\t漢字"]
+    items, rejected = prepared(write(tmp_path / "a.tsv", [*lines[:2]]))
+    assert items[0].words == (("ky", "o:"), ("w", "a")) and items[0].text == "きょう わ"
+    _, rejected = prepared(write(tmp_path / "b.tsv", [lines[0], lines[2]]))
+    assert [item.reason for item in rejected] == ["invalid kana"]
+
+
+def test_long_recordings_are_cut_at_pauses(tmp_path):
+    """Six bursts of 3 s with pauses of 0.5 s; with text, the recording is rejected."""
+    noise = np.random.default_rng(0).standard_normal(3 * RATE) * 0.1
+    wav = np.concatenate([part for _ in range(6) for part in (noise, np.zeros(RATE // 2))])
+    soundfile.write(tmp_path / "long.wav", wav, RATE)
+    items, rejected = prepared(write(tmp_path / "a.csv", ["path", "long.wav"]), max_seconds=8.0)
+    assert not rejected and len(items) == 3
+    assert [i.start for i in items] == [0, *(i.start + i.n_samples for i in items[:-1])]
+    assert items[-1].start + items[-1].n_samples == len(wav)
+    for item in items[1:]:
+        assert 3 * RATE < item.start % (3.5 * RATE) < 3.5 * RATE  # within a pause
+    _, rejected = prepared(write(tmp_path / "b.csv", ["path,text", "long.wav,長い"]), max_seconds=8.0)
+    assert [item.reason for item in rejected] == ["text for a recording longer than max_seconds"]
+
+
+@pytest.mark.parametrize("vocabulary", ["kana", "characters"])
+def test_one_command_from_a_table_to_a_score(tmp_path, capsys, caplog, vocabulary):
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    lines = ["path,text,speaker"]
+    for i in range(12):
+        wav = 0.1 * np.random.default_rng(i).standard_normal(2 * RATE)
+        soundfile.write(tmp_path / f"{i}.wav", wav, RATE)
+        lines.append(f"{i}.wav,{TEXTS[i % 5]},s{i % 4}")
+    data = write(tmp_path / "my.csv", lines)
+    sizes = {"width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8, "pos_conv_groups": 2}
+    save_bundle(tmp_path / "hubert", model=HubertModel(HubertConfig(conv_dims=(8,) * 7, **sizes)))
+    capsys.readouterr()
+    command = ["recipe=table", f"data={data}", "stage=all", f"pretrained={tmp_path / 'hubert'}"]
+    command += [f"exp={tmp_path / 'exp'}", f"vocabulary={vocabulary}", "device=cpu", "decode.beam=2"]
+    train = {"max_steps": 2, "batch_seconds": 20, "micro_seconds": 20, "valid_every": 1, "precision": "fp32"}
+    command += [f"finetune.train.{name}={value}" for name, value in train.items()]
+    command += ["finetune.head_only_steps=1", "score.samples=10"]
+    assert run.main(command) == 0, capsys.readouterr().err
+    assert "Recognition on test" in capsys.readouterr().out
+    assert "table test:" in caplog.text
+    manifest = Manifest(tmp_path / "exp/prepare/manifest.arrow")
+    assert len(manifest) == 12 and set(manifest.counts["splits"]) == {"train", "dev", "test"}
+    assert (
+        json.loads((tmp_path / "exp/systems/main/score/scores.json").read_text())["test"]["utterances"] == 3
+    )
