@@ -1,8 +1,8 @@
 """ReazonSpeech (Reazon Human Interaction Laboratory), v1 and v2 of any size: television speech with captions.
 
-Reads `tsv/<subset>.tsv` (name, tab, caption; no header) and `data/000.tar` ... `data/fff.tar` as downloaded.
-Nothing is unpacked: the manifest refers to byte ranges of the shards. Captions are kept as text, which
-stage=targets converts to phones and pretraining ignores.
+Reads `tsv/<subset>.tsv` (name, tab, caption; no header) and `data/000.tar` ... `data/fff.tar` as downloaded,
+or the parquet files of the Hugging Face Hub. Tar shards are not unpacked: the manifest has their byte ranges.
+Captions are kept as text, which stage=targets converts to phones and pretraining ignores.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parquet_shards import find_parquet, to_tar
 from tar_index import index_shards
 
 from jahubert.errors import ConfigError, DataError
@@ -50,6 +52,9 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     Raises:
         DataError: the table of the subset, or all of its shards, not found.
     """
+    if data is not None and (parquet := find_parquet(data, config.subset)):
+        yield from _prepare_parquet(parquet, work, config)
+        return
     table, folder = find_release(data, config.subset)
     captions = Captions(table)
     yield from captions.rejected
@@ -75,10 +80,28 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         n_rows += len(rows)
         n_samples += int(rows.n_samples_N.sum())
         if number % _LOG_EVERY == 0 or number == len(shards):
-            hours = n_samples / SAMPLE_RATE / 3600
-            log.info(
-                f"reazonspeech: {number:,} of {len(shards):,} shards, {n_rows:,} utterances, {hours:,.2f} h"
-            )
+            _log_progress(number, len(shards), n_rows, n_samples)
+
+
+def _prepare_parquet(parquet: Sequence[Path], work: Path, config: Config) -> Iterator[Utterances | Rejected]:
+    """Yield the recordings of parquet shards, which are converted to tar shards in `work/shards`."""
+    n_rows = n_samples = 0
+    with ThreadPoolExecutor(config.processes or os.cpu_count() or 1) as pool:
+        converted = pool.map(lambda shard: to_tar(shard, work / "shards"), parquet)
+        for number, (path, captions) in enumerate(converted, 1):
+            index = next(index_shards([path], work / "index", 1))
+            rows, rejected = _match_captions(path, index, captions, parquet[number - 1])
+            yield from rejected
+            yield from _assign_splits(rows, n_rows, config)
+            n_rows += len(rows)
+            n_samples += int(rows.n_samples_N.sum())
+            if number % _LOG_EVERY == 0 or number == len(parquet):
+                _log_progress(number, len(parquet), n_rows, n_samples)
+
+
+def _log_progress(n_shards: int, total: int, n_rows: int, n_samples: int) -> None:
+    hours = n_samples / SAMPLE_RATE / 3600
+    log.info(f"reazonspeech: {n_shards:,} of {total:,} shards, {n_rows:,} utterances, {hours:,.2f} h")
 
 
 def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:

@@ -12,6 +12,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fixtures.reazonspeech_tree import RATE, Release, flac, name_of, write_headers
 
@@ -25,7 +27,7 @@ from jahubert.train.stages import targets
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "reazonspeech" / "prepare.py"
 recipe = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
-tar_index = sys.modules["tar_index"]
+tar_index, parquet_shards = sys.modules["tar_index"], sys.modules["parquet_shards"]
 
 
 def read(data: Path | None, work: Path, **options):
@@ -258,6 +260,48 @@ def test_damaged_members_are_rejected(tmp_path):
         assert counts["utterances"] == n
         assert counts["rejected"]["shorter than one frame"] == 1
         assert counts["rejected"]["unusable audio"] == 2 + check
+
+
+def test_parquet_shards_equal_tar_shards(tmp_path, monkeypatch):
+    """Recordings and captions of the Hub's parquet files; a second run converts changed files only."""
+    release = Release(tmp_path / "corpus", shards=3, rows=6)
+    data = release.write_parquet()
+    options = {"dev": 7, "test": 4}
+    rows, rejected = read(data, tmp_path / "work", **options)
+    assert not rejected
+    names = [name for members in release.members.values() for name, _ in members]
+    assert [item.id.partition("/")[2] + ".flac" for item in rows] == names
+    assert [(item.n_samples, item.text) for item in rows] == [release.rows[name] for name in names]
+    assert [item.split for item in rows] == ["dev"] * 7 + ["test"] * 4 + ["train"] * 7
+    for item in rows:
+        assert len(load_audio(item.audio)) == item.n_samples
+    converted = []
+    recordings = parquet_shards._recordings
+    monkeypatch.setattr(
+        parquet_shards, "_recordings", lambda shard: converted.append(shard.name) or recordings(shard)
+    )
+    again, _ = read(data, tmp_path / "work", **options)
+    assert again == rows and not converted
+    os.utime(sorted(data.glob("*.parquet"))[1])
+    assert read(data, tmp_path / "work", **options)[0] == rows
+    assert converted == ["train-00001-of-00003.parquet"]
+
+
+def test_damaged_recordings_and_files_of_parquet(tmp_path):
+    release = Release(tmp_path / "corpus", shards=1, rows=2)
+    release.add(0, "empty.flac", b"", "空です")
+    release.add(0, "text.flac", b"not audio" * 200, "違います")
+    data = release.write_parquet()
+    rows, rejected = read(data, tmp_path / "work")
+    assert len(rows) == 2 and [item.reason for item in rejected] == ["unusable audio"] * 2
+    for name, content in (("a", b"PAR1"), ("b", b"")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=r"x.parquet.*parquet"):
+            read(tmp_path / name, tmp_path / "work2")
+    pq.write_table(pa.table({"audio": [b""]}), tmp_path / "a" / "x.parquet")
+    with pytest.raises(DataError, match=r"x.parquet.*transcription"):
+        read(tmp_path / "a", tmp_path / "work2")
 
 
 @pytest.mark.parametrize(
