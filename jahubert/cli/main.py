@@ -40,6 +40,7 @@ PLAN = (
     "utilization=X of its 16-bit peak, hours=H of speech (default: the prepared corpus, else the recipe)"
 )
 MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
+CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # as in train/data/export.py, which needs the extra train
 
 
 def model_source(args: argparse.Namespace) -> str | Path:
@@ -220,6 +221,8 @@ def _shown(value: Any) -> str:
 def convert(args: argparse.Namespace) -> int:
     if Path(args.source, "units.bin").is_file():
         return convert_labels(args)
+    if args.to in CORPUS_FORMATS:
+        return export_corpus(args)
     from jahubert.formats import convert as conversion
 
     done = conversion.convert(args.source, args.target, args.to)
@@ -237,6 +240,19 @@ def convert_labels(args: argparse.Namespace) -> int:
     from jahubert.train.data.fairseq_files import export_experiment
 
     for split, count in export_experiment(args.source, args.target, args.manifest).items():
+        print(f"{split}: {count} utterances")
+    print(f"done: {args.target}")
+    return 0
+
+
+def export_corpus(args: argparse.Namespace) -> int:
+    """Write a prepared corpus for another toolkit."""
+    from jahubert.train.data import export
+    from jahubert.train.data.manifest import Manifest
+
+    source = Path(args.source)
+    manifest = Manifest(source / "manifest.arrow" if source.is_dir() else source)
+    for split, count in export.export_corpus(manifest, Path(args.target), args.to).items():
         print(f"{split}: {count} utterances")
     print(f"done: {args.target}")
     return 0
@@ -362,10 +378,17 @@ def model_commands(command: Command) -> None:
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
 
     sub = command(convert, "write a model in another format, read it again and compare; or units for fairseq")
-    sub.add_argument("source", metavar="SRC", help=f"{MODEL}; or exp/NAME/iterN/label, its units")
+    sub.add_argument(
+        "source",
+        metavar="SRC",
+        help=f"{MODEL}; or units, exp/NAME/iterN/label; or a corpus, exp/NAME/prepare",
+    )
     sub.add_argument("target", metavar="DST", help="new folder (hf, units) or file (.pt; .onnx)")
     sub.add_argument(
-        "--to", required=True, choices=["hf", "fairseq", "torchaudio", "onnx"], help="its format"
+        "--to",
+        required=True,
+        choices=["hf", "fairseq", "torchaudio", "onnx", *CORPUS_FORMATS],
+        help="its format",
     )
     sub.add_argument(
         "--manifest", metavar="FILE", help="of the units (default: the experiment's prepare/manifest.arrow)"

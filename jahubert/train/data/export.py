@@ -1,0 +1,201 @@
+"""Export of a prepared corpus for Kaldi and ESPnet, lhotse and icefall, and Hugging Face datasets.
+
+All splits have the same utterances as the manifest, so that results are comparable. Kaldi data directories
+and lhotse manifests refer to the original audio files; recordings inside archives are copied next to them. A
+folder for datasets has one 16 kHz FLAC per utterance.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from jahubert.errors import DataError
+from jahubert.formats.atomic import atomic_path, atomic_write
+from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.utterances import Utterance
+from jahubert.train.experiment.progress import progress
+
+_MAGIC = {b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg"}
+
+
+def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]:
+    """Write a corpus as `kind` (kaldi, lhotse or datasets); return the number of utterances per split.
+
+    Raises:
+        DataError: an unknown kind, or an utterance that the format cannot represent.
+    """
+    if kind not in WRITERS:
+        raise DataError(f"unknown corpus format {kind}; expected one of {', '.join(WRITERS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for split in manifest.counts["splits"]:
+        rows = manifest.indices(split=split).tolist()
+        WRITERS[kind](manifest, rows, folder, split)
+        counts[split] = len(rows)
+    return counts
+
+
+def _utterances(manifest: Manifest, rows: list[int], name: str) -> Iterator[tuple[int, Utterance]]:
+    with progress(f"exporting {name}", "utterances", len(rows)) as done:
+        for row in rows:
+            yield row, manifest[row]
+            done(1)
+
+
+def _phones(item: Utterance) -> str:
+    return " | ".join(" ".join(word) for word in item.words)
+
+
+# --- Kaldi ------------------------------------------------------------------------------------------------
+
+
+def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) -> None:
+    """A data directory: wav.scp, segments, text, utt2spk, spk2utt, and the phones in text.phn."""
+    target = folder / split
+    target.mkdir(exist_ok=True)
+    files: dict[str, list[str]] = {name: [] for name in ("segments", "text", "text.phn", "utt2spk")}
+    recordings: dict[Path, str] = {}
+    utterances: dict[str, list[str]] = {}
+    for _, item in _utterances(manifest, rows, split):
+        speaker = _kaldi_id(item.speaker or item.id, item)
+        # Kaldi requires that the order by utterance is also an order by speaker.
+        id = _kaldi_id(item.id, item)
+        id = id if id.startswith(speaker) else f"{speaker}-{id}"
+        path = _audio_file(item, target / "audio")
+        recording = recordings.setdefault(path, f"rec-{len(recordings):07d}")
+        start, end = item.start / SAMPLE_RATE, (item.start + item.n_samples) / SAMPLE_RATE
+        files["segments"].append(f"{id} {recording} {start:.6f} {end:.6f}")
+        files["utt2spk"].append(f"{id} {speaker}")
+        utterances.setdefault(speaker, []).append(id)
+        if item.text or item.words:
+            files["text"].append(f"{id} {' '.join(item.text.split()) or _phones(item)}")
+        if item.words:
+            files["text.phn"].append(f"{id} {_phones(item)}")
+    files["wav.scp"] = [f"{recording} {path}" for path, recording in recordings.items()]
+    files["spk2utt"] = [f"{speaker} {' '.join(sorted(ids))}" for speaker, ids in utterances.items()]
+    for name, lines in files.items():
+        with atomic_write(target / name) as file:
+            # In the order of bytes, as `sort` under LC_ALL=C.
+            file.writelines(f"{line}\n" for line in sorted(lines, key=str.encode))
+
+
+def _kaldi_id(name: str, item: Utterance) -> str:
+    if not name or any(char.isspace() for char in name):
+        raise DataError(f"utterance {item.id!r}: Kaldi ids must not contain white space, found {name!r}")
+    return name.replace("/", "-")
+
+
+# --- lhotse -----------------------------------------------------------------------------------------------
+
+
+def _write_lhotse(manifest: Manifest, rows: list[int], folder: Path, split: str) -> None:
+    """A cut manifest, cuts_<split>.jsonl.gz, with one supervision per cut."""
+    with (
+        atomic_path(folder / f"cuts_{split}.jsonl.gz") as temporary,
+        gzip.open(temporary, "wt", encoding="utf-8") as file,
+    ):
+        for _, item in _utterances(manifest, rows, split):
+            file.write(json.dumps(_cut(item, folder / "audio"), ensure_ascii=False) + "\n")
+
+
+def _cut(item: Utterance, folder: Path) -> dict[str, Any]:
+    path = _audio_file(item, folder)
+    rate, n_samples, n_channels = _audio_info(path)
+    if n_channels != 1:
+        raise DataError(
+            f"utterance {item.id!r}: {path} has {n_channels} channels, of which a cut can only have one; "
+            "convert it to mono"
+        )
+    start, duration = item.start / SAMPLE_RATE, item.n_samples / SAMPLE_RATE
+    recording: dict[str, Any] = {
+        "id": f"{path.stem}-{item.audio.offset}" if item.audio.offset else path.stem,
+        "sources": [{"type": "file", "channels": [0], "source": str(path)}],
+        "sampling_rate": rate,
+        "num_samples": n_samples,
+        "duration": n_samples / rate,
+        "channel_ids": [0],
+    }
+    supervision = {
+        "id": item.id,
+        "recording_id": recording["id"],
+        "start": 0.0,
+        "duration": duration,
+        "channel": 0,
+        "text": item.text or _phones(item),
+        "language": "Japanese",
+        "speaker": item.speaker or None,
+        "custom": {"phones": _phones(item)},
+    }
+    return {
+        "id": item.id,
+        "start": start,
+        "duration": min(duration, recording["duration"] - start),
+        "channel": 0,
+        "supervisions": [supervision],
+        "recording": recording,
+        "custom": {"split": item.split},
+        "type": "MonoCut",
+    }
+
+
+@lru_cache(maxsize=1)  # the utterances of a recording follow each other
+def _audio_info(path: Path) -> tuple[int, int, int]:
+    try:
+        info = soundfile.info(path)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: format not supported by lhotse's soundfile backend ({error})") from error
+    return info.samplerate, info.frames, info.channels
+
+
+# --- Hugging Face datasets ----------------------------------------------------------------------------------
+
+
+def _write_datasets(manifest: Manifest, rows: list[int], folder: Path, split: str) -> None:
+    """An audio folder: <split>/metadata.jsonl and one FLAC per utterance."""
+    target = folder / split
+    target.mkdir(exist_ok=True)
+    with atomic_write(target / "metadata.jsonl") as file:
+        for row, item in _utterances(manifest, rows, split):
+            name = item.id.replace("/", "-") + ".flac"
+            if not (target / name).is_file():
+                with atomic_path(target / name) as temporary:
+                    wav_T = manifest.load(row).numpy()
+                    soundfile.write(temporary, wav_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+            record = {"file_name": name, "id": item.id, "text": item.text, "phones": _phones(item)}
+            file.write(json.dumps(record | {"speaker": item.speaker}, ensure_ascii=False) + "\n")
+
+
+WRITERS: dict[str, Callable[[Manifest, list[int], Path, str], None]] = {
+    "kaldi": _write_kaldi,
+    "lhotse": _write_lhotse,
+    "datasets": _write_datasets,
+}
+
+
+def _audio_file(item: Utterance, folder: Path) -> Path:
+    """The audio file of an utterance; a recording inside an archive is copied to `folder`."""
+    audio = item.audio
+    if audio.offset == 0 and audio.length < 0:
+        return Path(audio.path)
+    with open(audio.path, "rb") as file:
+        file.seek(audio.offset)
+        content = file.read(audio.length if audio.length >= 0 else -1)
+    suffix = _MAGIC.get(content[:4])
+    if suffix is None:
+        raise DataError(
+            f"utterance {item.id!r} ({audio}): only WAV, FLAC and Ogg can be copied from archives"
+        )
+    path = folder.absolute() / (item.id.replace("/", "-") + suffix)
+    if not path.is_file() or path.stat().st_size != len(content):
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "wb") as out:
+            out.write(content)
+    return path

@@ -1,0 +1,116 @@
+"""Export of a manifest for Kaldi, lhotse and Hugging Face datasets, read back where this project can."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from jahubert.audio import AudioSource
+from jahubert.cli.main import main as cli
+from jahubert.errors import DataError
+from jahubert.train.data.export import export_corpus
+from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
+from jahubert.train.experiment.registry import resolve
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "table" / "prepare.py"
+table = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+RATE = 16_000
+
+
+@pytest.fixture
+def manifest(tmp_path) -> Manifest:
+    """Parts of one recording, a whole recording at 22.05 kHz, one inside a tar; splits train and eval1."""
+    (tmp_path / "corpus").mkdir()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(3 * RATE)
+    for name, rate in (("talk.wav", RATE), ("word.wav", 22_050), ("member.flac", RATE)):
+        soundfile.write(tmp_path / "corpus" / name, noise, rate, subtype="PCM_16")
+    with tarfile.open(tmp_path / "corpus" / "a.tar", "w") as archive:
+        archive.add(tmp_path / "corpus" / "member.flac", "member.flac")
+        member = archive.getmember("member.flac")
+    with tarfile.open(tmp_path / "corpus" / "a.tar") as archive:
+        member = archive.getmember("member.flac")
+    talk, word = (AudioSource(str(tmp_path / "corpus" / name)) for name in ("talk.wav", "word.wav"))
+    inside = AudioSource(str(tmp_path / "corpus" / "a.tar"), member.offset_data, member.size)
+    words = (("ky", "o:"), ("w", "a"))
+    items = [
+        Utterance("s1_b", talk, 20_000, 10_000, "s1", "今日は", words),
+        Utterance("s1_a", talk, 0, 16_000, "s1", "一つ目"),
+        Utterance("w/1", word, 0, round(3 * RATE * RATE / 22_050), "s2", "語", split="eval1"),
+        Utterance("t1", inside, 0, 3 * RATE, "", "中", split="eval1"),
+    ]
+    write_manifest(tmp_path / "m.arrow", items)
+    return Manifest(tmp_path / "m.arrow")
+
+
+def read_back(data: Path) -> list[tuple]:
+    items = list(table.prepare(data, Path("unused"), table.Config(), 0))
+    return sorted((i.id, i.start, i.n_samples, i.speaker, i.text, i.split) for i in items)
+
+
+def expected(manifest: Manifest, split: str) -> list[tuple]:
+    items = [manifest[i] for i in manifest.indices(split)]
+    return sorted((i.id, i.start, i.n_samples, i.speaker, i.text, i.split) for i in items)
+
+
+def test_kaldi_directories_are_read_back(manifest, tmp_path):
+    assert export_corpus(manifest, tmp_path / "kaldi", "kaldi") == {"eval1": 2, "train": 2}
+    items = read_back(tmp_path / "kaldi")  # as an ESPnet dump
+    assert [item for item in items if item[5] == "train"] == expected(manifest, "train")
+    assert [item[:3] for item in items if item[5] == "eval1"] == [
+        ("s2-w-1", 0, manifest[2].n_samples),
+        ("t1", 0, 3 * RATE),
+    ]
+    folder = tmp_path / "kaldi" / "train"
+    assert (folder / "text.phn").read_text() == "s1_b ky o: | w a\n"
+    assert (folder / "spk2utt").read_text() == "s1 s1_a s1_b\n"
+    assert [line.split()[0] for line in (folder / "segments").read_text().splitlines()] == ["s1_a", "s1_b"]
+
+
+def test_lhotse_cuts_are_read_back(manifest, tmp_path):
+    export_corpus(manifest, tmp_path / "lhotse", "lhotse")
+    assert read_back(tmp_path / "lhotse" / "cuts_train.jsonl.gz") == expected(manifest, "train")
+    assert [item[:3] for item in read_back(tmp_path / "lhotse" / "cuts_eval1.jsonl.gz")] == [
+        ("t1", 0, 3 * RATE),
+        ("w/1", 0, manifest[2].n_samples),
+    ]
+
+
+def test_datasets_folder_has_one_file_per_utterance(manifest, tmp_path):
+    export_corpus(manifest, tmp_path / "hf", "datasets")
+    lines = (tmp_path / "hf" / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert records[0] == {
+        "file_name": "s1_b.flac", "id": "s1_b", "text": "今日は", "phones": "ky o: | w a", "speaker": "s1",
+    }  # fmt: skip
+    wav, rate = soundfile.read(tmp_path / "hf" / "train" / "s1_b.flac")
+    assert rate == RATE and np.allclose(wav, manifest.load(0).numpy(), atol=1e-4)
+    assert soundfile.info(tmp_path / "hf" / "eval1" / "w-1.flac").frames == manifest[2].n_samples
+
+
+def test_convert_command_exports_a_corpus(manifest, tmp_path, capsys):
+    for kind, path in (("kaldi", "train/segments"), ("lhotse", "cuts_train.jsonl.gz"), ("datasets", "train")):
+        assert cli(["convert", str(manifest.path), str(tmp_path / kind), "--to", kind]) == 0
+        assert (tmp_path / kind / path).exists()
+        assert "eval1: 2 utterances" in capsys.readouterr().out
+    assert cli(["convert", str(manifest.path), str(tmp_path / "x"), "--to", "hf"]) == 2
+
+
+def test_unrepresentable_utterances_are_rejected(tmp_path):
+    wav = np.zeros((RATE, 2))
+    soundfile.write(tmp_path / "stereo.wav", wav, RATE)
+    write_manifest(
+        tmp_path / "m.arrow", [Utterance("a b", AudioSource(str(tmp_path / "stereo.wav")), 0, RATE)]
+    )
+    manifest = Manifest(tmp_path / "m.arrow")
+    with pytest.raises(DataError, match=r"'a b'.*white space"):
+        export_corpus(manifest, tmp_path / "k", "kaldi")
+    with pytest.raises(DataError, match=r"stereo.wav has 2 channels"):
+        export_corpus(manifest, tmp_path / "l", "lhotse")
+    with pytest.raises(DataError, match="espnet"):
+        export_corpus(manifest, tmp_path / "x", "espnet")
