@@ -59,8 +59,8 @@ class HubertConfig:
     norm_eps: float = 1e-5  # of layer and group norms
     normalize: bool = False  # waveforms to zero mean and unit variance, per utterance
     # Added to that variance: 1e-7 in Hugging Face, 1e-5 in fairseq and torchaudio. It belongs to imported
-    # weights and is not a training setting, so stage records leave it out ("free").
-    normalize_eps: float = field(default=1e-7, metadata={"free": True})
+    # weights and is not a training setting, so stage records leave it out ("runtime").
+    normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
     dropout: float = 0.1  # after attention and feed-forward
     attention_dropout: float = 0.1  # on attention weights
     activation_dropout: float = 0.0  # inside the feed-forward blocks

@@ -25,6 +25,7 @@ from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError, MissingExtraError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.experiment.config import expand_user
 from jahubert.train.experiment.registry import recipe_folder, resolve
 
 
@@ -86,7 +87,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         for item in demo.synthesize(_texts(words, seed), work / "reading", reading, seed):
             yield replace(item, id=item.id.replace("demo", "reading"))
     if config.sentences is not None:
-        yield from _sentences(Path(config.sentences).expanduser())
+        yield from _sentences(expand_user(config.sentences))
 
 
 def _voice(item: Utterance) -> str:

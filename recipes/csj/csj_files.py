@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from jahubert.errors import DataError
+from jahubert.train.experiment.config import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ def held_out(dev: str) -> dict[str, str]:
 
 def _read_training_list(subset: str, talks: Mapping[str, Talk], held: Mapping[str, str]) -> set[str]:
     """Talks of a user's list."""
-    path = Path(subset).expanduser()
+    path = expand_user(subset)
     if not path.exists():
         matches = difflib.get_close_matches(subset, ("core", "all"), n=1)
         hint = f"; did you mean {matches[0]}?" if matches else ""

@@ -1,12 +1,13 @@
-"""From a mapping of plain values to frozen dataclasses, with every mistake reported at once.
+"""Conversion of plain settings to frozen dataclasses, reporting every mistake at once.
 
-Behind this door there are only dataclasses: a misspelt key, a wrong type or a value out of range is
-found before any work starts. A stage's `Config` declares its fields with the paper's defaults; a field
-made with `free(...)` may change without changing the result (device, workers, logging), so provenance
-leaves it out; a field of type `Path` is an input and counts by what is in it, not by where it lies. A
-`Path` that names a model (`a_model(...)`) may also be a name on the Hub, and `a_split(...)` is one of the
-manifest's; the class of a `group(...)` depends
-on the settings before it.
+A misspelt key, a wrong type or a value out of range is found before any work starts. The `Config` of a stage
+declares its fields with the paper's defaults, with these kinds:
+
+- `runtime_field`: does not change the result (device, workers, logging), so provenance leaves it out.
+- a `Path`: an input, which counts by its content and not by its location.
+- `model_field`: a `Path` to a model, or the name of one on the Hub.
+- `split_field`: a split of the manifest.
+- `config_group`: a group of settings whose class depends on the settings before it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,9 +25,10 @@ from typing import Any, TypeVar
 from jahubert.errors import ConfigError
 
 T = TypeVar("T")
-Chosen = Callable[[Mapping[str, Any]], type | None]
+GroupClass = Callable[[Mapping[str, Any]], type | None]
 
-_RANGES: dict[str, Callable[[float], bool]] = {  # none of them holds nan
+_INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
+_RANGES: dict[str, Callable[[float], bool]] = {  # NaN is in none of them
     "positive": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
@@ -38,7 +41,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {  # none of them holds nan
 
 def runtime_field(default: Any) -> Any:
     """A dataclass field that does not change the result."""
-    return dataclasses.field(default=default, metadata={"free": True})
+    return dataclasses.field(default=default, metadata={"runtime": True})
 
 
 def model_field(default: Any = dataclasses.MISSING) -> Any:
@@ -47,20 +50,26 @@ def model_field(default: Any = dataclasses.MISSING) -> Any:
 
 
 def split_field(default: Any) -> Any:
-    """A dataclass field that names a split of the config's manifest, or several."""
+    """A dataclass field that names one split of the config's manifest, or a tuple of splits."""
     return dataclasses.field(default=default, metadata={"split": True})
 
 
-def config_group(chosen: Chosen) -> Any:
-    """A dataclass field that is a group of settings: `chosen` gives its class for the values before it.
+def config_group(group_class: GroupClass) -> Any:
+    """A dataclass field that is a group of settings.
 
-    None says that one of these is mistaken, which has been noted. Without `structure` it is what it is given.
+    Args:
+        group_class: gives the class of the group for the values of the fields before it; None if one of
+            these is invalid, which has already been reported. Without `structure` the field keeps any value.
     """
-    return dataclasses.field(default_factory=dict, metadata={"group": chosen})
+    return dataclasses.field(default_factory=dict, metadata={"group": group_class})
 
 
 def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]:
-    """A sentence on each number (None is none) outside what is allowed, as {"at least 0": fields, ...}."""
+    """One message per number outside its range; None is allowed.
+
+    Args:
+        allowed: range -> names of the fields, such as {"at least 0": ("workers",)}.
+    """
     return [
         f"{name} is {value}, but must be {what}"
         for what, names in allowed.items()
@@ -69,148 +78,200 @@ def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]
     ]
 
 
-def raise_config_errors(mistakes: Sequence[str]) -> None:
-    """ConfigError with all of them, one a line, if there are any."""
-    if mistakes:
-        raise ConfigError("\n".join(dict.fromkeys(mistakes)))  # iterations share some
+def raise_config_errors(errors: Sequence[str]) -> None:
+    """Raise ConfigError with all messages, one per line, if there are any."""
+    if errors:
+        raise ConfigError("\n".join(dict.fromkeys(errors)))  # iterations share some
 
 
 def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
-    """Build the dataclass `cls` from a mapping; nested dataclasses from nested mappings.
+    """Build the dataclass `cls` from a mapping, and nested dataclasses from nested mappings.
+
+    Text is converted to the declared type, so that settings may come from a command line.
+
+    Args:
+        where: the name of the group, for messages.
 
     Raises:
-        ConfigError: naming every unknown key (with the nearest right one), missing key, wrong type and
-            failed check, one line each.
+        ConfigError: one line for each unknown key (with the nearest known one), missing key, wrong type and
+            failed check.
     """
-    mistakes: list[str] = []
-    built = _build(tree, cls, where, mistakes)
-    if mistakes:
-        raise ConfigError(
-            "the configuration has "
-            + f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  "
-            + "\n  ".join(mistakes)
-        )
+    errors: list[str] = []
+    built = _build(tree, cls, where, errors)
+    if errors:
+        count = "1 mistake" if len(errors) == 1 else f"{len(errors)} mistakes"
+        raise ConfigError(f"the configuration has {count}:\n  " + "\n  ".join(errors))
     return built
 
 
+def is_null(value: Any) -> bool:
+    """Whether a setting is null, in a file or typed on the command line."""
+    return value is None or (isinstance(value, str) and value.lower() == "null")
+
+
+def expand_user(path: str | Path) -> Path:
+    """The path with `~` and `~user` expanded.
+
+    Raises:
+        ConfigError: no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: no user {Path(path).parts[0].removeprefix('~')!r} on this machine"
+        ) from None
+
+
 def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool = False) -> str:
-    """One sentence on a name that does not exist (or, `missing`, was not given): the nearest one, or all."""
+    """Message for a name that does not exist (or, `missing`, was not given), with a suggestion."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near and not missing else "choose one of " + ", ".join(known)
-    return f"{what}=... is missing; {hint}" if missing else f"{what}={name}: there is no such {what}; {hint}"
+    return f"{what}=... is missing; {hint}" if missing else f"{what}={name}: no such {what}; {hint}"
 
 
 def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
-    """One sentence on a key that does not exist."""
+    """Message for a key that does not exist, with a suggestion."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {where}{near[0]}?" if near else "known keys are " + ", ".join(known)
-    return f"{where}{key}: there is no such key; {hint}"
+    return f"{where}{key}: no such key; {hint}"
 
 
-def _build(tree: Any, cls: type, where: str, mistakes: list[str], base: Any = None) -> Any:
-    """An instance of `cls`; what `tree` does not say is taken from `base`, else from the fields' defaults."""
+def _build(tree: Any, cls: type, where: str, errors: list[str], base: Any = None) -> Any:
+    """An instance of `cls`; missing values come from `base`, else from the defaults of the fields."""
+    tree = {} if is_null(tree) and where else tree
     if not isinstance(tree, Mapping):
-        mistakes.append(f"{where or 'configuration'}: expected a group of settings, found {tree!r}")
+        errors.append(f"{where or 'configuration'}: expected a group of settings, found {tree!r}")
         return None
     prefix = f"{where}." if where else ""
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    before = len(mistakes)
-    mistakes += [unknown_key_error(str(key), known, prefix) for key in tree if key not in known]
+    n_errors = len(errors)
+    errors += [unknown_key_error(str(key), known, prefix) for key in tree if key not in known]
     values = {}
     for name, field in known.items():
         default = field.default if base is None else getattr(base, name)
         if "group" in field.metadata:
-            values[name] = _group(tree.get(name), field.metadata["group"], values, prefix + name, mistakes)
+            values[name] = _group(tree.get(name), field.metadata["group"], values, prefix + name, errors)
         elif name in tree:
-            values[name] = _value(tree[name], hints[name], prefix + name, mistakes, default)
+            values[name] = _value(tree[name], hints[name], prefix + name, errors, default)
         elif base is not None:
             values[name] = default
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            mistakes.append(f"{prefix}{name}: a value is needed")
-    if len(mistakes) > before:
+            errors.append(f"{prefix}{name}: required")
+    if len(errors) > n_errors:
         return None
     try:
         return cls(**values)
     except ConfigError as error:
-        mistakes += [prefix + line for line in str(error).splitlines()]
+        errors += [prefix + line for line in str(error).splitlines()]
         return None
 
 
-def _group(tree: Any, chosen: Chosen, values: Mapping[str, Any], where: str, mistakes: list[str]) -> Any:
+def _group(
+    tree: Any, group_class: GroupClass, values: Mapping[str, Any], where: str, errors: list[str]
+) -> Any:
     """A group of settings whose class depends on the values before it."""
     try:
-        cls = chosen(values)
+        cls = group_class(values)
     except ConfigError as error:
-        mistakes.append(str(error))
+        errors.append(str(error))
         return None
-    return None if cls is None else _build({} if tree is None else tree, cls, where, mistakes)
+    return None if cls is None else _build(tree, cls, where, errors)
 
 
-def _value(value: Any, hint: Any, where: str, mistakes: list[str], default: Any = None) -> Any:
-    """`value` as the annotated type, or a mistake; a group of settings changes those of `default`."""
+def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = None) -> Any:
+    """`value` as the declared type, or an error; a group of settings changes those of `default`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
+        if type(None) in args and is_null(value):
             return None
         hint = next(arg for arg in args if arg is not type(None))
-        return _value(value, hint, where, mistakes, default)
+        return _value(value, hint, where, errors, default)
     if dataclasses.is_dataclass(hint):
         base = default if isinstance(default, typing.cast(type, hint)) else None
-        return _build({} if value is None else value, typing.cast(type, hint), where, mistakes, base)
+        return _build(value, typing.cast(type, hint), where, errors, base)
     if origin is typing.Literal:
-        if value in args:
-            return value
-        near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
+        choices = {str(arg): arg for arg in args}
+        if str(value) in choices:
+            return choices[str(value)]
+        near = difflib.get_close_matches(str(value), list(choices), n=1)
         hint_text = f"; did you mean {near[0]}?" if near else ""
-        mistakes.append(f"{where}: must be one of {', '.join(map(str, args))}, found {value!r}{hint_text}")
+        errors.append(f"{where}: must be one of {', '.join(choices)}, found {value!r}{hint_text}")
         return None
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_value(item, args[0], f"{where}[{i}]", mistakes) for i, item in enumerate(value))
+        return tuple(_value(item, args[0], f"{where}[{i}]", errors) for i, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
-        return dict(value)
+        return untyped(value)
+    if hint is Path and isinstance(value, str):
+        try:
+            return expand_user(value)
+        except ConfigError as error:
+            errors.append(f"{where}={error}")
+            return None
     converted = _scalar(value, hint)
     if converted is None:
-        number = hint is float and _number(value) is not None  # then it is nan, or infinite
-        name = "a finite number" if number else getattr(hint, "__name__", str(hint))
-        mistakes.append(
-            f"{where}: expected {name}, found {value!r}" + ("; give it a value" * (value is None))
-        )
+        not_finite = hint is float and _number(value) is not None
+        expected = "a finite number" if not_finite else getattr(hint, "__name__", str(hint))
+        advice = "; give it a value" if is_null(value) else ""
+        if isinstance(value, str) and "," in value:
+            advice = "; several values need --multirun"
+        errors.append(f"{where}: expected {expected}, found {value!r}{advice}")
     return converted
 
 
 def _scalar(value: Any, hint: Any) -> Any:
-    if isinstance(value, bool):
-        return value if hint in (bool, Any) else None
+    """`value` as `hint`, or None."""
     if hint is Any:
-        return value
+        return untyped(value)
+    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, bool):
+        return value if hint is bool else None
+    if hint is int and isinstance(value, str) and _INTEGER.fullmatch(value):
+        return int(value)
     if hint is float:
         number = _number(value)
         return number if number is not None and math.isfinite(number) else None
-    if hint is Path and isinstance(value, (str, Path)):
-        return Path(value)
-    if hint is str and isinstance(value, int):  # a name may be a number
+    if hint is str and isinstance(value, int):  # a name in a YAML file may be a number
         return str(value)
     return value if isinstance(hint, type) and isinstance(value, hint) else None
 
 
 def _number(value: Any) -> float | None:
-    """YAML reads 5e-4 as text."""
+    """A number, also as text: YAML reads 5e-4 as text."""
     try:
         return float(value) if isinstance(value, (int, float, str)) else None
     except ValueError:
         return None
-    except OverflowError:  # of a whole number with hundreds of digits
+    except OverflowError:  # an integer of hundreds of digits
         return math.inf
 
 
+def untyped(value: Any) -> Any:
+    """A value without a declared type: text that reads as null, true, false or a number becomes that."""
+    if isinstance(value, Mapping):
+        return {key: untyped(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [untyped(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if is_null(value):
+        return None
+    for hint in (bool, int, float):
+        converted = _scalar(value, hint)
+        if converted is not None:
+            return converted
+    return value
+
+
 def result_fields(config: Any) -> dict[str, Any]:
-    """Every field that changes the result, flat: `{"optim.lr": 5e-4, ...}`; `Path` values stay paths."""
+    """The fields that change the result, flat: `{"optim.lr": 5e-4, ...}`; `Path` values stay paths."""
     flat: dict[str, Any] = {}
-    for name, value, about in _leaves(config):
-        if about.get("free"):
+    for name, value, metadata in _leaves(config):
+        if metadata.get("runtime"):
             continue
         if isinstance(value, Mapping):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}
@@ -220,42 +281,44 @@ def result_fields(config: Any) -> dict[str, Any]:
 
 
 def default_fields(config: Any) -> dict[str, Any]:
-    """What `result_fields` gives where nothing was set, of the fields that need not be set."""
+    """The defaults of `result_fields`, for the fields that have one."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if "group" in field.metadata:
-            inner = default_fields(getattr(config, field.name))
+            nested = default_fields(getattr(config, field.name))
         elif dataclasses.is_dataclass(default):
-            inner = result_fields(default)
+            nested = result_fields(default)
         else:
-            flat |= {} if default is dataclasses.MISSING else {field.name: default}
+            if default is not dataclasses.MISSING:
+                flat[field.name] = default
             continue
-        flat |= {f"{field.name}.{name}": value for name, value in inner.items()}
+        flat |= {f"{field.name}.{name}": value for name, value in nested.items()}
     return flat
 
 
 def input_fields(config: Any) -> Iterator[tuple[str, Path, bool]]:
-    """(name, path, whether it may be a name on the Hub) of every file and folder that is named."""
-    for name, value, about in _leaves(config):
+    """(flat name, path, whether it may be a Hub name) of every file and folder that a config names."""
+    for name, value, metadata in _leaves(config):
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
-                yield name, path, bool(about.get("model"))
+                yield name, path, bool(metadata.get("model"))
 
 
 def split_fields(config: Any) -> Iterator[tuple[str, str]]:
-    """(name of the setting, split) of every split that is named."""
-    for name, value, about in _leaves(config):
-        if about.get("split"):
-            yield from ((name, split) for split in ((value,) if isinstance(value, str) else value or ()))
+    """(flat name, split) of every split that a config names."""
+    for name, value, metadata in _leaves(config):
+        if metadata.get("split"):
+            for split in (value,) if isinstance(value, str) else value or ():
+                yield name, split
 
 
 def _leaves(config: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """(flat name, value, what the field says of itself) of every setting."""
+    """(flat name, value, metadata of the field and of its groups) of every setting."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            for name, inner, about in _leaves(value):
-                yield f"{field.name}.{name}", inner, {**field.metadata, **about}
+            for name, nested, metadata in _leaves(value):
+                yield f"{field.name}.{name}", nested, {**field.metadata, **metadata}
         else:
             yield field.name, value, field.metadata

@@ -15,7 +15,7 @@ from typing import Any
 
 import jahubert
 from jahubert.errors import ConfigError
-from jahubert.train.experiment.config import unknown_name_error
+from jahubert.train.experiment.config import expand_user, unknown_name_error
 
 FEATURES = {
     "mfcc": "jahubert.train.clustering.features:Mfcc",
@@ -86,7 +86,7 @@ def recipe_folder(recipe: str) -> Path:
     Raises:
         ConfigError: no such recipe.
     """
-    for folder in (data_folder("recipes") / recipe, Path(recipe).expanduser()):
+    for folder in (data_folder("recipes") / recipe, expand_user(recipe)):
         if (folder / "recipe.yaml").is_file():
             return folder
     raise ConfigError(

@@ -1,41 +1,115 @@
-"""The command `jahubert run`.
-
-    jahubert run recipe=NAME stage=STAGE [iteration=N] [system=NAME] [decoding=NAME] [key=value ...]
-
-`stage=all` runs all stages that are not done yet, in order, for all iterations and systems.
-"""
+"""The command `jahubert run`: its options, and the start of its stages."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import logging
 import os
 import re
-import sys
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import NoReturn
 
+from jahubert.errors import ConfigError
 from jahubert.train.pipeline import runner
 from jahubert.train.pipeline.reporting import configure_logging, is_rank0, report_error
 from jahubert.train.pipeline.signals import StopRequested, stop_signals
 
+_DESCRIPTION = """\
+Run stages of an experiment; each writes into its folder exp/NAME/STAGE and is kept once it is done.
+
+  jahubert run recipe=demo stage=all
+  jahubert run recipe=csj stage=finetune data=/path/to/CSJ pretrained=rinna/japanese-hubert-base subset=core
+
+`python -m jahubert.run` is the same command."""
+_EPILOG = """\
+settings:
+  recipe=NAME     a recipe that comes with the package, or a folder that holds a recipe.yaml
+  stage=STAGE     prepare, features, kmeans, label, pretrain, targets, finetune, decode, score or report;
+                  all: every stage that is not done yet, in order
+  iteration=N     of features, kmeans, label and pretrain (default: 1)
+  system=NAME     of finetune, decode and score (default: all systems of the recipe)
+  decoding=NAME   a further decoding of the same model
+  KEY=VALUE       any other setting, such as kmeans.n_clusters=200; ~KEY returns it to its default
+
+exit status: 0 done, 2 a mistake in the settings or the data, 75 stopped by a signal (rerun to resume)"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `jahubert run`."""
+    parser = _Parser(
+        "jahubert run",
+        usage="jahubert run [options] recipe=NAME stage=STAGE [KEY=VALUE ...]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    options = parser.add_argument_group("options")
+    options.add_argument(
+        "-h", "--help", action="store_true", help="print this help, and the settings if any are given"
+    )
+    options.add_argument("-c", "--cfg", choices=["job"], help="print all settings as YAML and exit")
+    options.add_argument("--resolve", action="store_true", help=argparse.SUPPRESS)  # of Hydra; always done
+    options.add_argument("--info", action="store_true", help="print the stages that would run and exit")
+    options.add_argument(
+        "-m", "--multirun", action="store_true",
+        help="run each combination of values: KEY=A,B or KEY='range(1,4)'; hydra/launcher=slurm submits jobs",
+    )  # fmt: skip
+    return parser
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status (2 for a user's mistake)."""
-    argv = list(argv)
-    if argv in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
     join_slurm(os.environ)
     with stop_signals():
         try:
-            configure_logging(logging.INFO if is_rank0() else logging.WARNING)
-            if any(arg.startswith("-") for arg in argv):
-                _hydra_main(argv)
-            else:
-                return runner.start(argv)
+            return _run(list(argv))
         except (Exception, KeyboardInterrupt, StopRequested) as error:
             return report_error(error)
-    return 0
+
+
+def _run(argv: list[str]) -> int:
+    from jahubert.train.pipeline import inspection, multirun
+
+    parser = build_parser()
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    mistyped = [word for word in unknown if word.startswith("-")]
+    if mistyped:
+        raise ConfigError("\n".join(unknown_option(parser, word) for word in mistyped))
+    settings = [*args.settings, *unknown]
+    if args.help:
+        parser.print_help()
+        if not settings:
+            return 0
+        print("\nsettings of this command:\n")
+    if args.help or args.cfg or args.info:
+        show = inspection.stage_list if args.info else inspection.settings_yaml
+        runs = [run.overrides for run in multirun.expand(settings)] if args.multirun else [settings]
+        print("---\n".join(show(overrides) for overrides in runs), end="")
+        return 0
+    configure_logging(logging.INFO if is_rank0() else logging.WARNING)
+    if args.multirun:
+        return multirun.run_all(settings)
+    launcher = [word for word in settings if word.startswith(("hydra/", "hydra."))]
+    if launcher:
+        raise ConfigError(f"{launcher[0]}: only with --multirun")
+    return runner.start(settings)
+
+
+def unknown_option(parser: argparse.ArgumentParser, word: str) -> str:
+    """Message for an option that does not exist, with a suggestion."""
+    known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
+    return f"{word}: no such option; {hint}"
 
 
 def join_slurm(environment: MutableMapping[str, str]) -> None:
@@ -54,28 +128,3 @@ def join_slurm(environment: MutableMapping[str, str]) -> None:
     environment["LOCAL_RANK"] = "0" if sees_one_gpu else environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", first_node)
     environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
-
-
-def _hydra_main(argv: list[str]) -> None:
-    """Hydra's own command line, for its flags: --multirun, launchers, --info."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-
-    from jahubert.train.experiment.registry import data_folder
-
-    sys.argv = [sys.argv[0], *(arg if arg.startswith(("-", "hydra")) else _lenient(arg) for arg in argv)]
-
-    @hydra.main(config_path=str(data_folder("conf").resolve()), config_name="config", version_base="1.3")
-    def entry_point(_: Any) -> None:
-        join_slurm(os.environ)  # a launcher's job does not come through `main`
-        overrides = [arg.removeprefix("++") for arg in HydraConfig.get().overrides.task]
-        if status := runner.start(overrides):
-            sys.exit(status)
-
-    entry_point()
-
-
-def _lenient(override: str) -> str:
-    """Let Hydra accept unknown keys: our own check suggests the nearest known one."""
-    key = override.split("=")[0]
-    return override if key in ("model", "iteration") or override.startswith(("+", "~")) else f"++{override}"

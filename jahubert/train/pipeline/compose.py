@@ -1,152 +1,295 @@
-"""The tree of settings of a command line, from the files of conf/, a recipe and a machine.
+"""Composition of the settings of a command from conf/, a recipe, a machine and the command line.
 
-What a stage sees is composed in this order, later wins: the defaults of its dataclass, conf/config.yaml, the
-groups (model=, iteration=), the fine-tuning preset of the recipe (conf/finetuning), its recipe.yaml, the
-preset of the command line (finetuning=), the recipe's blocks for this iteration and this system, the file of
-machine= in the same way, and the rest of the command line. Only this file and `run` import Hydra.
+Later ones win: the defaults of a stage's dataclass, conf/config.yaml, the groups (model=, iteration=), the
+fine-tuning preset of the recipe (conf/finetuning), its recipe.yaml, the preset of the command line
+(finetuning=), the recipe's blocks for this iteration and this system, the file of machine= in the same way,
+and the rest of the command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jahubert.errors import ConfigError, MissingExtraError
+from jahubert.train.experiment.config import (
+    expand_user,
+    is_null,
+    raise_config_errors,
+    range_errors,
+    structure,
+    unknown_key_error,
+    unknown_name_error,
+)
+from jahubert.train.experiment.registry import (
+    STAGES,
+    data_folder,
+    preset_file,
+    recipe_folder,
+    stage_folder,
+)
+from jahubert.train.pipeline.overrides import Override, parse_overrides
 
-FILES = ("model", "iteration", "machine")  # of conf/, by their names
-GROUPS = ("recipe", "model", "iteration", "finetuning", "machine")
-SELECTORS = ("stage", "system", "decoding", "decode_folder")
+# Settings that choose a file of conf/ or recipes/.
+_GROUPS = ("recipe", "model", "iteration", "finetuning", "machine")
+
+
+@dataclass(frozen=True)
+class CommandSettings:
+    """The settings that the pipeline reads itself; stages see them through conf/config.yaml."""
+
+    name: str
+    exp: str
+    iteration: int
+    recipe: str | None = None
+    stage: str | None = None
+    system: str | None = None
+    decoding: str | None = None
+    finetuning: str | None = None
+    machine: str | None = None
+    pretrained: str | None = None
+    iterations: int = 2
+    processes: int = 1  # on this machine
+    machines: int = 1
+    hang_timeout_minutes: float = 30.0  # 0: no limit
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "at least 0": ("iterations", "hang_timeout_minutes"),
+            "at least 1": ("processes", "machines"),
+        }
+        errors = range_errors(self, ranges)
+        errors += [f"{key} is empty" for key in ("name", "exp") if not getattr(self, key)]
+        raise_config_errors(errors)
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
-    """The whole tree of settings as plain values."""
+    """The whole tree of settings as plain values, with the values of the command line as text.
+
+    Args:
+        overrides: `key=value`, as on the command line.
+        system: compose for this system of the recipe.
+
+    Raises:
+        ConfigError: an override that cannot be parsed, an unknown name or key, a file that is not YAML.
+    """
     try:
-        from hydra import compose as hydra_compose
-        from hydra import initialize_config_dir
-        from hydra.core.global_hydra import GlobalHydra
-        from hydra.errors import HydraException
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
     except ImportError as error:
         raise MissingExtraError("hydra-core", "train") from error
-    from jahubert.train.experiment.registry import data_folder, recipe_folder, stage_folder
-
-    parsed = [_parsed(override) for override in overrides]
-    values = {p.key_or_group: p.value() for p in parsed}
-    recipe = values.get("recipe")
-    groups = {name: values[name] for name in FILES if values.get(name) is not None}
-    _check_groups(groups)
-    machine = groups.pop("machine", None)
-    presets = [{} if recipe is None else _blocks(recipe_folder(str(recipe)) / "recipe.yaml")]
-    presets += [_blocks(data_folder("conf") / "machine" / f"{machine}.yaml")] if machine else []
-    sizes = [preset["model_size"] for preset in presets if "model_size" in preset]
-    groups.setdefault("model", (sizes or ["base"])[-1])
-    _check_groups(groups)
+    typed = parse_overrides(overrides)
+    groups = _selected_groups(typed)
+    recipe = groups.get("recipe")
+    presets = [_load_settings(recipe_folder(recipe) / "recipe.yaml")] if recipe else [{}]
+    if "machine" in groups:
+        _check_names({"machine": groups["machine"]})
+        presets.append(_load_settings(data_folder("conf") / "machine" / f"{groups['machine']}.yaml"))
+    sizes = [str(preset["model_size"]) for preset in presets if "model_size" in preset]
+    model, iteration = groups.get("model", (sizes or ["base"])[-1]), groups.get("iteration", "1")
+    _check_names({"model": model, "iteration": iteration})
     try:
-        wanted = [f"{name}='{value}'" for name, value in groups.items()]  # quoted: a name may be a number
-        tree: Any
-        if GlobalHydra.instance().is_initialized():  # inside Hydra's own main
-            tree = hydra_compose("config", overrides=wanted)
-        else:
-            with initialize_config_dir(str(data_folder("conf").resolve()), version_base="1.3"):
-                tree = hydra_compose("config", overrides=wanted)
-        OmegaConf.set_struct(tree, False)
-        tree = _merged(tree, values, presets, system)
-        for override in parsed:
-            if override.key_or_group not in FILES[:2]:
-                OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-        if "name" not in values and recipe is not None:
-            tree.name = Path(str(recipe)).name  # a recipe may be given as a folder
-        tree.finetuning = values.get("finetuning")
-        tree.recipe, tree.system = recipe, tree.system if system is None else system
-        tree.systems = tree.get("systems") or {"main": {}}
-        tree.decoding = None if tree.decoding is None else str(tree.decoding)
-        tree.decode_folder = stage_folder("decode", None, "any", tree.decoding).name
+        tree: Any = copy.deepcopy(_load_groups(data_folder("conf"), model, iteration))
+        tree = _merge_presets(tree, presets, groups, typed, system)
+        tree.name = Path(recipe).name if recipe else "unnamed"  # a recipe may be given as a folder
+        for override in typed:
+            _apply(tree, override)
+        _finish(tree, groups, system, typed)
         plain: Any = OmegaConf.to_container(tree, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
-    _check_top(plain)
-    return plain
+    _check_keys(plain)
+    fields = CommandSettings.__dataclass_fields__
+    settings = structure({key: plain[key] for key in fields if key in plain}, CommandSettings)
+    return plain | {key: getattr(settings, key) for key in fields}
 
 
-def _merged(tree: Any, values: dict[str, Any], presets: list[Any], system: str | None) -> Any:
-    """The tree under the presets for fine-tuning, the recipe and, where one is asked for, the machine."""
+def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
+    """The names given for groups; null selects none."""
+    groups: dict[str, str] = {}
+    errors = []
+    for override in typed:
+        if override.key not in _GROUPS:
+            continue
+        if override.delete or not isinstance(override.value, str):
+            example = f"{override.key}.width=256" if override.key == "model" else f"{override.key}=NAME"
+            errors.append(f"{override.key}=... selects a file by its name; write {example}")
+        elif is_null(override.value):
+            groups.pop(override.key, None)
+        else:
+            groups[override.key] = override.value
+    raise_config_errors(errors)
+    return groups
+
+
+@cache
+def _load_groups(conf: Path, model: str, iteration: str) -> Any:
+    """conf/config.yaml with its groups."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    from jahubert.train.experiment.registry import preset_file
-
-    recipe = presets[0]
-    subset = values.get("subset", recipe.get("subset"))
-    files = preset_file(recipe.get("finetuning"), subset), preset_file(values.get("finetuning"))
-    own, asked = ({"finetune": OmegaConf.load(file)} if file else {} for file in files)
-    tree = OmegaConf.merge(tree, own)
-    for preset in presets:
-        iteration_block = (preset.get("by_iteration") or {}).get(int(tree.iteration)) or {}
-        system_block = (preset.get("systems") or {}).get(system or "") or {}
-        tree = OmegaConf.merge(tree, preset, asked if preset is recipe else {}, iteration_block, system_block)
+    selected = [f"model='{model}'", f"iteration='{iteration}'"]  # quoted: a name may be a number
+    if GlobalHydra.instance().is_initialized():  # in a job of Hydra's multirun
+        tree = hydra_compose("config", overrides=selected)
+    else:
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            tree = hydra_compose("config", overrides=selected)
+    OmegaConf.set_struct(tree, False)
     return tree
 
 
-def _parsed(override: str) -> Any:
-    """Hydra's view of `key=value`; a value outside its grammar (a path in Japanese) is taken as it stands."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+def _merge_presets(
+    tree: Any,
+    presets: Sequence[Any],
+    groups: Mapping[str, str],
+    typed: Sequence[Override],
+    system: str | None,
+) -> Any:
+    """The tree updated from the presets of fine-tuning, the recipe and the machine."""
+    from omegaconf import OmegaConf
 
-    parser = OverridesParser.create()
-    key, equals, value = override.partition("=")
-    if not equals and not override.startswith("~"):
-        raise ConfigError(f"{override}: not a setting; write key=value")
-    try:
-        parsed = parser.parse_override(override)
-    except HydraException as error:
-        if value[:1] in ("", "'", '"', "[", "{"):
-            raise ConfigError(f"{override}: cannot be read ({' '.join(str(error).split())})") from error
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        try:
-            parsed = parser.parse_override(f"{key}='{quoted}'")
-        except HydraException as again:
-            raise ConfigError(f"{override}: {key!r} is not the name of a setting") from again
-    if parsed.is_sweep_override():
-        raise ConfigError(f"{override}: several values need --multirun; give one")
-    return parsed
+    recipe = presets[0]
+    subset = next((o.value for o in reversed(typed) if o.key == "subset"), recipe.get("subset"))
+    recipe_preset = preset_file(recipe.get("finetuning"), subset)
+    typed_preset = preset_file(groups.get("finetuning"))
+    if recipe_preset:
+        tree = OmegaConf.merge(tree, {"finetune": OmegaConf.load(recipe_preset)})
+    for preset in presets:
+        layers = [preset]
+        if preset is recipe and typed_preset:
+            layers.append({"finetune": OmegaConf.load(typed_preset)})
+        layers += _blocks(preset, tree.iteration, system)
+        tree = OmegaConf.merge(tree, *layers)
+    return OmegaConf.merge(tree, *_blocks(_typed_blocks(typed), tree.iteration, system))
 
 
-def _blocks(file: Path) -> Any:
-    """The settings of a recipe or a machine."""
+def _blocks(preset: Any, iteration: int, system: str | None) -> list[Any]:
+    """The settings of a preset for an iteration and for a system."""
+    return [_block(preset, "by_iteration", iteration), _block(preset, "systems", system)]
+
+
+def _block(preset: Any, group: str, name: Any) -> Any:
+    """The settings for one iteration or system."""
+    from omegaconf import OmegaConf
+
+    blocks = preset.get(group)
+    if not OmegaConf.is_dict(blocks):
+        return {}
+    settings = next((blocks[key] for key in blocks if str(key) == str(name)), None)
+    if is_null(settings):
+        return {}
+    if not OmegaConf.is_dict(settings):
+        raise ConfigError(f"{group}.{name}: expected a group of settings, found {settings!r}")
+    return settings
+
+
+def _typed_blocks(typed: Sequence[Override]) -> Any:
+    """The blocks for iterations and systems of the command line."""
+    from omegaconf import OmegaConf
+
+    blocks = OmegaConf.create({"by_iteration": {}, "systems": {}})
+    for override in typed:
+        if override.key.partition(".")[0] in blocks and not override.delete:
+            OmegaConf.update(blocks, override.key, override.value, force_add=True)
+    return blocks
+
+
+def _apply(tree: Any, override: Override) -> None:
+    """Set or delete one setting of the tree."""
+    from omegaconf import OmegaConf
+
+    key, value = override.key, override.value
+    if key in ("model", "iteration") or key.startswith("by_iteration."):  # in the tree already
+        return
+    if not override.delete:
+        parent: Any = tree
+        for part in key.split(".")[:-1]:
+            if not OmegaConf.is_dict(parent) or is_null(parent.get(part)):
+                break
+            parent = parent.get(part)
+        else:
+            if not OmegaConf.is_dict(parent):
+                raise ConfigError(
+                    f"{key}: {key.rpartition('.')[0]} is a single value, not a group of settings"
+                )
+        if OmegaConf.is_dict(OmegaConf.select(tree, key)) and is_null(value):
+            value = None
+        OmegaConf.update(tree, key, value, force_add=True)
+        return
+    parent_key, _, name = key.rpartition(".")
+    parent = OmegaConf.select(tree, parent_key) if parent_key else tree
+    if not OmegaConf.is_dict(parent) or name not in parent:
+        raise ConfigError(f"~{key}: no such key is set by a file of conf/ or by the recipe")
+    del parent[name]
+
+
+def _finish(tree: Any, groups: Mapping[str, str], system: str | None, typed: Sequence[Override]) -> None:
+    """Fill in the settings that follow from others."""
+    keys = {override.key for override in typed}
+    tree.finetuning, tree.machine = groups.get("finetuning"), groups.get("machine")
+    tree.recipe = groups.get("recipe")
+    if system is not None:
+        tree.system = system
+    if is_null(tree.get("systems")) or tree.systems == {}:
+        tree.systems = {"main": {}}
+    decoding = None if is_null(tree.get("decoding")) else str(tree.decoding)
+    tree.decode_folder = stage_folder("decode", None, "any", decoding).name
+    if str(tree.exp).startswith("~"):
+        tree.exp = str(expand_user(tree.exp))
+    if "pretrained" in keys and not is_null(tree.pretrained) and "iterations" not in keys:
+        tree.iterations = 0  # the given model takes the place of the last iteration's
+
+
+def _load_settings(file: Path) -> Any:
+    """The settings in the file of a recipe or a machine."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
     try:
-        blocks = OmegaConf.load(file)
-    except YAMLError as error:
+        settings = OmegaConf.load(file)
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(blocks):
+    if not OmegaConf.is_dict(settings):
         raise ConfigError(f"{file}: must hold settings, such as `kmeans: {{ n_clusters: 100 }}`")
-    return blocks
+    return settings
 
 
-def _check_groups(groups: dict[str, Any]) -> None:
-    """Refuse a model size, an iteration or a machine that has no file in conf/."""
-    from jahubert.train.experiment.config import unknown_name_error
-    from jahubert.train.experiment.registry import data_folder
+def _check_names(groups: Mapping[str, str]) -> None:
+    """Raise ConfigError for a group without a file of that name in conf/."""
+    errors = []
+    for group, name in groups.items():
+        known = sorted(path.stem for path in (data_folder("conf") / group).glob("*.yaml"))
+        if name not in known:
+            errors.append(unknown_name_error(group, name, known))
+    raise_config_errors(errors)
 
-    for name, value in groups.items():
-        known = sorted(path.stem for path in (data_folder("conf") / name).glob("*.yaml"))
-        if str(value) not in known:
-            raise ConfigError(unknown_name_error(name, str(value), known))
 
-
-def _check_top(tree: dict[str, Any]) -> None:
-    """Refuse names that no part of the tree reads."""
-    from jahubert.train.experiment.config import unknown_key_error
-    from jahubert.train.experiment.registry import STAGES
-
-    known = {*STAGES, *GROUPS, *SELECTORS, "iterations", "systems", "by_iteration", "model_size"}
-    known |= {"name", "exp", "data", "seed", "pretrained", "vocabulary", "hydra"}
-    known |= {"device", "workers", "processes", "machines", "engine", "hours", "hang_timeout_minutes"}
-    options = tree["prepare"].get("options") if isinstance(tree["prepare"], dict) else None
-    known |= set(options if isinstance(options, dict) else ())  # a recipe may lift one up: subset=core
-    wrong = [unknown_key_error(key, known, "") for key in tree if key not in known]
-    if wrong:
-        raise ConfigError("; ".join(wrong))
+def _check_keys(tree: Mapping[str, Any]) -> None:
+    """Raise ConfigError for keys that nothing reads."""
+    known = {*STAGES, *_GROUPS, *CommandSettings.__dataclass_fields__, "decode_folder"}
+    known |= {
+        "systems",
+        "by_iteration",
+        "model_size",
+        "data",
+        "seed",
+        "vocabulary",
+        "device",
+        "workers",
+        "engine",
+        "hours",
+    }
+    options = tree["prepare"].get("options") if isinstance(tree["prepare"], Mapping) else None
+    if isinstance(options, Mapping):  # a recipe may offer an option at the top level, such as subset=core
+        known |= set(options)
+    errors = [unknown_key_error(str(key), known, "") for key in tree if key not in known]
+    for group in ("systems", "by_iteration"):
+        if not is_null(tree.get(group)) and not isinstance(tree[group], Mapping):
+            errors.append(f"{group}: expected a group of settings, found {tree[group]!r}")
+    raise_config_errors(errors)

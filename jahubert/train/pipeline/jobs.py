@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jahubert.errors import ConfigError
-from jahubert.train.experiment.config import structure, unknown_name_error
+from jahubert.train.experiment.config import structure, unknown_name_error, untyped
 from jahubert.train.experiment.registry import STAGES, recipe_names, resolve, stage_folder
 from jahubert.train.pipeline.compose import compose
+from jahubert.train.pipeline.overrides import parse_overrides
 
 PER_ITERATION = ("features", "kmeans", "label", "pretrain")
 PER_SYSTEM = ("finetune", "decode", "score")
@@ -51,6 +52,8 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
             jobs.append(configure_job(stage, overrides))
         except ConfigError as error:
             mistakes.append(str(error))
+    if not mistakes:
+        mistakes += _unused_pretrained(overrides, tree, jobs)
     if check_inputs:
         from jahubert.train.pipeline import preflight
 
@@ -59,6 +62,18 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return jobs
+
+
+def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
+    """A message if `pretrained=` is typed but all systems fine-tune something else."""
+    model, used = tree["pretrained"], [job.config.pretrained for job in jobs if job.stage == "finetune"]
+    is_typed = any(override.key == "pretrained" for override in parse_overrides(overrides))
+    if not is_typed or model is None or not used or Path(model) in used:
+        return []
+    return [
+        f"pretrained={model} has no effect: the recipe, its systems or the command line "
+        f"set finetune.pretrained={', '.join(sorted({str(other) for other in used}))}"
+    ]
 
 
 def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:
@@ -71,7 +86,9 @@ def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:
     tree = compose([*overrides, *([f"iteration={iteration}"] if iteration else [])], system)
     config = structure(tree[stage] or {}, resolve(stage, STAGES, "stage").Config, stage)
     if stage == "features":
-        _check_layer(tree)
+        _check_layer(tree, config)
+    if stage == "finetune":
+        _check_pretrained(tree, config)
     return Job(stage, config, output_folder(tree, planned))
 
 
@@ -80,18 +97,26 @@ def output_folder(tree: dict[str, Any], planned: PlannedStage) -> Path:
     return Path(tree["exp"]) / stage_folder(*planned, tree["decoding"])
 
 
-def _check_layer(tree: dict[str, Any]) -> None:
+def _check_layer(tree: dict[str, Any], config: Any) -> None:
     """Refuse a layer that the model of the previous iteration, which may not exist yet, will not have."""
     from jahubert.model.hubert import HubertConfig
 
-    features, n_layers = tree["features"], (tree["model"] or {}).get("layers", HubertConfig().layers)
     bundle = Path(tree["exp"]) / f"iter{tree['iteration'] - 1}" / "pretrain" / "bundle"
-    layer = features.get("layer")
-    is_bundle = features.get("model") and Path(features["model"]) == bundle
-    if is_bundle and isinstance(layer, int) and layer > n_layers:
+    n_layers = untyped((tree["model"] or {}).get("layers", HubertConfig().layers))
+    is_too_high = isinstance(config.layer, int) and isinstance(n_layers, int) and config.layer > n_layers
+    if config.model == bundle and is_too_high:
         raise ConfigError(
-            f"features.layer: iteration {tree['iteration']} takes layer {layer}, "
-            f"but the model has {n_layers}; set it in by_iteration or on the command line"
+            f"features.layer: iteration {tree['iteration']} takes layer {config.layer}, but the model has "
+            f"{n_layers}; set it in by_iteration or on the command line"
+        )
+
+
+def _check_pretrained(tree: dict[str, Any], config: Any) -> None:
+    """Refuse to fine-tune the model of an iteration that is not run."""
+    if tree["iterations"] == 0 and config.pretrained == Path(tree["exp"]) / "iter0" / "pretrain":
+        raise ConfigError(
+            "pretrained=... is missing: with iterations=0 name the model to fine-tune, or set "
+            "finetune.pretrained=null to train from scratch"
         )
 
 
@@ -101,13 +126,11 @@ def plan_stages(tree: dict[str, Any]) -> list[PlannedStage]:
     Raises:
         ConfigError: no recipe, or an unknown stage, system or decoding.
     """
-    if tree["recipe"] is None:
+    if not tree["recipe"]:
         raise ConfigError(
             "recipe=... is missing; choose one of " + ", ".join(recipe_names()) + ", or give a folder"
         )
     stage, systems, iterations = tree["stage"], list(tree["systems"]), tree["iterations"]
-    if not isinstance(iterations, int) or iterations < 0:
-        raise ConfigError(f"iterations={iterations}: give the number of iterations of pretraining")
     if stage != "all" and stage not in STAGES:
         raise ConfigError(unknown_name_error("stage", str(stage), [*STAGES, "all"], missing=stage is None))
     if tree["system"] is not None and tree["system"] not in systems:
@@ -117,7 +140,7 @@ def plan_stages(tree: dict[str, Any]) -> list[PlannedStage]:
     if tree["system"]:
         systems = [tree["system"]]
     if stage in PER_ITERATION:
-        return [PlannedStage(stage, int(tree["iteration"]))]
+        return [PlannedStage(stage, tree["iteration"])]
     if stage in PER_SYSTEM:
         return [PlannedStage(stage, system=system) for system in systems]
     if stage != "all":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import ConfigError, JahubertError
+from jahubert.errors import JahubertError
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import configure_jobs
 from jahubert.train.pipeline.reporting import is_rank0, report_error
@@ -46,7 +45,7 @@ def run(overrides: Sequence[str]) -> None:
 
     try:
         jobs = configure_jobs(overrides, check_inputs=True)
-        timeout_minutes = _hang_timeout_minutes(overrides)
+        timeout_minutes = compose(overrides)["hang_timeout_minutes"]
     except JahubertError as error:
         error.reported = not is_rank0()  # every process finds the same mistakes
         raise
@@ -122,16 +121,4 @@ def _format_metrics(metrics: dict[str, Any]) -> str:
 
 def processes_to_launch(overrides: Sequence[str]) -> int:
     """Number of processes to launch; 1 if a launcher has already started them."""
-    if "WORLD_SIZE" in os.environ:
-        return 1
-    n = compose(overrides)["processes"]
-    if not isinstance(n, int) or n < 1:
-        raise ConfigError(f"processes={n}: give the number of processes on this machine")
-    return n
-
-
-def _hang_timeout_minutes(overrides: Sequence[str]) -> float:
-    minutes = compose(overrides)["hang_timeout_minutes"]
-    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 <= minutes < math.inf:
-        raise ConfigError(f"hang_timeout_minutes={minutes}: give a number of minutes, or 0 for no limit")
-    return minutes
+    return 1 if "WORLD_SIZE" in os.environ else compose(overrides)["processes"]

@@ -30,7 +30,7 @@ from jahubert.train.data.decode_cache import DecodeCache, DecodeRecorder
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
 from jahubert.train.data.utterances import load_utterance
 from jahubert.train.experiment import distributed, provenance
-from jahubert.train.experiment.config import config_group, runtime_field, structure
+from jahubert.train.experiment.config import config_group, expand_user, runtime_field, structure
 from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.registry import recipe_reader
 
@@ -63,9 +63,7 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     options, read = config.options, recipe_reader(config.recipe, "prepare")
     if isinstance(options, Mapping):  # built without `structure`, for example in a test
         options = structure(options, recipe_reader(config.recipe, "Config"), "prepare.options")
-    data = (
-        Path(config.data).expanduser() if config.data else None
-    )  # an empty string would be the current folder
+    data = expand_user(config.data) if config.data else None  # an empty string would be the current folder
     work = out / "work"
     work.mkdir(exist_ok=True)
     cache = DecodeCache(work / "decoded") if config.check_audio else None

@@ -37,7 +37,9 @@ def test_the_same_update_on_any_number_of_gpus(model):
 @pytest.mark.parametrize(("machine", "processes"), [("1gpu", 1), ("4gpu", 4), ("8gpu", 8), ("32gpu", 32)])
 def test_all_stages_share_their_updates_on_every_machine(recipe, machine, processes, tmp_path):
     """Pretraining and fine-tuning of one command, with the global batch that was published."""
-    command = [f"recipe={recipe[0]}", *recipe[1:], "stage=all", "data=/c", "pretrained=a/b"]
+    command = [f"recipe={recipe[0]}", *recipe[1:], "stage=all", "data=/c"]
+    if recipe[0] == "csj":
+        command.append("pretrained=a/b")
     trained = {
         stage: config.train
         for stage, config, _ in configure_jobs([*command, f"machine={machine}", f"exp={tmp_path}"])
@@ -72,7 +74,7 @@ def test_a_laptop_takes_its_own_sizes_before_those_of_the_recipe():
     config = pretraining("machine=laptop", "iteration=2", "pretrain.train.lr=1e-3")
     assert config.model.width == 192 and config.train.device == "cpu"
     assert (config.train.max_steps, config.train.batch_seconds, config.train.lr) == (6000, 30.0, 1e-3)
-    with pytest.raises(ConfigError, match=r"machine=9gpu: there is no such machine; did you mean 8gpu\?"):
+    with pytest.raises(ConfigError, match=r"machine=9gpu: no such machine; did you mean 8gpu\?"):
         pretraining("machine=9gpu")
 
 

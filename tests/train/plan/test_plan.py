@@ -278,7 +278,7 @@ def test_speed_is_measured_on_this_machine(capsys, tmp_path):
         (["gpu=H100", "hours=0"], "hours=0"),
         (["gpu=H100", "hours=nan"], "hours=nan"),
         (["gpu=H100", "utilization=5"], "utilization=5"),
-        (["gpu=H100", "processes=0"], "processes=0"),
+        (["gpu=H100", "processes=0"], "processes"),
         (["gpu=H100", "subset=medium"], "subset=medium.*hours="),
         (["stage=label"], "gpu=NAME"),
         (["kmeans.n_cluster=3"], "kmeans.n_clusters"),

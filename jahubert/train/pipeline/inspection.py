@@ -1,0 +1,74 @@
+"""Output of `--cfg job` and `--info`: the settings and stages of a command, without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jahubert.errors import ConfigError
+from jahubert.train.experiment.config import structure, untyped
+from jahubert.train.experiment.provenance import DONE, STARTED
+from jahubert.train.experiment.registry import STAGES, resolve
+from jahubert.train.pipeline.compose import CommandSettings, compose
+from jahubert.train.pipeline.jobs import Job, configure_jobs
+
+_TEXT = {
+    "data",
+    "vocabulary",
+    "device",
+    "engine",
+    "subset",
+    *CommandSettings.__dataclass_fields__,
+}  # typed by `compose`
+
+
+def settings_yaml(overrides: Sequence[str]) -> str:
+    """The settings of a command as YAML: the composed tree, then `jobs`, every stage that would run.
+
+    The settings of a stage are complete, with the defaults of its dataclass. Without `recipe=` and `stage=`
+    there are no jobs.
+    """
+    import yaml
+
+    content = compose(overrides)
+    for key, value in content.items():
+        if key in STAGES:
+            content[key] = _complete(key, value)
+        elif key not in _TEXT:
+            content[key] = untyped(value)
+    if content["recipe"] is not None and content["stage"] is not None:
+        jobs = configure_jobs(overrides)
+        content["jobs"] = {str(job.out): {job.stage: plain(job.config)} for job in jobs}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _complete(stage: str, settings: Any) -> Any:
+    """All settings of a stage; those that are set, if they lack a required one."""
+    try:
+        return plain(structure(settings or {}, resolve(stage, STAGES, "stage").Config, stage))
+    except ConfigError:  # reported if the stage is among the jobs
+        return untyped(settings)
+
+
+def plain(value: Any) -> Any:
+    """A config as mappings, lists and scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def stage_list(overrides: Sequence[str]) -> str:
+    """The stages that a command runs, in order, with their state, one per line."""
+    return "".join(f"{job.out}  {_state(job)}\n" for job in configure_jobs(overrides))
+
+
+def _state(job: Job) -> str:
+    if (job.out / DONE).exists():
+        return "done"
+    return "started" if (job.out / STARTED).exists() else "not started"

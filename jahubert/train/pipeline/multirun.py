@@ -1,0 +1,109 @@
+"""Multirun: one run per combination of swept settings, each in an experiment folder of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jahubert.errors import ConfigError, JahubertError
+from jahubert.train.pipeline import runner
+from jahubert.train.pipeline.compose import compose
+from jahubert.train.pipeline.jobs import configure_jobs
+from jahubert.train.pipeline.overrides import expand_sweeps
+from jahubert.train.pipeline.reporting import report_error
+from jahubert.train.pipeline.signals import check_stop
+
+log = logging.getLogger("jahubert")
+
+# Select a part of an experiment, so that jobs which differ in them only share its folder.
+_SELECTORS = ("stage", "iteration", "system", "decoding", "processes", "machines")
+_MAX_NAME = 100  # characters of a folder name for the swept settings
+
+
+class Run(NamedTuple):
+    overrides: list[str]
+    swept: dict[str, str]  # the settings in which it differs from the others
+
+
+def run_all(arguments: Sequence[str]) -> int:
+    """Run each combination, here or through a launcher of Hydra; returns the first exit status that is not 0.
+
+    All settings are checked before the first job starts. A job that fails does not keep the others from
+    running.
+    """
+    launcher = [word for word in arguments if word.startswith(("hydra/", "hydra."))]
+    runs = expand([word for word in arguments if word not in launcher])
+    for run in runs:
+        configure_jobs(run.overrides)
+    if launcher:
+        return _launch(launcher, runs)
+    status = 0
+    for number, run in enumerate(runs, start=1):
+        check_stop()
+        log.info("run %d of %d: %s", number, len(runs), " ".join(f"{k}={v}" for k, v in run.swept.items()))
+        try:
+            failed = runner.start(run.overrides)
+        except (JahubertError, OSError) as error:
+            failed = report_error(error)
+        status = status or failed
+    return status
+
+
+def expand(arguments: Sequence[str]) -> list[Run]:
+    """The runs of a multirun, in order.
+
+    Where several experiments would share a folder, the swept settings are added to its name.
+    """
+    runs = [Run(*pair) for pair in expand_sweeps(arguments)]
+    folders: dict[str, set[str]] = {}
+    experiments = []
+    for run in runs:
+        exp = compose(run.overrides)["exp"]
+        differing = {key: value for key, value in run.swept.items() if key not in _SELECTORS}
+        suffix = _folder_suffix(differing)
+        experiments.append((exp, suffix))
+        folders.setdefault(exp, set()).add(suffix)
+    return [
+        Run([*run.overrides, f"exp='{exp}-{suffix}'"], run.swept) if len(folders[exp]) > 1 else run
+        for run, (exp, suffix) in zip(runs, experiments, strict=True)
+    ]
+
+
+def _folder_suffix(swept: dict[str, str]) -> str:
+    """The swept settings as part of a folder name."""
+    text = ",".join(f"{key}={value}" for key, value in swept.items())
+    name = re.sub(r"[^\w.=,+-]", "_", text)
+    if name != text or len(name) > _MAX_NAME:
+        name = f"{name[:_MAX_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _launch(launcher: list[str], runs: Sequence[Run]) -> int:
+    """Submit the runs through a launcher of Hydra, such as hydra/launcher=slurm."""
+    import hydra
+
+    from jahubert.train.experiment.registry import data_folder
+
+    if other := [word for word in launcher if not word.startswith(("hydra/launcher=", "hydra.launcher."))]:
+        raise ConfigError(
+            f"{other[0]}: of Hydra's settings only hydra/launcher and hydra.launcher have effect"
+        )
+    overrides = [run.overrides for run in runs]
+
+    @hydra.main(config_path=str(data_folder("conf").resolve()), config_name="config", version_base="1.3")
+    def submitted_job(config: Any) -> None:
+        from jahubert.train.pipeline import command
+
+        command.join_slurm(os.environ)
+        if status := runner.start(overrides[int(config.job)]):
+            sys.exit(status)
+
+    numbers = ",".join(map(str, range(len(runs))))
+    sys.argv = [sys.argv[0], "--multirun", *launcher, f"+job={numbers}"]
+    submitted_job()
+    return 0

@@ -1,0 +1,200 @@
+"""Parser of `key=value` overrides, following Hydra's notation.
+
+A value keeps the characters that were typed: `1.10`, `2024_01`, `1e5` and `null` stay text until the declared
+type of the setting converts them (`structure`), so that a name or a path is never reformatted. Lists and
+mappings are written as in Hydra: `[a, b]`, `{a: 1, b: [2, 3]}`; quotes keep brackets and commas in a string.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jahubert.errors import ConfigError
+
+_KEY = re.compile(r"[^\W\d]\w*(?:[./-]\w+)*")  # dotted; entries of a mapping may be numbers
+_CLOSING = {"[": "]", "{": "}", "(": ")"}
+_QUOTES = "'\""
+_CHOICE = re.compile(r"choice\((.*)\)", re.S)
+_RANGE = re.compile(r"range\((.*)\)", re.S)
+
+
+@dataclass(frozen=True)
+class Override:
+    """A setting that was typed.
+
+    Attributes:
+        key: dotted name.
+        value: text, or a list or mapping of such values.
+        delete: `~key`, which returns a setting to its default.
+    """
+
+    key: str
+    value: Any = None
+    delete: bool = False
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[Override]:
+    """Parse all overrides.
+
+    Raises:
+        ConfigError: every argument that is not an override.
+    """
+    parsed: list[Override] = []
+    mistakes: list[str] = []
+    for argument in arguments:
+        try:
+            parsed.append(parse_override(argument))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return parsed
+
+
+def parse_override(argument: str) -> Override:
+    """Parse `key=value`, `+key=value`, `++key=value` or `~key`."""
+    name, equals, text = argument.partition("=")
+    delete = name.startswith("~")
+    key = name[1:] if delete else name.removeprefix("+").removeprefix("+")
+    if not equals and not delete:
+        raise ConfigError(f"{argument!r}: not a setting; write key=value")
+    if not _KEY.fullmatch(key):
+        raise ConfigError(f"{argument}: {key!r} is not the name of a setting")
+    return Override(key, None if delete else parse_value(text, argument), delete)
+
+
+def parse_value(text: str, argument: str) -> Any:
+    """A value as text, list or mapping.
+
+    Args:
+        text: the value as typed.
+        argument: the whole override, for error messages.
+    """
+    first, closing = text[:1], _CLOSING.get(text[:1])
+    if first and first in _QUOTES:
+        end = _end_of_quote(text, 0)
+        if end != len(text) - 1:
+            raise ConfigError(f"{argument}: cannot be read, {first} is not closed at the end")
+        return re.sub(rf"\\([\\{first}])", r"\1", text[1:-1])
+    if first not in ("[", "{") or closing is None:
+        return text
+    parts = list(split_top_level(text[1:-1], ",")) if _closes_at_end(text) else None
+    if parts is None:
+        if _end_of_bracket(text, 0) is not None:  # [2024] talks: text that begins with a bracket
+            return text
+        raise ConfigError(f"{argument}: cannot be read, {first} without {closing}")
+    items = [part.strip() for part in parts]
+    if items == [""]:
+        items = []
+    if first == "[":
+        return [parse_value(item, argument) for item in items]
+    mapping = {}
+    for item in items:
+        name, *rest = split_top_level(item, ":")
+        if not rest:
+            raise ConfigError(f"{argument}: cannot be read, {item!r} is not of the form key: value")
+        mapping[parse_value(name.strip(), argument)] = parse_value(":".join(rest).strip(), argument)
+    return mapping
+
+
+def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
+    """The jobs of a multirun: (its overrides, the swept settings) for each combination of values.
+
+    `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` sweep; a quoted comma does not.
+
+    Raises:
+        ConfigError: an argument that is not an override, or a range that is not one.
+    """
+    parse_overrides([argument for argument in arguments if not _sweep_values(argument)])
+    options = [_sweep_values(argument) or [argument] for argument in arguments]
+    swept = [len(values) > 1 for values in options]
+    jobs = []
+    for combination in itertools.product(*options):
+        chosen = [each for each, is_swept in zip(combination, swept, strict=True) if is_swept]
+        parse_overrides(combination)
+        pairs = [each.lstrip("+").partition("=") for each in chosen]
+        jobs.append((list(combination), {key: value for key, _, value in pairs}))
+    return jobs
+
+
+def _sweep_values(argument: str) -> list[str] | None:
+    """The overrides that a swept one stands for."""
+    name, _, text = argument.partition("=")
+    if match := _RANGE.fullmatch(text):
+        values = [str(number) for number in _range(match[1], argument)]
+    else:
+        match = _CHOICE.fullmatch(text)
+        values = [part.strip() for part in split_top_level(match[1] if match else text, ",")]
+        if len(values) == 1 and not match:
+            return None
+    if "" in values or not values:
+        raise ConfigError(f"{argument}: an empty value among those to sweep")
+    return [f"{name}={value}" for value in values]
+
+
+def _range(text: str, argument: str) -> range:
+    try:
+        bounds = [int(part) for part in text.split(",")]
+        return range(*bounds)
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{argument}: write range(START,STOP) or range(START,STOP,STEP), integers"
+        ) from None
+
+
+def split_top_level(text: str, separator: str) -> Iterator[str]:
+    """Split at separators outside of quotes and brackets."""
+    start = position = 0
+    while position < len(text):
+        character = text[position]
+        if character in _QUOTES and not text[start:position].strip():
+            end = _end_of_quote(text, position)
+            position = end if end is not None else position
+        elif character in _CLOSING:
+            end = _end_of_bracket(text, position)
+            position = end if end is not None else position
+        elif character == separator:
+            yield text[start:position]
+            start = position + 1
+        position += 1
+    yield text[start:]
+
+
+def _end_of_quote(text: str, start: int) -> int | None:
+    """The position of the quote that closes the one at `start`."""
+    position = start + 1
+    while position < len(text):
+        if text[position] == "\\":
+            position += 1
+        elif text[position] == text[start]:
+            return position
+        position += 1
+    return None
+
+
+def _end_of_bracket(text: str, start: int) -> int | None:
+    """The position of the bracket that closes the one at `start`."""
+    expected: list[str] = []
+    position = start
+    while position < len(text):
+        character = text[position]
+        if character in _QUOTES and text[position - 1] in "[{(,: ":
+            end = _end_of_quote(text, position)
+            position = end if end is not None else position
+        elif character in _CLOSING:
+            expected.append(_CLOSING[character])
+        elif character in _CLOSING.values():
+            if not expected or expected.pop() != character:
+                return None
+            if not expected:
+                return position
+        position += 1
+    return None
+
+
+def _closes_at_end(text: str) -> bool:
+    return _end_of_bracket(text, 0) == len(text) - 1

@@ -1,0 +1,238 @@
+"""Overrides of the command line: what is typed is what a stage gets."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+from fixtures import FIXTURES
+
+from jahubert import run
+from jahubert.errors import ConfigError
+from jahubert.train.pipeline import multirun
+from jahubert.train.pipeline.compose import compose
+from jahubert.train.pipeline.inspection import settings_yaml
+from jahubert.train.pipeline.jobs import configure_jobs
+from jahubert.train.pipeline.overrides import Override, expand_sweeps, parse_override
+
+ROUGH = str(FIXTURES / "rough")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("name=1.10", "1.10"),
+        ("name=2024_01", "2024_01"),
+        ("name=1e5", "1e5"),
+        ("name=null", "null"),
+        ("name=", ""),
+        ("name=true", "true"),
+        ("name=' a '", " a "),
+        (r"name='it\'s'", "it's"),
+        ("data=/corpus/a,b (v2)", "/corpus/a,b (v2)"),
+        ("data=[2024] 講演", "[2024] 講演"),
+        (r"data=C:\data\new", r"C:\data\new"),
+        ("key=[a, 1.10,[b], 'c,d']", ["a", "1.10", ["b"], "c,d"]),
+        ("key={a: 1, b: {c: [x,y]}}", {"a": "1", "b": {"c": ["x", "y"]}}),
+        ("key=[]", []),
+        ("++key=x", "x"),
+    ],
+)
+def test_values_keep_the_characters_that_were_typed(argument, value):
+    assert parse_override(argument).value == value
+
+
+@pytest.mark.parametrize(
+    "argument", ["", "key", "=3", "a b=3", "1=2", "key=[a", "key={a: [}", "key='a", "key={a}"]
+)
+def test_what_is_not_an_override_is_refused(argument):
+    with pytest.raises(ConfigError) as caught:
+        parse_override(argument)
+    assert argument in str(caught.value)
+
+
+def test_deletion_returns_a_setting_to_its_default():
+    assert parse_override("~a.b") == Override("a.b", None, delete=True)
+    (job,) = configure_jobs([f"recipe={ROUGH}", "stage=kmeans", "~kmeans.n_clusters"])
+    assert job.config.n_clusters == 100
+    with pytest.raises(ConfigError, match=r"~kmeans\.nothing"):
+        configure_jobs([f"recipe={ROUGH}", "stage=kmeans", "~kmeans.nothing"])
+
+
+@pytest.mark.parametrize("name", ["1.10", "2024_01", "1e5", "null", "true", "a,b"])
+def test_an_experiment_has_the_name_that_was_typed(name):
+    (job,) = configure_jobs([f"recipe={ROUGH}", "stage=prepare", f"name={name}"])
+    assert job.out == Path("exp", name, "prepare")
+
+
+def test_a_data_folder_may_contain_a_comma():
+    (job,) = configure_jobs(["recipe=csj", "stage=prepare", "data=/corpora/CSJ,2004"])
+    assert job.config.data == "/corpora/CSJ,2004"
+
+
+def test_text_becomes_the_declared_type():
+    settings = [
+        "seed=7",
+        "kmeans.n_init=2",
+        "finetune.hours=1e-1",
+        "finetune.freeze_conv=FALSE",
+        "finetune.pretrained=null",
+        "decode.splits=[1.10,dev]",
+        "score.published={paper: {dev: 1.5}}",
+    ]
+    jobs = {job.stage: job.config for job in configure_jobs([f"recipe={ROUGH}", "stage=all", *settings])}
+    assert jobs["kmeans"].n_init == 2 and jobs["kmeans"].seed == 7
+    finetune = jobs["finetune"]
+    assert (finetune.hours, finetune.freeze_conv, finetune.pretrained) == (0.1, False, None)
+    assert jobs["decode"].splits == ("1.10", "dev")
+    assert jobs["score"].published == {"paper": {"dev": 1.5}}
+
+
+def test_blocks_for_an_iteration_and_a_system_have_effect():
+    settings = ["by_iteration.1.kmeans.n_init=5", "systems.second.finetune.fraction=0.5"]
+    jobs = configure_jobs(["recipe=demo", "stage=all", *settings])
+    kmeans = [job.config.n_init for job in jobs if job.stage == "kmeans"]
+    assert kmeans[0] == 5 and 5 not in kmeans[1:]
+    fractions = {job.out.parent.name: job.config.fraction for job in jobs if job.stage == "finetune"}
+    assert fractions == {"pretrained": 0.3, "scratch": 0.3, "second": 0.5}
+
+
+TYPOS = [
+    "", "x", "=", "=3", "==", "~", "~~a", "~kmeans.x", "+", "a..b=3", ".a=3", "a.=3", "[0]=1", "kmeans=3",
+    "kmeans=[a]", "kmeans.n_clusters.x=3", "kmeans.n_clusters=", "kmeans.n_clusters=1e3",
+    "kmeans.n_clusters=[1]", "systems=[a]", "systems=3", "systems.main=3", "systems.main.finetune=3",
+    "by_iteration=3", "by_iteration.1=3", "prepare=3", "prepare.options=3", "prepare.options=[a]",
+    "model=", "model=3", "model={width: 3}", "model.width=x", "iteration=", "iteration=0",
+    "iteration=1.0", "iteration=[1]", "iterations=-1", "iterations=two", "recipe=", "recipe=.",
+    "recipe=[1]", "recipe=~no-such-user/x", "recipe=a/../b", "~recipe", "machine=..", "machine=",
+    "machine={a: 1}", "name=", "exp=", "exp=~no-such-user/x", "finetuning=9h", "finetuning=[1]", "stage=",
+    "stage=[all]", "stage=al", "system=x", "system=[a]", "decoding=a/b", "seed=1e400", "seed=x",
+    "processes=0", "processes=1.5", "machines=0", "hang_timeout_minutes=-1", "hang_timeout_minutes=nan",
+    "data=${nothing}", "data=${", "name=${name}", "pretrained=~no-such-user", "hydra.job.name=x",
+    "hydra/launcher=slurm", "subset={a: 1}", "finetune.mask=3", "finetune.mask.prob=", "decode.splits=3",
+    "--cfg", "--cfg=jb", "--mutlirun", "-x", "--info=3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_a_typo_is_one_message_without_a_traceback(typo, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.main([f"recipe={ROUGH}", "stage=all", "--info", typo]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jahubert: error: ") and error.count("jahubert: ") == 1
+    assert "Traceback" not in error
+
+
+# --- what a command would run -------------------------------------------------------------------------------
+
+
+def shown(capsys, *arguments: str) -> dict:
+    assert run.main([*arguments]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("flag", [["--cfg", "job"], ["--cfg=job"], ["-c", "job"]])
+def test_cfg_job_prints_the_settings_that_run(capsys, flag):
+    content = shown(capsys, *flag, "recipe=demo", "stage=all", "kmeans.n_init=3", "name=1.10")
+    assert content["model"]["width"] == 192 and content["name"] == "1.10" and content["kmeans"]["n_init"] == 3
+    jobs = configure_jobs(["recipe=demo", "stage=all", "kmeans.n_init=3", "name=1.10"])
+    assert list(content["jobs"]) == [str(job.out) for job in jobs]
+    settings = content["jobs"]["exp/1.10/iter2/pretrain"]["pretrain"]
+    assert settings["train"]["max_steps"] == 900 and settings["model"]["layers"] == 6
+    assert content["jobs"]["exp/1.10/systems/scratch/finetune"]["finetune"]["pretrained"] is None
+
+
+def test_cfg_job_shows_a_single_stage_with_its_defaults():
+    content = yaml.safe_load(settings_yaml(["recipe=demo", "stage=pretrain", "iteration=2"]))
+    assert content["pretrain"]["train"]["max_steps"] == 900 and content["pretrain"]["unit_dim"] == 256
+
+
+def test_cfg_job_refuses_what_would_not_run(capsys):
+    assert run.main(["--cfg", "job", "recipe=demo", "stage=kmeans", "kmeans.n_cluster=3"]) == 2
+    assert "kmeans.n_clusters" in capsys.readouterr().err
+
+
+def test_info_lists_the_stages_and_their_state(capsys):
+    assert run.main(["--info", "recipe=demo", "stage=kmeans", "iteration=2", "exp=/nowhere"]) == 0
+    assert capsys.readouterr().out == "/nowhere/iter2/kmeans  not started\n"
+
+
+def test_help_shows_the_settings_of_the_command(capsys):
+    assert run.main(["--help", "recipe=demo", "stage=label"]) == 0
+    out = capsys.readouterr().out
+    assert "--multirun" in out and "width: 192" in out
+
+
+# --- pretrained= --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["builtin", "csj", "demo", "fairseq", "reazonspeech", "tofugu"])
+def test_pretrained_has_effect_in_every_recipe(recipe):
+    jobs = configure_jobs([f"recipe={recipe}", "stage=all", "data=/c", "pretrained=owner/model"])
+    finetune = [job.config.pretrained for job in jobs if job.stage == "finetune"]
+    assert set(finetune) - {None} == {Path("owner/model")}
+    assert not any(job.stage == "pretrain" for job in jobs)  # its model would not be used
+
+
+def test_pretrained_without_effect_is_refused():
+    for settings in (["system=scratch"], ["finetune.pretrained=other/model"]):
+        with pytest.raises(ConfigError, match="pretrained=owner/model has no effect"):
+            configure_jobs(["recipe=demo", "stage=finetune", "pretrained=owner/model", *settings])
+
+
+def test_without_iterations_a_model_to_fine_tune_is_required():
+    with pytest.raises(ConfigError, match=r"pretrained=\.\.\. is missing"):
+        configure_jobs(["recipe=demo", "stage=finetune", "iterations=0"])
+
+
+# --- multirun -----------------------------------------------------------------------------------------------
+
+
+def test_sweeps_are_expanded_in_order():
+    expanded = expand_sweeps(["a=1,2", "b=[x,y]", "c=choice(1.10,'p,q')", "d='u,v'", "e=range(0,4,2)"])
+    assert [pair[1] for pair in expanded] == [
+        {"a": a, "c": c, "e": e} for a, c, e in itertools.product("12", ("1.10", "'p,q'"), "02")
+    ]
+    assert expanded[0][0] == ["a=1", "b=[x,y]", "c=1.10", "d='u,v'", "e=0"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "folders"),
+    [
+        ("seed=0,1", ["exp/demo-seed=0", "exp/demo-seed=1"]),
+        ("machine=1gpu,laptop", ["exp/demo-machine=1gpu", "exp/demo-machine=laptop"]),
+        ("model=tiny,base", ["exp/demo-model=tiny", "exp/demo-model=base"]),
+        ("name=1.10,1.1", ["exp/1.10", "exp/1.1"]),
+        ("iteration=1,2", ["exp/demo", "exp/demo"]),  # two parts of one experiment
+    ],
+)
+def test_each_run_has_an_experiment_folder_of_its_own(sweep, folders):
+    runs = multirun.expand(["recipe=demo", "stage=features", sweep])
+    assert [compose(run.overrides)["exp"] for run in runs] == folders
+
+
+def test_a_swept_path_becomes_a_valid_folder_name():
+    runs = multirun.expand(["recipe=demo", "stage=all", "pretrained=a/b,a_b", "exp=x"])
+    folders = {compose(run.overrides)["exp"] for run in runs}
+    assert len(folders) == 2 and all("/" not in folder for folder in folders)
+
+
+def test_multirun_runs_every_combination(capsys, tmp_path):
+    command = ["-m", f"recipe={ROUGH}", "stage=prepare", f"exp={tmp_path}/exp", "seed=0,1"]
+    assert run.main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exp-seed=0", "exp-seed=1"]
+    assert all((path / "prepare/provenance.json").exists() for path in tmp_path.iterdir())
+
+
+def test_multirun_checks_all_settings_first(capsys, tmp_path):
+    command = [
+        "-m",
+        f"recipe={ROUGH}",
+        "stage=prepare,kmeans",
+        f"exp={tmp_path}/exp",
+        "kmeans.n_clusters=4,none",
+    ]
+    assert run.main(command) == 2
+    assert "kmeans.n_clusters" in capsys.readouterr().err and not list(tmp_path.iterdir())
