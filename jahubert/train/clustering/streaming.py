@@ -12,14 +12,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import CheckpointError, ConfigError, DataError
 from jahubert.formats.atomic import atomic_path
 from jahubert.formats.bundle import load_bundle, weights_hash
+from jahubert.formats.typed_fields import typed
 from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
 from jahubert.train.clustering.features import Feature, HubertLayer
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment.registry import FEATURES, resolve
+
+_HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normalize": bool}
 
 
 def make_feature(kind: str, model: Path | None, layer: int | None, device: torch.device) -> Feature:
@@ -68,11 +71,20 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            return file.get_tensor("centroids_KD"), json.loads((file.metadata() or {})["header"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            centroids_KD = file.get_tensor("centroids_KD")
+            header = json.loads((file.metadata() or {})["header"])
+        if centroids_KD.dtype != torch.float32 or centroids_KD.dim() != 2 or not centroids_KD.numel():
+            raise ValueError(f"centroids_KD is {tuple(centroids_KD.shape)}, {centroids_KD.dtype}")
+        if not isinstance(header, dict) or header.keys() != _HEADER_TYPES.keys():
+            raise ValueError("unknown header")
+        for name, kind in _HEADER_TYPES.items():
+            if header[name] is not None or name == "feature":
+                typed(path, name, header[name], kind)
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError, CheckpointError) as error:
         raise DataError(
             f"{path}: not a centroid file of stage=kmeans ({error}); delete its folder and rerun that stage"
         ) from error
+    return centroids_KD, header
 
 
 def stream_features(

@@ -37,6 +37,7 @@ from jahubert.train.evaluation.unit_checks import (
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, runtime_field
 from jahubert.train.experiment.progress import progress
+from jahubert.train.experiment.registry import FEATURES
 
 VERSION = 1
 
@@ -47,6 +48,7 @@ class Config:
     centroids: Path  # the folder of stage kmeans, or of fairseq's files
     model: Path | None = model_field(None)  # for hubert features: the model that centroids were fitted on
     layer: int | None = runtime_field(None)  # for hubert features: the expected layer of the centroids
+    feature: str | None = runtime_field(None)  # a custom feature (module:attribute) that may be imported
     compare_with: Path | None = runtime_field(None)  # a label store that should have the same units
     shard_size: int = runtime_field(2000)  # utterances per file until all are labeled
     device: str = runtime_field("auto")
@@ -91,6 +93,12 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
         raise DataError(
             f"{config.centroids}: centroids of layer {fitted['layer']}, but features.layer={config.layer}; "
             "set label.centroids to centroids of that layer, or run stages features and kmeans for it"
+        )
+    # A file of centroids may come from anybody: it cannot choose which code is imported.
+    if fitted["feature"] not in FEATURES and fitted["feature"] != config.feature:
+        raise DataError(
+            f"{config.centroids}: made from the custom feature {fitted['feature']!r}, but features.kind is "
+            f"{config.feature!r}; set features.kind to it if you trust its code"
         )
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
     found = feature_header(feature, fitted["feature"], fitted["layer"])

@@ -25,6 +25,7 @@ from jahubert.errors import DataError, StaleError
 from jahubert.formats.atomic import atomic_folder
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.provenance import read_record, write_json
+from jahubert.train.trainer.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from jahubert.train.trainer.optim import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class Checkpoints:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(state, checkpoint_id=newest)
+                reader = CheckpointReader(newest)
+                dcp.load(state, storage_reader=reader, planner=CheckpointPlanner())
         except (Exception, CheckpointException) as error:  # the latter is not an Exception
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise DataError(

@@ -249,6 +249,40 @@ def test_mismatched_centroids_are_rejected(corpus, layer_centroids, tmp_path):
         label.run(replace(config, centroids=tmp_path / "k"), tmp_path / "c")
 
 
+def test_centroids_cannot_choose_code_to_import(corpus, whole, tmp_path):
+    """A feature that is not built in runs only if the configuration names it."""
+    custom = tmp_path / "custom.py"
+    custom.write_text(
+        "from pathlib import Path\n"
+        "from jahubert.train.clustering.features import Mfcc\n"
+        f"Path({str(tmp_path)!r}, 'ran').touch()\n"
+        "class Feature(Mfcc): pass\n"
+    )
+    centroids_KD, header = load_centroids(whole / "kmeans/centroids.safetensors")
+    name = f"{custom}:Feature"
+    save_centroids(tmp_path / "centroids.safetensors", centroids_KD, header | {"feature": name})
+    config = replace(stages(corpus, tmp_path)["label"], centroids=tmp_path)
+    for feature in (None, "mfcc", "other:Feature"):
+        with pytest.raises(DataError, match=r"features\.kind"):
+            label.run(replace(config, feature=feature), tmp_path / "label")
+    assert not (tmp_path / "ran").exists()
+    label.run(replace(config, feature=name), tmp_path / "label")
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"feature": None}, {"layer": 1.5}, {"normalize": "no"}, {"dim": "39"}, {"more": 1}]
+)
+def test_malformed_centroid_headers_are_rejected(whole, tmp_path, change):
+    centroids_KD, header = load_centroids(whole / "kmeans/centroids.safetensors")
+    save_centroids(tmp_path / "a.safetensors", centroids_KD, header | change)
+    with pytest.raises(DataError, match=r"a\.safetensors"):
+        load_centroids(tmp_path / "a.safetensors")
+    save_centroids(tmp_path / "a.safetensors", centroids_KD[:0], header)
+    with pytest.raises(DataError, match=r"a\.safetensors"):
+        load_centroids(tmp_path / "a.safetensors")
+
+
 def test_label_store_is_compared_with_another(corpus, whole, tmp_path, caplog):
     config = stages(corpus, whole)["label"]
     label.run(replace(config, compare_with=whole / "label", on_bad_units="warn"), tmp_path / "same")

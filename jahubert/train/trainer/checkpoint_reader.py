@@ -1,0 +1,69 @@
+"""Reading of `torch.distributed.checkpoint` (DCP) folders without running code from them.
+
+DCP unpickles `.metadata` and every value that is not a tensor. An unfinished experiment may come from
+anybody, so here only the classes of DCP's own metadata, plain values and tensors are accepted.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_CLASSES = {
+    f"{_CHECKPOINT}.metadata": (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    ),
+    f"{_CHECKPOINT}.filesystem": ("_StorageInfo",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "collections": ("OrderedDict",),
+}  # fmt: skip
+
+
+class CheckpointReader(FileSystemReader):
+    """As DCP's reader, with a restricted unpickler for the metadata."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        data = Path(self.path, ".metadata").read_bytes()
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        for info in metadata.storage_data.values():
+            if os.path.basename(info.relative_path) != info.relative_path:
+                raise pickle.UnpicklingError(f"path outside of the checkpoint: {info.relative_path!r}")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class CheckpointPlanner(DefaultLoadPlanner):
+    """As DCP's planner; values that are not tensors are unpickled with `weights_only`."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        content = torch.load(value, weights_only=True)
+        name = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], content)
+        else:
+            self.state_dict[name] = content
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"the metadata name {module}.{name}, which no checkpoint needs")
