@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -158,3 +159,13 @@ def test_wheel_works_in_an_empty_environment():
     )
     assert done.returncode == 0, done.stderr
     assert "2.13.0" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("docker") is None, reason="docker is not installed")
+def test_docker_image_builds_and_runs():
+    """Needs a package index."""
+    tag = "jahubert:test"
+    subprocess.run(["docker", "build", "--tag", tag, REPO], check=True, timeout=3600)
+    done = subprocess.run(["docker", "run", "--rm", tag, "--version"], capture_output=True, text=True)
+    assert jahubert.__version__ in done.stdout
