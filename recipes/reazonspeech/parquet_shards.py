@@ -7,12 +7,10 @@ or modification time of its parquet file change.
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +21,7 @@ from jahubert.formats.atomic import atomic_path, atomic_write
 VERSION = 1
 CAPTIONS = ("transcription", "text", "sentence")  # accepted names of the column
 _BATCH_ROWS = 256  # rows in memory
+_TAR_BLOCK = 512  # bytes
 
 
 def find_parquet(data: Path, subset: str) -> list[Path]:
@@ -50,15 +49,27 @@ def to_tar(shard: Path, folder: Path) -> tuple[Path, dict[str, str]]:
         return target, record["captions"]
     folder.mkdir(parents=True, exist_ok=True)
     captions: dict[str, str] = {}
-    with atomic_path(target) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as archive:
+    with atomic_path(target) as temporary, open(temporary, "wb") as archive:
         for name, content, caption in _recordings(shard):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+            archive.write(_header(name, len(content)) + content + bytes(-len(content) % _TAR_BLOCK))
             captions[name] = caption
+        archive.write(bytes(2 * _TAR_BLOCK))
     with atomic_write(state_path) as file:
         json.dump({"state": state, "captions": captions}, file, ensure_ascii=False)
     return target, captions
+
+
+def _header(name: str, size: int) -> bytes:
+    """A tar header. tarfile's own takes ten times as long, which is only needed for long names."""
+    raw = name.encode("utf-8", "surrogateescape")
+    if len(raw) > 100 or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.GNU_FORMAT)
+    fields = b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"00000000000\0"
+    rest = b"0" + bytes(100) + b"ustar  \0" + bytes(247)
+    checksum = sum(raw) + sum(fields) + sum(rest) + 8 * ord(" ")
+    return raw.ljust(100, b"\0") + fields + b"%06o\0 " % checksum + rest
 
 
 def _recordings(shard: Path) -> Iterator[tuple[str, bytes, str]]:
@@ -67,21 +78,27 @@ def _recordings(shard: Path) -> Iterator[tuple[str, bytes, str]]:
         file = pq.ParquetFile(shard)
         names = file.schema_arrow.names
         caption_column = next((name for name in CAPTIONS if name in names), None)
-        if "audio" not in names or caption_column is None:
+        is_audio = "audio" in names and pa.types.is_struct(file.schema_arrow.field("audio").type)
+        if not is_audio or caption_column is None:
             raise DataError(
-                f"{shard}: expected the columns audio and {' or '.join(CAPTIONS)}, found {', '.join(names)}"
+                f"{shard}: expected the columns audio (bytes and path) and {' or '.join(CAPTIONS)}, found "
+                f"{', '.join(names)}"
             )
         columns = ["audio", caption_column, *(["name"] if "name" in names else [])]
         row, seen = 0, set()
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-            for record in batch.to_pylist():
-                audio: dict[str, Any] = record["audio"] or {}
-                name = record.get("name") or audio.get("path") or f"{row:06d}.flac"
-                name = f"{shard.stem}/{name.removeprefix('./')}"
+            audio = batch.column("audio")
+            contents, paths = (audio.field(field).to_pylist() for field in ("bytes", "path"))
+            if "name" in columns:
+                paths = batch.column("name").to_pylist()
+            for content, path, caption in zip(
+                contents, paths, batch.column(caption_column).to_pylist(), strict=True
+            ):
+                name = f"{shard.stem}/{(path or f'{row:06d}.flac').removeprefix('./')}"
                 if name in seen:
                     name = f"{shard.stem}/{row:06d}-{Path(name).name}"
                 seen.add(name)
-                yield name, audio.get("bytes") or b"", " ".join((record[caption_column] or "").split())
+                yield name, content or b"", " ".join((caption or "").split())
                 row += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{shard}: cannot be read as parquet ({error})") from error

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fixtures.reazonspeech_tree import RATE, Release, flac, name_of, write_headers
+from fixtures.reazonspeech_tree import RATE, Release, flac, name_of, write_headers, write_parquet_headers
 
 from jahubert import run
 from jahubert.audio import load_audio
@@ -275,6 +275,11 @@ def test_parquet_shards_equal_tar_shards(tmp_path, monkeypatch):
     assert [item.split for item in rows] == ["dev"] * 7 + ["test"] * 4 + ["train"] * 7
     for item in rows:
         assert len(load_audio(item.audio)) == item.n_samples
+    with tarfile.open(rows[0].audio.path) as archive:
+        stem = "train-00000-of-00003"
+        assert archive.getnames() == [f"{stem}/{name}" for name, _ in release.members[0]]
+        for member, (_, content) in zip(archive.getmembers(), release.members[0], strict=True):
+            assert archive.extractfile(member).read() == content
     converted = []
     recordings = parquet_shards._recordings
     monkeypatch.setattr(
@@ -291,9 +296,11 @@ def test_damaged_recordings_and_files_of_parquet(tmp_path):
     release = Release(tmp_path / "corpus", shards=1, rows=2)
     release.add(0, "empty.flac", b"", "空です")
     release.add(0, "text.flac", b"not audio" * 200, "違います")
+    release.add(0, "長い" * 40 + ".flac", flac(4000), "長い名前")
     data = release.write_parquet()
     rows, rejected = read(data, tmp_path / "work")
-    assert len(rows) == 2 and [item.reason for item in rejected] == ["unusable audio"] * 2
+    assert [item.text for item in rows][2:] == ["長い名前"]
+    assert len(rows) == 3 and [item.reason for item in rejected] == ["unusable audio"] * 2
     for name, content in (("a", b"PAR1"), ("b", b"")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.parquet").write_bytes(content)
@@ -404,14 +411,16 @@ print(json.dumps([rows, opened, rows / seconds, opening, peak / 1024**2]))
 @pytest.mark.parametrize(
     ("shards", "rows"), [(4, 500), pytest.param(64, 15_625, marks=pytest.mark.slow)], ids=["few", "a million"]
 )
-def test_rows_per_second_and_memory(tmp_path, shards, rows):
+@pytest.mark.parametrize("write", [write_headers, write_parquet_headers])
+def test_rows_per_second_and_memory(tmp_path, shards, rows, write):
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is read from /proc")
-    data = write_headers(tmp_path / "corpus", shards, rows)
+    data = write(tmp_path / "corpus", shards, rows)
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", MEASURE, str(data), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RECIPE.parents[2])
     assert done.returncode == 0, done.stderr
+    print(done.stdout)
     n_rows, opened, rate, opening, gib = json.loads(done.stdout)
     assert n_rows == opened == shards * rows
     assert opening < 1
