@@ -315,6 +315,7 @@ class PhonemeSet:
 
     @property
     def blank(self) -> int:
+        """Index of the CTC blank."""
         return self.__dict__["_index"][BLANK]
 
     @property

@@ -168,6 +168,7 @@ class FeatureExtractor:
 
     @property
     def model(self) -> HubertModel:
+        """The encoder."""
         return self.features.hubert
 
     @property
@@ -177,6 +178,7 @@ class FeatureExtractor:
 
     @property
     def dim(self) -> int:
+        """Width of the features."""
         return self.model.config.width
 
     def times(self, n_frames: int) -> Tensor:
@@ -298,6 +300,7 @@ class UnitExtractor:
 
     @property
     def n_units(self) -> int:
+        """Number of units."""
         return self.centroids_KD.shape[0]
 
     def to(self, device: str | torch.device) -> UnitExtractor:

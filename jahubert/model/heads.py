@@ -31,6 +31,7 @@ class UnitHead(nn.Module):
 
     @property
     def n_units(self) -> int:
+        """Number of units in the codebook."""
         return self.label_embeddings.shape[0]
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ class HubertForCtc(nn.Module):
 
     @property
     def config(self) -> HubertConfig:
+        """Sizes of the encoder."""
         return self.hubert.config
 
     def forward(
