@@ -31,8 +31,8 @@ _TOLERANCE = SAMPLE_RATE // 10  # samples that a time may exceed its audio, as r
 
 @dataclass(frozen=True)
 class Config:
-    dev_share: float = 0.1  # of the utterances, if the input has no splits
-    test_share: float = 0.1
+    dev_share: float = 0.1  # of the training utterances, if the input has no dev split
+    test_share: float = 0.1  # the same for test
     # Seconds. A longer recording without text is cut at pauses; one with text is rejected, since its words
     # cannot be assigned to the parts.
     max_seconds: float = 30.0
@@ -57,7 +57,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         raise DataError("data= is required: recipe table needs data=PATH of a table or a corpus folder")
     rows: list[Row] = []
     rejected: Counter[str] = Counter()
-    for item in (checked for row in read_rows(data) for checked in _check(row)):
+    for item in (checked for row in read_rows(data, work) for checked in _check(row)):
         if isinstance(item, Rejected):
             rejected[item.reason] += 1
             yield item
@@ -107,28 +107,39 @@ def _split_duplicates(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
 
 
 def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
-    """Splits of the input, else by speaker, or by utterance if there are fewer than three speakers."""
-    if any(row.split for row in rows):
-        return [row.split or "train" for row in rows]
-    groups = [row.speaker for row in rows]
-    if len(set(groups)) < 3:
+    """Splits of the input; a missing test or dev split is taken from the training data, by speaker.
+
+    With too few speakers, single utterances are assigned.
+    """
+    splits = [row.split or "train" for row in rows]
+    shares = {"test": config.test_share, "dev": config.dev_share}
+    missing = {split: share for split, share in shares.items() if split not in splits}
+    train = [i for i, split in enumerate(splits) if split == "train"]
+    if not missing or not train:
+        return splits
+    groups = {i: rows[i].speaker for i in train}
+    n_speakers = len(set(groups.values()))
+    if n_speakers <= len(missing):
         log.warning(
-            "table: no splits and %d speakers; utterances are assigned to splits at random, so the test set "
-            "does not measure accuracy on unseen speakers",
-            len(set(groups)),
+            "table: %s taken from the utterances of %d speakers at random; it does not measure accuracy on "
+            "unseen speakers",
+            " and ".join(missing),
+            n_speakers,
         )
-        groups = [row.id for row in rows]
-    sizes = Counter(groups)
+        groups = {i: rows[i].id for i in train}
+    sizes = Counter(groups.values())
     order = sorted(sizes)
     random.Random(f"splits {seed}").shuffle(order)
     split_of = dict.fromkeys(order, "train")
-    remaining = iter(order)
-    for split, share in (("test", config.test_share), ("dev", config.dev_share)):
+    for split, share in missing.items():
         n = 0
-        while n < share * len(rows) and (group := next(remaining, None)) is not None:
+        while n < share * len(train) and len(order) > 1:
+            group = order.pop(0)
             split_of[group] = split
             n += sizes[group]
-    return [split_of[group] for group in groups]
+    for i in train:
+        splits[i] = split_of[groups[i]]
+    return splits
 
 
 def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Rejected]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.errors import DataError
+from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Rejected
 
 # Accepted names of each column, in order of preference; upper and lower case are not distinguished.
@@ -50,14 +51,16 @@ class Row:
     split: str = ""
 
 
-def read_rows(data: Path) -> Iterator[Row | Rejected]:
-    """Read an input of any supported kind.
+def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
+    """Read an input of any supported kind; audio inside a table is written to `work`.
 
     Raises:
         DataError: an unsupported input, a missing column, or a file that is not UTF-8.
     """
     if data.is_file():
-        reader = read_cuts if _is_cut_manifest(data) else read_table
+        if not _is_cut_manifest(data):
+            return read_table(data, work=work)
+        reader = read_cuts
     elif (data / "wav.scp").is_file():
         reader = read_kaldi
     elif (data / "clips").is_dir() and any(data.glob("*.tsv")):
@@ -78,7 +81,9 @@ def read_rows(data: Path) -> Iterator[Row | Rejected]:
 # --- tables -----------------------------------------------------------------------------------------------
 
 
-def read_table(path: Path, folder: Path | None = None, split: str = "") -> Iterator[Row | Rejected]:
+def read_table(
+    path: Path, folder: Path | None = None, split: str = "", work: Path | None = None
+) -> Iterator[Row | Rejected]:
     """Read a csv, tsv, jsonl or parquet file; relative audio paths are relative to `folder`."""
     suffix = path.suffix.lower()
     if suffix not in TABLES:
@@ -94,7 +99,22 @@ def read_table(path: Path, folder: Path | None = None, split: str = "") -> Itera
             continue
         if names is None or suffix not in (".csv", ".tsv", ".parquet"):
             names = _column_names(record, where)
+        audio = record.get(names["path"])
+        if isinstance(audio, Mapping) and audio.get("bytes") and work is not None:
+            audio_path = _extract(audio, work / "audio" / path.stem, line)
+            record = {**record, names["path"]: audio_path}
         yield _row(record, names, where, folder or path.parent, split)
+
+
+def _extract(audio: Mapping[str, Any], folder: Path, row: int) -> Path:
+    """Write the audio of a row of a Hugging Face dataset to a file, unless it exists."""
+    name = Path(audio.get("path") or "audio").name
+    path = folder.absolute() / f"{row:07d}-{name}"
+    if not path.is_file() or path.stat().st_size != len(audio["bytes"]):
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "wb") as file:
+            file.write(audio["bytes"])
+    return path
 
 
 def _column_names(record: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -177,7 +197,7 @@ def _parquet_records(path: Path) -> _Records:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches():
+        for batch in pq.ParquetFile(path).iter_batches(256):  # rows may hold audio
             for record in batch.to_pylist():
                 number += 1
                 yield number, record

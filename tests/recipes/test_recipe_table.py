@@ -174,6 +174,29 @@ def test_few_speakers_are_split_by_utterance(tmp_path, audio, caplog):
     assert "unseen speakers" in caplog.text
 
 
+def test_missing_dev_split_is_taken_from_training_speakers(tmp_path, audio):
+    lines = ["path,speaker,split"]
+    for r in recordings():
+        lines.append(f"{path_of(audio, r)},{r['speaker']},{'test' if r['speaker'] == 's0' else 'train'}")
+    items, _ = prepared(write(tmp_path / "a.csv", lines))
+    speakers = {split: {i.speaker for i in items if i.split == split} for split in ("train", "dev", "test")}
+    assert speakers["test"] == {"s0"} and len(speakers["dev"]) == 1 and len(speakers["train"]) == 8
+    assert not speakers["dev"] & speakers["train"]
+
+
+def test_audio_inside_parquet_is_extracted(tmp_path, audio):
+    rows = [
+        {"audio": {"bytes": path_of(audio, r).read_bytes(), "path": f"{r['id']}.wav"}, "text": r["text"]}
+        for r in recordings()[:5]
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub.parquet")
+    items = list(table.prepare(tmp_path / "hub.parquet", tmp_path / "work", table.Config(), 0))
+    assert [(i.id, i.n_samples, i.text) for i in items] == [
+        (f"{n + 1:07d}-{r['id']}", 4000 + 16 * n, r["text"]) for n, r in enumerate(recordings()[:5])
+    ]
+    assert {Path(i.audio.path).parent for i in items} == {tmp_path / "work" / "audio" / "hub"}
+
+
 def write(path: Path, lines: list[str], encoding: str = "utf-8") -> Path:
     path.write_text("\n".join(lines) + "\n", encoding=encoding)
     return path
