@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -105,7 +106,8 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
         with pa.memory_map(str(draft)) as source, atomic_path(path) as temporary:
             table = pa.ipc.open_file(source)
             builder.check_ids(table)
-            _copy_with_metadata(table, temporary, builder.metadata())
+            batches = [table.get_batch(i) for i in range(table.num_record_batches)]
+            _copy_with_metadata(table, temporary, builder.metadata() | {b"crc32": _crc32(batches)})
     return builder.counts()
 
 
@@ -117,6 +119,17 @@ def _copy_with_metadata(
     with open(path, "wb") as file, pa.ipc.new_file(file, schema) as out:
         for i in range(table.num_record_batches):
             out.write_batch(table.get_batch(i).replace_schema_metadata(metadata))
+
+
+def _crc32(batches: Iterable[pa.RecordBatch]) -> bytes:
+    """CRC-32 of all buffers of a table, as 8 hexadecimal digits."""
+    crc = 0
+    for batch in batches:
+        for column in batch.columns:
+            for buffer in column.buffers():
+                if buffer is not None:
+                    crc = zlib.crc32(buffer, crc)
+    return f"{crc:08x}".encode()
 
 
 class _ManifestBuilder:
@@ -331,8 +344,28 @@ class Manifest:
         metadata = table.schema.metadata or {}
         if metadata.get(b"format") != FORMAT or not table.schema.remove_metadata().equals(_SCHEMA):
             raise DataError(f"{self.path}: not a manifest of format {FORMAT.decode()}; rerun stage=prepare")
-        self.fingerprint: str = metadata[b"fingerprint"].decode()
-        self.counts: dict = json.loads(metadata[b"counts"])
+        try:
+            self.fingerprint: str = metadata[b"fingerprint"].decode()
+            self.counts: dict = json.loads(metadata[b"counts"])
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
+        self._crc32 = metadata.get(b"crc32")  # of all buffers; not in manifests of earlier versions
+
+    def validate(self) -> None:
+        """Check all Arrow buffers and compare them with the checksum written with them; reads the whole file.
+
+        Without this, damage in a manifest can crash the process or change its rows.
+
+        Raises:
+            DataError: the manifest is damaged.
+        """
+        try:
+            for batch in self._rows.batches:
+                batch.validate(full=True)
+        except pa.ArrowException as error:
+            raise DataError(f"{self.path}: damaged ({error}); rerun stage=prepare") from error
+        if self._crc32 is not None and self._crc32 != _crc32(self._rows.batches):
+            raise DataError(f"{self.path}: damaged, its checksum differs; rerun stage=prepare")
 
     def __len__(self) -> int:
         return len(self._rows)

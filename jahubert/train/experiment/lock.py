@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -57,6 +57,13 @@ def lock_owner(folder: Path) -> str | None:
             return _held(file)
     except OSError:  # gone, or not ours to write
         return None
+
+
+def remove_stale_lock(folder: Path) -> None:
+    """Delete the lock file that a killed run left in a finished folder."""
+    if (folder / LOCK_NAME).exists() and lock_owner(folder) is None:
+        with suppress(OSError):  # a folder that only others may write
+            (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _is(file: TextIO, path: Path) -> bool:

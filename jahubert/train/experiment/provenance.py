@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +20,7 @@ from typing import Any
 
 from jahubert.errors import DataError, StaleError
 from jahubert.formats.atomic import PREFIX, atomic_write
+from jahubert.train.experiment import checksums
 from jahubert.train.experiment.config import input_fields, result_fields
 from jahubert.train.experiment.lock import LOCK_NAME as RUNNING
 from jahubert.train.experiment.lock import lock_owner
@@ -93,10 +95,35 @@ def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: 
         **recipe,
         "metrics": metrics,
         "seconds": round(seconds, 1),
+        "outputs": checksums.describe_outputs(out),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "made_with": environment(),
     }
-    write_json(out / DONE, record)
+    write_json(out / DONE, record | {"record_crc32": checksums.content_crc32(record)})
+
+
+def verify_inputs(config: Any, large: bool = True) -> None:
+    """Compare the files that a stage reads with the sizes and checksums in the records of their stages.
+
+    Args:
+        config: of the stage that reads them.
+        large: also read files of more than a gigabyte; otherwise only their sizes are compared.
+
+    Raises:
+        DataError: a file or a record is missing or damaged; names it.
+    """
+    for _, path, _ in input_fields(config):
+        stages = [folder for folder in (path, *path.parents[:2]) if (folder / DONE).exists()][:1]
+        if not stages and (path / "prepare").is_dir():  # an experiment
+            stages = sorted(record.parent for record in path.rglob(DONE))
+        for folder in stages:
+            record = read_record(folder / DONE)
+            crc32 = record.pop("record_crc32", None)
+            if crc32 is not None and crc32 != checksums.content_crc32(record):
+                raise DataError(f"{folder / DONE}: damaged record; delete {folder} and rerun its stage")
+            below = path if folder in path.parents else None
+            max_bytes = math.inf if large else checksums.LARGE
+            checksums.verify_outputs(folder, record.get("outputs", {}), below, max_bytes)
 
 
 def read_record(path: Path) -> dict[str, Any]:

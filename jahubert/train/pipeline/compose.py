@@ -56,6 +56,7 @@ class CommandSettings:
     processes: int = 1  # on this machine
     machines: int = 1
     hang_timeout_minutes: float = 30.0  # 0: no limit
+    verify_large_inputs: bool = True
 
     def __post_init__(self) -> None:
         ranges = {

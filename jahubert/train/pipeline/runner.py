@@ -45,28 +45,35 @@ def run(overrides: Sequence[str]) -> None:
 
     try:
         jobs = configure_jobs(overrides, check_inputs=True)
-        timeout_minutes = compose(overrides)["hang_timeout_minutes"]
+        settings = compose(overrides)
+        timeout_minutes = settings["hang_timeout_minutes"]
+        verify_large = settings["verify_large_inputs"]
     except JahubertError as error:
         error.reported = not is_rank0()  # every process finds the same mistakes
         raise
     with distributed.process_group(report_error), watchdog(timeout_minutes):
         for job in jobs:
             check_stop()
-            run_stage(*job)
+            run_stage(*job, verify_large=verify_large)
             if job.stage == "prepare":
                 preflight.check_splits(jobs)
 
 
-def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
+def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> dict[str, Any]:
     """Run one stage in its folder, or keep its finished result; returns its metrics.
+
+    Args:
+        verify_large: verify the checksums of input files of a gigabyte and more; sizes, and checksums of
+            smaller files, are always verified.
 
     Raises:
         StaleError: the folder was made with other settings.
         BusyError: another run is using the folder.
+        DataError: a file that the stage reads is damaged.
     """
     from jahubert.train.experiment import distributed, provenance
     from jahubert.train.experiment.config import default_fields
-    from jahubert.train.experiment.lock import run_lock
+    from jahubert.train.experiment.lock import remove_stale_lock, run_lock
     from jahubert.train.experiment.registry import STAGES, resolve
     from jahubert.train.experiment.resource_errors import report_disk_full, report_oom
 
@@ -87,6 +94,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
         if is_done:
             log.info("%s: already done, kept", out)
             if is_first:
+                remove_stale_lock(out)
                 _show_finished(module, config, out)
             return provenance.read_record(out / provenance.DONE)["metrics"]
         log.info("%s ...", out)
@@ -94,6 +102,7 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
         started = time.monotonic() - provenance.elapsed_seconds(out)
         try:
             with report_disk_full(out), report_oom(stage, config):
+                distributed.rank0_broadcast(lambda: verify_inputs(config, verify_large))
                 metrics = module.run(config, out)
                 if is_first and keep_result:
                     provenance.finish(out, inputs, metrics, time.monotonic() - started)
@@ -104,6 +113,22 @@ def run_stage(stage: str, config: Any, out: Path) -> dict[str, Any]:
         distributed.barrier()
     log.info("%s: done in %.1f s  %s", out, time.monotonic() - started, _format_metrics(metrics))
     return metrics
+
+
+def verify_inputs(config: Any, large: bool = True) -> None:
+    """Verify the files that a stage reads: recorded sizes and checksums, and the contents of manifests.
+
+    Raises:
+        DataError: a file is missing or damaged; names it.
+    """
+    from jahubert.train.data.manifest import Manifest
+    from jahubert.train.experiment import provenance
+    from jahubert.train.experiment.config import input_fields
+
+    provenance.verify_inputs(config, large)
+    for _, path, _ in input_fields(config):
+        if path.suffix == ".arrow" and path.is_file():
+            Manifest(path).validate()
 
 
 def _show_finished(module: Any, config: Any, out: Path) -> None:

@@ -1,14 +1,14 @@
 """Checkpoints of the default training engine.
 
 `torch.distributed.checkpoint` (DCP) saves them from all processes and loads them on any number of processes,
-sharded or not. A checkpoint gets its name `step_N` when it is complete. `run.json`, written
-last, holds the size of every file, so that a checkpoint truncated by a power failure is recognized.
+sharded or not. A checkpoint gets its name `step_N` when it is complete. `run.json`, written last, holds the
+sizes and checksums of all files, so that a checkpoint that was truncated or damaged later is not resumed.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import shutil
 import warnings
 from contextlib import ExitStack
@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from jahubert.errors import DataError, StaleError
-from jahubert.formats.atomic import atomic_folder
+from jahubert.formats.atomic import atomic_folder, remove_leftovers
 from jahubert.train.experiment import distributed
+from jahubert.train.experiment.checksums import content_crc32, describe_outputs, verify_outputs
 from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.trainer.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from jahubert.train.trainer.optim import TrainConfig
@@ -76,8 +77,8 @@ class Checkpoints:
                     warnings.simplefilter("ignore")  # DCP warns when there is a single process
                     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
                 if distributed.rank() == 0:
-                    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-                    write_json(folder / "run.json", run | {"sizes": sizes})
+                    state = run | {"files": describe_outputs(folder)}
+                    write_json(folder / "run.json", state | {"crc32": content_crc32(state)})
         except BaseException:  # torch's CheckpointException is not an Exception
             if distributed.rank() == 0:
                 intact = self.intact()
@@ -85,15 +86,25 @@ class Checkpoints:
                 log.error("saving the checkpoint of step %d failed; %s", step, kept)
             raise
         if distributed.rank() == 0:
-            self._delete_old()
+            self._delete_old(final)
         distributed.barrier()
 
-    def _delete_old(self) -> None:
-        """Delete all but the newest `keep_last` and those of every `keep_every` steps."""
+    def _delete_old(self, newest: Path) -> None:
+        """Delete all but the newest `keep_last` and those of every `keep_every` steps, and leftovers.
+
+        Args:
+            newest: the checkpoint that was saved or loaded last; later ones are not counted.
+        """
+        remove_leftovers(self.folder)
         every = self.config.keep_every
-        for old in self.intact()[: -self.config.keep_last]:
-            if not every or int(old.name.removeprefix("step_")) % every:
-                shutil.rmtree(old)
+        counted = [path for path in self.intact() if _step(path) <= _step(newest)]
+        for old in counted[: -self.config.keep_last]:
+            if not every or _step(old) % every:
+                old.rename(
+                    old.with_name(f"{old.name}.deleted")
+                )  # never resumed if it is deleted only in part
+        for deleted in self.folder.glob("step_*.deleted"):
+            shutil.rmtree(deleted)
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Load the newest intact checkpoint, if there is one, and return the `run` that was saved with it.
@@ -101,7 +112,8 @@ class Checkpoints:
         Raises:
             DataError: the checkpoint could not be read.
         """
-        if (newest := distributed.rank0_broadcast(self._newest)) is None:
+        newest = distributed.rank0_broadcast(self._newest)
+        if newest is None:
             return None
         weights, moments = get_state_dict(module, optimizer)
         state: dict[str, Any] = {"model": weights, "optimizer": moments}
@@ -123,24 +135,34 @@ class Checkpoints:
 
     def _newest(self) -> Path | None:
         for path in reversed(_by_step(self.folder)):
-            if not (damage := _damage(path)):
+            damage = _damage(path, contents=True)
+            if not damage:
+                self._delete_old(path)  # a killed run may not have come to it
                 return path
             log.warning("%s: damaged checkpoint ignored (%s)", path, damage)
         return None
 
 
 def _by_step(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*[0-9]"), key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(folder.glob("step_*[0-9]"), key=_step)
 
 
-def _damage(checkpoint: Path) -> str:
-    """A description of the damage to a checkpoint, judged by file sizes; empty if it is intact."""
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _damage(checkpoint: Path, contents: bool = False) -> str:
+    """A description of the damage to a checkpoint, judged by file sizes; empty if it is intact.
+
+    Args:
+        contents: also compare checksums, which reads all files.
+    """
     try:
-        sizes = json.loads((checkpoint / "run.json").read_text(encoding="utf-8")).get("sizes", {})
-        for name, size in sizes.items():
-            actual = (checkpoint / name).stat().st_size
-            if actual != size:
-                return f"{name} has {actual} bytes instead of {size}"
-    except (OSError, ValueError) as error:
+        state = read_record(checkpoint / "run.json")
+        crc32 = state.pop("crc32", None)
+        if crc32 is not None and crc32 != content_crc32(state):
+            return "run.json: checksum differs"
+        verify_outputs(checkpoint, state.get("files", {}), max_bytes=math.inf if contents else 0)
+    except (OSError, DataError) as error:
         return f"{error}"
     return ""

@@ -14,12 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.train.experiment import distributed
+from jahubert.train.experiment.checksums import file_crc32
 from jahubert.train.trainer.optim import TrainConfig, lr_at
 from jahubert.train.trainer.parallel import full_state, load_full_state
 
 log = logging.getLogger(__name__)
+
+
+_STATE = ("best_value", "best_metrics", "best_crc32", "last_metrics")
 
 
 class MetricLog:
@@ -31,14 +36,15 @@ class MetricLog:
     def __init__(self, module: nn.Module, config: TrainConfig, out: Path):
         self.module, self.config, self.out = module, config, out
         self.best_value, self.best_metrics = math.inf, {}
+        self.best_crc32: str | None = None  # of best.safetensors, on rank 0
         self.last_metrics: dict[str, float] = {}
         self.tensorboard: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("best_value", "best_metrics", "last_metrics")}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.state_dict():
+        for name in _STATE:
             setattr(self, name, state[name])
 
     def trim(self, step: int) -> None:
@@ -84,13 +90,17 @@ class MetricLog:
             if distributed.rank() == 0:
                 with atomic_path(self.out / "best.safetensors") as temporary:
                     save_file({name: value.cpu().clone() for name, value in state.items()}, temporary)
+                    self.best_crc32 = file_crc32(temporary)
 
     def close(self, best: str | None) -> dict[str, float]:
         """The final metrics; with `best`, those of the best step, whose weights the module gets."""
         if self.tensorboard is not None:
             self.tensorboard.close()
-        if best is not None and (self.out / "best.safetensors").exists():
-            load_full_state(self.module, load_file(self.out / "best.safetensors"))
+        path = self.out / "best.safetensors"
+        if best is not None and self.best_metrics:
+            if self.best_crc32 is not None and (not path.exists() or file_crc32(path) != self.best_crc32):
+                raise DataError(f"{path}: missing or damaged; delete {self.out} and rerun its stage")
+            load_full_state(self.module, load_file(path))
             return self.best_metrics
         return self.last_metrics
 

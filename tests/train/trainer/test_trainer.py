@@ -135,12 +135,43 @@ def test_truncated_checkpoint_is_ignored(name, tmp_path, caplog):
     assert "damaged" not in caplog.text
 
 
-def test_unreadable_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["__0_0.distcp", "run.json", ".metadata"])
+def test_checkpoint_with_a_flipped_bit_is_ignored(name, tmp_path, caplog):
+    complete = toy()
+    train(complete, Data(), QUICK, tmp_path / "complete")
+    out = tmp_path / "damaged"
+    train(toy(), Data(), QUICK, out)
+    path = out / "checkpoints" / "step_0000020" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    module = toy()
+    train(module, Data(), QUICK, out)
+    assert f"{path.parent}: damaged checkpoint" in caplog.text
+    assert torch.equal(weights(module), weights(complete)) and curve(out) == curve(tmp_path / "complete")
+
+
+def test_damaged_best_weights_are_rejected(tmp_path):
+    validate = {"validate": lambda: {"per": 1.0}, "best": "per"}
+    config = replace(QUICK, valid_every=5)
+    train(toy(), Data(), config, tmp_path, **validate)
+    path = tmp_path / "best.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"best\.safetensors"):
+        train(toy(), Data(), config, tmp_path, **validate)
+
+
+def test_leftovers_of_a_killed_run_are_deleted(tmp_path):
+    """Of a run that was killed while it deleted an old checkpoint, or before that."""
+    train(toy(), Data(), replace(QUICK, keep_last=9), tmp_path)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_0000004").rename(folder / "step_0000004.deleted")
+    (folder / ".tmp-12345678").touch()
+    (folder / ".tmp-12345678.new").mkdir()
     train(toy(), Data(), QUICK, tmp_path)
-    file = tmp_path / "checkpoints" / "step_0000020" / "__0_0.distcp"
-    file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(DataError, match=r"step_0000020: unreadable"):
-        train(toy(), Data(), QUICK, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_0000016", "step_0000020"]
 
 
 def test_dataloader_workers_do_not_change_the_result(tmp_path):

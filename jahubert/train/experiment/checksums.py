@@ -1,0 +1,90 @@
+"""Sizes and checksums of the files of a stage or checkpoint, verified when they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jahubert.errors import DataError
+from jahubert.formats.atomic import PREFIX
+
+_CHUNK = 1 << 20  # bytes
+LARGE = 1 << 30  # bytes: larger files can be compared by size only
+# Not read by other stages, or with checks of their own (checkpoints); `work` is audio, which has decoders.
+_EXCLUDED_FOLDERS = ("checkpoints", "checkpoints_fairseq2", "tensorboard", "work", "shards")
+_EXCLUDED_FILES = ("started.json", "provenance.json", ".running")
+
+
+def file_crc32(path: Path) -> str:
+    """CRC-32 of a file, as 8 hexadecimal digits."""
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+def content_crc32(content: Mapping[str, Any]) -> str:
+    """CRC-32 of JSON-ready content, the same before it is written and after it is read again."""
+    normalized = json.loads(json.dumps(content, default=str))
+    return f"{zlib.crc32(json.dumps(normalized, sort_keys=True).encode()):08x}"
+
+
+def describe_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of every output file of a stage, by its path relative to the stage's folder."""
+    outputs = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        excluded = (
+            relative.parts[0] in _EXCLUDED_FOLDERS
+            or relative.name in _EXCLUDED_FILES
+            or any(part.startswith(PREFIX) for part in relative.parts)
+        )
+        if path.is_file() and not excluded:
+            outputs[relative.as_posix()] = {"bytes": path.stat().st_size, "crc32": file_crc32(path)}
+    return outputs
+
+
+def verify_outputs(
+    folder: Path,
+    outputs: Mapping[str, Mapping[str, Any]],
+    below: Path | None = None,
+    max_bytes: float = math.inf,
+) -> None:
+    """Compare files with their recorded sizes and checksums.
+
+    Args:
+        folder: of the stage or checkpoint.
+        outputs: as returned by `describe_outputs`.
+        below: compare only this file, or the files in this folder.
+        max_bytes: compare larger files by size only.
+
+    Raises:
+        DataError: a file is missing or damaged; names it.
+    """
+    for name, expected in outputs.items():
+        path = folder / name
+        if below is not None and below not in (path, *path.parents):
+            continue
+        damage = _damage(path, expected, max_bytes)
+        if damage:
+            raise DataError(f"{path}: {damage}; restore this file, or delete {folder} to make it again")
+
+
+def _damage(path: Path, expected: Mapping[str, Any], max_bytes: float) -> str:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "file not found"
+    if size != expected["bytes"]:
+        return f"damaged: {size} bytes, but {expected['bytes']} were written"
+    if size > max_bytes:
+        return ""
+    crc32 = file_crc32(path)
+    if crc32 != expected["crc32"]:
+        return f"damaged: checksum {crc32}, but {expected['crc32']} was recorded when it was written"
+    return ""

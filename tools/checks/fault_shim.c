@@ -1,0 +1,143 @@
+/* Fault injection for file operations below a folder, as an LD_PRELOAD library for Linux.
+
+   fault_arm(root, n, action): count the file operations below `root`; at operation n (from 1) act:
+   action -1 kills the process (a write is cut in half first), action e > 0 fails the operation with errno e;
+   n = 0 only counts. ENOSPC also fails every later operation that allocates space, as on a full disk.
+   fault_count(): operations so far. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define MAX_FD 4096
+static char root[PATH_MAX];
+static size_t root_length;
+static atomic_int count, target, action, tracked[MAX_FD];
+
+void fault_arm(const char *path, int n, int act) {
+    strncpy(root, path, sizeof root - 1);
+    root_length = strlen(root);
+    count = 0;
+    target = n;
+    action = act;
+}
+int fault_count(void) { return count; }
+
+#define REAL(type, name, ...) \
+    static type (*real)(__VA_ARGS__); \
+    if (!real) real = (type (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name);
+
+static int below(int folder, const char *path) {
+    char full[2 * PATH_MAX], link[64];
+    if (!root_length || !path) return 0;
+    if (path[0] != '/') {
+        ssize_t n;
+        if (folder == AT_FDCWD) snprintf(link, sizeof link, "/proc/self/cwd");
+        else snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+        n = readlink(link, full, PATH_MAX);
+        if (n < 0) return 0;
+        snprintf(full + n, sizeof full - n, "/%s", path);
+        path = full;
+    }
+    return strncmp(path, root, root_length) == 0 && (path[root_length] == '/' || !path[root_length]);
+}
+
+/* Returns 1 if the operation must fail (errno is set). */
+static int strike(int allocates) {
+    int n = ++count;
+    if (!target || n < target) return 0;
+    if (n == target && action < 0) kill(getpid(), SIGKILL);
+    if (action > 0 && (n == target || (action == ENOSPC && allocates))) { errno = action; return 1; }
+    return 0;
+}
+static void track(int fd, int on) { if (fd >= 0 && fd < MAX_FD) tracked[fd] = on; }
+static int is_tracked(int fd) { return fd >= 0 && fd < MAX_FD && tracked[fd]; }
+
+static int open_any(int folder, const char *path, int flags, mode_t mode) {
+    REAL(int, "openat", int, const char *, int, ...)
+    int writes = (flags & (O_WRONLY | O_RDWR | O_CREAT)) && below(folder, path), fd;
+    if (writes && strike(flags & O_CREAT)) return -1;
+    fd = real(folder, path, flags, mode);
+    track(fd, writes);
+    return fd;
+}
+#define MODE va_list list; va_start(list, flags); mode_t mode = flags & (O_CREAT | __O_TMPFILE) ? va_arg(list, mode_t) : 0; va_end(list);
+int open(const char *path, int flags, ...) { MODE return open_any(AT_FDCWD, path, flags, mode); }
+int open64(const char *path, int flags, ...) { MODE return open_any(AT_FDCWD, path, flags, mode); }
+int openat(int folder, const char *path, int flags, ...) { MODE return open_any(folder, path, flags, mode); }
+int openat64(int folder, const char *path, int flags, ...) { MODE return open_any(folder, path, flags, mode); }
+int creat(const char *path, mode_t mode) { return open_any(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+#define FOPEN(name) FILE *name(const char *path, const char *how) { \
+    REAL(FILE *, #name, const char *, const char *) \
+    int writes = strpbrk(how, "wa+") && below(AT_FDCWD, path); \
+    if (writes && strike(1)) return NULL; \
+    FILE *file = real(path, how); if (file) track(fileno(file), writes); return file; }
+FOPEN(fopen)
+FOPEN(fopen64)
+int close(int fd) { REAL(int, "close", int) track(fd, 0); return real(fd); }
+
+ssize_t write(int fd, const void *data, size_t size) {
+    REAL(ssize_t, "write", int, const void *, size_t)
+    if (is_tracked(fd)) {
+        if (count + 1 == target && action < 0 && size > 1) real(fd, data, size / 2);
+        if (strike(1)) return -1;
+    }
+    return real(fd, data, size);
+}
+#define PWRITE(name, offset_type) ssize_t name(int fd, const void *data, size_t size, offset_type offset) { \
+    REAL(ssize_t, #name, int, const void *, size_t, offset_type) \
+    if (is_tracked(fd)) { \
+        if (count + 1 == target && action < 0 && size > 1) real(fd, data, size / 2, offset); \
+        if (strike(1)) return -1; } \
+    return real(fd, data, size, offset); }
+PWRITE(pwrite, off_t)
+PWRITE(pwrite64, off64_t)
+ssize_t writev(int fd, const struct iovec *parts, int n) {
+    REAL(ssize_t, "writev", int, const struct iovec *, int)
+    if (is_tracked(fd) && strike(1)) return -1;
+    return real(fd, parts, n);
+}
+#define ON_FD(name, allocates) int name(int fd) { REAL(int, #name, int) \
+    if (is_tracked(fd) && strike(allocates)) { return -1; } return real(fd); }
+ON_FD(fsync, 0)
+ON_FD(fdatasync, 0)
+#define TRUNCATE(name, type) int name(int fd, type size) { REAL(int, #name, int, type) \
+    if (is_tracked(fd) && strike(1)) { return -1; } return real(fd, size); }
+TRUNCATE(ftruncate, off_t)
+TRUNCATE(ftruncate64, off64_t)
+
+#define ON_PATH(name, allocates) int name(const char *path) { REAL(int, #name, const char *) \
+    if (below(AT_FDCWD, path) && strike(allocates)) { return -1; } return real(path); }
+ON_PATH(unlink, 0)
+ON_PATH(rmdir, 0)
+ON_PATH(remove, 0)
+int unlinkat(int folder, const char *path, int flags) {
+    REAL(int, "unlinkat", int, const char *, int)
+    if (below(folder, path) && strike(0)) return -1;
+    return real(folder, path, flags);
+}
+int mkdir(const char *path, mode_t mode) {
+    REAL(int, "mkdir", const char *, mode_t)
+    if (below(AT_FDCWD, path) && strike(1)) return -1;
+    return real(path, mode);
+}
+int rename(const char *from, const char *to) {
+    REAL(int, "rename", const char *, const char *)
+    if (below(AT_FDCWD, to) && strike(0)) return -1;
+    return real(from, to);
+}
+int renameat(int a, const char *from, int b, const char *to) {
+    REAL(int, "renameat", int, const char *, int, const char *)
+    if (below(b, to) && strike(0)) return -1;
+    return real(a, from, b, to);
+}
