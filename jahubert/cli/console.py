@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 import traceback
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,4 +181,15 @@ def exit_status(error: Exception) -> int:
 
 
 def print_error(message: object) -> None:
-    print(f"jahubert: error: {message}", file=sys.stderr)
+    print(f"jahubert: error: {printable(str(message))}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Escape control and formatting characters, which names in a file may contain to deceive a terminal."""
+    escaped = []
+    for character in text:
+        if character != "\n" and unicodedata.category(character) in ("Cc", "Cf"):
+            utf16 = character.encode("utf-16-be").hex()  # as in JSON, which stays valid
+            character = "".join(f"\\u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4))
+        escaped.append(character)
+    return "".join(escaped)

@@ -28,6 +28,7 @@ from jahubert.cli.console import (
     find_inputs,
     print_error,
     print_names,
+    printable,
     reason,
 )
 from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
@@ -197,20 +198,22 @@ def info(args: argparse.Namespace) -> int:
         "can transcribe": bundle.ctc is not None and bundle.phonemes is not None,
         "units": None if centroids is None else f"{len(centroids)} of layer {bundle.centroid_layer}",
         "codebook": bundle.unit_head.n_units if bundle.unit_head else None,
+        "checksums": f"of {len(bundle.info['files'])} files verified" if "files" in bundle.info else None,
         "notes": bundle.notes or None,
     }
-    origin = {key: value for key, value in bundle.info.items() if key not in ("config", "phonemes")}
+    hidden = ("config", "phonemes", "files", "checksum")
+    origin = {key: value for key, value in bundle.info.items() if key not in hidden}
     if args.json:
         symbols = list(bundle.phonemes.symbols) if bundle.phonemes else None
         content = {**facts, "symbols": symbols, "config": asdict(config), "origin": origin}
-        print(json.dumps(content, ensure_ascii=False, indent=2))
+        print(printable(json.dumps(content, ensure_ascii=False, indent=2)))
         return 0
     for key, value in {**facts, **origin}.items():
         inner = value if isinstance(value, dict) else {}
         if value is not None:
-            print(f"{key:16} {_shown(value)}".rstrip() if not inner else key)
+            print(printable(f"{key:16} {_shown(value)}".rstrip() if not inner else key))
         for name, each in inner.items():
-            print(f"  {name:14} {_shown(each)}")
+            print(printable(f"  {name:14} {_shown(each)}"))
     return 0
 
 

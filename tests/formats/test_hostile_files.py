@@ -313,3 +313,25 @@ def test_opened_files_are_not_changed(folder):
             parameter.zero_()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(folder.parent) == ["b"]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_info_prints_no_terminal_escapes(tmp_path, capsys, options):
+    info = {"origin": {"a\x1b[2J": "b\x9b31m\u202e\U000e0001"}, "\x07name": "い\x7f"}
+    save_bundle(tmp_path / "a", model=model_of(KINDS["base"]), info=info)
+    assert cli.main(["info", *options, str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert "い" in out and all(c.isprintable() or c == "\n" for c in out)
+    if options:
+        assert json.loads(out)["origin"]["origin"] == info["origin"]
+
+
+def test_errors_print_no_terminal_escapes(tmp_path, capsys):
+    content = fairseq_content()
+    content["model"]["\x1b[2Jextra"] = torch.zeros(2)
+    content["cfg"]["model"]["_name"] = "\x1b]0;title\x07"
+    torch.save(content, tmp_path / "a.pt")
+    write_archive(tmp_path / "b.pt", b"cos\x1b[2J\nsystem\n.")
+    for name in ("a.pt", "b.pt"):
+        assert cli.main(["info", str(tmp_path / name)]) == 2
+        assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().err)

@@ -71,6 +71,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
         BusyError: another run is using the folder.
         DataError: a file that the stage reads is damaged.
     """
+    from jahubert.formats.atomic import remove_leftovers
     from jahubert.train.experiment import distributed, provenance
     from jahubert.train.experiment.config import default_fields
     from jahubert.train.experiment.lock import remove_stale_lock, run_lock
@@ -86,6 +87,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
         out.mkdir(parents=True, exist_ok=True)
         if not (keep_result and (out / provenance.DONE).exists()):
             lock.enter_context(run_lock(out))
+            remove_leftovers(out)
         return inputs, keep_result and provenance.acquire(out, inputs, default_fields(config))
 
     with ExitStack() as lock:
