@@ -14,6 +14,7 @@ from fixtures.toy import Data, Toy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from jahubert.errors import DataError
+from jahubert.train.experiment.checksums import content_crc32, describe_outputs
 from jahubert.train.trainer.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from jahubert.train.trainer.optim import TrainConfig
 from jahubert.train.trainer.trainer import train
@@ -27,8 +28,10 @@ def test_metadata_that_would_run_code_are_refused(tmp_path):
     content = pickle.dumps(Bomb(tmp_path / "ran"))
     (newest / ".metadata").write_bytes(content)
     record = json.loads((newest / "run.json").read_text())
-    record["sizes"][".metadata"] = len(content)
-    (newest / "run.json").write_text(json.dumps(record))
+    record.pop("crc32")
+    (newest / "run.json").unlink()
+    record["files"] = describe_outputs(newest)
+    (newest / "run.json").write_text(json.dumps(record | {"crc32": content_crc32(record)}))
     with pytest.raises(DataError, match="step_0000004"):
         train(Toy(), Data(), replace(CONFIG, max_steps=6), tmp_path)
     assert not (tmp_path / "ran").exists()
