@@ -223,7 +223,7 @@ def test_fewer_bits_are_near(bundle, folder, dtype):
 
 def test_where_int8_cannot_run(bundle):
     exact = jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=torch.float32)
-    with pytest.raises(jahubert.UserError, match="for CPUs"):
+    with pytest.raises(jahubert.UserError, match="int8"):
         quantize_int8(exact.model, torch.device("meta"))
     with pytest.raises(jahubert.UserError, match=r"dtype is torch\.float64; choose"):
         jahubert.Transcriber(exact.model, exact.phonemes, dtype=torch.float64)

@@ -58,7 +58,7 @@ def difference(mine: torch.Tensor, their: torch.Tensor) -> float:
     return float((mine - their).abs().max() / their.abs().max())
 
 
-@pytest.mark.parametrize("n_samples", [400, 16_123, 240_000])
+@pytest.mark.parametrize("n_samples", [400, 16_123, pytest.param(240_000, marks=pytest.mark.slow)])
 def test_every_hidden_state(pair, n_samples):
     ours, theirs = pair
     config, wav_BT = ours.config, waveforms(n_samples)

