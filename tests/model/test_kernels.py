@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from jahubert.model import kernels
 from jahubert.model.hubert import (
@@ -20,7 +21,7 @@ from jahubert.model.kernels.attention import attend, self_attention
 from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout, keep_mask
 from jahubert.model.kernels.feed_forward import feed_forward
-from jahubert.model.kernels.packing import Packing
+from jahubert.model.kernels.packing import FlashSequences, Packing
 from jahubert.model.kernels.positional_conv import by_frequencies, positional_conv
 
 CPU = torch.device("cpu")
@@ -209,6 +210,31 @@ def test_attention_with_dropout_is_plain_attention_with_the_same_mask(cached, mo
     expected = torch.cat(outs)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     assert_same_gradients(output, expected, [q, k, v], 1e-5)
+
+
+@pytest.mark.parametrize("n_frames", [[33, 5, 64, 40, 64, 1], [64, 64]], ids=["mixed", "no filler"])
+def test_flash_attention_gets_the_utterances_as_sequences(n_frames, monkeypatch):
+    """With a CPU implementation of torch's operator, which exists for CUDA only."""
+
+    def reference(q_NHE, k_NHE, v_NHE, offsets, longest, dropout):
+        assert offsets.dtype is torch.int32 and longest == 64 and dropout == 0.0
+        lengths = offsets.diff().tolist()
+        assert all(lengths) and sum(lengths) == len(q_NHE)
+        parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q_NHE, k_NHE, v_NHE)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 1).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "flash_attention", reference)
+    torch.manual_seed(0)
+    packing = Packing(n_frames, 70, CPU)
+    inputs = [torch.randn(packing.n_rows, 2, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    expected = attend(*inputs, packing, 0.0)[: packing.n_valid].float()
+    packing.flash = FlashSequences.of(packing)
+    output = attend(*inputs, packing, 0.0)[: packing.n_valid].float()
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
+    assert_same_gradients(output, expected, inputs, 0.02)
+    in_float32 = [x.detach().float() for x in inputs]
+    monkeypatch.setattr(attention, "flash_attention", None)  # not called in float32
+    assert attend(*in_float32, packing, 0.0).dtype == torch.float32
 
 
 def test_pack_and_unpack():

@@ -1,16 +1,16 @@
-"""One pretraining step of HuBERT base: ours against transformers and, where it is there, torchaudio.
+"""One pretraining step of HuBERT base: jahubert compared with transformers and, if installed, torchaudio.
 
     python tools/bench/pretrain_step.py                     # CPU, fp32 and bf16, both kinds of lengths
     python tools/bench/pretrain_step.py --device cuda --copies 4 --repeats 20
-    python tools/bench/pretrain_step.py --blocks 1 --similar 2 2.1 --mixed 2 3 --repeats 2   # does it run?
+    python tools/bench/pretrain_step.py --blocks 1 --similar 2 2.1 --mixed 2 3 --repeats 2   # a quick check
 
 A step is forward, loss over 500 units with the feature penalty, backward, clipping and fused AdamW, with
 dropout and layer drop as published, on the same padded batch and the same masks: transformers' HubertModel
-gets our unit head over the masked frames, torchaudio's hubert_pretrain_base keeps its own masks and head. All
-take a step in turn in one run; medians, and ratios step by step. Memory (over weights, gradients and
-optimiser) is measured in a process for each. `of peak` is the arithmetic that valid frames need, over the
-time, over a large matrix product in the same run. Before that: loss and gradient of ours and transformers
-agree on the same weights, without dropout.
+gets our unit head over the masked frames, torchaudio's hubert_pretrain_base keeps its own masks and head. The
+models take steps in turn in one run; reported are medians, and medians of the ratios of each turn. Memory
+(above weights, gradients and optimizer) is measured in a separate process per model. `of peak` is the FLOP/s
+that valid frames need, divided by those of a large matrix product in the same run. Before measuring, loss and
+gradient norm of ours and transformers are compared on the same weights, without dropout.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Batch:
     n_samples: list[int]
     mask_BS: Tensor
     unit_BS: Tensor
-    masked_index_N: Tensor  # of the masked frames, as our training has them
+    masked_index_N: Tensor  # of the masked frames, as in our training
 
     @property
     def seconds(self) -> float:
@@ -65,7 +65,7 @@ class Ours(nn.Module):
 
 
 class Transformers(nn.Module):
-    """HubertModel in its parts, since the loss wants the conv features too; attention masks padding."""
+    """HubertModel in its parts, as the loss also needs the conv features; attention masks padding."""
 
     def __init__(self, config: HubertConfig):
         super().__init__()
@@ -87,7 +87,7 @@ class Transformers(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         conv_BCS = self.hubert.feature_extractor(batch.wav_BT.clone())
         conv_BCS = self.scale * conv_BCS + (1 - self.scale) * conv_BCS.detach()
-        penalty = conv_BCS.float().pow(2).mean()  # its gradient is scaled too, as fairseq's
+        penalty = conv_BCS.float().pow(2).mean()  # its gradient is scaled as well, as in fairseq
         hidden_BSD = self.hubert.feature_projection(conv_BCS.transpose(1, 2))
         hidden_BSD = self.hubert._mask_hidden_states(hidden_BSD, mask_time_indices=batch.mask_BS)
         valid_BS = None
@@ -113,7 +113,7 @@ class Torchaudio(nn.Module):
         logits_NK, _, penalty = self.model(batch.wav_BT, batch.unit_BS, lengths)
         target_N = torch.zeros(
             len(logits_NK), dtype=torch.long, device=logits_NK.device
-        )  # column 0 is the right one
+        )  # column 0 is the correct unit
         return F.cross_entropy(logits_NK.float(), target_N) + PENALTY * penalty
 
 
@@ -133,7 +133,7 @@ def make_batch(lengths: list[float], device: torch.device) -> Batch:
 
 
 def flops(config: HubertConfig, n_samples: list[int]) -> float:
-    """Multiplications and additions of a step on valid frames only; backward counts twice forward."""
+    """FLOPs of a step on valid frames; backward counts as twice forward."""
     total = 0.0
     for frames in n_samples:
         dim_in = 1
@@ -156,7 +156,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of several."""
+    """FLOP/s of a large matrix product, best of several."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -170,7 +170,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Trainer:
-    """A model, its optimiser, and a step."""
+    """A model, its optimizer, and a training step."""
 
     def __init__(self, kind: str, config: HubertConfig, device: torch.device, dtype: torch.dtype):
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.module, TrainConfig(lr=1e-5))
 
     def step(self, batch: Batch, keep_gradients: bool = False) -> float:
-        """Seconds; without gradients from before, as an engine leaves it, unless they are to be kept."""
+        """Seconds of a step; gradients are released afterwards, as in training, unless they are kept."""
         synchronize(self.device)
         started = time.perf_counter()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
@@ -193,48 +193,48 @@ class Trainer:
 
 
 def check(config: HubertConfig) -> None:
-    """Loss and gradient norm of ours and transformers on one utterance, same weights, nothing dropped.
+    """Loss and gradient norm of ours and transformers on one utterance, same weights, no dropout.
 
-    On the CPU: a GPU's convolutions round to 10 bits unless told otherwise.
+    On the CPU, as a GPU's convolutions use TF32 by default.
     """
     names = ("dropout", "attention_dropout", "input_dropout", "layer_drop")
-    still = HubertConfig.base(layers=config.layers, **dict.fromkeys(names, 0.0))
-    batch, found = make_batch([2.0], torch.device("cpu")), []
+    config = HubertConfig.base(layers=config.layers, **dict.fromkeys(names, 0.0))
+    batch, results = make_batch([2.0], torch.device("cpu")), []
     torch.manual_seed(0)
-    ours, theirs = Ours(still).train(), Transformers(still).train()
+    ours, theirs = Ours(config).train(), Transformers(config).train()
     theirs.load_state_dict(ours.state_dict())
     for module in (ours, theirs):
         loss = module(batch)
         loss.backward()
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        found.append(torch.stack([loss.detach(), torch.nn.utils.get_total_norm(gradients)]))
-    difference = float(((found[0] - found[1]) / found[1]).abs().max())
+        results.append(torch.stack([loss.detach(), torch.nn.utils.get_total_norm(gradients)]))
+    difference = float(((results[0] - results[1]) / results[1]).abs().max())
     print(f"loss and gradient norm, ours against transformers: largest relative difference {difference:.1e}")
     if difference > 1e-3:
         raise SystemExit("parity check failed")
 
 
 def memory(kind: str, lengths: list[float], precision: str, args) -> float:
-    """MB of activations at the peak of a step, in a process of its own."""
-    given = ["--worker", kind, precision, *map(str, lengths)]
+    """Peak MB of activations in a step, measured in a separate process."""
+    worker = ["--worker", kind, precision, *map(str, lengths)]
     command = [sys.executable, __file__, "--device", args.device, "--blocks", str(args.blocks)]
-    done = subprocess.run([*command, "--threads", str(args.threads), *given], capture_output=True, text=True)
+    done = subprocess.run([*command, "--threads", str(args.threads), *worker], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{kind} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, device: torch.device) -> None:
-    """Print the peak of a second and third step over what is there between steps (CPU: Linux only)."""
+    """Print the peak of two steps above the memory in use between steps (CPU: Linux only)."""
     trainer, batch = Trainer(kind, config, device, DTYPES[precision]), make_batch(lengths, device)
-    trainer.step(batch, keep_gradients=True)  # they stay, so that memory is that of activations
+    trainer.step(batch, keep_gradients=True)  # so that the difference is activations only
     if device.type == "cuda":
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free is not held against the step
+        ctypes.CDLL(None).malloc_trim(0)  # free memory must not count
         base = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     for _ in range(2):
         trainer.step(batch, keep_gradients=True)
     highest = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
@@ -246,7 +246,7 @@ PRODUCTS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}
 
 
 def products(trainer: Trainer, batch: Batch) -> tuple[float, float]:
-    """Seconds of a step, and of its matrix products and convolutions, on a CPU."""
+    """Seconds of a step, and of the matrix products and convolutions in it, on a CPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         seconds = trainer.step(batch)
     return seconds, sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in PRODUCTS) / 1e6
@@ -288,7 +288,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--similar", type=float, nargs="*", default=[4.4, 4.4, 4.3, 4.3], help="seconds; none: skip"
+        "--similar", type=float, nargs="*", default=[4.4, 4.4, 4.3, 4.3], help="seconds; empty to skip"
     )
     parser.add_argument("--mixed", type=float, nargs="*", default=[2.0, 3.0, 5.0, 8.0, 15.0])
     parser.add_argument("--copies", type=int, default=1, help="of each length, to fill a GPU")
@@ -296,12 +296,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--blocks", type=int, default=12, help="of the model; fewer only to try this script")
-    parser.add_argument("--profile", action="store_true", help="how much of a step is matrix products (CPU)")
+    parser.add_argument("--blocks", type=int, default=12, help="of the model; fewer for a quick check")
+    parser.add_argument("--profile", action="store_true", help="print the share of matrix products (CPU)")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for the peers too
+    torch.backends.cudnn.allow_tf32 = False  # full float32 for all
     config = HubertConfig.base(layers=args.blocks)
     if args.worker:
         kind, precision, *lengths = args.worker

@@ -42,6 +42,12 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
 
 def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
     """Scaled dot-product attention of packed queries, keys and values (N, heads, head width)."""
+    if (
+        packing.flash is not None
+        and q_NHE.dtype in (torch.bfloat16, torch.float16)
+        and q_NHE.shape[2] % 8 == 0
+    ):
+        return flash_attention(q_NHE, k_NHE, v_NHE, *packing.flash, dropout)
     if packing.fused_attention:
         q, k, v = (packing.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask_B11S, dropout_p=dropout)
@@ -53,6 +59,19 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
     rows = zip(*(x.transpose(0, 1)[None].split(parts, dim=2) for x in (q_NHE, k_NHE, v_NHE)), strict=True)
     outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v in rows]
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+
+def flash_attention(
+    q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, offsets: Tensor, longest: int, dropout: float
+) -> Tensor:
+    """Attention inside each of the concatenated sequences (Dao 2023, arXiv 2307.08691), by torch's operator.
+
+    `torch.nn.attention.varlen` offers the same from torch 2.10 on, without dropout.
+    """
+    out_NHE, *_ = torch.ops.aten._flash_attention_forward(
+        q_NHE, k_NHE, v_NHE, offsets, offsets, longest, longest, dropout, False, False
+    )
+    return out_NHE
 
 
 class _RectangleAttention(torch.autograd.Function):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up
+from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up, to_device_async
 
 SPAN = 32  # frames; sizes of attention and positional convolution are multiples of it (see indexing.BLOCK)
 
@@ -22,6 +22,29 @@ class Rectangle(NamedTuple):
     index_P: Tensor  # packed row of each position
     shape: tuple[int, int]  # utterances, frames
     bias_U1S: Tensor  # attention bias: minus infinity after the end of an utterance
+
+
+class FlashSequences(NamedTuple):
+    """Packed frames as sequences of variable-length flash attention: utterances, and the filler rows."""
+
+    offsets: Tensor  # first row of each sequence, and the end of the last one, int32
+    longest: int
+
+    @classmethod
+    def of(cls, packing: Packing) -> FlashSequences:
+        filler = packing.n_rows - packing.n_valid
+        lengths = [*packing.n_frames, *([filler] if filler else [])]
+        offsets = torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32))
+        return cls(to_device_async(offsets, packing.index_N.device), max(lengths))
+
+
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether torch has flash attention for this device, and it is not disabled."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    cuda = torch.backends.cuda
+    capable = torch.cuda.get_device_capability(device) >= (8, 0)
+    return capable and cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
 
 
 class Packing:
@@ -45,6 +68,9 @@ class Packing:
         self.fused_attention, self.mask_B11S = device.type != "cpu", None
         if self.fused_attention and min(n_frames) < width:
             self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]
+        self.flash: FlashSequences | None = None
+        if has_flash_attention(device):
+            self.flash = FlashSequences.of(self)
 
     @property
     def n_rows(self) -> int:

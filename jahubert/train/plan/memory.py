@@ -3,7 +3,8 @@
 A GPU stores more for the backward pass than a CPU: its layer norms (by autocast) and its positional
 convolution compute in float32, and attention stores padded rectangles. A torch without CUDA has no fake
 CUDA tensors, so the first two are reproduced while counting and the last is added; together they are within
-1 % of the count on fake CUDA tensors (torch 2.15, fused attention; `tests/train/plan/test_plan.py`).
+1 % of the count on fake CUDA tensors (torch 2.15, fused attention; `tests/train/plan/test_plan.py`). In 16
+bits that is an upper bound: variable-length flash attention stores no rectangles.
 """
 
 from __future__ import annotations
