@@ -163,8 +163,8 @@ def _members(
         if kind in (b"L", b"x"):  # the name of the next member, from GNU tar or POSIX
             file.seek(offset)
             body = file.read(length)
-            found = _PATH.search(body) if kind == b"x" else None
-            long_name = found[1] if found else body.rstrip(b"\0") if kind == b"L" else b""
+            match = _PATH.search(body) if kind == b"x" else None
+            long_name = match[1] if match else body.rstrip(b"\0") if kind == b"L" else b""
             continue
         name = (long_name or _name(header)).decode("utf-8", "backslashreplace").removeprefix("./")
         long_name = b""

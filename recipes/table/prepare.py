@@ -113,6 +113,8 @@ def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     """
     splits = [row.split or "train" for row in rows]
     shares = {"test": config.test_share, "dev": config.dev_share}
+    if set(splits) - {"train", "dev"}:  # the input has test sets, whatever their names
+        del shares["test"]
     missing = {split: share for split, share in shares.items() if split not in splits}
     train = [i for i, split in enumerate(splits) if split == "train"]
     if not missing or not train:

@@ -182,6 +182,8 @@ def test_missing_dev_split_is_taken_from_training_speakers(tmp_path, audio):
     speakers = {split: {i.speaker for i in items if i.split == split} for split in ("train", "dev", "test")}
     assert speakers["test"] == {"s0"} and len(speakers["dev"]) == 1 and len(speakers["train"]) == 8
     assert not speakers["dev"] & speakers["train"]
+    lines = [line.replace(",test", ",eval1") for line in lines]  # a test set of another name
+    assert {i.split for i in prepared(write(tmp_path / "b.csv", lines))[0]} == {"train", "dev", "eval1"}
 
 
 def test_audio_inside_parquet_is_extracted(tmp_path, audio):
