@@ -66,10 +66,6 @@ class Extracted(Dataset):
         return result(self.item)
 
 
-PICKLING = pytest.mark.xfail(reason="weight norm of the positional convolution cannot be pickled yet")
-
-
-@PICKLING
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_give_the_same_result(kind):
     item = make(kind)
@@ -78,7 +74,6 @@ def test_copies_give_the_same_result(kind):
     assert_same(result(pickle.loads(pickle.dumps(item))), expected)
 
 
-@PICKLING
 @pytest.mark.parametrize("kind", ["units", "transcriber"])
 def test_spawned_workers_give_the_same_result(kind):
     item = make(kind)
