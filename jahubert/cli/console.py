@@ -61,6 +61,10 @@ def find_inputs(
                 empty[argument] = AudioError(
                     f"{argument}: no audio file in it (endings: {' '.join(AUDIO_ENDINGS)})"
                 )
+        elif "://" in argument:
+            empty[argument] = AudioError(f"{argument}: addresses are not read; download the file first")
+        elif argument.endswith(("/", os.sep)) and not path.exists():
+            empty[argument] = AudioError(f"{argument}: no such folder")
         else:
             found.append(Input(argument, Path(path.stem)))
     if [item.label for item in found].count(STDIN) > 1:

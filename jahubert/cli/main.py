@@ -10,6 +10,7 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jahubert
 from jahubert.cli.console import (
@@ -33,6 +34,8 @@ from jahubert.cli.console import (
 )
 from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
 from jahubert.inference import writers
+
+MAX_BEAM = 1000  # hypotheses; memory and time grow with it
 
 # Adds a subcommand: the function that it runs, and what it does in a few words.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -60,9 +63,14 @@ def model_source(args: argparse.Namespace) -> str | Path:
 
 
 def transcribe(args: argparse.Namespace) -> int:
+    single_file = output_format(args)
     formats = list(writers.FORMATS) if args.format == "all" else [args.format]
-    inputs, empty = find_inputs(args.audio, args.output, writers.FORMATS[formats[0]][0])
     named = print_names(args.audio)
+    if single_file is not None and named:
+        raise ConfigError(f"-o {single_file} is one file, but there are several recordings; give a folder")
+    inputs, empty = find_inputs(
+        args.audio, None if single_file is not None else args.output, writers.FORMATS[formats[0]][0]
+    )
     if args.output is None and args.format == "all":
         raise ConfigError("-f all writes several files: add -o DIR")
     if args.output is None and named and args.format in ("srt", "vtt", "textgrid", "audacity"):
@@ -72,6 +80,8 @@ def transcribe(args: argparse.Namespace) -> int:
 
     from jahubert.inference.transcribe import Transcriber, Transcript
 
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     asr = Transcriber.from_pretrained(
         source,
         beam=args.beam,
@@ -87,7 +97,9 @@ def transcribe(args: argparse.Namespace) -> int:
         if isinstance(found, Transcript):
             found = replace(found, audio=item.label)
             try:
-                if args.output is not None:
+                if single_file is not None:
+                    save_text(writers.render(found, args.format, args.phonemes), single_file)
+                elif args.output is not None:
                     writers.save(found, Path(args.output, item.base), formats, args.phonemes)
             except OSError as error:
                 found = error
@@ -102,6 +114,36 @@ def transcribe(args: argparse.Namespace) -> int:
             )
         report.seen(item.label)
     return report.finish()
+
+
+def output_format(args: argparse.Namespace) -> Path | None:
+    """The file to write if `-o` names one by its suffix, which then sets the format; else None.
+
+    Raises:
+        ConfigError: the suffix is of another format than `-f` asks for.
+    """
+    if args.output is None or Path(args.output).is_dir():
+        args.format = args.format or "text"
+        return None
+    suffixes = {suffix.lower(): name for name, (suffix, _) in writers.FORMATS.items()}
+    matches = [suffix for suffix in suffixes if args.output.lower().endswith(suffix)]
+    if not matches:
+        args.format = args.format or "text"
+        return None
+    format = suffixes[max(matches, key=len)]
+    if args.format not in (None, format):
+        raise ConfigError(f"-o {args.output} is a {format} file, but -f asks for {args.format}")
+    args.format = format
+    return Path(args.output)
+
+
+def save_text(content: str, path: Path) -> None:
+    """Write a transcript to the file that `-o` names."""
+    from jahubert.formats.atomic import atomic_write
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, errors="replace") as file:
+        file.write(content)
 
 
 def each(inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[Input], str | None]) -> int:
@@ -296,6 +338,46 @@ def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def beam_width(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= MAX_BEAM:
+        raise argparse.ArgumentTypeError(f"beam is {text}, but must be between 1 and {MAX_BEAM}")
+    return number
+
+
+def transcript_format(text: str) -> str:
+    """A format in any case; txt is text."""
+    return "text" if text.lower() == "txt" else text.lower()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line with a suggestion for a mistyped option."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise ConfigError("; ".join(self._unknown(word, parsed.command) for word in unknown))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def _unknown(self, word: str, command: str) -> str:
+        (commands,) = (each for each in self._actions if isinstance(each, argparse._SubParsersAction))
+        actions = commands.choices[command]._actions
+        known = [name for action in actions for name in action.option_strings if name.startswith("--")]
+        near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} {command} --help"
+        return f"{word}: no such option; {hint}"
+
+
 def layers(text: str) -> int | list[int] | str:
     """6, 3,6,9 or all."""
     if text == "all":
@@ -305,7 +387,7 @@ def layers(text: str) -> int | list[int] | str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jahubert", description="HuBERT and Japanese speech recognition.")
+    parser = Parser(prog="jahubert", description="HuBERT and Japanese speech recognition.")
     parser.add_argument("--version", action="version", version=f"jahubert {jahubert.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -343,10 +425,26 @@ def audio_commands(command: Command) -> None:
 
     sub = command(transcribe, "write down what is said in audio, in kana and phonemes with times")
     audio(sub)
+    # The options of whisper's command line are accepted as well.
     formats = [*writers.FORMATS, "all"]
-    sub.add_argument("-f", "--format", choices=formats, default="text", help="default: text")
-    sub.add_argument("-o", "--output", metavar="DIR", help="write one file a recording (and format) there")
-    sub.add_argument("--beam", type=int, default=20, metavar="N", help="width of the search (default: 20)")
+    sub.add_argument(
+        "-f", "--format", "--output_format", "--output-format", type=transcript_format, choices=formats,
+        help="default: text, or by the suffix of the file that -o names",
+    )  # fmt: skip
+    sub.add_argument(
+        "-o", "--output", "--output_dir", "--output-dir", metavar="OUT",
+        help="a folder for one file per recording and format, or a file such as out.srt",
+    )  # fmt: skip
+    sub.add_argument(
+        "--beam", "--beam_size", "--beam-size", type=beam_width, default=20, metavar="N",
+        help=f"width of the beam search, at most {MAX_BEAM} (default: 20)",
+    )  # fmt: skip
+    sub.add_argument("--language", type=str.lower, choices=["ja", "japanese"], help=argparse.SUPPRESS)
+    sub.add_argument("--task", choices=["transcribe"], help=argparse.SUPPRESS)
+    sub.add_argument(
+        "--verbose", nargs="?", type=str.lower, choices=["true", "false"], help=argparse.SUPPRESS
+    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
     sub.add_argument("--no-vad", action="store_true", help="look for words in silence, noise and tones too")
     dtype(sub, "auto", "int8")

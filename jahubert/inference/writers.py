@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CUE_PAUSE = 0.6  # seconds
 CUE_LENGTH = 7.0  # seconds
 CUE_KANA = 40  # characters
+CUE_MIN_LENGTH = 0.8  # seconds on screen, where the next cue allows
 
 TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
 
@@ -180,7 +181,13 @@ def _cues(words: Iterable[Word]) -> list[tuple[float, float, str]]:
             groups[-1].append(word)
         else:
             groups.append([word])
-    return [(group[0].start, group[-1].end, " ".join(word.kana for word in group)) for group in groups]
+    cues = []
+    for index, group in enumerate(groups):
+        start, end = group[0].start, max(group[-1].end, group[0].start + CUE_MIN_LENGTH)
+        if index + 1 < len(groups):
+            end = max(group[-1].end, min(end, groups[index + 1][0].start))
+        cues.append((start, end, " ".join(word.kana for word in group)))
+    return cues
 
 
 def _fits(word: Word, cue: list[Word]) -> bool:

@@ -356,3 +356,38 @@ def test_converting_into_a_place_that_cannot_be_written(bundle, folder, capsys, 
     (folder / "file").write_text("x")
     assert main(["convert", bundle, f"file/model{ending}", "--to", to]) == 2
     assert capsys.readouterr().err.startswith("jahubert: error: file")
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        (["--output_dir", "out", "--output_format", "SRT", "--language", "ja"], ".srt"),
+        (["-o", "out", "-f", "TXT", "--beam_size", "2", "--threads", "1", "--verbose", "False"], ".txt"),
+    ],
+)
+def test_options_of_whisper_are_accepted(bundle, folder, options, ending):
+    assert main(["transcribe", "--model", bundle, "data/a.wav", *options]) == 0
+    assert [path.name for path in Path("out").iterdir()] == [f"a{ending}"]
+
+
+@pytest.mark.parametrize("name", ["out.srt", "deep/out.vtt", "out.labels.txt", "out.json"])
+def test_output_may_be_a_file(bundle, folder, name):
+    assert main(["transcribe", "--model", bundle, "data/a.wav", "-o", name]) == 0
+    assert Path(name).is_file() and Path(name).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data/a.wav", "--fromat", "srt"], "--format"),
+        (["data/a.wav", "--beam", "100000"], "beam"),
+        (["data/a.wav", "-o", "out.srt", "-f", "vtt"], "out.srt"),
+        (["data", "-o", "out.srt"], "out.srt"),
+        (["https://example.com/a.wav"], "https://example.com/a.wav"),
+        (["no-such-folder/"], "no such folder"),
+    ],
+)
+def test_mistaken_arguments_of_transcribe_are_one_line(bundle, folder, capsys, arguments, message):
+    assert main(["transcribe", "--model", bundle, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("jahubert: error: ") and error.count("\n") == 1

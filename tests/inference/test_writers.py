@@ -54,14 +54,14 @@ def test_tsv():
 
 def test_srt():
     assert writers.render(KNOWN, "srt") == (
-        "1\n00:00:00,500 --> 00:00:01,100\nアサ ワ\n\n2\n01:01:01,000 --> 01:01:01,400\nキレー\n"
+        "1\n00:00:00,500 --> 00:00:01,300\nアサ ワ\n\n2\n01:01:01,000 --> 01:01:01,800\nキレー\n"
     )
     assert writers.render(EMPTY, "srt") == ""
 
 
 def test_vtt():
     lines = writers.render(KNOWN, "vtt").splitlines()
-    assert lines[:4] == ["WEBVTT", "", "00:00:00.500 --> 00:00:01.100", "アサ ワ"]
+    assert lines[:4] == ["WEBVTT", "", "00:00:00.500 --> 00:00:01.300", "アサ ワ"]
     assert writers.render(EMPTY, "vtt") == "WEBVTT\n"
 
 
@@ -164,3 +164,16 @@ class TestOtherPrograms:
 def rounded(cues: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
     """Cues to the millisecond."""
     return [(round(start, 3), round(end, 3), text) for start, end, text in cues]
+
+
+def test_short_cues_stay_on_screen_where_the_next_one_allows():
+    from types import SimpleNamespace
+
+    words = [SimpleNamespace(start=a, end=b, kana="あ") for a, b in ((0.0, 0.2), (0.9, 1.0), (5.0, 5.1))]
+    words.insert(1, SimpleNamespace(start=0.85, end=0.88, kana="い"))
+    cues = writers._cues(words)
+    assert [(round(start, 2), round(end, 2)) for start, end, _ in cues] == [
+        (0.0, 0.8),
+        (0.85, 1.65),
+        (5.0, 5.8),
+    ]

@@ -168,7 +168,7 @@ def test_help_shows_the_settings_of_the_command(capsys):
 # --- pretrained= --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["builtin", "csj", "demo", "fairseq", "reazonspeech", "tofugu"])
+@pytest.mark.parametrize("recipe", ["builtin", "csj", "demo", "fairseq", "reazonspeech", "table", "tofugu"])
 def test_pretrained_has_effect_in_every_recipe(recipe):
     jobs = configure_jobs([f"recipe={recipe}", "stage=all", "data=/c", "pretrained=owner/model"])
     finetune = [job.config.pretrained for job in jobs if job.stage == "finetune"]
