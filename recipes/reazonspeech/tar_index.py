@@ -205,9 +205,11 @@ def _flac_samples(head: bytes) -> int:
 def _measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
     """Length of any other audio in 16 kHz samples, and why it is 0."""
     from jahubert.audio import AudioSource, audio_length  # imports torch, which few shards need
+    from jahubert.train.data.utterances import read_reliably
 
+    source = AudioSource(str(shard), offset, length)
     try:
-        return audio_length(AudioSource(str(shard), offset, length)), ""
+        return read_reliably(lambda: audio_length(source), source), ""
     except AudioError as error:
         return 0, str(error)
 

@@ -29,12 +29,18 @@ from jahubert.audio import AudioSource
 from jahubert.errors import AudioError, DataError
 from jahubert.formats.atomic import atomic_path, atomic_write, temporary_file
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.data.utterances import Phone, Rejected, Utterance, Utterances, load_utterance
+from jahubert.train.data.utterances import (
+    RETRY_DELAYS,
+    Phone,
+    Rejected,
+    Utterance,
+    Utterances,
+    load_utterance,
+)
 
 log = logging.getLogger(__name__)
 
 FORMAT = b"1"
-_RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds before audio is read again
 _MISSING_AUDIO_HINT = (
     "Restore the recording as stage=prepare read it, and rerun the same command. To train without it, start "
     "again with stage=prepare under another name=..., which rejects unreadable audio; units, checkpoints and "
@@ -416,7 +422,7 @@ class Manifest:
             AudioError: the audio is unreadable or shorter than in the manifest; names the utterance.
         """
         item = self[i]
-        for delay in (*_RETRY_DELAYS, None):
+        for delay in (*RETRY_DELAYS, None):
             try:
                 return load_utterance(item, start, n_samples)
             except (AudioError, OSError) as error:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from jahubert.audio import AudioSource, load_audio
-from jahubert.errors import AudioError
+from jahubert.errors import AudioError, DataError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds before audio is read again after an error of the file system
+# Errors of a path itself, which another attempt does not change.
+_PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,53 @@ class Rejected:
     reason: str
     detail: str = ""
     missing: str = ""  # a file that may still arrive; once it exists, stage=prepare explains how to add it
+
+
+def read_reliably(read: Callable[[], T], source: AudioSource) -> T:
+    """Call `read`, which reads audio, and repeat it if the file system failed rather than the file.
+
+    Decoders report an error of the file system in the middle of a file as truncated audio. So before audio
+    counts as damaged, its bytes are read once without a decoder, and it is decoded again.
+
+    Raises:
+        AudioError: the audio is missing or unusable.
+        DataError: the file system still fails after several attempts.
+    """
+    delays = iter(RETRY_DELAYS)
+    confirmed = False
+    while True:
+        try:
+            return read()
+        except (AudioError, OSError) as error:
+            failure = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(failure, OSError):
+                failure = _read_error(source)
+                if failure is None and not confirmed:
+                    confirmed = True
+                    continue
+            if not isinstance(failure, OSError) or failure.errno in _PERMANENT:
+                raise
+            delay = next(delays, None)
+            if delay is None:
+                raise DataError(
+                    f"{source}: read error ({failure.strerror or failure}); rerun the same command "
+                    "when the file can be read"
+                ) from error
+            log.warning("%s: %s; retrying in %g s", source, failure, delay)
+            time.sleep(delay)
+
+
+def _read_error(source: AudioSource) -> OSError | None:
+    """The error that reading the bytes of a file or byte range raises, if any."""
+    try:
+        with open(source.path, "rb") as file:
+            file.seek(source.offset)
+            remaining = source.length
+            while chunk := file.read(1 << 20 if remaining < 0 else min(1 << 20, remaining)):
+                remaining -= len(chunk) if remaining >= 0 else 0
+    except (OSError, ValueError) as error:
+        return error if isinstance(error, OSError) else None
+    return None
 
 
 def load_utterance(item: Utterance, start: int = 0, n_samples: int | None = None) -> torch.Tensor:

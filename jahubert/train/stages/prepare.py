@@ -28,7 +28,7 @@ from jahubert.errors import AudioError
 from jahubert.frames import HUBERT
 from jahubert.train.data.decode_cache import DecodeCache, DecodeRecorder
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
-from jahubert.train.data.utterances import load_utterance
+from jahubert.train.data.utterances import load_utterance, read_reliably
 from jahubert.train.experiment import distributed, provenance
 from jahubert.train.experiment.config import config_group, expand_user, runtime_field, structure
 from jahubert.train.experiment.progress import progress
@@ -172,11 +172,12 @@ def _checked(item: Utterance | Rejected, check_audio: bool) -> Utterance | Rejec
         return item
     try:
         if item.n_samples == 0:
-            item = replace(item, n_samples=audio_length(item.audio) - item.start)
+            length = read_reliably(lambda: audio_length(item.audio), item.audio)
+            item = replace(item, n_samples=length - item.start)
         if item.n_samples < HUBERT.n_samples(1):
             return Rejected(item.id, "shorter than one frame", f"{item.n_samples} samples of {item.audio}")
         if check_audio:
-            load_utterance(item)
-    except AudioError as error:
+            read_reliably(lambda: load_utterance(item), item.audio)
+    except AudioError as error:  # of the recording; an error of the file system ends the stage
         return Rejected(item.id, "unusable audio", str(error))
     return item

@@ -1,0 +1,79 @@
+"""Tests that errors of the file system during `prepare` never become properties of a recording."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import soundfile
+
+from jahubert.audio import AudioSource, sources
+from jahubert.errors import AudioError, DataError
+from jahubert.train.data import utterances
+from jahubert.train.data.utterances import Rejected, Utterance
+from jahubert.train.stages.prepare import usable
+
+
+@pytest.fixture
+def delays(monkeypatch) -> list[float]:
+    delays: list[float] = []
+    monkeypatch.setattr(utterances.time, "sleep", delays.append)
+    return delays
+
+
+@pytest.fixture
+def recording(tmp_path) -> Utterance:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
+    return Utterance("a", AudioSource(str(path)), split="train")
+
+
+class FlakyOpen:
+    """`open` that fails a number of times."""
+
+    def __init__(self, number: int, failures: int):
+        self.number, self.failures = number, failures
+
+    def __call__(self, *args, **kwargs):
+        if self.failures:
+            self.failures -= 1
+            raise OSError(self.number, "the file server failed")
+        return open(*args, **kwargs)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_transient_error_is_retried(recording, delays, monkeypatch, number):
+    monkeypatch.setattr(sources, "open", FlakyOpen(number, 2), raising=False)
+    (item,) = usable([recording])
+    assert isinstance(item, Utterance) and item.n_samples == 16_000 and delays == [1.0, 5.0]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_lasting_error_stops_the_stage(recording, delays, monkeypatch, number):
+    monkeypatch.setattr(sources, "open", FlakyOpen(number, 99), raising=False)
+    with pytest.raises(DataError, match=r"a\.flac"):
+        list(usable([recording]))
+    assert delays == [1.0, 5.0, 20.0]
+
+
+def test_read_error_that_a_decoder_reports_as_truncation_is_retried(recording, delays, monkeypatch):
+    monkeypatch.setattr(utterances, "open", FlakyOpen(errno.EIO, 1), raising=False)
+    calls = []
+
+    def read():
+        calls.append(1)
+        if len(calls) == 1:
+            raise AudioError("a.flac is truncated")
+        return 7
+
+    assert utterances.read_reliably(read, recording.audio) == 7 and delays == [1.0]
+
+
+def test_missing_and_damaged_recordings_are_rejected_at_once(recording, delays, tmp_path):
+    damaged = tmp_path / "b.flac"
+    damaged.write_bytes(b"not audio " * 99)
+    missing = tmp_path / "c.flac"
+    items = [Utterance(path.name, AudioSource(str(path)), split="train") for path in (damaged, missing)]
+    assert [type(item) for item in usable([recording, *items])] == [Utterance, Rejected, Rejected]
+    assert not delays
