@@ -13,7 +13,7 @@ from jahubert.errors import ConfigError
 VARIABLE = "JAHUBERT_LIMITS"
 JSON_BYTES = 4 << 20  # parsed JSON can take fifty times its size
 PICKLE_BYTES = 16 << 20  # of the pickle without its tensors
-INSTRUCTIONS = 1_000_000  # of a pickle; 300 tensors and 50,000 symbols need 400,000
+INSTRUCTIONS = 500_000  # of a pickle; 300 tensors and 50,000 symbols need 270,000
 DEPTH = 100  # levels of nested settings
 EXPANSION = 4  # bytes of tensors per byte of their file
 CONVS = 64  # layers of the front end

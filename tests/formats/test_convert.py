@@ -1,4 +1,4 @@
-"""Models into other formats and back: round trips, what each format wants, the command."""
+"""Conversion of models to other formats and back, and the command."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_round_trips_are_bit_equal(tmp_path, kind, to, what):
     assert any("epsilon" in note for note in done.notes) == (to != "hf" and kind == "large")
 
 
-def test_a_fairseq_file_comes_back_bit_equal(tmp_path, kind, dictionary):
-    """Special rows, codebook and projection too, by way of our own folder."""
+def test_fairseq_file_is_bit_equal_after_a_round_trip(tmp_path, kind, dictionary):
+    """Including special rows, codebook and projection, through a bundle."""
     model = model_of(KINDS[kind])
     state, *_ = fairseq_state(model)
     settings, task = fairseq_settings(model.config)
@@ -90,8 +90,8 @@ def test_a_fairseq_file_comes_back_bit_equal(tmp_path, kind, dictionary):
 CHANGED = ("conv_feature_layers", "label_rate")
 
 
-def test_fairseq_gets_the_symbols_it_wants(tmp_path, dictionary):
-    """Blank first under the name <s>; special symbols that the model lacks can never be said."""
+def test_fairseq_dictionary_begins_with_its_special_symbols(tmp_path, dictionary):
+    """The blank is first and called <s>; special symbols that the model lacks have probability zero."""
     symbols = PhonemeSet(("あ", "|", "い", "[UNK]", BLANK))
     ctc = HubertForCtc(KINDS["base"], 5, model_of(KINDS["base"])).eval()
     save_bundle(tmp_path / "a", ctc=ctc, phonemes=symbols)
@@ -106,7 +106,7 @@ def test_fairseq_gets_the_symbols_it_wants(tmp_path, dictionary):
     assert load_bundle(tmp_path / "b.pt").phonemes.symbols == (BLANK, "あ", "|", "い", "[UNK]")
 
 
-def test_zero_biases_of_large_models_do_not_travel(tmp_path):
+def test_zero_biases_of_the_front_end_are_dropped(tmp_path):
     model = model_of(replace(KINDS["large"], conv_bias=True, normalize_eps=FAIRSEQ_EPS))
     save_bundle(tmp_path / "real", model=model)
     for layer in model.feature_extractor.conv_layers:
@@ -120,8 +120,8 @@ def test_zero_biases_of_large_models_do_not_travel(tmp_path):
         assert not load_bundle(tmp_path / f"zero.{to}.pt").config.conv_bias
 
 
-def test_equal_widths_need_no_projection(tmp_path, dictionary):
-    """fairseq leaves the projection out if the front end is as wide as the encoder."""
+def test_equal_widths_have_no_projection_in_fairseq(tmp_path, dictionary):
+    """fairseq has no projection if the front end is as wide as the encoder."""
     model = model_of(replace(KINDS["base"], conv_dims=(48,) * 7))
     save_bundle(tmp_path / "a", model=model)
     with pytest.raises(CheckpointError, match="no projection"):
@@ -133,8 +133,8 @@ def test_equal_widths_need_no_projection(tmp_path, dictionary):
     assert "post_extract_proj.weight" not in torch.load(tmp_path / "b.pt", weights_only=False)["model"]
 
 
-def test_the_two_epsilons_of_normalisation(tmp_path):
-    """They show on quiet audio: fairseq's larger one keeps it quieter."""
+def test_normalization_epsilons_differ_on_quiet_audio(tmp_path):
+    """fairseq's larger epsilon leaves quiet audio quieter."""
     model = model_of(KINDS["large"])
     other = HubertModel(replace(KINDS["large"], normalize_eps=FAIRSEQ_EPS)).eval()
     other.load_state_dict(model.state_dict())
@@ -146,7 +146,7 @@ def test_the_two_epsilons_of_normalisation(tmp_path):
     assert (a - b).abs().max() > 1e-5
 
 
-def test_command(tmp_path, capsys):
+def test_convert_command(tmp_path, capsys):
     save_bundle(
         tmp_path / "a", model=model_of(KINDS["base"]), centroids_KD=torch.randn(4, 48), centroid_layer=1
     )
@@ -166,7 +166,7 @@ def test_command(tmp_path, capsys):
         convert(tmp_path / "a", tmp_path / "c", "tensorrt")
 
 
-def test_differences_are_found(tmp_path):
+def test_largest_difference_detects_a_changed_bias(tmp_path):
     save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
     one, other = load_bundle(tmp_path / "a"), load_bundle(tmp_path / "a")
     assert largest_difference(one, other) == 0

@@ -1,4 +1,4 @@
-"""Models of other projects: layouts built by hand, transformers on the same weights, the Hub's cache."""
+"""Reading models of other projects: hand-made layouts, parity with transformers, the Hub's cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def kind(request):
 
 
 @pytest.mark.parametrize("style", ["dict", "omegaconf", "namespace", "s3prl"])
-def test_fairseq_pretrained(tmp_path, kind, style, dictionary):
+def test_pretrained_fairseq_model_is_read(tmp_path, kind, style, dictionary):
     model = model_of(KINDS[kind])
     state, head, special = fairseq_state(model)
     settings, task = fairseq_settings(model.config)
@@ -80,7 +80,7 @@ def test_fairseq_pretrained(tmp_path, kind, style, dictionary):
     assert bundle.ctc is None and not bundle.model.training
 
 
-def test_fairseq_rows_follow_the_dictionary(tmp_path, dictionary):
+def test_codebook_rows_follow_the_dictionary(tmp_path, dictionary):
     """Row 4 + j is the j-th line of dict.km.txt, which may be sorted by frequency."""
     model = model_of(KINDS["base"])
     state, head, _ = fairseq_state(model)
@@ -96,7 +96,7 @@ def test_fairseq_rows_follow_the_dictionary(tmp_path, dictionary):
 
 
 @pytest.mark.parametrize("style", ["dict", "namespace"])
-def test_fairseq_fine_tuned(tmp_path, kind, style, dictionary):
+def test_fine_tuned_fairseq_model_is_read(tmp_path, kind, style, dictionary):
     model = model_of(KINDS[kind])
     state, *_ = fairseq_state(model)
     settings, task = fairseq_settings(model.config)
@@ -130,8 +130,8 @@ def test_fairseq_fine_tuned(tmp_path, kind, style, dictionary):
 
 
 @pytest.mark.parametrize("form", ["plain", "aux", "pretraining", "lightning"])
-def test_torchaudio(tmp_path, kind, form):
-    # 64 channels a head and the published strides: a bare state dict does not say more.
+def test_torchaudio_state_dict_is_read(tmp_path, kind, form):
+    # Heads of width 64 and the published strides, which are assumed for a bare state dict.
     model = model_of(replace(KINDS[kind], width=128, heads=2, normalize_eps=FAIRSEQ_EPS))
     state = torchaudio_state(model)
     head = UnitHead(128, UNITS, 8)
@@ -171,7 +171,7 @@ def hf_config(config: HubertConfig, **more) -> transformers.HubertConfig:
 def save_hf(
     model, folder, safe: bool, normalize: bool, old_names: bool = False, shards: bool = False
 ) -> None:
-    """As transformers does, or as its older versions did with pytorch_model.bin."""
+    """Save as transformers does, or as its older versions did, to pytorch_model.bin."""
     model.save_pretrained(folder, **({"max_shard_size": "50KB"} if shards else {}))
     transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize).save_pretrained(folder)
     if not safe:
@@ -188,7 +188,7 @@ def save_hf(
 
 
 @pytest.mark.parametrize("files", ["safetensors", "shards", "bin", "old bin"])
-def test_hugging_face_models_open(tmp_path, kind, files):
+def test_hugging_face_model_equals_transformers(tmp_path, kind, files):
     torch.manual_seed(0)
     theirs = transformers.HubertModel(hf_config(KINDS[kind])).eval()
     safe = files in ("safetensors", "shards")
@@ -204,25 +204,25 @@ def test_hugging_face_models_open(tmp_path, kind, files):
             want = theirs(inputs, output_hidden_states=True).hidden_states
         for layer in range(
             KINDS[kind].layers + (kind == "base")
-        ):  # the last one of large is behind a norm there
+        ):  # for large, transformers returns the last one after the closing norm
             found = FeatureExtractor(bundle.model, layer, device="cpu")(wav_T)
             torch.testing.assert_close(found, want[layer][0], rtol=1e-5, atol=1e-5)
 
 
 VOCABULARIES = {
-    # The way of the fine-tuning tutorial: the delimiter in the middle, [UNK] and [PAD] behind all.
+    # As in the fine-tuning tutorial: the delimiter in the middle, [UNK] and [PAD] last.
     "hiragana": (["あ", "い", "|", "か", "きゃ", "ー", "[UNK]", "[PAD]"], 7),
     "fairseq": (["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T", "A"], 0),
 }
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_hugging_face_ctc_models_transcribe(tmp_path, name):
+def test_hugging_face_ctc_model_transcribes_as_transformers(tmp_path, name):
     symbols, blank = VOCABULARIES[name]
     torch.manual_seed(5)
     config = hf_config(KINDS["base"], vocab_size=len(symbols), pad_token_id=blank)
     theirs = transformers.HubertForCTC(config).eval()
-    theirs.lm_head.weight.data *= 40  # so that it says something
+    theirs.lm_head.weight.data *= 40  # so that the transcript is not empty
     save_hf(theirs, tmp_path / "hf", True, False)
     vocabulary = {symbol: row for row, symbol in enumerate(symbols)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -242,7 +242,7 @@ def test_hugging_face_ctc_models_transcribe(tmp_path, name):
     transcript = asr.transcribe(wav_T)
     assert not transcript.text or set(transcript.text) <= set("".join(symbols) + " ")
 
-    # and back: our folder in transformers, the same text
+    # Our folder opens in transformers with the same result.
     convert(tmp_path / "hf", tmp_path / "ours", "hf")
     again = transformers.HubertForCTC.from_pretrained(tmp_path / "ours").eval()
     assert same_state(again, theirs) and again.config.pad_token_id == blank
@@ -251,7 +251,7 @@ def test_hugging_face_ctc_models_transcribe(tmp_path, name):
     assert load_bundle(tmp_path / "ours").phonemes == asr.phonemes
 
 
-def test_our_folders_open_in_transformers(tmp_path, kind):
+def test_bundle_opens_in_transformers(tmp_path, kind):
     phonemes = PhonemeSet.standard()
     ctc = HubertForCtc(KINDS[kind], len(phonemes), model_of(KINDS[kind])).eval()
     save_bundle(tmp_path / "b", ctc=ctc, phonemes=phonemes, unit_head=UnitHead(48, UNITS))
@@ -268,7 +268,7 @@ def test_our_folders_open_in_transformers(tmp_path, kind):
 
 # --- the Hub ----------------------------------------------------------------------------------------------
 
-# config.json of rinna/japanese-hubert-base: its fields, with sizes that are quick.
+# config.json of rinna/japanese-hubert-base with small sizes.
 RINNA = {
     "activation_dropout": 0.1, "architectures": ["HubertModel"], "attention_dropout": 0.1, "bos_token_id": 1,
     "conv_bias": False, "conv_dim": [24] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
@@ -286,7 +286,7 @@ RINNA = {
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_a_name_opens_from_the_cache_without_a_network(tmp_path, weights):
+def test_hub_name_opens_from_the_cache_offline(tmp_path, weights):
     model = transformers.HubertModel(hf_config(KINDS["base"])).eval()
     save_hf(model, tmp_path / "made", weights == "model.safetensors", False)
     hub = tmp_path / "hub" / "models--rinna--japanese-hubert-base"

@@ -92,11 +92,11 @@ def test_objects_of_foreign_classes_become_records(tmp_path):
 
 
 def test_limits_can_be_raised(tmp_path, monkeypatch):
-    torch.save({f"{n}": [n] * 150 for n in range(7000)}, tmp_path / "a.pt")
+    torch.save({f"{n}": [n] * 100 for n in range(6000)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=VARIABLE):
         read_pickled(tmp_path / "a.pt")
     monkeypatch.setenv(VARIABLE, "10")
-    assert len(read_pickled(tmp_path / "a.pt")) == 7000
+    assert len(read_pickled(tmp_path / "a.pt")) == 6000
     monkeypatch.setenv(VARIABLE, "many")
     with pytest.raises(ConfigError, match=VARIABLE):
         read_pickled(tmp_path / "a.pt")
