@@ -32,10 +32,23 @@ from jahubert.cli.console import (
     printable,
     reason,
 )
-from jahubert.errors import AudioError, CheckpointError, ConfigError, UserError
+from jahubert.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, UserError
 from jahubert.inference import writers
 
 MAX_BEAM = 1000  # hypotheses; memory and time grow with it
+
+# Modules of the extra `train` and the packages that provide them.
+TRAIN_PACKAGES = {
+    "hydra": "hydra-core",
+    "jiwer": "jiwer",
+    "librosa": "librosa",
+    "matplotlib": "matplotlib",
+    "omegaconf": "hydra-core",
+    "pyarrow": "pyarrow",
+    "sklearn": "scikit-learn",
+    "tqdm": "tqdm",
+    "yaml": "hydra-core",
+}
 
 # Adds a subcommand: the function that it runs, and what it does in a few words.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -533,6 +546,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_error(error)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_PACKAGES:
+            raise
+        print_error(MissingExtraError(TRAIN_PACKAGES[package], "train"))
+        return MissingExtraError.exit_status
     except KeyboardInterrupt:
         return 130
     except OSError as error:

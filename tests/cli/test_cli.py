@@ -391,3 +391,11 @@ def test_mistaken_arguments_of_transcribe_are_one_line(bundle, folder, capsys, a
     assert main(["transcribe", "--model", bundle, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("jahubert: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["hydra", "omegaconf", "pyarrow", "tqdm"])
+def test_plan_without_the_extra_names_it(package):
+    code = f"import sys; sys.modules['{package}'] = None; from jahubert.cli.main import main; "
+    code += "sys.exit(main(['plan', 'recipe=demo', 'gpu=H100']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "jahubert[train]" in done.stderr and "Traceback" not in done.stderr

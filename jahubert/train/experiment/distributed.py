@@ -1,7 +1,7 @@
-"""The processes of a run: who am I, how many are we, what am I at, sum something over all of us.
+"""Process group of a run: rank, world size, device, collectives, heartbeat and local launcher.
 
-Started by torchrun (or a cluster's launcher with the same variables) there are several; otherwise one,
-and every function here does the obvious without a process group.
+There are several processes if torchrun, or a launcher that sets the same variables, started them; without a
+process group every function acts on the single process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from jahubert.model.device import pick_device
 
 T = TypeVar("T")
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what asks a run to stop
+# The signals that ask a run to stop; Windows has no SIGUSR1.
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 _GRACE = 10.0  # seconds between asking processes to leave and making them
 
 
@@ -220,7 +221,11 @@ def launch(command: Sequence[str], n: int) -> int:
         for number in range(n):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
             environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
-            children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
+            children.append(
+                subprocess.Popen(
+                    command, env=environment, preexec_fn=_end_with_parent if sys.platform == "linux" else None
+                )
+            )
         while not any(ends := [child.poll() or 0 for child in children]):
             if all(child.returncode == 0 for child in children):
                 break
