@@ -92,6 +92,7 @@ def test_small_shared_memory_is_rejected_before_the_start(tmp_path, size):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @needs_mount
 @pytest.mark.parametrize("size", ["64k", "2m"])
 def test_full_shared_memory_ends_the_run(tmp_path, size):
@@ -140,6 +141,7 @@ def test_stopped_rank_0_is_reported_by_another_rank(tmp_path, capfd):
     assert "hang_timeout_minutes" in stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["jahubert", "torchrun"])
 def test_processes_of_a_killed_launcher_end(tmp_path, launcher):
     """Rank 0 is computing, rank 1 waits for data."""
