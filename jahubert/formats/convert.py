@@ -109,15 +109,18 @@ def _check_target(target: Path, to: str) -> None:
 
 @contextmanager
 def _write_errors(target: Path) -> Iterator[None]:
-    """Raise OSError, which the command line reports, for errors of safetensors and torch while writing."""
+    """Raise OSError that names the target, which the command line reports, for all errors of writing."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
-    except RuntimeError as error:  # torch's archive writer hides the error of the file system
-        if not isinstance(error.__context__, OSError):
+    except (OSError, RuntimeError) as error:  # torch's archive writer hides the error of the file system
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
-        raise error.__context__ from error
+        if cause.filename is not None:
+            raise cause from None
+        raise OSError(cause.errno, cause.strerror, str(target)) from error
 
 
 def _write_bundle(target: Path, bundle: Bundle) -> None:

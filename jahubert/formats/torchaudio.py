@@ -220,10 +220,11 @@ def write_torchaudio(
             output = ctc.lm_head.state_dict()
             tensors |= {f"aux.{name}": value.detach().cpu() for name, value in output.items()}
             settings["labels"] = None if phonemes is None else list(phonemes.symbols)
-    with atomic_write(path.with_suffix(".json")) as text:
-        call = {"factory": f"torchaudio.models.{factory}", "arguments": arguments, **settings}
-        json.dump(call, text, indent=2, ensure_ascii=False)
-        text.write("\n")
+    call = {"factory": f"torchaudio.models.{factory}", "arguments": arguments, **settings}
     with atomic_write(path, "wb") as file:
         torch.save(tensors, file)
+        file.flush()
+        with atomic_write(path.with_suffix(".json")) as text:  # complete before the weights get their name
+            json.dump(call, text, indent=2, ensure_ascii=False)
+            text.write("\n")
     return notes
