@@ -1,4 +1,4 @@
-"""What the commands share: which recordings are meant, how far we are, what failed."""
+"""Input files, progress and error messages of the commands."""
 
 from __future__ import annotations
 
@@ -125,16 +125,16 @@ class Report:
         self.seconds, self.started = 0.0, time.monotonic()
         for label, error in empty.items():
             self.failure(label, error)
-            self.seen(label)
+            self.add_file(label)
 
-    def seen(self, label: str) -> None:
-        """One more is done, well or not."""
+    def add_file(self, label: str) -> None:
+        """Count one more input as done or failed."""
         self.n_seen += 1
         self.label = label
         self.show("\n" if self.n_seen == self.n_inputs else "")
 
-    def heard(self, seconds: float) -> None:
-        """So much more audio is done."""
+    def add_audio(self, seconds: float) -> None:
+        """Count completed audio."""
         self.seconds += seconds
         self.show()
 
@@ -150,7 +150,7 @@ class Report:
         print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Make room for a line of results or an error."""
+        """Clear the progress line before other output."""
         if self.shows:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -171,14 +171,14 @@ class Report:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a sentence."""
+    """The message of an error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
 def exit_status(error: Exception) -> int:
-    """The exit status: 2 for what the user can mend, 1 for a full disk and for errors of the program."""
+    """The exit status: 2 for what the user can fix, 1 for a full disk and for errors of the program."""
     if isinstance(error, UserError):
         return error.exit_status
     return 2 if isinstance(error, OSError) and error.errno != errno.ENOSPC else 1

@@ -1,4 +1,4 @@
-"""The command `jahubert`: transcripts, features and units; what a model or experiment holds; other formats.
+"""The command line `jahubert`: transcription, features, units, models and experiments.
 
 Results go to standard output or into the folder given with -o, everything else to standard error. A file that
 fails is reported and the others are still done. Exit status: 0 all done, 2 the user can mend what went wrong
@@ -53,7 +53,7 @@ TRAIN_PACKAGES = {
 # Adds a subcommand: the function that it runs, and what it does in a few words.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 PLAN = (
-    "what jahubert.run takes; gpus=N (default: its processes), gpu=NAME (default: this machine), "
+    "settings of jahubert run; gpus=N (default: its processes), gpu=NAME (default: this machine), "
     "utilization=X of its 16-bit peak, hours=H of speech (default: the prepared corpus, else the recipe)"
 )
 MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
@@ -105,7 +105,9 @@ def transcribe(args: argparse.Namespace) -> int:
     report = Report(inputs, empty)
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
-    found_all = asr.transcribe_many((item.open() for item in inputs), errors="return", progress=report.heard)
+    found_all = asr.transcribe_many(
+        (item.open() for item in inputs), errors="return", progress=report.add_audio
+    )
     for item, found in zip(inputs, found_all, strict=True):
         if isinstance(found, Transcript):
             found = replace(found, audio=item.label)
@@ -125,7 +127,7 @@ def transcribe(args: argparse.Namespace) -> int:
             print(
                 f"{item.label}\t{content}" if named and args.format == "text" else content, end="", flush=True
             )
-        report.seen(item.label)
+        report.add_file(item.label)
     return report.finish()
 
 
@@ -171,7 +173,7 @@ def each(inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[
         if line is not None:
             report.clear()
             print(line, flush=True)
-        report.seen(item.label)
+        report.add_file(item.label)
     return report.finish()
 
 
@@ -210,7 +212,7 @@ def features(args: argparse.Namespace) -> int:
             files.write(item.base, pieces, extractor.features.shape)
         except Exception as error:
             report.failure(item.label, error)
-        report.seen(item.label)
+        report.add_file(item.label)
     files.finish()
     return report.finish()
 
@@ -247,7 +249,7 @@ def info(args: argparse.Namespace) -> int:
         "parameters": n_parameters if args.json else f"{n_parameters:,}",
         "layers": config.layers,
         "width": config.width,
-        "frames a second": config.grid.rate,
+        "frames per second": config.grid.rate,
         "normalize": config.normalize,
         "symbols": len(bundle.phonemes) if bundle.phonemes else None,
         "can transcribe": bundle.ctc is not None and bundle.phonemes is not None,
@@ -436,7 +438,7 @@ def audio_commands(command: Command) -> None:
         auto = "auto, bfloat16 where the device has it" if default == "auto" else default
         sub.add_argument("--dtype", choices=names, default=default, help=f"of the computation ({auto})")
 
-    sub = command(transcribe, "write down what is said in audio, in kana and phonemes with times")
+    sub = command(transcribe, "transcribe audio to kana and phonemes with times")
     audio(sub)
     # The options of whisper's command line are accepted as well.
     formats = [*writers.FORMATS, "all"]
@@ -459,14 +461,14 @@ def audio_commands(command: Command) -> None:
     )
     sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
-    sub.add_argument("--no-vad", action="store_true", help="look for words in silence, noise and tones too")
+    sub.add_argument("--no-vad", action="store_true", help="disable voice activity detection")
     dtype(sub, "auto", "int8")
 
     sub = command(features, "write the frames of encoder layers as float32 .npy (frames, dim)")
     audio(sub)
     sub.add_argument(
         "-o", "--output", metavar="OUT", required=True,
-        help="write one .npy a recording into this folder, or all into this file, if it ends in .safetensors",
+        help="a folder for one .npy file per recording, or a single file that ends in .safetensors",
     )  # fmt: skip
     sub.add_argument(
         "--layer", type=layers, metavar="N",
@@ -478,16 +480,18 @@ def audio_commands(command: Command) -> None:
     dtype(sub, "float32")
     chunked(sub)
 
-    sub = command(units, "print the discrete units of audio, 50 a second")
+    sub = command(units, "print the discrete units of audio, 50 per second")
     audio(sub)
-    sub.add_argument("-o", "--output", metavar="DIR", help="write one int64 .npy a recording there instead")
+    sub.add_argument(
+        "-o", "--output", metavar="DIR", help="write one int64 .npy file per recording there instead"
+    )
     sub.add_argument("--unique", action="store_true", help="merge repeated units")
     chunked(sub)
 
 
 def model_commands(command: Command) -> None:
     """What is done with models."""
-    sub = command(info, "say what a model is")
+    sub = command(info, "show model information")
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
 
@@ -512,11 +516,11 @@ def model_commands(command: Command) -> None:
 def experiment_commands(command: Command) -> None:
     """What is done with experiments, and with the shell."""
     command(run, "run stages of an experiment: prepare, pretrain, finetune, ... (as python -m jahubert.run)")
-    sub = command(plan, "say how many hours, and how much disk and memory, stages would take")
+    sub = command(plan, "estimate the hours, disk and memory of stages")
     sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
     sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")
 
-    sub = command(status, "say which stages of an experiment are done")
+    sub = command(status, "show which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
 

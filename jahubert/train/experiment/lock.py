@@ -1,4 +1,4 @@
-"""One run at a time in a folder: who works there holds a lock, which the system takes back when it dies."""
+"""Lock of a stage folder: one run at a time; the system releases the lock of a killed process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TextIO
 
 from jahubert.errors import BusyError
 
-if sys.platform != "win32":  # which has no such locks
+if sys.platform != "win32":  # no POSIX locks
     import fcntl
 
 LOCK_NAME = ".running"
@@ -23,15 +23,15 @@ _TRIES = 5
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; processes that it forks hold nothing.
+    """Lock `folder` for this process; forked processes do not hold the lock.
 
     Raises:
-        BusyError: another process holds it, here or on any machine that shares the file system.
+        BusyError: another process holds it, on this machine or on one that shares the file system.
     """
     for _ in range(_TRIES):
         with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
-            other = _held(file)
-            if other is None and _is(file, folder / LOCK_NAME):
+            other = _try_lock(file)
+            if other is None and _has_name(file, folder / LOCK_NAME):
                 job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}{job}")
@@ -41,21 +41,20 @@ def run_lock(folder: Path) -> Iterator[None]:
                 finally:
                     (folder / LOCK_NAME).unlink(missing_ok=True)
                 return
-        time.sleep(0.1)  # somebody may only have looked, or be at the end
+        time.sleep(0.1)  # another process may be reading the owner, or about to finish
     raise BusyError(
-        f"{folder}: another run is at work there ({other}); wait for it, or stop it and give the same "
-        "command again"
+        f"{folder}: locked by another run ({other}); wait for it, or stop it and rerun the same command"
     )
 
 
 def lock_owner(folder: Path) -> str | None:
-    """Who works in the folder at this moment, if anybody does."""
+    """The process that holds the lock of a folder, if any."""
     if not (folder / LOCK_NAME).exists():
         return None
     try:
         with (folder / LOCK_NAME).open("r+", encoding="utf-8") as file:
-            return _held(file)
-    except OSError:  # gone, or not ours to write
+            return _try_lock(file)
+    except OSError:  # deleted meanwhile, or not writable
         return None
 
 
@@ -66,13 +65,16 @@ def remove_stale_lock(folder: Path) -> None:
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
-def _is(file: TextIO, path: Path) -> bool:
-    """Whether an open file still has its name: who held it before took the name away."""
+def _has_name(file: TextIO, path: Path) -> bool:
+    """Whether an open file still has its name: the previous owner deletes it."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-def _held(file: TextIO) -> str | None:
-    """Lock a file; what it says where somebody else has it. A file system without locks gives all."""
+def _try_lock(file: TextIO) -> str | None:
+    """Try to lock a file; returns the owner if another process holds it.
+
+    On a file system without locks every attempt succeeds.
+    """
     if sys.platform == "win32":
         return None
     try:
@@ -81,5 +83,5 @@ def _held(file: TextIO) -> str | None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return None
         file.seek(0)
-        return file.read() or "of which nothing more is known"
+        return file.read() or "unknown process"
     return None

@@ -1,4 +1,4 @@
-"""How far a long loop of a stage is: a line on standard error for a person, a sign of life for `watch`."""
+"""Progress of the long loops of a stage: a bar on a terminal, and heartbeats for the watchdog."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jahubert.train.experiment import distributed
 
 @contextmanager
 def progress(doing: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of units that were done since.
+    """Context manager that yields a function to call with the number of units completed since its last call.
 
-    The first process shows a bar of its own share while it lasts; where standard error is no terminal there
-    is none. It makes way for what `logging` and `tqdm.write` say.
+    Rank 0 shows a bar of its own share if standard error is a terminal. Lines of `logging` and `tqdm.write`
+    are printed above it.
     """
-    hidden = True if distributed.rank() else None  # None: as standard error is
+    hidden = True if distributed.rank() else None  # None: unless standard error is a terminal
     with tqdm(
         desc=doing, total=total, unit=f" {unit}", disable=hidden, leave=False, dynamic_ncols=True
     ) as bar:

@@ -1,8 +1,8 @@
-"""What the settings do not say of themselves: whether the command that they are for can end well.
+"""Preflight checks: inputs, model, device, engine and process count, before any stage runs.
 
-A corpus is read for hours before a model is opened. What can be known of the model, of a word list, of the
-device, the engine or the number of processes without any work is looked at before the first stage, the names
-of splits as soon as there is a manifest, and all of it is said at once.
+A corpus is read for hours before a model is opened, so everything that can be checked without work is
+checked before the first stage, and the names of splits as soon as there is a manifest. All errors are
+reported at once.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from jahubert.train.trainer.optim import pick_precision
 def preflight_errors(
     jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], processes: int
 ) -> list[str]:
-    """A sentence on each thing that a stage would stumble over.
+    """One message per error that would end a stage.
 
     Args:
         jobs: (stage, its config, its folder).
-        made: the folders that the command writes; what lies in them need not be there yet.
-        processes: over which a training is shared.
+        made: the folders that the command writes; inputs in them need not exist yet.
+        processes: the number of processes that share the training.
     """
     made = [folder.absolute() for folder in made]
-    found = [said for job in jobs for said in _of(*job, made, processes)]
-    return found + split_errors(jobs)
+    errors = [error for job in jobs for error in _job_errors(*job, made, processes)]
+    return errors + split_errors(jobs)
 
 
 def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
-    """A sentence on each split that a stage is to read and its manifest, which is there, does not have."""
+    """One message per split that a stage reads and that its existing manifest does not contain."""
     found, known = [], {}
     for stage, config, out in jobs:
         path = getattr(config, "manifest", None)
@@ -47,7 +47,7 @@ def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
             continue
         try:
             known[path] = known.get(path) or Manifest(path).counts["splits"]
-        except DataError:  # the stages say what is wrong with it
+        except DataError:  # reported by the stages
             continue
         found += [
             f"{stage}.{name}={split}: {path} has no such split; its splits are {', '.join(known[path])}"
@@ -58,15 +58,15 @@ def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
 
 
 def check_splits(jobs: Sequence[tuple[str, Any, Path]]) -> None:
-    """For all processes, when stage prepare has run: ConfigError for splits that it did not make."""
+    """Raise ConfigError in all processes for splits that stage prepare did not make."""
     with distributed.rank0_reports():
         raise_config_errors(split_errors(jobs))
 
 
-def _of(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int) -> Iterator[str]:
+def _job_errors(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int) -> Iterator[str]:
     for name, path, model in input_fields(config):
-        place = path.absolute()
-        if any(folder in (place, *place.parents) or place in folder.parents for folder in made):
+        absolute = path.absolute()
+        if any(folder in (absolute, *absolute.parents) or absolute in folder.parents for folder in made):
             continue
         setting = f"{stage}.{name}"
         try:
@@ -80,11 +80,11 @@ def _of(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int
         except UserError as error:
             yield f"{setting}: {error}"
     if not (out / DONE).exists():  # else nothing is left to compute
-        yield from _of_the_machine(stage, config, processes)
+        yield from _machine_errors(stage, config, processes)
 
 
-def _of_the_machine(stage: str, config: Any, processes: int) -> Iterator[str]:
-    """What all processes find alike: which GPU is whose, each of them sees when it takes its own."""
+def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
+    """Errors of device, engine and batch; the GPU of each process is checked when it is taken."""
     train = getattr(config, "train", None)
     device = getattr(config if train is None else train, "device", None)
     kind = None

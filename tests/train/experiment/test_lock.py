@@ -30,7 +30,7 @@ def test_a_folder_is_for_one_process_until_that_ends(tmp_path):
     child = other(tmp_path)
     try:
         assert f"process {child.pid}" in str(lock_owner(tmp_path))
-        refusal = f"another run is at work there .process {child.pid} on"
+        refusal = f"locked by another run .process {child.pid} on"
         with pytest.raises(BusyError, match=refusal), run_lock(tmp_path):
             pass
     finally:
@@ -66,7 +66,7 @@ def test_a_second_run_of_a_stage_is_refused(tmp_path, repo):
     finally:
         child.kill()
         child.wait()
-    assert done.returncode == 2 and "another run is at work there" in done.stderr, done.stderr
+    assert done.returncode == 2 and "locked by another run" in done.stderr, done.stderr
     assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
 
 
