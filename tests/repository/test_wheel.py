@@ -34,7 +34,7 @@ spec.loader.exec_module(wheel_check)
 def wheel(tmp_path_factory) -> Path:
     try:
         return wheel_check.build_wheel(tmp_path_factory.mktemp("wheel"))
-    except wheel_check.Broken as error:
+    except wheel_check.CheckFailed as error:
         if "install build dependencies did not run successfully" in str(error):
             pytest.skip("hatchling is not installed and no package index is available")
         raise
@@ -140,14 +140,14 @@ print(data_folder("conf"), recipe_folder("demo"), compose(["recipe=demo"])["name
 def test_wheel_check_detects_deviations(tmp_path):
     import numpy as np
 
-    with pytest.raises(wheel_check.Broken, match="imported from the checkout"):
+    with pytest.raises(wheel_check.CheckFailed, match="imported from the checkout"):
         wheel_check.check_package()
     wheel_check.make_material(tmp_path)
     expected = dict(np.load(tmp_path / "expected.npz"))
     assert wheel_check.check_results(tmp_path) == 0
     for name, change in (("base.features.last", np.float32(2e-5)), ("large.units", 1)):
         np.savez(tmp_path / "expected.npz", **expected | {name: expected[name] + change})
-        with pytest.raises(wheel_check.Broken, match=f"{name} differs by"):
+        with pytest.raises(wheel_check.CheckFailed, match=f"{name} differs by"):
             wheel_check.check_results(tmp_path)
 
 

@@ -53,24 +53,24 @@ def test_flops_equal_those_that_torch_counts(layer):
     assert flops.n_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
-def test_memory_is_what_a_real_step_keeps():
-    """Counted without numbers, and with them: what four utterances more keep."""
+def test_memory_equals_that_of_a_real_step():
+    """On fake tensors and on real ones: the difference of four more utterances."""
     config = HubertConfig(conv_dims=(8,) * 7, width=32, layers=4, heads=2, ffn=64, layer_drop=0.0)
     for recompute in (False, True):
         torch.manual_seed(0)
         model, head, real = HubertModel(config), UnitHead(32, 500), []
         wrap_blocks(model.encoder.layers, recompute, False)
-        own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *head.parameters())}
+        weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *head.parameters())}
         for rows in (4, 8):
-            kept = {}
+            stored = {}
 
-            def keep(tensor, kept=kept):
-                kept[tensor.untyped_storage().data_ptr()] = tensor
+            def store(tensor, stored=stored):
+                stored[tensor.untyped_storage().data_ptr()] = tensor
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
                 masked_loss(model, head, torch.randn(rows, 32_000))
-            real.append(sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own))
+            real.append(sum(t.untyped_storage().nbytes() for at, t in stored.items() if at not in weights))
         counted = kept_bytes(config, 2.0, recompute, torch.float32, gpu=False)
         assert counted == pytest.approx((real[1] - real[0]) / 8, rel=0.02)
 
@@ -85,14 +85,14 @@ def test_memory_is_what_a_real_step_keeps():
         (HubertConfig.large(), True, torch.bfloat16, 23.63),
     ],
 )
-def test_memory_of_a_gpu(config, recompute, precision, megabytes):
-    """An audio-second of utterances of 5.7 s, as counted with CUDA tensors without numbers (LOG.md)."""
+def test_memory_on_a_gpu(config, recompute, precision, megabytes):
+    """Per audio-second of utterances of 5.7 s, compared with the count on fake CUDA tensors (LOG.md)."""
     counted = kept_bytes(config, 5.7, recompute, precision, gpu=True)
     assert counted / 1e6 == pytest.approx(megabytes, rel=0.01)
 
 
-def test_at_once_is_what_backward_holds(monkeypatch):
-    """A front end that is wide beside its Transformer: the most that one step has alive, without numbers."""
+def test_front_end_memory_equals_peak_of_backward(monkeypatch):
+    """With a wide front end and a narrow Transformer, on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr("jahubert.model.kernels.conv_frontend.CACHED", 2**60)  # all rows at once, as on a GPU
@@ -100,24 +100,24 @@ def test_at_once_is_what_backward_holds(monkeypatch):
         config = HubertConfig(
             conv_dims=(64,) * 7, conv_norm=norm, width=32, layers=1, heads=2, ffn=32, pos_conv_groups=2
         )
-        most = []
+        peaks = []
         for rows in (8, 16):
-            with FakeTensorMode(), Alive() as alive:
+            with FakeTensorMode(), PeakMemory() as memory:
                 model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(32, 500)
                 model.encoder.training = False
                 masked_loss(model, head, torch.zeros(rows, 64_000)).backward()
-            most.append(alive.most)
+            peaks.append(memory.peak)
         found = front_end_bytes(config, torch.float32)
-        assert found == pytest.approx((most[1] - most[0]) / 8 / 4, rel=0.1)
+        assert found == pytest.approx((peaks[1] - peaks[0]) / 8 / 4, rel=0.1)
         assert peak_bytes(config, 4.0, False, torch.float32, gpu=True) == found
 
 
-class Alive(TorchDispatchMode):
-    """How many bytes of storages are there, and how many at most."""
+class PeakMemory(TorchDispatchMode):
+    """Peak number of bytes in the storages of tensors."""
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.most = {}, 0
+        self.sizes, self.peak = {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -126,7 +126,7 @@ class Alive(TorchDispatchMode):
             if storage is not None and storage._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.most = max(self.most, sum(self.sizes.values()))
+        self.peak = max(self.peak, sum(self.sizes.values()))
         return out
 
 
