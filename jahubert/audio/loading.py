@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -191,7 +192,7 @@ def _rate(value: Any) -> int:
     """A sampling rate as an integer."""
     if value is None:
         return SAMPLE_RATE
-    if not _is_number(value) or value != int(value):
+    if not _is_number(value) or not math.isfinite(value) or value != int(value):
         raise AudioError(f"the sampling rate must be a whole number of Hz, but is {value!r}")
     if value <= 0:
         raise AudioError(f"the sampling rate must be positive, but is {value}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from jahubert.errors import CheckpointError, ConfigError, DataError
 from jahubert.formats.bundle import load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
+from jahubert.inference.conditioning import condition
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
 from jahubert.inference.vad import Segment, cut_at_pauses, speech_frames
 from jahubert.model.device import pick_device
@@ -28,7 +31,10 @@ CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of t
 CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # of blanks where a long recording is cut for decoding
 BEAM_ROWS = 32  # segments per beam search
+SILENCE = 1e-3  # peak amplitude, -60 dBFS, below which audio without speech is not reported
 GATED = -1e4  # log-probability of a phone outside of speech
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[float], None]  # receives the seconds of audio completed since the last call
 
@@ -84,7 +90,8 @@ class Transcriber:
         phonemes: the symbols of the head.
         beam: width of the beam search.
         device: default: a GPU if available.
-        vad: suppress phones outside of speech (`vad.speech_frames`).
+        vad: detect speech (`vad.speech_frames`), suppress phones outside of it, remove hum and normalize the
+            level (`conditioning.condition`). False takes the audio as it is.
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
             hardware supports it, otherwise float32.
 
@@ -249,27 +256,30 @@ class Transcriber:
         yield from results
 
     def _transcribe_short(self, recordings: list[tuple[str, Tensor]]) -> list[Transcript]:
-        wavs = [wav_T for _, wav_T in recordings]
-        segments = [
-            Segment(0, self._gate(logp_SV, wav_T))
-            for logp_SV, wav_T in zip(self.log_probs(wavs), wavs, strict=True)
-        ]
-        return [
-            self._transcript(name, len(wav_T), [decoded])
-            for (name, wav_T), decoded in zip(recordings, self._decode(segments), strict=True)
-        ]
+        logps, has_speech = self._speech_log_probs([wav_T for _, wav_T in recordings])
+        decoded = self._decode([Segment(0, logp_SV) for logp_SV in logps])
+        transcripts = []
+        for (name, wav_T), result, speech in zip(recordings, decoded, has_speech, strict=True):
+            if not speech:
+                _report_no_speech(name, len(wav_T), float(wav_T.abs().max()) if len(wav_T) else 0.0)
+            transcripts.append(self._transcript(name, len(wav_T), [result]))
+        return transcripts
 
     def _transcribe_long(
         self, name: str, recording: Iterable[Chunk], progress: Progress | None
     ) -> Transcript:
         n_samples = 0
+        peak = 0.0
+        any_speech = False
 
         def log_probs() -> Iterator[Tensor]:
-            nonlocal n_samples
+            nonlocal n_samples, peak, any_speech
             for batch in batched(recording, CHUNKS_PER_BATCH):
-                logps = self.log_probs([chunk.wav_T for chunk in batch])
+                logps, has_speech = self._speech_log_probs([chunk.wav_T for chunk in batch])
+                any_speech |= any(has_speech)
                 for chunk, logp_SV in zip(batch, logps, strict=True):
-                    yield self._gate(logp_SV, chunk.wav_T)[chunk.keep : chunk.end]
+                    peak = max(peak, float(chunk.wav_T.abs().max()))
+                    yield logp_SV[chunk.keep : chunk.end]
                 end = batch[-1].start + len(batch[-1].wav_T)
                 if progress is not None:
                     progress((end - n_samples) / SAMPLE_RATE)
@@ -279,18 +289,29 @@ class Transcriber:
         pause = round(PAUSE_SECONDS * self.grid.rate)
         segments = cut_at_pauses(log_probs(), max_frames, pause, self.phonemes.blank)
         decoded = [result for batch in batched(segments, CHUNKS_PER_BATCH) for result in self._decode(batch)]
+        if not any_speech:
+            _report_no_speech(name, n_samples, peak)
         return self._transcript(name, n_samples, decoded)
 
-    def _gate(self, logp_SV: Tensor, wav_T: Tensor) -> Tensor:
-        """Suppress phones outside of speech; blank and word boundary are unchanged."""
+    def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
+        """Log-probabilities with phones in speech only, and whether each waveform has speech."""
         if not self.vad:
-            return logp_SV
-        silent_S = ~speech_frames(wav_T, self.grid)
+            return self.log_probs(wavs), [True] * len(wavs)
+        speech = [speech_frames(wav_T, self.grid) for wav_T in wavs]
+        conditioned = [
+            condition(wav_T, speech_S, self.grid) for wav_T, speech_S in zip(wavs, speech, strict=True)
+        ]
+        logps = self.log_probs(conditioned)
+        gated = [self._gate(logp_SV, speech_S) for logp_SV, speech_S in zip(logps, speech, strict=True)]
+        return gated, [bool(speech_S.any()) for speech_S in speech]
+
+    def _gate(self, logp_SV: Tensor, speech_S: Tensor) -> Tensor:
+        """Suppress phones outside of speech; blank and word boundary are unchanged."""
         phone_V = torch.ones(len(self.phonemes), dtype=torch.bool, device=logp_SV.device)
         phone_V[self.phonemes.blank] = False
         if self.phonemes.boundary >= 0:
             phone_V[self.phonemes.boundary] = False
-        return logp_SV.masked_fill(silent_S[:, None] & phone_V, GATED)
+        return logp_SV.masked_fill(~speech_S[:, None] & phone_V, GATED)
 
     def _decode(self, segments: list[Segment]) -> list[tuple[list[Span], float]]:
         """Aligned labels of each segment, in frames of the recording, and their log-probability."""
@@ -344,6 +365,19 @@ def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Word:
     except DataError:  # special symbols such as <unk> have no kana
         kana = "".join(phones)
     return Word(kana, phones, times[0][0], times[-1][1], score, times)
+
+
+def _report_no_speech(name: str, n_samples: int, peak: float) -> None:
+    """Log a warning about a recording that is not silent but has no detected speech."""
+    if peak < SILENCE or not n_samples:
+        return
+    log.warning(
+        "%s: no speech detected in %.1f s of audio with a peak of %.0f dBFS; Transcriber(vad=False), on the "
+        "command line --no-vad, transcribes it anyway",
+        name or "the audio",
+        n_samples / SAMPLE_RATE,
+        20 * math.log10(peak),
+    )
 
 
 def _name(audio: AudioLike) -> str:

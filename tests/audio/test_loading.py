@@ -12,7 +12,7 @@ import soundfile
 import soxr
 import torch
 
-from jahubert.audio import AudioSource, audio_length, load_audio, stream_audio
+from jahubert.audio import AudioSource, audio_length, is_recording, load_audio, stream_audio
 from jahubert.errors import AudioError
 
 RNG = np.random.default_rng(7)
@@ -244,3 +244,52 @@ def test_blocks_of_broken_files_are_rejected(fmt, tmp_path):
     path.write_bytes(encode(bad, subtype="FLOAT"))
     with pytest.raises(AudioError, match="position 40000"):
         list(stream_audio(path, block_seconds=1.0))
+
+
+def test_samples_with_their_rate_in_the_usual_containers():
+    expected = load_audio(NOISE, 8_000)
+    values = NOISE.tolist()
+    for source in (
+        (8_000, NOISE),
+        (8_000.0, NOISE),
+        (np.int64(8_000), values),
+        {"array": NOISE, "sampling_rate": 8_000, "path": None},
+        {"raw": torch.from_numpy(NOISE), "sampling_rate": 8_000},
+    ):
+        assert is_recording(source)
+        assert torch.equal(load_audio(source), expected)
+        assert audio_length(source) == len(expected)
+        assert torch.equal(torch.cat(list(stream_audio(source))), expected)
+        assert torch.equal(load_audio(source, 8_000), expected)
+        with pytest.raises(AudioError, match="16000"):
+            load_audio(source, 16_000)
+    assert torch.equal(load_audio(values, 8_000.0), expected)
+    assert torch.equal(load_audio([values, values], 8_000), expected)
+    assert is_recording(values) and not is_recording([NOISE, NOISE]) and not is_recording(["a.wav"])
+
+
+OTHER = [
+    None,
+    3,
+    b"RIFF",
+    {"array": NOISE},
+    {"bytes": b""},
+    ["a.wav"],
+    [1, 2],
+    (8_000, "a.wav"),
+    [[0.1], [0.1, 0.2]],
+]
+
+
+@pytest.mark.parametrize("source", OTHER)
+def test_other_sources_are_rejected_with_advice(source):
+    for read in (load_audio, audio_length, lambda source: list(stream_audio(source))):
+        with pytest.raises(AudioError, match="pass "):
+            read(source)
+
+
+@pytest.mark.parametrize("rate", [8_000.5, 0, -16_000, "16000", True, float("nan"), float("inf")])
+def test_invalid_sampling_rates_are_rejected(rate):
+    for source, sample_rate in ((NOISE, rate), ((rate, NOISE), None)):
+        with pytest.raises(AudioError):
+            load_audio(source, sample_rate)

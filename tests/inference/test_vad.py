@@ -1,0 +1,100 @@
+"""Voice activity and conditioning: invariance to DC offset, hum and gain, and sounds without speech."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from fixtures.sounds import SOUNDS, nonspeech, syllables
+
+import jahubert
+from jahubert.frames import HUBERT
+from jahubert.inference.conditioning import SPEECH_LEVEL, condition
+from jahubert.inference.transcribe import Transcriber
+from jahubert.inference.vad import speech_frames
+
+
+def hum(wav_T: torch.Tensor, hz: float, level: float) -> torch.Tensor:
+    time_T = torch.arange(len(wav_T), dtype=torch.float64) / 16_000
+    return wav_T + (10 ** (level / 20) * torch.sin(2 * math.pi * hz * time_T + 1)).float()
+
+
+DISTORTIONS = {
+    "offset 0.3": lambda wav_T: wav_T + 0.3,
+    "offset -0.1": lambda wav_T: wav_T - 0.1,
+    "hum 50 Hz": lambda wav_T: hum(wav_T, 50, -20),
+    "hum 100 Hz": lambda wav_T: hum(wav_T, 100, -20),
+    "hum 60.05 Hz": lambda wav_T: hum(wav_T, 60.05, -30),
+    "quiet": lambda wav_T: wav_T * 0.01,
+    "loud": lambda wav_T: wav_T * 2,
+    "quiet, offset and hum": lambda wav_T: hum(wav_T * 0.1 + 0.05, 50, -40),
+}
+PAUSE = torch.zeros(12_000)
+
+
+def speech_with_pauses() -> torch.Tensor:
+    wav_T = torch.cat([PAUSE, syllables(3.0), PAUSE, PAUSE, syllables(2.0, seed=1), PAUSE])
+    return wav_T + 1e-4 * torch.randn(len(wav_T), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", DISTORTIONS)
+def test_detection_does_not_depend_on_offset_hum_and_gain(name):
+    wav_T = speech_with_pauses()
+    expected = speech_frames(wav_T, HUBERT)
+    assert 0.5 < float(expected.float().mean()) < 0.95
+    detected = speech_frames(DISTORTIONS[name](wav_T), HUBERT)
+    assert float((detected != expected).float().mean()) < 0.02
+
+
+@pytest.mark.parametrize("name", DISTORTIONS)
+def test_conditioning_removes_offset_and_hum_and_sets_the_level(name):
+    wav_T = speech_with_pauses()
+    speech_S = speech_frames(wav_T, HUBERT)
+    expected = condition(wav_T, speech_S, HUBERT)
+    conditioned = condition(DISTORTIONS[name](wav_T), speech_S, HUBERT)
+    assert float((conditioned - expected).std() / expected.std()) < 0.02
+    level = 10 * math.log10(float(expected.square().mean()))
+    assert level == pytest.approx(SPEECH_LEVEL, abs=6)  # speech and pauses
+
+
+def test_conditioning_changes_only_the_level_of_clean_speech():
+    wav_T = syllables(2.0)
+    wav_T = wav_T - wav_T.mean()
+    conditioned = condition(wav_T, speech_frames(wav_T, HUBERT), HUBERT)
+    torch.testing.assert_close(conditioned / conditioned.std(), wav_T / wav_T.std(), atol=0.01, rtol=0)
+    silence = torch.zeros(16_000)
+    assert condition(silence, speech_frames(silence, HUBERT), HUBERT) is silence
+
+
+@pytest.mark.parametrize("gain", [1e-3, 0.05, 1.0])
+@pytest.mark.parametrize("kind", SOUNDS)
+def test_sounds_without_speech_are_not_detected(kind, gain):
+    assert not speech_frames(gain * nonspeech(kind, 10.0), HUBERT).any()
+
+
+def test_missing_speech_is_reported_unless_the_audio_is_silent(caplog):
+    asr = Transcriber.from_pretrained(device="cpu")
+    caplog.set_level(logging.WARNING)
+    for seconds in (3.0, 35.0):
+        caplog.clear()
+        assert asr.transcribe(nonspeech("white noise", seconds)).text == ""
+        assert len(caplog.messages) == 1 and "no speech" in caplog.messages[0]
+    caplog.clear()
+    asr.transcribe(torch.zeros(16_000))
+    asr.transcribe(syllables(1.0))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["offset 0.3", "hum 50 Hz", "hum 100 Hz", "quiet", "loud"])
+def test_transcripts_of_real_speech_do_not_change(shared_data, name):
+    from jahubert.train.evaluation.metrics import error_rate
+
+    files = sorted((shared_data / "sentences").glob("*.wav"))[:2]
+    files += sorted((shared_data / "tofugu" / "lib" / "ogg").glob("*.ogg"))[::500]
+    asr = Transcriber.from_pretrained(device="cpu", dtype=torch.float32)
+    wavs = [jahubert.load_audio(path) for path in files]
+    expected = [list(t.phonemes) for t in asr.transcribe_many(wavs)]
+    distorted = [list(t.phonemes) for t in asr.transcribe_many(DISTORTIONS[name](wav_T) for wav_T in wavs)]
+    assert error_rate(expected, distorted).rate <= 0.05

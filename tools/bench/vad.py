@@ -1,0 +1,108 @@
+"""Voice activity detection: cost, and transcripts under DC offset, hum and gain.
+
+    python tools/bench/vad.py shared/data/sentences shared/data/tofugu/lib/ogg
+
+Transcribes `--files` recordings of each folder, evenly spaced, with the built-in model (or `--model`) as they
+are and distorted, and prints per distortion the phoneme error rate of the distorted transcripts against the
+undistorted ones, the recordings that became empty, and the share of loud frames that are detected as speech.
+Sounds without speech are generated. The cost is in times real time, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import jahubert
+from jahubert.frames import SAMPLE_RATE
+from jahubert.inference.conditioning import condition
+from jahubert.inference.vad import speech_frames
+from jahubert.train.evaluation.metrics import error_rate
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
+from fixtures.sounds import SOUNDS, nonspeech
+
+SUFFIXES = (".wav", ".ogg", ".mp3", ".flac")
+
+
+def distortions(wav_T: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Names and distorted copies of a waveform."""
+    time_T = torch.arange(len(wav_T), dtype=torch.float64) / SAMPLE_RATE
+    for offset in (0.03, 0.1, 0.3):
+        yield f"DC offset {offset}", wav_T + offset
+    for hz in (50, 100):
+        hum_T = torch.sin(2 * math.pi * hz * time_T).float()
+        for level in (-40, -30, -20):
+            yield f"hum {hz} Hz, {level} dB", wav_T + 10 ** (level / 20) * hum_T
+    for gain in (-40, -20, -10, 6):
+        yield f"gain {gain} dB", wav_T * 10 ** (gain / 20)
+
+
+def phones(transcript: jahubert.Transcript) -> list[str]:
+    return [phone for phone in transcript.phonemes if phone != "|"]
+
+
+def detected(asr: jahubert.Transcriber, wav_T: Tensor, original_T: Tensor) -> float:
+    """The share of frames within 20 dB of the loudest one that are detected as speech."""
+    speech_S = speech_frames(wav_T, asr.grid)
+    level_S = original_T.unfold(0, asr.grid.window, asr.grid.hop).square().mean(1)[: len(speech_S)]
+    return float(speech_S[level_S > 0.01 * level_S.max()].float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--files", type=int, default=20, help="recordings per folder")
+    parser.add_argument("--model", help="a CTC model; default: the built-in one")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    asr = jahubert.Transcriber.from_pretrained(args.model, device="cpu", dtype=torch.float32)
+    for folder in args.folders:
+        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+        files = files[:: max(1, len(files) // args.files)][: args.files]
+        wavs = [jahubert.load_audio(path) for path in files]
+        references = [phones(t) for t in asr.transcribe_many(wavs) if isinstance(t, jahubert.Transcript)]
+        print(f"{folder}: {len(files)} recordings, {sum(map(len, references))} phonemes")
+        distorted: dict[str, list[Tensor]] = {"none": wavs}
+        for wav_T in wavs:
+            for name, changed_T in distortions(wav_T):
+                distorted.setdefault(name, []).append(changed_T)
+        for name, changed in distorted.items():
+            hypotheses = [
+                phones(t) for t in asr.transcribe_many(changed) if isinstance(t, jahubert.Transcript)
+            ]
+            shares = [detected(asr, c, w) for c, w in zip(changed, wavs, strict=True)]
+            rate = 100 * error_rate(references, hypotheses).rate
+            empty = sum(not hypothesis for hypothesis in hypotheses)
+            least = 100 * min(shares)
+            print(f"  {name:18} PER {rate:5.1f} %   empty {empty:2}   detected {least:5.1f} % (least)")
+    spoken = {kind: float(speech_frames(nonspeech(kind, 10.0), asr.grid).float().mean()) for kind in SOUNDS}
+    for kind, share in spoken.items():
+        print(f"{kind:28} {100 * share:5.1f} % of the frames detected as speech")
+    wav_T = torch.cat(wavs)[: 30 * SAMPLE_RATE]
+    started = time.perf_counter()
+    for _ in range(5):
+        speech_frames(wav_T, asr.grid)
+    detection = (time.perf_counter() - started) / 5
+    speech_S = speech_frames(wav_T, asr.grid)
+    started = time.perf_counter()
+    for _ in range(5):
+        condition(wav_T, speech_S, asr.grid)
+    conditioning = (time.perf_counter() - started) / 5
+    duration = len(wav_T) / SAMPLE_RATE
+    print(
+        f"cost: detection {duration / detection:.0f}, conditioning {duration / conditioning:.0f} x real time"
+    )
+
+
+if __name__ == "__main__":
+    main()
