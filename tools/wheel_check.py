@@ -106,9 +106,13 @@ def make_material(folder: Path) -> None:
     """Create two tiny models, a recording (44.1 kHz, stereo) and their results in this environment."""
     import numpy as np
     import soundfile
+    import soxr
     import torch
 
     import jahubert
+
+    sys.path.insert(0, str(REPO / "tests"))
+    from fixtures.sounds import syllables
 
     torch.manual_seed(0)
     sizes = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 32}
@@ -123,10 +127,7 @@ def make_material(folder: Path) -> None:
             centroids_KD=torch.randn(9, 16),
             centroid_layer=1,
         )
-    t_T = np.arange(3 * 44_100) / 44_100
-    syllable = np.clip(2 * np.sin(2 * np.pi * 4 * t_T), 0, 1)
-    left = 0.3 * np.sin(2 * np.pi * (200 + 150 * t_T) * t_T) * syllable
-    right = np.random.default_rng(0).normal(0, 0.1, len(t_T)) * syllable
+    left, right = (soxr.resample(syllables(3, seed).numpy(), 16_000, 44_100) for seed in (0, 1))
     soundfile.write(folder / "audio.wav", np.stack([left, right], axis=1), 44_100)
     (folder / "formats").mkdir()
     for ending in FORMATS:

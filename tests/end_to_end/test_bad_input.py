@@ -16,6 +16,7 @@ from fixtures import FIXTURES
 from jahubert import run
 from jahubert.cli import main as cli
 from jahubert.errors import DiskFullError
+from jahubert.formats import atomic
 from jahubert.formats.atomic import temporary_path
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
@@ -265,8 +266,9 @@ def test_a_damaged_record_is_named(capsys, copy):
     assert "iter1/kmeans/provenance.json: not readable" in message and "delete the folder" in message
 
 
-def no_room(path: Path) -> Path:
+def no_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let writing to `path` fail with a full disk; returns the link to remove afterwards."""
+    monkeypatch.setattr(atomic, "remove_leftovers", lambda folder: None)  # it would remove the link
     path.parent.mkdir(parents=True, exist_ok=True)
     link = path if path.name == "tmp_sample.npy" else temporary_path(path)
     link.symlink_to("/dev/full")
@@ -288,16 +290,17 @@ def no_room(path: Path) -> Path:
         ("score", "systems/main/score", "provenance.json"),
     ],
 )
-def test_a_full_disk(capsys, copy, stage, folder, file):
+def test_a_full_disk(capsys, copy, monkeypatch, stage, folder, file):
     before = files(copy / folder)
     shutil.rmtree(copy / folder)
     elsewhere = {name: content for name, content in files(copy).items() if not name.startswith(folder)}
-    link = no_room(copy / folder / file)
+    link = no_room(copy / folder / file, monkeypatch)
     status, message = jahubert(capsys, copy, stage)
     assert status == 1 and "Traceback" not in message and message.count("jahubert: error: ") == 1
     assert "the disk is full" in message and folder in message
     assert {name: content for name, content in files(copy).items() if name in elsewhere} == elsewhere
     link.unlink(missing_ok=True)
+    monkeypatch.undo()
     done(capsys, copy, stage)
     after = files(copy / folder)
     made = [[name for name in names if not name.startswith("tensorboard/")] for names in (after, before)]
