@@ -379,6 +379,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2:] == ["kill"]:
-        learn("fairseq2", Path(sys.argv[1]), stop_at=5, told=signal.SIGKILL)
+        learn("fairseq2", Path(sys.argv[1]), stop_at=5, stop_signal=signal.SIGKILL)
     else:
         main(Path(sys.argv[1]))
