@@ -19,9 +19,17 @@ class JahubertError(Exception):
 
 
 class Stopped(JahubertError):
-    """Training received a stop signal and saved a checkpoint; the same command resumes it."""
+    """Training received a stop signal and saved a checkpoint; the same command resumes it.
+
+    Attributes:
+        signal: name of the signal, such as "SIGTERM"; None if another process received it.
+    """
 
     exit_status = 75  # EX_TEMPFAIL: a scheduler may requeue the job
+
+    def __init__(self, message: str = "", signal: str | None = None):
+        super().__init__(message)
+        self.signal = signal
 
 
 class UserError(JahubertError):

@@ -1,7 +1,7 @@
 """Process group of a run: rank, world size, device, collectives, heartbeat and local launcher.
 
-There are several processes if torchrun, or a launcher that sets the same variables, started them; without a
-process group every function acts on the single process.
+A run is distributed if torchrun, or a launcher that sets the same environment variables, started it.
+Without a process group every function acts on the single process.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from jahubert.model.device import pick_device
 
 T = TypeVar("T")
 
-# The signals that ask a run to stop; Windows has no SIGUSR1.
+# Signals that stop a run; Windows has no SIGUSR1.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-_GRACE = 10.0  # seconds between asking processes to leave and making them
+_GRACE = 10.0  # seconds between waiting, SIGTERM and SIGKILL
 
 
 def process_device(name: str) -> torch.device:
-    """The device of this process: `cuda` is the GPU with its local rank, `auto` that GPU or else the CPU.
+    """The device of this process: for `cuda` the GPU of its local rank, for `auto` that GPU or else the CPU.
 
-    `auto` never picks an Apple GPU, because training sums losses in float64, which MPS lacks.
+    `auto` never selects an Apple GPU: training sums losses in float64, which MPS does not support.
 
     Raises:
         ConfigError: unknown or unavailable device, or a single GPU for several processes.
@@ -56,40 +56,41 @@ def process_device(name: str) -> torch.device:
     return pick_device(f"cuda:{local_rank}" if name == "cuda" else name)
 
 
-def _traced(error: BaseException) -> int:
+def _print_traceback(error: BaseException) -> int:
     traceback.print_exception(error)
     return 1
 
 
 @contextmanager
-def process_group(tell: Callable[[BaseException], int] = _traced) -> Iterator[None]:
-    """Join the other processes if a launcher started several; leave them at the end.
+def process_group(report: Callable[[BaseException], int] = _print_traceback) -> Iterator[None]:
+    """Initialize the process group if a launcher started several processes; destroy it at the end.
+
+    A process of several that fails exits at once, without destroying the group: other ranks may be waiting
+    for it in a collective, and NCCL would wait for them. The launcher or the lost connection ends those.
 
     Args:
-        tell: says what is wrong when the work inside failed, and gives the exit status with which a process
-            of several ends here. Others may wait for it inside a sum, so the group is not taken apart: with
-            NCCL that waits for them. Its launcher, or the connection that it lost, ends each of them.
+        report: prints an error raised inside the block and returns the exit status of this process.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    _end_with_parent()  # torchrun does not arrange this
+    _stop_with_parent()  # torchrun does not set this up
     backend = "gloo"
     if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"  # a stage may run on the CPU, and Python objects always do
-        number = int(os.environ.get("LOCAL_RANK", 0))
-        if number < torch.cuda.device_count():
-            torch.cuda.set_device(number)
-    # Processes wait for each other's share of a stage, and while the first one prepares a corpus; NCCL
-    # would give up after ten minutes. Who hangs is `watch`'s to say.
+        backend = "cpu:gloo,cuda:nccl"  # gloo for stages on the CPU and for Python objects
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank)
+    # Ranks wait hours for each other, for example while rank 0 prepares a corpus; NCCL's default timeout is
+    # ten minutes. The watchdog detects hanging ranks.
     dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
-    except (Stopped, SystemExit):  # in all of them
+    except (Stopped, SystemExit):  # raised in all ranks
         dist.destroy_process_group()
         raise
     except BaseException as error:
-        status = tell(error)
+        status = report(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -105,72 +106,78 @@ def world() -> int:
 
 
 class Heartbeat(NamedTuple):
-    """What this process is at, for `watch`."""
+    """Progress of this process, which the watchdog compares across ranks."""
 
-    number: int  # of the place: all processes come to the same ones, so the smallest is behind
-    place: str
-    moved: float  # when it last gave a sign of life, of time.monotonic()
-    alone: bool  # at work that only the first process does, and that may take as long as it takes
+    number: int  # count of `heartbeat` calls so far; the rank with the lowest is the slowest
+    activity: str
+    updated: float  # time.monotonic() of the last sign of progress
+    rank0_only: bool  # work that only rank 0 does and that has no time limit
 
 
-_pulse = Heartbeat(0, "the start", time.monotonic(), alone=False)  # one assignment, since two threads use it
+# Replaced as a whole: the watchdog thread reads it.
+_heartbeat = Heartbeat(0, "the start", time.monotonic(), rank0_only=False)
 
 
 def last_heartbeat() -> Heartbeat:
-    return _pulse
+    return _heartbeat
 
 
-def heartbeat(place: str) -> None:
-    """Say what this process comes to: all processes say it as often, in the same order."""
-    global _pulse
-    _pulse = Heartbeat(_pulse.number + 1, place, time.monotonic(), alone=False)
+def heartbeat(activity: str) -> None:
+    """Record the start of an activity; all ranks must record the same ones in the same order."""
+    global _heartbeat
+    _heartbeat = Heartbeat(_heartbeat.number + 1, activity, time.monotonic(), rank0_only=False)
 
 
 def tick() -> None:
-    """A sign of life on the way to the next place, from a loop that is another one in each process."""
-    global _pulse
-    _pulse = _pulse._replace(moved=time.monotonic())
+    """Record progress within an activity, from a loop whose length may differ between ranks."""
+    global _heartbeat
+    _heartbeat = _heartbeat._replace(updated=time.monotonic())
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    global _pulse
-    _pulse = _pulse._replace(alone=True)
+def _rank0_only() -> Iterator[None]:
+    """Exempt work that only rank 0 does from the hang timeout."""
+    global _heartbeat
+    _heartbeat = _heartbeat._replace(rank0_only=True)
     yield
-    _pulse = _pulse._replace(alone=False, moved=time.monotonic())
+    _heartbeat = _heartbeat._replace(rank0_only=False, updated=time.monotonic())
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
-    """Around what waits for all processes."""
-    place = _pulse.place
-    heartbeat(f"{place}, waiting for the others")
+def _waiting_for_ranks() -> Iterator[None]:
+    """Record heartbeats around a collective operation."""
+    activity = _heartbeat.activity
+    heartbeat(f"{activity}, waiting for the other ranks")
     yield
-    heartbeat(place)
+    heartbeat(activity)
 
 
 def barrier() -> None:
     if dist.is_initialized():
-        with _meeting():
+        with _waiting_for_ranks():
             dist.barrier()
 
 
 def rank0_broadcast(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, in all processes; an error of the user's is raised in all."""
+    """Call `work` on rank 0 and return its result on all ranks.
+
+    Raises:
+        UserError, OSError: raised by `work`; on all ranks, and marked as reported on all but rank 0.
+    """
     if not dist.is_initialized():
         return work()
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
-            with _alone():
+            with _rank0_only():
                 box[0] = work()
         except (UserError, OSError) as error:
             box[1] = error
-    with _meeting():
+    with _waiting_for_ranks():
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         failure = box[1]
-        if rank() != 0:  # the first process reports it
+        if rank() != 0:  # rank 0 reports it
             if isinstance(failure, OSError):
                 failure = (UserError if failure.filename else JahubertError)(str(failure))
             failure.reported = True
@@ -180,7 +187,7 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
 
 @contextmanager
 def rank0_reports() -> Iterator[None]:
-    """For what all processes do alike: an error of the user's is raised in all, and the first one tells."""
+    """Mark a user's error as reported on all ranks but 0, for code that all ranks run alike."""
     try:
         yield
     except UserError as error:
@@ -188,22 +195,24 @@ def rank0_reports() -> Iterator[None]:
         raise
 
 
-def gather_interleaved(mine: list[T]) -> list[T]:
-    """What the processes made of things that were dealt out to them in turn, in the order of the things."""
+def gather_interleaved(items: list[T]) -> list[T]:
+    """Gather the results of items that were distributed round-robin over the ranks, in the original order."""
     if not dist.is_initialized():
-        return mine
+        return items
     parts: list[Any] = [None] * world()
-    with _meeting():
-        dist.all_gather_object(parts, mine)
+    with _waiting_for_ranks():
+        dist.all_gather_object(parts, items)
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
 
 def launch(command: Sequence[str], n: int) -> int:
-    """Run `command` as `n` processes of one group on this machine; the exit status of the first that fails.
+    """Run `command` as a process group of `n` processes on this machine, like torchrun on a single node.
 
-    Of several that failed at one moment, the highest: whoever only lost another one leaves with 1.
+    Stop signals are forwarded to all processes. When one fails, the others are stopped.
 
-    What torchrun does for one machine, without its report on top of ours. Signals to stop go to all.
+    Returns:
+        The exit status of the first process that failed. If several failed at the same time, the highest:
+        a process that only lost its connection to another exits with 1.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -212,78 +221,78 @@ def launch(command: Sequence[str], n: int) -> int:
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children: list[subprocess.Popen] = []
 
-    def forward(number: int, _: Any) -> None:
+    def forward(signum: int, _: Any) -> None:
         for child in children:
-            child.send_signal(number)
+            child.send_signal(signum)
 
-    before = {number: signal.signal(number, forward) for number in STOPPING}
+    previous = {signum: signal.signal(signum, forward) for signum in STOPPING}
     try:
-        for number in range(n):
-            own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-            environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
-            children.append(
-                subprocess.Popen(
-                    command, env=environment, preexec_fn=_end_with_parent if sys.platform == "linux" else None
-                )
-            )
-        while not any(ends := [child.poll() or 0 for child in children]):
-            if all(child.returncode == 0 for child in children):
+        for i in range(n):
+            ranks = {"RANK": str(i), "LOCAL_RANK": str(i)}
+            environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **ranks}
+            stop_with_parent = _stop_with_parent if sys.platform == "linux" else None
+            children.append(subprocess.Popen(command, env=environment, preexec_fn=stop_with_parent))
+        while True:
+            return_codes = [child.poll() for child in children]
+            if any(return_codes) or all(code == 0 for code in return_codes):
                 break
             time.sleep(0.1)
         status = max(
-            _status(end, f"process {i} of {n} (pid {children[i].pid})") for i, end in enumerate(ends)
+            _exit_status(code or 0, f"process {i} of {n} (pid {children[i].pid})")
+            for i, code in enumerate(return_codes)
         )
-        _end(children)  # they may wait for the one that is gone
+        _terminate(children)  # the others may be waiting in a collective
         return status
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
-def _status(end: int, name: str) -> int:
-    """The exit status that stands for how a process ended; says what it cannot have said itself."""
-    if end >= 0:
-        return end
-    by = signal.Signals(-end)
-    status, why = 1, ""
-    if by in STOPPING:
-        status = 128 + by if by == signal.SIGINT else Stopped.exit_status
-        why = " while it was starting; rerun the same command to resume"
-    elif by == signal.SIGKILL:
-        why = (
-            ". Unless someone killed it, the system ran out of memory: use fewer workers or processes, or "
+def _exit_status(return_code: int, name: str) -> int:
+    """Exit status for a child's return code; reports the signal if one killed the child."""
+    if return_code >= 0:
+        return return_code
+    signum = signal.Signals(-return_code)
+    status = 1
+    advice = ""
+    if signum in STOPPING:
+        status = 128 + signum if signum == signal.SIGINT else Stopped.exit_status
+        advice = " during startup; rerun the same command to resume"
+    elif signum == signal.SIGKILL:
+        advice = (
+            ", probably because the system ran out of memory: use fewer workers or processes, or "
             "crop.keep_in_memory_hours=0, and rerun the same command to resume"
         )
-    print(f"jahubert: error: {name} was ended by {by.name}{why}", file=sys.stderr)
+    print(f"jahubert: error: {name} was killed by {signum.name}{advice}", file=sys.stderr)
     return status
 
 
-def _end_with_parent() -> None:
-    """In a child: be told to stop when its parent dies, which by kill -9 cannot tell."""
+def _stop_with_parent() -> None:
+    """Have this process receive SIGTERM when its parent dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _end(children: Sequence[subprocess.Popen]) -> None:
-    """Give processes time to leave, ask them to, and make them: inside a sum over processes none hears it."""
+def _terminate(children: Sequence[subprocess.Popen]) -> None:
+    """Wait for the processes to exit, then send SIGTERM, then SIGKILL (a blocked collective needs it)."""
     for action in (lambda _: None, subprocess.Popen.terminate, subprocess.Popen.kill):
         for child in children:
             action(child)
-        until = time.monotonic() + _GRACE
+        deadline = time.monotonic() + _GRACE
         for child in children:
             with suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=max(0.0, until - time.monotonic()))
+                child.wait(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def all_reduce_(values: torch.Tensor) -> None:
-    """Sum a tensor over all processes, in place."""
+    """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
-        with _meeting():
+        with _waiting_for_ranks():
             dist.all_reduce(values)
 
 
 def all_reduce_sums(sums: dict[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
-    """Each value summed over all processes, in float64; keys must be the same everywhere."""
+    """Sum each value over all ranks, in float64; all ranks must pass the same keys in the same order."""
     values = torch.stack(
         [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in sums.values()]
     )

@@ -18,7 +18,7 @@ from jahubert.train.experiment import distributed
 _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
 )
-_MIN_FREE_BYTES = 1 << 20  # with less than this, any error is taken for a full disk
+_MIN_FREE_BYTES = 1 << 20  # with less free space, any error counts as a full disk
 _OOM_SUMMARY = re.compile(r".*? is free|[^\n]*")  # the part of torch's message before allocator details
 _WORKER_KILLED = re.compile(
     r"DataLoader worker \(pid[^\n]*?\) (is killed by signal: \w+|exited unexpectedly)"
@@ -30,7 +30,7 @@ def report_disk_full(out: Path) -> Iterator[None]:
     """Raise DiskFullError for an error that a full disk at `out` caused.
 
     Args:
-        out: the folder that is written.
+        out: output folder.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def _is_disk_full(error: BaseException | None, out: Path) -> bool:
     while error is not None:
         if _DISK_FULL.search(str(error)):
             return True
-        for failure, _ in getattr(error, "failures", {}).values():  # of ranks that saved a checkpoint
+        for failure, _ in getattr(error, "failures", {}).values():  # ranks that failed to save a checkpoint
             if _is_disk_full(failure, out):
                 return True
         error = error.__cause__ or error.__context__
@@ -81,8 +81,9 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
         if hasattr(config, "crop"):
             advice += f" or {stage}.crop.keep_in_memory_hours=0"
         raise JahubertError(
-            f"{stage}, at {distributed.last_heartbeat().place}: {match[0]}. Unless someone killed it, the "
-            f"system ran out of memory: {advice}. Rerun the same command to resume from the last checkpoint"
+            f"{stage}, at {distributed.last_heartbeat().activity}: {match[0]}, probably because "
+            f"the system ran out of memory: {advice}. Rerun the same command to resume from the last "
+            "checkpoint"
         ) from error
 
 
@@ -91,7 +92,7 @@ def _memory_advice(stage: str, config: Any) -> str:
     if hasattr(config, "train"):
         train = f"{stage}.train"
         return (
-            f"Set {train}.micro_seconds below {config.train.micro_seconds:g}; the batch stays as large. "
+            f"Set {train}.micro_seconds below {config.train.micro_seconds:g}; the batch size stays the same. "
             f"A run with a checkpoint keeps that setting and continues with {train}.recompute=true"
         )
     if hasattr(config, "batch_seconds"):

@@ -17,7 +17,7 @@ _LOST_RANK = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broke
 
 
 def report_error(error: BaseException) -> int:
-    """Print what ended the run, unless another process prints it; returns the exit status."""
+    """Print the error that ended the run, unless another process prints it; returns the exit status."""
     status, message = 1, ""
     reported = isinstance(error, JahubertError) and error.reported
     signal_name = received_signal()
@@ -28,7 +28,7 @@ def report_error(error: BaseException) -> int:
         status, message = error.exit_status, f"error: {error}"
         if isinstance(error, Stopped):
             message = str(error)
-            if "SIGINT" in message:
+            if error.signal == "SIGINT":
                 status = INTERRUPTED
     elif isinstance(error, OSError) and error.filename is not None:
         status, message = UserError.exit_status, f"error: {error.filename}: {error.strerror}"

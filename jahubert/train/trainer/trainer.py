@@ -116,8 +116,11 @@ def overflow_error(step: int) -> JahubertError:
 
 def stopped_error(stop: StopSignals, step: int) -> Stopped:
     """The error that ends a run after a stop signal to this or to another process."""
-    name = stop.names[0] if stop else "a stop signal in another process"
-    return Stopped(f"received {name}: checkpoint saved at step {step}; rerun the same command to resume")
+    signal_name = stop.names[0] if stop else None
+    received = signal_name or "a stop signal in another process"
+    return Stopped(
+        f"received {received}: checkpoint saved at step {step}; rerun the same command to resume", signal_name
+    )
 
 
 def train(

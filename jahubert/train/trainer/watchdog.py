@@ -96,7 +96,7 @@ class _Watcher:
     def watch(self) -> None:
         """Publish the status of this process, and check the others when this one has waited for too long."""
         while not self.done.wait(self.interval):
-            waiting = time.monotonic() - distributed.last_heartbeat().moved > self.limit
+            waiting = time.monotonic() - distributed.last_heartbeat().updated > self.limit
             try:
                 self._publish()
                 if waiting and (report := self._report()) and self.store.add("reports", 1) == 1:
@@ -123,7 +123,7 @@ class _Watcher:
             if self.rank == 1:  # one report is enough
                 tqdm.write(
                     f"jahubert: error: process 0 of {self.world} hangs: no response from it for "
-                    f"{self.unanswered * self.interval:.0f} s; {distributed.last_heartbeat().place} in "
+                    f"{self.unanswered * self.interval:.0f} s; {distributed.last_heartbeat().activity} in "
                     f"{self.name}. The limit is hang_timeout_minutes={self.limit / 60:g}; {_RESUME}",
                     file=sys.stderr,
                 )
@@ -135,9 +135,9 @@ class _Watcher:
 
     def _publish(self) -> None:
         heartbeat = distributed.last_heartbeat()
-        seconds = time.monotonic() - heartbeat.moved
+        seconds = time.monotonic() - heartbeat.updated
         stack = self._stack() if seconds > self.limit / 2 else ""
-        status = Status(self.name, heartbeat.number, heartbeat.place, seconds, heartbeat.alone, stack)
+        status = Status(self.name, heartbeat.number, heartbeat.activity, seconds, heartbeat.rank0_only, stack)
         self.store.set(str(self.rank), json.dumps(asdict(status)))
 
     def _statuses(self) -> list[Status]:
