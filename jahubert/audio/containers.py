@@ -1,7 +1,7 @@
 """Checks of audio containers: sizes in headers, concatenated streams and truncated files.
 
-Decoders believe headers: they clip a file whose header promises more than there is, and ignore audio beyond
-what it promises. `split` compares the structure of a file with its size before anything is decoded.
+Decoders trust headers: they silently truncate a file that is shorter than its header states, and ignore audio
+beyond the stated length. `split` compares the structure of a file with its size before anything is decoded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_PADDING = 4096  # bytes of unknown content tolerated after the samples
 
 @dataclass(frozen=True)
 class Part:
-    """A stream within a file that is decoded on its own: `prefix` followed by the bytes of a range."""
+    """A separately decoded stream within a file: `prefix`, then the bytes of a range."""
 
     start: int  # bytes
     length: int  # bytes
@@ -70,7 +70,7 @@ def _is_placeholder(length: int, header: int) -> bool:
 
 
 def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """WAV files; several after one another make several parts."""
+    """One part per WAV file; a file may contain several concatenated WAV files."""
     parts: list[Part] = []
     start = 0
     while start < size:
@@ -80,7 +80,7 @@ def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
 
 
 def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, int]:
-    """The WAV file that begins at `start`, and where the next one begins (or `size`)."""
+    """The WAV file that begins at `start`, and the offset of the next one (`size` if it is the last)."""
     file.seek(start)
     magic, riff_size = struct.unpack("4sI", file.read(8))
     order = ">" if magic == b"RIFX" else "<"
@@ -122,7 +122,7 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
 
 
 def _riff_header(file: BinaryIO, start: int, data_start: int, n_bytes: int, order: str) -> bytes:
-    """The header of a WAV file with the actual sizes, as ordinary RIFF."""
+    """RIFF header of a WAV file, with the sizes corrected."""
     file.seek(start)
     header = bytearray(file.read(data_start - start))
     header[:4] = b"RIFX" if order == ">" else b"RIFF"
@@ -135,7 +135,7 @@ def _riff_header(file: BinaryIO, start: int, data_start: int, n_bytes: int, orde
 
 
 def _riff_end(file: BinaryIO, position: int, size: int, name: str) -> int:
-    """Where a WAV file ends whose samples end at `position`: at the next WAV file, or at `size`."""
+    """End of the WAV file whose samples end at `position`: the next WAV file, or `size`."""
     data_end = position
     position += position & 1
     while position + 8 <= size:
@@ -171,7 +171,7 @@ def _check_au(file: BinaryIO, size: int, name: str) -> Part:
 
 
 def _aiff_end(file: BinaryIO) -> int:
-    """Where the samples of an AIFF file end according to its header; 0 if it has none."""
+    """Offset of the end of an AIFF file's samples, from its header; 0 if it has no samples."""
     position = 12
     while True:
         file.seek(position)
@@ -185,7 +185,7 @@ def _aiff_end(file: BinaryIO) -> int:
 
 
 def _caf_end(file: BinaryIO) -> int:
-    """Where the samples of a Core Audio file end according to its header; 0 if that is not stated."""
+    """Offset of the end of a Core Audio file's samples, from its header; 0 if not stated."""
     position = 8
     while True:
         file.seek(position)

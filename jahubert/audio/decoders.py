@@ -1,4 +1,4 @@
-"""Decoding of audio files with soundfile (libsndfile), or an optional decoder for what it cannot open."""
+"""Decoding of audio files with soundfile (libsndfile), or an optional decoder for other formats."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeErr
 
 
 class Decoder(Protocol):
-    """An open stream of one sampling rate."""
+    """An open stream with a fixed sampling rate."""
 
     rate: int  # Hz
 
     def length(self) -> int:
-        """Samples per channel; decodes the stream if its header cannot be trusted."""
+        """Number of samples per channel; decodes the stream if its header cannot be trusted."""
 
     def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
-        """Samples (frames, channels), float32: all, or up to `n` from `start` on."""
+        """Read up to `n` frames (None: all) from frame `start`; float32, (frames, channels)."""
 
     def blocks(self, n: int) -> Iterator[np.ndarray]:
         """All samples in blocks of up to `n` frames."""
@@ -66,7 +66,7 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
 
 
 class _Bytes(io.RawIOBase):
-    """A part of a file as a file: a prefix, then a range of bytes."""
+    """File object over a `Part`: its prefix, then a range of bytes of the file."""
 
     def __init__(self, file: BinaryIO, part: Part):
         self.file = file
@@ -124,7 +124,7 @@ class SoundFileDecoder:
         self.rate = self.file.samplerate
 
     def _target(self) -> int | BinaryIO:
-        """What soundfile opens: the file descriptor of a whole regular file, otherwise a file object."""
+        """The argument for soundfile: a file descriptor for a whole regular file, otherwise a file object."""
         file = self.source.file
         file.seek(0)
         if self.part.prefix or self.part.length != self.source.size:

@@ -453,7 +453,7 @@ def _fine_tuned_cfg(pretrained: dict[str, Any]) -> dict[str, Any]:
 def _ctc_tensors(
     ctc: HubertForCtc, phonemes: PhonemeSet, notes: list[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The CTC head with fairseq's four special symbols first, and the symbols of its rows."""
+    """Tensors of the CTC head with fairseq's four special symbols first, and the symbol of each row."""
     weight, bias = ctc.lm_head.weight.detach().cpu(), ctc.lm_head.bias.detach().cpu()
     # Models that came from fairseq through Hugging Face have <s> and <pad> swapped.
     swapped = {BLANK: "<s>"} if "<pad>" in phonemes.symbols else {BLANK: "<s>", "<s>": "<pad>"}

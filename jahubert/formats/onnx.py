@@ -20,22 +20,22 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
 
 INPUT = "wav"  # float32 (1, samples), 16 kHz, full scale 1
-OUTPUTS = {True: "log_probs", False: "layers"}  # by whether it is a CTC model
+OUTPUTS = {True: "log_probs", False: "layers"}  # key: is it a CTC model?
 CHECKED = (1.0, 0.31, 4.0)  # seconds of the recordings on which a written file is checked
 
 
 class OnnxGraph(nn.Module):
-    """The model of a bundle on one recording (1, T), with the one output that the file has.
+    """Wrapper that maps one recording (1, T) to the single output of the ONNX graph.
 
-    Log-probabilities (1, S, V) of a CTC model, otherwise layers (L + 1, S, D): the input of block 1, the
-    outputs of the blocks, and in place of the last one the encoder's output, after its closing norm.
+    The output is log-probabilities (1, S, V) for a CTC model, otherwise layers (L + 1, S, D): the input of
+    block 1, the outputs of blocks 1 to L - 1, and the encoder's output after its final norm.
     """
 
     def __init__(self, bundle: Bundle):
         super().__init__()
         self.model = copy.deepcopy(bundle.model if bundle.ctc is None else bundle.ctc).eval()
         hubert = self.model.hubert if isinstance(self.model, HubertForCtc) else self.model
-        # Without weight norm, which a runtime would compute for every recording.
+        # Fold the weight norm, which a runtime would otherwise compute for every recording.
         positional = hubert.encoder.pos_conv_embed
         positional.conv = cast(Any, positional.conv.folded())
 
@@ -104,7 +104,7 @@ def difference(path: Path, bundle: Bundle) -> float:
 
 
 def expected(bundle: Bundle, wav_1T: Tensor) -> Tensor:
-    """The output that the file must reproduce, by the kernels of the bundle's model."""
+    """Reference output, computed with the bundle's model."""
     with torch.inference_mode():
         if bundle.ctc is not None:
             return bundle.ctc(wav_1T)[0]

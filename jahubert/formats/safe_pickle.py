@@ -256,7 +256,7 @@ def _read_legacy(path: Path) -> Any:
 
 
 def _max_bytes(path: Path) -> int:
-    """How many bytes may be read from a file, uncompressed."""
+    """Maximum number of uncompressed bytes to read from a file."""
     return limit(EXPANSION) * (path.stat().st_size + (1 << 20))
 
 
@@ -413,7 +413,7 @@ def _integers(value: Any) -> tuple[int, ...]:
 
 
 def _checked_key(key: Any) -> Any:
-    """A key of a dict. Hashing a nested tuple can take time exponential in its size in the file."""
+    """Check a dict key: hashing a nested tuple can take time exponential in its size in the file."""
     simple = (str, int, float, bool, bytes, type(None), Record)
     parts = key if type(key) is tuple and len(key) < 10 else (key,)
     if not all(type(part) in simple for part in parts):

@@ -132,7 +132,7 @@ def fields_from_shapes(
         name_of: our name of a tensor -> its name in the file.
 
     Raises:
-        CheckpointError: a tensor is missing or has another number of dimensions.
+        CheckpointError: a tensor is missing or has the wrong number of dimensions.
     """
 
     def shape(name: str, dims: int) -> torch.Size:

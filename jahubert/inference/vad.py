@@ -97,7 +97,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
         & (change_NW.where(active_NW, torch.nan).nanmedian(1).values > _MIN_CHANGE)
         & (_is_periodic(level_NW, periodicity_NW) | _is_sustained(level_NW))
     )
-    # A frame is speech if it is active in enough of the windows that contain it and are speech.
+    # A frame is speech if it is active in enough of the speech windows that contain it.
     votes_S = level_S.new_zeros(n_frames + n_padding)
     windows_S = torch.zeros_like(votes_S)
     for i, active_W in enumerate(active_NW):

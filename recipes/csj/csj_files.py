@@ -45,7 +45,7 @@ _NOT_CORE = ("", "ノンコア", "非コア", "noncore", "non-core", "×", "-", 
 
 @dataclass
 class Talk:
-    """Files of a talk: transcripts by kind (sdb, xml, trn), audio by channel ("" without one in its name)."""
+    """Files of a talk: transcripts by kind (sdb, xml, trn), audio by channel ("" if the name has none)."""
 
     id: str
     audio: dict[str, Path] = field(default_factory=dict)
@@ -111,12 +111,12 @@ def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapp
 
 
 def _abbreviated(names: Sequence[str]) -> str:
-    """The first 40 names, which is all of every list except that of the core."""
+    """The first 40 names; only the list of the core is longer."""
     return " ".join(names[:40]) + (" ..." if len(names) > 40 else "")
 
 
 def _matches(data: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Files in one of the layouts, with the groups matched in their paths."""
+    """Yield files whose paths match one of the layouts, with the named groups of the match."""
     for layout in _LAYOUTS:
         paths: list[tuple[Path, dict[str, str]]] = [(data, {})]
         for part in layout:
@@ -136,7 +136,7 @@ def _names(folder: Path, part: str) -> list[str]:
 
 
 def _read_file_list(data: Path) -> dict[str, bool]:
-    """Talk -> whether it is in the core, from fileList.csv, for the talks that it specifies."""
+    """Map each talk listed in fileList.csv to whether it is in the core."""
     path = data / "fileList.csv"
     if not path.is_file():
         return {}

@@ -19,18 +19,18 @@ from jahubert.model.precision import autocast_dtype
 if TYPE_CHECKING:
     from jahubert.model.hubert import Attention
 
-CACHED = 2**19  # attention weights computed at once on a CPU: what fits its caches
+CACHED = 2**19  # attention weights computed at once on a CPU, so that they fit in its caches
 
 
 def fused_kernels(device: torch.device) -> AbstractContextManager:
-    """On a GPU, all of torch's attention kernels but cuDNN's, which is planned for each new size."""
+    """On a GPU, enable all of torch's attention kernels except cuDNN's, which replans for every new size."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
-    """`module` on packed frames."""
+    """Apply the attention layer `module` to packed frames."""
     x_ND = x_ND.to(autocast_dtype(x_ND))  # once, not in each of the three products
     q_NHE, k_NHE, v_NHE = (
         project(x_ND).unflatten(1, (module.heads, -1))
@@ -75,11 +75,11 @@ def flash_attention(
 
 
 class _RectangleAttention(torch.autograd.Function):
-    """Attention by matrix products over rectangles of few sizes (G heads of all utterances, S frames).
+    """Attention by batched matrix products over heads padded to a few lengths (G heads, S frames).
 
-    On a CPU, torch's fused kernel has no dropout and takes five times as long in bfloat16. A few heads at a
-    time, so that the intermediate results stay in the cache; for the backward pass, one byte of dropout per
-    weight is stored and the rest is recomputed.
+    On a CPU, torch's fused kernel has no dropout and takes five times as long in bfloat16. A few heads
+    are computed at a time, so that intermediate results stay in the cache; for the backward pass, one byte of
+    dropout mask per weight is stored and the rest is recomputed.
     """
 
     @staticmethod

@@ -88,7 +88,7 @@ def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]) -> Plan:
-    """Estimate the jobs that `jahubert.run` makes of a composed configuration `tree`.
+    """Estimate the jobs that `jahubert.run` would run for the composed configuration `tree`.
 
     Raises:
         ConfigError: an invalid number, an unknown GPU, or a corpus of unknown size.

@@ -1,4 +1,4 @@
-"""Speed and memory of the machine that an estimate is for: measured here, or taken from a table of GPUs."""
+"""Speed and memory of the machine to estimate for: measured locally, or taken from a table of GPUs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ UTILIZATION_FP32 = 0.3
 
 @dataclass(frozen=True)
 class Machine:
-    """What an estimate needs to know of a machine; rates are those of a training step, per device."""
+    """Properties of a machine used for an estimate; FLOP rates are per device, achieved in training."""
 
     name: str
     n_devices: int
@@ -159,7 +159,7 @@ def _training_speed(
 
 
 def _reading_speeds() -> tuple[float, float]:
-    """Seconds of audio that one core decodes, and computes MFCCs of, per second."""
+    """Seconds of audio that one core decodes per second, and for which it computes MFCCs per second."""
     seconds, flac = 5, io.BytesIO()
     noise_T = np.random.default_rng(0).normal(0, 0.05, seconds * SAMPLE_RATE).astype(np.float32)
     soundfile.write(flac, noise_T, SAMPLE_RATE, format="FLAC")

@@ -110,7 +110,7 @@ class Config:
 
 
 class FineTuner(nn.Module):
-    """Encoder and CTC head with freezing, loss and metrics, as the trainer expects it."""
+    """Module for the trainer: encoder and CTC head, with freezing, loss and metrics."""
 
     def __init__(self, ctc: HubertForCtc, *, freeze_conv: bool, head_only_steps: int, seed: int):
         super().__init__()

@@ -100,7 +100,7 @@ def train(
     """Train `module`, as `jahubert.train.trainer.trainer.train` does.
 
     Raises:
-        StaleError: the checkpoint was saved by another number of processes.
+        StaleError: the checkpoint was saved by a run with a different number of processes.
     """
     check_shared_memory(config)
     run = _TrainingRun(module, data, config, out, validate, best)

@@ -76,7 +76,7 @@ class MetricLog:
         return bool(every) and step > 0 and (step % every == 0 or step == self.config.max_steps)
 
     def validate(self, step: int, validate: Callable[[], dict[str, float]], best: str | None) -> None:
-        """Validate the module after `step`; save its weights if metric `best` is lower than ever before."""
+        """Validate the module after `step`; save its weights if metric `best` is the lowest so far."""
         self.module.eval()
         with torch.no_grad():
             metrics = validate()

@@ -18,12 +18,12 @@ class StopDeadlineError(JahubertError):
 
 
 class StopSignals:
-    """The stop signals received so far; false as long as there are none."""
+    """Stop signals received so far; false until one is received."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.installed = False
-        self._seconds: float | None = None  # of the current deadline
+        self._seconds: float | None = None  # length of the current deadline
 
     def __bool__(self) -> bool:
         return bool(self.names)

@@ -2,8 +2,8 @@
 
 Independent of speech: it trains any `Trainable` module on micro-batches. The gradients of summed losses are
 accumulated, divided by the number of targets over all processes, clipped and applied. The random state is
-seeded for every micro-batch from (seed, epoch, index), so that a resumed run, or one with another number of
-processes or DataLoader workers, computes the same result.
+seeded for every micro-batch from (seed, epoch, index), so that a resumed run, or one with a different number
+of processes or DataLoader workers, computes the same result.
 
 Files under `out`: `checkpoints/step_N/`, `best.safetensors`, and those of `metric_log`.
 """
