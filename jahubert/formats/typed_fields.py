@@ -55,7 +55,7 @@ def typed(where: object, name: str, value: Any, kind: type) -> Any:
 
 
 def typed_item(where: object, table: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    """Field `name` of a table, as in `typed`; `default` if it is missing or null."""
+    """Field `name` of a table, checked by `typed`; `default` if it is missing or null."""
     value = table.get(name)
     return default if value is None else typed(where, name, value, kind)
 
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """As `read_json`; an empty table if there is no such file."""
+    """Like `read_json`, but returns an empty table if the file does not exist."""
     return read_json(path) if path.is_file() else {}
 
 

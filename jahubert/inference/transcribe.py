@@ -29,7 +29,7 @@ from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
 CHUNKS_PER_BATCH = 4
-PAUSE_SECONDS = 0.5  # of blanks where a long recording is cut for decoding
+PAUSE_SECONDS = 0.5  # minimum run of blanks at which a long recording is split for decoding
 BEAM_ROWS = 32  # segments per beam search
 SILENCE = 1e-3  # peak amplitude, -60 dBFS, below which audio without speech is not reported
 GATED = -1e4  # log-probability of a phone outside of speech
@@ -149,7 +149,7 @@ class Transcriber:
 
     @property
     def grid(self) -> FrameGrid:
-        """Samples covered by each frame."""
+        """Mapping between frames and samples."""
         return self.model.config.grid
 
     def to(self, device: str | torch.device) -> Transcriber:
@@ -237,7 +237,7 @@ class Transcriber:
     def _transcribe_batch(
         self, recordings: list[tuple[str, Tensor]], errors: str, progress: Progress | None
     ) -> Iterator[Transcript | Exception]:
-        """Transcripts of short recordings (name, waveform), computed together."""
+        """Transcribe short recordings (name, waveform) in one batch."""
         if not recordings:
             return
         results: Sequence[Transcript | Exception]

@@ -233,7 +233,7 @@ def held_out(dev: str) -> dict[str, str]:
 
 
 def _read_training_list(subset: str, talks: Mapping[str, Talk], held: Mapping[str, str]) -> set[str]:
-    """Talks of a user's list."""
+    """Read a user's list of training talks, which must not contain held-out talks."""
     path = expand_user(subset)
     if not path.exists():
         matches = difflib.get_close_matches(subset, ("core", "all"), n=1)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from jahubert.phonemes import VOWELS
 
 LONG = "H"  # lengthens the vowel before it
-# Not phones: vocal fry, a hum and an unidentifiable sound. The words have nothing for them either.
+# Not phones: vocal fry, a hum and an unidentifiable sound. Transcribed words have no phones for them either.
 SILENT = ("FV", "VN", "?")
-# Parts of a phoneme other than its sound: pauses, noise, breath and the start of an utterance.
+# Labels inside a phoneme that are not speech: pauses, noise, breath and the start of an utterance.
 OUTSIDE = ("SpzS", "SNS", "SbS", "#")
 
 _PALATAL = ("k", "g", "n", "h", "b", "p", "m", "r")

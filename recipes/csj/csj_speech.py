@@ -20,9 +20,9 @@ from jahubert.phonemes import kana_to_phones, to_katakana
 class JoinOptions:
     max_gap: float = 0.5  # seconds between two segments that are joined
     max_seconds: float = 10.0  # of joined segments; a single segment may be longer
-    # kaldi: the rule of egs/csj/s5, to compare with it. A segment is joined if the utterance so far is not
-    # longer than max_seconds, a masked name spoils the utterance that it is joined to, and no segments are
-    # joined across a segment of the other channel.
+    # kaldi: the rule of egs/csj/s5, for comparison with Kaldi. A segment is joined if the utterance so far is
+    # not longer than max_seconds, an utterance that a masked name is joined to is rejected, and no segments
+    # are joined across a segment of the other channel.
     join: Literal["strict", "kaldi"] = "strict"
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class SpokenSegment:
     text: str  # orthography
     masked: bool  # contains a masked name, whose audio is noise
     problems: tuple[str, ...]  # file:line: why the pronunciation cannot be read
-    text_problems: tuple[str, ...] = ()  # the same of the orthography, which is not trained on
+    text_problems: tuple[str, ...] = ()  # the same for the orthography, which is not used for training
     channel: str = "L"
 
     @property

@@ -39,8 +39,8 @@ def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> T
 def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
     n_frames, dtype = x_BSD.shape[1], x_BSD.dtype
-    # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to 14 channels:
-    # tests/model/test_hubert.py would find it.
+    # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) gives wrong results for groups of 4 to
+    # 14 channels; tests/model/test_hubert.py covers this.
     lower = torch.is_autocast_enabled("cpu")
     exact = module.conv.weight.shape[1] < 16
     with torch.autocast("cpu", enabled=lower and not exact):

@@ -66,7 +66,7 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
     utterances: dict[str, list[str]] = {}
     for _, item in _utterances(manifest, rows, split):
         speaker = _kaldi_id(item.speaker or item.id, item)
-        # Kaldi requires that the order by utterance is also an order by speaker.
+        # Kaldi requires that sorting by utterance id also sorts by speaker.
         id = _kaldi_id(item.id, item)
         id = id if id.startswith(speaker) else f"{speaker}-{id}"
         path = _audio_file(item, target / "audio")
@@ -83,7 +83,7 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
     files["spk2utt"] = [f"{speaker} {' '.join(sorted(ids))}" for speaker, ids in utterances.items()]
     for name, lines in files.items():
         with atomic_write(target / name) as file:
-            # In the order of bytes, as `sort` under LC_ALL=C.
+            # Kaldi requires byte order, as produced by `LC_ALL=C sort`.
             file.writelines(f"{line}\n" for line in sorted(lines, key=str.encode))
 
 
@@ -146,7 +146,7 @@ def _cut(item: Utterance, folder: Path) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)  # the utterances of a recording follow each other
+@lru_cache(maxsize=1)  # the utterances of a recording are consecutive
 def _audio_info(path: Path) -> tuple[int, int, int]:
     try:
         info = soundfile.info(path)

@@ -19,7 +19,7 @@ from jahubert.train.data.masking import seeded_rng
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of a manifest that are computed at once, with their position in the run."""
+    """Rows of a manifest that are processed together, with their position in the run."""
 
     epoch: int
     index: int  # in the epoch
@@ -93,7 +93,7 @@ class Sampler:
         return Epoch(epoch, self.rows[by_length], starts, rng.permutation(len(starts) - 1), padding)
 
     def _boundaries(self, length: np.ndarray) -> np.ndarray:
-        """Start of each micro-batch, and the end of the last one, for lengths in this order."""
+        """Boundaries of the micro-batches (each start, then the final end) for lengths in this order."""
         starts, counts = [0], np.arange(1, self._row_limit(int(length[0])) + 1)
         while starts[-1] < len(length):
             first = starts[-1]
@@ -110,7 +110,7 @@ class Sampler:
         return min(limit, self.max_rows) if self.max_rows else limit
 
     def stream(self, epoch: int, cursor: int) -> Iterator[MicroBatch]:
-        """Endless micro-batches from a saved state on."""
+        """Iterate over micro-batches endlessly, starting at a saved state."""
         while True:
             batches = self.epoch(epoch)
             yield from (batches[index] for index in range(cursor, len(batches)))

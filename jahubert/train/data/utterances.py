@@ -1,4 +1,4 @@
-"""Items that a recipe yields: utterances, columns of utterances of an archive, rejected items."""
+"""Items that a recipe yields: utterances, archives of utterances in columns, rejected items."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds before audio is read again after an error of the file system
-# Errors of a path itself, which another attempt does not change.
+# Errors caused by the path itself, for which retrying is useless.
 _PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -78,7 +78,7 @@ class Utterances:
         return (self[i] for i in range(len(self)))
 
     def take(self, rows: Sequence[int] | np.ndarray, split: str | None = None) -> Utterances:
-        """The given rows, optionally assigned to another split."""
+        """Select rows, optionally assigning them to another split."""
         return Utterances(
             self.path,
             [self.ids[i] for i in rows],

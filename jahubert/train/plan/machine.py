@@ -49,9 +49,9 @@ GPUS = {
     "H200": Gpu(989e12, 67e12, 141e9),
     "B200": Gpu(2250e12, 75e12, 180e9),
 }
-# Utilization assumed for a GPU that was not measured, of the 16-bit peak. By `step_flops`, published runs of
-# HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert: 400,000
-# updates in 10 h on 16 H100).
+# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. By `step_flops`, published
+# runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert:
+# 400,000 updates in 10 h on 16 H100).
 UTILIZATION = 0.1
 # The same for float32, whose lower peak leaves less overhead next to the products; on a CPU it is three times
 # the utilization in 16 bits (docs/performance.md: 60 % and 20 %).

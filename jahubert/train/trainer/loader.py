@@ -1,4 +1,4 @@
-"""Loading of training data: the micro-batches of one process, their worker processes, and their position."""
+"""Loading of training data: micro-batches of one process, DataLoader workers, and the data position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MicroBatches = Generator[tuple[MicroBatch, Any], None, None]
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFETCH = 4  # micro-batches per worker
-_SHUTDOWN_SECONDS = 10.0  # until workers that do not end are killed
+_SHUTDOWN_SECONDS = 10.0  # before workers that have not exited are killed
 
 
 class SharedMemoryError(UserError):
@@ -68,7 +68,7 @@ class _BatchDataset(Dataset):
 
 
 def _move_to_shared_memory(batch: Any, config: TrainConfig) -> None:
-    """Do what the queue of a worker would do in a background thread, where an error loses the batch."""
+    """Move a batch to shared memory here: an error in the worker queue's background thread would lose it."""
     try:
         for value in vars(batch).values():
             if isinstance(value, Tensor):
@@ -87,7 +87,7 @@ def _less_shared_memory(config: TrainConfig) -> str:
 
 
 def shared_memory_bytes(config: TrainConfig) -> int:
-    """Bytes of shared memory that the DataLoader workers of one process use for waveforms at most."""
+    """Upper bound on the shared memory (bytes) that one process's DataLoader workers use for waveforms."""
     in_flight = _PREFETCH * config.workers + 1  # the last one is being computed
     return int(in_flight * config.micro_seconds * SAMPLE_RATE * 4) if config.workers else 0
 
@@ -153,7 +153,8 @@ def micro_batches(
         num_workers=config.workers,
         prefetch_factor=_PREFETCH if config.workers else None,
         worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # or a resumed run would draw once more from the global one
+        # Otherwise a resumed run would make an extra draw from the global generator.
+        generator=torch.Generator(),
         pin_memory=device.type == "cuda",
     )
     others = multiprocessing.active_children()
@@ -180,7 +181,7 @@ def _start_workers(loader: DataLoader, config: TrainConfig) -> Iterator[tuple[Mi
 
 
 def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
-    """End the workers of a DataLoader now.
+    """Terminate the workers of a DataLoader immediately.
 
     `del iterator` would not: the traceback of an error refers to it. A worker that is stuck in a read is
     killed after a while, and torch's SIGCHLD handler, which raises in the main thread, is disabled meanwhile.
@@ -210,7 +211,7 @@ def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
 
 
 class DataState:
-    """The position in the data, the same in all processes: an epoch and the micro-batches taken from it."""
+    """Position in the data, the same in all processes: the epoch and its number of consumed micro-batches."""
 
     def __init__(self, sampler: Sampler):
         self.sampler, self.epoch, self.cursor = sampler, 0, 0

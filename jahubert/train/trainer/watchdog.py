@@ -44,7 +44,7 @@ class Status:
     place: str
     seconds: float  # since the last sign of life
     alone: bool  # doing work of rank 0 that has no time limit
-    stack: str  # of the main thread, once the last sign of life is long ago
+    stack: str  # of the main thread; only published once the process seems to hang
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def watchdog(minutes: float) -> Iterator[None]:
     finally:
         watcher.done.set()
         for thread in threads:
-            thread.join(timeout=_STORE_TIMEOUT.total_seconds())  # it may be waiting for the store
+            thread.join(timeout=_STORE_TIMEOUT.total_seconds())  # the thread may be blocked on the store
 
 
 class _Watcher:
@@ -91,10 +91,10 @@ class _Watcher:
         port = distributed.rank0_broadcast(lambda: server.port if server else 0)
         self.store = server or store(port)
         self._publish()
-        distributed.barrier()  # all have published
+        distributed.barrier()  # wait until all processes have published a status
 
     def watch(self) -> None:
-        """Publish the status of this process, and check the others when this one has waited for too long."""
+        """Publish this process's status; check the others once this process has waited too long."""
         while not self.done.wait(self.interval):
             waiting = time.monotonic() - distributed.last_heartbeat().updated > self.limit
             try:
@@ -104,15 +104,15 @@ class _Watcher:
                     self.store.set("exit", "")
                 ending = self.store.check(["exit"])
                 self.unanswered = 0
-            except RuntimeError:  # rank 0 has exited, and the store with it
+            except RuntimeError:  # the store ended with rank 0
                 ending = waiting
-            if ending and self.rank == 0:  # the others read from its store that they are to exit
+            if ending and self.rank == 0:  # the other ranks read the request to exit from its store
                 self.done.wait(2 * self.interval)
             if ending:
                 self._exit()
 
     def watch_store(self) -> None:
-        """Exit when rank 0 no longer responds: then `watch` waits for its store, without a time limit.
+        """Exit when rank 0 no longer responds: `watch` then blocks on its store, which has no timeout.
 
         Counts intervals, not seconds: a group of processes that was suspended as a whole goes on.
         """
@@ -131,7 +131,7 @@ class _Watcher:
 
     def _exit(self) -> None:
         if not self.done.is_set():
-            os._exit(Stopped.exit_status)  # the main thread would not return from where it waits
+            os._exit(Stopped.exit_status)  # the main thread is blocked and would never return
 
     def _publish(self) -> None:
         heartbeat = distributed.last_heartbeat()
@@ -141,7 +141,7 @@ class _Watcher:
         self.store.set(str(self.rank), json.dumps(asdict(status)))
 
     def _statuses(self) -> list[Status]:
-        """Of all processes. The age of one that is no longer published keeps growing."""
+        """Statuses of all processes. The age of a status that is no longer updated keeps growing."""
         statuses, now = [], time.monotonic()
         for rank, text in enumerate(self.store.multi_get([str(rank) for rank in range(self.world)])):
             if rank not in self.seen or self.seen[rank][0] != text:
@@ -151,7 +151,7 @@ class _Watcher:
         return statuses
 
     def _report(self) -> str:
-        """A description of the processes that hang; empty if there are none."""
+        """Describe the processes that hang; empty if none do."""
         statuses = self._statuses()
         least = min(status.number for status in statuses)
         behind = [status for status in statuses if status.number == least]
