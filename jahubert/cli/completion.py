@@ -1,4 +1,4 @@
-"""Scripts that complete the command in bash, zsh and fish, made from its own parser."""
+"""Completion scripts for bash, zsh and fish, generated from the argument parser."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command, and what may follow it."""
+    """An option of a command, with the values it accepts."""
 
     names: list[str]
     help: str
-    choices: list[str]  # none: a file, or anything
+    choices: list[str]  # empty: a file name or any text
     takes_value: bool
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command with its options; `choices` are those of its positional arguments."""
+    """A command with its options; `choices` are the values of its positional arguments."""
 
     name: str
     help: str
@@ -28,7 +28,7 @@ class Command:
 
 
 def commands(parser: argparse.ArgumentParser) -> list[Command]:
-    """The commands of a parser that has nothing but commands."""
+    """The subcommands of a parser."""
     (sub,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     helps = {action.dest: action.help or "" for action in sub._choices_actions}
     found = []
@@ -49,9 +49,9 @@ def commands(parser: argparse.ArgumentParser) -> list[Command]:
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The script for "bash", "zsh" or "fish"."""
-    made = {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]
-    return made(parser.prog, commands(parser))
+    """The completion script for "bash", "zsh" or "fish"."""
+    build = {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]
+    return build(parser.prog, commands(parser))
 
 
 def _bash(prog: str, commands: list[Command]) -> str:

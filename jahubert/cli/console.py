@@ -28,22 +28,30 @@ BAR = 20  # characters
 
 @dataclass(frozen=True)
 class Input:
-    """One recording: how it is called, and the name of its results below the output folder."""
+    """A recording: its label in messages, and its path below the output folder without the suffix."""
 
     label: str
     base: Path
 
     def open(self) -> Path | io.BytesIO:
-        """What `load_audio` takes."""
+        """The source to pass to `load_audio`."""
         return io.BytesIO(sys.stdin.buffer.read()) if self.label == STDIN else Path(self.label)
 
 
 def find_inputs(
     arguments: Sequence[str], into: str | None, ending: str
 ) -> tuple[list[Input], dict[str, AudioError]]:
-    """Files, the audio files below folders, and standard input; and the folders that hold none.
+    """Expand arguments (files, folders, patterns, `-` for standard input) to recordings.
 
-    ConfigError if two would write the same file below `into`.
+    Args:
+        into: output folder, if any.
+        ending: suffix of the result files.
+
+    Returns:
+        The recordings, and an error for each argument without audio.
+
+    Raises:
+        ConfigError: `into` cannot be written, or two recordings would write the same file in it.
     """
     found: list[Input] = []
     empty: dict[str, AudioError] = {}
@@ -59,10 +67,10 @@ def find_inputs(
             found += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
             if not files:
                 empty[argument] = AudioError(
-                    f"{argument}: no audio file in it (endings: {' '.join(AUDIO_ENDINGS)})"
+                    f"{argument}: no audio files found (endings: {' '.join(AUDIO_ENDINGS)})"
                 )
         elif "://" in argument:
-            empty[argument] = AudioError(f"{argument}: addresses are not read; download the file first")
+            empty[argument] = AudioError(f"{argument}: URLs are not supported; download the file first")
         elif argument.endswith(("/", os.sep)) and not path.exists():
             empty[argument] = AudioError(f"{argument}: no such folder")
         else:
@@ -85,23 +93,23 @@ def find_inputs(
 
 
 def _is_audio(path: Path, folder: Path) -> bool:
-    """Whether a file below `folder` is audio by its suffix, and not metadata of macOS."""
+    """Whether a file below `folder` has an audio suffix and is not macOS metadata."""
     if path.name.startswith("._") or "__MACOSX" in path.relative_to(folder).parts:
         return False
     return path.suffix.lower() in AUDIO_ENDINGS and path.is_file()
 
 
 def _check_output(folder: Path) -> None:
-    """Refuse a folder that cannot be written before any work is done for it."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise ConfigError(f"-o {folder}: {there} is a file; give a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"-o {folder}: no permission to write into {there}; give another folder")
+    """Raise ConfigError for a folder that cannot be written, before any work starts."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"-o {folder}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"-o {folder}: no permission to write into {existing}; give another folder")
 
 
 def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
-    """What a pattern matches that the shell did not expand; anything else as it stands."""
+    """Expand a pattern that the shell did not expand; other arguments are returned unchanged."""
     if Path(argument).exists() or not glob.has_magic(argument):
         return [argument]
     found = sorted(glob.glob(argument, recursive=True))
@@ -111,13 +119,14 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
 
 
 def print_names(arguments: Sequence[str]) -> bool:
-    """Whether a line of results must say whose it is: not for a single file, always for a folder."""
-    only = arguments[0]
-    return len(arguments) > 1 or Path(only).is_dir() or (glob.has_magic(only) and not Path(only).exists())
+    """Whether result lines need the name of their recording: not for a single file, always for a folder."""
+    first = arguments[0]
+    is_pattern = glob.has_magic(first) and not Path(first).exists()
+    return len(arguments) > 1 or Path(first).is_dir() or is_pattern
 
 
 class Report:
-    """Counts what failed, says it on standard error, and shows how far we are if somebody is looking."""
+    """Progress bar (if standard error is a terminal), failure messages and exit status of a command."""
 
     def __init__(self, inputs: Sequence[Input], empty: dict[str, AudioError]):
         self.n_inputs, self.n_seen, self.failed, self.status = len(inputs) + len(empty), 0, 0, 0
@@ -144,7 +153,7 @@ class Report:
         done = round(BAR * self.n_seen / max(1, self.n_inputs))
         speed = self.seconds / max(time.monotonic() - self.started, 1e-9)
         minutes, seconds = divmod(round(self.seconds), 60)
-        audio = f"  {minutes}:{seconds:02d} of audio, {speed:.0f} times as fast" if self.seconds else ""
+        audio = f"  {minutes}:{seconds:02d} of audio, {speed:.0f}x real time" if self.seconds else ""
         line = f"[{'#' * done}{'.' * (BAR - done)}] [{self.n_seen}/{self.n_inputs}]{audio}  {self.label}"
         width = shutil.get_terminal_size().columns - 1  # a longer line would wrap and stay
         print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
@@ -178,7 +187,7 @@ def reason(error: Exception) -> str:
 
 
 def exit_status(error: Exception) -> int:
-    """The exit status: 2 for what the user can fix, 1 for a full disk and for errors of the program."""
+    """The exit status: 2 for errors that the user can fix, 1 for a full disk or an internal error."""
     if isinstance(error, UserError):
         return error.exit_status
     return 2 if isinstance(error, OSError) and error.errno != errno.ENOSPC else 1
@@ -189,7 +198,7 @@ def print_error(message: object) -> None:
 
 
 def printable(text: str) -> str:
-    """Escape control and formatting characters, which names in a file may contain to deceive a terminal."""
+    """Escape control and formatting characters, with which a file name could manipulate the terminal."""
     escaped = []
     for character in text:
         if character != "\n" and unicodedata.category(character) in ("Cc", "Cf"):

@@ -1,7 +1,7 @@
-"""What `jahubert features` writes: a .npy for each recording, or one safetensors file with all of them.
+"""Output files of `jahubert features`: one .npy per recording, or a single safetensors file.
 
-Each recording is written beside its name and renamed when it is whole, and `features.json` says of which
-model and layers the features are. So an interrupted run is continued, and two kinds never mix in one folder.
+Each file is written atomically, and `features.json` records the model and layers. An interrupted run can
+therefore resume, and a folder never mixes features with different settings.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ RECORD = "features.json"
 
 
 class FeatureFiles:
-    """The output of one run, or of several with the same settings.
+    """Writer for the features of one run, or of several runs with the same settings.
 
     Args:
-        output: a folder, or a file that ends in .safetensors; it is put together at the end, from a folder
-            beside it (`OUT.safetensors.parts`).
-        settings: what makes these features these features; JSON.
+        output: a folder or a .safetensors file; `finish` assembles the file from `OUT.safetensors.parts`.
+        settings: JSON-compatible settings that determine the features.
 
     Raises:
-        ConfigError: the file exists already, or the folder cannot be made.
+        ConfigError: the file already exists, or the folder cannot be created.
         StaleError: the folder has features with other settings.
     """
 
@@ -39,14 +38,20 @@ class FeatureFiles:
         self.output, self.settings = output, settings
         self.folder = parts_folder(output)
         if self.folder != output and output.exists():
-            raise ConfigError(f"-o {output} exists already; remove it or choose another name")
+            raise ConfigError(f"-o {output} already exists; remove it or choose another name")
         record = self.folder / RECORD
         if record.exists():
-            found = json.loads(record.read_text(encoding="utf-8"))
-            other = [name for name in settings if found.get(name) != settings[name]]
-            if other:
-                now = ", ".join(f"{name} {found.get(name)} (asked for: {settings[name]})" for name in other)
-                raise StaleError(f"{self.folder} has features of {now}; remove it or choose another folder")
+            recorded = json.loads(record.read_text(encoding="utf-8"))
+            differences = [
+                f"{name}={recorded.get(name)} (requested: {value})"
+                for name, value in settings.items()
+                if recorded.get(name) != value
+            ]
+            if differences:
+                raise StaleError(
+                    f"{self.folder} has features with {', '.join(differences)}; "
+                    "remove it or choose another folder"
+                )
         else:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,28 +61,28 @@ class FeatureFiles:
                 raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
 
     def has(self, base: Path, audio: Path) -> bool:
-        """Whether the features of `audio` are there, and not older than it is."""
+        """Whether the features of `audio` exist and are not older than it."""
         path = self._path(base)
         try:
             return path.stat().st_mtime >= audio.stat().st_mtime
         except OSError:
             return False
 
-    def write(self, base: Path, pieces: Iterable[Tensor], shape: tuple[int, ...]) -> None:
-        """Write frames (S, *shape), float32, that come in pieces."""
+    def write(self, base: Path, chunks: Iterable[Tensor], shape: tuple[int, ...]) -> None:
+        """Write float32 frames (S, *shape) from an iterable of chunks."""
         path = self._path(base)
         path.parent.mkdir(parents=True, exist_ok=True)
         n_frames = 0
         with atomic_write(path, "wb") as file:
             _header(file, (0, *shape))
-            for piece in pieces:
-                file.write(piece.contiguous().numpy().tobytes())
-                n_frames += len(piece)
-            file.seek(0)  # numpy leaves room for a larger number
+            for chunk in chunks:
+                file.write(chunk.contiguous().numpy().tobytes())
+                n_frames += len(chunk)
+            file.seek(0)  # numpy pads the header for a larger number
             _header(file, (n_frames, *shape))
 
     def finish(self) -> None:
-        """Put the single file together, if it was one that was asked for."""
+        """Assemble the safetensors file if the output is one."""
         if self.folder == self.output:
             return
         files = sorted(self.folder.rglob("*.npy"))
@@ -102,12 +107,12 @@ class FeatureFiles:
 
 
 def parts_folder(output: Path) -> Path:
-    """Where the .npy files of an output lie."""
+    """The folder of the .npy files of an output."""
     return output.with_name(output.name + ".parts") if output.suffix == SINGLE else output
 
 
 def save_array(array: Tensor, path: Path) -> None:
-    """Write a tensor as .npy; a file is replaced only when the new one is complete."""
+    """Write a tensor as .npy, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb") as file:
         np.save(file, array.numpy())
@@ -118,5 +123,5 @@ def _header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def _key(path: Path) -> str:
-    """A name in the safetensors file, which must be valid text."""
+    """Tensor name in the safetensors file, which must be valid UTF-8."""
     return path.with_suffix("").as_posix().encode("utf-8", "backslashreplace").decode()

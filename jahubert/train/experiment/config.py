@@ -4,7 +4,7 @@ A misspelt key, a wrong type or a value out of range is found before any work st
 declares its fields with the paper's defaults, with these kinds:
 
 - `runtime_field`: does not change the result (device, workers, logging), so provenance leaves it out.
-- a `Path`: an input, which counts by its content and not by its location.
+- a `Path`: an input, identified by its content and not by its location.
 - `model_field`: a `Path` to a model, or the name of one on the Hub.
 - `split_field`: a split of the manifest.
 - `config_group`: a group of settings whose class depends on the settings before it.
@@ -28,7 +28,7 @@ T = TypeVar("T")
 GroupClass = Callable[[Mapping[str, Any]], type | None]
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
-_RANGES: dict[str, Callable[[float], bool]] = {  # NaN is in none of them
+_RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of them
     "positive": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
@@ -58,8 +58,8 @@ def config_group(group_class: GroupClass) -> Any:
     """A dataclass field that is a group of settings.
 
     Args:
-        group_class: gives the class of the group for the values of the fields before it; None if one of
-            these is invalid, which has already been reported. Without `structure` the field keeps any value.
+        group_class: maps the values of the preceding fields to the class of the group, or to None if one of
+            them is invalid and already reported. Only `structure` applies it.
     """
     return dataclasses.field(default_factory=dict, metadata={"group": group_class})
 
@@ -81,7 +81,7 @@ def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]
 def raise_config_errors(errors: Sequence[str]) -> None:
     """Raise ConfigError with all messages, one per line, if there are any."""
     if errors:
-        raise ConfigError("\n".join(dict.fromkeys(errors)))  # iterations share some
+        raise ConfigError("\n".join(dict.fromkeys(errors)))  # iterations may report the same error
 
 
 def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
@@ -140,7 +140,7 @@ def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
 
 
 def _build(tree: Any, cls: type, where: str, errors: list[str], base: Any = None) -> Any:
-    """An instance of `cls`; missing values come from `base`, else from the defaults of the fields."""
+    """Build `cls`; missing values come from `base`, or else from the defaults of the fields."""
     tree = {} if is_null(tree) and where else tree
     if not isinstance(tree, Mapping):
         errors.append(f"{where or 'configuration'}: expected a group of settings, found {tree!r}")
@@ -173,7 +173,7 @@ def _build(tree: Any, cls: type, where: str, errors: list[str], base: Any = None
 def _group(
     tree: Any, group_class: GroupClass, values: Mapping[str, Any], where: str, errors: list[str]
 ) -> Any:
-    """A group of settings whose class depends on the values before it."""
+    """A group of settings whose class depends on the preceding values."""
     try:
         cls = group_class(values)
     except ConfigError as error:
@@ -183,7 +183,7 @@ def _group(
 
 
 def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = None) -> Any:
-    """`value` as the declared type, or an error; a group of settings changes those of `default`."""
+    """Convert `value` to its declared type; a group of settings overrides those of `default`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if type(None) in args and is_null(value):
@@ -223,7 +223,7 @@ def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = 
 
 
 def _scalar(value: Any, hint: Any) -> Any:
-    """`value` as `hint`, or None."""
+    """Convert a scalar to the type `hint`; None if it does not fit."""
     if hint is Any:
         return untyped(value)
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
@@ -241,7 +241,7 @@ def _scalar(value: Any, hint: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """A number, also as text: YAML reads 5e-4 as text."""
+    """A number, possibly given as text (YAML reads 5e-4 as text)."""
     try:
         return float(value) if isinstance(value, (int, float, str)) else None
     except ValueError:
@@ -251,7 +251,7 @@ def _number(value: Any) -> float | None:
 
 
 def untyped(value: Any) -> Any:
-    """A value without a declared type: text that reads as null, true, false or a number becomes that."""
+    """Convert text without a declared type to null, a boolean or a number where it reads as one."""
     if isinstance(value, Mapping):
         return {key: untyped(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -268,7 +268,7 @@ def untyped(value: Any) -> Any:
 
 
 def result_fields(config: Any) -> dict[str, Any]:
-    """The fields that change the result, flat: `{"optim.lr": 5e-4, ...}`; `Path` values stay paths."""
+    """The settings that change the result, flattened: `{"optim.lr": 5e-4, ...}`; `Path` values stay paths."""
     flat: dict[str, Any] = {}
     for name, value, metadata in _leaves(config):
         if metadata.get("runtime"):
@@ -298,7 +298,7 @@ def default_fields(config: Any) -> dict[str, Any]:
 
 
 def input_fields(config: Any) -> Iterator[tuple[str, Path, bool]]:
-    """(flat name, path, whether it may be a Hub name) of every file and folder that a config names."""
+    """Yield (dotted name, path, whether it may be a Hub name) for each input of a config."""
     for name, value, metadata in _leaves(config):
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
@@ -306,7 +306,7 @@ def input_fields(config: Any) -> Iterator[tuple[str, Path, bool]]:
 
 
 def split_fields(config: Any) -> Iterator[tuple[str, str]]:
-    """(flat name, split) of every split that a config names."""
+    """Yield (dotted name, split) for each split that a config names."""
     for name, value, metadata in _leaves(config):
         if metadata.get("split"):
             for split in (value,) if isinstance(value, str) else value or ():
@@ -314,7 +314,7 @@ def split_fields(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _leaves(config: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """(flat name, value, metadata of the field and of its groups) of every setting."""
+    """Yield (dotted name, value, metadata of the field and its groups) for each setting."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

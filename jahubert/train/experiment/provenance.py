@@ -1,10 +1,10 @@
-"""What a folder was made from: keep it, continue it, or refuse to mix it with something else.
+"""Provenance of output folders: records and fingerprints of the settings and inputs they were made from.
 
 A stage's fingerprint covers its name, its VERSION, the settings that change its result and the
-fingerprints of its inputs. `started.json` is written before the work, `provenance.json` after it, by
-rename. The same and finished: kept. The same and not finished: continued. Another: refused, with the setting
-that differs. A setting that a record does not have, because an earlier version did not know it or wrote down
-only what was typed, counts as left at its default.
+fingerprints of its inputs. `started.json` is written before the work and `provenance.json` after it, each
+atomically. When a stage runs again, a finished folder with the same settings is kept and an unfinished one is
+resumed; a folder with different settings raises StaleError, which lists them. A setting that is missing from
+a record, because an earlier version lacked it or recorded only typed settings, counts as its default.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STARTED, DONE = "started.json", "provenance.json"
 
 
 def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
-    """Everything the result depends on, as JSON-ready values: what `fingerprint` hashes."""
+    """Everything that the result depends on, as JSON-compatible values; hashed by `fingerprint`."""
     models = {name for name, _, model in input_fields(config) if model}
     fields = {}
     for name, value in result_fields(config).items():
@@ -44,17 +44,19 @@ def fingerprint(recipe: dict[str, Any]) -> str:
 
 
 def acquire(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> bool:
-    """Claim the folder `out` for this recipe; True when its result is already there.
+    """Claim the folder `out` for a stage; returns whether its result is already complete.
 
-    `defaults`: of the settings, for those that the record in the folder does not have (`default_fields`).
+    Args:
+        recipe: the result of `stage_inputs`.
+        defaults: the values of settings that are missing from the folder's record (`default_fields`).
 
     Raises:
-        StaleError: the folder was made, or started, with something else.
+        StaleError: the folder was made or started with other settings.
     """
     for name in (DONE, STARTED):
         if (out / name).exists():
             before = read_record(out / name)
-            _refuse_other(out, before, recipe, defaults or {}, finished=name == DONE)
+            _check_unchanged(out, before, recipe, defaults or {}, finished=name == DONE)
             return name == DONE
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / STARTED, {"fingerprint": fingerprint(recipe), **recipe})
@@ -62,32 +64,34 @@ def acquire(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | Non
 
 
 def rollback(out: Path, seconds: float) -> None:
-    """Take the claim back where nothing was made under it: a mistake may be mended in the settings.
+    """Release the claim of `acquire` if the stage produced no output, so that its settings may change.
 
-    `seconds`: of work so far, which are kept with a claim that stays.
+    Args:
+        seconds: work so far; recorded if the claim is kept.
     """
-    nothing = (STARTED, RUNNING, "rejected.jsonl")
-    curve_or_unfinished = ("events.out.tfevents", PREFIX)  # a curve is drawn of metrics.jsonl, or is empty
-    made = any(
-        path.is_file()
-        and path.name not in nothing
-        and not any(part.startswith(curve_or_unfinished) for part in path.relative_to(out).parts)
-        for path in out.rglob("*")
-    )
-    if not made:
+    if not any(_is_output(path, out) for path in out.rglob("*")):
         (out / STARTED).unlink(missing_ok=True)
     elif (out / STARTED).exists():
-        with suppress(OSError):  # a full disk is what may have ended it
+        with suppress(OSError):  # the stage may have failed because the disk is full
             write_json(out / STARTED, read_record(out / STARTED) | {"seconds": round(seconds, 1)})
 
 
+def _is_output(path: Path, out: Path) -> bool:
+    """Whether `path` is a file that a failed stage leaves to be resumed."""
+    if not path.is_file() or path.name in (STARTED, RUNNING, "rejected.jsonl"):
+        return False
+    # TensorBoard curves repeat metrics.jsonl; PREFIX marks temporary files.
+    ignored = ("events.out.tfevents", PREFIX)
+    return not any(part.startswith(ignored) for part in path.relative_to(out).parts)
+
+
 def elapsed_seconds(out: Path) -> float:
-    """Seconds of work in runs of this stage that ended before it was done (but not by a kill)."""
+    """Seconds of work in earlier, unfinished runs of this stage, except those ended by SIGKILL."""
     return read_record(out / STARTED).get("seconds", 0.0) if (out / STARTED).exists() else 0.0
 
 
 def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
-    """Write the record that makes the folder done. The last thing a stage does."""
+    """Write the record that marks a stage's folder as finished; the last step of a stage."""
     from jahubert.train.experiment.environment import environment
 
     record = {
@@ -103,14 +107,14 @@ def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: 
 
 
 def verify_inputs(config: Any, large: bool = True) -> None:
-    """Compare the files that a stage reads with the sizes and checksums in the records of their stages.
+    """Verify the sizes and checksums of a stage's input files against the records of earlier stages.
 
     Args:
-        config: of the stage that reads them.
-        large: also read files of more than a gigabyte; otherwise only their sizes are compared.
+        config: config of the stage that reads the files.
+        large: verify checksums of files over 1 GB as well; otherwise only their sizes.
 
     Raises:
-        DataError: a file or a record is missing or damaged; names it.
+        DataError: a file or record is missing or damaged.
     """
     for _, path, _ in input_fields(config):
         stages = [folder for folder in (path, *path.parents[:2]) if (folder / DONE).exists()][:1]
@@ -131,7 +135,7 @@ def read_record(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: not readable ({error}); delete the folder {path.parent} to make it again"
+            f"{path}: not readable ({error}); delete {path.parent} and rerun its stage"
         ) from error
 
 
@@ -142,27 +146,27 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
-    """An input made by a stage counts by its record, a foreign file or folder by its name and size.
+    """Fingerprint of an input: from the record of the stage that made it, else from file names and sizes.
 
     Args:
-        name: the setting that names the path.
-        model: it may be a name on the Hub.
+        name: the setting that holds the path.
+        model: the path may be the name of a model on the Hub.
 
     Raises:
-        DataError: it is not there, or not finished.
+        DataError: the input does not exist or is not finished.
     """
-    for folder in (path, path.parent):  # a stage names another stage's folder, or one thing in it
+    for folder in (path, path.parent):  # the folder of a stage, or a file or folder in it
         if (folder / DONE).exists():
             record = read_record(folder / DONE)
-            content = record.get("metrics", {}).get("content")  # of a stage whose settings do not say it all
+            content = record.get("metrics", {}).get(
+                "content"
+            )  # from stages whose settings do not determine the result
             return fingerprint({record["fingerprint"]: content}) if content else record["fingerprint"]
         if (folder / STARTED).exists():
-            raise DataError(
-                f"{name}: {folder} is not finished; run that stage first (jahubert status shows which)"
-            )
+            raise DataError(f"{name}: {folder} is not finished; run that stage first (see jahubert status)")
     if path.is_file():
         return f"{path.name}:{path.stat().st_size}"
-    if path.is_dir() and (path / "config.json").exists():  # a model folder from elsewhere
+    if path.is_dir() and (path / "config.json").exists():  # a model folder that no stage made
         weights = sorted(path.glob("*.safetensors"))
         return ",".join([path.name, *(f"{file.name}:{file.stat().st_size}" for file in weights)])
     if path.is_dir():
@@ -171,50 +175,51 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
         return str(path)  # a Hub name
     if stage := stage_of(path):
         raise DataError(
-            f"{name}: there is no {path}; run stage={stage} first, which makes it, or correct {name} "
-            "(jahubert status shows what is done)"
+            f"{name}: {path} not found; run stage={stage} first, or correct {name} (see jahubert status)"
         )
-    other = (
-        "give a folder, a model file or a Hub name (owner/model)" if model else "set it to one that is there"
-    )
-    raise DataError(f"{name}: there is no {path}; {other}")
+    expected = "a folder, a model file or a Hub name (owner/model)" if model else "an existing file or folder"
+    raise DataError(f"{name}: {path} not found; set it to {expected}")
 
 
 def changed_settings(
     stage: str, before: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> list[str]:
-    """A sentence on each setting that is another one than in a record."""
+    """One message per setting that differs from a record."""
     new, default = (json.loads(json.dumps(dict(side), default=str)) for side in (settings, defaults))
     old: dict[str, Any] = {}
     for key, value in before.get("settings", {}).items():
-        if isinstance(value, dict) and key not in new:  # a group as it was typed
-            old |= {f"{key}.{inner}": each for inner, each in value.items()}
+        if isinstance(value, dict) and key not in new:  # a group of settings as typed
+            old |= {f"{key}.{name}": nested for name, nested in value.items()}
         else:
             old[key] = value
-    said = []
+    changes = []
     for key in sorted(old.keys() | new.keys()):
-        was, now = (side.get(key, default.get(key)) for side in (old, new))
-        if was != now:
-            said.append(f"{stage}.{key} was {_short(was)}, now {_short(now)}")
-    return said
+        before_value = old.get(key, default.get(key))
+        value = new.get(key, default.get(key))
+        if before_value != value:
+            changes.append(f"{stage}.{key} was {_short(before_value)}, now {_short(value)}")
+    return changes
 
 
-def _refuse_other(
+def _check_unchanged(
     out: Path, before: dict[str, Any], recipe: dict[str, Any], defaults: Mapping[str, Any], finished: bool
 ) -> None:
+    """Raise StaleError if the folder's record has other settings or another version of the stage."""
     stage, version = recipe["stage"], recipe["version"]
-    said = changed_settings(stage, before, recipe["settings"], defaults)
+    changes = changed_settings(stage, before, recipe["settings"], defaults)
     if before.get("version") != version:
-        said.append(f"{stage} itself changed, from version {before.get('version')} to {version}")
-    if not said:
+        changes.append(f"{stage} changed from version {before.get('version')} to {version}")
+    if not changes:
         return
     state = "was made" if finished else "was started"
-    beside = (
-        "decoding=NAME for a second decoding of the same model" if stage in DECODED else "another name=..."
+    alternative = (
+        "decoding=NAME for another decoding of the same model" if stage in DECODED else "another name=..."
     )
     raise StaleError(
-        f"{out} {state} with other settings:\n  " + "\n  ".join(said) + f"\nUse the old settings, {beside}, "
-        "or delete the folder to make it again."
+        f"{out} {state} with other settings:\n  "
+        + "\n  ".join(changes)
+        + f"\nRestore those settings, use {alternative}, "
+        "or delete the folder and rerun the stage."
     )
 
 
@@ -224,10 +229,10 @@ def _short(value: Any) -> str:
 
 
 def stage_states(root: Path) -> list[dict[str, Any]]:
-    """What is done in an experiment's folder, a stage each, in the order in which they were started.
+    """State of each stage of an experiment, in the order in which the stages were started.
 
     Raises:
-        DataError: no stage has written into `root`.
+        DataError: `root` contains no output of a stage.
     """
     states = []
     for started in sorted(root.glob("**/" + STARTED), key=lambda path: path.stat().st_mtime):
@@ -240,39 +245,41 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
         kept = ("seconds", "finished", "metrics", "fingerprint")
         states.append(state | {key: record[key] for key in kept if key in record})
     if not states:
-        raise DataError(f"{root}: no stage has run here; give the folder of an experiment, such as exp/demo")
+        raise DataError(f"{root}: no stage output found; give the folder of an experiment, such as exp/demo")
     return states
 
 
 def _progress(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """How far a stage is, and who is at it."""
-    running, last = lock_owner(folder), _last_line(folder / "metrics.jsonl")
-    at_it = f"running: {running}" if running else "stopped: the same command continues"
-    found: dict[str, Any] = {"state": "running" if running else "stopped", "at": at_it}
-    if last and (of := record.get("settings", {}).get("train.max_steps")):
-        found |= {"state": f"{100 * last['step'] // of} %", "last": last}
-    return found
+    """Progress of an unfinished stage, and the process that is running it."""
+    owner = lock_owner(folder)
+    last = _last_training_metrics(folder / "metrics.jsonl")
+    max_steps = record.get("settings", {}).get("train.max_steps")
+    activity = f"running: {owner}" if owner else "stopped: rerun the same command to resume"
+    progress: dict[str, Any] = {"state": "running" if owner else "stopped", "at": activity}
+    if last and max_steps:
+        progress |= {"state": f"{100 * last['step'] // max_steps} %", "last": last}
+    return progress
 
 
-def _last_line(path: Path) -> dict[str, Any]:
-    """The last metrics of training that were written down; none of validation."""
+def _last_training_metrics(path: Path) -> dict[str, Any]:
+    """The last logged training metrics; lines of validation metrics are skipped."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))
-            written = [line for line in file.read().splitlines() if line[:1] == b"{" and line[-1:] == b"}"]
-        lines = map(json.loads, reversed(written))
+            complete = [line for line in file.read().splitlines() if line[:1] == b"{" and line[-1:] == b"}"]
+        lines = map(json.loads, reversed(complete))
         return next((line for line in lines if "lr" in line), {})
     except (OSError, ValueError):
         return {}
 
 
 def _is_short(value: object) -> bool:
-    """A number or a word, and no fingerprint."""
+    """Whether a value is a number or a short text, as opposed to a fingerprint."""
     return isinstance(value, (int, float)) or (isinstance(value, str) and len(value) < 20)
 
 
 def status_table(states: list[dict[str, Any]]) -> str:
-    """`stage_states` as a table, one line a stage."""
+    """`stage_states` as a table with one line per stage."""
     rows = [("stage", "state", "time", "result")]
     for state in states:
         metrics = {k: v for k, v in state.get("metrics", state.get("last", {})).items() if _is_short(v)}

@@ -1,6 +1,6 @@
-"""From a name in a configuration to an object: three tables to grep, and a door to the outside.
+"""Registry of stages, feature extractors and engines, and the paths of presets and recipes.
 
-Every table also takes "package.module:attribute" and "folder/file.py:attribute".
+Settings may also name an object as "package.module:attribute" or "folder/file.py:attribute".
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ DECODED = ("decode", "score")  # stages that may run several times on one fine-t
 
 
 def stage_folder(stage: str, iteration: int | None, system: str | None, decoding: str | None = None) -> Path:
-    """Where a stage writes, below the folder of the experiment.
+    """Output folder of a stage, relative to the folder of the experiment.
 
-    A second decoding of the same model has a name, which stands behind that of its stages: decode-greedy.
+    The name of a further decoding of the same model is appended to that of the stage: decode-greedy.
     """
     if iteration:
         return Path(f"iter{iteration}", stage)
@@ -58,18 +58,18 @@ def stage_folder(stage: str, iteration: int | None, system: str | None, decoding
 
 
 def decoding_of(folder: Path) -> str | None:
-    """The name of the decoding whose stage wrote a folder, as `stage_folder` made it; None: the plain one."""
+    """The name of the decoding in a folder name from `stage_folder`; None for the default decoding."""
     return folder.name.partition("-")[2] or None
 
 
 def stage_of(path: Path) -> str | None:
-    """The stage that makes a file or folder of this name, if one does."""
+    """The stage that writes a file or folder of this name, or None."""
     names = (folder.name.partition("-")[0] for folder in (path, path.parent))
     return next((name for name in names if name in STAGES), None)
 
 
 def data_folder(kind: str) -> Path:
-    """Where `conf` or `recipes` stand: beside the package in a checkout, inside it in a wheel."""
+    """The folder `conf` or `recipes`: next to the package in a checkout, inside it in a wheel."""
     package = Path(jahubert.__file__).parent
     checkout = package.parent / kind
     return checkout if (package.parent / "conf" / "config.yaml").exists() else package / f"_{kind}"
@@ -81,7 +81,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_folder(recipe: str) -> Path:
-    """The folder of a recipe: a name under recipes/, or a path to one's own.
+    """The folder of a recipe, given by its name under recipes/ or by a path.
 
     Raises:
         ConfigError: no such recipe.
@@ -90,12 +90,15 @@ def recipe_folder(recipe: str) -> Path:
         if (folder / "recipe.yaml").is_file():
             return folder
     raise ConfigError(
-        unknown_name_error("recipe", recipe, recipe_names()) + " (or give a folder that holds a recipe.yaml)"
+        unknown_name_error("recipe", recipe, recipe_names()) + " (or give a folder with a recipe.yaml)"
     )
 
 
 def resolve(name: str, table: dict[str, str], what: str) -> Any:
-    """The object called `name`: an entry of the table, or an import path.
+    """The object that `name` refers to: an entry of the table, or an import path.
+
+    Args:
+        what: the kind of object, for error messages.
 
     Raises:
         ConfigError: no such entry, module, file or attribute.
@@ -118,22 +121,22 @@ def _import(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and name.startswith(error.name):
-            raise ConfigError(f"{what}: there is no module {name}") from None
+            raise ConfigError(f"{what}: module {name} not found") from None
         raise
 
 
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
-    place = str(path.resolve())  # two folders of one name are two recipes
-    name = f"jahubert_file_{path.stem}_{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
+    digest = hashlib.sha256(os.fsencode(str(path.resolve()))).hexdigest()  # file names may repeat
+    name = f"jahubert_file_{path.stem}_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=None)
     assert spec is not None and spec.loader is not None  # a .py file always has both
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    sys.path.insert(0, str(path.resolve().parent))  # a recipe may lie in several files
+    sys.modules[name] = module  # dataclasses look up their module
+    sys.path.insert(0, str(path.resolve().parent))  # a recipe may import files next to it
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -145,35 +148,37 @@ def _import_file(path: Path) -> Any:
 
 
 def by_subset(value: Any, subset: Any) -> Any:
-    """What a recipe says of a subset of its corpus: one value for all, or values by subset, and `other`."""
+    """A recipe's setting for a subset: a single value, or an entry of a mapping (`other` is the fallback)."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     return value.get(str(subset), value.get("other"))
 
 
 def recipe_reader(recipe: str, what: str) -> Any:
-    """`prepare` or `Config` of the recipe's prepare.py, which reads its corpus.
+    """`prepare` or `Config` from a recipe's prepare.py, which reads its corpus.
 
     Raises:
-        ConfigError: no such recipe, or it has no such file.
+        ConfigError: no such recipe, or it has no prepare.py.
     """
     file = recipe_folder(recipe) / "prepare.py"
     if not file.is_file():
-        raise ConfigError(f"recipe {recipe}: {file} is missing, which reads the corpus; see docs/recipes.md")
+        raise ConfigError(
+            f"recipe {recipe}: {file} not found, which should read the corpus; see docs/recipes.md"
+        )
     return resolve(f"{file}:{what}", {}, "recipe")
 
 
-def preset_file(named: Any, subset: Any = None) -> Path | None:
-    """The file of a fine-tuning preset (conf/finetuning), or None.
+def preset_file(preset: Any, subset: Any = None) -> Path | None:
+    """The file of a fine-tuning preset in conf/finetuning, or None.
 
     Args:
-        named: its name; or names by subset of the corpus.
+        preset: the preset's name, or a mapping from subsets of the corpus to names.
 
     Raises:
         ConfigError: no such preset.
     """
-    named = by_subset(named, subset)
+    name = by_subset(preset, subset)
     files = {path.stem: path for path in data_folder("conf").glob("finetuning/*.yaml")}
-    if named is not None and str(named) not in files:
-        raise ConfigError(unknown_name_error("finetuning", str(named), sorted(files)))
-    return files.get(str(named))
+    if name is not None and str(name) not in files:
+        raise ConfigError(unknown_name_error("finetuning", str(name), sorted(files)))
+    return files.get(str(name))

@@ -142,7 +142,7 @@ def test_names_resolve_in_a_table_or_by_path(tmp_path):
     assert resolve(f"{tmp_path}/mine.py:answer", FEATURES, "features.kind") == 42
     for name, says in {
         "mfc": "features.kind=mfc: no such features.kind; did you mean mfcc?",
-        "nowhere:x": "there is no module nowhere",
+        "nowhere:x": "nowhere",
         "math:nothing": "math has no 'nothing'",
         f"{tmp_path}/gone.py:x": "no such file",
     }.items():
