@@ -62,7 +62,7 @@ _NAMES = [
     (r"^masked_spec_embed$", "mask_emb"),
     *WEIGHT_NORM,
 ]
-# Our field -> fairseq's setting, for the fields that only change their name.
+# Our field -> fairseq's setting, for fields that differ only in name.
 _FIELDS = {
     "conv_bias": "conv_bias",
     "width": "encoder_embed_dim",
@@ -79,7 +79,7 @@ _FIELDS = {
     "layer_drop": "encoder_layerdrop",
     "conv_grad_scale": "feature_grad_mult",
 }
-# Settings of pretraining that fine-tuning replaces, and their names there.
+# Pretraining settings that fine-tuning overrides -> their names in fine-tuning.
 _FINE_TUNED = {name: name for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_input")}
 _FINE_TUNED |= {"feature_grad_mult": "feature_grad_mult", "encoder_layerdrop": "layerdrop"}
 # The only values that are supported.
@@ -93,7 +93,7 @@ _FIXED = {
 
 def fairseq_name(name: str, conv_norm: str = "group") -> str:
     """fairseq's name of one of our encoder's tensors."""
-    index = "2" if conv_norm == "group" else "2.1"  # there, a layer norm is between two transpositions
+    index = "2" if conv_norm == "group" else "2.1"  # fairseq puts a layer norm between two transpositions
     name = re.sub(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", rf"\1.{index}.", name)
     return rename(name, _NAMES)
 
@@ -268,7 +268,7 @@ def _take_head(
     path: Path, inner: dict[str, Tensor], codebooks: list[list[str]], notes: list[str]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Remove the pretraining head from `inner`; returns UnitHead's tensors and the special symbols' rows."""
-    table = inner.pop("label_embs", None)  # its name in the oldest files
+    table = inner.pop("label_embs", None)  # the name of the codebook in the oldest files
     table = inner.pop("label_embs_concat", table)
     weight, bias = (inner.pop(f"final_proj.{part}", None) for part in ("weight", "bias"))
     gate = [inner.pop(name) for name in list(inner) if name.startswith("target_glu.")]
@@ -380,7 +380,7 @@ def write_fairseq(
 
 
 def _encoder_tensors(model: HubertModel, notes: list[str]) -> tuple[HubertConfig, dict[str, Tensor]]:
-    """The encoder under fairseq's names, and its configuration there."""
+    """The encoder's tensors under fairseq's names, and its configuration in fairseq's terms."""
     state = portable_state(model, "fairseq", notes)
     config = replace(model.config, conv_bias="feature_extractor.conv_layers.0.conv.bias" in state)
     if config.conv_dims[-1] == config.width:

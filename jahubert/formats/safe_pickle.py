@@ -38,7 +38,7 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Packages whose objects become records, and single names of others.
+# Packages whose objects become records, and individual names from other packages.
 _FAMILIES = {"argparse", "omegaconf", "fairseq", "numpy", "pathlib", "typing"}
 _FAMILIES |= {"lightning", "lightning_fabric", "pytorch_lightning"}
 _NAMES = {"torch.device", "torch.Size", "_codecs.encode", "collections.defaultdict", "collections.Counter"}
@@ -48,7 +48,7 @@ _REBUILD_TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file that is older than PyTorch 1.6
 _LEGACY_PROTOCOL = 1001
-_PythonUnpickler: Any = pickle._Unpickler  # the one written in Python; the type stubs lack its attributes
+_PythonUnpickler: Any = pickle._Unpickler  # the pure-Python unpickler; the type stubs lack its attributes
 
 
 class Record(dict):
@@ -61,7 +61,7 @@ class Record(dict):
         """Ignore the items of foreign lists and sets: no setting is stored in one."""
 
     def extend(self, _: Iterable) -> None:
-        """As `append`."""
+        """Like `append`."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
@@ -93,7 +93,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, not read yet."""
+    """A tensor in a file that has not been read yet."""
 
     path: Path
     storage: Storage
@@ -145,7 +145,7 @@ def read_pickled(path: Path) -> Any:
 
 
 def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
-    """The tensors of a table read from `path`; its other values are left out.
+    """The tensors of a table read from `path`; other values are dropped.
 
     Raises:
         CheckpointError: damaged values, or tensors that are together far larger than the file.
@@ -162,7 +162,7 @@ def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
 
 
 def to_plain(where: object, value: Any) -> Any:
-    """Replace records by the dicts, lists and values that they hold; omegaconf's nodes are unwrapped.
+    """Replace records by the dicts, lists and values that they contain; omegaconf's nodes are unwrapped.
 
     Raises:
         CheckpointError: the value is nested too deeply.
@@ -358,7 +358,7 @@ class _Unpickler(_PythonUnpickler):
         self.stack[-1] = self.call(self.stack[-1], args)
 
     def make_with_keywords(self) -> None:
-        """NEWOBJ_EX; keywords of foreign classes are left out."""
+        """NEWOBJ_EX; keyword arguments of foreign classes are dropped."""
         self.stack.pop()
         self.make()
 

@@ -33,7 +33,7 @@ _PERIODIC = (20.0, 0.6, 2, 3)  # level below the loudest, autocorrelation, lengt
 _SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, length of a run, frames in runs and their share
 _PITCH = (80.0, 420.0, 250.0, 3000.0)  # range of the pitch, and band that is searched for it, in Hz
 _PITCH_WINDOW = 640  # samples
-_VOTES = 4  # one window in so many must agree on a frame
+_VOTES = 4  # a frame is speech if at least one in so many of its windows votes for it
 _MARGIN = 12  # frames kept around speech: quiet consonants, and the spikes of CTC
 _TINY = 1e-13  # power per band
 
@@ -97,7 +97,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
         & (change_NW.where(active_NW, torch.nan).nanmedian(1).values > _MIN_CHANGE)
         & (_is_periodic(level_NW, periodicity_NW) | _is_sustained(level_NW))
     )
-    # A frame is speech if it is active in enough of the speech windows that contain it.
+    # A speech window votes for its active frames; a frame is speech with votes from 1 in `_VOTES` windows.
     votes_S = level_S.new_zeros(n_frames + n_padding)
     windows_S = torch.zeros_like(votes_S)
     for i, active_W in enumerate(active_NW):

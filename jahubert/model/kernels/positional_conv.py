@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
-    """`module` on packed frames; every utterance is surrounded by zeros."""
+    """Apply `module` to packed frames; every utterance is zero-padded."""
     # On short batches transforming the weights would cost more than it saves.
     short = len(x_ND) < 4 * module.conv.kernel_size[0]
     if x_ND.device.type == "cpu" and (short or autocast_dtype(x_ND) is not torch.float32):
@@ -81,7 +81,7 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
 
 
 def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
-    """Each utterance in windows of 2 * `kernel` frames, one every `kernel`, from half a kernel before it.
+    """Windows of 2 * `kernel` frames every `kernel` frames, starting half a kernel before each utterance.
 
     Returns the packed row of every frame of all windows (for frames outside the utterance, the row after the
     last one), and for each packed row its position among the first halves of the windows.

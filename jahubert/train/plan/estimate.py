@@ -65,7 +65,7 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates of a run's stages, with the corpus and the machine that they are for."""
+    """Estimates for the stages of a run, with the corpus and the machine they assume."""
 
     stages: list[StageEstimate]
     corpus: Corpus
@@ -115,7 +115,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
 
 
 def _number(name: str, options: dict[str, str]) -> float | None:
-    """A numeric setting of the estimate, or None where it is not given."""
+    """A numeric setting of the estimate; None if not given."""
     if name not in options:
         return None
     try:
@@ -220,7 +220,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
 
 
 def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
-    """Dtype of a training on that machine (`optim.pick_precision` needs the device itself)."""
+    """Training dtype on `machine` (`optim.pick_precision` needs the actual device)."""
     if train.precision == "fp16":
         return torch.float16
     return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32

@@ -105,7 +105,7 @@ def train(
     check_shared_memory(config)
     run = _TrainingRun(module, data, config, out, validate, best)
     with stop_signals() as run.stop, closing(run.reader):
-        if run.step < config.max_steps:  # a Trainer at the last step would train one step more
+        if run.step < config.max_steps:  # a Trainer at the last step would train one more step
             run.train_steps()
             if run.stop_requested:
                 raise stopped_error(run.stop, run.step)
@@ -170,7 +170,7 @@ class _TrainingRun:
         distributed.barrier()
 
     def save_state(self) -> None:
-        """Save the state that fairseq2's checkpoints have no place for."""
+        """Save the state that fairseq2's checkpoints do not store."""
         if distributed.rank() == 0:
             write_json(self.state_path, {"validated": self.validated, **self.metric_log.state_dict()})
 
@@ -193,7 +193,7 @@ class _TrainingRun:
             optimizer=optimizer,
             lr_scheduler=_Schedule(optimizer, config),
             fp16_loss_scaler=StandardFloat16LossScaler(self.gangs) if fp16 else NOOP_FP16_LOSS_SCALER,
-            validator=NOOP_VALIDATOR,  # it would run after saving; see _Unit.set_step_nr
+            validator=NOOP_VALIDATOR,  # a validator would run after saving; see _Unit.set_step_nr
             early_stopper=NOOP_EARLY_STOPPER,
             checkpoint_manager=self.manager,
             hg_exporter=NOOP_HG_EXPORTER,
@@ -206,7 +206,7 @@ class _TrainingRun:
             seed=0,  # unused: every micro-batch is seeded
             no_sync_grad_accumulation=distributed.world() > 1,
             max_grad_norm=config.clip_norm or None,
-            max_num_steps=None,  # with a number, request_stop() has no effect
+            max_num_steps=None,  # otherwise request_stop() has no effect
             checkpoint_every_n_steps=config.save_every,
             keep_last_n_checkpoints=config.keep_last,
             keep_checkpoint_every_n_steps=config.keep_every or None,
@@ -377,7 +377,7 @@ class _Unit(TrainUnit):
         return loss.total, max(float(loss.count), MIN_TARGETS)
 
     def _synchronize(self) -> None:
-        """Check the loss and stop requests of all processes, so that all go on or none."""
+        """Check the loss and stop requests of all processes, so that either all continue or none."""
         run = self.run
         totals = distributed.all_reduce_sums({"total": self.total, "stop": len(run.stop.names)}, run.device)
         check_finite_loss(totals["total"], self.step + 1, self.losses, run.data)

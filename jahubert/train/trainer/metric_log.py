@@ -93,7 +93,7 @@ class MetricLog:
                     self.best_crc32 = file_crc32(temporary)
 
     def close(self, best: str | None) -> dict[str, float]:
-        """The final metrics; with `best`, those of the best step, whose weights the module gets."""
+        """Return the final metrics; with `best`, load the weights of the best step and return its metrics."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         path = self.out / "best.safetensors"

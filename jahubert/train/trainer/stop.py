@@ -12,7 +12,7 @@ from jahubert.train.experiment import distributed
 
 
 class StopDeadlineError(JahubertError):
-    """A stop signal was received, but the code that was running did not finish in time."""
+    """A stop signal was received, but the running code did not finish in time."""
 
     exit_status = Stopped.exit_status
 
