@@ -47,7 +47,7 @@ class RawModel:
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
     info: dict = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # what was dropped or newly initialized, a sentence each
+    notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
 
 
 # --- names ------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def held_out(dev: str) -> dict[str, str]:
     """Talk -> the set that excludes it from training: eval1, eval2, eval3, excluded, and dev with lhotse.
 
     Raises:
-        DataError: a talk in two of them.
+        DataError: a talk is in two sets.
     """
     names = (*EVALS, "excluded", *(("dev-lhotse",) if dev == "lhotse" else ()))
     held: dict[str, str] = {}

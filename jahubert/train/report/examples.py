@@ -22,7 +22,7 @@ from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, Pair, align, count_errors
 from jahubert.train.report import figures
 
-MAX_SECONDS = 20.0  # of audio and figure per utterance, which limits the size of the page
+MAX_SECONDS = 20.0  # audio and figure per utterance; limits the size of the page
 
 
 @dataclass(frozen=True)
