@@ -1,1 +1,1 @@
-"""The stage pipeline: Hydra composition and preflight checks."""
+"""The stage pipeline: composition of settings, preflight checks and the stage runner."""

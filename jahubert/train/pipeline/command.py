@@ -1,4 +1,4 @@
-"""The command `jahubert run`: its options, and the start of its stages."""
+"""The command `jahubert run`: option parsing and dispatch to the stage runner."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Run stages of an experiment; each writes into its folder exp/NAME/STAGE and is k
 `python -m jahubert.run` is the same command."""
 _EPILOG = """\
 settings:
-  recipe=NAME     a recipe that comes with the package, or a folder that holds a recipe.yaml
+  recipe=NAME     a recipe that comes with the package, or a folder with a recipe.yaml
   stage=STAGE     prepare, features, kmeans, label, pretrain, targets, finetune, decode, score or report;
                   all: every stage that is not done yet, in order
-  iteration=N     of features, kmeans, label and pretrain (default: 1)
-  system=NAME     of finetune, decode and score (default: all systems of the recipe)
-  decoding=NAME   a further decoding of the same model
-  KEY=VALUE       any other setting, such as kmeans.n_clusters=200; ~KEY returns it to its default
+  iteration=N     iteration for features, kmeans, label and pretrain (default: 1)
+  system=NAME     system for finetune, decode and score (default: all systems of the recipe)
+  decoding=NAME   name of another decoding of the same model
+  KEY=VALUE       any other setting, such as kmeans.n_clusters=200; ~KEY resets it to its default
 
 exit status: 0 done, 2 a mistake in the settings or the data, 75 stopped by a signal (rerun to resume)"""
 
@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         "-h", "--help", action="store_true", help="print this help, and the settings if any are given"
     )
     options.add_argument("-c", "--cfg", choices=["job"], help="print all settings as YAML and exit")
-    options.add_argument("--resolve", action="store_true", help=argparse.SUPPRESS)  # of Hydra; always done
+    options.add_argument(
+        "--resolve", action="store_true", help=argparse.SUPPRESS
+    )  # accepted as in Hydra; always on
     options.add_argument("--info", action="store_true", help="print the stages that would run and exit")
     options.add_argument(
         "-m", "--multirun", action="store_true",
@@ -67,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status (2 for a user's mistake)."""
+    """Run the command; returns the exit status (2 for a user error)."""
     join_slurm(os.environ)
     with stop_signals():
         try:
@@ -100,7 +102,7 @@ def _run(argv: list[str]) -> int:
         return multirun.run_all(settings)
     launcher = [word for word in settings if word.startswith(("hydra/", "hydra."))]
     if launcher:
-        raise ConfigError(f"{launcher[0]}: only with --multirun")
+        raise ConfigError(f"{launcher[0]}: requires --multirun")
     return runner.start(settings)
 
 

@@ -1,9 +1,8 @@
-"""Composition of the settings of a command from conf/, a recipe, a machine and the command line.
+"""Composition of a command's settings from conf/, a recipe, a machine preset and the command line.
 
-Later ones win: the defaults of a stage's dataclass, conf/config.yaml, the groups (model=, iteration=), the
-fine-tuning preset of the recipe (conf/finetuning), its recipe.yaml, the preset of the command line
-(finetuning=), the recipe's blocks for this iteration and this system, the file of machine= in the same way,
-and the rest of the command line.
+In increasing precedence: the defaults of a stage's dataclass; conf/config.yaml; the groups model= and
+iteration=; the recipe's fine-tuning preset (conf/finetuning); its recipe.yaml; the preset of finetuning=; the
+recipe's blocks for this iteration and system; the preset of machine= with its blocks; the command line.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _GROUPS = ("recipe", "model", "iteration", "finetuning", "machine")
 
 @dataclass(frozen=True)
 class CommandSettings:
-    """The settings that the pipeline reads itself; stages see them through conf/config.yaml."""
+    """The settings that the pipeline itself reads; conf/config.yaml passes them on to the stages."""
 
     name: str
     exp: str
@@ -69,7 +68,7 @@ class CommandSettings:
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
-    """The whole tree of settings as plain values, with the values of the command line as text.
+    """Compose the tree of settings as plain values; values from the command line stay text.
 
     Args:
         overrides: `key=value`, as on the command line.
@@ -110,7 +109,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
 
 
 def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
-    """The names given for groups; null selects none."""
+    """The selected file of each group; null selects none."""
     groups: dict[str, str] = {}
     errors = []
     for override in typed:
@@ -118,7 +117,7 @@ def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
             continue
         if override.delete or not isinstance(override.value, str):
             example = f"{override.key}.width=256" if override.key == "model" else f"{override.key}=NAME"
-            errors.append(f"{override.key}=... selects a file by its name; write {example}")
+            errors.append(f"{override.key}=... selects a preset by its name; write {example}")
         elif is_null(override.value):
             groups.pop(override.key, None)
         else:
@@ -129,7 +128,7 @@ def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
 
 @cache
 def _load_groups(conf: Path, model: str, iteration: str) -> Any:
-    """conf/config.yaml with its groups."""
+    """Load conf/config.yaml with its groups."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -152,7 +151,7 @@ def _merge_presets(
     typed: Sequence[Override],
     system: str | None,
 ) -> Any:
-    """The tree updated from the presets of fine-tuning, the recipe and the machine."""
+    """Merge the presets of fine-tuning, the recipe and the machine into the tree."""
     from omegaconf import OmegaConf
 
     recipe = presets[0]
@@ -171,12 +170,12 @@ def _merge_presets(
 
 
 def _blocks(preset: Any, iteration: int, system: str | None) -> list[Any]:
-    """The settings of a preset for an iteration and for a system."""
+    """The blocks of a preset for an iteration and a system."""
     return [_block(preset, "by_iteration", iteration), _block(preset, "systems", system)]
 
 
 def _block(preset: Any, group: str, name: Any) -> Any:
-    """The settings for one iteration or system."""
+    """The block for one iteration or system."""
     from omegaconf import OmegaConf
 
     blocks = preset.get(group)
@@ -191,7 +190,7 @@ def _block(preset: Any, group: str, name: Any) -> Any:
 
 
 def _typed_blocks(typed: Sequence[Override]) -> Any:
-    """The blocks for iterations and systems of the command line."""
+    """The blocks for iterations and systems typed on the command line."""
     from omegaconf import OmegaConf
 
     blocks = OmegaConf.create({"by_iteration": {}, "systems": {}})
@@ -206,7 +205,7 @@ def _apply(tree: Any, override: Override) -> None:
     from omegaconf import OmegaConf
 
     key, value = override.key, override.value
-    if key in ("model", "iteration") or key.startswith("by_iteration."):  # in the tree already
+    if key in ("model", "iteration") or key.startswith("by_iteration."):  # already in the tree
         return
     if not override.delete:
         parent: Any = tree
@@ -226,12 +225,12 @@ def _apply(tree: Any, override: Override) -> None:
     parent_key, _, name = key.rpartition(".")
     parent = OmegaConf.select(tree, parent_key) if parent_key else tree
     if not OmegaConf.is_dict(parent) or name not in parent:
-        raise ConfigError(f"~{key}: no such key is set by a file of conf/ or by the recipe")
+        raise ConfigError(f"~{key}: neither conf/ nor the recipe sets this key")
     del parent[name]
 
 
 def _finish(tree: Any, groups: Mapping[str, str], system: str | None, typed: Sequence[Override]) -> None:
-    """Fill in the settings that follow from others."""
+    """Set the settings that depend on others."""
     keys = {override.key for override in typed}
     tree.finetuning, tree.machine = groups.get("finetuning"), groups.get("machine")
     tree.recipe = groups.get("recipe")
@@ -244,25 +243,25 @@ def _finish(tree: Any, groups: Mapping[str, str], system: str | None, typed: Seq
     if str(tree.exp).startswith("~"):
         tree.exp = str(expand_user(tree.exp))
     if "pretrained" in keys and not is_null(tree.pretrained) and "iterations" not in keys:
-        tree.iterations = 0  # the given model takes the place of the last iteration's
+        tree.iterations = 0  # the given model replaces that of the last iteration
 
 
 def _load_settings(file: Path) -> Any:
-    """The settings in the file of a recipe or a machine."""
+    """Load the settings of a recipe or machine preset."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
     try:
         settings = OmegaConf.load(file)
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file}: invalid YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(settings):
-        raise ConfigError(f"{file}: must hold settings, such as `kmeans: {{ n_clusters: 100 }}`")
+        raise ConfigError(f"{file}: expected settings, such as `kmeans: {{ n_clusters: 100 }}`")
     return settings
 
 
 def _check_names(groups: Mapping[str, str]) -> None:
-    """Raise ConfigError for a group without a file of that name in conf/."""
+    """Raise ConfigError for a name that does not exist in its group in conf/."""
     errors = []
     for group, name in groups.items():
         known = sorted(path.stem for path in (data_folder("conf") / group).glob("*.yaml"))
@@ -272,7 +271,7 @@ def _check_names(groups: Mapping[str, str]) -> None:
 
 
 def _check_keys(tree: Mapping[str, Any]) -> None:
-    """Raise ConfigError for keys that nothing reads."""
+    """Raise ConfigError for unknown top-level keys."""
     known = {*STAGES, *_GROUPS, *CommandSettings.__dataclass_fields__, "decode_folder"}
     known |= {
         "systems",

@@ -45,10 +45,10 @@ def settings_yaml(overrides: Sequence[str]) -> str:
 
 
 def _complete(stage: str, settings: Any) -> Any:
-    """All settings of a stage; those that are set, if they lack a required one."""
+    """All settings of a stage; only the given ones if a required one is missing."""
     try:
         return plain(structure(settings or {}, resolve(stage, STAGES, "stage").Config, stage))
-    except ConfigError:  # reported if the stage is among the jobs
+    except ConfigError:  # reported if the stage is one of the jobs
         return untyped(settings)
 
 

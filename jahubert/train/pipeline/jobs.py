@@ -1,4 +1,4 @@
-"""Planning of a command: its stages in order, each with its checked settings and its folder."""
+"""Planning of a command: the ordered stages with their validated settings and output folders."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
     """All jobs of a command, in order.
 
     Args:
-        check_inputs: the jobs are about to run here, so their inputs must exist or be made by the command.
+        check_inputs: run the preflight checks, for jobs that are about to run on this machine.
 
     Raises:
-        ConfigError: every mistake in any of them.
+        ConfigError: all mistakes of all jobs.
     """
     tree = compose(overrides)
     planned = plan_stages(tree)
@@ -65,7 +65,7 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
 
 
 def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
-    """A message if `pretrained=` is typed but all systems fine-tune something else."""
+    """An error if `pretrained=` is typed but all systems fine-tune another model."""
     model, used = tree["pretrained"], [job.config.pretrained for job in jobs if job.stage == "finetune"]
     is_typed = any(override.key == "pretrained" for override in parse_overrides(overrides))
     if not is_typed or model is None or not used or Path(model) in used:
@@ -77,10 +77,10 @@ def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Seq
 
 
 def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:
-    """One stage with its settings.
+    """Validate the settings of one stage.
 
     Raises:
-        ConfigError: every mistake in the settings.
+        ConfigError: all mistakes in the settings.
     """
     stage, iteration, system = planned
     tree = compose([*overrides, *([f"iteration={iteration}"] if iteration else [])], system)
@@ -93,12 +93,12 @@ def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:
 
 
 def output_folder(tree: dict[str, Any], planned: PlannedStage) -> Path:
-    """The folder that a stage writes."""
+    """The output folder of a stage."""
     return Path(tree["exp"]) / stage_folder(*planned, tree["decoding"])
 
 
 def _check_layer(tree: dict[str, Any], config: Any) -> None:
-    """Refuse a layer that the model of the previous iteration, which may not exist yet, will not have."""
+    """Reject a layer beyond those of the previous iteration's model, which may not exist yet."""
     from jahubert.model.hubert import HubertConfig
 
     bundle = Path(tree["exp"]) / f"iter{tree['iteration'] - 1}" / "pretrain" / "bundle"
@@ -106,13 +106,13 @@ def _check_layer(tree: dict[str, Any], config: Any) -> None:
     is_too_high = isinstance(config.layer, int) and isinstance(n_layers, int) and config.layer > n_layers
     if config.model == bundle and is_too_high:
         raise ConfigError(
-            f"features.layer: iteration {tree['iteration']} takes layer {config.layer}, but the model has "
+            f"features.layer: iteration {tree['iteration']} uses layer {config.layer}, but the model has "
             f"{n_layers}; set it in by_iteration or on the command line"
         )
 
 
 def _check_pretrained(tree: dict[str, Any], config: Any) -> None:
-    """Refuse to fine-tune the model of an iteration that is not run."""
+    """Reject fine-tuning without a pretrained model if there are no pretraining iterations."""
     if tree["iterations"] == 0 and config.pretrained == Path(tree["exp"]) / "iter0" / "pretrain":
         raise ConfigError(
             "pretrained=... is missing: with iterations=0 name the model to fine-tune, or set "
@@ -136,7 +136,7 @@ def plan_stages(tree: dict[str, Any]) -> list[PlannedStage]:
     if tree["system"] is not None and tree["system"] not in systems:
         raise ConfigError(unknown_name_error("system", str(tree["system"]), systems))
     if tree["decoding"] is not None and not re.fullmatch(r"[\w.-]+", tree["decoding"]):
-        raise ConfigError(f"decoding={tree['decoding']}: give a folder name: letters, digits, . _ -")
+        raise ConfigError(f"decoding={tree['decoding']}: must consist of letters, digits and . _ -")
     if tree["system"]:
         systems = [tree["system"]]
     if stage in PER_ITERATION:

@@ -1,4 +1,4 @@
-"""Multirun: one run per combination of swept settings, each in an experiment folder of its own."""
+"""Multirun: one run per combination of swept settings, each in its own experiment folder."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ from jahubert.train.pipeline.signals import check_stop
 
 log = logging.getLogger("jahubert")
 
-# Select a part of an experiment, so that jobs which differ in them only share its folder.
+# Selectors of a part of an experiment: runs that differ only in these share its folder.
 _SELECTORS = ("stage", "iteration", "system", "decoding", "processes", "machines")
-_MAX_NAME = 100  # characters of a folder name for the swept settings
+_MAX_NAME = 100  # maximum length of the swept settings in a folder name
 
 
 class Run(NamedTuple):
     overrides: list[str]
-    swept: dict[str, str]  # the settings in which it differs from the others
+    swept: dict[str, str]  # the settings that differ between runs
 
 
 def run_all(arguments: Sequence[str]) -> int:
-    """Run each combination, here or through a launcher of Hydra; returns the first exit status that is not 0.
+    """Run each combination, locally or through a Hydra launcher; returns the first nonzero exit status.
 
-    All settings are checked before the first job starts. A job that fails does not keep the others from
-    running.
+    All settings are checked before the first run starts. After a failed run the others still run.
     """
     launcher = [word for word in arguments if word.startswith(("hydra/", "hydra."))]
     runs = expand([word for word in arguments if word not in launcher])
@@ -57,7 +56,7 @@ def run_all(arguments: Sequence[str]) -> int:
 def expand(arguments: Sequence[str]) -> list[Run]:
     """The runs of a multirun, in order.
 
-    Where several experiments would share a folder, the swept settings are added to its name.
+    If several experiments would share a folder, the swept settings are appended to its name.
     """
     runs = [Run(*pair) for pair in expand_sweeps(arguments)]
     folders: dict[str, set[str]] = {}
@@ -84,15 +83,13 @@ def _folder_suffix(swept: dict[str, str]) -> str:
 
 
 def _launch(launcher: list[str], runs: Sequence[Run]) -> int:
-    """Submit the runs through a launcher of Hydra, such as hydra/launcher=slurm."""
+    """Submit the runs through a Hydra launcher, such as hydra/launcher=slurm."""
     import hydra
 
     from jahubert.train.experiment.registry import data_folder
 
     if other := [word for word in launcher if not word.startswith(("hydra/launcher=", "hydra.launcher."))]:
-        raise ConfigError(
-            f"{other[0]}: of Hydra's settings only hydra/launcher and hydra.launcher have effect"
-        )
+        raise ConfigError(f"{other[0]}: only hydra/launcher and hydra.launcher settings are supported")
     overrides = [run.overrides for run in runs]
 
     @hydra.main(config_path=str(data_folder("conf").resolve()), config_name="config", version_base="1.3")

@@ -1,8 +1,8 @@
 """Parser of `key=value` overrides, following Hydra's notation.
 
-A value keeps the characters that were typed: `1.10`, `2024_01`, `1e5` and `null` stay text until the declared
-type of the setting converts them (`structure`), so that a name or a path is never reformatted. Lists and
-mappings are written as in Hydra: `[a, b]`, `{a: 1, b: [2, 3]}`; quotes keep brackets and commas in a string.
+Values stay text as typed, such as `1.10`, `2024_01`, `1e5` and `null`, until `structure` converts them to the
+declared type of the setting, so that names and paths are never reformatted. Lists and mappings are written as
+in Hydra: `[a, b]`, `{a: 1, b: [2, 3]}`; brackets and commas inside quotes are literal.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _RANGE = re.compile(r"range\((.*)\)", re.S)
 
 @dataclass(frozen=True)
 class Override:
-    """A setting that was typed.
+    """A setting typed on the command line.
 
     Attributes:
         key: dotted name.
         value: text, or a list or mapping of such values.
-        delete: `~key`, which returns a setting to its default.
+        delete: `~key`, which resets a setting to its default.
     """
 
     key: str
@@ -41,7 +41,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
     """Parse all overrides.
 
     Raises:
-        ConfigError: every argument that is not an override.
+        ConfigError: names all arguments that are not overrides.
     """
     parsed: list[Override] = []
     mistakes: list[str] = []
@@ -68,7 +68,7 @@ def parse_override(argument: str) -> Override:
 
 
 def parse_value(text: str, argument: str) -> Any:
-    """A value as text, list or mapping.
+    """Parse a value to text, a list or a mapping.
 
     Args:
         text: the value as typed.
@@ -84,7 +84,7 @@ def parse_value(text: str, argument: str) -> Any:
         return text
     parts = list(split_top_level(text[1:-1], ",")) if _closes_at_end(text) else None
     if parts is None:
-        if _end_of_bracket(text, 0) is not None:  # [2024] talks: text that begins with a bracket
+        if _end_of_bracket(text, 0) is not None:  # text that begins with a bracket: [2024] talks
             return text
         raise ConfigError(f"{argument}: cannot be read, {first} without {closing}")
     items = [part.strip() for part in parts]
@@ -104,10 +104,10 @@ def parse_value(text: str, argument: str) -> Any:
 def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
     """The jobs of a multirun: (its overrides, the swept settings) for each combination of values.
 
-    `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` sweep; a quoted comma does not.
+    `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` are sweeps; quoted commas do not separate values.
 
     Raises:
-        ConfigError: an argument that is not an override, or a range that is not one.
+        ConfigError: an argument that is not an override, or an invalid range.
     """
     parse_overrides([argument for argument in arguments if not _sweep_values(argument)])
     options = [_sweep_values(argument) or [argument] for argument in arguments]
@@ -122,7 +122,7 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, s
 
 
 def _sweep_values(argument: str) -> list[str] | None:
-    """The overrides that a swept one stands for."""
+    """Expand a sweep to its overrides; None if the argument is not a sweep."""
     name, _, text = argument.partition("=")
     if match := _RANGE.fullmatch(text):
         values = [str(number) for number in _range(match[1], argument)]
@@ -132,7 +132,7 @@ def _sweep_values(argument: str) -> list[str] | None:
         if len(values) == 1 and not match:
             return None
     if "" in values or not values:
-        raise ConfigError(f"{argument}: an empty value among those to sweep")
+        raise ConfigError(f"{argument}: empty value in sweep")
     return [f"{name}={value}" for value in values]
 
 

@@ -1,8 +1,8 @@
 """Preflight checks: inputs, model, device, engine and process count, before any stage runs.
 
-A corpus is read for hours before a model is opened, so everything that can be checked without work is
-checked before the first stage, and the names of splits as soon as there is a manifest. All errors are
-reported at once.
+A model may be opened only after hours of reading a corpus, so everything that is quick to check is checked
+before the first stage; split names are checked as soon as the manifest exists. All errors are reported at
+once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jahubert.train.trainer.optim import pick_precision
 def preflight_errors(
     jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], processes: int
 ) -> list[str]:
-    """One message per error that would end a stage.
+    """Find errors that would end a stage; returns one message per error.
 
     Args:
         jobs: (stage, its config, its folder).
-        made: the folders that the command writes; inputs in them need not exist yet.
-        processes: the number of processes that share the training.
+        made: output folders of the command; inputs in them need not exist yet.
+        processes: number of processes of the training.
     """
     made = [folder.absolute() for folder in made]
     errors = [error for job in jobs for error in _job_errors(*job, made, processes)]
@@ -39,26 +39,27 @@ def preflight_errors(
 
 
 def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
-    """One message per split that a stage reads and that its existing manifest does not contain."""
-    found, known = [], {}
+    """One message per split that a stage reads but that its manifest, if it exists, does not contain."""
+    errors: list[str] = []
+    splits_of: dict[Path, Any] = {}
     for stage, config, out in jobs:
         path = getattr(config, "manifest", None)
         if path is None or not (path.parent / DONE).exists() or (out / DONE).exists():
             continue
         try:
-            known[path] = known.get(path) or Manifest(path).counts["splits"]
+            splits_of[path] = splits_of.get(path) or Manifest(path).counts["splits"]
         except DataError:  # reported by the stages
             continue
-        found += [
-            f"{stage}.{name}={split}: {path} has no such split; its splits are {', '.join(known[path])}"
+        errors += [
+            f"{stage}.{name}={split}: {path} has no such split; its splits are {', '.join(splits_of[path])}"
             for name, split in split_fields(config)
-            if split not in known[path]
+            if split not in splits_of[path]
         ]
-    return found
+    return errors
 
 
 def check_splits(jobs: Sequence[tuple[str, Any, Path]]) -> None:
-    """Raise ConfigError in all processes for splits that stage prepare did not make."""
+    """Raise ConfigError on all ranks for splits that the manifest does not contain."""
     with distributed.rank0_reports():
         raise_config_errors(split_errors(jobs))
 
@@ -84,24 +85,24 @@ def _job_errors(stage: str, config: Any, out: Path, made: Sequence[Path], proces
 
 
 def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
-    """Errors of device, engine and batch; the GPU of each process is checked when it is taken."""
+    """Errors of device, engine and batch; `process_device` checks the GPU of each process later."""
     train = getattr(config, "train", None)
     device = getattr(config if train is None else train, "device", None)
     kind = None
     if device is not None:
         try:
-            own = device in ("auto", "cuda") and torch.cuda.is_available()
-            kind = distributed.process_device("cuda:0" if own else device)
+            any_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+            kind = distributed.process_device("cuda:0" if any_gpu else device)
         except UserError as error:
             yield str(error)
     if train is None:
         return
-    for where, look in (
+    for prefix, check in (
         (f"{stage}.", lambda: train.accumulation_steps(processes)),
         ("", lambda: resolve(train.engine, ENGINES, "engine")),
         (f"{stage}.train.", lambda: kind and pick_precision(train, kind)),
     ):
         try:
-            look()
+            check()
         except UserError as error:
-            yield f"{where}{error}"
+            yield f"{prefix}{error}"

@@ -1,4 +1,4 @@
-"""The stage runner: runs the stages of a command, in this process or in several."""
+"""Stage runner: runs the stages of a command, in this process or in several."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def start(overrides: Sequence[str]) -> int:
 
 
 def run(overrides: Sequence[str]) -> None:
-    """Run the stages that a list of `key=value` overrides asks for.
+    """Run the stages that a list of `key=value` overrides selects.
 
     Raises:
         ConfigError: an override that cannot be parsed; an unknown stage, recipe, system or key; an input
-            that does not exist and that no stage of the command makes.
+            that does not exist and is not an output of the command.
     """
     from jahubert.train.experiment import distributed
     from jahubert.train.pipeline import preflight
@@ -49,7 +49,7 @@ def run(overrides: Sequence[str]) -> None:
         timeout_minutes = settings["hang_timeout_minutes"]
         verify_large = settings["verify_large_inputs"]
     except JahubertError as error:
-        error.reported = not is_rank0()  # every process finds the same mistakes
+        error.reported = not is_rank0()  # all ranks find the same mistakes
         raise
     with distributed.process_group(report_error), watchdog(timeout_minutes):
         for job in jobs:
@@ -63,8 +63,8 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
     """Run one stage in its folder, or keep its finished result; returns its metrics.
 
     Args:
-        verify_large: verify the checksums of input files of a gigabyte and more; sizes, and checksums of
-            smaller files, are always verified.
+        verify_large: verify the checksums of input files over 1 GB as well; the sizes of all files and the
+            checksums of smaller ones are always verified.
 
     Raises:
         StaleError: the folder was made with other settings.
@@ -121,7 +121,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
     """Verify the files that a stage reads: recorded sizes and checksums, and the contents of manifests.
 
     Raises:
-        DataError: a file is missing or damaged; names it.
+        DataError: a file is missing or damaged.
     """
     from jahubert.train.data.manifest import Manifest
     from jahubert.train.experiment import provenance
@@ -134,7 +134,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
 
 
 def _show_finished(module: Any, config: Any, out: Path) -> None:
-    """Show the result of a stage that was already done."""
+    """Print the result of a stage that was already done."""
     if hasattr(module, "kept"):
         module.kept(config, out)
     if (out / "table.txt").is_file():

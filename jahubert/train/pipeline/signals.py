@@ -13,7 +13,7 @@ from jahubert.errors import Stopped
 
 # SIGINT is not among them: Python raises KeyboardInterrupt for it. Windows has no SIGUSR1.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_received: list[str] = []  # kept apart from the exception, which interrupted code may replace or swallow
+_received: list[str] = []  # separate from the exception, which interrupted code may replace or swallow
 
 
 class StopRequested(BaseException):
@@ -29,9 +29,9 @@ def stop_signals() -> Iterator[None]:
     main_process, previous = os.getpid(), {}
 
     def stop(number: int, _: Any) -> None:
-        if os.getpid() != main_process:  # a forked worker: the main process reports
+        if os.getpid() != main_process:  # a forked worker; the main process reports the signal
             os._exit(Stopped.exit_status)
-        if not _received:  # launchers and schedulers may both send it
+        if not _received:  # the launcher and the scheduler may both send it
             _received.append(signal.Signals(number).name)
             raise StopRequested
 
