@@ -55,7 +55,7 @@ class CheckpointError(UserError):
 
 
 class DiskFullError(UserError):
-    """No space left on a device; the same command resumes once there is some."""
+    """No space left on a device; the same command resumes when space is available."""
 
     exit_status = 1
 

@@ -53,7 +53,7 @@ class FrameGrid:
         return sample - sample % self.hop
 
     def hop_ratio(self, finer: FrameGrid) -> int:
-        """Number of hops of `finer` per hop of this grid: frame `t` here is frame `t * ratio` there.
+        """Hops of `finer` per hop of this grid: frame `t` of this grid is frame `t * ratio` of `finer`.
 
         Raises:
             ConfigError: the windows differ, or the hops do not divide.

@@ -275,7 +275,7 @@ def normalize_kana(reading: str, surface: str | None = None) -> str:
 
 
 def _mark_parts(text: str, surface: str) -> str:
-    """`text` with a `|` at morpheme boundaries that the surface form shows."""
+    """Insert `|` into `text` at the morpheme boundaries that the surface form reveals."""
     if surface in ("言う", "云う", "いう") and text == "イウ":
         return "ユー"
     if "H" in unicodedata.normalize("NFKC", surface).upper():

@@ -46,7 +46,7 @@ OPTIONAL = (
     "tqdm", "transformers",
 )  # fmt: skip
 TOLERANCE = 1e-5
-FORMATS = ("flac", "ogg", "mp3")  # of the recording, in addition to WAV
+FORMATS = ("flac", "ogg", "mp3")  # formats of the recording, in addition to WAV
 MODELS = ("base", "large")  # the two architectures of HuBERT, in tiny sizes
 
 
@@ -70,7 +70,7 @@ def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess
 
 
 def checked_output(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
-    """Standard output of a command; CheckFailed if its exit status is another than `status`."""
+    """Standard output of a command; CheckFailed if its exit status differs from `status`."""
     require(
         result.returncode == status,
         f"{' '.join(result.args)}\nended with {result.returncode}, not {status}:\n"

@@ -1,8 +1,8 @@
 """The command line `jahubert`: transcription, features, units, models and experiments.
 
 Results go to standard output or into the folder given with -o, everything else to standard error. A file that
-fails is reported and the others are still done. Exit status: 0 all done, 2 the user can mend what went wrong
-(a missing file, a wrong option), 1 an error of the program, 130 interrupted.
+fails is reported and the others are still processed. Exit status: 0 success, 2 an error that the user can fix
+(a missing file, a wrong option), 1 an internal error, 130 interrupted.
 
 Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
@@ -50,18 +50,18 @@ TRAIN_PACKAGES = {
     "yaml": "hydra-core",
 }
 
-# Adds a subcommand: the function that it runs, and what it does in a few words.
+# Function that adds a subcommand, given the function to run and a short description.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 PLAN = (
     "settings of jahubert run; gpus=N (default: its processes), gpu=NAME (default: this machine), "
     "utilization=X of its 16-bit peak, hours=H of speech (default: the prepared corpus, else the recipe)"
 )
-MODEL = "a model folder or file, or a Hub name"  # what stands for a model in the help
-CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # as in train/data/export.py, which needs the extra train
+MODEL = "a model folder or file, or a Hub name"  # placeholder for a model in the help
+CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # as in train/data/export.py, which requires the extra train
 
 
 def model_source(args: argparse.Namespace) -> str | Path:
-    """The model asked for, or the built-in one."""
+    """The selected model, or the built-in one."""
     if args.model is not None:
         return args.model
     from jahubert.inference.transcribe import builtin_model
@@ -132,10 +132,10 @@ def transcribe(args: argparse.Namespace) -> int:
 
 
 def output_format(args: argparse.Namespace) -> Path | None:
-    """The file to write if `-o` names one by its suffix, which then sets the format; else None.
+    """The output file if `-o` has the suffix of a format, which then selects the format; else None.
 
     Raises:
-        ConfigError: the suffix is of another format than `-f` asks for.
+        ConfigError: the suffix contradicts the format given with `-f`.
     """
     if args.output is None or Path(args.output).is_dir():
         args.format = args.format or "text"
@@ -153,7 +153,7 @@ def output_format(args: argparse.Namespace) -> Path | None:
 
 
 def save_text(content: str, path: Path) -> None:
-    """Write a transcript to the file that `-o` names."""
+    """Write a transcript to the file given with `-o`."""
     from jahubert.formats.atomic import atomic_write
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def save_text(content: str, path: Path) -> None:
 
 
 def each(inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[Input], str | None]) -> int:
-    """Do `work` for every input and print the line that it returns."""
+    """Call `work` for every input and print the line that it returns."""
     report = Report(inputs, empty)
     for item in inputs:
         line = None
@@ -294,7 +294,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def convert_labels(args: argparse.Namespace) -> int:
-    """The units of an experiment into the files that fairseq trains from."""
+    """Export the units of an experiment as training files for fairseq."""
     if args.to != "fairseq":
         raise ConfigError(f"{args.source} holds units: they can be written with --to fairseq only")
     from jahubert.train.data.fairseq_files import export_experiment
@@ -306,7 +306,7 @@ def convert_labels(args: argparse.Namespace) -> int:
 
 
 def export_corpus(args: argparse.Namespace) -> int:
-    """Write a prepared corpus for another toolkit."""
+    """Export a prepared corpus in the format of another toolkit."""
     from jahubert.train.data import export
     from jahubert.train.data.manifest import Manifest
 
@@ -319,7 +319,7 @@ def export_corpus(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Only for the help and for completion: `main` passes these arguments on as they are."""
+    """Placeholder for help and completion: `main` passes these arguments on unchanged."""
     raise NotImplementedError
 
 
@@ -368,7 +368,7 @@ def beam_width(text: str) -> int:
 
 
 def transcript_format(text: str) -> str:
-    """A format in any case; txt is text."""
+    """Parse a format name, ignoring case; `txt` is an alias of `text`."""
     return "text" if text.lower() == "txt" else text.lower()
 
 
@@ -394,7 +394,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def layers(text: str) -> int | list[int] | str:
-    """6, 3,6,9 or all."""
+    """Parse layers: `6`, `3,6,9` or `all`."""
     if text == "all":
         return text
     found = [int(part) for part in text.split(",")]
@@ -420,7 +420,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def audio_commands(command: Command) -> None:
-    """What is done with recordings."""
+    """Add the subcommands for recordings."""
 
     def audio(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("audio", nargs="+", help="audio files, folders, 'patterns', or - for standard input")
@@ -490,7 +490,7 @@ def audio_commands(command: Command) -> None:
 
 
 def model_commands(command: Command) -> None:
-    """What is done with models."""
+    """Add the subcommands for models."""
     sub = command(info, "show model information")
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -514,7 +514,7 @@ def model_commands(command: Command) -> None:
 
 
 def experiment_commands(command: Command) -> None:
-    """What is done with experiments, and with the shell."""
+    """Add the subcommands for experiments and shell completion."""
     command(run, "run stages of an experiment: prepare, pretrain, finetune, ... (as python -m jahubert.run)")
     sub = command(plan, "estimate the hours, disk and memory of stages")
     sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
@@ -536,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_stages(argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        # File names need not be valid text, and results are UTF-8 whatever the locale of a pipe is.
+        # File names may not be valid text, and results are UTF-8 regardless of the locale.
         if isinstance(stream, io.TextIOWrapper):
             if stream.isatty():
                 stream.reconfigure(errors="replace")
@@ -559,9 +559,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.filename is None:  # of standard output, which Python would complain of again in the end
+        if error.filename is None:  # otherwise Python reports the error of standard output again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # whoever reads us has seen enough (`| head`)
+        if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`| head`)
             return 141
         print_error(reason(error))
         return exit_status(error)

@@ -4,11 +4,11 @@
     python tools/bench/extract.py --device cuda --precision bf16
     python tools/bench/extract.py --blocks 2 --layers 1 2 --lengths 2 3 --rounds 1     # a quick check
 
-All models have the same random weights. Every measurement runs in its own process, in turn (ours, theirs,
-ours, ...), so that peak memory (above the process with its model loaded) belongs to one of them. Outputs of
+All models have the same random weights. Every measurement runs in its own process, interleaved, so
+that peak memory (above the process with its model loaded) belongs to one of them. Outputs of
 the longest recording, which has no padding, must agree. Each model computes what its interface requires:
 transformers returns hidden states of all layers and has no early exit; torchaudio's `num_layers` stops early,
-as ours does.
+like jahubert.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""From a file to text: our recogniser in several precisions against transformers' HubertForCTC.
+"""Benchmark of transcription: jahubert in several precisions against transformers' HubertForCTC.
 
     python tools/bench/transcribe.py audio.wav                        # base size, random weights, two threads
-    python tools/bench/transcribe.py --model MODEL audio.wav          # a model of your own
+    python tools/bench/transcribe.py --model MODEL audio.wav          # another model
     python tools/bench/transcribe.py --model exp/tofugu/systems/pretrained/finetune \\
-        --exp exp/tofugu --splits test test_joined                    # and what fewer bits cost in PER
+        --exp exp/tofugu --splits test test_joined                    # PER of each precision
 
-All get the same recording and weights, in turn, and the median of the rounds counts. Ours reads the file,
-looks for speech, encodes chunks of 30 s with 4 s of overlap and searches with a beam of 20; transformers gets
-the samples in stretches of 30 s without overlap and takes the best symbol of each frame, which is less work.
+All process the same recording with the same weights, interleaved; medians of the rounds are reported. jahubert
+reads the file, detects speech, encodes chunks of 30 s with 4 s of overlap and decodes with a beam of 20;
+transformers gets the samples in chunks of 30 s without overlap and decodes greedily, which is less work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jahubert.train.data.targets import TargetStore
 from jahubert.train.evaluation.metrics import error_rate
 
 STRETCH = 30 * 16_000  # samples
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # the last one on a CPU only
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # the last one only on a CPU
 
 
 def base(folder: Path) -> Path:

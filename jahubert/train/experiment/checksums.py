@@ -58,7 +58,7 @@ def verify_outputs(
     """Compare files with their recorded sizes and checksums.
 
     Args:
-        folder: of the stage or checkpoint.
+        folder: the folder of the stage or checkpoint.
         outputs: as returned by `describe_outputs`.
         below: compare only this file, or the files in this folder.
         max_bytes: compare larger files by size only.

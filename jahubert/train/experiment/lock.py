@@ -61,7 +61,7 @@ def lock_owner(folder: Path) -> str | None:
 def remove_stale_lock(folder: Path) -> None:
     """Delete the lock file that a killed run left in a finished folder."""
     if (folder / LOCK_NAME).exists() and lock_owner(folder) is None:
-        with suppress(OSError):  # a folder that only others may write
+        with suppress(OSError):  # no write permission for the folder
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
 

@@ -33,7 +33,7 @@ from jahubert.train.experiment.registry import (
 )
 from jahubert.train.pipeline.overrides import Override, parse_overrides
 
-# Settings that choose a file of conf/ or recipes/.
+# Settings that select a file in conf/ or recipes/.
 _GROUPS = ("recipe", "model", "iteration", "finetuning", "machine")
 
 
