@@ -57,7 +57,7 @@ PLAN = (
     "utilization=X of its 16-bit peak, hours=H of speech (default: the prepared corpus, else the recipe)"
 )
 MODEL = "a model folder or file, or a Hub name"  # placeholder for a model in the help
-CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # as in train/data/export.py, which requires the extra train
+CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # as in train/data/export.py (extra train)
 
 
 def model_source(args: argparse.Namespace) -> str | Path:
