@@ -15,7 +15,7 @@ from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
-# Data sizes of writers that cannot seek back: SoX, arecord and others, before or after adding the header.
+# Data sizes from writers that cannot seek back (SoX, arecord and others), with or without the header size.
 _PLACEHOLDERS = (0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 _MAX_U32 = 0xFFFFFFFF
 _MAX_PADDING = 4096  # bytes of unknown content tolerated after the samples
@@ -23,19 +23,19 @@ _MAX_PADDING = 4096  # bytes of unknown content tolerated after the samples
 
 @dataclass(frozen=True)
 class Part:
-    """A separately decoded stream within a file: `prefix`, then the bytes of a range."""
+    """Separately decoded stream within a file: `prefix`, followed by a byte range."""
 
     start: int  # bytes
     length: int  # bytes
     prefix: bytes = b""  # a corrected header
-    min_frames: int = 0  # fewer decoded frames mean damage
+    min_frames: int = 0  # with fewer decoded frames, the file is damaged
 
 
 def split(source: AudioBytes) -> list[Part]:
-    """The streams of a file, usually one.
+    """Find the streams of a file, usually one.
 
     Raises:
-        AudioError: the file ends before its header says, or holds bytes that belong to no stream.
+        AudioError: the file is shorter than its header states, or contains bytes that belong to no stream.
     """
     name, file, size = source
     whole = [Part(0, size)]
@@ -70,7 +70,7 @@ def _is_placeholder(length: int, header: int) -> bool:
 
 
 def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """One part per WAV file; a file may contain several concatenated WAV files."""
+    """Return one part per WAV file; a file may contain several concatenated WAV files."""
     parts: list[Part] = []
     start = 0
     while start < size:
@@ -89,7 +89,7 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
     while True:
         file.seek(position)
         chunk = file.read(8)
-        if len(chunk) < 8:  # no samples: the decoder refuses it
+        if len(chunk) < 8:  # no samples: the decoder rejects the file
             return Part(start, size - start), size
         kind = chunk[:4]
         length = struct.unpack(order + "I", chunk[4:])[0]
@@ -116,13 +116,13 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
         return Part(data_start, size - data_start, prefix), size
     _check_end(data_start + length, size, name)
     end = _riff_end(file, data_start + length, size, name)
-    if magic == b"BW64":  # libsndfile knows this successor of RF64 by its old name only
+    if magic == b"BW64":  # libsndfile only accepts the older name RF64
         return Part(start + 4, end - start - 4, b"RF64"), end
     return Part(start, end - start), end
 
 
 def _riff_header(file: BinaryIO, start: int, data_start: int, n_bytes: int, order: str) -> bytes:
-    """RIFF header of a WAV file, with the sizes corrected."""
+    """RIFF header of a WAV file with corrected sizes."""
     file.seek(start)
     header = bytearray(file.read(data_start - start))
     header[:4] = b"RIFX" if order == ">" else b"RIFF"
@@ -201,7 +201,7 @@ def _caf_end(file: BinaryIO) -> int:
 
 
 def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """The links of an Ogg file (RFC 3533): a link starts with pages marked as the beginning of a stream."""
+    """Split an Ogg file into its links (RFC 3533), which start with beginning-of-stream pages."""
     starts: list[int] = []
     position = 0
     last_flags = 2
@@ -209,7 +209,7 @@ def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
         file.seek(position)
         header = file.read(27 + 255)
         if header[:4] != b"OggS":
-            if find(file, b"OggS", position) < 0:  # for example an ID3 tag
+            if find(file, b"OggS", position) < 0:  # trailing data, for example an ID3 tag
                 break
             raise AudioError(f"{name} is damaged: no Ogg page at byte {position}")
         n_segments = header[26] if len(header) > 26 else 0
@@ -230,7 +230,7 @@ def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
 
 
 def find(file: BinaryIO, pattern: bytes, position: int) -> int:
-    """The position of a pattern in a file at or after `position`; -1 if it does not occur."""
+    """Find a pattern in a file at or after `position`; returns -1 if it does not occur."""
     file.seek(position)
     overlap = b""
     while block := file.read(1 << 20):

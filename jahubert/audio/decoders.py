@@ -18,9 +18,9 @@ from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _BLOCK = 60 * 48_000  # frames decoded at a time from a file of unknown length
-_UNKNOWN = 1 << 48  # a frame count above this means that the header states none
+_UNKNOWN = 1 << 48  # higher frame counts mean that the header states none
 _FLAC = b"fLaC\0\0\0\x22"  # the beginning of a FLAC stream
-_READ_AHEAD = 65_536  # bytes; more than a decoder reads beyond what it has decoded
+_READ_AHEAD = 65_536  # bytes; more than a decoder reads ahead of the decoded position
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeError)
 
 
@@ -36,12 +36,12 @@ class Decoder(Protocol):
         """Read up to `n` frames (None: all) from frame `start`; float32, (frames, channels)."""
 
     def blocks(self, n: int) -> Iterator[np.ndarray]:
-        """All samples in blocks of up to `n` frames."""
+        """Yield all samples in blocks of up to `n` frames."""
 
 
 @contextmanager
 def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
-    """Decoders for the streams of a file, in order.
+    """Open decoders for the streams of a file, in order.
 
     Raises:
         AudioError: not audio, an unsupported format, or a truncated file.
@@ -66,7 +66,7 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
 
 
 class _Bytes(io.RawIOBase):
-    """File object over a `Part`: its prefix, then a range of bytes of the file."""
+    """File object over a `Part`: its prefix, followed by a byte range of the file."""
 
     def __init__(self, file: BinaryIO, part: Part):
         self.file = file
@@ -103,10 +103,10 @@ class _Bytes(io.RawIOBase):
 
 
 class _Sequential(soundfile.SoundFile):
-    """A file without seeks between reads.
+    """Sound file that does not seek between reads.
 
     soundfile seeks to the current position after each read of a seekable file, which fails if the length is
-    unknown, and makes the MP3 decoder lose the bits that frames share (audible at each block boundary).
+    unknown, and makes the MP3 decoder lose its bit reservoir (audible at each block boundary).
     """
 
     def seekable(self) -> bool:
@@ -114,7 +114,7 @@ class _Sequential(soundfile.SoundFile):
 
 
 class SoundFileDecoder:
-    """A stream that libsndfile decodes."""
+    """Decoder that uses libsndfile."""
 
     def __init__(self, source: AudioBytes, part: Part):
         self.name = source.name
@@ -132,21 +132,21 @@ class SoundFileDecoder:
         if isinstance(file, io.BytesIO) or sys.platform == "win32":
             return file
         descriptor = file.fileno()
-        os.lseek(descriptor, 0, os.SEEK_SET)  # libsndfile takes the current position for the beginning
+        os.lseek(descriptor, 0, os.SEEK_SET)  # libsndfile treats the current position as the start
         return descriptor
 
     def close(self) -> None:
         self.file.close()
 
     def length(self) -> int:
-        # The decoders of MP3 do not keep to a sample count, and a FLAC from a pipe has none.
+        # MP3 decoders deviate from stated sample counts, and FLAC files written to a pipe state none.
         if self.file.format == "MP3" or self.file.frames >= _UNKNOWN:
             return sum(len(block) for block in self.blocks(_BLOCK))
         return self.file.frames
 
     def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
         file = self.file
-        if file.format == "MP3" or file.frames >= _UNKNOWN:  # not seekable to the sample
+        if file.format == "MP3" or file.frames >= _UNKNOWN:  # seeking is not sample-exact
             everything = np.concatenate([np.zeros((0, file.channels), np.float32), *self.blocks(_BLOCK)])
             return everything[start : None if n is None else start + n]
         start = min(start, file.frames)
@@ -183,7 +183,7 @@ class SoundFileDecoder:
         return self.part.min_frames if self.file.format == "MP3" else self.file.frames
 
     def _check_end(self) -> None:
-        """Refuse concatenated FLAC files: decoders stop at the end of the first one."""
+        """Reject concatenated FLAC files, because decoders stop at the end of the first one."""
         if self.file.format != "FLAC":
             return
         file = self.source.file

@@ -1,4 +1,4 @@
-"""Loading of audio: waveforms, blocks of a stream, and lengths."""
+"""Audio loading: whole waveforms, streams of blocks, and lengths."""
 
 from __future__ import annotations
 
@@ -41,19 +41,20 @@ _EXPECTED = (
 def load_audio(
     source: AudioLike, sample_rate: float | None = None, *, start: int = 0, n_samples: int | None = None
 ) -> torch.Tensor:
-    """Audio as a float32 tensor (T,): mono, 16 kHz, full scale = 1.
+    """Load audio as a float32 tensor (T,): mono, 16 kHz, full scale = 1.
 
-    Arrays are (T,), (channels, T) or (T, channels), the smaller side being the channels; integers are scaled
-    by their full scale.
+    Arrays are (T,), (channels, T) or (T, channels); the smaller dimension is the channels. Integers are
+    scaled by their full scale.
 
     Args:
         source: see `AudioLike`.
-        sample_rate: sampling rate of an array in Hz. Default: 16,000. Files state their own.
+        sample_rate: sampling rate of an array in Hz. Default: 16,000. Ignored for files, whose
+            headers state it.
         start: first sample to return, at 16 kHz.
         n_samples: number of samples to return, at 16 kHz; fewer are returned at the end of the audio.
 
     Raises:
-        AudioError: missing file, not audio, empty, truncated, or NaN or infinite samples.
+        AudioError: the file is missing, empty, truncated or not audio, or has NaN or infinite samples.
     """
     if start < 0 or (n_samples is not None and n_samples < 0):
         raise AudioError(f"start and n_samples must not be negative, but are {start} and {n_samples}")
@@ -79,10 +80,11 @@ def load_audio(
 def stream_audio(
     source: AudioLike, sample_rate: float | None = None, *, block_seconds: float = 10.0
 ) -> Iterator[torch.Tensor]:
-    """The samples of `load_audio(source)` in blocks (T,), in memory that does not grow with a file.
+    """Yield the samples of `load_audio(source)` in blocks (T,), in memory independent of file length.
 
-    Concatenated, the blocks are bit-identical to the whole, for MP3 up to rounding (1e-7). An error in a file
-    is raised when its position is reached. Byte ranges, pipes and open streams are kept in memory, encoded.
+    Concatenated, the blocks are bit-identical to `load_audio(source)`; for MP3, up to rounding (1e-7). An
+    error in a file is raised when its position is reached. Byte ranges, pipes and open streams are kept in
+    memory in encoded form.
 
     Args:
         source, sample_rate: as for `load_audio`.
@@ -114,10 +116,10 @@ def stream_audio(
 def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     """Number of 16 kHz samples that `load_audio(source)` returns.
 
-    It is computed from the header of formats whose headers can be checked, otherwise by decoding.
+    Computed from the header if the format allows checking it, otherwise by decoding.
 
     Raises:
-        AudioError: as `load_audio`, except for errors that only decoding finds.
+        AudioError: as for `load_audio`, except for errors that are only found by decoding.
     """
     array, rate = _samples(source, sample_rate)
     if array is not None:
@@ -130,7 +132,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
 
 
 def is_recording(audio: Any) -> bool:
-    """Whether `audio` is a single recording, as opposed to a list of recordings."""
+    """Whether `audio` is a single recording rather than a list of recordings."""
     if not isinstance(audio, list | tuple):
         return True
     return _is_rate_and_samples(audio) or (bool(audio) and all(map(_is_number, audio)))
@@ -143,7 +145,7 @@ def _open(source: Any) -> Iterator[tuple[str, list[Decoder]]]:
 
 
 def _samples(source: Any, sample_rate: float | None) -> tuple[Any, int]:
-    """The array in `source` and its rate; (None, rate) for files and streams."""
+    """Return the array in `source` and its sampling rate; (None, rate) for files and streams."""
     stated: Any = None
     if isinstance(source, Mapping):
         array = source.get("array", source.get("raw"))
@@ -167,7 +169,7 @@ def _samples(source: Any, sample_rate: float | None) -> tuple[Any, int]:
 
 
 def _from_sequence(values: Any) -> np.ndarray:
-    """An array of a list of floats, or of channels that are lists of floats."""
+    """Convert a list of floats, or one list of floats per channel, to an array."""
     try:
         array = np.asarray(values)
     except ValueError:  # lists of different lengths
@@ -189,7 +191,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _rate(value: Any) -> int:
-    """A sampling rate as an integer."""
+    """Check a sampling rate and convert it to an integer."""
     if value is None:
         return SAMPLE_RATE
     if not _is_number(value) or not math.isfinite(value) or value != int(value):
@@ -200,7 +202,7 @@ def _rate(value: Any) -> int:
 
 
 def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Samples (frames, channels), float, of an array of any usual type and orientation."""
+    """Convert an array of any usual type and orientation to float samples (frames, channels)."""
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
@@ -244,11 +246,11 @@ def _to_16k(wav_T: np.ndarray, rate: int, name: str) -> np.ndarray:
     if length == 0:
         return wav_T[:0]
     resampled = soxr.resample(wav_T, rate, SAMPLE_RATE, quality="HQ")
-    if len(resampled) < length:  # not observed; `audio_length` relies on the length
+    if len(resampled) < length:  # never observed, but `audio_length` relies on the length
         resampled = np.pad(resampled, (0, length - len(resampled)))
     return resampled[:length]
 
 
 def _resampled_length(n: int, rate: int) -> int:
-    """soxr's output length: n * 16,000 / rate, halves rounded up."""
+    """Output length of soxr: n * 16,000 / rate, with halves rounded up."""
     return n if rate == SAMPLE_RATE else (2 * n * SAMPLE_RATE + rate) // (2 * rate)

@@ -1,4 +1,4 @@
-"""Optional decoding of m4a, mp4, webm, aac, wma and the like with PyAV or the ffmpeg program."""
+"""Optional decoding of m4a, mp4, webm, aac, wma and similar formats with PyAV or the ffmpeg program."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _FORMATS = (  # offset, magic bytes, name
     (0, b"FLV", "Flash Video"),
     (0, b".RMF", "RealMedia"),
 )
-# Files that libsndfile opens, unless their codec is one that it lacks.
+# Containers that libsndfile opens if it supports their codec.
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
-_TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # in messages of ffmpeg
-_SLACK_SECONDS = 1.0  # between the stated and the decoded length
+_TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # in ffmpeg's messages
+_SLACK_SECONDS = 1.0  # tolerated difference between stated and decoded length
 INSTALL = "pip install 'jahubert[media]' (PyAV), or install ffmpeg"
 
 
 def sniff(source: AudioBytes) -> str | None:
-    """The name of a format that only the optional decoder reads; None for any other content."""
+    """Return the name of a format that only the optional decoder reads; None for other content."""
     source.file.seek(0)
     head = source.file.read(16)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -55,7 +55,7 @@ def sniff(source: AudioBytes) -> str | None:
 
 
 def explain(source: AudioBytes, reason: str) -> AudioError:
-    """The error for a file that libsndfile does not open."""
+    """Create the error for a file that libsndfile cannot open."""
     source.file.seek(0)
     head = source.file.read(4)
     advice = ""
@@ -66,7 +66,7 @@ def explain(source: AudioBytes, reason: str) -> AudioError:
 
 @contextmanager
 def open_media(source: AudioBytes, format_name: str) -> Iterator[AvDecoder | FfmpegDecoder]:
-    """The first audio track of a media file.
+    """Open the first audio track of a media file.
 
     Raises:
         AudioError: neither PyAV nor ffmpeg is installed, or the file has no readable audio.
@@ -96,7 +96,7 @@ def _has_av() -> bool:
 
 
 class _MediaDecoder:
-    """Reading and measuring by decoding everything: seeking in media files is not exact to the sample."""
+    """Base class that decodes whole files, because seeking in media files is not sample-exact."""
 
     rate: int
 
@@ -112,7 +112,7 @@ class _MediaDecoder:
 
 
 class AvDecoder(_MediaDecoder):
-    """Decoding with PyAV, that is with the FFmpeg libraries inside the Python process."""
+    """Decoder that uses PyAV, which runs the FFmpeg libraries in the Python process."""
 
     def __init__(self, source: AudioBytes):
         import av
@@ -167,7 +167,7 @@ class AvDecoder(_MediaDecoder):
             yield converted.to_ndarray().T
 
     def _stated_seconds(self) -> float:
-        """The duration in the header; 0 for formats that only estimate it from the bitrate."""
+        """Duration stated in the header; 0 for formats that only estimate it from the bitrate."""
         if self.container.format.name in ("aac", "amr", "mpegts"):
             return 0.0
         if self.stream.duration is not None and self.stream.time_base is not None:
@@ -177,7 +177,7 @@ class AvDecoder(_MediaDecoder):
 
 
 class FfmpegDecoder(_MediaDecoder):
-    """Decoding with the ffmpeg program: float WAV from a pipe."""
+    """Decoder that reads float WAV from a pipe of the ffmpeg program."""
 
     def __init__(self, source: AudioBytes, program: str):
         self.name = source.name
@@ -204,7 +204,7 @@ class FfmpegDecoder(_MediaDecoder):
         self.errors.append(self.process.stderr.read())
 
     def _read_header(self) -> tuple[int, int]:
-        """Sampling rate and channels; leaves the pipe at the first sample."""
+        """Read sampling rate and channels; leaves the pipe at the first sample."""
         assert self.process.stdout is not None
         head = self.process.stdout.read(12)
         rate = channels = 0
@@ -238,7 +238,7 @@ class FfmpegDecoder(_MediaDecoder):
             yield samples.reshape(-1, self.channels)
         status = self.process.wait()
         self.reader.join()
-        # ffmpeg decodes truncated files without failing.
+        # ffmpeg does not fail on truncated files.
         if status != 0 or _TRUNCATED.search(b"".join(self.errors)):
             raise self._failed("ffmpeg failed")
 
@@ -248,7 +248,7 @@ class FfmpegDecoder(_MediaDecoder):
 
 
 def _rechunk(waiting: list[np.ndarray], n: int) -> Iterator[np.ndarray]:
-    """Blocks of `n` frames from a list of arrays, which keeps the rest."""
+    """Yield blocks of `n` frames from a list of arrays; the remainder stays in the list."""
     samples = np.concatenate(waiting)
     n_full = len(samples) - len(samples) % n
     waiting[:] = [samples[n_full:]] if n_full < len(samples) else []

@@ -1,8 +1,8 @@
 """Structure of MPEG audio files (MP3): frames, tags, and the streams of concatenated files.
 
 A file without a header frame (Xing, Info, VBRI) does not state its length, and decoders guess it from the
-first frame; one that was concatenated states the length of its first part. Walking over the frame headers
-gives the truth for about a hundredth of the cost of decoding.
+first frame; a concatenated file states only the length of its first part. Scanning the frame headers gives
+the true length at about a hundredth of the cost of decoding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOLERANCE = 4 * 1152  # samples of encoder delay and padding that decoders remo
 
 class _Header(NamedTuple):
     kind: tuple[int, int, int]  # version bits, layer, sampling rate: constant within a stream
-    length: int  # bytes of the frame
+    length: int  # frame length in bytes
     n_samples: int
     side_info: int  # bytes
 
@@ -43,11 +43,11 @@ class Stream:
     n_frames: int  # without the header frame
     n_samples: int  # per frame
     tagged: bool  # a header frame states its length correctly
-    prefix: bytes  # a header frame, where it has none
+    prefix: bytes  # header frame to prepend if the stream has none
 
     @property
     def min_frames(self) -> int:
-        """The least number of samples per channel that decoding gives."""
+        """Minimum number of samples per channel after decoding."""
         return max(0, self.n_frames * self.n_samples - _TOLERANCE)
 
 
@@ -57,14 +57,14 @@ def is_mpeg(head: bytes) -> bool:
 
 
 def split(file: BinaryIO, name: str) -> list[Stream]:
-    """The streams of a file; none if it has no frames.
+    """Find the streams of a file; an empty list if it has no frames.
 
     Raises:
         AudioError: a stream has fewer frames than its header frame states.
     """
     try:
         data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError:  # in memory
+    except OSError:  # the file is in memory
         file.seek(0)
         data = file.read()
     streams: list[Stream] = []
@@ -78,7 +78,7 @@ def split(file: BinaryIO, name: str) -> list[Stream]:
 
 
 def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream, int]:
-    """The stream whose first frame is at `start`, and the position after it."""
+    """Read the stream whose first frame is at `start`; also returns the position after it."""
     first = _parse(data[start : start + 4])
     assert first is not None
     stated = _stated_frames(data, start, first)
@@ -106,7 +106,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
     if stated is not None and (n_frames < stated - 1 or (incomplete and n_frames < stated)):
         raise AudioError(f"{name} is truncated: its header states {stated} MP3 frames, but it has {n_frames}")
     tagged = stated is not None and n_frames <= stated + 1
-    # Other layers have no header frame, and a constant bitrate, from which decoders know the length.
+    # Other layers have no header frame; decoders compute the length from their constant bitrate.
     prefix = b"" if tagged or first.kind[1] != 3 else _header_frame(data[start : start + 4], n_frames)
     if stated is not None and not tagged:
         start += first.length
@@ -114,7 +114,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
 
 
 def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
-    """The next position where two valid frames follow one another, or one that ends the file; -1 if none."""
+    """Find the next position with two consecutive valid frames, or with a last frame; -1 if none."""
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
         header = _parse(data[position : position + 4])
@@ -129,7 +129,7 @@ def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
 
 
 def _resync(data: mmap.mmap | bytes, position: int, kind: tuple[int, int, int]) -> int:
-    """The next frame of the same stream after bytes that are not a frame; -1 if the stream ends there."""
+    """Find the next frame of the same stream after invalid bytes; -1 if the stream ends."""
     if _skip_tags(data, position) != position:
         return -1
     following = _next_frame(data, position)
@@ -138,7 +138,7 @@ def _resync(data: mmap.mmap | bytes, position: int, kind: tuple[int, int, int]) 
 
 
 def _skip_tags(data: mmap.mmap | bytes, position: int) -> int:
-    """The position after ID3 and APE tags."""
+    """Return the position after ID3 and APE tags."""
     while True:
         head = data[position : position + 32]
         if head[:3] == b"ID3" and len(head) >= 10 and not any(byte & 0x80 for byte in head[6:10]):
@@ -155,7 +155,7 @@ def _skip_tags(data: mmap.mmap | bytes, position: int) -> int:
 
 
 def _parse(head: bytes) -> _Header | None:
-    """The frame header in four bytes; None if they are not one (or a free-format one)."""
+    """Parse a four-byte frame header; None if it is invalid or free-format."""
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
     return _parse_bits(int.from_bytes(head, "big") & 0xFFFFFFC0)
@@ -187,11 +187,11 @@ def _parse_bits(bits: int) -> _Header | None:
 
 
 def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> int | None:
-    """The number of frames that a header frame states; None for a frame with audio."""
+    """Number of frames stated by a header frame; None for an audio frame."""
     if header.kind[1] != 3:
         return None
     frame = data[position : position + min(header.length, 64)]
-    for offset in (4 + header.side_info, 6 + header.side_info):  # with a checksum
+    for offset in (4 + header.side_info, 6 + header.side_info):  # without and with a checksum
         if frame[offset : offset + 4] in (b"Xing", b"Info") and len(frame) >= offset + 12:
             flags, n_frames = struct.unpack(">II", frame[offset + 4 : offset + 12])
             return n_frames if flags & 1 else None
@@ -201,7 +201,7 @@ def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> i
 
 
 def _header_frame(head: bytes, n_frames: int) -> bytes:
-    """A header frame (Xing) that states the number of frames of a stream; `head` begins its first frame."""
+    """Create a Xing header frame with the number of frames; `head` is the first frame's header."""
     bits = int.from_bytes(head, "big") | 1 << 16  # without a checksum
     for bitrate_index in range(1, 15):
         candidate = (bits & ~0xF200 & 0xFFFFFFFF) | bitrate_index << 12

@@ -29,7 +29,7 @@ class AudioSource:
 
 
 class AudioBytes(NamedTuple):
-    """The encoded bytes of a recording."""
+    """Encoded bytes of a recording."""
 
     name: str  # for messages
     file: BinaryIO  # seekable: an open regular file, or the bytes in memory
@@ -43,7 +43,8 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
     Only the bytes are used, never the name of the file. Pipes, streams and byte ranges are read into memory.
 
     Raises:
-        AudioError: missing, unreadable or empty file, byte range outside of the file, or text stream.
+        AudioError: the file is missing, unreadable or empty, the byte range is outside the file, or the
+            stream is a text stream.
     """
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "the stream"))
@@ -56,7 +57,7 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
         source = AudioSource(os.fsdecode(source))
     name = str(source)
     try:
-        # Unbuffered: decoders move the position of its descriptor.
+        # Unbuffered, because decoders move the descriptor's position.
         file = cast(BinaryIO, open(source.path, "rb", buffering=0))  # noqa: SIM115
     except FileNotFoundError as error:
         raise AudioError(f"no such audio file: {source.path}") from error
@@ -73,7 +74,7 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
 
 
 def _range(file: BinaryIO, source: AudioSource, name: str) -> AudioBytes:
-    """The part of an open file that `source` names."""
+    """Read the byte range of an open file that `source` specifies."""
     whole = source.offset == 0 and source.length < 0
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         data = file.read()

@@ -24,7 +24,7 @@ if sys.platform != "win32":
     import fcntl
 
 PREFIX = ".tmp-"
-_FOLDER, _REPLACED = ".new", ".old"  # of the temporary name: a new folder, and the one that it replaces
+_FOLDER, _REPLACED = ".new", ".old"  # suffixes of temporary names: the new folder, and the one it replaces
 
 
 @overload
@@ -40,7 +40,7 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
     Args:
         path: the file to write; its folder must exist.
         mode: "w" for UTF-8 text, "wb" for bytes.
-        errors: for text, how characters are written that UTF-8 cannot encode, as in `open`.
+        errors: how to write characters that UTF-8 cannot encode (text mode only), as in `open`.
     """
     with atomic_path(path) as temporary:
         encoding = None if "b" in mode else "utf-8"
@@ -50,7 +50,7 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """As `atomic_write`, for libraries that open files by name: give a temporary path, not an open file."""
+    """Like `atomic_write`, but yields a temporary path, for libraries that open files by name."""
     with temporary_file(path) as temporary:
         yield temporary
         _flush(temporary)
@@ -59,12 +59,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `path` at the end and replaces a folder of that name.
+    """Yield an empty folder that is renamed to `path` at the end, replacing an existing folder.
 
     Folders cannot be exchanged in one step: the old one is renamed just before the new one takes its name. If
     the process is killed between the two, the next write restores the old one before it begins.
     """
-    path = path.resolve()  # of a symbolic link, its target is replaced
+    path = path.resolve()  # for a symbolic link, replace its target
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """The temporary name of a file or folder, unless two writers of it are active at once."""
+    """Temporary name of a file or folder; a second concurrent writer uses another name."""
     return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
 
 
@@ -112,13 +112,13 @@ def temporary_path(path: Path) -> Path:
 def temporary_file(path: Path) -> Iterator[Path]:
     """Create and lock an empty temporary file for `path`, and remove it at the end unless it was renamed.
 
-    Errors about the temporary file name `path`, the file that the user knows.
+    Errors on the temporary file are raised with `path` as the file name, because users know only that one.
     """
     temporary = temporary_path(path)
     try:
         while True:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            # Its previous user may have renamed or removed the file between the opening and the locking.
+            # The previous writer may have renamed or removed the file between open and lock.
             if _lock(descriptor) and _has_name(descriptor, temporary):
                 break
             os.close(descriptor)
@@ -138,7 +138,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file unless another writer has; True also where the file system has no locks."""
+    """Try to lock an open file; False if another writer holds the lock, True if locks are unsupported."""
     if sys.platform == "win32":
         return True
     try:
@@ -156,7 +156,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the entries of a folder, are on disk."""
     if sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY)

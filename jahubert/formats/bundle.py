@@ -1,4 +1,4 @@
-"""Bundles: model folders that describe themselves and that Hugging Face `transformers` can open.
+"""Bundles: self-describing model folders that Hugging Face `transformers` can open.
 
     config.json  model.safetensors  preprocessor_config.json     Hugging Face's layout
     vocab.json                                                  CTC models: symbol -> index
@@ -79,7 +79,7 @@ class Bundle:
     centroid_layer: int | None = None
     info: dict = field(default_factory=dict)  # the content of jahubert.json, or the file that was read
     special_rows: Tensor | None = None  # (4, dim): rows before fairseq's codebook, for conversion back
-    notes: list[str] = field(default_factory=list)  # what was dropped or newly initialized, a sentence each
+    notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -98,12 +98,12 @@ def save_bundle(
     special_rows: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a bundle, replacing an older one of that name only when the new one is complete.
+    """Write a bundle; an existing one is replaced only when the new one is complete.
 
     Args:
-        path: the folder.
-        info: further content of jahubert.json.
-        dtype: of the weights in model.safetensors; they are read as float32.
+        path: folder to write.
+        info: additional content of jahubert.json.
+        dtype: dtype of the weights in model.safetensors; they are converted to float32 when read.
 
     Raises:
         ConfigError: no model is given, or `path` exists and is not a bundle.
@@ -149,7 +149,7 @@ def save_bundle(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes and values of all tensors: identifies weights in any file."""
+    """SHA-256 of the names, shapes and values of all tensors; identifies weights in any file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()
@@ -192,7 +192,7 @@ def load_bundle(source: str | os.PathLike) -> Bundle:
 
 
 def _read_bundle(folder: Path) -> RawModel:
-    """A Hugging Face folder with our additional files."""
+    """Read a bundle: a Hugging Face folder with additional files."""
     path = folder / INFO
     info = read_json(path)
     if typed_item(path, info, "format", int, 0) > FORMAT:
@@ -229,7 +229,7 @@ def _read_bundle(folder: Path) -> RawModel:
 
 
 def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
-    """Centroids (K, D) of a layer of the model."""
+    """Check the centroids (K, D) and the layer that they belong to."""
     centroids_KD = tensors.get("centroids_KD")
     if centroids_KD is None or centroids_KD.dim() != 2 or not len(centroids_KD):
         raise CheckpointError(f"{path}: has no matrix centroids_KD")
@@ -244,7 +244,7 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
 
 
 def _read_file(path: Path) -> RawModel:
-    """A fairseq, s3prl or torchaudio file, recognized by the names of its tensors."""
+    """Read a fairseq, s3prl or torchaudio file; tensor names determine the format."""
     content = read_tensors(path)
     tables = [content[key] for key in ("model_weight", "model", "state_dict") if key in content]
     loaded = load_tensors(path, tables[0] if tables else content)
@@ -272,7 +272,7 @@ def _read_file(path: Path) -> RawModel:
 
 
 def _build(path: Path, raw: RawModel) -> Bundle:
-    """Modules with the weights of a model. All shapes are checked before memory is taken for modules."""
+    """Build modules and load their weights. All shapes are checked before modules are allocated."""
     config = raw.config
     n_symbols = count_symbols(path, raw.weights, config.width)
     if raw.phonemes is not None and len(raw.phonemes) != n_symbols:
@@ -325,7 +325,7 @@ def _build_unit_head(path: Path, raw: RawModel) -> UnitHead:
 
 
 class _SkipRandomInit(TorchFunctionMode):
-    """Leaves out the random initialization of modules whose tensors are loaded afterwards."""
+    """Skips the random initialization of modules whose tensors are loaded afterwards."""
 
     _SKIPPED = (
         nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_,
@@ -344,10 +344,10 @@ class _SkipRandomInit(TorchFunctionMode):
 
 
 def _verify(folder: Path, info: dict) -> None:
-    """Compare the files of a bundle with the sizes and SHA-256 in its jahubert.json, if it has them.
+    """Compare the files of a bundle with the sizes and SHA-256 hashes in jahubert.json, if present.
 
     Raises:
-        CheckpointError: a file is missing or has other content.
+        CheckpointError: a file is missing or its content differs.
     """
     path, advice = folder / INFO, "copy the bundle again"
     if "checksum" in info and info["checksum"] != _checksum(info):
@@ -377,5 +377,5 @@ def _describe(file: Path) -> dict[str, Any]:
 def _checksum(info: dict) -> str:
     """SHA-256 of jahubert.json without its own checksum."""
     content = {key: value for key, value in info.items() if key != "checksum"}
-    content = json.loads(json.dumps(content))  # as it is read again: all keys are text
+    content = json.loads(json.dumps(content))  # as after reading: all keys are strings
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Conversion of models into the formats of other projects, verified by reading and running the result."""
+"""Conversion of models to other formats, verified by reading the result back and running it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jahubert.formats.torchaudio import write_torchaudio
 from jahubert.frames import SAMPLE_RATE
 
 FORMATS = ("hf", "fairseq", "torchaudio", "onnx")
-SUFFIXES = (".pt", ".pth")  # not .json, in which torchaudio's settings are written
+SUFFIXES = (".pt", ".pth")  # not .json, which is reserved for torchaudio's settings
 TOLERANCE = 1e-3  # permuted rows may round differently
 
 
@@ -29,8 +29,8 @@ TOLERANCE = 1e-3  # permuted rows may round differently
 class Conversion:
     """The result of a conversion."""
 
-    notes: tuple[str, ...]  # what was dropped or newly initialized, a sentence each
-    difference: float  # largest absolute difference of all layers and heads, on random audio
+    notes: tuple[str, ...]  # one sentence per dropped or newly initialized item
+    difference: float  # largest absolute difference over all layers and heads, on random audio
 
 
 def convert(
@@ -40,7 +40,7 @@ def convert(
 
     Raises:
         CheckpointError: the source cannot be read, the target format cannot represent the model, or the
-            written model gives other results than the source.
+            outputs of the written model differ from those of the source.
         ConfigError: the target exists, has the wrong suffix or cannot be written, or the format is unknown.
     """
     target = Path(target)
@@ -65,10 +65,10 @@ def convert(
 
 
 def largest_difference(first: Bundle, second: Bundle) -> float:
-    """The largest absolute difference of all layers, log-probabilities and unit logits on random audio.
+    """Largest absolute difference over layers, log-probabilities and unit logits on random audio.
 
-    The noise has unit variance, so that the epsilon of waveform normalization has no effect. Heads that only
-    one of the two has are not compared; symbols are compared by name.
+    The noise has unit variance, so that the epsilon of waveform normalization has no effect. Heads that
+    only one model has are not compared; CTC symbols are matched by name.
     """
     wav_BT = torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     n_samples = [SAMPLE_RATE, SAMPLE_RATE * 5 // 8]
@@ -93,7 +93,7 @@ def largest_difference(first: Bundle, second: Bundle) -> float:
 
 
 def _check_target(target: Path, to: str) -> None:
-    """Raise ConfigError before the work if the target cannot be written."""
+    """Raise ConfigError if the target cannot be written, before any work is done."""
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(FORMATS)}")
     suffixes = (".onnx",) if to == "onnx" else SUFFIXES
@@ -109,12 +109,12 @@ def _check_target(target: Path, to: str) -> None:
 
 @contextmanager
 def _write_errors(target: Path) -> Iterator[None]:
-    """Raise OSError that names the target, which the command line reports, for all errors of writing."""
+    """Convert all write errors to an OSError that names the target; the command line reports it."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
-    except (OSError, RuntimeError) as error:  # torch's archive writer hides the error of the file system
+    except (OSError, RuntimeError) as error:  # torch's archive writer hides the file system error
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -145,7 +145,7 @@ def _write_onnx(target: Path, bundle: Bundle) -> float:
 
 
 def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
-    """Write a fairseq or torchaudio file; returns what was dropped or newly initialized."""
+    """Write a fairseq or torchaudio file; returns notes on dropped or newly initialized items."""
     parts: dict[str, Any] = {"ctc": bundle.ctc, "phonemes": bundle.phonemes, "unit_head": bundle.unit_head}
     if to == "fairseq":
         notes = write_fairseq(target, bundle.model, special_rows=bundle.special_rows, **parts)
@@ -161,7 +161,7 @@ def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
 
 
 def _matching_rows(first: Bundle, second: Bundle) -> dict[int, int]:
-    """Rows of the two CTC heads with the same symbol."""
+    """Rows of the first CTC head -> rows of the second with the same symbol."""
     if first.phonemes is None or second.phonemes is None:
         return {row: row for row in range(first.ctc.lm_head.out_features)} if first.ctc else {}
     rows = {symbol: row for row, symbol in enumerate(second.phonemes.symbols)}

@@ -1,9 +1,9 @@
 """fairseq's and s3prl's HuBERT checkpoints, without fairseq.
 
 A checkpoint holds settings (`cfg`, or `args` in older files), the weights (`model`) and the dictionaries of
-its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, settings and weights.
+its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, including settings.
 s3prl keeps the same weights under `model_weight`. Dictionaries begin with four special symbols, so a codebook
-of K units has K + 4 rows there; the first special symbol, `<s>`, is the CTC blank.
+of K units has K + 4 rows; the first special symbol, `<s>`, is the CTC blank.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from jahubert.phonemes import BLANK, PhonemeSet
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 _NEVER = -1e4  # bias of a symbol that only fairseq needs: its probability is exactly zero
 _WRAPPED = "w2v_encoder.w2v_model."  # prefix of the pretrained model inside a fine-tuned one
-_FINAL_DIM = 256  # of a newly initialized projection
+_FINAL_DIM = 256  # output width of a newly initialized projection
 _NAMES = [
     (r"^(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
     (r"^feature_projection\.layer_norm\.", "layer_norm."),
@@ -92,7 +92,7 @@ _FIXED = {
 
 
 def fairseq_name(name: str, conv_norm: str = "group") -> str:
-    """fairseq's name of one of our encoder's tensors."""
+    """Convert the name of an encoder tensor to fairseq's."""
     index = "2" if conv_norm == "group" else "2.1"  # fairseq puts a layer norm between two transpositions
     name = re.sub(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", rf"\1.{index}.", name)
     return rename(name, _NAMES)
@@ -107,8 +107,8 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
     Args:
         path: the file, for messages.
         content: the unpickled file.
-        tensors: its weights.
-        prefix: of the encoder's names in `tensors`.
+        tensors: weights in the file.
+        prefix: prefix of the encoder's names in `tensors`.
 
     Raises:
         CheckpointError: its settings or weights are not those of a HuBERT model.
@@ -157,7 +157,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
 
 
 def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
-    """Settings of model and task; those of the pretrained model where a fine-tuned one wraps it."""
+    """Settings of model and task; for a fine-tuned model, those of the pretrained model inside it."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
     settings: Any = to_plain(path, content.get("cfg")) or to_plain(path, content.get("args"))
@@ -165,7 +165,7 @@ def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
         raise CheckpointError(
             f"{path}: fairseq weights without settings (cfg or args); use the complete checkpoint"
         )
-    # An old Namespace is one flat table for model and task.
+    # Older files have a Namespace with the settings of model and task in one flat table.
     model: dict = settings
     task: Any = settings
     if isinstance(settings.get("model"), dict):
@@ -184,7 +184,7 @@ def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
 
 
 def _config_fields(path: Path, model: dict, task: dict) -> dict[str, Any]:
-    """HubertConfig's fields from fairseq's settings; missing ones have fairseq's defaults."""
+    """Convert fairseq's settings to HubertConfig fields; missing settings get fairseq's defaults."""
     fixed = dict(_FIXED)
     conv_norm = "layer" if model.get("extractor_mode") == "layer_norm" else "group"
     fixed["extractor_mode"] = "layer_norm" if conv_norm == "layer" else "default"
@@ -247,7 +247,7 @@ def _read_dictionaries(path: Path, content: dict) -> tuple[list[list[str]], list
     state = to_plain(path, content.get("task_state"))
     dictionaries: dict[str, list[list[str]]] = {}
     for name, value in state.items() if isinstance(state, dict) else ():
-        # One dictionary, a list of them, or in some versions a table by the suffix of the label files.
+        # A dictionary, a list of them, or (some versions) a table keyed by the suffix of the label files.
         if isinstance(value, dict) and "symbols" not in value:
             value = list(value.values())
         dictionaries[name] = [
@@ -294,7 +294,7 @@ def _take_head(
 
 
 def _unit_order(symbols: list[str], n_units: int) -> list[int]:
-    """The row of each unit: the lines of a dictionary may be sorted by frequency."""
+    """Row of each unit in the codebook; dictionary lines may be sorted by frequency."""
     rows = {symbol: row for row, symbol in enumerate(symbols)}
     names = [str(unit) for unit in range(n_units)]
     if len(symbols) == n_units and all(name in rows for name in names):
@@ -303,7 +303,7 @@ def _unit_order(symbols: list[str], n_units: int) -> list[int]:
 
 
 def _drop_unused_specials(ctc: dict[str, Tensor], symbols: list[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Drop special symbols that have probability zero: `write_fairseq` adds them."""
+    """Drop special symbols with probability zero, which `write_fairseq` adds."""
     weight, bias = ctc[HEAD], ctc.get("lm_head.bias")
     if bias is None or len(symbols) != len(weight) or bias.shape != weight.shape[:1]:
         return ctc, symbols
@@ -330,7 +330,7 @@ def write_fairseq(
     """Write the checkpoint of a pretrained model or, with `ctc`, of a fine-tuned one.
 
     Returns:
-        What was dropped or newly initialized, a sentence each.
+        One sentence per dropped or newly initialized item.
 
     Raises:
         CheckpointError: fairseq cannot represent the model.
@@ -380,7 +380,7 @@ def write_fairseq(
 
 
 def _encoder_tensors(model: HubertModel, notes: list[str]) -> tuple[HubertConfig, dict[str, Tensor]]:
-    """The encoder's tensors under fairseq's names, and its configuration in fairseq's terms."""
+    """Encoder tensors under fairseq's names, and the matching configuration."""
     state = portable_state(model, "fairseq", notes)
     config = replace(model.config, conv_bias="feature_extractor.conv_layers.0.conv.bias" in state)
     if config.conv_dims[-1] == config.width:
@@ -400,7 +400,7 @@ def _head_tensors(
     special_rows: Tensor | None,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """Codebook and projection; newly initialized where fairseq needs one that the model does not have."""
+    """Codebook and projection; newly initialized if fairseq requires one that the model lacks."""
     random = torch.Generator().manual_seed(0)
     if head is None:
         dim, rows = _FINAL_DIM, torch.zeros(0, _FINAL_DIM)
@@ -441,7 +441,7 @@ def _model_settings(config: HubertConfig, final_dim: int, temperature: float) ->
 
 
 def _fine_tuned_cfg(pretrained: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a CTC model that wraps the pretrained one."""
+    """Settings of a CTC model that wraps a pretrained model."""
     settings, task = pretrained["model"], pretrained["task"]
     model = {tuned: settings[name] for name, tuned in _FINE_TUNED.items()}
     model |= {"_name": "hubert_ctc", "w2v_path": "", "w2v_args": pretrained, "final_dropout": 0.0, "data": ""}
@@ -473,7 +473,7 @@ def _ctc_tensors(
 
 
 class _Dictionary:
-    """The attributes of fairseq's Dictionary."""
+    """Stand-in for fairseq's Dictionary, with the same attributes."""
 
     def __init__(self, symbols: list[str]):
         self.bos_word, self.pad_word, self.eos_word, self.unk_word = SPECIALS

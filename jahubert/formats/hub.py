@@ -24,7 +24,7 @@ def resolve_model(source: str | os.PathLike) -> Path:
         raise MissingExtraError("huggingface_hub", "train") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):  # downloaded only if needed: as large again
+        if not list(folder.glob("*.safetensors")):  # .bin files are as large: download only if needed
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
         return folder
     except Exception as error:  # the Hub's errors share no base class
@@ -40,7 +40,7 @@ def check_exists(source: str | os.PathLike) -> None:
     and is accessible.
 
     Raises:
-        CheckpointError: as `resolve_model`; or a folder that is not a model.
+        CheckpointError: as for `resolve_model`, or the folder is not a model.
     """
     path = _local_path(source)
     if path is not None:
@@ -68,14 +68,14 @@ def check_exists(source: str | os.PathLike) -> None:
 
 
 def _local_path(source: str | os.PathLike) -> Path | None:
-    """The file or folder of that name; None for what can only be a name on the Hub.
+    """Return the file or folder named `source`; None if it can only be a name on the Hub.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: no such file or folder, and not a valid Hub name.
     """
     path, name = Path(source), str(source)
     if path.is_dir():
-        inner = path / "bundle"  # in the output folder of a training stage
+        inner = path / "bundle"  # a training stage's output folder contains its bundle
         return path if (path / "config.json").exists() or not (inner / "config.json").exists() else inner
     if path.is_file():
         return path

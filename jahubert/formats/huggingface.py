@@ -67,10 +67,10 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
 
     Args:
         folder: the folder.
-        fields: fields of HubertConfig that Hugging Face has no key for, where they are known.
+        fields: fields of HubertConfig that Hugging Face has no key for, if known.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or not of a HuBERT model.
+        CheckpointError: a file is missing, damaged or does not belong to a HuBERT model.
     """
     settings = read_json(folder / CONFIG)
     if settings.get("model_type") != "hubert":
@@ -91,7 +91,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
 
 
 def huggingface_config(config: HubertConfig, phonemes: PhonemeSet | None, n_symbols: int | None) -> dict:
-    """The content of config.json; `n_symbols` are the outputs of a CTC model."""
+    """Content of config.json; `n_symbols` is the number of outputs of a CTC model, otherwise None."""
     settings = {key: getattr(config, name) for name, key in _KEYS.items()}
     return settings | {
         "model_type": "hubert",
@@ -110,7 +110,7 @@ def huggingface_config(config: HubertConfig, phonemes: PhonemeSet | None, n_symb
 
 
 def preprocessor_config(config: HubertConfig) -> dict:
-    """The content of preprocessor_config.json."""
+    """Content of preprocessor_config.json."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "do_normalize": config.normalize,
@@ -123,15 +123,15 @@ def preprocessor_config(config: HubertConfig) -> dict:
 
 
 def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
-    """The content of vocab.json, where the blank is called `<pad>`."""
+    """Content of vocab.json, in which the blank is named `<pad>`."""
     names = {BLANK: "<pad>"}
-    # A model from fairseq has both: its blank is <s>, and <pad> is another symbol.
+    # Models converted from fairseq have both: <s> is the blank and <pad> is an ordinary symbol.
     names["<pad>"] = "<pad >" if "<s>" in phonemes.symbols else "<s>"
     return {names.get(symbol, symbol): row for row, symbol in enumerate(phonemes.symbols)}
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder, from one file or from the shards that an index lists."""
+    """Read the tensors of a folder, from one file or from the shards listed in an index."""
     for name in (SAFE, BIN):
         if (folder / name).exists():
             return load_tensors(folder / name, read_tensors(folder / name))
@@ -154,7 +154,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def _our_name(name: str) -> str:
-    """Our name of a tensor of a Hugging Face model."""
+    """Convert the name of a Hugging Face tensor to ours."""
     for suffix, own in (("weight_g", "original0"), ("weight_v", "original1")):
         name = name.replace(
             f"pos_conv_embed.conv.{suffix}", f"pos_conv_embed.conv.parametrizations.weight.{own}"
@@ -163,7 +163,7 @@ def _our_name(name: str) -> str:
 
 
 def _config_fields(folder: Path, settings: dict) -> dict[str, Any]:
-    """HubertConfig's fields from config.json and preprocessor_config.json."""
+    """Read HubertConfig fields from config.json and preprocessor_config.json."""
     path = folder / CONFIG
     for key, value in _FIXED.items():
         if settings.get(key, value) != value:
@@ -173,7 +173,7 @@ def _config_fields(folder: Path, settings: dict) -> dict[str, Any]:
     fields = {
         name: config_field(path, name, key, settings[key]) for name, key in _KEYS.items() if key in settings
     }
-    # A folder without a processor comes from Hugging Face's script for pretrained models, which writes none.
+    # Hugging Face's conversion script for pretrained models writes no preprocessor_config.json.
     fields["normalize"] = fields.get("pre_norm", False)
     processor = folder / PREPROCESSOR
     if processor.exists():
@@ -182,10 +182,10 @@ def _config_fields(folder: Path, settings: dict) -> dict[str, Any]:
 
 
 def _read_symbols(folder: Path, settings: dict, n_rows: int) -> PhonemeSet | None:
-    """The symbols of a CTC head, by row; None if the folder has no vocabulary.
+    """Read the symbols of a CTC head in row order; None if the folder has no vocabulary.
 
-    The blank is row `pad_token_id` of config.json, whatever its name, and the word delimiter is that of
-    tokenizer_config.json. A row that the vocabulary does not name gets its number as a name.
+    The blank is row `pad_token_id` of config.json, whatever its name; the word delimiter is taken from
+    tokenizer_config.json. A row without a name in the vocabulary is named by its number.
     """
     path = folder / VOCABULARY
     if not path.is_file():
@@ -210,6 +210,6 @@ def _read_symbols(folder: Path, settings: dict, n_rows: int) -> PhonemeSet | Non
 
 
 def _content(tokenizer: dict) -> dict:
-    """The tokenizer's settings, in which a token is text or an object with its text as `content`."""
+    """Tokenizer settings with each token as a string; it may be stored as an object with `content`."""
     token = tokenizer.get("word_delimiter_token")
     return tokenizer | ({"word_delimiter_token": token.get("content")} if isinstance(token, dict) else {})

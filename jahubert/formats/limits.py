@@ -1,7 +1,7 @@
-"""Limits on the memory and time that opening a model file may take.
+"""Limits on the memory and time for opening a model file.
 
 They are far above what models of real projects need. The environment variable `JAHUBERT_LIMITS` multiplies
-all of them, for a larger file that is trusted.
+all of them, for larger files from a trusted source.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from jahubert.errors import ConfigError
 
 VARIABLE = "JAHUBERT_LIMITS"
 JSON_BYTES = 4 << 20  # parsed JSON can take fifty times its size
-PICKLE_BYTES = 16 << 20  # of the pickle without its tensors
-INSTRUCTIONS = 500_000  # of a pickle; 300 tensors and 50,000 symbols need 270,000
+PICKLE_BYTES = 16 << 20  # size of the pickle without its tensors
+INSTRUCTIONS = 500_000  # per pickle; 300 tensors and 50,000 symbols need 270,000
 DEPTH = 100  # levels of nested settings
-EXPANSION = 4  # bytes of tensors per byte of their file
+EXPANSION = 4  # tensor bytes per byte of the file
 CONVS = 64  # layers of the front end
 LAYERS = 512  # Transformer blocks
 
 
 def limit(value: int) -> int:
-    """One of the limits above, multiplied by the environment variable.
+    """Multiply one of the limits above by the environment variable.
 
     Raises:
         ConfigError: the variable is not a positive number.

@@ -8,14 +8,14 @@ from typing import Any
 from jahubert.model.hubert import HubertModel
 from jahubert.phonemes import PhonemeSet
 
-_METRICS = ("wer", "per")  # of the development set of a fine-tuning
+_METRICS = ("wer", "per")  # metrics on the development set of fine-tuning
 
 
 def model_card(name: str, model: HubertModel, info: dict[str, Any], has_ctc: bool) -> str:
-    """The card of a model.
+    """Render the card of a model.
 
     Args:
-        name: title of the card and model name in its results.
+        name: title of the card, and the model name in the results.
         info: content of jahubert.json.
         has_ctc: whether the model has a CTC head.
     """
@@ -65,7 +65,7 @@ def _yaml_header(name: str, info: dict[str, Any], has_ctc: bool) -> str:
     if base_model := finetuning.get("base_model"):
         lines.append(f"base_model: {json.dumps(base_model)}")
     values = {key: finetuning.get("metrics", {}).get(key) for key in _METRICS}
-    if "|" not in json.dumps(info.get("phonemes")):  # characters without words: both are the CER
+    if "|" not in json.dumps(info.get("phonemes")):  # without word boundaries, both metrics are the CER
         values = {"cer": values["per"]}
     measured = {kind: value for kind, value in values.items() if isinstance(value, (int, float))}
     if measured:
@@ -87,7 +87,7 @@ def _yaml_header(name: str, info: dict[str, Any], has_ctc: bool) -> str:
 
 
 def _is_japanese(symbols: Any) -> bool:
-    """Whether a CTC vocabulary is the Japanese phones, or contains kana."""
+    """Whether a CTC vocabulary consists of Japanese phones or contains kana."""
     if not symbols:
         return False
     if symbols == PhonemeSet.standard().to_json():

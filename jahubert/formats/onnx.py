@@ -20,8 +20,8 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
 
 INPUT = "wav"  # float32 (1, samples), 16 kHz, full scale 1
-OUTPUTS = {True: "log_probs", False: "layers"}  # key: is it a CTC model?
-CHECKED = (1.0, 0.31, 4.0)  # seconds of the recordings on which a written file is checked
+OUTPUTS = {True: "log_probs", False: "layers"}  # key: whether the model has a CTC head
+CHECKED = (1.0, 0.31, 4.0)  # lengths in seconds of the random recordings used to check a written file
 
 
 class OnnxGraph(nn.Module):
@@ -48,9 +48,9 @@ class OnnxGraph(nn.Module):
 
 
 def write_onnx(path: Path, bundle: Bundle) -> float:
-    """Write the model of a bundle; returns the largest difference to onnxruntime's output on random audio.
+    """Write the model of a bundle; returns the largest difference from onnxruntime's output on random audio.
 
-    The file's metadata has the symbols, the sample rate and the kind of output.
+    The metadata of the file contains the symbols, the sample rate and the kind of output.
 
     Raises:
         MissingExtraError: a package of the extra `onnx` is not installed.
@@ -66,7 +66,7 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
     loggers = [logging.getLogger(each) for each in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # of the exporter about its own code
+        warnings.simplefilter("ignore")  # the exporter's warnings concern its own code
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
@@ -88,7 +88,7 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
 
 
 def difference(path: Path, bundle: Bundle) -> float:
-    """Largest absolute difference between the file in onnxruntime and the bundle, on random audio."""
+    """Largest absolute difference between onnxruntime's and the bundle's outputs on random audio."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -1,9 +1,9 @@
 """Restricted reader of PyTorch's `.pt` and `.bin` files.
 
 A pickle is a program: it may call any function of any package, repeat work exponentially and declare sizes
-that the file does not have. Here it can call nothing but the few constructors that this module defines.
-Tensors are views of the file's own bytes; objects of known families (settings of argparse, omegaconf and
-Lightning, dictionaries of fairseq) become inert records; everything else is refused. Time and memory are
+that the file does not have. This reader only calls the few constructors that this module defines.
+Tensors are views of the file's own bytes; objects of known packages (settings of argparse, omegaconf and
+Lightning, dictionaries of fairseq) become inert records; everything else is rejected. Time and memory are
 bounded by the number of instructions and by the size of the file.
 """
 
@@ -61,7 +61,7 @@ class Record(dict):
         """Ignore the items of foreign lists and sets: no setting is stored in one."""
 
     def extend(self, _: Iterable) -> None:
-        """Like `append`."""
+        """Ignore the items, as `append` does."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
@@ -70,14 +70,14 @@ class Record(dict):
 
 @dataclass
 class Storage:
-    """The bytes that one or several tensors view; read from the file on first use."""
+    """Bytes shared by one or more tensors; read from the file on first use."""
 
     dtype: torch.dtype
     read: Callable[[], bytes]
     content: Tensor | None = None
 
     def values(self) -> Tensor:
-        """All values, one-dimensional.
+        """Read all values as a one-dimensional tensor.
 
         Raises:
             ValueError: the number of bytes is not a multiple of the item size.
@@ -103,14 +103,14 @@ class Stored:
 
     @property
     def n_bytes(self) -> int:
-        """Declared size."""
+        """Declared size in bytes."""
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def load(self) -> Tensor:
-        """Its values, on the CPU; tensors of one storage share memory.
+        """Read the values to the CPU; tensors of one storage share memory.
 
         Raises:
-            CheckpointError: the file has no or too few bytes for it.
+            CheckpointError: the file contains too few bytes for the tensor, or none.
         """
         try:
             values = self.storage.values()
@@ -118,7 +118,7 @@ class Stored:
             if math.prod(self.shape) > len(values):
                 raise ValueError(f"{values.nbytes} bytes")
             return values.as_strided(self.shape, self.stride, self.offset)
-        except Exception as error:  # of zipfile, zlib or torch
+        except Exception as error:  # from zipfile, zlib or torch
             raise CheckpointError(
                 f"{self.path}: the values of a tensor of shape {self.shape} are damaged ({error}); "
                 "download or copy the file again"
@@ -126,10 +126,11 @@ class Stored:
 
 
 def read_pickled(path: Path) -> Any:
-    """Read what `torch.save` wrote: containers and numbers, tensors as `Stored`, objects as `Record`.
+    """Read a file written by `torch.save`: tensors become `Stored`, other objects `Record`.
 
     Raises:
-        CheckpointError: not such a file, damaged, too complex, or it names something that no model needs.
+        CheckpointError: the format is wrong, or the file is damaged, too complex or refers to a class or
+            function that no model needs.
     """
     if path.suffix == ".onnx":
         raise CheckpointError(f"{path}: ONNX files cannot be read; give the model that it was made from")
@@ -145,10 +146,10 @@ def read_pickled(path: Path) -> Any:
 
 
 def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
-    """The tensors of a table read from `path`; other values are dropped.
+    """Load the tensors of a table read from `path`; other values are dropped.
 
     Raises:
-        CheckpointError: damaged values, or tensors that are together far larger than the file.
+        CheckpointError: the values are damaged, or the tensors are together far larger than the file.
     """
     items = table if isinstance(table, Mapping) else {}
     declared = sum(value.n_bytes for value in items.values() if isinstance(value, Stored))
@@ -162,7 +163,7 @@ def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
 
 
 def to_plain(where: object, value: Any) -> Any:
-    """Replace records by the dicts, lists and values that they contain; omegaconf's nodes are unwrapped.
+    """Replace records by the dicts, lists and values that they contain; omegaconf nodes are unwrapped.
 
     Raises:
         CheckpointError: the value is nested too deeply.
@@ -175,7 +176,7 @@ def to_plain(where: object, value: Any) -> Any:
         if not isinstance(value, dict | list | tuple):
             return value
         if id(value) not in done:
-            done[id(value)] = None  # for an object that contains itself
+            done[id(value)] = None  # ends the recursion of an object that contains itself
             done[id(value)] = convert_container(value, depth + 1)
         return done[id(value)]
 
@@ -196,7 +197,7 @@ def to_plain(where: object, value: Any) -> Any:
 
 
 def _read_archive(path: Path) -> Any:
-    """A file of PyTorch 1.6 or newer: a zip archive of the pickle and one entry per storage."""
+    """Read a file of PyTorch 1.6 or newer: a zip archive of the pickle and one entry per storage."""
     archive = zipfile.ZipFile(path)
     entries = {info.filename: info for info in archive.infolist()}
     (program,) = (name for name in entries if name.endswith("/data.pkl") or name == "data.pkl")
@@ -226,7 +227,7 @@ def _read_archive(path: Path) -> Any:
 
 
 def _read_legacy(path: Path) -> Any:
-    """A file older than PyTorch 1.6: several pickles, then the values of the storages one after another."""
+    """Read a file older than PyTorch 1.6: several pickles, followed by the values of all storages."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         storages: dict[str, Storage] = {}
         n_values: dict[str, int] = {}
@@ -241,7 +242,7 @@ def _read_legacy(path: Path) -> Any:
 
         if read() != _LEGACY_MAGIC or read() != _LEGACY_PROTOCOL:
             raise ValueError("unknown first bytes")
-        read()  # byte order and sizes of the machine that wrote it
+        read()  # byte order and type sizes of the machine that wrote the file
         result = read()
         keys = read()
         if not isinstance(keys, list) or set(keys) != set(storages):
@@ -261,7 +262,7 @@ def _max_bytes(path: Path) -> int:
 
 
 class _Dispatch(dict):
-    """The instructions of a pickle; counts those that are executed."""
+    """Dispatch table of pickle instructions that counts those executed."""
 
     executed = 0
     allowed = 0
@@ -279,12 +280,12 @@ class _Dispatch(dict):
 
 
 class _Unpickler(_PythonUnpickler):
-    """Unpickler that makes containers, numbers, records and descriptions of tensors, and nothing else.
+    """Unpickler limited to containers, numbers, records and descriptions of tensors.
 
     Args:
         path: the file, for messages.
         file: the pickle.
-        storage: gives the storage of a key, dtype and number of values.
+        storage: returns the storage for a key, dtype and number of values.
     """
 
     def __init__(self, path: Path, file: Any, storage: Callable[[str, torch.dtype, int], Storage]):
@@ -334,10 +335,10 @@ class _Unpickler(_PythonUnpickler):
         return data
 
     def call(self, function: Any, args: Any) -> Any:
-        """Make an object; `function` is what `find_class` returned."""
+        """Create an object; `function` was returned by `find_class`."""
         if function is Record:
             record = Record()
-            record.args = tuple(args)  # not copied if it is a tuple: it may be large and used often
+            record.args = tuple(args)  # `tuple` does not copy a tuple, which may be large and shared
             return record
         if function is OrderedDict:
             pairs = list(args[0]) if len(args) == 1 else []
@@ -350,34 +351,34 @@ class _Unpickler(_PythonUnpickler):
             return function(*args)
         raise ValueError("calls something that is not a class")
 
-    # --- instructions whose usual versions could run code or take time that is not bounded by the file ----
+    # --- instructions whose standard versions could run code or take unbounded time ------------------------
 
     def make(self) -> None:
-        """REDUCE and NEWOBJ: function and arguments are on the stack."""
+        """Execute REDUCE or NEWOBJ: function and arguments are on the stack."""
         args = self.stack.pop()
         self.stack[-1] = self.call(self.stack[-1], args)
 
     def make_with_keywords(self) -> None:
-        """NEWOBJ_EX; keyword arguments of foreign classes are dropped."""
+        """Execute NEWOBJ_EX; keyword arguments of foreign classes are dropped."""
         self.stack.pop()
         self.make()
 
     def make_from_stack(self) -> None:
-        """OBJ."""
+        """Execute OBJ."""
         function, *args = self.pop_mark()
         self.append(self.call(function, args))
 
     def make_from_text(self) -> None:
-        """INST."""
+        """Execute INST."""
         module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
         self.append(self.call(self.find_class(module, name), self.pop_mark()))
 
     def set_state(self) -> None:
-        """BUILD."""
+        """Execute BUILD."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Record):
             self.stack[-1].state = state
-        elif not isinstance(self.stack[-1], OrderedDict):  # whose attributes (`_metadata`) no model needs
+        elif not isinstance(self.stack[-1], OrderedDict):  # its attributes (`_metadata`) are not needed
             raise ValueError("sets attributes")
 
     def set_item(self) -> None:
@@ -404,7 +405,7 @@ class _Unpickler(_PythonUnpickler):
 
 
 def _integers(value: Any) -> tuple[int, ...]:
-    """A shape or stride; torch.Size is a record of one argument."""
+    """Check a shape or stride; a torch.Size is a record with one argument."""
     if isinstance(value, Record):
         value = value.args[0]
     if type(value) not in (tuple, list) or len(value) > 8:

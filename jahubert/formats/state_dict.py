@@ -1,8 +1,8 @@
 """Tensors of a model file, its configuration, and the checks that all formats share.
 
 Every reader turns a file into a `RawModel`: tensors under Hugging Face's names, which are also ours, and a
-`HubertConfig`. Another layout is described by one function from our name of a tensor to its name there, which
-serves reading and writing, so messages show the names that are in the file.
+`HubertConfig`. Every other layout has one function that maps our tensor names to its own. It is used for
+reading and writing, and lets messages show the names in the file.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jahubert.formats.typed_fields import typed
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 
-NORMALIZE_EPS = 1e-5  # of fairseq and torchaudio, which normalize waveforms with layer_norm
-TORCH_NORM_EPS = 1e-5  # of all norms in fairseq and torchaudio models
-HEAD = "lm_head.weight"  # of a CTC model
+NORMALIZE_EPS = 1e-5  # fairseq and torchaudio normalize waveforms with layer_norm
+TORCH_NORM_EPS = 1e-5  # epsilon of all norms in fairseq and torchaudio models
+HEAD = "lm_head.weight"  # CTC models only
 WEIGHT_NORM = [
     (r"parametrizations\.weight\.original0$", "weight_g"),
     (r"parametrizations\.weight\.original1$", "weight_v"),
@@ -39,9 +39,9 @@ class RawModel:
     """The content of a model file or folder: tensors under Hugging Face's names, not yet in modules."""
 
     config: HubertConfig
-    weights: dict[str, Tensor]  # of the encoder, and `lm_head.*` of a CTC model
-    head: dict[str, Tensor] = field(default_factory=dict)  # of UnitHead; empty if there is none
-    temperature: float = 0.1  # of that head
+    weights: dict[str, Tensor]  # encoder tensors, and `lm_head.*` for a CTC model
+    head: dict[str, Tensor] = field(default_factory=dict)  # UnitHead's tensors; empty if the file has none
+    temperature: float = 0.1  # temperature of `head`
     special_rows: Tensor | None = None  # (4, dim): rows that fairseq keeps before the codebook
     phonemes: PhonemeSet | None = None
     centroids_KD: Tensor | None = None
@@ -54,14 +54,14 @@ class RawModel:
 
 
 def rename(name: str, rules: list[tuple[str, str]]) -> str:
-    """Apply (pattern, replacement) rules to the name of a tensor, one after another."""
+    """Apply (pattern, replacement) rules to the name of a tensor, in order."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def weight_norm_name(name: str) -> str:
-    """The name with `weight_g` or `weight_v`, whichever torch API for weight normalization saved it."""
+    """Convert a name to `weight_g` or `weight_v`, the names of torch's older weight normalization API."""
     return rename(name, WEIGHT_NORM)
 
 
@@ -69,10 +69,10 @@ def weight_norm_name(name: str) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Read a `.safetensors`, `.pt` or `.bin` file; tensors of pickled files are still `Stored`.
+    """Read a `.safetensors`, `.pt` or `.bin` file; tensors of pickled files are returned as `Stored`.
 
     Raises:
-        CheckpointError: missing, damaged, or not a table.
+        CheckpointError: the file is missing, damaged or does not contain a table.
     """
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: {path.name} is missing; download or copy the folder again")
@@ -92,10 +92,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
-    """The symbols of a CTC head.
+    """Check the symbols of a CTC head.
 
     Raises:
-        CheckpointError: fewer than two, duplicate or not printable.
+        CheckpointError: fewer than two symbols, or a duplicate or unprintable one.
     """
     for symbol in symbols:
         if not typed(where, "a symbol", symbol, str).isprintable():
@@ -112,10 +112,10 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
 
 
 def config_field(where: object, field: str, name: str, value: Any) -> Any:
-    """The value of a field of HubertConfig, with the type of its default; `name` is its name in the file.
+    """Check that a value has the type of a HubertConfig field; `name` is its name in the file.
 
     Raises:
-        CheckpointError: a value of another type.
+        CheckpointError: the value has another type.
     """
     default = HubertConfig.__dataclass_fields__[field].default
     return typed(where, name, value, type(default))
@@ -124,12 +124,12 @@ def config_field(where: object, field: str, name: str, value: Any) -> Any:
 def fields_from_shapes(
     where: object, tensors: Mapping[str, Tensor], name_of: Callable[[str], str]
 ) -> dict[str, Any]:
-    """The fields of HubertConfig that the shapes of an encoder determine.
+    """Derive HubertConfig fields from the shapes of encoder tensors.
 
     Args:
         where: the file, for messages.
-        tensors: the encoder's tensors, under the names of the file.
-        name_of: our name of a tensor -> its name in the file.
+        tensors: encoder tensors under their names in the file.
+        name_of: maps our name of a tensor to its name in the file.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong number of dimensions.
@@ -169,17 +169,17 @@ def fields_from_shapes(
 
 
 def make_config(where: object, from_shapes: Mapping[str, Any], settings: Mapping[str, Any]) -> HubertConfig:
-    """HubertConfig from the shapes of the weights (`fields_from_shapes`) and from the settings of the file.
+    """Create a HubertConfig from weight shapes (`fields_from_shapes`) and the settings in the file.
 
     Raises:
-        CheckpointError: the two contradict each other, or no HuBERT has such a configuration.
+        CheckpointError: the two contradict each other, or the configuration is invalid.
     """
     wrong = [
         f"{name} {settings[name]}, not {from_shapes[name]}"
         for name in from_shapes
         if settings.get(name, from_shapes[name]) != from_shapes[name]
     ]
-    if wrong:  # checked before a model is built, which could have any size
+    if wrong:  # checked before building a model, which could be of any size
         raise CheckpointError(
             f"{where}: weights and settings do not fit; the settings specify {', '.join(wrong)}. Use both "
             "as they were published"
@@ -194,7 +194,7 @@ def make_config(where: object, from_shapes: Mapping[str, Any], settings: Mapping
 
 
 def encoder_shapes(config: HubertConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the encoder's tensors, without building it."""
+    """Compute names and shapes of encoder tensors without building the encoder."""
     width, ffn, kernel = config.width, config.ffn, config.pos_conv_kernel
     shapes: dict[str, tuple[int, ...]] = {"masked_spec_embed": (width,)}
 
@@ -230,10 +230,10 @@ def encoder_shapes(config: HubertConfig) -> dict[str, tuple[int, ...]]:
 
 
 def count_symbols(where: object, weights: Mapping[str, Tensor], width: int) -> int | None:
-    """The outputs of the CTC head; None if there is none.
+    """Number of outputs of the CTC head; None without a CTC head.
 
     Raises:
-        CheckpointError: the head has another width than the encoder, or fewer than two outputs.
+        CheckpointError: the widths of head and encoder differ, or the head has fewer than two outputs.
     """
     if HEAD not in weights:
         return None
@@ -251,16 +251,16 @@ def select_tensors(
     tensors: Mapping[str, Tensor],
     name_of: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """The tensors of the given names and shapes, in float32.
+    """Select the tensors with the given names and shapes, in float32.
 
     Args:
         where: the file, for messages.
-        shapes: our name of each tensor, and its shape.
-        tensors: the tensors found, under the names of the file.
-        name_of: our name -> the name in the file.
+        shapes: our name of each tensor -> its shape.
+        tensors: tensors under their names in the file.
+        name_of: maps our name of a tensor to its name in the file.
 
     Raises:
-        CheckpointError: a tensor is missing, not expected, of another shape or not of floating point.
+        CheckpointError: a tensor is missing or unexpected, has another shape or is not floating-point.
     """
     names = {name_of(name): name for name in shapes}
     missing = [name for name in names if name not in tensors]
@@ -286,7 +286,7 @@ def select_tensors(
 
 
 def new_mask_embedding(width: int) -> Tensor:
-    """A mask embedding (D,) for weights without one: drawn as for training, always the same."""
+    """Mask embedding (D,) for weights without one; initialized as in training, with a fixed seed."""
     return torch.rand(width, generator=torch.Generator().manual_seed(0))
 
 
@@ -294,10 +294,10 @@ def new_mask_embedding(width: int) -> Tensor:
 
 
 def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[str, Tensor]:
-    """The encoder's tensors under our names, for fairseq or torchaudio; appends to `notes` what is lost.
+    """Encoder tensors under our names, for fairseq or torchaudio; appends dropped items to `notes`.
 
     Raises:
-        CheckpointError: the target would compute something else with these weights.
+        CheckpointError: the target would compute different outputs with these weights.
     """
     config = model.config
     if config.norm_eps != TORCH_NORM_EPS:
@@ -315,7 +315,7 @@ def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[st
         name for name in state if re.fullmatch(r"feature_extractor\.conv_layers\.\d+\.conv\.bias", name)
     ]
     if biases and not any(state[name].any() for name in biases):
-        # The published large models were trained without; Hugging Face's copies of them have zeros.
+        # The published large models have no biases; Hugging Face's copies of them contain zeros.
         state = {name: value for name, value in state.items() if name not in biases}
         notes.append("biases of the front end: all zero and left out, as in the published models")
     return state

@@ -1,7 +1,7 @@
 """torchaudio's HuBERT state dicts.
 
-torchaudio keeps the settings of a model in code, not in its files. A file written here has a JSON file of the
-same name next to it, with the call that builds the model.
+torchaudio keeps the settings of a model in code, not in its files. Next to each file, this module writes a
+JSON file of the same name with the call that builds the model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _ARGUMENTS = {
 }
 _CONVS = "extractor_conv_layer_config"
 _MODES = {"group": "group_norm", "layer": "layer_norm"}
-# Further arguments of hubert_pretrain_model, with the values of the paper.
+# Further arguments of hubert_pretrain_model, with the paper's values.
 _PRETRAINING: dict[str, Any] = {
     "mask_prob": 0.8, "mask_selection": "static", "mask_other": 0.0, "mask_length": 10,
     "no_mask_overlap": False, "mask_min_space": 1, "mask_channel_prob": 0.0,
@@ -69,7 +69,7 @@ _PUBLISHED_HEADS = {1024: 16, 1280: 16}  # width -> heads of large and xlarge; o
 
 
 def torchaudio_name(name: str) -> str:
-    """torchaudio's name of one of our encoder's tensors; it has none for the mask embedding."""
+    """Convert the name of an encoder tensor to torchaudio's, which has none for the mask embedding."""
     return rename(name, _NAMES)
 
 
@@ -77,12 +77,12 @@ def torchaudio_name(name: str) -> str:
 
 
 def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawModel:
-    """Read the state dict of wav2vec2_model or hubert_pretrain_model, also with `aux` or from Lightning.
+    """Read a state dict of wav2vec2_model or hubert_pretrain_model, possibly with `aux` or from Lightning.
 
     Args:
-        path: the file, next to which its settings may be.
-        tensors: its weights.
-        prefix: of the encoder's names in `tensors`.
+        path: the file; its settings may be in a JSON file next to it.
+        tensors: weights in the file.
+        prefix: prefix of the encoder's names in `tensors`.
 
     Raises:
         CheckpointError: its settings or weights are not those of a HuBERT model.
@@ -126,10 +126,10 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
 
 
 def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tuple[HubertConfig, list[Any]]:
-    """The configuration and the symbols of the CTC head: from shapes, and from the JSON file next to `path`.
+    """Determine configuration and CTC symbols from shapes and from the JSON file next to `path`.
 
-    Without that file, a model has the strides of the published ones and heads of width 64 (xlarge: 80);
-    pre-norm and normalized waveforms go with layer norms in the front end, as in torchaudio's own models.
+    Without that file, strides are those of the published models and attention heads have width 64 (xlarge:
+    80); layer norms in the front end imply pre-norm and normalized waveforms, as in torchaudio's models.
     """
     from_shapes = fields_from_shapes(path, inner, torchaudio_name)
     layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in inner
@@ -158,7 +158,7 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
 
 
 def _settings_fields(path: Path, settings: dict) -> dict[str, Any]:
-    """HubertConfig's fields from the JSON file."""
+    """Read HubertConfig fields from the JSON file."""
     arguments = typed(path, "arguments", settings.get("arguments"), dict)
     fields = {ours: config_field(path, ours, name, arguments.get(name)) for ours, name in _ARGUMENTS.items()}
     convs = [typed(path, _CONVS, conv, tuple) for conv in typed(path, _CONVS, arguments.get(_CONVS), list)]
@@ -181,10 +181,10 @@ def write_torchaudio(
     phonemes: PhonemeSet | None = None,
     unit_head: UnitHead | None = None,
 ) -> list[str]:
-    """Write a state dict and, next to it as JSON, the call that builds the model.
+    """Write a state dict and a JSON file with the call that builds the model.
 
     Returns:
-        What was dropped, a sentence each.
+        One sentence per dropped item.
 
     Raises:
         CheckpointError: torchaudio cannot represent the model.
@@ -224,7 +224,7 @@ def write_torchaudio(
     with atomic_write(path, "wb") as file:
         torch.save(tensors, file)
         file.flush()
-        with atomic_write(path.with_suffix(".json")) as text:  # complete before the weights get their name
+        with atomic_write(path.with_suffix(".json")) as text:  # complete before the weights are renamed
             json.dump(call, text, indent=2, ensure_ascii=False)
             text.write("\n")
     return notes

@@ -1,7 +1,7 @@
 """Typed access to the JSON files and settings of models.
 
-Settings come from files that anybody may have written. Every field is read through `typed`, which checks its
-type once, so that the code after it never meets a string or NaN where it expects a number.
+Model files are untrusted input. Every field is read through `typed`, which checks its type once, so that
+later code never gets a string or NaN instead of a number.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def typed(where: object, name: str, value: Any, kind: type) -> Any:
     Args:
         where: the file, for the message.
         name: the field, for the message.
-        value: the value found.
+        value: the value to check.
         kind: bool, int, float, str, list or dict; tuple for a list of integers, which is returned as a tuple.
 
     Raises:
-        CheckpointError: the value is of another type, not finite, or larger than any setting of a model.
+        CheckpointError: the value has another type, is not finite or is too large for any model setting.
     """
     if kind is float and type(value) is int and abs(value) <= MAX_INT:
         value = float(value)
@@ -55,7 +55,7 @@ def typed(where: object, name: str, value: Any, kind: type) -> Any:
 
 
 def typed_item(where: object, table: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    """Field `name` of a table, checked by `typed`; `default` if it is missing or null."""
+    """Return field `name` of a table, checked by `typed`; `default` if it is missing or null."""
     value = table.get(name)
     return default if value is None else typed(where, name, value, kind)
 
@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, damaged, too large or holds something else.
+        CheckpointError: the file is missing, damaged, too large or not a JSON object.
     """
     try:
         with path.open("rb") as file:
@@ -88,7 +88,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def short_repr(value: Any) -> str:
-    """A representation of limited length and depth."""
+    """Like `repr`, with limited length and depth."""
     try:
         return reprlib.repr(value)
     except ValueError:  # an integer of thousands of digits

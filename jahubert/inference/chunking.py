@@ -19,8 +19,8 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 
 T = TypeVar("T")
 
-OVERLAP_SECONDS = 4.0  # of neighboring chunks; half of it on each side is context only
-BATCH_SECONDS = 120.0  # of padded audio per forward pass
+OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks; half of it on each side is only context
+BATCH_SECONDS = 120.0  # padded audio per forward pass
 
 # Encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, ...), n_frames_B).
 Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
@@ -28,16 +28,16 @@ Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a recording that starts on a frame; its frames `[keep, end)` enter the result."""
+    """Part of a recording that starts on a frame; its frames `[keep, end)` are kept."""
 
     wav_T: Tensor
     start: int  # first sample, within the recording
-    keep: int  # earlier frames are taken from the previous chunk
+    keep: int  # frames before this one are taken from the previous chunk
     end: int
 
 
 def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
-    """Length of a chunk and of its overlap with the next one, in samples.
+    """Compute the length of a chunk and of its overlap with the next one, in samples.
 
     Raises:
         ConfigError: the chunk is shorter than two overlaps.
@@ -53,7 +53,7 @@ def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
 
 
 def chunks(blocks: Iterable[Tensor], grid: FrameGrid, seconds: float | None) -> Iterator[Chunk]:
-    """Overlapping chunks of a recording given in blocks (T,); a single chunk if `seconds` is None."""
+    """Split a recording, given in blocks (T,), into overlapping chunks; one chunk if `seconds` is None."""
     start, keep = 0, 0
     buffer = torch.zeros(0, device="cpu")
     if seconds is None:
@@ -91,7 +91,7 @@ def encode_all(
     """
     chunks_of = [list(chunks([wav], grid, chunk_seconds)) for wav in wavs]
     parts = [[torch.zeros(0, *shape, device="cpu")] * len(own) for own in chunks_of]
-    # (waveform, chunk) pairs, longest chunk first, so that a batch has little padding.
+    # Sort (waveform, chunk) pairs by descending chunk length to reduce padding.
     pairs = [
         (i, j) for i, own in enumerate(chunks_of) for j, chunk in enumerate(own) if chunk.end > chunk.keep
     ]
@@ -106,9 +106,9 @@ def encode_all(
 def encode_stream(
     blocks: Iterable[Tensor], encode: Encode, grid: FrameGrid, chunk_seconds: float
 ) -> Iterator[Tensor]:
-    """Frames (S, ...) of one waveform given in blocks (T,), chunk by chunk, on the CPU.
+    """Encode one waveform, given in blocks (T,), chunk by chunk; yields frames (S, ...) on the CPU.
 
-    Concatenated they equal the result of `encode_all`; memory is bounded by one chunk. Yields nothing for
+    Concatenated, they equal the result of `encode_all`; memory is bounded by one chunk. Yields nothing for
     less than one frame of audio.
     """
     for chunk in chunks(blocks, grid, chunk_seconds):
@@ -117,7 +117,7 @@ def encode_stream(
 
 
 def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
-    """Lists of up to `n` items, each as soon as it is full (`itertools.batched` of Python 3.12)."""
+    """Yield lists of up to `n` items (`itertools.batched` in Python 3.12), each as soon as it is full."""
     batch: list[T] = []
     for item in items:
         batch.append(item)
@@ -129,7 +129,7 @@ def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
 
 
 def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
-    """The kept frames of each chunk, on the CPU."""
+    """Encode a batch of chunks; returns the kept frames of each on the CPU."""
     lengths = [len(chunk.wav_T) for chunk in batch]
     wav_BT = torch.zeros(len(batch), max(lengths), device="cpu")
     for row, chunk in zip(wav_BT, batch, strict=True):
@@ -140,7 +140,7 @@ def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
 
 
 def _batches(pairs: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Consecutive pairs, longest first, as many as fit into a padded batch of `BATCH_SECONDS`."""
+    """Group consecutive pairs, longest first, into padded batches of up to `BATCH_SECONDS`."""
     batch: list[tuple[int, int]] = []
     longest = 0
     for pair, length in zip(pairs, lengths, strict=True):

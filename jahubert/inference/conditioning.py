@@ -1,6 +1,6 @@
 """Conditioning of speech before recognition: DC offset, mains hum and level.
 
-Encoders are trained on audio of ordinary level. The epsilon of their first norm makes them sensitive to quiet
+Encoders are trained on audio at normal levels. The epsilon of their first norm makes them sensitive to quiet
 audio, and hum of -40 dBFS already changes a third of the phonemes that the built-in model recognizes. Hum is
 estimated as sinusoids and subtracted: a high-pass filter would remove the pitch of low voices as well.
 """
@@ -19,21 +19,21 @@ SPEECH_LEVEL = -20.0  # dBFS, mean over speech
 _RANGE = 20.0  # dB below the loudest frame: quieter frames are pauses
 _MAINS = (50.0, 60.0)  # Hz
 _MAX_HUM = 250.0  # Hz, highest harmonic
-_TOLERANCE = 0.01  # of the mains frequency
-_MIN_SHARE = 0.2  # of the power below _MAX_HUM in the quiet parts
+_TOLERANCE = 0.01  # relative to the mains frequency
+_MIN_SHARE = 0.2  # of the power below _MAX_HUM in quiet parts; weaker lines are not hum
 _MAX_LINES = 6
-_DECIMATION = 16  # for the search of lines
+_DECIMATION = 16  # downsampling factor for the line search
 _LONG = 4.0  # seconds
 _TINY = 1e-12
 
 
 def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid) -> Tensor:
-    """A waveform (T,) without DC offset and mains hum, whose speech has the level `SPEECH_LEVEL`.
+    """Remove DC offset and mains hum from a waveform (T,) and scale its speech to `SPEECH_LEVEL`.
 
     Args:
         wav_T: 16 kHz waveform.
-        speech_S: frames with speech; without any, the waveform is returned unchanged.
-        grid: samples of the frames.
+        speech_S: mask of the frames with speech; without speech, the waveform is returned unchanged.
+        grid: mapping between frames and samples.
     """
     if not speech_S.any():
         return wav_T
@@ -50,10 +50,10 @@ def _frame_power(wav_T: Tensor, grid: FrameGrid) -> Tensor:
 
 
 def _hum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Mains hum in a waveform (T,), or zeros.
+    """Estimate the mains hum in a waveform (T,); zeros without hum.
 
-    Weighted least squares: the parts with little power above the hum, that is without speech, count most.
-    Harmonics are added one by one, the strongest first, while they stand out of what is left.
+    Weighted least squares, in which parts with little power above the hum, and thus without speech, count
+    most. Harmonics are added one by one, strongest first, as long as they stand out from the residual.
     """
     x_T = wav_T.double()
     low_T = _below(x_T, _MAX_HUM + 20)
@@ -61,14 +61,14 @@ def _hum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
     high_T = x_T - low_T
     for sharpness in (1, 2):
         hum_T = _fit(x_T, low_T, _quietness(high_T, sharpness, grid))
-        if hum_T.any():  # its ends leak into the weights, so they are computed again without it
+        if hum_T.any():  # hum leaks into the weights at the ends: recompute them without it
             rest_T = x_T - hum_T
             high_T = rest_T - _below(rest_T, _MAX_HUM + 20)
     return hum_T.to(wav_T)
 
 
 def _fit(x_T: Tensor, low_T: Tensor, weight_T: Tensor) -> Tensor:
-    """The sum of the harmonics in a waveform `x_T`; they are searched for in its low frequencies."""
+    """Fit the harmonics in a waveform `x_T`, searched in `low_T`; returns their sum."""
     columns: list[Tensor] = []
     hum_T = torch.zeros_like(x_T)
     for _ in range(_MAX_LINES):
@@ -89,7 +89,7 @@ def _solve(basis_TK: Tensor, x_T: Tensor, weight_T: Tensor) -> Tensor:
 
 
 def _frequency_error(frequency: float, x_T: Tensor, weight_T: Tensor) -> float:
-    """The correction in Hz of a frequency by one Gauss-Newton step, at most half a resolution cell."""
+    """Frequency correction in Hz by one Gauss-Newton step, at most half a resolution cell."""
     cos_T, sin_T = _basis(frequency, x_T)[:2]
     time_T = torch.arange(len(x_T), device=x_T.device) / SAMPLE_RATE
     basis_TK = torch.stack([cos_T, sin_T, time_T * cos_T, time_T * sin_T], 1)
@@ -100,14 +100,14 @@ def _frequency_error(frequency: float, x_T: Tensor, weight_T: Tensor) -> float:
 
 
 def _below(x_T: Tensor, hz: float) -> Tensor:
-    """The part of a waveform below a frequency."""
+    """Low-pass filter a waveform."""
     spectrum = torch.fft.rfft(x_T)
     spectrum[round(hz * len(x_T) / SAMPLE_RATE) :] = 0
     return torch.fft.irfft(spectrum, len(x_T))
 
 
 def _quietness(high_T: Tensor, sharpness: int, grid: FrameGrid) -> Tensor:
-    """Weights (T,) that fall with the power above the hum, with mean 1."""
+    """Weights (T,), mean 1, that decrease with the power above the hum."""
     power_S = F.max_pool1d(_frame_power(high_T, grid)[None, None], 5, 1, 2)[0, 0]
     weight_S = (power_S + 1e-4 * power_S.max() + _TINY) ** -sharpness
     weight_T = weight_S.repeat_interleave(grid.hop)
@@ -116,7 +116,7 @@ def _quietness(high_T: Tensor, sharpness: int, grid: FrameGrid) -> Tensor:
 
 
 def _strongest_line(low_T: Tensor, weight_T: Tensor) -> float | None:
-    """The frequency in Hz of the strongest harmonic of the mains; None if none stands out."""
+    """Frequency in Hz of the strongest mains harmonic; None if none stands out."""
     low_T, weight_T = low_T[::_DECIMATION], weight_T[::_DECIMATION]
     rate = SAMPLE_RATE // _DECIMATION
     n_fft = 4 * len(low_T)
@@ -136,7 +136,7 @@ def _strongest_line(low_T: Tensor, weight_T: Tensor) -> float | None:
 
 
 def _basis(frequency: float, x_T: Tensor) -> list[Tensor]:
-    """Sinusoids of a frequency, as long as `x_T`; in long ones amplitude and phase may change linearly."""
+    """Sinusoids as long as `x_T`; for long ones, amplitude and phase may change linearly."""
     n = len(x_T)
     time_T = torch.arange(n, dtype=torch.float64, device=x_T.device) / SAMPLE_RATE
     phase_T = 2 * math.pi * frequency * time_T
@@ -148,7 +148,7 @@ def _basis(frequency: float, x_T: Tensor) -> list[Tensor]:
 
 
 def _interpolate(power_K: Tensor, peak: int) -> float:
-    """The position of a maximum between bins, from a parabola through three of them."""
+    """Position of a maximum between bins, from a parabola through three bins."""
     left, middle, right = (float(power_K[peak + i] + _TINY) for i in (-1, 0, 1))
     curvature = left - 2 * middle + right
     return peak + (0.5 * (left - right) / curvature if curvature < 0 else 0.0)

@@ -25,7 +25,7 @@ _LOG_ZERO = -float("inf")
 class Hypothesis:
     """A label sequence without blanks and the natural log of its CTC probability.
 
-    Greedy search scores one path; beam search sums over all paths that stayed in the beam.
+    Greedy search scores a single path; beam search sums over all paths kept in the beam.
     """
 
     labels: tuple[int, ...]
@@ -67,7 +67,7 @@ def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: i
 
 
 def greedy(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: int = 0) -> list[Hypothesis]:
-    """The most probable path of each row, with repeats merged and blanks removed.
+    """Find the most probable path of each row; repeats are merged and blanks removed.
 
     Args:
         logp_BSV: log-probabilities.
@@ -94,11 +94,11 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """CTC prefix beam search without a language model (Hannun et al. 2014, arXiv 1408.2873).
 
-    A prefix accumulates the probability of all its paths, those that end in blank and those that do not, so
-    a sequence is scored by its CTC probability, not by its best path; with a sufficiently wide beam the
+    A prefix accumulates the probability of all its paths, whether or not they end in blank, so a
+    sequence is scored by its CTC probability, not by its best path; with a sufficiently wide beam the
     score equals `-ctc_loss`. Runs on the device of `logp_BSV` and in its dtype (half precision is converted
-    to float32). A frame takes a few tensor operations on (rows, beam, symbols), so batches of 16 or more
-    rows are several times faster than single rows.
+    to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so batches of 16 or
+    more rows are several times faster than single rows.
 
     Args:
         logp_BSV: log-probabilities.
@@ -133,7 +133,7 @@ def beam_search(
 
 @dataclass
 class _Beam:
-    """The prefixes of each row, best first: all fields are (rows, beam)."""
+    """Prefixes of each row, best first; all fields are (rows, beam)."""
 
     blank: Tensor  # log-probability of paths that end in blank, relative to the row's best prefix
     label: Tensor  # log-probability of paths that end in the prefix's last label
@@ -218,7 +218,7 @@ def _step(
     flat_BC = candidate_BKV.view(n_rows, -1)
 
     # If prefix k plus a label equals prefix j of the beam, the candidate's probability moves to j.
-    # Slots without a parent in the beam all point to candidate 0, hence scatter_add_ and not scatter_.
+    # Slots without a parent in the beam all point to candidate 0, hence scatter_add_ instead of scatter_.
     # (sum instead of max: a max over a dimension wakes the thread pool at every frame.)
     is_parent_BKK = state.parent[:, :, None] == state.key[:, None, :]
     parent_slot_BK = (is_parent_BKK * slot_K).sum(-1)
@@ -266,7 +266,7 @@ def _backtrace(
 ) -> list[list[Hypothesis]]:
     """Backtrace all rows together, from the last frame to the first."""
     n_rows = len(counts)
-    slots = np.tile(np.arange(n_best), (n_rows, 1))  # shorter rows keep theirs until their last frame
+    slots = np.tile(np.arange(n_best), (n_rows, 1))  # shorter rows keep their slots until their last frame
     symbols = np.full((len(steps), n_rows, n_best), blank)
     shift_B = np.zeros(n_rows)  # total of the shifts of each row
     for frame in range(len(steps) - 1, -1, -1):
@@ -291,7 +291,7 @@ def _backtrace(
 
 
 def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list[Span]:
-    """Viterbi alignment: the frames of each label on the most probable CTC path for `labels`.
+    """Find the frames of each label on the most probable CTC path for `labels` (Viterbi alignment).
 
     Computed in float64 on the CPU.
 
@@ -333,7 +333,7 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
 
 
 def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:
-    """The state of each frame; state 2i + 1 is label i, even states are the blanks around the labels."""
+    """State of each frame on the best path; state 2i + 1 is label i, even states are blanks."""
     n_frames, n_states = len(logp), 2 * len(labels) + 1
     symbols = np.full(n_states, blank)
     symbols[1::2] = labels

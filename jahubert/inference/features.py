@@ -1,4 +1,4 @@
-"""Frame-level features of one or several encoder layers, and discrete units (nearest centroids)."""
+"""Frame-level features of one or more encoder layers, and discrete units (nearest centroids)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from jahubert.prefetch import prefetch
 
 Layers = int | Sequence[int] | Literal["all"] | None
 STREAM_SECONDS = 30.0  # default chunk length of `FeatureExtractor.stream`
-PREFETCH = 32  # recordings
+PREFETCH = 32  # recordings decoded ahead
 
 
 def prefetch_audio(
     audio: Iterable[AudioLike], sample_rate: int | None = None
 ) -> Iterator[tuple[AudioLike, Tensor | Exception]]:
-    """Recordings in order, each with its 16 kHz waveform (T,) or the exception of reading it.
+    """Yield recordings in order, each with its 16 kHz waveform (T,) or the exception raised while reading it.
 
     The next `PREFETCH` recordings are decoded in background threads.
     """
@@ -57,7 +57,7 @@ class LayerFeatures(nn.Module):
             Default: layers are stacked, not summed.
 
     Raises:
-        ConfigError: a layer that the model lacks, or weights that do not match the layers.
+        ConfigError: the model lacks a layer, or the weights do not match the layers.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class LayerFeatures(nn.Module):
 
     @property
     def weights_L(self) -> Tensor | None:
-        """Factor of each layer in the weighted sum; None if layers are not summed."""
+        """Weight of each layer in the weighted sum; None if layers are not summed."""
         return self.factors_L if self.mix_L is None else self.mix_L.softmax(0)
 
     @property
@@ -108,7 +108,7 @@ class LayerFeatures(nn.Module):
     def forward(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Features (B, S, D) or (B, S, L, D), with padding frames zero, and valid frames (B,).
+        """Return features (B, S, D) or (B, S, L, D), zero in padding, and the number of valid frames (B,).
 
         Arguments and errors as for `HubertModel.forward`.
         """
@@ -135,8 +135,8 @@ class FeatureExtractor:
         layer, weights: as for `LayerFeatures`.
         device: default: a GPU if available.
         dtype: autocast dtype: torch.float32, bfloat16 or float16. Results are float32.
-        chunk_seconds: encode longer recordings in overlapping chunks of this length, which bounds memory.
-            Default: every recording as a whole.
+        chunk_seconds: encode longer recordings in overlapping chunks of this length, to bound memory.
+            Default: encode every recording as a whole.
 
     Raises:
         ConfigError: an invalid layer, device, dtype or chunk length.
@@ -163,7 +163,7 @@ class FeatureExtractor:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, layer: Layers = None, **options) -> FeatureExtractor:
-        """Load whatever `HubertModel.from_pretrained` opens; `options` are those of the constructor."""
+        """Load any model that `HubertModel.from_pretrained` opens; `options` go to the constructor."""
         return cls(HubertModel.from_pretrained(source), layer, **options)
 
     @property
@@ -198,12 +198,12 @@ class FeatureExtractor:
     @overload
     def __call__(self, audio: list | tuple, sample_rate: int | None = None) -> list[Tensor]: ...
     def __call__(self, audio, sample_rate=None):
-        """Features of one recording, or a list of them for a list of recordings.
+        """Extract the features of one recording, or a list of features for a list of recordings.
 
         The result for a recording does not depend on the others in the list.
 
         Args:
-            audio: whatever `load_audio` accepts, or a list of it.
+            audio: any input of `load_audio`, or a list of them.
             sample_rate: sampling rate of arrays in Hz. Default: 16,000.
         """
         if is_recording(audio):
@@ -218,7 +218,7 @@ class FeatureExtractor:
         batch_seconds: float = 60.0,
         errors: Literal["raise", "return"] = "raise",
     ) -> Iterator[Tensor | Exception]:
-        """Features of many recordings, in order; the next ones are decoded in the background.
+        """Extract the features of many recordings, in order; the next ones are decoded in the background.
 
         Args:
             audio: files or arrays.
@@ -240,7 +240,7 @@ class FeatureExtractor:
         yield from self._encode_valid(waiting)
 
     def _encode_valid(self, wavs: list[Tensor | Exception]) -> Iterator[Tensor | Exception]:
-        """Features of the waveforms; exceptions are passed through at their position."""
+        """Encode the waveforms; exceptions are passed through in their position."""
         features = iter(self.encode([wav for wav in wavs if isinstance(wav, Tensor)]))
         for wav in wavs:
             yield wav if isinstance(wav, Exception) else next(features)
@@ -254,7 +254,7 @@ class FeatureExtractor:
         return encode_stream(blocks, self._forward, self.grid, self.chunk_seconds or STREAM_SECONDS)
 
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Features of 16 kHz waveforms (T,)."""
+        """Extract the features of 16 kHz waveforms (T,)."""
         return encode_all(wavs, self._forward, self.grid, self.features.shape, self.chunk_seconds)
 
     def _forward(self, wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
@@ -271,7 +271,7 @@ class UnitExtractor:
         centroids_KD: k-means centroids.
 
     Raises:
-        CheckpointError: centroids of another dimension than the features.
+        CheckpointError: the dimensions of centroids and features differ.
     """
 
     def __init__(self, features: FeatureExtractor, centroids_KD: Tensor):
@@ -285,7 +285,7 @@ class UnitExtractor:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **options) -> UnitExtractor:
-        """Load a bundle with centroids; `options` are those of `FeatureExtractor` without `layer`."""
+        """Load a bundle with centroids; `options` are those of `FeatureExtractor`, except `layer`."""
         return cls.from_bundle(load_bundle(source), os.fspath(source), **options)
 
     @classmethod
@@ -313,14 +313,14 @@ class UnitExtractor:
     @overload
     def __call__(self, audio: list | tuple, sample_rate: int | None = None) -> list[Tensor]: ...
     def __call__(self, audio, sample_rate=None):
-        """Units (frames,) of one recording, or a list of them for a list; as for `FeatureExtractor`."""
+        """Compute the units (frames,) of one recording, or a list of them; as for `FeatureExtractor`."""
         features = self.features(audio, sample_rate)
         if isinstance(features, list):
             return [self.nearest(frames_SD) for frames_SD in features]
         return self.nearest(features)
 
     def many(self, audio: Iterable[AudioLike], sample_rate: int | None = None, **options) -> Iterator:
-        """Units of many recordings, in order; arguments as for `FeatureExtractor.many`."""
+        """Compute the units of many recordings, in order; arguments as for `FeatureExtractor.many`."""
         for features in self.features.many(audio, sample_rate, **options):
             yield features if isinstance(features, Exception) else self.nearest(features)
 

@@ -32,7 +32,7 @@ CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # minimum run of blanks at which a long recording is split for decoding
 BEAM_ROWS = 32  # segments per beam search
 SILENCE = 1e-3  # peak amplitude, -60 dBFS, below which audio without speech is not reported
-GATED = -1e4  # log-probability of a phone outside of speech
+GATED = -1e4  # log-probability of phones outside speech
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ class Transcriber:
         phonemes: the symbols of the head.
         beam: width of the beam search.
         device: default: a GPU if available.
-        vad: detect speech (`vad.speech_frames`), suppress phones outside of it, remove hum and normalize the
-            level (`conditioning.condition`). False takes the audio as it is.
+        vad: detect speech (`vad.speech_frames`), suppress phones outside speech, remove hum and normalize
+            the level (`conditioning.condition`). False leaves the audio unchanged.
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
             hardware supports it, otherwise float32.
 
@@ -131,7 +131,7 @@ class Transcriber:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike | None = None, **options) -> Transcriber:
-        """Load a fine-tuned model (default: the built-in one); `options` are those of the constructor."""
+        """Load a fine-tuned model (default: the built-in one); `options` go to the constructor."""
         source = builtin_model() if source is None else source
         if source is None:
             raise CheckpointError(
@@ -156,7 +156,7 @@ class Transcriber:
         """Move the model to another device, in place.
 
         Raises:
-            ConfigError: unavailable device, or an int8 model and a device other than the CPU.
+            ConfigError: the device is unavailable, or the model is int8 and the device is not the CPU.
         """
         picked = pick_device(device)
         if self.dtype is torch.int8 and picked.type != "cpu":
@@ -169,7 +169,7 @@ class Transcriber:
         """Transcribe one recording.
 
         Args:
-            audio: whatever `load_audio` accepts.
+            audio: any input of `load_audio`.
             sample_rate: sampling rate of an array in Hz. Default: 16,000.
         """
         (transcript,) = self.transcribe_many([audio], sample_rate)
@@ -226,7 +226,7 @@ class Transcriber:
         yield from self._transcribe_batch(batch, errors, progress)
 
     def log_probs(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Log-probabilities (S, V), float32 on the CPU, of 16 kHz waveforms (T,) of any length."""
+        """Compute log-probabilities (S, V), float32 on the CPU, of 16 kHz waveforms (T,) of any length."""
 
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
             with autocast(self.dtype, self.device):
@@ -247,7 +247,7 @@ class Transcriber:
             if errors == "raise":
                 raise
             results = [error] if len(recordings) == 1 else []
-        if not results:  # one recording failed: retry one by one, so that the others are unaffected
+        if not results:  # a recording failed: retry one by one, so that only that one fails
             for recording in recordings:
                 yield from self._transcribe_batch([recording], errors, progress)
             return
@@ -294,7 +294,7 @@ class Transcriber:
         return self._transcript(name, n_samples, decoded)
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
-        """Log-probabilities with phones in speech only, and whether each waveform has speech."""
+        """Log-probabilities with phones suppressed outside speech, and whether each waveform has speech."""
         if not self.vad:
             return self.log_probs(wavs), [True] * len(wavs)
         speech = [speech_frames(wav_T, self.grid) for wav_T in wavs]
@@ -306,7 +306,7 @@ class Transcriber:
         return gated, [bool(speech_S.any()) for speech_S in speech]
 
     def _gate(self, logp_SV: Tensor, speech_S: Tensor) -> Tensor:
-        """Suppress phones outside of speech; blank and word boundary are unchanged."""
+        """Suppress phones outside speech; blank and word boundary are unchanged."""
         phone_V = torch.ones(len(self.phonemes), dtype=torch.bool, device=logp_SV.device)
         phone_V[self.phonemes.blank] = False
         if self.phonemes.boundary >= 0:
@@ -314,7 +314,7 @@ class Transcriber:
         return logp_SV.masked_fill(~speech_S[:, None] & phone_V, GATED)
 
     def _decode(self, segments: list[Segment]) -> list[tuple[list[Span], float]]:
-        """Aligned labels of each segment, in frames of the recording, and their log-probability."""
+        """Decode segments into labels aligned to frames of the recording, with their log-probability."""
         results = []
         best = self._search([segment.logp_SV for segment in segments])
         for segment, hypothesis in zip(segments, best, strict=True):
@@ -331,7 +331,7 @@ class Transcriber:
         return Transcript(words, n_samples / SAMPLE_RATE, score, name)
 
     def _search(self, logps: list[Tensor]) -> list[Hypothesis]:
-        """The best hypothesis of each segment; segments of similar length share a beam search."""
+        """Find the best hypothesis of each segment; segments of similar length share a beam search."""
         order = sorted(range(len(logps)), key=lambda i: len(logps[i]))
         best: dict[int, Hypothesis] = {}
         for rows in batched(order, BEAM_ROWS):
@@ -368,7 +368,7 @@ def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Word:
 
 
 def _report_no_speech(name: str, n_samples: int, peak: float) -> None:
-    """Log a warning about a recording that is not silent but has no detected speech."""
+    """Log a warning if a recording without detected speech is not silent."""
     if peak < SILENCE or not n_samples:
         return
     log.warning(
@@ -381,5 +381,5 @@ def _report_no_speech(name: str, n_samples: int, peak: float) -> None:
 
 
 def _name(audio: AudioLike) -> str:
-    """The file name of a source; empty for arrays and streams."""
+    """File name of a source; empty for arrays and streams."""
     return str(audio) if isinstance(audio, str | os.PathLike | AudioSource) else ""

@@ -1,10 +1,10 @@
 """Voice activity detection, and segmentation of long recordings at pauses.
 
-A CTC model that was trained on speech alone also outputs phones for silence, noise and clicks. Speech differs
-from them within about a second, whatever its level: its level varies (that of steady noise and tones does
-not), the shape of its spectrum varies and changes within 60 ms (that of wind, beeps and music does not), and
-some of its frames are periodic, or in whispering sustained for 80 ms (those of key clicks, knocks and steps
-are not). All of this is measured above 250 Hz, so a DC offset and mains hum have no effect.
+A CTC model trained only on speech also outputs phones for silence, noise and clicks. Within about a second,
+and at any level, speech differs from them in three ways: its level varies (unlike steady noise and tones);
+its spectral shape varies and changes within 60 ms (unlike wind, beeps and music); and some of its frames are
+periodic or, in whispered speech, sustained for 80 ms (unlike key clicks, knocks and steps). All features are
+measured above 250 Hz, so a DC offset and mains hum have no effect.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 
-# In frames of 20 ms and in dB; measured with tools/bench/vad.py.
-_WINDOW, _STEP = 64, 16  # frames over which level and spectrum are observed
-_BANDS = (250.0, 7000.0, 14)  # lowest and highest frequency in Hz, number
+# Frames are 20 ms, levels are in dB unless noted; measured with tools/bench/vad.py.
+_WINDOW, _STEP = 64, 16  # length and hop of the analysis windows, in frames
+_BANDS = (250.0, 7000.0, 14)  # lowest and highest frequency in Hz, number of bands
 _MIN_LEVEL = -100.0  # dBFS
 _ACTIVE = 30.0  # below the loudest frame of the window: quieter frames are ignored
 _MIN_LEVEL_STD = 2.5  # standard deviation of the level
@@ -31,16 +31,16 @@ _MIN_CHANGE = 1.6  # median change of the relative band levels within _LAG frame
 _LAG = 3
 _PERIODIC = (20.0, 0.6, 2, 3)  # level below the loudest, autocorrelation, length of a run, frames in runs
 _SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, length of a run, frames in runs and their share
-_PITCH = (80.0, 420.0, 250.0, 3000.0)  # range of the pitch, and band that is searched for it, in Hz
+_PITCH = (80.0, 420.0, 250.0, 3000.0)  # pitch range, and band searched for it, in Hz
 _PITCH_WINDOW = 640  # samples
-_VOTES = 4  # a frame is speech if at least one in so many of its windows votes for it
-_MARGIN = 12  # frames kept around speech: quiet consonants, and the spikes of CTC
+_VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
+_MARGIN = 12  # frames kept around speech, for quiet consonants and CTC spikes
 _TINY = 1e-13  # power per band
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Log-probabilities of a part of a recording that is decoded on its own."""
+    """Log-probabilities of a part of a recording that is decoded separately."""
 
     start: int  # first frame, within the recording
     logp_SV: Tensor
@@ -75,7 +75,7 @@ def cut_at_pauses(blocks: Iterable[Tensor], max_frames: int, pause: int, blank: 
 
 
 def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Whether each frame of a 16 kHz waveform (T,) is speech or next to it: bool (S,)."""
+    """Detect the frames of a 16 kHz waveform (T,) that are in or next to speech: bool (S,)."""
     n_frames = int(grid.n_frames(len(wav_T)))
     if n_frames == 0:
         return torch.zeros(0, dtype=torch.bool, device=wav_T.device)
@@ -97,7 +97,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
         & (change_NW.where(active_NW, torch.nan).nanmedian(1).values > _MIN_CHANGE)
         & (_is_periodic(level_NW, periodicity_NW) | _is_sustained(level_NW))
     )
-    # A speech window votes for its active frames; a frame is speech with votes from 1 in `_VOTES` windows.
+    # Windows with speech vote for their active frames; a frame needs votes from 1 in `_VOTES` windows.
     votes_S = level_S.new_zeros(n_frames + n_padding)
     windows_S = torch.zeros_like(votes_S)
     for i, active_W in enumerate(active_NW):
@@ -155,7 +155,7 @@ def _std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _periodicity(wav_T: Tensor, n_frames: int, grid: FrameGrid) -> Tensor:
-    """The highest normalized autocorrelation of each frame at the lag of a pitch period: (S,), at most 1."""
+    """Maximum normalized autocorrelation (S,) of each frame over the lags of pitch periods; at most 1."""
     min_hz, max_hz, low, high = _PITCH
     first, last = round(SAMPLE_RATE / max_hz), round(SAMPLE_RATE / min_hz)
     n_fft = 2 * _PITCH_WINDOW
@@ -180,7 +180,7 @@ def _is_periodic(level_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
 
 
 def _is_sustained(level_NW: Tensor) -> Tensor:
-    """Whether most loud frames of a window are next to other loud frames."""
+    """Whether most loud frames of a window are in runs of loud frames."""
     below, run, n_min, share = _SUSTAINED
     loud_NW = level_NW > level_NW.amax(1, keepdim=True) - below
     n_N = _in_runs(loud_NW, run).sum(1)
@@ -188,6 +188,6 @@ def _is_sustained(level_NW: Tensor) -> Tensor:
 
 
 def _in_runs(mask_NW: Tensor, run: int) -> Tensor:
-    """The frames of a mask that are in runs of at least `run` frames (morphological opening)."""
+    """Mask of the frames in runs of at least `run` frames (morphological opening)."""
     eroded = 1 - F.max_pool1d(1 - mask_NW.float()[:, None], run, 1)
     return F.max_pool1d(F.pad(eroded, (run - 1, run - 1)), run, 1)[:, 0] > 0

@@ -19,22 +19,22 @@ from jahubert.phonemes import BOUNDARY
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript, Word
 
-# A subtitle cue ends at a pause, or before it gets too long to read.
+# A subtitle cue ends at a pause or when it would get too long to read.
 CUE_PAUSE = 0.6  # seconds
 CUE_LENGTH = 7.0  # seconds
 CUE_KANA = 40  # characters
-CUE_MIN_LENGTH = 0.8  # seconds on screen, where the next cue allows
+CUE_MIN_LENGTH = 0.8  # seconds on screen, if the next cue allows
 
 TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
 
 
 def text(transcript: Transcript) -> str:
-    """One line of kana with a space between words."""
+    """Write one line of kana with a space between words."""
     return transcript.text + "\n"
 
 
 def jsonl(transcript: Transcript) -> str:
-    """The complete transcript as one line of JSON."""
+    """Write the complete transcript as one line of JSON."""
     words = [
         {
             "kana": word.kana,
@@ -58,7 +58,7 @@ def jsonl(transcript: Transcript) -> str:
 
 
 def tsv_rows(transcript: Transcript) -> str:
-    """One line per word, without the header."""
+    """Write one line per word, without the header."""
     name = " ".join(transcript.audio.split())
     return "".join(
         f"{name}\t{word.start:.3f}\t{word.end:.3f}\t{word.kana}\t{' '.join(word.phonemes)}\n"
@@ -67,12 +67,12 @@ def tsv_rows(transcript: Transcript) -> str:
 
 
 def tsv(transcript: Transcript) -> str:
-    """A table of words with a header."""
+    """Write a table of words with a header."""
     return TSV_HEADER + tsv_rows(transcript)
 
 
 def srt(transcript: Transcript) -> str:
-    """SubRip subtitles."""
+    """Write SubRip subtitles."""
     return "\n".join(
         f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{line}\n"
         for number, (start, end, line) in enumerate(_cues(transcript.words), start=1)
@@ -80,13 +80,13 @@ def srt(transcript: Transcript) -> str:
 
 
 def vtt(transcript: Transcript) -> str:
-    """WebVTT subtitles."""
+    """Write WebVTT subtitles."""
     cues = (f"{_clock(a, '.')} --> {_clock(b, '.')}\n{line}\n" for a, b, line in _cues(transcript.words))
     return "\n".join(["WEBVTT\n", *cues])
 
 
 def textgrid(transcript: Transcript) -> str:
-    """A Praat TextGrid with the interval tiers `words` (kana) and `phones`."""
+    """Write a Praat TextGrid with the interval tiers `words` (kana) and `phones`."""
     words = [(word.start, word.end, word.kana) for word in transcript.words]
     phones = [
         (start, end, phone)
@@ -112,7 +112,7 @@ def textgrid(transcript: Transcript) -> str:
 
 
 def audacity(transcript: Transcript) -> str:
-    """Audacity labels (File, Import, Labels), one per word."""
+    """Write Audacity labels (File, Import, Labels), one per word."""
     return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.kana}\n" for word in transcript.words)
 
 
@@ -131,7 +131,7 @@ SINGLE_SPELLING = ("text", "srt", "vtt", "audacity")
 
 
 def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
-    """The transcript in one of `FORMATS`.
+    """Render the transcript in one of `FORMATS`.
 
     Args:
         phonemes: write phonemes instead of kana in formats that contain only one of them.
@@ -155,7 +155,7 @@ def save(
         content = render(transcript, format, phonemes)
         path = Path(os.fspath(base) + FORMATS[format][0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Names of audio files that are not UTF-8 contain lone surrogates, which cannot be encoded.
+        # Audio file names that are not valid UTF-8 contain lone surrogates, which cannot be encoded.
         with atomic_write(path, errors="replace") as file:
             file.write(content)
         written.append(path)
@@ -163,7 +163,7 @@ def save(
 
 
 def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
-    """The transcript with phonemes in place of kana, and the boundary after each word but the last."""
+    """Replace kana by phonemes, with the boundary after each word except the last."""
     words = []
     for index, word in enumerate(transcript.words):
         spelling = " ".join(word.phonemes)
@@ -199,7 +199,7 @@ def _fits(word: Word, cue: list[Word]) -> bool:
 
 
 def _clock(seconds: float, point: str) -> str:
-    """Timestamp HH:MM:SS and milliseconds after the decimal sign `point`."""
+    """Format a timestamp as HH:MM:SS and milliseconds, separated by `point`."""
     ms = round(seconds * 1000)
     return f"{ms // 3_600_000:02d}:{ms // 60_000 % 60:02d}:{ms // 1000 % 60:02d}{point}{ms % 1000:03d}"
 
