@@ -19,7 +19,7 @@ from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.experiment.progress import progress
 
-_FRAMES_PER_CLUSTER = 50  # at least; with fewer, clusters follow single frames
+_FRAMES_PER_CLUSTER = 50  # minimum; with fewer, clusters fit individual frames
 _MAX_ITER = 30
 
 
@@ -29,7 +29,7 @@ class PhoneFrames:
     def __init__(
         self, manifest: Manifest, times: Mapping[int, Sequence[Phone]], n_frames: int, seed: int = 0
     ):
-        """Draw utterances until there are `n_frames` frames.
+        """Draw utterances until they have `n_frames` frames.
 
         Args:
             times: phones of each manifest row that has any.
@@ -83,7 +83,7 @@ class PhoneFrames:
     def quality(self, frames_ND: Tensor, n_clusters: int, seed: int = 0) -> dict[str, Any]:
         """Phone purity, cluster purity and PNMI of `n_clusters` units fitted to these frames.
 
-        With few frames there are fewer units (`n_units` of the result).
+        With few frames, fewer units are fitted; `n_units` of the result is their number.
         """
         n_clusters = max(2, min(n_clusters, len(self) // _FRAMES_PER_CLUSTER))
         fitted = fit_kmeans(frames_ND, KmeansOptions(n_clusters, max_iter=_MAX_ITER, seed=seed))

@@ -1,4 +1,4 @@
-"""Lexicon-constrained beam search with an optional word n-gram, by flashlight-text.
+"""Lexicon-constrained beam search with an optional word n-gram, using flashlight-text.
 
 A lexicon has one pronunciation per line: a word and its symbols, separated by spaces (`カワ k a w a`). A word
 with several pronunciations has several lines. The n-gram is a word model of that lexicon, in ARPA or KenLM's
@@ -37,7 +37,7 @@ class LexiconConfig:
 
 
 def read_lexicon(path: Path, symbols: PhonemeSet) -> list[tuple[str, tuple[str, ...]]]:
-    """(word, symbols) of each line.
+    """Read the (word, symbols) entry of each line.
 
     Raises:
         DataError: the file cannot be read or has no words, or a line (named by its number) has no symbols or
@@ -67,7 +67,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[tuple[str, tuple[str, 
 
 
 class LexiconSearch:
-    """Beam search that only returns words of a lexicon; every row of a batch is searched on its own.
+    """Beam search that returns only words of a lexicon; batch rows are searched independently.
 
     The score of a hypothesis is its log-probability over the paths in the beam, plus the weighted n-gram
     log-probability (natural logarithm) and `word_score` per word.
@@ -121,7 +121,7 @@ class LexiconSearch:
         padded_SV[:-1] = np.maximum(logp_SV, _LOG_ZERO)
         padded_SV[-1, self.symbols.boundary] = 0.0
         results = self.decoder.decode(padded_SV.ctypes.data, *padded_SV.shape)
-        best: dict[tuple[int, ...], float] = {}  # homophones are one hypothesis
+        best: dict[tuple[int, ...], float] = {}  # homophones share one hypothesis
         for result in results:
             labels = self._labels(result.tokens)
             best[labels] = max(best.get(labels, -np.inf), result.score)

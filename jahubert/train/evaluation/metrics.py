@@ -59,7 +59,7 @@ def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) 
 def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list[Pair]:
     """Pairs (reference item, hypothesis item) of the alignment that `count_errors` counts.
 
-    None stands for the missing item of an insertion or a deletion.
+    None replaces the missing item of an insertion or a deletion.
     """
     if not reference or not hypothesis:
         return [*((item, None) for item in reference), *((None, item) for item in hypothesis)]
@@ -72,7 +72,7 @@ def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list
 
 
 def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
-    """jiwer's result. jiwer compares words of a string, so every distinct item is replaced by a number."""
+    """Alignment by jiwer, which compares words of a string: each distinct item is replaced by a number."""
     try:
         import jiwer
     except ImportError as error:
@@ -157,11 +157,11 @@ def paired_bootstrap(
 ) -> PairedTest:
     """Paired bootstrap test of two systems on the same utterances (Bisani and Ney 2004).
 
-    The p-value is two-sided: the share of bootstrap differences that are at least as far from the measured
-    difference as that is from zero (Efron and Tibshirani 1993, chapter 16).
+    The p-value is two-sided: the share of bootstrap differences whose distance from the measured difference
+    is at least the distance of the measured difference from zero (Efron and Tibshirani 1993, chapter 16).
 
     Raises:
-        DataError: no utterances, or different numbers of them.
+        DataError: no utterances, or sequences of different lengths.
     """
     if not len(errors) == len(baseline_errors) == len(lengths) or not len(errors):
         raise DataError(

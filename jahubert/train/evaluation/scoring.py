@@ -33,7 +33,7 @@ def _word_measure(symbols: str) -> Measure:
     return Measure("wer", "WER", lambda words: words, normalizer)
 
 
-# By vocabulary. Joined labels are ambiguous (k y o, ky o), so words stay tuples and phones stay lists.
+# Measures by vocabulary. Words stay tuples and phones stay lists: joined labels are ambiguous (k y o, ky o).
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "phones": (
         _word_measure("phones"),
@@ -252,7 +252,7 @@ def display_text(symbols: str, as_kana: bool) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns in a terminal; wide characters take two."""
+    """Number of terminal columns; wide characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 

@@ -20,18 +20,18 @@ log = logging.getLogger(__name__)
 
 OnBadUnits = Literal["warn", "error"]
 
-_MIN_USED = 0.9  # of the units
-_MIN_PERPLEXITY = 0.25  # of the number of units
-_MAX_SHARE = 0.3  # of frames in one unit; silence usually takes 0.1 to 0.2
+_MIN_USED = 0.9  # fraction of units that must occur
+_MIN_PERPLEXITY = 0.25  # as a fraction of the number of units
+_MAX_SHARE = 0.3  # maximum share of frames in one unit; silence usually takes 0.1 to 0.2
 _ROUNDING = 1e-3  # share of frames that may differ between devices
-_SHIFTS = (-2, -1, 1, 2)  # frames
-_SCAN = 1 << 20  # frames that are compared at once
+_SHIFTS = (-2, -1, 1, 2)  # tested shifts in frames
+_SCAN = 1 << 20  # frames compared at once
 # Masked accuracy of HuBERT base on LibriSpeech by feature, number of units and updates (fairseq issue 4907).
 _PUBLISHED_ACCURACY = {
     ("mfcc", 100): {250_000: 0.365, 400_000: 0.390},
     ("hubert", 500): {250_000: 0.383, 400_000: 0.417},
 }
-_POOR = 0.8  # of the published accuracy
+_POOR = 0.8  # fraction of the published accuracy below which a run is reported
 
 
 def usage_statistics(count_K: np.ndarray) -> dict[str, float]:
@@ -84,7 +84,7 @@ def accuracy_problem(
 
     Args:
         chance: accuracy of always predicting the most frequent unit, which is that unit's share of frames.
-        feature, n_units: of the labels; published values exist for ("mfcc", 100) and ("hubert", 500).
+        feature, n_units: source of the labels; published values exist for ("mfcc", 100) and ("hubert", 500).
     """
     if accuracy <= 1.05 * chance:
         return (
@@ -164,7 +164,7 @@ def check_label_difference(
 
 
 def _shift(first_N: np.ndarray, second_N: np.ndarray) -> int:
-    """Frames by which `second_N` is late if a shift explains most differences, else 0."""
+    """Delay of `second_N` in frames if a shift explains most differences, else 0."""
     first_N, second_N = first_N[:_SCAN], second_N[:_SCAN]
     reach = max(_SHIFTS)
     middle_N = first_N[reach : len(first_N) - reach]
@@ -178,8 +178,8 @@ def _shift(first_N: np.ndarray, second_N: np.ndarray) -> int:
     return best if 1 - agreement[best] < (1 - agreement[0]) / 2 else 0
 
 
-_MAX_EMPTY = 0.5  # of the hypotheses
-_PLATEAU = 0.1  # share of the updates in which a model that emits only blanks is normal
+_MAX_EMPTY = 0.5  # maximum share of empty hypotheses
+_PLATEAU = 0.1  # share of updates during which emitting only blanks is normal
 
 
 def blank_problem(

@@ -1,7 +1,7 @@
 """Estimated hours, disk space and memory of every stage of a run.
 
-Hours are FLOPs divided by the FLOP/s of a device: the former follow from the sizes of the model (`flops`),
-the latter are measured on this machine or assumed (`machine`).
+Hours are FLOPs divided by the FLOP/s of a device. FLOPs follow from the sizes of the model (`flops`); FLOP/s
+are measured on this machine or assumed (`machine`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from jahubert.train.plan.machine import GPUS, UTILIZATION, Machine, from_table, 
 from jahubert.train.plan.memory import peak_bytes
 from jahubert.train.trainer.optim import TrainConfig
 
-_MEAN_SECONDS = 5.7  # per utterance of ReazonSpeech: 35,000 h in 22 million utterances
+_MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 million utterances
 # Bytes per parameter.
 _ADAM = 16  # weight, gradient and two moments
 _DDP_BUCKETS = 4  # gradients that DDP reduces over several processes
-_AUTOCAST_COPY = 2  # the weights in 16 bits, while a micro-batch is computed
+_AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
 _CHECKPOINT = 12
 _TRAINING_STAGES = ("pretrain", "finetune")
 # Numeric settings of the estimate itself: largest value, and the expected value for the error message.
@@ -49,7 +49,7 @@ Job = tuple[str, Any, Path]  # stage, its config, its output folder
 class Corpus:
     hours: float
     utterances: int
-    source: str  # of the hours
+    source: str  # source of `hours`
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class StageEstimate:
     stage: str
     hours: float | None
     disk_bytes: float | None
-    memory_bytes: float | None  # of tensors on each device, a lower bound
+    memory_bytes: float | None  # tensors on each device; a lower bound
     note: str = ""
 
 
@@ -109,7 +109,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
                 "plan: none of these stages trains a model that could be measured; use stage=all or gpu=NAME"
             )
         machine = measure(trained[0].model, [config.train for config in trained], int(gpus or 1))
-        if not gpus and machine.memory_bytes:  # on a CPU, several processes share what was measured
+        if not gpus and machine.memory_bytes:  # on a CPU, several processes share the measured speed
             machine = replace(machine, n_devices=processes)
     return Plan(estimate_stages(jobs, corpus, machine, _context_jobs(tree, jobs)), corpus, machine)
 
@@ -197,7 +197,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
     parameters = n_parameters(config.model)
     flops = flops_per_second * train.batch_seconds * train.max_steps
     head_only = min(getattr(config, "head_only_steps", 0), train.max_steps)
-    flops *= 1 - head_only / train.max_steps * 2 / 3  # those steps have no backward pass of the encoder
+    flops *= 1 - head_only / train.max_steps * 2 / 3  # head-only steps skip the backward pass of the encoder
     hours: float | None = flops / rate / machine.n_devices / 3600
     memory = _training_memory(config.model, train, seconds, precision, machine)
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
@@ -214,7 +214,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
         notes.append(f"in float32: {machine.name} has no bfloat16; set train.precision=fp16")
     try:
         train.accumulation_steps(machine.n_devices)
-    except ConfigError as error:  # such a run would not start
+    except ConfigError as error:  # the run itself would fail with this error
         hours, notes = None, [str(error)]
     return StageEstimate(name, hours, disk, memory, ", ".join(notes))
 
@@ -251,7 +251,7 @@ def _pass_hours(seconds: float, flops_per_second: float, machine: Machine) -> fl
 
 
 def _feature_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
-    """FLOPs per second of audio (0: MFCCs), and dimension of the features that k-means sees."""
+    """FLOPs per second of audio (0: MFCCs), and dimension of the features for k-means."""
     if features.kind == "mfcc":
         return 0.0, Mfcc.dim
     return sum(forward_flops(model, _MEAN_SECONDS, features.layer)), model.width

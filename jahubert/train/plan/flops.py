@@ -40,6 +40,6 @@ def step_flops(config: HubertConfig, seconds: float, recompute: bool) -> float:
 
 
 def n_parameters(config: HubertConfig) -> int:
-    """Number of parameters of a model of these sizes."""
+    """Number of parameters of a model with this configuration."""
     with torch.device("meta"):
         return sum(p.numel() for p in HubertModel(config).parameters())

@@ -1,4 +1,4 @@
-"""Speed and memory of the machine to estimate for: measured locally, or taken from a table of GPUs."""
+"""Speed and memory of the target machine, measured locally or taken from a table of GPUs."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ GPUS = {
 # runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert:
 # 400,000 updates in 10 h on 16 H100).
 UTILIZATION = 0.1
-# The same for float32, whose lower peak leaves less overhead next to the products; on a CPU it is three times
-# the utilization in 16 bits (docs/performance.md: 60 % and 20 %).
+# Assumed utilization in float32. It is higher because the lower peak makes matrix products dominate overhead;
+# on a CPU it is three times the utilization in 16 bits (docs/performance.md: 60 % and 20 %).
 UTILIZATION_FP32 = 0.3
 
 
@@ -67,7 +67,7 @@ class Machine:
     flops_16bit: float  # per second
     flops_fp32: float  # per second
     has_bfloat16: bool  # if so, precision=auto trains in bfloat16, else in float32
-    memory_bytes: float | None  # of one GPU; None: a CPU
+    memory_bytes: float | None  # memory of one GPU; None: a CPU
     source: str  # what was measured or assumed
     decode_speed: float  # seconds of audio that one core decodes per second, measured on this machine
     mfcc_speed: float  # seconds of audio whose MFCCs one core computes per second, measured on this machine
@@ -101,7 +101,7 @@ def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int)
 
 
 def from_table(gpu: str, n_devices: int, utilization: float) -> Machine:
-    """A GPU of the table at a fraction `utilization` of its peak; case does not matter.
+    """Look up a GPU by name, ignoring case, and assume a fraction `utilization` of its peak.
 
     Raises:
         ConfigError: the GPU is not in the table.

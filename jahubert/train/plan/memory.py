@@ -28,10 +28,10 @@ from jahubert.model.kernels.positional_conv import by_frequencies, positional_co
 from jahubert.model.precision import autocast
 from jahubert.train.trainer.parallel import wrap_blocks
 
-MASKED = 0.57  # of the frames, at the paper's mask settings
-_ROWS = 4  # utterances; the difference to twice as many leaves out what does not grow, as copies of weights
-# Of a frame's width, in each block: what attention stores on a GPU and not on a CPU. In 16 bits its result,
-# as a padded rectangle in addition to the packed one.
+MASKED = 0.57  # fraction of masked frames with the paper's mask settings
+_ROWS = 4  # utterances; subtracting from twice as many cancels constant terms such as copies of weights
+# Extra values that attention stores per frame and block on a GPU, as a multiple of the width. In 16 bits, it
+# stores its output as a padded rectangle in addition to the packed output.
 _PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}
 
 
@@ -46,7 +46,7 @@ def kept_bytes(
     config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> float:
     """Bytes per audio-second stored for the backward pass, for utterances of `seconds`."""
-    if gpu:  # its fused attention stores no dropout mask
+    if gpu:  # fused attention stores no dropout mask
         config = replace(config, attention_dropout=0.0)
     once, twice = (_stored(config, rows, seconds, recompute, precision, gpu) for rows in (_ROWS, 2 * _ROWS))
     kept = (twice - once) / (_ROWS * seconds)
@@ -71,14 +71,14 @@ def peak_bytes(
 def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
     """Peak bytes per audio-second of the backward pass through a convolution, after all later layers.
 
-    On a GPU, which processes all rows at once; a CPU takes a part of them at a time.
+    Applies to a GPU, which processes all rows at once; a CPU processes some rows at a time.
     """
     rate, below, most = float(SAMPLE_RATE), 0.0, 0.0
     for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
         rate /= stride
-        if below:  # its input, GELU of the input, the gradients of input and output
+        if below:  # input, GELU of the input, and the gradients of input and output
             now = precision.itemsize * (3 * below + rate * width)
-            if config.conv_norm == "layer":  # also the input and, in float32, what the norm received
+            if config.conv_norm == "layer":  # also the input, and the float32 input of the norm
                 now += (precision.itemsize + 4) * below
             most = max(most, now)
         below = rate * width
@@ -86,7 +86,7 @@ def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
 
 
 class _GpuLayerNorm(TorchFunctionMode):
-    """Layer norms in float32, as autocast computes them on CUDA and not on a CPU."""
+    """Layer norms in float32, as autocast computes them on CUDA but not on a CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.layer_norm:
@@ -109,7 +109,7 @@ def _stored(
         wrap_blocks(list(model.encoder.layers), recompute, False)
         weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
         total = _stored_by(lambda: masked_loss(model, head, torch.zeros(rows, n_samples)), weights)
-        if gpu:  # the positional convolution of a GPU in place of a CPU's
+        if gpu:  # replace the positional convolution of a CPU by that of a GPU
             n_frames = config.grid.n_frames(n_samples)
             packing = Packing([n_frames] * rows, n_frames, torch.device("cpu"))
             x_ND = torch.zeros(packing.n_rows, config.width, dtype=precision, requires_grad=True)
@@ -120,7 +120,7 @@ def _stored(
 
 
 def _stored_by(forward: Callable[[], Tensor], weights: set[int]) -> int:
-    """Bytes of the tensors that a function saves for its backward pass, each storage once."""
+    """Bytes of the tensors that a function saves for its backward pass, counting each storage once."""
     stored: dict[int, Any] = {}  # storages by identity, referenced so that no address is reused
 
     def save(tensor: Tensor) -> Tensor:

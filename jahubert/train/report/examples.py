@@ -33,13 +33,13 @@ class Example:
     split: str
     text: str
     seconds: float
-    errors: ErrorCounts  # of symbols
+    errors: ErrorCounts  # symbol errors
     word_pairs: list[Pair]  # aligned words, each a tuple of symbols
     symbol_pairs: list[Pair]  # aligned symbols and word boundaries
     has_phones: bool  # whether symbols are phones, which are displayed as kana
     audio: str = ""  # data URI of an MP3
-    figure: str = ""  # data URI
-    note: str = ""  # why there is no audio
+    figure: str = ""  # data URI of the figure
+    note: str = ""  # reason for missing audio
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Decoded:
 
     @property
     def sort_key(self) -> tuple[float, int, str]:
-        """Ascending from the best; among utterances without errors, longer ones are better."""
+        """Key that sorts the best first; among utterances without errors, longer ones are better."""
         return self.errors.rate, self.errors.errors or -self.errors.length, self.line["id"]
 
 

@@ -23,10 +23,10 @@ _PALETTE = 37  # colors of units; consecutive units get distant colors
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """One figure per metric over the steps: a color per run, validation dashed.
+    """Plot each metric over the steps, with one color per run and dashed lines for validation.
 
     Args:
-        runs: by name, the lines of metrics.jsonl. Their timing adds `speed` (updates per second) and
+        runs: lines of metrics.jsonl by run name. Their timing adds `speed` (updates per second) and
             `waiting` (share of time without a batch).
     """
     series: dict[str, dict[tuple[str, bool], list[tuple[float, float]]]] = {}
@@ -204,7 +204,7 @@ def _render(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train") from error
-    # Text stays text, and equal figures have equal bytes.
+    # Keep text as SVG text, and make equal figures byte-identical.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jahubert"}):
         figure = Figure(figsize=size, layout=layout)
         FigureCanvasAgg(figure)

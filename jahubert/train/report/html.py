@@ -85,7 +85,7 @@ def render_page(data: PageData, language: str) -> str:
 
 
 def stage_records(exp: Path) -> dict[str, Any]:
-    """The records of an experiment's finished stages by folder."""
+    """Records of the finished stages of an experiment by folder."""
     return {str(path.parent.relative_to(exp)): read_record(path) for path in sorted(exp.glob(f"**/{DONE}"))}
 
 
@@ -171,7 +171,7 @@ def _results(data: PageData, strings: Strings) -> str:
 
 
 def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
-    """Folded tables of a system's speakers and most frequent errors."""
+    """Collapsible tables of a system's speakers and most frequent errors."""
     measures = {name: title for name, title in _MEASURES.items() if name in score}
     first = next(iter(measures))
     speakers = sorted(score.get("speakers", {}).items(), key=lambda item: (-item[1][first]["rate"], item[0]))
@@ -392,7 +392,7 @@ def _marked(pairs: Sequence[tuple[Any, Any]], side: int, as_kana: bool, tag: str
 
 
 def _training(experiments: Mapping[str, Path], strings: Strings) -> str:
-    """Folded training curves, those of several experiments in the same figures."""
+    """Collapsible training curves, with all experiments in the same figures."""
     stages: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for experiment, exp in experiments.items():
         for path in sorted(exp.glob("**/metrics.jsonl")):

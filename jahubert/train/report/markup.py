@@ -1,4 +1,4 @@
-"""HTML building blocks of the report page: tables, figures, folded parts and localized text."""
+"""HTML building blocks of the report page: tables, figures, collapsible sections and localized text."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def table(header: Sequence[str], rows: Iterable[Row], style: str = "stack") -> s
 
 
 def details(summary: str, body: str, note: str = "") -> str:
-    """A folded part; nothing if its body is empty."""
+    """A collapsible section; empty if its body is empty."""
     small = f" <small>{note}</small>" if note else ""
     return f"<details><summary>{summary}{small}</summary>{body}</details>" if body else ""
 

@@ -42,7 +42,7 @@ class Result:
 
 
 def find_results(exp: Path) -> Iterator[Result]:
-    """Scored decodings of an experiment, by name of the system, each with its main decoding first."""
+    """Scored decodings of an experiment, sorted by system name, the main decoding of each first."""
     for system in sorted((exp / "systems").glob("*")):
         for folder in sorted(system.glob("score*")):
             if (folder / DONE).exists():
@@ -62,7 +62,7 @@ def summarize_results(experiments: Mapping[str, Path]) -> dict[str, dict[str, An
     """`Result.summary` of every system: of the first experiment by name, of others as "experiment: system".
 
     Raises:
-        DataError: one of the others has no scores.
+        DataError: an experiment other than the first has no scores.
     """
     (_, exp), *others = experiments.items()
     systems = {result.name: result.summary() for result in find_results(exp)}
@@ -77,7 +77,7 @@ def summarize_results(experiments: Mapping[str, Path]) -> dict[str, dict[str, An
 def result_label(decode: Path) -> str:
     """Label of the hypotheses in a folder of stage `decode`: experiment, model, subset and search.
 
-    It is read from the records of the stages; without records it is the folder itself.
+    Read from the stage records; without records, the label is the folder itself.
     """
     system, exp = decode.parent, decode.parent.parent.parent
     prepare_record, finetune_record, decode_record = (
@@ -88,7 +88,7 @@ def result_label(decode: Path) -> str:
         return str(decode)
     settings = decode_record["settings"]
     search = decode_record["metrics"].get("search")
-    if search is None:  # a record of an earlier version
+    if search is None:  # record written by an earlier version
         search = f"beam {settings['beam']}" if settings["search"] == "beam" else settings["search"]
     decoding = decoding_of(decode)
     parts = [

@@ -19,7 +19,7 @@ def text_tables(summary: Mapping[str, Any]) -> str:
 
 
 def splits_of(systems: Mapping[str, Any]) -> list[str]:
-    """The evaluation splits that any system has scores of."""
+    """Evaluation splits for which any system has scores."""
     return sorted({split for system in systems.values() for split in system["scores"]})
 
 

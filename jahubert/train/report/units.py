@@ -29,7 +29,7 @@ class UnitCounts:
 
     usage: dict[str, np.ndarray]  # "iter1" -> (K,) all frames
     phones: list[str]
-    source: str  # of the phone times
+    source: str  # source of the phone times
     joint: dict[str, np.ndarray]  # "iter1" -> (P, K) frames with a known phone
 
 
@@ -136,6 +136,6 @@ def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
 
 
 def measure_units(exp: Path) -> dict[str, Any]:
-    """`unit_quality` of an experiment, with its own phone times."""
+    """`unit_quality` of an experiment, using its phone times."""
     times, source = phone_times(exp, Manifest(exp / "prepare" / "manifest.arrow"))
     return unit_quality(exp, count_units(exp, times, source))

@@ -115,7 +115,7 @@ class FineTuner(nn.Module):
     def __init__(self, ctc: HubertForCtc, *, freeze_conv: bool, head_only_steps: int, seed: int):
         super().__init__()
         self.ctc, self.head_only_steps, self.seed = ctc, head_only_steps, seed
-        self.updates = 0  # including the one of the last training batch
+        self.updates = 0  # including the update of the last training batch
         self.has_unused_parameters = head_only_steps > 0 or ctc.config.layer_drop > 0
         self.blocks = list(ctc.hubert.encoder.layers)
         if freeze_conv:

@@ -62,7 +62,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def fit(config: Config, out: Path) -> dict[str, Any]:
-    """Fit centroids in all processes that call this, write them in rank 0, and return their metrics."""
+    """Fit centroids in all calling processes, write them on rank 0, and return their metrics."""
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
     held_out = draw_rows(n_frames, round(n_frames * config.held_out), seeded_rng(config.seed, 13))

@@ -94,7 +94,7 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
             f"{config.centroids}: centroids of layer {fitted['layer']}, but features.layer={config.layer}; "
             "set label.centroids to centroids of that layer, or run stages features and kmeans for it"
         )
-    # A file of centroids may come from anybody: it cannot choose which code is imported.
+    # Centroid files are untrusted, so they must not determine which code is imported.
     if fitted["feature"] not in FEATURES and fitted["feature"] != config.feature:
         raise DataError(
             f"{config.centroids}: made from the custom feature {fitted['feature']!r}, but features.kind is "
@@ -122,7 +122,7 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
     step = HUBERT.hop_ratio(feature.grid)
     nearest = NearestCentroid(centroids_KD.to(device))
-    # Listed once: a process that lists them later would see fewer, and split them differently.
+    # Rank 0 lists the shards for all: a process that listed them later would see fewer and split differently.
     shards = distributed.rank0_broadcast(writer.pending)[distributed.rank() :: distributed.world()]
     with progress("units", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
         for shard in shards:

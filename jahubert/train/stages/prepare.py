@@ -61,7 +61,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 def prepare(config: Config, out: Path) -> dict[str, Any]:
     """Read the corpus and write the manifest, in one process."""
     options, read = config.options, recipe_reader(config.recipe, "prepare")
-    if isinstance(options, Mapping):  # built without `structure`, for example in a test
+    if isinstance(options, Mapping):  # config built without `structure`, for example in a test
         options = structure(options, recipe_reader(config.recipe, "Config"), "prepare.options")
     data = expand_user(config.data) if config.data else None  # an empty string would be the current folder
     work = out / "work"
@@ -86,7 +86,7 @@ def kept(config: Config, out: Path) -> None:
     """Warn about files that were missing when the manifest was made and exist now."""
     new_files = []
     if not (out / "rejected.jsonl").is_file():
-        return  # deleted by the user
+        return  # the user has deleted it
     with open(out / "rejected.jsonl", encoding="utf-8") as file:
         for line in file:
             if '"missing"' in line and Path(path := json.loads(line).get("missing", "")).is_file():
@@ -144,7 +144,7 @@ def usable(
 def _without_decoding(
     items: Utterances, check_audio: bool, cache: DecodeCache | None
 ) -> Iterable[Utterance | Utterances | Rejected] | None:
-    """The checked items if that is known without decoding, else None."""
+    """Checked items if they can be checked without decoding, else None."""
     if not check_audio:
         return _long_enough(items)
     cached = cache.lookup(items) if cache else None
@@ -178,6 +178,6 @@ def _checked(item: Utterance | Rejected, check_audio: bool) -> Utterance | Rejec
             return Rejected(item.id, "shorter than one frame", f"{item.n_samples} samples of {item.audio}")
         if check_audio:
             read_reliably(lambda: load_utterance(item), item.audio)
-    except AudioError as error:  # of the recording; an error of the file system ends the stage
+    except AudioError as error:  # broken recording; a file system error ends the stage
         return Rejected(item.id, "unusable audio", str(error))
     return item

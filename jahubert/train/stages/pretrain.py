@@ -88,7 +88,7 @@ class Pretrainer(nn.Module):
     ):
         super().__init__()
         self.seed, self.penalty = seed, penalty
-        self.updates = 0  # including the current one
+        self.updates = 0  # including the current update
         self.has_unused_parameters = config.layer_drop > 0
         self.hubert = HubertModel(config)
         self.blocks = list(self.hubert.encoder.layers)

@@ -29,7 +29,7 @@ from jahubert.train.report.tables import text_tables
 log = logging.getLogger(__name__)
 
 VERSION = 1
-KEEP = False  # always made again, as it reads all finished stages
+KEEP = False  # always regenerated, since it reads all finished stages
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
     times, source = units.phone_times(config.exp, manifest)
     device = distributed.process_device(config.device)
-    try:  # in all processes, because they share the clustering
+    try:  # runs in all processes, which share the clustering
         layers = units.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
     except AudioError as error:  # the corpus may have been moved; the rest needs no audio
         log.warning("report without PNMI by layer: %s", error)
