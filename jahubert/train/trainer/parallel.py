@@ -6,6 +6,7 @@ The caller keeps its module. With sharding, its parameters are DTensors during t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -52,6 +53,16 @@ class Parallel:
 
     def __call__(self, *args: Any) -> Any:
         return self.wrapped(*args)
+
+    def release(self) -> None:
+        """Destroy DDP's reducer, so that the process group does not outlive `destroy_process_group`.
+
+        The reducer holds the group. If it is the last to do so, it joins gloo's thread while holding the
+        GIL, which that thread may need to drop its last tensors: a deadlock when the process ends.
+        """
+        if isinstance(self.wrapped, DistributedDataParallel):
+            self.wrapped = self.module
+            gc.collect()  # DDP is part of reference cycles
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

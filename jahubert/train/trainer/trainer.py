@@ -188,6 +188,7 @@ class _TrainingRun:
     def close(self) -> None:
         if self.micro_batches is not None:
             self.micro_batches.close()
+        self.parallel.release()
 
     def train_step(self) -> None:
         """Compute the gradients of all micro-batches of a step and update the weights."""

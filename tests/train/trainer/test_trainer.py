@@ -184,9 +184,11 @@ def test_dataloader_workers_do_not_change_the_result(tmp_path):
 
 
 TWO = """
+import gc
 import sys
 import torch
 from pathlib import Path
+from torch.nn.parallel import DistributedDataParallel
 from fixtures import toy
 from fixtures.toy import Data, evaluate
 from jahubert.train.trainer import trainer
@@ -205,7 +207,10 @@ trainer._TrainingRun.train_step = train_step_or_stop
 with distributed.process_group():
     torch.manual_seed(0)
     module, data = getattr(toy, sys.argv[4])(), Data(micro_batches_per_step=4)
-    trainer.train(module, data, config, out, validate=lambda: evaluate(module, data), best="loss")
+    try:
+        trainer.train(module, data, config, out, validate=lambda: evaluate(module, data), best="loss")
+    finally:  # a reducer that outlives the process group can deadlock with gloo's thread at exit
+        assert not any(type(item) is DistributedDataParallel for item in gc.get_objects())
     if distributed.rank() == 0:
         torch.save(module.state_dict(), out / "weights.pt")
 """
