@@ -1,10 +1,12 @@
-"""Training and test data of the built-in model: recorded words, joined utterances, synthetic voices.
+"""Training and test data of the built-in model: recorded words and sentences, synthetic voices.
 
-There are three sources: the words of recipe `tofugu`, single and joined, and the joined ones again at other
-speeds, which change vocal tract and rate; the sentences of recipe `demo` in its synthetic voices; and the
+There are five sources: the words of recipe `tofugu`, single and joined, and the joined ones again at other
+speeds, which change vocal tract and rate; sentences of Common Voice by many speakers; recordings in other
+languages without text, for pretraining; the sentences of recipe `demo` in its synthetic voices; and the
 training words in random order in the same voices, which have more different phone sequences than sentence
-patterns. Test splits are the held-out words by voice, the same joined, synthetic sentences that do not occur
-in training, and real sentences, if a folder is given.
+patterns. Test splits are the held-out words by voice, the same joined, sentences by held-out speakers of
+Common Voice, the same as over a telephone and in noise, synthetic sentences that do not occur in training,
+and real sentences, if a folder is given.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from types import ModuleType
 
 import numpy as np
 import soundfile
-import soxr
+import read_speech
 
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError, MissingExtraError
@@ -47,6 +49,10 @@ _JOINS = ("、", "、", "と", "の", "は", "が", "を", "に", "も")  # betw
 @dataclass(frozen=True)
 class Config:
     sentences: str | None = None  # folder with transcripts.tsv (columns file, text): split test_real
+    common_voice: str | None = None  # folder with transcripts.tsv (columns file, text, speaker)
+    other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for pretraining
+    clips: read_speech.Config = field(default_factory=read_speech.Config)
+    synthetic: bool = True  # false: recordings only
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
     reading: float = 35.0  # minutes of training words in synthetic voices
@@ -60,9 +66,10 @@ class Config:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield splits train, dev, dev_joined, dev_made, test_low, test_high, test_joined, test_made, test_real.
+    """Yield the splits train, dev, dev_joined, dev_cv, dev_made and the test sets.
 
-    `data` is the corpus of recipe `tofugu`.
+    The test sets are test_low, test_high, test_joined, test_cv, test_cv_phone, test_cv_noise, test_made and
+    test_real. `data` is the corpus of recipe `tofugu`.
 
     Raises:
         DataError: corpus not found.
@@ -79,15 +86,26 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         if item.split == "train" and not joined:
             words.append(item.text)
         if item.split == "train" and joined and config.speeds:
-            yield _at_speed(item, config.speeds[number % len(config.speeds)], work / "speeds")
+            yield read_speech.at_speed(item, config.speeds[number % len(config.speeds)], work / "speeds")
+    real = list(_sentences(expand_user(config.sentences))) if config.sentences else []
+    yield from real
+    if config.common_voice:
+        folder, held_out = expand_user(config.common_voice), {item.text for item in real}
+        yield from read_speech.sentences(folder, work / "common_voice", config.clips, seed, held_out)
+    if config.other_languages:
+        yield from read_speech.other_languages(expand_user(config.other_languages), work / "common_voice")
+    if config.synthetic:
+        yield from _synthetic(words, work, config, seed)
+
+
+def _synthetic(words: list[str], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
+    """Sentences and training words in synthetic voices."""
     for item in demo.synthesize(demo.sentences(seed), work / "voices", config.voices, seed):
         yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
     reading = replace(config.voices, minutes=config.reading, dev_share=0.0, test_share=0.0)
     if config.reading:
         for item in demo.synthesize(_texts(words, seed), work / "reading", reading, seed):
             yield replace(item, id=item.id.replace("demo", "reading"))
-    if config.sentences is not None:
-        yield from _sentences(expand_user(config.sentences))
 
 
 def _voice(item: Utterance) -> str:
@@ -101,21 +119,6 @@ def _voice(item: Utterance) -> str:
     pitch_S = librosa.yin(wave_T, fmin=_FLOOR, fmax=_CEILING, sr=SAMPLE_RATE, **options)
     level_S = librosa.feature.rms(y=wave_T, **options)[0][: len(pitch_S)]
     return "low" if np.median(pitch_S[level_S > 0.3 * level_S.max()]) < LOW_VOICE else "high"
-
-
-def _at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
-    """The utterance played faster or slower, with its pitch."""
-    path = folder / f"{Path(item.audio.path).stem}-{speed}.flac"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
-        tofugu._write(path, tofugu._to_int16(soxr.resample(wave_T, SAMPLE_RATE * speed, SAMPLE_RATE)))
-    return replace(
-        item,
-        id=f"{item.id}-{speed}",
-        audio=AudioSource(str(path)),
-        n_samples=soundfile.info(path).frames,
-    )
 
 
 def _texts(words: list[str], seed: int) -> Iterator[str]:

@@ -50,14 +50,14 @@ def test_voices_are_classified_by_pitch(tmp_path):
 
 def test_speed_changes_length_and_pitch(tmp_path):
     item = word(tmp_path / "a.wav", 160)
-    fast, slow = (builtin._at_speed(item, speed, tmp_path / "speeds") for speed in (1.25, 0.8))
+    fast, slow = (builtin.at_speed(item, speed, tmp_path / "speeds") for speed in (1.25, 0.8))
     assert (fast.n_samples, slow.n_samples) == (round(item.n_samples / 1.25), round(item.n_samples / 0.8))
     assert len({item.id, fast.id, slow.id}) == 3 and fast.text == item.text
     assert (builtin._voice(fast), builtin._voice(slow)) == ("high", "low")
     spectrum = np.abs(np.fft.rfft(soundfile.read(fast.audio.path)[0]))
     assert spectrum.argmax() * RATE / fast.n_samples == pytest.approx(200, abs=4)
     stamp = Path(fast.audio.path).stat().st_mtime_ns
-    assert builtin._at_speed(item, 1.25, tmp_path / "speeds") == fast
+    assert builtin.at_speed(item, 1.25, tmp_path / "speeds") == fast
     assert Path(fast.audio.path).stat().st_mtime_ns == stamp
 
 

@@ -1,0 +1,215 @@
+"""Reader of read sentences with speakers, and of recordings without text, in the form of Common Voice.
+
+Both are folders with a table in tab-separated values: `transcripts.tsv` with the columns file, text, speaker,
+gender and age, or `clips.tsv` with file, language and speaker. Recordings are converted to 16 kHz FLAC files.
+
+No speaker and no sentence occurs in two splits. The speakers of the splits test_cv and dev_cv are drawn by
+seed from those with a client id (a name that starts with `block` was guessed from neighboring file names).
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from jahubert.audio import AudioSource, load_audio
+from jahubert.errors import AudioError, ConfigError, DataError
+from jahubert.formats.atomic import atomic_path
+from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.manifest import Rejected, Utterance
+
+_FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # of a speaker of a held-out split
+
+
+@dataclass(frozen=True)
+class Config:
+    test_speakers: int = 12
+    dev_speakers: int = 6
+    cap_minutes: float = 20.0  # of one training speaker
+    speeds: tuple[float, ...] = (0.9, 1.1)  # every training sentence is repeated at each of these
+    snr_db: float = 10.0  # of test_cv_noise
+
+    def __post_init__(self) -> None:
+        if self.test_speakers < 1 or self.dev_speakers < 1:
+            raise ConfigError(
+                f"test_speakers and dev_speakers must be at least 1; found {self.test_speakers} and "
+                f"{self.dev_speakers}"
+            )
+        if self.cap_minutes <= 0:
+            raise ConfigError(f"cap_minutes must be positive; found {self.cap_minutes}")
+        if not all(0.5 <= speed <= 2 for speed in self.speeds):
+            raise ConfigError(f"speeds must be between 0.5 and 2; found {self.speeds}")
+
+
+def sentences(
+    folder: Path, work: Path, config: Config, seed: int, held_out: set[str]
+) -> Iterator[Utterance | Rejected]:
+    """Yield the splits train, dev_cv, test_cv, test_cv_phone and test_cv_noise.
+
+    Args:
+        folder: with `transcripts.tsv`.
+        work: folder of the converted recordings; existing files are kept.
+        held_out: sentences of other test sets, which are left out of training and development.
+
+    Raises:
+        DataError: table not found, a row without file or text, or too few speakers.
+    """
+    rows = _rows(folder / "transcripts.tsv", ("file", "text", "speaker"))
+    split_of = _split_speakers(rows, config, seed)
+    texts = {row["text"] for row in rows if split_of[row["speaker"]] == "test_cv"} | held_out
+    usable = []
+    for row in rows:
+        split = split_of[row["speaker"]]
+        if split != "test_cv" and row["text"] in texts:
+            yield Rejected(_id("cv", row), "sentence of a test set")
+        elif split == "train" and row["text"] in _texts(rows, split_of, "dev_cv"):
+            yield Rejected(_id("cv", row), "sentence of the development set")
+        else:
+            usable.append(row)
+    random.Random(f"common voice order {seed}").shuffle(usable)
+    used: Counter[str] = Counter()
+    for row, item in _converted(folder, usable, work / "sentences", "cv"):
+        if isinstance(item, Rejected):
+            yield item
+            continue
+        split = split_of[row["speaker"]]
+        item = replace(item, text=row["text"], split=split)
+        if split == "train":
+            used[row["speaker"]] += item.n_samples
+            if used[row["speaker"]] > config.cap_minutes * 60 * SAMPLE_RATE:
+                yield Rejected(item.id, "more than cap_minutes of one speaker")
+                continue
+        yield item
+        if split == "train":
+            yield from (at_speed(item, speed, work / "speeds") for speed in config.speeds)
+        if split == "test_cv":
+            yield _derived(item, "test_cv_phone", work / "phone", lambda wave_T, _: telephone(wave_T))
+            yield _derived(
+                item, "test_cv_noise", work / "noise", lambda wave_T, rng: noisy(wave_T, config.snr_db, rng)
+            )
+
+
+def other_languages(folder: Path, work: Path) -> Iterator[Utterance | Rejected]:
+    """Yield recordings without text, split `train`, for pretraining."""
+    rows = _rows(folder / "clips.tsv", ("file", "speaker"))
+    for _, item in _converted(folder, rows, work / "other", "other"):
+        yield item if isinstance(item, Rejected) else replace(item, split="train")
+
+
+def at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
+    """The utterance played faster or slower, which also shifts pitch and formants."""
+    wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
+    path = folder / f"{Path(item.audio.path).stem}-{speed}.flac"
+    n_samples = _write_once(path, lambda: soxr.resample(wave_T, SAMPLE_RATE * speed, SAMPLE_RATE))
+    return replace(item, id=f"{item.id}-{speed}", audio=AudioSource(str(path)), n_samples=n_samples)
+
+
+def telephone(wave_T: np.ndarray) -> np.ndarray:
+    """Band of 300 to 3400 Hz with 8-bit mu-law coding, as in the public telephone network (ITU-T G.711)."""
+    spectrum = np.fft.rfft(wave_T)
+    hertz = np.fft.rfftfreq(len(wave_T), 1 / SAMPLE_RATE)
+    inside = np.clip((hertz - 200) / 100, 0, 1) * np.clip((3600 - hertz) / 200, 0, 1)
+    band_T = np.fft.irfft(spectrum * inside, len(wave_T))
+    band_T = 0.5 * band_T / max(1e-9, float(np.abs(band_T).max()))
+    code_T = np.round(127 * np.sign(band_T) * np.log1p(255 * np.abs(band_T)) / np.log(256)) / 127
+    return (np.sign(code_T) * np.expm1(np.abs(code_T) * np.log(256)) / 255).astype(np.float32)
+
+
+def noisy(wave_T: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
+    """Pink noise added at a signal-to-noise ratio over the whole utterance."""
+    spectrum = np.fft.rfft(rng.standard_normal(len(wave_T)))
+    spectrum /= np.sqrt(np.maximum(1.0, np.arange(len(spectrum))))
+    noise_T = np.fft.irfft(spectrum, len(wave_T))
+    scale = np.sqrt(np.mean(wave_T**2) / np.mean(noise_T**2)) * 10 ** (-snr_db / 20)
+    mixed_T = wave_T + scale * noise_T
+    return (mixed_T * min(1.0, 0.99 / float(np.abs(mixed_T).max()))).astype(np.float32)
+
+
+def _rows(table: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    if not table.is_file():
+        raise DataError(f"{table}: file not found; it needs the columns {', '.join(columns)}")
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    for number, row in enumerate(rows, start=2):
+        if any(not row.get(column) for column in columns):
+            raise DataError(f"{table}, line {number}: {' or '.join(columns)} is missing: {row}")
+    return rows
+
+
+def _split_speakers(rows: list[dict[str, str]], config: Config, seed: int) -> dict[str, str]:
+    """The split of every speaker."""
+    clips = Counter(row["speaker"] for row in rows)
+    candidates = sorted(
+        speaker
+        for speaker, count in clips.items()
+        if _FEWEST_CLIPS <= count <= _MOST_CLIPS and not speaker.startswith("block")
+    )
+    wanted = config.test_speakers + config.dev_speakers
+    if len(candidates) < wanted:
+        raise DataError(
+            f"test_speakers + dev_speakers is {wanted}, but only {len(candidates)} speakers have "
+            f"{_FEWEST_CLIPS} to {_MOST_CLIPS} recordings"
+        )
+    drawn = random.Random(f"common voice speakers {seed}").sample(candidates, wanted)
+    splits = dict.fromkeys(clips, "train")
+    splits |= dict.fromkeys(drawn[: config.test_speakers], "test_cv")
+    return splits | dict.fromkeys(drawn[config.test_speakers :], "dev_cv")
+
+
+def _texts(rows: list[dict[str, str]], split_of: dict[str, str], split: str) -> set[str]:
+    return {row["text"] for row in rows if split_of[row["speaker"]] == split}
+
+
+def _id(prefix: str, row: dict[str, str]) -> str:
+    return f"{prefix}-{Path(row['file']).stem}"
+
+
+def _converted(
+    folder: Path, rows: list[dict[str, str]], work: Path, prefix: str
+) -> Iterator[tuple[dict[str, str], Utterance | Rejected]]:
+    """The recordings of a table as 16 kHz FLAC files."""
+
+    def convert(row: dict[str, str]) -> Utterance | Rejected:
+        source, id = folder / row["file"], _id(prefix, row)
+        path = work / f"{Path(row['file']).stem}.flac"
+        try:
+            n_samples = _write_once(path, lambda: load_audio(source).numpy())
+        except AudioError as error:
+            return Rejected(id, "unreadable audio", str(error))
+        return Utterance(
+            id=id, audio=AudioSource(str(path)), n_samples=n_samples, speaker=row["speaker"], split=""
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        yield from zip(rows, pool.map(convert, rows), strict=True)
+
+
+def _derived(item: Utterance, split: str, folder: Path, change) -> Utterance:
+    """A copy of a test utterance, changed with noise that depends on its id alone."""
+    wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
+    rng = np.random.default_rng(list(item.id.encode()))
+    path = folder / Path(item.audio.path).name
+    n_samples = _write_once(path, lambda: change(wave_T, rng))
+    return replace(
+        item, id=f"{split}-{item.id}", audio=AudioSource(str(path)), n_samples=n_samples, split=split
+    )
+
+
+def _write_once(path: Path, make) -> int:
+    """Write the waveform that `make` returns unless the file exists; return its number of samples."""
+    if not path.exists():
+        wave_T = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            samples_T = np.round(np.clip(wave_T, -1, 1) * 32767).astype(np.int16)
+            soundfile.write(temporary, samples_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return soundfile.info(path).frames
