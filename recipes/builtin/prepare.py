@@ -20,8 +20,8 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import soundfile
 import read_speech
+import soundfile
 
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError, MissingExtraError

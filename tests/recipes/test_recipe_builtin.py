@@ -17,12 +17,13 @@ pytest.importorskip("pyopenjtalk")
 import jahubert
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
-from jahubert.train.data.manifest import Utterance
+from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.experiment.provenance import DONE
 from jahubert.train.experiment.registry import resolve
 
 HOME = Path(__file__).parents[2] / "recipes" / "builtin"
 builtin = sys.modules[resolve(f"{HOME / 'prepare.py'}:prepare", {}, "recipe").__module__]
+read_speech = builtin.read_speech
 spec = importlib.util.spec_from_file_location("builtin_build", HOME / "build.py")
 assert spec and spec.loader
 build = importlib.util.module_from_spec(spec)
@@ -50,14 +51,14 @@ def test_voices_are_classified_by_pitch(tmp_path):
 
 def test_speed_changes_length_and_pitch(tmp_path):
     item = word(tmp_path / "a.wav", 160)
-    fast, slow = (builtin.at_speed(item, speed, tmp_path / "speeds") for speed in (1.25, 0.8))
+    fast, slow = (read_speech.at_speed(item, speed, tmp_path / "speeds") for speed in (1.25, 0.8))
     assert (fast.n_samples, slow.n_samples) == (round(item.n_samples / 1.25), round(item.n_samples / 0.8))
     assert len({item.id, fast.id, slow.id}) == 3 and fast.text == item.text
     assert (builtin._voice(fast), builtin._voice(slow)) == ("high", "low")
     spectrum = np.abs(np.fft.rfft(soundfile.read(fast.audio.path)[0]))
     assert spectrum.argmax() * RATE / fast.n_samples == pytest.approx(200, abs=4)
     stamp = Path(fast.audio.path).stat().st_mtime_ns
-    assert builtin.at_speed(item, 1.25, tmp_path / "speeds") == fast
+    assert read_speech.at_speed(item, 1.25, tmp_path / "speeds") == fast
     assert Path(fast.audio.path).stat().st_mtime_ns == stamp
 
 
@@ -86,9 +87,10 @@ def corpus(tmp_path_factory) -> list[Utterance]:
 def test_splits_are_complete_and_disjoint(corpus):
     splits = {item.split for item in corpus}
     tests = {"test_low", "test_high", "test_joined", "test_made", "test_real"}
+    common_voice = {"test_cv", "test_cv_phone", "test_cv_noise"}
     assert splits == {"train", "dev", "dev_joined", "dev_made", *tests}
     assert len({item.id for item in corpus}) == len(corpus)
-    assert tests == set(build.SETS)
+    assert tests | common_voice == set(build.SETS)
     held_out = {item.words for item in corpus if item.split in ("test_low", "test_high")}
     singles = {item.words for item in corpus if item.split == "train" and item.id.startswith("word")}
     assert held_out and singles and not held_out & singles
@@ -112,6 +114,75 @@ def test_synthetic_voices_read_training_words_with_exact_times(corpus):
 def test_real_sentences_are_a_test_split(corpus):
     (item,) = (item for item in corpus if item.id.startswith("real"))
     assert (item.split, item.text, item.id) == ("test_real", "雨が降る。", "real-one")
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory) -> list[Utterance | Rejected]:
+    """Sentences of ten speakers and one guessed speaker; every speaker also reads one common sentence."""
+    root = tmp_path_factory.mktemp("common_voice")
+    lines = ["file\ttext\tspeaker"]
+    for speaker in range(11):
+        name = f"speaker{speaker}" if speaker < 10 else "block001"
+        for number in range(6):
+            path = root / f"{speaker}-{number}.wav"
+            soundfile.write(path, buzz(120 + 10 * speaker + number), RATE)
+            text = f"{KANA[speaker]}{KANA[number]}" if number else "あ"
+            lines.append(f"{path.name}\t{text}\t{name}")
+    (root / "transcripts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = read_speech.Config(test_speakers=2, dev_speakers=2, cap_minutes=0.04, speeds=(0.9, 1.1))
+    work = tmp_path_factory.mktemp("work")
+    return list(read_speech.sentences(root, work, config, 0, {"さき"}))
+
+
+def test_no_speaker_or_sentence_is_in_two_splits(read):
+    items = [item for item in read if isinstance(item, Utterance)]
+    by_split = {
+        split: [item for item in items if item.split == split] for split in ("train", "dev_cv", "test_cv")
+    }
+    speakers = {split: {item.speaker for item in part} for split, part in by_split.items()}
+    texts = {split: {item.text for item in part} for split, part in by_split.items()}
+    assert {split: len(names) for split, names in speakers.items()} == {"train": 7, "dev_cv": 2, "test_cv": 2}
+    assert "block001" in speakers["train"]
+    for one, other in (("train", "dev_cv"), ("train", "test_cv"), ("dev_cv", "test_cv")):
+        assert not speakers[one] & speakers[other] and not texts[one] & texts[other]
+    assert all(item.text != "さき" for item in items if item.split in ("train", "dev_cv"))
+    assert len({item.id for item in items}) == len(items)
+
+
+def test_one_speaker_is_capped(read):
+    minutes = dict.fromkeys((item.speaker for item in read if isinstance(item, Utterance)), 0.0)
+    for item in read:
+        if isinstance(item, Utterance) and item.split == "train" and not item.id.endswith(("-0.9", "-1.1")):
+            minutes[item.speaker] += item.n_samples / RATE / 60
+    assert max(minutes.values()) <= 0.04
+    assert any(isinstance(item, Rejected) and "cap_minutes" in item.reason for item in read)
+
+
+def test_telephone_and_noise_versions(read):
+    items = {item.id: item for item in read if isinstance(item, Utterance)}
+    clean = [item for item in items.values() if item.split == "test_cv"]
+    assert len(clean) == 12
+    for item in clean:
+        wave_T, _ = soundfile.read(item.audio.path)
+        phone_T, _ = soundfile.read(items[f"test_cv_phone-{item.id}"].audio.path)
+        noisy_T, _ = soundfile.read(items[f"test_cv_noise-{item.id}"].audio.path)
+        assert len(phone_T) == len(noisy_T) == len(wave_T)
+        power = np.abs(np.fft.rfft(phone_T)) ** 2
+        hertz = np.fft.rfftfreq(len(phone_T), 1 / RATE)
+        assert power[hertz < 150].sum() + power[hertz > 4000].sum() < 0.01 * power.sum()
+        scale = np.dot(noisy_T, wave_T) / np.dot(wave_T, wave_T)
+        noise_T = noisy_T / scale - wave_T
+        assert 10 * np.log10(np.mean(wave_T**2) / np.mean(noise_T**2)) == pytest.approx(10, abs=1)
+
+
+def test_too_few_speakers_and_a_missing_column_are_reported(tmp_path):
+    table = tmp_path / "transcripts.tsv"
+    table.write_text("file\ttext\tspeaker\na.wav\tあ\t\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"transcripts\.tsv, line 2"):
+        list(read_speech.sentences(tmp_path, tmp_path, read_speech.Config(), 0, set()))
+    table.write_text("file\ttext\tspeaker\na.wav\tあ\tx\n", encoding="utf-8")
+    with pytest.raises(DataError, match="test_speakers"):
+        list(read_speech.sentences(tmp_path, tmp_path, read_speech.Config(), 0, set()))
 
 
 @pytest.mark.parametrize("options", [{"speeds": (3.0,)}, {"reading": -1.0}])
@@ -173,7 +244,7 @@ def test_unfinished_or_large_models_are_not_packed(finished, tmp_path, capsys, m
     assert "stage score" in capsys.readouterr().err
 
 
-def test_pretraining_uses_tofugu_unless_a_model_is_given(monkeypatch):
+def test_pretraining_runs_on_recordings_unless_a_model_is_given(monkeypatch):
     commands: list[list[str]] = []
 
     def fake_run(overrides):
@@ -183,9 +254,25 @@ def test_pretraining_uses_tofugu_unless_a_model_is_given(monkeypatch):
     monkeypatch.setattr(build.run, "main", fake_run)
     settings = ["data=/corpus", "processes=2", "exp=other", "finetune.train.max_steps=7"]
     status, folder = build.pretrained(settings)
-    assert (status, folder) == (0, "exp/tofugu/iter2/pretrain")
-    assert commands[0] == ["recipe=tofugu", "data=/corpus", "processes=2", "stage=prepare"]
+    assert (status, folder) == (0, "exp/builtin-pretraining/iter2/pretrain")
+    assert commands[0][:2] == ["recipe=builtin", "name=builtin-pretraining"]
+    assert (
+        commands[0][-1] == "stage=prepare"
+        and "data=/corpus" in commands[0]
+        and "exp=other" not in commands[0]
+    )
+    assert "prepare.options.synthetic=false" in commands[0]
     assert commands[-1][-2:] == ["stage=pretrain", "iteration=2"] and len(commands) == 9
     assert build.pretrained([*settings, "pretrained=mine"]) == (0, "mine") and len(commands) == 9
     monkeypatch.setattr(build.run, "main", lambda overrides: 2 if "stage=kmeans" in overrides else 0)
     assert build.pretrained(settings)[0] == 2
+
+
+def test_only_test_sets_of_the_given_corpora_are_decoded(monkeypatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(build.run, "main", lambda overrides: commands.append(overrides) or 2)
+    assert build.main(["data=/corpus", "common_voice=/cv", "pretrained=mine"]) == 2
+    assert (
+        "decode.splits=[test_low,test_high,test_joined,test_cv,test_cv_phone,test_cv_noise,test_made]"
+        in (commands[0])
+    )
