@@ -37,7 +37,7 @@ def test_one_file_gives_one_line_of_kana(bundle, folder, capsys):
     assert out == wanted + "\n" and wanted and err == ""
 
 
-def test_several_are_named_and_one_that_fails_does_not_stop_the_others(bundle, folder, capsys):
+def test_several_files_are_named_and_one_failure_does_not_stop_the_others(bundle, folder, capsys):
     Path("bad.wav").write_bytes(b"RIFFnothing")
     Path("hollow").mkdir()
     assert main(["transcribe", "--model", bundle, "bad.wav", "data", "hollow", "gone.wav"]) == 2
@@ -50,7 +50,7 @@ def test_several_are_named_and_one_that_fails_does_not_stop_the_others(bundle, f
     assert "3 of 5" in errors[-1]
 
 
-def test_a_bug_is_shown_and_has_another_status(bundle, folder, capsys, monkeypatch):
+def test_unexpected_exception_prints_a_traceback_and_exits_with_1(bundle, folder, capsys, monkeypatch):
     def broken(self, wavs):
         raise RuntimeError("kaputt")
 
@@ -70,7 +70,7 @@ def test_json_and_tsv_lines(bundle, folder, capsys):
     assert [line.startswith("audio\tstart") for line in lines] == [True] + [False] * (len(lines) - 1)
 
 
-def test_every_format_into_a_folder(bundle, folder, capsys):
+def test_format_all_writes_every_format(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "-f", "all", "-o", "out/deep", "data"]) == 0
     assert capsys.readouterr().out == ""
     names = sorted(str(p.relative_to("out/deep")) for p in Path("out/deep").rglob("*") if p.is_file())
@@ -143,7 +143,7 @@ def test_status_of_a_folder_without_stages(tmp_path, capsys):
         (["info", "data"], "config.json"),
     ],
 )
-def test_mistakes_are_said_in_one_line(bundle, folder, capsys, args, says):
+def test_invalid_arguments_give_a_one_line_error(bundle, folder, capsys, args, says):
     assert main([arg.format(bundle=bundle) for arg in args]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("jahubert: error: ") and says in err and err.count("\n") == 1
@@ -151,7 +151,7 @@ def test_mistakes_are_said_in_one_line(bundle, folder, capsys, args, says):
 
 
 @pytest.mark.parametrize("name", ["transcribe", "features", "units"])
-def test_no_model_at_all(folder, capsys, monkeypatch, name):
+def test_missing_builtin_model_is_reported(folder, capsys, monkeypatch, name):
     monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: None)
     assert main([name, "data/a.wav", *(["-o", "out"] if name == "features" else [])]) == 2
     assert "--model" in capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_interruption_is_quiet(bundle, folder, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_only_for_a_person(bundle, folder, capsys, monkeypatch):
+def test_progress_is_shown_on_a_terminal_only(bundle, folder, capsys, monkeypatch):
     main(["transcribe", "--model", bundle, "data"])
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -175,7 +175,7 @@ def test_progress_only_for_a_person(bundle, folder, capsys, monkeypatch):
     assert "[2/2]" in err and "[" not in out
 
 
-def test_progress_of_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
+def test_progress_within_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
     soundfile.write(tmp_path / "long.wav", syllables(95.0).numpy(), 16_000)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["transcribe", "--model", bundle, "--beam", "1", str(tmp_path / "long.wav")]) == 0
@@ -184,7 +184,7 @@ def test_progress_of_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
     assert len(shown) >= 2 and "1:35 of audio" in shown[-1] and "[1/1]" in shown[-1]
 
 
-def test_patterns_that_no_shell_expanded(bundle, folder, capsys):
+def test_glob_patterns_are_expanded(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "data/**/*.flac", "*.mp3"]) == 2
     out, err = capsys.readouterr()
     assert out.startswith("data/sub/日本語 名前.flac\t") and out.count("\n") == 1
@@ -194,7 +194,7 @@ def test_patterns_that_no_shell_expanded(bundle, folder, capsys):
     assert "\t" not in capsys.readouterr().out
 
 
-def test_silence_gives_no_text_unless_it_is_asked_for(bundle, folder, capsys):
+def test_noise_gives_no_text_unless_vad_is_disabled(bundle, folder, capsys):
     noise = np.random.default_rng(0).normal(0, 0.05, 32_000)
     soundfile.write("noise.wav", noise, 16_000)
     assert main(["transcribe", "--model", bundle, "noise.wav"]) == 0
@@ -203,14 +203,14 @@ def test_silence_gives_no_text_unless_it_is_asked_for(bundle, folder, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_phonemes_in_place_of_kana(bundle, folder, capsys):
+def test_phonemes_option(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "--phonemes", "data/a.wav"]) == 0
     wanted = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").phonemes
     assert capsys.readouterr().out == " ".join(wanted) + "\n"
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
-def test_fewer_bits_are_near(bundle, folder, dtype):
+def test_low_precision_is_close(bundle, folder, dtype):
     exact, near = (
         jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=d) for d in (torch.float32, dtype)
     )
@@ -221,7 +221,7 @@ def test_fewer_bits_are_near(bundle, folder, dtype):
     assert ("quantized" in str(type(near.model.lm_head))) == (dtype is torch.int8)
 
 
-def test_where_int8_cannot_run(bundle):
+def test_unsupported_dtype_is_rejected(bundle):
     exact = jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=torch.float32)
     with pytest.raises(jahubert.UserError, match="int8"):
         quantize_int8(exact.model, torch.device("meta"))
@@ -240,12 +240,12 @@ def test_status_as_json(folder, capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["prepare", "stopped"]
 
 
-def test_help_does_not_load_torch():
+def test_parser_does_not_import_torch():
     code = "import sys, jahubert.cli.main as m; m.build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_as_a_command(bundle, folder):
+def test_python_m_jahubert(bundle, folder):
     done = command("transcribe", "--model", bundle, "data", env={"PATH": "", "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stderr == b""
     assert "data/sub/日本語 名前.flac\t" in done.stdout.decode("utf-8")
@@ -253,7 +253,7 @@ def test_as_a_command(bundle, folder):
     assert command("--version").stdout.decode().strip() == f"jahubert {jahubert.__version__}"
 
 
-def test_a_reader_that_leaves(bundle, folder):
+def test_closed_pipe_is_quiet(bundle, folder):
     line = f"{sys.executable} -m jahubert transcribe --model '{bundle}' -f json " + "data " * 3 + "| true"
     done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
     assert done.stderr == b""
@@ -266,7 +266,7 @@ def test_public_names_exist():
         _ = jahubert.Nothing
 
 
-def test_every_bad_recording_is_one_sentence_and_the_rest_is_done(bundle, folder, capsys):
+def test_every_bad_recording_gives_one_line_and_the_rest_is_processed(bundle, folder, capsys):
     Path("empty.wav").touch()
     soundfile.write("no-samples.wav", np.zeros(0, np.float32), 16_000)
     Path("text.wav").write_text("this is no audio")
@@ -286,14 +286,14 @@ def test_every_bad_recording_is_one_sentence_and_the_rest_is_done(bundle, folder
         assert {name.partition(".")[0] for name in written} == {"a"}
 
 
-def test_a_folder_without_permission(bundle, folder, capsys, monkeypatch):
+def test_output_folder_without_permission_is_rejected(bundle, folder, capsys, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
     assert main(["transcribe", "--model", bundle, "-o", "out", "data"]) == 2
     err = capsys.readouterr().err
     assert "no permission to write" in err and err.count("\n") == 1
 
 
-def test_models_of_another_kind(bundle, folder, capsys):
+def test_unsuitable_models_are_rejected(bundle, folder, capsys):
     Path("other").mkdir()
     Path("other/config.json").write_text('{"model_type": "wav2vec2"}')
     Path("nothing").mkdir()
@@ -311,7 +311,7 @@ def test_models_of_another_kind(bundle, folder, capsys):
         assert out == "" and err.count("\n") == 1 and says in err and err.startswith("jahubert: error: ")
 
 
-def test_a_disk_that_is_full_loses_nothing_else(bundle, folder, capsys):
+def test_full_disk_affects_one_recording_only(bundle, folder, capsys):
     Path("out").mkdir()
     temporary_path(Path("out/a.srt")).symlink_to("/dev/full")
     assert main(["transcribe", "--model", bundle, "-f", "srt", "-o", "out", "data"]) == 1
@@ -320,7 +320,7 @@ def test_a_disk_that_is_full_loses_nothing_else(bundle, folder, capsys):
     assert [str(p.relative_to("out")) for p in Path("out").rglob("*.srt")] == ["sub/日本語 名前.srt"]
 
 
-def test_help_is_there_in_half_a_second():
+def test_help_takes_less_than_half_a_second():
     """The quickest of a few, so that a busy machine does not decide."""
     seconds = []
     for _ in range(5):
@@ -332,7 +332,7 @@ def test_help_is_there_in_half_a_second():
     assert min(seconds) < 0.5
 
 
-def test_what_telephones_write_is_not_passed_over_in_silence(bundle, folder, capsys):
+def test_undecodable_m4a_is_reported_and_macos_metadata_is_skipped(bundle, folder, capsys):
     (folder / "data" / "__MACOSX").mkdir()
     for name in ("._a.wav", "__MACOSX/a.wav"):  # metadata of macOS: skipped
         (folder / "data" / name).write_bytes(b"\0\x05\x16\x07")
@@ -342,13 +342,13 @@ def test_what_telephones_write_is_not_passed_over_in_silence(bundle, folder, cap
     assert "memo.m4a" in err and "1 of 3 failed" in err and "a.wav" in out
 
 
-def test_an_output_folder_that_is_no_name(bundle, folder, capsys):
+def test_empty_output_name_is_rejected(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "-o", "", "data/a.wav"]) == 2
     assert "-o is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio", "onnx"])
-def test_converting_into_a_place_that_cannot_be_written(bundle, folder, capsys, monkeypatch, to):
+def test_convert_reports_an_unwritable_output(bundle, folder, capsys, monkeypatch, to):
     monkeypatch.setattr(os, "access", lambda *args: False)
     ending = {"hf": "", "onnx": ".onnx"}.get(to, ".pt")
     assert main(["convert", bundle, f"there/model{ending}", "--to", to]) == 2
@@ -365,7 +365,7 @@ def test_converting_into_a_place_that_cannot_be_written(bundle, folder, capsys, 
         (["-o", "out", "-f", "TXT", "--beam_size", "2", "--threads", "1", "--verbose", "False"], ".txt"),
     ],
 )
-def test_options_of_whisper_are_accepted(bundle, folder, options, ending):
+def test_whisper_options_are_accepted(bundle, folder, options, ending):
     assert main(["transcribe", "--model", bundle, "data/a.wav", *options]) == 0
     assert [path.name for path in Path("out").iterdir()] == [f"a{ending}"]
 
@@ -387,14 +387,14 @@ def test_output_may_be_a_file(bundle, folder, name):
         (["no-such-folder/"], "no such folder"),
     ],
 )
-def test_mistaken_arguments_of_transcribe_are_one_line(bundle, folder, capsys, arguments, message):
+def test_invalid_transcribe_arguments_give_a_one_line_error(bundle, folder, capsys, arguments, message):
     assert main(["transcribe", "--model", bundle, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("jahubert: error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("package", ["hydra", "omegaconf", "pyarrow", "tqdm"])
-def test_plan_without_the_extra_names_it(package):
+def test_plan_names_the_missing_extra(package):
     code = f"import sys; sys.modules['{package}'] = None; from jahubert.cli.main import main; "
     code += "sys.exit(main(['plan', 'recipe=demo', 'gpu=H100']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -27,7 +27,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     return done.stdout.split("\n")[:-1]
 
 
-def test_bash(tmp_path):
+def test_bash_completion(tmp_path):
     (tmp_path / "日本語 名前.wav").touch()
     names = [command.name for command in commands(build_parser())]
     assert offered("jahubert ", tmp_path) == names
@@ -40,7 +40,7 @@ def test_bash(tmp_path):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_read_their_script(shell, capsys, tmp_path):
+def test_shells_accept_their_script(shell, capsys, tmp_path):
     assert main(["completion", shell]) == 0
     path = tmp_path / "script"
     path.write_text(capsys.readouterr().out)
@@ -50,7 +50,7 @@ def test_shells_read_their_script(shell, capsys, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_fish_offers():
+def test_fish_completion():
     if shutil.which("fish") is None:
         pytest.skip("no fish here")
     code = script(build_parser(), "fish") + "complete -C 'jahubert transcribe --format s'\n"
@@ -59,7 +59,7 @@ def test_fish_offers():
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["srt"]
 
 
-def test_a_full_disk_behind_standard_output():
+def test_full_disk_on_standard_output_is_reported():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     code = "import sys; from jahubert.cli.main import main; sys.exit(main(['completion', 'bash']))"

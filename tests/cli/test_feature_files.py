@@ -31,7 +31,7 @@ def test_features_of_several_layers_in_chunks(bundle, folder, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_features_continue_and_never_mix(bundle, folder, capsys, monkeypatch):
+def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, capsys, monkeypatch):
     """What is there stays untouched, what is missing, older than its audio or half written is made."""
     run = ["features", "--model", bundle, "-o", "out", "data"]
     assert main(run) == 0
@@ -49,7 +49,7 @@ def test_features_continue_and_never_mix(bundle, folder, capsys, monkeypatch):
     assert "layer=None" in capsys.readouterr().err
 
 
-def test_features_in_one_file(bundle, folder, capsys):
+def test_features_in_one_safetensors_file(bundle, folder, capsys):
     from safetensors.numpy import load_file
 
     Path("data/bad.wav").write_bytes(b"RIFFnothing")
@@ -65,7 +65,7 @@ def test_features_in_one_file(bundle, folder, capsys):
     assert "all.safetensors" in capsys.readouterr().err
 
 
-def test_features_that_cannot_be_written(bundle, folder, capsys):
+def test_unwritable_output_leaves_no_partial_files(bundle, folder, capsys):
     assert main(["features", "--model", bundle, "-o", "/proc/out", "data/a.wav"]) == 2
     assert "-o /proc/out cannot be written" in capsys.readouterr().err
     assert main(["features", "--model", bundle, "--chunk", "8", "-o", "out", "data/notes.txt"]) == 2

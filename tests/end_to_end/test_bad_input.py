@@ -101,40 +101,40 @@ def copy(whole, tmp_path) -> Path:
         (["finetune.train.precision=fp64"], "must be one of auto, fp32, bf16, fp16"),
     ],
 )
-def test_a_wrong_setting_is_named_before_anything_runs(capsys, tmp_path, overrides, says):
+def test_invalid_setting_is_named_before_anything_runs(capsys, tmp_path, overrides, says):
     assert says in refused(capsys, tmp_path / "exp", "all", *overrides)
     assert not (tmp_path / "exp").exists()
 
 
-def test_all_mistakes_come_at_once(capsys, tmp_path):
+def test_all_mistakes_are_reported_at_once(capsys, tmp_path):
     message = refused(capsys, tmp_path, "all", "kmeans.n_cluster=3", "decode.beam=wide", "score.samples=0")
     assert "kmeans.n_cluster:" in message and "decode.beam:" in message and "score.samples" in message
 
 
 @pytest.mark.parametrize(("yaml", "says"), [("kmeans: { n_clusters: [4", "YAML"), ("- 1", "recipe.yaml")])
-def test_a_broken_recipe_file_is_named(capsys, tmp_path, yaml, says):
+def test_broken_recipe_file_is_named(capsys, tmp_path, yaml, says):
     (tmp_path / "recipe.yaml").write_text(yaml)
     message = refused(capsys, tmp_path / "exp", "prepare", f"recipe={tmp_path}")
     assert str(tmp_path / "recipe.yaml") in message and says in message
 
 
-def test_a_recipe_may_have_no_systems_and_no_iterations(capsys, tmp_path):
+def test_recipe_may_have_no_systems_and_no_iterations(capsys, tmp_path):
     done(capsys, tmp_path, "prepare", "systems=null", "by_iteration=null")
 
 
-def test_stages_in_the_wrong_order(capsys, tmp_path):
+def test_missing_earlier_stage_is_named(capsys, tmp_path):
     assert "exp/prepare" in refused(capsys, tmp_path / "exp", "features")
     done(capsys, tmp_path / "exp", "prepare")
     message = refused(capsys, tmp_path / "exp", "label")
     assert f"label.centroids: {tmp_path}/exp/iter1/kmeans" in message and "stage=kmeans" in message
 
 
-def test_a_folder_that_cannot_be_written(capsys, tmp_path):
+def test_unwritable_experiment_folder_is_named(capsys, tmp_path):
     (tmp_path / "file").touch()
     assert f"{tmp_path}/file/exp" in refused(capsys, tmp_path / "file" / "exp", "prepare")
 
 
-def test_status_of_a_folder_without_stages(capsys, tmp_path):
+def test_status_of_a_folder_without_stages_is_an_error(capsys, tmp_path):
     for folder in (tmp_path, tmp_path / "none", Path(__file__)):
         assert cli.main(["status", str(folder)]) == 2
         assert f"{folder}: " in capsys.readouterr().err
@@ -144,14 +144,14 @@ def test_status_of_a_folder_without_stages(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["csj", "reazonspeech", "tofugu", "fairseq"])
-def test_no_data_is_not_the_folder_one_stands_in(capsys, tmp_path, recipe):
+def test_missing_data_does_not_default_to_the_working_directory(capsys, tmp_path, recipe):
     for data in ([], ["data="]):  # a variable of the shell that is empty gives the second
         says = refused(capsys, tmp_path / "exp", "prepare", f"recipe={recipe}", *data)
         assert says.startswith("data=") and recipe in says
 
 
 @pytest.mark.parametrize("recipe", ["tofugu", str(ROUGH)])
-def test_a_missing_corpus_can_be_mended(capsys, tmp_path, recipe):
+def test_run_with_a_missing_corpus_can_be_corrected(capsys, tmp_path, recipe):
     """The folder is named, and the next try with the right one is not held against the first."""
     args = f"recipe={recipe}", "data=/no/such/folder"
     assert "/no/such/folder" in refused(capsys, tmp_path / "exp", "prepare", *args)
@@ -178,7 +178,7 @@ def test_a_missing_corpus_can_be_mended(capsys, tmp_path, recipe):
         ("short", "shorter than one frame", "300 samples of "),
     ],
 )
-def test_a_broken_recording_is_left_out_with_its_reason(capsys, said, tmp_path, bad, reason, detail):
+def test_broken_recording_is_rejected_with_a_reason(capsys, said, tmp_path, bad, reason, detail):
     done(capsys, tmp_path, "prepare", f"prepare.options.bad={bad}")
     assert f"{reason}: 1" in said.text
     assert Manifest(tmp_path / "prepare/manifest.arrow").ids() == [str(number) for number in range(12)]
@@ -188,7 +188,7 @@ def test_a_broken_recording_is_left_out_with_its_reason(capsys, said, tmp_path, 
 
 
 @pytest.mark.parametrize("n_samples", [16_001, 200])
-def test_a_length_that_the_recipe_got_wrong(capsys, tmp_path, n_samples):
+def test_wrong_length_from_a_recipe_is_rejected(capsys, tmp_path, n_samples):
     done(capsys, tmp_path, "prepare", f"prepare.options.n_samples={n_samples}")
     line = json.loads((tmp_path / "prepare/rejected.jsonl").read_text())
     assert line["reason"] == ("shorter than one frame" if n_samples == 200 else "unusable audio")
@@ -196,7 +196,7 @@ def test_a_length_that_the_recipe_got_wrong(capsys, tmp_path, n_samples):
 
 
 @pytest.mark.parametrize("bad", ["stereo", "8 kHz"])
-def test_other_formats_are_converted(capsys, tmp_path, bad):
+def test_other_audio_formats_are_converted(capsys, tmp_path, bad):
     done(capsys, tmp_path, "prepare", f"prepare.options.bad={bad}")
     manifest = Manifest(tmp_path / "prepare/manifest.arrow")
     assert manifest[12].id == "bad" and manifest.n_samples[12] == len(manifest.load(12)) == 16_000
@@ -205,13 +205,13 @@ def test_other_formats_are_converted(capsys, tmp_path, bad):
     assert len(LabelStore(tmp_path / "iter1/label")[12]) == 49
 
 
-def test_two_utterances_with_one_id(capsys, tmp_path):
+def test_duplicate_utterance_id_names_both_files(capsys, tmp_path):
     message = refused(capsys, tmp_path, "prepare", "prepare.options.bad=second 3")
     assert "utterance id '3'" in message and "/3.wav" in message and "/bad.wav" in message
     assert not (tmp_path / "prepare/manifest.arrow").exists()
 
 
-def test_a_text_without_a_reading_is_left_out(capsys, tmp_path):
+def test_text_without_a_reading_is_rejected(capsys, tmp_path):
     done(capsys, tmp_path, "prepare", "prepare.options.bad=unreadable text")
     done(capsys, tmp_path, "targets")
     record = json.loads((tmp_path / "targets/provenance.json").read_text())["metrics"]
@@ -219,7 +219,7 @@ def test_a_text_without_a_reading_is_left_out(capsys, tmp_path):
     assert json.loads((tmp_path / "targets/rejected.jsonl").read_text())["id"] == "bad"
 
 
-def test_audio_that_broke_later_is_named_by_every_stage_that_reads_it(capsys, copy):
+def test_audio_changed_after_prepare_is_named_by_every_stage(capsys, copy):
     """Nothing made is touched, and with the recording put back the same command goes on."""
     path = copy / "prepare/work/0.wav"
     sound, before = path.read_bytes(), files(copy / "iter1/label")
@@ -239,7 +239,7 @@ def test_audio_that_broke_later_is_named_by_every_stage_that_reads_it(capsys, co
 # --- what was made stays -----------------------------------------------------------------------------------
 
 
-def test_a_changed_setting_in_a_finished_folder_is_refused(capsys, copy):
+def test_changed_setting_in_a_finished_folder_is_rejected(capsys, copy):
     before = files(copy)
     message = refused(capsys, copy, "kmeans", "kmeans.n_clusters=5")
     assert "kmeans.n_clusters was 4, now 5" in message and "delete the folder" in message
@@ -249,7 +249,7 @@ def test_a_changed_setting_in_a_finished_folder_is_refused(capsys, copy):
     assert files(copy) == before
 
 
-def test_a_mistake_found_late_does_not_claim_the_folder(capsys, copy):
+def test_failed_run_does_not_bind_the_folder_to_its_settings(capsys, copy):
     """The sizes are those of another model: that is no reason to have to delete anything."""
     other = (copy / "iter1/pretrain/bundle").rename(copy / "other")
     shutil.rmtree(copy / "iter1/pretrain")
@@ -258,7 +258,7 @@ def test_a_mistake_found_late_does_not_claim_the_folder(capsys, copy):
     done(capsys, copy, "pretrain")
 
 
-def test_a_damaged_record_is_named(capsys, copy):
+def test_damaged_record_is_named(capsys, copy):
     (copy / "iter1/kmeans/provenance.json").write_text('{"finger')
     message = refused(capsys, copy, "label")
     assert "iter1/kmeans/provenance.json" in message and "rerun" in message
@@ -288,7 +288,7 @@ def no_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("score", "systems/main/score", "provenance.json"),
     ],
 )
-def test_a_full_disk(capsys, copy, monkeypatch, stage, folder, file):
+def test_full_disk_is_reported_and_the_stage_can_be_rerun(capsys, copy, monkeypatch, stage, folder, file):
     before = files(copy / folder)
     shutil.rmtree(copy / folder)
     elsewhere = {name: content for name, content in files(copy).items() if not name.startswith(folder)}
@@ -308,7 +308,7 @@ def test_a_full_disk(capsys, copy, monkeypatch, stage, folder, file):
             assert after[name] == before[name], name
 
 
-def test_a_full_disk_as_torch_and_safetensors_tell_it(tmp_path):
+def test_full_disk_errors_of_torch_and_safetensors_are_recognized(tmp_path):
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -325,7 +325,7 @@ def test_a_full_disk_as_torch_and_safetensors_tell_it(tmp_path):
         raise KeyError("something else")
 
 
-def test_ctrl_c(tmp_path):
+def test_ctrl_c_saves_a_checkpoint(tmp_path):
     """A stage that trains saves and leaves; all leave with 130, and the same command goes on."""
     command = [sys.executable, "-m", "jahubert.run", f"recipe={ROUGH}", "stage=all", f"exp={tmp_path}"]
     command.append("pretrain.train.max_steps=100000")
@@ -353,7 +353,7 @@ TOO_SMALL = {
 
 
 @pytest.mark.parametrize("stage", TOO_SMALL)
-def test_a_gpu_that_is_too_small(capsys, copy, monkeypatch, stage):
+def test_out_of_memory_error_names_a_setting(capsys, copy, monkeypatch, stage):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. Of ...")
 
@@ -367,7 +367,7 @@ def test_a_gpu_that_is_too_small(capsys, copy, monkeypatch, stage):
     done(capsys, copy, stage, *less)  # in the same folder
 
 
-def test_trouble_of_one_process_of_several(whole, tmp_path):
+def test_error_in_one_process_is_printed_once(whole, tmp_path):
     """It alone says what is wrong; the other one ends without a traceback, and nothing waits for ever."""
     exp = Path(shutil.copytree(whole, tmp_path / "exp"))
     shutil.rmtree(exp / "iter1/label")
@@ -382,7 +382,7 @@ def test_trouble_of_one_process_of_several(whole, tmp_path):
 # --- the command that uses a model --------------------------------------------------------------------------
 
 
-def test_transcribing_what_is_no_audio(capsys, whole, tmp_path):
+def test_transcribe_reports_files_that_are_not_audio(capsys, whole, tmp_path):
     model = str(whole / "systems/main/finetune")
     good, text = str(whole / "prepare/work/0.wav"), tmp_path / "notes.txt"
     text.write_text("hello")

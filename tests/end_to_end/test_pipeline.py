@@ -47,7 +47,7 @@ def results(exp: Path) -> dict[str, bytes]:
     return found
 
 
-def test_it_learns_the_corpus(whole):
+def test_model_learns_the_corpus(whole):
     scores = json.loads((whole / "systems/pretrained/score/scores.json").read_text())["test"]
     assert scores["utterances"] == 10
     assert scores["per"]["rate"] < 0.05 and scores["wer"]["rate"] < 0.1
@@ -72,7 +72,7 @@ def page(whole, request) -> Path:
     return copy
 
 
-def test_the_page_holds_everything_and_needs_nothing(whole, page):
+def test_report_page_is_complete_and_self_contained(whole, page):
     text = page.read_text(encoding="utf-8")
     language = page.stem[-2:]
     assert f'<html lang="{language}">' in text and "width=device-width" in text
@@ -91,7 +91,7 @@ def test_the_page_holds_everything_and_needs_nothing(whole, page):
     assert len(text) < 3_000_000
 
 
-def test_the_worst_come_first_with_their_sound(whole, page):
+def test_worst_utterances_come_first_with_audio(whole, page):
     from jahubert.train.evaluation.metrics import count_errors
 
     text = page.read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def test_the_worst_come_first_with_their_sound(whole, page):
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(page):
+def test_report_page_renders_in_a_browser(page):
     """No error in the console, every picture drawn, every sound playable, nothing too wide for a phone."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra dev)")
     with sync_api.sync_playwright() as driver:
@@ -140,7 +140,7 @@ def test_the_page_in_a_browser(page):
         browser.close()
 
 
-def test_a_report_without_the_audio_still_comes(whole, tmp_path):
+def test_report_is_written_without_the_audio(whole, tmp_path):
     exp = tmp_path / "exp"
     shutil.copytree(whole, exp)
     moved = exp / "prepare" / "work"
@@ -150,7 +150,7 @@ def test_a_report_without_the_audio_still_comes(whole, tmp_path):
     assert "<audio" not in text and "no such audio file" in text
 
 
-def test_phone_times_from_the_model_are_those_of_the_corpus(whole):
+def test_aligned_phone_times_match_the_corpus(whole):
     """Forced alignment against the planted times: most frames get their phone."""
     from jahubert.frames import HUBERT
     from jahubert.train.data.manifest import Manifest, Phone
@@ -169,7 +169,7 @@ def test_phone_times_from_the_model_are_those_of_the_corpus(whole):
     assert same / frames > 0.6
 
 
-def test_the_bundles_open_and_answer(whole):
+def test_bundles_reproduce_the_stored_results(whole):
     import jahubert
 
     manifest_wav = sorted((whole / "prepare/work").glob("*.wav"))[0]
@@ -191,7 +191,7 @@ def test_the_bundles_open_and_answer(whole):
     )
 
 
-def test_asked_again_it_keeps_everything(whole, caplog):
+def test_second_run_keeps_every_stage(whole, caplog):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("provenance.json")}
     caplog.set_level("INFO", "jahubert")
     runner.run(command(whole))
@@ -208,20 +208,20 @@ def test_asked_again_it_keeps_everything(whole, caplog):
         ("model.layers=4", "pretrain.model.layers was 3, now 4"),
     ],
 )
-def test_a_changed_setting_is_refused_by_name(whole, override, names):
+def test_changed_setting_is_named(whole, override, names):
     with pytest.raises(StaleError) as caught:
         runner.run(command(whole, override))
     assert names in str(caught.value)
     assert "delete the folder" in str(caught.value)
 
 
-def test_what_does_not_change_the_result_may_change(whole):
+def test_runtime_settings_may_change(whole):
     runner.run(
         command(whole, "label.batch_seconds=3", "pretrain.train.log_every=5", "pretrain.train.keep_last=1")
     )
 
 
-def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
+def test_repeatedly_killed_run_ends_bit_identically(whole, tmp_path):
     exp, started, kills = tmp_path / "exp", time.monotonic(), 0
     for attempt in range(40):
         child = subprocess.Popen(
@@ -240,7 +240,7 @@ def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
     assert results(exp) == results(whole)
 
 
-def test_bars_for_a_person_change_nothing(whole, tmp_path):
+def test_progress_bars_do_not_change_the_results(whole, tmp_path):
     """All stages but training, once more and on a terminal: the same files and metrics."""
     exp = tmp_path / "exp"
     shutil.copytree(whole, exp)
@@ -271,7 +271,7 @@ def test_bars_for_a_person_change_nothing(whole, tmp_path):
     assert [row for row in terminal.screen if "|" in row or "[00" in row] == []  # what is left of one
 
 
-def test_two_processes(whole, tmp_path):
+def test_two_processes_give_the_same_units_and_hypotheses(whole, tmp_path):
     """Units and decoding are the same bytes as one process's; gradients are added in another order."""
     exp = tmp_path / "exp"
     shorter = ["finetune.train.max_steps=20", "finetune.train.valid_every=20"]

@@ -28,7 +28,7 @@ SMALL = ["device=cpu", "workers=0", "decode.beam=2", "score.samples=10"]
 TALKS = ("A01M0110", "A02M0012", "S00F0019", "A03F0109", "S02F0122", "A01F0055", "S00M0075")
 
 
-def test_csj_ends_in_the_published_table(tmp_path, capsys):
+def test_csj_run_ends_with_the_published_table(tmp_path, capsys):
     for name in TALKS:
         write_talk(tmp_path / "CSJ", "usb", planned(name, n_utterances=4), ("sdb",))
     model = HubertModel(HubertConfig(**SIZES | {"conv_dims": (8,) * 7}, pos_conv_groups=2))
@@ -74,7 +74,7 @@ def test_phone_times_of_the_csj_core_evaluate_units(tmp_path, capsys):
     assert units["n_units"] == 5 and 0 < units["frames"] <= timed
 
 
-def test_reazonspeech_through_both_iterations_and_fine_tuning(tmp_path, capsys, caplog):
+def test_reazonspeech_run_with_both_iterations_and_fine_tuning(tmp_path, capsys, caplog):
     torch.manual_seed(0)
     data = Release(tmp_path / "corpus", shards=3, rows=8).write()
     command = ["recipe=reazonspeech", "stage=all", f"data={data}", "subset=tiny", f"exp={tmp_path / 'exp'}"]

@@ -84,7 +84,7 @@ def one_thread():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_hostile_files_are_refused(tmp_path, monkeypatch):
+def test_hostile_files_are_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     corpus = write_corpus(tmp_path)
     assert len(corpus) > 200

@@ -60,7 +60,7 @@ def refused(source, *names: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["settings", "weights", "optimizer"])
-def test_pickle_that_would_run_code_is_refused(tmp_path, part):
+def test_pickle_that_would_run_code_is_rejected(tmp_path, part):
     content = fairseq_content()
     bomb = Bomb(tmp_path / "bang")
     if part == "settings":
@@ -76,7 +76,7 @@ def test_pickle_that_would_run_code_is_refused(tmp_path, part):
     assert (tmp_path / "bang").exists(), "the file must run code when it is opened without restriction"
 
 
-def test_pytorch_model_bin_that_would_run_code_is_refused(folder, tmp_path):
+def test_pytorch_model_bin_that_would_run_code_is_rejected(folder, tmp_path):
     torch.save({"a": Bomb(tmp_path / "bang")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     refused(folder, "pytorch_model.bin", "mkdir")
@@ -105,7 +105,7 @@ def test_limits_can_be_raised(tmp_path, monkeypatch):
 # --- damage -----------------------------------------------------------------------------------------------
 
 
-def test_truncated_files_are_refused(folder, tmp_path):
+def test_truncated_files_are_rejected(folder, tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     for n_bytes in (0, 5, 100, len(whole) - 1):
         (folder / "model.safetensors").write_bytes(whole[:n_bytes])
@@ -117,7 +117,7 @@ def test_truncated_files_are_refused(folder, tmp_path):
         refused(tmp_path / "cut.pt", "cut.pt")
 
 
-def test_missing_values_are_refused(tmp_path):
+def test_missing_values_are_rejected(tmp_path):
     """An archive with a truncated storage, or without one."""
     torch.save(fairseq_content(), tmp_path / "a.pt")
     for change in ("short", "gone"):
@@ -177,7 +177,7 @@ def test_weights_hash_of_an_older_bundle_is_compared(signed):
 # --- mismatches -------------------------------------------------------------------------------------------
 
 
-def test_mismatched_weights_are_refused(folder):
+def test_mismatched_weights_are_rejected(folder):
     weights = load_file(folder / "model.safetensors")
     key = "hubert.encoder.layers.1.layer_norm.weight"
 
@@ -208,14 +208,14 @@ def test_mismatched_weights_are_refused(folder):
         ({"_name": "wav2vec2"}, ["wav2vec2"]),
     ],
 )
-def test_mismatched_fairseq_settings_are_refused(tmp_path, change, names):
+def test_mismatched_fairseq_settings_are_rejected(tmp_path, change, names):
     content = fairseq_content()
     content["cfg"]["model"] |= change
     torch.save(content, tmp_path / "model.pt")
     refused(tmp_path / "model.pt", "model.pt", *names)
 
 
-def test_mismatched_fairseq_weights_are_refused(tmp_path):
+def test_mismatched_fairseq_weights_are_rejected(tmp_path):
     content = fairseq_content()
     del content["model"]["encoder.pos_conv.0.bias"]
     content["model"]["quantizer.vars"] = torch.zeros(2)
@@ -225,7 +225,7 @@ def test_mismatched_fairseq_weights_are_refused(tmp_path):
     refused(tmp_path / "bare.pt", "cfg")
 
 
-def test_files_without_a_model_are_refused(tmp_path, folder):
+def test_files_without_a_model_are_rejected(tmp_path, folder):
     torch.save([1, 2], tmp_path / "list.pt")
     refused(tmp_path / "list.pt", "list")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
@@ -280,7 +280,7 @@ def test_torchaudio_settings_are_checked(tmp_path):
     refused(tmp_path / "a.pt", "a.json", "JSON")
 
 
-def test_mismatched_vocabularies_are_refused(folder):
+def test_mismatched_vocabularies_are_rejected(folder):
     (folder / "jahubert.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 42}))

@@ -93,7 +93,7 @@ def pretrain_batch(seed: int = 0) -> PretrainBatch:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_pretraining_step(name, device):
+def test_pretraining_step_runs_without_synchronization(name, device):
     torch.manual_seed(0)
     module = Pretrainer(MODELS[name], UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
     same_step(module.train(), pretrain_batch(), device)
@@ -114,7 +114,7 @@ def ctc_batch(masked: bool) -> CtcBatch:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_fine_tuning_step(masked, device):
+def test_fine_tuning_step_runs_without_synchronization(masked, device):
     same_step(fine_tuner(), ctc_batch(masked), device)
 
 

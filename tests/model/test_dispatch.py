@@ -120,7 +120,7 @@ def test_hooks_of_every_module_are_called_and_change_nothing(model, wav_BT, regi
         assert shapes["encoder.layers.1.attention"] == tuple(encoded.hidden_BSD.shape)
 
 
-def test_a_hook_in_the_encoder_leaves_the_front_end_fast(base):
+def test_encoder_hook_keeps_the_front_end_kernels(base):
     handle = base.encoder.layers[1].register_forward_hook(lambda *_: None)
     assert not kernels.usable(base) and kernels.usable(base.feature_extractor)
     handle.remove()
@@ -197,7 +197,7 @@ def test_pruning_of_every_layer(base, wav_BT):
     torch.testing.assert_close(base(wav_BT, LENGTHS).hidden_BSD, pruned_BSD, **TOLERANCE)
 
 
-def test_int8(base, wav_BT):
+def test_int8_quantization_disables_the_kernels(base, wav_BT):
     quantized = quantize_int8(base, torch.device("cpu"))
     with torch.inference_mode():
         exact_BSD, hidden_BSD = (m(wav_BT, LENGTHS).hidden_BSD for m in (base, quantized))
@@ -335,7 +335,7 @@ def default_meta_device():
 
 @pytest.mark.usefixtures("default_meta_device")
 @pytest.mark.parametrize("context", [torch.enable_grad, kernels.disabled])
-def test_another_default_device(context):
+def test_default_device_does_not_change_the_result(context):
     """Tensors that a step makes are on the device of the model, or on the CPU by choice."""
     assert HubertModel(CONFIGS["base"]).masked_spec_embed.is_meta
     with torch.device("cpu"):

@@ -98,7 +98,7 @@ def test_padding_options_reproduce_hugging_face(config, padding):
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("config", [BASE_LIKE, LARGE_LIKE], ids=["base", "large"])
-def test_an_utterance_does_not_depend_on_its_batch(config, normalize):
+def test_utterance_does_not_depend_on_its_batch(config, normalize):
     torch.manual_seed(1)
     model = HubertModel(HubertConfig(**{**vars(config), "normalize": normalize})).eval()
     lengths = [16_000, 400, 9_999, 25_600]
@@ -237,12 +237,12 @@ def test_ctc_log_probabilities_sum_to_one():
         ({"conv_norm": "batch"}, "conv_norm"),
     ],
 )
-def test_impossible_configs_are_refused(changes, setting):
+def test_invalid_configs_are_rejected(changes, setting):
     with pytest.raises(ConfigError, match=setting):
         HubertConfig(**changes)
 
 
-def test_invalid_batches_and_layers_are_refused():
+def test_invalid_batches_and_layers_are_rejected():
     model = HubertModel(BASE_LIKE).eval()
     with pytest.raises(AudioError, match=r"utterance 1 .* 399 samples"):
         model(torch.zeros(2, 800), [800, 399])

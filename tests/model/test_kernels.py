@@ -62,7 +62,7 @@ def assert_same_gradients(output: Tensor, expected: Tensor, inputs: list[Tensor]
 @pytest.mark.parametrize("padding", ["ignored", "masked", "unmasked"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_model_with_kernels_equals_the_plain_model(config, training, padding, lengths):
+def test_model_with_kernels_equals_the_plain_model(config, training, padding, lengths):
     torch.manual_seed(0)
     model = randomized(HubertModel(config)).train(training)
     wav_BT = torch.randn(2 if lengths is None else len(lengths), 20_000)
@@ -296,7 +296,7 @@ def test_dropout_follows_the_seed():
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
-def test_a_training_step_follows_the_seed():
+def test_training_step_follows_the_seed():
     config = HubertConfig(**SIZES | {"layers": 2})
     grads = []
     for _ in range(2):

@@ -94,7 +94,7 @@ def test_equals_torchaudio(config):
 
 @pytest.mark.stack
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_a_padded_batch_equals_torchaudio(config):
+def test_padded_batch_equals_torchaudio(config):
     """torchaudio's group norm includes padding, ours only on request; layer norms see a single frame."""
     ours = model_of(config)
     lengths = torch.tensor([16_000, 4_567, 401])

@@ -191,7 +191,7 @@ def test_invalid_settings_are_rejected(options):
         builtin.Config(**options)
 
 
-def test_a_sentences_folder_without_its_table(tmp_path):
+def test_sentences_folder_without_its_table_is_rejected(tmp_path):
     with pytest.raises(DataError, match=r"transcripts\.tsv"):
         list(builtin._sentences(tmp_path))
 

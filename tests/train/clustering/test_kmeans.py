@@ -26,7 +26,7 @@ def planted(n_clusters: int, per_cluster: int, dim: int, spread: float = 0.1, se
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "faiss", "sklearn"])
-def test_planted_clusters_are_result(backend):
+def test_planted_clusters_are_recovered(backend):
     if backend == "faiss":
         pytest.importorskip("faiss")
     frames, centers, cluster = planted(12, 400, 39)

@@ -30,12 +30,12 @@ class Outer:
     device: str = runtime_field("auto")
 
 
-def test_values_take_the_declared_types():
+def test_values_are_converted_to_the_declared_types():
     got = structure({"folder": "a/b", "inner": {"rate": "5e-4", "sizes": [3]}, "layer": None}, Outer)
     assert got == Outer(Path("a/b"), "mfcc", None, Inner(5e-4, (3,)))
 
 
-def test_all_mistakes_at_once_with_the_nearest_name():
+def test_all_mistakes_are_reported_with_the_nearest_name():
     with pytest.raises(ConfigError) as caught:
         structure(
             {"kind": "mfc", "inner": {"rates": 1, "sizes": "x"}, "layer": 2.5, "devise": "cpu"},
@@ -52,7 +52,7 @@ def test_all_mistakes_at_once_with_the_nearest_name():
     assert "stage.inner.sizes: expected" in text
 
 
-def test_relations_are_checked_and_placed():
+def test_error_in_post_init_names_the_nested_setting():
     with pytest.raises(ConfigError, match=r"inner.rate is -1.0, but must be positive"):
         structure({"folder": "a", "inner": {"rate": -1}}, Outer)
 
@@ -88,14 +88,14 @@ def mistakes_of(stage: str, **settings) -> list[str]:
         ("pretrain", {"crop": {"min_seconds": -1}}, ["crop.min_seconds is -1.0, but must be at least 0"]),
     ],
 )
-def test_numbers_that_cannot_be_are_told_all_at_once(stage, settings, says):
+def test_out_of_range_numbers_are_reported_all_at_once(stage, settings, says):
     found = mistakes_of(stage, **settings)
     wanted = [f"{stage}.{said}" for said in says]
     assert len(found) == len(wanted)
     assert all(any(line.startswith(said) for line in found) for said in wanted), found
 
 
-def test_numbers_of_a_training_that_cannot_be():
+def test_out_of_range_training_settings_are_reported():
     wrong = {
         "lr": 0, "eps": -1, "weight_decay": -1, "clip_norm": -1, "workers": -1, "keep_every": -5,
         "valid_every": -1, "save_every": 0, "warmup": -0.5, "final_lr": 5, "betas": [1.5, 0.9],
@@ -110,7 +110,7 @@ def test_numbers_of_a_training_that_cannot_be():
 
 
 @pytest.mark.parametrize("value", [float("nan"), "nan", ".inf", "-inf", float("inf")])
-def test_a_number_is_finite(value):
+def test_non_finite_number_is_rejected(value):
     with pytest.raises(ConfigError, match=r"inner.rate: expected (a finite number|float), found"):
         structure({"folder": "a", "inner": {"rate": value}}, Outer)
 
@@ -120,11 +120,11 @@ class Fast:
     inner: Inner = Inner(rate=7.0)  # frozen
 
 
-def test_a_group_changes_the_default_of_its_field_and_not_that_of_its_class():
+def test_nested_default_keeps_its_unset_fields():
     assert structure({"inner": {"sizes": [5]}}, Fast).inner == Inner(rate=7.0, sizes=(5,))
 
 
-def test_fields_that_do_not_change_the_result_are_left_out():
+def test_result_fields_exclude_runtime_settings():
     assert result_fields(Outer(Path("a"))) == {
         "folder": Path("a"),
         "kind": "mfcc",
@@ -134,7 +134,7 @@ def test_fields_that_do_not_change_the_result_are_left_out():
     }
 
 
-def test_names_resolve_in_a_table_or_by_path(tmp_path):
+def test_names_resolve_in_a_registry_or_by_path(tmp_path):
     assert resolve("mfcc", FEATURES, "features.kind").__name__ == "Mfcc"
     assert resolve("math:sqrt", FEATURES, "features.kind")(9) == 3
     (tmp_path / "mine.py").write_text("from helper import answer\n")
@@ -152,7 +152,7 @@ def test_names_resolve_in_a_table_or_by_path(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(STAGES))
-def test_every_stage_keeps_the_contract(name):
+def test_every_stage_follows_the_contract(name):
     stage = resolve(name, STAGES, "stage")
     assert (
         stage.__doc__
@@ -173,7 +173,7 @@ def test_recipes_are_found_by_name_or_folder(tmp_path):
         recipe_folder("dem")
 
 
-def test_two_files_in_folders_of_one_name_are_two(tmp_path):
+def test_files_in_equally_named_folders_are_distinct(tmp_path):
     for number in (1, 2):
         folder = tmp_path / str(number) / "mine"
         folder.mkdir(parents=True)

@@ -26,7 +26,7 @@ def other(folder: Path) -> subprocess.Popen:
     return child
 
 
-def test_a_folder_is_for_one_process_until_that_ends(tmp_path):
+def test_folder_is_locked_until_its_process_ends(tmp_path):
     child = other(tmp_path)
     try:
         assert f"process {child.pid}" in str(lock_owner(tmp_path))
@@ -42,7 +42,7 @@ def test_a_folder_is_for_one_process_until_that_ends(tmp_path):
     assert not (tmp_path / LOCK_NAME).exists()
 
 
-def test_what_a_process_forks_holds_nothing(tmp_path):
+def test_forked_child_does_not_hold_the_lock(tmp_path):
     with run_lock(tmp_path):
         if not (child := os.fork()):
             time.sleep(60)
@@ -55,7 +55,7 @@ def test_what_a_process_forks_holds_nothing(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_a_second_run_of_a_stage_is_refused(tmp_path, repo):
+def test_second_run_of_a_stage_is_rejected(tmp_path, repo):
     folder = tmp_path / "prepare"
     folder.mkdir(parents=True)
     child = other(folder)
@@ -71,7 +71,7 @@ def test_a_second_run_of_a_stage_is_refused(tmp_path, repo):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")
-def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
+def test_launched_processes_end_with_their_launcher(tmp_path):
     pids = tmp_path / "pids"
     pids.mkdir()
     inner = f"import os, time; open(r'{pids}/' + str(os.getpid()), 'w').close(); time.sleep(60)"

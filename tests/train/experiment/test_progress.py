@@ -38,7 +38,7 @@ def loop(steps: int = 5, stop: int = 5) -> None:
             done(2)
 
 
-def test_a_bar_while_it_lasts():
+def test_bar_is_drawn_and_removed():
     with on_a_terminal() as terminal:
         loop()
     assert "units:   0%" in terminal.written and "| 0/10 [" in terminal.written
@@ -46,7 +46,7 @@ def test_a_bar_while_it_lasts():
     assert terminal.screen == []
 
 
-def test_it_is_gone_before_an_error_is_said():
+def test_bar_is_removed_before_an_error_is_printed():
     with on_a_terminal() as terminal:
         with pytest.raises(ValueError, match="the fourth"):
             loop(stop=3)
@@ -55,7 +55,7 @@ def test_it_is_gone_before_an_error_is_said():
     assert terminal.screen == ["jahubert: error: the fourth"]
 
 
-def test_it_makes_way_for_other_lines():
+def test_log_lines_do_not_garble_the_bar():
     with on_a_terminal() as terminal:
         handler = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # as jahubert.run sets it up
         with progress("outer", "layers", 2) as outer, progress("inner", "passes") as inner:
@@ -66,7 +66,7 @@ def test_it_makes_way_for_other_lines():
     assert terminal.screen == ["something is said"]
 
 
-def test_nothing_where_nobody_looks(capfd, monkeypatch):
+def test_no_bar_without_a_terminal_or_on_other_ranks(capfd, monkeypatch):
     loop(steps=1)
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(distributed, "rank", lambda: 1)
@@ -75,14 +75,14 @@ def test_nothing_where_nobody_looks(capfd, monkeypatch):
     assert terminal.written == ""
 
 
-def test_every_step_is_a_sign_of_life():
+def test_every_step_updates_the_heartbeat():
     before = distributed.last_heartbeat()
     loop(steps=1)
     after = distributed.last_heartbeat()
     assert after.updated > before.updated and after._replace(updated=before.updated) == before
 
 
-def test_without_the_extra_that_brings_the_bars(monkeypatch, capsys):
+def test_missing_train_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm.contrib", None)
     assert run.main(["recipe=demo", "stage=prepare"]) == 2
     assert "jahubert[train]" in capsys.readouterr().err

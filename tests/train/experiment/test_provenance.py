@@ -41,7 +41,7 @@ def source(tmp_path):
     return folder
 
 
-def test_begin_continue_finish_keep(tmp_path, source):
+def test_acquire_is_true_only_after_finish(tmp_path, source):
     out = tmp_path / "out"
     recipe = stage_inputs("kmeans", 1, Config(source))
     assert acquire(out, recipe) is False
@@ -55,7 +55,7 @@ def test_begin_continue_finish_keep(tmp_path, source):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_another_setting_is_refused_by_name(tmp_path, source, finished):
+def test_changed_setting_is_named(tmp_path, source, finished):
     out, recipe = tmp_path / "out", stage_inputs("kmeans", 1, Config(source))
     acquire(out, recipe)
     if finished:
@@ -67,13 +67,13 @@ def test_another_setting_is_refused_by_name(tmp_path, source, finished):
         acquire(out, stage_inputs("kmeans", 2, Config(source)))
 
 
-def test_what_is_free_may_change(tmp_path, source):
+def test_runtime_setting_may_change(tmp_path, source):
     out = tmp_path / "out"
     acquire(out, stage_inputs("kmeans", 1, Config(source, device="cpu")))
     assert acquire(out, stage_inputs("kmeans", 1, Config(source, device="cuda"))) is False
 
 
-def test_an_input_counts_by_what_made_it(tmp_path, source):
+def test_input_is_identified_by_its_fingerprint(tmp_path, source):
     before = stage_inputs("kmeans", 1, Config(source))
     moved = source.rename(tmp_path / "elsewhere")
     assert stage_inputs("kmeans", 1, Config(moved)) == before
@@ -85,14 +85,14 @@ def test_an_input_counts_by_what_made_it(tmp_path, source):
         acquire(tmp_path / "out", stage_inputs("kmeans", 1, Config(moved)))
 
 
-def test_what_was_read_from_outside_counts_too(tmp_path, source):
+def test_external_content_is_part_of_the_inputs(tmp_path, source):
     write_json(source / DONE, {"fingerprint": "f" * 64, "metrics": {"content": "one"}})
     before = stage_inputs("kmeans", 1, Config(source))
     write_json(source / DONE, {"fingerprint": "f" * 64, "metrics": {"content": "two"}})
     assert stage_inputs("kmeans", 1, Config(source)) != before
 
 
-def test_inputs_that_are_missing_or_not_finished(tmp_path):
+def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
     with pytest.raises(DataError, match=r"kmeans.source: .*/nowhere/features .*stage=features"):
         stage_inputs("kmeans", 1, Config(tmp_path / "nowhere/features"))
     with pytest.raises(DataError, match=r"kmeans.source: a/b "):

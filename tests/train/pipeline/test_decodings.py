@@ -45,7 +45,7 @@ def copy(twice, tmp_path) -> Path:
     return Path(shutil.copytree(twice, tmp_path / "second"))
 
 
-def test_a_second_decoding_stands_beside_the_first_of_the_same_model(twice, capsys):
+def test_second_decoding_is_stored_next_to_the_first(twice, capsys):
     system = twice / "systems/main"
     assert sorted(path.name for path in system.iterdir()) == [
         "decode", "decode-greedy", "finetune", "score", "score-greedy"
@@ -63,7 +63,7 @@ def test_a_second_decoding_stands_beside_the_first_of_the_same_model(twice, caps
     assert re.search(r"systems/main/score-greedy +done", shown)
 
 
-def test_a_changed_search_says_how_to_have_both(twice, capsys):
+def test_changed_search_suggests_a_named_decoding(twice, capsys):
     capsys.readouterr()
     assert run.main(command(twice, "decode", "decode.search=greedy")) == 2
     said = capsys.readouterr().err
@@ -72,7 +72,7 @@ def test_a_changed_search_says_how_to_have_both(twice, capsys):
     assert "decoding=a/b" in capsys.readouterr().err
 
 
-def test_all_decodings_and_other_experiments_become_one_table(copy, twice, capsys):
+def test_report_has_all_decodings_and_other_experiments(copy, twice, capsys):
     capsys.readouterr()
     assert run.main(command(copy, "report", f"report.compare_with=[{twice}]")) == 0
     printed = capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_all_decodings_and_other_experiments_become_one_table(copy, twice, capsy
     assert "report.compare_with: exp/none" in capsys.readouterr().err
 
 
-def test_the_published_table_stands_beside_words_of_phones_only(copy, capsys):
+def test_published_rows_are_shown_for_phone_vocabularies_only(copy, capsys):
     for folder in ("targets", "systems", "report"):
         shutil.rmtree(copy / folder)
     capsys.readouterr()
@@ -105,7 +105,7 @@ def test_the_published_table_stands_beside_words_of_phones_only(copy, capsys):
     assert "Recognition on test" in (copy / "report/table.txt").read_text()
 
 
-def test_the_commands_of_the_word_list(copy, capsys):
+def test_documented_word_list_commands_run(copy, capsys):
     """As tools/word_list.py shows them, but for KenLM's, whose file is written by hand."""
     pytest.importorskip("flashlight.lib.text.decoder")
     tool = REPO / "tools" / "word_list.py"

@@ -23,7 +23,7 @@ def pretraining(*overrides: str) -> Config:
 
 
 @pytest.mark.parametrize("model", ["base", "large", "xlarge"])
-def test_the_same_update_on_any_number_of_gpus(model):
+def test_update_does_not_depend_on_the_number_of_gpus(model):
     alone = pretraining(f"model={model}")
     for machine, processes in GPUS.items():
         overrides = [f"machine={machine}", f"model={model}"]
@@ -35,7 +35,7 @@ def test_the_same_update_on_any_number_of_gpus(model):
 
 @pytest.mark.parametrize("recipe", [["csj", "subset=core"], ["csj", "subset=all"], ["reazonspeech"]])
 @pytest.mark.parametrize(("machine", "processes"), [("1gpu", 1), ("4gpu", 4), ("8gpu", 8), ("32gpu", 32)])
-def test_all_stages_share_their_updates_on_every_machine(recipe, machine, processes, tmp_path):
+def test_every_machine_preset_divides_the_published_batch(recipe, machine, processes, tmp_path):
     """Pretraining and fine-tuning of one command, with the global batch that was published."""
     command = [f"recipe={recipe[0]}", *recipe[1:], "stage=all", "data=/c"]
     if recipe[0] == "csj":
@@ -51,7 +51,7 @@ def test_all_stages_share_their_updates_on_every_machine(recipe, machine, proces
         assert train.accumulation_steps(processes) * processes == train.batch_seconds / train.micro_seconds
 
 
-def test_the_published_sizes():
+def test_model_presets_have_published_sizes():
     """fairseq's hubert_base_librispeech, hubert_large_librivox, hubert_xlarge_librivox."""
     sizes = {
         "base": (HubertConfig.base(), 256, 5e-4, 10.0, 2800.0, 87.5),
@@ -70,7 +70,7 @@ def test_the_published_sizes():
         assert (train.max_steps, round(train.warmup * train.max_steps)) == (steps, 32_000)
 
 
-def test_a_laptop_takes_its_own_sizes_before_those_of_the_recipe():
+def test_laptop_preset_overrides_the_recipe():
     config = pretraining("machine=laptop", "iteration=2", "pretrain.train.lr=1e-3")
     assert config.model.width == 192 and config.train.device == "cpu"
     assert (config.train.max_steps, config.train.batch_seconds, config.train.lr) == (6000, 30.0, 1e-3)
@@ -79,7 +79,7 @@ def test_a_laptop_takes_its_own_sizes_before_those_of_the_recipe():
 
 
 @pytest.mark.parametrize("nodes", ["node[017-020,031],other3", "node017", "node017,node020"])
-def test_tasks_of_srun_are_processes(nodes):
+def test_srun_tasks_become_processes(nodes):
     slurm = {"SLURM_STEP_NUM_TASKS": "32", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41"}
     command.join_slurm(environment := {**slurm, "SLURM_STEP_NODELIST": nodes})
     assert environment.items() >= {
@@ -90,7 +90,7 @@ def test_tasks_of_srun_are_processes(nodes):
 @pytest.mark.parametrize(
     ("visible", "local"), [("0", "0"), ("GPU-8932f937", "0"), ("0,1,2,3", "3"), ("", "3"), (None, "3")]
 )
-def test_a_task_that_sees_one_gpu_takes_it(visible, local):
+def test_task_with_one_visible_gpu_uses_it(visible, local):
     """`srun --gpus-per-task=1` shows each task its own, which torch counts from 0."""
     environment = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
     environment |= {"SLURM_JOB_ID": "41", "SLURM_STEP_NODELIST": "node1"}
@@ -100,7 +100,7 @@ def test_a_task_that_sees_one_gpu_takes_it(visible, local):
     assert environment["LOCAL_RANK"] == local
 
 
-def test_a_job_script_and_torchrun_under_srun_are_left_alone():
+def test_batch_script_and_torchrun_environments_are_unchanged():
     for before in (
         {"SLURM_NTASKS": "32", "SLURM_PROCID": "0"},
         {"SLURM_STEP_NUM_TASKS": "1"},
@@ -110,7 +110,7 @@ def test_a_job_script_and_torchrun_under_srun_are_left_alone():
         assert environment == before
 
 
-def test_the_slurm_launcher_composes():
+def test_slurm_launcher_config_is_valid():
     launcher = pytest.importorskip("hydra_plugins.hydra_submitit_launcher.config")
     from hydra import compose, initialize_config_dir
 

@@ -40,14 +40,14 @@ ROUGH = str(FIXTURES / "rough")
         ("++key=x", "x"),
     ],
 )
-def test_values_keep_the_characters_that_were_typed(argument, value):
+def test_values_are_kept_as_typed(argument, value):
     assert parse_override(argument).value == value
 
 
 @pytest.mark.parametrize(
     "argument", ["", "key", "=3", "a b=3", "1=2", "key=[a", "key={a: [}", "key='a", "key={a}"]
 )
-def test_what_is_not_an_override_is_refused(argument):
+def test_invalid_override_is_rejected(argument):
     with pytest.raises(ConfigError) as caught:
         parse_override(argument)
     assert argument in str(caught.value)
@@ -62,17 +62,17 @@ def test_deletion_returns_a_setting_to_its_default():
 
 
 @pytest.mark.parametrize("name", ["1.10", "2024_01", "1e5", "null", "true", "a,b"])
-def test_an_experiment_has_the_name_that_was_typed(name):
+def test_experiment_name_is_kept_as_typed(name):
     (job,) = configure_jobs([f"recipe={ROUGH}", "stage=prepare", f"name={name}"])
     assert job.out == Path("exp", name, "prepare")
 
 
-def test_a_data_folder_may_contain_a_comma():
+def test_data_folder_may_contain_a_comma():
     (job,) = configure_jobs(["recipe=csj", "stage=prepare", "data=/corpora/CSJ,2004"])
     assert job.config.data == "/corpora/CSJ,2004"
 
 
-def test_text_becomes_the_declared_type():
+def test_values_are_converted_to_the_declared_type():
     settings = [
         "seed=7",
         "kmeans.n_init=2",
@@ -90,7 +90,7 @@ def test_text_becomes_the_declared_type():
     assert jobs["score"].published == {"paper": {"dev": 1.5}}
 
 
-def test_blocks_for_an_iteration_and_a_system_have_effect():
+def test_settings_of_one_iteration_or_system_take_effect():
     settings = ["by_iteration.1.kmeans.n_init=5", "systems.second.finetune.fraction=0.5"]
     jobs = configure_jobs(["recipe=demo", "stage=all", *settings])
     kmeans = [job.config.n_init for job in jobs if job.stage == "kmeans"]
@@ -117,7 +117,7 @@ TYPOS = [
 
 
 @pytest.mark.parametrize("typo", TYPOS)
-def test_a_typo_is_one_message_without_a_traceback(typo, capsys, tmp_path, monkeypatch):
+def test_typo_gives_one_message_without_a_traceback(typo, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run.main([f"recipe={ROUGH}", "stage=all", "--info", typo]) == 2
     error = capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_cfg_job_shows_a_single_stage_with_its_defaults():
     assert content["pretrain"]["train"]["max_steps"] == 900 and content["pretrain"]["unit_dim"] == 256
 
 
-def test_cfg_job_refuses_what_would_not_run(capsys):
+def test_cfg_job_rejects_invalid_settings(capsys):
     assert run.main(["--cfg", "job", "recipe=demo", "stage=kmeans", "kmeans.n_cluster=3"]) == 2
     assert "kmeans.n_clusters" in capsys.readouterr().err
 
@@ -169,14 +169,14 @@ def test_help_shows_the_settings_of_the_command(capsys):
 
 
 @pytest.mark.parametrize("recipe", ["builtin", "csj", "demo", "fairseq", "reazonspeech", "table", "tofugu"])
-def test_pretrained_has_effect_in_every_recipe(recipe):
+def test_pretrained_takes_effect_in_every_recipe(recipe):
     jobs = configure_jobs([f"recipe={recipe}", "stage=all", "data=/c", "pretrained=owner/model"])
     finetune = [job.config.pretrained for job in jobs if job.stage == "finetune"]
     assert set(finetune) - {None} == {Path("owner/model")}
     assert not any(job.stage == "pretrain" for job in jobs)  # its model would not be used
 
 
-def test_pretrained_without_effect_is_refused():
+def test_pretrained_without_effect_is_rejected():
     for settings in (["system=scratch"], ["finetune.pretrained=other/model"]):
         with pytest.raises(ConfigError, match="pretrained=owner/model has no effect"):
             configure_jobs(["recipe=demo", "stage=finetune", "pretrained=owner/model", *settings])
@@ -208,12 +208,12 @@ def test_sweeps_are_expanded_in_order():
         ("iteration=1,2", ["exp/demo", "exp/demo"]),  # two parts of one experiment
     ],
 )
-def test_each_run_has_an_experiment_folder_of_its_own(sweep, folders):
+def test_each_run_has_its_own_experiment_folder(sweep, folders):
     runs = multirun.expand(["recipe=demo", "stage=features", sweep])
     assert [compose(run.overrides)["exp"] for run in runs] == folders
 
 
-def test_a_swept_path_becomes_a_valid_folder_name():
+def test_swept_path_becomes_a_valid_folder_name():
     runs = multirun.expand(["recipe=demo", "stage=all", "pretrained=a/b,a_b", "exp=x"])
     folders = {compose(run.overrides)["exp"] for run in runs}
     assert len(folders) == 2 and all("/" not in folder for folder in folders)

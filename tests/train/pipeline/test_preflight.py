@@ -55,18 +55,18 @@ def copy(prepared, tmp_path) -> Path:
         (str(ROUGH), "not a model folder, config.json is missing"),
     ],
 )
-def test_a_misspelt_model_is_named_before_the_corpus_is_read(capsys, tmp_path, named, says):
+def test_misspelled_model_is_named_before_the_corpus_is_read(capsys, tmp_path, named, says):
     message = refused(capsys, tmp_path / "exp", "stage=all", "iterations=0", f"finetune.pretrained={named}")
     assert says in message and "run stage=" not in message
 
 
-def test_csj_without_a_model_says_that_it_is_missing(capsys, tmp_path):
+def test_csj_requires_a_pretrained_model(capsys, tmp_path):
     assert run.main(["recipe=csj", "stage=all", "data=/c", f"exp={tmp_path / 'exp'}"]) == 2
     message = capsys.readouterr().err
     assert "finetune.pretrained" in message and "rinna/japanese-hubert-base" in message
 
 
-def test_a_name_on_the_hub_is_asked_for_cheaply(tmp_path, monkeypatch):
+def test_hub_check_downloads_at_most_config_json(tmp_path, monkeypatch):
     """What is in the cache is not asked for; else only config.json is, and the answer is said in a line."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -104,7 +104,7 @@ def test_a_name_on_the_hub_is_asked_for_cheaply(tmp_path, monkeypatch):
 # --- processes --------------------------------------------------------------------------------------------
 
 
-def test_processes_that_cannot_share_an_update_are_told_once(tmp_path):
+def test_indivisible_batch_is_reported_once(tmp_path):
     """Ten seconds in micro-batches of five are two; three processes cannot share them."""
     halves = [f"{stage}.train.micro_seconds=5" for stage in ("pretrain", "finetune")]
     command = [f"recipe={ROUGH}", "stage=all", f"exp={tmp_path / 'exp'}", *halves, "processes=3"]
@@ -128,21 +128,19 @@ def test_processes_that_cannot_share_an_update_are_told_once(tmp_path):
         (["pretrain.train.precision=fp16"], "pretrain.train.precision=fp16 is slower than fp32 on a CPU"),
     ],
 )
-def test_what_this_machine_cannot_do_is_told_once_before_the_corpus_is_read(
-    capsys, tmp_path, overrides, says
-):
+def test_unsupported_device_or_precision_is_reported_once(capsys, tmp_path, overrides, says):
     message = refused(capsys, tmp_path / "exp", "stage=all", *overrides)
     assert says in message and len(message.splitlines()) == 1
 
 
-def test_an_engine_that_is_not_installed_is_told_before_the_corpus_is_read(capsys, tmp_path, monkeypatch):
+def test_missing_engine_is_reported_before_the_corpus_is_read(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fairseq2", None)
     monkeypatch.delitem(sys.modules, "jahubert.train.trainer.fairseq2", raising=False)
     message = refused(capsys, tmp_path / "exp", "stage=all", "engine=fairseq2")
     assert "fairseq2 is not installed" in message and len(message.splitlines()) == 1
 
 
-def test_what_is_done_needs_no_machine(tmp_path):
+def test_finished_stages_are_not_checked_against_the_device(tmp_path):
     """Fine-tuned on a GPU, scored on a laptop."""
     exp = tmp_path / "exp"
     (exp / "iter1/pretrain").mkdir(parents=True)
@@ -158,7 +156,7 @@ def test_what_is_done_needs_no_machine(tmp_path):
 # --- splits -----------------------------------------------------------------------------------------------
 
 
-def test_splits_that_the_manifest_does_not_have_are_told_all_at_once(capsys, copy):
+def test_missing_splits_are_reported_all_at_once(capsys, copy):
     wrong = ["pretrain.valid_split=devv", "finetune.dev_splits=[dev,nope]", "decode.align_splits=[tset]"]
     message = refused(capsys, copy, "stage=all", SCRATCH, *wrong)
     for said in ("pretrain.valid_split=devv", "finetune.dev_splits=nope", "decode.align_splits=tset"):
@@ -166,7 +164,7 @@ def test_splits_that_the_manifest_does_not_have_are_told_all_at_once(capsys, cop
     assert "dev_splits=dev:" not in message and len(message.splitlines()) == 3
 
 
-def test_splits_are_looked_at_when_there_is_a_manifest(prepared, tmp_path):
+def test_splits_are_checked_once_a_manifest_exists(prepared, tmp_path):
     wrong = [f"recipe={ROUGH}", "stage=all", "pretrain.valid_split=devv"]
     preflight.check_splits(configure_jobs([*wrong, f"exp={tmp_path / 'exp'}"], check_inputs=True))
     jobs = configure_jobs([*wrong, f"exp={prepared}"])
@@ -177,7 +175,7 @@ def test_splits_are_looked_at_when_there_is_a_manifest(prepared, tmp_path):
 # --- inputs -----------------------------------------------------------------------------------------------
 
 
-def test_files_that_are_not_there_are_named_with_their_settings_all_at_once(capsys, copy):
+def test_missing_files_are_reported_with_their_settings_all_at_once(capsys, copy):
     message = refused(
         capsys, copy, "stage=all", "iterations=0", SCRATCH,
         "decode.lexicon.words=words/lexicn.txt", f"score.baseline={copy}/systems/mian/decode",
@@ -191,14 +189,14 @@ def test_files_that_are_not_there_are_named_with_their_settings_all_at_once(caps
         assert said in message
 
 
-def test_what_an_earlier_stage_of_the_command_makes_is_no_mistake(tmp_path):
+def test_output_of_an_earlier_stage_of_the_command_may_be_missing(tmp_path):
     jobs = configure_jobs([f"recipe={ROUGH}", "stage=all", f"exp={tmp_path / 'exp'}"], check_inputs=True)
     assert [stage for stage, _, _ in jobs][-1] == "report"
     with pytest.raises(ConfigError, match=r"label.centroids: .*iter1/kmeans.*stage=kmeans"):
         configure_jobs([f"recipe={ROUGH}", "stage=label", f"exp={tmp_path / 'exp'}"], check_inputs=True)
 
 
-def test_another_experiment_that_is_not_finished_is_no_input(capsys, copy, tmp_path):
+def test_unfinished_stage_of_another_experiment_is_rejected(capsys, copy, tmp_path):
     other = tmp_path / "other/iter1/pretrain"
     other.mkdir(parents=True)
     write_json(other / "started.json", {})
@@ -209,7 +207,7 @@ def test_another_experiment_that_is_not_finished_is_no_input(capsys, copy, tmp_p
 # --- relations --------------------------------------------------------------------------------------------
 
 
-def test_a_head_that_is_never_joined_by_its_encoder_is_refused(capsys, tmp_path):
+def test_head_only_steps_must_be_less_than_max_steps(capsys, tmp_path):
     command = ["recipe=csj", "stage=all", "pretrained=a/b", f"exp={tmp_path / 'exp'}"]
     assert run.main([*command, "finetune.train.max_steps=5000"]) == 2
     message = capsys.readouterr().err
@@ -220,7 +218,7 @@ def test_a_head_that_is_never_joined_by_its_encoder_is_refused(capsys, tmp_path)
 # --- the options of a recipe ------------------------------------------------------------------------------
 
 
-def test_options_of_the_recipe_are_checked_like_all_others(capsys, copy):
+def test_recipe_options_are_checked(capsys, copy):
     message = refused(capsys, copy, "stage=prepare", "prepare.options.bda=empty", "prepare.seed=x")
     assert "prepare.options.bda: no such key; did you mean prepare.options.bad?" in message
     assert "prepare.seed: expected int" in message
@@ -229,7 +227,7 @@ def test_options_of_the_recipe_are_checked_like_all_others(capsys, copy):
     )
 
 
-def test_a_default_that_is_typed_is_no_change(capsys, copy):
+def test_explicit_default_does_not_change_the_record(capsys, copy):
     command = [f"recipe={ROUGH}", "stage=prepare", f"exp={copy}"]
     before = (copy / "prepare" / DONE).read_bytes()
     assert run.main([*command, "prepare.options.bad=nothing", "prepare.options.n_samples=0"]) == 0
@@ -238,7 +236,7 @@ def test_a_default_that_is_typed_is_no_change(capsys, copy):
     assert "prepare.options.bad was nothing, now empty" in message
 
 
-def test_a_folder_with_fewer_settings_in_its_record_is_kept(capsys, copy):
+def test_record_with_fewer_settings_is_accepted(capsys, copy):
     """A record of an earlier version: only the options that were typed, nested ones as they were typed."""
     record = read_record(copy / "prepare" / DONE)
     assert record["settings"]["options.n_samples"] == 0
@@ -250,7 +248,7 @@ def test_a_folder_with_fewer_settings_in_its_record_is_kept(capsys, copy):
     assert "prepare.seed was 0, now 1" in refused(capsys, copy, "stage=prepare", "seed=1")
 
 
-def test_groups_of_options_in_an_old_record(tmp_path):
+def test_nested_options_in_an_old_record_are_compared(tmp_path):
     from jahubert.train.experiment.provenance import changed_settings
 
     record = {"settings": {"options.voices": {"minutes": 150}, "options.reading": 200}}
@@ -262,7 +260,7 @@ def test_groups_of_options_in_an_old_record(tmp_path):
     ]
 
 
-def test_the_real_recipes_take_what_they_take(tmp_path):
+def test_misspelled_options_of_bundled_recipes_are_rejected(tmp_path):
     for recipe, wrong, says in (
         ("csj", "filers=drop", "did you mean prepare.options.fillers?"),
         ("builtin", "words.use=3", "did you mean prepare.options.words.uses?"),
@@ -272,7 +270,7 @@ def test_the_real_recipes_take_what_they_take(tmp_path):
         assert says in str(caught.value)
 
 
-def test_of_several_processes_one_speaks(tmp_path):
+def test_only_rank_0_prints_errors(tmp_path):
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
     command = [sys.executable, "-m", "jahubert.run", f"recipe={ROUGH}", "stage=all", f"exp={tmp_path}/exp"]
     done = subprocess.run(

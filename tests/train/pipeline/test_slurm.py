@@ -36,11 +36,11 @@ def options(script: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", SCRIPTS)
-def test_sbatch_knows_the_options_of_the_scripts(page):
+def test_script_options_are_valid_sbatch_options(page):
     assert options(SCRIPTS[page]) and options(SCRIPTS[page]) <= SBATCH
 
 
-def test_sbatch_knows_the_options_of_the_launcher(tmp_path):
+def test_launcher_options_are_valid_sbatch_options(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     from hydra import compose, initialize_config_dir
     from submitit.slurm.slurm import _make_sbatch_string
@@ -61,13 +61,13 @@ def test_sbatch_knows_the_options_of_the_launcher(tmp_path):
     assert {"requeue", "signal", "nodes"} <= options(text) <= SBATCH, text
 
 
-def test_all_scripts_queue_again_by_the_same_lines():
+def test_all_scripts_share_the_requeue_function():
     assert {"docs/scale.md", "docs/tutorials/reazonspeech.md"} <= SCRIPTS.keys()
     assert len({tuple(AGAIN.findall(script)) for script in SCRIPTS.values()}) == 1
 
 
 @pytest.mark.parametrize("page", SCRIPTS)
-def test_processes_are_signalled_by_srun_and_not_through_torchrun(page):
+def test_srun_signals_the_processes_without_torchrun(page):
     """Which dies by USR1 and leaves its processes behind."""
     assert "--signal=USR1@" in SCRIPTS[page] and "torchrun" not in SCRIPTS[page]
 
@@ -85,7 +85,7 @@ def test_processes_are_signalled_by_srun_and_not_through_torchrun(page):
         (137, None, True),  # a task was killed
     ],
 )
-def test_a_job_is_queued_again_unless_a_person_is_needed(page, status, count, again, tmp_path):
+def test_job_is_requeued_unless_its_settings_are_wrong(page, status, count, again, tmp_path):
     for tool, line in {"srun": f"exit {status}", "scontrol": f'echo "$@" >> {tmp_path}/asked'}.items():
         (tmp_path / tool).write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/{tool}.log\n{line}\n')
         (tmp_path / tool).chmod(0o755)
@@ -100,7 +100,7 @@ def test_a_job_is_queued_again_unless_a_person_is_needed(page, status, count, ag
     assert status == 0 or len(started) == 1  # nothing goes on behind what failed
 
 
-def test_torchrun_on_several_machines_says_where_they_meet():
+def test_multi_node_torchrun_commands_set_a_rendezvous():
     lines = [
         line
         for path in PAGES

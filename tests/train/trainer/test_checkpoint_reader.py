@@ -22,7 +22,7 @@ from jahubert.train.trainer.trainer import train
 CONFIG = TrainConfig(max_steps=4, save_every=2, device="cpu", workers=0)
 
 
-def test_metadata_that_would_run_code_are_refused(tmp_path):
+def test_metadata_that_would_run_code_are_rejected(tmp_path):
     train(Toy(), Data(), CONFIG, tmp_path)
     newest = tmp_path / "checkpoints" / "step_0000004"
     content = pickle.dumps(Bomb(tmp_path / "ran"))
@@ -38,7 +38,7 @@ def test_metadata_that_would_run_code_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed")
-def test_values_that_would_run_code_are_refused(tmp_path):
+def test_values_that_would_run_code_are_rejected(tmp_path):
     content = {"value": Bomb(tmp_path / "ran"), "tensor": torch.ones(3), "plain": (1, None, [0.5])}
     dcp.save(content, checkpoint_id=tmp_path / "checkpoint")
     state = {"tensor": torch.zeros(3), "plain": None}
@@ -55,7 +55,7 @@ def test_values_that_would_run_code_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed")
-def test_paths_outside_of_the_checkpoint_are_refused(tmp_path):
+def test_paths_outside_of_the_checkpoint_are_rejected(tmp_path):
     dcp.save({"tensor": torch.ones(3)}, checkpoint_id=tmp_path / "a")
     path = tmp_path / "a" / ".metadata"
     metadata = pickle.loads(path.read_bytes())
