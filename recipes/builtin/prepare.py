@@ -142,7 +142,7 @@ def _is_readable(text: str) -> bool:
     """Whether the phones of the words agree with those of the synthetic voice."""
     try:
         words, labels = demo._labels(text)
-        demo._alignment(words, labels, [1] * len(labels))
+        demo.align(words, labels, [1] * len(labels))
     except JahubertError:
         return False
     return bool(words)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import soxr
+from noise import add_noise
 from words import sentences
 
 from jahubert.audio import AudioSource
@@ -148,7 +149,7 @@ def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterat
             text=text,
             words=tuple(word.phones for word in words),
             split=split,
-            alignment=_alignment(words, labels, [n * samples for n in frames]),
+            alignment=align(words, labels, [n * samples for n in frames]),
         )
         yield line, item
         counts[split] += 1
@@ -173,7 +174,7 @@ def _phone_of(label: str) -> str:
     return match[1]
 
 
-def _alignment(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) -> tuple[Phone, ...]:
+def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) -> tuple[Phone, ...]:
     """Phones of the words at the times of the labels; a long vowel has two labels, silence is `pau`."""
     label_phones = [_phone_of(label) for label in labels]
     kana = " ".join(word.kana for word in words)
@@ -238,14 +239,7 @@ def waveform(line: Line) -> np.ndarray:
     wave = engine.synthesize(_labels(line.text)[1]).astype(np.float32)
     wave = wave[line.lead * speaker.frame : len(wave) - line.tail * speaker.frame]
     wave_T = soxr.resample(wave, _VOICE_RATE, SAMPLE_RATE)
-    wave_T *= 10 ** (line.level_db / 20) / np.sqrt(np.mean(wave_T**2))
-    n = len(wave_T)
-    noise = np.fft.rfft(np.random.default_rng(line.noise).standard_normal(n, dtype=np.float32))
-    noise /= np.arange(1, len(noise) + 1, dtype=np.float32) ** (line.tilt / 2)
-    noise_T = np.fft.irfft(noise, n)
-    wave_T = wave_T + noise_T * (10 ** ((line.level_db - line.snr_db) / 20) / np.sqrt(np.mean(noise_T**2)))
-    peak = np.abs(wave_T).max()
-    return np.round(wave_T * (32767 * min(1.0, 0.99 / peak))).astype(np.int16)
+    return add_noise(wave_T, level_db=line.level_db, snr_db=line.snr_db, tilt=line.tilt, seed=line.noise)
 
 
 def _exists(item: Utterance) -> bool:

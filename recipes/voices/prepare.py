@@ -1,0 +1,324 @@
+"""Synthetic corpus of many speakers: sentences spoken by mixtures of Open JTalk's HTS voices.
+
+The voices are those of a folder and the one of pyopenjtalk-plus. A speaker is a mixture of one or two
+compatible voices with a vocal tract length, a pitch and a speed, all drawn from the seed. Phone times are
+exact: they are the state durations of the engine. Sentences come from a file and from the word lists of
+recipe `demo`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import logging
+import os
+import random
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import soundfile
+from hts_engine import Style, voice_header
+from rendering import Line, engine, render
+
+from jahubert.audio import AudioSource
+from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.experiment.config import expand_user
+from jahubert.train.experiment.registry import recipe_folder, resolve
+from jahubert.train.text.japanese import analyze, features_to_words, openjtalk
+
+log = logging.getLogger(__name__)
+
+demo = sys.modules[resolve(f"{recipe_folder('demo') / 'prepare.py'}:prepare", {}, "recipe").__module__]
+
+_BATCH_LINES = 1000  # utterances planned at a time
+_ALPHA = 0.55  # all-pass constant of an unchanged voice at 48 kHz
+_HALF_TONES_PER_ALPHA = -50.0  # a longer vocal tract has a lower pitch
+_CORPUS_LINE = re.compile(r"[\w-]+:(?P<text>[^,]+),[ァ-ヺー、。！？]+$")  # ID:text with furigana,kana
+_FURIGANA = re.compile(r"\([ぁ-ゖァ-ヺー]+\)")
+
+
+@dataclass(frozen=True)
+class Config:
+    texts: str | None = None  # file with one sentence per line; lines ID:漢字(かんじ),カナ are accepted
+    exclude: tuple[
+        str, ...
+    ] = ()  # files with sentences to leave out: one per line, or .tsv with a column text
+    own_share: float = 0.25  # of the utterances have sentences from the word lists of recipe demo
+    minutes: float = 60.0  # of audio, all splits together
+    dev_share: float = 0.03  # of the minutes
+    test_share: float = 0.05
+    speakers: int = 200  # of train; dev and test have a tenth as many other ones each
+    alpha: tuple[float, float] = (0.49, 0.62)  # range of the all-pass constant; 0.55 is unchanged
+    half_tones: tuple[float, float] = (-4.0, 4.0)  # range of the pitch shift, besides that of the vocal tract
+    speed: tuple[float, float] = (0.8, 1.25)
+    snr_db: tuple[float, float] = (20.0, 50.0)  # of stationary noise
+    processes: int = 0  # 0: one per core, at most 8
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.minutes <= 0:
+            problems.append(f"minutes must be above 0; found {self.minutes}")
+        if min(self.dev_share, self.test_share) < 0 or self.dev_share + self.test_share >= 1:
+            found = f"{self.dev_share} and {self.test_share}"
+            problems.append(
+                f"dev_share and test_share must be at least 0 and sum to less than 1; found {found}"
+            )
+        if not 0 <= self.own_share <= 1:
+            problems.append(f"own_share must be between 0 and 1; found {self.own_share}")
+        if self.speakers < 1:
+            problems.append(f"speakers must be at least 1; found {self.speakers}")
+        limits = {"alpha": (0.4, 0.7), "half_tones": (-24, 24), "speed": (0.5, 2), "snr_db": (0, 100)}
+        for name, (lowest, highest) in limits.items():
+            low, high = getattr(self, name)
+            if not lowest <= low <= high <= highest:
+                problems.append(f"{name} must be a range within {lowest} to {highest}; found {low} to {high}")
+        if problems:
+            raise ConfigError("recipe voices: " + "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A voice file."""
+
+    name: str
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A speaker: a style of an engine with these voices."""
+
+    name: str
+    voices: tuple[Voice, ...]
+    style: Style
+
+
+def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+    """Yield `voices-<split>-NNNNN` in train, dev and test, which share neither sentences nor speakers.
+
+    `data` is a folder with HTS voices, at any depth; without it, only the voice of pyopenjtalk-plus is used.
+    Audio is written to `work` as 16 kHz FLAC; existing files are kept.
+
+    Raises:
+        DataError: no voice or no sentence found.
+        MissingExtraError: pyopenjtalk-plus is not installed.
+    """
+    given = read_sentences(expand_user(config.texts)) if config.texts else []
+    random.Random(f"voices {seed}").shuffle(given)
+    yield from synthesize(_mix(given, config.own_share, seed), work, config, seed, data)
+
+
+def synthesize(
+    texts: Iterable[str], work: Path, config: Config, seed: int, data: Path | None = None
+) -> Iterator[Utterance | Rejected]:
+    """Utterances of the texts, in order, until `config.minutes` are reached or the texts end.
+
+    Args:
+        texts: sentences; repeated and excluded ones are skipped.
+        work: folder of the audio.
+        config: `texts` and `own_share` are not used.
+        seed: of the speakers and of everything else that is drawn.
+        data: folder with HTS voices.
+
+    Returns:
+        Utterances whose audio is complete, and the sentences that cannot be used.
+    """
+    processes = config.processes or min(8, os.cpu_count() or 1)
+    plan = _plan(texts, work, config, seed, find_voices(data))
+    while batch := list(itertools.islice(plan, _BATCH_LINES)):
+        render(
+            [entry[0] for entry in batch if isinstance(entry, tuple) and not _exists(entry[1])],
+            work,
+            processes,
+        )
+        for entry in batch:
+            yield entry if isinstance(entry, Rejected) else entry[1]
+
+
+def find_voices(folder: Path | None) -> list[list[Voice]]:
+    """Groups of voices that can be mixed: those of a folder, and the voice of pyopenjtalk-plus.
+
+    Raises:
+        DataError: the folder has no voices.
+    """
+    paths = sorted(folder.rglob("*.htsvoice")) if folder else []
+    if folder and not paths:
+        raise DataError(f"{folder}: no file *.htsvoice found")
+    named = {path.stem: path for path in paths}
+    if len(named) < len(paths):
+        raise DataError(f"{folder}: several voices have the same file name")
+    named["pyopenjtalk"] = Path(os.fsdecode(openjtalk().DEFAULT_HTS_VOICE))
+    groups: dict[bytes, list[Voice]] = {}
+    digests: set[str] = set()
+    for name, path in named.items():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest not in digests:
+            digests.add(digest)
+            groups.setdefault(voice_header(path), []).append(Voice(name, path, digest))
+    return list(groups.values())
+
+
+def draw_speaker(groups: Sequence[Sequence[Voice]], config: Config, key: str) -> Speaker:
+    """A speaker that depends on the key alone, and on the voices.
+
+    A group of voices is drawn with a weight of the square root of its size: its voices are styles of few
+    people.
+    """
+    rng = random.Random(f"speaker {key}")
+    group = rng.choices(groups, [len(group) ** 0.5 for group in groups])[0]
+    mixed = sorted(rng.sample(range(len(group)), min(len(group), rng.choice((1, 2, 2)))))
+    share = round(rng.uniform(0.2, 0.8), 2)
+    weights = [0.0] * len(group)
+    for i, weight in zip(mixed, (share, 1 - share) if len(mixed) == 2 else (1.0,), strict=True):
+        weights[i] = weight
+    alpha = round(rng.uniform(*config.alpha), 3)
+    half_tones = rng.uniform(*config.half_tones) + _HALF_TONES_PER_ALPHA * (alpha - _ALPHA)
+    style = Style(tuple(weights), alpha, round(half_tones, 1), round(rng.uniform(*config.speed), 2))
+    return Speaker(f"{'+'.join(group[i].name for i in mixed)}-{key}", tuple(group), style)
+
+
+def _plan(
+    texts: Iterable[str], work: Path, config: Config, seed: int, groups: Sequence[Sequence[Voice]]
+) -> Iterator[tuple[Line, Utterance] | Rejected]:
+    """Lines and their utterances until `minutes` are reached: test first, then dev, then train."""
+    total = config.minutes * 60 * SAMPLE_RATE
+    remaining = {"test": total * config.test_share, "dev": total * config.dev_share}
+    remaining["train"] = total - sum(remaining.values())
+    splits = [split for split, samples in remaining.items() if samples > 0]
+    counts = dict.fromkeys(splits, 0)
+    seen = {normalize_sentence(text) for file in config.exclude for text in read_sentences(expand_user(file))}
+    for i, text in enumerate(texts):
+        if not splits:
+            break
+        if (normalized := normalize_sentence(text)) in seen:
+            continue
+        seen.add(normalized)
+        split = splits[0]
+        rng = random.Random(f"voices {seed} {i}")
+        n_speakers = config.speakers if split == "train" else max(1, config.speakers // 10)
+        speaker = draw_speaker(groups, config, f"{split}-{seed}-{rng.randrange(n_speakers):04d}")
+        identifier = f"voices-{split}-{counts[split]:05d}"
+        try:
+            line, item = _utterance(text, speaker, config, rng, work)
+        except DataError as error:
+            yield Rejected(f"text-{i:05d}", "no reading", str(error))
+        except JahubertError as error:
+            yield Rejected(f"text-{i:05d}", "labels disagree with the phones of the text", f"{text}: {error}")
+        else:
+            yield line, replace(item, id=identifier, split=split)
+            counts[split] += 1
+            remaining[split] -= item.n_samples
+            if remaining[split] <= 0:
+                del splits[0]
+    if splits:
+        done = config.minutes - sum(max(0.0, n) for n in remaining.values()) / 60 / SAMPLE_RATE
+        log.warning("voices: the sentences end after %.1f of %g minutes", done, config.minutes)
+
+
+def _utterance(
+    text: str, speaker: Speaker, config: Config, rng: random.Random, work: Path
+) -> tuple[Line, Utterance]:
+    """A sentence of a speaker, without id and split.
+
+    Raises:
+        DataError: the text has no words, or letters without a reading.
+        JahubertError: the labels for the engine have other phones than the text.
+    """
+    features = analyze(text)
+    words = features_to_words(features)
+    if not words:
+        raise DataError(f"no words in the text {text!r}")
+    labels = openjtalk().make_label(features)
+    voices = tuple(str(voice.path) for voice in speaker.voices)
+    hts = engine(voices)
+    frames = hts.durations(labels, speaker.style)
+    line = Line(
+        labels=tuple(labels),
+        voices=voices,
+        digests=tuple(voice.digest for voice in speaker.voices),
+        style=speaker.style,
+        lead=max(0, frames[0] - rng.randint(12, 50)),
+        tail=max(0, frames[-1] - rng.randint(12, 50)),
+        level_db=round(rng.uniform(-32, -20), 1),
+        snr_db=round(rng.uniform(*config.snr_db), 1),
+        tilt=round(rng.uniform(0, 1), 2),
+        noise=rng.getrandbits(32),
+    )
+    frames = [frames[0] - line.lead, *frames[1:-1], frames[-1] - line.tail]
+    frame_samples, remainder = divmod(hts.frame_samples * SAMPLE_RATE, hts.sample_rate)
+    if remainder:
+        raise JahubertError(f"voice {voices[0]}: a frame is not a whole number of samples at 16 kHz")
+    samples = [n * frame_samples for n in frames]
+    item = Utterance(
+        id="",
+        audio=AudioSource(str(line.path(work))),
+        n_samples=sum(samples),
+        speaker=speaker.name,
+        text=text,
+        words=tuple(word.phones for word in words),
+        alignment=demo.align(words, labels, samples),
+    )
+    return line, item
+
+
+def _exists(item: Utterance) -> bool:
+    try:
+        return soundfile.info(item.audio.path).frames == item.n_samples
+    except (OSError, RuntimeError):
+        return False
+
+
+# --- texts ----------------------------------------------------------------------------------------------
+
+
+def read_sentences(path: Path) -> list[str]:
+    """Sentences of a file: a table `.tsv` with a column text, or one per line.
+
+    A line may have the format of ROHAN4600, ID:漢字(かんじ),カナ: its text without furigana is used.
+
+    Raises:
+        DataError: not found, not UTF-8, or a table without the column.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".tsv":
+                table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+                if "text" not in (table.fieldnames or ()):
+                    raise DataError(f"{path}: no column text; found {table.fieldnames}")
+                lines = [row["text"] or "" for row in table]
+            else:
+                lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from None
+    return [_text_of(line) for line in lines if line]
+
+
+def _text_of(line: str) -> str:
+    match = _CORPUS_LINE.fullmatch(line)
+    return _FURIGANA.sub("", match["text"]) if match else line
+
+
+def normalize_sentence(text: str) -> str:
+    """A sentence without spaces and punctuation, to find repetitions."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] in "LNM")
+
+
+def _mix(given: Sequence[str], own_share: float, seed: int) -> Iterator[str]:
+    """The given sentences, each once, between those of recipe demo, which never end unless the share is 0."""
+    rng = random.Random(f"texts {seed}")
+    own = demo.sentences(seed) if own_share > 0 else iter(())
+    remaining = iter(given)
+    while True:
+        first, second = (own, remaining) if rng.random() < own_share else (remaining, own)
+        text = next(first, None) or next(second, None)
+        if text is None:
+            return
+        yield text

@@ -1,0 +1,116 @@
+"""Speech files of planned lines, written by several processes.
+
+A process is started as `python rendering.py` with a job on its standard input. It imports neither torch nor
+the text front end, since a line contains its labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from hts_engine import HtsEngine, Style
+
+from jahubert.errors import JahubertError
+from jahubert.formats.atomic import atomic_path
+from jahubert.frames import SAMPLE_RATE
+from jahubert.train.experiment.registry import recipe_folder, resolve
+
+VERSION = 1  # of the generated audio; part of every file name
+_LINES_PER_PROCESS = 8  # fewer are not worth starting one
+
+add_noise: Callable[..., np.ndarray] = resolve(
+    f"{recipe_folder('demo') / 'noise.py'}:add_noise", {}, "recipe"
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """All parameters that determine the audio of an utterance."""
+
+    labels: tuple[str, ...]  # full-context labels of Open JTalk
+    voices: tuple[str, ...]  # files
+    digests: tuple[str, ...]  # of the contents of these files
+    style: Style
+    lead: int  # frames removed from the silence at the start
+    tail: int  # and at the end
+    level_db: float
+    snr_db: float
+    tilt: float
+    noise: int
+
+    def path(self, work: Path) -> Path:
+        """The file of the audio; its name depends on the content of the voices, not on their location."""
+        content = {name: value for name, value in asdict(self).items() if name != "voices"}
+        key = hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()
+        return work / key[:2] / f"{key[2:22]}.flac"
+
+
+def render(lines: Sequence[Line], work: Path, processes: int) -> None:
+    """Write the audio of the lines to `work`.
+
+    Raises:
+        JahubertError: a process failed.
+    """
+    processes = min(processes, len(lines) // _LINES_PER_PROCESS)
+    if processes <= 1:
+        for line in lines:
+            _write(line, work)
+        return
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+    def run(share: Sequence[Line]) -> subprocess.CompletedProcess:
+        job = json.dumps([str(work), [asdict(line) for line in share]])
+        command = [sys.executable, __file__]
+        return subprocess.run(command, input=job, capture_output=True, text=True, env=environment)
+
+    with ThreadPoolExecutor(processes) as pool:
+        for done in pool.map(run, [lines[i::processes] for i in range(processes)]):
+            if done.returncode:
+                raise JahubertError(f"a process that synthesizes speech failed:\n{done.stderr[-2000:]}")
+
+
+@cache
+def engine(voices: tuple[str, ...]) -> HtsEngine:
+    """The engine of these voice files."""
+    return HtsEngine([Path(voice) for voice in voices])
+
+
+def waveform(line: Line) -> np.ndarray:
+    """Synthesize a line, int16 (T,) at 16 kHz."""
+    hts = engine(line.voices)
+    wave = hts.synthesize(line.labels, line.style)
+    wave = wave[line.lead * hts.frame_samples : len(wave) - line.tail * hts.frame_samples]
+    wave_T = soxr.resample(wave, hts.sample_rate, SAMPLE_RATE)
+    return add_noise(wave_T, level_db=line.level_db, snr_db=line.snr_db, tilt=line.tilt, seed=line.noise)
+
+
+def _write(line: Line, work: Path) -> None:
+    path = line.path(work)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        soundfile.write(temporary, waveform(line), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+
+
+def _read_line(fields: dict) -> Line:
+    style = fields.pop("style")
+    style["weights"] = tuple(style["weights"])
+    for name in ("labels", "voices", "digests"):
+        fields[name] = tuple(fields[name])
+    return Line(style=Style(**style), **fields)
+
+
+if __name__ == "__main__":
+    folder, job = json.load(sys.stdin)
+    render([_read_line(fields) for fields in job], Path(folder), 1)
