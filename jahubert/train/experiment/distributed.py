@@ -115,7 +115,7 @@ class Heartbeat(NamedTuple):
 
 
 # Replaced as a whole: the watchdog thread reads it.
-_heartbeat = Heartbeat(0, "the start", time.monotonic(), rank0_only=False)
+_heartbeat = Heartbeat(0, "starting", time.monotonic(), rank0_only=False)
 
 
 def last_heartbeat() -> Heartbeat:

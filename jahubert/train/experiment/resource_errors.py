@@ -81,7 +81,7 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
         if hasattr(config, "crop"):
             advice += f" or {stage}.crop.keep_in_memory_hours=0"
         raise JahubertError(
-            f"{stage}, at {distributed.last_heartbeat().activity}: {match[0]}, probably because "
+            f"{stage}, while {distributed.last_heartbeat().activity}: {match[0]}, probably because "
             f"the system ran out of memory: {advice}. Rerun the same command to resume from the last "
             "checkpoint"
         ) from error

@@ -100,7 +100,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
                 _show_finished(module, config, out)
             return provenance.read_record(out / provenance.DONE)["metrics"]
         log.info("%s ...", out)
-        distributed.heartbeat(str(out))
+        distributed.heartbeat(f"running stage {out}")
         started = time.monotonic() - provenance.elapsed_seconds(out)
         try:
             with report_disk_full(out), report_oom(stage, config):

@@ -1,7 +1,7 @@
-"""Reading of `torch.distributed.checkpoint` (DCP) folders without running code from them.
+"""Safe loading of `torch.distributed.checkpoint` (DCP) folders.
 
-DCP unpickles `.metadata` and every value that is not a tensor. An unfinished experiment may come from
-anybody, so here only the classes of DCP's own metadata, plain values and tensors are accepted.
+DCP unpickles `.metadata` and every value that is not a tensor, which can run arbitrary code. Checkpoints may
+come from an untrusted source, so only DCP's own metadata classes, plain values and tensors are accepted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CLASSES = {
 
 
 class CheckpointReader(FileSystemReader):
-    """As DCP's reader, with a restricted unpickler for the metadata."""
+    """DCP's reader with a restricted unpickler for the metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         data = Path(self.path, ".metadata").read_bytes()
@@ -49,7 +49,7 @@ class CheckpointReader(FileSystemReader):
 
 
 class CheckpointPlanner(DefaultLoadPlanner):
-    """As DCP's planner; values that are not tensors are unpickled with `weights_only`."""
+    """DCP's planner, except that non-tensor values are unpickled with `weights_only=True`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         content = torch.load(value, weights_only=True)
@@ -66,4 +66,4 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"the metadata name {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(f"class {module}.{name} is not allowed in checkpoint metadata")

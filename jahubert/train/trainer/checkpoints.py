@@ -1,8 +1,9 @@
 """Checkpoints of the default training engine.
 
-`torch.distributed.checkpoint` (DCP) saves them from all processes and loads them on any number of processes,
-sharded or not. A checkpoint gets its name `step_N` when it is complete. `run.json`, written last, holds the
-sizes and checksums of all files, so that a checkpoint that was truncated or damaged later is not resumed.
+Checkpoints are written by `torch.distributed.checkpoint` (DCP) from all processes and can be loaded on any
+number of processes, sharded or not. A checkpoint folder is renamed to `step_N` once it is complete.
+`run.json`, written last, contains the sizes and checksums of all files, so that truncated or damaged
+checkpoints are detected and skipped.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_folder(out: Path, engine: str) -> Path:
-    """The folder of an engine's checkpoints under `out`.
+    """The checkpoint folder of an engine under `out`.
 
     Raises:
-        StaleError: it has checkpoints of another engine, which this one cannot read.
+        StaleError: `out` contains checkpoints of another engine, which this engine cannot read.
     """
     folders = {"torch": out / "checkpoints", "fairseq2": out / "checkpoints_fairseq2"}
     for other, folder in folders.items():
@@ -49,32 +50,35 @@ def checkpoint_folder(out: Path, engine: str) -> Path:
 
 
 class Checkpoints:
-    """The checkpoints of one run; methods are called in all processes together."""
+    """Saves, loads and deletes the checkpoints of a run.
+
+    `save` and `load` must be called in all processes.
+    """
 
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder, self.config = folder, config
 
     def intact(self) -> list[Path]:
-        """Complete and undamaged checkpoints, the newest last."""
+        """Paths of the undamaged checkpoints, oldest first."""
         return [path for path in _by_step(self.folder) if not _damage(path)]
 
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
     ) -> None:
-        """Save a checkpoint and delete those that are no longer kept.
+        """Save a checkpoint and delete old ones according to `keep_last` and `keep_every`.
 
         Args:
-            run: JSON-ready state of the engine besides weights and optimizer state.
+            run: JSON-serializable engine state other than the weights and the optimizer state.
         """
         final = self.folder / f"step_{step:07d}"
         if distributed.rank0_broadcast(lambda: final.exists() and not _damage(final)):
             return
         try:
-            with ExitStack() as stack:  # rank 0 makes and renames the folder that all ranks write into
+            with ExitStack() as stack:  # rank 0 creates and renames the folder; all ranks write into it
                 folder = distributed.rank0_broadcast(lambda: stack.enter_context(atomic_folder(final)))
                 weights, moments = get_state_dict(module, optimizer)
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # DCP warns when there is a single process
+                    warnings.simplefilter("ignore")  # DCP warns if there is only one process
                     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
                 if distributed.rank() == 0:
                     state = run | {"files": describe_outputs(folder)}
@@ -90,24 +94,29 @@ class Checkpoints:
         distributed.barrier()
 
     def _delete_old(self, newest: Path) -> None:
-        """Delete all but the newest `keep_last` and those of every `keep_every` steps, and leftovers.
+        """Delete old checkpoints and leftovers of interrupted saves and deletions.
+
+        The newest `keep_last` checkpoints and those at multiples of `keep_every` steps are kept.
 
         Args:
-            newest: the checkpoint that was saved or loaded last; later ones are not counted.
+            newest: the checkpoint that was saved or loaded last. Checkpoints of later steps are kept, and do
+                not count toward `keep_last`.
         """
         remove_leftovers(self.folder)
         every = self.config.keep_every
         counted = [path for path in self.intact() if _step(path) <= _step(newest)]
         for old in counted[: -self.config.keep_last]:
             if not every or _step(old) % every:
-                old.rename(
-                    old.with_name(f"{old.name}.deleted")
-                )  # never resumed if it is deleted only in part
+                # Renamed first, so that a partially deleted checkpoint is never loaded.
+                old.rename(old.with_name(f"{old.name}.deleted"))
         for deleted in self.folder.glob("step_*.deleted"):
             shutil.rmtree(deleted)
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Load the newest intact checkpoint, if there is one, and return the `run` that was saved with it.
+        """Load the newest intact checkpoint.
+
+        Returns:
+            The `run` argument with which it was saved, or None if there is no intact checkpoint.
 
         Raises:
             DataError: the checkpoint could not be read.
@@ -137,7 +146,7 @@ class Checkpoints:
         for path in reversed(_by_step(self.folder)):
             damage = _damage(path, contents=True)
             if not damage:
-                self._delete_old(path)  # a killed run may not have come to it
+                self._delete_old(path)  # the previous run may have been killed before it did this
                 return path
             log.warning("%s: damaged checkpoint ignored (%s)", path, damage)
         return None
@@ -152,10 +161,10 @@ def _step(checkpoint: Path) -> int:
 
 
 def _damage(checkpoint: Path, contents: bool = False) -> str:
-    """A description of the damage to a checkpoint, judged by file sizes; empty if it is intact.
+    """Describe the damage to a checkpoint; an empty string if it is intact.
 
     Args:
-        contents: also compare checksums, which reads all files.
+        contents: compare checksums of all files as well as their sizes.
     """
     try:
         state = read_record(checkpoint / "run.json")

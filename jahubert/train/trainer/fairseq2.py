@@ -1,15 +1,16 @@
-"""Training engine that drives the same objects with fairseq2's Trainer, gangs and checkpoint manager.
+"""Alternative training engine based on fairseq2's Trainer, gangs and checkpoint manager.
 
-Results are bit-identical to `trainer` if the number of processes is a power of two, with two exceptions:
-a step whose float16 gradients overflow is repeated here (there it counts as a step), and a non-finite
-gradient with a finite loss is detected only by the loss of the next step.
+If the number of processes is a power of two, results are bit-identical to those of the default engine
+(`trainer.py`), with two exceptions: fairseq2 repeats a step whose float16 gradients overflow, while the
+default engine skips it; and a non-finite gradient with a finite loss is only detected through the loss of the
+next step.
 
-fairseq2's recipe runner, which logs all environment variables, and its data pipeline, whose checkpoints hold
-decoded audio but no random state, are not used.
+Two parts of fairseq2 are not used: its recipe runner logs all environment variables, and its data pipeline
+saves decoded audio but no random state in checkpoints.
 
 Files under `out`: `checkpoints_fairseq2/` (fairseq2's step_N folders and run.json), `best.safetensors`,
-`metrics.jsonl`. The checkpoints contain pickles, so resume only your own runs, with the number of processes
-that saved them. Written for fairseq2 0.8.1; three of the imported names are private there.
+`metrics.jsonl`. The checkpoints contain pickles, so resume only your own runs, and with the same number of
+processes. Written for fairseq2 0.8.1; three of the imported names are private.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from jahubert.train.trainer.trainer import (
     stopped_error,
 )
 
-_conda = os.environ.pop("CONDA_PREFIX", None)  # if set, fairseq2 looks for libsndfile only there
+_conda = os.environ.pop("CONDA_PREFIX", None)  # if set, fairseq2 searches for libsndfile only in that folder
 try:
     import fairseq2.recipe  # noqa: F401  imported before fairseq2.trainer to avoid a circular import
     from fairseq2.checkpoint import NOOP_HG_EXPORTER, StandardCheckpointManager
@@ -85,7 +86,7 @@ finally:
         os.environ["CONDA_PREFIX"] = _conda
 
 SUMS = "total_sums"  # the Trainer resets every metric at each publication unless its name starts with total_
-MIN_TARGETS = 1e-30  # a process that reports zero targets would not take part in the all-reduce
+MIN_TARGETS = 1e-30  # with zero targets, a process would not take part in the all-reduce
 
 
 def train(
@@ -97,7 +98,7 @@ def train(
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
 ) -> dict[str, float]:
-    """Train `module`, as `jahubert.train.trainer.trainer.train` does.
+    """Train `module`; a drop-in replacement for `jahubert.train.trainer.trainer.train`.
 
     Raises:
         StaleError: the checkpoint was saved by a run with a different number of processes.
@@ -105,7 +106,7 @@ def train(
     check_shared_memory(config)
     run = _TrainingRun(module, data, config, out, validate, best)
     with stop_signals() as run.stop, closing(run.reader):
-        if run.step < config.max_steps:  # a Trainer at the last step would train one more step
+        if run.step < config.max_steps:  # a Trainer that resumes at the last step trains one more step
             run.train_steps()
             if run.stop_requested:
                 raise stopped_error(run.stop, run.step)
@@ -147,13 +148,13 @@ class _TrainingRun:
         self.state_path = self.folder / "run.json"
         self.stop = StopSignals()  # received by this process
         self.stop_requested = False  # received by any process
-        self.metric_bag: MetricBag  # of the Trainer
+        self.metric_bag: MetricBag  # set by the Trainer
         self.step = self.manager.maybe_get_last_step_number(exclude_model_only=True) or 0
         self.validated, self.window, self.overflows = 0, Window(), 0
         self._restore()
 
     def _restore(self) -> None:
-        """Check the checkpoint that the Trainer will load, and load the state that fairseq2 does not keep."""
+        """Check the checkpoint that the Trainer will load; load the state that fairseq2 does not store."""
         self.folder.mkdir(parents=True, exist_ok=True)
         n_saved = len(list((self.folder / f"step_{self.step}" / "trainer").glob("rank_*.pt")))
         if self.step and n_saved != distributed.world():
@@ -170,14 +171,14 @@ class _TrainingRun:
         distributed.barrier()
 
     def save_state(self) -> None:
-        """Save the state that fairseq2's checkpoints do not store."""
+        """Save the state that fairseq2's checkpoints do not contain."""
         if distributed.rank() == 0:
             write_json(self.state_path, {"validated": self.validated, **self.metric_log.state_dict()})
 
     def train_steps(self) -> None:
-        """Run fairseq2's Trainer until the last step or a stop signal."""
+        """Run fairseq2's Trainer until the last step or until a stop signal is received."""
         config, wrapped = self.config, self.module
-        if distributed.world() > 1:  # with the default normalize_grads: False fails
+        if distributed.world() > 1:  # keeps the default normalize_grads=True, because False fails
             wrapped = to_ddp(
                 self.module, self.gangs, find_unused_parameters=self.module.has_unused_parameters
             )
@@ -224,10 +225,10 @@ class _TrainingRun:
         trainer.close()
 
     def validate(self, step: int) -> None:
-        """Validate after `step` if that is due and was not already done before the run was killed."""
+        """Validate after `step` if a validation is due and was not completed before a restart."""
         if self.validation is None or step <= self.validated or not self.metric_log.validation_due(step):
             return
-        distributed.heartbeat(f"the validation after step {step}")
+        distributed.heartbeat(f"validating after step {step}")
         started = time.perf_counter()
         self.metric_log.validate(step, self.validation, self.best)
         self.window.started += time.perf_counter() - started
@@ -236,7 +237,7 @@ class _TrainingRun:
 
 
 class _LazyBatch:
-    """A micro-batch that is read when the Trainer moves it to the device, just before it is computed."""
+    """A micro-batch that is loaded only when the Trainer moves it to the device."""
 
     def __init__(self, reader: _Reader):
         self.reader = reader
@@ -249,7 +250,7 @@ class _LazyBatch:
 
 
 class _Reader(DataReader):
-    """Endless iterator over the steps of this process; each item is the list of micro-batches of a step."""
+    """Endless iterator over training steps; each item is the list of this process's micro-batches."""
 
     def __init__(self, run: _TrainingRun):
         self.run, self.data_state = run, DataState(run.data.sampler)
@@ -272,7 +273,7 @@ class _Reader(DataReader):
 
     def read(self) -> tuple[MicroBatch, Any]:
         assert self.micro_batches is not None  # created by __next__
-        distributed.heartbeat("the reading of audio")
+        distributed.heartbeat("reading audio")
         started = time.perf_counter()
         try:
             with self.run.stop.deadline(DATA_SECONDS):
@@ -282,13 +283,13 @@ class _Reader(DataReader):
                 f"{error} while waiting for data; rerun the same command to resume from the last checkpoint"
             ) from None
         self.run.window.waiting += time.perf_counter() - started
-        distributed.heartbeat("the computation of a step")
+        distributed.heartbeat("computing a step")
         return micro_batch
 
-    def reset(self) -> None: ...  # called at the end of the data, which is endless
+    def reset(self) -> None: ...  # called at the end of the data, which is never reached
 
     def state_dict(self) -> dict[str, object]:
-        # The Trainer does not save gradient norms; `recent` are those since the last publication.
+        # The Trainer does not save gradient norms. `recent` holds those since metrics were last published.
         window, recent = self.run.window, self.run.metric_bag.get("grad_norm", Mean)
         norm, steps = window.norm + float(recent.weighted_sum), window.steps + int(recent.weights)
         return {**self.data_state.state_dict(), "norm": norm, "steps": steps}
@@ -304,7 +305,7 @@ class _Reader(DataReader):
 
 
 class _Schedule(LRScheduler):
-    """The learning rate of `lr_at`; LambdaLR would multiply by a factor, which rounds differently."""
+    """Learning rate given by `lr_at`; LambdaLR multiplies by a factor, which rounds differently."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig):
         self.config = config
@@ -318,7 +319,7 @@ class _Schedule(LRScheduler):
 
 
 class _Sums(Metric):
-    """Named sums over all processes since the last log line; unlike other metrics, saved in checkpoints."""
+    """Named sums over all processes since the last log line, which are saved in checkpoints."""
 
     def __init__(self, *, device: torch.device | None = None):
         super().__init__(device=device)
@@ -344,22 +345,22 @@ class _Sums(Metric):
 
 
 class _Unit(TrainUnit):
-    """Computes micro-batches; around a step it validates, checks the loss and handles stop requests."""
+    """Computes micro-batches; also validates before a step, and checks losses and stop requests after it."""
 
     def __init__(self, run: _TrainingRun, wrapped: nn.Module):
         self.run, self.wrapped = run, wrapped
         self.trainer: Trainer
         self.step = -1
-        self.stopping = False  # after this step: the last one, or a stop was requested
+        self.stopping = False  # this step is the last one, or a stop was requested
 
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         self.run.metric_bag = metric_bag
         metric_bag.add(SUMS, _Sums())
 
     def set_step_nr(self, step_nr: int) -> None:
-        """Called before the first micro-batch of a step (counted from 1), again if the step is repeated."""
+        """Prepare for a step (counted from 1); called again if the step is repeated."""
         self.run.overflows += self.step == step_nr - 1
-        self.step = step_nr - 1  # validated now, so that no checkpoint is ahead of its validation
+        self.step = step_nr - 1
         self.run.validate(self.step)
         if self.step % self.run.config.log_every == 0:
             self.run.metric_bag.get(SUMS, _Sums).reset()
@@ -377,7 +378,7 @@ class _Unit(TrainUnit):
         return loss.total, max(float(loss.count), MIN_TARGETS)
 
     def _synchronize(self) -> None:
-        """Check the loss and stop requests of all processes, so that either all continue or none."""
+        """Check the losses and stop requests of all processes, so that all of them make the same decision."""
         run = self.run
         totals = distributed.all_reduce_sums({"total": self.total, "stop": len(run.stop.names)}, run.device)
         check_finite_loss(totals["total"], self.step + 1, self.losses, run.data)
@@ -388,14 +389,14 @@ class _Unit(TrainUnit):
 
 
 class _Recorder(MetricRecorder):
-    """Passes metrics published by the Trainer, on rank 0 only, to the metric log."""
+    """Passes the metrics that the Trainer publishes on rank 0 to the metric log."""
 
     def __init__(self, run: _TrainingRun, unit: _Unit):
         self.run, self.unit = run, unit
 
     def record_metric_values(self, category: str, values: Any, step_nr: int | None = None) -> None:
         run, config = self.run, self.run.config
-        assert step_nr is not None  # always given by the Trainer
+        assert step_nr is not None  # the Trainer always passes it
         window, steps, run.step = run.window, step_nr - run.step, step_nr
         window.norm, window.steps = window.norm + steps * float(values["grad_norm"]), window.steps + steps
         if step_nr % config.log_every == 0 or step_nr == config.max_steps:
@@ -409,7 +410,7 @@ class _Recorder(MetricRecorder):
 
 
 class _SharedGangs(Gangs):
-    """Gangs that leave the process group open when Trainer.run() closes them."""
+    """Gangs that keep the process group when Trainer.run() closes them."""
 
     def close(self) -> None: ...
 

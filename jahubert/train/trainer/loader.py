@@ -1,4 +1,4 @@
-"""Loading of training data: micro-batches of one process, DataLoader workers, and the data position."""
+"""Training data loading: micro-batches of one process, DataLoader workers, and the position in the data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHUTDOWN_SECONDS = 10.0  # before workers that have not exited are killed
 
 
 class SharedMemoryError(UserError):
-    """A DataLoader worker found no room in shared memory for its micro-batch."""
+    """Shared memory is too small for the DataLoader workers."""
 
     exit_status = 1
 
@@ -43,16 +43,16 @@ class Data(Protocol):
     sampler: Sampler
 
     def load(self, micro: MicroBatch) -> Any:
-        """A batch: an object with `.to(device)` whose attributes are tensors or plain values."""
+        """Load a batch: an object with `.to(device)` whose attributes are tensors or plain values."""
         ...
 
     def name(self, row: int) -> str:
-        """The id of an utterance, for messages."""
+        """The utterance id of a row, for messages."""
         ...
 
 
 class _BatchDataset(Dataset):
-    """`Data.load` as a map-style dataset; errors are returned as values, so that they keep their type."""
+    """Map-style dataset for `Data.load`; errors are returned as values to preserve their type."""
 
     def __init__(self, data: Data, config: TrainConfig):
         self.data, self.config = data, config
@@ -68,14 +68,17 @@ class _BatchDataset(Dataset):
 
 
 def _move_to_shared_memory(batch: Any, config: TrainConfig) -> None:
-    """Move a batch to shared memory here: an error in the worker queue's background thread would lose it."""
+    """Move a batch to shared memory, in place.
+
+    The worker's queue would do this in a background thread, where an error would lose the batch silently.
+    """
     try:
         for value in vars(batch).values():
             if isinstance(value, Tensor):
                 value.share_memory_()
     except RuntimeError as error:
         raise SharedMemoryError(
-            f"no room for a micro-batch in shared memory ({error}); {_less_shared_memory(config)}"
+            f"not enough shared memory for a micro-batch ({error}); {_less_shared_memory(config)}"
         ) from None
 
 
@@ -87,13 +90,13 @@ def _less_shared_memory(config: TrainConfig) -> str:
 
 
 def shared_memory_bytes(config: TrainConfig) -> int:
-    """Upper bound on the shared memory (bytes) that one process's DataLoader workers use for waveforms."""
-    in_flight = _PREFETCH * config.workers + 1  # the last one is being computed
+    """Upper bound on the shared memory (bytes) that the DataLoader workers of one process need."""
+    in_flight = _PREFETCH * config.workers + 1  # one more is in use by the training step
     return int(in_flight * config.micro_seconds * SAMPLE_RATE * 4) if config.workers else 0
 
 
 def check_shared_memory(config: TrainConfig) -> None:
-    """Compare the shared memory that DataLoader workers need with what is free.
+    """Check that there is enough free shared memory for the DataLoader workers.
 
     Raises:
         ConfigError: there is too little.
@@ -114,7 +117,7 @@ def check_shared_memory(config: TrainConfig) -> None:
 
 
 class ShardedSampler:
-    """The endless sequence of micro-batches of this process, starting at a position."""
+    """The endless sequence of micro-batches of this process, starting at (`epoch`, `cursor`)."""
 
     def __init__(self, sampler: Sampler, epoch: int, cursor: int):
         self.sampler, self.epoch, self.cursor = sampler, epoch, cursor
@@ -125,9 +128,10 @@ class ShardedSampler:
 
 
 def ignore_signals(_: int = 0) -> None:
-    """Make a DataLoader worker ignore stop signals, which launchers and schedulers send to every process.
+    """Ignore stop signals in a DataLoader worker.
 
-    A run whose workers have died cannot finish its step and save.
+    Launchers and schedulers send them to every process, but the run needs its workers to finish the current
+    step and save a checkpoint.
     """
     for number in distributed.STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -138,14 +142,14 @@ def micro_batches(
 ) -> MicroBatches:
     """Yield the micro-batches of this process in order, in pinned memory if `device` is a GPU.
 
-    Close the generator to end the workers: they ignore SIGTERM, with which Python would end them at exit.
+    Close the generator to end the workers: they ignore SIGTERM, so Python cannot terminate them at exit.
 
     Raises:
         UserError, OSError: reading failed.
         RuntimeError: a worker died (raised by torch).
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # pinned memory is allocated through the current GPU, by default 0
+        torch.cuda.set_device(device)  # pinned memory is allocated through the current GPU (by default GPU 0)
     loader = DataLoader(
         _BatchDataset(data, config),
         batch_size=None,
@@ -153,7 +157,7 @@ def micro_batches(
         num_workers=config.workers,
         prefetch_factor=_PREFETCH if config.workers else None,
         worker_init_fn=ignore_signals,
-        # Otherwise a resumed run would make an extra draw from the global generator.
+        # By default, the DataLoader draws from the global generator, which a resumed run would do once more.
         generator=torch.Generator(),
         pin_memory=device.type == "cuda",
     )
@@ -176,15 +180,16 @@ def _start_workers(loader: DataLoader, config: TrainConfig) -> Iterator[tuple[Mi
         if error.errno != errno.ENOSPC:
             raise
         raise SharedMemoryError(
-            f"no room in shared memory for the queues of DataLoader workers; {_less_shared_memory(config)}"
+            f"not enough shared memory for the queues of DataLoader workers; {_less_shared_memory(config)}"
         ) from None
 
 
 def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
     """Terminate the workers of a DataLoader immediately.
 
-    `del iterator` would not: the traceback of an error refers to it. A worker that is stuck in a read is
-    killed after a while, and torch's SIGCHLD handler, which raises in the main thread, is disabled meanwhile.
+    `del iterator` is not enough, because the traceback of an error keeps a reference to it. A worker that is
+    blocked in a read is killed after a timeout. Meanwhile torch's SIGCHLD handler is disabled, because it
+    would raise in the main thread.
 
     Args:
         iterator: None if it could not start all of its workers.
@@ -211,14 +216,14 @@ def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
 
 
 class DataState:
-    """Position in the data, the same in all processes: the epoch and its number of consumed micro-batches."""
+    """Position in the data, equal in all processes: the epoch and the micro-batches consumed in it."""
 
     def __init__(self, sampler: Sampler):
         self.sampler, self.epoch, self.cursor = sampler, 0, 0
         self._sized_epoch, self._size = -1, 0  # computing the size of an epoch is expensive
 
     def advance(self, n: int) -> None:
-        """Move forward by `n` micro-batches."""
+        """Advance by `n` micro-batches, across epochs if necessary."""
         self.cursor += n
         while True:
             if self._sized_epoch != self.epoch:
@@ -235,5 +240,5 @@ class DataState:
 
 
 def seed_micro_batch(seed: int, micro: MicroBatch) -> None:
-    """Seed torch's random state for the dropout and layer drop of one micro-batch."""
+    """Seed torch's random number generators for the dropout and layer drop of one micro-batch."""
     torch.manual_seed(int(seeded_rng(seed, micro.epoch, micro.index, 7).integers(2**62)))

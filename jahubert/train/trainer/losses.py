@@ -1,4 +1,4 @@
-"""Loss functions: sums over targets, to be divided by their global count."""
+"""Loss functions. They return sums over targets; the trainer divides by the global number of targets."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from torch.nn import functional as F
 
 
 def unit_loss(logits_NK: Tensor, unit_N: Tensor) -> Tensor:
-    """Summed cross entropy (nats) over masked frames (HuBERT paper, eq. 2, masked part only)."""
+    """Summed cross entropy (nats) over masked frames: the masked term of the HuBERT loss (eq. 2).
+
+    Args:
+        logits_NK: (masked frames, units).
+        unit_N: target units.
+    """
     return F.cross_entropy(logits_NK.float(), unit_N, reduction="sum")
 
 
 def ctc_loss(
     logp_BSV: Tensor, n_frames_B: Tensor, target_L: Tensor, n_target_B: Tensor, blank: int = 0
 ) -> Tensor:
-    """Summed CTC loss (nats) over utterances; an utterance that cannot be aligned counts as zero.
+    """Summed CTC loss (nats) over utterances; utterances that cannot be aligned contribute zero.
 
-    `target_L` is the concatenation of the targets of all utterances.
+    Args:
+        logp_BSV: log probabilities, shape (utterances, frames, symbols).
+        n_frames_B: number of frames of each utterance.
+        target_L: concatenated targets of all utterances.
+        n_target_B: number of targets of each utterance.
+        blank: index of the blank symbol.
     """
     return F.ctc_loss(
         logp_BSV.float().transpose(0, 1),

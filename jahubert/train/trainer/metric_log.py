@@ -28,15 +28,15 @@ _STATE = ("best_value", "best_metrics", "best_crc32", "last_metrics")
 
 
 class MetricLog:
-    """Writer of `metrics.jsonl`, TensorBoard events and `best.safetensors`.
+    """Writes `metrics.jsonl`, TensorBoard events and `best.safetensors`.
 
-    Methods are called in all processes; only rank 0 writes.
+    The methods must be called in all processes; only rank 0 writes files.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig, out: Path):
         self.module, self.config, self.out = module, config, out
         self.best_value, self.best_metrics = math.inf, {}
-        self.best_crc32: str | None = None  # of best.safetensors, on rank 0
+        self.best_crc32: str | None = None  # checksum of best.safetensors, only on rank 0
         self.last_metrics: dict[str, float] = {}
         self.tensorboard: Any = None
 
@@ -48,7 +48,7 @@ class MetricLog:
             setattr(self, name, state[name])
 
     def trim(self, step: int) -> None:
-        """Start logging after `step`: drop what a killed run logged after it."""
+        """Prepare to log from `step` on: drop the lines and events that a killed run logged after it."""
         if distributed.rank() == 0:
             for message in self.config.warnings(distributed.world()):
                 log.warning("%s", message)
@@ -58,7 +58,12 @@ class MetricLog:
     def training(
         self, step: int, sums: dict[str, float], norm: float, timing: dict[str, float], overflows: int
     ) -> None:
-        """Log the steps since the last call (arguments as returned by `Window.close`)."""
+        """Log the training metrics since the last call.
+
+        Args:
+            step: the last step that the metrics cover.
+            sums, norm, timing, overflows: as returned by `Window.close`.
+        """
         self.last_metrics = self.module.metrics(sums, sums["count"])  # type: ignore[operator]
         if distributed.rank() == 0:
             row = {"step": step, **self.last_metrics, "grad_norm": norm, "lr": lr_at(step - 1, self.config)}
@@ -76,7 +81,7 @@ class MetricLog:
         return bool(every) and step > 0 and (step % every == 0 or step == self.config.max_steps)
 
     def validate(self, step: int, validate: Callable[[], dict[str, float]], best: str | None) -> None:
-        """Validate the module after `step`; save its weights if metric `best` is the lowest so far."""
+        """Validate the module after `step`; save its weights if the metric named `best` is a new minimum."""
         self.module.eval()
         with torch.no_grad():
             metrics = validate()
@@ -93,7 +98,11 @@ class MetricLog:
                     self.best_crc32 = file_crc32(temporary)
 
     def close(self, best: str | None) -> dict[str, float]:
-        """Return the final metrics; with `best`, load the weights of the best step and return its metrics."""
+        """Return the final metrics, or those of the best step if `best` is given, and load its weights.
+
+        Raises:
+            DataError: `best.safetensors` is missing or damaged.
+        """
         if self.tensorboard is not None:
             self.tensorboard.close()
         path = self.out / "best.safetensors"
@@ -120,7 +129,7 @@ class MetricLog:
 
 
 def _summary_writer(folder: Path, step: int) -> Any:
-    """A TensorBoard writer that hides events after `step`; None if TensorBoard is not installed."""
+    """A TensorBoard writer that purges events after `step`; None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -129,12 +138,12 @@ def _summary_writer(folder: Path, step: int) -> Any:
 
 
 class Window:
-    """Sums, gradient norms and timing of the steps since the last logged line."""
+    """Sums, gradient norms and timing since the last log line."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.norm, self.steps, self.waiting, self.started = 0.0, 0, 0.0, time.perf_counter()
-        self.overflows = 0  # skipped steps, whose float16 gradients overflowed; their norm is not finite
+        self.overflows = 0  # steps skipped because their float16 gradients overflowed (non-finite norm)
 
     def add(self, totals: dict[str, float], norm: float) -> None:
         for name, value in totals.items():
@@ -164,7 +173,7 @@ class Window:
 
 
 def duration(seconds: float) -> str:
-    """A duration rounded for display, such as `3 h 05 min`."""
+    """Format a duration for display, e.g. `3 h 05 min`."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
@@ -174,7 +183,7 @@ def duration(seconds: float) -> str:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drop lines after `step`, and a partial last line, from a metrics file of a killed run."""
+    """Drop the lines after `step` and an incomplete last line from the metrics file of a killed run."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -183,7 +192,7 @@ def trim_metrics(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:  # partially written when the run was killed
+        except ValueError:  # the run was killed while writing this line
             break
     with atomic_write(path) as file:
         file.writelines(line + "\n" for line in kept)

@@ -1,4 +1,4 @@
-"""Training settings, learning-rate schedules and the optimizer, shared by both engines."""
+"""Training settings, learning-rate schedules and optimizer, shared by both engines."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from jahubert.train.experiment.config import raise_config_errors, range_errors, 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run; the defaults are those of HuBERT BASE pretraining in fairseq."""
+    """Settings of a training run; the defaults are those of fairseq's HuBERT BASE pretraining."""
 
     max_steps: int = 400_000  # updates
-    batch_seconds: float = 2800.0  # audio per step over all devices, kept by gradient accumulation
-    micro_seconds: float = 87.5  # audio per device and forward pass, padding included
+    batch_seconds: float = 2800.0  # audio per step over all devices; reached by gradient accumulation
+    micro_seconds: float = 87.5  # audio per device and forward pass, including padding
     lr: float = 5e-4  # peak learning rate
     schedule: Literal["linear", "tri_stage"] = (
         "linear"  # linear: warm-up and decay; tri_stage: warm-up, hold, decay
     )
-    warmup: float = 0.08  # fraction of the steps
-    hold: float = 0.4  # tri_stage: fraction of the steps at the full learning rate
+    warmup: float = 0.08  # length of the warm-up, as a fraction of max_steps
+    hold: float = 0.4  # tri_stage: length of the phase at the full learning rate, as a fraction of max_steps
     final_lr: float = 0.0  # learning rate of the last step, as a fraction of lr
-    betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW
-    eps: float = 1e-6  # of AdamW
-    weight_decay: float = 0.01  # of AdamW
+    betas: tuple[float, ...] = (0.9, 0.98)  # AdamW betas
+    eps: float = 1e-6  # AdamW epsilon
+    weight_decay: float = 0.01  # AdamW weight decay
     clip_norm: float = 10.0  # 0: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = (
         "auto"  # auto: bf16 if the device supports it, else fp32
@@ -38,14 +38,14 @@ class TrainConfig:
     engine: str = runtime_field("torch")
     sharded: bool = runtime_field(False)  # FSDP2 instead of DDP: for models that do not fit one device
     recompute: bool = runtime_field(False)  # activation checkpointing: less memory, a third more compute
-    compile: bool = runtime_field(False)  # torch.compile of the Transformer blocks
+    compile: bool = runtime_field(False)  # torch.compile the Transformer blocks
     device: str = runtime_field("auto")
     workers: int = runtime_field(0)  # DataLoader workers per device
-    log_every: int = runtime_field(50)  # steps
-    save_every: int = runtime_field(1000)  # steps
-    keep_last: int = runtime_field(2)  # checkpoints
-    keep_every: int = runtime_field(0)  # steps, a multiple of save_every: keep these checkpoints; 0: none
-    valid_every: int = 1000  # steps; 0: never
+    log_every: int = runtime_field(50)  # steps between log lines
+    save_every: int = runtime_field(1000)  # steps between checkpoints
+    keep_last: int = runtime_field(2)  # number of newest checkpoints to keep
+    keep_every: int = runtime_field(0)  # also keep one every N steps (multiple of save_every); 0: none
+    valid_every: int = 1000  # steps between validations; 0: never validate
 
     def __post_init__(self) -> None:
         errors = range_errors(
@@ -66,7 +66,7 @@ class TrainConfig:
                 f"keep_every is {self.keep_every}, but must be a multiple of save_every {self.save_every}"
             )
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
-            errors.append("warmup and hold are fractions of the steps and must not sum to more than 1")
+            errors.append("warmup and hold are fractions of max_steps and must not add up to more than 1")
         if self.micro_seconds > self.batch_seconds:
             errors.append(
                 f"micro_seconds is {self.micro_seconds}, but must not exceed batch_seconds "
@@ -79,10 +79,10 @@ class TrainConfig:
         return max(1, round(self.batch_seconds / self.micro_seconds))
 
     def accumulation_steps(self, processes: int) -> int:
-        """Micro-batches per step and process.
+        """Number of micro-batches per step and process.
 
         Raises:
-            ConfigError: the micro-batches of a step do not divide evenly among the processes.
+            ConfigError: the micro-batches of a step cannot be divided evenly among the processes.
         """
         steps, remainder = divmod(self.micro_batches_per_step, processes)
         if remainder:
@@ -96,10 +96,10 @@ class TrainConfig:
         return steps
 
     def warnings(self, processes: int) -> list[str]:
-        """Warnings about settings that have no or only an approximate effect with this many processes."""
+        """Warnings about settings that are ignored or only approximated with this many processes."""
         messages = []
         seconds = self.micro_batches_per_step * self.micro_seconds
-        if abs(seconds / self.batch_seconds - 1) > 0.01:  # a rounded micro_seconds differs by less
+        if abs(seconds / self.batch_seconds - 1) > 0.01:  # tolerates a rounded micro_seconds
             messages.append(
                 f"a step has {seconds:g} s of audio ({self.micro_batches_per_step} times "
                 f"micro_seconds={self.micro_seconds:g}), not batch_seconds={self.batch_seconds:g}; to match "
@@ -133,10 +133,10 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over all trainable parameters, with its moments initialized to zero.
+    """Fused AdamW over all trainable parameters, with moments initialized to zero.
 
-    AdamW creates the moments of a parameter at its first gradient, so the checkpoint of a phase with a
-    frozen encoder or dropped layers would lack some of them and could not be loaded again.
+    By default, AdamW creates the moments of a parameter at its first gradient. A checkpoint saved while the
+    encoder is frozen or layers are dropped would lack some of them and could not be loaded.
     """
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -158,10 +158,10 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The autocast dtype; float32 disables autocast.
+    """The autocast dtype for `config.precision`; float32 disables autocast.
 
     Raises:
-        ConfigError: fp16 on a CPU, which is several times slower than float32 there.
+        ConfigError: fp16 was requested on a CPU, where it is several times slower than float32.
     """
     if config.precision == "auto":
         return preferred_dtype(device)

@@ -1,7 +1,7 @@
-"""Data parallelism for one module: DDP, or sharding with FSDP2; activation checkpointing and torch.compile.
+"""Data parallelism (DDP or FSDP2), activation checkpointing and torch.compile.
 
-The caller keeps its module. With sharding, its parameters are DTensors during training;
-`Parallel.unshard_parameters` turns them into plain ones again.
+With FSDP2, the parameters of the module are DTensors during training; `Parallel.unshard_parameters` converts
+them back to plain parameters.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Parallel:
     """A module wrapped for data-parallel training, with control over when gradients are reduced.
 
     Args:
-        module: already on its device. Its `blocks` are sharded separately, so that only one of them is
-            unsharded at a time.
-        sharded: FSDP2 instead of DDP. Every process must run the same blocks in the same order.
+        module: a module that is already on its device. Its `blocks` are sharded separately, so that only one
+            of them is unsharded at a time.
+        sharded: use FSDP2 instead of DDP. Every process must run the same blocks in the same order.
     """
 
     def __init__(self, module: nn.Module, sharded: bool):
         self.module, self.wrapped = module, module
-        self.shards: list[Any] = []  # modules sharded by FSDP2; the root module is the last one
+        self.shards: list[Any] = []  # modules sharded by FSDP2, the root module last
         if distributed.world() == 1:
             return
         if not sharded:
@@ -57,8 +57,8 @@ class Parallel:
     def release(self) -> None:
         """Destroy DDP's reducer, so that the process group does not outlive `destroy_process_group`.
 
-        The reducer holds the group. If it is the last to do so, it joins gloo's thread while holding the
-        GIL, which that thread may need to drop its last tensors: a deadlock when the process ends.
+        The reducer keeps the group alive. If it is destroyed last, it joins gloo's thread while holding the
+        GIL. That thread may need the GIL to free its last tensors, so the process would deadlock at exit.
         """
         if isinstance(self.wrapped, DistributedDataParallel):
             self.wrapped = self.module
@@ -66,7 +66,7 @@ class Parallel:
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Reduce gradients over the processes only in the backward pass of the last micro-batch of a step."""
+        """Skip gradient synchronization except for the last micro-batch of a step."""
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
             with self.wrapped.no_sync():
                 yield
@@ -77,7 +77,7 @@ class Parallel:
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Keep the parameters unsharded: for validation, as processes have different numbers of batches."""
+        """Keep parameters unsharded for validation, in which processes run different numbers of batches."""
         for shard in self.shards:
             shard.set_reshard_after_forward(False, recurse=False)
             shard.unshard()
@@ -87,7 +87,7 @@ class Parallel:
             shard.set_reshard_after_forward(shard is not self.module, recurse=False)
 
     def unshard_parameters(self) -> None:
-        """Replace DTensors by plain parameters, for saving the module; called in all processes together."""
+        """Replace DTensors with plain parameters, so that the module can be saved; call in all processes."""
         if not self.shards:
             return
         for name, value in full_state(self.module).items():
@@ -98,13 +98,13 @@ class Parallel:
 
 
 def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) -> None:
-    """Apply activation checkpointing or torch.compile to blocks in place.
+    """Apply activation checkpointing and torch.compile to blocks in place.
 
-    Neither changes parameter names, nor results beyond rounding.
+    Parameter names do not change, and results differ only by rounding.
 
     Args:
         recompute: store only the input of a block and recompute the block in the backward pass.
-        compiled: torch.compile each block with dynamic shapes, as lengths differ between batches.
+        compiled: torch.compile each block with dynamic shapes, because lengths differ between batches.
     """
     for block in blocks:
         if recompute:
@@ -114,15 +114,15 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with full tensors, sharded or not; called in all processes together."""
+    """The state dict with full (unsharded) tensors; must be called in all processes."""
     return {name: value.detach() for name, value in get_model_state_dict(module, options=_FULL).items()}
 
 
 def load_full_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """Load a state dict with full tensors, the same in every process."""
+    """Load a state dict of full tensors, which must be the same in every process."""
     set_model_state_dict(module, state, options=_FULL)
 
 
 def full_norm(value: Tensor) -> float:
-    """The value of a norm, which FSDP2 returns as a DTensor."""
+    """Convert a norm, which is a DTensor with FSDP2, to a float."""
     return float(value.full_tensor() if hasattr(value, "full_tensor") else value)

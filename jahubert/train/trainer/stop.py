@@ -1,4 +1,4 @@
-"""Stop signals of a training run, with a deadline for code that does not check them itself."""
+"""Handling of stop signals during training, with a deadline for code that does not check for them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jahubert.train.experiment import distributed
 
 
 class StopDeadlineError(JahubertError):
-    """A stop signal was received, but the running code did not finish in time."""
+    """The running code did not finish within its deadline after a stop signal."""
 
     exit_status = Stopped.exit_status
 
 
 class StopSignals:
-    """Stop signals received so far; false until one is received."""
+    """The stop signals received so far; false until the first one."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.installed = False
-        self._seconds: float | None = None  # length of the current deadline
+        self._seconds: float | None = None  # duration of the current deadline
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -40,9 +40,10 @@ class StopSignals:
 
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
-        """Interrupt the body if it does not end within `seconds` of a stop signal, or of its own start.
+        """Interrupt the body if it runs longer than `seconds` after a stop signal.
 
-        For code that waits (for data, for a file server): the caller never gets to check `names` otherwise.
+        If a signal was received earlier, the time counts from the start of the body. Use this for code that
+        may block (waiting for data or a file server), during which the caller cannot check `names`.
 
         Raises:
             StopDeadlineError: the body was interrupted.
@@ -63,15 +64,15 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Record stop signals instead of acting on them; restore the previous handlers at the end.
+    """Record stop signals inside the block; restore the previous handlers at the end.
 
-    A signal that arrived too late for the caller to act on is then raised again for the previous handler.
-    Outside of the main thread signals are left alone.
+    If a signal was received and the block ended without an error, it is raised again for the previous
+    handler. Outside the main thread, signal handling is not changed.
     """
     stop, previous = StopSignals(), {}
     try:
         previous = {number: signal.signal(number, stop.receive) for number in distributed.STOPPING}
-        if hasattr(signal, "setitimer"):  # not on Windows
+        if hasattr(signal, "setitimer"):  # missing on Windows
             previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop.expire)
             stop.installed = True
     except ValueError:  # not the main thread

@@ -1,11 +1,11 @@
 """The default training engine: plain PyTorch, on one or several processes.
 
-Independent of speech: it trains any `Trainable` module on micro-batches. The gradients of summed losses are
-accumulated, divided by the number of targets over all processes, clipped and applied. The random state is
-seeded for every micro-batch from (seed, epoch, index), so that a resumed run, or one with a different number
-of processes or DataLoader workers, computes the same result.
+The engine is not specific to speech: it trains any `Trainable` module. Gradients of summed losses are
+accumulated over micro-batches, divided by the number of targets in all processes, clipped and applied. The
+random state is seeded for every micro-batch from (seed, epoch, index), so that results do not depend on
+resuming, the number of processes or the number of DataLoader workers.
 
-Files under `out`: `checkpoints/step_N/`, `best.safetensors`, and those of `metric_log`.
+Files under `out`: `checkpoints/step_N/`, `best.safetensors`, `metrics.jsonl`, `tensorboard/`.
 """
 
 from __future__ import annotations
@@ -42,43 +42,44 @@ from jahubert.train.trainer.stop import StopDeadlineError, StopSignals, stop_sig
 
 log = logging.getLogger(__name__)
 
-# An fp16 run ends when its loss scale falls below this, after about thirty overflows in a row, as in fairseq.
+# An fp16 run ends when its loss scale falls below this value, after about thirty consecutive overflows. Same
+# value as in fairseq.
 MIN_LOSS_SCALE = 1e-4
-# Seconds from a stop signal to the end of a run that waits for data. With several processes the step is
-# finished if the data comes in time, because a checkpoint is saved by all of them together.
-DATA_SECONDS_ALONE, DATA_SECONDS = 1.0, 20.0
-VALIDATION_SECONDS = 30.0  # from a stop signal to the end of a validation in progress
+# How long to wait for data after a stop signal (seconds), with one process and with several. Several
+# processes wait longer to finish the step, because all of them must take part in saving a checkpoint.
+SINGLE_PROCESS_DATA_SECONDS, DATA_SECONDS = 1.0, 20.0
+VALIDATION_SECONDS = 30.0  # how long a validation may continue after a stop signal
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The summed loss of one micro-batch and the sums that metrics are computed from."""
+    """The summed loss of one micro-batch and the sums from which metrics are computed."""
 
-    total: Tensor  # summed loss, with gradient
-    count: Tensor | float  # targets summed over; the update divides by their total over all micro-batches
-    sums: dict[str, Tensor | float]  # further sums, for the metrics
+    total: Tensor  # loss summed over targets, with gradient
+    count: Tensor | float  # number of targets; gradients are divided by its sum over all micro-batches
+    sums: dict[str, Tensor | float]  # further sums for the metrics
 
 
 class Trainable(Protocol):
     """An `nn.Module` that computes its own loss."""
 
-    seed: int  # of its random choices
-    has_unused_parameters: bool  # a step may leave parameters without a gradient (layer drop, frozen phases)
-    blocks: Sequence[nn.Module]  # the units of sharding (FSDP2), activation checkpointing and torch.compile
+    seed: int  # random seed for dropout and layer drop
+    has_unused_parameters: bool  # some parameters may get no gradient in a step (layer drop, frozen phases)
+    blocks: Sequence[nn.Module]  # units of sharding (FSDP2), activation checkpointing and torch.compile
 
     def __call__(self, batch: Any, step: int) -> Loss: ...
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Metrics, "loss" among them, from the sums of `Loss` over several micro-batches."""
+        """Compute metrics, including "loss", from sums of `Loss.sums` and `Loss.count`."""
         ...
 
 
 def check_finite_loss(
     total: float, step: int, losses: Sequence[tuple[MicroBatch, Tensor | float]], data: Data
 ) -> None:
-    """Raise if the summed loss of a step is not finite, naming the utterances.
+    """Raise an error that names the utterances if the summed loss of a step is not finite.
 
     Args:
-        total: over all processes.
+        total: loss summed over all processes.
         losses: micro-batches of this process and their losses.
     """
     if math.isfinite(total):
@@ -93,12 +94,12 @@ def check_finite_loss(
                 "if there are none, lower train.lr or set train.precision=fp32"
             )
     error = JahubertError(f"step {step}: non-finite loss {total} in another process")
-    error.reported = True  # by that process, with the utterances
+    error.reported = True  # the other process reports it and names the utterances
     raise error
 
 
 def check_finite_norm(norm: float, step: int) -> None:
-    """Raise if the gradient norm is not finite although the loss is."""
+    """Raise an error if the gradient norm is not finite."""
     if not math.isfinite(norm):
         raise JahubertError(
             f"step {step}: non-finite gradient norm {norm} although the loss is finite; the step was skipped "
@@ -115,7 +116,7 @@ def overflow_error(step: int) -> JahubertError:
 
 
 def stopped_error(stop: StopSignals, step: int) -> Stopped:
-    """The error that ends a run after a stop signal to this or to another process."""
+    """The error that ends a run after this or another process received a stop signal."""
     signal_name = stop.names[0] if stop else None
     received = signal_name or "a stop signal in another process"
     return Stopped(
@@ -135,17 +136,17 @@ def train(
     """Train `module` (a `Trainable`) up to `config.max_steps`, resuming from the newest checkpoint in `out`.
 
     Args:
-        validate: returns metrics of the module in its current state; called in all processes together.
-        best: name of the validation metric to minimize. The weights of its best step are kept in
+        validate: computes validation metrics of the module; called in all processes.
+        best: name of the validation metric to minimize. The weights with its lowest value are saved to
             `best.safetensors` and loaded into the module at the end.
 
     Returns:
-        The metrics of the best step if `best` is given, else the last training metrics.
+        The metrics of the best step if `best` is given, otherwise the last training metrics.
 
     Raises:
-        Stopped: SIGTERM, SIGUSR1 or SIGINT was received and the state is saved.
-        ConfigError: too little shared memory for the DataLoader workers.
-        JahubertError: a non-finite loss or gradient; no update was made with it.
+        Stopped: SIGTERM, SIGUSR1 or SIGINT was received, and a checkpoint was saved.
+        ConfigError: there is too little shared memory for the DataLoader workers.
+        JahubertError: the loss or the gradient norm is not finite; the step was not applied.
     """
     check_shared_memory(config)
     run = _TrainingRun(module, data, config, out)
@@ -157,7 +158,7 @@ def train(
                 run.validate(validate, best)
             if run.step % config.save_every == 0 or run.step == config.max_steps or run.stop_requested:
                 run.save()
-            if run.stop_requested:  # also after the last step, before the stage goes on
+            if run.stop_requested:  # also after the last step, so that the stage does not continue
                 raise stopped_error(run.stop, run.step)
     metrics = run.metric_log.close(best)
     run.parallel.unshard_parameters()
@@ -183,7 +184,7 @@ class _TrainingRun:
         self.micro_batches: MicroBatches | None = None
         self.window = Window()
         self.stop = StopSignals()  # received by this process
-        self.stop_requested = False  # received by any process before the last step: all save together
+        self.stop_requested = False  # True if any process has received a stop signal
 
     def close(self) -> None:
         if self.micro_batches is not None:
@@ -203,7 +204,7 @@ class _TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         for number in range(self.accumulation_steps):
             micro, batch = self._next_micro_batch(self.micro_batches)
-            distributed.heartbeat(f"the computation of step {step}")
+            distributed.heartbeat(f"computing step {step}")
             last = number == self.accumulation_steps - 1
             loss = self._backward(micro, batch.to(self.device), last)
             for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
@@ -221,15 +222,15 @@ class _TrainingRun:
             self.metric_log.training(self.step, *self.window.close())
 
     def _next_micro_batch(self, stream: MicroBatches) -> tuple[MicroBatch, Any]:
-        """The next micro-batch; a stop signal ends a long wait for it."""
+        """Return the next micro-batch; a stop signal interrupts a long wait for it."""
         distributed.heartbeat(f"reading the audio of step {self.step + 1}")
         started = time.perf_counter()
-        alone = distributed.world() == 1
+        single_process = distributed.world() == 1
         try:
-            with self.stop.deadline(DATA_SECONDS_ALONE if alone else DATA_SECONDS):
+            with self.stop.deadline(SINGLE_PROCESS_DATA_SECONDS if single_process else DATA_SECONDS):
                 micro_batch = next(stream)
         except StopDeadlineError as error:
-            if alone and self.step:  # the gradients of this step are dropped, and computed again
+            if single_process and self.step:  # drops the gradients so far; the resumed run repeats the step
                 self.save()
                 raise stopped_error(self.stop, self.step) from None
             raise StopDeadlineError(
@@ -248,14 +249,14 @@ class _TrainingRun:
         return loss
 
     def _update(self, count: float) -> float:
-        """Apply the accumulated gradients; returns their norm before clipping."""
+        """Apply the accumulated gradients and return their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        # Data-parallel gradients are means over processes; the loss is a sum divided by the global count.
+        # Data parallelism averages gradients over processes, but the loss is sum / global count.
         torch._foreach_mul_([cast(Tensor, p.grad) for p in parameters], distributed.world() / max(count, 1.0))
         limit = self.config.clip_norm or math.inf
         norm = full_norm(torch.nn.utils.clip_grad_norm_(parameters, limit) if parameters else torch.zeros(()))
-        if not self.scaler.is_enabled():  # a loss scaler skips such a step and lowers the scale
+        if not self.scaler.is_enabled():  # with fp16, the scaler skips the step and lowers the loss scale
             check_finite_norm(norm, self.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, self.config)
@@ -266,7 +267,7 @@ class _TrainingRun:
         return norm
 
     def validate(self, validate: Callable[[], dict[str, float]], best: str | None) -> None:
-        distributed.heartbeat(f"the validation after step {self.step}")
+        distributed.heartbeat(f"validating after step {self.step}")
         started = time.perf_counter()
         try:
             with self.stop.deadline(VALIDATION_SECONDS), self.parallel.unsharded():
@@ -279,7 +280,7 @@ class _TrainingRun:
         self.window.started += time.perf_counter() - started
 
     def save(self) -> None:
-        distributed.heartbeat(f"the checkpoint of step {self.step}")
+        distributed.heartbeat(f"saving the checkpoint of step {self.step}")
         state = {
             "step": self.step,
             **self.data_state.state_dict(),
@@ -290,7 +291,7 @@ class _TrainingRun:
         self.checkpoints.save(self.step, self.module, self.optimizer, state)
 
     def restore(self) -> None:
-        """Resume from the newest intact checkpoint, if there is one."""
+        """Load the newest intact checkpoint, if any."""
         if state := self.checkpoints.load(self.module, self.optimizer):
             self.step = state["step"]
             self.data_state.load_state_dict(state)

@@ -1,13 +1,13 @@
-"""Watchdog that ends a distributed run when one of its processes hangs, and names that process.
+"""Watchdog that ends a distributed run when one of its processes hangs, and reports which one.
 
-When one process of a group hangs (a dead file server, a stuck GPU), all others wait for it in a collective
-operation without knowing for whom. A thread in every process therefore publishes the last heartbeat of its
-process in a key-value store on rank 0. When its own process has made no progress for the time limit, the
-thread reads the heartbeats of all. A process that is behind the others and gave no sign of life is reported
-with its stack, and all processes exit with the status that asks a scheduler to restart them. A process that
-is only slow, because its share of the work is the largest, still ticks and is left alone.
+If one process hangs (dead file server, stuck GPU), all others block in a collective operation and cannot
+tell which process they are waiting for. Therefore a thread in every process publishes the latest heartbeat of
+its process in a key-value store on rank 0. If its process makes no progress for the time limit, the thread
+compares the heartbeats of all processes. A process that is behind the others and shows no activity is
+reported with its stack, and all processes exit with the status that asks a scheduler to restart the job. A
+process that is only slow still updates its heartbeat and is not reported.
 
-A second thread covers the case that rank 0 itself, and with it the store, no longer responds.
+A second thread handles the case in which rank 0, and with it the store, stops responding.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from jahubert.errors import Stopped
 from jahubert.train.experiment import distributed
 
 _STORE_TIMEOUT = timedelta(seconds=30)
-_RESUME = "what was saved is kept; rerun the same command to resume"
+_RESUME = "saved files are kept; rerun the same command to resume"
 
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a process as published in the store."""
+    """The state of a process, as published in the store."""
 
-    name: str  # of the process
-    number: int  # of its heartbeat; the process with the smallest number is behind
-    place: str
-    seconds: float  # since the last sign of life
-    alone: bool  # doing work of rank 0 that has no time limit
-    stack: str  # of the main thread; only published once the process seems to hang
+    name: str  # rank, pid and host
+    number: int  # heartbeat counter; the processes with the smallest number are behind
+    activity: str  # current activity, e.g. "computing step 7"
+    seconds: float  # time since the heartbeat was last updated
+    rank0_only: bool  # rank 0 is doing work that has no time limit while the others wait
+    stack: str  # stack of the main thread; empty unless the process seems to hang
 
 
 @contextmanager
 def watchdog(minutes: float) -> Iterator[None]:
-    """Watch the processes inside the block, which all of them enter together.
+    """Watch for hanging processes inside the block; must be entered by all processes.
 
     Args:
-        minutes: without a sign of life until a process that is behind is reported and all exit; 0: never.
+        minutes: time without activity after which a process counts as hanging; 0 disables the watchdog.
     """
     if distributed.world() == 1 or not minutes:
         yield
@@ -80,8 +80,8 @@ class _Watcher:
         self.rank, self.world = distributed.rank(), distributed.world()
         self.main_thread = threading.get_ident()
         self.name = f"process {self.rank} of {self.world} (pid {os.getpid()} on {socket.gethostname()})"
-        self.seen: dict[int, tuple[bytes, float]] = {}  # rank: its last status, and when it was first read
-        self.unanswered = 0  # intervals since the store last responded
+        self.seen: dict[int, tuple[bytes, float]] = {}  # per rank: last status and the time of its first read
+        self.unanswered = 0  # number of intervals since the store last responded
 
         def store(port: int) -> dist.TCPStore:
             host, server = os.environ["MASTER_ADDR"], self.rank == 0
@@ -94,7 +94,7 @@ class _Watcher:
         distributed.barrier()  # wait until all processes have published a status
 
     def watch(self) -> None:
-        """Publish this process's status; check the others once this process has waited too long."""
+        """Publish this process's status; check all processes once this one has waited too long."""
         while not self.done.wait(self.interval):
             waiting = time.monotonic() - distributed.last_heartbeat().updated > self.limit
             try:
@@ -104,23 +104,23 @@ class _Watcher:
                     self.store.set("exit", "")
                 ending = self.store.check(["exit"])
                 self.unanswered = 0
-            except RuntimeError:  # the store ended with rank 0
+            except RuntimeError:  # rank 0 has exited, and the store with it
                 ending = waiting
-            if ending and self.rank == 0:  # the other ranks read the request to exit from its store
+            if ending and self.rank == 0:  # keep the store until the other ranks have read the exit request
                 self.done.wait(2 * self.interval)
             if ending:
                 self._exit()
 
     def watch_store(self) -> None:
-        """Exit when rank 0 no longer responds: `watch` then blocks on its store, which has no timeout.
+        """Exit if rank 0 stops responding, in which case `watch` blocks on its store without a timeout.
 
-        Counts intervals, not seconds: a group of processes that was suspended as a whole goes on.
+        Intervals are counted rather than seconds, so that a run is not ended after being suspended.
         """
         while not self.done.wait(self.interval):
             self.unanswered += 1
             if self.unanswered * self.interval <= self.limit + 2 * self.interval:
                 continue
-            if self.rank == 1:  # one report is enough
+            if self.rank == 1:  # only one process reports it
                 tqdm.write(
                     f"jahubert: error: process 0 of {self.world} hangs: no response from it for "
                     f"{self.unanswered * self.interval:.0f} s; {distributed.last_heartbeat().activity} in "
@@ -131,7 +131,7 @@ class _Watcher:
 
     def _exit(self) -> None:
         if not self.done.is_set():
-            os._exit(Stopped.exit_status)  # the main thread is blocked and would never return
+            os._exit(Stopped.exit_status)  # a regular exit would wait for the blocked main thread
 
     def _publish(self) -> None:
         heartbeat = distributed.last_heartbeat()
@@ -141,7 +141,7 @@ class _Watcher:
         self.store.set(str(self.rank), json.dumps(asdict(status)))
 
     def _statuses(self) -> list[Status]:
-        """Statuses of all processes. The age of a status that is no longer updated keeps growing."""
+        """Read the statuses of all processes; `seconds` includes the age of a status."""
         statuses, now = [], time.monotonic()
         for rank, text in enumerate(self.store.multi_get([str(rank) for rank in range(self.world)])):
             if rank not in self.seen or self.seen[rank][0] != text:
@@ -151,15 +151,15 @@ class _Watcher:
         return statuses
 
     def _report(self) -> str:
-        """Describe the processes that hang; empty if none do."""
+        """Describe the hanging processes; an empty string if there are none."""
         statuses = self._statuses()
         least = min(status.number for status in statuses)
         behind = [status for status in statuses if status.number == least]
-        hanging = [status for status in behind if status.seconds > self.limit and not status.alone]
+        hanging = [status for status in behind if status.seconds > self.limit and not status.rank0_only]
         if not hanging:
             return ""
         names = "; ".join(
-            f"{status.name} hangs: at {status.place} for {status.seconds:.0f} s" for status in hanging
+            f"{status.name} hangs: {status.activity} for {status.seconds:.0f} s" for status in hanging
         )
         return (
             f"{names}; {len(statuses) - len(behind)} of {self.world} processes wait. The limit is "
@@ -168,7 +168,7 @@ class _Watcher:
         )
 
     def _stack(self) -> str:
-        """The innermost frames of the main thread and of busy prefetching threads."""
+        """Format the innermost stack frames of the main thread and of busy prefetching threads."""
         frames = sys._current_frames()
         threads = [
             thread.ident for thread in threading.enumerate() if thread.name.startswith(prefetch.THREAD_PREFIX)
