@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jahubert
+from jahubert.cli import language_models
 from jahubert.cli.console import (
     STDIN,
     Input,
@@ -415,6 +416,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     audio_commands(command)
     model_commands(command)
+    language_models.add_commands(command)
     experiment_commands(command)
     return parser
 

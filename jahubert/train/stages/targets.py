@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from jahubert.errors import DataError
+from jahubert.errors import ConfigError, DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.frames import HUBERT
 from jahubert.phonemes import PhonemeSet, phones_to_kana
@@ -26,6 +25,7 @@ from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.targets import UNKNOWN, character_set, kana_set, write_targets
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.progress import progress
+from jahubert.train.text.normalization import recognized_characters
 from jahubert.train.text.user_dictionary import read_words
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,12 @@ VERSION = 3
 class Config:
     manifest: Path
     vocabulary: Literal["phones", "kana", "characters"] = "phones"  # the symbols to predict
+    punctuation: bool = False  # keep punctuation marks, for vocabulary=characters
     user_dictionary: Path | None = None  # words and their readings
+
+    def __post_init__(self) -> None:
+        if self.punctuation and self.vocabulary != "characters":
+            raise ConfigError(f"punctuation=true needs vocabulary=characters, not {self.vocabulary}")
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -92,16 +97,11 @@ def symbol_set(config: Config, manifest: Manifest) -> PhonemeSet:
     if config.vocabulary == "kana":
         return kana_set()
     rows = manifest.indices(split="train").tolist()
-    symbols = character_set(char for row in rows for char in characters(manifest[row].text))
+    texts = (recognized_characters(manifest[row].text, config.punctuation) for row in rows)
+    symbols = character_set(char for text in texts for char in text)
     if len(symbols) > 2**15:
         raise DataError(f"{len(symbols)} different characters, but targets are limited to {2**15}")
     return symbols
-
-
-def characters(text: str) -> str:
-    """Characters to be recognized in a text: letters and digits, in NFKC."""
-    plain = unicodedata.normalize("NFKC", text)
-    return "".join(char for char in plain if unicodedata.category(char)[0] in "LN")
 
 
 def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list[int]:
@@ -113,7 +113,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
     """
     if config.vocabulary == "characters":
         known = set(symbols.symbols)
-        plain = characters(utterance.text)
+        plain = recognized_characters(utterance.text, config.punctuation)
         if not plain:
             raise DataError(f"text without letters: {utterance.text!r}")
         row = symbols.encode([[char if char in known else UNKNOWN for char in plain]])

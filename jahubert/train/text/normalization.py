@@ -158,3 +158,15 @@ def _simplify(char: str) -> str:
         return " "
     base = unicodedata.normalize("NFD", char)[0]
     return base if base.isascii() else char
+
+
+def recognized_characters(text: str, punctuation: bool = False) -> str:
+    """Characters of a text that a recognizer of characters has to output, in NFKC, without spaces.
+
+    Args:
+        punctuation: keep punctuation marks besides letters and digits; symbols such as `+` are dropped.
+    """
+    kept = "LNP" if punctuation else "LN"
+    return "".join(
+        char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char)[0] in kept
+    )

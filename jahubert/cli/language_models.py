@@ -1,0 +1,104 @@
+"""The subcommands `ngram` and `perplexity`: train and evaluate n-gram language models."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jahubert.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jahubert.cli.main import Command
+
+UNITS = ("word", "phone", "kana", "character", "token")  # as in train/text/tokens.py
+
+
+def add_commands(command: Command) -> None:
+    """Add the subcommands to the parser."""
+    sub = command(ngram, "train an n-gram language model (modified Kneser-Ney) and write it as ARPA")
+    _add_text_options(sub)
+    sub.add_argument("-o", "--output", metavar="FILE", required=True, help="the ARPA file; .gz compresses it")
+    sub.add_argument("--order", type=int, default=4, metavar="N", help="longest n-gram (default: 4)")
+    sub.add_argument(
+        "--lexicon", metavar="FILE", help="also write the words and their pronunciations (--unit word)"
+    )
+    sub.add_argument(
+        "--kana", action="store_true", help="pronunciations in kana, for a model whose symbols are kana"
+    )
+
+    sub = command(perplexity, "print the perplexity of a text under an n-gram language model")
+    sub.add_argument("lm", metavar="LM", help="an ARPA file, plain or gzip")
+    _add_text_options(sub)
+
+
+def _add_text_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "text", nargs="+", metavar="TEXT",
+        help="text files (UTF-8, one sentence per line, .gz, - for standard input), or an experiment: its "
+        "training targets",
+    )  # fmt: skip
+    sub.add_argument(
+        "--unit", choices=UNITS, default="word",
+        help="word: as pyopenjtalk segments them; phone or kana: of the reading, with | between words; "
+        "character: without spaces; token: whatever spaces separate (default: word)",
+    )  # fmt: skip
+    sub.add_argument("--punctuation", action="store_true", help="keep punctuation marks (--unit character)")
+
+
+def ngram(args: argparse.Namespace) -> int:
+    from jahubert.lm.arpa import write_arpa
+    from jahubert.lm.kneser_ney import train_ngram
+    from jahubert.lm.lexicon import write_lexicon
+
+    if args.lexicon and args.unit != "word":
+        raise ConfigError(f"--lexicon lists words, but the unit is {args.unit}; use --unit word")
+    if args.kana and not args.lexicon:
+        raise ConfigError("--kana has no effect without --lexicon")
+    tokenizer, sentences = _read_text(args)
+    model = train_ngram(sentences, args.order)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    write_arpa(model, Path(args.output))
+    sizes = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(model.counts, 1))
+    print(f"{args.output}: {sizes}", file=sys.stderr)
+    if args.lexicon:
+        n_lines = write_lexicon(tokenizer.lexicon(args.kana), Path(args.lexicon))
+        print(f"{args.lexicon}: {n_lines:,} pronunciations", file=sys.stderr)
+    return 0
+
+
+def perplexity(args: argparse.Namespace) -> int:
+    from jahubert.lm.arpa import read_arpa
+    from jahubert.lm.ngram import perplexity as score
+
+    model = read_arpa(Path(args.lm))
+    _, sentences = _read_text(args)
+    result = score(model, sentences)
+    print(f"perplexity {result.including_unknown:.4g}")
+    if result.unknown:
+        share = 100 * result.unknown / result.words
+        print(f"  without unknown words {result.excluding_unknown:.4g} ({share:.2f} % are unknown)")
+    print(f"  of {result.sentences:,} sentences, {result.words:,} tokens")
+    return 0
+
+
+def _read_text(args: argparse.Namespace):
+    """The tokenizer, and the sentences of the texts as tokens."""
+    from jahubert.train.data.training_text import training_sentences
+    from jahubert.train.text.tokens import Tokenizer, read_lines
+
+    if args.punctuation and args.unit != "character":
+        raise ConfigError(f"--punctuation applies to characters, but the unit is {args.unit}")
+    tokenizer = Tokenizer(args.unit, args.punctuation)
+    paths = [Path(text) for text in args.text]
+
+    def sentences() -> Iterable[list[str]]:
+        texts = [path for path in paths if not path.is_dir()]
+        yield from tokenizer.sentences(read_lines(texts))
+        for path in paths:
+            if path.is_dir():
+                yield from training_sentences(path, tokenizer)
+
+    return tokenizer, sentences()

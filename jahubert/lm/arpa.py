@@ -1,0 +1,188 @@
+"""Reading and writing of n-gram language models in ARPA format, plain or gzip-compressed."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+
+from jahubert.errors import DataError
+from jahubert.formats.atomic import atomic_path
+from jahubert.lm.ngram import Entries, NGram, NGramError
+
+MAX_LINE = 1 << 16  # bytes
+MAX_ORDER = 20
+_LN10 = math.log(10.0)
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def read_arpa(path: Path) -> NGram:
+    """Read an ARPA file; memory is proportional to the n-grams that it contains.
+
+    Raises:
+        DataError: the file cannot be read or is not a valid ARPA file; the message names the line.
+    """
+    try:
+        with path.open("rb") as raw:
+            compressed = raw.read(2) == _GZIP_MAGIC
+            raw.seek(0)
+            if compressed:
+                with gzip.open(raw) as file:
+                    return _Reader(path, file).read()
+            return _Reader(path, raw).read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot read the language model ({error})") from error
+
+
+class _Reader:
+    """Parser of one file."""
+
+    def __init__(self, path: Path, file: BinaryIO | gzip.GzipFile):
+        self.path = path
+        self.file = file
+        self.number = 0  # of the current line
+        self.words: list[str] = []
+        self.index: dict[bytes, int] = {}
+
+    def read(self) -> NGram:
+        counts = self._header()
+        entries, first_lines = [], []
+        for order, count in enumerate(counts, 1):
+            if order > 1 and (line := self._next_content()) != b"\\%d-grams:" % order:
+                self._fail(f"expected \\{order}-grams:, found {_shown(line)}")
+            first_lines.append(self.number + 1)
+            entries.append(self._section(order, count, is_last=order == len(counts)))
+        if self._next_content() != b"\\end\\":
+            self._fail("expected \\end\\")
+        try:
+            return NGram(self.words, entries)
+        except NGramError as error:
+            raise DataError(f"{self.path}:{first_lines[error.order - 1] + error.row}: {error}") from error
+
+    def _fail(self, message: str) -> NoReturn:
+        raise DataError(f"{self.path}:{self.number}: {message}")
+
+    def _line(self) -> bytes:
+        """The next line, without surrounding white space."""
+        line = self.file.readline(MAX_LINE)
+        self.number += 1
+        if not line:
+            self._fail("the file ends before \\end\\; is it truncated, or not an ARPA file?")
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            self._fail(f"the line is longer than {MAX_LINE} bytes; is this an ARPA file?")
+        return line.strip()
+
+    def _next_content(self) -> bytes:
+        """The next line that is not empty."""
+        while not (line := self._line()):
+            pass
+        return line
+
+    def _header(self) -> list[int]:
+        """Number of n-grams of each order."""
+        while self._line() != b"\\data\\":
+            pass
+        counts: list[int] = []
+        while (line := self._next_content()) != b"\\1-grams:":
+            match = re.fullmatch(rb"ngram\s+(\d+)\s*=\s*(\d{1,18})", line)
+            if match is None or int(match[1]) != len(counts) + 1 or len(counts) == MAX_ORDER:
+                self._fail(f"expected 'ngram {len(counts) + 1}=COUNT' or \\1-grams:, found {_shown(line)}")
+            counts.append(int(match[2]))
+        if not counts:
+            self._fail("no line 'ngram 1=COUNT' before \\1-grams:")
+        return counts
+
+    def _section(self, order: int, count: int, is_last: bool) -> Entries:
+        """The n-grams of one order, after the line that names it."""
+        ids, logps, backoffs = array("i"), array("f"), array("f")
+        for parts in self._rows():
+            if not order + 1 <= len(parts) <= order + 2:
+                self._fail(f"expected a log-probability, {order} words and an optional back-off weight")
+            logps.append(self._number(parts[0], "log-probability", highest=1e-4))
+            backoffs.append(self._number(parts[-1], "back-off weight") if len(parts) == order + 2 else 0.0)
+            if order == 1:
+                self._add_word(parts[1])
+                ids.append(len(ids))
+                continue
+            try:
+                ids.extend([self.index[word] for word in parts[1 : order + 1]])
+            except KeyError as error:
+                self._fail(f"{_shown(error.args[0])} is not one of the 1-grams")
+        if len(logps) != count:
+            self._fail(f"the header announces {count} {order}-grams, but there are {len(logps)}")
+        if is_last:
+            backoffs = array("f", bytes(4 * len(logps)))
+        words_Nn = np.frombuffer(ids, np.int32).reshape(-1, order) if ids else np.zeros((0, order), np.int32)
+        return Entries(
+            words_Nn, np.array(logps, np.float32) * np.float32(_LN10), np.array(backoffs) * np.float32(_LN10)
+        )
+
+    def _rows(self) -> Iterator[list[bytes]]:
+        """Fields of the lines of a section, up to the empty line after it."""
+        while parts := self._line().split():
+            yield parts
+
+    def _add_word(self, word: bytes) -> None:
+        try:
+            self.words.append(word.decode())
+        except UnicodeDecodeError:
+            self._fail(f"{word!r} is not UTF-8")
+        if self.index.setdefault(word, len(self.index)) != len(self.words) - 1:
+            self._fail(f"{_shown(word)} is a duplicate")
+
+    def _number(self, text: bytes, name: str, highest: float = math.inf) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            self._fail(f"the {name} {_shown(text)} is not a number")
+        if math.isnan(value) or value > highest or value == math.inf:
+            self._fail(f"the {name} is {_shown(text)}")
+        return value
+
+
+def _shown(text: bytes) -> str:
+    """Text of the file as it appears in messages."""
+    return repr(text[:60].decode(errors="replace"))
+
+
+def write_arpa(model: NGram, path: Path) -> None:
+    """Write an ARPA file, compressed if its name ends in `.gz`."""
+    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+        if path.suffix != ".gz":
+            raw.writelines(_lines(model))
+            return
+        with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+            file.writelines(_lines(model))
+
+
+def _lines(model: NGram) -> Iterator[bytes]:
+    yield b"\\data\\\n"
+    for order, count in enumerate(model.counts, 1):
+        yield b"ngram %d=%d\n" % (order, count)
+    words = [word.encode() for word in model.words]
+    n_words = len(words)
+    first = 0
+    for order, count in enumerate(model.counts, 1):
+        yield b"\n\\%d-grams:\n" % order
+        for start in range(first, first + count, 10_000):
+            position = np.arange(start, min(start + 10_000, first + count))
+            columns = []
+            node = position + 1
+            for _ in range(order):
+                node, word = np.divmod(model.key_N[node - 1], n_words)
+                columns.append(word.tolist())
+            logps = (model.logp_N[position] / _LN10).tolist()
+            backoffs = (model.backoff_M[position + 1] / _LN10).tolist()
+            for row, (logp, backoff) in enumerate(zip(logps, backoffs, strict=True)):
+                text = b" ".join([words[column[row]] for column in reversed(columns)])
+                weight = b"\t%.7g" % backoff if backoff else b""
+                yield b"%.7g\t%b%b\n" % (logp, text, weight)
+        first += count
+    yield b"\n\\end\\\n"

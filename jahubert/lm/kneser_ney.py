@@ -1,0 +1,158 @@
+"""Estimation of n-grams with interpolated modified Kneser-Ney smoothing.
+
+Chen and Goodman 1998, "An empirical study of smoothing techniques for language modeling", with the
+conventions of KenLM's lmplz (Heafield et al. 2013): n-grams that start with `<s>` keep their counts at all
+orders, and unigrams are interpolated with a uniform distribution over the words, `</s>` and `<unk>`.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jahubert.errors import ConfigError, DataError
+from jahubert.lm.arpa import MAX_ORDER
+from jahubert.lm.ngram import END, START, UNKNOWN, Entries, NGram
+
+log = logging.getLogger(__name__)
+
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where a text is too small to estimate them, as in lmplz
+_START_LOGP = -99.0 * np.log(10.0)  # <s> is never predicted
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """The distinct n-grams of one order, sorted by context and word.
+
+    Attributes:
+        position_N: a position of the text where the n-gram starts.
+        context_N, suffix_N: row of the n-gram without its last or first word, among those one order lower.
+        count_N: occurrences.
+    """
+
+    position_N: np.ndarray
+    context_N: np.ndarray
+    suffix_N: np.ndarray
+    count_N: np.ndarray
+
+
+def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3) -> NGram:
+    """Estimate an n-gram model.
+
+    Args:
+        sentences: the words of each sentence, without `<s>` and `</s>`.
+        order: length of the longest n-grams.
+
+    Raises:
+        ConfigError: order out of range.
+        DataError: no words, or a reserved word (`<s>`, `</s>`) in the text.
+    """
+    if not 1 <= order <= MAX_ORDER:
+        raise ConfigError(f"order is {order}, but must be between 1 and {MAX_ORDER}")
+    words, token_T = _encode(sentences)
+    all_counts = _count(token_T, len(words), order)
+    entries: list[Entries] = []
+    lower_N = np.full(len(words), 1.0 / (len(words) - 1))  # uniform, without <s>
+    for n, counts in enumerate(all_counts, 1):
+        adjusted_N = counts.count_N
+        if n < len(all_counts):  # number of distinct words before the n-gram
+            adjusted_N = np.bincount(all_counts[n].suffix_N, minlength=len(adjusted_N))
+            if n > 1:
+                starts_N = token_T[counts.position_N] == 0
+                adjusted_N = np.where(starts_N, counts.count_N, adjusted_N)
+        if n == 1:
+            adjusted_N[0] = 0  # <s> is never predicted
+        prob_N, weight_C = _interpolate(counts, adjusted_N, lower_N, n)
+        logp_N = np.log(prob_N)
+        if n == 1:
+            logp_N[0] = _START_LOGP
+            words_Nn = np.arange(len(words))[:, None]
+        else:
+            words_Nn = token_T[counts.position_N[:, None] + np.arange(n)]
+            entries[-1].backoff_N[:] = np.log(weight_C)
+        entries.append(Entries(words_Nn, logp_N, np.zeros(len(logp_N))))
+        lower_N = prob_N
+    return NGram(words, entries)
+
+
+def _encode(sentences: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
+    """Vocabulary (`<s>`, `</s>`, `<unk>`, then words by first occurrence) and the text as word indices."""
+    index = {START: 0, END: 1, UNKNOWN: 2}
+    tokens = array("i")
+    for number, sentence in enumerate(sentences, 1):
+        if not sentence:
+            continue
+        if START in sentence or END in sentence:
+            raise DataError(f"sentence {number} contains {START} or {END}, which are reserved")
+        tokens.append(0)
+        tokens.extend([index.setdefault(word, len(index)) for word in sentence])
+        tokens.append(1)
+    if not tokens:
+        raise DataError("the text has no words")
+    return list(index), np.array(tokens, np.int64)
+
+
+def _count(token_T: np.ndarray, n_words: int, order: int) -> list[_Counts]:
+    """Distinct n-grams of each order; fewer orders if no sentence is long enough."""
+    counts = []
+    row_T = np.zeros(len(token_T), np.int64)  # row of the n-gram that starts at each position
+    start_T = np.arange(len(token_T))
+    for n in range(1, order + 1):
+        if n > 1:  # an n-gram does not extend over the end of a sentence
+            start_T = start_T[token_T[start_T + n - 2] != 1]
+        if not len(start_T):
+            break
+        if n == 1:
+            count_N = np.bincount(token_T, minlength=n_words)
+            rows = np.arange(n_words)
+            counts.append(_Counts(rows, np.zeros_like(rows), np.zeros_like(rows), count_N))
+            row_T = token_T.copy()
+            continue
+        key_T = row_T[start_T] * n_words + token_T[start_T + n - 1]
+        _, first_N, inverse_T, count_N = np.unique(
+            key_T, return_index=True, return_inverse=True, return_counts=True
+        )
+        position_N = start_T[first_N]
+        counts.append(_Counts(position_N, row_T[position_N], row_T[position_N + 1], count_N))
+        new_row_T = np.full_like(row_T, -1)
+        new_row_T[start_T] = inverse_T
+        row_T = new_row_T
+    return counts
+
+
+def _interpolate(
+    counts: _Counts, adjusted_N: np.ndarray, lower_N: np.ndarray, order: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Smoothed probabilities of n-grams, and the weight of the lower order in each context.
+
+    Args:
+        adjusted_N: counts, or continuation counts.
+        lower_N: probabilities of the n-grams one order lower; for unigrams, the uniform distribution.
+    """
+    discount_N = np.array([0.0, *_discounts(adjusted_N, order)])[np.minimum(adjusted_N, 3)]
+    n_contexts = len(lower_N) if order > 1 else 1
+    total_C = np.bincount(counts.context_N, adjusted_N, n_contexts)
+    discounted_C = np.bincount(counts.context_N, discount_N, n_contexts)
+    weight_C = np.divide(discounted_C, total_C, out=np.ones(n_contexts), where=total_C > 0)
+    lower_N = lower_N[counts.suffix_N] if order > 1 else lower_N
+    prob_N = (adjusted_N - discount_N) / total_C[counts.context_N] + weight_C[counts.context_N] * lower_N
+    return prob_N, weight_C
+
+
+def _discounts(adjusted_N: np.ndarray, order: int) -> tuple[float, float, float]:
+    """Discounts of n-grams that occur once, twice, and more often (Chen and Goodman, equation 26)."""
+    n1, n2, n3, n4 = (int((adjusted_N == k).sum()) for k in range(1, 5))
+    if n1 and n2 and n3:
+        y = n1 / (n1 + 2 * n2)
+        discounts = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
+        if all(0 < discount <= k for k, discount in enumerate(discounts, 1)):
+            return discounts
+    log.warning(
+        "%d-grams: the text is too small to estimate the discounts; %s are used",
+        order, "/".join(map(str, FALLBACK_DISCOUNTS)),
+    )  # fmt: skip
+    return FALLBACK_DISCOUNTS

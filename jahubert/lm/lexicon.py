@@ -1,0 +1,56 @@
+"""Lexicons: the words that decoding may output, with their symbols.
+
+A lexicon has one pronunciation per line: a word as it is written in the output, then its symbols, separated
+by white space (`東京 t o: ky o:`). A word with several pronunciations has several lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jahubert.errors import DataError
+from jahubert.formats.atomic import atomic_write
+from jahubert.phonemes import PhonemeSet
+
+Entry = tuple[str, tuple[str, ...]]  # a word and its symbols
+
+
+def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
+    """Read a lexicon; repeated lines count once.
+
+    Raises:
+        DataError: the file cannot be read or has no words, or a line (named by its number) has no symbols or
+            symbols outside the vocabulary.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read the lexicon ({error})") from error
+    entries: dict[Entry, None] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        word, *spelling = line.split()
+        if not spelling:
+            raise DataError(
+                f"{path}:{number}: {word!r} has no symbols; write them after it, separated by spaces"
+            )
+        try:
+            symbols.encode([spelling])
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
+        entries[word, tuple(spelling)] = None
+    if not entries:
+        raise DataError(f"{path}: the lexicon is empty")
+    return list(entries)
+
+
+def write_lexicon(entries: Iterable[tuple[str, Sequence[str]]], path: Path) -> int:
+    """Write a lexicon and return the number of its lines."""
+    n_lines = 0
+    with atomic_write(path) as file:
+        for word, spelling in entries:
+            file.write(f"{word}\t{' '.join(spelling)}\n")
+            n_lines += 1
+    return n_lines

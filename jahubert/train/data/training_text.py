@@ -1,0 +1,43 @@
+"""Training text of an experiment as tokens for n-gram language models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jahubert.errors import ConfigError, DataError
+from jahubert.phonemes import phones_to_kana
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.targets import TargetStore, vocabulary_kind
+from jahubert.train.text.tokens import Tokenizer
+
+_VOCABULARY = {"phone": "phones", "kana": "kana", "character": "characters"}  # by unit
+
+
+def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
+    """Tokens of every utterance of split `train`.
+
+    Phones, kana and characters are the targets of the experiment. Words are those of the text, or, if the
+    corpus has no text, the kana of the words of the targets.
+
+    Raises:
+        ConfigError: the targets have another unit.
+        DataError: the experiment has no targets.
+    """
+    manifest, targets = Manifest(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")
+    vocabulary = vocabulary_kind(targets.phonemes)
+    if tokenizer.unit != "word" and _VOCABULARY.get(tokenizer.unit) != vocabulary:
+        raise ConfigError(f"the targets of {exp} are {vocabulary}, but the unit is {tokenizer.unit}")
+    for row in manifest.indices(split="train").tolist():
+        if not len(labels := targets[row]):
+            continue
+        if tokenizer.unit != "word":
+            yield [targets.phonemes.symbols[label] for label in labels]
+            continue
+        text = manifest[row].text
+        if text:
+            yield from tokenizer.sentences([text])
+        elif vocabulary == "phones":
+            yield [tokenizer.count(phones_to_kana(word), word) for word in targets.words(row)]
+        else:
+            raise DataError(f"{exp} has neither text nor words of phones; use --unit {vocabulary[:-1]}")

@@ -1,0 +1,117 @@
+"""Tokens of text for n-gram language models: words, phones, kana or characters."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import sys
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal, TextIO
+
+from jahubert.errors import DataError
+from jahubert.phonemes import BOUNDARY, phones_to_kana
+from jahubert.train.text.japanese import Word, text_to_words
+from jahubert.train.text.normalization import recognized_characters
+
+log = logging.getLogger(__name__)
+
+Unit = Literal["word", "phone", "kana", "character", "token"]
+
+
+def read_lines(paths: Iterable[Path]) -> Iterator[str]:
+    """Lines of UTF-8 text files that are not empty; `.gz` files are decompressed, `-` is standard input.
+
+    Raises:
+        DataError: a file cannot be read or is not UTF-8.
+    """
+    for path in paths:
+        try:
+            with _open_text(path) as file:
+                for line in file:
+                    if line := line.strip():
+                        yield line
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot read the text ({error})") from error
+
+
+def _open_text(path: Path) -> AbstractContextManager[TextIO]:
+    if str(path) == "-":
+        return nullcontext(sys.stdin)
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+class Tokenizer:
+    """Converts lines of text to tokens, and collects the pronunciations of the words.
+
+    Units:
+        word: words as written, segmented and read by pyopenjtalk-plus.
+        phone, kana: their phones or kana, with `|` between words.
+        character: letters and digits in NFKC (with punctuation marks if `punctuation`), without spaces.
+        token: the words of the line between spaces, unchanged.
+
+    Args:
+        unit: one of the units above.
+        punctuation: keep punctuation marks, for characters only.
+    """
+
+    def __init__(self, unit: Unit, punctuation: bool = False):
+        self.unit = unit
+        self.punctuation = punctuation
+        self.pronunciations: dict[tuple[str, tuple[str, ...]], int] = {}  # (word, phones) -> occurrences
+
+    def __call__(self, line: str) -> list[str]:
+        """Tokens of a line.
+
+        Raises:
+            DataError: the line has no words or no reading.
+        """
+        if self.unit == "token":
+            return line.split()
+        if self.unit == "character":
+            return list(recognized_characters(line, self.punctuation))
+        words = text_to_words(line)
+        if self.unit == "word":
+            return [self.count(_written(word), word.phones) for word in words]
+        tokens: list[str] = []
+        for word in words:
+            if tokens:
+                tokens.append(BOUNDARY)
+            tokens.extend(phones_to_kana(word.phones) if self.unit == "kana" else word.phones)
+        return tokens
+
+    def count(self, word: str, phones: tuple[str, ...]) -> str:
+        """Count an occurrence of a word with its pronunciation, for the lexicon; returns the word."""
+        self.pronunciations[word, phones] = self.pronunciations.get((word, phones), 0) + 1
+        return word
+
+    def sentences(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        """Tokens of each line; lines without a reading are skipped with a warning."""
+        n_skipped = 0
+        first = ""
+        for line in lines:
+            try:
+                tokens = self(line)
+            except DataError as error:
+                n_skipped += 1
+                first = first or str(error)
+                continue
+            if tokens:
+                yield tokens
+        if n_skipped:
+            log.warning("%d lines without a reading were skipped; the first: %s", n_skipped, first)
+
+    def lexicon(self, kana: bool = False) -> Iterator[tuple[str, Sequence[str]]]:
+        """Words and their phones (or kana), sorted."""
+        for word, phones in sorted(self.pronunciations):
+            yield word, phones_to_kana(phones) if kana else phones
+
+
+def _written(word: Word) -> str:
+    """A word as written, in NFKC without spaces, which separate words in ARPA files and lexicons."""
+    return "".join(unicodedata.normalize("NFKC", word.surface).split()) or word.kana

@@ -1,0 +1,84 @@
+"""The commands `ngram` and `perplexity` on text of every unit."""
+
+from __future__ import annotations
+
+import gzip
+import io
+
+import pytest
+
+from jahubert.cli.main import main
+from jahubert.lm.arpa import read_arpa
+from jahubert.lm.lexicon import read_lexicon
+from jahubert.phonemes import PhonemeSet
+from jahubert.train.data.targets import kana_set
+
+TEXT = "今日は、雨です。\n明日は雨かな？\n\n雨が降る。\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("unit", "options", "expected"),
+    [
+        ("word", [], {"雨", "今日", "は"}),
+        ("phone", [], {"|", "ky", "o:", "a"}),
+        ("kana", [], {"|", "ョ", "ー", "ワ"}),
+        ("character", [], {"雨", "日"}),
+        ("character", ["--punctuation"], {"。", "、", "?"}),
+        ("token", [], {"今日は、雨です。"}),
+    ],
+)
+def test_model_of_each_unit(tmp_path, text, unit, options, expected, capsys):
+    out = tmp_path / "new" / "lm.arpa.gz"
+    assert main(["ngram", text, "--unit", unit, "--order", "2", "-o", str(out), *options]) == 0
+    words = set(read_arpa(out).words)
+    assert expected <= words
+    assert ("。" in words) == bool(options)
+    assert main(["perplexity", str(out), text, "--unit", unit, *options]) == 0
+    assert "3 sentences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "symbols"), [([], PhonemeSet.standard()), (["--kana"], kana_set())])
+def test_lexicon_lists_the_words_with_their_pronunciations(tmp_path, text, options, symbols):
+    paths = ["-o", str(tmp_path / "lm.arpa"), "--lexicon", str(tmp_path / "words.txt")]
+    assert main(["ngram", text, *paths, *options]) == 0
+    entries = read_lexicon(tmp_path / "words.txt", symbols)
+    spelled = ("ア", "メ") if options else ("a", "m", "e")
+    assert ("雨", spelled) in entries
+    assert {word for word, _ in entries} <= set(read_arpa(tmp_path / "lm.arpa").words)
+
+
+def test_text_from_gzip_and_standard_input(tmp_path, text, monkeypatch):
+    packed = tmp_path / "text.txt.gz"
+    packed.write_bytes(gzip.compress("雨\n".encode()))
+    monkeypatch.setattr("sys.stdin", io.StringIO("雪\n"))
+    out = tmp_path / "lm.arpa"
+    assert main(["ngram", text, str(packed), "-", "--unit", "character", "-o", str(out)]) == 0
+    assert {"雨", "雪", "降"} <= set(read_arpa(out).words)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--unit", "phone", "--lexicon", "x"], "--lexicon"),
+        (["--kana"], "--kana"),
+        (["--punctuation"], "--punctuation"),
+        (["--order", "0"], "order"),
+    ],
+)
+def test_contradictory_options_are_rejected(tmp_path, text, options, message, capsys):
+    assert main(["ngram", text, "-o", str(tmp_path / "lm.arpa"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unreadable_files_are_rejected(tmp_path, text, capsys):
+    assert main(["ngram", str(tmp_path / "none.txt"), "-o", str(tmp_path / "lm.arpa")]) == 2
+    assert "none.txt" in capsys.readouterr().err
+    assert main(["perplexity", text, text]) == 2
+    assert "text.txt" in capsys.readouterr().err

@@ -1,0 +1,221 @@
+"""N-gram models: Kneser-Ney estimation against a direct implementation, queries, and ARPA files."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jahubert.errors import ConfigError, DataError
+from jahubert.lm.arpa import read_arpa, write_arpa
+from jahubert.lm.kneser_ney import FALLBACK_DISCOUNTS, train_ngram
+from jahubert.lm.ngram import END, START, UNKNOWN, perplexity
+
+ARPA = """\
+written by hand
+
+\\data\\
+ngram 1=5
+ngram 2=3
+ngram 3=1
+
+\\1-grams:
+-2.0\t<unk>
+-99\t<s>\t-0.5
+-1.0\t</s>
+-0.5\tア\t-0.25
+-0.75\tカ\t-0.125
+
+\\2-grams:
+-0.125\t<s> ア\t-0.0625
+-0.25\tア カ\t-0.375
+-0.5\tカ ア
+
+\\3-grams:
+-0.03125\t<s> ア カ
+
+\\end\\
+"""
+
+
+def random_text(seed: int, n_sentences: int, n_words: int = 12) -> list[list[str]]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 9, n_sentences)
+    return [[f"w{int(w)}" for w in np.minimum(rng.geometric(0.3, n), n_words)] for n in lengths]
+
+
+class DirectKneserNey:
+    """Interpolated modified Kneser-Ney by dictionaries, from the definitions."""
+
+    def __init__(self, sentences: list[list[str]], order: int):
+        padded = [(START, *sentence, END) for sentence in sentences]
+        self.vocabulary = {END, UNKNOWN, *(w for sentence in sentences for w in sentence)}
+        raw = [
+            Counter(s[i : i + n] for s in padded for i in range(len(s) - n + 1)) for n in range(1, order + 1)
+        ]
+        self.counts: list[dict[tuple, int]] = []
+        for n in range(1, order + 1):
+            if n == order:
+                adjusted = dict(raw[n - 1])
+            else:
+                before = Counter(gram[1:] for gram in raw[n])
+                adjusted = {g: c if g[0] == START else before[g] for g, c in raw[n - 1].items()}
+            adjusted.pop((START,), None)
+            self.counts.append(adjusted)
+        self.discounts = [self._discounts(counts) for counts in self.counts]
+
+    @staticmethod
+    def _discounts(counts: dict[tuple, int]) -> tuple[float, ...]:
+        n = [sum(c == k for c in counts.values()) for k in range(5)]
+        if n[1] and n[2] and n[3]:
+            y = n[1] / (n[1] + 2 * n[2])
+            found = tuple(k - (k + 1) * y * n[k + 1] / n[k] for k in (1, 2, 3))
+            if all(0 < d <= k for k, d in enumerate(found, 1)):
+                return found
+        return FALLBACK_DISCOUNTS
+
+    def probability(self, context: tuple[str, ...], word: str) -> float:
+        if not context:
+            lower = 1 / len(self.vocabulary)
+        else:
+            lower = self.probability(context[1:], word)
+        counts = {g[-1]: c for g, c in self.counts[len(context)].items() if g[:-1] == context}
+        total = sum(counts.values())
+        if not total:
+            return lower
+        d = (0.0, *self.discounts[len(context)])
+        weight = sum(d[min(c, 3)] for c in counts.values()) / total
+        count = counts.get(word, 0)
+        return (count - d[min(count, 3)]) / total + weight * lower
+
+
+@pytest.mark.parametrize(("seed", "n_sentences", "order"), [(0, 40, 3), (1, 300, 4), (2, 4, 2), (3, 60, 1)])
+def test_estimates_equal_the_definition(seed, n_sentences, order):
+    text = random_text(seed, n_sentences)
+    model, direct = train_ngram(text, order), DirectKneserNey(text, order)
+    for sentence in [*text[:10], ["w1", "unseen", "w2", "w2", "w1"]]:
+        padded = [START, *(w if w in direct.vocabulary else UNKNOWN for w in sentence), END]
+        expected = [
+            math.log(direct.probability(tuple(padded[max(0, i - order + 1) : i]), padded[i]))
+            for i in range(1, len(padded))
+        ]
+        assert model.sentence_logp(sentence) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_probabilities_of_every_context_sum_to_one(order):
+    model = train_ngram(random_text(5, 200), order)
+    states = np.unique(model.state_M)
+    logp_RV, next_RV = model.rows(states)
+    logp_RV[:, model.start_word] = -math.inf
+    assert np.exp(logp_RV.astype(float)).sum(1) == pytest.approx(np.ones(len(states)), abs=1e-5)
+    for row, state in enumerate(states.tolist()):
+        words = np.flatnonzero(np.isfinite(logp_RV[row]))
+        logp_R, next_R = model.score(np.full(len(words), state), words)
+        assert logp_R == pytest.approx(logp_RV[row, words], abs=1e-5)
+        assert (next_R == next_RV[row, words]).all()
+
+
+def test_orders_that_no_sentence_reaches_are_left_out():
+    assert train_ngram([["a"], ["b"]], 5).order == 3  # <s> a </s>
+
+
+@pytest.mark.parametrize("sentences", [[], [[]], [["a", "</s>"]], [["<s>"]]])
+def test_text_without_words_or_with_reserved_words_is_rejected(sentences):
+    with pytest.raises(DataError):
+        train_ngram(sentences)
+
+
+@pytest.mark.parametrize("order", [0, 21])
+def test_order_out_of_range_is_rejected(order):
+    with pytest.raises(ConfigError, match="order"):
+        train_ngram([["a"]], order)
+
+
+@pytest.fixture
+def arpa(tmp_path) -> Path:
+    path = tmp_path / "hand.arpa"
+    path.write_text(ARPA, encoding="utf-8")
+    return path
+
+
+def test_backoff_follows_the_file(arpa):
+    model = read_arpa(arpa)
+    assert (model.order, model.counts) == (3, (5, 3, 1))
+    logps = model.sentence_logp(["ア", "カ", "カ", "x"]) / math.log(10)
+    # <s> ア; <s> ア カ; ア カ backs off to カ, to the unigram; カ to <unk>; <unk> to </s>
+    assert logps == pytest.approx([-0.125, -0.03125, -0.375 - 0.125 - 0.75, -0.125 - 2.0, -1.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["model.arpa", "model.arpa.gz"])
+def test_written_model_is_read_back(tmp_path, name):
+    model = train_ngram(random_text(7, 100), 3)
+    write_arpa(model, tmp_path / name)
+    assert (tmp_path / name).read_bytes()[:2] == (b"\x1f\x8b" if name.endswith("gz") else b"\\d")
+    again = read_arpa(tmp_path / name)
+    assert again.counts == model.counts and again.words == model.words
+    for sentence in random_text(8, 20):
+        assert again.sentence_logp(sentence) == pytest.approx(model.sentence_logp(sentence), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("ngram 2=3", "ngram 2=4", 19),
+        ("ngram 2=3", "ngram 3=3", 5),
+        ("-0.5\tア\t-0.25", "-0.5\tア\tx", 12),
+        ("-0.5\tア\t-0.25", "0.5\tア", 12),
+        ("-0.5\tア\t-0.25", "nan\tア", 12),
+        ("-0.75\tカ", "-0.75\tア", 13),
+        ("-0.25\tア カ", "-0.25\tア キ", 17),
+        ("-0.25\tア カ", "-0.25\tア", 17),
+        ("-0.25\tア カ\t-0.375", "-0.25\t<s> ア", 17),
+        ("-0.03125\t<s> ア カ", "-0.03125\tカ カ カ", 21),
+        ("\\3-grams:", "\\4-grams:", 20),
+        ("\\end\\\n", "", 23),
+        ("\\data\\", "data", 24),
+    ],
+)
+def test_invalid_file_is_rejected_with_its_line(tmp_path, old, new, line):
+    assert ARPA.count(old) == 1
+    path = tmp_path / "bad.arpa"
+    path.write_text(ARPA.replace(old, new), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"bad\.arpa:{line}: "):
+        read_arpa(path)
+
+
+def test_hostile_files_are_rejected(tmp_path):
+    path = tmp_path / "bad.arpa"
+    for content in (
+        b"\\data\\\n" + b"x" * 100_000,
+        b"\\data\\\nngram 1=999999999999999\n\n\\1-grams:\n-1\ta\n\n\\end\\\n",
+        b"\\data\\\n\n\\1-grams:\n-1\t\xff\n\n\\end\\\n",
+        b"\x00" * 1000,
+        gzip.compress(ARPA.encode())[:-30],
+        b"\x1f\x8bnothing",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"bad\.arpa"):
+            read_arpa(path)
+    with pytest.raises(DataError, match=r"none\.arpa"):
+        read_arpa(tmp_path / "none.arpa")
+
+
+def test_perplexity_with_and_without_unknown_words(arpa):
+    found = perplexity(read_arpa(arpa), [["ア", "x"], ["カ"]])
+    logps = [-0.125, -0.0625 - 0.25 - 2.0, -1.0, -0.5 - 0.75, -0.125 - 1.0]  # ア x </s> カ </s>
+    assert (found.sentences, found.words, found.unknown) == (2, 3, 1)
+    assert found.including_unknown == pytest.approx(10 ** (-sum(logps) / 5), rel=1e-4)
+    assert found.excluding_unknown == pytest.approx(10 ** (-(sum(logps) - logps[1]) / 4), rel=1e-4)
+    with pytest.raises(DataError):
+        perplexity(read_arpa(arpa), [])
+
+
+def test_unknown_words_without_unk_have_the_floor_of_kenlm():
+    model = train_ngram([["a", "b"]], 2)
+    logp_R, next_R = model.score(np.array([model.start_state]), np.array([-1]))
+    assert logp_R[0] == pytest.approx(-100 * math.log(10)) and next_R[0] == 0
