@@ -1,15 +1,15 @@
-"""What every test may count on: no network, one thread, and the shared data folder where there is one."""
+"""Shared test setup: no network, one thread, and fixtures for the shared data and a full run."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports torch or a hub client. Subprocesses inherit it. One thread whatever the shell says:
-# some tests fork, and a child would wait for ever for the threads that its parent had.
+# Set before torch or a hub client is imported; subprocesses inherit these variables. One thread is required
+# because some tests fork, and a forked child would wait forever for its parent's threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-# The suite is about arithmetic on a CPU; name devices in JAHUBERT_TEST_CUDA to run it beside a GPU.
+# Tests run on the CPU. JAHUBERT_TEST_CUDA names GPUs that they may see.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("JAHUBERT_TEST_CUDA", "")
 
 import importlib.util
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-# Subprocesses of tests import `fixtures` too.
+# Lets the subprocesses of tests import `fixtures`.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(REPO / "tests"), str(REPO), os.environ.get("PYTHONPATH")])
 )
@@ -27,7 +27,7 @@ LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`stack` tests outside the full stack are skipped with the command that runs them, not failed."""
+    """Skip `stack` tests without the full stack and name the command that runs them."""
     if importlib.util.find_spec("fairseq2") is not None:
         return
     skip = pytest.mark.skip(reason="needs the full stack: make test-stack")
@@ -38,12 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections to other machines fail at once; the machine itself (torch.distributed) is allowed."""
+    """Reject connections to other machines; torch.distributed may connect locally."""
     connect = socket.socket.connect
 
     def guarded(self, address):
         if isinstance(address, tuple) and not str(address[0]).startswith(LOCAL):
-            raise OSError(f"tests use no network, but something wanted {address}")
+            raise OSError(f"network access is disabled in tests: connection to {address}")
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
@@ -51,13 +51,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
-    """The checkout."""
+    """Root folder of the checkout."""
     return REPO
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """`shared/data` beside the checkout, with copies of public corpora. Tests that need it skip without."""
+    """Folder with copies of public corpora; tests that use it are skipped without it."""
     folder = Path(os.environ.get("JAHUBERT_SHARED_DATA", REPO.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"needs {folder}")
@@ -66,7 +66,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment of all stages on the corpus of `tests/fixtures/tones`, from one uninterrupted run."""
+    """Experiment folder of one uninterrupted run of all stages on `tests/fixtures/tones`."""
     from jahubert.train.pipeline import runner
 
     exp = tmp_path_factory.mktemp("whole") / "exp"

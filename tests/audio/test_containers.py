@@ -1,4 +1,4 @@
-"""Files whose headers are wrong: concatenated, piped, tagged and truncated ones of every container."""
+"""Tests of files with wrong headers: concatenated, piped, tagged and truncated files of every container."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jahubert.errors import AudioError
 
 RNG = np.random.default_rng(11)
 NOISE = (RNG.standard_normal(24_000) * 0.1).astype(np.float32)
-# Speech-like level changes: an encoder with a variable bitrate starts with small frames.
+# The level changes like speech, so that a variable-bitrate encoder starts with small frames.
 QUIET_THEN_LOUD = np.concatenate([NOISE * 1e-4, NOISE, NOISE]).astype(np.float32)
 
 
@@ -37,7 +37,7 @@ def mp3(samples=NOISE, rate=16_000, vbr=False) -> bytes:
 
 
 def without_header_frame(data: bytes) -> bytes:
-    """An MP3 file without its first frame, which states the length."""
+    """Remove the first MP3 frame, which stores the length."""
     assert b"Xing" in data[:200] or b"Info" in data[:200]
     position = data.find(b"\xff", 4)
     while data[position : position + 2] != data[:2]:
@@ -52,7 +52,7 @@ def id3(title: str) -> bytes:
 
 
 def seconds(data: bytes, tmp_path: Path) -> float:
-    """The duration of a file, on which all ways of reading it agree."""
+    """Return the duration of a file and check that every reader returns the same duration."""
     path = tmp_path / "audio"
     path.write_bytes(data)
     wav_T = load_audio(path)
@@ -80,7 +80,7 @@ def test_concatenated_mp3_is_read_to_the_end(tmp_path, vbr):
 
 
 def test_blocks_of_mp3_have_no_glitches():
-    """Consecutive frames share bits, which a seek between reads would lose."""
+    """MP3 frames share a bit reservoir, which a seek between two reads would lose."""
     data = mp3(QUIET_THEN_LOUD)
     whole = load_audio(io.BytesIO(data))
     for seconds in (0.05, 0.3, 1.5):
@@ -90,7 +90,7 @@ def test_blocks_of_mp3_have_no_glitches():
 
 def test_vbr_mp3_without_a_header_frame_is_read_to_the_end(tmp_path):
     bare = without_header_frame(mp3(QUIET_THEN_LOUD, vbr=True))
-    assert abs(soundfile.SoundFile(io.BytesIO(bare)).frames / 16_000 - 4.5) > 1  # the guess of the decoder
+    assert abs(soundfile.SoundFile(io.BytesIO(bare)).frames / 16_000 - 4.5) > 1  # libsndfile's estimate
     assert seconds(bare, tmp_path) == pytest.approx(4.5, abs=0.15)
     assert seconds(id3("a title") + bare, tmp_path) == pytest.approx(4.5, abs=0.15)
 
@@ -182,7 +182,7 @@ def test_truncated_files_are_rejected_and_empty_ones_are_empty(tmp_path):
 
 
 def test_stale_wav_header_is_rejected(tmp_path):
-    """A recorder that was killed: the header states the length at the last time it was updated."""
+    """A killed recorder leaves the length of its last header update."""
     data = bytearray(encode(NOISE, subtype="PCM_16"))
     data[4:8], data[40:44] = struct.pack("<I", 10_036), struct.pack("<I", 10_000)
     with pytest.raises(AudioError, match="header states"):
@@ -199,7 +199,7 @@ def test_bw64_is_read(tmp_path):
 
 
 def test_result_depends_on_bytes_only(tmp_path):
-    """Not on the name, its encoding, the suffix, or a macOS resource file of the same name."""
+    """Names, encodings, suffixes and macOS resource files do not change the result."""
     data = mp3()
     expected = load_audio(io.BytesIO(data))
     folder = os.fsencode(tmp_path)

@@ -1,4 +1,4 @@
-"""Loading of files, byte ranges, streams and arrays; rejection of broken ones."""
+"""Tests of loading audio from files, byte ranges, streams and arrays, and of rejecting broken input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_crops_equal_slices_of_the_whole(tmp_path, fmt):
 
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 24_000, 44_100, 48_000, 16_001])
-def test_other_rates(tmp_path, rate):
+def test_other_sampling_rates_are_resampled(tmp_path, rate):
     t = np.arange(rate) / rate
     path = tmp_path / "tone.wav"
     path.write_bytes(encode(0.5 * np.sin(2 * np.pi * 440 * t), rate, subtype="FLOAT"))
@@ -68,7 +68,7 @@ def test_length_is_exact_for_every_length_and_rate():
     for rate in (7350, 8000, 11_025, 12_000, 16_001, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000):
         for n in [*range(8, 200), *rng.integers(200, 100_000, 10)]:
             samples = np.zeros(n, np.float32)
-            soxr_length = len(soxr.resample(samples, rate, 16_000, quality="HQ"))  # an independent count
+            soxr_length = len(soxr.resample(samples, rate, 16_000, quality="HQ"))  # independent reference
             assert audio_length(samples, rate) == soxr_length == len(load_audio(samples, rate)), (rate, n)
 
 
@@ -178,7 +178,7 @@ def test_files_of_unknown_length_are_read_to_the_end():
     piped[4:8] = piped[40:44] = b"\xff\xff\xff\xff"
     assert len(load_audio(io.BytesIO(piped))) == audio_length(io.BytesIO(piped)) == 32_000
     flac = bytearray(encode(NOISE, fmt="FLAC"))
-    flac[21] &= 0xF0  # STREAMINFO: total samples = 0, that is unknown
+    flac[21] &= 0xF0  # STREAMINFO: 0 total samples means unknown
     flac[22:26] = bytes(4)
     assert len(load_audio(io.BytesIO(flac))) == audio_length(io.BytesIO(flac)) == 32_000
     assert len(load_audio(io.BytesIO(flac), start=31_000, n_samples=3000)) == 1000
@@ -217,7 +217,7 @@ def test_blocks_equal_the_whole(fmt, subtype, rate, tmp_path):
             assert all(len(block) for block in blocks) and len(blocks) > 0.8 * len(whole) / 16_000 / seconds
             together = torch.cat(blocks)
             assert len(together) == len(whole) == audio_length(path) and together.dtype == torch.float32
-            rounding = 1e-6 if fmt == "MP3" else 0  # of its decoder, which depends on block boundaries
+            rounding = 1e-6 if fmt == "MP3" else 0  # MP3 decoding depends on block boundaries
             torch.testing.assert_close(together, whole, atol=rounding, rtol=0)
 
 
@@ -230,7 +230,7 @@ def test_blocks_of_an_array():
 
 @pytest.mark.parametrize("fmt", ["WAV", "FLAC", "OGG", "MP3"])
 def test_blocks_of_broken_files_are_rejected(fmt, tmp_path):
-    """A broken file is rejected, at the latest when its damaged position is reached."""
+    """Reading a broken file fails at the damaged position at the latest."""
     path = tmp_path / "a"
     data = encode(np.tile(NOISE, 10), 16_000, fmt)
     for content in (b"", b"RIFFnothing", data[: len(data) * 2 // 3]):
@@ -246,7 +246,7 @@ def test_blocks_of_broken_files_are_rejected(fmt, tmp_path):
         list(stream_audio(path, block_seconds=1.0))
 
 
-def test_samples_with_their_rate_in_the_usual_containers():
+def test_pairs_and_dicts_of_samples_and_rate_are_accepted():
     expected = load_audio(NOISE, 8_000)
     values = NOISE.tolist()
     for source in (

@@ -1,4 +1,4 @@
-"""Formats of the optional decoder: PyAV, the ffmpeg program, or neither."""
+"""Tests of media formats that need an optional decoder, PyAV or ffmpeg."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMATS = {  # file format and codec
 
 
 def encode(suffix: str) -> bytes:
-    """Three seconds of a stereo tone."""
+    """Encode three seconds of a stereo tone."""
     av = pytest.importorskip("av", reason="extra media")
     fmt, codec = FORMATS[suffix]
     out = io.BytesIO()
@@ -45,7 +45,7 @@ def encode(suffix: str) -> bytes:
 
 
 def use_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make one of the optional decoders unavailable."""
+    """Make the other optional decoder unavailable."""
     if name == "ffmpeg":
         if shutil.which("ffmpeg") is None:
             pytest.skip("needs ffmpeg on PATH")
@@ -59,7 +59,7 @@ def use_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_media_files_are_decoded(tmp_path, monkeypatch, suffix, decoder):
     data = encode(suffix)
     use_decoder(decoder, monkeypatch)
-    path = tmp_path / f"録音 {suffix}"  # without a suffix: the result depends on the bytes only
+    path = tmp_path / f"録音 {suffix}"  # no suffix: detected by content
     path.write_bytes(data)
     wav_T = load_audio(path)
     assert len(wav_T) / 16_000 == pytest.approx(3.0, abs=0.1)

@@ -1,4 +1,4 @@
-"""A tiny bundle and a folder of recordings for the tests of the command line."""
+"""Fixtures of the command-line tests: a tiny bundle and a folder of recordings."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def bundle(tmp_path_factory) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """a.wav, sub/日本語 名前.flac and notes.txt in `data`, which lies in the working folder."""
+    """Working directory with data/a.wav, data/sub/日本語 名前.flac and data/notes.txt."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/sub").mkdir(parents=True)
-    noise = syllables(0.75).numpy()  # the model would say nothing about anything steadier
+    noise = syllables(0.75).numpy()  # voice activity detection would discard steady noise
     soundfile.write("data/a.wav", noise, 16_000)
     soundfile.write("data/sub/日本語 名前.flac", noise[:7_000], 16_000)
     Path("data/notes.txt").write_text("no audio")

@@ -1,4 +1,4 @@
-"""The command line, run in this process and as a command: results, exit statuses, messages."""
+"""Tests of the command line: output, exit statuses and error messages."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def command(*args: str, **options) -> subprocess.CompletedProcess:
 def test_one_file_gives_one_line_of_kana(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
     out, err = capsys.readouterr()
-    wanted = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").text
-    assert out == wanted + "\n" and wanted and err == ""
+    expected = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").text
+    assert out == expected + "\n" and expected and err == ""
 
 
 def test_several_files_are_named_and_one_failure_does_not_stop_the_others(bundle, folder, capsys):
     Path("bad.wav").write_bytes(b"RIFFnothing")
-    Path("hollow").mkdir()
-    assert main(["transcribe", "--model", bundle, "bad.wav", "data", "hollow", "gone.wav"]) == 2
+    Path("empty-folder").mkdir()
+    assert main(["transcribe", "--model", bundle, "bad.wav", "data", "empty-folder", "gone.wav"]) == 2
     out, err = capsys.readouterr()
     assert [line.split("\t")[0] for line in out.splitlines()] == ["data/a.wav", "data/sub/日本語 名前.flac"]
     errors = err.splitlines()
     assert len(errors) == 4 and all(line.startswith("jahubert: error: ") for line in errors)
-    for name in ("bad.wav", "gone.wav", "hollow"):
+    for name in ("bad.wav", "gone.wav", "empty-folder"):
         assert sum(name in line for line in errors) == 1
     assert "3 of 5" in errors[-1]
 
 
 def test_unexpected_exception_prints_a_traceback_and_exits_with_1(bundle, folder, capsys, monkeypatch):
     def broken(self, wavs):
-        raise RuntimeError("kaputt")
+        raise RuntimeError("internal failure")
 
     monkeypatch.setattr("jahubert.inference.transcribe.Transcriber.log_probs", broken)
     assert main(["transcribe", "--model", bundle, "data/a.wav", "gone.wav"]) == 1
     err = capsys.readouterr().err
-    assert "Traceback" in err and "jahubert: error: data/a.wav: kaputt" in err and "gone.wav" in err
+    assert "Traceback" in err and "jahubert: error: data/a.wav: internal failure" in err and "gone.wav" in err
 
 
 def test_json_and_tsv_lines(bundle, folder, capsys):
@@ -80,32 +80,32 @@ def test_format_all_writes_every_format(bundle, folder, capsys):
 
 def test_standard_input(bundle, folder, capsys, monkeypatch):
     assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
-    wanted = capsys.readouterr().out
+    expected = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("data/a.wav").read_bytes())))
     assert main(["transcribe", "--model", bundle, "-"]) == 0
-    assert capsys.readouterr().out == wanted
+    assert capsys.readouterr().out == expected
 
 
 def test_features(bundle, folder, capsys):
     assert main(["features", "--model", bundle, "--layer", "1", "-o", "out", "data", "gone.wav"]) == 2
     assert "gone.wav" in capsys.readouterr().err
-    found = np.load("out/sub/日本語 名前.npy")
-    wanted = jahubert.FeatureExtractor.from_pretrained(bundle, layer=1)("data/sub/日本語 名前.flac")
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
+    frames_SD = np.load("out/sub/日本語 名前.npy")
+    expected = jahubert.FeatureExtractor.from_pretrained(bundle, layer=1)("data/sub/日本語 名前.flac")
+    assert frames_SD.dtype == np.float32
+    np.testing.assert_allclose(frames_SD, expected.numpy(), atol=1e-6)
     assert sorted(p.name for p in Path("out").rglob("*.*")) == ["a.npy", "features.json", "日本語 名前.npy"]
 
 
 def test_units(bundle, folder, capsys):
-    wanted = jahubert.UnitExtractor.from_pretrained(bundle)("data/a.wav")
+    expected = jahubert.UnitExtractor.from_pretrained(bundle)("data/a.wav")
     assert main(["units", "--model", bundle, "data/a.wav"]) == 0
-    assert capsys.readouterr().out == " ".join(map(str, wanted.tolist())) + "\n"
+    assert capsys.readouterr().out == " ".join(map(str, expected.tolist())) + "\n"
     assert main(["units", "--model", bundle, "--unique", "--chunk", "10", "data"]) == 0
     name, line = capsys.readouterr().out.splitlines()[0].split("\t")
-    assert name == "data/a.wav" and list(map(int, line.split())) == wanted.unique_consecutive().tolist()
+    assert name == "data/a.wav" and list(map(int, line.split())) == expected.unique_consecutive().tolist()
     assert main(["units", "--model", bundle, "-o", "out", "data/a.wav"]) == 0
     assert capsys.readouterr().out == ""
-    assert np.array_equal(np.load("out/a.npy"), wanted.numpy())
+    assert np.array_equal(np.load("out/a.npy"), expected.numpy())
 
 
 def test_info(bundle, capsys):
@@ -124,7 +124,7 @@ def test_status_of_a_folder_without_stages(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["transcribe", "data/a.wav", "--model", "no such"], "no such"),
         (["transcribe", "data/a.wav", "--model", "{bundle}", "--beam", "0"], "beam is 0"),
@@ -143,10 +143,10 @@ def test_status_of_a_folder_without_stages(tmp_path, capsys):
         (["info", "data"], "config.json"),
     ],
 )
-def test_invalid_arguments_give_a_one_line_error(bundle, folder, capsys, args, says):
+def test_invalid_arguments_give_a_one_line_error(bundle, folder, capsys, args, message):
     assert main([arg.format(bundle=bundle) for arg in args]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("jahubert: error: ") and says in err and err.count("\n") == 1
+    assert out == "" and err.startswith("jahubert: error: ") and message in err and err.count("\n") == 1
     assert not Path("out").exists()
 
 
@@ -190,7 +190,7 @@ def test_glob_patterns_are_expanded(bundle, folder, capsys):
     assert out.startswith("data/sub/日本語 名前.flac\t") and out.count("\n") == 1
     assert "*.mp3: no file matches" in err
     Path("odd[1].wav").write_bytes(Path("data/a.wav").read_bytes())
-    assert main(["transcribe", "--model", bundle, "odd[1].wav"]) == 0  # a file of that very name
+    assert main(["transcribe", "--model", bundle, "odd[1].wav"]) == 0  # an existing file, not a pattern
     assert "\t" not in capsys.readouterr().out
 
 
@@ -205,20 +205,20 @@ def test_noise_gives_no_text_unless_vad_is_disabled(bundle, folder, capsys):
 
 def test_phonemes_option(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "--phonemes", "data/a.wav"]) == 0
-    wanted = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").phonemes
-    assert capsys.readouterr().out == " ".join(wanted) + "\n"
+    expected = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").phonemes
+    assert capsys.readouterr().out == " ".join(expected) + "\n"
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
 def test_low_precision_is_close(bundle, folder, dtype):
-    exact, near = (
+    exact, low_precision = (
         jahubert.Transcriber.from_pretrained(bundle, device="cpu", dtype=d) for d in (torch.float32, dtype)
     )
     wav = syllables(2.0)
-    (a,), (b,) = exact.log_probs([wav]), near.log_probs([wav])
+    (a,), (b,) = exact.log_probs([wav]), low_precision.log_probs([wav])
     assert b.dtype == torch.float32 and not torch.equal(a, b)
     assert (a.exp() - b.exp()).abs().mean() < 1e-3
-    assert ("quantized" in str(type(near.model.lm_head))) == (dtype is torch.int8)
+    assert ("quantized" in str(type(low_precision.model.lm_head))) == (dtype is torch.int8)
 
 
 def test_unsupported_dtype_is_rejected(bundle):
@@ -246,17 +246,17 @@ def test_parser_does_not_import_torch():
 
 
 def test_python_m_jahubert(bundle, folder):
-    done = command("transcribe", "--model", bundle, "data", env={"PATH": "", "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and done.stderr == b""
-    assert "data/sub/日本語 名前.flac\t" in done.stdout.decode("utf-8")
+    result = command("transcribe", "--model", bundle, "data", env={"PATH": "", "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and result.stderr == b""
+    assert "data/sub/日本語 名前.flac\t" in result.stdout.decode("utf-8")
     assert command("no-such-command").returncode == 2
     assert command("--version").stdout.decode().strip() == f"jahubert {jahubert.__version__}"
 
 
 def test_closed_pipe_is_quiet(bundle, folder):
     line = f"{sys.executable} -m jahubert transcribe --model '{bundle}' -f json " + "data " * 3 + "| true"
-    done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
-    assert done.stderr == b""
+    result = subprocess.run(line, shell=True, capture_output=True, timeout=120)
+    assert result.stderr == b""
 
 
 def test_public_names_exist():
@@ -269,11 +269,11 @@ def test_public_names_exist():
 def test_every_bad_recording_gives_one_line_and_the_rest_is_processed(bundle, folder, capsys):
     Path("empty.wav").touch()
     soundfile.write("no-samples.wav", np.zeros(0, np.float32), 16_000)
-    Path("text.wav").write_text("this is no audio")
+    Path("text.wav").write_text("this is not audio")
     whole = Path("data/a.wav").read_bytes()
     Path("cut.wav").write_bytes(whole[: len(whole) // 2])
-    Path("hollow").mkdir()
-    bad = ["gone.wav", "empty.wav", "no-samples.wav", "text.wav", "cut.wav", "hollow"]
+    Path("empty-folder").mkdir()
+    bad = ["gone.wav", "empty.wav", "no-samples.wav", "text.wav", "cut.wav", "empty-folder"]
     for command, extra in (("transcribe", ["-f", "all"]), ("features", []), ("units", [])):
         assert main([command, "--model", bundle, "-o", command, *extra, *bad, "data/a.wav"]) == 2
         out, err = capsys.readouterr()
@@ -287,7 +287,7 @@ def test_every_bad_recording_gives_one_line_and_the_rest_is_processed(bundle, fo
 
 
 def test_output_folder_without_permission_is_rejected(bundle, folder, capsys, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root can write to read-only folders
     assert main(["transcribe", "--model", bundle, "-o", "out", "data"]) == 2
     err = capsys.readouterr().err
     assert "no permission to write" in err and err.count("\n") == 1
@@ -296,19 +296,19 @@ def test_output_folder_without_permission_is_rejected(bundle, folder, capsys, mo
 def test_unsuitable_models_are_rejected(bundle, folder, capsys):
     Path("other").mkdir()
     Path("other/config.json").write_text('{"model_type": "wav2vec2"}')
-    Path("nothing").mkdir()
-    Path("notes.pt").write_text("no model")
+    Path("empty").mkdir()
+    Path("notes.pt").write_text("not a model")
     save_bundle("encoder", model=HubertModel(load_bundle(bundle).config))
-    for model, says in (
+    for model, message in (
         ("other", "wav2vec2"),
-        ("nothing", "config.json"),
+        ("empty", "config.json"),
         ("notes.pt", "notes.pt"),
         ("encoder", "no CTC head"),
         ("gone", "gone"),
     ):
         assert main(["transcribe", "--model", model, "data/a.wav"]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1 and says in err and err.startswith("jahubert: error: ")
+        assert out == "" and err.count("\n") == 1 and message in err and err.startswith("jahubert: error: ")
 
 
 def test_full_disk_affects_one_recording_only(bundle, folder, capsys):
@@ -321,7 +321,7 @@ def test_full_disk_affects_one_recording_only(bundle, folder, capsys):
 
 
 def test_help_takes_less_than_half_a_second():
-    """The quickest of a few, so that a busy machine does not decide."""
+    """Takes the fastest of five runs, because other processes may slow down some of them."""
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
@@ -334,7 +334,7 @@ def test_help_takes_less_than_half_a_second():
 
 def test_undecodable_m4a_is_reported_and_macos_metadata_is_skipped(bundle, folder, capsys):
     (folder / "data" / "__MACOSX").mkdir()
-    for name in ("._a.wav", "__MACOSX/a.wav"):  # metadata of macOS: skipped
+    for name in ("._a.wav", "__MACOSX/a.wav"):  # macOS metadata
         (folder / "data" / name).write_bytes(b"\0\x05\x16\x07")
     (folder / "data" / "memo.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
     assert main(["transcribe", "--model", bundle, "data"]) == 2
@@ -351,8 +351,8 @@ def test_empty_output_name_is_rejected(bundle, folder, capsys):
 def test_convert_reports_an_unwritable_output(bundle, folder, capsys, monkeypatch, to):
     monkeypatch.setattr(os, "access", lambda *args: False)
     ending = {"hf": "", "onnx": ".onnx"}.get(to, ".pt")
-    assert main(["convert", bundle, f"there/model{ending}", "--to", to]) == 2
-    assert "no permission to write" in capsys.readouterr().err and not list(Path("there").iterdir())
+    assert main(["convert", bundle, f"output/model{ending}", "--to", to]) == 2
+    assert "no permission to write" in capsys.readouterr().err and not list(Path("output").iterdir())
     (folder / "file").write_text("x")
     assert main(["convert", bundle, f"file/model{ending}", "--to", to]) == 2
     assert capsys.readouterr().err.startswith("jahubert: error: file")
@@ -397,5 +397,5 @@ def test_invalid_transcribe_arguments_give_a_one_line_error(bundle, folder, caps
 def test_plan_names_the_missing_extra(package):
     code = f"import sys; sys.modules['{package}'] = None; from jahubert.cli.main import main; "
     code += "sys.exit(main(['plan', 'recipe=demo', 'gpu=H100']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "jahubert[train]" in done.stderr and "Traceback" not in done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "jahubert[train]" in result.stderr and "Traceback" not in result.stderr

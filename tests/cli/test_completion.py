@@ -1,4 +1,4 @@
-"""Completion scripts: real shells accept them and offer what the parser has."""
+"""Tests of the completion scripts in real shells."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jahubert.cli.completion import commands, script
 from jahubert.cli.main import build_parser, main
 
 
-def offered(line: str, folder) -> list[str]:
-    """What bash offers at the end of a line."""
+def completions(line: str, folder) -> list[str]:
+    """Return the completions that bash offers at the end of `line`."""
     words = line.split(" ")
     quoted = " ".join(f"'{word}'" for word in words)
     code = f"""
@@ -22,21 +22,21 @@ def offered(line: str, folder) -> list[str]:
 COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _jahubert
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=folder, timeout=30)
-    assert done.returncode == 0 and done.stderr == ""
-    return done.stdout.split("\n")[:-1]
+    result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=folder, timeout=30)
+    assert result.returncode == 0 and result.stderr == ""
+    return result.stdout.split("\n")[:-1]
 
 
 def test_bash_completion(tmp_path):
     (tmp_path / "日本語 名前.wav").touch()
     names = [command.name for command in commands(build_parser())]
-    assert offered("jahubert ", tmp_path) == names
-    assert offered("jahubert tr", tmp_path) == ["transcribe"]
-    assert "--dtype" in offered("jahubert transcribe --", tmp_path)
-    assert offered("jahubert transcribe -f s", tmp_path) == ["srt"]
-    assert offered("jahubert convert a b --to t", tmp_path) == ["torchaudio"]
-    assert offered("jahubert transcribe 日", tmp_path) == ["日本語 名前.wav"]
-    assert offered("jahubert completion z", tmp_path) == ["zsh"]
+    assert completions("jahubert ", tmp_path) == names
+    assert completions("jahubert tr", tmp_path) == ["transcribe"]
+    assert "--dtype" in completions("jahubert transcribe --", tmp_path)
+    assert completions("jahubert transcribe -f s", tmp_path) == ["srt"]
+    assert completions("jahubert convert a b --to t", tmp_path) == ["torchaudio"]
+    assert completions("jahubert transcribe 日", tmp_path) == ["日本語 名前.wav"]
+    assert completions("jahubert completion z", tmp_path) == ["zsh"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -45,23 +45,23 @@ def test_shells_accept_their_script(shell, capsys, tmp_path):
     path = tmp_path / "script"
     path.write_text(capsys.readouterr().out)
     if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} here")
-    done = subprocess.run([shell, "-n", str(path)], capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stderr) == (0, "")
+        pytest.skip(f"needs {shell}")
+    result = subprocess.run([shell, "-n", str(path)], capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_fish_completion():
     if shutil.which("fish") is None:
-        pytest.skip("no fish here")
+        pytest.skip("needs fish")
     code = script(build_parser(), "fish") + "complete -C 'jahubert transcribe --format s'\n"
-    done = subprocess.run(["fish", "-N", "-c", code], capture_output=True, text=True, timeout=30)
-    assert done.stderr == ""
-    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["srt"]
+    result = subprocess.run(["fish", "-N", "-c", code], capture_output=True, text=True, timeout=30)
+    assert result.stderr == ""
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == ["srt"]
 
 
 def test_full_disk_on_standard_output_is_reported():
     if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
+        pytest.skip("needs /dev/full")
     code = "import sys; from jahubert.cli.main import main; sys.exit(main(['completion', 'bash']))"
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""`jahubert features`: what it writes, how it goes on after an interruption, what it refuses."""
+"""Tests of the files that `jahubert features` writes, continues and rejects."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_features_of_several_layers_in_chunks(bundle, folder, capsys):
     ):
         out = f"out{len(options)}"
         assert main(["features", "--model", bundle, *options, "-o", out, "long.wav"]) == 0
-        wanted = jahubert.FeatureExtractor.from_pretrained(bundle, layer, **more)("long.wav")
-        np.testing.assert_allclose(np.load(f"{out}/long.npy"), wanted.numpy(), atol=1e-5)
+        expected = jahubert.FeatureExtractor.from_pretrained(bundle, layer, **more)("long.wav")
+        np.testing.assert_allclose(np.load(f"{out}/long.npy"), expected.numpy(), atol=1e-5)
     assert capsys.readouterr() == ("", "")
 
 
 def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, capsys, monkeypatch):
-    """What is there stays untouched, what is missing, older than its audio or half written is made."""
+    """Complete files are kept; missing, outdated and partial files are written."""
     run = ["features", "--model", bundle, "-o", "out", "data"]
     assert main(run) == 0
     first, second = Path("out/a.npy"), Path("out/sub/日本語 名前.npy")
@@ -54,12 +54,12 @@ def test_features_in_one_safetensors_file(bundle, folder, capsys):
 
     Path("data/bad.wav").write_bytes(b"RIFFnothing")
     run = ["features", "--model", bundle, "--layer", "1", "-o", "all.safetensors", "data"]
-    assert main(run) == 2  # for the bad one; the others are done
-    found = load_file("all.safetensors")
-    assert sorted(found) == ["a", "sub/日本語 名前"] and not Path("all.safetensors.parts").exists()
+    assert main(run) == 2  # bad.wav fails, the other files are written
+    features = load_file("all.safetensors")
+    assert sorted(features) == ["a", "sub/日本語 名前"] and not Path("all.safetensors.parts").exists()
     extractor = jahubert.FeatureExtractor.from_pretrained(bundle, 1)
     for name, path in (("a", "data/a.wav"), ("sub/日本語 名前", "data/sub/日本語 名前.flac")):
-        np.testing.assert_allclose(found[name], extractor(path).numpy(), atol=1e-6)
+        np.testing.assert_allclose(features[name], extractor(path).numpy(), atol=1e-6)
     capsys.readouterr()
     assert main(run) == 2
     assert "all.safetensors" in capsys.readouterr().err
@@ -69,4 +69,4 @@ def test_unwritable_output_leaves_no_partial_files(bundle, folder, capsys):
     assert main(["features", "--model", bundle, "-o", "/proc/out", "data/a.wav"]) == 2
     assert "-o /proc/out cannot be written" in capsys.readouterr().err
     assert main(["features", "--model", bundle, "--chunk", "8", "-o", "out", "data/notes.txt"]) == 2
-    assert [p.name for p in Path("out").iterdir()] == ["features.json"]  # nothing half done
+    assert [p.name for p in Path("out").iterdir()] == ["features.json"]  # no partial file

@@ -1,4 +1,4 @@
-"""What a newcomer does wrong, through the real doors: one sentence, exit status 2, and nothing is lost."""
+"""End-to-end tests of user errors: one-line message, exit status 2, and no lost results."""
 
 import json
 import logging
@@ -26,29 +26,29 @@ ROUGH = FIXTURES / "rough"
 
 
 @pytest.fixture(autouse=True)
-def said(caplog):
-    """What is logged is seen wherever the handlers of an earlier test lead."""
+def warnings(caplog):
+    """Capture warnings regardless of the log handlers that an earlier test has set."""
     caplog.set_level(logging.WARNING)
     return caplog
 
 
-def jahubert(capsys, exp: Path, stage: str, *overrides: str) -> tuple[int, str]:
-    """Exit status of a stage of the rough recipe, and what it printed on stderr."""
+def run_stage(capsys, exp: Path, stage: str, *overrides: str) -> tuple[int, str]:
+    """Run a stage of the rough recipe and return its exit status and standard error."""
     capsys.readouterr()
     status = run.main([f"recipe={ROUGH}", f"stage={stage}", f"exp={exp}", *overrides])
     return status, capsys.readouterr().err
 
 
-def refused(capsys, exp: Path, stage: str, *overrides: str) -> str:
-    """The message of a run that must fail in the way that a user can mend."""
-    status, printed = jahubert(capsys, exp, stage, *overrides)
+def rejected(capsys, exp: Path, stage: str, *overrides: str) -> str:
+    """Run a stage that must fail with a user error and return the message."""
+    status, printed = run_stage(capsys, exp, stage, *overrides)
     assert status == 2 and "Traceback" not in printed
     assert printed.count("jahubert: error: ") == 1
     return printed.partition("jahubert: error: ")[2].strip()
 
 
-def done(capsys, exp: Path, stage: str, *overrides: str) -> None:
-    status, printed = jahubert(capsys, exp, stage, *overrides)
+def succeed(capsys, exp: Path, stage: str, *overrides: str) -> None:
+    status, printed = run_stage(capsys, exp, stage, *overrides)
     assert status == 0, printed
 
 
@@ -58,7 +58,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """An unbroken run of all stages."""
+    """Experiment folder of an uninterrupted run of all stages."""
     exp = tmp_path_factory.mktemp("whole") / "exp"
     assert run.main([f"recipe={ROUGH}", "stage=all", f"exp={exp}"]) == 0
     return exp
@@ -73,7 +73,7 @@ def copy(whole, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "expected"),
     [
         (["kmeans.n_cluster=3"], "did you mean kmeans.n_clusters?"),
         (["kmean.n_clusters=3"], "kmean: no such key; did you mean kmeans?"),
@@ -101,37 +101,37 @@ def copy(whole, tmp_path) -> Path:
         (["finetune.train.precision=fp64"], "must be one of auto, fp32, bf16, fp16"),
     ],
 )
-def test_invalid_setting_is_named_before_anything_runs(capsys, tmp_path, overrides, says):
-    assert says in refused(capsys, tmp_path / "exp", "all", *overrides)
+def test_invalid_setting_is_named_before_anything_runs(capsys, tmp_path, overrides, expected):
+    assert expected in rejected(capsys, tmp_path / "exp", "all", *overrides)
     assert not (tmp_path / "exp").exists()
 
 
 def test_all_mistakes_are_reported_at_once(capsys, tmp_path):
-    message = refused(capsys, tmp_path, "all", "kmeans.n_cluster=3", "decode.beam=wide", "score.samples=0")
+    message = rejected(capsys, tmp_path, "all", "kmeans.n_cluster=3", "decode.beam=wide", "score.samples=0")
     assert "kmeans.n_cluster:" in message and "decode.beam:" in message and "score.samples" in message
 
 
-@pytest.mark.parametrize(("yaml", "says"), [("kmeans: { n_clusters: [4", "YAML"), ("- 1", "recipe.yaml")])
-def test_broken_recipe_file_is_named(capsys, tmp_path, yaml, says):
+@pytest.mark.parametrize(("yaml", "expected"), [("kmeans: { n_clusters: [4", "YAML"), ("- 1", "recipe.yaml")])
+def test_broken_recipe_file_is_named(capsys, tmp_path, yaml, expected):
     (tmp_path / "recipe.yaml").write_text(yaml)
-    message = refused(capsys, tmp_path / "exp", "prepare", f"recipe={tmp_path}")
-    assert str(tmp_path / "recipe.yaml") in message and says in message
+    message = rejected(capsys, tmp_path / "exp", "prepare", f"recipe={tmp_path}")
+    assert str(tmp_path / "recipe.yaml") in message and expected in message
 
 
 def test_recipe_may_have_no_systems_and_no_iterations(capsys, tmp_path):
-    done(capsys, tmp_path, "prepare", "systems=null", "by_iteration=null")
+    succeed(capsys, tmp_path, "prepare", "systems=null", "by_iteration=null")
 
 
 def test_missing_earlier_stage_is_named(capsys, tmp_path):
-    assert "exp/prepare" in refused(capsys, tmp_path / "exp", "features")
-    done(capsys, tmp_path / "exp", "prepare")
-    message = refused(capsys, tmp_path / "exp", "label")
+    assert "exp/prepare" in rejected(capsys, tmp_path / "exp", "features")
+    succeed(capsys, tmp_path / "exp", "prepare")
+    message = rejected(capsys, tmp_path / "exp", "label")
     assert f"label.centroids: {tmp_path}/exp/iter1/kmeans" in message and "stage=kmeans" in message
 
 
 def test_unwritable_experiment_folder_is_named(capsys, tmp_path):
     (tmp_path / "file").touch()
-    assert f"{tmp_path}/file/exp" in refused(capsys, tmp_path / "file" / "exp", "prepare")
+    assert f"{tmp_path}/file/exp" in rejected(capsys, tmp_path / "file" / "exp", "prepare")
 
 
 def test_status_of_a_folder_without_stages_is_an_error(capsys, tmp_path):
@@ -145,23 +145,23 @@ def test_status_of_a_folder_without_stages_is_an_error(capsys, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["csj", "reazonspeech", "tofugu", "fairseq"])
 def test_missing_data_does_not_default_to_the_working_directory(capsys, tmp_path, recipe):
-    for data in ([], ["data="]):  # a variable of the shell that is empty gives the second
-        says = refused(capsys, tmp_path / "exp", "prepare", f"recipe={recipe}", *data)
-        assert says.startswith("data=") and recipe in says
+    for data in ([], ["data="]):  # an unset shell variable gives the second
+        message = rejected(capsys, tmp_path / "exp", "prepare", f"recipe={recipe}", *data)
+        assert message.startswith("data=") and recipe in message
 
 
 @pytest.mark.parametrize("recipe", ["tofugu", str(ROUGH)])
 def test_run_with_a_missing_corpus_can_be_corrected(capsys, tmp_path, recipe):
-    """The folder is named, and the next try with the right one is not held against the first."""
+    """The message names the folder, and a second run with another folder is accepted."""
     args = f"recipe={recipe}", "data=/no/such/folder"
-    assert "/no/such/folder" in refused(capsys, tmp_path / "exp", "prepare", *args)
-    other = tmp_path / "コーパス (日本語)"  # brackets and kana are not in Hydra's grammar
+    assert "/no/such/folder" in rejected(capsys, tmp_path / "exp", "prepare", *args)
+    other = tmp_path / "コーパス (日本語)"  # Hydra's grammar has neither parentheses nor kana
     if recipe == "tofugu":
-        assert "needs data=FOLDER" in refused(capsys, tmp_path / "exp", "prepare", "recipe=tofugu")
-        assert "コーパス" in refused(capsys, tmp_path / "exp", "prepare", "recipe=tofugu", f"data={other}")
+        assert "needs data=FOLDER" in rejected(capsys, tmp_path / "exp", "prepare", "recipe=tofugu")
+        assert "コーパス" in rejected(capsys, tmp_path / "exp", "prepare", "recipe=tofugu", f"data={other}")
     else:
         other.mkdir()
-        done(capsys, tmp_path / "exp", "prepare", f"data={other}")
+        succeed(capsys, tmp_path / "exp", "prepare", f"data={other}")
         record = json.loads((tmp_path / "exp/prepare/provenance.json").read_text())
         assert record["settings"]["data"] == str(other)
 
@@ -178,9 +178,9 @@ def test_run_with_a_missing_corpus_can_be_corrected(capsys, tmp_path, recipe):
         ("short", "shorter than one frame", "300 samples of "),
     ],
 )
-def test_broken_recording_is_rejected_with_a_reason(capsys, said, tmp_path, bad, reason, detail):
-    done(capsys, tmp_path, "prepare", f"prepare.options.bad={bad}")
-    assert f"{reason}: 1" in said.text
+def test_broken_recording_is_rejected_with_a_reason(capsys, warnings, tmp_path, bad, reason, detail):
+    succeed(capsys, tmp_path, "prepare", f"prepare.options.bad={bad}")
+    assert f"{reason}: 1" in warnings.text
     assert Manifest(tmp_path / "prepare/manifest.arrow").ids() == [str(number) for number in range(12)]
     line = json.loads((tmp_path / "prepare/rejected.jsonl").read_text())
     assert line["id"] == "bad" and line["reason"] == reason
@@ -189,7 +189,7 @@ def test_broken_recording_is_rejected_with_a_reason(capsys, said, tmp_path, bad,
 
 @pytest.mark.parametrize("n_samples", [16_001, 200])
 def test_wrong_length_from_a_recipe_is_rejected(capsys, tmp_path, n_samples):
-    done(capsys, tmp_path, "prepare", f"prepare.options.n_samples={n_samples}")
+    succeed(capsys, tmp_path, "prepare", f"prepare.options.n_samples={n_samples}")
     line = json.loads((tmp_path / "prepare/rejected.jsonl").read_text())
     assert line["reason"] == ("shorter than one frame" if n_samples == 200 else "unusable audio")
     assert "bad.wav" in line["detail"]
@@ -197,76 +197,76 @@ def test_wrong_length_from_a_recipe_is_rejected(capsys, tmp_path, n_samples):
 
 @pytest.mark.parametrize("bad", ["stereo", "8 kHz"])
 def test_other_audio_formats_are_converted(capsys, tmp_path, bad):
-    done(capsys, tmp_path, "prepare", f"prepare.options.bad={bad}")
+    succeed(capsys, tmp_path, "prepare", f"prepare.options.bad={bad}")
     manifest = Manifest(tmp_path / "prepare/manifest.arrow")
     assert manifest[12].id == "bad" and manifest.n_samples[12] == len(manifest.load(12)) == 16_000
     for stage in ("features", "kmeans", "label"):
-        done(capsys, tmp_path, stage)
+        succeed(capsys, tmp_path, stage)
     assert len(LabelStore(tmp_path / "iter1/label")[12]) == 49
 
 
 def test_duplicate_utterance_id_names_both_files(capsys, tmp_path):
-    message = refused(capsys, tmp_path, "prepare", "prepare.options.bad=second 3")
+    message = rejected(capsys, tmp_path, "prepare", "prepare.options.bad=second 3")
     assert "utterance id '3'" in message and "/3.wav" in message and "/bad.wav" in message
     assert not (tmp_path / "prepare/manifest.arrow").exists()
 
 
 def test_text_without_a_reading_is_rejected(capsys, tmp_path):
-    done(capsys, tmp_path, "prepare", "prepare.options.bad=unreadable text")
-    done(capsys, tmp_path, "targets")
+    succeed(capsys, tmp_path, "prepare", "prepare.options.bad=unreadable text")
+    succeed(capsys, tmp_path, "targets")
     record = json.loads((tmp_path / "targets/provenance.json").read_text())["metrics"]
     assert record["utterances"] == 12 and record["rejected"] == {"text without a reading": 1}
     assert json.loads((tmp_path / "targets/rejected.jsonl").read_text())["id"] == "bad"
 
 
 def test_audio_changed_after_prepare_is_named_by_every_stage(capsys, copy):
-    """Nothing made is touched, and with the recording put back the same command goes on."""
+    """Results are kept, and the same command succeeds after the recording is restored."""
     path = copy / "prepare/work/0.wav"
-    sound, before = path.read_bytes(), files(copy / "iter1/label")
+    original, before = path.read_bytes(), files(copy / "iter1/label")
     for stage, folder in (("label", "iter1/label"), ("pretrain", "iter1/pretrain")):
         shutil.rmtree(copy / folder)
         soundfile.write(path, [0.1] * 9_000, 16_000)
-        message = refused(capsys, copy, stage, "pretrain.crop.keep_in_memory_hours=0")
+        message = rejected(capsys, copy, stage, "pretrain.crop.keep_in_memory_hours=0")
         assert "utterance '0'" in message and str(path) in message and "9000 samples" in message
-        path.write_bytes(sound)
-        done(capsys, copy, stage)
+        path.write_bytes(original)
+        succeed(capsys, copy, stage)
         if stage == "label":
             assert {name: files(copy / folder)[name] for name in ("units.bin", "offsets.npy")} == {
                 name: before[name] for name in ("units.bin", "offsets.npy")
             }
 
 
-# --- what was made stays -----------------------------------------------------------------------------------
+# --- finished results -------------------------------------------------------------------------------------
 
 
 def test_changed_setting_in_a_finished_folder_is_rejected(capsys, copy):
     before = files(copy)
-    message = refused(capsys, copy, "kmeans", "kmeans.n_clusters=5")
+    message = rejected(capsys, copy, "kmeans", "kmeans.n_clusters=5")
     assert "kmeans.n_clusters was 4, now 5" in message and "delete the folder" in message
-    assert "pretrain.train.max_steps was 2, now 3" in refused(
+    assert "pretrain.train.max_steps was 2, now 3" in rejected(
         capsys, copy, "pretrain", "pretrain.train.max_steps=3"
     )
     assert files(copy) == before
 
 
 def test_failed_run_does_not_bind_the_folder_to_its_settings(capsys, copy):
-    """The sizes are those of another model: that is no reason to have to delete anything."""
+    """A model size that does not match init_from fails the run, but the folder stays usable."""
     other = (copy / "iter1/pretrain/bundle").rename(copy / "other")
     shutil.rmtree(copy / "iter1/pretrain")
     wrong = f"pretrain.init_from={other}", "model.ffn=32"
-    assert "pretrain.init_from" in refused(capsys, copy, "pretrain", *wrong)
-    done(capsys, copy, "pretrain")
+    assert "pretrain.init_from" in rejected(capsys, copy, "pretrain", *wrong)
+    succeed(capsys, copy, "pretrain")
 
 
 def test_damaged_record_is_named(capsys, copy):
     (copy / "iter1/kmeans/provenance.json").write_text('{"finger')
-    message = refused(capsys, copy, "label")
+    message = rejected(capsys, copy, "label")
     assert "iter1/kmeans/provenance.json" in message and "rerun" in message
 
 
-def no_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let writing to `path` fail with a full disk; returns the link to remove afterwards."""
-    monkeypatch.setattr(atomic, "remove_leftovers", lambda folder: None)  # it would remove the link
+def fill_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make writes to `path` fail with a full disk; returns the link to remove afterwards."""
+    monkeypatch.setattr(atomic, "remove_leftovers", lambda folder: None)  # keeps the link
     path.parent.mkdir(parents=True, exist_ok=True)
     link = path if path.name == "tmp_sample.npy" else temporary_path(path)
     link.symlink_to("/dev/full")
@@ -291,19 +291,19 @@ def no_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_full_disk_is_reported_and_the_stage_can_be_rerun(capsys, copy, monkeypatch, stage, folder, file):
     before = files(copy / folder)
     shutil.rmtree(copy / folder)
-    elsewhere = {name: content for name, content in files(copy).items() if not name.startswith(folder)}
-    link = no_room(copy / folder / file, monkeypatch)
-    status, message = jahubert(capsys, copy, stage)
+    others = {name: content for name, content in files(copy).items() if not name.startswith(folder)}
+    link = fill_disk(copy / folder / file, monkeypatch)
+    status, message = run_stage(capsys, copy, stage)
     assert status == 1 and "Traceback" not in message and message.count("jahubert: error: ") == 1
     assert "the disk is full" in message and folder in message
-    assert {name: content for name, content in files(copy).items() if name in elsewhere} == elsewhere
+    assert {name: content for name, content in files(copy).items() if name in others} == others
     link.unlink(missing_ok=True)
     monkeypatch.undo()
-    done(capsys, copy, stage)
+    succeed(capsys, copy, stage)
     after = files(copy / folder)
-    made = [[name for name in names if not name.startswith("tensorboard/")] for names in (after, before)]
-    assert made[0] == made[1]
-    for name in before:  # records and curves hold times of day
+    names = [[name for name in made if not name.startswith("tensorboard/")] for made in (after, before)]
+    assert names[0] == names[1]
+    for name in before:  # other files contain times of day
         if name.endswith((".arrow", ".npy", ".safetensors", "scores.json", "test.jsonl")):
             assert after[name] == before[name], name
 
@@ -326,7 +326,7 @@ def test_full_disk_errors_of_torch_and_safetensors_are_recognized(tmp_path):
 
 
 def test_ctrl_c_saves_a_checkpoint(tmp_path):
-    """A stage that trains saves and leaves; all leave with 130, and the same command goes on."""
+    """Training saves a checkpoint after SIGINT and exits with status 130."""
     command = [sys.executable, "-m", "jahubert.run", f"recipe={ROUGH}", "stage=all", f"exp={tmp_path}"]
     command.append("pretrain.train.max_steps=100000")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROUGH.parent.parent)
@@ -341,7 +341,7 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path):
     assert any((tmp_path / "iter1/pretrain/checkpoints").glob("step_*"))
 
 
-TOO_SMALL = {
+OUT_OF_MEMORY = {
     "pretrain": ("torch.Tensor.backward", "train.micro_seconds below 10", ["pretrain.train.micro_seconds=5"]),
     "label": (
         "jahubert.train.stages.label.make_feature",
@@ -352,23 +352,23 @@ TOO_SMALL = {
 }
 
 
-@pytest.mark.parametrize("stage", TOO_SMALL)
+@pytest.mark.parametrize("stage", OUT_OF_MEMORY)
 def test_out_of_memory_error_names_a_setting(capsys, copy, monkeypatch, stage):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. Of ...")
 
-    place, says, less = TOO_SMALL[stage]
+    function, advice, smaller = OUT_OF_MEMORY[stage]
     shutil.rmtree(copy / "iter1" / stage)
     with monkeypatch.context() as patch:
-        patch.setattr(place, full)
-        message = refused(capsys, copy, stage)
+        patch.setattr(function, full)
+        message = rejected(capsys, copy, stage)
     assert message.startswith(f"{stage}: CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. ")
-    assert says in message
-    done(capsys, copy, stage, *less)  # in the same folder
+    assert advice in message
+    succeed(capsys, copy, stage, *smaller)  # in the same folder
 
 
 def test_error_in_one_process_is_printed_once(whole, tmp_path):
-    """It alone says what is wrong; the other one ends without a traceback, and nothing waits for ever."""
+    """Only the failing process prints the error; the other exits without a traceback or a hang."""
     exp = Path(shutil.copytree(whole, tmp_path / "exp"))
     shutil.rmtree(exp / "iter1/label")
     (exp / "prepare/work/4.wav").unlink()  # in the second of four shards
@@ -379,7 +379,7 @@ def test_error_in_one_process_is_printed_once(whole, tmp_path):
     assert ended.stderr.count("jahubert: error: utterance '4': no such audio file") == 1
 
 
-# --- the command that uses a model --------------------------------------------------------------------------
+# --- transcription ------------------------------------------------------------------------------------------
 
 
 def test_transcribe_reports_files_that_are_not_audio(capsys, whole, tmp_path):
@@ -387,15 +387,15 @@ def test_transcribe_reports_files_that_are_not_audio(capsys, whole, tmp_path):
     good, text = str(whole / "prepare/work/0.wav"), tmp_path / "notes.txt"
     text.write_text("hello")
     (tmp_path / "folder").mkdir()
-    for given, says in (
+    for path, expected in (
         (text, "is not audio that can be read"),
         (tmp_path / "folder", "no audio file"),
         (tmp_path / "none.wav", "no such audio file"),
     ):
-        assert cli.main(["transcribe", "--model", model, str(given), good]) == 2
+        assert cli.main(["transcribe", "--model", model, str(path), good]) == 2
         printed = capsys.readouterr()
-        assert str(given) in printed.err and says in printed.err and "Traceback" not in printed.err
-        assert good in printed.out  # the others are still done
+        assert str(path) in printed.err and expected in printed.err and "Traceback" not in printed.err
+        assert good in printed.out  # other files are transcribed
     assert cli.main(["transcribe", "--model", str(tmp_path), good]) == 2
     assert "not a model folder, config.json is missing" in capsys.readouterr().err
     assert cli.main(["transcribe", "--model", str(whole / "iter1/pretrain"), good]) == 2

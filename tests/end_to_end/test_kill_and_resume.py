@@ -1,7 +1,7 @@
-"""Tests of robustness: kill -9 at any moment, a full disk, a process that hangs.
+"""Tests of robustness against kill -9, a full disk and hanging processes.
 
-This file is also the script of the processes under test: `FILE kill FOLDER TRIALS MODEL`,
-`FILE fill FOLDER`, or, as one of two processes, `FILE hang FOLDER` or `FILE stage FOLDER`.
+The tests also run this file as a script: `FILE kill FOLDER TRIALS MODEL`, `FILE fill FOLDER`, and with
+two processes `FILE hang FOLDER` or `FILE stage FOLDER`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.resumable import TOY, learn, lines, make
+from fixtures.resumable import TOY, make_training, metric_rows, train_model
 from fixtures.toy import Data, Toy
 from safetensors.torch import load_file
 
@@ -37,7 +37,7 @@ WORKERS = (0, 2, 1)
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run `work` in a forked child (importing torch again would take longer); returns its process id."""
+    """Run `work` in a forked child, which need not import torch again; returns its process ID."""
     if pid := os.fork():
         return pid
     try:
@@ -52,8 +52,8 @@ def status_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def learn_until_fsync(out: Path, model: str, last: int) -> None:
-    """Train, killed in the `last` call of fsync, which is made while a checkpoint is saved."""
+def train_until_fsync(out: Path, model: str, last: int) -> None:
+    """Train and kill the process in the fsync call number `last`, which saves a checkpoint."""
     calls, fsync = iter(range(1, 10_000)), os.fsync
 
     def killing(number: int) -> None:
@@ -62,23 +62,23 @@ def learn_until_fsync(out: Path, model: str, last: int) -> None:
         fsync(number)
 
     os.fsync = killing
-    learn(out, model)
+    train_model(out, model)
 
 
 def kill(folder: Path, trials: int, model: str) -> None:
-    """Runs killed at random moments and while saving checkpoints; prints how often each was killed."""
+    """Kill runs at random moments and while saving checkpoints; prints the number of kills per run."""
     started = time.monotonic()
-    assert status_of(forked(lambda: learn(folder / "whole", model))) == 0
+    assert status_of(forked(lambda: train_model(folder / "whole", model))) == 0
     whole = time.monotonic() - started
     rng = random.Random(trials)
     for trial in range(trials):
         out, killed = folder / str(trial), 0
         if trial % 4 == 3:  # while saving the second or a later checkpoint
             last = rng.randrange(4, 16)
-            killed += status_of(forked(partial(learn_until_fsync, out, model, last))) == -signal.SIGKILL
+            killed += status_of(forked(partial(train_until_fsync, out, model, last))) == -signal.SIGKILL
         for attempt in range(3):
             workers = WORKERS[(trial + attempt) % 3]
-            pid = forked(partial(learn, out, model, workers))
+            pid = forked(partial(train_model, out, model, workers))
             if attempt < 2:
                 time.sleep(rng.uniform(0.05, 0.7) * whole)
                 os.kill(pid, signal.SIGKILL)
@@ -98,11 +98,11 @@ def check_kills(folder: Path, trials: int, model: str) -> None:
     for trial in range(trials):
         end = load_file(folder / str(trial) / "end.safetensors")
         assert all(torch.equal(end[name], value) for name, value in whole.items()), f"trial {trial}"
-        assert lines(folder / str(trial)) == lines(folder / "whole"), f"trial {trial}"
+        assert metric_rows(folder / str(trial)) == metric_rows(folder / "whole"), f"trial {trial}"
 
 
 def test_killed_run_resumes_bit_identically(tmp_path):
-    """Also if killed while saving a checkpoint, and with another number of DataLoader workers."""
+    """Includes kills while saving a checkpoint and resuming with a different number of workers."""
     check_kills(tmp_path, 4, "toy")
 
 
@@ -112,7 +112,7 @@ def test_killed_run_of_the_real_model_resumes_bit_identically(tmp_path):
 
 
 class Filling(Data):
-    """Another file takes all the space that is left on the disk while step 7 is computed."""
+    """Data source that fills the disk with another file during step 7."""
 
     def __init__(self, out: Path):
         super().__init__()
@@ -129,32 +129,32 @@ class Filling(Data):
 
 def fill(out: Path) -> None:
     with report_disk_full(out):
-        train(make("toy")[0], Filling(out), replace(TOY, log_every=100), out)
+        train(make_training("toy")[0], Filling(out), replace(TOY, log_every=100), out)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of half a megabyte."""
+    """A 512 kB file system."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
+        pytest.skip("needs permission to mount a tmpfs")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_disk_that_fills_during_a_checkpoint(small_disk):
+def test_full_disk_during_a_checkpoint_keeps_the_previous_one(small_disk):
     done = subprocess.run([sys.executable, __file__, "fill", str(small_disk)], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"checkpoint of step 8 .*step_0000004 .*disk is full", done.stderr, re.S), done.stderr
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_0000004"]
     (small_disk / "other.bin").unlink()
-    module, data, config = make("toy")
-    train(module, data, replace(config, max_steps=8), small_disk)  # it resumes
+    module, data, config = make_training("toy")
+    train(module, data, replace(config, max_steps=8), small_disk)  # resumes
     assert (small_disk / "checkpoints" / "step_0000008").is_dir()
 
 
 def test_file_size_limit_is_reported_as_a_full_disk(tmp_path):
-    """The same failure as on a full disk, for machines where no small disk can be mounted."""
+    """A file size limit simulates a full disk without mounting a file system."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, -1))"
     folder = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {folder!r}); import test_kill_and_resume; {limit}"
@@ -166,7 +166,7 @@ def test_file_size_limit_is_reported_as_a_full_disk(tmp_path):
 
 
 class Stuck(Data):
-    """The last process hangs while it reads the audio of its third step."""
+    """Data source that hangs on rank 1 in the third step."""
 
     reads = 0
 
@@ -180,7 +180,7 @@ class Stuck(Data):
 def hang(out: Path) -> None:
     config = replace(TOY, batch_seconds=24.0, save_every=1)
     with distributed.process_group():
-        # The first training imports what it needs, which takes long.
+        # A first run completes the slow imports before the watchdog starts.
         train(Toy(), Data(micro_batches_per_step=4), replace(config, max_steps=1), out / "before")
         with watchdog(2 / 60):
             train(Toy(), Stuck(micro_batches_per_step=4), config, out)
@@ -201,17 +201,17 @@ LIMIT = 4.0  # seconds
 
 
 def hang_in_a_stage(folder: Path) -> None:
-    """The last process is slow, then rank 0 at work that it does alone; then the last process hangs."""
+    """Rank 1 reads slowly, then rank 0 works while rank 1 waits, then rank 1 hangs."""
     from fixtures.unit_stages import stages
 
     from jahubert.train.data.manifest import Manifest
     from jahubert.train.stages import features
 
-    nap, load = LIMIT / 4, Manifest.load
+    delay, load = LIMIT / 4, Manifest.load
 
     def slow(self, row):
         if distributed.rank() == 1:
-            time.sleep(nap)
+            time.sleep(delay)
         return load(self, row)
 
     Manifest.load, features._PART_SIZE = slow, 2  # type: ignore[method-assign]
@@ -220,8 +220,8 @@ def hang_in_a_stage(folder: Path) -> None:
         runner.run_stage("features", configs["features"], folder / "features")
         distributed.rank0_broadcast(lambda: time.sleep(1.5 * LIMIT))
         runner.run_stage("kmeans", configs["kmeans"], folder / "kmeans")
-        print("healthy so far", file=sys.stderr)
-        nap = 1000
+        print("no hang reported", file=sys.stderr)
+        delay = 1000
         runner.run_stage("label", configs["label"], folder / "label")
 
 
@@ -231,11 +231,11 @@ def test_hanging_process_in_a_stage_is_named_and_a_slow_one_is_not(tmp_path, cap
     make_corpus(tmp_path)
     assert distributed.launch([sys.executable, __file__, "stage", str(tmp_path)], 2) == 75
     stderr = capfd.readouterr().err
-    assert stderr.count("healthy so far") == 2 and stderr.count("jahubert: error: ") == 1
+    assert stderr.count("no hang reported") == 2 and stderr.count("jahubert: error: ") == 1
     assert re.search(
         rf"error: process 1 of 2 \(.+\) hangs: running stage {tmp_path}/label for \d+ s", stderr
     ), stderr
-    assert "time.sleep(nap)" in stderr
+    assert "time.sleep(delay)" in stderr
     assert (tmp_path / "label/shards/000000.bin").exists()  # written by the other process
 
 

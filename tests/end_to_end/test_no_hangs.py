@@ -1,6 +1,6 @@
 """Tests that no run waits forever: full shared memory, late data, stopped and orphaned processes.
 
-This file is also the script of the processes under test: `FILE KIND FOLDER [WORKERS]`, see `main`.
+The tests also run this file as a script: `FILE KIND FOLDER [WORKERS]`, see `main`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.resumable import TOY, learn, lines
+from fixtures.resumable import TOY, metric_rows, train_model
 from fixtures.toy import Batch, Data, Toy
 from safetensors.torch import load_file
 
@@ -27,7 +27,7 @@ from jahubert.train.trainer.stop import StopDeadlineError, stop_signals
 from jahubert.train.trainer.trainer import train
 from jahubert.train.trainer.watchdog import watchdog
 
-SHORT = 30  # seconds within which a run must end
+SHORT = 30  # seconds; time limit of a run
 
 
 @dataclass
@@ -38,14 +38,14 @@ class LargeBatch(Batch):
 
 
 class LargeData(Data):
-    """Micro-batches of 200 kB; 16 samples per second keep the estimated need of `TOY` far below that."""
+    """Micro-batches of 200 kB, far more than the shared memory estimated for `TOY`."""
 
     def load(self, micro):
         return LargeBatch(super().load(micro).x_BD, torch.zeros(50_000))
 
 
 class LateData(Data):
-    """Data that stops arriving after step 5 until `out/resume` exists."""
+    """Data source that blocks after step 5 until `out/resume` exists."""
 
     def __init__(self, out: Path):
         super().__init__()
@@ -60,7 +60,7 @@ class LateData(Data):
 
 
 def start(*arguments: object, shm: str = "") -> subprocess.Popen:
-    """Start this file as a script, with a /dev/shm of size `shm` of its own if given."""
+    """Start this file as a script, with a private /dev/shm of size `shm` if given."""
     command = [sys.executable, __file__, *map(str, arguments)]
     if shm:
         mount = f"mount -t tmpfs -o size={shm} none /dev/shm && exec " + " ".join(map(repr, command))
@@ -73,7 +73,7 @@ def can_mount() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run(mount, capture_output=True).returncode == 0
 
 
-needs_mount = pytest.mark.skipif(not can_mount(), reason="needs the right to mount a tmpfs")
+needs_mount = pytest.mark.skipif(not can_mount(), reason="needs permission to mount a tmpfs")
 
 
 def wait_for(path: Path, child: subprocess.Popen) -> None:
@@ -114,11 +114,11 @@ def test_signal_while_waiting_for_data_saves_the_last_step(tmp_path, number, wor
     child.send_signal(number)
     stderr = child.communicate(timeout=SHORT)[1]
     assert child.returncode == 75 and number.name in stderr and "at step 3" in stderr, stderr
-    learn(complete, "toy")
-    learn(stopped, "toy")
+    train_model(complete, "toy")
+    train_model(stopped, "toy")
     ends = [load_file(out / "end.safetensors") for out in (complete, stopped)]
     assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
-    assert lines(stopped) == lines(complete)
+    assert metric_rows(stopped) == metric_rows(complete)
 
 
 def test_deadline_interrupts_only_after_a_signal():
@@ -144,7 +144,7 @@ def test_stopped_rank_0_is_reported_by_another_rank(tmp_path, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["jahubert", "torchrun"])
 def test_processes_of_a_killed_launcher_end(tmp_path, launcher):
-    """Rank 0 is computing, rank 1 waits for data."""
+    """Rank 0 is computing while rank 1 waits for data."""
     child = start(launcher, tmp_path)
     pids = []
     for rank in range(2):
@@ -158,7 +158,7 @@ def test_processes_of_a_killed_launcher_end(tmp_path, launcher):
 
 
 class Stopping(Data):
-    """Rank 0 stops itself, as Ctrl-Z does, in the third step."""
+    """Data source that stops rank 0 with SIGSTOP in the third step."""
 
     reads = 0
 
@@ -170,7 +170,7 @@ class Stopping(Data):
 
 
 class Announcing(LateData):
-    """Every rank writes its process id in the second step."""
+    """Data source that writes the process ID of each rank in the second step."""
 
     def load(self, micro):
         if micro.index >= 4:

@@ -1,6 +1,6 @@
-"""The whole chain on a corpus learnt in seconds: run, killed again and again, refused when changed.
+"""End-to-end tests of the pipeline on a corpus that is learned in seconds.
 
-The unbroken run is the fixture `whole` of conftest.py, which test_docs.py uses too.
+The uninterrupted run is the fixture `whole` in conftest.py, which test_docs.py also uses.
 """
 
 import base64
@@ -26,7 +26,7 @@ from jahubert.errors import StaleError
 from jahubert.train.pipeline import runner
 
 TONES = FIXTURES / "tones"
-# What a stage leaves for the next one; logs and records hold times of day, so their bytes may differ.
+# Outputs that the next stage reads. Logs and records contain times of day and are not compared.
 RESULTS = ("*.arrow", "*.npy", "*.safetensors", "units.bin", "*.jsonl", "scores.json", "table.txt")
 
 
@@ -35,16 +35,17 @@ def command(exp: Path, *overrides: str) -> list[str]:
 
 
 def results(exp: Path) -> dict[str, bytes]:
-    found = {}
+    """Contents of the result files by relative path, without the timing in metrics.jsonl."""
+    contents = {}
     for pattern in RESULTS:
         for path in sorted(exp.rglob(pattern)):
             name = str(path.relative_to(exp))
             content = path.read_bytes()
-            if path.name == "metrics.jsonl":  # all but how long it took
+            if path.name == "metrics.jsonl":
                 rows = [json.loads(line) for line in content.splitlines()]
                 content = repr([{k: v for k, v in row.items() if k != "timing"} for row in rows]).encode()
-            found[name] = content
-    return found
+            contents[name] = content
+    return contents
 
 
 def test_model_learns_the_corpus(whole):
@@ -53,10 +54,10 @@ def test_model_learns_the_corpus(whole):
     assert scores["per"]["rate"] < 0.05 and scores["wer"]["rate"] < 0.1
     assert scores["per"]["low"] <= scores["per"]["rate"] <= scores["per"]["high"]
     summary = json.loads((whole / "report/metrics.json").read_text())
-    assert summary["units"]["iter1"]["pnmi"] > 0.9  # every phone is a chord of its own
+    assert summary["units"]["iter1"]["pnmi"] > 0.9  # each phone is a distinct chord
     layers = summary["layers"]
     assert len(layers["iter1"]) == len(layers["iter2"]) == 3 and layers["mfcc"][0]["pnmi"] > 0.9
-    # Iteration 2 learns fewer units of layer 2 than are measured there.
+    # The layer comparison measures layer 2 with more units than iteration 2 trains on.
     assert layers["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
     assert 3 < summary["units"]["iter1"]["entropy"] <= np.log2(12)
     assert [units["learnt"] for units in summary["units"].values()] == [True, True, False]
@@ -65,7 +66,7 @@ def test_model_learns_the_corpus(whole):
 
 @pytest.fixture(scope="module", params=["en", "ja"])
 def page(whole, request) -> Path:
-    """The report in a language, beside the run."""
+    """A copy of the report in one language."""
     runner.run(command(whole, "stage=report", f"report.language={request.param}"))
     copy = whole.parent / f"report-{request.param}.html"
     shutil.copy(whole / "report" / "report.html", copy)
@@ -98,8 +99,8 @@ def test_worst_utterances_come_first_with_audio(whole, page):
     lines = map(json.loads, (whole / "systems/pretrained/decode/test.jsonl").read_text().splitlines())
     rates = {}
     for line in lines:
-        said, heard = (" ".join(line[side]).split() for side in ("reference", "hypothesis"))
-        rates[line["id"]] = count_errors(said, heard).rate
+        reference, hypothesis = (" ".join(line[key]).split() for key in ("reference", "hypothesis"))
+        rates[line["id"]] = count_errors(reference, hypothesis).rate
     shown = re.findall(r'class="note">(tone-\d+)', text)
     assert len(set(shown)) == 6 and len(re.findall("<audio", text)) == 6
     ranked = sorted(rates.values(), reverse=True)
@@ -112,46 +113,45 @@ def test_worst_utterances_come_first_with_audio(whole, page):
 
 @pytest.mark.slow
 def test_report_page_renders_in_a_browser(page):
-    """No error in the console, every picture drawn, every sound playable, nothing too wide for a phone."""
+    """No console errors; all images load, all audio plays, and the page fits the width of a phone."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra dev)")
     with sync_api.sync_playwright() as driver:
         try:
             system = shutil.which("chromium") or shutil.which("google-chrome")
             browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
         except sync_api.Error as error:
-            pytest.skip(f"no browser: apt install chromium, or playwright install chromium ({error})")
+            pytest.skip(f"needs a browser: apt install chromium, or playwright install chromium ({error})")
         for width in (1200, 390):
             tab = browser.new_page(viewport={"width": width, "height": 840})
-            said: list[str] = []
-            tab.on("console", lambda message, said=said: said.append(message.text))
-            tab.on("pageerror", lambda error, said=said: said.append(str(error)))
-            tab.on("requestfailed", lambda request, said=said: said.append(request.url[:80]))
+            errors: list[str] = []
+            tab.on("console", lambda message, errors=errors: errors.append(message.text))
+            tab.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+            tab.on("requestfailed", lambda request, errors=errors: errors.append(request.url[:80]))
             tab.goto(page.as_uri())
             tab.wait_for_function("[...document.querySelectorAll('audio')].every(a => a.readyState > 0)")
-            assert said == []
+            assert errors == []
             assert tab.evaluate("document.images.length") > 20
             assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
             assert tab.evaluate("[...document.querySelectorAll('audio')].every(a => a.duration > 0.5)")
             assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            wide = tab.evaluate(
+            right_edges = tab.evaluate(
                 "[...document.querySelectorAll('.scroll')].map(e => e.getBoundingClientRect().right)"
             )
-            assert max(wide) <= width
+            assert max(right_edges) <= width
         browser.close()
 
 
 def test_report_is_written_without_the_audio(whole, tmp_path):
     exp = tmp_path / "exp"
     shutil.copytree(whole, exp)
-    moved = exp / "prepare" / "work"
-    moved.rename(exp / "prepare" / "elsewhere")
+    (exp / "prepare" / "work").rename(exp / "prepare" / "moved")
     runner.run(command(exp, "stage=report"))
     text = (exp / "report" / "report.html").read_text(encoding="utf-8")
     assert "<audio" not in text and "no such audio file" in text
 
 
 def test_aligned_phone_times_match_the_corpus(whole):
-    """Forced alignment against the planted times: most frames get their phone."""
+    """Forced alignment assigns the reference phone to most frames."""
     from jahubert.frames import HUBERT
     from jahubert.train.data.manifest import Manifest, Phone
     from jahubert.train.evaluation.metrics import phone_frames
@@ -162,9 +162,9 @@ def test_aligned_phone_times_match_the_corpus(whole):
     ):
         utterance = manifest[line["row"]]
         n_frames = HUBERT.n_frames(utterance.n_samples)
-        got = phone_frames([Phone(*phone) for phone in line["phones"]], n_frames, HUBERT)
-        want = phone_frames(utterance.alignment, n_frames, HUBERT)
-        same += sum(a == b for a, b in zip(got, want, strict=True))
+        aligned = phone_frames([Phone(*phone) for phone in line["phones"]], n_frames, HUBERT)
+        expected = phone_frames(utterance.alignment, n_frames, HUBERT)
+        same += sum(a == b for a, b in zip(aligned, expected, strict=True))
         frames += n_frames
     assert same / frames > 0.6
 
@@ -228,26 +228,26 @@ def test_repeatedly_killed_run_ends_bit_identically(whole, tmp_path):
             [sys.executable, "-m", "jahubert.run", *command(exp)], stderr=subprocess.PIPE, text=True
         )
         try:
-            _, said = child.communicate(timeout=4 + 1.37 * attempt)
+            _, stderr = child.communicate(timeout=4 + 1.37 * attempt)
             break
         except subprocess.TimeoutExpired:
             os.kill(child.pid, signal.SIGKILL)
             child.communicate()
             kills += 1
         assert time.monotonic() - started < 480
-    assert child.returncode == 0, said
+    assert child.returncode == 0, stderr
     assert kills >= 2
     assert results(exp) == results(whole)
 
 
 def test_progress_bars_do_not_change_the_results(whole, tmp_path):
-    """All stages but training, once more and on a terminal: the same files and metrics."""
+    """Running all stages except training on a terminal gives the same files and metrics."""
     exp = tmp_path / "exp"
     shutil.copytree(whole, exp)
     again = ("prepare", "features", "kmeans", "label", "targets", "decode", "report")
     for folder in {path for stage in again for path in exp.rglob(stage) if path.is_dir()}:
         for path in folder.iterdir():
-            if path.name != "work":  # sound that the recipe made
+            if path.name != "work":  # audio generated by the recipe
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     with Terminal() as terminal:
         done = subprocess.run(
@@ -268,11 +268,11 @@ def test_progress_bars_do_not_change_the_results(whole, tmp_path):
         "units of iter3 and phones:   0%|",
     )  # fmt: skip
     assert [bar for bar in bars if bar not in terminal.written] == []
-    assert [row for row in terminal.screen if "|" in row or "[00" in row] == []  # what is left of one
+    assert [row for row in terminal.screen if "|" in row or "[00" in row] == []  # remains of a bar
 
 
 def test_two_processes_give_the_same_units_and_hypotheses(whole, tmp_path):
-    """Units and decoding are the same bytes as one process's; gradients are added in another order."""
+    """Units and hypotheses are bit-identical; summed gradients differ by rounding."""
     exp = tmp_path / "exp"
     shorter = ["finetune.train.max_steps=20", "finetune.train.valid_every=20"]
     halves = ["pretrain.train.micro_seconds=5", "finetune.train.micro_seconds=2.5"]

@@ -1,4 +1,4 @@
-"""Recipes csj and reazonspeech through all stages on invented corpora, up to the published table."""
+"""End-to-end tests of the csj and reazonspeech recipes on synthetic corpora."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_reazonspeech_run_with_both_iterations_and_fine_tuning(tmp_path, capsys,
     small += ["finetune.head_only_steps=0", "pretrain.unit_dim=8", "pretrain.crop.min_seconds=0"]
     assert run.main([*command, *options, *MODEL, *SMALL, *small, *quick]) == 0, capsys.readouterr().err
     assert "Recognition on test" in capsys.readouterr().out
-    # These recordings are too short for most of their captions, which is reported.
+    # Most of the generated recordings are too short for their captions, which is reported.
     scored = json.loads((tmp_path / "exp/systems/main/score/scores.json").read_text())
     for split, score in scored.items():
         missing = 4 - score["utterances"]

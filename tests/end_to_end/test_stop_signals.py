@@ -1,7 +1,7 @@
-"""Tests of runs that end early: stop signals, killed DataLoader workers, an error in one of the processes.
+"""Tests of runs that end early: stop signals, killed DataLoader workers, an error in one process.
 
-This file is also the script of the processes under test: `FILE read FOLDER [ROW]`,
-`FILE killed-worker FOLDER STAGE`, or, as one of two processes, `FILE alone FOLDER ERROR`.
+The tests also run this file as a script: `FILE slow-workers FOLDER [ROW]`,
+`FILE killed-worker FOLDER STAGE`, and with two processes `FILE failing-rank FOLDER ERROR`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fixtures import FIXTURES
-from fixtures.resumable import learn, lines, make
+from fixtures.resumable import make_training, metric_rows, train_model
 from fixtures.toy import Data
 from safetensors.torch import load_file
 
@@ -38,7 +38,7 @@ TONES = FIXTURES / "tones"
 
 
 class SlowData(Data):
-    """Its DataLoader workers are slow, and each creates a file with its process id."""
+    """Data source with slow DataLoader workers that write their process IDs to file names."""
 
     def __init__(self, out: Path, bad: int | None):
         super().__init__(bad=bad)
@@ -50,9 +50,9 @@ class SlowData(Data):
         return super().load(micro)
 
 
-def read(out: Path, bad: int | None = None) -> int:
+def slow_workers(out: Path, bad: int | None = None) -> int:
     """Train with two DataLoader workers; `bad` is a row with a non-finite loss. Returns the exit status."""
-    module, _, config = make("toy")
+    module, _, config = make_training("toy")
     try:
         train(module, SlowData(out, bad), replace(config, workers=2), out)
     except Stopped as stop:
@@ -61,10 +61,10 @@ def read(out: Path, bad: int | None = None) -> int:
     return 0
 
 
-def started_reading(out: Path) -> subprocess.Popen:
-    """A process running `read`, once it has saved its first checkpoint."""
+def start_slow_workers(out: Path) -> subprocess.Popen:
+    """Start `slow_workers` in a process and wait for its first checkpoint."""
     child = subprocess.Popen(
-        [sys.executable, __file__, "read", str(out)],
+        [sys.executable, __file__, "slow-workers", str(out)],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -78,44 +78,47 @@ def started_reading(out: Path) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("number", "each"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
 )
-def test_signal_that_also_reaches_the_workers_stops_the_run(tmp_path, number, each):
-    """As launchers and schedulers send it: to the process group, or to each process."""
+def test_signal_to_main_process_and_workers_stops_the_run(tmp_path, number, each):
+    """Launchers and schedulers signal the process group or each process."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     stopped.mkdir()
-    child = started_reading(stopped)
+    child = start_slow_workers(stopped)
     if each:
         for path in stopped.glob("reader-*"):
             os.kill(int(path.name.removeprefix("reader-")), number)
-        time.sleep(0.1)  # the workers receive it first
+        time.sleep(0.1)  # workers receive the signal first
         os.kill(child.pid, number)
     else:
         os.killpg(child.pid, number)
     stderr = child.communicate(timeout=30)[1]  # returns once the last worker has ended
     assert child.returncode == 75 and number.name in stderr, stderr
-    learn(whole, "toy")
-    learn(stopped, "toy")
+    train_model(whole, "toy")
+    train_model(stopped, "toy")
     ends = [load_file(out / "end.safetensors") for out in (whole, stopped)]
     assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
-    assert lines(stopped) == lines(whole)
+    assert metric_rows(stopped) == metric_rows(whole)
 
 
 def test_error_does_not_wait_for_the_workers(tmp_path):
     done = subprocess.run(
-        [sys.executable, __file__, "read", str(tmp_path), "11"], capture_output=True, text=True, timeout=30
+        [sys.executable, __file__, "slow-workers", str(tmp_path), "11"],
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert done.returncode == 1 and "non-finite loss" in done.stderr
 
 
 @pytest.mark.slow
 def test_workers_end_when_their_process_is_killed(tmp_path):
-    child = started_reading(tmp_path)
+    child = start_slow_workers(tmp_path)
     child.kill()
     child.communicate(timeout=30)
     assert len(list(tmp_path.glob("reader-*"))) == 2 and child.returncode == -signal.SIGKILL
 
 
 class KillsWorker(Data):
-    """Its DataLoader workers are killed in the third epoch, as the kernel does when memory is short."""
+    """Data source whose workers are killed in the third epoch, as by the kernel when out of memory."""
 
     def load(self, micro):
         if micro.epoch == 2:
@@ -124,8 +127,8 @@ class KillsWorker(Data):
 
 
 def killed_worker(out: Path, stage: str) -> int:
-    """Train with workers that are killed. Returns the exit status of the resulting error."""
-    module, _, config = make("toy")
+    """Train with workers that are killed; returns the exit status of the resulting error."""
+    module, _, config = make_training("toy")
     config = replace(config, workers=2)
     crop = {"crop": CropConfig()} if stage == "pretrain" else {}
     try:
@@ -139,7 +142,7 @@ def killed_worker(out: Path, stage: str) -> int:
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_killed_worker_names_the_settings_to_change(tmp_path, stage):
-    """In a separate process: torch raises the death of a worker in the main thread at any moment."""
+    """Runs in a separate process because torch may raise the worker error at any moment."""
     command = [sys.executable, __file__, "killed-worker", str(tmp_path), stage]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
@@ -184,7 +187,7 @@ def test_signal_outside_of_training_exits_with_75(tmp_path, number, processes):
     while not (tmp_path / "slow.called").exists():
         assert child.poll() is None, child.communicate()[1]
         time.sleep(0.02)
-    os.killpg(child.pid, number)  # as a scheduler does, also to the launching process
+    os.killpg(child.pid, number)  # schedulers also signal the launcher
     stderr = child.communicate(timeout=30)[1]
     assert child.returncode == 75 and "Traceback" not in stderr, stderr
     assert stderr.count(number.name) == 1, stderr
@@ -192,7 +195,7 @@ def test_signal_outside_of_training_exits_with_75(tmp_path, number, processes):
 
 
 def handles(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has installed a handler for a signal."""
+    """Return whether a process has installed a handler for a signal."""
     caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
 
@@ -220,9 +223,9 @@ def test_signal_is_reported_even_if_interrupted_code_fails_or_swallows_it(capsys
     def broken(_):
         try:
             signal.raise_signal(signal.SIGTERM)
-        except BaseException:  # as some imports of extension modules do
+        except BaseException:  # some extension modules do this on import
             if fails:
-                raise AttributeError("half done") from None
+                raise AttributeError("partially initialized") from None
         return {"processes": 1}
 
     monkeypatch.setattr(runner, "compose", broken)
@@ -242,9 +245,9 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 }
 
 
-def alone(folder: Path, error: str) -> None:
-    """An error in the last process while rank 0 waits for it; destroying the group would wait for all."""
-    dist.destroy_process_group = lambda: time.sleep(1000)  # as with NCCL
+def failing_rank(folder: Path, error: str) -> None:
+    """Raise an error on rank 1 while rank 0 waits; destroying the process group would block."""
+    dist.destroy_process_group = lambda: time.sleep(1000)  # blocks as with NCCL
     with distributed.process_group(report_error):
         if distributed.rank() == 1:
             raise ERRORS[error]()
@@ -259,10 +262,10 @@ def alone(folder: Path, error: str) -> None:
         ("bug", 1, "ZeroDivisionError: a bug"),
     ],
 )
-def test_error_in_one_process_ends_all(tmp_path, capfd, error, status, message):
+def test_error_in_one_process_ends_all_processes(tmp_path, capfd, error, status, message):
     started = time.monotonic()
-    command = [sys.executable, __file__, "alone", str(tmp_path), error]
-    # although rank 0 may notice the lost connection at the same moment
+    command = [sys.executable, __file__, "failing-rank", str(tmp_path), error]
+    # Rank 0 may report the lost connection at the same moment.
     assert distributed.launch(command, 2) == status
     assert time.monotonic() - started < 60
     stderr = capfd.readouterr().err
@@ -288,7 +291,7 @@ def test_processes_that_ignore_sigterm_are_killed_together(monkeypatch):
     [(signal.SIGKILL, 1, "memory"), (signal.SIGSEGV, 1, ""), (signal.SIGUSR1, 75, "")],
 )
 def test_process_killed_by_a_signal_is_named(capfd, monkeypatch, number, status, advice):
-    """SIGUSR1 kills a process that has not installed its handlers yet."""
+    """SIGUSR1 kills a process before it has installed its handlers."""
     dies = f"import os, time; os.environ['RANK'] == '0' and time.sleep(1000); os.kill(os.getpid(), {number})"
     monkeypatch.setattr(distributed, "_GRACE", 0.2)
     assert distributed.launch([sys.executable, "-c", dies], 2) == status
@@ -299,11 +302,11 @@ def test_process_killed_by_a_signal_is_named(capfd, monkeypatch, number, status,
 
 def main(arguments: list[str]) -> int:
     kind, folder, *rest = arguments
-    if kind == "read":
-        return read(Path(folder), *map(int, rest))
+    if kind == "slow-workers":
+        return slow_workers(Path(folder), *map(int, rest))
     if kind == "killed-worker":
         return killed_worker(Path(folder), rest[0])
-    alone(Path(folder), rest[0])
+    failing_rank(Path(folder), rest[0])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes: old or new content, never half of it, and no files left."""
+"""Tests that atomic writes leave either the old or the new content and no temporary files."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
 
 
 def test_folder_is_replaced_as_a_whole(tmp_path):
-    for name in ("b.tmp", "b.old", "b.new"):  # of a user
+    for name in ("b.tmp", "b.old", "b.new"):  # user files with similar names
         (tmp_path / name).mkdir()
     for content in ("1", "2"):
         with atomic_folder(tmp_path / "b") as folder:

@@ -1,4 +1,4 @@
-"""Conversion of models to other formats and back, and the command."""
+"""Tests of model conversion to other formats and back, and of the `convert` command."""
 
 from __future__ import annotations
 
@@ -67,19 +67,19 @@ def test_round_trips_are_bit_equal(tmp_path, kind, to, what):
 
 
 def test_fairseq_file_is_bit_equal_after_a_round_trip(tmp_path, kind, dictionary):
-    """Including special rows, codebook and projection, through a bundle."""
+    """A round trip through a bundle keeps special rows, codebook and projection."""
     model = model_of(KINDS[kind])
     state, *_ = fairseq_state(model)
     settings, task = fairseq_settings(model.config)
     torch.save({"model": state, "cfg": {"model": settings, "task": task}}, tmp_path / "a.pt")
     assert convert(tmp_path / "a.pt", tmp_path / "b", "hf").difference == 0
     assert convert(tmp_path / "b", tmp_path / "c.pt", "fairseq").difference == 0
-    again = torch.load(tmp_path / "c.pt", weights_only=False)  # with the stand-in for fairseq's class
+    again = torch.load(tmp_path / "c.pt", weights_only=False)  # unpickles a substitute for fairseq's class
     assert again["model"].keys() == state.keys()
     assert all(again["model"][name].equal(state[name]) for name in state)
-    found = again["task_state"]["dictionaries"][0]
-    assert isinstance(found, dictionary) and found.symbols[4:] == [str(unit) for unit in range(UNITS)]
-    assert found.indices["0"] == 4
+    exported = again["task_state"]["dictionaries"][0]
+    assert isinstance(exported, dictionary) and exported.symbols[4:] == [str(unit) for unit in range(UNITS)]
+    assert exported.indices["0"] == 4
     ours = again["cfg"]["model"]
     assert {name: ours[name] for name in settings if name in ours and name not in CHANGED} == {
         name: value for name, value in settings.items() if name in ours and name not in CHANGED
@@ -91,15 +91,15 @@ CHANGED = ("conv_feature_layers", "label_rate")
 
 
 def test_fairseq_dictionary_begins_with_its_special_symbols(tmp_path, dictionary):
-    """The blank is first and called <s>; special symbols that the model lacks have probability zero."""
+    """The blank comes first as <s>; special symbols missing from the model get probability zero."""
     symbols = PhonemeSet(("あ", "|", "い", "[UNK]", BLANK))
     ctc = HubertForCtc(KINDS["base"], 5, model_of(KINDS["base"])).eval()
     save_bundle(tmp_path / "a", ctc=ctc, phonemes=symbols)
     done = convert(tmp_path / "a", tmp_path / "b.pt", "fairseq")
     assert any("blank first" in note for note in done.notes)
     content = torch.load(tmp_path / "b.pt", weights_only=False)
-    found = content["task_state"]["target_dictionary"].symbols
-    assert found == ["<s>", "<pad>", "</s>", "<unk>", "あ", "|", "い", "[UNK]"]
+    symbols = content["task_state"]["target_dictionary"].symbols
+    assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "あ", "|", "い", "[UNK]"]
     proj = content["model"]["w2v_encoder.proj.weight"]
     assert proj[0].equal(ctc.lm_head.weight[4]) and proj[4:].equal(ctc.lm_head.weight[:4].data)
     assert content["cfg"]["model"]["w2v_args"]["task"]["normalize"] is False
@@ -134,7 +134,7 @@ def test_equal_widths_have_no_projection_in_fairseq(tmp_path, dictionary):
 
 
 def test_normalization_epsilons_differ_on_quiet_audio(tmp_path):
-    """fairseq's larger epsilon leaves quiet audio quieter."""
+    """fairseq's larger epsilon reduces the level of quiet audio after normalization."""
     model = model_of(KINDS["large"])
     other = HubertModel(replace(KINDS["large"], normalize_eps=FAIRSEQ_EPS)).eval()
     other.load_state_dict(model.state_dict())
@@ -146,7 +146,7 @@ def test_normalization_epsilons_differ_on_quiet_audio(tmp_path):
     assert (a - b).abs().max() > 1e-5
 
 
-def test_convert_command(tmp_path, capsys):
+def test_convert_command_prints_the_difference_and_writes_settings(tmp_path, capsys):
     save_bundle(
         tmp_path / "a", model=model_of(KINDS["base"]), centroids_KD=torch.randn(4, 48), centroid_layer=1
     )
@@ -158,9 +158,9 @@ def test_convert_command(tmp_path, capsys):
     assert settings["factory"] == "torchaudio.models.wav2vec2_model"
     assert settings["arguments"]["encoder_num_heads"] == 4
     assert cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt"), "--to", "fairseq"]) == 2
-    assert "exists already" in capsys.readouterr().err
-    for name, says in (("c", "end in .pt"), ("b.json", "end in .pt"), ("b.pth", "b.json exists already")):
-        with pytest.raises(ConfigError, match=says):
+    assert "b.pt" in capsys.readouterr().err
+    for name, message in (("c", "end in .pt"), ("b.json", "end in .pt"), ("b.pth", "b.json")):
+        with pytest.raises(ConfigError, match=message):
             convert(tmp_path / "a", tmp_path / name, "torchaudio")
     with pytest.raises(ConfigError, match="choose one of"):
         convert(tmp_path / "a", tmp_path / "c", "tensorrt")

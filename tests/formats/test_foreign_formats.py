@@ -1,4 +1,4 @@
-"""Reading models of other projects: hand-made layouts, parity with transformers, the Hub's cache."""
+"""Tests of reading models of other projects: synthetic files, parity with transformers, and the Hub cache."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_pretrained_fairseq_model_is_read(tmp_path, kind, style, dictionary):
 
 
 def test_codebook_rows_follow_the_dictionary(tmp_path, dictionary):
-    """Row 4 + j is the j-th line of dict.km.txt, which may be sorted by frequency."""
+    """Row 4 + j belongs to line j of dict.km.txt, which may be sorted by frequency."""
     model = model_of(KINDS["base"])
     state, head, _ = fairseq_state(model)
     settings, task = fairseq_settings(model.config)
@@ -131,7 +131,7 @@ def test_fine_tuned_fairseq_model_is_read(tmp_path, kind, style, dictionary):
 
 @pytest.mark.parametrize("form", ["plain", "aux", "pretraining", "lightning"])
 def test_torchaudio_state_dict_is_read(tmp_path, kind, form):
-    # Heads of width 64 and the published strides, which are assumed for a bare state dict.
+    # A bare state dict implies heads of width 64 and the published strides.
     model = model_of(replace(KINDS[kind], width=128, heads=2, normalize_eps=FAIRSEQ_EPS))
     state = torchaudio_state(model)
     head = UnitHead(128, UNITS, 8)
@@ -171,7 +171,7 @@ def hf_config(config: HubertConfig, **more) -> transformers.HubertConfig:
 def save_hf(
     model, folder, safe: bool, normalize: bool, old_names: bool = False, shards: bool = False
 ) -> None:
-    """Save as transformers does, or as its older versions did, to pytorch_model.bin."""
+    """Save as current transformers versions do, or as older ones did, to pytorch_model.bin."""
     model.save_pretrained(folder, **({"max_shard_size": "50KB"} if shards else {}))
     transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize).save_pretrained(folder)
     if not safe:
@@ -204,13 +204,13 @@ def test_hugging_face_model_equals_transformers(tmp_path, kind, files):
             want = theirs(inputs, output_hidden_states=True).hidden_states
         for layer in range(
             KINDS[kind].layers + (kind == "base")
-        ):  # for large, transformers returns the last one after the closing norm
-            found = FeatureExtractor(bundle.model, layer, device="cpu")(wav_T)
-            torch.testing.assert_close(found, want[layer][0], rtol=1e-5, atol=1e-5)
+        ):  # for large, transformers applies the final norm to the last hidden state
+            hidden_SD = FeatureExtractor(bundle.model, layer, device="cpu")(wav_T)
+            torch.testing.assert_close(hidden_SD, want[layer][0], rtol=1e-5, atol=1e-5)
 
 
 VOCABULARIES = {
-    # As in the fine-tuning tutorial: the delimiter in the middle, [UNK] and [PAD] last.
+    # The fine-tuning tutorial of transformers puts the delimiter in the middle, and [UNK] and [PAD] last.
     "hiragana": (["あ", "い", "|", "か", "きゃ", "ー", "[UNK]", "[PAD]"], 7),
     "fairseq": (["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T", "A"], 0),
 }
@@ -234,15 +234,15 @@ def test_hugging_face_ctc_model_transcribes_as_transformers(tmp_path, name):
     wav_T = 0.1 * torch.randn(24_000)
     with torch.no_grad():
         want = theirs(wav_T[None]).logits.log_softmax(-1)
-    (found,) = asr.log_probs([wav_T])
-    torch.testing.assert_close(found, want[0], rtol=1e-5, atol=1e-4)
+    (logp_SV,) = asr.log_probs([wav_T])
+    torch.testing.assert_close(logp_SV, want[0], rtol=1e-5, atol=1e-4)
     text = tokenizer.decode(want[0].argmax(-1))
-    labels = greedy(found[None], [len(found)], blank=blank)[0].labels
+    labels = greedy(logp_SV[None], [len(logp_SV)], blank=blank)[0].labels
     assert " ".join("".join(word) for word in asr.phonemes.decode(labels)) == text.strip() != ""
     transcript = asr.transcribe(wav_T)
     assert not transcript.text or set(transcript.text) <= set("".join(symbols) + " ")
 
-    # Our folder opens in transformers with the same result.
+    # The bundle gives the same result in transformers.
     convert(tmp_path / "hf", tmp_path / "ours", "hf")
     again = transformers.HubertForCTC.from_pretrained(tmp_path / "ours").eval()
     assert same_state(again, theirs) and again.config.pad_token_id == blank
@@ -266,9 +266,9 @@ def test_bundle_opens_in_transformers(tmp_path, kind):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-# --- the Hub ----------------------------------------------------------------------------------------------
+# --- Hugging Face Hub -------------------------------------------------------------------------------------
 
-# config.json of rinna/japanese-hubert-base with small sizes.
+# config.json of rinna/japanese-hubert-base with smaller sizes.
 RINNA = {
     "activation_dropout": 0.1, "architectures": ["HubertModel"], "attention_dropout": 0.1, "bos_token_id": 1,
     "conv_bias": False, "conv_dim": [24] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2],

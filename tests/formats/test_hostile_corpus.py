@@ -1,4 +1,4 @@
-"""Hostile files are refused quickly, in little memory, with one message, and without running anything."""
+"""Tests that hostile files are rejected quickly, with little memory and one message, without running code."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from jahubert.cli.main import main
 from jahubert.errors import CheckpointError
 from jahubert.formats.bundle import load_bundle
 
-CPU_SECONDS = 3.0  # an unbounded file takes minutes; CPU time grows on a busy machine
+CPU_SECONDS = 3.0  # without limits some files take minutes; CPU time varies on a busy machine
 MEMORY = 200 << 20  # bytes
-TIMEOUT = 20  # seconds, after which a file counts as one that hangs
+TIMEOUT = 20  # seconds; a file that takes longer counts as hanging
 
 
 def open_in_child(path: Path) -> dict:
@@ -62,21 +62,21 @@ def open_in_child(path: Path) -> dict:
 
 def problems(path: Path, statuses: tuple[int, ...]) -> list[str]:
     result = open_in_child(path)
-    found = []
+    messages = []
     if result["status"] not in statuses or "Traceback" in result["output"]:
-        found.append(f"status {result['status']}: {result['output'][-1500:]}")
+        messages.append(f"status {result['status']}: {result['output'][-1500:]}")
     if result["status"] and result["output"].count("\n") > 1:
-        found.append(f"more than one message: {result['output']}")
+        messages.append(f"more than one message: {result['output']}")
     if result["seconds"] > CPU_SECONDS or result["memory"] > MEMORY:
-        found.append(f"{result['seconds']:.1f} s of CPU time, {result['memory'] >> 20} MiB")
+        messages.append(f"{result['seconds']:.1f} s of CPU time, {result['memory'] >> 20} MiB")
     if any(ord(c) < 32 and c != "\n" for c in result["output"]):
-        found.append(f"control characters: {result['output']!r}")
-    return [f"{path.name}: {problem}" for problem in found]
+        messages.append(f"control characters: {result['output']!r}")
+    return [f"{path.name}: {problem}" for problem in messages]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Forked processes must not wait for the threads of their parent."""
+    """Use one thread, because forked processes would wait for threads of their parent."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -89,8 +89,8 @@ def test_hostile_files_are_rejected(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path)
     assert len(corpus) > 200
     assert main(["info", str(tmp_path / "base")]) == 0
-    found = [problem for path in corpus.values() for problem in problems(path, (2,))]
-    assert not found, "\n\n".join(found)
+    messages = [problem for path in corpus.values() for problem in problems(path, (2,))]
+    assert not messages, "\n\n".join(messages)
     assert not (tmp_path / "ran").exists()
 
 

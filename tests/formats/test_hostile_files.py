@@ -1,4 +1,4 @@
-"""Damaged model files: one clear error that names the file and the setting, and nothing in them is run."""
+"""Tests that damaged model files give one error with the file and setting, and that no code in them runs."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def folder(signed):
     return unsign(signed)
 
 
-def refused(source, *names: str) -> None:
-    """The error is one line and contains these names; the command line exits with status 2."""
+def assert_rejected(source, *names: str) -> None:
+    """Check that the error is one line with these names and that the command exits with status 2."""
     with pytest.raises(CheckpointError) as caught:
         load_bundle(source)
     for name in names:
@@ -56,7 +56,7 @@ def refused(source, *names: str) -> None:
     assert cli.main(["info", str(source)]) == 2
 
 
-# --- code -------------------------------------------------------------------------------------------------
+# --- code execution ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", ["settings", "weights", "optimizer"])
@@ -70,7 +70,7 @@ def test_pickle_that_would_run_code_is_rejected(tmp_path, part):
     else:
         content["last_optimizer_state"] = [bomb]
     torch.save(content, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", "model.pt", "mkdir")
+    assert_rejected(tmp_path / "model.pt", "model.pt", "mkdir")
     assert not (tmp_path / "bang").exists()
     torch.load(tmp_path / "model.pt", weights_only=False)
     assert (tmp_path / "bang").exists(), "the file must run code when it is opened without restriction"
@@ -79,7 +79,7 @@ def test_pickle_that_would_run_code_is_rejected(tmp_path, part):
 def test_pytorch_model_bin_that_would_run_code_is_rejected(folder, tmp_path):
     torch.save({"a": Bomb(tmp_path / "bang")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    refused(folder, "pytorch_model.bin", "mkdir")
+    assert_rejected(folder, "pytorch_model.bin", "mkdir")
     assert not (tmp_path / "bang").exists()
 
 
@@ -109,16 +109,16 @@ def test_truncated_files_are_rejected(folder, tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     for n_bytes in (0, 5, 100, len(whole) - 1):
         (folder / "model.safetensors").write_bytes(whole[:n_bytes])
-        refused(folder, "model.safetensors")
+        assert_rejected(folder, "model.safetensors")
     torch.save(fairseq_content(), tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
     for n_bytes in (0, 5, 1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.pt").write_bytes(whole[:n_bytes])
-        refused(tmp_path / "cut.pt", "cut.pt")
+        assert_rejected(tmp_path / "cut.pt", "cut.pt")
 
 
 def test_missing_values_are_rejected(tmp_path):
-    """An archive with a truncated storage, or without one."""
+    """The storage in the archive is truncated or missing."""
     torch.save(fairseq_content(), tmp_path / "a.pt")
     for change in ("short", "gone"):
         source = zipfile.ZipFile(tmp_path / "a.pt")
@@ -130,20 +130,20 @@ def test_missing_values_are_rejected(tmp_path):
                         continue
                     content = content[:-8]
                 out.writestr(name, content)
-        refused(tmp_path / f"{change}.pt", f"{change}.pt")
+        assert_rejected(tmp_path / f"{change}.pt", f"{change}.pt")
 
 
-def test_every_damaged_byte_of_a_bundle_is_noticed(signed):
-    """Single flipped bits anywhere, zeroed blocks and cut ends of all files but the model card."""
+def test_damage_to_any_file_of_a_bundle_is_detected(signed):
+    """Flipped bits, zeroed blocks and truncation of every file except the model card are detected."""
     generator = torch.Generator().manual_seed(0)
     for path in sorted(signed.iterdir()):
         if path.name == "README.md":
             continue
         whole = path.read_bytes()
-        places = torch.randint(len(whole), (12,), generator=generator).tolist()
+        positions = torch.randint(len(whole), (12,), generator=generator).tolist()
         damaged = [whole[:-2], whole[: len(whole) // 2], b"", bytes(len(whole))]
-        for place in places:
-            damaged.append(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        for position in positions:
+            damaged.append(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         for content in damaged:
             path.write_bytes(content)
             with pytest.raises(CheckpointError):
@@ -152,15 +152,15 @@ def test_every_damaged_byte_of_a_bundle_is_noticed(signed):
     load_bundle(signed)
 
 
-def test_swapped_files_of_two_bundles_are_noticed(signed, tmp_path):
+def test_swapped_files_of_two_bundles_are_detected(signed, tmp_path):
     other = save_bundle(tmp_path / "other", model=model_of(replace(KINDS["base"], normalize=True)))
     for name in ("preprocessor_config.json", "config.json", "model.safetensors"):
         whole = (other / name).read_bytes()
         (other / name).write_bytes((signed / name).read_bytes())
-        refused(other, name)
+        assert_rejected(other, name)
         (other / name).write_bytes(whole)
     (other / "model.safetensors").unlink()
-    refused(other, "model.safetensors")
+    assert_rejected(other, "model.safetensors")
 
 
 def test_weights_hash_of_an_older_bundle_is_compared(signed):
@@ -171,7 +171,7 @@ def test_weights_hash_of_an_older_bundle_is_compared(signed):
     (signed / "jahubert.json").write_text(json.dumps(info | {"weights": weights}))
     load_bundle(signed)
     (signed / "jahubert.json").write_text(json.dumps(info | {"weights": weights[::-1]}))
-    refused(signed, "jahubert.json")
+    assert_rejected(signed, "jahubert.json")
 
 
 # --- mismatches -------------------------------------------------------------------------------------------
@@ -186,11 +186,11 @@ def test_mismatched_weights_are_rejected(folder):
         save_file(changed, folder / "model.safetensors")
 
     write(**{key: None})
-    refused(folder, "missing", "encoder.layers.1.layer_norm.weight")
+    assert_rejected(folder, "missing", "encoder.layers.1.layer_norm.weight")
     write(**{"hubert.quantizer.vars": torch.zeros(3)})
-    refused(folder, "unknown", "quantizer.vars")
+    assert_rejected(folder, "unknown", "quantizer.vars")
     write(**{key: torch.zeros(49)})
-    refused(folder, "encoder.layers.1.layer_norm.weight", "(49,)", "(48,)")
+    assert_rejected(folder, "encoder.layers.1.layer_norm.weight", "(49,)", "(48,)")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_mismatched_fairseq_settings_are_rejected(tmp_path, change, names):
     content = fairseq_content()
     content["cfg"]["model"] |= change
     torch.save(content, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", "model.pt", *names)
+    assert_rejected(tmp_path / "model.pt", "model.pt", *names)
 
 
 def test_mismatched_fairseq_weights_are_rejected(tmp_path):
@@ -220,24 +220,24 @@ def test_mismatched_fairseq_weights_are_rejected(tmp_path):
     del content["model"]["encoder.pos_conv.0.bias"]
     content["model"]["quantizer.vars"] = torch.zeros(2)
     torch.save(content, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", "encoder.pos_conv.0.bias", "quantizer.vars")
+    assert_rejected(tmp_path / "model.pt", "encoder.pos_conv.0.bias", "quantizer.vars")
     torch.save({"model": content["model"]}, tmp_path / "bare.pt")
-    refused(tmp_path / "bare.pt", "cfg")
+    assert_rejected(tmp_path / "bare.pt", "cfg")
 
 
 def test_files_without_a_model_are_rejected(tmp_path, folder):
     torch.save([1, 2], tmp_path / "list.pt")
-    refused(tmp_path / "list.pt", "list")
+    assert_rejected(tmp_path / "list.pt", "list")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    refused(tmp_path / "other.pt", "other.pt")
+    assert_rejected(tmp_path / "other.pt", "other.pt")
     (tmp_path / "text.pt").write_text("hello")
-    refused(tmp_path / "text.pt", "text.pt")
-    refused(folder / "model.safetensors", "config.json")
-    refused(tmp_path / "nothing.pt", "nothing.pt")
+    assert_rejected(tmp_path / "text.pt", "text.pt")
+    assert_rejected(folder / "model.safetensors", "config.json")
+    assert_rejected(tmp_path / "nothing.pt", "nothing.pt")
     (tmp_path / "model.onnx").write_bytes(b"\x08\x08")
-    refused(tmp_path / "model.onnx", "ONNX")
+    assert_rejected(tmp_path / "model.onnx", "ONNX")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps({"model": Bomb(tmp_path / "bang")}))
-    refused(tmp_path / "bare.pt", "bare.pt")
+    assert_rejected(tmp_path / "bare.pt", "bare.pt")
     assert not (tmp_path / "bang").exists()
 
 
@@ -255,12 +255,12 @@ def test_files_older_than_pytorch_1_6_are_read(tmp_path):
     torch.save(content, tmp_path / "fairseq.pt", **old)
     assert load_bundle(tmp_path / "fairseq.pt").unit_head is not None
     torch.save(content | {"more": Bomb(tmp_path / "bang")}, tmp_path / "bad.pt", **old)
-    refused(tmp_path / "bad.pt", "bad.pt", "mkdir")
+    assert_rejected(tmp_path / "bad.pt", "bad.pt", "mkdir")
     assert not (tmp_path / "bang").exists()
 
 
-def test_tensors_of_one_storage_are_read(tmp_path):
-    """Flat parameter buffers: every tensor is a view."""
+def test_tensors_that_share_a_storage_are_read(tmp_path):
+    """All tensors are views of one flat parameter buffer."""
     model = model_of(replace(KINDS["base"], width=128, heads=2))
     state = torchaudio_state(model)
     flat = torch.cat([value.flatten() for value in state.values()])
@@ -275,21 +275,21 @@ def test_tensors_of_one_storage_are_read(tmp_path):
 def test_torchaudio_settings_are_checked(tmp_path):
     torch.save(torchaudio_state(model_of(KINDS["base"])), tmp_path / "a.pt")
     (tmp_path / "a.json").write_text(json.dumps({"arguments": {"encoder_num_heads": 5}}))
-    refused(tmp_path / "a.pt", "a.json", "extractor_conv_bias")
+    assert_rejected(tmp_path / "a.pt", "a.json", "extractor_conv_bias")
     (tmp_path / "a.json").write_text("{")
-    refused(tmp_path / "a.pt", "a.json", "JSON")
+    assert_rejected(tmp_path / "a.pt", "a.json", "JSON")
 
 
 def test_mismatched_vocabularies_are_rejected(folder):
     (folder / "jahubert.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 42}))
-    refused(folder, "pad_token_id", "42 outputs")
+    assert_rejected(folder, "pad_token_id", "42 outputs")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "vocab.json").write_text("[1, 2]")
-    refused(folder, "vocab.json")
+    assert_rejected(folder, "vocab.json")
     (folder / "vocab.json").write_text(json.dumps({"<pad>": 0, "a\n": 1}))
-    refused(folder, "vocab.json")
+    assert_rejected(folder, "vocab.json")
     (folder / "vocab.json").write_text(json.dumps({"<pad>": 0, "a": 1, "|": 7}))
     symbols = load_bundle(folder).phonemes
     assert symbols.symbols[:3] == ("<blank>", "a", "<2>") and symbols.boundary == 7
@@ -297,7 +297,7 @@ def test_mismatched_vocabularies_are_rejected(folder):
 
 @pytest.mark.parametrize("changes", [{}, {"conv_bias": True}, {"conv_norm": "layer", "layers": 1}])
 def test_expected_shapes_are_those_of_the_model(changes):
-    """`load_bundle` skips random initialization, so the state dict must hold all tensors of a model."""
+    """`load_bundle` skips random initialization, so the state dict must contain every tensor."""
     config = replace(KINDS["base"], **changes)
     model = HubertModel(config)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])

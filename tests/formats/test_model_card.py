@@ -1,4 +1,4 @@
-"""Model cards: the Hub reads their YAML header, with metrics and language if they are known."""
+"""Tests of the YAML header of model cards, which the Hub reads: language, task and metrics."""
 
 from __future__ import annotations
 

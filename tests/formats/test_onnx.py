@@ -1,4 +1,4 @@
-"""ONNX files in onnxruntime against the model for many lengths, the command, and missing packages."""
+"""Tests that exported ONNX files give the same results as the model, and of the command and its errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_file_equals_the_model_for_every_length(bundle, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "model.onnx"]
 
 
-def test_convert_command(tmp_path, capsys):
+def test_convert_command_writes_an_onnx_file(tmp_path, capsys):
     pytest.importorskip("onnxscript", reason="extra onnx")
     save_bundle(tmp_path / "bundle", model=model_of(next(iter(KINDS.values()))))
     assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "a.onnx"), "--to", "onnx"]) == 0

@@ -1,6 +1,6 @@
-"""On another device than the CPU: nothing is left behind on the CPU, and the numbers are the CPU's.
+"""Tests that tensors stay on the selected device and that the results equal those of the CPU.
 
-The device is one that the CPU plays (`elsewhere`), or a GPU where JAHUBERT_TEST_CUDA names one.
+The device is simulated on the CPU (`fixtures.fake_device`), or a GPU if JAHUBERT_TEST_CUDA names one.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def device(monkeypatch) -> Iterator[torch.device]:
         yield torch.device("cuda", 0)
         return
     fake_device = pytest.importorskip(
-        "fixtures.fake_device", reason="this torch has no devices written in Python", exc_type=ImportError
+        "fixtures.fake_device", reason="this torch has no Python device backends", exc_type=ImportError
     )
-    # Views that are made in inference mode need a tensor of torch's own.
+    # Views created in inference mode do not support tensor subclasses.
     monkeypatch.setattr(torch, "inference_mode", lambda on=True: torch.no_grad() if on else nullcontext())
     with fake_device.FakeDeviceMode():
         yield fake_device.DEVICE
@@ -60,27 +60,28 @@ def wavs() -> list[Tensor]:
     return [syllables(seconds, seed) for seed, seconds in enumerate((1.6, 0.7, 1.1))]
 
 
-def close(there: Tensor, here: Tensor) -> None:
-    torch.testing.assert_close(there.detach().cpu(), here.detach(), rtol=1e-4, atol=1e-5)
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.detach().cpu(), expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def gradients(module: nn.Module, batch: PretrainBatch | CtcBatch) -> tuple[Tensor, dict[str, Tensor]]:
     loss = module(batch, 0)
     loss.total.backward()
-    given = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return loss.total, given
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return loss.total, grads
 
 
-def same_step(module: nn.Module, batch: PretrainBatch | CtcBatch, device: torch.device) -> None:
-    there = copy.deepcopy(module).to(device)
-    loss, want = gradients(module, batch)
-    loss_there, got = gradients(there, batch.to(device))
-    close(loss_there, loss)
-    assert got.keys() == want.keys()
-    for name, gradient in got.items():
-        assert gradient.device.type == device.type
-        scale = float(want[name].abs().max())
-        torch.testing.assert_close(gradient.cpu(), want[name], rtol=0, atol=1e-3 * scale + 1e-6, msg=name)
+def assert_same_step(module: nn.Module, batch: PretrainBatch | CtcBatch, device: torch.device) -> None:
+    on_device = copy.deepcopy(module).to(device)
+    expected_loss, expected_grads = gradients(module, batch)
+    loss, grads = gradients(on_device, batch.to(device))
+    assert_close(loss, expected_loss)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert grad.device.type == device.type
+        expected = expected_grads[name]
+        atol = 1e-3 * float(expected.abs().max()) + 1e-6
+        torch.testing.assert_close(grad.cpu(), expected, rtol=0, atol=atol, msg=name)
 
 
 def pretrain_batch(seed: int = 0) -> PretrainBatch:
@@ -93,10 +94,10 @@ def pretrain_batch(seed: int = 0) -> PretrainBatch:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pretraining_step_runs_without_synchronization(name, device):
+def test_pretraining_step_equals_that_on_the_cpu(name, device):
     torch.manual_seed(0)
     module = Pretrainer(MODELS[name], UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
-    same_step(module.train(), pretrain_batch(), device)
+    assert_same_step(module.train(), pretrain_batch(), device)
 
 
 def fine_tuner() -> FineTuner:
@@ -114,14 +115,14 @@ def ctc_batch(masked: bool) -> CtcBatch:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_fine_tuning_step_runs_without_synchronization(masked, device):
-    same_step(fine_tuner(), ctc_batch(masked), device)
+def test_fine_tuning_step_equals_that_on_the_cpu(masked, device):
+    assert_same_step(fine_tuner(), ctc_batch(masked), device)
 
 
 def test_fine_tuning_step_synchronizes_in_ctc_loss_only(device, monkeypatch):
-    """Lengths are computed on the host before; on CUDA every form of `F.ctc_loss` copies them and waits."""
+    """Lengths are computed on the host; on CUDA `F.ctc_loss` copies them and synchronizes in any case."""
     module, batch = fine_tuner().to(device), ctc_batch(masked=False)
-    here, there = fine_tuner()(batch, 0), batch.to(device)
+    expected, device_batch = fine_tuner()(batch, 0), batch.to(device)
     if device.type == "cuda":
         ctc_loss = F.ctc_loss
 
@@ -135,22 +136,22 @@ def test_fine_tuning_step_synchronizes_in_ctc_loss_only(device, monkeypatch):
         monkeypatch.setattr(F, "ctc_loss", unchecked)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loss = module(there, 0)
+            loss = module(device_batch, 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     else:
         from fixtures.fake_device import SYNCS
 
         SYNCS.clear()
-        loss = module(there, 0)
+        loss = module(device_batch, 0)
         assert SYNCS == []
     assert {name: float(value) for name, value in loss.sums.items()} == {
-        name: float(value) for name, value in here.sums.items()
+        name: float(value) for name, value in expected.sums.items()
     }
 
 
 class Speech:
-    """The same micro-batch with other masks each time."""
+    """A data source that repeats one micro-batch with new masks in every epoch."""
 
     def __init__(self) -> None:
         lengths = np.array([len(wav_T) for wav_T in wavs()])
@@ -163,8 +164,8 @@ class Speech:
         return pretrain_batch(micro.epoch)
 
 
-def learn(out: Path, device: torch.device | str) -> dict[str, Tensor]:
-    """Weights after a short training; continues what lies in `out`."""
+def train_briefly(out: Path, device: torch.device | str) -> dict[str, Tensor]:
+    """Train for a few steps, or resume the run in `out`, and return the weights."""
     torch.manual_seed(0)
     module = Pretrainer(MODELS["base"], UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
     every = {"save_every": 3, "valid_every": 3, "log_every": 1}
@@ -175,46 +176,45 @@ def learn(out: Path, device: torch.device | str) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in module.state_dict().items()}
 
 
-def test_a_training_that_is_validated_stopped_and_continued(device, tmp_path):
-    here, there = learn(tmp_path / "here", "cpu"), learn(tmp_path / "there", device)
-    for name, value in there.items():
-        close(value, here[name])
-    shutil.rmtree(tmp_path / "there" / "checkpoints" / "step_0000006")  # as if killed before
-    for name, value in learn(tmp_path / "there", device).items():
-        close(value, here[name])
+def test_resumed_training_equals_that_on_the_cpu(device, tmp_path):
+    expected = train_briefly(tmp_path / "cpu", "cpu")
+    for name, value in train_briefly(tmp_path / "device", device).items():
+        assert_close(value, expected[name])
+    shutil.rmtree(tmp_path / "device" / "checkpoints" / "step_0000006")  # as after an earlier kill
+    for name, value in train_briefly(tmp_path / "device", device).items():
+        assert_close(value, expected[name])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_features_of_every_kind(name, device):
+def test_features_equal_those_on_the_cpu(name, device):
     torch.manual_seed(0)
     model = HubertModel(MODELS[name]).eval()
-    pair = [
-        jahubert.FeatureExtractor(copy.deepcopy(model), layer=2, device=where) for where in ("cpu", device)
-    ]
-    for want, got in zip(*(extractor(wavs(), sample_rate=16_000) for extractor in pair), strict=True):
-        close(got, want)
-    for want, got in zip(*(extractor.many(wavs(), sample_rate=16_000) for extractor in pair), strict=True):
-        close(got, want)
-    for kind in (Mfcc, lambda where: HubertLayer(copy.deepcopy(model), 2, where)):
-        for want, got in zip(kind("cpu")(wavs()), kind(str(device))(wavs()), strict=True):
-            assert got.device.type == device.type
-            torch.testing.assert_close(got.cpu(), want, rtol=1e-3, atol=1e-3)
+    pair = [jahubert.FeatureExtractor(copy.deepcopy(model), layer=2, device=name) for name in ("cpu", device)]
+    for expected, actual in zip(*(extractor(wavs(), sample_rate=16_000) for extractor in pair), strict=True):
+        assert_close(actual, expected)
+    outputs = (extractor.many(wavs(), sample_rate=16_000) for extractor in pair)
+    for expected, actual in zip(*outputs, strict=True):
+        assert_close(actual, expected)
+    for kind in (Mfcc, lambda name: HubertLayer(copy.deepcopy(model), 2, name)):
+        for expected, actual in zip(kind("cpu")(wavs()), kind(str(device))(wavs()), strict=True):
+            assert actual.device.type == device.type
+            torch.testing.assert_close(actual.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["torch", "sklearn"])
-def test_clusters_and_labels(backend, device):
+def test_kmeans_and_assignment_equal_those_on_the_cpu(backend, device):
     rng = np.random.default_rng(0)
     frames_ND = torch.from_numpy(rng.standard_normal((3000, 6)) + 8 * rng.integers(3, size=(3000, 1))).float()
-    here, there = (
-        fit_kmeans(frames_ND, KmeansOptions(3, backend=backend, device=where)) for where in ("cpu", device)
+    expected, result = (
+        fit_kmeans(frames_ND, KmeansOptions(3, backend=backend, device=name)) for name in ("cpu", device)
     )
-    close(there.centroids_KD, here.centroids_KD)
-    labels_N = assign(frames_ND.to(device), there.centroids_KD.to(device))
-    assert torch.equal(labels_N.cpu(), assign(frames_ND, here.centroids_KD))
+    assert_close(result.centroids_KD, expected.centroids_KD)
+    labels_N = assign(frames_ND.to(device), result.centroids_KD.to(device))
+    assert torch.equal(labels_N.cpu(), assign(frames_ND, expected.centroids_KD))
 
 
-class Read:
-    """Frames that count how many rows were asked for."""
+class CountingFrames:
+    """Frames that count the rows read from them."""
 
     ndim = 2
 
@@ -229,36 +229,36 @@ class Read:
         return self.frames_ND[index]
 
 
-@pytest.mark.parametrize(("stretches", "rows"), [(12, 3000), (4, 3000 + 3 * 1976), (0, 4 * 3000)])
-def test_frames_that_fit_onto_the_device_are_read_once(device, monkeypatch, stretches, rows):
-    """Four passes over 12 stretches of 256 frames, of which so many fit."""
-    monkeypatch.setattr(lloyd_module, "_block_rows", lambda shape, where: 256)
+@pytest.mark.parametrize(("n_cached", "rows"), [(12, 3000), (4, 3000 + 3 * 1976), (0, 4 * 3000)])
+def test_frames_that_fit_on_the_device_are_read_once(device, monkeypatch, n_cached, rows):
+    """Four passes over 12 blocks of 256 frames; the device caches `n_cached` of the blocks."""
+    monkeypatch.setattr(lloyd_module, "_block_rows", lambda shape, device: 256)
     monkeypatch.setattr(lloyd_module, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(lloyd_module, "_cache_bytes", lambda where: 4 * 6 * 256 * stretches)
+    monkeypatch.setattr(lloyd_module, "_cache_bytes", lambda device: 4 * 6 * 256 * n_cached)
     frames_ND = np.random.default_rng(0).standard_normal((3000, 6)).astype(np.float32)
-    start_KD, frames = torch.from_numpy(frames_ND[:9].copy()), Read(frames_ND)
-    there = lloyd_module.lloyd(frames, start_KD.to(device), 4, tol=0.0)
-    here = lloyd_module.lloyd(torch.from_numpy(frames_ND), start_KD, 4, tol=0.0)
-    close(there.statistics.means_KD, here.statistics.means_KD)
-    assert len(there.history) == 4 and there.history == pytest.approx(here.history)
+    start_KD, frames = torch.from_numpy(frames_ND[:9].copy()), CountingFrames(frames_ND)
+    result = lloyd_module.lloyd(frames, start_KD.to(device), 4, tol=0.0)
+    expected = lloyd_module.lloyd(torch.from_numpy(frames_ND), start_KD, 4, tol=0.0)
+    assert_close(result.statistics.means_KD, expected.statistics.means_KD)
+    assert len(result.history) == 4 and result.history == pytest.approx(expected.history)
     assert frames.rows == rows
 
 
-def test_answers_from_log_probabilities(device):
+def test_decoding_equals_that_on_the_cpu(device):
     torch.manual_seed(0)
     logp_BSV, n_frames_B = torch.randn(3, 40, 6).log_softmax(-1), torch.tensor([40, 31, 8])
     assert greedy(logp_BSV.to(device), n_frames_B) == greedy(logp_BSV, n_frames_B)
-    here, there = beam_search(logp_BSV, n_frames_B), beam_search(logp_BSV.to(device), n_frames_B)
-    assert [hyp.labels for hyps in there for hyp in hyps] == [hyp.labels for hyps in here for hyp in hyps]
+    expected, result = beam_search(logp_BSV, n_frames_B), beam_search(logp_BSV.to(device), n_frames_B)
+    assert [h.labels for hyps in result for h in hyps] == [h.labels for hyps in expected for h in hyps]
     assert forced_align(logp_BSV[0].to(device), [1, 2, 3]) == forced_align(logp_BSV[0], [1, 2, 3])
 
 
-def test_a_transcription(device):
-    asr = [
+def test_transcript_equals_that_on_the_cpu(device):
+    transcribers = [
         jahubert.Transcriber.from_pretrained(
-            jahubert.inference.transcribe.builtin_model(), device=where, dtype=torch.float32
+            jahubert.inference.transcribe.builtin_model(), device=name, dtype=torch.float32
         )
-        for where in ("cpu", device)
+        for name in ("cpu", device)
     ]
-    here, there = (one.transcribe(syllables(4.0), sample_rate=16_000) for one in asr)
-    assert there.text == here.text and there.phonemes == here.phonemes
+    expected, result = (t.transcribe(syllables(4.0), sample_rate=16_000) for t in transcribers)
+    assert result.text == expected.text and result.phonemes == expected.phonemes

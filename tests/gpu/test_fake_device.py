@@ -1,4 +1,4 @@
-"""Everything that may run on a GPU, on a device that is not the CPU; with JAHUBERT_TEST_CUDA=0, on a GPU."""
+"""Runs the device checks on a simulated device, or on a GPU with JAHUBERT_TEST_CUDA=0."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 
-def test_nothing_stays_on_the_cpu_and_the_numbers_are_the_same():
-    """In a process of its own, as a second device changes what torch does in all of it."""
+def test_device_checks_pass():
+    """The checks run in their own process: a registered device changes torch's behavior globally."""
     checks = Path(__file__).with_name("device_checks.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
     done = subprocess.run(command, cwd=checks.parent.parent, capture_output=True, text=True)

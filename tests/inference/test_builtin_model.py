@@ -1,4 +1,4 @@
-"""The built-in model: presence, size, model card and accuracy."""
+"""Tests of the built-in model: presence, size, model card and accuracy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jahubert.inference.transcribe import Transcriber, builtin_model
 
 MODEL = builtin_model()
 SETS = ("test_low", "test_high", "test_joined", "test_made", "test_real")
-LIMIT = 15_000_000  # bytes in the wheel
+LIMIT = 15_000_000  # maximum size in the wheel, bytes
 
 
 @pytest.fixture(scope="module")
@@ -67,4 +67,5 @@ def test_error_rate_on_real_sentences_matches_the_card(asr, shared_data):
     references = [[phone for word in text_to_phones(row["text"]) for phone in word] for row in rows]
     transcripts = list(asr.transcribe_many(folder / row["file"] for row in rows))
     expected = jahubert.load_bundle(MODEL).info["per"]["test_real"]
-    assert phone_error_rate(references, transcripts) == pytest.approx(expected, abs=0.03)  # bfloat16 and VAD
+    # The tolerance covers bfloat16 and voice activity detection.
+    assert phone_error_rate(references, transcripts) == pytest.approx(expected, abs=0.03)

@@ -1,4 +1,4 @@
-"""CTC decoding compared with brute force, a dictionary implementation, CTC loss and planted paths."""
+"""Tests of CTC decoding against brute force, a reference implementation, CTC loss and planted paths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random_logp(*shape: int, seed: int, sharpness: float = 1.0, dtype=torch.floa
 
 
 def peaky_logp(n_rows: int, n_frames: int, n_symbols: int, seed: int) -> torch.Tensor:
-    """Log-probabilities like those of a trained model: mostly blank, with isolated confident labels."""
+    """Log-probabilities similar to a trained model: mostly blank, with isolated confident labels."""
     generator = torch.Generator().manual_seed(seed)
     winner = torch.randint(1, n_symbols, (n_rows, n_frames), generator=generator)
     winner[torch.rand(n_rows, n_frames, generator=generator) < 0.6] = 0
@@ -43,19 +43,19 @@ def ctc_score(logp_SV: torch.Tensor, labels, blank: int = 0) -> float:
 
 
 def every_sequence(logp_SV: torch.Tensor, blank: int) -> list[Hypothesis]:
-    """All label sequences with their probabilities, by enumeration of all paths."""
+    """Enumerate all paths and return every label sequence with its probability."""
     scores = defaultdict(list)
     n_frames, n_symbols = logp_SV.shape
     values = logp_SV.double().tolist()
     for path in itertools.product(range(n_symbols), repeat=n_frames):
         labels = tuple(symbol for symbol, _ in itertools.groupby(path) if symbol != blank)
         scores[labels].append(sum(values[t][v] for t, v in enumerate(path)))
-    found = [Hypothesis(labels, add_log(*parts)) for labels, parts in scores.items()]
-    return sorted(found, key=lambda h: -h.score)
+    hypotheses = [Hypothesis(labels, add_log(*parts)) for labels, parts in scores.items()]
+    return sorted(hypotheses, key=lambda h: -h.score)
 
 
 def dictionary_search(logp_SV: torch.Tensor, beam: int) -> list[Hypothesis]:
-    """Reference prefix beam search over dictionaries, in float64."""
+    """Reference prefix beam search with dictionaries in float64."""
     prefixes = {(): (0.0, -math.inf)}
     for frame in logp_SV.double().tolist():
         grown = defaultdict(lambda: [-math.inf, -math.inf])
@@ -76,9 +76,9 @@ def dictionary_search(logp_SV: torch.Tensor, beam: int) -> list[Hypothesis]:
     return sorted((Hypothesis(p, add_log(*s)) for p, s in prefixes.items()), key=lambda h: -h.score)
 
 
-def assert_same(found: list[Hypothesis], expected: list[Hypothesis], tolerance: float = 1e-4) -> None:
-    assert [h.labels for h in found] == [h.labels for h in expected]
-    assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=tolerance)
+def assert_same(actual: list[Hypothesis], expected: list[Hypothesis], tolerance: float = 1e-4) -> None:
+    assert [h.labels for h in actual] == [h.labels for h in expected]
+    assert [h.score for h in actual] == pytest.approx([h.score for h in expected], abs=tolerance)
 
 
 @pytest.mark.parametrize("blank", [0, 2])
@@ -86,23 +86,23 @@ def assert_same(found: list[Hypothesis], expected: list[Hypothesis], tolerance: 
 def test_wide_beam_finds_every_sequence_in_order(seed, blank):
     logp = random_logp(1, 6, 3, seed=seed, sharpness=1.5, dtype=torch.float64)
     expected = every_sequence(logp[0], blank)
-    found = beam_search(logp, [6], beam=200, n_best=200, blank=blank)[0]
-    assert_same(found, expected, 1e-9)  # no duplicates, and fewer than n_best
-    assert add_log(*(h.score for h in found)) == pytest.approx(0, abs=1e-9)
+    hypotheses = beam_search(logp, [6], beam=200, n_best=200, blank=blank)[0]
+    assert_same(hypotheses, expected, 1e-9)  # n_best exceeds the number of sequences
+    assert add_log(*(h.score for h in hypotheses)) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5, 20])
 @pytest.mark.parametrize("kind", ["random", "sharp", "peaky"])
 def test_beam_search_equals_dictionary_search(kind, beam):
-    n_rows, n_frames, n_symbols = 6, 30, 7  # 216 cases of all kinds and beams
+    n_rows, n_frames, n_symbols = 6, 30, 7  # 216 cases over all kinds and beams
     for seed in range(3):
         if kind == "peaky":
             logp = peaky_logp(n_rows, n_frames, n_symbols, seed)
         else:
             logp = random_logp(n_rows, n_frames, n_symbols, seed=seed, sharpness=4 if kind == "sharp" else 1)
-        found = beam_search(logp, [n_frames] * n_rows, beam=beam, n_best=min(3, beam))
+        hypotheses = beam_search(logp, [n_frames] * n_rows, beam=beam, n_best=min(3, beam))
         for row in range(n_rows):
-            assert_same(found[row], dictionary_search(logp[row], beam)[: min(3, beam)])
+            assert_same(hypotheses[row], dictionary_search(logp[row], beam)[: min(3, beam)])
 
 
 def test_score_of_wide_beam_is_the_ctc_probability():
@@ -125,11 +125,11 @@ def test_rows_do_not_depend_on_their_batch():
     counts = [17, 40, 0, 33, 1]
     logp = random_logp(len(counts), 40, 9, seed=2, sharpness=2)
     for row, n in enumerate(counts):
-        logp[row, n:] = float("nan")  # must never be read
+        logp[row, n:] = float("nan")  # padding, must not be read
     for decode in (greedy, lambda x, n: [h for row in beam_search(x, n, beam=6, n_best=4) for h in row]):
         together = decode(logp, torch.tensor(counts))
-        alone = [h for row, n in enumerate(counts) for h in decode(logp[row : row + 1, :n], [n])]
-        assert_same(together, alone, 1e-5)
+        separate = [h for row, n in enumerate(counts) for h in decode(logp[row : row + 1, :n], [n])]
+        assert_same(together, separate, 1e-5)
 
 
 def test_empty_input():

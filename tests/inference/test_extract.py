@@ -1,4 +1,4 @@
-"""Features and units of tiny random models: layers, batches, chunks, streams, devices and pickling."""
+"""Tests of feature and unit extraction with tiny random models: layers, batches, chunks and streams."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ def test_batches_are_bounded(model, monkeypatch):
         return encoded.hidden_BSD, encoded.n_frames_B
 
     wavs = [noise(n, n) for n in (16_000, 3_000, 40_000, 16_000, 0, 15_000)]
-    found = encode_all(wavs, encode, TINY.grid, (16,), None)
-    assert [len(x) for x in found] == [TINY.grid.n_frames(len(w)) for w in wavs]
+    outputs = encode_all(wavs, encode, TINY.grid, (16,), None)
+    assert [len(x) for x in outputs] == [TINY.grid.n_frames(len(w)) for w in wavs]
     assert (1, 40_000) in seen and all(b == 1 or b * t <= 32_000 for b, t in seen)
 
 
 @pytest.mark.parametrize("n_samples", [0, 399, 160_000, 160_001, 257_000, 256_000, 1_000_003])
 @pytest.mark.parametrize("grid", [HUBERT, FrameGrid(1000, 300)])
 def test_joined_chunks_equal_the_whole(n_samples, grid):
-    """The encoder returns the index of the first sample of each frame, so any misalignment shows."""
+    """The fake encoder returns the first sample index of each frame, so any misalignment is detected."""
     wav = torch.arange(n_samples, dtype=torch.float64)
 
     def encode(wav_BT, n_frames):
@@ -96,7 +96,7 @@ def test_joined_chunks_equal_the_whole(n_samples, grid):
 
 
 def test_chunks_have_context_on_both_sides(model):
-    """Frames are taken from the middle of a chunk, away from its edges."""
+    """Frames come from the middle of a chunk, where they have context on both sides."""
     wav = noise(20 * 16_000)
     chunked = FeatureExtractor(model, 1, device="cpu", chunk_seconds=8)(wav)
     whole = FeatureExtractor(model, 1, device="cpu")(wav)
@@ -127,7 +127,7 @@ def test_layer_features_is_trainable(model):
     features_BSD.pow(2).sum().backward()
     assert module.mix_L is not None and module.mix_L.grad is not None and module.mix_L.grad.abs().sum() > 0
     assert encoder.encoder.layers[1].attention.q_proj.weight.grad is not None
-    assert encoder.encoder.layers[2].attention.q_proj.weight.grad is None  # not computed
+    assert encoder.encoder.layers[2].attention.q_proj.weight.grad is None  # higher layers are not computed
     weights_L = module.weights_L
     assert weights_L is not None and weights_L.tolist() == [0.5, 0.5]
     encoder.eval()
@@ -158,9 +158,9 @@ def test_many_preserves_order_and_reports_errors_in_place(model, tmp_path):
     items = [noise(500 * (1 + n % 7), n) for n in range(80)]
     items[5:5] = [tmp_path / "missing.wav"]
     items.append(tmp_path / "missing too.wav")
-    found = list(extractor.many(items, batch_seconds=1.0, errors="return"))
-    assert len(found) == len(items)
-    for item, features in zip(items, found, strict=True):
+    outputs = list(extractor.many(items, batch_seconds=1.0, errors="return"))
+    assert len(outputs) == len(items)
+    for item, features in zip(items, outputs, strict=True):
         if isinstance(item, torch.Tensor):
             torch.testing.assert_close(features, extractor(item), atol=1e-5, rtol=1e-5)
         else:
@@ -198,7 +198,7 @@ def test_stream_equals_chunked_features(model, tmp_path, rate):
 
 
 def test_memory_does_not_grow_with_the_recording(model, tmp_path):
-    """Peak memory (Linux) of streaming 2 and 20 minutes, each in a separate process."""
+    """Compares the peak memory of streaming 2 and 20 minutes of audio in separate processes."""
     save_bundle(tmp_path / "b", model=model)
     code = """
 import sys, jahubert
@@ -216,7 +216,7 @@ print(frames, next(line.split()[1] for line in open("/proc/self/status") if line
         frames, peak = map(int, done.stdout.split())
         assert frames == HUBERT.n_frames(60 * minutes * 16_000)
         peaks.append(peak / 1024)
-    assert peaks[1] - peaks[0] < 20, peaks  # MB; the samples alone would be 69 more
+    assert peaks[1] - peaks[0] < 20, peaks  # MB; storing all samples would add 69 MB
 
 
 def test_input_of_the_first_block_does_not_depend_on_chunks():

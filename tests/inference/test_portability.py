@@ -1,4 +1,4 @@
-"""Pickling, deep copies, spawned DataLoader workers and other default devices."""
+"""Tests of pickling, deep copies, spawned DataLoader workers and other default devices."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ WAV = torch.randn(16_000, generator=torch.Generator().manual_seed(0)) * 0.1
 KINDS = ("features", "layers", "units", "transcriber", "int8 transcriber")
 
 
-def make(kind: str):
-    """A function of a waveform that is one of the public objects or wraps one."""
+def make_extractor(kind: str):
+    """Return a public object, or a wrapper of one, that maps a waveform to a result."""
     torch.manual_seed(0)
     encoder = HubertModel(TINY).eval()
     if kind == "layers":
@@ -54,7 +54,7 @@ def assert_same(a, b) -> None:
 
 
 class Extracted(Dataset):
-    """Results computed by the workers of a DataLoader."""
+    """Dataset whose items are computed in DataLoader workers."""
 
     def __init__(self, item):
         self.item = item
@@ -68,7 +68,7 @@ class Extracted(Dataset):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_give_the_same_result(kind):
-    item = make(kind)
+    item = make_extractor(kind)
     expected = result(item)
     assert_same(result(copy.deepcopy(item)), expected)
     assert_same(result(pickle.loads(pickle.dumps(item))), expected)
@@ -76,7 +76,7 @@ def test_copies_give_the_same_result(kind):
 
 @pytest.mark.parametrize("kind", ["units", "transcriber"])
 def test_spawned_workers_give_the_same_result(kind):
-    item = make(kind)
+    item = make_extractor(kind)
     expected = result(item)
     loader = DataLoader(Extracted(item), batch_size=None, num_workers=1, multiprocessing_context="spawn")
     for computed in loader:
@@ -84,10 +84,10 @@ def test_spawned_workers_give_the_same_result(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_default_device_changes_nothing(kind):
-    item = make(kind)
+def test_default_device_does_not_change_the_result(kind):
+    item = make_extractor(kind)
     expected = result(item)
-    torch.set_default_device("meta")  # tensors without data: any use of them would fail
+    torch.set_default_device("meta")  # meta tensors have no data, so any use fails
     try:
         assert_same(result(item), expected)
         if kind == "transcriber":

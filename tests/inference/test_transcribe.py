@@ -1,4 +1,4 @@
-"""Transcription with planted log-probabilities and tiny random models: batches, long audio, errors."""
+"""Tests of transcription with planted log-probabilities and tiny random models."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ def ctc() -> HubertForCtc:
 
 @pytest.fixture(scope="module")
 def random_asr(ctc) -> Transcriber:
-    return Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False)  # the tests transcribe noise
+    return Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False)  # the test audio is noise
 
 
 class Planted(Transcriber):
-    """Reads labels from the waveform: sample 320 t is 0.01 times the label of frame t."""
+    """Transcriber that reads labels from the waveform: sample 320 t is 0.01 times the label of frame t."""
 
     def __init__(self):
         model = HubertForCtc(TINY, len(PHONEMES))
         super().__init__(model, PHONEMES, beam=4, device="cpu", vad=False)
 
     def log_probs(self, wavs):
-        found = []
+        logps = []
         for wav in wavs:
             labels = (wav[: TINY.grid.n_frames(len(wav)) * 320 : 320] * 100).round().long()
-            found.append((F.one_hot(labels, len(PHONEMES)) * 12.0).log_softmax(-1))
-        return found
+            logps.append((F.one_hot(labels, len(PHONEMES)) * 12.0).log_softmax(-1))
+        return logps
 
 
 def speech(frames: str, repeat: int = 1) -> torch.Tensor:
-    """A waveform for `Planted`: one symbol per frame, `-` is the blank."""
+    """Waveform for `Planted` with one symbol per frame; `-` is the blank."""
     index = {symbol: i for i, symbol in enumerate(PHONEMES.symbols)} | {"-": 0}
     wav = torch.zeros(len(frames.split()) * repeat * 320 + 80)
     wav[:-80:320] = torch.tensor([index[symbol] for symbol in frames.split()] * repeat) * 0.01
@@ -71,36 +71,36 @@ def assert_same(a: jahubert.Transcript, b: jahubert.Transcript) -> None:
 
 
 def test_words_have_kana_and_times():
-    found = Planted().transcribe(speech("- a a - s a - | - - w - a - a - -"))
-    assert found.text == "アサ ワア"
-    assert found.phonemes == ("a", "s", "a", "|", "w", "a", "a")
-    assert [word.kana for word in found.words] == ["アサ", "ワア"]
-    assert [(word.start, word.end) for word in found.words] == [(0.02, 0.12), (0.2, 0.3)]
-    assert found.words[0].times == ((0.02, 0.06), (0.08, 0.1), (0.1, 0.12))
-    assert found.duration == pytest.approx(17 * 0.02 + 0.005)
-    assert -0.1 < found.score < 0 and -0.01 < found.words[0].score < 0
+    transcript = Planted().transcribe(speech("- a a - s a - | - - w - a - a - -"))
+    assert transcript.text == "アサ ワア"
+    assert transcript.phonemes == ("a", "s", "a", "|", "w", "a", "a")
+    assert [word.kana for word in transcript.words] == ["アサ", "ワア"]
+    assert [(word.start, word.end) for word in transcript.words] == [(0.02, 0.12), (0.2, 0.3)]
+    assert transcript.words[0].times == ((0.02, 0.06), (0.08, 0.1), (0.1, 0.12))
+    assert transcript.duration == pytest.approx(17 * 0.02 + 0.005)
+    assert -0.1 < transcript.score < 0 and -0.01 < transcript.words[0].score < 0
 
 
 def test_redundant_boundaries_make_no_words():
-    found = Planted().transcribe(speech("| - a | - | i - |"))
-    assert [word.phonemes for word in found.words] == [("a",), ("i",)]
+    transcript = Planted().transcribe(speech("| - a | - | i - |"))
+    assert [word.phonemes for word in transcript.words] == [("a",), ("i",)]
 
 
-def test_silence_and_too_short_audio():
+def test_silence_and_too_short_audio_give_no_words():
     for wav in (torch.zeros(16_000), torch.zeros(100)):
-        found = Planted().transcribe(wav)
-        assert found.words == () and found.text == "" and found.phonemes == ()
-        assert found.duration == len(wav) / 16_000
+        transcript = Planted().transcribe(wav)
+        assert transcript.words == () and transcript.text == "" and transcript.phonemes == ()
+        assert transcript.duration == len(wav) / 16_000
 
 
 def test_long_recordings_keep_words_and_times():
     sentence = "- k o - N n i - ch i w a | " + "s - e k a - i - | " + "- " * 40
     n = len(sentence.split())
-    found = Planted().transcribe(speech(sentence, repeat=60))  # 69 s
-    assert len(found.words) == 120
-    assert [word.kana for word in found.words[:2]] == ["コンニチワ", "セカイ"]
-    assert {word.kana for word in found.words} == {"コンニチワ", "セカイ"}
-    starts = [word.start for word in found.words[::2]]
+    transcript = Planted().transcribe(speech(sentence, repeat=60))  # 69 s
+    assert len(transcript.words) == 120
+    assert [word.kana for word in transcript.words[:2]] == ["コンニチワ", "セカイ"]
+    assert {word.kana for word in transcript.words} == {"コンニチワ", "セカイ"}
+    starts = [word.start for word in transcript.words[::2]]
     assert starts == pytest.approx([(i * n + 1) * 0.02 for i in range(60)])
 
 
@@ -126,7 +126,7 @@ def test_long_recordings_are_cut_at_pauses():
 
 @pytest.mark.parametrize("seconds", [0.4, 1.0, 29.99, 30.0, 30.02, 61.3, 200.0])
 def test_chunks_keep_every_frame_once(seconds):
-    """Each sample is its own index, so the kept frames must be 0, 1, 2, ... for any block size."""
+    """Sample values are indices, so the kept frames must be 0, 1, 2, ... for any block size."""
     grid, n = TINY.grid, round(seconds * 16_000)
     wav = torch.arange(n, dtype=torch.float64)
     for size in (999, 16_000, 10**7):
@@ -139,24 +139,24 @@ def test_chunks_keep_every_frame_once(seconds):
 
 
 def test_streaming_equals_one_pass(random_asr, tmp_path):
-    """Reading in blocks, encoding in chunks and decoding in segments, compared with one pass."""
+    """Compares block-wise reading, encoding and decoding with a single pass."""
     generator = torch.Generator().manual_seed(2)
     wav = torch.randn(100 * 16_000, generator=generator) * 0.1
     soundfile.write(tmp_path / "long.wav", wav.numpy(), 16_000, subtype="FLOAT")
-    found = random_asr.transcribe(tmp_path / "long.wav")
-    (logp,) = random_asr.log_probs([wav])  # 30 s chunks, joined by another function
+    streamed = random_asr.transcribe(tmp_path / "long.wav")
+    (logp,) = random_asr.log_probs([wav])  # joins 30 s chunks without streaming
     cut = list(cut_at_pauses([logp], 1500, 25))
     whole = random_asr._transcript("", len(wav), random_asr._decode(cut))
-    assert found.phonemes == whole.phonemes and found.duration == 100.0
-    assert [word.times for word in found.words] == [word.times for word in whole.words]
+    assert streamed.phonemes == whole.phonemes and streamed.duration == 100.0
+    assert [word.times for word in streamed.words] == [word.times for word in whole.words]
     seconds: list[float] = []
     assert len(list(random_asr.transcribe_many([wav, wav[:16_000]], progress=seconds.append))) == 2
     assert sum(seconds) == pytest.approx(101.0)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SOUNDS if kind != "beeps"])  # the first one is kept
+@pytest.mark.parametrize("kind", [kind for kind in SOUNDS if kind != "beeps"])  # VAD keeps the first beep
 def test_no_words_outside_of_speech(ctc, kind):
-    """The random model outputs phones for any sound; only those within speech remain."""
+    """The random model outputs phones for any sound; only phones within speech are kept."""
     asr = Transcriber(ctc, PHONEMES, beam=2, device="cpu")
     sound = nonspeech(kind)
     assert asr.transcribe(sound).words == ()
@@ -184,7 +184,7 @@ def test_real_speech_is_detected(shared_data):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_recording(ctc, tmp_path):
-    """44.1 kHz stereo of 4 and 24 minutes: 85 and 508 MB if read at once."""
+    """Compares 4 and 24 minutes of 44.1 kHz stereo, which would need 85 and 508 MB if read at once."""
     save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
     code = """
 import resource, sys, jahubert
@@ -211,16 +211,16 @@ def test_results_do_not_depend_on_the_batch(random_asr, tmp_path):
     wavs = [torch.randn(n, generator=generator) * 0.1 for n in (16_000, 7_001, 399, 30_000, 560_000)]
     soundfile.write(tmp_path / "a b.flac", wavs[0].numpy(), 16_000)
     sources = [*wavs, tmp_path / "a b.flac", wavs[1].numpy().astype(np.float64)]
-    alone = [random_asr.transcribe(source) for source in sources]
-    assert len(alone[4].phonemes) > 3
-    assert alone[5].audio == str(tmp_path / "a b.flac") and alone[0].audio == ""
+    separate = [random_asr.transcribe(source) for source in sources]
+    assert len(separate[4].phonemes) > 3
+    assert separate[5].audio == str(tmp_path / "a b.flac") and separate[0].audio == ""
     for seconds in (0.0, 2.0, 1000.0):
         together = list(random_asr.transcribe_many(sources, batch_seconds=seconds))
-        for one, other in zip(together, alone, strict=True):
+        for one, other in zip(together, separate, strict=True):
             assert_same(one, other)
 
 
-def test_sample_rate_of_arrays(random_asr):
+def test_arrays_are_resampled(random_asr):
     wav = np.random.default_rng(0).normal(0, 0.1, 8_000).astype(np.float32)
     assert random_asr.transcribe(wav, sample_rate=8_000).duration == pytest.approx(1.0)
 
@@ -229,8 +229,8 @@ def test_errors_are_raised_or_returned(random_asr, tmp_path):
     (tmp_path / "bad.wav").write_bytes(b"RIFF not really")
     wav = torch.randn(8_000) * 0.1
     sources = [wav, tmp_path / "bad.wav", wav, tmp_path / "missing.wav"]
-    found = list(random_asr.transcribe_many(sources, errors="return"))
-    assert [type(x) for x in found] == [jahubert.Transcript, AudioError, jahubert.Transcript, AudioError]
+    results = list(random_asr.transcribe_many(sources, errors="return"))
+    assert [type(x) for x in results] == [jahubert.Transcript, AudioError, jahubert.Transcript, AudioError]
     stream = random_asr.transcribe_many(sources)
     assert isinstance(next(stream), jahubert.Transcript)
     with pytest.raises(AudioError, match=r"bad\.wav"):
@@ -245,13 +245,13 @@ def test_failure_in_a_batch_affects_one_recording():
             return super().log_probs(wavs)
 
     wavs = [torch.zeros(8_000), torch.zeros(9_000), torch.zeros(10_000)]
-    found = list(FailsOnLength9000().transcribe_many(wavs, errors="return"))
-    assert [type(x) for x in found] == [jahubert.Transcript, RuntimeError, jahubert.Transcript]
+    results = list(FailsOnLength9000().transcribe_many(wavs, errors="return"))
+    assert [type(x) for x in results] == [jahubert.Transcript, RuntimeError, jahubert.Transcript]
     with pytest.raises(RuntimeError):
         list(FailsOnLength9000().transcribe_many(wavs))
 
 
-def test_from_pretrained(ctc, random_asr, tmp_path):
+def test_from_pretrained_opens_ctc_bundles_only(ctc, random_asr, tmp_path):
     save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
     save_bundle(tmp_path / "plain", model=HubertModel(TINY))
     wav = torch.randn(20_000) * 0.1
@@ -276,5 +276,5 @@ def test_missing_builtin_model_is_reported(monkeypatch):
 
 
 def test_builtin_model_is_a_bundle_or_none():
-    found = builtin_model()
-    assert found is None or (found / "config.json").is_file()
+    path = builtin_model()
+    assert path is None or (path / "config.json").is_file()

@@ -1,4 +1,4 @@
-"""Output formats: content, subtitle cues, TextGrid tiers, and files read back by other programs."""
+"""Tests of the output formats: content, subtitle cues, TextGrid tiers, and parsing by other programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def word(kana: str, phonemes: str, start: float, step: float = 0.1) -> Word:
     return Word(kana, phones, times[0][0], times[-1][1], -0.25, times)
 
 
-KNOWN = Transcript(
+TRANSCRIPT = Transcript(
     (word("アサ", "a s a", 0.5), word("ワ", "w a", 0.9), word("キレー", "k i r e:", 3661.0)),
     duration=3662.0,
     score=-7.5,
@@ -28,39 +28,39 @@ KNOWN = Transcript(
 EMPTY = Transcript((), 1.5, 0.0, "quiet.wav")
 
 
-def test_text_and_phonemes():
-    assert writers.render(KNOWN, "text") == "アサ ワ キレー\n"
-    assert " ".join(KNOWN.phonemes) == "a s a | w a | k i r e:"
+def test_text_format_is_one_line_of_kana():
+    assert writers.render(TRANSCRIPT, "text") == "アサ ワ キレー\n"
+    assert " ".join(TRANSCRIPT.phonemes) == "a s a | w a | k i r e:"
     assert writers.render(EMPTY, "text") == "\n"
 
 
 def test_json_is_one_complete_line():
-    line = writers.render(KNOWN, "json")
+    line = writers.render(TRANSCRIPT, "json")
     assert line.count("\n") == 1 and "アサ" in line
     content = json.loads(line)
-    assert content["audio"] == KNOWN.audio and content["duration"] == 3662.0 and content["score"] == -7.5
-    assert content["phonemes"] == list(KNOWN.phonemes)
+    assert content["audio"] == TRANSCRIPT.audio and content["duration"] == 3662.0 and content["score"] == -7.5
+    assert content["phonemes"] == list(TRANSCRIPT.phonemes)
     first = content["words"][0]
     assert (first["kana"], first["start"], first["end"]) == ("アサ", 0.5, 0.8)
     assert first["times"] == [[0.5, 0.6], [0.6, 0.7], [0.7, 0.8]]
 
 
-def test_tsv():
-    lines = writers.render(KNOWN, "tsv").splitlines()
+def test_tsv_has_one_row_per_word():
+    lines = writers.render(TRANSCRIPT, "tsv").splitlines()
     assert lines[0].split("\t") == ["audio", "start", "end", "kana", "phonemes"]
     assert lines[1].split("\t") == ["朝 の/a.wav", "0.500", "0.800", "アサ", "a s a"]
     assert len(lines) == 4
 
 
-def test_srt():
-    assert writers.render(KNOWN, "srt") == (
+def test_srt_cues():
+    assert writers.render(TRANSCRIPT, "srt") == (
         "1\n00:00:00,500 --> 00:00:01,300\nアサ ワ\n\n2\n01:01:01,000 --> 01:01:01,800\nキレー\n"
     )
     assert writers.render(EMPTY, "srt") == ""
 
 
-def test_vtt():
-    lines = writers.render(KNOWN, "vtt").splitlines()
+def test_vtt_cues():
+    lines = writers.render(TRANSCRIPT, "vtt").splitlines()
     assert lines[:4] == ["WEBVTT", "", "00:00:00.500 --> 00:00:01.300", "アサ ワ"]
     assert writers.render(EMPTY, "vtt") == "WEBVTT\n"
 
@@ -73,26 +73,27 @@ def test_subtitle_cues_are_bounded():
 
 
 def test_textgrid_tiers_are_gapless():
-    grid = writers.render(KNOWN, "textgrid")
+    grid = writers.render(TRANSCRIPT, "textgrid")
     for tier in grid.split("    item [")[1:]:
         bounds = [float(x) for x in re.findall(r"^            xm(?:in|ax) = (\S+)", tier, re.M)]
         labels = re.findall(r'            text = "(.*)"', tier)
         assert bounds[0] == 0 and bounds[-1] == 3662.0
         assert bounds[1:-1:2] == bounds[2::2] and len(labels) * 2 == len(bounds)
         assert f"intervals: size = {len(labels)}" in tier
-        assert [x for x in labels if x] in (["アサ", "ワ", "キレー"], [p for p in KNOWN.phonemes if p != "|"])
+        phones = [phone for phone in TRANSCRIPT.phonemes if phone != "|"]
+        assert [x for x in labels if x] in (["アサ", "ワ", "キレー"], phones)
     assert 'name = "words"' in grid and 'name = "phones"' in grid
     assert grid.count('text = ""') == 2 * 4
     assert writers.render(EMPTY, "textgrid").count('text = ""') == 2
 
 
-def test_textgrid_quotes():
+def test_textgrid_escapes_quotes():
     quoted = Transcript((Word('"', ("a",), 0.0, 0.1, -1.0, ((0.0, 0.1),)),), 1.0, -1.0)
     assert 'text = """"' in writers.render(quoted, "textgrid")
 
 
 def test_save_writes_every_format(tmp_path):
-    paths = writers.save(KNOWN, tmp_path / "deep" / "talk.one", writers.FORMATS)
+    paths = writers.save(TRANSCRIPT, tmp_path / "deep" / "talk.one", writers.FORMATS)
     assert [p.name for p in paths] == [
         f"talk.one{ending}"
         for ending in (".txt", ".json", ".tsv", ".srt", ".vtt", ".TextGrid", ".labels.txt")
@@ -101,42 +102,42 @@ def test_save_writes_every_format(tmp_path):
     assert paths[0].read_text(encoding="utf-8") == "アサ ワ キレー\n"
 
 
-def test_unknown_format():
+def test_unknown_format_is_rejected():
     with pytest.raises(ConfigError, match=r"'doc'.*textgrid"):
-        writers.render(KNOWN, "doc")
+        writers.render(TRANSCRIPT, "doc")
 
 
 def test_phonemes_replace_kana():
-    assert writers.render(KNOWN, "text", phonemes=True) == "a s a | w a | k i r e:\n"
-    assert "a s a | w a |\n" in writers.render(KNOWN, "srt", phonemes=True)
-    assert writers.render(KNOWN, "audacity", phonemes=True).splitlines()[1].split("\t")[2] == "w a"
-    for format in ("json", "tsv", "textgrid"):  # these contain both
-        assert writers.render(KNOWN, format, phonemes=True) == writers.render(KNOWN, format)
+    assert writers.render(TRANSCRIPT, "text", phonemes=True) == "a s a | w a | k i r e:\n"
+    assert "a s a | w a |\n" in writers.render(TRANSCRIPT, "srt", phonemes=True)
+    assert writers.render(TRANSCRIPT, "audacity", phonemes=True).splitlines()[1].split("\t")[2] == "w a"
+    for format in ("json", "tsv", "textgrid"):  # formats with both kana and phonemes
+        assert writers.render(TRANSCRIPT, format, phonemes=True) == writers.render(TRANSCRIPT, format)
 
 
 LONG = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(8000)), 4001.0, -1.0, "long.wav")
 
 
-@pytest.mark.parametrize("transcript", [KNOWN, EMPTY, LONG], ids=["known", "empty", "long"])
+@pytest.mark.parametrize("transcript", [TRANSCRIPT, EMPTY, LONG], ids=["known", "empty", "long"])
 class TestOtherPrograms:
-    """Files read by independent implementations of the formats."""
+    """Independent parsers read the written files."""
 
     def test_subrip(self, transcript, tmp_path):
         srt = pytest.importorskip("srt", reason="extra dev")
         (path,) = writers.save(transcript, tmp_path / "a", ["srt"])
         cues = list(srt.parse(path.read_text(encoding="utf-8"), ignore_errors=False))
-        found = [(c.start.total_seconds(), c.end.total_seconds(), c.content) for c in cues]
-        assert found == rounded(writers._cues(transcript.words))
+        parsed = [(c.start.total_seconds(), c.end.total_seconds(), c.content) for c in cues]
+        assert parsed == rounded(writers._cues(transcript.words))
         assert [cue.index for cue in cues] == list(range(1, len(cues) + 1))
 
     def test_webvtt(self, transcript, tmp_path):
         webvtt = pytest.importorskip("webvtt", reason="extra dev")
         (path,) = writers.save(transcript, tmp_path / "a", ["vtt"])
-        found = [(c.start_in_seconds, c.end_in_seconds, c.text) for c in webvtt.read(path)]
-        wanted = rounded(writers._cues(transcript.words))
-        assert [text for *_, text in found] == [text for *_, text in wanted]
-        for one, other in zip(found, wanted, strict=True):
-            assert one[:2] == pytest.approx(other[:2], abs=1.0)  # this reader drops milliseconds
+        parsed = [(c.start_in_seconds, c.end_in_seconds, c.text) for c in webvtt.read(path)]
+        expected = rounded(writers._cues(transcript.words))
+        assert [text for *_, text in parsed] == [text for *_, text in expected]
+        for one, other in zip(parsed, expected, strict=True):
+            assert one[:2] == pytest.approx(other[:2], abs=1.0)  # this parser drops milliseconds
 
     def test_praat(self, transcript, tmp_path):
         praatio = pytest.importorskip("praatio.textgrid", reason="extra dev")
@@ -162,7 +163,7 @@ class TestOtherPrograms:
 
 
 def rounded(cues: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Cues to the millisecond."""
+    """Round cue times to milliseconds."""
     return [(round(start, 3), round(end, 3), text) for start, end, text in cues]
 
 

@@ -1,4 +1,4 @@
-"""The model as an ordinary nn.Module: adapters, hooks, transforms, export, pickling, default devices."""
+"""Tests of the model as an ordinary nn.Module: adapters, hooks, transforms, export, pickling, devices."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Lora(nn.Module):
 
 
 def replace_modules(model: nn.Module, kind: type, replacement) -> int:
-    """Replace every module of exactly this type; returns how many there were."""
+    """Replace every module of exactly this type and return their number."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -109,7 +109,7 @@ def test_hooks_of_every_module_are_called_and_change_nothing(model, wav_BT, regi
         if not isinstance(module, nn.ModuleList | nn.ModuleDict):
             names.append(name)
             getattr(module, register)(partial(hook, name))
-    wav_BT.requires_grad_(True)  # so that a backward hook of the model itself has an input gradient
+    wav_BT.requires_grad_(True)  # gives the backward hook of the model itself an input gradient
     encoded = model(wav_BT, LENGTHS)
     encoded.hidden_BSD.sum().backward()
     assert set(names) - {""} <= set(called)
@@ -183,7 +183,7 @@ def test_changed_modules_are_not_bypassed(base, wav_BT, change):
         torch.testing.assert_close(hidden_BSD.as_subclass(Tensor), expected_BSD, **TOLERANCE)
 
 
-def test_pruning_of_every_layer(base, wav_BT):
+def test_pruned_layers_are_not_bypassed(base, wav_BT):
     for module in list(base.modules()):
         if isinstance(module, nn.Linear | nn.Conv1d):
             prune.l1_unstructured(module, "weight", amount=0.5)
@@ -197,7 +197,7 @@ def test_pruning_of_every_layer(base, wav_BT):
     torch.testing.assert_close(base(wav_BT, LENGTHS).hidden_BSD, pruned_BSD, **TOLERANCE)
 
 
-def test_int8_quantization_disables_the_kernels(base, wav_BT):
+def test_int8_output_is_close(base, wav_BT):
     quantized = quantize_int8(base, torch.device("cpu"))
     with torch.inference_mode():
         exact_BSD, hidden_BSD = (m(wav_BT, LENGTHS).hidden_BSD for m in (base, quantized))
@@ -205,7 +205,7 @@ def test_int8_quantization_disables_the_kernels(base, wav_BT):
 
 
 def test_wrapped_blocks_keep_the_kernels(base):
-    """As activation checkpointing and FSDP2 wrap them in training."""
+    """Activation checkpointing and FSDP2 wrap the blocks in training."""
     for block in base.encoder.layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     assert kernels.usable(base)
@@ -219,7 +219,7 @@ def test_wrapped_blocks_keep_the_kernels(base):
         torch.distributed.destroy_process_group()
 
 
-def test_torch_func_grad_and_vmap(model, wav_BT):
+def test_torch_func_grad_and_vmap_equal_autograd(model, wav_BT):
     parameters = dict(model.eval().named_parameters())
     weights = torch.randn(2, model.config.grid.n_frames(8000), model.config.width)
 
@@ -254,7 +254,7 @@ def test_double_backward_needs_the_plain_modules(model, wav_BT):
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "masked_spec_embed")
 
 
-def test_hessian_of_the_mask_embedding(base, wav_BT):
+def test_hessian_of_the_mask_embedding_is_symmetric(base, wav_BT):
     mask_BS = torch.arange(24).expand(2, -1) < 4
 
     def loss(embedding_D: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ def test_hessian_of_the_mask_embedding(base, wav_BT):
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "lengths"])
-def test_torch_export(base, wav_BT, lengths):
+def test_exported_program_equals_the_model(base, wav_BT, lengths):
     with torch.no_grad():
         program = torch.export.export(base, (wav_BT, lengths))
         exported = program.module()(wav_BT, lengths)
@@ -278,7 +278,7 @@ def test_torch_export(base, wav_BT, lengths):
     assert torch.equal(exported.n_frames_B, expected.n_frames_B)
 
 
-def test_jit_trace(base, wav_BT):
+def test_traced_model_equals_the_model(base, wav_BT):
     ctc = HubertForCtc(base.config, 11, base).eval()
     traced = torch.jit.trace(ctc, (wav_BT,), check_trace=False)
     torch.testing.assert_close(traced(wav_BT)[0], ctc(wav_BT)[0], **TOLERANCE)
@@ -336,7 +336,7 @@ def default_meta_device():
 @pytest.mark.usefixtures("default_meta_device")
 @pytest.mark.parametrize("context", [torch.enable_grad, kernels.disabled])
 def test_default_device_does_not_change_the_result(context):
-    """Tensors that a step makes are on the device of the model, or on the CPU by choice."""
+    """A step creates its tensors on the device of the model or explicitly on the CPU."""
     assert HubertModel(CONFIGS["base"]).masked_spec_embed.is_meta
     with torch.device("cpu"):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The model against Hugging Face's on the same weights, batches, configs and heads."""
+"""Tests of the model against Hugging Face's on the same weights, and of batches, configs and heads."""
 
 import math
 
@@ -32,7 +32,7 @@ def theirs(config: HubertConfig, ours: HubertModel) -> HfModel:
             do_stable_layer_norm=config.pre_norm,
         )
     ).eval()
-    model.load_state_dict(ours.state_dict())  # strict: our names are theirs
+    model.load_state_dict(ours.state_dict())  # strict, because the parameter names are equal
     return model
 
 
@@ -46,7 +46,7 @@ def test_equals_hugging_face(config, n_samples):
         got = ours(wav_BT, keep_layers=range(config.layers + 1))
         want = theirs(config, ours)(wav_BT, output_hidden_states=True)
     torch.testing.assert_close(got.hidden_BSD, want.last_hidden_state, rtol=1e-5, atol=1e-5)
-    # Hugging Face applies the closing norm of pre-norm models to the last hidden state.
+    # Hugging Face applies the final norm of pre-norm models to the last hidden state.
     for number in range(config.layers + (not config.pre_norm)):
         torch.testing.assert_close(got.layers[number], want.hidden_states[number], rtol=1e-5, atol=1e-5)
 
@@ -66,15 +66,15 @@ def test_masked_frames_equal_hugging_face(config):
 @pytest.mark.parametrize("padding", ["masked", "unmasked"])
 @pytest.mark.parametrize("config", [BASE_LIKE, LARGE_LIKE], ids=["base", "large"])
 def test_padding_options_reproduce_hugging_face(config, padding):
-    """A padded batch with masked frames, as Hugging Face computes it with and without an attention mask."""
+    """A padded batch with masked frames equals Hugging Face's with and without an attention mask."""
     torch.manual_seed(0)
     ours, lengths = HubertModel(config).eval(), [16_000, 400, 9_999, 12_345]
     their_model = theirs(config, ours)
     wav_BT = torch.randn(4, 16_000)
     valid_BT = torch.arange(16_000) < torch.tensor(lengths)[:, None]
     mask_BS = torch.rand(4, HUBERT.n_frames(16_000)) < 0.5
-    mask_BS[:, 0] = False  # the only frame of the shortest row
-    keep = range(config.layers + (not config.pre_norm))  # see above
+    mask_BS[:, 0] = False  # the shortest row has only this frame
+    keep = range(config.layers + (not config.pre_norm))  # excludes the hidden state with the final norm
     with torch.no_grad():
         got = ours(wav_BT, lengths, mask_BS=mask_BS, keep_layers=keep, padding=padding)
         exact = ours(wav_BT, lengths, mask_BS=mask_BS)
@@ -90,7 +90,7 @@ def test_padding_options_reproduce_hugging_face(config, padding):
         pairs += [(got.layers[number], want.hidden_states[number]) for number in keep]
         for output, expected in pairs:
             torch.testing.assert_close(output[row, :n], expected[row, :n], rtol=1e-5, atol=1e-5)
-    if config.conv_norm == "group" or padding == "unmasked":  # then padding has an effect
+    if config.conv_norm == "group" or padding == "unmasked":  # cases in which padding changes the result
         assert float((got.hidden_BSD[1, 0] - exact.hidden_BSD[1, 0]).abs().max()) > 1e-3
     else:
         torch.testing.assert_close(got.hidden_BSD, exact.hidden_BSD, rtol=1e-5, atol=1e-5)
@@ -103,17 +103,17 @@ def test_utterance_does_not_depend_on_its_batch(config, normalize):
     model = HubertModel(HubertConfig(**{**vars(config), "normalize": normalize})).eval()
     lengths = [16_000, 400, 9_999, 25_600]
     wavs = [torch.randn(n) for n in lengths]
-    batch_BT = torch.full((4, 30_000), 7.0)  # samples after an utterance must not matter
+    batch_BT = torch.full((4, 30_000), 7.0)  # arbitrary samples after each utterance
     for row, wav_T in enumerate(wavs):
         batch_BT[row, : len(wav_T)] = wav_T
     with torch.no_grad():
         together = model(batch_BT, lengths)
         for row, wav_T in enumerate(wavs):
-            alone = model(wav_T[None])
+            single = model(wav_T[None])
             n_frames = HUBERT.n_frames(len(wav_T))
-            assert together.n_frames_B[row] == n_frames == alone.hidden_BSD.shape[1]
+            assert together.n_frames_B[row] == n_frames == single.hidden_BSD.shape[1]
             torch.testing.assert_close(
-                together.hidden_BSD[row, :n_frames], alone.hidden_BSD[0], rtol=1e-5, atol=1e-5
+                together.hidden_BSD[row, :n_frames], single.hidden_BSD[0], rtol=1e-5, atol=1e-5
             )
             assert not together.hidden_BSD[row, n_frames:].any()
 
@@ -121,7 +121,7 @@ def test_utterance_does_not_depend_on_its_batch(config, normalize):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [2, 4, 16], ids="{} groups".format)
 def test_autocast_is_close_to_float32(groups, dtype):
-    """With groups of 96, 48 and 12 channels in the positional convolution, and its gradients."""
+    """Covers gradients and groups of 96, 48 and 12 channels in the positional convolution."""
     torch.manual_seed(0)
     sizes = SMALL | {"width": 192, "pos_conv_groups": groups}
     model = HubertModel(HubertConfig(**sizes, pos_conv_kernel=32)).eval()

@@ -1,4 +1,4 @@
-"""The kernels against the plain modules, outputs and gradients: the whole model, and each kernel alone."""
+"""Tests of the kernels' outputs and gradients against the plain modules, together and one by one."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ CONFIGS = {
     "group norm, pre-norm": HubertConfig(**SIZES, **NO_DROPOUT, pre_norm=True, pos_conv_kernel=128),
 }
 HUBERT_CONVS = ((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
-ODD_CONVS = ((7, 2, 5, 1), (3, 3, 2, 2))  # kernels over three strides, shorter than a stride, of one tap
+ODD_CONVS = ((7, 2, 5, 1), (3, 3, 2, 2))  # wide, narrow and one-tap kernels
 
 
 def randomized(module: nn.Module) -> nn.Module:
-    """With norms and biases that have an effect."""
+    """Randomize norms and biases, which are initialized to one and zero."""
     for name, parameter in module.named_parameters():
         if "norm" in name or name.endswith("bias"):
             nn.init.normal_(parameter, 0.5, 0.3)
@@ -45,9 +45,9 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 def assert_same_gradients(output: Tensor, expected: Tensor, inputs: list[Tensor], tolerance: float) -> None:
-    """Gradients of a random weighting of two outputs, relative to the largest value of each gradient.
+    """Compare the gradients of a random weighting of two outputs, relative to the largest value of each.
 
-    Some gradients are zero but for rounding: of a bias before a group norm, of the bias of attention's keys.
+    The gradients of a bias before a group norm and of the key bias in attention are zero except for rounding.
     """
     weights = torch.randn_like(expected)
     grads = torch.autograd.grad((output * weights).sum(), inputs)
@@ -116,8 +116,8 @@ def front_end_config(norm: str, bias: bool, convs) -> HubertConfig:
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("convs", [HUBERT_CONVS, ODD_CONVS], ids=["hubert", "odd"])
 @pytest.mark.parametrize("cached", [1, 2**20], ids=["parts", ""])
-def test_front_end(norm, bias, convs, cached, monkeypatch):
-    monkeypatch.setattr(conv_frontend, "CACHED", cached)  # the smallest parts, or all rows at once
+def test_front_end_equals_the_plain_modules(norm, bias, convs, cached, monkeypatch):
+    monkeypatch.setattr(conv_frontend, "CACHED", cached)  # one row at a time, or all rows at once
     torch.manual_seed(0)
     stack = randomized(ConvFrontEnd(front_end_config(norm, bias, convs)))
     wavs = [torch.randn(n, requires_grad=True) for n in (5000, 400, 12_345, 719, 3201)]
@@ -163,7 +163,7 @@ def test_silence_stays_finite():
 
 
 def test_gradient_of_a_long_utterance_is_summed_in_float32():
-    """A sum in bfloat16 over its many tiles would stop growing at 256 times the summand."""
+    """A bfloat16 sum over many tiles would stop growing at 256 times the summand."""
     torch.manual_seed(0)
     stack = ConvFrontEnd(HubertConfig(conv_dims=(64,), conv_kernels=(10,), conv_strides=(5,)))
     wav_T, grads = torch.randn(480_000), []
@@ -175,7 +175,7 @@ def test_gradient_of_a_long_utterance_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention(dtype):
+def test_attention_equals_the_plain_module(dtype):
     torch.manual_seed(0)
     n_frames = [33, 5, 64, 40, 64, 1]
     packing = Packing(n_frames, 70, CPU)
@@ -193,7 +193,7 @@ def test_attention(dtype):
 
 @pytest.mark.parametrize("cached", [1, 5000, 2**19])
 def test_attention_with_dropout_is_plain_attention_with_the_same_mask(cached, monkeypatch):
-    monkeypatch.setattr(attention, "CACHED", cached)  # heads computed at once
+    monkeypatch.setattr(attention, "CACHED", cached)  # limits the heads computed at once
     torch.manual_seed(0)
     packing = Packing([33, 5, 64, 40], 70, CPU)
     q, k, v = (torch.randn(packing.n_rows, 2, 8, requires_grad=True) for _ in range(3))
@@ -214,7 +214,7 @@ def test_attention_with_dropout_is_plain_attention_with_the_same_mask(cached, mo
 
 @pytest.mark.parametrize("n_frames", [[33, 5, 64, 40, 64, 1], [64, 64]], ids=["mixed", "no filler"])
 def test_flash_attention_gets_the_utterances_as_sequences(n_frames, monkeypatch):
-    """With a CPU implementation of torch's operator, which exists for CUDA only."""
+    """Uses a CPU implementation in place of torch's CUDA-only operator."""
 
     def reference(q_NHE, k_NHE, v_NHE, offsets, longest, dropout):
         assert offsets.dtype is torch.int32 and longest == 64 and dropout == 0.0
@@ -237,7 +237,7 @@ def test_flash_attention_gets_the_utterances_as_sequences(n_frames, monkeypatch)
     assert attend(*in_float32, packing, 0.0).dtype == torch.float32
 
 
-def test_pack_and_unpack():
+def test_unpacking_restores_the_packed_batch():
     packing = Packing([3, 5, 1], 6, CPU)
     x_BSD = torch.arange(3 * 6 * 2.0).view(3, 6, 2)
     unpacked = packing.unpack(packing.pack(x_BSD))
@@ -246,7 +246,7 @@ def test_pack_and_unpack():
         assert (unpacked[row, n:] == 0).all()
 
 
-def test_feed_forward():
+def test_feed_forward_equals_the_plain_module():
     torch.manual_seed(0)
     module = FeedForward(HubertConfig.base(width=24, ffn=96, heads=4, pos_conv_groups=4)).double()
     x_ND = torch.randn(7, 24, dtype=torch.float64, requires_grad=True)
@@ -257,7 +257,7 @@ def test_feed_forward():
 
 @pytest.mark.parametrize("kernel", [8, 9, 128])
 @pytest.mark.parametrize("function", [positional_conv, by_frequencies])
-def test_positional_convolution(kernel, function):
+def test_positional_convolution_equals_the_plain_module(kernel, function):
     torch.manual_seed(0)
     module = randomized(
         PositionalConv(HubertConfig(width=24, heads=4, pos_conv_kernel=kernel, pos_conv_groups=4))
@@ -279,7 +279,7 @@ def test_dropout_rate_mean_and_gradient(p):
     dropped = (y == 0).float()
     n = x.numel()
     assert abs(dropped.mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5
-    # Neighbors come from one random number of 64 bits, and must be independent.
+    # Neighbors share a 64-bit random number but must be independent.
     both = (dropped[:, 1:] * dropped[:, :-1]).mean().item()
     assert abs(both - p * p) < 5 * (p * p / n) ** 0.5
     torch.testing.assert_close(y, (x / (1 - p)) * (1 - dropped), rtol=1e-3, atol=0)

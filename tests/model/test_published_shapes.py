@@ -1,6 +1,6 @@
-"""The published sizes, base and large, against Hugging Face's models on the same random weights.
+"""Tests of the published sizes, base and large, against Hugging Face's models with the same random weights.
 
-Every hidden state, masked frames, padded batches and the CTC head, for recordings of 25 ms to 15 s.
+They cover every hidden state, masked frames, padded batches and the CTC head for recordings of 25 ms to 15 s.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="module", params=["base", "large"])
 def pair(request) -> tuple[HubertForCtc, HfForCtc]:
-    """Ours and theirs, one set of weights in both."""
-    # Normalising waveforms is the business of their processor, not of their model.
+    """The model of this package and Hugging Face's model with the same weights."""
+    # Hugging Face normalizes waveforms in the processor, not in the model.
     changes = {"conv_bias": True, "normalize": False} if request.param == "large" else {}
     config: HubertConfig = getattr(HubertConfig, request.param)(**changes)
     torch.manual_seed(0)
     ours = HubertForCtc(config, SYMBOLS).eval()
     for name, parameter in ours.named_parameters():
-        if "norm" in name or "bias" in name:  # new ones would do nothing
+        if "norm" in name or "bias" in name:  # initial norms and biases have no effect
             parameter.data += 0.1 * torch.randn_like(parameter)
     with torch.device("meta"):
         theirs = HfForCtc(
@@ -47,32 +47,32 @@ def pair(request) -> tuple[HubertForCtc, HfForCtc]:
 
 
 def waveforms(*lengths: int) -> torch.Tensor:
-    """(B, T), zero behind each."""
+    """Random waveforms (B, T), padded with zeros."""
     generator = torch.Generator().manual_seed(1)
     wavs = [0.1 * torch.randn(n, generator=generator) for n in lengths]
     return torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
 
 
-def difference(mine: torch.Tensor, their: torch.Tensor) -> float:
-    """Largest, relative to the largest value."""
-    return float((mine - their).abs().max() / their.abs().max())
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest value."""
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("n_samples", [400, 16_123, pytest.param(240_000, marks=pytest.mark.slow)])
-def test_every_hidden_state(pair, n_samples):
+def test_every_hidden_state_equals_hugging_face(pair, n_samples):
     ours, theirs = pair
     config, wav_BT = ours.config, waveforms(n_samples)
     mask_BS = torch.rand(1, HUBERT.n_frames(n_samples), generator=torch.Generator().manual_seed(2)) < 0.4
     with torch.inference_mode():
         got = ours.hubert(wav_BT, mask_BS=mask_BS, keep_layers=range(config.layers + 1))
         want = theirs.hubert(wav_BT, mask_time_indices=mask_BS, output_hidden_states=True)
-    for number in range(config.layers + (not config.pre_norm)):  # theirs has the last one behind the norm
+    for number in range(config.layers + (not config.pre_norm)):  # Hugging Face normalizes the last one
         assert difference(got.layers[number], want.hidden_states[number]) < 1e-5, number
     assert difference(got.hidden_BSD, want.last_hidden_state) < 1e-5
 
 
 @pytest.mark.parametrize("padding", ["masked", "unmasked"])
-def test_log_probabilities_of_a_padded_batch(pair, padding):
+def test_log_probabilities_of_a_padded_batch_equal_hugging_face(pair, padding):
     ours, theirs = pair
     lengths = [30_000, 400, 16_123]
     wav_BT = waveforms(*lengths)

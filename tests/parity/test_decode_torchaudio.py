@@ -1,4 +1,4 @@
-"""Parity of the CTC beam search with flashlight's (torchaudio), judged by the exact CTC probability."""
+"""Comparison of the CTC beam search with flashlight's (torchaudio) by exact CTC probability."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def true_scores(logp_BSV: torch.Tensor, answers: list[tuple[int, ...]]) -> torch
 
 
 def test_hypotheses_are_at_least_as_probable_as_flashlights():
-    """In at least 95 % of 200 random and peaked cases, ours has the same or a higher probability."""
+    """Our hypothesis is at least as probable in at least 95 % of 200 random and peaked cases."""
     decoder = pytest.importorskip("torchaudio.models.decoder")
     pytest.importorskip("flashlight.lib.text.decoder")
     tokens = [
@@ -44,9 +44,9 @@ def test_hypotheses_are_at_least_as_probable_as_flashlights():
     not_less = 0
     for peaky in (False, True):
         logp_BSV = log_probs(peaky)
-        ours = [found[0].labels for found in beam_search(logp_BSV, [FRAMES] * CASES, beam=BEAM)]
+        ours = [h[0].labels for h in beam_search(logp_BSV, [FRAMES] * CASES, beam=BEAM)]
         silent = F.pad(logp_BSV, (0, 1), value=-1e4).contiguous()
-        answers = [tuple(v for v in found[0].tokens.tolist() if v < SYMBOLS) for found in theirs(silent)]
+        answers = [tuple(v for v in h[0].tokens.tolist() if v < SYMBOLS) for h in theirs(silent)]
         better = true_scores(logp_BSV, ours) >= true_scores(logp_BSV, answers) - 1e-6
         not_less += int(better.sum())
     assert not_less >= 0.95 * 2 * CASES

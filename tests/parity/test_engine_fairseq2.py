@@ -1,6 +1,6 @@
-"""Both engines learn the same from the same: bit for bit, whole or stopped, in one process or two.
+"""Tests that both engines give bit-identical results, uninterrupted or resumed, in one process or two.
 
-As a script under torchrun it is the two processes: `torchrun --nproc-per-node 2 FILE FOLDER`.
+The tests also run this file as a script: `torchrun --nproc-per-node 2 FILE FOLDER`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MODEL = HubertConfig(
 )
 CONFIG = TrainConfig(
     max_steps=6,
-    batch_seconds=8.0,  # four micro-batches a step: two for each of two processes
+    batch_seconds=8.0,  # four micro-batches per step, two for each process
     micro_seconds=2.0,
     lr=3e-3,
     clip_norm=0.5,
@@ -68,7 +68,7 @@ class Batch:
 
 
 class Tones:
-    """Utterances made of short tones; the unit of a frame is the pitch under it."""
+    """Data source of utterances made of short tones; the unit of a frame is its pitch."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ class Tones:
 
 
 class Learner(nn.Module):
-    """Masked prediction; in step `stop_at` the last process, and no other, gets a signal."""
+    """Masked prediction that sends a signal to the last process in step `stop_at`."""
 
     seed = 7
     has_unused_parameters = True
@@ -127,8 +127,8 @@ class Learner(nn.Module):
         return {"loss": sums["total"] / count, "accuracy": sums["correct"] / count}
 
 
-def learn(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **stop):
-    """Train with validation; returns the state dict and the metrics, None if the run was stopped."""
+def train_model(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **stop):
+    """Train with validation and return the state dict and metrics; None for the metrics of a stopped run."""
     out.mkdir(parents=True, exist_ok=True)
     module, data = Learner(**stop), Tones()
 
@@ -157,16 +157,16 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def lines(out: Path) -> list[dict]:
-    """The metrics without timing."""
+def metric_rows(out: Path) -> list[dict]:
+    """Read the metrics without their timing."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
 
 
-def check_lines(a: Path, b: Path) -> None:
-    """Sums are accumulated in another order, so the last digits differ."""
-    assert [list(row) for row in lines(a)] == [list(row) for row in lines(b)]
-    for row_a, row_b in zip(lines(a), lines(b), strict=True):
+def assert_close_metrics(a: Path, b: Path) -> None:
+    """Compare metrics with a tolerance for sums in another order."""
+    assert [list(row) for row in metric_rows(a)] == [list(row) for row in metric_rows(b)]
+    for row_a, row_b in zip(metric_rows(a), metric_rows(b), strict=True):
         assert row_a == pytest.approx(row_b, rel=1e-6)
 
 
@@ -182,9 +182,9 @@ def test_import_restores_conda_prefix():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The reference: six steps of the torch engine in one process."""
+    """Reference run: six steps of the torch engine in one process."""
     folder = tmp_path_factory.mktemp("torch")
-    state, result = learn("torch", folder)
+    state, result = train_model("torch", folder)
     save_file(state, folder / "end.safetensors")
     assert result is not None and not same(state, Learner().state_dict())
     return folder
@@ -192,18 +192,18 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.stack
 def test_weights_and_metrics_equal_the_torch_engine(whole, tmp_path):
-    state, result = learn("fairseq2", tmp_path)
+    state, result = train_model("fairseq2", tmp_path)
     assert same(state, load_file(whole / "end.safetensors"))
-    check_lines(tmp_path, whole)
-    assert result == pytest.approx({name: lines(whole)[-2][name] for name in ("loss", "accuracy")})
-    assert [row["step"] for row in lines(tmp_path)] == [2, 2, 4, 4, 6, 6]
+    assert_close_metrics(tmp_path, whole)
+    assert result == pytest.approx({name: metric_rows(whole)[-2][name] for name in ("loss", "accuracy")})
+    assert [row["step"] for row in metric_rows(tmp_path)] == [2, 2, 4, 4, 6, 6]
     assert steps_in(tmp_path / "checkpoints_fairseq2") == [3, 6]
 
 
 @pytest.mark.stack
 def test_activation_checkpointing_and_keep_every(whole, tmp_path):
     config = replace(CONFIG, recompute=True, save_every=1, keep_every=2, keep_last=1)
-    state, _ = learn("fairseq2", tmp_path, config=config)
+    state, _ = train_model("fairseq2", tmp_path, config=config)
     assert same(state, load_file(whole / "end.safetensors"))
     assert steps_in(tmp_path / "checkpoints_fairseq2") == [2, 4, 6]
 
@@ -219,68 +219,68 @@ def test_importing_fairseq2_trainer_first_is_still_a_circular_import():
 
 @pytest.mark.stack
 def test_stopped_run_is_resumed(whole, tmp_path):
-    _, result = learn("fairseq2", tmp_path, stop_at=3)
+    _, result = train_model("fairseq2", tmp_path, stop_at=3)
     assert result is None and steps_in(tmp_path / "checkpoints_fairseq2") == [3]
-    state, result = learn("fairseq2", tmp_path)
+    state, result = train_model("fairseq2", tmp_path)
     assert same(state, load_file(whole / "end.safetensors"))
-    check_lines(tmp_path, whole)
+    assert_close_metrics(tmp_path, whole)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
-    again, result_again = learn("fairseq2", tmp_path)
-    assert same(again, state) and result_again == result  # without another step
+    again, result_again = train_model("fairseq2", tmp_path)
+    assert same(again, state) and result_again == result  # no further steps
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
-    check_lines(tmp_path, whole)
+    assert_close_metrics(tmp_path, whole)
 
 
 @pytest.mark.stack
 def test_stopped_in_the_last_step(whole, tmp_path):
-    _, result = learn("fairseq2", tmp_path, stop_at=CONFIG.max_steps)
+    _, result = train_model("fairseq2", tmp_path, stop_at=CONFIG.max_steps)
     assert result is None and CONFIG.max_steps in steps_in(tmp_path / "checkpoints_fairseq2")
-    state, _ = learn("fairseq2", tmp_path)
+    state, _ = train_model("fairseq2", tmp_path)
     assert same(state, load_file(whole / "end.safetensors"))
-    check_lines(tmp_path, whole)
+    assert_close_metrics(tmp_path, whole)
 
 
 @pytest.mark.stack
 def test_stop_between_log_lines_and_before_a_validation(whole, tmp_path):
     odd = replace(CONFIG, log_every=4, save_every=3, valid_every=3)
-    learn("torch", tmp_path / "torch", config=odd)
-    learn("fairseq2", tmp_path / "ours", config=odd, stop_at=3)
+    train_model("torch", tmp_path / "torch", config=odd)
+    train_model("fairseq2", tmp_path / "ours", config=odd, stop_at=3)
     assert not (tmp_path / "ours" / "metrics.jsonl").exists()  # step 3 has not been validated yet
-    state, _ = learn("fairseq2", tmp_path / "ours", config=odd)
+    state, _ = train_model("fairseq2", tmp_path / "ours", config=odd)
     assert same(state, load_file(whole / "end.safetensors"))
-    check_lines(tmp_path / "ours", tmp_path / "torch")
+    assert_close_metrics(tmp_path / "ours", tmp_path / "torch")
 
 
 @pytest.mark.stack
 def test_killed_run_is_resumed(whole, tmp_path):
     killed = subprocess.run([sys.executable, __file__, str(tmp_path), "kill"], timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    # Step 3 was being saved in the background while step 4 was computed, so it may exist or not.
-    assert [row["step"] for row in lines(tmp_path)] == [2, 2, 4, 4]
-    state, _ = learn("fairseq2", tmp_path)
+    # Step 3 is saved in the background during step 4, so its checkpoint may be missing.
+    assert [row["step"] for row in metric_rows(tmp_path)] == [2, 2, 4, 4]
+    state, _ = train_model("fairseq2", tmp_path)
     assert same(state, load_file(whole / "end.safetensors"))
-    check_lines(tmp_path, whole)
+    assert_close_metrics(tmp_path, whole)
 
 
 @pytest.mark.stack
 def test_best_weights_are_kept(tmp_path):
     config = replace(CONFIG, valid_every=1)
-    best = "accuracy"  # minimized, so not the last step if accuracy improves
-    wanted, metrics = learn("torch", tmp_path / "torch", config=config, best=best)
+    best = "accuracy"  # lower is better, so the best step comes before accuracy improves
+    wanted, metrics = train_model("torch", tmp_path / "torch", config=config, best=best)
     assert metrics["best_step"] < 6
-    learn("fairseq2", tmp_path / "ours", config=config, best=best, stop_at=4)
+    train_model("fairseq2", tmp_path / "ours", config=config, best=best, stop_at=4)
     for _ in range(2):  # resumed, then finished
-        state, result = learn("fairseq2", tmp_path / "ours", config=config, best=best)
+        state, result = train_model("fairseq2", tmp_path / "ours", config=config, best=best)
         assert same(state, wanted) and result == pytest.approx(metrics)
-    check_lines(tmp_path / "ours", tmp_path / "torch")
+    assert_close_metrics(tmp_path / "ours", tmp_path / "torch")
 
 
 @pytest.mark.stack
 def test_checkpoints_of_another_engine_are_rejected(tmp_path):
     for engine, other in (("torch", "fairseq2"), ("fairseq2", "torch")):
-        learn(engine, tmp_path / engine, stop_at=1)
+        train_model(engine, tmp_path / engine, stop_at=1)
         with pytest.raises(StaleError, match=f"engine={engine}"):
-            learn(other, tmp_path / engine)
+            train_model(other, tmp_path / engine)
 
 
 @pytest.mark.stack
@@ -300,14 +300,14 @@ def test_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch):
             JahubertError,
             match=r"step 2: non-finite loss nan in micro-batch 6 of epoch 0.*'row \d",
         ) as error:
-            learn(engine, tmp_path / engine)
+            train_model(engine, tmp_path / engine)
         errors.append(str(error.value))
     assert errors[0] == errors[1]
 
 
 @pytest.mark.stack
 def test_fp16_overflows_are_counted_and_end_a_run_without_other_steps(tmp_path, monkeypatch):
-    """On a CPU, where fairseq2's loss scaler has to be enabled explicitly."""
+    """Runs on the CPU, where fairseq2's loss scaler must be enabled explicitly."""
     from jahubert.train.trainer import fairseq2 as engine_fairseq2
     from jahubert.train.trainer import trainer as engine
 
@@ -320,17 +320,17 @@ def test_fp16_overflows_are_counted_and_end_a_run_without_other_steps(tmp_path, 
     monkeypatch.setattr(engine_fairseq2, "StandardFloat16LossScaler", scaler)
     for module in (engine, engine_fairseq2):
         monkeypatch.setattr(module, "pick_precision", lambda config, device: torch.float16)
-    learn("fairseq2", tmp_path / "some")
-    found = [row.get("overflows", 0) for row in lines(tmp_path / "some") if "loss" in row]
-    assert found[0] > 0 and len(found) == 3
+    train_model("fairseq2", tmp_path / "some")
+    overflows = [row.get("overflows", 0) for row in metric_rows(tmp_path / "some") if "loss" in row]
+    assert overflows[0] > 0 and len(overflows) == 3
     timing = json.loads((tmp_path / "some" / "metrics.jsonl").read_text().splitlines()[-2])["timing"]
-    assert timing["steps"] == 2 + found[-1]
+    assert timing["steps"] == 2 + overflows[-1]
 
     monkeypatch.setattr(torch.amp.GradScaler, "_unscale_grads_", _infinite)
     errors = []
     for each in ("torch", "fairseq2"):
         with pytest.raises(JahubertError, match="float16 gradients overflow") as error:
-            learn(each, tmp_path / each, config=replace(CONFIG, max_steps=99, valid_every=0))
+            train_model(each, tmp_path / each, config=replace(CONFIG, max_steps=99, valid_every=0))
         errors.append(str(error.value).partition(": ")[2])
     assert errors[0] == errors[1]
 
@@ -340,7 +340,7 @@ def _infinite(self, optimizer, inv_scale, found_inf, allow_fp16) -> dict[torch.d
 
 
 @pytest.mark.stack
-def test_two_processes(whole, tmp_path):
+def test_two_processes_equal_the_torch_engine(whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
@@ -350,27 +350,27 @@ def test_two_processes(whole, tmp_path):
         try:
             status = torchrun.wait(timeout=120)
         except subprocess.TimeoutExpired:
-            torchrun.terminate()  # which ends its processes; killed, it would leave them behind
+            torchrun.terminate()  # ends its processes, which kill would leave running
             status = torchrun.wait(timeout=60)
     assert status == 0, (tmp_path / "log").read_text()[-3000:]
     wanted = load_file(tmp_path / "torch.safetensors")
     for name in ("fairseq2", "torch-stopped", "fairseq2-stopped"):
         assert same(load_file(tmp_path / f"{name}.safetensors"), wanted), name
-        check_lines(tmp_path / name, tmp_path / "torch")
-    # One process adds the gradients up in another order.
+        assert_close_metrics(tmp_path / name, tmp_path / "torch")
+    # A single process sums the gradients in another order.
     for name, value in load_file(whole / "end.safetensors").items():
         torch.testing.assert_close(wanted[name], value, rtol=1e-3, atol=1e-4)
     with pytest.raises(StaleError, match="saved by 2 processes"):
-        learn("fairseq2", tmp_path / "fairseq2")
+        train_model("fairseq2", tmp_path / "fairseq2")
 
 
 def main(folder: Path) -> None:
-    """All runs of `test_two_processes`; it hangs if one process stops a step before the other."""
+    """Run all cases of the two-process test; hangs if one process stops a step before the other."""
     with distributed.process_group():
         for engine in ("torch", "fairseq2"):
-            runs = {engine: learn(engine, folder / engine)}
-            assert learn(engine, folder / f"{engine}-stopped", stop_at=3)[1] is None
-            runs[f"{engine}-stopped"] = learn(engine, folder / f"{engine}-stopped")
+            runs = {engine: train_model(engine, folder / engine)}
+            assert train_model(engine, folder / f"{engine}-stopped", stop_at=3)[1] is None
+            runs[f"{engine}-stopped"] = train_model(engine, folder / f"{engine}-stopped")
             assert len({str(result) for _, result in runs.values()}) == 1
             for name, (state, _) in runs.items():
                 if distributed.rank() == 0:
@@ -379,6 +379,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2:] == ["kill"]:
-        learn("fairseq2", Path(sys.argv[1]), stop_at=5, stop_signal=signal.SIGKILL)
+        train_model("fairseq2", Path(sys.argv[1]), stop_at=5, stop_signal=signal.SIGKILL)
     else:
         main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Parity of the encoder with torchaudio's, with the same random weights."""
+"""Parity of the encoder with torchaudio's on the same random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from jahubert.model.hubert import HubertConfig, HubertModel
 
 SMALL = {"conv_dims": (24,) * 7, "width": 48, "layers": 3, "heads": 4, "ffn": 96, "pos_conv_groups": 4}
-# Both settings are independent, in torchaudio and here; base and large are the first and the last.
+# Both settings are independent; the first and the last combination are those of base and large.
 CONFIGS = {
     f"{conv_norm} norm, {'pre' if pre_norm else 'post'}-norm": HubertConfig(
         **SMALL, conv_norm=conv_norm, pre_norm=pre_norm, conv_bias=conv_norm == "layer"
@@ -19,7 +19,7 @@ CONFIGS = {
     for conv_norm in ("group", "layer")
     for pre_norm in (False, True)
 }
-# Parameter names: ours (Hugging Face's) to torchaudio's.
+# Hugging Face's parameter names, which this package uses, to torchaudio's.
 NAMES = [
     (r"^feature_projection\.", "encoder.feature_projection."),
     (r"^encoder\.(pos_conv_embed|layer_norm|layers)\b", r"encoder.transformer.\1"),
@@ -30,7 +30,7 @@ NAMES = [
 
 def renamed(ours: HubertModel) -> dict[str, Tensor]:
     state = ours.state_dict()
-    del state["masked_spec_embed"]  # part of torchaudio's pretraining wrapper
+    del state["masked_spec_embed"]  # torchaudio stores it in the pretraining wrapper
     result = {}
     for name, value in state.items():
         for pattern, replacement in NAMES:
@@ -66,7 +66,7 @@ def theirs(config: HubertConfig, ours: HubertModel):
 
 
 def model_of(config: HubertConfig) -> HubertModel:
-    """With random weights and biases of norms, which are initialized to one and zero."""
+    """Return a model with random norm weights and biases instead of ones and zeros."""
     torch.manual_seed(0)
     model = HubertModel(config).eval()
     for name, parameter in model.named_parameters():
@@ -95,16 +95,16 @@ def test_equals_torchaudio(config):
 @pytest.mark.stack
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_padded_batch_equals_torchaudio(config):
-    """torchaudio's group norm includes padding, ours only on request; layer norms see a single frame."""
+    """torchaudio's group norm includes padding, which this package does only on request."""
     ours = model_of(config)
     lengths = torch.tensor([16_000, 4_567, 401])
     wav_BT = torch.randn(3, 16_000) * (torch.arange(16_000) < lengths[:, None])
     with torch.no_grad():
         want_BSD, n_frames_B = theirs(config, ours)(wav_BT, lengths)
-        found = {"masked": ours(wav_BT, lengths, padding="masked")}
+        outputs = {"masked": ours(wav_BT, lengths, padding="masked")}
         if config.conv_norm == "layer":
-            found["ignored"] = ours(wav_BT, lengths)
-    for got in found.values():
+            outputs["ignored"] = ours(wav_BT, lengths)
+    for got in outputs.values():
         assert got.n_frames_B.tolist() == n_frames_B.tolist()
         for row, n_frames in enumerate(n_frames_B.tolist()):
             torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Interoperability with torchaudio: its state dicts load here, and exported ones load into its models."""
+"""Tests that torchaudio's state dicts can be loaded and that exported ones load into torchaudio's models."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ KINDS = {
 UNITS = 11
 
 
-def theirs_of(path):
-    """The torchaudio model that the JSON file next to a state dict specifies, with these weights."""
+def load_torchaudio_model(path):
+    """Build the torchaudio model described by the JSON file of a state dict and load its weights."""
     import torchaudio
 
     settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def theirs_of(path):
 
 
 def waveforms(config: HubertConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same noise for us and for torchaudio, normalized if the model requires it."""
+    """Return noise as input for this package and for torchaudio, which expects it normalized."""
     wav_BT = 0.1 * torch.randn(2, 16_000)
     return wav_BT, torch.stack([F.layer_norm(w, w.shape) for w in wav_BT]) if config.normalize else wav_BT
 
@@ -51,19 +51,19 @@ def test_exported_model_loads_into_torchaudio(tmp_path, config, ctc):
     convert(tmp_path / "ours", tmp_path / "theirs.pt", "torchaudio")
     wav_BT, input_BT = waveforms(config)
     with torch.no_grad():
-        want, _ = theirs_of(tmp_path / "theirs.pt")(input_BT)
+        want, _ = load_torchaudio_model(tmp_path / "theirs.pt")(input_BT)
         got = head(wav_BT)[0] if ctc else model(wav_BT).hidden_BSD
     torch.testing.assert_close(got, want.log_softmax(-1) if ctc else want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.stack
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
-def test_pretraining_head_and_loss(tmp_path, config):
+def test_exported_pretraining_head_and_loss_equal_torchaudio(tmp_path, config):
     torch.manual_seed(0)
     model, head = HubertModel(config).eval(), UnitHead(config.width, UNITS, 16)
     save_bundle(tmp_path / "ours", model=model, unit_head=head)
     convert(tmp_path / "ours", tmp_path / "theirs.pt", "torchaudio")
-    theirs = theirs_of(tmp_path / "theirs.pt")
+    theirs = load_torchaudio_model(tmp_path / "theirs.pt")
     wav_BT, input_BT = waveforms(config)
     with torch.no_grad():
         hidden_BSD = model(wav_BT).hidden_BSD
@@ -74,7 +74,7 @@ def test_pretraining_head_and_loss(tmp_path, config):
         want = F.cross_entropy(logit_m, torch.zeros(len(logit_m), dtype=torch.int64), reduction="sum")
         logit_NK = head(hidden_BSD[mask_BS])
         got = F.cross_entropy(logit_NK, unit_BS[mask_BS], reduction="sum")
-    # torchaudio puts the logit of the target unit first, then all logits with the target masked.
+    # torchaudio returns the target logit first, then all logits with the target masked.
     right_N1 = unit_BS[mask_BS][:, None]
     again = logit_NK.scatter(1, right_N1, float("-inf"))
     torch.testing.assert_close(
@@ -86,22 +86,22 @@ def test_pretraining_head_and_loss(tmp_path, config):
 @pytest.mark.stack
 @pytest.mark.parametrize("name", ["hubert_base", "hubert_large"])
 def test_torchaudio_model_loads(tmp_path, name):
-    """The published sizes, which state dicts without metadata specify completely."""
+    """State dicts of the published sizes need no metadata."""
     import torchaudio
 
     torch.manual_seed(0)
     theirs = getattr(torchaudio.models, name)().eval()
     torch.save(theirs.state_dict(), tmp_path / "model.pt")
-    found = load_bundle(tmp_path / "model.pt")
+    bundle = load_bundle(tmp_path / "model.pt")
     wanted = HubertConfig.base() if name == "hubert_base" else HubertConfig.large()
     sizes = ("width", "layers", "heads", "ffn", "pre_norm", "conv_norm", "conv_strides", "normalize")
-    assert all(getattr(found.config, field) == getattr(wanted, field) for field in sizes)
-    wav_BT, input_BT = waveforms(found.config)
+    assert all(getattr(bundle.config, field) == getattr(wanted, field) for field in sizes)
+    wav_BT, input_BT = waveforms(bundle.config)
     with torch.no_grad():
-        got = found.model(wav_BT, keep_layers=range(1, wanted.layers + 1))
+        got = bundle.model(wav_BT, keep_layers=range(1, wanted.layers + 1))
         want, (layers, _) = theirs(input_BT)[0], theirs.extract_features(input_BT)
-    for mine, their in zip([got.hidden_BSD, *got.layers.values()], [want, *layers], strict=True):
-        assert float((mine - their).abs().max() / their.abs().max()) < 1e-5
+    for actual, expected in zip([got.hidden_BSD, *got.layers.values()], [want, *layers], strict=True):
+        assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 @pytest.mark.stack
@@ -112,7 +112,7 @@ def test_torchaudio_pretraining_state_dict_loads(tmp_path):
     torch.save(
         {"state_dict": {f"model.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "epoch.ckpt"
     )
-    found = load_bundle(tmp_path / "epoch.ckpt")
-    assert found.unit_head is not None and found.unit_head.n_units == 100
-    assert found.model.masked_spec_embed.equal(theirs.mask_generator.mask_embedding)
-    assert replace(found.config, normalize_eps=1e-7).width == 768
+    bundle = load_bundle(tmp_path / "epoch.ckpt")
+    assert bundle.unit_head is not None and bundle.unit_head.n_units == 100
+    assert bundle.model.masked_spec_embed.equal(theirs.mask_generator.mask_embedding)
+    assert replace(bundle.config, normalize_eps=1e-7).width == 768

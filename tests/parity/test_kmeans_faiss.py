@@ -1,4 +1,4 @@
-"""Tests of the faiss k-means backend with the faiss-gpu wheel, also without a GPU."""
+"""Tests of the faiss k-means backend with the faiss-gpu wheel, with and without a GPU."""
 
 from __future__ import annotations
 

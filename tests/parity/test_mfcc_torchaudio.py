@@ -1,8 +1,8 @@
-"""Parity of our MFCCs with torchaudio's, which equal Kaldi's.
+"""Parity of the MFCCs with torchaudio's, which equal Kaldi's.
 
-torchaudio computes its DCT table in float32, and the lifter magnifies the table's errors: at the floor of the
-logarithm, 16 below zero, its last cepstra are off by 1.6e-4. So ours are compared twice: with the original,
-and with an exact table and float64 samples, where only our own rounding remains.
+torchaudio computes its DCT table in float32, and the lifter magnifies the rounding errors of the table: near
+the floor of the logarithm (-16), its last cepstra are off by 1.6e-4. The MFCCs are therefore compared twice:
+with the original table, and with an exact table and float64 samples, where only our own rounding remains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LENGTHS = [400, 401, 559, 560, 719, 720, 4_000, 16_000, 41_123, 160_007]
 
 
 def speech_like(n_samples: int, seed: int) -> Tensor:
-    """Synthetic speech: a voice with formants, gliding pitch and breath noise, in syllables with pauses."""
+    """Synthesize syllables with formants, gliding pitch, breath noise and pauses."""
     generator = torch.Generator().manual_seed(seed)
     time = torch.arange(n_samples) / 16_000
     pitch = 2 * math.pi * torch.cumsum(120 + 40 * torch.sin(2 * math.pi * 0.7 * time), 0) / 16_000
@@ -35,16 +35,14 @@ def noise(n_samples: int, level: float) -> Tensor:
 
 SIGNALS = {
     "speech": lambda n: speech_like(n, n),
-    # With noise: filters that contain only the rounding error of the tone would differ by 1e-2, in torchaudio
-    # as well as here.
+    # Noise is added because filters with nothing but the rounding error of the tone differ by 1e-2.
     "tone": lambda n: 0.3 * torch.sin(0.17 * torch.arange(n)) + noise(n, 0.03),
     "tones and an offset": lambda n: (
         0.1 + 0.2 * (torch.sin(0.05 * torch.arange(n)) + torch.sin(1.9 * torch.arange(n))) + noise(n, 0.03)
     ),
     "loud noise": lambda n: noise(n, 1.0).clamp(-1, 1),
-    "near silence": lambda n: noise(
-        n, 1e-5
-    ),  # below one step of 16-bit audio: partly at the floor of the logarithm
+    # Below one step of 16-bit audio, and partly at the floor of the logarithm.
+    "near silence": lambda n: noise(n, 1e-5),
     "nearer silence": lambda n: noise(n, 1e-8),
     "silence": torch.zeros,
     "a click": lambda n: torch.nn.functional.one_hot(torch.tensor(n // 2), n).float(),
@@ -60,7 +58,7 @@ def wanted(wav_T: Tensor) -> Tensor:
 
 
 def exact_table(n_mfcc: int, n_mels: int) -> Tensor:
-    """Orthonormal DCT-II, (mels, cepstra)."""
+    """Orthonormal DCT-II matrix (mels, cepstra)."""
     angle_MC = math.pi / n_mels * torch.outer(torch.arange(n_mels) + 0.5, torch.arange(n_mfcc).double())
     return torch.cos(angle_MC) * torch.tensor([1.0] + [2.0] * (n_mfcc - 1)).double().div(n_mels).sqrt()
 

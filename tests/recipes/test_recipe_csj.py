@@ -143,8 +143,8 @@ def test_values_of_the_file_list(tmp_path, caplog):
         write_talk(tmp_path, "dvd", planned(id))
     rows = ["講演ID,講演種別,コア", *(f"{id},学会,{cell}" for id, cell in cells.items())]
     (tmp_path / "fileList.csv").write_bytes("\r\n".join(rows).encode("cp932"))
-    found = files.find_talks(tmp_path)
-    assert {id for id, talk in found.items() if talk.core} == {"A01F0055", "S00M0075", "A01M0998", "A01F0122"}
+    talks = files.find_talks(tmp_path)
+    assert {id for id, talk in talks.items() if talk.core} == {"A01F0055", "S00M0075", "A01M0998", "A01F0122"}
     assert "column コア of 2 talks" in caplog.text and "'コ゛ア' '不明'" in caplog.text
     assert "1 talks are core according to lists/core.txt" in caplog.text
     assert "1 talks are not core according to lists/core.txt" in caplog.text
@@ -155,8 +155,8 @@ def test_sources_that_disagree_on_the_core_are_reported(tmp_path, caplog):
         write_talk(tmp_path, "usb", planned(id, core=core))
     assert "differs" not in caplog.text
     write_file_list(tmp_path, [planned("A01F0055", core=False), planned("A01F0067", core=False)])
-    found = files.find_talks(tmp_path)
-    assert [id for id in found if found[id].core] == ["A01F0055"]
+    talks = files.find_talks(tmp_path)
+    assert [id for id in talks if talks[id].core] == ["A01F0055"]
     assert re.search(r"1 talks are not core according to fileList.csv, .*: A01F0055\n", caplog.text)
     assert re.search(r"1 talks are core according to lists/core.txt, .*: A01F0067\n", caplog.text)
 

@@ -275,9 +275,9 @@ def test_joining_matches_its_description_on_random_segments(join, kinds):
             )
             for i, (start, end, kind) in enumerate(segments)
         ]
-        found = [u for u in speech.join_segments(spoken, options) if not u.event_only]
+        utterances = [u for u in speech.join_segments(spoken, options) if not u.event_only]
         expected = joined_by_description(segments, join, 500, 10_000)
-        for utterance, members in zip(found, expected, strict=True):
+        for utterance, members in zip(utterances, expected, strict=True):
             assert utterance.start == segments[members[0]][0] * 16
             assert utterance.end == max(segments[i][1] for i in members) * 16
             assert utterance.text == "".join(map(str, members))

@@ -216,7 +216,7 @@ def test_malformed_rows_are_rejected_with_their_line(tmp_path, audio):
     lines += [f"{good},多い,,,many,fields", f"{good},部分,0.05,0.15,part"]
     items, rejected = prepared(write(tmp_path / "a.csv", lines))
     assert [(i.id, i.start, i.n_samples) for i in items] == [("good", 0, 4000), ("part", 800, 1600)]
-    found = {item.reason: item.detail for item in rejected}
+    details = {item.reason: item.detail for item in rejected}
     for reason, line in {
         "duplicate id": 3,
         "audio file not found": 4,
@@ -226,8 +226,8 @@ def test_malformed_rows_are_rejected_with_their_line(tmp_path, audio):
         "no audio path": 8,
         "malformed line": 9,
     }.items():
-        assert f"a.csv:{line}" in found.pop(reason), reason
-    assert not found
+        assert f"a.csv:{line}" in details.pop(reason), reason
+    assert not details
 
 
 @pytest.mark.parametrize(

@@ -163,16 +163,17 @@ def test_import_contracts_detect_violations(path: str, line: str, tmp_path: Path
 
 
 def test_window_and_hop_lengths_are_only_in_frames() -> None:
-    found = {
+    numbers = {
         (name_of(path), node.value): node.lineno
         for path in SOURCES
         if name_of(path).startswith("jahubert/") and path.name != "frames.py"
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value in FRAME_NUMBERS
     }
-    stray = [f"{path}:{line} has {n}" for (path, n), line in found.items() if (path, n) not in OTHER_NUMBERS]
+    unknown = {key: line for key, line in numbers.items() if key not in OTHER_NUMBERS}
+    stray = [f"{path}:{line} has {n}" for (path, n), line in unknown.items()]
     assert not stray, f"use a FrameGrid, or add the meaning to OTHER_NUMBERS: {stray}"
-    assert not set(OTHER_NUMBERS) - set(found), "remove these from OTHER_NUMBERS"
+    assert not set(OTHER_NUMBERS) - set(numbers), "remove these from OTHER_NUMBERS"
 
 
 # Folders of one machine, and addresses that exist on one machine or network only.

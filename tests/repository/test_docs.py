@@ -49,8 +49,8 @@ def name_of(path: Path) -> str:
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    found = BLOCK.findall(path.read_text(encoding="utf-8"))
-    return [content for marked, content in found if marked == language]
+    matches = BLOCK.findall(path.read_text(encoding="utf-8"))
+    return [content for marked, content in matches if marked == language]
 
 
 def commands(path: Path, program: str) -> list[tuple[str, ...]]:
@@ -59,8 +59,8 @@ def commands(path: Path, program: str) -> list[tuple[str, ...]]:
     if program == "jahubert.run":
         lines += re.findall(r"`(python -m jahubert\.run [^`\n]*)`", path.read_text(encoding="utf-8"))
     split = [shlex.split(line, comments=True) for line in lines]
-    found = [words[words.index(program) + 1 :] for words in split if program in words]
-    return [tuple(words) for words in found if words != ["..."]]
+    matches = [words[words.index(program) + 1 :] for words in split if program in words]
+    return [tuple(words) for words in matches if words != ["..."]]
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,8 @@ def checked(arguments: Sequence[str]) -> list[str]:
 
 def lines_of(program: str) -> dict[tuple[str, ...], str]:
     """Every distinct command line, with the first page that shows it."""
-    found = [(words, name_of(path)) for path in PAGES for words in commands(path, program)]
-    return dict(reversed(found))
+    lines = [(words, name_of(path)) for path in PAGES for words in commands(path, program)]
+    return dict(reversed(lines))
 
 
 STAGE_LINES, CLI_LINES = lines_of("jahubert.run"), lines_of("jahubert")
@@ -188,8 +188,8 @@ def test_commands_of_a_recipe_run_in_the_order_shown(path: Path) -> None:
             for name, read, _ in input_fields(config):
                 by_a_tool = "words" in read.parts
                 if name != "exp" and read.parts[:2] in experiments and not by_a_tool:
-                    there = any(folder in (read, *read.parents) for folder in made)
-                    assert there, f"{' '.join(arguments)}: no command before it makes {name}={read}"
+                    is_made = any(folder in (read, *read.parents) for folder in made)
+                    assert is_made, f"{' '.join(arguments)}: no command before it makes {name}={read}"
 
 
 @pytest.mark.parametrize("arguments", CLI_LINES, ids=" ".join)
@@ -204,10 +204,10 @@ def test_links_resolve(path: Path) -> None:
         if re.match(r"[a-z]+:", target):
             continue
         file, _, anchor = target.partition("#")
-        found = path.parent / file if file else path
-        assert found.exists(), f"{name_of(path)} links to {target}"
+        linked = path.parent / file if file else path
+        assert linked.exists(), f"{name_of(path)} links to {target}"
         if anchor:
-            titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.M)
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.M)
             anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, f"{name_of(path)} links to {target}"
 

@@ -121,8 +121,8 @@ def test_layer_equals_the_model_for_every_batch(model):
     assert [tuple(x.shape) for x in together] == [(HUBERT.n_frames(len(w)), 48) for w in wavs]
     for i in (0, 2, 3):
         with torch.no_grad():
-            alone = model(wavs[i][None], last_layer=2).hidden_BSD[0]
-        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-5)
+            single = model(wavs[i][None], last_layer=2).hidden_BSD[0]
+        torch.testing.assert_close(together[i], single, atol=1e-5, rtol=1e-5)
         assert not together[i].requires_grad
     assert [len(x) for x in feature([wavs[1]])] == [0]
     assert feature([]) == []

@@ -65,11 +65,11 @@ def test_units_match_the_cropped_frames(corpus):
 def test_crop_and_mask_depend_only_on_seed_epoch_and_utterance(corpus):
     data = pretraining(corpus)
     together = data.load(MicroBatch(3, 0, (1, 3)))
-    alone = data.load(MicroBatch(3, 9, (3,)))
-    assert torch.equal(together.wav_BT[1], alone.wav_BT[0])
-    assert torch.equal(together.mask_BS[1], alone.mask_BS[0])
+    single = data.load(MicroBatch(3, 9, (3,)))
+    assert torch.equal(together.wav_BT[1], single.wav_BT[0])
+    assert torch.equal(together.mask_BS[1], single.mask_BS[0])
     other = data.load(MicroBatch(4, 0, (3,)))
-    assert not torch.equal(other.mask_BS, alone.mask_BS)
+    assert not torch.equal(other.mask_BS, single.mask_BS)
 
 
 def test_short_utterances_are_skipped(corpus):

@@ -76,9 +76,10 @@ def test_search_finds_the_most_probable_word_sequences(words):
     for seed in range(12):
         logp = log_probs(seed)
         truth = sorted(exhaustive_search(logp[0], allowed).items(), key=lambda item: -item[1])
-        found = search(logp, [5])[0]
-        assert [tuple(SYMBOLS.decode(h.labels)) for h in found] == [sequence for sequence, _ in truth[:3]]
-        assert [h.score for h in found] == pytest.approx([score for _, score in truth[:3]], abs=1e-3)
+        hypotheses = search(logp, [5])[0]
+        decoded = [tuple(SYMBOLS.decode(h.labels)) for h in hypotheses]
+        assert decoded == [sequence for sequence, _ in truth[:3]]
+        assert [h.score for h in hypotheses] == pytest.approx([score for _, score in truth[:3]], abs=1e-3)
 
 
 def test_result_does_not_depend_on_the_batch(words):
@@ -99,8 +100,8 @@ def test_ngram_decides_between_equally_probable_words(words, ngram):
     logp[0, 2, 0] = 0.0
 
     def best(**settings) -> list[tuple[str, ...]]:
-        found = LexiconSearch(LexiconConfig(words, ngram, **settings), SYMBOLS, beam=20, n_best=1)
-        return SYMBOLS.decode(found(logp, [3])[0][0].labels)
+        search = LexiconSearch(LexiconConfig(words, ngram, **settings), SYMBOLS, beam=20, n_best=1)
+        return SYMBOLS.decode(search(logp, [3])[0][0].labels)
 
     assert best() == [("k", "a")]  # the n-gram prefers <s> カ
     assert best(ngram_weight=-1.0) == [("k", "i")]

@@ -1,4 +1,4 @@
-"""Tests that damage to the files of a stage is noticed before another stage reads them."""
+"""Tests that damaged stage outputs are detected before another stage reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jahubert.train.pipeline.runner import run_stage, verify_inputs
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Path:
-    """A corpus, and the stages features, kmeans and label on it."""
+    """Experiment folder with a corpus and the finished stages features, kmeans and label."""
     exp = tmp_path_factory.mktemp("experiment")
     make_corpus(exp)
     for stage, config in stages(exp, exp).items():
@@ -42,7 +42,7 @@ def zero(path: Path, rng: random.Random) -> None:
 
 
 def cut(path: Path, rng: random.Random) -> None:
-    content = path.read_bytes()
+    content = path.read_bytes().rstrip(b"\n")  # a lost final newline is harmless
     path.write_bytes(content[: rng.randrange(len(content))])
 
 
@@ -114,7 +114,7 @@ def test_damaged_manifest_without_a_record_never_crashes(experiment, tmp_path):
         except DataError as error:
             assert "manifest.arrow" in str(error)
             detected += 1
-        else:  # padding, or a part of the file that is not read
+        else:  # the damage is in padding or in an unread part of the file
             read = [*map(str, manifest)]
             assert [row.replace(str(tmp_path), str(experiment)) for row in read] == rows
     assert detected > 200

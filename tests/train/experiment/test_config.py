@@ -1,4 +1,4 @@
-"""Settings become dataclasses, or one message with everything that is wrong."""
+"""Tests of the conversion of settings into dataclasses, of error messages and of name resolution."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -31,8 +31,8 @@ class Outer:
 
 
 def test_values_are_converted_to_the_declared_types():
-    got = structure({"folder": "a/b", "inner": {"rate": "5e-4", "sizes": [3]}, "layer": None}, Outer)
-    assert got == Outer(Path("a/b"), "mfcc", None, Inner(5e-4, (3,)))
+    config = structure({"folder": "a/b", "inner": {"rate": "5e-4", "sizes": [3]}, "layer": None}, Outer)
+    assert config == Outer(Path("a/b"), "mfcc", None, Inner(5e-4, (3,)))
 
 
 def test_all_mistakes_are_reported_with_the_nearest_name():
@@ -46,8 +46,8 @@ def test_all_mistakes_are_reported_with_the_nearest_name():
     assert text.startswith("the configuration has 6 mistakes:")
     assert "stage.devise: no such key; did you mean stage.device?" in text
     assert "stage.folder: required" in text
-    assert "stage.kind: must be one of mfcc, hubert, found 'mfc'; did you mean mfcc?" in text
-    assert "stage.layer: expected int, found 2.5" in text
+    assert "stage.kind: must be one of mfcc, hubert, errors 'mfc'; did you mean mfcc?" in text
+    assert "stage.layer: expected int, errors 2.5" in text
     assert "stage.inner.rates: no such key; did you mean stage.inner.rate?" in text
     assert "stage.inner.sizes: expected" in text
 
@@ -57,8 +57,8 @@ def test_error_in_post_init_names_the_nested_setting():
         structure({"folder": "a", "inner": {"rate": -1}}, Outer)
 
 
-def mistakes_of(stage: str, **settings) -> list[str]:
-    """What is wrong with the settings of a stage, line by line."""
+def errors_of(stage: str, **settings) -> list[str]:
+    """Return the error lines for invalid settings of a stage."""
     config = resolve(stage, STAGES, "stage").Config
     paths = {f.name: "x" for f in fields(config) if "Path" in str(f.type) and f.default is MISSING}
     with pytest.raises(ConfigError) as caught:
@@ -69,7 +69,7 @@ def mistakes_of(stage: str, **settings) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "settings", "says"),
+    ("stage", "settings", "expected"),
     [
         ("features", {"layer": 0, "batch_seconds": 0}, ["layer is 0", "batch_seconds is 0.0"]),
         ("features", {"layer": -1, "sample_frames": -5}, ["layer is -1", "sample_frames is -5"]),
@@ -88,11 +88,11 @@ def mistakes_of(stage: str, **settings) -> list[str]:
         ("pretrain", {"crop": {"min_seconds": -1}}, ["crop.min_seconds is -1.0, but must be at least 0"]),
     ],
 )
-def test_out_of_range_numbers_are_reported_all_at_once(stage, settings, says):
-    found = mistakes_of(stage, **settings)
-    wanted = [f"{stage}.{said}" for said in says]
-    assert len(found) == len(wanted)
-    assert all(any(line.startswith(said) for line in found) for said in wanted), found
+def test_out_of_range_numbers_are_reported_all_at_once(stage, settings, expected):
+    errors = errors_of(stage, **settings)
+    prefixes = [f"{stage}.{text}" for text in expected]
+    assert len(errors) == len(prefixes)
+    assert all(any(line.startswith(prefix) for line in errors) for prefix in prefixes), errors
 
 
 def test_out_of_range_training_settings_are_reported():
@@ -100,24 +100,24 @@ def test_out_of_range_training_settings_are_reported():
         "lr": 0, "eps": -1, "weight_decay": -1, "clip_norm": -1, "workers": -1, "keep_every": -5,
         "valid_every": -1, "save_every": 0, "warmup": -0.5, "final_lr": 5, "betas": [1.5, 0.9],
     }  # fmt: skip
-    found = mistakes_of("pretrain", train=wrong)
-    assert len(found) == len(wrong)
-    assert {line.split(" ")[0] for line in found} == {f"pretrain.train.{name}" for name in wrong}
-    assert "pretrain.train.warmup is -0.5, but must be in [0, 1]" in found
-    assert mistakes_of("pretrain", train={"betas": [0.9]}) == [
+    errors = errors_of("pretrain", train=wrong)
+    assert len(errors) == len(wrong)
+    assert {line.split(" ")[0] for line in errors} == {f"pretrain.train.{name}" for name in wrong}
+    assert "pretrain.train.warmup is -0.5, but must be in [0, 1]" in errors
+    assert errors_of("pretrain", train={"betas": [0.9]}) == [
         "pretrain.train.betas is [0.9], but must be two numbers in [0, 1)"
     ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), "nan", ".inf", "-inf", float("inf")])
 def test_non_finite_number_is_rejected(value):
-    with pytest.raises(ConfigError, match=r"inner.rate: expected (a finite number|float), found"):
+    with pytest.raises(ConfigError, match=r"inner.rate: expected (a finite number|float), errors"):
         structure({"folder": "a", "inner": {"rate": value}}, Outer)
 
 
 @dataclass(frozen=True)
 class Fast:
-    inner: Inner = Inner(rate=7.0)  # frozen
+    inner: Inner = Inner(rate=7.0)
 
 
 def test_nested_default_keeps_its_unset_fields():
@@ -137,10 +137,10 @@ def test_result_fields_exclude_runtime_settings():
 def test_names_resolve_in_a_registry_or_by_path(tmp_path):
     assert resolve("mfcc", FEATURES, "features.kind").__name__ == "Mfcc"
     assert resolve("math:sqrt", FEATURES, "features.kind")(9) == 3
-    (tmp_path / "mine.py").write_text("from helper import answer\n")
+    (tmp_path / "feature.py").write_text("from helper import answer\n")
     (tmp_path / "helper.py").write_text("answer = 42\n")
-    assert resolve(f"{tmp_path}/mine.py:answer", FEATURES, "features.kind") == 42
-    for name, says in {
+    assert resolve(f"{tmp_path}/feature.py:answer", FEATURES, "features.kind") == 42
+    for name, expected in {
         "mfc": "features.kind=mfc: no such features.kind; did you mean mfcc?",
         "nowhere:x": "nowhere",
         "math:nothing": "math has no 'nothing'",
@@ -148,7 +148,7 @@ def test_names_resolve_in_a_registry_or_by_path(tmp_path):
     }.items():
         with pytest.raises(ConfigError) as caught:
             resolve(name, FEATURES, "features.kind")
-        assert says in str(caught.value)
+        assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -175,7 +175,7 @@ def test_recipes_are_found_by_name_or_folder(tmp_path):
 
 def test_files_in_equally_named_folders_are_distinct(tmp_path):
     for number in (1, 2):
-        folder = tmp_path / str(number) / "mine"
+        folder = tmp_path / str(number) / "recipe"
         folder.mkdir(parents=True)
         (folder / "prepare.py").write_text(f"number = {number}\n")
         assert resolve(f"{folder}/prepare.py:number", FEATURES, "features.kind") == number

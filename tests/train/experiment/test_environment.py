@@ -1,4 +1,4 @@
-"""The environment that is recorded with a stage: commit, device and command line."""
+"""Tests of the environment recorded with a stage: commit, device and command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and none that is left behind."""
+"""Tests of the run lock and of launched processes that end with their launcher."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ from jahubert.errors import BusyError
 from jahubert.train.experiment.distributed import launch
 from jahubert.train.experiment.lock import LOCK_NAME, lock_owner, run_lock
 
-HOLD = "import sys, time; from pathlib import Path; from jahubert.train.experiment.lock import run_lock\n"
-HOLD += "with run_lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+HOLD_LOCK = (
+    "import sys, time; from pathlib import Path; from jahubert.train.experiment.lock import run_lock\n"
+)
+HOLD_LOCK += "with run_lock(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
 
 
-def other(folder: Path) -> subprocess.Popen:
-    """Another process, holding the folder."""
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None and child.stdout.readline() == "mine\n"
+def start_lock_holder(folder: Path) -> subprocess.Popen:
+    """Start a process that locks the folder."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == "locked\n"
     return child
 
 
 def test_folder_is_locked_until_its_process_ends(tmp_path):
-    child = other(tmp_path)
+    child = start_lock_holder(tmp_path)
     try:
         assert f"process {child.pid}" in str(lock_owner(tmp_path))
-        refusal = f"locked by another run .process {child.pid} on"
-        with pytest.raises(BusyError, match=refusal), run_lock(tmp_path):
+        message = f"locked by another run .process {child.pid} on"
+        with pytest.raises(BusyError, match=message), run_lock(tmp_path):
             pass
     finally:
         child.kill()
         child.wait()
-    assert lock_owner(tmp_path) is None  # by a kill, too
+    assert lock_owner(tmp_path) is None  # released by the kill
     with run_lock(tmp_path):
         pass
     assert not (tmp_path / LOCK_NAME).exists()
@@ -58,7 +62,7 @@ def test_forked_child_does_not_hold_the_lock(tmp_path):
 def test_second_run_of_a_stage_is_rejected(tmp_path, repo):
     folder = tmp_path / "prepare"
     folder.mkdir(parents=True)
-    child = other(folder)
+    child = start_lock_holder(folder)
     try:
         stage = [f"recipe={repo / 'tests/fixtures/tones'}", "stage=prepare", f"exp={tmp_path}"]
         command = [sys.executable, "-m", "jahubert.run", *stage]
@@ -70,7 +74,7 @@ def test_second_run_of_a_stage_is_rejected(tmp_path, repo):
     assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="uses a Linux system call")
 def test_launched_processes_end_with_their_launcher(tmp_path):
     pids = tmp_path / "pids"
     pids.mkdir()
@@ -78,12 +82,12 @@ def test_launched_processes_end_with_their_launcher(tmp_path):
     if not (launcher := os.fork()):
         launch([sys.executable, "-c", inner], 2)
         os._exit(0)
-    until = time.monotonic() + 30
-    while len(children := [int(path.name) for path in pids.iterdir()]) < 2 and time.monotonic() < until:
+    deadline = time.monotonic() + 30
+    while len(children := [int(path.name) for path in pids.iterdir()]) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
-    while any(map(alive, children)) and time.monotonic() < until:
+    while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(children) == 2 and not any(map(alive, children))
 

@@ -1,4 +1,4 @@
-"""A bar for a person while a loop lasts, nothing for a file, and never more than one process's."""
+"""Tests of progress bars: shown on a terminal by rank 0 only, and removed at the end."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jahubert.train.experiment.progress import progress
 
 
 @contextmanager
-def on_a_terminal() -> Iterator[Terminal]:
-    """Standard error is a terminal."""
+def terminal_stderr() -> Iterator[Terminal]:
+    """Redirect standard error to a terminal."""
     with (
         Terminal() as terminal,
         os.fdopen(os.dup(terminal.slave), "w", encoding="utf-8") as file,
@@ -34,12 +34,12 @@ def loop(steps: int = 5, stop: int = 5) -> None:
         for step in range(steps):
             if step == stop:
                 raise ValueError("the fourth")
-            time.sleep(0.15)  # it is drawn ten times a second at most
+            time.sleep(0.15)  # the bar is redrawn at most ten times per second
             done(2)
 
 
 def test_bar_is_drawn_and_removed():
-    with on_a_terminal() as terminal:
+    with terminal_stderr() as terminal:
         loop()
     assert "units:   0%" in terminal.written and "| 0/10 [" in terminal.written
     assert "| 8/10 [" in terminal.written and " utterances/s]" in terminal.written
@@ -47,7 +47,7 @@ def test_bar_is_drawn_and_removed():
 
 
 def test_bar_is_removed_before_an_error_is_printed():
-    with on_a_terminal() as terminal:
+    with terminal_stderr() as terminal:
         with pytest.raises(ValueError, match="the fourth"):
             loop(stop=3)
         print("jahubert: error: the fourth", file=sys.stderr)
@@ -56,21 +56,21 @@ def test_bar_is_removed_before_an_error_is_printed():
 
 
 def test_log_lines_do_not_garble_the_bar():
-    with on_a_terminal() as terminal:
+    with terminal_stderr() as terminal:
         handler = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # as jahubert.run sets it up
         with progress("outer", "layers", 2) as outer, progress("inner", "passes") as inner:
-            handler.emit(logging.makeLogRecord({"msg": "something is said"}))
+            handler.emit(logging.makeLogRecord({"msg": "a log line"}))
             inner(1)
             outer(1)
     assert "outer:" in terminal.written and "inner: 0 passes [" in terminal.written
-    assert terminal.screen == ["something is said"]
+    assert terminal.screen == ["a log line"]
 
 
 def test_no_bar_without_a_terminal_or_on_other_ranks(capfd, monkeypatch):
     loop(steps=1)
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    with on_a_terminal() as terminal:
+    with terminal_stderr() as terminal:
         loop(steps=1)
     assert terminal.written == ""
 

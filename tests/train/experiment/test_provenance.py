@@ -1,4 +1,4 @@
-"""Folders remember what they were made from."""
+"""Tests of stage records: fingerprints, changed settings, inputs and status."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_acquire_is_true_only_after_finish(tmp_path, source):
     out = tmp_path / "out"
     recipe = stage_inputs("kmeans", 1, Config(source))
     assert acquire(out, recipe) is False
-    assert acquire(out, recipe) is False  # killed, asked again
+    assert acquire(out, recipe) is False  # restarted after a kill
     finish(out, recipe, {"inertia": 2.5}, seconds=1.25)
     assert acquire(out, recipe) is True
     record = json.loads((out / DONE).read_text())
@@ -75,7 +75,7 @@ def test_runtime_setting_may_change(tmp_path, source):
 
 def test_input_is_identified_by_its_fingerprint(tmp_path, source):
     before = stage_inputs("kmeans", 1, Config(source))
-    moved = source.rename(tmp_path / "elsewhere")
+    moved = source.rename(tmp_path / "moved")
     assert stage_inputs("kmeans", 1, Config(moved)) == before
     write_json(moved / DONE, {"fingerprint": "e" * 64})
     acquire(tmp_path / "out", before)
@@ -96,12 +96,12 @@ def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
     with pytest.raises(DataError, match=r"kmeans.source: .*/nowhere/features .*stage=features"):
         stage_inputs("kmeans", 1, Config(tmp_path / "nowhere/features"))
     with pytest.raises(DataError, match=r"kmeans.source: a/b "):
-        stage_inputs("kmeans", 1, Config(Path("a/b")))  # a Hub name only where a model is named
-    half = tmp_path / "half"
-    half.mkdir()
-    write_json(half / STARTED, {})
+        stage_inputs("kmeans", 1, Config(Path("a/b")))  # Hub names are only valid for models
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    write_json(unfinished / STARTED, {})
     with pytest.raises(DataError, match="is not finished; run that stage first"):
-        stage_inputs("kmeans", 1, Config(half))
+        stage_inputs("kmeans", 1, Config(unfinished))
 
 
 def test_status(tmp_path, source):
@@ -123,10 +123,10 @@ def test_status(tmp_path, source):
     shown = status_table(stage_states(exp)).splitlines()[-1]
     assert shown.split("  ")[-3:-1] == ["loss 3.5", "lr 1"] and "stopped" in shown
     with run_lock(exp / "iter1" / "pretrain"):
-        (said,) = subprocess.run(
+        (line,) = subprocess.run(
             [sys.executable, "-m", "jahubert", "status", str(exp)], capture_output=True, text=True, check=True
         ).stdout.splitlines()[-1:]
-        assert f"running: process {os.getpid()} on {socket.gethostname()}" in said
+        assert f"running: process {os.getpid()} on {socket.gethostname()}" in line
     assert stage_states(exp)[0]["metrics"] == {"inertia": 2.5, "backend": "torch"}
     with pytest.raises(DataError, match="nothing"):
         stage_states(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""The command `jahubert run`, which is `python -m jahubert.run`."""
+"""Tests that `jahubert run` and `python -m jahubert.run` are the same command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several decodings of one fine-tuned model, and experiments beside each other in one table."""
+"""Tests of several decodings of one model and of reports that compare experiments."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def twice(whole) -> Path:
-    """The same experiment with a greedy decoding beside the first, tested against it."""
+    """The same experiment with a second, greedy decoding that is compared with the first."""
     baseline = f"score.baseline={whole}/systems/main/decode"
     assert run.main(command(whole, "all", "decoding=greedy", "decode.search=greedy", baseline)) == 0
     return whole
@@ -66,8 +66,8 @@ def test_second_decoding_is_stored_next_to_the_first(twice, capsys):
 def test_changed_search_suggests_a_named_decoding(twice, capsys):
     capsys.readouterr()
     assert run.main(command(twice, "decode", "decode.search=greedy")) == 2
-    said = capsys.readouterr().err
-    assert "decode.search was beam, now greedy" in said and "decoding=NAME" in said
+    message = capsys.readouterr().err
+    assert "decode.search was beam, now greedy" in message and "decoding=NAME" in message
     assert run.main(command(twice, "decode", "decoding=a/b")) == 2
     assert "decoding=a/b" in capsys.readouterr().err
 
@@ -106,7 +106,7 @@ def test_published_rows_are_shown_for_phone_vocabularies_only(copy, capsys):
 
 
 def test_documented_word_list_commands_run(copy, capsys):
-    """As tools/word_list.py shows them, but for KenLM's, whose file is written by hand."""
+    """Runs the commands in the docstring of tools/word_list.py with a hand-written n-gram file."""
     pytest.importorskip("flashlight.lib.text.decoder")
     tool = REPO / "tools" / "word_list.py"
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
@@ -116,16 +116,16 @@ def test_documented_word_list_commands_run(copy, capsys):
     grams = f"\\1-grams:\n{single}\n\\2-grams:\n-0.1\t<s> アイ\n\n\\end\\\n"
     arpa = f"\\data\\\nngram 1=4\nngram 2=1\n\n{grams}"
     (copy / "words/3gram.arpa").write_text(arpa, encoding="utf-8")
-    shown = (
+    docstring = (
         tool.read_text(encoding="utf-8").split('"""')[1].replace("\\\n", " ").replace("exp/csj", str(copy))
     )
-    asked = [shlex.split(line)[3:] for line in shown.splitlines() if "jahubert.run" in line]
-    assert len(asked) == 2
-    for words in asked:
+    commands = [shlex.split(line)[3:] for line in docstring.splitlines() if "jahubert.run" in line]
+    assert len(commands) == 2
+    for words in commands:
         stage = next(word.removeprefix("stage=") for word in words if word.startswith("stage="))
         rest = [word for word in words if not word.startswith(("recipe=", "stage="))]
         assert run.main(command(copy, stage, *rest)) == 0, capsys.readouterr().err
     system = copy / "systems/main"
-    heard = [json.loads(line) for line in (system / "decode-words/test.jsonl").read_text().splitlines()]
-    assert {word for line in heard for word in line["hypothesis"]} <= {"a i", "a m e"}
+    rows = [json.loads(line) for line in (system / "decode-words/test.jsonl").read_text().splitlines()]
+    assert {word for row in rows for word in row["hypothesis"]} <= {"a i", "a m e"}
     assert "against" in json.loads((system / "score-words/scores.json").read_text())["test"]

@@ -1,4 +1,4 @@
-"""Presets of machines share a run out and do not change what it computes; SLURM's variables are torch's."""
+"""Tests of the machine presets and of the translation of SLURM variables for torch.distributed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def pretraining(*overrides: str) -> Config:
 
 @pytest.mark.parametrize("model", ["base", "large", "xlarge"])
 def test_update_does_not_depend_on_the_number_of_gpus(model):
-    alone = pretraining(f"model={model}")
+    default = pretraining(f"model={model}")
     for machine, processes in GPUS.items():
         overrides = [f"machine={machine}", f"model={model}"]
         config = pretraining(*overrides)
-        assert result_fields(config) == result_fields(alone)
+        assert result_fields(config) == result_fields(default)
         assert config.train.micro_batches_per_step % 32 == 0 and config.train.device == "cuda"
         assert runner.processes_to_launch(["recipe=reazonspeech", "stage=pretrain", *overrides]) == processes
 
@@ -36,7 +36,7 @@ def test_update_does_not_depend_on_the_number_of_gpus(model):
 @pytest.mark.parametrize("recipe", [["csj", "subset=core"], ["csj", "subset=all"], ["reazonspeech"]])
 @pytest.mark.parametrize(("machine", "processes"), [("1gpu", 1), ("4gpu", 4), ("8gpu", 8), ("32gpu", 32)])
 def test_every_machine_preset_divides_the_published_batch(recipe, machine, processes, tmp_path):
-    """Pretraining and fine-tuning of one command, with the global batch that was published."""
+    """Pretraining and fine-tuning keep the published global batch size."""
     command = [f"recipe={recipe[0]}", *recipe[1:], "stage=all", "data=/c"]
     if recipe[0] == "csj":
         command.append("pretrained=a/b")
@@ -52,16 +52,16 @@ def test_every_machine_preset_divides_the_published_batch(recipe, machine, proce
 
 
 def test_model_presets_have_published_sizes():
-    """fairseq's hubert_base_librispeech, hubert_large_librivox, hubert_xlarge_librivox."""
+    """Compares with fairseq's hubert_base_librispeech, hubert_large_librivox and hubert_xlarge_librivox."""
     sizes = {
         "base": (HubertConfig.base(), 256, 5e-4, 10.0, 2800.0, 87.5),
         "large": (HubertConfig.large(), 768, 1.5e-3, 1.0, 7200.0, 56.25),
         "xlarge": (HubertConfig.xlarge(), 1024, 3e-3, 1.0, 5760.0, 22.5),
     }
     for model, (config, unit_dim, lr, clip, batch, micro) in sizes.items():
-        found = pretraining(f"model={model}")
-        assert found.model == config and found.unit_dim == unit_dim
-        train = found.train
+        preset = pretraining(f"model={model}")
+        assert preset.model == config and preset.unit_dim == unit_dim
+        train = preset.train
         assert (train.lr, train.clip_norm, train.batch_seconds, train.micro_seconds) == (
             lr, clip, batch, micro
         )  # fmt: skip
@@ -91,7 +91,7 @@ def test_srun_tasks_become_processes(nodes):
     ("visible", "local"), [("0", "0"), ("GPU-8932f937", "0"), ("0,1,2,3", "3"), ("", "3"), (None, "3")]
 )
 def test_task_with_one_visible_gpu_uses_it(visible, local):
-    """`srun --gpus-per-task=1` shows each task its own, which torch counts from 0."""
+    """With `srun --gpus-per-task=1` each task sees one GPU, which has index 0."""
     environment = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
     environment |= {"SLURM_JOB_ID": "41", "SLURM_STEP_NODELIST": "node1"}
     if visible is not None:
@@ -116,7 +116,7 @@ def test_slurm_launcher_config_is_valid():
 
     with initialize_config_dir(str(data_folder("conf").resolve()), version_base="1.3"):
         tree = compose("config", ["hydra/launcher=slurm", "hydra.launcher.nodes=2"], return_hydra_config=True)
-    found = dict(tree.hydra.launcher)
-    known = {field.name for field in dataclasses.fields(launcher.SlurmQueueConf)} | {"_target_"}
-    assert found.keys() <= known and found["_target_"].endswith("SlurmLauncher")
-    assert (found["nodes"], found["tasks_per_node"], found["signal_delay_s"]) == (2, 8, 300)
+    settings = dict(tree.hydra.launcher)
+    valid = {field.name for field in dataclasses.fields(launcher.SlurmQueueConf)} | {"_target_"}
+    assert settings.keys() <= valid and settings["_target_"].endswith("SlurmLauncher")
+    assert (settings["nodes"], settings["tasks_per_node"], settings["signal_delay_s"]) == (2, 8, 300)

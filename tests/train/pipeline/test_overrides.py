@@ -1,4 +1,4 @@
-"""Overrides of the command line: what is typed is what a stage gets."""
+"""Tests of command-line overrides, of the commands that show settings, and of multirun."""
 
 from __future__ import annotations
 
@@ -125,17 +125,17 @@ def test_typo_gives_one_message_without_a_traceback(typo, capsys, tmp_path, monk
     assert "Traceback" not in error
 
 
-# --- what a command would run -------------------------------------------------------------------------------
+# --- inspection ---------------------------------------------------------------------------------------------
 
 
-def shown(capsys, *arguments: str) -> dict:
+def printed_settings(capsys, *arguments: str) -> dict:
     assert run.main([*arguments]) == 0
     return yaml.safe_load(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("flag", [["--cfg", "job"], ["--cfg=job"], ["-c", "job"]])
 def test_cfg_job_prints_the_settings_that_run(capsys, flag):
-    content = shown(capsys, *flag, "recipe=demo", "stage=all", "kmeans.n_init=3", "name=1.10")
+    content = printed_settings(capsys, *flag, "recipe=demo", "stage=all", "kmeans.n_init=3", "name=1.10")
     assert content["model"]["width"] == 192 and content["name"] == "1.10" and content["kmeans"]["n_init"] == 3
     jobs = configure_jobs(["recipe=demo", "stage=all", "kmeans.n_init=3", "name=1.10"])
     assert list(content["jobs"]) == [str(job.out) for job in jobs]
@@ -173,7 +173,7 @@ def test_pretrained_takes_effect_in_every_recipe(recipe):
     jobs = configure_jobs([f"recipe={recipe}", "stage=all", "data=/c", "pretrained=owner/model"])
     finetune = [job.config.pretrained for job in jobs if job.stage == "finetune"]
     assert set(finetune) - {None} == {Path("owner/model")}
-    assert not any(job.stage == "pretrain" for job in jobs)  # its model would not be used
+    assert not any(job.stage == "pretrain" for job in jobs)  # pretrained= replaces pretraining
 
 
 def test_pretrained_without_effect_is_rejected():
@@ -205,7 +205,7 @@ def test_sweeps_are_expanded_in_order():
         ("machine=1gpu,laptop", ["exp/demo-machine=1gpu", "exp/demo-machine=laptop"]),
         ("model=tiny,base", ["exp/demo-model=tiny", "exp/demo-model=base"]),
         ("name=1.10,1.1", ["exp/1.10", "exp/1.1"]),
-        ("iteration=1,2", ["exp/demo", "exp/demo"]),  # two parts of one experiment
+        ("iteration=1,2", ["exp/demo", "exp/demo"]),  # two iterations of one experiment
     ],
 )
 def test_each_run_has_its_own_experiment_folder(sweep, folders):

@@ -1,4 +1,4 @@
-"""What can be known to be wrong is said at the door: before anything runs, all at once, with the way out."""
+"""Tests of the preflight checks: all errors are reported at once, before any stage runs."""
 
 import os
 import shutil
@@ -21,8 +21,8 @@ ROUGH = FIXTURES / "rough"
 SCRATCH = "finetune.pretrained=null"
 
 
-def refused(capsys, exp: Path, *overrides: str) -> str:
-    """The message of a command that must fail before anything is written."""
+def rejected(capsys, exp: Path, *overrides: str) -> str:
+    """Run a command that must fail without writing anything and return the message."""
     before = sorted(exp.rglob("*"))
     capsys.readouterr()
     assert run.main([f"recipe={ROUGH}", f"exp={exp}", *overrides]) == 2
@@ -32,7 +32,7 @@ def refused(capsys, exp: Path, *overrides: str) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """An experiment with its stage prepare."""
+    """Experiment folder with a finished `prepare` stage."""
     exp = tmp_path_factory.mktemp("prepared") / "exp"
     assert run.main([f"recipe={ROUGH}", "stage=prepare", f"exp={exp}"]) == 0
     return exp
@@ -47,7 +47,7 @@ def copy(prepared, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("named", "says"),
+    ("name", "expected"),
     [
         ("nope", "finetune.pretrained: nope"),
         ("/no/such/model", "finetune.pretrained: /no/such/model"),
@@ -55,9 +55,9 @@ def copy(prepared, tmp_path) -> Path:
         (str(ROUGH), "not a model folder, config.json is missing"),
     ],
 )
-def test_misspelled_model_is_named_before_the_corpus_is_read(capsys, tmp_path, named, says):
-    message = refused(capsys, tmp_path / "exp", "stage=all", "iterations=0", f"finetune.pretrained={named}")
-    assert says in message and "run stage=" not in message
+def test_misspelled_model_is_named_before_the_corpus_is_read(capsys, tmp_path, name, expected):
+    message = rejected(capsys, tmp_path / "exp", "stage=all", "iterations=0", f"finetune.pretrained={name}")
+    assert expected in message and "run stage=" not in message
 
 
 def test_csj_requires_a_pretrained_model(capsys, tmp_path):
@@ -67,17 +67,17 @@ def test_csj_requires_a_pretrained_model(capsys, tmp_path):
 
 
 def test_hub_check_downloads_at_most_config_json(tmp_path, monkeypatch):
-    """What is in the cache is not asked for; else only config.json is, and the answer is said in a line."""
+    """Cached models need no request; others request config.json only, and errors fit on one line."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     from jahubert.formats.hub import check_exists as hub_check
 
-    asked = []
+    requests = []
 
     def answer(error):
         def download(name, file):
-            asked.append((name, file))
+            requests.append((name, file))
             raise error
 
         return download
@@ -88,24 +88,24 @@ def test_hub_check_downloads_at_most_config_json(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
     hub_check("owner/cached")
-    assert not asked
+    assert not requests
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
-    for error, says in (
+    for error, expected in (
         (http(RepositoryNotFoundError), "owner/gone"),
         (http(HfHubHTTPError), "owner/gone: .*404"),
     ):
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer(error))
-        with pytest.raises(CheckpointError, match=says) as caught:
+        with pytest.raises(CheckpointError, match=expected) as caught:
             hub_check("owner/gone")
         assert "much more" not in str(caught.value)
-    assert asked == [("owner/gone", "config.json")] * 2
+    assert requests == [("owner/gone", "config.json")] * 2
 
 
 # --- processes --------------------------------------------------------------------------------------------
 
 
 def test_indivisible_batch_is_reported_once(tmp_path):
-    """Ten seconds in micro-batches of five are two; three processes cannot share them."""
+    """A batch of 10 s has two micro-batches of 5 s, which three processes cannot share equally."""
     halves = [f"{stage}.train.micro_seconds=5" for stage in ("pretrain", "finetune")]
     command = [f"recipe={ROUGH}", "stage=all", f"exp={tmp_path / 'exp'}", *halves, "processes=3"]
     done = subprocess.run(
@@ -121,33 +121,33 @@ def test_indivisible_batch_is_reported_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "expected"),
     [
         (["engine=deepspeed"], "error: engine=deepspeed: no such engine; choose one of torch, fair"),
         (["device=gpu"], "error: device=gpu"),
         (["pretrain.train.precision=fp16"], "pretrain.train.precision=fp16 is slower than fp32 on a CPU"),
     ],
 )
-def test_unsupported_device_or_precision_is_reported_once(capsys, tmp_path, overrides, says):
-    message = refused(capsys, tmp_path / "exp", "stage=all", *overrides)
-    assert says in message and len(message.splitlines()) == 1
+def test_unsupported_device_or_precision_is_reported_once(capsys, tmp_path, overrides, expected):
+    message = rejected(capsys, tmp_path / "exp", "stage=all", *overrides)
+    assert expected in message and len(message.splitlines()) == 1
 
 
 def test_missing_engine_is_reported_before_the_corpus_is_read(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fairseq2", None)
     monkeypatch.delitem(sys.modules, "jahubert.train.trainer.fairseq2", raising=False)
-    message = refused(capsys, tmp_path / "exp", "stage=all", "engine=fairseq2")
+    message = rejected(capsys, tmp_path / "exp", "stage=all", "engine=fairseq2")
     assert "fairseq2 is not installed" in message and len(message.splitlines()) == 1
 
 
 def test_finished_stages_are_not_checked_against_the_device(tmp_path):
-    """Fine-tuned on a GPU, scored on a laptop."""
+    """An experiment trained on a GPU can be scored on a laptop."""
     exp = tmp_path / "exp"
     (exp / "iter1/pretrain").mkdir(parents=True)
     write_json(exp / "iter1/pretrain" / DONE, {})
-    told = configure_jobs([f"recipe={ROUGH}", "stage=all", f"exp={exp}"])
+    configured = configure_jobs([f"recipe={ROUGH}", "stage=all", f"exp={exp}"])
     jobs = [(stage, replace(config, train=replace(config.train, device="gpu")), out)
-            for stage, config, out in told if stage in ("pretrain", "finetune")]  # fmt: skip
+            for stage, config, out in configured if stage in ("pretrain", "finetune")]  # fmt: skip
     assert preflight.preflight_errors(jobs[:1], [exp], 1) == []
     (error,) = preflight.preflight_errors(jobs, [exp], 1)
     assert error.startswith("device=gpu")
@@ -158,9 +158,9 @@ def test_finished_stages_are_not_checked_against_the_device(tmp_path):
 
 def test_missing_splits_are_reported_all_at_once(capsys, copy):
     wrong = ["pretrain.valid_split=devv", "finetune.dev_splits=[dev,nope]", "decode.align_splits=[tset]"]
-    message = refused(capsys, copy, "stage=all", SCRATCH, *wrong)
-    for said in ("pretrain.valid_split=devv", "finetune.dev_splits=nope", "decode.align_splits=tset"):
-        assert f"{said}: {copy}/prepare/manifest.arrow has no such split; its splits are dev, " in message
+    message = rejected(capsys, copy, "stage=all", SCRATCH, *wrong)
+    for setting in ("pretrain.valid_split=devv", "finetune.dev_splits=nope", "decode.align_splits=tset"):
+        assert f"{setting}: {copy}/prepare/manifest.arrow has no such split; its splits are dev, " in message
     assert "dev_splits=dev:" not in message and len(message.splitlines()) == 3
 
 
@@ -176,17 +176,17 @@ def test_splits_are_checked_once_a_manifest_exists(prepared, tmp_path):
 
 
 def test_missing_files_are_reported_with_their_settings_all_at_once(capsys, copy):
-    message = refused(
+    message = rejected(
         capsys, copy, "stage=all", "iterations=0", SCRATCH,
         "decode.lexicon.words=words/lexicn.txt", f"score.baseline={copy}/systems/mian/decode",
         "targets.user_dictionary=names.txt", "kmeans.n_cluster=3",
     )  # fmt: skip
-    for said in (
+    for expected in (
         "decode.lexicon.words: words/lexicn.txt",
         f"score.baseline: {copy}/systems/mian/decode",
         "targets.user_dictionary: names.txt",
     ):
-        assert said in message
+        assert expected in message
 
 
 def test_output_of_an_earlier_stage_of_the_command_may_be_missing(tmp_path):
@@ -200,7 +200,7 @@ def test_unfinished_stage_of_another_experiment_is_rejected(capsys, copy, tmp_pa
     other = tmp_path / "other/iter1/pretrain"
     other.mkdir(parents=True)
     write_json(other / "started.json", {})
-    message = refused(capsys, copy, "stage=all", "iterations=0", f"finetune.pretrained={other}")
+    message = rejected(capsys, copy, "stage=all", "iterations=0", f"finetune.pretrained={other}")
     assert "finetune.pretrained: " in message and "is not finished" in message
 
 
@@ -215,14 +215,14 @@ def test_head_only_steps_must_be_less_than_max_steps(capsys, tmp_path):
     assert "Set it to 0, or to 2000" in message
 
 
-# --- the options of a recipe ------------------------------------------------------------------------------
+# --- recipe options ---------------------------------------------------------------------------------------
 
 
 def test_recipe_options_are_checked(capsys, copy):
-    message = refused(capsys, copy, "stage=prepare", "prepare.options.bda=empty", "prepare.seed=x")
+    message = rejected(capsys, copy, "stage=prepare", "prepare.options.bda=empty", "prepare.seed=x")
     assert "prepare.options.bda: no such key; did you mean prepare.options.bad?" in message
     assert "prepare.seed: expected int" in message
-    assert "prepare.options.n_samples: expected int" in refused(
+    assert "prepare.options.n_samples: expected int" in rejected(
         capsys, copy, "stage=all", "prepare.options.n_samples=many"
     )
 
@@ -232,12 +232,12 @@ def test_explicit_default_does_not_change_the_record(capsys, copy):
     before = (copy / "prepare" / DONE).read_bytes()
     assert run.main([*command, "prepare.options.bad=nothing", "prepare.options.n_samples=0"]) == 0
     assert (copy / "prepare" / DONE).read_bytes() == before
-    message = refused(capsys, copy, "stage=prepare", "prepare.options.bad=empty")
+    message = rejected(capsys, copy, "stage=prepare", "prepare.options.bad=empty")
     assert "prepare.options.bad was nothing, now empty" in message
 
 
 def test_record_with_fewer_settings_is_accepted(capsys, copy):
-    """A record of an earlier version: only the options that were typed, nested ones as they were typed."""
+    """Records of earlier versions contain only options given on the command line."""
     record = read_record(copy / "prepare" / DONE)
     assert record["settings"]["options.n_samples"] == 0
     del record["settings"]["options.n_samples"], record["settings"]["seed"]
@@ -245,7 +245,7 @@ def test_record_with_fewer_settings_is_accepted(capsys, copy):
     before = (copy / "prepare" / DONE).read_bytes()
     assert run.main([f"recipe={ROUGH}", "stage=prepare", f"exp={copy}"]) == 0
     assert (copy / "prepare" / DONE).read_bytes() == before
-    assert "prepare.seed was 0, now 1" in refused(capsys, copy, "stage=prepare", "seed=1")
+    assert "prepare.seed was 0, now 1" in rejected(capsys, copy, "stage=prepare", "seed=1")
 
 
 def test_nested_options_in_an_old_record_are_compared(tmp_path):
@@ -261,13 +261,13 @@ def test_nested_options_in_an_old_record_are_compared(tmp_path):
 
 
 def test_misspelled_options_of_bundled_recipes_are_rejected(tmp_path):
-    for recipe, wrong, says in (
+    for recipe, wrong, expected in (
         ("csj", "filers=drop", "did you mean prepare.options.fillers?"),
         ("builtin", "words.use=3", "did you mean prepare.options.words.uses?"),
     ):
         with pytest.raises(ConfigError) as caught:
             configure_jobs([f"recipe={recipe}", "stage=prepare", f"prepare.options.{wrong}"])
-        assert says in str(caught.value)
+        assert expected in str(caught.value)
 
 
 def test_only_rank_0_prints_errors(tmp_path):

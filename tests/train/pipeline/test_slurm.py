@@ -1,4 +1,4 @@
-"""Jobs of a SLURM cluster: what sbatch is given, and when a job puts itself into the queue again."""
+"""Tests of the SLURM scripts in the documentation: sbatch options, signals, and requeueing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SCRIPTS = {
     for path in PAGES
     for script in SCRIPT.findall(path.read_text(encoding="utf-8"))
 }
-AGAIN = re.compile(r"^again\(\).*?^}\n", re.S | re.M)
+REQUEUE_FUNCTION = re.compile(r"^again\(\).*?^}\n", re.S | re.M)
 
-# Of sbatch(1); one that it does not know, as those of srun, rejects the job.
+# Options of sbatch(1). It rejects jobs with other options, such as those of srun only.
 SBATCH = {
     "account", "array", "comment", "constraint", "cpus-per-gpu", "cpus-per-task", "dependency", "error",
     "exclude", "exclusive", "gpus-per-node", "gpus-per-task", "gres", "job-name", "mem", "mem-per-cpu",
@@ -47,7 +47,7 @@ def test_launcher_options_are_valid_sbatch_options(tmp_path):
 
     with initialize_config_dir(str(data_folder("conf").resolve()), version_base="1.3"):
         tree = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True)
-    own = (
+    launcher_only = (
         "_target_",
         "submitit_folder",
         "max_num_timeout",
@@ -56,48 +56,53 @@ def test_launcher_options_are_valid_sbatch_options(tmp_path):
         "name",
         "mem_gb",
     )
-    given = {name: value for name, value in dict(tree.hydra.launcher).items() if name not in own}
-    text = _make_sbatch_string("python", folder=tmp_path, time=1440, ntasks_per_node=8, **given)
+    sbatch_options = {
+        name: value for name, value in dict(tree.hydra.launcher).items() if name not in launcher_only
+    }
+    text = _make_sbatch_string("python", folder=tmp_path, time=1440, ntasks_per_node=8, **sbatch_options)
     assert {"requeue", "signal", "nodes"} <= options(text) <= SBATCH, text
 
 
 def test_all_scripts_share_the_requeue_function():
     assert {"docs/scale.md", "docs/tutorials/reazonspeech.md"} <= SCRIPTS.keys()
-    assert len({tuple(AGAIN.findall(script)) for script in SCRIPTS.values()}) == 1
+    assert len({tuple(REQUEUE_FUNCTION.findall(script)) for script in SCRIPTS.values()}) == 1
 
 
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_srun_signals_the_processes_without_torchrun(page):
-    """Which dies by USR1 and leaves its processes behind."""
+    """SIGUSR1 would kill torchrun and leave its processes running."""
     assert "--signal=USR1@" in SCRIPTS[page] and "torchrun" not in SCRIPTS[page]
 
 
 @pytest.mark.parametrize("page", SCRIPTS)
 @pytest.mark.parametrize(
-    ("status", "count", "again"),
+    ("status", "count", "requeued"),
     [
         (0, None, False),
-        (2, None, False),  # a mistake stays one
+        (2, None, False),  # a user error fails again
         (75, None, True),
         (75, "99", True),
         (75, "100", False),
         (1, "3", True),
-        (137, None, True),  # a task was killed
+        (137, None, True),  # a killed task
     ],
 )
-def test_job_is_requeued_unless_its_settings_are_wrong(page, status, count, again, tmp_path):
-    for tool, line in {"srun": f"exit {status}", "scontrol": f'echo "$@" >> {tmp_path}/asked'}.items():
+def test_job_is_requeued_unless_its_settings_are_wrong(page, status, count, requeued, tmp_path):
+    for tool, line in {
+        "srun": f"exit {status}",
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol_calls',
+    }.items():
         (tmp_path / tool).write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/{tool}.log\n{line}\n')
         (tmp_path / tool).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41"}
     env |= {} if count is None else {"SLURM_RESTART_COUNT": count}
     done = subprocess.run(["bash", "-c", SCRIPTS[page]], env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == status and not done.stderr
-    asked = tmp_path / "asked"
-    assert (asked.read_text() if asked.exists() else "") == ("requeue 41\n" if again else "")
+    calls = tmp_path / "scontrol_calls"
+    assert (calls.read_text() if calls.exists() else "") == ("requeue 41\n" if requeued else "")
     started = (tmp_path / "srun.log").read_text().splitlines()
     assert all(line.startswith("--kill-on-bad-exit=0 --wait=60 python -m jahubert.run ") for line in started)
-    assert status == 0 or len(started) == 1  # nothing goes on behind what failed
+    assert status == 0 or len(started) == 1  # a failed command ends the script
 
 
 def test_multi_node_torchrun_commands_set_a_rendezvous():

@@ -107,9 +107,9 @@ def test_front_end_memory_equals_peak_of_backward(monkeypatch):
                 model.encoder.training = False
                 masked_loss(model, head, torch.zeros(rows, 64_000)).backward()
             peaks.append(memory.peak)
-        found = front_end_bytes(config, torch.float32)
-        assert found == pytest.approx((peaks[1] - peaks[0]) / 8 / 4, rel=0.1)
-        assert peak_bytes(config, 4.0, False, torch.float32, gpu=True) == found
+        predicted = front_end_bytes(config, torch.float32)
+        assert predicted == pytest.approx((peaks[1] - peaks[0]) / 8 / 4, rel=0.1)
+        assert peak_bytes(config, 4.0, False, torch.float32, gpu=True) == predicted
 
 
 class PeakMemory(TorchDispatchMode):
@@ -219,8 +219,8 @@ def test_single_stage_has_same_estimate_as_within_all(capsys):
     ]  # so slow that computing decides
     _, among = hours_of(capsys, *settings)
     for stage in ("features", "kmeans", "label"):
-        _, alone = hours_of(capsys, *settings, f"stage={stage}", "iteration=2")
-        assert alone == {f"iter2/{stage}": pytest.approx(among[f"iter2/{stage}"])}
+        _, single = hours_of(capsys, *settings, f"stage={stage}", "iteration=2")
+        assert single == {f"iter2/{stage}": pytest.approx(among[f"iter2/{stage}"])}
 
 
 @pytest.mark.parametrize(("preset", "n"), [("8gpu", 8), ("32gpu", 32)])

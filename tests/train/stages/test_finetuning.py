@@ -66,16 +66,16 @@ def test_preset_has_published_learning_rate_schedule(preset, phases):
 
 def test_presets_have_published_settings_and_defaults_are_the_10h_preset():
     assert PRESETS == ["10h", "10min", "1h", "csj-all", "csj-core"]
-    found = {name: settings("recipe=csj", f"finetuning={name}") for name in PRESETS}
-    assert {name: c.train.max_steps for name, c in found.items() if name[0] == "1"} == {
+    presets = {name: settings("recipe=csj", f"finetuning={name}") for name in PRESETS}
+    assert {name: c.train.max_steps for name, c in presets.items() if name[0] == "1"} == {
         "10h": 25_000, "10min": 13_000, "1h": 13_000
     }  # fmt: skip
-    assert [found[name].hours for name in ("10min", "1h", "10h")] == pytest.approx([1 / 6, 1, 10], abs=1e-3)
-    assert found["csj-core"].hours is None and found["csj-all"].head_only_steps == 0
-    for config in found.values():
+    assert [presets[name].hours for name in ("10min", "1h", "10h")] == pytest.approx([1 / 6, 1, 10], abs=1e-3)
+    assert presets["csj-core"].hours is None and presets["csj-all"].head_only_steps == 0
+    for config in presets.values():
         assert config.freeze_conv and config.layer_drop == 0.1 and config.best == "wer"
         assert config.train.batch_seconds == 1600 and config.mask.length == 10
-    fields = result_fields(replace(found["10h"], hours=None))
+    fields = result_fields(replace(presets["10h"], hours=None))
     assert fields == result_fields(
         finetune.Config(*(Path(fields[n]) for n in ("manifest", "targets", "pretrained")))
     )

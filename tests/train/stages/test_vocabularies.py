@@ -114,17 +114,17 @@ def decoded(exp: Path, out: Path, **settings) -> list[dict]:
 
 
 def test_hypotheses_do_not_depend_on_batch_size(trained, tmp_path):
-    exp, found = trained("characters"), {}
+    exp, rows_by_batch = trained("characters"), {}
     for seconds in (0.1, 4.0, 80.0):
-        found[seconds] = decoded(exp, tmp_path / str(seconds), batch_seconds=seconds, n_best=3)
+        rows_by_batch[seconds] = decoded(exp, tmp_path / str(seconds), batch_seconds=seconds, n_best=3)
     for other in (4.0, 80.0):
-        for a, b in zip(found[0.1], found[other], strict=True):
+        for a, b in zip(rows_by_batch[0.1], rows_by_batch[other], strict=True):
             assert (a["id"], a["hypothesis"]) == (b["id"], b["hypothesis"])
             assert a["score"] == pytest.approx(b["score"], abs=1e-3)
             assert a["n_best"][0]["words"] == b["n_best"][0]["words"]
     rates = {
         error_rate([x["reference"] for x in rows], [x["hypothesis"] for x in rows]).rate
-        for rows in found.values()
+        for rows in rows_by_batch.values()
     }
     assert len(rates) == 1
 
@@ -146,14 +146,14 @@ def test_word_list_restricts_hypotheses(trained, tmp_path):
     pytest.importorskip("flashlight.lib.text.decoder")
     exp = trained("phones", 2)
     manifest = Manifest(exp / "prepare/manifest.arrow")
-    known = {word for i in manifest.indices(split="test") for word in manifest[int(i)].words}
+    words = {word for i in manifest.indices(split="test") for word in manifest[int(i)].words}
     (tmp_path / "words.txt").write_text(
-        "".join(f"w{i} {' '.join(word)}\n" for i, word in enumerate(sorted(known)))
+        "".join(f"w{i} {' '.join(word)}\n" for i, word in enumerate(sorted(words)))
     )
     lexicon = decode.LexiconConfig(tmp_path / "words.txt")
-    found = decoded(exp, tmp_path / "lexicon", lexicon=lexicon, n_best=2, batch_seconds=3.0)
-    assert all(tuple(word.split()) in known for line in found for word in line["hypothesis"])
-    assert [line["reference"] for line in found] == [
+    rows = decoded(exp, tmp_path / "lexicon", lexicon=lexicon, n_best=2, batch_seconds=3.0)
+    assert all(tuple(word.split()) in words for line in rows for word in line["hypothesis"])
+    assert [line["reference"] for line in rows] == [
         line["reference"] for line in decoded(exp, tmp_path / "free")
     ]
 
@@ -172,12 +172,13 @@ def test_invalid_decode_settings_are_rejected(settings, message):
 
 
 def test_word_list_is_set_on_the_command_line():
-    asked = [f"recipe={TONES}", "stage=decode", "decode.lexicon.words=/a/words.txt"]
-    (job,) = plan_stages(compose([*asked, "system=pretrained"]))
-    found = configure_job(job, [*asked, "decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"])
-    assert found[1].lexicon == decode.LexiconConfig(Path("/a/words.txt"), Path("/a/3.arpa"), 0.5)
+    overrides = [f"recipe={TONES}", "stage=decode", "decode.lexicon.words=/a/words.txt"]
+    (job,) = plan_stages(compose([*overrides, "system=pretrained"]))
+    ngram = ["decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"]
+    configured = configure_job(job, [*overrides, *ngram])
+    assert configured[1].lexicon == decode.LexiconConfig(Path("/a/words.txt"), Path("/a/3.arpa"), 0.5)
     with pytest.raises(ConfigError, match=r"decode\.lexicon\.arpa"):
-        configure_job(job, [*asked, "decode.lexicon.arpa=/a/3.arpa"])
+        configure_job(job, [*overrides, "decode.lexicon.arpa=/a/3.arpa"])
 
 
 # --- targets ----------------------------------------------------------------------------------------------

@@ -125,8 +125,8 @@ DIFFERENCES = re.findall(
 
 def test_documented_differences_are_current():
     assert len(DIFFERENCES) == 60
-    for word, read, known in DIFFERENCES:
-        assert "".join(kana(word)) == read != known, word
+    for word, reading, correct in DIFFERENCES:
+        assert "".join(kana(word)) == reading != correct, word
 
 
 def test_phones_of_a_text():
