@@ -1,4 +1,4 @@
-"""Errors between processes."""
+"""Tests that errors can be pickled between processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kana and phones, long vowels, and phoneme sets."""
+"""Tests of kana and phones, long vowels, and phoneme sets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_inventory_is_the_forty_phones_of_the_csj_recipe():
         ("ニェ ヒェ ミェ ブィ スィ ズィ クヮ グヮ ヮ", "n e h e m e b i sh i j i k a g a w a"),
         ("キャ シュ チョ ニャ ヒュ ミョ", "ky a sh u ch o ny a hy u my o"),
         ("リャ ギュ ジョ ビャ ピュ", "ry a gy u j o by a py u"),
-        # rare syllables: the consonant and the small vowel
+        # rare syllables: consonant and small vowel
         ("ビェ リェ キェ ギェ ピェ グェ クェ デェ", "b e r e k e g e p e g e k e d e"),
         ("デャ テャ デョ テョ グァ クァ クォ グォ", "d a t a d o t o g a k a k o g o"),
         ("クィ グィ クゥ グゥ シィ", "k i g i k u g u sh i"),
@@ -47,7 +47,7 @@ def test_inventory_is_the_forty_phones_of_the_csj_recipe():
         ("ヰ ヱ ヵ ヶ", "i e k a k e"),
     ],
 )  # fmt: skip
-def test_kana_table(kana, phones):
+def test_kana_are_mapped_to_phones(kana, phones):
     assert [phone for part in kana.split() for phone in kana_to_phones(part)] == phones.split()
 
 
@@ -71,7 +71,7 @@ def test_kana_table(kana, phones):
         ("", ""),
     ],
 )
-def test_words_to_phones(kana, phones):
+def test_words_are_mapped_to_phones(kana, phones):
     assert kana_to_phones(kana) == phones.split()
 
 
@@ -142,7 +142,7 @@ def test_every_phone_sequence_has_a_spelling():
         ("コーエン", None, "コーエン"),
     ],
 )
-def test_normalize_kana(reading, surface, kana):
+def test_kana_are_normalized(reading, surface, kana):
     assert normalize_kana(reading, surface) == kana
 
 
@@ -150,7 +150,7 @@ def test_to_katakana_keeps_other_characters():
     assert to_katakana("かなｶﾅ漢字A") == "カナカナ漢字A"
 
 
-def test_readings_of_the_tofugu_words(shared_data):
+def test_tofugu_readings_have_phones(shared_data):
     table = shared_data / "tofugu" / "pronunciations.tsv"
     if not table.is_file():
         pytest.skip("needs the Tofugu words")
@@ -165,7 +165,7 @@ def test_readings_of_the_tofugu_words(shared_data):
     assert right / len(rows) >= 0.998
 
 
-def test_phoneme_set():
+def test_phoneme_set_maps_phones_to_labels():
     phonemes = PhonemeSet.standard()
     assert len(phonemes) == 42
     assert (phonemes.blank, phonemes.boundary) == (0, 1)

@@ -1,4 +1,4 @@
-"""Background prefetching: order, bounds, errors, and termination of threads."""
+"""Tests of background prefetching: order, limits, errors, and termination of threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jahubert.train.pipeline import runner
 
 
 def threads() -> set[threading.Thread]:
-    """Running prefetch threads."""
+    """Return the running prefetch threads."""
     return {thread for thread in threading.enumerate() if thread.name.startswith(THREAD_PREFIX)}
 
 
@@ -89,7 +89,7 @@ def test_utterances_are_read_during_computation(corpus, monkeypatch):
 
     class Waiting(Mfcc):
         def __call__(self, wavs):
-            third = min(len(found) + 3, N - 1)  # two short utterances at most are one batch
+            third = min(len(found) + 3, N - 1)  # a batch has at most two utterances
             assert started[third].wait(10), "the next utterance is not being read"
             return super().__call__(wavs)
 

@@ -1,4 +1,4 @@
-"""Recipe builtin: classification of voices, speeds, synthetic reading, packing for the wheel."""
+"""Tests of recipe builtin: voices, speeds, synthetic readings, recordings, and packing for the wheel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RATE = 16_000
 
 
 def buzz(hz: float, seconds: float = 0.6) -> np.ndarray:
-    """A pitched sound: harmonics of `hz` between two silences."""
+    """Harmonics of `hz` between two silences."""
     time_T = np.arange(round(seconds * RATE)) / RATE
     wav_T = sum(np.sin(2 * np.pi * hz * k * time_T) / k for k in range(1, 12)) * np.hanning(len(time_T))
     return np.concatenate([np.zeros(2000), 0.2 * wav_T, np.zeros(2000)])
@@ -64,7 +64,7 @@ def test_speed_changes_length_and_pitch(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> list[Utterance]:
-    """The corpus from 40 invented words in two voices and one sentence."""
+    """Synthetic corpus of 40 words in two voices and one sentence."""
     root = tmp_path_factory.mktemp("corpus")
     ogg = root / "lib" / "ogg"
     ogg.mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_real_sentences_are_a_test_split(corpus):
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory) -> list[Utterance | Rejected]:
-    """Sentences of ten speakers and one guessed speaker; every speaker also reads one common sentence."""
+    """Sentences of ten speakers and one guessed speaker, and one sentence read by every speaker."""
     root = tmp_path_factory.mktemp("common_voice")
     lines = ["file\ttext\tspeaker"]
     for speaker in range(11):
@@ -158,7 +158,7 @@ def test_one_speaker_is_capped(read):
     assert any(isinstance(item, Rejected) and "cap_minutes" in item.reason for item in read)
 
 
-def test_telephone_and_noise_versions(read):
+def test_telephone_and_noise_versions_are_added(read):
     items = {item.id: item for item in read if isinstance(item, Utterance)}
     clean = [item for item in items.values() if item.split == "test_cv"]
     assert len(clean) == 12
@@ -198,7 +198,7 @@ def test_sentences_folder_without_its_table_is_rejected(tmp_path):
 
 @pytest.fixture
 def finished(tmp_path) -> Path:
-    """What the stages leave of a run, as far as it is packed."""
+    """Experiment folder with the files that packing reads."""
     torch.manual_seed(0)
     sizes = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
     ctc = jahubert.HubertForCtc(jahubert.HubertConfig(**sizes, pos_conv_groups=2), 42)
@@ -230,7 +230,7 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     assert "seed=3" in page and "somebody" not in page
     size = sum(path.stat().st_size for path in target.iterdir())
     assert f"{size / 1e6:.1f} MB" in capsys.readouterr().out
-    assert build.main(arguments) == 0  # replaces the old one
+    assert build.main(arguments) == 0  # replaces the existing model
     assert sorted(path.name for path in target.parent.iterdir()) == [build.NAME]
 
 

@@ -1,4 +1,4 @@
-"""CSJ on invented trees: layouts, channels, sets, and malformed transcripts."""
+"""Tests of recipe csj on synthetic corpora: layouts, channels, sets, and malformed transcripts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read(data: Path | None, work: Path, seed: int = 0, **options) -> tuple[list[
     return [i for i in items if isinstance(i, Utterance)], [i for i in items if isinstance(i, Rejected)]
 
 
-# --- trees ------------------------------------------------------------------------------------------------
+# --- corpus folders ---------------------------------------------------------------------------------------
 
 
 LAYOUTS = [("usb", ("sdb", "xml")), ("usb", ("xml",)), ("dvd", ("sdb",)), ("dvd", ("xml", "trn"))]
@@ -69,7 +69,7 @@ def test_every_layout_is_read_as_planned(tmp_path, caplog, layout, kinds):
     assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected_items
     assert all(item.split == SETS[item.speaker] for item in items)
     assert counts["hours"] == pytest.approx(sum(n for _, n, _ in expected_items.values()) / RATE / 3600)
-    events = 6 * len(SETS)  # two next to each utterance
+    events = 6 * len(SETS)  # two events per utterance
     assert counts["rejected"] == {"masked name": len(SETS), "no words": events}
     assert {name: split["utterances"] for name, split in counts["splits"].items()} == {
         "dev": 6, "eval1": 3, "eval2": 3, "eval3": 3, "train": 6
@@ -92,7 +92,7 @@ def test_command_of_the_readme_prepares_targets(usb, tmp_path, capsys):
     store = TargetStore(tmp_path / "targets")
     for row in store.labeled_rows:
         assert tuple(store.words(row)) == manifest[row].words
-    # Some of these utterances, of a second each, are too short for their phones.
+    # The utterances last one second, and some are too short for their phones.
     assert len(store.labeled_rows) > 10
     capsys.readouterr()
     assert run.main([*command, "subset=core", "stage=prepare"]) == 2
@@ -109,17 +109,17 @@ def test_trn_is_read_without_a_better_transcript(tmp_path, caplog):
     assert "only a TRN" in caplog.text and "A01F0055" in caplog.text
 
 
-def test_subset_all_includes_noncore_talks_and_a_list_its_own(usb, tmp_path):
+def test_subset_is_all_talks_or_those_of_a_list(usb, tmp_path):
     def training_talks(**options):
         return {item.speaker for item in read(usb, tmp_path, **options)[0] if item.split == "train"}
 
     assert training_talks() == {"A01F0055", "S00M0075"}
     assert training_talks(subset="all") == {"A01F0055", "S00M0075", "A01M0999"}
-    (tmp_path / "mine.txt").write_text("# comment\nA01M0999\n")
-    assert training_talks(subset=str(tmp_path / "mine.txt")) == {"A01M0999"}
+    (tmp_path / "talks.txt").write_text("# comment\nA01M0999\n")
+    assert training_talks(subset=str(tmp_path / "talks.txt")) == {"A01M0999"}
 
 
-def test_core_is_determined_by_folder_then_file_list_then_list(tmp_path):
+def test_core_talks_come_from_the_folder_or_file_list_or_list(tmp_path):
     talk = planned("A01M0999", core=False)
     write_talk(tmp_path / "dvd", "dvd", talk)
     assert not files.find_talks(tmp_path / "dvd")["A01M0999"].core
@@ -130,7 +130,7 @@ def test_core_is_determined_by_folder_then_file_list_then_list(tmp_path):
     assert files.find_talks(tmp_path / "usb")["A01M0999"].core
 
 
-def test_values_of_the_file_list(tmp_path, caplog):
+def test_core_column_of_the_file_list_is_parsed(tmp_path, caplog):
     cells = {
         "A01F0055": "コア",
         "A01F0067": "ノンコア",
@@ -177,7 +177,7 @@ def test_dev_kaldi_is_the_first_part_of_the_training_data(usb, tmp_path, monkeyp
     monkeypatch.setattr(csj, "read_list", lambda name: ["4"] if name == "dev-kaldi" else read_list(name))
     items, _ = read(usb, tmp_path, dev="kaldi")
     dev = [item.id for item in items if item.split == "dev"]
-    # Without the list of lhotse, its talks are training data.
+    # Without lhotse's list, its talks are training data.
     train = sorted(
         id for id in expected(talks()) if SETS.get(id[:8]) in ("train", "dev") and id[:8] != "S02F0122"
     )
@@ -231,7 +231,7 @@ def test_dialogue_with_one_channel_missing_is_rejected(tmp_path):
 
 
 def broken_sdb(root: Path, change) -> Path:
-    """Write an intact talk and one whose SDB lines are changed by `change`."""
+    """Write an intact talk and one with SDB lines modified by `change`."""
     write_talk(root, "usb", planned("A01F0055"))
     write_talk(root, "usb", planned("S00M0075"))
     path = root / "MORPH" / "SDB" / "core" / "S00M0075.sdb"
@@ -291,7 +291,7 @@ def test_unreadable_talk_is_rejected(tmp_path):
 
 
 def test_event_needs_no_pronunciation(tmp_path):
-    """Columns at the end of a line may be missing, and attributes that would be empty."""
+    """Trailing columns and empty attributes may be missing."""
     line = b"\t".join(sdb_lines(planned("S00M0075"))[0].encode("cp932").split(b"\t")[:5])
     broken_sdb(tmp_path, lambda x: [line + "\t<笑>".encode("cp932"), *x])
     assert len(read(tmp_path, tmp_path)[0]) == 6
@@ -304,7 +304,7 @@ def test_event_needs_no_pronunciation(tmp_path):
     assert [bool(word.problem) for word in words] == [False, False, True]
 
 
-def test_segments_with_invalid_times_are_marked(tmp_path):
+def test_segments_with_invalid_times_have_a_problem(tmp_path):
     sdb = "0\t0\tA\t0001 00002.000-00001.000 L:-001-001\t\t本\t\t\t\t本\tホン\t名詞\n"
     sdb += sdb.replace("0001 ", "0002 ").replace("00001.000", "00003.000")
     (tmp_path / "a.sdb").write_bytes(sdb.encode("cp932"))
@@ -325,10 +325,10 @@ def test_segments_with_invalid_times_are_marked(tmp_path):
 
 
 def test_held_out_talks_in_a_training_list_are_rejected(usb, tmp_path):
-    path = tmp_path / "mine.txt"
+    path = tmp_path / "talks.txt"
     path.write_text("A01F0055\nA01M0110\nD03M0017\nA03F0109\n")
     held = r"A01M0110 \(eval1\), A03F0109 \(dev\), D03M0017 \(excluded\)"
-    with pytest.raises(DataError, match=f"mine.txt.*{held}"):
+    with pytest.raises(DataError, match=f"talks.txt.*{held}"):
         read(usb, tmp_path, subset=str(path))
     path.write_text("A01F0055\nA01F0056\n")
     with pytest.raises(DataError, match="A01F0056"):
@@ -340,7 +340,7 @@ def test_held_out_talks_in_a_training_list_are_rejected(usb, tmp_path):
         read(usb, tmp_path, subset="croe")
 
 
-def test_talk_in_two_places_is_rejected(tmp_path, monkeypatch):
+def test_talk_in_two_subsets_or_sets_is_rejected(tmp_path, monkeypatch):
     write_talk(tmp_path / "a", "usb", planned("A01F0055"))
     noncore = tmp_path / "a" / "WAV" / "noncore"
     noncore.mkdir()
@@ -387,7 +387,7 @@ def test_summary_compares_with_figures_of_other_recipes():
     )
     assert compared("eval2", 1292, hours) == icefall
     assert compared("train", 9, 276, subset="all") == "; the paper: 552 h, here 50.0% of that"
-    assert compared("train", 9, 276, subset="mine.txt") == ""
+    assert compared("train", 9, 276, subset="talks.txt") == ""
     assert compared("dev", 4000, 6.5, dev="kaldi") == "; Kaldi: 4,000 utterances, 6.52 h, here 99.7% of that"
 
 
@@ -398,7 +398,7 @@ def test_talks_of_every_set_are_counted_and_missing_ones_reported(usb, tmp_path,
     assert expected_talks("core", "lhotse") == {**evals, "dev": 39, "train": 186}
     assert expected_talks("core", "kaldi") == {**evals, "train": 188}
     assert expected_talks("all", "lhotse") == {**evals, "dev": 39, "train": 3302 - 30 - 6 - 39}
-    assert expected_talks("mine.txt", "lhotse") == {**evals, "dev": 39}
+    assert expected_talks("talks.txt", "lhotse") == {**evals, "dev": 39}
     read(usb, tmp_path, subset="all")
     assert "csj eval1: 1 of 10 talks, 3 utterances, 0.00 h" in caplog.text
     assert "csj dev: 2 of 39 talks" in caplog.text

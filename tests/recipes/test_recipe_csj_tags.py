@@ -1,4 +1,4 @@
-"""CSJ: tags with every option, words that span several of them, joining of segments."""
+"""Tests of CSJ transcripts: tags with every option, nested tags, and joining of segments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resolved(*segments, **options):
 
 
 def words(*pronunciations: str, orthography: str = "", **options) -> str:
-    """The words of a segment separated by `|`; or the first problem, or `masked`."""
+    """Return the words of a segment separated by `|`, its first problem, or `masked`."""
     segment = resolved(segment_of(*pronunciations, orthography=orthography), **options)[0]
     if segment.masked:
         return "masked"
@@ -99,13 +99,13 @@ def test_each_tag_for_each_option(pronunciation, canonical, others):
 def test_tags_span_words_and_segments():
     assert words("(F エ", "エット)", "ハイ") == "e | e q t o | h a i"
     assert words("(F エ", "エット)", "ハイ", fillers="drop") == "h a i"
-    # A piece of text stays with the word that it is written in.
+    # Text in a tag belongs to the word in which it is written.
     assert words("(W コイ", "ショ;コレ", "デショ)", pron="actual") == "k o i | sh o"
     assert words("(W コイ", "ショ;コレ", "デショ)") == "k o r e | d e sh o"
     pieces = [("(R ×", "L"), ("", "L"), ("×)サン", "L"), ("ハイ", "L")]
     segments = [segment_of(pronunciation, channel=channel) for pronunciation, channel in pieces]
     assert [segment.masked for segment in resolved(*segments)] == [True, True, True, False]
-    # A tag that is never closed spoils its segment only.
+    # An unclosed tag affects only its segment.
     unclosed = resolved(segment_of("ア", "(F イ", "ウ"), segment_of("エ"), segment_of("(笑 オ", "カ)"))
     assert [bool(segment.problems) for segment in unclosed] == [True, False, False]
     assert [segment.words for segment in unclosed[1:]] == [(("e",),), (("o",), ("k", "a"))]
@@ -195,7 +195,7 @@ def test_kaldi_does_not_join_across_the_other_channel():
 
 
 def test_events_neither_end_nor_bridge_nor_lengthen_an_utterance():
-    """Segments without words; the first one has the times of a public sample."""
+    """Segments without words are ignored; the first case has the times of a public sample."""
 
     def segments(*times: tuple[float, float, str]) -> list[tuple[float, float, str]]:
         spoken = [
@@ -220,11 +220,11 @@ def test_events_neither_end_nor_bridge_nor_lengthen_an_utterance():
 
 
 def joined_by_description(segments, join: str, max_gap: int, max_length: int):
-    """The joining rule written from its description, independently of the recipe; returns lists of indices.
+    """Reference implementation of the joining rule; returns the segment indices of each utterance.
 
-    Only segments with something spoken count. Such a segment starts a new utterance if its distance to the
-    end of speech so far exceeds the gap, or if the utterance is too long: with kaldi, before the segment is
-    added, otherwise with it. Except with kaldi, masked segments and segments with problems stay alone.
+    Only segments with speech count. A segment starts a new utterance if the gap to the previous speech is too
+    long, or if the utterance is too long, either before (kaldi) or after adding the segment. Masked segments
+    and segments with problems are not joined, except with kaldi.
     """
     utterances: list[list[int]] = []
     for i, (start, end, kind) in enumerate(segments):
@@ -258,7 +258,7 @@ def test_joining_matches_its_description_on_random_segments(join, kinds):
         now, segments = 0, []
         for _ in range(rng.randint(1, 30)):
             kind, length = rng.choice(kinds), rng.choice((200, 1000, 3000, 11_000))
-            inside = kind == "event" and segments and rng.random() < 0.5  # within the segment before
+            inside = kind == "event" and segments and rng.random() < 0.5  # within the previous segment
             start = (
                 rng.randint(*segments[-1][:2]) if inside else now + rng.choice((0, 100, 499, 500, 501, 900))
             )
@@ -284,7 +284,7 @@ def test_joining_matches_its_description_on_random_segments(join, kinds):
             assert utterance.words == tuple((str(i),) for i in members if segments[i][2] == "speech")
 
 
-def test_words_of_the_invented_tree_have_all_tags_and_events():
+def test_synthetic_words_contain_all_tags_and_events():
     for orthography, pronunciation, phones in WORDS:
         assert words(pronunciation, orthography=orthography) == phones
     everything = "".join(orthography + pronunciation for orthography, pronunciation, _ in WORDS) + "(R ×)"

@@ -1,4 +1,4 @@
-"""Recipe demo: exact phone times, disjoint splits, reproducible audio."""
+"""Tests of recipe demo: exact phone times, disjoint splits, and reproducible audio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory) -> tuple[Path, list[Utterance]]:
 
 
 def levels(item: Utterance) -> dict[str, list[float]]:
-    """Level in dB of the middle half of every phone, relative to the whole utterance."""
+    """Return the level of the middle half of every phone, in dB relative to the whole utterance."""
     wave, rate = soundfile.read(item.audio.path)
     assert rate == 16_000
     assert len(wave) == item.n_samples
@@ -63,7 +63,7 @@ def test_phone_times_match_the_audio(corpus):
     assert max(all_levels["pau"]) < -12  # no pause contains speech
 
 
-def test_frames_of_labels_sum_to_the_utterance_for_every_speaker():
+def test_frames_per_label_sum_to_the_utterance_length():
     for i, text in enumerate(
         ["昨日、東京で新しいパソコンを買いましょう。", "ヴィクトルさんはピューレを食べます。"]
     ):

@@ -1,4 +1,4 @@
-"""ReazonSpeech on invented releases: matching of captions, damaged shards, caching of indices."""
+"""Tests of recipe reazonspeech on synthetic releases: captions, damaged shards, and cached indices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ tar_index, parquet_shards = sys.modules["tar_index"], sys.modules["parquet_shard
 
 
 def read(data: Path | None, work: Path, **options):
-    """Single utterances, and rejected ones."""
+    """Return the utterances and the rejected items by ID."""
     config = recipe.Config(**{"subset": "tiny", "processes": 1, **options})
     items = list(recipe.prepare(data, work, config, 0))
     rows = [item for batch in items if isinstance(batch, Utterances) for item in batch]
@@ -48,7 +48,7 @@ def content(rows) -> dict[str, tuple[int, str]]:
 def test_captions_are_matched_with_recordings(tmp_path, dot, form, end):
     release = Release(tmp_path / "reazonspeech-v1", shards=2, rows=3, dot=dot)
     release.write(end=end, form=form)
-    rows, rejected = read(tmp_path, tmp_path)  # finds the folder of the release
+    rows, rejected = read(tmp_path, tmp_path)  # finds the release folder
     assert not rejected
     assert list(content(rows).items()) == list(release.rows.items())
     for item in rows:
@@ -79,7 +79,7 @@ def test_prepare_and_targets(tmp_path, caplog):
         assert all(item.words == () and item.alignment == () and item.speaker == "" for item in items)
         assert "3 of 3 shards, 18 utterances" in caplog.text
     (tmp_path / "targets").mkdir()
-    # These recordings are too short for the phones of most captions.
+    # Most recordings are too short for the phones of their captions.
     metrics = targets.run(
         targets.Config(tmp_path / "out True" / "prepare" / "manifest.arrow"), tmp_path / "targets"
     )
@@ -126,7 +126,7 @@ def test_only_a_later_shard_is_read(tmp_path, monkeypatch):
 
 
 def test_finished_manifest_is_extended_without_reading_other_shards(tmp_path, monkeypatch):
-    """The steps of the README: delete the records of the stage, keep its work, and rerun it."""
+    """Follows the README: delete the records of the stage, keep its work folder, and rerun it."""
     release = Release(tmp_path / "corpus", shards=3, rows=4)
     data, exp = release.write(), tmp_path / "exp"
     third = release.shard(2).rename(tmp_path / "002.tar")
@@ -150,7 +150,7 @@ def test_finished_manifest_is_extended_without_reading_other_shards(tmp_path, mo
 
 
 def test_late_shard_is_reported_and_only_it_is_decoded(tmp_path, monkeypatch, capsys, caplog):
-    """The reported commands add the shard and decode nothing else."""
+    """The reported commands add the shard without decoding others."""
     release = Release(tmp_path / "corpus", shards=3, rows=4)
     release.add(0, name_of(0, 90), flac(8000)[:-3000], "途中まで")
     data, exp = release.write(), tmp_path / "exp"
@@ -175,7 +175,7 @@ def test_late_shard_is_reported_and_only_it_is_decoded(tmp_path, monkeypatch, ca
     assert run.main(command) == 0
     manifest = Manifest(exp / "prepare/manifest.arrow")
     assert len(decoded) == 4 and all(id.startswith("001/") for id in decoded)
-    # The result is that of a complete release.
+    # The result equals that of a complete release.
     assert [f"{id}.flac" for id in manifest.ids()] == list(release.rows)
     other = tmp_path / "other"
     assert run.main([argument.replace(str(exp), str(other)) for argument in command]) == 0
@@ -199,7 +199,7 @@ def test_changed_shard_is_decoded_again(tmp_path, monkeypatch):
     assert len(decoded) == 3 and all(id.startswith("001/") for id in decoded)
 
 
-def test_machines_share_the_indexing(tmp_path, monkeypatch):
+def test_indexing_is_shared_by_two_machines(tmp_path, monkeypatch):
     data = write_headers(tmp_path / "corpus", shards=5, rows=50)
     script, index = RECIPE.with_name("tar_index.py"), tmp_path / "work" / "index"
     for part, shards, rows in (("1/2", 3, 150), ("2/2", 2, 100)):
@@ -225,9 +225,9 @@ def test_damaged_members_are_rejected(tmp_path):
     recording = flac(8000)
     release.add(0, name_of(0, 90), b"", "空です")
     release.add(0, name_of(0, 91), b"not audio" * 200, "違います")
-    release.add(0, name_of(0, 92), recording[: len(recording) // 2], "途中まで")  # found only by decoding
+    release.add(0, name_of(0, 92), recording[: len(recording) // 2], "途中まで")  # detected by decoding only
     release.add(0, name_of(0, 93), recording, None)
-    release.add(0, name_of(0, 0), recording, None)  # a second member of that name
+    release.add(0, name_of(0, 0), recording, None)  # duplicate member name
     release.add(0, name_of(0, 94), flac(4000, 8000), "八キロヘルツ", 8000)
     release.add(0, name_of(0, 95), flac(100), "短い", 100)
     release.table += [f"{name_of(0, 96)}\tありません".encode(), name_of(0, 97).encode()]
@@ -263,7 +263,7 @@ def test_damaged_members_are_rejected(tmp_path):
 
 
 def test_parquet_shards_equal_tar_shards(tmp_path, monkeypatch):
-    """Recordings and captions of the Hub's parquet files; a second run converts changed files only."""
+    """Parquet files from the Hub give the same utterances; a second run converts only changed files."""
     release = Release(tmp_path / "corpus", shards=3, rows=6)
     data = release.write_parquet()
     options = {"dev": 7, "test": 4}
@@ -292,7 +292,7 @@ def test_parquet_shards_equal_tar_shards(tmp_path, monkeypatch):
     assert converted == ["train-00001-of-00003.parquet"]
 
 
-def test_damaged_recordings_and_files_of_parquet(tmp_path):
+def test_damaged_parquet_recordings_and_files_are_rejected(tmp_path):
     release = Release(tmp_path / "corpus", shards=1, rows=2)
     release.add(0, "empty.flac", b"", "空です")
     release.add(0, "text.flac", b"not audio" * 200, "違います")
@@ -367,7 +367,7 @@ def test_table_and_shards_may_be_in_one_folder(tmp_path):
     assert content(read(data, tmp_path)[0]) == release.rows
 
 
-def test_long_member_names(tmp_path):
+def test_long_member_names_are_read(tmp_path):
     release = Release(tmp_path / "corpus", shards=1, rows=1)
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
         long = f"000/{form}/" + "/".join(["長い" * 8] * 4) + "/名前.flac"
@@ -412,7 +412,7 @@ print(json.dumps([rows, opened, rows / seconds, opening, peak / 1024**2]))
     ("shards", "rows"), [(4, 500), pytest.param(64, 15_625, marks=pytest.mark.slow)], ids=["few", "a million"]
 )
 @pytest.mark.parametrize("write", [write_headers, write_parquet_headers])
-def test_rows_per_second_and_memory(tmp_path, shards, rows, write):
+def test_indexing_is_fast_and_needs_little_memory(tmp_path, shards, rows, write):
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is read from /proc")
     data = write(tmp_path / "corpus", shards, rows)
@@ -425,7 +425,7 @@ def test_rows_per_second_and_memory(tmp_path, shards, rows, write):
     assert n_rows == opened == shards * rows
     assert opening < 1
     assert gib < 2
-    assert rate > 20_000 or n_rows < 100_000  # few rows take less time than starting two processes
+    assert rate > 20_000 or n_rows < 100_000  # startup dominates for few rows
 
 
 def test_missing_data_is_reported(tmp_path):

@@ -1,4 +1,4 @@
-"""Recipe table: equal results for all input kinds, malformed input, splits, cutting of long recordings."""
+"""Tests of recipe table: all kinds of input, malformed input, splits, and long recordings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPLITS = ("train", "train", "train", "dev", "test")
 
 
 def recordings() -> list[dict]:
-    """100 recordings by 10 speakers; the file names are unique."""
+    """100 recordings by 10 speakers with unique file names."""
     return [
         {"id": f"s{i % 10}-{i:03d}", "speaker": f"s{i % 10}", "text": TEXTS[i % 5], "split": SPLITS[i % 5]}
         for i in range(100)
@@ -152,7 +152,7 @@ def test_all_input_kinds_yield_the_same_utterances(tmp_path, audio, kind):
 
 
 def test_inputs_without_splits_yield_the_same_utterances(tmp_path, audio):
-    """A Kaldi data directory and a folder with .txt or .lab files; speakers are assigned to splits."""
+    """Kaldi data directories and folders with .txt or .lab files; speakers are assigned to splits."""
     kaldi, rejected = prepared(write_kaldi(tmp_path / "kaldi", audio, recordings()))
     assert not rejected and len(kaldi) == 100
     folder = tmp_path / "folder"
@@ -182,7 +182,7 @@ def test_missing_dev_split_is_taken_from_training_speakers(tmp_path, audio):
     speakers = {split: {i.speaker for i in items if i.split == split} for split in ("train", "dev", "test")}
     assert speakers["test"] == {"s0"} and len(speakers["dev"]) == 1 and len(speakers["train"]) == 8
     assert not speakers["dev"] & speakers["train"]
-    lines = [line.replace(",test", ",eval1") for line in lines]  # a test set of another name
+    lines = [line.replace(",test", ",eval1") for line in lines]  # another name for the test set
     assert {i.split for i in prepared(write(tmp_path / "b.csv", lines))[0]} == {"train", "dev", "eval1"}
 
 
@@ -279,7 +279,7 @@ def test_kana_become_words(tmp_path, audio):
 
 
 def test_long_recordings_are_cut_at_pauses(tmp_path):
-    """Six bursts of 3 s with pauses of 0.5 s; with text, the recording is rejected."""
+    """Cuts six bursts of 3 s at pauses of 0.5 s; a long recording with text is rejected."""
     noise = np.random.default_rng(0).standard_normal(3 * RATE) * 0.1
     wav = np.concatenate([part for _ in range(6) for part in (noise, np.zeros(RATE // 2))])
     soundfile.write(tmp_path / "long.wav", wav, RATE)
@@ -294,7 +294,7 @@ def test_long_recordings_are_cut_at_pauses(tmp_path):
 
 
 @pytest.mark.parametrize("vocabulary", ["kana", "characters"])
-def test_one_command_from_a_table_to_a_score(tmp_path, capsys, caplog, vocabulary):
+def test_one_command_runs_from_a_table_to_a_score(tmp_path, capsys, caplog, vocabulary):
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
     lines = ["path,text,speaker"]

@@ -1,4 +1,4 @@
-"""Recipe tofugu: splits by reading, trimmed and joined words, rejected files."""
+"""Tests of recipe tofugu: splits by reading, trimmed and joined words, and rejected files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tone(seconds: float, silence: float = 0.2) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """60 invented words, two of them homophones, and four unusable files."""
+    """Synthetic corpus of 60 words, two of them homophones, and four unusable files."""
     root = tmp_path_factory.mktemp("corpus")
     ogg = root / "lib" / "ogg"
     ogg.mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_word_times_match_the_tones(prepared):
         assert len(wave) == item.n_samples == row["words"][-1][1]
         assert len(row["words"]) == len(item.words)
         for start, end in row["words"]:
-            # 0.2 s of silence around each tone was cut to about 50 ms
+            # The 0.2 s of silence around each tone are cut to about 50 ms.
             assert np.std(wave[start + 960 : end - 960]) > 0.05
             assert np.std(wave[start + 80 : start + 560]) < 0.01
             assert np.std(wave[end - 560 : end - 80]) < 0.01
@@ -162,9 +162,9 @@ def test_inconsistent_sizes_are_rejected(options, corpus, tmp_path):
         list(tofugu.prepare(corpus, tmp_path, tofugu.Config(**options), 0))
 
 
-def test_real_words(tmp_path):
+def test_all_real_words_are_used(tmp_path):
     if not (TOFUGU / "lib" / "ogg").is_dir():
-        pytest.skip("the Tofugu words are not available")
+        pytest.skip("needs the Tofugu words")
     ogg = tmp_path / "data" / "lib" / "ogg"
     ogg.mkdir(parents=True)
     for path in sorted((TOFUGU / "lib" / "ogg").iterdir())[::60]:

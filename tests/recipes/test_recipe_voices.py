@@ -1,4 +1,4 @@
-"""Recipe voices: speakers, exact phone times, sentences, and files that are kept."""
+"""Tests of recipe voices: speakers, exact phone times, sentences, and reuse of existing files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_alignment_covers_the_audio_with_the_words_and_pauses(corpus):
 
 
 def test_phone_times_match_the_audio(corpus):
-    """Pauses are quiet and vowels are loud, at every speed."""
+    """Pauses are quiet and vowels are loud at every speed."""
     levels: dict[str, list[float]] = {"pau": [], "vowel": []}
     for item in corpus[1]:
         wave = read(item).astype(float)
@@ -77,7 +77,7 @@ def test_phone_times_match_the_audio(corpus):
     assert np.median(levels["vowel"]) > -4
 
 
-def test_a_second_run_keeps_the_files_and_another_process_count_changes_nothing(corpus, tmp_path):
+def test_second_run_with_another_process_count_keeps_the_files(corpus, tmp_path):
     work, items = corpus
     times = {path: path.stat().st_mtime_ns for path in work.rglob("*.flac")}
     assert list(voices.prepare(None, work, CONFIG, 3)) == items
@@ -91,14 +91,14 @@ def test_a_second_run_keeps_the_files_and_another_process_count_changes_nothing(
         assert np.array_equal(read(one), read(other))
 
 
-def test_another_seed_draws_other_speakers(corpus, tmp_path):
+def test_speakers_depend_on_the_seed(corpus, tmp_path):
     first, second = (
         [item.speaker for item in voices.synthesize(TEXTS, tmp_path, CONFIG, seed)] for seed in (3, 4)
     )
     assert first != second
 
 
-def test_excluded_and_repeated_sentences_are_left_out(tmp_path):
+def test_excluded_and_repeated_sentences_are_omitted(tmp_path):
     table = tmp_path / "test.tsv"
     table.write_text(f"file\ttext\nx.flac\t{TEXTS[0][:-1]} \n", encoding="utf-8")
     config = replace(CONFIG, exclude=(str(table),), minutes=5.0, dev_share=0.0, test_share=0.0)
@@ -106,7 +106,7 @@ def test_excluded_and_repeated_sentences_are_left_out(tmp_path):
     assert [item.text for item in items] == TEXTS[1:]
 
 
-def test_a_text_without_a_reading_is_rejected(tmp_path):
+def test_text_without_a_reading_is_rejected(tmp_path):
     config = replace(CONFIG, dev_share=0.0, test_share=0.0)
     items = list(voices.synthesize(["。", TEXTS[1]], tmp_path, config, 0))
     assert isinstance(items[0], Rejected)
@@ -124,17 +124,17 @@ def test_sentences_are_read_from_plain_lines_and_lines_with_readings(tmp_path):
         voices.read_sentences(tmp_path / "missing.txt")
 
 
-def test_settings_are_checked_together():
+def test_all_invalid_settings_are_reported():
     with pytest.raises(ConfigError, match=r"minutes.*alpha.*speed"):
         voices.Config(minutes=0, alpha=(0.6, 0.5), speed=(0.1, 1.0))
 
 
-def test_a_folder_without_voices_is_an_error(tmp_path):
+def test_folder_without_voices_is_rejected(tmp_path):
     with pytest.raises(DataError, match=r"htsvoice"):
         voices.find_voices(tmp_path)
 
 
-def test_voices_of_a_folder_are_mixed_within_their_groups(shared_data, tmp_path):
+def test_voices_are_mixed_within_their_group(shared_data, tmp_path):
     groups = voices.find_voices(shared_data / "hts_voices")
     names = [{voice.name for voice in group} for group in groups]
     assert {"mei_normal", "takumi_sad"} <= next(group for group in names if "takumi_normal" in group)

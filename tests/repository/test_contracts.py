@@ -1,4 +1,4 @@
-"""Import contracts, ring-1 purity, and rules that hold for every file of the repository."""
+"""Tests of the import contracts, the dependencies of ring 1, and rules for every file of the repository."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fixtures.ring1 import BLOCKER
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "jahubert"
 
-# Window and hop lengths are in frames.py. (path, number) -> meaning of the same number elsewhere.
+# Window and hop lengths belong in frames.py. Maps (path, number) to another meaning of the same number.
 FRAME_NUMBERS = {160, 320, 400}
 OTHER_NUMBERS = {("jahubert/audio/mpeg.py", number): "bit rate, kbit/s" for number in FRAME_NUMBERS - {400}}
 
@@ -46,13 +46,13 @@ def name_of(path: Path) -> str:
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a fresh interpreter, in the checkout."""
+    """Run `code` in a new interpreter in the checkout."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=REPO, timeout=120
     )
 
 
-def test_blocker_blocks() -> None:
+def test_blocker_rejects_other_packages() -> None:
     done = python(BLOCKER + "\nimport numpy, torch, safetensors.torch, soundfile, soxr\nimport pyarrow")
     assert "blocked by the test: pyarrow" in done.stderr
     done = python(BLOCKER + "\nimport jahubert.train.experiment.config")
@@ -79,7 +79,7 @@ def test_command_line_starts_without_torch() -> None:
 
 
 def imported(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """Full dotted names of an import statement."""
+    """Return the full dotted names of an import statement."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -176,7 +176,7 @@ def test_window_and_hop_lengths_are_only_in_frames() -> None:
     assert not set(OTHER_NUMBERS) - set(numbers), "remove these from OTHER_NUMBERS"
 
 
-# Folders of one machine, and addresses that exist on one machine or network only.
+# Paths and addresses that exist only on one machine or network.
 MACHINE = re.compile(
     r"""(?<![\w.$~}/-])/(?:home|root|Users|work|opt|mnt|tmp|scratch|nfs)/\w
     |\bfile://|\bhttps?://(?:localhost|127\.|10\.|192\.168\.)|--find-links
@@ -203,7 +203,7 @@ def test_no_file_names_a_machine() -> None:
 def test_constraints_hold_only_pins(name: str) -> None:
     lines = (REPO / name).read_text(encoding="utf-8").splitlines()
     wrong = [line for line in lines if not re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[A-Za-z0-9.!]+|", line)]
-    assert not wrong  # a local version such as +cpu is not available from every package index
+    assert not wrong  # local versions such as +cpu are missing from most package indexes
 
 
 def stages() -> list[Path]:

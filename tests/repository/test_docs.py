@@ -1,8 +1,8 @@
-"""Documentation: examples run, commands parse and compose, links resolve, generated pages are current.
+"""Tests that documentation examples run, commands parse, links resolve and generated pages are current.
 
-Every block marked ```python in README.md and docs/ runs, those of one file in one namespace, in a folder
-with a tiny random model as `bundle/` and noise as `audio.wav`. Blocks marked ```py are not executed.
-The `jahubert` commands of README.md run as well; those of other pages are parsed.
+Every ```python block in README.md and docs/ is executed in a folder with a tiny random model (`bundle/`) and
+noise (`audio.wav`); the blocks of a page share a namespace. Blocks marked ```py are not executed.
+The `jahubert` commands in README.md are executed; those of other pages are parsed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PAGES = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "recipes/*/*.md")
     for path in REPO.glob(pattern)
-    if path.name not in ("LOG.md", "CHANGELOG.md")  # about earlier versions
+    if path.name not in ("LOG.md", "CHANGELOG.md")  # they describe earlier versions
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
@@ -54,7 +54,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path, program: str) -> list[tuple[str, ...]]:
-    """Arguments of each command line of a page that runs `program`; for stages also of inline code."""
+    """Return the arguments of every `program` command on a page; inline code counts for stages."""
     lines = "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
     if program == "jahubert.run":
         lines += re.findall(r"`(python -m jahubert\.run [^`\n]*)`", path.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def commands(path: Path, program: str) -> list[tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> Path:
-    """A folder with the bundle/ and audio.wav of the examples."""
+    """Folder with the `bundle/` and `audio.wav` that the examples use."""
     folder = tmp_path_factory.mktemp("docs")
     torch.manual_seed(0)
     config = HubertConfig(
@@ -84,7 +84,7 @@ def examples(tmp_path_factory) -> Path:
     return folder
 
 
-# Pages that test_tutorials.py runs from top to bottom.
+# Pages that test_tutorials.py executes completely.
 TUTORIALS = [path for path in PAGES if path.parent.name == "tutorials" and path.name != "features.md"]
 
 
@@ -93,13 +93,13 @@ TUTORIALS = [path for path in PAGES if path.parent.name == "tutorials" and path.
 )
 def test_examples_run(path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(examples)
-    namespace: dict = {"__name__": __name__}  # a dataclass looks up its module
+    namespace: dict = {"__name__": __name__}  # dataclasses look up their module
     for number, code in enumerate(blocks(path, "python"), start=1):
         exec(compile(code, f"{name_of(path)}, example {number}", "exec"), namespace)
 
 
 def tutorial_recipe(folder: Path) -> Path:
-    """The recipe that docs/tutorials/own-corpus.md writes, as files."""
+    """Write the recipe from docs/tutorials/own-corpus.md to files."""
     guide = REPO / "docs/tutorials/own-corpus.md"
     recipe = folder / "mine"
     recipe.mkdir()
@@ -109,7 +109,7 @@ def tutorial_recipe(folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("composed_once")
-def test_recipe_of_the_tutorial_reads_a_corpus(tmp_path: Path) -> None:
+def test_tutorial_recipe_reads_a_corpus(tmp_path: Path) -> None:
     from jahubert.train.data.manifest import Manifest
 
     recipe, corpus = tutorial_recipe(tmp_path), tmp_path / "corpus"
@@ -117,7 +117,7 @@ def test_recipe_of_the_tutorial_reads_a_corpus(tmp_path: Path) -> None:
     texts = ["これは音です"] * 5 + ["", "これは"]
     lines = [f"{n}.wav\tspeaker{n % 3}\t{text}" for n, text in enumerate(texts)]
     (corpus / "transcripts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for n in range(6):  # the seventh is missing
+    for n in range(6):  # the seventh file is missing
         soundfile.write(corpus / f"{n}.wav", 0.1 * torch.randn(16_000).numpy(), 8_000)
     command = [f"recipe={recipe}", f"data={corpus}", f"exp={tmp_path}/exp"]
     runner.run([*command, "stage=prepare"])
@@ -131,7 +131,7 @@ def test_recipe_of_the_tutorial_reads_a_corpus(tmp_path: Path) -> None:
 
 @pytest.fixture
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compose each tree once: it takes most of the time, and the stages of an iteration share it."""
+    """Cache composed settings, because composing takes most of the time."""
 
     def compose_shared(asked: Sequence[str], system: str | None = None) -> dict[str, Any]:
         shared = tuple(word for word in asked if not word.startswith(("stage=", "processes=")))
@@ -145,8 +145,8 @@ _compose = cache(compose)
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
-    """Configuration errors of the stages that a command line runs."""
-    overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]  # Hydra's own
+    """Return the configuration errors of the stages that a command runs."""
+    overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]  # Hydra options
     try:
         jobs.configure_jobs(overrides)
     except ConfigError as error:
@@ -155,7 +155,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
 
 
 def lines_of(program: str) -> dict[tuple[str, ...], str]:
-    """Every distinct command line, with the first page that shows it."""
+    """Map every distinct command to the first page that contains it."""
     lines = [(words, name_of(path)) for path in PAGES for words in commands(path, program)]
     return dict(reversed(lines))
 
@@ -165,24 +165,24 @@ STAGE_LINES, CLI_LINES = lines_of("jahubert.run"), lines_of("jahubert")
 
 @pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("arguments", STAGE_LINES, ids=" ".join)
-def test_commands_of_stages_compose(arguments: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
+def test_stage_commands_compose(arguments: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     tutorial_recipe(tmp_path)
-    monkeypatch.chdir(tmp_path)  # for `recipe=mine`, in docs/tutorials/own-corpus.md
-    # Several seeds are one run each.
+    monkeypatch.chdir(tmp_path)  # docs/tutorials/own-corpus.md uses `recipe=mine`
+    # A sweep over seeds is one run per seed.
     overrides = [re.sub(r"^(seed=\d+),.*", r"\1", word) for word in arguments]
     assert not checked(overrides), f"in {STAGE_LINES[arguments]}"
 
 
 @pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("path", sorted(REPO.glob("recipes/*/README.md")), ids=name_of)
-def test_commands_of_a_recipe_run_in_the_order_shown(path: Path) -> None:
-    """Every input from the experiments of a page is made by an earlier command, or by the same one."""
+def test_commands_of_a_page_can_run_in_order(path: Path) -> None:
+    """The same or an earlier command on the page creates every experiment that a command reads."""
     made: list[Path] = []
     for arguments in commands(path, "jahubert.run"):
         tree = compose(list(arguments))
         planned = jobs.plan_stages(tree)
         made += [jobs.output_folder(tree, job) for job in planned]
-        experiments = {folder.parts[:2] for folder in made}  # others come from other pages
+        experiments = {folder.parts[:2] for folder in made}  # other experiments belong to other pages
         for job in planned:
             _, config, _ = jobs.configure_job(job, arguments)
             for name, read, _ in input_fields(config):
@@ -222,7 +222,7 @@ README_LINES = [
 
 @pytest.fixture
 def readme_folder(examples: Path) -> Path:
-    """`examples` with the recordings that README.md mentions."""
+    """The `examples` folder with the recordings that README.md mentions."""
     (examples / "recordings").mkdir(exist_ok=True)
     soundfile.write(examples / "recordings" / "talk.wav", syllables(2.0, 0).numpy(), 16_000)
     return examples
@@ -231,7 +231,7 @@ def readme_folder(examples: Path) -> Path:
 @pytest.mark.parametrize("line", README_LINES, ids=lambda line: line.partition("#")[0].strip())
 def test_command_of_the_readme_runs(line: str, readme_folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(readme_folder)
-    if transcribe.builtin_model() is None:  # it is made by a recipe, so a checkout may lack it
+    if transcribe.builtin_model() is None:  # a recipe builds it, so it may be missing
         monkeypatch.setattr(transcribe, "builtin_model", lambda: readme_folder / "bundle")
     words = shlex.split(line, comments=True)
     if words[0] == "pip":
@@ -252,7 +252,7 @@ def test_every_command_and_public_name_is_documented() -> None:
 
 
 def test_settings_reference_is_current() -> None:
-    """`python tools/settings_reference.py` writes the page again."""
+    """Run `python tools/settings_reference.py` to update the page."""
     done = subprocess.run(
         [sys.executable, REPO / "tools" / "settings_reference.py", "--check"], capture_output=True, text=True
     )

@@ -1,7 +1,7 @@
-"""Tutorials, executed from top to bottom: files, commands and Python, on small corpora.
+"""Tests that execute the tutorials from top to bottom on small corpora.
 
-`python`, `jahubert` and the commands of a cluster are replaced by scripts first in PATH that run this
-checkout with small sizes. Otherwise only the paths of a reader's own folders are changed.
+Scripts at the front of PATH replace `python`, `jahubert` and the cluster commands; they run this checkout
+with small sizes. Otherwise only paths to the reader's own folders are changed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow
 
 REPO = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
-    r"(?:^#+ \d+\. `(?P<file>[^`]+)`$)"  # a heading that names the file in the next block
-    r"|(?:^[^\n]*`(?P<script>[\w.-]+)`:$)"  # or a line that ends with its name and a colon
+    r"(?:^#+ \d+\. `(?P<file>[^`]+)`$)"  # a heading with the file name of the next block
+    r"|(?:^[^\n]*`(?P<script>[\w.-]+)`:$)"  # or a line that ends with the file name and a colon
     r"|^```(?P<kind>\w+)\n(?P<text>.*?)^```",
     re.S | re.M,
 )
@@ -49,7 +49,7 @@ SMALL = [
 SHIMS = {
     "python": 'if [ "$1 $2" = "-m jahubert.run" ]; then exec {python} "$@" {small}; fi; exec {python} "$@"',
     "jahubert": 'exec {python} -m jahubert "$@"',
-    "srun": 'while [[ "$1" == -* ]]; do shift; done; exec "$@"',  # one process
+    "srun": 'while [[ "$1" == -* ]]; do shift; done; exec "$@"',  # runs one process
     "sbatch": 'exec bash "$@"',
 }
 
@@ -159,7 +159,7 @@ def test_tutorial_runs(name, tmp_path):
         elif kind == "python":
             session += content
             run([sys.executable, "-c", session], tmp_path, env)
-        elif kind == "sh" and "recipe=demo" not in content:  # own-corpus.md shows it as an alternative
+        elif kind == "sh" and "recipe=demo" not in content:  # an alternative in own-corpus.md
             run(["bash", "-e", "-c", content], tmp_path, env)
         file = None
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""The wheel: contents, metadata, and ring 1 running from it on its declared dependencies only."""
+"""Tests of the wheel: contents, metadata, and running ring 1 with only the declared dependencies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import jahubert
 REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "wheel_check.py"
 INFO = f"jahubert-{jahubert.__version__}.dist-info"
-# Folder of the checkout -> folder of the wheel.
+# Maps folders of the checkout to folders of the wheel.
 PACKAGED = {"jahubert": "jahubert", "conf": "jahubert/_conf", "recipes": "jahubert/_recipes"}
 
 spec = importlib.util.spec_from_file_location("wheel_check", TOOL)
@@ -54,7 +54,7 @@ def metadata(unpacked) -> Message:
 
 
 def from_wheel(unpacked: Path, code: str) -> str:
-    """Standard output of `code` in a fresh interpreter that imports the unpacked wheel."""
+    """Run `code` in a new interpreter with the unpacked wheel and return its standard output."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=unpacked, timeout=300
     )
@@ -62,7 +62,7 @@ def from_wheel(unpacked: Path, code: str) -> str:
     return done.stdout
 
 
-def test_wheel_holds_package_conf_and_recipes_only(unpacked):
+def test_wheel_contains_package_conf_and_recipes_only(unpacked):
     contents = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
     expected = {
         f"{target}/{path.relative_to(REPO / source).as_posix()}"
@@ -81,7 +81,7 @@ def test_wheel_holds_package_conf_and_recipes_only(unpacked):
 
 @pytest.mark.slow
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
-    """Needs a package index for hatchling. The sdist also holds tests, tools and documentation."""
+    """Needs a package index for hatchling. The sdist also contains tests, tools and documentation."""
     sdist = wheel_check.build_sdist(tmp_path)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -93,7 +93,7 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
     assert {i.filename: i.CRC for i in one.infolist()} == {i.filename: i.CRC for i in other.infolist()}
 
 
-def test_metadata(metadata, unpacked):
+def test_metadata_is_complete(metadata, unpacked):
     assert metadata["Name"] == "jahubert"
     assert metadata["Version"] == jahubert.__version__
     assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-SA-4.0"
@@ -107,7 +107,11 @@ def test_plain_install_requires_only_the_core_packages(metadata):
     requires = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     core = {r.name: r for r in requires if "extra" not in str(r.marker)}
     assert set(core) == set(CORE) == set(wheel_check.CORE)
-    for version in ("2.6.0", "2.13.0", "99.0"):  # no upper bound: applications bring their own torch
+    for version in (
+        "2.6.0",
+        "2.13.0",
+        "99.0",
+    ):  # no upper bound
         assert core["torch"].specifier.contains(version)
     assert not core["torch"].specifier.contains("2.5.1")
     assert {"train", "onnx", "fairseq2"} <= set(metadata.get_all("Provides-Extra"))

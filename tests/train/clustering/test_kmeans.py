@@ -1,4 +1,4 @@
-"""Tests of k-means: every backend finds planted clusters; passes, mini-batches, processes, bad input."""
+"""Tests of k-means: planted clusters, mini-batches, several processes, and invalid input."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jahubert.train.clustering.lloyd import KmeansOptions, PassStatistics, lloyd
 
 
 def planted(n_clusters: int, per_cluster: int, dim: int, spread: float = 0.1, seed: int = 0):
-    """Shuffled frames around well-separated centers, the centers, and the cluster of each frame."""
+    """Return shuffled frames around well-separated centers, the centers, and the cluster of each frame."""
     rng = np.random.default_rng(seed)
-    centers = rng.standard_normal((n_clusters, dim)) * 5 + 100  # far from zero on purpose
+    centers = rng.standard_normal((n_clusters, dim)) * 5 + 100  # far from zero
     cluster = rng.permutation(np.repeat(np.arange(n_clusters), per_cluster))
     frames = centers[cluster] + spread * rng.standard_normal((len(cluster), dim))
     return torch.from_numpy(frames.astype(np.float32)), torch.from_numpy(centers).float(), cluster
@@ -104,7 +104,7 @@ def test_empty_clusters_are_reseeded_at_the_farthest_frames():
     assert fit.history[-1] < fit.history[0]
 
 
-def test_fewer_distinct_frames_than_clusters():
+def test_fewer_distinct_frames_than_clusters_give_finite_centroids():
     frames = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).repeat(50, 1)
     result = fit_kmeans(frames, KmeansOptions(5))
     assert result.inertia == 0
@@ -113,7 +113,7 @@ def test_fewer_distinct_frames_than_clusters():
     assert result.centroids_KD.isfinite().all()
 
 
-def test_as_many_clusters_as_frames():
+def test_as_many_clusters_as_frames_reproduce_the_frames():
     frames, _, _ = planted(1, 30, 4)
     assert fit_kmeans(frames, KmeansOptions(30)).inertia == pytest.approx(0, abs=1e-6)
     assert assign(frames[:0], frames).tolist() == []
@@ -152,7 +152,7 @@ def test_invalid_input_is_rejected(monkeypatch):
 
 @pytest.mark.parametrize(("n", "size"), [(50, 7), (50, 43), (9, 9), (5, 0)])
 def test_drawn_rows_are_uniform(n, size):
-    """All rows are drawn equally often, and so are all pairs of neighboring rows."""
+    """All rows, and all pairs of neighboring rows, are drawn equally often."""
     rng, n_draws = np.random.default_rng(0), 3000
     drawn = np.zeros((n_draws, n), bool)
     for number in range(n_draws):
@@ -172,7 +172,7 @@ def test_drawing_few_rows_of_many_needs_little_memory():
 
 
 def overlapping(n: int, seed: int = 0) -> np.ndarray:
-    """Frames of 40 overlapping clusters; only 20 of them occur in the first half."""
+    """Frames of 40 overlapping clusters, of which only 20 occur in the first half."""
     rng = np.random.default_rng(seed)
     centers = 3 * np.random.default_rng(5).standard_normal((40, 8))
     cluster = np.where(np.arange(n) < n // 2, rng.integers(20, size=n), rng.integers(40, size=n))
@@ -180,7 +180,7 @@ def overlapping(n: int, seed: int = 0) -> np.ndarray:
 
 
 def test_mini_batch_pass_improves_on_lloyd_over_a_sample(tmp_path, monkeypatch):
-    """One pass over a file gains most of what Lloyd's algorithm over the whole file would gain."""
+    """One pass over a file achieves most of the improvement of Lloyd's algorithm on the whole file."""
     monkeypatch.setattr(lloyd_module, "_COARSE_MIN", 500)
     monkeypatch.setattr(lloyd_module, "_COARSE_FRAMES", 10)
     monkeypatch.setattr(lloyd_module, "_BATCH", 256)
@@ -204,7 +204,7 @@ def test_mini_batch_pass_improves_on_lloyd_over_a_sample(tmp_path, monkeypatch):
 
 
 def test_mini_batch_pass_gives_the_mean_of_all_frames_of_a_cluster():
-    """With clusters so far apart that no frame changes its cluster; the start counts with its own frames."""
+    """The clusters are so far apart that frames never change theirs; initial frames count too."""
     frames, centers, cluster = planted(4, 5000, 6)
     start = PassStatistics(centers, centers + 0.5, torch.tensor([5000, 0, 2500, 10_000]), 0.0)
     means_KD = torch.stack([frames[cluster == k].double().mean(0) for k in range(4)])
@@ -231,7 +231,7 @@ print(peak() - before)
 
 
 def test_frame_file_is_never_loaded_as_a_whole(tmp_path):
-    """Passes over 160 MB raise the peak memory of a process by a small part of that."""
+    """Passes over 160 MB of frames raise the peak memory only slightly."""
     path = tmp_path / "frames.npy"
     np.save(path, np.random.default_rng(0).standard_normal((400_000, 100), dtype=np.float32))
     command = [sys.executable, "-c", MEMORY, str(path)]

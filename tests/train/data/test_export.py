@@ -1,4 +1,4 @@
-"""Export of a manifest for Kaldi, lhotse and Hugging Face datasets, read back where this project can."""
+"""Tests of manifests exported to Kaldi, lhotse and Hugging Face datasets, read back where possible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATE = 16_000
 
 @pytest.fixture
 def manifest(tmp_path) -> Manifest:
-    """Parts of one recording, a whole recording at 22.05 kHz, one inside a tar; splits train and eval1."""
+    """Manifest with parts of a recording, a 22.05 kHz recording and a tar member, in two splits."""
     (tmp_path / "corpus").mkdir()
     noise = 0.1 * np.random.default_rng(0).standard_normal(3 * RATE)
     for name, rate in (("talk.wav", RATE), ("word.wav", 22_050), ("member.flac", RATE)):
@@ -49,7 +49,7 @@ def manifest(tmp_path) -> Manifest:
 
 
 def read_back(data: Path) -> list[tuple]:
-    """The utterances as recipe table reads them, without their splits."""
+    """Read the utterances with recipe table, without their splits."""
     items = list(table.prepare(data, Path("unused"), table.Config(), 0))
     return sorted((i.id, i.start, i.n_samples, i.speaker, i.text) for i in items)
 
@@ -62,7 +62,7 @@ def expected(manifest: Manifest, split: str) -> list[tuple]:
 def test_kaldi_directories_are_read_back(manifest, tmp_path):
     assert export_corpus(manifest, tmp_path / "kaldi", "kaldi") == {"eval1": 2, "train": 2}
     assert read_back(tmp_path / "kaldi" / "train") == expected(manifest, "train")
-    assert len(read_back(tmp_path / "kaldi")) == 4  # as an ESPnet dump
+    assert len(read_back(tmp_path / "kaldi")) == 4  # like an ESPnet dump folder
     assert [item[:3] for item in read_back(tmp_path / "kaldi" / "eval1")] == [
         ("s2-w-1", 0, manifest[2].n_samples),
         ("t1", 0, 3 * RATE),

@@ -1,4 +1,4 @@
-"""Utterance manifest: round trip, rejection of unusable utterances, loading of audio."""
+"""Tests of manifests: round trips, rejection of unusable utterances, and loading of audio."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FULL = Utterance(
 
 
 def test_rows_are_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_ROWS", 7)  # several record batches
+    monkeypatch.setattr(module, "_BATCH_ROWS", 7)  # forces several record batches
     items = [utterance(i) for i in range(30)] + [FULL]
     rejected = [Rejected("x", "too short"), Rejected("y", "too short"), Rejected("z", "no audio")]
     counts = write_manifest(tmp_path / "m.arrow", iter(items[:10] + rejected + items[10:]))
@@ -78,7 +78,7 @@ def columns(first: int, n: int, **changes) -> Utterances:
     return Utterances(**{**fields, **changes})
 
 
-def test_columns_are_stored_as_rows(tmp_path, monkeypatch):
+def test_column_blocks_equal_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BATCH_ROWS", 4)
     batch = columns(0, 9)
     items = [utterance(0), batch, Rejected("x", "no audio"), utterance(1), columns(9, 0), columns(9, 2)]
@@ -216,7 +216,9 @@ def test_loading_checks_the_length(tmp_path):
         Utterance("gone", AudioSource("/no/such.wav"), 0, 5),
     ]
     write_manifest(tmp_path / "m.arrow", items)
-    manifest = pickle.loads(pickle.dumps(Manifest(tmp_path / "m.arrow")))  # as sent to a data worker
+    manifest = pickle.loads(
+        pickle.dumps(Manifest(tmp_path / "m.arrow"))
+    )  # DataLoader workers receive a pickle
     assert manifest.load(0).numpy().tolist() == samples[100:600].tolist()
     with pytest.raises(AudioError, match=r"'long'.*100 samples.* 200 "):
         manifest.load(1)
@@ -225,7 +227,7 @@ def test_loading_checks_the_length(tmp_path):
 
 
 def test_transient_read_errors_are_retried(tmp_path, monkeypatch, caplog):
-    """The last error is reported; a missing file or one without audio is reported at once."""
+    """Retries end with the last error; missing files and files without audio are not retried."""
     caplog.set_level(logging.WARNING)
     wav, text = tmp_path / "a.wav", tmp_path / "a.m4a"
     soundfile.write(wav, np.zeros(400), 16000)

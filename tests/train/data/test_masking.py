@@ -1,4 +1,4 @@
-"""Span masks compared with fairseq's rule."""
+"""Tests of span masks against fairseq's rule."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from jahubert.train.data.masking import seeded_rng, span_mask
 
 
 def test_masked_share_matches_fairseq():
-    """prob 0.8, span 10: 56.6 % at 781 frames and 57.3 % at 99 (numpy simulation of fairseq's rule)."""
+    """Reference values from a simulation of fairseq's rule: 56.6 % of 781 frames and 57.3 % of 99."""
     for length, share in ((781, 0.566), (99, 0.573)):
         shares = [span_mask(length, 0.8, 10, seeded_rng(seed), 2).mean() for seed in range(400)]
         assert np.mean(shares) == pytest.approx(share, abs=0.01)

@@ -1,4 +1,4 @@
-"""Sampler of micro-batches: every row once per epoch, little padding, little memory."""
+"""Tests of the micro-batch sampler: every row once per epoch, little padding, little memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jahubert.train.pipeline.jobs import PlannedStage, configure_job
 
 
 def reference_batches(rows, length, capacity, seed, epoch, max_rows=0):
-    """A simple implementation: sort by noisy length, fill up, shuffle."""
+    """Reference implementation: sort by noisy length, fill micro-batches, shuffle them."""
     rng = seeded_rng(seed, epoch, 0)
     groups, longest = [[]], 0
     for position in np.argsort(length * rng.uniform(0.97, 1.03, len(rows)), kind="stable"):
@@ -61,7 +61,7 @@ def test_too_long_utterance_is_rejected():
 
 
 def bytes_per_row(n: int) -> tuple[float, float]:
-    """Memory per row of an epoch of `n` rows: afterwards, and at the peak while it is built."""
+    """Return the retained and the peak memory per row of an epoch with `n` rows."""
     length = np.random.default_rng(0).integers(16_000, 100_000, n)
     sampler = Sampler(np.arange(n), length, micro_seconds=87.5, micro_batches_per_step=32, seed=1)
     tracemalloc.start()
@@ -74,21 +74,21 @@ def bytes_per_row(n: int) -> tuple[float, float]:
     return retained / n, peak / n
 
 
-def test_memory_of_an_epoch():
+def test_epoch_needs_little_memory():
     retained, peak = bytes_per_row(300_000)
     assert retained < 12 and peak < 32
 
 
 @pytest.mark.slow
-def test_memory_of_an_epoch_of_five_million_rows():
-    retained, peak = bytes_per_row(5_000_000)  # as Python integers in tuples: 40 and more
+def test_epoch_of_five_million_rows_needs_little_memory():
+    retained, peak = bytes_per_row(5_000_000)  # tuples of Python integers need 40 or more
     assert retained < 12 and peak < 32
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tofugu", "demo"])
-def test_padding_of_the_recipes(recipe, tmp_path, request):
-    """Under 3 % on real distributions of lengths, with the recipe's own sizes."""
+def test_recipes_have_little_padding(recipe, tmp_path, request):
+    """Padding is below 3 % for real length distributions and the recipe's batch sizes."""
     overrides = [f"recipe={recipe}", f"exp={tmp_path}", "stage=prepare", "prepare.check_audio=false"]
     if recipe == "tofugu":
         data = request.getfixturevalue("shared_data") / "tofugu"

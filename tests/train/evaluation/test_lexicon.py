@@ -1,4 +1,4 @@
-"""Lexicon search: compared with an exhaustive search, with an n-gram, and with invalid files."""
+"""Tests of lexicon search against exhaustive search, with an n-gram model, and with invalid files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def log_probs(seed: int, frames: int = 5) -> torch.Tensor:
 
 
 def exhaustive_search(logp_SV: torch.Tensor, allowed: set[tuple[str, ...]]) -> dict[tuple, float]:
-    """Log-probability of every word sequence, summed over its paths (with any outer boundaries)."""
+    """Return the log-probability of every word sequence, summed over paths and outer boundaries."""
     rows = logp_SV.double().tolist()
     scores: dict[tuple, float] = defaultdict(lambda: -np.inf)
     for path in itertools.product(range(len(SYMBOLS)), repeat=len(rows)):
@@ -103,7 +103,7 @@ def test_ngram_decides_between_equally_probable_words(words, ngram):
         search = LexiconSearch(LexiconConfig(words, ngram, **settings), SYMBOLS, beam=20, n_best=1)
         return SYMBOLS.decode(search(logp, [3])[0][0].labels)
 
-    assert best() == [("k", "a")]  # the n-gram prefers <s> カ
+    assert best() == [("k", "a")]  # the n-gram prefers カ after <s>
     assert best(ngram_weight=-1.0) == [("k", "i")]
 
 

@@ -1,4 +1,4 @@
-"""Error rates and cluster quality against values computed by hand or by brute force."""
+"""Tests of error rates and cluster quality against values computed by hand or by brute force."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_cluster_quality_of_a_small_table():
     assert quality["pnmi"] == pytest.approx(mutual / entropy)
 
 
-def test_cluster_quality_limits():
+def test_cluster_quality_of_perfect_and_random_units():
     rng = np.random.default_rng(0)
     phones = rng.integers(0, 40, 20_000)
     assert cluster_quality(joint_counts(phones, 39 - phones, 40, 41)) == pytest.approx(
@@ -132,8 +132,8 @@ def test_cluster_quality_limits():
 
 def test_phone_frames_take_the_phone_at_the_frame_center():
     alignment = [Phone("k", 300, 640), Phone("a", 640, 900), Phone("N", 1300, 5000)]
-    # centers of HuBERT frames: 200, 520, 840, 1160, 1480
+    # The centers of HuBERT frames are 200, 520, 840, 1160 and 1480.
     assert phone_frames(alignment, 5, HUBERT) == [None, "k", "a", None, "N"]
     assert phone_frames(alignment, 10, MFCC)[::2] == phone_frames(alignment, 5, HUBERT)
-    assert phone_frames([Phone("a", 200, 520)], 2, HUBERT) == ["a", None]  # the end is exclusive
+    assert phone_frames([Phone("a", 200, 520)], 2, HUBERT) == ["a", None]  # phone ends are exclusive
     assert phone_frames([], 2, HUBERT) == [None, None]

@@ -1,4 +1,4 @@
-"""Scores by talk and speaker, confusions, aligned text, and the paired test of two systems."""
+"""Tests of scores by talk and speaker, confusions, aligned text, and the paired bootstrap."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_paired_bootstrap_detects_a_difference():
     assert test.low < test.difference < test.high < 0 and test.p < 0.01
     same = paired_bootstrap(ours, ours, lengths)
     assert (same.difference, same.p) == (0, 1)
-    # Under the null hypothesis, p is below a level as often as the level.
+    # Under the null hypothesis, p is uniformly distributed.
     below = 0
     for trial in range(200):
         a, b = (rng.binomial(20, 0.1, 100) for _ in range(2))
@@ -100,7 +100,7 @@ def test_paired_bootstrap_detects_a_difference():
 
 
 def test_paired_bootstrap_is_more_sensitive_than_separate_intervals():
-    """Errors that both systems make in the same utterances do not hide a small, consistent gain."""
+    """Errors shared by both systems do not hide a small, consistent gain."""
     rng = np.random.default_rng(1)
     hard = rng.random(400) ** 4
     theirs = rng.binomial(20, hard)
@@ -117,10 +117,10 @@ def test_published_rows_come_before_own_results():
     assert lines[2].split() == ["published:", "paper", "9.30", "7.07"]
     assert lines[3].split() == ["here:", "main", "12.35", "-"]
     assert published_table({}, [("main", {"eval1": 1.0})]) == ""
-    assert published_table(published, [("main", {})]) == ""  # words of kana or characters are not comparable
+    assert published_table(published, [("main", {})]) == ""  # kana and character words are not comparable
 
 
-# --- the stage --------------------------------------------------------------------------------------------
+# --- score stage ------------------------------------------------------------------------------------------
 
 
 def hypotheses(folder: Path, lines=LINES, symbols: PhonemeSet | None = None) -> Path:
@@ -169,7 +169,7 @@ def test_score_writes_json_and_text(tmp_path, capsys):
     assert (out / "table.txt").read_text() in printed
     assert (
         f"here: {tmp_path / 'decode'} " in printed and "57.14" in printed
-    )  # named by its folder, as it has no records
+    )  # named by its folder, because it has no records
 
 
 def test_measures_depend_on_vocabulary(tmp_path):

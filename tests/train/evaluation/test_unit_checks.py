@@ -1,4 +1,4 @@
-"""Checks of unit usage, label stores and masked accuracy: message with advice, or none."""
+"""Tests of the checks of unit usage, label stores and masked accuracy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jahubert.train.evaluation.unit_checks import (
 from jahubert.train.stages.pretrain import Config, check_accuracy
 
 
-def test_usage_statistics_by_hand():
+def test_usage_statistics_match_values_computed_by_hand():
     assert usage_statistics(np.array([2, 2, 0, 0])) == pytest.approx(
         {"used": 2, "entropy": 1, "perplexity": 2, "largest_share": 0.5}
     )
@@ -37,7 +37,7 @@ def test_normal_usage_has_no_problem():
     for n_units in (4, 12, 100, 500):
         assert usage_problem(rng.integers(50, 150, n_units)) is None
     silence = np.full(100, 80)
-    silence[3] = 1000  # a ninth of the frames
+    silence[3] = 1000  # one ninth of the frames
     assert usage_problem(silence) is None
 
 

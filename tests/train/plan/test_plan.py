@@ -1,4 +1,4 @@
-"""Cost estimates: FLOPs, memory, hours and disk of stages, and the command that prints them."""
+"""Tests of cost estimates (FLOPs, memory, hours, disk) and of the command that prints them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ONE = Machine("test", 1, 1e13, 1e12, True, 80e9, "a test", 1000.0, 1000.0)
 
 @pytest.mark.parametrize("layer", [None, 2])
 def test_flops_equal_those_that_torch_counts(layer):
-    """On plain modules: torch does not count products that are accumulated in place, nor fused attention."""
+    """Uses plain modules because torch counts neither in-place products nor fused attention."""
     config = HubertConfig(conv_dims=(8,) * 7, width=32, layers=4, heads=2, ffn=64, pos_conv_groups=2)
     n_samples = HUBERT.n_samples(128)
     seconds = n_samples / 16_000
@@ -54,7 +54,7 @@ def test_flops_equal_those_that_torch_counts(layer):
 
 
 def test_memory_equals_that_of_a_real_step():
-    """On fake tensors and on real ones: the difference of four more utterances."""
+    """Compares the memory of four additional utterances on fake and real tensors."""
     config = HubertConfig(conv_dims=(8,) * 7, width=32, layers=4, heads=2, ffn=64, layer_drop=0.0)
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -85,14 +85,14 @@ def test_memory_equals_that_of_a_real_step():
         (HubertConfig.large(), True, torch.bfloat16, 23.63),
     ],
 )
-def test_memory_on_a_gpu(config, recompute, precision, megabytes):
-    """Per audio-second of utterances of 5.7 s, compared with the count on fake CUDA tensors (LOG.md)."""
+def test_gpu_memory_matches_the_measured_values(config, recompute, precision, megabytes):
+    """Compares the memory per audio-second of 5.7 s utterances with fake CUDA tensors (LOG.md)."""
     counted = kept_bytes(config, 5.7, recompute, precision, gpu=True)
     assert counted / 1e6 == pytest.approx(megabytes, rel=0.01)
 
 
 def test_front_end_memory_equals_peak_of_backward(monkeypatch):
-    """With a wide front end and a narrow Transformer, on fake tensors."""
+    """Uses fake tensors, a wide front end and a narrow Transformer."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr("jahubert.model.kernels.conv_frontend.CACHED", 2**60)  # all rows at once, as on a GPU
@@ -113,7 +113,7 @@ def test_front_end_memory_equals_peak_of_backward(monkeypatch):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Peak number of bytes in the storages of tensors."""
+    """Records the peak number of bytes in tensor storages."""
 
     def __init__(self):
         super().__init__()
@@ -135,13 +135,13 @@ def planned(settings, corpus=CORPUS, machine=ONE):
 
 
 def test_estimates_match_values_computed_by_hand():
-    """Every number follows from the paper's sizes, without the functions under test."""
+    """All expected numbers are computed from the paper's sizes."""
     rows = planned(PAPER)
     assert rows["iter1/features"].disk_bytes == 5e6 * 39 * 4
     assert rows["iter1/label"].disk_bytes == 19_000 * 3600 * 50 + 8 * 12_000_000
     assert rows["iter2/label"].disk_bytes == 2 * 19_000 * 3600 * 50 + 8 * 12_000_000
-    # Frames per second: 3,200 after the first convolution (kernel 10), 1,600 to 200 after those of kernel 3,
-    # 100 and 50 after those of kernel 2. Two operations per weight and frame.
+    # The frame rate is 3,200 Hz after the first convolution (kernel 10), 1,600 to 200 Hz after those with
+    # kernel 3, and 100 and 50 Hz after those with kernel 2. Each weight costs two operations per frame.
     convolutions = 2 * 512 * (3200 * 10 + 512 * (3 * (1600 + 800 + 400 + 200) + 2 * (100 + 50)))
     front_end = convolutions + 2 * 50 * (512 * 768 + 768 * 48 * 128)  # projection, positional convolution
     block = 2 * 50 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 285 * 768)  # 285 frames in 5.7 s
@@ -149,7 +149,7 @@ def test_estimates_match_values_computed_by_hand():
     parameters = 94.4e6
     pretrain = rows["iter1/pretrain"]
     assert pretrain.hours == pytest.approx(250_000 * 2800 * step / 1e13 / 3600, rel=0.01)
-    # saved activations, and GELU of the last block with its gradient; weights as in docs/scale.md
+    # Saved activations plus the GELU of the last block with its gradient; weights as in docs/scale.md.
     assert pretrain.memory_bytes == pytest.approx(
         (16 + 2) * parameters + 87.5 * (19.59e6 + 2 * 50 * 3072 * 2), rel=0.01
     )
@@ -157,17 +157,17 @@ def test_estimates_match_values_computed_by_hand():
     finetune = rows["main/finetune"]  # 10,000 of 25,000 updates train only the head
     assert finetune.hours == pytest.approx(step * 1600 * (15_000 + 10_000 / 3) / 1e13 / 3600, rel=0.01)
     assert rows["report"].hours is None
-    # Labels are computed in float32, at a tenth of the 16-bit rate here.
+    # Labels are computed in float32, at one tenth of the assumed 16-bit rate.
     label = 19_000 * (front_end + 6 * block) / 1e12
     assert rows["iter2/label"].hours == pytest.approx(label, rel=0.01)
     fast = planned(PAPER, machine=replace(ONE, flops_fp32=1e15))
     assert fast["iter2/label"].hours == pytest.approx(
         19_000 / 1000 / 4
-    )  # limited by decoding, in four threads
+    )  # limited by decoding in four threads
     eight = planned(PAPER, machine=replace(ONE, n_devices=8))
     for stage in ("iter1/label", "iter1/pretrain", "main/finetune"):
         assert eight[stage].hours == pytest.approx(rows[stage].hours / 8)
-    # plus the gradient buckets of DDP
+    # The total includes the gradient buckets of DDP.
     assert eight["iter1/pretrain"].memory_bytes == pytest.approx(
         pretrain.memory_bytes + 4 * parameters, rel=0.001
     )
@@ -191,7 +191,7 @@ def test_no_hours_if_micro_batches_cannot_be_split_over_devices(n, capsys):
 
 
 def test_hours_depend_on_precision():
-    """ONE computes ten times slower in float32."""
+    """The machine ONE is ten times slower in float32."""
     pretrain = [*PAPER[:1], "stage=pretrain"]
     hours = planned(pretrain)["iter1/pretrain"].hours
     whole = planned([*pretrain, "pretrain.train.precision=fp32"])["iter1/pretrain"]
@@ -216,7 +216,7 @@ def test_single_stage_has_same_estimate_as_within_all(capsys):
         "hours=100",
         "gpu=H100",
         "utilization=1e-6",
-    ]  # so slow that computing decides
+    ]  # computation is the bottleneck at this speed
     _, among = hours_of(capsys, *settings)
     for stage in ("features", "kmeans", "label"):
         _, single = hours_of(capsys, *settings, f"stage={stage}", "iteration=2")
@@ -229,14 +229,14 @@ def test_machine_preset_sets_device_count(capsys, preset, n):
     assert machine["n_devices"] == n
 
 
-def test_gpu_from_table(capsys):
+def test_gpu_speed_comes_from_the_table(capsys):
     settings = ["recipe=reazonspeech", "stage=pretrain", "iteration=2", "gpus=8", "gpu=h100"]
     assert main(["plan", *settings, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["machine"]["flops_16bit"] == pytest.approx(0.1 * 989e12) and made["machine"]["n_devices"] == 8
     assert made["machine"]["flops_fp32"] == pytest.approx(0.3 * 67e12)
     assert "assumed, not measured" in made["machine"]["source"] and made["corpus"]["hours"] == 19_000
-    # The paper's 9.5 hours for 100,000 updates on 32 V100, within a third, at the share that is assumed.
+    # The paper reports 9.5 hours for 100,000 updates on 32 V100s; the estimate is within a third.
     paper = ["recipe=reazonspeech", "stage=pretrain", "machine=32gpu", "gpu=V100"]
     _, hours = hours_of(capsys, *paper, "pretrain.train.precision=fp16")
     assert hours["iter1/pretrain"] / 2.5 == pytest.approx(9.5, rel=0.34)
@@ -289,7 +289,7 @@ def test_invalid_settings_are_rejected(capsys, settings, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_format_of_hours():
+def test_hours_are_formatted():
     assert [estimate._hours(hours) for hours in (None, 1e-6, 0.25, 3.14159, 1234.5)] == [
         "", "0.01", "0.25", "3.1", "1,234"
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Figures are valid images, and the matrix of phones and units is sorted along a diagonal."""
+"""Tests that figures are valid images and that the phone-unit matrix is sorted along a diagonal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jahubert.train.report.figures import (
 
 
 def png_size(address: str) -> tuple[int, int]:
-    """Width and height of the PNG in a data URI."""
+    """Return the width and height of the PNG in a data URI."""
     head, _, data = address.partition(",")
     content = base64.b64decode(data)
     assert (
@@ -41,7 +41,7 @@ def test_phone_matrix_is_sorted_along_a_diagonal():
 
 
 def svg_root(address: str) -> ElementTree.Element:
-    """The root of the SVG in a data URI."""
+    """Return the root element of the SVG in a data URI."""
     head, _, data = address.partition(",")
     assert head == "data:image/svg+xml;base64"
     root = ElementTree.fromstring(base64.b64decode(data))
@@ -50,7 +50,7 @@ def svg_root(address: str) -> ElementTree.Element:
 
 
 def points_per_curve(address: str) -> list[int]:
-    """Number of points of each curve, without axes and grid."""
+    """Return the number of points of each curve, without axes and grid."""
     lines = [path for path in svg_root(address).iter() if path.get("clip-path") and path.get("d")]
     return [path.get("d", "").count("L") + 1 for path in lines if "#b0b0b0" not in path.get("style", "")]
 
@@ -91,4 +91,4 @@ def test_width_of_utterance_figure_follows_its_duration():
     )
     assert 2.5 < long[0] / short[0] < 3.5 and abs(long[1] - short[1]) < 5
     for wav_T in (np.zeros(16_000, np.float32), np.ones(450, np.float32)):
-        png_size(utterance(wav_T, (), None))  # digital silence, and shorter than a window
+        png_size(utterance(wav_T, (), None))  # digital silence shorter than a window

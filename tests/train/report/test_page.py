@@ -1,4 +1,4 @@
-"""The report page: both languages complete, units at equal K, examples, and several experiments."""
+"""Tests of the report page: both languages, units at equal K, examples, and several experiments."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_units_are_compared_at_equal_k(tmp_path):
     values = {"layer": "iter1, layer 6", "mfcc": "0.400"}
     assert strings("layer_above", pnmi="0.600", **values) in above
     assert strings("layer_below", pnmi="0.300", **values) in below
-    assert strings("unequal_k_note") in above  # the units of the iterations have K = 100 and 500
+    assert strings("unequal_k_note") in above  # the iterations have K = 100 and 500
     assert strings("pnmi_equal_k", k=100, **values) in above
     assert "statement" not in page(exp).partition("<body>")[2]
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: presets and published settings, choice of labels, blank plateau, and resuming."""
+"""Tests of fine-tuning: presets, published settings, label subsets, blank plateau, and resuming."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def settings(*overrides: str) -> finetune.Config:
 
 
 def fairseq_tri_stage(step: int, peak: float, warmup: int, hold: int, decay: int) -> float:
-    """fairseq's tri_stage by its parameters: from 1 % up, hold, exponentially down to 5 %, and stay."""
+    """fairseq's tri-stage schedule: warmup from 1 %, hold, exponential decay to 5 %, then constant."""
     if step < warmup:
         return peak * (0.01 + 0.99 * step / warmup)
     if step < warmup + hold:
@@ -51,7 +51,7 @@ def fairseq_tri_stage(step: int, peak: float, warmup: int, hold: int, decay: int
 @pytest.mark.parametrize(
     ("preset", "phases"),
     [
-        ("10h", (8_000, 0, 72_000)),  # of which 25,000 updates see 17,000 of decay
+        ("10h", (8_000, 0, 72_000)),  # 25,000 updates include 17,000 of the decay
         ("1h", (1_300, 5_200, 6_500)),
         ("10min", (1_300, 5_200, 6_500)),
         ("csj-core", (4_500, 18_000, 22_500)),
@@ -120,7 +120,7 @@ def test_hours_draw_random_nested_subsets():
 
 def test_blank_plateau_is_reported_only_if_it_lasts():
     long = {"max_steps": 25_000, "head_only_steps": 10_000}
-    assert blank_problem(1.0, 1.0, 12_000, **long) is None  # the encoder has hardly been trained
+    assert blank_problem(1.0, 1.0, 12_000, **long) is None  # too early: the encoder has hardly been trained
     message = blank_problem(0.999, 0.97, 20_000, **long)
     assert message is not None and "97%" in message
     for setting in ("finetune.train.lr", "finetune.head_only_steps", "finetune.mask.prob"):
@@ -131,7 +131,7 @@ def test_blank_plateau_is_reported_only_if_it_lasts():
 
 
 def test_run_on_blank_plateau_logs_a_warning(tmp_path, caplog):
-    """A corpus of noise with a learning rate too low to learn anything."""
+    """Trains on noise with a learning rate that is too low to learn anything."""
     caplog.set_level(logging.WARNING)
     rough = FIXTURES / "rough"
     command = [f"recipe={rough}", f"exp={tmp_path}", "finetune.pretrained=null", "finetune.train.lr=1e-9"]
@@ -147,7 +147,7 @@ def test_warmup_and_hold_must_not_exceed_all_steps():
 
 
 class LabeledNoise(Noise):
-    """Utterances of noise, each with three symbols."""
+    """Data source of noise utterances with three symbols each."""
 
     def load(self, micro: MicroBatch) -> CtcBatch:  # type: ignore[override]
         wavs = [
@@ -162,7 +162,7 @@ class LabeledNoise(Noise):
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_run_stopped_in_head_only_phase_is_resumed(stop, tmp_path, monkeypatch):
-    """Stopped before, at and after the end of the head-only phase; with layer drop."""
+    """Runs with layer drop are stopped before, at and after the end of the head-only phase."""
     final_weights = []
     train_step = engine._TrainingRun.train_step
 

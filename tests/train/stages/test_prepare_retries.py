@@ -1,4 +1,4 @@
-"""Tests that errors of the file system during `prepare` never become properties of a recording."""
+"""Tests that file system errors during `prepare` never reject a recording."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recording(tmp_path) -> Utterance:
 
 
 class FlakyOpen:
-    """`open` that fails a number of times."""
+    """Replacement for `open` that fails a number of times."""
 
     def __init__(self, number: int, failures: int):
         self.number, self.failures = number, failures

@@ -1,4 +1,4 @@
-"""Stages features, kmeans and label: identical output if killed, on a full disk, and in several processes."""
+"""Tests that features, kmeans and label give identical output if killed or run in several processes."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def test_sample_is_uniform_over_frames(corpus):
         seen[sample.rows] += np.diff(sample.bounds)
     expected = 200 * 40 * n_frames / n_frames.sum()
     assert np.abs(seen - expected).max() < 5 * np.sqrt(expected.max())
-    assert seen[5] == 0  # it has no frame
+    assert seen[5] == 0  # it is shorter than a frame
 
 
 def killed_before_step(work: Callable[[], None], moment: int) -> bool:
-    """Run `work` in a child process that is killed before I/O call `moment`; True if killed."""
+    """Run `work` in a child process killed before I/O call `moment`; returns True if killed."""
     child = os.fork()
     if child == 0:
         left = iter(range(moment))
@@ -151,7 +151,7 @@ def test_stage_killed_at_any_moment_is_resumed(corpus, whole, tmp_path, stage, a
             "started.json",
             "provenance.json",
             ".running",
-        }  # .running is left by a process killed at the end
+        }  # a process killed at the end leaves .running
         assert {path.name for path in (exp / stage).iterdir()} - records == set(results(whole / stage))
         moment += 1
     assert moment > at_least
@@ -168,7 +168,7 @@ def test_finished_parts_are_not_computed_again(corpus, whole, tmp_path, monkeypa
         config = stages(corpus, exp)[stage]
         with monkeypatch.context() as patch:
             calls = iter(range(N))
-            sync, stop = os.fsync, 3  # one or two are of records
+            sync, stop = os.fsync, 3  # one or two calls write records
 
             def full(descriptor, calls=calls, sync=sync, stop=stop):
                 if next(calls) >= stop:
@@ -190,14 +190,14 @@ def test_finished_parts_are_not_computed_again(corpus, whole, tmp_path, monkeypa
     ("stage", "limit"),
     [("features", 30_000), ("label", 120)],
 )
-def test_full_disk_in_the_middle_of_a_part(corpus, whole, tmp_path, stage, limit):
-    """A file size limit that the long recording exceeds: one error, and finished parts are kept."""
+def test_full_disk_keeps_finished_parts(corpus, whole, tmp_path, stage, limit):
+    """The long recording exceeds a file size limit: one error, and finished parts are kept."""
     (tmp_path / "kmeans").symlink_to(whole / "kmeans")
     config, load = stages(corpus, tmp_path)[stage], Manifest.load
     child = os.fork()
     if child == 0:
 
-        def limited(self, row):  # not before, as the records may be larger
+        def limited(self, row):  # later, because records may be larger
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             return load(self, row)
 
@@ -250,7 +250,7 @@ def test_mismatched_centroids_are_rejected(corpus, layer_centroids, tmp_path):
 
 
 def test_centroids_cannot_choose_code_to_import(corpus, whole, tmp_path):
-    """A feature that is not built in runs only if the configuration names it."""
+    """A custom feature is imported only if the configuration names it."""
     custom = tmp_path / "custom.py"
     custom.write_text(
         "from pathlib import Path\n"
@@ -309,7 +309,7 @@ def test_feature_with_wrong_frame_count_is_rejected(corpus):
         list(stream_features(manifest, Short(), range(N), 80.0))
 
 
-def test_quality_of_constructed_features(corpus, monkeypatch):
+def test_layer_quality_distinguishes_phones_from_noise(corpus, monkeypatch):
     """Features that encode the phone have a PNMI of 1, random features almost 0."""
     manifest = Manifest(corpus / "manifest.arrow")
     times = {
@@ -327,7 +327,7 @@ def test_quality_of_constructed_features(corpus, monkeypatch):
     noise = torch.randn(len(frames), 5, generator=generator)
     assert (
         frames.quality(one_hot, n_clusters=100)["n_units"] == len(frames) // 50
-    )  # fewer units for few frames
+    )  # fewer units for so few frames
     monkeypatch.setattr(layer_quality, "_FRAMES_PER_CLUSTER", 10)
     got = frames.quality(one_hot + 0.01 * noise, n_clusters=10)
     assert got == pytest.approx({"n_units": 10, "phone_purity": 1, "pnmi": 1, "cluster_purity": 0.5}, abs=0.2)

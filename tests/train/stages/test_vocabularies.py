@@ -1,4 +1,4 @@
-"""Vocabularies (phones, kana, characters) from targets to scores, and the options of decode."""
+"""Tests of the vocabularies (phones, kana, characters) from targets to scores, and of decode options."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jahubert.train.pipeline.jobs import configure_job, plan_stages
 from jahubert.train.stages import decode, targets
 
 TONES = FIXTURES / "tones"
-STEPS = {"characters": 140, "phones": 600, "kana": 600}  # easier without word boundaries
+STEPS = {"characters": 140, "phones": 600, "kana": 600}  # fewer for characters, which have no word boundaries
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("phones", "kana")]
 
 
@@ -44,7 +44,7 @@ def command(exp: Path, vocabulary: str, steps: int, *overrides: str) -> list[str
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Function from vocabulary to an experiment with all recognition stages, trained once."""
+    """Return a cached function that trains an experiment with a given vocabulary."""
 
     @cache
     def make(vocabulary: str, steps: int = 0) -> Path:
@@ -192,7 +192,7 @@ def config(**settings) -> targets.Config:
     return targets.Config(Path("m"), **settings)
 
 
-def test_targets_of_each_vocabulary():
+def test_targets_follow_the_vocabulary():
     item = utterance(words=(("ky", "o:"), ("w", "a")), text="今日は、①番！")
     for symbols, settings, expected in (
         (PhonemeSet.standard(), {}, ["ky o:", "w a"]),
@@ -226,7 +226,7 @@ def test_invalid_target_has_a_reason(item, settings, message):
 
 
 def test_too_long_targets_are_rejected_and_counted(tmp_path, caplog):
-    """Utterances with more phones than frames are rejected; the others keep their rows."""
+    """Utterances with more phones than frames are rejected without renumbering the others."""
     import numpy as np
     import soundfile
 

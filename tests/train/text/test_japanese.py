@@ -1,4 +1,4 @@
-"""Japanese text front end: words, readings, phones, user dictionary."""
+"""Tests of the Japanese text front end: words, readings, phones, and user dictionaries."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_words_have_surface_reading_and_phones():
         ("でしょうか\n\t行く", ["デショー", "カ", "イク"]),
     ],
 )
-def test_readings(text, expected):
+def test_words_have_the_expected_reading(text, expected):
     assert kana(text) == expected
 
 
@@ -88,7 +88,7 @@ def test_numbers_and_latin_letters_are_read():
         ("2対1", "ニタイイチ"),
     ],
 )
-def test_clock_times_and_scores_are_told_apart(text, reading):
+def test_clock_times_and_scores_are_distinguished(text, reading):
     assert "".join(kana(text)) == reading
 
 
@@ -129,7 +129,7 @@ def test_documented_differences_are_current():
         assert "".join(kana(word)) == reading != correct, word
 
 
-def test_phones_of_a_text():
+def test_text_is_converted_to_phones():
     assert text_to_phones("今日は雨") == (("ky", "o:"), ("w", "a"), ("a", "m", "e"))
     assert {p for word in text_to_phones("ヴァイオリンとティッシュ、ヂュース、クヮ") for p in word} <= set(
         PHONES
@@ -178,7 +178,7 @@ def letters(text: str) -> str:
 
 
 def test_sentences_use_the_40_phones_and_lose_no_letter():
-    """Every sentence has words, every word has phones, and no letter is dropped."""
+    """Every sentence has words, every word has phones, and no character is dropped."""
     assert len(SENTENCES) > 350
     used, compared = set(), 0
     for sentence in SENTENCES:
@@ -194,7 +194,7 @@ def test_sentences_use_the_40_phones_and_lose_no_letter():
 
 
 @pytest.mark.parametrize("sentence", [sentence for sentence, reading in SENTENCES.items() if reading])
-def test_sentences_with_a_checked_reading(sentence):
+def test_checked_sentences_keep_their_reading(sentence):
     assert kana(sentence) == SENTENCES[sentence].split()
 
 
@@ -206,21 +206,21 @@ READINGS = [
 
 
 @pytest.mark.parametrize(("text", "reading"), READINGS)
-def test_checked_readings(text, reading):
+def test_checked_words_keep_their_reading(text, reading):
     assert "".join(kana(text)) == reading
 
 
-def test_number_of_checked_readings():
+def test_checked_readings_are_numerous():
     assert len({text for text, _ in READINGS}) == len(READINGS) >= 300
 
 
-# Words that the analyzer reads wrongly only after other words.
+# Words that the analyzer misreads only after certain other words.
 CONTEXTS = {"三日月": "鼻血と三日月", "零時": "午前零時", "真水": "塩水と真水"}
 
 
 @pytest.mark.parametrize("surface", user_dictionary.NOUNS)
 def test_known_errors_of_the_dictionary_are_corrected(surface):
-    """Every entry is needed: without it the analyzer returns another reading."""
+    """Without an entry, the analyzer returns another reading, so every entry is needed."""
     text = CONTEXTS.get(surface, surface)
     uncorrected = text_module.openjtalk().run_frontend(text, predict_nani=False)
     assert "".join(kana(text)).endswith(user_dictionary.NOUNS[surface])
@@ -229,7 +229,7 @@ def test_known_errors_of_the_dictionary_are_corrected(surface):
     )
 
 
-# --- a user's dictionary ----------------------------------------------------------------------------------
+# --- user dictionary --------------------------------------------------------------------------------------
 
 
 def test_user_dictionary_sets_readings(tmp_path):

@@ -1,4 +1,4 @@
-"""Training checkpoints of strangers run no code when a run is resumed."""
+"""Tests that resuming from an untrusted checkpoint never runs code from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of training options with the real model: recomputation, compilation, precision, processes."""
+"""Tests of training options with a small HuBERT model: recomputation, compilation, precision, processes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from jahubert.train.trainer.trainer import train
 TONES = FIXTURES / "tones"
 
 
-def learn(out: Path, model: HubertConfig = MODEL, **changes) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Weights and metrics of a short pretraining."""
+def pretrain(out: Path, model: HubertConfig = MODEL, **changes) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Pretrain for a few steps and return the weights and metrics."""
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     module = Pretrainer(model, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
@@ -53,18 +53,18 @@ def learn(out: Path, model: HubertConfig = MODEL, **changes) -> tuple[dict[str, 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return learn(tmp_path_factory.mktemp("plain"))
+    return pretrain(tmp_path_factory.mktemp("plain"))
 
 
 def test_activation_checkpointing_does_not_change_the_result(plain, tmp_path):
-    """With dropout and layer drop: the second forward pass draws the same random numbers."""
-    weights, metrics = learn(tmp_path, recompute=True)
+    """With dropout and layer drop, the recomputation must draw the same random numbers."""
+    weights, metrics = pretrain(tmp_path, recompute=True)
     assert all(torch.equal(weights[name], value) for name, value in plain[0].items())
     assert weights.keys() == plain[0].keys() and metrics == plain[1]
 
 
 def saved_bytes(recompute: bool) -> int:
-    """Bytes that a forward pass saves for the backward pass, each storage counted once."""
+    """Return the bytes saved by a forward pass, counting each storage once."""
     torch.manual_seed(0)
     module = Pretrainer(
         replace(MODEL, layers=6, layer_drop=0.0), UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3
@@ -89,7 +89,7 @@ def test_activation_checkpointing_saves_memory():
 
 
 def test_compiled_block_is_not_recompiled_for_every_batch():
-    """With the attention path of a GPU, on the CPU: shapes are dynamic, so one graph serves all batches."""
+    """Uses the GPU attention path on the CPU; with dynamic shapes, one graph serves all batches."""
     still = replace(MODEL, dropout=0.0, attention_dropout=0.0)
     block, counter, rng = EncoderLayer(still), CompileCounter(), np.random.default_rng(0)
     block.compile(backend=counter, dynamic=True)
@@ -99,15 +99,15 @@ def test_compiled_block_is_not_recompiled_for_every_batch():
         packing.fused_attention = True
         packing.mask_B11S = (torch.arange(max(n_frames)) < torch.tensor(n_frames)[:, None])[:, None, None]
         block(torch.randn(packing.n_rows, still.width), packing)
-    assert counter.frame_count <= 3  # a batch of one row is specialized
+    assert counter.frame_count <= 3  # torch.compile specializes batches of one row
 
 
 @pytest.mark.slow
 def test_compilation_does_not_change_the_result(plain, tmp_path):
-    """Without dropout, for which inductor draws other random numbers."""
-    eager = learn(tmp_path / "eager", QUIET)
-    compiled = learn(tmp_path / "compiled", QUIET, compile=True)
-    assert compiled[0].keys() == plain[0].keys()  # the same names in a checkpoint
+    """Dropout is disabled because inductor draws different random numbers."""
+    eager = pretrain(tmp_path / "eager", QUIET)
+    compiled = pretrain(tmp_path / "compiled", QUIET, compile=True)
+    assert compiled[0].keys() == plain[0].keys()  # parameter names in a checkpoint are equal
     for name, value in eager[0].items():
         torch.testing.assert_close(compiled[0][name], value, rtol=1e-3, atol=1e-4)
     for one, other in zip(eager[1], compiled[1], strict=True):
@@ -143,7 +143,7 @@ def test_keep_every_keeps_checkpoints(tmp_path):
 
 def test_progress_is_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    _, metrics = learn(tmp_path)
+    _, metrics = pretrain(tmp_path)
     messages = [record.message for record in caplog.records if record.message.startswith("step 2/4")]
     for part in (
         "loss ",
@@ -197,16 +197,16 @@ def test_precision_follows_the_device(monkeypatch):
 
 
 def test_bf16_loss_is_close_to_fp32(tmp_path):
-    """Without dropout, which draws other random numbers in bfloat16."""
+    """Dropout is disabled because it draws different random numbers in bfloat16."""
     (_, exactly), (_, metrics) = (
-        learn(tmp_path / precision, QUIET, precision=precision) for precision in ("fp32", "bf16")
+        pretrain(tmp_path / precision, QUIET, precision=precision) for precision in ("fp32", "bf16")
     )
     for row, exact in zip(metrics, exactly, strict=True):
         assert row["loss"] == pytest.approx(exact["loss"], rel=0.02) and row != exact
 
 
 def test_fp16_skips_overflows_and_resumes_with_its_scale(tmp_path, monkeypatch, caplog):
-    """On a CPU, where fp16 is slow and rejected, but the arithmetic of the loss scaler is the same."""
+    """Runs fp16 on the CPU, bypassing its check; the loss scaler works the same as on a GPU."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(trainer, "pick_precision", lambda config, device: torch.float16)
     config = replace(CONFIG, max_steps=6, save_every=3, log_every=3)
@@ -238,7 +238,7 @@ def test_fp16_skips_overflows_and_resumes_with_its_scale(tmp_path, monkeypatch, 
                 else:
                     train(module, ToyData(), config, tmp_path / name)
         ends[name] = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-    assert scales[0] < 65_536.0  # the first scale is too large for these losses
+    assert scales[0] < 65_536.0  # the initial scale overflows with these losses
     assert scales[6:] == scales[:6] and torch.equal(ends["whole"], ends["resumed"])
     assert ends["whole"].isfinite().all()
     first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
@@ -261,7 +261,7 @@ def test_fp16_that_always_overflows_ends_the_run(tmp_path, monkeypatch):
 
 
 def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Weights and curve of the first pretraining of the tones recipe, on existing labels."""
+    """Pretrain the first iteration of the tones recipe and return the weights and the metrics."""
     command = [f"recipe={TONES}", "stage=pretrain", f"exp={exp}", "pretrain.train.micro_seconds=5", *settings]
     done = subprocess.run([sys.executable, "-m", "jahubert.run", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -273,7 +273,7 @@ def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list
 
 @pytest.mark.slow
 def test_ddp_and_fsdp_equal_one_process(tmp_path):
-    """The real model through the command line: DDP, FSDP2, and FSDP2 killed and resumed by one process."""
+    """Runs the command with DDP, with FSDP2, and with FSDP2 killed and resumed by one process."""
     labelled = tmp_path / "labelled"
     for stage in ("prepare", "features", "kmeans", "label"):
         runner.run([f"recipe={TONES}", f"stage={stage}", f"exp={labelled}"])
@@ -326,7 +326,7 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch):
 
 
 def test_gpu_is_made_current_before_batches_are_pinned(monkeypatch):
-    """Otherwise pinned memory would be allocated through GPU 0, and take memory there."""
+    """Otherwise pinned memory would be allocated through GPU 0 and use memory on it."""
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     device = torch.device("cuda", 1)

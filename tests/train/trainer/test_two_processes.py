@@ -1,6 +1,6 @@
-"""Tests of stopping several processes together, and of the choice of an engine, without fairseq2.
+"""Tests of stopping several processes together and of choosing an engine without fairseq2.
 
-This file is also the script of each process: `torchrun --nproc-per-node 2 FILE FOLDER`.
+The tests also run this file as a script: `torchrun --nproc-per-node 2 FILE FOLDER`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONFIG = TrainConfig(
 
 
 class StopsAtStep(Toy):
-    """Sends SIGTERM to the last process, and to no other, in step `stop_at`."""
+    """Toy module that sends SIGTERM to the last process only, in step `stop_at`."""
 
     def __init__(self, stop_at: int | None):
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ class StopsAtStep(Toy):
         return super().forward(batch, step)
 
 
-def learn(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
+def train_toy(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
     out.mkdir(exist_ok=True)
     module = StopsAtStep(stop_at)
     train(module, Data(micro_batches_per_step=4), CONFIG, out)
@@ -51,7 +51,7 @@ def learn(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
 
 
 def test_missing_fairseq2_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fairseq2", None)  # simulate that it is not installed
+    monkeypatch.setitem(sys.modules, "fairseq2", None)  # simulates a missing package
     monkeypatch.delitem(sys.modules, "jahubert.train.trainer.fairseq2", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'jahubert\[fairseq2\]'"):
         resolve("fairseq2", ENGINES, "engine")
@@ -60,7 +60,7 @@ def test_missing_fairseq2_names_the_extra(monkeypatch):
 def test_checkpoints_of_another_engine_are_rejected(tmp_path):
     (tmp_path / "checkpoints_fairseq2" / "step_3").mkdir(parents=True)
     with pytest.raises(StaleError, match="engine=fairseq2"):
-        learn(tmp_path)
+        train_toy(tmp_path)
 
 
 def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
@@ -71,8 +71,8 @@ def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
         )
         try:
             status = torchrun.wait(timeout=60)
-        except subprocess.TimeoutExpired:  # a hang is what this test is about
-            torchrun.terminate()  # terminates its processes, which a kill would leave running
+        except subprocess.TimeoutExpired:  # a hang fails the test
+            torchrun.terminate()  # ends its processes, which kill would leave running
             status = torchrun.wait(timeout=60)
     assert status == 0, (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "stopped" / "checkpoints" / "step_0000002").is_dir()
@@ -83,7 +83,7 @@ def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 def main(folder: Path) -> None:
     with distributed.process_group():
         try:
-            learn(folder / "stopped", stop_at=2)
+            train_toy(folder / "stopped", stop_at=2)
         except Stopped as stop:
             name = "SIGTERM" if distributed.rank() == 1 else "another process"
             if name not in str(stop) or "step 2" not in str(stop):
@@ -93,10 +93,10 @@ def main(folder: Path) -> None:
         sums, all_reduce = [], distributed.all_reduce_
         distributed.all_reduce_ = lambda values: (sums.append(values), all_reduce(values))
         for name in ("stopped", "whole"):
-            state = learn(folder / name)
+            state = train_toy(folder / name)
             if distributed.rank() == 0:
                 save_file(state, folder / f"{name}.safetensors")
-        # One all-reduce per step for the losses and the stop request; "stopped" had three steps to go.
+        # Each step has one all-reduce for losses and stop requests; the stopped run needs three more steps.
         assert len(sums) == 3 + CONFIG.max_steps
 
 
