@@ -1,9 +1,9 @@
-"""Disk space of the package and of each extra, measured on the installed distributions.
+"""Disk usage of the package and of each extra, measured on the installed distributions.
 
     python tools/install_sizes.py train onnx
 
-Prints the size of a plain install and what each named extra adds to it, in MB, with the largest packages.
-The extras must be installed in the environment that runs this.
+Prints the size of a plain install and the additional size of each named extra, in MB, with the largest
+packages. The extras must be installed in the environment that runs the script.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ LARGEST = 4
 
 
 def requirements(name: str, extras: set[str]) -> list[Requirement]:
-    """The requirements of a distribution that apply on this machine, with `extras`."""
+    """Return the requirements of a distribution with `extras` that apply to this machine."""
     found = [Requirement(text) for text in metadata.requires(name) or ()]
     environments = [{"extra": extra} for extra in (*extras, "")]
     return [r for r in found if r.marker is None or any(r.marker.evaluate(e) for e in environments)]
 
 
 def closure(extras: set[str]) -> set[str]:
-    """Names of all distributions that jahubert needs with `extras`, itself included."""
+    """Return the names of jahubert and all distributions that it requires with `extras`."""
     seen: set[tuple[str, frozenset[str]]] = set()
     pending = [("jahubert", frozenset(extras))]
     while pending:
@@ -38,7 +38,7 @@ def closure(extras: set[str]) -> set[str]:
 
 
 def megabytes(name: str) -> float:
-    """Size of a distribution's files on disk."""
+    """Size of the files of a distribution in MB."""
     paths = [file.locate() for file in metadata.files(name) or ()]
     return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6  # type: ignore[attr-defined]
 
@@ -53,7 +53,7 @@ def line(title: str, names: set[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("extras", nargs="*", help="extras that are installed here")
+    parser.add_argument("extras", nargs="*", help="installed extras")
     args = parser.parse_args()
     core = closure(set())
     print(line("(none)", core))

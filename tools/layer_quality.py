@@ -1,9 +1,9 @@
-"""PNMI and purities of units of every layer of an experiment's models.
+"""PNMI and purities of the units from every layer of an experiment's models.
 
     python tools/layer_quality.py exp/demo --iterations 1 2 --clusters 100 500 --frames 100000
 
-The report has the same measures for 100 units on 20,000 frames. Phone times are the corpus's own or, if it
-has none, the forced alignment of `decode.align_splits`.
+The report contains the same measures for 100 units and 20,000 frames. Phone times come from the corpus or, if
+it has none, from the forced alignment of `decode.align_splits`.
 """
 
 import argparse

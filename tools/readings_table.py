@@ -1,9 +1,9 @@
-"""Accuracy of the text front end on hand-checked readings, compared with pyopenjtalk-plus alone.
+"""Accuracy of the text front end and of plain pyopenjtalk-plus on hand-checked readings.
 
     python tools/readings_table.py [tests/fixtures/readings.tsv]
 
-Prints a Markdown table by class of rule, and the texts whose reading differs from the checked one. They are
-compared after unifying the spelling of long vowels (エイ and エー, オウ and オー), ヲ and ユウ.
+Prints a Markdown table by class of rule and the texts with a wrong reading. Readings are compared after
+normalizing long vowels (エイ and エー, オウ and オー), ヲ and ユウ.
 """
 
 import argparse
@@ -20,7 +20,7 @@ O_ROW = "オコソトノホモヨロゴゾドボポョォ"
 
 
 def unify(kana: str) -> str:
-    """Kana without the differences between spellings of one pronunciation."""
+    """Normalize kana that are different spellings of the same pronunciation."""
     kana = "".join(re.findall("[ァ-ヺー]", kana)).replace("ヲ", "オ")
     kana = re.sub(f"([{E_ROW}])イ", r"\1ー", kana)
     kana = re.sub(f"([{O_ROW}])ウ", r"\1ー", kana)
@@ -45,19 +45,19 @@ def main() -> None:
     parser.add_argument("readings", type=Path, nargs="?", default=READINGS)
     lines = parser.parse_args().readings.read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
-    total, correct, alone = Counter[str](), Counter[str](), Counter[str]()
+    total, correct, plain = Counter[str](), Counter[str](), Counter[str]()
     errors = []
     for name, text, reading in rows:
         found = front_end(text)
         total[name] += 1
         correct[name] += unify(found) == unify(reading)
-        alone[name] += unify(analyzer_alone(text)) == unify(reading)
+        plain[name] += unify(analyzer_alone(text)) == unify(reading)
         if unify(found) != unify(reading):
             errors.append(f"{name}: {text}: expected {reading}, found {found}")
-    print("| class | sentences | jahubert | pyopenjtalk-plus alone |\n|---|---|---|---|")
+    print("| class | sentences | jahubert | pyopenjtalk-plus plain |\n|---|---|---|---|")
     for name, n in total.items():
-        print(f"| {name} | {n} | {correct[name]} | {alone[name]} |")
-    print(f"| **all** | {total.total()} | {correct.total()} | {alone.total()} |")
+        print(f"| {name} | {n} | {correct[name]} | {plain[name]} |")
+    print(f"| **all** | {total.total()} | {correct.total()} | {plain.total()} |")
     print(*errors, sep="\n")
 
 

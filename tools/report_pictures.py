@@ -1,4 +1,4 @@
-"""Screenshots of a report: light and dark on a wide screen, and on a phone.
+"""Screenshots of a report in light and dark mode on a wide screen, and on a phone.
 
     python tools/report_pictures.py exp/tofugu/report/report.html docs/pictures
 
@@ -16,14 +16,14 @@ from pathlib import Path
 from PIL import Image  # a dependency of matplotlib
 from playwright.sync_api import Page, sync_playwright
 
-# Name: width and height of the window, and color scheme.
+# Maps the name to the width and height of the window and the color scheme.
 VIEWS = {"screen": (1100, 1500, "light"), "dark": (1100, 1500, "dark"), "phone": (390, 844, "light")}
 SECTIONS = ("results", "units", "examples", "training")
 MAX_WIDTH = 2000
 
 
 def section_picture(page: Page, section: str) -> Image.Image:
-    """The window after following the link to a section; the first one from the top of the page."""
+    """Take a screenshot after following the link to a section; the first shows the top of the page."""
     page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
     if section == SECTIONS[0]:
         page.evaluate("scrollTo(0, 0)")

@@ -3,8 +3,8 @@
     python tools/settings_reference.py            # writes docs/settings.md
     python tools/settings_reference.py --check    # exit status 1 if docs/settings.md is out of date
 
-A setting is described by the comment next to its field: on the lines above it or at its end. A group of
-settings (a nested dataclass) is described by the first line of its docstring.
+The description of a setting is the comment on the lines above its field or at the end of its line. The
+description of a group of settings (a nested dataclass) is the first line of its docstring.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ setting marked \\* does not change the result, so it may be changed when a stage
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comment of each field in the body of a class: its end-of-line comment, or the lines above it."""
+    """Map each field of a class to its end-of-line comment or the comment lines above it."""
     source = textwrap.dedent(inspect.getsource(cls))
     by_line = {
         token.start[0]: (token.string.lstrip("# "), not token.line[: token.start[1]].strip())
@@ -74,7 +74,7 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def dataclass_in(hint: Any) -> type | None:
-    """The dataclass that an annotation names, also in `X | None`."""
+    """Return the dataclass in an annotation, which may be `X | None`."""
     for option in (hint, *typing.get_args(hint)):
         if isinstance(option, type) and dataclasses.is_dataclass(option):
             return option
@@ -82,7 +82,7 @@ def dataclass_in(hint: Any) -> type | None:
 
 
 def type_name(hint: Any) -> str:
-    """An annotation in the words of YAML: `int or null`, `list of str`, the choices of a Literal."""
+    """Describe an annotation in YAML terms: `int or null`, `list of str`, or the choices of a Literal."""
     if hint is type(None):
         return "null"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -97,7 +97,7 @@ def type_name(hint: Any) -> str:
 
 
 def yaml_value(value: Any) -> str:
-    """A default as it is written on the command line."""
+    """Format a default as it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -110,7 +110,7 @@ def yaml_value(value: Any) -> str:
 
 
 def default_of(field: dataclasses.Field[Any], parent: Any) -> Any:
-    """The default in the group's default instance, else the field's own; MISSING for a required setting."""
+    """Return the default from the group's default instance or the field; MISSING if required."""
     if parent is not None:
         return getattr(parent, field.name)
     if field.default_factory is not dataclasses.MISSING:
@@ -119,7 +119,7 @@ def default_of(field: dataclasses.Field[Any], parent: Any) -> Any:
 
 
 def in_conf(name: str) -> str | None:
-    """The value of a dotted setting in conf/config.yaml, where it refers to another setting."""
+    """Return the value of a dotted setting in conf/config.yaml if it refers to another setting."""
     value: Any = CONF
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -127,7 +127,7 @@ def in_conf(name: str) -> str | None:
 
 
 def rows(cls: type, prefix: str, parent: Any = None) -> Iterator[str]:
-    """A table row per setting of a dataclass, nested groups included."""
+    """Return one table row per setting of a dataclass and its nested groups."""
     hints, about = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
         name, default = f"{prefix}{field.name}", default_of(field, parent)
@@ -155,7 +155,7 @@ def table(lines: Iterator[str]) -> str:
 
 
 def common_settings() -> Iterator[str]:
-    """The settings at the top of conf/config.yaml, with their comments."""
+    """Return the top-level settings of conf/config.yaml with their comments."""
     text = (REPO / "conf" / "config.yaml").read_text(encoding="utf-8")
     text = text.partition("defaults:\n")[2]
     for key, value, comment in re.findall(r"^(\w+): ([^#\n{]*(?:\$\{\w+\})?)(?:\s+# (.*))?$", text, re.M):
@@ -163,7 +163,7 @@ def common_settings() -> Iterator[str]:
 
 
 def reference() -> str:
-    """The page."""
+    """Return the generated page as Markdown."""
     parts = [HEAD, "\n## Common settings\n\n", table(common_settings())]
     for name, module in STAGES.items():
         stage = importlib.import_module(module)
@@ -177,7 +177,7 @@ def reference() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare; exit status 1 if out of date")
+    parser.add_argument("--check", action="store_true", help="compare only; exit status 1 if out of date")
     args = parser.parse_args()
     page = reference()
     if args.check:

@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages from outside docs/, the API reference, and links that work on the site.
+"""MkDocs hooks that add pages from outside docs/ and the API reference, and adapt links.
 
 Markdown files of the repository outside docs/ (README, recipes, CONTRIBUTING, ...) become pages below about/.
 Links to other files of the repository, such as source code, become plain text.
@@ -22,7 +22,7 @@ FENCE = re.compile(r"^(```.*?^```)", re.S | re.M)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages from outside docs/ and the API reference."""
+    """Add pages from outside docs/ and the API reference."""
     from mkdocs.structure.files import File
 
     for pattern in PATTERNS:
@@ -34,7 +34,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def reference() -> str:
-    """A page with a mkdocstrings directive per public name."""
+    """Return a page with a mkdocstrings directive per public name."""
     sections = ["# API reference\n\nGenerated from docstrings. See [Python and the command line](api.md).\n"]
     for name in jahubert.__all__:
         if name in jahubert._MODULE_OF:
@@ -43,16 +43,16 @@ def reference() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
-    """Redirect links to the pages of the site, outside of code blocks."""
+    """Redirect links outside of code blocks to the pages of the site."""
     source = page.file.src_uri
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else redirect(part, source, files) for part in parts)
 
 
 def redirect(markdown: str, source: str, files: Any) -> str:
-    """`markdown` of the page `source` with links that lead to a page of the site, or are plain text."""
+    """Rewrite the links of the page `source` to pages of the site; other links become plain text."""
     outside = source.startswith(f"{OUTSIDE}/")
-    # Folder of the page in the repository.
+    # folder of the page in the repository
     folder = posixpath.dirname(source.removeprefix(f"{OUTSIDE}/") if outside else f"docs/{source}")
 
     def replaced(match: re.Match[str]) -> str:

@@ -1,16 +1,18 @@
-"""Check of a wheel of this checkout in an environment with only the dependencies of ring 1.
+"""Check of the wheel of this checkout in an environment with only the dependencies of ring 1.
 
     python tools/wheel_check.py torch==2.15.0                  # a CUDA build: 6 GB of temporary space
     python tools/wheel_check.py --work DIR torch==2.6.0        # keep the environment in DIR
     python tools/wheel_check.py --python python3.14            # another Python with venv
     python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
 
-Run it in the development environment. It builds the sdist and from it the wheel, creates tiny models and a
-recording with their expected results, and installs the wheel without extras and the given requirements into
-an empty environment. There it runs itself (`--inside`) and checks that all modules of ring 1 can be imported,
-conf/ and recipes/ are included, features, units and a transcript equal those of the development environment,
-the commands work, models converted to other formats give the same results, no package of an extra can be
-imported, and commands that need an extra report it.
+Run the script in the development environment. It builds the sdist and then the wheel, creates tiny models, a
+recording and the expected results, and installs the wheel with the given requirements and without extras in
+an empty environment. There it runs itself (`--inside`) and checks that
+
+- all modules of ring 1 can be imported, and conf/ and recipes/ are included,
+- features, units and a transcript equal those of the development environment,
+- the commands work, and models converted to other formats give the same results,
+- no package of an extra can be imported, and commands that need an extra report it.
 
 With `--work` the environment is kept, and later calls install their requirements into it.
 Exit status: 0 if all checks pass, else 1.
@@ -35,19 +37,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Only the standard library here: `--inside` must start in an incomplete environment.
+# Imports only the standard library, because `--inside` must start in an incomplete environment.
 
 REPO = Path(__file__).resolve().parent.parent
 CORE = ("torch", "numpy", "safetensors", "soundfile", "soxr")
-# Modules of the extras and of some of their dependencies.
+# Modules that belong to the extras and to some of their dependencies.
 OPTIONAL = (
     "faiss", "fairseq2", "huggingface_hub", "hydra", "jiwer", "librosa", "matplotlib", "omegaconf", "onnx",
     "onnxruntime", "pyarrow", "pyopenjtalk", "pytest", "scipy", "sklearn", "tensorboard", "torchaudio",
     "tqdm", "transformers",
 )  # fmt: skip
 TOLERANCE = 1e-5
-FORMATS = ("flac", "ogg", "mp3")  # formats of the recording, in addition to WAV
-MODELS = ("base", "large")  # the two architectures of HuBERT, in tiny sizes
+FORMATS = ("flac", "ogg", "mp3")  # audio formats tested in addition to WAV
+MODELS = ("base", "large")  # both HuBERT architectures, in tiny sizes
 
 
 class CheckFailed(Exception):
@@ -61,7 +63,7 @@ def require(condition: object, message: str) -> None:
 
 
 def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess[str]:
-    """Run a command and capture its output, without this environment's Python variables."""
+    """Run a command without the Python variables of this environment and capture its output."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     command = [str(part) for part in command]
     return subprocess.run(
@@ -70,7 +72,7 @@ def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess
 
 
 def checked_output(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
-    """Standard output of a command; CheckFailed if its exit status differs from `status`."""
+    """Return the standard output of a command; raises CheckFailed unless it exits with `status`."""
     require(
         result.returncode == status,
         f"{' '.join(result.args)}\nended with {result.returncode}, not {status}:\n"
@@ -92,7 +94,7 @@ def build_wheel(into: Path, source: Path = REPO) -> Path:
 
 
 def build_sdist(into: Path) -> Path:
-    """Build the sdist of this checkout into a folder, with hatchling in a temporary folder."""
+    """Build the sdist of this checkout into a folder; installs hatchling in a temporary folder."""
     with tempfile.TemporaryDirectory() as tool:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         checked_output(run([*pip, "--target", tool, "hatchling"]))
@@ -103,7 +105,7 @@ def build_sdist(into: Path) -> Path:
 
 
 def make_material(folder: Path) -> None:
-    """Create two tiny models, a recording (44.1 kHz, stereo) and their results in this environment."""
+    """Create two tiny models, a 44.1 kHz stereo recording, and the results in this environment."""
     import numpy as np
     import soundfile
     import soxr
@@ -119,7 +121,7 @@ def make_material(folder: Path) -> None:
     sizes |= {"pos_conv_kernel": 8, "pos_conv_groups": 2}
     for name in MODELS:
         ctc = jahubert.HubertForCtc(getattr(jahubert.HubertConfig, name)(**sizes), 42)
-        torch.nn.init.normal_(ctc.lm_head.weight, std=1.5)  # so that the transcript is not empty
+        torch.nn.init.normal_(ctc.lm_head.weight, std=1.5)  # gives a non-empty transcript
         jahubert.save_bundle(
             folder / name,
             ctc=ctc,
@@ -138,7 +140,7 @@ def make_material(folder: Path) -> None:
 
 
 def results(folder: Path) -> tuple[dict, dict[str, str]]:
-    """Arrays and texts of the models for the recording, by name, computed by the imported jahubert."""
+    """Compute features, units and transcripts of the recording with the imported jahubert."""
     import torch
 
     import jahubert
@@ -154,18 +156,18 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
         arrays[f"{name}.stream"] = next(extractor.stream(audio)).numpy()
         arrays[f"{name}.many"] = next(extractor.many([audio])).numpy()  # type: ignore[union-attr]
         arrays[f"{name}.units"] = jahubert.UnitExtractor.from_pretrained(source, device="cpu")(audio).numpy()
-        options = {"device": "cpu", "dtype": torch.float32}  # available in all versions of torch
+        options = {"device": "cpu", "dtype": torch.float32}  # supported by all versions of torch
         transcript = jahubert.Transcriber.from_pretrained(source, **options).transcribe(audio)
         require(transcript.words, f"the transcript of the model {name} is empty")
         texts[name] = transcript.text
     return arrays, texts
 
 
-# --- in the other environment; the first two also run in the unpacked wheel (test_wheel.py) ---
+# --- in the empty environment; test_wheel.py also runs the first two in the unpacked wheel ---
 
 
 def check_package() -> None:
-    """All modules of ring 1 and all public names can be imported, and data files are included."""
+    """Check that ring 1 and all public names can be imported and that data files are included."""
     import jahubert
 
     home = Path(jahubert.__file__).parent
@@ -181,7 +183,7 @@ def check_package() -> None:
 
 
 def check_results(folder: Path) -> float:
-    """Features, units and transcripts are as expected; returns the largest difference of a feature."""
+    """Check features, units and transcripts; returns the largest difference of a feature."""
     import numpy as np
 
     arrays, texts = results(folder)
@@ -195,7 +197,7 @@ def check_results(folder: Path) -> float:
 
 
 def compare(name: str, found, wanted) -> float:
-    """Largest difference of two arrays; CheckFailed if it exceeds the tolerance (0 for integers)."""
+    """Return the largest difference of two arrays; raises CheckFailed above the tolerance."""
     import numpy as np
 
     for what, a, b in (("type", found.dtype, wanted.dtype), ("shape", found.shape, wanted.shape)):
@@ -207,7 +209,7 @@ def compare(name: str, found, wanted) -> float:
 
 
 def check_environment() -> None:
-    """No package of an extra is installed."""
+    """Check that no package of an extra is installed."""
     requires = importlib.metadata.requires("jahubert") or []
     extras = {plain(r) for r in requires if "extra ==" in r}
     require(len(extras) > 10, f"the wheel's metadata lists too few packages in extras: {sorted(extras)}")
@@ -218,12 +220,12 @@ def check_environment() -> None:
 
 
 def plain(requirement: str) -> str:
-    """Normalized package name of a requirement."""
+    """Return the normalized package name of a requirement."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
 
 
 def check_commands(folder: Path, out: Path) -> None:
-    """The command `jahubert`, and messages about missing extras."""
+    """Check the `jahubert` command and its messages about missing extras."""
     import numpy as np
 
     from jahubert.inference.transcribe import builtin_model
@@ -270,7 +272,7 @@ def check_commands(folder: Path, out: Path) -> None:
 
 
 def check_speed(transcribe: list[str], formats: Path, out: Path) -> None:
-    """The built-in model transcribes a folder of files, and ten minutes within half a minute."""
+    """Check that the built-in model transcribes a folder and a ten-minute recording within 30 s."""
     import soundfile
 
     checked_output(run([*transcribe, formats], cwd=out))
@@ -296,7 +298,7 @@ def inside(folder: Path) -> dict[str, str]:
 
 
 def outside(requirements: Sequence[str], work: Path, interpreter: str) -> str:
-    """Create an environment below `work`, run the checks in it, and return their report."""
+    """Create an environment in `work`, run the checks in it and return their report."""
     for name in ("wheel", "material"):
         shutil.rmtree(work / name, ignore_errors=True)
         (work / name).mkdir(parents=True)
@@ -325,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--work", type=Path, metavar="DIR", help="keep and reuse the environment in this folder"
     )
     parser.add_argument(
-        "--python", default=sys.executable, help="Python of the environment (default: this one)"
+        "--python", default=sys.executable, help="Python of the environment (default: the running one)"
     )
     parser.add_argument("--inside", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

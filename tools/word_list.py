@@ -1,4 +1,4 @@
-"""Word list and training corpus of an n-gram, from the training targets of an experiment.
+"""Word list and n-gram training corpus from the training targets of an experiment.
 
     python tools/word_list.py exp/csj
     lmplz -o 3 < exp/csj/words/corpus.txt > exp/csj/words/3gram.arpa       # KenLM's
@@ -6,8 +6,8 @@
         decode.lexicon.words=exp/csj/words/lexicon.txt decode.lexicon.ngram=exp/csj/words/3gram.arpa
     python -m jahubert.run recipe=csj stage=score decoding=words score.baseline=exp/csj/systems/main/decode
 
-Writes `words/lexicon.txt`, one word with its symbols per line, and `words/corpus.txt`, one utterance per
-line. A word is identified by its kana, so homophones are one word, as in the error rates.
+Writes `words/lexicon.txt` with one word and its symbols per line, and `words/corpus.txt` with one utterance
+per line. Words are identified by their kana, so homophones count as one word, as in the error rates.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Attention on a CPU, forward and backward: torch's fused kernel compared with unfused operations.
+"""Benchmark of attention on a CPU, forward and backward: torch's fused kernel against unfused operations.
 
-    python tools/bench/cpu_attention.py            # one thread, milliseconds, both in turn
+    python tools/bench/cpu_attention.py            # one thread, milliseconds, interleaved
 
-The reason why `jahubert/model/kernels/attention.py` is unfused in bfloat16, and fused in float32 without
-dropout (which the fused kernel does not have).
+The result explains why `jahubert/model/kernels/attention.py` uses unfused operations in bfloat16 and the
+fused kernel, which has no dropout, in float32 without dropout.
 """
 
 import statistics

@@ -1,14 +1,14 @@
-"""CTC prefix beam search: ours in batches against flashlight (torchaudio), or a plain one over dictionaries.
+"""Benchmark of the CTC prefix beam search against flashlight (torchaudio) or a dictionary-based search.
 
     python tools/bench/decode.py                   # 32 rows of 500 frames, beam 20, 42 symbols, two threads
     python tools/bench/decode.py --frames 1500 --threads 1
 
-Milliseconds an utterance, in turn in one run, medians; on random and on peaky log-probabilities (mostly
-blank, as a trained model says). The ratio is the peer's time over ours in batches: how many times as many
-utterances a second. The peer has one thread whatever `--threads` says; `per thread` divides by ours.
-Checked inside: ours equals the dictionary search on short rows, and in how many of `--cases` further rows
-our answer has no lower true CTC probability (by `ctc_loss`) than the peer's. Flashlight adds up the paths of
-a sequence here (`log_add`), as ours does; it has neither lexicon nor language model.
+Prints the median milliseconds per utterance of interleaved runs, on random and on peaky log-probabilities
+(mostly blank, like those of a trained model). The ratio is the speedup of the batched search over the peer.
+The peer always uses one thread; `per thread` is the ratio divided by `--threads`. The script first checks
+that short rows give the same labels as the dictionary search. It also prints the share of `--cases` rows in
+which jahubert's labels have at least the CTC probability of the peer's, by `ctc_loss`. Flashlight sums the
+paths of a sequence (`log_add`), as jahubert does, and uses neither a lexicon nor a language model.
 """
 
 import argparse
@@ -35,34 +35,34 @@ def log_probs(rows: int, frames: int, symbols: int, peaky: bool, seed: int) -> T
     return logits.log_softmax(-1)
 
 
-def add(a: float, b: float) -> float:
+def log_add(a: float, b: float) -> float:
     high, low = max(a, b), min(a, b)
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
 
 def dictionary_search(logp_SV: Tensor, beam: int) -> tuple[int, ...]:
-    """The best labels; a prefix has the log-probability of its paths that end in blank, and of the others."""
+    """Return the best labels; each prefix stores the log-probabilities of ending in blank and in a label."""
     kept: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
     for frame in logp_SV.double().tolist():
         blank: dict[tuple[int, ...], float] = defaultdict(lambda: -math.inf)
         label: dict[tuple[int, ...], float] = defaultdict(lambda: -math.inf)
         for prefix, (in_blank, in_label) in kept.items():
-            either = add(in_blank, in_label)
-            blank[prefix] = add(blank[prefix], either + frame[0])
+            either = log_add(in_blank, in_label)
+            blank[prefix] = log_add(blank[prefix], either + frame[0])
             for symbol in range(1, len(frame)):
                 grown, source = (*prefix, symbol), either
-                if prefix and symbol == prefix[-1]:  # said on, or said again behind a blank
-                    label[prefix] = add(label[prefix], in_label + frame[symbol])
+                if prefix and symbol == prefix[-1]:  # continued label, or repeated after a blank
+                    label[prefix] = log_add(label[prefix], in_label + frame[symbol])
                     source = in_blank
-                label[grown] = add(label[grown], source + frame[symbol])
-        total = {prefix: add(blank[prefix], label[prefix]) for prefix in {*blank, *label}}
+                label[grown] = log_add(label[grown], source + frame[symbol])
+        total = {prefix: log_add(blank[prefix], label[prefix]) for prefix in {*blank, *label}}
         best = sorted(total, key=total.__getitem__, reverse=True)[:beam]
         kept = {prefix: (blank[prefix], label[prefix]) for prefix in best}
-    return max(kept, key=lambda prefix: add(*kept[prefix]))
+    return max(kept, key=lambda prefix: log_add(*kept[prefix]))
 
 
 def flashlight(beam: int, symbols: int):
-    """torchaudio's decoder. It wants a token for silence: one that no frame ever says, taken out again."""
+    """Return torchaudio's decoder as a function; its required silence token gets probability zero."""
     from torchaudio.models.decoder import ctc_decoder
 
     tokens = ["-", *(f"t{symbol}" for symbol in range(1, symbols)), "|"]
@@ -70,7 +70,7 @@ def flashlight(beam: int, symbols: int):
 
     def search(logp_BSV: Tensor) -> list[tuple[int, ...]]:
         silent = F.pad(logp_BSV, (0, 1), value=-1e4).contiguous()
-        return [tuple(v for v in found[0].tokens.tolist() if v < symbols) for found in decoder(silent)]
+        return [tuple(v for v in best[0].tokens.tolist() if v < symbols) for best in decoder(silent)]
 
     return search
 
@@ -83,12 +83,12 @@ def true_scores(logp_BSV: Tensor, answers: list[tuple[int, ...]]) -> Tensor:
 
 
 def check(symbols: int, beam: int) -> None:
-    """Ours equals the dictionary search on short rows."""
+    """Exit with an error unless short rows give the labels of the dictionary search."""
     for seed, peaky in enumerate((False, True)):
         logp_BSV = log_probs(6, 25, symbols, peaky, seed).double()
-        ours = [found[0].labels for found in beam_search(logp_BSV, [25] * 6, beam=beam)]
-        if ours != [dictionary_search(logp_SV, beam) for logp_SV in logp_BSV]:
-            raise SystemExit("parity check failed: ours differs from the dictionary search")
+        labels = [hypotheses[0].labels for hypotheses in beam_search(logp_BSV, [25] * 6, beam=beam)]
+        if labels != [dictionary_search(logp_SV, beam) for logp_SV in logp_BSV]:
+            raise SystemExit("parity check failed: the labels differ from the dictionary search")
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def main() -> None:
         "case_frames": 100,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu", help="of ours; the peer knows the CPU only")
+    parser.add_argument("--device", default="cpu", help="device of jahubert; the peer runs on the CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     check(args.symbols, args.beam)
@@ -117,16 +117,18 @@ def main() -> None:
 
     def batched(x_BSV: Tensor) -> list[tuple[int, ...]]:
         frames = [x_BSV.shape[1]] * len(x_BSV)
-        return [found[0].labels for found in beam_search(x_BSV.to(args.device), frames, beam=args.beam)]
+        return [
+            hypotheses[0].labels for hypotheses in beam_search(x_BSV.to(args.device), frames, beam=args.beam)
+        ]
 
     def single(x_BSV: Tensor) -> list[tuple[int, ...]]:
         return [batched(x_BSV[row : row + 1])[0] for row in range(len(x_BSV))]
 
     print(
         f"{args.rows} rows of {args.frames} frames, beam {args.beam}, {args.threads} threads, {args.device}; "
-        "ms an utterance"
+        "ms per utterance"
     )
-    share = f"not less probable, of {args.cases}"
+    share = f"at least as probable ({args.cases})"
     print(f"{'log-probs':>10}{'batched':>9}{'single':>9}{name:>14}{'ratio':>8}{'per thread':>12}{share:>30}")
     for peaky in (False, True):
         x_BSV = log_probs(args.rows, args.frames, args.symbols, peaky, seed=7)
@@ -141,8 +143,8 @@ def main() -> None:
         medians = [statistics.median(column) for column in zip(*times, strict=True)]
         ratio = statistics.median(row[2] / row[0] for row in times)
         cases_BSV = log_probs(args.cases, args.case_frames, args.symbols, peaky, seed=11)
-        ours, theirs = (true_scores(cases_BSV, search(cases_BSV)) for search in (batched, peer))
-        not_less = float((ours >= theirs - 1e-6).double().mean())
+        scores, peer_scores = (true_scores(cases_BSV, search(cases_BSV)) for search in (batched, peer))
+        not_less = float((scores >= peer_scores - 1e-6).double().mean())
         print(
             f"{'peaky' if peaky else 'random':>10}{medians[0]:>9.2f}{medians[1]:>9.2f}{medians[2]:>14.2f}"
             f"{ratio:>8.2f}{ratio / args.threads:>12.2f}{not_less:>30.1%}",

@@ -1,14 +1,13 @@
-"""Features of layers 6 and 12 of HuBERT base: jahubert and its peers.
+"""Benchmark of feature extraction from layers 6 and 12 of HuBERT base against transformers and torchaudio.
 
     python tools/bench/extract.py                      # six recordings of 10 s, fp32, two threads
     python tools/bench/extract.py --device cuda --precision bf16
     python tools/bench/extract.py --blocks 2 --layers 1 2 --lengths 2 3 --rounds 1     # a quick check
 
-All models have the same random weights. Every measurement runs in its own process, interleaved, so
-that peak memory (above the process with its model loaded) belongs to one of them. Outputs of
-the longest recording, which has no padding, must agree. Each model computes what its interface requires:
-transformers returns hidden states of all layers and has no early exit; torchaudio's `num_layers` stops early,
-like jahubert.
+All models have the same random weights. Each measurement runs in a separate process, interleaved with the
+others, so that the peak memory (above that of the loaded model) belongs to one model. The outputs for the
+longest recording, which has no padding, must agree. transformers computes the hidden states of all layers;
+torchaudio's `num_layers` stops early, as jahubert does.
 """
 
 import argparse
@@ -27,18 +26,18 @@ from torch import Tensor, nn
 from jahubert.model.hubert import HubertConfig, HubertModel
 
 
-def ours(args) -> nn.Module:
+def build_jahubert(args) -> nn.Module:
     return HubertModel(HubertConfig.base(layers=args.blocks))
 
 
-def transformers(args) -> nn.Module:
+def build_transformers(args) -> nn.Module:
     from transformers import HubertConfig as Config
     from transformers import HubertModel as Model
 
     return Model(Config(num_hidden_layers=args.blocks))
 
 
-def torchaudio(args) -> nn.Module:
+def build_torchaudio(args) -> nn.Module:
     from torchaudio.models import hubert_base
 
     model = hubert_base()
@@ -46,18 +45,22 @@ def torchaudio(args) -> nn.Module:
     return model
 
 
-BUILDERS = {"ours": ours, "transformers": transformers, "torchaudio": torchaudio}
+BUILDERS = {
+    "jahubert": build_jahubert,
+    "transformers": build_transformers,
+    "torchaudio": build_torchaudio,
+}
 
 
 def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load our weights into any of the three; torchaudio nests the encoder one level deeper."""
+    """Load jahubert's weights into a model; torchaudio nests the encoder one level deeper."""
     names = set(model.state_dict())
     renamed = {}
     for name, value in weights.items():
         if name not in names:
             name = name.replace("encoder.", "encoder.transformer.", 1)
             name = name.replace("feature_projection.", "encoder.feature_projection.", 1)
-        if name not in names:  # names of weight norm before torch 2.0
+        if name not in names:  # weight norm parameters before torch 2.0
             name = name.replace("parametrizations.weight.original0", "weight_g")
             name = name.replace("parametrizations.weight.original1", "weight_v")
         if name in names:
@@ -69,7 +72,7 @@ def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def features(kind: str, model: nn.Module, wav_BT: Tensor, n_samples: list[int], layer: int) -> Tensor:
-    if kind == "ours":
+    if kind == "jahubert":
         return model(wav_BT, n_samples, last_layer=layer).hidden_BSD
     if kind == "transformers":
         return model(wav_BT, output_hidden_states=True).hidden_states[layer]
@@ -77,13 +80,13 @@ def features(kind: str, model: nn.Module, wav_BT: Tensor, n_samples: list[int], 
 
 
 def resident(field: str) -> float:
-    """Memory of this process in MB: VmRSS is current, VmHWM the peak since `reset_peak` (Linux)."""
+    """Memory of this process in MB: VmRSS (current) or VmHWM (peak since `reset_peak`), Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def reset_peak(device: torch.device) -> float:
-    """Start counting the peak; returns the MB in use."""
+    """Reset the peak memory counter and return the MB in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
@@ -96,9 +99,9 @@ def peak(device: torch.device) -> float:
 
 
 def work(kind: str, layer: int, folder: Path, args) -> None:
-    """One measurement; prints it as JSON on the last line."""
+    """Measure one model and print the result as JSON on the last line."""
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False  # full float32 for all
+    torch.backends.cudnn.allow_tf32 = False  # full float32 precision for all models
     device = torch.device(args.device)
     model = BUILDERS[kind](args).eval()
     load(model, torch.load(folder / "weights.pt"))
@@ -135,13 +138,13 @@ def compare(layer: int, kinds: list[str], folder: Path, args) -> None:
     for _ in range(args.rounds):
         for kind in kinds:
             runs[kind].append(measure(kind, layer, folder))
-    ours_SD = torch.load(folder / f"ours_{layer}.pt")
+    expected_SD = torch.load(folder / f"jahubert_{layer}.pt")
     for kind in kinds:
         other = torch.load(folder / f"{kind}_{layer}.pt")
-        difference = float((ours_SD - other).abs().max() / ours_SD.abs().max())
+        difference = float((expected_SD - other).abs().max() / expected_SD.abs().max())
         seconds, memory = (statistics.median(run[key] for run in runs[kind]) for key in ("seconds", "memory"))
-        pairs = zip(runs[kind], runs["ours"], strict=True)
-        ratio = statistics.median(peer["seconds"] / our["seconds"] for peer, our in pairs)
+        pairs = zip(runs[kind], runs["jahubert"], strict=True)
+        ratio = statistics.median(peer["seconds"] / own["seconds"] for peer, own in pairs)
         print(
             f"{layer:>6}{kind:>14}{1000 * seconds:>10.0f}{ratio:>8.2f}{memory:>10.0f}{difference:>12.1e}",
             flush=True,
@@ -158,23 +161,23 @@ def main() -> None:
         "--lengths", type=float, nargs="+", default=[10.0] * 6, help="seconds of each recording"
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 12])
-    parser.add_argument("--blocks", type=int, default=12, help="of the model; fewer for a quick check")
+    parser.add_argument("--blocks", type=int, default=12, help="Transformer blocks; fewer for quick checks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3, help="in each process, after a warm-up")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements per process after a warm-up")
     parser.add_argument("--rounds", type=int, default=5, help="processes per model")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         kind, layer, folder = args.worker
         return work(kind, int(layer), Path(folder), args)
-    kinds = ["ours", *(name for name in ("transformers", "torchaudio") if importable(name))]
+    kinds = ["jahubert", *(name for name in ("transformers", "torchaudio") if importable(name))]
     print(f"{args.lengths} s, {args.precision}, {args.device}, {args.threads} threads")
     print(f"{'layer':>6}{'':>14}{'ms':>10}{'ratio':>8}{'MB':>10}{'difference':>12}")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        torch.save(ours(args).state_dict(), Path(folder) / "weights.pt")
+        torch.save(build_jahubert(args).state_dict(), Path(folder) / "weights.pt")
         for layer in args.layers:
             if layer <= args.blocks:
                 compare(layer, kinds, Path(folder), args)

@@ -1,10 +1,10 @@
-"""Convolutional front end, forward and backward: the kernels compared with the plain modules.
+"""Benchmark of the convolutional front end, forward and backward: kernels against plain modules.
 
     python tools/bench/front_end.py                # one thread, tiny and base, group and layer norms
     python tools/bench/front_end.py --device cuda
 
-Milliseconds per second of audio: medians, both measured in turn in one run. The plain modules compute the
-padded batch; `--lengths` (seconds) determines how much of it is padding.
+Prints the median milliseconds per second of audio in interleaved runs. The plain modules compute the whole
+padded batch; `--lengths` (seconds) determines the amount of padding.
 """
 
 import argparse

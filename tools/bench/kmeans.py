@@ -4,10 +4,10 @@
     python tools/bench/kmeans.py --frames 300000 --dim 768 --clusters 500    # scikit-learn takes half an hour
     python tools/bench/kmeans.py --sample exp/demo/iter1/features/sample.npy # real features
 
-Prints medians of the time to fit, measured interleaved, and the inertia of held-out frames. Times are wall
-time and the CPU time of all threads, which other work on the machine disturbs less. Then compares the
-assignment of frames, as one array and in utterances of 500, with the numpy code of fairseq's recipe, which
-must give the same labels.
+Prints the median fitting times of interleaved runs and the inertia of held-out frames. Times are the wall
+time and the CPU time of all threads, which depends less on the load of the machine. The script then compares
+the assignment of frames, as one array and in utterances of 500 frames, with the numpy code of fairseq's
+recipe, which must give the same labels.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from jahubert.train.clustering.peers import sklearn_centroids
 
 
 def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:
-    """Frames around 300 centers of unequal weight and width, with correlated dimensions."""
+    """Draw frames from 300 clusters of unequal weight and width, with correlated dimensions."""
     rng = np.random.default_rng(seed)
     mixing = rng.standard_normal((dim, dim)) / np.sqrt(dim)
     centers, width = 2 * rng.standard_normal((300, dim)), rng.uniform(0.5, 1.5, 300)
@@ -38,7 +38,7 @@ def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:
 
 
 def fairseq_assign(x_ND: np.ndarray, centroids_KD: np.ndarray) -> np.ndarray:
-    """Labels as in fairseq's recipe: argmin over all squared distances in numpy."""
+    """Assign labels as fairseq's recipe does: argmin over all squared distances in numpy."""
     products_NK = np.matmul(x_ND, centroids_KD.T)
     norm_K = (centroids_KD.T**2).sum(0, keepdims=True)
     return ((x_ND**2).sum(1, keepdims=True) - 2 * products_NK + norm_K).argmin(1)
@@ -55,7 +55,7 @@ def inertia(x_ND: np.ndarray, centroids_KD: np.ndarray) -> float:
 
 
 def timed(work: Callable[[], Any]) -> tuple[np.ndarray, Any]:
-    """Wall time and CPU time in seconds, and the result of `work`."""
+    """Run `work` and return the wall time and CPU time in seconds, and the result."""
     started = np.array([time.perf_counter(), time.process_time()])
     result = work()
     return np.array([time.perf_counter(), time.process_time()]) - started, result
@@ -68,14 +68,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=2_000_000)
     parser.add_argument("--dim", type=int, default=39)
     parser.add_argument("--clusters", type=int, default=100)
-    parser.add_argument("--sample", help="a .npy file of frames instead of synthetic ones")
+    parser.add_argument("--sample", help=".npy file of frames that replace the synthetic ones")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
-        "--n-init", type=int, default=3, help="initializations of jahubert; 3 in stage=kmeans"
+        "--n-init", type=int, default=3, help="initializations of jahubert; stage=kmeans uses 3"
     )
-    parser.add_argument("--device", default="cpu", help="of jahubert")
+    parser.add_argument("--device", default="cpu", help="device of jahubert")
     parser.add_argument(
-        "--threads", type=int, default=2, help="of jahubert; scikit-learn reads OMP_NUM_THREADS"
+        "--threads", type=int, default=2, help="threads of jahubert; scikit-learn reads OMP_NUM_THREADS"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -3,8 +3,8 @@
     python tools/bench/mfcc.py                     # 600 s of modulated noise, one thread
     python tools/bench/mfcc.py --seconds 1932 --device cuda
 
-Without torchaudio the peer is librosa, with similar features (23 HTK filters, two deltas). Prints medians of
-interleaved runs. The parity check compares with Kaldi's arithmetic in float64, implemented below.
+Prints medians of interleaved runs. Without torchaudio, the peer is librosa with similar features (23 HTK
+filters, two deltas). The parity check compares with a float64 implementation of Kaldi's MFCC below.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def mel(hz):
 
 
 def reference(wav_T: np.ndarray) -> np.ndarray:
-    """Kaldi's MFCC on samples in [-1, 1] and two deltas, (frames, 39) in float64."""
+    """Kaldi's MFCC of samples in [-1, 1] with two deltas, (frames, 39) in float64."""
     frames = np.lib.stride_tricks.sliding_window_view(wav_T.astype(np.float64), WINDOW)[::HOP]
     frames = frames - frames.mean(1, keepdims=True)
     frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
@@ -54,7 +54,7 @@ def slope(x: np.ndarray) -> np.ndarray:
 
 
 def peer() -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Name and function of the peer, which takes one waveform."""
+    """Return the name of the peer and a function that computes its features of a waveform."""
     if importable("torchaudio"):
         import torchaudio
 
@@ -79,7 +79,7 @@ def peer() -> tuple[str, Callable[[Tensor], Tensor]]:
 
 
 def waveforms(seconds: float) -> list[Tensor]:
-    """Noise with a sinusoidal envelope, 2 to 15 s each."""
+    """Noise with a sinusoidal envelope, 2 to 15 s per waveform."""
     rng, wavs = np.random.default_rng(0), []
     while seconds > 0:
         n_samples = int(SAMPLE_RATE * min(max(seconds, 1.0), rng.uniform(2, 15)))
@@ -103,10 +103,10 @@ def main() -> None:
     seconds = sum(map(len, wavs)) / SAMPLE_RATE
     exact = reference(wavs[0].numpy())
     for label, features in (("jahubert", own_mfcc(wavs[:1])[0].cpu()), (name, peer_mfcc(wavs[0]))):
-        if features.shape != exact.shape:  # librosa's windows are as long as its FFT
+        if features.shape != exact.shape:  # librosa's windows are longer, so it has fewer frames
             continue
         error = np.abs(features.numpy() - exact).max()
-        print(f"largest difference from Kaldi's arithmetic: {error:.2g}  {label}")
+        print(f"largest difference to Kaldi: {error:.2g}  {label}")
         if label == "jahubert" and not error < 1e-3:
             raise SystemExit("parity check failed")
     times = []
@@ -122,7 +122,7 @@ def main() -> None:
         times.append(pair)
     own_s, peer_s = (statistics.median(column) for column in zip(*times[1:], strict=True))
     ratio = statistics.median(b / a for a, b in times[1:])
-    print(f"{len(wavs)} utterances, {seconds:.0f} s, {args.threads} threads, {args.device}; x real time")
+    print(f"{len(wavs)} utterances, {seconds:.0f} s, {args.threads} threads, {args.device}; times real time")
     print(f"jahubert {seconds / own_s:.0f}   {name} {seconds / peer_s:.0f}   speedup {ratio:.2f}")
 
 

@@ -1,10 +1,10 @@
-"""Availability of the packages that the benchmarks compare with."""
+"""Availability of the packages used for comparison."""
 
 import importlib
 
 
 def importable(name: str) -> bool:
-    """Whether a package can be imported; torchaudio built for another torch raises various errors."""
+    """Return whether a package can be imported; a mismatched torchaudio raises various errors."""
     try:
         importlib.import_module(name)
     except (ImportError, OSError, RuntimeError):

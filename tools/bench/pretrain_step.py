@@ -1,16 +1,16 @@
-"""One pretraining step of HuBERT base: jahubert compared with transformers and, if installed, torchaudio.
+"""Benchmark of a pretraining step of HuBERT base against transformers and torchaudio (if installed).
 
     python tools/bench/pretrain_step.py                     # CPU, fp32 and bf16, both kinds of lengths
     python tools/bench/pretrain_step.py --device cuda --copies 4 --repeats 20
     python tools/bench/pretrain_step.py --blocks 1 --similar 2 2.1 --mixed 2 3 --repeats 2   # a quick check
 
-A step is forward, loss over 500 units with the feature penalty, backward, clipping and fused AdamW, with
-dropout and layer drop as published, on the same padded batch and the same masks: transformers' HubertModel
-gets our unit head over the masked frames, torchaudio's hubert_pretrain_base keeps its own masks and head. The
-models take steps in turn in one run; reported are medians, and medians of the ratios of each turn. Memory
-(above weights, gradients and optimizer) is measured in a separate process per model. `of peak` is the FLOP/s
-that valid frames need, divided by those of a large matrix product in the same run. Before measuring, loss and
-gradient norm of ours and transformers are compared on the same weights, without dropout.
+A step consists of forward, loss over 500 units with the feature penalty, backward, clipping and fused AdamW,
+with the published dropout and layer drop, on the same padded batch and masks. transformers' HubertModel gets
+jahubert's unit head on the masked frames; torchaudio's hubert_pretrain_base keeps its own masks and head. The
+steps of the models are interleaved; prints medians of times and of ratios per round. Memory (above weights,
+gradients and optimizer) is measured in a separate process per model. `of peak` is the FLOP/s required for the
+valid frames, divided by the FLOP/s of a large matrix product in the same run. Before measuring, loss and
+gradient norm are compared with transformers on the same weights without dropout.
 """
 
 import argparse
@@ -43,14 +43,14 @@ class Batch:
     n_samples: list[int]
     mask_BS: Tensor
     unit_BS: Tensor
-    masked_index_N: Tensor  # of the masked frames, as in our training
+    masked_index_N: Tensor  # flat indices of the masked frames
 
     @property
     def seconds(self) -> float:
         return sum(self.n_samples) / 16_000
 
 
-class Ours(nn.Module):
+class Jahubert(nn.Module):
     def __init__(self, config: HubertConfig):
         super().__init__()
         self.hubert, self.head = HubertModel(config), UnitHead(config.width, UNITS)
@@ -65,7 +65,7 @@ class Ours(nn.Module):
 
 
 class Transformers(nn.Module):
-    """HubertModel in its parts, as the loss also needs the conv features; attention masks padding."""
+    """HubertModel called module by module, because the loss needs the conv features."""
 
     def __init__(self, config: HubertConfig):
         super().__init__()
@@ -87,7 +87,7 @@ class Transformers(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         conv_BCS = self.hubert.feature_extractor(batch.wav_BT.clone())
         conv_BCS = self.scale * conv_BCS + (1 - self.scale) * conv_BCS.detach()
-        penalty = conv_BCS.float().pow(2).mean()  # its gradient is scaled as well, as in fairseq
+        penalty = conv_BCS.float().pow(2).mean()  # fairseq scales this gradient too
         hidden_BSD = self.hubert.feature_projection(conv_BCS.transpose(1, 2))
         hidden_BSD = self.hubert._mask_hidden_states(hidden_BSD, mask_time_indices=batch.mask_BS)
         valid_BS = None
@@ -111,13 +111,12 @@ class Torchaudio(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         lengths = torch.tensor(batch.n_samples, device=batch.wav_BT.device)
         logits_NK, _, penalty = self.model(batch.wav_BT, batch.unit_BS, lengths)
-        target_N = torch.zeros(
-            len(logits_NK), dtype=torch.long, device=logits_NK.device
-        )  # column 0 is the correct unit
+        # Column 0 is the target unit.
+        target_N = torch.zeros(len(logits_NK), dtype=torch.long, device=logits_NK.device)
         return F.cross_entropy(logits_NK.float(), target_N) + PENALTY * penalty
 
 
-KINDS = {"ours": Ours, "transformers": Transformers, "torchaudio": Torchaudio}
+KINDS = {"jahubert": Jahubert, "transformers": Transformers, "torchaudio": Torchaudio}
 
 
 def make_batch(lengths: list[float], device: torch.device) -> Batch:
@@ -133,7 +132,7 @@ def make_batch(lengths: list[float], device: torch.device) -> Batch:
 
 
 def flops(config: HubertConfig, n_samples: list[int]) -> float:
-    """FLOPs of a step on valid frames; backward counts as twice forward."""
+    """FLOPs of a step on valid frames; the backward pass counts as two forward passes."""
     total = 0.0
     for frames in n_samples:
         dim_in = 1
@@ -156,7 +155,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, best of several."""
+    """FLOP/s of a large matrix product, the best of several runs."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -179,7 +178,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.module, TrainConfig(lr=1e-5))
 
     def step(self, batch: Batch, keep_gradients: bool = False) -> float:
-        """Seconds of a step; gradients are released afterwards, as in training, unless they are kept."""
+        """Run a step and return its seconds; `keep_gradients` does not release the gradients afterwards."""
         synchronize(self.device)
         started = time.perf_counter()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
@@ -193,29 +192,29 @@ class Trainer:
 
 
 def check(config: HubertConfig) -> None:
-    """Loss and gradient norm of ours and transformers on one utterance, same weights, no dropout.
+    """Compare loss and gradient norm with transformers on one utterance, without dropout.
 
-    On the CPU, as a GPU's convolutions use TF32 by default.
+    Runs on the CPU, because convolutions on a GPU use TF32 by default.
     """
     names = ("dropout", "attention_dropout", "input_dropout", "layer_drop")
     config = HubertConfig.base(layers=config.layers, **dict.fromkeys(names, 0.0))
     batch, results = make_batch([2.0], torch.device("cpu")), []
     torch.manual_seed(0)
-    ours, theirs = Ours(config).train(), Transformers(config).train()
-    theirs.load_state_dict(ours.state_dict())
-    for module in (ours, theirs):
+    model, reference = Jahubert(config).train(), Transformers(config).train()
+    reference.load_state_dict(model.state_dict())
+    for module in (model, reference):
         loss = module(batch)
         loss.backward()
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         results.append(torch.stack([loss.detach(), torch.nn.utils.get_total_norm(gradients)]))
     difference = float(((results[0] - results[1]) / results[1]).abs().max())
-    print(f"loss and gradient norm, ours against transformers: largest relative difference {difference:.1e}")
+    print(f"largest relative difference to transformers in loss and gradient norm: {difference:.1e}")
     if difference > 1e-3:
         raise SystemExit("parity check failed")
 
 
 def memory(kind: str, lengths: list[float], precision: str, args) -> float:
-    """Peak MB of activations in a step, measured in a separate process."""
+    """Return the peak MB of activations in a step, measured in a separate process."""
     worker = ["--worker", kind, precision, *map(str, lengths)]
     command = [sys.executable, __file__, "--device", args.device, "--blocks", str(args.blocks)]
     done = subprocess.run([*command, "--threads", str(args.threads), *worker], capture_output=True, text=True)
@@ -227,14 +226,14 @@ def memory(kind: str, lengths: list[float], precision: str, args) -> float:
 def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, device: torch.device) -> None:
     """Print the peak of two steps above the memory in use between steps (CPU: Linux only)."""
     trainer, batch = Trainer(kind, config, device, DTYPES[precision]), make_batch(lengths, device)
-    trainer.step(batch, keep_gradients=True)  # so that the difference is activations only
+    trainer.step(batch, keep_gradients=True)  # the difference to the peak is activations only
     if device.type == "cuda":
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # free memory must not count
+        ctypes.CDLL(None).malloc_trim(0)  # return free memory to the system
         base = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak counter
     for _ in range(2):
         trainer.step(batch, keep_gradients=True)
     highest = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
@@ -246,7 +245,7 @@ PRODUCTS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}
 
 
 def products(trainer: Trainer, batch: Batch) -> tuple[float, float]:
-    """Seconds of a step, and of the matrix products and convolutions in it, on a CPU."""
+    """Return the CPU seconds of a step and of its matrix products and convolutions."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         seconds = trainer.step(batch)
     return seconds, sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in PRODUCTS) / 1e6
@@ -263,12 +262,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def compare(name: str, lengths: list[float], precision: str, config: HubertConfig, args) -> None:
     device, dtype = torch.device(args.device), DTYPES[precision]
     batch, peak = make_batch(lengths, device), matrix_peak(device, dtype)
-    kinds = [kind for kind in KINDS if kind == "ours" or importable(kind)]
+    kinds = [kind for kind in KINDS if kind == "jahubert" or importable(kind)]
     trainers = {kind: Trainer(kind, config, device, dtype) for kind in kinds}
     rows = [[trainer.step(batch) for trainer in trainers.values()] for _ in range(args.repeats + 2)][2:]
     if args.profile:
         for kind, trainer in trainers.items():
-            print("{:>28}: a step of {:.2f} s, {:.2f} s in products".format(kind, *products(trainer, batch)))
+            print("{:>28}: step {:.2f} s, matrix products {:.2f} s".format(kind, *products(trainer, batch)))
     del trainers
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the processes that measure memory
@@ -288,27 +287,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--similar", type=float, nargs="*", default=[4.4, 4.4, 4.3, 4.3], help="seconds; empty to skip"
+        "--similar",
+        type=float,
+        nargs="*",
+        default=[4.4, 4.4, 4.3, 4.3],
+        help="lengths in s; empty to skip",
     )
     parser.add_argument("--mixed", type=float, nargs="*", default=[2.0, 3.0, 5.0, 8.0, 15.0])
-    parser.add_argument("--copies", type=int, default=1, help="of each length, to fill a GPU")
+    parser.add_argument("--copies", type=int, default=1, help="copies of each length, to fill a GPU")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--blocks", type=int, default=12, help="of the model; fewer for a quick check")
-    parser.add_argument("--profile", action="store_true", help="print the share of matrix products (CPU)")
+    parser.add_argument("--blocks", type=int, default=12, help="Transformer blocks; fewer for quick checks")
+    parser.add_argument("--profile", action="store_true", help="print the time of matrix products (CPU)")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False  # full float32 for all
+    torch.backends.cudnn.allow_tf32 = False  # full float32 precision for all models
     config = HubertConfig.base(layers=args.blocks)
     if args.worker:
         kind, precision, *lengths = args.worker
         return work(kind, precision, [float(length) for length in lengths], config, torch.device(args.device))
     if importable("transformers"):
         check(config)
-    print(f"{'lengths':>8}{'type':>6}{'':>14}{'audio-s/s':>14}{'time over ours':>16}{'MB':>10}{'of peak':>9}")
+    print(f"{'lengths':>8}{'type':>6}{'':>14}{'audio-s/s':>14}{'relative time':>16}{'MB':>10}{'of peak':>9}")
     for name, lengths in (("similar", args.similar), ("mixed", args.mixed)):
         for precision in args.precision if lengths else ():
             compare(name, lengths * args.copies, precision, config, args)

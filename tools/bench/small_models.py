@@ -1,6 +1,6 @@
-"""Pretraining speed of small models on one CPU thread, to choose sizes that two cores train in minutes.
+"""Benchmark of pretraining small models on one CPU thread, for sizes that train on two cores in minutes.
 
-python tools/bench/small_models.py             # audio-seconds per CPU-second, forward and backward
+python tools/bench/small_models.py             # seconds of audio per CPU second, forward and backward
 """
 
 import time

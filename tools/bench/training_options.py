@@ -1,9 +1,9 @@
-"""Cost and savings of activation checkpointing and torch.compile: steps of one model on the same batches.
+"""Benchmark of the time and memory of training steps with activation checkpointing and torch.compile.
 
     python tools/bench/training_options.py --model base --seconds 24 --repeats 5
 
-A step is forward, loss over 500 units, backward and AdamW; the variants take turns in one run. "stored" are
-the bytes that the forward pass stores for the backward pass, counted.
+A step consists of forward, loss over 500 units, backward and AdamW. The steps of the variants are interleaved
+on the same batches. "stored" is the number of bytes that the forward pass keeps for the backward pass.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--seconds", type=float, default=16.0, help="audio of the batch")
-    parser.add_argument("--lengths", type=int, default=4, help="different batches, in turn")
+    parser.add_argument("--seconds", type=float, default=16.0, help="seconds of audio per batch")
+    parser.add_argument("--lengths", type=int, default=4, help="number of different batches")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     config = structure(compose(["recipe=reazonspeech", f"model={args.model}"])["model"], HubertConfig)

@@ -1,11 +1,11 @@
-"""Voice activity detection: cost, and transcripts under DC offset, hum and gain.
+"""Benchmark of voice activity detection: speed, and robustness of transcripts to offset, hum and gain.
 
     python tools/bench/vad.py shared/data/sentences shared/data/tofugu/lib/ogg
 
-Transcribes `--files` recordings of each folder, evenly spaced, with the built-in model (or `--model`) as they
-are and distorted, and prints per distortion the phoneme error rate of the distorted transcripts against the
-undistorted ones, the recordings that became empty, and the share of loud frames that are detected as speech.
-Sounds without speech are generated. The cost is in times real time, on one thread.
+Transcribes `--files` evenly spaced recordings of each folder with the built-in model (or `--model`), with and
+without distortions. For each distortion it prints the phoneme error rate against the undistorted transcripts,
+the number of recordings that became empty, and the share of loud frames detected as speech. It also prints
+the share of frames detected as speech in generated sounds, and the speed in times real time on one thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUFFIXES = (".wav", ".ogg", ".mp3", ".flac")
 
 
 def distortions(wav_T: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Names and distorted copies of a waveform."""
+    """Return distorted copies of a waveform by name."""
     time_T = torch.arange(len(wav_T), dtype=torch.float64) / SAMPLE_RATE
     for offset in (0.03, 0.1, 0.3):
         yield f"DC offset {offset}", wav_T + offset
@@ -50,7 +50,7 @@ def phones(transcript: jahubert.Transcript) -> list[str]:
 
 
 def detected(asr: jahubert.Transcriber, wav_T: Tensor, original_T: Tensor) -> float:
-    """The share of frames within 20 dB of the loudest one that are detected as speech."""
+    """Return the share of frames within 20 dB of the loudest that are detected as speech."""
     speech_S = speech_frames(wav_T, asr.grid)
     level_S = original_T.unfold(0, asr.grid.window, asr.grid.hop).square().mean(1)[: len(speech_S)]
     return float(speech_S[level_S > 0.01 * level_S.max()].float().mean())
@@ -62,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--files", type=int, default=20, help="recordings per folder")
-    parser.add_argument("--model", help="a CTC model; default: the built-in one")
+    parser.add_argument("--model", help="CTC model (default: the built-in model)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     asr = jahubert.Transcriber.from_pretrained(args.model, device="cpu", dtype=torch.float32)

@@ -1,13 +1,13 @@
-"""Sweep of faults over the file operations of every stage: a kill, or an error of the file system, at each.
+"""Fault injection at every file operation of every stage: a kill or a file system error.
 
     python tools/checks/fault_sweep.py                                   # all stages of a small recipe
     python tools/checks/fault_sweep.py --stages label pretrain --faults kill ENOSPC --every 5
 
-Runs the stages of tests/fixtures/tones once without faults. Then every stage is run again and again into an
-empty folder, and at its n-th file operation (creating, writing, syncing, renaming, deleting, by any library)
-the process is killed, or the operation fails, for each n. After a fault, the stage is rerun and must succeed;
-all files must equal those of the run without faults, and no temporary files may be left. Prints the results
-per stage; the exit status is 1 if any run differs. Needs Linux and a C compiler.
+Runs the stages of tests/fixtures/tones once without faults. Then it runs every stage in an empty folder for
+each n, and at the n-th file operation (create, write, sync, rename or delete, by any library) the process is
+killed or the operation fails. After the fault, the stage is rerun and must succeed; all files must equal
+those of the run without faults, and no temporary files may remain. Prints the results per stage; the exit
+status is 1 if any run differs. Needs Linux and a C compiler.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TIMED = {"seconds", "finished", "timing", "window", "outputs", "record_crc32", "
 
 
 def run_child(work: Callable[[], Any], log: Path) -> int:
-    """Run `work` in a forked child: 0 for success, 3 a reported error, 4 a bug, negative for a signal."""
+    """Run `work` in a forked child; returns 0 (success), 3 (reported error), 4 (bug) or -signal."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -64,7 +64,7 @@ def run_child(work: Callable[[], Any], log: Path) -> int:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Files of a stage by relative path; JSON without times, and no TensorBoard events or report pages."""
+    """Return the files of a stage by path; JSON without times, no TensorBoard events or report pages."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -77,7 +77,7 @@ def contents(folder: Path) -> dict[str, Any]:
                 for line in ([data] if path.suffix == ".json" else data.splitlines())
             ]
         elif path.name in ("report.html", ".metadata"):
-            data = None  # only that it exists: it holds times, or the order of a pickled dictionary
+            data = None  # compares only the existence: the content has times or an arbitrary order
         found[name] = data
     return found
 
@@ -89,7 +89,7 @@ def untimed(value: Any) -> Any:
 
 
 class Sweep:
-    """The experiment without faults, and the runs with faults that are compared with it."""
+    """A reference experiment without faults, and runs with faults that must reproduce it."""
 
     def __init__(self, folder: Path, shim: ctypes.CDLL):
         from jahubert.train.pipeline.jobs import configure_jobs
@@ -105,7 +105,7 @@ class Sweep:
             raise SystemExit(f"{name}: the run without faults failed\n{self.log.read_text()}")
 
     def stage(self, job: Any, faults: list[str], every: int) -> list[str]:
-        """Sweep one stage, whose inputs exist; returns a description of every failure."""
+        """Test all faults in one stage whose inputs exist; returns a description of every failure."""
         name = str(job.out.relative_to(self.exp))
         counted = self.folder / "count"
 
@@ -132,7 +132,7 @@ class Sweep:
         return failures
 
     def trial(self, job: Any, fault: str, number: int, expected: dict[str, Any]) -> str:
-        """Run a stage with one fault, rerun it, and compare; returns what is wrong."""
+        """Run a stage with one fault, rerun it and compare; returns a description of the failure, if any."""
 
         def faulty() -> None:
             self.shim.fault_arm(os.fsencode(job.out), number, FAULTS[fault])
@@ -162,11 +162,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", nargs="+", default=[], help="names of stages; default: all")
+    parser.add_argument("--stages", nargs="+", default=[], help="stages to test (default: all)")
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--every", type=int, default=1, help="test only every n-th operation")
     args = parser.parse_args()
-    if "FAULT_SHIM" not in os.environ:  # start again with the library loaded
+    if "FAULT_SHIM" not in os.environ:  # restart with the library loaded
         with tempfile.TemporaryDirectory() as folder:
             shim = str(compiled_shim(Path(folder)))
             environment = {**os.environ, "FAULT_SHIM": shim, "LD_PRELOAD": shim, "OMP_NUM_THREADS": "1"}
