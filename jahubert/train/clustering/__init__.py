@@ -1,1 +1,1 @@
-"""K-means targets: input features, streaming feature extraction, and k-means fitting."""
+"""K-means clustering: input features, streaming feature extraction, and fitting."""

@@ -1,8 +1,8 @@
-"""Input features of k-means: MFCCs (iteration 1) or the output of a HuBERT layer (later iterations).
+"""Input features for k-means: MFCCs (iteration 1) or the output of a HuBERT layer (later iterations).
 
-The MFCCs equal those of fairseq's recipe (Kaldi MFCCs of samples in [-1, 1], deltas and delta-deltas), so
-that labels are comparable with published ones. Samples on Kaldi's int16 scale would give other features,
-because only on the scale of [-1, 1] does near-silence reach the floor of the logarithm.
+The MFCCs are identical to those of fairseq's recipe (Kaldi MFCCs of samples in [-1, 1], with deltas and
+delta-deltas), so that labels are comparable with published ones. The sample range matters: with int16
+samples, as usual in Kaldi, near-silence would not reach the floor of the logarithm.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOG_FLOOR = torch.finfo(torch.float32).eps
 
 
 class Feature(Protocol):
-    """A function from waveforms to frames; the result for an utterance is independent of the others."""
+    """A function from waveforms to frames; the frames of an utterance do not depend on other utterances."""
 
     name: str
     dim: int
@@ -55,20 +55,20 @@ class Mfcc:
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
-        # Frames per block: on a CPU, their spectra fit in the L2 cache.
+        # Frames per block. On a CPU, the spectra of a block fit in the L2 cache.
         self.block = 256 if self.device.type == "cpu" else 16_384
-        # The tables are computed in float64, to be the same float32 numbers on every machine.
+        # Computed in float64, so that the rounded float32 tables are the same on every machine.
         window_T = torch.hann_window(self.grid.window, periodic=False, dtype=torch.float64) ** 0.85  # "povey"
         self.window_T = window_T.float().to(self.device)
-        # Each row is repeated: the product sums the squared real and imaginary parts of a bin.
+        # Each row is repeated, because the spectrum has separate real and imaginary parts for each bin.
         self.mel_FM = _mel_filters().repeat_interleave(2, dim=0).float().to(self.device)
         self.cepstra_MC = _cepstra().float().to(self.device)
 
     def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Compute all utterances together in blocks of fixed size, so that none depends on the others."""
+        """Compute the features of all utterances together; results do not depend on the batch."""
         hop, window = self.grid.hop, self.grid.window
-        # Concatenated, each starting at a multiple of the hop: a single view has the frames of all. Frames
-        # that span two utterances are computed and discarded.
+        # Utterances are concatenated, each starting at a multiple of the hop, so that one strided view
+        # contains all frames. Frames that span two utterances are discarded.
         hops = [-(-len(wav_T) // hop) for wav_T in wavs]
         rows = -(-sum(hops) // self.block) * self.block
         raw_T = torch.zeros(rows * hop + window, device=self.device)
@@ -86,13 +86,13 @@ class Mfcc:
         return features
 
     def _static(self, raw_T: Tensor, rows: int) -> Tensor:
-        """The 13 cepstra of the frame that starts at each hop."""
+        """Compute the static cepstra (rows, 13) of the frames that start at each multiple of the hop."""
         window, hop = self.grid.window, self.grid.hop
         static_SC = raw_T.new_empty(rows, _CEPSTRA)
         for start in range(0, rows, self.block):
             block_T = raw_T[start * hop : (start + self.block - 1) * hop + window]
-            # Pre-emphasis is linear, so it is applied to the waveform once instead of to every frame: a frame
-            # minus its mean, pre-emphasized, is the pre-emphasized frame minus (1 - 0.97) times the mean.
+            # Kaldi subtracts the mean of a frame and then applies pre-emphasis. Because pre-emphasis is
+            # linear, it can be applied to the whole waveform first, and (1 - 0.97) * mean subtracted later.
             emphasized_T = F.pad(torch.sub(block_T[1:], block_T[:-1], alpha=_PREEMPHASIS), (1, 0))
             mel_SM = self._mel(block_T.unfold(0, window, hop), emphasized_T.unfold(0, window, hop))
             log_SM = mel_SM.clamp_(min=_LOG_FLOOR).log_()
@@ -105,7 +105,7 @@ class Mfcc:
         frames_SF = raw_SW.new_zeros(len(raw_SW), _FFT)
         windowed_SW = frames_SF[:, : self.grid.window]
         torch.sub(emphasized_SW, mean_S1, alpha=rest, out=windowed_SW)
-        # Kaldi takes the first sample of a frame as its own predecessor.
+        # In Kaldi, the predecessor of the first sample of a frame is that sample itself.
         windowed_SW[:, 0] = (raw_SW[:, 0] - mean_S1[:, 0]) * rest
         windowed_SW *= self.window_T
         spectrum_SF = torch.view_as_real(torch.fft.rfft(frames_SF)).flatten(1)
@@ -131,7 +131,7 @@ def _mel_filters() -> Tensor:
 
 
 def _cepstra() -> Tensor:
-    """Orthonormal DCT-II and lifter as one matrix (23, 13)."""
+    """Orthonormal DCT-II and cepstral lifter, combined into one matrix (23, 13)."""
     order_C = torch.arange(_CEPSTRA, dtype=torch.float64)
     center_M1 = torch.arange(_MEL_BINS, dtype=torch.float64)[:, None] + 0.5
     dct_MC = torch.cos(math.pi / _MEL_BINS * center_M1 * order_C) * math.sqrt(2.0 / _MEL_BINS)
@@ -140,10 +140,13 @@ def _cepstra() -> Tensor:
 
 
 class HubertLayer:
-    """The output of a Transformer block, counted from 1.
+    """The output of a Transformer layer of a HuBERT model.
+
+    Args:
+        layer: the number of the layer, counted from 1.
 
     Raises:
-        ConfigError: the model has no such block.
+        ConfigError: `layer` is out of range.
     """
 
     name = "hubert"
@@ -159,7 +162,7 @@ class HubertLayer:
 
     def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
         features = [torch.zeros(0, self.dim, device=self.device) for _ in wavs]
-        # Waveforms shorter than a frame have no features, as with MFCCs; the model itself rejects them.
+        # A waveform shorter than a frame has no frames, as with MFCCs. The model would reject it.
         long_enough = [i for i, wav_T in enumerate(wavs) if self.grid.n_frames(len(wav_T)) > 0]
         if not long_enough:
             return features

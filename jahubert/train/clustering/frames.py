@@ -1,4 +1,4 @@
-"""Sources of frames for k-means: arrays, files larger than memory, subsets, and a cache on a GPU."""
+"""Frame sources for k-means: .npy files larger than memory, subsets, and a GPU cache."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 
-Frames = Any  # (N, D): a tensor, an array, or a class below that returns arrays for slices and index arrays
+Frames = Any  # (N, D): a tensor, an array, or one of the classes below, which support slices and index arrays
 
 
 class FrameFile:
-    """The frames of a .npy file, mapped for each read only, so that a pass over it needs no memory.
+    """The frames in a .npy file, which is memory-mapped for each read.
+
+    The mapping is not kept, so that the pages of a large file do not accumulate in the process.
 
     Raises:
-        DataError: not a .npy file.
+        DataError: the file is not a .npy file.
     """
 
     ndim = 2
@@ -43,7 +45,7 @@ class FrameFile:
 
 
 class Subset:
-    """Rows of frames, gathered on access; ascending rows are read in order."""
+    """Selected rows of a frame source, gathered on access."""
 
     ndim = 2
 
@@ -62,7 +64,7 @@ class Subset:
 
 
 class CachedFrames:
-    """Frames whose slices stay on a device after the first read, up to `max_bytes` in total."""
+    """A frame source that caches slices on a device after their first read, up to `max_bytes` in total."""
 
     ndim = 2
 
@@ -87,14 +89,17 @@ class CachedFrames:
 
 
 def load_frames(frames_ND: Frames, device: torch.device) -> Tensor:
-    """All frames as one float32 tensor on `device`."""
+    """Load all frames into one float32 tensor on `device`."""
     if not isinstance(frames_ND, Tensor):
         frames_ND = torch.from_numpy(np.asarray(frames_ND[:], dtype=np.float32))
     return frames_ND.to(device, torch.float32)
 
 
 def draw_rows(n: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `size` distinct row numbers below `n`, ascending, in memory proportional to `size`."""
+    """Draw `size` distinct row numbers below `n`, in ascending order.
+
+    Memory is proportional to `size`, unless more than half of the rows are drawn.
+    """
     if 2 * size > n:
         keep = np.ones(n, bool)
         keep[draw_rows(n, n - size, rng)] = False

@@ -1,4 +1,4 @@
-"""K-means clustering of frames: fitting with one of several backends, and assignment."""
+"""K-means: fitting with a choice of backends, and assignment of frames to clusters."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _BACKENDS = {"auto": fit_lloyd, "torch": fit_lloyd, "faiss": fit_faiss, "sklearn
 
 @dataclass(frozen=True)
 class KmeansResult:
-    """Fitted centroids and statistics of the frames they were fitted to."""
+    """Fitted centroids, with statistics of the frames to which they were fitted."""
 
     centroids_KD: Tensor  # float32, on the CPU
     inertia: float  # mean squared distance of a frame to its centroid
     counts_K: Tensor  # int64, frames per cluster
-    history: list[float]  # inertia after each pass over all frames; the last one is `inertia`
-    reseeded: int  # empty clusters that were moved to another frame
+    history: list[float]  # inertia after each pass over all frames; the last value equals `inertia`
+    reseeded: int  # number of empty clusters that were moved to another frame
     backend: str
 
 
 def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
-    """Cluster frames; the result depends on the frames and the options only.
+    """Cluster frames. The result is determined by the frames and the options.
 
     Args:
-        frames_ND: (N, D) of any floating dtype, in memory or a file; the same in every process.
+        frames_ND: frames (N, D) of any floating dtype, in memory or in a file; the same in every process.
 
     Raises:
-        ConfigError: an unknown backend or invalid options.
-        DataError: fewer frames than clusters, or NaN in the frames.
+        ConfigError: the backend is unknown.
+        DataError: there are fewer frames than clusters, or the frames contain NaN.
         MissingExtraError: the backend is not installed.
     """
     backend = options.backend
@@ -44,8 +44,8 @@ def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
         raise DataError(f"frames must have shape (N, D), but have shape {tuple(frames_ND.shape)}")
     if len(frames_ND) < options.n_clusters:
         raise DataError(
-            f"{len(frames_ND)} frames are too few for n_clusters={options.n_clusters}: use more audio or "
-            "fewer clusters"
+            f"n_clusters={options.n_clusters} needs at least as many frames, but there are {len(frames_ND)}: "
+            "use more audio or fewer clusters"
         )
     fitted = _BACKENDS[backend](frames_ND, options)
     return KmeansResult(
@@ -59,10 +59,10 @@ def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
 
 
 def assign(frames_ND: Frames, centroids_KD: Tensor) -> Tensor:
-    """The nearest centroid of each frame, int64 (N,), computed on the device of the centroids."""
+    """Return the index of the nearest centroid of each frame, int64 (N,), on the centroids' device."""
     return NearestCentroid(centroids_KD).labels(frames_ND)
 
 
 def inertia(frames_ND: Frames, centroids_KD: Tensor) -> float:
-    """Mean squared distance of the frames to their nearest centroids."""
+    """Compute the mean squared distance of frames to their nearest centroids."""
     return assign_pass(frames_ND, centroids_KD).inertia

@@ -1,12 +1,12 @@
 """Lloyd's algorithm and mini-batch k-means over frames that may not fit in memory.
 
-Fitting goes from coarse to fine: k-means++ and Lloyd's algorithm on a small sample (several initializations,
-the best is kept), then Lloyd's algorithm on samples that are eight times as large each, then on all frames.
-Most of the improvement happens where a pass is cheap. With more than `lloyd_frames` frames, one mini-batch
-pass over all of them replaces the last step.
+Fitting proceeds from coarse to fine: k-means++ and Lloyd's algorithm on a small sample (best of several
+initializations), then Lloyd's algorithm on samples that grow by a factor of eight, and finally on all frames.
+Most of the improvement happens on small samples, where a pass is cheap. If there are more than `lloyd_frames`
+frames, the final step is a single mini-batch pass.
 
-Frames are read in chunks. Chunks of a process that fit on a GPU stay there for the next pass. Several
-processes share each pass with bit-identical results: chunks are distributed over 16 lanes and lanes over
+Frames are read in chunks, which are cached on a GPU as far as they fit. Processes share each pass with
+results that are bit-identical for any number of processes: chunks are assigned to 16 lanes, lanes to
 processes, and the sums of the lanes are added in a fixed order.
 """
 
@@ -29,33 +29,33 @@ from jahubert.train.experiment.progress import progress
 
 Backend = Literal["auto", "torch", "faiss", "sklearn"]
 
-_LANES = 16  # separate partial sums, whatever the number of processes
-_CHUNK_BYTES = 1 << 22  # of frames per read, if their distances take less
+_LANES = 16  # number of separate partial sums, for any number of processes
+_CHUNK_BYTES = 1 << 22  # size of a chunk; larger if one block (`_block_rows`) is larger
 _BATCH = 4096  # frames per lane in a mini-batch
 
-_COARSE_FRAMES = 64  # per cluster, in the sample of the first level
-_COARSE_MIN = 20_000  # frames
-_COARSE_PASSES = 50  # at most, on every level but the last
-_GROWTH = 8  # of the sample from one level to the next
-_IN_MEMORY = 1 << 30  # bytes: samples up to this size are loaded, larger ones are read in each pass
-_LAST_TOL = 10  # factor on `tol` for the passes over all frames, which are expensive and gain little
+_COARSE_FRAMES = 64  # frames per cluster in the first sample
+_COARSE_MIN = 20_000  # minimum size of the first sample (frames)
+_COARSE_PASSES = 50  # maximum number of passes over a sample
+_GROWTH = 8  # growth factor of the samples
+_IN_MEMORY = 1 << 30  # samples up to this size (bytes) are loaded; larger ones are read in each pass
+_LAST_TOL = 10  # factor on `tol` for passes over all frames, which are expensive and gain little
 
 
 @dataclass(frozen=True)
 class KmeansOptions:
-    """Options of a k-means fit, for every backend.
+    """Options of a k-means fit, for all backends.
 
     Args:
-        n_clusters: K.
-        backend: "auto" is "torch", the one in this file. "sklearn" is the reference: MiniBatchKMeans with
-            fairseq's arguments, which uses only `n_clusters` and `seed`.
-        n_init: initializations, of which the best is kept.
+        n_clusters: the number of clusters K.
+        backend: "auto" selects "torch", which is implemented in this file. "sklearn" is the reference:
+            MiniBatchKMeans with fairseq's arguments, which ignores all options but `n_clusters` and `seed`.
+        n_init: number of initializations; the best one is used.
         max_iter: maximum number of passes over all frames.
-        tol: relative decrease of the inertia per pass below which Lloyd's algorithm stops on a sample; ten
-            times as much on all frames (torch only).
-        lloyd_frames: with more frames than this, a uniform sample of this size is clustered, and one
-            mini-batch pass over all frames refines the result (torch only).
-        device: where distances are computed.
+        tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by a smaller fraction than
+            this. On all frames, the limit is ten times as high (torch only).
+        lloyd_frames: maximum number of frames for Lloyd's algorithm. If there are more, a uniform sample of
+            this size is clustered, and one mini-batch pass over all frames refines the result (torch only).
+        device: the device on which distances are computed.
 
     Raises:
         ConfigError: a value is out of range.
@@ -83,11 +83,11 @@ class KmeansOptions:
 
 @dataclass(frozen=True)
 class PassStatistics:
-    """Centroids and the result of one pass over the frames with them."""
+    """Statistics of one pass that assigns all frames to centroids."""
 
     centroids_KD: Tensor
-    means_KD: Tensor  # of the frames of each cluster; the centroid itself for an empty cluster
-    counts_K: Tensor  # int64
+    means_KD: Tensor  # mean of the frames of each cluster; the centroid itself if the cluster is empty
+    counts_K: Tensor  # int64, frames per cluster
     inertia: float  # mean squared distance of a frame to its centroid
 
 
@@ -95,16 +95,16 @@ class PassStatistics:
 class Fit:
     """The result of Lloyd's algorithm or of a backend."""
 
-    statistics: PassStatistics  # of the last pass
+    statistics: PassStatistics  # statistics of the last pass
     history: list[float]  # inertia after each pass
-    reseeded: int  # empty clusters that were moved to another frame
+    reseeded: int  # number of empty clusters that were moved to another frame
 
 
 class NearestCentroid:
-    """Assignment of frames to centroids by |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c).
+    """Assigns frames to centroids, using |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c).
 
-    Computed relative to the mean of the centroids, because the products would lose precision for features
-    far from zero.
+    The mean of the centroids is subtracted first, because the products lose precision for features far from
+    zero.
     """
 
     def __init__(self, centroids_KD: Tensor):
@@ -113,18 +113,18 @@ class NearestCentroid:
         self.centered_KD = centroids_KD - self.mean_D
         self.half_norm_K = self.centered_KD.square().sum(dim=1) / 2
         self.centered_DK = self.centered_KD.T.contiguous()
-        # Buffers reused for all blocks: newly allocated pages would cost time.
+        # These buffers are reused for all blocks, because allocating new pages takes time.
         self.frames_ND, self.score_NK = centroids_KD[:0], centroids_KD.new_empty(0, len(centroids_KD))
-        # numpy's argmin is twice as fast as torch's, but single-threaded.
+        # numpy's argmin is twice as fast as torch's, but uses a single thread.
         self.use_numpy = centroids_KD.device.type == "cpu" and torch.get_num_threads() <= 2
 
     def labels(self, frames_ND: Frames) -> Tensor:
-        """The nearest centroid of each frame, int64 (N,), on the device of the centroids."""
+        """Return the index of the nearest centroid of each frame, int64 (N,), on the centroids' device."""
         labels = [self._label(x_ND) for _, x_ND in _blocks(frames_ND, self.centroids_KD)]
         return torch.cat(labels) if labels else self.half_norm_K.new_zeros(0, dtype=torch.int64)
 
     def distances(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels (N,), squared distances (N,), and the centered frames (N, D) of a block.
+        """Return labels (N,), squared distances (N,) and centered frames (N, D) of a block.
 
         The centered frames are valid until the next call.
         """
@@ -146,16 +146,16 @@ class NearestCentroid:
 
 
 def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """Cluster frames from coarse to fine, sharing the passes among all processes."""
+    """Cluster frames from coarse to fine; must be called in all processes, which share the passes."""
     device = torch.device(options.device)
     n_frames, rng = len(frames_ND), np.random.default_rng(options.seed)
     sample_ND = frames_ND
     if options.lloyd_frames < n_frames:
         sample_ND = Subset(frames_ND, draw_rows(n_frames, options.lloyd_frames, rng))
     n_sample = len(sample_ND)
-    order = rng.permutation(n_sample)  # every level uses a prefix of it
+    order = rng.permutation(n_sample)  # each smaller sample is a prefix of it
     centroids_KD, size = coarse_centroids(sample_ND, order, options)
-    # The processes may run on different CPUs, which round differently.
+    # Processes may run on different CPUs, which can round differently.
     centroids_KD = distributed.rank0_broadcast(centroids_KD.cpu).to(device)
     tol = options.tol
     if size < n_sample:
@@ -175,13 +175,13 @@ def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
 
 
 def coarse_centroids(frames_ND: Frames, order: np.ndarray, options: KmeansOptions) -> tuple[Tensor, int]:
-    """Centroids of a small sample, the best of several initializations.
+    """Cluster a small sample with several initializations and return the best centroids.
 
     Args:
-        order: a permutation of the rows, of which the sample is a prefix.
+        order: a permutation of the rows; the sample is a prefix of it.
 
     Returns:
-        The centroids (K, D) on the device, and the length of the prefix.
+        The centroids (K, D) on `options.device`, and the length of the prefix.
     """
     size = max(_COARSE_FRAMES * options.n_clusters, _COARSE_MIN)
     sample_ND = load_frames(Subset(frames_ND, np.sort(order[:size])), torch.device(options.device))
@@ -197,7 +197,7 @@ def coarse_centroids(frames_ND: Frames, order: np.ndarray, options: KmeansOption
 
 
 def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-means++: of several frames drawn by squared distance, choose the one that helps most."""
+    """Greedy k-means++: draw several candidates by squared distance and keep the one that helps most."""
     frames_ND, x_ND = x_ND, x_ND - x_ND.mean(dim=0)
     norm_N = x_ND.square().sum(dim=1)
     n_candidates = 2 + int(math.log(n_clusters))
@@ -217,23 +217,23 @@ def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Ten
 
 
 def _distances_to_rows(x_ND: Tensor, norm_N: Tensor, rows: Tensor | list[int]) -> Tensor:
-    """Squared distances of all frames to the frames `rows`, (rows, N)."""
+    """Squared distances (len(rows), N) between the frames at `rows` and all frames."""
     return (norm_N + norm_N[rows][:, None] - 2 * (x_ND[rows] @ x_ND.T)).clamp_(min=0)
 
 
 def lloyd(frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, all_ranks: bool = False) -> Fit:
-    """Lloyd's algorithm for at most `max_iter` passes, until the inertia decreases by no more than `tol`.
+    """Run Lloyd's algorithm until it converges, for at most `max_iter` passes.
 
     Args:
-        tol: relative to the inertia of the pass before.
-        all_ranks: share the passes among the processes, which all call this together.
+        tol: converged when a pass decreases the inertia by no more than this fraction.
+        all_ranks: share the passes among all processes, which must call this function together.
     """
     if not isinstance(frames_ND, Tensor):
         device = centroids_KD.device
         frames_ND = CachedFrames(frames_ND, device, _cache_bytes(device))
     history: list[float] = []
     reseeded = 0
-    moved = False  # clusters that were moved in the last pass need another one
+    moved = False  # whether empty clusters were moved after the last pass, which requires another pass
     with progress(f"k-means over {len(frames_ND):,} frames", "passes", max_iter) as done:
         while True:
             statistics = assign_pass(frames_ND, centroids_KD, all_ranks)
@@ -253,7 +253,7 @@ def lloyd(frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, al
 
 
 def assign_pass(frames_ND: Frames, centroids_KD: Tensor, all_ranks: bool = False) -> PassStatistics:
-    """Assign all frames to centroids; with `all_ranks`, each process takes its lanes."""
+    """Assign all frames to centroids; with `all_ranks`, each process handles its own lanes."""
     nearest = NearestCentroid(centroids_KD)
     rank, world = (distributed.rank(), distributed.world()) if all_ranks else (0, 1)
     blocks = _blocks(frames_ND, centroids_KD, rank, world)
@@ -264,11 +264,11 @@ def assign_pass(frames_ND: Frames, centroids_KD: Tensor, all_ranks: bool = False
 
 
 def mini_batch_pass(frames_ND: Frames, start: PassStatistics, all_ranks: bool = False) -> Tensor:
-    """Refine centroids with one pass of mini-batches over all frames; returns (K, D).
+    """Refine centroids (K, D) with one mini-batch pass over all frames.
 
-    After each batch a centroid is the mean of all frames assigned to it so far, including those of `start`
-    (MacQueen 1967; learning rate of Sculley 2010). A batch has frames from 16 distant positions, because
-    neighboring frames belong to the same speaker.
+    After each batch, a centroid is the mean of all frames assigned to it so far, including those of `start`
+    (MacQueen 1967; same learning rate as Sculley 2010). The frames of a batch come from 16 distant positions,
+    because neighboring frames belong to the same speaker.
     """
     centroids_KD, counts_K = start.means_KD.double(), start.counts_K.double()
     rank, world = (distributed.rank(), distributed.world()) if all_ranks else (0, 1)
@@ -298,11 +298,11 @@ def mini_batch_pass(frames_ND: Frames, start: PassStatistics, all_ranks: bool = 
 def _sums(
     blocks: Iterable[tuple[int, Tensor]], nearest: NearestCentroid, all_ranks: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over blocks of frames, float32 within a block and float64 across blocks.
+    """Sum over blocks of frames, in float32 within a block and in float64 across blocks.
 
     Returns:
-        For each cluster the sum of its centered frames (K, D) and their number (K,), and the sum of all
-        squared distances.
+        The sum of the centered frames of each cluster (K, D), their number (K,), and the sum of all squared
+        distances.
     """
     n_clusters, device = len(nearest.half_norm_K), nearest.half_norm_K.device
     shape = (_LANES, n_clusters, len(nearest.mean_D) + 2)  # the last two columns: counts and distances
@@ -314,21 +314,21 @@ def _sums(
         lane_KD[:, -2] += torch.bincount(label_N, minlength=n_clusters)
         if device.type == "cpu":
             lane_KD[:, :-2] += torch.zeros_like(nearest.centered_KD).index_add_(0, label_N, x_ND)
-        else:  # on a GPU index_add_ adds in random order; a matrix product does not, and is faster
+        else:  # on a GPU, a matrix product is deterministic and faster than index_add_
             member_NK = torch.nn.functional.one_hot(label_N, n_clusters).to(x_ND.dtype)
             lane_KD[:, :-2] += member_NK.T @ x_ND
     if all_ranks:
-        distributed.all_reduce_(sums_LKD)  # exact: each lane is zero in all processes but one
+        distributed.all_reduce_(sums_LKD)  # exact, because each lane is non-zero in one process only
     total_KD = sums_LKD[0]
     for lane_KD in sums_LKD[1:]:
         total_KD = total_KD + lane_KD
     if not math.isfinite(float(total_KD[0, -1])):
-        raise DataError("the frames contain NaN or infinite values: check the audio they were computed from")
+        raise DataError("the frames contain NaN or infinite values; check the audio for broken recordings")
     return total_KD[:, :-2], total_KD[:, -2], total_KD[0, -1]
 
 
 def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
-    """Up to n frames (n, D) far from all centroids and, as outliers have neighbors, from each other."""
+    """Choose up to n frames (n, D) that are far from all centroids and from each other."""
     pool_N = torch.zeros(0, device=centroids_KD.device)
     pool_ND = centroids_KD[:0]
     nearest = NearestCentroid(centroids_KD)
@@ -346,18 +346,18 @@ def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
 def _blocks(
     frames_ND: Frames, centroids_KD: Tensor, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (lane, float32 block on the device of the centroids) of all frames in the lanes of a process."""
+    """Yield (lane, float32 block on the centroids' device) for all frames in the lanes of a process."""
     if frames_ND.shape[1] != centroids_KD.shape[1]:
         raise DataError(
-            f"the frames have {frames_ND.shape[1]} dimensions, but the centroids {centroids_KD.shape[1]}: "
-            "they belong to another feature"
+            f"the frames have {frames_ND.shape[1]} dimensions, but the centroids have "
+            f"{centroids_KD.shape[1]}: they were fitted to a different feature"
         )
     rows = _block_rows(centroids_KD.shape, centroids_KD.device)
     chunk = rows * max(1, _CHUNK_BYTES // (4 * rows * centroids_KD.shape[1]))
     for number, start in enumerate(range(0, len(frames_ND), chunk)):
         lane = number % _LANES
         if lane % world == rank:
-            distributed.tick()  # a pass over all frames is long
+            distributed.tick()  # a pass over all frames can take longer than the hang timeout
             yield from _split(frames_ND[start : start + chunk], centroids_KD, lane)
 
 
@@ -371,11 +371,11 @@ def _split(frames_ND: Any, centroids_KD: Tensor, lane: int) -> Iterator[tuple[in
 
 
 def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
-    """Rows of a block: its distances fit in the L2 cache of a CPU, or fill a GPU."""
+    """Number of rows whose distances fit in the L2 cache of a CPU, or keep a GPU busy."""
     budget = 1 << 18 if device.type == "cpu" else 1 << 27
     return max(1024, budget // sum(shape_KD))
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """Bytes for `CachedFrames`: half of a GPU's free memory; on a CPU the operating system caches files."""
+    """Cache size (bytes): half of a GPU's free memory; 0 on a CPU, because the system caches files itself."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""K-means backends of other libraries, in a single process: faiss and scikit-learn."""
+"""K-means backends based on faiss and scikit-learn; they run in a single process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from jahubert.train.clustering.lloyd import Fit, KmeansOptions, assign_pass, coa
 
 
 def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """K-means of faiss on all frames, initialized as `fit_lloyd` does; `tol` and `lloyd_frames` are not used.
+    """Run faiss's k-means on all frames; `tol` and `lloyd_frames` are ignored.
 
-    faiss's own random initialization gives a much higher inertia.
+    Centroids are initialized as in `fit_lloyd`, because faiss's own random initialization results in a much
+    higher inertia.
 
     Raises:
         MissingExtraError: faiss is not installed.
-        ConfigError: `device` is a GPU that faiss does not see.
+        ConfigError: `device` is a GPU, but faiss finds none.
     """
     device = torch.device(options.device)
-    faiss = _import_faiss(gpu=device.type == "cuda")  # fail before the work
+    faiss = _import_faiss(gpu=device.type == "cuda")  # first, so that an error costs no time
     order = np.random.default_rng(options.seed).permutation(len(frames_ND))
     initial_KD, _ = coarse_centroids(frames_ND, order, options)
     n_frames, dim = frames_ND.shape
@@ -35,7 +36,7 @@ def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
         seed=options.seed,
         gpu=device.type == "cuda",
         min_points_per_centroid=1,
-        max_points_per_centroid=math.ceil(n_frames / options.n_clusters) + 1,  # use all frames; default: 256
+        max_points_per_centroid=math.ceil(n_frames / options.n_clusters) + 1,  # use all frames (default 256)
     )
     kmeans.train(_to_numpy(frames_ND), init_centroids=_to_numpy(initial_KD))
     history = [float(total) / n_frames for total in kmeans.obj]
@@ -50,20 +51,20 @@ def _import_faiss(gpu: bool) -> Any:
     except ImportError as error:
         raise MissingExtraError("faiss", "gpu") from error
     if gpu and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
-        # faiss would run on the CPU without a warning
+        # otherwise faiss runs on the CPU without a warning
         raise ConfigError("faiss finds no GPU (is faiss-cpu installed?): set device=cpu or backend=torch")
     return faiss
 
 
 def fit_sklearn(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """K-means of scikit-learn as in fairseq's recipe; uses only `n_clusters` and `seed`."""
+    """Run scikit-learn's k-means with fairseq's settings; only `n_clusters` and `seed` are used."""
     centroids = sklearn_centroids(_to_numpy(frames_ND), options.n_clusters, options.seed)
     statistics = assign_pass(frames_ND, torch.from_numpy(centroids).to(options.device))
     return Fit(statistics, [statistics.inertia], 0)
 
 
 def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-    """Centroids (K, D), float32, of MiniBatchKMeans with the arguments of fairseq's learn_kmeans.py.
+    """Fit MiniBatchKMeans with the arguments of fairseq's learn_kmeans.py; returns float32 (K, D).
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""Streaming feature extraction for a manifest, and the file of centroids with its feature header."""
+"""Streaming feature extraction for a manifest, and the centroid file with its feature header."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ _HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normal
 
 
 def make_feature(kind: str, model: Path | None, layer: int | None, device: torch.device) -> Feature:
-    """Create the feature `kind`; a HuBERT layer needs the folder of its model.
+    """Create the feature `kind`.
+
+    Args:
+        model, layer: the folder of the HuBERT model and the number of its layer; only for `hubert`.
 
     Raises:
-        ConfigError: an unknown feature, a missing model, or a layer that the model does not have.
+        ConfigError: the feature is unknown, `model` or `layer` is missing, or `layer` is out of range.
     """
     cls = resolve(kind, FEATURES, "features.kind")
     if kind != "hubert":
@@ -45,7 +48,7 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
 
 
 def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, Any]:
-    """Description of a feature, stored with the centroids and labels derived from it."""
+    """Describe a feature; the description is stored with the centroids and labels derived from it."""
     model = feature.model if isinstance(feature, HubertLayer) else None
     return {
         "feature": kind,
@@ -64,10 +67,10 @@ def save_centroids(path: Path, centroids_KD: Tensor, header: dict[str, Any]) -> 
 
 
 def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Load centroids, float32 (K, D), and the `feature_header` of the frames they were fitted to.
+    """Load centroids, float32 (K, D), and the `feature_header` of their feature.
 
     Raises:
-        DataError: the file is missing or was not written by stage kmeans.
+        DataError: the file is missing or is not a centroid file.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -82,7 +85,7 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
                 typed(path, name, header[name], kind)
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError, CheckpointError) as error:
         raise DataError(
-            f"{path}: not a centroid file of stage=kmeans ({error}); delete its folder and rerun that stage"
+            f"{path}: not a centroid file ({error}); delete its folder and rerun stage=kmeans"
         ) from error
     return centroids_KD, header
 
@@ -90,14 +93,14 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
 def stream_features(
     manifest: Manifest, feature: Feature, rows: Iterable[int], batch_seconds: float
 ) -> Generator[tuple[int, Tensor], None, None]:
-    """Yield (row, frames) for every row, in order, while the next batches are being read.
+    """Compute the features of utterances in order, while the next batches are read in the background.
 
     Args:
-        rows: of the manifest.
-        batch_seconds: audio per batch, without padding.
+        rows: row numbers in the manifest.
+        batch_seconds: audio per batch, excluding padding.
 
     Yields:
-        The row and its frames (S, dim); S is 0 for an utterance shorter than a frame.
+        The row number and its frames (S, dim); S is 0 for an utterance shorter than a frame.
     """
 
     def read(batch: list[int]) -> list[Tensor]:

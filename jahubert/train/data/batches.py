@@ -1,7 +1,7 @@
-"""Training batches for pretraining and CTC fine-tuning, from a manifest and its labels or targets.
+"""Batches for pretraining and CTC fine-tuning, from a manifest and its labels or targets.
 
-Crops and masks are functions of (seed, epoch, row), so they depend neither on the other utterances of a batch
-nor on how often a run was interrupted.
+Crops and masks are determined by (seed, epoch, row). They depend neither on the other utterances in a batch
+nor on interruptions of the run.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ B = TypeVar("B", bound="_Batch")
 class MaskConfig:
     """Span masks over frames and channels; the defaults are those of HuBERT pretraining."""
 
-    prob: float = 0.8  # expected share of positions in spans, without overlap
-    length: int = 10  # frames
-    min_spans: int = 2  # per utterance
-    channel_prob: float = 0.0  # expected share of channels in spans, without overlap
-    channel_length: int = 64  # channels
+    prob: float = 0.8  # expected fraction of masked frames if spans did not overlap
+    length: int = 10  # length of a span (frames)
+    min_spans: int = 2  # minimum number of spans per utterance
+    channel_prob: float = 0.0  # expected fraction of masked channels if spans did not overlap
+    channel_length: int = 64  # length of a span (channels)
 
     def __post_init__(self) -> None:
         shares, lengths = ("prob", "channel_prob"), ("length", "channel_length")
@@ -50,15 +50,18 @@ class _Batch:
     n_samples_B: Tensor  # int64, on the CPU
 
     def to(self: B, device: torch.device) -> B:
-        """A copy with its large tensors on `device`; lengths stay on the CPU, where they are read."""
+        """Return a copy with its large tensors on `device`; lengths stay on the CPU, where they are used."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: B) -> B:
-        """A copy in page-locked memory, so that `to` overlaps with computation; called by DataLoader."""
+        """Return a copy in pinned memory, so that `to` overlaps with computation; called by DataLoader."""
         return self._map(Tensor.pin_memory)
 
     def _map(self: B, change: Callable[[Tensor], Tensor]) -> B:
-        """A copy with `change` applied to the large tensors; not validated, which would synchronize a GPU."""
+        """Return a copy with `change` applied to the large tensors.
+
+        `__post_init__` is skipped, because its checks would synchronize the GPU.
+        """
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and not name.startswith("n_"):
@@ -72,11 +75,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class PretrainBatch(_Batch):
-    """Waveforms, their frame masks, and the units of the masked frames."""
+    """Waveforms, frame masks, and the units of the masked frames."""
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, row by row
-    masked_index_N: Tensor = field(init=False)  # int64, indices of these frames in the flattened batch
+    masked_index_N: Tensor = field(init=False)  # int64, indices of the masked frames in the flattened mask
 
     def __post_init__(self) -> None:
         vars(self)["masked_index_N"] = self.mask_BS.flatten().nonzero()[:, 0]
@@ -96,23 +99,23 @@ class CtcBatch(_Batch):
     def __post_init__(self) -> None:
         if int(self.n_target_B.sum()) != len(self.target_L):
             raise DataError(
-                f"{len(self.target_L)} target symbols, but their lengths sum to {int(self.n_target_B.sum())}"
+                f"{len(self.target_L)} target symbols, but lengths add up to {int(self.n_target_B.sum())}"
             )
 
 
 def pad(rows: list[Tensor]) -> Tensor:
-    """Stack rows of different lengths into one (B, longest) tensor, padded with zero or False."""
+    """Stack rows of different lengths into one tensor (B, max length), padded with zero or False."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 @dataclass(frozen=True)
 class CropConfig:
-    """Length limits of pretraining utterances; the defaults are the paper's."""
+    """Length limits of pretraining utterances; the defaults are those of the paper."""
 
     min_seconds: float = 2.0  # shorter utterances are skipped
-    max_seconds: float = 15.625  # longer ones are cropped at random, on the frame grid
-    # A split of at most this many hours is kept decoded in the memory of each data worker (0.23 GB per hour).
-    # A larger split is not cached at all: a part of it would save next to no decoding.
+    max_seconds: float = 15.625  # longer utterances are cropped at random frame positions
+    # A split of at most this many hours is cached decoded in the memory of each data worker (0.23 GB per
+    # hour). A larger split is not cached at all, because a partial cache would save very little decoding.
     keep_in_memory_hours: float = runtime_field(4.0)
 
     def __post_init__(self) -> None:
@@ -126,7 +129,7 @@ class CropConfig:
 
 
 class WaveformCache:
-    """In-memory cache of decoded utterances, active if `rows` have at most `max_hours` of audio."""
+    """In-memory cache of decoded utterances, enabled if `rows` have at most `max_hours` of audio."""
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, max_hours: float):
         self.manifest = manifest
@@ -134,7 +137,7 @@ class WaveformCache:
         self.waveforms: dict[int, np.ndarray] = {}
 
     def load(self, row: int, start: int, n_samples: int) -> Tensor:
-        """Load `n_samples` samples of an utterance from its sample `start` on, float32 (T,)."""
+        """Load `n_samples` samples of an utterance, beginning with sample `start`; float32 (T,)."""
         if not self.enabled:
             return self.manifest.load(row, start, n_samples)
         if row not in self.waveforms:
@@ -143,7 +146,7 @@ class WaveformCache:
 
 
 class PretrainData:
-    """Micro-batches of cropped utterances of one split, for masked prediction."""
+    """Micro-batches of cropped utterances of one split, for masked unit prediction."""
 
     def __init__(
         self,
@@ -182,7 +185,7 @@ class PretrainData:
             rng = seeded_rng(self.seed, micro.epoch, row, 1)
             length = int(self.manifest.n_samples[row])
             n_samples = min(length, self.max_samples)
-            # Crops start on a frame, so that labels stay exact.
+            # Crops start at a frame boundary, so that labels stay aligned.
             first = int(rng.integers((length - n_samples) // HUBERT.hop + 1))
             unit_S = self.labels.units(row, HUBERT.n_frames(length))
             n_frames = HUBERT.n_frames(n_samples)
@@ -199,7 +202,7 @@ class PretrainData:
 
 
 class CtcData:
-    """Micro-batches of whole utterances with their target symbols; never cropped."""
+    """Micro-batches of whole utterances with their target symbols, for CTC fine-tuning."""
 
     def __init__(
         self,
@@ -214,7 +217,12 @@ class CtcData:
         seed: int,
         keep_in_memory_hours: float = 4.0,
     ):
-        """`width`: channels of the encoder, for the channel mask; `mask=None` disables masking."""
+        """Create a data source.
+
+        Args:
+            mask: None disables masking.
+            width: number of encoder channels, for the channel mask.
+        """
         self.manifest, self.targets, self.mask, self.width, self.seed = manifest, targets, mask, width, seed
         self.cache = WaveformCache(manifest, rows, keep_in_memory_hours)
         self.sampler = Sampler(

@@ -1,8 +1,8 @@
-"""Cache of decoding checks, so that no recording of an archive is decoded twice.
+"""Cache of decoding checks, so that no recording in an archive is decoded twice.
 
-One JSON file per archive holds the offsets of the decoded recordings, and why broken ones were rejected. It
-is valid as long as the size and modification time of the archive do not change. `stage=prepare` keeps it in
-`work/decoded`, so that an interrupted run resumes, and archives that arrive later are added.
+One JSON file per archive contains the offsets of the decoded recordings and the reasons for rejecting broken
+ones. It is valid as long as the size and modification time of the archive do not change. `stage=prepare`
+keeps the cache in `work/decoded`, to resume an interrupted run and to add archives that arrive later.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from jahubert.train.data.utterances import Rejected, Utterance, Utterances
 from jahubert.train.experiment.provenance import write_json
 
-VERSION = 1  # of the decoding check
+VERSION = 1  # version of the decoding check; a change invalidates all caches
 
 
 class DecodeCache:
-    """The cache files of a folder."""
+    """A folder of cache files, one per archive."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def lookup(self, items: Utterances) -> tuple[Utterances, list[Rejected]] | None:
-        """Usable and rejected recordings of `items` if all were decoded before, else None."""
+        """Return the usable and rejected recordings of `items`, or None unless all were decoded before."""
         entry = self._read(items.path)
         if not np.isin(items.offset_N, entry["offsets"]).all():
             return None
@@ -40,7 +40,11 @@ class DecodeCache:
         return items.take(np.array(usable, np.int64)), rejected
 
     def add(self, path: str, offsets: list[int], broken: dict[str, list[str]]) -> None:
-        """Record decoded offsets of an archive; `broken` maps an offset to the fields of its `Rejected`."""
+        """Record the offsets decoded in an archive.
+
+        Args:
+            broken: maps the offset of a rejected recording to the fields of its `Rejected`.
+        """
         entry = self._read(path)
         entry["offsets"] = sorted({*entry["offsets"], *offsets})
         entry["broken"] |= broken
@@ -48,7 +52,7 @@ class DecodeCache:
 
     def _read(self, path: str) -> dict[str, Any]:
         state = [VERSION]
-        with contextlib.suppress(OSError):  # a missing archive: reading its recordings reports it
+        with contextlib.suppress(OSError):  # a missing archive is reported when its recordings are read
             status = Path(path).stat()
             state += [status.st_size, status.st_mtime_ns]
         try:
@@ -62,7 +66,7 @@ class DecodeCache:
 
 
 class DecodeRecorder:
-    """Collector of the decoding results of one `Utterances`, in order; saved after the last one."""
+    """Collects the decoding results of one `Utterances` in order, and saves them after the last one."""
 
     def __init__(self, cache: DecodeCache, items: Utterances):
         self.cache, self.items = cache, items

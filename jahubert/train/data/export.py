@@ -1,8 +1,8 @@
 """Export of a prepared corpus for Kaldi and ESPnet, lhotse and icefall, and Hugging Face datasets.
 
-All splits have the same utterances as the manifest, so that results are comparable. Kaldi data directories
-and lhotse manifests refer to the original audio files; recordings inside archives are copied next to them. A
-folder for datasets has one 16 kHz FLAC per utterance.
+All splits contain the same utterances as the manifest, so that results are comparable. Kaldi data directories
+and lhotse manifests refer to the original audio files, except for recordings inside archives, which are
+copied. A folder for Hugging Face datasets contains one 16 kHz FLAC file per utterance.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ _MAGIC = {b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg"}
 
 
 def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]:
-    """Write a corpus as `kind` (kaldi, lhotse or datasets); return the number of utterances per split.
+    """Export a corpus and return the number of utterances per split.
+
+    Args:
+        kind: the format: kaldi, lhotse or datasets.
 
     Raises:
-        DataError: an unknown kind, or an utterance that the format cannot represent.
+        DataError: `kind` is unknown, or the format cannot represent an utterance.
     """
     if kind not in WRITERS:
         raise DataError(f"unknown corpus format {kind}; expected one of {', '.join(WRITERS)}")
@@ -58,7 +61,7 @@ def _phones(item: Utterance) -> str:
 
 
 def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) -> None:
-    """A data directory: wav.scp, segments, text, utt2spk, spk2utt, and the phones in text.phn."""
+    """Write a Kaldi data directory: wav.scp, segments, text, text.phn (phones), utt2spk and spk2utt."""
     target = folder / split
     target.mkdir(exist_ok=True)
     files: dict[str, list[str]] = {name: [] for name in ("segments", "text", "text.phn", "utt2spk")}
@@ -66,7 +69,7 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
     utterances: dict[str, list[str]] = {}
     for _, item in _utterances(manifest, rows, split):
         speaker = _kaldi_id(item.speaker or item.id, item)
-        # Kaldi requires that sorting by utterance id also sorts by speaker.
+        # Kaldi requires that sorting by utterance id also sorts by speaker id.
         id = _kaldi_id(item.id, item)
         id = id if id.startswith(speaker) else f"{speaker}-{id}"
         path = _audio_file(item, target / "audio")
@@ -83,7 +86,7 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
     files["spk2utt"] = [f"{speaker} {' '.join(sorted(ids))}" for speaker, ids in utterances.items()]
     for name, lines in files.items():
         with atomic_write(target / name) as file:
-            # Kaldi requires byte order, as produced by `LC_ALL=C sort`.
+            # Kaldi requires files to be sorted by byte value, as with `LC_ALL=C sort`.
             file.writelines(f"{line}\n" for line in sorted(lines, key=str.encode))
 
 
@@ -97,7 +100,7 @@ def _kaldi_id(name: str, item: Utterance) -> str:
 
 
 def _write_lhotse(manifest: Manifest, rows: list[int], folder: Path, split: str) -> None:
-    """A cut manifest, cuts_<split>.jsonl.gz, with one supervision per cut."""
+    """Write a lhotse cut manifest, cuts_<split>.jsonl.gz, with one supervision per cut."""
     with (
         atomic_path(folder / f"cuts_{split}.jsonl.gz") as temporary,
         gzip.open(temporary, "wt", encoding="utf-8") as file,
@@ -111,8 +114,8 @@ def _cut(item: Utterance, folder: Path) -> dict[str, Any]:
     rate, n_samples, n_channels = _audio_info(path)
     if n_channels != 1:
         raise DataError(
-            f"utterance {item.id!r}: {path} has {n_channels} channels, of which a cut can only have one; "
-            "convert it to mono"
+            f"utterance {item.id!r}: {path} has {n_channels} channels, but a lhotse MonoCut has one; "
+            "convert the file to mono"
         )
     start, duration = item.start / SAMPLE_RATE, item.n_samples / SAMPLE_RATE
     recording: dict[str, Any] = {
@@ -159,7 +162,7 @@ def _audio_info(path: Path) -> tuple[int, int, int]:
 
 
 def _write_datasets(manifest: Manifest, rows: list[int], folder: Path, split: str) -> None:
-    """An audio folder: <split>/metadata.jsonl and one FLAC per utterance."""
+    """Write a Hugging Face audio folder: <split>/metadata.jsonl and one FLAC file per utterance."""
     target = folder / split
     target.mkdir(exist_ok=True)
     with atomic_write(target / "metadata.jsonl") as file:
@@ -181,7 +184,7 @@ WRITERS: dict[str, Callable[[Manifest, list[int], Path, str], None]] = {
 
 
 def _audio_file(item: Utterance, folder: Path) -> Path:
-    """The audio file of an utterance; a recording inside an archive is copied to `folder`."""
+    """Return the audio file of an utterance; a recording inside an archive is copied to `folder` first."""
     audio = item.audio
     if audio.offset == 0 and audio.length < 0:
         return Path(audio.path)
@@ -191,7 +194,7 @@ def _audio_file(item: Utterance, folder: Path) -> Path:
     suffix = _MAGIC.get(content[:4])
     if suffix is None:
         raise DataError(
-            f"utterance {item.id!r} ({audio}): only WAV, FLAC and Ogg can be copied from archives"
+            f"utterance {item.id!r} ({audio}): only WAV, FLAC and Ogg files can be copied from archives"
         )
     path = folder.absolute() / (item.id.replace("/", "-") + suffix)
     if not path.is_file() or path.stat().st_size != len(content):

@@ -1,9 +1,9 @@
 """Import and export of fairseq's HuBERT files: `<split>.tsv`, `<split>.km` and `dict.km.txt`.
 
-A `.tsv` has a root folder in line 1, followed by one line `path<TAB>samples` per utterance. Line n of the
-`.km` holds the units of the n-th utterance as text; the dictionary has one line per unit (fairseq,
-examples/hubert/simple_kmeans). Lines are split as bytes, since Japanese paths may contain characters that
-text mode takes for line ends or white space.
+The first line of a `.tsv` is a root folder; each further line is `path<TAB>samples` of an utterance. Line n
+of the `.km` contains the units of the n-th utterance as text; the dictionary has one line per unit (see
+examples/hubert/simple_kmeans in fairseq). Lines are split as bytes, because Japanese paths may contain
+characters that Python treats as line ends or white space in text.
 """
 
 from __future__ import annotations
@@ -34,30 +34,33 @@ _ZIP_MEMBER = re.compile(r"(.+\.zip):(\d+):(\d+)", re.DOTALL)  # path, offset an
 
 @dataclass(frozen=True)
 class TsvEntry:
-    """An utterance of a `.tsv`."""
+    """An utterance listed in a `.tsv`."""
 
-    id: str  # split/path, with the path as it is written in the file
+    id: str  # split/path, with the path as listed
     audio: AudioSource
-    n_samples: int  # according to the file
+    n_samples: int  # as listed
 
 
 def find_tsv_files(folder: Path) -> list[Path]:
-    """The `.tsv` files of a folder, one per split, in reading order.
+    """Return the sorted `.tsv` files of a folder, one per split.
 
     Raises:
-        DataError: no `.tsv` found.
+        DataError: the folder has no `.tsv`.
     """
     paths = sorted(Path(folder).expanduser().glob("*.tsv"))
     if not paths:
-        raise DataError(f"{folder}: no .tsv file found; give the folder of fairseq's train.tsv and valid.tsv")
+        raise DataError(f"{folder}: no .tsv file found; use the folder of fairseq's train.tsv and valid.tsv")
     return paths
 
 
 def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
-    """Iterate over the utterances of a `.tsv`; `root` replaces the root folder in its first line.
+    """Iterate over the utterances of a `.tsv`.
+
+    Args:
+        root: replaces the root folder given in the first line.
 
     Raises:
-        DataError: a line that is not `path<TAB>samples`, with its number.
+        DataError: a line is not `path<TAB>samples`.
     """
     with path.open("rb") as lines:
         first_line = os.fsdecode(next(lines, b"").rstrip(b"\r\n"))
@@ -65,8 +68,8 @@ def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
             name_bytes, tab, count = line.rstrip(b"\r\n").rpartition(b"\t")
             if not (tab and name_bytes and count.isdigit()):
                 raise DataError(
-                    f"{path}, line {number}: expected path<TAB>samples, found {line[:80]!r}; only line 1 is "
-                    "the root folder"
+                    f"{path}, line {number}: expected path<TAB>samples, found {line[:80]!r}; only line 1 may "
+                    "be a folder"
                 )
             name = os.fsdecode(name_bytes)
             member = _ZIP_MEMBER.fullmatch(name)
@@ -76,49 +79,54 @@ def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
 
 
 def read_dict(path: Path) -> int:
-    """Read the number of units K from a dictionary of the units 0..K-1, in any order.
+    """Return the number of units K in a dictionary, which lists the units 0..K-1 in any order.
 
     Raises:
-        DataError: file not found, a missing or duplicate unit, or a line that is not a unit.
+        DataError: the file is missing, a unit is missing or listed twice, or a line is not a unit.
     """
     if not path.is_file():
-        raise DataError(f"{path}: file not found; copy it from where the .km files were made")
+        raise DataError(f"{path}: file not found; copy it from the folder where the .km files were created")
     units = [line.split()[:1] for line in path.read_bytes().splitlines() if line.strip()]
     if sorted(int(unit) if unit.isdigit() else -1 for (unit,) in units) != list(range(len(units))):
         raise DataError(
-            f"{path}: expected each of the units 0 to {len(units) - 1} once on its {len(units)} lines. The "
-            "usual cause: the command that writes the file appends to it, and was run twice"
+            f"{path}: expected each unit from 0 to {len(units) - 1} once on {len(units)} lines. The usual "
+            "cause is that the command that appends to this file was run twice"
         )
     return len(units)
 
 
 def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 2000) -> LabelStore:
-    """Convert the `.km` files of `folder` to a label store in `out`; `manifest` was made from its `.tsv`.
+    """Convert the `.km` files of `folder` to a label store in `out`.
 
-    Of units at 100 Hz (from MFCCs) every second one is taken, which is exact. Utterances that are not in the
-    manifest are skipped. The others must match in samples and in frames.
+    Every second unit is used if units have a rate of 100 Hz (from MFCCs); this is exact. Utterances that are
+    missing from the manifest are skipped.
+
+    Args:
+        manifest: a manifest created from the `.tsv` files of `folder`.
+        shard_size: utterances per shard.
 
     Raises:
-        DataError: units and frames, or the lengths in `.tsv` and manifest, differ (names the utterance); a
-            unit outside the dictionary; missing or surplus lines.
-        StaleError: `out` holds units of another origin.
+        DataError: the length of an utterance differs between `.tsv` and manifest, its number of units does
+            not match its number of frames, a unit is not in the dictionary, or the `.tsv` and `.km` have
+            different numbers of lines.
+        StaleError: `out` contains units of different origin.
     """
     folder = Path(folder).expanduser()
     n_units = read_dict(folder / DICT)
     header = LabelHeader(
         n_units=n_units,
-        feature="fairseq",  # its files do not specify the feature
+        feature="fairseq",  # fairseq's files do not specify the feature
         layer=None,
         centroids=_hash([folder / DICT, *(_km(tsv) for tsv in find_tsv_files(folder))]),
         model=None,
         manifest=manifest.fingerprint,
         normalize=False,
     )
-    # An interrupted import starts over: reading is quick, and the files may have been fixed since.
+    # An interrupted import starts over: it is fast, and the files may have been fixed in the meantime.
     shutil.rmtree(out / "shards", ignore_errors=True)
     writer = LabelWriter(out, header, HUBERT.n_frames(manifest.n_samples), shard_size)
     units = _units(manifest, folder, n_units)
-    with progress("units of fairseq's files", "utterances", len(manifest)) as done:
+    with progress("importing fairseq units", "utterances", len(manifest)) as done:
         for shard in writer.pending():
             writer.write(shard, list(islice(units, len(writer.rows(shard)))))
             done(len(writer.rows(shard)))
@@ -131,7 +139,7 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
 def _km(tsv: Path) -> Path:
     path = tsv.with_suffix(".km")
     if not path.is_file():
-        raise DataError(f"{path}: file not found; every .tsv needs one, so move a .tsv without units away")
+        raise DataError(f"{path}: file not found; remove {tsv.name} from the folder if it has no units")
     return path
 
 
@@ -145,7 +153,7 @@ def _hash(paths: list[Path]) -> str:
 
 
 def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarray]:
-    """Units at 50 Hz, int64 (S,), of each utterance of the manifest, in its order."""
+    """Yield the units at 50 Hz, int64 (S,), of each utterance in manifest order."""
     row = 0
     item: Utterance | None = manifest[0]
     for tsv in find_tsv_files(folder):
@@ -155,15 +163,15 @@ def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarra
                 line = next(lines, None)
                 if line is None:
                     raise DataError(
-                        f"{km} ends before line {number}, the units of {entry.id!r}: it is truncated, or "
-                        f"belongs to another {tsv.name}"
+                        f"{km}: line {number} (units of {entry.id!r}) is missing: the file is truncated or "
+                        f"belongs to a different {tsv.name}"
                     )
                 if item is None or entry.id != item.id:
                     continue
                 if entry.n_samples != item.n_samples:
                     raise DataError(
                         f"utterance {entry.id!r}: {entry.n_samples} samples in {tsv.name}, but the audio has "
-                        f"{item.n_samples} at 16 kHz: the units were made from other audio"
+                        f"{item.n_samples} at 16 kHz: the units were computed from different audio"
                     )
                 where = f"utterance {entry.id!r} ({km.name}, line {number})"
                 unit_N = _parse_units(line, n_units, where)
@@ -172,10 +180,11 @@ def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarra
                 row += 1
                 item = manifest[row] if row < len(manifest) else None
             if any(line.strip() for line in lines):
-                raise DataError(f"{km} has more lines than {tsv.name} has utterances: they do not match")
+                raise DataError(f"{km} has more lines than {tsv.name} has utterances: the files do not match")
     if item is not None:
         raise DataError(
-            f"utterance {item.id!r} of the manifest is in no .tsv of {folder}, or in another order"
+            f"utterance {item.id!r} of the manifest is missing from the .tsv files in {folder}, or they have "
+            "a different order"
         )
 
 
@@ -186,35 +195,40 @@ def _parse_units(line: bytes, n_units: int, where: str) -> np.ndarray:
         raise DataError(f"{where}: expected integers separated by spaces, found {line[:60]!r}") from error
     if len(unit_N) and not 0 <= unit_N.min() <= unit_N.max() < n_units:
         raise DataError(
-            f"{where}: units {unit_N.min()} to {unit_N.max()}, but {DICT} has 0 to {n_units - 1}: they "
-            "belong to another k-means"
+            f"{where}: units range from {unit_N.min()} to {unit_N.max()}, but {DICT} has units 0 to "
+            f"{n_units - 1}: the files belong to different k-means models"
         )
     return unit_N
 
 
 def _units_per_frame(grids: list[FrameGrid], n_units: int, n_samples: int, where: str) -> int:
-    """Units per 50 Hz frame; `grids` are the frame grids that match all utterances of the file so far."""
+    """Return the number of units per 50 Hz frame.
+
+    Args:
+        grids: the frame grids that match all utterances read from the file so far.
+    """
     if not grids:
         raise DataError(
             f"{where}: {n_units} units for {n_samples} samples, which have {HUBERT.n_frames(n_samples)} "
-            f"frames at 50 Hz and {MFCC.n_frames(n_samples)} at 100 Hz (one rate per file). Either the units "
-            "belong to other audio, or frames were lost where features of long audio were computed in chunks"
+            f"frames at 50 Hz and {MFCC.n_frames(n_samples)} at 100 Hz (a file must have a single rate). The "
+            "units belong to different audio, or frames were lost when features of long audio were computed "
+            "in chunks"
         )
     return HUBERT.hop_ratio(grids[0])
 
 
 def export_experiment(labels: str, folder: str, manifest: str | None) -> dict[str, int]:
-    """`export` of a folder `exp/NAME/iterN/label`; the manifest defaults to the one of the experiment."""
+    """Export the labels in `exp/NAME/iterN/label`; `manifest` defaults to that of the experiment."""
     path = Path(manifest) if manifest else Path(labels).absolute().parent.parent / "prepare/manifest.arrow"
     return export(Manifest(path), LabelStore(Path(labels)), Path(folder))
 
 
 def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, int]:
-    """Write fairseq's training files, with units at 50 Hz; return the number of utterances per split.
+    """Write fairseq's training files with units at 50 Hz; return the number of utterances per split.
 
     Raises:
-        DataError: the store belongs to another manifest, or a `.tsv` cannot represent an utterance: a part
-            of a recording, a member of a tar, a name with a tab or a line feed.
+        DataError: the store belongs to a different manifest, or a `.tsv` cannot represent an utterance: it
+            is part of a recording, is inside a tar, or has a tab or a line feed in its name.
     """
     labels.check(manifest)
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,19 +252,19 @@ def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, in
 
 
 def _sampled_rows(manifest: Manifest) -> range:
-    """About 1000 evenly spaced rows, enough to find a folder that contains most of the audio."""
+    """Return about 1000 evenly spaced rows, which suffice to find a folder that contains most audio files."""
     return range(0, len(manifest), max(1, len(manifest) // 1000))
 
 
 def _tsv_name(item: Utterance, root: str) -> str:
-    """The path of an utterance relative to `root`, or absolute if it is outside."""
+    """Return the path of an utterance relative to `root`, or its absolute path if it is outside."""
     audio, problem = item.audio, ""
     if item.start or audio_length(audio) != item.n_samples:
-        problem = "is a part of its recording; cut the recordings first"
+        problem = "is only part of its recording; split the recordings into files first"
     elif (audio.offset or audio.length >= 0) and not audio.path.endswith(".zip"):
         problem = "is inside an archive other than .zip; unpack it first"
     elif audio.length < 0 and audio.path.endswith(".zip"):
-        problem = "has no length in its .zip"
+        problem = "has no byte length in its .zip"
     elif "\t" in audio.path or "\n" in audio.path:
         problem = "has a tab or a line feed in its name; rename it"
     if problem:

@@ -1,9 +1,9 @@
-"""Label store: the units of every utterance as packed integers at 50 Hz, memory-mapped.
+"""Label store: the units of every utterance at 50 Hz, packed and memory-mapped.
 
-A finished store is `units.bin` (uint8 up to 256 units, else uint16), `offsets.npy` (first frame of each
-utterance, and the end) and `header.json`, which describes the units. Shards are written to `shards/` first;
-each gets its name only when it is complete and synced to disk. A run that is killed or fills the disk
-therefore loses at most one shard, and yields the same bytes when it is rerun.
+A finished store consists of `units.bin` (uint8 for up to 256 units, otherwise uint16), `offsets.npy` (first
+frame of each utterance, followed by the end) and `header.json`, which describes the units. While labels are
+computed, shards are written atomically to `shards/`. A run that is killed or fills the disk therefore loses
+at most one shard, and rerunning it produces the same bytes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class LabelHeader:
 
     n_units: int
     feature: str  # mfcc or hubert
-    layer: int | None  # of the model, for hubert
-    centroids: str  # sha256
-    model: str | None  # sha256 of the weights, for hubert
-    manifest: str  # fingerprint
+    layer: int | None  # number of the HuBERT layer; None for mfcc
+    centroids: str  # sha256 of the centroids
+    model: str | None  # sha256 of the HuBERT weights; None for mfcc
+    manifest: str  # fingerprint of the manifest
     normalize: bool
     hop: int = HUBERT.hop  # samples
     window: int = HUBERT.window  # samples
@@ -48,10 +48,14 @@ class LabelWriter:
     """Writes a store in shards of `shard_size` utterances, in any order, by any number of processes."""
 
     def __init__(self, folder: Path, header: LabelHeader, n_frames: np.ndarray, shard_size: int = 2000):
-        """`n_frames`: frames of every utterance of the manifest. An unfinished folder keeps its shard size.
+        """Create a store, or resume an unfinished one.
+
+        Args:
+            n_frames: number of frames of every utterance of the manifest.
+            shard_size: utterances per shard; an unfinished store keeps its shard size.
 
         Raises:
-            StaleError: the folder holds units of another origin; names the field.
+            StaleError: the folder contains units with a different header.
         """
         self.folder, self.header, self.n_frames = Path(folder), header, np.asarray(n_frames, np.int64)
         self.shards = self.folder / "shards"
@@ -77,7 +81,7 @@ class LabelWriter:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.n_frames)))
 
     def pending(self) -> list[int]:
-        """Shards that are missing or incomplete."""
+        """Numbers of the shards that are missing or incomplete."""
         if (self.folder / "header.json").exists():
             return []
         return [shard for shard in range(len(self)) if not self._is_complete(shard)]
@@ -87,11 +91,11 @@ class LabelWriter:
 
         Raises:
             DataError: the number of units differs from the number of frames, a unit is out of range, or the
-                disk is full.
+                shard cannot be written.
         """
         rows = self.rows(shard)
         if len(units) != len(rows):
-            raise DataError(f"shard {shard}: expected units of {len(rows)} utterances, found {len(units)}")
+            raise DataError(f"shard {shard}: expected units for {len(rows)} utterances, found {len(units)}")
         packed = []
         for row, unit_S in zip(rows, units, strict=True):
             unit_S = np.asarray(unit_S)
@@ -106,7 +110,7 @@ class LabelWriter:
         _write(self._path(shard), lambda out: out.write(content))
 
     def finish(self) -> None:
-        """Concatenate the shards; the header is written last and marks the store as complete."""
+        """Concatenate the shards and write the header, which marks the store as complete."""
         if not (self.folder / "header.json").exists():
             if missing := self.pending():
                 raise DataError(f"{self.folder}: shards {missing[:5]} are missing; rerun stage=label")
@@ -139,7 +143,7 @@ class LabelStore:
         """Open a store.
 
         Raises:
-            DataError: no finished store in `folder`, or files that do not fit together.
+            DataError: `folder` has no finished store, or its files do not match each other.
         """
         self.folder = Path(folder)
         try:
@@ -173,16 +177,16 @@ class LabelStore:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The units of an utterance, uint8 or uint16 (S,), read-only."""
+        """Return the units of an utterance, uint8 or uint16 (S,), read-only."""
         if not 0 <= row < len(self):
-            raise IndexError(f"utterance {row} of a label store of {len(self)}")
+            raise IndexError(f"utterance {row} is out of range for a label store of {len(self)} utterances")
         return self.unit_N[self.offsets[row] : self.offsets[row + 1]]
 
     def units(self, row: int, n_frames: int) -> np.ndarray:
-        """The units of an utterance, checked against its number of frames.
+        """Return the units of an utterance after checking that there is one per frame.
 
         Raises:
-            DataError: the two numbers differ.
+            DataError: the number of units is not `n_frames`.
         """
         unit_S = self[row]
         if len(unit_S) != n_frames:
@@ -190,12 +194,12 @@ class LabelStore:
         return unit_S
 
     def check(self, manifest: Manifest) -> None:
-        """Raise DataError unless the units belong to this manifest and to HuBERT's frame grid."""
+        """Raise DataError unless the units were computed for this manifest and on HuBERT's frame grid."""
         if len(self) != len(manifest) or self.header.manifest != manifest.fingerprint:
             raise DataError(
-                f"{self.folder}: made from another manifest ({len(self)} utterances, fingerprint "
-                f"{self.header.manifest[:8]}) than this one ({len(manifest)}, {manifest.fingerprint[:8]}); "
-                "rerun stage=label"
+                f"{self.folder}: labels of a different manifest ({len(self)} utterances, fingerprint "
+                f"{self.header.manifest[:8]}) than this one ({len(manifest)} utterances, fingerprint "
+                f"{manifest.fingerprint[:8]}); rerun stage=label"
             )
         grid = FrameGrid(self.header.window, self.header.hop)
         if grid != HUBERT:
@@ -208,9 +212,9 @@ class LabelStore:
         if len(wrong):
             row = int(wrong[0])
             raise DataError(
-                f"{self.folder}: {len(wrong)} utterances whose numbers of units and frames differ, such as "
-                f"{manifest[row].id!r} (row {row}): {len(self[row])} units, {expected[row]} frames; rerun "
-                "stage=label"
+                f"{self.folder}: {len(wrong)} utterances have different numbers of units and frames, for "
+                f"example {manifest[row].id!r} (row {row}): {len(self[row])} units, {expected[row]} frames; "
+                "rerun stage=label"
             )
 
     def unit_counts(self) -> np.ndarray:
@@ -226,14 +230,18 @@ def _check_header(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         f"{key} was {old!r}, now {now.get(key)!r}" for key, old in before.items() if old != now.get(key)
     ]
     if changed:
-        raise StaleError(f"{folder} holds other units: {'; '.join(changed)}. Delete it to make them again")
+        raise StaleError(
+            f"{folder} contains different units: {'; '.join(changed)}. Delete it to compute them again"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); delete {path.parent} and rerun stage=label") from error
+        raise DataError(
+            f"{path}: invalid JSON ({error}); delete {path.parent} and rerun stage=label"
+        ) from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Utterance manifest: one memory-mapped Arrow file, shared by all workers.
+"""Utterance manifest: a memory-mapped Arrow file that all workers share.
 
-Rows become Python objects only on access, so a corpus of 22 million utterances fits in memory. Audio paths
-below the manifest's folder are stored relative to it, so that an experiment folder can be moved or copied.
-`rejected.jsonl`, next to the manifest, lists what was dropped and why.
+Rows are converted to Python objects only on access, so that a corpus of 22 million utterances fits in memory.
+Paths of audio inside the manifest's folder are stored relative to it, so that an experiment folder can be
+moved or copied. `rejected.jsonl`, next to the manifest, lists rejected recordings with the reasons.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 FORMAT = b"1"
 _MISSING_AUDIO_HINT = (
-    "Restore the recording as stage=prepare read it, and rerun the same command. To train without it, start "
-    "again with stage=prepare under another name=..., which rejects unreadable audio; units, checkpoints and "
-    "targets belong to one manifest and have to be made again"
+    "Restore the original recording and rerun the same command. To train without it, start again from "
+    "stage=prepare with a different name=...: it rejects unreadable audio. Units, checkpoints and targets "
+    "must then be recomputed"
 )
-_BATCH_ROWS = 8192  # rows per record batch, the part held in memory while writing
+_BATCH_ROWS = 8192  # rows per record batch; only one batch is in memory while writing
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -68,14 +68,14 @@ _SCHEMA = pa.schema(
 
 
 def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utterances | Rejected]) -> dict:
-    """Write a manifest in bounded memory; the file gets its name only when it is complete.
+    """Write a manifest atomically and in bounded memory.
 
     Returns:
         Counts: {"utterances", "hours", "rejected": {reason: n}, "splits": {split: {"utterances", "hours",
         "with_words"}}}.
 
     Raises:
-        DataError: an unusable utterance, two utterances with one id, or no accepted utterance at all.
+        DataError: an utterance is invalid, an id is not unique, or there are no utterances.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
             if rows:
                 table.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
         if not builder.n_samples:
-            raise DataError(f"no utterance to write into {path}: {builder.why_empty()} (see {rejected})")
+            raise DataError(f"{path}: no usable utterances: {builder.why_empty()} (see {rejected})")
         with pa.memory_map(str(draft)) as source, atomic_path(path) as temporary:
             table = pa.ipc.open_file(source)
             builder.check_ids(table)
@@ -120,7 +120,7 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
 def _copy_with_metadata(
     table: pa.ipc.RecordBatchFileReader, path: Path, metadata: dict[bytes, bytes]
 ) -> None:
-    """Copy the draft under a schema that carries the fingerprint, which is known only at the end."""
+    """Copy the draft with `metadata` added to its schema; the fingerprint is not known earlier."""
     schema = _SCHEMA.with_metadata(metadata)
     with open(path, "wb") as file, pa.ipc.new_file(file, schema) as out:
         for i in range(table.num_record_batches):
@@ -128,7 +128,7 @@ def _copy_with_metadata(
 
 
 def _crc32(batches: Iterable[pa.RecordBatch]) -> bytes:
-    """CRC-32 of all buffers of a table, as 8 hexadecimal digits."""
+    """Compute the CRC-32 of all buffers of a table, as 8 hexadecimal digits."""
     crc = 0
     for batch in batches:
         for column in batch.columns:
@@ -139,7 +139,7 @@ def _crc32(batches: Iterable[pa.RecordBatch]) -> bytes:
 
 
 class _ManifestBuilder:
-    """Checks, counts and running fingerprint of a manifest while it is written."""
+    """Checks and counts utterances while a manifest is written, and computes its fingerprint."""
 
     def __init__(self, folder: Path):
         self.prefix = os.path.abspath(folder) + os.sep
@@ -153,7 +153,7 @@ class _ManifestBuilder:
         self.rejected[item.reason] = self.rejected.get(item.reason, 0) + 1
 
     def row(self, item: Utterance) -> dict:
-        """Check and count an utterance; return its row."""
+        """Check and count an utterance, and return its row."""
         _check(item)
         row = {
             "id": item.id,
@@ -172,14 +172,14 @@ class _ManifestBuilder:
             self.sha.update(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"utterance {item.id!r} ({item.audio}): its name or text is not valid Unicode; rename it"
+                f"utterance {item.id!r} ({item.audio}): the name or text is not valid Unicode; rename it"
             ) from error
         self.id_hashes.append(_id_hash(item.id))
         self._count(item.split, 1, item.n_samples, bool(item.words))
         return row
 
     def record_batch(self, items: Utterances) -> pa.RecordBatch:
-        """Check and count the utterances of an archive; return their rows."""
+        """Check and count the utterances of an archive, and return their rows."""
         if items.n_samples_N.min() <= 0 or not all(items.ids) or not items.split:
             for item in items:
                 _check(item)
@@ -195,7 +195,7 @@ class _ManifestBuilder:
         try:
             self.sha.update(json.dumps(content, ensure_ascii=False).encode() + b"\n")
         except UnicodeEncodeError as error:
-            raise DataError(f"{items.path}: a name or text in it is not valid Unicode; rename it") from error
+            raise DataError(f"{items.path} contains a name or text that is not valid Unicode") from error
         self.id_hashes.extend(map(_id_hash, items.ids))
         self._count(items.split, n, int(items.n_samples_N.sum()), 0)
         columns: dict[str, Any] = {
@@ -232,12 +232,12 @@ class _ManifestBuilder:
         suspects = np.flatnonzero(np.isin(hashes, values[counts > 1]))
         first: dict[str, Utterance] = {}
         rows = _Rows(table, Path(self.prefix))
-        for i in suspects:  # different ids can have equal hashes, so compare the ids themselves
+        for i in suspects:  # compare the ids, because different ids can have equal hashes
             item = rows[int(i)]
             if item.id in first:
                 raise DataError(
                     f"duplicate utterance id {item.id!r}: {first[item.id].location} and {item.location}. "
-                    "Make ids unique, for example with the folder or the speaker in them"
+                    "Make ids unique, for example by including the folder or the speaker"
                 )
             first[item.id] = item
 
@@ -263,9 +263,9 @@ class _ManifestBuilder:
 
     def why_empty(self) -> str:
         if not self.rejected:
-            return "the recipe yielded nothing"
+            return "the recipe yielded no utterances"
         reason, n = max(self.rejected.items(), key=lambda pair: pair[1])
-        return f"all {sum(self.rejected.values())} were rejected, {n} of them for: {reason}"
+        return f"all {sum(self.rejected.values())} were rejected; most frequent reason ({n} times): {reason}"
 
 
 def _check(item: Utterance) -> None:
@@ -282,7 +282,7 @@ def _check(item: Utterance) -> None:
         end = 0
         for phone in item.alignment:
             if not end <= phone.start < phone.end <= item.n_samples:
-                problem = f"has an alignment that overlaps, or exceeds {item.n_samples} samples, at {phone}"
+                problem = f"has an overlapping alignment or one longer than {item.n_samples} samples: {phone}"
                 break
             end = phone.end
     if problem:
@@ -330,7 +330,7 @@ class _Rows:
 
 
 class Manifest:
-    """A written manifest, memory-mapped; cheap to open, cheap to send to a worker process."""
+    """A memory-mapped manifest; cheap to open and to send to a worker process."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).absolute()
@@ -355,12 +355,12 @@ class Manifest:
             self.counts: dict = json.loads(metadata[b"counts"])
         except (KeyError, ValueError) as error:
             raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
-        self._crc32 = metadata.get(b"crc32")  # of all buffers; not in manifests of earlier versions
+        self._crc32 = metadata.get(b"crc32")  # missing in manifests of earlier versions
 
     def validate(self) -> None:
-        """Check all Arrow buffers and compare them with the checksum written with them; reads the whole file.
+        """Validate all Arrow buffers and their checksum, which reads the whole file.
 
-        Without this, damage in a manifest can crash the process or change its rows.
+        If a damaged manifest is not detected, it can crash the process or return wrong rows.
 
         Raises:
             DataError: the manifest is damaged.
@@ -371,7 +371,7 @@ class Manifest:
         except pa.ArrowException as error:
             raise DataError(f"{self.path}: damaged ({error}); rerun stage=prepare") from error
         if self._crc32 is not None and self._crc32 != _crc32(self._rows.batches):
-            raise DataError(f"{self.path}: damaged, its checksum differs; rerun stage=prepare")
+            raise DataError(f"{self.path}: damaged (checksum mismatch); rerun stage=prepare")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -379,7 +379,7 @@ class Manifest:
     def __getitem__(self, i: int) -> Utterance:
         i = int(i)
         if not -len(self) <= i < len(self):
-            raise IndexError(f"utterance {i} of a manifest of {len(self)}")
+            raise IndexError(f"utterance {i} is out of range for a manifest of {len(self)} utterances")
         return self._rows[i % len(self)]
 
     def __reduce__(self):
@@ -387,21 +387,25 @@ class Manifest:
 
     @cached_property
     def n_samples(self) -> np.ndarray:
-        """int64 (utterances,), 16 kHz samples; read-only."""
+        """Lengths of all utterances in 16 kHz samples, int64 (utterances,), read-only."""
         n_samples = self._rows.column("n_samples").to_numpy()
         n_samples.flags.writeable = False
         return n_samples
 
     def ids(self, indices: Sequence[int] | np.ndarray | None = None) -> list[str]:
-        """Ids of all utterances (2 GB of strings for 22 million), or of those at `indices`."""
+        """Return the ids of all utterances (2 GB of strings for 22 million), or of those at `indices`."""
         column = self._rows.column("id")
         return (column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist()
 
     def indices(self, split: str | None = None, has_words: bool | None = None) -> np.ndarray:
-        """Ascending int64 indices of the utterances of a split, with or without words.
+        """Return the ascending int64 indices of the selected utterances.
+
+        Args:
+            split: only utterances of this split.
+            has_words: True: only utterances with words; False: only utterances without words.
 
         Raises:
-            DataError: unknown split.
+            DataError: the manifest has no such split.
         """
         keep = np.ones(len(self), bool)
         if split is not None:
@@ -414,12 +418,16 @@ class Manifest:
         return np.flatnonzero(keep)
 
     def load(self, i: int, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
-        """Load `n_samples` samples of utterance `i` from its sample `start` on, by default all; float32 (T,).
+        """Load samples of utterance `i`, float32 (T,).
 
         Transient errors, for example of a network file system, are retried.
 
+        Args:
+            start: first sample, counted from the start of the utterance.
+            n_samples: number of samples; None: all samples to the end of the utterance.
+
         Raises:
-            AudioError: the audio is unreadable or shorter than in the manifest; names the utterance.
+            AudioError: the audio is unreadable, or shorter than specified in the manifest.
         """
         item = self[i]
         for delay in (*RETRY_DELAYS, None):
@@ -435,6 +443,6 @@ class Manifest:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether the file system failed rather than the file; a missing file is a definite answer."""
+    """Whether an error may go away on retrying: a file system error other than a missing file."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)

@@ -6,19 +6,20 @@ import numpy as np
 
 
 def seeded_rng(*key: int) -> np.random.Generator:
-    """A random generator that depends only on the numbers in `key`, such as (seed, epoch, utterance)."""
+    """Create a random generator that is determined by `key`, for example (seed, epoch, utterance)."""
     return np.random.default_rng(np.random.SeedSequence([number & 0xFFFFFFFF for number in key]))
 
 
 def span_mask(
     length: int, prob: float, span: int, rng: np.random.Generator, min_spans: int = 0
 ) -> np.ndarray:
-    """Draw a bool mask (length,), True inside spans.
+    """Draw a bool mask (length,) that is True inside random spans.
 
     The number of spans is `prob * length / span`, randomly rounded up or down, and at least `min_spans`.
-    Starts are drawn without replacement, and spans may overlap, so that `prob=0.8` and `span=10` mask about
-    57 % (fairseq `compute_mask_indices`, "static", but without trimming all rows of a batch to one count).
-    At least one position stays unmasked; spans are shortened if they do not fit.
+    Start positions are drawn without replacement. Spans may overlap, so `prob=0.8` with `span=10` masks about
+    57 % of the positions. This is fairseq's `compute_mask_indices` with "static" spans, except that rows of a
+    batch may have different numbers of masked positions. At least one position is not masked, and spans are
+    shortened if they do not fit.
     """
     mask = np.zeros(length, dtype=bool)
     n_spans = max(min_spans, int(prob * length / span + rng.random()))

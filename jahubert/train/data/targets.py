@@ -1,4 +1,4 @@
-"""Target store: the symbols to recognize in every utterance of a manifest, and their vocabulary."""
+"""Target store: the target symbols of every utterance of a manifest, and the vocabulary."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.phonemes import BLANK, BOUNDARY, KANA, PhonemeSet
 from jahubert.train.experiment.provenance import read_record, write_json
 
-UNKNOWN = "<unk>"  # a character that does not occur in training: in a reference it is always an error
+UNKNOWN = "<unk>"  # a character that does not occur in the training data; always counts as an error
 
 
 def kana_set() -> PhonemeSet:
-    """Blank, word boundary, and the kana that spell phones."""
+    """Create the kana vocabulary: blank, word boundary and kana."""
     return PhonemeSet((BLANK, BOUNDARY, *KANA))
 
 
 def character_set(characters: Iterable[str]) -> PhonemeSet:
-    """Blank, the given characters and `<unk>`. Japanese text has no spaces, so there is no word boundary."""
+    """Create a character vocabulary: blank, `<unk>` and `characters`.
+
+    It has no word boundary, because Japanese text has no spaces.
+    """
     return PhonemeSet((BLANK, UNKNOWN, *sorted(set(characters))))
 
 
 def vocabulary_kind(symbols: PhonemeSet) -> str:
-    """The kind of a vocabulary: phones, kana or characters."""
+    """Return the kind of a vocabulary: phones, kana or characters."""
     if symbols.are_phones:
         return "phones"
     return "kana" if set(symbols.symbols) <= {BLANK, BOUNDARY, *KANA} else "characters"
 
 
 def split_words(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, ...]]:
-    """Split labels into words, tuples of symbols; without a word boundary, every symbol is a word."""
+    """Split labels into words (tuples of symbols); without a word boundary, each symbol is a word."""
     words = symbols.decode(labels)
     return words if symbols.boundary >= 0 else [(symbol,) for word in words for symbol in word]
 
 
 def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet) -> int:
-    """Write the targets of all rows of a manifest; return the number of symbols."""
-    offsets, symbols = array("q", [0]), array("h")  # packed: lists would need many times the memory
+    """Write the targets of all rows of a manifest and return the total number of symbols."""
+    offsets, symbols = array("q", [0]), array("h")  # arrays, because lists need many times the memory
     for row in rows:
         symbols.extend(row)
         offsets.append(len(symbols))
@@ -53,7 +56,7 @@ def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: Phoneme
 
 
 class TargetStore:
-    """The targets that `write_targets` wrote, memory-mapped."""
+    """Targets written by `write_targets`, memory-mapped."""
 
     def __init__(self, folder: Path):
         try:
@@ -70,10 +73,10 @@ class TargetStore:
         return self.symbol_L[self.offsets[row] : self.offsets[row + 1]]
 
     def words(self, row: int) -> list[tuple[str, ...]]:
-        """The words of an utterance, each a tuple of symbols, as in `split_words`."""
+        """Return the words of an utterance as tuples of symbols (see `split_words`)."""
         return split_words(self.phonemes, self[row].tolist())
 
     @property
     def labeled_rows(self) -> np.ndarray:
-        """Rows with a target."""
+        """Rows that have targets."""
         return np.flatnonzero(np.diff(self.offsets))

@@ -1,4 +1,4 @@
-"""Items that a recipe yields: utterances, archives of utterances in columns, rejected items."""
+"""Items yielded by recipes: single utterances, archives of utterances, and rejected items."""
 
 from __future__ import annotations
 
@@ -19,43 +19,46 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds before audio is read again after an error of the file system
-# Errors caused by the path itself, for which retrying is useless.
+RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds to wait before retrying a read after a file system error
+# Errors caused by the path, for which retrying does not help.
 _PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @dataclass(frozen=True)
 class Phone:
-    """A phone of a reference alignment; samples from the start of the utterance, end exclusive."""
+    """A phone of a reference alignment; positions are samples from the start of the utterance."""
 
     symbol: str
     start: int
-    end: int
+    end: int  # exclusive
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A stretch of audio with its speaker, text and reference alignment, as far as they are known."""
+    """An utterance in an audio file, with its speaker, text and reference alignment if available."""
 
     id: str
     audio: AudioSource
-    start: int = 0  # 16 kHz samples into the source
-    n_samples: int = 0  # 16 kHz samples; 0: stage=prepare measures up to the end of the audio
+    start: int = 0  # 16 kHz samples from the start of the audio
+    n_samples: int = 0  # 16 kHz samples; 0: until the end of the audio, measured by stage=prepare
     speaker: str = ""
     text: str = ""
-    words: tuple[tuple[str, ...], ...] = ()  # words as phones
+    words: tuple[tuple[str, ...], ...] = ()  # the phones of each word
     split: str = "train"
     alignment: tuple[Phone, ...] = ()
 
     @property
     def location(self) -> str:
-        """The location of the audio, for messages."""
+        """Location of the audio, for messages."""
         return f"{self.audio}" + (f", from sample {self.start}" if self.start else "")
 
 
 @dataclass(frozen=True)
 class Utterances:
-    """Whole recordings of one archive in columns, for corpora of millions of rows; lengths are required."""
+    """Recordings in one archive, stored as columns for corpora with millions of rows.
+
+    Each recording is one utterance, whose length is required.
+    """
 
     path: str
     ids: Sequence[str]
@@ -92,19 +95,19 @@ class Utterances:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A rejected item. Reasons are counted, so keep them few; particulars go into `detail`."""
+    """A rejected item."""
 
     id: str
-    reason: str
-    detail: str = ""
-    missing: str = ""  # a file that may still arrive; once it exists, stage=prepare explains how to add it
+    reason: str  # one of a few fixed phrases, because rejected items are counted per reason
+    detail: str = ""  # details of this item
+    missing: str = ""  # path of a missing file; once it exists, stage=prepare explains how to add it
 
 
 def read_reliably(read: Callable[[], T], source: AudioSource) -> T:
-    """Call `read`, which reads audio, and repeat it if the file system failed rather than the file.
+    """Call `read`, which reads audio, and retry after file system errors.
 
-    Decoders report an error of the file system in the middle of a file as truncated audio. So before audio
-    counts as damaged, its bytes are read once without a decoder, and it is decoded again.
+    Decoders report a file system error in the middle of a file as truncated audio. Therefore, before audio is
+    considered damaged, its bytes are read once without a decoder, and decoding is repeated.
 
     Raises:
         AudioError: the audio is missing or unusable.
@@ -128,14 +131,14 @@ def read_reliably(read: Callable[[], T], source: AudioSource) -> T:
             if delay is None:
                 raise DataError(
                     f"{source}: read error ({failure.strerror or failure}); rerun the same command "
-                    "when the file can be read"
+                    "once the file is readable"
                 ) from error
             log.warning("%s: %s; retrying in %g s", source, failure, delay)
             time.sleep(delay)
 
 
 def _read_error(source: AudioSource) -> OSError | None:
-    """The error that reading the bytes of a file or byte range raises, if any."""
+    """Read all bytes of an audio source and return the error this raises, if any."""
     try:
         with open(source.path, "rb") as file:
             file.seek(source.offset)
@@ -148,16 +151,20 @@ def _read_error(source: AudioSource) -> OSError | None:
 
 
 def load_utterance(item: Utterance, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
-    """Load `n_samples` samples of an utterance from its sample `start` on, by default all; float32 (T,).
+    """Load samples of an utterance, float32 (T,).
+
+    Args:
+        start: first sample, counted from the start of the utterance.
+        n_samples: number of samples; None: all samples to the end of the utterance.
 
     Raises:
-        AudioError: unreadable audio, or fewer samples than in the manifest.
+        AudioError: the audio is unreadable, or shorter than specified in the manifest.
     """
     n_requested = item.n_samples - start if n_samples is None else n_samples
     wav_T = load_audio(item.audio, start=item.start + start, n_samples=n_requested)
     if len(wav_T) != n_requested:
         raise AudioError(
-            f"{item.location} has {start + len(wav_T)} samples, but {item.n_samples} in the manifest: the "
-            "audio was changed after stage=prepare"
+            f"{item.location} has {start + len(wav_T)} samples, but the manifest specifies {item.n_samples}: "
+            "the audio was changed after stage=prepare"
         )
     return wav_T

@@ -198,7 +198,7 @@ def test_damaged_stores_are_rejected(tmp_path):
     original = contents(tmp_path)
     for name, content, message in (
         ("units.bin", original["units.bin"][:-1], "units.bin"),
-        ("header.json", b"{", "not JSON"),
+        ("header.json", b"{", "header.json"),
         ("header.json", b'{"n_units": 3}', "not a label store"),
         ("offsets.npy", original["offsets.npy"][:50], "not a label store"),
     ):
@@ -226,7 +226,7 @@ def test_store_is_bound_to_its_manifest(tmp_path):
     right, other = manifest("right", {}), manifest("other", {11: 320})
     fill(tmp_path / "l", replace(HEADER, manifest=right.fingerprint)).finish()
     LabelStore(tmp_path / "l").check(right)
-    with pytest.raises(DataError, match="another manifest"):
+    with pytest.raises(DataError, match="different manifest"):
         LabelStore(tmp_path / "l").check(other)
     fill(tmp_path / "m", replace(HEADER, manifest=other.fingerprint)).finish()
     with pytest.raises(DataError, match=r"'u11'"):

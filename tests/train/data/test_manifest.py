@@ -177,7 +177,7 @@ def test_empty_manifest_reports_the_most_frequent_reason(tmp_path):
     with pytest.raises(DataError, match="no transcript"):
         write_manifest(tmp_path / "m.arrow", [Rejected(str(i), "no transcript") for i in range(2)])
     assert (tmp_path / "rejected.jsonl").is_file()
-    with pytest.raises(DataError, match="yielded nothing"):
+    with pytest.raises(DataError, match="no usable utterances"):
         write_manifest(tmp_path / "m.arrow", [])
 
 

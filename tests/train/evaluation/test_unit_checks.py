@@ -133,5 +133,5 @@ def test_label_stores_are_compared(tmp_path, caplog, monkeypatch):
     assert "harmless" in caplog.text
     (tmp_path / "n").mkdir()
     write_manifest(tmp_path / "n" / "m.arrow", [Utterance("x", AudioSource("/c/x.wav"), 0, 1000)])
-    with pytest.raises(DataError, match="another manifest"):
+    with pytest.raises(DataError, match="different manifest"):
         label_difference(one, one, Manifest(tmp_path / "n" / "m.arrow"))
