@@ -1,9 +1,9 @@
 """Training and test data of the built-in model: recorded words and sentences, synthetic voices.
 
-There are five sources: the words of recipe `tofugu`, single and joined, and the joined ones again at other
+There are six sources: the words of recipe `tofugu`, single and joined, and the joined ones again at other
 speeds, which change vocal tract and rate; sentences of Common Voice by many speakers; recordings in other
-languages without text, for pretraining; the sentences of recipe `demo` in its synthetic voices; and the
-training words in random order in the same voices, which have more different phone sequences than sentence
+languages without text, for pretraining; sentences in the mixed voices of recipe `voices`; the sentences of
+recipe `demo` in its synthetic voices; and the training words in random order in the same voices, which have more different phone sequences than sentence
 patterns. Test splits are the held-out words by voice, the same joined, sentences by held-out speakers of
 Common Voice, the same as over a telephone and in noise, synthetic sentences that do not occur in training,
 and real sentences, if a folder is given.
@@ -36,8 +36,8 @@ def _recipe(name: str) -> ModuleType:
     return sys.modules[resolve(f"{recipe_folder(name) / 'prepare.py'}:prepare", {}, "recipe").__module__]
 
 
-tofugu, demo = _recipe("tofugu"), _recipe("demo")
-Words, Voices = tofugu.Config, demo.Config
+tofugu, demo, voices = _recipe("tofugu"), _recipe("demo"), _recipe("voices")
+Words, Voices, Speakers = tofugu.Config, demo.Config, voices.Config
 
 # The recordings do not name the speaker: one voice is around 125 Hz, the other around 240 Hz.
 LOW_VOICE = 175.0  # Hz, median pitch of a word
@@ -53,8 +53,12 @@ class Config:
     other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for pretraining
     clips: read_speech.Config = field(default_factory=read_speech.Config)
     synthetic: bool = True  # false: recordings only
+    hts_voices: str | None = None  # folder with HTS voices; null: only the voice of pyopenjtalk-plus
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
+    speakers: Speakers = field(
+        default_factory=Speakers
+    )  # `exclude` is extended by the sentences of the corpora
     reading: float = 35.0  # minutes of training words in synthetic voices
     speeds: tuple[float, ...] = (0.87, 1.15)  # every joined training utterance is repeated at one of these
 
@@ -98,10 +102,22 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         yield from _synthetic(words, work, config, seed)
 
 
-def _synthetic(words: list[str], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
+def _synthetic(words: list[str], work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Sentences and training words in synthetic voices."""
     for item in demo.synthesize(demo.sentences(seed), work / "voices", config.voices, seed):
         yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
+    tables = [
+        Path(expand_user(folder), "transcripts.tsv")
+        for folder in (config.sentences, config.common_voice)
+        if folder
+    ]
+    speakers = replace(config.speakers, exclude=(*config.speakers.exclude, *map(str, tables)))
+    folder = expand_user(config.hts_voices) if config.hts_voices else None
+    for item in voices.prepare(folder, work / "speakers", speakers, seed):
+        if isinstance(item, Rejected) or item.split == "train":
+            yield item
+        else:
+            yield replace(item, split=f"{item.split}_made")
     reading = replace(config.voices, minutes=config.reading, dev_share=0.0, test_share=0.0)
     if config.reading:
         for item in demo.synthesize(_texts(words, seed), work / "reading", reading, seed):

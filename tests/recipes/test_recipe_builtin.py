@@ -79,6 +79,7 @@ def corpus(tmp_path_factory) -> list[Utterance]:
         sentences=str(sentences),
         words=builtin.Words(dev_share=0.1, test_share=0.4, uses=1),
         voices=builtin.Voices(minutes=0.6, dev_share=0.2, test_share=0.2),
+        speakers=builtin.Speakers(minutes=0.3, dev_share=0.0, test_share=0.0),
         reading=0.3,
     )
     return list(builtin.prepare(root, tmp_path_factory.mktemp("work"), config, 0))
