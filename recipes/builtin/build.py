@@ -1,6 +1,6 @@
 """Build of the built-in model, from the corpus to the folder that is part of the wheel.
 
-    python recipes/builtin/build.py data=... common_voice=... other_languages=... sentences=... voices=...
+    python recipes/builtin/build.py data=... common_voice=... hts_voices=... texts=...
     python recipes/builtin/build.py --pack exp/builtin   # pack a finished run, possibly of another machine
 
 Pretrains on the recordings alone in exp/builtin-pretraining, unless `pretrained=` names a model, and

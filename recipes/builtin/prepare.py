@@ -1,12 +1,18 @@
 """Training and test data of the built-in model: recorded words and sentences, synthetic voices.
 
-There are six sources: the words of recipe `tofugu`, single and joined, and the joined ones again at other
-speeds, which change vocal tract and rate; sentences of Common Voice by many speakers; recordings in other
-languages without text, for pretraining; sentences in the mixed voices of recipe `voices`; the sentences of
-recipe `demo` in its synthetic voices; and the training words in random order in the same voices, which have more different phone sequences than sentence
-patterns. Test splits are the held-out words by voice, the same joined, sentences by held-out speakers of
-Common Voice, the same as over a telephone and in noise, synthetic sentences that do not occur in training,
-and real sentences, if a folder is given.
+The sources are
+
+- the words of recipe `tofugu`, single and joined, and the joined ones again at other speeds, which change
+  vocal tract and rate;
+- sentences of Common Voice by many speakers;
+- recordings in other languages without text, for pretraining;
+- sentences in the mixed voices of recipe `voices`;
+- the sentences of recipe `demo` in its synthetic voices, and the training words in random order in the same
+  voices, which have more different phone sequences than sentence patterns.
+
+Test splits are the held-out words by voice, the same joined, sentences by held-out speakers of Common Voice,
+the same over a simulated telephone line and in noise, synthetic sentences that do not occur in training, and
+real sentences, if a folder is given.
 """
 
 from __future__ import annotations
@@ -54,6 +60,7 @@ class Config:
     clips: read_speech.Config = field(default_factory=read_speech.Config)
     synthetic: bool = True  # false: recordings only
     hts_voices: str | None = None  # folder with HTS voices; null: only the voice of pyopenjtalk-plus
+    texts: str | None = None  # sentences for the mixed voices, a file as in recipe voices
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(
@@ -111,7 +118,8 @@ def _synthetic(words: list[str], work: Path, config: Config, seed: int) -> Itera
         for folder in (config.sentences, config.common_voice)
         if folder
     ]
-    speakers = replace(config.speakers, exclude=(*config.speakers.exclude, *map(str, tables)))
+    exclude = (*config.speakers.exclude, *map(str, tables))
+    speakers = replace(config.speakers, texts=config.texts, exclude=exclude)
     folder = expand_user(config.hts_voices) if config.hts_voices else None
     for item in voices.prepare(folder, work / "speakers", speakers, seed):
         if isinstance(item, Rejected) or item.split == "train":
