@@ -24,6 +24,8 @@ from jahubert import run
 from jahubert.errors import ConfigError, DataError, UserError
 from jahubert.formats.atomic import atomic_folder
 from jahubert.formats.bundle import load_bundle, save_bundle
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.evaluation.scoring import display_text
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import PER_ITERATION
@@ -34,9 +36,12 @@ LICENCE = "CC-BY-SA-4.0"
 ATTRIBUTION = (
     "Trained on recordings by Tofugu and WaniKani "
     "(https://github.com/tofugu/japanese-vocabulary-pronunciation-audio, CC BY-SA 4.0, "
-    "https://creativecommons.org/licenses/by-sa/4.0/), joined, resampled and mixed with noise, and on speech "
-    'made with the HTS voice "Mei" (MMDAgent Project Team, Nagoya Institute of Technology, CC BY 3.0, '
-    "https://creativecommons.org/licenses/by/3.0/)"
+    "https://creativecommons.org/licenses/by-sa/4.0/), joined, resampled and mixed with noise; on "
+    "recordings of Common Voice (CC0); and on speech made from the sentences of ROHAN4600 (CC0) with the HTS "
+    'voices "Mei" and "Takumi" (MMDAgent Project Team, Nagoya Institute of Technology, CC BY 3.0, '
+    "https://creativecommons.org/licenses/by/3.0/), nitech_jp_atr503_m001 (HTS Working Group, Nagoya "
+    "Institute of Technology, CC BY 3.0) and tohoku-f01 (Tohoku University, CC BY 4.0, "
+    "https://creativecommons.org/licenses/by/4.0/)"
 )
 SETS = {
     "test_low": "held-out words, the lower of the two recorded voices",
@@ -134,14 +139,32 @@ def pack(exp: Path, target: Path, command: str) -> int:
     info["per"] = {name: round(score["per"]["rate"], 4) for name, score in scores.items()}
     with atomic_folder(target) as folder:
         save_bundle(folder, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info, dtype=torch.float16)
-        (folder / "README.md").write_text(card(bundle, scores, record, command), encoding="utf-8")
+        page = card(bundle, scores, record, examples(exp), command)
+        (folder / "README.md").write_text(page, encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > LIMIT:
             raise DataError(f"{target}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")
     return size
 
 
-def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], command: str) -> str:
+def examples(exp: Path, split: str = "test_cv", count: int = 10) -> str:
+    """Table of texts and transcripts at equal distances in a test set; empty without the set."""
+    path = exp / "systems" / "main" / "decode" / f"{split}.jsonl"
+    if not path.exists():
+        return ""
+    hypotheses = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    hypotheses.sort(key=lambda item: item["id"])
+    manifest = Manifest(exp / "prepare" / "manifest.arrow")
+    text_of = {item.id: item.text for item in map(manifest.__getitem__, manifest.indices(split=split))}
+    rows = [
+        f"| {text_of[item['id']]} | {' '.join(display_text(word, True) for word in item['hypothesis'])} |"
+        for item in hypotheses[:: -(-len(hypotheses) // count)]
+    ]
+    title = "Transcripts of held-out speakers, at equal distances in the test set rather than chosen:"
+    return "\n".join([title, "", "| text | transcript |", "|---|---|", *rows, "", ""])
+
+
+def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], transcripts: str, command: str) -> str:
     def cell(score: dict[str, float]) -> str:
         return f"{100 * score['rate']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
 
@@ -157,6 +180,7 @@ def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], command: s
         width=bundle.config.width,
         millions=sum(p.numel() for p in bundle.ctc.parameters()) / 1e6,
         rows="\n".join(rows),
+        examples=transcripts,
         command=command,
         fingerprint=record["fingerprint"],
         hours=record["metrics"]["hours"],

@@ -17,7 +17,7 @@ pytest.importorskip("pyopenjtalk")
 import jahubert
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
-from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.data.manifest import Rejected, Utterance, write_manifest
 from jahubert.train.experiment.provenance import DONE
 from jahubert.train.experiment.registry import resolve
 
@@ -233,6 +233,32 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     assert f"{size / 1e6:.1f} MB" in capsys.readouterr().out
     assert build.main(arguments) == 0  # replaces the existing model
     assert sorted(path.name for path in target.parent.iterdir()) == [build.NAME]
+
+
+def test_the_card_has_transcripts_at_equal_distances(finished, tmp_path):
+    items, lines = [], []
+    for number in range(25):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, buzz(200), RATE)
+        items.append(
+            Utterance(
+                f"cv-{number:02d}", AudioSource(str(path)), n_samples=100, text=f"雨{number}", split="test_cv"
+            )
+        )
+        lines.append({"id": items[-1].id, "hypothesis": ["a m e", "g a"]})
+    write_manifest(finished / "prepare" / "manifest.arrow", items)
+    decode = finished / "systems" / "main" / "decode"
+    decode.mkdir()
+    (decode / "test_cv.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    table = build.examples(finished)
+    assert (
+        table.count("アメ ガ |") == 9
+        and "| 雨0 |" in table
+        and "| 雨24 |" in table
+        and "| 雨1 |" not in table
+    )
+    build.main(["--pack", str(finished), "--to", str(tmp_path / "model")])
+    assert table.strip() in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
 
 
 def test_unfinished_or_large_models_are_not_packed(finished, tmp_path, capsys, monkeypatch):
