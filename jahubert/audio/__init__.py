@@ -1,7 +1,7 @@
-"""Audio input: files, byte ranges, streams and arrays to mono float32 waveforms at 16 kHz.
+"""Audio input: conversion of files, byte ranges, streams and arrays to mono float32 at 16 kHz.
 
 soundfile decodes WAV, FLAC, Ogg, MP3, AIFF and others; an optional decoder handles m4a, mp4, webm, aac and
-wma. A file is decoded completely or an error is raised: lengths in headers are checked against the content.
+wma. Lengths in headers are checked against the content, so files are decoded completely or raise an error.
 """
 
 from jahubert.audio.loading import AudioLike, audio_length, is_recording, load_audio, stream_audio

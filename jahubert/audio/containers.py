@@ -15,7 +15,7 @@ from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
-# Data sizes from writers that cannot seek back (SoX, arecord and others), with or without the header size.
+# Placeholder sizes of writers that cannot seek back (SoX, arecord and others), with or without the header.
 _PLACEHOLDERS = (0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 _MAX_U32 = 0xFFFFFFFF
 _MAX_PADDING = 4096  # bytes of unknown content tolerated after the samples
@@ -23,16 +23,16 @@ _MAX_PADDING = 4096  # bytes of unknown content tolerated after the samples
 
 @dataclass(frozen=True)
 class Part:
-    """Separately decoded stream within a file: `prefix`, followed by a byte range."""
+    """Separately decoded stream within a file: a `prefix` followed by a byte range."""
 
     start: int  # bytes
     length: int  # bytes
     prefix: bytes = b""  # a corrected header
-    min_frames: int = 0  # with fewer decoded frames, the file is damaged
+    min_frames: int = 0  # minimum decoded frames of an intact file
 
 
 def split(source: AudioBytes) -> list[Part]:
-    """Find the streams of a file, usually one.
+    """Find the streams of a file, which is usually a single stream.
 
     Raises:
         AudioError: the file is shorter than its header states, or contains bytes that belong to no stream.
@@ -70,7 +70,7 @@ def _is_placeholder(length: int, header: int) -> bool:
 
 
 def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """Return one part per WAV file; a file may contain several concatenated WAV files."""
+    """Return one part per WAV file, because a file may contain several concatenated ones."""
     parts: list[Part] = []
     start = 0
     while start < size:
@@ -80,7 +80,7 @@ def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
 
 
 def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, int]:
-    """The WAV file that begins at `start`, and the offset of the next one (`size` if it is the last)."""
+    """Return the WAV file that begins at `start`, and the offset of the next one (`size` if none)."""
     file.seek(start)
     magic, riff_size = struct.unpack("4sI", file.read(8))
     order = ">" if magic == b"RIFX" else "<"
@@ -89,7 +89,7 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
     while True:
         file.seek(position)
         chunk = file.read(8)
-        if len(chunk) < 8:  # no samples: the decoder rejects the file
+        if len(chunk) < 8:  # no samples; the decoder rejects the file
             return Part(start, size - start), size
         kind = chunk[:4]
         length = struct.unpack(order + "I", chunk[4:])[0]
@@ -122,7 +122,7 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
 
 
 def _riff_header(file: BinaryIO, start: int, data_start: int, n_bytes: int, order: str) -> bytes:
-    """RIFF header of a WAV file with corrected sizes."""
+    """Create the RIFF header of a WAV file with corrected sizes."""
     file.seek(start)
     header = bytearray(file.read(data_start - start))
     header[:4] = b"RIFX" if order == ">" else b"RIFF"
@@ -135,7 +135,7 @@ def _riff_header(file: BinaryIO, start: int, data_start: int, n_bytes: int, orde
 
 
 def _riff_end(file: BinaryIO, position: int, size: int, name: str) -> int:
-    """End of the WAV file whose samples end at `position`: the next WAV file, or `size`."""
+    """Return the end of the WAV file whose samples end at `position`: the next WAV file or `size`."""
     data_end = position
     position += position & 1
     while position + 8 <= size:
@@ -171,7 +171,7 @@ def _check_au(file: BinaryIO, size: int, name: str) -> Part:
 
 
 def _aiff_end(file: BinaryIO) -> int:
-    """Offset of the end of an AIFF file's samples, from its header; 0 if it has no samples."""
+    """Return the end of an AIFF file's samples according to its header; 0 without samples."""
     position = 12
     while True:
         file.seek(position)
@@ -185,7 +185,7 @@ def _aiff_end(file: BinaryIO) -> int:
 
 
 def _caf_end(file: BinaryIO) -> int:
-    """Offset of the end of a Core Audio file's samples, from its header; 0 if not stated."""
+    """Return the end of a Core Audio file's samples according to its header; 0 if not stated."""
     position = 8
     while True:
         file.seek(position)
@@ -193,7 +193,7 @@ def _caf_end(file: BinaryIO) -> int:
         if len(chunk) < 12:
             return 0
         length = struct.unpack(">q", chunk[4:])[0]
-        if length < 0:  # -1: to the end of the file
+        if length < 0:  # -1 means to the end of the file
             return 0
         if chunk[:4] == b"data":
             return position + 12 + length

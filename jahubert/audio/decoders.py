@@ -1,4 +1,4 @@
-"""Decoding of audio files with soundfile (libsndfile), or an optional decoder for other formats."""
+"""Decoding of audio files with soundfile (libsndfile) or an optional decoder."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _BLOCK = 60 * 48_000  # frames decoded at a time from a file of unknown length
-_UNKNOWN = 1 << 48  # higher frame counts mean that the header states none
-_FLAC = b"fLaC\0\0\0\x22"  # the beginning of a FLAC stream
-_READ_AHEAD = 65_536  # bytes; more than a decoder reads ahead of the decoded position
+_UNKNOWN = 1 << 48  # from this frame count on, the length is unknown
+_FLAC = b"fLaC\0\0\0\x22"  # start of a FLAC stream
+_READ_AHEAD = 65_536  # bytes; upper bound on a decoder's read-ahead
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeError)
 
 
@@ -30,10 +30,10 @@ class Decoder(Protocol):
     rate: int  # Hz
 
     def length(self) -> int:
-        """Number of samples per channel; decodes the stream if its header cannot be trusted."""
+        """Return the samples per channel; decodes the stream if its header cannot be trusted."""
 
     def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
-        """Read up to `n` frames (None: all) from frame `start`; float32, (frames, channels)."""
+        """Read up to `n` frames (None: all) from frame `start` on as float32 (frames, channels)."""
 
     def blocks(self, n: int) -> Iterator[np.ndarray]:
         """Yield all samples in blocks of up to `n` frames."""
@@ -66,7 +66,7 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
 
 
 class _Bytes(io.RawIOBase):
-    """File object over a `Part`: its prefix, followed by a byte range of the file."""
+    """File object for a `Part`: its prefix followed by a byte range of the file."""
 
     def __init__(self, file: BinaryIO, part: Part):
         self.file = file
@@ -103,10 +103,10 @@ class _Bytes(io.RawIOBase):
 
 
 class _Sequential(soundfile.SoundFile):
-    """Sound file that does not seek between reads.
+    """SoundFile that does not seek between reads.
 
-    soundfile seeks to the current position after each read of a seekable file, which fails if the length is
-    unknown, and makes the MP3 decoder lose its bit reservoir (audible at each block boundary).
+    soundfile seeks to the current position after each read of a seekable file. This fails if the length is
+    unknown, and the MP3 decoder loses its bit reservoir, which is audible at each block boundary.
     """
 
     def seekable(self) -> bool:
@@ -124,7 +124,7 @@ class SoundFileDecoder:
         self.rate = self.file.samplerate
 
     def _target(self) -> int | BinaryIO:
-        """The argument for soundfile: a file descriptor for a whole regular file, otherwise a file object."""
+        """Return the argument for soundfile: a descriptor for a whole regular file, else a file object."""
         file = self.source.file
         file.seek(0)
         if self.part.prefix or self.part.length != self.source.size:
@@ -139,7 +139,7 @@ class SoundFileDecoder:
         self.file.close()
 
     def length(self) -> int:
-        # MP3 decoders deviate from stated sample counts, and FLAC files written to a pipe state none.
+        # MP3 decoders deviate from the stated length, and FLAC files written to a pipe do not state it.
         if self.file.format == "MP3" or self.file.frames >= _UNKNOWN:
             return sum(len(block) for block in self.blocks(_BLOCK))
         return self.file.frames
@@ -183,7 +183,7 @@ class SoundFileDecoder:
         return self.part.min_frames if self.file.format == "MP3" else self.file.frames
 
     def _check_end(self) -> None:
-        """Reject concatenated FLAC files, because decoders stop at the end of the first one."""
+        """Reject concatenated FLAC files, because decoders stop after the first one."""
         if self.file.format != "FLAC":
             return
         file = self.source.file

@@ -1,4 +1,4 @@
-"""Audio loading: whole waveforms, streams of blocks, and lengths."""
+"""Audio loading: whole waveforms, streams of blocks, and lengths of recordings."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def load_audio(
 def stream_audio(
     source: AudioLike, sample_rate: float | None = None, *, block_seconds: float = 10.0
 ) -> Iterator[torch.Tensor]:
-    """Yield the samples of `load_audio(source)` in blocks (T,), in memory independent of file length.
+    """Yield the samples of `load_audio(source)` in blocks (T,), with memory independent of the length.
 
-    Concatenated, the blocks are bit-identical to `load_audio(source)`; for MP3, up to rounding (1e-7). An
-    error in a file is raised when its position is reached. Byte ranges, pipes and open streams are kept in
-    memory in encoded form.
+    The concatenated blocks are bit-identical to `load_audio(source)`, or equal up to rounding (1e-7) for MP3.
+    Errors in a file are raised when their position is reached. Byte ranges, pipes and open streams are kept
+    in memory in encoded form.
 
     Args:
         source, sample_rate: as for `load_audio`.
@@ -114,12 +114,12 @@ def stream_audio(
 
 
 def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
-    """Number of 16 kHz samples that `load_audio(source)` returns.
+    """Return the number of 16 kHz samples in `load_audio(source)`.
 
-    Computed from the header if the format allows checking it, otherwise by decoding.
+    The header is used if the format allows checking it; otherwise the file is decoded.
 
     Raises:
-        AudioError: as for `load_audio`, except for errors that are only found by decoding.
+        AudioError: as for `load_audio`, except for errors that only decoding detects.
     """
     array, rate = _samples(source, sample_rate)
     if array is not None:
@@ -132,7 +132,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
 
 
 def is_recording(audio: Any) -> bool:
-    """Whether `audio` is a single recording rather than a list of recordings."""
+    """Return whether `audio` is a single recording rather than a list of recordings."""
     if not isinstance(audio, list | tuple):
         return True
     return _is_rate_and_samples(audio) or (bool(audio) and all(map(_is_number, audio)))
@@ -145,7 +145,7 @@ def _open(source: Any) -> Iterator[tuple[str, list[Decoder]]]:
 
 
 def _samples(source: Any, sample_rate: float | None) -> tuple[Any, int]:
-    """Return the array in `source` and its sampling rate; (None, rate) for files and streams."""
+    """Return the array in `source` and its sampling rate; the array is None for files and streams."""
     stated: Any = None
     if isinstance(source, Mapping):
         array = source.get("array", source.get("raw"))
@@ -202,7 +202,7 @@ def _rate(value: Any) -> int:
 
 
 def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Convert an array of any usual type and orientation to float samples (frames, channels)."""
+    """Convert an array of a supported type and orientation to float samples (frames, channels)."""
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
@@ -216,7 +216,7 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
     elif source.dtype in (np.int8, np.int16, np.int32):
         samples = source.astype(np.float32) / -float(np.iinfo(source.dtype).min)
     elif np.issubdtype(source.dtype, np.floating):
-        samples = source.astype(np.float32)  # a copy: the result never shares memory with the argument
+        samples = source.astype(np.float32)  # copies, so the result never shares memory with the argument
     else:
         raise AudioError(
             f"audio arrays contain floats or 8, 16 or 32 bit integers, but this contains {source.dtype}"
@@ -246,11 +246,11 @@ def _to_16k(wav_T: np.ndarray, rate: int, name: str) -> np.ndarray:
     if length == 0:
         return wav_T[:0]
     resampled = soxr.resample(wav_T, rate, SAMPLE_RATE, quality="HQ")
-    if len(resampled) < length:  # never observed, but `audio_length` relies on the length
+    if len(resampled) < length:  # `audio_length` relies on the exact length
         resampled = np.pad(resampled, (0, length - len(resampled)))
     return resampled[:length]
 
 
 def _resampled_length(n: int, rate: int) -> int:
-    """Output length of soxr: n * 16,000 / rate, with halves rounded up."""
+    """Return soxr's output length: n * 16,000 / rate, with halves rounded up."""
     return n if rate == SAMPLE_RATE else (2 * n * SAMPLE_RATE + rate) // (2 * rate)

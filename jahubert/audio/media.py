@@ -30,15 +30,15 @@ _FORMATS = (  # offset, magic bytes, name
     (0, b"FLV", "Flash Video"),
     (0, b".RMF", "RealMedia"),
 )
-# Containers that libsndfile opens if it supports their codec.
+# Containers that libsndfile opens only with codecs that it supports.
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
 _TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # in ffmpeg's messages
-_SLACK_SECONDS = 1.0  # tolerated difference between stated and decoded length
+_SLACK_SECONDS = 1.0  # tolerated difference between the stated and the decoded length
 INSTALL = "pip install 'jahubert[media]' (PyAV), or install ffmpeg"
 
 
 def sniff(source: AudioBytes) -> str | None:
-    """Return the name of a format that only the optional decoder reads; None for other content."""
+    """Return the name of a format that needs the optional decoder; None for other content."""
     source.file.seek(0)
     head = source.file.read(16)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -55,7 +55,7 @@ def sniff(source: AudioBytes) -> str | None:
 
 
 def explain(source: AudioBytes, reason: str) -> AudioError:
-    """Create the error for a file that libsndfile cannot open."""
+    """Create an error for a file that libsndfile cannot open."""
     source.file.seek(0)
     head = source.file.read(4)
     advice = ""
@@ -167,7 +167,7 @@ class AvDecoder(_MediaDecoder):
             yield converted.to_ndarray().T
 
     def _stated_seconds(self) -> float:
-        """Duration stated in the header; 0 for formats that only estimate it from the bitrate."""
+        """Return the duration in the header; 0 for formats that only estimate it from the bitrate."""
         if self.container.format.name in ("aac", "amr", "mpegts"):
             return 0.0
         if self.stream.duration is not None and self.stream.time_base is not None:

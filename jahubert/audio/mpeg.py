@@ -1,8 +1,8 @@
-"""Structure of MPEG audio files (MP3): frames, tags, and the streams of concatenated files.
+"""Parser of MPEG audio files (MP3): frames, tags, and the streams of concatenated files.
 
-A file without a header frame (Xing, Info, VBRI) does not state its length, and decoders guess it from the
-first frame; a concatenated file states only the length of its first part. Scanning the frame headers gives
-the true length at about a hundredth of the cost of decoding.
+Files without a header frame (Xing, Info, VBRI) do not state their length, so decoders guess it from the first
+frame. Concatenated files state only the length of their first part. Scanning the frame headers gives the true
+length at about a hundredth of the cost of decoding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Header(NamedTuple):
 
 @dataclass
 class Stream:
-    """Consecutive frames of one encoding."""
+    """Consecutive frames with the same encoding parameters."""
 
     start: int  # bytes
     end: int
@@ -47,12 +47,12 @@ class Stream:
 
     @property
     def min_frames(self) -> int:
-        """Minimum number of samples per channel after decoding."""
+        """Minimum samples per channel that an intact stream decodes to."""
         return max(0, self.n_frames * self.n_samples - _TOLERANCE)
 
 
 def is_mpeg(head: bytes) -> bool:
-    """Whether a file that begins with `head` may be MPEG audio."""
+    """Return whether a file that begins with `head` may be MPEG audio."""
     return head[:3] == b"ID3" or _parse(head[:4]) is not None
 
 
@@ -78,7 +78,7 @@ def split(file: BinaryIO, name: str) -> list[Stream]:
 
 
 def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream, int]:
-    """Read the stream whose first frame is at `start`; also returns the position after it."""
+    """Read the stream whose first frame is at `start`; returns it and the position after it."""
     first = _parse(data[start : start + 4])
     assert first is not None
     stated = _stated_frames(data, start, first)
@@ -106,7 +106,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
     if stated is not None and (n_frames < stated - 1 or (incomplete and n_frames < stated)):
         raise AudioError(f"{name} is truncated: its header states {stated} MP3 frames, but it has {n_frames}")
     tagged = stated is not None and n_frames <= stated + 1
-    # Other layers have no header frame; decoders compute the length from their constant bitrate.
+    # Layers 1 and 2 have no header frame; decoders compute the length from the constant bitrate.
     prefix = b"" if tagged or first.kind[1] != 3 else _header_frame(data[start : start + 4], n_frames)
     if stated is not None and not tagged:
         start += first.length
@@ -114,7 +114,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
 
 
 def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
-    """Find the next position with two consecutive valid frames, or with a last frame; -1 if none."""
+    """Find the next two consecutive valid frames, or a valid last frame; returns -1 if none."""
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
         header = _parse(data[position : position + 4])
@@ -129,7 +129,7 @@ def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
 
 
 def _resync(data: mmap.mmap | bytes, position: int, kind: tuple[int, int, int]) -> int:
-    """Find the next frame of the same stream after invalid bytes; -1 if the stream ends."""
+    """Find the next frame of the same stream after invalid bytes; returns -1 at the end of the stream."""
     if _skip_tags(data, position) != position:
         return -1
     following = _next_frame(data, position)
@@ -187,7 +187,7 @@ def _parse_bits(bits: int) -> _Header | None:
 
 
 def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> int | None:
-    """Number of frames stated by a header frame; None for an audio frame."""
+    """Return the number of frames stated by a header frame; None for an audio frame."""
     if header.kind[1] != 3:
         return None
     frame = data[position : position + min(header.length, 64)]

@@ -1,4 +1,4 @@
-"""Bytes of audio files: regular files, byte ranges, pipes and open streams as seekable binary files."""
+"""Access to the bytes of audio files, byte ranges, pipes and open streams as seekable binary files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jahubert.errors import AudioError
 
 @dataclass(frozen=True)
 class AudioSource:
-    """An audio file, or a byte range of an uncompressed tar or zip archive."""
+    """An audio file, or a byte range in an uncompressed tar or zip archive."""
 
     path: str
     offset: int = 0  # bytes
@@ -29,7 +29,7 @@ class AudioSource:
 
 
 class AudioBytes(NamedTuple):
-    """Encoded bytes of a recording."""
+    """Encoded recording as a seekable binary file."""
 
     name: str  # for messages
     file: BinaryIO  # seekable: an open regular file, or the bytes in memory
@@ -40,7 +40,7 @@ class AudioBytes(NamedTuple):
 def open_bytes(source: Any) -> Iterator[AudioBytes]:
     """Open the bytes of a file, a byte range or a binary stream.
 
-    Only the bytes are used, never the name of the file. Pipes, streams and byte ranges are read into memory.
+    The file name never affects the result. Pipes, streams and byte ranges are read into memory.
 
     Raises:
         AudioError: the file is missing, unreadable or empty, the byte range is outside the file, or the

@@ -1,1 +1,1 @@
-"""The `jahubert` command: subcommands, console messages, feature files and shell completion."""
+"""Command `jahubert`: subcommands, console output, feature files and shell completion."""

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command, with the values it accepts."""
+    """An option of a command and the values it accepts."""
 
     names: list[str]
     help: str
-    choices: list[str]  # empty: a file name or any text
+    choices: list[str]  # empty for file names and arbitrary text
     takes_value: bool
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command with its options; `choices` are the values of its positional arguments."""
+    """A command with its options and the `choices` of its positional arguments."""
 
     name: str
     help: str
@@ -28,7 +28,7 @@ class Command:
 
 
 def commands(parser: argparse.ArgumentParser) -> list[Command]:
-    """The subcommands of a parser."""
+    """Collect the subcommands of a parser."""
     (sub,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     helps = {action.dest: action.help or "" for action in sub._choices_actions}
     found = []
@@ -49,7 +49,7 @@ def commands(parser: argparse.ArgumentParser) -> list[Command]:
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The completion script for "bash", "zsh" or "fish"."""
+    """Generate the completion script for "bash", "zsh" or "fish"."""
     build = {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]
     return build(parser.prog, commands(parser))
 

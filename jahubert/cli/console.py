@@ -28,13 +28,13 @@ BAR = 20  # characters
 
 @dataclass(frozen=True)
 class Input:
-    """A recording: its label in messages, and its path below the output folder without the suffix."""
+    """A recording, its label in messages, and its path in the output folder without a suffix."""
 
     label: str
     base: Path
 
     def open(self) -> Path | io.BytesIO:
-        """The source to pass to `load_audio`."""
+        """Return the source for `load_audio`."""
         return io.BytesIO(sys.stdin.buffer.read()) if self.label == STDIN else Path(self.label)
 
 
@@ -44,14 +44,14 @@ def find_inputs(
     """Expand arguments (files, folders, patterns, `-` for standard input) to recordings.
 
     Args:
-        into: output folder, if any.
+        into: output folder or None.
         ending: suffix of the result files.
 
     Returns:
-        The recordings, and an error for each argument without audio.
+        The recordings, and an error for each argument that contains no audio.
 
     Raises:
-        ConfigError: `into` cannot be written, or two recordings would write the same file in it.
+        ConfigError: `into` is not writable, or two recordings would be written to the same file.
     """
     found: list[Input] = []
     empty: dict[str, AudioError] = {}
@@ -93,14 +93,14 @@ def find_inputs(
 
 
 def _is_audio(path: Path, folder: Path) -> bool:
-    """Whether a file below `folder` has an audio suffix and is not macOS metadata."""
+    """Return whether a file below `folder` has an audio suffix and is not macOS metadata."""
     if path.name.startswith("._") or "__MACOSX" in path.relative_to(folder).parts:
         return False
     return path.suffix.lower() in AUDIO_ENDINGS and path.is_file()
 
 
 def _check_output(folder: Path) -> None:
-    """Raise ConfigError for a folder that cannot be written, before any work starts."""
+    """Raise ConfigError if the output folder is not writable, before any work starts."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"-o {folder}: {existing} is a file; give a folder")
@@ -119,7 +119,7 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
 
 
 def print_names(arguments: Sequence[str]) -> bool:
-    """Whether result lines need the name of their recording: not for a single file, always for a folder."""
+    """Return whether result lines need the recording name; only a single file needs none."""
     first = arguments[0]
     is_pattern = glob.has_magic(first) and not Path(first).exists()
     return len(arguments) > 1 or Path(first).is_dir() or is_pattern
@@ -137,13 +137,13 @@ class Report:
             self.add_file(label)
 
     def add_file(self, label: str) -> None:
-        """Count one more input as done or failed."""
+        """Count a processed input, successful or not."""
         self.n_seen += 1
         self.label = label
         self.show("\n" if self.n_seen == self.n_inputs else "")
 
     def add_audio(self, seconds: float) -> None:
-        """Count completed audio."""
+        """Add seconds of processed audio."""
         self.seconds += seconds
         self.show()
 
@@ -155,7 +155,7 @@ class Report:
         minutes, seconds = divmod(round(self.seconds), 60)
         audio = f"  {minutes}:{seconds:02d} of audio, {speed:.0f}x real time" if self.seconds else ""
         line = f"[{'#' * done}{'.' * (BAR - done)}] [{self.n_seen}/{self.n_inputs}]{audio}  {self.label}"
-        width = shutil.get_terminal_size().columns - 1  # a longer line would wrap and stay
+        width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be cleared
         print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
@@ -180,14 +180,14 @@ class Report:
 
 
 def reason(error: Exception) -> str:
-    """The message of an error, in one line."""
+    """Return the message of an error on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
 def exit_status(error: Exception) -> int:
-    """The exit status: 2 for errors that the user can fix, 1 for a full disk or an internal error."""
+    """Return the exit status: 2 for user errors, 1 for a full disk or an internal error."""
     if isinstance(error, UserError):
         return error.exit_status
     return 2 if isinstance(error, OSError) and error.errno != errno.ENOSPC else 1
@@ -198,11 +198,11 @@ def print_error(message: object) -> None:
 
 
 def printable(text: str) -> str:
-    """Escape control and formatting characters, with which a file name could manipulate the terminal."""
+    """Escape control and formatting characters, which could manipulate the terminal."""
     escaped = []
     for character in text:
         if character != "\n" and unicodedata.category(character) in ("Cc", "Cf"):
-            utf16 = character.encode("utf-16-be").hex()  # as in JSON, which stays valid
+            utf16 = character.encode("utf-16-be").hex()  # JSON escape, so JSON output stays valid
             character = "".join(f"\\u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4))
         escaped.append(character)
     return "".join(escaped)

@@ -27,11 +27,11 @@ class FeatureFiles:
 
     Args:
         output: a folder or a .safetensors file; `finish` assembles the file from `OUT.safetensors.parts`.
-        settings: JSON-compatible settings that determine the features.
+        settings: all JSON-compatible settings that affect the features.
 
     Raises:
-        ConfigError: the file already exists, or the folder cannot be created.
-        StaleError: the folder has features with other settings.
+        ConfigError: the output file already exists, or the folder cannot be created.
+        StaleError: the folder contains features with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
@@ -61,7 +61,7 @@ class FeatureFiles:
                 raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
 
     def has(self, base: Path, audio: Path) -> bool:
-        """Whether the features of `audio` exist and are not older than it."""
+        """Return whether the features of `audio` exist and are not older than the recording."""
         path = self._path(base)
         try:
             return path.stat().st_mtime >= audio.stat().st_mtime
@@ -69,7 +69,7 @@ class FeatureFiles:
             return False
 
     def write(self, base: Path, chunks: Iterable[Tensor], shape: tuple[int, ...]) -> None:
-        """Write float32 frames (S, *shape) from an iterable of chunks."""
+        """Write chunks of frames (S, *shape) to a float32 .npy file."""
         path = self._path(base)
         path.parent.mkdir(parents=True, exist_ok=True)
         n_frames = 0
@@ -78,11 +78,11 @@ class FeatureFiles:
             for chunk in chunks:
                 file.write(chunk.contiguous().numpy().tobytes())
                 n_frames += len(chunk)
-            file.seek(0)  # numpy pads the header for a larger number
+            file.seek(0)  # numpy pads the header, so a larger frame count fits
             _header(file, (n_frames, *shape))
 
     def finish(self) -> None:
-        """Assemble the safetensors file if the output is one."""
+        """Assemble the output if it is a safetensors file."""
         if self.folder == self.output:
             return
         files = sorted(self.folder.rglob("*.npy"))
@@ -107,12 +107,12 @@ class FeatureFiles:
 
 
 def parts_folder(output: Path) -> Path:
-    """The folder of the .npy files of an output."""
+    """Return the folder for the .npy files of an output."""
     return output.with_name(output.name + ".parts") if output.suffix == SINGLE else output
 
 
 def save_array(array: Tensor, path: Path) -> None:
-    """Write a tensor as .npy, atomically."""
+    """Write a tensor to a .npy file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb") as file:
         np.save(file, array.numpy())
@@ -123,5 +123,5 @@ def _header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def _key(path: Path) -> str:
-    """Tensor name in the safetensors file, which must be valid UTF-8."""
+    """Return the tensor name for the safetensors file, which must be valid UTF-8."""
     return path.with_suffix("").as_posix().encode("utf-8", "backslashreplace").decode()

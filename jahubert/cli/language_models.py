@@ -1,4 +1,4 @@
-"""The subcommands `ngram` and `perplexity`: train and evaluate n-gram language models."""
+"""Subcommands that train and evaluate n-gram language models: `ngram` and `perplexity`."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ def add_commands(command: Command) -> None:
     """Add the subcommands to the parser."""
     sub = command(ngram, "train an n-gram language model (modified Kneser-Ney) and write it as ARPA")
     _add_text_options(sub)
-    sub.add_argument("-o", "--output", metavar="FILE", required=True, help="the ARPA file; .gz compresses it")
+    sub.add_argument(
+        "-o", "--output", metavar="FILE", required=True, help="ARPA file, compressed if it ends in .gz"
+    )
     sub.add_argument("--order", type=int, default=4, metavar="N", help="longest n-gram (default: 4)")
     sub.add_argument(
         "--lexicon", metavar="FILE", help="also write the words and their pronunciations (--unit word)"
     )
     sub.add_argument(
-        "--kana", action="store_true", help="pronunciations in kana, for a model whose symbols are kana"
+        "--kana", action="store_true", help="write pronunciations in kana, for models with kana symbols"
     )
 
-    sub = command(perplexity, "print the perplexity of a text under an n-gram language model")
-    sub.add_argument("lm", metavar="LM", help="an ARPA file, plain or gzip")
+    sub = command(perplexity, "print the perplexity of an n-gram language model on a text")
+    sub.add_argument("lm", metavar="LM", help="ARPA file, plain or gzip")
     _add_text_options(sub)
 
 
 def _add_text_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "text", nargs="+", metavar="TEXT",
-        help="text files (UTF-8, one sentence per line, .gz, - for standard input), or an experiment: its "
-        "training targets",
+        help="UTF-8 text files with one sentence per line (.gz allowed, - for standard input), or experiment "
+        "folders, whose training targets are read",
     )  # fmt: skip
     sub.add_argument(
         "--unit", choices=UNITS, default="word",
-        help="word: as pyopenjtalk segments them; phone or kana: of the reading, with | between words; "
-        "character: without spaces; token: whatever spaces separate (default: word)",
+        help="word: words segmented by pyopenjtalk; phone or kana: the reading, with | between words; "
+        "character: characters without spaces; token: tokens separated by spaces (default: word)",
     )  # fmt: skip
     sub.add_argument("--punctuation", action="store_true", help="keep punctuation marks (--unit character)")
 
@@ -54,7 +56,7 @@ def ngram(args: argparse.Namespace) -> int:
     from jahubert.lm.lexicon import write_lexicon
 
     if args.lexicon and args.unit != "word":
-        raise ConfigError(f"--lexicon lists words, but the unit is {args.unit}; use --unit word")
+        raise ConfigError(f"--lexicon requires --unit word, but the unit is {args.unit}")
     if args.kana and not args.lexicon:
         raise ConfigError("--kana has no effect without --lexicon")
     tokenizer, sentences = _read_text(args)
@@ -85,12 +87,12 @@ def perplexity(args: argparse.Namespace) -> int:
 
 
 def _read_text(args: argparse.Namespace):
-    """The tokenizer, and the sentences of the texts as tokens."""
+    """Return the tokenizer and the tokenized sentences of the texts."""
     from jahubert.train.data.training_text import training_sentences
     from jahubert.train.text.tokens import Tokenizer, read_lines
 
     if args.punctuation and args.unit != "character":
-        raise ConfigError(f"--punctuation applies to characters, but the unit is {args.unit}")
+        raise ConfigError(f"--punctuation requires --unit character, but the unit is {args.unit}")
     tokenizer = Tokenizer(args.unit, args.punctuation)
     paths = [Path(text) for text in args.text]
 

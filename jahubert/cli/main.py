@@ -1,10 +1,10 @@
 """The command line `jahubert`: transcription, features, units, models and experiments.
 
-Results go to standard output or into the folder given with -o, everything else to standard error. A file that
-fails is reported and the others are still processed. Exit status: 0 success, 2 an error that the user can fix
-(a missing file, a wrong option), 1 an internal error, 130 interrupted.
+Results go to standard output or to the path given with -o, everything else to standard error. Failed files
+are reported, and the other files are still processed. Exit status: 0 success, 2 an error that the user can
+fix (a missing file, a wrong option), 1 an internal error, 130 interrupted.
 
-Nothing heavy is imported before a command runs, so that `--help` is quick.
+Heavy packages are imported only when a command needs them, which keeps `--help` fast.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from jahubert.inference import writers
 
 MAX_BEAM = 1000  # hypotheses; memory and time grow with it
 
-# Modules of the extra `train` and the packages that provide them.
+# Modules of the extra `train`, and the packages that provide them.
 TRAIN_PACKAGES = {
     "hydra": "hydra-core",
     "jiwer": "jiwer",
@@ -51,18 +51,18 @@ TRAIN_PACKAGES = {
     "yaml": "hydra-core",
 }
 
-# Function that adds a subcommand, given the function to run and a short description.
+# Adds a subcommand, given the function to run and a short description.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 PLAN = (
-    "settings of jahubert run; gpus=N (default: its processes), gpu=NAME (default: this machine), "
-    "utilization=X of its 16-bit peak, hours=H of speech (default: the prepared corpus, else the recipe)"
+    "settings of jahubert run; gpus=N (default: processes=), gpu=NAME (default: this machine), "
+    "utilization=X of the 16-bit peak, hours=H of speech (default: from the prepared corpus or the recipe)"
 )
-MODEL = "a model folder or file, or a Hub name"  # placeholder for a model in the help
+MODEL = "a model folder or file, or a Hub name"  # help text of model arguments
 CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # as in train/data/export.py (extra train)
 
 
 def model_source(args: argparse.Namespace) -> str | Path:
-    """The selected model, or the built-in one."""
+    """Return the selected model, or the built-in one by default."""
     if args.model is not None:
         return args.model
     from jahubert.inference.transcribe import builtin_model
@@ -133,7 +133,7 @@ def transcribe(args: argparse.Namespace) -> int:
 
 
 def output_format(args: argparse.Namespace) -> Path | None:
-    """The output file if `-o` has the suffix of a format, which then selects the format; else None.
+    """Return the output file if the suffix of `-o` selects a format, otherwise None.
 
     Raises:
         ConfigError: the suffix contradicts the format given with `-f`.
@@ -197,9 +197,9 @@ def features(args: argparse.Namespace) -> int:
     files = FeatureFiles(Path(args.output), settings)
     report = Report(inputs, empty)
     todo = [item for item in inputs if item.label == STDIN or not files.has(item.base, Path(item.label))]
-    if there := len(inputs) - len(todo):
-        print(f"{there} of {len(inputs)} are there already", file=sys.stderr)
-        report.n_seen += there
+    if n_existing := len(inputs) - len(todo):
+        print(f"{n_existing} of {len(inputs)} already exist", file=sys.stderr)
+        report.n_seen += n_existing
     whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
     for item in todo:
         try:
@@ -288,8 +288,8 @@ def convert(args: argparse.Namespace) -> int:
 
     done = conversion.convert(args.source, args.target, args.to)
     for note in done.notes:
-        print(f"not as it was: {note}")
-    print(f"largest absolute difference of the outputs on random audio: {done.difference:.3g}")
+        print(f"changed: {note}")
+    print(f"largest absolute difference of outputs on random audio: {done.difference:.3g}")
     print(f"done: {args.target}")
     return 0
 
@@ -297,7 +297,7 @@ def convert(args: argparse.Namespace) -> int:
 def convert_labels(args: argparse.Namespace) -> int:
     """Export the units of an experiment as training files for fairseq."""
     if args.to != "fairseq":
-        raise ConfigError(f"{args.source} holds units: they can be written with --to fairseq only")
+        raise ConfigError(f"{args.source} contains units, which can only be converted with --to fairseq")
     from jahubert.train.data.fairseq_files import export_experiment
 
     for split, count in export_experiment(args.source, args.target, args.manifest).items():
@@ -320,7 +320,7 @@ def export_corpus(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Placeholder for help and completion: `main` passes these arguments on unchanged."""
+    """Placeholder for help and completion; `main` passes the arguments to `jahubert.run`."""
     raise NotImplementedError
 
 
@@ -357,7 +357,7 @@ def numbers(text: str) -> list[float]:
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return number
 
 
@@ -374,7 +374,7 @@ def transcript_format(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line with a suggestion for a mistyped option."""
+    """Parser with one-line errors that suggest the nearest option name."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -422,31 +422,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def audio_commands(command: Command) -> None:
-    """Add the subcommands for recordings."""
+    """Add the subcommands that read recordings."""
 
     def audio(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("audio", nargs="+", help="audio files, folders, 'patterns', or - for standard input")
         sub.add_argument("--model", metavar="SRC", help=f"{MODEL} (default: the built-in model)")
-        sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
+        sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if available)")
 
     def chunked(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--chunk", dest="chunk_seconds", type=float, metavar="SECONDS",
-            help="encode longer recordings in overlapping chunks, which bounds the memory (default: whole)",
+            help="encode longer recordings in overlapping chunks to limit memory (default: no chunks)",
         )  # fmt: skip
 
     def dtype(sub: argparse.ArgumentParser, default: str, *more: str) -> None:
         names = [*dict.fromkeys([default, "float32", "bfloat16", "float16", *more])]
-        auto = "auto, bfloat16 where the device has it" if default == "auto" else default
-        sub.add_argument("--dtype", choices=names, default=default, help=f"of the computation ({auto})")
+        auto = "auto, bfloat16 if the device supports it" if default == "auto" else default
+        sub.add_argument(
+            "--dtype", choices=names, default=default, help=f"dtype of the computation (default: {auto})"
+        )
 
     sub = command(transcribe, "transcribe audio to kana and phonemes with times")
     audio(sub)
-    # The options of whisper's command line are accepted as well.
+    # Whisper's option names are accepted as aliases.
     formats = [*writers.FORMATS, "all"]
     sub.add_argument(
         "-f", "--format", "--output_format", "--output-format", type=transcript_format, choices=formats,
-        help="default: text, or by the suffix of the file that -o names",
+        help="output format (default: from the suffix of -o, else text)",
     )  # fmt: skip
     sub.add_argument(
         "-o", "--output", "--output_dir", "--output-dir", metavar="OUT",
@@ -462,31 +464,27 @@ def audio_commands(command: Command) -> None:
         "--verbose", nargs="?", type=str.lower, choices=["true", "false"], help=argparse.SUPPRESS
     )
     sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
-    sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
+    sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")
     sub.add_argument("--no-vad", action="store_true", help="disable voice activity detection")
     dtype(sub, "auto", "int8")
 
-    sub = command(features, "write the frames of encoder layers as float32 .npy (frames, dim)")
+    sub = command(features, "write features from encoder layers as float32 .npy (frames, dim)")
     audio(sub)
     sub.add_argument(
         "-o", "--output", metavar="OUT", required=True,
-        help="a folder for one .npy file per recording, or a single file that ends in .safetensors",
+        help="a folder for one .npy file per recording, or a single .safetensors file",
     )  # fmt: skip
     sub.add_argument(
         "--layer", type=layers, metavar="N",
-        help="output of block N (default: the last); 3,6,9 or all give (frames, layers, dim)",
+        help="encoder layer (default: the last); 3,6,9 or all gives (frames, layers, dim)",
     )  # fmt: skip
-    sub.add_argument(
-        "--weights", type=numbers, metavar="W,W", help="write the sum of the layers, each times its weight"
-    )
+    sub.add_argument("--weights", type=numbers, metavar="W,W", help="write the weighted sum of the layers")
     dtype(sub, "float32")
     chunked(sub)
 
     sub = command(units, "print the discrete units of audio, 50 per second")
     audio(sub)
-    sub.add_argument(
-        "-o", "--output", metavar="DIR", help="write one int64 .npy file per recording there instead"
-    )
+    sub.add_argument("-o", "--output", metavar="DIR", help="write one int64 .npy file per recording instead")
     sub.add_argument("--unique", action="store_true", help="merge repeated units")
     chunked(sub)
 
@@ -497,33 +495,37 @@ def model_commands(command: Command) -> None:
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
 
-    sub = command(convert, "write a model in another format, read it again and compare; or units for fairseq")
+    sub = command(convert, "convert a model to another format and verify it, or export units or a corpus")
     sub.add_argument(
         "source",
         metavar="SRC",
-        help=f"{MODEL}; or units, exp/NAME/iterN/label; or a corpus, exp/NAME/prepare",
+        help=f"{MODEL}; units (exp/NAME/iterN/label); or a corpus (exp/NAME/prepare)",
     )
-    sub.add_argument("target", metavar="DST", help="new folder (hf, units) or file (.pt; .onnx)")
+    sub.add_argument("target", metavar="DST", help="new folder (hf, units, corpus) or file (.pt, .onnx)")
     sub.add_argument(
         "--to",
         required=True,
         choices=["hf", "fairseq", "torchaudio", "onnx", *CORPUS_FORMATS],
-        help="its format",
+        help="target format",
     )
     sub.add_argument(
-        "--manifest", metavar="FILE", help="of the units (default: the experiment's prepare/manifest.arrow)"
+        "--manifest",
+        metavar="FILE",
+        help="manifest of the units (default: EXP/prepare/manifest.arrow)",
     )
 
 
 def experiment_commands(command: Command) -> None:
     """Add the subcommands for experiments and shell completion."""
-    command(run, "run stages of an experiment: prepare, pretrain, finetune, ... (as python -m jahubert.run)")
+    command(
+        run, "run stages of an experiment: prepare, pretrain, finetune, ... (same as python -m jahubert.run)"
+    )
     sub = command(plan, "estimate the hours, disk and memory of stages")
     sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
-    sub.add_argument("--json", action="store_true", help="as JSON; bytes and hours")
+    sub.add_argument("--json", action="store_true", help="print JSON, in bytes and hours")
 
     sub = command(status, "show which stages of an experiment are done")
-    sub.add_argument("experiment", metavar="EXP", help="its folder, exp/NAME")
+    sub.add_argument("experiment", metavar="EXP", help="experiment folder, exp/NAME")
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
 
     sub = command(completion, "print a script that completes this command in your shell")
@@ -561,7 +563,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.filename is None:  # otherwise Python reports the error of standard output again at exit
+        if error.filename is None:  # Python would report the error of standard output again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`| head`)
             return 141

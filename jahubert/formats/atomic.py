@@ -1,10 +1,9 @@
 """Atomic file and folder writes.
 
-Content is written under a temporary name in the same folder, flushed to the disk and renamed, so a reader
-sees the old content or the new one, whenever the writer is killed or the disk is full. The temporary name is
-short (it fits wherever the final one does), starts with `.tmp-` and is derived from the final name; it is
-locked while in use. The next write of the same file or folder therefore reuses what a killed process left,
-and two processes that write the same file at once do not disturb each other.
+Content is written under a temporary name in the same folder, flushed to disk and renamed. Readers see either
+the old or the new content, even if the writer is killed or the disk is full. The temporary name starts with
+`.tmp-`, is derived from the final name, and fits wherever that fits. The file is locked while in use, so
+the next write reuses what a killed process left, and concurrent writers do not interfere.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if sys.platform != "win32":
     import fcntl
 
 PREFIX = ".tmp-"
-_FOLDER, _REPLACED = ".new", ".old"  # suffixes of temporary names: the new folder, and the one it replaces
+_FOLDER, _REPLACED = ".new", ".old"  # suffixes of temporary folders: new content, replaced content
 
 
 @overload
@@ -35,12 +34,12 @@ def atomic_write(
 def atomic_write(path: Path, mode: Literal["wb"]) -> AbstractContextManager[BinaryIO]: ...
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iterator[Any]:
-    """Open a file for writing that replaces `path` at the end of the `with` block, unless the block raises.
+    """Open a temporary file that replaces `path` at the end of the `with` block, unless it raises.
 
     Args:
         path: the file to write; its folder must exist.
         mode: "w" for UTF-8 text, "wb" for bytes.
-        errors: how to write characters that UTF-8 cannot encode (text mode only), as in `open`.
+        errors: error handler for characters that UTF-8 cannot encode, as in `open` (text mode only).
     """
     with atomic_path(path) as temporary:
         encoding = None if "b" in mode else "utf-8"
@@ -61,8 +60,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that is renamed to `path` at the end, replacing an existing folder.
 
-    Folders cannot be exchanged in one step: the old one is renamed just before the new one takes its name. If
-    the process is killed between the two, the next write restores the old one before it begins.
+    Replacing a folder takes two renames. If the process is killed between them, the next write first restores
+    the old folder.
     """
     path = path.resolve()  # for a symbolic link, replace its target
     if path.exists() and not path.is_dir():
@@ -93,7 +92,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left in `folder`."""
+    """Remove temporary files and folders that killed processes left in `folder`."""
     for temporary in folder.glob(PREFIX + "*"):
         if temporary.suffix in (_FOLDER, _REPLACED):
             continue
@@ -104,7 +103,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Temporary name of a file or folder; a second concurrent writer uses another name."""
+    """Return the temporary name of a file or folder; concurrent writers use different names."""
     return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
 
 
@@ -112,7 +111,7 @@ def temporary_path(path: Path) -> Path:
 def temporary_file(path: Path) -> Iterator[Path]:
     """Create and lock an empty temporary file for `path`, and remove it at the end unless it was renamed.
 
-    Errors on the temporary file are raised with `path` as the file name, because users know only that one.
+    OSErrors name `path` instead of the temporary file, which users do not know.
     """
     temporary = temporary_path(path)
     try:
@@ -138,7 +137,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Try to lock an open file; False if another writer holds the lock, True if locks are unsupported."""
+    """Lock an open file; returns False if another writer holds the lock, True if locks are unsupported."""
     if sys.platform == "win32":
         return True
     try:
@@ -156,7 +155,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the content of a file, or the entries of a folder, are on disk."""
+    """Flush the content of a file or the entries of a folder to disk."""
     if sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY)

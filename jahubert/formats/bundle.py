@@ -60,15 +60,15 @@ from jahubert.phonemes import PhonemeSet
 
 FORMAT = 1
 INFO, CENTROIDS, HEADS = "jahubert.json", "centroids.safetensors", "pretraining_heads.safetensors"
-# Keys of jahubert.json that `save_bundle` sets.
+# Keys of jahubert.json that `save_bundle` sets itself.
 INFO_KEYS = ("format", "config", "temperature", "phonemes", "centroid_layer", "weights", "files", "checksum")
-_CONFIG_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")  # Hugging Face has no key for them
+_CONFIG_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")  # fields without a Hugging Face key
 _SPECIAL_ROWS = "special_rows"  # stored with the tensors of the pretraining head
 
 
 @dataclass
 class Bundle:
-    """An opened model; `model` is `ctc.hubert` if there is a CTC head. All modules are in eval mode."""
+    """A loaded model with its heads, all in eval mode. With a CTC head, `model` is `ctc.hubert`."""
 
     config: HubertConfig
     model: HubertModel
@@ -77,7 +77,7 @@ class Bundle:
     unit_head: UnitHead | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
-    info: dict = field(default_factory=dict)  # the content of jahubert.json, or the file that was read
+    info: dict = field(default_factory=dict)  # content of jahubert.json, or the file that was read
     special_rows: Tensor | None = None  # (4, dim): rows before fairseq's codebook, for conversion back
     notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
 
@@ -98,7 +98,7 @@ def save_bundle(
     special_rows: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a bundle; an existing one is replaced only when the new one is complete.
+    """Write a bundle; an existing bundle is replaced once the new one is complete.
 
     Args:
         path: folder to write.
@@ -106,7 +106,7 @@ def save_bundle(
         dtype: dtype of the weights in model.safetensors; they are converted to float32 when read.
 
     Raises:
-        ConfigError: no model is given, or `path` exists and is not a bundle.
+        ConfigError: no model was given, or `path` exists and is not a bundle.
     """
     hubert = ctc.hubert if ctc is not None else model
     if hubert is None:
@@ -149,7 +149,7 @@ def save_bundle(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes and values of all tensors; identifies weights in any file format."""
+    """SHA-256 of all tensor names, shapes and values; identifies weights regardless of the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()
@@ -192,12 +192,12 @@ def load_bundle(source: str | os.PathLike) -> Bundle:
 
 
 def _read_bundle(folder: Path) -> RawModel:
-    """Read a bundle: a Hugging Face folder with additional files."""
+    """Read a bundle, which is a Hugging Face folder with additional files."""
     path = folder / INFO
     info = read_json(path)
     if typed_item(path, info, "format", int, 0) > FORMAT:
         raise CheckpointError(
-            f"{folder}: written in format {info['format']}, but this jahubert reads up to {FORMAT}; "
+            f"{folder}: written in format {info['format']}, but this version reads up to {FORMAT}; "
             "update jahubert"
         )
     _verify(folder, info)
@@ -229,7 +229,7 @@ def _read_bundle(folder: Path) -> RawModel:
 
 
 def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
-    """Check the centroids (K, D) and the layer that they belong to."""
+    """Check the centroids (K, D) and their layer."""
     centroids_KD = tensors.get("centroids_KD")
     if centroids_KD is None or centroids_KD.dim() != 2 or not len(centroids_KD):
         raise CheckpointError(f"{path}: has no matrix centroids_KD")
@@ -272,7 +272,7 @@ def _read_file(path: Path) -> RawModel:
 
 
 def _build(path: Path, raw: RawModel) -> Bundle:
-    """Build modules and load their weights. All shapes are checked before modules are allocated."""
+    """Build modules and load their weights; all shapes are checked before allocation."""
     config = raw.config
     n_symbols = count_symbols(path, raw.weights, config.width)
     if raw.phonemes is not None and len(raw.phonemes) != n_symbols:
@@ -377,5 +377,5 @@ def _describe(file: Path) -> dict[str, Any]:
 def _checksum(info: dict) -> str:
     """SHA-256 of jahubert.json without its own checksum."""
     content = {key: value for key, value in info.items() if key != "checksum"}
-    content = json.loads(json.dumps(content))  # as after reading: all keys are strings
+    content = json.loads(json.dumps(content))  # converts all keys to strings, as reading does
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -21,8 +21,8 @@ from jahubert.formats.torchaudio import write_torchaudio
 from jahubert.frames import SAMPLE_RATE
 
 FORMATS = ("hf", "fairseq", "torchaudio", "onnx")
-SUFFIXES = (".pt", ".pth")  # not .json, which is reserved for torchaudio's settings
-TOLERANCE = 1e-3  # permuted rows may round differently
+SUFFIXES = (".pt", ".pth")  # excludes .json, which torchaudio's settings use
+TOLERANCE = 1e-3  # permuted rows may be rounded differently
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Conversion:
 def convert(
     source: str | os.PathLike, target: str | os.PathLike, to: Literal["hf", "fairseq", "torchaudio", "onnx"]
 ) -> Conversion:
-    """Write `source`, anything that `load_bundle` opens, as a folder (hf) or file.
+    """Convert any model that `load_bundle` opens to a folder (hf) or file in another format.
 
     Raises:
         CheckpointError: the source cannot be read, the target format cannot represent the model, or the
@@ -65,9 +65,9 @@ def convert(
 
 
 def largest_difference(first: Bundle, second: Bundle) -> float:
-    """Largest absolute difference over layers, log-probabilities and unit logits on random audio.
+    """Compute the largest absolute difference of layers, log-probabilities and unit logits on random audio.
 
-    The noise has unit variance, so that the epsilon of waveform normalization has no effect. Heads that
+    The noise has unit variance, so the epsilon of waveform normalization has no effect. Heads that
     only one model has are not compared; CTC symbols are matched by name.
     """
     wav_BT = torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def largest_difference(first: Bundle, second: Bundle) -> float:
 
 
 def _check_target(target: Path, to: str) -> None:
-    """Raise ConfigError if the target cannot be written, before any work is done."""
+    """Raise ConfigError if the target cannot be written, before any conversion work."""
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(FORMATS)}")
     suffixes = (".onnx",) if to == "onnx" else SUFFIXES
@@ -101,20 +101,20 @@ def _check_target(target: Path, to: str) -> None:
         raise ConfigError(f"{target}: {to} files end in {' or '.join(suffixes)}; choose another name")
     for path in (target, target.with_suffix(".json")) if to == "torchaudio" else (target,):
         if path.exists():
-            raise ConfigError(f"{path} exists already; remove it or choose another name")
+            raise ConfigError(f"{path} already exists; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{target}: no permission to write into {target.parent}")
+        raise ConfigError(f"{target}: no permission to write to {target.parent}")
 
 
 @contextmanager
 def _write_errors(target: Path) -> Iterator[None]:
-    """Convert all write errors to an OSError that names the target; the command line reports it."""
+    """Convert write errors to an OSError that names the target."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
-    except (OSError, RuntimeError) as error:  # torch's archive writer hides the file system error
+    except (OSError, RuntimeError) as error:  # torch reports file system errors as RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -161,7 +161,7 @@ def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
 
 
 def _matching_rows(first: Bundle, second: Bundle) -> dict[int, int]:
-    """Rows of the first CTC head -> rows of the second with the same symbol."""
+    """Map rows of the first CTC head to rows of the second with the same symbol."""
     if first.phonemes is None or second.phonemes is None:
         return {row: row for row in range(first.ctc.lm_head.out_features)} if first.ctc else {}
     rows = {symbol: row for row, symbol in enumerate(second.phonemes.symbols)}

@@ -1,4 +1,4 @@
-"""fairseq's and s3prl's HuBERT checkpoints, without fairseq.
+"""Reader and writer of fairseq's and s3prl's HuBERT checkpoints that does not need fairseq.
 
 A checkpoint holds settings (`cfg`, or `args` in older files), the weights (`model`) and the dictionaries of
 its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, including settings.
@@ -62,7 +62,7 @@ _NAMES = [
     (r"^masked_spec_embed$", "mask_emb"),
     *WEIGHT_NORM,
 ]
-# Our field -> fairseq's setting, for fields that differ only in name.
+# HubertConfig field -> fairseq's setting, for fields that differ only in name.
 _FIELDS = {
     "conv_bias": "conv_bias",
     "width": "encoder_embed_dim",
@@ -79,10 +79,10 @@ _FIELDS = {
     "layer_drop": "encoder_layerdrop",
     "conv_grad_scale": "feature_grad_mult",
 }
-# Pretraining settings that fine-tuning overrides -> their names in fine-tuning.
+# Pretraining settings -> names of the fine-tuning settings that override them.
 _FINE_TUNED = {name: name for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_input")}
 _FINE_TUNED |= {"feature_grad_mult": "feature_grad_mult", "encoder_layerdrop": "layerdrop"}
-# The only values that are supported.
+# Settings with only one supported value.
 _FIXED = {
     "layer_type": "transformer",
     "pos_conv_depth": 1,
@@ -111,7 +111,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
         prefix: prefix of the encoder's names in `tensors`.
 
     Raises:
-        CheckpointError: its settings or weights are not those of a HuBERT model.
+        CheckpointError: the settings or weights are not those of a HuBERT model.
     """
     notes: list[str] = []
     model, task = _read_settings(path, content)
@@ -157,7 +157,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
 
 
 def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
-    """Settings of model and task; for a fine-tuned model, those of the pretrained model inside it."""
+    """Read the settings of model and task; a fine-tuned model contains those of the pretrained model."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
     settings: Any = to_plain(path, content.get("cfg")) or to_plain(path, content.get("args"))
@@ -165,7 +165,7 @@ def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
         raise CheckpointError(
             f"{path}: fairseq weights without settings (cfg or args); use the complete checkpoint"
         )
-    # Older files have a Namespace with the settings of model and task in one flat table.
+    # Older files have one flat Namespace with the settings of model and task.
     model: dict = settings
     task: Any = settings
     if isinstance(settings.get("model"), dict):
@@ -204,7 +204,7 @@ def _config_fields(path: Path, model: dict, task: dict) -> dict[str, Any]:
 
 
 def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
-    """Parse a list that fairseq evaluates as Python code; here, only lists, `+` and `*` are accepted."""
+    """Parse a list that fairseq evaluates as Python code, accepting only lists, `+` and `*`."""
 
     def build(node: ast.AST) -> Any:
         if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -240,7 +240,7 @@ def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
 
 
 def _read_dictionaries(path: Path, content: dict) -> tuple[list[list[str]], list[str]]:
-    """Symbols of each codebook and of the CTC head; empty lists if the file has none."""
+    """Read the symbols of each codebook and of the CTC head; empty lists if the file has none."""
     if "model_weight" in content:
         names = to_plain(path, content.get("dictionaries_symbols"))
         return [symbols for symbols in names if _are_symbols(symbols)] if isinstance(names, list) else [], []
@@ -267,8 +267,8 @@ def _are_symbols(value: Any) -> bool:
 def _take_head(
     path: Path, inner: dict[str, Tensor], codebooks: list[list[str]], notes: list[str]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Remove the pretraining head from `inner`; returns UnitHead's tensors and the special symbols' rows."""
-    table = inner.pop("label_embs", None)  # the name of the codebook in the oldest files
+    """Remove the pretraining head from `inner`; returns UnitHead's tensors and the special rows."""
+    table = inner.pop("label_embs", None)  # codebook in the oldest files
     table = inner.pop("label_embs_concat", table)
     weight, bias = (inner.pop(f"final_proj.{part}", None) for part in ("weight", "bias"))
     gate = [inner.pop(name) for name in list(inner) if name.startswith("target_glu.")]
@@ -294,7 +294,7 @@ def _take_head(
 
 
 def _unit_order(symbols: list[str], n_units: int) -> list[int]:
-    """Row of each unit in the codebook; dictionary lines may be sorted by frequency."""
+    """Return the codebook row of each unit; dictionary lines may be sorted by frequency."""
     rows = {symbol: row for row, symbol in enumerate(symbols)}
     names = [str(unit) for unit in range(n_units)]
     if len(symbols) == n_units and all(name in rows for name in names):
@@ -327,7 +327,7 @@ def write_fairseq(
     unit_head: UnitHead | None = None,
     special_rows: Tensor | None = None,
 ) -> list[str]:
-    """Write the checkpoint of a pretrained model or, with `ctc`, of a fine-tuned one.
+    """Write the checkpoint of a pretrained model or, with `ctc`, of a fine-tuned model.
 
     Returns:
         One sentence per dropped or newly initialized item.
@@ -380,7 +380,7 @@ def write_fairseq(
 
 
 def _encoder_tensors(model: HubertModel, notes: list[str]) -> tuple[HubertConfig, dict[str, Tensor]]:
-    """Encoder tensors under fairseq's names, and the matching configuration."""
+    """Return the encoder tensors under fairseq's names and the matching configuration."""
     state = portable_state(model, "fairseq", notes)
     config = replace(model.config, conv_bias="feature_extractor.conv_layers.0.conv.bias" in state)
     if config.conv_dims[-1] == config.width:
@@ -400,7 +400,7 @@ def _head_tensors(
     special_rows: Tensor | None,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """Codebook and projection; newly initialized if fairseq requires one that the model lacks."""
+    """Return codebook and projection; those that fairseq requires but the model lacks are initialized."""
     random = torch.Generator().manual_seed(0)
     if head is None:
         dim, rows = _FINAL_DIM, torch.zeros(0, _FINAL_DIM)
@@ -441,7 +441,7 @@ def _model_settings(config: HubertConfig, final_dim: int, temperature: float) ->
 
 
 def _fine_tuned_cfg(pretrained: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a CTC model that wraps a pretrained model."""
+    """Return the settings of a CTC model that wraps a pretrained model."""
     settings, task = pretrained["model"], pretrained["task"]
     model = {tuned: settings[name] for name, tuned in _FINE_TUNED.items()}
     model |= {"_name": "hubert_ctc", "w2v_path": "", "w2v_args": pretrained, "final_dropout": 0.0, "data": ""}
@@ -453,7 +453,7 @@ def _fine_tuned_cfg(pretrained: dict[str, Any]) -> dict[str, Any]:
 def _ctc_tensors(
     ctc: HubertForCtc, phonemes: PhonemeSet, notes: list[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of the CTC head with fairseq's four special symbols first, and the symbol of each row."""
+    """Return the CTC head with fairseq's four special symbols first, and the symbol of each row."""
     weight, bias = ctc.lm_head.weight.detach().cpu(), ctc.lm_head.bias.detach().cpu()
     # Models that came from fairseq through Hugging Face have <s> and <pad> swapped.
     swapped = {BLANK: "<s>"} if "<pad>" in phonemes.symbols else {BLANK: "<s>", "<s>": "<pad>"}
@@ -473,7 +473,7 @@ def _ctc_tensors(
 
 
 class _Dictionary:
-    """Stand-in for fairseq's Dictionary, with the same attributes."""
+    """Replacement for fairseq's Dictionary with the same attributes."""
 
     def __init__(self, symbols: list[str]):
         self.bos_word, self.pad_word, self.eos_word, self.unk_word = SPECIALS
@@ -484,7 +484,7 @@ class _Dictionary:
 
 
 class _Pickler(pickle._Pickler):
-    """Saves `_Dictionary` as fairseq's class; the usual pickler would have to import fairseq."""
+    """Pickler that saves `_Dictionary` as fairseq's class without importing fairseq."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if obj is not _Dictionary:

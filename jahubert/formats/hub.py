@@ -1,4 +1,4 @@
-"""Location of a model: a folder, a file, or a name on the Hugging Face Hub."""
+"""Lookup of models in folders, in files and on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def resolve_model(source: str | os.PathLike) -> Path:
         raise MissingExtraError("huggingface_hub", "train") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):  # .bin files are as large: download only if needed
+        if not list(folder.glob("*.safetensors")):  # .bin files are large and only needed without safetensors
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
         return folder
-    except Exception as error:  # the Hub's errors share no base class
+    except Exception as error:  # Hub errors have no common base class
         raise CheckpointError(
             f"{name}: no such file or folder, and not available on the Hub: {error}"
         ) from error
 
 
 def check_exists(source: str | os.PathLike) -> None:
-    """Raise the errors of `resolve_model` early, without reading or downloading weights.
+    """Raise the errors of `resolve_model` without reading or downloading weights.
 
     For a Hub name that is not in the cache, config.json is downloaded, which shows whether the name exists
     and is accessible.

@@ -1,7 +1,7 @@
-"""Hugging Face's HuBERT folders: configuration, weights, vocabulary.
+"""Reader and writer of Hugging Face's HuBERT folders: configuration, weights, vocabulary.
 
-Weights are in one file or in shards, as safetensors or as PyTorch's `.bin`. Tensor names are our own, except
-for the prefix `hubert.` of an encoder under a head and for the older names of weight normalization.
+Weights are in one file or in shards, as safetensors or PyTorch `.bin` files. This package uses the same
+tensor names, except for the prefix `hubert.` of an encoder under a head and older weight norm names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jahubert.phonemes import BLANK, BOUNDARY, PhonemeSet
 
 SAFE, BIN = "model.safetensors", "pytorch_model.bin"
 CONFIG, PREPROCESSOR, VOCABULARY = "config.json", "preprocessor_config.json", "vocab.json"
-# Our field -> Hugging Face's key.
+# HubertConfig field -> Hugging Face's key.
 _KEYS = {
     "conv_dims": "conv_dim",
     "conv_kernels": "conv_kernel",
@@ -53,7 +53,7 @@ _KEYS = {
     "input_dropout": "feat_proj_dropout",
     "layer_drop": "layerdrop",
 }
-# The only values that are supported.
+# Settings with only one supported value.
 _FIXED = {
     "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
@@ -66,8 +66,8 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
     """Read a Hugging Face folder.
 
     Args:
-        folder: the folder.
-        fields: fields of HubertConfig that Hugging Face has no key for, if known.
+        folder: path of the folder.
+        fields: values of HubertConfig fields without a Hugging Face key, if known.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not belong to a HuBERT model.
@@ -81,7 +81,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
     from_shapes = fields_from_shapes(folder, weights, str)
     config = make_config(folder, from_shapes, _config_fields(folder, settings) | dict(fields or {}))
     raw = RawModel(config, weights)
-    if "masked_spec_embed" not in weights:  # Hugging Face leaves it out of models saved without masking
+    if "masked_spec_embed" not in weights:  # models saved without masking have none
         weights["masked_spec_embed"] = new_mask_embedding(config.width)
         raw.notes.append("mask embedding: the source has none, so a new one was drawn")
     n_symbols = count_symbols(folder, weights, config.width)
@@ -91,7 +91,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
 
 
 def huggingface_config(config: HubertConfig, phonemes: PhonemeSet | None, n_symbols: int | None) -> dict:
-    """Content of config.json; `n_symbols` is the number of outputs of a CTC model, otherwise None."""
+    """Return the content of config.json; `n_symbols` is the CTC output size, None without a CTC head."""
     settings = {key: getattr(config, name) for name, key in _KEYS.items()}
     return settings | {
         "model_type": "hubert",
@@ -110,7 +110,7 @@ def huggingface_config(config: HubertConfig, phonemes: PhonemeSet | None, n_symb
 
 
 def preprocessor_config(config: HubertConfig) -> dict:
-    """Content of preprocessor_config.json."""
+    """Return the content of preprocessor_config.json."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "do_normalize": config.normalize,
@@ -123,7 +123,7 @@ def preprocessor_config(config: HubertConfig) -> dict:
 
 
 def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
-    """Content of vocab.json, in which the blank is named `<pad>`."""
+    """Return the content of vocab.json, in which the blank is named `<pad>`."""
     names = {BLANK: "<pad>"}
     # Models converted from fairseq have both: <s> is the blank and <pad> is an ordinary symbol.
     names["<pad>"] = "<pad >" if "<s>" in phonemes.symbols else "<s>"
@@ -154,7 +154,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def _our_name(name: str) -> str:
-    """Convert the name of a Hugging Face tensor to ours."""
+    """Convert Hugging Face's tensor name to the name in this package."""
     for suffix, own in (("weight_g", "original0"), ("weight_v", "original1")):
         name = name.replace(
             f"pos_conv_embed.conv.{suffix}", f"pos_conv_embed.conv.parametrizations.weight.{own}"
@@ -197,7 +197,7 @@ def _read_symbols(folder: Path, settings: dict, n_rows: int) -> PhonemeSet | Non
     if not 0 <= blank < n_rows:
         raise CheckpointError(
             f"{folder / CONFIG}: pad_token_id, the CTC blank, is {blank}, but the head has {n_rows} "
-            "outputs; set it to the one that the model was trained with"
+            "outputs; set it to the blank index used in training"
         )
     tokenizer = folder / "tokenizer_config.json"
     delimiter = typed_item(
@@ -210,6 +210,6 @@ def _read_symbols(folder: Path, settings: dict, n_rows: int) -> PhonemeSet | Non
 
 
 def _content(tokenizer: dict) -> dict:
-    """Tokenizer settings with each token as a string; it may be stored as an object with `content`."""
+    """Return a token as a string; tokenizer files may store it as an object with `content`."""
     token = tokenizer.get("word_delimiter_token")
     return tokenizer | ({"word_delimiter_token": token.get("content")} if isinstance(token, dict) else {})

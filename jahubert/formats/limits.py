@@ -1,7 +1,7 @@
 """Limits on the memory and time for opening a model file.
 
-They are far above what models of real projects need. The environment variable `JAHUBERT_LIMITS` multiplies
-all of them, for larger files from a trusted source.
+Real models stay far below these limits. For larger files from a trusted source, the environment variable
+`JAHUBERT_LIMITS` multiplies all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from jahubert.errors import ConfigError
 
 VARIABLE = "JAHUBERT_LIMITS"
-JSON_BYTES = 4 << 20  # parsed JSON can take fifty times its size
+JSON_BYTES = 4 << 20  # parsed JSON can use fifty times its size in memory
 PICKLE_BYTES = 16 << 20  # size of the pickle without its tensors
 INSTRUCTIONS = 500_000  # per pickle; 300 tensors and 50,000 symbols need 270,000
 DEPTH = 100  # levels of nested settings

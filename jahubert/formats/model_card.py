@@ -1,4 +1,4 @@
-"""Model card of a bundle: README.md with the YAML header of the Hugging Face Hub."""
+"""Model card of a bundle: README.md with a YAML header for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from jahubert.model.hubert import HubertModel
 from jahubert.phonemes import PhonemeSet
 
-_METRICS = ("wer", "per")  # metrics on the development set of fine-tuning
+_METRICS = ("wer", "per")  # development set metrics from fine-tuning
 
 
 def model_card(name: str, model: HubertModel, info: dict[str, Any], has_ctc: bool) -> str:
@@ -65,7 +65,7 @@ def _yaml_header(name: str, info: dict[str, Any], has_ctc: bool) -> str:
     if base_model := finetuning.get("base_model"):
         lines.append(f"base_model: {json.dumps(base_model)}")
     values = {key: finetuning.get("metrics", {}).get(key) for key in _METRICS}
-    if "|" not in json.dumps(info.get("phonemes")):  # without word boundaries, both metrics are the CER
+    if "|" not in json.dumps(info.get("phonemes")):  # both metrics equal the CER without word boundaries
         values = {"cer": values["per"]}
     measured = {kind: value for kind, value in values.items() if isinstance(value, (int, float))}
     if measured:
@@ -87,7 +87,7 @@ def _yaml_header(name: str, info: dict[str, Any], has_ctc: bool) -> str:
 
 
 def _is_japanese(symbols: Any) -> bool:
-    """Whether a CTC vocabulary consists of Japanese phones or contains kana."""
+    """Return whether a CTC vocabulary consists of Japanese phones or contains kana."""
     if not symbols:
         return False
     if symbols == PhonemeSet.standard().to_json():

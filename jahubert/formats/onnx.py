@@ -1,4 +1,4 @@
-"""ONNX files: one recording of any length in, log-probabilities or the outputs of all layers out."""
+"""ONNX export: the graph maps one recording of any length to log-probabilities or all layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
 
 INPUT = "wav"  # float32 (1, samples), 16 kHz, full scale 1
-OUTPUTS = {True: "log_probs", False: "layers"}  # key: whether the model has a CTC head
+OUTPUTS = {True: "log_probs", False: "layers"}  # with and without a CTC head
 CHECKED = (1.0, 0.31, 4.0)  # lengths in seconds of the random recordings used to check a written file
 
 
@@ -35,7 +35,7 @@ class OnnxGraph(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(bundle.model if bundle.ctc is None else bundle.ctc).eval()
         hubert = self.model.hubert if isinstance(self.model, HubertForCtc) else self.model
-        # Fold the weight norm, which a runtime would otherwise compute for every recording.
+        # Fold the weight norm, which would otherwise be computed for every recording.
         positional = hubert.encoder.pos_conv_embed
         positional.conv = cast(Any, positional.conv.folded())
 
@@ -66,7 +66,7 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
     loggers = [logging.getLogger(each) for each in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # the exporter's warnings concern its own code
+        warnings.simplefilter("ignore")  # exporter warnings about its own code
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
@@ -88,7 +88,7 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
 
 
 def difference(path: Path, bundle: Bundle) -> float:
-    """Largest absolute difference between onnxruntime's and the bundle's outputs on random audio."""
+    """Compute the largest absolute difference from the bundle's outputs on random audio."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -104,7 +104,7 @@ def difference(path: Path, bundle: Bundle) -> float:
 
 
 def expected(bundle: Bundle, wav_1T: Tensor) -> Tensor:
-    """Reference output, computed with the bundle's model."""
+    """Compute the reference output with the bundle's model."""
     with torch.inference_mode():
         if bundle.ctc is not None:
             return bundle.ctc(wav_1T)[0]

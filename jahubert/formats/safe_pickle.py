@@ -1,4 +1,4 @@
-"""Restricted reader of PyTorch's `.pt` and `.bin` files.
+"""Restricted reader for PyTorch's `.pt` and `.bin` files.
 
 A pickle is a program: it may call any function of any package, repeat work exponentially and declare sizes
 that the file does not have. This reader only calls the few constructors that this module defines.
@@ -38,7 +38,7 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Packages whose objects become records, and individual names from other packages.
+# Packages whose objects become records, and single names from other packages.
 _FAMILIES = {"argparse", "omegaconf", "fairseq", "numpy", "pathlib", "typing"}
 _FAMILIES |= {"lightning", "lightning_fabric", "pytorch_lightning"}
 _NAMES = {"torch.device", "torch.Size", "_codecs.encode", "collections.defaultdict", "collections.Counter"}
@@ -46,22 +46,22 @@ _BUILTINS = {"object", "dict", "list", "tuple", "set", "frozenset", "slice", "co
 _BUILTINS |= {"bool", "int", "long", "float", "str", "unicode", "bytes", "bytearray"}
 _REBUILD_TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file that is older than PyTorch 1.6
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object in files from before PyTorch 1.6
 _LEGACY_PROTOCOL = 1001
 _PythonUnpickler: Any = pickle._Unpickler  # the pure-Python unpickler; the type stubs lack its attributes
 
 
 class Record(dict):
-    """An object of a foreign class: its constructor arguments and its state, without any behavior."""
+    """Inert object of a foreign class with its constructor arguments and state."""
 
     args: tuple = ()
     state: Any = None
 
     def append(self, _: Any) -> None:
-        """Ignore the items of foreign lists and sets: no setting is stored in one."""
+        """Ignore the items of foreign lists and sets, which contain no settings."""
 
     def extend(self, _: Iterable) -> None:
-        """Ignore the items, as `append` does."""
+        """Ignore the items, like `append`."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
@@ -70,7 +70,7 @@ class Record(dict):
 
 @dataclass
 class Storage:
-    """Bytes shared by one or more tensors; read from the file on first use."""
+    """Bytes of one or more tensors, read from the file on first use."""
 
     dtype: torch.dtype
     read: Callable[[], bytes]
@@ -129,8 +129,8 @@ def read_pickled(path: Path) -> Any:
     """Read a file written by `torch.save`: tensors become `Stored`, other objects `Record`.
 
     Raises:
-        CheckpointError: the format is wrong, or the file is damaged, too complex or refers to a class or
-            function that no model needs.
+        CheckpointError: the file is damaged, too complex, in an unknown format, or refers to a class or
+            function that is not allowed.
     """
     if path.suffix == ".onnx":
         raise CheckpointError(f"{path}: ONNX files cannot be read; give the model that it was made from")
@@ -146,10 +146,10 @@ def read_pickled(path: Path) -> Any:
 
 
 def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
-    """Load the tensors of a table read from `path`; other values are dropped.
+    """Load the tensors of a table read from `path`, dropping other values.
 
     Raises:
-        CheckpointError: the values are damaged, or the tensors are together far larger than the file.
+        CheckpointError: the values are damaged, or the total size far exceeds the file size.
     """
     items = table if isinstance(table, Mapping) else {}
     declared = sum(value.n_bytes for value in items.values() if isinstance(value, Stored))
@@ -163,12 +163,12 @@ def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
 
 
 def to_plain(where: object, value: Any) -> Any:
-    """Replace records by the dicts, lists and values that they contain; omegaconf nodes are unwrapped.
+    """Replace records with the dicts, lists and values in them, and unwrap omegaconf nodes.
 
     Raises:
         CheckpointError: the value is nested too deeply.
     """
-    done: dict[int, Any] = {}  # an object that is used in several places is converted once
+    done: dict[int, Any] = {}  # converts shared objects once
 
     def convert(value: Any, depth: int) -> Any:
         if depth > limit(DEPTH):
@@ -176,7 +176,7 @@ def to_plain(where: object, value: Any) -> Any:
         if not isinstance(value, dict | list | tuple):
             return value
         if id(value) not in done:
-            done[id(value)] = None  # ends the recursion of an object that contains itself
+            done[id(value)] = None  # ends the recursion for self-references
             done[id(value)] = convert_container(value, depth + 1)
         return done[id(value)]
 
@@ -186,7 +186,7 @@ def to_plain(where: object, value: Any) -> Any:
             for content in ("_content", "_val"):
                 if content in state:
                     return convert(state[content], depth)
-            if value.args and not state and not len(value):  # a member of an enumeration
+            if value.args and not state and not len(value):  # an enum member
                 return convert(value.args[0], depth)
             value = {**value, **state}
         if isinstance(value, dict):
@@ -197,7 +197,7 @@ def to_plain(where: object, value: Any) -> Any:
 
 
 def _read_archive(path: Path) -> Any:
-    """Read a file of PyTorch 1.6 or newer: a zip archive of the pickle and one entry per storage."""
+    """Read a file of PyTorch 1.6 or later, a zip archive with a pickle and one entry per storage."""
     archive = zipfile.ZipFile(path)
     entries = {info.filename: info for info in archive.infolist()}
     (program,) = (name for name in entries if name.endswith("/data.pkl") or name == "data.pkl")
@@ -227,7 +227,7 @@ def _read_archive(path: Path) -> Any:
 
 
 def _read_legacy(path: Path) -> Any:
-    """Read a file older than PyTorch 1.6: several pickles, followed by the values of all storages."""
+    """Read a file from before PyTorch 1.6: several pickles, then the values of all storages."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         storages: dict[str, Storage] = {}
         n_values: dict[str, int] = {}
@@ -257,12 +257,12 @@ def _read_legacy(path: Path) -> Any:
 
 
 def _max_bytes(path: Path) -> int:
-    """Maximum number of uncompressed bytes to read from a file."""
+    """Return the maximum number of uncompressed bytes to read from a file."""
     return limit(EXPANSION) * (path.stat().st_size + (1 << 20))
 
 
 class _Dispatch(dict):
-    """Dispatch table of pickle instructions that counts those executed."""
+    """Dispatch table that counts executed pickle instructions."""
 
     executed = 0
     allowed = 0
@@ -310,7 +310,7 @@ class _Unpickler(_PythonUnpickler):
         if builtin or full in _NAMES or module.partition(".")[0] in _FAMILIES:
             return Record
         raise CheckpointError(
-            f"{self.path}: the file names {full[:100]!r}, which no model needs; opening it with torch.load "
+            f"{self.path}: it refers to {full[:100]!r}, which is not allowed; opening it with torch.load "
             "could run malicious code. Nothing was run; ask for the weights as safetensors"
         )
 
@@ -351,7 +351,7 @@ class _Unpickler(_PythonUnpickler):
             return function(*args)
         raise ValueError("calls something that is not a class")
 
-    # --- instructions whose standard versions could run code or take unbounded time ------------------------
+    # --- replacements for instructions that could run code or take unbounded time --------------------------
 
     def make(self) -> None:
         """Execute REDUCE or NEWOBJ: function and arguments are on the stack."""
@@ -378,7 +378,7 @@ class _Unpickler(_PythonUnpickler):
         state = self.stack.pop()
         if isinstance(self.stack[-1], Record):
             self.stack[-1].state = state
-        elif not isinstance(self.stack[-1], OrderedDict):  # its attributes (`_metadata`) are not needed
+        elif not isinstance(self.stack[-1], OrderedDict):  # ignores attributes such as `_metadata`
             raise ValueError("sets attributes")
 
     def set_item(self) -> None:
@@ -401,7 +401,7 @@ class _Unpickler(_PythonUnpickler):
             table[_checked_key(key)] = value
 
     def refuse(self) -> None:
-        raise ValueError("an instruction that no model needs")
+        raise ValueError("an unsupported pickle instruction")
 
 
 def _integers(value: Any) -> tuple[int, ...]:
@@ -414,7 +414,7 @@ def _integers(value: Any) -> tuple[int, ...]:
 
 
 def _checked_key(key: Any) -> Any:
-    """Check a dict key: hashing a nested tuple can take time exponential in its size in the file."""
+    """Check a dict key, because hashing nested tuples can take exponential time."""
     simple = (str, int, float, bool, bytes, type(None), Record)
     parts = key if type(key) is tuple and len(key) < 10 else (key,)
     if not all(type(part) in simple for part in parts):

@@ -1,8 +1,8 @@
-"""Tensors of a model file, its configuration, and the checks that all formats share.
+"""Raw contents of model files, and checks of tensors and configuration shared by all formats.
 
-Every reader turns a file into a `RawModel`: tensors under Hugging Face's names, which are also ours, and a
-`HubertConfig`. Every other layout has one function that maps our tensor names to its own. It is used for
-reading and writing, and lets messages show the names in the file.
+Every reader converts a file to a `RawModel`: a `HubertConfig` and tensors under Hugging Face's names, which
+this package also uses. Each other format has a function that maps these tensor names to its own. Readers and
+writers use it, and error messages show the resulting names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WEIGHT_NORM = [
 
 @dataclass
 class RawModel:
-    """The content of a model file or folder: tensors under Hugging Face's names, not yet in modules."""
+    """Tensors and settings of a model file or folder, before modules are built."""
 
     config: HubertConfig
     weights: dict[str, Tensor]  # encoder tensors, and `lm_head.*` for a CTC model
@@ -61,7 +61,7 @@ def rename(name: str, rules: list[tuple[str, str]]) -> str:
 
 
 def weight_norm_name(name: str) -> str:
-    """Convert a name to `weight_g` or `weight_v`, the names of torch's older weight normalization API."""
+    """Convert a name to `weight_g` or `weight_v` of torch's older weight normalization API."""
     return rename(name, WEIGHT_NORM)
 
 
@@ -95,7 +95,7 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
     """Check the symbols of a CTC head.
 
     Raises:
-        CheckpointError: fewer than two symbols, or a duplicate or unprintable one.
+        CheckpointError: fewer than two symbols, or a duplicate or unprintable symbol.
     """
     for symbol in symbols:
         if not typed(where, "a symbol", symbol, str).isprintable():
@@ -129,7 +129,7 @@ def fields_from_shapes(
     Args:
         where: the file, for messages.
         tensors: encoder tensors under their names in the file.
-        name_of: maps our name of a tensor to its name in the file.
+        name_of: maps tensor names of this package to those in the file.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong number of dimensions.
@@ -172,16 +172,16 @@ def make_config(where: object, from_shapes: Mapping[str, Any], settings: Mapping
     """Create a HubertConfig from weight shapes (`fields_from_shapes`) and the settings in the file.
 
     Raises:
-        CheckpointError: the two contradict each other, or the configuration is invalid.
+        CheckpointError: shapes and settings contradict each other, or the configuration is invalid.
     """
     wrong = [
         f"{name} {settings[name]}, not {from_shapes[name]}"
         for name in from_shapes
         if settings.get(name, from_shapes[name]) != from_shapes[name]
     ]
-    if wrong:  # checked before building a model, which could be of any size
+    if wrong:  # checked before a model of arbitrary size is built
         raise CheckpointError(
-            f"{where}: weights and settings do not fit; the settings specify {', '.join(wrong)}. Use both "
+            f"{where}: weights and settings do not match; the settings specify {', '.join(wrong)}. Use both "
             "as they were published"
         )
     try:
@@ -230,7 +230,7 @@ def encoder_shapes(config: HubertConfig) -> dict[str, tuple[int, ...]]:
 
 
 def count_symbols(where: object, weights: Mapping[str, Tensor], width: int) -> int | None:
-    """Number of outputs of the CTC head; None without a CTC head.
+    """Return the number of outputs of the CTC head; None without a CTC head.
 
     Raises:
         CheckpointError: the widths of head and encoder differ, or the head has fewer than two outputs.
@@ -255,9 +255,9 @@ def select_tensors(
 
     Args:
         where: the file, for messages.
-        shapes: our name of each tensor -> its shape.
+        shapes: shapes by tensor name in this package.
         tensors: tensors under their names in the file.
-        name_of: maps our name of a tensor to its name in the file.
+        name_of: maps tensor names of this package to those in the file.
 
     Raises:
         CheckpointError: a tensor is missing or unexpected, has another shape or is not floating-point.
@@ -286,7 +286,7 @@ def select_tensors(
 
 
 def new_mask_embedding(width: int) -> Tensor:
-    """Mask embedding (D,) for weights without one; initialized as in training, with a fixed seed."""
+    """Create a mask embedding (D,) for weights without one, initialized as in training with a fixed seed."""
     return torch.rand(width, generator=torch.Generator().manual_seed(0))
 
 
@@ -294,7 +294,7 @@ def new_mask_embedding(width: int) -> Tensor:
 
 
 def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[str, Tensor]:
-    """Encoder tensors under our names, for fairseq or torchaudio; appends dropped items to `notes`.
+    """Return the encoder tensors for fairseq or torchaudio; appends dropped items to `notes`.
 
     Raises:
         CheckpointError: the target would compute different outputs with these weights.
@@ -317,5 +317,5 @@ def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[st
     if biases and not any(state[name].any() for name in biases):
         # The published large models have no biases; Hugging Face's copies of them contain zeros.
         state = {name: value for name, value in state.items() if name not in biases}
-        notes.append("biases of the front end: all zero and left out, as in the published models")
+        notes.append("biases of the front end: all zero and omitted, as in the published models")
     return state

@@ -1,7 +1,7 @@
-"""torchaudio's HuBERT state dicts.
+"""Reader and writer of torchaudio's HuBERT state dicts.
 
-torchaudio keeps the settings of a model in code, not in its files. Next to each file, this module writes a
-JSON file of the same name with the call that builds the model.
+torchaudio stores model settings in code, not in files. The writer therefore adds a JSON file with the call
+that builds the model, under the same name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NAMES = [
     (r"^encoder\.(pos_conv_embed|layer_norm|layers)\b", r"encoder.transformer.\1"),
     *WEIGHT_NORM,
 ]
-# Our field -> the argument of torchaudio's model factories.
+# HubertConfig field -> argument of torchaudio's model factories.
 _ARGUMENTS = {
     "conv_bias": "extractor_conv_bias",
     "width": "encoder_embed_dim",
@@ -58,18 +58,21 @@ _ARGUMENTS = {
 }
 _CONVS = "extractor_conv_layer_config"
 _MODES = {"group": "group_norm", "layer": "layer_norm"}
-# Further arguments of hubert_pretrain_model, with the paper's values.
+# Additional arguments of hubert_pretrain_model, with the paper's values.
 _PRETRAINING: dict[str, Any] = {
     "mask_prob": 0.8, "mask_selection": "static", "mask_other": 0.0, "mask_length": 10,
     "no_mask_overlap": False, "mask_min_space": 1, "mask_channel_prob": 0.0,
     "mask_channel_selection": "static", "mask_channel_other": 0.0, "mask_channel_length": 10,
     "no_mask_channel_overlap": False, "mask_channel_min_space": 1, "skip_masked": False, "skip_nomask": False,
 }  # fmt: skip
-_PUBLISHED_HEADS = {1024: 16, 1280: 16}  # width -> heads of large and xlarge; others have heads of width 64
+_PUBLISHED_HEADS = {
+    1024: 16,
+    1280: 16,
+}  # by width: large, xlarge; others have heads of width 64
 
 
 def torchaudio_name(name: str) -> str:
-    """Convert the name of an encoder tensor to torchaudio's, which has none for the mask embedding."""
+    """Convert an encoder tensor name to torchaudio's; the mask embedding has none."""
     return rename(name, _NAMES)
 
 
@@ -77,7 +80,7 @@ def torchaudio_name(name: str) -> str:
 
 
 def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawModel:
-    """Read a state dict of wav2vec2_model or hubert_pretrain_model, possibly with `aux` or from Lightning.
+    """Read a state dict of wav2vec2_model or hubert_pretrain_model, including Lightning checkpoints.
 
     Args:
         path: the file; its settings may be in a JSON file next to it.
@@ -85,7 +88,7 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
         prefix: prefix of the encoder's names in `tensors`.
 
     Raises:
-        CheckpointError: its settings or weights are not those of a HuBERT model.
+        CheckpointError: the settings or weights are not those of a HuBERT model.
     """
     notes: list[str] = []
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -106,7 +109,7 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
     if "logit_generator.label_embeddings" in outer:
         head["label_embeddings"] = outer.pop("logit_generator.label_embeddings").float()
     if len(head) not in (0, 3):
-        notes.append(f"pretraining head: the source has only {', '.join(head)}, so it was left out")
+        notes.append(f"pretraining head: the source has only {', '.join(head)}, so it was omitted")
         head = {}
     mask = outer.pop("mask_generator.mask_embedding", None)
     if mask is None:
@@ -128,8 +131,8 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
 def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tuple[HubertConfig, list[Any]]:
     """Determine configuration and CTC symbols from shapes and from the JSON file next to `path`.
 
-    Without that file, strides are those of the published models and attention heads have width 64 (xlarge:
-    80); layer norms in the front end imply pre-norm and normalized waveforms, as in torchaudio's models.
+    Without the JSON file, strides as in the published models and attention heads of width 64 (xlarge: 80) are
+    assumed; layer norms in the front end imply pre-norm and normalized waveforms, as in torchaudio's models.
     """
     from_shapes = fields_from_shapes(path, inner, torchaudio_name)
     layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in inner
@@ -224,7 +227,7 @@ def write_torchaudio(
     with atomic_write(path, "wb") as file:
         torch.save(tensors, file)
         file.flush()
-        with atomic_write(path.with_suffix(".json")) as text:  # complete before the weights are renamed
+        with atomic_write(path.with_suffix(".json")) as text:  # written before the weights appear
             json.dump(call, text, indent=2, ensure_ascii=False)
             text.write("\n")
     return notes

@@ -1,7 +1,7 @@
-"""Typed access to the JSON files and settings of models.
+"""Typed access to JSON files and model settings.
 
-Model files are untrusted input. Every field is read through `typed`, which checks its type once, so that
-later code never gets a string or NaN instead of a number.
+Model files are untrusted input. `typed` checks the type of every field once, so later code never gets a
+string or NaN instead of a number.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def typed(where: object, name: str, value: Any, kind: type) -> Any:
 
 
 def typed_item(where: object, table: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    """Return field `name` of a table, checked by `typed`; `default` if it is missing or null."""
+    """Return the checked field `name` of a table; `default` if it is missing or null."""
     value = table.get(name)
     return default if value is None else typed(where, name, value, kind)
 
@@ -91,7 +91,7 @@ def short_repr(value: Any) -> str:
     """Like `repr`, with limited length and depth."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # an integer with thousands of digits
         return f"a huge {type(value).__name__}"
 
 

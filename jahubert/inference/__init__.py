@@ -1,1 +1,1 @@
-"""Features, units and transcripts of audio: extraction, CTC decoding, chunking, voice activity, writers."""
+"""Inference: features, units and transcripts of recordings, and their output formats."""

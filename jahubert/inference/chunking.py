@@ -1,8 +1,8 @@
-"""Batched encoding of recordings of any length, long ones in overlapping chunks.
+"""Batched encoding of recordings of any length; long recordings are split into overlapping chunks.
 
-A chunk starts on a frame, and neighbors are joined in the middle of their overlap, so every frame of the
-recording is returned exactly once. A frame at a joint sees only half an overlap of context on one side;
-docs/frames.md measures the effect.
+Chunks start on frame boundaries and are joined in the middle of their overlap, so every frame is returned
+exactly once. A frame at a joint has only half an overlap of context on one side; docs/frames.md has
+measurements of the effect.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 
 T = TypeVar("T")
 
-OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks; half of it on each side is only context
+OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks; each uses half of it as context only
 BATCH_SECONDS = 120.0  # padded audio per forward pass
 
 # Encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, ...), n_frames_B).
@@ -28,11 +28,11 @@ Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a recording that starts on a frame; its frames `[keep, end)` are kept."""
+    """Part of a recording that starts on a frame boundary; its frames `[keep, end)` are kept."""
 
     wav_T: Tensor
     start: int  # first sample, within the recording
-    keep: int  # frames before this one are taken from the previous chunk
+    keep: int  # first frame that is kept; earlier frames come from the previous chunk
     end: int
 
 
@@ -53,7 +53,7 @@ def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
 
 
 def chunks(blocks: Iterable[Tensor], grid: FrameGrid, seconds: float | None) -> Iterator[Chunk]:
-    """Split a recording, given in blocks (T,), into overlapping chunks; one chunk if `seconds` is None."""
+    """Split the blocks (T,) of a recording into overlapping chunks; one chunk if `seconds` is None."""
     start, keep = 0, 0
     buffer = torch.zeros(0, device="cpu")
     if seconds is None:
@@ -79,7 +79,7 @@ def encode_all(
     shape: Sequence[int],
     chunk_seconds: float | None,
 ) -> list[Tensor]:
-    """Encode waveforms in batches of similar length, long ones in chunks.
+    """Encode waveforms in batches of similar length, splitting long waveforms into chunks.
 
     Args:
         wavs: 16 kHz waveforms (T,).
@@ -106,7 +106,7 @@ def encode_all(
 def encode_stream(
     blocks: Iterable[Tensor], encode: Encode, grid: FrameGrid, chunk_seconds: float
 ) -> Iterator[Tensor]:
-    """Encode one waveform, given in blocks (T,), chunk by chunk; yields frames (S, ...) on the CPU.
+    """Encode the blocks (T,) of one waveform chunk by chunk; yields frames (S, ...) on the CPU.
 
     Concatenated, they equal the result of `encode_all`; memory is bounded by one chunk. Yields nothing for
     less than one frame of audio.
@@ -117,7 +117,7 @@ def encode_stream(
 
 
 def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
-    """Yield lists of up to `n` items (`itertools.batched` in Python 3.12), each as soon as it is full."""
+    """Yield lists of up to `n` items, like `itertools.batched` in Python 3.12."""
     batch: list[T] = []
     for item in items:
         batch.append(item)
@@ -129,7 +129,7 @@ def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
 
 
 def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
-    """Encode a batch of chunks; returns the kept frames of each on the CPU."""
+    """Encode a batch of chunks; returns the kept frames of each chunk on the CPU."""
     lengths = [len(chunk.wav_T) for chunk in batch]
     wav_BT = torch.zeros(len(batch), max(lengths), device="cpu")
     for row, chunk in zip(wav_BT, batch, strict=True):
@@ -140,7 +140,7 @@ def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
 
 
 def _batches(pairs: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Group consecutive pairs, longest first, into padded batches of up to `BATCH_SECONDS`."""
+    """Group pairs in order, longest first, into padded batches of up to `BATCH_SECONDS`."""
     batch: list[tuple[int, int]] = []
     longest = 0
     for pair, length in zip(pairs, lengths, strict=True):

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 
 SPEECH_LEVEL = -20.0  # dBFS, mean over speech
-_RANGE = 20.0  # dB below the loudest frame: quieter frames are pauses
+_RANGE = 20.0  # frames more than this many dB below the loudest are pauses
 _MAINS = (50.0, 60.0)  # Hz
 _MAX_HUM = 250.0  # Hz, highest harmonic
 _TOLERANCE = 0.01  # relative to the mains frequency
-_MIN_SHARE = 0.2  # of the power below _MAX_HUM in quiet parts; weaker lines are not hum
+_MIN_SHARE = 0.2  # minimum share of a hum line in the power below _MAX_HUM in quiet parts
 _MAX_LINES = 6
 _DECIMATION = 16  # downsampling factor for the line search
-_LONG = 4.0  # seconds
+_LONG = 4.0  # seconds; above this length, amplitude and phase may drift
 _TINY = 1e-12
 
 
@@ -136,7 +136,7 @@ def _strongest_line(low_T: Tensor, weight_T: Tensor) -> float | None:
 
 
 def _basis(frequency: float, x_T: Tensor) -> list[Tensor]:
-    """Sinusoids as long as `x_T`; for long ones, amplitude and phase may change linearly."""
+    """Return sinusoids as long as `x_T`; for long inputs, amplitude and phase may change linearly."""
     n = len(x_T)
     time_T = torch.arange(n, dtype=torch.float64, device=x_T.device) / SAMPLE_RATE
     phase_T = 2 * math.pi * frequency * time_T

@@ -1,7 +1,7 @@
 """CTC decoding: greedy search, prefix beam search and forced alignment.
 
-All three are functions of plain tensors and independent of the phoneme set. The result for a row does not
-depend on its batch: frames beyond `n_frames_B` are never read.
+All three functions take plain tensors and are independent of the phoneme set. The result for a row does not
+depend on its batch, because frames beyond `n_frames_B` are never read.
 
 Shapes: B batch (rows), S frames, V symbols, K beam, C = K * V candidates.
 """
@@ -43,7 +43,7 @@ class Span:
 
 
 def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: int) -> list[int]:
-    """Check the arguments of a search; returns the number of frames of each row."""
+    """Check the arguments of a search and return the number of frames of each row."""
     if logp_BSV.dim() != 3:
         raise ValueError(f"log-probabilities must be (batch, frames, symbols), not {tuple(logp_BSV.shape)}")
     n_rows, n_frames, n_symbols = logp_BSV.shape
@@ -120,7 +120,7 @@ def beam_search(
         return []
     if logp_BSV.dtype in (torch.float16, torch.bfloat16):
         logp_BSV = logp_BSV.float()
-    # Longest first: at every frame the active rows are the first ones, and padding is never read.
+    # Sort rows by length, longest first, so that the active rows come first and padding is never read.
     order = sorted(range(len(counts)), key=lambda row: -counts[row])
     with torch.inference_mode():
         logp_SBV = logp_BSV[order].transpose(0, 1).contiguous()
@@ -133,7 +133,7 @@ def beam_search(
 
 @dataclass
 class _Beam:
-    """Prefixes of each row, best first; all fields are (rows, beam)."""
+    """Prefixes in the beam of each row, best first; all fields have shape (rows, beam)."""
 
     blank: Tensor  # log-probability of paths that end in blank, relative to the row's best prefix
     label: Tensor  # log-probability of paths that end in the prefix's last label
@@ -153,7 +153,7 @@ _KEY_MASK = 2**63 - 1
 def _search(
     logp_SBV: Tensor, counts: list[int], beam: int, n_best: int, blank: int
 ) -> list[list[Hypothesis]]:
-    """Beam search over rows sorted by descending length."""
+    """Run the beam search on rows sorted by descending length."""
     _, n_rows, n_symbols = logp_SBV.shape
     state = _empty_beam(logp_SBV, beam, blank)
     hash_V = torch.tensor(_hash_constants(n_symbols), device=logp_SBV.device)
@@ -177,7 +177,7 @@ def _search(
 
 
 def _hash_constants(n_symbols: int) -> list[int]:
-    """Fixed odd 62-bit hash constants, one per symbol (splitmix64)."""
+    """Return fixed odd 62-bit hash constants, one per symbol (splitmix64)."""
     constants = []
     for symbol in range(n_symbols):
         x = (symbol + 1) * 0x9E3779B97F4A7C15 % 2**64
@@ -188,7 +188,7 @@ def _hash_constants(n_symbols: int) -> list[int]:
 
 
 def _empty_beam(logp_SBV: Tensor, beam: int, blank: int) -> _Beam:
-    """The empty prefix with probability 1 in the first slot; the other slots are unused."""
+    """Create a beam with the empty prefix (probability 1) in the first slot and unused other slots."""
     shape = (logp_SBV.shape[1], beam)
     log_zero = logp_SBV.new_full(shape, _LOG_ZERO)
     ends_blank = log_zero.clone()
@@ -202,7 +202,7 @@ def _empty_beam(logp_SBV: Tensor, beam: int, blank: int) -> _Beam:
 def _step(
     state: _Beam, logp_BV: Tensor, hash_V: Tensor, slot_K: Tensor, blank: int
 ) -> tuple[_Beam, Tensor, Tensor]:
-    """Advance by one frame.
+    """Advance the beam by one frame.
 
     Candidate `k * V + v` is prefix k with label v appended, or prefix k unchanged if v is blank.
 
@@ -264,11 +264,11 @@ def _backtrace(
     n_best: int,
     blank: int,
 ) -> list[list[Hypothesis]]:
-    """Backtrace all rows together, from the last frame to the first."""
+    """Trace all rows back together, from the last frame to the first."""
     n_rows = len(counts)
-    slots = np.tile(np.arange(n_best), (n_rows, 1))  # shorter rows keep their slots until their last frame
+    slots = np.tile(np.arange(n_best), (n_rows, 1))  # rows keep their slots until their last frame
     symbols = np.full((len(steps), n_rows, n_best), blank)
-    shift_B = np.zeros(n_rows)  # total of the shifts of each row
+    shift_B = np.zeros(n_rows)  # accumulated score shift of each row
     for frame in range(len(steps) - 1, -1, -1):
         chosen_BK = steps[frame].cpu().numpy()
         n = len(chosen_BK)
@@ -333,7 +333,7 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
 
 
 def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:
-    """State of each frame on the best path; state 2i + 1 is label i, even states are blanks."""
+    """Return the state of each frame on the best path; state 2i + 1 is label i, even states are blank."""
     n_frames, n_states = len(logp), 2 * len(labels) + 1
     symbols = np.full(n_states, blank)
     symbols[1::2] = labels

@@ -27,7 +27,7 @@ PREFETCH = 32  # recordings decoded ahead
 def prefetch_audio(
     audio: Iterable[AudioLike], sample_rate: int | None = None
 ) -> Iterator[tuple[AudioLike, Tensor | Exception]]:
-    """Yield recordings in order, each with its 16 kHz waveform (T,) or the exception raised while reading it.
+    """Yield recordings in order with their 16 kHz waveform (T,) or the exception raised while reading it.
 
     The next `PREFETCH` recordings are decoded in background threads.
     """
@@ -96,7 +96,7 @@ class LayerFeatures(nn.Module):
 
     @property
     def weights_L(self) -> Tensor | None:
-        """Weight of each layer in the weighted sum; None if layers are not summed."""
+        """Weights of the layers in the weighted sum; None if layers are not summed."""
         return self.factors_L if self.mix_L is None else self.mix_L.softmax(0)
 
     @property
@@ -126,12 +126,12 @@ class LayerFeatures(nn.Module):
 
 
 class FeatureExtractor:
-    """Features of encoder layers: `extractor("a.wav")` -> float32 (frames, dim) on the CPU, without gradient.
+    """Feature extractor: `extractor("a.wav")` returns float32 (frames, dim) on the CPU, without gradient.
 
-    Several layers give (frames, layers, dim), a weighted sum of them (frames, dim).
+    Several layers give (frames, layers, dim); their weighted sum gives (frames, dim).
 
     Args:
-        model: the encoder; it is switched to eval mode and moved to `device`.
+        model: the encoder, which is set to eval mode and moved to `device`.
         layer, weights: as for `LayerFeatures`.
         device: default: a GPU if available.
         dtype: autocast dtype: torch.float32, bfloat16 or float16. Results are float32.
@@ -173,7 +173,7 @@ class FeatureExtractor:
 
     @property
     def grid(self) -> FrameGrid:
-        """Samples covered by each frame."""
+        """Mapping between frames and samples."""
         return self.model.config.grid
 
     @property
@@ -182,7 +182,7 @@ class FeatureExtractor:
         return self.model.config.width
 
     def times(self, n_frames: int) -> Tensor:
-        """Center of each frame in seconds: float64 (frames,)."""
+        """Return the center of each frame in seconds, float64 (frames,)."""
         first = self.grid.center(0)
         samples = torch.arange(n_frames, dtype=torch.float64, device="cpu") * self.grid.hop + first
         return samples / SAMPLE_RATE
@@ -218,7 +218,7 @@ class FeatureExtractor:
         batch_seconds: float = 60.0,
         errors: Literal["raise", "return"] = "raise",
     ) -> Iterator[Tensor | Exception]:
-        """Extract the features of many recordings, in order; the next ones are decoded in the background.
+        """Extract the features of many recordings in order, decoding the next ones in the background.
 
         Args:
             audio: files or arrays.
@@ -240,15 +240,15 @@ class FeatureExtractor:
         yield from self._encode_valid(waiting)
 
     def _encode_valid(self, wavs: list[Tensor | Exception]) -> Iterator[Tensor | Exception]:
-        """Encode the waveforms; exceptions are passed through in their position."""
+        """Encode waveforms, passing exceptions through in their positions."""
         features = iter(self.encode([wav for wav in wavs if isinstance(wav, Tensor)]))
         for wav in wavs:
             yield wav if isinstance(wav, Exception) else next(features)
 
     def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
-        """Features of one recording of any length, piece by piece, in bounded memory.
+        """Yield the features of one recording of any length chunk by chunk, in bounded memory.
 
-        Concatenated, the pieces equal the features with the same `chunk_seconds` (default here: 30).
+        The concatenated chunks equal the features with the same `chunk_seconds` (default here: 30).
         """
         blocks = stream_audio(audio, sample_rate)
         return encode_stream(blocks, self._forward, self.grid, self.chunk_seconds or STREAM_SECONDS)
@@ -264,7 +264,7 @@ class FeatureExtractor:
 
 
 class UnitExtractor:
-    """Discrete units: `units("a.wav")` -> int64 (frames,), the index of the centroid nearest to each frame.
+    """Unit extractor: `units("a.wav")` returns int64 (frames,), the index of the nearest centroid per frame.
 
     Args:
         features: extractor of the layer that the centroids belong to.
@@ -278,7 +278,7 @@ class UnitExtractor:
         if centroids_KD.dim() != 2 or centroids_KD.shape[1] != features.dim:
             raise CheckpointError(
                 f"centroids of shape {tuple(centroids_KD.shape)} do not match features of {features.dim} "
-                "dimensions: they belong to another model"
+                "dimensions; they belong to another model"
             )
         self.features = features
         self.centroids_KD = centroids_KD.float().cpu()
@@ -313,20 +313,20 @@ class UnitExtractor:
     @overload
     def __call__(self, audio: list | tuple, sample_rate: int | None = None) -> list[Tensor]: ...
     def __call__(self, audio, sample_rate=None):
-        """Compute the units (frames,) of one recording, or a list of them; as for `FeatureExtractor`."""
+        """Compute the units (frames,) of a recording or of each recording in a list."""
         features = self.features(audio, sample_rate)
         if isinstance(features, list):
             return [self.nearest(frames_SD) for frames_SD in features]
         return self.nearest(features)
 
     def many(self, audio: Iterable[AudioLike], sample_rate: int | None = None, **options) -> Iterator:
-        """Compute the units of many recordings, in order; arguments as for `FeatureExtractor.many`."""
+        """Compute the units of many recordings in order, with the arguments of `FeatureExtractor.many`."""
         for features in self.features.many(audio, sample_rate, **options):
             yield features if isinstance(features, Exception) else self.nearest(features)
 
     def nearest(self, frames_SD: Tensor) -> Tensor:
-        """Index of the nearest centroid of each frame, int64 (S,)."""
-        # argmin of |x - c|^2 = |x|^2 - 2 x.c + |c|^2, where |x|^2 is constant.
+        """Return the index of the nearest centroid of each frame, int64 (S,)."""
+        # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 does not change the argmin.
         bias_K = self.centroids_KD.pow(2).sum(1) / 2
         blocks = [(bias_K - block @ self.centroids_KD.T).argmin(1) for block in frames_SD.split(16_384)]
         return torch.cat(blocks)

@@ -77,7 +77,7 @@ class Transcript:
 
 
 def builtin_model() -> Path | None:
-    """Folder of the model shipped with the package; None if the installation has none."""
+    """Return the folder of the model shipped with the package; None if there is none."""
     configs = sorted((Path(__file__).parents[1] / "assets").glob("*/config.json"))
     return configs[0].parent if configs else None
 
@@ -86,7 +86,7 @@ class Transcriber:
     """CTC speech recognizer: `Transcriber.from_pretrained("bundle/").transcribe("a.wav")`.
 
     Args:
-        model: encoder with a CTC head; it is switched to eval mode and moved to `device`.
+        model: encoder with a CTC head, which is set to eval mode and moved to `device`.
         phonemes: the symbols of the head.
         beam: width of the beam search.
         device: default: a GPU if available.
@@ -294,7 +294,7 @@ class Transcriber:
         return self._transcript(name, n_samples, decoded)
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
-        """Log-probabilities with phones suppressed outside speech, and whether each waveform has speech."""
+        """Compute log-probabilities with phones suppressed outside speech, and whether there is speech."""
         if not self.vad:
             return self.log_probs(wavs), [True] * len(wavs)
         speech = [speech_frames(wav_T, self.grid) for wav_T in wavs]
@@ -331,7 +331,7 @@ class Transcriber:
         return Transcript(words, n_samples / SAMPLE_RATE, score, name)
 
     def _search(self, logps: list[Tensor]) -> list[Hypothesis]:
-        """Find the best hypothesis of each segment; segments of similar length share a beam search."""
+        """Find the best hypothesis of each segment, searching segments of similar length together."""
         order = sorted(range(len(logps)), key=lambda i: len(logps[i]))
         best: dict[int, Hypothesis] = {}
         for rows in batched(order, BEAM_ROWS):
@@ -381,5 +381,5 @@ def _report_no_speech(name: str, n_samples: int, peak: float) -> None:
 
 
 def _name(audio: AudioLike) -> str:
-    """File name of a source; empty for arrays and streams."""
+    """Return the file name of a source; empty for arrays and streams."""
     return str(audio) if isinstance(audio, str | os.PathLike | AudioSource) else ""

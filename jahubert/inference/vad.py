@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 
-# Frames are 20 ms, levels are in dB unless noted; measured with tools/bench/vad.py.
+# Frames last 20 ms and levels are in dB unless noted. Values were measured with tools/bench/vad.py.
 _WINDOW, _STEP = 64, 16  # length and hop of the analysis windows, in frames
 _BANDS = (250.0, 7000.0, 14)  # lowest and highest frequency in Hz, number of bands
 _MIN_LEVEL = -100.0  # dBFS
-_ACTIVE = 30.0  # below the loudest frame of the window: quieter frames are ignored
+_ACTIVE = 30.0  # frames more than this many dB below the loudest in the window are ignored
 _MIN_LEVEL_STD = 2.5  # standard deviation of the level
 _MIN_SHAPE_STD = 1.6  # mean standard deviation of the relative band levels
 _MIN_CHANGE = 1.6  # median change of the relative band levels within _LAG frames
@@ -34,13 +34,13 @@ _SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, length of a run, fram
 _PITCH = (80.0, 420.0, 250.0, 3000.0)  # pitch range, and band searched for it, in Hz
 _PITCH_WINDOW = 640  # samples
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
-_MARGIN = 12  # frames kept around speech, for quiet consonants and CTC spikes
+_MARGIN = 12  # frames added around speech for quiet consonants and CTC spikes
 _TINY = 1e-13  # power per band
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Log-probabilities of a part of a recording that is decoded separately."""
+    """Log-probabilities of a part of a recording, decoded separately."""
 
     start: int  # first frame, within the recording
     logp_SV: Tensor
@@ -173,14 +173,14 @@ def _periodicity(wav_T: Tensor, n_frames: int, grid: FrameGrid) -> Tensor:
 
 
 def _is_periodic(level_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
-    """Whether a window has voiced frames."""
+    """Return whether a window has voiced frames."""
     below, threshold, run, n_min = _PERIODIC
     loud_NW = level_NW > level_NW.amax(1, keepdim=True) - below
     return _in_runs(loud_NW & (periodicity_NW > threshold), run).sum(1) >= n_min
 
 
 def _is_sustained(level_NW: Tensor) -> Tensor:
-    """Whether most loud frames of a window are in runs of loud frames."""
+    """Return whether most loud frames of a window are in runs of loud frames."""
     below, run, n_min, share = _SUSTAINED
     loud_NW = level_NW > level_NW.amax(1, keepdim=True) - below
     n_N = _in_runs(loud_NW, run).sum(1)
@@ -188,6 +188,6 @@ def _is_sustained(level_NW: Tensor) -> Tensor:
 
 
 def _in_runs(mask_NW: Tensor, run: int) -> Tensor:
-    """Mask of the frames in runs of at least `run` frames (morphological opening)."""
+    """Keep only frames in runs of at least `run` frames (morphological opening)."""
     eroded = 1 - F.max_pool1d(1 - mask_NW.float()[:, None], run, 1)
     return F.max_pool1d(F.pad(eroded, (run - 1, run - 1)), run, 1)[:, 0] > 0

@@ -19,7 +19,7 @@ from jahubert.phonemes import BOUNDARY
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript, Word
 
-# A subtitle cue ends at a pause or when it would get too long to read.
+# A subtitle cue ends at a pause, or before it gets too long to read.
 CUE_PAUSE = 0.6  # seconds
 CUE_LENGTH = 7.0  # seconds
 CUE_KANA = 40  # characters
@@ -155,7 +155,7 @@ def save(
         content = render(transcript, format, phonemes)
         path = Path(os.fspath(base) + FORMATS[format][0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Audio file names that are not valid UTF-8 contain lone surrogates, which cannot be encoded.
+        # File names that are not valid UTF-8 contain lone surrogates, which cannot be encoded.
         with atomic_write(path, errors="replace") as file:
             file.write(content)
         written.append(path)
@@ -163,7 +163,7 @@ def save(
 
 
 def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
-    """Replace kana by phonemes, with the boundary after each word except the last."""
+    """Replace kana with phonemes and a boundary after each word except the last."""
     words = []
     for index, word in enumerate(transcript.words):
         spelling = " ".join(word.phonemes)
@@ -191,7 +191,7 @@ def _cues(words: Iterable[Word]) -> list[tuple[float, float, str]]:
 
 
 def _fits(word: Word, cue: list[Word]) -> bool:
-    """Whether a word can be appended to a cue."""
+    """Return whether a word can be appended to a cue."""
     n_kana = sum(len(w.kana) for w in cue) + len(word.kana)
     pause = word.start - cue[-1].end
     length = word.end - cue[0].start
