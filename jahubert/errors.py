@@ -1,8 +1,8 @@
 """Exceptions raised by jahubert.
 
-A message states what failed, where, what was found and what to do. `UserError` covers whatever a file, an
-option or the setup of a machine can cause: the command lines print its message without a traceback and exit
-with its `exit_status`.
+A message states what failed, where, what was found and what to do. `UserError` covers all errors caused by
+files, options or the setup of a machine. Commands print its message without a traceback and exit with its
+`exit_status`.
 """
 
 
@@ -10,8 +10,8 @@ class JahubertError(Exception):
     """Base class; shown with a traceback unless it is a `UserError`.
 
     Attributes:
-        exit_status: exit status of a command that this error ends.
-        reported: another process has already printed the message, so this one stays silent.
+        exit_status: exit status of the command if this error is not handled.
+        reported: whether another process has already printed the message, so that it is not repeated.
     """
 
     exit_status: int = 1
@@ -19,10 +19,10 @@ class JahubertError(Exception):
 
 
 class Stopped(JahubertError):
-    """Training received a stop signal and saved a checkpoint; the same command resumes it.
+    """Training stopped after a signal and saved a checkpoint; rerunning the same command resumes it.
 
     Attributes:
-        signal: name of the signal, such as "SIGTERM"; None if another process received it.
+        signal: name of the signal, e.g. "SIGTERM"; None if another process received it.
     """
 
     exit_status = 75  # EX_TEMPFAIL: a scheduler may requeue the job
@@ -33,39 +33,39 @@ class Stopped(JahubertError):
 
 
 class UserError(JahubertError):
-    """An error that the user can fix without reading code: the message suffices."""
+    """An error that a user can fix from its message, without reading code."""
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """One or more mistakes in a configuration, all in one message."""
+    """One or more errors in a configuration, all listed in one message."""
 
 
 class AudioError(UserError):
-    """A file or array that is not usable audio."""
+    """A file or array does not contain usable audio."""
 
 
 class DataError(UserError):
-    """A missing, corrupt or mismatched manifest, label store, corpus or target."""
+    """A manifest, label store, corpus or target store is missing, corrupt or mismatched."""
 
 
 class CheckpointError(UserError):
-    """A model folder or file that cannot be read or is not of the required kind."""
+    """A model folder or file cannot be read, or is not of the required kind."""
 
 
 class DiskFullError(UserError):
-    """No space left on a device; the same command resumes when space is available."""
+    """No space is left on a device; once there is space, rerunning the same command resumes the work."""
 
     exit_status = 1
 
 
 class StaleError(UserError):
-    """An existing output folder that was made with other settings than the current ones."""
+    """An existing output folder was created with different settings."""
 
 
 class BusyError(UserError):
-    """A folder that another run is using."""
+    """Another run is using a folder."""
 
 
 class MissingExtraError(UserError, ImportError):

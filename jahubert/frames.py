@@ -1,8 +1,8 @@
-"""Sampling rate and frame arithmetic: the only module that spells out window and hop lengths.
+"""Sampling rate and frame arithmetic. Window and hop lengths are defined only in this module.
 
-Frame `t` of HuBERT's convolutional encoder covers the samples `[320 t, 320 t + 400)`, an MFCC frame
-`[160 t, 160 t + 400)`. Every second MFCC frame therefore coincides with a HuBERT frame, and a crop that
-starts on a multiple of 320 samples starts on a frame of both, so labels need no rounding.
+Frame `t` of HuBERT's convolutional encoder covers samples `[320 t, 320 t + 400)`; MFCC frame `t` covers
+`[160 t, 160 t + 400)`. Every second MFCC frame therefore coincides with a HuBERT frame. A crop that starts at
+a multiple of 320 samples starts at a frame boundary of both, so labels need no rounding.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 from jahubert.errors import ConfigError
 
-SAMPLE_RATE = 16_000  # Hz, of every waveform inside jahubert
+SAMPLE_RATE = 16_000  # Hz; all waveforms in jahubert have this rate
 
 
 @dataclass(frozen=True)
 class FrameGrid:
-    """Frames over samples: frame `t` covers `[hop * t, hop * t + window)`."""
+    """Positions of frames in a waveform: frame `t` covers samples `[hop * t, hop * t + window)`."""
 
     window: int  # samples
     hop: int  # samples
 
     @classmethod
     def from_convs(cls, kernels: Sequence[int], strides: Sequence[int]) -> FrameGrid:
-        """The grid of a stack of unpadded convolutions, first layer first."""
+        """Create the grid of a stack of unpadded convolutions, listed from the first layer to the last."""
         window, hop = 1, 1
         for kernel, stride in zip(kernels, strides, strict=True):
             window += (kernel - 1) * hop
@@ -32,7 +32,7 @@ class FrameGrid:
         return cls(window, hop)
 
     def n_frames(self, n_samples):
-        """Number of complete frames in `n_samples`: an int, or an integer array or tensor of any shape."""
+        """Number of complete frames in `n_samples`, which is an int, or an integer array or tensor."""
         frames = (n_samples - self.window) // self.hop + 1
         return frames * (frames > 0)
 
@@ -53,14 +53,14 @@ class FrameGrid:
         return sample - sample % self.hop
 
     def hop_ratio(self, finer: FrameGrid) -> int:
-        """Hops of `finer` per hop of this grid: frame `t` of this grid is frame `t * ratio` of `finer`.
+        """Number of hops of `finer` per hop of this grid: frame `t` here is frame `t * ratio` of `finer`.
 
         Raises:
-            ConfigError: the windows differ, or the hops do not divide.
+            ConfigError: the windows differ, or this grid's hop is not a multiple of the finer one.
         """
         if finer.window != self.window or self.hop % finer.hop:
             raise ConfigError(
-                f"{finer} does not subdivide {self}: windows must be equal and hops must divide"
+                f"{finer} does not subdivide {self}: windows must be equal and hops must be multiples"
             )
         return self.hop // finer.hop
 

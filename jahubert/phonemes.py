@@ -1,9 +1,9 @@
-"""Japanese phones: the inventory, conversion between kana and phones, and the symbols of a CTC head.
+"""Japanese phones: phone inventory, conversion between kana and phones, and symbol sets of CTC heads.
 
-The 40 phones are those of the Kaldi recipe for CSJ (and of Julius): short and long vowels, the moraic nasal
-`N`, `q` for the first half of a geminate, and consonants; a palatalized consonant (`ky`) is a single phone.
-Only `ー` marks a long vowel: `オオ` is `o o`. `normalize_kana` converts orthographic readings such as
-`せんせい` to the pronunciation, `センセー`.
+The 40 phones are those of Kaldi's CSJ recipe and of Julius: short and long vowels, the moraic nasal `N`, `q`
+for the first half of a geminate, and consonants. A palatalized consonant (`ky`) is a single phone. Long
+vowels must be written with `ー`; `オオ` becomes `o o`. `normalize_kana` converts orthographic readings such
+as `せんせい` to pronunciations such as `センセー`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PHONES: tuple[str, ...] = (*VOWELS, *(vowel + ":" for vowel in VOWELS), "N", "q"
 BOUNDARY = "|"
 BLANK = "<blank>"
 
-# Spelling of each consonant before a i u e o. Kana to phones uses the single kana of this table and the rules
-# of `_syllable`; phones to kana uses all of it, so that every output of a recognizer has a spelling.
+# Spelling of each consonant before a, i, u, e and o. `phones_to_kana` uses the whole table, so that all
+# output of a recognizer can be spelled. `kana_to_phones` uses its single kana and the rules in `_syllable`.
 _SPELLING = {
     "": "ア イ ウ エ オ",
     "k": "カ キ ク ケ コ",
@@ -56,14 +56,14 @@ _SPELLING = {
 }
 _WRITE = {(c, v): kana for c, row in _SPELLING.items() for v, kana in zip(VOWELS, row.split(), strict=True)}
 
-# All characters in the output of `phones_to_kana`.
+# All characters that `phones_to_kana` can output.
 KANA: tuple[str, ...] = tuple(sorted({*"".join(_WRITE.values()), *"ンッー"}))
 
 _SMALL = {"ァ": "a", "ィ": "i", "ゥ": "u", "ェ": "e", "ォ": "o", "ヮ": "a"}
 _SMALL_Y = {"ャ": "a", "ュ": "u", "ョ": "o"}
-# Consonants whose palatalized form is not the consonant plus y.
+# Consonants whose palatalized form is not spelled with an added y.
 _BEFORE_Y = {"f": "hy", "s": "sh", "z": "j", "sh": "sh", "j": "j", "ch": "ch", "t": "t", "d": "d", "ts": "ts"}
-# Exceptions to the rules of `_syllable`.
+# Exceptions to the rules in `_syllable`.
 _IRREGULAR = {
     "テュ": ("ts", "u"),
     "ヂュ": ("dy", "u"),  # the only source of dy
@@ -78,7 +78,7 @@ def _single_kana() -> dict[str, tuple[str, ...]]:
     table |= {"ヂ": ("j", "i"), "ヅ": ("z", "u"), "ヲ": ("o",), "ヰ": ("i",), "ヱ": ("e",), "ヴ": ("b", "u")}
     table |= {"ヷ": ("b", "a"), "ヸ": ("b", "i"), "ヹ": ("b", "e"), "ヺ": ("b", "o")}
     table |= {"ヵ": ("k", "a"), "ヶ": ("k", "e"), "ン": ("N",), "ッ": ("q",)}
-    # A small kana without a base is read as its large form.
+    # A small kana without a base kana is read like the full-size one.
     table |= {small: (vowel,) for small, vowel in _SMALL.items()} | {"ヮ": ("w", "a")}
     table |= {small: ("y", vowel) for small, vowel in _SMALL_Y.items()}
     return table
@@ -88,11 +88,11 @@ _READ = _single_kana()
 
 
 def _syllable(base: str, small: str) -> tuple[str, ...]:
-    """Phones of a kana and a following small one: usually the base's consonant and the small kana's vowel."""
+    """Phones of a kana and a following small kana: usually one's consonant and the other's vowel."""
     if base + small in _IRREGULAR:
         return _IRREGULAR[base + small]
     phones = _READ[base]
-    if len(phones) == 1:  # a bare vowel: ウィ is w i, any other keeps both vowels (イェ is i e)
+    if len(phones) == 1:  # the base is a vowel: ウィ becomes w i; others keep both vowels (イェ becomes i e)
         if base == "ウ" and small in "ァィェォ":
             return ("w", _SMALL[small])
         return phones + _READ[small]
@@ -106,7 +106,7 @@ def _syllable(base: str, small: str) -> tuple[str, ...]:
 
 
 def to_katakana(kana: str) -> str:
-    """Convert hiragana to katakana after NFKC and expand iteration marks; other characters are unchanged."""
+    """Apply NFKC, convert hiragana to katakana and expand iteration marks."""
     out: list[str] = []
     for char in unicodedata.normalize("NFKC", kana):
         if "ぁ" <= char <= "ゖ" or char in "ゝゞ":
@@ -118,12 +118,13 @@ def to_katakana(kana: str) -> str:
 
 
 def kana_to_phones(kana: str) -> list[str]:
-    """Phones of a pronunciation in hiragana or katakana; `ー` lengthens the vowel before it.
+    """Convert a pronunciation in hiragana or katakana to phones.
 
-    A `ー` that does not follow a vowel (at the start, after ン or ッ) is silent and skipped.
+    `ー` lengthens the preceding vowel. It is ignored if it does not follow a vowel (at the start, or after ン
+    or ッ).
 
     Raises:
-        DataError: a character that is not kana, or a word of only ッ and ー.
+        DataError: a character is not kana, or the word consists only of ッ and ー.
     """
     text = to_katakana(kana.strip())
     phones: list[str] = []
@@ -151,13 +152,13 @@ def kana_to_phones(kana: str) -> list[str]:
 
 
 def phones_to_kana(phones: Sequence[str]) -> str:
-    """Katakana spelling of phones; `|` becomes a space.
+    """Spell phones in katakana; `|` becomes a space.
 
-    Every sequence of phones has a spelling: a consonant without a vowel, which a recognizer may output, is
-    spelled as before `u`.
+    Every sequence of phones can be spelled: a consonant without a vowel, which a recognizer may output, is
+    spelled as if `u` followed.
 
     Raises:
-        DataError: a symbol outside the inventory.
+        DataError: a symbol is not a phone.
     """
     out: list[str] = []
     consonant = ""
@@ -184,11 +185,11 @@ def phones_to_kana(phones: Sequence[str]) -> str:
 # --- spelling to pronunciation ------------------------------------------------------------------------
 
 _ROW_OF = {kana: phones[-1] for kana, phones in _READ.items() if phones[-1] in VOWELS}
-# A vowel and the kana after it that form one long vowel, unless a morpheme starts between them.
+# Pairs of a vowel and a following kana that form a long vowel, unless a morpheme boundary separates them.
 _LONG = {("o", "ウ"), ("o", "オ"), ("u", "ウ"), ("e", "イ"), ("e", "エ")}
 
-# `|` marks a morpheme boundary, which keeps the vowel after it separate; `ー` marks a long vowel that the
-# rule leaves out, because アア and イイ are usually two vowels.
+# Exceptions to this rule. `|` marks a morpheme boundary, so the following vowel stays separate. `ー` marks a
+# long vowel that `_LONG` does not cover, because アア and イイ are usually two vowels.
 _WORDS = (
     (r"ホノオ", "ホノ|オ"),
     (r"オノオノ", "オノ|オノ"),
@@ -210,9 +211,10 @@ _WORDS = (
     (r"^コン(バン|ニチ)ハ$", r"コン\1ワ"),
     (r"^(デ|マタ|ソレデ|アルイ)ハ$", r"\1ワ"),
 )
-# Verbs that no noun is spelled like; others need the surface form (追う or 王, 酔う or 用).
+# Verbs whose reading is not also that of a noun. Other verbs are recognized by their surface form (追う or
+# 王, 酔う or 用).
 _VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
-# Kanji whose reading starts with a vowel that is not merged with the preceding one.
+# Kanji whose reading starts with a vowel that is not merged with the preceding vowel.
 _KANJI_STARTS = {
     "売": "ウリ|ウル",
     "打": "ウチ|ウツ",
@@ -250,14 +252,15 @@ _NOT_A_VERB = re.compile(r"(?:難|早|向|目出度|芽出度)う$")
 
 
 def normalize_kana(reading: str, surface: str | None = None) -> str:
-    """Pronunciation, in katakana with ー, of an orthographic reading: せんせい -> センセー.
+    """Convert an orthographic reading to its pronunciation in katakana: せんせい -> センセー.
 
-    ヂ, ヅ and ヲ become ジ, ズ and オ. Other characters than kana are unchanged.
+    ヂ, ヅ and ヲ become ジ, ズ and オ. Characters other than kana are not changed.
 
     Args:
         reading: kana as in a dictionary.
-        surface: the word as written. It resolves readings that are ambiguous (おう is オー in 王 and オウ in
-            追う): the う that ends a verb, and the initial vowel of a kanji's reading, stay separate.
+        surface: the word as written, which resolves ambiguous readings (おう is オー in 王 and オウ in 追う).
+            The う that ends a verb and the first vowel of a kanji's reading are not merged with a preceding
+            vowel.
     """
     text = to_katakana(reading.strip())
     for pattern, replacement in _WORDS:
@@ -275,11 +278,11 @@ def normalize_kana(reading: str, surface: str | None = None) -> str:
 
 
 def _mark_parts(text: str, surface: str) -> str:
-    """Insert `|` into `text` at the morpheme boundaries that the surface form reveals."""
+    """Insert `|` into `text` at morpheme boundaries inferred from the surface form."""
     if surface in ("言う", "云う", "いう") and text == "イウ":
         return "ユー"
     if "H" in unicodedata.normalize("NFKC", surface).upper():
-        text = text.replace("エイチ", "エ|イチ")  # the letter H is not エー
+        text = text.replace("エイチ", "エ|イチ")  # the name of the letter H has no long vowel
     for kanji, starts in _KANJI_STARTS.items():
         if kanji in surface[1:]:
             text = re.sub(f"(?<=.)(?={starts})", "|", text)
@@ -293,10 +296,10 @@ def _mark_parts(text: str, surface: str) -> str:
 
 @dataclass(frozen=True)
 class PhonemeSet:
-    """The symbols of a CTC head by index: blank, word boundary and phones.
+    """The symbols of a CTC head in index order: blank, word boundary and phones.
 
-    In heads trained by jahubert, blank and boundary come first. In other CTC models they can be anywhere, the
-    boundary may be missing, and the other symbols may be kana or characters.
+    In heads trained by jahubert, blank and boundary come first. In other CTC models, they may have any
+    position, the boundary may be missing, and the other symbols may be kana or characters.
     """
 
     symbols: tuple[str, ...]
@@ -304,13 +307,13 @@ class PhonemeSet:
     def __post_init__(self) -> None:
         if BLANK not in self.symbols or len(set(self.symbols)) != len(self.symbols):
             raise DataError(
-                f"a phoneme set consists of distinct symbols, {BLANK} among them; found {self.symbols}"
+                f"a phoneme set must consist of distinct symbols, including {BLANK}; found {self.symbols}"
             )
         object.__setattr__(self, "_index", {symbol: i for i, symbol in enumerate(self.symbols)})
 
     @classmethod
     def standard(cls) -> PhonemeSet:
-        """Blank, boundary and the 40 phones: 42 symbols."""
+        """Create the standard set of 42 symbols: blank, boundary and the 40 phones."""
         return cls((BLANK, BOUNDARY, *PHONES))
 
     @property
@@ -320,12 +323,12 @@ class PhonemeSet:
 
     @property
     def boundary(self) -> int:
-        """Index of the word boundary; -1 if the set has none."""
+        """Index of the word boundary, or -1 if the set has none."""
         return self.__dict__["_index"].get(BOUNDARY, -1)
 
     @property
     def are_phones(self) -> bool:
-        """Whether all symbols but special ones (<unk>, [PAD]) are phones and so have a kana spelling."""
+        """Whether all symbols except special ones (<unk>, [PAD]) are phones, which can be spelled in kana."""
         special = re.compile(r"<.*>|\[.*\]")
         return all(s in PHONES or s == BOUNDARY or special.fullmatch(s) for s in self.symbols)
 
@@ -333,12 +336,13 @@ class PhonemeSet:
         return len(self.symbols)
 
     def encode(self, words: Sequence[Sequence[str]]) -> list[int]:
-        """Labels of an utterance: the phones of its words, with a boundary between words.
+        """Convert words to labels, with a boundary between words; empty words are skipped.
 
-        Empty words are skipped.
+        Args:
+            words: the phones of each word.
 
         Raises:
-            DataError: a phone that is not in the set.
+            DataError: a phone is not in the set.
         """
         index: dict[str, int] = self.__dict__["_index"]
         labels: list[int] = []
@@ -352,10 +356,10 @@ class PhonemeSet:
         return labels
 
     def decode(self, labels: Sequence[int]) -> list[tuple[str, ...]]:
-        """Words as tuples of phones; blanks and empty words are dropped.
+        """Convert labels to words (tuples of phones); blanks and empty words are dropped.
 
         Raises:
-            DataError: a label out of range.
+            DataError: a label is out of range.
         """
         words: list[list[str]] = [[]]
         for label in labels:
@@ -368,17 +372,17 @@ class PhonemeSet:
         return [tuple(word) for word in words if word]
 
     def to_json(self) -> dict[str, list[str]]:
-        """A JSON-serializable form; `from_json` is the inverse."""
+        """Convert to a JSON-serializable object."""
         return {"symbols": list(self.symbols)}
 
     @classmethod
     def from_json(cls, data: dict[str, list[str]]) -> PhonemeSet:
-        """The inverse of `to_json`.
+        """Create a set from the output of `to_json`.
 
         Raises:
-            DataError: any other content.
+            DataError: `data` has a different structure.
         """
         symbols = data.get("symbols") if isinstance(data, dict) else None
         if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
-            raise DataError(f"a phoneme set is an object with a list of strings `symbols`; found {data!r}")
+            raise DataError(f"expected an object with a list of strings named `symbols`, found {data!r}")
         return cls(tuple(symbols))

@@ -13,17 +13,22 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 THREAD_PREFIX = "prefetch"
-MAX_THREADS = 4  # decoding 80 s of FLAC takes 60 to 80 ms on one core, encoding it on a GPU 30 ms
+MAX_THREADS = 4  # decoding 80 s of FLAC takes 60 to 80 ms on a core; a GPU encodes it in 30 ms
 N_THREADS = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))  # leaves cores for computation
 
 
 def prefetch(
     function: Callable[[T], R], items: Iterable[T], n: int = 4
 ) -> Generator[tuple[T, R], None, None]:
-    """Map `function` over `items` in background threads, `n` items ahead of the consumer.
+    """Map `function` over `items` in background threads.
 
-    Yields (item, result) in order; an exception is raised at the position of its item. All threads have ended
-    when the generator is closed.
+    Closing the generator waits for all threads to end.
+
+    Args:
+        n: number of items to process ahead of the consumer.
+
+    Yields:
+        (item, result) in order. An exception in `function` is raised when its item is reached.
     """
     items = iter(items)
     pool = ThreadPoolExecutor(N_THREADS, THREAD_PREFIX)

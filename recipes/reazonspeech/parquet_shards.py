@@ -1,8 +1,8 @@
-"""Conversion of parquet shards, as on the Hugging Face Hub, to tar shards with a table of captions.
+"""Conversion of parquet shards from the Hugging Face Hub to tar shards with a table of captions.
 
-Compressed parquet pages have no byte range per recording, so recordings are copied once, without decoding, to
-an uncompressed tar, which is read in place like the original shards. A shard is converted again when the size
-or modification time of its parquet file change.
+Recordings in compressed parquet pages cannot be read by byte range. They are therefore copied once, without
+decoding, to an uncompressed tar, which is read like the original shards. A shard is converted again if the
+size or modification time of its parquet file changes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
 
 VERSION = 1
-CAPTIONS = ("transcription", "text", "sentence")  # accepted names of the column
-_BATCH_ROWS = 256  # rows in memory
+CAPTIONS = ("transcription", "text", "sentence")  # accepted names of the caption column
+_BATCH_ROWS = 256  # number of rows in memory
 _TAR_BLOCK = 512  # bytes
 
 
 def find_parquet(data: Path, subset: str) -> list[Path]:
-    """The parquet shards of a release: in `data`, or in its folders <subset> and data."""
+    """Find the parquet shards of a release: in `data`, or in its folder `<subset>` or `data`."""
     for folder in (data / subset, data, data / "data"):
         if shards := sorted(folder.glob("*.parquet")):
             return shards
@@ -33,10 +33,13 @@ def find_parquet(data: Path, subset: str) -> list[Path]:
 
 
 def to_tar(shard: Path, folder: Path) -> tuple[Path, dict[str, str]]:
-    """Convert a shard to `folder`, unless it exists; return the tar and name -> caption.
+    """Convert a shard to a tar file in `folder`, unless this was done before.
+
+    Returns:
+        The tar file, and a mapping from the names of recordings to captions.
 
     Raises:
-        DataError: not parquet, or without the columns of audio and captions.
+        DataError: the shard is not parquet, or has no audio or caption column.
     """
     target, state_path = folder / f"{shard.stem}.tar", folder / f"{shard.stem}.json"
     status = shard.stat()
@@ -60,7 +63,7 @@ def to_tar(shard: Path, folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 def _header(name: str, size: int) -> bytes:
-    """A tar header. tarfile's own takes ten times as long, which is only needed for long names."""
+    """Create a tar header. `tarfile` is ten times as slow and only used for long names or large files."""
     raw = name.encode("utf-8", "surrogateescape")
     if len(raw) > 100 or size >= 8**11:
         info = tarfile.TarInfo(name)
@@ -73,7 +76,7 @@ def _header(name: str, size: int) -> bytes:
 
 
 def _recordings(shard: Path) -> Iterator[tuple[str, bytes, str]]:
-    """(name, content, caption) of the rows with audio; names are made unique with the row number."""
+    """Yield (name, content, caption) of each row; duplicate names get the row number as a prefix."""
     try:
         file = pq.ParquetFile(shard)
         names = file.schema_arrow.names

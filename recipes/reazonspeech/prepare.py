@@ -1,8 +1,8 @@
-"""ReazonSpeech (Reazon Human Interaction Laboratory), v1 and v2 of any size: television speech with captions.
+"""Reader for ReazonSpeech v1 and v2 (Reazon Human Interaction Laboratory): television speech with captions.
 
 Reads `tsv/<subset>.tsv` (name, tab, caption; no header) and `data/000.tar` ... `data/fff.tar` as downloaded,
-or the parquet files of the Hugging Face Hub. Tar shards are not unpacked: the manifest has their byte ranges.
-Captions are kept as text, which stage=targets converts to phones and pretraining ignores.
+or the parquet files on the Hugging Face Hub. Tar shards are not unpacked: the manifest contains byte ranges.
+Captions are stored as text; stage=targets converts them to phones, and pretraining ignores them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _LOG_EVERY = 256  # shards
 @dataclass(frozen=True)
 class Config:
     subset: str = "all"  # tiny, small, medium, large or all: the name of a .tsv
-    dev: int = 1000  # utterances, the first ones
-    test: int = 100  # the next ones
-    processes: int = 0  # that index shards; 0: one per core
+    dev: int = 1000  # number of utterances at the start of the corpus
+    test: int = 100  # number of utterances after those of dev
+    processes: int = 0  # number of processes that index shards; 0: one per core
 
     def __post_init__(self) -> None:
         if min(self.dev, self.test, self.processes) < 0:
@@ -44,13 +44,13 @@ class Config:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterances | Rejected]:
-    """Yield recordings `<shard>/<name>`, shard by shard, and rejected ones.
+    """Yield recordings with ids `<shard>/<name>`, shard by shard, and rejected items.
 
-    `work/index` caches the members of each shard: an interrupted run resumes, and of shards that arrive later
-    only these are read.
+    `work/index` caches the members of each shard, so that an interrupted run resumes, and only new shards are
+    read when shards are added.
 
     Raises:
-        DataError: the table of the subset, or all of its shards, not found.
+        DataError: the table of the subset, or all of its shards, are missing.
     """
     if data is not None and (parquet := find_parquet(data, config.subset)):
         yield from _prepare_parquet(parquet, work, config)
@@ -67,8 +67,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     if not shards:
         example = next(iter(sorted(captions.runs)), "000")
         raise DataError(
-            f"{folder}: none of the {len(captions.runs)} shards of {table.name} found, such as {example}.tar;"
-            " download them into this folder"
+            f"{folder}: none of the {len(captions.runs)} shards of {table.name} found (for example "
+            f"{example}.tar); download them to this folder"
         )
     n_rows = n_samples = 0
     indices = index_shards(list(shards.values()), work / "index", config.processes or os.cpu_count() or 1)
@@ -105,10 +105,13 @@ def _log_progress(n_shards: int, total: int, n_rows: int, n_samples: int) -> Non
 
 
 def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
-    """Find the table of a subset and the folder of its shards, in a release or in the folder above it.
+    """Find the table of a subset and the folder of its shards.
+
+    Args:
+        data: a release, or the folder that contains it.
 
     Raises:
-        DataError: no release, more than one, or no such table.
+        DataError: there is no release, more than one release, or no such table.
     """
     if data is None:
         raise DataError(
@@ -118,7 +121,7 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
     if len(releases) != 1:
         found = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"
         raise DataError(
-            f"{data}: found {found}; give data=FOLDER with tsv/*.tsv and data/*.tar of one release"
+            f"{data}: found {found}; set data= to a folder with tsv/*.tsv and data/*.tar of one release"
         )
     tables = _tables(releases[0])
     if subset not in tables:
@@ -135,7 +138,10 @@ def _tables(folder: Path) -> dict[str, Path]:
 def _match_captions(
     path: Path, index: dict[str, Any], texts: dict[str, str], table: Path
 ) -> tuple[Utterances, list[Rejected]]:
-    """The recordings of a shard that have a caption, and the rest of both; empties `texts`."""
+    """Return the recordings of a shard that have a caption, and rejected recordings and captions.
+
+    `texts` is empty afterwards.
+    """
     rejected = [Rejected(*item) for item in index["broken"]]
     for name, _, _ in index["broken"]:
         texts.pop(name, None)
@@ -157,7 +163,7 @@ def _match_captions(
 
 
 def _assign_splits(rows: Utterances, n_before: int, config: Config) -> Iterator[Utterances]:
-    """Split rows, preceded by `n_before` others, into dev, test and train."""
+    """Assign rows to dev, test and train by position; `n_before` rows precede them."""
     bounds = np.clip(np.array([0, config.dev, config.dev + config.test]) - n_before, 0, len(rows)).tolist()
     for split, first, last in zip(("dev", "test", "train"), bounds, [*bounds[1:], len(rows)], strict=True):
         if first < last:
@@ -166,12 +172,15 @@ def _assign_splits(rows: Utterances, n_before: int, config: Config) -> Iterator[
 
 @dataclass
 class Captions:
-    """Captions of a table in any order, read shard by shard; only the positions of the rows are in memory."""
+    """Captions of a table, read shard by shard.
+
+    Rows may have any order. Only their positions are kept in memory.
+    """
 
     table: Path
-    # Shard -> first byte, end byte and first line of each run of its rows.
+    # Maps a shard to the start byte, end byte and first line of each run of consecutive rows.
     runs: dict[str, array] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)  # rows without a shard
+    rejected: list[Rejected] = field(default_factory=list)  # rows without a valid shard name
 
     def __post_init__(self) -> None:
         last, run, end = b"", array("q"), 0
@@ -196,7 +205,7 @@ class Captions:
         return sum(block.count(b"\n") + (not block.endswith(b"\n")) for block, _ in self._blocks(shard))
 
     def of(self, shard: str) -> tuple[dict[str, str], list[Rejected]]:
-        """Name -> caption of a shard, and its unusable rows."""
+        """Return the captions of a shard by recording name, and its unusable rows."""
         texts: dict[str, str] = {}
         rejected: list[Rejected] = []
         for block, first in self._blocks(shard):

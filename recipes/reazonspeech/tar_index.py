@@ -1,12 +1,12 @@
-"""Index of the recordings in tar shards, read from the headers without unpacking.
+"""Index of the recordings in tar shards, created from the tar headers without unpacking.
 
-The index of a shard is a JSON file of columns, which is renewed when size or modification time of the shard
-change. Several machines with a shared file system can each index a part of the shards:
+The index of a shard is a JSON file of columns. It is recreated when the size or modification time of the
+shard changes. Several machines with a shared file system can each index a part of the shards:
 
     python recipes/reazonspeech/tar_index.py corpus/data exp/reazonspeech/prepare/work/index --part 1/4
 
-`stage=prepare` then finds all indices. (Without arguments this file is the worker process of `index_shards`,
-which reads the names of its shards from standard input.)
+`stage=prepare` then finds all indices. Without arguments, this file runs as a worker process of
+`index_shards` and reads the paths of its shards from standard input.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from jahubert.errors import AudioError, JahubertError
 from jahubert.formats.atomic import atomic_write
 
 VERSION = 1
-_BLOCK = 512  # bytes; headers and contents of a tar start at multiples of it
-_FLAC_HEAD = 26  # bytes of a FLAC file up to the end of its sample count
+_BLOCK = 512  # bytes; headers and contents in a tar start at multiples of this
+_FLAC_HEAD = 26  # bytes from the start of a FLAC file to the end of its sample count
 _RATE = 16_000
-_FILES = (b"0", b"\0", b"7")  # types of regular members
+_FILES = (b"0", b"\0", b"7")  # type flags of regular files
 _PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]+)\n")
 
 
 def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterator[dict[str, Any]]:
-    """Indices of all shards, in order, read from `folder` or made by several processes.
+    """Yield the indices of all shards in order; missing ones are created by several processes.
 
-    An index has the columns `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz), one row per
-    recording, and `broken`: [name, reason, detail] of unusable recordings.
+    An index has the columns `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz) with one row per
+    recording, and a list `broken` with [name, reason, detail] of unusable recordings.
 
     Raises:
-        JahubertError: a process failed; the message has its output.
+        JahubertError: a process failed; the message contains its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in shards if _read_index(shard, folder) is None]
@@ -62,14 +62,14 @@ def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterat
 
 
 class _Worker:
-    """A subprocess that indexes shards and prints the name of each finished one."""
+    """A subprocess that indexes shards and prints the name of each finished shard."""
 
     def __init__(self, shards: Sequence[Path], folder: Path):
         code = (
             "import runpy, sys; file, *sys.path[:] = sys.argv[1:]; sys.argv[:] = [file]; "
             "runpy.run_path(file, run_name='__main__')"
         )
-        self.errors = tempfile.TemporaryFile("w+")  # a pipe could fill up  # noqa: SIM115
+        self.errors = tempfile.TemporaryFile("w+")  # a pipe could fill up and block  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, __file__, *sys.path],
             stdin=subprocess.PIPE,
@@ -97,7 +97,7 @@ class _Worker:
 
 
 def _state(shard: Path) -> list[int]:
-    """Version of the index, and size and modification time of the shard."""
+    """Index version, and size and modification time of the shard; a change invalidates the index."""
     status = shard.stat()
     return [VERSION, status.st_size, status.st_mtime_ns]
 
@@ -120,7 +120,7 @@ def _write_index(index: dict[str, Any], shard: Path, folder: Path) -> None:
 
 
 def index_shard(shard: Path) -> dict[str, Any]:
-    """Index a shard; see `index_shards`."""
+    """Create the index of a shard, in the format described in `index_shards`."""
     names: list[str] = []
     columns: dict[str, list[int]] = {"offsets": [], "lengths": [], "n_samples": []}
     broken: list[list[str]] = []
@@ -140,14 +140,14 @@ def index_shard(shard: Path) -> dict[str, Any]:
                 columns["n_samples"].append(n_samples)
     except OSError as error:
         broken.append([shard.name, "unreadable shard", f"{shard}: {error.strerror}; the rest is skipped"])
-        state = []  # the next run tries again
+        state = []  # invalid, so that the next run indexes the shard again
     return {"state": state, "names": names, **columns, "broken": broken}
 
 
 def _members(
     file: BinaryIO, size: int, broken: list[list[str]], shard: str
 ) -> Iterator[tuple[str, int, int, bytes]]:
-    """(name, offset, length, first bytes) of the regular members of a tar, with one read per member."""
+    """Yield (name, offset, length, first bytes) of each file in a tar, with one read per file."""
     position, long_name = 0, b""
     while position < size:
         file.seek(position)
@@ -160,7 +160,7 @@ def _members(
             return
         offset, kind = position + _BLOCK, header[156:157]
         position = offset + -(-length // _BLOCK) * _BLOCK
-        if kind in (b"L", b"x"):  # the name of the next member, from GNU tar or POSIX
+        if kind in (b"L", b"x"):  # the long name of the next file, in GNU or POSIX format
             file.seek(offset)
             body = file.read(length)
             match = _PATH.search(body) if kind == b"x" else None
@@ -171,13 +171,13 @@ def _members(
         if kind not in _FILES:
             continue
         if offset + length > size:
-            broken.append([name, "truncated", f"{shard} ends inside it, at byte {size}"])
+            broken.append([name, "truncated", f"{shard} ends inside this file, at byte {size}"])
             return
         yield name, offset, length, header[_BLOCK : _BLOCK + length]
 
 
 def _length(header: bytes) -> int | None:
-    """The length of a member's content in bytes; None if the checksum shows that this is not a header."""
+    """Return the length of a file's content (bytes), or None if the checksum of the header is wrong."""
     try:
         checksum = int(header[148:156].rstrip(b"\0 "), 8)
         if len(header) < _BLOCK or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
@@ -195,7 +195,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _flac_samples(head: bytes) -> int:
-    """The number of samples in the header of a 16 kHz FLAC file; 0 for any other file or if it is missing."""
+    """Read the number of samples from a FLAC header; 0 if it is missing or the file is not 16 kHz FLAC."""
     if len(head) < _FLAC_HEAD or head[:4] != b"fLaC" or head[4] & 0x7F:
         return 0
     numbers = int.from_bytes(head[18:26], "big")  # rate 20 bits, channels 3, sample size 5, samples 36
@@ -203,8 +203,8 @@ def _flac_samples(head: bytes) -> int:
 
 
 def _measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
-    """Length of any other audio in 16 kHz samples, and why it is 0."""
-    from jahubert.audio import AudioSource, audio_length  # imports torch, which few shards need
+    """Measure other audio; returns its length in 16 kHz samples, or 0 and the reason."""
+    from jahubert.audio import AudioSource, audio_length  # imported here, because it imports torch
     from jahubert.train.data.utterances import read_reliably
 
     source = AudioSource(str(shard), offset, length)
@@ -215,13 +215,13 @@ def _measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Index a part of the shards of a folder."""
+    """Index some of the shards in a folder."""
     parser = argparse.ArgumentParser(
         description="Index a part of the shards; see the docstring of this file."
     )
-    parser.add_argument("shards", type=Path, help="the folder of 000.tar ... fff.tar")
+    parser.add_argument("shards", type=Path, help="folder with 000.tar ... fff.tar")
     parser.add_argument("index", type=Path, help="work/index of stage=prepare, on a shared file system")
-    parser.add_argument("--part", default="1/1", help="2/4: the second of four parts")
+    parser.add_argument("--part", default="1/1", help="part to index, e.g. 2/4 for the second of four parts")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)

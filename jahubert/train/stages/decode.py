@@ -1,8 +1,8 @@
-"""Decoding of the evaluation splits by beam search, and forced alignment of phones and words.
+"""Decoding of the evaluation splits with beam search, and forced alignment of phones and words.
 
-Reads   a fine-tuned model, the manifest and its targets; a word list and an n-gram if configured
+Reads   a fine-tuned model, the manifest and its targets; optionally a word list and an n-gram
 Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, n-best list;
-        alignment.jsonl: phone and word times; phonemes.json: the symbols
+        alignment.jsonl: phone and word times; phonemes.json: the vocabulary
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
     python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=greedy decode.search=greedy
@@ -48,19 +48,19 @@ from jahubert.train.experiment.provenance import write_json
 log = logging.getLogger(__name__)
 
 VERSION = 2
-_MAX_DISTANCE = 5  # frames (100 ms) between a CTC spike and the frames that belong to its phone
+_MAX_DISTANCE = 5  # maximum distance in frames (100 ms) between a CTC spike and a frame of its phone
 
 
 @dataclass(frozen=True)
 class Config:
     manifest: Path
     targets: Path
-    model: Path = model_field()  # the folder of a fine-tuning, or a CTC bundle
+    model: Path = model_field()  # a finetune folder or a CTC bundle
     splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))  # splits to decode
-    align_splits: tuple[str, ...] = split_field(())  # splits whose references are aligned
+    align_splits: tuple[str, ...] = split_field(())  # splits for forced alignment of the references
     search: Literal["beam", "greedy"] = "beam"  # greedy: the best symbol of each frame
     beam: int = 20  # width of the beam search
-    n_best: int = 1  # hypotheses written per utterance
+    n_best: int = 1  # number of hypotheses to write per utterance
     lexicon: LexiconConfig | None = None  # restricts hypotheses to a word list
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)  # audio per batch
@@ -87,9 +87,10 @@ Search = Callable[[Tensor, Tensor], Sequence[Sequence[Hypothesis]]]
 
 
 def make_search(config: Config, symbols: PhonemeSet) -> Search:
-    """Function from log-probabilities (B, S, V) and valid frames (B,) to hypotheses, best first.
+    """Create a function from log-probabilities (B, S, V) and frame counts (B,) to hypotheses, best first.
 
-    For n-best lists it returns the whole beam, because some entries differ only in outer boundaries.
+    For n-best lists, the function returns the whole beam, because some entries differ only in word boundaries
+    at the start or end and are merged later.
     """
     n_best = 1 if config.n_best == 1 else config.beam
     if config.search == "greedy":
@@ -105,7 +106,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if bundle.ctc is None:
         raise CheckpointError(f"decode.model: {config.model} has no CTC head; set it to a fine-tuned model")
     if bundle.phonemes != targets.phonemes:
-        raise CheckpointError(f"decode.model: {config.model} has other symbols than {config.targets}")
+        raise CheckpointError(f"decode.model: {config.model} and {config.targets} have different symbols")
     device = distributed.process_device(config.device)
     bundle.ctc.to(device)
     search = make_search(config, targets.phonemes)
@@ -120,7 +121,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             )
         if len(rows) < len(split_rows):
             log.warning(
-                "%s: %d of %d utterances have no target and are not scored (reasons: %s)",
+                "%s: %d of %d utterances have no target and are not scored (for the reasons, see %s)",
                 split, len(split_rows) - len(rows), len(split_rows), config.targets / "rejected.jsonl",
             )  # fmt: skip
         counts[split] = len(rows)
@@ -157,7 +158,7 @@ def log_probabilities(
     config: Config,
     device: torch.device,
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """(rows, log-probabilities (B, S, V), valid frames (B,)) per batch, for the batches of this process."""
+    """Yield (rows, log-probabilities (B, S, V), frame counts (B,)) for each batch of this process."""
     longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
     data = CtcData(
         manifest,
@@ -180,7 +181,7 @@ def log_probabilities(
 
 
 def _write(path: Path, lines: list[list[str]]) -> None:
-    """Write the lines of all processes in the order of the batches."""
+    """Write the lines of all processes in batch order."""
     batches = distributed.gather_interleaved(lines)
     if distributed.rank() == 0:
         with atomic_write(path) as file:
@@ -210,7 +211,7 @@ def _hypothesis_line(
 
 
 def talk_of(utterance: Utterance) -> str:
-    """The recording that an utterance is part of; for a member of an archive, the utterance itself."""
+    """Name of the recording that contains an utterance; for recordings in an archive, the utterance id."""
     return utterance.id if utterance.audio.offset else Path(utterance.audio.path).stem
 
 
@@ -227,7 +228,10 @@ def _alignment_line(manifest: Manifest, targets: TargetStore, row: int, logp_SV:
 
 
 def word_times(spans: Sequence[Span], symbols: PhonemeSet) -> list[tuple[str, int, int]]:
-    """(word, first sample, end sample) from the first frame of a word's symbols to the last one."""
+    """Return (word, first sample, end sample) for each word.
+
+    A word extends from the first to the last frame of its symbols.
+    """
     words: list[list[Span]] = [[]]
     for span in spans:
         if span.label == symbols.boundary:
@@ -246,9 +250,10 @@ def word_times(spans: Sequence[Span], symbols: PhonemeSet) -> list[tuple[str, in
 
 
 def phone_times(spans: Sequence[Span], n_frames: int, phonemes: PhonemeSet) -> list[tuple[str, int, int]]:
-    """(phone, first sample, end sample) over the whole utterance, "pau" for pauses.
+    """Return (phone, first sample, end sample) for the whole utterance; pauses are called "pau".
 
-    CTC marks a phone by a spike, so a frame belongs to the nearest spike within `_MAX_DISTANCE` frames.
+    CTC emits a phone as a spike, so each frame is assigned to the nearest spike within `_MAX_DISTANCE`
+    frames.
     """
     nearest_S = [
         min(spans, key=lambda span: max(span.start - frame, frame - span.end + 1, 0))

@@ -1,13 +1,13 @@
-"""Random sample of feature frames for k-means, of bounded size.
+"""Random sample of feature frames for k-means.
 
-Reads   the manifest; in iteration 2 and later the model of the previous iteration
-Writes  sample.npy (frames, dim) float32, header.json (feature, layer and model)
+Reads   the manifest; from iteration 2 on, also the model of the previous iteration
+Writes  sample.npy, float32 (frames, dim); header.json (feature, layer and model)
 
     python -m jahubert.run recipe=demo stage=features iteration=1
 
-The sample is uniform over the frames of the split and the same for any number of processes: it is drawn once,
-from the lengths in the manifest. Every process writes its frames into one file, so the sample need not fit in
-memory.
+The sample is drawn uniformly from the frames of the split. It is determined by the lengths in the manifest,
+so it does not depend on the number of processes. All processes write their frames to the same file, so the
+sample need not fit in memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import write_json
 
 VERSION = 2
-_PART_SIZE = 500  # utterances per part; a killed process loses at most one part
+_PART_SIZE = 500  # utterances per part; a killed process loses at most the current part
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Config:
     manifest: Path
     kind: str = "mfcc"  # mfcc, hubert, or module:attribute
     model: Path | None = model_field(None)  # for hubert: a trained model
-    layer: int = 6  # for hubert: the block whose output is used, from 1
-    split: str = split_field("train")  # of the manifest
-    sample_frames: int = 2_000_000  # drawn uniformly from the split
+    layer: int = 6  # for hubert: number of the Transformer layer, counted from 1
+    split: str = split_field("train")  # split to sample from
+    sample_frames: int = 2_000_000  # number of frames to sample
     seed: int = 0
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)  # audio per batch
@@ -101,15 +101,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Sample:
-    """The frames of a sample, sorted by utterance."""
+    """Positions of the sampled frames, sorted by utterance."""
 
     rows: np.ndarray  # (U,) manifest rows of the utterances with sampled frames, ascending
-    bounds: np.ndarray  # (U + 1,) the frames of utterance i are frames[bounds[i] : bounds[i + 1]]
-    frames: np.ndarray  # (N,) index within the utterance
+    bounds: np.ndarray  # (U + 1,) frames[bounds[i] : bounds[i + 1]] belong to utterance i
+    frames: np.ndarray  # (N,) index of each frame in its utterance
 
 
 def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
-    """Draw `sample_frames` frames of the split without replacement, all with equal probability."""
+    """Draw `sample_frames` frames of the split uniformly and without replacement."""
     rows = manifest.indices(split=config.split)
     ends = np.cumsum(feature.grid.n_frames(manifest.n_samples[rows]))
     if not len(rows) or not ends[-1]:
@@ -136,10 +136,11 @@ def _allocate(path: Path, shape: tuple[int, int]) -> int:
 def _write_part(
     path: Path, start: int, sample: Sample, frames: Iterable[tuple[int, Tensor]], done: Callable[[int], None]
 ) -> None:
-    """Write the sampled frames of utterances at byte `start` of the file and flush them to the disk.
+    """Write the sampled frames of some utterances at byte offset `start` and sync them to disk.
 
     Args:
-        frames: (index of the utterance in the sample, all its frames).
+        frames: pairs of the index of an utterance in the sample and all frames of this utterance.
+        done: called with 1 after each utterance.
     """
     with path.open("r+b") as file:
         file.seek(start)

@@ -1,13 +1,13 @@
-"""CTC fine-tuning of a pretrained encoder with a linear layer over the symbols.
+"""CTC fine-tuning of a pretrained encoder with a linear output layer.
 
-Reads   the manifest, its targets, and a pretrained model (or none, to train from scratch)
+Reads   the manifest, its targets, and a pretrained model (none when training from scratch)
 Writes  checkpoints/, metrics.jsonl, tensorboard/, best.safetensors, bundle/
 
     python -m jahubert.run recipe=demo stage=finetune system=pretrained
 
-The convolutional encoder is frozen and, for the first updates, everything except the head (HuBERT paper,
-section IV-D; fairseq base_10h). Batches are padded, never cropped. The best step on the development set is
-kept.
+The convolutional front end is frozen. During the first updates, the whole encoder is frozen and only the CTC
+head is trained (HuBERT paper, section IV-D; fairseq's base_10h). Utterances are not cropped. The weights with
+the best result on the development set are kept.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 
-# fairseq's base_10h, the only fine-tuning settings published with HuBERT; other presets are in
-# conf/finetuning. Its learning rate rises for 8,000 updates and would decay to 5 % within 72,000, of which
-# 17,000 are run: final_lr is 0.05 ** (17 / 72) = 0.493.
+# fairseq's base_10h, the only published fine-tuning settings of HuBERT; conf/finetuning has other presets.
+# The learning rate rises for 8,000 updates. It would then decay to 5 % within 72,000 updates, but training
+# ends after 17,000 of them, so final_lr is 0.05 ** (17 / 72) = 0.493.
 _TRAIN = TrainConfig(
     max_steps=25_000,
     batch_seconds=1600.0,
@@ -63,7 +63,7 @@ _TRAIN = TrainConfig(
 _MASK = MaskConfig(prob=0.75, min_spans=0, channel_prob=0.5)
 
 
-# Settings of the model's configuration that fine-tuning replaces.
+# Fields of HubertConfig that fine-tuning overrides.
 _DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop")
 
 
@@ -71,21 +71,21 @@ _DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout
 class Config:
     manifest: Path
     targets: Path
-    pretrained: Path | None = model_field(None)  # None: random initialization with the sizes in `model`
+    pretrained: Path | None = model_field(None)  # None: train from scratch with the sizes given by `model`
     model: HubertConfig = field(default_factory=HubertConfig)
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
-    fraction: float = 1.0  # of the labeled training utterances, in the order of the manifest
-    hours: float | None = None  # upper limit of their duration; utterances are drawn at random
-    freeze_conv: bool = True  # keep the convolutional front end fixed
-    head_only_steps: int = 10_000  # first updates, which train only the CTC head
-    dropout: float = 0.0  # replaces that of the model
-    attention_dropout: float = 0.0  # replaces that of the model
-    activation_dropout: float = 0.1  # replaces that of the model
-    input_dropout: float = 0.0  # replaces that of the model
-    layer_drop: float = 0.1  # replaces that of the model
+    fraction: float = 1.0  # use this fraction of the labeled training utterances, in manifest order
+    hours: float | None = None  # use a random subset of this duration
+    freeze_conv: bool = True  # freeze the convolutional front end
+    head_only_steps: int = 10_000  # number of first updates that train only the CTC head
+    dropout: float = 0.0  # overrides the value of the pretrained model
+    attention_dropout: float = 0.0  # overrides the value of the pretrained model
+    activation_dropout: float = 0.1  # overrides the value of the pretrained model
+    input_dropout: float = 0.0  # overrides the value of the pretrained model
+    layer_drop: float = 0.1  # overrides the value of the pretrained model
     dev_splits: tuple[str, ...] = split_field(("dev",))  # splits for validation
-    # Metric that selects the best step on the development set; for characters, wer and per are both the CER.
+    # Metric that selects the best step on the development set; with characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
     seed: int = 0
 
@@ -96,26 +96,26 @@ class Config:
             errors.append("train.sharded requires layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
             errors.append(
-                "pretrained=... is required: the model to fine-tune, as a Hub name "
+                "pretrained=... is required: the model to fine-tune, given as a Hub name "
                 "(rinna/japanese-hubert-base), a folder (exp/NAME/iter2/pretrain) or a model file. To train "
                 "from scratch, set freeze_conv=false"
             )
         if not 0 <= self.head_only_steps < self.train.max_steps:
             errors.append(
                 f"head_only_steps is {self.head_only_steps}, but must be less than train.max_steps, "
-                f"{self.train.max_steps}, or the encoder is never trained. Set it to 0, or to "
-                f"{round(0.4 * self.train.max_steps)}, the proportion in HuBERT's base_10h"
+                f"{self.train.max_steps}, because otherwise the encoder is never trained. Set it to 0, or to "
+                f"{round(0.4 * self.train.max_steps)} (same proportion as in HuBERT's base_10h)"
             )
         raise_config_errors(errors)
 
 
 class FineTuner(nn.Module):
-    """Module for the trainer: encoder and CTC head, with freezing, loss and metrics."""
+    """Encoder and CTC head with freezing, loss and metrics, as a `Trainable` module."""
 
     def __init__(self, ctc: HubertForCtc, *, freeze_conv: bool, head_only_steps: int, seed: int):
         super().__init__()
         self.ctc, self.head_only_steps, self.seed = ctc, head_only_steps, seed
-        self.updates = 0  # including the update of the last training batch
+        self.updates = 0  # number of updates, including the current one
         self.has_unused_parameters = head_only_steps > 0 or ctc.config.layer_drop > 0
         self.blocks = list(ctc.hubert.encoder.layers)
         if freeze_conv:
@@ -129,7 +129,7 @@ class FineTuner(nn.Module):
                 batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, channel_mask_BD=batch.channel_mask_BD
             )
         logp_BSV = self.ctc.log_probs(encoded.hidden_BSD)
-        # Computed from host-side lengths: reading the encoder's result would synchronize with the GPU.
+        # Computed from lengths on the CPU, because reading the encoder's result would synchronize the GPU.
         n_frames_B = self.ctc.config.grid.n_frames(batch.n_samples_B)
         total = ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B)
         sums: dict[str, Tensor | float] = {
@@ -141,7 +141,7 @@ class FineTuner(nn.Module):
         return Loss(total, len(n_frames_B), sums)
 
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Loss in nats per symbol, and the share of frames whose most probable symbol is blank."""
+        """Compute the loss (nats per symbol) and the fraction of frames whose best symbol is blank."""
         return {"loss": sums["total"] / sums["symbols"], "blank": sums["blanks"] / sums["frames"]}
 
 
@@ -167,8 +167,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     )
     if not len(dev_rows):
         raise DataError(
-            f"finetune.dev_splits={list(config.dev_splits)}: no utterance has a target; the "
-            "best step is selected on them"
+            f"finetune.dev_splits={list(config.dev_splits)}: no utterance has a target, but these splits are "
+            "needed to select the best step"
         )
     dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
 
@@ -199,7 +199,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def model_name(source: Path | None) -> str:
-    """Display name of the fine-tuned model: owner/model, NAME/iter2, or the end of its path."""
+    """Display name of the pretrained model: owner/model, NAME/iter2, or the last two parts of its path."""
     if source is None:
         return "from scratch"
     parts = [part for part in source.parts if part not in ("/", "bundle", "pretrain")]
@@ -207,10 +207,11 @@ def model_name(source: Path | None) -> str:
 
 
 def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.ndarray:
-    """Manifest rows of the labeled training utterances to train on, ascending.
+    """Select the manifest rows to train on, in ascending order.
 
-    `fraction` takes the first ones. `hours` draws utterances from these at random, so that ten minutes are
-    not all from one talk; with the same seed, a larger subset contains the smaller ones.
+    `fraction` selects the first labeled utterances of the training split. `hours` draws a random subset of
+    them, so that ten minutes do not all come from one talk. With the same seed, larger subsets contain the
+    smaller ones.
     """
     rows = np.intersect1d(manifest.indices(split="train"), targets.labeled_rows)
     rows = rows[: max(1, round(config.fraction * len(rows)))]
@@ -222,7 +223,7 @@ def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.
 
 
 def build_model(config: Config, n_symbols: int) -> HubertForCtc:
-    """The pretrained encoder, or a new one, with a new head and the dropout of fine-tuning."""
+    """Create a model from the pretrained or a new encoder, a new head, and the dropout of fine-tuning."""
     changes = {name: getattr(config, name) for name in _DROPPED}
     if config.pretrained is None:
         return HubertForCtc(replace(config.model, conv_grad_scale=1.0, **changes), n_symbols)
@@ -233,10 +234,11 @@ def build_model(config: Config, n_symbols: int) -> HubertForCtc:
 
 
 def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
-    """Metrics of greedy decoding over all processes.
+    """Compute metrics with greedy decoding, summed over all processes.
 
     Returns:
-        loss (nats per symbol), per, wer, blank (share of frames) and empty (share of empty hypotheses).
+        "loss" (nats per symbol), "per", "wer", "blank" (fraction of frames) and "empty" (fraction of
+        hypotheses).
     """
     device = next(module.parameters()).device
     phonemes = data.targets.phonemes
@@ -272,6 +274,6 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
 
 
 def _blanks(logp_BSV: Tensor, n_frames_B: Tensor) -> Tensor:
-    """Number of frames whose most probable symbol is blank, as a tensor on the same device."""
+    """Count the frames whose most probable symbol is blank; returns a tensor on the same device."""
     valid_BS = torch.arange(logp_BSV.shape[1], device=logp_BSV.device) < n_frames_B[:, None]
     return (valid_BS & (logp_BSV.detach().argmax(-1) == 0)).sum(dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""K-means centroids of the sampled frames.
+"""K-means clustering of the sampled frames.
 
-Reads   the sample of `features`
+Reads   the sample written by stage features
 Writes  centroids.safetensors, with feature, layer and model in its metadata
 
-All processes share the work and read the sample in blocks, so it need not fit in memory.
+All processes share the work. They read the sample in blocks, so it need not fit in memory.
 
     python -m jahubert.run recipe=demo stage=kmeans iteration=1 kmeans.backend=torch
 """
@@ -34,13 +34,13 @@ class Config:
     features: Path
     n_clusters: int = 100  # number of centroids
     backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"  # auto: torch
-    n_init: int = 3  # initializations; the best result is kept
-    max_iter: int = 100  # iterations of Lloyd's algorithm per initialization
-    lloyd_frames: int = 10_000_000  # further frames only refine the centroids, in one mini-batch pass
-    held_out: float = 0.02  # share of the sample that is not fitted and measures the inertia
+    n_init: int = 3  # number of initializations; the best one is used
+    max_iter: int = 100  # maximum number of passes over all frames
+    lloyd_frames: int = 10_000_000  # a larger sample only refines the centroids, in one mini-batch pass
+    held_out: float = 0.02  # fraction of the sample that is held out to measure the inertia
     seed: int = 0
     device: str = runtime_field("auto")
-    # If too few clusters are used or one is too large (see evaluation/unit_checks.py).
+    # Action if too few clusters are used or one is too large (see evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def fit(config: Config, out: Path) -> dict[str, Any]:
-    """Fit centroids in all calling processes, write them on rank 0, and return their metrics."""
+    """Fit centroids in all calling processes, write them on rank 0, and return metrics."""
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
     held_out = draw_rows(n_frames, round(n_frames * config.held_out), seeded_rng(config.seed, 13))

@@ -1,13 +1,13 @@
-"""Units of every utterance: audio -> features -> nearest centroids -> label store, in one pass.
+"""Labeling of all utterances with units: audio -> features -> nearest centroids -> label store.
 
-Reads   the manifest, the centroids, and the model whose layer they were fitted on
-Writes  units.bin, offsets.npy, header.json (a LabelStore; features are never stored); for units of a model's
-        layer also bundle/, that model with its centroids, for `jahubert units`
+Reads   the manifest, the centroids, and the model to whose layer they were fitted
+Writes  units.bin, offsets.npy, header.json (a LabelStore; features are not stored); for units of a HuBERT
+        layer also bundle/, which contains the model and its centroids for `jahubert units`
 
     python -m jahubert.run recipe=demo stage=label iteration=2
 
-With `compare_with`, another store of the same audio, differences between the two are reported. If `centroids`
-is a folder with fairseq's .tsv, .km and dict.km.txt files, their units are imported.
+If `compare_with` is a label store of the same audio, differences between the two stores are reported. If
+`centroids` is a folder with fairseq's .tsv, .km and dict.km.txt files, their units are imported.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ VERSION = 1
 @dataclass(frozen=True)
 class Config:
     manifest: Path
-    centroids: Path  # the folder of stage kmeans, or of fairseq's files
-    model: Path | None = model_field(None)  # for hubert features: the model that centroids were fitted on
-    layer: int | None = runtime_field(None)  # for hubert features: the expected layer of the centroids
+    centroids: Path  # output folder of stage kmeans, or a folder with fairseq's files
+    model: Path | None = model_field(None)  # for hubert: the model to which the centroids were fitted
+    layer: int | None = runtime_field(None)  # for hubert: the expected layer of the centroids
     feature: str | None = runtime_field(None)  # a custom feature (module:attribute) that may be imported
     compare_with: Path | None = runtime_field(None)  # a label store that should have the same units
-    shard_size: int = runtime_field(2000)  # utterances per file until all are labeled
+    shard_size: int = runtime_field(2000)  # utterances per intermediate file
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)  # audio per batch
-    # If too few units are used, one is too large, or `compare_with` differs (see evaluation/unit_checks.py).
+    # Action if too few units are used, one is too frequent, or `compare_with` differs (see
+    # evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
     metrics: dict[str, Any] = {}
     if any(config.centroids.glob("*.tsv")):
-        # The files' content is recorded, because they may change while all settings stay the same.
+        # The hash of the files is recorded, because they may change while all settings stay the same.
         metrics["content"] = distributed.rank0_broadcast(
             lambda: import_units(manifest, config.centroids, out, config.shard_size).header.centroids
         )
@@ -79,35 +80,36 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def check_store(store: LabelStore, count_K: np.ndarray, manifest: Manifest, config: Config) -> None:
-    """Warn or raise, by `on_bad_units`, if unit usage is poor or the units differ from `compare_with`."""
+    """Warn or raise (see `on_bad_units`) if unit usage is poor or the units differ from `compare_with`."""
     check_units(count_K, str(store.folder), config.on_bad_units)
     if config.compare_with is not None:
         check_label_difference(LabelStore(config.compare_with), store, manifest, config.on_bad_units)
 
 
 def write_units(config: Config, manifest: Manifest, out: Path) -> None:
-    """Label all utterances by the centroids of stage kmeans, in all processes."""
+    """Label all utterances with the centroids of stage kmeans; runs in all processes."""
     device = distributed.process_device(config.device)
     centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
     if config.layer is not None and fitted["layer"] not in (None, config.layer):
         raise DataError(
-            f"{config.centroids}: centroids of layer {fitted['layer']}, but features.layer={config.layer}; "
-            "set label.centroids to centroids of that layer, or run stages features and kmeans for it"
+            f"{config.centroids}: centroids were fitted to layer {fitted['layer']}, but features.layer="
+            f"{config.layer}; set label.centroids to centroids of layer {config.layer}, or rerun stages "
+            "features and kmeans"
         )
     # Centroid files are untrusted, so they must not determine which code is imported.
     if fitted["feature"] not in FEATURES and fitted["feature"] != config.feature:
         raise DataError(
-            f"{config.centroids}: made from the custom feature {fitted['feature']!r}, but features.kind is "
-            f"{config.feature!r}; set features.kind to it if you trust its code"
+            f"{config.centroids}: centroids were fitted to the custom feature {fitted['feature']!r}, but "
+            f"features.kind is {config.feature!r}; if you trust its code, set features.kind to it"
         )
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
-    found = feature_header(feature, fitted["feature"], fitted["layer"])
+    actual = feature_header(feature, fitted["feature"], fitted["layer"])
     mismatches = [
-        f"{key} is {found[key]!r}, expected {fitted[key]!r}" for key in fitted if found[key] != fitted[key]
+        f"{key} is {actual[key]!r}, expected {fitted[key]!r}" for key in fitted if actual[key] != fitted[key]
     ]
     if mismatches:
         raise DataError(
-            f"{config.model}: {config.centroids} was fitted on other features: {'; '.join(mismatches)}"
+            f"{config.model}: {config.centroids} was fitted to different features: {'; '.join(mismatches)}"
         )
     header = LabelHeader(
         n_units=len(centroids_KD),
@@ -122,9 +124,9 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
     step = HUBERT.hop_ratio(feature.grid)
     nearest = NearestCentroid(centroids_KD.to(device))
-    # Rank 0 lists the shards for all: a process that listed them later would see fewer and split differently.
+    # Rank 0 lists the pending shards for all, because a process that lists them later may see fewer.
     shards = distributed.rank0_broadcast(writer.pending)[distributed.rank() :: distributed.world()]
-    with progress("units", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
+    with progress("labeling", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
         for shard in shards:
             units = []
             for _, f_SD in stream_features(manifest, feature, writer.rows(shard), config.batch_seconds):

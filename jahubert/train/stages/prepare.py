@@ -1,6 +1,6 @@
-"""Conversion of a corpus into a manifest by the recipe's reader.
+"""Conversion of a corpus into a manifest with the reader of its recipe.
 
-Reads   the corpus, with `prepare()` of `recipes/<recipe>/prepare.py`
+Reads   the corpus, through `prepare()` in `recipes/<recipe>/prepare.py`
 Writes  manifest.arrow, rejected.jsonl (rejected utterances with reasons), work/ (audio that the recipe
         creates, and the cache of decoded archive members)
 
@@ -37,20 +37,20 @@ from jahubert.train.experiment.registry import recipe_reader
 log = logging.getLogger(__name__)
 
 VERSION = 1
-_MAX_PENDING = 256  # utterances submitted for checking
+_MAX_PENDING = 256  # maximum number of utterances queued for checking
 
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str  # a name under recipes/, or a folder with a prepare.py
+    recipe: str  # the name of a folder in recipes/, or the path of a folder with a prepare.py
     data: str | None = None  # the corpus folder
-    # Fields of the recipe's own `Config`.
+    # Fields of the `Config` of the recipe.
     options: Any = config_group(
         lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
     )
     seed: int = 0
-    # Decode every utterance once and reject broken audio now rather than during training. For intact audio
-    # the manifest is the same either way.
+    # Decode every utterance and reject broken audio now, rather than fail during training. The manifest of
+    # intact audio is the same in both cases.
     check_audio: bool = runtime_field(True)
 
 
@@ -59,11 +59,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def prepare(config: Config, out: Path) -> dict[str, Any]:
-    """Read the corpus and write the manifest, in one process."""
+    """Read the corpus and write the manifest; runs in one process."""
     options, read = config.options, recipe_reader(config.recipe, "prepare")
-    if isinstance(options, Mapping):  # config built without `structure`, for example in a test
+    if isinstance(options, Mapping):  # the config was created without `structure`, for example in a test
         options = structure(options, recipe_reader(config.recipe, "Config"), "prepare.options")
-    data = expand_user(config.data) if config.data else None  # an empty string would be the current folder
+    data = expand_user(config.data) if config.data else None  # an empty string would mean the current folder
     work = out / "work"
     work.mkdir(exist_ok=True)
     cache = DecodeCache(work / "decoded") if config.check_audio else None
@@ -78,12 +78,12 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
             reasons,
             out,
         )
-    # The content is recorded, because a corpus or its reader may change while all settings stay the same.
+    # The fingerprint is recorded, because the corpus or its reader may change while settings stay the same.
     return counts | {"content": Manifest(out / "manifest.arrow").fingerprint}
 
 
 def kept(config: Config, out: Path) -> None:
-    """Warn about files that were missing when the manifest was made and exist now."""
+    """Warn about files that were missing when the manifest was created but exist now."""
     new_files = []
     if not (out / "rejected.jsonl").is_file():
         return  # the user has deleted it
@@ -94,9 +94,9 @@ def kept(config: Config, out: Path) -> None:
     if new_files:
         records = " ".join(shlex.quote(str(out / name)) for name in (provenance.DONE, provenance.STARTED))
         log.warning(
-            "%s: %d files that were missing when the manifest was made exist now, such as %s. To add them, "
-            "run\n  rm -f %s\nand rerun the same command; only new files are read. Stages that used the old "
-            "manifest must then be run again",
+            "%s: %d files that were missing when the manifest was created exist now, for example %s. To add "
+            "them, run\n  rm -f %s\nand rerun the same command; only new files are read. Then rerun stages "
+            "that used the old manifest",
             out,
             len(new_files),
             new_files[0],
@@ -109,11 +109,11 @@ def usable(
     check_audio: bool = True,
     cache: DecodeCache | None = None,
 ) -> Iterator[Utterance | Utterances | Rejected]:
-    """Items of a recipe in their order; utterances with unusable audio are replaced by `Rejected`.
+    """Yield the items of a recipe in order; utterances with unusable audio are replaced by `Rejected`.
 
     Args:
-        check_audio: decode every utterance; `Utterances` are then yielded one by one.
-        cache: lengths of recordings that were decoded before and need not be decoded again.
+        check_audio: decode every utterance. The recordings of `Utterances` are then yielded one by one.
+        cache: results of earlier decoding checks, which are not repeated.
     """
     pending: deque[tuple[Future[Utterance | Rejected], DecodeRecorder | None]] = deque()
 
@@ -144,11 +144,11 @@ def usable(
 def _without_decoding(
     items: Utterances, check_audio: bool, cache: DecodeCache | None
 ) -> Iterable[Utterance | Utterances | Rejected] | None:
-    """Checked items if they can be checked without decoding, else None."""
+    """Return the checked items if no decoding is necessary, otherwise None."""
     if not check_audio:
         return _long_enough(items)
     cached = cache.lookup(items) if cache else None
-    # One by one, as after decoding, because the manifest's fingerprint depends on it.
+    # Yielded one by one, as after decoding, because the manifest's fingerprint depends on this.
     return None if cached is None else chain(*cached)
 
 
@@ -178,6 +178,6 @@ def _checked(item: Utterance | Rejected, check_audio: bool) -> Utterance | Rejec
             return Rejected(item.id, "shorter than one frame", f"{item.n_samples} samples of {item.audio}")
         if check_audio:
             read_reliably(lambda: load_utterance(item), item.audio)
-    except AudioError as error:  # broken recording; a file system error ends the stage
+    except AudioError as error:  # only for broken recordings; a file system error ends the stage
         return Rejected(item.id, "unusable audio", str(error))
     return item

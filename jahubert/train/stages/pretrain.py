@@ -1,8 +1,8 @@
-"""HuBERT pretraining by prediction of the units of masked frames.
+"""HuBERT pretraining: prediction of the units of masked frames.
 
 Reads   the manifest and its label store
 Writes  checkpoints/, metrics.jsonl, tensorboard/, bundle/ (the model after the last step, as in the paper,
-        and its unit head)
+        with its unit head)
 
     python -m jahubert.run recipe=demo stage=pretrain iteration=1 pretrain.train.max_steps=500
 
@@ -42,7 +42,7 @@ from jahubert.train.trainer.trainer import Loss
 log = logging.getLogger(__name__)
 
 VERSION = 1
-_CHANCE_FRAMES = 1 << 22  # 23 hours; reading all labels of a large corpus would take too long
+_CHANCE_FRAMES = 1 << 22  # frames (23 hours) used to estimate chance level; reading all labels is too slow
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Config:
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     unit_dim: int = 256  # dimension of the unit embeddings (fairseq: final_dim)
-    temperature: float = 0.1  # of the cosine similarities of frames and units
-    penalty_weight: float = 10.0  # of the mean square of the convolutional features
-    valid_split: str | None = split_field("dev")  # null: no validation
+    temperature: float = 0.1  # temperature of the cosine similarities between frames and units
+    penalty_weight: float = 10.0  # weight of the feature penalty (mean square of the convolutional features)
+    valid_split: str | None = split_field("dev")  # split for validation; null: no validation
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Config:
 
 
 class Pretrainer(nn.Module):
-    """Encoder and unit head with the masked prediction loss and feature penalty of fairseq's criterion."""
+    """Encoder and unit head, with fairseq's masked prediction loss and feature penalty."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Pretrainer(nn.Module):
     ):
         super().__init__()
         self.seed, self.penalty = seed, penalty
-        self.updates = 0  # including the current update
+        self.updates = 0  # number of updates, including the current one
         self.has_unused_parameters = config.layer_drop > 0
         self.hubert = HubertModel(config)
         self.blocks = list(self.hubert.encoder.layers)
@@ -98,7 +98,7 @@ class Pretrainer(nn.Module):
         if self.training:
             self.updates = step + 1
         encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
-        # Indices rather than the mask: boolean indexing would synchronize with the GPU.
+        # Frames are selected by index, because boolean indexing would synchronize the GPU.
         logits_NK = self.head(encoded.hidden_BSD.flatten(0, 1).index_select(0, batch.masked_index_N))
         loss, count = unit_loss(logits_NK, batch.unit_N), len(batch.unit_N)
         total = loss
@@ -117,7 +117,7 @@ class Pretrainer(nn.Module):
         return Loss(total, count, sums)
 
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Loss (bits per masked frame), accuracy on masked frames, feature penalty, and share of padding."""
+        """Compute loss (bits per masked frame), accuracy on masked frames, penalty and padding fraction."""
         return {
             "loss": sums["nats"] / count / math.log(2),
             "accuracy": sums["correct"] / count,
@@ -158,7 +158,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def check_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float], updates: int) -> None:
-    """Warn if the accuracy on masked frames is too low after the warmup."""
+    """Warn if the accuracy on masked frames is too low after the warm-up."""
     if (
         distributed.rank()
         or "accuracy" not in metrics
@@ -173,7 +173,7 @@ def check_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float]
 
 
 def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
-    """Loss and accuracy on a split over all processes, with the same masks every time."""
+    """Compute loss and accuracy on a split in all processes, with the same masks every time."""
     device = next(module.parameters()).device
     sums: dict[str, Any] = dict.fromkeys(
         ("nats", "correct", "penalty", "seconds", "padded_seconds", "count"), 0.0
@@ -210,8 +210,8 @@ def _init_from(model: HubertModel, source: Path) -> None:
     ]
     if mismatches or len(weights) != len(expected):
         raise ConfigError(
-            f"pretrain.init_from={source}: its sizes differ from `model` (see "
-            f"{(mismatches or ['layers'])[0]}); set `model` to the same sizes"
+            f"pretrain.init_from={source}: the sizes of this model differ from `pretrain.model` (first "
+            f"difference: {(mismatches or ['layers'])[0]}); set `model` to the same sizes"
         )
     model.load_state_dict(weights)
 

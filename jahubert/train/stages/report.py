@@ -1,4 +1,4 @@
-"""Report of an experiment: tables on the terminal and an HTML page.
+"""Experiment report: tables printed to the terminal, and an HTML page.
 
 Reads   the finished stages of the experiment
 Writes  metrics.json, table.txt, report.html
@@ -29,7 +29,7 @@ from jahubert.train.report.tables import text_tables
 log = logging.getLogger(__name__)
 
 VERSION = 1
-KEEP = False  # always regenerated, since it reads all finished stages
+KEEP = False  # the report is always regenerated, because it depends on all finished stages
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Config:
     exp: Path
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
     compare_with: tuple[Path, ...] = ()  # experiments to show in the same tables and figures
-    language: Literal["en", "ja"] = "en"  # of the page
-    examples: int = 2  # per system, each of the worst, median and best utterances; about 0.2 MB each
-    layer_frames: int = 20_000  # that the units of each layer are measured on; 0: skip this
-    seed: int = 0  # of the choice of those frames
+    language: Literal["en", "ja"] = "en"  # language of the HTML page
+    examples: int = 2  # number of worst, median and best utterances per system (about 0.2 MB per utterance)
+    layer_frames: int = 20_000  # number of frames used to measure the units of each layer; 0: do not measure
+    seed: int = 0  # random seed for choosing these frames
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -53,9 +53,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
     times, source = units.phone_times(config.exp, manifest)
     device = distributed.process_device(config.device)
-    try:  # runs in all processes, which share the clustering
+    try:  # called in all processes, which share the clustering
         layers = units.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
-    except AudioError as error:  # the corpus may have been moved; the rest needs no audio
+    except AudioError as error:  # the corpus may have been moved; the rest of the report needs no audio
         log.warning("report without PNMI by layer: %s", error)
         layers = {}
     if distributed.rank():
@@ -84,7 +84,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def stage_seconds(exp: Path) -> dict[str, float]:
-    """Duration of each finished stage by its folder."""
+    """Return the duration of each finished stage, keyed by its folder."""
     return {
         str(path.parent.relative_to(exp)): read_record(path)["seconds"]
         for path in sorted(exp.glob(f"**/{DONE}"))
@@ -94,7 +94,7 @@ def stage_seconds(exp: Path) -> dict[str, float]:
 def system_examples(
     config: Config, manifest: Manifest, times: dict[int, tuple[Phone, ...]]
 ) -> dict[str, dict[str, list[Example]]]:
-    """Examples of every scored system, with the units of the last iteration."""
+    """Find examples of every scored system, with the units of the last iteration."""
     stores = units.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {

@@ -1,8 +1,9 @@
-"""Error rates of hypotheses: WER, PER and kana CER.
+"""Scoring of hypotheses: WER, PER and kana CER.
 
-Reads   the hypotheses of `decode`, and those of another system if `baseline` is set
-Writes  scores.json: all measures by set, talk and speaker, with intervals, confusions and the test against
-        the baseline; <split>.txt: the same as text, with every utterance aligned; table.txt, as printed
+Reads   the hypotheses written by stage decode, and those of another system if `baseline` is set
+Writes  scores.json: all measures by set, talk and speaker, with confidence intervals, confusions and the
+        significance test against the baseline; <split>.txt: the same as text, with an alignment of every
+        utterance; table.txt: the printed table
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
     python -m jahubert.run recipe=demo stage=score system=pretrained decoding=greedy \
@@ -44,9 +45,9 @@ _N_CONFUSIONS = 30
 @dataclass(frozen=True)
 class Config:
     hypotheses: Path
-    baseline: Path | None = None  # hypotheses of another system, for a paired test
+    baseline: Path | None = None  # hypotheses of another system for a paired significance test
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
-    samples: int = 1000  # bootstrap samples
+    samples: int = 1000  # number of bootstrap samples
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ def _measures(folder: Path) -> tuple[Measure, ...]:
 
 
 def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
-    """Utterances of a hypothesis file that `decode` wrote."""
+    """Iterate over the utterances in a hypothesis file written by stage decode."""
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         yield ScoredUtterance(
@@ -105,7 +106,7 @@ def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
 
 
 def score_set(set_score: SetScore, config: Config) -> dict[str, Any]:
-    """All measures of a set, of its talks and speakers, and its most frequent errors."""
+    """Compute all measures of a set, its talks and its speakers, and the most frequent confusions."""
     return {
         "utterances": len(set_score.utterances),
         **set_score.rates(config.seed, config.samples),
@@ -116,17 +117,17 @@ def score_set(set_score: SetScore, config: Config) -> dict[str, Any]:
 
 
 def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> dict[str, Any]:
-    """Paired bootstrap test of each measure against another system's hypotheses of the same utterances.
+    """Compare each measure with that of a baseline on the same utterances, using a paired bootstrap test.
 
     Raises:
-        DataError: the baseline has other utterances or other references.
+        DataError: the baseline has different utterances or references.
     """
     if not path.is_file():
-        raise DataError(f"{path}: the baseline has no hypotheses of this set; decode the same splits with it")
+        raise DataError(f"{path}: the baseline has no hypotheses for this set; decode the same splits")
     by_id = {utterance.id: utterance for utterance in read_hypotheses(path)}
     if by_id.keys() != {utterance.id for utterance in set_score.utterances}:
         raise DataError(
-            f"{path}: the baseline has other utterances; decode the same splits of the same manifest"
+            f"{path}: the baseline has different utterances; decode the same splits of the same manifest"
         )
     paired = [by_id[utterance.id] for utterance in set_score.utterances]
     different = [
@@ -136,8 +137,8 @@ def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> di
     ]
     if different:
         raise DataError(
-            f"{path}: the baseline has other references in {len(different)} utterances, first in "
-            f"{different[0]!r}; use the same targets for both"
+            f"{path}: the references of {len(different)} utterances differ from the baseline's, first "
+            f"{different[0]!r}; use the same targets for both systems"
         )
     baseline = SetScore(paired, set_score.measures)
     result = {}

@@ -1,6 +1,6 @@
 """Target symbols for CTC: phones or kana with word boundaries, or characters.
 
-Reads   the manifest: the words of an utterance if the corpus has them, else its text
+Reads   the manifest: the words of an utterance if available, otherwise its text
 Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (rejected utterances with reasons)
 
     python -m jahubert.run recipe=demo stage=targets
@@ -38,7 +38,7 @@ class Config:
     manifest: Path
     vocabulary: Literal["phones", "kana", "characters"] = "phones"  # the symbols to predict
     punctuation: bool = False  # keep punctuation marks, for vocabulary=characters
-    user_dictionary: Path | None = None  # words and their readings
+    user_dictionary: Path | None = None  # a file with words and their readings
 
     def __post_init__(self) -> None:
         if self.punctuation and self.vocabulary != "characters":
@@ -50,7 +50,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def make_targets(config: Config, out: Path) -> dict[str, Any]:
-    """Convert all utterances and write the target store, in one process."""
+    """Convert all utterances and write the target store; runs in one process."""
     manifest = Manifest(config.manifest)
     if config.user_dictionary:
         read_words(config.user_dictionary)  # fail early on an invalid dictionary
@@ -78,9 +78,9 @@ def make_targets(config: Config, out: Path) -> dict[str, Any]:
     ):
         n_symbols = write_targets(out, rows(), symbols)
     for reason, n in reasons.most_common():
-        log.warning("rejected, %s: %d utterances, listed in %s", reason, n, out / "rejected.jsonl")
+        log.warning("rejected %d utterances (%s); see %s", n, reason, out / "rejected.jsonl")
     if not sources:
-        raise DataError(f"{config.manifest}: no utterance has a usable text (reasons: {out}/rejected.jsonl)")
+        raise DataError(f"{config.manifest}: no utterance has a usable text; see {out}/rejected.jsonl")
     return {
         "utterances": sources.total(),
         "symbols": n_symbols,
@@ -91,7 +91,7 @@ def make_targets(config: Config, out: Path) -> dict[str, Any]:
 
 
 def symbol_set(config: Config, manifest: Manifest) -> PhonemeSet:
-    """The vocabulary: phones, kana, or the characters of the training text."""
+    """Create the vocabulary: phones, kana, or the characters of the training text."""
     if config.vocabulary == "phones":
         return PhonemeSet.standard()
     if config.vocabulary == "kana":
@@ -100,23 +100,23 @@ def symbol_set(config: Config, manifest: Manifest) -> PhonemeSet:
     texts = (recognized_characters(manifest[row].text, config.punctuation) for row in rows)
     symbols = character_set(char for text in texts for char in text)
     if len(symbols) > 2**15:
-        raise DataError(f"{len(symbols)} different characters, but targets are limited to {2**15}")
+        raise DataError(f"the text has {len(symbols)} different characters, but the maximum is {2**15}")
     return symbols
 
 
 def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list[int]:
-    """Symbols of an utterance.
+    """Convert the words or the text of an utterance to symbols.
 
     Raises:
-        DataError: the text has no reading or no letters, or there are more symbols than frames. The
-            part of the message before the colon is the reason that rejections are counted by.
+        DataError: the text has no reading or no letters, or there are more symbols than frames. The message
+            starts with the reason, followed by a colon; rejections are counted per reason.
     """
     if config.vocabulary == "characters":
-        known = set(symbols.symbols)
+        vocabulary = set(symbols.symbols)
         plain = recognized_characters(utterance.text, config.punctuation)
         if not plain:
             raise DataError(f"text without letters: {utterance.text!r}")
-        row = symbols.encode([[char if char in known else UNKNOWN for char in plain]])
+        row = symbols.encode([[char if char in vocabulary else UNKNOWN for char in plain]])
     else:
         words = utterance.words or _text_to_phones(utterance.text, config.user_dictionary)
         if config.vocabulary == "kana":
@@ -125,7 +125,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
             row = symbols.encode(words)
         except DataError as error:
             raise DataError(f"symbol outside the vocabulary: {error}") from error
-    # CTC needs a blank between equal neighbors.
+    # CTC needs a blank between repeated symbols.
     needed = len(row) + sum(a == b for a, b in pairwise(row))
     frames = HUBERT.n_frames(utterance.n_samples)
     if needed > frames:
@@ -134,7 +134,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
 
 
 def _text_to_phones(text: str, user_dictionary: Path | None) -> tuple[tuple[str, ...], ...]:
-    """Words of a text as phones; raises DataError if it has no reading."""
+    """Convert a text to words as phones; raises DataError if it has no reading."""
     from jahubert.train.text.japanese import text_to_words
 
     try:

@@ -1,1 +1,1 @@
-"""Japanese text to words and phones, and the user dictionary."""
+"""Conversion of Japanese text to words and phones."""

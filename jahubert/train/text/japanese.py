@@ -1,18 +1,18 @@
-"""Japanese text to words, katakana pronunciations and phones, with pyopenjtalk-plus.
+"""Conversion of Japanese text to words, katakana pronunciations and phones, based on pyopenjtalk-plus.
 
-A word is a morpheme of its dictionary, except that a morpheme pronounced with an initial `ー` (the う of
-でしょう) is joined to the preceding word. Symbols are dropped. Known errors of the dictionary are corrected
-before and after the analysis:
+Each morpheme of its dictionary becomes a word, except that a morpheme whose pronunciation starts with `ー`
+(the う of でしょう) is joined to the preceding word. Symbols are dropped. Known errors of the dictionary are
+corrected before and after the analysis:
 
-- `normalization.py` spells out what the dictionary skips or misreads: minus signs, currencies, units, clock
-  times, dates and fractions;
-- `user_dictionary.py` corrects single words and adds a user's own;
-- `_fix_reading` fixes readings that depend on the context or on installed packages: 何 is ナン before a
-  counter and before ダ, デ, ナ, ノ and ト; 言う is ユー, as in CSJ; ユウ and ュウ are ユー and ュー.
+- `normalization.py` spells out expressions that the dictionary skips or misreads: minus signs, currencies,
+  units, clock times, dates and fractions;
+- `user_dictionary.py` corrects single words and adds words of the user;
+- `_fix_reading` corrects readings that depend on the context or on installed packages: 何 is read ナン before
+  counters and before ダ, デ, ナ, ノ and ト; 言う is read ユー, as in CSJ; ユウ and ュウ become ユー and ュー.
 
-Latin letters have their broadcast names, also inside words: エー, ケー and ジェー, since [ei] is a long vowel
-(NHK's committee on language, no. 1388, 2015), but エイチ, as in NHK's own name. docs/readings.md lists the
-remaining errors.
+Latin letters are read with their broadcast names, also inside words: エー, ケー and ジェー, because [ei] is a
+long vowel (NHK's committee on language, no. 1388, 2015), but エイチ, as in the name of NHK. docs/readings.md
+lists the remaining errors.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _NO_VOWEL = re.compile(r"[ッー]+")
 _YUU = re.compile("([ユュ])ウ")
 _NAN_BEFORE = re.compile(r"[ダデナノト]")
 _LATIN = re.compile(r"[Ａ-Ｚａ-ｚ]")
-# The analyzer sometimes splits small vowels off as words: ツ and ァ.
+# The analyzer sometimes splits off small vowels as separate words, for example ツァ into ツ and ァ.
 _SMALL_VOWELS = "ァィゥェォぁぃぅぇぉ"
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word with its spelling, its pronunciation in katakana, and its phones."""
+    """A word: its spelling, its pronunciation in katakana, and its phones."""
 
     surface: str
     kana: str
@@ -57,7 +57,7 @@ class Word:
 
 @cache
 def openjtalk() -> ModuleType:
-    """Import pyopenjtalk without the notices that it prints.
+    """Import pyopenjtalk, suppressing the messages that it prints.
 
     Raises:
         MissingExtraError: pyopenjtalk-plus is not installed.
@@ -76,10 +76,10 @@ def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
 
     Args:
         text: any Japanese text.
-        words: a user dictionary, see `user_dictionary.read_words`.
+        words: a user dictionary (see `user_dictionary.read_words`).
 
     Raises:
-        DataError: letters without a reading.
+        DataError: the dictionary has no reading for some letters.
     """
     pyopenjtalk = openjtalk()
     normalized = normalize_text(text)
@@ -111,7 +111,7 @@ def _fix_reading(feature: dict[str, Any], following: Feature | None) -> None:
 
 
 def _letter_names(string: str, pron: str) -> str:
-    """The pronunciation of a word with Latin letters, with one name per letter in every context."""
+    """Normalize the pronunciation of a word with Latin letters, so that each letter has a single name."""
     pron = re.sub("(ジェ|ケ)イ", r"\1ー", pron)
     if not re.search("[Ｈｈ]", string):
         return pron.replace("エイ", "エー")
@@ -119,15 +119,15 @@ def _letter_names(string: str, pron: str) -> str:
 
 
 def features_to_words(features: Sequence[Feature]) -> list[Word]:
-    """Join morphemes of `analyze` into words; may be empty."""
+    """Join the morphemes returned by `analyze` into words; the result may be empty."""
     words: list[tuple[str, str]] = []
-    joined = False  # whether the previous morpheme is a word, with no symbol in between
+    joined = False  # whether the previous morpheme is part of a word, rather than a symbol
     for feature in features:
         kana = "".join(_KANA.findall(feature["pron"]))
         if not kana:
             joined = False
             continue
-        if joined and feature["string"][0] in _SMALL_VOWELS:  # read as large vowels when split off
+        if joined and feature["string"][0] in _SMALL_VOWELS:  # the analyzer reads it as a full-size vowel
             kana = _small_vowel_reading(words[-1][1], feature["string"][0]) + kana[1:]
         if joined and (kana[0] in "ー" + _SMALL_VOWELS or _NO_VOWEL.fullmatch(kana)):
             surface, before = words[-1]
@@ -141,15 +141,19 @@ def features_to_words(features: Sequence[Feature]) -> list[Word]:
 
 
 def _small_vowel_reading(preceding: str, small: str) -> str:
-    """The reading of a small vowel after a word: itself (ツァ), or ー if it lengthens a vowel (うわぁ)."""
+    """Reading of a small vowel after a word: ー if it lengthens a vowel (うわぁ), otherwise itself (ツァ)."""
     return "ー" if kana_to_phones(preceding)[-1].removesuffix(":") == kana_to_phones(small)[0] else small
 
 
 def text_to_words(text: str, words: Path | None = None) -> list[Word]:
-    """Convert a Japanese text to words; `words` is a user dictionary.
+    """Convert a Japanese text to words.
+
+    Args:
+        text: any Japanese text.
+        words: a user dictionary (see `user_dictionary.read_words`).
 
     Raises:
-        DataError: the text has no words, or letters without a reading.
+        DataError: the text contains no words, or letters without a reading.
     """
     result = features_to_words(analyze(text, words))
     if not result:
@@ -158,9 +162,9 @@ def text_to_words(text: str, words: Path | None = None) -> list[Word]:
 
 
 def text_to_phones(text: str) -> tuple[tuple[str, ...], ...]:
-    """Convert a Japanese text to words as phones, the format of `Utterance.words`.
+    """Convert a Japanese text to the phones of its words, in the format of `Utterance.words`.
 
     Raises:
-        DataError: as `text_to_words`.
+        DataError: the text contains no words, or letters without a reading.
     """
     return tuple(word.phones for word in text_to_words(text))

@@ -1,8 +1,8 @@
 """Normalization of Japanese text before morphological analysis.
 
-Spells out what the dictionary of pyopenjtalk-plus skips or misreads, in classes of rules that are applied in
-order: numeric dates, clock times, phone numbers and addresses, fractions, ratios and scores, ranges, signs
-and arithmetic, currencies, units, and internet addresses. Numbers with counters need no rule.
+Spells out expressions that the dictionary of pyopenjtalk-plus skips or misreads. The groups of rules are
+applied in this order: numeric dates, clock times, phone numbers and addresses, fractions, ratios and scores,
+ranges, signs and arithmetic, currencies, units, and internet addresses. Numbers with counters need no rule.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable
 from math import gcd
 
-# Single-character signs, replaced before NFKC decomposes them (℃ would become the letter C).
+# Single-character signs, which are replaced before NFKC decomposes them (℃ would become ° and the letter C).
 _SIGNS = {
     **{"℃": "度", "㎏": "キログラム", "㎎": "ミリグラム", "㎞": "キロメートル", "㎝": "センチメートル"},
     **{"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "ℓ": "リットル"},
@@ -20,7 +20,7 @@ _SIGNS = {
     **{"½": "2分の1", "⅓": "3分の1", "⅔": "3分の2", "¼": "4分の1", "¾": "4分の3"},
     **{"ヷ": "ヴァ", "ヸ": "ヴィ", "ヹ": "ヴェ", "ヺ": "ヴォ"},
 }
-# Roman numerals: the analyzer reads them as numbers, but NFKC turns them into letters.
+# Roman numerals are excluded from NFKC, which converts them to letters; the analyzer reads them as numbers.
 _ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")
 _DIGIT_NAMES = ("ゼロ", "イチ", "ニー", "サン", "ヨン", "ゴー", "ロク", "ナナ", "ハチ", "キュー")
 
@@ -33,12 +33,12 @@ _RESULT = "(?:で|の)?(?:勝|負|敗|引き分|下し|破|制し|快勝|完敗|
 
 
 def _digits(match: re.Match[str]) -> str:
-    """Digit by digit, with の for hyphens, as phone numbers are read."""
+    """Spell out a phone number digit by digit, with hyphens read as の."""
     return "".join("ノ" if char == "-" else _DIGIT_NAMES[int(char)] for char in match[0])
 
 
 def _slash(match: re.Match[str]) -> str:
-    """A day of the year or a fraction: 11/3 is a date, 1/2 and 1/100 are fractions."""
+    """Spell out a date (11/3) or a fraction (1/2, 1/100)."""
     first, second = int(match[1]), int(match[2])
     is_date = 1 <= first <= 12 and 1 <= second <= 31
     is_reduced = first < second and gcd(first, second) == 1
@@ -64,7 +64,7 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
         ),
     ),
     (
-        "clock times",  # two digits for the minutes; other pairs are scores or ratios
+        "clock times",  # minutes must have two digits, otherwise the numbers are a score or a ratio
         (
             (r"(?<![\d:])(\d{1,2}):([0-5]\d):([0-5]\d)(?![\d:])", r"\1時間\2分\3秒"),
             (_CLOCK + r"00(?![\d:])", r"\1時"),
@@ -100,7 +100,7 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
         "ranges",
         (
             (r"(?<=\d)[~～](?=\d)", "から"),
-            # From a number with its unit: 20%～30%, 10時～12時.
+            # Ranges that start with a number and its unit: 20%～30%, 10時～12時.
             (r"(\d[^\d\s~～、。ぁ-ん]{1,6})[~～](?=第?\d)", r"\1から"),
             (rf"(?<![一-龠])({_WEEKDAY})[~～]({_WEEKDAY})(?![一-龠])", _weekdays),
             (rf"(?<=曜)[~～](?={_WEEKDAY})|(?<=曜日)[~～](?={_WEEKDAY})", "から"),
@@ -140,9 +140,9 @@ _COMPILED = [(re.compile(pattern), new) for _, rules in _RULES for pattern, new 
 
 
 def normalize_text(text: str) -> str:
-    """Apply NFKC and spell out signs that the dictionary would skip or misread.
+    """Apply NFKC and spell out expressions that the dictionary would skip or misread.
 
-    Roman numerals are kept, Latin letters lose their accents, control characters become spaces.
+    Roman numerals are kept, accents are removed from Latin letters, and control characters become spaces.
     """
     text = "".join(_SIGNS.get(char, char) for char in unicodedata.normalize("NFC", text))
     parts = _ROMAN.split(text)

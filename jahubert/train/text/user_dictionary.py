@@ -1,7 +1,7 @@
-"""User dictionary: corrections of the dictionary of pyopenjtalk-plus, and a user's own words.
+"""User dictionary: corrections to the dictionary of pyopenjtalk-plus, and words of the user.
 
-Both are compiled (3 ms) into one user dictionary of MeCab, so that a corrected word is also segmented as one
-word: 正義 is not split, 神聖 is not read as two names.
+Both are compiled (3 ms) into one MeCab user dictionary. Corrected words are therefore also segmented
+correctly: 正義 is not split, and 神聖 is not read as two names.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 from jahubert.errors import DataError
 from jahubert.phonemes import kana_to_phones, normalize_kana
 
-# From 4,936 words with known readings (the file names of recipe tofugu) and the sentences of the tests. Of 90
-# words that differed, 60 still do: they have two readings, or are a suffix; see docs/readings.md.
+# These errors were found in 4,936 words with known readings (the file names of recipe tofugu) and in the
+# sentences of the tests. The comments show the uncorrected reading. Of 90 words that differed, 60 still do:
+# they have two readings or are suffixes (see docs/readings.md).
 NOUNS = {
     "α波": "アルファハ",  # アルファナミ
     "かき氷": "カキゴーリ",  # カキゴオリ
@@ -63,15 +64,15 @@ _ENDINGS = {
     ICHIDAN: ("ル 基本形", " 連用形", " 未然形", "レ 仮定形", "ロ 命令ｒｏ", "ヨ 未然ウ接続"),
     GODAN_RA: ("ル 基本形", "リ 連用形", "ラ 未然形", "ッ 連用タ接続", "レ 仮定形", "ロ 未然ウ接続"),
 }
-_COST = -6000  # low enough that a word of the user dictionary wins over any segmentation of its characters
+_COST = -6000  # so low that words of the user dictionary are preferred to any other segmentation
 
 
 @cache
 def dictionary(path: Path | None = None) -> Any:
-    """Create pyopenjtalk's analyzer with the corrections of this module and the user's words of `path`.
+    """Create pyopenjtalk's analyzer with the corrections in this module and the user dictionary `path`.
 
     Raises:
-        DataError: as `read_words`.
+        DataError: the user dictionary is invalid (see `read_words`).
     """
     import pyopenjtalk
 
@@ -93,10 +94,10 @@ def dictionary(path: Path | None = None) -> Any:
 def read_words(path: Path) -> list[tuple[str, str]]:
     """Read (surface, katakana pronunciation) pairs from a user dictionary.
 
-    The file has one word per line: the spelling, a tab, the reading in kana; `#` starts a comment.
+    Each line of the file has the spelling of a word, a tab, and the reading in kana. `#` starts a comment.
 
     Raises:
-        DataError: file not found, or a line that is not a word and a reading, with its number.
+        DataError: the file cannot be read, or a line is not a word and a reading.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -129,8 +130,8 @@ def _verb(stem: str, reading: str, kind: str) -> Iterator[str]:
 
 
 def _row(surface: str, grammar: str, kana: str) -> str:
-    """A line of a MeCab dictionary; MeCab fills in the context ids of the grammar."""
-    # The analyzer sees ASCII characters in full width.
+    """Format a line of a MeCab dictionary; MeCab fills in the empty context ids."""
+    # The analyzer converts ASCII characters to full-width characters.
     wide = unicodedata.normalize("NFKC", surface)
     wide = "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in wide)
     return f"{wide},,,{_COST},{grammar},{wide},{kana},{kana},0/{len(kana)},*"
@@ -138,7 +139,7 @@ def _row(surface: str, grammar: str, kana: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress standard output, where the compiler, which is C++, prints its progress."""
+    """Suppress output to file descriptor 1, to which the C++ dictionary compiler prints its progress."""
     sys.stdout.flush()
     saved = os.dup(1)
     with open(os.devnull, "wb") as null:
