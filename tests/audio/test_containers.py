@@ -123,7 +123,7 @@ def test_chained_ogg_is_read_to_the_end(tmp_path, subtype):
             load_audio(io.BytesIO(broken))
 
 
-def test_concatenated_wav_and_flac(tmp_path):
+def test_concatenated_wav_is_read_and_concatenated_flac_is_rejected(tmp_path):
     one, two = encode(NOISE), encode(NOISE, 8_000)
     assert seconds(one + two + one, tmp_path) == 6.0
     with pytest.raises(AudioError, match="truncated"):
@@ -232,7 +232,7 @@ def test_pipes_are_read(tmp_path):
         assert int(done.stdout) == 24_000
 
 
-def test_shared_cases(shared_data):
+def test_shared_cases_have_their_full_length(shared_data):
     cases = shared_data.parent / "cases"
     if not cases.is_dir():
         pytest.skip(f"needs {cases}")

@@ -96,7 +96,7 @@ def test_argument_is_not_modified():
     assert np.array_equal(array, NOISE)
 
 
-def test_byte_range_inside_a_tar(tmp_path):
+def test_byte_range_inside_a_tar_is_read(tmp_path):
     path = tmp_path / "shard 一.tar"
     members = {
         "あ.wav": encode(NOISE),
@@ -221,7 +221,7 @@ def test_blocks_equal_the_whole(fmt, subtype, rate, tmp_path):
             torch.testing.assert_close(together, whole, atol=rounding, rtol=0)
 
 
-def test_blocks_of_an_array():
+def test_array_is_streamed_in_blocks():
     blocks = list(stream_audio(NOISE, block_seconds=0.5))
     assert len(blocks) == 4 and torch.equal(torch.cat(blocks), load_audio(NOISE))
     slower = torch.cat(list(stream_audio(NOISE, 8_000, block_seconds=0.5)))

@@ -60,7 +60,7 @@ def test_unexpected_exception_prints_a_traceback_and_exits_with_1(bundle, folder
     assert "Traceback" in err and "jahubert: error: data/a.wav: internal failure" in err and "gone.wav" in err
 
 
-def test_json_and_tsv_lines(bundle, folder, capsys):
+def test_json_and_tsv_are_printed_line_by_line(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "-f", "json", "data"]) == 0
     contents = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [c["audio"] for c in contents] == ["data/a.wav", "data/sub/日本語 名前.flac"]
@@ -78,7 +78,7 @@ def test_format_all_writes_every_format(bundle, folder, capsys):
     assert names == sorted(stem + e for stem in ("a", "sub/日本語 名前") for e in endings)
 
 
-def test_standard_input(bundle, folder, capsys, monkeypatch):
+def test_dash_reads_standard_input(bundle, folder, capsys, monkeypatch):
     assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
     expected = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("data/a.wav").read_bytes())))
@@ -86,7 +86,7 @@ def test_standard_input(bundle, folder, capsys, monkeypatch):
     assert capsys.readouterr().out == expected
 
 
-def test_features(bundle, folder, capsys):
+def test_features_writes_one_npy_per_recording(bundle, folder, capsys):
     assert main(["features", "--model", bundle, "--layer", "1", "-o", "out", "data", "gone.wav"]) == 2
     assert "gone.wav" in capsys.readouterr().err
     frames_SD = np.load("out/sub/日本語 名前.npy")
@@ -96,7 +96,7 @@ def test_features(bundle, folder, capsys):
     assert sorted(p.name for p in Path("out").rglob("*.*")) == ["a.npy", "features.json", "日本語 名前.npy"]
 
 
-def test_units(bundle, folder, capsys):
+def test_units_are_printed_or_written(bundle, folder, capsys):
     expected = jahubert.UnitExtractor.from_pretrained(bundle)("data/a.wav")
     assert main(["units", "--model", bundle, "data/a.wav"]) == 0
     assert capsys.readouterr().out == " ".join(map(str, expected.tolist())) + "\n"
@@ -108,7 +108,7 @@ def test_units(bundle, folder, capsys):
     assert np.array_equal(np.load("out/a.npy"), expected.numpy())
 
 
-def test_info(bundle, capsys):
+def test_info_prints_model_properties(bundle, capsys):
     assert main(["info", bundle]) == 0
     out = capsys.readouterr().out
     assert "layers           2\n" in out and "can transcribe   true\n" in out and "9 of layer 1" in out
@@ -117,7 +117,7 @@ def test_info(bundle, capsys):
     assert content["config"]["width"] == 16 and len(content["symbols"]) == 42
 
 
-def test_status_of_a_folder_without_stages(tmp_path, capsys):
+def test_status_rejects_a_folder_without_stages(tmp_path, capsys):
     pytest.importorskip("jahubert.train.experiment.provenance")
     assert main(["status", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_progress_is_shown_on_a_terminal_only(bundle, folder, capsys, monkeypatc
     assert "[2/2]" in err and "[" not in out
 
 
-def test_progress_within_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
+def test_progress_is_updated_within_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
     soundfile.write(tmp_path / "long.wav", syllables(95.0).numpy(), 16_000)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["transcribe", "--model", bundle, "--beam", "1", str(tmp_path / "long.wav")]) == 0
@@ -203,7 +203,7 @@ def test_noise_gives_no_text_unless_vad_is_disabled(bundle, folder, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_phonemes_option(bundle, folder, capsys):
+def test_phonemes_option_prints_phonemes(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "--phonemes", "data/a.wav"]) == 0
     expected = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").phonemes
     assert capsys.readouterr().out == " ".join(expected) + "\n"
@@ -229,7 +229,7 @@ def test_unsupported_dtype_is_rejected(bundle):
         jahubert.Transcriber(exact.model, exact.phonemes, dtype=torch.float64)
 
 
-def test_status_as_json(folder, capsys):
+def test_status_prints_json(folder, capsys):
     from jahubert.train.experiment.provenance import acquire
 
     acquire(folder / "exp" / "prepare", {"stage": "prepare", "version": 1, "settings": {}})
@@ -245,7 +245,7 @@ def test_parser_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_python_m_jahubert(bundle, folder):
+def test_python_m_jahubert_runs_the_command(bundle, folder):
     result = command("transcribe", "--model", bundle, "data", env={"PATH": "", "PYTHONIOENCODING": "ascii"})
     assert result.returncode == 0 and result.stderr == b""
     assert "data/sub/日本語 名前.flac\t" in result.stdout.decode("utf-8")

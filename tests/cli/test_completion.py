@@ -27,7 +27,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     return result.stdout.split("\n")[:-1]
 
 
-def test_bash_completion(tmp_path):
+def test_bash_completes_commands_options_and_files(tmp_path):
     (tmp_path / "日本語 名前.wav").touch()
     names = [command.name for command in commands(build_parser())]
     assert completions("jahubert ", tmp_path) == names
@@ -50,7 +50,7 @@ def test_shells_accept_their_script(shell, capsys, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_fish_completion():
+def test_fish_completes_option_values():
     if shutil.which("fish") is None:
         pytest.skip("needs fish")
     code = script(build_parser(), "fish") + "complete -C 'jahubert transcribe --format s'\n"

@@ -13,7 +13,7 @@ from jahubert.cli.main import main
 from jahubert.formats.atomic import temporary_path
 
 
-def test_features_of_several_layers_in_chunks(bundle, folder, capsys):
+def test_features_of_several_layers_match_the_python_api(bundle, folder, capsys):
     soundfile.write("long.wav", np.random.default_rng(1).normal(0, 0.1, 160_000), 8_000)
     chunks = {"chunk_seconds": 8}
     for options, layer, more in (
@@ -49,7 +49,7 @@ def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, caps
     assert "layer=None" in capsys.readouterr().err
 
 
-def test_features_in_one_safetensors_file(bundle, folder, capsys):
+def test_features_are_written_to_one_safetensors_file(bundle, folder, capsys):
     from safetensors.numpy import load_file
 
     Path("data/bad.wav").write_bytes(b"RIFFnothing")

@@ -1,4 +1,4 @@
-"""The commands `ngram` and `perplexity` on text of every unit."""
+"""Tests of the commands `ngram` and `perplexity` with every text unit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def text(tmp_path):
         ("token", [], {"今日は、雨です。"}),
     ],
 )
-def test_model_of_each_unit(tmp_path, text, unit, options, expected, capsys):
+def test_ngram_model_is_trained_for_each_unit(tmp_path, text, unit, options, expected, capsys):
     out = tmp_path / "new" / "lm.arpa.gz"
     assert main(["ngram", text, "--unit", unit, "--order", "2", "-o", str(out), *options]) == 0
     words = set(read_arpa(out).words)
@@ -54,7 +54,7 @@ def test_lexicon_lists_the_words_with_their_pronunciations(tmp_path, text, optio
     assert {word for word, _ in entries} <= set(read_arpa(tmp_path / "lm.arpa").words)
 
 
-def test_text_from_gzip_and_standard_input(tmp_path, text, monkeypatch):
+def test_text_is_read_from_gzip_and_standard_input(tmp_path, text, monkeypatch):
     packed = tmp_path / "text.txt.gz"
     packed.write_bytes(gzip.compress("雨\n".encode()))
     monkeypatch.setattr("sys.stdin", io.StringIO("雪\n"))

@@ -402,7 +402,7 @@ def test_transcribe_reports_files_that_are_not_audio(capsys, whole, tmp_path):
     assert "has no CTC head" in capsys.readouterr().err
 
 
-def test_help_and_no_arguments(capsys):
+def test_help_is_printed_and_missing_arguments_are_an_error(capsys):
     assert run.main(["--help"]) == 0
     assert "stage=STAGE" in capsys.readouterr().out
     assert run.main([]) == 2

@@ -132,7 +132,7 @@ def test_rows_do_not_depend_on_their_batch():
         assert_same(together, separate, 1e-5)
 
 
-def test_empty_input():
+def test_empty_input_gives_the_empty_hypothesis():
     assert beam_search(torch.zeros(2, 0, 4), [0, 0]) == [[Hypothesis((), 0.0)]] * 2
     assert greedy(torch.zeros(1, 0, 4), [0]) == [Hypothesis((), 0.0)]
     assert beam_search(torch.zeros(0, 5, 4), []) == [] == greedy(torch.zeros(0, 5, 4), [])
@@ -168,7 +168,7 @@ def test_invalid_arguments_are_rejected(arguments):
         beam_search(random_logp(1, 5, 4, seed=0), [5], **arguments)
 
 
-def test_alignment_of_a_planted_path():
+def test_alignment_finds_a_planted_path():
     path = [0, 0, 3, 3, 3, 0, 3, 1, 1, 2, 0, 0]
     logp = (F.one_hot(torch.tensor(path), 5) * 6.0).log_softmax(-1)
     spans = forced_align(logp, [3, 3, 1, 2])
@@ -176,7 +176,7 @@ def test_alignment_of_a_planted_path():
     assert all(s.score == pytest.approx(float(logp.max()), abs=1e-6) for s in spans)
 
 
-def test_alignment_of_a_long_planted_path():
+def test_alignment_finds_a_long_planted_path():
     labels = [1 + i % 3 for i in range(300)]
     path = [symbol for label in labels for symbol in (0, label, label)]
     spans = forced_align((F.one_hot(torch.tensor(path), 4) * 6.0).log_softmax(-1), labels)

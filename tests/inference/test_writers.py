@@ -52,14 +52,14 @@ def test_tsv_has_one_row_per_word():
     assert len(lines) == 4
 
 
-def test_srt_cues():
+def test_srt_is_rendered():
     assert writers.render(TRANSCRIPT, "srt") == (
         "1\n00:00:00,500 --> 00:00:01,300\nアサ ワ\n\n2\n01:01:01,000 --> 01:01:01,800\nキレー\n"
     )
     assert writers.render(EMPTY, "srt") == ""
 
 
-def test_vtt_cues():
+def test_vtt_is_rendered():
     lines = writers.render(TRANSCRIPT, "vtt").splitlines()
     assert lines[:4] == ["WEBVTT", "", "00:00:00.500 --> 00:00:01.300", "アサ ワ"]
     assert writers.render(EMPTY, "vtt") == "WEBVTT\n"
@@ -122,7 +122,7 @@ LONG = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(8000)), 
 class TestOtherPrograms:
     """Independent parsers read the written files."""
 
-    def test_subrip(self, transcript, tmp_path):
+    def test_srt_is_parsed_by_another_program(self, transcript, tmp_path):
         srt = pytest.importorskip("srt", reason="extra dev")
         (path,) = writers.save(transcript, tmp_path / "a", ["srt"])
         cues = list(srt.parse(path.read_text(encoding="utf-8"), ignore_errors=False))
@@ -130,7 +130,7 @@ class TestOtherPrograms:
         assert parsed == rounded(writers._cues(transcript.words))
         assert [cue.index for cue in cues] == list(range(1, len(cues) + 1))
 
-    def test_webvtt(self, transcript, tmp_path):
+    def test_vtt_is_parsed_by_another_program(self, transcript, tmp_path):
         webvtt = pytest.importorskip("webvtt", reason="extra dev")
         (path,) = writers.save(transcript, tmp_path / "a", ["vtt"])
         parsed = [(c.start_in_seconds, c.end_in_seconds, c.text) for c in webvtt.read(path)]
@@ -139,7 +139,7 @@ class TestOtherPrograms:
         for one, other in zip(parsed, expected, strict=True):
             assert one[:2] == pytest.approx(other[:2], abs=1.0)  # this parser drops milliseconds
 
-    def test_praat(self, transcript, tmp_path):
+    def test_textgrid_is_parsed_by_another_program(self, transcript, tmp_path):
         praatio = pytest.importorskip("praatio.textgrid", reason="extra dev")
         (path,) = writers.save(transcript, tmp_path / "a", ["textgrid"])
         grid = praatio.openTextgrid(str(path), includeEmptyIntervals=False, reportingMode="error")
@@ -151,7 +151,7 @@ class TestOtherPrograms:
         assert [e.label for e in phones] == [p for w in transcript.words for p in w.phonemes]
         assert grid.maxTimestamp == pytest.approx(transcript.duration)
 
-    def test_audacity(self, transcript, tmp_path):
+    def test_audacity_labels_are_tab_separated(self, transcript, tmp_path):
         """Audacity labels are tab-separated: start, end, text."""
         (path,) = writers.save(transcript, tmp_path / "a", ["audacity"])
         with path.open(encoding="utf-8", newline="") as file:

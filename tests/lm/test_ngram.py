@@ -1,4 +1,4 @@
-"""N-gram models: Kneser-Ney estimation against a direct implementation, queries, and ARPA files."""
+"""Tests of n-gram models: Kneser-Ney estimation against a reference, queries, and ARPA files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def random_text(seed: int, n_sentences: int, n_words: int = 12) -> list[list[str
 
 
 class DirectKneserNey:
-    """Interpolated modified Kneser-Ney by dictionaries, from the definitions."""
+    """Reference implementation of interpolated modified Kneser-Ney with dictionaries."""
 
     def __init__(self, sentences: list[list[str]], order: int):
         padded = [(START, *sentence, END) for sentence in sentences]
@@ -107,7 +107,7 @@ def test_estimates_equal_the_definition(seed, n_sentences, order):
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
-def test_probabilities_of_every_context_sum_to_one(order):
+def test_probabilities_sum_to_one_in_every_context(order):
     model = train_ngram(random_text(5, 200), order)
     states = np.unique(model.state_M)
     logp_RV, next_RV = model.rows(states)
@@ -120,7 +120,7 @@ def test_probabilities_of_every_context_sum_to_one(order):
         assert (next_R == next_RV[row, words]).all()
 
 
-def test_orders_that_no_sentence_reaches_are_left_out():
+def test_orders_without_ngrams_are_omitted():
     assert train_ngram([["a"], ["b"]], 5).order == 3  # <s> a </s>
 
 
@@ -143,11 +143,11 @@ def arpa(tmp_path) -> Path:
     return path
 
 
-def test_backoff_follows_the_file(arpa):
+def test_backoff_weights_of_the_file_are_used(arpa):
     model = read_arpa(arpa)
     assert (model.order, model.counts) == (3, (5, 3, 1))
     logps = model.sentence_logp(["ア", "カ", "カ", "x"]) / math.log(10)
-    # <s> ア; <s> ア カ; ア カ backs off to カ, to the unigram; カ to <unk>; <unk> to </s>
+    # <s> ア and <s> ア カ are in the file; the other words back off to bigrams, unigrams or <unk>.
     assert logps == pytest.approx([-0.125, -0.03125, -0.375 - 0.125 - 0.75, -0.125 - 2.0, -1.0], abs=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_hostile_files_are_rejected(tmp_path):
         read_arpa(tmp_path / "none.arpa")
 
 
-def test_perplexity_with_and_without_unknown_words(arpa):
+def test_perplexity_includes_or_excludes_unknown_words(arpa):
     found = perplexity(read_arpa(arpa), [["ア", "x"], ["カ"]])
     logps = [-0.125, -0.0625 - 0.25 - 2.0, -1.0, -0.5 - 0.75, -0.125 - 1.0]  # ア x </s> カ </s>
     assert (found.sentences, found.words, found.unknown) == (2, 3, 1)
@@ -215,7 +215,7 @@ def test_perplexity_with_and_without_unknown_words(arpa):
         perplexity(read_arpa(arpa), [])
 
 
-def test_unknown_words_without_unk_have_the_floor_of_kenlm():
+def test_unknown_words_have_kenlms_floor_without_unk():
     model = train_ngram([["a", "b"]], 2)
     logp_R, next_R = model.score(np.array([model.start_state]), np.array([-1]))
     assert logp_R[0] == pytest.approx(-100 * math.log(10)) and next_R[0] == 0

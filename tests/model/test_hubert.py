@@ -163,7 +163,7 @@ def test_every_second_mfcc_frame_is_a_hubert_frame():
         HUBERT.hop_ratio(FrameGrid(window=512, hop=160))
 
 
-def test_published_sizes():
+def test_parameter_counts_are_the_published_ones():
     with torch.device("meta"):
         sizes = {name: HubertModel(getattr(HubertConfig, name)()) for name in ("base", "large", "xlarge")}
     count = {name: sum(p.numel() for p in model.parameters()) for name, model in sizes.items()}

@@ -272,7 +272,7 @@ def test_positional_convolution_equals_the_plain_module(kernel, function):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
-def test_dropout_rate_mean_and_gradient(p):
+def test_dropout_has_the_right_rate_mean_and_gradient(p):
     torch.manual_seed(0)
     x = torch.rand(400, 1001, requires_grad=True)
     y = dropout(nn.Dropout(p), x)

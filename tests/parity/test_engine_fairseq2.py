@@ -232,7 +232,7 @@ def test_stopped_run_is_resumed(whole, tmp_path):
 
 
 @pytest.mark.stack
-def test_stopped_in_the_last_step(whole, tmp_path):
+def test_run_stopped_in_the_last_step_is_resumed(whole, tmp_path):
     _, result = train_model("fairseq2", tmp_path, stop_at=CONFIG.max_steps)
     assert result is None and CONFIG.max_steps in steps_in(tmp_path / "checkpoints_fairseq2")
     state, _ = train_model("fairseq2", tmp_path)
@@ -241,7 +241,7 @@ def test_stopped_in_the_last_step(whole, tmp_path):
 
 
 @pytest.mark.stack
-def test_stop_between_log_lines_and_before_a_validation(whole, tmp_path):
+def test_stop_between_log_steps_is_resumed(whole, tmp_path):
     odd = replace(CONFIG, log_every=4, save_every=3, valid_every=3)
     train_model("torch", tmp_path / "torch", config=odd)
     train_model("fairseq2", tmp_path / "ours", config=odd, stop_at=3)

@@ -90,7 +90,7 @@ ACTUAL, NO_FILLERS, NO_FRAGMENTS = {"pron": "actual"}, {"fillers": "drop"}, {"fr
         ("ヴァイ・オリン", "b a i o r i N", []),
     ],
 )  # fmt: skip
-def test_each_tag_for_each_option(pronunciation, canonical, others):
+def test_tags_are_handled_according_to_the_options(pronunciation, canonical, others):
     assert words(pronunciation) == canonical
     for options, phones in others:
         assert words(pronunciation, **options) == phones

@@ -58,7 +58,7 @@ def test_captions_are_matched_with_recordings(tmp_path, dot, form, end):
     assert raw[rows[0].audio.offset :][: rows[0].audio.length] == member
 
 
-def test_prepare_and_targets(tmp_path, caplog):
+def test_prepare_and_targets_read_a_release(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     release = Release(tmp_path / "corpus", shards=3, rows=6)
     data = release.write()

@@ -79,7 +79,7 @@ def test_silence_reaches_the_floor_of_the_logarithm():
 
 
 @pytest.mark.parametrize("n", [0, 1, 399, 400, 559, 560, 1040, 90_000])
-def test_number_of_frames_for_short_and_long_audio(n):
+def test_number_of_frames_follows_the_frame_grid(n):
     (got,) = Mfcc()([speech_like(90_000, 1)[:n]])
     assert got.shape == (MFCC.n_frames(n), 39)
     assert got.isfinite().all()

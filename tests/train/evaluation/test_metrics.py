@@ -95,7 +95,7 @@ def test_bootstrap_interval_has_nominal_coverage():
         bootstrap_interval([], [])
 
 
-def test_cluster_quality_of_a_small_table():
+def test_cluster_quality_of_a_small_table_is_correct():
     # frames        unit 0   unit 1   unit 2
     # phone 0          6        2        0
     # phone 1          1        1        2
@@ -112,7 +112,7 @@ def test_cluster_quality_of_a_small_table():
     assert quality["pnmi"] == pytest.approx(mutual / entropy)
 
 
-def test_cluster_quality_of_perfect_and_random_units():
+def test_cluster_quality_reaches_its_limits():
     rng = np.random.default_rng(0)
     phones = rng.integers(0, 40, 20_000)
     assert cluster_quality(joint_counts(phones, 39 - phones, 40, 41)) == pytest.approx(

@@ -44,7 +44,7 @@ def scored(lines=LINES, measures=MEASURES["phones"]) -> SetScore:
     )
 
 
-def test_rates_by_set_talk_and_speaker():
+def test_rates_are_computed_by_set_talk_and_speaker():
     score = scored()
     rates = score.rates(0, 50)
     assert (rates["wer"]["errors"], rates["wer"]["length"]) == (4, 7)

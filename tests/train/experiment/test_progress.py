@@ -66,7 +66,7 @@ def test_log_lines_do_not_garble_the_bar():
     assert terminal.screen == ["a log line"]
 
 
-def test_no_bar_without_a_terminal_or_on_other_ranks(capfd, monkeypatch):
+def test_bar_is_shown_only_on_a_terminal_and_rank_0(capfd, monkeypatch):
     loop(steps=1)
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(distributed, "rank", lambda: 1)

@@ -104,7 +104,7 @@ def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
         stage_inputs("kmeans", 1, Config(unfinished))
 
 
-def test_status(tmp_path, source):
+def test_status_shows_state_and_metrics(tmp_path, source):
     exp = tmp_path / "exp"
     recipe = stage_inputs("kmeans", 1, Config(source))
     acquire(exp / "iter1" / "kmeans", recipe)

@@ -66,7 +66,7 @@ def test_unit_figures_are_valid_images():
     assert phone_matrix(count_PK, ["p"] * 42) == phone_matrix(count_PK, ["p"] * 42)
 
 
-def test_curves_of_every_metric_with_speed_and_waiting():
+def test_curves_show_every_metric_speed_and_waiting():
     timing = {"seconds": 2.0, "steps": 10, "waiting": 0.25}
     rows = [{"step": i, "loss": 1 / i, "timing": timing} for i in range(1, 6)]
     rows += [{"step": 3, "valid_loss": 0.5}, {"step": 5, "valid_loss": 0.4, "valid_per": 1.0}]

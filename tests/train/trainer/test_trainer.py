@@ -346,7 +346,7 @@ def test_best_weights_are_kept(tmp_path, best):
         assert metrics["loss"] == curve(tmp_path)[-2]["loss"] and torch.equal(weights(module), seen[3])
 
 
-def test_learning_rate_schedules():
+def test_learning_rate_follows_the_schedule():
     linear = TrainConfig(max_steps=100, lr=1.0, warmup=0.1)
     assert [round(lr_at(s, linear), 6) for s in (0, 9, 10, 55, 99)] == [0.1, 1.0, 1.0, 0.5, round(1 / 90, 6)]
     tri_stage = TrainConfig(max_steps=100, lr=1.0, warmup=0.1, hold=0.4, schedule="tri_stage", final_lr=0.05)
