@@ -8,10 +8,10 @@ from jahubert.errors import ConfigError
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The requested device; for None or "auto" a CUDA GPU, an Apple GPU (MPS) or the CPU, whichever is first.
+    """The requested device; None and "auto" select a CUDA GPU, else an Apple GPU (MPS), else the CPU.
 
     Raises:
-        ConfigError: unknown or unavailable device.
+        ConfigError: the device is unknown or unavailable.
     """
     if device is None or device == "auto":
         if torch.cuda.is_available():

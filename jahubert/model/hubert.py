@@ -1,11 +1,11 @@
-"""HuBERT (Hsu et al. 2021, https://arxiv.org/abs/2106.07447): configuration, modules and forward pass.
+"""HuBERT (Hsu et al. 2021, https://arxiv.org/abs/2106.07447): modules and forward pass.
 
-The forward pass reads like the paper: ordinary torch modules on a padded batch of waveforms with lengths.
-Padding never enters a result: the group norm takes its statistics over valid frames, attention masks the
-others, and the positional convolution sees zeros there.
+The forward pass follows the paper, with ordinary torch modules on a padded batch of waveforms and their
+lengths. Padding never affects a result: the group norm computes its statistics over valid frames, attention
+masks padding frames, and the input of the positional convolution is zero there.
 
-`jahubert.model.kernels` computes the same on packed frames, several times faster, and is used by default.
-`kernels.usable` decides between the two (its docstring is the whole rule), at three places of this file.
+`jahubert.model.kernels` computes the same on packed frames, several times faster, and is used by default;
+`kernels.usable` documents the rule.
 
 Modules carry the names of Hugging Face's `HubertModel`, so either state dict loads into the other.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -25,14 +25,16 @@ from torch.nn import functional as F
 from torch.utils._pytree import register_pytree_node
 
 from jahubert.errors import AudioError, ConfigError
-from jahubert.frames import FrameGrid
 from jahubert.model import kernels
+from jahubert.model.config import HubertConfig
 from jahubert.model.layers import (
     MaskedGroupNorm,
     WeightNormConv1d,
     length_mask,
+    length_tensor,
     mean_square,
     scale_gradient,
+    standardize,
 )
 from jahubert.model.precision import autocast
 
@@ -40,97 +42,9 @@ if TYPE_CHECKING:
     from jahubert.model.kernels.packing import Packing
 
 
-@dataclass(frozen=True)
-class HubertConfig:
-    """Sizes and regularization; the defaults are the paper's BASE (Table I, fairseq's base yaml)."""
-
-    conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
-    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the previous layer
-    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)  # samples, then frames of the previous layer
-    conv_bias: bool = False  # biases in the conv layers
-    conv_norm: Literal["group", "layer"] = "group"  # group: one norm, per channel, after the first conv
-    width: int = 768  # of the Transformer
-    layers: int = 12  # Transformer blocks
-    heads: int = 12  # attention heads per block
-    ffn: int = 3072  # inner width of the feed-forward blocks
-    pre_norm: bool = False  # layer norm before each block (large, xlarge) or after it (base)
-    pos_conv_kernel: int = 128  # frames
-    pos_conv_groups: int = 16  # channel groups of the positional convolution
-    norm_eps: float = 1e-5  # of layer and group norms
-    normalize: bool = False  # waveforms to zero mean and unit variance, per utterance
-    # Added to that variance: 1e-7 in Hugging Face, 1e-5 in fairseq and torchaudio. It belongs to imported
-    # weights and is not a training setting, so stage records leave it out ("runtime").
-    normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
-    dropout: float = 0.1  # after attention and feed-forward
-    attention_dropout: float = 0.1  # on attention weights
-    activation_dropout: float = 0.0  # inside the feed-forward blocks
-    input_dropout: float = 0.1  # on the projected conv features
-    layer_drop: float = 0.05  # probability that a block is skipped in training
-    conv_grad_scale: float = 0.1  # gradient into the conv stack is multiplied by this
-
-    def __post_init__(self) -> None:
-        errors = []
-        if not len(self.conv_dims) == len(self.conv_kernels) == len(self.conv_strides) > 0:
-            errors.append("conv_dims, conv_kernels and conv_strides must have one entry per layer")
-        for name in ("heads", "pos_conv_groups"):
-            parts = getattr(self, name)
-            if parts < 1 or self.width % parts:
-                errors.append(f"width {self.width} is not divisible by {name} {parts}")
-        if self.conv_norm not in ("group", "layer"):
-            errors.append(f"conv_norm is {self.conv_norm!r}, but must be 'group' or 'layer'")
-        sizes = (*self.conv_dims, *self.conv_kernels, *self.conv_strides)
-        if min(self.layers, self.width, self.ffn, self.pos_conv_kernel, *sizes) < 1:
-            errors.append(
-                "layers, width, ffn, pos_conv_kernel, conv_dims, _kernels and _strides must be positive"
-            )
-        if not min(self.norm_eps, self.normalize_eps, self.conv_grad_scale) >= 0:
-            errors.append("norm_eps, normalize_eps and conv_grad_scale must be at least 0")
-        for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                errors.append(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
-        if errors:
-            raise ConfigError("HubertConfig: " + "; ".join(errors))
-
-    @property
-    def grid(self) -> FrameGrid:
-        """The samples that each output frame covers."""
-        return FrameGrid.from_convs(self.conv_kernels, self.conv_strides)
-
-    @classmethod
-    def base(cls, **changes) -> HubertConfig:
-        """95 M parameters, 12 blocks of width 768."""
-        return replace(cls(), **changes)
-
-    @classmethod
-    def large(cls, **changes) -> HubertConfig:
-        """316 M parameters, 24 blocks of width 1024, pre-norm, no dropout."""
-        return replace(cls(**_LARGE), **changes)
-
-    @classmethod
-    def xlarge(cls, **changes) -> HubertConfig:
-        """962 M parameters, 48 blocks of width 1280, pre-norm, no dropout."""
-        return replace(cls(**_LARGE | {"width": 1280, "layers": 48, "ffn": 5120}), **changes)
-
-
-_LARGE: dict = {
-    "conv_norm": "layer",
-    "width": 1024,
-    "layers": 24,
-    "heads": 16,
-    "ffn": 4096,
-    "pre_norm": True,
-    "normalize": True,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "input_dropout": 0.0,
-    "layer_drop": 0.0,
-    "conv_grad_scale": 1.0,
-}
-
-
-# The effect of padding on valid frames. "ignored": none. The other two reproduce other projects: "masked"
-# counts the padding in the group norm of base models (fairseq, torchaudio, and Hugging Face with an attention
-# mask); "unmasked" treats it as audio (Hugging Face without one).
+# Effect of padding on valid frames. "ignored" means none; the other two reproduce other projects. "masked"
+# includes padding in the group norm of base models (fairseq, torchaudio, and Hugging Face with an attention
+# mask); "unmasked" treats it as audio (Hugging Face without an attention mask).
 Padding = Literal["ignored", "masked", "unmasked"]
 
 
@@ -183,18 +97,18 @@ class ConvFrontEnd(nn.Module):
             norm = config.conv_norm if i == 0 or config.conv_norm == "layer" else None
             self.conv_layers.append(ConvLayer(dims[i], dims[i + 1], kernel, stride, config.conv_bias, norm))
 
-    def forward(self, wav_BT: Tensor, n_samples: Sequence[int] | None = None) -> Tensor:
+    def forward(self, wav_BT: Tensor, n_samples: Sequence[int] | Tensor | None = None) -> Tensor:
         """Features (B, S, C); `n_samples` are the lengths if the batch is padded."""
         if kernels.usable(self):
             return kernels.front_end_padded(self, wav_BT, n_samples)
-        x_BCS = wav_BT[:, None]
+        x_BCS, valid_BS = wav_BT[:, None], None
+        length_B = None if n_samples is None else length_tensor(n_samples, wav_BT.device)
         for layer in self.conv_layers:
-            valid_BS = None
-            if n_samples is not None:
-                conv = cast(ConvLayer, layer).conv
-                kernel, stride = conv.kernel_size[0], conv.stride[0]
-                n_samples = [(n - kernel) // stride + 1 for n in n_samples]
-                valid_BS = length_mask(n_samples, (x_BCS.shape[2] - kernel) // stride + 1, wav_BT.device)
+            conv = cast(ConvLayer, layer).conv
+            kernel, stride = conv.kernel_size[0], conv.stride[0]
+            if length_B is not None:
+                length_B = (length_B - kernel) // stride + 1
+                valid_BS = length_mask(length_B, (x_BCS.shape[2] - kernel) // stride + 1)
             x_BCS = layer(x_BCS, valid_BS)
         return x_BCS.transpose(1, 2)
 
@@ -222,10 +136,10 @@ class PositionalConv(nn.Module):
         self.conv = WeightNormConv1d(conv)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """x_BSD must be zero after the end of each utterance."""
+        """Embeddings (B, S, D); `x_BSD` must be zero after the end of each utterance."""
         n_frames, lower = x_BSD.shape[1], torch.is_autocast_enabled(x_BSD.device.type)
-        # In float32: oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) is wrong for groups of 4 to
-        # 14 channels, and a GPU would round to ten bits.
+        # Always in float32: oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) returns wrong results
+        # for groups of 4 to 14 channels, and a GPU would use TF32.
         with autocast(torch.float32, x_BSD.device):
             y_BDS = self.conv((x_BSD.float() if lower else x_BSD).transpose(1, 2))
         # An even kernel gives one frame too many.
@@ -250,7 +164,7 @@ class Attention(nn.Module):
         )
         mask_B11S = None if valid_BS is None else valid_BS[:, None, None]
         dropout = self.dropout if self.training else 0.0
-        out_BHSE = F.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, mask_B11S, dropout)
+        out_BHSE = kernels.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, mask_B11S, dropout)
         return self.out_proj(out_BHSE.transpose(1, 2).flatten(2))
 
 
@@ -310,7 +224,7 @@ class Encoder(nn.Module):
         last_layer: int | None = None,
         keep_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Output of the last computed block, and those of the kept ones."""
+        """Output of the last computed block, and the kept outputs by block number."""
         if valid_BS is not None:
             x_BSD = x_BSD.masked_fill(~valid_BS[..., None], 0.0)
         x_BSD = x_BSD + self.pos_conv_embed(x_BSD)
@@ -324,7 +238,7 @@ class Encoder(nn.Module):
         """The blocks, on a padded batch or on packed frames (see `EncoderLayer.forward`)."""
         kept = {0: x} if 0 in keep_layers else {}
         for number, layer in enumerate(self.layers[:last_layer], start=1):
-            # Drawn on the CPU, so that a skipped block costs nothing and no device has to be waited for.
+            # Drawn on the CPU, so that a skipped block costs nothing and the device is not synchronized.
             skipped = self.training and torch.rand((), device="cpu").item() < self.layer_drop
             if not skipped:
                 x = layer(x, frames)
@@ -374,11 +288,11 @@ class HubertModel(nn.Module):
             last_layer: stop after this block, counted from 1; its output, after residual and norm,
                 is `hidden_BSD`. Default: all blocks and, for pre-norm models, the closing norm.
             keep_layers: block numbers whose outputs are returned in `layers`; 0 is the input of block 1.
-            padding: for comparisons only: the effect that padding has in other projects (see `Padding`).
+            padding: reproduces the effect of padding in other projects (see `Padding`); for comparisons only.
 
         Raises:
             AudioError: an utterance is shorter than one frame, or lengths and waveforms do not match.
-            ConfigError: a layer number that the model does not have.
+            ConfigError: a layer number is out of range.
         """
         keep_layers = set(keep_layers)
         self._check_layers(last_layer, keep_layers)
@@ -387,14 +301,17 @@ class HubertModel(nn.Module):
             return kernels.encode(
                 self, wav_BT, n_samples, mask_BS, channel_mask_BD, last_layer, keep_layers, padding
             )
-        wav_BT = self._normalize_batch(wav_BT, n_samples)
-        features_BSC = self.feature_extractor(wav_BT, n_samples if padding == "ignored" else None)
-        batch, n_frames, _ = features_BSC.shape
-        valid_BS, n_frames_B = None, torch.full((batch,), n_frames, device=wav_BT.device)
-        if n_samples is not None:
-            valid_BS = length_mask(map(self.config.grid.n_frames, n_samples), n_frames, wav_BT.device)
-            n_frames_B = valid_BS.sum(1)
-            valid_BS = None if padding == "unmasked" else valid_BS
+        valid_BS = None
+        if n_samples is None:
+            features_BSC = self.feature_extractor(self.normalize(wav_BT))
+            n_frames_B = torch.full(features_BSC.shape[:1], features_BSC.shape[1], device=wav_BT.device)
+        else:
+            n_samples_B = length_tensor(n_samples, wav_BT.device)
+            wav_BT = self._normalize_padded(wav_BT, n_samples_B)
+            features_BSC = self.feature_extractor(wav_BT, n_samples if padding == "ignored" else None)
+            n_frames_B = self.config.grid.n_frames(n_samples_B)
+            if padding != "unmasked":
+                valid_BS = length_mask(n_frames_B, features_BSC.shape[1])
         features_BSC = scale_gradient(features_BSC, self.config.conv_grad_scale)
         penalty = mean_square(features_BSC, valid_BS) if self.training else None
         x_BSD = self.feature_projection(features_BSC)
@@ -418,13 +335,17 @@ class HubertModel(nn.Module):
         if wrong:
             raise ConfigError(f"keep_layers has {wrong}, but only layers 0 to {top} are computed")
 
-    def _check_lengths(self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None) -> list[int] | None:
-        """The lengths as integers, or None if nothing is padded."""
+    def _check_lengths(
+        self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None
+    ) -> Tensor | Sequence[int] | None:
+        """The lengths as integers, or as a tensor if operations are recorded; None if nothing is padded."""
         if wav_BT.ndim != 2 or wav_BT.shape[0] == 0:
             raise AudioError(f"waveforms must be (batch >= 1, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape
-        n_samples = [width] * batch if n_samples_B is None else [int(n) for n in n_samples_B]
-        if len(n_samples) != batch or (n_samples_B is not None and max(n_samples) > width):
+        if isinstance(n_samples_B, Tensor) and kernels.is_recorded():
+            return n_samples_B  # its values are unknown
+        n_samples = [width] if n_samples_B is None else [int(n) for n in n_samples_B]
+        if n_samples_B is not None and (len(n_samples) != batch or max(n_samples) > width):
             raise AudioError(f"lengths {n_samples} do not fit waveforms of shape {tuple(wav_BT.shape)}")
         shortest, window = min(n_samples), self.config.grid.window
         if shortest < window:
@@ -441,9 +362,9 @@ class HubertModel(nn.Module):
         deviation = torch.sqrt(wav.var(-1, unbiased=False, keepdim=True) + self.config.normalize_eps)
         return (wav - wav.mean(-1, keepdim=True)) / deviation
 
-    def _normalize_batch(self, wav_BT: Tensor, n_samples: Sequence[int] | None) -> Tensor:
-        """Normalized waveforms, zero after each utterance."""
-        if n_samples is None:
-            return self.normalize(wav_BT)
-        wavs = [self.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, n_samples, strict=True)]
-        return torch.stack([F.pad(wav_T, (0, wav_BT.shape[1] - len(wav_T))) for wav_T in wavs])
+    def _normalize_padded(self, wav_BT: Tensor, n_samples_B: Tensor) -> Tensor:
+        """`normalize` for a padded batch; samples after each utterance become zero."""
+        valid_BT = length_mask(n_samples_B, wav_BT.shape[1])
+        if not self.config.normalize:
+            return wav_BT.masked_fill(~valid_BT, 0.0)
+        return standardize(wav_BT, valid_BT, self.config.normalize_eps)

@@ -1,4 +1,4 @@
-"""Modules and functions that torch lacks: masked group norm, weight norm that can be pickled, masks."""
+"""Layers and functions missing from torch: masked group norm, picklable weight norm, masks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from jahubert.model.kernels.indexing import index_tensors
+from jahubert.model.precision import at_least_float32
 
 
 class MaskedGroupNorm(nn.GroupNorm):
@@ -22,12 +23,7 @@ class MaskedGroupNorm(nn.GroupNorm):
     def forward(self, x_BCS: Tensor, valid_B1S: Tensor | None = None) -> Tensor:
         if valid_B1S is None:
             return super().forward(x_BCS)
-        x_BCS = x_BCS.to(torch.promote_types(x_BCS.dtype, torch.float32))
-        count_B11 = valid_B1S.sum(-1, keepdim=True)
-        mean_BC1 = x_BCS.masked_fill(~valid_B1S, 0.0).sum(-1, keepdim=True) / count_B11
-        centered_BCS = (x_BCS - mean_BC1).masked_fill(~valid_B1S, 0.0)
-        variance_BC1 = centered_BCS.square().sum(-1, keepdim=True) / count_B11
-        normed_BCS = centered_BCS * torch.rsqrt(variance_BC1 + self.eps)
+        normed_BCS = standardize(at_least_float32(x_BCS), valid_B1S, self.eps)
         return normed_BCS * self.weight[:, None] + self.bias[:, None]
 
 
@@ -40,7 +36,7 @@ class WeightNorm(nn.Module):
         self.original1 = nn.Parameter(weight)
 
     def forward(self) -> Tensor:
-        if forward_ad._current_level >= 0:  # torch's fused function has no forward-mode derivative
+        if forward_ad._current_level >= 0:  # torch._weight_norm has no forward-mode derivative
             return self.original1 * (self.original0 / torch.norm_except_dim(self.original1, 2, 2))
         return torch._weight_norm(self.original1, self.original0, 2)
 
@@ -78,14 +74,30 @@ class WeightNormConv1d(nn.Module):
         return conv.train(self.training)
 
 
-def length_mask(lengths: Iterable[int], width: int, device: torch.device) -> Tensor:
-    """True up to each length: (B, width)."""
+def standardize(x: Tensor, valid: Tensor, eps: float) -> Tensor:
+    """Zero mean and unit variance over the valid values of the last dimension, and zero elsewhere."""
+    count = valid.sum(-1, keepdim=True)
+    mean = x.masked_fill(~valid, 0.0).sum(-1, keepdim=True) / count
+    centered = (x - mean).masked_fill(~valid, 0.0)
+    variance = centered.square().sum(-1, keepdim=True) / count
+    return centered * torch.rsqrt(variance + eps)
+
+
+def length_tensor(lengths: Iterable[int] | Tensor, device: torch.device) -> Tensor:
+    """Lengths as an int64 tensor (B,) on a device."""
+    if isinstance(lengths, Tensor):
+        return lengths.to(device, torch.int64)
     (length_B,) = index_tensors(device, list(lengths))
-    return torch.arange(width, device=device) < length_B[:, None]
+    return length_B
+
+
+def length_mask(length_B: Tensor, width: int) -> Tensor:
+    """Mask (B, width) that is True up to each length."""
+    return torch.arange(width, device=length_B.device) < length_B[:, None]
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """x, with its gradient multiplied by `scale`."""
+    """Identity that multiplies the gradient by `scale`."""
     if scale == 1.0 or not x.requires_grad:
         return x
     return x * scale + x.detach() * (1 - scale)

@@ -30,7 +30,7 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Autocast to `dtype`; disabled for float32, and for int8, which is in the layers."""
+    """Autocast to `dtype`; disabled for float32, and for int8, which the quantized layers implement."""
     lower = dtype in PRECISIONS[1:]
     if not lower and not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -38,9 +38,14 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The autocast dtype for this tensor, or its own: autocast does not reach into autograd functions."""
+    """The autocast dtype for this tensor, or its own dtype. Needed where autocast has no effect."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or in its own dtype if that is more precise."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def quantize_int8(model: T, device: torch.device) -> T:
@@ -63,9 +68,9 @@ def quantize_int8(model: T, device: torch.device) -> T:
 
 
 def _cpu_has_bf16() -> bool:
-    # mkldnn._is_mkldnn_bf16_supported is true for every AVX-512, where bfloat16 is only emulated.
+    # mkldnn._is_mkldnn_bf16_supported is also true for AVX-512 without bf16, where bfloat16 is emulated.
     cpu = torch.cpu
     try:
         return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-    except (AttributeError, RuntimeError):  # private functions, absent in some versions
+    except (AttributeError, RuntimeError):  # private functions, missing in some versions
         return False

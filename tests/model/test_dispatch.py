@@ -242,19 +242,99 @@ def test_torch_func_grad_and_vmap_equal_autograd(model, wav_BT):
         torch.testing.assert_close(per_utterance[name].sum(0), expected_grad, rtol=0, atol=atol)
 
 
-def test_double_backward_needs_the_plain_modules(model, wav_BT):
-    wav_BT.requires_grad_(True)
-    loss = model(wav_BT, LENGTHS).hidden_BSD.square().mean()
-    with pytest.raises(RuntimeError, match=r"kernels\.disabled"):
-        torch.autograd.grad(loss, wav_BT, create_graph=True)
+def second_order_gradients(module: nn.Module, output, inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """Gradients of a gradient penalty: of the squared norm of the gradient of a random weighting."""
+    grads = torch.autograd.grad((output() * weights).sum(), inputs, create_graph=True)
+    penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
+    parameters = [p for name, p in module.named_parameters() if name != "masked_spec_embed"]
+    return list(torch.autograd.grad(penalty, [*inputs, *parameters], materialize_grads=True))
+
+
+def assert_equal_to_scale(grads: list[Tensor], expected_grads: list[Tensor], tolerance: float) -> None:
+    """Compare gradients relative to the largest value of each; some are zero except for rounding."""
+    largest = max(float(grad.abs().max()) for grad in expected_grads)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        scale = max(float(expected.abs().max()), 1e-2 * largest)
+        torch.testing.assert_close(grad, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["HubertModel", "HubertForCtc"])
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "lengths"])
+def test_gradient_penalty_with_kernels_equals_the_plain_model(model, wav_BT, head, lengths):
+    module = (HubertForCtc(model.config, 11, model) if head else model).double()
+    wav_BT = wav_BT.double().requires_grad_(True)
+
+    def output() -> Tensor:
+        return module(wav_BT, lengths)[0] if head else module(wav_BT, lengths).hidden_BSD
+
+    assert kernels.usable(model)
+    weights = torch.randn_like(output())
+    grads = second_order_gradients(module, output, [wav_BT], weights)
     with kernels.disabled():
-        loss = model(wav_BT, LENGTHS).hidden_BSD.square().mean()
+        expected = second_order_gradients(module, output, [wav_BT], weights)
+    assert_equal_to_scale(grads, expected, 1e-5)
+
+
+def test_gradient_penalty_with_adapters_equals_the_unfused_model(model, wav_BT):
+    module = model.double()
+    replace_modules(module, nn.Linear, Lora)
+    module.double()
+    wav_BT = wav_BT.double().requires_grad_(True)
+
+    def output() -> Tensor:
+        return module(wav_BT, LENGTHS).hidden_BSD
+
+    weights = torch.randn_like(output())
+    grads = second_order_gradients(module.requires_grad_(True), output, [wav_BT], weights)
+    with kernels.disabled():
+        expected = second_order_gradients(module, output, [wav_BT], weights)
+    assert_equal_to_scale(grads, expected, 1e-5)
+
+
+def test_loss_with_gradient_penalty_has_finite_gradients(model, wav_BT):
+    """Backward through a sum of first-order and second-order terms, with dropout."""
+    config = HubertConfig(**{**vars(model.config), "dropout": 0.1, "attention_dropout": 0.1})
+    module = HubertModel(config).train()
+    wav_BT.requires_grad_(True)
+    loss = module(wav_BT, LENGTHS).hidden_BSD.square().mean()
     (grad_BT,) = torch.autograd.grad(loss, wav_BT, create_graph=True)
-    grad_BT.square().sum().backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if name != "masked_spec_embed")
+    (loss + grad_BT.square().sum()).backward()
+    for name, parameter in module.named_parameters():
+        assert name == "masked_spec_embed" or parameter.grad.isfinite().all(), name
 
 
-def test_hessian_of_the_mask_embedding_is_symmetric(base, wav_BT):
+def test_vectorized_jacobian_equals_the_rowwise_one(base, wav_BT):
+    def output(wav_BT: Tensor) -> Tensor:
+        return base(wav_BT, LENGTHS).hidden_BSD[0, :2, :3]
+
+    jacobians = [
+        torch.autograd.functional.jacobian(output, wav_BT, vectorize=vectorize) for vectorize in (False, True)
+    ]
+    torch.testing.assert_close(*jacobians, rtol=1e-3, atol=1e-4)
+
+
+def test_torch_func_jvp_equals_jacrev_and_finite_differences(wav_BT):
+    torch.manual_seed(0)
+    model = HubertModel(CONFIGS["large"]).eval()  # its gradient into the conv stack is not scaled
+    direction_BT = torch.randn_like(wav_BT)
+
+    def output(wav_BT: Tensor) -> Tensor:
+        return model(wav_BT, LENGTHS).hidden_BSD[..., 0]
+
+    value_BS, derivative_BS = torch.func.jvp(output, (wav_BT,), (direction_BT,))
+    torch.testing.assert_close(value_BS, output(wav_BT), **TOLERANCE)
+    step = 1e-2
+    difference_BS = (output(wav_BT + step * direction_BT) - output(wav_BT - step * direction_BT)) / (2 * step)
+    torch.testing.assert_close(
+        derivative_BS, difference_BS, rtol=0, atol=0.05 * float(derivative_BS.abs().max())
+    )
+    jacobian = torch.func.jacrev(lambda wav_BT: output(wav_BT)[:, :3])(wav_BT)
+    product = (jacobian * direction_BT).sum((-1, -2))
+    torch.testing.assert_close(product, derivative_BS[:, :3], rtol=1e-3, atol=1e-3)
+
+
+def test_hessian_by_torch_func_equals_double_backward(base, wav_BT):
+    """By torch.func, which uses the plain modules, and by double backward through the kernels."""
     mask_BS = torch.arange(24).expand(2, -1) < 4
 
     def loss(embedding_D: Tensor) -> Tensor:
@@ -262,9 +342,11 @@ def test_hessian_of_the_mask_embedding_is_symmetric(base, wav_BT):
         encoded = torch.func.functional_call(base, parameters, (wav_BT, LENGTHS), {"mask_BS": mask_BS})
         return encoded.hidden_BSD[..., 0].square().sum()
 
-    with kernels.disabled():
-        hessian_DD = torch.func.hessian(loss)(base.masked_spec_embed.detach())
+    embedding_D = base.masked_spec_embed.detach()
+    hessian_DD = torch.func.hessian(loss)(embedding_D)
     torch.testing.assert_close(hessian_DD, hessian_DD.T, rtol=1e-3, atol=1e-4)
+    by_kernels_DD = torch.autograd.functional.hessian(loss, embedding_D)
+    torch.testing.assert_close(by_kernels_DD, hessian_DD, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "lengths"])
@@ -276,6 +358,24 @@ def test_exported_program_equals_the_model(base, wav_BT, lengths):
     assert isinstance(exported, Encoded)
     torch.testing.assert_close(exported.hidden_BSD, expected.hidden_BSD, **TOLERANCE)
     assert torch.equal(exported.n_frames_B, expected.n_frames_B)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "lengths"])
+def test_one_exported_program_serves_all_sizes(model, wav_BT, padded):
+    """One program for any number of utterances and samples, and for any lengths."""
+    model.eval()
+    sizes = {0: torch.export.Dim("utterances", max=64), 1: torch.export.Dim("samples", min=720)}
+    lengths = torch.tensor(LENGTHS) if padded else None
+    dynamic = (sizes, {0: sizes[0]} if padded else None)
+    with torch.no_grad():
+        program = torch.export.export(model, (wav_BT, lengths), dynamic_shapes=dynamic).module()
+        for batch, n_samples in ((2, 8000), (3, 12_345), (5, 720)):
+            other_BT = torch.randn(batch, n_samples)
+            if padded:
+                lengths = torch.linspace(400, n_samples, batch).long()
+            exported, expected = program(other_BT, lengths), model(other_BT, lengths)
+            torch.testing.assert_close(exported.hidden_BSD, expected.hidden_BSD, **TOLERANCE)
+            assert torch.equal(exported.n_frames_B, expected.n_frames_B)
 
 
 def test_traced_model_equals_the_model(base, wav_BT):

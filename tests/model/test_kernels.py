@@ -200,7 +200,7 @@ def test_attention_with_dropout_is_plain_attention_with_the_same_mask(cached, mo
     torch.manual_seed(1)
     output = attend(q, k, v, packing, 0.25)[: packing.n_valid]
     torch.manual_seed(1)
-    keep = {32: keep_mask((2, 32, 32), 0.25)[0], 64: keep_mask((3 * 2, 64, 64), 0.25)[0]}
+    keep = {32: keep_mask((2, 32, 32), 0.25), 64: keep_mask((3 * 2, 64, 64), 0.25)}
     outs, start = [], 0
     for n, (size, first) in zip([33, 5, 64, 40], [(64, 0), (32, 0), (64, 4), (64, 2)], strict=True):
         one_q, one_k, one_v = (x[start : start + n].transpose(0, 1) for x in (q, k, v))

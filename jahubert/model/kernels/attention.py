@@ -1,18 +1,21 @@
-"""Attention inside each utterance of packed frames, without computing on padding where that is faster."""
+"""Self-attention within each utterance of packed frames."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jahubert.model.kernels.dispatch import once_differentiable
-from jahubert.model.kernels.dropout import keep_mask
+from jahubert.model.kernels.dispatch import is_recorded, is_transformed
+from jahubert.model.kernels.double_backward import with_double_backward
+from jahubert.model.kernels.dropout import keep_mask, keep_probability
 from jahubert.model.kernels.packing import Packing, Rectangle
 from jahubert.model.precision import autocast_dtype
 
@@ -23,7 +26,7 @@ CACHED = 2**19  # attention weights computed at once on a CPU, so that they fit 
 
 
 def fused_kernels(device: torch.device) -> AbstractContextManager:
-    """On a GPU, enable all of torch's attention kernels except cuDNN's, which replans for every new size."""
+    """On a GPU, enable all attention kernels except cuDNN's, which makes a new plan for every size."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -47,15 +50,59 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
         and q_NHE.dtype in (torch.bfloat16, torch.float16)
         and q_NHE.shape[2] % 8 == 0
     ):
-        return flash_attention(q_NHE, k_NHE, v_NHE, *packing.flash, dropout)
+        out_NHE = flash_attention(q_NHE, k_NHE, v_NHE, *packing.flash, dropout)
+        plain = _unfused(partial(_by_utterance, packing=packing), dropout)
+        return with_double_backward(out_NHE, plain, q_NHE, k_NHE, v_NHE)
     if packing.fused_attention:
         q, k, v = (packing.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask_B11S, dropout_p=dropout)
+        out = scaled_dot_product_attention(q, k, v, packing.mask_B11S, dropout)
         return packing.pack(out.transpose(1, 2))
     if q_NHE.dtype is torch.bfloat16 or dropout:
-        return _RectangleAttention.apply(q_NHE, k_NHE, v_NHE, *packing.rectangles, packing.n_valid, dropout)
-    # One call per utterance computes no padding at all, but torch's fused CPU kernel has no dropout.
-    parts = [*packing.n_frames, len(q_NHE) - packing.n_valid]
+        return _in_rectangles(q_NHE, k_NHE, v_NHE, packing, dropout)
+    # Without padding; but torch's fused CPU kernel has no dropout.
+    by_utterance = partial(_by_utterance, packing=packing)
+    out_NHE = by_utterance(q_NHE, k_NHE, v_NHE)
+    return with_double_backward(out_NHE, _unfused(by_utterance), q_NHE, k_NHE, v_NHE)
+
+
+def scaled_dot_product_attention(
+    q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """torch's function, differentiable any number of times and in forward mode.
+
+    torch's fused kernels have a first derivative only.
+    """
+    compute = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
+    if is_recorded():
+        return compute(q_BHSE, k_BHSE, v_BHSE)
+    if is_transformed():
+        with sdpa_kernel(SDPBackend.MATH):
+            return compute(q_BHSE, k_BHSE, v_BHSE)
+    out_BHSE = compute(q_BHSE, k_BHSE, v_BHSE)
+    if dropout and q_BHSE.device.type == "cpu":  # where it is never fused
+        return out_BHSE
+    return with_double_backward(out_BHSE, _unfused(compute, dropout), q_BHSE, k_BHSE, v_BHSE)
+
+
+def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[..., Tensor]:
+    """`compute` by differentiable operators."""
+
+    def unfused(*inputs: Tensor) -> Tensor:
+        if dropout:
+            raise RuntimeError(
+                "fused attention with dropout has no double backward, as its dropout mask is not stored; set "
+                "attention_dropout to 0 or run the forward pass inside "
+                "`with jahubert.model.kernels.disabled():`"
+            )
+        with sdpa_kernel(SDPBackend.MATH):
+            return compute(*inputs)
+
+    return unfused
+
+
+def _by_utterance(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing) -> Tensor:
+    """Attention by one call per utterance, and one for the filler rows."""
+    parts = [*packing.n_frames, packing.n_rows - packing.n_valid]
     rows = zip(*(x.transpose(0, 1)[None].split(parts, dim=2) for x in (q_NHE, k_NHE, v_NHE)), strict=True)
     outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v in rows]
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
@@ -64,9 +111,9 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
 def flash_attention(
     q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, offsets: Tensor, longest: int, dropout: float
 ) -> Tensor:
-    """Attention inside each of the concatenated sequences (Dao 2023, arXiv 2307.08691), by torch's operator.
+    """Attention within each of the concatenated sequences (Dao 2023, arXiv 2307.08691), by torch's operator.
 
-    `torch.nn.attention.varlen` offers the same from torch 2.10 on, without dropout.
+    `torch.nn.attention.varlen` offers the same since torch 2.10, but without dropout.
     """
     out_NHE, *_ = torch.ops.aten._flash_attention_forward(
         q_NHE, k_NHE, v_NHE, offsets, offsets, longest, longest, dropout, False, False
@@ -74,102 +121,137 @@ def flash_attention(
     return out_NHE
 
 
-class _RectangleAttention(torch.autograd.Function):
-    """Attention by batched matrix products over heads padded to a few lengths (G heads, S frames).
+class _Layout(NamedTuple):
+    """Positions of packed frames in rectangles, per head."""
 
-    On a CPU, torch's fused kernel has no dropout and takes five times as long in bfloat16. A few heads
-    are computed at a time, so that intermediate results stay in the cache; for the backward pass, one byte of
-    dropout mask per weight is stored and the rest is recomputed.
+    rectangles: list[Rectangle]
+    indices: list[Tensor]  # for each rectangle, the row in (N, H) of each head, utterance and frame
+    row_NH: Tensor  # row in the concatenated rectangles of each frame and head
+    n_valid: int  # packed rows without the filler rows
+
+    @classmethod
+    def of(cls, packing: Packing, heads: int) -> _Layout:
+        rectangles, position_N = packing.rectangles
+        indices, row_P, start = [], [], 0
+        for rectangle in rectangles:
+            utterances, frames = rectangle.shape
+            index_U1S = rectangle.index_P.view(utterances, 1, frames)
+            indices.append((index_U1S * heads + torch.arange(heads, device="cpu")[:, None]).flatten())
+            stop = start + utterances * frames
+            row_UHS = torch.arange(start * heads, stop * heads, device="cpu").view(-1, heads, frames)
+            row_P.append(row_UHS.transpose(1, 2).reshape(-1, heads))
+            start = stop
+        row_NH = torch.cat(row_P).index_select(0, position_N)
+        return cls(rectangles, indices, row_NH, packing.n_valid)
+
+
+def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
+    """Attention by batched matrix products over heads padded to a few lengths (G heads, S frames)."""
+    _, heads, width = q_NHE.shape
+    layout = _Layout.of(packing, heads)
+    # Queries are scaled in advance, and so are values, by what keeps the mean under dropout.
+    scaled = q_NHE * width**-0.5, k_NHE, v_NHE * (1 / keep_probability(dropout)) if dropout else v_NHE
+    inputs = zip(*(_ToRectangles.apply(x, layout, False) for x in scaled), strict=True)
+    outs = []
+    for rectangle, (q, k, v) in zip(layout.rectangles, inputs, strict=True):
+        bias_G1S = rectangle.bias_U1S.to(q.dtype).repeat_interleave(heads, dim=0)
+        keep = keep_mask((len(q), q.shape[1], q.shape[1]), dropout) if dropout else None
+        out = _RectangleAttention.apply(q, k, v, bias_G1S, keep)
+        outs.append(with_double_backward(out, partial(_biased_attention, bias_G1S, keep), q, k, v))
+    return _FromRectangles.apply(layout, *outs)
+
+
+class _ToRectangles(torch.autograd.Function):
+    """Packed rows (N, H, E) to rectangles (G, S, E), padded with copies of the first row, or with zeros.
+
+    No gradient reaches the copies: keys there have no weight, and queries there are not read.
     """
 
     @staticmethod
-    def forward(
-        ctx, q_NHE, k_NHE, v_NHE, rectangles: list[Rectangle], position_N, n_valid: int, dropout: float
-    ):
-        heads, width = q_NHE.shape[1:]
-        ctx.rectangles, ctx.n_valid, ctx.scale, ctx.keep_scale = rectangles, n_valid, width**-0.5, 1.0
-        # A row is one head of one frame: gathered into the rectangles, and scattered back from them.
-        ctx.gather, head_H = [], torch.arange(heads, device="cpu")
-        for rectangle in rectangles:
-            index_U1S = rectangle.index_P.view(rectangle.shape[0], 1, rectangle.shape[1])
-            ctx.gather.append((index_U1S * heads + head_H[:, None]).flatten())
-        ctx.scatter_NH = _head_rows(rectangles, position_N, heads)
-        outs, saved = [], []
-        for rectangle, gather in zip(rectangles, ctx.gather, strict=True):
-            q, k, v = (_gather(x, gather, rectangle) for x in (q_NHE, k_NHE, v_NHE))
-            out, keep = torch.empty_like(v), None
-            q.mul_(ctx.scale)
-            if dropout:
-                keep, ctx.keep_scale = keep_mask((len(q), q.shape[1], q.shape[1]), dropout)
-            for part, weights, _ in _weights(q, k, rectangle):
-                torch.bmm(weights if keep is None else weights.mul_(keep[part]), v[part], out=out[part])
-            saved += [q, k, v, keep]
-            outs.append(out.mul_(ctx.keep_scale))
-        ctx.save_for_backward(*saved)
-        return _scatter(outs, ctx)
+    def forward(ctx, x_NHE: Tensor, layout: _Layout, zeros: bool) -> tuple[Tensor, ...]:
+        ctx.layout = layout
+        rows, parts = x_NHE.reshape(-1, x_NHE.shape[2]), []
+        for rectangle, index in zip(layout.rectangles, layout.indices, strict=True):
+            utterances, frames = rectangle.shape
+            part_GSE = rows.index_select(0, index).unflatten(0, (-1, frames))
+            if zeros:
+                valid_U1S1 = rectangle.bias_U1S.exp()[..., None].to(part_GSE.dtype)
+                part_GSE.unflatten(0, (utterances, -1)).mul_(valid_U1S1)
+            parts.append(part_GSE)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return _FromRectangles.apply(ctx.layout, *grads), None, None
+
+
+class _FromRectangles(torch.autograd.Function):
+    """Packed rows (N, H, E) from rectangles (G, S, E); filler rows become zero."""
+
+    @staticmethod
+    def forward(ctx, layout: _Layout, *parts: Tensor) -> Tensor:
+        ctx.layout = layout
+        rows = [x_GSE.reshape(-1, x_GSE.shape[2]) for x_GSE in parts]
+        flat = rows[0] if len(rows) == 1 else torch.cat(rows)
+        out_NHE = flat.index_select(0, layout.row_NH.flatten()).unflatten(0, layout.row_NH.shape)
+        out_NHE[layout.n_valid :] = 0
+        return out_NHE
+
+    @staticmethod
+    def backward(ctx, grad_NHE: Tensor):
+        return None, *_ToRectangles.apply(grad_NHE, ctx.layout, True)
+
+
+def _biased_attention(
+    bias_G1S: Tensor, keep: Tensor | None, q_GSE: Tensor, k_GSE: Tensor, v_GSE: Tensor
+) -> Tensor:
+    weights = torch.softmax(q_GSE @ k_GSE.transpose(1, 2) + bias_G1S, dim=-1)
+    return (weights if keep is None else weights * keep) @ v_GSE
+
+
+class _RectangleAttention(torch.autograd.Function):
+    """`_biased_attention` for a CPU, where torch's fused kernel has no dropout and is slow in bfloat16.
+
+    A few heads are computed at a time, so that intermediate results stay in the cache. One byte of dropout
+    mask per weight is stored for the backward pass, and the weights are recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias_G1S: Tensor, keep: Tensor | None) -> Tensor:
+        out = torch.empty_like(v)
+        for part, weights, _ in _weights(q, k, bias_G1S):
+            torch.bmm(weights if keep is None else weights.mul_(keep[part]), v[part], out=out[part])
+        ctx.save_for_backward(q, k, v, bias_G1S, keep)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_NHE: Tensor):
-        grads, saved = [], ctx.saved_tensors  # read once: recomputed activations are available a single time
-        for i, (rectangle, gather) in enumerate(zip(ctx.rectangles, ctx.gather, strict=True)):
-            q, k, v, keep = saved[4 * i : 4 * i + 4]
-            grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-            grad = _gather(grad_NHE, gather, rectangle)
-            # No gradient comes from after the end of an utterance.
-            valid_U1S1 = rectangle.bias_U1S.exp()[..., None].to(grad.dtype)
-            grad.unflatten(0, (rectangle.shape[0], -1)).mul_(ctx.keep_scale * valid_U1S1)
-            for part, weights, buffer in _weights(q, k, rectangle):
-                grad_weights = torch.bmm(grad[part], v[part].transpose(1, 2), out=buffer)
-                dropped = weights
-                if keep is not None:
-                    kept = keep[part].to(weights.dtype)
-                    grad_weights.mul_(kept)
-                    dropped = kept.mul_(weights)
-                torch.bmm(dropped.transpose(1, 2), grad[part], out=grad_v[part])
-                grad_scores = torch.ops.aten._softmax_backward_data.out(
-                    grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
-                )
-                torch.bmm(grad_scores, k[part], out=grad_q[part])
-                torch.bmm(grad_scores.transpose(1, 2), q[part], out=grad_k[part])
-            grads.append((grad_q.mul_(ctx.scale), grad_k, grad_v))
-        return *(_scatter(parts, ctx) for parts in zip(*grads, strict=True)), None, None, None, None
+    def backward(ctx, grad: Tensor):
+        q, k, v, bias_G1S, keep = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+        for part, weights, buffer in _weights(q, k, bias_G1S):
+            grad_weights = torch.bmm(grad[part], v[part].transpose(1, 2), out=buffer)
+            dropped = weights
+            if keep is not None:
+                kept = keep[part].to(weights.dtype)
+                grad_weights.mul_(kept)
+                dropped = kept.mul_(weights)
+            torch.bmm(dropped.transpose(1, 2), grad[part], out=grad_v[part])
+            grad_scores = torch.ops.aten._softmax_backward_data.out(
+                grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
+            )
+            torch.bmm(grad_scores, k[part], out=grad_q[part])
+            torch.bmm(grad_scores.transpose(1, 2), q[part], out=grad_k[part])
+        return grad_q, grad_k, grad_v, None, None
 
 
-def _weights(q_GSE: Tensor, k_GSE: Tensor, rectangle: Rectangle) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _weights(q_GSE: Tensor, k_GSE: Tensor, bias_G1S: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Attention weights of a few heads at a time: slice of heads, weights, and a buffer of their size."""
     heads, frames = len(q_GSE), q_GSE.shape[1]
     step = max(1, CACHED // frames**2)
     buffers = q_GSE.new_empty(2, min(step, heads), frames, frames)
-    bias_G1S = rectangle.bias_U1S.to(q_GSE.dtype).repeat_interleave(heads // rectangle.shape[0], dim=0)
     for start in range(0, heads, step):
         part = slice(start, min(start + step, heads))
         weights, scores = buffers[:, : part.stop - start]
         torch.bmm(q_GSE[part], k_GSE[part].transpose(1, 2), out=scores)
         yield part, torch.softmax(scores.add_(bias_G1S[part]), dim=-1, out=weights), scores
-
-
-def _gather(x_NHE: Tensor, index: Tensor, rectangle: Rectangle) -> Tensor:
-    """The rows of a rectangle, all heads of all utterances: (G, S, E)."""
-    return x_NHE.reshape(-1, x_NHE.shape[2]).index_select(0, index).unflatten(0, (-1, rectangle.shape[1]))
-
-
-def _head_rows(rectangles: list[Rectangle], position_N: Tensor, heads: int) -> Tensor:
-    """Row of each head of each packed frame in the concatenated rectangles of `_gather`."""
-    row_P, start = [], 0
-    for utterances, frames in (rectangle.shape for rectangle in rectangles):
-        stop = start + utterances * frames
-        rows_UHS = torch.arange(start * heads, stop * heads, device="cpu").view(-1, heads, frames)
-        row_P.append(rows_UHS.transpose(1, 2).reshape(-1, heads))
-        start = stop
-    return torch.cat(row_P).index_select(0, position_N).flatten()
-
-
-def _scatter(parts: Sequence[Tensor], ctx) -> Tensor:
-    """Packed rows (N, H, E) from rectangles; filler rows become zero."""
-    rows = [x.view(-1, x.shape[2]) for x in parts]
-    flat = rows[0] if len(rows) == 1 else torch.cat(rows)
-    heads = len(ctx.gather[0]) // len(ctx.rectangles[0].index_P)
-    out_NHE = flat.index_select(0, ctx.scatter_NH).unflatten(0, (-1, heads))
-    out_NHE[ctx.n_valid :] = 0
-    return out_NHE

@@ -1,14 +1,14 @@
 """Convolutional front end on concatenated waveforms, as matrix products without padding or transposition.
 
-All waveforms of a batch are concatenated, each zero-filled to whole tiles of 8 output frames, with time
-before channels. A convolution of stride `s` is then a matrix product of rows of `s` input frames, plus one of
-the same rows shifted by one for the taps that reach further: no copy, no padded batch, and the fastest kernel
-of any device. Rows that reach over the end of an utterance are garbage; no valid frame reads them, and they
-are cut off at the end.
+All waveforms of a batch are concatenated, time before channels, each padded with zeros to whole tiles of 8
+output frames. A convolution with stride `s` is then a matrix product over rows of `s` input frames, plus a
+product over the same rows shifted by one for the remaining taps. This needs no copies and no padded batch,
+and matrix products are the fastest kernels of every device. Rows that extend past the end of an utterance
+contain garbage; no valid frame reads them, and they are dropped at the end.
 
 The group norm after the first layer (HuBERT base) scales every channel by its statistics over the whole
-utterance. As that layer is linear in its few taps, the statistics follow from the mean and covariance of the
-taps, and norm and convolution become one product with weights per utterance.
+utterance. As this layer is linear in its few taps, the statistics follow from the mean and covariance of the
+taps, and convolution and norm become one product with separate weights for each utterance.
 
 Shapes: B utterances, N frames of the concatenation, T tiles of R rows, C channels, K taps.
 """
@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from jahubert.frames import FrameGrid
-from jahubert.model.kernels.dispatch import once_differentiable
+from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up
 from jahubert.model.kernels.packing import Packing
 from jahubert.model.precision import autocast_dtype
@@ -34,17 +36,17 @@ from jahubert.model.precision import autocast_dtype
 if TYPE_CHECKING:
     from jahubert.model.hubert import ConvFrontEnd, ConvLayer
 
-TILE = 8  # output frames; each utterance begins on a whole tile
-TILES_AT_ONCE = 128  # tiles that go through the stack together when no gradient is needed
-CACHED = 2**20  # numbers that a CPU works on at once: what fits its caches
+TILE = 8  # output frames; each utterance starts at a tile boundary
+TILES_AT_ONCE = 128  # tiles processed together when no gradient is needed
+CACHED = 2**20  # values processed at once on a CPU, so that they fit in its caches
 
 
-def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[int] | None) -> Tensor:
-    """`ConvFrontEnd.forward`: features (B, S, C), zero after each utterance."""
+def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[int] | Tensor | None) -> Tensor:
+    """`ConvFrontEnd.forward`; features (B, S, C) are zero after each utterance."""
     convs = [cast("ConvLayer", layer).conv for layer in stack.conv_layers]
     grid = FrameGrid.from_convs([conv.kernel_size[0] for conv in convs], [conv.stride[0] for conv in convs])
     batch, width = wav_BT.shape
-    lengths = [width] * batch if n_samples is None else n_samples
+    lengths = [width] * batch if n_samples is None else [int(n) for n in n_samples]
     packing = Packing([grid.n_frames(n) for n in lengths], grid.n_frames(width), wav_BT.device)
     wavs = [wav_T[:n] for wav_T, n in zip(wav_BT, lengths, strict=True)]
     return packing.unpack(front_end(stack, wavs))
@@ -82,25 +84,27 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor]) -> Tensor:
 
 
 class _Tiles(NamedTuple):
-    """The utterance of each tile, and the length of each utterance."""
+    """Assignment of tiles to utterances."""
 
-    owner_T: Tensor  # utterance that a tile belongs to
-    position_T: Tensor  # the tile's number within its utterance
+    owner_T: Tensor  # index of the utterance of each tile
+    position_T: Tensor  # index of each tile within its utterance
     n_frames_B: Tensor  # valid rows of each utterance
 
 
 class _Product(NamedTuple):
-    """Output of the first layer as two factors, multiplied where needed: it is the largest activation."""
+    """Output of the first layer as two factors. It is the largest activation, so it is not stored."""
 
     taps_TRK: Tensor
     weight_TKC: Tensor
 
 
 def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
-    """GELU of the previous layer's output, then convolution and layer norm (without this layer's GELU)."""
+    """GELU of the previous layer, then convolution and layer norm of this one, without its GELU."""
     dtype = autocast_dtype(layer.conv.weight)
     factors = x if isinstance(x, _Product) else (x.to(dtype), None)
-    x_NC = _GeluConv.apply(*factors, layer.conv.weight, layer.conv.stride[0], gelu)
+    inputs, stride = (*factors, layer.conv.weight), layer.conv.stride[0]
+    plain = partial(_gelu_conv, stride=stride, gelu=gelu)
+    x_NC = with_double_backward(_GeluConv.apply(*inputs, stride, gelu), plain, *inputs)
     if layer.conv.bias is not None:
         x_NC = x_NC + layer.conv.bias.to(dtype)
     if layer.norm == "layer":
@@ -109,7 +113,7 @@ def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
 
 
 def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
-    """Convolution and group norm in one: each tile times the weights and shift of its utterance."""
+    """Convolution and group norm as one product of each tile with the weights and shift of its utterance."""
     norm, kernel = cast(nn.GroupNorm, layer.layer_norm), layer.conv.weight.shape[2]
     dtype = autocast_dtype(layer.conv.weight)
     taps_TRK = _taps(x_NC, kernel, layer.conv.stride[0]).unflatten(0, (len(tiles.owner_T), -1))
@@ -119,31 +123,31 @@ def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
         variance_BC = torch.einsum("ck,bkl,cl->bc", weight_CK, covariance_BKK, weight_CK)
         scale_BC = norm.weight * torch.rsqrt(variance_BC.clamp_min(0.0) + norm.eps)
         shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
-        if layer.conv.bias is not None:  # the norm removes it, but it must have a gradient (of zero)
+        if layer.conv.bias is not None:  # the norm cancels it, but it needs a gradient (zero)
             shift_BC = shift_BC + 0.0 * layer.conv.bias
         weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1)
-        taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # the last one is multiplied by the shift
+        taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # multiplied by the shift
         if x_NC.device.type != "cpu":  # a GPU multiplies 16 taps faster than 11
             weight_BKC = F.pad(weight_BKC, (0, 0, 0, -(kernel + 1) % 8))
             taps_TRK = F.pad(taps_TRK, (0, -(kernel + 1) % 8))
-        # Lower precision only after the selection, as its gradient sums an utterance's tiles.
+        # Reduce the precision after `index_select`, whose gradient sums over the tiles of an utterance.
         weight_BKC = weight_BKC.to(torch.promote_types(dtype, torch.float32))
         weight_TKC = weight_BKC.index_select(0, tiles.owner_T)
         return _Product(taps_TRK.to(dtype), weight_TKC.to(dtype))
 
 
 def _run_layers(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:
-    """The layers after a group-normed first one (x a product), or all of them (x the waveform)."""
+    """Apply the layers after a group-normed first one (x is its product), or all (x is the waveform)."""
     for i, layer in enumerate(layers):
         x = _conv_layer(layer, x, gelu=i > 0 or isinstance(x, _Product))
     return torch.bmm(*x).flatten(0, 1) if isinstance(x, _Product) else x
 
 
 def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Product, int]]:
-    """A few tiles at a time, and their number of output frames.
+    """Blocks of a few tiles, each with its number of output frames.
 
-    All at once, the first layers would take a hundred times the memory of the output. A block has one tile
-    more than it outputs, as its last frames reach into that tile.
+    Processed all at once, the first layers would need a hundred times the memory of the output. A block has
+    one more tile than it outputs, because its last frames extend into that tile.
     """
     inputs: Sequence[Tensor] = x if isinstance(x, _Product) else [x.unflatten(0, (n_tiles, -1))]
     tensors = [torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in inputs]
@@ -157,7 +161,7 @@ def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Prod
 def _moments(taps_TRK: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
     """Mean (B, K) and covariance (B, K, K) of the taps over each utterance's valid rows.
 
-    In float64: a channel may pass only a small part of the power of its taps.
+    Computed in float64, because a channel may pass only a small part of the power of its taps.
     """
     exact = torch.float32 if taps_TRK.device.type == "mps" else torch.float64  # mps has no float64
     count_B = tiles.n_frames_B.to(exact)
@@ -176,24 +180,32 @@ def _moments(taps_TRK: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
 
 
 def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
-    """The `kernel` samples that each output frame of a one-channel input sees, (N / stride, K)."""
+    """The samples in the receptive field of each output frame, for one input channel: (N / stride, K)."""
     rows = x_NC.view(-1, stride)
     shifts = -(-kernel // stride)
     padded = F.pad(rows, (0, 0, 0, shifts - 1))
     return torch.cat([padded[j : j + len(rows)] for j in range(shifts)], dim=1)[:, :kernel]
 
 
-class _GeluConv(torch.autograd.Function):
-    """Convolution of GELU(x), with x of shape (N, C), as matrix products; see the module's docstring.
+def _gelu_conv(x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool) -> Tensor:
+    """`_GeluConv` as an ordinary convolution."""
+    _, channels, kernel = weight_OCK.shape
+    x_NC = x if factor is None else torch.bmm(x, factor).view(-1, channels)
+    x_CN = F.pad((F.gelu(x_NC) if gelu else x_NC).T, (0, max(0, kernel - stride)))
+    return F.conv1d(x_CN[None], weight_OCK.to(x.dtype), stride=stride)[0].T
 
-    Stores only x for the backward pass, or the factors whose product it is. A CPU works on a part of the rows
-    at a time, so that the intermediate results stay in the cache.
+
+class _GeluConv(torch.autograd.Function):
+    """`_gelu_conv` as matrix products (see the module's docstring).
+
+    Stores only x, or the two factors of x, for the backward pass. A CPU processes some of the rows at a time,
+    so that intermediate results stay in the cache.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool) -> Tensor:
         outs, channels = weight_OCK.shape[:2]
-        # taps, each with all its channels: those of the same row of the input, of the next, ...
+        # Weights of the taps in the same row of the input, in the next row, ...
         taps = weight_OCK.to(x.dtype).permute(2, 1, 0).reshape(-1, outs).split(stride * channels)
         ctx.shape, ctx.width, ctx.gelu = weight_OCK.shape, stride * channels, gelu
         n, parts = _parts(x, factor, ctx.width)
@@ -201,7 +213,7 @@ class _GeluConv(torch.autograd.Function):
         for start, stop in parts:
             rows = _rows(x, factor, ctx.width, start, stop)
             rows = F.gelu(rows) if gelu else rows
-            for j, tap in enumerate(taps):  # row i belongs to the outputs i, i - 1, ...
+            for j, tap in enumerate(taps):  # row i contributes to outputs i, i - 1, ...
                 begin = max(start, j)
                 y_NO[begin - j : stop - j].addmm_(rows[begin - start :, : len(tap)], tap, beta=int(j > 0))
         ctx.save_for_backward(x, factor, *taps)
@@ -242,7 +254,7 @@ class _GeluConv(torch.autograd.Function):
 
 
 def _tile(x: Tensor, factor: Tensor, width: int) -> int:
-    """Rows of `width` numbers per tile of a product."""
+    """Rows of `width` values per tile of a product."""
     return x.shape[1] * factor.shape[2] // width
 
 
@@ -251,7 +263,7 @@ def _tiles(x: Tensor, factor: Tensor, width: int, start: int, stop: int) -> slic
 
 
 def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` of the input, `width` numbers each."""
+    """Rows `start` to `stop` of the input, `width` values each."""
     if factor is None:
         return x.view(-1, width)[start:stop]
     tiles = _tiles(x, factor, width, start, stop)
@@ -259,7 +271,7 @@ def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -
 
 
 def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """The number of rows, and the ranges to process at once: what a CPU's cache holds, else all."""
+    """Number of rows, and the ranges processed at once: as many as fit in a CPU's cache, or all on a GPU."""
     unit = BLOCK if factor is None else _tile(x, factor, width)
     n = x.numel() // width if factor is None else len(x) * unit
     step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n
@@ -267,7 +279,7 @@ def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tupl
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in the total's float32."""
+    """Add a @ b to `total`, accumulating in float32."""
     if a.dtype is total.dtype:
         total.addmm_(a, b)
     else:

@@ -1,11 +1,11 @@
-"""The rule that chooses between the plain modules and the kernels."""
+"""Selection between the plain modules and the kernels."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _OWN_MODULES = {"jahubert.model.hubert", "jahubert.model.layers"}
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Use the plain modules and unfused attention inside; these can be differentiated any number of times.
+    """Use the plain modules and unfused attention inside, for debugging and comparisons.
 
     Setting the environment variable JAHUBERT_KERNELS=0 selects the plain modules for a whole process.
     """
@@ -36,42 +36,33 @@ def disabled() -> Iterator[None]:
         _enabled = before
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """torch's decorator, with an error for double backward that names the way to do it."""
-    first_order = torch.autograd.function.once_differentiable(backward)
+def is_recorded() -> bool:
+    """Whether operations are recorded: torch.export (hence ONNX), torch.compile, torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
-    @wraps(backward)
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                "the fast kernels of jahubert have no second derivative; run the forward pass inside "
-                "`with jahubert.model.kernels.disabled():`, which uses the plain modules"
-            )
-        return first_order(ctx, *grads)
 
-    return checked
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation transforms operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def usable(part: nn.Module) -> bool:
     """Whether kernels may compute `part`, a model or its front end; checked in every forward pass.
 
-    Kernels read the weights of modules without calling them, and work on packed frames instead of a padded
-    batch. They are used unless
+    Kernels read the weights of modules without calling the modules, and compute on packed frames instead of a
+    padded batch. They are used unless
 
     - they are switched off (`disabled`);
-    - operations are recorded or transformed: torch.export (hence ONNX), torch.compile of the whole model,
-      torch.jit.trace, torch.func, forward-mode differentiation;
+    - operations are recorded or transformed, as in export, torch.compile of the whole model and torch.func;
     - a module inside `part` is not exactly of its standard type (LoRA and other wrappers, quantized layers,
       parametrizations), has a hook (pruning uses one) or a patched `forward`, or has a weight that is a
       tensor subclass with its own arithmetic.
 
     Transformer blocks are called as modules either way, so activation checkpointing, torch.compile and FSDP2
-    may wrap them. Double backward cannot be foreseen in the forward pass: the kernels refuse it and name the
-    switch.
+    may wrap them. Double backward, which the forward pass cannot foresee, differentiates plain operators
+    (`double_backward`).
     """
-    if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not _enabled or is_recorded() or is_transformed():
         return False
     if module_globals._has_any_global_hook():
         return False
@@ -87,7 +78,7 @@ def usable(part: nn.Module) -> bool:
 
 
 def _is_standard(module: nn.Module) -> bool:
-    """Whether this module (not those inside it) is as `jahubert.model.hubert` builds it."""
+    """Whether this module itself, without its submodules, is as `jahubert.model.hubert` creates it."""
     if module._backward_hooks or module._backward_pre_hooks:
         return False
     for weight in module._parameters.values():
@@ -111,7 +102,7 @@ def _is_standard_type(kind: type[nn.Module]) -> bool:
 
 @lru_cache(maxsize=64)
 def _is_block(kind: type[nn.Module]) -> bool:
-    """Whether modules of this type are Transformer blocks, as they are or as FSDP2 subclasses them."""
+    """Whether modules of this type are Transformer blocks, including FSDP2's subclasses of them."""
     if kind.__module__.startswith(_FSDP):
         kind = kind.__bases__[-1]
     return kind.__module__ in _OWN_MODULES and kind.__name__ == "EncoderLayer"
@@ -119,7 +110,7 @@ def _is_block(kind: type[nn.Module]) -> bool:
 
 @lru_cache(maxsize=64)
 def _has_own_arithmetic(kind: type) -> bool:
-    """Whether a tensor type overrides torch's functions, as those of quantized weights do."""
+    """Whether a tensor type overrides torch's functions, as quantized weights do."""
     if not issubclass(kind, Tensor):
         return False  # a parameter that is None
     override, default = kind.__torch_function__, Tensor.__torch_function__

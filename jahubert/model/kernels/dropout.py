@@ -1,7 +1,7 @@
-"""Dropout on a CPU from sixteen random bits per element.
+"""Dropout on a CPU with sixteen random bits per element.
 
-torch draws a Bernoulli number per element there, which takes longer than the matrix product before it (5 ns
-compared with 1). Other devices use torch's own dropout.
+torch draws a Bernoulli sample per element on a CPU, which takes longer than the preceding matrix product
+(5 ns compared with 1 ns per element). Other devices use torch's own dropout.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ def dropout(module: nn.Dropout, x: Tensor) -> Tensor:
     return _Dropout.apply(x, module.p)
 
 
-def keep_mask(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
-    """One byte per element, 0 with probability `p` and 1 otherwise; and 1 / (1 - p), which keeps the mean."""
+def keep_probability(p: float) -> float:
+    """1 - p, with `p` rounded to a multiple of 2**-16."""
+    return 1 - round(p * 2**16) / 2**16
+
+
+def keep_mask(shape: Sequence[int], p: float) -> Tensor:
+    """One byte per element, 0 with probability `p` and 1 otherwise (see `keep_probability`)."""
     count, threshold = torch.Size(shape).numel(), round(p * 2**16)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     number = bits.view(torch.int16)[:count].view(shape)
-    return (number >= threshold - 2**15).view(torch.uint8), 2**16 / (2**16 - threshold)
+    return (number >= threshold - 2**15).view(torch.uint8)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
-        keep, ctx.scale = keep_mask(x.shape, p)
+        keep, ctx.scale = keep_mask(x.shape, p), 1 / keep_probability(p)
         ctx.save_for_backward(keep)
         return (x * keep).mul_(ctx.scale)
 

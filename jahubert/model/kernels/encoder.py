@@ -1,4 +1,4 @@
-"""The forward pass of the model and of a Transformer block on packed frames.
+"""Forward pass of the model and of a Transformer block on packed frames.
 
 Shapes: B utterances, S frames of the padded batch, N packed frames, C conv channels, D model width.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def encode(
     model: HubertModel,
     wav_BT: Tensor,
-    n_samples: Sequence[int] | None,
+    n_samples: Sequence[int] | Tensor | None,
     mask_BS: Tensor | None,
     channel_mask_BD: Tensor | None,
     last_layer: int | None,
@@ -40,7 +40,7 @@ def encode(
 
     config, device = model.config, wav_BT.device
     batch, width = wav_BT.shape
-    lengths = [width] * batch if n_samples is None else n_samples
+    lengths = [width] * batch if n_samples is None else [int(n) for n in n_samples]
     wavs = [model.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, lengths, strict=True)]
     n_frames, padded_frames = [config.grid.n_frames(n) for n in lengths], config.grid.n_frames(width)
     if padding != "ignored":

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-BLOCK = 64  # row counts are rounded up to multiples of it: oneDNN compiles a kernel for every new size
+BLOCK = 64  # row counts are rounded up to a multiple of this: oneDNN compiles a kernel for every new size
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -16,23 +16,24 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def concat_ranges(starts: ArrayLike, counts: ArrayLike) -> np.ndarray:
-    """The ranges `starts[i], starts[i] + 1, ...` of length `counts[i]`, concatenated."""
+    """Concatenation of the ranges `starts[i], starts[i] + 1, ...` of length `counts[i]`."""
     count = np.asarray(counts, np.int64)
     end = count.cumsum()
     return np.repeat(np.asarray(starts, np.int64) - end + count, count) + np.arange(count.sum())
 
 
 def index_tensors(device: torch.device, *parts: ArrayLike) -> list[Tensor]:
-    """int64 tensors of the given numbers, in one transfer."""
+    """Transfer several index arrays to a device at once, as int64 tensors."""
     arrays = [np.asarray(part, np.int64) for part in parts]
     flat = to_device_async(torch.from_numpy(np.concatenate(arrays)), device)
     return list(flat.split([len(array) for array in arrays]))
 
 
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; on a GPU the host does not wait for the copy.
+    """Copy a tensor to a device; the host does not wait for a GPU.
 
-    That takes page-locked memory: any other copy starts only after all queued work, and the host waits.
+    This requires page-locked memory: the host waits for a copy from ordinary memory, which starts only after
+    all queued work.
     """
     if device.type != "cuda":
         return tensor.to(device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up, to_device_async
 
-SPAN = 32  # frames; sizes of attention and positional convolution are multiples of it (see indexing.BLOCK)
+SPAN = 32  # frames; attention and positional convolution round lengths up to a multiple (see indexing.BLOCK)
 
 
 class Rectangle(NamedTuple):
@@ -21,14 +21,14 @@ class Rectangle(NamedTuple):
 
     index_P: Tensor  # packed row of each position
     shape: tuple[int, int]  # utterances, frames
-    bias_U1S: Tensor  # attention bias: minus infinity after the end of an utterance
+    bias_U1S: Tensor  # attention bias, minus infinity after the end of an utterance
 
 
 class FlashSequences(NamedTuple):
-    """Packed frames as sequences of variable-length flash attention: utterances, and the filler rows."""
+    """Sequences of variable-length flash attention: the utterances, and the filler rows as one more."""
 
     offsets: Tensor  # first row of each sequence, and the end of the last one, int32
-    longest: int
+    longest: int  # frames of the longest sequence
 
     @classmethod
     def of(cls, packing: Packing) -> FlashSequences:
@@ -39,7 +39,7 @@ class FlashSequences(NamedTuple):
 
 
 def has_flash_attention(device: torch.device) -> bool:
-    """Whether torch has flash attention for this device, and it is not disabled."""
+    """Whether torch has flash attention for this device and it is enabled."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     cuda = torch.backends.cuda
@@ -54,8 +54,8 @@ class Packing:
 
     Args:
         n_frames: valid frames of each utterance.
-        width: S, the frames of the padded batch.
-        device: of the tensors that are packed.
+        width: S, the number of frames of the padded batch.
+        device: device of the packed tensors.
     """
 
     def __init__(self, n_frames: Sequence[int], width: int, device: torch.device):
@@ -64,7 +64,7 @@ class Packing:
         index = concat_ranges(width * np.arange(self.n_utterances), n_frames)
         filler = np.full(-self.n_valid % BLOCK, index[0])
         self.index_N, n_frames_B = index_tensors(device, np.append(index, filler), n_frames)
-        # For torch's fused attention. Computed here, so that compiled blocks see tensors and numbers only.
+        # For torch's fused attention; computed here so that compiled blocks receive only tensors and numbers.
         self.fused_attention, self.mask_B11S = device.type != "cpu", None
         if self.fused_attention and min(n_frames) < width:
             self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]
@@ -74,7 +74,7 @@ class Packing:
 
     @property
     def n_rows(self) -> int:
-        """N, valid frames and filler rows."""
+        """N, the number of valid frames and filler rows."""
         return len(self.index_N)
 
     def pack(self, x_BSD: Tensor) -> Tensor:
@@ -83,13 +83,16 @@ class Packing:
     def unpack(self, x_ND: Tensor) -> Tensor:
         """A padded batch, zero after each utterance."""
         flat = x_ND.new_zeros(self.n_utterances * self.width, *x_ND.shape[1:])
-        # Not by `index_copy_`, whose backward keeps all of x for its shape.
+        # `index_copy_` would store all of x for its backward pass.
         flat[self.index_N[: self.n_valid]] = x_ND[: self.n_valid]
         return flat.unflatten(0, (self.n_utterances, self.width))
 
     @cached_property
     def rectangles(self) -> tuple[list[Rectangle], Tensor]:
-        """Rectangles of similar lengths, and the position of each packed row in their concatenation (CPU)."""
+        """Utterances grouped by similar length, and the position of each packed row in their concatenation.
+
+        All tensors are on the CPU.
+        """
         starts = list(accumulate(self.n_frames, initial=0))
         order = sorted(range(self.n_utterances), key=lambda row: self.n_frames[row])
         rectangles, position, position_N = [], 0, [0] * self.n_rows

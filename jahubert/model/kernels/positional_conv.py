@@ -1,9 +1,10 @@
 """Positional convolution on packed frames, in the frequency domain.
 
-Overlap-save with windows of twice the kernel; each frequency is one small matrix product per group, and the
-Fourier transforms are matrix products as well: a quarter of the arithmetic of the direct sum over 128 taps,
-and less rounding. Always in float32, as a GPU's own convolution would round to ten bits. The direct sum is
-used where it is faster: in bfloat16 on a CPU, and on short batches.
+Overlap-save with windows of twice the kernel size. Each frequency is one small matrix product per group, and
+the Fourier transforms are matrix products as well. This needs a quarter of the arithmetic of a direct
+convolution with 128 taps and has smaller rounding errors. It always computes in float32, where a GPU's own
+convolution would use TF32. The direct convolution is used where it is faster: in bfloat16 on a CPU, and on
+short batches.
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     """Apply `module` to packed frames; every utterance is zero-padded."""
-    # On short batches transforming the weights would cost more than it saves.
+    # For short batches, transforming the weights would cost more than it saves.
     short = len(x_ND) < 4 * module.conv.kernel_size[0]
     if x_ND.device.type == "cpu" and (short or autocast_dtype(x_ND) is not torch.float32):
         return _direct(module, x_ND, packing)
@@ -39,7 +40,7 @@ def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> T
 def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
     n_frames, dtype = x_BSD.shape[1], x_BSD.dtype
-    # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) gives wrong results for groups of 4 to
+    # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) returns wrong results for groups of 4 to
     # 14 channels; tests/model/test_hubert.py covers this.
     lower = torch.is_autocast_enabled("cpu")
     exact = module.conv.weight.shape[1] < 16
@@ -50,7 +51,7 @@ def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
 
 
 def by_frequencies(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
-    """The convolution as products of spectra, with bias and GELU."""
+    """`PositionalConv.forward` on packed frames as a product of spectra."""
     dtype = torch.promote_types(x_ND.dtype, torch.float32)
     with torch.autocast(x_ND.device.type, enabled=False):
         y_ND = _correlate(x_ND.to(dtype), module.conv.weight.to(dtype), packing)
@@ -72,7 +73,7 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
         for part in range(2)
     )
     spectra = (forward_PFX.flatten(0, 1) @ x_WXD).view(-1, freqs * groups, channels).transpose(0, 1)
-    # times the conjugate of the weights: a correlation
+    # Multiply by the complex conjugate of the weights, as torch's convolution is a correlation.
     by_real, by_imag = (torch.bmm(spectra, part).unflatten(1, (-1, 2)).unbind(2) for part in (real, imag))
     y_real, y_imag = by_real[0] + by_imag[1], by_real[1] - by_imag[0]
     y_XE = inverse_PXF[0] @ y_real.reshape(freqs, -1) + inverse_PXF[1] @ y_imag.reshape(freqs, -1)
@@ -100,13 +101,13 @@ def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
     return row_X, position_N
 
 
-@lru_cache(maxsize=4)  # as numpy arrays: a tensor would keep the mode that it was made in (inference, fake)
+@lru_cache(maxsize=4)  # numpy arrays: a cached tensor would keep the mode it was created in (inference, fake)
 def _fourier(kernel: int) -> tuple[np.ndarray, np.ndarray]:
-    """Real and imaginary parts of a window's transform (2, F, 2K), and of half of its inverse (2, K, F)."""
+    """Real and imaginary parts of a window's transform (2, F, 2K) and of half of its inverse (2, K, F)."""
     size = 2 * kernel
     angle_FX = np.outer(np.arange(kernel + 1), np.arange(size)) % size * (2 * math.pi / size)
     wave_PFX = np.stack([np.cos(angle_FX), -np.sin(angle_FX)])
-    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # a frequency and its mirror image
-    weight_F1[[0, -1]] = 1 / size  # the first and the last one are their own mirror image
+    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # a frequency and its mirror frequency
+    weight_F1[[0, -1]] = 1 / size  # the first and the last frequency have none
     inverse_PXF = (wave_PFX * weight_F1)[:, :, :kernel].transpose(0, 2, 1)
     return wave_PFX.astype(np.float32), np.ascontiguousarray(inverse_PXF, np.float32)

@@ -1,0 +1,97 @@
+"""Sizes and regularization of a HuBERT model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from jahubert.errors import ConfigError
+from jahubert.frames import FrameGrid
+
+
+@dataclass(frozen=True)
+class HubertConfig:
+    """Sizes and regularization; the defaults are the paper's BASE (Table I, fairseq's base yaml)."""
+
+    conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
+    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the previous layer
+    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)  # samples, then frames of the previous layer
+    conv_bias: bool = False  # biases in the conv layers
+    conv_norm: Literal["group", "layer"] = "group"  # group: one norm, per channel, after the first conv
+    width: int = 768  # model dimension of the Transformer
+    layers: int = 12  # Transformer blocks
+    heads: int = 12  # attention heads per block
+    ffn: int = 3072  # inner dimension of the feed-forward blocks
+    pre_norm: bool = False  # layer norm before each block (large, xlarge) or after it (base)
+    pos_conv_kernel: int = 128  # frames
+    pos_conv_groups: int = 16  # channel groups of the positional convolution
+    norm_eps: float = 1e-5  # epsilon of layer and group norms
+    normalize: bool = False  # standardize each waveform to zero mean and unit variance
+    # Added to the variance of the waveform: 1e-7 in Hugging Face, 1e-5 in fairseq and torchaudio. It is a
+    # property of imported weights and not a training setting, so stage records omit it ("runtime").
+    normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
+    dropout: float = 0.1  # after attention and feed-forward
+    attention_dropout: float = 0.1  # on attention weights
+    activation_dropout: float = 0.0  # inside the feed-forward blocks
+    input_dropout: float = 0.1  # on the projected conv features
+    layer_drop: float = 0.05  # probability that a block is skipped in training
+    conv_grad_scale: float = 0.1  # factor applied to gradients into the conv stack
+
+    def __post_init__(self) -> None:
+        errors = []
+        if not len(self.conv_dims) == len(self.conv_kernels) == len(self.conv_strides) > 0:
+            errors.append("conv_dims, conv_kernels and conv_strides must have one entry per layer")
+        for name in ("heads", "pos_conv_groups"):
+            parts = getattr(self, name)
+            if parts < 1 or self.width % parts:
+                errors.append(f"width {self.width} is not divisible by {name} {parts}")
+        if self.conv_norm not in ("group", "layer"):
+            errors.append(f"conv_norm is {self.conv_norm!r}, but must be 'group' or 'layer'")
+        sizes = (*self.conv_dims, *self.conv_kernels, *self.conv_strides)
+        if min(self.layers, self.width, self.ffn, self.pos_conv_kernel, *sizes) < 1:
+            errors.append(
+                "layers, width, ffn, pos_conv_kernel, conv_dims, _kernels and _strides must be positive"
+            )
+        if not min(self.norm_eps, self.normalize_eps, self.conv_grad_scale) >= 0:
+            errors.append("norm_eps, normalize_eps and conv_grad_scale must be at least 0")
+        for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                errors.append(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
+        if errors:
+            raise ConfigError("HubertConfig: " + "; ".join(errors))
+
+    @property
+    def grid(self) -> FrameGrid:
+        """The samples that each output frame covers."""
+        return FrameGrid.from_convs(self.conv_kernels, self.conv_strides)
+
+    @classmethod
+    def base(cls, **changes) -> HubertConfig:
+        """95 M parameters, 12 blocks of width 768."""
+        return replace(cls(), **changes)
+
+    @classmethod
+    def large(cls, **changes) -> HubertConfig:
+        """316 M parameters, 24 blocks of width 1024, pre-norm, no dropout."""
+        return replace(cls(**_LARGE), **changes)
+
+    @classmethod
+    def xlarge(cls, **changes) -> HubertConfig:
+        """962 M parameters, 48 blocks of width 1280, pre-norm, no dropout."""
+        return replace(cls(**_LARGE | {"width": 1280, "layers": 48, "ffn": 5120}), **changes)
+
+
+_LARGE: dict = {
+    "conv_norm": "layer",
+    "width": 1024,
+    "layers": 24,
+    "heads": 16,
+    "ffn": 4096,
+    "pre_norm": True,
+    "normalize": True,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "input_dropout": 0.0,
+    "layer_drop": 0.0,
+    "conv_grad_scale": 1.0,
+}

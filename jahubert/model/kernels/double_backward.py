@@ -1,0 +1,49 @@
+"""Second and higher derivatives of kernels that have a first derivative only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from jahubert.model.kernels.dispatch import is_recorded, is_transformed
+
+
+def with_double_backward(output: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """`output`, computed from `inputs` by a kernel; its double backward differentiates `plain(*inputs)`.
+
+    An ordinary backward pass uses the gradient of the kernel. With `create_graph=True` (or
+    `is_grads_batched=True`) it recomputes the output by `plain`, which consists of differentiable operators,
+    and differentiates that. The kernel should save the same inputs for its own gradient: then this takes no
+    memory.
+    """
+    if not torch.is_grad_enabled() or not output.requires_grad or is_recorded() or is_transformed():
+        return output
+    return _Switch.apply(output, plain, *inputs)
+
+
+class _Switch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        ctx.plain = plain
+        ctx.save_for_backward(*inputs)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        needed = ctx.needs_input_grad[2:]
+        functorch = torch._C._functorch
+        vectorized = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+        if not (torch.is_grad_enabled() or vectorized):
+            return grad, None, *(None for _ in needed)
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            # Aliases, so that the gradient of an input excludes the paths through the others.
+            inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+            output = ctx.plain(*inputs)
+            differentiated = [
+                x for x, is_needed in zip(inputs, needed, strict=True) if is_needed and x is not None
+            ]
+            grads = torch.autograd.grad(output, differentiated, grad, create_graph=True)
+        remaining = iter(grads)
+        return None, None, *(next(remaining) if is_needed else None for is_needed in needed)
