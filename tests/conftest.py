@@ -9,7 +9,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-# Tests run on the CPU. JAHUBERT_TEST_CUDA names GPUs that they may see.
+# Tests run on the CPU. JAHUBERT_TEST_CUDA makes GPUs visible to them.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("JAHUBERT_TEST_CUDA", "")
 
 import importlib.util

@@ -191,7 +191,7 @@ class SoundFileDecoder:
         position = file.tell() if in_memory else os.lseek(file.fileno(), 0, os.SEEK_CUR)
         if find(file, _FLAC, max(len(_FLAC), position - _READ_AHEAD)) >= 0:
             raise AudioError(
-                f"{self.name} contains several FLAC streams, of which a decoder reads only the first; split "
+                f"{self.name} contains several FLAC streams, but decoders read only the first; split "
                 "the file, or convert it with ffmpeg"
             )
 

@@ -72,7 +72,7 @@ def load_audio(
                 wav_T = np.concatenate(streams)[start:end]
     if wav_T.size == 0 and n_samples != 0:
         position = f" from sample {start} on" if start else ""
-        raise AudioError(f"{name} holds no audio{position} (0 samples)")
+        raise AudioError(f"{name} contains no audio{position} (0 samples)")
     _check_finite(wav_T, name)
     return torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
 
@@ -110,7 +110,7 @@ def stream_audio(
                     n_samples += len(wav_T)
                     yield torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
         if n_samples == 0:
-            raise AudioError(f"{name} holds no audio (0 samples)")
+            raise AudioError(f"{name} contains no audio (0 samples)")
 
 
 def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
@@ -127,7 +127,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     with _open(source) as (name, decoders):
         length = sum(_resampled_length(decoder.length(), decoder.rate) for decoder in decoders)
         if length == 0:
-            raise AudioError(f"{name} holds no audio (0 samples)")
+            raise AudioError(f"{name} contains no audio (0 samples)")
         return length
 
 
@@ -177,7 +177,7 @@ def _from_sequence(values: Any) -> np.ndarray:
     if not isinstance(values, list | tuple) or array.dtype.kind not in "fi":
         raise AudioError(f"audio is a {type(values).__name__} that is not a list of floats: {_EXPECTED}")
     if array.dtype.kind == "i":
-        raise AudioError("audio is a list of integers, whose full scale is unknown: pass an array of int16")
+        raise AudioError("audio is a list of integers with unknown full scale: pass an int16 array")
     return array
 
 
@@ -208,7 +208,7 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
         source = (source.float() if source.is_floating_point() else source).numpy()
     if source.ndim not in (1, 2):
         raise AudioError(
-            f"audio arrays are (T,), (channels, T) or (T, channels), but this has shape {source.shape}"
+            f"audio arrays must be (T,), (channels, T) or (T, channels), but the shape is {source.shape}"
         )
     samples: np.ndarray
     if source.dtype == np.uint8:
@@ -219,7 +219,7 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
         samples = source.astype(np.float32)  # copies, so the result never shares memory with the argument
     else:
         raise AudioError(
-            f"audio arrays contain floats or 8, 16 or 32 bit integers, but this contains {source.dtype}"
+            f"audio arrays must contain floats or 8, 16 or 32 bit integers, but the dtype is {source.dtype}"
         )
     if samples.ndim == 1:
         return samples[:, None]

@@ -78,7 +78,7 @@ def find_inputs(
     if [item.label for item in found].count(STDIN) > 1:
         raise ConfigError("standard input (-) can be given only once")
     if into == "":
-        raise ConfigError("-o is empty; name a folder")
+        raise ConfigError("-o is empty; give a folder")
     if into is not None:
         _check_output(Path(into))
         owner: dict[Path, str] = {}
@@ -87,7 +87,7 @@ def find_inputs(
             if other is not item.label:
                 target = Path(into, str(item.base) + ending)
                 raise ConfigError(
-                    f"{other} and {item.label} would both write {target}; use two runs with two folders"
+                    f"{other} and {item.label} would both write {target}; use two output folders"
                 )
     return found, empty
 
@@ -105,7 +105,7 @@ def _check_output(folder: Path) -> None:
     if not existing.is_dir():
         raise ConfigError(f"-o {folder}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"-o {folder}: no permission to write into {existing}; give another folder")
+        raise ConfigError(f"-o {folder}: no permission to write to {existing}; give another folder")
 
 
 def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:

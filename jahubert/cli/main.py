@@ -70,8 +70,8 @@ def model_source(args: argparse.Namespace) -> str | Path:
     found = builtin_model()
     if found is None:
         raise CheckpointError(
-            "this installation has no built-in model; name one with --model: a bundle folder that a training "
-            "stage wrote, or a Hub name such as owner/model"
+            "this installation has no built-in model; give one with --model: a bundle folder from a training "
+            "stage, or a Hub name such as owner/model"
         )
     return found
 

@@ -154,9 +154,9 @@ def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
         if bundle.special_rows is not None:
             notes.append("codebook: fairseq's four special rows were dropped")
     if bundle.centroids_KD is not None:
-        notes.append(f"centroids: {to} files have none, so they were dropped")
+        notes.append(f"centroids: {to} files cannot store them, so they were dropped")
     if set(bundle.info) - set(INFO_KEYS):
-        notes.append(f"origin of the model (jahubert.json): {to} files have none, so it was dropped")
+        notes.append(f"origin of the model (jahubert.json): {to} files cannot store it, so it was dropped")
     return notes
 
 

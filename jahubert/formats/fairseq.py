@@ -124,7 +124,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
     head, special_rows = _take_head(path, inner, codebooks, notes)
     if "mask_emb" not in inner:
         inner["mask_emb"] = new_mask_embedding(config.width)
-        notes.append("mask embedding: the source has none, so a new one was drawn")
+        notes.append("mask embedding: missing in the source, initialized at random")
     if "post_extract_proj.weight" not in inner and config.conv_dims[-1] == config.width:
         # fairseq has no projection between equal widths; this one changes nothing.
         inner["post_extract_proj.weight"] = torch.eye(config.width)
@@ -277,17 +277,17 @@ def _take_head(
             raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, but must be a matrix")
     if table is None or weight is None or bias is None:
         if table is not None and len(table) > len(SPECIALS):
-            notes.append("codebook: its projection is not in the source, so it was left out")
+            notes.append("codebook: omitted, because the source has no projection for it")
         return {}, None
     if gate or len(codebooks) > 1 or len(weight) != table.shape[1]:
-        notes.append("pretraining head: several codebooks or a gate, which UnitHead does not have; left out")
+        notes.append("pretraining head: omitted, because several codebooks and gates are not supported")
         return {}, None
     if len(table) <= len(SPECIALS):
         return {}, None
     symbols = codebooks[0][len(SPECIALS) :] if codebooks else []
     order = _unit_order(symbols, len(table) - len(SPECIALS))
     if order != sorted(order):
-        notes.append("codebook: its rows were sorted by unit number")
+        notes.append("codebook: rows sorted by unit number")
     rows = table[len(SPECIALS) :].float()[order]
     head = {"final_proj.weight": weight.float(), "final_proj.bias": bias.float(), "label_embeddings": rows}
     return head, table[: len(SPECIALS)].float()
@@ -409,7 +409,7 @@ def _head_tensors(
         projection = {"final_proj.weight": weight, "final_proj.bias": torch.zeros(dim)}
         if pretrained:
             notes.append(
-                "pretraining head: the source has none, so a projection was drawn and the codebook is empty"
+                "pretraining head: missing in the source; the projection is random and the codebook is empty"
             )
     else:
         rows = head.label_embeddings.detach().cpu()
@@ -417,9 +417,10 @@ def _head_tensors(
         state = head.final_proj.state_dict().items()
         projection = {f"final_proj.{name}": value.detach().cpu() for name, value in state}
         if not pretrained:
-            notes.append("projection of the pretraining head: fairseq removes it from fine-tuned models")
+            notes.append("projection of the pretraining head: dropped, as in fairseq's fine-tuned models")
         if special_rows is None:
-            notes.append(f"codebook: four rows for {' '.join(SPECIALS)}, which fairseq needs, were drawn")
+            specials = " ".join(SPECIALS)
+            notes.append(f"codebook: rows for {specials}, which fairseq requires, initialized at random")
     if special_rows is None or special_rows.shape[1] != dim:
         special_rows = torch.rand(len(SPECIALS), dim, generator=random)
     table = {"label_embs_concat": torch.cat([special_rows, rows])}
@@ -465,9 +466,9 @@ def _ctc_tensors(
     order = [names.index(name) for name in SPECIALS]
     order += [row for row in range(len(names)) if row not in order]
     if added:
-        notes.append(f"CTC head: rows for {' '.join(added)} were added, with probability zero")
+        notes.append(f"CTC head: rows for {' '.join(added)} were added with probability zero")
     if [row for row in order if row < len(phonemes)] != list(range(len(phonemes))):
-        notes.append("CTC head: its rows were put in fairseq's order, the blank first")
+        notes.append("CTC head: rows reordered for fairseq, with the blank first")
     tensors = {"w2v_encoder.proj.weight": weight[order], "w2v_encoder.proj.bias": bias[order]}
     return tensors, [names[row] for row in order]
 

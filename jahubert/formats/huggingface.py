@@ -83,7 +83,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
     raw = RawModel(config, weights)
     if "masked_spec_embed" not in weights:  # models saved without masking have none
         weights["masked_spec_embed"] = new_mask_embedding(config.width)
-        raw.notes.append("mask embedding: the source has none, so a new one was drawn")
+        raw.notes.append("mask embedding: missing in the source, initialized at random")
     n_symbols = count_symbols(folder, weights, config.width)
     if n_symbols is not None:
         raw.phonemes = _read_symbols(folder, settings, n_symbols)
@@ -149,7 +149,7 @@ def _shard_names(index: Path) -> list[str]:
     shards = typed_item(index, read_json(index), "weight_map", dict, {}).values()
     for name in shards:
         if typed(index, "a file in weight_map", name, str) != os.path.basename(name):
-            raise CheckpointError(f"{index}: weight_map must name files of this folder, found {name!r}")
+            raise CheckpointError(f"{index}: weight_map must refer to files in this folder, found {name!r}")
     return sorted(set(shards))
 
 

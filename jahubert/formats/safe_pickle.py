@@ -1,10 +1,10 @@
 """Restricted reader for PyTorch's `.pt` and `.bin` files.
 
-A pickle is a program: it may call any function of any package, repeat work exponentially and declare sizes
-that the file does not have. This reader only calls the few constructors that this module defines.
-Tensors are views of the file's own bytes; objects of known packages (settings of argparse, omegaconf and
-Lightning, dictionaries of fairseq) become inert records; everything else is rejected. Time and memory are
-bounded by the number of instructions and by the size of the file.
+A pickle is a program that can call any function of any package, repeat work exponentially, and declare sizes
+larger than the file. This reader calls only the constructors defined in this module. Tensors are views of the
+bytes in the file. Objects of known packages (settings of argparse, omegaconf and Lightning, dictionaries of
+fairseq) become inert records, and everything else is rejected. Time and memory are limited by the number of
+instructions and by the file size.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def read_pickled(path: Path) -> Any:
             function that is not allowed.
     """
     if path.suffix == ".onnx":
-        raise CheckpointError(f"{path}: ONNX files cannot be read; give the model that it was made from")
+        raise CheckpointError(f"{path}: ONNX files cannot be read; use the original model")
     try:
         return _read_archive(path) if zipfile.is_zipfile(path) else _read_legacy(path)
     except JahubertError:
@@ -418,7 +418,7 @@ def _checked_key(key: Any) -> Any:
     simple = (str, int, float, bool, bytes, type(None), Record)
     parts = key if type(key) is tuple and len(key) < 10 else (key,)
     if not all(type(part) in simple for part in parts):
-        raise ValueError("a key of a dict that is neither text nor a number")
+        raise ValueError("a dict key that is neither a string nor a number")
     return key
 
 

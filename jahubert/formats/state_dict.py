@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors" and start[8:] != b"{":
         content = read_pickled(path)
         if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: holds a {type(content).__name__} and no weights")
+            raise CheckpointError(f"{path}: contains a {type(content).__name__} instead of weights")
         return content
     try:
         return dict(load_file(path))
@@ -268,7 +268,7 @@ def select_tensors(
     wrong = []
     for name, ours in names.items():
         if name in tensors and tensors[name].shape != shapes[ours]:
-            wrong.append(f"{name} is {tuple(tensors[name].shape)} and not {shapes[ours]}")
+            wrong.append(f"{name} is {tuple(tensors[name].shape)}, expected {shapes[ours]}")
         elif name in tensors and not tensors[name].is_floating_point():
             wrong.append(f"{name} is of type {tensors[name].dtype}")
     problems = wrong[:5]
@@ -278,7 +278,7 @@ def select_tensors(
         problems.insert(0, f"missing {missing[:5]}")
     if problems:
         raise CheckpointError(
-            f"{where}: the weights are not those of the HuBERT model that the settings describe: "
+            f"{where}: the weights do not match the HuBERT model described by the settings: "
             + "; ".join(problems)
             + ". Use both as they were published"
         )

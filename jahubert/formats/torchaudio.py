@@ -109,12 +109,12 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
     if "logit_generator.label_embeddings" in outer:
         head["label_embeddings"] = outer.pop("logit_generator.label_embeddings").float()
     if len(head) not in (0, 3):
-        notes.append(f"pretraining head: the source has only {', '.join(head)}, so it was omitted")
+        notes.append(f"pretraining head: omitted, because the source has only {', '.join(head)}")
         head = {}
     mask = outer.pop("mask_generator.mask_embedding", None)
     if mask is None:
         mask = new_mask_embedding(config.width)
-        notes.append("mask embedding: the source has none, so a new one was drawn")
+        notes.append("mask embedding: missing in the source, initialized at random")
     shapes = encoder_shapes(config)
     del shapes["masked_spec_embed"]
     weights = select_tensors(path, shapes, inner | outer, torchaudio_name)
@@ -124,7 +124,7 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
     if n_symbols is not None and n_symbols == len(labels):
         phonemes = symbol_set(path.with_suffix(".json"), labels)
     elif n_symbols is not None:
-        notes.append("symbols: torchaudio's files do not name those of the CTC head")
+        notes.append("symbols: torchaudio's files do not contain the CTC symbols")
     return RawModel(config, weights | ctc, head, phonemes=phonemes, notes=notes)
 
 
@@ -148,8 +148,8 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
         return make_config(path, from_shapes, fields), labels
     if from_shapes["conv_kernels"] != HubertConfig().conv_kernels:
         raise CheckpointError(
-            f"{path}: the strides of its unusual front end are unknown; put them into {settings_file.name} "
-            "next to it, as docs/formats.md describes"
+            f"{path}: the strides of the non-standard front end are unknown; specify them in "
+            f"{settings_file.name} next to it (see docs/formats.md)"
         )
     heads = _PUBLISHED_HEADS.get(from_shapes["width"], max(1, from_shapes["width"] // 64))
     fields |= {"heads": heads, "pre_norm": layer_norms, "normalize": layer_norms}
@@ -213,11 +213,9 @@ def write_torchaudio(
         arguments["feature_grad_mult"] = config.conv_grad_scale
     else:
         factory = "wav2vec2_model"
-        notes.append("mask embedding: torchaudio has it in pretraining models only, so it was dropped")
+        notes.append("mask embedding: dropped, because torchaudio has it in pretraining models only")
         if unit_head is not None:
-            notes.append(
-                "pretraining head: torchaudio has no model with it and a CTC head, so it was dropped"
-            )
+            notes.append("pretraining head: dropped, because torchaudio has no model with it and a CTC head")
         arguments["aux_num_out"] = None if ctc is None else ctc.lm_head.out_features
         if ctc is not None:
             output = ctc.lm_head.state_dict()

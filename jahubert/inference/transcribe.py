@@ -135,8 +135,8 @@ class Transcriber:
         source = builtin_model() if source is None else source
         if source is None:
             raise CheckpointError(
-                "this installation has no built-in model; name a fine-tuned one "
-                "(on the command line --model): a bundle folder or a Hub name"
+                "this installation has no built-in model; give a fine-tuned model "
+                "(on the command line: --model): a bundle folder or a Hub name"
             )
         bundle = load_bundle(source)
         if bundle.ctc is None or bundle.phonemes is None:
@@ -372,8 +372,8 @@ def _report_no_speech(name: str, n_samples: int, peak: float) -> None:
     if peak < SILENCE or not n_samples:
         return
     log.warning(
-        "%s: no speech detected in %.1f s of audio with a peak of %.0f dBFS; Transcriber(vad=False), on the "
-        "command line --no-vad, transcribes it anyway",
+        "%s: no speech detected in %.1f s of audio with a peak of %.0f dBFS; use "
+        "Transcriber(vad=False) or --no-vad to transcribe it anyway",
         name or "the audio",
         n_samples / SAMPLE_RATE,
         20 * math.log10(peak),

@@ -170,7 +170,7 @@ def test_run_with_a_missing_corpus_can_be_corrected(capsys, tmp_path, recipe):
     ("bad", "reason", "detail"),
     [
         ("empty", "unusable audio", "is empty (0 bytes)"),
-        ("silent header", "unusable audio", "holds no audio"),
+        ("silent header", "unusable audio", "contains no audio"),
         ("text", "unusable audio", "is not audio that can be read"),
         ("missing", "unusable audio", "no such audio file"),
         ("truncated", "unusable audio", "is truncated"),

@@ -38,7 +38,7 @@ TONES = FIXTURES / "tones"
 
 
 class SlowData(Data):
-    """Data source with slow DataLoader workers that write their process IDs to file names."""
+    """Data source with slow DataLoader workers; each creates a file named after its process ID."""
 
     def __init__(self, out: Path, bad: int | None):
         super().__init__(bad=bad)

@@ -235,7 +235,7 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     assert sorted(path.name for path in target.parent.iterdir()) == [build.NAME]
 
 
-def test_the_card_has_transcripts_at_equal_distances(finished, tmp_path):
+def test_card_has_evenly_spaced_transcripts(finished, tmp_path):
     items, lines = [], []
     for number in range(25):
         path = tmp_path / f"{number}.wav"
