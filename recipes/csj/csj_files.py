@@ -1,4 +1,4 @@
-"""File layouts of the CSJ editions, and the assignment of talks to sets.
+"""File layouts of the CSJ editions, and assignment of talks to sets.
 
 USB (3rd and 4th edition)  MORPH/SDB/{core,noncore}/ID.sdb  WAV/{core,noncore}/ID.wav, ID-L.wav, ID-R.wav
                            XML/BaseXML/{core,noncore}/ID.xml  TRN/Form1/{core,noncore}/ID.trn  fileList.csv
@@ -37,27 +37,27 @@ _LAYOUTS = (
     ("(CSJ2004)?", "SDB|WAV|XML|TRN", _FILE),
     ("(CSJ2004)?", "SPEECH", _ID, _FILE),
 )
-TALKS = 3302  # of the whole corpus, according to NINJAL
-# Values of fileList.csv; its public readers compare with コア, other talks have ノンコア.
+TALKS = 3302  # number of talks in the whole corpus, according to NINJAL
+# Accepted values in fileList.csv. Public readers expect コア for core talks and ノンコア for others.
 _CORE = ("コア", "core", "○", "◯", "〇", "1")
 _NOT_CORE = ("", "ノンコア", "非コア", "noncore", "non-core", "×", "-", "0")
 
 
 @dataclass
 class Talk:
-    """Files of a talk: transcripts by kind (sdb, xml, trn), audio by channel ("" if the name has none)."""
+    """The files of a talk."""
 
     id: str
-    audio: dict[str, Path] = field(default_factory=dict)
-    transcripts: dict[str, Path] = field(default_factory=dict)
+    audio: dict[str, Path] = field(default_factory=dict)  # keyed by channel; "" if the name has no channel
+    transcripts: dict[str, Path] = field(default_factory=dict)  # keyed by kind: sdb, xml or trn
     core: bool = False
 
 
 def find_talks(data: Path) -> dict[str, Talk]:
-    """Find all talks below `data`, in any layout, ordered by id.
+    """Find all talks in `data`, in any layout, ordered by id.
 
     Raises:
-        DataError: no talk found, or a talk in two folders.
+        DataError: there are no talks, or a talk is in two folders.
     """
     talks: dict[str, Talk] = {}
     sides: dict[str, tuple[str, Path]] = {}
@@ -77,8 +77,8 @@ def find_talks(data: Path) -> dict[str, Talk]:
         files[key] = path
     if not talks:
         raise DataError(
-            f"{data}: no talk of CSJ found; give data=FOLDER that holds WAV and MORPH/SDB (USB), dvd3 ... "
-            "dvd17 (DVD), or CSJ2004 with SDB and WAV"
+            f"{data}: no CSJ talks found; set data= to a folder with WAV and MORPH/SDB (USB), dvd3 ... dvd17 "
+            "(DVD), or CSJ2004 with SDB and WAV"
         )
     listed = _read_file_list(data)
     _mark_core(talks, {id: side for id, (side, _) in sides.items() if side}, listed)
@@ -88,7 +88,7 @@ def find_talks(data: Path) -> dict[str, Talk]:
 
 
 def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapping[str, bool]) -> None:
-    """Set `core` of all talks: by folder, else by fileList.csv, else by lists/core.txt."""
+    """Set `core` of all talks, using the folder, fileList.csv or lists/core.txt, in this order."""
     core = set(read_list("core"))
     sources = {
         "folder": {id: side == "core" for id, side in sides.items()},
@@ -111,12 +111,12 @@ def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapp
 
 
 def _abbreviated(names: Sequence[str]) -> str:
-    """The first 40 names; only the list of the core is longer."""
+    """Join the first 40 names; only the list of core talks is longer."""
     return " ".join(names[:40]) + (" ..." if len(names) > 40 else "")
 
 
 def _matches(data: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield files whose paths match one of the layouts, with the named groups of the match."""
+    """Yield all files whose paths match one of the layouts, with the named groups of the match."""
     for layout in _LAYOUTS:
         paths: list[tuple[Path, dict[str, str]]] = [(data, {})]
         for part in layout:
@@ -165,7 +165,11 @@ def _read_file_list(data: Path) -> dict[str, bool]:
 
 
 def read_list(name: str | Path) -> list[str]:
-    """Read a list of talks, one per line; `#` starts a comment. A str is the name of a file in lists/."""
+    """Read a list of talks with one talk per line; `#` starts a comment.
+
+    Args:
+        name: the path of a file, or the name (str) of a file in lists/.
+    """
     path = LISTS / f"{name}.txt" if isinstance(name, str) else name
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -179,17 +183,16 @@ def read_list(name: str | Path) -> list[str]:
 
 
 def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, str]:
-    """Assign talks to train, dev, eval1, eval2 or eval3; talks outside the subset are left out.
+    """Assign talks to train, dev, eval1, eval2 or eval3; talks outside the subset are omitted.
 
     Args:
-        talks: all talks of the copy.
+        talks: all talks found in the corpus folder.
         subset: core, all, or the path of a list of talks to train on.
-        dev: lhotse or kaldi. The set of kaldi is the first utterances of the training data, so no talk is
-            assigned to `dev` here.
+        dev: lhotse or kaldi. With kaldi, the first utterances of the training data are used for development,
+            so no talk is assigned to `dev` here.
 
     Raises:
-        DataError: a talk in two sets, a listed talk that was not found, or a talk to train on that is in a
-            test set or by a test speaker.
+        DataError: a talk is in two sets, a listed talk was not found, or a listed training talk is held out.
     """
     held = held_out(dev)
     if subset in ("core", "all"):
@@ -215,7 +218,9 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
 
 
 def held_out(dev: str) -> dict[str, str]:
-    """Talk -> the set that excludes it from training: eval1, eval2, eval3, excluded, and dev with lhotse.
+    """Map each talk that is excluded from training to its set.
+
+    The sets are eval1, eval2, eval3, excluded and, with `dev="lhotse"`, dev.
 
     Raises:
         DataError: a talk is in two sets.
@@ -233,7 +238,7 @@ def held_out(dev: str) -> dict[str, str]:
 
 
 def _read_training_list(subset: str, talks: Mapping[str, Talk], held: Mapping[str, str]) -> set[str]:
-    """Read a user's list of training talks, which must not contain held-out talks."""
+    """Read a list of training talks; raises DataError if it contains held-out or missing talks."""
     path = expand_user(subset)
     if not path.exists():
         matches = difflib.get_close_matches(subset, ("core", "all"), n=1)

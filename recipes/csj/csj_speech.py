@@ -1,4 +1,4 @@
-"""Segments of a talk as words in phones, and their joining to utterances."""
+"""Conversion of transcript segments to words in phones, and joining of segments into utterances."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from jahubert.phonemes import kana_to_phones, to_katakana
 
 @dataclass(frozen=True)
 class JoinOptions:
-    max_gap: float = 0.5  # seconds between two segments that are joined
-    max_seconds: float = 10.0  # of joined segments; a single segment may be longer
+    max_gap: float = 0.5  # maximum silence between joined segments (seconds)
+    max_seconds: float = 10.0  # maximum length of joined segments; a single segment may be longer
     # kaldi: the rule of egs/csj/s5, for comparison with Kaldi. A segment is joined if the utterance so far is
-    # not longer than max_seconds, an utterance that a masked name is joined to is rejected, and no segments
-    # are joined across a segment of the other channel.
+    # not longer than max_seconds. An utterance to which a masked name is joined is rejected. Segments are not
+    # joined across a segment of the other channel.
     join: Literal["strict", "kaldi"] = "strict"
 
     def __post_init__(self) -> None:
@@ -35,20 +35,20 @@ class JoinOptions:
 
 @dataclass(frozen=True)
 class SpokenSegment:
-    """A segment with resolved tags, or several joined ones; 16 kHz samples from the start of the talk."""
+    """A segment with resolved tags, or several joined segments."""
 
-    start: int
-    end: int
-    words: tuple[tuple[str, ...], ...]  # as phones
+    start: int  # 16 kHz samples from the start of the talk
+    end: int  # exclusive
+    words: tuple[tuple[str, ...], ...]  # the phones of each word
     text: str  # orthography
     masked: bool  # contains a masked name, whose audio is noise
-    problems: tuple[str, ...]  # file:line: why the pronunciation cannot be read
-    text_problems: tuple[str, ...] = ()  # the same for the orthography, which is not used for training
+    problems: tuple[str, ...]  # problems in the pronunciation, each with file:line
+    text_problems: tuple[str, ...] = ()  # problems in the orthography, which is not used for training
     channel: str = "L"
 
     @property
     def event_only(self) -> bool:
-        """Whether nothing is spoken: noise, applause, a cough."""
+        """Whether the segment contains only an event, such as noise, applause or a cough."""
         return not (self.words or self.masked or self.problems)
 
     def merged_with(self, other: SpokenSegment) -> SpokenSegment:
@@ -65,7 +65,7 @@ class SpokenSegment:
 
 
 def resolve_segments(segments: Sequence[Segment], path: Path, options: TagOptions) -> list[SpokenSegment]:
-    """Resolve the tags of all channels of a transcript, in its order; `path` is for messages."""
+    """Resolve the tags of all channels of a transcript; returns segments in transcript order."""
     resolved: dict[int, SpokenSegment] = {}
     for channel in {segment.channel for segment in segments}:
         rows = [i for i, segment in enumerate(segments) if segment.channel == channel]
@@ -116,10 +116,13 @@ def _resolve_channel(segments: Sequence[Segment], path: Path, options: TagOption
 
 
 def merge_dependent_words(words: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Merge (kana, line) of words that cannot be pronounced alone into the preceding word of the segment.
+    """Merge words that cannot be pronounced alone into the preceding word of the segment.
 
-    These start with ー or consist of ッ (行こ + う, pronounced イコ + ー). Without a preceding word the ー is
-    dropped. Words without sound are dropped.
+    Such words start with ー or consist of ッ (行こ + う, pronounced イコ + ー). Without a preceding word, the
+    ー is dropped. Words without sound are dropped.
+
+    Args:
+        words: pairs of kana and line number.
     """
     result: list[tuple[str, int]] = []
     for kana, line in words:
@@ -137,18 +140,18 @@ def _phones(kana: str) -> tuple[str, ...]:
 
 
 def join_segments(segments: Iterable[SpokenSegment], options: JoinOptions) -> list[SpokenSegment]:
-    """Join neighboring segments into utterances while the gap between them and their length allow it.
+    """Join neighboring segments into utterances, as far as the limits on gaps and length allow.
 
-    A segment that holds only an event, which may lie inside a speech segment, is returned as it is and does
-    not take part: it neither ends nor bridges nor lengthens an utterance.
+    A segment that contains only an event may overlap a speech segment. It is returned unchanged and does not
+    affect the joining of other segments.
 
     Args:
-        segments: all channels of a talk, in the order of the transcript.
-        options: the joining rule.
+        segments: the segments of all channels, in transcript order.
+        options: the joining rule and its limits.
     """
     max_gap, max_samples = round(options.max_gap * SAMPLE_RATE), round(options.max_seconds * SAMPLE_RATE)
     result: list[SpokenSegment] = []
-    open_utterances: dict[str, int] = {}  # channel -> index of the utterance that its next segment may join
+    open_utterances: dict[str, int] = {}  # per channel: index of the utterance that can still be extended
     for segment in segments:
         if segment.event_only:
             result.append(segment)

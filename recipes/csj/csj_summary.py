@@ -1,4 +1,4 @@
-"""Summary of the prepared splits, compared with published figures of the corpus."""
+"""Summary of the prepared splits, with published figures for comparison."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _hours(hours: int, minutes: int, seconds: int = 0) -> float:
     return hours + minutes / 60 + seconds / 3600
 
 
-# Every recipe has its own joining rule, so hours agree within some percent at best, and numbers of utterances
-# only with the same rule. Kaldi: egs/csj/s5, without masked names, as join=kaldi.
+# Recipes join segments differently, so hours agree within a few percent at best, and numbers of utterances
+# are only comparable with the same rule. Kaldi: utterances of egs/csj/s5 without masked names (join=kaldi).
 KALDI = {"eval1": 1272, "eval2": 1292, "eval3": 1385}
-KALDI_DEV = _hours(6, 31)  # of 4,000 utterances
-LHOTSE_DEV = (3743, _hours(6, 40, 15))
-# icefall (egs/csj/ASR): silences up to 1 s inside.
+KALDI_DEV = _hours(6, 31)  # duration of 4,000 utterances
+LHOTSE_DEV = (3743, _hours(6, 40, 15))  # number of utterances, hours
+# Hours in icefall (egs/csj/ASR), where utterances contain silences of up to 1 s.
 ICEFALL = {"eval1": _hours(1, 55, 40), "eval2": _hours(2, 2, 7), "eval3": _hours(1, 26, 44)}
-PAPER_HOURS = {"core": 32.0, "all": 552.0}  # of rinna/japanese-hubert-base
+PAPER_HOURS = {"core": 32.0, "all": 552.0}  # training data of rinna/japanese-hubert-base
 
 
 class SummaryOptions(Protocol):
@@ -59,7 +59,7 @@ class SplitCount:
 
 
 def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config: SummaryOptions) -> None:
-    """Log the size of every split next to the published one, and rejected items; warn of missing talks."""
+    """Log the size of every split with published figures, and rejected items; warn about missing talks."""
     expected = expected_talks(config.subset, config.dev)
     for name, count in counts.items():
         talks = count.talks
@@ -78,7 +78,7 @@ def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config
 
 
 def expected_talks(subset: str, dev: str) -> dict[str, int]:
-    """Split -> number of talks in a complete copy of the corpus, where it is known."""
+    """Return the number of talks of each split in a complete copy of the corpus, as far as known."""
     held = held_out(dev)
     expected = {name: sum(other == name for other in held.values()) for name in (*EVALS, "dev")}
     if dev == "kaldi":
@@ -91,7 +91,7 @@ def expected_talks(subset: str, dev: str) -> dict[str, int]:
 
 
 def comparison(name: str, count: SplitCount, config: SummaryOptions) -> str:
-    """The size of a split relative to other recipes; "" if none is comparable."""
+    """Describe the size of a split relative to other recipes; "" if no figure is comparable."""
     figures = []
     if name in KALDI and config.join == "kaldi":
         figures.append(("Kaldi", f"{KALDI[name]:,} utterances", count.utterances / KALDI[name]))

@@ -1,7 +1,7 @@
 """Resolution of the tags of CSJ transcripts.
 
-A tag is `(NAME text)` or `(NAME one;other)`; tags nest, and may open in one word and close in a later one,
-even in a later segment. An event is `<NAME>` or `<NAME:detail>`. They are resolved as follows:
+A tag is written `(NAME text)` or `(NAME one;other)`. Tags can be nested, and can be closed in a later word or
+segment than they are opened. An event is written `<NAME>` or `<NAME:detail>`. They are resolved as follows:
 
 | tag                            | pronunciation                         | orthography |
 |--------------------------------|---------------------------------------|-------------|
@@ -19,9 +19,9 @@ even in a later segment. An event is `<NAME>` or `<NAME:detail>`. They are resol
 | <VN> hum like うん             | nothing; ウン with actual and in (F)  | nothing     |
 | <Q> <FV> <P:..> <笑> and noise | nothing                               | nothing     |
 
-`;` and `,` belong to the innermost enclosing tag that takes alternatives, also across a nested tag:
-`(W コ(L デ;ココデ))` is a slip for ココデ. A missing alternative is replaced by the existing one. The tags
-are described in the manuals of the corpus (NINJAL); pron=canonical is what Kaldi and ESPnet train on.
+`;` and `,` belong to the innermost enclosing tag that has alternatives, even inside a nested tag:
+`(W コ(L デ;ココデ))` is a slip for ココデ. If one alternative is missing, the other one is used. The tags are
+described in the manuals of the corpus (NINJAL). Kaldi and ESPnet use pron=canonical.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ KEPT = ("M", "O", "X", "L", "笑", "泣", "咳")
 FILLER, FRAGMENTS, MASK, UNCERTAIN, METALINGUISTIC = "F", ("D", "D2"), "R", "?", "M"
 SLIPS, SPELLINGS = ("W", "B"), ("A", "K")
 TAGS = (FILLER, *FRAGMENTS, MASK, UNCERTAIN, *SLIPS, *SPELLINGS, *KEPT)
-SOUNDS = {"H": "ー", "VN": "ウン"}  # events that pron=actual spells
-# A pause has its times, and in dialogues its channel: <P:..>, <PL:..>, <PR:..>.
+SOUNDS = {"H": "ー", "VN": "ウン"}  # events that are spelled out with pron=actual
+# The names of pauses are followed by times, and in dialogues include the channel: <P:..>, <PL:..>, <PR:..>.
 EVENTS = (
     *SOUNDS,
     *("Q", "FV", "P", "PL", "PR", "笑", "咳", "息", "泣", "拍手", "雑音"),
     *("フロア発話", "フロア笑", "デモ", "ベル", "朗読間違い"),
 )
-# Tags whose alternatives a mark separates, in the order in which they are looked for.
+# For each separator, the tags whose alternatives it separates, in search order.
 _SEPARATES = {";": ((*SLIPS, *SPELLINGS), (METALINGUISTIC,)), ",": ((UNCERTAIN,),)}
 _TOKEN = re.compile(
-    # A mask may follow its tag without a blank: (R×××), (F×××).
+    # A mask may follow its tag without a space: (R×××), (F×××).
     r"\((?P<tag>[^\s()<>;,×]*)\s?|<(?P<event>[^<>()]*)>|(?P<mark>[();,<>])|(?P<text>[^();,<>]+)"
 )
 
@@ -60,11 +60,11 @@ class TagOptions:
 
 @dataclass
 class Resolved:
-    """Text of every word without tags, indices of masked words, and problems as (word, description)."""
+    """Result of resolving tags."""
 
-    texts: list[str]
-    masked: set[int] = field(default_factory=set)
-    problems: list[tuple[int, str]] = field(default_factory=list)
+    texts: list[str]  # text of each word without tags
+    masked: set[int] = field(default_factory=set)  # indices of masked words
+    problems: list[tuple[int, str]] = field(default_factory=list)  # (index of the word, description)
 
 
 def resolve_tags(texts: Sequence[str], segment_N: Sequence[int], options: TagOptions, side: Side) -> Resolved:
@@ -72,9 +72,9 @@ def resolve_tags(texts: Sequence[str], segment_N: Sequence[int], options: TagOpt
 
     Args:
         texts: the words with their tags.
-        segment_N: the segment of each word. A tag that is never closed spoils the rest of its segment only.
-        options: which alternatives are taken.
-        side: which column of the transcript the words are from.
+        segment_N: the segment of each word. A tag that is never closed only affects the rest of its segment.
+        options: select alternatives.
+        side: the column of the transcript from which the words come.
     """
     result = Resolved([""] * len(texts))
     start = 0
@@ -98,15 +98,16 @@ def resolve_tags(texts: Sequence[str], segment_N: Sequence[int], options: TagOpt
 
 @dataclass
 class _Tag:
-    """An open tag: its alternatives, each as pieces of text with the word that they belong to."""
+    """An open tag."""
 
     name: str
-    word: int
+    word: int  # index of the word that opens it
+    # Pieces of text of each alternative so far, as (index of the word, text).
     alternatives: list[list[tuple[int, str]]] = field(default_factory=lambda: [[]])
 
 
 class _Parser:
-    """Parser that is fed word by word. A piece of text stays with its word, whichever word closes the tag."""
+    """Incremental parser. Each piece of text is assigned to its word, even if a later word closes the tag."""
 
     def __init__(self, options: TagOptions, side: Side):
         self.options, self.side = options, side
@@ -115,11 +116,11 @@ class _Parser:
         self._stack = [_Tag("", 0)]
 
     def unclosed(self) -> _Tag | None:
-        """The outermost open tag."""
+        """Return the outermost open tag, if any."""
         return self._stack[1] if len(self._stack) > 1 else None
 
     def pieces(self) -> list[tuple[int, str]]:
-        """Resolved text outside of open tags, with the word of each piece."""
+        """Return the resolved text outside open tags, as (index of the word, text)."""
         return self._stack[0].alternatives[0]
 
     def feed(self, word: int, text: str) -> None:
@@ -144,7 +145,7 @@ class _Parser:
 
     def _open(self, word: int, name: str) -> None:
         content = ""
-        if name.startswith(UNCERTAIN):  # (?x) may be written without a blank
+        if name.startswith(UNCERTAIN):  # (?x) may be written without a space
             name, content = UNCERTAIN, name[1:]
         if name not in TAGS:
             self.problems.append((word, f"unknown tag ({name}; known tags: {' '.join(TAGS)}"))
@@ -157,10 +158,10 @@ class _Parser:
             tag = self._stack.pop()
             self._stack[-1].alternatives[-1] += self._chosen(tag)
         elif not any(self._split(names) for names in _SEPARATES.get(mark, ())):
-            self.problems.append((word, f"a {mark} outside of a tag that takes it"))
+            self.problems.append((word, f"unexpected {mark} outside of a tag that allows it"))
 
     def _split(self, names: Sequence[str]) -> bool:
-        """Begin the next alternative of the innermost open tag with one of these names, if there is one."""
+        """Start the next alternative of the innermost open tag in `names`; returns False if there is none."""
         depth = next((i for i in range(len(self._stack) - 1, 0, -1) if self._stack[i].name in names), None)
         if depth is None:
             return False
@@ -188,7 +189,7 @@ class _Parser:
         if name not in EVENTS:
             self.problems.append((word, f"unknown event <{event}>; known events: {' '.join(EVENTS)}"))
             return
-        # A filler whose actual pronunciation is a hum, (F <VN>) for (F うん), keeps its word.
+        # A filler that is pronounced as a hum, (F <VN>) for (F うん), is always spelled out.
         hummed_filler = name == "VN" and any(tag.name == FILLER for tag in self._stack)
         spelled = name in SOUNDS and (self.options.pron == "actual" or hummed_filler)
         if spelled and self.side == "pronunciation":

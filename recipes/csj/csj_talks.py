@@ -1,4 +1,4 @@
-"""Utterances of one talk, from its best transcript and its audio."""
+"""Conversion of a talk to utterances, using its best transcript and its audio."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TalkOptions(TagOptions, JoinOptions):
 
 @dataclass
 class Transcript:
-    """The best transcript of a talk, and the phone times of its XML with their problems."""
+    """The best transcript of a talk, and the phone times from its XML."""
 
     path: Path
     segments: list[Segment]
@@ -42,12 +42,13 @@ class Transcript:
 
 
 def read_transcript(talk: Talk, phones: bool = True) -> Transcript | None:
-    """Read the SDB of a talk, else its XML, else its TRN; None without any.
+    """Read the SDB, XML or TRN of a talk, in this order of preference; None if it has no transcript.
 
-    `phones` adds the phone times of talks of the core; errors in them are recorded and not fatal.
+    Args:
+        phones: also read the phone times of core talks. Errors in them are recorded and not raised.
 
     Raises:
-        DataError: an unreadable transcript.
+        DataError: the transcript is unreadable.
     """
     files, xml = talk.transcripts, None
     if "sdb" in files:
@@ -70,17 +71,17 @@ def read_transcript(talk: Talk, phones: bool = True) -> Transcript | None:
 
 @dataclass
 class TranscriptCheck:
-    """Number of segments of a talk, and the problems of those that cannot be read, as file:line."""
+    """Result of checking the transcript of a talk."""
 
     n_segments: int = 0
-    n_broken: int = 0
-    problems: list[str] = field(default_factory=list)
-    text_problems: list[str] = field(default_factory=list)  # of the orthography, which is not trained on
-    unreadable: bool = False  # the whole transcript
+    n_broken: int = 0  # segments that cannot be read
+    problems: list[str] = field(default_factory=list)  # each with file:line
+    text_problems: list[str] = field(default_factory=list)  # in the orthography, which is not trained on
+    unreadable: bool = False  # whether the whole transcript is unreadable
 
 
 def check_transcript(talk: Talk, options: TagOptions) -> TranscriptCheck:
-    """Read a talk's transcript without touching its audio."""
+    """Check the transcript of a talk without reading its audio."""
     try:
         transcript = read_transcript(talk, phones=False)
     except DataError as error:
@@ -97,7 +98,7 @@ def check_transcript(talk: Talk, options: TagOptions) -> TranscriptCheck:
 
 
 def read_talk(talk: Talk, work: Path, options: TalkOptions) -> Iterator[Utterance | Rejected]:
-    """Utterances of a talk, channel by channel; the caller sets their split."""
+    """Yield the utterances of a talk, channel by channel; the caller assigns their split."""
     try:
         transcript = read_transcript(talk)
     except DataError as error:
@@ -127,10 +128,10 @@ def read_talk(talk: Talk, work: Path, options: TalkOptions) -> Iterator[Utteranc
 
 
 def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tuple[AudioSource, int]:
-    """The mono file of a channel and its length in 16 kHz samples.
+    """Return the mono audio of a channel and its length in 16 kHz samples.
 
     Raises:
-        AudioError: no such file, or unreadable audio.
+        AudioError: the file is missing, or the audio is unreadable.
     """
     path = talk.audio.get(channel) or talk.audio.get("")
     if path is None:
@@ -144,14 +145,15 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
             path = _extract_channel(path, "LR".index(channel), work / f"{talk.id}-{channel}.flac")
         elif n_channels > 1:
             raise AudioError(
-                f"{path} holds one channel of a dialogue; {talk.id}-L.wav and {talk.id}-R.wav are required"
+                f"{path} contains one channel of a dialogue, but two are required: {talk.id}-L.wav and "
+                f"{talk.id}-R.wav"
             )
     source = AudioSource(str(path))
     return source, audio_length(source)
 
 
 def _extract_channel(path: Path, index: int, target: Path) -> Path:
-    """Write one channel of a stereo file to `target`, unless it exists."""
+    """Write one channel of a stereo file to `target`, unless this file exists."""
     if not target.is_file():
         frames_TC, rate = soundfile.read(path, dtype="int16", always_2d=True)
         with atomic_path(target) as temporary:
@@ -186,7 +188,7 @@ def _utterance(
 
 
 def _alignment(times: Sequence[PhoneTime], start: int, end: int) -> tuple[Phone, ...]:
-    """Phones between two samples of the talk, clipped and relative to `start`; () if one is UNKNOWN."""
+    """Select the phones between two samples, clipped and relative to `start`; () if any is UNKNOWN."""
     phones: list[Phone] = []
     for time in times[max(0, bisect_left(times, start, key=lambda time: time.start) - 1) :]:
         if time.start >= end:

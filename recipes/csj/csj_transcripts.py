@@ -1,8 +1,8 @@
-"""Readers of CSJ transcripts: SDB and TRN (Shift_JIS) and XML (UTF-8), as segments of words with tags.
+"""Readers for CSJ transcripts: SDB and TRN (Shift_JIS) and XML (UTF-8).
 
-A segment is the unit that the corpus times: speech between pauses of 0.2 s. Its words are short units in SDB
-and XML, phrases (bunsetsu) in TRN. A malformed line spoils only the segments that it may belong to: its
-description is kept in `Word.problem`.
+A transcript is a list of segments, which are the timed units of the corpus: speech between pauses of 0.2 s.
+The words of a segment, which contain tags, are short unit words in SDB and XML and phrases (bunsetsu) in TRN.
+A malformed line only affects the segments to which it may belong; `Word.problem` describes it.
 """
 
 from __future__ import annotations
@@ -19,54 +19,54 @@ from jahubert.errors import DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 
-_TIME, _ORTHOGRAPHY, _PRONUNCIATION = 3, 5, 10  # columns of SDB, from 0
+_TIME, _ORTHOGRAPHY, _PRONUNCIATION = 3, 5, 10  # columns of an SDB file, counted from 0
 _SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _TRN_TIME = re.compile(r"(\d{4,}) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
-UNKNOWN = ""  # a phone that could not be read, although its time is known
-_BAD = "\ufffd"  # stands for bytes that cannot be decoded
+UNKNOWN = ""  # a phone whose label could not be read, but whose time is known
+_BAD = "\ufffd"  # replaces bytes that cannot be decoded
 
 
 @dataclass
 class Word:
-    """A word with its tags, and what is wrong with its pronunciation and its orthography."""
+    """A word with its tags."""
 
     line: int
     orthography: str
     pronunciation: str
     masked: bool = False
-    problem: str = ""
-    text_problem: str = ""
+    problem: str = ""  # problem in the pronunciation
+    text_problem: str = ""  # problem in the orthography
 
 
 @dataclass
 class Segment:
-    """Words between two pauses; times in 16 kHz samples from the start of the talk, end exclusive."""
+    """Words between two pauses."""
 
-    start: int
-    end: int
+    start: int  # 16 kHz samples from the start of the talk
+    end: int  # exclusive
     channel: str  # L or R
     words: list[Word] = field(default_factory=list)
 
 
 @dataclass
 class PhoneTime:
-    """A phone of the 40, or UNKNOWN, with its time in 16 kHz samples from the start of the talk."""
+    """A phone with its time."""
 
-    symbol: str
-    start: int
-    end: int
+    symbol: str  # one of the 40 phones, or UNKNOWN
+    start: int  # 16 kHz samples from the start of the talk
+    end: int  # exclusive
     channel: str
 
 
 def read_sdb(path: Path) -> list[Segment]:
-    """Read the segments of an SDB file, in its order; it mixes the channels of a dialogue line by line.
+    """Read the segments of an SDB file in file order; the channels of a dialogue are interleaved.
 
     Raises:
         DataError: no line has a time.
     """
     segments: dict[tuple[str, str], Segment] = {}
-    latest: dict[str, Segment] = {}  # by channel
+    latest: dict[str, Segment] = {}  # last segment of each channel
     unplaced: list[Word] = []  # lines without a time, which may belong to the next segment
     for number, line in _lines(path):
         columns = line.split("\t")
@@ -100,7 +100,7 @@ def _sdb_word(line: int, columns: list[str]) -> Word:
 
 
 def read_trn(path: Path) -> list[Segment]:
-    """Read the segments of a TRN (Form1) file; its words are phrases.
+    """Read the segments of a TRN (Form1) file, whose words are phrases.
 
     Raises:
         DataError: no line has a time.
@@ -125,7 +125,7 @@ def read_trn(path: Path) -> list[Segment]:
             continue
         word = Word(number, orthography, pronunciation)
         if not ampersand:
-            word.problem = "a phrase without & and a pronunciation"
+            word.problem = "the phrase has no & followed by a pronunciation"
         segments[-1].words.append(_check_encoding(word))
     if all(segment.end <= segment.start for segment in segments):
         raise DataError(f"{path}: no segment with a time, such as '0001 00000.113-00006.570 L:'")
@@ -133,7 +133,7 @@ def read_trn(path: Path) -> list[Segment]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered non-empty lines, from 1; bytes that are not Shift_JIS (CP932) are replaced by `_BAD`."""
+    """Yield numbered non-empty lines; bytes that are not Shift_JIS (CP932) are replaced with `_BAD`."""
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         line = raw.rstrip(b"\r\x1a").decode("cp932", errors="replace")
         if line.strip():
@@ -161,7 +161,7 @@ def _check_times(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def _is_event(orthography: str) -> bool:
-    """Whether a word consists of events, whose pronunciation may be missing."""
+    """Whether a word consists only of events, whose pronunciation may be missing."""
     return not _EVENTS.sub("", orthography).strip()
 
 
@@ -174,21 +174,18 @@ def _samples(seconds: str) -> int:
 
 @dataclass
 class XmlTranscript:
-    """Content of an XML file: segments, and for talks of the core the time of each phone.
-
-    `problems` lists, as file:line, where phone times cannot be read; such a phone is UNKNOWN.
-    """
+    """Content of an XML file."""
 
     segments: list[Segment] = field(default_factory=list)
-    phones: list[PhoneTime] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    phones: list[PhoneTime] = field(default_factory=list)  # only in core talks; UNKNOWN if unreadable
+    problems: list[str] = field(default_factory=list)  # phones that cannot be read, each with file:line
 
 
 def read_xml(path: Path) -> XmlTranscript:
     """Read the segments and phone times of an XML file.
 
     Raises:
-        DataError: not well-formed XML.
+        DataError: the file is not well-formed XML.
     """
     reader = _XmlReader(path)
     try:
@@ -203,7 +200,7 @@ def read_xml(path: Path) -> XmlTranscript:
 class _XmlReader:
     def __init__(self, path: Path):
         self.path, self.result = path, XmlTranscript()
-        self._label, self._line = "", 0  # of the current phoneme
+        self._label, self._line = "", 0  # label and line of the current phoneme
         self._before = ""  # label of the last phone
         self._times: list[int] = []
         self.parser = expat.ParserCreate()
@@ -219,7 +216,7 @@ class _XmlReader:
             orthography = attributes.get("OrthographicTranscription", "")
             word = Word(line, orthography, attributes.get("PhoneticTranscription", ""))
             if "PhoneticTranscription" not in attributes and not _is_event(orthography):
-                word.problem = "a SUW without a PhoneticTranscription"
+                word.problem = "the SUW has no PhoneticTranscription"
             segments[-1].words.append(word)
         elif name == "TransSUW" and segments and segments[-1].words:
             masks = (attributes.get(f"TagMask{part}", "0") for part in ("Start", "Midst", "End"))
@@ -249,7 +246,7 @@ class _XmlReader:
             self._add(self._label, min(self._times), max(self._times))
 
     def _add(self, label: str, start: int, end: int) -> None:
-        """Add a phoneme with the time from the start of its first phone to the end of its last one."""
+        """Add a phoneme that extends from the start of its first phone to the end of its last phone."""
         channel, phones = self.result.segments[-1].channel, self.result.phones
         label_before, self._before = self._before, ""
         before = phones[-1] if phones and phones[-1].channel == channel else None

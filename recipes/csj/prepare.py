@@ -1,9 +1,9 @@
-"""CSJ, the Corpus of Spontaneous Japanese (NINJAL): fine-tuning data and the three test sets.
+"""Reader for CSJ, the Corpus of Spontaneous Japanese (NINJAL): fine-tuning data and the three test sets.
 
-Reads the USB, DVD and merl layouts (csj_files.py) and SDB, XML or TRN transcripts (csj_transcripts.py);
-resolves tags by the options of csj_tags.py; joins segments with short gaps to utterances (csj_speech.py).
-Words are short units as phones; splits are train, dev, eval1, eval2 and eval3. Phone times of talks with an
-XML (the core) become the alignment of their utterances.
+Reads the USB, DVD and merl layouts (csj_files.py) and SDB, XML or TRN transcripts (csj_transcripts.py),
+resolves tags (csj_tags.py), and joins segments with short gaps into utterances (csj_speech.py). Words are the
+phones of short unit words. The splits are train, dev, eval1, eval2 and eval3. Phone times in the XML of core
+talks are stored as the alignment of their utterances.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from jahubert.train.data.manifest import Rejected, Utterance
 
 log = logging.getLogger(__name__)
 
-_MAX_LISTED = 20  # problems in a message
+_MAX_LISTED = 20  # maximum number of problems in a message
 
 
 @dataclass(frozen=True)
 class Config(TalkOptions):
     subset: str = "core"  # core, all, or a file with the talks to train on, one per line
     dev: Literal["lhotse", "kaldi"] = "lhotse"  # 39 talks, or the first 4,000 utterances of the training data
-    # Share of segments, and of talks, whose transcript cannot be read. They are rejected; a larger share ends
-    # the run, unless it is a single one. 0: any ends it.
+    # Maximum share of segments, and of talks, whose transcript cannot be read. These are rejected. If there
+    # are more (and more than one), the run ends. 0: any problem ends the run.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:
@@ -43,16 +43,16 @@ class Config(TalkOptions):
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield utterances `<talk>_<start>_<end>` (milliseconds; `<talk>-L` in dialogues) and rejected ones.
+    """Yield utterances `<talk>_<start>_<end>` (milliseconds; `<talk>-L` in dialogues) and rejected items.
 
-    All transcripts are checked before any audio is read, so that their problems are known within minutes. The
-    test sets come first, then dev, then the training talks in random order, so that the first part of the
-    training data is a fair sample. The channels of a stereo file are written to `work`, one FLAC each. Logs
-    talks, utterances, hours and words of every split.
+    All transcripts are checked before any audio is read, so that problems are reported within minutes. The
+    test sets are yielded first, then dev, then the training talks in random order, so that the first part of
+    the training data is a representative sample. Channels of stereo files are written to `work` as FLAC
+    files. The talks, utterances, hours and words of every split are logged.
 
     Raises:
-        DataError: corpus not found; a talk in two sets, or a held-out one in training; too many unreadable
-            transcripts.
+        DataError: the corpus was not found, a talk is in two sets, a training talk is held out, or too many
+            transcripts are unreadable.
     """
     if data is None:
         raise DataError(
@@ -82,8 +82,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             yield replace(item, split=split)
     if without_times:
         log.warning(
-            "csj: unreadable phone times in %d talks; the utterances concerned have no alignment, but are "
-            "kept. The first: %s",
+            "csj: unreadable phone times in %d talks; the affected utterances are kept without an alignment. "
+            "First problem: %s",
             len(without_times),
             without_times[0],
         )
@@ -91,15 +91,15 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 
 def _check_transcripts(talks: Mapping[str, Talk], config: Config) -> None:
-    """Log unreadable segments and talks; raise DataError if they are more than `max_broken` allows."""
+    """Log unreadable segments and talks; raise DataError if there are more than `max_broken` allows."""
     log.info("csj: checking the transcripts of %d talks", len(talks))
     checks = [check_transcript(talk, config) for talk in talks.values()]
     n_segments, n_broken = sum(check.n_segments for check in checks), sum(check.n_broken for check in checks)
     n_unreadable = sum(check.unreadable for check in checks)
     if text_problems := [problem for check in checks for problem in check.text_problems]:
         log.warning(
-            "csj: %d problems in the orthography, which is not trained on; the text of these utterances is "
-            "incomplete. The first: %s",
+            "csj: %d problems in the orthography, which is not used for training; the text of these "
+            "utterances is incomplete. First problem: %s",
             len(text_problems),
             text_problems[0],
         )
@@ -113,8 +113,8 @@ def _check_transcripts(talks: Mapping[str, Talk], config: Config) -> None:
     )
     if _too_many(n_broken, n_segments, config) or _too_many(n_unreadable, len(talks), config):
         raise DataError(
-            f"{message}\nFix the files, or reject these utterances by raising prepare.options.max_broken="
-            f"{config.max_broken}"
+            f"{message}\nFix the files, or raise prepare.options.max_broken={config.max_broken} to reject "
+            "these utterances"
         )
     log.warning("%s\nTheir utterances are rejected", message)
 
@@ -125,7 +125,10 @@ def _too_many(n_broken: int, total: int, config: Config) -> bool:
 
 
 def _ordered_talks(sets: dict[str, str], seed: int, shuffle: Callable[[], bool]) -> Iterator[str]:
-    """Talks of the test sets, dev, then training, by id; training talks are shuffled once `shuffle()`."""
+    """Yield the talks of the test sets, of dev, and of train, ordered by id.
+
+    Training talks are in random order from the first time `shuffle` returns True.
+    """
     for name in (*EVALS, "dev"):
         yield from (talk for talk in sets if sets[talk] == name)
     remaining = sorted((talk for talk in sets if sets[talk] == "train"), reverse=True)

@@ -9,14 +9,14 @@ def add_noise(wave_T: np.ndarray, *, level_db: float, snr_db: float, tilt: float
     """Scale speech to a level and add stationary noise.
 
     Args:
-        wave_T: float32 (T,).
-        level_db: RMS of the speech in dB below full scale.
-        snr_db: level of the speech relative to the noise.
-        tilt: spectral slope of the noise: 0 white, 1 pink.
-        seed: of the noise.
+        wave_T: speech, float32 (T,).
+        level_db: RMS level of the speech (dBFS).
+        snr_db: signal-to-noise ratio (dB).
+        tilt: spectral slope of the noise: 0 is white, 1 is pink.
+        seed: random seed of the noise.
 
     Returns:
-        int16 (T,), scaled down where it would clip.
+        The mixture, int16 (T,), scaled down if it would clip.
     """
     wave_T = wave_T * np.float32(10 ** (level_db / 20) / np.sqrt(np.mean(wave_T**2)))
     n = len(wave_T)

@@ -1,10 +1,10 @@
 """Synthetic corpus: sentences composed from the project's word lists, spoken by Open JTalk.
 
 Nothing is downloaded. The voice is part of pyopenjtalk-plus (HTS voice "Mei", CC BY 3.0, MMDAgent Project
-Team), and all phone times are exact: at speed 1.0, the number of 5 ms frames of a phone in an HTS voice
-depends on its context label alone, so a copy of the voice with frames of one sample yields the frame counts
-of labels almost instantly. Copies with longer or shorter frames speak slower or faster, with all durations
-scaled alike; frequency warping changes the length of the vocal tract. With a pitch, these are the speakers.
+Team). All phone times are exact: at speed 1.0, the number of 5 ms frames of a phone only depends on its
+context label, so a copy of the voice with a frame length of one sample yields the frame counts of labels
+almost instantly. A speaker is a copy with a certain frame length, which scales all durations, a certain
+frequency warping, which changes the vocal tract length, and a certain pitch.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from jahubert.phonemes import VOWELS
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.text.japanese import Word, analyze, features_to_words, openjtalk
 
-VERSION = 1  # of the generated audio; part of every file name
+VERSION = 1  # version of the generated audio; part of every file name
 _VOICE_RATE = 48_000  # Hz
 _STEP = _VOICE_RATE // SAMPLE_RATE
-_PARALLEL_SECONDS = 300  # from this much audio on, several processes are used
+_PARALLEL_SECONDS = 300  # several processes are used for at least this much audio
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker: the voice at another rate, pitch and vocal tract length."""
+    """A variant of the voice with a certain speaking rate, pitch and vocal tract length."""
 
     name: str
-    frame: int  # 48 kHz samples; 240 is the original rate; a multiple of 3, so that times are integers
-    half_tones: float
-    warping: float  # 0.55 is the original; larger is a longer vocal tract
+    frame: int  # frame length in 48 kHz samples (original: 240); a multiple of 3, so that times are integers
+    half_tones: float  # pitch shift
+    warping: float  # original: 0.55; a larger value is a longer vocal tract
 
 
 SPEAKERS = (
@@ -68,10 +68,10 @@ SPEAKERS = (
 
 @dataclass(frozen=True)
 class Config:
-    minutes: float = 35.0  # of audio, all splits together
-    dev_share: float = 0.085  # of the minutes
-    test_share: float = 0.115
-    processes: int = 0  # 0: one per core, at most 8
+    minutes: float = 35.0  # duration of all splits together
+    dev_share: float = 0.085  # fraction of the minutes
+    test_share: float = 0.115  # fraction of the minutes
+    processes: int = 0  # number of processes; 0: one per core, at most 8
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Line:
     text: str
     speaker: int  # index into SPEAKERS
     lead: int  # frames removed from the silence at the start
-    tail: int  # and at the end
-    level_db: float  # of the speech, RMS, below full scale
+    tail: int  # frames removed from the silence at the end
+    level_db: float  # RMS level of the speech (dBFS)
     snr_db: float
-    tilt: float  # of the noise: 0 white, 1 pink
-    noise: int  # seed
+    tilt: float  # spectral slope of the noise: 0 is white, 1 is pink
+    noise: int  # random seed of the noise
 
     def path(self, work: Path) -> Path:
         key = json.dumps([VERSION, asdict(self), asdict(SPEAKERS[self.speaker])], ensure_ascii=False)
@@ -93,12 +93,12 @@ class Line:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield `demo-<split>-NNNNN` in the splits train, dev and test, with no sentence in two of them.
+    """Yield utterances `demo-<split>-NNNNN` in the splits train, dev and test; no sentence is in two splits.
 
     `data` is not used. Audio is written to `work` as 16 kHz FLAC; existing files are kept.
 
     Raises:
-        ConfigError: inconsistent sizes.
+        ConfigError: durations or shares are out of range.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     shares = (config.dev_share, config.test_share)
@@ -108,7 +108,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 
 def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
-    """Utterances of the texts by alternating speakers, until `minutes` are reached or the texts end."""
+    """Synthesize texts with alternating speakers, until `minutes` are reached or the texts end."""
     plan: list[tuple[Line, Utterance]] = list(_plan(texts, work, config, seed))
     missing = [line for line, item in plan if not _exists(item)]
     seconds = sum(item.n_samples for _, item in plan) / SAMPLE_RATE
@@ -119,7 +119,7 @@ def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> I
 
 
 def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[tuple[Line, Utterance]]:
-    """Lines and their utterances until `minutes` are reached: test first, then dev, then train."""
+    """Yield lines and their utterances until `minutes` are reached: first test, then dev, then train."""
     total = config.minutes * 60 * SAMPLE_RATE
     left = {"test": total * config.test_share, "dev": total * config.dev_share}
     left["train"] = total - left["test"] - left["dev"]
@@ -162,7 +162,7 @@ def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterat
 
 
 def _labels(text: str) -> tuple[list[Word], list[str]]:
-    """Words of a sentence and their full-context labels."""
+    """Analyze a sentence; returns its words and full-context labels."""
     features = analyze(text)
     return features_to_words(features), openjtalk().make_label(features)
 
@@ -170,12 +170,16 @@ def _labels(text: str) -> tuple[list[Word], list[str]]:
 def _phone_of(label: str) -> str:
     match = re.search(r"-(\w+)\+", label)
     if match is None:
-        raise JahubertError(f"unexpected format of a label from pyopenjtalk: {label}")
+        raise JahubertError(f"label from pyopenjtalk has an unexpected format: {label}")
     return match[1]
 
 
 def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) -> tuple[Phone, ...]:
-    """Phones of the words at the times of the labels; a long vowel has two labels, silence is `pau`."""
+    """Align the phones of words with labels. A long vowel has two labels; silence is `pau`.
+
+    Args:
+        samples: number of samples of each label.
+    """
     label_phones = [_phone_of(label) for label in labels]
     kana = " ".join(word.kana for word in words)
     phones: list[Phone] = []
@@ -199,7 +203,7 @@ def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) 
 
 
 def _phone_class(phone: str) -> str:
-    """Class on which the phones of Open JTalk (devoiced I and U, cl, sil) and the 40 agree."""
+    """Map a phone of Open JTalk (devoiced I and U, cl, sil) or of the 40 phones to a common class."""
     if phone in ("sil", "pau", "none"):
         return phone.replace("sil", "pau")
     if phone in ("cl", "q"):
@@ -212,13 +216,13 @@ def _phone_class(phone: str) -> str:
 
 @cache
 def _engine(frame: int, warping: float) -> Any:
-    """An HTS engine with the voice of the package, this frame length and this warping."""
+    """Create an HTS engine with a copy of the voice that has this frame length and warping."""
     pyopenjtalk = openjtalk()
     voice = Path(os.fsdecode(pyopenjtalk.DEFAULT_HTS_VOICE)).read_bytes()
     voice, n_frame = re.subn(rb"FRAME_PERIOD:\d+", b"FRAME_PERIOD:%d" % frame, voice, count=1)
     voice, n_warping = re.subn(rb"ALPHA=[\d.]+", b"ALPHA=%.3f" % warping, voice, count=1)
     if not n_frame or not n_warping or b"SAMPLING_FREQUENCY:%d\n" % _VOICE_RATE not in voice:
-        raise DataError("unexpected format of the voice of pyopenjtalk-plus; install version 0.4.1")
+        raise DataError("the voice of pyopenjtalk-plus has an unexpected format; install version 0.4.1")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "voice.htsvoice"
         path.write_bytes(voice)
@@ -226,13 +230,13 @@ def _engine(frame: int, warping: float) -> Any:
 
 
 def frames_of(labels: Sequence[str]) -> list[int]:
-    """Number of frames of each label, which is the same for all speakers."""
+    """Return the number of frames of each label, which is the same for all speakers."""
     engine = _engine(1, 0.55)
     return [len(engine.synthesize([label])) for label in labels]
 
 
 def waveform(line: Line) -> np.ndarray:
-    """Synthesize a line, int16 (T,) at 16 kHz."""
+    """Synthesize a line; returns int16 (T,) at 16 kHz."""
     speaker = SPEAKERS[line.speaker]
     engine = _engine(speaker.frame, speaker.warping)
     engine.add_half_tone(speaker.half_tones)
@@ -250,7 +254,7 @@ def _exists(item: Utterance) -> bool:
 
 
 def _render(lines: Sequence[Line], work: Path, processes: int) -> None:
-    """Write the audio of the lines; several processes are subprocesses that run this file."""
+    """Write the audio of lines, with `processes` subprocesses that run this file."""
     if processes <= 1 or len(lines) < 2 * processes:
         for line in lines:
             _write(line, work)

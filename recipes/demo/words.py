@@ -153,7 +153,7 @@ PATTERNS: tuple[str, ...] = (
 
 
 class _Deck:
-    """Draws words without replacement until a list is used up, so that all are about equally frequent."""
+    """Draws words without replacement until a list is empty, so that all words are about equally frequent."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -166,7 +166,7 @@ class _Deck:
 
 
 def sentences(seed: int) -> Iterator[str]:
-    """Endless distinct sentences, a function of the seed, with alternating patterns."""
+    """Generate distinct sentences endlessly, with alternating patterns; determined by `seed`."""
     rng = random.Random(f"demo {seed}")
     deck, seen = _Deck(rng), set()
     while True:

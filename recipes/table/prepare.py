@@ -1,8 +1,8 @@
-"""Recipe for your own recordings: tables, corpus folders, and manifests of other toolkits.
+"""Reader for your own recordings: tables, corpus folders, and manifests of other toolkits.
 
 `data` is a csv, tsv, jsonl or parquet file, a Common Voice release, a Kaldi data directory, an ESPnet dump, a
-lhotse cut manifest, or a folder of audio with .txt or .lab files (table_sources.py). Splits are those of the
-input; without any, speakers are assigned to train, dev and test.
+lhotse cut manifest, or a folder of audio with .txt or .lab files (table_sources.py). If the input has no
+splits, speakers are assigned to train, dev and test.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from jahubert.train.data.manifest import Rejected, Utterance
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = SAMPLE_RATE // 10  # samples that a time may exceed its audio, as rounded times do
+_TOLERANCE = SAMPLE_RATE // 10  # samples by which a time may exceed its audio, because times may be rounded
 
 
 @dataclass(frozen=True)
 class Config:
-    dev_share: float = 0.1  # of the training utterances, if the input has no dev split
-    test_share: float = 0.1  # the same for test
-    # Seconds. A longer recording without text is cut at pauses; one with text is rejected, since its words
-    # cannot be assigned to the parts.
+    dev_share: float = 0.1  # share of the training utterances for dev, if the input has no dev split
+    test_share: float = 0.1  # share of the training utterances for test, if the input has no test set
+    # Maximum length of an utterance (seconds). A longer recording is cut at pauses if it has no text. If it
+    # has text, it is rejected, because its words cannot be assigned to the parts.
     max_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         if min(self.dev_share, self.test_share) <= 0 or self.dev_share + self.test_share >= 1:
             raise ConfigError(
-                "dev_share and test_share must be above 0 and sum to less than 1; found "
+                "dev_share and test_share must be above 0 and add up to less than 1; found "
                 f"{self.dev_share} and {self.test_share}"
             )
         if self.max_seconds < 1:
@@ -48,10 +48,10 @@ class Config:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of the input and rejected rows, and log what each split has.
+    """Yield the utterances of the input and rejected rows, and log the size of each split.
 
     Raises:
-        DataError: an unsupported or malformed input.
+        DataError: the input is unsupported or malformed.
     """
     if data is None:
         raise DataError("data= is required: recipe table needs data=PATH of a table or a corpus folder")
@@ -107,13 +107,13 @@ def _split_duplicates(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
 
 
 def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
-    """Splits of the input; a missing test or dev split is taken from the training data, by speaker.
+    """Return the split of each row. A missing test or dev split is taken from the training data by speaker.
 
-    With too few speakers, single utterances are assigned.
+    If there are too few speakers, single utterances are assigned instead.
     """
     splits = [row.split or "train" for row in rows]
     shares = {"test": config.test_share, "dev": config.dev_share}
-    if set(splits) - {"train", "dev"}:  # the input has test sets, whatever their names
+    if set(splits) - {"train", "dev"}:  # any other split is a test set
         del shares["test"]
     missing = {split: share for split, share in shares.items() if split not in splits}
     train = [i for i, split in enumerate(splits) if split == "train"]
@@ -123,8 +123,8 @@ def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     n_speakers = len(set(groups.values()))
     if n_speakers <= len(missing):
         log.warning(
-            "table: %s taken from the utterances of %d speakers at random; it does not measure accuracy on "
-            "unseen speakers",
+            "table: %s drawn at random from all utterances, because there are only %d speakers; they do not "
+            "measure accuracy on unseen speakers",
             " and ".join(missing),
             n_speakers,
         )
@@ -209,6 +209,6 @@ def _log_report(
         log.info("table: %d different characters in the text", len(characters))
 
 
-@lru_cache(maxsize=1)  # the segments of a recording follow each other
+@lru_cache(maxsize=1)  # the segments of a recording are consecutive
 def _length(path: Path) -> int:
     return audio_length(path)

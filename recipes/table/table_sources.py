@@ -1,7 +1,7 @@
-"""Readers of the input kinds of recipe table: tables, corpus folders and manifests of other toolkits.
+"""Input readers of recipe table: tables, corpus folders and manifests of other toolkits.
 
-Every reader yields rows of one form. A problem of a row is a `Rejected` with file and line; a problem of a
-whole file, such as a missing column, is a DataError.
+All readers yield `Row` objects. A row with a problem becomes a `Rejected` with file and line. A problem of a
+whole file, such as a missing column, raises DataError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Rejected
 
-# Accepted names of each column, in order of preference; upper and lower case are not distinguished.
+# Accepted names of each column, in order of preference (case-insensitive).
 COLUMNS = {
     "path": ("path", "audio", "audio_path", "audio_filepath", "file", "wav"),
     "text": ("text", "sentence", "transcription", "transcript"),
@@ -38,15 +38,15 @@ AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".aac")
 
 @dataclass(frozen=True)
 class Row:
-    """A recording, or a part of one, with what the input specifies about it."""
+    """A recording or part of a recording, as specified in the input."""
 
     where: str  # file:line, for messages
     path: Path
-    id: str = ""  # "": derived from the path
+    id: str = ""  # if empty, the id is derived from the path
     text: str = ""
     kana: str = ""
     start: float = 0.0  # seconds
-    end: float | None = None  # seconds; None: up to the end of the file
+    end: float | None = None  # seconds; None: until the end of the file
     speaker: str = ""
     split: str = ""
 
@@ -55,7 +55,7 @@ def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
     """Read an input of any supported kind; audio inside a table is written to `work`.
 
     Raises:
-        DataError: an unsupported input, a missing column, or a file that is not UTF-8.
+        DataError: the input is not supported, a column is missing, or a file is not UTF-8.
     """
     if data.is_file():
         if not _is_cut_manifest(data):
@@ -71,9 +71,9 @@ def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
         reader = read_audio_folder
     else:
         raise DataError(
-            f"{data}: not found; give data=PATH of a table ({', '.join(TABLES)}), a Common Voice release, a "
-            "Kaldi data directory, an ESPnet dump, a lhotse cut manifest, or a folder of audio with .txt or "
-            ".lab files"
+            f"{data}: not found; set data= to a table ({', '.join(TABLES)}), a Common Voice release, a Kaldi "
+            "data directory, an ESPnet dump, a lhotse cut manifest, or a folder of audio with .txt or .lab "
+            "files"
         )
     return reader(data)
 
@@ -87,7 +87,7 @@ def read_table(
     """Read a csv, tsv, jsonl or parquet file; relative audio paths are relative to `folder`."""
     suffix = path.suffix.lower()
     if suffix not in TABLES:
-        raise DataError(f"{path}: unknown kind of table; expected {', '.join(TABLES)}")
+        raise DataError(f"{path}: unknown file type; expected {', '.join(TABLES)}")
     records = {".parquet": _parquet_records, ".jsonl": _json_records, ".json": _json_records}.get(
         suffix, lambda path: _delimited_records(path, "\t" if suffix == ".tsv" else ",")
     )
@@ -107,7 +107,7 @@ def read_table(
 
 
 def _extract(audio: Mapping[str, Any], folder: Path, row: int) -> Path:
-    """Write the audio of a row of a Hugging Face dataset to a file, unless it exists."""
+    """Write the audio of a row of a Hugging Face dataset to a file, unless the file exists."""
     name = Path(audio.get("path") or "audio").name
     path = folder.absolute() / f"{row:07d}-{name}"
     if not path.is_file() or path.stat().st_size != len(audio["bytes"]):
@@ -173,7 +173,7 @@ def _delimited_records(path: Path, delimiter: str) -> _Records:
         if None in record:
             yield (
                 reader.line_num,
-                f"more fields than the {len(reader.fieldnames or ())} columns of the header",
+                f"more fields than the {len(reader.fieldnames or ())} columns in the header",
             )
         else:
             yield reader.line_num, record
@@ -186,7 +186,7 @@ def _json_records(path: Path) -> _Records:
         try:
             record = json.loads(line)
         except ValueError as error:
-            yield number, f"not JSON ({error})"
+            yield number, f"invalid JSON ({error})"
             continue
         yield number, record if isinstance(record, dict) else "not a JSON object"
 
@@ -197,7 +197,7 @@ def _parquet_records(path: Path) -> _Records:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(256):  # rows may hold audio
+        for batch in pq.ParquetFile(path).iter_batches(256):  # small batches, because rows may contain audio
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
@@ -206,7 +206,7 @@ def _parquet_records(path: Path) -> _Records:
 
 
 def _read_text(path: Path) -> str:
-    """The content of a UTF-8 file, with or without a byte order mark, compressed with gzip or not."""
+    """Read a UTF-8 file, which may have a byte order mark or be compressed with gzip."""
     raw = path.read_bytes()
     if path.suffix == ".gz":
         raw = gzip.decompress(raw)
@@ -223,7 +223,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_common_voice(folder: Path) -> Iterator[Row | Rejected]:
-    """Read a Common Voice release: train.tsv, dev.tsv and test.tsv, else validated.tsv, with clips/."""
+    """Read a Common Voice release: clips/ with train.tsv, dev.tsv and test.tsv, or with validated.tsv."""
     tables = [folder / f"{split}.tsv" for split in ("train", "dev", "test")]
     tables = [path for path in tables if path.is_file()]
     for path in tables or sorted(folder.glob("validated.tsv")):
@@ -253,7 +253,7 @@ def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
             record = {"path": audio, "id": id, "text": text.get(id, ""), "speaker": speakers.get(id, "")}
             if times:
                 record["start"], _, record["end"] = times.partition(" ")
-            # Kaldi resolves paths from the working directory; a path next to the folder is accepted as well.
+            # Kaldi resolves paths from the working directory. Paths relative to the folder are also accepted.
             base = Path() if Path(audio).exists() else folder
             yield _row(record, {name: name for name in record}, where, base, split)
 
@@ -314,7 +314,7 @@ def read_cuts(path: Path) -> Iterator[Row | Rejected]:
 
 
 def read_audio_folder(folder: Path) -> Iterator[Row | Rejected]:
-    """Read a folder of audio with transcripts in .txt or .lab files; a subfolder is a speaker."""
+    """Read a folder of audio with transcripts in .txt or .lab files; each subfolder is a speaker."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO)
     if not paths:
         raise DataError(f"{folder}: no audio found; expected files such as {', '.join(AUDIO[:4])}")
@@ -327,12 +327,15 @@ def read_audio_folder(folder: Path) -> Iterator[Row | Rejected]:
 
 
 def normalize_split(split: str) -> str:
-    """The name of a split; common synonyms become train, dev and test."""
+    """Lowercase the name of a split and replace common synonyms with train, dev and test."""
     return SPLITS.get(split.lower(), split.lower())
 
 
 def unique_ids(rows: Iterable[Row], root: Path) -> Callable[[Row], str]:
-    """A function from rows to ids: those of the input, else file names, or relative paths if names repeat."""
+    """Create a function from rows to ids.
+
+    Rows without an id get the file name, or the relative path if file names are not unique.
+    """
     rows = list(rows)
     stems = [row.path.stem for row in rows if not row.id]
     by_stem = len(set(stems)) == len(stems)

@@ -1,10 +1,10 @@
-"""Japanese words by two native speakers, single and concatenated to utterances of several words.
+"""Reader for Japanese words by two native speakers: single words, and words joined into longer utterances.
 
 Reads a clone of the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio (CC BY-SA 4.0, Tofugu
-and WaniKani): `lib/ogg/<surface>【<reading>】.ogg`. The phones come from the reading. No reading is in two of
-the splits train, dev and test. Concatenated words have known word boundaries; they are in the splits train,
-dev_joined and test_joined, the latter two made from held-out words. `speaker` is empty, as the files do not
-name it.
+and WaniKani): `lib/ogg/<surface>【<reading>】.ogg`. Phones are derived from the reading. Each reading is in
+only one of the splits train, dev and test. Joined utterances have known word boundaries. They are in the
+splits train, dev_joined and test_joined; the latter two consist of held-out words. `speaker` is empty,
+because the files do not identify it.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.train.data.manifest import Rejected, Utterance
 
-VERSION = 1  # of the generated audio; part of every file name
-_BLOCK = SAMPLE_RATE // 100  # samples over which a level is measured
-_QUIET_DB = 45  # a block this much below the loudest one is silence
-_KEEP = SAMPLE_RATE // 20  # samples of silence kept around a word
-_FADE = SAMPLE_RATE // 200  # samples faded at both ends, against clicks
+VERSION = 1  # version of the generated audio; part of every file name
+_BLOCK = SAMPLE_RATE // 100  # samples per level measurement
+_QUIET_DB = 45  # a block whose level is lower than the loudest one by this much is silence
+_KEEP = SAMPLE_RATE // 20  # samples of silence to keep around a word
+_FADE = SAMPLE_RATE // 200  # samples to fade in and out, to avoid clicks
 
 
 @dataclass(frozen=True)
 class Config:
-    dev_share: float = 0.05  # of the distinct readings
-    test_share: float = 0.10
-    uses: int = 2  # joined utterances per training word; 0: no joined training utterances
-    min_seconds: float = 2.0  # of a joined utterance
-    max_seconds: float = 12.0
+    dev_share: float = 0.05  # share of the distinct readings
+    test_share: float = 0.10  # share of the distinct readings
+    uses: int = 2  # number of joined utterances with each training word; 0: no joined training utterances
+    min_seconds: float = 2.0  # minimum length of a joined utterance
+    max_seconds: float = 12.0  # maximum length of a joined utterance
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,21 @@ class _Word:
     surface: str
     phones: tuple[str, ...]
     n_samples: int
-    start: int  # of the word without silence
-    end: int
+    start: int  # first sample of the word, without silence
+    end: int  # end sample (exclusive)
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield `word-<split>-NNNNN` and `joined-<split>-NNNNN`, and rejected files.
+    """Yield utterances `word-<split>-NNNNN` and `joined-<split>-NNNNN`, and rejected files.
 
-    Training words come in random order in ten parts, each followed by its words joined, so that the first
-    part of the manifest covers that part of the words only, as training on few labels requires. Audio is
-    written to `work` as 16 kHz FLAC; existing files are kept. `work/word-times.jsonl` has the first and last
-    sample of each word of the joined utterances.
+    Training words are divided at random into ten parts, each followed by its joined utterances. The first
+    tenth of the training utterances therefore contains only a tenth of the words, as required for training
+    with few labels. Audio is written to `work` as 16 kHz FLAC; existing files are kept.
+    `work/word-times.jsonl` contains the start and end samples of the words in joined utterances.
 
     Raises:
-        DataError: corpus not found.
-        ConfigError: inconsistent lengths or shares.
+        DataError: the corpus was not found.
+        ConfigError: lengths or shares are inconsistent.
     """
     if not 0 < config.min_seconds * 2 <= config.max_seconds or config.dev_share + config.test_share >= 1:
         raise ConfigError(
@@ -104,7 +104,7 @@ def _files(data: Path | None) -> list[Path]:
     folder = data / "lib" / "ogg" if (data / "lib" / "ogg").is_dir() else data
     files = sorted(folder.glob("*.ogg"), key=lambda path: unicodedata.normalize("NFC", path.name))
     if not files:
-        raise DataError(f"{data}: no lib/ogg/*.ogg found; give data=FOLDER, a clone of {repository}")
+        raise DataError(f"{data}: no lib/ogg/*.ogg found; set data= to a clone of {repository}")
     return files
 
 
@@ -121,7 +121,7 @@ def _parse_name(path: Path) -> _Source | Rejected:
 
 
 def _split(sources: Sequence[_Source], config: Config, seed: int) -> dict[tuple[str, ...], str]:
-    """Assign every distinct reading to a split, so that homophones stay together."""
+    """Assign each distinct reading to a split, so that homophones are in the same split."""
     readings = sorted({source.phones for source in sources})
     random.Random(f"split {seed}").shuffle(readings)
     n_test, n_dev = round(len(readings) * config.test_share), round(len(readings) * config.dev_share)
@@ -133,7 +133,7 @@ def _split(sources: Sequence[_Source], config: Config, seed: int) -> dict[tuple[
 
 
 def _decode(source: _Source, folder: Path) -> _Word | Rejected:
-    """Convert a word to a 16 kHz file, unless it exists."""
+    """Convert a word to a 16 kHz file, unless the file exists."""
     name = unicodedata.normalize("NFC", source.path.stem)
     try:
         key = f"{VERSION} {name} {source.path.stat().st_size}"
@@ -162,10 +162,10 @@ def _single(word: _Word, split: str, number: int) -> Utterance:
 
 
 def _speech(wave_T: np.ndarray) -> tuple[int, int] | None:
-    """First and last sample of the word with a little silence around it; None for silence."""
+    """Return the start and end sample of a word with some silence around it; None if all is silent."""
     n = len(wave_T) // _BLOCK
     level = np.square(wave_T[: n * _BLOCK].reshape(n, _BLOCK).astype(np.float32)).mean(axis=1)
-    if n == 0 or level.max() < 100.0:  # RMS of 10 in 16 bits, about -70 dB
+    if n == 0 or level.max() < 100.0:  # an RMS of 10 in 16-bit samples, about -70 dBFS
         return None
     loud = np.flatnonzero(level > level.max() * 10 ** (-_QUIET_DB / 10))
     return max(0, int(loud[0]) * _BLOCK - _KEEP), min(len(wave_T), (int(loud[-1]) + 1) * _BLOCK + _KEEP)
@@ -176,7 +176,7 @@ def _to_int16(wave_T: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """The samples of a file from an earlier run, or None."""
+    """Read a file written by an earlier run; None if it is missing or unreadable."""
     try:
         return soundfile.read(path, dtype="int16")[0]
     except (OSError, RuntimeError):
@@ -193,17 +193,17 @@ def _write(path: Path, wave_T: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A joined utterance: words, pauses between them (samples), gains and noise."""
+    """Parameters of a joined utterance."""
 
     words: tuple[_Word, ...]
-    pauses: tuple[int, ...]
+    pauses: tuple[int, ...]  # samples between words
     gains_db: tuple[float, ...]
     noise_db: float
-    noise: int  # seed
+    noise: int  # seed of the noise
 
     @property
     def times(self) -> list[tuple[int, int]]:
-        """First and last sample of every word."""
+        """Start and end samples of the words."""
         times, start = [], 0
         for word, pause in zip(self.words, (*self.pauses, 0), strict=True):
             times.append((start, start + word.end - word.start))
@@ -220,7 +220,7 @@ class _Plan:
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
 
     def render(self) -> np.ndarray:
-        """The words with faded ends over low noise, int16 (T,)."""
+        """Mix the words, with faded ends, and low noise; returns int16 (T,)."""
         rng = np.random.default_rng(self.noise)
         wave_T = rng.standard_normal(self.n_samples, dtype=np.float32) * np.float32(
             10 ** (self.noise_db / 20)
@@ -276,7 +276,7 @@ def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:
 
 
 def _plans(words: Sequence[_Word], config: Config, rng: random.Random) -> Iterator[_Plan]:
-    """Plans with every word once, in random order, of lengths within the limits."""
+    """Yield plans of random length within the limits that together contain each word once."""
     longest, shortest = config.max_seconds * SAMPLE_RATE, config.min_seconds * SAMPLE_RATE
     order = [(word, _pause(rng)) for word in rng.sample(words, len(words))]
     groups: list[list[tuple[_Word, int]]] = []
@@ -303,7 +303,7 @@ def _plans(words: Sequence[_Word], config: Config, rng: random.Random) -> Iterat
 
 
 def _pause(rng: random.Random) -> int:
-    """Random pause between two words in samples: none in 30 % of cases, else 0.05 to 0.4 s."""
+    """Draw the pause between two words (samples): zero in 30 % of cases, otherwise 0.05 to 0.4 s."""
     return 0 if rng.random() < 0.3 else round(rng.uniform(0.05, 0.4) * SAMPLE_RATE)
 
 
