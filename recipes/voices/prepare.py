@@ -26,10 +26,10 @@ from hts_engine import Style, voice_header
 from rendering import Line, engine, render
 
 from jahubert.audio import AudioSource
-from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.errors import DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.experiment.config import expand_user
+from jahubert.train.experiment.config import expand_user, interval_errors, raise_config_errors
 from jahubert.train.experiment.registry import recipe_folder, resolve
 from jahubert.train.text.japanese import analyze, features_to_words, openjtalk
 
@@ -75,12 +75,7 @@ class Config:
         if self.speakers < 1:
             problems.append(f"speakers must be at least 1; found {self.speakers}")
         limits = {"alpha": (0.4, 0.7), "half_tones": (-24, 24), "speed": (0.5, 2), "snr_db": (0, 100)}
-        for name, (lowest, highest) in limits.items():
-            low, high = getattr(self, name)
-            if not lowest <= low <= high <= highest:
-                problems.append(f"{name} must be a range within {lowest} to {highest}; found {low} to {high}")
-        if problems:
-            raise ConfigError("recipe voices: " + "; ".join(problems))
+        raise_config_errors(problems + interval_errors(self, limits))
 
 
 @dataclass(frozen=True)

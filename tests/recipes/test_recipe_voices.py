@@ -125,7 +125,7 @@ def test_sentences_are_read_from_plain_lines_and_lines_with_readings(tmp_path):
 
 
 def test_all_invalid_settings_are_reported():
-    with pytest.raises(ConfigError, match=r"minutes.*alpha.*speed"):
+    with pytest.raises(ConfigError, match=r"(?s)minutes.*alpha.*speed"):
         voices.Config(minutes=0, alpha=(0.6, 0.5), speed=(0.1, 1.0))
 
 

@@ -1,7 +1,7 @@
 """Batches for pretraining and CTC fine-tuning, from a manifest and its labels or targets.
 
-Crops and masks are determined by (seed, epoch, row). They depend neither on the other utterances in a batch
-nor on interruptions of the run.
+Crops, masks and augmentation are determined by (seed, epoch, row). They depend neither on the other
+utterances in a batch nor on interruptions of the run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
+from jahubert.train.data.augmentation import AugmentConfig, Augmenter
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import seeded_rng, span_mask
@@ -145,6 +147,15 @@ class WaveformCache:
         return torch.from_numpy(self.waveforms[row][start : start + n_samples])
 
 
+def _augmenter(
+    config: AugmentConfig | None, seed: int, rows: np.ndarray, cache: WaveformCache
+) -> Augmenter | None:
+    """The augmentation of a data set, if any effect of it is enabled."""
+    if config is None or not config.enabled:
+        return None
+    return Augmenter(config, seed, rows, cache.manifest.n_samples, cache.load)
+
+
 class PretrainData:
     """Micro-batches of cropped utterances of one split, for masked unit prediction."""
 
@@ -159,6 +170,7 @@ class PretrainData:
         micro_seconds: float,
         micro_batches_per_step: int,
         seed: int,
+        augment: AugmentConfig | None = None,
     ):
         labels.check(manifest)
         self.manifest, self.labels, self.mask, self.seed = manifest, labels, mask, seed
@@ -168,6 +180,7 @@ class PretrainData:
         keep = n_samples >= max(crop.min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
         rows, n_samples = rows[keep], n_samples[keep]
         self.cache = WaveformCache(manifest, rows, crop.keep_in_memory_hours)
+        self.augmenter = _augmenter(augment, seed, rows, self.cache)
         self.sampler = Sampler(
             rows,
             np.minimum(n_samples, self.max_samples),
@@ -190,7 +203,8 @@ class PretrainData:
             unit_S = self.labels.units(row, HUBERT.n_frames(length))
             n_frames = HUBERT.n_frames(n_samples)
             mask_S = span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
-            wavs.append(self.cache.load(row, HUBERT.start(first), n_samples))
+            wav_T = self.cache.load(row, HUBERT.start(first), n_samples)
+            wavs.append(wav_T if self.augmenter is None else self.augmenter(wav_T, micro.epoch, row))
             units.append(np.asarray(unit_S[first : first + n_frames])[mask_S].astype(np.int64))
             masks.append(torch.from_numpy(mask_S))
         return PretrainBatch(
@@ -216,6 +230,7 @@ class CtcData:
         micro_batches_per_step: int,
         seed: int,
         keep_in_memory_hours: float = 4.0,
+        augment: AugmentConfig | None = None,
     ):
         """Create a data source.
 
@@ -225,12 +240,14 @@ class CtcData:
         """
         self.manifest, self.targets, self.mask, self.width, self.seed = manifest, targets, mask, width, seed
         self.cache = WaveformCache(manifest, rows, keep_in_memory_hours)
+        self.augmenter = augmenter = _augmenter(augment, seed, rows, self.cache)
         self.sampler = Sampler(
             rows,
-            manifest.n_samples[rows],
+            manifest.n_samples[rows] if augmenter is None else augmenter.max_lengths(rows),
             micro_seconds=micro_seconds,
             micro_batches_per_step=micro_batches_per_step,
             seed=seed,
+            epoch_lengths=None if augmenter is None else partial(augmenter.lengths, rows=rows),
         )
 
     def name(self, row: int) -> str:
@@ -239,13 +256,13 @@ class CtcData:
     def load(self, micro: MicroBatch) -> CtcBatch:
         wavs, masks, channels, targets = [], [], [], []
         for row in micro.rows:
-            n_samples = int(self.manifest.n_samples[row])
-            wavs.append(self.cache.load(row, 0, n_samples))
+            wav_T = self.cache.load(row, 0, int(self.manifest.n_samples[row]))
+            wavs.append(wav_T if self.augmenter is None else self.augmenter(wav_T, micro.epoch, row))
             targets.append(torch.from_numpy(self.targets[row].astype(np.int64)))
             if self.mask is None:
                 continue
             rng = seeded_rng(self.seed, micro.epoch, row, 2)
-            n_frames = HUBERT.n_frames(n_samples)
+            n_frames = HUBERT.n_frames(len(wavs[-1]))
             frames = span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
             masks.append(torch.from_numpy(frames))
             channels.append(

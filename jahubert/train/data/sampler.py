@@ -7,7 +7,7 @@ ranks or workers. The sampler state is two integers: the epoch and the number of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,17 +61,20 @@ class Sampler:
         micro_batches_per_step: int,
         seed: int,
         max_rows: int = 0,
+        epoch_lengths: Callable[[int], np.ndarray] | None = None,
     ):
         """Create a sampler.
 
         Args:
             rows: manifest rows to sample from.
-            n_samples: length of each row after cropping.
+            n_samples: length of each row after cropping, or an upper bound of it.
             max_rows: maximum number of rows per micro-batch; 0: no limit.
+            epoch_lengths: maps an epoch to the lengths in it, if they change between epochs.
         """
         self.rows, self.n_samples = np.asarray(rows), np.asarray(n_samples)
         self.capacity = int(micro_seconds * SAMPLE_RATE)
         self.micro_batches_per_step, self.seed, self.max_rows = micro_batches_per_step, seed, max_rows
+        self.epoch_lengths = epoch_lengths
         if not len(self.rows):
             raise DataError("no utterances to train on; check the split, the length limits and the labels")
         if self.n_samples.max() > self.capacity:
@@ -90,9 +93,10 @@ class Sampler:
 
     def _build(self, epoch: int) -> Epoch:
         rng = seeded_rng(self.seed, epoch, 0)
+        n_samples = self.n_samples if self.epoch_lengths is None else self.epoch_lengths(epoch)
         # Noise on the lengths varies which utterances share a micro-batch, with almost no extra padding.
-        by_length = np.argsort(self.n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
-        length = self.n_samples[by_length]
+        by_length = np.argsort(n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
+        length = n_samples[by_length]
         starts = self._boundaries(length)
         padded = np.sum(np.maximum.reduceat(length, starts[:-1]) * np.diff(starts))
         padding = 1 - float(length.sum() / padded)

@@ -78,6 +78,21 @@ def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]
     ]
 
 
+def interval_errors(config: Any, limits: Mapping[str, tuple[float, float]]) -> list[str]:
+    """One message per field that is not an ascending pair of numbers within its limits.
+
+    Args:
+        limits: name of the field -> lowest and highest value.
+    """
+    errors = []
+    for name, (lowest, highest) in limits.items():
+        interval = getattr(config, name)
+        if len(interval) != 2 or not lowest <= interval[0] <= interval[1] <= highest:
+            message = f"must be two ascending numbers from {lowest:g} to {highest:g}"
+            errors.append(f"{name} is {list(interval)}, but {message}")
+    return errors
+
+
 def raise_config_errors(errors: Sequence[str]) -> None:
     """Raise ConfigError with all messages, one per line, if there are any."""
     if errors:

@@ -28,6 +28,7 @@ from jahubert.inference.ctc import greedy
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.prefetch import prefetch
+from jahubert.train.data.augmentation import AugmentConfig
 from jahubert.train.data.batches import CtcBatch, CtcData, MaskConfig
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.targets import TargetStore, split_words
@@ -75,6 +76,7 @@ class Config:
     model: HubertConfig = field(default_factory=HubertConfig)
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     fraction: float = 1.0  # use this fraction of the labeled training utterances, in manifest order
     hours: float | None = None  # use a random subset of this duration
     freeze_conv: bool = True  # freeze the convolutional front end
@@ -161,7 +163,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         "micro_batches_per_step": config.train.micro_batches_per_step,
         "seed": config.seed,
     }
-    data = CtcData(manifest, targets, rows, mask=config.mask, **sizes)
+    data = CtcData(manifest, targets, rows, mask=config.mask, augment=config.augment, **sizes)
     dev_rows = np.intersect1d(
         np.concatenate([manifest.indices(split=split) for split in config.dev_splits]), targets.labeled_rows
     )

@@ -27,6 +27,7 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.prefetch import prefetch
+from jahubert.train.data.augmentation import AugmentConfig
 from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
@@ -54,6 +55,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     unit_dim: int = 256  # dimension of the unit embeddings (fairseq: final_dim)
     temperature: float = 0.1  # temperature of the cosine similarities between frames and units
     penalty_weight: float = 10.0  # weight of the feature penalty (mean square of the convolutional features)
@@ -65,6 +67,11 @@ class Config:
         errors = range_errors(self, ranges | {"at least 0": ("penalty_weight",)})
         if self.train.sharded and self.model.layer_drop:
             errors.append("train.sharded requires model.layer_drop=0: all processes must run the same blocks")
+        if self.augment.speed_prob:
+            errors.append(
+                f"augment.speed_prob is {self.augment.speed_prob}, but must be 0: units have times, which "
+                "another speed would change"
+            )
         if self.crop.max_seconds > self.train.micro_seconds:
             errors.append(
                 f"crop.max_seconds is {self.crop.max_seconds}, but must be at most train.micro_seconds, "
@@ -128,7 +135,7 @@ class Pretrainer(nn.Module):
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, labels = Manifest(config.manifest), LabelStore(config.labels)
-    data = _data(config, manifest, labels, "train")
+    data = _data(config, manifest, labels, "train", config.augment)
     valid = None
     if config.valid_split is not None:
         valid = _data(config, manifest, labels, config.valid_split)
@@ -190,7 +197,9 @@ def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
     return {name: metrics[name] for name in ("loss", "accuracy")}
 
 
-def _data(config: Config, manifest: Manifest, labels: LabelStore, split: str) -> PretrainData:
+def _data(
+    config: Config, manifest: Manifest, labels: LabelStore, split: str, augment: AugmentConfig | None = None
+) -> PretrainData:
     return PretrainData(
         manifest,
         labels,
@@ -200,6 +209,7 @@ def _data(config: Config, manifest: Manifest, labels: LabelStore, split: str) ->
         micro_seconds=config.train.micro_seconds,
         micro_batches_per_step=config.train.micro_batches_per_step,
         seed=config.seed,
+        augment=augment,
     )
 
 

@@ -1,0 +1,265 @@
+"""Augmentation of waveforms on the fly: speed, rooms, other speech, noise, band limits, codecs and gain.
+
+Every choice is a function of (seed, epoch, row), like crops and masks, so results depend neither on the
+number of workers nor on interruptions. The speed of an utterance can be computed without reading it, because
+the sampler needs its length. Everything is synthetic: no recordings of rooms or noise are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.masking import seeded_rng
+from jahubert.train.experiment.config import interval_errors, raise_config_errors, range_errors
+
+Read = Callable[[int, int, int], Tensor]  # (row, first sample, number of samples) -> float32 (T,)
+
+EFFECTS = ("speed", "reverb", "mix", "noise", "band", "codec", "gain")  # in this order
+_MAX_OTHERS = 3  # utterances that are mixed into one
+_FFT_BLOCK = 4096  # FFT lengths are multiples of this, which have no large prime factor
+_MIN_POWER = 1e-12  # of a waveform, below which it counts as silent
+_MU = 255.0  # of the mu-law, ITU-T G.711
+_SPEED_STEPS = 100  # per unit: speeds are multiples of 0.01
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Probabilities of the effects, all 0 by default, and the ranges from which their values are drawn."""
+
+    speed_prob: float = 0.0  # resampling, which also changes length and pitch; not where labels have times
+    speed: tuple[float, float] = (0.9, 1.1)
+    reverb_prob: float = 0.0
+    reverb_seconds: tuple[float, float] = (0.1, 0.7)  # reverberation time (RT60)
+    reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # direct sound relative to the reverberation
+    mix_prob: float = 0.0  # one to three other training utterances, each during at most half of the time
+    mix_snr_db: tuple[float, float] = (5.0, 20.0)
+    noise_prob: float = 0.0  # stationary noise
+    noise_snr_db: tuple[float, float] = (5.0, 30.0)
+    noise_tilt: tuple[float, float] = (0.0, 2.0)  # slope of its power spectrum: 0 white, 1 pink, 2 brown
+    band_prob: float = 0.0  # band limits, such as 300 to 3400 Hz of a telephone
+    band_low_hz: tuple[float, float] = (50.0, 300.0)
+    band_high_hz: tuple[float, float] = (3400.0, 7600.0)
+    codec_prob: float = 0.0  # mu-law quantization
+    codec_bits: tuple[int, int] = (5, 8)
+    gain_prob: float = 0.0  # clipped at full scale
+    gain_db: tuple[float, float] = (-20.0, 6.0)
+
+    def __post_init__(self) -> None:
+        shares = tuple(field.name for field in fields(self) if field.name.endswith("_prob"))
+        errors = range_errors(self, {"in [0, 1]": shares})
+        errors += interval_errors(
+            self,
+            {
+                "speed": (0.25, 4),
+                "reverb_seconds": (0.02, 10),
+                "reverb_direct_db": (-60, 60),
+                "mix_snr_db": (-60, 100),
+                "noise_snr_db": (-60, 100),
+                "noise_tilt": (-4, 4),
+                "band_low_hz": (0, SAMPLE_RATE / 2),
+                "band_high_hz": (0, SAMPLE_RATE / 2),
+                "codec_bits": (2, 16),
+                "gain_db": (-100, 60),
+            },
+        )
+        if not errors and self.band_low_hz[1] >= self.band_high_hz[0]:
+            errors.append(f"band_low_hz={self.band_low_hz} must be below band_high_hz={self.band_high_hz}")
+        raise_config_errors(errors)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any effect has a probability above 0."""
+        return any(getattr(self, field.name) > 0 for field in fields(self) if field.name.endswith("_prob"))
+
+
+class Augmenter:
+    """Augmentation of the utterances of a manifest.
+
+    Args:
+        config: what is done.
+        seed: of all choices.
+        rows: rows of the manifest that may be mixed into others.
+        n_samples: lengths of all utterances of the manifest.
+        read: reads a part of an utterance.
+    """
+
+    def __init__(self, config: AugmentConfig, seed: int, rows: np.ndarray, n_samples: np.ndarray, read: Read):
+        self.config, self.seed, self.rows, self.n_samples, self.read = config, seed, rows, n_samples, read
+
+    def lengths(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
+        """Samples of `rows` at their speeds of an epoch, int64."""
+        return _length(self.n_samples[rows], self.speeds(epoch, rows))
+
+    def max_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Upper bounds of `lengths` over all epochs, int64."""
+        slowest = min(1.0, self.config.speed[0]) if self.config.speed_prob else 1.0
+        return _length(self.n_samples[rows], slowest)
+
+    def speeds(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
+        """Speed factors of `rows` in an epoch, float64; 1 is unchanged."""
+        rows = np.asarray(rows)
+        if not self.config.speed_prob:
+            return np.ones(rows.shape)
+        share = _uniform(self.seed, epoch, rows) / self.config.speed_prob  # of the range; from 1 on unchanged
+        low, high = self.config.speed
+        drawn = np.round((low + (high - low) * share) * _SPEED_STEPS) / _SPEED_STEPS
+        return np.where(share < 1, np.clip(drawn, low, high), 1.0)
+
+    def __call__(self, wav_T: Tensor, epoch: int, row: int) -> Tensor:
+        """The waveform of a row in an epoch with all its effects; `wav_T` is not changed.
+
+        Args:
+            wav_T: float32 (T,), the utterance or a crop of it.
+            epoch: of the training.
+            row: of the manifest.
+
+        Returns:
+            float32 (T,), of another length only at another speed.
+        """
+        wave_T = change_speed(wav_T.numpy(), float(self.speeds(epoch, row)))
+        for number, effect in enumerate(EFFECTS[1:]):
+            rng = seeded_rng(self.seed, epoch, row, 5, number)  # the effects are independent of each other
+            if rng.random() < getattr(self.config, f"{effect}_prob"):
+                wave_T = self._apply(effect, wave_T, row, rng)
+        return torch.from_numpy(wave_T)
+
+    def _apply(self, effect: str, wave_T: np.ndarray, row: int, rng: np.random.Generator) -> np.ndarray:
+        config = self.config
+        match effect:
+            case "reverb":
+                response = room_response(
+                    rng.uniform(*config.reverb_seconds), rng.uniform(*config.reverb_direct_db), rng
+                )
+                return filter_with(wave_T, response)
+            case "mix":
+                return add_at(
+                    wave_T, self._other_speech(row, len(wave_T), rng), rng.uniform(*config.mix_snr_db)
+                )
+            case "noise":
+                noise_T = colored_noise(len(wave_T), rng.uniform(*config.noise_tilt), rng)
+                return add_at(wave_T, noise_T, rng.uniform(*config.noise_snr_db))
+            case "band":
+                return limit_band(wave_T, rng.uniform(*config.band_low_hz), rng.uniform(*config.band_high_hz))
+            case "codec":
+                return quantize_mu_law(wave_T, int(rng.integers(*config.codec_bits, endpoint=True)))
+        gain = np.float32(10 ** (rng.uniform(*config.gain_db) / 20))
+        return np.clip(wave_T * gain, -1.0, 1.0)
+
+    def _other_speech(self, row: int, n_samples: int, rng: np.random.Generator) -> np.ndarray:
+        """Parts of other utterances at random times (WavLM, section III-B), float32 (T,)."""
+        total = np.zeros(n_samples, np.float32)
+        for _ in range(int(rng.integers(1, _MAX_OTHERS, endpoint=True))):
+            other = int(self.rows[rng.integers(len(self.rows))])
+            length = int(min(n_samples * rng.uniform(0.1, 0.5), self.n_samples[other]))
+            first = int(rng.integers(self.n_samples[other] - length + 1))
+            start = int(rng.integers(n_samples - length + 1))
+            if other != row and length:
+                total[start : start + length] += self.read(other, first, length).numpy()
+        return total
+
+
+def change_speed(wave_T: np.ndarray, speed: float) -> np.ndarray:
+    """Play a waveform faster or slower, with its pitch; `_length` samples."""
+    if speed == 1.0:
+        return wave_T
+    n_samples = int(_length(len(wave_T), speed))
+    resampled = soxr.resample(wave_T, SAMPLE_RATE * speed, SAMPLE_RATE)[:n_samples]
+    return np.pad(resampled, (0, n_samples - len(resampled)))  # soxr may round the length differently
+
+
+def room_response(seconds: float, direct_db: float, rng: np.random.Generator) -> np.ndarray:
+    """Impulse response of a room: direct sound, then exponentially decaying noise (Polack's model).
+
+    The direct sound has amplitude 1 and no delay, so that labels stay aligned.
+
+    Args:
+        seconds: in which the reverberation decays by 60 dB.
+        direct_db: energy of the direct sound relative to the reverberation.
+        rng: draws the noise, and the 1 to 20 ms between the direct sound and the first reflection.
+
+    Returns:
+        float32 (T,).
+    """
+    n_samples = max(2, round(seconds * SAMPLE_RATE))
+    first = min(n_samples - 1, int(rng.uniform(0.001, 0.02) * SAMPLE_RATE))
+    decay = np.float32(10) ** (np.arange(n_samples, dtype=np.float32) * np.float32(-3 / n_samples))
+    response = rng.standard_normal(n_samples, dtype=np.float32) * decay
+    response[:first] = 0
+    response *= np.float32(10 ** (-direct_db / 20)) / np.sqrt(np.sum(response**2))
+    response[0] = 1.0
+    return response
+
+
+def filter_with(wave_T: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Convolve a waveform with an impulse response; same length and power, float32 (T,)."""
+    size = _fft_size(len(wave_T) + len(response) - 1)
+    spectrum = np.fft.rfft(wave_T, size) * np.fft.rfft(response, size)
+    result = np.fft.irfft(spectrum, size)[: len(wave_T)].astype(np.float32)
+    return result * np.float32(np.sqrt(_power(wave_T) / max(_power(result), _MIN_POWER)))
+
+
+def colored_noise(n_samples: int, tilt: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise whose power falls with frequency ** -tilt, float32 (T,)."""
+    size = _fft_size(n_samples)
+    spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
+    spectrum *= np.arange(1, len(spectrum) + 1, dtype=np.float32) ** np.float32(-tilt / 2)
+    return np.fft.irfft(spectrum, size)[:n_samples].astype(np.float32)
+
+
+def add_at(wave_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> np.ndarray:
+    """Add noise or speech at a signal-to-noise ratio; silence is left as it is. float32 (T,)."""
+    power = _power(noise_T)
+    if power < _MIN_POWER:
+        return wave_T
+    return wave_T + noise_T * np.float32(np.sqrt(_power(wave_T) / power) * 10 ** (-snr_db / 20))
+
+
+def limit_band(wave_T: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
+    """Band-pass without delay; 24 dB per octave below and 48 above the corner frequencies. float32 (T,)."""
+    size = _fft_size(len(wave_T))
+    hertz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).astype(np.float32)
+    hertz[0] = hertz[1]  # no division by zero
+    gain = 1 / np.sqrt((1 + (low_hz / hertz) ** 8) * (1 + (hertz / high_hz) ** 16))
+    return np.fft.irfft(np.fft.rfft(wave_T, size) * gain, size)[: len(wave_T)].astype(np.float32)
+
+
+def quantize_mu_law(wave_T: np.ndarray, bits: int) -> np.ndarray:
+    """Mu-law coding and decoding, relative to the peak of the waveform, float32 (T,)."""
+    peak = np.abs(wave_T).max(initial=0.0)
+    if peak**2 < _MIN_POWER:
+        return wave_T
+    levels = 2 ** (bits - 1)
+    coded = np.round(np.log1p(np.abs(wave_T) * (_MU / peak)) * (levels / np.log1p(_MU))) / levels
+    return np.copysign(np.expm1(coded * np.log1p(_MU)) * (peak / _MU), wave_T).astype(np.float32)
+
+
+def _length(n_samples: Any, speed: Any) -> np.ndarray:
+    """Samples of `n_samples` samples at a speed, int64."""
+    return np.rint(n_samples / speed).astype(np.int64)
+
+
+def _uniform(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1), a function of (seed, epoch, row) for any subset of rows (SplitMix64)."""
+    base = seeded_rng(seed, epoch, 6).integers(2**63, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        state = base + (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+def _fft_size(n_samples: int) -> int:
+    return -(-n_samples // _FFT_BLOCK) * _FFT_BLOCK
+
+
+def _power(wave_T: np.ndarray) -> float:
+    return float(np.mean(np.square(wave_T))) if len(wave_T) else 0.0
