@@ -126,7 +126,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
         inner["mask_emb"] = new_mask_embedding(config.width)
         notes.append("mask embedding: missing in the source, initialized at random")
     if "post_extract_proj.weight" not in inner and config.conv_dims[-1] == config.width:
-        # fairseq has no projection between equal widths; this one changes nothing.
+        # fairseq has no projection between equal widths, so add an identity projection.
         inner["post_extract_proj.weight"] = torch.eye(config.width)
         inner["post_extract_proj.bias"] = torch.zeros(config.width)
     ctc = {}
@@ -192,9 +192,9 @@ def _config_fields(path: Path, model: dict, task: dict) -> dict[str, Any]:
         if model.get(name, value) != value:
             raise CheckpointError(f"{path}: {name} is {short_repr(model[name])}; only {value!r} is supported")
     fields: dict[str, Any] = {"layer_drop": 0.0, "input_dropout": 0.0, "conv_grad_scale": 1.0}
-    for ours, name in _FIELDS.items():
+    for field, name in _FIELDS.items():
         if model.get(name) is not None:
-            fields[ours] = config_field(path, ours, name, model[name])
+            fields[field] = config_field(path, field, name, model[name])
     fields["conv_norm"] = conv_norm
     if model.get("conv_feature_layers") is not None:
         dims, kernels, strides = zip(*_parse_conv_layers(path, model["conv_feature_layers"]), strict=True)
@@ -429,7 +429,7 @@ def _head_tensors(
 
 def _model_settings(config: HubertConfig, final_dim: int, temperature: float) -> dict[str, Any]:
     convs = list(zip(config.conv_dims, config.conv_kernels, config.conv_strides, strict=True))
-    return {name: getattr(config, ours) for ours, name in _FIELDS.items()} | {
+    return {name: getattr(config, field) for field, name in _FIELDS.items()} | {
         "_name": "hubert",
         "extractor_mode": "default" if config.conv_norm == "group" else "layer_norm",
         "conv_feature_layers": str(convs),

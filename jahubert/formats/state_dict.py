@@ -266,9 +266,9 @@ def select_tensors(
     missing = [name for name in names if name not in tensors]
     unknown = sorted(tensors.keys() - names.keys())
     wrong = []
-    for name, ours in names.items():
-        if name in tensors and tensors[name].shape != shapes[ours]:
-            wrong.append(f"{name} is {tuple(tensors[name].shape)}, expected {shapes[ours]}")
+    for name, target in names.items():
+        if name in tensors and tensors[name].shape != shapes[target]:
+            wrong.append(f"{name} is {tuple(tensors[name].shape)}, expected {shapes[target]}")
         elif name in tensors and not tensors[name].is_floating_point():
             wrong.append(f"{name} is of type {tensors[name].dtype}")
     problems = wrong[:5]
@@ -282,7 +282,7 @@ def select_tensors(
             + "; ".join(problems)
             + ". Use both as they were published"
         )
-    return {ours: tensors[name].float() for name, ours in names.items()}
+    return {target: tensors[name].float() for name, target in names.items()}
 
 
 def new_mask_embedding(width: int) -> Tensor:

@@ -163,7 +163,9 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
 def _settings_fields(path: Path, settings: dict) -> dict[str, Any]:
     """Read HubertConfig fields from the JSON file."""
     arguments = typed(path, "arguments", settings.get("arguments"), dict)
-    fields = {ours: config_field(path, ours, name, arguments.get(name)) for ours, name in _ARGUMENTS.items()}
+    fields = {
+        field: config_field(path, field, name, arguments.get(name)) for field, name in _ARGUMENTS.items()
+    }
     convs = [typed(path, _CONVS, conv, tuple) for conv in typed(path, _CONVS, arguments.get(_CONVS), list)]
     if any(len(conv) != 3 for conv in convs):
         raise CheckpointError(f"{path}: {_CONVS} must be a list of [channels, kernel, stride]")
@@ -195,7 +197,7 @@ def write_torchaudio(
     notes: list[str] = []
     state = portable_state(model, "torchaudio", notes)
     config, mask = model.config, state.pop("masked_spec_embed")
-    arguments = {name: getattr(config, ours) for ours, name in _ARGUMENTS.items()}
+    arguments = {name: getattr(config, field) for field, name in _ARGUMENTS.items()}
     arguments["extractor_mode"] = _MODES[config.conv_norm]
     arguments["extractor_conv_bias"] = "feature_extractor.conv_layers.0.conv.bias" in state
     convs = zip(config.conv_dims, config.conv_kernels, config.conv_strides, strict=True)

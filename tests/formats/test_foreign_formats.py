@@ -190,9 +190,9 @@ def save_hf(
 @pytest.mark.parametrize("files", ["safetensors", "shards", "bin", "old bin"])
 def test_hugging_face_model_equals_transformers(tmp_path, kind, files):
     torch.manual_seed(0)
-    theirs = transformers.HubertModel(hf_config(KINDS[kind])).eval()
+    reference = transformers.HubertModel(hf_config(KINDS[kind])).eval()
     safe = files in ("safetensors", "shards")
-    save_hf(theirs, tmp_path / "hf", safe, kind == "large", files == "old bin", files == "shards")
+    save_hf(reference, tmp_path / "hf", safe, kind == "large", files == "old bin", files == "shards")
     assert (files == "shards") == ((tmp_path / "hf/model.safetensors.index.json").exists())
     bundle = load_bundle(tmp_path / "hf")
     assert bundle.config.normalize == (kind == "large") and bundle.notes == []
@@ -201,12 +201,11 @@ def test_hugging_face_model_equals_transformers(tmp_path, kind, files):
         wav_T = 0.1 * torch.randn(n_samples)
         inputs = processor(wav_T.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
         with torch.no_grad():
-            want = theirs(inputs, output_hidden_states=True).hidden_states
-        for layer in range(
-            KINDS[kind].layers + (kind == "base")
-        ):  # for large, transformers applies the final norm to the last hidden state
+            expected = reference(inputs, output_hidden_states=True).hidden_states
+        # For large, transformers applies the final norm to the last hidden state.
+        for layer in range(KINDS[kind].layers + (kind == "base")):
             hidden_SD = FeatureExtractor(bundle.model, layer, device="cpu")(wav_T)
-            torch.testing.assert_close(hidden_SD, want[layer][0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(hidden_SD, expected[layer][0], rtol=1e-5, atol=1e-5)
 
 
 VOCABULARIES = {
@@ -221,9 +220,9 @@ def test_hugging_face_ctc_model_transcribes_as_transformers(tmp_path, name):
     symbols, blank = VOCABULARIES[name]
     torch.manual_seed(5)
     config = hf_config(KINDS["base"], vocab_size=len(symbols), pad_token_id=blank)
-    theirs = transformers.HubertForCTC(config).eval()
-    theirs.lm_head.weight.data *= 40  # so that the transcript is not empty
-    save_hf(theirs, tmp_path / "hf", True, False)
+    reference = transformers.HubertForCTC(config).eval()
+    reference.lm_head.weight.data *= 40  # gives a non-empty transcript
+    save_hf(reference, tmp_path / "hf", True, False)
     vocabulary = {symbol: row for row, symbol in enumerate(symbols)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     names = {"pad_token": symbols[blank], "unk_token": "[UNK]" if "[UNK]" in symbols else "<unk>"}
@@ -233,10 +232,10 @@ def test_hugging_face_ctc_model_transcribes_as_transformers(tmp_path, name):
     assert (asr.phonemes.blank, asr.phonemes.symbols[asr.phonemes.boundary]) == (blank, "|")
     wav_T = 0.1 * torch.randn(24_000)
     with torch.no_grad():
-        want = theirs(wav_T[None]).logits.log_softmax(-1)
+        expected = reference(wav_T[None]).logits.log_softmax(-1)
     (logp_SV,) = asr.log_probs([wav_T])
-    torch.testing.assert_close(logp_SV, want[0], rtol=1e-5, atol=1e-4)
-    text = tokenizer.decode(want[0].argmax(-1))
+    torch.testing.assert_close(logp_SV, expected[0], rtol=1e-5, atol=1e-4)
+    text = tokenizer.decode(expected[0].argmax(-1))
     labels = greedy(logp_SV[None], [len(logp_SV)], blank=blank)[0].labels
     assert " ".join("".join(word) for word in asr.phonemes.decode(labels)) == text.strip() != ""
     transcript = asr.transcribe(wav_T)
@@ -245,9 +244,9 @@ def test_hugging_face_ctc_model_transcribes_as_transformers(tmp_path, name):
     # The bundle gives the same result in transformers.
     convert(tmp_path / "hf", tmp_path / "ours", "hf")
     again = transformers.HubertForCTC.from_pretrained(tmp_path / "ours").eval()
-    assert same_state(again, theirs) and again.config.pad_token_id == blank
+    assert same_state(again, reference) and again.config.pad_token_id == blank
     back = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
-    assert back.decode(want[0].argmax(-1)) == text
+    assert back.decode(expected[0].argmax(-1)) == text
     assert load_bundle(tmp_path / "ours").phonemes == asr.phonemes
 
 
@@ -255,15 +254,15 @@ def test_bundle_opens_in_transformers(tmp_path, kind):
     phonemes = PhonemeSet.standard()
     ctc = HubertForCtc(KINDS[kind], len(phonemes), model_of(KINDS[kind])).eval()
     save_bundle(tmp_path / "b", ctc=ctc, phonemes=phonemes, unit_head=UnitHead(48, UNITS))
-    theirs = transformers.HubertForCTC.from_pretrained(tmp_path / "b").eval()
-    assert same_state(theirs, ctc)
+    reference = transformers.HubertForCTC.from_pretrained(tmp_path / "b").eval()
+    assert same_state(reference, ctc)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "b")
     assert processor.tokenizer.pad_token_id == 0
     wav_T = 0.1 * torch.randn(9_000)
     inputs = processor(wav_T.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
     with torch.no_grad():
-        want, (got, _) = theirs(inputs).logits.log_softmax(-1), ctc(wav_T[None])
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        expected, (actual, _) = reference(inputs).logits.log_softmax(-1), ctc(wav_T[None])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- Hugging Face Hub -------------------------------------------------------------------------------------
@@ -311,5 +310,5 @@ def test_hub_name_opens_from_the_cache_offline(tmp_path, weights):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        want = model(torch.linspace(-1, 1, 8000)[None], output_hidden_states=True).hidden_states[1][0]
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), want, rtol=1e-5, atol=1e-5)
+        expected = model(torch.linspace(-1, 1, 8000)[None], output_hidden_states=True).hidden_states[1][0]
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, rtol=1e-5, atol=1e-5)

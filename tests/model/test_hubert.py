@@ -18,7 +18,7 @@ BASE_LIKE = HubertConfig(**SMALL)
 LARGE_LIKE = HubertConfig(**SMALL, conv_norm="layer", pre_norm=True)
 
 
-def theirs(config: HubertConfig, ours: HubertModel) -> HfModel:
+def reference_model(config: HubertConfig, source: HubertModel) -> HfModel:
     model = HfModel(
         HfConfig(
             hidden_size=config.width,
@@ -32,7 +32,7 @@ def theirs(config: HubertConfig, ours: HubertModel) -> HfModel:
             do_stable_layer_norm=config.pre_norm,
         )
     ).eval()
-    model.load_state_dict(ours.state_dict())  # strict, because the parameter names are equal
+    model.load_state_dict(source.state_dict())  # strict, because the parameter names are equal
     return model
 
 
@@ -40,27 +40,28 @@ def theirs(config: HubertConfig, ours: HubertModel) -> HfModel:
 @pytest.mark.parametrize("n_samples", [400, 719, 720, 16_000, 40_123, 400_000])
 def test_equals_hugging_face(config, n_samples):
     torch.manual_seed(n_samples)
-    ours = HubertModel(config).eval()
+    model = HubertModel(config).eval()
     wav_BT = torch.randn(2, n_samples)
     with torch.no_grad():
-        got = ours(wav_BT, keep_layers=range(config.layers + 1))
-        want = theirs(config, ours)(wav_BT, output_hidden_states=True)
-    torch.testing.assert_close(got.hidden_BSD, want.last_hidden_state, rtol=1e-5, atol=1e-5)
+        actual = model(wav_BT, keep_layers=range(config.layers + 1))
+        expected = reference_model(config, model)(wav_BT, output_hidden_states=True)
+    torch.testing.assert_close(actual.hidden_BSD, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
     # Hugging Face applies the final norm of pre-norm models to the last hidden state.
     for number in range(config.layers + (not config.pre_norm)):
-        torch.testing.assert_close(got.layers[number], want.hidden_states[number], rtol=1e-5, atol=1e-5)
+        layer, expected_layer = actual.layers[number], expected.hidden_states[number]
+        torch.testing.assert_close(layer, expected_layer, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [BASE_LIKE, LARGE_LIKE], ids=["base", "large"])
 def test_masked_frames_equal_hugging_face(config):
     torch.manual_seed(0)
-    ours = HubertModel(config).eval()
+    model = HubertModel(config).eval()
     wav_BT = torch.randn(2, 16_000)
     mask_BS = torch.rand(2, HUBERT.n_frames(16_000)) < 0.5
     with torch.no_grad():
-        got = ours(wav_BT, mask_BS=mask_BS).hidden_BSD
-        want = theirs(config, ours)(wav_BT, mask_time_indices=mask_BS).last_hidden_state
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        actual = model(wav_BT, mask_BS=mask_BS).hidden_BSD
+        expected = reference_model(config, model)(wav_BT, mask_time_indices=mask_BS).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["masked", "unmasked"])
@@ -68,32 +69,32 @@ def test_masked_frames_equal_hugging_face(config):
 def test_padding_options_reproduce_hugging_face(config, padding):
     """A padded batch with masked frames equals Hugging Face's with and without an attention mask."""
     torch.manual_seed(0)
-    ours, lengths = HubertModel(config).eval(), [16_000, 400, 9_999, 12_345]
-    their_model = theirs(config, ours)
+    model, lengths = HubertModel(config).eval(), [16_000, 400, 9_999, 12_345]
+    reference = reference_model(config, model)
     wav_BT = torch.randn(4, 16_000)
     valid_BT = torch.arange(16_000) < torch.tensor(lengths)[:, None]
     mask_BS = torch.rand(4, HUBERT.n_frames(16_000)) < 0.5
     mask_BS[:, 0] = False  # the shortest row has only this frame
     keep = range(config.layers + (not config.pre_norm))  # excludes the hidden state with the final norm
     with torch.no_grad():
-        got = ours(wav_BT, lengths, mask_BS=mask_BS, keep_layers=keep, padding=padding)
-        exact = ours(wav_BT, lengths, mask_BS=mask_BS)
-        want = their_model(
+        actual = model(wav_BT, lengths, mask_BS=mask_BS, keep_layers=keep, padding=padding)
+        exact = model(wav_BT, lengths, mask_BS=mask_BS)
+        expected = reference(
             wav_BT * valid_BT,
             attention_mask=valid_BT.long() if padding == "masked" else None,
             mask_time_indices=mask_BS,
             output_hidden_states=True,
         )
-    assert got.n_frames_B.tolist() == [HUBERT.n_frames(n) for n in lengths]
-    for row, n in enumerate(got.n_frames_B.tolist()):
-        pairs = [(got.hidden_BSD, want.last_hidden_state)]
-        pairs += [(got.layers[number], want.hidden_states[number]) for number in keep]
-        for output, expected in pairs:
-            torch.testing.assert_close(output[row, :n], expected[row, :n], rtol=1e-5, atol=1e-5)
+    assert actual.n_frames_B.tolist() == [HUBERT.n_frames(n) for n in lengths]
+    for row, n in enumerate(actual.n_frames_B.tolist()):
+        pairs = [(actual.hidden_BSD, expected.last_hidden_state)]
+        pairs += [(actual.layers[number], expected.hidden_states[number]) for number in keep]
+        for output, expected_output in pairs:
+            torch.testing.assert_close(output[row, :n], expected_output[row, :n], rtol=1e-5, atol=1e-5)
     if config.conv_norm == "group" or padding == "unmasked":  # cases in which padding changes the result
-        assert float((got.hidden_BSD[1, 0] - exact.hidden_BSD[1, 0]).abs().max()) > 1e-3
+        assert float((actual.hidden_BSD[1, 0] - exact.hidden_BSD[1, 0]).abs().max()) > 1e-3
     else:
-        torch.testing.assert_close(got.hidden_BSD, exact.hidden_BSD, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual.hidden_BSD, exact.hidden_BSD, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -25,12 +25,12 @@ def pair(request) -> tuple[HubertForCtc, HfForCtc]:
     changes = {"conv_bias": True, "normalize": False} if request.param == "large" else {}
     config: HubertConfig = getattr(HubertConfig, request.param)(**changes)
     torch.manual_seed(0)
-    ours = HubertForCtc(config, SYMBOLS).eval()
-    for name, parameter in ours.named_parameters():
+    model = HubertForCtc(config, SYMBOLS).eval()
+    for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # initial norms and biases have no effect
             parameter.data += 0.1 * torch.randn_like(parameter)
     with torch.device("meta"):
-        theirs = HfForCtc(
+        reference = HfForCtc(
             HfConfig(
                 hidden_size=config.width,
                 num_hidden_layers=config.layers,
@@ -42,8 +42,8 @@ def pair(request) -> tuple[HubertForCtc, HfForCtc]:
                 vocab_size=SYMBOLS,
             )
         )
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    return ours, theirs.eval()
+    reference.load_state_dict(model.state_dict(), assign=True)
+    return model, reference.eval()
 
 
 def waveforms(*lengths: int) -> torch.Tensor:
@@ -60,36 +60,37 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("n_samples", [400, 16_123, pytest.param(240_000, marks=pytest.mark.slow)])
 def test_every_hidden_state_equals_hugging_face(pair, n_samples):
-    ours, theirs = pair
-    config, wav_BT = ours.config, waveforms(n_samples)
+    model, reference = pair
+    config, wav_BT = model.config, waveforms(n_samples)
     mask_BS = torch.rand(1, HUBERT.n_frames(n_samples), generator=torch.Generator().manual_seed(2)) < 0.4
     with torch.inference_mode():
-        got = ours.hubert(wav_BT, mask_BS=mask_BS, keep_layers=range(config.layers + 1))
-        want = theirs.hubert(wav_BT, mask_time_indices=mask_BS, output_hidden_states=True)
+        actual = model.hubert(wav_BT, mask_BS=mask_BS, keep_layers=range(config.layers + 1))
+        expected = reference.hubert(wav_BT, mask_time_indices=mask_BS, output_hidden_states=True)
     for number in range(config.layers + (not config.pre_norm)):  # Hugging Face normalizes the last one
-        assert difference(got.layers[number], want.hidden_states[number]) < 1e-5, number
-    assert difference(got.hidden_BSD, want.last_hidden_state) < 1e-5
+        assert difference(actual.layers[number], expected.hidden_states[number]) < 1e-5, number
+    assert difference(actual.hidden_BSD, expected.last_hidden_state) < 1e-5
 
 
 @pytest.mark.parametrize("padding", ["masked", "unmasked"])
 def test_log_probabilities_of_a_padded_batch_equal_hugging_face(pair, padding):
-    ours, theirs = pair
+    model, reference = pair
     lengths = [30_000, 400, 16_123]
     wav_BT = waveforms(*lengths)
     valid_BT = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     with torch.inference_mode():
-        got, n_frames_B = ours(wav_BT, lengths, padding=padding)
-        want = theirs(wav_BT, attention_mask=valid_BT if padding == "masked" else None).logits.log_softmax(-1)
+        actual, n_frames_B = model(wav_BT, lengths, padding=padding)
+        attention_mask = valid_BT if padding == "masked" else None
+        expected = reference(wav_BT, attention_mask=attention_mask).logits.log_softmax(-1)
     for row, n in enumerate(n_frames_B.tolist()):
-        assert difference(got[row, :n], want[row, :n]) < 1e-5
+        assert difference(actual[row, :n], expected[row, :n]) < 1e-5
 
 
 def test_log_probabilities_do_not_depend_on_the_batch(pair):
-    ours, theirs = pair
+    model, reference = pair
     lengths = [16_123, 400, 30_000]
     wav_BT = waveforms(*lengths)
     with torch.inference_mode():
-        together, n_frames_B = ours(wav_BT, lengths)
+        together, n_frames_B = model(wav_BT, lengths)
         for row, n in enumerate(lengths):
-            want = theirs(wav_BT[row : row + 1, :n]).logits.log_softmax(-1)[0]
-            assert difference(together[row, : n_frames_B[row]], want) < 1e-5
+            expected = reference(wav_BT[row : row + 1, :n]).logits.log_softmax(-1)[0]
+            assert difference(together[row, : n_frames_B[row]], expected) < 1e-5

@@ -62,28 +62,28 @@ def test_mfcc_equals_the_slow_reference():
     static = slow_mfcc(wav_T.numpy())
     delta = slow_deltas(static)
     expected = np.concatenate([static, delta, slow_deltas(delta)], axis=1)
-    (got,) = Mfcc()([wav_T])
-    assert got.shape == (MFCC.n_frames(8000), 39)
-    assert got.dtype == torch.float32
+    (actual,) = Mfcc()([wav_T])
+    assert actual.shape == (MFCC.n_frames(8000), 39)
+    assert actual.dtype == torch.float32
     # The tolerance covers float32 rounding in quiet frames; feature values reach 90.
-    np.testing.assert_allclose(got.numpy(), expected, atol=1e-3)
-    assert np.sqrt(np.mean((got.numpy() - expected) ** 2)) < 1e-4
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-3)
+    assert np.sqrt(np.mean((actual.numpy() - expected) ** 2)) < 1e-4
 
 
 def test_silence_reaches_the_floor_of_the_logarithm():
-    (got,) = Mfcc()([torch.zeros(1600)])
-    np.testing.assert_allclose(got[:, 0].numpy(), np.log(2.0**-23) * np.sqrt(23), rtol=1e-5)
-    assert got[:, 1:].abs().max() < 1e-3
+    (actual,) = Mfcc()([torch.zeros(1600)])
+    np.testing.assert_allclose(actual[:, 0].numpy(), np.log(2.0**-23) * np.sqrt(23), rtol=1e-5)
+    assert actual[:, 1:].abs().max() < 1e-3
     (offset,) = Mfcc()([torch.full((1600,), 0.5)])  # the mean is subtracted first
-    torch.testing.assert_close(offset, got, atol=1e-3, rtol=0)
+    torch.testing.assert_close(offset, actual, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("n", [0, 1, 399, 400, 559, 560, 1040, 90_000])
 def test_number_of_frames_follows_the_frame_grid(n):
-    (got,) = Mfcc()([speech_like(90_000, 1)[:n]])
-    assert got.shape == (MFCC.n_frames(n), 39)
-    assert got.isfinite().all()
-    assert (n < 400) == (len(got) == 0)
+    (actual,) = Mfcc()([speech_like(90_000, 1)[:n]])
+    assert actual.shape == (MFCC.n_frames(n), 39)
+    assert actual.isfinite().all()
+    assert (n < 400) == (len(actual) == 0)
 
 
 def test_mfcc_is_independent_of_the_batch_and_of_blocks():

@@ -83,11 +83,11 @@ def test_aligned_lines_without_errors_have_no_marks():
 def test_paired_bootstrap_detects_a_difference():
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 30, 300)
-    ours, theirs = rng.binomial(lengths, 0.10), rng.binomial(lengths, 0.14)
-    test = paired_bootstrap(ours, theirs, lengths)
-    assert test.difference == pytest.approx((ours.sum() - theirs.sum()) / lengths.sum())
+    errors, baseline = rng.binomial(lengths, 0.10), rng.binomial(lengths, 0.14)
+    test = paired_bootstrap(errors, baseline, lengths)
+    assert test.difference == pytest.approx((errors.sum() - baseline.sum()) / lengths.sum())
     assert test.low < test.difference < test.high < 0 and test.p < 0.01
-    same = paired_bootstrap(ours, ours, lengths)
+    same = paired_bootstrap(errors, errors, lengths)
     assert (same.difference, same.p) == (0, 1)
     # Under the null hypothesis, p is uniformly distributed.
     below = 0
@@ -103,10 +103,10 @@ def test_paired_bootstrap_is_more_sensitive_than_separate_intervals():
     """Errors shared by both systems do not hide a small, consistent gain."""
     rng = np.random.default_rng(1)
     hard = rng.random(400) ** 4
-    theirs = rng.binomial(20, hard)
-    ours = np.maximum(0, theirs - (rng.random(400) < 0.15))
-    test = paired_bootstrap(ours, theirs, np.full(400, 20))
-    low, high = bootstrap_interval(theirs, np.full(400, 20))
+    baseline = rng.binomial(20, hard)
+    errors = np.maximum(0, baseline - (rng.random(400) < 0.15))
+    test = paired_bootstrap(errors, baseline, np.full(400, 20))
+    low, high = bootstrap_interval(baseline, np.full(400, 20))
     assert test.high < 0 and -test.difference < high - low
 
 
@@ -184,11 +184,11 @@ def test_measures_depend_on_vocabulary(tmp_path):
 
 
 def test_mismatched_baseline_is_rejected(tmp_path):
-    ours = hypotheses(tmp_path / "decode")
+    folder = hypotheses(tmp_path / "decode")
     with pytest.raises(DataError, match="other utterances"):
-        run(tmp_path, hypotheses=ours, baseline=hypotheses(tmp_path / "fewer", LINES[:2]))
+        run(tmp_path, hypotheses=folder, baseline=hypotheses(tmp_path / "fewer", LINES[:2]))
     changed = [*LINES[:3], ("T2", "anna", "k a | k e", "k a")]
     with pytest.raises(DataError, match=r"references .*'u3'"):
-        run(tmp_path, hypotheses=ours, baseline=hypotheses(tmp_path / "changed", changed))
+        run(tmp_path, hypotheses=folder, baseline=hypotheses(tmp_path / "changed", changed))
     with pytest.raises(DataError, match="no hypotheses"):
-        run(tmp_path, hypotheses=ours, baseline=tmp_path)
+        run(tmp_path, hypotheses=folder, baseline=tmp_path)
