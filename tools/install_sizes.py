@@ -19,9 +19,9 @@ LARGEST = 4
 
 def requirements(name: str, extras: set[str]) -> list[Requirement]:
     """Return the requirements of a distribution with `extras` that apply to this machine."""
-    found = [Requirement(text) for text in metadata.requires(name) or ()]
+    requirements = [Requirement(text) for text in metadata.requires(name) or ()]
     environments = [{"extra": extra} for extra in (*extras, "")]
-    return [r for r in found if r.marker is None or any(r.marker.evaluate(e) for e in environments)]
+    return [r for r in requirements if r.marker is None or any(r.marker.evaluate(e) for e in environments)]
 
 
 def closure(extras: set[str]) -> set[str]:

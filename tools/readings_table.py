@@ -48,13 +48,13 @@ def main() -> None:
     total, correct, plain = Counter[str](), Counter[str](), Counter[str]()
     errors = []
     for name, text, reading in rows:
-        found = front_end(text)
+        words = front_end(text)
         total[name] += 1
-        correct[name] += unify(found) == unify(reading)
+        correct[name] += unify(words) == unify(reading)
         plain[name] += unify(analyzer_alone(text)) == unify(reading)
-        if unify(found) != unify(reading):
-            errors.append(f"{name}: {text}: expected {reading}, found {found}")
-    print("| class | sentences | jahubert | pyopenjtalk-plus plain |\n|---|---|---|---|")
+        if unify(words) != unify(reading):
+            errors.append(f"{name}: {text}: expected {reading}, found {words}")
+    print("| class | sentences | jahubert | pyopenjtalk-plus alone |\n|---|---|---|---|")
     for name, n in total.items():
         print(f"| {name} | {n} | {correct[name]} | {plain[name]} |")
     print(f"| **all** | {total.total()} | {correct.total()} | {plain.total()} |")

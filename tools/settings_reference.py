@@ -58,7 +58,7 @@ def comments(cls: type) -> dict[str, str]:
     }
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
+    result = {}
     for node in definition.body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
@@ -69,8 +69,8 @@ def comments(cls: type) -> dict[str, str]:
             line -= 1
         end = node.end_lineno or node.lineno
         inside = [by_line[line][0] for line in range(node.lineno, end + 1) if line in by_line]
-        found[node.target.id] = " ".join(above + inside)
-    return found
+        result[node.target.id] = " ".join(above + inside)
+    return result
 
 
 def dataclass_in(hint: Any) -> type | None:

@@ -196,14 +196,14 @@ def check_results(folder: Path) -> float:
     return largest
 
 
-def compare(name: str, found, wanted) -> float:
+def compare(name: str, actual, expected) -> float:
     """Return the largest difference of two arrays; raises CheckFailed above the tolerance."""
     import numpy as np
 
-    for what, a, b in (("type", found.dtype, wanted.dtype), ("shape", found.shape, wanted.shape)):
+    for what, a, b in (("type", actual.dtype, expected.dtype), ("shape", actual.shape, expected.shape)):
         require(a == b, f"{name} has {what} {a}, expected {b}")
-    difference = float(np.abs(found - wanted).max())
-    allowed = TOLERANCE if found.dtype == np.float32 else 0
+    difference = float(np.abs(actual - expected).max())
+    allowed = TOLERANCE if actual.dtype == np.float32 else 0
     require(difference <= allowed, f"{name} differs by {difference}, more than {allowed}")
     return difference
 
@@ -215,8 +215,8 @@ def check_environment() -> None:
     require(len(extras) > 10, f"the wheel's metadata lists too few packages in extras: {sorted(extras)}")
     here = {plain(d.metadata["Name"]) for d in importlib.metadata.distributions()}
     require(not extras & here, f"installed without any extra: {sorted(extras & here)}")
-    found = [name for name in OPTIONAL if importlib.util.find_spec(name)]
-    require(not found, f"can be imported without any extra: {found}")
+    importable = [name for name in OPTIONAL if importlib.util.find_spec(name)]
+    require(not importable, f"can be imported without any extra: {importable}")
 
 
 def plain(requirement: str) -> str:
@@ -230,9 +230,9 @@ def check_commands(folder: Path, out: Path) -> None:
 
     from jahubert.inference.transcribe import builtin_model
 
-    found = shutil.which("jahubert", path=str(Path(sys.executable).parent))
-    require(found, "the wheel installed no command `jahubert`")
-    command, audio = str(found), folder / "audio.wav"
+    executable = shutil.which("jahubert", path=str(Path(sys.executable).parent))
+    require(executable, "the wheel installed no command `jahubert`")
+    command, audio = str(executable), folder / "audio.wav"
     transcribe: list[str | Path] = [command, "transcribe", "--device", "cpu", "--dtype", "float32"]
     expected = np.load(folder / "expected.npz")
     texts = json.loads((folder / "expected.json").read_text(encoding="utf-8"))

@@ -38,10 +38,10 @@ def main() -> None:
             counts.update(zip(names, words, strict=True))
             if names:
                 corpus.write(" ".join(names) + "\n")
-    kept = sorted(word for word, n in counts.items() if n >= args.least)
-    lines = (f"{name} {' '.join(spelled)}\n" for name, spelled in kept)
+    lexicon = sorted(word for word, n in counts.items() if n >= args.least)
+    lines = (f"{name} {' '.join(spelled)}\n" for name, spelled in lexicon)
     (out / "lexicon.txt").write_text("".join(lines), encoding="utf-8")
-    print(f"{len(kept)} words with {counts.total()} occurrences written to {out}")
+    print(f"{len(lexicon)} words with {counts.total()} occurrences written to {out}")
 
 
 if __name__ == "__main__":

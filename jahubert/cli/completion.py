@@ -31,7 +31,7 @@ def commands(parser: argparse.ArgumentParser) -> list[Command]:
     """Collect the subcommands of a parser."""
     (sub,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     helps = {action.dest: action.help or "" for action in sub._choices_actions}
-    found = []
+    result = []
     for name, command in (sub.choices or {}).items():
         options = [
             Option(
@@ -44,8 +44,8 @@ def commands(parser: argparse.ArgumentParser) -> list[Command]:
             if action.option_strings
         ]
         choices = [str(c) for a in command._actions if not a.option_strings for c in a.choices or []]
-        found.append(Command(name, helps.get(name, ""), options, choices))
-    return found
+        result.append(Command(name, helps.get(name, ""), options, choices))
+    return result
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:

@@ -53,18 +53,18 @@ def find_inputs(
     Raises:
         ConfigError: `into` is not writable, or two recordings would be written to the same file.
     """
-    found: list[Input] = []
+    recordings: list[Input] = []
     empty: dict[str, AudioError] = {}
     matches = [match for argument in arguments for match in expand_patterns(argument, empty)]
     for argument in matches:
         path = Path(argument)
         if argument == STDIN:
-            found.append(Input(STDIN, Path("stdin")))
+            recordings.append(Input(STDIN, Path("stdin")))
         elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
             empty[argument] = AudioError(f"{argument}: no permission to read this folder")
         elif path.is_dir():
             files = sorted(p for p in path.rglob("*") if _is_audio(p, path))
-            found += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
+            recordings += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
             if not files:
                 empty[argument] = AudioError(
                     f"{argument}: no audio files found (endings: {' '.join(AUDIO_ENDINGS)})"
@@ -74,22 +74,22 @@ def find_inputs(
         elif argument.endswith(("/", os.sep)) and not path.exists():
             empty[argument] = AudioError(f"{argument}: no such folder")
         else:
-            found.append(Input(argument, Path(path.stem)))
-    if [item.label for item in found].count(STDIN) > 1:
+            recordings.append(Input(argument, Path(path.stem)))
+    if [item.label for item in recordings].count(STDIN) > 1:
         raise ConfigError("standard input (-) can be given only once")
     if into == "":
         raise ConfigError("-o is empty; give a folder")
     if into is not None:
         _check_output(Path(into))
         owner: dict[Path, str] = {}
-        for item in found:
+        for item in recordings:
             other = owner.setdefault(item.base, item.label)
             if other is not item.label:
                 target = Path(into, str(item.base) + ending)
                 raise ConfigError(
                     f"{other} and {item.label} would both write {target}; use two output folders"
                 )
-    return found, empty
+    return recordings, empty
 
 
 def _is_audio(path: Path, folder: Path) -> bool:
@@ -112,10 +112,10 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
     """Expand a pattern that the shell did not expand; other arguments are returned unchanged."""
     if Path(argument).exists() or not glob.has_magic(argument):
         return [argument]
-    found = sorted(glob.glob(argument, recursive=True))
-    if not found:
+    paths = sorted(glob.glob(argument, recursive=True))
+    if not paths:
         empty[argument] = AudioError(f"{argument}: no file matches")
-    return found
+    return paths
 
 
 def print_names(arguments: Sequence[str]) -> bool:
@@ -150,11 +150,11 @@ class Report:
     def show(self, end: str = "") -> None:
         if not self.shows:
             return
-        done = round(BAR * self.n_seen / max(1, self.n_inputs))
+        filled = round(BAR * self.n_seen / max(1, self.n_inputs))
         speed = self.seconds / max(time.monotonic() - self.started, 1e-9)
         minutes, seconds = divmod(round(self.seconds), 60)
         audio = f"  {minutes}:{seconds:02d} of audio, {speed:.0f}x real time" if self.seconds else ""
-        line = f"[{'#' * done}{'.' * (BAR - done)}] [{self.n_seen}/{self.n_inputs}]{audio}  {self.label}"
+        line = f"[{'#' * filled}{'.' * (BAR - filled)}] [{self.n_seen}/{self.n_inputs}]{audio}  {self.label}"
         width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be cleared
         print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
 

@@ -67,13 +67,13 @@ def model_source(args: argparse.Namespace) -> str | Path:
         return args.model
     from jahubert.inference.transcribe import builtin_model
 
-    found = builtin_model()
-    if found is None:
+    path = builtin_model()
+    if path is None:
         raise CheckpointError(
             "this installation has no built-in model; give one with --model: a bundle folder from a training "
             "stage, or a Hub name such as owner/model"
         )
-    return found
+    return path
 
 
 def transcribe(args: argparse.Namespace) -> int:
@@ -204,10 +204,10 @@ def features(args: argparse.Namespace) -> int:
     for item in todo:
         try:
             if args.chunk_seconds is None:
-                found = next(whole)
-                if isinstance(found, Exception):
-                    raise found
-                pieces: Iterable[Any] = [found]
+                result = next(whole)
+                if isinstance(result, Exception):
+                    raise result
+                pieces: Iterable[Any] = [result]
             else:
                 pieces = extractor.stream(item.open())
             files.write(item.base, pieces, extractor.features.shape)
@@ -228,12 +228,12 @@ def units(args: argparse.Namespace) -> int:
     extractor = UnitExtractor.from_pretrained(source, device=args.device, chunk_seconds=args.chunk_seconds)
 
     def work(item: Input) -> str | None:
-        found = extractor(item.open())
-        found = found.unique_consecutive() if args.unique else found
+        unit_ids = extractor(item.open())
+        unit_ids = unit_ids.unique_consecutive() if args.unique else unit_ids
         if args.output is not None:
-            save_array(found, Path(args.output, f"{item.base}.npy"))
+            save_array(unit_ids, Path(args.output, f"{item.base}.npy"))
             return None
-        line = " ".join(map(str, found.tolist()))
+        line = " ".join(map(str, unit_ids.tolist()))
         return f"{item.label}\t{line}" if named else line
 
     return each(inputs, empty, work)
@@ -330,8 +330,8 @@ def plan(args: argparse.Namespace) -> int:
     from jahubert.train.plan import estimate
 
     options, overrides = estimate.split_settings(args.settings)
-    made = estimate.make_plan(compose(overrides), configure_jobs(overrides), options)
-    print(json.dumps(estimate.plan_json(made), indent=2) if args.json else estimate.plan_table(made))
+    planned = estimate.make_plan(compose(overrides), configure_jobs(overrides), options)
+    print(json.dumps(estimate.plan_json(planned), indent=2) if args.json else estimate.plan_table(planned))
     return 0
 
 
@@ -388,9 +388,9 @@ class Parser(argparse.ArgumentParser):
     def _unknown(self, word: str, command: str) -> str:
         (commands,) = (each for each in self._actions if isinstance(each, argparse._SubParsersAction))
         actions = commands.choices[command]._actions
-        known = [name for action in actions for name in action.option_strings if name.startswith("--")]
-        near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} {command} --help"
+        options = [name for action in actions for name in action.option_strings if name.startswith("--")]
+        matches = difflib.get_close_matches(word.partition("=")[0], options, n=1, cutoff=0.6)
+        hint = f"did you mean {matches[0]}?" if matches else f"see {self.prog} {command} --help"
         return f"{word}: no such option; {hint}"
 
 
@@ -398,8 +398,8 @@ def layers(text: str) -> int | list[int] | str:
     """Parse layers: `6`, `3,6,9` or `all`."""
     if text == "all":
         return text
-    found = [int(part) for part in text.split(",")]
-    return found if "," in text else found[0]
+    indices = [int(part) for part in text.split(",")]
+    return indices if "," in text else indices[0]
 
 
 def build_parser() -> argparse.ArgumentParser:

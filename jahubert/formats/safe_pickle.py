@@ -168,17 +168,17 @@ def to_plain(where: object, value: Any) -> Any:
     Raises:
         CheckpointError: the value is nested too deeply.
     """
-    done: dict[int, Any] = {}  # converts shared objects once
+    converted: dict[int, Any] = {}  # converts shared objects once
 
     def convert(value: Any, depth: int) -> Any:
         if depth > limit(DEPTH):
             raise CheckpointError(f"{where}: settings are nested more than {limit(DEPTH)} levels deep")
         if not isinstance(value, dict | list | tuple):
             return value
-        if id(value) not in done:
-            done[id(value)] = None  # ends the recursion for self-references
-            done[id(value)] = convert_container(value, depth + 1)
-        return done[id(value)]
+        if id(value) not in converted:
+            converted[id(value)] = None  # ends the recursion for self-references
+            converted[id(value)] = convert_container(value, depth + 1)
+        return converted[id(value)]
 
     def convert_container(value: Any, depth: int) -> Any:
         if isinstance(value, Record):

@@ -80,8 +80,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     x_ND = np.load(args.sample).astype(np.float32) if args.sample else mixture(args.frames, args.dim)
-    held = np.random.default_rng(1).random(len(x_ND)) < 0.02
-    fit_ND, test_ND = x_ND[~held], x_ND[held]
+    held_out = np.random.default_rng(1).random(len(x_ND)) < 0.02
+    fit_ND, test_ND = x_ND[~held_out], x_ND[held_out]
     print(f"{len(fit_ND)} x {x_ND.shape[1]} frames, {args.clusters} clusters, {len(test_ND)} held out")
     rows = []
     for seed in range(args.repeats):

@@ -65,7 +65,7 @@ def run_child(work: Callable[[], Any], log: Path) -> int:
 
 def contents(folder: Path) -> dict[str, Any]:
     """Return the files of a stage by path; JSON without times, no TensorBoard events or report pages."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name.startswith("tensorboard/"):
@@ -78,8 +78,8 @@ def contents(folder: Path) -> dict[str, Any]:
             ]
         elif path.name in ("report.html", ".metadata"):
             data = None  # compares only the existence: the content has times or an arbitrary order
-        found[name] = data
-    return found
+        result[name] = data
+    return result
 
 
 def untimed(value: Any) -> Any:
@@ -144,9 +144,9 @@ class Sweep:
         status = run_child(lambda: self.run_stage(*job), self.log)
         if status:
             return f"the rerun failed with {status}: {self.log.read_text()[-1500:]}"
-        found = contents(job.out)
+        actual = contents(job.out)
         different = sorted(
-            name for name in expected.keys() | found.keys() if found.get(name, 0) != expected.get(name, 0)
+            name for name in expected.keys() | actual.keys() if actual.get(name, 0) != expected.get(name, 0)
         )
         return f"different files: {', '.join(different)}" if different else ""
 
