@@ -1,1 +1,1 @@
-"""Error rates, scoring, lexicon decoding, and the quality of units and layers."""
+"""Error rates, scoring, lexicon decoding, and quality of units and layers."""

@@ -1,4 +1,4 @@
-"""Quality of the units of every layer: k-means on a bounded sample of frames whose phones are known."""
+"""Quality of the units of every layer, measured with k-means on a sample of frames with known phones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.experiment.progress import progress
 
-_FRAMES_PER_CLUSTER = 50  # minimum; with fewer, clusters fit individual frames
+_FRAMES_PER_CLUSTER = 50  # minimum number of frames per cluster; with fewer, clusters fit individual frames
 _MAX_ITER = 30
 
 
@@ -32,7 +32,7 @@ class PhoneFrames:
         """Draw utterances until they have `n_frames` frames.
 
         Args:
-            times: phones of each manifest row that has any.
+            times: maps manifest rows to their phones.
         """
         self.manifest = manifest
         self.frames_of_row: dict[int, np.ndarray] = {}
@@ -54,7 +54,7 @@ class PhoneFrames:
         return len(self.phone_N)
 
     def mfcc(self) -> Tensor:
-        """MFCCs at HuBERT's frame rate, float32 (N, 39)."""
+        """Compute MFCCs at HuBERT's frame rate, float32 (N, 39)."""
         mfcc = Mfcc()
         step = HUBERT.hop_ratio(Mfcc.grid)
         parts = []
@@ -64,7 +64,7 @@ class PhoneFrames:
         return torch.cat(parts)
 
     def layers(self, model: HubertModel, device: torch.device) -> Tensor:
-        """Outputs of all blocks, float32 (layers, N, D) on the CPU."""
+        """Compute the outputs of all layers, float32 (layers, N, D) on the CPU."""
         model = model.to(device).eval()
         numbers = range(1, model.config.layers + 1)
         parts = []
@@ -81,9 +81,9 @@ class PhoneFrames:
         return torch.cat(parts, dim=1).float()
 
     def quality(self, frames_ND: Tensor, n_clusters: int, seed: int = 0) -> dict[str, Any]:
-        """Phone purity, cluster purity and PNMI of `n_clusters` units fitted to these frames.
+        """Fit `n_clusters` units to frames; return phone purity, cluster purity and PNMI.
 
-        With few frames, fewer units are fitted; `n_units` of the result is their number.
+        If there are few frames, fewer units are fitted; `n_units` in the result is the actual number.
         """
         n_clusters = max(2, min(n_clusters, len(self) // _FRAMES_PER_CLUSTER))
         fitted = fit_kmeans(frames_ND, KmeansOptions(n_clusters, max_iter=_MAX_ITER, seed=seed))

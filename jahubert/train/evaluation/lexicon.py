@@ -1,8 +1,8 @@
-"""Lexicon-constrained beam search with an optional word n-gram, using flashlight-text.
+"""Lexicon-constrained beam search with an optional word n-gram, based on flashlight-text.
 
-A lexicon has one pronunciation per line: a word and its symbols, separated by spaces (`カワ k a w a`). A word
-with several pronunciations has several lines. The n-gram is a word model of that lexicon, in ARPA or KenLM's
-binary format.
+Each line of a lexicon is a word and its symbols, separated by spaces (`カワ k a w a`). A word with several
+pronunciations has several lines. The n-gram is a language model of the words in the lexicon, in ARPA format
+or in KenLM's binary format.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _UNKNOWN = "<unk>"
 
 @dataclass(frozen=True)
 class LexiconConfig:
-    words: Path  # file with a word and its symbols per line
-    ngram: Path | None = None  # n-gram of the words: ARPA or KenLM's binary format
-    ngram_weight: float = 1.0  # factor of its log-probability
-    word_score: float = 0.0  # added per word; positive favors more words, negative fewer
+    words: Path  # file with a word and its symbols on each line
+    ngram: Path | None = None  # word n-gram in ARPA or KenLM's binary format
+    ngram_weight: float = 1.0  # factor for the log-probability of the n-gram
+    word_score: float = 0.0  # added per word; a positive value favors more words, a negative value fewer
 
     def __post_init__(self) -> None:
         if self.ngram is None and self.ngram_weight != 1.0:
@@ -40,8 +40,8 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[tuple[str, tuple[str, 
     """Read the (word, symbols) entry of each line.
 
     Raises:
-        DataError: the file cannot be read or has no words, or a line (named by its number) has no symbols or
-            symbols outside the vocabulary.
+        DataError: the file cannot be read or has no words, or a line has no symbols or symbols outside the
+            vocabulary.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -54,7 +54,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[tuple[str, tuple[str, 
         word, *spelling = line.split()
         if not spelling:
             raise DataError(
-                f"{path}:{number}: {word!r} has no symbols; write them after it, separated by spaces"
+                f"{path}:{number}: {word!r} has no symbols; add them after the word, separated by spaces"
             )
         try:
             symbols.encode([spelling])
@@ -67,7 +67,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[tuple[str, tuple[str, 
 
 
 class LexiconSearch:
-    """Beam search that returns only words of a lexicon; batch rows are searched independently.
+    """Beam search that is restricted to the words of a lexicon.
 
     The score of a hypothesis is its log-probability over the paths in the beam, plus the weighted n-gram
     log-probability (natural logarithm) and `word_score` per word.
@@ -111,12 +111,17 @@ class LexiconSearch:
         )
 
     def __call__(self, logp_BSV: Tensor, n_frames_B: Sequence[int] | Tensor) -> list[list[Hypothesis]]:
-        """Hypotheses of every row, best first, from log-probabilities and numbers of valid frames."""
+        """Search each row independently; returns hypotheses of every row, best first.
+
+        Args:
+            logp_BSV: log-probabilities (B, S, V).
+            n_frames_B: number of valid frames of each row.
+        """
         rows = zip(logp_BSV, (int(n) for n in n_frames_B), strict=True)
         return [self._search(logp_SV[:n].float().cpu().numpy()) for logp_SV, n in rows]
 
     def _search(self, logp_SV: np.ndarray) -> list[Hypothesis]:
-        # A word ends at a boundary, so a boundary frame is appended for the last word.
+        # Words end with a boundary, so a boundary frame is appended for the last word.
         padded_SV = np.full((len(logp_SV) + 1, len(self.symbols)), _LOG_ZERO, np.float32)
         padded_SV[:-1] = np.maximum(logp_SV, _LOG_ZERO)
         padded_SV[-1, self.symbols.boundary] = 0.0
@@ -129,7 +134,7 @@ class LexiconSearch:
         return [Hypothesis(labels, score) for labels, score in ranked[: self.n_best]]
 
     def _labels(self, path: Sequence[int]) -> tuple[int, ...]:
-        """Labels of a frame-wise path: repeats merged, blanks and outer boundaries removed."""
+        """Convert a frame-wise path to labels: merge repeats, remove blanks and outer boundaries."""
         merged = [label for label, _ in itertools.groupby(path)]
         labels = [label for label in merged if label != self.symbols.blank]
         return tuple(self.symbols.encode(self.symbols.decode(labels)))
@@ -140,5 +145,5 @@ def _ngram(path: Path, words: Any) -> Any:
 
     try:
         return KenLM(str(path), words)
-    except Exception as error:  # the C++ library raises no specific type
+    except Exception as error:  # the C++ library raises no specific exception type
         raise DataError(f"{path}: KenLM cannot read this n-gram ({error})") from error

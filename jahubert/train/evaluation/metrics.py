@@ -1,4 +1,4 @@
-"""Metrics: error rates with confidence intervals, and the quality of clusters against phones."""
+"""Metrics: error rates with confidence intervals, and agreement of clusters with phones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jahubert.errors import DataError, MissingExtraError
 from jahubert.frames import FrameGrid
 from jahubert.train.data.manifest import Phone
 
-Pair = tuple[Hashable | None, Hashable | None]  # (reference, hypothesis); None: an insertion or a deletion
+Pair = tuple[Hashable | None, Hashable | None]  # (reference, hypothesis); None in an insertion or deletion
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float:
-        """Errors per item of the reference; above 1 if there are many insertions."""
+        """Errors per reference item; can exceed 1 if there are many insertions."""
         return self.errors / max(1, self.length)
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:
@@ -49,7 +49,7 @@ class ErrorCounts:
 
 
 def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> ErrorCounts:
-    """Edit operations of a minimum-distance alignment; items are compared for equality."""
+    """Count the edit operations of a minimum-distance alignment; items are compared for equality."""
     if not reference or not hypothesis:
         return ErrorCounts(0, 0, len(hypothesis), len(reference))
     aligned = _jiwer_alignment(reference, hypothesis)
@@ -57,9 +57,9 @@ def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) 
 
 
 def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list[Pair]:
-    """Pairs (reference item, hypothesis item) of the alignment that `count_errors` counts.
+    """Align two sequences; returns pairs of a reference item and a hypothesis item.
 
-    None replaces the missing item of an insertion or a deletion.
+    The alignment is the same as in `count_errors`. The missing item of an insertion or deletion is None.
     """
     if not reference or not hypothesis:
         return [*((item, None) for item in reference), *((None, item) for item in hypothesis)]
@@ -72,7 +72,7 @@ def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list
 
 
 def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
-    """Alignment by jiwer, which compares words of a string: each distinct item is replaced by a number."""
+    """Align with jiwer, which compares the words of strings; distinct items are converted to numbers."""
     try:
         import jiwer
     except ImportError as error:
@@ -88,12 +88,12 @@ def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashabl
 def error_rate(
     references: Sequence[Sequence[Hashable]], hypotheses: Sequence[Sequence[Hashable]]
 ) -> ErrorCounts:
-    """Errors of a whole set: `.rate` is the PER for sequences of phones, the WER for sequences of words.
+    """Count the errors of a whole set; `.rate` is the PER for phone sequences and the WER for word sequences.
 
-    Pass a word as the tuple of its phones: joined to a string, `k y o` and `ky o` would be equal.
+    Words should be tuples of phones, because `k y o` and `ky o` would be equal as strings.
 
     Raises:
-        DataError: different numbers of references and hypotheses.
+        DataError: the numbers of references and hypotheses differ.
     """
     if len(references) != len(hypotheses):
         raise DataError(
@@ -107,19 +107,19 @@ def error_rate(
 def bootstrap_interval(
     errors: Sequence[int], lengths: Sequence[int], seed: int = 0, n: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Confidence interval of sum(errors) / sum(lengths) by resampling utterances (Bisani and Ney 2004).
+    """Estimate a confidence interval of sum(errors) / sum(lengths) by bootstrap (Bisani and Ney 2004).
 
     Args:
         errors, lengths: errors and reference length of each utterance.
         n: number of bootstrap samples.
 
     Raises:
-        DataError: no utterances, or different numbers of errors and lengths.
+        DataError: there are no utterances, or the numbers of errors and lengths differ.
     """
     if len(errors) != len(lengths) or not len(errors):
         raise DataError(
-            f"bootstrap interval: {len(errors)} error counts and {len(lengths)} lengths; one of each is "
-            "needed per utterance"
+            f"bootstrap interval: {len(errors)} error counts and {len(lengths)} lengths, but one of each is "
+            "required per utterance"
         )
     error_N, length_N = np.asarray(errors, float), np.asarray(lengths, float)
     rates = _resampled_rates(error_N, length_N, seed, n)
@@ -128,7 +128,7 @@ def bootstrap_interval(
 
 
 def _resampled_rates(error_N: np.ndarray, length_N: np.ndarray, seed: int, n: int) -> np.ndarray:
-    """sum(errors) / sum(lengths) of `n` bootstrap samples of utterances."""
+    """Compute sum(errors) / sum(lengths) for `n` bootstrap samples of utterances."""
     rng = np.random.default_rng(seed)
     rates = np.empty(n)
     for sample in range(n):
@@ -139,7 +139,7 @@ def _resampled_rates(error_N: np.ndarray, length_N: np.ndarray, seed: int, n: in
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Difference of two systems' error rates, its confidence interval and p-value."""
+    """Difference between the error rates of two systems, with its confidence interval and p-value."""
 
     difference: float
     low: float
@@ -155,18 +155,18 @@ def paired_bootstrap(
     n: int = 1000,
     level: float = 0.95,
 ) -> PairedTest:
-    """Paired bootstrap test of two systems on the same utterances (Bisani and Ney 2004).
+    """Compare two systems on the same utterances with a paired bootstrap test (Bisani and Ney 2004).
 
-    The p-value is two-sided: the share of bootstrap differences whose distance from the measured difference
-    is at least the distance of the measured difference from zero (Efron and Tibshirani 1993, chapter 16).
+    The p-value is two-sided: the fraction of bootstrap differences that deviate from the measured difference
+    by at least its absolute value (Efron and Tibshirani 1993, chapter 16).
 
     Raises:
-        DataError: no utterances, or sequences of different lengths.
+        DataError: there are no utterances, or the sequences have different lengths.
     """
     if not len(errors) == len(baseline_errors) == len(lengths) or not len(errors):
         raise DataError(
             f"paired bootstrap: {len(errors)} and {len(baseline_errors)} error counts and {len(lengths)} "
-            "lengths; one of each is needed per utterance"
+            "lengths, but one of each is required per utterance"
         )
     difference_N = np.asarray(errors, float) - np.asarray(baseline_errors, float)
     length_N = np.asarray(lengths, float)
@@ -178,7 +178,7 @@ def paired_bootstrap(
 
 
 def phone_frames(alignment: Sequence[Phone], n_frames: int, grid: FrameGrid) -> list[str | None]:
-    """Phone at the center of each frame; None where the alignment has none."""
+    """Return the phone at the center of each frame, or None if the alignment has no phone there."""
     symbols: list[str | None] = []
     index = 0
     for frame in range(n_frames):
@@ -191,26 +191,31 @@ def phone_frames(alignment: Sequence[Phone], n_frames: int, grid: FrameGrid) -> 
 
 
 def joint_counts(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_units: int) -> np.ndarray:
-    """Number of frames per phone and unit, int64 (P, K), from frame-wise phones and units (N,).
+    """Count frames per phone and unit, int64 (P, K), given the phone and the unit of each frame (N,).
 
     Raises:
-        DataError: no frames, different numbers of phones and units, or indices out of range.
+        DataError: there are no frames, the numbers of phones and units differ, or an index is out of range.
     """
     phone_N, unit_N = np.asarray(phone_N, np.int64), np.asarray(unit_N, np.int64)
     if phone_N.shape != unit_N.shape or not len(phone_N):
-        raise DataError(f"{len(phone_N)} phones and {len(unit_N)} units; one of each is needed per frame")
+        raise DataError(
+            f"{len(phone_N)} phones and {len(unit_N)} units, but one of each is required per frame"
+        )
     for name, index_N, n in (("phones", phone_N, n_phones), ("units", unit_N, n_units)):
         if index_N.min() < 0 or index_N.max() >= n:
-            raise DataError(f"{name} are in {index_N.min()}..{index_N.max()}, but must be in 0..{n - 1}")
+            raise DataError(
+                f"{name} range from {index_N.min()} to {index_N.max()}, but must be between 0 and {n - 1}"
+            )
     counts = np.bincount(phone_N * n_units + unit_N, minlength=n_phones * n_units)
     return counts.reshape(n_phones, n_units)
 
 
 def cluster_quality(count_PK: np.ndarray) -> dict[str, float]:
-    """Phone purity, cluster purity and PNMI of `joint_counts` (HuBERT paper, section IV-D).
+    """Compute phone purity, cluster purity and PNMI from `joint_counts` (HuBERT paper, section IV-D).
 
-    Phone purity: share of frames whose phone is the most frequent one of their unit. Cluster purity: share
-    of frames whose unit is the most frequent one of their phone. PNMI: I(phone; unit) / H(phone).
+    Phone purity is the fraction of frames whose phone is the most frequent phone of their unit. Cluster
+    purity is the fraction of frames whose unit is the most frequent unit of their phone. PNMI is
+    I(phone; unit) / H(phone).
     """
     joint_PK = count_PK / count_PK.sum()
     phone_P, unit_K = joint_PK.sum(1), joint_PK.sum(0)

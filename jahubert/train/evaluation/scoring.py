@@ -1,4 +1,4 @@
-"""Scoring of hypotheses: error rates by set, talk and speaker, confusions, and alignments as text."""
+"""Scoring of hypotheses: error rates per set, talk and speaker, confusions, and text alignments."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Words = list[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Measure:
-    """An error rate: the items of an utterance that it compares, and how they are normalized."""
+    """An error rate."""
 
     name: str
     title: str
-    items: Callable[[Words], Sequence]
-    normalizer: str
+    items: Callable[[Words], Sequence]  # converts the words of an utterance to the items that are compared
+    normalizer: str  # description of the normalization
 
 
 def _symbols(words: Words) -> list[str]:
@@ -33,7 +33,7 @@ def _word_measure(symbols: str) -> Measure:
     return Measure("wer", "WER", lambda words: words, normalizer)
 
 
-# Measures by vocabulary. Words stay tuples and phones stay lists: joined labels are ambiguous (k y o, ky o).
+# Measures per vocabulary. Symbols are not joined to strings, which would be ambiguous (k y o, ky o).
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "phones": (
         _word_measure("phones"),
@@ -68,7 +68,7 @@ class ScoredUtterance:
 
 @dataclass
 class SetScore:
-    """The errors of every utterance of a set, by measure."""
+    """Errors of every utterance in a set, for each measure."""
 
     utterances: list[ScoredUtterance]
     measures: tuple[Measure, ...]
@@ -89,7 +89,7 @@ class SetScore:
         return self.measures is MEASURES["phones"]
 
     def rates(self, seed: int, n_samples: int) -> dict[str, Any]:
-        """Every measure of the whole set: rate, counts, bootstrap interval and normalizer."""
+        """Compute each measure of the whole set: rate, counts, bootstrap interval and normalizer."""
         result = {}
         for measure in self.measures:
             counts = self.counts[measure.name]
@@ -101,7 +101,7 @@ class SetScore:
         return result
 
     def by(self, key: Callable[[ScoredUtterance], str]) -> dict[str, Any]:
-        """Every measure of each group of utterances, for example by talk or by speaker."""
+        """Compute each measure for groups of utterances, for example per talk or per speaker."""
         groups: dict[str, list[int]] = {}
         for number, utterance in enumerate(self.utterances):
             groups.setdefault(key(utterance), []).append(number)
@@ -112,9 +112,9 @@ class SetScore:
         }
 
     def confusions(self, n: int) -> dict[str, list[tuple[str, str, int]]]:
-        """The `n` most frequent errors by measure: (reference, hypothesis, count).
+        """Find the `n` most frequent errors for each measure, as (reference, hypothesis, count).
 
-        An insertion has the reference "", a deletion the hypothesis "".
+        The reference is "" in an insertion, and the hypothesis is "" in a deletion.
         """
         result = {}
         for measure in self.measures:
@@ -152,9 +152,9 @@ def _item_text(item: Any) -> str:
 def published_table(
     published: Mapping[str, Mapping[str, float]], results: Sequence[tuple[str, Mapping[str, float]]]
 ) -> str:
-    """Table of WER % with one column per set: published rows, then `results` as (name, WER by set).
+    """Format published WERs and `results` (name, WER by set) as a table with one column per set.
 
-    Empty if there are no published rows or no results.
+    The table is empty if there are no published rows or no results.
     """
     results = [(f"here: {name}", row) for name, row in results if row]
     if not published or not results:
@@ -173,12 +173,12 @@ def published_table(
 
 
 def phone_wer(scores: Mapping[str, Any]) -> dict[str, float]:
-    """WER % of each set whose words are phones, the only WER that is comparable with published ones."""
+    """Return the WER (%) of each set with phones as symbols, which is comparable with published WERs."""
     return {split: 100 * score["wer"]["rate"] for split, score in scores.items() if "per" in score}
 
 
 def rates_table(scores: Mapping[str, Any]) -> str:
-    """Every measure of every set with its interval and normalizer, and the test against the baseline."""
+    """Format all measures of all sets with their intervals, and the comparison with the baseline."""
     lines = []
     for split, score in scores.items():
         lines.append(f"{split}: {score['utterances']} utterances")
@@ -195,7 +195,7 @@ def rates_table(scores: Mapping[str, Any]) -> str:
 
 
 def details(split: str, score: Mapping[str, Any], set_score: SetScore) -> Iterator[str]:
-    """Lines of a set's text report: rates, talks, speakers, confusions, and every utterance aligned."""
+    """Yield the lines of the text report: rates, talks, speakers, confusions, and aligned utterances."""
     yield from rates_table({split: score}).splitlines()
     for title, groups in (("talk", score["talks"]), ("speaker", score["speakers"])):
         if 1 < len(groups) < len(set_score.utterances):
@@ -224,7 +224,7 @@ def details(split: str, score: Mapping[str, Any], set_score: SetScore) -> Iterat
 
 
 def aligned_lines(reference: Words, hypothesis: Words, as_kana: bool) -> Iterator[str]:
-    """Reference and hypothesis with aligned columns, and a line that marks the errors if there are any."""
+    """Yield the reference and the hypothesis with aligned columns, and a line with error marks if any."""
     columns = []
     for a, b in align(reference, hypothesis):
         mark = "" if a == b else "I" if a is None else "D" if b is None else "S"
@@ -238,13 +238,13 @@ def aligned_lines(reference: Words, hypothesis: Words, as_kana: bool) -> Iterato
 
 
 def measures_of(score: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """(title, value) of each measure in a score."""
+    """Return the title and value of each measure in a score."""
     titles = {measure.name: measure.title for group in MEASURES.values() for measure in group}
     return [(titles[name], value) for name, value in score.items() if name in titles]
 
 
 def display_text(symbols: str, as_kana: bool) -> str:
-    """A word or symbol as displayed: kana or joined symbols, `***` for a missing one."""
+    """Format a word or symbol for display: kana or joined symbols; `***` if it is missing."""
     if not symbols:
         return "***"
     parts = symbols.split(" ")
@@ -252,7 +252,7 @@ def display_text(symbols: str, as_kana: bool) -> str:
 
 
 def _width(text: str) -> int:
-    """Number of terminal columns; wide characters take two."""
+    """Number of terminal columns of a text; wide characters occupy two columns."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 

@@ -1,7 +1,7 @@
 """Sanity checks of units and training: unit usage, label stores, masked accuracy, and the CTC blank plateau.
 
-Every check returns a message with advice, or None. Stages log it as a warning, or raise it where they are
-configured to. Without such checks, training on labels that are all one unit goes unnoticed for weeks.
+Each check returns a message with advice, or None. Stages log the message as a warning, or raise it as an
+error if configured to do so. Without such checks, training on degenerate labels may go unnoticed for weeks.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ log = logging.getLogger(__name__)
 
 OnBadUnits = Literal["warn", "error"]
 
-_MIN_USED = 0.9  # fraction of units that must occur
-_MIN_PERPLEXITY = 0.25  # as a fraction of the number of units
-_MAX_SHARE = 0.3  # maximum share of frames in one unit; silence usually takes 0.1 to 0.2
-_ROUNDING = 1e-3  # share of frames that may differ between devices
-_SHIFTS = (-2, -1, 1, 2)  # tested shifts in frames
-_SCAN = 1 << 20  # frames compared at once
+_MIN_USED = 0.9  # minimum fraction of units that occur
+_MIN_PERPLEXITY = 0.25  # minimum perplexity, as a fraction of the number of units
+_MAX_SHARE = 0.3  # maximum fraction of frames of one unit; silence usually has 0.1 to 0.2
+_ROUNDING = 1e-3  # fraction of frames that may differ between devices
+_SHIFTS = (-2, -1, 1, 2)  # shifts to test (frames)
+_SCAN = 1 << 20  # number of frames to compare at once
 # Masked accuracy of HuBERT base on LibriSpeech by feature, number of units and updates (fairseq issue 4907).
 _PUBLISHED_ACCURACY = {
     ("mfcc", 100): {250_000: 0.365, 400_000: 0.390},
     ("hubert", 500): {250_000: 0.383, 400_000: 0.417},
 }
-_POOR = 0.8  # fraction of the published accuracy below which a run is reported
+_POOR = 0.8  # runs below this fraction of the published accuracy are reported
 
 
 def usage_statistics(count_K: np.ndarray) -> dict[str, float]:
-    """Units in use, entropy (bits), perplexity and largest share of frames, from frames per unit (K,)."""
+    """Compute the number of used units, entropy (bits), perplexity and largest share of frames.
+
+    Args:
+        count_K: number of frames of each unit.
+    """
     share_K = np.asarray(count_K) / max(1, np.sum(count_K))
     nonzero = share_K[share_K > 0]
     entropy = -float(np.sum(nonzero * np.log2(nonzero)))
@@ -48,19 +52,19 @@ def usage_statistics(count_K: np.ndarray) -> dict[str, float]:
 
 
 def usage_problem(count_K: np.ndarray) -> str | None:
-    """Message if one unit takes too many frames or too few units occur; None if usage is normal."""
+    """Return a message if one unit has too many frames or too few units occur; None if usage is normal."""
     n_units, usage = len(count_K), usage_statistics(count_K)
     if usage["largest_share"] > max(_MAX_SHARE, 3 / n_units):
         return (
-            f"unit {int(np.argmax(count_K))} takes {usage['largest_share']:.0%} of all frames. If it is "
-            "silence, remove silence from the corpus; otherwise check the audio (all zeros?) and that the "
-            "centroids belong to this feature, layer and normalization"
+            f"unit {int(np.argmax(count_K))} has {usage['largest_share']:.0%} of all frames. If it "
+            "represents silence, remove silence from the corpus. Otherwise check that the audio is not all "
+            "zeros, and that the centroids belong to this feature, layer and normalization"
         )
     if usage["used"] < _MIN_USED * n_units or usage["perplexity"] < _MIN_PERPLEXITY * n_units:
         return (
             f"only {usage['used']} of {n_units} units occur (perplexity {usage['perplexity']:.0f}). The "
-            "centroids belong to another feature, layer or normalization, or were fitted to too few frames: "
-            "check features.sample_frames and kmeans.n_init, or lower kmeans.n_clusters"
+            "centroids belong to a different feature, layer or normalization, or were fitted to too few "
+            "frames: check features.sample_frames and kmeans.n_init, or lower kmeans.n_clusters"
         )
     return None
 
@@ -80,18 +84,19 @@ def _report(problem: str, on_bad_units: OnBadUnits) -> None:
 def accuracy_problem(
     accuracy: float, chance: float, step: int, feature: str = "", n_units: int = 0
 ) -> str | None:
-    """Message if the masked accuracy after `step` updates is at chance or far below published runs.
+    """Return a message if the masked accuracy is at chance level or far below that of published runs.
 
     Args:
-        chance: accuracy of always predicting the most frequent unit, which is that unit's share of frames.
+        accuracy: masked accuracy after `step` updates.
+        chance: accuracy of always predicting the most frequent unit.
         feature, n_units: source of the labels; published values exist for ("mfcc", 100) and ("hubert", 500).
     """
     if accuracy <= 1.05 * chance:
         return (
             f"accuracy on masked frames is {accuracy:.3f} after {step} updates; predicting the most frequent "
-            f"unit everywhere gives {chance:.3f}. The model has not learned anything: check the usage of the "
-            "units (label), that the labels belong to this audio, and try a lower pretrain.train.lr or a "
-            "longer warmup"
+            f"unit everywhere has an accuracy of {chance:.3f}. The model has not learned anything: check the "
+            "usage of the units (stage label) and that the labels belong to this audio, and try a lower "
+            "pretrain.train.lr or a longer warm-up"
         )
     published = _PUBLISHED_ACCURACY.get((feature, n_units), {})
     reached = [updates for updates in published if updates <= step]
@@ -109,15 +114,15 @@ class LabelDifference:
     """Difference between the units of two label stores."""
 
     frames: int
-    message: str  # how they differ, the probable reason, and what to do
-    harmless: bool  # no more than rounding differences between devices
+    message: str  # description of the difference, the probable reason, and advice
+    harmless: bool  # whether the difference can be explained by rounding on different devices
 
 
 def label_difference(first: LabelStore, second: LabelStore, manifest: Manifest) -> LabelDifference | None:
-    """Compare the units of two stores of one manifest; None if they are equal.
+    """Compare the units of two stores of the same manifest; returns None if they are equal.
 
     Raises:
-        DataError: a store belongs to another manifest.
+        DataError: a store belongs to a different manifest.
     """
     for store in (first, second):
         store.check(manifest)
@@ -145,26 +150,26 @@ def label_difference(first: LabelStore, second: LabelStore, manifest: Manifest) 
         direction = "late" if shift > 0 else "early"
         reason = f": the second is the first, {abs(shift)} frames {direction}; find out which one is correct"
     elif different_fields:
-        reason = f"; they were made from different inputs: {'; '.join(different_fields)}"
+        reason = f"; they were computed from different inputs: {'; '.join(different_fields)}"
     elif share < _ROUNDING:
-        reason = ", as expected from rounding on different devices: harmless"
+        reason = ", as expected from rounding on different devices (harmless)"
         return LabelDifference(n_different, summary + reason, harmless=True)
     else:
-        reason = ", but their headers agree: the audio changed or a store is damaged; make both again"
+        reason = ", but their headers agree: the audio has changed or a store is damaged; recompute both"
     return LabelDifference(n_different, summary + reason, harmless=False)
 
 
 def check_label_difference(
     first: LabelStore, second: LabelStore, manifest: Manifest, on_bad_units: OnBadUnits
 ) -> None:
-    """Warn if two stores differ; with `on_bad_units="error"` raise DataError unless it is only rounding."""
+    """Warn if two stores differ, or raise DataError with `on_bad_units="error"` unless this is harmless."""
     difference = label_difference(first, second, manifest)
     if difference is not None:
         _report(difference.message, "warn" if difference.harmless else on_bad_units)
 
 
 def _shift(first_N: np.ndarray, second_N: np.ndarray) -> int:
-    """Delay of `second_N` in frames if a shift explains most differences, else 0."""
+    """Return the delay of `second_N` in frames if a shift explains most differences, otherwise 0."""
     first_N, second_N = first_N[:_SCAN], second_N[:_SCAN]
     reach = max(_SHIFTS)
     middle_N = first_N[reach : len(first_N) - reach]
@@ -178,21 +183,21 @@ def _shift(first_N: np.ndarray, second_N: np.ndarray) -> int:
     return best if 1 - agreement[best] < (1 - agreement[0]) / 2 else 0
 
 
-_MAX_EMPTY = 0.5  # maximum share of empty hypotheses
-_PLATEAU = 0.1  # share of updates during which emitting only blanks is normal
+_MAX_EMPTY = 0.5  # maximum fraction of empty hypotheses
+_PLATEAU = 0.1  # fraction of updates during which emitting only blanks is normal
 
 
 def blank_problem(
     blank: float, empty: float, step: int, *, max_steps: int, head_only_steps: int = 0
 ) -> str | None:
-    """Message if a CTC model still emits mostly blanks after `step` updates; None if it does not.
+    """Return a message if a CTC model still emits mostly blanks after `step` updates.
 
-    Every CTC model starts on this plateau, and stays longer while its encoder is frozen. So nothing is
-    reported until a tenth of all updates have trained the whole network.
+    Every CTC model starts on this plateau, and stays there longer while its encoder is frozen. Nothing is
+    therefore reported until the whole network was trained for a tenth of all updates.
 
     Args:
-        blank: share of frames whose most probable symbol is blank.
-        empty: share of utterances of the development set with an empty hypothesis.
+        blank: fraction of frames whose most probable symbol is blank.
+        empty: fraction of development utterances with an empty hypothesis.
     """
     if empty < _MAX_EMPTY or step < min(max_steps, head_only_steps + _PLATEAU * max_steps):
         return None

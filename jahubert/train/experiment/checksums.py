@@ -1,4 +1,4 @@
-"""Sizes and checksums of the files of a stage or checkpoint, verified when they are read."""
+"""Sizes and checksums of the files in a stage or checkpoint folder, and their verification."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from jahubert.errors import DataError
 from jahubert.formats.atomic import PREFIX
 
 _CHUNK = 1 << 20  # bytes
-LARGE = 1 << 30  # bytes: larger files can be compared by size only
-# Not read by other stages, or with checks of their own (checkpoints); `work` is audio, which has decoders.
+LARGE = 1 << 30  # bytes; larger files can optionally be verified by size only
+# Files in these folders are not read by other stages, or are checked in other ways: checkpoints have their
+# own checksums, and audio in `work` is checked by decoders.
 _EXCLUDED_FOLDERS = ("checkpoints", "checkpoints_fairseq2", "tensorboard", "work", "shards")
 _EXCLUDED_FILES = ("started.json", "provenance.json", ".running")
 
 
 def file_crc32(path: Path) -> str:
-    """CRC-32 of a file, as 8 hexadecimal digits."""
+    """Compute the CRC-32 of a file, as 8 hexadecimal digits."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -29,13 +30,13 @@ def file_crc32(path: Path) -> str:
 
 
 def content_crc32(content: Mapping[str, Any]) -> str:
-    """CRC-32 of JSON-ready content, the same before it is written and after it is read again."""
+    """Compute the CRC-32 of JSON-serializable content, which does not change if it is saved and loaded."""
     normalized = json.loads(json.dumps(content, default=str))
     return f"{zlib.crc32(json.dumps(normalized, sort_keys=True).encode()):08x}"
 
 
 def describe_outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of every output file of a stage, by its path relative to the stage's folder."""
+    """Return the size and checksum of every output file of a stage, keyed by path relative to `folder`."""
     outputs = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -64,7 +65,7 @@ def verify_outputs(
         max_bytes: compare larger files by size only.
 
     Raises:
-        DataError: a file is missing or damaged; names it.
+        DataError: a file is missing or damaged.
     """
     for name, expected in outputs.items():
         path = folder / name
@@ -72,7 +73,7 @@ def verify_outputs(
             continue
         damage = _damage(path, expected, max_bytes)
         if damage:
-            raise DataError(f"{path}: {damage}; restore this file, or delete {folder} to make it again")
+            raise DataError(f"{path}: {damage}; restore this file, or delete {folder} and rerun its stage")
 
 
 def _damage(path: Path, expected: Mapping[str, Any], max_bytes: float) -> str:
@@ -81,10 +82,10 @@ def _damage(path: Path, expected: Mapping[str, Any], max_bytes: float) -> str:
     except FileNotFoundError:
         return "file not found"
     if size != expected["bytes"]:
-        return f"damaged: {size} bytes, but {expected['bytes']} were written"
+        return f"damaged: has {size} bytes, but {expected['bytes']} bytes were written"
     if size > max_bytes:
         return ""
     crc32 = file_crc32(path)
     if crc32 != expected["crc32"]:
-        return f"damaged: checksum {crc32}, but {expected['crc32']} was recorded when it was written"
+        return f"damaged: checksum is {crc32}, but {expected['crc32']} was recorded"
     return ""

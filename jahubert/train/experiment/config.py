@@ -1,13 +1,14 @@
-"""Conversion of plain settings to frozen dataclasses, reporting every mistake at once.
+"""Conversion of plain settings to frozen dataclasses, with all errors reported at once.
 
-A misspelt key, a wrong type or a value out of range is found before any work starts. The `Config` of a stage
-declares its fields with the paper's defaults, with these kinds:
+Misspelled keys, wrong types and values out of range are reported before any work starts. The `Config` of a
+stage declares its settings with the defaults of the paper. Some kinds of fields have a special meaning:
 
-- `runtime_field`: does not change the result (device, workers, logging), so provenance leaves it out.
+- `runtime_field`: a setting that does not change the result (device, workers, logging) and is therefore not
+  part of the provenance.
 - a `Path`: an input, identified by its content and not by its location.
-- `model_field`: a `Path` to a model, or the name of one on the Hub.
+- `model_field`: the `Path` of a model, or the name of a model on the Hub.
 - `split_field`: a split of the manifest.
-- `config_group`: a group of settings whose class depends on the settings before it.
+- `config_group`: a group of settings whose class depends on preceding settings.
 """
 
 from __future__ import annotations
@@ -40,35 +41,35 @@ _RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of them
 
 
 def runtime_field(default: Any) -> Any:
-    """A dataclass field that does not change the result."""
+    """Declare a dataclass field that does not change the result."""
     return dataclasses.field(default=default, metadata={"runtime": True})
 
 
 def model_field(default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that names a model: a folder, a file or a name on the Hub."""
+    """Declare a dataclass field for a model: a folder, a file or a name on the Hub."""
     return dataclasses.field(default=default, metadata={"model": True})
 
 
 def split_field(default: Any) -> Any:
-    """A dataclass field that names one split of the config's manifest, or a tuple of splits."""
+    """Declare a dataclass field for a split of the config's manifest, or a tuple of splits."""
     return dataclasses.field(default=default, metadata={"split": True})
 
 
 def config_group(group_class: GroupClass) -> Any:
-    """A dataclass field that is a group of settings.
+    """Declare a dataclass field for a group of settings.
 
     Args:
         group_class: maps the values of the preceding fields to the class of the group, or to None if one of
-            them is invalid and already reported. Only `structure` applies it.
+            them is invalid. Only `structure` uses it.
     """
     return dataclasses.field(default_factory=dict, metadata={"group": group_class})
 
 
 def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]:
-    """One message per number outside its range; None is allowed.
+    """Return a message for each number that is out of range; None is allowed.
 
     Args:
-        allowed: range -> names of the fields, such as {"at least 0": ("workers",)}.
+        allowed: maps a range to the names of fields, e.g. {"at least 0": ("workers",)}.
     """
     return [
         f"{name} is {value}, but must be {what}"
@@ -102,14 +103,14 @@ def raise_config_errors(errors: Sequence[str]) -> None:
 def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     """Build the dataclass `cls` from a mapping, and nested dataclasses from nested mappings.
 
-    Text is converted to the declared type, so that settings may come from a command line.
+    Text is converted to the declared type, so that settings can come from the command line.
 
     Args:
         where: the name of the group, for messages.
 
     Raises:
-        ConfigError: one line for each unknown key (with the nearest known one), missing key, wrong type and
-            failed check.
+        ConfigError: some settings are invalid. The message has one line for each unknown key (with the most
+            similar known key), missing key, wrong type and failed check.
     """
     errors: list[str] = []
     built = _build(tree, cls, where, errors)
@@ -120,15 +121,15 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
 
 
 def is_null(value: Any) -> bool:
-    """Whether a setting is null, in a file or typed on the command line."""
+    """Whether a setting is null, given in a file or on the command line."""
     return value is None or (isinstance(value, str) and value.lower() == "null")
 
 
 def expand_user(path: str | Path) -> Path:
-    """The path with `~` and `~user` expanded.
+    """Expand `~` and `~user` in a path.
 
     Raises:
-        ConfigError: no such user.
+        ConfigError: the user does not exist.
     """
     try:
         return Path(path).expanduser()
@@ -139,7 +140,7 @@ def expand_user(path: str | Path) -> Path:
 
 
 def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool = False) -> str:
-    """Message for a name that does not exist (or, `missing`, was not given), with a suggestion."""
+    """Error message, with a suggestion, for a name that does not exist or (`missing`) was not given."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near and not missing else "choose one of " + ", ".join(known)
@@ -147,7 +148,7 @@ def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool
 
 
 def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
-    """Message for a key that does not exist, with a suggestion."""
+    """Error message for a key that does not exist; includes a suggestion."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {where}{near[0]}?" if near else "known keys are " + ", ".join(known)
@@ -155,7 +156,7 @@ def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
 
 
 def _build(tree: Any, cls: type, where: str, errors: list[str], base: Any = None) -> Any:
-    """Build `cls`; missing values come from `base`, or else from the defaults of the fields."""
+    """Build `cls`; missing values are taken from `base` if given, otherwise from the field defaults."""
     tree = {} if is_null(tree) and where else tree
     if not isinstance(tree, Mapping):
         errors.append(f"{where or 'configuration'}: expected a group of settings, found {tree!r}")
@@ -188,7 +189,7 @@ def _build(tree: Any, cls: type, where: str, errors: list[str], base: Any = None
 def _group(
     tree: Any, group_class: GroupClass, values: Mapping[str, Any], where: str, errors: list[str]
 ) -> Any:
-    """A group of settings whose class depends on the preceding values."""
+    """Build a group of settings whose class depends on the preceding values."""
     try:
         cls = group_class(values)
     except ConfigError as error:
@@ -230,15 +231,15 @@ def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = 
     if converted is None:
         not_finite = hint is float and _number(value) is not None
         expected = "a finite number" if not_finite else getattr(hint, "__name__", str(hint))
-        advice = "; give it a value" if is_null(value) else ""
+        advice = "; set a value" if is_null(value) else ""
         if isinstance(value, str) and "," in value:
-            advice = "; several values need --multirun"
+            advice = "; use --multirun for several values"
         errors.append(f"{where}: expected {expected}, found {value!r}{advice}")
     return converted
 
 
 def _scalar(value: Any, hint: Any) -> Any:
-    """Convert a scalar to the type `hint`; None if it does not fit."""
+    """Convert a scalar to the type `hint`; None if this is not possible."""
     if hint is Any:
         return untyped(value)
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
@@ -256,7 +257,7 @@ def _scalar(value: Any, hint: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """A number, possibly given as text (YAML reads 5e-4 as text)."""
+    """Convert to a number, also from text (YAML reads 5e-4 as text); None if this is not possible."""
     try:
         return float(value) if isinstance(value, (int, float, str)) else None
     except ValueError:
@@ -266,7 +267,7 @@ def _number(value: Any) -> float | None:
 
 
 def untyped(value: Any) -> Any:
-    """Convert text without a declared type to null, a boolean or a number where it reads as one."""
+    """Convert text without a declared type to null, a boolean or a number if it looks like one."""
     if isinstance(value, Mapping):
         return {key: untyped(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -283,7 +284,7 @@ def untyped(value: Any) -> Any:
 
 
 def result_fields(config: Any) -> dict[str, Any]:
-    """The settings that change the result, flattened: `{"optim.lr": 5e-4, ...}`; `Path` values stay paths."""
+    """Return the settings that change the result, flattened: `{"train.lr": 5e-4, ...}`."""
     flat: dict[str, Any] = {}
     for name, value, metadata in _leaves(config):
         if metadata.get("runtime"):
@@ -296,7 +297,7 @@ def result_fields(config: Any) -> dict[str, Any]:
 
 
 def default_fields(config: Any) -> dict[str, Any]:
-    """The defaults of `result_fields`, for the fields that have one."""
+    """Return the defaults of `result_fields`, for fields that have a default."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -313,7 +314,7 @@ def default_fields(config: Any) -> dict[str, Any]:
 
 
 def input_fields(config: Any) -> Iterator[tuple[str, Path, bool]]:
-    """Yield (dotted name, path, whether it may be a Hub name) for each input of a config."""
+    """Yield (dotted name, path, whether it may be a Hub name) for each input in a config."""
     for name, value, metadata in _leaves(config):
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
@@ -321,7 +322,7 @@ def input_fields(config: Any) -> Iterator[tuple[str, Path, bool]]:
 
 
 def split_fields(config: Any) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, split) for each split that a config names."""
+    """Yield (dotted name, split) for each split given in a config."""
     for name, value, metadata in _leaves(config):
         if metadata.get("split"):
             for split in (value,) if isinstance(value, str) else value or ():

@@ -1,7 +1,7 @@
 """Process group of a run: rank, world size, device, collectives, heartbeat and local launcher.
 
-A run is distributed if torchrun, or a launcher that sets the same environment variables, started it.
-Without a process group every function acts on the single process.
+A run is distributed if it was started by torchrun or by a launcher that sets the same environment variables.
+Without a process group, all functions work as in a group of one process.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ T = TypeVar("T")
 
 # Signals that stop a run; Windows has no SIGUSR1.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-_GRACE = 10.0  # seconds between waiting, SIGTERM and SIGKILL
+_GRACE = 10.0  # seconds to wait for processes to exit before SIGTERM, and again before SIGKILL
 
 
 def process_device(name: str) -> torch.device:
-    """The device of this process: for `cuda` the GPU of its local rank, for `auto` that GPU or else the CPU.
+    """Select the device of this process.
 
-    `auto` never selects an Apple GPU: training sums losses in float64, which MPS does not support.
+    `cuda` selects the GPU of the local rank; `auto` selects the same GPU if available, otherwise the CPU.
+    `auto` never selects an Apple GPU, because training sums losses in float64, which MPS does not support.
 
     Raises:
-        ConfigError: unknown or unavailable device, or a single GPU for several processes.
+        ConfigError: the device is unknown or unavailable, or several processes would share one GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda:") and world() > 1:
         raise ConfigError(
-            f"device={name}: {world()} processes would share one GPU; with device=cuda each has its own"
+            f"device={name}: {world()} processes would share one GPU; set device=cuda to use one GPU each"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and 0 < n_gpus <= local_rank:
         raise ConfigError(
-            f"device={name}: process {local_rank} of this machine needs GPU {local_rank}, but torch sees "
+            f"device={name}: process {local_rank} on this machine needs GPU {local_rank}, but torch finds "
             f"{n_gpus}; start one process per GPU, or set device=cpu"
         )
     return pick_device(f"cuda:{local_rank}" if name == "cuda" else name)
@@ -65,24 +66,25 @@ def _print_traceback(error: BaseException) -> int:
 def process_group(report: Callable[[BaseException], int] = _print_traceback) -> Iterator[None]:
     """Initialize the process group if a launcher started several processes; destroy it at the end.
 
-    A process of several that fails exits at once, without destroying the group: other ranks may be waiting
-    for it in a collective, and NCCL would wait for them. The launcher or the lost connection ends those.
+    If one of several processes fails, it exits immediately without destroying the group, because other ranks
+    may be waiting for it in a collective, and NCCL would wait for them. They are ended by the launcher or by
+    the lost connection.
 
     Args:
-        report: prints an error raised inside the block and returns the exit status of this process.
+        report: prints an error raised in the block and returns the exit status of this process.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    _stop_with_parent()  # torchrun does not set this up
+    _stop_with_parent()  # torchrun does not do this
     backend = "gloo"
     if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"  # gloo for stages on the CPU and for Python objects
+        backend = "cpu:gloo,cuda:nccl"  # gloo is used by stages on the CPU and for Python objects
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank < torch.cuda.device_count():
             torch.cuda.set_device(local_rank)
-    # Ranks wait hours for each other, for example while rank 0 prepares a corpus; NCCL's default timeout is
-    # ten minutes. The watchdog detects hanging ranks.
+    # NCCL's default timeout of ten minutes is too short, because ranks may wait for hours, for example while
+    # rank 0 prepares a corpus. The watchdog detects hanging ranks.
     dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
@@ -108,13 +110,13 @@ def world() -> int:
 class Heartbeat(NamedTuple):
     """Progress of this process, which the watchdog compares across ranks."""
 
-    number: int  # count of `heartbeat` calls so far; the rank with the lowest is the slowest
-    activity: str
-    updated: float  # time.monotonic() of the last sign of progress
-    rank0_only: bool  # work that only rank 0 does and that has no time limit
+    number: int  # number of `heartbeat` calls so far; the rank with the lowest number is the slowest
+    activity: str  # current activity, e.g. "computing step 7"
+    updated: float  # time.monotonic() when progress was last recorded
+    rank0_only: bool  # whether only rank 0 is working, which has no time limit
 
 
-# Replaced as a whole: the watchdog thread reads it.
+# Always replaced as a whole, because the watchdog thread reads it.
 _heartbeat = Heartbeat(0, "starting", time.monotonic(), rank0_only=False)
 
 
@@ -123,20 +125,20 @@ def last_heartbeat() -> Heartbeat:
 
 
 def heartbeat(activity: str) -> None:
-    """Record the start of an activity; all ranks must record the same ones in the same order."""
+    """Record the start of an activity; all ranks must record the same activities in the same order."""
     global _heartbeat
     _heartbeat = Heartbeat(_heartbeat.number + 1, activity, time.monotonic(), rank0_only=False)
 
 
 def tick() -> None:
-    """Record progress within an activity, from a loop whose length may differ between ranks."""
+    """Record progress within an activity; call this in loops whose length may differ between ranks."""
     global _heartbeat
     _heartbeat = _heartbeat._replace(updated=time.monotonic())
 
 
 @contextmanager
 def _rank0_only() -> Iterator[None]:
-    """Exempt work that only rank 0 does from the hang timeout."""
+    """Exclude work that only rank 0 does from the hang timeout."""
     global _heartbeat
     _heartbeat = _heartbeat._replace(rank0_only=True)
     yield
@@ -162,7 +164,7 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 and return its result on all ranks.
 
     Raises:
-        UserError, OSError: raised by `work`; on all ranks, and marked as reported on all but rank 0.
+        UserError, OSError: raised by `work`. Raised on all ranks, and marked as reported except on rank 0.
     """
     if not dist.is_initialized():
         return work()
@@ -187,7 +189,7 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
 
 @contextmanager
 def rank0_reports() -> Iterator[None]:
-    """Mark a user's error as reported on all ranks but 0, for code that all ranks run alike."""
+    """Mark a UserError as reported except on rank 0; for code that raises the same error on all ranks."""
     try:
         yield
     except UserError as error:
@@ -208,11 +210,11 @@ def gather_interleaved(items: list[T]) -> list[T]:
 def launch(command: Sequence[str], n: int) -> int:
     """Run `command` as a process group of `n` processes on this machine, like torchrun on a single node.
 
-    Stop signals are forwarded to all processes. When one fails, the others are stopped.
+    Stop signals are forwarded to all processes. If a process fails, the others are stopped.
 
     Returns:
-        The exit status of the first process that failed. If several failed at the same time, the highest:
-        a process that only lost its connection to another exits with 1.
+        The exit status of the process that failed first. If several failed at the same time, the highest
+        status is returned, because a process that only lost its connection exits with status 1.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -241,7 +243,7 @@ def launch(command: Sequence[str], n: int) -> int:
             _exit_status(code or 0, f"process {i} of {n} (pid {children[i].pid})")
             for i, code in enumerate(return_codes)
         )
-        _terminate(children)  # the others may be waiting in a collective
+        _terminate(children)  # the remaining processes may be waiting in a collective
         return status
     finally:
         for signum, handler in previous.items():
@@ -249,7 +251,7 @@ def launch(command: Sequence[str], n: int) -> int:
 
 
 def _exit_status(return_code: int, name: str) -> int:
-    """Exit status for a child's return code; reports the signal if one killed the child."""
+    """Convert a child's return code to an exit status; reports the signal if the child was killed by one."""
     if return_code >= 0:
         return return_code
     signum = signal.Signals(-return_code)
@@ -268,13 +270,13 @@ def _exit_status(return_code: int, name: str) -> int:
 
 
 def _stop_with_parent() -> None:
-    """Have this process receive SIGTERM when its parent dies, even by SIGKILL."""
+    """Make the system send SIGTERM to this process when its parent dies, even if by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _terminate(children: Sequence[subprocess.Popen]) -> None:
-    """Wait for the processes to exit, then send SIGTERM, then SIGKILL (a blocked collective needs it)."""
+    """Wait for processes to exit, then send SIGTERM, then SIGKILL, which a blocked collective requires."""
     for action in (lambda _: None, subprocess.Popen.terminate, subprocess.Popen.kill):
         for child in children:
             action(child)

@@ -1,4 +1,4 @@
-"""Environment of a run for its records: versions, git commit, device and command line."""
+"""Description of a run's environment: versions, git commit, device and command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jahubert
 
 
 def environment() -> dict[str, str]:
-    """Versions, device and command line of this process, and the commit if it runs from a git checkout."""
+    """Return versions, device and command line of this process, and the commit in a git checkout."""
     import torch
 
     commit = git_commit()
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Short hash of the checkout's commit, with "+" after it if files differ from it; None without git."""
+    """Return the short commit hash, followed by "+" if files were modified; None outside a git checkout."""
     checkout = Path(jahubert.__file__).parent.parent
     if not (checkout / ".git").exists():
         return None
@@ -46,7 +46,7 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 
 def device_name() -> str:
-    """Name of the GPU if this process uses CUDA, else of the processor."""
+    """Return the name of the GPU if this process uses CUDA, otherwise that of the processor."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -65,7 +65,7 @@ def _cpu_name() -> str:
 
 
 def command_line() -> str:
-    """The command of this process as it could be typed in a shell."""
+    """Return the command line of this process, quoted for a shell."""
     program = Path(sys.argv[0])
     if program.suffix != ".py":
         return shlex.join([program.name, *sys.argv[1:]])

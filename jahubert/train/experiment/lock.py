@@ -1,4 +1,4 @@
-"""Lock of a stage folder: one run at a time; the system releases the lock of a killed process."""
+"""Lock that allows only one run at a time in a stage folder; released by the system if a run is killed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TRIES = 5
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Lock `folder` for this process; forked processes do not hold the lock.
+    """Lock `folder` for this process; forked processes do not inherit the lock.
 
     Raises:
-        BusyError: another process holds it, on this machine or on one that shares the file system.
+        BusyError: another process holds the lock, on this machine or on one that shares the file system.
     """
     for _ in range(_TRIES):
         with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
@@ -41,20 +41,20 @@ def run_lock(folder: Path) -> Iterator[None]:
                 finally:
                     (folder / LOCK_NAME).unlink(missing_ok=True)
                 return
-        time.sleep(0.1)  # another process may be reading the owner, or about to finish
+        time.sleep(0.1)  # another process may only be reading the owner, or be about to finish
     raise BusyError(
         f"{folder}: locked by another run ({other}); wait for it, or stop it and rerun the same command"
     )
 
 
 def lock_owner(folder: Path) -> str | None:
-    """The process that holds the lock of a folder, if any."""
+    """Return a description of the process that holds the lock of a folder, if any."""
     if not (folder / LOCK_NAME).exists():
         return None
     try:
         with (folder / LOCK_NAME).open("r+", encoding="utf-8") as file:
             return _try_lock(file)
-    except OSError:  # deleted meanwhile, or not writable
+    except OSError:  # deleted in the meantime, or not writable
         return None
 
 
@@ -66,14 +66,14 @@ def remove_stale_lock(folder: Path) -> None:
 
 
 def _has_name(file: TextIO, path: Path) -> bool:
-    """Whether an open file still has its name: the previous owner deletes it."""
+    """Whether an open file still exists under its name, because the previous owner may have deleted it."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _try_lock(file: TextIO) -> str | None:
-    """Try to lock a file; returns the owner if another process holds it.
+    """Try to lock a file; returns the owner if another process holds the lock.
 
-    On a file system without locks every attempt succeeds.
+    On a file system without locks, every attempt succeeds.
     """
     if sys.platform == "win32":
         return None

@@ -1,4 +1,4 @@
-"""Progress of the long loops of a stage: a bar on a terminal, and heartbeats for the watchdog."""
+"""Progress of long loops: a progress bar on a terminal, and heartbeats for the watchdog."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from jahubert.train.experiment import distributed
 
 @contextmanager
 def progress(doing: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Context manager that yields a function to call with the number of units completed since its last call.
+    """Show a progress bar inside the block.
 
-    Rank 0 shows a bar of its own share if standard error is a terminal. Lines of `logging` and `tqdm.write`
-    are printed above it.
+    Rank 0 shows a bar for its own part of the work if standard error is a terminal. Output of `logging` and
+    `tqdm.write` is printed above it.
+
+    Yields:
+        A function to be called with the number of units completed since the last call.
     """
-    hidden = True if distributed.rank() else None  # None: unless standard error is a terminal
+    hidden = True if distributed.rank() else None  # None: hidden unless standard error is a terminal
     with tqdm(
         desc=doing, total=total, unit=f" {unit}", disable=hidden, leave=False, dynamic_ncols=True
     ) as bar:

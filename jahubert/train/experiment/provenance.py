@@ -1,10 +1,11 @@
-"""Provenance of output folders: records and fingerprints of the settings and inputs they were made from.
+"""Provenance of output folders: records and fingerprints of settings and inputs.
 
-A stage's fingerprint covers its name, its VERSION, the settings that change its result and the
-fingerprints of its inputs. `started.json` is written before the work and `provenance.json` after it, each
-atomically. When a stage runs again, a finished folder with the same settings is kept and an unfinished one is
-resumed; a folder with different settings raises StaleError, which lists them. A setting that is missing from
-a record, because an earlier version lacked it or recorded only typed settings, counts as its default.
+The fingerprint of a stage covers its name, its VERSION, the settings that change its result, and the
+fingerprints of its inputs. `started.json` is written atomically before the work and `provenance.json` after
+it. When a stage runs again with the same settings, a finished folder is kept and an unfinished one is
+resumed. If the settings differ, StaleError is raised and lists the differences. A setting that is missing
+from a record, because an earlier version lacked it or did not record defaults, is assumed to have its
+default value.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ STARTED, DONE = "started.json", "provenance.json"
 
 
 def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
-    """Everything that the result depends on, as JSON-compatible values; hashed by `fingerprint`."""
+    """Return everything on which the result depends, as JSON-compatible values for `fingerprint`."""
     models = {name for name, _, model in input_fields(config) if model}
     fields = {}
     for name, value in result_fields(config).items():
@@ -44,14 +45,14 @@ def fingerprint(recipe: dict[str, Any]) -> str:
 
 
 def acquire(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> bool:
-    """Claim the folder `out` for a stage; returns whether its result is already complete.
+    """Reserve the folder `out` for a stage; returns whether its result is already complete.
 
     Args:
         recipe: the result of `stage_inputs`.
-        defaults: the values of settings that are missing from the folder's record (`default_fields`).
+        defaults: values of settings that are missing from the folder's record (`default_fields`).
 
     Raises:
-        StaleError: the folder was made or started with other settings.
+        StaleError: the folder was created or started with different settings.
     """
     for name in (DONE, STARTED):
         if (out / name).exists():
@@ -64,10 +65,10 @@ def acquire(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | Non
 
 
 def rollback(out: Path, seconds: float) -> None:
-    """Release the claim of `acquire` if the stage produced no output, so that its settings may change.
+    """Undo `acquire` if the stage has produced no output, so that its settings can be changed.
 
     Args:
-        seconds: work so far; recorded if the claim is kept.
+        seconds: duration of the work so far, which is recorded if there is output.
     """
     if not any(_is_output(path, out) for path in out.rglob("*")):
         (out / STARTED).unlink(missing_ok=True)
@@ -77,7 +78,7 @@ def rollback(out: Path, seconds: float) -> None:
 
 
 def _is_output(path: Path, out: Path) -> bool:
-    """Whether `path` is a file that a failed stage leaves to be resumed."""
+    """Whether `path` is an output file from which a failed stage can be resumed."""
     if not path.is_file() or path.name in (STARTED, RUNNING, "rejected.jsonl"):
         return False
     # TensorBoard curves repeat metrics.jsonl; PREFIX marks temporary files.
@@ -86,12 +87,12 @@ def _is_output(path: Path, out: Path) -> bool:
 
 
 def elapsed_seconds(out: Path) -> float:
-    """Seconds of work in earlier, unfinished runs of this stage, except those ended by SIGKILL."""
+    """Return the duration of earlier, unfinished runs of this stage, except those ended by SIGKILL."""
     return read_record(out / STARTED).get("seconds", 0.0) if (out / STARTED).exists() else 0.0
 
 
 def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
-    """Write the record that marks a stage's folder as finished; the last step of a stage."""
+    """Write the record that marks a stage folder as finished; called last."""
     from jahubert.train.experiment.environment import environment
 
     record = {
@@ -111,7 +112,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
 
     Args:
         config: config of the stage that reads the files.
-        large: verify checksums of files over 1 GB as well; otherwise only their sizes.
+        large: also verify the checksums of files over 1 GB; otherwise only their sizes.
 
     Raises:
         DataError: a file or record is missing or damaged.
@@ -134,9 +135,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: not readable ({error}); delete {path.parent} and rerun its stage"
-        ) from error
+        raise DataError(f"{path}: unreadable ({error}); delete {path.parent} and rerun its stage") from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -146,11 +145,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
-    """Fingerprint of an input: from the record of the stage that made it, else from file names and sizes.
+    """Compute the fingerprint of an input.
+
+    It is taken from the record of the stage that wrote the input. Other inputs are identified by file names
+    and sizes.
 
     Args:
-        name: the setting that holds the path.
-        model: the path may be the name of a model on the Hub.
+        name: name of the setting, for messages.
+        model: whether the path may be the name of a model on the Hub.
 
     Raises:
         DataError: the input does not exist or is not finished.
@@ -158,15 +160,14 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
     for folder in (path, path.parent):  # the folder of a stage, or a file or folder in it
         if (folder / DONE).exists():
             record = read_record(folder / DONE)
-            content = record.get("metrics", {}).get(
-                "content"
-            )  # from stages whose settings do not determine the result
+            # Recorded by stages whose result is not determined by their settings.
+            content = record.get("metrics", {}).get("content")
             return fingerprint({record["fingerprint"]: content}) if content else record["fingerprint"]
         if (folder / STARTED).exists():
             raise DataError(f"{name}: {folder} is not finished; run that stage first (see jahubert status)")
     if path.is_file():
         return f"{path.name}:{path.stat().st_size}"
-    if path.is_dir() and (path / "config.json").exists():  # a model folder that no stage made
+    if path.is_dir() and (path / "config.json").exists():  # a model folder that was not written by a stage
         weights = sorted(path.glob("*.safetensors"))
         return ",".join([path.name, *(f"{file.name}:{file.stat().st_size}" for file in weights)])
     if path.is_dir():
@@ -184,11 +185,11 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
 def changed_settings(
     stage: str, before: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> list[str]:
-    """One message per setting that differs from a record."""
+    """Return a message for each setting that differs from a record."""
     new, default = (json.loads(json.dumps(dict(side), default=str)) for side in (settings, defaults))
     old: dict[str, Any] = {}
     for key, value in before.get("settings", {}).items():
-        if isinstance(value, dict) and key not in new:  # a group of settings as typed
+        if isinstance(value, dict) and key not in new:  # a nested group of settings in an old record
             old |= {f"{key}.{name}": nested for name, nested in value.items()}
         else:
             old[key] = value
@@ -204,19 +205,19 @@ def changed_settings(
 def _check_unchanged(
     out: Path, before: dict[str, Any], recipe: dict[str, Any], defaults: Mapping[str, Any], finished: bool
 ) -> None:
-    """Raise StaleError if the folder's record has other settings or another version of the stage."""
+    """Raise StaleError if the record has different settings or a different version of the stage."""
     stage, version = recipe["stage"], recipe["version"]
     changes = changed_settings(stage, before, recipe["settings"], defaults)
     if before.get("version") != version:
         changes.append(f"{stage} changed from version {before.get('version')} to {version}")
     if not changes:
         return
-    state = "was made" if finished else "was started"
+    state = "was created" if finished else "was started"
     alternative = (
-        "decoding=NAME for another decoding of the same model" if stage in DECODED else "another name=..."
+        "decoding=NAME for another decoding of the same model" if stage in DECODED else "a different name=..."
     )
     raise StaleError(
-        f"{out} {state} with other settings:\n  "
+        f"{out} {state} with different settings:\n  "
         + "\n  ".join(changes)
         + f"\nRestore those settings, use {alternative}, "
         "or delete the folder and rerun the stage."
@@ -229,10 +230,10 @@ def _short(value: Any) -> str:
 
 
 def stage_states(root: Path) -> list[dict[str, Any]]:
-    """State of each stage of an experiment, in the order in which the stages were started.
+    """Return the state of each stage of an experiment, in the order in which they were started.
 
     Raises:
-        DataError: `root` contains no output of a stage.
+        DataError: `root` contains no stage output.
     """
     states = []
     for started in sorted(root.glob("**/" + STARTED), key=lambda path: path.stat().st_mtime):
@@ -245,12 +246,12 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
         kept = ("seconds", "finished", "metrics", "fingerprint")
         states.append(state | {key: record[key] for key in kept if key in record})
     if not states:
-        raise DataError(f"{root}: no stage output found; give the folder of an experiment, such as exp/demo")
+        raise DataError(f"{root}: no stage output found; use the folder of an experiment, e.g. exp/demo")
     return states
 
 
 def _progress(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Progress of an unfinished stage, and the process that is running it."""
+    """Return the progress of an unfinished stage and the process that is running it."""
     owner = lock_owner(folder)
     last = _last_training_metrics(folder / "metrics.jsonl")
     max_steps = record.get("settings", {}).get("train.max_steps")
@@ -262,7 +263,7 @@ def _progress(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last_training_metrics(path: Path) -> dict[str, Any]:
-    """The last logged training metrics; lines of validation metrics are skipped."""
+    """Return the last logged training metrics, skipping validation metrics."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))
@@ -274,12 +275,12 @@ def _last_training_metrics(path: Path) -> dict[str, Any]:
 
 
 def _is_short(value: object) -> bool:
-    """Whether a value is a number or a short text, as opposed to a fingerprint."""
+    """Whether a value is a number or a short text, and not a fingerprint."""
     return isinstance(value, (int, float)) or (isinstance(value, str) and len(value) < 20)
 
 
 def status_table(states: list[dict[str, Any]]) -> str:
-    """`stage_states` as a table with one line per stage."""
+    """Format the result of `stage_states` as a table with one line per stage."""
     rows = [("stage", "state", "time", "result")]
     for state in states:
         metrics = {k: v for k, v in state.get("metrics", state.get("last", {})).items() if _is_short(v)}

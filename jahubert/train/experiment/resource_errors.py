@@ -1,4 +1,4 @@
-"""Clear errors for a full disk, for GPU memory and for killed data-loading workers."""
+"""Clear error messages for a full disk, exhausted memory and killed DataLoader workers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from jahubert.errors import ConfigError, DiskFullError, JahubertError
 from jahubert.train.experiment import distributed
 
-# numpy reports only how much it wrote; "File too large" is a limit on file sizes.
+# numpy only reports how much it wrote. "File too large" is caused by a limit on file sizes.
 _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
 )
-_MIN_FREE_BYTES = 1 << 20  # with less free space, any error counts as a full disk
-_OOM_SUMMARY = re.compile(r".*? is free|[^\n]*")  # the part of torch's message before allocator details
+_MIN_FREE_BYTES = 1 << 20  # with less free space, any error is attributed to a full disk
+_OOM_SUMMARY = re.compile(r".*? is free|[^\n]*")  # part of torch's message that precedes allocator details
 _WORKER_KILLED = re.compile(
     r"DataLoader worker \(pid[^\n]*?\) (is killed by signal: \w+|exited unexpectedly)"
 )
@@ -27,7 +27,7 @@ _WORKER_KILLED = re.compile(
 
 @contextmanager
 def report_disk_full(out: Path) -> Iterator[None]:
-    """Raise DiskFullError for an error that a full disk at `out` caused.
+    """Convert errors caused by a full disk to DiskFullError.
 
     Args:
         out: output folder.
@@ -48,11 +48,11 @@ def report_disk_full(out: Path) -> Iterator[None]:
 
 
 def _is_disk_full(error: BaseException | None, out: Path) -> bool:
-    """Whether the error or one of its causes reports a full disk, or no space is left at all."""
+    """Whether the error or one of its causes reports a full disk, or there is no space left."""
     while error is not None:
         if _DISK_FULL.search(str(error)):
             return True
-        for failure, _ in getattr(error, "failures", {}).values():  # ranks that failed to save a checkpoint
+        for failure, _ in getattr(error, "failures", {}).values():  # errors of ranks when saving a checkpoint
             if _is_disk_full(failure, out):
                 return True
         error = error.__cause__ or error.__context__
@@ -62,18 +62,18 @@ def _is_disk_full(error: BaseException | None, out: Path) -> bool:
 
 @contextmanager
 def report_oom(stage: str, config: Any) -> Iterator[None]:
-    """Name the setting to change when memory is exhausted.
+    """Convert errors caused by exhausted memory to errors that name the setting to change.
 
     Raises:
-        ConfigError: the stage does not fit into GPU memory.
-        JahubertError: a data-loading worker was killed.
+        ConfigError: GPU memory is exhausted.
+        JahubertError: a DataLoader worker was killed.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         message = _OOM_SUMMARY.findall(str(error))[0].rstrip(".")
         raise ConfigError(f"{stage}: {message}. {_memory_advice(stage, config)}") from error
-    except RuntimeError as error:  # torch raises nothing more specific
+    except RuntimeError as error:  # torch raises no more specific error
         match = _WORKER_KILLED.search(str(error))
         if match is None or not hasattr(config, "train"):
             raise
@@ -88,7 +88,7 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
 
 
 def _memory_advice(stage: str, config: Any) -> str:
-    """The setting that reduces GPU memory use."""
+    """Advice on which setting to change to reduce GPU memory use."""
     if hasattr(config, "train"):
         train = f"{stage}.train"
         return (

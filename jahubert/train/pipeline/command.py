@@ -16,7 +16,7 @@ from jahubert.train.pipeline.reporting import configure_logging, is_rank0, repor
 from jahubert.train.pipeline.signals import StopRequested, stop_signals
 
 _DESCRIPTION = """\
-Run stages of an experiment; each writes into its folder exp/NAME/STAGE and is kept once it is done.
+Run stages of an experiment. Each stage writes to its folder exp/NAME/STAGE. Finished stages are kept.
 
   jahubert run recipe=demo stage=all
   jahubert run recipe=csj stage=finetune data=/path/to/CSJ pretrained=rinna/japanese-hubert-base subset=core
@@ -24,15 +24,15 @@ Run stages of an experiment; each writes into its folder exp/NAME/STAGE and is k
 `python -m jahubert.run` is the same command."""
 _EPILOG = """\
 settings:
-  recipe=NAME     a recipe that comes with the package, or a folder with a recipe.yaml
+  recipe=NAME     a recipe in the package, or a folder with a recipe.yaml
   stage=STAGE     prepare, features, kmeans, label, pretrain, targets, finetune, decode, score or report;
-                  all: every stage that is not done yet, in order
+                  all: every stage that is not finished, in order
   iteration=N     iteration for features, kmeans, label and pretrain (default: 1)
   system=NAME     system for finetune, decode and score (default: all systems of the recipe)
   decoding=NAME   name of another decoding of the same model
-  KEY=VALUE       any other setting, such as kmeans.n_clusters=200; ~KEY resets it to its default
+  KEY=VALUE       any other setting, e.g. kmeans.n_clusters=200; ~KEY resets a setting to its default
 
-exit status: 0 done, 2 a mistake in the settings or the data, 75 stopped by a signal (rerun to resume)"""
+exit status: 0 success, 2 error in the settings or the data, 75 stopped by a signal (rerun to resume)"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `jahubert run`."""
+    """Create the parser of `jahubert run`."""
     parser = _Parser(
         "jahubert run",
         usage="jahubert run [options] recipe=NAME stage=STAGE [KEY=VALUE ...]",
@@ -107,7 +107,7 @@ def _run(argv: list[str]) -> int:
 
 
 def unknown_option(parser: argparse.ArgumentParser, word: str) -> str:
-    """Message for an option that does not exist, with a suggestion."""
+    """Error message for an option that does not exist; includes a suggestion."""
     known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
     near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
@@ -115,9 +115,9 @@ def unknown_option(parser: argparse.ArgumentParser, word: str) -> str:
 
 
 def join_slurm(environment: MutableMapping[str, str]) -> None:
-    """Set the variables of torch.distributed for the tasks of a SLURM job step.
+    """Set the environment variables of torch.distributed for the tasks of a SLURM job step.
 
-    A batch script has SLURM_NTASKS as well but is a single process, so only SLURM_STEP_NUM_TASKS counts.
+    SLURM_NTASKS is not used, because it is also set in a batch script, which is a single process.
     """
     n_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if n_tasks == "1" or "WORLD_SIZE" in environment:
@@ -125,7 +125,7 @@ def join_slurm(environment: MutableMapping[str, str]) -> None:
     # node[017-020,031],other3 -> node017
     first_node = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).partition(",")[0]
     environment["WORLD_SIZE"], environment["RANK"] = n_tasks, environment["SLURM_PROCID"]
-    # With --gpus-per-task=1 a task sees only its own GPU, as device 0.
+    # With --gpus-per-task=1, only the GPU of a task is visible to it, as device 0.
     sees_one_gpu = re.fullmatch("[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
     environment["LOCAL_RANK"] = "0" if sees_one_gpu else environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", first_node)

@@ -1,8 +1,9 @@
 """Composition of a command's settings from conf/, a recipe, a machine preset and the command line.
 
-In increasing precedence: the defaults of a stage's dataclass; conf/config.yaml; the groups model= and
-iteration=; the recipe's fine-tuning preset (conf/finetuning); its recipe.yaml; the preset of finetuning=; the
-recipe's blocks for this iteration and system; the preset of machine= with its blocks; the command line.
+Sources of settings, in increasing precedence: the defaults in a stage's dataclass; conf/config.yaml; the
+groups model= and iteration=; the recipe's fine-tuning preset (conf/finetuning); recipe.yaml; the preset
+selected by finetuning=; the recipe's blocks for this iteration and system; the preset selected by machine=,
+with its blocks; the command line.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _GROUPS = ("recipe", "model", "iteration", "finetuning", "machine")
 
 @dataclass(frozen=True)
 class CommandSettings:
-    """The settings that the pipeline itself reads; conf/config.yaml passes them on to the stages."""
+    """Settings of the pipeline itself; conf/config.yaml also passes some of them to the stages."""
 
     name: str
     exp: str
@@ -52,7 +53,7 @@ class CommandSettings:
     machine: str | None = None
     pretrained: str | None = None
     iterations: int = 2
-    processes: int = 1  # on this machine
+    processes: int = 1  # number of processes on this machine
     machines: int = 1
     hang_timeout_minutes: float = 30.0  # 0: no limit
     verify_large_inputs: bool = True
@@ -68,14 +69,14 @@ class CommandSettings:
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
-    """Compose the tree of settings as plain values; values from the command line stay text.
+    """Compose the tree of settings as plain values; values from the command line remain text.
 
     Args:
-        overrides: `key=value`, as on the command line.
-        system: compose for this system of the recipe.
+        overrides: `key=value` settings from the command line.
+        system: a system of the recipe, whose settings are included.
 
     Raises:
-        ConfigError: an override that cannot be parsed, an unknown name or key, a file that is not YAML.
+        ConfigError: an override cannot be parsed, a name or key is unknown, or a file is not valid YAML.
     """
     try:
         from omegaconf import OmegaConf
@@ -95,7 +96,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
     try:
         tree: Any = copy.deepcopy(_load_groups(data_folder("conf"), model, iteration))
         tree = _merge_presets(tree, presets, groups, typed, system)
-        tree.name = Path(recipe).name if recipe else "unnamed"  # a recipe may be given as a folder
+        tree.name = Path(recipe).name if recipe else "unnamed"  # the recipe may be the path of a folder
         for override in typed:
             _apply(tree, override)
         _finish(tree, groups, system, typed)
@@ -109,7 +110,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
 
 
 def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
-    """The selected file of each group; null selects none."""
+    """Return the selected preset of each group; groups set to null are omitted."""
     groups: dict[str, str] = {}
     errors = []
     for override in typed:
@@ -117,7 +118,7 @@ def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
             continue
         if override.delete or not isinstance(override.value, str):
             example = f"{override.key}.width=256" if override.key == "model" else f"{override.key}=NAME"
-            errors.append(f"{override.key}=... selects a preset by its name; write {example}")
+            errors.append(f"{override.key}=... must be the name of a preset; write {example}")
         elif is_null(override.value):
             groups.pop(override.key, None)
         else:
@@ -134,8 +135,8 @@ def _load_groups(conf: Path, model: str, iteration: str) -> Any:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    selected = [f"model='{model}'", f"iteration='{iteration}'"]  # quoted: a name may be a number
-    if GlobalHydra.instance().is_initialized():  # in a job of Hydra's multirun
+    selected = [f"model='{model}'", f"iteration='{iteration}'"]  # quoted, because a name may be a number
+    if GlobalHydra.instance().is_initialized():  # this is a job of Hydra's multirun
         tree = hydra_compose("config", overrides=selected)
     else:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
@@ -170,12 +171,12 @@ def _merge_presets(
 
 
 def _blocks(preset: Any, iteration: int, system: str | None) -> list[Any]:
-    """The blocks of a preset for an iteration and a system."""
+    """Return the blocks of a preset for an iteration and a system."""
     return [_block(preset, "by_iteration", iteration), _block(preset, "systems", system)]
 
 
 def _block(preset: Any, group: str, name: Any) -> Any:
-    """The block for one iteration or system."""
+    """Return the block of a preset for one iteration or system."""
     from omegaconf import OmegaConf
 
     blocks = preset.get(group)
@@ -190,7 +191,7 @@ def _block(preset: Any, group: str, name: Any) -> Any:
 
 
 def _typed_blocks(typed: Sequence[Override]) -> Any:
-    """The blocks for iterations and systems typed on the command line."""
+    """Return the blocks for iterations and systems that are given on the command line."""
     from omegaconf import OmegaConf
 
     blocks = OmegaConf.create({"by_iteration": {}, "systems": {}})
@@ -230,7 +231,7 @@ def _apply(tree: Any, override: Override) -> None:
 
 
 def _finish(tree: Any, groups: Mapping[str, str], system: str | None, typed: Sequence[Override]) -> None:
-    """Set the settings that depend on others."""
+    """Set values that depend on other settings."""
     keys = {override.key for override in typed}
     tree.finetuning, tree.machine = groups.get("finetuning"), groups.get("machine")
     tree.recipe = groups.get("recipe")
@@ -243,7 +244,7 @@ def _finish(tree: Any, groups: Mapping[str, str], system: str | None, typed: Seq
     if str(tree.exp).startswith("~"):
         tree.exp = str(expand_user(tree.exp))
     if "pretrained" in keys and not is_null(tree.pretrained) and "iterations" not in keys:
-        tree.iterations = 0  # the given model replaces that of the last iteration
+        tree.iterations = 0  # the given model is used instead of that of the last iteration
 
 
 def _load_settings(file: Path) -> Any:
@@ -286,7 +287,7 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
         "hours",
     }
     options = tree["prepare"].get("options") if isinstance(tree["prepare"], Mapping) else None
-    if isinstance(options, Mapping):  # a recipe may offer an option at the top level, such as subset=core
+    if isinstance(options, Mapping):  # recipes can expose options at the top level, for example subset=core
         known |= set(options)
     errors = [unknown_key_error(str(key), known, "") for key in tree if key not in known]
     for group in ("systems", "by_iteration"):

@@ -1,4 +1,4 @@
-"""Output of `--cfg job` and `--info`: the settings and stages of a command, without running it."""
+"""Output of `--cfg job` and `--info`: the settings and stages of a command that is not run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TEXT = {
 
 
 def settings_yaml(overrides: Sequence[str]) -> str:
-    """The settings of a command as YAML: the composed tree, then `jobs`, every stage that would run.
+    """Format the settings of a command as YAML.
 
-    The settings of a stage are complete, with the defaults of its dataclass. Without `recipe=` and `stage=`
-    there are no jobs.
+    The composed tree is followed by `jobs`, the stages that would run. The settings of each stage include the
+    defaults of its dataclass. Without `recipe=` and `stage=`, there are no jobs.
     """
     import yaml
 
@@ -45,7 +45,7 @@ def settings_yaml(overrides: Sequence[str]) -> str:
 
 
 def _complete(stage: str, settings: Any) -> Any:
-    """All settings of a stage; only the given ones if a required one is missing."""
+    """Return all settings of a stage, or only the given ones if some are invalid or missing."""
     try:
         return plain(structure(settings or {}, resolve(stage, STAGES, "stage").Config, stage))
     except ConfigError:  # reported if the stage is one of the jobs
@@ -53,7 +53,7 @@ def _complete(stage: str, settings: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A config as mappings, lists and scalars."""
+    """Convert a config to mappings, lists and scalars."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def stage_list(overrides: Sequence[str]) -> str:
-    """The stages that a command runs, in order, with their state, one per line."""
+    """List the stages of a command in order, one per line with its state."""
     return "".join(f"{job.out}  {_state(job)}\n" for job in configure_jobs(overrides))
 
 

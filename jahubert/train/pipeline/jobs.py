@@ -19,7 +19,7 @@ PER_SYSTEM = ("finetune", "decode", "score")
 
 
 class PlannedStage(NamedTuple):
-    """A stage of an experiment; `iteration` and `system` are set for the stages that have one."""
+    """A stage of an experiment, with its iteration or system if it has one."""
 
     stage: str
     iteration: int | None = None
@@ -35,13 +35,13 @@ class Job(NamedTuple):
 
 
 def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list[Job]:
-    """All jobs of a command, in order.
+    """Return all jobs of a command in order.
 
     Args:
-        check_inputs: run the preflight checks, for jobs that are about to run on this machine.
+        check_inputs: also run the preflight checks, for jobs that are about to run on this machine.
 
     Raises:
-        ConfigError: all mistakes of all jobs.
+        ConfigError: settings are invalid; the message lists all errors in all jobs.
     """
     tree = compose(overrides)
     planned = plan_stages(tree)
@@ -65,7 +65,7 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
 
 
 def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
-    """An error if `pretrained=` is typed but all systems fine-tune another model."""
+    """Return an error if `pretrained=` is given but no system uses this model."""
     model, used = tree["pretrained"], [job.config.pretrained for job in jobs if job.stage == "finetune"]
     is_typed = any(override.key == "pretrained" for override in parse_overrides(overrides))
     if not is_typed or model is None or not used or Path(model) in used:
@@ -80,7 +80,7 @@ def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:
     """Validate the settings of one stage.
 
     Raises:
-        ConfigError: all mistakes in the settings.
+        ConfigError: settings are invalid; the message lists all errors.
     """
     stage, iteration, system = planned
     tree = compose([*overrides, *([f"iteration={iteration}"] if iteration else [])], system)
@@ -93,12 +93,12 @@ def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:
 
 
 def output_folder(tree: dict[str, Any], planned: PlannedStage) -> Path:
-    """The output folder of a stage."""
+    """Return the output folder of a stage."""
     return Path(tree["exp"]) / stage_folder(*planned, tree["decoding"])
 
 
 def _check_layer(tree: dict[str, Any], config: Any) -> None:
-    """Reject a layer beyond those of the previous iteration's model, which may not exist yet."""
+    """Reject a layer that the model of the previous iteration, which may not exist yet, does not have."""
     from jahubert.model.hubert import HubertConfig
 
     bundle = Path(tree["exp"]) / f"iter{tree['iteration'] - 1}" / "pretrain" / "bundle"
@@ -115,20 +115,20 @@ def _check_pretrained(tree: dict[str, Any], config: Any) -> None:
     """Reject fine-tuning without a pretrained model if there are no pretraining iterations."""
     if tree["iterations"] == 0 and config.pretrained == Path(tree["exp"]) / "iter0" / "pretrain":
         raise ConfigError(
-            "pretrained=... is missing: with iterations=0 name the model to fine-tune, or set "
-            "finetune.pretrained=null to train from scratch"
+            "pretrained=... is missing: iterations=0 requires a model to fine-tune. To train from scratch, "
+            "set finetune.pretrained=null"
         )
 
 
 def plan_stages(tree: dict[str, Any]) -> list[PlannedStage]:
-    """The stages that `stage=` selects, in the order in which they run.
+    """Return the stages selected by `stage=`, in execution order.
 
     Raises:
-        ConfigError: no recipe, or an unknown stage, system or decoding.
+        ConfigError: the recipe is missing, or the stage, system or decoding is invalid.
     """
     if not tree["recipe"]:
         raise ConfigError(
-            "recipe=... is missing; choose one of " + ", ".join(recipe_names()) + ", or give a folder"
+            "recipe=... is missing; choose one of " + ", ".join(recipe_names()) + ", or use a folder"
         )
     stage, systems, iterations = tree["stage"], list(tree["systems"]), tree["iterations"]
     if stage != "all" and stage not in STAGES:

@@ -20,7 +20,7 @@ from jahubert.train.pipeline.signals import check_stop
 
 log = logging.getLogger("jahubert")
 
-# Selectors of a part of an experiment: runs that differ only in these share its folder.
+# Settings that select a part of an experiment. Runs that differ only in these share a folder.
 _SELECTORS = ("stage", "iteration", "system", "decoding", "processes", "machines")
 _MAX_NAME = 100  # maximum length of the swept settings in a folder name
 
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 def run_all(arguments: Sequence[str]) -> int:
     """Run each combination, locally or through a Hydra launcher; returns the first nonzero exit status.
 
-    All settings are checked before the first run starts. After a failed run the others still run.
+    All settings are checked before the first run starts. If a run fails, the others are still started.
     """
     launcher = [word for word in arguments if word.startswith(("hydra/", "hydra."))]
     runs = expand([word for word in arguments if word not in launcher])
@@ -54,9 +54,9 @@ def run_all(arguments: Sequence[str]) -> int:
 
 
 def expand(arguments: Sequence[str]) -> list[Run]:
-    """The runs of a multirun, in order.
+    """Return the runs of a multirun in order.
 
-    If several experiments would share a folder, the swept settings are appended to its name.
+    If several experiments would share a folder, the swept settings are appended to the folder name.
     """
     runs = [Run(*pair) for pair in expand_sweeps(arguments)]
     folders: dict[str, set[str]] = {}
@@ -74,7 +74,7 @@ def expand(arguments: Sequence[str]) -> list[Run]:
 
 
 def _folder_suffix(swept: dict[str, str]) -> str:
-    """The swept settings as part of a folder name."""
+    """Format swept settings as part of a folder name."""
     text = ",".join(f"{key}={value}" for key, value in swept.items())
     name = re.sub(r"[^\w.=,+-]", "_", text)
     if name != text or len(name) > _MAX_NAME:
@@ -83,7 +83,7 @@ def _folder_suffix(swept: dict[str, str]) -> str:
 
 
 def _launch(launcher: list[str], runs: Sequence[Run]) -> int:
-    """Submit the runs through a Hydra launcher, such as hydra/launcher=slurm."""
+    """Submit the runs through a Hydra launcher, for example hydra/launcher=slurm."""
     import hydra
 
     from jahubert.train.experiment.registry import data_folder

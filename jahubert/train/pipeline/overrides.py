@@ -1,8 +1,8 @@
 """Parser of `key=value` overrides, following Hydra's notation.
 
-Values stay text as typed, such as `1.10`, `2024_01`, `1e5` and `null`, until `structure` converts them to the
-declared type of the setting, so that names and paths are never reformatted. Lists and mappings are written as
-in Hydra: `[a, b]`, `{a: 1, b: [2, 3]}`; brackets and commas inside quotes are literal.
+Values such as `1.10`, `2024_01`, `1e5` and `null` remain text until `structure` converts them to the declared
+type of the setting, so that names and paths are not reformatted. Lists and mappings are written as in Hydra:
+`[a, b]`, `{a: 1, b: [2, 3]}`. Brackets and commas inside quotes are literal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from jahubert.errors import ConfigError
 
-_KEY = re.compile(r"[^\W\d]\w*(?:[./-]\w+)*")  # dotted; entries of a mapping may be numbers
+_KEY = re.compile(r"[^\W\d]\w*(?:[./-]\w+)*")  # a dotted name; keys inside a mapping may be numbers
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _QUOTES = "'\""
 _CHOICE = re.compile(r"choice\((.*)\)", re.S)
@@ -24,12 +24,12 @@ _RANGE = re.compile(r"range\((.*)\)", re.S)
 
 @dataclass(frozen=True)
 class Override:
-    """A setting typed on the command line.
+    """A setting given on the command line.
 
     Attributes:
         key: dotted name.
         value: text, or a list or mapping of such values.
-        delete: `~key`, which resets a setting to its default.
+        delete: whether the setting is reset to its default (`~key`).
     """
 
     key: str
@@ -41,7 +41,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
     """Parse all overrides.
 
     Raises:
-        ConfigError: names all arguments that are not overrides.
+        ConfigError: some arguments are not overrides; the message lists all of them.
     """
     parsed: list[Override] = []
     mistakes: list[str] = []
@@ -68,25 +68,25 @@ def parse_override(argument: str) -> Override:
 
 
 def parse_value(text: str, argument: str) -> Any:
-    """Parse a value to text, a list or a mapping.
+    """Parse a value into text, a list or a mapping.
 
     Args:
-        text: the value as typed.
+        text: the value as given on the command line.
         argument: the whole override, for error messages.
     """
     first, closing = text[:1], _CLOSING.get(text[:1])
     if first and first in _QUOTES:
         end = _end_of_quote(text, 0)
         if end != len(text) - 1:
-            raise ConfigError(f"{argument}: cannot be read, {first} is not closed at the end")
+            raise ConfigError(f"{argument}: the value must end with a closing {first}")
         return re.sub(rf"\\([\\{first}])", r"\1", text[1:-1])
     if first not in ("[", "{") or closing is None:
         return text
     parts = list(split_top_level(text[1:-1], ",")) if _closes_at_end(text) else None
     if parts is None:
-        if _end_of_bracket(text, 0) is not None:  # text that begins with a bracket: [2024] talks
+        if _end_of_bracket(text, 0) is not None:  # text that starts with a bracketed part: [2024] talks
             return text
-        raise ConfigError(f"{argument}: cannot be read, {first} without {closing}")
+        raise ConfigError(f"{argument}: {first} without closing {closing}")
     items = [part.strip() for part in parts]
     if items == [""]:
         items = []
@@ -96,18 +96,18 @@ def parse_value(text: str, argument: str) -> Any:
     for item in items:
         name, *rest = split_top_level(item, ":")
         if not rest:
-            raise ConfigError(f"{argument}: cannot be read, {item!r} is not of the form key: value")
+            raise ConfigError(f"{argument}: {item!r} is not of the form key: value")
         mapping[parse_value(name.strip(), argument)] = parse_value(":".join(rest).strip(), argument)
     return mapping
 
 
 def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
-    """The jobs of a multirun: (its overrides, the swept settings) for each combination of values.
+    """Expand sweeps to (overrides, swept settings) for each combination of values.
 
-    `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` are sweeps; quoted commas do not separate values.
+    `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` are sweeps. Quoted commas do not separate values.
 
     Raises:
-        ConfigError: an argument that is not an override, or an invalid range.
+        ConfigError: an argument is not an override, or a range is invalid.
     """
     parse_overrides([argument for argument in arguments if not _sweep_values(argument)])
     options = [_sweep_values(argument) or [argument] for argument in arguments]
@@ -122,7 +122,7 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, s
 
 
 def _sweep_values(argument: str) -> list[str] | None:
-    """Expand a sweep to its overrides; None if the argument is not a sweep."""
+    """Expand an argument to one override per value; None if it is not a sweep."""
     name, _, text = argument.partition("=")
     if match := _RANGE.fullmatch(text):
         values = [str(number) for number in _range(match[1], argument)]
@@ -142,12 +142,12 @@ def _range(text: str, argument: str) -> range:
         return range(*bounds)
     except (ValueError, TypeError):
         raise ConfigError(
-            f"{argument}: write range(START,STOP) or range(START,STOP,STEP), integers"
+            f"{argument}: write range(START,STOP) or range(START,STOP,STEP) with integers"
         ) from None
 
 
 def split_top_level(text: str, separator: str) -> Iterator[str]:
-    """Split at separators outside of quotes and brackets."""
+    """Split text at separators outside quotes and brackets."""
     start = position = 0
     while position < len(text):
         character = text[position]
@@ -165,7 +165,7 @@ def split_top_level(text: str, separator: str) -> Iterator[str]:
 
 
 def _end_of_quote(text: str, start: int) -> int | None:
-    """The position of the quote that closes the one at `start`."""
+    """Return the position of the quote that closes the one at `start`; None if it is not closed."""
     position = start + 1
     while position < len(text):
         if text[position] == "\\":
@@ -177,7 +177,7 @@ def _end_of_quote(text: str, start: int) -> int | None:
 
 
 def _end_of_bracket(text: str, start: int) -> int | None:
-    """The position of the bracket that closes the one at `start`."""
+    """Return the position of the bracket that closes the one at `start`; None if it is not closed."""
     expected: list[str] = []
     position = start
     while position < len(text):

@@ -1,8 +1,8 @@
 """Preflight checks: inputs, model, device, engine and process count, before any stage runs.
 
-A model may be opened only after hours of reading a corpus, so everything that is quick to check is checked
-before the first stage; split names are checked as soon as the manifest exists. All errors are reported at
-once.
+Some inputs are first used after hours, for example a model that is opened after a corpus was read. Everything
+that can be checked quickly is therefore checked before the first stage. Split names are checked as soon as
+the manifest exists. All errors are reported at once.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def preflight_errors(
     """Find errors that would end a stage; returns one message per error.
 
     Args:
-        jobs: (stage, its config, its folder).
-        made: output folders of the command; inputs in them need not exist yet.
-        processes: number of processes of the training.
+        jobs: tuples of a stage, its config and its folder.
+        made: output folders of the command; inputs in these folders need not exist yet.
+        processes: number of training processes.
     """
     made = [folder.absolute() for folder in made]
     errors = [error for job in jobs for error in _job_errors(*job, made, processes)]
@@ -39,7 +39,10 @@ def preflight_errors(
 
 
 def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
-    """One message per split that a stage reads but that its manifest, if it exists, does not contain."""
+    """Return one message for each split that a stage reads but its manifest does not contain.
+
+    Manifests that do not exist yet are skipped.
+    """
     errors: list[str] = []
     splits_of: dict[Path, Any] = {}
     for stage, config, out in jobs:
@@ -80,12 +83,12 @@ def _job_errors(stage: str, config: Any, out: Path, made: Sequence[Path], proces
                 check_exists(path)
         except UserError as error:
             yield f"{setting}: {error}"
-    if not (out / DONE).exists():  # else nothing is left to compute
+    if not (out / DONE).exists():  # a finished stage needs no device
         yield from _machine_errors(stage, config, processes)
 
 
 def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
-    """Errors of device, engine and batch; `process_device` checks the GPU of each process later."""
+    """Yield errors in the device, engine and batch size; the GPU of each process is checked later."""
     train = getattr(config, "train", None)
     device = getattr(config if train is None else train, "device", None)
     kind = None

@@ -1,4 +1,4 @@
-"""Log output, error messages and exit statuses of a run; of several processes, rank 0 reports."""
+"""Log output, error messages and exit statuses of a run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import traceback
 from jahubert.errors import JahubertError, MissingExtraError, Stopped, UserError
 from jahubert.train.pipeline.signals import received_signal
 
-INTERRUPTED = 130  # exit status
-# Messages of gloo and NCCL, which raise plain RuntimeErrors, for a lost connection.
+INTERRUPTED = 130  # exit status after SIGINT
+# Messages of the RuntimeErrors that gloo and NCCL raise when a connection is lost.
 _LOST_RANK = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broken pipe|remote process exited")
 
 
 def report_error(error: BaseException) -> int:
-    """Print the error that ended the run, unless another process prints it; returns the exit status."""
+    """Print the error that ended the run, unless another process reports it; returns the exit status."""
     status, message = 1, ""
     reported = isinstance(error, JahubertError) and error.reported
     signal_name = received_signal()
@@ -33,7 +33,7 @@ def report_error(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.filename is not None:
         status, message = UserError.exit_status, f"error: {error.filename}: {error.strerror}"
     elif isinstance(error, RuntimeError) and is_distributed() and _LOST_RANK.search(str(error)):
-        # Status 1, the lowest: launchers report the highest one, which is that of the failed rank.
+        # Keeps the lowest status, 1: launchers report the highest, which should be that of the failed rank.
         message = "exiting because another rank failed; see that rank's log"
     elif isinstance(error, KeyboardInterrupt):
         status, message = INTERRUPTED, "interrupted: rerun the same command to resume"

@@ -1,4 +1,4 @@
-"""Stage runner: runs the stages of a command, in this process or in several."""
+"""Stage runner: runs the stages of a command in this process, or in several new processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("jahubert")
 
 
 def start(overrides: Sequence[str]) -> int:
-    """Run the stages in this process, or launch as many processes as requested; returns the exit status."""
+    """Run the stages in this process or launch the configured processes; returns the exit status."""
     n_processes = processes_to_launch(overrides)
     check_stop()
     if n_processes > 1:
@@ -33,11 +33,11 @@ def start(overrides: Sequence[str]) -> int:
 
 
 def run(overrides: Sequence[str]) -> None:
-    """Run the stages that a list of `key=value` overrides selects.
+    """Run the stages selected by a list of `key=value` overrides.
 
     Raises:
-        ConfigError: an override that cannot be parsed; an unknown stage, recipe, system or key; an input
-            that does not exist and is not an output of the command.
+        ConfigError: an override cannot be parsed, a stage, recipe, system or key is unknown, or an input does
+            not exist and is not an output of the command.
     """
     from jahubert.train.experiment import distributed
     from jahubert.train.pipeline import preflight
@@ -49,7 +49,7 @@ def run(overrides: Sequence[str]) -> None:
         timeout_minutes = settings["hang_timeout_minutes"]
         verify_large = settings["verify_large_inputs"]
     except JahubertError as error:
-        error.reported = not is_rank0()  # all ranks find the same mistakes
+        error.reported = not is_rank0()  # all ranks find the same errors
         raise
     with distributed.process_group(report_error), watchdog(timeout_minutes):
         for job in jobs:
@@ -60,16 +60,16 @@ def run(overrides: Sequence[str]) -> None:
 
 
 def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> dict[str, Any]:
-    """Run one stage in its folder, or keep its finished result; returns its metrics.
+    """Run a stage in its folder, unless its result already exists; returns its metrics.
 
     Args:
-        verify_large: verify the checksums of input files over 1 GB as well; the sizes of all files and the
-            checksums of smaller ones are always verified.
+        verify_large: also verify the checksums of input files over 1 GB. The sizes of all files and the
+            checksums of smaller files are always verified.
 
     Raises:
-        StaleError: the folder was made with other settings.
+        StaleError: the folder was created with different settings.
         BusyError: another run is using the folder.
-        DataError: a file that the stage reads is damaged.
+        DataError: an input file is missing or damaged.
     """
     from jahubert.formats.atomic import remove_leftovers
     from jahubert.train.experiment import distributed, provenance
@@ -118,7 +118,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
 
 
 def verify_inputs(config: Any, large: bool = True) -> None:
-    """Verify the files that a stage reads: recorded sizes and checksums, and the contents of manifests.
+    """Verify the input files of a stage: sizes, checksums, and the contents of manifests.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -134,7 +134,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
 
 
 def _show_finished(module: Any, config: Any, out: Path) -> None:
-    """Print the result of a stage that was already done."""
+    """Print the result of a stage that was finished earlier."""
     if hasattr(module, "kept"):
         module.kept(config, out)
     if (out / "table.txt").is_file():
@@ -147,5 +147,5 @@ def _format_metrics(metrics: dict[str, Any]) -> str:
 
 
 def processes_to_launch(overrides: Sequence[str]) -> int:
-    """Number of processes to launch; 1 if a launcher has already started them."""
+    """Return the number of processes to launch; 1 if a launcher has already started them."""
     return 1 if "WORLD_SIZE" in os.environ else compose(overrides)["processes"]

@@ -1,4 +1,4 @@
-"""Stop signals outside of training: SIGTERM and SIGUSR1 end the work the way Ctrl-C does."""
+"""Stop signals outside of training: SIGTERM and SIGUSR1 end a run in the same way as Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 from jahubert.errors import Stopped
 
-# SIGINT is not among them: Python raises KeyboardInterrupt for it. Windows has no SIGUSR1.
+# SIGINT is not included, because Python raises KeyboardInterrupt for it. Windows has no SIGUSR1.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_received: list[str] = []  # separate from the exception, which interrupted code may replace or swallow
+_received: list[str] = []  # stored here because interrupted code may replace or swallow the exception
 
 
 class StopRequested(BaseException):
-    """A stop signal arrived outside of training; not an `Exception`, so that no handler swallows it."""
+    """A stop signal was received outside of training. Not an `Exception`, so handlers do not catch it."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Raise StopRequested in the main thread when a stop signal arrives.
+    """Raise StopRequested in the main thread when a stop signal is received.
 
     Training installs its own handlers, which save a checkpoint first.
     """
@@ -31,7 +31,7 @@ def stop_signals() -> Iterator[None]:
     def stop(number: int, _: Any) -> None:
         if os.getpid() != main_process:  # a forked worker; the main process reports the signal
             os._exit(Stopped.exit_status)
-        if not _received:  # the launcher and the scheduler may both send it
+        if not _received:  # both the launcher and the scheduler may send a signal
             _received.append(signal.Signals(number).name)
             raise StopRequested
 
@@ -46,11 +46,11 @@ def stop_signals() -> Iterator[None]:
 
 
 def received_signal() -> str | None:
-    """The name of the stop signal that arrived, if any."""
+    """Return the name of the received stop signal, if any."""
     return _received[0] if _received else None
 
 
 def check_stop() -> None:
-    """Raise StopRequested if a stop signal arrived; called before long steps."""
+    """Raise StopRequested if a stop signal was received; called before long steps."""
     if _received:
         raise StopRequested

@@ -1,7 +1,7 @@
-"""Estimated hours, disk space and memory of every stage of a run.
+"""Estimates of the hours, disk space and memory of every stage of a run.
 
-Hours are FLOPs divided by the FLOP/s of a device. FLOPs follow from the sizes of the model (`flops`); FLOP/s
-are measured on this machine or assumed (`machine`).
+Hours are FLOPs divided by the FLOP/s of a device. FLOPs are computed from the sizes of the model (`flops`).
+FLOP/s are measured on this machine, or taken from a table of GPUs (`machine`).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from jahubert.train.trainer.optim import TrainConfig
 _MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 million utterances
 # Bytes per parameter.
 _ADAM = 16  # weight, gradient and two moments
-_DDP_BUCKETS = 4  # gradients that DDP reduces over several processes
+_DDP_BUCKETS = 4  # gradient copies that DDP reduces over processes
 _AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
 _CHECKPOINT = 12
 _TRAINING_STAGES = ("pretrain", "finetune")
-# Numeric settings of the estimate itself: largest value, and the expected value for the error message.
+# Numeric settings of the estimate: maximum value, and a description of valid values for error messages.
 _NUMBERS = {
     "gpus": (1e6, "a whole number of GPUs, 1 or more"),
     "hours": (1e9, "a number of hours above 0"),
@@ -54,7 +54,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """Cost of one stage; None: not estimated."""
+    """Cost of one stage; None if a cost is not estimated."""
 
     stage: str
     hours: float | None
@@ -65,7 +65,7 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates for the stages of a run, with the corpus and the machine they assume."""
+    """Estimates for the stages of a run, for a certain corpus and machine."""
 
     stages: list[StageEstimate]
     corpus: Corpus
@@ -73,7 +73,7 @@ class Plan:
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate `key=value` settings of the estimate from those of the stages (`stage=all` by default)."""
+    """Separate settings of the estimate from those of the stages; adds `stage=all` if no stage is given."""
     options: dict[str, str] = {}
     overrides = []
     for setting in settings:
@@ -88,16 +88,21 @@ def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]) -> Plan:
-    """Estimate the jobs that `jahubert.run` would run for the composed configuration `tree`.
+    """Estimate the cost of jobs.
+
+    Args:
+        tree: the composed configuration.
+        jobs: the jobs that `jahubert.run` would run.
+        options: settings of the estimate (see `split_settings`).
 
     Raises:
-        ConfigError: an invalid number, an unknown GPU, or a corpus of unknown size.
+        ConfigError: a number is invalid, the GPU is unknown, or the size of the corpus is unknown.
     """
     numbers = {name: _number(name, options) for name in _NUMBERS}
     corpus = _corpus(Path(tree["exp"], "prepare", "manifest.arrow"), numbers["hours"], tree)
     for name in ("processes", "machines"):
         if not isinstance(tree[name], int) or tree[name] < 1:
-            raise ConfigError(f"{name}={tree[name]}: give a whole number, 1 or more")
+            raise ConfigError(f"{name}={tree[name]}: must be a whole number, 1 or more")
     processes = tree["processes"] * tree["machines"]
     gpus = numbers["gpus"]
     if "gpu" in options:
@@ -115,7 +120,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
 
 
 def _number(name: str, options: dict[str, str]) -> float | None:
-    """A numeric setting of the estimate; None if not given."""
+    """Parse a numeric setting of the estimate; None if it was not given."""
     if name not in options:
         return None
     try:
@@ -124,12 +129,12 @@ def _number(name: str, options: dict[str, str]) -> float | None:
         number = math.nan
     largest, expected = _NUMBERS[name]
     if not 0 < number <= largest or (name == "gpus" and number % 1):
-        raise ConfigError(f"{name}={options[name]}: give {expected}")
+        raise ConfigError(f"{name}={options[name]}: must be {expected}")
     return number
 
 
 def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
-    """Stages that a single stage of an iteration depends on for its sizes, though they are not run."""
+    """Return stages that are not run but determine the sizes of a single stage of an iteration."""
     stage, _, out = jobs[0]
     if len(jobs) > 1 or stage not in ("features", "kmeans", "label"):
         return []
@@ -139,16 +144,16 @@ def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
 
 
 def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> Corpus:
-    """Size of the corpus: `hours=`, else the prepared manifest, else the recipe's figure."""
+    """Determine the size of the corpus from `hours=`, the prepared manifest, or the recipe, in this order."""
     if manifest.exists() and not given_hours:
         counts = Manifest(manifest).counts
         return Corpus(counts["hours"], counts["utterances"], str(manifest))
     subset = tree.get("subset")
     hours = given_hours or by_subset(tree.get("hours"), subset)
     if not hours:
-        unknown = f" and the recipe gives no hours for subset={subset}" if tree.get("hours") else ""
+        unknown = f" and the recipe has no hours for subset={subset}" if tree.get("hours") else ""
         raise ConfigError(
-            f"{manifest} does not exist yet{unknown}; give the hours of speech, as in hours=19000"
+            f"{manifest} does not exist yet{unknown}; set the hours of speech, for example hours=19000"
         )
     source = "hours=" if given_hours else "from the recipe"
     return Corpus(
@@ -159,7 +164,7 @@ def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> 
 def estimate_stages(
     jobs: Sequence[Job], corpus: Corpus, machine: Machine, context: Sequence[Job] = ()
 ) -> list[StageEstimate]:
-    """One estimate per job; `context` holds jobs that determine sizes but are not run (`_context_jobs`)."""
+    """Estimate each job; `context` contains jobs that determine sizes but are not run (`_context_jobs`)."""
     configs = {(stage, out.parent): config for stage, config, out in (*jobs, *context)}
     models = [config.model for (stage, _), config in configs.items() if stage in _TRAINING_STAGES]
     model = models[0] if models else HubertConfig()
@@ -179,10 +184,10 @@ def estimate_stages(
             estimate = _label(name, features, kmeans, model, corpus, machine)
         elif stage == "prepare":
             hours = corpus.hours / machine.decode_speed / 8 if config.check_audio else None
-            note = "decodes all audio once, in 8 threads"
+            note = "decodes all audio in 8 threads"
             estimate = StageEstimate(name, hours, 250.0 * corpus.utterances, None, note)
         else:
-            estimate = StageEstimate(name, None, None, None, "small compared with the others")
+            estimate = StageEstimate(name, None, None, None, "short compared with other stages")
         estimates.append(estimate)
     return estimates
 
@@ -201,7 +206,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
     hours: float | None = flops / rate / machine.n_devices / 3600
     memory = _training_memory(config.model, train, seconds, precision, machine)
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
-    weights = 1 + hasattr(config, "dev_splits")  # the bundle; in fine-tuning also the best step
+    weights = 1 + hasattr(config, "dev_splits")  # the bundle, and in fine-tuning also the best weights
     disk = (checkpoints * _CHECKPOINT + weights * 4) * parameters
     speed = rate / flops_per_second
     readers = math.ceil(speed / machine.decode_speed)
@@ -211,7 +216,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
             "does not fit: lower train.micro_seconds, or set train.recompute=true or train.sharded=true"
         )
     if machine.memory_bytes and not machine.has_bfloat16 and train.precision in ("auto", "bf16"):
-        notes.append(f"in float32: {machine.name} has no bfloat16; set train.precision=fp16")
+        notes.append(f"runs in float32: {machine.name} has no bfloat16; set train.precision=fp16")
     try:
         train.accumulation_steps(machine.n_devices)
     except ConfigError as error:  # the run itself would fail with this error
@@ -220,7 +225,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
 
 
 def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
-    """Training dtype on `machine` (`optim.pick_precision` needs the actual device)."""
+    """Return the training dtype on `machine`; `optim.pick_precision` would need the actual device."""
     if train.precision == "fp16":
         return torch.float16
     return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32
@@ -229,7 +234,7 @@ def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
 def _training_memory(
     model: HubertConfig, train: TrainConfig, seconds: float, precision: torch.dtype, machine: Machine
 ) -> float:
-    """Bytes of tensors on one device, without CUDA's own memory and fragmentation."""
+    """Estimate the bytes of tensors on one device, excluding CUDA's own memory and fragmentation."""
     parameters = n_parameters(model)
     memory = _ADAM * parameters / (machine.n_devices if train.sharded else 1)
     if machine.n_devices > 1 and not train.sharded:
@@ -241,7 +246,12 @@ def _training_memory(
 
 
 def _pass_hours(seconds: float, flops_per_second: float, machine: Machine) -> float:
-    """Hours of one pass over `seconds` of audio, limited by decoding or computing; 0 FLOPs: MFCCs."""
+    """Estimate the hours of one pass over audio, limited by decoding or computation.
+
+    Args:
+        seconds: duration of the audio.
+        flops_per_second: FLOPs per second of audio; 0 for MFCCs.
+    """
     if flops_per_second:
         compute_speed = machine.flops_fp32 / flops_per_second
     else:
@@ -251,7 +261,7 @@ def _pass_hours(seconds: float, flops_per_second: float, machine: Machine) -> fl
 
 
 def _feature_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
-    """FLOPs per second of audio (0: MFCCs), and dimension of the features for k-means."""
+    """Return the FLOPs per second of audio (0 for MFCCs) and the dimension of the k-means features."""
     if features.kind == "mfcc":
         return 0.0, Mfcc.dim
     return sum(forward_flops(model, _MEAN_SECONDS, features.layer)), model.width
@@ -282,16 +292,16 @@ def _label(
 
 
 def plan_table(plan: Plan) -> str:
-    """The plan as text."""
+    """Format the plan as text."""
     corpus, machine = plan.corpus, plan.machine
     head = [
         f"{machine.n_devices} x {machine.name}: {machine.source}",
         f"corpus: {corpus.hours:,.1f} h, {corpus.utterances:,} utterances ({corpus.source})",
-        f"per second, one core here decodes {machine.decode_speed:,.0f} s of audio and computes the MFCCs "
-        f"of {machine.mfcc_speed:,.0f} s",
+        f"one core of this machine decodes {machine.decode_speed:,.0f} s of audio per second, or computes "
+        f"the MFCCs of {machine.mfcc_speed:,.0f} s",
     ]
     if machine.memory_bytes is None:
-        head.append(f"to estimate for another GPU, give gpu=NAME: {', '.join(GPUS)}")
+        head.append(f"for an estimate for another GPU, set gpu=NAME: {', '.join(GPUS)}")
     lines = [("stage", "hours", "disk", "memory per device, at least", "")]
     for row in plan.stages:
         sizes = (_hours(row.hours), _size(row.disk_bytes), _size(row.memory_bytes))
@@ -310,7 +320,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON-ready values."""
+    """Convert the plan to JSON-serializable values."""
     return asdict(plan)
 
 

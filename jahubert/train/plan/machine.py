@@ -49,12 +49,12 @@ GPUS = {
     "H200": Gpu(989e12, 67e12, 141e9),
     "B200": Gpu(2250e12, 75e12, 180e9),
 }
-# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. By `step_flops`, published
-# runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert:
-# 400,000 updates in 10 h on 16 H100).
+# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. According to `step_flops`,
+# published runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085
+# (minimal_hubert: 400,000 updates in 10 h on 16 H100).
 UTILIZATION = 0.1
-# Assumed utilization in float32. It is higher because the lower peak makes matrix products dominate overhead;
-# on a CPU it is three times the utilization in 16 bits (docs/performance.md: 60 % and 20 %).
+# Assumed utilization in float32. It is higher because with a lower peak, overhead matters less compared with
+# matrix products. On a CPU, it is three times as high as in 16 bits (docs/performance.md: 60 % and 20 %).
 UTILIZATION_FP32 = 0.3
 
 
@@ -66,15 +66,15 @@ class Machine:
     n_devices: int
     flops_16bit: float  # per second
     flops_fp32: float  # per second
-    has_bfloat16: bool  # if so, precision=auto trains in bfloat16, else in float32
-    memory_bytes: float | None  # memory of one GPU; None: a CPU
+    has_bfloat16: bool  # precision=auto selects bfloat16 if True, otherwise float32
+    memory_bytes: float | None  # memory of one GPU; None for a CPU
     source: str  # what was measured or assumed
     decode_speed: float  # seconds of audio that one core decodes per second, measured on this machine
     mfcc_speed: float  # seconds of audio whose MFCCs one core computes per second, measured on this machine
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
-    """Time a few training steps on this machine's device, in each precision that the run needs."""
+    """Time a few training steps on this machine, in each precision that the run uses."""
     device = distributed.process_device(trains[0].device)
     requested = [pick_precision(train, device) for train in trains]
     # Features and labels are always computed in float32.
@@ -94,7 +94,7 @@ def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int)
         flops_fp32=flops[-1],
         has_bfloat16=preferred_dtype(device) is torch.bfloat16,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
-        source=f"measured here, {measured} seconds of audio per second of training",
+        source=f"measured on this machine, {measured} seconds of audio per second of training",
         decode_speed=decode_speed,
         mfcc_speed=mfcc_speed,
     )
@@ -137,7 +137,7 @@ def _utterance_seconds(train: TrainConfig) -> float:
 def _training_speed(
     config: HubertConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Seconds of audio per second of training."""
+    """Measure the training speed in seconds of audio per second."""
     budget = train.micro_seconds if device.type == "cuda" else min(16.0, train.micro_seconds)
     seconds = _utterance_seconds(train)
     model = HubertModel(replace(config, layer_drop=0.0)).to(device)
@@ -159,7 +159,7 @@ def _training_speed(
 
 
 def _reading_speeds() -> tuple[float, float]:
-    """Seconds of audio that one core decodes per second, and for which it computes MFCCs per second."""
+    """Measure how many seconds of audio one core decodes per second, and for how many it computes MFCCs."""
     seconds, flac = 5, io.BytesIO()
     noise_T = np.random.default_rng(0).normal(0, 0.05, seconds * SAMPLE_RATE).astype(np.float32)
     soundfile.write(flac, noise_T, SAMPLE_RATE, format="FLAC")

@@ -1,10 +1,10 @@
 """Activation memory of a training step, counted on fake tensors.
 
-A GPU stores more for the backward pass than a CPU: its layer norms (by autocast) and its positional
-convolution compute in float32, and attention stores padded rectangles. A torch without CUDA has no fake
-CUDA tensors, so the first two are reproduced while counting and the last is added; together they are within
-1 % of the count on fake CUDA tensors (torch 2.15, fused attention; `tests/train/plan/test_plan.py`). In 16
-bits that is an upper bound: variable-length flash attention stores no rectangles.
+A GPU stores more for the backward pass than a CPU: layer norms (due to autocast) and the positional
+convolution compute in float32, and attention stores padded tensors. Without CUDA, torch cannot create fake
+CUDA tensors. The first two effects are therefore reproduced on the CPU, and the third is added. The result is
+within 1 % of the count on fake CUDA tensors (torch 2.15, fused attention; `tests/train/plan/test_plan.py`).
+In 16 bits it is an upper bound, because variable-length flash attention stores no padded tensors.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from jahubert.model.precision import autocast
 from jahubert.train.trainer.parallel import wrap_blocks
 
 MASKED = 0.57  # fraction of masked frames with the paper's mask settings
-_ROWS = 4  # utterances; subtracting from twice as many cancels constant terms such as copies of weights
-# Extra values that attention stores per frame and block on a GPU, as a multiple of the width. In 16 bits, it
-# stores its output as a padded rectangle in addition to the packed output.
+_ROWS = 4  # utterances; the difference to twice as many cancels constant terms such as copies of weights
+# Extra values that attention stores per frame and layer on a GPU, as a multiple of the width. In 16 bits, it
+# stores its output as a padded tensor in addition to the packed output.
 _PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}
 
 
 def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
-    """A loss with the tensor sizes of masked prediction."""
+    """Compute a loss with the same tensor sizes as masked prediction."""
     hidden_ND = model(wav_BT).hidden_BSD.flatten(0, 1)
     return head(hidden_ND[: round(len(hidden_ND) * MASKED)]).float().logsumexp(-1).sum()
 
@@ -45,7 +45,7 @@ def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
 def kept_bytes(
     config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> float:
-    """Bytes per audio-second stored for the backward pass, for utterances of `seconds`."""
+    """Count the bytes stored for the backward pass per second of audio, for utterances of `seconds`."""
     if gpu:  # fused attention stores no dropout mask
         config = replace(config, attention_dropout=0.0)
     once, twice = (_stored(config, rows, seconds, recompute, precision, gpu) for rows in (_ROWS, 2 * _ROWS))
@@ -59,19 +59,19 @@ def kept_bytes(
 def peak_bytes(
     config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> float:
-    """Peak bytes per audio-second of a micro-batch's tensors, forward and backward."""
+    """Estimate the peak memory of the tensors of a micro-batch in bytes per second of audio."""
     kept = kept_bytes(config, seconds, recompute, precision, gpu)
     frames = config.grid.n_frames(int(seconds * SAMPLE_RATE)) / seconds
     block = 2 * precision.itemsize * config.ffn * frames  # GELU in the last block, and its gradient
-    if recompute:  # the activations of one whole block
+    if recompute:  # the activations of one complete layer
         block += (kept_bytes(config, seconds, False, precision, gpu) - kept) / config.layers
     return max(kept + block, front_end_bytes(config, precision) if gpu else 0.0)
 
 
 def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
-    """Peak bytes per audio-second of the backward pass through a convolution, after all later layers.
+    """Estimate the peak memory of the backward pass through the convolutions in bytes per second of audio.
 
-    Applies to a GPU, which processes all rows at once; a CPU processes some rows at a time.
+    Only for a GPU, which processes all rows at once; a CPU processes a few rows at a time.
     """
     rate, below, most = float(SAMPLE_RATE), 0.0, 0.0
     for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
@@ -98,18 +98,20 @@ class _GpuLayerNorm(TorchFunctionMode):
 def _stored(
     config: HubertConfig, rows: int, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> int:
-    """Bytes that a forward pass over `rows` utterances stores for the backward pass, without the weights."""
+    """Count the bytes that a forward pass over `rows` utterances stores, excluding the weights."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     layer_norm = _GpuLayerNorm() if gpu else nullcontext()
     n_samples = int(seconds * SAMPLE_RATE)
     with FakeTensorMode(), layer_norm, autocast(precision, torch.device("cpu")):
         model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
-        model.encoder.training = False  # layer drop would need the value of a random number
+        model.encoder.training = (
+            False  # layer drop needs the value of a random number, which is not available
+        )
         wrap_blocks(list(model.encoder.layers), recompute, False)
         weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
         total = _stored_by(lambda: masked_loss(model, head, torch.zeros(rows, n_samples)), weights)
-        if gpu:  # replace the positional convolution of a CPU by that of a GPU
+        if gpu:  # replace the CPU's positional convolution with the GPU's
             n_frames = config.grid.n_frames(n_samples)
             packing = Packing([n_frames] * rows, n_frames, torch.device("cpu"))
             x_ND = torch.zeros(packing.n_rows, config.width, dtype=precision, requires_grad=True)
@@ -120,8 +122,8 @@ def _stored(
 
 
 def _stored_by(forward: Callable[[], Tensor], weights: set[int]) -> int:
-    """Bytes of the tensors that a function saves for its backward pass, counting each storage once."""
-    stored: dict[int, Any] = {}  # storages by identity, referenced so that no address is reused
+    """Count the bytes of the tensors that a function saves for its backward pass, each storage once."""
+    stored: dict[int, Any] = {}  # storages by address; the references prevent reuse of an address
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

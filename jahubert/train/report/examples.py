@@ -1,4 +1,4 @@
-"""Example utterances of a system with their error rate, alignment, audio and figure."""
+"""Example utterances of a system, with error rate, alignment, audio and figure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, Pair, align, count_errors
 from jahubert.train.report import figures
 
-MAX_SECONDS = 20.0  # audio and figure per utterance; limits the size of the page
+MAX_SECONDS = 20.0  # maximum length of audio and figures, which limits the size of the page
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ class _Decoded:
 
     @property
     def sort_key(self) -> tuple[float, int, str]:
-        """Key that sorts the best first; among utterances without errors, longer ones are better."""
+        """Sort key, best first; among utterances without errors, longer ones are considered better."""
         return self.errors.rate, self.errors.errors or -self.errors.length, self.line["id"]
 
 
 def find_examples(
     decode: Path, manifest: Manifest, times: dict[int, tuple[Phone, ...]], store: LabelStore | None, n: int
 ) -> dict[str, list[Example]]:
-    """The `n` "worst", "median" and "best" utterances in a folder of stage `decode`, by symbol error rate.
+    """Find the `n` "worst", "median" and "best" utterances in a decode folder by symbol error rate.
 
-    An utterance is in one group only; short sets have fewer examples.
+    The groups do not overlap; small sets have fewer examples.
 
     Args:
-        times: phones of each manifest row that has any.
-        store: units of the manifest's rows.
+        times: maps manifest rows to their phones, if available.
+        store: units of the utterances in the manifest.
     """
     phonemes = PhonemeSet.from_json(json.loads((decode / "phonemes.json").read_text(encoding="utf-8")))
     has_phones = vocabulary_kind(phonemes) == "phones"
@@ -130,7 +130,7 @@ def _with_boundaries(words: Sequence[str]) -> list[str]:
 
 
 def mp3(wav_T: np.ndarray) -> str:
-    """Data URI of a waveform as MP3, about 4 kB per second; all browsers play it."""
+    """Encode a waveform as the data URI of an MP3 (about 4 kB per second), which all browsers can play."""
     stream = io.BytesIO()
     soundfile.write(stream, wav_T, SAMPLE_RATE, format="MP3")
     return "data:audio/mpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,6 +1,6 @@
-"""Figures of a report as data URIs, which a page can embed without further files.
+"""Figures of the report as data URIs, so that the HTML page needs no other files.
 
-Figures contain numbers and phones but no words; captions are text of the page, in its language.
+Figures contain only numbers and phones. Captions are part of the page, in its language.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
     """Plot each metric over the steps, with one color per run and dashed lines for validation.
 
     Args:
-        runs: lines of metrics.jsonl by run name. Their timing adds `speed` (updates per second) and
-            `waiting` (share of time without a batch).
+        runs: lines of metrics.jsonl by run name. `speed` (updates per second) and `waiting` (fraction of
+            time spent waiting for data) are computed from their timing.
     """
     series: dict[str, dict[tuple[str, bool], list[tuple[float, float]]]] = {}
     for run, rows in runs.items():
@@ -44,7 +44,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
 
 
 def run_colors(runs: Iterable[str]) -> dict[str, str]:
-    """The color of each run's curves."""
+    """Assign a color to the curves of each run."""
     return {run: _RUN_COLORS[number % len(_RUN_COLORS)] for number, run in enumerate(runs)}
 
 
@@ -67,10 +67,11 @@ def _curve(lines: Mapping[tuple[str, bool], Sequence[tuple[float, float]]], colo
 
 
 def layer_curves(layers: Mapping[str, Any]) -> str:
-    """PNMI of the units of every block of each model, and of MFCC units on the same frames.
+    """Plot the PNMI of the units of every layer of each model, and of MFCC units on the same frames.
 
     Args:
-        layers: for each model a list of {"pnmi": ...} of block 1, 2, ...; for "mfcc" a list of one.
+        layers: maps each model to a list of {"pnmi": ...} for layers 1, 2, ..., and "mfcc" to a list with one
+            entry.
     """
 
     def draw(figure: Any) -> None:
@@ -89,11 +90,11 @@ def layer_curves(layers: Mapping[str, Any]) -> str:
 
 
 def phone_order(count_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order of rows and columns in which a matrix of phones and units shows a diagonal.
+    """Compute the order of rows and columns in which a matrix of phones and units is nearly diagonal.
 
     Returns:
-        Phones (P,), most frequent first; and units (K,) by their most frequent phone, within it by that
-        phone's share of the unit, and units that never occur at the end.
+        The order of phones (P,), most frequent first; and the order of units (K,): by their most frequent
+        phone, then by the share of that phone in the unit. Units that never occur are last.
     """
     phones_P = np.argsort(-count_PK.sum(1), kind="stable")
     sorted_PK = count_PK[phones_P]
@@ -104,7 +105,7 @@ def phone_order(count_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def phone_matrix(count_PK: np.ndarray, phones: Sequence[str]) -> str:
-    """P(phone | unit): columns sum to 1 (HuBERT paper, figure 2, transposed)."""
+    """Plot P(phone | unit), whose columns sum to 1 (HuBERT paper, figure 2, transposed)."""
     phones_P, units_K = phone_order(count_PK)
     share_PK = count_PK / np.maximum(1, count_PK.sum(0))
 
@@ -120,7 +121,7 @@ def phone_matrix(count_PK: np.ndarray, phones: Sequence[str]) -> str:
 
 
 def unit_usage(count_K: np.ndarray) -> str:
-    """Share of frames of each unit in percent, most frequent first, and the share under uniform usage."""
+    """Plot the percentage of frames of each unit, most frequent first, and that of uniform usage."""
     share_K = 100 * np.sort(count_K)[::-1] / max(1, int(count_K.sum()))
 
     def draw(figure: Any) -> None:
@@ -134,7 +135,7 @@ def unit_usage(count_K: np.ndarray) -> str:
 
 
 def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | None) -> str:
-    """Waveform, spectrogram (kHz) with phones, and units, over time in seconds."""
+    """Plot waveform, spectrogram (kHz) with phones, and units over time (seconds)."""
     seconds = len(wav_T) / SAMPLE_RATE
     heights = [1, 3.2] + ([0.5] if unit_S is not None else [])
 
@@ -184,13 +185,13 @@ def _style(axes: Any) -> None:
 
 
 def _png(draw: Callable[[Any], None], width: float, height: float, layout: Any = "constrained") -> str:
-    """Data URI of a PNG of a figure in inches, for figures with very many elements."""
+    """Render a figure (size in inches) as the data URI of a PNG; for figures with very many elements."""
     content = _render(draw, (width, height), layout, "png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float) -> str:
-    """Data URI of an SVG of a figure in inches."""
+    """Render a figure (size in inches) as the data URI of an SVG."""
     content = _render(draw, (width, height), "constrained", "svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content).decode()
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page without external files, for screens and phones, light and dark."""
+"""Rendering of the report as a single HTML page, for desktop and mobile, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class PageData:
-    """Content of the page; `experiments` are named paths, the report's own one first."""
+    """Content of the page."""
 
-    experiments: Mapping[str, Path]
+    experiments: Mapping[str, Path]  # by name; the first one is the experiment of the report
     summary: Mapping[str, Any]
     counts: UnitCounts
     examples: Mapping[str, Mapping[str, Sequence[Example]]]  # system -> "worst", "median", "best"
@@ -57,7 +57,7 @@ class PageData:
 
 
 def render_page(data: PageData, language: str) -> str:
-    """The page as HTML, in English ("en") or Japanese ("ja")."""
+    """Render the page as HTML, in English ("en") or Japanese ("ja")."""
     strings = Strings(language)
     records = stage_records(data.exp)
     bodies = {
@@ -85,7 +85,7 @@ def render_page(data: PageData, language: str) -> str:
 
 
 def stage_records(exp: Path) -> dict[str, Any]:
-    """Records of the finished stages of an experiment by folder."""
+    """Read the records of the finished stages of an experiment, keyed by folder."""
     return {str(path.parent.relative_to(exp)): read_record(path) for path in sorted(exp.glob(f"**/{DONE}"))}
 
 
@@ -104,7 +104,7 @@ def _header(data: PageData, records: Mapping[str, Any], strings: Strings) -> str
 
 
 def _headline(summary: Mapping[str, Any], strings: Strings) -> list[tuple[str, str]]:
-    """The most important numbers with their captions."""
+    """Select the most important numbers, with their captions."""
     cards = []
     for measure, title in (("wer", "lowest_wer"), ("per", "lowest_per"), ("cer", "lowest_cer")):
         rates = [
@@ -123,7 +123,7 @@ def _headline(summary: Mapping[str, Any], strings: Strings) -> list[tuple[str, s
 
 
 def _made_with(records: Mapping[str, Any], strings: Strings) -> str:
-    """Commands, commits, devices and versions of the stages, each distinct value once."""
+    """List the distinct commands, commits, devices and versions of the stages."""
     values: dict[str, dict[str, None]] = {}
     ordered = sorted(records.values(), key=lambda record: record["finished"])
     for record in ordered:
@@ -171,7 +171,7 @@ def _results(data: PageData, strings: Strings) -> str:
 
 
 def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
-    """Collapsible tables of a system's speakers and most frequent errors."""
+    """Render collapsible tables of the speakers and the most frequent errors of a system."""
     measures = {name: title for name, title in _MEASURES.items() if name in score}
     first = next(iter(measures))
     speakers = sorted(score.get("speakers", {}).items(), key=lambda item: (-item[1][first]["rate"], item[0]))
@@ -223,7 +223,7 @@ class _BestLayer:
 
 
 def _best_layer(layers: Mapping[str, Any], strings: Strings) -> _BestLayer | None:
-    """The layer with the highest PNMI among those measured with equal K, compared with MFCCs."""
+    """Find the layer with the highest PNMI among those measured with equal K."""
     candidates = [
         (quality["pnmi"], f"{model}, {strings('layer', number)}", quality["n_units"])
         for model, blocks in layers.items()
@@ -260,7 +260,7 @@ def _units(data: PageData, strings: Strings) -> str:
 
 
 def _equal_k(layers: Mapping[str, Any], units: Mapping[str, Any], strings: Strings) -> str:
-    """Quality of MFCCs and layers with the same number of units, and what it means."""
+    """Render the quality of MFCCs and layers with the same number of units, and a summary sentence."""
     best = _best_layer(layers, strings)
     if best is None:
         return ""
@@ -324,7 +324,7 @@ def _source(source: str, strings: Strings) -> str:
 
 
 def _unit_title(name: str, unit: Mapping[str, Any], strings: Strings) -> str:
-    """Iteration and feature of units, such as "iter2: layer 6"."""
+    """Title of units with their iteration and feature, e.g. "iter2: layer 6"."""
     feature = str(unit["feature"]).upper() if unit["layer"] is None else strings("layer", unit["layer"])
     experiment, separator, iteration = name.rpartition(": ")
     return f"{experiment}{separator}{iteration if unit['learnt'] else strings('last_model')}: {feature}"
@@ -375,7 +375,7 @@ def _example(example: Example, strings: Strings) -> str:
 
 
 def _marked(pairs: Sequence[tuple[Any, Any]], side: int, as_kana: bool, tag: str) -> str:
-    """One side of an alignment, with a CSS class for each error."""
+    """Render one side of an alignment, with a CSS class for each error."""
     cells = []
     for pair in pairs:
         kind = "" if pair[0] == pair[1] else "ins" if pair[0] is None else "del" if pair[1] is None else "sub"
@@ -392,7 +392,7 @@ def _marked(pairs: Sequence[tuple[Any, Any]], side: int, as_kana: bool, tag: str
 
 
 def _training(experiments: Mapping[str, Path], strings: Strings) -> str:
-    """Collapsible training curves, with all experiments in the same figures."""
+    """Render collapsible training curves, with all experiments in the same figures."""
     stages: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for experiment, exp in experiments.items():
         for path in sorted(exp.glob("**/metrics.jsonl")):
@@ -417,7 +417,7 @@ def _training(experiments: Mapping[str, Path], strings: Strings) -> str:
 
 
 def _comparison(experiments: Mapping[str, Path], strings: Strings) -> str:
-    """Settings that differ between the experiments, in the stages that all of them have."""
+    """Render the settings that differ between the experiments, for stages present in all of them."""
     if len(experiments) < 2:
         return ""
     records = {name: stage_records(exp) for name, exp in experiments.items()}

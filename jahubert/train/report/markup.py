@@ -22,7 +22,7 @@ class Strings:
         self._texts = {key: texts[column] for key, texts in json.loads(content).items()}
 
     def __call__(self, key: str, *values: Any, **named: Any) -> str:
-        """The text of a key with its placeholders filled in."""
+        """Return the text of a key, with its placeholders filled in."""
         text = self._texts[key]
         return text.format(*values, **named) if values or named else text
 
@@ -43,7 +43,7 @@ def escape(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Row], style: str = "stack") -> str:
-    """A table of HTML cells. With style "stack", the cells of a row are below each other on a phone."""
+    """Render a table of HTML cells. With style "stack", the cells of a row are stacked on narrow screens."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     labels = [*header, *[""] * 1000]
     lines = []
@@ -59,13 +59,13 @@ def table(header: Sequence[str], rows: Iterable[Row], style: str = "stack") -> s
 
 
 def details(summary: str, body: str, note: str = "") -> str:
-    """A collapsible section; empty if its body is empty."""
+    """Render a collapsible section; an empty string if its body is empty."""
     small = f" <small>{note}</small>" if note else ""
     return f"<details><summary>{summary}{small}</summary>{body}</details>" if body else ""
 
 
 def definitions(items: Mapping[str, str], style: str = "") -> str:
-    """A list of terms with their values, both as HTML."""
+    """Render a list of terms and values, which are HTML."""
     rows = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in items.items())
     return f'<dl class="{style}">{rows}</dl>'
 
@@ -75,7 +75,7 @@ def figure(uri: str, caption: str, style: str = "plot") -> str:
 
 
 def image(uri: str, alt: str, style: str = "plot") -> str:
-    """An image; in dark mode the colors of a "plot" are inverted, those of a "photo" are not."""
+    """Render an image; in dark mode, colors are inverted with style "plot" but not with style "photo"."""
     return f'<img class="{style}" alt="{escape(alt)}" src="{uri}">'
 
 

@@ -1,4 +1,4 @@
-"""Scored systems of an experiment, and the labels that tables give them."""
+"""Scored systems of an experiment, and their labels in tables."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Name within its experiment."""
+        """Name that is unique in the experiment."""
         return f"{self.system}, {self.decoding}" if self.decoding else self.system
 
     def summary(self) -> dict[str, Any]:
-        """Label, scores, and size of the fine-tuning."""
+        """Read the label, the scores, and the amount of fine-tuning data and updates."""
         finetune = read_record(self.folder("finetune") / DONE)
         return {
             "label": result_label(self.folder("decode")),
@@ -42,7 +42,7 @@ class Result:
 
 
 def find_results(exp: Path) -> Iterator[Result]:
-    """Scored decodings of an experiment, sorted by system name, the main decoding of each first."""
+    """Find the scored decodings of an experiment, sorted by system, with the default decoding first."""
     for system in sorted((exp / "systems").glob("*")):
         for folder in sorted(system.glob("score*")):
             if (folder / DONE).exists():
@@ -50,7 +50,7 @@ def find_results(exp: Path) -> Iterator[Result]:
 
 
 def name_experiments(exp: Path, others: Sequence[Path] = ()) -> dict[str, Path]:
-    """Unique names of experiments, `exp` first: the names of the folders, or paths if names are equal."""
+    """Map unique names to experiments, `exp` first; names are folder names, or paths if necessary."""
     by_path = {path.resolve(): path for path in (exp, *others)}
     names = [path.name for path in by_path]
     return {
@@ -59,7 +59,9 @@ def name_experiments(exp: Path, others: Sequence[Path] = ()) -> dict[str, Path]:
 
 
 def summarize_results(experiments: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """`Result.summary` of every system: of the first experiment by name, of others as "experiment: system".
+    """Collect the summaries of all systems.
+
+    Systems of the first experiment are keyed by name, and others by "experiment: system".
 
     Raises:
         DataError: an experiment other than the first has no scores.
@@ -69,15 +71,15 @@ def summarize_results(experiments: Mapping[str, Path]) -> dict[str, dict[str, An
     for name, other in others:
         summaries = {f"{name}: {result.name}": result.summary() for result in find_results(other)}
         if not summaries:
-            raise DataError(f"report.compare_with: {other} has no scores; run stage=score there first")
+            raise DataError(f"report.compare_with: {other} has no scores; run its stage=score first")
         systems |= summaries
     return systems
 
 
 def result_label(decode: Path) -> str:
-    """Label of the hypotheses in a folder of stage `decode`: experiment, model, subset and search.
+    """Return a label for the hypotheses in a decode folder: experiment, model, subset and search.
 
-    Read from the stage records; without records, the label is the folder itself.
+    It is taken from the records of the stages. Without records, the label is the path of the folder.
     """
     system, exp = decode.parent, decode.parent.parent.parent
     prepare_record, finetune_record, decode_record = (
@@ -88,7 +90,7 @@ def result_label(decode: Path) -> str:
         return str(decode)
     settings = decode_record["settings"]
     search = decode_record["metrics"].get("search")
-    if search is None:  # record written by an earlier version
+    if search is None:  # the record was written by an earlier version
         search = f"beam {settings['beam']}" if settings["search"] == "beam" else settings["search"]
     decoding = decoding_of(decode)
     parts = [

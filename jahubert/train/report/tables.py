@@ -1,4 +1,4 @@
-"""Text tables of a report's summary, for the terminal."""
+"""Text tables of the report for the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jahubert.train.evaluation.scoring import measures_of, phone_wer, published_
 
 
 def text_tables(summary: Mapping[str, Any]) -> str:
-    """All tables of a summary: published results, results by split, and units."""
+    """Format all tables: published results, results by split, and units."""
     systems = summary["systems"]
     results = [(system["label"], phone_wer(system["scores"])) for system in systems.values()]
     parts = [published_table(summary["published"], results)]
@@ -19,7 +19,7 @@ def text_tables(summary: Mapping[str, Any]) -> str:
 
 
 def splits_of(systems: Mapping[str, Any]) -> list[str]:
-    """Evaluation splits for which any system has scores."""
+    """Return the splits for which at least one system has scores."""
     return sorted({split for system in systems.values() for split in system["scores"]})
 
 

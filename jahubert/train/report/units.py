@@ -20,30 +20,30 @@ from jahubert.train.evaluation.unit_checks import usage_statistics
 from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import DONE
 
-LAYER_UNITS = 100  # K for every layer, the same as for MFCCs in the recipe
+LAYER_UNITS = 100  # number of units per layer, the same as for MFCCs
 
 
 @dataclass(frozen=True)
 class UnitCounts:
-    """Frames per unit of each iteration, and per phone and unit if phone times are available."""
+    """Frame counts of the units of each iteration ("iter1", ...)."""
 
-    usage: dict[str, np.ndarray]  # "iter1" -> (K,) all frames
+    usage: dict[str, np.ndarray]  # frames per unit (K,)
     phones: list[str]
     source: str  # source of the phone times
-    joint: dict[str, np.ndarray]  # "iter1" -> (P, K) frames with a known phone
+    joint: dict[str, np.ndarray]  # frames per phone and unit (P, K), if phone times are available
 
 
 def label_stores(exp: Path) -> dict[str, LabelStore]:
-    """The finished label stores of an experiment by iteration ("iter1", ...)."""
+    """Open the finished label stores of an experiment, keyed by iteration ("iter1", ...)."""
     return {
         path.parent.parent.name: LabelStore(path.parent) for path in sorted(exp.glob(f"iter*/label/{DONE}"))
     }
 
 
 def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, ...]], str]:
-    """Phones of each manifest row that has any, and the source of their times.
+    """Return the phones of manifest rows, as far as available, and the source of their times.
 
-    These are the corpus's own times if it has any, else the forced alignment of stage `decode`.
+    The source is the corpus if it has phone times, otherwise the forced alignment of stage decode.
     """
     times: dict[int, tuple[Phone, ...]] = {}
     with progress("phone times", "utterances", len(manifest)) as done:
@@ -62,7 +62,11 @@ def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, .
 
 
 def count_units(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> UnitCounts:
-    """Count units, and phones and units of the same frame, given the result of `phone_times`."""
+    """Count the frames of each unit, and of each pair of phone and unit.
+
+    Args:
+        times, source: as returned by `phone_times`.
+    """
     stores = label_stores(exp)
     usage = {name: store.unit_counts() for name, store in stores.items()}
     if not times:
@@ -89,9 +93,9 @@ def count_units(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> 
 def layer_curves(
     exp: Path, times: dict[int, tuple[Phone, ...]], n_frames: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Quality of `LAYER_UNITS` units of MFCCs and of every block of each iteration's model.
+    """Measure the quality of `LAYER_UNITS` units of MFCCs and of every layer of each iteration's model.
 
-    All are measured on the same frames. Empty if there are no phone times or models.
+    All are measured on the same frames. The result is empty if there are no phone times or no models.
     """
     models = sorted(path.parent for path in exp.glob(f"iter*/pretrain/{DONE}"))
     if not (times and models and n_frames):
@@ -115,7 +119,7 @@ def layer_curves(
 
 
 def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
-    """Feature, usage, purities and PNMI of the units of each iteration."""
+    """Compute the feature, usage, purities and PNMI of the units of each iteration."""
     stores, result = label_stores(exp), {}
     for name, usage_K in counts.usage.items():
         header = stores[name].header
@@ -125,7 +129,7 @@ def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
             against_phones = {"frames": int(count_PK.sum()), "phones": counts.source}
             against_phones |= cluster_quality(count_PK)
         result[name] = {
-            "learnt": (exp / name / "pretrain" / DONE).exists(),  # False: units of the last model
+            "learnt": (exp / name / "pretrain" / DONE).exists(),  # False for the units of the last model
             "feature": header.feature,
             "layer": header.layer,
             "n_units": header.n_units,
@@ -136,6 +140,6 @@ def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
 
 
 def measure_units(exp: Path) -> dict[str, Any]:
-    """`unit_quality` of an experiment, using its phone times."""
+    """Compute the `unit_quality` of an experiment, using its phone times."""
     times, source = phone_times(exp, Manifest(exp / "prepare" / "manifest.arrow"))
     return unit_quality(exp, count_units(exp, times, source))

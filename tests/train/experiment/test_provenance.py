@@ -62,7 +62,7 @@ def test_changed_setting_is_named(tmp_path, source, finished):
         finish(out, recipe, {}, 0.0)
     with pytest.raises(StaleError, match=r"kmeans\.size was 3, now 4") as caught:
         acquire(out, stage_inputs("kmeans", 1, Config(source, size=4)))
-    assert ("was made" if finished else "was started") in str(caught.value)
+    assert ("was created" if finished else "was started") in str(caught.value)
     with pytest.raises(StaleError, match=r"kmeans .*version 1 to 2"):
         acquire(out, stage_inputs("kmeans", 2, Config(source)))
 

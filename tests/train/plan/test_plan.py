@@ -260,7 +260,7 @@ def test_speed_is_measured_on_this_machine(capsys, tmp_path):
     runner.run([f"recipe={TONES}", "stage=prepare", f"exp={tmp_path}"])
     assert main(["plan", f"recipe={TONES}", f"exp={tmp_path}", "gpus=2", "iterations=1"]) == 0
     printed = capsys.readouterr().out
-    assert "2 x this machine's CPU: measured here" in printed and "60 utterances" in printed
+    assert "2 x this machine's CPU: measured on this machine" in printed and "60 utterances" in printed
     assert str(tmp_path / "prepare/manifest.arrow") in printed and "gpu=NAME: V100, " in printed
     assert {"iter1/pretrain", "iter2/label", "pretrained/finetune"} <= {
         line.split()[0] for line in printed.splitlines() if line
