@@ -46,8 +46,8 @@ def test_all_mistakes_are_reported_with_the_nearest_name():
     assert text.startswith("the configuration has 6 mistakes:")
     assert "stage.devise: no such key; did you mean stage.device?" in text
     assert "stage.folder: required" in text
-    assert "stage.kind: must be one of mfcc, hubert, errors 'mfc'; did you mean mfcc?" in text
-    assert "stage.layer: expected int, errors 2.5" in text
+    assert "stage.kind: must be one of mfcc, hubert, found 'mfc'; did you mean mfcc?" in text
+    assert "stage.layer: expected int, found 2.5" in text
     assert "stage.inner.rates: no such key; did you mean stage.inner.rate?" in text
     assert "stage.inner.sizes: expected" in text
 
@@ -111,7 +111,7 @@ def test_out_of_range_training_settings_are_reported():
 
 @pytest.mark.parametrize("value", [float("nan"), "nan", ".inf", "-inf", float("inf")])
 def test_non_finite_number_is_rejected(value):
-    with pytest.raises(ConfigError, match=r"inner.rate: expected (a finite number|float), errors"):
+    with pytest.raises(ConfigError, match=r"inner.rate: expected (a finite number|float), found"):
         structure({"folder": "a", "inner": {"rate": value}}, Outer)
 
 
