@@ -1,4 +1,4 @@
-"""Augmentation: reproducible choices, lengths that are known before reading, and the effects themselves."""
+"""Tests of data augmentation: reproducible choices, predicted lengths, and the individual effects."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_augmentation_is_off_by_default(corpus):
         assert torch.equal(plain.load(micro).wav_BT, default.load(micro).wav_BT)
 
 
-def test_an_utterance_depends_only_on_seed_epoch_and_row(corpus):
+def test_augmentation_depends_only_on_seed_epoch_and_row(corpus):
     together, alone = ctc(corpus).load(MicroBatch(3, 0, (2, 5))), ctc(corpus).load(MicroBatch(3, 9, (5,)))
     n_samples = int(alone.n_samples_B[0])
     assert torch.equal(together.wav_BT[1, :n_samples], alone.wav_BT[0])
@@ -86,7 +86,7 @@ def test_an_utterance_depends_only_on_seed_epoch_and_row(corpus):
         assert other.wav_BT.shape != alone.wav_BT.shape or not torch.equal(other.wav_BT, alone.wav_BT)
 
 
-def test_cached_and_uncached_waveforms_are_augmented_alike_and_the_cache_is_unchanged(corpus):
+def test_caching_waveforms_does_not_change_the_result(corpus):
     cached, uncached, plain = ctc(corpus), ctc(corpus, keep_in_memory_hours=0.0), ctc(corpus, None)
     for micro in islice(cached.sampler.stream(0, 0), 6):
         assert torch.equal(cached.load(micro).wav_BT, uncached.load(micro).wav_BT)
@@ -94,7 +94,7 @@ def test_cached_and_uncached_waveforms_are_augmented_alike_and_the_cache_is_unch
         assert np.array_equal(wave, plain.load(MicroBatch(0, 0, (row,))).wav_BT[0].numpy())
 
 
-def test_batches_are_equal_with_and_without_workers_and_from_a_saved_position(corpus):
+def test_workers_and_resuming_do_not_change_the_batches(corpus):
     def batches(workers: int, skip: int = 0) -> list[tuple[MicroBatch, torch.Tensor]]:
         data, cpu = ctc(corpus), torch.device("cpu")
         stream = micro_batches(data, replace(CONFIG, workers=workers), cpu, epoch=0, cursor=skip)
@@ -112,7 +112,7 @@ def test_batches_are_equal_with_and_without_workers_and_from_a_saved_position(co
             assert torch.equal(wav_BT, expected_BT)
 
 
-def test_lengths_at_other_speeds_are_known_before_reading(corpus):
+def test_lengths_at_other_speeds_are_predicted(corpus):
     data = ctc(corpus)
     assert data.augmenter is not None
     seen = set()
@@ -128,14 +128,14 @@ def test_lengths_at_other_speeds_are_known_before_reading(corpus):
     assert len(seen) > 10 and min(seen) >= 0.9 and max(seen) <= 1.12
 
 
-def test_a_slowed_utterance_that_exceeds_the_micro_batch_is_an_error_at_the_start(corpus):
+def test_slowed_utterance_longer_than_a_micro_batch_is_rejected(corpus):
     longest = LENGTHS.max() / 16_000
     ctc(corpus, None, micro_seconds=longest + 0.01)
     with pytest.raises(ConfigError, match="micro_seconds"):
         ctc(corpus, AugmentConfig(speed_prob=0.1, speed=(0.5, 1.0)), micro_seconds=longest + 0.01)
 
 
-def test_share_and_range_of_speeds():
+def test_speeds_have_the_configured_share_and_range():
     config = AugmentConfig(speed_prob=0.3, speed=(0.8, 1.25))
     speeds = augmenter(config, [tone(100)]).speeds(0, np.arange(20_000))
     changed = speeds[speeds != 1]
@@ -183,7 +183,7 @@ def test_reverberation_is_aligned_and_keeps_the_power():
     response = augmentation.room_response(0.5, 6.0, np.random.default_rng(0))
     assert np.sum(response[1:] ** 2) == pytest.approx(10**-0.6, rel=1e-3)
     wet = augmentation.filter_with(wave, response)
-    assert np.abs(wet[:7_999]).max() < 1e-6  # nothing before the direct sound
+    assert np.abs(wet[:7_999]).max() < 1e-6  # silence before the direct sound
     assert db(wet, wave) == pytest.approx(0, abs=0.01)
     reference = np.convolve(wave, response)[:16_000]
     assert np.allclose(wet / np.linalg.norm(wet), reference / np.linalg.norm(reference), atol=1e-5)
@@ -206,7 +206,7 @@ def test_noise_and_other_speech_have_the_given_ratio():
     assert len(result) == 16_000
 
 
-def test_band_limits_and_codec():
+def test_band_limits_and_codec_change_the_spectrum():
     wave = tone(100) + tone(1_000) + tone(6_000)
     limited = augmentation.limit_band(wave, 300, 3400)
     level = np.abs(np.fft.rfft(limited)) / np.abs(np.fft.rfft(wave)).max()
@@ -240,6 +240,6 @@ def test_silence_stays_finite():
         ({"band_low_hz": (100.0, 4000.0)}, "band_low_hz"),
     ],
 )
-def test_impossible_settings_are_rejected(changes, name):
+def test_invalid_settings_are_rejected(changes, name):
     with pytest.raises(ConfigError, match=name):
         AugmentConfig(**changes)
