@@ -79,14 +79,14 @@ def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config
 
 def expected_talks(subset: str, dev: str) -> dict[str, int]:
     """Return the number of talks of each split in a complete copy of the corpus, as far as known."""
-    held = held_out(dev)
-    expected = {name: sum(other == name for other in held.values()) for name in (*EVALS, "dev")}
+    set_of = held_out(dev)
+    expected = {name: sum(other == name for other in set_of.values()) for name in (*EVALS, "dev")}
     if dev == "kaldi":
         del expected["dev"]
     if subset == "core":
-        expected["train"] = len(set(read_list("core")) - held.keys())
+        expected["train"] = len(set(read_list("core")) - set_of.keys())
     elif subset == "all":
-        expected["train"] = TALKS - len(held)
+        expected["train"] = TALKS - len(set_of)
     return expected
 
 
@@ -105,4 +105,4 @@ def comparison(name: str, count: SplitCount, config: SummaryOptions) -> str:
     if name == "train" and config.subset in PAPER_HOURS:
         hours = PAPER_HOURS[config.subset]
         figures.append(("the paper", f"{hours:.0f} h", count.hours / hours))
-    return "".join(f"; {source}: {figure}, here {share:.1%} of that" for source, figure, share in figures)
+    return "".join(f"; {source}: {figure} (this split has {share:.1%})" for source, figure, share in figures)

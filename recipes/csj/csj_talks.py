@@ -76,7 +76,9 @@ class TranscriptCheck:
     n_segments: int = 0
     n_broken: int = 0  # segments that cannot be read
     problems: list[str] = field(default_factory=list)  # each with file:line
-    text_problems: list[str] = field(default_factory=list)  # in the orthography, which is not trained on
+    text_problems: list[str] = field(
+        default_factory=list
+    )  # problems in the orthography, which is not trained on
     unreadable: bool = False  # whether the whole transcript is unreadable
 
 

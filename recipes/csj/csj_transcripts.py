@@ -264,8 +264,8 @@ class _XmlReader:
             phones.append(PhoneTime(phone_of(label), start, end, channel))
             self._before = label
         else:
-            known = " ".join((*PHONES, LONG, *SILENT))
-            problem = f"unknown PhonemeEntity {label!r}; known labels: {known}"
+            labels = " ".join((*PHONES, LONG, *SILENT))
+            problem = f"unknown PhonemeEntity {label!r}; known labels: {labels}"
             self._unknown(start, end, f"{self.path}:{self._line}: {problem}")
 
     def _unknown(self, start: int, end: int, problem: str) -> None:

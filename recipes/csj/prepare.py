@@ -1,9 +1,9 @@
 """Reader for CSJ, the Corpus of Spontaneous Japanese (NINJAL): fine-tuning data and the three test sets.
 
 Reads the USB, DVD and merl layouts (csj_files.py) and SDB, XML or TRN transcripts (csj_transcripts.py),
-resolves tags (csj_tags.py), and joins segments with short gaps into utterances (csj_speech.py). Words are the
-phones of short unit words. The splits are train, dev, eval1, eval2 and eval3. Phone times in the XML of core
-talks are stored as the alignment of their utterances.
+resolves tags (csj_tags.py), and joins segments with short gaps into utterances (csj_speech.py). Each word is
+the sequence of phones of a short unit word. The splits are train, dev, eval1, eval2 and eval3. Phone times in
+the XML of core talks are stored as the alignment of their utterances.
 """
 
 from __future__ import annotations

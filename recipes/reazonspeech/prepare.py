@@ -119,9 +119,9 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
         )
     releases = [folder for folder in (data, *sorted(data.glob("reazonspeech-v*"))) if _tables(folder)]
     if len(releases) != 1:
-        found = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"
+        contents = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"
         raise DataError(
-            f"{data}: found {found}; set data= to a folder with tsv/*.tsv and data/*.tar of one release"
+            f"{data}: found {contents}; set data= to a folder with tsv/*.tsv and data/*.tar of one release"
         )
     tables = _tables(releases[0])
     if subset not in tables:

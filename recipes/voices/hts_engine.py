@@ -1,8 +1,8 @@
-"""The HTS engine inside pyopenjtalk-plus, called through ctypes for what its Python class does not offer.
+"""Interface to the HTS engine inside pyopenjtalk-plus, with functions that its Python class does not provide.
 
-The extension module exports the C functions of hts_engine API 1.10: interpolation weights of several loaded
-voices, the all-pass constant (vocal tract length), pitch, speed, and the durations of the states, which are
-exact phone times. The engine is used through its documented functions only, never through its memory layout.
+The extension module exports the C functions of hts_engine API 1.10, which are called through ctypes: the
+interpolation weights of several voices, the all-pass constant (vocal tract length), pitch, speed, and state
+durations, which are exact phone times. Only documented functions are used, never the memory layout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from jahubert.errors import DataError, JahubertError, MissingExtraError
 
-_ENGINE_BYTES = 1 << 14  # the structure HTS_Engine has less than 1 KiB; its size is not exported
+_ENGINE_BYTES = 1 << 14  # the size of HTS_Engine is not exported, but is less than 1 KiB
 _VOLUME_DB = -6.0  # headroom: the engine clips to 16 bits
 _HANDLE, _SIZE, _REAL = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_double
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
@@ -49,19 +49,19 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple]] = {  # result and arguments aft
 
 @dataclass(frozen=True)
 class Style:
-    """How an engine speaks: a mixture of its voices, vocal tract, pitch and speed."""
+    """Speaking style: mixture of voices, vocal tract length, pitch and speed."""
 
-    weights: tuple[float, ...]  # of the voices, sum 1
+    weights: tuple[float, ...]  # weights of the voices; the sum is 1
     alpha: float  # all-pass constant; larger is a longer vocal tract
     half_tones: float
     speed: float
 
 
 class HtsEngine:
-    """An engine with compatible voices.
+    """An engine that mixes compatible voices.
 
     Args:
-        voices: files whose headers agree (`voice_header`).
+        voices: voice files with equal headers (`voice_header`).
 
     Raises:
         DataError: the engine cannot load these voices together.
@@ -79,7 +79,7 @@ class HtsEngine:
         self.frame_samples: int = self._call("get_fperiod")
 
     def durations(self, labels: Sequence[str], style: Style) -> list[int]:
-        """Frames of each full-context label."""
+        """Compute the number of frames of each full-context label."""
         self._generate_states(labels, style)
         n_states = self._call("get_nstate")
         states = [self._call("get_state_duration", i) for i in range(n_states * len(labels))]
@@ -87,7 +87,7 @@ class HtsEngine:
         return [sum(states[i : i + n_states]) for i in range(0, len(states), n_states)]
 
     def synthesize(self, labels: Sequence[str], style: Style) -> np.ndarray:
-        """Waveform of full-context labels, float32 (T,) at `sample_rate`, below full scale."""
+        """Synthesize full-context labels; returns float32 (T,) at `sample_rate`, below full scale."""
         self._generate_states(labels, style)
         self._call("add_half_tone", style.half_tones)
         if not self._call("generate_parameter_sequence") or not self._call("generate_sample_sequence"):
@@ -112,7 +112,7 @@ class HtsEngine:
             raise JahubertError("the HTS engine rejects the labels")
 
     def _speech(self) -> np.ndarray:
-        """The generated samples, int16 (T,), through a file: the engine exports no other bulk access."""
+        """Read the generated samples, int16 (T,), through a file, as the engine has no other bulk access."""
         libc = ctypes.CDLL(None)
         libc.fopen.restype, libc.fopen.argtypes = _HANDLE, (ctypes.c_char_p, ctypes.c_char_p)
         libc.fclose.argtypes = (_HANDLE,)
@@ -135,10 +135,10 @@ class HtsEngine:
 
 
 def voice_header(path: Path) -> bytes:
-    """The part of a voice file that must agree for voices to be mixed: streams, sizes and options.
+    """Read the header of a voice file (streams, sizes and options), which must be equal in mixed voices.
 
     Raises:
-        DataError: not an HTS voice.
+        DataError: the file is not an HTS voice.
     """
     with path.open("rb") as file:
         header, position, _ = file.read(1 << 16).partition(b"[POSITION]")
@@ -148,10 +148,10 @@ def voice_header(path: Path) -> bytes:
 
 
 def package_folder() -> Path:
-    """The folder of pyopenjtalk-plus, found without importing it.
+    """Return the folder of pyopenjtalk-plus without importing it.
 
     Raises:
-        MissingExtraError: not installed.
+        MissingExtraError: pyopenjtalk-plus is not installed.
     """
     spec = importlib.util.find_spec("pyopenjtalk")
     if spec is None or spec.origin is None:

@@ -1,9 +1,9 @@
 """Synthetic corpus of many speakers: sentences spoken by mixtures of Open JTalk's HTS voices.
 
-The voices are those of a folder and the one of pyopenjtalk-plus. A speaker is a mixture of one or two
-compatible voices with a vocal tract length, a pitch and a speed, all drawn from the seed. Phone times are
-exact: they are the state durations of the engine. Sentences come from a file and from the word lists of
-recipe `demo`.
+The voices in a folder and the voice of pyopenjtalk-plus are used. A speaker is a random mixture of one or two
+compatible voices with a random vocal tract length, pitch and speed, determined by the seed. Phone times are
+exact, because they are the state durations of the engine. Sentences come from a file and from the word lists
+of recipe `demo`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 demo = sys.modules[resolve(f"{recipe_folder('demo') / 'prepare.py'}:prepare", {}, "recipe").__module__]
 
-_BATCH_LINES = 1000  # utterances planned at a time
+_BATCH_LINES = 1000  # number of utterances to plan at a time
 _ALPHA = 0.55  # all-pass constant of an unchanged voice at 48 kHz
 _HALF_TONES_PER_ALPHA = -50.0  # a longer vocal tract has a lower pitch
 _CORPUS_LINE = re.compile(r"[\w-]+:(?P<text>[^,]+),[ァ-ヺー、。！？]+$")  # ID:text with furigana,kana
@@ -89,7 +89,7 @@ class Voice:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker: a style of an engine with these voices."""
+    """A speaker: the voices of an engine and a speaking style."""
 
     name: str
     voices: tuple[Voice, ...]
@@ -97,13 +97,13 @@ class Speaker:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield `voices-<split>-NNNNN` in train, dev and test, which share neither sentences nor speakers.
+    """Yield utterances `voices-<split>-NNNNN`; the splits share neither sentences nor speakers.
 
-    `data` is a folder with HTS voices, at any depth; without it, only the voice of pyopenjtalk-plus is used.
-    Audio is written to `work` as 16 kHz FLAC; existing files are kept.
+    `data` is a folder that contains HTS voices at any depth. Without it, only the voice of pyopenjtalk-plus
+    is used. Audio is written to `work` as 16 kHz FLAC; existing files are kept.
 
     Raises:
-        DataError: no voice or no sentence found.
+        DataError: no voice or no sentence was found.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     given = read_sentences(expand_user(config.texts)) if config.texts else []
@@ -114,17 +114,17 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 def synthesize(
     texts: Iterable[str], work: Path, config: Config, seed: int, data: Path | None = None
 ) -> Iterator[Utterance | Rejected]:
-    """Utterances of the texts, in order, until `config.minutes` are reached or the texts end.
+    """Synthesize texts in order, until `config.minutes` are reached or the texts end.
 
     Args:
-        texts: sentences; repeated and excluded ones are skipped.
-        work: folder of the audio.
-        config: `texts` and `own_share` are not used.
-        seed: of the speakers and of everything else that is drawn.
+        texts: sentences; repeated and excluded sentences are skipped.
+        work: folder for the audio.
+        config: all options except `texts` and `own_share` are used.
+        seed: seed of all random choices.
         data: folder with HTS voices.
 
-    Returns:
-        Utterances whose audio is complete, and the sentences that cannot be used.
+    Yields:
+        Utterances whose audio exists, and sentences that cannot be used.
     """
     processes = config.processes or min(8, os.cpu_count() or 1)
     plan = _plan(texts, work, config, seed, find_voices(data))
@@ -139,10 +139,10 @@ def synthesize(
 
 
 def find_voices(folder: Path | None) -> list[list[Voice]]:
-    """Groups of voices that can be mixed: those of a folder, and the voice of pyopenjtalk-plus.
+    """Group the voices in a folder and the voice of pyopenjtalk-plus into sets that can be mixed.
 
     Raises:
-        DataError: the folder has no voices.
+        DataError: the folder has no voices, or two voices have the same file name.
     """
     paths = sorted(folder.rglob("*.htsvoice")) if folder else []
     if folder and not paths:
@@ -162,10 +162,10 @@ def find_voices(folder: Path | None) -> list[list[Voice]]:
 
 
 def draw_speaker(groups: Sequence[Sequence[Voice]], config: Config, key: str) -> Speaker:
-    """A speaker that depends on the key alone, and on the voices.
+    """Draw a speaker, who is determined by `key` and the voices.
 
-    A group of voices is drawn with a weight of the square root of its size: its voices are styles of few
-    people.
+    The probability of a group of voices is proportional to the square root of its size, because the voices
+    in a large group are styles of a few people.
     """
     rng = random.Random(f"speaker {key}")
     group = rng.choices(groups, [len(group) ** 0.5 for group in groups])[0]
@@ -221,11 +221,11 @@ def _plan(
 def _utterance(
     text: str, speaker: Speaker, config: Config, rng: random.Random, work: Path
 ) -> tuple[Line, Utterance]:
-    """A sentence of a speaker, without id and split.
+    """Plan an utterance of a sentence by a speaker, without id and split.
 
     Raises:
         DataError: the text has no words, or letters without a reading.
-        JahubertError: the labels for the engine have other phones than the text.
+        JahubertError: the phones of the labels for the engine differ from those of the text.
     """
     features = analyze(text)
     words = features_to_words(features)
@@ -275,12 +275,12 @@ def _exists(item: Utterance) -> bool:
 
 
 def read_sentences(path: Path) -> list[str]:
-    """Sentences of a file: a table `.tsv` with a column text, or one per line.
+    """Read sentences from a `.tsv` with a column `text`, or from a file with one sentence per line.
 
-    A line may have the format of ROHAN4600, ID:漢字(かんじ),カナ: its text without furigana is used.
+    If a line has the format of ROHAN4600, ID:漢字(かんじ),カナ, its text without furigana is used.
 
     Raises:
-        DataError: not found, not UTF-8, or a table without the column.
+        DataError: the file is missing or not UTF-8, or the table has no column `text`.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -302,12 +302,15 @@ def _text_of(line: str) -> str:
 
 
 def normalize_sentence(text: str) -> str:
-    """A sentence without spaces and punctuation, to find repetitions."""
+    """Remove spaces and punctuation from a sentence, to find repeated sentences."""
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] in "LNM")
 
 
 def _mix(given: Sequence[str], own_share: float, seed: int) -> Iterator[str]:
-    """The given sentences, each once, between those of recipe demo, which never end unless the share is 0."""
+    """Yield the given sentences once each, mixed at random with sentences of recipe demo.
+
+    The sentences of recipe demo never end, unless `own_share` is 0.
+    """
     rng = random.Random(f"texts {seed}")
     own = demo.sentences(seed) if own_share > 0 else iter(())
     remaining = iter(given)

@@ -1,7 +1,7 @@
-"""Speech files of planned lines, written by several processes.
+"""Synthesis of planned lines to audio files in several processes.
 
-A process is started as `python rendering.py` with a job on its standard input. It imports neither torch nor
-the text front end, since a line contains its labels.
+A process is started as `python rendering.py` and receives its job on standard input. It imports neither torch
+nor the text front end, because a line contains its labels.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from jahubert.formats.atomic import atomic_path
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.experiment.registry import recipe_folder, resolve
 
-VERSION = 1  # of the generated audio; part of every file name
-_LINES_PER_PROCESS = 8  # fewer are not worth starting one
+VERSION = 1  # version of the generated audio; part of every file name
+_LINES_PER_PROCESS = 8  # minimum number of lines per process
 
 add_noise: Callable[..., np.ndarray] = resolve(
     f"{recipe_folder('demo') / 'noise.py'}:add_noise", {}, "recipe"
@@ -40,18 +40,18 @@ class Line:
     """All parameters that determine the audio of an utterance."""
 
     labels: tuple[str, ...]  # full-context labels of Open JTalk
-    voices: tuple[str, ...]  # files
-    digests: tuple[str, ...]  # of the contents of these files
+    voices: tuple[str, ...]  # paths of the voice files
+    digests: tuple[str, ...]  # digests of the voice files
     style: Style
     lead: int  # frames removed from the silence at the start
-    tail: int  # and at the end
+    tail: int  # frames removed from the silence at the end
     level_db: float
     snr_db: float
     tilt: float
     noise: int
 
     def path(self, work: Path) -> Path:
-        """The file of the audio; its name depends on the content of the voices, not on their location."""
+        """Path of the audio file; its name depends on the content of the voices, not on their location."""
         content = {name: value for name, value in asdict(self).items() if name != "voices"}
         key = hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()
         return work / key[:2] / f"{key[2:22]}.flac"
@@ -83,12 +83,12 @@ def render(lines: Sequence[Line], work: Path, processes: int) -> None:
 
 @cache
 def engine(voices: tuple[str, ...]) -> HtsEngine:
-    """The engine of these voice files."""
+    """Create an engine with these voice files."""
     return HtsEngine([Path(voice) for voice in voices])
 
 
 def waveform(line: Line) -> np.ndarray:
-    """Synthesize a line, int16 (T,) at 16 kHz."""
+    """Synthesize a line; returns int16 (T,) at 16 kHz."""
     hts = engine(line.voices)
     wave = hts.synthesize(line.labels, line.style)
     wave = wave[line.lead * hts.frame_samples : len(wave) - line.tail * hts.frame_samples]

@@ -1,8 +1,8 @@
-"""Augmentation of waveforms on the fly: speed, rooms, other speech, noise, band limits, codecs and gain.
+"""On-the-fly waveform augmentation: speed, reverberation, other speech, noise, band limits, codecs and gain.
 
-Every choice is a function of (seed, epoch, row), like crops and masks, so results depend neither on the
-number of workers nor on interruptions. The speed of an utterance can be computed without reading it, because
-the sampler needs its length. Everything is synthetic: no recordings of rooms or noise are needed.
+Like crops and masks, all random choices are determined by (seed, epoch, row), so results depend neither on
+the number of workers nor on interruptions. The speed of an utterance can be computed without reading it,
+because the sampler needs its length. All effects are synthetic and need no recordings of rooms or noise.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from jahubert.train.experiment.config import interval_errors, raise_config_error
 
 Read = Callable[[int, int, int], Tensor]  # (row, first sample, number of samples) -> float32 (T,)
 
-EFFECTS = ("speed", "reverb", "mix", "noise", "band", "codec", "gain")  # in this order
-_MAX_OTHERS = 3  # utterances that are mixed into one
-_FFT_BLOCK = 4096  # FFT lengths are multiples of this, which have no large prime factor
-_MIN_POWER = 1e-12  # of a waveform, below which it counts as silent
-_MU = 255.0  # of the mu-law, ITU-T G.711
-_SPEED_STEPS = 100  # per unit: speeds are multiples of 0.01
+EFFECTS = ("speed", "reverb", "mix", "noise", "band", "codec", "gain")  # in the order of application
+_MAX_OTHERS = 3  # maximum number of utterances mixed into another
+_FFT_BLOCK = 4096  # FFT lengths are multiples of this, so they have no large prime factors
+_MIN_POWER = 1e-12  # waveforms with less power are considered silent
+_MU = 255.0  # mu of the mu-law (ITU-T G.711)
+_SPEED_STEPS = 100  # speeds are multiples of 1 / _SPEED_STEPS
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities of the effects, all 0 by default, and the ranges from which their values are drawn."""
+    """Probabilities of the effects (0 by default), and ranges from which their parameters are drawn."""
 
-    speed_prob: float = 0.0  # resampling, which also changes length and pitch; not where labels have times
+    speed_prob: float = 0.0  # resampling, which changes length and pitch; invalid if labels have times
     speed: tuple[float, float] = (0.9, 1.1)
     reverb_prob: float = 0.0
     reverb_seconds: tuple[float, float] = (0.1, 0.7)  # reverberation time (RT60)
     reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # direct sound relative to the reverberation
-    mix_prob: float = 0.0  # one to three other training utterances, each during at most half of the time
+    mix_prob: float = 0.0  # one to three other training utterances, each for at most half of the duration
     mix_snr_db: tuple[float, float] = (5.0, 20.0)
     noise_prob: float = 0.0  # stationary noise
     noise_snr_db: tuple[float, float] = (5.0, 30.0)
-    noise_tilt: tuple[float, float] = (0.0, 2.0)  # slope of its power spectrum: 0 white, 1 pink, 2 brown
-    band_prob: float = 0.0  # band limits, such as 300 to 3400 Hz of a telephone
+    noise_tilt: tuple[float, float] = (0.0, 2.0)  # spectral slope of the noise: 0 white, 1 pink, 2 brown
+    band_prob: float = 0.0  # band limitation, e.g. 300 to 3400 Hz as on a telephone
     band_low_hz: tuple[float, float] = (50.0, 300.0)
     band_high_hz: tuple[float, float] = (3400.0, 7600.0)
     codec_prob: float = 0.0  # mu-law quantization
     codec_bits: tuple[int, int] = (5, 8)
-    gain_prob: float = 0.0  # clipped at full scale
+    gain_prob: float = 0.0  # gain, with clipping at full scale
     gain_db: tuple[float, float] = (-20.0, 6.0)
 
     def __post_init__(self) -> None:
@@ -84,45 +84,46 @@ class Augmenter:
     """Augmentation of the utterances of a manifest.
 
     Args:
-        config: what is done.
-        seed: of all choices.
-        rows: rows of the manifest that may be mixed into others.
-        n_samples: lengths of all utterances of the manifest.
-        read: reads a part of an utterance.
+        config: probabilities and ranges of the effects.
+        seed: seed of all random choices.
+        rows: manifest rows that may be mixed into other utterances.
+        n_samples: lengths of all utterances in the manifest.
+        read: function that reads part of an utterance.
     """
 
     def __init__(self, config: AugmentConfig, seed: int, rows: np.ndarray, n_samples: np.ndarray, read: Read):
         self.config, self.seed, self.rows, self.n_samples, self.read = config, seed, rows, n_samples, read
 
     def lengths(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
-        """Samples of `rows` at their speeds of an epoch, int64."""
+        """Compute the lengths of `rows` at their speeds in an epoch, int64."""
         return _length(self.n_samples[rows], self.speeds(epoch, rows))
 
     def max_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Upper bounds of `lengths` over all epochs, int64."""
+        """Compute upper bounds of `lengths` over all epochs, int64."""
         slowest = min(1.0, self.config.speed[0]) if self.config.speed_prob else 1.0
         return _length(self.n_samples[rows], slowest)
 
     def speeds(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
-        """Speed factors of `rows` in an epoch, float64; 1 is unchanged."""
+        """Draw the speed factors of `rows` in an epoch, float64; a factor of 1 means no change."""
         rows = np.asarray(rows)
         if not self.config.speed_prob:
             return np.ones(rows.shape)
-        share = _uniform(self.seed, epoch, rows) / self.config.speed_prob  # of the range; from 1 on unchanged
+        # Position in the range of speeds; rows with a position of at least 1 are not changed.
+        share = _uniform(self.seed, epoch, rows) / self.config.speed_prob
         low, high = self.config.speed
         drawn = np.round((low + (high - low) * share) * _SPEED_STEPS) / _SPEED_STEPS
         return np.where(share < 1, np.clip(drawn, low, high), 1.0)
 
     def __call__(self, wav_T: Tensor, epoch: int, row: int) -> Tensor:
-        """The waveform of a row in an epoch with all its effects; `wav_T` is not changed.
+        """Apply all effects drawn for a row in an epoch; `wav_T` is not modified.
 
         Args:
-            wav_T: float32 (T,), the utterance or a crop of it.
-            epoch: of the training.
-            row: of the manifest.
+            wav_T: the utterance or a crop of it, float32 (T,).
+            epoch: the training epoch.
+            row: the manifest row.
 
         Returns:
-            float32 (T,), of another length only at another speed.
+            The augmented waveform, float32 (T,). Its length differs only if the speed was changed.
         """
         wave_T = change_speed(wav_T.numpy(), float(self.speeds(epoch, row)))
         for number, effect in enumerate(EFFECTS[1:]):
@@ -154,7 +155,7 @@ class Augmenter:
         return np.clip(wave_T * gain, -1.0, 1.0)
 
     def _other_speech(self, row: int, n_samples: int, rng: np.random.Generator) -> np.ndarray:
-        """Parts of other utterances at random times (WavLM, section III-B), float32 (T,)."""
+        """Mix parts of other utterances at random times (WavLM, section III-B); returns float32 (T,)."""
         total = np.zeros(n_samples, np.float32)
         for _ in range(int(rng.integers(1, _MAX_OTHERS, endpoint=True))):
             other = int(self.rows[rng.integers(len(self.rows))])
@@ -167,7 +168,7 @@ class Augmenter:
 
 
 def change_speed(wave_T: np.ndarray, speed: float) -> np.ndarray:
-    """Play a waveform faster or slower, with its pitch; `_length` samples."""
+    """Resample a waveform so that it is faster or slower, which also changes its pitch."""
     if speed == 1.0:
         return wave_T
     n_samples = int(_length(len(wave_T), speed))
@@ -176,17 +177,17 @@ def change_speed(wave_T: np.ndarray, speed: float) -> np.ndarray:
 
 
 def room_response(seconds: float, direct_db: float, rng: np.random.Generator) -> np.ndarray:
-    """Impulse response of a room: direct sound, then exponentially decaying noise (Polack's model).
+    """Generate the impulse response of a room: direct sound, then decaying noise (Polack's model).
 
     The direct sound has amplitude 1 and no delay, so that labels stay aligned.
 
     Args:
-        seconds: in which the reverberation decays by 60 dB.
+        seconds: reverberation time, during which the reverberation decays by 60 dB.
         direct_db: energy of the direct sound relative to the reverberation.
-        rng: draws the noise, and the 1 to 20 ms between the direct sound and the first reflection.
+        rng: draws the noise, and a delay of 1 to 20 ms before the first reflection.
 
     Returns:
-        float32 (T,).
+        The impulse response, float32 (T,).
     """
     n_samples = max(2, round(seconds * SAMPLE_RATE))
     first = min(n_samples - 1, int(rng.uniform(0.001, 0.02) * SAMPLE_RATE))
@@ -199,7 +200,7 @@ def room_response(seconds: float, direct_db: float, rng: np.random.Generator) ->
 
 
 def filter_with(wave_T: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Convolve a waveform with an impulse response; same length and power, float32 (T,)."""
+    """Convolve a waveform with an impulse response, preserving length and power; returns float32 (T,)."""
     size = _fft_size(len(wave_T) + len(response) - 1)
     spectrum = np.fft.rfft(wave_T, size) * np.fft.rfft(response, size)
     result = np.fft.irfft(spectrum, size)[: len(wave_T)].astype(np.float32)
@@ -207,7 +208,7 @@ def filter_with(wave_T: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 
 def colored_noise(n_samples: int, tilt: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise whose power falls with frequency ** -tilt, float32 (T,)."""
+    """Generate Gaussian noise whose power is proportional to frequency ** -tilt, float32 (T,)."""
     size = _fft_size(n_samples)
     spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
     spectrum *= np.arange(1, len(spectrum) + 1, dtype=np.float32) ** np.float32(-tilt / 2)
@@ -215,7 +216,7 @@ def colored_noise(n_samples: int, tilt: float, rng: np.random.Generator) -> np.n
 
 
 def add_at(wave_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> np.ndarray:
-    """Add noise or speech at a signal-to-noise ratio; silence is left as it is. float32 (T,)."""
+    """Add noise or speech at a signal-to-noise ratio, unless it is silent; returns float32 (T,)."""
     power = _power(noise_T)
     if power < _MIN_POWER:
         return wave_T
@@ -223,16 +224,16 @@ def add_at(wave_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> np.ndarray
 
 
 def limit_band(wave_T: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
-    """Band-pass without delay; 24 dB per octave below and 48 above the corner frequencies. float32 (T,)."""
+    """Apply a band-pass filter without delay, with slopes of 24 (low) and 48 dB per octave (high)."""
     size = _fft_size(len(wave_T))
     hertz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).astype(np.float32)
-    hertz[0] = hertz[1]  # no division by zero
+    hertz[0] = hertz[1]  # avoids a division by zero
     gain = 1 / np.sqrt((1 + (low_hz / hertz) ** 8) * (1 + (hertz / high_hz) ** 16))
     return np.fft.irfft(np.fft.rfft(wave_T, size) * gain, size)[: len(wave_T)].astype(np.float32)
 
 
 def quantize_mu_law(wave_T: np.ndarray, bits: int) -> np.ndarray:
-    """Mu-law coding and decoding, relative to the peak of the waveform, float32 (T,)."""
+    """Encode and decode with the mu-law, relative to the peak of the waveform; returns float32 (T,)."""
     peak = np.abs(wave_T).max(initial=0.0)
     if peak**2 < _MIN_POWER:
         return wave_T
@@ -242,12 +243,12 @@ def quantize_mu_law(wave_T: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _length(n_samples: Any, speed: Any) -> np.ndarray:
-    """Samples of `n_samples` samples at a speed, int64."""
+    """Number of samples after changing the speed of `n_samples` samples, int64."""
     return np.rint(n_samples / speed).astype(np.int64)
 
 
 def _uniform(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1), a function of (seed, epoch, row) for any subset of rows (SplitMix64)."""
+    """Draw numbers in [0, 1) that are determined by (seed, epoch, row), for any rows (SplitMix64)."""
     base = seeded_rng(seed, epoch, 6).integers(2**63, dtype=np.uint64)
     with np.errstate(over="ignore"):
         state = base + (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

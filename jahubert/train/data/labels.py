@@ -225,9 +225,9 @@ class LabelStore:
         return counts_K
 
 
-def _check_header(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_header(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     changed = [
-        f"{key} was {old!r}, now {now.get(key)!r}" for key, old in before.items() if old != now.get(key)
+        f"{key} was {old!r}, now {after.get(key)!r}" for key, old in before.items() if old != after.get(key)
     ]
     if changed:
         raise StaleError(

@@ -11,17 +11,17 @@ from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.targets import TargetStore, vocabulary_kind
 from jahubert.train.text.tokens import Tokenizer
 
-_VOCABULARY = {"phone": "phones", "kana": "kana", "character": "characters"}  # by unit
+_VOCABULARY = {"phone": "phones", "kana": "kana", "character": "characters"}  # token unit -> vocabulary
 
 
 def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
-    """Tokens of every utterance of split `train`.
+    """Yield the tokens of every utterance in split `train`.
 
-    Phones, kana and characters are the targets of the experiment. Words are those of the text, or, if the
-    corpus has no text, the kana of the words of the targets.
+    Phones, kana and characters are taken from the targets of the experiment. Words are taken from the text.
+    If the corpus has no text, words are the kana of the words in the targets.
 
     Raises:
-        ConfigError: the targets have another unit.
+        ConfigError: the targets have a different unit.
         DataError: the experiment has no targets.
     """
     manifest, targets = Manifest(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")

@@ -219,8 +219,9 @@ def cluster_quality(count_PK: np.ndarray) -> dict[str, float]:
     """
     joint_PK = count_PK / count_PK.sum()
     phone_P, unit_K = joint_PK.sum(1), joint_PK.sum(0)
-    seen = joint_PK > 0
-    mutual = float(np.sum(joint_PK[seen] * np.log(joint_PK[seen] / np.outer(phone_P, unit_K)[seen])))
+    nonzero = joint_PK > 0
+    expected_PK = np.outer(phone_P, unit_K)
+    mutual = float(np.sum(joint_PK[nonzero] * np.log(joint_PK[nonzero] / expected_PK[nonzero])))
     entropy = -float(np.sum(phone_P[phone_P > 0] * np.log(phone_P[phone_P > 0])))
     return {
         "phone_purity": float(joint_PK.max(0).sum()),

@@ -11,7 +11,7 @@ from jahubert.train.experiment import distributed
 
 
 @contextmanager
-def progress(doing: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def progress(description: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Show a progress bar inside the block.
 
     Rank 0 shows a bar for its own part of the work if standard error is a terminal. Output of `logging` and
@@ -22,7 +22,7 @@ def progress(doing: str, unit: str, total: int | None = None) -> Iterator[Callab
     """
     hidden = True if distributed.rank() else None  # None: hidden unless standard error is a terminal
     with tqdm(
-        desc=doing, total=total, unit=f" {unit}", disable=hidden, leave=False, dynamic_ncols=True
+        desc=description, total=total, unit=f" {unit}", disable=hidden, leave=False, dynamic_ncols=True
     ) as bar:
 
         def done(n: int) -> None:

@@ -309,7 +309,7 @@ def plan_table(plan: Plan) -> str:
     hours = sum(row.hours or 0 for row in plan.stages)
     disk = sum(row.disk_bytes or 0 for row in plan.stages)
     missing = [row.stage for row in plan.stages if row.hours is None and row.memory_bytes is not None]
-    note = f"without the hours of {', '.join(missing)}" if missing else ""
+    note = f"excludes the hours of {', '.join(missing)}" if missing else ""
     lines.append(("all", _hours(hours or None), _size(disk), "", note))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     body = []

@@ -73,16 +73,16 @@ def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
 
     Only for a GPU, which processes all rows at once; a CPU processes a few rows at a time.
     """
-    rate, below, most = float(SAMPLE_RATE), 0.0, 0.0
+    rate, n_inputs, peak = float(SAMPLE_RATE), 0.0, 0.0
     for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
         rate /= stride
-        if below:  # input, GELU of the input, and the gradients of input and output
-            now = precision.itemsize * (3 * below + rate * width)
-            if config.conv_norm == "layer":  # also the input, and the float32 input of the norm
-                now += (precision.itemsize + 4) * below
-            most = max(most, now)
-        below = rate * width
-    return most
+        if n_inputs:  # input, GELU of the input, and the gradients of input and output
+            n_bytes = precision.itemsize * (3 * n_inputs + rate * width)
+            if config.conv_norm == "layer":  # also the input of the norm, and its float32 copy
+                n_bytes += (precision.itemsize + 4) * n_inputs
+            peak = max(peak, n_bytes)
+        n_inputs = rate * width
+    return peak
 
 
 class _GpuLayerNorm(TorchFunctionMode):

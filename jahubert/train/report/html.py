@@ -161,10 +161,10 @@ def _results(data: PageData, strings: Strings) -> str:
             rates = (score.get("wer"), score.get("per"), score.get("kana_cer", score.get("cer")))
             cells = [escape(name), strings.duration(3600 * system["hours"]), f"{system['updates']:,}"]
             rows.append(("", [*cells, *("" if rate is None else _rate(rate) for rate in rates)]))
-        some = next(iter(scored.values()))["scores"][split]
-        cer = strings("cer" if "cer" in some else "kana_cer")
+        first_score = next(iter(scored.values()))["scores"][split]
+        cer = strings("cer" if "cer" in first_score else "kana_cer")
         header = [strings("system"), strings("labels"), strings("updates"), "WER %", "PER %", cer]
-        count = strings("n_utterances", f"{some['utterances']:,}")
+        count = strings("n_utterances", f"{first_score['utterances']:,}")
         parts.append(f"<h3>{escape(split)} <small>({count})</small></h3>{table(header, rows)}")
         parts += [_breakdown(name, system["scores"][split], strings) for name, system in scored.items()]
     return "".join(parts) + note(strings("results_note")) if parts else ""

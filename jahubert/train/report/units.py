@@ -81,9 +81,9 @@ def count_units(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> 
             for row, alignment in times.items():
                 unit_S = np.asarray(store[row])
                 phone_S = phone_frames(alignment, len(unit_S), HUBERT)
-                known = np.array([phone is not None for phone in phone_S], bool)
+                has_phone_S = np.array([phone is not None for phone in phone_S], bool)
                 phone_parts += [index[phone] for phone in phone_S if phone is not None]
-                unit_parts.append(unit_S[known].astype(np.int64))
+                unit_parts.append(unit_S[has_phone_S].astype(np.int64))
                 done(1)
         phone_N, unit_N = np.array(phone_parts), np.concatenate(unit_parts)
         joint[name] = joint_counts(phone_N, unit_N, len(symbols), store.header.n_units)

@@ -78,7 +78,7 @@ class Config:
     mask: MaskConfig = _MASK
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fraction: float = 1.0  # use this fraction of the labeled training utterances, in manifest order
-    hours: float | None = None  # use a random subset of this duration
+    hours: float | None = None  # use a random subset of at most this many hours; null: all
     freeze_conv: bool = True  # freeze the convolutional front end
     head_only_steps: int = 10_000  # number of first updates that train only the CTC head
     dropout: float = 0.0  # overrides the value of the pretrained model

@@ -80,7 +80,8 @@ class _Watcher:
         self.rank, self.world = distributed.rank(), distributed.world()
         self.main_thread = threading.get_ident()
         self.name = f"process {self.rank} of {self.world} (pid {os.getpid()} on {socket.gethostname()})"
-        self.seen: dict[int, tuple[bytes, float]] = {}  # per rank: last status and the time of its first read
+        # Per rank: the last status, and the time at which it was first read.
+        self.last_read: dict[int, tuple[bytes, float]] = {}
         self.unanswered = 0  # number of intervals since the store last responded
 
         def store(port: int) -> dist.TCPStore:
@@ -144,10 +145,10 @@ class _Watcher:
         """Read the statuses of all processes; `seconds` includes the age of a status."""
         statuses, now = [], time.monotonic()
         for rank, text in enumerate(self.store.multi_get([str(rank) for rank in range(self.world)])):
-            if rank not in self.seen or self.seen[rank][0] != text:
-                self.seen[rank] = text, now
+            if rank not in self.last_read or self.last_read[rank][0] != text:
+                self.last_read[rank] = text, now
             status = Status(**json.loads(text))
-            statuses.append(replace(status, seconds=status.seconds + now - self.seen[rank][1]))
+            statuses.append(replace(status, seconds=status.seconds + now - self.last_read[rank][1]))
         return statuses
 
     def _report(self) -> str:

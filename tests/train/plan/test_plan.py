@@ -187,7 +187,7 @@ def test_no_hours_if_micro_batches_cannot_be_split_over_devices(n, capsys):
     assert row.hours is None
     assert "train.batch_seconds" in row.note or "micro-batches" in row.note
     assert main(["plan", "recipe=reazonspeech", f"gpus={n}", "gpu=H100"]) == 0
-    assert "without the hours of iter1/pretrain, iter2/pretrain" in capsys.readouterr().out
+    assert "excludes the hours of iter1/pretrain, iter2/pretrain" in capsys.readouterr().out
 
 
 def test_hours_depend_on_precision():
