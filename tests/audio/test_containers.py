@@ -1,4 +1,4 @@
-"""Tests of files with wrong headers: concatenated, piped, tagged and truncated files of every container."""
+"""Tests of files with wrong headers: concatenated, piped, tagged and truncated files."""
 
 from __future__ import annotations
 

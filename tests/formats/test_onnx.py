@@ -1,4 +1,4 @@
-"""Tests that exported ONNX files give the same results as the model, and of the command and its errors."""
+"""Tests of ONNX export: equal results in onnxruntime, the `convert` command, and its errors."""
 
 from __future__ import annotations
 
