@@ -254,7 +254,7 @@ def _exists(item: Utterance) -> bool:
 
 
 def _render(lines: Sequence[Line], work: Path, processes: int) -> None:
-    """Write the audio of lines, with `processes` subprocesses that run this file."""
+    """Write the audio of lines; with `processes` > 1, in subprocesses that run this file."""
     if processes <= 1 or len(lines) < 2 * processes:
         for line in lines:
             _write(line, work)

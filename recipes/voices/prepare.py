@@ -47,19 +47,18 @@ _FURIGANA = re.compile(r"\([ぁ-ゖァ-ヺー]+\)")
 @dataclass(frozen=True)
 class Config:
     texts: str | None = None  # file with one sentence per line; lines ID:漢字(かんじ),カナ are accepted
-    exclude: tuple[
-        str, ...
-    ] = ()  # files with sentences to leave out: one per line, or .tsv with a column text
-    own_share: float = 0.25  # of the utterances have sentences from the word lists of recipe demo
-    minutes: float = 60.0  # of audio, all splits together
-    dev_share: float = 0.03  # of the minutes
-    test_share: float = 0.05
-    speakers: int = 200  # of train; dev and test have a tenth as many other ones each
-    alpha: tuple[float, float] = (0.49, 0.62)  # range of the all-pass constant; 0.55 is unchanged
-    half_tones: tuple[float, float] = (-4.0, 4.0)  # range of the pitch shift, besides that of the vocal tract
-    speed: tuple[float, float] = (0.8, 1.25)
-    snr_db: tuple[float, float] = (20.0, 50.0)  # of stationary noise
-    processes: int = 0  # 0: one per core, at most 8
+    # Files with sentences to exclude: one per line, or .tsv with a column text.
+    exclude: tuple[str, ...] = ()
+    own_share: float = 0.25  # fraction of the utterances whose sentences come from recipe demo
+    minutes: float = 60.0  # duration of all splits together
+    dev_share: float = 0.03  # fraction of the minutes
+    test_share: float = 0.05  # fraction of the minutes
+    speakers: int = 200  # speakers in train; dev and test have a tenth as many, different ones
+    alpha: tuple[float, float] = (0.49, 0.62)  # range of the all-pass constant; 0.55 means no change
+    half_tones: tuple[float, float] = (-4.0, 4.0)  # range of the pitch shift, added to that caused by alpha
+    speed: tuple[float, float] = (0.8, 1.25)  # range of the speed
+    snr_db: tuple[float, float] = (20.0, 50.0)  # range of the signal-to-noise ratio (stationary noise)
+    processes: int = 0  # number of processes; 0: one per core, at most 8
 
     def __post_init__(self) -> None:
         problems = []
@@ -183,7 +182,7 @@ def draw_speaker(groups: Sequence[Sequence[Voice]], config: Config, key: str) ->
 def _plan(
     texts: Iterable[str], work: Path, config: Config, seed: int, groups: Sequence[Sequence[Voice]]
 ) -> Iterator[tuple[Line, Utterance] | Rejected]:
-    """Lines and their utterances until `minutes` are reached: test first, then dev, then train."""
+    """Yield lines and their utterances until `minutes` are reached: first test, then dev, then train."""
     total = config.minutes * 60 * SAMPLE_RATE
     remaining = {"test": total * config.test_share, "dev": total * config.dev_share}
     remaining["train"] = total - sum(remaining.values())

@@ -24,17 +24,17 @@ from jahubert.train.trainer.optim import pick_precision
 
 
 def preflight_errors(
-    jobs: Sequence[tuple[str, Any, Path]], made: Sequence[Path], processes: int
+    jobs: Sequence[tuple[str, Any, Path]], outputs: Sequence[Path], processes: int
 ) -> list[str]:
     """Find errors that would end a stage; returns one message per error.
 
     Args:
         jobs: tuples of a stage, its config and its folder.
-        made: output folders of the command; inputs in these folders need not exist yet.
+        outputs: output folders of the command; inputs in these folders need not exist yet.
         processes: number of training processes.
     """
-    made = [folder.absolute() for folder in made]
-    errors = [error for job in jobs for error in _job_errors(*job, made, processes)]
+    outputs = [folder.absolute() for folder in outputs]
+    errors = [error for job in jobs for error in _job_errors(*job, outputs, processes)]
     return errors + split_errors(jobs)
 
 
@@ -67,10 +67,10 @@ def check_splits(jobs: Sequence[tuple[str, Any, Path]]) -> None:
         raise_config_errors(split_errors(jobs))
 
 
-def _job_errors(stage: str, config: Any, out: Path, made: Sequence[Path], processes: int) -> Iterator[str]:
+def _job_errors(stage: str, config: Any, out: Path, outputs: Sequence[Path], processes: int) -> Iterator[str]:
     for name, path, model in input_fields(config):
         absolute = path.absolute()
-        if any(folder in (absolute, *absolute.parents) or absolute in folder.parents for folder in made):
+        if any(folder in (absolute, *absolute.parents) or absolute in folder.parents for folder in outputs):
             continue
         setting = f"{stage}.{name}"
         try:

@@ -29,7 +29,9 @@ from jahubert.model.precision import autocast
 from jahubert.train.trainer.parallel import wrap_blocks
 
 MASKED = 0.57  # fraction of masked frames with the paper's mask settings
-_ROWS = 4  # utterances; the difference to twice as many cancels constant terms such as copies of weights
+_ROWS = (
+    4  # utterances; counts for _ROWS and 2 * _ROWS are subtracted to cancel constant terms (weight copies)
+)
 # Extra values that attention stores per frame and layer on a GPU, as a multiple of the width. In 16 bits, it
 # stores its output as a padded tensor in addition to the packed output.
 _PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}

@@ -1,4 +1,4 @@
-"""Tokens of text for n-gram language models: words, phones, kana or characters."""
+"""Tokenization of text for n-gram language models: words, phones, kana or characters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Unit = Literal["word", "phone", "kana", "character", "token"]
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
-    """Lines of UTF-8 text files that are not empty; `.gz` files are decompressed, `-` is standard input.
+    """Iterate over the non-empty lines of UTF-8 text files; `.gz` is decompressed, `-` is standard input.
 
     Raises:
         DataError: a file cannot be read or is not UTF-8.
@@ -47,17 +47,17 @@ def _open_text(path: Path) -> AbstractContextManager[TextIO]:
 
 
 class Tokenizer:
-    """Converts lines of text to tokens, and collects the pronunciations of the words.
+    """Converts lines of text to tokens, and collects the pronunciations of words.
 
     Units:
-        word: words as written, segmented and read by pyopenjtalk-plus.
-        phone, kana: their phones or kana, with `|` between words.
-        character: letters and digits in NFKC (with punctuation marks if `punctuation`), without spaces.
-        token: the words of the line between spaces, unchanged.
+        word: words as written; pyopenjtalk-plus determines their boundaries and readings.
+        phone, kana: the phones or kana of the words, with `|` between words.
+        character: letters and digits after NFKC, without spaces; with `punctuation` also punctuation marks.
+        token: the parts of the line between spaces, unchanged.
 
     Args:
         unit: one of the units above.
-        punctuation: keep punctuation marks, for characters only.
+        punctuation: keep punctuation marks (only for characters).
     """
 
     def __init__(self, unit: Unit, punctuation: bool = False):
@@ -66,7 +66,7 @@ class Tokenizer:
         self.pronunciations: dict[tuple[str, tuple[str, ...]], int] = {}  # (word, phones) -> occurrences
 
     def __call__(self, line: str) -> list[str]:
-        """Tokens of a line.
+        """Convert a line to tokens.
 
         Raises:
             DataError: the line has no words or no reading.
@@ -86,12 +86,12 @@ class Tokenizer:
         return tokens
 
     def count(self, word: str, phones: tuple[str, ...]) -> str:
-        """Count an occurrence of a word with its pronunciation, for the lexicon; returns the word."""
+        """Count an occurrence of a word with a pronunciation, for the lexicon; returns the word."""
         self.pronunciations[word, phones] = self.pronunciations.get((word, phones), 0) + 1
         return word
 
     def sentences(self, lines: Iterable[str]) -> Iterator[list[str]]:
-        """Tokens of each line; lines without a reading are skipped with a warning."""
+        """Yield the tokens of each line; lines without a reading are skipped with a warning."""
         n_skipped = 0
         first = ""
         for line in lines:
@@ -104,14 +104,14 @@ class Tokenizer:
             if tokens:
                 yield tokens
         if n_skipped:
-            log.warning("%d lines without a reading were skipped; the first: %s", n_skipped, first)
+            log.warning("%d lines without a reading were skipped; first reason: %s", n_skipped, first)
 
     def lexicon(self, kana: bool = False) -> Iterator[tuple[str, Sequence[str]]]:
-        """Words and their phones (or kana), sorted."""
+        """Yield the words in sorted order with their phones or kana."""
         for word, phones in sorted(self.pronunciations):
             yield word, phones_to_kana(phones) if kana else phones
 
 
 def _written(word: Word) -> str:
-    """A word as written, in NFKC without spaces, which separate words in ARPA files and lexicons."""
+    """Spelling of a word after NFKC, without spaces, which separate words in ARPA files and lexicons."""
     return "".join(unicodedata.normalize("NFKC", word.surface).split()) or word.kana
