@@ -14,137 +14,228 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jahubert.frames import SAMPLE_RATE, FrameGrid
+from jahubert.inference.vad import power_spectrum, speech_frames
 
 SPEECH_LEVEL = -20.0  # dBFS, mean over speech
 _RANGE = 20.0  # frames more than this many dB below the loudest are pauses
 _MAINS = (50.0, 60.0)  # Hz
 _MAX_HUM = 250.0  # Hz, highest harmonic
-_TOLERANCE = 0.01  # relative to the mains frequency
-_MIN_SHARE = 0.2  # minimum share of a hum line in the power below _MAX_HUM in quiet parts
-_MAX_LINES = 6
-_DECIMATION = 16  # downsampling factor for the line search
-_LONG = 4.0  # seconds; above this length, amplitude and phase may drift
+_TOLERANCE = 0.005  # relative to the mains frequency
+_MIN_SHARE = 0.2  # of the power below _CUTOFF in quiet parts; weaker lines are not hum
+_CUTOFF = 270.0  # Hz, of the band that is searched
+_MAX_LINES = 5
+_DECIMATION = 16  # downsampling factor of the signal in which hum is estimated
+_TAPS = 64  # length of its low-pass filter, a Hann window
+_LONG = 4.0  # seconds
 _TINY = 1e-12
 
 
-def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid) -> Tensor:
+def prepare_speech(wav_T: Tensor, grid: FrameGrid) -> tuple[Tensor, Tensor]:
+    """Prepare a 16 kHz waveform (T,) for recognition: detect speech and condition the audio.
+
+    Returns:
+        The conditioned waveform (T,), and the mask (S,) of the frames with speech.
+    """
+    if not int(grid.n_frames(len(wav_T))):
+        return wav_T, speech_frames(wav_T, grid)
+    power_SK = power_spectrum(wav_T, grid)
+    speech_S = speech_frames(wav_T, grid, power_SK)
+    return condition(wav_T, speech_S, grid, power_SK), speech_S
+
+
+def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor | None = None) -> Tensor:
     """Remove DC offset and mains hum from a waveform (T,) and scale its speech to `SPEECH_LEVEL`.
 
     Args:
         wav_T: 16 kHz waveform.
         speech_S: mask of the frames with speech; without speech, the waveform is returned unchanged.
         grid: mapping between frames and samples.
+        power_SK: its `vad.power_spectrum`, if already computed.
     """
     if not speech_S.any():
         return wav_T
-    wav_T = wav_T - wav_T.mean()
-    wav_T = wav_T - _hum(wav_T, grid)
-    power_S = _frame_power(wav_T, grid)[: len(speech_S)]
-    power_S = power_S[speech_S]
+    if power_SK is None:
+        power_SK = power_spectrum(wav_T, grid)
+    wav_T = _remove_hum(wav_T - wav_T.mean(), power_SK, grid)
+    power_S = F.avg_pool1d(wav_T.square()[None], grid.window, grid.hop)[0, : len(speech_S)][speech_S]
     level = 10 * torch.log10(power_S[power_S >= power_S.max() * 10 ** (-_RANGE / 10)].mean() + _TINY)
     return wav_T * 10 ** ((SPEECH_LEVEL - level) / 20)
 
 
-def _frame_power(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    return wav_T.unfold(0, grid.window, grid.hop).square().mean(1)
+def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
+    """Subtract the mains hum from a waveform (T,) with the given `power_spectrum`.
 
-
-def _hum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Estimate the mains hum in a waveform (T,); zeros without hum.
-
-    Weighted least squares, in which parts with little power above the hum, and thus without speech, count
-    most. Harmonics are added one by one, strongest first, as long as they stand out from the residual.
+    Weighted least squares on the downsampled waveform, in which parts with little power above the hum, and
+    thus without speech, count most. Harmonics are added one by one, strongest first, as long as they stand
+    out from the residual.
     """
-    x_T = wav_T.double()
-    low_T = _below(x_T, _MAX_HUM + 20)
-    hum_T = torch.zeros_like(x_T)
-    high_T = x_T - low_T
+    if len(wav_T) < 2 * _TAPS:
+        return wav_T
+    low_N = _downsample(wav_T)
+    equalized_N = _equalize(low_N)
+    position_N = torch.arange(len(low_N), device=wav_T.device) * _DECIMATION + (_TAPS - 1) / 2
+    first = math.ceil(_CUTOFF * grid.window / SAMPLE_RATE)  # bin above the hum
+    frequencies: list[float] = []
+    clean_T = wav_T
     for sharpness in (1, 2):
-        hum_T = _fit(x_T, low_T, _quietness(high_T, sharpness, grid))
-        if hum_T.any():  # hum leaks into the weights at the ends: recompute them without it
-            rest_T = x_T - hum_T
-            high_T = rest_T - _below(rest_T, _MAX_HUM + 20)
-    return hum_T.to(wav_T)
+        weight_N = _quietness(power_SK[:, first:].sum(1), sharpness, position_N, grid)
+        frequencies, amplitudes_K = _fit(low_N, equalized_N, weight_N, position_N, len(wav_T), frequencies)
+        if frequencies:
+            position_T = torch.arange(len(wav_T), device=wav_T.device)
+            hum_T = _basis(frequencies, position_T, len(wav_T)) @ amplitudes_K
+            clean_T = wav_T - hum_T.to(wav_T)
+            if sharpness == 1:  # hum leaks into the bins above it: recompute the weights without it
+                power_SK = power_spectrum(clean_T, grid)
+    return clean_T
 
 
-def _fit(x_T: Tensor, low_T: Tensor, weight_T: Tensor) -> Tensor:
-    """Fit the harmonics in a waveform `x_T`, searched in `low_T`; returns their sum."""
-    columns: list[Tensor] = []
-    hum_T = torch.zeros_like(x_T)
-    for _ in range(_MAX_LINES):
-        frequency = _strongest_line(low_T - hum_T, weight_T)
+def _downsample(wav_T: Tensor) -> Tensor:
+    """Low-pass filter and downsample a waveform, without padding: float64 (N,)."""
+    taps = torch.hann_window(_TAPS, periodic=False, device=wav_T.device)
+    return F.conv1d(wav_T[None, None], (taps / taps.sum())[None, None], stride=_DECIMATION)[0, 0].double()
+
+
+def _filter_gain(hz: Tensor) -> Tensor:
+    """Gain of the filter of `_downsample` at the given frequencies."""
+    taps = torch.hann_window(_TAPS, periodic=False, dtype=torch.float64, device=hz.device)
+    offset = torch.arange(_TAPS, device=hz.device) - (_TAPS - 1) / 2
+    return (2 * math.pi / SAMPLE_RATE * hz[:, None].double() * offset).cos() @ taps / taps.sum()
+
+
+def _fit(
+    low_N: Tensor,
+    equalized_N: Tensor,
+    weight_N: Tensor,
+    position_N: Tensor,
+    n_samples: int,
+    initial: list[float],
+) -> tuple[list[float], Tensor]:
+    """Fit mains harmonics in a downsampled waveform, starting with the `initial` frequencies.
+
+    Returns:
+        Their frequencies in Hz, and the amplitudes (K,) of their `_basis` in the waveform.
+    """
+    frequencies: list[float] = []
+    amplitudes_K = low_N.new_zeros(0)
+    residual_N = low_N
+    while len(frequencies) < _MAX_LINES:
+        if len(frequencies) < len(initial):
+            frequency: float | None = initial[len(frequencies)]
+        else:
+            bands = _candidates(frequencies, SAMPLE_RATE / n_samples)
+            frequency = _strongest_line(equalized_N, weight_N, bands)
         if frequency is None:
             break
         for _ in range(3):
-            frequency += _frequency_error(frequency, x_T - hum_T, weight_T)
-        columns += _basis(frequency, x_T)
-        basis_TK = torch.stack(columns, 1)
-        hum_T = basis_TK @ _solve(basis_TK, x_T, weight_T)
-    return hum_T
+            frequency += _frequency_error(frequency, residual_N, weight_N, position_N, n_samples)
+        frequencies.append(frequency)
+        basis_NK = _basis(frequencies, position_N, n_samples)
+        amplitudes_K = _solve(basis_NK, low_N, weight_N)
+        residual_N = low_N - basis_NK @ amplitudes_K
+        equalized_N = _equalize(residual_N)
+    if frequencies:
+        gain_F = _filter_gain(low_N.new_tensor(frequencies))
+        amplitudes_K = amplitudes_K / gain_F.repeat_interleave(len(amplitudes_K) // len(gain_F))
+    return frequencies, amplitudes_K
 
 
-def _solve(basis_TK: Tensor, x_T: Tensor, weight_T: Tensor) -> Tensor:
-    weighted_KT = (basis_TK * weight_T[:, None]).T
-    return torch.linalg.lstsq(weighted_KT @ basis_TK, weighted_KT @ x_T).solution
+def _solve(basis_NK: Tensor, x_N: Tensor, weight_N: Tensor) -> Tensor:
+    weighted_KN = (basis_NK * weight_N[:, None]).T
+    return torch.linalg.lstsq(weighted_KN @ basis_NK, weighted_KN @ x_N).solution
 
 
-def _frequency_error(frequency: float, x_T: Tensor, weight_T: Tensor) -> float:
+def _frequency_error(
+    frequency: float, x_N: Tensor, weight_N: Tensor, position_N: Tensor, n_samples: int
+) -> float:
     """Frequency correction in Hz by one Gauss-Newton step, at most half a resolution cell."""
-    cos_T, sin_T = _basis(frequency, x_T)[:2]
-    time_T = torch.arange(len(x_T), device=x_T.device) / SAMPLE_RATE
-    basis_TK = torch.stack([cos_T, sin_T, time_T * cos_T, time_T * sin_T], 1)
-    a, b, c, d = _solve(basis_TK, x_T, weight_T).tolist()
-    limit = SAMPLE_RATE / len(x_T) / 2
+    time_N = position_N.double() / SAMPLE_RATE
+    phase_N = 2 * math.pi * frequency * time_N
+    cos_N, sin_N = phase_N.cos(), phase_N.sin()
+    basis_NK = torch.stack([cos_N, sin_N, time_N * cos_N, time_N * sin_N], 1)
+    a, b, c, d = _solve(basis_NK, x_N, weight_N).tolist()
+    limit = SAMPLE_RATE / n_samples / 2
     error = (b * c - a * d) / (a * a + b * b + _TINY) / (2 * math.pi)
     return max(-limit, min(limit, error))
 
 
-def _below(x_T: Tensor, hz: float) -> Tensor:
-    """Low-pass filter a waveform."""
-    spectrum = torch.fft.rfft(x_T)
-    spectrum[round(hz * len(x_T) / SAMPLE_RATE) :] = 0
-    return torch.fft.irfft(spectrum, len(x_T))
-
-
-def _quietness(high_T: Tensor, sharpness: int, grid: FrameGrid) -> Tensor:
-    """Weights (T,), mean 1, that decrease with the power above the hum."""
-    power_S = F.max_pool1d(_frame_power(high_T, grid)[None, None], 5, 1, 2)[0, 0]
+def _quietness(power_S: Tensor, sharpness: int, position_N: Tensor, grid: FrameGrid) -> Tensor:
+    """Weights at sample positions (N,), mean 1, that decrease with the power of the frames."""
+    power_S = F.max_pool1d(power_S[None], 5, 1, 2)[0].double()
     weight_S = (power_S + 1e-4 * power_S.max() + _TINY) ** -sharpness
-    weight_T = weight_S.repeat_interleave(grid.hop)
-    weight_T = F.pad(weight_T[None, None], (0, max(0, len(high_T) - len(weight_T))), mode="replicate")[0, 0]
-    return (weight_T / weight_T.mean())[: len(high_T)]
+    weight_N = weight_S[(position_N / grid.hop).long().clamp(max=len(weight_S) - 1)]
+    return weight_N / weight_N.mean()
 
 
-def _strongest_line(low_T: Tensor, weight_T: Tensor) -> float | None:
-    """Frequency in Hz of the strongest mains harmonic; None if none stands out."""
-    low_T, weight_T = low_T[::_DECIMATION], weight_T[::_DECIMATION]
+def _candidates(frequencies: list[float], resolution: float) -> list[tuple[float, float]]:
+    """Bands (low, high) in Hz that may contain the next line, given the lines that were found.
+
+    The first line is the first or second harmonic, because higher ones alone are those of a voice. All
+    others are harmonics of the same fundamental.
+    """
+    if not frequencies:
+        nominal = [mains * harmonic for mains in _MAINS for harmonic in (1, 2)]
+        return [(hz * (1 - _TOLERANCE), hz * (1 + _TOLERANCE)) for hz in nominal]
+    first = frequencies[0]
+    fundamental = first if first < 1.5 * min(_MAINS) else first / 2
+    harmonics = [fundamental * n for n in range(1, int(_MAX_HUM / fundamental + 0.5) + 1)]
+    return [
+        (hz - resolution, hz + resolution)
+        for hz in harmonics
+        if all(abs(hz - other) > fundamental / 2 for other in frequencies)
+    ]
+
+
+def _strongest_line(low_N: Tensor, weight_N: Tensor, bands: list[tuple[float, float]]) -> float | None:
+    """Frequency in Hz of the strongest line in the bands; None if none stands out."""
     rate = SAMPLE_RATE // _DECIMATION
-    n_fft = 4 * len(low_T)
-    power_K = torch.fft.rfft(low_T * weight_T, n_fft).abs().square()
-    total = float((weight_T * low_T.square()).sum() * weight_T.sum()) / 2 + _TINY
+    n_fft = _fft_size(2 * len(low_N))
+    spectrum = torch.fft.rfft((low_N * weight_N).float(), n_fft)
+    power_K = (spectrum * spectrum.conj()).real
+    total = float((weight_N * low_N.square()).sum() * weight_N.sum()) / 2 + _TINY
     best = None
     best_share = _MIN_SHARE
-    for mains in _MAINS:
-        for harmonic in range(1, int(_MAX_HUM / mains) + 1):
-            nominal = mains * harmonic * n_fft / rate
-            first, last = math.floor(nominal * (1 - _TOLERANCE)), math.ceil(nominal * (1 + _TOLERANCE)) + 1
-            peak = first + int(power_K[first:last].argmax())
-            share = float(power_K[peak]) / total
-            if share > best_share:
-                best, best_share = _interpolate(power_K, peak) * rate / n_fft, share
+    for low, high in bands:
+        first, last = math.floor(low * n_fft / rate), math.ceil(high * n_fft / rate) + 1
+        peak = first + int(power_K[first:last].argmax())
+        share = float(power_K[peak]) / total
+        if share > best_share:
+            best, best_share = _interpolate(power_K, peak) * rate / n_fft, share
     return best
 
 
-def _basis(frequency: float, x_T: Tensor) -> list[Tensor]:
-    """Return sinusoids as long as `x_T`; for long inputs, amplitude and phase may change linearly."""
-    n = len(x_T)
-    time_T = torch.arange(n, dtype=torch.float64, device=x_T.device) / SAMPLE_RATE
-    phase_T = 2 * math.pi * frequency * time_T
-    waves = [phase_T.cos(), phase_T.sin()]
-    if n < _LONG * SAMPLE_RATE:
-        return waves
-    slope_T = torch.linspace(-1, 1, n, dtype=torch.float64, device=x_T.device)
-    return [*waves, *(wave_T * slope_T for wave_T in waves)]
+def _equalize(low_N: Tensor) -> Tensor:
+    """Undo the gain of the filter of `_downsample` up to `_CUTOFF` and remove what is above it."""
+    n_fft = _fft_size(len(low_N))
+    n_bins = round(_CUTOFF * n_fft / (SAMPLE_RATE // _DECIMATION))
+    spectrum = torch.fft.rfft(low_N, n_fft)
+    hz = torch.linspace(0, _CUTOFF, 28, device=low_N.device)  # the gain is smooth: interpolate it
+    gain_K = F.interpolate(_filter_gain(hz)[None, None], n_bins, mode="linear", align_corners=True)[0, 0]
+    spectrum[:n_bins] /= gain_K
+    spectrum[n_bins:] = 0
+    return torch.fft.irfft(spectrum, n_fft)[: len(low_N)]
+
+
+def _fft_size(n: int) -> int:
+    """Round up to an even number without large prime factors, for which FFTs are slow."""
+    step = max(2, 1 << (n.bit_length() - 4))
+    return -(-n // step) * step
+
+
+def _basis(frequencies: list[float], position_N: Tensor, n_samples: int) -> Tensor:
+    """Sinusoids (N, K) at sample positions of a recording of `n_samples`.
+
+    In long recordings, amplitude and phase may change linearly.
+    """
+    time_N = position_N.double() / SAMPLE_RATE
+    slope_N = 2 * position_N.double() / max(1, n_samples - 1) - 1
+    waves: list[Tensor] = []
+    for frequency in frequencies:
+        phase_N = 2 * math.pi * frequency * time_N
+        pair = [phase_N.cos(), phase_N.sin()]
+        waves += pair
+        if n_samples >= _LONG * SAMPLE_RATE:
+            waves += [wave_N * slope_N for wave_N in pair]
+    return torch.stack(waves, 1)
 
 
 def _interpolate(power_K: Tensor, peak: int) -> float:

@@ -19,9 +19,9 @@ from jahubert.errors import CheckpointError, ConfigError, DataError
 from jahubert.formats.bundle import load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
-from jahubert.inference.conditioning import condition
+from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
-from jahubert.inference.vad import Segment, cut_at_pauses, speech_frames
+from jahubert.inference.vad import Segment, cut_at_pauses, suppress_nonspeech
 from jahubert.model.device import pick_device
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.precision import PRECISIONS, autocast, preferred_dtype, quantize_int8
@@ -32,11 +32,11 @@ CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # minimum run of blanks at which a long recording is split for decoding
 BEAM_ROWS = 32  # segments per beam search
 SILENCE = 1e-3  # peak amplitude, -60 dBFS, below which audio without speech is not reported
-GATED = -1e4  # log-probability of phones outside speech
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[float], None]  # receives the seconds of audio completed since the last call
+Decoded = tuple[list[Span], float]  # aligned labels of a part of a recording, and their log-probability
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,28 @@ class Word:
 
 
 @dataclass(frozen=True)
+class TranscriptSegment:
+    """Consecutive words of a recording, usually between two pauses; at least one word."""
+
+    words: tuple[Word, ...]
+
+    @property
+    def text(self) -> str:
+        """Kana, with a space between words."""
+        return " ".join(word.kana for word in self.words)
+
+    @property
+    def start(self) -> float:
+        """Start of the first word in seconds."""
+        return self.words[0].start
+
+    @property
+    def end(self) -> float:
+        """End of the last word in seconds."""
+        return self.words[-1].end
+
+
+@dataclass(frozen=True)
 class Transcript:
     """Recognition result of one recording."""
 
@@ -59,11 +81,19 @@ class Transcript:
     duration: float  # seconds
     score: float  # natural log of the CTC probability of all labels
     audio: str = ""  # file name; empty for arrays and streams
+    segment_starts: tuple[int, ...] = (0,)  # index of the first word of each segment
 
     @property
     def text(self) -> str:
         """Kana, with a space between words."""
         return " ".join(word.kana for word in self.words)
+
+    @property
+    def segments(self) -> tuple[TranscriptSegment, ...]:
+        """Words grouped at pauses: one segment for recordings of up to 30 s, none without words."""
+        ends = (*self.segment_starts[1:], len(self.words))
+        ranges = zip(self.segment_starts, ends, strict=True)
+        return tuple(TranscriptSegment(self.words[start:end]) for start, end in ranges if start < end)
 
     @property
     def phonemes(self) -> tuple[str, ...]:
@@ -90,8 +120,8 @@ class Transcriber:
         phonemes: the symbols of the head.
         beam: width of the beam search.
         device: default: a GPU if available.
-        vad: detect speech (`vad.speech_frames`), suppress phones outside speech, remove hum and normalize
-            the level (`conditioning.condition`). False leaves the audio unchanged.
+        vad: detect speech, suppress phones outside speech, remove DC offset and hum, and normalize
+            the level (`conditioning.prepare_speech`). False leaves the audio unchanged.
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
             hardware supports it, otherwise float32.
 
@@ -184,6 +214,7 @@ class Transcriber:
         batch_seconds: float = 60.0,
         errors: Literal["raise", "return"] = "raise",
         progress: Progress | None = None,
+        on_segment: Callable[[TranscriptSegment], None] | None = None,
     ) -> Iterator[Transcript | Exception]:
         """Transcribe many recordings, in order.
 
@@ -196,6 +227,8 @@ class Transcriber:
             batch_seconds: audio per batch of short recordings.
             errors: "return" yields the exception of a failed recording in its place and continues.
             progress: called with the seconds of audio completed since its last call.
+            on_segment: called with each segment of a recording longer than 30 s as soon as it is recognized,
+                before the transcript of the recording is yielded.
         """
         batch: list[tuple[str, Tensor]] = []
         for item in audio:
@@ -216,7 +249,7 @@ class Transcriber:
             batch = []
             if len(head) == 2:
                 try:
-                    yield self._transcribe_long(name, chain(head, parts), progress)
+                    yield self._transcribe_long(name, chain(head, parts), progress, on_segment)
                 except Exception as caught:
                     error = caught
             if error is not None:
@@ -259,14 +292,19 @@ class Transcriber:
         logps, has_speech = self._speech_log_probs([wav_T for _, wav_T in recordings])
         decoded = self._decode([Segment(0, logp_SV) for logp_SV in logps])
         transcripts = []
-        for (name, wav_T), result, speech in zip(recordings, decoded, has_speech, strict=True):
+        for (name, wav_T), (spans, score), speech in zip(recordings, decoded, has_speech, strict=True):
             if not speech:
                 _report_no_speech(name, len(wav_T), float(wav_T.abs().max()) if len(wav_T) else 0.0)
-            transcripts.append(self._transcript(name, len(wav_T), [result]))
+            words = tuple(words_of(spans, self.phonemes, self.grid))
+            transcripts.append(Transcript(words, len(wav_T) / SAMPLE_RATE, score, name))
         return transcripts
 
     def _transcribe_long(
-        self, name: str, recording: Iterable[Chunk], progress: Progress | None
+        self,
+        name: str,
+        recording: Iterable[Chunk],
+        progress: Progress | None,
+        on_segment: Callable[[TranscriptSegment], None] | None,
     ) -> Transcript:
         n_samples = 0
         peak = 0.0
@@ -287,33 +325,36 @@ class Transcriber:
 
         max_frames = round(CHUNK_SECONDS * self.grid.rate)
         pause = round(PAUSE_SECONDS * self.grid.rate)
-        segments = cut_at_pauses(log_probs(), max_frames, pause, self.phonemes.blank)
-        decoded = [result for batch in batched(segments, CHUNKS_PER_BATCH) for result in self._decode(batch)]
+        parts = cut_at_pauses(log_probs(), max_frames, pause, self.phonemes.blank)
+        decoded = (result for batch in batched(parts, CHUNKS_PER_BATCH) for result in self._decode(batch))
+        words: list[Word] = []
+        starts: list[int] = []
+        total_score = 0.0
+        for spans, score in join_cut_words(decoded, self.phonemes.boundary):
+            total_score += score
+            segment = TranscriptSegment(tuple(words_of(spans, self.phonemes, self.grid)))
+            if segment.words:
+                starts.append(len(words))
+                words += segment.words
+                if on_segment is not None:
+                    on_segment(segment)
         if not any_speech:
             _report_no_speech(name, n_samples, peak)
-        return self._transcript(name, n_samples, decoded)
+        return Transcript(tuple(words), n_samples / SAMPLE_RATE, total_score, name, tuple(starts or [0]))
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
         """Compute log-probabilities with phones suppressed outside speech, and whether there is speech."""
         if not self.vad:
             return self.log_probs(wavs), [True] * len(wavs)
-        speech = [speech_frames(wav_T, self.grid) for wav_T in wavs]
-        conditioned = [
-            condition(wav_T, speech_S, self.grid) for wav_T, speech_S in zip(wavs, speech, strict=True)
+        prepared = [prepare_speech(wav_T, self.grid) for wav_T in wavs]
+        logps = self.log_probs([wav_T for wav_T, _ in prepared])
+        gated = [
+            suppress_nonspeech(logp_SV, speech_S, self.phonemes)
+            for logp_SV, (_, speech_S) in zip(logps, prepared, strict=True)
         ]
-        logps = self.log_probs(conditioned)
-        gated = [self._gate(logp_SV, speech_S) for logp_SV, speech_S in zip(logps, speech, strict=True)]
-        return gated, [bool(speech_S.any()) for speech_S in speech]
+        return gated, [bool(speech_S.any()) for _, speech_S in prepared]
 
-    def _gate(self, logp_SV: Tensor, speech_S: Tensor) -> Tensor:
-        """Suppress phones outside speech; blank and word boundary are unchanged."""
-        phone_V = torch.ones(len(self.phonemes), dtype=torch.bool, device=logp_SV.device)
-        phone_V[self.phonemes.blank] = False
-        if self.phonemes.boundary >= 0:
-            phone_V[self.phonemes.boundary] = False
-        return logp_SV.masked_fill(~speech_S[:, None] & phone_V, GATED)
-
-    def _decode(self, segments: list[Segment]) -> list[tuple[list[Span], float]]:
+    def _decode(self, segments: list[Segment]) -> list[Decoded]:
         """Decode segments into labels aligned to frames of the recording, with their log-probability."""
         results = []
         best = self._search([segment.logp_SV for segment in segments])
@@ -323,12 +364,6 @@ class Transcriber:
             spans = [Span(s.label, offset + s.start, offset + s.end, s.score) for s in spans]
             results.append((spans, hypothesis.score))
         return results
-
-    def _transcript(self, name: str, n_samples: int, decoded: list[tuple[list[Span], float]]) -> Transcript:
-        spans = [span for aligned, _ in decoded for span in aligned]
-        score = sum(score for _, score in decoded)
-        words = tuple(words_of(spans, self.phonemes, self.grid))
-        return Transcript(words, n_samples / SAMPLE_RATE, score, name)
 
     def _search(self, logps: list[Tensor]) -> list[Hypothesis]:
         """Find the best hypothesis of each segment, searching segments of similar length together."""
@@ -340,6 +375,28 @@ class Transcriber:
             for i, hypotheses in zip(rows, n_best, strict=True):
                 best[i] = hypotheses[0]
         return [best[i] for i in range(len(logps))]
+
+
+def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decoded]:
+    """Move the rest of a word that was cut between two parts of a recording to the earlier part.
+
+    Each part is yielded as soon as the beginning of the next one is known. A part without labels (a long
+    pause) ends the word before it.
+    """
+    spans: list[Span] = []
+    score = 0.0
+    for next_spans, next_score in decoded:
+        n_moved = 0
+        if spans and spans[-1].label != boundary:
+            labels = [span.label for span in next_spans]
+            n_moved = labels.index(boundary) if boundary in labels else len(labels)
+        spans += next_spans[:n_moved]
+        if n_moved and n_moved == len(next_spans):
+            score += next_score  # the word may continue in the following part
+            continue
+        yield spans, score
+        spans, score = next_spans[n_moved:], next_score
+    yield spans, score
 
 
 def words_of(spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Iterator[Word]:

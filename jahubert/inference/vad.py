@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jahubert.frames import SAMPLE_RATE, FrameGrid
+from jahubert.phonemes import PhonemeSet
 
 # Frames last 20 ms and levels are in dB unless noted. Values were measured with tools/bench/vad.py.
 _WINDOW, _STEP = 64, 16  # length and hop of the analysis windows, in frames
@@ -32,10 +33,11 @@ _LAG = 3
 _PERIODIC = (20.0, 0.6, 2, 3)  # level below the loudest, autocorrelation, length of a run, frames in runs
 _SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, length of a run, frames in runs and their share
 _PITCH = (80.0, 420.0, 250.0, 3000.0)  # pitch range, and band searched for it, in Hz
-_PITCH_WINDOW = 640  # samples
+_PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
 _MARGIN = 12  # frames added around speech for quiet consonants and CTC spikes
 _TINY = 1e-13  # power per band
+_SUPPRESSED = -1e4  # log-probability of phones outside speech
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,20 @@ def cut_at_pauses(blocks: Iterable[Tensor], max_frames: int, pause: int, blank: 
         yield Segment(start, buffer)
 
 
-def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Detect the frames of a 16 kHz waveform (T,) that are in or next to speech: bool (S,)."""
+def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None) -> Tensor:
+    """Detect the frames of a 16 kHz waveform (T,) that are in or next to speech: bool (S,).
+
+    Args:
+        wav_T: 16 kHz waveform.
+        grid: mapping between frames and samples.
+        power_SK: its `power_spectrum`, if already computed.
+    """
     n_frames = int(grid.n_frames(len(wav_T)))
     if n_frames == 0:
         return torch.zeros(0, dtype=torch.bool, device=wav_T.device)
-    band_SF = _band_power(wav_T[: grid.n_samples(n_frames)], grid)
+    if power_SK is None:
+        power_SK = power_spectrum(wav_T, grid)
+    band_SF = power_SK @ _mel_filters(grid.window).to(power_SK) + _TINY
     level_S = 10 * torch.log10(band_SF.sum(1))
     shape_SF = _relative_levels(band_SF)
     change_S = _spectral_change(shape_SF)
@@ -89,52 +99,75 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
     shape_NFW = F.pad(shape_SF.T, (0, n_padding)).unfold(1, _WINDOW, _STEP).transpose(0, 1)
     loudest_N1 = level_NW.amax(1, keepdim=True)
     active_NW = level_NW > (loudest_N1 - _ACTIVE).clamp(min=_MIN_LEVEL)
-    periodicity_NW = F.pad(_periodicity(wav_T, n_frames, grid), (0, n_padding)).unfold(0, _WINDOW, _STEP)
     shape_std_N = _std(shape_NFW, active_NW[:, None].expand_as(shape_NFW)).mean(1)
-    speech_N = (
+    varies_N = (
         (_std(level_NW, active_NW) > _MIN_LEVEL_STD)
         & (shape_std_N > _MIN_SHAPE_STD)
         & (change_NW.where(active_NW, torch.nan).nanmedian(1).values > _MIN_CHANGE)
-        & (_is_periodic(level_NW, periodicity_NW) | _is_sustained(level_NW))
     )
+    sustained_N = _is_sustained(level_NW)
+    # Periodicity is computed only where it decides.
+    loud_NW = (level_NW > loudest_N1 - _PERIODIC[0]) & (varies_N & ~sustained_N)[:, None]
+    undecided_S = _overlap_add(loud_NW.float())[:n_frames] > 0
+    periodicity_S = _periodicity(wav_T, undecided_S, grid)
+    periodicity_NW = F.pad(periodicity_S, (0, n_padding)).unfold(0, _WINDOW, _STEP)
+    speech_N = varies_N & (sustained_N | _is_periodic(loud_NW, periodicity_NW))
     # Windows with speech vote for their active frames; a frame needs votes from 1 in `_VOTES` windows.
-    votes_S = level_S.new_zeros(n_frames + n_padding)
-    windows_S = torch.zeros_like(votes_S)
-    for i, active_W in enumerate(active_NW):
-        window = slice(i * _STEP, i * _STEP + _WINDOW)
-        windows_S[window] += 1
-        if speech_N[i]:
-            votes_S[window] += active_W
-    speech_S = (_VOTES * votes_S >= windows_S.clamp(min=1)).float()[None, None, :n_frames]
-    return F.max_pool1d(speech_S, 2 * _MARGIN + 1, 1, _MARGIN)[0, 0] > 0
+    votes_S = _overlap_add((active_NW & speech_N[:, None]).float())
+    windows_S = _overlap_add(torch.ones_like(level_NW))
+    speech_S = (_VOTES * votes_S >= windows_S.clamp(min=1)).float()[None, :n_frames]
+    return F.max_pool1d(speech_S, 2 * _MARGIN + 1, 1, _MARGIN)[0] > 0
 
 
-def _band_power(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Power (S, F) in mel bands; a full-scale sine has power 0.5."""
-    frames_SW = wav_T.float().unfold(0, grid.window, grid.hop)
+def _overlap_add(values_NW: Tensor) -> Tensor:
+    """Sum windows (N, W) at their positions (S,)."""
+    n_frames = (len(values_NW) - 1) * _STEP + _WINDOW
+    return F.fold(values_NW.T[None], (1, n_frames), (1, _WINDOW), stride=(1, _STEP))[0, 0, 0]
+
+
+def suppress_nonspeech(logp_SV: Tensor, speech_S: Tensor, phonemes: PhonemeSet) -> Tensor:
+    """Suppress phones outside speech in log-probabilities; blank and word boundary are unchanged."""
+    phone_V = torch.ones(len(phonemes), dtype=torch.bool, device=logp_SV.device)
+    phone_V[phonemes.blank] = False
+    if phonemes.boundary >= 0:
+        phone_V[phonemes.boundary] = False
+    return logp_SV.masked_fill(~speech_S[:, None] & phone_V, _SUPPRESSED)
+
+
+def power_spectrum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
+    """Power (S, K) of each frame in bins of 16000 / window Hz; the bins of a full-scale sine sum to 0.5."""
+    n_samples = grid.n_samples(int(grid.n_frames(len(wav_T))))
+    frames_SW = wav_T[:n_samples].float().unfold(0, grid.window, grid.hop)
     frames_SW = frames_SW - frames_SW.mean(1, keepdim=True)
-    hann_W, mel_KF = _filters(grid.window)
-    power_SK = torch.fft.rfft(frames_SW * hann_W.to(frames_SW)).abs().square()
-    return power_SK @ mel_KF.to(frames_SW) + _TINY
+    hann_W = torch.hann_window(grid.window, device=wav_T.device)
+    hann_W *= (2 / hann_W.square().sum() / grid.window).sqrt()
+    return _power(torch.fft.rfft(frames_SW * hann_W))
+
+
+def _power(spectrum: Tensor) -> Tensor:
+    """Squared magnitude, without the square root of `abs`."""
+    return (spectrum * spectrum.conj()).real
 
 
 @lru_cache
-def _filters(window: int) -> tuple[Tensor, Tensor]:
-    """Hann window (W,) and triangular mel filters (frequencies, bands), scaled to power."""
+def _mel_filters(window: int) -> Tensor:
+    """Triangular mel filters (frequencies, bands)."""
     low, high, n_bands = _BANDS
     mel = torch.linspace(math.log1p(low / 700), math.log1p(high / 700), n_bands + 2, device="cpu")
     edges = 700 * torch.expm1(mel)[:, None]
     hz = torch.arange(window // 2 + 1, device="cpu") * SAMPLE_RATE / window
     rising = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
-    filters = torch.minimum(rising, falling).clamp(min=0).T
-    hann = torch.hann_window(window, device="cpu")
-    return hann, filters * 2 / hann.square().sum() / window
+    return torch.minimum(rising, falling).clamp(min=0).T
 
 
 def _relative_levels(band_SF: Tensor) -> Tensor:
     """Band levels in dB, smoothed over 3 frames, relative to their mean, with a range of 40 dB."""
-    smooth_SF = F.avg_pool1d(band_SF.T[None], 3, 1, 1, count_include_pad=False)[0].T
+    n_frames_S1 = band_SF.new_full((len(band_SF), 1), 3.0)
+    n_frames_S1[0] -= 1
+    n_frames_S1[-1] -= 1
+    padded_SF = F.pad(band_SF, (0, 0, 1, 1))
+    smooth_SF = (padded_SF[:-2] + band_SF + padded_SF[2:]) / n_frames_S1
     level_SF = 10 * torch.log10(smooth_SF + 1e-4 * smooth_SF.amax(1, keepdim=True))
     return level_SF - level_SF.mean(1, keepdim=True)
 
@@ -150,32 +183,39 @@ def _spectral_change(shape_SF: Tensor) -> Tensor:
 
 def _std(values: Tensor, mask: Tensor) -> Tensor:
     """Standard deviation over the last dimension of the values in the mask; NaN where it is empty."""
-    values = values.where(mask, torch.nan)
-    return (values - values.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
+    n = mask.sum(-1, keepdim=True)
+    values = values.where(mask, 0.0)
+    deviation = (values - values.sum(-1, keepdim=True) / n) * mask
+    return (deviation.square().sum(-1) / n[..., 0]).sqrt()
 
 
-def _periodicity(wav_T: Tensor, n_frames: int, grid: FrameGrid) -> Tensor:
-    """Maximum normalized autocorrelation (S,) of each frame over the lags of pitch periods; at most 1."""
+def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
+    """Maximum normalized autocorrelation (S,) over the lags of pitch periods; 0 outside the mask."""
+    periodicity_S = wav_T.new_zeros(len(frames_S), dtype=torch.float32)
+    if not frames_S.any():
+        return periodicity_S
     min_hz, max_hz, low, high = _PITCH
     first, last = round(SAMPLE_RATE / max_hz), round(SAMPLE_RATE / min_hz)
-    n_fft = 2 * _PITCH_WINDOW
+    n_fft = _PITCH_FFT
     before = (_PITCH_WINDOW - grid.window) // 2
     padded_T = F.pad(wav_T.float(), (before, _PITCH_WINDOW))
-    frames_SW = padded_T.unfold(0, _PITCH_WINDOW, grid.hop)[:n_frames]
+    frames_SW = padded_T.unfold(0, _PITCH_WINDOW, grid.hop)[: len(frames_S)][frames_S]
     frames_SW = frames_SW - frames_SW.mean(1, keepdim=True)
     hann_W = torch.hann_window(_PITCH_WINDOW, device=wav_T.device)
     hz = torch.arange(n_fft // 2 + 1, device=wav_T.device) * SAMPLE_RATE / n_fft
-    power_SK = torch.fft.rfft(frames_SW * hann_W, n_fft).abs().square()
+    power_SK = _power(torch.fft.rfft(frames_SW * hann_W, n_fft))
     correlation_SL = torch.fft.irfft(power_SK * ((hz > low) & (hz < high)), n_fft)
-    taper_L = torch.fft.irfft(torch.fft.rfft(hann_W, n_fft).abs().square(), n_fft)
+    taper_L = torch.fft.irfft(_power(torch.fft.rfft(hann_W, n_fft)), n_fft)
     taper_L = taper_L[first:last] / taper_L[0]
-    return (correlation_SL[:, first:last] / (correlation_SL[:, :1] + _TINY) / taper_L).amax(1)
+    periodicity_S[frames_S] = (
+        correlation_SL[:, first:last] / (correlation_SL[:, :1] + _TINY) / taper_L
+    ).amax(1)
+    return periodicity_S
 
 
-def _is_periodic(level_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
-    """Return whether a window has voiced frames."""
-    below, threshold, run, n_min = _PERIODIC
-    loud_NW = level_NW > level_NW.amax(1, keepdim=True) - below
+def _is_periodic(loud_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
+    """Whether a window has voiced frames among its loud ones."""
+    _, threshold, run, n_min = _PERIODIC
     return _in_runs(loud_NW & (periodicity_NW > threshold), run).sum(1) >= n_min
 
 

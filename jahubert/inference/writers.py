@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jahubert.errors import ConfigError
 from jahubert.formats.atomic import atomic_write
@@ -29,22 +29,21 @@ TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
 
 
 def text(transcript: Transcript) -> str:
-    """Write one line of kana with a space between words."""
-    return transcript.text + "\n"
+    """Write one line of kana per segment, with a space between words; an empty line without words."""
+    return "\n".join(segment.text for segment in transcript.segments) + "\n"
 
 
 def jsonl(transcript: Transcript) -> str:
     """Write the complete transcript as one line of JSON."""
-    words = [
+    words = [_word_fields(word) for word in transcript.words]
+    segments = [
         {
-            "kana": word.kana,
-            "phonemes": list(word.phonemes),
-            "start": round(word.start, 3),
-            "end": round(word.end, 3),
-            "score": round(word.score, 4),
-            "times": [[round(start, 3), round(end, 3)] for start, end in word.times],
+            "start": round(segment.start, 3),
+            "end": round(segment.end, 3),
+            "text": segment.text,
+            "words": [_word_fields(word) for word in segment.words],
         }
-        for word in transcript.words
+        for segment in transcript.segments
     ]
     content = {
         "audio": transcript.audio,
@@ -53,8 +52,20 @@ def jsonl(transcript: Transcript) -> str:
         "phonemes": list(transcript.phonemes),
         "score": round(transcript.score, 4),
         "words": words,
+        "segments": segments,
     }
     return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def _word_fields(word: Word) -> dict[str, Any]:
+    return {
+        "kana": word.kana,
+        "phonemes": list(word.phonemes),
+        "start": round(word.start, 3),
+        "end": round(word.end, 3),
+        "score": round(word.score, 4),
+        "times": [[round(start, 3), round(end, 3)] for start, end in word.times],
+    }
 
 
 def tsv_rows(transcript: Transcript) -> str:
@@ -163,11 +174,11 @@ def save(
 
 
 def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
-    """Replace kana with phonemes and a boundary after each word except the last."""
+    """Replace kana by phonemes, with the boundary after each word except the last of a segment."""
     words = []
-    for index, word in enumerate(transcript.words):
+    for index, word in enumerate(transcript.words, start=1):
         spelling = " ".join(word.phonemes)
-        if index < len(transcript.words) - 1:
+        if index < len(transcript.words) and index not in transcript.segment_starts:
             spelling += boundary
         words.append(replace(word, kana=spelling))
     return replace(transcript, words=tuple(words))

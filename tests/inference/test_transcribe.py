@@ -16,7 +16,14 @@ import jahubert
 from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.formats.bundle import save_bundle
 from jahubert.inference.chunking import chunks
-from jahubert.inference.transcribe import CHUNK_SECONDS, Transcriber, builtin_model
+from jahubert.inference.transcribe import (
+    CHUNK_SECONDS,
+    Transcriber,
+    TranscriptSegment,
+    builtin_model,
+    join_cut_words,
+    words_of,
+)
 from jahubert.inference.vad import cut_at_pauses, speech_frames
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
@@ -104,6 +111,38 @@ def test_long_recordings_keep_words_and_times():
     assert starts == pytest.approx([(i * n + 1) * 0.02 for i in range(60)])
 
 
+def test_segments_are_reported_before_the_transcript():
+    sentence = "- k o - N n i - ch i w a | " + "- " * 40
+    long = speech(sentence, repeat=80)  # 83 s
+    segments: list[TranscriptSegment] = []
+    transcripts = Planted().transcribe_many([speech("a -"), long], on_segment=segments.append)
+    first = next(transcripts)
+    assert not segments and isinstance(first, jahubert.Transcript) and len(first.segments) == 1
+    second = next(transcripts)
+    assert isinstance(second, jahubert.Transcript) and len(segments) >= 3
+    assert tuple(segments) == second.segments
+    assert " ".join(segment.text for segment in segments) == second.text
+    assert all(0 < segment.end - segment.start <= 30.0 for segment in segments)
+    assert Planted().transcribe(torch.zeros(16_000)).segments == ()
+
+
+def test_word_that_was_cut_belongs_to_the_earlier_segment():
+    a, i, boundary = (PHONEMES.symbols.index(symbol) for symbol in ("a", "i", "|"))
+
+    def part(*labels: int) -> tuple[list[jahubert.Span], float]:
+        return [jahubert.Span(label, n, n + 1, -0.1) for n, label in enumerate(labels)], -1.0
+
+    def joined(*parts):
+        return [[span.label for span in spans] for spans, _ in join_cut_words(parts, boundary)]
+
+    assert joined(part(a, boundary, i), part(a, boundary, i)) == [[a, boundary, i, a], [boundary, i]]
+    assert joined(part(a, boundary), part(i)) == [[a, boundary], [i]]
+    assert joined(part(a), part(i), part(i, boundary, a)) == [[a, i, i], [boundary, a]]
+    assert joined(part(a), part(), part(i)) == [[a], [], [i]]  # a pause ends the word
+    assert sum(score for _, score in join_cut_words([part(a), part(i), part(a)], boundary)) == -3.0
+    assert joined() == [[]]
+
+
 def test_long_recordings_are_cut_at_pauses():
     silent = torch.zeros(5000, dtype=torch.bool)
     pauses = [(900, 930), (1350, 1400), (2300, 2340), (2500, 2560), (3600, 3700)]
@@ -146,9 +185,10 @@ def test_streaming_equals_one_pass(random_asr, tmp_path):
     streamed = random_asr.transcribe(tmp_path / "long.wav")
     (logp,) = random_asr.log_probs([wav])  # joins 30 s chunks without streaming
     cut = list(cut_at_pauses([logp], 1500, 25))
-    whole = random_asr._transcript("", len(wav), random_asr._decode(cut))
-    assert streamed.phonemes == whole.phonemes and streamed.duration == 100.0
-    assert [word.times for word in streamed.words] == [word.times for word in whole.words]
+    spans = [span for part, _ in random_asr._decode(cut) for span in part]
+    words = list(words_of(spans, PHONEMES, random_asr.grid))
+    assert [word.times for word in found.words] == [word.times for word in words]
+    assert found.words == tuple(words) and found.duration == 100.0
     seconds: list[float] = []
     assert len(list(random_asr.transcribe_many([wav, wav[:16_000]], progress=seconds.append))) == 2
     assert sum(seconds) == pytest.approx(101.0)

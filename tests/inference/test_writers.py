@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -45,8 +46,21 @@ def test_json_is_one_complete_line():
     assert first["times"] == [[0.5, 0.6], [0.6, 0.7], [0.7, 0.8]]
 
 
-def test_tsv_has_one_row_per_word():
-    lines = writers.render(TRANSCRIPT, "tsv").splitlines()
+def test_text_has_a_line_and_json_an_entry_per_segment():
+    transcript = replace(KNOWN, segment_starts=(0, 2))
+    assert writers.render(transcript, "text") == "アサ ワ\nキレー\n"
+    assert writers.render(transcript, "text", phonemes=True) == "a s a | w a\nk i r e:\n"
+    content = json.loads(writers.render(transcript, "json"))
+    assert [(s["start"], s["end"], s["text"]) for s in content["segments"]] == [
+        (0.5, 1.1, "アサ ワ"),
+        (3661.0, 3661.4, "キレー"),
+    ]
+    assert [word for s in content["segments"] for word in s["words"]] == content["words"]
+    assert json.loads(writers.render(EMPTY, "json"))["segments"] == []
+
+
+def test_tsv():
+    lines = writers.render(KNOWN, "tsv").splitlines()
     assert lines[0].split("\t") == ["audio", "start", "end", "kana", "phonemes"]
     assert lines[1].split("\t") == ["朝 の/a.wav", "0.500", "0.800", "アサ", "a s a"]
     assert len(lines) == 4
