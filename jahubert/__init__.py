@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jahubert.frames import FrameGrid
     from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy
     from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor
-    from jahubert.inference.transcribe import Transcriber, Transcript, Word
+    from jahubert.inference.transcribe import Transcriber, Transcript, TranscriptSegment, Word
     from jahubert.model.heads import HubertForCtc, UnitHead
     from jahubert.model.hubert import Encoded, HubertConfig, HubertModel
     from jahubert.phonemes import PhonemeSet, kana_to_phones, phones_to_kana
@@ -35,6 +35,7 @@ __all__ = [
     "UnitExtractor",
     "Transcriber",
     "Transcript",
+    "TranscriptSegment",
     "Word",
     # build on a model
     "HubertModel",
@@ -70,7 +71,7 @@ _EXPORTS = {
     "frames": ("FrameGrid",),
     "inference.ctc": ("Hypothesis", "Span", "beam_search", "forced_align", "greedy"),
     "inference.features": ("FeatureExtractor", "LayerFeatures", "UnitExtractor"),
-    "inference.transcribe": ("Transcriber", "Transcript", "Word"),
+    "inference.transcribe": ("Transcriber", "Transcript", "TranscriptSegment", "Word"),
     "model.heads": ("HubertForCtc", "UnitHead"),
     "model.hubert": ("Encoded", "HubertConfig", "HubertModel"),
     "phonemes": ("PhonemeSet", "kana_to_phones", "phones_to_kana"),

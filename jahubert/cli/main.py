@@ -92,7 +92,7 @@ def transcribe(args: argparse.Namespace) -> int:
     source = model_source(args)
     import torch
 
-    from jahubert.inference.transcribe import Transcriber, Transcript
+    from jahubert.inference.transcribe import Transcriber, Transcript, TranscriptSegment
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -106,28 +106,50 @@ def transcribe(args: argparse.Namespace) -> int:
     report = Report(inputs, empty)
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
-    found_all = asr.transcribe_many(
-        (item.open() for item in inputs), errors="return", progress=report.add_audio
+    label = ""  # the recording that is being transcribed
+    n_printed = 0  # its segments that are already on standard output
+
+    def print_text(transcript: Transcript) -> None:
+        content = writers.render(transcript, "text", args.phonemes)
+        prefix = f"{label}\t" if named else ""
+        report.clear()
+        print("".join(f"{prefix}{line}\n" for line in content.splitlines()), end="", flush=True)
+
+    def print_segment(segment: TranscriptSegment) -> None:
+        nonlocal n_printed
+        print_text(Transcript(segment.words, segment.end, 0.0))
+        n_printed += 1
+
+    streams_text = args.output is None and args.format == "text"
+    transcripts = asr.transcribe_many(
+        (item.open() for item in inputs),
+        errors="return",
+        progress=report.add_audio,
+        on_segment=print_segment if streams_text else None,
     )
-    for item, found in zip(inputs, found_all, strict=True):
-        if isinstance(found, Transcript):
-            found = replace(found, audio=item.label)
+    for item in inputs:
+        label, n_printed = item.label, 0
+        result = next(transcripts)
+        if isinstance(result, Transcript):
+            result = replace(result, audio=item.label)
             try:
                 if single_file is not None:
-                    save_text(writers.render(found, args.format, args.phonemes), single_file)
+                    save_text(writers.render(result, args.format, args.phonemes), single_file)
                 elif args.output is not None:
-                    writers.save(found, Path(args.output, item.base), formats, args.phonemes)
+                    writers.save(result, Path(args.output, item.base), formats, args.phonemes)
             except OSError as error:
-                found = error
-        if isinstance(found, Exception):
-            report.failure(item.label, found)
-        elif args.output is None:
+                result = error
+        if isinstance(result, Exception):
+            report.failure(item.label, result)
+        elif streams_text and not n_printed:
+            print_text(result)
+        elif args.output is None and not streams_text:
             report.clear()
-            tsv = args.format == "tsv"  # one header for all
-            content = writers.tsv_rows(found) if tsv else writers.render(found, args.format, args.phonemes)
-            print(
-                f"{item.label}\t{content}" if named and args.format == "text" else content, end="", flush=True
-            )
+            if args.format == "tsv":  # one header for all
+                content = writers.tsv_rows(result)
+            else:
+                content = writers.render(result, args.format, args.phonemes)
+            print(content, end="", flush=True)
         report.add_file(item.label)
     return report.finish()
 

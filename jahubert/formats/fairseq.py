@@ -136,6 +136,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
     weights = select_tensors(
         path, encoder_shapes(config), inner | outer, lambda name: fairseq_name(name, config.conv_norm)
     )
+    config, weights = _drop_duplicate_channels(config, weights)
     phonemes = None
     if count_symbols(path, ctc, config.width) is not None:
         ctc, symbols = _drop_unused_specials(ctc, symbols)
@@ -383,14 +384,55 @@ def _encoder_tensors(model: HubertModel, notes: list[str]) -> tuple[HubertConfig
     """Return the encoder tensors under fairseq's names and the matching configuration."""
     state = portable_state(model, "fairseq", notes)
     config = replace(model.config, conv_bias="feature_extractor.conv_layers.0.conv.bias" in state)
-    if config.conv_dims[-1] == config.width:
-        weight, bias = (state.pop(f"feature_projection.projection.{part}") for part in ("weight", "bias"))
-        if bias.any() or not weight.equal(torch.eye(config.width)):
-            raise CheckpointError(
-                f"the front end is as wide as the encoder ({config.width}); fairseq then has no projection "
-                "between them, but this model has one: choose another format"
+    if config.conv_dims[-1] == config.width:  # fairseq then has no projection between them
+        weight, bias = (state[f"feature_projection.projection.{part}"] for part in ("weight", "bias"))
+        if not bias.any() and weight.equal(torch.eye(config.width)):
+            del state["feature_projection.projection.weight"], state["feature_projection.projection.bias"]
+        else:
+            config, state = _duplicate_channels(config, state)
+            notes.append(
+                f"front end: as wide as the encoder ({config.width}), for which fairseq has no projection; "
+                "its output channels were duplicated, which does not change the result"
             )
     return config, {fairseq_name(name, config.conv_norm): value for name, value in state.items()}
+
+
+def _duplicated_tensors(config: HubertConfig) -> list[str]:
+    """Names of the tensors whose rows are output channels of the front end."""
+    last = f"feature_extractor.conv_layers.{len(config.conv_dims) - 1}"
+    modules = (f"{last}.conv", f"{last}.layer_norm", "feature_projection.layer_norm")
+    return [f"{module}.{part}" for module in modules for part in ("weight", "bias")]
+
+
+def _duplicate_channels(
+    config: HubertConfig, state: dict[str, Tensor]
+) -> tuple[HubertConfig, dict[str, Tensor]]:
+    """Output each channel of the front end twice, with a projection that ignores the copies.
+
+    The result is the same, because copies change neither the mean nor the variance of a layer norm.
+    """
+    state = dict(state)
+    for name in set(_duplicated_tensors(config)) & set(state):
+        state[name] = torch.cat([state[name], state[name]])
+    projection = state["feature_projection.projection.weight"]
+    state["feature_projection.projection.weight"] = torch.cat([projection, torch.zeros_like(projection)], 1)
+    return replace(config, conv_dims=(*config.conv_dims[:-1], 2 * config.conv_dims[-1])), state
+
+
+def _drop_duplicate_channels(
+    config: HubertConfig, state: dict[str, Tensor]
+) -> tuple[HubertConfig, dict[str, Tensor]]:
+    """Inverse of `_duplicate_channels`; other models are returned unchanged."""
+    n = config.width
+    names = [name for name in _duplicated_tensors(config) if name in state]
+    projection = state["feature_projection.projection.weight"]
+    if config.conv_dims[-1] != 2 * n or projection[:, n:].any():
+        return config, state
+    if not all(state[name][:n].equal(state[name][n:]) for name in names):
+        return config, state
+    narrow = {name: state[name][:n].clone() for name in names}
+    narrow["feature_projection.projection.weight"] = projection[:, :n].clone()
+    return replace(config, conv_dims=(*config.conv_dims[:-1], n)), state | narrow
 
 
 def _head_tensors(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ from jahubert import run
 from jahubert.errors import ConfigError, DataError, UserError
 from jahubert.formats.atomic import atomic_folder
 from jahubert.formats.bundle import load_bundle, save_bundle
-from jahubert.train.data.manifest import Manifest
-from jahubert.train.evaluation.scoring import display_text
+from jahubert.train.clustering.streaming import load_centroids
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import PER_ITERATION
+from jahubert.train.stages import features, kmeans
 
 NAME = "japanese-small"
 LIMIT = 15_000_000  # bytes
+UNIT_FRAMES = 200_000  # frames that the units are fitted on
 LICENCE = "CC-BY-SA-4.0"
 ATTRIBUTION = (
     "Trained on recordings by Tofugu and WaniKani "
@@ -80,7 +82,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--to", metavar="DIR", type=Path, default=Path(jahubert.__file__).parent / "assets" / NAME
     )
-    parser.add_argument("settings", nargs="*", help="data=..., common_voice=... and any other setting")
+    parser.add_argument("--units", type=int, default=0, help="number of units that the model can extract")
+    parser.add_argument("--layer", type=int, default=4, help="layer that the units are clusters of")
+    parser.add_argument("settings", nargs="*", help="data=... sentences=... and any other setting")
     args = parser.parse_args(argv)
     given = {setting.partition("=")[0] for setting in args.settings}
     settings = [f"{name}=..." for name in CORPORA if name in given]
@@ -96,7 +100,8 @@ def main(argv: list[str]) -> int:
             if status:
                 return status
         exp = Path(args.pack or compose(overrides)["exp"])
-        size = pack(exp, args.to, command)
+        units = cluster_units(exp, args.layer, args.units) if args.units else None
+        size = pack(exp, args.to, command, units)
     except UserError as error:
         print(f"build.py: error: {error}", file=sys.stderr)
         return error.exit_status
@@ -118,9 +123,35 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
     return status, str(Path(tree["exp"], f"iter{tree['iterations']}", "pretrain"))
 
 
+def cluster_units(exp: Path, layer: int, n_units: int) -> tuple[torch.Tensor, int]:
+    """Cluster a layer of the recognizer of `exp` on the training data; return the centroids and the layer."""
+    with tempfile.TemporaryDirectory() as folder:
+        sample, clusters = Path(folder, "features"), Path(folder, "kmeans")
+        for out in (sample, clusters):
+            out.mkdir()
+        features.run(
+            features.Config(
+                exp / "prepare" / "manifest.arrow",
+                kind="hubert",
+                model=exp / "systems" / "main" / "finetune",
+                layer=layer,
+                sample_frames=UNIT_FRAMES,
+            ),
+            sample,
+        )
+        kmeans.run(kmeans.Config(sample, n_clusters=n_units), clusters)
+        return load_centroids(clusters / "centroids.safetensors")[0], layer
+
+
 @torch.no_grad()
-def pack(exp: Path, target: Path, command: str) -> int:
+def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] | None = None) -> int:
     """Write the recognizer of `exp` with its model card; return the size in bytes.
+
+    Args:
+        exp: folder of a finished experiment.
+        target: folder to write.
+        command: command line for the model card.
+        units: centroids (K, D) of the units and the layer that they belong to, for `jahubert units`.
 
     Raises:
         DataError: the run is not finished, or the folder is too large.
@@ -138,9 +169,12 @@ def pack(exp: Path, target: Path, command: str) -> int:
     info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
     info["per"] = {name: round(score["per"]["rate"], 4) for name, score in scores.items()}
     with atomic_folder(target) as folder:
-        save_bundle(folder, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info, dtype=torch.float16)
-        page = card(bundle, scores, record, examples(exp), command)
-        (folder / "README.md").write_text(page, encoding="utf-8")
+        centroids_KD, layer = units or (None, None)
+        save_bundle(
+            folder, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info, dtype=torch.float16,
+            centroids_KD=centroids_KD, centroid_layer=layer,
+        )  # fmt: skip
+        (folder / "README.md").write_text(card(bundle, scores, record, command), encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > LIMIT:
             raise DataError(f"{target}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")

@@ -78,7 +78,37 @@ def test_format_all_writes_every_format(bundle, folder, capsys):
     assert names == sorted(stem + e for stem in ("a", "sub/日本語 名前") for e in endings)
 
 
-def test_dash_reads_standard_input(bundle, folder, capsys, monkeypatch):
+def test_segments_of_a_long_recording_are_lines(bundle, folder, capsys):
+    soundfile.write("long.wav", np.tile(syllables(2.0).numpy(), 20), 16_000)
+    assert main(["transcribe", "--model", bundle, "long.wav"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    segments = jahubert.Transcriber.from_pretrained(bundle).transcribe("long.wav").segments
+    assert len(lines) >= 2 and lines == [segment.text for segment in segments]
+    assert main(["transcribe", "--model", bundle, "long.wav", "-o", "out.txt"]) == 0
+    assert Path("out.txt").read_text(encoding="utf-8").splitlines() == lines
+    assert main(["transcribe", "--model", bundle, "data/a.wav", "long.wav", "-f", "txt"]) == 0
+    named = capsys.readouterr().out.splitlines()
+    assert named[1:] == [f"long.wav\t{line}" for line in lines]
+
+
+def test_segments_are_printed_before_the_recording_is_complete(bundle, folder, capsys, monkeypatch):
+    """A reader that fails after two minutes: the text up to there is on standard output."""
+    from jahubert.inference import transcribe
+
+    wav = torch.from_numpy(np.tile(syllables(2.0).numpy(), 15))  # 30 s
+
+    def broken_stream(*_):
+        for _ in range(8):
+            yield wav
+        raise jahubert.UserError("the connection was lost")
+
+    monkeypatch.setattr(transcribe, "stream_audio", broken_stream)
+    assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("\n") >= 2 and "connection was lost" in err
+
+
+def test_standard_input(bundle, folder, capsys, monkeypatch):
     assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
     expected = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("data/a.wav").read_bytes())))

@@ -19,7 +19,7 @@ from fixtures.foreign import (
 )
 
 from jahubert.cli import main as cli
-from jahubert.errors import CheckpointError, ConfigError
+from jahubert.errors import ConfigError
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.convert import convert, largest_difference
 from jahubert.model.heads import HubertForCtc, UnitHead
@@ -120,17 +120,46 @@ def test_zero_biases_of_the_front_end_are_dropped(tmp_path):
         assert not load_bundle(tmp_path / f"zero.{to}.pt").config.conv_bias
 
 
-def test_equal_widths_have_no_projection_in_fairseq(tmp_path, dictionary):
-    """fairseq has no projection if the front end is as wide as the encoder."""
-    model = model_of(replace(KINDS["base"], conv_dims=(48,) * 7))
+@pytest.mark.parametrize("kind", ["base", "large"])
+def test_front_end_as_wide_as_the_encoder_round_trips(tmp_path, dictionary, kind):
+    """fairseq has a projection only between different widths, so the channels are duplicated."""
+    model = model_of(replace(KINDS[kind], conv_dims=(48,) * 7, normalize_eps=FAIRSEQ_EPS))
     save_bundle(tmp_path / "a", model=model)
-    with pytest.raises(CheckpointError, match="no projection"):
-        convert(tmp_path / "a", tmp_path / "a.pt", "fairseq")
+    done = convert(tmp_path / "a", tmp_path / "a.pt", "fairseq")
+    assert done.difference < 1e-5 and any("front end" in note for note in done.notes)
+    content = torch.load(tmp_path / "a.pt", weights_only=False)
+    assert content["model"]["post_extract_proj.weight"].shape == (48, 96)
+    assert eval(content["cfg"]["model"]["conv_feature_layers"])[-1][0] == 96
+    loaded = load_bundle(tmp_path / "a.pt")
+    assert loaded.config == model.config and same_state(loaded.model, model)
+
+
+def test_identity_projection_is_left_out_in_fairseq(tmp_path, dictionary):
+    model = model_of(replace(KINDS["base"], conv_dims=(48,) * 7))
     model.feature_projection.projection.weight.data = torch.eye(48)
     model.feature_projection.projection.bias.data.zero_()
     save_bundle(tmp_path / "b", model=model)
     assert convert(tmp_path / "b", tmp_path / "b.pt", "fairseq").difference == 0
     assert "post_extract_proj.weight" not in torch.load(tmp_path / "b.pt", weights_only=False)["model"]
+    assert load_bundle(tmp_path / "b.pt").config.conv_dims[-1] == 48
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_transformers_computes_the_same_with_equal_widths(tmp_path, dictionary, identity):
+    """Through fairseq and back: Hugging Face's model always has a projection."""
+    transformers = pytest.importorskip("transformers", reason="extra dev")
+    model = model_of(replace(KINDS["base"], conv_dims=(48,) * 7))
+    if identity:
+        model.feature_projection.projection.weight.data = torch.eye(48)
+        model.feature_projection.projection.bias.data.zero_()
+    save_bundle(tmp_path / "a", model=model)
+    convert(tmp_path / "a", tmp_path / "a.pt", "fairseq")
+    convert(tmp_path / "a.pt", tmp_path / "hf", "hf")
+    other = transformers.HubertModel.from_pretrained(tmp_path / "hf").eval()
+    wav_BT = torch.randn(2, 8_000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval()(wav_BT).hidden_BSD
+        torch.testing.assert_close(other(wav_BT).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_normalization_epsilons_differ_on_quiet_audio(tmp_path):

@@ -26,12 +26,15 @@ from jahubert.errors import CheckpointError, DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT, SAMPLE_RATE
+from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy
+from jahubert.inference.vad import suppress_nonspeech
 from jahubert.model.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
 from jahubert.prefetch import prefetch
-from jahubert.train.data.batches import CtcData
+from jahubert.train.data.batches import CtcData, pad
 from jahubert.train.data.manifest import Manifest, Utterance
+from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.data.targets import TargetStore, split_words
 from jahubert.train.evaluation.lexicon import LexiconConfig, LexiconSearch
 from jahubert.train.experiment import distributed
@@ -47,8 +50,8 @@ from jahubert.train.experiment.provenance import write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
-_MAX_DISTANCE = 5  # maximum distance in frames (100 ms) between a CTC spike and a frame of its phone
+VERSION = 3
+_MAX_DISTANCE = 5  # frames (100 ms) between a CTC spike and the frames that belong to its phone
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Config:
     beam: int = 20  # width of the beam search
     n_best: int = 1  # number of hypotheses to write per utterance
     lexicon: LexiconConfig | None = None  # restricts hypotheses to a word list
+    vad: bool = True  # remove DC offset and hum, normalize the level, and suppress phones outside speech
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)  # audio per batch
 
@@ -126,7 +130,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             )  # fmt: skip
         counts[split] = len(rows)
         lines = []
-        for rows_B, logp_BSV, n_frames_B in log_probs(rows, f"decoding {split}"):
+        for rows_B, logp_BSV, n_frames_B in log_probs(rows, f"decoding {split}", suppress=config.vad):
             results = zip(rows_B, search(logp_BSV, n_frames_B), strict=True)
             lines.append(
                 [
@@ -139,7 +143,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         rows = np.concatenate([manifest.indices(split=split) for split in config.align_splits])
         rows = np.intersect1d(rows, targets.labeled_rows)
         lines = []
-        for rows_B, logp_BSV, n_frames_B in log_probs(rows, "alignment"):
+        for rows_B, logp_BSV, n_frames_B in log_probs(rows, "alignment", suppress=False):
             batch = zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True)
             lines.append([_alignment_line(manifest, targets, row, logp_SV[:n]) for row, logp_SV, n in batch])
         _write(out / "alignment.jsonl", lines)
@@ -157,8 +161,13 @@ def log_probabilities(
     description: str,
     config: Config,
     device: torch.device,
+    suppress: bool,
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Yield (rows, log-probabilities (B, S, V), frame counts (B,)) for each batch of this process."""
+    """(rows, log-probabilities (B, S, V), valid frames (B,)) per batch, for the batches of this process.
+
+    With `config.vad`, the audio is prepared as by `Transcriber`; `suppress` also suppresses phones outside
+    speech.
+    """
     longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
     data = CtcData(
         manifest,
@@ -173,10 +182,25 @@ def log_probabilities(
     )
     micro_batches = list(data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world()))
     n_rows = sum(len(micro.rows) for micro in micro_batches)
+
+    def load(micro: MicroBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Padded waveforms, their lengths, and the speech mask of each."""
+        batch = data.load(micro)
+        if not config.vad:
+            return batch.wav_BT, batch.n_samples_B, []
+        wavs = [wav_T[:n] for wav_T, n in zip(batch.wav_BT, batch.n_samples_B.tolist(), strict=True)]
+        prepared = [prepare_speech(wav_T, model.config.grid) for wav_T in wavs]
+        return pad([wav_T for wav_T, _ in prepared]), batch.n_samples_B, [mask for _, mask in prepared]
+
     with torch.inference_mode(), progress(description, "utterances", n_rows) as done:
-        for micro, batch in prefetch(data.load, micro_batches):
-            logp_BSV, n_frames_B = model(batch.wav_BT.to(device), batch.n_samples_B)
-            yield micro.rows, logp_BSV.cpu(), n_frames_B.cpu()
+        for micro, (wav_BT, n_samples_B, speech) in prefetch(load, micro_batches):
+            logp_BSV, n_frames_B = model(wav_BT.to(device), n_samples_B)
+            logp_BSV = logp_BSV.cpu()
+            if suppress:
+                for logp_SV, speech_S in zip(logp_BSV, speech, strict=True):
+                    n = len(speech_S)
+                    logp_SV[:n] = suppress_nonspeech(logp_SV[:n], speech_S, targets.phonemes)
+            yield micro.rows, logp_BSV, n_frames_B.cpu()
             done(len(micro.rows))
 
 

@@ -1,0 +1,73 @@
+"""Stage decode: the same hypotheses as `Transcriber` for the same recording."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from fixtures.sounds import nonspeech, syllables
+
+import jahubert
+from jahubert.audio import AudioSource
+from jahubert.train.data.manifest import Utterance, write_manifest
+from jahubert.train.stages import decode, targets
+
+TINY = jahubert.HubertConfig(
+    conv_dims=(8,) * 7, width=16, layers=2, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
+)
+
+
+@pytest.fixture
+def recognizer(tmp_path) -> Path:
+    torch.manual_seed(0)
+    phonemes = jahubert.PhonemeSet.standard()
+    ctc = jahubert.HubertForCtc(TINY, len(phonemes))
+    torch.nn.init.normal_(ctc.lm_head.weight, std=1.5)
+    return jahubert.save_bundle(tmp_path / "model", ctc=ctc, phonemes=phonemes)
+
+
+def recordings() -> dict[str, torch.Tensor]:
+    speech_T = syllables(2.0)
+    quiet_T = torch.cat([syllables(1.5, seed=1), torch.zeros(24_000)])
+    time_T = torch.arange(len(speech_T)) / 16_000
+    return {
+        "clean": speech_T,
+        "offset": speech_T + 0.2,
+        "hum": speech_T + 0.05 * torch.sin(2 * torch.pi * 50 * time_T),
+        "quiet": 0.05 * quiet_T + 0.1,
+        "clicks": nonspeech("key clicks", 3.0),
+    }
+
+
+@pytest.fixture
+def corpus(tmp_path) -> dict[str, Path]:
+    """Manifest and targets of the recordings."""
+    items = []
+    for name, wav_T in recordings().items():
+        path = tmp_path / f"{name}.wav"
+        soundfile.write(path, wav_T.numpy(), 16_000, subtype="FLOAT")
+        words = (("a", "s", "a"),)
+        items.append(Utterance(name, AudioSource(str(path)), n_samples=len(wav_T), words=words, split="test"))
+    (tmp_path / "targets").mkdir()
+    write_manifest(tmp_path / "manifest.arrow", items)
+    targets.run(targets.Config(tmp_path / "manifest.arrow"), tmp_path / "targets")
+    return {"manifest": tmp_path / "manifest.arrow", "targets": tmp_path / "targets"}
+
+
+@pytest.mark.parametrize("vad", [True, False])
+def test_stage_and_transcriber_agree(recognizer, corpus, tmp_path, vad):
+    """Also on recordings with DC offset, hum and low level, and without speech."""
+    (tmp_path / "out").mkdir()
+    config = decode.Config(**corpus, model=recognizer, splits=("test",), beam=5, device="cpu", vad=vad)
+    decode.run(config, tmp_path / "out")
+    asr = jahubert.Transcriber.from_pretrained(recognizer, beam=5, device="cpu", dtype=torch.float32, vad=vad)
+    lines = (tmp_path / "out" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(recordings())
+    for line in map(json.loads, lines):
+        transcript = asr.transcribe(tmp_path / f"{line['id']}.wav")
+        assert tuple(line["hypothesis"]) == tuple(" ".join(word.phonemes) for word in transcript.words)
+        assert line["score"] == pytest.approx(transcript.score, abs=1e-2)
+        assert bool(transcript.words) == (line["id"] != "clicks" or not vad)
