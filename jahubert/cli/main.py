@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jahubert
-from jahubert.cli import language_models
+from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.console import (
     STDIN,
     Input,
@@ -100,7 +100,7 @@ def transcribe(args: argparse.Namespace) -> int:
         source,
         beam=args.beam,
         device=args.device,
-        vad=not args.no_vad,
+        vad={"builtin": True, "silero": "silero", "off": False}[args.vad],
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
     )
     report = Report(inputs, empty)
@@ -366,8 +366,6 @@ def status(args: argparse.Namespace) -> int:
 
 
 def completion(args: argparse.Namespace) -> int:
-    from jahubert.cli.completion import script
-
     print(script(build_parser(), args.shell), end="")
     return 0
 
@@ -486,8 +484,12 @@ def audio_commands(command: Command) -> None:
         "--verbose", nargs="?", type=str.lower, choices=["true", "false"], help=argparse.SUPPRESS
     )
     sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
-    sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")
-    sub.add_argument("--no-vad", action="store_true", help="disable voice activity detection")
+    sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
+    sub.add_argument(
+        "--vad", choices=["builtin", "silero", "off"], default="builtin",
+        help="voice activity detection; silero is a neural network, for noisy recordings (extra vad)",
+    )  # fmt: skip
+    sub.add_argument("--no-vad", dest="vad", action="store_const", const="off", help="same as --vad off")
     dtype(sub, "auto", "int8")
 
     sub = command(features, "write features from encoder layers as float32 .npy (frames, dim)")
@@ -539,9 +541,10 @@ def model_commands(command: Command) -> None:
 
 def experiment_commands(command: Command) -> None:
     """Add the subcommands for experiments and shell completion."""
-    command(
-        run, "run stages of an experiment: prepare, pretrain, finetune, ... (same as python -m jahubert.run)"
+    sub = command(
+        run, "run stages of an experiment: prepare, pretrain, finetune, ... (as python -m jahubert.run)"
     )
+    sub.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="recipe=NAME stage=NAME and others")
     sub = command(plan, "estimate the hours, disk and memory of stages")
     sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
     sub.add_argument("--json", action="store_true", help="print JSON, in bytes and hours")
@@ -551,7 +554,7 @@ def experiment_commands(command: Command) -> None:
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
 
     sub = command(completion, "print a script that completes this command in your shell")
-    sub.add_argument("shell", choices=["bash", "zsh", "fish"])
+    sub.add_argument("shell", choices=SHELLS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,8 +30,13 @@ _LONG = 4.0  # seconds
 _TINY = 1e-12
 
 
-def prepare_speech(wav_T: Tensor, grid: FrameGrid) -> tuple[Tensor, Tensor]:
+def prepare_speech(wav_T: Tensor, grid: FrameGrid, silero: bool = False) -> tuple[Tensor, Tensor]:
     """Prepare a 16 kHz waveform (T,) for recognition: detect speech and condition the audio.
+
+    Args:
+        wav_T: 16 kHz waveform.
+        grid: mapping between frames and samples.
+        silero: keep only the speech that silero-vad detects as well.
 
     Returns:
         The conditioned waveform (T,), and the mask (S,) of the frames with speech.
@@ -40,7 +45,12 @@ def prepare_speech(wav_T: Tensor, grid: FrameGrid) -> tuple[Tensor, Tensor]:
         return wav_T, speech_frames(wav_T, grid)
     power_SK = power_spectrum(wav_T, grid)
     speech_S = speech_frames(wav_T, grid, power_SK)
-    return condition(wav_T, speech_S, grid, power_SK), speech_S
+    conditioned_T = condition(wav_T, speech_S, grid, power_SK)
+    if silero and speech_S.any():
+        from jahubert.inference.silero import silero_speech_frames  # optional package
+
+        speech_S = speech_S & silero_speech_frames(conditioned_T, grid)
+    return conditioned_T, speech_S
 
 
 def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor | None = None) -> Tensor:

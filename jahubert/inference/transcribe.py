@@ -21,6 +21,7 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
 from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
+from jahubert.inference.silero import check_silero
 from jahubert.inference.vad import Segment, cut_at_pauses, suppress_nonspeech
 from jahubert.model.device import pick_device
 from jahubert.model.heads import HubertForCtc
@@ -121,13 +122,15 @@ class Transcriber:
         beam: width of the beam search.
         device: default: a GPU if available.
         vad: detect speech, suppress phones outside speech, remove DC offset and hum, and normalize
-            the level (`conditioning.prepare_speech`). False leaves the audio unchanged.
+            the level (`conditioning.prepare_speech`). "silero" keeps only the speech that silero-vad also
+            detects (extra `vad`). False leaves the audio unchanged.
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
             hardware supports it, otherwise float32.
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
-        ConfigError: an invalid beam, device or dtype.
+        ConfigError: an invalid beam, vad, device or dtype.
+        MissingExtraError: silero-vad is not installed.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class Transcriber:
         *,
         beam: int = 20,
         device: str | torch.device | None = None,
-        vad: bool = True,
+        vad: bool | Literal["silero"] = True,
         dtype: torch.dtype | None = None,
     ):
         if model.lm_head.out_features != len(phonemes):
@@ -149,6 +152,10 @@ class Transcriber:
             raise ConfigError(f"beam is {beam}, but must be at least 1; the published results use 20")
         if dtype not in (None, torch.int8, *PRECISIONS):
             raise ConfigError(f"dtype is {dtype}; choose torch.float32, bfloat16, float16 or int8")
+        if vad not in (True, False, "silero"):
+            raise ConfigError(f"vad is {vad!r}, but must be True, False or 'silero'")
+        if vad == "silero":
+            check_silero()
         self.device = pick_device(device)
         self.dtype = preferred_dtype(self.device) if dtype is None else dtype
         if self.dtype is torch.int8:
@@ -346,7 +353,7 @@ class Transcriber:
         """Compute log-probabilities with phones suppressed outside speech, and whether there is speech."""
         if not self.vad:
             return self.log_probs(wavs), [True] * len(wavs)
-        prepared = [prepare_speech(wav_T, self.grid) for wav_T in wavs]
+        prepared = [prepare_speech(wav_T, self.grid, self.vad == "silero") for wav_T in wavs]
         logps = self.log_probs([wav_T for wav_T, _ in prepared])
         gated = [
             suppress_nonspeech(logp_SV, speech_S, self.phonemes)

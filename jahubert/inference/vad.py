@@ -35,7 +35,7 @@ _SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, length of a run, fram
 _PITCH = (80.0, 420.0, 250.0, 3000.0)  # pitch range, and band searched for it, in Hz
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
-_MARGIN = 12  # frames added around speech for quiet consonants and CTC spikes
+MARGIN = 12  # frames kept around speech, for quiet consonants and CTC spikes
 _TINY = 1e-13  # power per band
 _SUPPRESSED = -1e4  # log-probability of phones outside speech
 
@@ -116,7 +116,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None
     votes_S = _overlap_add((active_NW & speech_N[:, None]).float())
     windows_S = _overlap_add(torch.ones_like(level_NW))
     speech_S = (_VOTES * votes_S >= windows_S.clamp(min=1)).float()[None, :n_frames]
-    return F.max_pool1d(speech_S, 2 * _MARGIN + 1, 1, _MARGIN)[0] > 0
+    return F.max_pool1d(speech_S, 2 * MARGIN + 1, 1, MARGIN)[0] > 0
 
 
 def _overlap_add(values_NW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tests of the completion scripts in real shells."""
+"""Completion scripts: shells accept them, and bash completes commands, formats, recipes and stages."""
 
 from __future__ import annotations
 
@@ -9,59 +9,62 @@ import sys
 
 import pytest
 
-from jahubert.cli.completion import commands, script
+from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.main import build_parser, main
 
+shtab = pytest.importorskip("shtab", reason="extra completion")
 
-def completions(line: str, folder) -> list[str]:
-    """Return the completions that bash offers at the end of `line`."""
-    words = line.split(" ")
+
+def candidates(line: str, folder) -> list[str]:
+    """Completions in bash at the end of a line; as in a terminal, "=" separates words."""
+    words = line.replace("=", " = ").split(" ")
     quoted = " ".join(f"'{word}'" for word in words)
     code = f"""
 {script(build_parser(), "bash")}
-COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _jahubert
+COMP_WORDBREAKS=' =:'; COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}
+COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}
+$(complete -p jahubert | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
-    result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=folder, timeout=30)
-    assert result.returncode == 0 and result.stderr == ""
-    return result.stdout.split("\n")[:-1]
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=folder, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
-def test_bash_completes_commands_options_and_files(tmp_path):
-    (tmp_path / "日本語 名前.wav").touch()
-    names = [command.name for command in commands(build_parser())]
-    assert completions("jahubert ", tmp_path) == names
-    assert completions("jahubert tr", tmp_path) == ["transcribe"]
-    assert "--dtype" in completions("jahubert transcribe --", tmp_path)
-    assert completions("jahubert transcribe -f s", tmp_path) == ["srt"]
-    assert completions("jahubert convert a b --to t", tmp_path) == ["torchaudio"]
-    assert completions("jahubert transcribe 日", tmp_path) == ["日本語 名前.wav"]
-    assert completions("jahubert completion z", tmp_path) == ["zsh"]
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash not found")
+def test_bash_completes_commands_formats_recipes_and_stages(tmp_path):
+    (tmp_path / "talk.wav").touch()
+    assert candidates("jahubert tr", tmp_path) == ["transcribe"]
+    assert "--dtype" in candidates("jahubert transcribe --d", tmp_path)
+    assert candidates("jahubert transcribe -f s", tmp_path) == ["srt"]
+    assert candidates("jahubert transcribe ta", tmp_path) == ["talk.wav"]
+    assert candidates("jahubert run recipe=de", tmp_path) == ["demo"]
+    assert candidates("jahubert run recipe=demo stage=km", tmp_path) == ["kmeans"]
+    assert candidates("jahubert plan rec", tmp_path)[0].startswith("recipe=")
+    assert set(candidates("jahubert completion ", tmp_path)) == set(SHELLS)
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_accept_their_script(shell, capsys, tmp_path):
+@pytest.mark.parametrize("shell", SHELLS)
+def test_scripts_are_printed_and_valid(shell, capsys, tmp_path):
     assert main(["completion", shell]) == 0
-    path = tmp_path / "script"
-    path.write_text(capsys.readouterr().out)
-    if shutil.which(shell) is None:
-        pytest.skip(f"needs {shell}")
-    result = subprocess.run([shell, "-n", str(path)], capture_output=True, text=True, timeout=30)
-    assert (result.returncode, result.stderr) == (0, "")
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("transcribe", "recipe=demo", "stage=kmeans", "textgrid"))
+    if shell == "tcsh" or shutil.which(shell) is None:  # tcsh has no syntax check
+        return
+    (tmp_path / "script").write_text(text)
+    done = subprocess.run([shell, "-n", "script"], capture_output=True, text=True, cwd=tmp_path, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_fish_completes_option_values():
-    if shutil.which("fish") is None:
-        pytest.skip("needs fish")
-    code = script(build_parser(), "fish") + "complete -C 'jahubert transcribe --format s'\n"
-    result = subprocess.run(["fish", "-N", "-c", code], capture_output=True, text=True, timeout=30)
-    assert result.stderr == ""
-    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == ["srt"]
+def test_missing_shtab_is_one_line_that_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    error = capsys.readouterr().err
+    assert "jahubert[completion]" in error and error.count("\n") == 1
 
 
-def test_full_disk_on_standard_output_is_reported():
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full not found")
+def test_full_disk_as_standard_output_is_reported():
     code = "import sys; from jahubert.cli.main import main; sys.exit(main(['completion', 'bash']))"
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)

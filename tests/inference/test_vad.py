@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 
 import pytest
 import torch
 from fixtures.sounds import SOUNDS, nonspeech, syllables
 
 import jahubert
+from jahubert.errors import MissingExtraError
 from jahubert.frames import HUBERT
-from jahubert.inference.conditioning import SPEECH_LEVEL, condition
+from jahubert.inference.conditioning import SPEECH_LEVEL, condition, prepare_speech
 from jahubert.inference.transcribe import Transcriber
 from jahubert.inference.vad import speech_frames
 
@@ -98,3 +100,23 @@ def test_transcripts_of_real_speech_do_not_change(shared_data, name):
     expected = [list(t.phonemes) for t in asr.transcribe_many(wavs)]
     distorted = [list(t.phonemes) for t in asr.transcribe_many(DISTORTIONS[name](wav_T) for wav_T in wavs)]
     assert error_rate(expected, distorted).rate <= 0.05
+
+
+def test_silero_keeps_only_the_speech_that_it_detects(shared_data):
+    pytest.importorskip("silero_vad", reason="extra vad")
+    n_threads = torch.get_num_threads()
+    wav_T = jahubert.load_audio(sorted((shared_data / "sentences").glob("*.wav"))[0])
+    _, builtin_S = prepare_speech(0.01 * wav_T + 0.1, HUBERT)
+    conditioned_T, speech_S = prepare_speech(0.01 * wav_T + 0.1, HUBERT, silero=True)
+    level_S = conditioned_T.unfold(0, 400, 320).square().mean(1)
+    assert speech_S[level_S > 0.01 * level_S.max()].float().mean() > 0.95
+    assert not (speech_S & ~builtin_S).any() and torch.get_num_threads() == n_threads
+
+
+def test_missing_silero_names_the_extra(monkeypatch):
+    from jahubert.inference import silero
+
+    silero._load.cache_clear()
+    monkeypatch.setitem(sys.modules, "silero_vad", None)
+    with pytest.raises(MissingExtraError, match=r"jahubert\[vad\]"):
+        Transcriber.from_pretrained(vad="silero")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import jahubert
 from jahubert.frames import SAMPLE_RATE
-from jahubert.inference.conditioning import condition
+from jahubert.inference.conditioning import condition, prepare_speech
 from jahubert.inference.vad import speech_frames
 from jahubert.train.evaluation.metrics import error_rate
 
@@ -50,8 +50,8 @@ def phones(transcript: jahubert.Transcript) -> list[str]:
 
 
 def detected(asr: jahubert.Transcriber, wav_T: Tensor, original_T: Tensor) -> float:
-    """Return the share of frames within 20 dB of the loudest that are detected as speech."""
-    speech_S = speech_frames(wav_T, asr.grid)
+    """The share of frames within 20 dB of the loudest one that are detected as speech."""
+    _, speech_S = prepare_speech(wav_T, asr.grid, asr.vad == "silero")
     level_S = original_T.unfold(0, asr.grid.window, asr.grid.hop).square().mean(1)[: len(speech_S)]
     return float(speech_S[level_S > 0.01 * level_S.max()].float().mean())
 
@@ -62,10 +62,13 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--files", type=int, default=20, help="recordings per folder")
-    parser.add_argument("--model", help="CTC model (default: the built-in model)")
+    parser.add_argument("--model", help="a CTC model; default: the built-in one")
+    parser.add_argument("--silero", action="store_true", help="use silero-vad after the built-in detector")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    asr = jahubert.Transcriber.from_pretrained(args.model, device="cpu", dtype=torch.float32)
+    asr = jahubert.Transcriber.from_pretrained(
+        args.model, device="cpu", dtype=torch.float32, vad="silero" if args.silero else True
+    )
     for folder in args.folders:
         files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
         files = files[:: max(1, len(files) // args.files)][: args.files]
@@ -83,10 +86,18 @@ def main() -> None:
             shares = [detected(asr, c, w) for c, w in zip(changed, wavs, strict=True)]
             rate = 100 * error_rate(references, hypotheses).rate
             empty = sum(not hypothesis for hypothesis in hypotheses)
+<<<<<<< HEAD
             minimum = 100 * min(shares)
             print(f"  {name:18} PER {rate:5.1f} %   empty {empty:2}   detected {minimum:5.1f} % (least)")
     spoken = {kind: float(speech_frames(nonspeech(kind, 10.0), asr.grid).float().mean()) for kind in SOUNDS}
     for kind, share in spoken.items():
+=======
+            least = 100 * min(shares)
+            print(f"  {name:18} PER {rate:5.1f} %   empty {empty:2}   detected {least:5.1f} % (least)")
+    for kind in SOUNDS:
+        _, speech_S = prepare_speech(nonspeech(kind, 10.0), asr.grid, args.silero)
+        share = float(speech_S.float().mean())
+>>>>>>> 42271a2 (Add silero-vad as an option and completion by shtab)
         print(f"{kind:28} {100 * share:5.1f} % of the frames detected as speech")
     wav_T = torch.cat(wavs)[: 30 * SAMPLE_RATE]
     started = time.perf_counter()
@@ -98,9 +109,14 @@ def main() -> None:
     for _ in range(5):
         condition(wav_T, speech_S, asr.grid)
     conditioning = (time.perf_counter() - started) / 5
+    started = time.perf_counter()
+    for _ in range(5):
+        prepare_speech(wav_T, asr.grid, args.silero)
+    both = (time.perf_counter() - started) / 5
     duration = len(wav_T) / SAMPLE_RATE
     print(
-        f"cost: detection {duration / detection:.0f}, conditioning {duration / conditioning:.0f} x real time"
+        f"cost: detection {duration / detection:.0f}, conditioning {duration / conditioning:.0f}, "
+        f"both{' with silero-vad' if args.silero else ''} {duration / both:.0f} x real time"
     )
 
 
