@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jahubert
+from jahubert.cli import language_models
 from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.console import (
     STDIN,
@@ -484,7 +485,7 @@ def audio_commands(command: Command) -> None:
         "--verbose", nargs="?", type=str.lower, choices=["true", "false"], help=argparse.SUPPRESS
     )
     sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
-    sub.add_argument("--phonemes", action="store_true", help="phonemes in place of kana")
+    sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")
     sub.add_argument(
         "--vad", choices=["builtin", "silero", "off"], default="builtin",
         help="voice activity detection; silero is a neural network, for noisy recordings (extra vad)",
@@ -542,7 +543,7 @@ def model_commands(command: Command) -> None:
 def experiment_commands(command: Command) -> None:
     """Add the subcommands for experiments and shell completion."""
     sub = command(
-        run, "run stages of an experiment: prepare, pretrain, finetune, ... (as python -m jahubert.run)"
+        run, "run stages of an experiment: prepare, pretrain, finetune, ... (same as python -m jahubert.run)"
     )
     sub.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="recipe=NAME stage=NAME and others")
     sub = command(plan, "estimate the hours, disk and memory of stages")

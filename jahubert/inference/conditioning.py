@@ -21,12 +21,12 @@ _RANGE = 20.0  # frames more than this many dB below the loudest are pauses
 _MAINS = (50.0, 60.0)  # Hz
 _MAX_HUM = 250.0  # Hz, highest harmonic
 _TOLERANCE = 0.005  # relative to the mains frequency
-_MIN_SHARE = 0.2  # of the power below _CUTOFF in quiet parts; weaker lines are not hum
-_CUTOFF = 270.0  # Hz, of the band that is searched
+_MIN_SHARE = 0.2  # minimum share of a hum line in the power below _CUTOFF in quiet parts
+_CUTOFF = 270.0  # Hz, upper end of the band that is searched
 _MAX_LINES = 5
 _DECIMATION = 16  # downsampling factor of the signal in which hum is estimated
 _TAPS = 64  # length of its low-pass filter, a Hann window
-_LONG = 4.0  # seconds
+_LONG = 4.0  # seconds; above this length, amplitude and phase may drift
 _TINY = 1e-12
 
 

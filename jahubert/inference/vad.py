@@ -35,7 +35,7 @@ _SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, length of a run, fram
 _PITCH = (80.0, 420.0, 250.0, 3000.0)  # pitch range, and band searched for it, in Hz
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
-MARGIN = 12  # frames kept around speech, for quiet consonants and CTC spikes
+MARGIN = 12  # frames added around speech for quiet consonants and CTC spikes
 _TINY = 1e-13  # power per band
 _SUPPRESSED = -1e4  # log-probability of phones outside speech
 
@@ -214,7 +214,7 @@ def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
 
 
 def _is_periodic(loud_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
-    """Whether a window has voiced frames among its loud ones."""
+    """Return whether a window has voiced frames among its loud ones."""
     _, threshold, run, n_min = _PERIODIC
     return _in_runs(loud_NW & (periodicity_NW > threshold), run).sum(1) >= n_min
 

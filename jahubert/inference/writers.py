@@ -174,7 +174,7 @@ def save(
 
 
 def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
-    """Replace kana by phonemes, with the boundary after each word except the last of a segment."""
+    """Replace kana with phonemes and a boundary after each word except the last of a segment."""
     words = []
     for index, word in enumerate(transcript.words, start=1):
         spelling = " ".join(word.phonemes)

@@ -26,6 +26,8 @@ from jahubert.errors import ConfigError, DataError, UserError
 from jahubert.formats.atomic import atomic_folder
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.train.clustering.streaming import load_centroids
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.evaluation.scoring import display_text
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import PER_ITERATION
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--units", type=int, default=0, help="number of units that the model can extract")
     parser.add_argument("--layer", type=int, default=4, help="layer that the units are clusters of")
-    parser.add_argument("settings", nargs="*", help="data=... sentences=... and any other setting")
+    parser.add_argument("settings", nargs="*", help="data=..., common_voice=... and any other setting")
     args = parser.parse_args(argv)
     given = {setting.partition("=")[0] for setting in args.settings}
     settings = [f"{name}=..." for name in CORPORA if name in given]
@@ -174,7 +176,8 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
             folder, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info, dtype=torch.float16,
             centroids_KD=centroids_KD, centroid_layer=layer,
         )  # fmt: skip
-        (folder / "README.md").write_text(card(bundle, scores, record, command), encoding="utf-8")
+        page = card(bundle, scores, record, examples(exp), command)
+        (folder / "README.md").write_text(page, encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > LIMIT:
             raise DataError(f"{target}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")

@@ -108,7 +108,7 @@ def test_segments_are_printed_before_the_recording_is_complete(bundle, folder, c
     assert out.count("\n") >= 2 and "connection was lost" in err
 
 
-def test_standard_input(bundle, folder, capsys, monkeypatch):
+def test_dash_reads_standard_input(bundle, folder, capsys, monkeypatch):
     assert main(["transcribe", "--model", bundle, "data/a.wav"]) == 0
     expected = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("data/a.wav").read_bytes())))

@@ -47,7 +47,7 @@ def test_json_is_one_complete_line():
 
 
 def test_text_has_a_line_and_json_an_entry_per_segment():
-    transcript = replace(KNOWN, segment_starts=(0, 2))
+    transcript = replace(TRANSCRIPT, segment_starts=(0, 2))
     assert writers.render(transcript, "text") == "アサ ワ\nキレー\n"
     assert writers.render(transcript, "text", phonemes=True) == "a s a | w a\nk i r e:\n"
     content = json.loads(writers.render(transcript, "json"))
@@ -59,8 +59,8 @@ def test_text_has_a_line_and_json_an_entry_per_segment():
     assert json.loads(writers.render(EMPTY, "json"))["segments"] == []
 
 
-def test_tsv():
-    lines = writers.render(KNOWN, "tsv").splitlines()
+def test_tsv_has_one_row_per_word():
+    lines = writers.render(TRANSCRIPT, "tsv").splitlines()
     assert lines[0].split("\t") == ["audio", "start", "end", "kana", "phonemes"]
     assert lines[1].split("\t") == ["朝 の/a.wav", "0.500", "0.800", "アサ", "a s a"]
     assert len(lines) == 4

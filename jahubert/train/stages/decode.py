@@ -51,7 +51,7 @@ from jahubert.train.experiment.provenance import write_json
 log = logging.getLogger(__name__)
 
 VERSION = 3
-_MAX_DISTANCE = 5  # frames (100 ms) between a CTC spike and the frames that belong to its phone
+_MAX_DISTANCE = 5  # maximum distance in frames (100 ms) between a CTC spike and a frame of its phone
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def log_probabilities(
     device: torch.device,
     suppress: bool,
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """(rows, log-probabilities (B, S, V), valid frames (B,)) per batch, for the batches of this process.
+    """Yield (rows, log-probabilities (B, S, V), frame counts (B,)) for each batch of this process.
 
     With `config.vad`, the audio is prepared as by `Transcriber`; `suppress` also suppresses phones outside
     speech.
