@@ -26,6 +26,10 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         if (picked.index or 0) >= n_gpus:
             raise ConfigError(f"device={device} is not available: torch sees {n_gpus} GPUs; use auto or cpu")
         return picked
+    if picked.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"device={device} is not available: torch sees no Apple GPU; use auto or cpu")
+        return picked
     try:
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError) as error:

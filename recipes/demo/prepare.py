@@ -92,10 +92,10 @@ class Line:
         return work / SPEAKERS[self.speaker].name / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
 
 
-def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+def prepare(data: None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Yield utterances `demo-<split>-NNNNN` in the splits train, dev and test; no sentence is in two splits.
 
-    `data` is not used. Audio is written to `work` as 16 kHz FLAC; existing files are kept.
+    Audio is written to `work` as 16 kHz FLAC; existing files are kept.
 
     Raises:
         ConfigError: durations or shares are out of range.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -287,6 +288,16 @@ def test_closed_pipe_is_quiet(bundle, folder):
     line = f"{sys.executable} -m jahubert transcribe --model '{bundle}' -f json " + "data " * 3 + "| true"
     result = subprocess.run(line, shell=True, capture_output=True, timeout=120)
     assert result.stderr == b""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash not found")
+def test_head_reads_the_first_line_and_ends_the_command(bundle, folder):
+    command = f"'{sys.executable}' -m jahubert transcribe --model '{bundle}' -f tsv {'data ' * 20}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith("audio\tstart") and done.stdout.count("\n") == 1
+    assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0: all was written before head ended
 
 
 def test_public_names_exist():

@@ -15,6 +15,7 @@ from jahubert.errors import ConfigError
 from jahubert.phonemes import PHONES
 from jahubert.train.data.manifest import Utterance
 from jahubert.train.experiment.registry import resolve
+from jahubert.train.pipeline.jobs import configure_jobs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "prepare.py"
 demo = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
@@ -128,3 +129,9 @@ def test_two_processes_write_the_same_audio_as_one(corpus, tmp_path):
 def test_inconsistent_sizes_are_rejected(options, tmp_path):
     with pytest.raises(ConfigError, match="minutes"):
         list(demo.prepare(None, tmp_path, demo.Config(**options), 0))
+
+
+def test_data_of_a_generated_corpus_is_refused(tmp_path):
+    configure_jobs(["recipe=demo", "stage=prepare"])
+    with pytest.raises(ConfigError, match=r"data is .*recipe demo"):
+        configure_jobs(["recipe=demo", "stage=prepare", f"data={tmp_path}"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -167,6 +168,12 @@ def recipe_reader(recipe: str, what: str) -> Any:
     if not file.is_file():
         raise ConfigError(f"recipe {recipe}: {file} not found; it must read the corpus, see docs/recipes.md")
     return resolve(f"{file}:{what}", {}, "recipe")
+
+
+def generates_corpus(recipe: str) -> bool:
+    """Return whether a recipe generates its corpus, that is, its `prepare` declares `data: None`."""
+    parameters = inspect.signature(recipe_reader(recipe, "prepare")).parameters
+    return next(iter(parameters.values())).annotation in (None, "None")
 
 
 def preset_file(preset: Any, subset: Any = None) -> Path | None:

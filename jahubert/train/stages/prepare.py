@@ -30,9 +30,15 @@ from jahubert.train.data.decode_cache import DecodeCache, DecodeRecorder
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
 from jahubert.train.data.utterances import load_utterance, read_reliably
 from jahubert.train.experiment import distributed, provenance
-from jahubert.train.experiment.config import config_group, expand_user, runtime_field, structure
+from jahubert.train.experiment.config import (
+    config_group,
+    expand_user,
+    raise_config_errors,
+    runtime_field,
+    structure,
+)
 from jahubert.train.experiment.progress import progress
-from jahubert.train.experiment.registry import recipe_reader
+from jahubert.train.experiment.registry import generates_corpus, recipe_reader
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +58,12 @@ class Config:
     # Decode every utterance and reject broken audio now, rather than fail during training. The manifest of
     # intact audio is the same in both cases.
     check_audio: bool = runtime_field(True)
+
+    def __post_init__(self) -> None:
+        if self.recipe and self.data and generates_corpus(self.recipe):
+            raise_config_errors(
+                [f"data is {self.data}, but recipe {self.recipe} generates its corpus: omit data="]
+            )
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
