@@ -31,6 +31,7 @@ from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
 CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # minimum run of blanks at which a long recording is split for decoding
+MAX_CUT_WORD = 40  # labels; a longer stretch without word boundary is not the rest of a word
 BEAM_ROWS = 32  # segments per beam search
 SILENCE = 1e-3  # peak amplitude, -60 dBFS, below which audio without speech is not reported
 
@@ -390,20 +391,24 @@ def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decode
     Each part is yielded as soon as the beginning of the next one is known. A part without labels (a long
     pause) ends the word before it.
     """
-    spans: list[Span] = []
-    score = 0.0
-    for next_spans, next_score in decoded:
-        n_moved = 0
-        if spans and spans[-1].label != boundary:
-            labels = [span.label for span in next_spans]
-            n_moved = labels.index(boundary) if boundary in labels else len(labels)
-        spans += next_spans[:n_moved]
-        if n_moved and n_moved == len(next_spans):
-            score += next_score  # the word may continue in the following part
+    waiting: Decoded | None = None
+    for spans, score in decoded:
+        if waiting is None:
+            waiting = spans, score
             continue
-        yield spans, score
-        spans, score = next_spans[n_moved:], next_score
-    yield spans, score
+        n_moved = 0
+        if waiting[0] and waiting[0][-1].label != boundary:
+            labels = [span.label for span in spans]
+            n_moved = labels.index(boundary) if boundary in labels else len(labels)
+            n_moved = 0 if n_moved > MAX_CUT_WORD else n_moved
+        joined = waiting[0] + spans[:n_moved]
+        if n_moved and n_moved == len(spans):
+            waiting = joined, waiting[1] + score  # the word may continue in the following part
+        else:
+            yield joined, waiting[1]
+            waiting = spans[n_moved:], score
+    if waiting is not None:
+        yield waiting
 
 
 def words_of(spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Iterator[Word]:

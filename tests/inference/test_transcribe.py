@@ -139,8 +139,9 @@ def test_word_that_was_cut_belongs_to_the_earlier_segment():
     assert joined(part(a, boundary), part(i)) == [[a, boundary], [i]]
     assert joined(part(a), part(i), part(i, boundary, a)) == [[a, i, i], [boundary, a]]
     assert joined(part(a), part(), part(i)) == [[a], [], [i]]  # a pause ends the word
+    assert joined(part(a), part(*[i] * 100), part(i)) == [[a], [i] * 101]
     assert sum(score for _, score in join_cut_words([part(a), part(i), part(a)], boundary)) == -3.0
-    assert joined() == [[]]
+    assert joined() == []
 
 
 def test_long_recordings_are_cut_at_pauses():
@@ -185,8 +186,8 @@ def test_streaming_equals_one_pass(random_asr, tmp_path):
     streamed = random_asr.transcribe(tmp_path / "long.wav")
     (logp,) = random_asr.log_probs([wav])  # joins 30 s chunks without streaming
     cut = list(cut_at_pauses([logp], 1500, 25))
-    spans = [span for part, _ in random_asr._decode(cut) for span in part]
-    words = list(words_of(spans, PHONEMES, random_asr.grid))
+    parts = [spans for spans, _ in join_cut_words(random_asr._decode(cut), PHONEMES.boundary)]
+    words = [word for spans in parts for word in words_of(spans, PHONEMES, random_asr.grid)]
     assert streamed.words == tuple(words) and streamed.duration == 100.0
     seconds: list[float] = []
     assert len(list(random_asr.transcribe_many([wav, wav[:16_000]], progress=seconds.append))) == 2
