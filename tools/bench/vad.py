@@ -86,18 +86,11 @@ def main() -> None:
             shares = [detected(asr, c, w) for c, w in zip(changed, wavs, strict=True)]
             rate = 100 * error_rate(references, hypotheses).rate
             empty = sum(not hypothesis for hypothesis in hypotheses)
-<<<<<<< HEAD
             minimum = 100 * min(shares)
             print(f"  {name:18} PER {rate:5.1f} %   empty {empty:2}   detected {minimum:5.1f} % (least)")
-    spoken = {kind: float(speech_frames(nonspeech(kind, 10.0), asr.grid).float().mean()) for kind in SOUNDS}
-    for kind, share in spoken.items():
-=======
-            least = 100 * min(shares)
-            print(f"  {name:18} PER {rate:5.1f} %   empty {empty:2}   detected {least:5.1f} % (least)")
     for kind in SOUNDS:
         _, speech_S = prepare_speech(nonspeech(kind, 10.0), asr.grid, args.silero)
         share = float(speech_S.float().mean())
->>>>>>> 42271a2 (Add silero-vad as an option and completion by shtab)
         print(f"{kind:28} {100 * share:5.1f} % of the frames detected as speech")
     wav_T = torch.cat(wavs)[: 30 * SAMPLE_RATE]
     started = time.perf_counter()
