@@ -17,6 +17,7 @@ from jahubert.model.kernels.dispatch import is_recorded, is_transformed
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.dropout import keep_mask, keep_probability
 from jahubert.model.kernels.packing import Packing, Rectangle
+from jahubert.model.kernels.weights import linear
 from jahubert.model.precision import autocast_dtype
 
 if TYPE_CHECKING:
@@ -34,13 +35,16 @@ def fused_kernels(device: torch.device) -> AbstractContextManager:
 
 def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
     """Apply the attention layer `module` to packed frames."""
-    x_ND = x_ND.to(autocast_dtype(x_ND))  # once, not in each of the three products
-    q_NHE, k_NHE, v_NHE = (
-        project(x_ND).unflatten(1, (module.heads, -1))
-        for project in (module.q_proj, module.k_proj, module.v_proj)
-    )
+    projections = module.q_proj, module.k_proj, module.v_proj
+    if torch.is_grad_enabled():
+        # One product instead of three, and three instead of nine in the backward pass.
+        q_NHE, k_NHE, v_NHE = linear(x_ND, *projections).unflatten(1, (3, module.heads, -1)).unbind(1)
+    else:
+        x_ND = x_ND.to(autocast_dtype(x_ND))  # once, not in each of the three products
+        q_NHE, k_NHE, v_NHE = (project(x_ND).unflatten(1, (module.heads, -1)) for project in projections)
     dropout = module.dropout if module.training else 0.0
-    return module.out_proj(attend(q_NHE, k_NHE, v_NHE, packing, dropout).flatten(1))
+    out_ND = attend(q_NHE, k_NHE, v_NHE, packing, dropout).flatten(1)
+    return linear(out_ND, module.out_proj)
 
 
 def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
@@ -73,14 +77,16 @@ def scaled_dot_product_attention(
     torch's fused kernels have a first derivative only.
     """
     compute = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
-    if is_recorded():
+    cuda = torch.backends.cuda
+    fused = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
+    if is_recorded() or not fused:
         return compute(q_BHSE, k_BHSE, v_BHSE)
     if is_transformed():
         with sdpa_kernel(SDPBackend.MATH):
             return compute(q_BHSE, k_BHSE, v_BHSE)
     out_BHSE = compute(q_BHSE, k_BHSE, v_BHSE)
-    if dropout and q_BHSE.device.type == "cpu":  # where it is never fused
-        return out_BHSE
+    if dropout and q_BHSE.device.type == "cpu":
+        return out_BHSE  # not fused either
     return with_double_backward(out_BHSE, _unfused(compute, dropout), q_BHSE, k_BHSE, v_BHSE)
 
 

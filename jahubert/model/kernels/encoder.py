@@ -19,6 +19,7 @@ from jahubert.model.kernels.feed_forward import feed_forward
 from jahubert.model.kernels.indexing import index_tensors
 from jahubert.model.kernels.packing import Packing
 from jahubert.model.kernels.positional_conv import positional_conv
+from jahubert.model.kernels.weights import linear
 
 if TYPE_CHECKING:
     from jahubert.model.hubert import Encoded, EncoderLayer, HubertModel, Padding
@@ -55,7 +56,8 @@ def encode(
     penalty = features_NC[: packing.n_valid].float().pow(2).mean() if model.training else None
 
     projection = model.feature_projection
-    x_ND = dropout(projection.dropout, projection.projection(projection.layer_norm(features_NC)))
+    x_ND = linear(projection.layer_norm(features_NC), projection.projection)
+    x_ND = dropout(projection.dropout, x_ND)
     if mask_BS is not None:
         x_ND = torch.where(packing.pack(mask_BS[..., None]), model.masked_spec_embed.to(x_ND.dtype), x_ND)
     if channel_mask_BD is not None:

@@ -11,26 +11,27 @@ from torch.nn import functional as F
 
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.dropout import dropout
+from jahubert.model.kernels.weights import linear, weight_copy
 
 if TYPE_CHECKING:
     from jahubert.model.hubert import FeedForward
 
 
 def feed_forward(module: FeedForward, x_ND: Tensor) -> Tensor:
-    inner = module.intermediate_dense(x_ND)
+    inner = linear(x_ND, module.intermediate_dense)
     output, inner_dropout = module.output_dense, module.intermediate_dropout
     if (
         torch.is_grad_enabled()
         and output.bias is not None
         and not (inner_dropout.training and inner_dropout.p)
     ):
-        inputs = inner, output.weight, output.bias
+        inputs = inner, weight_copy(inner.dtype, output.weight), weight_copy(inner.dtype, output.bias)
         return with_double_backward(_GeluLinear.apply(*inputs), _gelu_linear, *inputs)
     return output(dropout(inner_dropout, F.gelu(inner)))
 
 
 def _gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
+    return F.linear(F.gelu(x), weight, bias)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -38,9 +39,8 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias.to(x.dtype))
+        return F.linear(F.gelu(x), weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from jahubert.errors import JahubertError, Stopped
+from jahubert.model import kernels
 from jahubert.model.precision import autocast
 from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.experiment import distributed
@@ -202,15 +203,17 @@ class _TrainingRun:
         sums: dict[str, Any] = {}
         losses = []
         self.optimizer.zero_grad(set_to_none=True)
-        for number in range(self.accumulation_steps):
-            micro, batch = self._next_micro_batch(self.micro_batches)
-            distributed.heartbeat(f"computing step {step}")
-            last = number == self.accumulation_steps - 1
-            loss = self._backward(micro, batch.to(self.device), last)
-            for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
-                value = value.detach() if isinstance(value, Tensor) else value
-                sums[name] = sums.get(name, 0.0) + value
-            losses.append((micro, loss.total.detach()))
+        # Sharded weights are gathered block by block: shared copies would keep all of them in memory.
+        with kernels.shared_weight_copies(not self.config.sharded):
+            for number in range(self.accumulation_steps):
+                micro, batch = self._next_micro_batch(self.micro_batches)
+                distributed.heartbeat(f"computing step {step}")
+                last = number == self.accumulation_steps - 1
+                loss = self._backward(micro, batch.to(self.device), last)
+                for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
+                    value = value.detach() if isinstance(value, Tensor) else value
+                    sums[name] = sums.get(name, 0.0) + value
+                losses.append((micro, loss.total.detach()))
         totals = distributed.all_reduce_sums(sums | {"stop": len(self.stop.names)}, self.device)
         self.stop_requested = totals.pop("stop") > 0
         check_finite_loss(totals["total"], step, losses, self.data)

@@ -1,0 +1,70 @@
+"""Copies of weights for matrix products: in lower precision, and joined for layers with the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jahubert.model.kernels.dispatch import is_recorded
+from jahubert.model.precision import autocast_dtype
+
+
+class _Copy(NamedTuple):
+    tensor: Tensor
+    weights: tuple[Tensor, ...]  # referenced, so that their ids are not reused
+    versions: list[int]  # of the weights, when the copy was made
+
+
+_shared: dict[tuple, _Copy] | None = None
+
+
+@contextmanager
+def shared_weight_copies(enabled: bool = True) -> Iterator[None]:
+    """Make each copy of a weight once inside, for several forward and backward passes.
+
+    Intended for the micro-batches of one update. A copy is replaced if an operation changes its weight in
+    place; changes through `weight.data` go unnoticed.
+    """
+    global _shared
+    before, _shared = _shared, {} if enabled else None
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def weight_copy(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    """The weights in a dtype, concatenated along the first dimension; differentiable.
+
+    Inside `shared_weight_copies`, the same tensor is returned until a weight changes.
+    """
+    if _shared is None or is_recorded():
+        return _make_copy(dtype, weights)
+    key = (dtype, torch.is_grad_enabled(), *map(id, weights))
+    versions = [weight._version for weight in weights]
+    copy = _shared.get(key)
+    if copy is None or copy.versions != versions:
+        copy = _shared[key] = _Copy(_make_copy(dtype, weights), weights, versions)
+    return copy.tensor
+
+
+def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return weight.to(dtype)
+
+
+def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
+    """Outputs of linear layers with the same input, concatenated, by one matrix product."""
+    if len(modules) == 1 and (_shared is None or is_recorded()):
+        return modules[0](x)  # autocast makes and keeps the copies
+    if any(module.bias is None for module in modules):
+        return torch.cat([module(x) for module in modules], dim=-1)
+    dtype = autocast_dtype(x)
+    weight = weight_copy(dtype, *(module.weight for module in modules))
+    bias = weight_copy(dtype, *(module.bias for module in modules))
+    return F.linear(x.to(dtype), weight, bias)
