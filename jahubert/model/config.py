@@ -17,7 +17,7 @@ class HubertConfig:
     conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the previous layer
     conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)  # samples, then frames of the previous layer
     conv_bias: bool = False  # biases in the conv layers
-    conv_norm: Literal["group", "layer"] = "group"  # group: one norm, per channel, after the first conv
+    conv_norm: Literal["group", "layer"] = "group"  # group: a norm per channel after the first conv only
     width: int = 768  # model dimension of the Transformer
     layers: int = 12  # Transformer blocks
     heads: int = 12  # attention heads per block
@@ -30,10 +30,10 @@ class HubertConfig:
     # Added to the variance of the waveform: 1e-7 in Hugging Face, 1e-5 in fairseq and torchaudio. It is a
     # property of imported weights and not a training setting, so stage records omit it ("runtime").
     normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
-    dropout: float = 0.1  # after attention and feed-forward
-    attention_dropout: float = 0.1  # on attention weights
-    activation_dropout: float = 0.0  # inside the feed-forward blocks
-    input_dropout: float = 0.1  # on the projected conv features
+    dropout: float = 0.1  # dropout after attention and feed-forward
+    attention_dropout: float = 0.1  # dropout of the attention weights
+    activation_dropout: float = 0.0  # dropout inside the feed-forward blocks
+    input_dropout: float = 0.1  # dropout of the projected conv features
     layer_drop: float = 0.05  # probability that a block is skipped in training
     conv_grad_scale: float = 0.1  # factor applied to gradients into the conv stack
 

@@ -64,7 +64,7 @@ register_pytree_node(  # for torch.export
 
 
 class ConvLayer(nn.Module):
-    """Convolution over time without padding, normalization (where the layer has one), GELU."""
+    """Convolution over time without padding, then the optional normalization and GELU."""
 
     def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
         super().__init__()
@@ -142,7 +142,7 @@ class PositionalConv(nn.Module):
         # for groups of 4 to 14 channels, and a GPU would use TF32.
         with autocast(torch.float32, x_BSD.device):
             y_BDS = self.conv((x_BSD.float() if lower else x_BSD).transpose(1, 2))
-        # An even kernel gives one frame too many.
+        # With an even kernel size, the output has one extra frame.
         return F.gelu(y_BDS[:, :, :n_frames]).transpose(1, 2).to(x_BSD.dtype)
 
 

@@ -40,7 +40,7 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
         # One product instead of three, and three instead of nine in the backward pass.
         q_NHE, k_NHE, v_NHE = linear(x_ND, *projections).unflatten(1, (3, module.heads, -1)).unbind(1)
     else:
-        x_ND = x_ND.to(autocast_dtype(x_ND))  # once, not in each of the three products
+        x_ND = x_ND.to(autocast_dtype(x_ND))  # cast once instead of in each of the three products
         q_NHE, k_NHE, v_NHE = (project(x_ND).unflatten(1, (module.heads, -1)) for project in projections)
     dropout = module.dropout if module.training else 0.0
     out_ND = attend(q_NHE, k_NHE, v_NHE, packing, dropout).flatten(1)
@@ -63,7 +63,7 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
         return packing.pack(out.transpose(1, 2))
     if q_NHE.dtype is torch.bfloat16 or dropout:
         return _in_rectangles(q_NHE, k_NHE, v_NHE, packing, dropout)
-    # Without padding; but torch's fused CPU kernel has no dropout.
+    # This computes no padding, but torch's fused CPU kernel has no dropout.
     by_utterance = partial(_by_utterance, packing=packing)
     out_NHE = by_utterance(q_NHE, k_NHE, v_NHE)
     return with_double_backward(out_NHE, _unfused(by_utterance), q_NHE, k_NHE, v_NHE)
@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
 
 
 def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[..., Tensor]:
-    """`compute` by differentiable operators."""
+    """`compute` with differentiable operators instead of a fused kernel."""
 
     def unfused(*inputs: Tensor) -> Tensor:
         if dropout:
@@ -132,7 +132,7 @@ class _Layout(NamedTuple):
 
     rectangles: list[Rectangle]
     indices: list[Tensor]  # for each rectangle, the row in (N, H) of each head, utterance and frame
-    row_NH: Tensor  # row in the concatenated rectangles of each frame and head
+    row_NH: Tensor  # row of each frame and head in the concatenated rectangles
     n_valid: int  # packed rows without the filler rows
 
     @classmethod
@@ -155,7 +155,7 @@ def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing
     """Attention by batched matrix products over heads padded to a few lengths (G heads, S frames)."""
     _, heads, width = q_NHE.shape
     layout = _Layout.of(packing, heads)
-    # Queries are scaled in advance, and so are values, by what keeps the mean under dropout.
+    # Scale queries and, to keep the mean under dropout, values before the products.
     scaled = q_NHE * width**-0.5, k_NHE, v_NHE * (1 / keep_probability(dropout)) if dropout else v_NHE
     inputs = zip(*(_ToRectangles.apply(x, layout, False) for x in scaled), strict=True)
     outs = []
@@ -168,9 +168,9 @@ def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing
 
 
 class _ToRectangles(torch.autograd.Function):
-    """Packed rows (N, H, E) to rectangles (G, S, E), padded with copies of the first row, or with zeros.
+    """Conversion of packed rows (N, H, E) to rectangles (G, S, E), padded with zeros or with the first row.
 
-    No gradient reaches the copies: keys there have no weight, and queries there are not read.
+    The padding has no gradient: the weights of its keys are zero, and the outputs of its queries are unused.
     """
 
     @staticmethod
@@ -192,7 +192,7 @@ class _ToRectangles(torch.autograd.Function):
 
 
 class _FromRectangles(torch.autograd.Function):
-    """Packed rows (N, H, E) from rectangles (G, S, E); filler rows become zero."""
+    """Conversion of rectangles (G, S, E) to packed rows (N, H, E); filler rows become zero."""
 
     @staticmethod
     def forward(ctx, layout: _Layout, *parts: Tensor) -> Tensor:

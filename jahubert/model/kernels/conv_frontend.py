@@ -64,7 +64,7 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor]) -> Tensor:
     parts = [F.pad(w, (0, n * TILE * hop - len(w))) for w, n in zip(wavs, tiles, strict=True)]
     x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * hop)])[:, None]
     x: Tensor | _Product = x_NC
-    n_frames = []  # of each utterance, after each layer
+    n_frames = []  # per layer, the output length of each utterance
     for layer, stride in zip(layers, strides, strict=True):
         lengths = [(n - layer.conv.kernel_size[0]) // stride + 1 for n in lengths]
         n_frames.append(lengths)

@@ -50,7 +50,7 @@ def usable(part: nn.Module) -> bool:
     """Whether kernels may compute `part`, a model or its front end; checked in every forward pass.
 
     Kernels read the weights of modules without calling the modules, and compute on packed frames instead of a
-    padded batch. They are used unless
+    padded batch. They are used except in these cases:
 
     - they are switched off (`disabled`);
     - operations are recorded or transformed, as in export, torch.compile of the whole model and torch.func;

@@ -11,7 +11,7 @@ BLOCK = 64  # row counts are rounded up to a multiple of this: oneDNN compiles a
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The next multiple at or above `n`."""
+    """Round `n` up to a multiple."""
     return -(-n // multiple) * multiple
 
 

@@ -25,7 +25,7 @@ class Rectangle(NamedTuple):
 
 
 class FlashSequences(NamedTuple):
-    """Sequences of variable-length flash attention: the utterances, and the filler rows as one more."""
+    """Sequences for variable-length flash attention: one per utterance, and one with the filler rows."""
 
     offsets: Tensor  # first row of each sequence, and the end of the last one, int32
     longest: int  # frames of the longest sequence

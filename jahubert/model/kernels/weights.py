@@ -16,8 +16,8 @@ from jahubert.model.precision import autocast_dtype
 
 class _Copy(NamedTuple):
     tensor: Tensor
-    weights: tuple[Tensor, ...]  # referenced, so that their ids are not reused
-    versions: list[int]  # of the weights, when the copy was made
+    weights: tuple[Tensor, ...]  # referenced so that their ids are not reused
+    versions: list[int]  # version counters of the weights when the copy was made
 
 
 _shared: dict[tuple, _Copy] | None = None
@@ -61,7 +61,7 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
     """Outputs of linear layers with the same input, concatenated, by one matrix product."""
     if len(modules) == 1 and (_shared is None or is_recorded()):
-        return modules[0](x)  # autocast makes and keeps the copies
+        return modules[0](x)  # autocast makes the copies
     if any(module.bias is None for module in modules):
         return torch.cat([module(x) for module in modules], dim=-1)
     dtype = autocast_dtype(x)
