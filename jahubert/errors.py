@@ -2,8 +2,14 @@
 
 A message states what failed, where, what was found and what to do. `UserError` covers all errors caused by
 files, options or the setup of a machine. Commands print its message without a traceback and exit with its
-`exit_status`.
+`exit_status`. File system errors are `OSError`s that name the file.
 """
+
+from __future__ import annotations
+
+import errno
+import os
+import re
 
 
 class JahubertError(Exception):
@@ -80,3 +86,49 @@ class MissingExtraError(UserError, ImportError):
 
     def __reduce__(self):
         return type(self), (self.package, self.extra)
+
+
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+# OSErrors of sockets and processes, which are not related to a file.
+_NOT_FILES = (ConnectionError, BlockingIOError, InterruptedError, TimeoutError, ChildProcessError)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of safetensors
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's message, which has no reason
+_LIBSNDFILE_SYSTEM_ERROR = 2
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the exit status of a command: 2 for user errors, 1 for a full disk or an internal error."""
+    if isinstance(error, JahubertError):
+        return error.exit_status
+    return UserError.exit_status if isinstance(error, OSError) and error.errno not in DISK_FULL else 1
+
+
+def file_system_error(error: BaseException | None, path: str | os.PathLike) -> OSError | None:
+    """Return the file system error that `error` is or wraps, with a file name; None for any other error.
+
+    Libraries raise file system errors without a file name, or wrap them in their own exception types.
+
+    Args:
+        path: the file or folder to name if the error does not name one.
+    """
+    if isinstance(error, JahubertError):
+        return None
+    if isinstance(error, OSError) and not isinstance(error, _NOT_FILES):
+        if error.filename is not None:
+            return error
+        if error.errno is not None:
+            return OSError(error.errno, os.strerror(error.errno), os.fspath(path))
+        if _SHORT_WRITE.search(str(error)):
+            return OSError(
+                errno.ENOSPC, f"incomplete write, probably on a full disk ({error})", os.fspath(path)
+            )
+    if match := _RUST_ERROR.search(str(error)):
+        return OSError(int(match[1]), os.strerror(int(match[1])), os.fspath(path))
+    if getattr(error, "code", None) == _LIBSNDFILE_SYSTEM_ERROR and type(error).__name__ == "LibsndfileError":
+        return OSError(errno.EIO, f"{error}".rstrip(".").lower(), os.fspath(path))
+    if isinstance(error, RuntimeError):  # torch's archive writer, whose file is a Python object
+        return file_system_error(error.__cause__ or error.__context__, path)
+    for failure, _ in getattr(error, "failures", {}).values():  # torch's CheckpointException, by rank
+        if found := file_system_error(failure, path):
+            return found
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import io
 import os
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jahubert.errors import AudioError, ConfigError, UserError
+from jahubert.errors import AudioError, ConfigError, UserError, exit_status
 
 AUDIO_ENDINGS = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64",
@@ -184,13 +183,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
-
-
-def exit_status(error: Exception) -> int:
-    """Return the exit status: 2 for user errors, 1 for a full disk or an internal error."""
-    if isinstance(error, UserError):
-        return error.exit_status
-    return 2 if isinstance(error, OSError) and error.errno != errno.ENOSPC else 1
 
 
 def print_error(message: object) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from jahubert.errors import ConfigError, StaleError
+from jahubert.errors import DISK_FULL, ConfigError, StaleError
 from jahubert.formats.atomic import atomic_write
 
 SINGLE = ".safetensors"
@@ -58,6 +58,8 @@ class FeatureFiles:
                 with atomic_write(record) as file:
                     file.write(json.dumps(settings, indent=2) + "\n")
             except OSError as error:
+                if error.errno in DISK_FULL:
+                    raise
                 raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
 
     def has(self, base: Path, audio: Path) -> bool:

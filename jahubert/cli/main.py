@@ -27,14 +27,20 @@ from jahubert.cli.console import (
     STDIN,
     Input,
     Report,
-    exit_status,
     find_inputs,
     print_error,
     print_names,
     printable,
     reason,
 )
-from jahubert.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, UserError
+from jahubert.errors import (
+    AudioError,
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    UserError,
+    exit_status,
+)
 from jahubert.inference import writers
 
 MAX_BEAM = 1000  # hypotheses; memory and time grow with it
@@ -224,6 +230,7 @@ def features(args: argparse.Namespace) -> int:
         print(f"{n_existing} of {len(inputs)} already exist", file=sys.stderr)
         report.n_seen += n_existing
     whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
+    all_written = True
     for item in todo:
         try:
             if args.chunk_seconds is None:
@@ -236,8 +243,10 @@ def features(args: argparse.Namespace) -> int:
             files.write(item.base, pieces, extractor.features.shape)
         except Exception as error:
             report.failure(item.label, error)
+            all_written &= not isinstance(error, OSError)
         report.add_file(item.label)
-    files.finish()
+    if all_written:  # otherwise a rerun writes what is missing before it assembles a single file
+        files.finish()
     return report.finish()
 
 

@@ -13,17 +13,21 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO, overload
 
+from jahubert.errors import file_system_error
+
 if sys.platform != "win32":
     import fcntl
 
 PREFIX = ".tmp-"
 _FOLDER, _REPLACED = ".new", ".old"  # suffixes of temporary folders: new content, replaced content
+_CONTENT = "content"  # name of a file in a temporary folder
 
 
 @overload
@@ -41,19 +45,24 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
         mode: "w" for UTF-8 text, "wb" for bytes.
         errors: error handler for characters that UTF-8 cannot encode, as in `open` (text mode only).
     """
-    with atomic_path(path) as temporary:
+    with temporary_file(path) as temporary:
         encoding = None if "b" in mode else "utf-8"
         with temporary.open(mode, encoding=encoding, errors=errors) as file:
             yield file
+        _flush(temporary)
+        temporary.replace(path)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Like `atomic_write`, but yields a temporary path, for libraries that open files by name."""
-    with temporary_file(path) as temporary:
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
+    """Like `atomic_write`, but yields a temporary path, for libraries that open files by name.
+
+    The path is in a temporary folder, because some libraries create temporary files next to it.
+    """
+    with _new_folder(path) as (folder, mode):
+        yield folder / _CONTENT
+        _finish(folder / _CONTENT, mode)
+        (folder / _CONTENT).replace(path)
 
 
 @contextmanager
@@ -67,28 +76,42 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_file(path) as reserved:
-        folder, replaced = (reserved.with_name(reserved.name + kind) for kind in (_FOLDER, _REPLACED))
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        for leftover in (folder, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder.mkdir()
+    with _new_folder(path) as (folder, mode):
+        replaced = folder.with_suffix(_REPLACED)
         try:
             yield folder
             for file in folder.rglob("*"):
-                _flush(file)
+                _finish(file, mode)
             _flush(folder)
             if path.exists():
                 path.rename(replaced)
             folder.rename(path)
             _flush(path.parent)
         except BaseException:
-            if replaced.exists() and not path.exists():
-                replaced.rename(path)
-            shutil.rmtree(folder, ignore_errors=True)
+            _restore(path, replaced)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[tuple[Path, int]]:
+    """Create an empty temporary folder next to `path`; yields it and the permissions for new files."""
+    with temporary_file(path) as reserved:
+        folder, replaced = (reserved.with_name(reserved.name + kind) for kind in (_FOLDER, _REPLACED))
+        _restore(path, replaced)
+        for leftover in (folder, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder, stat.S_IMODE(reserved.stat().st_mode)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _restore(path: Path, replaced: Path) -> None:
+    """Undo the first of the two renames of a folder."""
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -111,7 +134,8 @@ def temporary_path(path: Path) -> Path:
 def temporary_file(path: Path) -> Iterator[Path]:
     """Create and lock an empty temporary file for `path`, and remove it at the end unless it was renamed.
 
-    OSErrors name `path` instead of the temporary file, which users do not know.
+    File system errors in the `with` block, including those wrapped in exceptions of libraries, are raised as
+    OSErrors that name `path` instead of the temporary file, which users do not know.
     """
     temporary = temporary_path(path)
     try:
@@ -130,10 +154,15 @@ def temporary_file(path: Path) -> Iterator[Path]:
             if _has_name(descriptor, temporary):
                 temporary.unlink(missing_ok=True)
             os.close(descriptor)
-    except OSError as error:
-        if error.filename == str(temporary):
-            error.filename, error.filename2 = str(path), None
-        raise
+    except BaseException as error:  # torch's CheckpointException is not an Exception
+        failure = file_system_error(error, path)
+        if failure is None:
+            raise
+        if str(temporary) in os.fsdecode(failure.filename):
+            failure.filename, failure.filename2 = str(path), None
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def _lock(descriptor: int) -> bool:
@@ -152,6 +181,13 @@ def _has_name(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Set the permissions of a new file, because some libraries create private files, and flush it."""
+    if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+    _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, ConfigError
@@ -42,18 +39,18 @@ def convert(
         CheckpointError: the source cannot be read, the target format cannot represent the model, or the
             outputs of the written model differ from those of the source.
         ConfigError: the target exists, has the wrong suffix or cannot be written, or the format is unknown.
+        OSError: writing failed, for example because the disk is full.
     """
     target = Path(target)
     _check_target(target, to)
     bundle = load_bundle(source)
     notes = list(bundle.notes)
-    with _write_errors(target):
-        if to == "hf":
-            _write_bundle(target, bundle)
-        elif to == "onnx":
-            difference = _write_onnx(target, bundle)
-        else:
-            notes += _write_file(target, bundle, to)
+    if to == "hf":
+        _write_bundle(target, bundle)
+    elif to == "onnx":
+        difference = _write_onnx(target, bundle)
+    else:
+        notes += _write_file(target, bundle, to)
     if to != "onnx":
         difference = largest_difference(bundle, load_bundle(target))
     if not difference <= TOLERANCE:
@@ -105,22 +102,6 @@ def _check_target(target: Path, to: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{target}: no permission to write to {target.parent}")
-
-
-@contextmanager
-def _write_errors(target: Path) -> Iterator[None]:
-    """Convert write errors to an OSError that names the target."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{target} cannot be written: {error}") from error
-    except (OSError, RuntimeError) as error:  # torch reports file system errors as RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        if cause.filename is not None:
-            raise cause from None
-        raise OSError(cause.errno, cause.strerror, str(target)) from error
 
 
 def _write_bundle(target: Path, bundle: Bundle) -> None:

@@ -23,9 +23,10 @@ import soxr
 
 from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import AudioError, ConfigError, DataError
-from jahubert.formats.atomic import atomic_path
 from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.data.utterances import read_reliably
 
 _FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # of a speaker of a held-out split
 
@@ -182,7 +183,7 @@ def _converted(
         source, id = folder / row["file"], _id(prefix, row)
         path = work / f"{Path(row['file']).stem}.flac"
         try:
-            n_samples = _write_once(path, lambda: load_audio(source).numpy())
+            n_samples = _write_once(path, lambda: read_reliably(lambda: load_audio(source), source).numpy())
         except AudioError as error:
             return Rejected(id, "unreadable audio", str(error))
         return Utterance(
@@ -209,7 +210,5 @@ def _write_once(path: Path, make) -> int:
     if not path.exists():
         wave_T = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            samples_T = np.round(np.clip(wave_T, -1, 1) * 32767).astype(np.int16)
-            soundfile.write(temporary, samples_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+        write_flac(path, np.round(np.clip(wave_T, -1, 1) * 32767).astype(np.int16))
     return soundfile.info(path).frames

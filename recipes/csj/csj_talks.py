@@ -15,9 +15,10 @@ from csj_transcripts import UNKNOWN, PhoneTime, Segment, read_sdb, read_trn, rea
 
 from jahubert.audio import AudioSource, audio_length
 from jahubert.errors import AudioError, DataError
-from jahubert.formats.atomic import atomic_path
 from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
+from jahubert.train.data.utterances import read_reliably
 
 BROKEN, NO_TIMES = "broken transcript", "broken phone times"  # reasons of rejection
 
@@ -139,27 +140,35 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
     if path is None:
         raise AudioError(f"talk {talk.id} has no file for its channel {channel}")
     if channel not in talk.audio:
-        try:
-            n_file_channels = soundfile.info(path).channels
-        except (OSError, RuntimeError) as error:
-            raise AudioError(f"{path}: cannot be read as audio ({error})") from error
+        file = path
+        n_file_channels = read_reliably(lambda: _n_channels(file), file)
         if n_file_channels > 1:
-            path = _extract_channel(path, "LR".index(channel), work / f"{talk.id}-{channel}.flac")
+            target = work / f"{talk.id}-{channel}.flac"
+            path = read_reliably(lambda: _extract_channel(file, "LR".index(channel), target), file)
         elif n_channels > 1:
             raise AudioError(
                 f"{path} contains one channel of a dialogue, but two are required: {talk.id}-L.wav and "
                 f"{talk.id}-R.wav"
             )
     source = AudioSource(str(path))
-    return source, audio_length(source)
+    return source, read_reliably(lambda: audio_length(source), source)
+
+
+def _n_channels(path: Path) -> int:
+    try:
+        return soundfile.info(path).channels
+    except RuntimeError as error:
+        raise AudioError(f"{path}: cannot be read as audio ({error})") from error
 
 
 def _extract_channel(path: Path, index: int, target: Path) -> Path:
     """Write one channel of a stereo file to `target`, unless this file exists."""
     if not target.is_file():
-        frames_TC, rate = soundfile.read(path, dtype="int16", always_2d=True)
-        with atomic_path(target) as temporary:
-            soundfile.write(temporary, frames_TC[:, index], rate, format="FLAC", subtype="PCM_16")
+        try:
+            frames_TC, rate = soundfile.read(path, dtype="int16", always_2d=True)
+        except RuntimeError as error:
+            raise AudioError(f"{path}: cannot be read as audio ({error})") from error
+        write_flac(target, frames_TC[:, index], rate)
     return target
 
 

@@ -32,9 +32,9 @@ from words import sentences
 
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError
-from jahubert.formats.atomic import atomic_path
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
+from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.text.japanese import Word, analyze, features_to_words, openjtalk
 
@@ -275,8 +275,7 @@ def _render(lines: Sequence[Line], work: Path, processes: int) -> None:
 def _write(line: Line, work: Path) -> None:
     path = line.path(work)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        soundfile.write(temporary, waveform(line), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    write_flac(path, waveform(line))
 
 
 if __name__ == "__main__":

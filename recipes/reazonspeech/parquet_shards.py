@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
+from jahubert.train.data.parquet import parquet_batches, parquet_schema
 
 VERSION = 1
 CAPTIONS = ("transcription", "text", "sentence")  # accepted names of the caption column
-_BATCH_ROWS = 256  # number of rows in memory
 _TAR_BLOCK = 512  # bytes
 
 
@@ -77,31 +76,27 @@ def _header(name: str, size: int) -> bytes:
 
 def _recordings(shard: Path) -> Iterator[tuple[str, bytes, str]]:
     """Yield (name, content, caption) of each row; duplicate names get the row number as a prefix."""
-    try:
-        file = pq.ParquetFile(shard)
-        names = file.schema_arrow.names
-        caption_column = next((name for name in CAPTIONS if name in names), None)
-        is_audio = "audio" in names and pa.types.is_struct(file.schema_arrow.field("audio").type)
-        if not is_audio or caption_column is None:
-            raise DataError(
-                f"{shard}: expected the columns audio (bytes and path) and {' or '.join(CAPTIONS)}, found "
-                f"{', '.join(names)}"
-            )
-        columns = ["audio", caption_column, *(["name"] if "name" in names else [])]
-        row, seen = 0, set()
-        for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-            audio = batch.column("audio")
-            contents, paths = (audio.field(field).to_pylist() for field in ("bytes", "path"))
-            if "name" in columns:
-                paths = batch.column("name").to_pylist()
-            for content, path, caption in zip(
-                contents, paths, batch.column(caption_column).to_pylist(), strict=True
-            ):
-                name = f"{shard.stem}/{(path or f'{row:06d}.flac').removeprefix('./')}"
-                if name in seen:
-                    name = f"{shard.stem}/{row:06d}-{Path(name).name}"
-                seen.add(name)
-                yield name, content or b"", " ".join((caption or "").split())
-                row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{shard}: cannot be read as parquet ({error})") from error
+    schema = parquet_schema(shard)
+    caption_column = next((name for name in CAPTIONS if name in schema.names), None)
+    is_audio = "audio" in schema.names and pa.types.is_struct(schema.field("audio").type)
+    if not is_audio or caption_column is None:
+        raise DataError(
+            f"{shard}: expected the columns audio (bytes and path) and {' or '.join(CAPTIONS)}, found "
+            f"{', '.join(schema.names)}"
+        )
+    columns = ["audio", caption_column, *(["name"] if "name" in schema.names else [])]
+    row, seen = 0, set()
+    for batch in parquet_batches(shard, columns):
+        audio = batch.column("audio")
+        contents, paths = (audio.field(field).to_pylist() for field in ("bytes", "path"))
+        if "name" in columns:
+            paths = batch.column("name").to_pylist()
+        for content, path, caption in zip(
+            contents, paths, batch.column(caption_column).to_pylist(), strict=True
+        ):
+            name = f"{shard.stem}/{(path or f'{row:06d}.flac').removeprefix('./')}"
+            if name in seen:
+                name = f"{shard.stem}/{row:06d}-{Path(name).name}"
+            seen.add(name)
+            yield name, content or b"", " ".join((caption or "").split())
+            row += 1

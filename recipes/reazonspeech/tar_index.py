@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jahubert.errors import AudioError, JahubertError
+from jahubert.errors import AudioError, DataError, JahubertError, UserError, exit_status
 from jahubert.formats.atomic import atomic_write
 
 VERSION = 1
@@ -40,6 +40,7 @@ def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterat
     recording, and a list `broken` with [name, reason, detail] of unusable recordings.
 
     Raises:
+        DataError: a shard cannot be read.
         JahubertError: a process failed; the message contains its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +86,12 @@ class _Worker:
     def wait_for(self, shard: Path) -> None:
         line = self.process.stdout.readline() if self.process.stdout is not None else ""
         if line.rstrip("\n") != shard.name:
+            is_user_error = self.process.wait() == UserError.exit_status
             self.errors.seek(0)
-            raise JahubertError(f"the process that indexes {shard} failed:\n{self.errors.read()[-2000:]}")
+            message = self.errors.read()[-2000:].strip()
+            if is_user_error:
+                raise DataError(message)
+            raise JahubertError(f"the process that indexes {shard} failed:\n{message}")
 
     def close(self) -> None:
         self.process.kill()
@@ -120,27 +125,37 @@ def _write_index(index: dict[str, Any], shard: Path, folder: Path) -> None:
 
 
 def index_shard(shard: Path) -> dict[str, Any]:
-    """Create the index of a shard, in the format described in `index_shards`."""
+    """Create the index of a shard, in the format described in `index_shards`.
+
+    Raises:
+        DataError: the shard cannot be read after several attempts.
+        OSError: the shard does not exist.
+    """
+    try:
+        return _index_members(shard)
+    except OSError:
+        from jahubert.train.data.utterances import read_reliably  # imports torch, which few shards need
+
+        return read_reliably(lambda: _index_members(shard), shard)
+
+
+def _index_members(shard: Path) -> dict[str, Any]:
     names: list[str] = []
     columns: dict[str, list[int]] = {"offsets": [], "lengths": [], "n_samples": []}
     broken: list[list[str]] = []
     state = _state(shard)
-    try:
-        with open(shard, "rb", buffering=0) as file:
-            for name, offset, length, head in _members(file, state[1], broken, shard.name):
-                n_samples = _flac_samples(head)
-                if not n_samples:
-                    n_samples, reason = _measure(shard, offset, length)
-                    if reason:
-                        broken.append([name, "unusable audio", reason])
-                        continue
-                names.append(name)
-                columns["offsets"].append(offset)
-                columns["lengths"].append(length)
-                columns["n_samples"].append(n_samples)
-    except OSError as error:
-        broken.append([shard.name, "unreadable shard", f"{shard}: {error.strerror}; the rest is skipped"])
-        state = []  # invalid, so that the next run indexes the shard again
+    with open(shard, "rb", buffering=0) as file:
+        for name, offset, length, head in _members(file, state[1], broken, shard.name):
+            n_samples = _flac_samples(head)
+            if not n_samples:
+                n_samples, reason = _measure(shard, offset, length)
+                if reason:
+                    broken.append([name, "unusable audio", reason])
+                    continue
+            names.append(name)
+            columns["offsets"].append(offset)
+            columns["lengths"].append(length)
+            columns["n_samples"].append(n_samples)
     return {"state": state, "names": names, **columns, "broken": broken}
 
 
@@ -238,6 +253,10 @@ if __name__ == "__main__" and len(sys.argv) > 1:
     main()
 elif __name__ == "__main__":
     folder, shards = json.load(sys.stdin)
-    for shard in map(Path, shards):
-        _write_index(index_shard(shard), shard, Path(folder))
-        print(shard.name, flush=True)
+    try:
+        for shard in map(Path, shards):
+            _write_index(index_shard(shard), shard, Path(folder))
+            print(shard.name, flush=True)
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(exit_status(error))

@@ -23,6 +23,7 @@ from jahubert.errors import AudioError, ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.data.utterances import read_reliably
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,10 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
         yield Rejected(row.id, "text for a recording longer than max_seconds", detail)
     else:
         try:
-            parts = list(cut_at_pauses(item.audio, start, end, round(config.max_seconds * SAMPLE_RATE)))
+            max_samples = round(config.max_seconds * SAMPLE_RATE)
+            parts = read_reliably(
+                lambda: list(cut_at_pauses(item.audio, start, end, max_samples)), item.audio
+            )
         except AudioError as error:
             yield Rejected(row.id, "unusable audio", f"{row.where}: {error}")
             return
@@ -211,4 +215,4 @@ def _log_report(
 
 @lru_cache(maxsize=1)  # the segments of a recording are consecutive
 def _length(path: Path) -> int:
-    return audio_length(path)
+    return read_reliably(lambda: audio_length(path), path)

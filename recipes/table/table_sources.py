@@ -18,6 +18,7 @@ from typing import Any
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Rejected
+from jahubert.train.data.utterances import read_reliably
 
 # Accepted names of each column, in order of preference (case-insensitive).
 COLUMNS = {
@@ -192,22 +193,18 @@ def _json_records(path: Path) -> _Records:
 
 
 def _parquet_records(path: Path) -> _Records:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from jahubert.train.data.parquet import parquet_batches
 
-    try:
-        number = 0
-        for batch in pq.ParquetFile(path).iter_batches(256):  # small batches, because rows may contain audio
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as parquet ({error})") from error
+    number = 0
+    for batch in parquet_batches(path):
+        for record in batch.to_pylist():
+            number += 1
+            yield number, record
 
 
 def _read_text(path: Path) -> str:
     """Read a UTF-8 file, which may have a byte order mark or be compressed with gzip."""
-    raw = path.read_bytes()
+    raw = read_reliably(path.read_bytes, path)
     if path.suffix == ".gz":
         raw = gzip.decompress(raw)
     try:

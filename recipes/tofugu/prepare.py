@@ -26,10 +26,12 @@ import soundfile
 
 from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import AudioError, ConfigError, DataError
-from jahubert.formats.atomic import atomic_path, atomic_write
+from jahubert.formats.atomic import atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
+from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.data.utterances import read_reliably
 
 VERSION = 1  # version of the generated audio; part of every file name
 _BLOCK = SAMPLE_RATE // 100  # samples per level measurement
@@ -140,9 +142,9 @@ def _decode(source: _Source, folder: Path) -> _Word | Rejected:
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
         wave_T = _read(path)
         if wave_T is None:
-            wave_T = _to_int16(load_audio(source.path).numpy())
-            _write(path, wave_T)
-    except (AudioError, OSError):
+            wave_T = _to_int16(read_reliably(lambda: load_audio(source.path), source.path).numpy())
+            write_flac(path, wave_T)
+    except AudioError:
         return Rejected(name, "unreadable audio")
     bounds = _speech(wave_T)
     if bounds is None:
@@ -181,11 +183,6 @@ def _read(path: Path) -> np.ndarray | None:
         return soundfile.read(path, dtype="int16")[0]
     except (OSError, RuntimeError):
         return None
-
-
-def _write(path: Path, wave_T: np.ndarray) -> None:
-    with atomic_path(path) as temporary:
-        soundfile.write(temporary, wave_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
 
 
 # --- joined words ---------------------------------------------------------------------------------------
@@ -264,7 +261,7 @@ def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:
     except (OSError, RuntimeError):
         exists = False
     if not exists:
-        _write(path, plan.render())
+        write_flac(path, plan.render())
     return Utterance(
         id=id,
         audio=AudioSource(str(path)),

@@ -20,7 +20,7 @@ from jahubert.formats import atomic
 from jahubert.formats.atomic import temporary_path
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.experiment.resource_errors import report_disk_full
+from jahubert.train.experiment.resource_errors import report_file_errors
 
 ROUGH = FIXTURES / "rough"
 
@@ -319,9 +319,9 @@ def test_full_disk_errors_of_torch_and_safetensors_are_recognized(tmp_path):
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         OSError("117000 requested and 64480 written"),
     ):
-        with pytest.raises(DiskFullError, match="the disk is full"), report_disk_full(tmp_path):
+        with pytest.raises(DiskFullError, match="the disk is full"), report_file_errors(tmp_path):
             raise error
-    with pytest.raises(KeyError), report_disk_full(tmp_path):
+    with pytest.raises(KeyError), report_file_errors(tmp_path):
         raise KeyError("something else")
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from jahubert.formats.atomic import PREFIX
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.resource_errors import report_disk_full
+from jahubert.train.experiment.resource_errors import report_file_errors
 from jahubert.train.pipeline import runner
 from jahubert.train.trainer.trainer import train
 from jahubert.train.trainer.watchdog import watchdog
@@ -128,7 +128,7 @@ class Filling(Data):
 
 
 def fill(out: Path) -> None:
-    with report_disk_full(out):
+    with report_file_errors(out):
         train(make_training("toy")[0], Filling(out), replace(TOY, log_every=100), out)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from typing import ClassVar
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from jahubert.errors import DataError, exit_status
 from jahubert.formats.atomic import PREFIX, atomic_folder, atomic_path, atomic_write, remove_leftovers
 
 
@@ -47,6 +53,68 @@ def test_longest_file_name_can_be_written(tmp_path):
         assert len(temporary.name) < 30
         temporary.write_text("y")
     assert path.read_text() == "y" and names(tmp_path) == [path.name]
+
+
+def test_files_get_ordinary_permissions(tmp_path):
+    """safetensors makes its files readable for their owner only."""
+    umask = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "a.safetensors") as temporary:
+            save_file({"a": torch.zeros(2)}, temporary)
+        with atomic_folder(tmp_path / "b") as folder:
+            save_file({"a": torch.zeros(2)}, folder / "a.safetensors")
+    finally:
+        os.umask(umask)
+    for path in (tmp_path / "a.safetensors", tmp_path / "b" / "a.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_temporary_files_of_a_library_are_removed(tmp_path):
+    """A killed process leaves the temporary file that safetensors creates next to its target."""
+    program = """
+        import os, signal, sys
+        from pathlib import Path
+        from jahubert.formats.atomic import atomic_path
+        with atomic_path(Path(sys.argv[1])) as path:
+            (path.parent / ".tmpABC").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "a.bin")]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    with atomic_path(tmp_path / "a.bin") as path:
+        path.write_text("ok")
+    assert names(tmp_path) == ["a.bin"]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["a.bin"]
+
+
+class CheckpointError(BaseException):
+    """As torch's CheckpointException, which holds the errors of the ranks."""
+
+    failures: ClassVar = {0: (OSError(errno.EIO, "Input/output error"), None)}
+
+
+def test_errors_that_libraries_hide_name_the_file(tmp_path):
+    archive = RuntimeError("unexpected pos 704 vs 598")
+    archive.__context__ = OSError(errno.EIO, "Input/output error")
+    rust = SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+    expected = {CheckpointError(): errno.EIO, archive: errno.EIO, rust: errno.EACCES}
+    expected[OSError(errno.EIO, "Input/output error")] = errno.EIO
+    expected[OSError("117000 requested and 64480 written")] = errno.ENOSPC
+    for error, number in expected.items():
+        with pytest.raises(OSError) as caught, atomic_path(tmp_path / "a.bin"):
+            raise error
+        assert caught.value.errno == number and caught.value.filename == str(tmp_path / "a.bin")
+        assert exit_status(caught.value) == (1 if number == errno.ENOSPC else 2)
+    for other in (
+        KeyError("a"),
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        DataError("x (os error 2)"),
+    ):
+        with pytest.raises(type(other)), atomic_path(tmp_path / "a.bin"):
+            raise other
+    assert not names(tmp_path)
 
 
 def test_error_names_the_file_and_not_the_temporary_one(tmp_path):

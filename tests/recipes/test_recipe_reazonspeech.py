@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,8 @@ from fixtures.reazonspeech_tree import RATE, Release, flac, name_of, write_heade
 
 from jahubert import run
 from jahubert.audio import load_audio
-from jahubert.errors import ConfigError, DataError, JahubertError
+from jahubert.errors import ConfigError, DataError
+from jahubert.train.data import utterances
 from jahubert.train.data.manifest import Manifest, Rejected, Utterances
 from jahubert.train.experiment.registry import resolve
 from jahubert.train.stages import prepare as stage
@@ -332,21 +334,66 @@ def test_damaged_shard_yields_the_members_before_the_damage(tmp_path, damage, us
     assert reasons[1:] == ["no audio in its shard"] * (4 - usable - (reason == "truncated"))
 
 
-def test_unreadable_shard_is_retried_by_the_next_run(tmp_path, monkeypatch):
+class FailingMembers:
+    """`_members` that fails for shard 001 a number of times, after its first recording."""
+
+    def __init__(self, failures: int):
+        self.failures, self.members = failures, tar_index._members
+
+    def __call__(self, file, size, broken, shard):
+        for number, member in enumerate(self.members(file, size, broken, shard)):
+            if number and shard == "001.tar" and self.failures:
+                self.failures -= 1
+                raise OSError(errno.EIO, "Input/output error")
+            yield member
+
+
+def test_shard_is_read_again_after_an_error_of_the_file_system(tmp_path, monkeypatch):
     data = Release(tmp_path / "corpus", shards=2, rows=2).write()
-    members = tar_index._members
+    delays: list[float] = []
+    monkeypatch.setattr(utterances.time, "sleep", delays.append)
+    monkeypatch.setattr(tar_index, "_members", FailingMembers(2))
+    rows, rejected = read(data, tmp_path)
+    assert len(rows) == 4 and not rejected and delays == [1.0]
 
-    def failing(file, size, broken, shard):
-        if shard == "001.tar":
-            raise OSError(5, "Input/output error")
-        yield from members(file, size, broken, shard)
 
+def test_unreadable_shard_stops_the_stage_and_is_read_by_the_next_run(tmp_path, monkeypatch):
+    data = Release(tmp_path / "corpus", shards=2, rows=2).write()
     with monkeypatch.context() as patch:
-        patch.setattr(tar_index, "_members", failing)
-        rows, rejected = read(data, tmp_path)
-    assert len(rows) == 2 and rejected[0].reason == "unreadable shard"
-    assert "Input/output error" in rejected[0].detail
-    assert len(read(data, tmp_path)[0]) == 4
+        patch.setattr(utterances.time, "sleep", lambda seconds: None)
+        patch.setattr(tar_index, "_members", FailingMembers(99))
+        with pytest.raises(DataError, match=r"001\.tar"):
+            read(data, tmp_path)
+    rows, rejected = read(data, tmp_path)
+    assert len(rows) == 4 and not rejected
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+def test_parquet_is_read_again_after_an_error_of_the_file_system(tmp_path, monkeypatch, failures):
+    data = Release(tmp_path / "corpus", shards=1, rows=600).write_parquet()
+    monkeypatch.setattr(utterances.time, "sleep", lambda seconds: None)
+    opened, reads = pq.ParquetFile, [0]
+
+    class Failing:
+        """A file whose second batch cannot be read a number of times."""
+
+        def __init__(self, path):
+            self.file, self.schema_arrow = opened(path), opened(path).schema_arrow
+
+        def iter_batches(self, *args, **kwargs):
+            for number, batch in enumerate(self.file.iter_batches(*args, **kwargs)):
+                if number == 1 and reads[0] < failures:
+                    reads[0] += 1
+                    raise OSError(errno.ESTALE, "Stale file handle")
+                yield batch
+
+    monkeypatch.setattr(pq, "ParquetFile", Failing)
+    if failures == 99:
+        with pytest.raises(DataError, match=r"\.parquet"):
+            read(data, tmp_path / "work")
+    else:
+        rows, rejected = read(data, tmp_path / "work")
+        assert len(rows) == 600 and not rejected
 
 
 def test_table_may_have_any_order(tmp_path):
@@ -382,7 +429,7 @@ def test_long_member_names_are_read(tmp_path):
 
 def test_error_of_a_worker_process_is_reported(tmp_path):
     shards = [tmp_path / "000.tar", tmp_path / "001.tar"]
-    with pytest.raises(JahubertError, match=r"000.tar(.|\n)*FileNotFoundError"):
+    with pytest.raises(DataError, match=r"000\.tar"):
         list(tar_index.index_shards(shards, tmp_path / "index", 2))
 
 

@@ -3,7 +3,7 @@
    fault_arm(root, n, action): count the file operations below `root`; at operation n (from 1) act:
    action -1 kills the process (a write is cut in half first), action e > 0 fails the operation with errno e;
    n = 0 only counts. ENOSPC also fails every later operation that allocates space, as on a full disk.
-   fault_count(): operations so far. */
+   The struck operation and its path are printed to standard error. fault_count(): operations so far. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -11,9 +11,11 @@
 #include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -53,20 +55,31 @@ static int below(int folder, const char *path) {
 }
 
 /* Returns 1 if the operation must fail (errno is set). */
-static int strike(int allocates) {
+static int strike(int allocates, const char *name, const char *path, int fd) {
     int n = ++count;
+    char link[64], target_path[PATH_MAX];
     if (!target || n < target) return 0;
+    if (n == target) {
+        if (!path) {
+            snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+            ssize_t length = readlink(link, target_path, sizeof target_path - 1);
+            target_path[length < 0 ? 0 : length] = 0;
+            path = target_path;
+        }
+        dprintf(2, "fault at %s of %s\n", name, path);
+    }
     if (n == target && action < 0) kill(getpid(), SIGKILL);
     if (action > 0 && (n == target || (action == ENOSPC && allocates))) { errno = action; return 1; }
     return 0;
 }
 static void track(int fd, int on) { if (fd >= 0 && fd < MAX_FD) tracked[fd] = on; }
 static int is_tracked(int fd) { return fd >= 0 && fd < MAX_FD && tracked[fd]; }
+static int must_kill(void) { return count + 1 == target && action < 0; }
 
 static int open_any(int folder, const char *path, int flags, mode_t mode) {
     REAL(int, "openat", int, const char *, int, ...)
     int writes = (flags & (O_WRONLY | O_RDWR | O_CREAT)) && below(folder, path), fd;
-    if (writes && strike(flags & O_CREAT)) return -1;
+    if (writes && strike(flags & O_CREAT, "open", path, -1)) return -1;
     fd = real(folder, path, flags, mode);
     track(fd, writes);
     return fd;
@@ -80,64 +93,100 @@ int creat(const char *path, mode_t mode) { return open_any(AT_FDCWD, path, O_CRE
 #define FOPEN(name) FILE *name(const char *path, const char *how) { \
     REAL(FILE *, #name, const char *, const char *) \
     int writes = strpbrk(how, "wa+") && below(AT_FDCWD, path); \
-    if (writes && strike(1)) return NULL; \
+    if (writes && strike(1, #name, path, -1)) return NULL; \
     FILE *file = real(path, how); if (file) track(fileno(file), writes); return file; }
 FOPEN(fopen)
 FOPEN(fopen64)
 int close(int fd) { REAL(int, "close", int) track(fd, 0); return real(fd); }
+int fclose(FILE *file) { REAL(int, "fclose", FILE *) track(fileno(file), 0); return real(file); }
+int dup(int fd) { REAL(int, "dup", int) int copy = real(fd); track(copy, is_tracked(fd)); return copy; }
+static int fcntl_any(int fd, int command, void *argument) {
+    REAL(int, "fcntl64", int, int, ...)
+    int result = real(fd, command, argument);
+    if (command == F_DUPFD || command == F_DUPFD_CLOEXEC) track(result, is_tracked(fd));
+    return result;
+}
+#define ARGUMENT va_list list; va_start(list, command); void *argument = va_arg(list, void *); va_end(list);
+int fcntl(int fd, int command, ...) { ARGUMENT return fcntl_any(fd, command, argument); }
+int fcntl64(int fd, int command, ...) { ARGUMENT return fcntl_any(fd, command, argument); }
 
+/* The first half of a write is done before a kill. */
 ssize_t write(int fd, const void *data, size_t size) {
     REAL(ssize_t, "write", int, const void *, size_t)
     if (is_tracked(fd)) {
-        if (count + 1 == target && action < 0 && size > 1) real(fd, data, size / 2);
-        if (strike(1)) return -1;
+        if (must_kill() && size > 1) real(fd, data, size / 2);
+        if (strike(1, "write", NULL, fd)) return -1;
     }
     return real(fd, data, size);
 }
 #define PWRITE(name, offset_type) ssize_t name(int fd, const void *data, size_t size, offset_type offset) { \
     REAL(ssize_t, #name, int, const void *, size_t, offset_type) \
     if (is_tracked(fd)) { \
-        if (count + 1 == target && action < 0 && size > 1) real(fd, data, size / 2, offset); \
-        if (strike(1)) return -1; } \
+        if (must_kill() && size > 1) real(fd, data, size / 2, offset); \
+        if (strike(1, #name, NULL, fd)) return -1; } \
     return real(fd, data, size, offset); }
 PWRITE(pwrite, off_t)
 PWRITE(pwrite64, off64_t)
 ssize_t writev(int fd, const struct iovec *parts, int n) {
     REAL(ssize_t, "writev", int, const struct iovec *, int)
-    if (is_tracked(fd) && strike(1)) return -1;
+    if (is_tracked(fd)) {
+        if (must_kill() && n > 1) real(fd, parts, n / 2);
+        if (strike(1, "writev", NULL, fd)) return -1;
+    }
     return real(fd, parts, n);
 }
+size_t fwrite(const void *data, size_t size, size_t n, FILE *file) {
+    REAL(size_t, "fwrite", const void *, size_t, size_t, FILE *)
+    if (is_tracked(fileno(file))) {
+        if (must_kill() && n > 1) { real(data, size, n / 2, file); fflush(file); }
+        if (strike(1, "fwrite", NULL, fileno(file))) return 0;
+    }
+    return real(data, size, n, file);
+}
+#define SENDFILE(name, offset_type) ssize_t name(int to, int from, offset_type *offset, size_t size) { \
+    REAL(ssize_t, #name, int, int, offset_type *, size_t) \
+    if (is_tracked(to)) { \
+        if (must_kill() && size > 1) real(to, from, offset, size / 2); \
+        if (strike(1, #name, NULL, to)) return -1; } \
+    return real(to, from, offset, size); }
+SENDFILE(sendfile, off_t)
+SENDFILE(sendfile64, off64_t)
+ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *to_at, size_t size, unsigned flags) {
+    REAL(ssize_t, "copy_file_range", int, off64_t *, int, off64_t *, size_t, unsigned)
+    if (is_tracked(to) && strike(1, "copy_file_range", NULL, to)) return -1;
+    return real(from, at, to, to_at, size, flags);
+}
 #define ON_FD(name, allocates) int name(int fd) { REAL(int, #name, int) \
-    if (is_tracked(fd) && strike(allocates)) { return -1; } return real(fd); }
+    if (is_tracked(fd) && strike(allocates, #name, NULL, fd)) { return -1; } return real(fd); }
 ON_FD(fsync, 0)
 ON_FD(fdatasync, 0)
 #define TRUNCATE(name, type) int name(int fd, type size) { REAL(int, #name, int, type) \
-    if (is_tracked(fd) && strike(1)) { return -1; } return real(fd, size); }
+    if (is_tracked(fd) && strike(1, #name, NULL, fd)) { return -1; } return real(fd, size); }
 TRUNCATE(ftruncate, off_t)
 TRUNCATE(ftruncate64, off64_t)
 
 #define ON_PATH(name, allocates) int name(const char *path) { REAL(int, #name, const char *) \
-    if (below(AT_FDCWD, path) && strike(allocates)) { return -1; } return real(path); }
+    if (below(AT_FDCWD, path) && strike(allocates, #name, path, -1)) { return -1; } return real(path); }
 ON_PATH(unlink, 0)
 ON_PATH(rmdir, 0)
 ON_PATH(remove, 0)
 int unlinkat(int folder, const char *path, int flags) {
     REAL(int, "unlinkat", int, const char *, int)
-    if (below(folder, path) && strike(0)) return -1;
+    if (below(folder, path) && strike(0, "unlinkat", path, -1)) return -1;
     return real(folder, path, flags);
 }
 int mkdir(const char *path, mode_t mode) {
     REAL(int, "mkdir", const char *, mode_t)
-    if (below(AT_FDCWD, path) && strike(1)) return -1;
+    if (below(AT_FDCWD, path) && strike(1, "mkdir", path, -1)) return -1;
     return real(path, mode);
 }
 int rename(const char *from, const char *to) {
     REAL(int, "rename", const char *, const char *)
-    if (below(AT_FDCWD, to) && strike(0)) return -1;
+    if (below(AT_FDCWD, to) && strike(0, "rename", to, -1)) return -1;
     return real(from, to);
 }
 int renameat(int a, const char *from, int b, const char *to) {
     REAL(int, "renameat", int, const char *, int, const char *)
-    if (below(b, to) && strike(0)) return -1;
+    if (below(b, to) && strike(0, "renameat", to, -1)) return -1;
     return real(a, from, b, to);
 }

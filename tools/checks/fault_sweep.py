@@ -1,154 +1,40 @@
-"""Fault injection at every file operation of every stage: a kill or a file system error.
+"""Fault injection at every file operation of every stage and command: a kill or a file system error.
 
-    python tools/checks/fault_sweep.py                                   # all stages of a small recipe
-    python tools/checks/fault_sweep.py --stages label pretrain --faults kill ENOSPC --every 5
+    python tools/checks/fault_sweep.py                                  # every operation, every fault
+    python tools/checks/fault_sweep.py --points 2                       # two trials per task
+    python tools/checks/fault_sweep.py --only label pretrain --faults kill ENOSPC
 
-Runs the stages of tests/fixtures/tones once without faults. Then it runs every stage in an empty folder for
-each n, and at the n-th file operation (create, write, sync, rename or delete, by any library) the process is
-killed or the operation fails. After the fault, the stage is rerun and must succeed; all files must equal
-those of the run without faults, and no temporary files may remain. Prints the results per stage; the exit
-status is 1 if any run differs. Needs Linux and a C compiler.
+A task is a stage of a tiny experiment or a command that writes files (see `small_experiment.py`). Each task
+runs once without faults, to count its file operations (create, write, sync, rename, delete, by any library).
+Then it runs in an empty folder for each n, and at the n-th operation the process is killed or the operation
+fails (with `--points N`: at N evenly spaced operations, with one of the faults each). A failed operation must
+result in a message without a traceback, and a full disk (ENOSPC) in exit status 1. After the fault, the task
+is rerun and must succeed; all files must equal those of the run without faults, and no temporary files may
+remain. Prints the results per task; the exit status is 1 if any run differs. Needs Linux and a C compiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
-import json
+import io
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import traceback
+import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[2]
 FAULTS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
-SETTINGS = [
-    f"recipe={REPO / 'tests' / 'fixtures' / 'tones'}", "iterations=1", "workers=0", "device=cpu",
-    "pretrain.train.max_steps=6", "pretrain.train.save_every=2", "pretrain.train.valid_every=3",
-    "finetune.train.max_steps=6", "finetune.train.save_every=2", "finetune.train.valid_every=3",
-    "finetune.train.log_every=2", "pretrain.train.log_every=2", "decode.beam=2",
-]  # fmt: skip
-TIMED = {"seconds", "finished", "timing", "window", "outputs", "record_crc32", "crc32", "files", "made_with"}
-
-
-def run_child(work: Callable[[], Any], log: Path) -> int:
-    """Run `work` in a forked child; returns 0 (success), 3 (reported error), 4 (bug) or -signal."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    from jahubert.errors import JahubertError
-
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    status = 0
-    try:
-        work()
-    except (JahubertError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        status = 3
-    except BaseException:
-        traceback.print_exc()
-        status = 4
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """Return the files of a stage by path; JSON without times, no TensorBoard events or report pages."""
-    result: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name.startswith("tensorboard/"):
-            continue
-        data: Any = path.read_bytes()
-        if path.suffix in (".json", ".jsonl"):
-            data = [
-                untimed(json.loads(line))
-                for line in ([data] if path.suffix == ".json" else data.splitlines())
-            ]
-        elif path.name in ("report.html", ".metadata"):
-            data = None  # compares only the existence: the content has times or an arbitrary order
-        result[name] = data
-    return result
-
-
-def untimed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: untimed(inner) for key, inner in value.items() if key not in TIMED}
-    return [untimed(inner) for inner in value] if isinstance(value, list) else value
-
-
-class Sweep:
-    """A reference experiment without faults, and runs with faults that must reproduce it."""
-
-    def __init__(self, folder: Path, shim: ctypes.CDLL):
-        from jahubert.train.pipeline.jobs import configure_jobs
-        from jahubert.train.pipeline.runner import run_stage
-
-        self.folder, self.shim, self.run_stage = folder, shim, run_stage
-        self.exp = folder / "exp"
-        self.jobs = configure_jobs([*SETTINGS, "stage=all", f"exp={self.exp}"])
-        self.log = folder / "log"
-
-    def check(self, status: int, name: str) -> None:
-        if status:
-            raise SystemExit(f"{name}: the run without faults failed\n{self.log.read_text()}")
-
-    def stage(self, job: Any, faults: list[str], every: int) -> list[str]:
-        """Test all faults in one stage whose inputs exist; returns a description of every failure."""
-        name = str(job.out.relative_to(self.exp))
-        counted = self.folder / "count"
-
-        def count() -> None:
-            self.shim.fault_arm(os.fsencode(job.out), 0, 0)
-            self.run_stage(*job)
-            counted.write_text(str(self.shim.fault_count()))
-
-        self.check(run_child(count, self.log), name)
-        operations, expected = int(counted.read_text()), contents(job.out)
-        failures, results = [], Counter[str]()
-        finished = job.out.with_name(job.out.name + ".finished")
-        job.out.rename(finished)
-        for fault in faults:
-            for number in range(1, operations + 1, every):
-                problem = self.trial(job, fault, number, expected)
-                results[f"{fault} equal" if not problem else f"{fault} failed"] += 1
-                if problem:
-                    failures.append(f"{name}, {fault} at operation {number}: {problem}")
-                shutil.rmtree(job.out, ignore_errors=True)
-        finished.rename(job.out)
-        shown = ", ".join(f"{result} {n}" for result, n in sorted(results.items()))
-        print(f"{name}: {operations} file operations; {shown}", flush=True)
-        return failures
-
-    def trial(self, job: Any, fault: str, number: int, expected: dict[str, Any]) -> str:
-        """Run a stage with one fault, rerun it and compare; returns a description of the failure, if any."""
-
-        def faulty() -> None:
-            self.shim.fault_arm(os.fsencode(job.out), number, FAULTS[fault])
-            self.run_stage(*job)
-
-        status = run_child(faulty, self.log)
-        if status == 4 or (status < 0 and (fault != "kill" or status != -signal.SIGKILL)):
-            return f"ended with {status}: {self.log.read_text()[-1500:]}"
-        status = run_child(lambda: self.run_stage(*job), self.log)
-        if status:
-            return f"the rerun failed with {status}: {self.log.read_text()[-1500:]}"
-        actual = contents(job.out)
-        different = sorted(
-            name for name in expected.keys() | actual.keys() if actual.get(name, 0) != expected.get(name, 0)
-        )
-        return f"different files: {', '.join(different)}" if different else ""
+# Exit statuses of a run whose operation failed: 0 if the operation was optional.
+STATUSES = {"kill": (-signal.SIGKILL,), "ENOSPC": (0, 1), "EIO": (0, 1, 2), "EACCES": (0, 1, 2)}
 
 
 def compiled_shim(folder: Path) -> Path:
@@ -158,33 +44,128 @@ def compiled_shim(folder: Path) -> Path:
     return path
 
 
+def trials(n_operations: int, faults: list[str], points: int | None, first: int) -> list[tuple[str, int]]:
+    """Pairs of a fault and an operation (from 1): all, or `points` evenly spaced ones.
+
+    Args:
+        first: index of the first fault; the others follow in turn.
+    """
+    if points is None:
+        return [(fault, operation) for fault in faults for operation in range(1, n_operations + 1)]
+    spaced = [1 + int((point + 0.5) * n_operations / points) for point in range(points)]
+    return [(faults[(first + i) % len(faults)], operation) for i, operation in enumerate(spaced)]
+
+
+class Sweep:
+    """Trials of tasks with faults, compared with a run without faults."""
+
+    def __init__(self, shim: ctypes.CDLL, folder: Path):
+        self.shim, self.log, self.counted = shim, folder / "log", folder / "count"
+        self.n_tasks = 0
+
+    def count(self, task: Any) -> int:
+        """Run a task without faults; returns its number of file operations."""
+        from small_experiment import run_child
+
+        def work() -> int:
+            self.shim.fault_arm(os.fsencode(task.out), 0, 0)
+            status = task.work()
+            self.counted.write_text(str(self.shim.fault_count()))
+            return status or 0
+
+        status = run_child(work, self.log)
+        if status:
+            raise SystemExit(f"{task.name}: status {status} without faults\n{self.log.read_text()}")
+        return int(self.counted.read_text())
+
+    def run(self, task: Any, faults: list[str], points: int | None) -> int:
+        """Sweep one task and print its figures and failures; returns the number of failures."""
+        from small_experiment import contents
+
+        started, failures, results = time.monotonic(), [], Counter[str]()
+        n_operations, expected = self.count(task), contents(task.out)
+        finished = task.out.with_name(task.out.name + ".finished")
+        task.out.rename(finished)
+        for fault, operation in trials(n_operations, faults, points, self.n_tasks):
+            problem = self.trial(task, fault, operation, expected)
+            results[f"{fault} {'failed' if problem else 'equal'}"] += 1
+            if problem:
+                failures.append(f"{task.name}, {fault} at operation {operation}: {problem}")
+            shutil.rmtree(task.out, ignore_errors=True)
+        self.n_tasks += 1
+        finished.rename(task.out)
+        shown = ", ".join(f"{result} {n}" for result, n in sorted(results.items()))
+        seconds = time.monotonic() - started
+        print(f"{task.name}: {n_operations} file operations; {shown}; {seconds:.0f} s", *failures, sep="\n")
+        sys.stdout.flush()
+        return len(failures)
+
+    def trial(self, task: Any, fault: str, operation: int, expected: dict[str, Any]) -> str:
+        """Run a task with one fault, rerun it, and compare; returns what is wrong."""
+        from small_experiment import contents, run_child
+
+        def work() -> int:
+            self.shim.fault_arm(os.fsencode(task.out), operation, FAULTS[fault])
+            return task.work() or 0
+
+        status = run_child(work, self.log)
+        first_log = self.log.read_text(errors="replace")
+        where = first_log.partition("\n")[0] if first_log.startswith("fault") else _fault_line(first_log)
+        if status not in STATUSES[fault] or "Traceback" in first_log:
+            return f"{where}\nended with status {status}: {first_log[-2500:]}"
+        status = run_child(task.work, self.log)
+        found = contents(task.out)
+        different = sorted(
+            name for name in expected.keys() | found.keys() if found.get(name, 0) != expected.get(name, 0)
+        )
+        if status and (different or not task.refuses_existing):
+            return f"{where}\nthe rerun ended with status {status}: {self.log.read_text()[-2500:]}"
+        return f"{where}\ndifferent files: {', '.join(different)}" if different else ""
+
+
+def _fault_line(log: str) -> str:
+    return next((line for line in log.splitlines() if line.startswith("fault at ")), "no fault reported")
+
+
+def sweep_all(args: argparse.Namespace) -> int:
+    from small_experiment import command_tasks, stage_tasks
+
+    def selected(task: Any) -> bool:
+        return not args.only or any(word in task.name for word in args.only)
+
+    logging.disable(logging.WARNING)
+    n_failures = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        exp = folder / "exp"
+        with contextlib.redirect_stdout(io.StringIO()):  # the forked children find everything imported
+            for task in stage_tasks(folder / "warm-up"):
+                task.work()
+        sweep = Sweep(ctypes.CDLL(os.environ["FAULT_SHIM"]), folder)
+        for task in stage_tasks(exp):
+            if selected(task):
+                n_failures += sweep.run(task, args.faults, args.points)
+            else:
+                sweep.count(task)
+        for task in filter(selected, command_tasks(exp, folder / "out")):
+            n_failures += sweep.run(task, args.faults, args.points)
+    return 1 if n_failures else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", nargs="+", default=[], help="stages to test (default: all)")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of task names (default: all)")
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS))
-    parser.add_argument("--every", type=int, default=1, help="test only every n-th operation")
+    parser.add_argument("--points", type=int, help="trials per task (default: all)")
     args = parser.parse_args()
     if "FAULT_SHIM" not in os.environ:  # restart with the library loaded
         with tempfile.TemporaryDirectory() as folder:
             shim = str(compiled_shim(Path(folder)))
             environment = {**os.environ, "FAULT_SHIM": shim, "LD_PRELOAD": shim, "OMP_NUM_THREADS": "1"}
             return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
-    import torch
-
-    torch.set_num_threads(1)
-    failures = []
-    with tempfile.TemporaryDirectory() as folder:
-        sweep = Sweep(Path(folder).resolve(), ctypes.CDLL(os.environ["FAULT_SHIM"]))
-        for job in sweep.jobs:
-            if args.stages and job.stage not in args.stages:
-                sweep.check(run_child(lambda job=job: sweep.run_stage(*job), sweep.log), job.stage)
-                continue
-            failures += sweep.stage(job, args.faults, args.every)
-    for failure in failures:
-        print(failure)
-    return 1 if failures else 0
+    return sweep_all(args)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import soundfile
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.utterances import Utterance
 from jahubert.train.experiment.progress import progress
@@ -169,9 +170,7 @@ def _write_datasets(manifest: Manifest, rows: list[int], folder: Path, split: st
         for row, item in _utterances(manifest, rows, split):
             name = item.id.replace("/", "-") + ".flac"
             if not (target / name).is_file():
-                with atomic_path(target / name) as temporary:
-                    wav_T = manifest.load(row).numpy()
-                    soundfile.write(temporary, wav_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+                write_flac(target / name, manifest.load(row).numpy())
             record = {"file_name": name, "id": item.id, "text": item.text, "phones": _phones(item)}
             file.write(json.dumps(record | {"speaker": item.speaker}, ensure_ascii=False) + "\n")
 

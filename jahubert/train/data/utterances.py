@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,15 @@ import numpy as np
 import torch
 
 from jahubert.audio import AudioSource, load_audio
-from jahubert.errors import AudioError, DataError
+from jahubert.errors import DISK_FULL, AudioError, DataError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds to wait before retrying a read after a file system error
-# Errors caused by the path, for which retrying does not help.
-_PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# Errors caused by the path or by writing, for which retrying does not help.
+_PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *DISK_FULL)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Rejected:
     missing: str = ""  # path of a missing file; once it exists, stage=prepare explains how to add it
 
 
-def read_reliably(read: Callable[[], T], source: AudioSource) -> T:
-    """Call `read`, which reads audio, and retry after file system errors.
+def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike) -> T:
+    """Call `read`, which reads `source`, and retry after file system errors.
 
     Decoders report a file system error in the middle of a file as truncated audio. Therefore, before audio is
     considered damaged, its bytes are read once without a decoder, and decoding is repeated.
@@ -112,7 +113,10 @@ def read_reliably(read: Callable[[], T], source: AudioSource) -> T:
     Raises:
         AudioError: the audio is missing or unusable.
         DataError: the file system still fails after several attempts.
+        OSError: the file does not exist, or the error concerns another file, such as one that is written.
     """
+    if not isinstance(source, AudioSource):
+        source = AudioSource(os.fsdecode(source))
     delays = iter(RETRY_DELAYS)
     confirmed = False
     while True:
@@ -126,6 +130,8 @@ def read_reliably(read: Callable[[], T], source: AudioSource) -> T:
                     confirmed = True
                     continue
             if not isinstance(failure, OSError) or failure.errno in _PERMANENT:
+                raise
+            if failure.filename is not None and os.fsdecode(failure.filename) != source.path:
                 raise
             delay = next(delays, None)
             if delay is None:

@@ -1,4 +1,4 @@
-"""Clear error messages for a full disk, exhausted memory and killed DataLoader workers."""
+"""Clear messages for file system errors, exhausted memory and killed DataLoader workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jahubert.errors import ConfigError, DiskFullError, JahubertError
+from jahubert.errors import DISK_FULL, ConfigError, DiskFullError, JahubertError, file_system_error
 from jahubert.train.experiment import distributed
 
 # numpy only reports how much it wrote. "File too large" is caused by a limit on file sizes.
@@ -26,11 +26,15 @@ _WORKER_KILLED = re.compile(
 
 
 @contextmanager
-def report_disk_full(out: Path) -> Iterator[None]:
-    """Convert errors caused by a full disk to DiskFullError.
+def report_file_errors(out: Path) -> Iterator[None]:
+    """Convert file system errors, including those wrapped in exceptions of libraries, to clear errors.
 
     Args:
-        out: output folder.
+        out: output folder; named if the error does not name a file.
+
+    Raises:
+        DiskFullError: no space is left at `out`.
+        OSError: any other file system error.
     """
     try:
         yield
@@ -39,22 +43,24 @@ def report_disk_full(out: Path) -> Iterator[None]:
     except BaseException as error:  # torch's CheckpointException is not an Exception
         if isinstance(error, JahubertError) and not _DISK_FULL.search(str(error)):
             raise
-        if not _is_disk_full(error, out):
+        failure = file_system_error(error, out)
+        if _is_disk_full(error, failure, out):
+            raise DiskFullError(
+                f"the disk is full while writing to {out}: free some space and rerun the same command; "
+                "finished work is kept"
+            ) from error
+        if failure is None or failure is error:
             raise
-        raise DiskFullError(
-            f"the disk is full while writing to {out}: free some space and rerun the same command; "
-            "finished work is kept"
-        ) from error
+        raise failure from error
 
 
-def _is_disk_full(error: BaseException | None, out: Path) -> bool:
+def _is_disk_full(error: BaseException | None, failure: OSError | None, out: Path) -> bool:
     """Whether the error or one of its causes reports a full disk, or there is no space left."""
+    if failure is not None and failure.errno in DISK_FULL:
+        return True
     while error is not None:
         if _DISK_FULL.search(str(error)):
             return True
-        for failure, _ in getattr(error, "failures", {}).values():  # errors of ranks when saving a checkpoint
-            if _is_disk_full(failure, out):
-                return True
         error = error.__cause__ or error.__context__
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free < _MIN_FREE_BYTES

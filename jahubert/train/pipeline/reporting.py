@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 
-from jahubert.errors import JahubertError, MissingExtraError, Stopped, UserError
+from jahubert.errors import JahubertError, MissingExtraError, Stopped, exit_status
 from jahubert.train.pipeline.signals import received_signal
 
 INTERRUPTED = 130  # exit status after SIGINT
@@ -31,7 +31,7 @@ def report_error(error: BaseException) -> int:
             if error.signal == "SIGINT":
                 status = INTERRUPTED
     elif isinstance(error, OSError) and error.filename is not None:
-        status, message = UserError.exit_status, f"error: {error.filename}: {error.strerror}"
+        status, message = exit_status(error), f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     elif isinstance(error, RuntimeError) and is_distributed() and _LOST_RANK.search(str(error)):
         # Keeps the lowest status, 1: launchers report the highest, which should be that of the failed rank.
         message = "exiting because another rank failed; see that rank's log"

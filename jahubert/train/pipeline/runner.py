@@ -76,7 +76,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
     from jahubert.train.experiment.config import default_fields
     from jahubert.train.experiment.lock import remove_stale_lock, run_lock
     from jahubert.train.experiment.registry import STAGES, resolve
-    from jahubert.train.experiment.resource_errors import report_disk_full, report_oom
+    from jahubert.train.experiment.resource_errors import report_file_errors, report_oom
 
     module = resolve(stage, STAGES, "stage")
     keep_result = getattr(module, "KEEP", True)
@@ -91,7 +91,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
         return inputs, keep_result and provenance.acquire(out, inputs, default_fields(config))
 
     with ExitStack() as lock:
-        with report_disk_full(out):
+        with report_file_errors(out):
             inputs, is_done = distributed.rank0_broadcast(acquire)
         if is_done:
             log.info("%s: already done, kept", out)
@@ -103,7 +103,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
         distributed.heartbeat(f"running stage {out}")
         started = time.monotonic() - provenance.elapsed_seconds(out)
         try:
-            with report_disk_full(out), report_oom(stage, config):
+            with report_file_errors(out), report_oom(stage, config):
                 distributed.rank0_broadcast(lambda: verify_inputs(config, verify_large))
                 metrics = module.run(config, out)
                 if is_first and keep_result:

@@ -18,6 +18,7 @@ from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.checksums import file_crc32
+from jahubert.train.trainer.event_file import EventFile
 from jahubert.train.trainer.optim import TrainConfig, lr_at
 from jahubert.train.trainer.parallel import full_state, load_full_state
 
@@ -38,7 +39,7 @@ class MetricLog:
         self.best_value, self.best_metrics = math.inf, {}
         self.best_crc32: str | None = None  # checksum of best.safetensors, only on rank 0
         self.last_metrics: dict[str, float] = {}
-        self.tensorboard: Any = None
+        self.tensorboard: EventFile | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _STATE}
@@ -53,7 +54,7 @@ class MetricLog:
             for message in self.config.warnings(distributed.world()):
                 log.warning("%s", message)
             trim_metrics(self.out / "metrics.jsonl", step)
-            self.tensorboard = _summary_writer(self.out / "tensorboard", step)
+            self.tensorboard = _event_file(self.out / "tensorboard", step)
 
     def training(
         self, step: int, sums: dict[str, float], norm: float, timing: dict[str, float], overflows: int
@@ -118,23 +119,23 @@ class MetricLog:
             file.write(json.dumps(row) + "\n")
         if self.tensorboard is not None:
             timing = {f"timing/{name}": value for name, value in row.get("timing", {}).items()}
-            for name, value in (row | timing).items():
-                if name in ("step", "timing"):
-                    continue
-                tag = name if "/" in name else f"training/{name}"
-                if name.startswith("valid_"):
-                    tag = "validation/" + name.removeprefix("valid_")
-                self.tensorboard.add_scalar(tag, value, row["step"])
-            self.tensorboard.flush()
+            metrics = {_tag(name): value for name, value in row.items() if name not in ("step", "timing")}
+            self.tensorboard.add_scalars(metrics | timing, row["step"])
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
-    """A TensorBoard writer that purges events after `step`; None if TensorBoard is not installed."""
+def _tag(name: str) -> str:
+    """The TensorBoard tag of a metric."""
+    if name.startswith("valid_"):
+        return "validation/" + name.removeprefix("valid_")
+    return f"training/{name}"
+
+
+def _event_file(folder: Path, step: int) -> EventFile | None:
+    """A TensorBoard file that purges events after `step`; None if TensorBoard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return EventFile(folder, step)
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 class Window:

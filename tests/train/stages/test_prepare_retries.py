@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from jahubert.audio import AudioSource, sources
 from jahubert.errors import AudioError, DataError
 from jahubert.train.data import utterances
 from jahubert.train.data.utterances import Rejected, Utterance
+from jahubert.train.experiment.registry import recipe_reader
 from jahubert.train.stages.prepare import usable
 
 
@@ -76,4 +78,41 @@ def test_missing_and_damaged_recordings_are_rejected_at_once(recording, delays, 
     missing = tmp_path / "c.flac"
     items = [Utterance(path.name, AudioSource(str(path)), split="train") for path in (damaged, missing)]
     assert [type(item) for item in usable([recording, *items])] == [Utterance, Rejected, Rejected]
+    assert not delays
+
+
+@pytest.fixture
+def table(recording, tmp_path):
+    """The reader of recipe table for a folder with two recordings, one of them longer than `max_seconds`."""
+    noise_T = 0.1 * np.random.default_rng(1).standard_normal(48_000)
+    soundfile.write(tmp_path / "long.flac", noise_T, 16_000)
+    read, Config = (recipe_reader("table", name) for name in ("prepare", "Config"))
+    return lambda: list(read(tmp_path, tmp_path / "work", Config(max_seconds=2.0), 0))
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_recipe_reads_again_after_an_error_of_the_file_system(table, delays, monkeypatch, failures):
+    expected = table()
+    assert len(expected) == 3 and all(isinstance(item, Utterance) for item in expected)
+    monkeypatch.setattr(sources, "open", FlakyOpen(errno.EIO, failures), raising=False)
+    recipe_module = sys.modules[recipe_reader("table", "prepare").__module__]
+    recipe_module._length.cache_clear()
+    assert table() == expected and len(delays) == failures
+
+
+def test_recipe_stops_at_a_lasting_error_of_the_file_system(table, delays, monkeypatch):
+    table()
+    recipe_module = sys.modules[recipe_reader("table", "prepare").__module__]
+    recipe_module._length.cache_clear()
+    monkeypatch.setattr(sources, "open", FlakyOpen(errno.EIO, 99), raising=False)
+    with pytest.raises(DataError, match=r"\.flac"):
+        table()
+
+
+def test_full_disk_is_not_retried(delays, tmp_path):
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "copy"))
+
+    with pytest.raises(OSError, match="copy"):
+        utterances.read_reliably(write, tmp_path / "source")
     assert not delays

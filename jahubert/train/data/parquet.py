@@ -1,0 +1,63 @@
+"""Reading of parquet files, repeated after file system errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jahubert.errors import DataError
+from jahubert.train.data.utterances import read_reliably
+
+T = TypeVar("T")
+_BATCH_ROWS = 256  # rows in memory, which may hold audio
+
+
+def parquet_schema(path: Path) -> pa.Schema:
+    """The columns of a parquet file.
+
+    Raises:
+        DataError: not a parquet file, or the file system still fails after several attempts.
+    """
+    return read_reliably(lambda: _read(path, lambda: pq.ParquetFile(path).schema_arrow), path)
+
+
+def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of a parquet file in batches of 256.
+
+    Raises:
+        DataError: a damaged file, or the file system still fails after several attempts.
+    """
+    n_read = 0
+    batches: Iterator[pa.RecordBatch] | None = None
+
+    def next_batch() -> pa.RecordBatch | None:
+        nonlocal batches
+        try:
+            if batches is None:  # at the beginning, or after an error, which ends the iterator
+                batches = islice(
+                    pq.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=columns), n_read, None
+                )
+            return next(batches, None)
+        except BaseException:
+            batches = None
+            raise
+
+    while (batch := read_reliably(lambda: _read(path, next_batch), path)) is not None:
+        yield batch
+        n_read += 1
+
+
+def _read(path: Path, read: Callable[[], T]) -> T:
+    """Call `read`; Arrow reports damaged files as OSErrors as well, but without an error number."""
+    try:
+        return read()
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise DataError(f"{path}: cannot be read as parquet ({error})") from error

@@ -1,0 +1,155 @@
+"""A tiny experiment, and the stages and commands that write files, for the sweeps in this folder.
+
+Five recordings of one second and a model of width 16: a stage takes a fraction of a second. Stages and
+commands run in forked children of one process that has imported everything, so that a trial costs little more
+than the work itself.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jahubert.cli import main as cli
+from jahubert.train.pipeline.jobs import configure_jobs
+from jahubert.train.pipeline.reporting import report_error
+from jahubert.train.pipeline.runner import run_stage
+
+REPO = Path(__file__).resolve().parents[2]
+SETTINGS = [
+    f"recipe={REPO / 'tests' / 'fixtures' / 'rough'}", "prepare.options.recordings=4", "iterations=1",
+    "workers=0", "device=cpu", "pretrain.train.max_steps=4", "pretrain.train.save_every=2",
+    "pretrain.train.valid_every=2", "finetune.train.max_steps=4", "finetune.train.save_every=2",
+    "finetune.train.valid_every=2",
+]  # fmt: skip
+TIMEOUT_SECONDS = 120  # a stage or command that takes longer hangs
+# Fields of JSON files that hold times, and the checksums of files with such fields.
+_TIMED = {"seconds", "finished", "timing", "window", "outputs", "record_crc32", "crc32", "files", "made_with"}
+
+
+class Task(NamedTuple):
+    """A stage or command that writes files.
+
+    Attributes:
+        out: folder that receives its files; does not exist before the first run.
+        work: runs it; returns an exit status or None, and may raise.
+        refuses_existing: whether a second run is an error when the output is complete.
+    """
+
+    name: str
+    out: Path
+    work: Callable[[], Any]
+    refuses_existing: bool = False
+
+
+def stage_tasks(exp: Path) -> list[Task]:
+    """The stages of the experiment, in order."""
+    jobs = configure_jobs([*SETTINGS, "stage=all", f"exp={exp}"])
+    return [
+        Task(str(job.out.relative_to(exp)), job.out, lambda job=job: _finish_stage(job))  # type: ignore[misc]
+        for job in jobs
+    ]
+
+
+def _finish_stage(job: Any) -> None:
+    run_stage(*job)
+
+
+def command_tasks(exp: Path, out: Path) -> list[Task]:
+    """The commands that write files, reading a finished experiment; each writes into its own folder."""
+    audio = [str(exp / "prepare" / "work" / f"{number}.wav") for number in range(2)]
+    asr, units = exp / "systems" / "main" / "finetune" / "bundle", exp / "iter2" / "label" / "bundle"
+    pretrained, corpus = exp / "iter1" / "pretrain" / "bundle", exp / "prepare"
+    vad = "--no-vad"
+    commands: dict[str, list[object]] = {
+        "features folder": ["features", *audio, "--model", asr, "-o", "OUT"],
+        "features safetensors": ["features", *audio, "--model", asr, "-o", "OUT/all.safetensors"],
+        "features chunked": ["features", *audio, "--model", asr, "--chunk", "8", "-o", "OUT"],
+        "units folder": ["units", *audio, "--model", units, "-o", "OUT"],
+        "transcribe all formats": [
+            "transcribe",
+            *audio,
+            "--model",
+            asr,
+            "-f",
+            "all",
+            "-o",
+            "OUT",
+            "--no-vad",
+        ],
+        "transcribe file": ["transcribe", audio[0], "--model", asr, "-o", "OUT/0.srt", vad],
+        "convert hf": ["convert", asr, "OUT/model", "--to", "hf"],
+        "convert fairseq": ["convert", pretrained, "OUT/model.pt", "--to", "fairseq"],
+        "convert torchaudio": ["convert", asr, "OUT/model.pt", "--to", "torchaudio"],
+        "convert units": ["convert", exp / "iter1" / "label", "OUT/labels", "--to", "fairseq"],
+        "convert kaldi": ["convert", corpus, "OUT/kaldi", "--to", "kaldi"],
+        "convert lhotse": ["convert", corpus, "OUT/lhotse", "--to", "lhotse"],
+        "convert datasets": ["convert", corpus, "OUT/datasets", "--to", "datasets"],
+    }
+    tasks = []
+    for name, words in commands.items():
+        folder = out / name.replace(" ", "-")
+        arguments = [str(word).replace("OUT", str(folder), 1) for word in words]
+        refuses_existing = words[0] == "convert" or name == "features safetensors"
+        tasks.append(Task(name, folder, lambda a=arguments: cli.main(a), refuses_existing))  # type: ignore[misc]
+    return tasks
+
+
+def run_child(work: Callable[[], Any], log: Path) -> int:
+    """Run `work` in a forked child that writes its output to `log`; returns the exit status."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 1
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        faulthandler.enable(all_threads=False)
+        signal.alarm(TIMEOUT_SECONDS)
+        try:
+            status = work() or 0
+        except BaseException as error:
+            status = report_error(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Files of a folder by relative path: JSON without times; TensorBoard events and lock files are left out.
+
+    Of report pages and DCP metadata only the presence is compared: they hold times, or the order of a pickled
+    dictionary.
+    """
+    files: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name.startswith("tensorboard/"):
+            continue
+        data: Any = path.read_bytes()
+        if path.suffix == ".json":
+            data = _without_times(json.loads(data))
+        elif path.suffix == ".jsonl":
+            data = [_without_times(json.loads(line)) for line in data.splitlines()]
+        elif path.name in ("report.html", ".metadata") or path.name.endswith(".gz"):
+            data = None
+        files[name] = data
+    return files
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(inner) for key, inner in value.items() if key not in _TIMED}
+    return [_without_times(inner) for inner in value] if isinstance(value, list) else value
