@@ -6,7 +6,6 @@ with small sizes. Otherwise only paths to the reader's own folders are changed.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from fixtures.shims import REPO, SIZES, SMALL, shim_environment
 from fixtures.sounds import syllables
 
 import jahubert
@@ -25,33 +25,12 @@ from jahubert.formats.bundle import save_bundle
 pytest.importorskip("hydra")
 pytestmark = pytest.mark.slow
 
-REPO = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
     r"(?:^#+ \d+\. `(?P<file>[^`]+)`$)"  # a heading with the file name of the next block
     r"|(?:^[^\n]*`(?P<script>[\w.-]+)`:$)"  # or a line that ends with the file name and a colon
     r"|^```(?P<kind>\w+)\n(?P<text>.*?)^```",
     re.S | re.M,
 )
-SIZES = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
-TRAIN = (
-    "max_steps=2", "batch_seconds=20", "micro_seconds=20", "valid_every=1", "log_every=1", "precision=fp32",
-    "save_every=1",
-)  # fmt: skip
-SHAPES = {name: list(value) if isinstance(value, tuple) else value for name, value in SIZES.items()}
-SMALL = [
-    *(f"model.{name}={value}".replace(" ", "") for name, value in SHAPES.items()),
-    "model.pos_conv_groups=2", "device=cpu", "workers=0", "processes=1", "decode.beam=2", "score.samples=10",
-    "features.sample_frames=400", "features.layer=2", "kmeans.n_clusters=5", "kmeans.n_init=1",
-    "pretrain.unit_dim=8", "pretrain.crop.min_seconds=0", "finetune.freeze_conv=false",
-    "finetune.head_only_steps=0", "report.examples=1",
-    *(f"{stage}.train.{setting}" for stage in ("pretrain", "finetune") for setting in TRAIN),
-]  # fmt: skip
-SHIMS = {
-    "python": 'if [ "$1 $2" = "-m jahubert.run" ]; then exec {python} "$@" {small}; fi; exec {python} "$@"',
-    "jahubert": 'exec {python} -m jahubert "$@"',
-    "srun": 'while [[ "$1" == -* ]]; do shift; done; exec "$@"',  # runs one process
-    "sbatch": 'exec bash "$@"',
-}
 
 
 def own_corpus(folder: Path) -> dict[str, str]:
@@ -133,17 +112,10 @@ def test_tutorial_runs(name, tmp_path):
     if name == "publish":
         pytest.importorskip("onnxscript", reason="extra onnx")
     replaced = prepare(tmp_path)
-    for tool, line in SHIMS.items():
-        script = tmp_path / "bin" / tool
-        script.parent.mkdir(exist_ok=True)
-        extra = list(SMALL)
-        if name == "reazonspeech":
-            extra += ["prepare.options.dev=4", "prepare.options.test=4"]
-        small = " ".join(f"'{setting}'" for setting in extra)
-        script.write_text(f"#!/bin/bash\n{line.format(python=sys.executable, small=small)}\n")
-        script.chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    settings = list(SMALL)
+    if name == "reazonspeech":
+        settings += ["prepare.options.dev=4", "prepare.options.test=4"]
+    env = shim_environment(tmp_path, settings)
     text = (REPO / "docs" / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
     for old, new in replaced.items():
         text = re.sub(re.escape(old) + r"(?=[\s\"'`]|$)", lambda _, new=new: new, text)
