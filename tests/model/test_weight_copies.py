@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jahubert.model import kernels
@@ -125,3 +126,15 @@ def test_gradient_penalty_with_shared_copies(model):
     plain = results.pop()
     for result in results:
         torch.testing.assert_close(result, plain, rtol=0, atol=1e-3 * float(plain.abs().max()))
+
+
+def test_compiled_blocks_are_not_recompiled_for_shared_copies(model):
+    """A compiled block makes its own copies, which the compiler can fuse."""
+    block, counter = model.encoder.layers[0], CompileCounter()
+    block.compile(backend=counter, dynamic=True)
+    packing = Packing([20, 12], 20, torch.device("cpu"))
+    packing.fused_attention = True  # the path of a GPU
+    for shared in (False, True, False):
+        with kernels.shared_weight_copies(shared):
+            block(torch.randn(packing.n_rows, 48), packing)
+    assert counter.frame_count == 1

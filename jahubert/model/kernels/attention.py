@@ -77,9 +77,7 @@ def scaled_dot_product_attention(
     torch's fused kernels have a first derivative only.
     """
     compute = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
-    cuda = torch.backends.cuda
-    fused = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
-    if is_recorded() or not fused:
+    if is_recorded() or not _has_fused_kernels():
         return compute(q_BHSE, k_BHSE, v_BHSE)
     if is_transformed():
         with sdpa_kernel(SDPBackend.MATH):
@@ -88,6 +86,12 @@ def scaled_dot_product_attention(
     if dropout and q_BHSE.device.type == "cpu":
         return out_BHSE  # not fused either
     return with_double_backward(out_BHSE, _unfused(compute, dropout), q_BHSE, k_BHSE, v_BHSE)
+
+
+def _has_fused_kernels() -> bool:
+    """Whether any fused kernel is enabled (see `sdpa_kernel`)."""
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
 
 
 def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[..., Tensor]:

@@ -43,7 +43,7 @@ def weight_copy(dtype: torch.dtype, *weights: Tensor) -> Tensor:
 
     Inside `shared_weight_copies`, the same tensor is returned until a weight changes.
     """
-    if _shared is None or is_recorded():
+    if is_recorded() or _shared is None:
         return _make_copy(dtype, weights)
     key = (dtype, torch.is_grad_enabled(), *map(id, weights))
     versions = [weight._version for weight in weights]
@@ -60,7 +60,7 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
     """Outputs of linear layers with the same input, concatenated, by one matrix product."""
-    if len(modules) == 1 and (_shared is None or is_recorded()):
+    if len(modules) == 1 and (is_recorded() or _shared is None):
         return modules[0](x)  # autocast makes the copies
     if any(module.bias is None for module in modules):
         return torch.cat([module(x) for module in modules], dim=-1)
