@@ -181,9 +181,9 @@ def hang(out: Path) -> None:
     config = replace(TOY, batch_seconds=24.0, save_every=1)
     with distributed.process_group():
         # A first run completes the slow imports before the watchdog starts.
-        train(Toy(), Data(micro_batches_per_step=4), replace(config, max_steps=1), out / "before")
+        train(Toy(), Data(groups=4), replace(config, max_steps=1), out / "before")
         with watchdog(2 / 60):
-            train(Toy(), Stuck(micro_batches_per_step=4), config, out)
+            train(Toy(), Stuck(groups=4), config, out)
 
 
 def test_hanging_process_is_named(tmp_path, capfd):

@@ -197,14 +197,14 @@ def main(kind: str, folder: str, workers: str = "0") -> int:
         "shm": LargeData,
         "full-shm": LargeData,
         "late": lambda: LateData(out),
-        "stop-rank-0": lambda: Stopping(micro_batches_per_step=4),
+        "stop-rank-0": lambda: Stopping(groups=4),
         "announce": lambda: Announcing(out),
     }[kind]()
     try:
         with distributed.process_group():
             if kind == "stop-rank-0":
                 config = replace(config, batch_seconds=24.0)
-                train(Toy(), Data(micro_batches_per_step=4), replace(config, max_steps=1), out / "before")
+                train(Toy(), Data(groups=4), replace(config, max_steps=1), out / "before")
                 with watchdog(2 / 60):
                     train(Toy(), data, config, out)
             else:

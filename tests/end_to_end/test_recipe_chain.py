@@ -19,7 +19,6 @@ MODEL = [f"model.{name}={value}" for name, value in {**SIZES, "pos_conv_groups":
 QUICK = [
     "max_steps=2",
     "batch_seconds=20",
-    "micro_seconds=20",
     "valid_every=1",
     "log_every=1",
     "precision=fp32",

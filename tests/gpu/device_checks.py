@@ -29,7 +29,7 @@ from jahubert.train.clustering.kmeans import assign, fit_kmeans
 from jahubert.train.clustering.lloyd import KmeansOptions
 from jahubert.train.data.batches import CtcBatch, PretrainBatch, pad
 from jahubert.train.data.masking import seeded_rng, span_mask
-from jahubert.train.data.sampler import MicroBatch, Sampler
+from jahubert.train.data.sampler import BatchSizes, MicroBatch, Sampler
 from jahubert.train.stages.finetune import FineTuner
 from jahubert.train.stages.pretrain import Pretrainer
 from jahubert.train.trainer.optim import TrainConfig
@@ -155,7 +155,7 @@ class Speech:
 
     def __init__(self) -> None:
         lengths = np.array([len(wav_T) for wav_T in wavs()])
-        self.sampler = Sampler(np.arange(3), lengths, micro_seconds=8.0, micro_batches_per_step=1, seed=1)
+        self.sampler = Sampler(np.arange(3), lengths, BatchSizes(8.0), seed=1)
 
     def name(self, row: int) -> str:
         return f"row-{row}"

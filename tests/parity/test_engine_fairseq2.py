@@ -24,7 +24,7 @@ from jahubert.frames import HUBERT
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.train.data.masking import seeded_rng, span_mask
-from jahubert.train.data.sampler import MicroBatch, Sampler
+from jahubert.train.data.sampler import BatchSizes, MicroBatch, Sampler
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.losses import unit_loss
 from jahubert.train.trainer.optim import TrainConfig
@@ -44,7 +44,7 @@ MODEL = HubertConfig(
 CONFIG = TrainConfig(
     max_steps=6,
     batch_seconds=8.0,  # four micro-batches per step, two for each process
-    micro_seconds=2.0,
+    groups=4,
     lr=3e-3,
     clip_norm=0.5,
     precision="fp32",
@@ -77,8 +77,7 @@ class Tones:
         self.sampler = Sampler(
             np.arange(len(n_samples)),
             n_samples,
-            micro_seconds=CONFIG.micro_seconds,
-            micro_batches_per_step=4,
+            BatchSizes(2.0, 4),
             seed=1,
         )
 
@@ -134,7 +133,7 @@ def train_model(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=No
 
     def validate() -> dict[str, float]:
         sums = {"total": 0.0, "count": 0.0, "correct": 0.0}
-        for micro in data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world()):
+        for micro in data.sampler.single_pass(distributed.rank(), distributed.world()):
             loss = module(data.load(micro), 99)
             sums["total"] += float(loss.total)
             sums["correct"] += float(loss.sums["correct"])

@@ -308,7 +308,7 @@ def test_one_command_runs_from_a_table_to_a_score(tmp_path, capsys, caplog, voca
     capsys.readouterr()
     command = ["recipe=table", f"data={data}", "stage=all", f"pretrained={tmp_path / 'hubert'}"]
     command += [f"exp={tmp_path / 'exp'}", f"vocabulary={vocabulary}", "device=cpu", "decode.beam=2"]
-    train = {"max_steps": 2, "batch_seconds": 20, "micro_seconds": 20, "valid_every": 1, "precision": "fp32"}
+    train = {"max_steps": 2, "batch_seconds": 20, "valid_every": 1, "precision": "fp32"}
     command += [f"finetune.train.{name}={value}" for name, value in train.items()]
     command += ["finetune.head_only_steps=1", "score.samples=10"]
     assert run.main(command) == 0, capsys.readouterr().err

@@ -22,7 +22,7 @@ from jahubert.train.data.augmentation import AugmentConfig, Augmenter
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import seeded_rng, span_mask
-from jahubert.train.data.sampler import MicroBatch, Sampler
+from jahubert.train.data.sampler import BatchSizes, MicroBatch, Sampler
 from jahubert.train.data.targets import TargetStore
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 
@@ -81,6 +81,9 @@ class PretrainBatch(_Batch):
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, row by row
+    # Number of targets that the feature penalty of this batch counts as. For a part of a group, the group's
+    # masked frames times the part's share of all frames: sums over parts then equal those of whole groups.
+    penalty_count: float | None = None  # None: the masked frames
     masked_index_N: Tensor = field(init=False)  # int64, indices of the masked frames in the flattened mask
 
     def __post_init__(self) -> None:
@@ -167,8 +170,7 @@ class PretrainData:
         split: str,
         crop: CropConfig,
         mask: MaskConfig,
-        micro_seconds: float,
-        micro_batches_per_step: int,
+        sizes: BatchSizes,
         seed: int,
         augment: AugmentConfig | None = None,
     ):
@@ -181,13 +183,7 @@ class PretrainData:
         rows, n_samples = rows[keep], n_samples[keep]
         self.cache = WaveformCache(manifest, rows, crop.keep_in_memory_hours)
         self.augmenter = _augmenter(augment, seed, rows, self.cache)
-        self.sampler = Sampler(
-            rows,
-            np.minimum(n_samples, self.max_samples),
-            micro_seconds=micro_seconds,
-            micro_batches_per_step=micro_batches_per_step,
-            seed=seed,
-        )
+        self.sampler = Sampler(rows, np.minimum(n_samples, self.max_samples), sizes, seed=seed)
 
     def name(self, row: int) -> str:
         return self.manifest[row].id
@@ -195,24 +191,36 @@ class PretrainData:
     def load(self, micro: MicroBatch) -> PretrainBatch:
         wavs, masks, units = [], [], []
         for row in micro.rows:
-            rng = seeded_rng(self.seed, micro.epoch, row, 1)
-            length = int(self.manifest.n_samples[row])
-            n_samples = min(length, self.max_samples)
-            # Crops start at a frame boundary, so that labels stay aligned.
-            first = int(rng.integers((length - n_samples) // HUBERT.hop + 1))
+            length, first, mask_S = self._draw(micro.epoch, row)
             unit_S = self.labels.units(row, HUBERT.n_frames(length))
-            n_frames = HUBERT.n_frames(n_samples)
-            mask_S = span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
-            wav_T = self.cache.load(row, HUBERT.start(first), n_samples)
+            wav_T = self.cache.load(row, HUBERT.start(first), min(length, self.max_samples))
             wavs.append(wav_T if self.augmenter is None else self.augmenter(wav_T, micro.epoch, row))
-            units.append(np.asarray(unit_S[first : first + n_frames])[mask_S].astype(np.int64))
+            units.append(np.asarray(unit_S[first : first + len(mask_S)])[mask_S].astype(np.int64))
             masks.append(torch.from_numpy(mask_S))
         return PretrainBatch(
             wav_BT=pad(wavs),
             n_samples_B=torch.tensor([len(wav) for wav in wavs]),
             mask_BS=pad(masks),
             unit_N=torch.from_numpy(np.concatenate(units)),
+            penalty_count=self._penalty_count(micro, masks),
         )
+
+    def _draw(self, epoch: int, row: int) -> tuple[int, int, np.ndarray]:
+        """Length of an utterance (samples), first frame of its crop, and mask (S,) of the crop."""
+        rng = seeded_rng(self.seed, epoch, row, 1)
+        length = int(self.manifest.n_samples[row])
+        n_samples = min(length, self.max_samples)
+        # Crops start at a frame boundary, so that labels stay aligned.
+        first = int(rng.integers((length - n_samples) // HUBERT.hop + 1))
+        n_frames = HUBERT.n_frames(n_samples)
+        return length, first, span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
+
+    def _penalty_count(self, micro: MicroBatch, masks: list[Tensor]) -> float | None:
+        if micro.group is None:
+            return None
+        group = [self._draw(micro.epoch, row)[2] for row in micro.group]
+        masked, frames = (sum(map(count, group)) for count in (np.count_nonzero, len))
+        return masked * sum(map(len, masks)) / frames
 
 
 class CtcData:
@@ -226,8 +234,7 @@ class CtcData:
         *,
         mask: MaskConfig | None,
         width: int,
-        micro_seconds: float,
-        micro_batches_per_step: int,
+        sizes: BatchSizes,
         seed: int,
         keep_in_memory_hours: float = 4.0,
         augment: AugmentConfig | None = None,
@@ -244,8 +251,7 @@ class CtcData:
         self.sampler = Sampler(
             rows,
             manifest.n_samples[rows] if augmenter is None else augmenter.max_lengths(rows),
-            micro_seconds=micro_seconds,
-            micro_batches_per_step=micro_batches_per_step,
+            sizes,
             seed=seed,
             epoch_lengths=None if augmenter is None else partial(augmenter.lengths, rows=rows),
         )

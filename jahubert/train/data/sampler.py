@@ -1,14 +1,17 @@
-"""Length-bucketed sampler of micro-batches, determined by (seed, epoch).
+"""Length-bucketed sampler of updates and their micro-batches, determined by (seed, epoch).
 
-A micro-batch is processed by one device in one forward pass. A step consists of a fixed number of
-micro-batches, which are distributed over the ranks, so the batch of a step does not depend on the number of
-ranks or workers. The sampler state is two integers: the epoch and the number of micro-batches consumed in it.
+An epoch is a sequence of groups of utterances of similar length. An update consists of a fixed number of
+consecutive groups, so its content depends neither on the memory of a GPU nor on the number of processes.
+Each group is one micro-batch, processed by one device in one forward pass. It is cut into several if it is
+longer than `micro_seconds`, or if the processes could not share the update otherwise. The sampler state is two
+integers: the epoch and the number of groups consumed in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -16,49 +19,89 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.masking import seeded_rng
 
+_GROUPS = 8  # per update, unless they would be too long or too short
+_MIN_GROUP_SECONDS, _MAX_GROUP_SECONDS = 87.5, 500.0  # 87.5: the audio per GPU in the HuBERT paper
+
+
+def groups_per_update(batch_seconds: float) -> int:
+    """Default number of groups in an update of `batch_seconds`: 8 of 350 s for the 2,800 s of HuBERT base."""
+    groups = _GROUPS
+    while batch_seconds / groups > _MAX_GROUP_SECONDS:
+        groups *= 2
+    while groups > 1 and batch_seconds / groups < _MIN_GROUP_SECONDS:
+        groups //= 2
+    return groups
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Size of a group of utterances, of an update, and of a micro-batch."""
+
+    group_seconds: float  # audio per group, padding included
+    groups: int = 1  # per update
+    micro_seconds: float | None = None  # maximum per micro-batch, padding included; None: whole groups
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of a manifest that are processed together, and their position in the run."""
+    """Rows of a manifest that are processed together: a group of the sampler or a part of one."""
 
     epoch: int
-    index: int  # position in the epoch
+    index: int  # position of the group in the epoch
     rows: tuple[int, ...]
+    part: int = 0  # number of the part within its group
+    group: tuple[int, ...] | None = None  # all rows of the group; None: `rows`
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Identifies the micro-batch within a run, as a key of random generators."""
+        return (self.epoch, self.index, self.part) if self.part else (self.epoch, self.index)
 
 
 class Epoch:
-    """The micro-batches of one epoch in order, stored as arrays because there can be millions of rows."""
+    """The groups of one epoch in order, stored as arrays because there can be millions of rows."""
 
-    def __init__(self, number: int, rows: np.ndarray, starts: np.ndarray, order: np.ndarray, padding: float):
-        """Create an epoch in which micro-batch `i` is `rows[starts[order[i]] : starts[order[i] + 1]]`."""
-        self.number, self.rows, self.starts, self.order = number, rows, starts, order
-        self.padding = padding  # fraction of all samples
+    def __init__(
+        self,
+        number: int,
+        rows: np.ndarray,
+        n_samples: np.ndarray,
+        by_length: np.ndarray,
+        starts: np.ndarray,
+        order: np.ndarray,
+    ):
+        """Create an epoch; group `i` is `rows[by_length[starts[order[i]] : starts[order[i] + 1]]]`."""
+        self.number, self.rows, self.n_samples = number, rows, n_samples
+        self.by_length, self.starts, self.order = by_length, starts, order
+        padded = np.sum(np.maximum.reduceat(n_samples[by_length], starts[:-1]) * np.diff(starts))
+        self.padding = 1 - float(n_samples.sum() / padded)  # fraction of all samples
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> MicroBatch:
+        return MicroBatch(self.number, index, tuple(self.rows[self._members(index)].tolist()))
+
+    def lengths(self, index: int) -> np.ndarray:
+        """Samples of each utterance of a group."""
+        return self.n_samples[self._members(index)]
+
+    def _members(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(index)  # required for iteration to end
         group = self.order[index]
-        rows = self.rows[self.starts[group] : self.starts[group + 1]]
-        return MicroBatch(self.number, index, tuple(rows.tolist()))
-
-    def for_rank(self, rank: int, world: int) -> Iterator[MicroBatch]:
-        """Iterate over the micro-batches of a rank: every `world`-th, starting at `rank`."""
-        return (self[index] for index in range(rank, len(self), world))
+        return self.by_length[self.starts[group] : self.starts[group + 1]]
 
 
 class Sampler:
-    """Sampler of micro-batches of similar lengths, each at most `micro_seconds` long including padding."""
+    """Sampler of groups of similar lengths, each at most `group_seconds` long including padding."""
 
     def __init__(
         self,
         rows: np.ndarray,
         n_samples: np.ndarray,
+        sizes: BatchSizes,
         *,
-        micro_seconds: float,
-        micro_batches_per_step: int,
         seed: int,
         max_rows: int = 0,
         epoch_lengths: Callable[[int], np.ndarray] | None = None,
@@ -68,42 +111,76 @@ class Sampler:
         Args:
             rows: manifest rows to sample from.
             n_samples: length of each row after cropping, or an upper bound of it.
-            max_rows: maximum number of rows per micro-batch; 0: no limit.
+            max_rows: maximum number of rows per group; 0: no limit.
             epoch_lengths: maps an epoch to the lengths in it, if they change between epochs.
         """
         self.rows, self.n_samples = np.asarray(rows), np.asarray(n_samples)
-        self.capacity = int(micro_seconds * SAMPLE_RATE)
-        self.micro_batches_per_step, self.seed, self.max_rows = micro_batches_per_step, seed, max_rows
+        self.sizes, self.seed, self.max_rows = sizes, seed, max_rows
         self.epoch_lengths = epoch_lengths
+        micro_seconds = min(sizes.group_seconds, sizes.micro_seconds or sizes.group_seconds)
+        self.group_capacity, self.capacity = (
+            int(seconds * SAMPLE_RATE) for seconds in (sizes.group_seconds, micro_seconds)
+        )
         if not len(self.rows):
             raise DataError("no utterances to train on; check the split, the length limits and the labels")
-        if self.n_samples.max() > self.capacity:
-            longest = self.n_samples.max() / SAMPLE_RATE
+        longest = self.n_samples.max() / SAMPLE_RATE
+        if self.n_samples.max() > self.group_capacity:
             raise ConfigError(
-                f"micro_seconds={micro_seconds} is shorter than the longest utterance ({longest:.2f} s)"
+                f"batch_seconds: a group of similar lengths has {sizes.group_seconds:g} s (an update has "
+                f"{sizes.groups} groups), which is shorter than the longest utterance ({longest:.2f} s)"
+            )
+        if self.n_samples.max() > self.capacity:
+            raise ConfigError(
+                f"micro_seconds={micro_seconds:g} is shorter than the longest utterance ({longest:.2f} s)"
             )
         self._epochs: dict[int, Epoch] = {}
 
     def epoch(self, epoch: int) -> Epoch:
-        """Return the micro-batches of an epoch."""
+        """Return the groups of an epoch."""
         if epoch not in self._epochs:  # keep the previous epoch, because data workers are ahead of training
             self._epochs = {number: built for number, built in self._epochs.items() if number == epoch - 1}
             self._epochs[epoch] = self._build(epoch)
         return self._epochs[epoch]
 
+    def update(self, epoch: int, cursor: int, processes: int = 1) -> list[MicroBatch]:
+        """Micro-batches of the update that starts at group `cursor`; `processes` divides their number.
+
+        Raises:
+            DataError: the update has too few utterances for the processes.
+        """
+        groups = [self._group(micro) for micro in islice(self.stream(epoch, cursor), self.sizes.groups)]
+        while sum(len(group.parts) for group in groups) % processes:
+            divisible = [group for group in groups if len(group.parts) < len(group.lengths)]
+            if not divisible:
+                n_utterances = sum(len(group.lengths) for group in groups)
+                raise DataError(
+                    f"an update has {n_utterances} utterances, which {processes} processes cannot share; "
+                    "start fewer processes or increase train.batch_seconds"
+                )
+            max(divisible, key=_Group.longest_part).split()
+        return [part for group in groups for part in group.micro_batches()]
+
+    def single_pass(self, rank: int = 0, processes: int = 1) -> Iterator[MicroBatch]:
+        """The micro-batches of epoch 0 for one of several processes, for an evaluation."""
+        epoch = self.epoch(0)
+        groups = (self._group(epoch[index]) for index in range(len(epoch)))
+        parts = (part for group in groups for part in group.micro_batches())
+        return islice(parts, rank, None, processes)
+
+    def _group(self, micro: MicroBatch) -> _Group:
+        return _Group(micro, self.epoch(micro.epoch).lengths(micro.index), self.capacity)
+
     def _build(self, epoch: int) -> Epoch:
         rng = seeded_rng(self.seed, epoch, 0)
+        # Noise on the lengths varies which utterances share a group, with almost no extra padding.
         n_samples = self.n_samples if self.epoch_lengths is None else self.epoch_lengths(epoch)
-        # Noise on the lengths varies which utterances share a micro-batch, with almost no extra padding.
         by_length = np.argsort(n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
-        length = n_samples[by_length]
-        starts = self._boundaries(length)
-        padded = np.sum(np.maximum.reduceat(length, starts[:-1]) * np.diff(starts))
-        padding = 1 - float(length.sum() / padded)
-        return Epoch(epoch, self.rows[by_length], starts, rng.permutation(len(starts) - 1), padding)
+        starts = self._boundaries(n_samples[by_length])
+        order = rng.permutation(len(starts) - 1)
+        return Epoch(epoch, self.rows, n_samples, by_length, starts, order)
 
     def _boundaries(self, length: np.ndarray) -> np.ndarray:
-        """Split rows with these lengths into micro-batches; return all start positions and the final end."""
+        """Split rows with these lengths into groups; return all start positions and the final end."""
         starts, counts = [0], np.arange(1, self._row_limit(int(length[0])) + 1)
         while starts[-1] < len(length):
             first = starts[-1]
@@ -111,21 +188,56 @@ class Sampler:
             if len(candidates) > len(counts):
                 counts = np.arange(1, len(candidates) + 1)
             padded = np.maximum.accumulate(candidates) * counts[: len(candidates)]  # monotonic
-            starts.append(first + int(np.searchsorted(padded, self.capacity, side="right")))
+            starts.append(first + int(np.searchsorted(padded, self.group_capacity, side="right")))
         return np.array(starts)
 
     def _row_limit(self, first_length: int) -> int:
-        """Maximum number of rows in a micro-batch whose first row has this length."""
-        limit = self.capacity // max(1, first_length)
+        """Maximum number of rows of a group whose first row has this length."""
+        limit = self.group_capacity // max(1, first_length)
         return min(limit, self.max_rows) if self.max_rows else limit
 
     def stream(self, epoch: int, cursor: int) -> Iterator[MicroBatch]:
-        """Iterate over micro-batches endlessly, starting from a saved state."""
+        """Iterate over groups endlessly, starting at a saved state."""
         while True:
-            batches = self.epoch(epoch)
-            yield from (batches[index] for index in range(cursor, len(batches)))
+            groups = self.epoch(epoch)
+            yield from (groups[index] for index in range(cursor, len(groups)))
             epoch, cursor = epoch + 1, 0
 
     def padding(self, epoch: int = 0) -> float:
         """Fraction of an epoch's samples that are padding."""
         return self.epoch(epoch).padding
+
+
+class _Group:
+    """A group that is cut into parts of nearly equal numbers of utterances, none above `capacity` samples."""
+
+    def __init__(self, micro: MicroBatch, lengths: np.ndarray, capacity: int):
+        self.micro, self.lengths, self.capacity = micro, lengths, capacity
+        self._cut(-(-len(lengths) * int(lengths.max()) // capacity))
+
+    def longest_part(self) -> int:
+        """Samples of the longest part, padding included."""
+        return max(map(self._padded, self.parts))
+
+    def split(self) -> None:
+        """Cut into more parts."""
+        self._cut(len(self.parts) + 1)
+
+    def _cut(self, n_parts: int) -> None:
+        """Cut into `n_parts` parts, or more if one would exceed the capacity."""
+        n_rows = len(self.lengths)
+        for n in range(min(n_parts, n_rows), n_rows + 1):
+            bounds = [n_rows * i // n for i in range(n + 1)]
+            self.parts = [slice(*bound) for bound in pairwise(bounds)]
+            if self.longest_part() <= self.capacity:
+                break
+
+    def _padded(self, part: slice) -> int:
+        lengths = self.lengths[part]
+        return len(lengths) * int(lengths.max())
+
+    def micro_batches(self) -> list[MicroBatch]:
+        if len(self.parts) == 1:
+            return [self.micro]
+        epoch, index, rows = self.micro.epoch, self.micro.index, self.micro.rows
+        return [MicroBatch(epoch, index, rows[part], n, rows) for n, part in enumerate(self.parts)]

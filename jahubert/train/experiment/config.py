@@ -296,6 +296,11 @@ def result_fields(config: Any) -> dict[str, Any]:
     return flat
 
 
+def runtime_fields(config: Any) -> set[str]:
+    """Names of the settings that `result_fields` leaves out."""
+    return {name for name, _, metadata in _leaves(config) if metadata.get("runtime")}
+
+
 def default_fields(config: Any) -> dict[str, Any]:
     """Return the defaults of `result_fields`, for fields that have a default."""
     flat: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,18 @@ def fingerprint(recipe: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def acquire(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> bool:
+def acquire(
+    out: Path,
+    recipe: dict[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    runtime: Collection[str] = (),
+) -> bool:
     """Reserve the folder `out` for a stage; returns whether its result is already complete.
 
     Args:
         recipe: the result of `stage_inputs`.
         defaults: values of settings that are missing from the folder's record (`default_fields`).
+        runtime: settings that do not change the result (`runtime_fields`), but may be in an older record.
 
     Raises:
         StaleError: the folder was created or started with different settings.
@@ -57,7 +63,7 @@ def acquire(out: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | Non
     for name in (DONE, STARTED):
         if (out / name).exists():
             before = read_record(out / name)
-            _check_unchanged(out, before, recipe, defaults or {}, finished=name == DONE)
+            _check_unchanged(out, before, recipe, defaults or {}, runtime, finished=name == DONE)
             return name == DONE
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / STARTED, {"fingerprint": fingerprint(recipe), **recipe})
@@ -183,7 +189,11 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
 
 
 def changed_settings(
-    stage: str, before: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]
+    stage: str,
+    before: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    runtime: Collection[str] = (),
 ) -> list[str]:
     """Return a message for each setting that differs from a record."""
     new, default = (json.loads(json.dumps(dict(side), default=str)) for side in (settings, defaults))
@@ -194,7 +204,7 @@ def changed_settings(
         else:
             old[key] = value
     changes = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted((old.keys() - set(runtime)) | new.keys()):
         before_value = old.get(key, default.get(key))
         value = new.get(key, default.get(key))
         if before_value != value:
@@ -203,11 +213,16 @@ def changed_settings(
 
 
 def _check_unchanged(
-    out: Path, before: dict[str, Any], recipe: dict[str, Any], defaults: Mapping[str, Any], finished: bool
+    out: Path,
+    before: dict[str, Any],
+    recipe: dict[str, Any],
+    defaults: Mapping[str, Any],
+    runtime: Collection[str],
+    finished: bool,
 ) -> None:
     """Raise StaleError if the record has different settings or a different version of the stage."""
     stage, version = recipe["stage"], recipe["version"]
-    changes = changed_settings(stage, before, recipe["settings"], defaults)
+    changes = changed_settings(stage, before, recipe["settings"], defaults, runtime)
     if before.get("version") != version:
         changes.append(f"{stage} changed from version {before.get('version')} to {version}")
     if not changes:

@@ -97,9 +97,11 @@ def _memory_advice(stage: str, config: Any) -> str:
     """Advice on which setting to change to reduce GPU memory use."""
     if hasattr(config, "train"):
         train = f"{stage}.train"
+        seconds = config.train.micro_seconds
+        limit = "a smaller number than the log reports" if seconds is None else f"less than {seconds:g}"
         return (
-            f"Set {train}.micro_seconds below {config.train.micro_seconds:g}; the batch size stays the same. "
-            f"A run with a checkpoint keeps that setting and continues with {train}.recompute=true"
+            f"Set {train}.micro_seconds to {limit}, or {train}.recompute=true; the update stays the same, so "
+            "a run with a checkpoint continues"
         )
     if hasattr(config, "batch_seconds"):
         return f"Set {stage}.batch_seconds below {config.batch_seconds:g}; finished work is kept"

@@ -100,8 +100,9 @@ def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
             yield str(error)
     if train is None:
         return
+    longest = config.crop.max_seconds if hasattr(config, "crop") else 1.0  # unknown without a manifest
     for prefix, check in (
-        (f"{stage}.", lambda: train.accumulation_steps(processes)),
+        (f"{stage}.", lambda: train.check_processes(processes, longest)),
         ("", lambda: resolve(train.engine, ENGINES, "engine")),
         (f"{stage}.train.", lambda: kind and pick_precision(train, kind)),
     ):

@@ -73,7 +73,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
     """
     from jahubert.formats.atomic import remove_leftovers
     from jahubert.train.experiment import distributed, provenance
-    from jahubert.train.experiment.config import default_fields
+    from jahubert.train.experiment.config import default_fields, runtime_fields
     from jahubert.train.experiment.lock import remove_stale_lock, run_lock
     from jahubert.train.experiment.registry import STAGES, resolve
     from jahubert.train.experiment.resource_errors import report_file_errors, report_oom
@@ -88,7 +88,8 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
         if not (keep_result and (out / provenance.DONE).exists()):
             lock.enter_context(run_lock(out))
             remove_leftovers(out)
-        return inputs, keep_result and provenance.acquire(out, inputs, default_fields(config))
+        defaults, runtime = default_fields(config), runtime_fields(config)
+        return inputs, keep_result and provenance.acquire(out, inputs, defaults, runtime)
 
     with ExitStack() as lock:
         with report_file_errors(out):

@@ -22,17 +22,14 @@ from jahubert.train.clustering.features import Mfcc
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment.config import structure
 from jahubert.train.experiment.registry import STAGES, by_subset, resolve
-from jahubert.train.plan.flops import forward_flops, n_parameters, step_flops
+from jahubert.train.plan.flops import forward_flops, step_flops
 from jahubert.train.plan.machine import GPUS, UTILIZATION, Machine, from_table, measure
 from jahubert.train.plan.memory import peak_bytes
+from jahubert.train.trainer.micro_batch import automatic_micro_seconds, fixed_bytes, n_parameters
 from jahubert.train.trainer.optim import TrainConfig
 
 _MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 million utterances
-# Bytes per parameter.
-_ADAM = 16  # weight, gradient and two moments
-_DDP_BUCKETS = 4  # gradient copies that DDP reduces over processes
-_AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
-_CHECKPOINT = 12
+_CHECKPOINT = 12  # bytes per parameter
 _TRAINING_STAGES = ("pretrain", "finetune")
 # Numeric settings of the estimate: maximum value, and a description of valid values for error messages.
 _NUMBERS = {
@@ -204,13 +201,30 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
     head_only = min(getattr(config, "head_only_steps", 0), train.max_steps)
     flops *= 1 - head_only / train.max_steps * 2 / 3  # head-only steps skip the backward pass of the encoder
     hours: float | None = flops / rate / machine.n_devices / 3600
-    memory = _training_memory(config.model, train, seconds, precision, machine)
+    micro_seconds = train.micro_seconds or automatic_micro_seconds(
+        train,
+        config.model,
+        longest=longest,
+        memory_bytes=machine.memory_bytes,
+        precision=precision,
+        n_devices=machine.n_devices,
+    )
+    micro_seconds = min(
+        micro_seconds, train.batch_sizes.group_seconds, train.batch_seconds / machine.n_devices
+    )
+    is_gpu = machine.memory_bytes is not None
+    memory = fixed_bytes(parameters, precision, machine.n_devices, train.sharded)
+    memory += micro_seconds * peak_bytes(config.model, seconds, train.recompute, precision, is_gpu)
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
     weights = 1 + hasattr(config, "dev_splits")  # the bundle, and in fine-tuning also the best weights
     disk = (checkpoints * _CHECKPOINT + weights * 4) * parameters
     speed = rate / flops_per_second
     readers = math.ceil(speed / machine.decode_speed)
-    notes = [f"{speed * machine.n_devices:.0f} audio-h/h", f"{readers} reader{'s'[: readers > 1]} per device"]
+    notes = [
+        f"{speed * machine.n_devices:.0f} audio-h/h",
+        f"micro-batches of {micro_seconds:.4g} s",
+        f"{readers} reader{'s'[: readers > 1]} per device",
+    ]
     if machine.memory_bytes and memory > 0.9 * machine.memory_bytes:
         notes.append(
             "does not fit: lower train.micro_seconds, or set train.recompute=true or train.sharded=true"
@@ -218,7 +232,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
     if machine.memory_bytes and not machine.has_bfloat16 and train.precision in ("auto", "bf16"):
         notes.append(f"runs in float32: {machine.name} has no bfloat16; set train.precision=fp16")
     try:
-        train.accumulation_steps(machine.n_devices)
+        train.check_processes(machine.n_devices, longest)
     except ConfigError as error:  # the run itself would fail with this error
         hours, notes = None, [str(error)]
     return StageEstimate(name, hours, disk, memory, ", ".join(notes))
@@ -229,20 +243,6 @@ def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
     if train.precision == "fp16":
         return torch.float16
     return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32
-
-
-def _training_memory(
-    model: HubertConfig, train: TrainConfig, seconds: float, precision: torch.dtype, machine: Machine
-) -> float:
-    """Estimate the bytes of tensors on one device, excluding CUDA's own memory and fragmentation."""
-    parameters = n_parameters(model)
-    memory = _ADAM * parameters / (machine.n_devices if train.sharded else 1)
-    if machine.n_devices > 1 and not train.sharded:
-        memory += _DDP_BUCKETS * parameters
-    if precision is not torch.float32:
-        memory += _AUTOCAST_COPY * parameters
-    gpu = machine.memory_bytes is not None
-    return memory + train.micro_seconds * peak_bytes(model, seconds, train.recompute, precision, gpu)
 
 
 def _pass_hours(seconds: float, flops_per_second: float, machine: Machine) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from jahubert.frames import SAMPLE_RATE
-from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.model.hubert import HubertConfig
 
 
 def forward_flops(config: HubertConfig, seconds: float, layer: int | None = None) -> tuple[float, float]:
@@ -37,9 +35,3 @@ def step_flops(config: HubertConfig, seconds: float, recompute: bool) -> float:
     """Compute the FLOPs of a training step per second of audio; a backward pass costs two forward passes."""
     front_end, blocks = forward_flops(config, seconds)
     return 3 * front_end + (4 if recompute else 3) * blocks
-
-
-def n_parameters(config: HubertConfig) -> int:
-    """Number of parameters of a model with this configuration."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in HubertModel(config).parameters())

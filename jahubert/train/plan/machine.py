@@ -24,6 +24,7 @@ from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import unknown_name_error
 from jahubert.train.plan.flops import step_flops
 from jahubert.train.plan.memory import masked_loss
+from jahubert.train.trainer.micro_batch import with_micro_seconds
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_precision
 
 
@@ -131,15 +132,18 @@ def from_table(gpu: str, n_devices: int, utilization: float) -> Machine:
 
 
 def _utterance_seconds(train: TrainConfig) -> float:
-    return min(8.0, train.micro_seconds)
+    sizes = train.batch_sizes
+    return min(8.0, sizes.group_seconds, sizes.micro_seconds or sizes.group_seconds)
 
 
 def _training_speed(
     config: HubertConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Measure the training speed in seconds of audio per second."""
-    budget = train.micro_seconds if device.type == "cuda" else min(16.0, train.micro_seconds)
     seconds = _utterance_seconds(train)
+    budget = with_micro_seconds(train, config, seconds).micro_seconds or seconds
+    if device.type == "cpu":
+        budget = min(16.0, budget)
     model = HubertModel(replace(config, layer_drop=0.0)).to(device)
     head = UnitHead(config.width, 500).to(device)
     optimizer = build_optimizer(torch.nn.ModuleList([model, head]), train)

@@ -26,6 +26,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.model.kernels.packing import Packing
 from jahubert.model.kernels.positional_conv import by_frequencies, positional_conv
 from jahubert.model.precision import autocast
+from jahubert.train.trainer.micro_batch import front_end_bytes
 from jahubert.train.trainer.parallel import wrap_blocks
 
 MASKED = 0.57  # fraction of masked frames with the paper's mask settings
@@ -68,23 +69,6 @@ def peak_bytes(
     if recompute:  # the activations of one complete layer
         block += (kept_bytes(config, seconds, False, precision, gpu) - kept) / config.layers
     return max(kept + block, front_end_bytes(config, precision) if gpu else 0.0)
-
-
-def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
-    """Estimate the peak memory of the backward pass through the convolutions in bytes per second of audio.
-
-    Only for a GPU, which processes all rows at once; a CPU processes a few rows at a time.
-    """
-    rate, n_inputs, peak = float(SAMPLE_RATE), 0.0, 0.0
-    for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
-        rate /= stride
-        if n_inputs:  # input, GELU of the input, and the gradients of input and output
-            n_bytes = precision.itemsize * (3 * n_inputs + rate * width)
-            if config.conv_norm == "layer":  # also the input of the norm, and its float32 copy
-                n_bytes += (precision.itemsize + 4) * n_inputs
-            peak = max(peak, n_bytes)
-        n_inputs = rate * width
-    return peak
 
 
 class _GpuLayerNorm(TorchFunctionMode):

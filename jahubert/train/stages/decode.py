@@ -34,7 +34,7 @@ from jahubert.phonemes import PhonemeSet
 from jahubert.prefetch import prefetch
 from jahubert.train.data.batches import CtcData, pad
 from jahubert.train.data.manifest import Manifest, Utterance
-from jahubert.train.data.sampler import MicroBatch
+from jahubert.train.data.sampler import BatchSizes, MicroBatch
 from jahubert.train.data.targets import TargetStore, split_words
 from jahubert.train.evaluation.lexicon import LexiconConfig, LexiconSearch
 from jahubert.train.experiment import distributed
@@ -175,12 +175,11 @@ def log_probabilities(
         rows,
         mask=None,
         width=1,
-        micro_seconds=max(config.batch_seconds, longest + 1),
-        micro_batches_per_step=1,
+        sizes=BatchSizes(max(config.batch_seconds, longest + 1)),
         seed=0,
         keep_in_memory_hours=0,
     )
-    micro_batches = list(data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world()))
+    micro_batches = list(data.sampler.single_pass(distributed.rank(), distributed.world()))
     n_rows = sum(len(micro.rows) for micro in micro_batches)
 
     def load(micro: MicroBatch) -> tuple[Tensor, Tensor, list[Tensor]]:

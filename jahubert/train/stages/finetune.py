@@ -38,6 +38,7 @@ from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, split_field
 from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.losses import ctc_loss
+from jahubert.train.trainer.micro_batch import with_micro_seconds
 from jahubert.train.trainer.optim import TrainConfig
 from jahubert.train.trainer.trainer import Loss
 
@@ -51,7 +52,6 @@ VERSION = 1
 _TRAIN = TrainConfig(
     max_steps=25_000,
     batch_seconds=1600.0,
-    micro_seconds=200.0,
     lr=2e-5,
     schedule="tri_stage",
     warmup=0.32,
@@ -157,10 +157,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         head_only_steps=config.head_only_steps,
         seed=config.seed,
     )
+    longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
+    train_config = with_micro_seconds(config.train, module.ctc.config, longest)
     sizes: dict[str, Any] = {
         "width": module.ctc.config.width,
-        "micro_seconds": config.train.micro_seconds,
-        "micro_batches_per_step": config.train.micro_batches_per_step,
+        "sizes": train_config.batch_sizes,
         "seed": config.seed,
     }
     data = CtcData(manifest, targets, rows, mask=config.mask, augment=config.augment, **sizes)
@@ -188,7 +189,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         return metrics
 
     train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
-    metrics = train(module, data, config.train, out, validate=validate, best=config.best)
+    metrics = train(module, data, train_config, out, validate=validate, best=config.best)
     if distributed.rank() == 0:
         finetuning: dict[str, Any] = {"utterances": len(rows), "metrics": metrics}
         if config.pretrained is not None and not config.pretrained.exists():  # a Hub name
@@ -247,7 +248,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
     sums: dict[str, Any] = dict.fromkeys([*names, "blanks", "frames", "empty", "rows"], 0.0)
     for micro, batch in prefetch(
-        data.load, data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world())
+        data.load, data.sampler.single_pass(distributed.rank(), distributed.world())
     ):
         batch = batch.to(device)
         logp_BSV, device_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)

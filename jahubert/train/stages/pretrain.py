@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from jahubert.train.experiment.config import model_field, raise_config_errors, r
 from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.loader import seed_micro_batch
 from jahubert.train.trainer.losses import unit_loss
+from jahubert.train.trainer.micro_batch import with_micro_seconds
 from jahubert.train.trainer.optim import TrainConfig
 from jahubert.train.trainer.trainer import Loss
 
@@ -72,11 +73,16 @@ class Config:
                 f"augment.speed_prob is {self.augment.speed_prob}, but must be 0: units have times, which "
                 "another speed would change"
             )
-        if self.crop.max_seconds > self.train.micro_seconds:
-            errors.append(
-                f"crop.max_seconds is {self.crop.max_seconds}, but must be at most train.micro_seconds, "
-                f"{self.train.micro_seconds}"
-            )
+        sizes = self.train.batch_sizes
+        for name, limit in (("micro_seconds", sizes.micro_seconds), ("batch_seconds", sizes.group_seconds)):
+            if limit is not None and self.crop.max_seconds > limit:
+                per_group = (
+                    f" / {sizes.groups} groups" if name == "batch_seconds" and sizes.groups > 1 else ""
+                )
+                errors.append(
+                    f"crop.max_seconds is {self.crop.max_seconds}, but must be at most "
+                    f"train.{name}{per_group}, {limit:g}"
+                )
         raise_config_errors(errors)
 
 
@@ -108,11 +114,12 @@ class Pretrainer(nn.Module):
         # Frames are selected by index, because boolean indexing would synchronize the GPU.
         logits_NK = self.head(encoded.hidden_BSD.flatten(0, 1).index_select(0, batch.masked_index_N))
         loss, count = unit_loss(logits_NK, batch.unit_N), len(batch.unit_N)
+        penalty_count = count if batch.penalty_count is None else batch.penalty_count
         total = loss
         if encoded.conv_penalty is not None:
-            total = loss + self.penalty * count * encoded.conv_penalty
+            total = loss + self.penalty * penalty_count * encoded.conv_penalty
         correct = (logits_NK.detach().argmax(-1) == batch.unit_N).sum()
-        penalty = 0.0 if encoded.conv_penalty is None else encoded.conv_penalty.detach() * count
+        penalty = 0.0 if encoded.conv_penalty is None else encoded.conv_penalty.detach() * penalty_count
         padded_seconds = batch.wav_BT.numel() / SAMPLE_RATE
         sums = {
             "nats": loss,
@@ -135,6 +142,7 @@ class Pretrainer(nn.Module):
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, labels = Manifest(config.manifest), LabelStore(config.labels)
+    config = replace(config, train=with_micro_seconds(config.train, config.model, config.crop.max_seconds))
     data = _data(config, manifest, labels, "train", config.augment)
     valid = None
     if config.valid_split is not None:
@@ -186,7 +194,7 @@ def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
         ("nats", "correct", "penalty", "seconds", "padded_seconds", "count"), 0.0
     )
     for micro, batch in prefetch(
-        data.load, data.sampler.epoch(0).for_rank(distributed.rank(), distributed.world())
+        data.load, data.sampler.single_pass(distributed.rank(), distributed.world())
     ):
         seed_micro_batch(module.seed, micro)
         loss = module(batch.to(device), 0)
@@ -206,8 +214,7 @@ def _data(
         split=split,
         crop=config.crop,
         mask=config.mask,
-        micro_seconds=config.train.micro_seconds,
-        micro_batches_per_step=config.train.micro_batches_per_step,
+        sizes=config.train.batch_sizes,
         seed=config.seed,
         augment=augment,
     )

@@ -133,7 +133,7 @@ class _TrainingRun:
     ):
         self.device = distributed.process_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.accumulation_steps = config.accumulation_steps(distributed.world())
+        self.accumulation_steps = 0  # micro-batches of the current step in this process
         self.folder = checkpoint_folder(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config
         wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
@@ -268,7 +268,8 @@ class _Reader(DataReader):
         if self.micro_batches is None:
             state = self.data_state.state_dict()
             self.micro_batches = micro_batches(run.data, run.config, run.device, **state)
-        self.data_state.advance(run.config.micro_batches_per_step)
+        run.accumulation_steps = len(self.data_state.micro_batches())
+        self.data_state.advance()
         return [_LazyBatch(self) for _ in range(run.accumulation_steps)]
 
     def read(self) -> tuple[MicroBatch, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import multiprocessing
 import os
 import signal
@@ -85,14 +84,18 @@ def _move_to_shared_memory(batch: Any, config: TrainConfig) -> None:
 def _less_shared_memory(config: TrainConfig) -> str:
     return (
         f"enlarge {SHARED_MEMORY}, or set train.workers below {config.workers} or train.micro_seconds below "
-        f"{config.micro_seconds:g}"
+        f"{_micro_seconds(config):g}"
     )
+
+
+def _micro_seconds(config: TrainConfig) -> float:
+    return config.micro_seconds or config.batch_seconds  # not automatic: a stage has chosen it
 
 
 def shared_memory_bytes(config: TrainConfig) -> int:
     """Upper bound on the shared memory (bytes) that the DataLoader workers of one process need."""
     in_flight = _PREFETCH * config.workers + 1  # one more is in use by the training step
-    return int(in_flight * config.micro_seconds * SAMPLE_RATE * 4) if config.workers else 0
+    return int(in_flight * _micro_seconds(config) * SAMPLE_RATE * 4) if config.workers else 0
 
 
 def check_shared_memory(config: TrainConfig) -> None:
@@ -123,8 +126,11 @@ class ShardedSampler:
         self.sampler, self.epoch, self.cursor = sampler, epoch, cursor
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        stream = self.sampler.stream(self.epoch, self.cursor)
-        return itertools.islice(stream, distributed.rank(), None, distributed.world())
+        position = DataState(self.sampler)
+        position.load_state_dict({"epoch": self.epoch, "cursor": self.cursor})
+        while True:
+            yield from position.micro_batches()
+            position.advance()
 
 
 def ignore_signals(_: int = 0) -> None:
@@ -216,15 +222,20 @@ def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
 
 
 class DataState:
-    """Position in the data, equal in all processes: the epoch and the micro-batches consumed in it."""
+    """Position in the data, equal in all processes: the epoch and the groups consumed in it."""
 
     def __init__(self, sampler: Sampler):
         self.sampler, self.epoch, self.cursor = sampler, 0, 0
         self._sized_epoch, self._size = -1, 0  # computing the size of an epoch is expensive
 
-    def advance(self, n: int) -> None:
-        """Advance by `n` micro-batches, across epochs if necessary."""
-        self.cursor += n
+    def micro_batches(self) -> list[MicroBatch]:
+        """The micro-batches of the next update that this process computes."""
+        world = distributed.world()
+        return self.sampler.update(self.epoch, self.cursor, world)[distributed.rank() :: world]
+
+    def advance(self, n_updates: int = 1) -> None:
+        """Advance by whole updates, across epochs if necessary."""
+        self.cursor += n_updates * self.sampler.sizes.groups
         while True:
             if self._sized_epoch != self.epoch:
                 self._sized_epoch, self._size = self.epoch, len(self.sampler.epoch(self.epoch))
@@ -241,4 +252,4 @@ class DataState:
 
 def seed_micro_batch(seed: int, micro: MicroBatch) -> None:
     """Seed torch's random number generators for the dropout and layer drop of one micro-batch."""
-    torch.manual_seed(int(seeded_rng(seed, micro.epoch, micro.index, 7).integers(2**62)))
+    torch.manual_seed(int(seeded_rng(seed, *micro.key, 7).integers(2**62)))

@@ -11,6 +11,7 @@ from torch import nn
 
 from jahubert.errors import ConfigError
 from jahubert.model.precision import preferred_dtype
+from jahubert.train.data.sampler import BatchSizes, groups_per_update
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 
 
@@ -20,7 +21,9 @@ class TrainConfig:
 
     max_steps: int = 400_000  # updates
     batch_seconds: float = 2800.0  # audio per step over all devices; reached by gradient accumulation
-    micro_seconds: float = 87.5  # audio per device and forward pass, including padding
+    groups: int | None = None  # groups of utterances of similar length per step; null: 8 for 2,800 s
+    # Maximum audio per device and forward pass, including padding; null: derived from the memory of the GPU.
+    micro_seconds: float | None = runtime_field(None)
     lr: float = 5e-4  # peak learning rate
     schedule: Literal["linear", "tri_stage"] = (
         "linear"  # linear: warm-up and decay; tri_stage: warm-up, hold, decay
@@ -52,7 +55,7 @@ class TrainConfig:
             self,
             {
                 "positive": ("batch_seconds", "micro_seconds", "lr"),
-                "at least 1": ("max_steps", "log_every", "save_every", "keep_last"),
+                "at least 1": ("max_steps", "groups", "log_every", "save_every", "keep_last"),
                 "at least 0": ("eps", "weight_decay", "clip_norm", "workers", "keep_every", "valid_every"),
                 "in [0, 1]": ("warmup", "hold", "final_lr"),
             },
@@ -67,7 +70,7 @@ class TrainConfig:
             )
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
             errors.append("warmup and hold are fractions of max_steps and must not add up to more than 1")
-        if self.micro_seconds > self.batch_seconds:
+        if self.micro_seconds is not None and self.micro_seconds > self.batch_seconds:
             errors.append(
                 f"micro_seconds is {self.micro_seconds}, but must not exceed batch_seconds "
                 f"{self.batch_seconds}"
@@ -75,40 +78,31 @@ class TrainConfig:
         raise_config_errors(errors)
 
     @property
-    def micro_batches_per_step(self) -> int:
-        return max(1, round(self.batch_seconds / self.micro_seconds))
+    def batch_sizes(self) -> BatchSizes:
+        groups = self.groups or groups_per_update(self.batch_seconds)
+        return BatchSizes(self.batch_seconds / groups, groups, self.micro_seconds)
 
-    def accumulation_steps(self, processes: int) -> int:
-        """Number of micro-batches per step and process.
+    def check_processes(self, processes: int, longest: float) -> None:
+        """Check that each process gets at least one utterance of an update.
+
+        Args:
+            longest: seconds of the longest utterance.
 
         Raises:
-            ConfigError: the micro-batches of a step cannot be divided evenly among the processes.
+            ConfigError: too many processes.
         """
-        steps, remainder = divmod(self.micro_batches_per_step, processes)
-        if remainder:
-            divisible = processes * (steps + 1)
+        if processes * longest > self.batch_seconds:
             raise ConfigError(
-                f"train.micro_seconds: one step has {self.micro_batches_per_step} micro-batches "
-                f"({self.batch_seconds:g} / {self.micro_seconds:g} s), which do not divide evenly among "
-                f"{processes} processes; set it to {self.batch_seconds / divisible:.4g} for {divisible} "
-                "micro-batches"
+                f"train.batch_seconds: an update of {self.batch_seconds:g} s may consist of "
+                f"{max(1, int(self.batch_seconds / longest))} utterances of {longest:g} s, which {processes} "
+                f"processes cannot share; start fewer processes"
             )
-        return steps
 
     def warnings(self, processes: int) -> list[str]:
-        """Warnings about settings that are ignored or only approximated with this many processes."""
-        messages = []
-        seconds = self.micro_batches_per_step * self.micro_seconds
-        if abs(seconds / self.batch_seconds - 1) > 0.01:  # tolerates a rounded micro_seconds
-            messages.append(
-                f"a step has {seconds:g} s of audio ({self.micro_batches_per_step} times "
-                f"micro_seconds={self.micro_seconds:g}), not batch_seconds={self.batch_seconds:g}; to match "
-                f"exactly, set micro_seconds={self.batch_seconds / self.micro_batches_per_step:.4g} or "
-                "another divisor of batch_seconds"
-            )
+        """Warnings about settings that have no effect with this many processes."""
         if self.sharded and processes == 1:
-            messages.append("sharded=true has no effect with a single process")
-        return messages
+            return ["sharded=true has no effect with a single process"]
+        return []
 
 
 def lr_at(step: int, config: TrainConfig) -> float:

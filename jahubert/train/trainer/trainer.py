@@ -2,8 +2,8 @@
 
 The engine is not specific to speech: it trains any `Trainable` module. Gradients of summed losses are
 accumulated over micro-batches, divided by the number of targets in all processes, clipped and applied. The
-random state is seeded for every micro-batch from (seed, epoch, index), so that results do not depend on
-resuming, the number of processes or the number of DataLoader workers.
+random state is seeded for every micro-batch from its position in the data, so that results do not depend on
+resuming or the number of DataLoader workers, nor on the number of processes if they divide the micro-batches.
 
 Files under `out`: `checkpoints/step_N/`, `best.safetensors`, `metrics.jsonl`, `tensorboard/`.
 """
@@ -172,7 +172,6 @@ class _TrainingRun:
     def __init__(self, module: nn.Module, data: Data, config: TrainConfig, out: Path):
         self.device = distributed.pick_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.accumulation_steps = config.accumulation_steps(distributed.world())
         self.module, self.data, self.config = module.to(self.device), data, config
         wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
         self.parallel = Parallel(self.module, config.sharded)
@@ -203,12 +202,13 @@ class _TrainingRun:
         sums: dict[str, Any] = {}
         losses = []
         self.optimizer.zero_grad(set_to_none=True)
+        accumulation_steps = len(self.data_state.micro_batches())
         # Sharded weights are gathered block by block: shared copies would keep all of them in memory.
         with kernels.shared_weight_copies(not self.config.sharded):
-            for number in range(self.accumulation_steps):
+            for number in range(accumulation_steps):
                 micro, batch = self._next_micro_batch(self.micro_batches)
                 distributed.heartbeat(f"computing step {step}")
-                last = number == self.accumulation_steps - 1
+                last = number == accumulation_steps - 1
                 loss = self._backward(micro, batch.to(self.device), last)
                 for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
                     value = value.detach() if isinstance(value, Tensor) else value
@@ -219,7 +219,7 @@ class _TrainingRun:
         check_finite_loss(totals["total"], step, losses, self.data)
         norm = self._update(totals["count"])
         self.step = step
-        self.data_state.advance(self.config.micro_batches_per_step)
+        self.data_state.advance()
         self.window.add(totals, norm)
         if self.step % self.config.log_every == 0 or self.step == self.config.max_steps:
             self.metric_log.training(self.step, *self.window.close())

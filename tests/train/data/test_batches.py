@@ -13,7 +13,7 @@ from jahubert.phonemes import PhonemeSet
 from jahubert.train.data.batches import CropConfig, CtcData, MaskConfig, PretrainBatch, PretrainData
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
-from jahubert.train.data.sampler import MicroBatch
+from jahubert.train.data.sampler import BatchSizes, MicroBatch
 from jahubert.train.data.targets import TargetStore, write_targets
 
 LENGTHS = (20_000, 47_777, 33_333, 64_001, 300)
@@ -43,9 +43,7 @@ def corpus(tmp_path_factory):
 def pretraining(corpus, **changes):
     manifest, labels = corpus
     settings = {"split": "train", "crop": CropConfig(min_seconds=0.5, max_seconds=1.5), "mask": MaskConfig()}
-    return PretrainData(
-        manifest, labels, micro_seconds=8.0, micro_batches_per_step=1, seed=1, **{**settings, **changes}
-    )
+    return PretrainData(manifest, labels, sizes=BatchSizes(8.0), seed=1, **{**settings, **changes})
 
 
 def test_units_match_the_cropped_frames(corpus):
@@ -127,8 +125,7 @@ def test_fine_tuning_batches_are_padded_and_never_cropped(corpus, tmp_path):
         targets.labeled_rows,
         mask=MaskConfig(channel_prob=0.5, channel_length=4),
         width=24,
-        micro_seconds=20.0,
-        micro_batches_per_step=1,
+        sizes=BatchSizes(20.0),
         seed=0,
     )
     batch = data.load(MicroBatch(0, 0, (3, 0)))

@@ -225,7 +225,7 @@ def test_imported_units_train(corpus):
         f"data={folder}", f"exp={corpus}/exp", "model=tiny", "device=cpu",
         *(f"model.{key}" for key in ("layers=2", "width=24", "heads=2", "ffn=32", "pos_conv_groups=4")),
         "model.conv_dims=[8,8,8,8,8,8,16]", "pretrain.crop.min_seconds=0.2", "pretrain.crop.max_seconds=2",
-        "pretrain.train.max_steps=2", "pretrain.train.batch_seconds=4", "pretrain.train.micro_seconds=4",
+        "pretrain.train.max_steps=2", "pretrain.train.batch_seconds=4",
         "pretrain.train.valid_every=2", "pretrain.train.precision=fp32",
     ]  # fmt: skip
     runner.run(["recipe=fairseq", "stage=prepare", *settings])

@@ -7,11 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import seeded_rng
-from jahubert.train.data.sampler import MicroBatch, Sampler
+from jahubert.train.data.sampler import BatchSizes, MicroBatch, Sampler, groups_per_update
 from jahubert.train.pipeline import runner
 from jahubert.train.pipeline.jobs import PlannedStage, configure_job
 
@@ -36,14 +36,14 @@ def reference_batches(rows, length, capacity, seed, epoch, max_rows=0):
 def test_batches_match_the_reference_implementation(n, max_rows):
     rng = np.random.default_rng(n)
     rows, length = 100 + rng.permutation(n), rng.integers(5_000, 250_000, n)
-    sampler = Sampler(rows, length, micro_seconds=20.0, micro_batches_per_step=2, seed=1, max_rows=max_rows)
+    sampler = Sampler(rows, length, BatchSizes(20.0, 2), seed=1, max_rows=max_rows)
     for epoch in (0, 3):
         assert list(sampler.epoch(epoch)) == reference_batches(rows, length, 320_000, 1, epoch, max_rows)
 
 
 def test_every_row_occurs_once_with_little_padding():
     length = np.random.default_rng(0).integers(16_000, 160_000, 500)
-    sampler = Sampler(np.arange(100, 600), length, micro_seconds=40.0, micro_batches_per_step=2, seed=1)
+    sampler = Sampler(np.arange(100, 600), length, BatchSizes(40.0, 2), seed=1)
     epoch = list(sampler.epoch(0))
     assert sorted(row for micro in epoch for row in micro.rows) == list(range(100, 600))
     padded = [max(length[row - 100] for row in micro.rows) * len(micro.rows) for micro in epoch]
@@ -52,18 +52,58 @@ def test_every_row_occurs_once_with_little_padding():
     assert list(sampler.epoch(1)) != epoch
     stream = sampler.stream(0, len(epoch) - 1)
     assert [next(stream), next(stream)] == [epoch[-1], sampler.epoch(1)[0]]
-    assert [list(sampler.epoch(0).for_rank(rank, 3)) for rank in range(3)] == [epoch[r::3] for r in range(3)]
+    assert [list(sampler.single_pass(rank, 3)) for rank in range(3)] == [epoch[r::3] for r in range(3)]
 
 
-def test_too_long_utterance_is_rejected():
-    with pytest.raises(ConfigError, match=r"micro_seconds=1.0.*2.00 s"):
-        Sampler(np.array([0]), np.array([32_000]), micro_seconds=1.0, micro_batches_per_step=1, seed=0)
+@pytest.mark.parametrize("sizes", [BatchSizes(1.0), BatchSizes(8.0, 1, 1.0)])
+def test_too_long_utterance_is_rejected(sizes):
+    with pytest.raises(ConfigError, match=r"(batch|micro)_seconds.*2.00 s"):
+        Sampler(np.array([0]), np.array([32_000]), sizes, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("batch_seconds", "groups"), [(2800, 8), (1600, 8), (7200, 16), (5760, 16), (200, 2), (30, 1), (0.5, 1)]
+)
+def test_number_of_groups(batch_seconds, groups):
+    assert groups_per_update(batch_seconds) == groups
+
+
+def test_update_does_not_depend_on_micro_batches_and_processes():
+    rng = np.random.default_rng(0)
+    length = np.clip(rng.lognormal(1.5, 0.5, 12_000) * 16_000, 32_000, 250_000).astype(int)
+    whole = Sampler(np.arange(12_000), length, BatchSizes(350.0, 8), seed=1)
+    for cursor in (0, 8, len(whole.epoch(0)) - 3):  # the last one continues in the next epoch
+        rows = sorted(row for micro in whole.update(0, cursor) for row in micro.rows)
+        for micro_seconds, processes in (
+            (350.0, 1),
+            (87.5, 1),
+            (20.0, 1),
+            (None, 32),
+            (87.5, 3),
+            (None, 100),
+        ):
+            sampler = Sampler(np.arange(12_000), length, BatchSizes(350.0, 8, micro_seconds), seed=1)
+            micro_batches = sampler.update(0, cursor, processes)
+            assert sorted(row for micro in micro_batches for row in micro.rows) == rows
+            assert len(micro_batches) % processes == 0
+            padded = [max(length[list(micro.rows)]) * len(micro.rows) for micro in micro_batches]
+            assert max(padded) <= (micro_seconds or 350) * 16_000
+            assert 1 - length[rows].sum() / sum(padded) < 0.04
+            assert len({micro.key for micro in micro_batches}) == len(micro_batches)
+            assert [micro.rows for micro in micro_batches if micro.group is None and micro.part] == []
+
+
+def test_too_many_processes_are_rejected():
+    sampler = Sampler(np.arange(10), np.full(10, 32_000), BatchSizes(8.0), seed=1)
+    assert len(sampler.update(0, 0, 4)) == 4
+    with pytest.raises(DataError, match=r"4 utterances.*5 processes"):
+        sampler.update(0, 0, 5)
 
 
 def bytes_per_row(n: int) -> tuple[float, float]:
     """Return the retained and the peak memory per row of an epoch with `n` rows."""
     length = np.random.default_rng(0).integers(16_000, 100_000, n)
-    sampler = Sampler(np.arange(n), length, micro_seconds=87.5, micro_batches_per_step=32, seed=1)
+    sampler = Sampler(np.arange(n), length, BatchSizes(350.0, 8), seed=1)
     tracemalloc.start()
     try:
         epoch = sampler.epoch(0)
@@ -100,9 +140,5 @@ def test_recipes_have_little_padding(recipe, tmp_path, request):
         length = manifest.n_samples[manifest.indices(split="train")]
         length = length[length >= config.crop.min_seconds * 16_000]
         length = np.minimum(length, HUBERT.floor(int(config.crop.max_seconds * 16_000)))
-        sizes = {
-            "micro_seconds": config.train.micro_seconds,
-            "micro_batches_per_step": config.train.micro_batches_per_step,
-        }
-        sampler = Sampler(np.arange(len(length)), length, seed=config.seed, **sizes)
+        sampler = Sampler(np.arange(len(length)), length, config.train.batch_sizes, seed=config.seed)
         assert len(length) > 500 and max(sampler.padding(epoch) for epoch in range(3)) < 0.03

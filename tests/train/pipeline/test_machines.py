@@ -8,6 +8,7 @@ import pytest
 
 from jahubert.errors import ConfigError
 from jahubert.model.hubert import HubertConfig
+from jahubert.train.data.sampler import BatchSizes
 from jahubert.train.experiment.config import result_fields
 from jahubert.train.experiment.registry import data_folder
 from jahubert.train.pipeline import command, runner
@@ -29,7 +30,7 @@ def test_update_does_not_depend_on_the_number_of_gpus(model):
         overrides = [f"machine={machine}", f"model={model}"]
         config = pretraining(*overrides)
         assert result_fields(config) == result_fields(default)
-        assert config.train.micro_batches_per_step % 32 == 0 and config.train.device == "cuda"
+        assert config.train.batch_sizes.groups % 8 == 0 and config.train.device == "cuda"
         assert runner.processes_to_launch(["recipe=reazonspeech", "stage=pretrain", *overrides]) == processes
 
 
@@ -48,23 +49,22 @@ def test_every_machine_preset_divides_the_published_batch(recipe, machine, proce
     assert "finetune" in trained and ("pretrain" in trained) == (recipe[0] == "reazonspeech")
     for stage, train in trained.items():
         assert train.batch_seconds == {"pretrain": 2800, "finetune": 1600}[stage]
-        assert train.accumulation_steps(processes) * processes == train.batch_seconds / train.micro_seconds
+        assert train.batch_sizes == BatchSizes(train.batch_seconds / 8, 8) and train.micro_seconds is None
+        train.check_processes(processes, longest=15.625)
 
 
 def test_model_presets_have_published_sizes():
     """Compares with fairseq's hubert_base_librispeech, hubert_large_librivox and hubert_xlarge_librivox."""
     sizes = {
-        "base": (HubertConfig.base(), 256, 5e-4, 10.0, 2800.0, 87.5),
-        "large": (HubertConfig.large(), 768, 1.5e-3, 1.0, 7200.0, 56.25),
-        "xlarge": (HubertConfig.xlarge(), 1024, 3e-3, 1.0, 5760.0, 22.5),
+        "base": (HubertConfig.base(), 256, 5e-4, 10.0, 2800.0),
+        "large": (HubertConfig.large(), 768, 1.5e-3, 1.0, 7200.0),
+        "xlarge": (HubertConfig.xlarge(), 1024, 3e-3, 1.0, 5760.0),
     }
-    for model, (config, unit_dim, lr, clip, batch, micro) in sizes.items():
+    for model, (config, unit_dim, lr, clip, batch) in sizes.items():
         preset = pretraining(f"model={model}")
         assert preset.model == config and preset.unit_dim == unit_dim
         train = preset.train
-        assert (train.lr, train.clip_norm, train.batch_seconds, train.micro_seconds) == (
-            lr, clip, batch, micro
-        )  # fmt: skip
+        assert (train.lr, train.clip_norm, train.batch_seconds) == (lr, clip, batch)
     for iteration, steps in ((1, 250_000), (2, 400_000)):
         train = pretraining(f"iteration={iteration}").train
         assert (train.max_steps, round(train.warmup * train.max_steps)) == (steps, 32_000)

@@ -24,7 +24,7 @@ from jahubert.train.trainer.trainer import Stopped, train
 QUICK = TrainConfig(
     max_steps=20,
     batch_seconds=12.0,
-    micro_seconds=6.0,
+    groups=2,
     lr=0.01,
     precision="fp32",
     device="cpu",
@@ -206,7 +206,7 @@ def train_step_or_stop(self):
 trainer._TrainingRun.train_step = train_step_or_stop
 with distributed.process_group():
     torch.manual_seed(0)
-    module, data = getattr(toy, sys.argv[4])(), Data(micro_batches_per_step=4)
+    module, data = getattr(toy, sys.argv[4])(), Data(groups=4)
     try:
         trainer.train(module, data, config, out, validate=lambda: evaluate(module, data), best="loss")
     finally:  # a reducer that outlives the process group can deadlock with gloo's thread at exit
@@ -228,7 +228,7 @@ def run_two(tmp_path, out, config, stop_at, model="Toy"):
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, sharded):
     config = replace(QUICK, batch_seconds=24.0, valid_every=5, sharded=sharded)
-    one, two, data = toy(), toy(), Data(micro_batches_per_step=4)
+    one, two, data = toy(), toy(), Data(groups=4)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     train(one, data, config, tmp_path / "one", validate=lambda: evaluate(one, data), best="loss")
@@ -243,7 +243,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, sharded):
 def test_two_processes_are_resumed_by_one(tmp_path, sharded):
     """Resumes within a phase that trains only some parameters."""
     config = replace(QUICK, batch_seconds=24.0, valid_every=5, sharded=sharded)
-    data = Data(micro_batches_per_step=4)
+    data = Data(groups=4)
     ends = {}
     for name in ("whole", "moved"):
         (tmp_path / name).mkdir()

@@ -25,7 +25,7 @@ from jahubert.train.trainer.optim import TrainConfig
 from jahubert.train.trainer.trainer import Loss, Stopped, train
 
 CONFIG = TrainConfig(
-    max_steps=5, batch_seconds=24.0, micro_seconds=6.0, lr=0.01, precision="fp32", device="cpu", save_every=9
+    max_steps=5, batch_seconds=24.0, groups=4, lr=0.01, precision="fp32", device="cpu", save_every=9
 )
 
 
@@ -46,7 +46,7 @@ class StopsAtStep(Toy):
 def train_toy(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
     out.mkdir(exist_ok=True)
     module = StopsAtStep(stop_at)
-    train(module, Data(micro_batches_per_step=4), CONFIG, out)
+    train(module, Data(groups=4), CONFIG, out)
     return module.state_dict()
 
 

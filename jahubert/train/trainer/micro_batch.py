@@ -1,0 +1,135 @@
+"""Automatic size of a micro-batch from the memory of a GPU; used by training and by `jahubert plan`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from jahubert.frames import SAMPLE_RATE
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.train.experiment import distributed
+from jahubert.train.trainer.optim import TrainConfig, pick_precision
+
+log = logging.getLogger(__name__)
+
+# Bytes per parameter.
+ADAM = 16  # weight, gradient and two moments
+DDP_BUCKETS = 4  # gradient copies that DDP reduces over processes
+AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
+
+# Part of a GPU's memory that tensors may take; the rest is for CUDA itself, kernels and fragmentation.
+_USABLE = 0.85
+# On a CPU, where larger micro-batches are not faster: seconds, and bytes of activations.
+_CPU_SECONDS, _CPU_BYTES = 87.5, 3.4e9
+# Values stored per frame and block for the backward pass, in multiples of width and feed-forward width; and
+# by the front end, in multiples of the values of all convolution outputs. Fitted to the counts of
+# `jahubert.train.plan.memory`, which take half a minute; one H200 used 9 % less (base, bfloat16).
+_PER_WIDTH, _PER_FFN = 7, 2
+_FRONT_END = {"group": 1.0, "layer": 3.3}
+
+
+def with_micro_seconds(train: TrainConfig, model: HubertConfig, longest: float) -> TrainConfig:
+    """`train` with `micro_seconds` chosen by `automatic_micro_seconds` if it is null.
+
+    With several processes, the device of rank 0 decides.
+
+    Args:
+        longest: seconds of the longest utterance.
+    """
+    if train.micro_seconds is not None:
+        return train
+    device = distributed.process_device(train.device)
+
+    def memory() -> float | None:
+        is_gpu = device.type == "cuda"
+        return float(torch.cuda.get_device_properties(device).total_memory) if is_gpu else None
+
+    seconds = automatic_micro_seconds(
+        train,
+        model,
+        longest=longest,
+        memory_bytes=distributed.rank0_broadcast(memory),
+        precision=pick_precision(train, device),
+        n_devices=distributed.world(),
+    )
+    if distributed.rank() == 0:
+        log.info("micro-batches of at most %.4g s of audio", seconds)
+    return replace(train, micro_seconds=seconds)
+
+
+def automatic_micro_seconds(
+    train: TrainConfig,
+    model: HubertConfig,
+    *,
+    longest: float,
+    memory_bytes: float | None,
+    precision: torch.dtype,
+    n_devices: int,
+) -> float:
+    """The largest useful micro-batch in seconds: a group of the sampler if the memory can hold it.
+
+    It is at least `longest`, the longest utterance in seconds, even if that may not fit.
+
+    Args:
+        memory_bytes: memory of one GPU; None: a CPU.
+        precision: autocast dtype of the training.
+        n_devices: number of processes.
+    """
+    group_seconds = train.batch_sizes.group_seconds
+    per_second = activation_bytes(model, precision, train.recompute)
+    if memory_bytes is None:
+        fitting = min(_CPU_SECONDS, _CPU_BYTES / per_second)
+    else:
+        fixed = fixed_bytes(n_parameters(model), precision, n_devices, train.sharded)
+        fitting = (_USABLE * memory_bytes - fixed) / per_second
+    return min(group_seconds, max(longest, fitting))
+
+
+def fixed_bytes(n_parameters: int, precision: torch.dtype, n_devices: int, sharded: bool) -> float:
+    """Bytes on each device that do not depend on the batch: weights, gradients, moments and copies."""
+    total = float(ADAM * n_parameters) / (n_devices if sharded else 1)
+    if n_devices > 1 and not sharded:
+        total += DDP_BUCKETS * n_parameters
+    if precision is not torch.float32:
+        total += AUTOCAST_COPY * n_parameters
+    return total
+
+
+def activation_bytes(model: HubertConfig, precision: torch.dtype, recompute: bool) -> float:
+    """Estimated peak bytes of activations per second of audio in a micro-batch on a GPU."""
+    rate, values, frames = float(SAMPLE_RATE), 0.0, float(model.grid.rate)
+    for width, stride in zip(model.conv_dims, model.conv_strides, strict=True):
+        rate /= stride
+        values += rate * width
+    block = frames * (_PER_WIDTH * model.width + _PER_FFN * model.ffn)
+    blocks = model.layers * frames * model.width + block if recompute else model.layers * block
+    # GELU of the last block and its gradient come on top, while nothing is freed yet.
+    stored = _FRONT_END[model.conv_norm] * values + blocks + 2 * frames * model.ffn
+    return max(precision.itemsize * stored, front_end_bytes(model, precision))
+
+
+def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
+    """Estimate the peak memory of the backward pass through the convolutions in bytes per second of audio.
+
+    Only for a GPU, which processes all rows at once; a CPU processes a few rows at a time.
+    """
+    rate, n_inputs, peak = float(SAMPLE_RATE), 0.0, 0.0
+    for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
+        rate /= stride
+        if n_inputs:  # input, GELU of the input, and the gradients of input and output
+            n_bytes = precision.itemsize * (3 * n_inputs + rate * width)
+            if config.conv_norm == "layer":  # also the input of the norm, and its float32 copy
+                n_bytes += (precision.itemsize + 4) * n_inputs
+            peak = max(peak, n_bytes)
+        n_inputs = rate * width
+    return peak
+
+
+@cache
+def n_parameters(config: HubertConfig) -> int:
+    """Number of parameters of a model with this configuration."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in HubertModel(config).parameters())
