@@ -23,13 +23,14 @@ from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment.config import structure
 from jahubert.train.experiment.registry import STAGES, by_subset, resolve
 from jahubert.train.plan.flops import forward_flops, step_flops
-from jahubert.train.plan.machine import GPUS, UTILIZATION, Machine, from_table, measure
+from jahubert.train.plan.machine import GPUS, Machine, from_table, measure
 from jahubert.train.plan.memory import peak_bytes
 from jahubert.train.trainer.micro_batch import automatic_micro_seconds, fixed_bytes, n_parameters
 from jahubert.train.trainer.optim import TrainConfig
 
 _MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 million utterances
 _CHECKPOINT = 12  # bytes per parameter
+_CARDS = (1, 8, 32)  # numbers of GPUs for which the total time is given
 _TRAINING_STAGES = ("pretrain", "finetune")
 # Numeric settings of the estimate: maximum value, and a description of valid values for error messages.
 _NUMBERS = {
@@ -67,6 +68,7 @@ class Plan:
     stages: list[StageEstimate]
     corpus: Corpus
     machine: Machine
+    days: dict[int, float]  # of all stages, by number of GPUs; empty for a CPU
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -103,7 +105,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
     processes = tree["processes"] * tree["machines"]
     gpus = numbers["gpus"]
     if "gpu" in options:
-        machine = from_table(options["gpu"], int(gpus or processes), numbers["utilization"] or UTILIZATION)
+        machine = from_table(options["gpu"], int(gpus or processes), numbers["utilization"])
     else:
         trained = [config for stage, config, _ in jobs if stage in _TRAINING_STAGES]
         if not trained:
@@ -113,7 +115,13 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
         machine = measure(trained[0].model, [config.train for config in trained], int(gpus or 1))
         if not gpus and machine.memory_bytes:  # on a CPU, several processes share the measured speed
             machine = replace(machine, n_devices=processes)
-    return Plan(estimate_stages(jobs, corpus, machine, _context_jobs(tree, jobs)), corpus, machine)
+    context = _context_jobs(tree, jobs)
+    days = {}
+    for n in _CARDS if machine.memory_bytes else ():
+        rows = estimate_stages(jobs, corpus, replace(machine, n_devices=n), context)
+        if not any(row.hours is None and row.memory_bytes is not None for row in rows):
+            days[n] = sum(row.hours or 0 for row in rows) / 24
+    return Plan(estimate_stages(jobs, corpus, machine, context), corpus, machine, days)
 
 
 def _number(name: str, options: dict[str, str]) -> float | None:
@@ -225,6 +233,8 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
         f"micro-batches of {micro_seconds:.4g} s",
         f"{readers} reader{'s'[: readers > 1]} per device",
     ]
+    if not _is_measured(config.model, precision, machine):
+        notes.append("rate estimated")
     if machine.memory_bytes and memory > 0.9 * machine.memory_bytes:
         notes.append(
             "does not fit: lower train.micro_seconds, or set train.recompute=true or train.sharded=true"
@@ -236,6 +246,14 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
     except ConfigError as error:  # the run itself would fail with this error
         hours, notes = None, [str(error)]
     return StageEstimate(name, hours, disk, memory, ", ".join(notes))
+
+
+def _is_measured(model: HubertConfig, precision: torch.dtype, machine: Machine) -> bool:
+    """Whether the training of a model of these sizes was measured on one such device."""
+    measured = machine.measured_model
+    if measured is None or (machine.memory_bytes is not None and precision is torch.float32):
+        return False
+    return step_flops(model, _MEAN_SECONDS, False) == step_flops(measured, _MEAN_SECONDS, False)
 
 
 def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
@@ -316,7 +334,16 @@ def plan_table(plan: Plan) -> str:
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
         body.append("  ".join([*cells, line[4]]).rstrip())
-    return "\n".join([*head, "", *body])
+    tail = []
+    if plan.days:
+        days = ", ".join(f"{days:.2g} on {n}" for n, days in plan.days.items())
+        tail = [
+            "",
+            f"days of all stages by number of GPUs: {days}",
+            "estimated: several GPUs, as one GPU's rate times their number, without communication;",
+            "the disk and memory columns; every rate that is not listed as measured",
+        ]
+    return "\n".join([*head, "", *body, *tail])
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

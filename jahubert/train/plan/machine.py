@@ -22,7 +22,7 @@ from jahubert.model.precision import autocast, preferred_dtype
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import unknown_name_error
-from jahubert.train.plan.flops import step_flops
+from jahubert.train.plan.flops import forward_flops, step_flops
 from jahubert.train.plan.memory import masked_loss
 from jahubert.train.trainer.micro_batch import with_micro_seconds
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_precision
@@ -50,12 +50,24 @@ GPUS = {
     "H200": Gpu(989e12, 67e12, 141e9),
     "B200": Gpu(2250e12, 75e12, 180e9),
 }
-# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. According to `step_flops`,
-# published runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085
-# (minimal_hubert: 400,000 updates in 10 h on 16 H100).
-UTILIZATION = 0.1
-# Assumed utilization in float32. It is higher because with a lower peak, overhead matters less compared with
-# matrix products. On a CPU, it is three times as high as in 16 bits (docs/performance.md: 60 % and 20 %).
+
+
+class MeasuredRates(NamedTuple):
+    """Rates of one GPU measured with HuBERT base, in audio-seconds per second (docs/performance.md)."""
+
+    training: float  # a step in bfloat16 on a micro-batch of at least 300 s with mixed lengths
+    features: float  # layer 6 in float32
+    mean_seconds: float  # mean length of the utterances, weighted by their length
+
+
+MEASURED = {"H200": MeasuredRates(training=5_439.0, features=3_482.0, mean_seconds=9.9)}
+# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. The H200 reaches 0.24 by
+# `step_flops`. GPUs older than Ampere lack variable-length flash attention; 0.1 is assumed for them, as published
+# runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert,
+# 400,000 updates in 10 h on 16 H100).
+UTILIZATION, UTILIZATION_WITHOUT_FLASH = 0.2, 0.1
+# Assumed utilization in float32. It is higher because the lower peak makes matrix products dominate overhead.
+# The H200 reaches 0.5 in feature extraction.
 UTILIZATION_FP32 = 0.3
 
 
@@ -72,6 +84,7 @@ class Machine:
     source: str  # what was measured or assumed
     decode_speed: float  # seconds of audio that one core decodes per second, measured on this machine
     mfcc_speed: float  # seconds of audio whose MFCCs one core computes per second, measured on this machine
+    measured_model: HubertConfig | None = None  # the model whose training was measured
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
@@ -96,13 +109,17 @@ def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int)
         has_bfloat16=preferred_dtype(device) is torch.bfloat16,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
         source=f"measured on this machine, {measured} seconds of audio per second of training",
+        measured_model=config,
         decode_speed=decode_speed,
         mfcc_speed=mfcc_speed,
     )
 
 
-def from_table(gpu: str, n_devices: int, utilization: float) -> Machine:
-    """Look up a GPU by name, ignoring case, and assume a fraction `utilization` of its peak.
+def from_table(gpu: str, n_devices: int, utilization: float | None) -> Machine:
+    """Look up a GPU by name, ignoring case; its rates are measured or a fraction of its peak.
+
+    Args:
+        utilization: fraction of the 16-bit peak to assume; None: the measured rates, or the default fraction.
 
     Raises:
         ConfigError: the GPU is not in the table.
@@ -111,21 +128,34 @@ def from_table(gpu: str, n_devices: int, utilization: float) -> Machine:
     if gpu.lower() not in names:
         raise ConfigError(unknown_name_error("gpu", gpu, GPUS))
     name = names[gpu.lower()]
-    peak = GPUS[name]
-    flops_16bit = utilization * peak.flops_16bit
+    peak, rates = GPUS[name], None if utilization else MEASURED.get(name)
+    if rates:
+        base = HubertConfig.base()
+        flops_16bit = rates.training * step_flops(base, rates.mean_seconds, False)
+        flops_fp32 = rates.features * sum(forward_flops(base, rates.mean_seconds, layer=6))
+        source = (
+            f"measured on one {name} with HuBERT base (docs/performance.md): {rates.training:,.0f} s of "
+            f"audio per second of training in bfloat16, {rates.features:,.0f} of layer-6 features in float32"
+        )
+    else:
+        utilization = utilization or (UTILIZATION if peak.has_bfloat16 else UTILIZATION_WITHOUT_FLASH)
+        flops_16bit = utilization * peak.flops_16bit
+        flops_fp32 = min(flops_16bit, UTILIZATION_FP32 * peak.flops_fp32)
+        source = (
+            f"assumed, not measured: {utilization:.3g} of the 16-bit peak of "
+            f"{peak.flops_16bit / 1e12:.0f} TFLOP/s; in float32 {UTILIZATION_FP32:g} of "
+            f"{peak.flops_fp32 / 1e12:.3g} TFLOP/s, but at most the 16-bit rate"
+        )
     decode_speed, mfcc_speed = _reading_speeds()
     return Machine(
         name=name,
         n_devices=n_devices,
         flops_16bit=flops_16bit,
-        flops_fp32=min(flops_16bit, UTILIZATION_FP32 * peak.flops_fp32),
+        flops_fp32=flops_fp32,
         has_bfloat16=peak.has_bfloat16,
         memory_bytes=peak.memory_bytes,
-        source=(
-            f"assumed, not measured: {utilization:.3g} of the 16-bit peak of "
-            f"{peak.flops_16bit / 1e12:.0f} TFLOP/s; in float32 {UTILIZATION_FP32:g} of "
-            f"{peak.flops_fp32 / 1e12:.3g} TFLOP/s, but at most the 16-bit rate"
-        ),
+        source=source,
+        measured_model=HubertConfig.base() if rates else None,
         decode_speed=decode_speed,
         mfcc_speed=mfcc_speed,
     )

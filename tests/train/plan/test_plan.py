@@ -232,7 +232,7 @@ def test_gpu_speed_comes_from_the_table(capsys):
     settings = ["recipe=reazonspeech", "stage=pretrain", "iteration=2", "gpus=8", "gpu=h100"]
     assert main(["plan", *settings, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["machine"]["flops_16bit"] == pytest.approx(0.1 * 989e12) and made["machine"]["n_devices"] == 8
+    assert made["machine"]["flops_16bit"] == pytest.approx(0.2 * 989e12) and made["machine"]["n_devices"] == 8
     assert made["machine"]["flops_fp32"] == pytest.approx(0.3 * 67e12)
     assert "assumed, not measured" in made["machine"]["source"] and made["corpus"]["hours"] == 19_000
     # The paper reports 9.5 hours for 100,000 updates on 32 V100s; the estimate is within a third.
@@ -241,10 +241,32 @@ def test_gpu_speed_comes_from_the_table(capsys):
     assert hours["iter1/pretrain"] / 2.5 == pytest.approx(9.5, rel=0.34)
 
 
+def test_measured_rates_are_used_where_there_are_some(capsys):
+    settings = ["recipe=reazonspeech", "stage=pretrain", "iteration=2", "gpu=H200"]
+    assert main(["plan", *settings]) == 0
+    printed = capsys.readouterr().out
+    assert "measured on one H200" in printed and "rate estimated" not in printed
+    made, hours = hours_of(capsys, *settings)
+    updates = 400_000 * 2800 / 3600  # hours of audio, at 5,439 audio-seconds per second for longer utterances
+    assert hours["iter2/pretrain"] == pytest.approx(updates / 5439, rel=0.04)
+    assert main(["plan", *settings, "model=large"]) == 0
+    assert "rate estimated" in capsys.readouterr().out
+    slower, _ = hours_of(capsys, *settings, "utilization=0.1")
+    assert (
+        slower["flops_16bit"] == pytest.approx(0.1 * 989e12) and slower["flops_16bit"] < made["flops_16bit"]
+    )
+
+
+def test_days_are_printed_for_several_numbers_of_gpus(capsys):
+    assert main(["plan", "recipe=reazonspeech", "stage=pretrain", "gpu=H200", "--json"]) == 0
+    days = json.loads(capsys.readouterr().out)["days"]
+    assert days["1"] == pytest.approx(8 * days["8"]) == pytest.approx(32 * days["32"])
+
+
 def test_fp32_is_never_faster_than_16_bit(monkeypatch):
     monkeypatch.setattr(machine, "_reading_speeds", lambda: (1.0, 1.0))
     for gpu in machine.GPUS:
-        assumed = machine.from_table(gpu, 1, 0.1)
+        assumed = machine.from_table(gpu, 1, None)
         assert 0 < assumed.flops_fp32 <= assumed.flops_16bit
 
 
