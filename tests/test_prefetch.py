@@ -94,7 +94,7 @@ def test_utterances_are_read_during_computation(corpus, monkeypatch):
             return super().__call__(wavs)
 
     found: list[int] = []
-    for row, _ in stream_features(Manifest(corpus / "manifest.arrow"), Waiting(), range(N), 0.3):
+    for row, _ in stream_features(Manifest(corpus / "manifest.arrow"), Waiting(), [range(N)], 0.3):
         found.append(row)
     assert found == list(range(N))
 

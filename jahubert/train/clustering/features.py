@@ -19,6 +19,7 @@ from torch import Tensor
 from jahubert.errors import ConfigError
 from jahubert.frames import MFCC, SAMPLE_RATE, FrameGrid
 from jahubert.model.hubert import HubertModel
+from jahubert.model.kernels.indexing import to_device_async
 
 _FFT = 512
 _MEL_BINS, _LOW_HZ, _HIGH_HZ = 23, 20.0, SAMPLE_RATE / 2
@@ -71,10 +72,11 @@ class Mfcc:
         # contains all frames. Frames that span two utterances are discarded.
         hops = [-(-len(wav_T) // hop) for wav_T in wavs]
         rows = -(-sum(hops) // self.block) * self.block
-        raw_T = torch.zeros(rows * hop + window, device=self.device)
+        raw_T = torch.zeros(rows * hop + window)
         starts = [0, *accumulate(hops)]
         for wav_T, start in zip(wavs, starts, strict=False):
             raw_T[start * hop : start * hop + len(wav_T)] = wav_T
+        raw_T = to_device_async(raw_T, self.device)
         with torch.no_grad():
             static_SC = self._static(raw_T, rows)
             features = []
@@ -171,7 +173,9 @@ class HubertLayer:
         for row, i in enumerate(long_enough):
             wav_BT[row, : n_samples[row]] = wavs[i]
         with torch.no_grad():
-            encoded = self.model(wav_BT.to(self.device), torch.tensor(n_samples), last_layer=self.layer)
+            encoded = self.model(
+                to_device_async(wav_BT, self.device), torch.tensor(n_samples), last_layer=self.layer
+            )
         for row, i in enumerate(long_enough):
             features[i] = encoded.hidden_BSD[row, : self.grid.n_frames(n_samples[row])].float()
         return features

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
 from jahubert.train.clustering.features import Feature, HubertLayer
 from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.workers import map_in_workers
 from jahubert.train.experiment.registry import FEATURES, resolve
 
+_IN_FLIGHT = 64  # utterances whose results are on their way to the CPU: several batches
 _HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normalize": bool}
 
 
@@ -91,23 +95,69 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
 
 
 def stream_features(
-    manifest: Manifest, feature: Feature, rows: Iterable[int], batch_seconds: float
+    manifest: Manifest,
+    feature: Feature,
+    parts: Iterable[Iterable[int]],
+    batch_seconds: float,
+    workers: int = 0,
 ) -> Generator[tuple[int, Tensor], None, None]:
     """Compute the features of utterances in order, while the next batches are read in the background.
 
     Args:
-        rows: row numbers in the manifest.
+        parts: row numbers in the manifest; a batch has rows of one part only.
         batch_seconds: audio per batch, excluding padding.
+        workers: number of reading processes; 0: a few threads, which share the interpreter with the caller.
 
     Yields:
-        The row number and its frames (S, dim); S is 0 for an utterance shorter than a frame.
+        The row number and its frames (S, dim); S is 0 for an utterance shorter than a frame. On a GPU the
+        frames may still be being computed: see `to_host`.
     """
+    batches = (batch for rows in parts for batch in _batches(manifest, rows, batch_seconds))
+    read = _Reader(manifest)
+    if workers:
+        advice = "enlarge /dev/shm, or set workers or batch_seconds to less"
+        stream = map_in_workers(read, batches, workers=workers, advice=advice)
+    else:
+        stream = prefetch(read, batches)
+    with closing(stream):
+        for batch, (wav_T, n_samples) in stream:
+            yield from _compute(manifest, feature, batch, list(wav_T.split(n_samples)))
 
-    def read(batch: list[int]) -> list[Tensor]:
-        return [manifest.load(row) for row in batch]
 
-    for batch, wavs in prefetch(read, _batches(manifest, rows, batch_seconds)):
-        yield from _compute(manifest, feature, batch, wavs)
+class _Reader:
+    """Reads a batch as one tensor: processes exchange one tensor faster than many."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+
+    def __call__(self, rows: list[int]) -> tuple[Tensor, list[int]]:
+        wavs = [self.manifest.load(row) for row in rows]
+        return torch.cat(wavs), [len(wav_T) for wav_T in wavs]
+
+
+def to_host(stream: Iterable[tuple[int, Tensor]]) -> Generator[tuple[int, Tensor], None, None]:
+    """Copy the tensors of a stream to the CPU; on a GPU, while the next ones are computed."""
+    pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+    for row, tensor in stream:
+        event = None
+        if tensor.device.type == "cuda":
+            tensor, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        pending.append((row, tensor, event))
+        if event is None or len(pending) > _IN_FLIGHT:
+            yield from _arrived(pending, 0 if event is None else _IN_FLIGHT)
+    yield from _arrived(pending, 0)
+
+
+def _arrived(
+    pending: deque[tuple[int, Tensor, torch.cuda.Event | None]], remaining: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Wait for the first pending copies until `remaining` are left."""
+    while len(pending) > remaining:
+        row, tensor, event = pending.popleft()
+        if event is not None:
+            event.synchronize()
+        yield row, tensor
 
 
 def _batches(manifest: Manifest, rows: Iterable[int], batch_seconds: float) -> Iterator[list[int]]:

@@ -3,8 +3,8 @@
 An epoch is a sequence of groups of utterances of similar length. An update consists of a fixed number of
 consecutive groups, so its content depends neither on the memory of a GPU nor on the number of processes.
 Each group is one micro-batch, processed by one device in one forward pass. It is cut into several if it is
-longer than `micro_seconds`, or if the processes could not share the update otherwise. The sampler state is two
-integers: the epoch and the number of groups consumed in it.
+longer than `micro_seconds`, or if the processes could not share the update otherwise. The sampler state is
+two integers: the epoch and the number of groups consumed in it.
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ class MeasuredRates(NamedTuple):
 
 MEASURED = {"H200": MeasuredRates(training=5_439.0, features=3_482.0, mean_seconds=9.9)}
 # Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. The H200 reaches 0.24 by
-# `step_flops`. GPUs older than Ampere lack variable-length flash attention; 0.1 is assumed for them, as published
-# runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert,
-# 400,000 updates in 10 h on 16 H100).
+# `step_flops`. GPUs older than Ampere lack variable-length flash attention; 0.1 is assumed for them, as
+# published runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085
+# (minimal_hubert: 400,000 updates in 10 h on 16 H100).
 UTILIZATION, UTILIZATION_WITHOUT_FLASH = 0.2, 0.1
 # Assumed utilization in float32. It is higher because the lower peak makes matrix products dominate overhead.
 # The H200 reaches 0.5 in feature extraction.

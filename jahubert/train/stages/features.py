@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import DataError
+from jahubert.model.kernels.indexing import to_device_async
 from jahubert.train.clustering.features import Feature
 from jahubert.train.clustering.frames import draw_rows
-from jahubert.train.clustering.streaming import feature_header, make_feature, stream_features
+from jahubert.train.clustering.streaming import feature_header, make_feature, stream_features, to_host
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.experiment import distributed
@@ -56,10 +58,18 @@ class Config:
     seed: int = 0
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)  # audio per batch
+    workers: int = runtime_field(0)  # reading processes per device; 0: threads
 
     def __post_init__(self) -> None:
         raise_config_errors(
-            range_errors(self, {"at least 1": ("layer", "sample_frames"), "positive": ("batch_seconds",)})
+            range_errors(
+                self,
+                {
+                    "at least 1": ("layer", "sample_frames"),
+                    "at least 0": ("workers",),
+                    "positive": ("batch_seconds",),
+                },
+            )
         )
 
 
@@ -81,14 +91,16 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             if not (done_parts / f"{part:06d}").exists()
         }
         with progress("features", "utterances", sum(map(len, parts.values()))) as done:
-            for part, chosen in parts.items():
-                rows = sample.rows[chosen.start : chosen.stop].tolist()
-                start = data_start + 4 * feature.dim * int(sample.bounds[chosen.start])
-                with closing(stream_features(manifest, feature, rows, config.batch_seconds)) as stream:
-                    frames = ((number, f_SD) for number, (_, f_SD) in zip(chosen, stream, strict=True))
-                    _write_part(temporary, start, sample, frames, done)
-                done_parts.mkdir(exist_ok=True)
-                (done_parts / f"{part:06d}").touch()
+            rows = (sample.rows[chosen.start : chosen.stop].tolist() for chosen in parts.values())
+            with closing(
+                stream_features(manifest, feature, rows, config.batch_seconds, config.workers)
+            ) as stream:
+                frames = to_host(_sampled_frames(sample, chain.from_iterable(parts.values()), stream))
+                for part, chosen in parts.items():
+                    start = data_start + 4 * feature.dim * int(sample.bounds[chosen.start])
+                    _write_part(temporary, start, islice(frames, len(chosen)), done)
+                    done_parts.mkdir(exist_ok=True)
+                    (done_parts / f"{part:06d}").touch()
         distributed.barrier()
     if distributed.rank() == 0:
         write_json(out / "header.json", feature_header(feature, config.kind, config.layer))
@@ -133,20 +145,28 @@ def _allocate(path: Path, shape: tuple[int, int]) -> int:
     return start
 
 
+def _sampled_frames(
+    sample: Sample, numbers: Iterable[int], stream: Iterable[tuple[int, Tensor]]
+) -> Iterator[tuple[int, Tensor]]:
+    """The sampled frames of utterances, by their index in the sample, from a stream of all their frames."""
+    for number, (_, f_SD) in zip(numbers, stream, strict=True):
+        index_N = torch.from_numpy(sample.frames[sample.bounds[number] : sample.bounds[number + 1]])
+        yield number, f_SD.index_select(0, to_device_async(index_N, f_SD.device)).float()
+
+
 def _write_part(
-    path: Path, start: int, sample: Sample, frames: Iterable[tuple[int, Tensor]], done: Callable[[int], None]
+    path: Path, start: int, frames: Iterable[tuple[int, Tensor]], done: Callable[[int], None]
 ) -> None:
     """Write the sampled frames of some utterances at byte offset `start` and sync them to disk.
 
     Args:
-        frames: pairs of the index of an utterance in the sample and all frames of this utterance.
+        frames: pairs of the index of an utterance in the sample and its sampled frames.
         done: called with 1 after each utterance.
     """
     with path.open("r+b") as file:
         file.seek(start)
-        for number, f_SD in frames:
-            index_N = torch.from_numpy(sample.frames[sample.bounds[number] : sample.bounds[number + 1]])
-            file.write(f_SD[index_N.to(f_SD.device)].float().cpu().numpy().astype("<f4").tobytes())
+        for _, f_ND in frames:
+            file.write(f_ND.numpy().astype("<f4").tobytes())
             done(1)
         file.flush()
         os.fsync(file.fileno())

@@ -13,7 +13,9 @@ If `compare_with` is a label store of the same audio, differences between the tw
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,13 @@ from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT
 from jahubert.train.clustering.features import HubertLayer
 from jahubert.train.clustering.lloyd import NearestCentroid
-from jahubert.train.clustering.streaming import feature_header, load_centroids, make_feature, stream_features
+from jahubert.train.clustering.streaming import (
+    feature_header,
+    load_centroids,
+    make_feature,
+    stream_features,
+    to_host,
+)
 from jahubert.train.data.fairseq_files import import_units
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest
@@ -53,13 +61,21 @@ class Config:
     shard_size: int = runtime_field(2000)  # utterances per intermediate file
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)  # audio per batch
+    workers: int = runtime_field(0)  # reading processes per device; 0: threads
     # Action if too few units are used, one is too frequent, or `compare_with` differs (see
     # evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:
         raise_config_errors(
-            range_errors(self, {"at least 1": ("layer", "shard_size"), "positive": ("batch_seconds",)})
+            range_errors(
+                self,
+                {
+                    "at least 1": ("layer", "shard_size"),
+                    "at least 0": ("workers",),
+                    "positive": ("batch_seconds",),
+                },
+            )
         )
 
 
@@ -127,12 +143,17 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     # Rank 0 lists the pending shards for all, because a process that lists them later may see fewer.
     shards = distributed.rank0_broadcast(writer.pending)[distributed.rank() :: distributed.world()]
     with progress("labeling", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
-        for shard in shards:
-            units = []
-            for _, f_SD in stream_features(manifest, feature, writer.rows(shard), config.batch_seconds):
-                units.append(nearest.labels(f_SD[::step].to(device)).cpu().numpy())
-                done(1)
-            writer.write(shard, units)
+        parts = (writer.rows(shard) for shard in shards)
+        with closing(
+            stream_features(manifest, feature, parts, config.batch_seconds, config.workers)
+        ) as stream:
+            labels = to_host((row, nearest.labels(f_SD[::step].to(device))) for row, f_SD in stream)
+            for shard in shards:
+                units = []
+                for _, unit_S in islice(labels, len(writer.rows(shard))):
+                    units.append(unit_S.numpy())
+                    done(1)
+                writer.write(shard, units)
     distributed.barrier()
     if distributed.rank() == 0:
         writer.finish()

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from jahubert.errors import ConfigError, UserError
+from jahubert.errors import ConfigError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.data.sampler import MicroBatch, Sampler
+from jahubert.train.data.workers import PREFETCH, map_in_workers
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.optim import TrainConfig
 
 MicroBatches = Generator[tuple[MicroBatch, Any], None, None]
 
 SHARED_MEMORY = Path("/dev/shm")
-_PREFETCH = 4  # micro-batches per worker
-_SHUTDOWN_SECONDS = 10.0  # before workers that have not exited are killed
-
-
-class SharedMemoryError(UserError):
-    """Shared memory is too small for the DataLoader workers."""
-
-    exit_status = 1
 
 
 class Data(Protocol):
@@ -50,37 +36,6 @@ class Data(Protocol):
         ...
 
 
-class _BatchDataset(Dataset):
-    """Map-style dataset for `Data.load`; errors are returned as values to preserve their type."""
-
-    def __init__(self, data: Data, config: TrainConfig):
-        self.data, self.config = data, config
-
-    def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, Any]:
-        try:
-            batch = self.data.load(micro)
-            if get_worker_info() is not None:
-                _move_to_shared_memory(batch, self.config)
-            return micro, batch
-        except (UserError, OSError) as error:
-            return micro, error
-
-
-def _move_to_shared_memory(batch: Any, config: TrainConfig) -> None:
-    """Move a batch to shared memory, in place.
-
-    The worker's queue would do this in a background thread, where an error would lose the batch silently.
-    """
-    try:
-        for value in vars(batch).values():
-            if isinstance(value, Tensor):
-                value.share_memory_()
-    except RuntimeError as error:
-        raise SharedMemoryError(
-            f"not enough shared memory for a micro-batch ({error}); {_less_shared_memory(config)}"
-        ) from None
-
-
 def _less_shared_memory(config: TrainConfig) -> str:
     return (
         f"enlarge {SHARED_MEMORY}, or set train.workers below {config.workers} or train.micro_seconds below "
@@ -94,7 +49,7 @@ def _micro_seconds(config: TrainConfig) -> float:
 
 def shared_memory_bytes(config: TrainConfig) -> int:
     """Upper bound on the shared memory (bytes) that the DataLoader workers of one process need."""
-    in_flight = _PREFETCH * config.workers + 1  # one more is in use by the training step
+    in_flight = PREFETCH * config.workers + 1  # one more is in use by the training step
     return int(in_flight * _micro_seconds(config) * SAMPLE_RATE * 4) if config.workers else 0
 
 
@@ -133,92 +88,19 @@ class ShardedSampler:
             position.advance()
 
 
-def ignore_signals(_: int = 0) -> None:
-    """Ignore stop signals in a DataLoader worker.
-
-    Launchers and schedulers send them to every process, but the run needs its workers to finish the current
-    step and save a checkpoint.
-    """
-    for number in distributed.STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def micro_batches(
     data: Data, config: TrainConfig, device: torch.device, *, epoch: int, cursor: int
 ) -> MicroBatches:
-    """Yield the micro-batches of this process in order, in pinned memory if `device` is a GPU.
-
-    Close the generator to end the workers: they ignore SIGTERM, so Python cannot terminate them at exit.
-
-    Raises:
-        UserError, OSError: reading failed.
-        RuntimeError: a worker died (raised by torch).
-    """
+    """Iterate over the micro-batches of this process (`map_in_workers`); a GPU gets them in pinned memory."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory is allocated through the current GPU (by default GPU 0)
-    loader = DataLoader(
-        _BatchDataset(data, config),
-        batch_size=None,
-        sampler=ShardedSampler(data.sampler, epoch, cursor),  # type: ignore[arg-type]
-        num_workers=config.workers,
-        prefetch_factor=_PREFETCH if config.workers else None,
-        worker_init_fn=ignore_signals,
-        # By default, the DataLoader draws from the global generator, which a resumed run would do once more.
-        generator=torch.Generator(),
+    return map_in_workers(
+        data.load,
+        ShardedSampler(data.sampler, epoch, cursor),
+        workers=config.workers,
+        advice=_less_shared_memory(config),
         pin_memory=device.type == "cuda",
     )
-    others = multiprocessing.active_children()
-    iterator = None
-    try:
-        iterator = _start_workers(loader, config)
-        for micro, batch in iterator:
-            if isinstance(batch, Exception):
-                raise batch
-            yield micro, batch
-    finally:
-        _close(iterator, [child for child in multiprocessing.active_children() if child not in others])
-
-
-def _start_workers(loader: DataLoader, config: TrainConfig) -> Iterator[tuple[MicroBatch, Any]]:
-    try:
-        return iter(loader)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SharedMemoryError(
-            f"not enough shared memory for the queues of DataLoader workers; {_less_shared_memory(config)}"
-        ) from None
-
-
-def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
-    """Terminate the workers of a DataLoader immediately.
-
-    `del iterator` is not enough, because the traceback of an error keeps a reference to it. A worker that is
-    blocked in a read is killed after a timeout. Meanwhile torch's SIGCHLD handler is disabled, because it
-    would raise in the main thread.
-
-    Args:
-        iterator: None if it could not start all of its workers.
-    """
-    shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is None:
-        _kill(workers)
-        return
-    handled = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if handled else None
-    timer = threading.Timer(_SHUTDOWN_SECONDS, _kill, [workers])
-    timer.start()
-    try:
-        shutdown()
-    finally:
-        timer.cancel()
-        if handled:
-            signal.signal(signal.SIGCHLD, handler)
-
-
-def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
-    for worker in workers:
-        worker.kill()
 
 
 class DataState:

@@ -75,7 +75,7 @@ def whole(corpus, tmp_path_factory) -> Path:
 def test_sample_contains_the_drawn_frames(corpus, whole):
     manifest = Manifest(corpus / "manifest.arrow")
     config = stages(corpus, whole)["features"]
-    every = [f_SD.numpy() for _, f_SD in stream_features(manifest, Mfcc(), range(N), 80.0)]
+    every = [f_SD.numpy() for _, f_SD in stream_features(manifest, Mfcc(), [range(N)], 80.0)]
     sample = features.draw_sample(manifest, Mfcc(), config)
     rows = np.repeat(sample.rows, np.diff(sample.bounds))
     assert len(set(zip(rows.tolist(), sample.frames.tolist(), strict=True))) == 300
@@ -306,7 +306,7 @@ def test_feature_with_wrong_frame_count_is_rejected(corpus):
 
     manifest = Manifest(corpus / "manifest.arrow")
     with pytest.raises(DataError, match=r"'u8'.*short.*247"):
-        list(stream_features(manifest, Short(), range(N), 80.0))
+        list(stream_features(manifest, Short(), [range(N)], 80.0))
 
 
 def test_layer_quality_distinguishes_phones_from_noise(corpus, monkeypatch):

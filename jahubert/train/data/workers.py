@@ -1,0 +1,153 @@
+"""Ordered map over items in DataLoader worker processes: reading and decoding while a device computes."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from jahubert.errors import UserError
+from jahubert.train.experiment import distributed
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+PREFETCH = 4  # items per worker
+_SHUTDOWN_SECONDS = 10.0  # before workers that have not exited are killed
+
+
+class SharedMemoryError(UserError):
+    """Shared memory is too small for the DataLoader workers."""
+
+    exit_status = 1
+
+
+def map_in_workers(
+    function: Callable[[T], R], items: Iterable[T], *, workers: int, advice: str, pin_memory: bool = False
+) -> Generator[tuple[T, R], None, None]:
+    """Yield (item, function(item)) in order, computed ahead in worker processes.
+
+    Close the generator to end the workers: they ignore SIGTERM, so Python cannot terminate them at exit.
+
+    Args:
+        function: returns a tensor, a tuple, or an object whose attributes are tensors or plain values.
+        workers: number of processes; 0: each item is computed in this process when it is needed.
+        advice: what to do if shared memory is too small, for the message.
+        pin_memory: return tensors in page-locked memory, allocated through the current GPU.
+
+    Raises:
+        UserError, OSError: raised by `function`.
+        RuntimeError: a worker died (raised by torch).
+    """
+    loader = DataLoader(
+        _Items(function, advice),
+        batch_size=None,
+        sampler=items,  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=ignore_signals,
+        # By default, the DataLoader draws from the global generator, which a resumed run would do once more.
+        generator=torch.Generator(),
+        pin_memory=pin_memory,
+    )
+    others = multiprocessing.active_children()
+    iterator = None
+    try:
+        iterator = _start(loader, advice)
+        for item, result in iterator:
+            if isinstance(result, Exception):
+                raise result
+            yield item, result
+    finally:
+        _close(iterator, [child for child in multiprocessing.active_children() if child not in others])
+
+
+def ignore_signals(_: int = 0) -> None:
+    """Ignore stop signals in a DataLoader worker.
+
+    Launchers and schedulers send them to every process, but the run needs its workers to finish the current
+    step and save a checkpoint.
+    """
+    for number in distributed.STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Items(Dataset):
+    """Map-style dataset of function results; errors are returned as values to preserve their type."""
+
+    def __init__(self, function: Callable[[Any], Any], advice: str):
+        self.function, self.advice = function, advice
+
+    def __getitem__(self, item: Any) -> tuple[Any, Any]:
+        try:
+            result = self.function(item)
+            if get_worker_info() is not None:
+                self._share(result)
+            return item, result
+        except (UserError, OSError) as error:
+            return item, error
+
+    def _share(self, result: Any) -> None:
+        """Move the tensors of a result to shared memory, in place.
+
+        The queue of a worker would do this in another thread, where an error would lose the result silently.
+        """
+        values = result if isinstance(result, tuple) else getattr(result, "__dict__", {}).values()
+        try:
+            for value in (result, *values):
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+        except RuntimeError as error:
+            raise SharedMemoryError(
+                f"not enough shared memory for a batch ({error}); {self.advice}"
+            ) from None
+
+
+def _start(loader: DataLoader, advice: str) -> Iterator[tuple[Any, Any]]:
+    try:
+        return iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SharedMemoryError(
+            f"not enough shared memory for the queues of DataLoader workers; {advice}"
+        ) from None
+
+
+def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
+    """Terminate the workers of a DataLoader immediately.
+
+    `del iterator` is not enough, because the traceback of an error keeps a reference to it. A worker that is
+    blocked in a read is killed after a timeout. Meanwhile torch's SIGCHLD handler is disabled, because it
+    would raise in the main thread.
+
+    Args:
+        iterator: None if it could not start all of its workers.
+    """
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is None:
+        _kill(workers)
+        return
+    handled = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if handled else None
+    timer = threading.Timer(_SHUTDOWN_SECONDS, _kill, [workers])
+    timer.start()
+    try:
+        shutdown()
+    finally:
+        timer.cancel()
+        if handled:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
