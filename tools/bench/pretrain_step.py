@@ -75,6 +75,12 @@ class Transformers(nn.Module):
         self.hubert = Model(
             Config(
                 num_hidden_layers=config.layers,
+                hidden_size=config.width,
+                num_attention_heads=config.heads,
+                intermediate_size=config.ffn,
+                feat_extract_norm=config.conv_norm,
+                conv_bias=config.conv_bias,
+                do_stable_layer_norm=config.pre_norm,
                 layerdrop=config.layer_drop,
                 hidden_dropout=config.dropout,
                 attention_dropout=config.attention_dropout,
@@ -102,9 +108,10 @@ class Transformers(nn.Module):
 class Torchaudio(nn.Module):
     def __init__(self, config: HubertConfig):
         super().__init__()
-        from torchaudio.models import hubert_pretrain_base
+        from torchaudio.models import hubert_pretrain_base, hubert_pretrain_large
 
-        self.model = hubert_pretrain_base(num_classes=UNITS)
+        build = hubert_pretrain_large if config.pre_norm else hubert_pretrain_base
+        self.model = build(num_classes=UNITS)
         transformer = self.model.wav2vec2.encoder.transformer
         transformer.layers = transformer.layers[: config.layers]
 

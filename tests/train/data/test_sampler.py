@@ -94,7 +94,7 @@ def test_update_does_not_depend_on_micro_batches_and_processes():
 
 
 def test_too_many_processes_are_rejected():
-    sampler = Sampler(np.arange(10), np.full(10, 32_000), BatchSizes(8.0), seed=1)
+    sampler = Sampler(np.arange(8), np.full(8, 32_000), BatchSizes(8.0), seed=1)
     assert len(sampler.update(0, 0, 4)) == 4
     with pytest.raises(DataError, match=r"4 utterances.*5 processes"):
         sampler.update(0, 0, 5)
