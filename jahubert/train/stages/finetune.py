@@ -158,6 +158,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         seed=config.seed,
     )
     longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
+    if config.augment.speed_prob:
+        longest /= min(1.0, config.augment.speed[0])
     train_config = with_micro_seconds(config.train, module.ctc.config, longest)
     sizes: dict[str, Any] = {
         "width": module.ctc.config.width,

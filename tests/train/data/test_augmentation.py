@@ -20,7 +20,7 @@ from jahubert.train.data.augmentation import EFFECTS, AugmentConfig, Augmenter
 from jahubert.train.data.batches import CropConfig, CtcData, MaskConfig, PretrainData
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
-from jahubert.train.data.sampler import MicroBatch
+from jahubert.train.data.sampler import BatchSizes, MicroBatch
 from jahubert.train.data.targets import TargetStore, write_targets
 from jahubert.train.trainer.loader import micro_batches
 
@@ -49,11 +49,9 @@ def corpus(tmp_path_factory) -> tuple[Manifest, TargetStore, LabelStore]:
 
 def ctc(corpus, augment: AugmentConfig | None = ALL, **changes) -> CtcData:
     manifest, targets, _ = corpus
-    settings = {"mask": MaskConfig(channel_prob=0.5), "width": 16, "micro_seconds": 8.0, "seed": 1}
+    settings = {"mask": MaskConfig(channel_prob=0.5), "width": 16, "sizes": BatchSizes(8.0), "seed": 1}
     rows = np.arange(len(manifest))
-    return CtcData(
-        manifest, targets, rows, micro_batches_per_step=1, augment=augment, **{**settings, **changes}
-    )
+    return CtcData(manifest, targets, rows, augment=augment, **{**settings, **changes})
 
 
 def augmenter(config: AugmentConfig, waves: list[np.ndarray], seed: int = 0) -> Augmenter:
@@ -119,7 +117,7 @@ def test_lengths_at_other_speeds_are_predicted(corpus):
     for epoch in range(4):
         lengths = data.augmenter.lengths(epoch, np.arange(12))
         assert (lengths <= data.augmenter.max_lengths(np.arange(12))).all()
-        for micro in data.sampler.epoch(epoch).for_rank(0, 1):
+        for micro in data.sampler.epoch(epoch):
             batch = data.load(micro)
             assert batch.n_samples_B.tolist() == lengths[list(micro.rows)].tolist()
             assert batch.wav_BT.numel() <= data.sampler.capacity
@@ -130,9 +128,9 @@ def test_lengths_at_other_speeds_are_predicted(corpus):
 
 def test_slowed_utterance_longer_than_a_micro_batch_is_rejected(corpus):
     longest = LENGTHS.max() / 16_000
-    ctc(corpus, None, micro_seconds=longest + 0.01)
-    with pytest.raises(ConfigError, match="micro_seconds"):
-        ctc(corpus, AugmentConfig(speed_prob=0.1, speed=(0.5, 1.0)), micro_seconds=longest + 0.01)
+    ctc(corpus, None, sizes=BatchSizes(longest + 0.01))
+    with pytest.raises(ConfigError, match="batch_seconds"):
+        ctc(corpus, AugmentConfig(speed_prob=0.1, speed=(0.5, 1.0)), sizes=BatchSizes(longest + 0.01))
 
 
 def test_speeds_have_the_configured_share_and_range():
@@ -151,8 +149,7 @@ def test_pretraining_keeps_the_length_and_the_units(corpus):
         "split": "train",
         "crop": CropConfig(min_seconds=0.5, max_seconds=1.5),
         "mask": MaskConfig(),
-        "micro_seconds": 8.0,
-        "micro_batches_per_step": 1,
+        "sizes": BatchSizes(8.0),
         "seed": 1,
     }
     plain = PretrainData(manifest, labels, **settings)
