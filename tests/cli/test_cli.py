@@ -139,6 +139,20 @@ def test_units_are_printed_or_written(bundle, folder, capsys):
     assert np.array_equal(np.load("out/a.npy"), expected.numpy())
 
 
+def test_units_use_the_builtin_model_by_default(bundle, folder, capsys, monkeypatch):
+    monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: Path(bundle))
+    assert main(["units", "--model", bundle, "data/a.wav"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["units", "data/a.wav"]) == 0
+    assert capsys.readouterr().out == expected
+    loaded = load_bundle(bundle)
+    save_bundle("plain", ctc=loaded.ctc, phonemes=loaded.phonemes)
+    monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: Path("plain"))
+    assert main(["units", "data/a.wav"]) == 2
+    error = capsys.readouterr().err
+    assert "centroids" in error and error.count("\n") == 1
+
+
 def test_info_prints_model_properties(bundle, capsys):
     assert main(["info", bundle]) == 0
     out = capsys.readouterr().out

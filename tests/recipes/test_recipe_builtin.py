@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("pyopenjtalk")
 
+from fixtures.unit_stages import make_corpus
+
 import jahubert
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
@@ -213,6 +215,18 @@ def finished(tmp_path) -> Path:
     for stage in ("finetune", "score"):
         (system / stage / DONE).write_text(json.dumps(record))
     return tmp_path / "exp"
+
+
+def test_packing_adds_units_of_a_layer(finished, tmp_path):
+    make_corpus(tmp_path)
+    (finished / "prepare").mkdir()
+    (tmp_path / "manifest.arrow").rename(finished / "prepare" / "manifest.arrow")
+    target = tmp_path / "assets" / build.NAME
+    assert build.main(["--pack", str(finished), "--to", str(target), "--units", "5", "--layer", "1"]) == 0
+    bundle = jahubert.load_bundle(target)
+    assert bundle.centroids_KD.shape == (5, 16) and bundle.centroid_layer == 1
+    units = jahubert.UnitExtractor.from_pretrained(target)(tmp_path / "8.wav")
+    assert len(units) == 124 and int(units.max()) < 5
 
 
 def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
