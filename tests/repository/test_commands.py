@@ -92,17 +92,17 @@ def run(script: str, folder: Path, env: dict[str, str]) -> None:
 
 
 def copy_experiment(words: list[str], folder: Path) -> None:
-    """Before a single stage of a new experiment runs, create the experiment without that stage."""
+    """Before a single stage of a new experiment runs, create its inputs as a copy of exp/demo."""
     settings = dict(word.partition("=")[::2] for word in words if "=" in word)
     name, stage = settings.get("name"), settings.get("stage", "all")
     if name is None or stage in ("all", "prepare") or (folder / "exp" / name).exists():
         return
     exp = folder / "exp" / name
     shutil.copytree(folder / "exp" / "demo", exp)
-    for output in ITERATION_STAGES if stage in ITERATION_STAGES else ():
-        shutil.rmtree(exp / f"iter{settings.get('iteration', 1)}" / output)
-    for output in SYSTEM_STAGES[SYSTEM_STAGES.index(stage) :] if stage in SYSTEM_STAGES else ():
-        shutil.rmtree(exp / "systems" / settings["system"] / output)
+    iteration = exp / f"iter{settings.get('iteration', 1)}"
+    for outputs, parent in ((ITERATION_STAGES, iteration), (SYSTEM_STAGES, exp / "systems" / "pretrained")):
+        for output in outputs[outputs.index(stage) :] if stage in outputs else ():
+            shutil.rmtree(parent / output)
     if stage == "targets":
         shutil.rmtree(exp / "targets")
 
