@@ -218,14 +218,13 @@ def finished(tmp_path) -> Path:
 
 
 def test_packing_adds_units_of_a_layer(finished, tmp_path):
-    make_corpus(tmp_path)
     (finished / "prepare").mkdir()
-    (tmp_path / "manifest.arrow").rename(finished / "prepare" / "manifest.arrow")
+    make_corpus(finished / "prepare")
     target = tmp_path / "assets" / build.NAME
     assert build.main(["--pack", str(finished), "--to", str(target), "--units", "5", "--layer", "1"]) == 0
     bundle = jahubert.load_bundle(target)
     assert bundle.centroids_KD.shape == (5, 16) and bundle.centroid_layer == 1
-    units = jahubert.UnitExtractor.from_pretrained(target)(tmp_path / "8.wav")
+    units = jahubert.UnitExtractor.from_pretrained(target)(finished / "prepare" / "8.wav")
     assert len(units) == 124 and int(units.max()) < 5
 
 
