@@ -31,7 +31,7 @@ NEEDS = {
     "gpu": "a GPU",
     "network": "packages or files from the internet",
 }
-BLOCK = re.compile(r"(?:<!-- needs: (?P<need>.*?) -->\n)?^```sh\n(?P<text>.*?)^```", re.S | re.M)
+BLOCK = re.compile(r"(?:^<!-- needs: (?P<need>.*?) -->\n)?^```sh\n(?P<text>.*?)^```", re.S | re.M)
 PAGES = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "recipes/*/*.md")
@@ -54,7 +54,7 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_marks_are_known(path):
     text = path.read_text(encoding="utf-8")
-    needs = re.findall(r"<!-- needs: (.*?) -->", text)
+    needs = re.findall(r"^<!-- needs: (.*) -->$", text, re.M)
     assert set(needs) <= set(NEEDS)
     marked = [match["need"] for match in BLOCK.finditer(text) if match["need"]]
     assert len(marked) == len(needs), "a mark is not directly before a ```sh block"
