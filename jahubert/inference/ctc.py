@@ -9,7 +9,7 @@ Shapes: B batch (rows), S frames, V symbols, K beam, C = K * V candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import DataError
+from jahubert.inference.fusion import Fusion, RowCache
 
 _LOG_ZERO = -float("inf")
 
@@ -25,11 +26,13 @@ _LOG_ZERO = -float("inf")
 class Hypothesis:
     """A label sequence without blanks and the natural log of its CTC probability.
 
-    Greedy search scores a single path; beam search sums over all paths kept in the beam.
+    Greedy search scores a single path; beam search sums over all paths kept in the beam. With fusion, the
+    score includes that of the language model, and with a lexicon, `words` are the words as written in it.
     """
 
     labels: tuple[int, ...]
     score: float
+    words: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,14 @@ def greedy(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: int = 0)
 
 
 def beam_search(
-    logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], beam: int = 20, n_best: int = 1, blank: int = 0
+    logp_BSV: Tensor,
+    n_frames_B: Tensor | Sequence[int],
+    beam: int = 20,
+    n_best: int = 1,
+    blank: int = 0,
+    fusion: Fusion | None = None,
 ) -> list[list[Hypothesis]]:
-    """CTC prefix beam search without a language model (Hannun et al. 2014, arXiv 1408.2873).
+    """CTC prefix beam search (Hannun et al. 2014, arXiv 1408.2873), with a language model if given.
 
     A prefix accumulates the probability of all its paths, whether or not they end in blank, so a
     sequence is scored by its CTC probability, not by its best path; with a sufficiently wide beam the
@@ -106,9 +114,11 @@ def beam_search(
         beam: prefixes kept after each frame.
         n_best: hypotheses returned per row.
         blank: index of the blank symbol.
+        fusion: language model and lexicon; they are part of the ranking at every frame.
 
     Returns:
-        The hypotheses of each row, best first; fewer than `n_best` if fewer sequences are possible.
+        The hypotheses of each row, best first; fewer than `n_best` if fewer sequences are possible. With a
+        lexicon, an incomplete last word is dropped if no hypothesis in the beam ends with a complete one.
 
     Raises:
         DataError: NaN log-probabilities in a valid frame.
@@ -116,6 +126,8 @@ def beam_search(
     if beam < 1 or not 1 <= n_best <= beam:
         raise ValueError(f"beam must be at least 1 and n_best between 1 and beam, not {beam} and {n_best}")
     counts = _frame_counts(logp_BSV, n_frames_B, blank)
+    if fusion is not None and (fusion.blank != blank or max(fusion.symbol_C) >= logp_BSV.shape[2]):
+        raise ValueError("the fusion is made for other symbols")
     if not counts:
         return []
     if logp_BSV.dtype in (torch.float16, torch.bfloat16):
@@ -124,7 +136,7 @@ def beam_search(
     order = sorted(range(len(counts)), key=lambda row: -counts[row])
     with torch.inference_mode():
         logp_SBV = logp_BSV[order].transpose(0, 1).contiguous()
-        results = _search(logp_SBV, [counts[row] for row in order], beam, n_best, blank)
+        results = _search(logp_SBV, [counts[row] for row in order], beam, n_best, blank, fusion)
     in_order: list[list[Hypothesis]] = [[] for _ in counts]
     for row, hypotheses in zip(order, results, strict=True):
         in_order[row] = hypotheses
@@ -137,12 +149,15 @@ class _Beam:
 
     blank: Tensor  # log-probability of paths that end in blank, relative to the row's best prefix
     label: Tensor  # log-probability of paths that end in the prefix's last label
-    last: Tensor  # last label; blank for the empty prefix
+    last: Tensor  # last label (with fusion, its column); blank for the empty prefix
     key: Tensor  # 63-bit hash that identifies the prefix
     parent: Tensor  # key of the prefix without its last label
+    lm: Tensor | None = None  # fusion: score of the prefix, relative to that of the row's best prefix
+    state: Tensor | None = None  # fusion: row of its cache
 
     def first(self, n_rows: int) -> _Beam:
-        return _Beam(*(field[:n_rows] for field in vars(self).values()))
+        kept = {name: value if value is None else value[:n_rows] for name, value in vars(self).items()}
+        return _Beam(**kept)
 
 
 # Keys of an unused slot and of its parent; keys of prefixes are never negative.
@@ -150,37 +165,54 @@ _NO_KEY, _NO_PARENT = -1, -2
 _KEY_MASK = 2**63 - 1
 
 
+@dataclass
+class _History:
+    """What backtracing needs from every frame and from the end of every row."""
+
+    chosen: list[Tensor] = field(default_factory=list)  # candidate of each slot, per frame
+    shifts: list[Tensor] = field(default_factory=list)  # value subtracted from all scores, per frame
+    words: list[Tensor] = field(default_factory=list)  # word that each candidate completes, with a lexicon
+    slots: dict[int, Tensor] = field(default_factory=dict)  # slots of each row at its end, best first
+    scores: dict[int, Tensor] = field(default_factory=dict)  # their scores, without the shifts
+    last_words: dict[int, Tensor] = field(default_factory=dict)  # words that the end completes
+
+
 def _search(
-    logp_SBV: Tensor, counts: list[int], beam: int, n_best: int, blank: int
+    logp_SBV: Tensor, counts: list[int], beam: int, n_best: int, blank: int, fusion: Fusion | None
 ) -> list[list[Hypothesis]]:
     """Run the beam search on rows sorted by descending length."""
-    _, n_rows, n_symbols = logp_SBV.shape
+    _, n_rows, n_columns = logp_SBV.shape
     state = _empty_beam(logp_SBV, beam, blank)
-    hash_V = torch.tensor(_hash_constants(n_symbols), device=logp_SBV.device)
+    cache = None
+    if fusion is not None:
+        cache = fusion.cache(logp_SBV.device, logp_SBV.dtype)
+        n_columns = cache.n_columns
+        state.lm = torch.zeros_like(state.blank)
+        state.state = cache.start(n_rows, beam)
+    hash_C = torch.tensor(_hash_constants(n_columns), device=logp_SBV.device)
     slot_K = torch.arange(1, beam + 1, device=logp_SBV.device)
-    steps: list[Tensor] = []
-    shifts: list[Tensor] = []
-    final_scores: dict[int, Tensor] = {}
+    history = _History()
     n_active = n_rows
     for frame in range(counts[0] + 1):
         while n_active and counts[n_active - 1] == frame:
             n_active -= 1
-            final_scores[n_active] = torch.logaddexp(state.blank[n_active], state.label[n_active])
+            _end_row(state, n_active, n_best, cache, history)
         if not n_active:
             break
         if n_active < state.last.shape[0]:
             state = state.first(n_active)
-        state, chosen_BK, shift_B = _step(state, logp_SBV[frame, :n_active], hash_V, slot_K, blank)
-        steps.append(chosen_BK)
-        shifts.append(shift_B)
-    return _backtrace(steps, shifts, final_scores, counts, n_symbols, n_best, blank)
+        logp_BC = logp_SBV[frame, :n_active]
+        if cache is not None and n_columns > logp_SBV.shape[2]:
+            logp_BC = logp_BC[:, cache.symbol_C]
+        state = _step(state, logp_BC, hash_C, slot_K, blank, cache, history)
+    return _backtrace(history, counts, n_columns, n_best, blank, fusion)
 
 
-def _hash_constants(n_symbols: int) -> list[int]:
-    """Return fixed odd 62-bit hash constants, one per symbol (splitmix64)."""
+def _hash_constants(n_columns: int) -> list[int]:
+    """Return fixed odd 62-bit hash constants, one per column (splitmix64)."""
     constants = []
-    for symbol in range(n_symbols):
-        x = (symbol + 1) * 0x9E3779B97F4A7C15 % 2**64
+    for column in range(n_columns):
+        x = (column + 1) * 0x9E3779B97F4A7C15 % 2**64
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
         constants.append(((x ^ (x >> 31)) >> 2) | 1)
@@ -200,22 +232,26 @@ def _empty_beam(logp_SBV: Tensor, beam: int, blank: int) -> _Beam:
 
 
 def _step(
-    state: _Beam, logp_BV: Tensor, hash_V: Tensor, slot_K: Tensor, blank: int
-) -> tuple[_Beam, Tensor, Tensor]:
+    state: _Beam,
+    logp_BC: Tensor,
+    hash_C: Tensor,
+    slot_K: Tensor,
+    blank: int,
+    cache: RowCache | None,
+    history: _History,
+) -> _Beam:
     """Advance the beam by one frame.
 
-    Candidate `k * V + v` is prefix k with label v appended, or prefix k unchanged if v is blank.
-
-    Returns:
-        The next beam, the candidate chosen for each slot, and the value subtracted from all scores.
+    Candidate `k * C + c` is prefix k with the label of column c appended, or prefix k unchanged if c is
+    blank. Without a lexicon, columns are labels.
     """
-    n_rows, n_symbols = logp_BV.shape
+    n_rows, n_columns = logp_BC.shape
     total_BK = torch.logaddexp(state.blank, state.label)
-    repeat_BK = logp_BV.gather(1, state.last)
-    candidate_BKV = total_BK[:, :, None] + logp_BV[:, None, :]
+    repeat_BK = logp_BC.gather(1, state.last)
+    candidate_BKC = total_BK[:, :, None] + logp_BC[:, None, :]
     # A repeated label is a new label only after a blank.
-    candidate_BKV.scatter_(2, state.last[:, :, None], (state.blank + repeat_BK)[:, :, None])
-    flat_BC = candidate_BKV.view(n_rows, -1)
+    candidate_BKC.scatter_(2, state.last[:, :, None], (state.blank + repeat_BK)[:, :, None])
+    flat_BN = candidate_BKC.view(n_rows, -1)
 
     # If prefix k plus a label equals prefix j of the beam, the candidate's probability moves to j.
     # Slots without a parent in the beam all point to candidate 0, hence scatter_add_ instead of scatter_.
@@ -223,71 +259,118 @@ def _step(
     is_parent_BKK = state.parent[:, :, None] == state.key[:, None, :]
     parent_slot_BK = (is_parent_BKK * slot_K).sum(-1)
     has_parent_BK = parent_slot_BK > 0
-    duplicate_BK = (parent_slot_BK - 1).clamp_(min=0) * n_symbols + state.last
-    drop_BK = torch.where(has_parent_BK, _LOG_ZERO, 0.0).to(logp_BV.dtype)
-    gained_BK = flat_BC.gather(1, duplicate_BK).masked_fill_(~has_parent_BK, _LOG_ZERO)
-    flat_BC.scatter_add_(1, duplicate_BK, drop_BK)
+    duplicate_BK = (parent_slot_BK - 1).clamp_(min=0) * n_columns + state.last
+    drop_BK = torch.where(has_parent_BK, _LOG_ZERO, 0.0).to(logp_BC.dtype)
+    gained_BK = flat_BN.gather(1, duplicate_BK).masked_fill_(~has_parent_BK, _LOG_ZERO)
+    flat_BN.scatter_add_(1, duplicate_BK, drop_BK)
     stay_label_BK = torch.logaddexp(state.label + repeat_BK, gained_BK)
-    stay_blank_BK = candidate_BKV[:, :, blank] = total_BK + logp_BV[:, blank, None]
-    candidate_BKV[:, :, blank] = torch.logaddexp(stay_blank_BK, stay_label_BK)
+    stay_blank_BK = candidate_BKC[:, :, blank] = total_BK + logp_BC[:, blank, None]
+    candidate_BKC[:, :, blank] = torch.logaddexp(stay_blank_BK, stay_label_BK)
 
-    score_BK, chosen_BK = flat_BC.topk(state.last.shape[1], dim=1)
-    source_BK = torch.div(chosen_BK, n_symbols, rounding_mode="floor")
-    symbol_BK = chosen_BK - source_BK * n_symbols
-    stays_BK = symbol_BK == blank
-    dead_BK = score_BK == _LOG_ZERO
+    lm_BN = None
+    if cache is None:
+        score_BK, chosen_BK = flat_BN.topk(state.last.shape[1], dim=1)
+        dead_BK = score_BK == _LOG_ZERO
+    else:
+        assert state.lm is not None and state.state is not None
+        state.state = cache.bounded(state.state)
+        lm_BN = (state.lm[:, :, None] + cache.score_RC[state.state]).view(n_rows, -1)
+        rank_BK, chosen_BK = (flat_BN + lm_BN).topk(state.last.shape[1], dim=1)
+        dead_BK = rank_BK == _LOG_ZERO
+        score_BK = flat_BN.gather(1, chosen_BK).masked_fill_(dead_BK, _LOG_ZERO)
+    source_BK = torch.div(chosen_BK, n_columns, rounding_mode="floor")
+    column_BK = chosen_BK - source_BK * n_columns
+    stays_BK = column_BK == blank
     key_BK = state.key.gather(1, source_BK)
-    grown_BK = (key_BK ^ (key_BK >> 29)) * 0x2545F4914F6CDD1D + hash_V[symbol_BK]
+    grown_BK = (key_BK ^ (key_BK >> 29)) * 0x2545F4914F6CDD1D + hash_C[column_BK]
     # Scores are relative to the best one, so that long recordings lose no precision.
     best_B1 = score_BK[:, :1].clamp(min=-3e38)
-    return (
-        _Beam(
-            torch.where(stays_BK, stay_blank_BK.gather(1, source_BK), _LOG_ZERO) - best_B1,
-            torch.where(stays_BK, stay_label_BK.gather(1, source_BK), score_BK) - best_B1,
-            torch.where(stays_BK, state.last.gather(1, source_BK), symbol_BK),
-            torch.where(stays_BK, key_BK, grown_BK & _KEY_MASK).masked_fill_(dead_BK, _NO_KEY),
-            torch.where(stays_BK, state.parent.gather(1, source_BK), key_BK).masked_fill_(
-                dead_BK, _NO_PARENT
-            ),
-        ),
-        chosen_BK,
-        best_B1[:, 0],
+    shift_B = best_B1[:, 0]
+    advanced = _Beam(
+        torch.where(stays_BK, stay_blank_BK.gather(1, source_BK), _LOG_ZERO) - best_B1,
+        torch.where(stays_BK, stay_label_BK.gather(1, source_BK), score_BK) - best_B1,
+        torch.where(stays_BK, state.last.gather(1, source_BK), column_BK),
+        torch.where(stays_BK, key_BK, grown_BK & _KEY_MASK).masked_fill_(dead_BK, _NO_KEY),
+        torch.where(stays_BK, state.parent.gather(1, source_BK), key_BK).masked_fill_(dead_BK, _NO_PARENT),
     )
+    if cache is not None:
+        assert lm_BN is not None and state.state is not None
+        source_state_BK = state.state.gather(1, source_BK)
+        lm_BK = lm_BN.gather(1, chosen_BK).masked_fill_(dead_BK, 0.0)
+        advanced.lm = lm_BK - lm_BK[:, :1]
+        advanced.state = cache.advance(source_state_BK, column_BK)
+        shift_B = shift_B + lm_BK[:, 0]
+        if cache.fusion.words:
+            history.words.append(cache.word_RC[source_state_BK, column_BK])
+    history.chosen.append(chosen_BK)
+    history.shifts.append(shift_B)
+    return advanced
+
+
+def _end_row(state: _Beam, row: int, n_best: int, cache: RowCache | None, history: _History) -> None:
+    """Rank the prefixes of a row that has no more frames."""
+    score_K = torch.logaddexp(state.blank[row], state.label[row])
+    slot_K = torch.arange(len(score_K), device=score_K.device)
+    if cache is not None:
+        assert state.lm is not None and state.state is not None
+        score_K = score_K + state.lm[row]
+        final_K = score_K + cache.final_R[state.state[row]]
+        word_K = cache.final_word_R[state.state[row]]
+        if bool((final_K > _LOG_ZERO).any()):
+            score_K, slot_K = final_K.sort(descending=True, stable=True)
+            history.last_words[row] = word_K[slot_K[:n_best]]
+        else:  # `_backtrace` drops the incomplete word
+            score_K = torch.where(slot_K == 0, score_K, _LOG_ZERO)
+    history.slots[row], history.scores[row] = slot_K[:n_best], score_K[:n_best]
 
 
 def _backtrace(
-    steps: list[Tensor],
-    shifts: list[Tensor],
-    final_scores: dict[int, Tensor],
-    counts: list[int],
-    n_symbols: int,
-    n_best: int,
-    blank: int,
+    history: _History, counts: list[int], n_columns: int, n_best: int, blank: int, fusion: Fusion | None
 ) -> list[list[Hypothesis]]:
     """Trace all rows back together, from the last frame to the first."""
-    n_rows = len(counts)
-    slots = np.tile(np.arange(n_best), (n_rows, 1))  # rows keep their slots until their last frame
-    symbols = np.full((len(steps), n_rows, n_best), blank)
+    n_rows, n_frames = len(counts), len(history.chosen)
+    # Shorter rows keep their slots until their last frame.
+    slots = np.stack([history.slots[row].cpu().numpy() for row in range(n_rows)])
+    columns = np.full((n_frames, n_rows, n_best), blank)
+    words = np.full((n_frames + 1, n_rows, n_best), -1)
     shift_B = np.zeros(n_rows)  # accumulated score shift of each row
-    for frame in range(len(steps) - 1, -1, -1):
-        chosen_BK = steps[frame].cpu().numpy()
+    for frame in range(n_frames - 1, -1, -1):
+        chosen_BK = history.chosen[frame].cpu().numpy()
         n = len(chosen_BK)
-        shift_B[:n] += shifts[frame].cpu().double().numpy()
+        shift_B[:n] += history.shifts[frame].cpu().double().numpy()
+        if history.words:
+            words[frame, :n] = np.take_along_axis(history.words[frame].cpu().numpy(), slots[:n], 1)
         candidates = np.take_along_axis(chosen_BK, slots[:n], 1)
-        symbols[frame, :n] = candidates % n_symbols
-        slots[:n] = candidates // n_symbols
+        columns[frame, :n] = candidates % n_columns
+        slots[:n] = candidates // n_columns
+    for row, last_words in history.last_words.items():
+        words[n_frames, row] = last_words.cpu().numpy()
+    symbols = columns if fusion is None else fusion.symbol_C[columns]
     results = []
     for row in range(n_rows):
-        scores = final_scores[row][:n_best].cpu().double().numpy() + shift_B[row]
-        labels = (symbols[:, row, i] for i in range(n_best))
-        results.append(
-            [
-                Hypothesis(tuple(int(v) for v in sequence[sequence != blank]), float(score))
-                for sequence, score in zip(labels, scores, strict=True)
-                if score > _LOG_ZERO or n_best == 1
-            ]
-        )
+        scores = history.scores[row].cpu().double().numpy() + shift_B[row]
+        incomplete = fusion is not None and row not in history.last_words
+        hypotheses = []
+        for i, score in enumerate(scores.tolist()):
+            if score == _LOG_ZERO and n_best > 1:
+                continue
+            sequence = symbols[:, row, i]
+            labels = sequence[sequence != blank].tolist()
+            spoken = None
+            if fusion is not None and fusion.words:
+                spoken = tuple(fusion.words[w] for w in words[:, row, i] if w >= 0)
+                if incomplete:
+                    labels = _complete_words(labels, fusion.boundary)
+            hypotheses.append(Hypothesis(tuple(labels), score, spoken))
+        results.append(hypotheses)
     return results
+
+
+def _complete_words(labels: list[int], boundary: int) -> list[int]:
+    """The labels before the last boundary."""
+    if boundary not in labels:
+        return []
+    return labels[: len(labels) - 1 - labels[::-1].index(boundary)]
 
 
 def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list[Span]:

@@ -183,7 +183,7 @@ class NGram:
             node_R = state_R[row_R]
             logp_RV[row_R] += self.backoff_M[node_R, None]
             first_R, last_R = self.first_child_M[node_R], self.first_child_M[node_R + 1]
-            child = _concatenate_ranges(first_R, last_R)
+            child = concatenate_ranges(first_R, last_R)
             row = np.repeat(row_R, last_R - first_R)
             word = self.key_N[child] % n_words
             logp_RV[row, word] = self.logp_N[child]
@@ -201,7 +201,7 @@ class NGram:
         return logps
 
 
-def _concatenate_ranges(first_R: np.ndarray, last_R: np.ndarray) -> np.ndarray:
+def concatenate_ranges(first_R: np.ndarray, last_R: np.ndarray) -> np.ndarray:
     """Concatenation of the ranges [first, last)."""
     length_R = last_R - first_R
     offset_R = np.cumsum(length_R) - length_R

@@ -1,0 +1,433 @@
+"""Shallow fusion of n-gram language models and lexicons with CTC beam search.
+
+A fusion is an automaton over the symbols of the CTC head. Each state has a row: the score of every possible
+continuation and the state after it. Rows are computed when the search first reaches a state, many at a time,
+and cached, so a frame of the search only indexes a table.
+
+Shapes: R rows (states), C columns. Column v is symbol v; with a lexicon, further columns are alternatives of
+the word boundary that complete another word with the same symbols.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jahubert.errors import ConfigError, DataError
+from jahubert.lm.arpa import read_arpa
+from jahubert.lm.lexicon import Entry, read_lexicon
+from jahubert.lm.ngram import NGram, concatenate_ranges
+from jahubert.phonemes import PhonemeSet
+
+log = logging.getLogger(__name__)
+
+MAX_CACHED = 1 << 24  # cells (rows x columns) of the cache, 16 bytes each
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of some states.
+
+    Attributes:
+        score_RC: added to the log-probability by each continuation; -inf if it is impossible.
+        next_RC: state after the continuation.
+        word_RC: index of the word that the continuation completes, or -1; None without a lexicon.
+        final_R: added at the end of the utterance; -inf if a word is incomplete.
+        final_word_R: index of the word that the end completes, or -1.
+    """
+
+    score_RC: np.ndarray
+    next_RC: np.ndarray
+    word_RC: np.ndarray | None
+    final_R: np.ndarray
+    final_word_R: np.ndarray
+
+
+class Fusion(ABC):
+    """Language model scores for `beam_search`.
+
+    Args:
+        lm_weight: factor of the language model's log-probability.
+        word_bonus: added per token of the language model: per word with a lexicon, else per symbol.
+
+    Attributes:
+        start: the initial state.
+        blank, boundary: columns of the blank and the word boundary (-1 if there is none).
+        symbol_C: symbol of each column.
+        words: the words that indices in `Rows` refer to; empty without a lexicon.
+    """
+
+    start: int
+    blank: int
+    boundary: int
+    symbol_C: np.ndarray
+    words: tuple[str, ...]
+
+    def __init__(self, lm_weight: float, word_bonus: float):
+        if not (math.isfinite(lm_weight) and math.isfinite(word_bonus)):
+            raise ConfigError(f"lm_weight is {lm_weight} and word_bonus {word_bonus}, but must be finite")
+        self.lm_weight = lm_weight
+        self.word_bonus = word_bonus
+        self._cache: RowCache | None = None
+
+    @abstractmethod
+    def expand(self, state_R: np.ndarray) -> Rows:
+        """The rows of the given states."""
+
+    @abstractmethod
+    def reweighted(self, lm_weight: float, word_bonus: float) -> Fusion:
+        """The same models with another weight and bonus."""
+
+    def cache(self, device: torch.device, dtype: torch.dtype) -> RowCache:
+        """The cache of rows, which is kept between searches."""
+        if self._cache is None or (self._cache.device, self._cache.dtype) != (device, dtype):
+            self._cache = RowCache(self, device, dtype)
+        return self._cache
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": None}
+
+
+class SymbolFusion(Fusion):
+    """N-gram over the symbols of the head: phones, kana (both with `|` between words) or characters.
+
+    Raises:
+        DataError: the model contains none of the symbols.
+    """
+
+    def __init__(self, model: NGram, symbols: PhonemeSet, lm_weight: float = 1.0, word_bonus: float = 0.0):
+        super().__init__(lm_weight, word_bonus)
+        self.model = model
+        self.symbols = symbols
+        self.start = model.start_state
+        self.blank, self.boundary = symbols.blank, symbols.boundary
+        self.symbol_C = np.arange(len(symbols))
+        self.words = ()
+        labels = [label for label in range(len(symbols)) if label != symbols.blank]
+        self.label_C = np.array(labels)
+        names = [symbols.symbols[label] for label in labels]
+        if not any(name in model.index for name in names):
+            raise DataError(
+                "the language model has none of the model's symbols; a model of words needs a lexicon"
+            )
+        self.word_C = model.word_ids(names)
+        _warn_unknown(model, names, "symbols")
+
+    def reweighted(self, lm_weight: float, word_bonus: float) -> SymbolFusion:
+        return SymbolFusion(self.model, self.symbols, lm_weight, word_bonus)
+
+    def expand(self, state_R: np.ndarray) -> Rows:
+        shape = (len(state_R), len(self.symbols))
+        score_RC = np.zeros(shape, np.float32)
+        next_RC = np.repeat(state_R[:, None], shape[1], 1)
+        logp_RV, next_RV = self.model.rows(state_R)
+        known = self.word_C >= 0
+        columns, words = self.label_C[known], self.word_C[known]
+        score_RC[:, columns] = self.lm_weight * logp_RV[:, words] + self.word_bonus
+        next_RC[:, columns] = next_RV[:, words]
+        for column in self.label_C[~known]:
+            logp_R, next_RC[:, column] = self.model.score(state_R, np.full(shape[0], -1))
+            score_RC[:, column] = self.lm_weight * logp_R + self.word_bonus
+        final_R = self.lm_weight * _end_logp(self.model, state_R)
+        return Rows(score_RC, next_RC, None, final_R, np.full(shape[0], -1))
+
+
+# Nodes of the prefix tree: before the first symbol, where a boundary may come first, and after a boundary.
+_BEGIN, _ROOT = 0, 1
+
+
+class Lexicon:
+    """Prefix tree of words spelled in the symbols of a head that has a word boundary.
+
+    Args:
+        entries: words with their symbols; a word may have several spellings, and a spelling several words.
+
+    Raises:
+        ConfigError: the symbols have no word boundary.
+    """
+
+    def __init__(self, entries: Sequence[Entry], symbols: PhonemeSet):
+        if symbols.boundary < 0:
+            raise ConfigError("a lexicon needs a vocabulary with word boundaries: phones or kana")
+        n_symbols = len(symbols)
+        arcs: dict[int, int] = {}  # node * V + symbol -> node
+        depths = [0, 0]
+        ends, words = [], []
+        self.words = tuple(dict.fromkeys(word for word, _ in entries))
+        index = {word: i for i, word in enumerate(self.words)}
+        for word, spelling in entries:
+            node = _ROOT
+            for label in symbols.encode([spelling]):
+                arc = node * n_symbols + label
+                child = arcs.get(arc)
+                if child is None:
+                    child = arcs[arc] = len(depths)
+                    depths.append(depths[node] + 1)
+                node = child
+            ends.append(node)
+            words.append(index[word])
+        self.symbols = symbols
+        self.n_nodes = len(depths)
+        arc_A = np.fromiter(arcs, np.int64, len(arcs))
+        child_A = np.fromiter(arcs.values(), np.int64, len(arcs))
+        sort_A = np.argsort(arc_A)
+        self.arc_A, self.child_A = arc_A[sort_A], child_A[sort_A]
+        firsts = np.arange(self.n_nodes + 1, dtype=np.int64) * n_symbols
+        self.first_arc = np.searchsorted(self.arc_A, firsts)
+        self.depth = np.array(depths)
+        self.parent = np.zeros(self.n_nodes, np.int64)
+        self.parent[self.child_A] = self.arc_A // n_symbols
+        end_E, word_E = np.array(ends), np.array(words)
+        sort_E = np.argsort(end_E, kind="stable")
+        self.end_E, self.word_E = end_E[sort_E], word_E[sort_E]
+        self.first_end = np.searchsorted(self.end_E, np.arange(self.n_nodes + 1))
+        self.max_homophones = int(np.diff(self.first_end).max())
+
+    def best_below(self, score_W: np.ndarray) -> np.ndarray:
+        """Highest score of the words that each node can still become; 0 for the nodes between words."""
+        best = np.full(self.n_nodes, -np.inf)
+        np.maximum.at(best, self.end_E, score_W[self.word_E])
+        order = np.argsort(-self.depth, kind="stable")
+        for nodes in np.split(order, np.flatnonzero(np.diff(self.depth[order])) + 1):
+            np.maximum.at(best, self.parent[nodes], best[nodes])
+        best[: _ROOT + 1] = 0.0
+        return best
+
+
+class LexiconFusion(Fusion):
+    """Words of a lexicon, scored by a word n-gram if there is one.
+
+    A word is scored when the boundary after it, or the end of the utterance, completes it; before that, the
+    unigram score of the best word that can still follow ranks the prefix (look-ahead). A boundary is also
+    possible before the first word and after the last one.
+    """
+
+    def __init__(
+        self, lexicon: Lexicon, model: NGram | None, lm_weight: float = 1.0, word_bonus: float = 0.0
+    ):
+        super().__init__(lm_weight, word_bonus)
+        self.lexicon = lexicon
+        self.model = model
+        self.words = lexicon.words
+        symbols = lexicon.symbols
+        self.blank, self.boundary = symbols.blank, symbols.boundary
+        self.symbol_C = np.concatenate(
+            [np.arange(len(symbols)), np.full(lexicon.max_homophones - 1, symbols.boundary)]
+        )
+        self.n_states = 1 if model is None else model.n_states
+        self.start = _BEGIN * self.n_states + (0 if model is None else model.start_state)
+        if model is None:
+            unigram_W = np.zeros(len(self.words))
+        else:
+            self.model_word_W = model.word_ids(self.words)
+            if not any(word in model.index for word in self.words):
+                raise DataError("the language model has none of the lexicon's words")
+            _warn_unknown(model, self.words, "words of the lexicon")
+            unigram_W, _ = model.score(np.zeros(len(self.words), np.int64), self.model_word_W)
+        self.look_ahead = lexicon.best_below(lm_weight * unigram_W + word_bonus)
+
+    def reweighted(self, lm_weight: float, word_bonus: float) -> LexiconFusion:
+        return LexiconFusion(self.lexicon, self.model, lm_weight, word_bonus)
+
+    def expand(self, state_R: np.ndarray) -> Rows:
+        lexicon = self.lexicon
+        n_symbols, boundary = len(lexicon.symbols), lexicon.symbols.boundary
+        node_R, lm_R = np.divmod(state_R, self.n_states)
+        shape = (len(state_R), len(self.symbol_C))
+        score_RC = np.full(shape, -np.inf, np.float32)
+        next_RC = np.repeat(state_R[:, None], shape[1], 1)
+        word_RC = np.full(shape, -1, np.int32)
+        final_R = np.full(shape[0], -np.inf)
+        final_word_R = np.full(shape[0], -1)
+        score_RC[:, lexicon.symbols.blank] = 0.0
+
+        tree_R = np.maximum(node_R, _ROOT)
+        first_R, last_R = lexicon.first_arc[tree_R], lexicon.first_arc[tree_R + 1]
+        arc = concatenate_ranges(first_R, last_R)
+        row = np.repeat(np.arange(shape[0]), last_R - first_R)
+        symbol, child = lexicon.arc_A[arc] % n_symbols, lexicon.child_A[arc]
+        score_RC[row, symbol] = self.look_ahead[child] - self.look_ahead[node_R[row]]
+        next_RC[row, symbol] = child * self.n_states + lm_R[row]
+
+        begin_R = np.flatnonzero(node_R == _BEGIN)
+        score_RC[begin_R, boundary] = 0.0
+        next_RC[begin_R, boundary] = _ROOT * self.n_states + lm_R[begin_R]
+        between_R = np.flatnonzero(node_R <= _ROOT)
+        final_R[between_R] = self._final(lm_R[between_R])
+
+        first_R, last_R = lexicon.first_end[node_R], lexicon.first_end[node_R + 1]
+        end = concatenate_ranges(first_R, last_R)
+        row = np.repeat(np.arange(shape[0]), last_R - first_R)
+        rank = end - np.repeat(first_R, last_R - first_R)
+        column = np.where(rank == 0, boundary, n_symbols + rank - 1)
+        word = lexicon.word_E[end]
+        logp, lm_next = np.zeros(len(word)), np.zeros(len(word), np.int64)
+        if self.model is not None:
+            logp, lm_next = self.model.score(lm_R[row], self.model_word_W[word])
+        score = self.lm_weight * logp + self.word_bonus - self.look_ahead[node_R[row]]
+        score_RC[row, column] = score
+        next_RC[row, column] = _ROOT * self.n_states + lm_next
+        word_RC[row, column] = word
+        final = score + self._final(lm_next)
+        order = np.argsort(final, kind="stable")  # the last assignment to a row is its best word
+        final_R[row[order]] = final[order]
+        final_word_R[row[order]] = word[order]
+        return Rows(score_RC, next_RC, word_RC, final_R, final_word_R)
+
+    def _final(self, lm_R: np.ndarray) -> np.ndarray:
+        """Score of the sentence end after each language model state."""
+        if self.model is None:
+            return np.zeros(len(lm_R))
+        return self.lm_weight * _end_logp(self.model, lm_R)
+
+
+def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:
+    """Log-probability of the sentence end; 0 if the model has none."""
+    if model.end_word < 0:
+        return np.zeros(len(state_R))
+    return model.score(state_R, np.full(len(state_R), model.end_word))[0]
+
+
+def _warn_unknown(model: NGram, names: Sequence[str], kind: str) -> None:
+    unknown = [name for name in names if name not in model.index]
+    if unknown:
+        log.warning(
+            "%d of %d %s are not in the language model and have the probability of <unk>, first %r",
+            len(unknown), len(names), kind, unknown[0],
+        )  # fmt: skip
+
+
+def load_fusion(
+    symbols: PhonemeSet,
+    lm: Path | None = None,
+    lexicon: Path | None = None,
+    lm_weight: float = 0.5,
+    word_bonus: float = 0.0,
+) -> Fusion | None:
+    """Read the language model and the lexicon that a search uses.
+
+    Args:
+        symbols: the symbols of the CTC head.
+        lm: an ARPA file: of words with a lexicon, else of the symbols.
+        lexicon: a file of `read_lexicon`; restricts the output to its words.
+        lm_weight, word_bonus: see `Fusion`.
+
+    Returns:
+        None if neither is given.
+
+    Raises:
+        DataError: a file is invalid, or the language model does not belong to the lexicon or the symbols.
+        ConfigError: a lexicon for symbols without a word boundary.
+    """
+    model = None if lm is None else read_arpa(lm)
+    try:
+        if lexicon is not None:
+            tree = Lexicon(read_lexicon(lexicon, symbols), symbols)
+            return LexiconFusion(tree, model, lm_weight, word_bonus)
+        return None if model is None else SymbolFusion(model, symbols, lm_weight, word_bonus)
+    except DataError as error:
+        if lm is None or str(error).startswith(f"{lexicon}:"):
+            raise
+        raise DataError(f"{lm}: {error}") from error
+
+
+class RowCache:
+    """The rows of the states that searches have reached; a row is referred to by its number.
+
+    Args:
+        fusion: computes missing rows.
+        device, dtype: of the scores.
+    """
+
+    def __init__(self, fusion: Fusion, device: torch.device, dtype: torch.dtype):
+        self.fusion = fusion
+        self.device = device
+        self.dtype = dtype
+        self.n_columns = len(fusion.symbol_C)
+        self.max_rows = MAX_CACHED // self.n_columns
+        self.symbol_C = torch.from_numpy(fusion.symbol_C).to(device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._row_of: dict[int, int] = {}
+        self.state_R = np.empty(0, np.int64)
+        self.next_RC = np.empty((0, self.n_columns), np.int64)
+        self.score_RC = torch.empty(0, self.n_columns, dtype=self.dtype, device=self.device)
+        self.next_row_RC = torch.empty(0, self.n_columns, dtype=torch.int64, device=self.device)
+        self.word_RC = torch.empty(0, self.n_columns, dtype=torch.int32, device=self.device)
+        self.final_R = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.final_word_R = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def start(self, n_rows: int, beam: int) -> Tensor:
+        """Rows (B, K) of the initial state."""
+        row = int(self.rows(np.array([self.fusion.start]))[0])
+        return torch.full((n_rows, beam), row, device=self.device)
+
+    def rows(self, states: np.ndarray) -> np.ndarray:
+        """Row of each state; missing ones are computed."""
+        keys = states.tolist()
+        missing = [key for key in dict.fromkeys(keys) if key not in self._row_of]
+        if missing:
+            self._add(np.array(missing))
+        return np.array([self._row_of[key] for key in keys])
+
+    def advance(self, row_BK: Tensor, column_BK: Tensor) -> Tensor:
+        """Rows after the continuations `column_BK` of the states `row_BK`."""
+        next_BK = self.next_row_RC[row_BK, column_BK]
+        pending_BK = next_BK < 0
+        if bool(pending_BK.any()):
+            row, column = row_BK[pending_BK], column_BK[pending_BK]
+            states = self.next_RC[row.cpu().numpy(), column.cpu().numpy()]
+            new = torch.from_numpy(self.rows(states)).to(self.device)
+            self.next_row_RC[row, column] = new
+            next_BK[pending_BK] = new
+        return next_BK
+
+    def bounded(self, row_BK: Tensor) -> Tensor:
+        """Keep only the given rows if the cache is full; returns their new numbers."""
+        if len(self._row_of) <= max(self.max_rows, 2 * row_BK.numel()):
+            return row_BK
+        states = self.state_R[row_BK.cpu().numpy().ravel()]
+        self._clear()
+        return torch.from_numpy(self.rows(states)).to(self.device).view_as(row_BK)
+
+    def _add(self, states: np.ndarray) -> None:
+        rows = self.fusion.expand(states)
+        first, last = len(self._row_of), len(self._row_of) + len(states)
+        if last > len(self.state_R):
+            self._grow(max(256, 2 * last))
+        self._row_of.update(zip(states.tolist(), range(first, last), strict=True))
+        self.state_R[first:last] = states
+        self.next_RC[first:last] = rows.next_RC
+        score_RC = torch.from_numpy(rows.score_RC).to(self.device, self.dtype)
+        self.score_RC[first:last] = score_RC
+        # Blank and impossible continuations stay in their state.
+        own_R = torch.arange(first, last, device=self.device)
+        next_row_RC = torch.where(score_RC.isinf(), own_R[:, None], -1)
+        next_row_RC[:, self.fusion.blank] = own_R
+        self.next_row_RC[first:last] = next_row_RC
+        if rows.word_RC is not None:
+            self.word_RC[first:last] = torch.from_numpy(rows.word_RC).to(self.device)
+        self.final_R[first:last] = torch.from_numpy(rows.final_R).to(self.device, self.dtype)
+        self.final_word_R[first:last] = torch.from_numpy(rows.final_word_R).to(self.device)
+
+    def _grow(self, n_rows: int) -> None:
+        n_old = len(self.state_R)
+        for name in ("state_R", "next_RC"):
+            old = getattr(self, name)
+            new = np.empty((n_rows, *old.shape[1:]), old.dtype)
+            new[:n_old] = old
+            setattr(self, name, new)
+        for name in ("score_RC", "next_row_RC", "word_RC", "final_R", "final_word_R"):
+            tensor = getattr(self, name)
+            larger = tensor.new_empty((n_rows, *tensor.shape[1:]))
+            larger[:n_old] = tensor
+            setattr(self, name, larger)

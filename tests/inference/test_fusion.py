@@ -1,0 +1,193 @@
+"""Beam search with language models and lexicons compared with enumeration of all label sequences."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from jahubert.errors import ConfigError, DataError
+from jahubert.inference import fusion as fusion_module
+from jahubert.inference.ctc import beam_search
+from jahubert.inference.fusion import Lexicon, LexiconFusion, SymbolFusion, load_fusion
+from jahubert.lm.arpa import write_arpa
+from jahubert.lm.kneser_ney import train_ngram
+from jahubert.lm.lexicon import read_lexicon, write_lexicon
+from jahubert.phonemes import BLANK, PhonemeSet
+
+SYMBOLS = PhonemeSet((BLANK, "|", "a", "k", "i"))
+ENTRIES = [
+    ("蚊", ("k", "a")),
+    ("課", ("k", "a")),
+    ("木", ("k", "i")),
+    ("愛", ("a", "i")),
+    ("ア", ("a",)),
+    ("秋", ("a", "k", "i")),
+    ("藍", ("a", "i")),
+]
+WEIGHTS = [(0.7, 0.3), (-0.5, 1.0), (2.0, -1.0)]
+N_FRAMES = [5, 4, 2]
+
+
+def random_logp(seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(*shape, len(SYMBOLS), generator=generator, dtype=torch.float64)).log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def symbol_model():
+    rng = np.random.default_rng(0)
+    return train_ngram(
+        [[SYMBOLS.symbols[i] for i in rng.integers(1, 5, rng.integers(1, 6))] for _ in range(50)], 3
+    )
+
+
+@pytest.fixture(scope="module")
+def word_model():
+    rng = np.random.default_rng(1)
+    known = [word for word, _ in ENTRIES[:-1]]  # the last word is <unk>
+    return train_ngram([[known[i] for i in rng.integers(0, 6, rng.integers(1, 4))] for _ in range(60)], 3)
+
+
+def every_sequence(logp_SV: torch.Tensor) -> dict[tuple[int, ...], float]:
+    """CTC log-probability of all label sequences, by enumeration of all paths."""
+    rows = logp_SV.tolist()
+    scores: dict[tuple[int, ...], float] = defaultdict(lambda: -math.inf)
+    for path in itertools.product(range(len(SYMBOLS)), repeat=len(rows)):
+        labels = tuple(label for label, _ in itertools.groupby(path) if label)
+        scores[labels] = np.logaddexp(scores[labels], sum(row[v] for row, v in zip(rows, path, strict=True)))
+    return scores
+
+
+def word_sequences(labels: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """All words with these labels; one boundary before the first and after the last word is possible."""
+    if labels in ((), (SYMBOLS.boundary,)):
+        return [()]
+    spelled = " ".join(SYMBOLS.symbols[label] for label in labels).removeprefix("| ").removesuffix(" |")
+    groups = [tuple(group.split()) for group in spelled.split("|")]
+    return list(itertools.product(*([w for w, spelling in ENTRIES if spelling == g] for g in groups)))
+
+
+@pytest.mark.parametrize(("weight", "bonus"), WEIGHTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_symbol_fusion_finds_every_sequence_in_order(symbol_model, seed, weight, bonus):
+    logp = random_logp(seed, 3, 5)
+    fusion = SymbolFusion(symbol_model, SYMBOLS, weight, bonus)
+    results = beam_search(logp, N_FRAMES, beam=1000, n_best=40, fusion=fusion)
+    for row, n in enumerate(N_FRAMES):
+        expected = {}
+        for labels, score in every_sequence(logp[row, :n]).items():
+            lm = symbol_model.sentence_logp([SYMBOLS.symbols[label] for label in labels]).sum()
+            expected[labels] = score + weight * lm + bonus * len(labels)
+        found = {h.labels: h.score for h in results[row]}
+        assert found == pytest.approx({labels: expected[labels] for labels in found}, abs=1e-4)
+        assert list(found.values()) == pytest.approx(sorted(expected.values())[::-1][: len(found)], abs=1e-4)
+        assert all(h.words is None for h in results[row])
+
+
+@pytest.mark.parametrize(("weight", "bonus"), WEIGHTS)
+@pytest.mark.parametrize("with_model", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_lexicon_fusion_finds_every_word_sequence_in_order(word_model, seed, with_model, weight, bonus):
+    logp = random_logp(seed, 3, 5)
+    fusion = LexiconFusion(Lexicon(ENTRIES, SYMBOLS), word_model if with_model else None, weight, bonus)
+    results = beam_search(logp, N_FRAMES, beam=1000, n_best=20, fusion=fusion)
+    for row, n in enumerate(N_FRAMES):
+        expected = {}
+        for labels, score in every_sequence(logp[row, :n]).items():
+            for words in word_sequences(labels):
+                lm = word_model.sentence_logp(words).sum() if with_model else 0.0
+                expected[labels, words] = score + weight * lm + bonus * len(words)
+        # Of homophones at the end, without a boundary after them, only the best one is listed.
+        listed: dict[tuple, float] = {}
+        for (labels, words), score in expected.items():
+            open_end = words and labels[-1] != SYMBOLS.boundary
+            key = (labels, words[:-1], "end") if open_end else (labels, words)
+            listed[key] = max(score, listed.get(key, -math.inf))
+        found = {(h.labels, h.words): h.score for h in results[row]}
+        assert found == pytest.approx({key: expected[key] for key in found}, abs=1e-4)
+        assert list(found.values()) == pytest.approx(sorted(listed.values())[::-1][: len(found)], abs=1e-4)
+        assert len(found) == min(20, len(listed))
+
+
+def test_results_do_not_depend_on_batch_or_cache(symbol_model, word_model, monkeypatch):
+    logp = random_logp(7, 5, 30).float()
+    counts = [30, 12, 0, 21, 1]
+    for make in (
+        lambda: SymbolFusion(symbol_model, SYMBOLS, 0.6, 0.1),
+        lambda: LexiconFusion(Lexicon(ENTRIES, SYMBOLS), word_model, 0.6, 0.1),
+    ):
+        together = beam_search(logp, counts, beam=8, fusion=make())
+        copied = pickle.loads(pickle.dumps(make()))
+        monkeypatch.setattr(fusion_module, "MAX_CACHED", 0)  # the cache is emptied again and again
+        for row, n in enumerate(counts):
+            (alone,) = beam_search(logp[row : row + 1], [n], beam=8, fusion=copied)
+            assert [(h.labels, h.words) for h in alone] == [(h.labels, h.words) for h in together[row]]
+            assert alone[0].score == pytest.approx(together[row][0].score, abs=1e-3)
+        monkeypatch.undo()
+
+
+def test_zero_weight_changes_nothing(symbol_model):
+    logp = random_logp(3, 4, 25)
+    plain = beam_search(logp, [25] * 4, beam=10, n_best=3)
+    fused = beam_search(logp, [25] * 4, beam=10, n_best=3, fusion=SymbolFusion(symbol_model, SYMBOLS, 0.0))
+    for a, b in zip(plain, fused, strict=True):
+        assert [h.labels for h in a] == [h.labels for h in b]
+        assert [h.score for h in a] == pytest.approx([h.score for h in b], abs=1e-6)
+
+
+def test_only_words_of_the_lexicon_come_out_of_a_narrow_beam(word_model):
+    fusion = LexiconFusion(Lexicon(ENTRIES, SYMBOLS), word_model, 0.5)
+    spellings = {spelling for _, spelling in ENTRIES}
+    for beam in (1, 2, 5):
+        for (best,) in beam_search(random_logp(beam, 20, 15), [15] * 20, beam=beam, fusion=fusion):
+            assert set(SYMBOLS.decode(best.labels)) <= spellings
+            assert len(SYMBOLS.decode(best.labels)) == len(best.words or ())
+            assert math.isfinite(best.score)
+
+
+def test_reweighting_equals_a_new_fusion(word_model):
+    logp = random_logp(5, 2, 12)
+    lexicon = Lexicon(ENTRIES, SYMBOLS)
+    changed = LexiconFusion(lexicon, word_model, 0.1, 0.1).reweighted(1.5, -0.5)
+    assert beam_search(logp, [12, 12], fusion=changed) == beam_search(
+        logp, [12, 12], fusion=LexiconFusion(lexicon, word_model, 1.5, -0.5)
+    )
+
+
+def test_files_are_loaded_and_checked(tmp_path, symbol_model, word_model):
+    words, symbols, lexicon = tmp_path / "w.arpa", tmp_path / "s.arpa", tmp_path / "lexicon.txt"
+    write_arpa(word_model, words)
+    write_arpa(symbol_model, symbols)
+    assert write_lexicon(ENTRIES, lexicon) == len(ENTRIES)
+    assert load_fusion(SYMBOLS) is None
+    assert isinstance(load_fusion(SYMBOLS, symbols), SymbolFusion)
+    assert isinstance(load_fusion(SYMBOLS, words, lexicon), LexiconFusion)
+    assert isinstance(load_fusion(SYMBOLS, None, lexicon), LexiconFusion)
+    for arguments, name in (((words,), "w.arpa"), ((symbols, lexicon), "s.arpa")):
+        with pytest.raises(DataError, match=name):
+            load_fusion(SYMBOLS, *arguments)
+    with pytest.raises(ConfigError, match="word boundaries"):
+        load_fusion(PhonemeSet((BLANK, "a", "k", "i")), None, lexicon)
+    with pytest.raises(ConfigError, match="word_bonus"):
+        load_fusion(SYMBOLS, symbols, word_bonus=math.nan)
+    with pytest.raises(ValueError, match="symbols"):
+        beam_search(random_logp(0, 1, 4)[..., :3], [4], fusion=load_fusion(SYMBOLS, symbols))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("ア a\nイ\n", r"words.txt:2: 'イ'"), ("ア a\nウ u\n", r"words.txt:2: 'u'"), ("\n", "words.txt")],
+)
+def test_invalid_lexicon_is_rejected(tmp_path, text, message):
+    path = tmp_path / "words.txt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_lexicon(path, SYMBOLS)
+    with pytest.raises(DataError, match="none"):
+        read_lexicon(tmp_path / "none.txt", SYMBOLS)
