@@ -62,7 +62,7 @@ $(STACK)/bin/pip:
 $(STACK_READY): pyproject.toml constraints-stack.txt | $(STACK)/bin/pip
 	@echo "Installing into $(STACK) (about 8 GB; several minutes)"
 	$(STACK)/bin/python -m pip install --quiet -c constraints-stack.txt torch torchaudio
-	$(STACK)/bin/python -m pip install --quiet -c constraints-stack.txt -e '.[train,gpu,fairseq2,lm]' pytest transformers
+	$(STACK)/bin/python -m pip install --quiet -c constraints-stack.txt -e '.[train,gpu,fairseq2]' pytest transformers
 	@touch $@
 
 install: $(READY)

@@ -156,8 +156,10 @@ class _Beam:
     state: Tensor | None = None  # fusion: row of its cache
 
     def first(self, n_rows: int) -> _Beam:
-        kept = {name: value if value is None else value[:n_rows] for name, value in vars(self).items()}
-        return _Beam(**kept)
+        lm = None if self.lm is None else self.lm[:n_rows]
+        state = None if self.state is None else self.state[:n_rows]
+        blank, label, last = self.blank[:n_rows], self.label[:n_rows], self.last[:n_rows]
+        return _Beam(blank, label, last, self.key[:n_rows], self.parent[:n_rows], lm, state)
 
 
 # Keys of an unused slot and of its parent; keys of prefixes are never negative.

@@ -25,7 +25,7 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.lm.arpa import read_arpa
 from jahubert.lm.lexicon import Entry, read_lexicon
 from jahubert.lm.ngram import NGram, concatenate_ranges
-from jahubert.phonemes import PhonemeSet
+from jahubert.phonemes import BLANK, PhonemeSet
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,6 @@ class SymbolFusion(Fusion):
                 "the language model has none of the model's symbols; a model of words needs a lexicon"
             )
         self.word_C = model.word_ids(names)
-        _warn_unknown(model, names, "symbols")
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> SymbolFusion:
         return SymbolFusion(self.model, self.symbols, lm_weight, word_bonus)
@@ -230,7 +229,6 @@ class LexiconFusion(Fusion):
             self.model_word_W = model.word_ids(self.words)
             if not any(word in model.index for word in self.words):
                 raise DataError("the language model has none of the lexicon's words")
-            _warn_unknown(model, self.words, "words of the lexicon")
             unigram_W, _ = model.score(np.zeros(len(self.words), np.int64), self.model_word_W)
         self.look_ahead = lexicon.best_below(lm_weight * unigram_W + word_bonus)
 
@@ -296,9 +294,9 @@ def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:
     return model.score(state_R, np.full(len(state_R), model.end_word))[0]
 
 
-def _warn_unknown(model: NGram, names: Sequence[str], kind: str) -> None:
-    unknown = [name for name in names if name not in model.index]
-    if unknown:
+def _warn_unknown(model: NGram | None, names: Sequence[str], kind: str) -> None:
+    unknown = [name for name in names if model is not None and name not in model.index]
+    if 0 < len(unknown) < len(names):
         log.warning(
             "%d of %d %s are not in the language model and have the probability of <unk>, first %r",
             len(unknown), len(names), kind, unknown[0],
@@ -331,8 +329,12 @@ def load_fusion(
     try:
         if lexicon is not None:
             tree = Lexicon(read_lexicon(lexicon, symbols), symbols)
+            _warn_unknown(model, tree.words, "words of the lexicon")
             return LexiconFusion(tree, model, lm_weight, word_bonus)
-        return None if model is None else SymbolFusion(model, symbols, lm_weight, word_bonus)
+        if model is None:
+            return None
+        _warn_unknown(model, [name for name in symbols.symbols if name != BLANK], "symbols")
+        return SymbolFusion(model, symbols, lm_weight, word_bonus)
     except DataError as error:
         if lm is None or str(error).startswith(f"{lexicon}:"):
             raise

@@ -1,1 +1,1 @@
-"""Error rates, scoring, lexicon decoding, and quality of units and layers."""
+"""Error rates, scoring, tuning of language models, and the quality of units and layers."""

@@ -1,11 +1,13 @@
 """Decoding of the evaluation splits with beam search, and forced alignment of phones and words.
 
-Reads   a fine-tuned model, the manifest and its targets; optionally a word list and an n-gram
-Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, n-best list;
-        alignment.jsonl: phone and word times; phonemes.json: the vocabulary
+Reads   a fine-tuned model, the manifest and its targets; a language model and a lexicon if configured
+Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, n-best list, and the
+        words as written in the lexicon; alignment.jsonl: phone and word times; phonemes.json: the vocabulary;
+        tuning.json: error rates of the weights and bonuses that were tried
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
     python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=greedy decode.search=greedy
+    python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=lm decode.lm=phones.arpa
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy
+from jahubert.inference.fusion import Fusion, load_fusion
 from jahubert.inference.vad import suppress_nonspeech
 from jahubert.model.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
@@ -36,7 +39,7 @@ from jahubert.train.data.batches import CtcData, pad
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.sampler import BatchSizes, MicroBatch
 from jahubert.train.data.targets import TargetStore, split_words
-from jahubert.train.evaluation.lexicon import LexiconConfig, LexiconSearch
+from jahubert.train.evaluation.tuning import TuningBatch, search_grid
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import (
     model_field,
@@ -64,7 +67,13 @@ class Config:
     search: Literal["beam", "greedy"] = "beam"  # greedy: the best symbol of each frame
     beam: int = 20  # width of the beam search
     n_best: int = 1  # number of hypotheses to write per utterance
-    lexicon: LexiconConfig | None = None  # restricts hypotheses to a word list
+    lm: Path | None = None  # n-gram of the symbols, or with a lexicon of its words: ARPA, plain or gzip
+    lexicon: Path | None = None  # the words that hypotheses consist of: a word and its symbols per line
+    lm_weight: float = 0.5  # factor of the log-probability of the language model
+    word_bonus: float = 0.0  # added per token of the language model: per word with a lexicon, else per symbol
+    tune_splits: tuple[str, ...] = split_field(())  # choose lm_weight and word_bonus on these splits
+    tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values to try
+    tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values to try
     vad: bool = True  # remove DC offset and hum, normalize the level, and suppress phones outside speech
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)  # audio per batch
@@ -73,8 +82,16 @@ class Config:
         errors = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
         if self.n_best > self.beam:
             errors.append(f"n_best is {self.n_best}, but must be at most beam, {self.beam}")
-        if self.search == "greedy" and (self.n_best > 1 or self.lexicon):
-            errors.append("search=greedy has neither n_best nor lexicon; set search=beam")
+        fused = self.lm is not None or self.lexicon is not None
+        if self.search == "greedy" and (self.n_best > 1 or fused):
+            errors.append("search=greedy has no n_best, lm or lexicon; set search=beam")
+        if self.lm is None and self.lm_weight != Config.lm_weight:
+            errors.append("lm_weight has no effect without lm; set lm or remove lm_weight")
+        for name in ("word_bonus", "tune_splits"):
+            if not fused and getattr(self, name):
+                errors.append(f"{name} has no effect without lm or lexicon; set one or remove {name}")
+        if self.tune_splits and not (self.tune_lm_weights and self.tune_word_bonuses):
+            errors.append("tune_splits needs at least one value in tune_lm_weights and tune_word_bonuses")
         raise_config_errors(errors)
 
     @property
@@ -82,15 +99,18 @@ class Config:
         """Short description of the search, for tables."""
         if self.search == "greedy":
             return "greedy"
-        if self.lexicon is None:
-            return f"beam {self.beam}"
-        return f"beam {self.beam}, {'words and n-gram' if self.lexicon.ngram else 'word list'}"
+        parts = [f"beam {self.beam}"]
+        if self.lexicon is not None:
+            parts.append("lexicon" if self.lm is None else "lexicon and n-gram")
+        elif self.lm is not None:
+            parts.append("n-gram")
+        return ", ".join(parts)
 
 
 Search = Callable[[Tensor, Tensor], Sequence[Sequence[Hypothesis]]]
 
 
-def make_search(config: Config, symbols: PhonemeSet) -> Search:
+def make_search(config: Config, symbols: PhonemeSet, fusion: Fusion | None = None) -> Search:
     """Create a function from log-probabilities (B, S, V) and frame counts (B,) to hypotheses, best first.
 
     For n-best lists, the function returns the whole beam, because some entries differ only in word boundaries
@@ -99,9 +119,7 @@ def make_search(config: Config, symbols: PhonemeSet) -> Search:
     n_best = 1 if config.n_best == 1 else config.beam
     if config.search == "greedy":
         return lambda logp_BSV, n_frames_B: [[best] for best in greedy(logp_BSV, n_frames_B, symbols.blank)]
-    if config.lexicon:
-        return LexiconSearch(config.lexicon, symbols, config.beam, n_best)
-    return partial(beam_search, beam=config.beam, n_best=n_best, blank=symbols.blank)
+    return partial(beam_search, beam=config.beam, n_best=n_best, blank=symbols.blank, fusion=fusion)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -113,8 +131,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         raise CheckpointError(f"decode.model: {config.model} and {config.targets} have different symbols")
     device = distributed.process_device(config.device)
     bundle.ctc.to(device)
-    search = make_search(config, targets.phonemes)
+    fusion = load_fusion(targets.phonemes, config.lm, config.lexicon, config.lm_weight, config.word_bonus)
     log_probs = partial(log_probabilities, bundle.ctc, manifest, targets, config=config, device=device)
+    if fusion is not None and config.tune_splits:
+        fusion = tune(fusion, log_probs, manifest, targets, config, out)
+    search = make_search(config, targets.phonemes, fusion)
     counts = {}
     for split in config.splits:
         split_rows = manifest.indices(split=split)
@@ -150,7 +171,39 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if distributed.rank() == 0:
         write_json(out / "phonemes.json", targets.phonemes.to_json())
     distributed.barrier()
-    return {"utterances": counts, "search": config.description}
+    metrics: dict[str, Any] = {"utterances": counts, "search": config.description}
+    if fusion is not None:
+        metrics |= {"lm_weight": fusion.lm_weight, "word_bonus": fusion.word_bonus}
+    return metrics
+
+
+def tune(
+    fusion: Fusion,
+    log_probs: Callable[[np.ndarray, str], Iterator[tuple[tuple[int, ...], Tensor, Tensor]]],
+    manifest: Manifest,
+    targets: TargetStore,
+    config: Config,
+    out: Path,
+) -> Fusion:
+    """Choose the weight and the bonus that have the lowest error rate on `config.tune_splits`."""
+    rows = np.concatenate([manifest.indices(split=split) for split in config.tune_splits])
+    rows = np.intersect1d(rows, targets.labeled_rows)
+    if not len(rows):
+        raise DataError(f"decode.tune_splits: no utterance of {config.tune_splits} has a target")
+    batches = [
+        TuningBatch(logp_BSV, n_frames_B, [targets[row].tolist() for row in rows_B])
+        for rows_B, logp_BSV, n_frames_B in log_probs(rows, "tuning")
+    ]
+    lm_weights = config.tune_lm_weights if config.lm is not None else (0.0,)
+    points = search_grid(fusion, batches, targets.phonemes, config.beam, lm_weights, config.tune_word_bonuses)
+    best = points[0]
+    log.info(
+        "lm_weight %g and word_bonus %g have the lowest error rate, %.2f %%, of %d on %s",
+        best.lm_weight, best.word_bonus, 100 * best.rate, len(points), ", ".join(config.tune_splits),
+    )  # fmt: skip
+    if distributed.rank() == 0:
+        write_json(out / "tuning.json", [asdict(point) for point in points])
+    return fusion.reweighted(best.lm_weight, best.word_bonus)
 
 
 def log_probabilities(
@@ -225,6 +278,8 @@ def _hypothesis_line(
         "hypothesis": to_words(hypotheses[0].labels),
         "score": hypotheses[0].score,
     }
+    if hypotheses[0].words is not None:
+        line["written"] = hypotheses[0].words
     if n_best > 1:
         unique: dict[tuple[str, ...], float] = {}
         for hypothesis in hypotheses:

@@ -1,12 +1,8 @@
 """Tests of several decodings of one model and of reports that compare experiments."""
 
 import json
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,6 @@ from jahubert import run
 from jahubert.cli import main as cli
 from jahubert.train.experiment.provenance import DONE, read_record
 
-REPO = Path(__file__).parents[3]
 ROUGH = FIXTURES / "rough"
 SETTINGS = ["iterations=0", "finetune.pretrained=null", "score.published={paper: {test: 12.5}}"]
 
@@ -105,27 +100,26 @@ def test_published_rows_are_shown_for_phone_vocabularies_only(copy, capsys):
     assert "Recognition on test" in (copy / "report/table.txt").read_text()
 
 
-def test_documented_word_list_commands_run(copy, capsys):
-    """Runs the commands in the docstring of tools/word_list.py with a hand-written n-gram file."""
-    pytest.importorskip("flashlight.lib.text.decoder")
-    tool = REPO / "tools" / "word_list.py"
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    subprocess.run([sys.executable, str(tool), str(copy)], check=True, env=environment)
-    assert (copy / "words/lexicon.txt").read_text(encoding="utf-8") == "アイ a i\nアメ a m e\n"
-    single = "-2.0\t<unk>\n-99\t<s>\t-0.1\n-1.0\t</s>\n-0.5\tアイ\t-0.2\n"
-    grams = f"\\1-grams:\n{single}\n\\2-grams:\n-0.1\t<s> アイ\n\n\\end\\\n"
-    arpa = f"\\data\\\nngram 1=4\nngram 2=1\n\n{grams}"
-    (copy / "words/3gram.arpa").write_text(arpa, encoding="utf-8")
-    docstring = (
-        tool.read_text(encoding="utf-8").split('"""')[1].replace("\\\n", " ").replace("exp/csj", str(copy))
-    )
-    commands = [shlex.split(line)[3:] for line in docstring.splitlines() if "jahubert.run" in line]
-    assert len(commands) == 2
-    for words in commands:
-        stage = next(word.removeprefix("stage=") for word in words if word.startswith("stage="))
-        rest = [word for word in words if not word.startswith(("recipe=", "stage="))]
-        assert run.main(command(copy, stage, *rest)) == 0, capsys.readouterr().err
+def test_language_models_of_the_training_targets(copy):
+    phones, words, lexicon = (str(copy / name) for name in ("phones.arpa", "words.arpa", "words.txt"))
+    assert cli.main(["ngram", str(copy), "--unit", "phone", "--order", "3", "-o", phones]) == 0
+    assert cli.main(["ngram", str(copy), "--unit", "word", "-o", words, "--lexicon", lexicon]) == 0
+    assert cli.main(["ngram", str(copy), "--unit", "kana", "-o", words]) == 2
+    assert Path(lexicon).read_text(encoding="utf-8") == "アイ\ta i\nアメ\ta m e\n"
+    tuning = ["decode.tune_splits=[dev]", "decode.tune_lm_weights=[0.3,2]", "decode.tune_word_bonuses=[0,1]"]
+    assert run.main(command(copy, "decode", "decoding=phones", f"decode.lm={phones}", *tuning)) == 0
+    use_words = [f"decode.lm={words}", f"decode.lexicon={lexicon}", "decode.n_best=2"]
+    assert run.main(command(copy, "decode", "decoding=words", *use_words)) == 0
+    baseline = f"score.baseline={copy}/systems/main/decode"
+    assert run.main(command(copy, "score", "decoding=words", baseline)) == 0
     system = copy / "systems/main"
-    rows = [json.loads(line) for line in (system / "decode-words/test.jsonl").read_text().splitlines()]
-    assert {word for row in rows for word in row["hypothesis"]} <= {"a i", "a m e"}
+    points = json.loads((system / "decode-phones/tuning.json").read_text())
+    assert len(points) == 4 and points[0]["rate"] == min(point["rate"] for point in points)
+    metrics = read_record(system / f"decode-phones/{DONE}")["metrics"]
+    assert (metrics["lm_weight"], metrics["word_bonus"]) == (points[0]["lm_weight"], points[0]["word_bonus"])
+    assert metrics["search"] == "beam 2, n-gram"
+    for line in (system / "decode-words/test.jsonl").read_text(encoding="utf-8").splitlines():
+        hypothesis = json.loads(line)
+        spelled = {"アイ": "a i", "アメ": "a m e"}
+        assert [spelled[word] for word in hypothesis["written"]] == hypothesis["hypothesis"]
     assert "against" in json.loads((system / "score-words/scores.json").read_text())["test"]

@@ -175,11 +175,11 @@ def test_splits_are_checked_once_a_manifest_exists(prepared, tmp_path):
 def test_missing_files_are_reported_with_their_settings_all_at_once(capsys, copy):
     message = rejected(
         capsys, copy, "stage=all", "iterations=0", SCRATCH,
-        "decode.lexicon.words=words/lexicn.txt", f"score.baseline={copy}/systems/mian/decode",
+        "decode.lexicon=words/lexicn.txt", f"score.baseline={copy}/systems/mian/decode",
         "targets.user_dictionary=names.txt", "kmeans.n_cluster=3",
     )  # fmt: skip
     for expected in (
-        "decode.lexicon.words: words/lexicn.txt",
+        "decode.lexicon: words/lexicn.txt",
         f"score.baseline: {copy}/systems/mian/decode",
         "targets.user_dictionary: names.txt",
     ):
@@ -271,7 +271,7 @@ def test_only_rank_0_prints_errors(tmp_path):
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
     command = [sys.executable, "-m", "jahubert.run", f"recipe={ROUGH}", "stage=all", f"exp={tmp_path}/exp"]
     done = subprocess.run(
-        [*command, "decode.lexicon.words=/no"], capture_output=True, text=True, cwd=REPO, env=environment
+        [*command, "decode.lexicon=/no"], capture_output=True, text=True, cwd=REPO, env=environment
     )
     assert done.returncode == 2 and done.stderr == ""
     assert not list(tmp_path.iterdir())

@@ -143,16 +143,15 @@ def test_n_best_are_unique_and_sorted(trained, tmp_path):
     assert all(a["score"] <= b["score"] + 1e-3 for a, b in zip(greedy, best, strict=True))
 
 
-def test_word_list_restricts_hypotheses(trained, tmp_path):
-    pytest.importorskip("flashlight.lib.text.decoder")
+def test_lexicon_restricts_hypotheses(trained, tmp_path):
     exp = trained("phones", 2)
     manifest = Manifest(exp / "prepare/manifest.arrow")
     words = {word for i in manifest.indices(split="test") for word in manifest[int(i)].words}
     (tmp_path / "words.txt").write_text(
         "".join(f"w{i} {' '.join(word)}\n" for i, word in enumerate(sorted(words)))
     )
-    lexicon = decode.LexiconConfig(tmp_path / "words.txt")
-    rows = decoded(exp, tmp_path / "lexicon", lexicon=lexicon, n_best=2, batch_seconds=3.0)
+    settings = {"lexicon": tmp_path / "words.txt", "n_best": 2, "batch_seconds": 3.0}
+    rows = decoded(exp, tmp_path / "lexicon", **settings)
     assert all(tuple(word.split()) in words for line in rows for word in line["hypothesis"])
     assert [line["reference"] for line in rows] == [
         line["reference"] for line in decoded(exp, tmp_path / "free")
@@ -165,6 +164,12 @@ def test_word_list_restricts_hypotheses(trained, tmp_path):
         ({"beam": 0}, "beam is 0"),
         ({"n_best": 21}, "n_best is 21"),
         ({"search": "greedy", "n_best": 2}, "search=greedy"),
+        ({"search": "greedy", "lm": Path("a.arpa")}, "search=greedy"),
+        ({"lm_weight": 0.7}, "lm_weight"),
+        ({"lm_weight": 0.7, "lexicon": Path("words.txt")}, "lm_weight"),
+        ({"word_bonus": 1.0}, "word_bonus"),
+        ({"tune_splits": ("dev",)}, "tune_splits"),
+        ({"tune_splits": ("dev",), "lm": Path("a.arpa"), "tune_lm_weights": ()}, "tune_lm_weights"),
     ],
 )
 def test_invalid_decode_settings_are_rejected(settings, message):
@@ -172,14 +177,14 @@ def test_invalid_decode_settings_are_rejected(settings, message):
         decode.Config(Path("m"), Path("t"), Path("b"), **settings)
 
 
-def test_word_list_is_set_on_the_command_line():
-    overrides = [f"recipe={TONES}", "stage=decode", "decode.lexicon.words=/a/words.txt"]
+def test_language_model_is_set_on_the_command_line():
+    overrides = [f"recipe={TONES}", "stage=decode", "decode.lexicon=/a/words.txt"]
     (job,) = plan_stages(compose([*overrides, "system=pretrained"]))
-    ngram = ["decode.lexicon.ngram=/a/3.arpa", "decode.lexicon.ngram_weight=0.5"]
-    configured = configure_job(job, [*overrides, *ngram])
-    assert configured[1].lexicon == decode.LexiconConfig(Path("/a/words.txt"), Path("/a/3.arpa"), 0.5)
-    with pytest.raises(ConfigError, match=r"decode\.lexicon\.arpa"):
-        configure_job(job, [*overrides, "decode.lexicon.arpa=/a/3.arpa"])
+    _, configured, *_ = configure_job(
+        job, [*overrides, "decode.lm=/a/3.arpa", "decode.tune_lm_weights=[0.5,1]"]
+    )
+    assert (configured.lexicon, configured.lm) == (Path("/a/words.txt"), Path("/a/3.arpa"))
+    assert configured.tune_lm_weights == (0.5, 1.0)
 
 
 # --- targets ----------------------------------------------------------------------------------------------
