@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jahubert
 from jahubert.cli import language_models
@@ -43,6 +43,9 @@ from jahubert.errors import (
 )
 from jahubert.inference import writers
 
+if TYPE_CHECKING:
+    from jahubert.inference.transcribe import Transcript
+
 MAX_BEAM = 1000  # hypotheses; memory and time grow with it
 
 # Modules of the extra `train`, and the packages that provide them.
@@ -63,6 +66,10 @@ Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.Argument
 PLAN = (
     "settings of jahubert run; gpus=N (default: processes=), gpu=NAME (default: this machine), "
     "utilization=X of the 16-bit peak, hours=H of speech (default: from the prepared corpus or the recipe)"
+)
+BUILTIN_NOTE = (
+    "transcribing with the built-in model, a small one for trying jahubert on clear Japanese speech; for "
+    "other purposes, fine-tune a model on your speakers and give it with --model"
 )
 MODEL = "a model folder or file, or a Hub name"  # help text of model arguments
 CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # as in train/data/export.py (extra train)
@@ -109,7 +116,13 @@ def transcribe(args: argparse.Namespace) -> int:
         device=args.device,
         vad={"builtin": True, "silero": "silero", "off": False}[args.vad],
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        lm=args.lm,
+        lexicon=args.lexicon,
+        lm_weight=args.lm_weight,
+        word_bonus=args.word_bonus,
     )
+    if args.model is None:
+        print(BUILTIN_NOTE, file=sys.stderr)
     report = Report(inputs, empty)
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
@@ -117,6 +130,8 @@ def transcribe(args: argparse.Namespace) -> int:
     n_printed = 0  # its segments that are already on standard output
 
     def print_text(transcript: Transcript) -> None:
+        if sys.stdout.isatty():
+            transcript = mark_uncertain(transcript)
         content = writers.render(transcript, "text", args.phonemes)
         prefix = f"{label}\t" if named else ""
         report.clear()
@@ -159,6 +174,19 @@ def transcribe(args: argparse.Namespace) -> int:
             print(content, end="", flush=True)
         report.add_file(item.label)
     return report.finish()
+
+
+def mark_uncertain(transcript: Transcript) -> Transcript:
+    """Append (?) to the words that are more likely wrong than right."""
+    from jahubert.inference.confidence import LOW_CONFIDENCE
+
+    words = (
+        replace(word, kana=word.kana + "(?)", written=word.written and word.written + "(?)")
+        if word.confidence < LOW_CONFIDENCE
+        else word
+        for word in transcript.words
+    )
+    return replace(transcript, words=tuple(words))
 
 
 def output_format(args: argparse.Namespace) -> Path | None:
@@ -493,6 +521,16 @@ def audio_commands(command: Command) -> None:
     sub.add_argument(
         "--verbose", nargs="?", type=str.lower, choices=["true", "false"], help=argparse.SUPPRESS
     )
+    sub.add_argument(
+        "--lm", metavar="FILE",
+        help="n-gram in ARPA format: of the model's symbols, or of the words of --lexicon (see ngram)",
+    )  # fmt: skip
+    sub.add_argument("--lexicon", metavar="FILE", help="recognize only these words and write them as listed")
+    sub.add_argument("--lm-weight", type=float, default=0.5, metavar="W", help="of the n-gram (default: 0.5)")
+    sub.add_argument(
+        "--word-bonus", type=float, default=0.0, metavar="B",
+        help="score added per word, or per symbol without --lexicon (default: 0)",
+    )  # fmt: skip
     sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")
     sub.add_argument(

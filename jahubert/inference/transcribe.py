@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -20,9 +20,12 @@ from jahubert.formats.bundle import load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
 from jahubert.inference.conditioning import prepare_speech
+from jahubert.inference.confidence import Calibration, confidence
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
+from jahubert.inference.fusion import load_fusion
 from jahubert.inference.silero import check_silero
 from jahubert.inference.vad import Segment, cut_at_pauses, suppress_nonspeech
+from jahubert.inference.writers import join_words
 from jahubert.model.device import pick_device
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.precision import PRECISIONS, autocast, preferred_dtype, quantize_int8
@@ -38,7 +41,6 @@ SILENCE = 1e-3  # peak amplitude, -60 dBFS, below which audio without speech is 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[float], None]  # receives the seconds of audio completed since the last call
-Decoded = tuple[list[Span], float]  # aligned labels of a part of a recording, and their log-probability
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,22 @@ class Word:
     end: float
     score: float  # mean natural log-probability per frame
     times: tuple[tuple[float, float], ...]  # start and end of each phoneme
+    confidence: float = math.nan  # estimated probability that the word is correct
+    written: str = ""  # the word as written in the lexicon, if there is one
+
+    @property
+    def text(self) -> str:
+        """The word as written in the lexicon, otherwise its kana."""
+        return self.written or self.kana
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Aligned labels of a part of a recording, their log-probability, and the words of a lexicon."""
+
+    spans: list[Span]
+    score: float
+    words: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +79,8 @@ class TranscriptSegment:
 
     @property
     def text(self) -> str:
-        """Kana, with a space between words."""
-        return " ".join(word.kana for word in self.words)
+        """Kana with a space between words; with a lexicon, the written words without spaces."""
+        return join_words(self.words)
 
     @property
     def start(self) -> float:
@@ -87,8 +105,17 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """Kana, with a space between words."""
-        return " ".join(word.kana for word in self.words)
+        """Kana with a space between words; with a lexicon, the written words without spaces."""
+        return join_words(self.words)
+
+    @property
+    def confidence(self) -> float | None:
+        """Expected share of correct words, weighted by their phonemes; None without words."""
+        if not self.words:
+            return None
+        lengths = [len(word.phonemes) for word in self.words]
+        total = sum(n * word.confidence for n, word in zip(lengths, self.words, strict=True))
+        return total / sum(lengths)
 
     @property
     def segments(self) -> tuple[TranscriptSegment, ...]:
@@ -127,10 +154,16 @@ class Transcriber:
             detects (extra `vad`). False leaves the audio unchanged.
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
             hardware supports it, otherwise float32.
+        lm: an n-gram in ARPA format, of the symbols, or of the words of `lexicon`.
+        lexicon: the words to recognize: a file with a word and its symbols per line.
+        lm_weight, word_bonus: factor of the language model, and score added per word (per symbol without a
+            lexicon).
+        calibration: of the word confidences. `from_pretrained` reads it from the model.
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
         ConfigError: an invalid beam, vad, device or dtype.
+        DataError: an invalid language model or lexicon.
         MissingExtraError: silero-vad is not installed.
     """
 
@@ -143,6 +176,11 @@ class Transcriber:
         device: str | torch.device | None = None,
         vad: bool | Literal["silero"] = True,
         dtype: torch.dtype | None = None,
+        lm: str | os.PathLike | None = None,
+        lexicon: str | os.PathLike | None = None,
+        lm_weight: float = 0.5,
+        word_bonus: float = 0.0,
+        calibration: Calibration | None = None,
     ):
         if model.lm_head.out_features != len(phonemes):
             raise CheckpointError(
@@ -157,6 +195,14 @@ class Transcriber:
             raise ConfigError(f"vad is {vad!r}, but must be True, False or 'silero'")
         if vad == "silero":
             check_silero()
+        self.fusion = load_fusion(
+            phonemes,
+            None if lm is None else Path(lm),
+            None if lexicon is None else Path(lexicon),
+            lm_weight,
+            word_bonus,
+        )
+        self.calibration = calibration
         self.device = pick_device(device)
         self.dtype = preferred_dtype(self.device) if dtype is None else dtype
         if self.dtype is torch.int8:
@@ -183,6 +229,8 @@ class Transcriber:
                 f"{os.fspath(source)} has no {missing}, so it cannot transcribe; use a bundle written by "
                 "stage finetune, or another CTC model"
             )
+        if (stored := bundle.info.get("confidence")) is not None:
+            options.setdefault("calibration", Calibration.from_json(stored))
         return cls(bundle.ctc, bundle.phonemes, **options)
 
     @property
@@ -300,11 +348,10 @@ class Transcriber:
         logps, has_speech = self._speech_log_probs([wav_T for _, wav_T in recordings])
         decoded = self._decode([Segment(0, logp_SV) for logp_SV in logps])
         transcripts = []
-        for (name, wav_T), (spans, score), speech in zip(recordings, decoded, has_speech, strict=True):
+        for (name, wav_T), part, speech in zip(recordings, decoded, has_speech, strict=True):
             if not speech:
                 _report_no_speech(name, len(wav_T), float(wav_T.abs().max()) if len(wav_T) else 0.0)
-            words = tuple(words_of(spans, self.phonemes, self.grid))
-            transcripts.append(Transcript(words, len(wav_T) / SAMPLE_RATE, score, name))
+            transcripts.append(Transcript(self._words(part), len(wav_T) / SAMPLE_RATE, part.score, name))
         return transcripts
 
     def _transcribe_long(
@@ -338,9 +385,9 @@ class Transcriber:
         words: list[Word] = []
         starts: list[int] = []
         total_score = 0.0
-        for spans, score in join_cut_words(decoded, self.phonemes.boundary):
-            total_score += score
-            segment = TranscriptSegment(tuple(words_of(spans, self.phonemes, self.grid)))
+        for part in join_cut_words(decoded, self.phonemes.boundary):
+            total_score += part.score
+            segment = TranscriptSegment(self._words(part))
             if segment.words:
                 starts.append(len(words))
                 words += segment.words
@@ -370,8 +417,14 @@ class Transcriber:
             spans = forced_align(segment.logp_SV, hypothesis.labels, self.phonemes.blank)
             offset = segment.start
             spans = [Span(s.label, offset + s.start, offset + s.end, s.score) for s in spans]
-            results.append((spans, hypothesis.score))
+            results.append(Decoded(spans, hypothesis.score, hypothesis.words))
         return results
+
+    def _words(self, part: Decoded) -> tuple[Word, ...]:
+        words = words_of(part.spans, self.phonemes, self.grid, self.calibration)
+        if part.words is None:
+            return tuple(words)
+        return tuple(replace(word, written=written) for word, written in zip(words, part.words, strict=True))
 
     def _search(self, logps: list[Tensor]) -> list[Hypothesis]:
         """Find the best hypothesis of each segment, searching segments of similar length together."""
@@ -379,7 +432,13 @@ class Transcriber:
         best: dict[int, Hypothesis] = {}
         for rows in batched(order, BEAM_ROWS):
             padded = torch.nn.utils.rnn.pad_sequence([logps[i] for i in rows], batch_first=True)
-            n_best = beam_search(padded, [len(logps[i]) for i in rows], self.beam, blank=self.phonemes.blank)
+            n_best = beam_search(
+                padded,
+                [len(logps[i]) for i in rows],
+                self.beam,
+                blank=self.phonemes.blank,
+                fusion=self.fusion,
+            )
             for i, hypotheses in zip(rows, n_best, strict=True):
                 best[i] = hypotheses[0]
         return [best[i] for i in range(len(logps))]
@@ -389,42 +448,47 @@ def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decode
     """Move the rest of a word that was cut between two parts of a recording to the earlier part.
 
     Each part is yielded as soon as the beginning of the next one is known. A part without labels (a long
-    pause) ends the word before it.
+    pause) ends the word before it. With a lexicon, parts consist of complete words and stay as they are.
     """
     waiting: Decoded | None = None
-    for spans, score in decoded:
+    for part in decoded:
+        if part.words is not None:
+            yield part
+            continue
         if waiting is None:
-            waiting = spans, score
+            waiting = part
             continue
         n_moved = 0
-        if waiting[0] and waiting[0][-1].label != boundary:
-            labels = [span.label for span in spans]
+        if waiting.spans and waiting.spans[-1].label != boundary:
+            labels = [span.label for span in part.spans]
             n_moved = labels.index(boundary) if boundary in labels else len(labels)
             n_moved = 0 if n_moved > MAX_CUT_WORD else n_moved
-        joined = waiting[0] + spans[:n_moved]
-        if n_moved and n_moved == len(spans):
-            waiting = joined, waiting[1] + score  # the word may continue in the following part
+        joined = waiting.spans + part.spans[:n_moved]
+        if n_moved and n_moved == len(part.spans):
+            waiting = Decoded(joined, waiting.score + part.score)  # the word may continue in the next part
         else:
-            yield joined, waiting[1]
-            waiting = spans[n_moved:], score
+            yield Decoded(joined, waiting.score)
+            waiting = Decoded(part.spans[n_moved:], part.score)
     if waiting is not None:
         yield waiting
 
 
-def words_of(spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Iterator[Word]:
+def words_of(
+    spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid, calibration: Calibration | None = None
+) -> Iterator[Word]:
     """Group aligned labels into words at the boundary symbol."""
     group: list[Span] = []
     for span in spans:
         if span.label != phonemes.boundary:
             group.append(span)
         elif group:
-            yield _word(group, phonemes, grid)
+            yield _word(group, phonemes, grid, calibration)
             group = []
     if group:
-        yield _word(group, phonemes, grid)
+        yield _word(group, phonemes, grid, calibration)
 
 
-def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Word:
+def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid, calibration: Calibration | None) -> Word:
     phones = tuple(phonemes.symbols[span.label] for span in spans)
     times = tuple((grid.start(s.start) / SAMPLE_RATE, grid.start(s.end) / SAMPLE_RATE) for s in spans)
     n_frames = sum(s.end - s.start for s in spans)
@@ -433,7 +497,8 @@ def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid) -> Word:
         kana = phones_to_kana(phones) if phonemes.are_phones else "".join(phones)
     except DataError:  # special symbols such as <unk> have no kana
         kana = "".join(phones)
-    return Word(kana, phones, times[0][0], times[-1][1], score, times)
+    estimate = confidence([s.score for s in spans], calibration)
+    return Word(kana, phones, times[0][0], times[-1][1], score, times, estimate)
 
 
 def _report_no_speech(name: str, n_samples: int, peak: float) -> None:

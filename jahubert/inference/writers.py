@@ -6,6 +6,7 @@ Each writer converts one `Transcript` to the content of a file; times are in sec
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -26,6 +27,13 @@ CUE_KANA = 40  # characters
 CUE_MIN_LENGTH = 0.8  # seconds on screen, if the next cue allows
 
 TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
+
+
+def join_words(words: Iterable[Word]) -> str:
+    """The text of some words: written words without spaces, kana with a space between words."""
+    words = list(words)
+    separator = "" if any(word.written for word in words) else " "
+    return separator.join(word.text for word in words)
 
 
 def text(transcript: Transcript) -> str:
@@ -51,6 +59,7 @@ def jsonl(transcript: Transcript) -> str:
         "text": transcript.text,
         "phonemes": list(transcript.phonemes),
         "score": round(transcript.score, 4),
+        "confidence": _rounded(transcript.confidence),
         "words": words,
         "segments": segments,
     }
@@ -64,8 +73,15 @@ def _word_fields(word: Word) -> dict[str, Any]:
         "start": round(word.start, 3),
         "end": round(word.end, 3),
         "score": round(word.score, 4),
+        "confidence": _rounded(word.confidence),
+        **({"written": word.written} if word.written else {}),
         "times": [[round(start, 3), round(end, 3)] for start, end in word.times],
     }
+
+
+def _rounded(confidence: float | None) -> float | None:
+    """A confidence as written to JSON; null if it is unknown."""
+    return None if confidence is None or math.isnan(confidence) else round(confidence, 3)
 
 
 def tsv_rows(transcript: Transcript) -> str:
@@ -98,7 +114,7 @@ def vtt(transcript: Transcript) -> str:
 
 def textgrid(transcript: Transcript) -> str:
     """Write a Praat TextGrid with the interval tiers `words` (kana) and `phones`."""
-    words = [(word.start, word.end, word.kana) for word in transcript.words]
+    words = [(word.start, word.end, word.text) for word in transcript.words]
     phones = [
         (start, end, phone)
         for word in transcript.words
@@ -124,7 +140,7 @@ def textgrid(transcript: Transcript) -> str:
 
 def audacity(transcript: Transcript) -> str:
     """Write Audacity labels (File, Import, Labels), one per word."""
-    return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.kana}\n" for word in transcript.words)
+    return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.text}\n" for word in transcript.words)
 
 
 # Format name -> file name suffix and writer.
@@ -180,7 +196,7 @@ def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
         spelling = " ".join(word.phonemes)
         if index < len(transcript.words) and index not in transcript.segment_starts:
             spelling += boundary
-        words.append(replace(word, kana=spelling))
+        words.append(replace(word, kana=spelling, written=""))
     return replace(transcript, words=tuple(words))
 
 
@@ -197,13 +213,13 @@ def _cues(words: Iterable[Word]) -> list[tuple[float, float, str]]:
         start, end = group[0].start, max(group[-1].end, group[0].start + CUE_MIN_LENGTH)
         if index + 1 < len(groups):
             end = max(group[-1].end, min(end, groups[index + 1][0].start))
-        cues.append((start, end, " ".join(word.kana for word in group)))
+        cues.append((start, end, join_words(group)))
     return cues
 
 
 def _fits(word: Word, cue: list[Word]) -> bool:
     """Return whether a word can be appended to a cue."""
-    n_kana = sum(len(w.kana) for w in cue) + len(word.kana)
+    n_kana = sum(len(w.text) for w in cue) + len(word.text)
     pause = word.start - cue[-1].end
     length = word.end - cue[0].start
     return pause < CUE_PAUSE and length <= CUE_LENGTH and n_kana <= CUE_KANA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -25,6 +26,8 @@ from jahubert.inference.transcribe import (
     words_of,
 )
 from jahubert.inference.vad import cut_at_pauses, speech_frames
+from jahubert.lm.arpa import write_arpa
+from jahubert.lm.kneser_ney import train_ngram
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
@@ -318,3 +321,30 @@ def test_missing_builtin_model_is_reported(monkeypatch):
 def test_builtin_model_is_a_bundle_or_none():
     path = builtin_model()
     assert path is None or (path / "config.json").is_file()
+
+
+def test_lexicon_writes_kanji(ctc, tmp_path):
+    lexicon, text = tmp_path / "words.txt", tmp_path / "words.arpa"
+    lexicon.write_text("雨 a m e\n飴 a m e\n朝 a s a\nは w a\n", encoding="utf-8")
+    write_arpa(train_ngram([["朝", "は", "飴"], ["朝", "は", "飴"], ["雨"]], 2), text)
+
+    class PlantedWords(Planted):
+        def __init__(self, **options):
+            model = HubertForCtc(TINY, len(PHONEMES))
+            Transcriber.__init__(self, model, PHONEMES, beam=8, device="cpu", vad=False, **options)
+
+    wav = speech("- a s a | w a | a m e -")
+    with_lexicon = PlantedWords(lexicon=lexicon, lm=text).transcribe(wav)
+    assert with_lexicon.text == "朝は飴"
+    assert [word.kana for word in with_lexicon.words] == ["アサ", "ワ", "アメ"]
+    assert PlantedWords(lexicon=lexicon).transcribe(wav).phonemes == with_lexicon.phonemes
+    assert PlantedWords().transcribe(wav).text == "アサ ワ アメ"
+    assert pickle.loads(pickle.dumps(Transcriber(ctc, PHONEMES, lexicon=lexicon))).fusion.words
+
+
+def test_calibration_is_read_from_the_model(ctc, tmp_path):
+    calibration = {"bias": 0.5, "mean": 1.0, "lowest": 0.25}
+    save_bundle(tmp_path / "bundle", ctc=ctc, phonemes=PHONEMES, info={"confidence": calibration})
+    assert Transcriber.from_pretrained(tmp_path / "bundle").calibration.to_json() == calibration
+    transcript = Planted().transcribe(speech("- a a - s a - -"))
+    assert transcript.words[0].confidence > 0.99 and transcript.confidence > 0.99

@@ -64,6 +64,7 @@ class ScoredUtterance:
     speaker: str
     reference: Words
     hypothesis: Words
+    word_scores: list[list[float]] | None = None  # log-probabilities of the labels of each hypothesis word
 
 
 @dataclass

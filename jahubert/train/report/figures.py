@@ -89,6 +89,27 @@ def layer_curves(layers: Mapping[str, Any]) -> str:
     return _svg(draw, 5.0, 2.8)
 
 
+def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
+    """Draw the share of right words against confidence; larger points have more words.
+
+    Args:
+        bins: (mean confidence, share of right words, number of words).
+    """
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
+        confidences, accuracies, words = zip(*bins, strict=True)
+        most = max(words)
+        axes.plot(confidences, accuracies, linewidth=1.0)
+        axes.scatter(confidences, accuracies, s=[10 + 60 * n / most for n in words])
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        _style(axes)
+
+    return _svg(draw, 2.8, 2.6)
+
+
 def phone_order(count_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute the order of rows and columns in which a matrix of phones and units is nearly diagonal.
 

@@ -190,9 +190,21 @@ def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
             confusions.append(_confusions(measure, pairs, as_kana, strings))
     columns = f'<div class="columns">{"".join(confusions)}</div>' if confusions else ""
     name = escape(system)
-    return details(f"{strings('by_speaker')}: {name}", by_speaker) + details(
-        f"{strings('confusions')}: {name}", columns
+    return (
+        details(f"{strings('by_speaker')}: {name}", by_speaker)
+        + details(f"{strings('confusions')}: {name}", columns)
+        + _reliability(name, score.get("confidence"), strings)
     )
+
+
+def _reliability(system: str, measured: Mapping[str, Any] | None, strings: Strings) -> str:
+    """Collapsible figure of the confidences of a system's words."""
+    if not measured:
+        return ""
+    basis = measured["calibrated_on"] or strings("not_calibrated")
+    numbers = (f"{measured['words']:,}", f"{100 * measured['calibration_error']:.1f}", escape(basis))
+    picture = figure(figures.reliability(measured["bins"]), strings("reliability_caption", *numbers))
+    return details(f"{strings('reliability')}: {system}", picture)
 
 
 _MEASURES = {"wer": "WER", "per": "PER", "kana_cer": "CER", "cer": "CER"}

@@ -1,9 +1,9 @@
 """Decoding of the evaluation splits with beam search, and forced alignment of phones and words.
 
 Reads   a fine-tuned model, the manifest and its targets; a language model and a lexicon if configured
-Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, n-best list, and the
-        words as written in the lexicon; alignment.jsonl: phone and word times; phonemes.json: the vocabulary;
-        tuning.json: error rates of the weights and bonuses that were tried
+Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, scores of the labels
+        of each word, n-best list, and the words as written in the lexicon; alignment.jsonl: phone and word
+        times; phonemes.json: the vocabulary; tuning.json: error rates of the weights and bonuses tried
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
     python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=greedy decode.search=greedy
@@ -152,11 +152,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         counts[split] = len(rows)
         lines = []
         for rows_B, logp_BSV, n_frames_B in log_probs(rows, f"decoding {split}", suppress=config.vad):
-            results = zip(rows_B, search(logp_BSV, n_frames_B), strict=True)
+            hypotheses_B = search(logp_BSV, n_frames_B)
+            results = zip(rows_B, hypotheses_B, logp_BSV, n_frames_B.tolist(), strict=True)
             lines.append(
                 [
-                    _hypothesis_line(manifest[row], targets, row, hypotheses, config.n_best)
-                    for row, hypotheses in results
+                    _hypothesis_line(manifest[row], targets, row, hypotheses, logp_SV[:n], config.n_best)
+                    for row, hypotheses, logp_SV, n in results
                 ]
             )
         _write(out / f"{split}.jsonl", lines)
@@ -179,7 +180,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def tune(
     fusion: Fusion,
-    log_probs: Callable[[np.ndarray, str], Iterator[tuple[tuple[int, ...], Tensor, Tensor]]],
+    log_probs: Callable[..., Iterator[tuple[tuple[int, ...], Tensor, Tensor]]],
     manifest: Manifest,
     targets: TargetStore,
     config: Config,
@@ -192,7 +193,7 @@ def tune(
         raise DataError(f"decode.tune_splits: no utterance of {config.tune_splits} has a target")
     batches = [
         TuningBatch(logp_BSV, n_frames_B, [targets[row].tolist() for row in rows_B])
-        for rows_B, logp_BSV, n_frames_B in log_probs(rows, "tuning")
+        for rows_B, logp_BSV, n_frames_B in log_probs(rows, "tuning", suppress=config.vad)
     ]
     lm_weights = config.tune_lm_weights if config.lm is not None else (0.0,)
     points = search_grid(fusion, batches, targets.phonemes, config.beam, lm_weights, config.tune_word_bonuses)
@@ -265,7 +266,12 @@ def _write(path: Path, lines: list[list[str]]) -> None:
 
 
 def _hypothesis_line(
-    utterance: Utterance, targets: TargetStore, row: int, hypotheses: Sequence[Hypothesis], n_best: int
+    utterance: Utterance,
+    targets: TargetStore,
+    row: int,
+    hypotheses: Sequence[Hypothesis],
+    logp_SV: Tensor,
+    n_best: int,
 ) -> str:
     def to_words(labels: Sequence[int]) -> tuple[str, ...]:
         return tuple(" ".join(word) for word in split_words(targets.phonemes, labels))
@@ -277,6 +283,7 @@ def _hypothesis_line(
         "reference": to_words(targets[row].tolist()),
         "hypothesis": to_words(hypotheses[0].labels),
         "score": hypotheses[0].score,
+        "word_scores": word_scores(hypotheses[0].labels, logp_SV, targets.phonemes),
     }
     if hypotheses[0].words is not None:
         line["written"] = hypotheses[0].words
@@ -286,6 +293,19 @@ def _hypothesis_line(
             unique.setdefault(to_words(hypothesis.labels), hypothesis.score)
         line["n_best"] = [{"words": words, "score": score} for words, score in unique.items()][:n_best]
     return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> list[list[float]]:
+    """Mean log-probability of each label in the alignment, by word."""
+    words: list[list[float]] = [[]]
+    for span in forced_align(logp_SV, labels, symbols.blank):
+        if span.label == symbols.boundary:
+            words.append([])
+        elif symbols.boundary < 0:
+            words.append([round(span.score, 4)])
+        else:
+            words[-1].append(round(span.score, 4))
+    return [word for word in words if word]
 
 
 def talk_of(utterance: Utterance) -> str:

@@ -1,9 +1,10 @@
 """Scoring of hypotheses: WER, PER and kana CER.
 
 Reads   the hypotheses written by stage decode, and those of another system if `baseline` is set
-Writes  scores.json: all measures by set, talk and speaker, with confidence intervals, confusions and the
-        significance test against the baseline; <split>.txt: the same as text, with an alignment of every
-        utterance; table.txt: the printed table
+Writes  scores.json: all measures by set, talk and speaker, with confidence intervals, confusions, the
+        significance test against the baseline and the reliability of confidences; <split>.txt: the same as
+        text, with an alignment of every utterance; table.txt: the printed table; calibration.json: the
+        calibration of confidences
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
     python -m jahubert.run recipe=demo stage=score system=pretrained decoding=greedy \
@@ -20,6 +21,7 @@ from typing import Any
 
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
+from jahubert.inference.confidence import Calibration, fit_calibration
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import paired_bootstrap
@@ -33,6 +35,7 @@ from jahubert.train.evaluation.scoring import (
     published_table,
     rates_table,
 )
+from jahubert.train.evaluation.word_confidence import evaluate_confidence, judge_words
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors
 from jahubert.train.experiment.provenance import read_record, write_json
@@ -47,6 +50,7 @@ class Config:
     hypotheses: Path
     baseline: Path | None = None  # hypotheses of another system for a paired significance test
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
+    calibration_split: str | None = None  # fit word confidences on this split of the hypotheses
     samples: int = 1000  # number of bootstrap samples
     seed: int = 0
 
@@ -56,18 +60,24 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     measures = _measures(config.hypotheses)
+    calibration = calibrate(config)
     scores = {}
     for path in _hypothesis_files(config.hypotheses):
         set_score = SetScore(list(read_hypotheses(path)), measures)
         score = score_set(set_score, config)
         if config.baseline:
             score["against"] = compare_with_baseline(set_score, config.baseline / path.name, config)
+        judged = judge_words(set_score.utterances)
+        if (found := evaluate_confidence(judged, calibration)) is not None:
+            score["confidence"] = asdict(found) | {"calibrated_on": config.calibration_split}
         scores[path.stem] = score
         if distributed.rank() == 0:
             with atomic_write(out / f"{path.stem}.txt") as file:
                 file.writelines(f"{line}\n" for line in details(path.stem, score, set_score))
     if distributed.rank() == 0:
         write_json(out / "scores.json", scores)
+        if calibration is not None:
+            write_json(out / "calibration.json", calibration.to_json())
         results = [(result_label(config.hypotheses), phone_wer(scores))]
         table = published_table(config.published, results) + rates_table(scores)
         with atomic_write(out / "table.txt") as file:
@@ -79,6 +89,22 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         for split, score in scores.items()
         for measure in measures
     }
+
+
+def calibrate(config: Config) -> Calibration | None:
+    """Fit the confidences on the calibration split; None if it is not set.
+
+    Raises:
+        DataError: the split is not among the hypotheses, or has no words.
+    """
+    if config.calibration_split is None:
+        return None
+    path = config.hypotheses / f"{config.calibration_split}.jsonl"
+    if not path.is_file():
+        raise DataError(
+            f"score.calibration_split: {path} not found; add {config.calibration_split!r} to decode.splits"
+        )
+    return fit_calibration(*judge_words(read_hypotheses(path)))
 
 
 def _hypothesis_files(folder: Path) -> list[Path]:
@@ -102,6 +128,7 @@ def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
             speaker=item["speaker"],
             reference=[tuple(word.split(" ")) for word in item["reference"]],
             hypothesis=[tuple(word.split(" ")) for word in item["hypothesis"]],
+            word_scores=item.get("word_scores"),
         )
 
 

@@ -1,0 +1,140 @@
+"""Confidence of recognized words, calibrated on a development set.
+
+The confidence of a word is the estimated probability that it is correct. It is a logistic function of the
+log-probabilities of the word's labels in the forced alignment: of their mean and of the lowest one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from jahubert.errors import CheckpointError, DataError
+
+LOW_CONFIDENCE = 0.5  # below this, a word is more likely wrong than right
+_FLOOR = -10.0  # log-probabilities are clipped here
+_RIDGE = 1e-2  # keeps the fit finite if the features separate right words from wrong ones
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Coefficients of the logistic function; they belong to one model and way of decoding.
+
+    Attributes:
+        bias, mean, lowest: intercept, and weights of the mean and the lowest log-probability.
+    """
+
+    bias: float
+    mean: float
+    lowest: float
+
+    def confidence(self, scores: Sequence[float]) -> float:
+        """Probability that a word is correct, from the mean log-probability of each of its labels."""
+        mean, lowest = features(scores)
+        return _sigmoid(self.bias + self.mean * mean + self.lowest * lowest)
+
+    def to_json(self) -> dict[str, float]:
+        """A JSON-serializable form; `from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Calibration:
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: any other content.
+        """
+        names = ("bias", "mean", "lowest")
+        values = [data.get(name) for name in names] if isinstance(data, dict) else []
+        numbers = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        if len(numbers) != len(names):
+            raise CheckpointError(f"a calibration has the numbers {', '.join(names)}; found {data!r}")
+        return cls(*numbers)
+
+
+def confidence(scores: Sequence[float], calibration: Calibration | None) -> float:
+    """Confidence of a word from its labels' log-probabilities.
+
+    Without a calibration it is their geometric mean, which ranks words but is usually too high.
+    """
+    if calibration is not None:
+        return calibration.confidence(scores)
+    return math.exp(features(scores)[0])
+
+
+def features(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean and lowest log-probability of a word's labels."""
+    clipped = [max(_FLOOR, min(0.0, score)) for score in scores]
+    return sum(clipped) / len(clipped), min(clipped)
+
+
+def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) -> Calibration:
+    """Fit the logistic function to words that are known to be right or wrong (Newton's method).
+
+    Args:
+        scores: log-probabilities of the labels of each word.
+        correct: whether the word is right.
+
+    Raises:
+        DataError: no words.
+    """
+    if not scores or len(scores) != len(correct):
+        raise DataError(
+            f"calibration: {len(scores)} words and {len(correct)} judgments; one of each is needed"
+        )
+    x_N3 = np.array([(1.0, *features(word)) for word in scores])
+    y_N = np.array(correct, float)
+    weight = np.zeros(3)
+    for _ in range(50):
+        p_N = 1 / (1 + np.exp(-np.clip(x_N3 @ weight, -30, 30)))
+        gradient = x_N3.T @ (p_N - y_N) + _RIDGE * weight
+        hessian = (x_N3 * (p_N * (1 - p_N))[:, None]).T @ x_N3 + _RIDGE * np.eye(3)
+        step = np.linalg.solve(hessian, gradient)
+        weight -= step
+        if np.abs(step).max() < 1e-8:
+            break
+    return Calibration(*weight.tolist())
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How well confidences agree with the share of right words.
+
+    Attributes:
+        words, accuracy, confidence: number of words, share of right ones, and mean confidence.
+        calibration_error: difference of confidence and accuracy, averaged over the words of all bins (ECE).
+        bins: (mean confidence, accuracy, words) of each of ten bins of equal width that has words.
+    """
+
+    words: int
+    accuracy: float
+    confidence: float
+    calibration_error: float
+    bins: tuple[tuple[float, float, int], ...]
+
+
+def reliability(confidences: Sequence[float], correct: Sequence[bool], n_bins: int = 10) -> Reliability:
+    """Compare confidences with judgments.
+
+    Raises:
+        DataError: no words.
+    """
+    if not len(confidences) or len(confidences) != len(correct):
+        raise DataError(f"reliability: {len(confidences)} confidences and {len(correct)} judgments")
+    p_N, y_N = np.asarray(confidences, float), np.asarray(correct, float)
+    bin_N = np.minimum((p_N * n_bins).astype(int), n_bins - 1)
+    bins = []
+    for index in range(n_bins):
+        inside = bin_N == index
+        if inside.any():
+            bins.append((float(p_N[inside].mean()), float(y_N[inside].mean()), int(inside.sum())))
+    error = sum(n * abs(p - y) for p, y, n in bins) / len(p_N)
+    return Reliability(len(p_N), float(y_N.mean()), float(p_N.mean()), error, tuple(bins))
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-max(-30.0, min(30.0, x))))

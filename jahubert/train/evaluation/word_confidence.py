@@ -1,0 +1,34 @@
+"""Judgment of hypothesis words, for the calibration of confidences and its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jahubert.inference.confidence import Calibration, Reliability, confidence, reliability
+from jahubert.train.evaluation.metrics import align
+from jahubert.train.evaluation.scoring import ScoredUtterance
+
+Judged = tuple[
+    list[list[float]], list[bool]
+]  # log-probabilities of the labels of each word; whether it is right
+
+
+def judge_words(utterances: Iterable[ScoredUtterance]) -> Judged:
+    """Align hypotheses with references; utterances without word scores are skipped."""
+    scores: list[list[float]] = []
+    correct: list[bool] = []
+    for utterance in utterances:
+        if utterance.word_scores is None:
+            continue
+        pairs = align(utterance.reference, utterance.hypothesis)
+        scores += utterance.word_scores
+        correct += [expected == word for expected, word in pairs if word is not None]
+    return scores, correct
+
+
+def evaluate_confidence(judged: Judged, calibration: Calibration | None) -> Reliability | None:
+    """Reliability of the confidences of judged words; None without words."""
+    scores, correct = judged
+    if not scores:
+        return None
+    return reliability([confidence(word, calibration) for word in scores], correct)
