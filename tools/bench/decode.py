@@ -1,155 +1,247 @@
-"""Benchmark of the CTC prefix beam search against flashlight (torchaudio) or a dictionary-based search.
+"""CTC prefix beam search compared with flashlight-text, with and without an n-gram and a lexicon.
 
     python tools/bench/decode.py                   # 32 rows of 500 frames, beam 20, 42 symbols, two threads
     python tools/bench/decode.py --frames 1500 --threads 1
 
-Prints the median milliseconds per utterance of interleaved runs, on random and on peaky log-probabilities
-(mostly blank, like those of a trained model). The ratio is the speedup of the batched search over the peer.
-The peer always uses one thread; `per thread` is the ratio divided by `--threads`. The script first checks
-that short rows give the same labels as the dictionary search. It also prints the share of `--cases` rows in
-which jahubert's labels have at least the CTC probability of the peer's, by `ctc_loss`. Flashlight sums the
-paths of a sequence (`log_add`), as jahubert does, and uses neither a lexicon nor a language model.
+Prints milliseconds per utterance, medians of runs that alternate between jahubert in batches of 32, jahubert
+row by row, and the peer, which has one thread. The log-probabilities resemble those of a trained model: mostly
+blank, with confident labels of random sentences and noise. The n-gram of the symbols (order 6) and that of the
+words (order 3, with a lexicon of 5,000 words) are trained on other random sentences and read by the peer from
+the same ARPA file through KenLM.
+
+`at least as good` is the share of utterances in which the answer of jahubert has no lower exact score (CTC
+probability by `ctc_loss`, plus the weighted n-gram) than that of the peer. Both sum over the paths of a
+sequence. Without flashlight (`pip install flashlight-text kenlm`, Python up to 3.12) only jahubert is timed.
 """
 
-import argparse
-import math
-import statistics
-import time
-from collections import defaultdict
+from __future__ import annotations
 
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
 from peers import importable
 from torch import Tensor
 from torch.nn import functional as F
 
 from jahubert.inference.ctc import beam_search
+from jahubert.inference.fusion import Fusion, Lexicon, LexiconFusion, SymbolFusion
+from jahubert.lm.arpa import write_arpa
+from jahubert.lm.kneser_ney import train_ngram
+from jahubert.lm.ngram import NGram
+from jahubert.phonemes import PhonemeSet
+
+SYMBOLS = PhonemeSet.standard()
+N_WORDS, N_SENTENCES = 5000, 20_000
+LM_WEIGHT, WORD_BONUS = 0.6, 0.5
+Answer = tuple[tuple[int, ...], tuple[str, ...]]  # labels and words
 
 
-def log_probs(rows: int, frames: int, symbols: int, peaky: bool, seed: int) -> Tensor:
+@dataclass(frozen=True)
+class Task:
+    """A kind of search: the models of jahubert, and the files from which the peer reads the same ones."""
+
+    name: str
+    fusion: Fusion | None
+    model: NGram | None
+    arpa: Path | None
+
+
+def random_words(rng: np.random.Generator) -> dict[str, tuple[str, ...]]:
+    phones = [symbol for symbol in SYMBOLS.symbols if symbol not in ("<blank>", "|")]
+    spellings = {tuple(rng.choice(phones, rng.integers(2, 9)).tolist()) for _ in range(2 * N_WORDS)}
+    return {f"w{i}": spelling for i, spelling in enumerate(sorted(spellings)[:N_WORDS])}
+
+
+def random_sentences(words: dict[str, tuple[str, ...]], n: int, rng: np.random.Generator) -> list[list[str]]:
+    names = list(words)
+    ranks = np.minimum(rng.zipf(1.3, (n, 12)), len(names)) - 1
+    return [[names[rank] for rank in row[: rng.integers(3, 13)]] for row in ranks]
+
+
+def log_probs(labels: list[list[int]], n_frames: int, seed: int) -> Tensor:
+    """Peaked log-probabilities (B, S, V) of the labels, as many as fit, spread over the frames."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, frames, symbols, generator=generator)
-    if peaky:
-        winner = torch.randint(1, symbols, (rows, frames), generator=generator)
-        winner[torch.rand(rows, frames, generator=generator) < 0.6] = 0
-        logits += 6 * F.one_hot(winner, symbols)
+    logits = 1.5 * torch.randn(len(labels), n_frames, len(SYMBOLS), generator=generator)
+    for row, sequence in enumerate(labels):
+        chosen = sequence[: n_frames // 4]
+        frames = torch.randperm(n_frames // 2, generator=generator)[: len(chosen)].sort().values * 2
+        path = torch.full((n_frames,), SYMBOLS.blank)
+        path[frames] = torch.tensor(chosen)
+        logits[row] += 6 * F.one_hot(path, len(SYMBOLS))
     return logits.log_softmax(-1)
 
 
-def log_add(a: float, b: float) -> float:
-    high, low = max(a, b), min(a, b)
-    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+def make_tasks(folder: Path) -> tuple[list[Task], list[list[int]]]:
+    """The tasks, and labels of further random sentences."""
+    rng = np.random.default_rng(0)
+    words = random_words(rng)
+    text = random_sentences(words, N_SENTENCES, rng)
+    labels = [SYMBOLS.encode([words[word] for word in sentence]) for sentence in text]
+    symbol_model = train_ngram(([SYMBOLS.symbols[label] for label in row] for row in labels), 6)
+    word_model = train_ngram(text, 3)
+    for name, model in (("symbols", symbol_model), ("words", word_model)):
+        write_arpa(model, folder / f"{name}.arpa")
+    lexicon = Lexicon(list(words.items()), SYMBOLS)
+    tasks = [
+        Task("no language model", None, None, None),
+        Task(
+            "symbol 6-gram",
+            SymbolFusion(symbol_model, SYMBOLS, LM_WEIGHT),
+            symbol_model,
+            folder / "symbols.arpa",
+        ),
+        Task(
+            "lexicon, word 3-gram",
+            LexiconFusion(lexicon, word_model, LM_WEIGHT, WORD_BONUS),
+            word_model,
+            folder / "words.arpa",
+        ),
+    ]
+    (folder / "lexicon.txt").write_text("".join(f"{w} {' '.join(s)}\n" for w, s in words.items()))
+    spoken = random_sentences(words, 2000, rng)
+    return tasks, [SYMBOLS.encode([words[word] for word in sentence]) for sentence in spoken]
 
 
-def dictionary_search(logp_SV: Tensor, beam: int) -> tuple[int, ...]:
-    """Return the best labels; each prefix stores the log-probabilities of ending in blank and in a label."""
-    kept: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
-    for frame in logp_SV.double().tolist():
-        blank: dict[tuple[int, ...], float] = defaultdict(lambda: -math.inf)
-        label: dict[tuple[int, ...], float] = defaultdict(lambda: -math.inf)
-        for prefix, (in_blank, in_label) in kept.items():
-            either = log_add(in_blank, in_label)
-            blank[prefix] = log_add(blank[prefix], either + frame[0])
-            for symbol in range(1, len(frame)):
-                grown, source = (*prefix, symbol), either
-                if prefix and symbol == prefix[-1]:  # continued label, or repeated after a blank
-                    label[prefix] = log_add(label[prefix], in_label + frame[symbol])
-                    source = in_blank
-                label[grown] = log_add(label[grown], source + frame[symbol])
-        total = {prefix: log_add(blank[prefix], label[prefix]) for prefix in {*blank, *label}}
-        best = sorted(total, key=total.__getitem__, reverse=True)[:beam]
-        kept = {prefix: (blank[prefix], label[prefix]) for prefix in best}
-    return max(kept, key=lambda prefix: log_add(*kept[prefix]))
+def flashlight(task: Task, folder: Path, beam: int) -> Callable[[Tensor], list[Answer]]:
+    """The same search by flashlight-text."""
+    from flashlight.lib.text import decoder
+    from flashlight.lib.text.decoder.kenlm import KenLM
+    from flashlight.lib.text.dictionary import Dictionary
+
+    common = {
+        "beam_size": beam,
+        "beam_size_token": len(SYMBOLS),
+        "beam_threshold": 100.0,
+        "lm_weight": LM_WEIGHT,
+        "sil_score": 0.0,
+        "log_add": True,
+        "criterion_type": decoder.CriterionType.CTC,
+    }
+    blank, boundary = SYMBOLS.blank, SYMBOLS.boundary
+    if isinstance(task.fusion, LexiconFusion):
+        entries = [line.split() for line in (folder / "lexicon.txt").read_text().splitlines()]
+        dictionary = Dictionary()
+        for word in ("<unk>", *(entry[0] for entry in entries)):
+            dictionary.add_entry(word)
+        lm = KenLM(str(task.arpa), dictionary)
+        trie = decoder.Trie(len(SYMBOLS), boundary)
+        start = lm.start(False)
+        for word, *spelling in entries:
+            index = dictionary.get_index(word)
+            trie.insert([*SYMBOLS.encode([spelling]), boundary], index, lm.score(start, index)[1])
+        trie.smear(decoder.SmearingMode.MAX)
+        options = decoder.LexiconDecoderOptions(**common, word_score=WORD_BONUS, unk_score=-np.inf)
+        search = decoder.LexiconDecoder(
+            options, trie, lm, boundary, blank, dictionary.get_index("<unk>"), [], False
+        )
+    else:
+        dictionary = Dictionary()
+        for symbol in SYMBOLS.symbols:
+            dictionary.add_entry(symbol)
+        lm = KenLM(str(task.arpa), dictionary) if task.arpa else decoder.ZeroLM()
+        search = decoder.LexiconFreeDecoder(
+            decoder.LexiconFreeDecoderOptions(**common), lm, boundary, blank, []
+        )
+
+    def decode(logp_BSV: Tensor) -> list[Answer]:
+        answers = []
+        for logp_SV in logp_BSV:
+            padded_SV = logp_SV
+            if isinstance(task.fusion, LexiconFusion):  # every word ends with a boundary
+                last = torch.full((1, len(SYMBOLS)), -1e4)
+                last[0, boundary] = 0.0
+                padded_SV = torch.cat([logp_SV, last])
+            padded_SV = padded_SV.contiguous()
+            best = search.decode(padded_SV.data_ptr(), *padded_SV.shape)[0]
+            labels = [label for label, _ in itertools.groupby(best.tokens) if label != blank]
+            words = tuple(dictionary.get_entry(w) for w in best.words if w >= 0) if task.arpa else ()
+            if isinstance(task.fusion, LexiconFusion):
+                labels = SYMBOLS.encode(SYMBOLS.decode(labels))  # without outer boundaries
+            answers.append((tuple(labels), words))
+        return answers
+
+    return decode
 
 
-def flashlight(beam: int, symbols: int):
-    """Return torchaudio's decoder as a function; its required silence token gets probability zero."""
-    from torchaudio.models.decoder import ctc_decoder
-
-    tokens = ["-", *(f"t{symbol}" for symbol in range(1, symbols)), "|"]
-    decoder = ctc_decoder(None, tokens, nbest=1, beam_size=beam, blank_token="-", sil_token="|", log_add=True)
-
-    def search(logp_BSV: Tensor) -> list[tuple[int, ...]]:
-        silent = F.pad(logp_BSV, (0, 1), value=-1e4).contiguous()
-        return [tuple(v for v in best[0].tokens.tolist() if v < symbols) for best in decoder(silent)]
-
-    return search
-
-
-def true_scores(logp_BSV: Tensor, answers: list[tuple[int, ...]]) -> Tensor:
-    n_B = torch.tensor([len(answer) for answer in answers])
-    target = torch.tensor([label for answer in answers for label in answer], dtype=torch.long)
+def exact_scores(logp_BSV: Tensor, answers: list[Answer], task: Task) -> Tensor:
+    """CTC probability of the labels plus the n-gram score of the answer."""
+    n_B = torch.tensor([len(labels) for labels, _ in answers])
+    target = torch.tensor([label for labels, _ in answers for label in labels], dtype=torch.long)
     frames = torch.full((len(answers),), logp_BSV.shape[1])
-    return -F.ctc_loss(logp_BSV.double().transpose(0, 1), target, frames, n_B, reduction="none")
-
-
-def check(symbols: int, beam: int) -> None:
-    """Exit with an error unless short rows give the labels of the dictionary search."""
-    for seed, peaky in enumerate((False, True)):
-        logp_BSV = log_probs(6, 25, symbols, peaky, seed).double()
-        labels = [hypotheses[0].labels for hypotheses in beam_search(logp_BSV, [25] * 6, beam=beam)]
-        if labels != [dictionary_search(logp_SV, beam) for logp_SV in logp_BSV]:
-            raise SystemExit("parity check failed: the labels differ from the dictionary search")
+    scores = -F.ctc_loss(logp_BSV.double().transpose(0, 1), target, frames, n_B, reduction="none")
+    if task.model is None:
+        return scores
+    for row, (labels, words) in enumerate(answers):
+        is_words = isinstance(task.fusion, LexiconFusion)
+        tokens = words if is_words else [SYMBOLS.symbols[label] for label in labels]
+        bonus = WORD_BONUS * len(tokens) if is_words else 0.0
+        scores[row] += LM_WEIGHT * float(task.model.sentence_logp(tokens).sum()) + bonus
+    return scores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in {
-        "rows": 32,
-        "frames": 500,
-        "symbols": 42,
-        "beam": 20,
-        "repeats": 5,
-        "threads": 2,
-        "cases": 200,
-        "case_frames": 100,
-    }.items():
+    defaults = {"rows": 32, "frames": 500, "beam": 20, "repeats": 5, "threads": 2}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", help="device of jahubert; the peer runs on the CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    check(args.symbols, args.beam)
-    if importable("torchaudio") and importable("flashlight.lib.text.decoder"):
-        name, peer = "flashlight", flashlight(args.beam, args.symbols)
-    else:
-        name, peer = "dictionaries", lambda x_BSV: [dictionary_search(x_SV, args.beam) for x_SV in x_BSV]
+    with_peer = importable("flashlight.lib.text.decoder")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tasks, labels = make_tasks(folder)
+        print(
+            f"{args.rows} rows of {args.frames} frames, beam {args.beam}, {args.threads} threads, "
+            f"{args.device}; ms per utterance"
+        )
+        print(f"{'':<22}{'batched':>9}{'single':>9}{'flashlight':>12}{'speedup':>9}{'at least as good':>18}")
+        joined = [list(itertools.chain(*labels[8 * row : 8 * row + 8])) for row in range(args.rows)]
+        logp_BSV = log_probs(joined, args.frames, seed=7)
+        for task in tasks:
+            measure(task, folder, logp_BSV, args, with_peer)
 
-    def batched(x_BSV: Tensor) -> list[tuple[int, ...]]:
+
+def measure(task: Task, folder: Path, logp_BSV: Tensor, args: argparse.Namespace, with_peer: bool) -> None:
+    def batched(x_BSV: Tensor) -> list[Answer]:
         frames = [x_BSV.shape[1]] * len(x_BSV)
-        return [
-            hypotheses[0].labels for hypotheses in beam_search(x_BSV.to(args.device), frames, beam=args.beam)
-        ]
+        results = beam_search(x_BSV.to(args.device), frames, beam=args.beam, fusion=task.fusion)
+        return [(best[0].labels, best[0].words or ()) for best in results]
 
-    def single(x_BSV: Tensor) -> list[tuple[int, ...]]:
+    def single(x_BSV: Tensor) -> list[Answer]:
         return [batched(x_BSV[row : row + 1])[0] for row in range(len(x_BSV))]
 
-    print(
-        f"{args.rows} rows of {args.frames} frames, beam {args.beam}, {args.threads} threads, {args.device}; "
-        "ms per utterance"
-    )
-    share = f"at least as probable ({args.cases})"
-    print(f"{'log-probs':>10}{'batched':>9}{'single':>9}{name:>14}{'ratio':>8}{'per thread':>12}{share:>30}")
-    for peaky in (False, True):
-        x_BSV = log_probs(args.rows, args.frames, args.symbols, peaky, seed=7)
-        times = []
-        for _ in range(args.repeats):
-            row = []
-            for search in (batched, single, peer):
-                started = time.perf_counter()
-                search(x_BSV)
-                row.append(1000 * (time.perf_counter() - started) / args.rows)
-            times.append(row)
-        medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    searches = [batched, single]
+    if with_peer:
+        searches.append(flashlight(task, folder, args.beam))
+    times = []
+    for _ in range(args.repeats):
+        row = []
+        for search in searches:
+            started = time.perf_counter()
+            search(logp_BSV)
+            row.append(1000 * (time.perf_counter() - started) / len(logp_BSV))
+        times.append(row)
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    line = f"{task.name:<22}{medians[0]:>9.2f}{medians[1]:>9.2f}"
+    if with_peer:
         ratio = statistics.median(row[2] / row[0] for row in times)
-        cases_BSV = log_probs(args.cases, args.case_frames, args.symbols, peaky, seed=11)
-        scores, peer_scores = (true_scores(cases_BSV, search(cases_BSV)) for search in (batched, peer))
-        not_less = float((scores >= peer_scores - 1e-6).double().mean())
-        print(
-            f"{'peaky' if peaky else 'random':>10}{medians[0]:>9.2f}{medians[1]:>9.2f}{medians[2]:>14.2f}"
-            f"{ratio:>8.2f}{ratio / args.threads:>12.2f}{not_less:>30.1%}",
-            flush=True,
+        scores, peer_scores = (
+            exact_scores(logp_BSV, search(logp_BSV), task) for search in (batched, searches[2])
         )
+        share = float((scores >= peer_scores - 1e-4).double().mean())
+        line += f"{medians[2]:>12.2f}{ratio:>9.2f}{share:>18.1%}"
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
