@@ -3,11 +3,11 @@
     python tools/bench/decode.py                   # 32 rows of 500 frames, beam 20, 42 symbols, two threads
     python tools/bench/decode.py --frames 1500 --threads 1
 
-Prints milliseconds per utterance, medians of runs that alternate between jahubert in batches of 32, jahubert
-row by row, and the peer, which has one thread. The log-probabilities resemble those of a trained model: mostly
-blank, with confident labels of random sentences and noise. The n-gram of the symbols (order 6) and that of the
-words (order 3, with a lexicon of 5,000 words) are trained on other random sentences and read by the peer from
-the same ARPA file through KenLM.
+Prints milliseconds per utterance, medians of runs that alternate between jahubert in batches, jahubert row
+by row, and the peer, which has one thread. The log-probabilities resemble those of a trained model: mostly
+blank, with confident labels of random sentences and noise. The n-gram of the symbols (order 6) and that of
+the words (order 3, with a lexicon of 5,000 words) are trained on other random sentences and read by the
+peer from the same ARPA file through KenLM.
 
 `at least as good` is the share of utterances in which the answer of jahubert has no lower exact score (CTC
 probability by `ctc_loss`, plus the weighted n-gram) than that of the peer. Both sum over the paths of a

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jahubert.phonemes import phones_to_kana
+from jahubert.phonemes import PhonemeSet, phones_to_kana
+from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, align, bootstrap_interval, count_errors
+from jahubert.train.text.normalization import is_punctuation
 
 Words = list[tuple[str, ...]]
 
@@ -33,6 +35,21 @@ def _word_measure(symbols: str) -> Measure:
     return Measure("wer", "WER", lambda words: words, normalizer)
 
 
+def _without_punctuation(words: Words) -> list[str]:
+    return [symbol for symbol in _symbols(words) if not is_punctuation(symbol)]
+
+
+_CER = Measure("cer", "CER", _without_punctuation, "NFKC, letters and digits only, without spaces")
+
+
+def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
+    """The measures of a vocabulary."""
+    kind = vocabulary_kind(symbols)
+    if kind == "characters" and any(is_punctuation(symbol) for symbol in symbols.symbols):
+        kind = "characters with punctuation"
+    return MEASURES[kind]
+
+
 # Measures per vocabulary. Symbols are not joined to strings, which would be ambiguous (k y o, ky o).
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "phones": (
@@ -51,7 +68,16 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
             "kana_cer", "kana CER", _symbols, "katakana as pronounced (ー for long vowels), without spaces"
         ),
     ),
-    "characters": (Measure("cer", "CER", _symbols, "NFKC, letters and digits only, without spaces"),),
+    "characters": (_CER,),
+    "characters with punctuation": (
+        _CER,
+        Measure(
+            "cer_punctuation",
+            "CER with punctuation",
+            _symbols,
+            "NFKC, letters, digits and punctuation marks, without spaces",
+        ),
+    ),
 }
 
 

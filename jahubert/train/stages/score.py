@@ -23,14 +23,13 @@ from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.inference.confidence import Calibration, fit_calibration
 from jahubert.phonemes import PhonemeSet
-from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import paired_bootstrap
 from jahubert.train.evaluation.scoring import (
-    MEASURES,
     Measure,
     ScoredUtterance,
     SetScore,
     details,
+    measures_for,
     phone_wer,
     published_table,
     rates_table,
@@ -115,7 +114,7 @@ def _hypothesis_files(folder: Path) -> list[Path]:
 
 
 def _measures(folder: Path) -> tuple[Measure, ...]:
-    return MEASURES[vocabulary_kind(PhonemeSet.from_json(read_record(folder / "phonemes.json")))]
+    return measures_for(PhonemeSet.from_json(read_record(folder / "phonemes.json")))
 
 
 def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:

@@ -160,6 +160,11 @@ def _simplify(char: str) -> str:
     return base if base.isascii() else char
 
 
+def is_punctuation(symbol: str) -> bool:
+    """Whether a symbol is a punctuation mark; symbols with a longer name, such as `<unk>`, are not."""
+    return len(symbol) == 1 and unicodedata.category(symbol)[0] == "P"
+
+
 def recognized_characters(text: str, punctuation: bool = False) -> str:
     """Characters of a text that a recognizer of characters has to output, in NFKC, without spaces.
 

@@ -13,8 +13,10 @@ import pytest
 from fixtures import FIXTURES
 
 from jahubert.audio import AudioSource
+from jahubert.cli import main as cli
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT
+from jahubert.inference.confidence import Calibration
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.targets import (
@@ -29,7 +31,7 @@ from jahubert.train.evaluation.metrics import error_rate
 from jahubert.train.pipeline import runner
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import configure_job, plan_stages
-from jahubert.train.stages import decode, targets
+from jahubert.train.stages import decode, score, targets
 
 TONES = FIXTURES / "tones"
 STEPS = {"characters": 140, "phones": 600, "kana": 600}  # fewer for characters, which have no word boundaries
@@ -158,6 +160,30 @@ def test_lexicon_restricts_hypotheses(trained, tmp_path):
     ]
 
 
+def test_character_ngram_is_used_in_decoding(trained, tmp_path):
+    exp, lm = trained("characters"), tmp_path / "characters.arpa"
+    assert cli.main(["ngram", str(exp), "--unit", "character", "--order", "2", "-o", str(lm)]) == 0
+    plain, fused = decoded(exp, tmp_path / "plain"), decoded(exp, tmp_path / "fused", lm=lm, lm_weight=0.2)
+    assert [line["id"] for line in plain] == [line["id"] for line in fused]
+    assert all(a["score"] > b["score"] for a, b in zip(plain, fused, strict=True))
+    for line in fused:
+        assert [len(word) for word in line["word_scores"]] == [1] * len(line["hypothesis"])
+
+
+def test_confidences_are_calibrated_on_a_split(trained, tmp_path):
+    exp = trained("characters")
+    decoded(exp, tmp_path / "decode")
+    (tmp_path / "score").mkdir()
+    config = score.Config(tmp_path / "decode", calibration_split="test", samples=10)
+    score.run(config, tmp_path / "score")
+    assert Calibration.from_json(json.loads((tmp_path / "score/calibration.json").read_text()))
+    measured = json.loads((tmp_path / "score/scores.json").read_text())["test"]["confidence"]
+    assert measured["confidence"] == pytest.approx(measured["accuracy"], abs=0.05)
+    assert measured["calibrated_on"] == "test" and measured["words"] > 0
+    with pytest.raises(DataError, match=r"score\.calibration_split"):
+        score.run(replace(config, calibration_split="dev"), tmp_path / "score")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -207,6 +233,11 @@ def test_targets_follow_the_vocabulary():
     ):
         labels = targets.target_of(item, symbols, config(**settings))
         assert [" ".join(word) for word in split_words(symbols, labels)] == expected
+    marks = character_set("今日は、番!")
+    labels = targets.target_of(item, marks, config(vocabulary="characters", punctuation=True))
+    assert marks.decode(labels) == [("今", "日", "は", "、", UNKNOWN, "番", "!")]
+    with pytest.raises(ConfigError, match="punctuation"):
+        config(vocabulary="kana", punctuation=True)
     read = targets.target_of(utterance(text="東京へ"), kana_set(), config(vocabulary="kana"))
     assert [" ".join(word) for word in split_words(kana_set(), read)] == ["ト ー キ ョ ー", "エ"]
 
