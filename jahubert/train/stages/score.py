@@ -14,6 +14,7 @@ Writes  scores.json: all measures by set, talk and speaker, with confidence inte
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors
 from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.report.results import result_label
+
+log = logging.getLogger(__name__)
 
 VERSION = 2
 _N_CONFUSIONS = 30
@@ -91,10 +94,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def calibrate(config: Config) -> Calibration | None:
-    """Fit the confidences on the calibration split; None if it is not set.
+    """Fit the confidences on the calibration split; None if it is not set or all its hypotheses are empty.
 
     Raises:
-        DataError: the split is not among the hypotheses, or has no words.
+        DataError: the split is not among the hypotheses.
     """
     if config.calibration_split is None:
         return None
@@ -103,7 +106,11 @@ def calibrate(config: Config) -> Calibration | None:
         raise DataError(
             f"score.calibration_split: {path} not found; add {config.calibration_split!r} to decode.splits"
         )
-    return fit_calibration(*judge_words(read_hypotheses(path)))
+    scores, correct = judge_words(read_hypotheses(path))
+    if not scores:
+        log.warning("score.calibration_split: the hypotheses of %s are empty", config.calibration_split)
+        return None
+    return fit_calibration(scores, correct)
 
 
 def _hypothesis_files(folder: Path) -> list[Path]:
