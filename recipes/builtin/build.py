@@ -169,6 +169,9 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     for tensor in bundle.ctc.state_dict().values():  # the hash is that of the weights in the file
         tensor.copy_(tensor.half().float())
     info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
+    calibration = system / "score" / "calibration.json"
+    if calibration.is_file():
+        info["confidence"] = json.loads(calibration.read_text(encoding="utf-8"))
     info["per"] = {name: round(score["per"]["rate"], 4) for name, score in scores.items()}
     with atomic_folder(target) as folder:
         centroids_KD, layer = units or (None, None)
