@@ -19,6 +19,7 @@ from jahubert.formats.bundle import save_bundle
 from jahubert.inference.chunking import chunks
 from jahubert.inference.transcribe import (
     CHUNK_SECONDS,
+    Decoded,
     Transcriber,
     TranscriptSegment,
     builtin_model,
@@ -132,18 +133,18 @@ def test_segments_are_reported_before_the_transcript():
 def test_word_that_was_cut_belongs_to_the_earlier_segment():
     a, i, boundary = (PHONEMES.symbols.index(symbol) for symbol in ("a", "i", "|"))
 
-    def part(*labels: int) -> tuple[list[jahubert.Span], float]:
-        return [jahubert.Span(label, n, n + 1, -0.1) for n, label in enumerate(labels)], -1.0
+    def part(*labels: int) -> Decoded:
+        return Decoded([jahubert.Span(label, n, n + 1, -0.1) for n, label in enumerate(labels)], -1.0)
 
     def joined(*parts):
-        return [[span.label for span in spans] for spans, _ in join_cut_words(parts, boundary)]
+        return [[span.label for span in result.spans] for result in join_cut_words(parts, boundary)]
 
     assert joined(part(a, boundary, i), part(a, boundary, i)) == [[a, boundary, i, a], [boundary, i]]
     assert joined(part(a, boundary), part(i)) == [[a, boundary], [i]]
     assert joined(part(a), part(i), part(i, boundary, a)) == [[a, i, i], [boundary, a]]
     assert joined(part(a), part(), part(i)) == [[a], [], [i]]  # a pause ends the word
     assert joined(part(a), part(*[i] * 100), part(i)) == [[a], [i] * 101]
-    assert sum(score for _, score in join_cut_words([part(a), part(i), part(a)], boundary)) == -3.0
+    assert sum(result.score for result in join_cut_words([part(a), part(i), part(a)], boundary)) == -3.0
     assert joined() == []
 
 
@@ -189,7 +190,7 @@ def test_streaming_equals_one_pass(random_asr, tmp_path):
     streamed = random_asr.transcribe(tmp_path / "long.wav")
     (logp,) = random_asr.log_probs([wav])  # joins 30 s chunks without streaming
     cut = list(cut_at_pauses([logp], 1500, 25))
-    parts = [spans for spans, _ in join_cut_words(random_asr._decode(cut), PHONEMES.boundary)]
+    parts = [part.spans for part in join_cut_words(random_asr._decode(cut), PHONEMES.boundary)]
     words = [word for spans in parts for word in words_of(spans, PHONEMES, random_asr.grid)]
     assert streamed.words == tuple(words) and streamed.duration == 100.0
     seconds: list[float] = []

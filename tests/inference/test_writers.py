@@ -184,8 +184,11 @@ def rounded(cues: list[tuple[float, float, str]]) -> list[tuple[float, float, st
 def test_short_cues_stay_on_screen_where_the_next_one_allows():
     from types import SimpleNamespace
 
-    words = [SimpleNamespace(start=a, end=b, kana="あ") for a, b in ((0.0, 0.2), (0.9, 1.0), (5.0, 5.1))]
-    words.insert(1, SimpleNamespace(start=0.85, end=0.88, kana="い"))
+    words = [
+        SimpleNamespace(start=a, end=b, text="あ", written="")
+        for a, b in ((0.0, 0.2), (0.9, 1.0), (5.0, 5.1))
+    ]
+    words.insert(1, SimpleNamespace(start=0.85, end=0.88, text="い", written=""))
     cues = writers._cues(words)
     assert [(round(start, 2), round(end, 2)) for start, end, _ in cues] == [
         (0.0, 0.8),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jahubert.errors import ConfigError, DataError
-from jahubert.phonemes import phones_to_kana
+from jahubert.phonemes import kana_to_phones, phones_to_kana
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.targets import TargetStore, vocabulary_kind
-from jahubert.train.text.tokens import Tokenizer
+from jahubert.train.text.japanese import text_to_words
+from jahubert.train.text.normalization import recognized_characters
+from jahubert.train.text.tokens import Tokenizer, written_form
 
 _VOCABULARY = {"phone": "phones", "kana": "kana", "character": "characters"}  # token unit -> vocabulary
 
@@ -17,16 +19,20 @@ _VOCABULARY = {"phone": "phones", "kana": "kana", "character": "characters"}  # 
 def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
     """Yield the tokens of every utterance in split `train`.
 
-    Phones, kana and characters are taken from the targets of the experiment. Words are taken from the text.
-    If the corpus has no text, words are the kana of the words in the targets.
+    Phones, kana and characters are taken from the targets of the experiment. Words are those of the targets,
+    written as in the text if it has the same words, otherwise in kana.
 
     Raises:
-        ConfigError: the targets have a different unit.
+        ConfigError: the targets have a different unit, or consist of characters and the unit is word.
         DataError: the experiment has no targets.
     """
     manifest, targets = Manifest(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")
     vocabulary = vocabulary_kind(targets.phonemes)
-    if tokenizer.unit != "word" and _VOCABULARY.get(tokenizer.unit) != vocabulary:
+    if tokenizer.unit == "word":
+        fits = vocabulary != "characters"
+    else:
+        fits = _VOCABULARY.get(tokenizer.unit) == vocabulary
+    if not fits:
         raise ConfigError(f"the targets of {exp} are {vocabulary}, but the unit is {tokenizer.unit}")
     for row in manifest.indices(split="train").tolist():
         if not len(labels := targets[row]):
@@ -34,10 +40,21 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
         if tokenizer.unit != "word":
             yield [targets.phonemes.symbols[label] for label in labels]
             continue
-        text = manifest[row].text
-        if text:
-            yield from tokenizer.sentences([text])
-        elif vocabulary == "phones":
-            yield [tokenizer.count(phones_to_kana(word), word) for word in targets.words(row)]
-        else:
-            raise DataError(f"{exp} has neither text nor words of phones; use --unit {vocabulary[:-1]}")
+        words = targets.words(row)
+        if vocabulary == "kana":
+            words = [tuple(kana_to_phones("".join(word))) for word in words]
+        names = _written_words(manifest[row].text, words)
+        yield [tokenizer.count(name, word) for name, word in zip(names, words, strict=True)]
+
+
+def _written_words(text: str, words: Sequence[tuple[str, ...]]) -> list[str]:
+    """Write words as in the text, or in kana if the text is split into other words."""
+    if len(words) == 1 and (written := recognized_characters(text)):
+        return [written]
+    try:
+        text_words = text_to_words(text) if text else []
+    except DataError:
+        text_words = []
+    if [word.phones for word in text_words] == list(words):
+        return [written_form(word) for word in text_words]
+    return [phones_to_kana(word) for word in words]

@@ -77,7 +77,7 @@ class Tokenizer:
             return list(recognized_characters(line, self.punctuation))
         words = text_to_words(line)
         if self.unit == "word":
-            return [self.count(_written(word), word.phones) for word in words]
+            return [self.count(written_form(word), word.phones) for word in words]
         tokens: list[str] = []
         for word in words:
             if tokens:
@@ -112,6 +112,6 @@ class Tokenizer:
             yield word, phones_to_kana(phones) if kana else phones
 
 
-def _written(word: Word) -> str:
+def written_form(word: Word) -> str:
     """Spelling of a word after NFKC, without spaces, which separate words in ARPA files and lexicons."""
     return "".join(unicodedata.normalize("NFKC", word.surface).split()) or word.kana
