@@ -33,17 +33,17 @@ class Calibration:
     lowest: float
 
     def confidence(self, scores: Sequence[float]) -> float:
-        """Probability that a word is correct, from the mean log-probability of each of its labels."""
+        """Estimate the probability that a word is correct from the mean log-probability of each label."""
         mean, lowest = features(scores)
         return _sigmoid(self.bias + self.mean * mean + self.lowest * lowest)
 
     def to_json(self) -> dict[str, float]:
-        """A JSON-serializable form; `from_json` is the inverse."""
+        """Return a JSON-serializable form; `from_json` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Calibration:
-        """The inverse of `to_json`.
+        """Restore a calibration from the output of `to_json`.
 
         Raises:
             CheckpointError: any other content.
@@ -57,7 +57,7 @@ class Calibration:
 
 
 def confidence(scores: Sequence[float], calibration: Calibration | None) -> float:
-    """Confidence of a word from its labels' log-probabilities.
+    """Estimate the confidence of a word from the log-probabilities of its labels.
 
     Without a calibration it is their geometric mean, which ranks words but is usually too high.
     """
@@ -67,7 +67,7 @@ def confidence(scores: Sequence[float], calibration: Calibration | None) -> floa
 
 
 def features(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean and lowest log-probability of a word's labels."""
+    """Return the mean and the lowest log-probability of the labels of a word."""
     clipped = [max(_FLOOR, min(0.0, score)) for score in scores]
     return sum(clipped) / len(clipped), min(clipped)
 

@@ -169,7 +169,7 @@ _KEY_MASK = 2**63 - 1
 
 @dataclass
 class _History:
-    """What backtracing needs from every frame and from the end of every row."""
+    """Choices and scores of all frames, kept for backtracing."""
 
     chosen: list[Tensor] = field(default_factory=list)  # candidate of each slot, per frame
     shifts: list[Tensor] = field(default_factory=list)  # value subtracted from all scores, per frame
@@ -369,7 +369,7 @@ def _backtrace(
 
 
 def _complete_words(labels: list[int], boundary: int) -> list[int]:
-    """The labels before the last boundary."""
+    """Return the labels before the last boundary."""
     if boundary not in labels:
         return []
     return labels[: len(labels) - 1 - labels[::-1].index(boundary)]

@@ -34,7 +34,7 @@ MAX_CACHED = 1 << 24  # cells (rows x columns) of the cache, 16 bytes each
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of some states.
+    """Rows of a set of states.
 
     Attributes:
         score_RC: added to the log-probability by each continuation; -inf if it is impossible.
@@ -80,14 +80,14 @@ class Fusion(ABC):
 
     @abstractmethod
     def expand(self, state_R: np.ndarray) -> Rows:
-        """The rows of the given states."""
+        """Compute the rows of the given states."""
 
     @abstractmethod
     def reweighted(self, lm_weight: float, word_bonus: float) -> Fusion:
-        """The same models with another weight and bonus."""
+        """Return the same models with another weight and bonus."""
 
     def cache(self, device: torch.device, dtype: torch.dtype) -> RowCache:
-        """The cache of rows, which is kept between searches."""
+        """Return the cache of rows, which is kept between searches."""
         if self._cache is None or (self._cache.device, self._cache.dtype) != (device, dtype):
             self._cache = RowCache(self, device, dtype)
         return self._cache
@@ -191,7 +191,7 @@ class Lexicon:
         self.max_homophones = int(np.diff(self.first_end).max())
 
     def best_below(self, score_W: np.ndarray) -> np.ndarray:
-        """Highest score of the words that each node can still become; 0 for the nodes between words."""
+        """Return the highest score of the words that each node can become; 0 between words."""
         best = np.full(self.n_nodes, -np.inf)
         np.maximum.at(best, self.end_E, score_W[self.word_E])
         order = np.argsort(-self.depth, kind="stable")
@@ -281,14 +281,14 @@ class LexiconFusion(Fusion):
         return Rows(score_RC, next_RC, word_RC, final_R, final_word_R)
 
     def _final(self, lm_R: np.ndarray) -> np.ndarray:
-        """Score of the sentence end after each language model state."""
+        """Score the sentence end after each language model state."""
         if self.model is None:
             return np.zeros(len(lm_R))
         return self.lm_weight * _end_logp(self.model, lm_R)
 
 
 def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:
-    """Log-probability of the sentence end; 0 if the model has none."""
+    """Return the log-probability of the sentence end; 0 if the model has no sentence end."""
     if model.end_word < 0:
         return np.zeros(len(state_R))
     return model.score(state_R, np.full(len(state_R), model.end_word))[0]
@@ -342,7 +342,7 @@ def load_fusion(
 
 
 class RowCache:
-    """The rows of the states that searches have reached; a row is referred to by its number.
+    """Cache of the rows of all states that searches have reached, addressed by row number.
 
     Args:
         fusion: computes missing rows.
@@ -369,12 +369,12 @@ class RowCache:
         self.final_word_R = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def start(self, n_rows: int, beam: int) -> Tensor:
-        """Rows (B, K) of the initial state."""
+        """Return the row of the initial state for every slot, (B, K)."""
         row = int(self.rows(np.array([self.fusion.start]))[0])
         return torch.full((n_rows, beam), row, device=self.device)
 
     def rows(self, states: np.ndarray) -> np.ndarray:
-        """Row of each state; missing ones are computed."""
+        """Return the row of each state; missing rows are computed."""
         keys = states.tolist()
         missing = [key for key in dict.fromkeys(keys) if key not in self._row_of]
         if missing:
@@ -382,7 +382,7 @@ class RowCache:
         return np.array([self._row_of[key] for key in keys])
 
     def advance(self, row_BK: Tensor, column_BK: Tensor) -> Tensor:
-        """Rows after the continuations `column_BK` of the states `row_BK`."""
+        """Return the rows after the continuations `column_BK` of the states in `row_BK`."""
         next_BK = self.next_row_RC[row_BK, column_BK]
         pending_BK = next_BK < 0
         if bool(pending_BK.any()):
@@ -394,7 +394,7 @@ class RowCache:
         return next_BK
 
     def bounded(self, row_BK: Tensor) -> Tensor:
-        """Keep only the given rows if the cache is full; returns their new numbers."""
+        """Keep only the given rows if the cache is full, and return their new numbers."""
         if len(self._row_of) <= max(self.max_rows, 2 * row_BK.numel()):
             return row_BK
         states = self.state_R[row_BK.cpu().numpy().ravel()]

@@ -30,7 +30,7 @@ TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
 
 
 def join_words(words: Iterable[Word]) -> str:
-    """The text of some words: written words without spaces, kana with a space between words."""
+    """Join words: written words without spaces, kana with a space between words."""
     words = list(words)
     separator = "" if any(word.written for word in words) else " "
     return separator.join(word.text for word in words)
@@ -80,7 +80,7 @@ def _word_fields(word: Word) -> dict[str, Any]:
 
 
 def _rounded(confidence: float | None) -> float | None:
-    """A confidence as written to JSON; null if it is unknown."""
+    """Round a confidence for JSON; None if it is unknown."""
     return None if confidence is None or math.isnan(confidence) else round(confidence, 3)
 
 

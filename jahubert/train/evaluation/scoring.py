@@ -43,7 +43,7 @@ _CER = Measure("cer", "CER", _without_punctuation, "NFKC, letters and digits onl
 
 
 def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
-    """The measures of a vocabulary."""
+    """Return the measures of a vocabulary."""
     kind = vocabulary_kind(symbols)
     if kind == "characters" and any(is_punctuation(symbol) for symbol in symbols.symbols):
         kind = "characters with punctuation"

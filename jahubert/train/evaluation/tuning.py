@@ -63,5 +63,5 @@ def search_grid(
 
 
 def _spoken(labels: Sequence[int], symbols: PhonemeSet) -> list[int]:
-    """The labels without word boundaries."""
+    """Remove word boundaries."""
     return [label for label in labels if label != symbols.boundary]

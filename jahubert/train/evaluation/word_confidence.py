@@ -27,7 +27,7 @@ def judge_words(utterances: Iterable[ScoredUtterance]) -> Judged:
 
 
 def evaluate_confidence(judged: Judged, calibration: Calibration | None) -> Reliability | None:
-    """Reliability of the confidences of judged words; None without words."""
+    """Measure the reliability of the confidences of judged words; None without words."""
     scores, correct = judged
     if not scores:
         return None

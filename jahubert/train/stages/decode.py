@@ -296,7 +296,7 @@ def _hypothesis_line(
 
 
 def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> list[list[float]]:
-    """Mean log-probability of each label in the alignment, by word."""
+    """Return the mean log-probability of each label in the forced alignment, grouped by word."""
     words: list[list[float]] = [[]]
     for span in forced_align(logp_SV, labels, symbols.blank):
         if span.label == symbols.boundary:
