@@ -110,7 +110,8 @@ def _split_duplicates(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
 def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     """Return the split of each row. A missing test or dev split is taken from the training data by speaker.
 
-    If there are too few speakers, single utterances are assigned instead.
+    A speaker with most of the data stays in training if others suffice. If there are too few speakers, single
+    utterances are assigned instead.
     """
     splits = [row.split or "train" for row in rows]
     shares = {"test": config.test_share, "dev": config.dev_share}
@@ -135,9 +136,11 @@ def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     random.Random(f"splits {seed}").shuffle(order)
     split_of = dict.fromkeys(order, "train")
     for split, share in missing.items():
-        n = 0
-        while n < share * len(train) and len(order) > 1:
-            group = order.pop(0)
+        n, n_wanted = 0, share * len(train)
+        while n < n_wanted and len(order) > 1:
+            fitting = (group for group in order if n + sizes[group] <= 2 * n_wanted)
+            group = next(fitting, min(order, key=lambda group: sizes[group]))
+            order.remove(group)
             split_of[group] = split
             n += sizes[group]
     for i in train:
@@ -196,15 +199,24 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
 def _log_report(
     counts: dict[str, Counter[str]], rejected: Counter[str], rows: Sequence[Row], splits: Sequence[str]
 ) -> None:
+    speakers_of: dict[str, set[str]] = {}
+    for row, split in zip(rows, splits, strict=True):
+        speakers_of.setdefault(split, set()).update({row.speaker} - {""})
     for split, count in sorted(counts.items()):
-        speakers = {row.speaker for row, other in zip(rows, splits, strict=True) if other == split}
         log.info(
             "table %s: %d utterances (%d with text), %.2f h, %d speakers",
             split,
             count["utterances"],
             count["labeled"],
             count["samples"] / SAMPLE_RATE / 3600,
-            len(speakers - {""}),
+            len(speakers_of[split]),
+        )
+    training_speakers = speakers_of.pop("train", set())
+    if shared := training_speakers & set().union(*speakers_of.values()):
+        log.warning(
+            "table: %d speakers are in train and in another split, whose error rates thus do not measure "
+            "accuracy on unseen speakers",
+            len(shared),
         )
     for reason, n in rejected.most_common():
         if n:

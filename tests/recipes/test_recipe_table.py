@@ -167,6 +167,35 @@ def test_inputs_without_splits_yield_the_same_utterances(tmp_path, audio):
     assert not splits["train"] & splits["dev"] and not splits["train"] & splits["test"]
 
 
+def write_validated(root: Path, audio: Path, speakers: list[str]) -> Path:
+    """A Common Voice release with only validated.tsv."""
+    (root / "clips").mkdir(parents=True)
+    lines = ["client_id\tpath\tsentence"]
+    for r, speaker in zip(recordings(), speakers, strict=True):
+        (root / "clips" / f"{r['id']}.wav").symlink_to(path_of(audio, r))
+        lines.append(f"{speaker}\t{r['id']}.wav\t{r['text']}")
+    write(root / "validated.tsv", lines)
+    return root
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_common_voice_is_split_by_speaker_and_the_largest_speaker_stays_in_training(tmp_path, audio, seed):
+    speakers = ["large"] * 40 + [f"s{i % 12}" for i in range(50)] + [""] * 10  # the last ones are unknown
+    release = write_validated(tmp_path / "cv", audio, speakers)
+    items = [i for i in table.prepare(release, tmp_path, table.Config(), seed) if isinstance(i, Utterance)]
+    of = {split: [i.speaker for i in items if i.split == split] for split in ("train", "dev", "test")}
+    assert len(items) == 100 and "large" in of["train"]
+    for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        assert not set(of[one]) & set(of[other])
+    assert 10 <= len(of["dev"]) <= 20 and 10 <= len(of["test"]) <= 20
+
+
+def test_speakers_in_training_and_test_are_reported(tmp_path, audio, caplog):
+    lines = ["path,speaker,split", *(f"{path_of(audio, r)},same,{r['split']}" for r in recordings())]
+    prepared(write(tmp_path / "a.csv", lines))
+    assert "unseen speakers" in caplog.text
+
+
 def test_few_speakers_are_split_by_utterance(tmp_path, audio, caplog):
     rows = [r for r in recordings() if r["speaker"] in ("s0", "s1")]
     items, _ = prepared(write_kaldi(tmp_path / "kaldi", audio, rows))
