@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import neural
 import soundfile
 from hts_engine import Style, voice_header
 from rendering import Line, engine, render
@@ -41,6 +42,7 @@ _BATCH_LINES = 1000  # number of utterances to plan at a time
 _ALPHA = 0.55  # all-pass constant of an unchanged voice at 48 kHz
 _HALF_TONES_PER_ALPHA = -50.0  # a longer vocal tract has a lower pitch
 _CORPUS_LINE = re.compile(r"[\w-]+:(?P<text>[^,]+),[ァ-ヺー、。！？]+$")  # ID:text with furigana,kana
+_PUNCTUATION = re.compile("[、。，．！？!?…]+")
 _FURIGANA = re.compile(r"\([ぁ-ゖァ-ヺー]+\)")
 
 
@@ -58,6 +60,7 @@ class Config:
     half_tones: tuple[float, float] = (-4.0, 4.0)  # range of the pitch shift, added to that caused by alpha
     speed: tuple[float, float] = (0.8, 1.25)  # range of the speed
     snr_db: tuple[float, float] = (20.0, 50.0)  # range of the signal-to-noise ratio (stationary noise)
+    neural_minutes: float = 0.0  # duration of speech by the neural voices (neural.py), all in train
     processes: int = 0  # number of processes; 0: one per core, at most 8
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class Config:
             problems.append(
                 f"dev_share and test_share must be at least 0 and sum to less than 1; found {found}"
             )
+        if self.neural_minutes < 0:
+            problems.append(f"neural_minutes must be at least 0; found {self.neural_minutes}")
         if not 0 <= self.own_share <= 1:
             problems.append(f"own_share must be between 0 and 1; found {self.own_share}")
         if self.speakers < 1:
@@ -101,37 +106,61 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     `data` is a folder that contains HTS voices at any depth. Without it, only the voice of pyopenjtalk-plus
     is used. Audio is written to `work` as 16 kHz FLAC; existing files are kept.
 
+    With `neural_minutes`, further utterances `neural-train-NNNNN` follow, with other sentences.
+
     Raises:
+        ConfigError: a package of the neural voices is not installed.
         DataError: no voice or no sentence was found.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
+    if config.neural_minutes:
+        neural.check_installed()
     given = read_sentences(expand_user(config.texts)) if config.texts else []
     random.Random(f"voices {seed}").shuffle(given)
-    yield from synthesize(_mix(given, config.own_share, seed), work, config, seed, data)
+    texts, seen = _mix(given, config.own_share, seed), _excluded(config)
+    yield from synthesize(texts, work, config, seed, data, seen)
+    if config.neural_minutes:
+        yield from neural.synthesize(
+            _phrases(texts, seen),
+            work,
+            data,
+            minutes=config.neural_minutes,
+            speakers=config.speakers,
+            speed=config.speed,
+            snr_db=config.snr_db,
+            seed=seed,
+            processes=_n_processes(config),
+        )
 
 
 def synthesize(
-    texts: Iterable[str], work: Path, config: Config, seed: int, data: Path | None = None
+    texts: Iterable[str],
+    work: Path,
+    config: Config,
+    seed: int,
+    data: Path | None = None,
+    seen: set[str] | None = None,
 ) -> Iterator[Utterance | Rejected]:
     """Synthesize texts in order, until `config.minutes` are reached or the texts end.
 
     Args:
         texts: sentences; repeated and excluded sentences are skipped.
         work: folder for the audio.
-        config: all options except `texts` and `own_share` are used.
+        config: all options except `texts`, `own_share` and `neural_minutes` are used.
         seed: seed of all random choices.
         data: folder with HTS voices.
+        seen: normalized sentences to skip, to which those of `texts` are added; default: `config.exclude`.
 
     Yields:
         Utterances whose audio exists, and sentences that cannot be used.
     """
-    processes = config.processes or min(8, os.cpu_count() or 1)
-    plan = _plan(texts, work, config, seed, find_voices(data))
+    seen = _excluded(config) if seen is None else seen
+    plan = _plan(texts, work, config, seed, find_voices(data), seen)
     while batch := list(itertools.islice(plan, _BATCH_LINES)):
         render(
             [entry[0] for entry in batch if isinstance(entry, tuple) and not _exists(entry[1])],
             work,
-            processes,
+            _n_processes(config),
         )
         for entry in batch:
             yield entry if isinstance(entry, Rejected) else entry[1]
@@ -180,7 +209,12 @@ def draw_speaker(groups: Sequence[Sequence[Voice]], config: Config, key: str) ->
 
 
 def _plan(
-    texts: Iterable[str], work: Path, config: Config, seed: int, groups: Sequence[Sequence[Voice]]
+    texts: Iterable[str],
+    work: Path,
+    config: Config,
+    seed: int,
+    groups: Sequence[Sequence[Voice]],
+    seen: set[str],
 ) -> Iterator[tuple[Line, Utterance] | Rejected]:
     """Yield lines and their utterances until `minutes` are reached: first test, then dev, then train."""
     total = config.minutes * 60 * SAMPLE_RATE
@@ -188,7 +222,6 @@ def _plan(
     remaining["train"] = total - sum(remaining.values())
     splits = [split for split, samples in remaining.items() if samples > 0]
     counts = dict.fromkeys(splits, 0)
-    seen = {normalize_sentence(text) for file in config.exclude for text in read_sentences(expand_user(file))}
     for i, text in enumerate(texts):
         if not splits:
             break
@@ -263,6 +296,10 @@ def _utterance(
     return line, item
 
 
+def _n_processes(config: Config) -> int:
+    return config.processes or min(8, os.cpu_count() or 1)
+
+
 def _exists(item: Utterance) -> bool:
     try:
         return soundfile.info(item.audio.path).frames == item.n_samples
@@ -303,6 +340,28 @@ def _text_of(line: str) -> str:
 def normalize_sentence(text: str) -> str:
     """Remove spaces and punctuation from a sentence, to find repeated sentences."""
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] in "LNM")
+
+
+def _excluded(config: Config) -> set[str]:
+    return {normalize_sentence(text) for file in config.exclude for text in read_sentences(expand_user(file))}
+
+
+def _phrases(texts: Iterable[str], seen: set[str]) -> Iterator[tuple[str, list[list[tuple[str, ...]]]]]:
+    """Yield texts that are not in `seen`, with the words of the parts between punctuation marks.
+
+    A text with a part that has no reading is skipped.
+    """
+    for text in texts:
+        if (normalized := normalize_sentence(text)) in seen:
+            continue
+        seen.add(normalized)
+        parts = [part for part in _PUNCTUATION.split(text) if normalize_sentence(part)]
+        try:
+            phrases = [[word.phones for word in features_to_words(analyze(part))] for part in parts]
+        except DataError:
+            continue
+        if phrases and all(phrases):
+            yield text, phrases
 
 
 def _mix(given: Sequence[str], own_share: float, seed: int) -> Iterator[str]:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -63,22 +64,46 @@ def render(lines: Sequence[Line], work: Path, processes: int) -> None:
     Raises:
         JahubertError: a process failed.
     """
+    run_lines(Path(__file__), lines, work, processes, _write)
+
+
+def run_lines(
+    script: Path, lines: Sequence[Any], work: Path, processes: int, write: Callable[[Any, Path], None]
+) -> None:
+    """Write the audio of lines in this process, or, if there are enough, in processes that run `script`.
+
+    Args:
+        script: a Python file that reads its share of the lines with `read_job` and calls `write`.
+        lines: dataclasses.
+        work: folder for the audio.
+        processes: maximum number of processes.
+        write: writes the audio of one line.
+
+    Raises:
+        JahubertError: a process failed.
+    """
     processes = min(processes, len(lines) // _LINES_PER_PROCESS)
     if processes <= 1:
         for line in lines:
-            _write(line, work)
+            write(line, work)
         return
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
-    def run(share: Sequence[Line]) -> subprocess.CompletedProcess:
+    def run(share: Sequence[Any]) -> subprocess.CompletedProcess:
         job = json.dumps([str(work), [asdict(line) for line in share]])
-        command = [sys.executable, __file__]
+        command = [sys.executable, str(script)]
         return subprocess.run(command, input=job, capture_output=True, text=True, env=environment)
 
     with ThreadPoolExecutor(processes) as pool:
         for done in pool.map(run, [lines[i::processes] for i in range(processes)]):
             if done.returncode:
                 raise JahubertError(f"a process that synthesizes speech failed:\n{done.stderr[-2000:]}")
+
+
+def read_job() -> tuple[Path, list[dict[str, Any]]]:
+    """Read the folder for the audio and the lines, as dictionaries, from standard input."""
+    folder, lines = json.load(sys.stdin)
+    return Path(folder), lines
 
 
 @cache
@@ -112,5 +137,6 @@ def _read_line(fields: dict) -> Line:
 
 
 if __name__ == "__main__":
-    folder, job = json.load(sys.stdin)
-    render([_read_line(fields) for fields in job], Path(folder), 1)
+    folder, job = read_job()
+    for fields in job:
+        _write(_read_line(fields), folder)
