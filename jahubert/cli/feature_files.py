@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from jahubert.errors import DISK_FULL, ConfigError, StaleError
+from jahubert.errors import DISK_FULL, ConfigError, DataError, StaleError
 from jahubert.formats.atomic import atomic_write
 
 SINGLE = ".safetensors"
@@ -41,7 +41,7 @@ class FeatureFiles:
             raise ConfigError(f"-o {output} already exists; remove it or choose another name")
         record = self.folder / RECORD
         if record.exists():
-            recorded = json.loads(record.read_text(encoding="utf-8"))
+            recorded = _read_record(record)
             differences = [
                 f"{name}={recorded.get(name)} (requested: {value})"
                 for name, value in settings.items()
@@ -106,6 +106,16 @@ class FeatureFiles:
 
     def _path(self, base: Path) -> Path:
         return self.folder / f"{base}.npy"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({error}); delete its folder and run the same command") from error
+    if not isinstance(recorded, dict):
+        raise DataError(f"{path}: damaged (no JSON object); delete its folder and run the same command")
+    return recorded
 
 
 def parts_folder(output: Path) -> Path:

@@ -125,6 +125,20 @@ def remove_leftovers(folder: Path) -> None:
                 temporary.unlink()
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder with its content, if it exists.
+
+    Raises:
+        OSError: a part of it could not be deleted; names `folder`.
+    """
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # names a file in the folder without its path
+        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), str(folder)) from error
+
+
 def temporary_path(path: Path) -> Path:
     """Return the temporary name of a file or folder; concurrent writers use different names."""
     return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])

@@ -350,7 +350,7 @@ def _verify(folder: Path, info: dict) -> None:
         CheckpointError: a file is missing or its content differs.
     """
     path, advice = folder / INFO, "copy the bundle again"
-    if "checksum" in info and info["checksum"] != _checksum(info):
+    if ("checksum" in info or "files" in info) and info.get("checksum") != _checksum(info):
         raise CheckpointError(
             f"{path}: damaged or edited; {advice}, or delete its fields `checksum` and `files` if the change "
             "was intended"

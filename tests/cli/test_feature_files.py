@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 
 import jahubert
+from jahubert.cli.feature_files import FeatureFiles
 from jahubert.cli.main import main
 from jahubert.formats.atomic import temporary_path
 
@@ -70,3 +73,28 @@ def test_unwritable_output_leaves_no_partial_files(bundle, folder, capsys):
     assert "-o /proc/out cannot be written" in capsys.readouterr().err
     assert main(["features", "--model", bundle, "--chunk", "8", "-o", "out", "data/notes.txt"]) == 2
     assert [p.name for p in Path("out").iterdir()] == ["features.json"]  # no partial file
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000])
+def test_damaged_record_is_named(bundle, folder, capsys, content):
+    run = ["features", "--model", bundle, "-o", "out", "data/a.wav"]
+    assert main(run) == 0
+    Path("out/features.json").write_text(content)
+    assert main(run) == 2
+    assert "features.json" in capsys.readouterr().err
+
+
+def test_single_file_is_not_assembled_after_a_write_error(bundle, folder, capsys, monkeypatch):
+    run = ["features", "--model", bundle, "-o", "all.safetensors", "data"]
+    write = FeatureFiles.write
+
+    def failing(self, base, chunks, shape):
+        if base.name == "a":
+            raise OSError(errno.EIO, "Input/output error", str(base))
+        write(self, base, chunks, shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureFiles, "write", failing)
+        assert main(run) == 2
+    assert not Path("all.safetensors").exists()
+    assert main(run) == 0 and Path("all.safetensors").exists()

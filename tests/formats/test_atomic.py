@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from jahubert.errors import DataError, exit_status
-from jahubert.formats.atomic import PREFIX, atomic_folder, atomic_path, atomic_write, remove_leftovers
+from jahubert.formats.atomic import (
+    PREFIX,
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    remove_folder,
+    remove_leftovers,
+)
 
 
 def names(folder) -> list[str]:
@@ -214,3 +221,20 @@ def test_folder_does_not_replace_a_file(tmp_path):
     with pytest.raises(NotADirectoryError), atomic_folder(tmp_path / "b"):
         pass
     assert (tmp_path / "b").read_text() == "a user's"
+
+
+def test_folder_that_cannot_be_deleted_is_an_error(tmp_path, monkeypatch):
+    remove_folder(tmp_path / "missing")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.bin").touch()
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "0.bin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(PermissionError) as caught:
+            remove_folder(tmp_path / "shards")
+    assert caught.value.filename == str(tmp_path / "shards")
+    remove_folder(tmp_path / "shards")
+    assert not names(tmp_path)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jahubert.cli import main as cli
-from jahubert.train.pipeline.jobs import configure_jobs
+from jahubert.train.pipeline.jobs import Job, configure_jobs
 from jahubert.train.pipeline.reporting import report_error
 from jahubert.train.pipeline.runner import run_stage
 
@@ -49,16 +49,20 @@ class Task(NamedTuple):
     refuses_existing: bool = False
 
 
+def stage_jobs(exp: Path, *overrides: str) -> list[Job]:
+    """The stages of the experiment in the folder `exp`, in order."""
+    return configure_jobs([*SETTINGS, "stage=all", f"exp={exp}", *overrides])
+
+
 def stage_tasks(exp: Path) -> list[Task]:
-    """The stages of the experiment, in order."""
-    jobs = configure_jobs([*SETTINGS, "stage=all", f"exp={exp}"])
+    """The stages of the experiment as tasks."""
     return [
         Task(str(job.out.relative_to(exp)), job.out, lambda job=job: _finish_stage(job))  # type: ignore[misc]
-        for job in jobs
+        for job in stage_jobs(exp)
     ]
 
 
-def _finish_stage(job: Any) -> None:
+def _finish_stage(job: Job) -> None:
     run_stage(*job)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy as np
 
 from jahubert.audio import AudioSource, audio_length
 from jahubert.errors import DataError
-from jahubert.formats.atomic import atomic_write
+from jahubert.formats.atomic import atomic_write, remove_folder
 from jahubert.frames import HUBERT, MFCC, FrameGrid
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance
@@ -123,7 +122,7 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
         normalize=False,
     )
     # An interrupted import starts over: it is fast, and the files may have been fixed in the meantime.
-    shutil.rmtree(out / "shards", ignore_errors=True)
+    remove_folder(out / "shards")
     writer = LabelWriter(out, header, HUBERT.n_frames(manifest.n_samples), shard_size)
     units = _units(manifest, folder, n_units)
     with progress("importing fairseq units", "utterances", len(manifest)) as done:

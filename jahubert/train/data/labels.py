@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from jahubert.errors import DataError, StaleError
-from jahubert.formats.atomic import atomic_write, remove_leftovers
+from jahubert.formats.atomic import atomic_write, remove_folder, remove_leftovers
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.train.data.manifest import Manifest
 
@@ -119,7 +119,7 @@ class LabelWriter:
             _write(self.folder / "offsets.npy", lambda out: np.save(out, offsets))
             _write_json(self.folder / "header.json", asdict(self.header))
         remove_leftovers(self.folder)
-        shutil.rmtree(self.shards, ignore_errors=True)
+        remove_folder(self.shards)
 
     def _concatenate(self, out: BinaryIO) -> None:
         for shard in range(len(self)):

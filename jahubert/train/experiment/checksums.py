@@ -35,6 +35,17 @@ def content_crc32(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(normalized, sort_keys=True).encode()):08x}"
 
 
+def record_damaged(record: dict[str, Any], crc32: str | None, files: str) -> bool:
+    """Whether a record differs from its checksum.
+
+    Args:
+        record: the record without its checksum.
+        crc32: the checksum; None if missing, as in records of earlier versions.
+        files: key of the sizes and checksums of files, which records without a checksum do not have.
+    """
+    return files in record if crc32 is None else crc32 != content_crc32(record)
+
+
 def describe_outputs(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the size and checksum of every output file of a stage, keyed by path relative to `folder`."""
     outputs = {}

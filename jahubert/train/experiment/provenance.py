@@ -130,7 +130,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
         for folder in stages:
             record = read_record(folder / DONE)
             crc32 = record.pop("record_crc32", None)
-            if crc32 is not None and crc32 != checksums.content_crc32(record):
+            if checksums.record_damaged(record, crc32, "outputs"):
                 raise DataError(f"{folder / DONE}: damaged record; delete {folder} and rerun its stage")
             below = path if folder in path.parents else None
             max_bytes = math.inf if large else checksums.LARGE

@@ -13,7 +13,6 @@ sample need not fit in memory.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import DataError
+from jahubert.formats.atomic import remove_folder
 from jahubert.model.kernels.indexing import to_device_async
 from jahubert.train.clustering.features import Feature
 from jahubert.train.clustering.frames import draw_rows
@@ -106,7 +106,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         write_json(out / "header.json", feature_header(feature, config.kind, config.layer))
         if not final.exists():
             temporary.replace(final)
-        shutil.rmtree(done_parts, ignore_errors=True)
+        remove_folder(done_parts)
     distributed.barrier()
     return {"frames": len(sample.frames), "dim": feature.dim, "utterances": len(sample.rows)}
 

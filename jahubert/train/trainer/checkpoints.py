@@ -25,7 +25,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from jahubert.errors import DataError, StaleError
 from jahubert.formats.atomic import atomic_folder, remove_leftovers
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.checksums import content_crc32, describe_outputs, verify_outputs
+from jahubert.train.experiment.checksums import (
+    content_crc32,
+    describe_outputs,
+    record_damaged,
+    verify_outputs,
+)
 from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.trainer.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from jahubert.train.trainer.optim import TrainConfig
@@ -60,7 +65,7 @@ class Checkpoints:
 
     def intact(self) -> list[Path]:
         """Paths of the undamaged checkpoints, oldest first."""
-        return [path for path in _by_step(self.folder) if not _damage(path)]
+        return [path for path in _by_step(self.folder) if not checkpoint_damage(path)]
 
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
@@ -71,7 +76,7 @@ class Checkpoints:
             run: JSON-serializable engine state other than the weights and the optimizer state.
         """
         final = self.folder / f"step_{step:07d}"
-        if distributed.rank0_broadcast(lambda: final.exists() and not _damage(final)):
+        if distributed.rank0_broadcast(lambda: final.exists() and not checkpoint_damage(final)):
             return
         try:
             with ExitStack() as stack:  # rank 0 creates and renames the folder; all ranks write into it
@@ -144,7 +149,7 @@ class Checkpoints:
 
     def _newest(self) -> Path | None:
         for path in reversed(_by_step(self.folder)):
-            damage = _damage(path, contents=True)
+            damage = checkpoint_damage(path, contents=True)
             if not damage:
                 self._delete_old(path)  # the previous run may have been killed before it did this
                 return path
@@ -160,7 +165,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _damage(checkpoint: Path, contents: bool = False) -> str:
+def checkpoint_damage(checkpoint: Path, contents: bool = False) -> str:
     """Describe the damage to a checkpoint; an empty string if it is intact.
 
     Args:
@@ -169,7 +174,7 @@ def _damage(checkpoint: Path, contents: bool = False) -> str:
     try:
         state = read_record(checkpoint / "run.json")
         crc32 = state.pop("crc32", None)
-        if crc32 is not None and crc32 != content_crc32(state):
+        if record_damaged(state, crc32, "files"):
             return "run.json: checksum differs"
         verify_outputs(checkpoint, state.get("files", {}), max_bytes=math.inf if contents else 0)
     except (OSError, DataError) as error:

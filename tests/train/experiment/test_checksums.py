@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fixtures.unit_stages import make_corpus, stages
 
-from jahubert.errors import DataError, UserError
+from jahubert.errors import CheckpointError, DataError, UserError
+from jahubert.formats.bundle import INFO, load_bundle
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment import checksums
 from jahubert.train.experiment.provenance import DONE
@@ -118,3 +119,17 @@ def test_damaged_manifest_without_a_record_never_crashes(experiment, tmp_path):
             read = [*map(str, manifest)]
             assert [row.replace(str(tmp_path), str(experiment)) for row in read] == rows
     assert detected > 200
+
+
+def test_record_without_its_checksum_is_rejected(experiment, tmp_path):
+    """A flipped bit in the key of the checksum must not disable the verification."""
+    exp = tmp_path / "exp"
+    shutil.copytree(experiment, exp)
+    record = exp / "features" / DONE
+    record.write_text(record.read_text().replace("record_crc32", "record_crc33"))
+    with pytest.raises(DataError, match=DONE):
+        verify_inputs(stages(exp, exp)["kmeans"])
+    info = experiment / "model" / INFO
+    (exp / "model" / INFO).write_text(info.read_text().replace('"checksum"', '"checksun"'))
+    with pytest.raises(CheckpointError, match=INFO):
+        load_bundle(exp / "model")

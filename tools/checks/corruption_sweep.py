@@ -1,0 +1,191 @@
+"""Detection of damaged files: damages every file of a tiny experiment and reads it as the next stage would.
+
+    python tools/checks/corruption_sweep.py               # 5 trials per file and kind of damage
+    python tools/checks/corruption_sweep.py --trials 1
+
+The kinds of damage are a flipped bit, a zeroed block, a missing tail, and a swap with the same file of an
+experiment with another seed. Files of stages are read by the input verification of all stages, bundles by
+`load_bundle`, checkpoints as for resuming, and FLAC files by the decoder. Damage counts as detected if it is
+reported by an error that names the file. Prints the figures per kind of file; the exit status is 1 if any
+damage was not detected. Not damaged are files that no stage reads: TensorBoard events, started.json of a
+finished stage, and the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import random
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from small_experiment import stage_jobs
+
+from jahubert.audio import load_audio
+from jahubert.errors import UserError
+from jahubert.formats.bundle import INFO, load_bundle
+from jahubert.train.data.flac import write_flac
+from jahubert.train.experiment.config import input_fields
+from jahubert.train.experiment.provenance import DONE, read_record
+from jahubert.train.pipeline.jobs import Job
+from jahubert.train.pipeline.runner import run_stage, verify_inputs
+from jahubert.train.trainer.checkpoints import checkpoint_damage
+
+UNREAD = ("started.json", "events.out.tfevents")
+BLOCK = 64  # bytes that are zeroed
+
+
+def flip_bit(content: bytes, other: bytes, rng: random.Random) -> bytes:
+    damaged = bytearray(content)
+    damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+def zero_block(content: bytes, other: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(content))
+    return content[:start] + bytes(len(content[start : start + BLOCK])) + content[start + BLOCK :]
+
+
+def cut_tail(content: bytes, other: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def swap(content: bytes, other: bytes, rng: random.Random) -> bytes:
+    return other
+
+
+Damage = Callable[[bytes, bytes, random.Random], bytes]
+DAMAGES: tuple[Damage, ...] = (flip_bit, zero_block, cut_tail, swap)
+
+
+class Sweep:
+    """Counts of trials and of detected damage per kind of file."""
+
+    def __init__(self, trials: int):
+        self.trials = trials
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.missed: list[str] = []
+
+    def damage(
+        self,
+        kind: str,
+        path: Path,
+        other: Path,
+        read: Callable[[], str],
+        damages: Sequence[Damage] = DAMAGES,
+    ) -> None:
+        """Damage a file in several ways; `read` returns the message of the error, or an empty string."""
+        content, rng = path.read_bytes(), random.Random(str(path.name))
+        for damage in damages:
+            for _ in range(1 if damage is swap else self.trials):
+                damaged = damage(content, other.read_bytes(), rng)
+                if damaged == content:
+                    continue
+                path.write_bytes(damaged)
+                self.counts[kind][damage.__name__] += 1
+                message = read()
+                if path.name in message or path.parent.name in message:
+                    self.counts[kind]["detected"] += 1
+                else:
+                    self.missed.append(f"{path}, {damage.__name__}: {message or 'not detected'}")
+        path.write_bytes(content)
+
+    def report(self) -> None:
+        for kind, counts in self.counts.items():
+            total = sum(counts[damage.__name__] for damage in DAMAGES)
+            shown = ", ".join(f"{damage.__name__} {counts[damage.__name__]}" for damage in DAMAGES)
+            print(f"{kind}: {counts['detected']} of {total} detected ({shown})")
+        print(*self.missed, sep="\n")
+
+
+def error_of(read: Callable[[], object]) -> str:
+    """The message of the error that `read` raises, or an empty string."""
+    try:
+        read()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(UNREAD) and path.stat().st_size:
+            yield path
+
+
+def sweep_stages(sweep: Sweep, exp: Path, other: Path) -> None:
+    """Damage the files of all stages; the report, which verifies the whole experiment, is the last reader."""
+    *jobs, report = stage_jobs(exp)
+    for job in jobs:
+        for path in files_of(job.out):
+            counterpart = other / path.relative_to(exp)
+            if "work" in path.parts or not counterpart.exists():
+                continue
+            if "checkpoints" in path.parts:
+                sweep.damage("checkpoints", path, counterpart, partial(checkpoint_damage, path.parent, True))
+                continue
+            readers = [reader for reader in jobs if _reads(reader, path)]
+            damages = [d for d in DAMAGES if d is not swap or not _records_equal_files(path, counterpart)]
+            sweep.damage(job.stage, path, counterpart, partial(_verify, (readers or [report])[0]), damages)
+
+
+def _reads(job: Job, path: Path) -> bool:
+    inputs = [folder for _, folder, _ in input_fields(job.config)]
+    return any(folder in (path, *path.parents) for folder in inputs)
+
+
+def _records_equal_files(path: Path, other: Path) -> bool:
+    """Whether both are records of stages with the same output files: a swap is then no damage."""
+    return path.name == DONE and read_record(path)["outputs"] == read_record(other)["outputs"]
+
+
+def _verify(job: Job) -> str:
+    return error_of(lambda: verify_inputs(job.config))
+
+
+def sweep_bundles(sweep: Sweep, exp: Path, other: Path) -> None:
+    for bundle in sorted(path.parent for path in exp.rglob(INFO)):
+        for path in files_of(bundle):
+            if path.name != "README.md":  # the model card, which is not read
+                read = partial(error_of, partial(load_bundle, bundle))
+                sweep.damage("bundles", path, other / path.relative_to(exp), read)
+
+
+def sweep_flac(sweep: Sweep, folder: Path) -> None:
+    paths = [folder / f"{number}.flac" for number in range(2)]
+    for number, path in enumerate(paths):
+        write_flac(path, 0.1 * np.random.default_rng(number).standard_normal(16_000))
+    damages = [damage for damage in DAMAGES if damage is not swap]  # a FLAC file does not identify itself
+    sweep.damage("FLAC", paths[0], paths[1], partial(error_of, partial(load_audio, paths[0])), damages)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=5, help="trials per file and kind of damage")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        with contextlib.redirect_stdout(io.StringIO()):
+            for name, seed in (("exp", 0), ("other", 1)):
+                for job in stage_jobs(folder / name, f"seed={seed}")[:-1]:  # without the report
+                    run_stage(*job)
+        sweep = Sweep(args.trials)
+        sweep_stages(sweep, folder / "exp", folder / "other")
+        sweep_bundles(sweep, folder / "exp", folder / "other")
+        sweep_flac(sweep, folder)
+    sweep.report()
+    return 1 if sweep.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
