@@ -1,8 +1,9 @@
 """Normalization of Japanese text before morphological analysis.
 
 Spells out expressions that the dictionary of pyopenjtalk-plus skips or misreads. The groups of rules are
-applied in this order: numeric dates, clock times, phone numbers and addresses, fractions, ratios and scores,
-ranges, signs and arithmetic, currencies, units, and internet addresses. Numbers with counters need no rule.
+applied in this order: hyphens, ordinals and versions, numeric dates, clock times, phone numbers and
+addresses, fractions, ratios and scores, ranges, signs and arithmetic, currencies, units, and internet
+addresses. Numbers with counters need no rule.
 """
 
 from __future__ import annotations
@@ -15,11 +16,24 @@ from math import gcd
 # Single-character signs, which are replaced before NFKC decomposes them (℃ would become ° and the letter C).
 _SIGNS = {
     **{"℃": "度", "㎏": "キログラム", "㎎": "ミリグラム", "㎞": "キロメートル", "㎝": "センチメートル"},
-    **{"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "ℓ": "リットル"},
-    **{"〜": "～", "№": "ナンバー", "㈱": "株式会社", "㈲": "有限会社", "±": "プラスマイナス"},
+    **{"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "ℓ": "L"},
+    **{
+        "〜": "～",
+        "–": "-",
+        "‐": "-",
+        "‑": "-",
+        "№": "ナンバー",
+        "㈱": "株式会社",
+        "㈲": "有限会社",
+        "±": "プラスマイナス",
+    },
     **{"½": "2分の1", "⅓": "3分の1", "⅔": "3分の2", "¼": "4分の1", "¾": "4分の3"},
     **{"ヷ": "ヴァ", "ヸ": "ヴィ", "ヹ": "ヴェ", "ヺ": "ヴォ"},
 }
+# Exponents, which NFKC would turn into further digits of a number.
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+_EXPONENT = re.compile(r"(?<=[\dA-Za-z)])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
+_METERS = re.compile(r"(?<=\d)([kcm]?)m([²³]|[23](?![\dA-Za-z]))")
 # Roman numerals are excluded from NFKC, which converts them to letters; the analyzer reads them as numbers.
 _ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")
 _DIGIT_NAMES = ("ゼロ", "イチ", "ニー", "サン", "ヨン", "ゴー", "ロク", "ナナ", "ハチ", "キュー")
@@ -29,7 +43,10 @@ _MONTH, _DAY = r"(?:1[0-2]|0?[1-9])", r"(?:3[01]|[12]\d|0?[1-9])"
 _CLOCK = r"(?<![\d:])(2[0-4]|[01]?\d):"
 _WEEKDAYS = {"月": "ゲツ", "火": "カ", "水": "スイ", "木": "モク", "金": "キン", "土": "ド", "日": "ニチ"}
 _WEEKDAY = "[月火水木金土日]"
-_RESULT = "(?:で|の)?(?:勝|負|敗|引き分|下し|破|制し|快勝|完敗|辛勝|大差)"
+_COUNTER = "(?:[人年月日時分秒個回本枚歳代円点台度匹週名割倍話章巻杯泊%]|[かヶカケ]月|[kcm]?m|k?g|L)"
+_PREFIXES = {"": "", "k": "キロ", "c": "センチ", "m": "ミリ", "d": "デシ"}
+_BYTES = {"K": "キロ", "M": "メガ", "G": "ギガ", "T": "テラ"}
+_SUBTITLE = r"[^~、。\s]*~(?:[\s、。」』!?)]|$)"  # a title between waves: 夏~想い出~
 
 
 def _digits(match: re.Match[str]) -> str:
@@ -47,6 +64,23 @@ def _slash(match: re.Match[str]) -> str:
     return f"{second}分の{first}" if is_reduced else match[0]
 
 
+def _hyphen(match: re.Match[str]) -> str:
+    """Spell out a hyphen between two numbers: a range before a counter, a number of a figure, or a score."""
+    before, first, second, after = match.groups()
+    if re.match(_COUNTER, after) and int(first) < int(second):
+        return f"{before}{first}から{second}"
+    is_numbering = re.match("[図表式章節問例]|丁目", before)
+    # An address, unless there are names on both sides (日本2-1韓国) or a word such as 前半, 決勝戦, 結果.
+    is_name = re.match("(?![半戦合果点])[一-龠ァ-ヺー]", before)
+    if is_numbering or (is_name and not re.match("[一-龠ァ-ヺ]", after)):
+        return f"{before}{first}の{second}"
+    return f"{before}{'イッ' if first == '1' else first}タイ{second}"
+
+
+def _square_meters(match: re.Match[str]) -> str:
+    return ("平方" if match[2] in "²2" else "立方") + _PREFIXES[match[1]] + "メートル"
+
+
 def _weekdays(match: re.Match[str]) -> str:
     return f"{_WEEKDAYS[match[1]]}から{_WEEKDAYS[match[2]]}"
 
@@ -54,11 +88,21 @@ def _weekdays(match: re.Match[str]) -> str:
 _Replacement = str | Callable[[re.Match[str]], str]
 _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
     (
+        "hyphens, ordinals and versions",
+        (
+            (r"(?<=\d)\u2212(?=\d)", "-"),
+            (r"(?<![A-Za-z\d])1st(?![A-Za-z])", "ファースト"),
+            (r"(?<![A-Za-z\d])3rd(?![A-Za-z])", "サード"),
+            (r"(?<![A-Za-z])[Vv]er\.? ?(?=\d)", "バージョン"),
+        ),
+    ),
+    (
         "dates",
         (
             (rf"(?<![\d/])(\d{{4}})/({_MONTH})/({_DAY})(?![\d/])", r"\1年\2月\3日"),
             (rf"(?<![\d-])(\d{{4}})-({_MONTH})-({_DAY})(?![\d-])", r"\1年\2月\3日"),
             (rf"(?<![\d.])(\d{{4}})\.({_MONTH})\.({_DAY})(?![\d.])", r"\1年\2月\3日"),
+            (r"(?<![\d.])(\d+)\.(\d+)\.(\d+)(?![\d.])", r"\1点\2点\3"),  # versions
             (r"年0(?=\d月)", "年"),
             (r"月0(?=\d日)", "月"),
         ),
@@ -78,6 +122,7 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
         "phone numbers and addresses",
         (
             (r"(?<![\d-])0\d{1,4}-\d{1,4}-\d{3,4}(?![\d-])", _digits),
+            (r"(?<![\d-])\d{3}-\d{4}(?![\d-])", _digits),  # postal codes
             (r"(?<![\d-])\d{1,3}(?:-\d{1,4}){2,3}(?![\d-])", lambda match: match[0].replace("-", "の")),
         ),
     ),
@@ -91,7 +136,11 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
     (
         "ratios and scores",
         (
-            (rf"(?<![\d.-])(\d{{1,3}})-(?=\d{{1,3}}{_RESULT})", r"\1対"),
+            (
+                r"(?<![A-Za-z\d.,/:-])(丁目|[^\W\d]|)(0|[1-9]\d{0,3})-(0|[1-9]\d{0,3})"
+                r"(?![\d.,/:=-]|[A-Za-z]{3})(?=(.{0,2}))",
+                _hyphen,
+            ),
             (r"(?<![\d:.])1[:対](?=\d+(?:\.\d+)?(?![\d:]))", "イッタイ"),
             (r"(?<![\d:.])(\d+(?:\.\d+)?)[:対](?=\d+(?:\.\d+)?(?![\d:]))", r"\1タイ"),
         ),
@@ -99,17 +148,21 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
     (
         "ranges",
         (
-            (r"(?<=\d)[~～](?=\d)", "から"),
+            (r"(?<=\d)[~～](?=\d)|(?<=\d[年月日時分人円])-(?=\d)", "から"),
+            (r"(?<![A-Za-z])([A-Z])~(?=[A-Z](?![A-Za-z]))", r"\1から"),
+            (r"(\d[^\d\s~、。ぁ-んA-Za-z]{1,3})~(?=[\s、。)」]|です|の|$)", r"\1から"),  # 18歳~
             # Ranges that start with a number and its unit: 20%～30%, 10時～12時.
             (r"(\d[^\d\s~～、。ぁ-ん]{1,6})[~～](?=第?\d)", r"\1から"),
             (rf"(?<![一-龠])({_WEEKDAY})[~～]({_WEEKDAY})(?![一-龠])", _weekdays),
             (rf"(?<=曜)[~～](?={_WEEKDAY})|(?<=曜日)[~～](?={_WEEKDAY})", "から"),
+            (rf"(?<=[一-龠々ァ-ヺ])~(?=[一-龠ァ-ヺ])(?!{_SUBTITLE})", "から"),  # 東京~大阪, 午前9時~午後5時
         ),
     ),
     (
         "arithmetic and signs",
         (
             (r"(?<=\d)-(?=\d+=)", "引く"),
+            (r"(?<=\d)x(?=\d)", "×"),
             (r"(?<=[\dA-Za-z)])=(?=[\dA-Za-z(-])", "イコール"),
             (r"(?<![A-Za-z0-9.)\]-])[-\u2212](?=\d)", "マイナス"),
             (r"(?<![A-Za-z0-9.)\]+])\+(?=\d)", "プラス"),
@@ -127,8 +180,12 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
         "units",
         (
             (r"°C", "度"),
-            (r"(?<=\d)L(?![A-Za-z])", "リットル"),
+            (r"(?<=\d)([md]?)[Ll](?![A-Za-z])", lambda match: f"{_PREFIXES[match[1]]}リットル"),
             (r"(?<=\d)km/h", "キロ"),
+            (r"(?<=\d)h(?![A-Za-z])", "時間"),
+            (r"(?<=\d)([KMGT])B(?![A-Za-z])", lambda match: f"{_BYTES[match[1]]}バイト"),
+            (r"(?<=\d)ft(?![A-Za-z])", "フィート"),
+            (r"(?<![A-Za-z\d])(H|O|N|NO|SO)2(?=O?(?![A-Za-z\d]))", r"\1ツー"),
         ),
     ),
     (
@@ -145,6 +202,8 @@ def normalize_text(text: str) -> str:
     Roman numerals are kept, accents are removed from Latin letters, and control characters become spaces.
     """
     text = "".join(_SIGNS.get(char, char) for char in unicodedata.normalize("NFC", text))
+    text = _METERS.sub(_square_meters, text)
+    text = _EXPONENT.sub(lambda match: f"の{match[1].translate(_SUPERSCRIPTS)}乗", text)
     parts = _ROMAN.split(text)
     parts[::2] = [unicodedata.normalize("NFKC", part) for part in parts[::2]]
     text = "".join(_simplify(char) for char in "".join(parts))
