@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,11 @@ def device_tests(report: Report, run: Settings) -> None:
         print(done.stdout[-3000:], flush=True)
 
 
+@cache
+def cached_peak(device: torch.device, dtype: torch.dtype) -> float:
+    return matrix_peak(device, dtype)
+
+
 def peak_megabytes(trainer: pretrain_step.Trainer, batch: pretrain_step.Batch) -> float:
     """Activations of a step in MB; gradients and moments exist before it."""
     if trainer.device.type == "cpu":
@@ -147,7 +153,7 @@ def compare_steps(
     report: Report, run: Settings, name: str, config: HubertConfig, lengths: list[float], **goals: float
 ) -> pretrain_step.Trainer:
     """Time a training step of all models in turn; returns the trainer of jahubert."""
-    batch, peak = make_batch(lengths, run.device), matrix_peak(run.device, run.dtype)
+    batch, peak = make_batch(lengths, run.device), cached_peak(run.device, run.dtype)
     trainers, failures = {}, {}
     for kind in ("jahubert", *PEERS):
         if kind != "jahubert" and kind not in run.peers:

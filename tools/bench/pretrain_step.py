@@ -110,8 +110,8 @@ class Torchaudio(nn.Module):
         super().__init__()
         from torchaudio.models import hubert_pretrain_base, hubert_pretrain_large
 
-        build = hubert_pretrain_large if config.pre_norm else hubert_pretrain_base
-        self.model = build(num_classes=UNITS)
+        # The large model always has 500 classes.
+        self.model = hubert_pretrain_large() if config.pre_norm else hubert_pretrain_base(num_classes=UNITS)
         transformer = self.model.wav2vec2.encoder.transformer
         transformer.layers = transformer.layers[: config.layers]
 

@@ -263,18 +263,19 @@ def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
     return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32
 
 
-def _pass_hours(seconds: float, flops_per_second: float, machine: Machine) -> float:
+def _pass_hours(seconds: float, flops_per_second: float, machine: Machine, workers: int) -> float:
     """Estimate the hours of one pass over audio, limited by decoding or computation.
 
     Args:
         seconds: duration of the audio.
         flops_per_second: FLOPs per second of audio; 0 for MFCCs.
+        workers: reading processes per device; 0: threads.
     """
     if flops_per_second:
         compute_speed = machine.flops_fp32 / flops_per_second
     else:
         compute_speed = 1 / (1 / machine.mfcc_speed + 1 / machine.decode_speed)
-    speed = min(compute_speed, prefetch.MAX_THREADS * machine.decode_speed)
+    speed = min(compute_speed, (workers or prefetch.MAX_THREADS) * machine.decode_speed)
     return seconds / speed / machine.n_devices / 3600
 
 
@@ -288,7 +289,7 @@ def _feature_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
 def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machine: Machine) -> StageEstimate:
     flops_per_second, dim = _feature_cost(config, model)
     sampled = 1 - math.exp(-config.sample_frames / corpus.utterances)  # fraction of utterances with a frame
-    hours = _pass_hours(3600 * corpus.hours * sampled, flops_per_second, machine)
+    hours = _pass_hours(3600 * corpus.hours * sampled, flops_per_second, machine, config.workers)
     return StageEstimate(name, hours, 4.0 * dim * config.sample_frames, None)
 
 
@@ -306,7 +307,8 @@ def _label(
     flops_per_second, _ = _feature_cost(features, model)
     frames = 3600 * corpus.hours * HUBERT.rate
     disk = frames * (1 if kmeans.n_clusters <= 256 else 2) + 8 * corpus.utterances
-    return StageEstimate(name, _pass_hours(3600 * corpus.hours, flops_per_second, machine), disk, None)
+    hours = _pass_hours(3600 * corpus.hours, flops_per_second, machine, features.workers)
+    return StageEstimate(name, hours, disk, None)
 
 
 def plan_table(plan: Plan) -> str:
