@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from jahubert.errors import DISK_FULL, ConfigError, DataError, StaleError
-from jahubert.formats.atomic import atomic_write
+from jahubert.formats.atomic import atomic_write, remove_folder
 
 SINGLE = ".safetensors"
 RECORD = "features.json"
@@ -37,7 +37,8 @@ class FeatureFiles:
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
         self.folder = parts_folder(output)
-        if self.folder != output and output.exists():
+        # Parts next to a complete file are those of a run that ended before it deleted them.
+        if self.folder != output and output.exists() and not self.folder.exists():
             raise ConfigError(f"-o {output} already exists; remove it or choose another name")
         record = self.folder / RECORD
         if record.exists():
@@ -102,7 +103,7 @@ class FeatureFiles:
                 with file.open("rb") as part:
                     part.seek(file.stat().st_size - array.nbytes)
                     shutil.copyfileobj(part, out)
-        shutil.rmtree(self.folder)
+        remove_folder(self.folder)
 
     def _path(self, base: Path) -> Path:
         return self.folder / f"{base}.npy"

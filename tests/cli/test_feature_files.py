@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 import jahubert
+from jahubert.cli import feature_files
 from jahubert.cli.feature_files import FeatureFiles
 from jahubert.cli.main import main
 from jahubert.formats.atomic import temporary_path
@@ -73,6 +74,21 @@ def test_unwritable_output_leaves_no_partial_files(bundle, folder, capsys):
     assert "-o /proc/out cannot be written" in capsys.readouterr().err
     assert main(["features", "--model", bundle, "--chunk", "8", "-o", "out", "data/notes.txt"]) == 2
     assert [p.name for p in Path("out").iterdir()] == ["features.json"]  # no partial file
+
+
+def test_parts_left_next_to_a_complete_file_are_deleted_by_the_next_run(bundle, folder, monkeypatch):
+    run = ["features", "--model", bundle, "-o", "all.safetensors", "data/a.wav"]
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_files, "remove_folder", refuse)
+        assert main(run) == 2
+    content = Path("all.safetensors").read_bytes()
+    assert main(run) == 0 and Path("all.safetensors").read_bytes() == content
+    assert not Path("all.safetensors.parts").exists()
+    assert main(run) == 2
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[" * 100_000])

@@ -64,12 +64,12 @@ def start(*arguments: object, shm: str = "") -> subprocess.Popen:
     command = [sys.executable, __file__, *map(str, arguments)]
     if shm:
         mount = f"mount -t tmpfs -o size={shm} none /dev/shm && exec " + " ".join(map(repr, command))
-        command = ["unshare", "-m", "sh", "-c", mount]
+        command = ["unshare", "-rm", "sh", "-c", mount]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def can_mount() -> bool:
-    mount = ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=64k none /dev/shm"]
+    mount = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k none /dev/shm"]
     return bool(shutil.which("unshare")) and subprocess.run(mount, capture_output=True).returncode == 0
 
 
@@ -83,9 +83,9 @@ def wait_for(path: Path, child: subprocess.Popen) -> None:
 
 
 @needs_mount
-@pytest.mark.parametrize("size", ["64k", "2m"])
-def test_small_shared_memory_is_rejected_before_the_start(tmp_path, size):
-    child = start("shm", tmp_path, 8, shm=size)
+@pytest.mark.parametrize(("size", "workers"), [("64k", 8), ("2m", 8), ("64m", 48)])
+def test_small_shared_memory_is_rejected_before_the_start(tmp_path, size, workers):
+    child = start("shm", tmp_path, workers, shm=size)
     stderr = child.communicate(timeout=SHORT)[1]
     assert child.returncode == 2, stderr
     assert "/dev/shm" in stderr and "train.workers" in stderr and "train.micro_seconds" in stderr

@@ -1,0 +1,128 @@
+"""Stop signals in every stage of a tiny experiment, sent while the stage reads its input.
+
+    python tools/checks/signal_sweep.py            # SIGTERM and SIGINT in every stage
+    python tools/checks/signal_sweep.py --in-turn  # one of them per stage
+
+Opening the first input file (audio, where the stage reads audio) takes 1.5 seconds, in which the process
+receives the signal. It must end within 30 seconds, with status 75 (SIGTERM) or 130 (SIGINT) and without a
+traceback. The stage is then rerun, and all files must equal those of an uninterrupted run. The exit status is
+1 if any run differs. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from small_experiment import SETTINGS, contents, run_child, stage_jobs, stage_tasks
+
+from jahubert import run
+from jahubert.train.pipeline.jobs import Job
+
+SIGNALS = {signal.SIGTERM: (75,), signal.SIGINT: (130, 75)}  # accepted exit statuses
+NO_AUDIO = {"kmeans": "sample.npy", "targets": "manifest.arrow", "score": "test.jsonl"}
+READ_SECONDS, DEADLINE_SECONDS = 1.5, 30.0
+
+
+def slow_reads(ending: str, marker: Path) -> None:
+    """Delay the first opening of a file with this ending; creates `marker` when it begins."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event != "open" or marker.exists() or not isinstance(arguments[0], (str, bytes)):
+            return
+        if arguments[1] in ("r", "rb") and os.fsdecode(arguments[0]).endswith(ending):
+            marker.touch()
+            time.sleep(READ_SECONDS)
+
+    sys.addaudithook(hook)
+
+
+def overrides_of(job: Job) -> list[str]:
+    """The command that runs one stage of the experiment."""
+    exp = next(folder.parent for folder in (job.out, *job.out.parents) if folder.parent.name == "exp")
+    iteration = job.out.parent.name.removeprefix("iter")
+    return [
+        *SETTINGS,
+        f"exp={exp}",
+        f"stage={job.stage}",
+        *([f"iteration={iteration}"] if iteration.isdigit() else []),
+    ]
+
+
+def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, str]:
+    """Run a stage and send it a signal while it reads; returns its exit status and output."""
+    marker, log = folder / "reading", folder / "log"
+    marker.unlink(missing_ok=True)
+
+    def work() -> int:
+        slow_reads(NO_AUDIO.get(job.stage, ".wav"), marker)
+        return run.main(overrides_of(job))
+
+    sender = os.fork()
+    if not sender:  # the stage, in a child that this process can wait for
+        os._exit(run_child(work, log) % 256)
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not marker.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{sender}/task/{sender}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), number)
+    status = os.waitstatus_to_exitcode(os.waitpid(sender, 0)[1])
+    return status, log.read_text(errors="replace")
+
+
+def trial(job: Job, number: signal.Signals, folder: Path, expected: dict) -> str:
+    """Interrupt a stage, rerun it and compare; returns a description of the failure, if any."""
+    started = time.monotonic()
+    status, output = interrupted(job, number, folder)
+    seconds = time.monotonic() - started
+    if status not in SIGNALS[number] or "Traceback" in output or seconds > DEADLINE_SECONDS:
+        return f"ended with status {status} after {seconds:.0f} s: {output[-2000:]}"
+    status = run_child(lambda: run.main(overrides_of(job)), folder / "log")
+    if status:
+        return f"the rerun ended with status {status}: {(folder / 'log').read_text()[-2000:]}"
+    actual = contents(job.out)
+    different = sorted(
+        name for name in expected.keys() | actual.keys() if actual.get(name, 0) != expected.get(name, 0)
+    )
+    return f"different files: {', '.join(different)}" if different else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--in-turn", action="store_true", help="one signal per stage")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    n_failures = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        with contextlib.redirect_stdout(io.StringIO()):  # imports everything; the trials follow in children
+            for task in stage_tasks(folder / "exp"):
+                task.work()
+        for index, job in enumerate(stage_jobs(folder / "exp")):
+            finished, expected = job.out.with_name(job.out.name + ".finished"), contents(job.out)
+            numbers = [list(SIGNALS)[index % 2]] if args.in_turn else list(SIGNALS)
+            for number in numbers:
+                job.out.rename(finished)
+                problem = trial(job, number, folder, expected)
+                shutil.rmtree(job.out, ignore_errors=True)
+                finished.rename(job.out)
+                n_failures += bool(problem)
+                name = job.out.relative_to(folder / "exp")
+                print(f"{name}, {number.name}: {problem or 'stopped, and equal after the rerun'}", flush=True)
+    return 1 if n_failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
