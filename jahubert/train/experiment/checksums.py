@@ -16,7 +16,7 @@ _CHUNK = 1 << 20  # bytes
 LARGE = 1 << 30  # bytes; larger files can optionally be verified by size only
 # Files in these folders are not read by other stages, or are checked in other ways: checkpoints have their
 # own checksums, and audio in `work` is checked by decoders.
-_EXCLUDED_FOLDERS = ("checkpoints", "checkpoints_fairseq2", "tensorboard", "work", "shards")
+_EXCLUDED_FOLDERS = ("checkpoints", "checkpoints_fairseq2", "tensorboard", "wandb", "work", "shards")
 _EXCLUDED_FILES = ("started.json", "provenance.json", ".running")
 
 

@@ -87,8 +87,8 @@ def _is_output(path: Path, out: Path) -> bool:
     """Whether `path` is an output file from which a failed stage can be resumed."""
     if not path.is_file() or path.name in (STARTED, RUNNING, "rejected.jsonl"):
         return False
-    # TensorBoard curves repeat metrics.jsonl; PREFIX marks temporary files.
-    ignored = ("events.out.tfevents", PREFIX)
+    # The curves of a tracker repeat metrics.jsonl; PREFIX marks temporary files.
+    ignored = ("events.out.tfevents", "wandb", PREFIX)
     return not any(part.startswith(ignored) for part in path.relative_to(out).parts)
 
 

@@ -1,4 +1,4 @@
-"""Preflight checks: inputs, model, device, engine and process count, before any stage runs.
+"""Preflight checks: inputs, model, device, engine, tracker and process count, before any stage runs.
 
 Some inputs are first used after hours, for example a model that is opened after a corpus was read. Everything
 that can be checked quickly is therefore checked before the first stage. Split names are checked as soon as
@@ -21,6 +21,7 @@ from jahubert.train.experiment.config import input_fields, raise_config_errors, 
 from jahubert.train.experiment.provenance import DONE, input_fingerprint
 from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.optim import pick_precision
+from jahubert.train.trainer.tracker import check_tracker
 
 
 def preflight_errors(
@@ -88,7 +89,7 @@ def _job_errors(stage: str, config: Any, out: Path, outputs: Sequence[Path], pro
 
 
 def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
-    """Yield errors in the device, engine and batch size; the GPU of each process is checked later."""
+    """Yield errors in the device, engine, tracker and batch size; GPUs of processes are checked later."""
     train = getattr(config, "train", None)
     device = getattr(config if train is None else train, "device", None)
     kind = None
@@ -105,6 +106,7 @@ def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
         (f"{stage}.", lambda: train.check_processes(processes, longest)),
         ("", lambda: resolve(train.engine, ENGINES, "engine")),
         (f"{stage}.train.", lambda: kind and pick_precision(train, kind)),
+        (f"{stage}.train.tracker={train.tracker}: ", lambda: check_tracker(train)),
     ):
         try:
             check()

@@ -1,7 +1,7 @@
 """CTC fine-tuning of a pretrained encoder with a linear output layer.
 
 Reads   the manifest, its targets, and a pretrained model (none when training from scratch)
-Writes  checkpoints/, metrics.jsonl, tensorboard/, best.safetensors, bundle/
+Writes  checkpoints/, metrics.jsonl, tensorboard/ or wandb/, best.safetensors, bundle/
 
     python -m jahubert.run recipe=demo stage=finetune system=pretrained
 

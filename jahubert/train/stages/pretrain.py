@@ -1,8 +1,8 @@
 """HuBERT pretraining: prediction of the units of masked frames.
 
 Reads   the manifest and its label store
-Writes  checkpoints/, metrics.jsonl, tensorboard/, bundle/ (the model after the last step, as in the paper,
-        with its unit head)
+Writes  checkpoints/, metrics.jsonl, tensorboard/ or wandb/, bundle/ (the model after the last step, as in
+        the paper, with its unit head)
 
     python -m jahubert.run recipe=demo stage=pretrain iteration=1 pretrain.train.max_steps=500
 

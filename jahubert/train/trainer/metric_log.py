@@ -18,9 +18,9 @@ from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.checksums import file_crc32
-from jahubert.train.trainer.event_file import EventFile
 from jahubert.train.trainer.optim import TrainConfig, lr_at
 from jahubert.train.trainer.parallel import full_state, load_full_state
+from jahubert.train.trainer.tracker import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _STATE = ("best_value", "best_metrics", "best_crc32", "last_metrics")
 
 
 class MetricLog:
-    """Writes `metrics.jsonl`, TensorBoard events and `best.safetensors`.
+    """Writes `metrics.jsonl`, `best.safetensors` and the curves of a tracker.
 
     The methods must be called in all processes; only rank 0 writes files.
     """
@@ -39,7 +39,7 @@ class MetricLog:
         self.best_value, self.best_metrics = math.inf, {}
         self.best_crc32: str | None = None  # checksum of best.safetensors, only on rank 0
         self.last_metrics: dict[str, float] = {}
-        self.tensorboard: EventFile | None = None
+        self.tracker: Tracker | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _STATE}
@@ -54,7 +54,7 @@ class MetricLog:
             for message in self.config.warnings(distributed.world()):
                 log.warning("%s", message)
             trim_metrics(self.out / "metrics.jsonl", step)
-            self.tensorboard = _event_file(self.out / "tensorboard", step)
+            self.tracker = open_tracker(self.config, self.out, step)
 
     def training(
         self, step: int, sums: dict[str, float], norm: float, timing: dict[str, float], overflows: int
@@ -104,8 +104,8 @@ class MetricLog:
         Raises:
             DataError: `best.safetensors` is missing or damaged.
         """
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        if self.tracker is not None:
+            self.tracker.close()
         path = self.out / "best.safetensors"
         if best is not None and self.best_metrics:
             if self.best_crc32 is not None and (not path.exists() or file_crc32(path) != self.best_crc32):
@@ -117,25 +117,17 @@ class MetricLog:
     def _write(self, row: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.tensorboard is not None:
+        if self.tracker is not None:
             timing = {f"timing/{name}": value for name, value in row.get("timing", {}).items()}
             metrics = {_tag(name): value for name, value in row.items() if name not in ("step", "timing")}
-            self.tensorboard.add_scalars(metrics | timing, row["step"])
+            self.tracker.add_scalars(metrics | timing, row["step"])
 
 
 def _tag(name: str) -> str:
-    """The TensorBoard tag of a metric."""
+    """The tag of a metric in a tracker."""
     if name.startswith("valid_"):
         return "validation/" + name.removeprefix("valid_")
     return f"training/{name}"
-
-
-def _event_file(folder: Path, step: int) -> EventFile | None:
-    """A TensorBoard file that purges events after `step`; None if TensorBoard is not installed."""
-    try:
-        return EventFile(folder, step)
-    except ImportError:
-        return None
 
 
 class Window:

@@ -45,6 +45,9 @@ class TrainConfig:
     device: str = runtime_field("auto")
     workers: int = runtime_field(0)  # DataLoader workers per device
     log_every: int = runtime_field(50)  # steps between log lines
+    # Curves in addition to metrics.jsonl: event files for TensorBoard, or a Weights & Biases run (offline
+    # unless the environment variable WANDB_MODE is set).
+    tracker: Literal["tensorboard", "wandb"] = runtime_field("tensorboard")
     save_every: int = runtime_field(1000)  # steps between checkpoints
     keep_last: int = runtime_field(2)  # number of newest checkpoints to keep
     keep_every: int = runtime_field(0)  # also keep one every N steps (multiple of save_every); 0: none

@@ -5,7 +5,8 @@ accumulated over micro-batches, divided by the number of targets in all processe
 random state is seeded for every micro-batch from its position in the data, so that results do not depend on
 resuming or the number of DataLoader workers, nor on the number of processes if they divide the micro-batches.
 
-Files under `out`: `checkpoints/step_N/`, `best.safetensors`, `metrics.jsonl`, `tensorboard/`.
+Files under `out`: `checkpoints/step_N/`, `best.safetensors`, `metrics.jsonl`, and `tensorboard/` or
+`wandb/`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""Experiment trackers: TensorBoard event files or a Weights & Biases run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from jahubert.errors import ConfigError, MissingExtraError
+from jahubert.formats.atomic import atomic_write
+from jahubert.train.experiment.config import result_fields
+from jahubert.train.experiment.provenance import STARTED, read_record
+from jahubert.train.trainer.event_file import EventFile
+from jahubert.train.trainer.optim import TrainConfig
+
+
+class Tracker(Protocol):
+    """A destination of training curves, used by one process."""
+
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        """Write the values of a step, by tag."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class WandbRun:
+    """A Weights & Biases run, stored in `out/wandb`. Its id is kept, so that a resumed run continues it.
+
+    The run is offline unless the environment variable WANDB_MODE is set; `wandb sync` uploads it later. The
+    other environment variables of wandb, e.g. WANDB_PROJECT and WANDB_ENTITY, are honored.
+
+    Args:
+        out: folder of the stage.
+        config: training settings; recorded if `out` has no record of all settings of the stage.
+
+    Raises:
+        MissingExtraError: wandb is not installed.
+        ConfigError: wandb could not start the run.
+    """
+
+    def __init__(self, out: Path, config: TrainConfig):
+        wandb = _import_wandb()
+        started = out / STARTED
+        settings = read_record(started)["settings"] if started.exists() else result_fields(config)
+        try:
+            self._run = wandb.init(
+                id=_run_id(out / "wandb" / "run_id.txt"),
+                resume="allow",
+                mode=os.environ.get("WANDB_MODE", "offline"),
+                project=os.environ.get("WANDB_PROJECT", "jahubert"),
+                name=os.environ.get("WANDB_NAME", "/".join(out.absolute().parts[-4:])),  # demo/iter1/pretrain
+                dir=str(out),
+                config=settings,
+                reinit="finish_previous",  # a job of a sweep that failed in this process
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise ConfigError(f"train.tracker=wandb: {error}") from error
+
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_tracker(config: TrainConfig) -> None:
+    """Raise MissingExtraError if the package of the configured tracker is not installed."""
+    if config.tracker == "wandb":
+        _import_wandb()
+
+
+def open_tracker(config: TrainConfig, out: Path, step: int) -> Tracker | None:
+    """Open the configured tracker; None if it is TensorBoard, which is not installed.
+
+    Args:
+        step: the last completed step; TensorBoard hides later values of a killed run.
+    """
+    if config.tracker == "wandb":
+        return WandbRun(out, config)
+    try:
+        return EventFile(out / "tensorboard", step)
+    except ImportError:
+        return None
+
+
+def _import_wandb() -> Any:
+    """Import wandb. A folder named wandb in the current folder is importable too, but has no `init`."""
+    try:
+        module = importlib.import_module("wandb")
+    except ImportError as error:
+        raise MissingExtraError("wandb", "wandb") from error
+    if not hasattr(module, "init"):
+        raise MissingExtraError("wandb", "wandb")
+    return module
+
+
+def _run_id(path: Path) -> str:
+    """Return the run id stored in a file; create it if the file does not exist."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(uuid4().hex[:8])
+    return path.read_text(encoding="utf-8").strip()
