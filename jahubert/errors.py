@@ -84,7 +84,7 @@ class MissingExtraError(UserError, ImportError):
         )
         self.package, self.extra = package, extra
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         return type(self), (self.package, self.extra)
 
 
@@ -103,7 +103,7 @@ def exit_status(error: BaseException) -> int:
     return UserError.exit_status if isinstance(error, OSError) and error.errno not in DISK_FULL else 1
 
 
-def file_system_error(error: BaseException | None, path: str | os.PathLike) -> OSError | None:
+def file_system_error(error: BaseException | None, path: str | os.PathLike[str]) -> OSError | None:
     """Return the file system error that `error` is or wraps, with a file name; None for any other error.
 
     Libraries raise file system errors without a file name, or wrap them in their own exception types.

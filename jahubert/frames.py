@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 from jahubert.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 SAMPLE_RATE = 16_000  # Hz; all waveforms in jahubert have this rate
 
@@ -31,7 +36,13 @@ class FrameGrid:
             hop *= stride
         return cls(window, hop)
 
-    def n_frames(self, n_samples):
+    @overload
+    def n_frames(self, n_samples: int) -> int: ...
+    @overload
+    def n_frames(self, n_samples: Tensor) -> Tensor: ...
+    @overload
+    def n_frames(self, n_samples: NDArray[Any]) -> NDArray[Any]: ...
+    def n_frames(self, n_samples: Any) -> Any:
         """Number of complete frames in `n_samples`, which is an int, or an integer array or tensor."""
         frames = (n_samples - self.window) // self.hop + 1
         return frames * (frames > 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jahubert.errors import DataError
 
@@ -303,6 +303,7 @@ class PhonemeSet:
     """
 
     symbols: tuple[str, ...]
+    _index: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if BLANK not in self.symbols or len(set(self.symbols)) != len(self.symbols):
@@ -319,12 +320,12 @@ class PhonemeSet:
     @property
     def blank(self) -> int:
         """Index of the CTC blank."""
-        return self.__dict__["_index"][BLANK]
+        return self._index[BLANK]
 
     @property
     def boundary(self) -> int:
         """Index of the word boundary, or -1 if the set has none."""
-        return self.__dict__["_index"].get(BOUNDARY, -1)
+        return self._index.get(BOUNDARY, -1)
 
     @property
     def are_phones(self) -> bool:
@@ -344,15 +345,14 @@ class PhonemeSet:
         Raises:
             DataError: a phone is not in the set.
         """
-        index: dict[str, int] = self.__dict__["_index"]
         labels: list[int] = []
         for word in words:
             if labels and word and self.boundary >= 0:
                 labels.append(self.boundary)
             for phone in word:
-                if phone in (BLANK, BOUNDARY) or phone not in index:
+                if phone in (BLANK, BOUNDARY) or phone not in self._index:
                     raise DataError(f"{phone!r} in {' '.join(word)!r} is not a phone of this model")
-                labels.append(index[phone])
+                labels.append(self._index[phone])
         return labels
 
     def decode(self, labels: Sequence[int]) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import soundfile
@@ -88,7 +88,7 @@ class _Bytes(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any) -> int:
         end = min(self.size, self.position + len(buffer))
         prefix = self.part.prefix
         data = prefix[self.position : end]
@@ -128,7 +128,7 @@ class SoundFileDecoder:
         file = self.source.file
         file.seek(0)
         if self.part.prefix or self.part.length != self.source.size:
-            return io.BufferedReader(_Bytes(file, self.part), 16_384)  # type: ignore[return-value]
+            return io.BufferedReader(_Bytes(file, self.part), 16_384)
         if isinstance(file, io.BytesIO) or sys.platform == "win32":
             return file
         descriptor = file.fileno()

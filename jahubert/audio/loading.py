@@ -23,7 +23,7 @@ from jahubert.frames import SAMPLE_RATE
 # {"array": samples, "sampling_rate": rate}.
 AudioLike = (
     str
-    | os.PathLike
+    | os.PathLike[str]
     | AudioSource
     | BinaryIO
     | np.ndarray

@@ -194,9 +194,9 @@ def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> i
     for offset in (4 + header.side_info, 6 + header.side_info):  # without and with a checksum
         if frame[offset : offset + 4] in (b"Xing", b"Info") and len(frame) >= offset + 12:
             flags, n_frames = struct.unpack(">II", frame[offset + 4 : offset + 12])
-            return n_frames if flags & 1 else None
+            return int(n_frames) if flags & 1 else None
     if frame[36:40] == b"VBRI" and len(frame) >= 54:
-        return struct.unpack(">I", frame[50:54])[0]
+        return int.from_bytes(frame[50:54], "big")
     return None
 
 

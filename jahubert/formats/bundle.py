@@ -77,7 +77,7 @@ class Bundle:
     unit_head: UnitHead | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
-    info: dict = field(default_factory=dict)  # content of jahubert.json, or the file that was read
+    info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or the file that was read
     special_rows: Tensor | None = None  # (4, dim): rows before fairseq's codebook, for conversion back
     notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
 
@@ -86,7 +86,7 @@ class Bundle:
 
 
 def save_bundle(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     model: HubertModel | None = None,
     ctc: HubertForCtc | None = None,
@@ -94,7 +94,7 @@ def save_bundle(
     unit_head: UnitHead | None = None,
     centroids_KD: Tensor | None = None,
     centroid_layer: int | None = None,
-    info: dict | None = None,
+    info: dict[str, Any] | None = None,
     special_rows: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
@@ -162,14 +162,14 @@ def _savable(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> di
     return {name: tensor.detach().cpu().to(dtype).contiguous().clone() for name, tensor in state.items()}
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-def load_bundle(source: str | os.PathLike) -> Bundle:
+def load_bundle(source: str | os.PathLike[str]) -> Bundle:
     """Open a bundle, a Hugging Face HuBERT folder or Hub name, or a fairseq, s3prl or torchaudio file.
 
     Raises:
@@ -332,7 +332,7 @@ class _SkipRandomInit(TorchFunctionMode):
     )  # fmt: skip
 
     def __torch_function__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if function in self._SKIPPED:
@@ -343,7 +343,7 @@ class _SkipRandomInit(TorchFunctionMode):
 # --- checksums --------------------------------------------------------------------------------------------
 
 
-def _verify(folder: Path, info: dict) -> None:
+def _verify(folder: Path, info: dict[str, Any]) -> None:
     """Compare the files of a bundle with the sizes and SHA-256 hashes in jahubert.json, if present.
 
     Raises:
@@ -374,7 +374,7 @@ def _describe(file: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _checksum(info: dict) -> str:
+def _checksum(info: dict[str, Any]) -> str:
     """SHA-256 of jahubert.json without its own checksum."""
     content = {key: value for key, value in info.items() if key != "checksum"}
     content = json.loads(json.dumps(content))  # converts all keys to strings, as reading does

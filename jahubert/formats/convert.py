@@ -31,7 +31,9 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike, target: str | os.PathLike, to: Literal["hf", "fairseq", "torchaudio", "onnx"]
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: Literal["hf", "fairseq", "torchaudio", "onnx"],
 ) -> Conversion:
     """Convert any model that `load_bundle` opens to a folder (hf) or file in another format.
 

@@ -101,7 +101,7 @@ def fairseq_name(name: str, conv_norm: str = "group") -> str:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: str) -> RawModel:
+def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> RawModel:
     """Read a fairseq or s3prl checkpoint.
 
     Args:
@@ -157,7 +157,7 @@ def read_fairseq(path: Path, content: dict, tensors: dict[str, Tensor], prefix: 
     )
 
 
-def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
+def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the settings of model and task; a fine-tuned model contains those of the pretrained model."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
@@ -167,7 +167,7 @@ def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
             f"{path}: fairseq weights without settings (cfg or args); use the complete checkpoint"
         )
     # Older files have one flat Namespace with the settings of model and task.
-    model: dict = settings
+    model: dict[str, Any] = settings
     task: Any = settings
     if isinstance(settings.get("model"), dict):
         model, task = settings["model"], settings.get("task")
@@ -184,7 +184,7 @@ def _read_settings(path: Path, content: dict) -> tuple[dict, dict]:
     return model, task if isinstance(task, dict) else {}
 
 
-def _config_fields(path: Path, model: dict, task: dict) -> dict[str, Any]:
+def _config_fields(path: Path, model: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     """Convert fairseq's settings to HubertConfig fields; missing settings get fairseq's defaults."""
     fixed = dict(_FIXED)
     conv_norm = "layer" if model.get("extractor_mode") == "layer_norm" else "group"
@@ -240,7 +240,7 @@ def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
     return layers
 
 
-def _read_dictionaries(path: Path, content: dict) -> tuple[list[list[str]], list[str]]:
+def _read_dictionaries(path: Path, content: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
     """Read the symbols of each codebook and of the CTC head; empty lists if the file has none."""
     if "model_weight" in content:
         names = to_plain(path, content.get("dictionaries_symbols"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from jahubert.errors import CheckpointError, MissingExtraError
 
 
-def resolve_model(source: str | os.PathLike) -> Path:
+def resolve_model(source: str | os.PathLike[str]) -> Path:
     """Find the file or folder of a model; a Hub name is looked up in the cache and on the Hub.
 
     Raises:
@@ -33,7 +33,7 @@ def resolve_model(source: str | os.PathLike) -> Path:
         ) from error
 
 
-def check_exists(source: str | os.PathLike) -> None:
+def check_exists(source: str | os.PathLike[str]) -> None:
     """Raise the errors of `resolve_model` without reading or downloading weights.
 
     For a Hub name that is not in the cache, config.json is downloaded, which shows whether the name exists
@@ -67,7 +67,7 @@ def check_exists(source: str | os.PathLike) -> None:
         ) from error
 
 
-def _local_path(source: str | os.PathLike) -> Path | None:
+def _local_path(source: str | os.PathLike[str]) -> Path | None:
     """Return the file or folder named `source`; None if it can only be a name on the Hub.
 
     Raises:

@@ -90,7 +90,9 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
     return raw
 
 
-def huggingface_config(config: HubertConfig, phonemes: PhonemeSet | None, n_symbols: int | None) -> dict:
+def huggingface_config(
+    config: HubertConfig, phonemes: PhonemeSet | None, n_symbols: int | None
+) -> dict[str, Any]:
     """Return the content of config.json; `n_symbols` is the CTC output size, None without a CTC head."""
     settings = {key: getattr(config, name) for name, key in _KEYS.items()}
     return settings | {
@@ -109,7 +111,7 @@ def huggingface_config(config: HubertConfig, phonemes: PhonemeSet | None, n_symb
     }
 
 
-def preprocessor_config(config: HubertConfig) -> dict:
+def preprocessor_config(config: HubertConfig) -> dict[str, Any]:
     """Return the content of preprocessor_config.json."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
@@ -162,7 +164,7 @@ def _our_name(name: str) -> str:
     return name.removeprefix("hubert.")
 
 
-def _config_fields(folder: Path, settings: dict) -> dict[str, Any]:
+def _config_fields(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Read HubertConfig fields from config.json and preprocessor_config.json."""
     path = folder / CONFIG
     for key, value in _FIXED.items():
@@ -181,7 +183,7 @@ def _config_fields(folder: Path, settings: dict) -> dict[str, Any]:
     return fields
 
 
-def _read_symbols(folder: Path, settings: dict, n_rows: int) -> PhonemeSet | None:
+def _read_symbols(folder: Path, settings: dict[str, Any], n_rows: int) -> PhonemeSet | None:
     """Read the symbols of a CTC head in row order; None if the folder has no vocabulary.
 
     The blank is row `pad_token_id` of config.json, whatever its name; the word delimiter is taken from
@@ -209,7 +211,7 @@ def _read_symbols(folder: Path, settings: dict, n_rows: int) -> PhonemeSet | Non
     return symbol_set(path, symbols)
 
 
-def _content(tokenizer: dict) -> dict:
+def _content(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """Return a token as a string; tokenizer files may store it as an object with `content`."""
     token = tokenizer.get("word_delimiter_token")
     return tokenizer | ({"word_delimiter_token": token.get("content")} if isinstance(token, dict) else {})

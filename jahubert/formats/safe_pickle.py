@@ -51,16 +51,16 @@ _LEGACY_PROTOCOL = 1001
 _PythonUnpickler: Any = pickle._Unpickler  # the pure-Python unpickler; the type stubs lack its attributes
 
 
-class Record(dict):
+class Record(dict[Any, Any]):
     """Inert object of a foreign class with its constructor arguments and state."""
 
-    args: tuple = ()
+    args: tuple[Any, ...] = ()
     state: Any = None
 
     def append(self, _: Any) -> None:
         """Ignore the items of foreign lists and sets, which contain no settings."""
 
-    def extend(self, _: Iterable) -> None:
+    def extend(self, _: Iterable[Any]) -> None:
         """Ignore the items, like `append`."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -261,13 +261,13 @@ def _max_bytes(path: Path) -> int:
     return limit(EXPANSION) * (path.stat().st_size + (1 << 20))
 
 
-class _Dispatch(dict):
+class _Dispatch(dict[Any, Any]):
     """Dispatch table that counts executed pickle instructions."""
 
     executed = 0
     allowed = 0
 
-    def __getitem__(self, instruction: int) -> Callable:
+    def __getitem__(self, instruction: int) -> Callable[..., Any]:
         self.executed += 1
         if self.executed > self.allowed:
             self.count(0)
@@ -343,7 +343,7 @@ class _Unpickler(_PythonUnpickler):
         if function is OrderedDict:
             pairs = list(args[0]) if len(args) == 1 else []
             self.dispatch.count(len(pairs))
-            result: OrderedDict = OrderedDict()
+            result: OrderedDict[Any, Any] = OrderedDict()
             for key, value in pairs:
                 result[_checked_key(key)] = value
             return result
@@ -393,7 +393,7 @@ class _Unpickler(_PythonUnpickler):
         self.append({})
         self._fill(items)
 
-    def _fill(self, items: list) -> None:
+    def _fill(self, items: list[Any]) -> None:
         table = self.stack[-1]
         if not isinstance(table, dict):
             raise ValueError("sets items of something that is not a dict")
@@ -422,7 +422,7 @@ def _checked_key(key: Any) -> Any:
     return key
 
 
-_INSTRUCTIONS: dict[int, Callable] = dict(_PythonUnpickler.dispatch)
+_INSTRUCTIONS: dict[int, Callable[..., Any]] = dict(_PythonUnpickler.dispatch)
 _REPLACED = {
     pickle.REDUCE: _Unpickler.make,
     pickle.NEWOBJ: _Unpickler.make,

@@ -46,7 +46,7 @@ class RawModel:
     phonemes: PhonemeSet | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
-    info: dict = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
 
 

@@ -160,7 +160,7 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
     return make_config(path, from_shapes, fields), []
 
 
-def _settings_fields(path: Path, settings: dict) -> dict[str, Any]:
+def _settings_fields(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Read HubertConfig fields from the JSON file."""
     arguments = typed(path, "arguments", settings.get("arguments"), dict)
     fields = {

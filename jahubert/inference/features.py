@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class LayerFeatures(nn.Module):
         elif layer == "all":
             self.layers = list(range(top + 1))
         else:
-            self.layers = [layer] if isinstance(layer, int) else list(layer)  # type: ignore[arg-type]
+            self.layers = [layer] if isinstance(layer, int) else list(layer)
         wrong = [n for n in self.layers if not isinstance(n, int) or not 0 <= n <= top]
         if wrong or (not self.single and not self.layers):
             value = f"layer {wrong[0]}" if wrong else "an empty list of layers"
@@ -162,7 +162,9 @@ class FeatureExtractor:
             chunk_size(self.grid, chunk_seconds)  # validates the length
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, layer: Layers = None, **options) -> FeatureExtractor:
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], layer: Layers = None, **options: Any
+    ) -> FeatureExtractor:
         """Load any model that `HubertModel.from_pretrained` opens; `options` go to the constructor."""
         return cls(HubertModel.from_pretrained(source), layer, **options)
 
@@ -196,8 +198,10 @@ class FeatureExtractor:
     @overload
     def __call__(self, audio: AudioLike, sample_rate: int | None = None) -> Tensor: ...
     @overload
-    def __call__(self, audio: list | tuple, sample_rate: int | None = None) -> list[Tensor]: ...
-    def __call__(self, audio, sample_rate=None):
+    def __call__(
+        self, audio: list[Any] | tuple[Any, ...], sample_rate: int | None = None
+    ) -> list[Tensor]: ...
+    def __call__(self, audio: Any, sample_rate: int | None = None) -> Any:
         """Extract the features of one recording, or a list of features for a list of recordings.
 
         The result for a recording does not depend on the others in the list.
@@ -284,12 +288,12 @@ class UnitExtractor:
         self.centroids_KD = centroids_KD.float().cpu()
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, **options) -> UnitExtractor:
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> UnitExtractor:
         """Load a bundle with centroids; `options` are those of `FeatureExtractor`, except `layer`."""
         return cls.from_bundle(load_bundle(source), os.fspath(source), **options)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, name: str = "the model", **options) -> UnitExtractor:
+    def from_bundle(cls, bundle: Bundle, name: str = "the model", **options: Any) -> UnitExtractor:
         """Use a loaded bundle; `name` is shown in error messages."""
         if bundle.centroids_KD is None or bundle.centroid_layer is None:
             raise CheckpointError(
@@ -311,15 +315,19 @@ class UnitExtractor:
     @overload
     def __call__(self, audio: AudioLike, sample_rate: int | None = None) -> Tensor: ...
     @overload
-    def __call__(self, audio: list | tuple, sample_rate: int | None = None) -> list[Tensor]: ...
-    def __call__(self, audio, sample_rate=None):
+    def __call__(
+        self, audio: list[Any] | tuple[Any, ...], sample_rate: int | None = None
+    ) -> list[Tensor]: ...
+    def __call__(self, audio: Any, sample_rate: int | None = None) -> Any:
         """Compute the units (frames,) of a recording or of each recording in a list."""
         features = self.features(audio, sample_rate)
         if isinstance(features, list):
             return [self.nearest(frames_SD) for frames_SD in features]
         return self.nearest(features)
 
-    def many(self, audio: Iterable[AudioLike], sample_rate: int | None = None, **options) -> Iterator:
+    def many(
+        self, audio: Iterable[AudioLike], sample_rate: int | None = None, **options: Any
+    ) -> Iterator[Any]:
         """Compute the units of many recordings in order, with the arguments of `FeatureExtractor.many`."""
         for features in self.features.many(audio, sample_rate, **options):
             yield features if isinstance(features, Exception) else self.nearest(features)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -176,8 +176,8 @@ class Transcriber:
         device: str | torch.device | None = None,
         vad: bool | Literal["silero"] = True,
         dtype: torch.dtype | None = None,
-        lm: str | os.PathLike | None = None,
-        lexicon: str | os.PathLike | None = None,
+        lm: str | os.PathLike[str] | None = None,
+        lexicon: str | os.PathLike[str] | None = None,
         lm_weight: float = 0.5,
         word_bonus: float = 0.0,
         calibration: Calibration | None = None,
@@ -214,7 +214,7 @@ class Transcriber:
         self.vad = vad
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike | None = None, **options) -> Transcriber:
+    def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> Transcriber:
         """Load a fine-tuned model (default: the built-in one); `options` go to the constructor."""
         source = builtin_model() if source is None else source
         if source is None:

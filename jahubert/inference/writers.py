@@ -174,7 +174,7 @@ def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
 
 
 def save(
-    transcript: Transcript, base: str | os.PathLike, formats: Iterable[str], phonemes: bool = False
+    transcript: Transcript, base: str | os.PathLike[str], formats: Iterable[str], phonemes: bool = False
 ) -> list[Path]:
     """Write one UTF-8 file per format, named `base` plus the format's suffix; returns their paths."""
     written = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from jahubert.errors import ConfigError
 from jahubert.frames import FrameGrid
@@ -66,22 +66,22 @@ class HubertConfig:
         return FrameGrid.from_convs(self.conv_kernels, self.conv_strides)
 
     @classmethod
-    def base(cls, **changes) -> HubertConfig:
+    def base(cls, **changes: Any) -> HubertConfig:
         """95 M parameters, 12 blocks of width 768."""
         return replace(cls(), **changes)
 
     @classmethod
-    def large(cls, **changes) -> HubertConfig:
+    def large(cls, **changes: Any) -> HubertConfig:
         """316 M parameters, 24 blocks of width 1024, pre-norm, no dropout."""
         return replace(cls(**_LARGE), **changes)
 
     @classmethod
-    def xlarge(cls, **changes) -> HubertConfig:
+    def xlarge(cls, **changes: Any) -> HubertConfig:
         """962 M parameters, 48 blocks of width 1280, pre-norm, no dropout."""
         return replace(cls(**_LARGE | {"width": 1280, "layers": 48, "ffn": 5120}), **changes)
 
 
-_LARGE: dict = {
+_LARGE: dict[str, Any] = {
     "conv_norm": "layer",
     "width": 1024,
     "layers": 24,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class HubertForCtc(nn.Module):
         return self.hubert.config
 
     def forward(
-        self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None, **options
+        self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, S, V) and valid frames (B,); arguments as for `HubertModel`."""
         encoded = self.hubert(wav_BT, n_samples_B, **options)

@@ -15,6 +15,7 @@ Shapes: B utterances, T samples, S frames, C conv channels, D model width, H hea
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
@@ -26,7 +27,7 @@ from torch.utils._pytree import register_pytree_node
 
 from jahubert.errors import AudioError, ConfigError
 from jahubert.model import kernels
-from jahubert.model.config import HubertConfig
+from jahubert.model.config import HubertConfig as HubertConfig
 from jahubert.model.layers import (
     MaskedGroupNorm,
     WeightNormConv1d,
@@ -261,7 +262,7 @@ class HubertModel(nn.Module):
         self.masked_spec_embed = nn.Parameter(torch.empty(config.width).uniform_())
 
     @classmethod
-    def from_pretrained(cls, source) -> HubertModel:
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> HubertModel:
         """The encoder of any checkpoint that `jahubert.load_bundle` opens, in eval mode."""
         from jahubert.formats.bundle import load_bundle
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
-def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to `dtype`; disabled for float32, and for int8, which the quantized layers implement."""
     lower = dtype in PRECISIONS[1:]
     if not lower and not torch.is_autocast_enabled(device.type):

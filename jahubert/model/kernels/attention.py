@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CACHED = 2**19  # attention weights computed at once on a CPU, so that they fit in its caches
 
 
-def fused_kernels(device: torch.device) -> AbstractContextManager:
+def fused_kernels(device: torch.device) -> AbstractContextManager[Any]:
     """On a GPU, enable all attention kernels except cuDNN's, which makes a new plan for every size."""
     if device.type != "cuda":
         return nullcontext()
@@ -178,7 +178,7 @@ class _ToRectangles(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_NHE: Tensor, layout: _Layout, zeros: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_NHE: Tensor, layout: _Layout, zeros: bool) -> tuple[Tensor, ...]:
         ctx.layout = layout
         rows, parts = x_NHE.reshape(-1, x_NHE.shape[2]), []
         for rectangle, index in zip(layout.rectangles, layout.indices, strict=True):
@@ -191,7 +191,7 @@ class _ToRectangles(torch.autograd.Function):
         return tuple(parts)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _FromRectangles.apply(ctx.layout, *grads), None, None
 
 
@@ -199,7 +199,7 @@ class _FromRectangles(torch.autograd.Function):
     """Conversion of rectangles (G, S, E) to packed rows (N, H, E); filler rows become zero."""
 
     @staticmethod
-    def forward(ctx, layout: _Layout, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, layout: _Layout, *parts: Tensor) -> Tensor:
         ctx.layout = layout
         rows = [x_GSE.reshape(-1, x_GSE.shape[2]) for x_GSE in parts]
         flat = rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -208,7 +208,7 @@ class _FromRectangles(torch.autograd.Function):
         return out_NHE
 
     @staticmethod
-    def backward(ctx, grad_NHE: Tensor):
+    def backward(ctx: Any, grad_NHE: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_ToRectangles.apply(grad_NHE, ctx.layout, True)
 
 
@@ -227,7 +227,7 @@ class _RectangleAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias_G1S: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias_G1S: Tensor, keep: Tensor | None) -> Tensor:
         out = torch.empty_like(v)
         for part, weights, _ in _weights(q, k, bias_G1S):
             torch.bmm(weights if keep is None else weights.mul_(keep[part]), v[part], out=out[part])
@@ -236,7 +236,7 @@ class _RectangleAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias_G1S, keep = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         for part, weights, buffer in _weights(q, k, bias_G1S):

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -203,7 +203,9 @@ class _GeluConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool
+    ) -> Tensor:
         outs, channels = weight_OCK.shape[:2]
         # Weights of the taps in the same row of the input, in the next row, ...
         taps = weight_OCK.to(x.dtype).permute(2, 1, 0).reshape(-1, outs).split(stride * channels)
@@ -221,7 +223,7 @@ class _GeluConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_NO: Tensor):
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x, factor, *taps = ctx.saved_tensors
         grad_NO = grad_NO.contiguous()
         needs = any(ctx.needs_input_grad[:2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ def with_double_backward(output: Tensor, plain: Callable[..., Tensor], *inputs: 
 
 class _Switch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, output: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         ctx.plain = plain
         ctx.save_for_backward(*inputs)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
         functorch = torch._C._functorch
         vectorized = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)

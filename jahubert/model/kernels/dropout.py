@@ -7,6 +7,7 @@ torch draws a Bernoulli sample per element on a CPU, which takes longer than the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,12 @@ def keep_mask(shape: Sequence[int], p: float) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         keep, ctx.scale = keep_mask(x.shape, p), 1 / keep_probability(p)
         ctx.save_for_backward(keep)
         return (x * keep).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (keep,) = ctx.saved_tensors
         return (grad * keep).mul_(ctx.scale), None

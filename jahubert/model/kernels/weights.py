@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class _Copy(NamedTuple):
     versions: list[int]  # version counters of the weights when the copy was made
 
 
-_shared: dict[tuple, _Copy] | None = None
+_shared: dict[tuple[Any, ...], _Copy] | None = None
 
 
 @contextmanager
