@@ -4,8 +4,8 @@
     tools/bench/gpu.sh --only step large  # some of the sections
     tools/bench/gpu.sh --small            # a quick check of the script on a CPU; the figures mean nothing
 
-Needs torch, numpy, safetensors, soundfile and soxr. transformers, torchaudio and flashlight are compared with
-if they can be imported. The device tests need pytest, and the engine and labels the extra `train`; what is
+Needs torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are compared with if
+they can be imported. The device tests need pytest, and the engine and labels the extra `train`; what is
 missing or would take too long (--minutes) is listed as skipped. Steps of all models are taken in turn in one
 process, and times are medians. Memory is the peak above weights, gradients and optimizer. "Of peak" is the
 FLOP/s that valid frames need, divided by those of a large matrix product in the same run. The column "goal"
@@ -28,7 +28,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import decode
 import extract
 import numpy as np
 import pretrain_step
@@ -299,13 +298,22 @@ def kmeans(report: Report, run: Settings) -> None:
         report.add(f"{name}: labels", 1e3 * seconds, "ms", tflops=2e-12 * frames * dim * clusters / seconds)
 
 
+def mostly_blank(rows: int, frames: int, symbols: int = 42) -> torch.Tensor:
+    """Peaked log-probabilities (B, S, V), blank in 60 % of the frames."""
+    generator = torch.Generator().manual_seed(7)
+    best_BS = torch.randint(1, symbols, (rows, frames), generator=generator)
+    best_BS[torch.rand(rows, frames, generator=generator) < 0.6] = 0
+    logits_BSV = torch.randn(rows, frames, symbols, generator=generator)
+    return (logits_BSV + 6 * nn.functional.one_hot(best_BS, symbols)).log_softmax(-1)
+
+
 def beam(report: Report, run: Settings) -> None:
     """CTC beam search, beam 20, on mostly blank log-probabilities."""
     frames = 50 if run.small else 500
     for device, rows in ((torch.device("cpu"), 32), (run.device, 32), (run.device, 128)):
         if run.small and rows > 32:
             continue
-        logp_BSV = decode.log_probs(4 if run.small else rows, frames, 42, True, seed=7).to(device)
+        logp_BSV = mostly_blank(4 if run.small else rows, frames).to(device)
         times = []
         for _ in range(3):
             synchronize(run.device)
@@ -517,7 +525,7 @@ def main() -> None:
             outcome = "done"
         except Skipped as reason:
             outcome = f"skipped: {reason}"
-        except (RuntimeError, OSError, ValueError) as error:  # the other sections are still of use
+        except Exception as error:  # the other sections are still of use
             outcome = f"failed: {type(error).__name__}: {str(error)[:500]}"
         seconds = time.monotonic() - section_started
         sections[name] = {"outcome": outcome, "seconds": round(seconds, 1)}
