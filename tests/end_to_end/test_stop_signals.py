@@ -146,7 +146,7 @@ def test_killed_worker_names_the_settings_to_change(tmp_path, stage):
     command = [sys.executable, __file__, "killed-worker", str(tmp_path), stage]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
-    assert re.search(rf"{stage}, at .* step \d+: DataLoader worker \(pid.*\)", done.stderr), done.stderr
+    assert re.search(rf"{stage}, .* step \d+: DataLoader worker \(pid.*\)", done.stderr), done.stderr
     assert f"{stage}.train.workers" in done.stderr
     assert ("pretrain.crop.keep_in_memory_hours=0" in done.stderr) == (stage == "pretrain")
 

@@ -4,8 +4,8 @@
     tools/bench/gpu.sh --only step large  # some of the sections
     tools/bench/gpu.sh --small            # a quick check of the script on a CPU; the figures mean nothing
 
-Needs torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are compared with if
-they can be imported. The device tests need pytest, and the engine and labels the extra `train`; what is
+Needs torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are compared with if they can
+be imported. The device tests need pytest; the engine, labels and k-means need the extra `train`. What is
 missing or would take too long (--minutes) is listed as skipped. Steps of all models are taken in turn in one
 process, and times are medians. Memory is the peak above weights, gradients and optimizer. "Of peak" is the
 FLOP/s that valid frames need, divided by those of a large matrix product in the same run. The column "goal"

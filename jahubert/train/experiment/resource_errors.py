@@ -81,15 +81,16 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
         raise ConfigError(f"{stage}: {message}. {_memory_advice(stage, config)}") from error
     except RuntimeError as error:  # torch raises no more specific error
         match = _WORKER_KILLED.search(str(error))
-        if match is None or not hasattr(config, "train"):
+        trained = getattr(config, "train", None)
+        workers = getattr(trained or config, "workers", 0)
+        if match is None or not workers:
             raise
-        advice = f"set {stage}.train.workers below {config.train.workers}"
+        advice = f"set {stage}.{'train.' if trained else ''}workers below {workers}"
         if hasattr(config, "crop"):
             advice += f" or {stage}.crop.keep_in_memory_hours=0"
         raise JahubertError(
             f"{stage}, while {distributed.last_heartbeat().activity}: {match[0]}, probably because "
-            f"the system ran out of memory: {advice}. Rerun the same command to resume from the last "
-            "checkpoint"
+            f"the system ran out of memory: {advice}. Rerun the same command to resume"
         ) from error
 
 
