@@ -15,6 +15,7 @@ from jahubert.formats.atomic import atomic_path
 from jahubert.formats.bundle import INFO_KEYS, Bundle, load_bundle, save_bundle
 from jahubert.formats.fairseq import write_fairseq
 from jahubert.formats.torchaudio import write_torchaudio
+from jahubert.formats.typed_fields import read_json
 from jahubert.frames import SAMPLE_RATE
 
 FORMATS = ("hf", "fairseq", "torchaudio", "onnx")
@@ -99,11 +100,21 @@ def _check_target(target: Path, to: str) -> None:
     if to != "hf" and target.suffix not in suffixes:
         raise ConfigError(f"{target}: {to} files end in {' or '.join(suffixes)}; choose another name")
     for path in (target, target.with_suffix(".json")) if to == "torchaudio" else (target,):
-        if path.exists():
+        if path.exists() and not _is_leftover(path):
             raise ConfigError(f"{path} already exists; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{target}: no permission to write to {target.parent}")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether `path` has settings for torchaudio but no weights, as after an interrupted conversion."""
+    if path.suffix != ".json" or any(path.with_suffix(suffix).exists() for suffix in SUFFIXES):
+        return False
+    try:
+        return str(read_json(path).get("factory")).startswith("torchaudio.models.")
+    except CheckpointError:
+        return False
 
 
 def _write_bundle(target: Path, bundle: Bundle) -> None:

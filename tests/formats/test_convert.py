@@ -195,6 +195,19 @@ def test_convert_command_prints_the_difference_and_writes_settings(tmp_path, cap
         convert(tmp_path / "a", tmp_path / "c", "tensorrt")
 
 
+def test_interrupted_conversion_to_torchaudio_can_be_repeated(tmp_path):
+    """The settings are written before the weights; another file of that name is never replaced."""
+    save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
+    convert(tmp_path / "a", tmp_path / "b.pt", "torchaudio")
+    (tmp_path / "b.pt").unlink()
+    convert(tmp_path / "a", tmp_path / "b.pt", "torchaudio")
+    (tmp_path / "b.pt").unlink()
+    for content in ("{}", "no JSON"):
+        (tmp_path / "b.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"b\.json"):
+            convert(tmp_path / "a", tmp_path / "b.pt", "torchaudio")
+
+
 def test_largest_difference_detects_a_changed_bias(tmp_path):
     save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
     one, other = load_bundle(tmp_path / "a"), load_bundle(tmp_path / "a")
