@@ -78,7 +78,7 @@ def sandbox(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     for code in re.findall(r"^```python\n(.*?)^```", contributing, re.S | re.M):
         if "class LogSpectrum" in code:
             (folder / "my_feature.py").write_text(code, encoding="utf-8")
-    settings = [*SMALL, "model.layers=3", "prepare.options.minutes=0.5"]
+    settings = [*SMALL, "model.layers=3", "decode.beam=5", "prepare.options.minutes=0.5"]
     env = shim_environment(folder, settings, defaults=True)
     run("python -m jahubert.run recipe=demo stage=all", folder, env)
     return folder, env
