@@ -132,7 +132,8 @@ class FeatureExtractor:
 
     Args:
         model: the encoder, which is set to eval mode and moved to `device`.
-        layer, weights: as for `LayerFeatures`.
+        layer: as for `LayerFeatures`.
+        weights: as for `LayerFeatures`.
         device: default: a GPU if available.
         dtype: autocast dtype: torch.float32, bfloat16 or float16. Results are float32.
         chunk_seconds: encode longer recordings in overlapping chunks of this length, to bound memory.

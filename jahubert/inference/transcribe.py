@@ -136,7 +136,7 @@ class Transcript:
 
 
 def builtin_model() -> Path | None:
-    """Return the folder of the model shipped with the package; None if there is none."""
+    """Return the folder of the model shipped with the package; None if the package contains no model."""
     configs = sorted((Path(__file__).parents[1] / "assets").glob("*/config.json"))
     return configs[0].parent if configs else None
 
@@ -156,9 +156,9 @@ class Transcriber:
             hardware supports it, otherwise float32.
         lm: an n-gram in ARPA format, of the symbols, or of the words of `lexicon`.
         lexicon: the words to recognize: a file with a word and its symbols per line.
-        lm_weight, word_bonus: factor of the language model, and score added per word (per symbol without a
-            lexicon).
-        calibration: of the word confidences. `from_pretrained` reads it from the model.
+        lm_weight: factor of the language model's log-probability.
+        word_bonus: score added per word, or per symbol without a lexicon.
+        calibration: coefficients of the word confidences. `from_pretrained` reads them from the model.
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
