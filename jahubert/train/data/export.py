@@ -1,8 +1,8 @@
 """Export of a prepared corpus for Kaldi and ESPnet, lhotse and icefall, and Hugging Face datasets.
 
 All splits contain the same utterances as the manifest, so that results are comparable. Kaldi data directories
-and lhotse manifests refer to the original audio files, except for recordings inside archives, which are
-copied. A folder for Hugging Face datasets contains one 16 kHz FLAC file per utterance.
+and lhotse manifests refer to the original audio files if these are 16 kHz mono; other utterances, and those
+inside archives, are written as 16 kHz FLAC files, like all utterances of a folder for Hugging Face datasets.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.utterances import Utterance
 from jahubert.train.experiment.progress import progress
-
-_MAGIC = {b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg"}
 
 
 def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]:
@@ -68,14 +66,16 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
     files: dict[str, list[str]] = {name: [] for name in ("segments", "text", "text.phn", "utt2spk")}
     recordings: dict[Path, str] = {}
     utterances: dict[str, list[str]] = {}
-    for _, item in _utterances(manifest, rows, split):
+    ids: set[str] = set()
+    for row, item in _utterances(manifest, rows, split):
         speaker = _kaldi_id(item.speaker or item.id, item)
         # Kaldi requires that sorting by utterance id also sorts by speaker id.
         id = _kaldi_id(item.id, item)
         id = id if id.startswith(speaker) else f"{speaker}-{id}"
-        path = _audio_file(item, target / "audio")
+        _check_unique(id, ids, item)
+        path, first = _audio_file(manifest, row, target / "audio")
         recording = recordings.setdefault(path, f"rec-{len(recordings):07d}")
-        start, end = item.start / SAMPLE_RATE, (item.start + item.n_samples) / SAMPLE_RATE
+        start, end = first / SAMPLE_RATE, (first + item.n_samples) / SAMPLE_RATE
         files["segments"].append(f"{id} {recording} {start:.6f} {end:.6f}")
         files["utt2spk"].append(f"{id} {speaker}")
         utterances.setdefault(speaker, []).append(id)
@@ -106,25 +106,22 @@ def _write_lhotse(manifest: Manifest, rows: list[int], folder: Path, split: str)
         atomic_path(folder / f"cuts_{split}.jsonl.gz") as temporary,
         gzip.open(temporary, "wt", encoding="utf-8") as file,
     ):
-        for _, item in _utterances(manifest, rows, split):
-            file.write(json.dumps(_cut(item, folder / "audio"), ensure_ascii=False) + "\n")
+        names: set[str] = set()
+        for row, item in _utterances(manifest, rows, split):
+            _check_unique(_file_name(item), names, item)
+            cut = _cut(item, *_audio_file(manifest, row, folder / "audio" / split))
+            file.write(json.dumps(cut, ensure_ascii=False) + "\n")
 
 
-def _cut(item: Utterance, folder: Path) -> dict[str, Any]:
-    path = _audio_file(item, folder)
-    rate, n_samples, n_channels = _audio_info(path)
-    if n_channels != 1:
-        raise DataError(
-            f"utterance {item.id!r}: {path} has {n_channels} channels, but a lhotse MonoCut has one; "
-            "convert the file to mono"
-        )
-    start, duration = item.start / SAMPLE_RATE, item.n_samples / SAMPLE_RATE
+def _cut(item: Utterance, path: Path, first: int) -> dict[str, Any]:
+    n_samples = _length_if_16khz_mono(path)
+    start, duration = first / SAMPLE_RATE, item.n_samples / SAMPLE_RATE
     recording: dict[str, Any] = {
-        "id": f"{path.stem}-{item.audio.offset}" if item.audio.offset else path.stem,
+        "id": path.stem,
         "sources": [{"type": "file", "channels": [0], "source": str(path)}],
-        "sampling_rate": rate,
+        "sampling_rate": SAMPLE_RATE,
         "num_samples": n_samples,
-        "duration": n_samples / rate,
+        "duration": n_samples / SAMPLE_RATE,
         "channel_ids": [0],
     }
     supervision = {
@@ -141,22 +138,13 @@ def _cut(item: Utterance, folder: Path) -> dict[str, Any]:
     return {
         "id": item.id,
         "start": start,
-        "duration": min(duration, recording["duration"] - start),
+        "duration": duration,
         "channel": 0,
         "supervisions": [supervision],
         "recording": recording,
         "custom": {"split": item.split},
         "type": "MonoCut",
     }
-
-
-@lru_cache(maxsize=1)  # the utterances of a recording are consecutive
-def _audio_info(path: Path) -> tuple[int, int, int]:
-    try:
-        info = soundfile.info(path)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: format not supported by lhotse's soundfile backend ({error})") from error
-    return info.samplerate, info.frames, info.channels
 
 
 # --- Hugging Face datasets ----------------------------------------------------------------------------------
@@ -167,10 +155,11 @@ def _write_datasets(manifest: Manifest, rows: list[int], folder: Path, split: st
     target = folder / split
     target.mkdir(exist_ok=True)
     with atomic_write(target / "metadata.jsonl") as file:
+        names: set[str] = set()
         for row, item in _utterances(manifest, rows, split):
-            name = item.id.replace("/", "-") + ".flac"
-            if not (target / name).is_file():
-                write_flac(target / name, manifest.load(row).numpy())
+            name = _file_name(item)
+            _check_unique(name, names, item)
+            write_flac(target / name, manifest.load(row).numpy())
             record = {"file_name": name, "id": item.id, "text": item.text, "phones": _phones(item)}
             file.write(json.dumps(record | {"speaker": item.speaker}, ensure_ascii=False) + "\n")
 
@@ -182,22 +171,38 @@ WRITERS: dict[str, Callable[[Manifest, list[int], Path, str], None]] = {
 }
 
 
-def _audio_file(item: Utterance, folder: Path) -> Path:
-    """Return the audio file of an utterance; a recording inside an archive is copied to `folder` first."""
-    audio = item.audio
-    if audio.offset == 0 and audio.length < 0:
-        return Path(audio.path)
-    with open(audio.path, "rb") as file:
-        file.seek(audio.offset)
-        content = file.read(audio.length if audio.length >= 0 else -1)
-    suffix = _MAGIC.get(content[:4])
-    if suffix is None:
-        raise DataError(
-            f"utterance {item.id!r} ({audio}): only WAV, FLAC and Ogg files can be copied from archives"
-        )
-    path = folder.absolute() / (item.id.replace("/", "-") + suffix)
-    if not path.is_file() or path.stat().st_size != len(content):
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "wb") as out:
-            out.write(content)
-    return path
+def _file_name(item: Utterance) -> str:
+    return item.id.replace("/", "-") + ".flac"
+
+
+def _check_unique(name: str, names: set[str], item: Utterance) -> None:
+    """Add an exported name to `names`; ids that differ only in / and - become equal."""
+    if name in names:
+        raise DataError(f"utterance {item.id!r}: another utterance is also exported as {name}; rename one")
+    names.add(name)
+
+
+def _audio_file(manifest: Manifest, row: int, folder: Path) -> tuple[Path, int]:
+    """Return a 16 kHz mono file with the audio of an utterance, and the first sample of the utterance in it.
+
+    This is the original file, or else a FLAC file of the utterance, which is written to `folder`.
+    """
+    item = manifest[row]
+    if item.audio.offset == 0 and item.audio.length < 0:
+        path = Path(item.audio.path)
+        if (_length_if_16khz_mono(path) or 0) >= item.start + item.n_samples:
+            return path, item.start
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.absolute() / _file_name(item)
+    write_flac(path, manifest.load(row).numpy())
+    return path, 0
+
+
+@lru_cache(maxsize=1)  # the utterances of a recording are consecutive
+def _length_if_16khz_mono(path: Path) -> int | None:
+    """Number of samples of a file that soundfile reads as 16 kHz mono, otherwise None."""
+    try:
+        info = soundfile.info(path)
+    except (OSError, RuntimeError):
+        return None
+    return info.frames if (info.samplerate, info.channels) == (SAMPLE_RATE, 1) else None

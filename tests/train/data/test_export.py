@@ -111,7 +111,77 @@ def test_unrepresentable_utterances_are_rejected(tmp_path):
     manifest = Manifest(tmp_path / "m.arrow")
     with pytest.raises(DataError, match=r"'a b'.*white space"):
         export_corpus(manifest, tmp_path / "k", "kaldi")
-    with pytest.raises(DataError, match=r"stereo.wav has 2 channels"):
-        export_corpus(manifest, tmp_path / "l", "lhotse")
+    export_corpus(manifest, tmp_path / "l", "lhotse")  # as one channel
+    assert soundfile.info(tmp_path / "l" / "audio" / "train" / "a b.flac").channels == 1
     with pytest.raises(DataError, match="espnet"):
         export_corpus(manifest, tmp_path / "x", "espnet")
+
+
+def test_ids_that_become_one_file_name_are_rejected(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(RATE), 8000)
+    audio = AudioSource(str(tmp_path / "a.wav"))
+    write_manifest(tmp_path / "m.arrow", [Utterance(id, audio, 0, RATE) for id in ("w/1", "w-1")])
+    for kind in ("kaldi", "lhotse", "datasets"):
+        with pytest.raises(DataError, match="'w-1'"):
+            export_corpus(Manifest(tmp_path / "m.arrow"), tmp_path / kind, kind)
+
+
+def with_audio(manifest: Manifest, split: str) -> dict[str, tuple]:
+    """Text, speaker and samples of the utterances of a split, by the last character of their ids."""
+    return {
+        manifest[i].id[-1]: (manifest[i].text, manifest[i].speaker, manifest.load(i).numpy())
+        for i in manifest.indices(split)
+    }
+
+
+def assert_equal(actual: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    assert actual.keys() == expected.keys()
+    for id, (text, speaker, wav_T) in expected.items():
+        assert actual[id][:2] == (text, speaker)
+        assert actual[id][2].shape == wav_T.shape and np.allclose(actual[id][2], wav_T, atol=1e-4)
+
+
+@pytest.mark.parametrize("split", ["train", "eval1"])
+def test_lhotse_reads_the_same_utterances(manifest, tmp_path, split):
+    lhotse = pytest.importorskip("lhotse")
+    kaldi = pytest.importorskip("lhotse.kaldi")
+    expected = with_audio(manifest, split)
+    export_corpus(manifest, tmp_path / "lhotse", "lhotse")
+    cuts = lhotse.load_manifest(tmp_path / "lhotse" / f"cuts_{split}.jsonl.gz")
+    lhotse.validate(cuts)
+    supervisions = {cut.id[-1]: cut.supervisions[0] for cut in cuts}
+    actual = {
+        cut.id[-1]: (
+            supervisions[cut.id[-1]].text,
+            supervisions[cut.id[-1]].speaker or "",
+            cut.load_audio()[0],
+        )
+        for cut in cuts
+    }
+    assert_equal(actual, expected)
+    export_corpus(manifest, tmp_path / "kaldi", "kaldi")
+    recordings, segments, _ = kaldi.load_kaldi_data_dir(tmp_path / "kaldi" / split, sampling_rate=RATE)
+    actual = {}
+    for segment in segments:
+        recording = recordings[segment.recording_id]
+        wav_T = recording.load_audio(offset=segment.start, duration=segment.duration)[0]
+        speaker = "" if segment.speaker == segment.id else segment.speaker  # Kaldi requires a speaker
+        actual[segment.id[-1]] = (segment.text, speaker, wav_T)
+    assert_equal(actual, expected)
+
+
+def test_datasets_reads_the_same_utterances(manifest, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    export_corpus(manifest, tmp_path / "hf", "datasets")
+    for split in ("train", "eval1"):
+        loaded = datasets.load_dataset(
+            "audiofolder", data_dir=str(tmp_path / "hf" / split), cache_dir=str(tmp_path / "cache" / split)
+        )
+        (rows,) = loaded.cast_column("audio", datasets.Audio(decode=False)).values()
+        actual = {}
+        for row in rows:
+            wav_T, rate = soundfile.read(row["audio"]["path"], dtype="float32")
+            assert rate == RATE
+            actual[row["id"][-1]] = (row["text"], row["speaker"] or "", wav_T)
+        assert_equal(actual, with_audio(manifest, split))
