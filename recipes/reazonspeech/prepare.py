@@ -12,8 +12,8 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tar_index import index_shards
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
+from jahubert.prefetch import prefetch
 from jahubert.train.data.manifest import Rejected, Utterances
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Config:
     subset: str = "all"  # tiny, small, medium, large or all: the name of a .tsv
     dev: int = 1000  # number of utterances at the start of the corpus
     test: int = 100  # number of utterances after those of dev
-    processes: int = 0  # number of processes that index shards; 0: one per core
+    processes: int = 0  # number of processes that index tar shards; 0: one per core
 
     def __post_init__(self) -> None:
         if min(self.dev, self.test, self.processes) < 0:
@@ -86,17 +87,16 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 def _prepare_parquet(parquet: Sequence[Path], work: Path, config: Config) -> Iterator[Utterances | Rejected]:
     """Yield the recordings of parquet shards, which are converted to tar shards in `work/shards`."""
     n_rows = n_samples = 0
-    with ThreadPoolExecutor(config.processes or os.cpu_count() or 1) as pool:
-        converted = pool.map(lambda shard: to_tar(shard, work / "shards"), parquet)
-        for number, (path, captions) in enumerate(converted, 1):
-            index = next(index_shards([path], work / "index", 1))
-            rows, rejected = _match_captions(path, index, captions, parquet[number - 1])
-            yield from rejected
-            yield from _assign_splits(rows, n_rows, config)
-            n_rows += len(rows)
-            n_samples += int(rows.n_samples_N.sum())
-            if number % _LOG_EVERY == 0 or number == len(parquet):
-                _log_progress(number, len(parquet), n_rows, n_samples)
+    for number, (_, shard) in enumerate(prefetch(partial(to_tar, folder=work / "shards"), parquet), 1):
+        yield from (Rejected(*item) for item in shard.broken)
+        names, captions = shard.strings("name"), shard.strings("caption")
+        ids = [name.rpartition(".")[0] or name for name in names]
+        numbers = (shard.numbers(name) for name in ("offset", "length", "n_samples"))
+        yield from _assign_splits(Utterances(str(shard.tar), ids, *numbers, captions), n_rows, config)
+        n_rows += len(ids)
+        n_samples += int(shard.numbers("n_samples").sum())
+        if number % _LOG_EVERY == 0 or number == len(parquet):
+            _log_progress(number, len(parquet), n_rows, n_samples)
 
 
 def _log_progress(n_shards: int, total: int, n_rows: int, n_samples: int) -> None:

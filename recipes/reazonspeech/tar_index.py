@@ -27,7 +27,7 @@ from jahubert.formats.atomic import atomic_write
 
 VERSION = 1
 _BLOCK = 512  # bytes; headers and contents in a tar start at multiples of this
-_FLAC_HEAD = 26  # bytes from the start of a FLAC file to the end of its sample count
+FLAC_HEAD = 26  # bytes from the start of a FLAC file to the end of its sample count
 _RATE = 16_000
 _FILES = (b"0", b"\0", b"7")  # type flags of regular files
 _PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]+)\n")
@@ -118,7 +118,7 @@ def _read_index(shard: Path, folder: Path) -> dict[str, Any] | None:
 def _write_index(index: dict[str, Any], shard: Path, folder: Path) -> None:
     path = folder / f"{shard.stem}.json"
     with atomic_write(path, errors="backslashreplace") as file:
-        json.dump(index, file, ensure_ascii=False)
+        file.write(json.dumps(index, ensure_ascii=False))  # json.dump does not use the C encoder
 
 
 # --- one shard --------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def _index_members(shard: Path) -> dict[str, Any]:
         for name, offset, length, head in _members(file, state[1], broken, shard.name):
             n_samples = _flac_samples(head)
             if not n_samples:
-                n_samples, reason = _measure(shard, offset, length)
+                n_samples, reason = measure(shard, offset, length)
                 if reason:
                     broken.append([name, "unusable audio", reason])
                     continue
@@ -166,7 +166,7 @@ def _members(
     position, long_name = 0, b""
     while position < size:
         file.seek(position)
-        header = file.read(_BLOCK + _FLAC_HEAD)
+        header = file.read(_BLOCK + FLAC_HEAD)
         if header[:_BLOCK].count(0) == _BLOCK:
             return  # end of archive
         length = _length(header[:_BLOCK])
@@ -211,13 +211,13 @@ def _name(header: bytes) -> bytes:
 
 def _flac_samples(head: bytes) -> int:
     """Read the number of samples from a FLAC header; 0 if it is missing or the file is not 16 kHz FLAC."""
-    if len(head) < _FLAC_HEAD or head[:4] != b"fLaC" or head[4] & 0x7F:
+    if len(head) < FLAC_HEAD or head[:4] != b"fLaC" or head[4] & 0x7F:
         return 0
     numbers = int.from_bytes(head[18:26], "big")  # rate 20 bits, channels 3, sample size 5, samples 36
     return numbers & (1 << 36) - 1 if numbers >> 44 == _RATE else 0
 
 
-def _measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
+def measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
     """Measure other audio; returns its length in 16 kHz samples, or 0 and the reason."""
     from jahubert.audio import AudioSource, audio_length  # imported here, because it imports torch
     from jahubert.train.data.utterances import read_reliably

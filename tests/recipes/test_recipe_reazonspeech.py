@@ -283,9 +283,11 @@ def test_parquet_shards_equal_tar_shards(tmp_path, monkeypatch):
         for member, (_, content) in zip(archive.getmembers(), release.members[0], strict=True):
             assert archive.extractfile(member).read() == content
     converted = []
-    recordings = parquet_shards._recordings
+    copy = parquet_shards._copy_recordings
     monkeypatch.setattr(
-        parquet_shards, "_recordings", lambda shard: converted.append(shard.name) or recordings(shard)
+        parquet_shards,
+        "_copy_recordings",
+        lambda shard, tar: converted.append(shard.name) or copy(shard, tar),
     )
     again, _ = read(data, tmp_path / "work", **options)
     assert again == rows and not converted
