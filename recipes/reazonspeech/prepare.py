@@ -12,7 +12,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,10 @@ def _assign_splits(rows: Utterances, n_before: int, config: Config) -> Iterator[
     """Assign rows to dev, test and train by position; `n_before` rows precede them."""
     bounds = np.clip(np.array([0, config.dev, config.dev + config.test]) - n_before, 0, len(rows)).tolist()
     for split, first, last in zip(("dev", "test", "train"), bounds, [*bounds[1:], len(rows)], strict=True):
-        if first < last:
-            yield rows.take(range(first, last), split)
+        if last - first == len(rows) > 0:  # almost always
+            yield replace(rows, split=split)
+        elif first < last:
+            yield rows.take(np.arange(first, last), split)
 
 
 @dataclass

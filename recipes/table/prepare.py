@@ -125,10 +125,10 @@ def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     n_speakers = len(set(groups.values()))
     if n_speakers <= len(missing):
         log.warning(
-            "table: %s drawn at random from all utterances, because there are only %d speakers; they do not "
-            "measure accuracy on unseen speakers",
-            " and ".join(missing),
+            "table: too few speakers (%d) to split by speaker: %s drawn at random from all utterances; error "
+            "rates will not measure accuracy on unseen speakers",
             n_speakers,
+            " and ".join(missing),
         )
         groups = {i: rows[i].id for i in train}
     sizes = Counter(groups.values())

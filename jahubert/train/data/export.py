@@ -73,7 +73,7 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
         id = _kaldi_id(item.id, item)
         id = id if id.startswith(speaker) else f"{speaker}-{id}"
         _check_unique(id, ids, item)
-        path, first = _audio_file(manifest, row, target / "audio")
+        path, first, _ = _audio_file(manifest, row, target / "audio")
         recording = recordings.setdefault(path, f"rec-{len(recordings):07d}")
         start, end = first / SAMPLE_RATE, (first + item.n_samples) / SAMPLE_RATE
         files["segments"].append(f"{id} {recording} {start:.6f} {end:.6f}")
@@ -113,8 +113,7 @@ def _write_lhotse(manifest: Manifest, rows: list[int], folder: Path, split: str)
             file.write(json.dumps(cut, ensure_ascii=False) + "\n")
 
 
-def _cut(item: Utterance, path: Path, first: int) -> dict[str, Any]:
-    n_samples = _length_if_16khz_mono(path)
+def _cut(item: Utterance, path: Path, first: int, n_samples: int) -> dict[str, Any]:
     start, duration = first / SAMPLE_RATE, item.n_samples / SAMPLE_RATE
     recording: dict[str, Any] = {
         "id": path.stem,
@@ -182,20 +181,22 @@ def _check_unique(name: str, names: set[str], item: Utterance) -> None:
     names.add(name)
 
 
-def _audio_file(manifest: Manifest, row: int, folder: Path) -> tuple[Path, int]:
-    """Return a 16 kHz mono file with the audio of an utterance, and the first sample of the utterance in it.
+def _audio_file(manifest: Manifest, row: int, folder: Path) -> tuple[Path, int, int]:
+    """Return a 16 kHz mono file with the audio of an utterance: the original, or one written to `folder`.
 
-    This is the original file, or else a FLAC file of the utterance, which is written to `folder`.
+    Returns:
+        The path, the first sample of the utterance in the file, and the number of samples of the file.
     """
     item = manifest[row]
     if item.audio.offset == 0 and item.audio.length < 0:
         path = Path(item.audio.path)
-        if (_length_if_16khz_mono(path) or 0) >= item.start + item.n_samples:
-            return path, item.start
+        length = _length_if_16khz_mono(path)
+        if length is not None and length >= item.start + item.n_samples:
+            return path, item.start, length
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.absolute() / _file_name(item)
     write_flac(path, manifest.load(row).numpy())
-    return path, 0
+    return path, 0, item.n_samples
 
 
 @lru_cache(maxsize=1)  # the utterances of a recording are consecutive
