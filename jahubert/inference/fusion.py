@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Fusion(ABC):
             raise ConfigError(f"lm_weight is {lm_weight} and word_bonus {word_bonus}, but must be finite")
         self.lm_weight = lm_weight
         self.word_bonus = word_bonus
-        self._cache: RowCache | None = None
+        self._local = threading.local()  # each thread fills its own cache
 
     @abstractmethod
     def expand(self, state_R: np.ndarray) -> Rows:
@@ -88,13 +89,18 @@ class Fusion(ABC):
         """Return the same models with another weight and bonus."""
 
     def cache(self, device: torch.device, dtype: torch.dtype) -> RowCache:
-        """Return the cache of rows, which is kept between searches."""
-        if self._cache is None or (self._cache.device, self._cache.dtype) != (device, dtype):
-            self._cache = RowCache(self, device, dtype)
-        return self._cache
+        """Return this thread's cache of rows, which is kept between searches."""
+        cache = getattr(self._local, "cache", None)
+        if cache is None or (cache.device, cache.dtype) != (device, dtype):
+            cache = self._local.cache = RowCache(self, device, dtype)
+        return cache
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
 
 
 class SymbolFusion(Fusion):

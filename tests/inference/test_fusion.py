@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import pickle
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -130,6 +132,17 @@ def test_results_do_not_depend_on_batch_or_cache(symbol_model, word_model, monke
             assert [(h.labels, h.words) for h in alone] == [(h.labels, h.words) for h in together[row]]
             assert alone[0].score == pytest.approx(together[row][0].score, abs=1e-3)
         monkeypatch.undo()
+
+
+def test_threads_may_share_a_fusion(word_model):
+    fusion = LexiconFusion(Lexicon(ENTRIES, SYMBOLS), word_model, 0.6, 0.1)
+    inputs = [random_logp(seed, 4, 20) for seed in range(6)]
+    expected = [beam_search(logp, [20] * 4, beam=8, fusion=copy.deepcopy(fusion)) for logp in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        assert (
+            list(pool.map(lambda logp: beam_search(logp, [20] * 4, beam=8, fusion=fusion), inputs))
+            == expected
+        )
 
 
 def test_zero_weight_changes_nothing(symbol_model):
