@@ -185,7 +185,7 @@ def test_measures_depend_on_vocabulary(tmp_path):
 
 def test_mismatched_baseline_is_rejected(tmp_path):
     folder = hypotheses(tmp_path / "decode")
-    with pytest.raises(DataError, match="other utterances"):
+    with pytest.raises(DataError, match="different utterances"):
         run(tmp_path, hypotheses=folder, baseline=hypotheses(tmp_path / "fewer", LINES[:2]))
     changed = [*LINES[:3], ("T2", "anna", "k a | k e", "k a")]
     with pytest.raises(DataError, match=r"references .*'u3'"):
