@@ -237,3 +237,14 @@ def test_full_stack_has_the_pinned_versions() -> None:
         """
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["Makefile", "docs/install.md"])
+def test_named_extras_are_declared(name: str) -> None:
+    table = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    table = table.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    declared = set(re.findall(r"^([\w-]+) = \[", table, re.M))
+    named = re.findall(
+        r"install [^\n]*(?:'\.|jahubert)\[([\w,-]+)\]", (REPO / name).read_text(encoding="utf-8")
+    )
+    assert {extra for extras in named for extra in extras.split(",")} <= declared
