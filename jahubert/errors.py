@@ -45,7 +45,13 @@ class UserError(JahubertError):
 
 
 class ConfigError(UserError):
-    """One or more errors in a configuration, all listed in one message."""
+    """One or more errors in a configuration, all listed in one message.
+
+    Attributes:
+        settings: the errors in single settings, so that those of several stages can be listed together.
+    """
+
+    settings: tuple[str, ...] = ()
 
 
 class AudioError(UserError):

@@ -109,6 +109,7 @@ def test_invalid_setting_is_named_before_anything_runs(capsys, tmp_path, overrid
 def test_all_mistakes_are_reported_at_once(capsys, tmp_path):
     message = rejected(capsys, tmp_path, "all", "kmeans.n_cluster=3", "decode.beam=wide", "score.samples=0")
     assert "kmeans.n_cluster:" in message and "decode.beam:" in message and "score.samples" in message
+    assert message.count("the configuration has") == 1
 
 
 @pytest.mark.parametrize(("yaml", "expected"), [("kmeans: { n_clusters: [4", "YAML"), ("- 1", "recipe.yaml")])

@@ -115,9 +115,16 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     errors: list[str] = []
     built = _build(tree, cls, where, errors)
     if errors:
-        count = "1 mistake" if len(errors) == 1 else f"{len(errors)} mistakes"
-        raise ConfigError(f"the configuration has {count}:\n  " + "\n  ".join(errors))
+        raise settings_error(errors)
     return built
+
+
+def settings_error(errors: Sequence[str]) -> ConfigError:
+    """The error that lists errors in single settings, one per line."""
+    count = "1 mistake" if len(errors) == 1 else f"{len(errors)} mistakes"
+    error = ConfigError(f"the configuration has {count}:\n  " + "\n  ".join(errors))
+    error.settings = tuple(errors)
+    return error
 
 
 def is_null(value: Any) -> bool:

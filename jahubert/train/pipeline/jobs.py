@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jahubert.errors import ConfigError
-from jahubert.train.experiment.config import structure, unknown_name_error, untyped
+from jahubert.train.experiment.config import settings_error, structure, unknown_name_error, untyped
 from jahubert.train.experiment.registry import STAGES, recipe_names, resolve, stage_folder
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.overrides import parse_overrides
@@ -47,11 +47,16 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
     planned = plan_stages(tree)
     jobs: list[Job] = []
     mistakes: list[str] = []
+    settings: dict[str, None] = {}  # ordered; iterations may report the same error
     for stage in planned:
         try:
             jobs.append(configure_job(stage, overrides))
         except ConfigError as error:
-            mistakes.append(str(error))
+            settings |= dict.fromkeys(error.settings)
+            if not error.settings:
+                mistakes.append(str(error))
+    if settings:
+        mistakes.insert(0, str(settings_error(list(settings))))
     if not mistakes:
         mistakes += _unused_pretrained(overrides, tree, jobs)
     if check_inputs:

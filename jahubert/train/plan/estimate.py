@@ -338,7 +338,9 @@ def plan_table(plan: Plan) -> str:
         body.append("  ".join([*cells, line[4]]).rstrip())
     tail = []
     if plan.days:
-        days = ", ".join(f"{days:.2g} on {n}" for n, days in plan.days.items())
+        days = ", ".join(
+            f"{days:.2g} on {n}" if days >= 0.01 else f"under 0.01 on {n}" for n, days in plan.days.items()
+        )
         tail = [
             "",
             f"days of all stages by number of GPUs: {days}",
