@@ -57,21 +57,12 @@ SETS = {
     "test_made": "sentences that do not occur in training, synthetic voices that do",
     "test_real": "sentences read by other speakers (8 recordings)",
 }
-NEEDS = {  # the setting that a test set requires
-    "test_cv": "common_voice",
-    "test_cv_phone": "common_voice",
-    "test_cv_noise": "common_voice",
-    "test_real": "sentences",
-}
+CALIBRATION = "dev_cv"  # split on which confidences are calibrated
 PRETRAINING = "builtin-pretraining"  # name of the experiment
+UNITS, UNIT_LAYER = 100, 4  # number of units for `jahubert units`, and the layer that is clustered
 CARD = Path(__file__).with_name("card.md")
-CORPORA = (
-    "data",
-    "common_voice",
-    "other_languages",
-    "sentences",
-    "voices",
-)  # paths, shown as "..." in the card
+# Paths, shown as "..." in the card.
+CORPORA = ("data", "common_voice", "other_languages", "sentences", "hts_voices", "texts")
 PATHS = (*CORPORA, "exp", "pretrained")
 SHARED = (*CORPORA, "seed", "processes", "device", "workers")  # settings that pretraining takes as well
 
@@ -84,26 +75,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--to", metavar="DIR", type=Path, default=Path(jahubert.__file__).parent / "assets" / NAME
     )
-    parser.add_argument("--units", type=int, default=0, help="number of units that the model can extract")
-    parser.add_argument("--layer", type=int, default=4, help="layer that the units are clusters of")
     parser.add_argument("settings", nargs="*", help="data=..., common_voice=... and any other setting")
     args = parser.parse_args(argv)
     given = {setting.partition("=")[0] for setting in args.settings}
     settings = [f"{name}=..." for name in CORPORA if name in given]
     settings += [setting for setting in args.settings if setting.partition("=")[0] not in PATHS]
     command = " ".join(["python recipes/builtin/build.py", *settings])
-    overrides = ["recipe=builtin", *args.settings]
+    overrides = ["recipe=builtin"]
+    if "sentences" not in given:
+        splits = [CALIBRATION, *(name for name in SETS if name != "test_real")]
+        overrides.append(f"decode.splits=[{','.join(splits)}]")
+    overrides += args.settings
     try:
         if args.pack is None:
-            splits = [name for name in SETS if name not in NEEDS or NEEDS[name] in given]
-            overrides.append(f"decode.splits=[{','.join(splits)}]")
+            if "data" not in given or "common_voice" not in given:
+                raise ConfigError("data= and common_voice= are required; see recipes/builtin/README.md")
             status, source = pretrained(args.settings)
             status = status or run.main([*overrides, f"pretrained={source}", "stage=all"])
             if status:
                 return status
         exp = Path(args.pack or compose(overrides)["exp"])
-        units = cluster_units(exp, args.layer, args.units) if args.units else None
-        size = pack(exp, args.to, command, units)
+        size = pack(exp, args.to, command, cluster_units(exp))
     except UserError as error:
         print(f"build.py: error: {error}", file=sys.stderr)
         return error.exit_status
@@ -125,7 +117,7 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
     return status, str(Path(tree["exp"], f"iter{tree['iterations']}", "pretrain"))
 
 
-def cluster_units(exp: Path, layer: int, n_units: int) -> tuple[torch.Tensor, int]:
+def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
     """Cluster a layer of the recognizer of `exp` on the training data; return the centroids and the layer."""
     with tempfile.TemporaryDirectory() as folder:
         sample, clusters = Path(folder, "features"), Path(folder, "kmeans")
@@ -136,13 +128,13 @@ def cluster_units(exp: Path, layer: int, n_units: int) -> tuple[torch.Tensor, in
                 exp / "prepare" / "manifest.arrow",
                 kind="hubert",
                 model=exp / "systems" / "main" / "finetune",
-                layer=layer,
+                layer=UNIT_LAYER,
                 sample_frames=UNIT_FRAMES,
             ),
             sample,
         )
-        kmeans.run(kmeans.Config(sample, n_clusters=n_units), clusters)
-        return load_centroids(clusters / "centroids.safetensors")[0], layer
+        kmeans.run(kmeans.Config(sample, n_clusters=UNITS), clusters)
+        return load_centroids(clusters / "centroids.safetensors")[0], UNIT_LAYER
 
 
 @torch.no_grad()
@@ -172,7 +164,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     calibration = system / "score" / "calibration.json"
     if calibration.is_file():
         info["confidence"] = json.loads(calibration.read_text(encoding="utf-8"))
-    info["per"] = {name: round(score["per"]["rate"], 4) for name, score in scores.items()}
+    info["per"] = {name: round(scores[name]["per"]["rate"], 4) for name in SETS if name in scores}
     with atomic_folder(target) as folder:
         centroids_KD, layer = units or (None, None)
         save_bundle(
@@ -209,10 +201,10 @@ def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], transcript
         return f"{100 * score['rate']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
 
     rows = [
-        f"| {SETS.get(name, name)} | {score['utterances']} | "
+        f"| {SETS[name]} | {score['utterances']} | "
         + " | ".join(cell(score[measure]) for measure in ("per", "wer", "kana_cer"))
         + " |"
-        for name, score in sorted(scores.items(), key=lambda item: list(SETS).index(item[0]))
+        for name, score in ((name, scores[name]) for name in SETS if name in scores)
     ]
     return CARD.read_text(encoding="utf-8").format(
         name=NAME,

@@ -30,6 +30,7 @@ spec = importlib.util.spec_from_file_location("builtin_build", HOME / "build.py"
 assert spec and spec.loader
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
+cluster_units = build.cluster_units
 KANA = "かきくけこさしすせそたちつてとなにぬねの"
 RATE = 16_000
 
@@ -200,9 +201,10 @@ def test_sentences_folder_without_its_table_is_rejected(tmp_path):
 
 
 @pytest.fixture
-def finished(tmp_path) -> Path:
+def finished(tmp_path, monkeypatch) -> Path:
     """Experiment folder with the files that packing reads."""
     torch.manual_seed(0)
+    monkeypatch.setattr(build, "cluster_units", lambda exp: (torch.randn(5, 16), 1))
     sizes = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
     ctc = jahubert.HubertForCtc(jahubert.HubertConfig(**sizes, pos_conv_groups=2), 42)
     system = tmp_path / "exp" / "systems" / "main"
@@ -217,11 +219,14 @@ def finished(tmp_path) -> Path:
     return tmp_path / "exp"
 
 
-def test_packing_adds_units_of_a_layer(finished, tmp_path):
+def test_packing_adds_units_of_a_layer(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "cluster_units", cluster_units)
+    monkeypatch.setattr(build, "UNITS", 5)
+    monkeypatch.setattr(build, "UNIT_LAYER", 1)
     (finished / "prepare").mkdir()
     make_corpus(finished / "prepare")
     target = tmp_path / "assets" / build.NAME
-    assert build.main(["--pack", str(finished), "--to", str(target), "--units", "5", "--layer", "1"]) == 0
+    assert build.main(["--pack", str(finished), "--to", str(target)]) == 0
     bundle = jahubert.load_bundle(target)
     assert bundle.centroids_KD.shape == (5, 16) and bundle.centroid_layer == 1
     units = jahubert.UnitExtractor.from_pretrained(target)(finished / "prepare" / "8.wav")
@@ -236,6 +241,7 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     bundle = jahubert.load_bundle(target)
     for name, tensor in bundle.ctc.state_dict().items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name].half().float()), name
+    assert bundle.centroids_KD.shape == (5, 16) and bundle.centroid_layer == 1
     assert bundle.info["licence"] == "CC-BY-SA-4.0" and "Tofugu and WaniKani" in bundle.info["attribution"]
     assert bundle.info["weights"] == jahubert.formats.bundle.weights_hash(bundle.model)
     page = (target / "README.md").read_text(encoding="utf-8")
@@ -308,11 +314,16 @@ def test_pretraining_runs_on_recordings_unless_a_model_is_given(monkeypatch):
     assert build.pretrained(settings)[0] == 2
 
 
-def test_only_test_sets_of_the_given_corpora_are_decoded(monkeypatch):
+def test_sentences_are_decoded_only_if_given(monkeypatch):
     commands: list[list[str]] = []
     monkeypatch.setattr(build.run, "main", lambda overrides: commands.append(overrides) or 2)
-    assert build.main(["data=/corpus", "common_voice=/cv", "pretrained=mine"]) == 2
-    assert (
-        "decode.splits=[test_low,test_high,test_joined,test_cv,test_cv_phone,test_cv_noise,test_made]"
-        in (commands[0])
-    )
+    settings = ["data=/corpus", "common_voice=/cv", "pretrained=mine"]
+    assert build.main(settings) == 2
+    assert any("decode.splits=[dev_cv,test_low" in item and "test_real" not in item for item in commands[0])
+    assert build.main([*settings, "sentences=/s"]) == 2
+    assert not any(item.startswith("decode.splits") for item in commands[1])
+
+
+def test_required_corpora(capsys):
+    assert build.main(["data=/corpus"]) == 2
+    assert "common_voice=" in capsys.readouterr().err
