@@ -97,7 +97,7 @@ class MissingExtraError(UserError, ImportError):
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 # OSErrors of sockets and processes, which are not related to a file.
 _NOT_FILES = (ConnectionError, BlockingIOError, InterruptedError, TimeoutError, ChildProcessError)
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of safetensors
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages from safetensors
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's message, which has no reason
 _LIBSNDFILE_SYSTEM_ERROR = 2
 

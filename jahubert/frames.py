@@ -43,28 +43,28 @@ class FrameGrid:
     @overload
     def n_frames(self, n_samples: NDArray[Any]) -> NDArray[Any]: ...
     def n_frames(self, n_samples: Any) -> Any:
-        """Number of complete frames in `n_samples`, which is an int, or an integer array or tensor."""
+        """Return the number of complete frames in `n_samples` (an int, or an integer array or tensor)."""
         frames = (n_samples - self.window) // self.hop + 1
         return frames * (frames > 0)
 
     def n_samples(self, n_frames: int) -> int:
-        """The smallest number of samples that contains `n_frames` frames."""
+        """Return the smallest number of samples that contains `n_frames` frames."""
         return 0 if n_frames == 0 else self.hop * (n_frames - 1) + self.window
 
     def start(self, frame: int) -> int:
-        """First sample of a frame."""
+        """Return the first sample of a frame."""
         return frame * self.hop
 
     def center(self, frame: int) -> int:
-        """Middle sample of a frame."""
+        """Return the middle sample of a frame."""
         return frame * self.hop + self.window // 2
 
     def floor(self, sample: int) -> int:
-        """The last frame start at or before `sample`."""
+        """Return the last frame start at or before `sample`."""
         return sample - sample % self.hop
 
     def hop_ratio(self, finer: FrameGrid) -> int:
-        """Number of hops of `finer` per hop of this grid: frame `t` here is frame `t * ratio` of `finer`.
+        """Return the number of hops of `finer` per hop: frame `t` here is frame `t * ratio` of `finer`.
 
         Raises:
             ConfigError: the windows differ, or this grid's hop is not a multiple of the finer one.

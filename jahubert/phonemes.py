@@ -66,7 +66,7 @@ _BEFORE_Y = {"f": "hy", "s": "sh", "z": "j", "sh": "sh", "j": "j", "ch": "ch", "
 # Exceptions to the rules in `_syllable`.
 _IRREGULAR = {
     "テュ": ("ts", "u"),
-    "ヂュ": ("dy", "u"),  # the only source of dy
+    "ヂュ": ("dy", "u"),  # the only kana that produce dy
 }
 
 
@@ -88,7 +88,7 @@ _READ = _single_kana()
 
 
 def _syllable(base: str, small: str) -> tuple[str, ...]:
-    """Phones of a kana and a following small kana: usually one's consonant and the other's vowel."""
+    """Return the phones of a kana and a small kana, usually the consonant of the kana and the small vowel."""
     if base + small in _IRREGULAR:
         return _IRREGULAR[base + small]
     phones = _READ[base]
@@ -298,8 +298,8 @@ def _mark_parts(text: str, surface: str) -> str:
 class PhonemeSet:
     """The symbols of a CTC head in index order: blank, word boundary and phones.
 
-    In heads trained by jahubert, blank and boundary come first. In other CTC models, they may have any
-    position, the boundary may be missing, and the other symbols may be kana or characters.
+    In heads trained by jahubert, the first symbols are the blank and the word boundary. Other CTC models may
+    have them at any position, may lack a word boundary, and may use kana or characters instead of phones.
     """
 
     symbols: tuple[str, ...]

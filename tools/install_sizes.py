@@ -2,8 +2,8 @@
 
     python tools/install_sizes.py train onnx
 
-Prints the size of a plain install and the additional size of each named extra, in MB, with the largest
-packages. The extras must be installed in the environment that runs the script.
+The script prints the size of a plain install and the additional size of each named extra in MB, with the
+largest packages. The extras must be installed in the environment that runs the script.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def closure(extras: set[str]) -> set[str]:
 
 
 def megabytes(name: str) -> float:
-    """Size of the files of a distribution in MB."""
+    """Return the size of the files of a distribution in MB."""
     paths = [file.locate() for file in metadata.files(name) or ()]
     return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""PNMI and purities of the units from every layer of an experiment's models.
+"""PNMI and purities of units from every layer of an experiment's models.
 
     python tools/layer_quality.py exp/demo --iterations 1 2 --clusters 100 500 --frames 100000
 

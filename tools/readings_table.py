@@ -2,8 +2,8 @@
 
     python tools/readings_table.py [tests/fixtures/readings.tsv]
 
-Prints a Markdown table by class of rule and the texts with a wrong reading. Readings are compared after
-normalizing long vowels (エイ and エー, オウ and オー), ヲ and ユウ.
+The script prints a Markdown table by class of rule and the texts with a wrong reading. Before comparison,
+long vowels (エイ and エー, オウ and オー), ヲ and ユウ are normalized.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Screenshots of a report in light and dark mode on a wide screen, and on a phone.
+"""Screenshots of a report on a wide screen, in light and dark mode, and on a phone.
 
     python tools/report_pictures.py exp/tofugu/report/report.html docs/pictures
 
-Writes report-screen.png, report-dark.png and report-phone.png, each with sections of the page side by side.
-Requires playwright and Chromium (extra dev; apt install chromium).
+The script writes report-screen.png, report-dark.png and report-phone.png, each with sections of the page side
+by side. It requires playwright and Chromium (extra dev; apt install chromium).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ FENCE = re.compile(r"^(```.*?^```)", re.S | re.M)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add pages from outside docs/ and the API reference."""
+    """Add pages from outside docs/, and the API reference, to the files of the site."""
     from mkdocs.structure.files import File
 
     for pattern in PATTERNS:
@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
 def redirect(markdown: str, source: str, files: Any) -> str:
     """Rewrite the links of the page `source` to pages of the site; other links become plain text."""
     outside = source.startswith(f"{OUTSIDE}/")
-    # folder of the page in the repository
+    # the page's folder in the repository
     folder = posixpath.dirname(source.removeprefix(f"{OUTSIDE}/") if outside else f"docs/{source}")
 
     def replaced(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Check of the wheel of this checkout in an environment with only the dependencies of ring 1.
+"""Check of this checkout's wheel in an environment with only the dependencies of the core package.
 
     python tools/wheel_check.py torch==2.15.0                  # a CUDA build: 6 GB of temporary space
     python tools/wheel_check.py --work DIR torch==2.6.0        # keep the environment in DIR
@@ -9,7 +9,8 @@ Run the script in the development environment. It builds the sdist and then the 
 recording and the expected results, and installs the wheel with the given requirements and without extras in
 an empty environment. There it runs itself (`--inside`) and checks that
 
-- all modules of ring 1 can be imported, and conf/ and recipes/ are included,
+- all modules of the core package ("ring 1" in docs/layout.md) can be imported, and conf/ and recipes/ are
+  included,
 - features, units and a transcript equal those of the development environment,
 - the commands work, and models converted to other formats give the same results,
 - no package of an extra can be imported, and commands that need an extra report it.
@@ -167,7 +168,7 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
 
 
 def check_package() -> None:
-    """Check that ring 1 and all public names can be imported and that data files are included."""
+    """Check that the core package and all public names can be imported and that data files are included."""
     import jahubert
 
     home = Path(jahubert.__file__).parent

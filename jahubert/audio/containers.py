@@ -1,6 +1,6 @@
 """Checks of audio containers: sizes in headers, concatenated streams and truncated files.
 
-Decoders trust headers: they silently truncate a file that is shorter than its header states, and ignore audio
+Decoders trust headers: they silently accept a file that is shorter than its header states, and ignore audio
 beyond the stated length. `split` compares the structure of a file with its size before anything is decoded.
 """
 
@@ -32,7 +32,7 @@ class Part:
 
 
 def split(source: AudioBytes) -> list[Part]:
-    """Find the streams of a file, which is usually a single stream.
+    """Find the streams in a file; most files contain a single one.
 
     Raises:
         AudioError: the file is shorter than its header states, or contains bytes that belong to no stream.

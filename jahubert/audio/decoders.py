@@ -18,7 +18,7 @@ from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _BLOCK = 60 * 48_000  # frames decoded at a time from a file of unknown length
-_UNKNOWN = 1 << 48  # from this frame count on, the length is unknown
+_UNKNOWN = 1 << 48  # frame counts from this value on mean that the length is unknown
 _FLAC = b"fLaC\0\0\0\x22"  # start of a FLAC stream
 _READ_AHEAD = 65_536  # bytes; upper bound on a decoder's read-ahead
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeError)
@@ -30,7 +30,7 @@ class Decoder(Protocol):
     rate: int  # Hz
 
     def length(self) -> int:
-        """Return the samples per channel; decodes the stream if its header cannot be trusted."""
+        """Return the number of samples per channel, decoding the stream if its header is unreliable."""
 
     def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
         """Read up to `n` frames (None: all) from frame `start` on as float32 (frames, channels)."""

@@ -172,7 +172,7 @@ def _from_sequence(values: Any) -> np.ndarray:
     """Convert a list of floats, or one list of floats per channel, to an array."""
     try:
         array = np.asarray(values)
-    except ValueError:  # lists of different lengths
+    except ValueError:  # the lists have different lengths
         array = np.zeros(0, object)
     if not isinstance(values, list | tuple) or array.dtype.kind not in "fi":
         raise AudioError(f"audio is a {type(values).__name__} that is not a list of floats: {_EXPECTED}")

@@ -204,7 +204,7 @@ class FfmpegDecoder(_MediaDecoder):
         self.errors.append(self.process.stderr.read())
 
     def _read_header(self) -> tuple[int, int]:
-        """Read sampling rate and channels; leaves the pipe at the first sample."""
+        """Read the sampling rate and number of channels; leaves the pipe at the first sample."""
         assert self.process.stdout is not None
         head = self.process.stdout.read(12)
         rate = channels = 0

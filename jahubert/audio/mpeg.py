@@ -42,7 +42,7 @@ class Stream:
     end: int
     n_frames: int  # without the header frame
     n_samples: int  # per frame
-    tagged: bool  # a header frame states its length correctly
+    tagged: bool  # whether a header frame states its length correctly
     prefix: bytes  # header frame to prepend if the stream has none
 
     @property
@@ -57,7 +57,7 @@ def is_mpeg(head: bytes) -> bool:
 
 
 def split(file: BinaryIO, name: str) -> list[Stream]:
-    """Find the streams of a file; an empty list if it has no frames.
+    """Find the streams in a file; returns an empty list if it contains no frames.
 
     Raises:
         AudioError: a stream has fewer frames than its header frame states.
@@ -155,7 +155,7 @@ def _skip_tags(data: mmap.mmap | bytes, position: int) -> int:
 
 
 def _parse(head: bytes) -> _Header | None:
-    """Parse a four-byte frame header; None if it is invalid or free-format."""
+    """Parse a four-byte frame header; returns None if it is invalid or free-format."""
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
     return _parse_bits(int.from_bytes(head, "big") & 0xFFFFFFC0)
@@ -202,7 +202,7 @@ def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> i
 
 def _header_frame(head: bytes, n_frames: int) -> bytes:
     """Create a Xing header frame with the number of frames; `head` is the first frame's header."""
-    bits = int.from_bytes(head, "big") | 1 << 16  # without a checksum
+    bits = int.from_bytes(head, "big") | 1 << 16  # header bits of a frame without a checksum
     for bitrate_index in range(1, 15):
         candidate = (bits & ~0xF200 & 0xFFFFFFFF) | bitrate_index << 12
         header = _parse_bits(candidate & 0xFFFFFFC0)

@@ -8,7 +8,7 @@ from types import ModuleType
 from jahubert.errors import MissingExtraError
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
-# bash splits words at "=", so a candidate must not repeat what is before it.
+# bash splits words at "=", so a candidate must not repeat the text before it.
 _BASH_SETTINGS = """
 _jahubert_settings() {
   local line="${COMP_LINE:0:COMP_POINT}" prefix="" candidate
@@ -40,7 +40,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """Parsers of the subcommands."""
+    """Return the parsers of the subcommands."""
     (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return list(subparsers.choices.values())
 
@@ -50,7 +50,7 @@ def _paths(shtab: ModuleType, action: argparse.Action) -> dict:
 
 
 def _settings() -> dict:
-    """Completion of `recipe=` and `stage=` settings."""
+    """Return the completion of `recipe=` and `stage=` settings for each shell."""
     from jahubert.train.experiment.registry import STAGES, recipe_names
 
     values = [f"recipe={name}" for name in recipe_names()]

@@ -61,7 +61,7 @@ TRAIN_PACKAGES = {
     "yaml": "hydra-core",
 }
 
-# Adds a subcommand, given the function to run and a short description.
+# A function that adds a subcommand, given the function to run and a short description.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 PLAN = (
     "settings of jahubert run; gpus=N (default: processes=), gpu=NAME (default: this machine), "
@@ -127,7 +127,7 @@ def transcribe(args: argparse.Namespace) -> int:
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
     label = ""  # the recording that is being transcribed
-    n_printed = 0  # its segments that are already on standard output
+    n_printed = 0  # number of its segments that were already printed
 
     def print_text(transcript: Transcript) -> None:
         if sys.stdout.isatty():
@@ -167,7 +167,7 @@ def transcribe(args: argparse.Namespace) -> int:
             print_text(result)
         elif args.output is None and not streams_text:
             report.clear()
-            if args.format == "tsv":  # one header for all
+            if args.format == "tsv":  # print one header for all recordings
                 content = writers.tsv_rows(result)
             else:
                 content = writers.render(result, args.format, args.phonemes)
@@ -177,7 +177,7 @@ def transcribe(args: argparse.Namespace) -> int:
 
 
 def mark_uncertain(transcript: Transcript) -> Transcript:
-    """Append (?) to the words that are more likely wrong than right."""
+    """Append (?) to the words that are more likely wrong than correct."""
     from jahubert.inference.confidence import LOW_CONFIDENCE
 
     words = (
@@ -220,7 +220,7 @@ def save_text(content: str, path: Path) -> None:
 
 
 def each(inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[Input], str | None]) -> int:
-    """Call `work` for every input and print the line that it returns."""
+    """Call `work` for every input and print the line returned by each call."""
     report = Report(inputs, empty)
     for item in inputs:
         line = None
@@ -380,7 +380,7 @@ def export_corpus(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Placeholder for help and completion; `main` passes the arguments to `jahubert.run`."""
+    """Serve as a placeholder for help and completion; `main` passes the arguments to `jahubert.run`."""
     raise NotImplementedError
 
 

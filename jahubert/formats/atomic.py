@@ -2,8 +2,8 @@
 
 Content is written under a temporary name in the same folder, flushed to disk and renamed. Readers see either
 the old or the new content, even if the writer is killed or the disk is full. The temporary name starts with
-`.tmp-`, is derived from the final name, and fits wherever that fits. The file is locked while in use, so
-the next write reuses what a killed process left, and concurrent writers do not interfere.
+`.tmp-` and is derived from the final name without exceeding the maximum length of names. The file is locked
+while in use, so the next write reuses the file of a killed process, and concurrent writers do not interfere.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Like `atomic_write`, but yields a temporary path, for libraries that open files by name.
+    """Yield a temporary path that replaces `path` at the end, for libraries that open files by name.
 
     The path is in a temporary folder, because some libraries create temporary files next to it.
     """
@@ -129,13 +129,13 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder with its content, if it exists.
 
     Raises:
-        OSError: a part of it could not be deleted; names `folder`.
+        OSError: part of the folder could not be deleted; the error names `folder`.
     """
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
         pass
-    except OSError as error:  # names a file in the folder without its path
+    except OSError as error:  # the error names a file without its path
         raise OSError(error.errno, os.strerror(error.errno or errno.EIO), str(folder)) from error
 
 

@@ -149,7 +149,7 @@ def save_bundle(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all tensor names, shapes and values; identifies weights regardless of the file format."""
+    """Return the SHA-256 of all tensor names, shapes and values, which is the same in every file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()
@@ -365,7 +365,7 @@ def _verify(folder: Path, info: dict[str, Any]) -> None:
 
 
 def _describe(file: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """Return the size and SHA-256 of a file."""
     digest, size = hashlib.sha256(), 0
     with file.open("rb") as content:
         while block := content.read(1 << 20):
@@ -375,7 +375,7 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _checksum(info: dict[str, Any]) -> str:
-    """SHA-256 of jahubert.json without its own checksum."""
+    """Return the SHA-256 of jahubert.json without its own checksum."""
     content = {key: value for key, value in info.items() if key != "checksum"}
     content = json.loads(json.dumps(content))  # converts all keys to strings, as reading does
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

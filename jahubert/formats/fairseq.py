@@ -1,4 +1,4 @@
-"""Reader and writer of fairseq's and s3prl's HuBERT checkpoints that does not need fairseq.
+"""Reader and writer of fairseq's and s3prl's HuBERT checkpoints that do not need fairseq.
 
 A checkpoint holds settings (`cfg`, or `args` in older files), the weights (`model`) and the dictionaries of
 its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, including settings.
@@ -158,7 +158,7 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the settings of model and task; a fine-tuned model contains those of the pretrained model."""
+    """Read the model and task settings; a fine-tuned model contains the settings of the pretrained model."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
     settings: Any = to_plain(path, content.get("cfg")) or to_plain(path, content.get("args"))
@@ -398,7 +398,7 @@ def _encoder_tensors(model: HubertModel, notes: list[str]) -> tuple[HubertConfig
 
 
 def _duplicated_tensors(config: HubertConfig) -> list[str]:
-    """Names of the tensors whose rows are output channels of the front end."""
+    """Return the names of the tensors whose rows are output channels of the front end."""
     last = f"feature_extractor.conv_layers.{len(config.conv_dims) - 1}"
     modules = (f"{last}.conv", f"{last}.layer_norm", "feature_projection.layer_norm")
     return [f"{module}.{part}" for module in modules for part in ("weight", "bias")]
@@ -422,7 +422,7 @@ def _duplicate_channels(
 def _drop_duplicate_channels(
     config: HubertConfig, state: dict[str, Tensor]
 ) -> tuple[HubertConfig, dict[str, Tensor]]:
-    """Inverse of `_duplicate_channels`; other models are returned unchanged."""
+    """Undo `_duplicate_channels`; other models are returned unchanged."""
     n = config.width
     names = [name for name in _duplicated_tensors(config) if name in state]
     projection = state["feature_projection.projection.weight"]
@@ -442,7 +442,7 @@ def _head_tensors(
     special_rows: Tensor | None,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """Return codebook and projection; those that fairseq requires but the model lacks are initialized."""
+    """Return codebook and projection; tensors that fairseq requires but the model lacks are initialized."""
     random = torch.Generator().manual_seed(0)
     if head is None:
         dim, rows = _FINAL_DIM, torch.zeros(0, _FINAL_DIM)

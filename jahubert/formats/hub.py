@@ -12,7 +12,7 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
     """Find the file or folder of a model; a Hub name is looked up in the cache and on the Hub.
 
     Raises:
-        CheckpointError: no such file, folder or name, or the Hub cannot be reached.
+        CheckpointError: there is no such file, folder or name, or the Hub cannot be reached.
     """
     path = _local_path(source)
     if path is not None:
@@ -71,7 +71,7 @@ def _local_path(source: str | os.PathLike[str]) -> Path | None:
     """Return the file or folder named `source`; None if it can only be a name on the Hub.
 
     Raises:
-        CheckpointError: no such file or folder, and not a valid Hub name.
+        CheckpointError: `source` is neither an existing file or folder nor a valid Hub name.
     """
     path, name = Path(source), str(source)
     if path.is_dir():

@@ -81,7 +81,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
     from_shapes = fields_from_shapes(folder, weights, str)
     config = make_config(folder, from_shapes, _config_fields(folder, settings) | dict(fields or {}))
     raw = RawModel(config, weights)
-    if "masked_spec_embed" not in weights:  # models saved without masking have none
+    if "masked_spec_embed" not in weights:  # models saved without masking have no mask embedding
         weights["masked_spec_embed"] = new_mask_embedding(config.width)
         raw.notes.append("mask embedding: missing in the source, initialized at random")
     n_symbols = count_symbols(folder, weights, config.width)

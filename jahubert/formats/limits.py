@@ -11,7 +11,7 @@ import os
 from jahubert.errors import ConfigError
 
 VARIABLE = "JAHUBERT_LIMITS"
-JSON_BYTES = 4 << 20  # parsed JSON can use fifty times its size in memory
+JSON_BYTES = 4 << 20  # parsed JSON can use fifty times the size of the file in memory
 PICKLE_BYTES = 16 << 20  # size of the pickle without its tensors
 INSTRUCTIONS = 500_000  # per pickle; 300 tensors and 50,000 symbols need 270,000
 DEPTH = 100  # levels of nested settings

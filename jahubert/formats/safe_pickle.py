@@ -1,6 +1,6 @@
 """Restricted reader for PyTorch's `.pt` and `.bin` files.
 
-A pickle is a program that can call any function of any package, repeat work exponentially, and declare sizes
+A pickle is a program that can call any function of any package, run for exponential time, and declare sizes
 larger than the file. This reader calls only the constructors defined in this module. Tensors are views of the
 bytes in the file. Objects of known packages (settings of argparse, omegaconf and Lightning, dictionaries of
 fairseq) become inert records, and everything else is rejected. Time and memory are limited by the number of

@@ -1,8 +1,8 @@
 """Raw contents of model files, and checks of tensors and configuration shared by all formats.
 
 Every reader converts a file to a `RawModel`: a `HubertConfig` and tensors under Hugging Face's names, which
-this package also uses. Each other format has a function that maps these tensor names to its own. Readers and
-writers use it, and error messages show the resulting names.
+this package also uses. Each other format has a function that maps these tensor names to its own names, which
+readers, writers and error messages use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RawModel:
 
     config: HubertConfig
     weights: dict[str, Tensor]  # encoder tensors, and `lm_head.*` for a CTC model
-    head: dict[str, Tensor] = field(default_factory=dict)  # UnitHead's tensors; empty if the file has none
+    head: dict[str, Tensor] = field(default_factory=dict)  # UnitHead's tensors; empty without a unit head
     temperature: float = 0.1  # temperature of `head`
     special_rows: Tensor | None = None  # (4, dim): rows that fairseq keeps before the codebook
     phonemes: PhonemeSet | None = None

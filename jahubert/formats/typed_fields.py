@@ -83,12 +83,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """Like `read_json`, but returns an empty table if the file does not exist."""
+    """Read a JSON object as `read_json` does; returns an empty table if the file does not exist."""
     return read_json(path) if path.is_file() else {}
 
 
 def short_repr(value: Any) -> str:
-    """Like `repr`, with limited length and depth."""
+    """Return the `repr` of a value with limited length and depth."""
     try:
         return reprlib.repr(value)
     except ValueError:  # an integer with thousands of digits

@@ -19,7 +19,7 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 
 T = TypeVar("T")
 
-OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks; each uses half of it as context only
+OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks; half of it only provides context
 BATCH_SECONDS = 120.0  # padded audio per forward pass
 
 # Encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, ...), n_frames_B).

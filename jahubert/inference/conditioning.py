@@ -25,7 +25,7 @@ _MIN_SHARE = 0.2  # minimum share of a hum line in the power below _CUTOFF in qu
 _CUTOFF = 270.0  # Hz, upper end of the band that is searched
 _MAX_LINES = 5
 _DECIMATION = 16  # downsampling factor of the signal in which hum is estimated
-_TAPS = 64  # length of its low-pass filter, a Hann window
+_TAPS = 64  # length of the low-pass filter before downsampling, a Hann window
 _LONG = 4.0  # seconds; above this length, amplitude and phase may drift
 _TINY = 1e-12
 
@@ -60,7 +60,7 @@ def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor
         wav_T: 16 kHz waveform.
         speech_S: mask of the frames with speech; without speech, the waveform is returned unchanged.
         grid: mapping between frames and samples.
-        power_SK: its `vad.power_spectrum`, if already computed.
+        power_SK: `vad.power_spectrum` of the waveform, if already computed.
     """
     if not speech_S.any():
         return wav_T
@@ -75,9 +75,9 @@ def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor
 def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
     """Subtract the mains hum from a waveform (T,) with the given `power_spectrum`.
 
-    Weighted least squares on the downsampled waveform, in which parts with little power above the hum, and
-    thus without speech, count most. Harmonics are added one by one, strongest first, as long as they stand
-    out from the residual.
+    The hum is fitted by weighted least squares on the downsampled waveform. Parts with little power above
+    the hum, and thus without speech, have the largest weights. Harmonics are added one by one, strongest
+    first, as long as they stand out from the residual.
     """
     if len(wav_T) < 2 * _TAPS:
         return wav_T
@@ -100,13 +100,13 @@ def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
 
 
 def _downsample(wav_T: Tensor) -> Tensor:
-    """Low-pass filter and downsample a waveform, without padding: float64 (N,)."""
+    """Low-pass filter and downsample a waveform without padding; returns float64 (N,)."""
     taps = torch.hann_window(_TAPS, periodic=False, device=wav_T.device)
     return F.conv1d(wav_T[None, None], (taps / taps.sum())[None, None], stride=_DECIMATION)[0, 0].double()
 
 
 def _filter_gain(hz: Tensor) -> Tensor:
-    """Gain of the filter of `_downsample` at the given frequencies."""
+    """Return the gain of the low-pass filter in `_downsample` at the given frequencies."""
     taps = torch.hann_window(_TAPS, periodic=False, dtype=torch.float64, device=hz.device)
     offset = torch.arange(_TAPS, device=hz.device) - (_TAPS - 1) / 2
     return (2 * math.pi / SAMPLE_RATE * hz[:, None].double() * offset).cos() @ taps / taps.sum()
@@ -123,7 +123,7 @@ def _fit(
     """Fit mains harmonics in a downsampled waveform, starting with the `initial` frequencies.
 
     Returns:
-        Their frequencies in Hz, and the amplitudes (K,) of their `_basis` in the waveform.
+        The frequencies of the harmonics in Hz, and the amplitudes (K,) of their `_basis`.
     """
     frequencies: list[float] = []
     amplitudes_K = low_N.new_zeros(0)
@@ -157,7 +157,7 @@ def _solve(basis_NK: Tensor, x_N: Tensor, weight_N: Tensor) -> Tensor:
 def _frequency_error(
     frequency: float, x_N: Tensor, weight_N: Tensor, position_N: Tensor, n_samples: int
 ) -> float:
-    """Frequency correction in Hz by one Gauss-Newton step, at most half a resolution cell."""
+    """Return a frequency correction (Hz) by one Gauss-Newton step, at most half a resolution cell."""
     time_N = position_N.double() / SAMPLE_RATE
     phase_N = 2 * math.pi * frequency * time_N
     cos_N, sin_N = phase_N.cos(), phase_N.sin()
@@ -169,7 +169,7 @@ def _frequency_error(
 
 
 def _quietness(power_S: Tensor, sharpness: int, position_N: Tensor, grid: FrameGrid) -> Tensor:
-    """Weights at sample positions (N,), mean 1, that decrease with the power of the frames."""
+    """Return weights at sample positions (N,), mean 1, that decrease with the power of the frames."""
     power_S = F.max_pool1d(power_S[None], 5, 1, 2)[0].double()
     weight_S = (power_S + 1e-4 * power_S.max() + _TINY) ** -sharpness
     weight_N = weight_S[(position_N / grid.hop).long().clamp(max=len(weight_S) - 1)]
@@ -177,10 +177,10 @@ def _quietness(power_S: Tensor, sharpness: int, position_N: Tensor, grid: FrameG
 
 
 def _candidates(frequencies: list[float], resolution: float) -> list[tuple[float, float]]:
-    """Bands (low, high) in Hz that may contain the next line, given the lines that were found.
+    """Return the bands (low, high) in Hz that may contain the next line, given the lines already found.
 
-    The first line is the first or second harmonic, because higher ones alone are those of a voice. All
-    others are harmonics of the same fundamental.
+    The first line must be the first or second harmonic, because higher harmonics alone belong to a voice.
+    All other lines are harmonics of the same fundamental.
     """
     if not frequencies:
         nominal = [mains * harmonic for mains in _MAINS for harmonic in (1, 2)]
@@ -196,7 +196,7 @@ def _candidates(frequencies: list[float], resolution: float) -> list[tuple[float
 
 
 def _strongest_line(low_N: Tensor, weight_N: Tensor, bands: list[tuple[float, float]]) -> float | None:
-    """Frequency in Hz of the strongest line in the bands; None if none stands out."""
+    """Return the frequency in Hz of the strongest line in the bands, or None if no line stands out."""
     rate = SAMPLE_RATE // _DECIMATION
     n_fft = _fft_size(2 * len(low_N))
     spectrum = torch.fft.rfft((low_N * weight_N).float(), n_fft)
@@ -214,7 +214,7 @@ def _strongest_line(low_N: Tensor, weight_N: Tensor, bands: list[tuple[float, fl
 
 
 def _equalize(low_N: Tensor) -> Tensor:
-    """Undo the gain of the filter of `_downsample` up to `_CUTOFF` and remove what is above it."""
+    """Undo the gain of the filter in `_downsample` up to `_CUTOFF`; remove all higher frequencies."""
     n_fft = _fft_size(len(low_N))
     n_bins = round(_CUTOFF * n_fft / (SAMPLE_RATE // _DECIMATION))
     spectrum = torch.fft.rfft(low_N, n_fft)
@@ -232,7 +232,7 @@ def _fft_size(n: int) -> int:
 
 
 def _basis(frequencies: list[float], position_N: Tensor, n_samples: int) -> Tensor:
-    """Sinusoids (N, K) at sample positions of a recording of `n_samples`.
+    """Return sinusoids (N, K) at sample positions in a recording of `n_samples` samples.
 
     In long recordings, amplitude and phase may change linearly.
     """
@@ -249,7 +249,7 @@ def _basis(frequencies: list[float], position_N: Tensor, n_samples: int) -> Tens
 
 
 def _interpolate(power_K: Tensor, peak: int) -> float:
-    """Position of a maximum between bins, from a parabola through three bins."""
+    """Interpolate the position of a maximum between bins with a parabola through three bins."""
     left, middle, right = (float(power_K[peak + i] + _TINY) for i in (-1, 0, 1))
     curvature = left - 2 * middle + right
     return peak + (0.5 * (left - right) / curvature if curvature < 0 else 0.0)

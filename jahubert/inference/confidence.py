@@ -15,14 +15,14 @@ import numpy as np
 
 from jahubert.errors import CheckpointError, DataError
 
-LOW_CONFIDENCE = 0.5  # below this, a word is more likely wrong than right
+LOW_CONFIDENCE = 0.5  # below this, a word is more likely wrong than correct
 _FLOOR = -10.0  # log-probabilities are clipped here
-_RIDGE = 1e-2  # keeps the fit finite if the features separate right words from wrong ones
+_RIDGE = 1e-2  # keeps the fit finite if the features separate correct from wrong words
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Coefficients of the logistic function; they belong to one model and way of decoding.
+    """Coefficients of the logistic function, valid for one model and one search configuration.
 
     Attributes:
         bias, mean, lowest: intercept, and weights of the mean and the lowest log-probability.
@@ -46,7 +46,7 @@ class Calibration:
         """Restore a calibration from the output of `to_json`.
 
         Raises:
-            CheckpointError: any other content.
+            CheckpointError: the content is not a calibration.
         """
         names = ("bias", "mean", "lowest")
         values = [data.get(name) for name in names] if isinstance(data, dict) else []
@@ -59,7 +59,8 @@ class Calibration:
 def confidence(scores: Sequence[float], calibration: Calibration | None) -> float:
     """Estimate the confidence of a word from the log-probabilities of its labels.
 
-    Without a calibration it is their geometric mean, which ranks words but is usually too high.
+    Without a calibration, the confidence is the geometric mean of the probabilities, which ranks words but is
+    usually too high.
     """
     if calibration is not None:
         return calibration.confidence(scores)
@@ -73,11 +74,11 @@ def features(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) -> Calibration:
-    """Fit the logistic function to words that are known to be right or wrong (Newton's method).
+    """Fit the logistic function to words known to be correct or wrong (Newton's method).
 
     Args:
         scores: log-probabilities of the labels of each word.
-        correct: whether the word is right.
+        correct: whether each word is correct.
 
     Raises:
         DataError: no words.
@@ -102,12 +103,12 @@ def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How well confidences agree with the share of right words.
+    """Agreement of confidences with the share of correct words.
 
     Attributes:
-        words, accuracy, confidence: number of words, share of right ones, and mean confidence.
+        words, accuracy, confidence: number of words, share of correct words, and mean confidence.
         calibration_error: difference of confidence and accuracy, averaged over the words of all bins (ECE).
-        bins: (mean confidence, accuracy, words) of each of ten bins of equal width that has words.
+        bins: (mean confidence, accuracy, number of words) per non-empty bin, from ten bins of equal width.
     """
 
     words: int
@@ -118,7 +119,7 @@ class Reliability:
 
 
 def reliability(confidences: Sequence[float], correct: Sequence[bool], n_bins: int = 10) -> Reliability:
-    """Compare confidences with judgments.
+    """Measure how well confidences agree with the correctness of the words.
 
     Raises:
         DataError: no words.

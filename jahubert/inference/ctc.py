@@ -27,7 +27,7 @@ class Hypothesis:
     """A label sequence without blanks and the natural log of its CTC probability.
 
     Greedy search scores a single path; beam search sums over all paths kept in the beam. With fusion, the
-    score includes that of the language model, and with a lexicon, `words` are the words as written in it.
+    score includes the language model score, and with a lexicon, `words` are the words as written there.
     """
 
     labels: tuple[int, ...]
@@ -100,7 +100,7 @@ def beam_search(
     blank: int = 0,
     fusion: Fusion | None = None,
 ) -> list[list[Hypothesis]]:
-    """CTC prefix beam search (Hannun et al. 2014, arXiv 1408.2873), with a language model if given.
+    """Run CTC prefix beam search (Hannun et al. 2014, arXiv 1408.2873), optionally with a language model.
 
     A prefix accumulates the probability of all its paths, whether or not they end in blank, so a
     sequence is scored by its CTC probability, not by its best path; with a sufficiently wide beam the
@@ -114,7 +114,7 @@ def beam_search(
         beam: prefixes kept after each frame.
         n_best: hypotheses returned per row.
         blank: index of the blank symbol.
-        fusion: language model and lexicon; they are part of the ranking at every frame.
+        fusion: language model and lexicon, which take part in the ranking at every frame.
 
     Returns:
         The hypotheses of each row, best first; fewer than `n_best` if fewer sequences are possible. With a
@@ -153,7 +153,7 @@ class _Beam:
     key: Tensor  # 63-bit hash that identifies the prefix
     parent: Tensor  # key of the prefix without its last label
     lm: Tensor | None = None  # fusion: score of the prefix, relative to that of the row's best prefix
-    state: Tensor | None = None  # fusion: row of its cache
+    state: Tensor | None = None  # with fusion: row of the `RowCache`
 
     def first(self, n_rows: int) -> _Beam:
         lm = None if self.lm is None else self.lm[:n_rows]
@@ -174,9 +174,9 @@ class _History:
     chosen: list[Tensor] = field(default_factory=list)  # candidate of each slot, per frame
     shifts: list[Tensor] = field(default_factory=list)  # value subtracted from all scores, per frame
     words: list[Tensor] = field(default_factory=list)  # word that each candidate completes, with a lexicon
-    slots: dict[int, Tensor] = field(default_factory=dict)  # slots of each row at its end, best first
-    scores: dict[int, Tensor] = field(default_factory=dict)  # their scores, without the shifts
-    last_words: dict[int, Tensor] = field(default_factory=dict)  # words that the end completes
+    slots: dict[int, Tensor] = field(default_factory=dict)  # by row: final slots, best first
+    scores: dict[int, Tensor] = field(default_factory=dict)  # by row: scores of these, without the shifts
+    last_words: dict[int, Tensor] = field(default_factory=dict)  # by row: words completed by the end
 
 
 def _search(
@@ -418,7 +418,7 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
 
 
 def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:
-    """Return the state of each frame on the best path; state 2i + 1 is label i, even states are blank."""
+    """Return the state of each frame on the best path: state 2i + 1 is label i, even states are blank."""
     n_frames, n_states = len(logp), 2 * len(labels) + 1
     symbols = np.full(n_states, blank)
     symbols[1::2] = labels

@@ -42,7 +42,7 @@ def prefetch_audio(
 
 
 class LayerFeatures(nn.Module):
-    """One encoder layer, several layers or their weighted sum, as a trainable module.
+    """Trainable module that returns one encoder layer, several layers or their weighted sum.
 
     Use it as a submodule of a downstream model: `self.speech = LayerFeatures(hubert, "all", "learn")`. Its
     parameters are those of the encoder and, for learned weights, the logits `mix_L` (SUPERB, Yang et al.
@@ -272,7 +272,7 @@ class UnitExtractor:
     """Unit extractor: `units("a.wav")` returns int64 (frames,), the index of the nearest centroid per frame.
 
     Args:
-        features: extractor of the layer that the centroids belong to.
+        features: extractor for the layer to which the centroids belong.
         centroids_KD: k-means centroids.
 
     Raises:

@@ -1,11 +1,11 @@
 """Shallow fusion of n-gram language models and lexicons with CTC beam search.
 
-A fusion is an automaton over the symbols of the CTC head. Each state has a row: the score of every possible
-continuation and the state after it. Rows are computed when the search first reaches a state, many at a time,
-and cached, so a frame of the search only indexes a table.
+A fusion is an automaton over the symbols of the CTC head. Each state has a row with the score of every
+possible continuation and the next state. Rows are computed in batches when the search first reaches their
+states, and are then cached, so at each frame the search only indexes a table.
 
 Shapes: R rows (states), C columns. Column v is symbol v; with a lexicon, further columns are alternatives of
-the word boundary that complete another word with the same symbols.
+the word boundary that complete other words with the same symbols.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Fusion(ABC):
 
     @abstractmethod
     def reweighted(self, lm_weight: float, word_bonus: float) -> Fusion:
-        """Return the same models with another weight and bonus."""
+        """Return a copy of this fusion with another weight and bonus."""
 
     def cache(self, device: torch.device, dtype: torch.dtype) -> RowCache:
         """Return this thread's cache of rows, which is kept between searches."""
@@ -104,7 +104,7 @@ class Fusion(ABC):
 
 
 class SymbolFusion(Fusion):
-    """N-gram over the symbols of the head: phones, kana (both with `|` between words) or characters.
+    """Fusion of an n-gram over symbols: phones or kana (with `|` between words), or characters.
 
     Raises:
         DataError: the model contains none of the symbols.
@@ -146,7 +146,7 @@ class SymbolFusion(Fusion):
         return Rows(score_RC, next_RC, None, final_R, np.full(shape[0], -1))
 
 
-# Nodes of the prefix tree: before the first symbol, where a boundary may come first, and after a boundary.
+# Root nodes of the prefix tree: at the start, where a boundary is allowed, and after a boundary.
 _BEGIN, _ROOT = 0, 1
 
 
@@ -209,7 +209,7 @@ class Lexicon:
 
 
 class LexiconFusion(Fusion):
-    """Words of a lexicon, scored by a word n-gram if there is one.
+    """Fusion that restricts the output to the words of a lexicon, scored by a word n-gram if one is given.
 
     A word is scored when the boundary after it, or the end of the utterance, completes it; before that, the
     unigram score of the best word that can still follow ranks the prefix (look-ahead). A boundary is also
@@ -317,16 +317,16 @@ def load_fusion(
     lm_weight: float = 0.5,
     word_bonus: float = 0.0,
 ) -> Fusion | None:
-    """Read the language model and the lexicon that a search uses.
+    """Read a language model and a lexicon for `beam_search`.
 
     Args:
         symbols: the symbols of the CTC head.
-        lm: an ARPA file: of words with a lexicon, else of the symbols.
-        lexicon: a file of `read_lexicon`; restricts the output to its words.
+        lm: an ARPA file, whose tokens are the words of the lexicon, or the symbols without a lexicon.
+        lexicon: a file for `read_lexicon`, to whose words the output is restricted.
         lm_weight, word_bonus: see `Fusion`.
 
     Returns:
-        None if neither is given.
+        The fusion, or None if neither a language model nor a lexicon is given.
 
     Raises:
         DataError: a file is invalid, or the language model does not belong to the lexicon or the symbols.
@@ -353,7 +353,7 @@ class RowCache:
 
     Args:
         fusion: computes missing rows.
-        device, dtype: of the scores.
+        device, dtype: device and dtype of the scores.
     """
 
     def __init__(self, fusion: Fusion, device: torch.device, dtype: torch.dtype):

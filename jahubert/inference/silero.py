@@ -44,14 +44,14 @@ def silero_speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
 
 @lru_cache
 def _load() -> tuple[Any, Any]:
-    """The function that finds speech, and the network."""
+    """Load silero-vad; returns its function that detects speech, and the network."""
     n_threads = torch.get_num_threads()
     try:
         import silero_vad
     except ModuleNotFoundError:
         raise MissingExtraError("silero-vad", "vad") from None
     finally:
-        torch.set_num_threads(n_threads)  # importing the package sets 1
+        torch.set_num_threads(n_threads)  # importing the package sets one thread
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
         return silero_vad.get_speech_timestamps, silero_vad.load_silero_vad()

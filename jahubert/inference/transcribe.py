@@ -34,7 +34,7 @@ from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
 CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # minimum run of blanks at which a long recording is split for decoding
-MAX_CUT_WORD = 40  # labels; a longer stretch without word boundary is not the rest of a word
+MAX_CUT_WORD = 40  # labels; longer parts without a word boundary are not the rest of a word
 BEAM_ROWS = 32  # segments per beam search
 SILENCE = 1e-3  # peak amplitude, -60 dBFS, below which audio without speech is not reported
 
@@ -95,7 +95,7 @@ class TranscriptSegment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """Recognition result of one recording."""
+    """Recognition result for one recording."""
 
     words: tuple[Word, ...]
     duration: float  # seconds
@@ -110,7 +110,7 @@ class Transcript:
 
     @property
     def confidence(self) -> float | None:
-        """Expected share of correct words, weighted by their phonemes; None without words."""
+        """Expected share of correct words, weighted by their numbers of phonemes; None without words."""
         if not self.words:
             return None
         lengths = [len(word.phonemes) for word in self.words]
@@ -154,7 +154,7 @@ class Transcriber:
             detects (extra `vad`). False leaves the audio unchanged.
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
             hardware supports it, otherwise float32.
-        lm: an n-gram in ARPA format, of the symbols, or of the words of `lexicon`.
+        lm: an n-gram in ARPA format over the symbols, or over the words of `lexicon` if one is given.
         lexicon: the words to recognize: a file with a word and its symbols per line.
         lm_weight: factor of the language model's log-probability.
         word_bonus: score added per word, or per symbol without a lexicon.
@@ -336,7 +336,7 @@ class Transcriber:
             if errors == "raise":
                 raise
             results = [error] if len(recordings) == 1 else []
-        if not results:  # a recording failed: retry one by one, so that only that one fails
+        if not results:  # a recording failed: retry the recordings one by one, so that the others succeed
             for recording in recordings:
                 yield from self._transcribe_batch([recording], errors, progress)
             return
@@ -398,7 +398,7 @@ class Transcriber:
         return Transcript(tuple(words), n_samples / SAMPLE_RATE, total_score, name, tuple(starts or [0]))
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
-        """Compute log-probabilities with phones suppressed outside speech, and whether there is speech."""
+        """Compute log-probabilities without phones outside speech; also returns whether speech was found."""
         if not self.vad:
             return self.log_probs(wavs), [True] * len(wavs)
         prepared = [prepare_speech(wav_T, self.grid, self.vad == "silero") for wav_T in wavs]
@@ -410,7 +410,7 @@ class Transcriber:
         return gated, [bool(speech_S.any()) for _, speech_S in prepared]
 
     def _decode(self, segments: list[Segment]) -> list[Decoded]:
-        """Decode segments into labels aligned to frames of the recording, with their log-probability."""
+        """Decode segments into labels with their log-probabilities, aligned to frames of the recording."""
         results = []
         best = self._search([segment.logp_SV for segment in segments])
         for segment, hypothesis in zip(segments, best, strict=True):
@@ -445,7 +445,7 @@ class Transcriber:
 
 
 def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decoded]:
-    """Move the rest of a word that was cut between two parts of a recording to the earlier part.
+    """Join words that were cut between two parts of a recording by moving the rest to the earlier part.
 
     Each part is yielded as soon as the beginning of the next one is known. A part without labels (a long
     pause) ends the word before it. With a lexicon, parts consist of complete words and stay as they are.

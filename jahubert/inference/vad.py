@@ -21,14 +21,14 @@ from torch.nn import functional as F
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.phonemes import PhonemeSet
 
-# Frames last 20 ms and levels are in dB unless noted. Values were measured with tools/bench/vad.py.
+# Frames last 20 ms and levels are in dB unless noted. The thresholds were chosen with tools/bench/vad.py.
 _WINDOW, _STEP = 64, 16  # length and hop of the analysis windows, in frames
 _BANDS = (250.0, 7000.0, 14)  # lowest and highest frequency in Hz, number of bands
-_MIN_LEVEL = -100.0  # dBFS
+_MIN_LEVEL = -100.0  # dBFS; quieter frames are ignored
 _ACTIVE = 30.0  # frames more than this many dB below the loudest in the window are ignored
-_MIN_LEVEL_STD = 2.5  # standard deviation of the level
-_MIN_SHAPE_STD = 1.6  # mean standard deviation of the relative band levels
-_MIN_CHANGE = 1.6  # median change of the relative band levels within _LAG frames
+_MIN_LEVEL_STD = 2.5  # minimum standard deviation of the level
+_MIN_SHAPE_STD = 1.6  # minimum mean standard deviation of the relative band levels
+_MIN_CHANGE = 1.6  # minimum median change of the relative band levels within _LAG frames
 _LAG = 3
 _PERIODIC = (20.0, 0.6, 2, 3)  # level below the loudest, autocorrelation, length of a run, frames in runs
 _SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, length of a run, frames in runs and their share
@@ -36,7 +36,7 @@ _PITCH = (80.0, 420.0, 250.0, 3000.0)  # pitch range, and band searched for it, 
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
 MARGIN = 12  # frames added around speech for quiet consonants and CTC spikes
-_TINY = 1e-13  # power per band
+_TINY = 1e-13  # power that keeps logarithms and quotients finite
 _SUPPRESSED = -1e4  # log-probability of phones outside speech
 
 
@@ -82,7 +82,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None
     Args:
         wav_T: 16 kHz waveform.
         grid: mapping between frames and samples.
-        power_SK: its `power_spectrum`, if already computed.
+        power_SK: `power_spectrum` of the waveform, if already computed.
     """
     n_frames = int(grid.n_frames(len(wav_T)))
     if n_frames == 0:
@@ -106,7 +106,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None
         & (change_NW.where(active_NW, torch.nan).nanmedian(1).values > _MIN_CHANGE)
     )
     sustained_N = _is_sustained(level_NW)
-    # Periodicity is computed only where it decides.
+    # Periodicity is computed only for windows in which it decides the result.
     loud_NW = (level_NW > loudest_N1 - _PERIODIC[0]) & (varies_N & ~sustained_N)[:, None]
     undecided_S = _overlap_add(loud_NW.float())[:n_frames] > 0
     periodicity_S = _periodicity(wav_T, undecided_S, grid)
@@ -120,7 +120,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None
 
 
 def _overlap_add(values_NW: Tensor) -> Tensor:
-    """Sum windows (N, W) at their positions (S,)."""
+    """Add windows (N, W) at their positions; returns the sum (S,)."""
     n_frames = (len(values_NW) - 1) * _STEP + _WINDOW
     return F.fold(values_NW.T[None], (1, n_frames), (1, _WINDOW), stride=(1, _STEP))[0, 0, 0]
 
@@ -135,7 +135,7 @@ def suppress_nonspeech(logp_SV: Tensor, speech_S: Tensor, phonemes: PhonemeSet) 
 
 
 def power_spectrum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Power (S, K) of each frame in bins of 16000 / window Hz; the bins of a full-scale sine sum to 0.5."""
+    """Return the power (S, K) of frames in bins of 16000 / window Hz; a full-scale sine has power 0.5."""
     n_samples = grid.n_samples(int(grid.n_frames(len(wav_T))))
     frames_SW = wav_T[:n_samples].float().unfold(0, grid.window, grid.hop)
     frames_SW = frames_SW - frames_SW.mean(1, keepdim=True)
@@ -145,13 +145,13 @@ def power_spectrum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
 
 
 def _power(spectrum: Tensor) -> Tensor:
-    """Squared magnitude, without the square root of `abs`."""
+    """Return the squared magnitude without computing the square root of `abs`."""
     return (spectrum * spectrum.conj()).real
 
 
 @lru_cache
 def _mel_filters(window: int) -> Tensor:
-    """Triangular mel filters (frequencies, bands)."""
+    """Return triangular mel filters (frequencies, bands)."""
     low, high, n_bands = _BANDS
     mel = torch.linspace(math.log1p(low / 700), math.log1p(high / 700), n_bands + 2, device="cpu")
     edges = 700 * torch.expm1(mel)[:, None]
@@ -162,7 +162,7 @@ def _mel_filters(window: int) -> Tensor:
 
 
 def _relative_levels(band_SF: Tensor) -> Tensor:
-    """Band levels in dB, smoothed over 3 frames, relative to their mean, with a range of 40 dB."""
+    """Return band levels in dB relative to their mean, smoothed over 3 frames and limited to 40 dB."""
     n_frames_S1 = band_SF.new_full((len(band_SF), 1), 3.0)
     n_frames_S1[0] -= 1
     n_frames_S1[-1] -= 1
@@ -173,7 +173,7 @@ def _relative_levels(band_SF: Tensor) -> Tensor:
 
 
 def _spectral_change(shape_SF: Tensor) -> Tensor:
-    """Mean absolute change of the relative band levels within `_LAG` frames, dB (S,)."""
+    """Return the mean absolute change of the relative band levels within `_LAG` frames in dB, (S,)."""
     change_S = shape_SF.new_zeros(len(shape_SF))
     if len(shape_SF) > _LAG:
         change_S[:-_LAG] = (shape_SF[_LAG:] - shape_SF[:-_LAG]).abs().mean(1)
@@ -182,7 +182,7 @@ def _spectral_change(shape_SF: Tensor) -> Tensor:
 
 
 def _std(values: Tensor, mask: Tensor) -> Tensor:
-    """Standard deviation over the last dimension of the values in the mask; NaN where it is empty."""
+    """Return the standard deviation of the masked values over the last dimension; NaN for an empty mask."""
     n = mask.sum(-1, keepdim=True)
     values = values.where(mask, 0.0)
     deviation = (values - values.sum(-1, keepdim=True) / n) * mask
@@ -190,7 +190,7 @@ def _std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
-    """Maximum normalized autocorrelation (S,) over the lags of pitch periods; 0 outside the mask."""
+    """Return the maximum normalized autocorrelation (S,) over pitch lags; 0 outside the mask."""
     periodicity_S = wav_T.new_zeros(len(frames_S), dtype=torch.float32)
     if not frames_S.any():
         return periodicity_S

@@ -24,7 +24,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_arpa(path: Path) -> NGram:
-    """Read an ARPA file; memory is proportional to the n-grams that it contains.
+    """Read an ARPA file; memory is proportional to the number of n-grams.
 
     Raises:
         DataError: the file cannot be read or is not a valid ARPA file; the message names the line.
@@ -47,7 +47,7 @@ class _Reader:
     def __init__(self, path: Path, file: BinaryIO | gzip.GzipFile):
         self.path = path
         self.file = file
-        self.number = 0  # of the current line
+        self.number = 0  # number of the current line
         self.words: list[str] = []
         self.index: dict[bytes, int] = {}
 
@@ -70,7 +70,7 @@ class _Reader:
         raise DataError(f"{self.path}:{self.number}: {message}")
 
     def _line(self) -> bytes:
-        """The next line, without surrounding white space."""
+        """Return the next line without surrounding white space."""
         line = self.file.readline(MAX_LINE)
         self.number += 1
         if not line:
@@ -80,13 +80,13 @@ class _Reader:
         return line.strip()
 
     def _next_content(self) -> bytes:
-        """The next line that is not empty."""
+        """Return the next line that is not empty."""
         while not (line := self._line()):
             pass
         return line
 
     def _header(self) -> list[int]:
-        """Number of n-grams of each order."""
+        """Read the header; returns the number of n-grams of each order."""
         while self._line() != b"\\data\\":
             pass
         counts: list[int] = []
@@ -100,7 +100,7 @@ class _Reader:
         return counts
 
     def _section(self, order: int, count: int, is_last: bool) -> Entries:
-        """The n-grams of one order, after the line that names it."""
+        """Read the n-grams of one order, after the line that names the order."""
         ids, logps, backoffs = array("i"), array("f"), array("f")
         for parts in self._rows():
             if not order + 1 <= len(parts) <= order + 2:
@@ -125,7 +125,7 @@ class _Reader:
         )
 
     def _rows(self) -> Iterator[list[bytes]]:
-        """Fields of the lines of a section, up to the empty line after it."""
+        """Yield the fields of each line in a section, up to the empty line after the section."""
         while parts := self._line().split():
             yield parts
 
@@ -148,7 +148,7 @@ class _Reader:
 
 
 def _shown(text: bytes) -> str:
-    """Text of the file as it appears in messages."""
+    """Format text from the file for messages."""
     return repr(text[:60].decode(errors="replace"))
 
 

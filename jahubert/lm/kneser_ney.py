@@ -1,8 +1,9 @@
 """Estimation of n-grams with interpolated modified Kneser-Ney smoothing.
 
-Chen and Goodman 1998, "An empirical study of smoothing techniques for language modeling", with the
-conventions of KenLM's lmplz (Heafield et al. 2013): n-grams that start with `<s>` keep their counts at all
-orders, and unigrams are interpolated with a uniform distribution over the words, `</s>` and `<unk>`.
+The method is that of Chen and Goodman 1998, "An empirical study of smoothing techniques for language
+modeling", with the conventions of KenLM's lmplz (Heafield et al. 2013): n-grams that start with `<s>` keep
+their counts at all orders, and unigrams are interpolated with a uniform distribution over the words, `</s>`
+and `<unk>`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jahubert.lm.ngram import END, START, UNKNOWN, Entries, NGram
 
 log = logging.getLogger(__name__)
 
-FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where a text is too small to estimate them, as in lmplz
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # used if a text is too small to estimate discounts, as in lmplz
 _START_LOGP = -99.0 * np.log(10.0)  # <s> is never predicted
 
 
@@ -29,7 +30,7 @@ class _Counts:
     """The distinct n-grams of one order, sorted by context and word.
 
     Attributes:
-        position_N: a position of the text where the n-gram starts.
+        position_N: a position in the text at which the n-gram starts.
         context_N, suffix_N: row of the n-gram without its last or first word, among those one order lower.
         count_N: occurrences.
     """
@@ -59,7 +60,7 @@ def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3) -> NGram:
     lower_N = np.full(len(words), 1.0 / (len(words) - 1))  # uniform, without <s>
     for n, counts in enumerate(all_counts, 1):
         adjusted_N = counts.count_N
-        if n < len(all_counts):  # number of distinct words before the n-gram
+        if n < len(all_counts):  # continuation count: number of distinct words before the n-gram
             adjusted_N = np.bincount(all_counts[n].suffix_N, minlength=len(adjusted_N))
             if n > 1:
                 starts_N = token_T[counts.position_N] == 0
@@ -80,7 +81,7 @@ def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3) -> NGram:
 
 
 def _encode(sentences: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """Vocabulary (`<s>`, `</s>`, `<unk>`, then words by first occurrence) and the text as word indices."""
+    """Return the vocabulary (`<s>`, `</s>`, `<unk>`, words by first occurrence) and the text as indices."""
     index = {START: 0, END: 1, UNKNOWN: 2}
     tokens = array("i")
     for number, sentence in enumerate(sentences, 1):
@@ -97,7 +98,7 @@ def _encode(sentences: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
 
 
 def _count(token_T: np.ndarray, n_words: int, order: int) -> list[_Counts]:
-    """Distinct n-grams of each order; fewer orders if no sentence is long enough."""
+    """Count the distinct n-grams of each order; returns fewer orders if no sentence is long enough."""
     counts = []
     row_T = np.zeros(len(token_T), np.int64)  # row of the n-gram that starts at each position
     start_T = np.arange(len(token_T))
@@ -127,7 +128,7 @@ def _count(token_T: np.ndarray, n_words: int, order: int) -> list[_Counts]:
 def _interpolate(
     counts: _Counts, adjusted_N: np.ndarray, lower_N: np.ndarray, order: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Smoothed probabilities of n-grams, and the weight of the lower order in each context.
+    """Compute smoothed probabilities of n-grams, and the weight of the lower order in each context.
 
     Args:
         adjusted_N: counts, or continuation counts.
@@ -144,7 +145,7 @@ def _interpolate(
 
 
 def _discounts(adjusted_N: np.ndarray, order: int) -> tuple[float, float, float]:
-    """Discounts of n-grams that occur once, twice, and more often (Chen and Goodman, equation 26)."""
+    """Compute discounts of n-grams with one, two and more occurrences (Chen and Goodman, eq. 26)."""
     n1, n2, n3, n4 = (int((adjusted_N == k).sum()) for k in range(1, 5))
     if n1 and n2 and n3:
         y = n1 / (n1 + 2 * n2)

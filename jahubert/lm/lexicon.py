@@ -47,7 +47,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
 
 
 def write_lexicon(entries: Iterable[tuple[str, Sequence[str]]], path: Path) -> int:
-    """Write a lexicon and return the number of its lines."""
+    """Write a lexicon; returns the number of lines."""
     n_lines = 0
     with atomic_write(path) as file:
         for word, spelling in entries:

@@ -23,7 +23,7 @@ UNSEEN_LOGP = -100.0 * np.log(
 
 
 class NGramError(DataError):
-    """An n-gram that contradicts the others; `order` and `row` locate it among the arguments."""
+    """An n-gram is inconsistent with the others; `order` and `row` locate it in the arguments."""
 
     def __init__(self, message: str, order: int, row: int):
         super().__init__(message)
@@ -54,8 +54,8 @@ class NGram:
         entries: the n-grams of each order, from 1; every word needs a unigram.
 
     Raises:
-        NGramError: a duplicate n-gram, or one whose context is missing.
-        DataError: words without a unigram.
+        NGramError: an n-gram occurs twice, or its context is missing.
+        DataError: a word has no unigram.
     """
 
     def __init__(self, words: Sequence[str], entries: Sequence[Entries]):
@@ -85,7 +85,7 @@ class NGram:
         self.start_state = int(self.state_M[1 + self.start_word]) if self.start_word >= 0 else 0
 
     def _keys(self, words_Nn: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted keys of the n-grams of an order, and the sorting permutation."""
+        """Return the sorted keys of the n-grams of an order, and the sorting permutation."""
         node_N = np.zeros(len(words_Nn), np.int64)
         for column in range(order - 1):
             node_N = self._find(node_N, words_Nn[:, column])
@@ -101,7 +101,7 @@ class NGram:
         return key_N, sort_N
 
     def _find(self, context_R: np.ndarray, word_R: np.ndarray) -> np.ndarray:
-        """Node of each context with a word appended; -1 if the model does not have it."""
+        """Return the node of each context with a word appended; -1 if the model lacks this n-gram."""
         if not len(self.key_N):
             return np.full(len(context_R), -1, np.int64)
         key_R = context_R * len(self.words) + word_R
@@ -110,7 +110,7 @@ class NGram:
         return np.where(self.key_N[position_R] == key_R, position_R + 1, -1)
 
     def _suffixes(self) -> np.ndarray:
-        """Longest proper suffix of each node that is a node."""
+        """Return the node of the longest proper suffix of each node that the model contains."""
         suffix_M = np.zeros(len(self.key_N) + 1, np.int64)
         start = 1 + self.counts[0]
         for count in self.counts[1:]:
@@ -126,13 +126,13 @@ class NGram:
         return suffix_M
 
     def _states(self) -> np.ndarray:
-        """State of each node: itself if it changes the next word's probability, else that of its suffix."""
+        """Return the state of each node: itself if it affects the next word, else the state of its suffix."""
         matters_M = (np.diff(self.first_child_M) > 0) | (self.backoff_M != 0)
         n_contexts = len(self.key_N) + 1 - self.counts[-1]
         matters_M[n_contexts:] = False
         state_M = np.arange(len(matters_M))
         start = 1
-        for count in self.counts:  # a suffix has a lower order, so its state is already known
+        for count in self.counts:  # suffixes have lower orders, so their states are already known
             nodes = np.arange(start, start + count)
             replaced = nodes[~matters_M[nodes]]
             state_M[replaced] = state_M[self.suffix_M[replaced]]
@@ -141,15 +141,15 @@ class NGram:
 
     @property
     def n_states(self) -> int:
-        """States are below this number."""
+        """Upper bound on state numbers (exclusive)."""
         return len(self.state_M)
 
     def word_ids(self, words: Iterable[str]) -> np.ndarray:
-        """Indices of words; unknown words have that of `<unk>`, or -1 if the model has no `<unk>`."""
+        """Return the indices of words; unknown words get the index of `<unk>`, or -1 without `<unk>`."""
         return np.array([self.index.get(word, self.unknown_word) for word in words], np.int64)
 
     def score(self, state_R: np.ndarray, word_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probability of a word after each state, and the state after it.
+        """Return the log-probability of a word after each state, and the state after the word.
 
         A word of -1 has the log-probability `UNSEEN_LOGP` and leads to the empty context.
         """
@@ -171,7 +171,7 @@ class NGram:
         return logp_R, next_R
 
     def rows(self, state_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities (R, V) of all words after each state, and the states (R, V) after them."""
+        """Return log-probabilities (R, V) of all words after each state, and the next states (R, V)."""
         n_words = len(self.words)
         logp_RV = np.repeat(self.logp_N[None, :n_words], len(state_R), 0)
         next_RV = np.repeat(self.state_M[None, 1 : 1 + n_words], len(state_R), 0)
@@ -191,7 +191,7 @@ class NGram:
         return logp_RV, next_RV
 
     def sentence_logp(self, words: Sequence[str]) -> np.ndarray:
-        """Log-probability of each word of a sentence, and of its end."""
+        """Return the log-probability of each word in a sentence and of the sentence end."""
         ids = self.word_ids([*words, END])
         logps = np.empty(len(ids))
         state = np.array([self.start_state])
@@ -202,7 +202,7 @@ class NGram:
 
 
 def concatenate_ranges(first_R: np.ndarray, last_R: np.ndarray) -> np.ndarray:
-    """Concatenation of the ranges [first, last)."""
+    """Concatenate the ranges [first, last)."""
     length_R = last_R - first_R
     offset_R = np.cumsum(length_R) - length_R
     return np.arange(int(length_R.sum())) + np.repeat(first_R - offset_R, length_R)
@@ -213,10 +213,10 @@ class Perplexity:
     """Total log-probability of a text and the numbers of its tokens.
 
     Attributes:
-        logp: natural logarithm, of all words and sentence ends.
-        sentences, words: sentences, and words without sentence ends.
-        unknown: words outside the vocabulary; they count with the probability of `<unk>`.
-        unknown_logp: their part of `logp`.
+        logp: sum of the natural log-probabilities of all words and sentence ends.
+        sentences, words: numbers of sentences, and of words without sentence ends.
+        unknown: number of words outside the vocabulary, which are scored as `<unk>`.
+        unknown_logp: part of `logp` contributed by unknown words.
     """
 
     logp: float
@@ -237,10 +237,10 @@ class Perplexity:
 
 
 def perplexity(model: NGram, sentences: Iterable[Sequence[str]]) -> Perplexity:
-    """Score a text, one sequence of words per sentence.
+    """Score a text, given as one sequence of words per sentence.
 
     Raises:
-        DataError: no sentences.
+        DataError: there are no sentences.
     """
     logp = unknown_logp = 0.0
     n_sentences = n_words = n_unknown = 0

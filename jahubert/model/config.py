@@ -11,7 +11,7 @@ from jahubert.frames import FrameGrid
 
 @dataclass(frozen=True)
 class HubertConfig:
-    """Sizes and regularization; the defaults are the paper's BASE (Table I, fairseq's base yaml)."""
+    """Sizes and regularization of a model; defaults are the paper's BASE (Table I, fairseq's base yaml)."""
 
     conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
     conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the previous layer
@@ -62,22 +62,22 @@ class HubertConfig:
 
     @property
     def grid(self) -> FrameGrid:
-        """The samples that each output frame covers."""
+        """Mapping between output frames and samples."""
         return FrameGrid.from_convs(self.conv_kernels, self.conv_strides)
 
     @classmethod
     def base(cls, **changes: Any) -> HubertConfig:
-        """95 M parameters, 12 blocks of width 768."""
+        """Return the BASE configuration: 95 M parameters, 12 blocks of width 768."""
         return replace(cls(), **changes)
 
     @classmethod
     def large(cls, **changes: Any) -> HubertConfig:
-        """316 M parameters, 24 blocks of width 1024, pre-norm, no dropout."""
+        """Return the LARGE configuration: 316 M parameters, 24 blocks of width 1024, pre-norm, no dropout."""
         return replace(cls(**_LARGE), **changes)
 
     @classmethod
     def xlarge(cls, **changes: Any) -> HubertConfig:
-        """962 M parameters, 48 blocks of width 1280, pre-norm, no dropout."""
+        """Return the X-LARGE configuration: 962 M parameters, 48 blocks of width 1280, otherwise as LARGE."""
         return replace(cls(**_LARGE | {"width": 1280, "layers": 48, "ffn": 5120}), **changes)
 
 

@@ -8,7 +8,7 @@ from jahubert.errors import ConfigError
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The requested device; None and "auto" select a CUDA GPU, else an Apple GPU (MPS), else the CPU.
+    """Return the requested device; None and "auto" select a CUDA GPU, else an Apple GPU (MPS) or the CPU.
 
     Raises:
         ConfigError: the device is unknown or unavailable.

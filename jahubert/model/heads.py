@@ -26,8 +26,8 @@ class UnitHead(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.final_proj = nn.Linear(width, dim)
-        # fairseq draws from [0, 1), where all embeddings point in similar directions. If they are spread over
-        # the sphere, the loss decreases sooner.
+        # fairseq draws from [0, 1), where all embeddings point in similar directions. The loss decreases
+        # sooner if they are spread over the sphere.
         self.label_embeddings = nn.Parameter(torch.randn(n_units, dim))
 
     @property
@@ -36,12 +36,12 @@ class UnitHead(nn.Module):
         return self.label_embeddings.shape[0]
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        """Logits (N, K), at least float32, of frames (N, D)."""
+        """Return the logits (N, K), at least float32, of frames (N, D)."""
         n = len(hidden_ND)
         if kernels.usable(self):  # oneDNN compiles a kernel for every new size
             hidden_ND = F.pad(hidden_ND, (0, 0, 0, -n % kernels.BLOCK))
         projected_ND = self.final_proj(hidden_ND)
-        # In float32, because a 16-bit cosine divided by the temperature would be off by up to 0.02.
+        # Use float32, because a 16-bit cosine divided by the temperature would be off by up to 0.02.
         with autocast(torch.float32, hidden_ND.device):
             frames_ND = F.normalize(at_least_float32(projected_ND), dim=-1)
             units_KD = F.normalize(at_least_float32(self.label_embeddings), dim=-1)
@@ -69,12 +69,12 @@ class HubertForCtc(nn.Module):
     def forward(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (B, S, V) and valid frames (B,); arguments as for `HubertModel`."""
+        """Return log-probabilities (B, S, V) and valid frames (B,); arguments as for `HubertModel`."""
         encoded = self.hubert(wav_BT, n_samples_B, **options)
         return self.log_probs(encoded.hidden_BSD), encoded.n_frames_B
 
     def log_probs(self, hidden_BSD: Tensor) -> Tensor:
-        """Log-probabilities (B, S, V), at least float32, of the encoder's frames (B, S, D)."""
-        # In float32, because nearly equal probabilities would become equal in 16 bits.
+        """Return log-probabilities (B, S, V), at least float32, of the encoder's frames (B, S, D)."""
+        # Use float32, because nearly equal probabilities would become equal in 16 bits.
         with autocast(torch.float32, hidden_BSD.device):
             return self.lm_head(at_least_float32(hidden_BSD)).log_softmax(-1)

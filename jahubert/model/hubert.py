@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from jahubert.model.kernels.packing import Packing
 
 
-# Effect of padding on valid frames. "ignored" means none; the other two reproduce other projects. "masked"
-# includes padding in the group norm of base models (fairseq, torchaudio, and Hugging Face with an attention
-# mask); "unmasked" treats it as audio (Hugging Face without an attention mask).
+# Effect of padding on valid frames. "ignored" means no effect; the other values reproduce other projects.
+# "masked" includes padding in the group norm of base models (fairseq, torchaudio, and Hugging Face with an
+# attention mask); "unmasked" treats padding as audio (Hugging Face without an attention mask).
 Padding = Literal["ignored", "masked", "unmasked"]
 
 
@@ -78,7 +78,7 @@ class ConvLayer(nn.Module):
             self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x_BCS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
-        """Args: x_BCS: output of the previous layer; valid_BS: valid frames of this layer's output."""
+        """Apply the layer to `x_BCS`; `valid_BS` masks the valid frames of the result."""
         x_BCS = self.conv(x_BCS)
         if self.norm == "group":
             x_BCS = self.layer_norm(x_BCS, None if valid_BS is None else valid_BS[:, None])
@@ -99,7 +99,7 @@ class ConvFrontEnd(nn.Module):
             self.conv_layers.append(ConvLayer(dims[i], dims[i + 1], kernel, stride, config.conv_bias, norm))
 
     def forward(self, wav_BT: Tensor, n_samples: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Features (B, S, C); `n_samples` are the lengths if the batch is padded."""
+        """Return features (B, S, C); `n_samples` are the lengths if the batch is padded."""
         if kernels.usable(self):
             return kernels.front_end_padded(self, wav_BT, n_samples)
         x_BCS, valid_BS = wav_BT[:, None], None
@@ -137,10 +137,10 @@ class PositionalConv(nn.Module):
         self.conv = WeightNormConv1d(conv)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """Embeddings (B, S, D); `x_BSD` must be zero after the end of each utterance."""
+        """Return embeddings (B, S, D); `x_BSD` must be zero after the end of each utterance."""
         n_frames, lower = x_BSD.shape[1], torch.is_autocast_enabled(x_BSD.device.type)
-        # Always in float32: oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) returns wrong results
-        # for groups of 4 to 14 channels, and a GPU would use TF32.
+        # Use float32, because oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) returns wrong
+        # results for groups of 4 to 14 channels, and a GPU would use TF32.
         with autocast(torch.float32, x_BSD.device):
             y_BDS = self.conv((x_BSD.float() if lower else x_BSD).transpose(1, 2))
         # With an even kernel size, the output has one extra frame.
@@ -193,7 +193,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, frames: Tensor | Packing | None) -> Tensor:
-        """A padded batch x (B, S, D) with its valid frames (B, S) or None, or packed frames (N, D)."""
+        """Apply the block to a padded batch (B, S, D) with a mask (B, S), or to packed frames (N, D)."""
         if isinstance(frames, kernels.Packing):
             return kernels.encoder_layer(self, x, frames)
         if self.pre_norm:
@@ -225,7 +225,7 @@ class Encoder(nn.Module):
         last_layer: int | None = None,
         keep_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Output of the last computed block, and the kept outputs by block number."""
+        """Return the output of the last computed block, and the kept outputs by block number."""
         if valid_BS is not None:
             x_BSD = x_BSD.masked_fill(~valid_BS[..., None], 0.0)
         x_BSD = x_BSD + self.pos_conv_embed(x_BSD)
@@ -236,10 +236,10 @@ class Encoder(nn.Module):
     def transformer(
         self, x: Tensor, frames: Tensor | Packing | None, last_layer: int | None, keep_layers: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The blocks, on a padded batch or on packed frames (see `EncoderLayer.forward`)."""
+        """Apply the blocks to a padded batch or to packed frames (see `EncoderLayer.forward`)."""
         kept = {0: x} if 0 in keep_layers else {}
         for number, layer in enumerate(self.layers[:last_layer], start=1):
-            # Drawn on the CPU, so that a skipped block costs nothing and the device is not synchronized.
+            # Drawing layer drop on the CPU makes skipped blocks free and does not synchronize the GPU.
             skipped = self.training and torch.rand((), device="cpu").item() < self.layer_drop
             if not skipped:
                 x = layer(x, frames)
@@ -251,7 +251,7 @@ class Encoder(nn.Module):
 
 
 class HubertModel(nn.Module):
-    """Waveforms to frames: `model(wav_BT, n_samples_B) -> Encoded`."""
+    """HuBERT encoder from waveforms to frames: `model(wav_BT, n_samples_B) -> Encoded`."""
 
     def __init__(self, config: HubertConfig):
         super().__init__()
@@ -263,7 +263,7 @@ class HubertModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> HubertModel:
-        """The encoder of any checkpoint that `jahubert.load_bundle` opens, in eval mode."""
+        """Load the encoder of any checkpoint that `jahubert.load_bundle` opens, in eval mode."""
         from jahubert.formats.bundle import load_bundle
 
         return load_bundle(source).model
@@ -339,7 +339,7 @@ class HubertModel(nn.Module):
     def _check_lengths(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None
     ) -> Tensor | Sequence[int] | None:
-        """The lengths as integers, or as a tensor if operations are recorded; None if nothing is padded."""
+        """Return the lengths as integers, or as a tensor if operations are recorded; None without padding."""
         if wav_BT.ndim != 2 or wav_BT.shape[0] == 0:
             raise AudioError(f"waveforms must be (batch >= 1, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape
@@ -357,14 +357,14 @@ class HubertModel(nn.Module):
         return None if n_samples_B is None or shortest == width else n_samples
 
     def normalize(self, wav: Tensor) -> Tensor:
-        """Zero mean and unit variance over the last dimension, if the model was trained on such waveforms."""
+        """Normalize to zero mean and unit variance if the model was trained on such waveforms."""
         if not self.config.normalize:
             return wav
         deviation = torch.sqrt(wav.var(-1, unbiased=False, keepdim=True) + self.config.normalize_eps)
         return (wav - wav.mean(-1, keepdim=True)) / deviation
 
     def _normalize_padded(self, wav_BT: Tensor, n_samples_B: Tensor) -> Tensor:
-        """`normalize` for a padded batch; samples after each utterance become zero."""
+        """Apply `normalize` to a padded batch; samples after each utterance become zero."""
         valid_BT = length_mask(n_samples_B, wav_BT.shape[1])
         if not self.config.normalize:
             return wav_BT.masked_fill(~valid_BT, 0.0)

@@ -64,7 +64,7 @@ class WeightNormConv1d(nn.Module):
         return F.conv1d(x_BDS, self.weight, self.bias, padding=self.padding, groups=self.groups)
 
     def folded(self) -> nn.Conv1d:
-        """An ordinary convolution with the effective weight."""
+        """Return an ordinary convolution with the effective weight."""
         weight = self.weight.detach()
         conv = nn.Conv1d(
             weight.shape[1] * self.groups, len(weight), self.kernel_size, padding=self.padding,
@@ -75,7 +75,7 @@ class WeightNormConv1d(nn.Module):
 
 
 def standardize(x: Tensor, valid: Tensor, eps: float) -> Tensor:
-    """Zero mean and unit variance over the valid values of the last dimension, and zero elsewhere."""
+    """Normalize the valid values of the last dimension to mean 0 and variance 1; set all others to zero."""
     count = valid.sum(-1, keepdim=True)
     mean = x.masked_fill(~valid, 0.0).sum(-1, keepdim=True) / count
     centered = (x - mean).masked_fill(~valid, 0.0)
@@ -84,7 +84,7 @@ def standardize(x: Tensor, valid: Tensor, eps: float) -> Tensor:
 
 
 def length_tensor(lengths: Iterable[int] | Tensor, device: torch.device) -> Tensor:
-    """Lengths as an int64 tensor (B,) on a device."""
+    """Return lengths as an int64 tensor (B,) on a device."""
     if isinstance(lengths, Tensor):
         return lengths.to(device, torch.int64)
     (length_B,) = index_tensors(device, list(lengths))
@@ -92,19 +92,19 @@ def length_tensor(lengths: Iterable[int] | Tensor, device: torch.device) -> Tens
 
 
 def length_mask(length_B: Tensor, width: int) -> Tensor:
-    """Mask (B, width) that is True up to each length."""
+    """Return a mask (B, width) that is True up to each length."""
     return torch.arange(width, device=length_B.device) < length_B[:, None]
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Identity that multiplies the gradient by `scale`."""
+    """Return `x` unchanged, but multiply its gradient by `scale`."""
     if scale == 1.0 or not x.requires_grad:
         return x
     return x * scale + x.detach() * (1 - scale)
 
 
 def mean_square(x_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
-    """Mean square of the valid frames, float32."""
+    """Return the mean square of the valid frames, float32."""
     if valid_BS is None:
         return x_BSC.float().square().mean()
     return x_BSC.float().square().mean(-1).masked_fill(~valid_BS, 0.0).sum() / valid_BS.sum()

@@ -21,16 +21,16 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if the device multiplies it in hardware, else float32, which is faster then."""
+    """Return bfloat16 if the device supports it in hardware, else float32, which is then faster."""
     if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(False)  # not by emulation
+        supported = torch.cuda.is_bf16_supported(False)  # False: without emulation
     else:
         supported = _cpu_has_bf16()
     return torch.bfloat16 if supported else torch.float32
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to `dtype`; disabled for float32, and for int8, which the quantized layers implement."""
+    """Enable autocast to `dtype`, except for float32, and for int8, which quantized layers implement."""
     lower = dtype in PRECISIONS[1:]
     if not lower and not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -38,18 +38,18 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The autocast dtype for this tensor, or its own dtype. Needed where autocast has no effect."""
+    """Return the autocast dtype for a tensor, or its own dtype; for operations that autocast ignores."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32, or in its own dtype if that is more precise."""
+    """Convert a tensor to float32 unless its own dtype is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def quantize_int8(model: T, device: torch.device) -> T:
-    """A copy of the model with int8 linear layers: weights quantized per channel, activations dynamically.
+    """Return a copy of the model with int8 linear layers (weights per channel, dynamic activations).
 
     Raises:
         ConfigError: the device is not a CPU, or this torch has no dynamic quantization.

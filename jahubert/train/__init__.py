@@ -1,1 +1,1 @@
-"""Ring 2: everything that makes models, from a corpus to an error rate. Needs the extra `train`."""
+"""Training and evaluation ("ring 2" in docs/layout.md), from a corpus to error rates; extra `train`."""

@@ -1,12 +1,12 @@
-"""Build of the built-in model, from the corpus to the folder that is part of the wheel.
+"""Script that builds the built-in model, from the corpora to the folder included in the wheel.
 
     python recipes/builtin/build.py data=... common_voice=... hts_voices=... texts=...
-    python recipes/builtin/build.py --pack exp/builtin   # pack a finished run, possibly of another machine
+    python recipes/builtin/build.py --pack exp/builtin   # pack a finished run, possibly from another machine
 
-Pretrains on the recordings alone in exp/builtin-pretraining, unless `pretrained=` names a model, and
-fine-tunes on recordings and synthetic voices in exp/builtin. Finished stages are kept, and an interrupted
-stage continues, so the command can be repeated until it ends. Then writes the recognizer in float16 with a
-model card that has the numbers of stage `score`. The folder must not exceed 15 MB.
+The script pretrains on the recordings alone in exp/builtin-pretraining, unless `pretrained=` names a model,
+and fine-tunes on recordings and synthetic voices in exp/builtin. Finished stages are kept and interrupted
+stages are resumed, so the command can be repeated until it succeeds. The script then writes the recognizer in
+float16 with a model card that contains the results of stage `score`. The folder must not exceed 15 MB.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jahubert.train.stages import features, kmeans
 
 NAME = "japanese-small"
 LIMIT = 15_000_000  # bytes
-UNIT_FRAMES = 200_000  # frames that the units are fitted on
+UNIT_FRAMES = 200_000  # number of frames used to fit the units
 LICENCE = "CC-BY-SA-4.0"
 ATTRIBUTION = (
     "Trained on recordings by Tofugu and WaniKani "
@@ -58,13 +58,13 @@ SETS = {
     "test_real": "sentences read by other speakers (8 recordings)",
 }
 CALIBRATION = "dev_cv"  # split on which confidences are calibrated
-PRETRAINING = "builtin-pretraining"  # name of the experiment
+PRETRAINING = "builtin-pretraining"  # name of the pretraining experiment
 UNITS, UNIT_LAYER = 100, 4  # number of units for `jahubert units`, and the layer that is clustered
 CARD = Path(__file__).with_name("card.md")
-# Paths, shown as "..." in the card.
+# Settings with paths, which are replaced by "..." in the model card.
 CORPORA = ("data", "common_voice", "other_languages", "sentences", "hts_voices", "texts")
 PATHS = (*CORPORA, "exp", "pretrained")
-SHARED = (*CORPORA, "seed", "processes", "device", "workers")  # settings that pretraining takes as well
+SHARED = (*CORPORA, "seed", "processes", "device", "workers")  # settings that are also passed to pretraining
 
 
 def main(argv: list[str]) -> int:
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
 
 
 def pretrained(settings: list[str]) -> tuple[int, str]:
-    """Run pretraining; return its exit status and the folder of the pretrained model."""
+    """Run pretraining; returns its exit status and the folder of the pretrained model."""
     given = dict(setting.partition("=")[::2] for setting in settings)
     if "pretrained" in given:
         return 0, given["pretrained"]
@@ -118,7 +118,7 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
 
 
 def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
-    """Cluster a layer of the recognizer of `exp` on the training data; return the centroids and the layer."""
+    """Cluster a layer of the recognizer in `exp` on the training data; returns centroids and layer."""
     with tempfile.TemporaryDirectory() as folder:
         sample, clusters = Path(folder, "features"), Path(folder, "kmeans")
         for out in (sample, clusters):
@@ -139,13 +139,13 @@ def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
 
 @torch.no_grad()
 def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] | None = None) -> int:
-    """Write the recognizer of `exp` with its model card; return the size in bytes.
+    """Write the recognizer in `exp` with its model card; returns the size in bytes.
 
     Args:
         exp: folder of a finished experiment.
         target: folder to write.
         command: command line for the model card.
-        units: centroids (K, D) of the units and the layer that they belong to, for `jahubert units`.
+        units: centroids (K, D) of the units and the layer to which they belong, for `jahubert units`.
 
     Raises:
         DataError: the run is not finished, or the folder is too large.
@@ -158,7 +158,8 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     bundle = load_bundle(system / "finetune")
     if bundle.ctc is None:
         raise ConfigError(f"{system}: its bundle has no CTC head")
-    for tensor in bundle.ctc.state_dict().values():  # the hash is that of the weights in the file
+    # Round to float16 first, so that the hash matches the weights in the file.
+    for tensor in bundle.ctc.state_dict().values():
         tensor.copy_(tensor.half().float())
     info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
     calibration = system / "score" / "calibration.json"
@@ -180,7 +181,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
 
 
 def examples(exp: Path, split: str = "test_cv", count: int = 10) -> str:
-    """Table of texts and transcripts at equal distances in a test set; empty without the set."""
+    """Format a table of evenly spaced texts and transcripts from a test set; empty without this set."""
     path = exp / "systems" / "main" / "decode" / f"{split}.jsonl"
     if not path.exists():
         return ""

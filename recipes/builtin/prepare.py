@@ -2,17 +2,17 @@
 
 The sources are
 
-- the words of recipe `tofugu`, single and joined, and the joined ones again at other speeds, which change
-  vocal tract and rate;
-- sentences of Common Voice by many speakers;
+- the words of recipe `tofugu`, single and joined, and copies of the joined words at other speeds, which
+  changes vocal tract length and speaking rate;
+- sentences from Common Voice by many speakers;
 - recordings in other languages without text, for pretraining;
 - sentences in the mixed voices of recipe `voices`;
 - the sentences of recipe `demo` in its synthetic voices, and the training words in random order in the same
   voices, which have more different phone sequences than sentence patterns.
 
-Test splits are the held-out words by voice, the same joined, sentences by held-out speakers of Common Voice,
-the same over a simulated telephone line and in noise, synthetic sentences that do not occur in training, and
-real sentences, if a folder is given.
+Test splits are the held-out words per voice, these words joined, sentences by held-out speakers from Common
+Voice, these sentences over a simulated telephone line and in noise, synthetic sentences that do not occur in
+training, and real sentences if their folder is given.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from jahubert.train.experiment.registry import recipe_folder, resolve
 
 
 def _recipe(name: str) -> ModuleType:
-    """The corpus reader of another recipe."""
+    """Import the corpus reader of another recipe."""
     return sys.modules[resolve(f"{recipe_folder(name) / 'prepare.py'}:prepare", {}, "recipe").__module__]
 
 
 tofugu, demo, voices = _recipe("tofugu"), _recipe("demo"), _recipe("voices")
 Words, Voices, Speakers = tofugu.Config, demo.Config, voices.Config
 
-# The recordings do not name the speaker: one voice is around 125 Hz, the other around 240 Hz.
-LOW_VOICE = 175.0  # Hz, median pitch of a word
-_FLOOR, _CEILING = 70.0, 400.0  # Hz, range of the pitch tracker
+# The files do not identify the speaker. The pitch of one voice is about 125 Hz, of the other about 240 Hz.
+LOW_VOICE = 175.0  # Hz; words with a lower median pitch belong to the low voice
+_FLOOR, _CEILING = 70.0, 400.0  # Hz, lower and upper limit of the pitch tracker
 _WINDOW, _STEP = 1024, 256  # samples
-_JOINS = ("、", "、", "と", "の", "は", "が", "を", "に", "も")  # between words read by a synthetic voice
+_JOINS = ("、", "、", "と", "の", "は", "が", "を", "に", "も")  # text between synthetic words
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Config:
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(
         default_factory=Speakers
-    )  # `exclude` is extended by the sentences of the corpora
+    )  # the sentences of the corpora are added to `exclude`
     reading: float = 35.0  # minutes of training words in synthetic voices
-    speeds: tuple[float, ...] = (0.87, 1.15)  # every joined training utterance is repeated at one of these
+    speeds: tuple[float, ...] = (0.87, 1.15)  # speeds of copies of joined training utterances
 
     def __post_init__(self) -> None:
         if not all(0.5 <= speed <= 2 for speed in self.speeds):
@@ -83,7 +83,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     test_real. `data` is the corpus of recipe `tofugu`.
 
     Raises:
-        DataError: corpus not found.
+        DataError: the corpus was not found.
     """
     words: list[str] = []
     for number, item in enumerate(tofugu.prepare(data, work / "tofugu", config.words, seed)):
@@ -110,7 +110,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 
 def _synthetic(words: list[str], work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Sentences and training words in synthetic voices."""
+    """Yield sentences and training words in synthetic voices."""
     for item in demo.synthesize(demo.sentences(seed), work / "voices", config.voices, seed):
         yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
     tables = [
@@ -146,7 +146,7 @@ def _voice(item: Utterance) -> str:
 
 
 def _texts(words: list[str], seed: int) -> Iterator[str]:
-    """Endless texts of three to seven words in random order, without words that Open JTalk cannot read."""
+    """Yield endless texts of three to seven random words, excluding words that Open JTalk misreads."""
     readable = [word for word in words if _is_readable(word)]
     if not readable:
         raise DataError("pyopenjtalk can read none of the training words, so no voice can be synthesized")
@@ -173,7 +173,7 @@ def _is_readable(text: str) -> bool:
 
 
 def _sentences(folder: Path) -> Iterator[Utterance]:
-    """Test recordings with a text."""
+    """Yield test recordings with their texts."""
     table = folder / "transcripts.tsv"
     if not table.is_file():
         raise DataError(

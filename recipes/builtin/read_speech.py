@@ -1,4 +1,4 @@
-"""Reader of read sentences with speakers, and of recordings without text, in the form of Common Voice.
+"""Reader for read sentences with speakers, and for recordings without text, in the format of Common Voice.
 
 Both are folders with a table in tab-separated values: `transcripts.tsv` with the columns file, text, speaker,
 gender and age, or `clips.tsv` with file, language and speaker. Recordings are converted to 16 kHz FLAC files.
@@ -28,16 +28,16 @@ from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.data.utterances import read_reliably
 
-_FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # of a speaker of a held-out split
+_FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # limits on the clips per speaker in held-out splits
 
 
 @dataclass(frozen=True)
 class Config:
     test_speakers: int = 12
     dev_speakers: int = 6
-    cap_minutes: float = 20.0  # of one training speaker
-    speeds: tuple[float, ...] = (0.9, 1.1)  # every training sentence is repeated at each of these
-    snr_db: float = 10.0  # of test_cv_noise
+    cap_minutes: float = 20.0  # maximum duration per training speaker
+    speeds: tuple[float, ...] = (0.9, 1.1)  # every training sentence is repeated at each of these speeds
+    snr_db: float = 10.0  # signal-to-noise ratio of test_cv_noise
 
     def __post_init__(self) -> None:
         if self.test_speakers < 1 or self.dev_speakers < 1:
@@ -59,10 +59,10 @@ def sentences(
     Args:
         folder: with `transcripts.tsv`.
         work: folder of the converted recordings; existing files are kept.
-        held_out: sentences of other test sets, which are left out of training and development.
+        held_out: sentences of other test sets, which are excluded from training and development.
 
     Raises:
-        DataError: table not found, a row without file or text, or too few speakers.
+        DataError: the table was not found, a row has no file or text, or there are too few speakers.
     """
     rows = _rows(folder / "transcripts.tsv", ("file", "text", "speaker"))
     split_of = _split_speakers(rows, config, seed)
@@ -100,14 +100,14 @@ def sentences(
 
 
 def other_languages(folder: Path, work: Path) -> Iterator[Utterance | Rejected]:
-    """Yield recordings without text, split `train`, for pretraining."""
+    """Yield recordings without text for pretraining, all in split `train`."""
     rows = _rows(folder / "clips.tsv", ("file", "speaker"))
     for _, item in _converted(folder, rows, work / "other", "other"):
         yield item if isinstance(item, Rejected) else replace(item, split="train")
 
 
 def at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
-    """The utterance played faster or slower, which also shifts pitch and formants."""
+    """Play an utterance faster or slower, which also shifts pitch and formants."""
     wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
     path = folder / f"{Path(item.audio.path).stem}-{speed}.flac"
     n_samples = _write_once(path, lambda: soxr.resample(wave_T, SAMPLE_RATE * speed, SAMPLE_RATE))
@@ -115,7 +115,7 @@ def at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
 
 
 def telephone(wave_T: np.ndarray) -> np.ndarray:
-    """Band of 300 to 3400 Hz with 8-bit mu-law coding, as in the public telephone network (ITU-T G.711)."""
+    """Simulate the public telephone network: 300 to 3400 Hz, 8-bit mu-law coding (ITU-T G.711)."""
     spectrum = np.fft.rfft(wave_T)
     hertz = np.fft.rfftfreq(len(wave_T), 1 / SAMPLE_RATE)
     inside = np.clip((hertz - 200) / 100, 0, 1) * np.clip((3600 - hertz) / 200, 0, 1)
@@ -126,7 +126,7 @@ def telephone(wave_T: np.ndarray) -> np.ndarray:
 
 
 def noisy(wave_T: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
-    """Pink noise added at a signal-to-noise ratio over the whole utterance."""
+    """Add pink noise at a signal-to-noise ratio measured over the whole utterance."""
     spectrum = np.fft.rfft(rng.standard_normal(len(wave_T)))
     spectrum /= np.sqrt(np.maximum(1.0, np.arange(len(spectrum))))
     noise_T = np.fft.irfft(spectrum, len(wave_T))
@@ -147,7 +147,7 @@ def _rows(table: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def _split_speakers(rows: list[dict[str, str]], config: Config, seed: int) -> dict[str, str]:
-    """The split of every speaker."""
+    """Assign every speaker to a split."""
     clips = Counter(row["speaker"] for row in rows)
     candidates = sorted(
         speaker
@@ -177,7 +177,7 @@ def _id(prefix: str, row: dict[str, str]) -> str:
 def _converted(
     folder: Path, rows: list[dict[str, str]], work: Path, prefix: str
 ) -> Iterator[tuple[dict[str, str], Utterance | Rejected]]:
-    """The recordings of a table as 16 kHz FLAC files."""
+    """Yield the recordings in a table, converted to 16 kHz FLAC files."""
 
     def convert(row: dict[str, str]) -> Utterance | Rejected:
         source, id = folder / row["file"], _id(prefix, row)
@@ -195,7 +195,7 @@ def _converted(
 
 
 def _derived(item: Utterance, split: str, folder: Path, change) -> Utterance:
-    """A copy of a test utterance, changed with noise that depends on its id alone."""
+    """Return a changed copy of a test utterance; its noise depends only on the utterance id."""
     wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
     rng = np.random.default_rng(list(item.id.encode()))
     path = folder / Path(item.audio.path).name
@@ -206,7 +206,7 @@ def _derived(item: Utterance, split: str, folder: Path, change) -> Utterance:
 
 
 def _write_once(path: Path, make) -> int:
-    """Write the waveform that `make` returns unless the file exists; return its number of samples."""
+    """Write the waveform that `make` returns unless the file exists; returns the number of samples."""
     if not path.exists():
         wave_T = make()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,10 +54,10 @@ class Talk:
 
 
 def find_talks(data: Path) -> dict[str, Talk]:
-    """Find all talks in `data`, in any layout, ordered by id.
+    """Find all talks in the folder `data`, which may have any of the layouts above; returns them by id.
 
     Raises:
-        DataError: there are no talks, or a talk is in two folders.
+        DataError: no talks were found, two files of a talk have the same kind, or a talk is in two subsets.
     """
     talks: dict[str, Talk] = {}
     sides: dict[str, tuple[str, Path]] = {}

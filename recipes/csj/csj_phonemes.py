@@ -3,9 +3,9 @@
 The labels are described in NINJAL's manual on segments (Maekawa et al., 2011). Two public readers show which
 of them occur in the XML of the core: bootphon/abkhazia (corpora/prepare_csj.py) and
 labphonlab/forced-alignment-validity-ja-ko (mapping/csj_mfa_map.tsv). The label of a palatalized consonant
-ends in `y` if kana mark it (キャ is ky a), and in `j` before i (キ is kj i). So that alignments and words
-agree, a label must be mapped to the phones of the kana of the mora. Some phones therefore depend on the
-following vowel.
+ends in `y` if the kana show palatalization (キャ is ky a), and in `j` before i (キ is kj i). A label must be
+mapped to the phones of the kana of its mora, so that alignments and words agree. Some phones therefore depend
+on the following vowel.
 """
 
 from __future__ import annotations

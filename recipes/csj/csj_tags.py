@@ -36,7 +36,7 @@ KEPT = ("M", "O", "X", "L", "笑", "泣", "咳")
 FILLER, FRAGMENTS, MASK, UNCERTAIN, METALINGUISTIC = "F", ("D", "D2"), "R", "?", "M"
 SLIPS, SPELLINGS = ("W", "B"), ("A", "K")
 TAGS = (FILLER, *FRAGMENTS, MASK, UNCERTAIN, *SLIPS, *SPELLINGS, *KEPT)
-SOUNDS = {"H": "ー", "VN": "ウン"}  # events that are spelled out with pron=actual
+SOUNDS = {"H": "ー", "VN": "ウン"}  # events whose sounds are spelled out with pron=actual
 # The names of pauses are followed by times, and in dialogues include the channel: <P:..>, <PL:..>, <PR:..>.
 EVENTS = (
     *SOUNDS,

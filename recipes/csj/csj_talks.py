@@ -75,7 +75,7 @@ class TranscriptCheck:
     """Result of checking the transcript of a talk."""
 
     n_segments: int = 0
-    n_broken: int = 0  # segments that cannot be read
+    n_broken: int = 0  # number of segments that cannot be read
     problems: list[str] = field(default_factory=list)  # each with file:line
     text_problems: list[str] = field(
         default_factory=list

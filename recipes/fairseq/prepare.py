@@ -21,5 +21,5 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         )
     for tsv in find_tsv_files(data):
         for entry in read_tsv(tsv, config.root):
-            # The length in the file is not used but measured, because units are checked against it later.
+            # The length is not taken from the .tsv but measured, because units are later checked against it.
             yield Utterance(entry.id, entry.audio, split=tsv.stem)

@@ -203,7 +203,7 @@ class Captions:
                         self.rejected.append(Rejected(f"line {number}", "row without a shard", detail))
 
     def count(self, shard: str) -> int:
-        """Number of rows of a shard."""
+        """Return the number of rows of a shard."""
         return sum(block.count(b"\n") + (not block.endswith(b"\n")) for block, _ in self._blocks(shard))
 
     def of(self, shard: str) -> tuple[dict[str, str], list[Rejected]]:

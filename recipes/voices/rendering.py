@@ -52,7 +52,7 @@ class Line:
     noise: int
 
     def path(self, work: Path) -> Path:
-        """Path of the audio file; its name depends on the content of the voices, not on their location."""
+        """Return the path of the audio, which depends on the content of the voices, not their location."""
         content = {name: value for name, value in asdict(self).items() if name != "voices"}
         key = hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()
         return work / key[:2] / f"{key[2:22]}.flac"

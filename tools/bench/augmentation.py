@@ -2,7 +2,7 @@
 
     python tools/bench/augmentation.py
 
-Prints CPU milliseconds per second of audio, for utterances of modulated noise in memory.
+The script prints CPU milliseconds per second of audio, for utterances of modulated noise in memory.
 """
 
 import argparse

@@ -1,17 +1,18 @@
-"""CTC prefix beam search compared with flashlight-text, with and without an n-gram and a lexicon.
+"""Benchmark of CTC prefix beam search against flashlight-text, with and without an n-gram and a lexicon.
 
     python tools/bench/decode.py                   # 32 rows of 500 frames, beam 20, 42 symbols, two threads
     python tools/bench/decode.py --frames 1500 --threads 1
 
-Prints milliseconds per utterance, medians of runs that alternate between jahubert in batches, jahubert row
-by row, and the peer, which has one thread. The log-probabilities resemble those of a trained model: mostly
-blank, with confident labels of random sentences and noise. The n-gram of the symbols (order 6) and that of
-the words (order 3, with a lexicon of 5,000 words) are trained on other random sentences and read by the
-peer from the same ARPA file through KenLM.
+The script prints milliseconds per utterance: medians of runs that alternate between jahubert in batches,
+jahubert row by row, and flashlight, which uses one thread. The log-probabilities resemble the output of a
+trained model: mostly blank, with confident labels of random sentences and noise. The symbol n-gram (order 6)
+and the word n-gram (order 3, with a lexicon of 5,000 words) are trained on other random sentences.
+flashlight reads them from the same ARPA files through KenLM.
 
-`at least as good` is the share of utterances in which the answer of jahubert has no lower exact score (CTC
-probability by `ctc_loss`, plus the weighted n-gram) than that of the peer. Both sum over the paths of a
-sequence. Without flashlight (`pip install flashlight-text kenlm`, Python up to 3.12) only jahubert is timed.
+`at least as good` is the share of utterances in which the exact score of jahubert's answer (CTC probability
+by `ctc_loss`, plus the weighted n-gram) is not lower than the score of flashlight's answer. Both decoders sum
+over the paths of a sequence. Without flashlight (`pip install flashlight-text kenlm`, Python up to 3.12) only
+jahubert is timed.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from jahubert.phonemes import PhonemeSet
 SYMBOLS = PhonemeSet.standard()
 N_WORDS, N_SENTENCES = 5000, 20_000
 LM_WEIGHT, WORD_BONUS = 0.6, 0.5
-Answer = tuple[tuple[int, ...], tuple[str, ...]]  # labels and words
+Answer = tuple[tuple[int, ...], tuple[str, ...]]  # (labels, words)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of search: the models of jahubert, and the files from which the peer reads the same ones."""
+    """A search task: jahubert's models, and the files from which flashlight reads the same models."""
 
     name: str
     fusion: Fusion | None
@@ -67,7 +68,7 @@ def random_sentences(words: dict[str, tuple[str, ...]], n: int, rng: np.random.G
 
 
 def log_probs(labels: list[list[int]], n_frames: int, seed: int) -> Tensor:
-    """Peaked log-probabilities (B, S, V) of the labels, as many as fit, spread over the frames."""
+    """Create peaked log-probabilities (B, S, V), with as many of the labels as fit into the frames."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1.5 * torch.randn(len(labels), n_frames, len(SYMBOLS), generator=generator)
     for row, sequence in enumerate(labels):
@@ -80,7 +81,7 @@ def log_probs(labels: list[list[int]], n_frames: int, seed: int) -> Tensor:
 
 
 def make_tasks(folder: Path) -> tuple[list[Task], list[list[int]]]:
-    """The tasks, and labels of further random sentences."""
+    """Create the tasks, and the labels of further random sentences."""
     rng = np.random.default_rng(0)
     words = random_words(rng)
     text = random_sentences(words, N_SENTENCES, rng)
@@ -111,7 +112,7 @@ def make_tasks(folder: Path) -> tuple[list[Task], list[list[int]]]:
 
 
 def flashlight(task: Task, folder: Path, beam: int) -> Callable[[Tensor], list[Answer]]:
-    """The same search by flashlight-text."""
+    """Run the search of a task with flashlight-text."""
     from flashlight.lib.text import decoder
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
@@ -164,7 +165,7 @@ def flashlight(task: Task, folder: Path, beam: int) -> Callable[[Tensor], list[A
             labels = [label for label, _ in itertools.groupby(best.tokens) if label != blank]
             words = tuple(dictionary.get_entry(w) for w in best.words if w >= 0) if task.arpa else ()
             if isinstance(task.fusion, LexiconFusion):
-                labels = SYMBOLS.encode(SYMBOLS.decode(labels))  # without outer boundaries
+                labels = SYMBOLS.encode(SYMBOLS.decode(labels))  # removes boundaries at the start and the end
             answers.append((tuple(labels), words))
         return answers
 
@@ -172,7 +173,7 @@ def flashlight(task: Task, folder: Path, beam: int) -> Callable[[Tensor], list[A
 
 
 def exact_scores(logp_BSV: Tensor, answers: list[Answer], task: Task) -> Tensor:
-    """CTC probability of the labels plus the n-gram score of the answer."""
+    """Compute the CTC log-probability of the labels plus the n-gram score of the answer."""
     n_B = torch.tensor([len(labels) for labels, _ in answers])
     target = torch.tensor([label for labels, _ in answers for label in labels], dtype=torch.long)
     frames = torch.full((len(answers),), logp_BSV.shape[1])

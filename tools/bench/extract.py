@@ -80,7 +80,7 @@ def features(kind: str, model: nn.Module, wav_BT: Tensor, n_samples: list[int], 
 
 
 def resident(field: str) -> float:
-    """Memory of this process in MB: VmRSS (current) or VmHWM (peak since `reset_peak`), Linux only."""
+    """Return this process's memory in MB: VmRSS (current) or VmHWM (peak since `reset_peak`); Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 

@@ -3,8 +3,8 @@
     python tools/bench/front_end.py                # one thread, tiny and base, group and layer norms
     python tools/bench/front_end.py --device cuda
 
-Prints the median milliseconds per second of audio in interleaved runs. The plain modules compute the whole
-padded batch; `--lengths` (seconds) determines the amount of padding.
+The script prints median milliseconds per second of audio from interleaved runs. The plain modules compute the
+whole padded batch; `--lengths` (seconds) determines the amount of padding.
 """
 
 import argparse

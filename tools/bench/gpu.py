@@ -1,15 +1,15 @@
-"""All measurements on one GPU, in one run of less than four minutes: training, kernels, features, decoding.
+"""Benchmark of training, kernels, features and decoding on one GPU, in a run of less than four minutes.
 
     tools/bench/gpu.sh                    # one table, and gpu_bench.json
     tools/bench/gpu.sh --only step large  # some of the sections
     tools/bench/gpu.sh --small            # a quick check of the script on a CPU; the figures mean nothing
 
-Needs torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are compared with if they can
-be imported. The device tests need pytest; the engine, labels and k-means need the extra `train`. What is
-missing or would take too long (--minutes) is listed as skipped. Steps of all models are taken in turn in one
-process, and times are medians. Memory is the peak above weights, gradients and optimizer. "Of peak" is the
-FLOP/s that valid frames need, divided by those of a large matrix product in the same run. The column "goal"
-gives the project's goal for a figure.
+The script needs torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are measured for
+comparison if they can be imported. The device tests need pytest; the training engine, labels and k-means need
+the extra `train`. Sections whose packages are missing or that would take too long (--minutes) are listed as
+skipped. Steps of all models are interleaved in one process, and times are medians. Memory is the peak above
+weights, gradients and optimizer. "Of peak" is the FLOP/s required for the valid frames, divided by the FLOP/s
+of a large matrix product in the same run. The column "goal" contains the project's goals.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("transformers", "torchaudio")
 MIXED = (2.0, 3.0, 5.0, 8.0, 15.0)
-# Groups of kernels by their names; the first match counts, and the rest is "between products".
+# Patterns that assign kernels to groups by name; the first match counts. All others are "between products".
 GROUPS = {
     "attention": re.compile(r"flash|fmha|attention|softmax", re.IGNORECASE),
     "products": re.compile(r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|conv|addmm|\bmm\b|bmm|matmul", re.I),
@@ -52,7 +52,7 @@ GROUPS = {
 
 
 class Skipped(Exception):
-    """A section cannot run here; the message is the reason."""
+    """A section of the benchmark cannot run on this machine; the message states the reason."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Report:
     def add(
         self, name: str, value: float | None, unit: str, goal: float | None = None, **details: float | str
     ) -> None:
-        """Add a row; a value of None is a peer or measurement that failed, with the reason in `details`."""
+        """Add a row; the value None marks a failed peer or measurement, with the reason in `details`."""
         row = {"name": name, "value": value, "unit": unit, **details}
         if self.has_goals and goal is not None and value is not None:
             row |= {"goal": goal, "reached": value >= goal}
@@ -73,7 +73,7 @@ class Report:
         print(format_row(row), flush=True)
 
     def value(self, name: str) -> float | None:
-        """The value of an earlier row."""
+        """Return the value of an earlier row."""
         return next((row["value"] for row in self.rows if row["name"] == name), None)
 
 
@@ -99,7 +99,7 @@ class Settings:
 
     @property
     def peers(self) -> list[str]:
-        """The other projects to compare with: those that can be imported, which takes long."""
+        """The peer projects that can be imported; importing them takes long."""
         return [] if self.small else list(filter(importable, PEERS))
 
     @property
@@ -112,7 +112,7 @@ class Settings:
         return replace(config, **tiny) if self.small else config
 
     def lengths(self, copies: int) -> list[float]:
-        """Mixed lengths, 33 s per copy."""
+        """Return mixed utterance lengths in seconds, 33 s per copy."""
         return [0.5, 0.8, 1.0] if self.small else [*MIXED] * copies
 
 
@@ -137,7 +137,7 @@ def cached_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_megabytes(trainer: pretrain_step.Trainer, batch: pretrain_step.Batch) -> float:
-    """Activations of a step in MB; gradients and moments exist before it."""
+    """Measure the peak memory of the activations of a step in MB, with existing gradients and moments."""
     if trainer.device.type == "cpu":
         return 0.0
     trainer.step(batch, keep_gradients=True)
@@ -183,7 +183,7 @@ def compare_steps(
 
 
 def step(report: Report, run: Settings) -> None:
-    """Steps of HuBERT base on three batches, and the kernels of the largest one."""
+    """Time training steps of HuBERT base on three batches, and profile the kernels for the largest batch."""
     base = run.model("base")
     similar = [0.9, 1.0] if run.small else [4.4] * 20
     compare_steps(report, run, "base, similar, 88 s", base, similar)
@@ -201,7 +201,7 @@ def large(report: Report, run: Settings) -> None:
 def kernels(
     report: Report, run: Settings, trainer: pretrain_step.Trainer, batch: pretrain_step.Batch
 ) -> None:
-    """CUDA time of our step by groups of kernels (on a CPU: of operators)."""
+    """Profile the CUDA time of jahubert's training step by kernel group (on a CPU, by operator)."""
     on_gpu = run.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
@@ -228,7 +228,7 @@ def kernels(
 
 
 def features(report: Report, run: Settings) -> None:
-    """Feature extraction of 292 s in one batch, all models with the same weights."""
+    """Time feature extraction from 292 s in one batch, with the same weights in all models."""
     blocks, layers = (1, (1,)) if run.small else (12, (6, 12))
     options = argparse.Namespace(blocks=blocks)
     lengths = [0.5, 0.9] if run.small else np.linspace(3.0, 15.2, 32).tolist()
@@ -299,7 +299,7 @@ def kmeans(report: Report, run: Settings) -> None:
 
 
 def mostly_blank(rows: int, frames: int, symbols: int = 42) -> torch.Tensor:
-    """Peaked log-probabilities (B, S, V), blank in 60 % of the frames."""
+    """Create peaked log-probabilities (B, S, V) with blank in 60 % of the frames."""
     generator = torch.Generator().manual_seed(7)
     best_BS = torch.randint(1, symbols, (rows, frames), generator=generator)
     best_BS[torch.rand(rows, frames, generator=generator) < 0.6] = 0
@@ -308,7 +308,7 @@ def mostly_blank(rows: int, frames: int, symbols: int = 42) -> torch.Tensor:
 
 
 def beam(report: Report, run: Settings) -> None:
-    """CTC beam search, beam 20, on mostly blank log-probabilities."""
+    """Time CTC beam search with beam 20 on mostly blank log-probabilities."""
     frames = 50 if run.small else 500
     for device, rows in ((torch.device("cpu"), 32), (run.device, 32), (run.device, 128)):
         if run.small and rows > 32:
@@ -335,7 +335,7 @@ def write_flac(path: Path, seconds: float, seed: int) -> int:
 
 
 def make_corpus(run: Settings, rows: int) -> Path:
-    """A manifest of `rows` utterances on some hundred FLAC files of noise; returns its path."""
+    """Write a manifest with `rows` utterances from about a hundred FLAC files of noise; returns its path."""
     from jahubert.audio import AudioSource
     from jahubert.train.data.manifest import Utterance, write_manifest
 
@@ -371,7 +371,7 @@ def check_train_extra() -> None:
 
 
 def engine(report: Report, run: Settings) -> None:
-    """Twenty updates of 2,800 s by the engine with automatic micro-batches, after five for warming up."""
+    """Time 20 updates of 2,800 s in the training engine, after 5 warm-up updates."""
     check_train_extra()
     from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainData
     from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
@@ -429,13 +429,13 @@ def engine(report: Report, run: Settings) -> None:
 
 
 def compiled_graphs() -> int:
-    """Number of graphs that torch.compile has compiled in this process, recompilations included."""
+    """Return the number of graphs compiled by torch.compile in this process, including recompilations."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def labels(report: Report, run: Settings) -> None:
-    """Layer-6 labels through the stage, in float32 from FLAC files."""
+    """Time the stage `label` with layer 6 in float32 on FLAC files."""
     check_train_extra()
     from jahubert.formats.bundle import save_bundle
     from jahubert.train.clustering.features import HubertLayer
@@ -511,7 +511,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu_bench.json"))
     args = parser.parse_args()
     device = torch.device("cpu" if args.small else args.device)
-    torch.backends.cudnn.allow_tf32 = False  # full float32 for all
+    torch.backends.cudnn.allow_tf32 = False  # full float32 precision for all models
     started, report, sections = time.monotonic(), Report(has_goals=not args.small), {}
     about = environment(Settings(device, args.small, Path()))
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
@@ -525,7 +525,7 @@ def main() -> None:
             outcome = "done"
         except Skipped as reason:
             outcome = f"skipped: {reason}"
-        except Exception as error:  # the other sections are still of use
+        except Exception as error:  # the remaining sections are still useful
             outcome = f"failed: {type(error).__name__}: {str(error)[:500]}"
         seconds = time.monotonic() - section_started
         sections[name] = {"outcome": outcome, "seconds": round(seconds, 1)}

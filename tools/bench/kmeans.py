@@ -4,8 +4,8 @@
     python tools/bench/kmeans.py --frames 300000 --dim 768 --clusters 500    # scikit-learn takes half an hour
     python tools/bench/kmeans.py --sample exp/demo/iter1/features/sample.npy # real features
 
-Prints the median fitting times of interleaved runs and the inertia of held-out frames. Times are the wall
-time and the CPU time of all threads, which depends less on the load of the machine. The script then compares
+The script prints the median fitting times of interleaved runs and the inertia of held-out frames. Times are
+the wall time and the CPU time of all threads, which depends less on the load of the machine. It then compares
 the assignment of frames, as one array and in utterances of 500 frames, with the numpy code of fairseq's
 recipe, which must give the same labels.
 """
@@ -45,7 +45,7 @@ def fairseq_assign(x_ND: np.ndarray, centroids_KD: np.ndarray) -> np.ndarray:
 
 
 def inertia(x_ND: np.ndarray, centroids_KD: np.ndarray) -> float:
-    """Mean squared distance in float64, computed in blocks."""
+    """Compute the mean squared distance in float64, in blocks."""
     total, centroids_KD = 0.0, centroids_KD.astype(np.float64)
     for start in range(0, len(x_ND), 10_000):
         block = x_ND[start : start + 10_000].astype(np.float64)

@@ -1,14 +1,14 @@
-"""Overlap of reading and computing in `stream_features`, with a reader or a device of artificial speed.
+"""Benchmark of the overlap of reading and computing in `stream_features`, at simulated speeds.
 
     python tools/bench/labels.py                         # a slow device: 1,000 audio-s/s
     python tools/bench/labels.py --device-rate 1e9       # a fast device: reading alone
     python tools/bench/labels.py --read-delay 0.02       # a slow file system: 20 ms per utterance
     python tools/bench/labels.py --utterances 40         # a quick check
 
-FLAC files of synthetic noise, 6 s each, are read and decoded while a feature that sleeps in place of a GPU
-computes: 120 s of audio at 1,000 audio-s/s take 0.12 s. Reported are the audio-seconds per second of reading
-alone, of computing alone, one after the other (computed from these two), and together, with threads (the
-default) and with worker processes; and the share of the slower of the two that is reached.
+FLAC files of synthetic noise, 6 s each, are read and decoded while a simulated GPU computes: it sleeps 0.12 s
+for 120 s of audio at 1,000 audio-s/s. The script prints the audio-seconds per second of reading alone, of
+computing alone, of both in sequence (calculated from the first two), and of both overlapped, with threads
+(the default) and with worker processes. It also prints the overlapped speed relative to the slower part.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from jahubert.frames import MFCC, SAMPLE_RATE
 from jahubert.train.clustering.streaming import stream_features, to_host
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 
-SECONDS = 6.0  # per utterance
+SECONDS = 6.0  # length of an utterance
 
 
 class SleepingFeature:
-    """A feature whose computation takes time on another device, as on a GPU, but no CPU time."""
+    """Simulated feature whose computation takes time, as on a GPU, but no CPU time."""
 
     name, dim, grid = "sleep", 1, MFCC
 
@@ -64,7 +64,7 @@ def make_corpus(folder: Path, utterances: int) -> Path:
 
 
 def rate(manifest: Manifest, device_rate: float, workers: int) -> float:
-    """Audio-seconds per second of a pass, without the time to start the workers."""
+    """Measure the audio-seconds per second of a pass, excluding the start of the workers."""
     started, after_first = time.perf_counter(), 0.0
     stream = stream_features(manifest, SleepingFeature(device_rate), [range(len(manifest))], 80.0, workers)
     with closing(stream):

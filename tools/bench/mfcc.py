@@ -3,8 +3,8 @@
     python tools/bench/mfcc.py                     # 600 s of modulated noise, one thread
     python tools/bench/mfcc.py --seconds 1932 --device cuda
 
-Prints medians of interleaved runs. Without torchaudio, the peer is librosa with similar features (23 HTK
-filters, two deltas). The parity check compares with a float64 implementation of Kaldi's MFCC below.
+The script prints medians of interleaved runs. Without torchaudio, the peer is librosa with similar features
+(23 HTK filters, two deltas). The parity check uses a float64 implementation of Kaldi's MFCCs in this file.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def mel(hz):
 
 
 def reference(wav_T: np.ndarray) -> np.ndarray:
-    """Kaldi's MFCC of samples in [-1, 1] with two deltas, (frames, 39) in float64."""
+    """Compute Kaldi's MFCCs of samples in [-1, 1] with two deltas, float64 (frames, 39)."""
     frames = np.lib.stride_tricks.sliding_window_view(wav_T.astype(np.float64), WINDOW)[::HOP]
     frames = frames - frames.mean(1, keepdims=True)
     frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
@@ -79,7 +79,7 @@ def peer() -> tuple[str, Callable[[Tensor], Tensor]]:
 
 
 def waveforms(seconds: float) -> list[Tensor]:
-    """Noise with a sinusoidal envelope, 2 to 15 s per waveform."""
+    """Generate noise with a sinusoidal envelope, 2 to 15 s per waveform."""
     rng, wavs = np.random.default_rng(0), []
     while seconds > 0:
         n_samples = int(SAMPLE_RATE * min(max(seconds, 1.0), rng.uniform(2, 15)))

@@ -7,10 +7,10 @@
 A step consists of forward, loss over 500 units with the feature penalty, backward, clipping and fused AdamW,
 with the published dropout and layer drop, on the same padded batch and masks. transformers' HubertModel gets
 jahubert's unit head on the masked frames; torchaudio's hubert_pretrain_base keeps its own masks and head. The
-steps of the models are interleaved; prints medians of times and of ratios per round. Memory (above weights,
-gradients and optimizer) is measured in a separate process per model. `of peak` is the FLOP/s required for the
-valid frames, divided by the FLOP/s of a large matrix product in the same run. Before measuring, loss and
-gradient norm are compared with transformers on the same weights without dropout.
+steps of the models are interleaved, and medians of times and of ratios per round are printed. Memory (above
+weights, gradients and optimizer) is measured in a separate process per model. `of peak` is the FLOP/s
+required for the valid frames, divided by the FLOP/s of a large matrix product in the same run. Before
+measuring, loss and gradient norm are compared with transformers on the same weights without dropout.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def make_batch(lengths: list[float], device: torch.device) -> Batch:
 
 
 def flops(config: HubertConfig, n_samples: list[int]) -> float:
-    """FLOPs of a step on valid frames; the backward pass counts as two forward passes."""
+    """Compute the FLOPs of a step on valid frames; the backward pass counts as two forward passes."""
     total = 0.0
     for frames in n_samples:
         dim_in = 1
@@ -162,7 +162,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of several runs."""
+    """Measure the FLOP/s of a large matrix product; returns the best of several runs."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -221,7 +221,7 @@ def check(config: HubertConfig) -> None:
 
 
 def memory(kind: str, lengths: list[float], precision: str, args) -> float:
-    """Return the peak MB of activations in a step, measured in a separate process."""
+    """Measure the peak memory of activations in a step (MB) in a separate process."""
     worker = ["--worker", kind, precision, *map(str, lengths)]
     command = [sys.executable, __file__, "--device", args.device, "--blocks", str(args.blocks)]
     done = subprocess.run([*command, "--threads", str(args.threads), *worker], capture_output=True, text=True)
@@ -233,7 +233,7 @@ def memory(kind: str, lengths: list[float], precision: str, args) -> float:
 def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, device: torch.device) -> None:
     """Print the peak of two steps above the memory in use between steps (CPU: Linux only)."""
     trainer, batch = Trainer(kind, config, device, DTYPES[precision]), make_batch(lengths, device)
-    trainer.step(batch, keep_gradients=True)  # the difference to the peak is activations only
+    trainer.step(batch, keep_gradients=True)  # the difference from the peak then consists of activations
     if device.type == "cuda":
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -277,7 +277,7 @@ def compare(name: str, lengths: list[float], precision: str, config: HubertConfi
             print("{:>28}: step {:.2f} s, matrix products {:.2f} s".format(kind, *products(trainer, batch)))
     del trainers
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the processes that measure memory
+        torch.cuda.empty_cache()  # free GPU memory for the processes that measure memory
     for column, kind in enumerate(kinds):
         seconds = statistics.median(row[column] for row in rows)
         ratio = statistics.median(row[column] / row[0] for row in rows)

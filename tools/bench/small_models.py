@@ -1,4 +1,4 @@
-"""Benchmark of pretraining small models on one CPU thread, for sizes that train on two cores in minutes.
+"""Benchmark of pretraining on one CPU thread, for small models that train on two cores in minutes.
 
 python tools/bench/small_models.py             # seconds of audio per CPU second, forward and backward
 """

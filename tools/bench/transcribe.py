@@ -5,7 +5,7 @@
     python tools/bench/transcribe.py --model exp/tofugu/systems/pretrained/finetune \\
         --exp exp/tofugu --splits test test_joined                    # PER of each precision
 
-All variants transcribe the same recording with the same weights in interleaved rounds; prints medians.
+All variants transcribe the same recording with the same weights in interleaved rounds; medians are printed.
 jahubert reads the file, detects speech, encodes chunks of 30 s with 4 s of overlap and decodes with a beam of
 20. transformers encodes chunks of 30 s without overlap and decodes greedily, which is less work.
 """

@@ -1,14 +1,15 @@
-"""Detection of damaged files: damages every file of a tiny experiment and reads it as the next stage would.
+"""Check that damaged files are detected, for every file of a tiny experiment and several kinds of damage.
 
     python tools/checks/corruption_sweep.py               # 5 trials per file and kind of damage
     python tools/checks/corruption_sweep.py --trials 1
 
-The kinds of damage are a flipped bit, a zeroed block, a missing tail, and a swap with the same file of an
-experiment with another seed. Files of stages are read by the input verification of all stages, bundles by
-`load_bundle`, checkpoints as for resuming, and FLAC files by the decoder. Damage counts as detected if it is
-reported by an error that names the file. Prints the figures per kind of file; the exit status is 1 if any
-damage was not detected. Not damaged are files that no stage reads: TensorBoard events, started.json of a
-finished stage, and the report.
+Every file is damaged and then read as the next stage would read it. The kinds of damage are a flipped bit, a
+zeroed block, a missing tail, and a swap with the same file of an experiment with another seed. Files of
+stages are read by the input verification of all stages, bundles by `load_bundle`, checkpoints as for
+resuming, and FLAC files by the decoder. Damage counts as detected if it is reported by an error that names
+the file. The script prints the figures per kind of file; the exit status is 1 if any damage was not detected.
+Files that no stage reads are not damaged: TensorBoard events, started.json of a finished stage, and the
+report.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from jahubert.train.pipeline.runner import run_stage, verify_inputs
 from jahubert.train.trainer.checkpoints import checkpoint_damage
 
 UNREAD = ("started.json", "events.out.tfevents")
-BLOCK = 64  # bytes that are zeroed
+BLOCK = 64  # number of bytes that are zeroed
 
 
 def flip_bit(content: bytes, other: bytes, rng: random.Random) -> bytes:
@@ -106,7 +107,7 @@ class Sweep:
 
 
 def error_of(read: Callable[[], object]) -> str:
-    """The message of the error that `read` raises, or an empty string."""
+    """Return the message of the error that `read` raises, or an empty string."""
     try:
         read()
     except UserError as error:
@@ -121,7 +122,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 
 def sweep_stages(sweep: Sweep, exp: Path, other: Path) -> None:
-    """Damage the files of all stages; the report, which verifies the whole experiment, is the last reader."""
+    """Damage the files of all stages; stage `report`, which verifies the experiment, reads them last."""
     *jobs, report = stage_jobs(exp)
     for job in jobs:
         for path in files_of(job.out):
@@ -142,7 +143,7 @@ def _reads(job: Job, path: Path) -> bool:
 
 
 def _records_equal_files(path: Path, other: Path) -> bool:
-    """Whether both are records of stages with the same output files: a swap is then no damage."""
+    """Whether two files are records of stages with equal output files, so that a swap is no damage."""
     return path.name == DONE and read_record(path)["outputs"] == read_record(other)["outputs"]
 
 
@@ -153,7 +154,7 @@ def _verify(job: Job) -> str:
 def sweep_bundles(sweep: Sweep, exp: Path, other: Path) -> None:
     for bundle in sorted(path.parent for path in exp.rglob(INFO)):
         for path in files_of(bundle):
-            if path.name != "README.md":  # the model card, which is not read
+            if path.name != "README.md":  # the model card is never read
                 read = partial(error_of, partial(load_bundle, bundle))
                 sweep.damage("bundles", path, other / path.relative_to(exp), read)
 

@@ -6,11 +6,12 @@
 
 A task is a stage of a tiny experiment or a command that writes files (see `small_experiment.py`). Each task
 runs once without faults, to count its file operations (create, write, sync, rename, delete, by any library).
-Then it runs in an empty folder for each n, and at the n-th operation the process is killed or the operation
-fails (with `--points N`: at N evenly spaced operations, with one of the faults each). A failed operation must
+The task then runs in an empty folder once for each n, and at the n-th operation the process is killed or the
+operation fails. With `--points N`, only N evenly spaced operations get a fault each. A failed operation must
 result in a message without a traceback, and a full disk (ENOSPC) in exit status 1. After the fault, the task
 is rerun and must succeed; all files must equal those of the run without faults, and no temporary files may
-remain. Prints the results per task; the exit status is 1 if any run differs. Needs Linux and a C compiler.
+remain. The script prints the results per task and exits with status 1 if any run differs. It needs Linux and
+a C compiler.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
-# Exit statuses of a run whose operation failed: 0 if the operation was optional.
+# Allowed exit statuses of a run with each fault; 0 is allowed because some operations are optional.
 STATUSES = {"kill": (-signal.SIGKILL,), "ENOSPC": (0, 1), "EIO": (0, 1, 2), "EACCES": (0, 1, 2)}
 
 
@@ -45,10 +46,10 @@ def compiled_shim(folder: Path) -> Path:
 
 
 def trials(n_operations: int, faults: list[str], points: int | None, first: int) -> list[tuple[str, int]]:
-    """Pairs of a fault and an operation (from 1): all, or `points` evenly spaced ones.
+    """Return pairs of a fault and an operation, counted from 1: all pairs, or `points` evenly spaced pairs.
 
     Args:
-        first: index of the first fault; the others follow in turn.
+        first: index of the fault at the first operation; later operations use the next faults in turn.
     """
     if points is None:
         return [(fault, operation) for fault in faults for operation in range(1, n_operations + 1)]
@@ -57,7 +58,7 @@ def trials(n_operations: int, faults: list[str], points: int | None, first: int)
 
 
 class Sweep:
-    """Trials of tasks with faults, compared with a run without faults."""
+    """Sweep over tasks with faults, whose results are compared with a run without faults."""
 
     def __init__(self, shim: ctypes.CDLL, folder: Path):
         self.shim, self.log, self.counted = shim, folder / "log", folder / "count"
@@ -101,7 +102,7 @@ class Sweep:
         return len(failures)
 
     def trial(self, task: Any, fault: str, operation: int, expected: dict[str, Any]) -> str:
-        """Run a task with one fault, rerun it, and compare; returns what is wrong."""
+        """Run a task with one fault, rerun it, and compare; returns a description of any failure."""
         from small_experiment import contents, run_child
 
         def work() -> int:
@@ -111,7 +112,7 @@ class Sweep:
         status = run_child(work, self.log)
         first_log = self.log.read_text(errors="replace")
         where = next((line for line in first_log.splitlines() if line.startswith("fault at ")), "")
-        allowed = STATUSES[fault] if where else (0,)  # the number of operations may vary by one
+        allowed = STATUSES[fault] if where else (0,)  # the fault may not occur
         if status not in allowed or "Traceback" in first_log:
             return f"{where}\nended with status {status}: {first_log[-2500:]}"
         status = run_child(task.work, self.log)
@@ -135,7 +136,7 @@ def sweep_all(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         exp = folder / "exp"
-        with contextlib.redirect_stdout(io.StringIO()):  # the forked children find everything imported
+        with contextlib.redirect_stdout(io.StringIO()):  # imports all modules before forking
             for task in stage_tasks(folder / "warm-up"):
                 task.work()
         sweep = Sweep(ctypes.CDLL(os.environ["FAULT_SHIM"]), folder)

@@ -1,7 +1,7 @@
 """Stop signals in every stage of a tiny experiment, sent while the stage reads its input.
 
     python tools/checks/signal_sweep.py            # SIGTERM and SIGINT in every stage
-    python tools/checks/signal_sweep.py --in-turn  # one of them per stage
+    python tools/checks/signal_sweep.py --in-turn  # one signal per stage, in turn
 
 Opening the first input file (audio, where the stage reads audio) takes 1.5 seconds, in which the process
 receives the signal. It must end within 30 seconds, with status 75 (SIGTERM) or 130 (SIGINT) and without a
@@ -47,7 +47,7 @@ def slow_reads(ending: str, marker: Path) -> None:
 
 
 def overrides_of(job: Job) -> list[str]:
-    """The command that runs one stage of the experiment."""
+    """Return the command that runs one stage of the experiment."""
     exp = next(folder.parent for folder in (job.out, *job.out.parents) if folder.parent.name == "exp")
     iteration = job.out.parent.name.removeprefix("iter")
     return [

@@ -1,10 +1,10 @@
-"""Time that a run spends on verifying input files, per stage of a finished experiment.
+"""Benchmark of the verification of input files, per stage of a finished experiment.
 
     python tools/checks/verification_cost.py exp/demo recipe=demo
     python tools/checks/verification_cost.py exp/tofugu recipe=tofugu data=/path/to/corpus
 
-Prints for each stage the bytes of its inputs, the time of their verification (the shortest of three, so the
-files are in the page cache), and its share of the recorded time of the stage.
+For each stage, the script prints the size of its inputs in bytes, the time to verify them (the shortest of
+three runs, so the files are in the page cache), and this time as a share of the stage's recorded time.
 """
 
 from __future__ import annotations

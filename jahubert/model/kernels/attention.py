@@ -27,7 +27,7 @@ CACHED = 2**19  # attention weights computed at once on a CPU, so that they fit 
 
 
 def fused_kernels(device: torch.device) -> AbstractContextManager[Any]:
-    """On a GPU, enable all attention kernels except cuDNN's, which makes a new plan for every size."""
+    """Enable all of a GPU's attention kernels except cuDNN's, which makes a new plan for every size."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -37,7 +37,7 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
     """Apply the attention layer `module` to packed frames."""
     projections = module.q_proj, module.k_proj, module.v_proj
     if torch.is_grad_enabled():
-        # One product instead of three, and three instead of nine in the backward pass.
+        # One product yields queries, keys and values; the backward pass needs three products instead of nine.
         q_NHE, k_NHE, v_NHE = linear(x_ND, *projections).unflatten(1, (3, module.heads, -1)).unbind(1)
     else:
         x_ND = x_ND.to(autocast_dtype(x_ND))  # cast once instead of in each of the three products
@@ -63,7 +63,7 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
         return packing.pack(out.transpose(1, 2))
     if q_NHE.dtype is torch.bfloat16 or dropout:
         return _in_rectangles(q_NHE, k_NHE, v_NHE, packing, dropout)
-    # This computes no padding, but torch's fused CPU kernel has no dropout.
+    # One call per utterance computes no padding, but torch's fused CPU kernel has no dropout.
     by_utterance = partial(_by_utterance, packing=packing)
     out_NHE = by_utterance(q_NHE, k_NHE, v_NHE)
     return with_double_backward(out_NHE, _unfused(by_utterance), q_NHE, k_NHE, v_NHE)
@@ -72,9 +72,9 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
 def scaled_dot_product_attention(
     q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """torch's function, differentiable any number of times and in forward mode.
+    """Call torch's function so that it is differentiable any number of times and in forward mode.
 
-    torch's fused kernels have a first derivative only.
+    torch's fused kernels only have a first derivative.
     """
     compute = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
     if is_recorded() or not _has_fused_kernels():
@@ -84,7 +84,7 @@ def scaled_dot_product_attention(
             return compute(q_BHSE, k_BHSE, v_BHSE)
     out_BHSE = compute(q_BHSE, k_BHSE, v_BHSE)
     if dropout and q_BHSE.device.type == "cpu":
-        return out_BHSE  # not fused either
+        return out_BHSE  # no fused kernel was used
     return with_double_backward(out_BHSE, _unfused(compute, dropout), q_BHSE, k_BHSE, v_BHSE)
 
 
@@ -95,7 +95,7 @@ def _has_fused_kernels() -> bool:
 
 
 def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[..., Tensor]:
-    """`compute` with differentiable operators instead of a fused kernel."""
+    """Wrap `compute` to use differentiable operators instead of a fused kernel."""
 
     def unfused(*inputs: Tensor) -> Tensor:
         if dropout:
@@ -111,7 +111,7 @@ def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[.
 
 
 def _by_utterance(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing) -> Tensor:
-    """Attention by one call per utterance, and one for the filler rows."""
+    """Compute attention with one call per utterance, and one for the filler rows."""
     parts = [*packing.n_frames, packing.n_rows - packing.n_valid]
     rows = zip(*(x.transpose(0, 1)[None].split(parts, dim=2) for x in (q_NHE, k_NHE, v_NHE)), strict=True)
     outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v in rows]
@@ -121,7 +121,7 @@ def _by_utterance(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing)
 def flash_attention(
     q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, offsets: Tensor, longest: int, dropout: float
 ) -> Tensor:
-    """Attention within each of the concatenated sequences (Dao 2023, arXiv 2307.08691), by torch's operator.
+    """Compute attention within each concatenated sequence with torch's operator (Dao 2023, arXiv 2307.08691).
 
     `torch.nn.attention.varlen` offers the same since torch 2.10, but without dropout.
     """
@@ -156,7 +156,7 @@ class _Layout(NamedTuple):
 
 
 def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
-    """Attention by batched matrix products over heads padded to a few lengths (G heads, S frames)."""
+    """Compute attention by batched matrix products over heads padded to a few lengths (G heads, S frames)."""
     _, heads, width = q_NHE.shape
     layout = _Layout.of(packing, heads)
     # Scale queries and, to keep the mean under dropout, values before the products.
@@ -256,7 +256,7 @@ class _RectangleAttention(torch.autograd.Function):
 
 
 def _weights(q_GSE: Tensor, k_GSE: Tensor, bias_G1S: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Attention weights of a few heads at a time: slice of heads, weights, and a buffer of their size."""
+    """Yield the attention weights of a few heads at a time: slice of heads, weights, and a buffer."""
     heads, frames = len(q_GSE), q_GSE.shape[1]
     step = max(1, CACHED // frames**2)
     buffers = q_GSE.new_empty(2, min(step, heads), frames, frames)

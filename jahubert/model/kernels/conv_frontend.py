@@ -3,7 +3,7 @@
 All waveforms of a batch are concatenated, time before channels, each padded with zeros to whole tiles of 8
 output frames. A convolution with stride `s` is then a matrix product over rows of `s` input frames, plus a
 product over the same rows shifted by one for the remaining taps. This needs no copies and no padded batch,
-and matrix products are the fastest kernels of every device. Rows that extend past the end of an utterance
+and matrix products are the fastest kernels on every device. Rows that extend past the end of an utterance
 contain garbage; no valid frame reads them, and they are dropped at the end.
 
 The group norm after the first layer (HuBERT base) scales every channel by its statistics over the whole
@@ -42,7 +42,7 @@ CACHED = 2**20  # values processed at once on a CPU, so that they fit in its cac
 
 
 def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[int] | Tensor | None) -> Tensor:
-    """`ConvFrontEnd.forward`; features (B, S, C) are zero after each utterance."""
+    """Compute `ConvFrontEnd.forward`; features (B, S, C) are zero after the end of each utterance."""
     convs = [cast("ConvLayer", layer).conv for layer in stack.conv_layers]
     grid = FrameGrid.from_convs([conv.kernel_size[0] for conv in convs], [conv.stride[0] for conv in convs])
     batch, width = wav_BT.shape
@@ -53,7 +53,7 @@ def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[in
 
 
 def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor]) -> Tensor:
-    """Packed features (N, C) of waveforms of at least one frame each, with the filler rows of `Packing`."""
+    """Compute packed features (N, C) of waveforms that have at least one frame each; see `Packing`."""
     layers = [cast("ConvLayer", layer) for layer in stack.conv_layers]
     strides = [layer.conv.stride[0] for layer in layers]
     device, lengths = wavs[0].device, [len(wav) for wav in wavs]
@@ -68,7 +68,7 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor]) -> Tensor:
     for layer, stride in zip(layers, strides, strict=True):
         lengths = [(n - layer.conv.kernel_size[0]) // stride + 1 for n in lengths]
         n_frames.append(lengths)
-    filler = total // TILE - sum(tiles)  # tiles after the last utterance, assigned to the first one
+    filler = total // TILE - sum(tiles)  # tiles after the last utterance, assigned to the first utterance
     owner_T, position_T, n_frames_B, valid_N = index_tensors(
         device,
         np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(filler)),
@@ -76,7 +76,7 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor]) -> Tensor:
         n_frames[0],
         np.append(concat_ranges(first[:-1], lengths), np.zeros(-sum(lengths) % BLOCK)),
     )
-    if layers[0].norm == "group":  # its statistics need the whole utterance
+    if layers[0].norm == "group":  # the statistics of the norm need the whole utterance
         x, layers = _group_normed(layers[0], x_NC, _Tiles(owner_T, position_T, n_frames_B)), layers[1:]
     blocks = [(x, total)] if torch.is_grad_enabled() else _blocks(x, len(owner_T))
     x_NC = torch.cat([_run_layers(layers, block)[:n] for block, n in blocks])
@@ -92,14 +92,14 @@ class _Tiles(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """Output of the first layer as two factors. It is the largest activation, so it is not stored."""
+    """Output of the first layer as two factors. The product, the largest activation, is never stored."""
 
     taps_TRK: Tensor
     weight_TKC: Tensor
 
 
 def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
-    """GELU of the previous layer, then convolution and layer norm of this one, without its GELU."""
+    """Apply the previous layer's GELU, then the convolution and layer norm of this layer, but no GELU."""
     dtype = autocast_dtype(layer.conv.weight)
     factors = x if isinstance(x, _Product) else (x.to(dtype), None)
     inputs, stride = (*factors, layer.conv.weight), layer.conv.stride[0]
@@ -113,7 +113,7 @@ def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
 
 
 def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
-    """Convolution and group norm as one product of each tile with the weights and shift of its utterance."""
+    """Express convolution and group norm as products of tiles with weights and shifts per utterance."""
     norm, kernel = cast(nn.GroupNorm, layer.layer_norm), layer.conv.weight.shape[2]
     dtype = autocast_dtype(layer.conv.weight)
     taps_TRK = _taps(x_NC, kernel, layer.conv.stride[0]).unflatten(0, (len(tiles.owner_T), -1))
@@ -123,10 +123,10 @@ def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
         variance_BC = torch.einsum("ck,bkl,cl->bc", weight_CK, covariance_BKK, weight_CK)
         scale_BC = norm.weight * torch.rsqrt(variance_BC.clamp_min(0.0) + norm.eps)
         shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
-        if layer.conv.bias is not None:  # the norm cancels it, but it needs a gradient (zero)
+        if layer.conv.bias is not None:  # the norm cancels the bias, which still needs a gradient (zero)
             shift_BC = shift_BC + 0.0 * layer.conv.bias
         weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1)
-        taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # multiplied by the shift
+        taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # a column of ones, which is multiplied by the shift
         if x_NC.device.type != "cpu":  # a GPU multiplies 16 taps faster than 11
             weight_BKC = F.pad(weight_BKC, (0, 0, 0, -(kernel + 1) % 8))
             taps_TRK = F.pad(taps_TRK, (0, -(kernel + 1) % 8))
@@ -144,10 +144,10 @@ def _run_layers(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:
 
 
 def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Product, int]]:
-    """Blocks of a few tiles, each with its number of output frames.
+    """Yield blocks of a few tiles, each with its number of output frames.
 
-    Processed all at once, the first layers would need a hundred times the memory of the output. A block has
-    one more tile than it outputs, because its last frames extend into that tile.
+    If all tiles were processed at once, the first layers would need a hundred times the memory of the output.
+    Each block contains one more tile than it outputs, because its last frames extend into that tile.
     """
     inputs: Sequence[Tensor] = x if isinstance(x, _Product) else [x.unflatten(0, (n_tiles, -1))]
     tensors = [torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in inputs]
@@ -159,9 +159,9 @@ def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Prod
 
 
 def _moments(taps_TRK: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
-    """Mean (B, K) and covariance (B, K, K) of the taps over each utterance's valid rows.
+    """Compute mean (B, K) and covariance (B, K, K) of the taps over each utterance's valid rows.
 
-    Computed in float64, because a channel may pass only a small part of the power of its taps.
+    This uses float64, because a channel may pass only a small part of the power of its taps.
     """
     exact = torch.float32 if taps_TRK.device.type == "mps" else torch.float64  # mps has no float64
     count_B = tiles.n_frames_B.to(exact)
@@ -180,7 +180,7 @@ def _moments(taps_TRK: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
 
 
 def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
-    """The samples in the receptive field of each output frame, for one input channel: (N / stride, K)."""
+    """Return the samples in the receptive field of each output frame (N / stride, K); one input channel."""
     rows = x_NC.view(-1, stride)
     shifts = -(-kernel // stride)
     padded = F.pad(rows, (0, 0, 0, shifts - 1))
@@ -188,7 +188,7 @@ def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 def _gelu_conv(x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool) -> Tensor:
-    """`_GeluConv` as an ordinary convolution."""
+    """Compute `_GeluConv` as an ordinary convolution."""
     _, channels, kernel = weight_OCK.shape
     x_NC = x if factor is None else torch.bmm(x, factor).view(-1, channels)
     x_CN = F.pad((F.gelu(x_NC) if gelu else x_NC).T, (0, max(0, kernel - stride)))
@@ -198,7 +198,7 @@ def _gelu_conv(x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int
 class _GeluConv(torch.autograd.Function):
     """`_gelu_conv` as matrix products (see the module's docstring).
 
-    Stores only x, or the two factors of x, for the backward pass. A CPU processes some of the rows at a time,
+    Only x, or its two factors, are stored for the backward pass. A CPU processes some of the rows at a time,
     so that intermediate results stay in the cache.
     """
 
@@ -256,7 +256,7 @@ class _GeluConv(torch.autograd.Function):
 
 
 def _tile(x: Tensor, factor: Tensor, width: int) -> int:
-    """Rows of `width` values per tile of a product."""
+    """Return the number of rows of `width` values per tile of a product."""
     return x.shape[1] * factor.shape[2] // width
 
 
@@ -265,7 +265,7 @@ def _tiles(x: Tensor, factor: Tensor, width: int, start: int, stop: int) -> slic
 
 
 def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` of the input, `width` values each."""
+    """Return the rows `start` to `stop` of the input, with `width` values each."""
     if factor is None:
         return x.view(-1, width)[start:stop]
     tiles = _tiles(x, factor, width, start, stop)
@@ -273,7 +273,7 @@ def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -
 
 
 def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """Number of rows, and the ranges processed at once: as many as fit in a CPU's cache, or all on a GPU."""
+    """Return the number of rows and the ranges processed at once, which fit in a CPU's cache."""
     unit = BLOCK if factor is None else _tile(x, factor, width)
     n = x.numel() // width if factor is None else len(x) * unit
     step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n

@@ -1,4 +1,4 @@
-"""Second and higher derivatives of kernels that have a first derivative only."""
+"""Second and higher derivatives of kernels that only have a first derivative."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jahubert.model.kernels.dispatch import is_recorded, is_transformed
 
 
 def with_double_backward(output: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """`output`, computed from `inputs` by a kernel; its double backward differentiates `plain(*inputs)`.
+    """Return the kernel output `output` with a double backward that differentiates `plain(*inputs)`.
 
     An ordinary backward pass uses the gradient of the kernel. With `create_graph=True` (or
-    `is_grads_batched=True`) it recomputes the output by `plain`, which consists of differentiable operators,
-    and differentiates that. The kernel should save the same inputs for its own gradient: then this takes no
-    memory.
+    `is_grads_batched=True`), the backward pass recomputes the output with `plain`, which consists of
+    differentiable operators, and differentiates the result. This takes no additional memory if the kernel
+    saves the same inputs for its own gradient.
     """
     if not torch.is_grad_enabled() or not output.requires_grad or is_recorded() or is_transformed():
         return output

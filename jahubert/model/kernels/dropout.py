@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def dropout(module: nn.Dropout, x: Tensor) -> Tensor:
-    """`module(x)`; on a CPU, `p` is rounded to a multiple of 2**-16."""
+    """Apply the dropout `module` to `x`; on a CPU, `p` is rounded to a multiple of 2**-16."""
     if not module.training or module.p == 0.0:
         return x
     if x.device.type != "cpu":
@@ -24,12 +24,12 @@ def dropout(module: nn.Dropout, x: Tensor) -> Tensor:
 
 
 def keep_probability(p: float) -> float:
-    """1 - p, with `p` rounded to a multiple of 2**-16."""
+    """Return 1 - p, with `p` rounded to a multiple of 2**-16."""
     return 1 - round(p * 2**16) / 2**16
 
 
 def keep_mask(shape: Sequence[int], p: float) -> Tensor:
-    """One byte per element, 0 with probability `p` and 1 otherwise (see `keep_probability`)."""
+    """Draw a mask of one byte per element: 1 with `keep_probability(p)`, otherwise 0."""
     count, threshold = torch.Size(shape).numel(), round(p * 2**16)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     number = bits.view(torch.int16)[:count].view(shape)

@@ -35,7 +35,7 @@ def encode(
     keep_layers: Collection[int],
     padding: Padding,
 ) -> Encoded:
-    """`HubertModel.forward` on packed frames; `n_samples` are the lengths if the batch is padded."""
+    """Compute `HubertModel.forward` on packed frames; `n_samples` are the lengths if the batch is padded."""
     from jahubert.model.hubert import Encoded
     from jahubert.model.layers import scale_gradient
 
@@ -76,7 +76,7 @@ def encode(
 
 
 def encoder_layer(block: EncoderLayer, x_ND: Tensor, packing: Packing) -> Tensor:
-    """`EncoderLayer.forward` on packed frames."""
+    """Compute `EncoderLayer.forward` on packed frames."""
     attention, ffn = block.attention, block.feed_forward
     if block.pre_norm:
         x_ND = x_ND + dropout(block.dropout, self_attention(attention, block.layer_norm(x_ND), packing))

@@ -16,7 +16,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def concat_ranges(starts: ArrayLike, counts: ArrayLike) -> np.ndarray:
-    """Concatenation of the ranges `starts[i], starts[i] + 1, ...` of length `counts[i]`."""
+    """Concatenate the ranges `starts[i], starts[i] + 1, ...` of length `counts[i]`."""
     count = np.asarray(counts, np.int64)
     end = count.cumsum()
     return np.repeat(np.asarray(starts, np.int64) - end + count, count) + np.arange(count.sum())
@@ -30,10 +30,10 @@ def index_tensors(device: torch.device, *parts: ArrayLike) -> list[Tensor]:
 
 
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; the host does not wait for a GPU.
+    """Copy a tensor to a device without making the host wait for a GPU.
 
-    This requires page-locked memory: the host waits for a copy from ordinary memory, which starts only after
-    all queued work.
+    The tensor is copied from page-locked memory, because the host would wait for a copy from ordinary
+    memory, which only starts after all queued work.
     """
     if device.type != "cuda":
         return tensor.to(device)

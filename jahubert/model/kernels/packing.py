@@ -64,7 +64,7 @@ class Packing:
         index = concat_ranges(width * np.arange(self.n_utterances), n_frames)
         filler = np.full(-self.n_valid % BLOCK, index[0])
         self.index_N, n_frames_B = index_tensors(device, np.append(index, filler), n_frames)
-        # For torch's fused attention; computed here so that compiled blocks receive only tensors and numbers.
+        # Used by torch's fused attention; computed here so that compiled blocks only get tensors and numbers.
         self.fused_attention, self.mask_B11S = device.type != "cpu", None
         if self.fused_attention and min(n_frames) < width:
             self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]
@@ -81,7 +81,7 @@ class Packing:
         return x_BSD.flatten(0, 1).index_select(0, self.index_N)
 
     def unpack(self, x_ND: Tensor) -> Tensor:
-        """A padded batch, zero after each utterance."""
+        """Return packed frames as a padded batch, which is zero after the end of each utterance."""
         flat = x_ND.new_zeros(self.n_utterances * self.width, *x_ND.shape[1:])
         # `index_copy_` would store all of x for its backward pass.
         flat[self.index_N[: self.n_valid]] = x_ND[: self.n_valid]

@@ -1,10 +1,10 @@
 """Positional convolution on packed frames, in the frequency domain.
 
-Overlap-save with windows of twice the kernel size. Each frequency is one small matrix product per group, and
-the Fourier transforms are matrix products as well. This needs a quarter of the arithmetic of a direct
-convolution with 128 taps and has smaller rounding errors. It always computes in float32, where a GPU's own
-convolution would use TF32. The direct convolution is used where it is faster: in bfloat16 on a CPU, and on
-short batches.
+The method is overlap-save with windows of twice the kernel size. Each frequency is one small matrix product
+per group, and the Fourier transforms are matrix products as well. This needs a quarter of the operations of
+a direct convolution with 128 taps and has smaller rounding errors. It always computes in float32, whereas a
+GPU's own convolution would use TF32. The direct convolution is used where it is faster: in bfloat16 on a CPU,
+and on short batches.
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """
@@ -51,7 +51,7 @@ def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
 
 
 def by_frequencies(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
-    """`PositionalConv.forward` on packed frames as a product of spectra."""
+    """Compute `PositionalConv.forward` on packed frames as a product of spectra."""
     dtype = torch.promote_types(x_ND.dtype, torch.float32)
     with torch.autocast(x_ND.device.type, enabled=False):
         y_ND = _correlate(x_ND.to(dtype), module.conv.weight.to(dtype), packing)
@@ -82,10 +82,10 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
 
 
 def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
-    """Windows of 2 * `kernel` frames every `kernel` frames, starting half a kernel before each utterance.
+    """Place windows of 2 * `kernel` frames every `kernel` frames, from half a kernel before each utterance.
 
-    Returns the packed row of every frame of all windows (for frames outside the utterance, the row after the
-    last one), and for each packed row its position among the first halves of the windows.
+    Returns the packed row of every frame in all windows (for frames outside the utterance, the row after the
+    last valid row), and for each packed row its position among the first halves of the windows.
     """
     n_frames, outside = np.array(packing.n_frames), packing.n_rows
     counts = -(-n_frames // kernel)
@@ -101,13 +101,13 @@ def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
     return row_X, position_N
 
 
-@lru_cache(maxsize=4)  # numpy arrays: a cached tensor would keep the mode it was created in (inference, fake)
+@lru_cache(maxsize=4)  # numpy arrays, because cached tensors keep their mode (inference, fake)
 def _fourier(kernel: int) -> tuple[np.ndarray, np.ndarray]:
-    """Real and imaginary parts of a window's transform (2, F, 2K) and of half of its inverse (2, K, F)."""
+    """Return a window's transform (2, F, 2K) and half of its inverse (2, K, F), real and imaginary parts."""
     size = 2 * kernel
     angle_FX = np.outer(np.arange(kernel + 1), np.arange(size)) % size * (2 * math.pi / size)
     wave_PFX = np.stack([np.cos(angle_FX), -np.sin(angle_FX)])
-    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # a frequency and its mirror frequency
-    weight_F1[[0, -1]] = 1 / size  # the first and the last frequency have none
+    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # counts a frequency and its mirror frequency
+    weight_F1[[0, -1]] = 1 / size  # the first and the last frequency have no mirror frequency
     inverse_PXF = (wave_PFX * weight_F1)[:, :, :kernel].transpose(0, 2, 1)
     return wave_PFX.astype(np.float32), np.ascontiguousarray(inverse_PXF, np.float32)

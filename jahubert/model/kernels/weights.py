@@ -1,4 +1,4 @@
-"""Copies of weights for matrix products: in lower precision, and joined for layers with the same input."""
+"""Copies of weights for matrix products, in lower precision or joined for layers with the same input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _shared: dict[tuple[Any, ...], _Copy] | None = None
 
 @contextmanager
 def shared_weight_copies(enabled: bool = True) -> Iterator[None]:
-    """Make each copy of a weight once inside, for several forward and backward passes.
+    """Make each copy of a weight only once in the `with` block, for several forward and backward passes.
 
     Intended for the micro-batches of one update. A copy is replaced if an operation changes its weight in
     place; changes through `weight.data` go unnoticed.
@@ -39,7 +39,7 @@ def shared_weight_copies(enabled: bool = True) -> Iterator[None]:
 
 
 def weight_copy(dtype: torch.dtype, *weights: Tensor) -> Tensor:
-    """The weights in a dtype, concatenated along the first dimension; differentiable.
+    """Convert weights to a dtype and concatenate them along the first dimension; differentiable.
 
     Inside `shared_weight_copies`, the same tensor is returned until a weight changes.
     """
@@ -59,7 +59,7 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 
 
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
-    """Outputs of linear layers with the same input, concatenated, by one matrix product."""
+    """Compute the concatenated outputs of linear layers with the same input by one matrix product."""
     if len(modules) == 1 and (is_recorded() or _shared is None):
         return modules[0](x)  # autocast makes the copies
     if any(module.bias is None for module in modules):

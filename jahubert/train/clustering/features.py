@@ -115,13 +115,13 @@ class Mfcc:
 
 
 def deltas(x_SC: Tensor) -> Tensor:
-    """Deltas over five frames with repeated edge frames (torchaudio's `compute_deltas`, window 5)."""
+    """Compute deltas over five frames with repeated edge frames (torchaudio's `compute_deltas`, window 5)."""
     padded = torch.cat([x_SC[:1], x_SC[:1], x_SC, x_SC[-1:], x_SC[-1:]])
     return (2 * (padded[4:] - padded[:-4]) + padded[3:-1] - padded[1:-3]) / 10
 
 
 def _mel_filters() -> Tensor:
-    """Triangular filters (257, 23), evenly spaced on Kaldi's mel scale 1127 ln(1 + f / 700)."""
+    """Return triangular filters (257, 23), evenly spaced on Kaldi's mel scale 1127 ln(1 + f / 700)."""
     bins_F = torch.arange(_FFT // 2 + 1, dtype=torch.float64) * (SAMPLE_RATE / _FFT)
     mel_F1 = (1127.0 * torch.log1p(bins_F / 700.0))[:, None]
     low, high = (1127.0 * math.log1p(hz / 700.0) for hz in (_LOW_HZ, _HIGH_HZ))
@@ -133,7 +133,7 @@ def _mel_filters() -> Tensor:
 
 
 def _cepstra() -> Tensor:
-    """Orthonormal DCT-II and cepstral lifter, combined into one matrix (23, 13)."""
+    """Return the orthonormal DCT-II and the cepstral lifter, combined into one matrix (23, 13)."""
     order_C = torch.arange(_CEPSTRA, dtype=torch.float64)
     center_M1 = torch.arange(_MEL_BINS, dtype=torch.float64)[:, None] + 0.5
     dct_MC = torch.cos(math.pi / _MEL_BINS * center_M1 * order_C) * math.sqrt(2.0 / _MEL_BINS)

@@ -1,13 +1,14 @@
 """Lloyd's algorithm and mini-batch k-means over frames that may not fit in memory.
 
-Fitting proceeds from coarse to fine: k-means++ and Lloyd's algorithm on a small sample (best of several
-initializations), then Lloyd's algorithm on samples that grow by a factor of eight, and finally on all frames.
+Fitting proceeds from coarse to fine. K-means++ and Lloyd's algorithm are run on a small sample with several
+initializations, of which the best is kept. Lloyd's algorithm then runs on samples that grow by a factor of
+eight, and finally on all frames.
 Most of the improvement happens on small samples, where a pass is cheap. If there are more than `lloyd_frames`
 frames, the final step is a single mini-batch pass.
 
-Frames are read in chunks, which are cached on a GPU as far as they fit. Processes share each pass with
-results that are bit-identical for any number of processes: chunks are assigned to 16 lanes, lanes to
-processes, and the sums of the lanes are added in a fixed order.
+Frames are read in chunks, which are cached on a GPU up to half of its free memory. Each pass is shared among
+the processes, and the results are bit-identical for any number of processes: chunks are assigned to 16 lanes,
+lanes to processes, and the sums of the lanes are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Ten
 
 
 def _distances_to_rows(x_ND: Tensor, norm_N: Tensor, rows: Tensor | list[int]) -> Tensor:
-    """Squared distances (len(rows), N) between the frames at `rows` and all frames."""
+    """Compute squared distances (len(rows), N) between the frames at `rows` and all frames."""
     return (norm_N + norm_N[rows][:, None] - 2 * (x_ND[rows] @ x_ND.T)).clamp_(min=0)
 
 
@@ -371,11 +372,11 @@ def _split(frames_ND: Any, centroids_KD: Tensor, lane: int) -> Iterator[tuple[in
 
 
 def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
-    """Number of rows whose distances fit in the L2 cache of a CPU, or keep a GPU busy."""
+    """Return the number of rows whose distances fit in the L2 cache of a CPU, or keep a GPU busy."""
     budget = 1 << 18 if device.type == "cpu" else 1 << 27
     return max(1024, budget // sum(shape_KD))
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """Cache size (bytes): half of a GPU's free memory; 0 on a CPU, because the system caches files itself."""
+    """Return the cache size (bytes): half of a GPU's free memory; 0 on a CPU, as the system caches files."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0

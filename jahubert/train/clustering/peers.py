@@ -25,7 +25,7 @@ def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
         ConfigError: `device` is a GPU, but faiss finds none.
     """
     device = torch.device(options.device)
-    faiss = _import_faiss(gpu=device.type == "cuda")  # first, so that an error costs no time
+    faiss = _import_faiss(gpu=device.type == "cuda")  # imported first, so that an error costs no time
     order = np.random.default_rng(options.seed).permutation(len(frames_ND))
     initial_KD, _ = coarse_centroids(frames_ND, order, options)
     n_frames, dim = frames_ND.shape

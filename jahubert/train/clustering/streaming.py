@@ -25,7 +25,7 @@ from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.workers import map_in_workers
 from jahubert.train.experiment.registry import FEATURES, resolve
 
-_IN_FLIGHT = 64  # utterances whose results are on their way to the CPU: several batches
+_IN_FLIGHT = 64  # utterances whose results are being copied to the CPU (several batches)
 _HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normalize": bool}
 
 
@@ -136,7 +136,7 @@ class _Reader:
 
 
 def to_host(stream: Iterable[tuple[int, Tensor]]) -> Generator[tuple[int, Tensor], None, None]:
-    """Copy the tensors of a stream to the CPU; on a GPU, while the next ones are computed."""
+    """Copy the tensors of a stream to the CPU; copies from a GPU overlap with computation."""
     pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
     for row, tensor in stream:
         event = None

@@ -243,7 +243,7 @@ def quantize_mu_law(wave_T: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _length(n_samples: Any, speed: Any) -> np.ndarray:
-    """Number of samples after changing the speed of `n_samples` samples, int64."""
+    """Return the number of samples after changing the speed of `n_samples` samples, int64."""
     return np.rint(n_samples / speed).astype(np.int64)
 
 

@@ -153,7 +153,7 @@ class WaveformCache:
 def _augmenter(
     config: AugmentConfig | None, seed: int, rows: np.ndarray, cache: WaveformCache
 ) -> Augmenter | None:
-    """The augmentation of a data set, if any effect of it is enabled."""
+    """Create the augmentation of a data set; returns None if all effects are disabled."""
     if config is None or not config.enabled:
         return None
     return Augmenter(config, seed, rows, cache.manifest.n_samples, cache.load)
@@ -206,7 +206,7 @@ class PretrainData:
         )
 
     def _draw(self, epoch: int, row: int) -> tuple[int, int, np.ndarray]:
-        """Length of an utterance (samples), first frame of its crop, and mask (S,) of the crop."""
+        """Draw the crop of an utterance: its length (samples), first frame of the crop, and mask (S,)."""
         rng = seeded_rng(self.seed, epoch, row, 1)
         length = int(self.manifest.n_samples[row])
         n_samples = min(length, self.max_samples)

@@ -201,7 +201,7 @@ def _audio_file(manifest: Manifest, row: int, folder: Path) -> tuple[Path, int, 
 
 @lru_cache(maxsize=1)  # the utterances of a recording are consecutive
 def _length_if_16khz_mono(path: Path) -> int | None:
-    """Number of samples of a file that soundfile reads as 16 kHz mono, otherwise None."""
+    """Return the number of samples if soundfile reads a file as 16 kHz mono, otherwise None."""
     try:
         info = soundfile.info(path)
     except (OSError, RuntimeError):

@@ -73,15 +73,15 @@ class LabelWriter:
             _write_json(started, plan | {"shard_size": shard_size})
 
     def __len__(self) -> int:
-        """Number of shards."""
+        """Return the number of shards."""
         return -(-len(self.n_frames) // self.shard_size)
 
     def rows(self, shard: int) -> range:
-        """The utterances of a shard."""
+        """Return the utterances of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.n_frames)))
 
     def pending(self) -> list[int]:
-        """Numbers of the shards that are missing or incomplete."""
+        """Return the numbers of the shards that are missing or incomplete."""
         if (self.folder / "header.json").exists():
             return []
         return [shard for shard in range(len(self)) if not self._is_complete(shard)]
@@ -218,7 +218,7 @@ class LabelStore:
             )
 
     def unit_counts(self) -> np.ndarray:
-        """Number of occurrences of each unit, int64 (K,)."""
+        """Count the occurrences of each unit, int64 (K,)."""
         counts_K = np.zeros(self.header.n_units, np.int64)
         for start in range(0, len(self.unit_N), 1 << 20):
             counts_K += np.bincount(self.unit_N[start : start + (1 << 20)], minlength=self.header.n_units)

@@ -355,7 +355,7 @@ class Manifest:
             self.counts: dict = json.loads(metadata[b"counts"])
         except (KeyError, ValueError) as error:
             raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
-        self._crc32 = metadata.get(b"crc32")  # missing in manifests of earlier versions
+        self._crc32 = metadata.get(b"crc32")  # None for manifests written by earlier versions
 
     def validate(self) -> None:
         """Validate all Arrow buffers and their checksum, which reads the whole file.

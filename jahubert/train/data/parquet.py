@@ -1,4 +1,4 @@
-"""Reading of parquet files, repeated after file system errors."""
+"""Reading of parquet files, with retries after file system errors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from jahubert.errors import DataError
 from jahubert.train.data.utterances import read_reliably
 
 T = TypeVar("T")
-_BATCH_ROWS = 256  # rows in memory, which may hold audio
+_BATCH_ROWS = 256  # rows in memory, which may contain audio
 
 
 def parquet_schema(path: Path) -> pa.Schema:
-    """The columns of a parquet file.
+    """Return the schema of a parquet file.
 
     Raises:
-        DataError: not a parquet file, or the file system still fails after several attempts.
+        DataError: the file is not parquet, or the file system still fails after several attempts.
     """
     return read_reliably(lambda: _read(path, lambda: pq.ParquetFile(path).schema_arrow), path)
 
 
 def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a parquet file in batches of 256.
+    """Yield the rows of a parquet file in batches of 256.
 
     Raises:
-        DataError: a damaged file, or the file system still fails after several attempts.
+        DataError: the file is damaged, or the file system still fails after several attempts.
     """
     n_read = 0
     batches: Iterator[pa.RecordBatch] | None = None
@@ -39,7 +39,7 @@ def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
     def next_batch() -> pa.RecordBatch | None:
         nonlocal batches
         try:
-            if batches is None:  # at the beginning, or after an error, which ends the iterator
+            if batches is None:  # first attempt, or the iterator ended with an error
                 batches = islice(
                     pq.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=columns), n_read, None
                 )
@@ -54,7 +54,7 @@ def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
 
 
 def _read(path: Path, read: Callable[[], T]) -> T:
-    """Call `read`; Arrow reports damaged files as OSErrors as well, but without an error number."""
+    """Call `read`; Arrow also reports damaged files as OSErrors, but without an error number."""
     try:
         return read()
     except (pa.ArrowException, OSError) as error:

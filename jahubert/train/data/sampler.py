@@ -19,12 +19,12 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.masking import seeded_rng
 
-_GROUPS = 8  # per update, unless they would be too long or too short
+_GROUPS = 8  # groups per update, unless these would be too long or too short
 _MIN_GROUP_SECONDS, _MAX_GROUP_SECONDS = 87.5, 500.0  # 87.5: the audio per GPU in the HuBERT paper
 
 
 def groups_per_update(batch_seconds: float) -> int:
-    """Default number of groups in an update of `batch_seconds`: 8 of 350 s for the 2,800 s of HuBERT base."""
+    """Return the default number of groups per update: 8 of 350 s for the 2,800 s of HuBERT base."""
     groups = _GROUPS
     while batch_seconds / groups > _MAX_GROUP_SECONDS:
         groups *= 2
@@ -35,11 +35,11 @@ def groups_per_update(batch_seconds: float) -> int:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Size of a group of utterances, of an update, and of a micro-batch."""
+    """Sizes of groups, updates and micro-batches."""
 
-    group_seconds: float  # audio per group, padding included
-    groups: int = 1  # per update
-    micro_seconds: float | None = None  # maximum per micro-batch, padding included; None: whole groups
+    group_seconds: float  # audio per group, including padding
+    groups: int = 1  # number of groups per update
+    micro_seconds: float | None = None  # maximum audio per micro-batch, including padding; None: whole groups
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MicroBatch:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Identifies the micro-batch within a run, as a key of random generators."""
+        """Key for random generators that identifies the micro-batch within a run."""
         return (self.epoch, self.index, self.part) if self.part else (self.epoch, self.index)
 
 
@@ -83,7 +83,7 @@ class Epoch:
         return MicroBatch(self.number, index, tuple(self.rows[self._members(index)].tolist()))
 
     def lengths(self, index: int) -> np.ndarray:
-        """Samples of each utterance of a group."""
+        """Return the number of samples of each utterance in a group."""
         return self.n_samples[self._members(index)]
 
     def _members(self, index: int) -> np.ndarray:
@@ -143,10 +143,10 @@ class Sampler:
         return self._epochs[epoch]
 
     def update(self, epoch: int, cursor: int, processes: int = 1) -> list[MicroBatch]:
-        """Micro-batches of the update that starts at group `cursor`; `processes` divides their number.
+        """Return the micro-batches of the update at group `cursor`; `processes` divides their number.
 
         Raises:
-            DataError: the update has too few utterances for the processes.
+            DataError: the update has fewer utterances than there are processes.
         """
         groups = [self._group(micro) for micro in islice(self.stream(epoch, cursor), self.sizes.groups)]
         while sum(len(group.parts) for group in groups) % processes:
@@ -161,7 +161,7 @@ class Sampler:
         return [part for group in groups for part in group.micro_batches()]
 
     def single_pass(self, rank: int = 0, processes: int = 1) -> Iterator[MicroBatch]:
-        """The micro-batches of epoch 0 for one of several processes, for an evaluation."""
+        """Return one process's share of the micro-batches of epoch 0, for an evaluation."""
         epoch = self.epoch(0)
         groups = (self._group(epoch[index]) for index in range(len(epoch)))
         parts = (part for group in groups for part in group.micro_batches())
@@ -192,7 +192,7 @@ class Sampler:
         return np.array(starts)
 
     def _row_limit(self, first_length: int) -> int:
-        """Maximum number of rows of a group whose first row has this length."""
+        """Return the maximum number of rows in a group whose first row has this length."""
         limit = self.group_capacity // max(1, first_length)
         return min(limit, self.max_rows) if self.max_rows else limit
 
@@ -204,7 +204,7 @@ class Sampler:
             epoch, cursor = epoch + 1, 0
 
     def padding(self, epoch: int = 0) -> float:
-        """Fraction of an epoch's samples that are padding."""
+        """Return the fraction of an epoch's samples that are padding."""
         return self.epoch(epoch).padding
 
 
@@ -216,15 +216,15 @@ class _Group:
         self._cut(-(-len(lengths) * int(lengths.max()) // capacity))
 
     def longest_part(self) -> int:
-        """Samples of the longest part, padding included."""
+        """Return the number of samples in the longest part, including padding."""
         return max(map(self._padded, self.parts))
 
     def split(self) -> None:
-        """Cut into more parts."""
+        """Cut the group into more parts."""
         self._cut(len(self.parts) + 1)
 
     def _cut(self, n_parts: int) -> None:
-        """Cut into `n_parts` parts, or more if one would exceed the capacity."""
+        """Cut the group into `n_parts` parts, or more if a part would exceed the capacity."""
         n_rows = len(self.lengths)
         for n in range(min(n_parts, n_rows), n_rows + 1):
             bounds = [n_rows * i // n for i in range(n + 1)]

@@ -44,7 +44,7 @@ def split_words(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, .
 
 def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet) -> int:
     """Write the targets of all rows of a manifest and return the total number of symbols."""
-    offsets, symbols = array("q", [0]), array("h")  # arrays, because lists need many times the memory
+    offsets, symbols = array("q", [0]), array("h")  # arrays, because lists would need far more memory
     for row in rows:
         symbols.extend(row)
         offsets.append(len(symbols))

@@ -1,4 +1,4 @@
-"""Training text of an experiment as tokens for n-gram language models."""
+"""Tokenized training text of an experiment, for n-gram language models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
     written as in the text if it has the same words, otherwise in kana.
 
     Raises:
-        ConfigError: the targets have a different unit, or consist of characters and the unit is word.
+        ConfigError: the targets have a different unit, or the unit is word and the targets are characters.
         DataError: the experiment has no targets.
     """
     manifest, targets = Manifest(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")

@@ -20,8 +20,8 @@ from jahubert.train.experiment import distributed
 T = TypeVar("T")
 R = TypeVar("R")
 
-PREFETCH = 4  # items per worker
-_SHUTDOWN_SECONDS = 10.0  # before workers that have not exited are killed
+PREFETCH = 4  # items computed ahead per worker
+_SHUTDOWN_SECONDS = 10.0  # seconds before workers that have not exited are killed
 
 
 class SharedMemoryError(UserError):
@@ -54,7 +54,7 @@ def map_in_workers(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=ignore_signals,
-        # By default, the DataLoader draws from the global generator, which a resumed run would do once more.
+        # By default, the DataLoader draws a seed from the global generator; a resumed run would draw again.
         generator=torch.Generator(),
         pin_memory=pin_memory,
     )

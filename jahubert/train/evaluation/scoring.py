@@ -167,7 +167,7 @@ def _totals(counts: Sequence[ErrorCounts]) -> dict[str, Any]:
 
 
 def _item_text(item: Any) -> str:
-    """A word or symbol as text; "" for the missing side of an insertion or a deletion."""
+    """Format a word or symbol as text; "" for the missing side of an insertion or a deletion."""
     if item is None:
         return ""
     return item if isinstance(item, str) else " ".join(item)
@@ -279,7 +279,7 @@ def display_text(symbols: str, as_kana: bool) -> str:
 
 
 def _width(text: str) -> int:
-    """Number of terminal columns of a text; wide characters occupy two columns."""
+    """Return the number of terminal columns of a text; wide characters occupy two columns."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 

@@ -27,7 +27,7 @@ class TuningBatch:
 
 @dataclass(frozen=True)
 class GridPoint:
-    """Error rate of symbols, without word boundaries, with a weight and a bonus."""
+    """Error rate of symbols, excluding word boundaries, for one weight and one bonus."""
 
     lm_weight: float
     word_bonus: float
@@ -42,7 +42,7 @@ def search_grid(
     lm_weights: Sequence[float],
     word_bonuses: Sequence[float],
 ) -> list[GridPoint]:
-    """Decode the batches of all processes with every weight and bonus; best first, ties in given order."""
+    """Decode all batches with every weight and bonus; returns the best first, ties in the given order."""
     grid = list(itertools.product(lm_weights, word_bonuses))
     counts = torch.zeros(len(grid), 2, dtype=torch.float64)  # errors, length
     for point, (lm_weight, word_bonus) in enumerate(grid):

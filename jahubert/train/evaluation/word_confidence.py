@@ -1,4 +1,4 @@
-"""Judgment of hypothesis words, for the calibration of confidences and its evaluation."""
+"""Classification of hypothesis words as correct or wrong, to calibrate and evaluate confidences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jahubert.train.evaluation.scoring import ScoredUtterance
 
 Judged = tuple[
     list[list[float]], list[bool]
-]  # log-probabilities of the labels of each word; whether it is right
+]  # log-probabilities of the labels of each word; whether the word is correct
 
 
 def judge_words(utterances: Iterable[ScoredUtterance]) -> Judged:
@@ -27,7 +27,7 @@ def judge_words(utterances: Iterable[ScoredUtterance]) -> Judged:
 
 
 def evaluate_confidence(judged: Judged, calibration: Calibration | None) -> Reliability | None:
-    """Measure the reliability of the confidences of judged words; None without words."""
+    """Measure the reliability of confidences for judged words; returns None without words."""
     scores, correct = judged
     if not scores:
         return None

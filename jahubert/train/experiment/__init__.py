@@ -1,1 +1,1 @@
-"""Settings, records and processes of an experiment: what every stage builds on."""
+"""Settings, records and processes of an experiment, on which every stage builds."""

@@ -29,7 +29,7 @@ T = TypeVar("T")
 GroupClass = Callable[[Mapping[str, Any]], type | None]
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
-_RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of them
+_RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of these conditions
     "positive": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
@@ -80,10 +80,10 @@ def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]
 
 
 def interval_errors(config: Any, limits: Mapping[str, tuple[float, float]]) -> list[str]:
-    """One message per field that is not an ascending pair of numbers within its limits.
+    """Return one message per field that is not an ascending pair of numbers within its limits.
 
     Args:
-        limits: name of the field -> lowest and highest value.
+        limits: maps field names to the lowest and highest allowed values.
     """
     errors = []
     for name, (lowest, highest) in limits.items():
@@ -120,7 +120,7 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
 
 
 def settings_error(errors: Sequence[str]) -> ConfigError:
-    """The error that lists errors in single settings, one per line."""
+    """Create the error that lists errors in single settings, one per line."""
     count = "1 mistake" if len(errors) == 1 else f"{len(errors)} mistakes"
     error = ConfigError(f"the configuration has {count}:\n  " + "\n  ".join(errors))
     error.settings = tuple(errors)
@@ -147,7 +147,7 @@ def expand_user(path: str | Path) -> Path:
 
 
 def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool = False) -> str:
-    """Error message, with a suggestion, for a name that does not exist or (`missing`) was not given."""
+    """Return an error message with a suggestion for a name that is unknown or (`missing`) not given."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near and not missing else "choose one of " + ", ".join(known)
@@ -155,7 +155,7 @@ def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool
 
 
 def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
-    """Error message for a key that does not exist; includes a suggestion."""
+    """Return an error message with a suggestion for a key that does not exist."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {where}{near[0]}?" if near else "known keys are " + ", ".join(known)
@@ -246,7 +246,7 @@ def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = 
 
 
 def _scalar(value: Any, hint: Any) -> Any:
-    """Convert a scalar to the type `hint`; None if this is not possible."""
+    """Convert a scalar to the type `hint`; returns None if this is not possible."""
     if hint is Any:
         return untyped(value)
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
@@ -264,7 +264,7 @@ def _scalar(value: Any, hint: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """Convert to a number, also from text (YAML reads 5e-4 as text); None if this is not possible."""
+    """Convert to a number, also from text (YAML reads 5e-4 as text); returns None if this fails."""
     try:
         return float(value) if isinstance(value, (int, float, str)) else None
     except ValueError:
@@ -304,7 +304,7 @@ def result_fields(config: Any) -> dict[str, Any]:
 
 
 def runtime_fields(config: Any) -> set[str]:
-    """Names of the settings that `result_fields` leaves out."""
+    """Return the names of the settings that `result_fields` omits."""
     return {name for name, _, metadata in _leaves(config) if metadata.get("runtime")}
 
 

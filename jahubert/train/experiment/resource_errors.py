@@ -95,7 +95,7 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
 
 
 def _memory_advice(stage: str, config: Any) -> str:
-    """Advice on which setting to change to reduce GPU memory use."""
+    """Return advice on which setting to change to reduce GPU memory use."""
     if hasattr(config, "train"):
         train = f"{stage}.train"
         seconds = config.train.micro_seconds

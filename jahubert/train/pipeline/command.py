@@ -107,7 +107,7 @@ def _run(argv: list[str]) -> int:
 
 
 def unknown_option(parser: argparse.ArgumentParser, word: str) -> str:
-    """Error message for an option that does not exist; includes a suggestion."""
+    """Return an error message with a suggestion for an option that does not exist."""
     known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
     near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"

@@ -17,7 +17,7 @@ _received: list[str] = []  # stored here because interrupted code may replace or
 
 
 class StopRequested(BaseException):
-    """A stop signal was received outside of training. Not an `Exception`, so handlers do not catch it."""
+    """A stop signal was received outside of training. Derived from BaseException, so handlers ignore it."""
 
 
 @contextmanager

@@ -40,7 +40,7 @@ _NUMBERS = {
 }
 _SETTINGS = ("gpu", *_NUMBERS)
 
-Job = tuple[str, Any, Path]  # stage, its config, its output folder
+Job = tuple[str, Any, Path]  # (stage, config, output folder)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Plan:
     stages: list[StageEstimate]
     corpus: Corpus
     machine: Machine
-    days: dict[int, float]  # of all stages, by number of GPUs; empty for a CPU
+    days: dict[int, float]  # total duration of all stages, by number of GPUs; empty for a CPU
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -87,7 +87,7 @@ def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]) -> Plan:
-    """Estimate the cost of jobs.
+    """Estimate the cost of jobs on a machine.
 
     Args:
         tree: the composed configuration.
@@ -243,7 +243,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
         notes.append(f"runs in float32: {machine.name} has no bfloat16; set train.precision=fp16")
     try:
         train.check_processes(machine.n_devices, longest)
-    except ConfigError as error:  # the run itself would fail with this error
+    except ConfigError as error:  # the run itself would fail with the same error
         hours, notes = None, [str(error)]
     return StageEstimate(name, hours, disk, memory, ", ".join(notes))
 

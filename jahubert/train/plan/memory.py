@@ -33,8 +33,8 @@ MASKED = 0.57  # fraction of masked frames with the paper's mask settings
 _ROWS = (
     4  # utterances; counts for _ROWS and 2 * _ROWS are subtracted to cancel constant terms (weight copies)
 )
-# Extra values that attention stores per frame and layer on a GPU, as a multiple of the width. In 16 bits, it
-# stores its output as a padded tensor in addition to the packed output.
+# Extra values that attention stores per frame and layer on a GPU, as a multiple of the width. In 16 bits,
+# attention stores its output both packed and as a padded tensor.
 _PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}
 
 

@@ -90,10 +90,10 @@ def layer_curves(layers: Mapping[str, Any]) -> str:
 
 
 def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
-    """Draw the share of right words against confidence; larger points have more words.
+    """Plot the share of correct words against confidence; larger points have more words.
 
     Args:
-        bins: (mean confidence, share of right words, number of words).
+        bins: tuples of mean confidence, share of correct words, and number of words.
     """
 
     def draw(figure: Any) -> None:

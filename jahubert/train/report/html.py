@@ -198,7 +198,7 @@ def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
 
 
 def _reliability(system: str, measured: Mapping[str, Any] | None, strings: Strings) -> str:
-    """Collapsible figure of the confidences of a system's words."""
+    """Render a collapsible figure of the confidences of a system's words."""
     if not measured:
         return ""
     basis = measured["calibrated_on"] or strings("not_calibrated")
@@ -336,7 +336,7 @@ def _source(source: str, strings: Strings) -> str:
 
 
 def _unit_title(name: str, unit: Mapping[str, Any], strings: Strings) -> str:
-    """Title of units with their iteration and feature, e.g. "iter2: layer 6"."""
+    """Return a title for units with their iteration and feature, e.g. "iter2: layer 6"."""
     feature = str(unit["feature"]).upper() if unit["layer"] is None else strings("layer", unit["layer"])
     experiment, separator, iteration = name.rpartition(": ")
     return f"{experiment}{separator}{iteration if unit['learnt'] else strings('last_model')}: {feature}"

@@ -30,7 +30,7 @@ class Result:
         return f"{self.system}, {self.decoding}" if self.decoding else self.system
 
     def summary(self) -> dict[str, Any]:
-        """Read the label, the scores, and the amount of fine-tuning data and updates."""
+        """Read the label, the scores, the amount of fine-tuning data, and the number of updates."""
         finetune = read_record(self.folder("finetune") / DONE)
         return {
             "label": result_label(self.folder("decode")),

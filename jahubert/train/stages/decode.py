@@ -67,12 +67,12 @@ class Config:
     search: Literal["beam", "greedy"] = "beam"  # greedy: the best symbol of each frame
     beam: int = 20  # width of the beam search
     n_best: int = 1  # number of hypotheses to write per utterance
-    lm: Path | None = None  # n-gram of the symbols, or with a lexicon of its words: ARPA, plain or gzip
-    lexicon: Path | None = None  # the words that hypotheses consist of: a word and its symbols per line
+    lm: Path | None = None  # n-gram (ARPA, plain or gzip) over the symbols, or over the words of the lexicon
+    lexicon: Path | None = None  # allowed words: a file with a word and its symbols per line
     lm_weight: float = 0.5  # factor of the log-probability of the language model
-    word_bonus: float = 0.0  # added per token of the language model: per word with a lexicon, else per symbol
+    word_bonus: float = 0.0  # score added per word with a lexicon, otherwise per symbol
     tune_splits: tuple[str, ...] = split_field(())  # choose lm_weight and word_bonus on these splits
-    tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values to try
+    tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values of lm_weight to try
     tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values to try
     vad: bool = True  # remove DC offset and hum, normalize the level, and suppress phones outside speech
     device: str = runtime_field("auto")
@@ -237,7 +237,7 @@ def log_probabilities(
     n_rows = sum(len(micro.rows) for micro in micro_batches)
 
     def load(micro: MicroBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Padded waveforms, their lengths, and the speech mask of each."""
+        """Load a batch: padded waveforms, their lengths, and the speech mask of each waveform."""
         batch = data.load(micro)
         if not config.vad:
             return batch.wav_BT, batch.n_samples_B, []
@@ -309,7 +309,7 @@ def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> 
 
 
 def talk_of(utterance: Utterance) -> str:
-    """Name of the recording that contains an utterance; for recordings in an archive, the utterance id."""
+    """Return the recording that contains an utterance; for recordings in an archive, the utterance id."""
     return utterance.id if utterance.audio.offset else Path(utterance.audio.path).stem
 
 

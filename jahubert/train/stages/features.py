@@ -148,7 +148,7 @@ def _allocate(path: Path, shape: tuple[int, int]) -> int:
 def _sampled_frames(
     sample: Sample, numbers: Iterable[int], stream: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, Tensor]]:
-    """The sampled frames of utterances, by their index in the sample, from a stream of all their frames."""
+    """Yield the sampled frames of each utterance and its index, from a stream of all frames."""
     for number, (_, f_SD) in zip(numbers, stream, strict=True):
         index_N = torch.from_numpy(sample.frames[sample.bounds[number] : sample.bounds[number + 1]])
         yield number, f_SD.index_select(0, to_device_async(index_N, f_SD.device)).float()

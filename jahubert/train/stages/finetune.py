@@ -204,7 +204,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def model_name(source: Path | None) -> str:
-    """Display name of the pretrained model: owner/model, NAME/iter2, or the last two parts of its path."""
+    """Return the display name of a model: owner/model, NAME/iter2, or the last two parts of its path."""
     if source is None:
         return "from scratch"
     parts = [part for part in source.parts if part not in ("/", "bundle", "pretrain")]

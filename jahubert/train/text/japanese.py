@@ -127,7 +127,7 @@ def features_to_words(features: Sequence[Feature]) -> list[Word]:
         if not kana:
             joined = False
             continue
-        if joined and feature["string"][0] in _SMALL_VOWELS:  # the analyzer reads it as a full-size vowel
+        if joined and feature["string"][0] in _SMALL_VOWELS:  # the analyzer reads it as full-size
             kana = _small_vowel_reading(words[-1][1], feature["string"][0]) + kana[1:]
         if joined and (kana[0] in "ー" + _SMALL_VOWELS or _NO_VOWEL.fullmatch(kana)):
             surface, before = words[-1]
@@ -141,7 +141,7 @@ def features_to_words(features: Sequence[Feature]) -> list[Word]:
 
 
 def _small_vowel_reading(preceding: str, small: str) -> str:
-    """Reading of a small vowel after a word: ー if it lengthens a vowel (うわぁ), otherwise itself (ツァ)."""
+    """Return the reading of a small vowel: ー if it lengthens a vowel (うわぁ), otherwise itself (ツァ)."""
     return "ー" if kana_to_phones(preceding)[-1].removesuffix(":") == kana_to_phones(small)[0] else small
 
 

@@ -225,7 +225,7 @@ def is_punctuation(symbol: str) -> bool:
 
 
 def recognized_characters(text: str, punctuation: bool = False) -> str:
-    """Characters of a text that a recognizer of characters has to output, in NFKC, without spaces.
+    """Return the characters that a character recognizer must output for a text, in NFKC, without spaces.
 
     Args:
         punctuation: keep punctuation marks besides letters and digits; symbols such as `+` are dropped.

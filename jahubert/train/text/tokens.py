@@ -113,5 +113,5 @@ class Tokenizer:
 
 
 def written_form(word: Word) -> str:
-    """Spelling of a word after NFKC, without spaces, which separate words in ARPA files and lexicons."""
+    """Apply NFKC and remove spaces, which separate words in ARPA files and lexicons."""
     return "".join(unicodedata.normalize("NFKC", word.surface).split()) or word.kana

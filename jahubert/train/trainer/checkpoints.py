@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_folder(out: Path, engine: str) -> Path:
-    """The checkpoint folder of an engine under `out`.
+    """Return the checkpoint folder of a training engine under `out`.
 
     Raises:
         StaleError: `out` contains checkpoints of another engine, which this engine cannot read.
@@ -64,7 +64,7 @@ class Checkpoints:
         self.folder, self.config = folder, config
 
     def intact(self) -> list[Path]:
-        """Paths of the undamaged checkpoints, oldest first."""
+        """Return the paths of the undamaged checkpoints, oldest first."""
         return [path for path in _by_step(self.folder) if not checkpoint_damage(path)]
 
     def save(

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-_number = itertools.count()  # of the files of this process
+_number = itertools.count()  # numbers the event files of this process
 
 
 class EventFile:
-    """Event file with scalars.
+    """TensorBoard event file for scalars.
 
     Args:
         folder: log directory; created if necessary.
@@ -40,7 +40,7 @@ class EventFile:
         self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Write the values of a step, by tag."""
+        """Write the scalar values of a step, keyed by tag."""
         scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._write(step=step, summary=self._summary(value=scalars))
         self._file.flush()

@@ -207,7 +207,7 @@ class _TrainingRun:
             seed=0,  # unused: every micro-batch is seeded
             no_sync_grad_accumulation=distributed.world() > 1,
             max_grad_norm=config.clip_norm or None,
-            max_num_steps=None,  # otherwise request_stop() has no effect
+            max_num_steps=None,  # with a limit, request_stop() would have no effect
             checkpoint_every_n_steps=config.save_every,
             keep_last_n_checkpoints=config.keep_last,
             keep_checkpoint_every_n_steps=config.keep_every or None,
@@ -219,7 +219,7 @@ class _TrainingRun:
             trainer.run()
         except MinimumLossScaleReachedError as error:
             raise overflow_error(trainer.step_nr) from error
-        except TaskStopException:  # every run ends with request_stop()
+        except TaskStopException:  # raised because every run ends with request_stop()
             pass
         self.step = trainer.step_nr
         trainer.close()
@@ -273,7 +273,7 @@ class _Reader(DataReader):
         return [_LazyBatch(self) for _ in range(run.accumulation_steps)]
 
     def read(self) -> tuple[MicroBatch, Any]:
-        assert self.micro_batches is not None  # created by __next__
+        assert self.micro_batches is not None  # set by __next__
         distributed.heartbeat("reading audio")
         started = time.perf_counter()
         try:

@@ -32,7 +32,7 @@ class Data(Protocol):
         ...
 
     def name(self, row: int) -> str:
-        """The utterance id of a row, for messages."""
+        """Return the utterance id of a row, for messages."""
         ...
 
 
@@ -44,12 +44,12 @@ def _less_shared_memory(config: TrainConfig) -> str:
 
 
 def _micro_seconds(config: TrainConfig) -> float:
-    return config.micro_seconds or config.batch_seconds  # not automatic: a stage has chosen it
+    return config.micro_seconds or config.batch_seconds  # stages replace null by a size
 
 
 def shared_memory_bytes(config: TrainConfig) -> int:
-    """Upper bound on the shared memory (bytes) that the DataLoader workers of one process need."""
-    in_flight = PREFETCH * config.workers + 1  # one more is in use by the training step
+    """Return an upper bound on the shared memory (bytes) needed by the DataLoader workers of one process."""
+    in_flight = PREFETCH * config.workers + 1  # the training step uses one more
     return int(in_flight * _micro_seconds(config) * SAMPLE_RATE * 4) if config.workers else 0
 
 
@@ -111,12 +111,12 @@ class DataState:
         self._sized_epoch, self._size = -1, 0  # computing the size of an epoch is expensive
 
     def micro_batches(self) -> list[MicroBatch]:
-        """The micro-batches of the next update that this process computes."""
+        """Return this process's micro-batches of the next update."""
         world = distributed.world()
         return self.sampler.update(self.epoch, self.cursor, world)[distributed.rank() :: world]
 
     def advance(self, n_updates: int = 1) -> None:
-        """Advance by whole updates, across epochs if necessary."""
+        """Advance the position by whole updates, across epochs if necessary."""
         self.cursor += n_updates * self.sampler.sizes.groups
         while True:
             if self._sized_epoch != self.epoch:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def unit_loss(logits_NK: Tensor, unit_N: Tensor) -> Tensor:
-    """Summed cross entropy (nats) over masked frames: the masked term of the HuBERT loss (eq. 2).
+    """Compute the summed cross entropy (nats) over masked frames: the masked term of HuBERT's loss (eq. 2).
 
     Args:
         logits_NK: (masked frames, units).
@@ -19,7 +19,7 @@ def unit_loss(logits_NK: Tensor, unit_N: Tensor) -> Tensor:
 def ctc_loss(
     logp_BSV: Tensor, n_frames_B: Tensor, target_L: Tensor, n_target_B: Tensor, blank: int = 0
 ) -> Tensor:
-    """Summed CTC loss (nats) over utterances; utterances that cannot be aligned contribute zero.
+    """Compute the summed CTC loss (nats); utterances that cannot be aligned contribute zero.
 
     Args:
         logp_BSV: log probabilities, shape (utterances, frames, symbols).

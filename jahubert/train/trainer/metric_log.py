@@ -124,7 +124,7 @@ class MetricLog:
 
 
 def _tag(name: str) -> str:
-    """The tag of a metric in a tracker."""
+    """Return the tag of a metric in a tracker."""
     if name.startswith("valid_"):
         return "validation/" + name.removeprefix("valid_")
     return f"training/{name}"

@@ -1,4 +1,4 @@
-"""Automatic size of a micro-batch from the memory of a GPU; used by training and by `jahubert plan`."""
+"""Automatic micro-batch size derived from GPU memory; used by training and by `jahubert plan`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ADAM = 16  # weight, gradient and two moments
 DDP_BUCKETS = 4  # gradient copies that DDP reduces over processes
 AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
 
-# Part of a GPU's memory that tensors may take; the rest is for CUDA itself, kernels and fragmentation.
+# Fraction of a GPU's memory that tensors may use; the rest is for CUDA itself, kernels and fragmentation.
 _USABLE = 0.85
-# On a CPU, where larger micro-batches are not faster: seconds, and bytes of activations.
+# Limits on a CPU, where larger micro-batches are not faster: seconds, and bytes of activations.
 _CPU_SECONDS, _CPU_BYTES = 87.5, 3.4e9
 # Values stored per frame and block for the backward pass, in multiples of width and feed-forward width; and
 # by the front end, in multiples of the values of all convolution outputs. Fitted to the counts of
@@ -32,7 +32,7 @@ _FRONT_END = {"group": 1.0, "layer": 3.3}
 
 
 def with_micro_seconds(train: TrainConfig, model: HubertConfig, longest: float) -> TrainConfig:
-    """`train` with `micro_seconds` chosen by `automatic_micro_seconds` if it is null.
+    """Return `train` with `micro_seconds` set by `automatic_micro_seconds` if it is null.
 
     With several processes, the device of rank 0 decides.
 
@@ -69,9 +69,9 @@ def automatic_micro_seconds(
     precision: torch.dtype,
     n_devices: int,
 ) -> float:
-    """The largest useful micro-batch in seconds: a group of the sampler if the memory can hold it.
+    """Return the largest useful micro-batch in seconds: a group of the sampler if it fits in memory.
 
-    It is at least `longest`, the longest utterance in seconds, even if that may not fit.
+    The result is at least `longest`, the longest utterance in seconds, even if that may not fit.
 
     Args:
         memory_bytes: memory of one GPU; None: a CPU.
@@ -89,7 +89,7 @@ def automatic_micro_seconds(
 
 
 def fixed_bytes(n_parameters: int, precision: torch.dtype, n_devices: int, sharded: bool) -> float:
-    """Bytes on each device that do not depend on the batch: weights, gradients, moments and copies."""
+    """Compute the bytes per device for weights, gradients, moments and copies, whatever the batch."""
     total = float(ADAM * n_parameters) / (n_devices if sharded else 1)
     if n_devices > 1 and not sharded:
         total += DDP_BUCKETS * n_parameters
@@ -99,14 +99,14 @@ def fixed_bytes(n_parameters: int, precision: torch.dtype, n_devices: int, shard
 
 
 def activation_bytes(model: HubertConfig, precision: torch.dtype, recompute: bool) -> float:
-    """Estimated peak bytes of activations per second of audio in a micro-batch on a GPU."""
+    """Estimate the peak memory of activations on a GPU in bytes per second of audio in a micro-batch."""
     rate, values, frames = float(SAMPLE_RATE), 0.0, float(model.grid.rate)
     for width, stride in zip(model.conv_dims, model.conv_strides, strict=True):
         rate /= stride
         values += rate * width
     block = frames * (_PER_WIDTH * model.width + _PER_FFN * model.ffn)
     blocks = model.layers * frames * model.width + block if recompute else model.layers * block
-    # GELU of the last block and its gradient come on top, while nothing is freed yet.
+    # The GELU of the last block and its gradient are added, because nothing has been freed at this point.
     stored = _FRONT_END[model.conv_norm] * values + blocks + 2 * frames * model.ffn
     return max(precision.itemsize * stored, front_end_bytes(model, precision))
 
@@ -130,6 +130,6 @@ def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
 
 @cache
 def n_parameters(config: HubertConfig) -> int:
-    """Number of parameters of a model with this configuration."""
+    """Return the number of parameters of a model with this configuration."""
     with torch.device("meta"):
         return sum(p.numel() for p in HubertModel(config).parameters())

@@ -19,7 +19,7 @@ from jahubert.train.experiment.config import raise_config_errors, range_errors, 
 class TrainConfig:
     """Settings of a training run; the defaults are those of fairseq's HuBERT BASE pretraining."""
 
-    max_steps: int = 400_000  # updates
+    max_steps: int = 400_000  # number of updates
     batch_seconds: float = 2800.0  # audio per step over all devices; reached by gradient accumulation
     groups: int | None = None  # groups of utterances of similar length per step; null: 8 for 2,800 s
     # Maximum audio per device and forward pass, including padding; null: derived from the memory of the GPU.
@@ -34,7 +34,7 @@ class TrainConfig:
     betas: tuple[float, ...] = (0.9, 0.98)  # AdamW betas
     eps: float = 1e-6  # AdamW epsilon
     weight_decay: float = 0.01  # AdamW weight decay
-    clip_norm: float = 10.0  # 0: no clipping
+    clip_norm: float = 10.0  # maximum gradient norm; 0: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = (
         "auto"  # auto: bf16 if the device supports it, else fp32
     )
@@ -50,7 +50,7 @@ class TrainConfig:
     tracker: Literal["tensorboard", "wandb"] = runtime_field("tensorboard")
     save_every: int = runtime_field(1000)  # steps between checkpoints
     keep_last: int = runtime_field(2)  # number of newest checkpoints to keep
-    keep_every: int = runtime_field(0)  # also keep one every N steps (multiple of save_every); 0: none
+    keep_every: int = runtime_field(0)  # also keep one every N steps (N: multiple of save_every); 0: none
     valid_every: int = 1000  # steps between validations; 0: never validate
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class TrainConfig:
             longest: seconds of the longest utterance.
 
         Raises:
-            ConfigError: too many processes.
+            ConfigError: there are too many processes.
         """
         if processes * longest > self.batch_seconds:
             raise ConfigError(
@@ -102,17 +102,18 @@ class TrainConfig:
             )
 
     def warnings(self, processes: int) -> list[str]:
-        """Warnings about settings that have no effect with this many processes."""
+        """Return warnings about settings that have no effect with this number of processes."""
         if self.sharded and processes == 1:
             return ["sharded=true has no effect with a single process"]
         return []
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step, counted from 0.
+    """Compute the learning rate of a step, counted from 0.
 
-    linear: linear warmup, then linear decay to `final_lr` (fairseq's polynomial_decay with power 1).
-    tri_stage: warmup from 1 %, hold, then exponential decay to `final_lr` (SpecAugment; fairseq's tri_stage).
+    The schedule "linear" has a linear warm-up and a linear decay to `final_lr` (fairseq's polynomial_decay
+    with power 1). "tri_stage" has a warm-up from 1 %, a constant phase, and an exponential decay to
+    `final_lr` (SpecAugment; fairseq's tri_stage).
     """
     warmup = max(1, round(config.warmup * config.max_steps))
     if config.schedule == "linear":
@@ -130,7 +131,7 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over all trainable parameters, with moments initialized to zero.
+    """Create a fused AdamW over all trainable parameters, with moments initialized to zero.
 
     By default, AdamW creates the moments of a parameter at its first gradient. A checkpoint saved while the
     encoder is frozen or layers are dropped would lack some of them and could not be loaded.
@@ -155,7 +156,7 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The autocast dtype for `config.precision`; float32 disables autocast.
+    """Return the autocast dtype for `config.precision`; float32 disables autocast.
 
     Raises:
         ConfigError: fp16 was requested on a CPU, where it is several times slower than float32.

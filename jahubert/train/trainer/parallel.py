@@ -114,7 +114,7 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with full (unsharded) tensors; must be called in all processes."""
+    """Return the state dict with full (unsharded) tensors; must be called in all processes."""
     return {name: value.detach() for name, value in get_model_state_dict(module, options=_FULL).items()}
 
 

@@ -18,7 +18,7 @@ class StopDeadlineError(JahubertError):
 
 
 class StopSignals:
-    """The stop signals received so far; false until the first one."""
+    """The stop signals received so far; false until the first signal."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -29,12 +29,12 @@ class StopSignals:
         return bool(self.names)
 
     def receive(self, number: int, frame: Any) -> None:
-        """Signal handler for stop signals."""
+        """Handle a stop signal."""
         self.names.append(signal.Signals(number).name)
         self._start_timer()
 
     def expire(self, number: int, frame: Any) -> None:
-        """Signal handler for the timer."""
+        """Handle the signal of the timer."""
         if self._seconds is not None:
             raise StopDeadlineError(f"received {self.names[0]}")
 

@@ -44,8 +44,8 @@ from jahubert.train.trainer.stop import StopDeadlineError, StopSignals, stop_sig
 
 log = logging.getLogger(__name__)
 
-# An fp16 run ends when its loss scale falls below this value, after about thirty consecutive overflows. Same
-# value as in fairseq.
+# An fp16 run ends when its loss scale falls below this value, after about thirty consecutive overflows.
+# The value is that of fairseq.
 MIN_LOSS_SCALE = 1e-4
 # How long to wait for data after a stop signal (seconds), with one process and with several. Several
 # processes wait longer to finish the step, because all of them must take part in saving a checkpoint.
@@ -96,7 +96,7 @@ def check_finite_loss(
                 "if there are none, lower train.lr or set train.precision=fp32"
             )
     error = JahubertError(f"step {step}: non-finite loss {total} in another process")
-    error.reported = True  # the other process reports it and names the utterances
+    error.reported = True  # the other process reports this error and names the utterances
     raise error
 
 
@@ -110,7 +110,7 @@ def check_finite_norm(norm: float, step: int) -> None:
 
 
 def overflow_error(step: int) -> JahubertError:
-    """The error that ends an fp16 run whose gradients overflow at every loss scale."""
+    """Create the error that ends an fp16 run whose gradients overflow at every loss scale."""
     return JahubertError(
         f"step {step}: float16 gradients overflow at every loss scale; the last steps were skipped and the "
         "last checkpoint is kept. Lower train.lr, or set train.precision=bf16 or fp32"
@@ -118,7 +118,7 @@ def overflow_error(step: int) -> JahubertError:
 
 
 def stopped_error(stop: StopSignals, step: int) -> Stopped:
-    """The error that ends a run after this or another process received a stop signal."""
+    """Create the error that ends a run after this or another process received a stop signal."""
     signal_name = stop.names[0] if stop else None
     received = signal_name or "a stop signal in another process"
     return Stopped(

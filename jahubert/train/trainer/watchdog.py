@@ -39,7 +39,7 @@ _RESUME = "saved files are kept; rerun the same command to resume"
 class Status:
     """The state of a process, as published in the store."""
 
-    name: str  # rank, pid and host
+    name: str  # rank, process id and host of the process
     number: int  # heartbeat counter; the processes with the smallest number are behind
     activity: str  # current activity, e.g. "computing step 7"
     seconds: float  # time since the heartbeat was last updated
