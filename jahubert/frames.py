@@ -2,7 +2,7 @@
 
 Frame `t` of HuBERT's convolutional encoder covers samples `[320 t, 320 t + 400)`; MFCC frame `t` covers
 `[160 t, 160 t + 400)`. Every second MFCC frame therefore coincides with a HuBERT frame. A crop that starts at
-a multiple of 320 samples starts at a frame boundary of both, so labels need no rounding.
+a multiple of 320 samples starts at a boundary of both kinds of frames, so labels need no rounding.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class FrameGrid:
         """Return the number of hops of `finer` per hop: frame `t` here is frame `t * ratio` of `finer`.
 
         Raises:
-            ConfigError: the windows differ, or this grid's hop is not a multiple of the finer one.
+            ConfigError: the windows differ, or this grid's hop is not a multiple of the finer hop.
         """
         if finer.window != self.window or self.hop % finer.hop:
             raise ConfigError(

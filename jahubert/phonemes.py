@@ -92,7 +92,7 @@ def _syllable(base: str, small: str) -> tuple[str, ...]:
     if base + small in _IRREGULAR:
         return _IRREGULAR[base + small]
     phones = _READ[base]
-    if len(phones) == 1:  # the base is a vowel: ウィ becomes w i; others keep both vowels (イェ becomes i e)
+    if len(phones) == 1:  # the base is a vowel: ウィ becomes w i; other bases stay (イェ becomes i e)
         if base == "ウ" and small in "ァィェォ":
             return ("w", _SMALL[small])
         return phones + _READ[small]
@@ -211,8 +211,8 @@ _WORDS = (
     (r"^コン(バン|ニチ)ハ$", r"コン\1ワ"),
     (r"^(デ|マタ|ソレデ|アルイ)ハ$", r"\1ワ"),
 )
-# Verbs whose reading is not also that of a noun. Other verbs are recognized by their surface form (追う or
-# 王, 酔う or 用).
+# Verbs whose readings are not readings of nouns. Other verbs are recognized by their surface form: 追う or
+# 王, 酔う or 用.
 _VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
 # Kanji whose reading starts with a vowel that is not merged with the preceding vowel.
 _KANJI_STARTS = {

@@ -3,7 +3,7 @@
     python tools/layer_quality.py exp/demo --iterations 1 2 --clusters 100 500 --frames 100000
 
 The report contains the same measures for 100 units and 20,000 frames. Phone times come from the corpus or, if
-it has none, from the forced alignment of `decode.align_splits`.
+the corpus has no phone times, from the forced alignment of `decode.align_splits`.
 """
 
 import argparse

@@ -11,7 +11,7 @@ an empty environment. There it runs itself (`--inside`) and checks that
 
 - all modules of the core package ("ring 1" in docs/layout.md) can be imported, and conf/ and recipes/ are
   included,
-- features, units and a transcript equal those of the development environment,
+- features, units and a transcript equal the results of the development environment,
 - the commands work, and models converted to other formats give the same results,
 - no package of an extra can be imported, and commands that need an extra report it.
 

@@ -80,7 +80,7 @@ def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
 
 
 def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, int]:
-    """Return the WAV file that begins at `start`, and the offset of the next one (`size` if none)."""
+    """Return the WAV file at `start`, and the offset of the next WAV file (`size` if there is none)."""
     file.seek(start)
     magic, riff_size = struct.unpack("4sI", file.read(8))
     order = ">" if magic == b"RIFX" else "<"

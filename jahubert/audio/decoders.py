@@ -44,7 +44,7 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
     """Open decoders for the streams of a file, in order.
 
     Raises:
-        AudioError: not audio, an unsupported format, or a truncated file.
+        AudioError: the file is not audio, has an unsupported format, or is truncated.
     """
     magic = media.sniff(source)
     if magic is not None:

@@ -32,7 +32,7 @@ _FORMATS = (  # offset, magic bytes, name
 )
 # Containers that libsndfile opens only with codecs that it supports.
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
-_TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # in ffmpeg's messages
+_TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # in ffmpeg's error messages
 _SLACK_SECONDS = 1.0  # tolerated difference between the stated and the decoded length
 INSTALL = "pip install 'jahubert[media]' (PyAV), or install ffmpeg"
 

@@ -38,12 +38,12 @@ class _Header(NamedTuple):
 class Stream:
     """Consecutive frames with the same encoding parameters."""
 
-    start: int  # bytes
+    start: int  # first byte of the stream
     end: int
-    n_frames: int  # without the header frame
-    n_samples: int  # per frame
+    n_frames: int  # number of frames, excluding the header frame
+    n_samples: int  # samples per channel and frame
     tagged: bool  # whether a header frame states its length correctly
-    prefix: bytes  # header frame to prepend if the stream has none
+    prefix: bytes  # header frame to prepend if the stream has no header frame
 
     @property
     def min_frames(self) -> int:
@@ -114,7 +114,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
 
 
 def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
-    """Find the next two consecutive valid frames, or a valid last frame; returns -1 if none."""
+    """Find the next two consecutive valid frames, or a valid last frame; returns -1 without any."""
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
         header = _parse(data[position : position + 4])

@@ -31,7 +31,7 @@ class AudioSource:
 class AudioBytes(NamedTuple):
     """Encoded recording as a seekable binary file."""
 
-    name: str  # for messages
+    name: str  # name of the source in messages
     file: BinaryIO  # seekable: an open regular file, or the bytes in memory
     size: int  # bytes
 

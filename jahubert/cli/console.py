@@ -19,7 +19,7 @@ from jahubert.errors import AudioError, ConfigError, UserError, exit_status
 AUDIO_ENDINGS = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64",
     ".rf64", ".bw64", ".caf", ".sph", ".nist",
-    ".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka",  # with an optional decoder
+    ".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka",  # these formats need an optional decoder
 )  # fmt: skip
 STDIN = "-"
 BAR = 20  # characters
@@ -118,7 +118,7 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
 
 
 def print_names(arguments: Sequence[str]) -> bool:
-    """Return whether result lines need the recording name; only a single file needs none."""
+    """Return whether result lines need the recording name, which they do unless there is a single file."""
     first = arguments[0]
     is_pattern = glob.has_magic(first) and not Path(first).exists()
     return len(arguments) > 1 or Path(first).is_dir() or is_pattern

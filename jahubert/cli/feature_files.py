@@ -37,7 +37,7 @@ class FeatureFiles:
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
         self.folder = parts_folder(output)
-        # Parts next to a complete file are those of a run that ended before it deleted them.
+        # Parts next to a complete file were left by a run that ended before deleting them.
         if self.folder != output and output.exists() and not self.folder.exists():
             raise ConfigError(f"-o {output} already exists; remove it or choose another name")
         record = self.folder / RECORD

@@ -13,7 +13,7 @@ from jahubert.errors import ConfigError
 if TYPE_CHECKING:
     from jahubert.cli.main import Command
 
-UNITS = ("word", "phone", "kana", "character", "token")  # as in train/text/tokens.py
+UNITS = ("word", "phone", "kana", "character", "token")  # the units in train/text/tokens.py
 
 
 def add_commands(command: Command) -> None:

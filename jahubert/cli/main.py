@@ -273,7 +273,7 @@ def features(args: argparse.Namespace) -> int:
             report.failure(item.label, error)
             all_written &= not isinstance(error, OSError)
         report.add_file(item.label)
-    if all_written:  # otherwise a rerun writes what is missing before it assembles a single file
+    if all_written:  # otherwise a rerun writes the missing features first
         files.finish()
     return report.finish()
 

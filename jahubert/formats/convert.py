@@ -40,7 +40,7 @@ def convert(
 
     Raises:
         CheckpointError: the source cannot be read, the target format cannot represent the model, or the
-            outputs of the written model differ from those of the source.
+            outputs of the written model differ from the outputs of the source.
         ConfigError: the target exists, has the wrong suffix or cannot be written, or the format is unknown.
         OSError: writing failed, for example because the disk is full.
     """

@@ -1,6 +1,6 @@
 """Reader and writer of fairseq's and s3prl's HuBERT checkpoints that do not need fairseq.
 
-A checkpoint holds settings (`cfg`, or `args` in older files), the weights (`model`) and the dictionaries of
+A checkpoint contains settings (`cfg`, or `args` in older files), weights (`model`) and the dictionaries of
 its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, including settings.
 s3prl keeps the same weights under `model_weight`. Dictionaries begin with four special symbols, so a codebook
 of K units has K + 4 rows; the first special symbol, `<s>`, is the CTC blank.

@@ -12,7 +12,7 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
     """Find the file or folder of a model; a Hub name is looked up in the cache and on the Hub.
 
     Raises:
-        CheckpointError: there is no such file, folder or name, or the Hub cannot be reached.
+        CheckpointError: the file, folder or name does not exist, or the Hub cannot be reached.
     """
     path = _local_path(source)
     if path is not None:

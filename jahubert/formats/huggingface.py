@@ -106,7 +106,7 @@ def huggingface_config(
         "ctc_loss_reduction": "sum",
         "ctc_zero_infinity": True,
         "vocab_size": 32 if n_symbols is None else n_symbols,
-        "pad_token_id": 0 if phonemes is None else phonemes.blank,  # the CTC blank
+        "pad_token_id": 0 if phonemes is None else phonemes.blank,  # index of the CTC blank
         "torch_dtype": "float32",
     }
 
@@ -127,7 +127,7 @@ def preprocessor_config(config: HubertConfig) -> dict[str, Any]:
 def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
     """Return the content of vocab.json, in which the blank is named `<pad>`."""
     names = {BLANK: "<pad>"}
-    # Models converted from fairseq have both: <s> is the blank and <pad> is an ordinary symbol.
+    # Models converted from fairseq have two such symbols: <s> is the blank, and <pad> is an ordinary symbol.
     names["<pad>"] = "<pad >" if "<s>" in phonemes.symbols else "<s>"
     return {names.get(symbol, symbol): row for row, symbol in enumerate(phonemes.symbols)}
 

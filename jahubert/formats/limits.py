@@ -13,7 +13,7 @@ from jahubert.errors import ConfigError
 VARIABLE = "JAHUBERT_LIMITS"
 JSON_BYTES = 4 << 20  # parsed JSON can use fifty times the size of the file in memory
 PICKLE_BYTES = 16 << 20  # size of the pickle without its tensors
-INSTRUCTIONS = 500_000  # per pickle; 300 tensors and 50,000 symbols need 270,000
+INSTRUCTIONS = 500_000  # maximum per pickle; 300 tensors and 50,000 symbols need 270,000
 DEPTH = 100  # levels of nested settings
 EXPANSION = 4  # tensor bytes per byte of the file
 CONVS = 64  # layers of the front end

@@ -20,7 +20,7 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
 
 INPUT = "wav"  # float32 (1, samples), 16 kHz, full scale 1
-OUTPUTS = {True: "log_probs", False: "layers"}  # with and without a CTC head
+OUTPUTS = {True: "log_probs", False: "layers"}  # name of the output, with and without a CTC head
 CHECKED = (1.0, 0.31, 4.0)  # lengths in seconds of the random recordings used to check a written file
 
 

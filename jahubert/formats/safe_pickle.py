@@ -110,7 +110,7 @@ class Stored:
         """Read the values to the CPU; tensors of one storage share memory.
 
         Raises:
-            CheckpointError: the file contains too few bytes for the tensor, or none.
+            CheckpointError: the file contains no bytes, or too few bytes, for the tensor.
         """
         try:
             values = self.storage.values()
@@ -118,7 +118,7 @@ class Stored:
             if math.prod(self.shape) > len(values):
                 raise ValueError(f"{values.nbytes} bytes")
             return values.as_strided(self.shape, self.stride, self.offset)
-        except Exception as error:  # from zipfile, zlib or torch
+        except Exception as error:  # raised by zipfile, zlib or torch
             raise CheckpointError(
                 f"{self.path}: the values of a tensor of shape {self.shape} are damaged ({error}); "
                 "download or copy the file again"

@@ -95,7 +95,7 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
     """Check the symbols of a CTC head.
 
     Raises:
-        CheckpointError: fewer than two symbols, or a duplicate or unprintable symbol.
+        CheckpointError: there are fewer than two symbols, or a symbol is duplicate or unprintable.
     """
     for symbol in symbols:
         if not typed(where, "a symbol", symbol, str).isprintable():
@@ -286,7 +286,7 @@ def select_tensors(
 
 
 def new_mask_embedding(width: int) -> Tensor:
-    """Create a mask embedding (D,) for weights without one, initialized as in training with a fixed seed."""
+    """Create a missing mask embedding (D,), initialized as in training, but with a fixed seed."""
     return torch.rand(width, generator=torch.Generator().manual_seed(0))
 
 

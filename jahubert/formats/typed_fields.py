@@ -35,7 +35,7 @@ def typed(where: object, name: str, value: Any, kind: type) -> Any:
         where: the file, for the message.
         name: the field, for the message.
         value: the value to check.
-        kind: bool, int, float, str, list or dict; tuple for a list of integers, which is returned as a tuple.
+        kind: bool, int, float, str, list or dict; tuple: a list of integers, which is returned as a tuple.
 
     Raises:
         CheckpointError: the value has another type, is not finite or is too large for any model setting.

@@ -81,7 +81,7 @@ def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) 
         correct: whether each word is correct.
 
     Raises:
-        DataError: no words.
+        DataError: there are no words.
     """
     if not scores or len(scores) != len(correct):
         raise DataError(
@@ -122,7 +122,7 @@ def reliability(confidences: Sequence[float], correct: Sequence[bool], n_bins: i
     """Measure how well confidences agree with the correctness of the words.
 
     Raises:
-        DataError: no words.
+        DataError: there are no words.
     """
     if not len(confidences) or len(confidences) != len(correct):
         raise DataError(f"reliability: {len(confidences)} confidences and {len(correct)} judgments")

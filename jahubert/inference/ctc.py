@@ -152,7 +152,7 @@ class _Beam:
     last: Tensor  # last label (with fusion, its column); blank for the empty prefix
     key: Tensor  # 63-bit hash that identifies the prefix
     parent: Tensor  # key of the prefix without its last label
-    lm: Tensor | None = None  # fusion: score of the prefix, relative to that of the row's best prefix
+    lm: Tensor | None = None  # with fusion: score of the prefix, relative to the row's best prefix
     state: Tensor | None = None  # with fusion: row of the `RowCache`
 
     def first(self, n_rows: int) -> _Beam:

@@ -140,7 +140,7 @@ class FeatureExtractor:
             Default: encode every recording as a whole.
 
     Raises:
-        ConfigError: an invalid layer, device, dtype or chunk length.
+        ConfigError: the layer, device, dtype or chunk length is invalid.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class FeatureExtractor:
     def __call__(self, audio: Any, sample_rate: int | None = None) -> Any:
         """Extract the features of one recording, or a list of features for a list of recordings.
 
-        The result for a recording does not depend on the others in the list.
+        The result for a recording does not depend on other recordings in the list.
 
         Args:
             audio: any input of `load_audio`, or a list of them.

@@ -330,7 +330,7 @@ def load_fusion(
 
     Raises:
         DataError: a file is invalid, or the language model does not belong to the lexicon or the symbols.
-        ConfigError: a lexicon for symbols without a word boundary.
+        ConfigError: a lexicon is given, but the symbols have no word boundary.
     """
     model = None if lm is None else read_arpa(lm)
     try:

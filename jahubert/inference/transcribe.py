@@ -162,8 +162,8 @@ class Transcriber:
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
-        ConfigError: an invalid beam, vad, device or dtype.
-        DataError: an invalid language model or lexicon.
+        ConfigError: the beam, vad, device or dtype is invalid.
+        DataError: the language model or lexicon is invalid.
         MissingExtraError: silero-vad is not installed.
     """
 

@@ -153,7 +153,7 @@ FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {
     "textgrid": (".TextGrid", textgrid),
     "audacity": (".labels.txt", audacity),
 }
-# Formats that contain either kana or phonemes; the others contain both.
+# Formats that contain either kana or phonemes; other formats contain both.
 SINGLE_SPELLING = ("text", "srt", "vtt", "audacity")
 
 
@@ -164,7 +164,7 @@ def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
         phonemes: write phonemes instead of kana in formats that contain only one of them.
 
     Raises:
-        ConfigError: unknown format.
+        ConfigError: the format is unknown.
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")

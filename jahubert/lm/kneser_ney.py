@@ -49,8 +49,8 @@ def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3) -> NGram:
         order: length of the longest n-grams.
 
     Raises:
-        ConfigError: order out of range.
-        DataError: no words, or a reserved word (`<s>`, `</s>`) in the text.
+        ConfigError: `order` is out of range.
+        DataError: the text has no words, or contains a reserved word (`<s>`, `</s>`).
     """
     if not 1 <= order <= MAX_ORDER:
         raise ConfigError(f"order is {order}, but must be between 1 and {MAX_ORDER}")

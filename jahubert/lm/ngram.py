@@ -37,7 +37,7 @@ class Entries:
 
     Attributes:
         words_Nn: word indices, int (N, order).
-        logp_N: log-probability of the last word after the others.
+        logp_N: log-probability of the last word after the preceding words.
         backoff_N: log back-off weight of the n-gram as a context.
     """
 
@@ -178,7 +178,7 @@ class NGram:
         chain = [np.asarray(state_R)]
         while chain[-1].any():
             chain.append(self.suffix_M[chain[-1]])
-        for state_R in reversed(chain):  # from the shortest context to the longest
+        for state_R in reversed(chain):  # in order of increasing context length
             row_R = np.flatnonzero(state_R)
             node_R = state_R[row_R]
             logp_RV[row_R] += self.backoff_M[node_R, None]

@@ -1,1 +1,1 @@
-"""The HuBERT model and its heads; `kernels` holds the fast implementations of its parts."""
+"""The HuBERT model and its heads; `kernels` contains fast implementations of the parts of the model."""

@@ -4,8 +4,8 @@ The forward pass follows the paper, with ordinary torch modules on a padded batc
 lengths. Padding never affects a result: the group norm computes its statistics over valid frames, attention
 masks padding frames, and the input of the positional convolution is zero there.
 
-`jahubert.model.kernels` computes the same on packed frames, several times faster, and is used by default;
-`kernels.usable` documents the rule.
+`jahubert.model.kernels` computes the same function on packed frames, several times faster, and is used by
+default; `kernels.usable` documents the exceptions.
 
 Modules carry the names of Hugging Face's `HubertModel`, so either state dict loads into the other.
 
@@ -59,7 +59,7 @@ class Encoded:
     conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar; in training only
 
 
-register_pytree_node(  # for torch.export
+register_pytree_node(  # needed by torch.export
     Encoded, lambda encoded: (list(vars(encoded).values()), None), lambda values, _: Encoded(*values)
 )
 
@@ -214,7 +214,7 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
         for module in self.layers.modules():
-            if isinstance(module, nn.Linear):  # BERT's initialization
+            if isinstance(module, nn.Linear):  # initialized as in BERT
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
@@ -344,7 +344,7 @@ class HubertModel(nn.Module):
             raise AudioError(f"waveforms must be (batch >= 1, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape
         if isinstance(n_samples_B, Tensor) and kernels.is_recorded():
-            return n_samples_B  # its values are unknown
+            return n_samples_B  # the values of a recorded tensor are unknown
         n_samples = [width] if n_samples_B is None else [int(n) for n in n_samples_B]
         if n_samples_B is not None and (len(n_samples) != batch or max(n_samples) > width):
             raise AudioError(f"lengths {n_samples} do not fit waveforms of shape {tuple(wav_BT.shape)}")

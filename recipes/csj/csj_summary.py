@@ -63,7 +63,7 @@ def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config
     expected = expected_talks(config.subset, config.dev)
     for name, count in counts.items():
         talks = count.talks
-        if name == "train" and config.dev == "kaldi":  # its first utterances are the development set
+        if name == "train" and config.dev == "kaldi":  # the first training utterances are the development set
             talks = talks | counts["dev"].talks
         of_expected = f" of {expected[name]:,}" if name in expected else ""
         log.log(

@@ -20,8 +20,8 @@ segment than they are opened. An event is written `<NAME>` or `<NAME:detail>`. T
 | <Q> <FV> <P:..> <笑> and noise | nothing                               | nothing     |
 
 `;` and `,` belong to the innermost enclosing tag that has alternatives, even inside a nested tag:
-`(W コ(L デ;ココデ))` is a slip for ココデ. If one alternative is missing, the other one is used. The tags are
-described in the manuals of the corpus (NINJAL). Kaldi and ESPnet use pron=canonical.
+`(W コ(L デ;ココデ))` is a slip for ココデ. If an alternative is missing, the other alternative is used. The
+tags are described in the manuals of the corpus (NINJAL). Kaldi and ESPnet use pron=canonical.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ _MAX_LISTED = 20  # maximum number of problems in a message
 class Config(TalkOptions):
     subset: str = "core"  # core, all, or a file with the talks to train on, one per line
     dev: Literal["lhotse", "kaldi"] = "lhotse"  # 39 talks, or the first 4,000 utterances of the training data
-    # Maximum share of segments, and of talks, whose transcript cannot be read. These are rejected. If there
-    # are more (and more than one), the run ends. 0: any problem ends the run.
+    # Maximum share of segments, and of talks, with unreadable transcripts, which are rejected. The run ends
+    # if more than this share (and more than one) are unreadable. 0: any problem ends the run.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:

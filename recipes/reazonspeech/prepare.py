@@ -36,7 +36,7 @@ _LOG_EVERY = 256  # shards
 class Config:
     subset: str = "all"  # tiny, small, medium, large or all: the name of a .tsv
     dev: int = 1000  # number of utterances at the start of the corpus
-    test: int = 100  # number of utterances after those of dev
+    test: int = 100  # number of utterances after the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
         data: a release, or the folder that contains it.
 
     Raises:
-        DataError: there is no release, more than one release, or no such table.
+        DataError: no release or more than one release was found, or the table does not exist.
     """
     if data is None:
         raise DataError(

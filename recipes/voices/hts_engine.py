@@ -112,7 +112,7 @@ class HtsEngine:
             raise JahubertError("the HTS engine rejects the labels")
 
     def _speech(self) -> np.ndarray:
-        """Read the generated samples, int16 (T,), through a file, as the engine has no other bulk access."""
+        """Read the generated samples, int16 (T,), through a file, the engine's only bulk access."""
         libc = ctypes.CDLL(None)
         libc.fopen.restype, libc.fopen.argtypes = _HANDLE, (ctypes.c_char_p, ctypes.c_char_p)
         libc.fclose.argtypes = (_HANDLE,)

@@ -4,10 +4,10 @@
     python tools/bench/extract.py --device cuda --precision bf16
     python tools/bench/extract.py --blocks 2 --layers 1 2 --lengths 2 3 --rounds 1     # a quick check
 
-All models have the same random weights. Each measurement runs in a separate process, interleaved with the
-others, so that the peak memory (above that of the loaded model) belongs to one model. The outputs for the
-longest recording, which has no padding, must agree. transformers computes the hidden states of all layers;
-torchaudio's `num_layers` stops early, as jahubert does.
+All models have the same random weights. Each measurement runs in a separate process, and processes are
+interleaved, so that the peak memory (above the memory of the loaded model) belongs to one model. The outputs
+for the longest recording, which has no padding, must agree. transformers computes the hidden states of all
+layers; torchaudio stops early with `num_layers`, as jahubert does.
 """
 
 import argparse

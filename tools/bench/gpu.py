@@ -91,7 +91,7 @@ class Settings:
 
     device: torch.device
     small: bool
-    folder: Path  # for temporary files
+    folder: Path  # folder for temporary files
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,7 +151,7 @@ def peak_megabytes(trainer: pretrain_step.Trainer, batch: pretrain_step.Batch) -
 def compare_steps(
     report: Report, run: Settings, name: str, config: HubertConfig, lengths: list[float], **goals: float
 ) -> pretrain_step.Trainer:
-    """Time a training step of all models in turn; returns the trainer of jahubert."""
+    """Time a training step of all models in alternation; returns jahubert's trainer."""
     batch, peak = make_batch(lengths, run.device), cached_peak(run.device, run.dtype)
     trainers, failures = {}, {}
     for kind in ("jahubert", *PEERS):

@@ -178,7 +178,7 @@ def main() -> int:
         folder = Path(temporary).resolve()
         with contextlib.redirect_stdout(io.StringIO()):
             for name, seed in (("exp", 0), ("other", 1)):
-                for job in stage_jobs(folder / name, f"seed={seed}")[:-1]:  # without the report
+                for job in stage_jobs(folder / name, f"seed={seed}")[:-1]:  # all stages except the report
                     run_stage(*job)
         sweep = Sweep(args.trials)
         sweep_stages(sweep, folder / "exp", folder / "other")

@@ -123,7 +123,7 @@ def flash_attention(
 ) -> Tensor:
     """Compute attention within each concatenated sequence with torch's operator (Dao 2023, arXiv 2307.08691).
 
-    `torch.nn.attention.varlen` offers the same since torch 2.10, but without dropout.
+    `torch.nn.attention.varlen` offers this function since torch 2.10, but without dropout.
     """
     out_NHE, *_ = torch.ops.aten._flash_attention_forward(
         q_NHE, k_NHE, v_NHE, offsets, offsets, longest, longest, dropout, False, False

@@ -39,7 +39,7 @@ class _Switch(torch.autograd.Function):
         if not (torch.is_grad_enabled() or vectorized):
             return grad, None, *(None for _ in needed)
         with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-            # Aliases, so that the gradient of an input excludes the paths through the others.
+            # Aliases are used so that the gradient of an input excludes the paths through other inputs.
             inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
             output = ctx.plain(*inputs)
             differentiated = [

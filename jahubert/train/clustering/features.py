@@ -58,7 +58,7 @@ class Mfcc:
         self.device = torch.device(device)
         # Frames per block. On a CPU, the spectra of a block fit in the L2 cache.
         self.block = 256 if self.device.type == "cpu" else 16_384
-        # Computed in float64, so that the rounded float32 tables are the same on every machine.
+        # The tables are computed in float64, so that the rounded float32 values are equal on every machine.
         window_T = torch.hann_window(self.grid.window, periodic=False, dtype=torch.float64) ** 0.85  # "povey"
         self.window_T = window_T.float().to(self.device)
         # Each row is repeated, because the spectrum has separate real and imaginary parts for each bin.

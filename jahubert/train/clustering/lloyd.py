@@ -154,7 +154,7 @@ def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
     if options.lloyd_frames < n_frames:
         sample_ND = Subset(frames_ND, draw_rows(n_frames, options.lloyd_frames, rng))
     n_sample = len(sample_ND)
-    order = rng.permutation(n_sample)  # each smaller sample is a prefix of it
+    order = rng.permutation(n_sample)  # each smaller sample is a prefix of this permutation
     centroids_KD, size = coarse_centroids(sample_ND, order, options)
     # Processes may run on different CPUs, which can round differently.
     centroids_KD = distributed.rank0_broadcast(centroids_KD.cpu).to(device)

@@ -22,7 +22,7 @@ def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
 
     Raises:
         MissingExtraError: faiss is not installed.
-        ConfigError: `device` is a GPU, but faiss finds none.
+        ConfigError: `device` is a GPU, but faiss does not find a GPU.
     """
     device = torch.device(options.device)
     faiss = _import_faiss(gpu=device.type == "cuda")  # imported first, so that an error costs no time
@@ -51,7 +51,7 @@ def _import_faiss(gpu: bool) -> Any:
     except ImportError as error:
         raise MissingExtraError("faiss", "gpu") from error
     if gpu and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
-        # otherwise faiss runs on the CPU without a warning
+        # without this check, faiss would silently run on the CPU
         raise ConfigError("faiss finds no GPU (is faiss-cpu installed?): set device=cpu or backend=torch")
     return faiss
 

@@ -37,7 +37,7 @@ class TsvEntry:
 
     id: str  # split/path, with the path as listed
     audio: AudioSource
-    n_samples: int  # as listed
+    n_samples: int  # length as listed
 
 
 def find_tsv_files(folder: Path) -> list[Path]:

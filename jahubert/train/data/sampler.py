@@ -209,7 +209,7 @@ class Sampler:
 
 
 class _Group:
-    """A group that is cut into parts of nearly equal numbers of utterances, none above `capacity` samples."""
+    """A group that is cut into parts with similar numbers of utterances and at most `capacity` samples."""
 
     def __init__(self, micro: MicroBatch, lengths: np.ndarray, capacity: int):
         self.micro, self.lengths, self.capacity = micro, lengths, capacity

@@ -19,8 +19,8 @@ _VOCABULARY = {"phone": "phones", "kana": "kana", "character": "characters"}  # 
 def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
     """Yield the tokens of every utterance in split `train`.
 
-    Phones, kana and characters are taken from the targets of the experiment. Words are those of the targets,
-    written as in the text if it has the same words, otherwise in kana.
+    Phones, kana and characters are taken from the targets of the experiment. Words are also taken from the
+    targets. They are written as in the text if the text has the same words, otherwise in kana.
 
     Raises:
         ConfigError: the targets have a different unit, or the unit is word and the targets are characters.

@@ -113,7 +113,7 @@ def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike
     Raises:
         AudioError: the audio is missing or unusable.
         DataError: the file system still fails after several attempts.
-        OSError: the file does not exist, or the error concerns another file, such as one that is written.
+        OSError: the file does not exist, or the error concerns another file, such as an output file.
     """
     if not isinstance(source, AudioSource):
         source = AudioSource(os.fsdecode(source))

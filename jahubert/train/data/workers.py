@@ -40,7 +40,7 @@ def map_in_workers(
     Args:
         function: returns a tensor, a tuple, or an object whose attributes are tensors or plain values.
         workers: number of processes; 0: each item is computed in this process when it is needed.
-        advice: what to do if shared memory is too small, for the message.
+        advice: advice in the error message if shared memory is too small.
         pin_memory: return tensors in page-locked memory, allocated through the current GPU.
 
     Raises:

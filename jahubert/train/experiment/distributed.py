@@ -210,7 +210,7 @@ def gather_interleaved(items: list[T]) -> list[T]:
 def launch(command: Sequence[str], n: int) -> int:
     """Run `command` as a process group of `n` processes on this machine, like torchrun on a single node.
 
-    Stop signals are forwarded to all processes. If a process fails, the others are stopped.
+    Stop signals are forwarded to all processes. If a process fails, all other processes are stopped.
 
     Returns:
         The exit status of the process that failed first. If several failed at the same time, the highest

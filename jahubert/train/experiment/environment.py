@@ -46,7 +46,7 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 
 def device_name() -> str:
-    """Return the name of the GPU if this process uses CUDA, otherwise that of the processor."""
+    """Return the name of the GPU if this process uses CUDA, otherwise the name of the processor."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():

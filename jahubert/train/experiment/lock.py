@@ -26,7 +26,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Lock `folder` for this process; forked processes do not inherit the lock.
 
     Raises:
-        BusyError: another process holds the lock, on this machine or on one that shares the file system.
+        BusyError: another process holds the lock, on this machine or another with the same file system.
     """
     for _ in range(_TRIES):
         with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:

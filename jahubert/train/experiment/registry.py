@@ -1,4 +1,4 @@
-"""Registry of stages, feature extractors and engines, and paths of presets and recipes.
+"""Registry of stages, feature extractors and training engines, and paths of presets and recipes.
 
 Settings may also refer to objects as "package.module:attribute" or "folder/file.py:attribute".
 """

@@ -244,7 +244,7 @@ def _finish(tree: Any, groups: Mapping[str, str], system: str | None, typed: Seq
     if str(tree.exp).startswith("~"):
         tree.exp = str(expand_user(tree.exp))
     if "pretrained" in keys and not is_null(tree.pretrained) and "iterations" not in keys:
-        tree.iterations = 0  # the given model is used instead of that of the last iteration
+        tree.iterations = 0  # the given model replaces the model of the last iteration
 
 
 def _load_settings(file: Path) -> Any:

@@ -33,7 +33,7 @@ class Run(NamedTuple):
 def run_all(arguments: Sequence[str]) -> int:
     """Run each combination, locally or through a Hydra launcher; returns the first nonzero exit status.
 
-    All settings are checked before the first run starts. If a run fails, the others are still started.
+    All settings are checked before the first run starts. If a run fails, later runs are still started.
     """
     launcher = [word for word in arguments if word.startswith(("hydra/", "hydra."))]
     runs = expand([word for word in arguments if word not in launcher])

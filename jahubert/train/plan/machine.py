@@ -31,8 +31,8 @@ from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_prec
 class Gpu(NamedTuple):
     """Peak figures from the vendor's data sheet."""
 
-    flops_16bit: float  # per second, dense, 16-bit inputs with 32-bit accumulation
-    flops_fp32: float  # per second, without tensor cores: torch does not use TF32 by default
+    flops_16bit: float  # dense FLOP/s, 16-bit inputs with 32-bit accumulation
+    flops_fp32: float  # FLOP/s without tensor cores, because torch does not use TF32 by default
     memory_bytes: float
     has_bfloat16: bool = True
 
@@ -77,11 +77,11 @@ class Machine:
 
     name: str
     n_devices: int
-    flops_16bit: float  # per second
-    flops_fp32: float  # per second
+    flops_16bit: float  # achieved FLOP/s in 16 bits
+    flops_fp32: float  # achieved FLOP/s in float32
     has_bfloat16: bool  # precision=auto selects bfloat16 if True, otherwise float32
     memory_bytes: float | None  # memory of one GPU; None for a CPU
-    source: str  # what was measured or assumed
+    source: str  # description of the measurement or assumption
     decode_speed: float  # seconds of audio that one core decodes per second, measured on this machine
     mfcc_speed: float  # seconds of audio whose MFCCs one core computes per second, measured on this machine
     measured_model: HubertConfig | None = None  # the model whose training was measured

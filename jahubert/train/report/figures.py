@@ -142,7 +142,7 @@ def phone_matrix(count_PK: np.ndarray, phones: Sequence[str]) -> str:
 
 
 def unit_usage(count_K: np.ndarray) -> str:
-    """Plot the percentage of frames of each unit, most frequent first, and that of uniform usage."""
+    """Plot the percentage of frames of each unit, most frequent first, and a line for uniform usage."""
     share_K = 100 * np.sort(count_K)[::-1] / max(1, int(count_K.sum()))
 
     def draw(figure: Any) -> None:

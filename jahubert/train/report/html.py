@@ -77,7 +77,7 @@ def render_page(data: PageData, language: str) -> str:
     return (
         f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'  # otherwise browsers request one from a server
+        '<link rel="icon" href="data:,">'  # otherwise browsers request an icon from a server
         f"<title>{title}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>"
         f"<h1>{title}</h1>{_header(data, records, strings)}<nav>{links}</nav>{sections}"
         "</body></html>\n"

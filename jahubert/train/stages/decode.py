@@ -73,7 +73,7 @@ class Config:
     word_bonus: float = 0.0  # score added per word with a lexicon, otherwise per symbol
     tune_splits: tuple[str, ...] = split_field(())  # choose lm_weight and word_bonus on these splits
     tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values of lm_weight to try
-    tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values to try
+    tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values of word_bonus to try
     vad: bool = True  # remove DC offset and hum, normalize the level, and suppress phones outside speech
     device: str = runtime_field("auto")
     batch_seconds: float = runtime_field(80.0)  # audio per batch

@@ -121,7 +121,7 @@ class Checkpoints:
         """Load the newest intact checkpoint.
 
         Returns:
-            The `run` argument with which it was saved, or None if there is no intact checkpoint.
+            The `run` argument of the saved checkpoint, or None if there is no intact checkpoint.
 
         Raises:
             DataError: the checkpoint could not be read.

@@ -290,7 +290,7 @@ class _Reader(DataReader):
     def reset(self) -> None: ...  # called at the end of the data, which is never reached
 
     def state_dict(self) -> dict[str, object]:
-        # The Trainer does not save gradient norms. `recent` holds those since metrics were last published.
+        # The Trainer does not save gradient norms. `recent` contains those since the last publication.
         window, recent = self.run.window, self.run.metric_bag.get("grad_norm", Mean)
         norm, steps = window.norm + float(recent.weighted_sum), window.steps + int(recent.weights)
         return {**self.data_state.state_dict(), "norm": norm, "steps": steps}

@@ -1,4 +1,4 @@
-"""Metric logging and tracking of the best weights, for both engines."""
+"""Metric logging and tracking of the best weights, for both training engines."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class MetricLog:
                     self.best_crc32 = file_crc32(temporary)
 
     def close(self, best: str | None) -> dict[str, float]:
-        """Return the final metrics, or those of the best step if `best` is given, and load its weights.
+        """Return the final metrics; if `best` is given, those of the best step, whose weights are loaded.
 
         Raises:
             DataError: `best.safetensors` is missing or damaged.

@@ -121,7 +121,7 @@ def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
         rate /= stride
         if n_inputs:  # input, GELU of the input, and the gradients of input and output
             n_bytes = precision.itemsize * (3 * n_inputs + rate * width)
-            if config.conv_norm == "layer":  # also the input of the norm, and its float32 copy
+            if config.conv_norm == "layer":  # additionally the input of the norm, and its float32 copy
                 n_bytes += (precision.itemsize + 4) * n_inputs
             peak = max(peak, n_bytes)
         n_inputs = rate * width

@@ -1,4 +1,4 @@
-"""Training settings, learning-rate schedules and optimizer, shared by both engines."""
+"""Training settings, learning-rate schedules and optimizer, shared by both training engines."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Watchdog that ends a distributed run when one of its processes hangs, and reports which one.
 
-If one process hangs (dead file server, stuck GPU), all others block in a collective operation and cannot
-tell which process they are waiting for. Therefore a thread in every process publishes the latest heartbeat of
-its process in a key-value store on rank 0. If its process makes no progress for the time limit, the thread
-compares the heartbeats of all processes. A process that is behind the others and shows no activity is
+If one process hangs (dead file server, stuck GPU), all other processes block in a collective operation and
+cannot tell which process they are waiting for. Therefore a thread in every process publishes the latest
+heartbeat of its process in a key-value store on rank 0. If its process makes no progress within the
+time limit, the thread compares the heartbeats of all processes. A process that is behind and inactive is
 reported with its stack, and all processes exit with the status that asks a scheduler to restart the job. A
 process that is only slow still updates its heartbeat and is not reported.
 
@@ -121,7 +121,7 @@ class _Watcher:
             self.unanswered += 1
             if self.unanswered * self.interval <= self.limit + 2 * self.interval:
                 continue
-            if self.rank == 1:  # only one process reports it
+            if self.rank == 1:  # only one process reports the failure
                 tqdm.write(
                     f"jahubert: error: process 0 of {self.world} hangs: no response from it for "
                     f"{self.unanswered * self.interval:.0f} s; {distributed.last_heartbeat().activity} in "
