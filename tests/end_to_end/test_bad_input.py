@@ -279,7 +279,6 @@ def fill_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("stage", "folder", "file"),
     [
         ("prepare", "prepare", "draft"),
-        ("prepare", "prepare", "manifest.arrow"),
         ("features", "iter1/features", "tmp_sample.npy"),
         ("features", "iter1/features", "header.json"),
         ("kmeans", "iter1/kmeans", "provenance.json"),

@@ -263,7 +263,7 @@ def test_progress_bars_do_not_change_the_results(whole, tmp_path):
         assert record["metrics"] == json.loads((whole / path).read_text())["metrics"]
     bars = (
         "reading the corpus: 0", "features:   0%|", "k-means++:   0%|", "k-means over 2,690 frames:   0%|",
-        "units:   0%|", "reading text:   0%|", "decoding test:   0%|", "alignment:   0%|",
+        "labeling:   0%|", "reading text:   0%|", "decoding test:   0%|", "alignment:   0%|",
         "phone times:   0%|", "features of each layer:   0%|", "units of each layer of iter2:   0%|",
         "units of iter3 and phones:   0%|",
     )  # fmt: skip
@@ -275,7 +275,7 @@ def test_two_processes_give_the_same_units_and_hypotheses(whole, tmp_path):
     """Units and hypotheses are bit-identical; summed gradients differ by rounding."""
     exp = tmp_path / "exp"
     shorter = ["finetune.train.max_steps=20", "finetune.train.valid_every=20"]
-    halves = ["pretrain.train.micro_seconds=5", "finetune.train.micro_seconds=2.5"]
+    halves = ["pretrain.train.groups=2", "finetune.train.groups=2"]
     done = subprocess.run(
         [sys.executable, "-m", "jahubert.run", *command(exp, *shorter, *halves, "processes=2")],
         capture_output=True,

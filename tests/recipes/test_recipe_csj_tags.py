@@ -137,8 +137,8 @@ def test_problems_of_the_orthography_are_not_fatal():
     [
         (["ア", "(Z イ)"], "a.sdb:2: unknown tag (Z"),
         (["<ドア>"], "a.sdb:1: unknown event <ドア>"),
-        (["ア)"], "a.sdb:1: a ) outside"),
-        (["ア;イ"], "a.sdb:1: a ; outside"),
+        (["ア)"], "a.sdb:1: unexpected ) outside"),
+        (["ア;イ"], "a.sdb:1: unexpected ; outside"),
         (["ア", "(F イ", "ウ"], "a.sdb:2: the tag (F is never closed"),
         (["漢字"], "a.sdb:1: '漢'"),
     ],

@@ -64,6 +64,7 @@ def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, st
     marker.unlink(missing_ok=True)
 
     def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         slow_reads(NO_AUDIO.get(job.stage, ".wav"), marker)
         return run.main(overrides_of(job))
 

@@ -122,7 +122,9 @@ class Sampler:
             int(seconds * SAMPLE_RATE) for seconds in (sizes.group_seconds, micro_seconds)
         )
         if not len(self.rows):
-            raise DataError("no utterances to train on; check the split, the length limits and the labels")
+            raise DataError(
+                "no utterances to train on: the split has none with labels, or none within crop.min_seconds"
+            )
         longest = self.n_samples.max() / SAMPLE_RATE
         if self.n_samples.max() > self.group_capacity:
             raise ConfigError(
@@ -189,7 +191,21 @@ class Sampler:
                 counts = np.arange(1, len(candidates) + 1)
             padded = np.maximum.accumulate(candidates) * counts[: len(candidates)]  # monotonic
             starts.append(first + int(np.searchsorted(padded, self.group_capacity, side="right")))
+        if len(starts) > 2:
+            starts[-2] = self._balanced(length, *starts[-3:])
         return np.array(starts)
+
+    def _balanced(self, length: np.ndarray, first: int, second: int, end: int) -> int:
+        """Return the boundary of the last two groups that gives the last one as many rows as fit, up to half.
+
+        Otherwise the last group may be a single utterance, which several processes cannot share.
+        """
+        while second - first > end - second + 1:
+            rows, longest = end - second + 1, int(length[second - 1 : end].max())
+            if rows * longest > self.group_capacity or (self.max_rows and rows > self.max_rows):
+                break
+            second -= 1
+        return second
 
     def _row_limit(self, first_length: int) -> int:
         """Return the maximum number of rows in a group whose first row has this length."""

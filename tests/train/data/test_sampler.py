@@ -17,7 +17,7 @@ from jahubert.train.pipeline.jobs import PlannedStage, configure_job
 
 
 def reference_batches(rows, length, capacity, seed, epoch, max_rows=0):
-    """Reference implementation: sort by noisy length, fill micro-batches, shuffle them."""
+    """Reference implementation: sort by noisy length, fill groups, balance the last two, shuffle them."""
     rng = seeded_rng(seed, epoch, 0)
     groups, longest = [[]], 0
     for position in np.argsort(length * rng.uniform(0.97, 1.03, len(rows)), kind="stable"):
@@ -26,9 +26,17 @@ def reference_batches(rows, length, capacity, seed, epoch, max_rows=0):
         if groups[-1] and (full or len(groups[-1]) == max_rows):
             groups.append([])
             longest = length[position]
-        groups[-1].append(int(rows[position]))
+        groups[-1].append(position)
+    while len(groups) > 1 and len(groups[-2]) > len(groups[-1]) + 1:
+        larger = [groups[-2][-1], *groups[-1]]
+        if len(larger) * max(length[larger]) > capacity or len(larger) > (max_rows or len(larger)):
+            break
+        groups[-2:] = [groups[-2][:-1], larger]
     order = rng.permutation(len(groups))
-    return [MicroBatch(epoch, index, tuple(groups[group])) for index, group in enumerate(order)]
+    return [
+        MicroBatch(epoch, index, tuple(int(row) for row in rows[groups[group]]))
+        for index, group in enumerate(order)
+    ]
 
 
 @pytest.mark.parametrize("max_rows", [0, 5])
@@ -142,3 +150,12 @@ def test_recipes_have_little_padding(recipe, tmp_path, request):
         length = np.minimum(length, HUBERT.floor(int(config.crop.max_seconds * 16_000)))
         sampler = Sampler(np.arange(len(length)), length, config.train.batch_sizes, seed=config.seed)
         assert len(length) > 500 and max(sampler.padding(epoch) for epoch in range(3)) < 0.03
+
+
+@pytest.mark.parametrize("n_rows", [7, 9, 13])
+def test_last_group_is_not_a_single_utterance(n_rows):
+    sampler = Sampler(np.arange(n_rows), np.full(n_rows, 16_000), BatchSizes(6.0, 1), seed=0)
+    sizes = [len(sampler.epoch(0)[index].rows) for index in range(len(sampler.epoch(0)))]
+    assert sum(sizes) == n_rows and min(sizes) >= 3 and max(sizes) <= 6
+    for cursor in range(len(sizes)):
+        assert len(sampler.update(0, cursor, processes=2)) % 2 == 0

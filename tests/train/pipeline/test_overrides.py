@@ -170,7 +170,8 @@ def test_help_shows_the_settings_of_the_command(capsys):
 
 @pytest.mark.parametrize("recipe", ["builtin", "csj", "demo", "fairseq", "reazonspeech", "table", "tofugu"])
 def test_pretrained_takes_effect_in_every_recipe(recipe):
-    jobs = configure_jobs([f"recipe={recipe}", "stage=all", "data=/c", "pretrained=owner/model"])
+    data = [] if recipe == "demo" else ["data=/c"]  # demo generates its corpus
+    jobs = configure_jobs([f"recipe={recipe}", "stage=all", *data, "pretrained=owner/model"])
     finetune = [job.config.pretrained for job in jobs if job.stage == "finetune"]
     assert set(finetune) - {None} == {Path("owner/model")}
     assert not any(job.stage == "pretrain" for job in jobs)  # pretrained= replaces pretraining
