@@ -13,7 +13,16 @@ import jahubert
 from jahubert.inference.transcribe import Transcriber, builtin_model
 
 MODEL = builtin_model()
-SETS = ("test_low", "test_high", "test_joined", "test_made", "test_real")
+SETS = (
+    "test_low",
+    "test_high",
+    "test_joined",
+    "test_cv",
+    "test_cv_phone",
+    "test_cv_noise",
+    "test_made",
+    "test_real",
+)
 LIMIT = 15_000_000  # maximum size in the wheel, bytes
 
 
