@@ -398,7 +398,7 @@ class Transcriber:
         return Transcript(tuple(words), n_samples / SAMPLE_RATE, total_score, name, tuple(starts or [0]))
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
-        """Compute log-probabilities without phones outside speech; also returns whether speech was found."""
+        """Return log-probabilities, with phones suppressed outside speech, and whether there is speech."""
         if not self.vad:
             return self.log_probs(wavs), [True] * len(wavs)
         prepared = [prepare_speech(wav_T, self.grid, self.vad == "silero") for wav_T in wavs]

@@ -103,7 +103,7 @@ def _count(token_T: np.ndarray, n_words: int, order: int) -> list[_Counts]:
     row_T = np.zeros(len(token_T), np.int64)  # row of the n-gram that starts at each position
     start_T = np.arange(len(token_T))
     for n in range(1, order + 1):
-        if n > 1:  # an n-gram does not extend over the end of a sentence
+        if n > 1:  # n-grams do not cross sentence boundaries
             start_T = start_T[token_T[start_T + n - 2] != 1]
         if not len(start_T):
             break

@@ -81,8 +81,9 @@ class PretrainBatch(_Batch):
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, row by row
-    # Number of targets that the feature penalty of this batch counts as. For a part of a group, the group's
-    # masked frames times the part's share of all frames: sums over parts then equal those of whole groups.
+    # Weight of the feature penalty, as a number of targets. For a part of a group, it is the number of masked
+    # frames in the group times the part's fraction of the group's frames, so that the penalties of the parts
+    # add up to that of the group.
     penalty_count: float | None = None  # None: the masked frames
     masked_index_N: Tensor = field(init=False)  # int64, indices of the masked frames in the flattened mask
 

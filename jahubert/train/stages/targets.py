@@ -80,7 +80,7 @@ def make_targets(config: Config, out: Path) -> dict[str, Any]:
     for reason, n in reasons.most_common():
         log.warning("rejected %d utterances (%s); see %s", n, reason, out / "rejected.jsonl")
     if not sources:
-        raise DataError(f"{config.manifest}: no utterance has a usable text; see {out}/rejected.jsonl")
+        raise DataError(f"{config.manifest}: no utterance has usable text; see {out}/rejected.jsonl")
     return {
         "utterances": sources.total(),
         "symbols": n_symbols,
