@@ -62,12 +62,30 @@ def map_in_workers(
     iterator = None
     try:
         iterator = _start(loader, advice)
-        for item, result in iterator:
+        for item, result in _received(iterator):
             if isinstance(result, Exception):
                 raise result
             yield item, result
     finally:
         _close(iterator, [child for child in multiprocessing.active_children() if child not in others])
+
+
+def _received(iterator: Any) -> Generator[tuple[Any, Any], None, None]:
+    """Yield what the workers send.
+
+    A worker that is killed while it passes a tensor breaks the connection; torch reports a dead worker only
+    at other moments.
+    """
+    while True:
+        try:
+            received = next(iterator)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError(
+                f"DataLoader worker (pid(s) unknown) exited unexpectedly: {error!r}"
+            ) from error
+        yield received
 
 
 def ignore_signals(_: int = 0) -> None:
