@@ -48,7 +48,7 @@ class ConfigError(UserError):
     """One or more errors in a configuration, all listed in one message.
 
     Attributes:
-        settings: the errors in single settings, so that those of several stages can be listed together.
+        settings: one error per invalid setting, so that the errors of several stages can be merged.
     """
 
     settings: tuple[str, ...] = ()
@@ -95,10 +95,10 @@ class MissingExtraError(UserError, ImportError):
 
 
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
-# OSErrors of sockets and processes, which are not related to a file.
+# OSErrors from sockets and processes, which are not related to a file.
 _NOT_FILES = (ConnectionError, BlockingIOError, InterruptedError, TimeoutError, ChildProcessError)
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages from safetensors
-_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's message, which has no reason
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's message, which does not name the cause
 _LIBSNDFILE_SYSTEM_ERROR = 2
 
 

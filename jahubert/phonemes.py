@@ -78,7 +78,7 @@ def _single_kana() -> dict[str, tuple[str, ...]]:
     table |= {"ヂ": ("j", "i"), "ヅ": ("z", "u"), "ヲ": ("o",), "ヰ": ("i",), "ヱ": ("e",), "ヴ": ("b", "u")}
     table |= {"ヷ": ("b", "a"), "ヸ": ("b", "i"), "ヹ": ("b", "e"), "ヺ": ("b", "o")}
     table |= {"ヵ": ("k", "a"), "ヶ": ("k", "e"), "ン": ("N",), "ッ": ("q",)}
-    # A small kana without a base kana is read like the full-size one.
+    # A small kana without a base kana is read like its full-size form.
     table |= {small: (vowel,) for small, vowel in _SMALL.items()} | {"ヮ": ("w", "a")}
     table |= {small: ("y", vowel) for small, vowel in _SMALL_Y.items()}
     return table
@@ -188,7 +188,7 @@ _ROW_OF = {kana: phones[-1] for kana, phones in _READ.items() if phones[-1] in V
 # Pairs of a vowel and a following kana that form a long vowel, unless a morpheme boundary separates them.
 _LONG = {("o", "ウ"), ("o", "オ"), ("u", "ウ"), ("e", "イ"), ("e", "エ")}
 
-# Exceptions to this rule. `|` marks a morpheme boundary, so the following vowel stays separate. `ー` marks a
+# Exceptions to `_LONG`. `|` marks a morpheme boundary, so the following vowel stays separate. `ー` marks a
 # long vowel that `_LONG` does not cover, because アア and イイ are usually two vowels.
 _WORDS = (
     (r"ホノオ", "ホノ|オ"),
@@ -211,8 +211,8 @@ _WORDS = (
     (r"^コン(バン|ニチ)ハ$", r"コン\1ワ"),
     (r"^(デ|マタ|ソレデ|アルイ)ハ$", r"\1ワ"),
 )
-# Verbs whose readings are not readings of nouns. Other verbs are recognized by their surface form: 追う or
-# 王, 酔う or 用.
+# Verbs with readings that no noun has. Other verbs are distinguished from nouns by their surface form: 追う
+# from 王, 酔う from 用.
 _VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
 # Kanji whose reading starts with a vowel that is not merged with the preceding vowel.
 _KANJI_STARTS = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages selected by `argv` (default: the command line); returns the exit status."""
+    """Run the stages selected by `argv` (default: the command line) and return the exit status."""
     from jahubert.train.pipeline import command
 
     return command.main(sys.argv[1:] if argv is None else argv)

@@ -15,7 +15,8 @@ from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
-# Placeholder sizes of writers that cannot seek back (SoX, arecord and others), with or without the header.
+# Placeholder sizes from programs that cannot seek back to correct them (SoX, arecord and others); some
+# programs add the size of the header.
 _PLACEHOLDERS = (0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 _MAX_U32 = 0xFFFFFFFF
 _MAX_PADDING = 4096  # bytes of unknown content tolerated after the samples
@@ -28,11 +29,11 @@ class Part:
     start: int  # bytes
     length: int  # bytes
     prefix: bytes = b""  # a corrected header
-    min_frames: int = 0  # minimum decoded frames of an intact file
+    min_frames: int = 0  # minimum number of frames that an intact part decodes to
 
 
 def split(source: AudioBytes) -> list[Part]:
-    """Find the streams in a file; most files contain a single one.
+    """Return the streams in a file; most files contain only one.
 
     Raises:
         AudioError: the file is shorter than its header states, or contains bytes that belong to no stream.
@@ -70,7 +71,7 @@ def _is_placeholder(length: int, header: int) -> bool:
 
 
 def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """Return one part per WAV file, because a file may contain several concatenated ones."""
+    """Return one part per WAV file, as several WAV files may be concatenated."""
     parts: list[Part] = []
     start = 0
     while start < size:
@@ -171,7 +172,7 @@ def _check_au(file: BinaryIO, size: int, name: str) -> Part:
 
 
 def _aiff_end(file: BinaryIO) -> int:
-    """Return the end of an AIFF file's samples according to its header; 0 without samples."""
+    """Return the end of an AIFF file's samples according to its header, or 0 if it has no samples."""
     position = 12
     while True:
         file.seek(position)
@@ -201,7 +202,7 @@ def _caf_end(file: BinaryIO) -> int:
 
 
 def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """Split an Ogg file into its links (RFC 3533), which start with beginning-of-stream pages."""
+    """Split an Ogg file into its chained streams (RFC 3533); each starts with beginning-of-stream pages."""
     starts: list[int] = []
     position = 0
     last_flags = 2
@@ -230,7 +231,7 @@ def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
 
 
 def find(file: BinaryIO, pattern: bytes, position: int) -> int:
-    """Find a pattern in a file at or after `position`; returns -1 if it does not occur."""
+    """Return the next position of a pattern in a file at or after `position`, or -1 if it does not occur."""
     file.seek(position)
     overlap = b""
     while block := file.read(1 << 20):

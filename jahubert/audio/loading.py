@@ -43,13 +43,13 @@ def load_audio(
 ) -> torch.Tensor:
     """Load audio as a float32 tensor (T,): mono, 16 kHz, full scale = 1.
 
-    Arrays are (T,), (channels, T) or (T, channels); the smaller dimension is the channels. Integers are
-    scaled by their full scale.
+    Arrays are (T,), (channels, T) or (T, channels); the smaller dimension is taken as the channels. Integers
+    are divided by their full scale.
 
     Args:
         source: see `AudioLike`.
-        sample_rate: sampling rate of an array in Hz. Default: 16,000. Ignored for files, whose
-            headers state it.
+        sample_rate: sampling rate of an array in Hz (default: 16,000); ignored for files, whose
+            headers specify the rate.
         start: first sample to return, at 16 kHz.
         n_samples: number of samples to return, at 16 kHz; fewer are returned at the end of the audio.
 
@@ -83,11 +83,11 @@ def stream_audio(
     """Yield the samples of `load_audio(source)` in blocks (T,), with memory independent of the length.
 
     The concatenated blocks are bit-identical to `load_audio(source)`, or equal up to rounding (1e-7) for MP3.
-    Errors in a file are raised when their position is reached. Byte ranges, pipes and open streams are kept
-    in memory in encoded form.
+    An error in a file is raised when decoding reaches it. Byte ranges, pipes and open streams are kept in
+    memory in encoded form.
 
     Args:
-        source, sample_rate: as for `load_audio`.
+        source, sample_rate: see `load_audio`.
         block_seconds: approximate length of a block.
     """
     array, _ = _samples(source, sample_rate)
@@ -116,7 +116,8 @@ def stream_audio(
 def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     """Return the number of 16 kHz samples in `load_audio(source)`.
 
-    The header is used if the format allows checking it; otherwise the file is decoded.
+    The length stated in the header is used if the format allows it to be verified; otherwise the file is
+    decoded.
 
     Raises:
         AudioError: as for `load_audio`, except for errors that only decoding detects.

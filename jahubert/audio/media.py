@@ -30,7 +30,7 @@ _FORMATS = (  # offset, magic bytes, name
     (0, b"FLV", "Flash Video"),
     (0, b".RMF", "RealMedia"),
 )
-# Containers that libsndfile opens only with codecs that it supports.
+# Containers that libsndfile opens only if it supports the codec inside.
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
 _TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # in ffmpeg's error messages
 _SLACK_SECONDS = 1.0  # tolerated difference between the stated and the decoded length
@@ -60,7 +60,7 @@ def explain(source: AudioBytes, reason: str) -> AudioError:
     head = source.file.read(4)
     advice = ""
     if any(head.startswith(magic) for magic in _KNOWN_CONTAINERS):
-        advice = " (if it plays elsewhere, its codec is unusual: convert it, for example with ffmpeg)"
+        advice = " (if other programs can play it, its codec is unusual: convert it, for example with ffmpeg)"
     return AudioError(f"{source.name} is not audio that can be read: {reason.strip().rstrip('.')}{advice}")
 
 
@@ -177,7 +177,7 @@ class AvDecoder(_MediaDecoder):
 
 
 class FfmpegDecoder(_MediaDecoder):
-    """Decoder that reads float WAV from a pipe of the ffmpeg program."""
+    """Decoder that runs the ffmpeg program and reads float WAV from its output."""
 
     def __init__(self, source: AudioBytes, program: str):
         self.name = source.name
@@ -204,7 +204,7 @@ class FfmpegDecoder(_MediaDecoder):
         self.errors.append(self.process.stderr.read())
 
     def _read_header(self) -> tuple[int, int]:
-        """Read the sampling rate and number of channels; leaves the pipe at the first sample."""
+        """Read the sampling rate and number of channels, and advance the pipe to the first sample."""
         assert self.process.stdout is not None
         head = self.process.stdout.read(12)
         rate = channels = 0
@@ -238,7 +238,7 @@ class FfmpegDecoder(_MediaDecoder):
             yield samples.reshape(-1, self.channels)
         status = self.process.wait()
         self.reader.join()
-        # ffmpeg does not fail on truncated files.
+        # ffmpeg exits with status 0 even for truncated files.
         if status != 0 or _TRUNCATED.search(b"".join(self.errors)):
             raise self._failed("ffmpeg failed")
 

@@ -1,4 +1,4 @@
-"""Parser of MPEG audio files (MP3): frames, tags, and the streams of concatenated files.
+"""Parser for MPEG audio files (MP3): frames, tags, and the streams of concatenated files.
 
 Files without a header frame (Xing, Info, VBRI) do not state their length, so decoders guess it from the first
 frame. Concatenated files state only the length of their first part. Scanning the frame headers gives the true
@@ -47,7 +47,7 @@ class Stream:
 
     @property
     def min_frames(self) -> int:
-        """Minimum samples per channel that an intact stream decodes to."""
+        """Minimum number of samples per channel that an intact stream decodes to."""
         return max(0, self.n_frames * self.n_samples - _TOLERANCE)
 
 
@@ -57,7 +57,7 @@ def is_mpeg(head: bytes) -> bool:
 
 
 def split(file: BinaryIO, name: str) -> list[Stream]:
-    """Find the streams in a file; returns an empty list if it contains no frames.
+    """Return the streams in a file, in order; a file without frames has none.
 
     Raises:
         AudioError: a stream has fewer frames than its header frame states.
@@ -78,7 +78,7 @@ def split(file: BinaryIO, name: str) -> list[Stream]:
 
 
 def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream, int]:
-    """Read the stream whose first frame is at `start`; returns it and the position after it."""
+    """Return the stream whose first frame is at `start`, and the position after the stream."""
     first = _parse(data[start : start + 4])
     assert first is not None
     stated = _stated_frames(data, start, first)
@@ -114,7 +114,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
 
 
 def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
-    """Find the next two consecutive valid frames, or a valid last frame; returns -1 without any."""
+    """Return the position of the next two consecutive valid frames, or of a valid last frame, or -1."""
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
         header = _parse(data[position : position + 4])
@@ -129,7 +129,7 @@ def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
 
 
 def _resync(data: mmap.mmap | bytes, position: int, kind: tuple[int, int, int]) -> int:
-    """Find the next frame of the same stream after invalid bytes; returns -1 at the end of the stream."""
+    """Return the position of the next frame of a stream after invalid bytes, or -1 if the stream ends."""
     if _skip_tags(data, position) != position:
         return -1
     following = _next_frame(data, position)
@@ -155,7 +155,7 @@ def _skip_tags(data: mmap.mmap | bytes, position: int) -> int:
 
 
 def _parse(head: bytes) -> _Header | None:
-    """Parse a four-byte frame header; returns None if it is invalid or free-format."""
+    """Parse a four-byte frame header; return None if it is invalid or free-format."""
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
     return _parse_bits(int.from_bytes(head, "big") & 0xFFFFFFC0)
@@ -187,7 +187,7 @@ def _parse_bits(bits: int) -> _Header | None:
 
 
 def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> int | None:
-    """Return the number of frames stated by a header frame; None for an audio frame."""
+    """Return the number of frames that a header frame states, or None for an audio frame."""
     if header.kind[1] != 3:
         return None
     frame = data[position : position + min(header.length, 64)]

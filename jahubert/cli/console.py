@@ -40,7 +40,7 @@ class Input:
 def find_inputs(
     arguments: Sequence[str], into: str | None, ending: str
 ) -> tuple[list[Input], dict[str, AudioError]]:
-    """Expand arguments (files, folders, patterns, `-` for standard input) to recordings.
+    """Expand arguments (files, folders, patterns, `-` for standard input) into recordings.
 
     Args:
         into: output folder or None.
@@ -118,7 +118,7 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
 
 
 def print_names(arguments: Sequence[str]) -> bool:
-    """Return whether result lines need the recording name, which they do unless there is a single file."""
+    """Return whether result lines need recording names because the arguments may match several files."""
     first = arguments[0]
     is_pattern = glob.has_magic(first) and not Path(first).exists()
     return len(arguments) > 1 or Path(first).is_dir() or is_pattern

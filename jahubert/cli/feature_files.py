@@ -26,7 +26,7 @@ class FeatureFiles:
     """Writer for the features of one run, or of several runs with the same settings.
 
     Args:
-        output: a folder or a .safetensors file; `finish` assembles the file from `OUT.safetensors.parts`.
+        output: a folder or a .safetensors file, which `finish` assembles from `OUT.safetensors.parts`.
         settings: all JSON-compatible settings that affect the features.
 
     Raises:
@@ -113,9 +113,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete its folder and run the same command") from error
+        raise DataError(f"{path}: damaged ({error}); delete its folder and rerun the command") from error
     if not isinstance(recorded, dict):
-        raise DataError(f"{path}: damaged (no JSON object); delete its folder and run the same command")
+        raise DataError(f"{path}: damaged (no JSON object); delete its folder and rerun the command")
     return recorded
 
 

@@ -46,7 +46,7 @@ from jahubert.inference import writers
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript
 
-MAX_BEAM = 1000  # hypotheses; memory and time grow with it
+MAX_BEAM = 1000  # hypotheses; memory and time grow with the beam
 
 # Modules of the extra `train`, and the packages that provide them.
 TRAIN_PACKAGES = {
@@ -127,7 +127,7 @@ def transcribe(args: argparse.Namespace) -> int:
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
     label = ""  # the recording that is being transcribed
-    n_printed = 0  # number of its segments that were already printed
+    n_printed = 0  # number of segments of this recording that were already printed
 
     def print_text(transcript: Transcript) -> None:
         if sys.stdout.isatty():
@@ -523,10 +523,10 @@ def audio_commands(command: Command) -> None:
     )
     sub.add_argument(
         "--lm", metavar="FILE",
-        help="n-gram in ARPA format: of the model's symbols, or of the words of --lexicon (see ngram)",
+        help="n-gram model in ARPA format, over the model's symbols or the words in --lexicon (see ngram)",
     )  # fmt: skip
     sub.add_argument("--lexicon", metavar="FILE", help="recognize only these words and write them as listed")
-    sub.add_argument("--lm-weight", type=float, default=0.5, metavar="W", help="of the n-gram (default: 0.5)")
+    sub.add_argument("--lm-weight", type=float, default=0.5, metavar="W", help="n-gram weight (default: 0.5)")
     sub.add_argument(
         "--word-bonus", type=float, default=0.0, metavar="B",
         help="score added per word, or per symbol without --lexicon (default: 0)",

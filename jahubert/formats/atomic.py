@@ -2,8 +2,9 @@
 
 Content is written under a temporary name in the same folder, flushed to disk and renamed. Readers see either
 the old or the new content, even if the writer is killed or the disk is full. The temporary name starts with
-`.tmp-` and is derived from the final name without exceeding the maximum length of names. The file is locked
-while in use, so the next write reuses the file of a killed process, and concurrent writers do not interfere.
+`.tmp-` and is derived from the final name without exceeding the maximum length of names. The temporary file
+is locked while in use, so that concurrent writers do not interfere, and the next writer reuses the temporary
+file of a killed process.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` at the end, for libraries that open files by name.
+    """Yield a temporary path that replaces `path` after the block, for libraries that open files by name.
 
     The path is in a temporary folder, because some libraries create temporary files next to it.
     """
@@ -67,7 +68,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to `path` at the end, replacing an existing folder.
+    """Yield an empty folder that is renamed to `path` after the `with` block, replacing an existing folder.
 
     Replacing a folder takes two renames. If the process is killed between them, the next write first restores
     the old folder.
@@ -95,7 +96,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[tuple[Path, int]]:
-    """Create an empty temporary folder next to `path`; yields it and the permissions for new files."""
+    """Create an empty temporary folder next to `path`, and yield it with the permissions for new files."""
     with temporary_file(path) as reserved:
         folder, replaced = (reserved.with_name(reserved.name + kind) for kind in (_FOLDER, _REPLACED))
         _restore(path, replaced)
@@ -146,9 +147,9 @@ def temporary_path(path: Path) -> Path:
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Create and lock an empty temporary file for `path`, and remove it at the end unless it was renamed.
+    """Create and lock an empty temporary file for `path`; remove it after the block unless it was renamed.
 
-    File system errors in the `with` block, including those wrapped in exceptions of libraries, are raised as
+    File system errors in the `with` block, including those wrapped in library exceptions, are raised as
     OSErrors that name `path` instead of the temporary file, which users do not know.
     """
     temporary = temporary_path(path)
@@ -180,7 +181,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file; returns False if another writer holds the lock, True if locks are unsupported."""
+    """Lock an open file. Return False if another writer holds the lock, True if locks are unsupported."""
     if sys.platform == "win32":
         return True
     try:
@@ -198,7 +199,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def _finish(path: Path, mode: int) -> None:
-    """Set the permissions of a new file, because some libraries create private files, and flush it."""
+    """Flush a new file and set its permissions, because some libraries create private files."""
     if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
     _flush(path)

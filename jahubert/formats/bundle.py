@@ -78,7 +78,7 @@ class Bundle:
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
     info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or the file that was read
-    special_rows: Tensor | None = None  # (4, dim): rows before fairseq's codebook, for conversion back
+    special_rows: Tensor | None = None  # (4, dim): fairseq's special codebook rows, for conversion back
     notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
 
 
@@ -185,9 +185,7 @@ def load_bundle(source: str | os.PathLike[str]) -> Bundle:
     bundle = _build(path, raw)
     recorded = raw.info.get("weights")
     if recorded and "files" not in raw.info and recorded != weights_hash(bundle.model):
-        raise CheckpointError(
-            f"{path}: its weights are not those that {INFO} recorded; copy the bundle again"
-        )
+        raise CheckpointError(f"{path}: the weights do not match the hash in {INFO}; copy the bundle again")
     return bundle
 
 
@@ -232,14 +230,17 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
     """Check the centroids (K, D) and their layer."""
     centroids_KD = tensors.get("centroids_KD")
     if centroids_KD is None or centroids_KD.dim() != 2 or not len(centroids_KD):
-        raise CheckpointError(f"{path}: has no matrix centroids_KD")
+        raise CheckpointError(f"{path}: centroids_KD is missing or not a matrix")
     if not centroids_KD.is_floating_point() or centroids_KD.shape[1] != raw.config.width:
         raise CheckpointError(
             f"{path}: centroids_KD is {tuple(centroids_KD.shape)}, {centroids_KD.dtype}, but the model has "
             f"width {raw.config.width}"
         )
     if raw.centroid_layer is None or not 0 <= raw.centroid_layer <= raw.config.layers:
-        raise CheckpointError(f"{path.parent / INFO}: centroid_layer is {raw.centroid_layer}")
+        raise CheckpointError(
+            f"{path.parent / INFO}: centroid_layer is {raw.centroid_layer}, but must be between 0 and "
+            f"{raw.config.layers}"
+        )
     return centroids_KD.float()
 
 
@@ -264,8 +265,8 @@ def _read_file(path: Path) -> RawModel:
         raw, layout = read_torchaudio(path, tensors, prefix), "torchaudio"
     else:
         raise CheckpointError(
-            f"{path}: neither fairseq's nor torchaudio's names; for a Hugging Face model, give the folder "
-            "with its config.json"
+            f"{path}: its tensor names are neither fairseq's nor torchaudio's; for a Hugging Face model, "
+            "give the folder with its config.json"
         )
     raw.info = {"origin": {"file": path.name, "layout": layout}}
     return raw
@@ -276,7 +277,7 @@ def _build(path: Path, raw: RawModel) -> Bundle:
     config = raw.config
     n_symbols = count_symbols(path, raw.weights, config.width)
     if raw.phonemes is not None and len(raw.phonemes) != n_symbols:
-        raise CheckpointError(f"{path}: {len(raw.phonemes)} symbols, but a CTC head of {n_symbols} outputs")
+        raise CheckpointError(f"{path}: {len(raw.phonemes)} symbols, but {n_symbols} outputs of the CTC head")
     shapes = encoder_shapes(config)
     ctc, unit_head = None, None
     with torch.device("cpu"), _SkipRandomInit():
@@ -325,7 +326,7 @@ def _build_unit_head(path: Path, raw: RawModel) -> UnitHead:
 
 
 class _SkipRandomInit(TorchFunctionMode):
-    """Skips the random initialization of modules whose tensors are loaded afterwards."""
+    """Mode that skips the random initialization of modules whose tensors are loaded afterwards."""
 
     _SKIPPED = (
         nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_,
@@ -359,7 +360,7 @@ def _verify(folder: Path, info: dict[str, Any]) -> None:
         file = folder / os.path.basename(name)
         if not file.is_file() or _describe(file) != recorded:
             raise CheckpointError(
-                f"{file}: missing or damaged, its checksum is not the one in {INFO}; {advice}, or delete the "
+                f"{file}: missing or damaged: its checksum does not match {INFO}; {advice}, or delete the "
                 f"fields `checksum` and `files` of {INFO} if the change was intended"
             )
 

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3  # permuted rows may be rounded differently
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of a conversion."""
+    """Result of a verified conversion."""
 
     notes: tuple[str, ...]  # one sentence per dropped or newly initialized item
     difference: float  # largest absolute difference over all layers and heads, on random audio
@@ -139,7 +139,7 @@ def _write_onnx(target: Path, bundle: Bundle) -> float:
 
 
 def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
-    """Write a fairseq or torchaudio file; returns notes on dropped or newly initialized items."""
+    """Write a fairseq or torchaudio file, and return notes on dropped or newly initialized items."""
     parts: dict[str, Any] = {"ctc": bundle.ctc, "phonemes": bundle.phonemes, "unit_head": bundle.unit_head}
     if to == "fairseq":
         notes = write_fairseq(target, bundle.model, special_rows=bundle.special_rows, **parts)

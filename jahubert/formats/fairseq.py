@@ -1,4 +1,4 @@
-"""Reader and writer of fairseq's and s3prl's HuBERT checkpoints that do not need fairseq.
+"""Reader and writer for fairseq and s3prl HuBERT checkpoints, without a dependency on fairseq.
 
 A checkpoint contains settings (`cfg`, or `args` in older files), weights (`model`) and the dictionaries of
 its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, including settings.
@@ -47,7 +47,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import BLANK, PhonemeSet
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-_NEVER = -1e4  # bias of a symbol that only fairseq needs: its probability is exactly zero
+_NEVER = -1e4  # bias of a symbol that only fairseq needs, which makes its probability exactly zero
 _WRAPPED = "w2v_encoder.w2v_model."  # prefix of the pretrained model inside a fine-tuned one
 _FINAL_DIM = 256  # output width of a newly initialized projection
 _NAMES = [
@@ -92,7 +92,7 @@ _FIXED = {
 
 
 def fairseq_name(name: str, conv_norm: str = "group") -> str:
-    """Convert the name of an encoder tensor to fairseq's."""
+    """Convert the name of an encoder tensor to fairseq's name."""
     index = "2" if conv_norm == "group" else "2.1"  # fairseq puts a layer norm between two transpositions
     name = re.sub(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", rf"\1.{index}.", name)
     return rename(name, _NAMES)
@@ -144,7 +144,7 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
         if len(symbols) == len(ctc[HEAD]) and len(set(symbols)) == len(symbols):
             phonemes = symbol_set(path, symbols)
         else:
-            notes.append(f"symbols: the file names {len(symbols)}, but its CTC head has {len(ctc[HEAD])}")
+            notes.append(f"symbols: the file lists {len(symbols)}, but its CTC head has {len(ctc[HEAD])}")
     temperature = typed_item(path, model, "logit_temp", float, 0.1)
     return RawModel(
         config,
@@ -234,7 +234,7 @@ def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise CheckpointError(
             f"{path}: conv_feature_layers is {short_repr(text)}, which fairseq would run as code. "
-            "Nothing was run here: it must be a list of (channels, kernel, stride), such as "
+            "Nothing was run; use a list of (channels, kernel, stride) instead, such as "
             "'[(512, 10, 5)] + [(512, 3, 2)] * 4'"
         ) from None
     return layers
@@ -268,7 +268,7 @@ def _are_symbols(value: Any) -> bool:
 def _take_head(
     path: Path, inner: dict[str, Tensor], codebooks: list[list[str]], notes: list[str]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Remove the pretraining head from `inner`; returns UnitHead's tensors and the special rows."""
+    """Remove the pretraining head from `inner`, and return UnitHead's tensors and the special rows."""
     table = inner.pop("label_embs", None)  # codebook in the oldest files
     table = inner.pop("label_embs_concat", table)
     weight, bias = (inner.pop(f"final_proj.{part}", None) for part in ("weight", "bias"))
@@ -407,7 +407,7 @@ def _duplicated_tensors(config: HubertConfig) -> list[str]:
 def _duplicate_channels(
     config: HubertConfig, state: dict[str, Tensor]
 ) -> tuple[HubertConfig, dict[str, Tensor]]:
-    """Output each channel of the front end twice, with a projection that ignores the copies.
+    """Make the front end output each channel twice, and the projection ignore the copies.
 
     The result is the same, because copies change neither the mean nor the variance of a layer norm.
     """
@@ -498,7 +498,7 @@ def _ctc_tensors(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the CTC head with fairseq's four special symbols first, and the symbol of each row."""
     weight, bias = ctc.lm_head.weight.detach().cpu(), ctc.lm_head.bias.detach().cpu()
-    # Models that came from fairseq through Hugging Face have <s> and <pad> swapped.
+    # In models converted from fairseq through Hugging Face's format, <s> and <pad> are swapped.
     swapped = {BLANK: "<s>"} if "<pad>" in phonemes.symbols else {BLANK: "<s>", "<s>": "<pad>"}
     names = [swapped.get(symbol, symbol) for symbol in phonemes.symbols]
     added = [name for name in SPECIALS if name not in names]

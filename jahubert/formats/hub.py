@@ -9,7 +9,7 @@ from jahubert.errors import CheckpointError, MissingExtraError
 
 
 def resolve_model(source: str | os.PathLike[str]) -> Path:
-    """Find the file or folder of a model; a Hub name is looked up in the cache and on the Hub.
+    """Return the file or folder of a model; a Hub name is looked up in the cache and on the Hub.
 
     Raises:
         CheckpointError: the file, folder or name does not exist, or the Hub cannot be reached.
@@ -40,7 +40,7 @@ def check_exists(source: str | os.PathLike[str]) -> None:
     and is accessible.
 
     Raises:
-        CheckpointError: as for `resolve_model`, or the folder is not a model.
+        CheckpointError: `resolve_model` would raise one, or the folder is not a model.
     """
     path = _local_path(source)
     if path is not None:

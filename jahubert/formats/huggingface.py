@@ -1,4 +1,4 @@
-"""Reader and writer of Hugging Face's HuBERT folders: configuration, weights, vocabulary.
+"""Reader and writer for Hugging Face HuBERT folders: configuration, weights and vocabulary.
 
 Weights are in one file or in shards, as safetensors or PyTorch `.bin` files. This package uses the same
 tensor names, except for the prefix `hubert.` of an encoder under a head and older weight norm names.

@@ -1,4 +1,4 @@
-"""Limits on the memory and time for opening a model file.
+"""Limits on the memory and time spent on opening a model file.
 
 Real models stay far below these limits. For larger files from a trusted source, the environment variable
 `JAHUBERT_LIMITS` multiplies all of them.
@@ -21,7 +21,7 @@ LAYERS = 512  # Transformer blocks
 
 
 def limit(value: int) -> int:
-    """Multiply one of the limits above by the environment variable.
+    """Return a limit multiplied by the value of `JAHUBERT_LIMITS`.
 
     Raises:
         ConfigError: the variable is not a positive number.

@@ -43,8 +43,8 @@ def model_card(name: str, model: HubertModel, info: dict[str, Any], has_ctc: boo
             *example,
             "```",
             "",
-            "`transformers` opens this folder too. Before publishing, set `license` above; it depends on the "
-            "training data.",
+            "`transformers` can also open this folder. Before publishing, set `license` above; it depends on "
+            "the training data.",
             "",
             "```json",
             json.dumps(details, indent=2, ensure_ascii=False),

@@ -48,7 +48,7 @@ class OnnxGraph(nn.Module):
 
 
 def write_onnx(path: Path, bundle: Bundle) -> float:
-    """Write the model of a bundle; returns the largest difference from onnxruntime's output on random audio.
+    """Write a bundle's model and return its largest difference from onnxruntime's output on random audio.
 
     The metadata of the file contains the symbols, the sample rate and the kind of output.
 

@@ -38,7 +38,7 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Packages whose objects become records, and single names from other packages.
+# Packages whose objects become records, and further single names.
 _FAMILIES = {"argparse", "omegaconf", "fairseq", "numpy", "pathlib", "typing"}
 _FAMILIES |= {"lightning", "lightning_fabric", "pytorch_lightning"}
 _NAMES = {"torch.device", "torch.Size", "_codecs.encode", "collections.defaultdict", "collections.Counter"}
@@ -107,7 +107,7 @@ class Stored:
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def load(self) -> Tensor:
-        """Read the values to the CPU; tensors of one storage share memory.
+        """Read the values into CPU memory; tensors with the same storage share memory.
 
         Raises:
             CheckpointError: the file contains no bytes, or too few bytes, for the tensor.
@@ -349,7 +349,7 @@ class _Unpickler(_PythonUnpickler):
             return result
         if function in (self.rebuild_tensor, self.rebuild_parameter) and len(args) < 10:
             return function(*args)
-        raise ValueError("calls something that is not a class")
+        raise ValueError("the pickle calls an object that is not a class")
 
     # --- replacements for instructions that could run code or take unbounded time --------------------------
 
@@ -379,7 +379,7 @@ class _Unpickler(_PythonUnpickler):
         if isinstance(self.stack[-1], Record):
             self.stack[-1].state = state
         elif not isinstance(self.stack[-1], OrderedDict):  # ignores attributes such as `_metadata`
-            raise ValueError("sets attributes")
+            raise ValueError("the pickle sets attributes of an object")
 
     def set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -396,7 +396,7 @@ class _Unpickler(_PythonUnpickler):
     def _fill(self, items: list[Any]) -> None:
         table = self.stack[-1]
         if not isinstance(table, dict):
-            raise ValueError("sets items of something that is not a dict")
+            raise ValueError("the pickle sets items of an object that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             table[_checked_key(key)] = value
 

@@ -42,7 +42,7 @@ class RawModel:
     weights: dict[str, Tensor]  # encoder tensors, and `lm_head.*` for a CTC model
     head: dict[str, Tensor] = field(default_factory=dict)  # UnitHead's tensors; empty without a unit head
     temperature: float = 0.1  # temperature of `head`
-    special_rows: Tensor | None = None  # (4, dim): rows that fairseq keeps before the codebook
+    special_rows: Tensor | None = None  # (4, dim): codebook rows of fairseq's special symbols
     phonemes: PhonemeSet | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
@@ -95,7 +95,7 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
     """Check the symbols of a CTC head.
 
     Raises:
-        CheckpointError: there are fewer than two symbols, or a symbol is duplicate or unprintable.
+        CheckpointError: there are fewer than two symbols, or a symbol is duplicated or unprintable.
     """
     for symbol in symbols:
         if not typed(where, "a symbol", symbol, str).isprintable():
@@ -294,7 +294,7 @@ def new_mask_embedding(width: int) -> Tensor:
 
 
 def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[str, Tensor]:
-    """Return the encoder tensors for fairseq or torchaudio; appends dropped items to `notes`.
+    """Return the encoder tensors for fairseq or torchaudio, and append dropped items to `notes`.
 
     Raises:
         CheckpointError: the target would compute different outputs with these weights.
@@ -302,8 +302,8 @@ def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[st
     config = model.config
     if config.norm_eps != TORCH_NORM_EPS:
         raise CheckpointError(
-            f"norm_eps is {config.norm_eps}, but {target} uses a fixed {TORCH_NORM_EPS} and would give other "
-            "results; choose another format"
+            f"norm_eps is {config.norm_eps}, but {target} always uses {TORCH_NORM_EPS} and would compute "
+            "different results; choose another format"
         )
     if config.normalize and config.normalize_eps != NORMALIZE_EPS:
         notes.append(

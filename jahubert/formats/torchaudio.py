@@ -1,4 +1,4 @@
-"""Reader and writer of torchaudio's HuBERT state dicts.
+"""Reader and writer for torchaudio HuBERT state dicts.
 
 torchaudio stores model settings in code, not in files. The writer therefore adds a JSON file with the call
 that builds the model, under the same name.
@@ -68,11 +68,11 @@ _PRETRAINING: dict[str, Any] = {
 _PUBLISHED_HEADS = {
     1024: 16,
     1280: 16,
-}  # by width: large, xlarge; others have heads of width 64
+}  # attention heads by width (large, xlarge); models of other widths have heads of width 64
 
 
 def torchaudio_name(name: str) -> str:
-    """Convert an encoder tensor name to torchaudio's; torchaudio has no name for the mask embedding."""
+    """Convert an encoder tensor name to torchaudio's name; the mask embedding has no name there."""
     return rename(name, _NAMES)
 
 
@@ -217,7 +217,7 @@ def write_torchaudio(
         factory = "wav2vec2_model"
         notes.append("mask embedding: dropped, because torchaudio has it in pretraining models only")
         if unit_head is not None:
-            notes.append("pretraining head: dropped, because torchaudio has no model with it and a CTC head")
+            notes.append("pretraining head: dropped, as torchaudio has no model with both heads")
         arguments["aux_num_out"] = None if ctc is None else ctc.lm_head.out_features
         if ctc is not None:
             output = ctc.lm_head.state_dict()

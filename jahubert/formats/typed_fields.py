@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object as `read_json` does; returns an empty table if the file does not exist."""
+    """Read a JSON object as `read_json` does, but return an empty dict if the file does not exist."""
     return read_json(path) if path.is_file() else {}
 
 

@@ -37,10 +37,10 @@ class Chunk:
 
 
 def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
-    """Compute the length of a chunk and of its overlap with the next one, in samples.
+    """Return the length of a chunk and the overlap between chunks, in samples.
 
     Raises:
-        ConfigError: the chunk is shorter than two overlaps.
+        ConfigError: a chunk is shorter than two overlaps.
     """
     overlap = grid.floor(round(OVERLAP_SECONDS * SAMPLE_RATE))
     chunk = grid.floor(round(seconds * SAMPLE_RATE))
@@ -87,7 +87,7 @@ def encode_all(
         chunk_seconds: length of the chunks; None encodes every waveform as a whole.
 
     Returns:
-        Frames (S, *shape) of each waveform, on the CPU; S is 0 for less than one frame of audio.
+        Frames (S, *shape) of each waveform, on the CPU; S is 0 for audio shorter than one frame.
     """
     chunks_of = [list(chunks([wav], grid, chunk_seconds)) for wav in wavs]
     parts = [[torch.zeros(0, *shape, device="cpu")] * len(own) for own in chunks_of]
@@ -106,10 +106,10 @@ def encode_all(
 def encode_stream(
     blocks: Iterable[Tensor], encode: Encode, grid: FrameGrid, chunk_seconds: float
 ) -> Iterator[Tensor]:
-    """Encode the blocks (T,) of one waveform chunk by chunk; yields frames (S, ...) on the CPU.
+    """Encode the blocks (T,) of one waveform chunk by chunk, and yield frames (S, ...) on the CPU.
 
-    Concatenated, they equal the result of `encode_all`; memory is bounded by one chunk. Yields nothing for
-    less than one frame of audio.
+    The concatenated frames equal the result of `encode_all`; memory is bounded by one chunk. Nothing is
+    yielded for audio shorter than one frame.
     """
     for chunk in chunks(blocks, grid, chunk_seconds):
         if chunk.end > chunk.keep:
@@ -129,7 +129,7 @@ def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
 
 
 def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
-    """Encode a batch of chunks; returns the kept frames of each chunk on the CPU."""
+    """Encode a batch of chunks and return the kept frames of each chunk on the CPU."""
     lengths = [len(chunk.wav_T) for chunk in batch]
     wav_BT = torch.zeros(len(batch), max(lengths), device="cpu")
     for row, chunk in zip(wav_BT, batch, strict=True):

@@ -1,7 +1,7 @@
 """Conditioning of speech before recognition: DC offset, mains hum and level.
 
-Encoders are trained on audio at normal levels. The epsilon of their first norm makes them sensitive to quiet
-audio, and hum of -40 dBFS already changes a third of the phonemes that the built-in model recognizes. Hum is
+Encoders are trained on audio at normal levels. The epsilon of their first norm distorts the features of quiet
+audio, and hum at -40 dBFS already changes a third of the phonemes that the built-in model recognizes. Hum is
 estimated as sinusoids and subtracted: a high-pass filter would remove the pitch of low voices as well.
 """
 
@@ -17,7 +17,7 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.vad import power_spectrum, speech_frames
 
 SPEECH_LEVEL = -20.0  # dBFS, mean over speech
-_RANGE = 20.0  # frames more than this many dB below the loudest are pauses
+_RANGE = 20.0  # frames more than this many dB below the loudest frame are pauses
 _MAINS = (50.0, 60.0)  # Hz
 _MAX_HUM = 250.0  # Hz, highest harmonic
 _TOLERANCE = 0.005  # relative to the mains frequency
@@ -36,7 +36,7 @@ def prepare_speech(wav_T: Tensor, grid: FrameGrid, silero: bool = False) -> tupl
     Args:
         wav_T: 16 kHz waveform.
         grid: mapping between frames and samples.
-        silero: keep only the speech that silero-vad detects as well.
+        silero: keep only the speech that silero-vad also detects.
 
     Returns:
         The conditioned waveform (T,), and the mask (S,) of the frames with speech.
@@ -94,13 +94,13 @@ def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
             position_T = torch.arange(len(wav_T), device=wav_T.device)
             hum_T = _basis(frequencies, position_T, len(wav_T)) @ amplitudes_K
             clean_T = wav_T - hum_T.to(wav_T)
-            if sharpness == 1:  # hum leaks into the bins above it: recompute the weights without it
+            if sharpness == 1:  # hum leaks into higher bins: recompute the weights without hum
                 power_SK = power_spectrum(clean_T, grid)
     return clean_T
 
 
 def _downsample(wav_T: Tensor) -> Tensor:
-    """Low-pass filter and downsample a waveform without padding; returns float64 (N,)."""
+    """Apply a low-pass filter to a waveform and downsample it to float64 (N,), without padding."""
     taps = torch.hann_window(_TAPS, periodic=False, device=wav_T.device)
     return F.conv1d(wav_T[None, None], (taps / taps.sum())[None, None], stride=_DECIMATION)[0, 0].double()
 
@@ -157,7 +157,7 @@ def _solve(basis_NK: Tensor, x_N: Tensor, weight_N: Tensor) -> Tensor:
 def _frequency_error(
     frequency: float, x_N: Tensor, weight_N: Tensor, position_N: Tensor, n_samples: int
 ) -> float:
-    """Return a frequency correction (Hz) by one Gauss-Newton step, at most half a resolution cell."""
+    """Return the frequency correction (Hz) of one Gauss-Newton step, at most half a resolution cell."""
     time_N = position_N.double() / SAMPLE_RATE
     phase_N = 2 * math.pi * frequency * time_N
     cos_N, sin_N = phase_N.cos(), phase_N.sin()

@@ -1,7 +1,7 @@
 """Confidence of recognized words, calibrated on a development set.
 
 The confidence of a word is the estimated probability that it is correct. It is a logistic function of the
-log-probabilities of the word's labels in the forced alignment: of their mean and of the lowest one.
+mean and the minimum of the log-probabilities of the word's labels in the forced alignment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from jahubert.errors import CheckpointError, DataError
 
 LOW_CONFIDENCE = 0.5  # below this, a word is more likely wrong than correct
-_FLOOR = -10.0  # log-probabilities are clipped here
+_FLOOR = -10.0  # lower log-probabilities are clipped to this value
 _RIDGE = 1e-2  # keeps the fit finite if the features separate correct from wrong words
 
 
@@ -85,7 +85,8 @@ def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) 
     """
     if not scores or len(scores) != len(correct):
         raise DataError(
-            f"calibration: {len(scores)} words and {len(correct)} judgments; one of each is needed"
+            f"calibration needs words and one judgment per word, but got {len(scores)} words and "
+            f"{len(correct)} judgments"
         )
     x_N3 = np.array([(1.0, *features(word)) for word in scores])
     y_N = np.array(correct, float)

@@ -27,7 +27,7 @@ class Hypothesis:
     """A label sequence without blanks and the natural log of its CTC probability.
 
     Greedy search scores a single path; beam search sums over all paths kept in the beam. With fusion, the
-    score includes the language model score, and with a lexicon, `words` are the words as written there.
+    score includes the language model score. With a lexicon, `words` are the words as written in the lexicon.
     """
 
     labels: tuple[int, ...]
@@ -127,7 +127,7 @@ def beam_search(
         raise ValueError(f"beam must be at least 1 and n_best between 1 and beam, not {beam} and {n_best}")
     counts = _frame_counts(logp_BSV, n_frames_B, blank)
     if fusion is not None and (fusion.blank != blank or max(fusion.symbol_C) >= logp_BSV.shape[2]):
-        raise ValueError("the fusion is made for other symbols")
+        raise ValueError("the fusion was built for other symbols")
     if not counts:
         return []
     if logp_BSV.dtype in (torch.float16, torch.bfloat16):
@@ -175,8 +175,8 @@ class _History:
     shifts: list[Tensor] = field(default_factory=list)  # value subtracted from all scores, per frame
     words: list[Tensor] = field(default_factory=list)  # word that each candidate completes, with a lexicon
     slots: dict[int, Tensor] = field(default_factory=dict)  # by row: final slots, best first
-    scores: dict[int, Tensor] = field(default_factory=dict)  # by row: scores of these, without the shifts
-    last_words: dict[int, Tensor] = field(default_factory=dict)  # by row: words completed by the end
+    scores: dict[int, Tensor] = field(default_factory=dict)  # by row: final scores, without the shifts
+    last_words: dict[int, Tensor] = field(default_factory=dict)  # by row: words that end with the utterance
 
 
 def _search(
@@ -257,7 +257,7 @@ def _step(
 
     # If prefix k plus a label equals prefix j of the beam, the candidate's probability moves to j.
     # Slots without a parent in the beam all point to candidate 0, hence scatter_add_ instead of scatter_.
-    # (sum instead of max: a max over a dimension wakes the thread pool at every frame.)
+    # It adds instead of taking a maximum, because a max over a dimension wakes the thread pool every frame.
     is_parent_BKK = state.parent[:, :, None] == state.key[:, None, :]
     parent_slot_BK = (is_parent_BKK * slot_K).sum(-1)
     has_parent_BK = parent_slot_BK > 0
@@ -329,7 +329,7 @@ def _end_row(state: _Beam, row: int, n_best: int, cache: RowCache | None, histor
 def _backtrace(
     history: _History, counts: list[int], n_columns: int, n_best: int, blank: int, fusion: Fusion | None
 ) -> list[list[Hypothesis]]:
-    """Trace all rows back together, from the last frame to the first."""
+    """Trace the hypotheses of all rows back together, from the last frame to the first."""
     n_rows, n_frames = len(counts), len(history.chosen)
     # Shorter rows keep their slots until their last frame.
     slots = np.stack([history.slots[row].cpu().numpy() for row in range(n_rows)])

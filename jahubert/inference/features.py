@@ -110,7 +110,7 @@ class LayerFeatures(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return features (B, S, D) or (B, S, L, D), zero in padding, and the number of valid frames (B,).
 
-        Arguments and errors as for `HubertModel.forward`.
+        Takes the arguments and raises the errors of `HubertModel.forward`.
         """
         last = max(self.layers) if self.layers else None
         encoded = self.hubert(
@@ -132,8 +132,7 @@ class FeatureExtractor:
 
     Args:
         model: the encoder, which is set to eval mode and moved to `device`.
-        layer: as for `LayerFeatures`.
-        weights: as for `LayerFeatures`.
+        layer, weights: see `LayerFeatures`.
         device: default: a GPU if available.
         dtype: autocast dtype: torch.float32, bfloat16 or float16. Results are float32.
         chunk_seconds: encode longer recordings in overlapping chunks of this length, to bound memory.
@@ -228,7 +227,7 @@ class FeatureExtractor:
         Args:
             audio: files or arrays.
             sample_rate: sampling rate of arrays in Hz. Default: 16,000.
-            batch_seconds: audio per batch.
+            batch_seconds: seconds of audio per batch.
             errors: "return" yields the exception of an unreadable recording in its place and continues.
         """
         waiting: list[Tensor | Exception] = []
@@ -253,7 +252,7 @@ class FeatureExtractor:
     def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
         """Yield the features of one recording of any length chunk by chunk, in bounded memory.
 
-        The concatenated chunks equal the features with the same `chunk_seconds` (default here: 30).
+        The concatenated chunks equal the features extracted with the same `chunk_seconds` (30 if not set).
         """
         blocks = stream_audio(audio, sample_rate)
         return encode_stream(blocks, self._forward, self.grid, self.chunk_seconds or STREAM_SECONDS)
@@ -298,8 +297,8 @@ class UnitExtractor:
         """Use a loaded bundle; `name` is shown in error messages."""
         if bundle.centroids_KD is None or bundle.centroid_layer is None:
             raise CheckpointError(
-                f"{name} has no centroids, so it cannot extract units; use a bundle with centroids of one of "
-                "its layers (stage label writes one), or FeatureExtractor"
+                f"{name} has no centroids, so it cannot extract units; use a bundle with centroids (stage "
+                "label writes one), or extract features with FeatureExtractor"
             )
         return cls(FeatureExtractor(bundle.model, bundle.centroid_layer, **options), bundle.centroids_KD)
 

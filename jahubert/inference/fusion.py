@@ -39,11 +39,11 @@ class Rows:
     """Rows of a set of states.
 
     Attributes:
-        score_RC: added to the log-probability by each continuation; -inf if it is impossible.
-        next_RC: state after the continuation.
+        score_RC: score that each continuation adds to the log-probability; -inf if it is impossible.
+        next_RC: state after each continuation.
         word_RC: index of the word that the continuation completes, or -1; None without a lexicon.
-        final_R: added at the end of the utterance; -inf if a word is incomplete.
-        final_word_R: index of the word that the end completes, or -1.
+        final_R: score added at the end of the utterance; -inf if a word is incomplete.
+        final_word_R: index of the word that the end of the utterance completes, or -1.
     """
 
     score_RC: np.ndarray
@@ -58,11 +58,11 @@ class Fusion(ABC):
 
     Args:
         lm_weight: factor of the language model's log-probability.
-        word_bonus: added per token of the language model: per word with a lexicon, else per symbol.
+        word_bonus: score added per word with a lexicon, otherwise per symbol.
 
     Attributes:
         start: the initial state.
-        blank, boundary: columns of the blank and the word boundary (-1 if there is none).
+        blank, boundary: columns of the blank and the word boundary (-1 if the head has no boundary).
         symbol_C: symbol of each column.
         words: the words that indices in `Rows` refer to; empty without a lexicon.
     """
@@ -123,7 +123,7 @@ class SymbolFusion(Fusion):
         names = [symbols.symbols[label] for label in labels]
         if not any(name in model.index for name in names):
             raise DataError(
-                "the language model has none of the model's symbols; a model of words needs a lexicon"
+                "the language model has none of the model's symbols; a word-level model needs a lexicon"
             )
         self.word_C = model.word_ids(names)
 
@@ -329,7 +329,7 @@ def load_fusion(
         The fusion, or None if neither a language model nor a lexicon is given.
 
     Raises:
-        DataError: a file is invalid, or the language model does not belong to the lexicon or the symbols.
+        DataError: a file is invalid, or the language model does not match the lexicon or the symbols.
         ConfigError: a lexicon is given, but the symbols have no word boundary.
     """
     model = None if lm is None else read_arpa(lm)
@@ -418,7 +418,7 @@ class RowCache:
         self.next_RC[first:last] = rows.next_RC
         score_RC = torch.from_numpy(rows.score_RC).to(self.device, self.dtype)
         self.score_RC[first:last] = score_RC
-        # Blank and impossible continuations stay in their state.
+        # Blank and impossible continuations do not change the state.
         own_R = torch.arange(first, last, device=self.device)
         next_row_RC = torch.where(score_RC.isinf(), own_R[:, None], -1)
         next_row_RC[:, self.fusion.blank] = own_R

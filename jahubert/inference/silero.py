@@ -15,7 +15,7 @@ from jahubert.errors import MissingExtraError
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.vad import MARGIN
 
-_lock = threading.Lock()  # the network keeps a state between calls
+_lock = threading.Lock()  # the network is shared and has internal state
 
 
 def check_silero() -> None:
@@ -24,7 +24,7 @@ def check_silero() -> None:
 
 
 def silero_speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Detect the frames of a 16 kHz waveform (T,) that are in or next to speech: bool (S,).
+    """Return a mask (S,) of the frames of a 16 kHz waveform (T,) that are in or next to speech.
 
     The network expects speech at a normal level; `conditioning.prepare_speech` passes it conditioned audio.
 
@@ -44,7 +44,7 @@ def silero_speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
 
 @lru_cache
 def _load() -> tuple[Any, Any]:
-    """Load silero-vad; returns its function that detects speech, and the network."""
+    """Load silero-vad and return its speech detection function and the network."""
     n_threads = torch.get_num_threads()
     try:
         import silero_vad

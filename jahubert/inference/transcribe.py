@@ -34,9 +34,9 @@ from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
 CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # minimum run of blanks at which a long recording is split for decoding
-MAX_CUT_WORD = 40  # labels; longer parts without a word boundary are not the rest of a word
+MAX_CUT_WORD = 40  # labels; a longer part without a word boundary does not continue the previous word
 BEAM_ROWS = 32  # segments per beam search
-SILENCE = 1e-3  # peak amplitude, -60 dBFS, below which audio without speech is not reported
+SILENCE = 1e-3  # peak amplitude (-60 dBFS) below which no warning about missing speech is logged
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Word:
     score: float  # mean natural log-probability per frame
     times: tuple[tuple[float, float], ...]  # start and end of each phoneme
     confidence: float = math.nan  # estimated probability that the word is correct
-    written: str = ""  # the word as written in the lexicon, if there is one
+    written: str = ""  # the word as written in the lexicon; empty without a lexicon
 
     @property
     def text(self) -> str:
@@ -64,7 +64,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Aligned labels of a part of a recording, their log-probability, and the words of a lexicon."""
+    """Aligned labels of a part of a recording, their log-probability and, with a lexicon, their words."""
 
     spans: list[Span]
     score: float
@@ -73,7 +73,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class TranscriptSegment:
-    """Consecutive words of a recording, usually between two pauses; at least one word."""
+    """One or more consecutive words of a recording, usually between two pauses."""
 
     words: tuple[Word, ...]
 
@@ -154,8 +154,8 @@ class Transcriber:
             detects (extra `vad`). False leaves the audio unchanged.
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
             hardware supports it, otherwise float32.
-        lm: an n-gram in ARPA format over the symbols, or over the words of `lexicon` if one is given.
-        lexicon: the words to recognize: a file with a word and its symbols per line.
+        lm: an ARPA file with an n-gram model over the symbols, or over the words of `lexicon` if given.
+        lexicon: a file of the words to recognize: one word and its symbols per line.
         lm_weight: factor of the language model's log-probability.
         word_bonus: score added per word, or per symbol without a lexicon.
         calibration: coefficients of the word confidences. `from_pretrained` reads them from the model.
@@ -280,7 +280,7 @@ class Transcriber:
         Args:
             audio: files or arrays.
             sample_rate: sampling rate of arrays in Hz. Default: 16,000.
-            batch_seconds: audio per batch of short recordings.
+            batch_seconds: seconds of audio per batch of short recordings.
             errors: "return" yields the exception of a failed recording in its place and continues.
             progress: called with the seconds of audio completed since its last call.
             on_segment: called with each segment of a recording longer than 30 s as soon as it is recognized,
@@ -445,10 +445,10 @@ class Transcriber:
 
 
 def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decoded]:
-    """Join words that were cut between two parts of a recording by moving the rest to the earlier part.
+    """Join words that were cut between two parts of a recording by moving their end to the earlier part.
 
-    Each part is yielded as soon as the beginning of the next one is known. A part without labels (a long
-    pause) ends the word before it. With a lexicon, parts consist of complete words and stay as they are.
+    Each part is yielded as soon as the beginning of the next part is known. A part without labels (a long
+    pause) ends the preceding word. With a lexicon, parts consist of complete words and are not changed.
     """
     waiting: Decoded | None = None
     for part in decoded:

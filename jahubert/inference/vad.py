@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.phonemes import PhonemeSet
 
-# Frames last 20 ms and levels are in dB unless noted. The thresholds were chosen with tools/bench/vad.py.
+# Durations are in frames of 20 ms, levels in dB unless noted. Thresholds were chosen with tools/bench/vad.py.
 _WINDOW, _STEP = 64, 16  # length and hop of the analysis windows, in frames
 _BANDS = (250.0, 7000.0, 14)  # lowest and highest frequency in Hz, number of bands
 _MIN_LEVEL = -100.0  # dBFS; quieter frames are ignored
-_ACTIVE = 30.0  # frames more than this many dB below the loudest in the window are ignored
+_ACTIVE = 30.0  # frames more than this many dB below the loudest frame in the window are ignored
 _MIN_LEVEL_STD = 2.5  # minimum standard deviation of the level
 _MIN_SHAPE_STD = 1.6  # minimum mean standard deviation of the relative band levels
 _MIN_CHANGE = 1.6  # minimum median change of the relative band levels within _LAG frames
@@ -77,7 +77,7 @@ def cut_at_pauses(blocks: Iterable[Tensor], max_frames: int, pause: int, blank: 
 
 
 def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None) -> Tensor:
-    """Detect the frames of a 16 kHz waveform (T,) that are in or next to speech: bool (S,).
+    """Return a mask (S,) of the frames of a 16 kHz waveform (T,) that are in or next to speech.
 
     Args:
         wav_T: 16 kHz waveform.
@@ -120,7 +120,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None
 
 
 def _overlap_add(values_NW: Tensor) -> Tensor:
-    """Add windows (N, W) at their positions; returns the sum (S,)."""
+    """Add overlapping windows (N, W) at their positions and return the sum (S,)."""
     n_frames = (len(values_NW) - 1) * _STEP + _WINDOW
     return F.fold(values_NW.T[None], (1, n_frames), (1, _WINDOW), stride=(1, _STEP))[0, 0, 0]
 
@@ -214,7 +214,7 @@ def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
 
 
 def _is_periodic(loud_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
-    """Return whether a window has voiced frames among its loud ones."""
+    """Return whether a window has voiced frames among its loud frames."""
     _, threshold, run, n_min = _PERIODIC
     return _in_runs(loud_NW & (periodicity_NW > threshold), run).sum(1) >= n_min
 

@@ -20,7 +20,7 @@ from jahubert.phonemes import BOUNDARY
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript, Word
 
-# A subtitle cue ends at a pause, or before it gets too long to read.
+# A subtitle cue ends at a pause, or before it becomes too long to read.
 CUE_PAUSE = 0.6  # seconds
 CUE_LENGTH = 7.0  # seconds
 CUE_KANA = 40  # characters
@@ -30,19 +30,19 @@ TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
 
 
 def join_words(words: Iterable[Word]) -> str:
-    """Join words: written words without spaces, kana with a space between words."""
+    """Join the text of words: lexicon spellings without spaces, kana with a space between words."""
     words = list(words)
     separator = "" if any(word.written for word in words) else " "
     return separator.join(word.text for word in words)
 
 
 def text(transcript: Transcript) -> str:
-    """Write one line of kana per segment, with a space between words; an empty line without words."""
+    """Return one line of kana per segment, with spaces between words; an empty line if there are no words."""
     return "\n".join(segment.text for segment in transcript.segments) + "\n"
 
 
 def jsonl(transcript: Transcript) -> str:
-    """Write the complete transcript as one line of JSON."""
+    """Return the complete transcript as one line of JSON."""
     words = [_word_fields(word) for word in transcript.words]
     segments = [
         {
@@ -80,12 +80,12 @@ def _word_fields(word: Word) -> dict[str, Any]:
 
 
 def _rounded(confidence: float | None) -> float | None:
-    """Round a confidence for JSON; None if it is unknown."""
+    """Round a confidence for JSON; an unknown confidence is None."""
     return None if confidence is None or math.isnan(confidence) else round(confidence, 3)
 
 
 def tsv_rows(transcript: Transcript) -> str:
-    """Write one line per word, without the header."""
+    """Return one line of tab-separated values per word, without the header."""
     name = " ".join(transcript.audio.split())
     return "".join(
         f"{name}\t{word.start:.3f}\t{word.end:.3f}\t{word.kana}\t{' '.join(word.phonemes)}\n"
@@ -94,12 +94,12 @@ def tsv_rows(transcript: Transcript) -> str:
 
 
 def tsv(transcript: Transcript) -> str:
-    """Write a table of words with a header."""
+    """Return a table of words in tab-separated values, with a header."""
     return TSV_HEADER + tsv_rows(transcript)
 
 
 def srt(transcript: Transcript) -> str:
-    """Write SubRip subtitles."""
+    """Return SubRip subtitles."""
     return "\n".join(
         f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{line}\n"
         for number, (start, end, line) in enumerate(_cues(transcript.words), start=1)
@@ -107,13 +107,13 @@ def srt(transcript: Transcript) -> str:
 
 
 def vtt(transcript: Transcript) -> str:
-    """Write WebVTT subtitles."""
+    """Return WebVTT subtitles."""
     cues = (f"{_clock(a, '.')} --> {_clock(b, '.')}\n{line}\n" for a, b, line in _cues(transcript.words))
     return "\n".join(["WEBVTT\n", *cues])
 
 
 def textgrid(transcript: Transcript) -> str:
-    """Write a Praat TextGrid with the interval tiers `words` (kana) and `phones`."""
+    """Return a Praat TextGrid with the interval tiers `words` (kana) and `phones`."""
     words = [(word.start, word.end, word.text) for word in transcript.words]
     phones = [
         (start, end, phone)
@@ -139,7 +139,7 @@ def textgrid(transcript: Transcript) -> str:
 
 
 def audacity(transcript: Transcript) -> str:
-    """Write Audacity labels (File, Import, Labels), one per word."""
+    """Return a label file for Audacity (File, Import, Labels) with one label per word."""
     return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.text}\n" for word in transcript.words)
 
 
@@ -176,7 +176,7 @@ def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
 def save(
     transcript: Transcript, base: str | os.PathLike[str], formats: Iterable[str], phonemes: bool = False
 ) -> list[Path]:
-    """Write one UTF-8 file per format, named `base` plus the format's suffix; returns their paths."""
+    """Write one UTF-8 file per format, named `base` plus the format's suffix, and return the paths."""
     written = []
     for format in formats:
         content = render(transcript, format, phonemes)
@@ -232,7 +232,7 @@ def _clock(seconds: float, point: str) -> str:
 
 
 def _tile(labeled: list[tuple[float, float, str]], end: float) -> list[tuple[float, float, str]]:
-    """Fill the gaps between intervals with empty ones, as Praat requires."""
+    """Fill the gaps between intervals with empty intervals, as Praat requires."""
     tiles = []
     position = 0.0
     for start, stop, label in labeled:

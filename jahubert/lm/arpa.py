@@ -42,7 +42,7 @@ def read_arpa(path: Path) -> NGram:
 
 
 class _Reader:
-    """Parser of one file."""
+    """Parser for one ARPA file."""
 
     def __init__(self, path: Path, file: BinaryIO | gzip.GzipFile):
         self.path = path
@@ -86,7 +86,7 @@ class _Reader:
         return line
 
     def _header(self) -> list[int]:
-        """Read the header; returns the number of n-grams of each order."""
+        """Read the header and return the number of n-grams of each order."""
         while self._line() != b"\\data\\":
             pass
         counts: list[int] = []
@@ -114,9 +114,9 @@ class _Reader:
             try:
                 ids.extend([self.index[word] for word in parts[1 : order + 1]])
             except KeyError as error:
-                self._fail(f"{_shown(error.args[0])} is not one of the 1-grams")
+                self._fail(f"{_shown(error.args[0])} is not among the 1-grams")
         if len(logps) != count:
-            self._fail(f"the header announces {count} {order}-grams, but there are {len(logps)}")
+            self._fail(f"the header states {count} {order}-grams, but the section has {len(logps)}")
         if is_last:
             backoffs = array("f", bytes(4 * len(logps)))
         words_Nn = np.frombuffer(ids, np.int32).reshape(-1, order) if ids else np.zeros((0, order), np.int32)

@@ -30,9 +30,10 @@ class _Counts:
     """The distinct n-grams of one order, sorted by context and word.
 
     Attributes:
-        position_N: a position in the text at which the n-gram starts.
-        context_N, suffix_N: row of the n-gram without its last or first word, among those one order lower.
-        count_N: occurrences.
+        position_N: one position in the text at which the n-gram starts.
+        context_N, suffix_N: row, in the counts of the next lower order, of the n-gram without its last or
+            first word.
+        count_N: number of occurrences.
     """
 
     position_N: np.ndarray
@@ -98,7 +99,7 @@ def _encode(sentences: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
 
 
 def _count(token_T: np.ndarray, n_words: int, order: int) -> list[_Counts]:
-    """Count the distinct n-grams of each order; returns fewer orders if no sentence is long enough."""
+    """Count the distinct n-grams of each order, up to `order` or the length of the longest sentence."""
     counts = []
     row_T = np.zeros(len(token_T), np.int64)  # row of the n-gram that starts at each position
     start_T = np.arange(len(token_T))
@@ -132,7 +133,7 @@ def _interpolate(
 
     Args:
         adjusted_N: counts, or continuation counts.
-        lower_N: probabilities of the n-grams one order lower; for unigrams, the uniform distribution.
+        lower_N: probabilities of the n-grams of the next lower order; for unigrams, the uniform distribution.
     """
     discount_N = np.array([0.0, *_discounts(adjusted_N, order)])[np.minimum(adjusted_N, 3)]
     n_contexts = len(lower_N) if order > 1 else 1

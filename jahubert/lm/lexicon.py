@@ -1,4 +1,4 @@
-"""Lexicons: the words that decoding may output, with their symbols.
+"""Lexicons: the words that decoding may output, with their pronunciations.
 
 A lexicon has one pronunciation per line: a word as it is written in the output, then its symbols, separated
 by white space (`東京 t o: ky o:`). A word with several pronunciations has several lines.
@@ -47,7 +47,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
 
 
 def write_lexicon(entries: Iterable[tuple[str, Sequence[str]]], path: Path) -> int:
-    """Write a lexicon; returns the number of lines."""
+    """Write a lexicon and return the number of lines."""
     n_lines = 0
     with atomic_write(path) as file:
         for word, spelling in entries:

@@ -1,7 +1,7 @@
 """Back-off n-gram language model in sorted arrays.
 
 The n-grams form a prefix tree: node 0 is the empty context, and every other node is an n-gram, a word
-appended to the node of its context. A node is found by binary search of its key, `context * V + word`. A
+appended to the node of its context. A node is found by binary search for its key, `context * V + word`. A
 language model state is the node of the longest context that matters for the next word.
 
 Shapes: V words, N n-grams, M = N + 1 nodes, R rows (queries). All probabilities are natural logarithms.
@@ -50,7 +50,7 @@ class NGram:
     """Back-off language model; states and words are integers, queries are batched.
 
     Args:
-        words: vocabulary; an index in `entries` is a position in this list.
+        words: vocabulary; the indices in `entries` are positions in this list.
         entries: the n-grams of each order, from 1; every word needs a unigram.
 
     Raises:
@@ -126,7 +126,7 @@ class NGram:
         return suffix_M
 
     def _states(self) -> np.ndarray:
-        """Return the state of each node: itself if it affects the next word, else the state of its suffix."""
+        """Return the state of each node: the node if it affects the next word, else its suffix's state."""
         matters_M = (np.diff(self.first_child_M) > 0) | (self.backoff_M != 0)
         n_contexts = len(self.key_N) + 1 - self.counts[-1]
         matters_M[n_contexts:] = False

@@ -11,24 +11,24 @@ from jahubert.frames import FrameGrid
 
 @dataclass(frozen=True)
 class HubertConfig:
-    """Sizes and regularization of a model; defaults are the paper's BASE (Table I, fairseq's base yaml)."""
+    """Sizes and regularization of a model; the defaults are those of the paper's BASE model (Table I)."""
 
     conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
     conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the previous layer
     conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)  # samples, then frames of the previous layer
     conv_bias: bool = False  # biases in the conv layers
-    conv_norm: Literal["group", "layer"] = "group"  # group: a norm per channel after the first conv only
+    conv_norm: Literal["group", "layer"] = "group"  # group: one group per channel, after the first conv only
     width: int = 768  # model dimension of the Transformer
     layers: int = 12  # Transformer blocks
     heads: int = 12  # attention heads per block
     ffn: int = 3072  # inner dimension of the feed-forward blocks
-    pre_norm: bool = False  # layer norm before each block (large, xlarge) or after it (base)
+    pre_norm: bool = False  # layer norms before (large, xlarge) or after (base) each sublayer
     pos_conv_kernel: int = 128  # frames
     pos_conv_groups: int = 16  # channel groups of the positional convolution
     norm_eps: float = 1e-5  # epsilon of layer and group norms
     normalize: bool = False  # standardize each waveform to zero mean and unit variance
-    # Added to the variance of the waveform: 1e-7 in Hugging Face, 1e-5 in fairseq and torchaudio. It is a
-    # property of imported weights and not a training setting, so stage records omit it ("runtime").
+    # Added to the variance of the waveform: 1e-7 in Hugging Face, 1e-5 in fairseq and torchaudio. It is
+    # marked "runtime", which excludes it from stage records, because it belongs to imported weights.
     normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
     dropout: float = 0.1  # dropout after attention and feed-forward
     attention_dropout: float = 0.1  # dropout of the attention weights
@@ -50,7 +50,7 @@ class HubertConfig:
         sizes = (*self.conv_dims, *self.conv_kernels, *self.conv_strides)
         if min(self.layers, self.width, self.ffn, self.pos_conv_kernel, *sizes) < 1:
             errors.append(
-                "layers, width, ffn, pos_conv_kernel, conv_dims, _kernels and _strides must be positive"
+                "layers, width, ffn, pos_conv_kernel, conv_dims, conv_kernels, conv_strides must be positive"
             )
         if not min(self.norm_eps, self.normalize_eps, self.conv_grad_scale) >= 0:
             errors.append("norm_eps, normalize_eps and conv_grad_scale must be at least 0")

@@ -18,8 +18,8 @@ from jahubert.model.precision import at_least_float32, autocast
 class UnitHead(nn.Module):
     """Logits over units: cosine of the projected frame and each unit's embedding, divided by a temperature.
 
-    Implements eq. 3 of the HuBERT paper (section II-C) as one matrix product of normalized vectors. Equal to
-    fairseq's softmax over one positive and all negatives, without its four unused classes.
+    Implements eq. 3 of the HuBERT paper (section II-C) as one matrix product of normalized vectors. The
+    result equals fairseq's softmax over one positive and all negatives, without its four unused classes.
     """
 
     def __init__(self, width: int, n_units: int, dim: int = 256, temperature: float = 0.1):
@@ -56,8 +56,8 @@ class HubertForCtc(nn.Module):
         self.hubert = HubertModel(config) if hubert is None else hubert
         self.lm_head = nn.Linear(config.width, n_symbols)
         nn.init.normal_(self.lm_head.weight, std=0.02)
-        # Most frames of a trained CTC model are blank. With an initial blank probability of 0.8, the encoder
-        # need not collapse all frames first to predict blanks, from which a small model recovers slowly.
+        # A trained CTC model predicts blank for most frames. If the head did not favor blank initially, the
+        # encoder would first map all frames to one vector, and small models recover from that slowly.
         nn.init.zeros_(self.lm_head.bias)
         nn.init.constant_(self.lm_head.bias[:1], math.log(0.8 / (0.2 / (n_symbols - 1))))
 
@@ -69,7 +69,7 @@ class HubertForCtc(nn.Module):
     def forward(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities (B, S, V) and valid frames (B,); arguments as for `HubertModel`."""
+        """Return log-probabilities (B, S, V) and valid frame counts (B,); arguments: see `HubertModel`."""
         encoded = self.hubert(wav_BT, n_samples_B, **options)
         return self.log_probs(encoded.hidden_BSD), encoded.n_frames_B
 

@@ -65,7 +65,7 @@ register_pytree_node(  # needed by torch.export
 
 
 class ConvLayer(nn.Module):
-    """Convolution over time without padding, then the optional normalization and GELU."""
+    """Convolution over time without padding, followed by optional normalization and GELU."""
 
     def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
         super().__init__()
@@ -78,7 +78,7 @@ class ConvLayer(nn.Module):
             self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x_BCS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
-        """Apply the layer to `x_BCS`; `valid_BS` masks the valid frames of the result."""
+        """Apply the layer to `x_BCS`; `valid_BS` marks the valid output frames."""
         x_BCS = self.conv(x_BCS)
         if self.norm == "group":
             x_BCS = self.layer_norm(x_BCS, None if valid_BS is None else valid_BS[:, None])
@@ -239,7 +239,7 @@ class Encoder(nn.Module):
         """Apply the blocks to a padded batch or to packed frames (see `EncoderLayer.forward`)."""
         kept = {0: x} if 0 in keep_layers else {}
         for number, layer in enumerate(self.layers[:last_layer], start=1):
-            # Drawing layer drop on the CPU makes skipped blocks free and does not synchronize the GPU.
+            # Layer drop is drawn on the CPU, so skipped blocks cost nothing and the GPU is not synchronized.
             skipped = self.training and torch.rand((), device="cpu").item() < self.layer_drop
             if not skipped:
                 x = layer(x, frames)
@@ -339,7 +339,7 @@ class HubertModel(nn.Module):
     def _check_lengths(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None
     ) -> Tensor | Sequence[int] | None:
-        """Return the lengths as integers, or as a tensor if operations are recorded; None without padding."""
+        """Check the lengths; return integers, a tensor (while recording operations), or None (no padding)."""
         if wav_BT.ndim != 2 or wav_BT.shape[0] == 0:
             raise AudioError(f"waveforms must be (batch >= 1, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape

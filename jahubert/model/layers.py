@@ -15,7 +15,7 @@ from jahubert.model.precision import at_least_float32
 
 
 class MaskedGroupNorm(nn.GroupNorm):
-    """Group norm with one group per channel, over the valid frames of each utterance."""
+    """Group norm with one group per channel, computed over the valid frames of each utterance."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels)

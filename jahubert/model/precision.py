@@ -30,7 +30,7 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Enable autocast to `dtype`, except for float32, and for int8, which quantized layers implement."""
+    """Enable autocast to `dtype`; float32 and int8 (implemented by quantized layers) need no autocast."""
     lower = dtype in PRECISIONS[1:]
     if not lower and not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -55,14 +55,14 @@ def quantize_int8(model: T, device: torch.device) -> T:
         ConfigError: the device is not a CPU, or this torch has no dynamic quantization.
     """
     if device.type != "cpu":
-        raise ConfigError(f"int8 needs a CPU, but the device is {device}; use device cpu, or bfloat16")
+        raise ConfigError(f"int8 needs a CPU, but the device is {device}; use the CPU, or bfloat16")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch recommends torchao, another package
+        warnings.simplefilter("ignore")  # torch warns that the torchao package replaces this function
         try:
             from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
         except ImportError as error:
             raise ConfigError(
-                f"torch {torch.__version__} has no dynamic quantization; do not use int8"
+                f"torch {torch.__version__} has no dynamic quantization; use float32 or bfloat16"
             ) from error
         return quantize_dynamic(copy.deepcopy(model).eval().cpu(), {nn.Linear: per_channel_dynamic_qconfig})
 

@@ -23,7 +23,7 @@ from jahubert.model.precision import autocast_dtype
 if TYPE_CHECKING:
     from jahubert.model.hubert import Attention
 
-CACHED = 2**19  # attention weights computed at once on a CPU, so that they fit in its caches
+CACHED = 2**19  # number of attention weights computed at a time on a CPU, so that they fit in its caches
 
 
 def fused_kernels(device: torch.device) -> AbstractContextManager[Any]:
@@ -72,9 +72,9 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
 def scaled_dot_product_attention(
     q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Call torch's function so that it is differentiable any number of times and in forward mode.
+    """Call torch's function, with derivatives of any order and in forward mode.
 
-    torch's fused kernels only have a first derivative.
+    torch's fused kernels provide only the first derivative.
     """
     compute = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
     if is_recorded() or not _has_fused_kernels():
@@ -121,9 +121,9 @@ def _by_utterance(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing)
 def flash_attention(
     q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, offsets: Tensor, longest: int, dropout: float
 ) -> Tensor:
-    """Compute attention within each concatenated sequence with torch's operator (Dao 2023, arXiv 2307.08691).
+    """Compute attention within each concatenated sequence with FlashAttention-2 (arXiv 2307.08691).
 
-    `torch.nn.attention.varlen` offers this function since torch 2.10, but without dropout.
+    `torch.nn.attention.varlen` has offered this operator since torch 2.10, but without dropout.
     """
     out_NHE, *_ = torch.ops.aten._flash_attention_forward(
         q_NHE, k_NHE, v_NHE, offsets, offsets, longest, longest, dropout, False, False
@@ -156,7 +156,7 @@ class _Layout(NamedTuple):
 
 
 def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
-    """Compute attention by batched matrix products over heads padded to a few lengths (G heads, S frames)."""
+    """Compute attention with batched matrix products, per rectangle of G heads padded to S frames."""
     _, heads, width = q_NHE.shape
     layout = _Layout.of(packing, heads)
     # Scale queries and, to keep the mean under dropout, values before the products.
@@ -256,7 +256,7 @@ class _RectangleAttention(torch.autograd.Function):
 
 
 def _weights(q_GSE: Tensor, k_GSE: Tensor, bias_G1S: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield the attention weights of a few heads at a time: slice of heads, weights, and a buffer."""
+    """Yield (slice of heads, attention weights, buffer) for a few heads at a time."""
     heads, frames = len(q_GSE), q_GSE.shape[1]
     step = max(1, CACHED // frames**2)
     buffers = q_GSE.new_empty(2, min(step, heads), frames, frames)

@@ -1,10 +1,10 @@
 """Convolutional front end on concatenated waveforms, as matrix products without padding or transposition.
 
-All waveforms of a batch are concatenated, time before channels, each padded with zeros to whole tiles of 8
-output frames. A convolution with stride `s` is then a matrix product over rows of `s` input frames, plus a
+All waveforms of a batch are concatenated in (time, channel) order, each padded with zeros to whole tiles of
+8 output frames. A convolution with stride `s` is then a matrix product over rows of `s` input frames, plus a
 product over the same rows shifted by one for the remaining taps. This needs no copies and no padded batch,
 and matrix products are the fastest kernels on every device. Rows that extend past the end of an utterance
-contain garbage; no valid frame reads them, and they are dropped at the end.
+contain garbage; no valid frame depends on them, and they are dropped at the end.
 
 The group norm after the first layer (HuBERT base) scales every channel by its statistics over the whole
 utterance. As this layer is linear in its few taps, the statistics follow from the mean and covariance of the
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TILE = 8  # output frames; each utterance starts at a tile boundary
 TILES_AT_ONCE = 128  # tiles processed together when no gradient is needed
-CACHED = 2**20  # values processed at once on a CPU, so that they fit in its caches
+CACHED = 2**20  # number of values processed at a time on a CPU, so that they fit in its caches
 
 
 def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[int] | Tensor | None) -> Tensor:
@@ -99,7 +99,7 @@ class _Product(NamedTuple):
 
 
 def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
-    """Apply the previous layer's GELU, then the convolution and layer norm of this layer, but no GELU."""
+    """Apply the previous layer's GELU, then this layer's convolution and layer norm, but not its GELU."""
     dtype = autocast_dtype(layer.conv.weight)
     factors = x if isinstance(x, _Product) else (x.to(dtype), None)
     inputs, stride = (*factors, layer.conv.weight), layer.conv.stride[0]
@@ -137,7 +137,7 @@ def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
 
 
 def _run_layers(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:
-    """Apply the layers after a group-normed first one (x is its product), or all (x is the waveform)."""
+    """Apply all layers to a waveform, or all but the first to the `_Product` of a group-normed layer."""
     for i, layer in enumerate(layers):
         x = _conv_layer(layer, x, gelu=i > 0 or isinstance(x, _Product))
     return torch.bmm(*x).flatten(0, 1) if isinstance(x, _Product) else x
@@ -180,7 +180,7 @@ def _moments(taps_TRK: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
 
 
 def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
-    """Return the samples in the receptive field of each output frame (N / stride, K); one input channel."""
+    """Return the samples (N / stride, K) in the receptive field of each output frame of the first layer."""
     rows = x_NC.view(-1, stride)
     shifts = -(-kernel // stride)
     padded = F.pad(rows, (0, 0, 0, shifts - 1))
@@ -207,7 +207,7 @@ class _GeluConv(torch.autograd.Function):
         ctx: Any, x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool
     ) -> Tensor:
         outs, channels = weight_OCK.shape[:2]
-        # Weights of the taps in the same row of the input, in the next row, ...
+        # Split the weights by input row: taps in the same row as the output, in the next row, and so on.
         taps = weight_OCK.to(x.dtype).permute(2, 1, 0).reshape(-1, outs).split(stride * channels)
         ctx.shape, ctx.width, ctx.gelu = weight_OCK.shape, stride * channels, gelu
         n, parts = _parts(x, factor, ctx.width)
@@ -273,7 +273,7 @@ def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -
 
 
 def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """Return the number of rows and the ranges processed at once, which fit in a CPU's cache."""
+    """Return the number of rows, and the row ranges to process in turn, which fit in a CPU's cache."""
     unit = BLOCK if factor is None else _tile(x, factor, width)
     n = x.numel() // width if factor is None else len(x) * unit
     step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n

@@ -23,7 +23,7 @@ _OWN_MODULES = {"jahubert.model.hubert", "jahubert.model.layers"}
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Use the plain modules and unfused attention inside, for debugging and comparisons.
+    """Use the plain modules and unfused attention in the `with` block, for debugging and comparisons.
 
     Setting the environment variable JAHUBERT_KERNELS=0 selects the plain modules for a whole process.
     """
@@ -37,12 +37,12 @@ def disabled() -> Iterator[None]:
 
 
 def is_recorded() -> bool:
-    """Whether operations are recorded: torch.export (hence ONNX), torch.compile, torch.jit.trace."""
+    """Whether torch.export (used for ONNX), torch.compile or torch.jit.trace is recording operations."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation transforms operations."""
+    """Whether torch.func or forward-mode differentiation is transforming operations."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -112,7 +112,7 @@ def _is_block(kind: type[nn.Module]) -> bool:
 def _has_own_arithmetic(kind: type) -> bool:
     """Whether a tensor type overrides torch's functions, as quantized weights do."""
     if not issubclass(kind, Tensor):
-        return False  # a parameter that is None
+        return False  # NoneType, of an unset parameter
     override, default = kind.__torch_function__, Tensor.__torch_function__
     is_default = getattr(override, "__func__", None) is getattr(default, "__func__", default)
     return not is_default and override is not torch._C._disabled_torch_function_impl

@@ -29,7 +29,7 @@ def keep_probability(p: float) -> float:
 
 
 def keep_mask(shape: Sequence[int], p: float) -> Tensor:
-    """Draw a mask of one byte per element: 1 with `keep_probability(p)`, otherwise 0."""
+    """Draw a mask of one byte per element: 1 with probability `keep_probability(p)`, otherwise 0."""
     count, threshold = torch.Size(shape).numel(), round(p * 2**16)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     number = bits.view(torch.int16)[:count].view(shape)

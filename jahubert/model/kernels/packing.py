@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up, to_device_async
 
-SPAN = 32  # frames; attention and positional convolution round lengths up to a multiple (see indexing.BLOCK)
+SPAN = 32  # frames; attention and positional convolution round lengths up to a multiple of this
 
 
 class Rectangle(NamedTuple):
@@ -64,7 +64,7 @@ class Packing:
         index = concat_ranges(width * np.arange(self.n_utterances), n_frames)
         filler = np.full(-self.n_valid % BLOCK, index[0])
         self.index_N, n_frames_B = index_tensors(device, np.append(index, filler), n_frames)
-        # Used by torch's fused attention; computed here so that compiled blocks only get tensors and numbers.
+        # Used by torch's fused attention; computed here so that compiled blocks get only tensors and numbers.
         self.fused_attention, self.mask_B11S = device.type != "cpu", None
         if self.fused_attention and min(n_frames) < width:
             self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
-    """Apply `module` to packed frames; every utterance is zero-padded."""
+    """Apply `module` to packed frames, with zero padding around each utterance."""
     # For short batches, transforming the weights would cost more than it saves.
     short = len(x_ND) < 4 * module.conv.kernel_size[0]
     if x_ND.device.type == "cpu" and (short or autocast_dtype(x_ND) is not torch.float32):
@@ -82,7 +82,7 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
 
 
 def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
-    """Place windows of 2 * `kernel` frames every `kernel` frames, from half a kernel before each utterance.
+    """Place windows of 2 * `kernel` frames every `kernel` frames, from `kernel` / 2 before each utterance on.
 
     Returns the packed row of every frame in all windows (for frames outside the utterance, the row after the
     last valid row), and for each packed row its position among the first halves of the windows.

@@ -1,4 +1,4 @@
-"""Copies of weights for matrix products, in lower precision or joined for layers with the same input."""
+"""Copies of weights in lower precision, or concatenated across layers that have the same input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _shared: dict[tuple[Any, ...], _Copy] | None = None
 
 @contextmanager
 def shared_weight_copies(enabled: bool = True) -> Iterator[None]:
-    """Make each copy of a weight only once in the `with` block, for several forward and backward passes.
+    """Reuse weight copies across all forward and backward passes in the `with` block.
 
     Intended for the micro-batches of one update. A copy is replaced if an operation changes its weight in
     place; changes through `weight.data` go unnoticed.
