@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from fixtures.shims import SMALL
+from fixtures.sounds import syllables
 
 from jahubert import run
 from jahubert.errors import ConfigError, DataError
@@ -21,6 +23,7 @@ from jahubert.formats.bundle import save_bundle
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance
 from jahubert.train.experiment.registry import resolve
+from jahubert.train.pipeline.jobs import configure_jobs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "table" / "prepare.py"
 table = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
@@ -348,3 +351,32 @@ def test_one_command_runs_from_a_table_to_a_score(tmp_path, capsys, caplog, voca
     assert (
         json.loads((tmp_path / "exp/systems/main/score/scores.json").read_text())["test"]["utterances"] == 3
     )
+
+
+def test_single_words_are_long_enough_for_pretraining(tmp_path, capsys, caplog):
+    """Words of 0.8 s are used, a word of 0.3 s is skipped; a corpus without longer words is refused."""
+    caplog.set_level(logging.INFO)
+    lines = ["path,kana,split"]
+    for i in range(20):
+        wav_T = syllables(0.3 if i == 0 else 0.8, seed=i)
+        soundfile.write(tmp_path / f"{i}.wav", wav_T.numpy(), RATE)
+        lines.append(f"{i}.wav,おと,{SPLITS[i % 5]}")
+    small = [setting for setting in SMALL if "min_seconds" not in setting]
+    command = ["recipe=table", f"data={write(tmp_path / 'words.csv', lines)}", "iterations=2", *small]
+    command.append(f"exp={tmp_path / 'exp'}")
+    for stage in ("prepare", "features", "kmeans", "label", "pretrain"):
+        assert run.main([*command, f"stage={stage}"]) == 0
+    assert (tmp_path / "exp/iter1/pretrain/bundle/model.safetensors").is_file()
+    assert "skips 1 of 12" in caplog.text
+    too_long = ["pretrain.crop.min_seconds=1", f"exp={tmp_path / 'other'}"]
+    too_long += [f"pretrain.{name}={tmp_path / 'exp'}/{path}" for name, path in (
+        ("manifest", "prepare/manifest.arrow"), ("labels", "iter1/label"),
+    )]  # fmt: skip
+    assert run.main([*command, "stage=pretrain", *too_long]) == 2
+    error = capsys.readouterr().err
+    assert "min_seconds" in error and "0.80 s" in error and "Traceback" not in error
+
+
+def test_machine_preset_keeps_the_minimum_length_of_the_recipe():
+    (job,) = configure_jobs(["recipe=table", "stage=pretrain", "iterations=2", "machine=laptop"])
+    assert job.config.crop.min_seconds == 0.5 and job.config.crop.max_seconds == 7.5

@@ -7,6 +7,7 @@ utterances in a batch nor on interruptions of the run.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ from jahubert.train.data.masking import seeded_rng, span_mask
 from jahubert.train.data.sampler import BatchSizes, MicroBatch, Sampler
 from jahubert.train.data.targets import TargetStore
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
+
+log = logging.getLogger(__name__)
 
 B = TypeVar("B", bound="_Batch")
 
@@ -160,6 +163,33 @@ def _augmenter(
     return Augmenter(config, seed, rows, cache.manifest.n_samples, cache.load)
 
 
+def _long_enough(manifest: Manifest, split: str, min_seconds: float) -> np.ndarray:
+    """Return the rows of a split that are long enough for pretraining, and log how many are not.
+
+    Raises:
+        DataError: the split has utterances, but none is long enough.
+    """
+    rows = manifest.indices(split=split)
+    n_samples = manifest.n_samples[rows]
+    keep = n_samples >= max(min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
+    if len(rows) and not keep.any():
+        raise DataError(
+            f"pretrain.crop.min_seconds is {min_seconds:g}, but the longest of the {len(rows)} utterances of "
+            f"split {split} has {n_samples.max() / SAMPLE_RATE:.2f} s; set a smaller value or use longer "
+            "recordings"
+        )
+    if not keep.all():
+        log.log(
+            logging.WARNING if keep.mean() < 0.5 else logging.INFO,
+            "pretraining on %s skips %d of %d utterances, which are shorter than crop.min_seconds=%g",
+            split,
+            len(rows) - keep.sum(),
+            len(rows),
+            min_seconds,
+        )
+    return rows[keep]
+
+
 class PretrainData:
     """Micro-batches of cropped utterances of one split, for masked unit prediction."""
 
@@ -178,10 +208,8 @@ class PretrainData:
         labels.check(manifest)
         self.manifest, self.labels, self.mask, self.seed = manifest, labels, mask, seed
         self.max_samples = HUBERT.floor(int(crop.max_seconds * SAMPLE_RATE))
-        rows = manifest.indices(split=split)
+        rows = _long_enough(manifest, split, crop.min_seconds)
         n_samples = manifest.n_samples[rows]
-        keep = n_samples >= max(crop.min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
-        rows, n_samples = rows[keep], n_samples[keep]
         self.cache = WaveformCache(manifest, rows, crop.keep_in_memory_hours)
         self.augmenter = _augmenter(augment, seed, rows, self.cache)
         self.sampler = Sampler(rows, np.minimum(n_samples, self.max_samples), sizes, seed=seed)

@@ -122,9 +122,7 @@ class Sampler:
             int(seconds * SAMPLE_RATE) for seconds in (sizes.group_seconds, micro_seconds)
         )
         if not len(self.rows):
-            raise DataError(
-                "no utterances to train on: the split has none with labels, or none within crop.min_seconds"
-            )
+            raise DataError("no utterances to train on: the split is empty or has no labels")
         longest = self.n_samples.max() / SAMPLE_RATE
         if self.n_samples.max() > self.group_capacity:
             raise ConfigError(

@@ -1,5 +1,7 @@
 """Tests of training batches: alignment of labels and crops, padding, and reproducible randomness."""
 
+import logging
+
 import numpy as np
 import pytest
 import soundfile
@@ -70,9 +72,11 @@ def test_crop_and_mask_depend_only_on_seed_epoch_and_utterance(corpus):
     assert not torch.equal(other.mask_BS, single.mask_BS)
 
 
-def test_short_utterances_are_skipped(corpus):
+def test_short_utterances_are_skipped_and_counted(corpus, caplog):
+    caplog.set_level(logging.INFO)
     assert sorted(pretraining(corpus).sampler.rows.tolist()) == [0, 1, 2, 3]
-    with pytest.raises(DataError, match="no utterance"):
+    assert "skips 1 of 5" in caplog.text
+    with pytest.raises(DataError, match=r"min_seconds is 10.*split train has 4.00 s"):
         pretraining(corpus, crop=CropConfig(min_seconds=10.0))
 
 
