@@ -48,14 +48,14 @@ ATTRIBUTION = (
     "https://creativecommons.org/licenses/by/4.0/)"
 )
 SETS = {
-    "test_low": "held-out words, the lower of the two recorded voices",
-    "test_high": "held-out words, the higher one",
+    "test_low": "held-out words, lower of the two recorded voices",
+    "test_high": "held-out words, higher of the two recorded voices",
     "test_joined": "held-out words of both voices, joined to utterances of 2 to 12 s",
-    "test_cv": "sentences of Common Voice, 12 held-out speakers",
-    "test_cv_phone": "the same in the band and coding of a telephone",
-    "test_cv_noise": "the same in pink noise at 10 dB",
-    "test_made": "sentences that do not occur in training, synthetic voices that do",
-    "test_real": "sentences read by other speakers (8 recordings)",
+    "test_cv": "Common Voice sentences by 12 held-out speakers",
+    "test_cv_phone": "the same sentences, band-limited and coded as on a telephone",
+    "test_cv_noise": "the same sentences, with pink noise at 10 dB",
+    "test_made": "new sentences in synthetic voices that occur in training",
+    "test_real": "sentences by other speakers (8 recordings)",
 }
 CALIBRATION = "dev_cv"  # split on which confidences are calibrated
 PRETRAINING = "builtin-pretraining"  # name of the pretraining experiment
@@ -193,7 +193,9 @@ def examples(exp: Path, split: str = "test_cv", count: int = 10) -> str:
         f"| {text_of[item['id']]} | {' '.join(display_text(word, True) for word in item['hypothesis'])} |"
         for item in hypotheses[:: -(-len(hypotheses) // count)]
     ]
-    title = "Transcripts of held-out speakers, at equal distances in the test set rather than chosen:"
+    title = (
+        "These transcripts of held-out speakers are evenly spaced in the test set, not selected by quality:"
+    )
     return "\n".join([title, "", "| text | transcript |", "|---|---|", *rows, "", ""])
 
 
