@@ -44,7 +44,13 @@ def test_package_contains_a_small_model():
 
 def test_model_card_is_complete():
     card = (MODEL / "README.md").read_text(encoding="utf-8")
-    for part in ("license: cc-by-sa-4.0", "Tofugu and WaniKani", "Mei", "not suitable for", "build.py data=..."):
+    for part in (
+        "license: cc-by-sa-4.0",
+        "Tofugu and WaniKani",
+        "Mei",
+        "not suitable for",
+        "build.py data=...",
+    ):
         assert part in card
     info = jahubert.load_bundle(MODEL).info
     rows = [line for line in card.splitlines() if re.search(r"\[\d+\.\d, \d+\.\d\]", line)]
