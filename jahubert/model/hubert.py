@@ -40,7 +40,7 @@ from jahubert.model.layers import (
 from jahubert.model.precision import autocast
 
 if TYPE_CHECKING:
-    from jahubert.model.kernels.packing import Packing
+    from jahubert.model.kernels.packing import PackedShape, Packing
 
 
 # Effect of padding on valid frames. "ignored" means no effect; the other values reproduce other projects.
@@ -278,6 +278,7 @@ class HubertModel(nn.Module):
         last_layer: int | None = None,
         keep_layers: Iterable[int] = (),
         padding: Padding = "ignored",
+        shape: PackedShape | None = None,
     ) -> Encoded:
         """Encode a padded batch of 16 kHz waveforms.
 
@@ -290,17 +291,19 @@ class HubertModel(nn.Module):
                 is `hidden_BSD`. Default: all blocks and, for pre-norm models, the closing norm.
             keep_layers: block numbers whose outputs are returned in `layers`; 0 is the input of block 1.
             padding: reproduces the effect of padding in other projects (see `Padding`); for comparisons only.
+            shape: sizes that kernels fill the batch up to, so that the shapes of batches do not differ. It
+                never changes a result.
 
         Raises:
             AudioError: an utterance is shorter than one frame, or lengths and waveforms do not match.
-            ConfigError: a layer number is out of range.
+            ConfigError: a layer number is out of range, or the batch does not fit in `shape`.
         """
         keep_layers = set(keep_layers)
         self._check_layers(last_layer, keep_layers)
         n_samples = self._check_lengths(wav_BT, n_samples_B)
         if kernels.usable(self):
             return kernels.encode(
-                self, wav_BT, n_samples, mask_BS, channel_mask_BD, last_layer, keep_layers, padding
+                self, wav_BT, n_samples, mask_BS, channel_mask_BD, last_layer, keep_layers, padding, shape
             )
         valid_BS = None
         if n_samples is None:

@@ -133,7 +133,7 @@ def test_gradient_penalty_with_shared_copies(model):
 def test_compiled_blocks_are_not_recompiled_for_shared_copies(model):
     """A compiled block makes its own copies, which the compiler can fuse."""
     block, counter = model.encoder.layers[0], CompileCounter()
-    block.compile(backend=counter, dynamic=True)
+    block.compile(backend=counter)
     packing = Packing([20, 12], 20, torch.device("cpu"))
     packing.fused_attention = True  # the path of a GPU
     for shared in (False, True, False):

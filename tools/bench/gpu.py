@@ -379,6 +379,7 @@ def engine(report: Report, run: Settings) -> None:
     from jahubert.train.stages.pretrain import Pretrainer
     from jahubert.train.trainer.micro_batch import with_micro_seconds
     from jahubert.train.trainer.optim import TrainConfig
+    from jahubert.train.trainer.parallel import compiled_graphs
     from jahubert.train.trainer.trainer import train
 
     manifest = Manifest(make_corpus(run, 8 if run.small else 8_000))
@@ -426,12 +427,6 @@ def engine(report: Report, run: Settings) -> None:
     report.add("engine: waiting for data", 100 * waiting, "%", workers=str(config.workers))
     report.add("engine: padding", 100 * rows[-1]["padding"], "%")
     report.add("engine: compiled graphs", compiled_graphs() - graphs_before, "graphs")
-
-
-def compiled_graphs() -> int:
-    """Return the number of graphs compiled by torch.compile in this process, including recompilations."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def labels(report: Report, run: Settings) -> None:

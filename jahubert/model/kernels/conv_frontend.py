@@ -29,14 +29,13 @@ from torch.nn import functional as F
 
 from jahubert.frames import FrameGrid
 from jahubert.model.kernels.double_backward import with_double_backward
-from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up
-from jahubert.model.kernels.packing import Packing
+from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors
+from jahubert.model.kernels.packing import TILE, PackedShape, Packing, filled
 from jahubert.model.precision import autocast_dtype
 
 if TYPE_CHECKING:
     from jahubert.model.hubert import ConvFrontEnd, ConvLayer
 
-TILE = 8  # output frames; each utterance starts at a tile boundary
 TILES_AT_ONCE = 128  # tiles processed together when no gradient is needed
 CACHED = 2**20  # number of values processed at a time on a CPU, so that they fit in its caches
 
@@ -52,15 +51,19 @@ def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[in
     return packing.unpack(front_end(stack, wavs))
 
 
-def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor]) -> Tensor:
-    """Compute packed features (N, C) of waveforms that have at least one frame each; see `Packing`."""
+def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor], shape: PackedShape | None = None) -> Tensor:
+    """Compute packed features (N, C) of waveforms that have at least one frame each.
+
+    Args:
+        shape: sizes to fill all tensors up to; see `Packing`.
+    """
     layers = [cast("ConvLayer", layer) for layer in stack.conv_layers]
     strides = [layer.conv.stride[0] for layer in layers]
     device, lengths = wavs[0].device, [len(wav) for wav in wavs]
     hop = math.prod(strides)  # samples per output frame
     tiles = [-(-n // (hop * TILE)) for n in lengths]
     first = [TILE * n for n in accumulate(tiles, initial=0)]
-    total = round_up(first[-1], BLOCK)
+    total = TILE * filled(sum(tiles), shape and shape.n_tiles, "tiles", BLOCK // TILE)
     parts = [F.pad(w, (0, n * TILE * hop - len(w))) for w, n in zip(wavs, tiles, strict=True)]
     x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * hop)])[:, None]
     x: Tensor | _Product = x_NC
@@ -69,12 +72,14 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor]) -> Tensor:
         lengths = [(n - layer.conv.kernel_size[0]) // stride + 1 for n in lengths]
         n_frames.append(lengths)
     filler = total // TILE - sum(tiles)  # tiles after the last utterance, assigned to the first utterance
+    n_utterances = filled(len(wavs), shape and shape.n_utterances, "utterances")
+    n_rows = filled(sum(lengths), shape and shape.n_rows, "frames", BLOCK)
     owner_T, position_T, n_frames_B, valid_N = index_tensors(
         device,
         np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(filler)),
         np.append(concat_ranges(np.zeros(len(tiles)), tiles), np.full(filler, tiles[0])),
-        n_frames[0],
-        np.append(concat_ranges(first[:-1], lengths), np.zeros(-sum(lengths) % BLOCK)),
+        np.append(n_frames[0], np.ones(n_utterances - len(wavs))),
+        np.append(concat_ranges(first[:-1], lengths), np.zeros(n_rows - sum(lengths))),
     )
     if layers[0].norm == "group":  # the statistics of the norm need the whole utterance
         x, layers = _group_normed(layers[0], x_NC, _Tiles(owner_T, position_T, n_frames_B)), layers[1:]

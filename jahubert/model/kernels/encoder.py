@@ -17,7 +17,7 @@ from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout
 from jahubert.model.kernels.feed_forward import feed_forward
 from jahubert.model.kernels.indexing import index_tensors
-from jahubert.model.kernels.packing import Packing
+from jahubert.model.kernels.packing import PackedShape, Packing
 from jahubert.model.kernels.positional_conv import positional_conv
 from jahubert.model.kernels.weights import linear
 
@@ -34,6 +34,7 @@ def encode(
     last_layer: int | None,
     keep_layers: Collection[int],
     padding: Padding,
+    shape: PackedShape | None,
 ) -> Encoded:
     """Compute `HubertModel.forward` on packed frames; `n_samples` are the lengths if the batch is padded."""
     from jahubert.model.hubert import Encoded
@@ -47,9 +48,9 @@ def encode(
     if padding != "ignored":
         wavs = [F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs]
     visible = [padded_frames] * batch if padding == "unmasked" else n_frames
-    packing = Packing(visible, padded_frames, device)
+    packing = Packing(visible, padded_frames, device, shape)
     (n_frames_B,) = index_tensors(device, n_frames)
-    features_NC = front_end(model.feature_extractor, wavs)
+    features_NC = front_end(model.feature_extractor, wavs, shape)
     if padding == "masked":
         features_NC = features_NC.index_select(0, packing.index_N)
     features_NC = scale_gradient(features_NC, config.conv_grad_scale)

@@ -11,9 +11,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jahubert.errors import ConfigError
+from jahubert.frames import FrameGrid
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up, to_device_async
 
+TILE = 8  # frames per tile of the front end; each utterance starts at a tile boundary
 SPAN = 32  # frames; attention and positional convolution round lengths up to a multiple of this
+
+
+class PackedShape(NamedTuple):
+    """Sizes that every packed batch is filled up to, so that all batches of a training have equal shapes.
+
+    The windows of the positional convolution are not filled up: a batch may have twice as many as the average
+    one.
+    """
+
+    n_utterances: int
+    n_rows: int  # packed frames and filler rows
+    n_tiles: int  # tiles of the front end
+    longest: int  # frames of the longest utterance
+
+    @classmethod
+    def largest(cls, grid: FrameGrid, shortest: int, longest: int, capacity: int) -> PackedShape:
+        """Return the smallest shape that holds every batch of at most `capacity` samples including padding.
+
+        Args:
+            shortest, longest: range of the lengths of utterances (samples).
+        """
+        # A batch has at most `capacity // n` utterances if its longest one has n samples.
+        n_samples = np.arange(shortest, longest + 1)
+        n_utterances = np.maximum(1, capacity // n_samples)
+        n_tiles = int((n_utterances * -(-n_samples // (grid.hop * TILE))).max())
+        n_rows = int((n_utterances * grid.n_frames(n_samples)).max())
+        return cls(
+            int(n_utterances.max()),
+            round_up(n_rows, BLOCK),
+            round_up(n_tiles, BLOCK // TILE),
+            int(grid.n_frames(longest)),
+        )
+
+
+def filled(size: int, limit: int | None, what: str, multiple: int = 1) -> int:
+    """Return the size that a dimension is filled up to: `limit`, or if it is None, the next `multiple`.
+
+    Raises:
+        ConfigError: `size` exceeds the limit.
+    """
+    if limit is None:
+        return round_up(size, multiple)
+    if size > limit:
+        raise ConfigError(f"a batch with {size} {what} does not fit in a fixed shape with {limit}")
+    return limit
 
 
 class Rectangle(NamedTuple):
@@ -31,11 +79,17 @@ class FlashSequences(NamedTuple):
     longest: int  # frames of the longest sequence
 
     @classmethod
-    def of(cls, packing: Packing) -> FlashSequences:
-        filler = packing.n_rows - packing.n_valid
-        lengths = [*packing.n_frames, *([filler] if filler else [])]
-        offsets = torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32))
-        return cls(to_device_async(offsets, packing.index_N.device), max(lengths))
+    def of(cls, packing: Packing, shape: PackedShape | None = None) -> FlashSequences:
+        longest = filled(max(packing.n_frames), shape and shape.longest, "frames in an utterance")
+        n_utterances = filled(packing.n_utterances, shape and shape.n_utterances, "utterances")
+        # Filler rows are cut into sequences no longer than the longest utterance. The number of sequences
+        # follows from the shape, so some of them may be empty.
+        most_filler = packing.n_rows - (packing.n_valid if shape is None else 0)
+        n_filler = -(-most_filler // longest) + n_utterances - packing.n_utterances
+        ends = packing.n_valid + longest * np.arange(1, n_filler + 1)
+        offsets = np.concatenate([[0], np.cumsum(packing.n_frames), np.minimum(ends, packing.n_rows)])
+        device = packing.index_N.device
+        return cls(to_device_async(torch.from_numpy(offsets.astype(np.int32)), device), longest)
 
 
 def has_flash_attention(device: torch.device) -> bool:
@@ -50,19 +104,24 @@ def has_flash_attention(device: torch.device) -> bool:
 class Packing:
     """Conversion between a padded batch (B, S, D) and packed frames (N, D).
 
-    Packed tensors have the valid frames first, then up to `BLOCK` - 1 filler rows that no result depends on.
+    Packed tensors have the valid frames first, then filler rows that no result depends on: up to `BLOCK` - 1,
+    or as many as a fixed shape needs.
 
     Args:
         n_frames: valid frames of each utterance.
         width: S, the number of frames of the padded batch.
         device: device of the packed tensors.
+        shape: sizes to fill the packed tensors up to.
     """
 
-    def __init__(self, n_frames: Sequence[int], width: int, device: torch.device):
+    def __init__(
+        self, n_frames: Sequence[int], width: int, device: torch.device, shape: PackedShape | None = None
+    ):
         self.n_frames, self.width = list(n_frames), width
         self.n_utterances, self.n_valid = len(self.n_frames), sum(n_frames)
         index = concat_ranges(width * np.arange(self.n_utterances), n_frames)
-        filler = np.full(-self.n_valid % BLOCK, index[0])
+        n_rows = filled(self.n_valid, shape and shape.n_rows, "frames", BLOCK)
+        filler = np.full(n_rows - self.n_valid, index[0])
         self.index_N, n_frames_B = index_tensors(device, np.append(index, filler), n_frames)
         # Used by torch's fused attention; computed here so that compiled blocks get only tensors and numbers.
         self.fused_attention, self.mask_B11S = device.type != "cpu", None
@@ -70,7 +129,7 @@ class Packing:
             self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]
         self.flash: FlashSequences | None = None
         if has_flash_attention(device):
-            self.flash = FlashSequences.of(self)
+            self.flash = FlashSequences.of(self, shape)
 
     @property
     def n_rows(self) -> int:

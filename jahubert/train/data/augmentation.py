@@ -98,10 +98,11 @@ class Augmenter:
         """Compute the lengths of `rows` at their speeds in an epoch, int64."""
         return _length(self.n_samples[rows], self.speeds(epoch, rows))
 
-    def max_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Compute upper bounds of `lengths` over all epochs, int64."""
-        slowest = min(1.0, self.config.speed[0]) if self.config.speed_prob else 1.0
-        return _length(self.n_samples[rows], slowest)
+    def length_bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Compute lower and upper bounds of `lengths` over all epochs, int64."""
+        slowest, fastest = self.config.speed if self.config.speed_prob else (1.0, 1.0)
+        n_samples = self.n_samples[rows]
+        return _length(n_samples, max(1.0, fastest)), _length(n_samples, min(1.0, slowest))
 
     def speeds(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
         """Draw the speed factors of `rows` in an epoch, float64; a factor of 1 means no change."""

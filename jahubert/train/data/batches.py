@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
+from jahubert.model.kernels import PackedShape
 from jahubert.train.data.augmentation import AugmentConfig, Augmenter
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
@@ -88,6 +89,7 @@ class PretrainBatch(_Batch):
     # frames in the group times the part's fraction of the group's frames, so that the penalties of the parts
     # add up to that of the group.
     penalty_count: float | None = None  # None: the masked frames
+    shape: PackedShape | None = None  # passed to the model
     masked_index_N: Tensor = field(init=False)  # int64, indices of the masked frames in the flattened mask
 
     def __post_init__(self) -> None:
@@ -104,6 +106,7 @@ class CtcBatch(_Batch):
     channel_mask_BD: Tensor | None
     target_L: Tensor  # int64
     n_target_B: Tensor  # int64, on the CPU
+    shape: PackedShape | None = None  # passed to the model
 
     def __post_init__(self) -> None:
         if int(self.n_target_B.sum()) != len(self.target_L):
@@ -232,6 +235,7 @@ class PretrainData:
             mask_BS=pad(masks),
             unit_N=torch.from_numpy(np.concatenate(units)),
             penalty_count=self._penalty_count(micro, masks),
+            shape=self.sampler.shape,
         )
 
     def _draw(self, epoch: int, row: int) -> tuple[int, int, np.ndarray]:
@@ -277,11 +281,15 @@ class CtcData:
         self.manifest, self.targets, self.mask, self.width, self.seed = manifest, targets, mask, width, seed
         self.cache = WaveformCache(manifest, rows, keep_in_memory_hours)
         self.augmenter = augmenter = _augmenter(augment, seed, rows, self.cache)
+        shortest = longest = manifest.n_samples[rows]
+        if augmenter is not None:
+            shortest, longest = augmenter.length_bounds(rows)
         self.sampler = Sampler(
             rows,
-            manifest.n_samples[rows] if augmenter is None else augmenter.max_lengths(rows),
+            longest,
             sizes,
             seed=seed,
+            shortest=shortest,
             epoch_lengths=None if augmenter is None else partial(augmenter.lengths, rows=rows),
         )
 
@@ -310,4 +318,5 @@ class CtcData:
             channel_mask_BD=torch.stack(channels) if channels else None,
             target_L=torch.cat(targets),
             n_target_B=torch.tensor([len(target) for target in targets]),
+            shape=self.sampler.shape,
         )

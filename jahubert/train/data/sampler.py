@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, pairwise
 
 import numpy as np
 
 from jahubert.errors import ConfigError, DataError
-from jahubert.frames import SAMPLE_RATE
+from jahubert.frames import HUBERT, SAMPLE_RATE
+from jahubert.model.kernels import PackedShape
 from jahubert.train.data.masking import seeded_rng
 
 _GROUPS = 8  # groups per update, unless these would be too long or too short
@@ -40,6 +42,7 @@ class BatchSizes:
     group_seconds: float  # audio per group, including padding
     groups: int = 1  # number of groups per update
     micro_seconds: float | None = None  # maximum audio per micro-batch, including padding; None: whole groups
+    one_shape: bool = False  # give all micro-batches one shape (see `Sampler.shape`)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Sampler:
         *,
         seed: int,
         max_rows: int = 0,
+        shortest: np.ndarray | None = None,
         epoch_lengths: Callable[[int], np.ndarray] | None = None,
     ):
         """Create a sampler.
@@ -112,10 +116,12 @@ class Sampler:
             rows: manifest rows to sample from.
             n_samples: length of each row after cropping, or an upper bound of it.
             max_rows: maximum number of rows per group; 0: no limit.
+            shortest: lower bound of the length of each row; None: `n_samples`.
             epoch_lengths: maps an epoch to the lengths in it, if they change between epochs.
         """
         self.rows, self.n_samples = np.asarray(rows), np.asarray(n_samples)
         self.sizes, self.seed, self.max_rows = sizes, seed, max_rows
+        self.shortest = self.n_samples if shortest is None else shortest
         self.epoch_lengths = epoch_lengths
         micro_seconds = min(sizes.group_seconds, sizes.micro_seconds or sizes.group_seconds)
         self.group_capacity, self.capacity = (
@@ -134,6 +140,14 @@ class Sampler:
                 f"micro_seconds={micro_seconds:g} is shorter than the longest utterance ({longest:.2f} s)"
             )
         self._epochs: dict[int, Epoch] = {}
+
+    @cached_property
+    def shape(self) -> PackedShape | None:
+        """The shape that all micro-batches are filled up to; None: each has its own shape."""
+        if not self.sizes.one_shape:
+            return None
+        shortest, longest = int(self.shortest.min()), int(self.n_samples.max())
+        return PackedShape.largest(HUBERT, shortest, longest, self.capacity)
 
     def epoch(self, epoch: int) -> Epoch:
         """Return the groups of an epoch."""

@@ -128,7 +128,11 @@ class FineTuner(nn.Module):
         self.updates = step + 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and step >= self.head_only_steps):
             encoded = self.ctc.hubert(
-                batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, channel_mask_BD=batch.channel_mask_BD
+                batch.wav_BT,
+                batch.n_samples_B,
+                mask_BS=batch.mask_BS,
+                channel_mask_BD=batch.channel_mask_BD,
+                shape=batch.shape,
             )
         logp_BSV = self.ctc.log_probs(encoded.hidden_BSD)
         # Computed from lengths on the CPU, because reading the encoder's result would synchronize the GPU.
@@ -253,7 +257,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
         data.load, data.sampler.single_pass(distributed.rank(), distributed.world())
     ):
         batch = batch.to(device)
-        logp_BSV, device_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B)
+        logp_BSV, device_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B, shape=batch.shape)
         n_frames_B = module.ctc.config.grid.n_frames(batch.n_samples_B)
         sums["loss"] += ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B).double()
         sums["symbols"] += len(batch.target_L)

@@ -110,7 +110,7 @@ class Pretrainer(nn.Module):
     def forward(self, batch: PretrainBatch, step: int) -> Loss:
         if self.training:
             self.updates = step + 1
-        encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS)
+        encoded = self.hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, shape=batch.shape)
         # Frames are selected by index, because boolean indexing would synchronize the GPU.
         logits_NK = self.head(encoded.hidden_BSD.flatten(0, 1).index_select(0, batch.masked_index_N))
         loss, count = unit_loss(logits_NK, batch.unit_N), len(batch.unit_N)

@@ -19,7 +19,7 @@ from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.checksums import file_crc32
 from jahubert.train.trainer.optim import TrainConfig, lr_at
-from jahubert.train.trainer.parallel import full_state, load_full_state
+from jahubert.train.trainer.parallel import compiled_graphs, full_state, load_full_state
 from jahubert.train.trainer.tracker import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class MetricLog:
         self.best_crc32: str | None = None  # checksum of best.safetensors, only on rank 0
         self.last_metrics: dict[str, float] = {}
         self.tracker: Tracker | None = None
+        self.graphs = compiled_graphs()  # at the last log line
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _STATE}
@@ -71,10 +72,15 @@ class MetricLog:
             row |= {"overflows": overflows} if overflows else {}
             remaining = (self.config.max_steps - step) * timing["seconds"] / max(1, timing["steps"])
             timing = timing | {"audio_hours_an_hour": sums.get("seconds", 0.0) / timing["seconds"]}
+            if self.config.compile:
+                before, self.graphs = self.graphs, compiled_graphs()
+                timing["compiled_graphs"] = self.graphs - before
             self._write(row | {"timing": timing})
             line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
             line += f"  {timing['audio_hours_an_hour']:.4g} audio-h/h"
-            line += f"  waiting for data {timing['waiting']:.1%}  {duration(remaining)} left"
+            line += f"  waiting for data {timing['waiting']:.1%}"
+            line += f"  {timing['compiled_graphs']} graphs compiled" if timing.get("compiled_graphs") else ""
+            line += f"  {duration(remaining)} left"
             log.info("step %d/%d  %s", step, self.config.max_steps, line)
 
     def validation_due(self, step: int) -> bool:

@@ -41,7 +41,9 @@ class TrainConfig:
     engine: str = runtime_field("torch")
     sharded: bool = runtime_field(False)  # FSDP2 instead of DDP: for models that do not fit one device
     recompute: bool = runtime_field(False)  # activation checkpointing: less memory, a third more compute
-    compile: bool = runtime_field(False)  # torch.compile the Transformer blocks
+    # torch.compile the Transformer blocks, and fill all micro-batches up to the same shape, so that this is
+    # done only once.
+    compile: bool = runtime_field(False)
     device: str = runtime_field("auto")
     workers: int = runtime_field(0)  # DataLoader workers per device
     log_every: int = runtime_field(50)  # steps between log lines
@@ -83,7 +85,7 @@ class TrainConfig:
     @property
     def batch_sizes(self) -> BatchSizes:
         groups = self.groups or groups_per_update(self.batch_seconds)
-        return BatchSizes(self.batch_seconds / groups, groups, self.micro_seconds)
+        return BatchSizes(self.batch_seconds / groups, groups, self.micro_seconds, self.compile)
 
     def check_processes(self, processes: int, longest: float) -> None:
         """Check that each process gets at least one utterance of an update.

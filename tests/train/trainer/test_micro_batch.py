@@ -7,17 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from fixtures.small_training import CONFIG, QUIET, UNITS
+from fixtures.small_training import CONFIG, QUIET, UNITS, noise_corpus, noise_pretraining
 
-from jahubert.audio import AudioSource
-from jahubert.frames import HUBERT
 from jahubert.model.hubert import HubertConfig
-from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainData
-from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
-from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
-from jahubert.train.data.sampler import BatchSizes
 from jahubert.train.stages.pretrain import Pretrainer
 from jahubert.train.trainer.loader import seed_micro_batch
 from jahubert.train.trainer.micro_batch import activation_bytes, automatic_micro_seconds
@@ -27,40 +20,14 @@ from jahubert.train.trainer.trainer import train
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Utterances of noise of 0.5 to 1.5 s with random units."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    items = []
-    for number, n_samples in enumerate(rng.integers(8_000, 24_000, 60).tolist()):
-        path = folder / f"{number}.wav"
-        soundfile.write(path, 0.1 * rng.standard_normal(n_samples), 16_000, subtype="FLOAT")
-        items.append(Utterance(id=str(number), audio=AudioSource(str(path)), n_samples=n_samples))
-    write_manifest(folder / "manifest.arrow", items)
-    manifest = Manifest(folder / "manifest.arrow")
-    n_frames = HUBERT.n_frames(np.asarray(manifest.n_samples))
-    header = LabelHeader(UNITS, "mfcc", None, "c", None, manifest.fingerprint, False)
-    writer = LabelWriter(folder / "labels", header, n_frames)
-    writer.write(0, [rng.integers(UNITS, size=n) for n in n_frames])
-    writer.finish()
-    return manifest, LabelStore(folder / "labels")
-
-
-def pretraining(corpus, micro_seconds: float | None) -> PretrainData:
-    return PretrainData(
-        *corpus,
-        split="train",
-        crop=CropConfig(min_seconds=0.5, max_seconds=1.4),
-        mask=MaskConfig(length=4),
-        sizes=BatchSizes(12.0, 2, micro_seconds),
-        seed=1,
-    )
+    return noise_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def gradients(corpus, micro_seconds: float | None, processes: int = 1):
     """Number of micro-batches, sorted rows, mean loss and gradients of the second update."""
     torch.manual_seed(0)
     module = Pretrainer(QUIET, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
-    data = pretraining(corpus, micro_seconds)
+    data = noise_pretraining(corpus, micro_seconds)
     micro_batches = data.sampler.update(0, 2, processes)
     total, count = 0.0, 0
     for micro in micro_batches:
@@ -92,7 +59,7 @@ def test_training_does_not_depend_on_micro_seconds(corpus, tmp_path):
         config = replace(CONFIG, batch_seconds=24.0, groups=2, micro_seconds=micro_seconds, log_every=1)
         out = tmp_path / str(micro_seconds)
         out.mkdir()
-        train(module, pretraining(corpus, micro_seconds), config, out)
+        train(module, noise_pretraining(corpus, micro_seconds), config, out)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         curves.append([[row[key] for key in ("loss", "penalty", "grad_norm")] for row in rows])
     assert len(curves[0]) == 4

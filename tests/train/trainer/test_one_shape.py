@@ -1,0 +1,216 @@
+"""Micro-batches filled up to one shape: equal results, equal shapes, and a single compilation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fixtures.small_training import CONFIG, QUIET, UNITS, noise_corpus, noise_pretraining
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jahubert.errors import ConfigError
+from jahubert.frames import HUBERT
+from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.model.kernels import PackedShape, attention, encoder, packing
+from jahubert.model.kernels.packing import FlashSequences, Packing
+from jahubert.train.data.sampler import BatchSizes, Sampler
+from jahubert.train.stages.pretrain import Pretrainer
+from jahubert.train.trainer.parallel import wrap_blocks
+from jahubert.train.trainer.trainer import train
+
+CPU = torch.device("cpu")
+LARGE = HubertConfig.large(
+    conv_dims=(8,) * 7, width=32, layers=2, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return noise_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def pretrainer(model: HubertConfig = QUIET) -> Pretrainer:
+    torch.manual_seed(0)
+    return Pretrainer(model, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
+
+
+def by_mask(
+    q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, offsets: Tensor, longest: int, dropout: float
+) -> Tensor:
+    """Flash attention without dropout on a CPU, with operators whose shapes do not depend on the offsets."""
+    sequence_N = torch.searchsorted(offsets[1:], torch.arange(len(q_NHE)), right=True)
+    mask_NN = sequence_N[:, None] == sequence_N
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_NHE, k_NHE, v_NHE))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_NN)[0].transpose(0, 1)
+
+
+@pytest.fixture
+def flash(monkeypatch) -> None:
+    """Use the attention path of a GPU on the CPU."""
+    monkeypatch.setattr(packing, "has_flash_attention", lambda device: True)
+    monkeypatch.setattr(attention, "flash_attention", by_mask)
+
+
+def test_the_largest_shape_holds_every_batch():
+    rng = np.random.default_rng(0)
+    for shortest, longest, capacity in (
+        (400, 3_000, 30_000),
+        (32_000, 250_000, 1_400_000),
+        (5_000, 5_000, 5_000),
+    ):
+        shape = PackedShape.largest(HUBERT, shortest, longest, capacity)
+        fullest = np.zeros(4, int)
+        for _ in range(2_000):
+            most = int(rng.integers(shortest, longest + 1))
+            lengths = rng.integers(max(shortest, int(0.95 * most)), most + 1, capacity // most)
+            lengths[0] = most
+            n_frames = HUBERT.n_frames(lengths)
+            tiles = int((-(-lengths // (HUBERT.hop * packing.TILE))).sum())
+            sizes = np.array([len(lengths), int(n_frames.sum()), tiles, int(n_frames.max())])
+            assert (sizes <= np.array(shape)).all()
+            fullest = np.maximum(fullest, sizes)
+        assert (fullest >= 0.85 * np.array(shape) - packing.BLOCK).all()
+
+
+def test_little_of_the_shape_is_filler():
+    """The shares of rows and tiles that hold speech, as stated in docs/performance.md."""
+    rng, sizes = np.random.default_rng(0), BatchSizes(350.0, 8, None, one_shape=True)
+    length = np.clip(rng.lognormal(1.5, 0.5, 12_000) * 16_000, 32_000, 250_000).astype(int)
+    for micro_seconds, rows, tiles in ((None, 0.95, 0.91), (175.0, 0.78, 0.74)):
+        sampler = Sampler(np.arange(12_000), length, replace(sizes, micro_seconds=micro_seconds), seed=1)
+        micro_batches, shape = list(sampler.single_pass()), sampler.shape
+        n_tiles = -(-length // (HUBERT.hop * packing.TILE))
+        capacity = np.array([shape.n_rows, shape.n_tiles]) * len(micro_batches)
+        shares = np.array([HUBERT.n_frames(length).sum(), n_tiles.sum()]) / capacity
+        assert shares == pytest.approx([rows, tiles], abs=0.01)
+
+
+def test_a_batch_that_does_not_fit_is_rejected():
+    model, wav_BT = HubertModel(QUIET), torch.randn(3, 8_000)
+    fits = PackedShape(n_utterances=3, n_rows=128, n_tiles=16, longest=24)
+    assert model(wav_BT, shape=fits).hidden_BSD.shape == (3, 24, 32)
+    for name, size in (("n_utterances", 2), ("n_rows", 64), ("n_tiles", 8)):
+        with pytest.raises(ConfigError, match="does not fit"):
+            model(wav_BT, shape=fits._replace(**{name: size}))
+
+
+def test_sequences_of_flash_attention_have_one_shape():
+    shape = PackedShape(n_utterances=5, n_rows=256, n_tiles=32, longest=60)
+    for n_frames in ([60, 60, 60, 60], [50, 41, 60, 7, 33], [1], [60]):
+        sequences = FlashSequences.of(Packing(n_frames, 60, CPU, shape), shape)
+        assert sequences.offsets.shape == (1 + 5 + 5,) and sequences.longest == 60
+        lengths = sequences.offsets.diff().tolist()
+        assert lengths[: len(n_frames)] == n_frames
+        assert sum(lengths) == 256 and min(lengths) >= 0 and max(lengths) <= 60
+    with pytest.raises(ConfigError, match="61 frames"):
+        FlashSequences.of(Packing([61], 61, CPU, shape), shape)
+
+
+@pytest.mark.parametrize("model", [QUIET, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_loss_and_gradients_equal_those_of_the_batch_itself(corpus, model, precision, flash):
+    results = []
+    for one_shape in (False, True):
+        module, values = pretrainer(model), []
+        for micro in noise_pretraining(corpus, 3.0, one_shape).sampler.update(0, 1):
+            batch = noise_pretraining(corpus, 3.0, one_shape).load(micro)
+            assert (batch.shape is not None) == one_shape
+            with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
+                loss = module(batch, 0)
+            loss.total.backward()
+            values += [
+                loss.total.detach(),
+                *(torch.as_tensor(value).detach() for value in loss.sums.values()),
+            ]
+        results.append((torch.stack([value.double() for value in values]), gradient(module)))
+    (values, grads), (filled_values, filled_grads) = results
+    tolerance = 1e-5 if precision is torch.float32 else 2e-2
+    torch.testing.assert_close(filled_values, values, rtol=tolerance, atol=0)
+    assert float((filled_grads - grads).norm() / grads.norm()) < tolerance
+
+
+def gradient(module: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten().double() for p in module.parameters() if p.grad is not None])
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shapes of the results of matrix products and pointwise operators."""
+
+    NAMES = ("mm", "addmm", "addmm_", "bmm", "gelu", "gelu_backward", "native_layer_norm", "native_dropout")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in self.NAMES:
+            first = result[0] if isinstance(result, tuple) else result
+            self.seen.append((name, tuple(first.shape)))
+        return result
+
+
+@pytest.mark.parametrize("model", [QUIET, LARGE], ids=["base", "large"])
+def test_all_micro_batches_have_one_shape(corpus, model, flash, monkeypatch):
+    """From the tiles of the front end to the last block, without the positional convolution."""
+    monkeypatch.setattr(encoder, "positional_conv", lambda module, x_ND, packing: torch.zeros_like(x_ND))
+    hubert, data, shapes, sizes = HubertModel(model).train(), noise_pretraining(corpus, 3.0, True), [], set()
+    for micro in data.sampler.update(0, 0):
+        batch = data.load(micro)
+        sizes.add(tuple(batch.n_samples_B.tolist()))
+        with torch.autocast("cpu", torch.bfloat16), Shapes() as recorded:
+            encoded = hubert(batch.wav_BT, batch.n_samples_B, mask_BS=batch.mask_BS, shape=batch.shape)
+            encoded.hidden_BSD.float().square().mean().backward()
+        shapes.append(recorded.seen)
+    assert len({len(lengths) for lengths in sizes}) > 1 and len(shapes) > 3
+    assert len(shapes[0]) > 50 and all(other == shapes[0] for other in shapes)
+
+
+@pytest.fixture
+def counter(monkeypatch) -> Iterator[CompileCounterWithBackend]:
+    """Count graphs, and compile them without inductor, which takes minutes."""
+    counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter))
+    torch._dynamo.reset()
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_are_compiled_once_and_results_do_not_change(corpus, recompute, flash, counter):
+    results = []
+    for compiled in (False, True):
+        module, losses = pretrainer().train(), []
+        wrap_blocks(module.blocks, recompute, compiled)
+        data, graphs = noise_pretraining(corpus, 3.0, one_shape=True), []
+        for micro in data.sampler.update(0, 0):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = module(data.load(micro), 0)
+            loss.total.backward()
+            losses.append(float(loss.total.detach()))
+            graphs.append(counter.frame_count)
+        results.append((losses, gradient(module)))
+        assert len(graphs) > 5 and graphs == [graphs[0]] * len(graphs) and graphs[0] == int(compiled)
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-3)
+    torch.testing.assert_close(
+        results[1][1], results[0][1], rtol=0.02, atol=0.02 * float(results[0][1].abs().max())
+    )
+
+
+def test_compilations_are_logged(corpus, tmp_path, flash, counter, caplog):
+    caplog.set_level("INFO")
+    config = replace(CONFIG, batch_seconds=24.0, groups=2, micro_seconds=3.0, precision="bf16", compile=True)
+    data = noise_pretraining(corpus, 3.0, config.batch_sizes.one_shape)
+    train(pretrainer(replace(QUIET, layer_drop=0.3)), data, replace(config, log_every=1), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["timing"]["compiled_graphs"] for row in rows] == [1, 0, 0, 0]
+    messages = [record.message for record in caplog.records if record.message.startswith("step ")]
+    assert ["graphs compiled" in message for message in messages] == [True, False, False, False]
