@@ -27,8 +27,8 @@ class HubertConfig:
     pos_conv_groups: int = 16  # channel groups of the positional convolution
     norm_eps: float = 1e-5  # epsilon of layer and group norms
     normalize: bool = False  # standardize each waveform to zero mean and unit variance
-    # Added to the variance of the waveform: 1e-7 for weights from Hugging Face, 1e-5 for weights from fairseq and
-    # torchaudio. It is a property of the weights and therefore not part of stage records.
+    # Added to the variance of the waveform: 1e-7 for weights from Hugging Face, 1e-5 for weights from fairseq
+    # and torchaudio. It is a property of the weights and therefore not part of stage records.
     normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
     dropout: float = 0.1  # dropout after attention and feed-forward
     attention_dropout: float = 0.1  # dropout of the attention weights
