@@ -73,7 +73,7 @@ def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess
 
 
 def checked_output(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
-    """Return the standard output of a command; raises CheckFailed unless it exits with `status`."""
+    """Return the standard output of a command; raise CheckFailed unless it exits with `status`."""
     require(
         result.returncode == status,
         f"{' '.join(result.args)}\nended with {result.returncode}, not {status}:\n"
@@ -184,7 +184,7 @@ def check_package() -> None:
 
 
 def check_results(folder: Path) -> float:
-    """Check features, units and transcripts; returns the largest difference of a feature."""
+    """Check features, units and transcripts, and return the largest difference of a feature."""
     import numpy as np
 
     arrays, texts = results(folder)
@@ -198,7 +198,7 @@ def check_results(folder: Path) -> float:
 
 
 def compare(name: str, actual, expected) -> float:
-    """Return the largest difference of two arrays; raises CheckFailed above the tolerance."""
+    """Return the largest difference of two arrays; raise CheckFailed above the tolerance."""
     import numpy as np
 
     for what, a, b in (("type", actual.dtype, expected.dtype), ("shape", actual.shape, expected.shape)):
@@ -288,7 +288,7 @@ def check_speed(transcribe: list[str], formats: Path, out: Path) -> None:
 
 
 def inside(folder: Path) -> dict[str, str]:
-    """Run all checks in the current environment; returns versions and the largest difference."""
+    """Run all checks in the current environment, and return versions and the largest difference."""
     check_environment()
     check_package()
     largest = check_results(folder)

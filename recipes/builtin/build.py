@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
 
 
 def pretrained(settings: list[str]) -> tuple[int, str]:
-    """Run pretraining; returns its exit status and the folder of the pretrained model."""
+    """Run pretraining, and return its exit status and the folder of the pretrained model."""
     given = dict(setting.partition("=")[::2] for setting in settings)
     if "pretrained" in given:
         return 0, given["pretrained"]
@@ -118,7 +118,7 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
 
 
 def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
-    """Cluster a layer of the recognizer in `exp` on the training data; returns centroids and layer."""
+    """Cluster a layer of the recognizer in `exp` on the training data, and return centroids and layer."""
     with tempfile.TemporaryDirectory() as folder:
         sample, clusters = Path(folder, "features"), Path(folder, "kmeans")
         for out in (sample, clusters):
@@ -139,7 +139,7 @@ def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
 
 @torch.no_grad()
 def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] | None = None) -> int:
-    """Write the recognizer in `exp` with its model card; returns the size in bytes.
+    """Write the recognizer in `exp` with its model card, and return the size in bytes.
 
     Args:
         exp: folder of a finished experiment.

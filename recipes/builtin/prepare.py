@@ -163,7 +163,7 @@ def _texts(words: list[str], seed: int) -> Iterator[str]:
 
 
 def _is_readable(text: str) -> bool:
-    """Whether the phones of the words agree with those of the synthetic voice."""
+    """Return whether the phones of the words agree with those of the synthetic voice."""
     try:
         words, labels = demo._labels(text)
         demo.align(words, labels, [1] * len(labels))

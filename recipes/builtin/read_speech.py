@@ -206,7 +206,7 @@ def _derived(item: Utterance, split: str, folder: Path, change) -> Utterance:
 
 
 def _write_once(path: Path, make) -> int:
-    """Write the waveform that `make` returns unless the file exists; returns the number of samples."""
+    """Write the waveform that `make` returns unless the file exists, and return the number of samples."""
     if not path.exists():
         wave_T = make()
         path.parent.mkdir(parents=True, exist_ok=True)

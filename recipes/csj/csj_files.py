@@ -54,7 +54,7 @@ class Talk:
 
 
 def find_talks(data: Path) -> dict[str, Talk]:
-    """Find all talks in the folder `data`, which may have any of the layouts above; returns them by id.
+    """Find all talks in the folder `data`, which may have any of the layouts above, and return them by id.
 
     Raises:
         DataError: no talks were found, two files of a talk have the same kind, or a talk is in two subsets.
@@ -238,7 +238,7 @@ def held_out(dev: str) -> dict[str, str]:
 
 
 def _read_training_list(subset: str, talks: Mapping[str, Talk], held: Mapping[str, str]) -> set[str]:
-    """Read a list of training talks; raises DataError if it contains held-out or missing talks."""
+    """Read a list of training talks; raise DataError if it contains held-out or missing talks."""
     path = expand_user(subset)
     if not path.exists():
         matches = difflib.get_close_matches(subset, ("core", "all"), n=1)

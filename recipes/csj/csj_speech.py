@@ -65,7 +65,7 @@ class SpokenSegment:
 
 
 def resolve_segments(segments: Sequence[Segment], path: Path, options: TagOptions) -> list[SpokenSegment]:
-    """Resolve the tags of all channels of a transcript; returns segments in transcript order."""
+    """Resolve the tags of all channels of a transcript, and return segments in transcript order."""
     resolved: dict[int, SpokenSegment] = {}
     for channel in {segment.channel for segment in segments}:
         rows = [i for i, segment in enumerate(segments) if segment.channel == channel]

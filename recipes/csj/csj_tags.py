@@ -161,7 +161,7 @@ class _Parser:
             self.problems.append((word, f"unexpected {mark} outside of a tag that allows it"))
 
     def _split(self, names: Sequence[str]) -> bool:
-        """Start the next alternative of the innermost open tag in `names`; returns False if there is none."""
+        """Start the next alternative of the innermost open tag in `names`; return False if there is none."""
         depth = next((i for i in range(len(self._stack) - 1, 0, -1) if self._stack[i].name in names), None)
         if depth is None:
             return False

@@ -161,7 +161,7 @@ def _check_times(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def _is_event(orthography: str) -> bool:
-    """Whether a word consists only of events, whose pronunciation may be missing."""
+    """Return whether a word consists only of events, whose pronunciation may be missing."""
     return not _EVENTS.sub("", orthography).strip()
 
 

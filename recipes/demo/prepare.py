@@ -162,7 +162,7 @@ def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterat
 
 
 def _labels(text: str) -> tuple[list[Word], list[str]]:
-    """Analyze a sentence; returns its words and full-context labels."""
+    """Analyze a sentence, and return its words and full-context labels."""
     features = analyze(text)
     return features_to_words(features), openjtalk().make_label(features)
 
@@ -236,7 +236,7 @@ def frames_of(labels: Sequence[str]) -> list[int]:
 
 
 def waveform(line: Line) -> np.ndarray:
-    """Synthesize a line; returns int16 (T,) at 16 kHz."""
+    """Synthesize a line, and return int16 (T,) at 16 kHz."""
     speaker = SPEAKERS[line.speaker]
     engine = _engine(speaker.frame, speaker.warping)
     engine.add_half_tone(speaker.half_tones)

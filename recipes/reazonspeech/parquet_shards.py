@@ -205,7 +205,7 @@ def _flac_samples(data_B: np.ndarray, start_N: np.ndarray, length_N: np.ndarray)
 
 
 def _measure_others(table: pa.Table, tar: Path) -> tuple[pa.Table, list[list[str]]]:
-    """Measure recordings without a FLAC header of 16 kHz; returns the usable rows, and the unusable ones."""
+    """Measure recordings without a 16 kHz FLAC header, and return the usable and the unusable rows."""
     n_samples_N = table["n_samples"].to_numpy().copy()
     broken: list[list[str]] = []
     for row in np.flatnonzero(n_samples_N == 0).tolist():

@@ -218,7 +218,7 @@ def _flac_samples(head: bytes) -> int:
 
 
 def measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
-    """Measure other audio; returns its length in 16 kHz samples, or 0 and the reason."""
+    """Measure other audio, and return its length in 16 kHz samples, or 0 and the reason."""
     from jahubert.audio import AudioSource, audio_length  # imported here, because it imports torch
     from jahubert.train.data.utterances import read_reliably
 

@@ -87,7 +87,7 @@ class HtsEngine:
         return [sum(states[i : i + n_states]) for i in range(0, len(states), n_states)]
 
     def synthesize(self, labels: Sequence[str], style: Style) -> np.ndarray:
-        """Synthesize full-context labels; returns float32 (T,) at `sample_rate`, below full scale."""
+        """Synthesize full-context labels, and return float32 (T,) at `sample_rate`, below full scale."""
         self._generate_states(labels, style)
         self._call("add_half_tone", style.half_tones)
         if not self._call("generate_parameter_sequence") or not self._call("generate_sample_sequence"):

@@ -283,7 +283,7 @@ def write(line: NeuralLine, work: Path) -> None:
 
 
 def read_frames(path: Path) -> list[int] | None:
-    """Read the frames of the tokens of a finished line; returns None if the line is not finished."""
+    """Read the frames of the tokens of a finished line, and return None if the line is not finished."""
     try:
         frames = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return frames if soundfile.info(path).frames == sum(frames) * _FRAME_SAMPLES else None

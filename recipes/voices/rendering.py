@@ -113,7 +113,7 @@ def engine(voices: tuple[str, ...]) -> HtsEngine:
 
 
 def waveform(line: Line) -> np.ndarray:
-    """Synthesize a line; returns int16 (T,) at 16 kHz."""
+    """Synthesize a line, and return int16 (T,) at 16 kHz."""
     hts = engine(line.voices)
     wave = hts.synthesize(line.labels, line.style)
     wave = wave[line.lead * hts.frame_samples : len(wave) - line.tail * hts.frame_samples]

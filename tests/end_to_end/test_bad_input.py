@@ -266,7 +266,7 @@ def test_damaged_record_is_named(capsys, copy):
 
 
 def fill_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make writes to `path` fail with a full disk; returns the link to remove afterwards."""
+    """Make writes to `path` fail with a full disk, and return the link to remove afterwards."""
     monkeypatch.setattr(atomic, "remove_leftovers", lambda folder: None)  # keeps the link
     path.parent.mkdir(parents=True, exist_ok=True)
     link = path if path.name == "tmp_sample.npy" else temporary_path(path)

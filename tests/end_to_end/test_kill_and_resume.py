@@ -37,7 +37,7 @@ WORKERS = (0, 2, 1)
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run `work` in a forked child, which need not import torch again; returns its process ID."""
+    """Run `work` in a forked child, which need not import torch again, and return its process ID."""
     if pid := os.fork():
         return pid
     try:

@@ -127,7 +127,7 @@ class KillsWorker(Data):
 
 
 def killed_worker(out: Path, stage: str) -> int:
-    """Train with workers that are killed; returns the exit status of the resulting error."""
+    """Train with workers that are killed, and return the exit status of the resulting error."""
     module, _, config = make_training("toy")
     config = replace(config, workers=2)
     crop = {"crop": CropConfig()} if stage == "pretrain" else {}

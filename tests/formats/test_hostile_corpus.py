@@ -26,7 +26,7 @@ TIMEOUT = 20  # seconds; a file that takes longer counts as hanging
 
 
 def open_in_child(path: Path) -> dict:
-    """Run `jahubert info` in a forked process; returns status, output, CPU seconds and peak memory."""
+    """Run `jahubert info` in a forked process, and return status, output, CPU seconds and peak memory."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:

@@ -220,7 +220,7 @@ def test_events_neither_end_nor_bridge_nor_lengthen_an_utterance():
 
 
 def joined_by_description(segments, join: str, max_gap: int, max_length: int):
-    """Reference implementation of the joining rule; returns the segment indices of each utterance.
+    """Reference implementation of the joining rule, and return the segment indices of each utterance.
 
     Segments without speech are ignored. A segment starts a new utterance if the gap to the previous speech is
     too long, or if the utterance is too long, either before (kaldi) or after adding the segment. Masked

@@ -151,7 +151,7 @@ def peak_megabytes(trainer: pretrain_step.Trainer, batch: pretrain_step.Batch) -
 def compare_steps(
     report: Report, run: Settings, name: str, config: HubertConfig, lengths: list[float], **goals: float
 ) -> pretrain_step.Trainer:
-    """Time a training step of all models in alternation; returns jahubert's trainer."""
+    """Time a training step of all models in alternation, and return jahubert's trainer."""
     batch, peak = make_batch(lengths, run.device), cached_peak(run.device, run.dtype)
     trainers, failures = {}, {}
     for kind in ("jahubert", *PEERS):
@@ -335,7 +335,7 @@ def write_flac(path: Path, seconds: float, seed: int) -> int:
 
 
 def make_corpus(run: Settings, rows: int) -> Path:
-    """Write a manifest with `rows` utterances from about a hundred FLAC files of noise; returns its path."""
+    """Write a manifest of `rows` utterances from about a hundred noise FLAC files, and return its path."""
     from jahubert.audio import AudioSource
     from jahubert.train.data.manifest import Utterance, write_manifest
 

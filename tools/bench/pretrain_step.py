@@ -162,7 +162,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a large matrix product; returns the best of several runs."""
+    """Measure the FLOP/s of a large matrix product, and return the best of several runs."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = 0.0

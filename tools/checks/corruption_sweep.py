@@ -143,7 +143,7 @@ def _reads(job: Job, path: Path) -> bool:
 
 
 def _records_equal_files(path: Path, other: Path) -> bool:
-    """Whether two files are records of stages with equal output files, so that a swap is no damage."""
+    """Return whether two files are records of stages with equal output files, so that a swap is no damage."""
     return path.name == DONE and read_record(path)["outputs"] == read_record(other)["outputs"]
 
 

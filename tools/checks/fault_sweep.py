@@ -65,7 +65,7 @@ class Sweep:
         self.n_tasks = 0
 
     def count(self, task: Any) -> int:
-        """Run a task without faults; returns its number of file operations."""
+        """Run a task without faults, and return its number of file operations."""
         from small_experiment import run_child
 
         def work() -> int:
@@ -80,7 +80,7 @@ class Sweep:
         return int(self.counted.read_text())
 
     def run(self, task: Any, faults: list[str], points: int | None) -> int:
-        """Sweep one task and print its figures and failures; returns the number of failures."""
+        """Sweep one task and print its figures and failures, and return the number of failures."""
         from small_experiment import contents
 
         started, failures, results = time.monotonic(), [], Counter[str]()
@@ -102,7 +102,7 @@ class Sweep:
         return len(failures)
 
     def trial(self, task: Any, fault: str, operation: int, expected: dict[str, Any]) -> str:
-        """Run a task with one fault, rerun it, and compare; returns a description of any failure."""
+        """Run a task with one fault, rerun it, and compare, and return a description of any failure."""
         from small_experiment import contents, run_child
 
         def work() -> int:

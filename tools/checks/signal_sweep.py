@@ -59,7 +59,7 @@ def overrides_of(job: Job) -> list[str]:
 
 
 def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, str]:
-    """Run a stage and send it a signal while it reads; returns its exit status and output."""
+    """Run a stage and send it a signal while it reads, and return its exit status and output."""
     marker, log = folder / "reading", folder / "log"
     marker.unlink(missing_ok=True)
 
@@ -82,7 +82,7 @@ def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, st
 
 
 def trial(job: Job, number: signal.Signals, folder: Path, expected: dict) -> str:
-    """Interrupt a stage, rerun it and compare; returns a description of the failure, if any."""
+    """Interrupt a stage, rerun it and compare, and return a description of the failure, if any."""
     started = time.monotonic()
     status, output = interrupted(job, number, folder)
     seconds = time.monotonic() - started

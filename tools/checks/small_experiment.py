@@ -107,7 +107,7 @@ def command_tasks(exp: Path, out: Path) -> list[Task]:
 
 
 def run_child(work: Callable[[], Any], log: Path) -> int:
-    """Run `work` in a forked child that writes its output to `log`; returns the exit status."""
+    """Run `work` in a forked child that writes its output to `log`, and return the exit status."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

@@ -89,7 +89,7 @@ def scaled_dot_product_attention(
 
 
 def _has_fused_kernels() -> bool:
-    """Whether any fused kernel is enabled (see `sdpa_kernel`)."""
+    """Return whether any fused kernel is enabled (see `sdpa_kernel`)."""
     cuda = torch.backends.cuda
     return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
 

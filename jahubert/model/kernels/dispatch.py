@@ -37,17 +37,17 @@ def disabled() -> Iterator[None]:
 
 
 def is_recorded() -> bool:
-    """Whether torch.export (used for ONNX), torch.compile or torch.jit.trace is recording operations."""
+    """Return whether torch.export (used for ONNX), torch.compile or torch.jit.trace records operations."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is transforming operations."""
+    """Return whether torch.func or forward-mode differentiation is transforming operations."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def usable(part: nn.Module) -> bool:
-    """Whether kernels may compute `part`, a model or its front end; checked in every forward pass.
+    """Return whether kernels may compute `part`, a model or its front end; checked in every forward pass.
 
     Kernels read the weights of modules without calling the modules, and compute on packed frames instead of a
     padded batch. They are used except in these cases:
@@ -78,7 +78,7 @@ def usable(part: nn.Module) -> bool:
 
 
 def _is_standard(module: nn.Module) -> bool:
-    """Whether this module itself, without its submodules, is as `jahubert.model.hubert` creates it."""
+    """Return whether this module itself, without its submodules, is as `jahubert.model.hubert` creates it."""
     if module._backward_hooks or module._backward_pre_hooks:
         return False
     for weight in module._parameters.values():
@@ -102,7 +102,7 @@ def _is_standard_type(kind: type[nn.Module]) -> bool:
 
 @lru_cache(maxsize=64)
 def _is_block(kind: type[nn.Module]) -> bool:
-    """Whether modules of this type are Transformer blocks, including FSDP2's subclasses of them."""
+    """Return whether modules of this type are Transformer blocks, including FSDP2's subclasses of them."""
     if kind.__module__.startswith(_FSDP):
         kind = kind.__bases__[-1]
     return kind.__module__ in _OWN_MODULES and kind.__name__ == "EncoderLayer"
@@ -110,7 +110,7 @@ def _is_block(kind: type[nn.Module]) -> bool:
 
 @lru_cache(maxsize=64)
 def _has_own_arithmetic(kind: type) -> bool:
-    """Whether a tensor type overrides torch's functions, as quantized weights do."""
+    """Return whether a tensor type overrides torch's functions, as quantized weights do."""
     if not issubclass(kind, Tensor):
         return False  # NoneType, of an unset parameter
     override, default = kind.__torch_function__, Tensor.__torch_function__

@@ -93,7 +93,7 @@ class FlashSequences(NamedTuple):
 
 
 def has_flash_attention(device: torch.device) -> bool:
-    """Whether torch has flash attention for this device and it is enabled."""
+    """Return whether torch has flash attention for this device and it is enabled."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     cuda = torch.backends.cuda

@@ -64,7 +64,7 @@ def fit_sklearn(frames_ND: Frames, options: KmeansOptions) -> Fit:
 
 
 def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-    """Fit MiniBatchKMeans with the arguments of fairseq's learn_kmeans.py; returns float32 (K, D).
+    """Fit MiniBatchKMeans with the arguments of fairseq's learn_kmeans.py, and return float32 (K, D).
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

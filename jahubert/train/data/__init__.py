@@ -1,1 +1,1 @@
-"""Training data: manifests, label and target stores, batches, sampling and masking."""
+"""Training data: manifests, label stores, target stores, batches, sampling and masking."""

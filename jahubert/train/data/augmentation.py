@@ -1,8 +1,9 @@
-"""On-the-fly waveform augmentation: speed, reverberation, other speech, noise, band limits, codecs and gain.
+"""On-the-fly waveform augmentation: speed, reverberation, other speech, noise, band limits, codec and gain.
 
-Like crops and masks, all random choices are determined by (seed, epoch, row), so results depend neither on
-the number of workers nor on interruptions. The speed of an utterance can be computed without reading it,
-because the sampler needs its length. All effects are synthetic and need no recordings of rooms or noise.
+Like crops and masks, all random choices are determined by (seed, epoch, row), so that results depend neither
+on the number of workers nor on interruptions. The speed of an utterance can be computed without reading its
+audio, because the sampler needs the resulting length. All effects are synthetic and need no recordings of
+rooms or noise.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from jahubert.train.experiment.config import interval_errors, raise_config_error
 Read = Callable[[int, int, int], Tensor]  # (row, first sample, number of samples) -> float32 (T,)
 
 EFFECTS = ("speed", "reverb", "mix", "noise", "band", "codec", "gain")  # in the order of application
-_MAX_OTHERS = 3  # maximum number of utterances mixed into another
-_FFT_BLOCK = 4096  # FFT lengths are multiples of this, so they have no large prime factors
+_MAX_OTHERS = 3  # maximum number of utterances that are mixed into an utterance
+_FFT_BLOCK = 4096  # FFT lengths are multiples of this and therefore have no large prime factors
 _MIN_POWER = 1e-12  # waveforms with less power are considered silent
-_MU = 255.0  # mu of the mu-law (ITU-T G.711)
+_MU = 255.0  # parameter of the mu-law (ITU-T G.711)
 _SPEED_STEPS = 100  # speeds are multiples of 1 / _SPEED_STEPS
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities of the effects (0 by default), and ranges from which their parameters are drawn."""
+    """Probabilities of the effects (default: 0), and ranges from which the effect parameters are drawn."""
 
-    speed_prob: float = 0.0  # resampling, which changes length and pitch; invalid if labels have times
+    speed_prob: float = 0.0  # resampling, which changes length and pitch; not allowed if labels have times
     speed: tuple[float, float] = (0.9, 1.1)
     reverb_prob: float = 0.0
     reverb_seconds: tuple[float, float] = (0.1, 0.7)  # reverberation time (RT60)
     reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # direct sound relative to the reverberation
-    mix_prob: float = 0.0  # one to three other training utterances, each for at most half of the duration
+    mix_prob: float = 0.0  # adds 1 to 3 other training utterances, each for at most half of the duration
     mix_snr_db: tuple[float, float] = (5.0, 20.0)
     noise_prob: float = 0.0  # stationary noise
     noise_snr_db: tuple[float, float] = (5.0, 30.0)
     noise_tilt: tuple[float, float] = (0.0, 2.0)  # spectral slope of the noise: 0 white, 1 pink, 2 brown
-    band_prob: float = 0.0  # band limitation, e.g. 300 to 3400 Hz as on a telephone
+    band_prob: float = 0.0  # band-pass filtering, e.g. 300 to 3400 Hz as in telephone speech
     band_low_hz: tuple[float, float] = (50.0, 300.0)
     band_high_hz: tuple[float, float] = (3400.0, 7600.0)
     codec_prob: float = 0.0  # mu-law quantization
@@ -81,21 +82,21 @@ class AugmentConfig:
 
 
 class Augmenter:
-    """Augmentation of the utterances of a manifest.
+    """Augmentation of the utterances in a manifest.
 
     Args:
         config: probabilities and ranges of the effects.
         seed: seed of all random choices.
-        rows: manifest rows that may be mixed into other utterances.
+        rows: manifest rows of the utterances that may be mixed into others.
         n_samples: lengths of all utterances in the manifest.
-        read: function that reads part of an utterance.
+        read: function that reads a part of an utterance.
     """
 
     def __init__(self, config: AugmentConfig, seed: int, rows: np.ndarray, n_samples: np.ndarray, read: Read):
         self.config, self.seed, self.rows, self.n_samples, self.read = config, seed, rows, n_samples, read
 
     def lengths(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
-        """Compute the lengths of `rows` at their speeds in an epoch, int64."""
+        """Compute the lengths (samples, int64) of `rows` after the speed changes in an epoch."""
         return _length(self.n_samples[rows], self.speeds(epoch, rows))
 
     def length_bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,18 +106,18 @@ class Augmenter:
         return _length(n_samples, max(1.0, fastest)), _length(n_samples, min(1.0, slowest))
 
     def speeds(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
-        """Draw the speed factors of `rows` in an epoch, float64; a factor of 1 means no change."""
+        """Draw the speed factors of `rows` in an epoch, float64. A factor of 1 means no change."""
         rows = np.asarray(rows)
         if not self.config.speed_prob:
             return np.ones(rows.shape)
-        # Position in the range of speeds; rows with a position of at least 1 are not changed.
+        # The position within the range of speeds. Rows whose position is 1 or higher are not changed.
         share = _uniform(self.seed, epoch, rows) / self.config.speed_prob
         low, high = self.config.speed
         drawn = np.round((low + (high - low) * share) * _SPEED_STEPS) / _SPEED_STEPS
         return np.where(share < 1, np.clip(drawn, low, high), 1.0)
 
     def __call__(self, wav_T: Tensor, epoch: int, row: int) -> Tensor:
-        """Apply all effects drawn for a row in an epoch; `wav_T` is not modified.
+        """Apply all effects drawn for a row in an epoch, without modifying `wav_T`.
 
         Args:
             wav_T: the utterance or a crop of it, float32 (T,).
@@ -128,7 +129,7 @@ class Augmenter:
         """
         wave_T = change_speed(wav_T.numpy(), float(self.speeds(epoch, row)))
         for number, effect in enumerate(EFFECTS[1:]):
-            rng = seeded_rng(self.seed, epoch, row, 5, number)  # the effects are independent of each other
+            rng = seeded_rng(self.seed, epoch, row, 5, number)  # each effect has its own generator
             if rng.random() < getattr(self.config, f"{effect}_prob"):
                 wave_T = self._apply(effect, wave_T, row, rng)
         return torch.from_numpy(wave_T)
@@ -156,7 +157,7 @@ class Augmenter:
         return np.clip(wave_T * gain, -1.0, 1.0)
 
     def _other_speech(self, row: int, n_samples: int, rng: np.random.Generator) -> np.ndarray:
-        """Mix parts of other utterances at random times (WavLM, section III-B); returns float32 (T,)."""
+        """Mix parts of other utterances at random times (WavLM, section III-B), float32 (T,)."""
         total = np.zeros(n_samples, np.float32)
         for _ in range(int(rng.integers(1, _MAX_OTHERS, endpoint=True))):
             other = int(self.rows[rng.integers(len(self.rows))])
@@ -178,7 +179,7 @@ def change_speed(wave_T: np.ndarray, speed: float) -> np.ndarray:
 
 
 def room_response(seconds: float, direct_db: float, rng: np.random.Generator) -> np.ndarray:
-    """Generate the impulse response of a room: direct sound, then decaying noise (Polack's model).
+    """Generate a room impulse response: direct sound followed by decaying noise (Polack's model).
 
     The direct sound has amplitude 1 and no delay, so that labels stay aligned.
 
@@ -201,7 +202,7 @@ def room_response(seconds: float, direct_db: float, rng: np.random.Generator) ->
 
 
 def filter_with(wave_T: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Convolve a waveform with an impulse response, preserving length and power; returns float32 (T,)."""
+    """Convolve a waveform with an impulse response, preserving length and power; float32 (T,)."""
     size = _fft_size(len(wave_T) + len(response) - 1)
     spectrum = np.fft.rfft(wave_T, size) * np.fft.rfft(response, size)
     result = np.fft.irfft(spectrum, size)[: len(wave_T)].astype(np.float32)
@@ -217,7 +218,7 @@ def colored_noise(n_samples: int, tilt: float, rng: np.random.Generator) -> np.n
 
 
 def add_at(wave_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> np.ndarray:
-    """Add noise or speech at a signal-to-noise ratio, unless it is silent; returns float32 (T,)."""
+    """Add noise or speech, unless it is silent, at a given signal-to-noise ratio; float32 (T,)."""
     power = _power(noise_T)
     if power < _MIN_POWER:
         return wave_T
@@ -225,7 +226,7 @@ def add_at(wave_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> np.ndarray
 
 
 def limit_band(wave_T: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
-    """Apply a band-pass filter without delay, with slopes of 24 (low) and 48 dB per octave (high)."""
+    """Apply a zero-delay band-pass filter with slopes of 24 dB (low) and 48 dB (high) per octave."""
     size = _fft_size(len(wave_T))
     hertz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).astype(np.float32)
     hertz[0] = hertz[1]  # avoids a division by zero
@@ -234,7 +235,7 @@ def limit_band(wave_T: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
 
 
 def quantize_mu_law(wave_T: np.ndarray, bits: int) -> np.ndarray:
-    """Encode and decode with the mu-law, relative to the peak of the waveform; returns float32 (T,)."""
+    """Quantize a waveform with the mu-law relative to its peak, and decode it again; float32 (T,)."""
     peak = np.abs(wave_T).max(initial=0.0)
     if peak**2 < _MIN_POWER:
         return wave_T
@@ -244,12 +245,12 @@ def quantize_mu_law(wave_T: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _length(n_samples: Any, speed: Any) -> np.ndarray:
-    """Return the number of samples after changing the speed of `n_samples` samples, int64."""
+    """Return the number of samples (int64) that `n_samples` samples have after a speed change."""
     return np.rint(n_samples / speed).astype(np.int64)
 
 
 def _uniform(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
-    """Draw numbers in [0, 1) that are determined by (seed, epoch, row), for any rows (SplitMix64)."""
+    """Draw one number in [0, 1) per row, determined by (seed, epoch, row), with SplitMix64."""
     base = seeded_rng(seed, epoch, 6).integers(2**63, dtype=np.uint64)
     with np.errstate(over="ignore"):
         state = base + (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

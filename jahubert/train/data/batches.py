@@ -1,4 +1,4 @@
-"""Batches for pretraining and CTC fine-tuning, from a manifest and its labels or targets.
+"""Batches for pretraining and CTC fine-tuning, built from a manifest and its labels or targets.
 
 Crops, masks and augmentation are determined by (seed, epoch, row). They depend neither on the other
 utterances in a batch nor on interruptions of the run.
@@ -56,17 +56,17 @@ class _Batch:
     n_samples_B: Tensor  # int64, on the CPU
 
     def to(self: B, device: torch.device) -> B:
-        """Return a copy with its large tensors on `device`; lengths stay on the CPU, where they are used."""
+        """Return a copy whose large tensors are on `device`. Lengths stay on the CPU, where they are used."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: B) -> B:
-        """Return a copy in pinned memory, so that `to` overlaps with computation; called by DataLoader."""
+        """Return a copy in pinned memory, so that `to` overlaps with computation. DataLoader calls this."""
         return self._map(Tensor.pin_memory)
 
     def _map(self: B, change: Callable[[Tensor], Tensor]) -> B:
         """Return a copy with `change` applied to the large tensors.
 
-        `__post_init__` is skipped, because its checks would synchronize the GPU.
+        The copy is created without `__post_init__`, whose checks would synchronize the GPU.
         """
         other = copy.copy(self)
         for name, value in vars(self).items():
@@ -81,7 +81,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class PretrainBatch(_Batch):
-    """Waveforms, frame masks, and the units of the masked frames."""
+    """Pretraining batch: waveforms, frame masks, and the units of the masked frames."""
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, row by row
@@ -100,7 +100,7 @@ class PretrainBatch(_Batch):
 
 @dataclass(frozen=True)
 class CtcBatch(_Batch):
-    """Waveforms, masks over frames and channels, and the concatenated target symbols."""
+    """Fine-tuning batch: waveforms, frame and channel masks, and the concatenated target symbols."""
 
     mask_BS: Tensor | None
     channel_mask_BD: Tensor | None
@@ -111,12 +111,12 @@ class CtcBatch(_Batch):
     def __post_init__(self) -> None:
         if int(self.n_target_B.sum()) != len(self.target_L):
             raise DataError(
-                f"{len(self.target_L)} target symbols, but lengths add up to {int(self.n_target_B.sum())}"
+                f"{len(self.target_L)} target symbols, but the lengths add up to {int(self.n_target_B.sum())}"
             )
 
 
 def pad(rows: list[Tensor]) -> Tensor:
-    """Stack rows of different lengths into one tensor (B, max length), padded with zero or False."""
+    """Stack rows of different lengths into one tensor (B, max length), padded with 0 or False."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
@@ -126,7 +126,7 @@ class CropConfig:
 
     min_seconds: float = 2.0  # shorter utterances are skipped
     max_seconds: float = 15.625  # longer utterances are cropped at random frame positions
-    # A split of at most this many hours is cached decoded in the memory of each data worker (0.23 GB per
+    # If a split has at most this many hours, each data worker caches its decoded audio in memory (0.23 GB per
     # hour). A larger split is not cached at all, because a partial cache would save very little decoding.
     keep_in_memory_hours: float = runtime_field(4.0)
 
@@ -134,14 +134,14 @@ class CropConfig:
         errors = range_errors(self, {"at least 0": ("min_seconds", "keep_in_memory_hours")})
         if not HUBERT.n_samples(1) / SAMPLE_RATE <= self.max_seconds or self.min_seconds > self.max_seconds:
             errors.append(
-                "max_seconds must be at least one frame (0.025) and at least min_seconds; found max_seconds="
-                f"{self.max_seconds} and min_seconds={self.min_seconds}"
+                f"max_seconds is {self.max_seconds}, but must be at least min_seconds ({self.min_seconds}) "
+                "and at least one frame (0.025)"
             )
         raise_config_errors(errors)
 
 
 class WaveformCache:
-    """In-memory cache of decoded utterances, enabled if `rows` have at most `max_hours` of audio."""
+    """In-memory cache of decoded utterances, enabled if `rows` contain at most `max_hours` of audio."""
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, max_hours: float):
         self.manifest = manifest
@@ -149,7 +149,7 @@ class WaveformCache:
         self.waveforms: dict[int, np.ndarray] = {}
 
     def load(self, row: int, start: int, n_samples: int) -> Tensor:
-        """Load `n_samples` samples of an utterance, beginning with sample `start`; float32 (T,)."""
+        """Load `n_samples` samples of an utterance from sample `start` on, float32 (T,)."""
         if not self.enabled:
             return self.manifest.load(row, start, n_samples)
         if row not in self.waveforms:
@@ -160,7 +160,7 @@ class WaveformCache:
 def _augmenter(
     config: AugmentConfig | None, seed: int, rows: np.ndarray, cache: WaveformCache
 ) -> Augmenter | None:
-    """Create the augmentation of a data set; returns None if all effects are disabled."""
+    """Create the augmenter of a data set, or return None if all effects are disabled."""
     if config is None or not config.enabled:
         return None
     return Augmenter(config, seed, rows, cache.manifest.n_samples, cache.load)
@@ -194,7 +194,7 @@ def _long_enough(manifest: Manifest, split: str, min_seconds: float) -> np.ndarr
 
 
 class PretrainData:
-    """Micro-batches of cropped utterances of one split, for masked unit prediction."""
+    """Micro-batches of cropped utterances from one split, for masked unit prediction."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class PretrainData:
         )
 
     def _draw(self, epoch: int, row: int) -> tuple[int, int, np.ndarray]:
-        """Draw the crop of an utterance: its length (samples), first frame of the crop, and mask (S,)."""
+        """Draw the length (samples) of an utterance, the first frame of its crop, and its mask (S,)."""
         rng = seeded_rng(self.seed, epoch, row, 1)
         length = int(self.manifest.n_samples[row])
         n_samples = min(length, self.max_samples)

@@ -1,8 +1,8 @@
-"""Cache of decoding checks, so that no recording in an archive is decoded twice.
+"""Cache of decoding checks, which ensures that no recording in an archive is decoded twice.
 
-One JSON file per archive contains the offsets of the decoded recordings and the reasons for rejecting broken
-ones. It is valid as long as the size and modification time of the archive do not change. `stage=prepare`
-keeps the cache in `work/decoded`, to resume an interrupted run and to add archives that arrive later.
+One JSON file per archive lists the offsets of the decoded recordings and the reasons for rejecting some of
+them. It is valid as long as the size and modification time of the archive do not change. `stage=prepare`
+keeps the cache in `work/decoded`, so that it can resume an interrupted run and add new archives later.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from jahubert.train.data.utterances import Rejected, Utterance, Utterances
 from jahubert.train.experiment.provenance import write_json
 
-VERSION = 1  # version of the decoding check; a change invalidates all caches
+VERSION = 1  # version of the decoding check; changing it invalidates all caches
 
 
 class DecodeCache:
@@ -29,7 +29,7 @@ class DecodeCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def lookup(self, items: Utterances) -> tuple[Utterances, list[Rejected]] | None:
-        """Return the usable and rejected recordings of `items`, or None unless all were decoded before."""
+        """Return the usable and the rejected recordings of `items`, or None if some were never decoded."""
         entry = self._read(items.path)
         if not np.isin(items.offset_N, entry["offsets"]).all():
             return None
@@ -40,10 +40,10 @@ class DecodeCache:
         return items.take(np.array(usable, np.int64)), rejected
 
     def add(self, path: str, offsets: list[int], broken: dict[str, list[str]]) -> None:
-        """Record the offsets decoded in an archive.
+        """Add the offsets of the recordings that were decoded in an archive.
 
         Args:
-            broken: maps the offset of a rejected recording to the fields of its `Rejected`.
+            broken: mapping from the offset of a rejected recording to the fields of its `Rejected`.
         """
         entry = self._read(path)
         entry["offsets"] = sorted({*entry["offsets"], *offsets})
@@ -66,7 +66,7 @@ class DecodeCache:
 
 
 class DecodeRecorder:
-    """Collects the decoding results of one `Utterances` in order, and saves them after the last one."""
+    """Collects the decoding results for the recordings of one archive in order, and saves them at the end."""
 
     def __init__(self, cache: DecodeCache, items: Utterances):
         self.cache, self.items = cache, items

@@ -1,8 +1,9 @@
 """Export of a prepared corpus for Kaldi and ESPnet, lhotse and icefall, and Hugging Face datasets.
 
 All splits contain the same utterances as the manifest, so that results are comparable. Kaldi data directories
-and lhotse manifests refer to the original audio files if these are 16 kHz mono; other utterances, and those
-inside archives, are written as 16 kHz FLAC files, like all utterances of a folder for Hugging Face datasets.
+and lhotse manifests refer to the original audio files if these are 16 kHz mono. Other utterances, and those
+inside archives, are written as 16 kHz FLAC files. An export for Hugging Face datasets always writes FLAC
+files.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from jahubert.train.experiment.progress import progress
 
 
 def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]:
-    """Export a corpus and return the number of utterances per split.
+    """Export a corpus, and return the number of utterances per split.
 
     Args:
-        kind: the format: kaldi, lhotse or datasets.
+        kind: the format, one of kaldi, lhotse and datasets.
 
     Raises:
         DataError: `kind` is unknown, or the format cannot represent an utterance.
@@ -69,7 +70,7 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
     ids: set[str] = set()
     for row, item in _utterances(manifest, rows, split):
         speaker = _kaldi_id(item.speaker or item.id, item)
-        # Kaldi requires that sorting by utterance id also sorts by speaker id.
+        # In Kaldi, sorting by utterance id must also sort by speaker id.
         id = _kaldi_id(item.id, item)
         id = id if id.startswith(speaker) else f"{speaker}-{id}"
         _check_unique(id, ids, item)
@@ -93,7 +94,7 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
 
 def _kaldi_id(name: str, item: Utterance) -> str:
     if not name or any(char.isspace() for char in name):
-        raise DataError(f"utterance {item.id!r}: Kaldi ids must not contain white space, found {name!r}")
+        raise DataError(f"utterance {item.id!r}: Kaldi ids must not contain white space; found {name!r}")
     return name.replace("/", "-")
 
 
@@ -101,7 +102,7 @@ def _kaldi_id(name: str, item: Utterance) -> str:
 
 
 def _write_lhotse(manifest: Manifest, rows: list[int], folder: Path, split: str) -> None:
-    """Write a lhotse cut manifest, cuts_<split>.jsonl.gz, with one supervision per cut."""
+    """Write the lhotse cut manifest `cuts_<split>.jsonl.gz`, with one supervision per cut."""
     with (
         atomic_path(folder / f"cuts_{split}.jsonl.gz") as temporary,
         gzip.open(temporary, "wt", encoding="utf-8") as file,
@@ -175,17 +176,17 @@ def _file_name(item: Utterance) -> str:
 
 
 def _check_unique(name: str, names: set[str], item: Utterance) -> None:
-    """Add an exported name to `names`; ids that differ only in / and - become equal."""
+    """Add a name to `names`. Raise DataError if it exists, as for ids that differ only in / and -."""
     if name in names:
-        raise DataError(f"utterance {item.id!r}: another utterance is also exported as {name}; rename one")
+        raise DataError(f"utterance {item.id!r}: another utterance is exported as {name} too; rename one")
     names.add(name)
 
 
 def _audio_file(manifest: Manifest, row: int, folder: Path) -> tuple[Path, int, int]:
-    """Return a 16 kHz mono file with the audio of an utterance: the original, or one written to `folder`.
+    """Return a 16 kHz mono file that contains an utterance: the original, or a new one in `folder`.
 
     Returns:
-        The path, the first sample of the utterance in the file, and the number of samples of the file.
+        The path, the position of the first sample in the file, and the number of samples in the file.
     """
     item = manifest[row]
     if item.audio.offset == 0 and item.audio.length < 0:
@@ -201,7 +202,7 @@ def _audio_file(manifest: Manifest, row: int, folder: Path) -> tuple[Path, int, 
 
 @lru_cache(maxsize=1)  # the utterances of a recording are consecutive
 def _length_if_16khz_mono(path: Path) -> int | None:
-    """Return the number of samples if soundfile reads a file as 16 kHz mono, otherwise None."""
+    """Return the number of samples in a file if soundfile reads it as 16 kHz mono, otherwise None."""
     try:
         info = soundfile.info(path)
     except (OSError, RuntimeError):

@@ -1,7 +1,7 @@
-"""Import and export of fairseq's HuBERT files: `<split>.tsv`, `<split>.km` and `dict.km.txt`.
+"""Import and export of fairseq's HuBERT training files: `<split>.tsv`, `<split>.km` and `dict.km.txt`.
 
-The first line of a `.tsv` is a root folder; each further line is `path<TAB>samples` of an utterance. Line n
-of the `.km` contains the units of the n-th utterance as text; the dictionary has one line per unit (see
+The first line of a `.tsv` is a root folder; every other line is `path<TAB>samples` for one utterance. Line n
+of the `.km` contains the units of the n-th utterance as text, and the dictionary has one line per unit (see
 examples/hubert/simple_kmeans in fairseq). Lines are split as bytes, because Japanese paths may contain
 characters that Python treats as line ends or white space in text.
 """
@@ -35,16 +35,16 @@ _ZIP_MEMBER = re.compile(r"(.+\.zip):(\d+):(\d+)", re.DOTALL)  # path, offset an
 class TsvEntry:
     """An utterance listed in a `.tsv`."""
 
-    id: str  # split/path, with the path as listed
+    id: str  # split/path, with the path as it is listed in the file
     audio: AudioSource
-    n_samples: int  # length as listed
+    n_samples: int  # length as it is listed in the file
 
 
 def find_tsv_files(folder: Path) -> list[Path]:
-    """Return the sorted `.tsv` files of a folder, one per split.
+    """Return the sorted `.tsv` files in a folder, one per split.
 
     Raises:
-        DataError: the folder has no `.tsv`.
+        DataError: the folder has no `.tsv` file.
     """
     paths = sorted(Path(folder).expanduser().glob("*.tsv"))
     if not paths:
@@ -53,13 +53,13 @@ def find_tsv_files(folder: Path) -> list[Path]:
 
 
 def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
-    """Iterate over the utterances of a `.tsv`.
+    """Iterate over the utterances in a `.tsv` file.
 
     Args:
-        root: replaces the root folder given in the first line.
+        root: replacement for the root folder in the first line.
 
     Raises:
-        DataError: a line is not `path<TAB>samples`.
+        DataError: a line does not have the form `path<TAB>samples`.
     """
     with path.open("rb") as lines:
         first_line = os.fsdecode(next(lines, b"").rstrip(b"\r\n"))
@@ -78,7 +78,7 @@ def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
 
 
 def read_dict(path: Path) -> int:
-    """Return the number of units K in a dictionary, which lists the units 0..K-1 in any order.
+    """Return the number of units K in a dictionary that lists the units 0..K-1 in any order.
 
     Raises:
         DataError: the file is missing, a unit is missing or listed twice, or a line is not a unit.
@@ -88,8 +88,8 @@ def read_dict(path: Path) -> int:
     units = [line.split()[:1] for line in path.read_bytes().splitlines() if line.strip()]
     if sorted(int(unit) if unit.isdigit() else -1 for (unit,) in units) != list(range(len(units))):
         raise DataError(
-            f"{path}: expected each unit from 0 to {len(units) - 1} once on {len(units)} lines. The usual "
-            "cause is that the command that appends to this file was run twice"
+            f"{path}: expected each unit from 0 to {len(units) - 1} once on {len(units)} lines; create the "
+            "file again (the command that appends to it was probably run twice)"
         )
     return len(units)
 
@@ -97,31 +97,31 @@ def read_dict(path: Path) -> int:
 def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 2000) -> LabelStore:
     """Convert the `.km` files of `folder` to a label store in `out`.
 
-    Every second unit is used if units have a rate of 100 Hz (from MFCCs); this is exact. Utterances that are
-    missing from the manifest are skipped.
+    If the units have a rate of 100 Hz (units of MFCCs), every second unit is used, which is exact. Utterances
+    that are missing from the manifest are skipped.
 
     Args:
         manifest: a manifest created from the `.tsv` files of `folder`.
-        shard_size: utterances per shard.
+        shard_size: number of utterances per shard.
 
     Raises:
         DataError: the length of an utterance differs between `.tsv` and manifest, its number of units does
             not match its number of frames, a unit is not in the dictionary, or the `.tsv` and `.km` have
             different numbers of lines.
-        StaleError: `out` contains units of different origin.
+        StaleError: `out` contains units with a different origin.
     """
     folder = Path(folder).expanduser()
     n_units = read_dict(folder / DICT)
     header = LabelHeader(
         n_units=n_units,
-        feature="fairseq",  # fairseq's files do not specify the feature
+        feature="fairseq",  # fairseq's files do not specify the actual feature
         layer=None,
         centroids=_hash([folder / DICT, *(_km(tsv) for tsv in find_tsv_files(folder))]),
         model=None,
         manifest=manifest.fingerprint,
         normalize=False,
     )
-    # An interrupted import starts over: it is fast, and the files may have been fixed in the meantime.
+    # An interrupted import starts over, because it is fast and the files may have been fixed in the meantime.
     remove_folder(out / "shards")
     writer = LabelWriter(out, header, HUBERT.n_frames(manifest.n_samples), shard_size)
     units = _units(manifest, folder, n_units)
@@ -129,7 +129,7 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
         for shard in writer.pending():
             writer.write(shard, list(islice(units, len(writer.rows(shard)))))
             done(len(writer.rows(shard)))
-    for _ in units:  # check the remaining lines
+    for _ in units:  # checks the remaining lines
         pass
     writer.finish()
     return LabelStore(out)
@@ -138,7 +138,7 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
 def _km(tsv: Path) -> Path:
     path = tsv.with_suffix(".km")
     if not path.is_file():
-        raise DataError(f"{path}: file not found; remove {tsv.name} from the folder if it has no units")
+        raise DataError(f"{path}: file not found; if there are no units for {tsv.name}, remove that file")
     return path
 
 
@@ -152,7 +152,7 @@ def _hash(paths: list[Path]) -> str:
 
 
 def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarray]:
-    """Yield the units at 50 Hz, int64 (S,), of each utterance in manifest order."""
+    """Yield the 50 Hz units, int64 (S,), of each utterance in manifest order."""
     row = 0
     item: Utterance | None = manifest[0]
     for tsv in find_tsv_files(folder):
@@ -201,10 +201,10 @@ def _parse_units(line: bytes, n_units: int, where: str) -> np.ndarray:
 
 
 def _units_per_frame(grids: list[FrameGrid], n_units: int, n_samples: int, where: str) -> int:
-    """Return the number of units per 50 Hz frame.
+    """Return the number of units per 50 Hz frame in a file.
 
     Args:
-        grids: the frame grids that match all utterances read from the file so far.
+        grids: frame grids that match all utterances read from the file so far.
     """
     if not grids:
         raise DataError(
@@ -217,17 +217,18 @@ def _units_per_frame(grids: list[FrameGrid], n_units: int, n_samples: int, where
 
 
 def export_experiment(labels: str, folder: str, manifest: str | None) -> dict[str, int]:
-    """Export the labels in `exp/NAME/iterN/label`; `manifest` defaults to that of the experiment."""
+    """Export the labels in `exp/NAME/iterN/label`. By default, the manifest of the experiment is used."""
     path = Path(manifest) if manifest else Path(labels).absolute().parent.parent / "prepare/manifest.arrow"
     return export(Manifest(path), LabelStore(Path(labels)), Path(folder))
 
 
 def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, int]:
-    """Write fairseq's training files with units at 50 Hz; return the number of utterances per split.
+    """Write fairseq's training files with 50 Hz units, and return the number of utterances per split.
 
     Raises:
-        DataError: the store belongs to a different manifest, or a `.tsv` cannot represent an utterance: it
-            is part of a recording, is inside a tar, or has a tab or a line feed in its name.
+        DataError: the store belongs to a different manifest, or a `.tsv` file cannot represent an utterance
+            because the utterance is part of a recording, is inside a tar file, or has a tab or a line feed in
+            its name.
     """
     labels.check(manifest)
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,12 +252,12 @@ def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, in
 
 
 def _sampled_rows(manifest: Manifest) -> range:
-    """Return about 1000 evenly spaced rows, which suffice to find a folder that contains most audio files."""
+    """Return about 1000 evenly spaced rows, enough to find a folder that contains most audio files."""
     return range(0, len(manifest), max(1, len(manifest) // 1000))
 
 
 def _tsv_name(item: Utterance, root: str) -> str:
-    """Return the path of an utterance relative to `root`, or its absolute path if it is outside."""
+    """Return the audio path of an utterance relative to `root`, or the absolute path if it is outside."""
     audio, problem = item.audio, ""
     if item.start or audio_length(audio) != item.n_samples:
         problem = "is only part of its recording; split the recordings into files first"

@@ -1,4 +1,4 @@
-"""Writing of FLAC files."""
+"""Writer for FLAC files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jahubert.frames import SAMPLE_RATE
 
 
 def write_flac(path: Path, samples: np.ndarray, rate: int = SAMPLE_RATE) -> None:
-    """Write samples (T,) as 16-bit FLAC, atomically.
+    """Write samples (T,) atomically to a 16-bit FLAC file.
 
-    The file is encoded in memory, because libsndfile ignores a write error when it completes the header.
+    The samples are encoded in memory, because libsndfile ignores a write error while it completes the header.
     """
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")

@@ -1,9 +1,9 @@
-"""Label store: the units of every utterance at 50 Hz, packed and memory-mapped.
+"""Label store: the 50 Hz units of every utterance, packed and memory-mapped.
 
-A finished store consists of `units.bin` (uint8 for up to 256 units, otherwise uint16), `offsets.npy` (first
-frame of each utterance, followed by the end) and `header.json`, which describes the units. While labels are
-computed, shards are written atomically to `shards/`. A run that is killed or fills the disk therefore loses
-at most one shard, and rerunning it produces the same bytes.
+A finished store consists of `units.bin` (uint8 for up to 256 units, otherwise uint16), `offsets.npy` (the
+first frame of each utterance, followed by the total number of frames) and `header.json`, which describes the
+units. While labels are computed, shards are written atomically to `shards/`. A run that is killed or fills
+the disk therefore loses at most one shard, and rerunning it produces the same bytes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from jahubert.train.data.manifest import Manifest
 
 @dataclass(frozen=True)
 class LabelHeader:
-    """Description of the units of a store; stores with equal headers have the same origin."""
+    """Description of the units in a store. Stores with equal headers have the same origin."""
 
     n_units: int
-    feature: str  # mfcc or hubert
-    layer: int | None  # number of the HuBERT layer; None for mfcc
-    centroids: str  # sha256 of the centroids
-    model: str | None  # sha256 of the HuBERT weights; None for mfcc
+    feature: str  # name of the feature, e.g. mfcc or hubert
+    layer: int | None  # number of the HuBERT layer, or None for mfcc
+    centroids: str  # SHA-256 of the centroids
+    model: str | None  # SHA-256 of the HuBERT weights, or None for mfcc
     manifest: str  # fingerprint of the manifest
     normalize: bool
     hop: int = HUBERT.hop  # samples
@@ -45,14 +45,14 @@ class LabelHeader:
 
 
 class LabelWriter:
-    """Writes a store in shards of `shard_size` utterances, in any order, by any number of processes."""
+    """Writer of a label store. Any number of processes can write its shards, in any order."""
 
     def __init__(self, folder: Path, header: LabelHeader, n_frames: np.ndarray, shard_size: int = 2000):
         """Create a store, or resume an unfinished one.
 
         Args:
-            n_frames: number of frames of every utterance of the manifest.
-            shard_size: utterances per shard; an unfinished store keeps its shard size.
+            n_frames: number of frames of every utterance in the manifest.
+            shard_size: number of utterances per shard. An unfinished store keeps its shard size.
 
         Raises:
             StaleError: the folder contains units with a different header.
@@ -77,21 +77,21 @@ class LabelWriter:
         return -(-len(self.n_frames) // self.shard_size)
 
     def rows(self, shard: int) -> range:
-        """Return the utterances of a shard."""
+        """Return the manifest rows of the utterances in a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.n_frames)))
 
     def pending(self) -> list[int]:
-        """Return the numbers of the shards that are missing or incomplete."""
+        """Return the indices of the shards that are missing or incomplete."""
         if (self.folder / "header.json").exists():
             return []
         return [shard for shard in range(len(self)) if not self._is_complete(shard)]
 
     def write(self, shard: int, units: Sequence[np.ndarray]) -> None:
-        """Write the units of all utterances of a shard.
+        """Write the units of all utterances in a shard.
 
         Raises:
-            DataError: the number of units differs from the number of frames, a unit is out of range, or the
-                shard cannot be written.
+            DataError: an utterance does not have one unit per frame, a unit is out of range, or the shard
+                cannot be written.
         """
         rows = self.rows(shard)
         if len(units) != len(rows):
@@ -137,13 +137,13 @@ class LabelWriter:
 
 
 class LabelStore:
-    """A finished label store, memory-mapped; cheap to send to a worker process."""
+    """A finished label store. It is memory-mapped, and therefore cheap to send to a worker process."""
 
     def __init__(self, folder: Path):
         """Open a store.
 
         Raises:
-            DataError: `folder` has no finished store, or its files do not match each other.
+            DataError: `folder` does not contain a finished store, or its files are inconsistent.
         """
         self.folder = Path(folder)
         try:
@@ -158,14 +158,15 @@ class LabelStore:
             raise DataError(f"{self.folder}: not a label store ({error}); rerun stage=label") from error
         if self.header.format != LabelHeader.format:
             raise DataError(
-                f"{self.folder}: format {self.header.format}, but this version reads {LabelHeader.format}"
+                f"{self.folder}: the store has format {self.header.format}, but this version reads "
+                f"{LabelHeader.format}; rerun stage=label"
             )
         if size != self.offsets[-1] * self.header.dtype.itemsize:
             raise DataError(
                 f"{self.folder}/units.bin: {size} bytes, but offsets.npy has {self.offsets[-1]} units of "
                 f"{self.header.dtype.itemsize} bytes; rerun stage=label"
             )
-        # An empty file cannot be mapped. A plain array avoids memmap's overhead on every access.
+        # An empty file cannot be mapped. A plain array avoids the overhead of np.memmap on every access.
         self.unit_N: np.ndarray = np.zeros(0, self.header.dtype)
         if size:
             self.unit_N = np.asarray(np.memmap(self.folder / "units.bin", self.header.dtype, "r"))
@@ -197,15 +198,15 @@ class LabelStore:
         """Raise DataError unless the units were computed for this manifest and on HuBERT's frame grid."""
         if len(self) != len(manifest) or self.header.manifest != manifest.fingerprint:
             raise DataError(
-                f"{self.folder}: labels of a different manifest ({len(self)} utterances, fingerprint "
-                f"{self.header.manifest[:8]}) than this one ({len(manifest)} utterances, fingerprint "
-                f"{manifest.fingerprint[:8]}); rerun stage=label"
+                f"{self.folder}: the labels were computed for a different manifest ({len(self)} utterances, "
+                f"fingerprint {self.header.manifest[:8]}) than {manifest.path} ({len(manifest)} utterances, "
+                f"fingerprint {manifest.fingerprint[:8]}); rerun stage=label"
             )
         grid = FrameGrid(self.header.window, self.header.hop)
         if grid != HUBERT:
             raise DataError(
-                f"{self.folder}: units have a hop of {grid.hop} and a window of {grid.window} samples, but "
-                f"HuBERT's frames have {HUBERT.hop} and {HUBERT.window}; rerun stage=label"
+                f"{self.folder}: the units have a hop of {grid.hop} and a window of {grid.window} samples, "
+                f"but HuBERT's frames have {HUBERT.hop} and {HUBERT.window}; rerun stage=label"
             )
         expected = grid.n_frames(torch.tensor(manifest.n_samples)).numpy()
         wrong = np.flatnonzero(np.diff(self.offsets) != expected)
@@ -231,7 +232,7 @@ def _check_header(folder: Path, before: dict[str, Any], after: dict[str, Any]) -
     ]
     if changed:
         raise StaleError(
-            f"{folder} contains different units: {'; '.join(changed)}. Delete it to compute them again"
+            f"{folder} contains different units: {'; '.join(changed)}. Delete it to compute the units again"
         )
 
 

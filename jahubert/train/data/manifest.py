@@ -1,4 +1,4 @@
-"""Utterance manifest: a memory-mapped Arrow file that all workers share.
+"""Utterance manifest: a memory-mapped Arrow file, shared by all workers.
 
 Rows are converted to Python objects only on access, so that a corpus of 22 million utterances fits in memory.
 Paths of audio inside the manifest's folder are stored relative to it, so that an experiment folder can be
@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 FORMAT = b"1"
 _MISSING_AUDIO_HINT = (
-    "Restore the original recording and rerun the same command. To train without it, start again from "
-    "stage=prepare with a different name=...: it rejects unreadable audio. Units, checkpoints and targets "
-    "must then be recomputed"
+    "Restore the original recording and rerun the same command. To train without it, start a new "
+    "experiment (name=...) from stage=prepare, which rejects unreadable audio; all later stages must then "
+    "run again"
 )
-_BATCH_ROWS = 8192  # rows per record batch; only one batch is in memory while writing
+_BATCH_ROWS = 8192  # rows per record batch; the writer keeps only one batch in memory
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -68,10 +68,10 @@ _SCHEMA = pa.schema(
 
 
 def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utterances | Rejected]) -> dict:
-    """Write a manifest atomically and in bounded memory.
+    """Write a manifest atomically, using bounded memory.
 
     Returns:
-        Counts: {"utterances", "hours", "rejected": {reason: n}, "splits": {split: {"utterances", "hours",
+        Statistics: {"utterances", "hours", "rejected": {reason: n}, "splits": {split: {"utterances", "hours",
         "with_words"}}}.
 
     Raises:
@@ -120,7 +120,7 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
 def _copy_with_metadata(
     table: pa.ipc.RecordBatchFileReader, path: Path, metadata: dict[bytes, bytes]
 ) -> None:
-    """Copy the draft with `metadata` added to its schema; the fingerprint is not known earlier."""
+    """Copy the draft to `path` and add `metadata`, which includes the fingerprint of the complete draft."""
     schema = _SCHEMA.with_metadata(metadata)
     with open(path, "wb") as file, pa.ipc.new_file(file, schema) as out:
         for i in range(table.num_record_batches):
@@ -128,7 +128,7 @@ def _copy_with_metadata(
 
 
 def _crc32(batches: Iterable[pa.RecordBatch]) -> bytes:
-    """Compute the CRC-32 of all buffers of a table, as 8 hexadecimal digits."""
+    """Compute the CRC-32 of all buffers in the batches, as 8 hexadecimal digits."""
     crc = 0
     for batch in batches:
         for column in batch.columns:
@@ -139,12 +139,12 @@ def _crc32(batches: Iterable[pa.RecordBatch]) -> bytes:
 
 
 class _ManifestBuilder:
-    """Checks and counts utterances while a manifest is written, and computes its fingerprint."""
+    """Checks and counts utterances while a manifest is written, and computes the fingerprint."""
 
     def __init__(self, folder: Path):
         self.prefix = os.path.abspath(folder) + os.sep
         self.sha = hashlib.sha256()
-        self.id_hashes = array("q")  # 8 bytes per utterance; a set of strings would need over 100
+        self.id_hashes = array("q")  # takes 8 bytes per utterance; a set of strings would take over 100
         self.n_samples = 0
         self.rejected: dict[str, int] = {}
         self.splits: dict[str, dict] = {}
@@ -153,7 +153,7 @@ class _ManifestBuilder:
         self.rejected[item.reason] = self.rejected.get(item.reason, 0) + 1
 
     def row(self, item: Utterance) -> dict:
-        """Check and count an utterance, and return its row."""
+        """Check and count an utterance, and return its manifest row."""
         _check(item)
         row = {
             "id": item.id,
@@ -172,14 +172,14 @@ class _ManifestBuilder:
             self.sha.update(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"utterance {item.id!r} ({item.audio}): the name or text is not valid Unicode; rename it"
+                f"utterance {item.id!r} ({item.audio}): the name or text is not valid Unicode; correct it"
             ) from error
         self.id_hashes.append(_id_hash(item.id))
         self._count(item.split, 1, item.n_samples, bool(item.words))
         return row
 
     def record_batch(self, items: Utterances) -> pa.RecordBatch:
-        """Check and count the utterances of an archive, and return their rows."""
+        """Check and count the utterances in an archive, and return their manifest rows."""
         if items.n_samples_N.min() <= 0 or not all(items.ids) or not items.split:
             for item in items:
                 _check(item)
@@ -226,13 +226,13 @@ class _ManifestBuilder:
         split["with_words"] += with_words
 
     def check_ids(self, table: pa.ipc.RecordBatchFileReader) -> None:
-        """Raise DataError for a duplicate id, naming both sources."""
+        """Raise a DataError that names both sources if two utterances have the same id."""
         hashes = np.frombuffer(self.id_hashes, dtype=np.int64)
         values, counts = np.unique(hashes, return_counts=True)
         suspects = np.flatnonzero(np.isin(hashes, values[counts > 1]))
         first: dict[str, Utterance] = {}
         rows = _Rows(table, Path(self.prefix))
-        for i in suspects:  # compare the ids, because different ids can have equal hashes
+        for i in suspects:  # the ids are compared, because different ids can have equal hashes
             item = rows[int(i)]
             if item.id in first:
                 raise DataError(
@@ -265,7 +265,7 @@ class _ManifestBuilder:
         if not self.rejected:
             return "the recipe yielded no utterances"
         reason, n = max(self.rejected.items(), key=lambda pair: pair[1])
-        return f"all {sum(self.rejected.values())} were rejected; most frequent reason ({n} times): {reason}"
+        return f"all {sum(self.rejected.values())} were rejected, most often ({n} times) because: {reason}"
 
 
 def _check(item: Utterance) -> None:
@@ -273,7 +273,7 @@ def _check(item: Utterance) -> None:
     if not item.id:
         problem = "has no id"
     elif item.n_samples <= 0 or item.start < 0:
-        problem = f"covers no audio: start {item.start}, n_samples {item.n_samples}"
+        problem = f"covers no audio: start is {item.start}, n_samples is {item.n_samples}"
     elif not item.split:
         problem = "has no split"
     elif any(not word for word in item.words):
@@ -299,7 +299,7 @@ def _hours(n_samples: int) -> float:
 
 
 class _Rows:
-    """Random access to the rows of an open Arrow file."""
+    """Random access to the rows in an open Arrow file."""
 
     def __init__(self, table: pa.ipc.RecordBatchFileReader, folder: Path):
         self.folder = folder
@@ -330,7 +330,7 @@ class _Rows:
 
 
 class Manifest:
-    """A memory-mapped manifest; cheap to open and to send to a worker process."""
+    """A memory-mapped manifest, which is cheap to open and to send to a worker process."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).absolute()
@@ -355,12 +355,12 @@ class Manifest:
             self.counts: dict = json.loads(metadata[b"counts"])
         except (KeyError, ValueError) as error:
             raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
-        self._crc32 = metadata.get(b"crc32")  # None for manifests written by earlier versions
+        self._crc32 = metadata.get(b"crc32")  # None in manifests written by earlier versions
 
     def validate(self) -> None:
         """Validate all Arrow buffers and their checksum, which reads the whole file.
 
-        If a damaged manifest is not detected, it can crash the process or return wrong rows.
+        A damaged manifest that is not detected can crash the process or return wrong rows.
 
         Raises:
             DataError: the manifest is damaged.
@@ -383,17 +383,17 @@ class Manifest:
         return self._rows[i % len(self)]
 
     def __reduce__(self):
-        return Manifest, (self.path,)  # each worker maps the file itself
+        return Manifest, (self.path,)  # each worker maps the file into its own memory
 
     @cached_property
     def n_samples(self) -> np.ndarray:
-        """Lengths of all utterances in 16 kHz samples, int64 (utterances,), read-only."""
+        """Lengths of all utterances in 16 kHz samples, read-only int64 (utterances,)."""
         n_samples = self._rows.column("n_samples").to_numpy()
         n_samples.flags.writeable = False
         return n_samples
 
     def ids(self, indices: Sequence[int] | np.ndarray | None = None) -> list[str]:
-        """Return the ids of all utterances (2 GB of strings for 22 million), or of those at `indices`."""
+        """Return the ids of the utterances at `indices`, or all ids (2 GB of strings for 22 million)."""
         column = self._rows.column("id")
         return (column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist()
 
@@ -401,11 +401,11 @@ class Manifest:
         """Return the ascending int64 indices of the selected utterances.
 
         Args:
-            split: only utterances of this split.
-            has_words: True: only utterances with words; False: only utterances without words.
+            split: select only utterances in this split.
+            has_words: select only utterances with words (True) or without words (False).
 
         Raises:
-            DataError: the manifest has no such split.
+            DataError: the manifest does not contain `split`.
         """
         keep = np.ones(len(self), bool)
         if split is not None:
@@ -420,11 +420,11 @@ class Manifest:
     def load(self, i: int, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
         """Load samples of utterance `i`, float32 (T,).
 
-        Transient errors, for example of a network file system, are retried.
+        Reading is retried after transient errors, for example those of a network file system.
 
         Args:
             start: first sample, counted from the start of the utterance.
-            n_samples: number of samples; None: all samples to the end of the utterance.
+            n_samples: number of samples; None selects all samples to the end of the utterance.
 
         Raises:
             AudioError: the audio is unreadable, or shorter than specified in the manifest.
@@ -443,6 +443,6 @@ class Manifest:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether an error may go away on retrying: a file system error other than a missing file."""
+    """Return whether retrying may help: the error is a file system error other than a missing file."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)

@@ -1,4 +1,4 @@
-"""Span masks over frames and channels, with random starts (wav2vec 2.0, section 3.1)."""
+"""Masks of randomly placed spans of frames or channels (wav2vec 2.0, section 3.1)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def seeded_rng(*key: int) -> np.random.Generator:
 def span_mask(
     length: int, prob: float, span: int, rng: np.random.Generator, min_spans: int = 0
 ) -> np.ndarray:
-    """Draw a bool mask (length,) that is True inside random spans.
+    """Draw a bool mask (length,) that is True inside randomly placed spans.
 
     The number of spans is `prob * length / span`, randomly rounded up or down, and at least `min_spans`.
-    Start positions are drawn without replacement. Spans may overlap, so `prob=0.8` with `span=10` masks about
-    57 % of the positions. This is fairseq's `compute_mask_indices` with "static" spans, except that rows of a
-    batch may have different numbers of masked positions. At least one position is not masked, and spans are
-    shortened if they do not fit.
+    Start positions are drawn without replacement. Because spans may overlap, `prob=0.8` with `span=10` masks
+    about 57 % of the positions. The mask is drawn as in fairseq's `compute_mask_indices` with "static" spans,
+    except that the rows of a batch may have different numbers of masked positions. At least one position
+    remains unmasked, and spans are shortened if they do not fit.
     """
     mask = np.zeros(length, dtype=bool)
     n_spans = max(min_spans, int(prob * length / span + rng.random()))

@@ -1,4 +1,4 @@
-"""Reading of parquet files, with retries after file system errors."""
+"""Reader for parquet files, with retries after file system errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jahubert.errors import DataError
 from jahubert.train.data.utterances import read_reliably
 
 T = TypeVar("T")
-_BATCH_ROWS = 256  # rows in memory, which may contain audio
+_BATCH_ROWS = 256  # rows in memory at a time; they may contain audio
 
 
 def parquet_schema(path: Path) -> pa.Schema:
@@ -28,7 +28,7 @@ def parquet_schema(path: Path) -> pa.Schema:
 
 
 def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a parquet file in batches of 256.
+    """Yield the rows of a parquet file in batches of 256 rows.
 
     Raises:
         DataError: the file is damaged, or the file system still fails after several attempts.
@@ -39,7 +39,7 @@ def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
     def next_batch() -> pa.RecordBatch | None:
         nonlocal batches
         try:
-            if batches is None:  # first attempt, or the iterator ended with an error
+            if batches is None:  # this is the first attempt, or the iterator ended with an error
                 batches = islice(
                     pq.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=columns), n_read, None
                 )
@@ -54,10 +54,10 @@ def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
 
 
 def _read(path: Path, read: Callable[[], T]) -> T:
-    """Call `read`; Arrow also reports damaged files as OSErrors, but without an error number."""
+    """Call `read`, and raise DataError for a damaged file (an OSError of Arrow without error number)."""
     try:
         return read()
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise DataError(f"{path}: cannot be read as parquet ({error})") from error
+        raise DataError(f"{path}: not a parquet file, or damaged ({error}); copy the file again") from error

@@ -1,10 +1,10 @@
-"""Length-bucketed sampler of updates and their micro-batches, determined by (seed, epoch).
+"""Length-bucketed sampler for updates and their micro-batches, determined by (seed, epoch).
 
-An epoch is a sequence of groups of utterances of similar length. An update consists of a fixed number of
-consecutive groups, so its content depends neither on the memory of a GPU nor on the number of processes.
-Each group is one micro-batch, processed by one device in one forward pass. It is cut into several if it is
-longer than `micro_seconds`, or if the processes could not share the update otherwise. The sampler state is
-two integers: the epoch and the number of groups consumed in it.
+An epoch is a sequence of groups of utterances with similar lengths. An update consists of a fixed number of
+consecutive groups, so that its content depends neither on the memory of a GPU nor on the number of processes.
+Each group is one micro-batch, which one device processes in one forward pass. The group is cut into several
+micro-batches if it is longer than `micro_seconds`, or if the processes could not share the update otherwise.
+The state of the sampler consists of two integers: the epoch, and the number of groups consumed in that epoch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.model.kernels import PackedShape
 from jahubert.train.data.masking import seeded_rng
 
-_GROUPS = 8  # groups per update, unless these would be too long or too short
-_MIN_GROUP_SECONDS, _MAX_GROUP_SECONDS = 87.5, 500.0  # 87.5: the audio per GPU in the HuBERT paper
+_GROUPS = 8  # number of groups per update, unless the groups would be too long or too short
+_MIN_GROUP_SECONDS, _MAX_GROUP_SECONDS = 87.5, 500.0  # the HuBERT paper uses 87.5 s per GPU
 
 
 def groups_per_update(batch_seconds: float) -> int:
-    """Return the default number of groups per update: 8 of 350 s for the 2,800 s of HuBERT base."""
+    """Return the default number of groups per update: for the 2,800 s of HuBERT base, 8 groups of 350 s."""
     groups = _GROUPS
     while batch_seconds / groups > _MAX_GROUP_SECONDS:
         groups *= 2
@@ -37,7 +37,7 @@ def groups_per_update(batch_seconds: float) -> int:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sizes of groups, updates and micro-batches."""
+    """Sizes of the sampler's groups, updates and micro-batches."""
 
     group_seconds: float  # audio per group, including padding
     groups: int = 1  # number of groups per update
@@ -47,22 +47,22 @@ class BatchSizes:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of a manifest that are processed together: a group of the sampler or a part of one."""
+    """Manifest rows that are processed together: a group from the sampler, or a part of one."""
 
     epoch: int
     index: int  # position of the group in the epoch
     rows: tuple[int, ...]
-    part: int = 0  # number of the part within its group
-    group: tuple[int, ...] | None = None  # all rows of the group; None: `rows`
+    part: int = 0  # index of the part within the group
+    group: tuple[int, ...] | None = None  # all rows of the group; None: the same as `rows`
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Key for random generators that identifies the micro-batch within a run."""
+        """Key for random generators, which identifies the micro-batch within a run."""
         return (self.epoch, self.index, self.part) if self.part else (self.epoch, self.index)
 
 
 class Epoch:
-    """The groups of one epoch in order, stored as arrays because there can be millions of rows."""
+    """The ordered groups of one epoch, stored as arrays because there can be millions of rows."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class Epoch:
         starts: np.ndarray,
         order: np.ndarray,
     ):
-        """Create an epoch; group `i` is `rows[by_length[starts[order[i]] : starts[order[i] + 1]]]`."""
+        """Create an epoch whose group `i` is `rows[by_length[starts[order[i]] : starts[order[i] + 1]]]`."""
         self.number, self.rows, self.n_samples = number, rows, n_samples
         self.by_length, self.starts, self.order = by_length, starts, order
         padded = np.sum(np.maximum.reduceat(n_samples[by_length], starts[:-1]) * np.diff(starts))
-        self.padding = 1 - float(n_samples.sum() / padded)  # fraction of all samples
+        self.padding = 1 - float(n_samples.sum() / padded)  # fraction of all samples that are padding
 
     def __len__(self) -> int:
         return len(self.order)
@@ -91,13 +91,13 @@ class Epoch:
 
     def _members(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
-            raise IndexError(index)  # required for iteration to end
+            raise IndexError(index)  # iteration over the groups ends with this error
         group = self.order[index]
         return self.by_length[self.starts[group] : self.starts[group + 1]]
 
 
 class Sampler:
-    """Sampler of groups of similar lengths, each at most `group_seconds` long including padding."""
+    """Sampler for groups of similar lengths, each at most `group_seconds` long including padding."""
 
     def __init__(
         self,
@@ -132,8 +132,8 @@ class Sampler:
         longest = self.n_samples.max() / SAMPLE_RATE
         if self.n_samples.max() > self.group_capacity:
             raise ConfigError(
-                f"batch_seconds: a group of similar lengths has {sizes.group_seconds:g} s (an update has "
-                f"{sizes.groups} groups), which is shorter than the longest utterance ({longest:.2f} s)"
+                f"batch_seconds: each of the {sizes.groups} groups in an update has {sizes.group_seconds:g} "
+                f"s, but the longest utterance has {longest:.2f} s; increase batch_seconds"
             )
         if self.n_samples.max() > self.capacity:
             raise ConfigError(
@@ -151,13 +151,13 @@ class Sampler:
 
     def epoch(self, epoch: int) -> Epoch:
         """Return the groups of an epoch."""
-        if epoch not in self._epochs:  # keep the previous epoch, because data workers are ahead of training
+        if epoch not in self._epochs:  # data workers are ahead of training, so the previous epoch is kept
             self._epochs = {number: built for number, built in self._epochs.items() if number == epoch - 1}
             self._epochs[epoch] = self._build(epoch)
         return self._epochs[epoch]
 
     def update(self, epoch: int, cursor: int, processes: int = 1) -> list[MicroBatch]:
-        """Return the micro-batches of the update at group `cursor`; `processes` divides their number.
+        """Return the micro-batches of the update at group `cursor`, as a multiple of `processes`.
 
         Raises:
             DataError: the update has fewer utterances than there are processes.
@@ -175,7 +175,7 @@ class Sampler:
         return [part for group in groups for part in group.micro_batches()]
 
     def single_pass(self, rank: int = 0, processes: int = 1) -> Iterator[MicroBatch]:
-        """Return one process's share of the micro-batches of epoch 0, for an evaluation."""
+        """Iterate over one process's share of the micro-batches in epoch 0, for an evaluation."""
         epoch = self.epoch(0)
         groups = (self._group(epoch[index]) for index in range(len(epoch)))
         parts = (part for group in groups for part in group.micro_batches())
@@ -186,7 +186,7 @@ class Sampler:
 
     def _build(self, epoch: int) -> Epoch:
         rng = seeded_rng(self.seed, epoch, 0)
-        # Noise on the lengths varies which utterances share a group, with almost no extra padding.
+        # Adding noise to the lengths varies which utterances share a group, with almost no extra padding.
         n_samples = self.n_samples if self.epoch_lengths is None else self.epoch_lengths(epoch)
         by_length = np.argsort(n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
         starts = self._boundaries(n_samples[by_length])
@@ -194,7 +194,7 @@ class Sampler:
         return Epoch(epoch, self.rows, n_samples, by_length, starts, order)
 
     def _boundaries(self, length: np.ndarray) -> np.ndarray:
-        """Split rows with these lengths into groups; return all start positions and the final end."""
+        """Split rows with the given lengths into groups. Return the start of each group and the final end."""
         starts, counts = [0], np.arange(1, self._row_limit(int(length[0])) + 1)
         while starts[-1] < len(length):
             first = starts[-1]
@@ -208,7 +208,7 @@ class Sampler:
         return np.array(starts)
 
     def _balanced(self, length: np.ndarray, first: int, second: int, end: int) -> int:
-        """Return the boundary of the last two groups that gives the last one as many rows as fit, up to half.
+        """Return the start of the last group, moved back until it has up to half of the rows of both groups.
 
         Otherwise the last group may be a single utterance, which several processes cannot share.
         """
@@ -220,31 +220,31 @@ class Sampler:
         return second
 
     def _row_limit(self, first_length: int) -> int:
-        """Return the maximum number of rows in a group whose first row has this length."""
+        """Return the maximum number of rows in a group whose first row has the given length."""
         limit = self.group_capacity // max(1, first_length)
         return min(limit, self.max_rows) if self.max_rows else limit
 
     def stream(self, epoch: int, cursor: int) -> Iterator[MicroBatch]:
-        """Iterate over groups endlessly, starting at a saved state."""
+        """Iterate over groups endlessly, starting from a saved state."""
         while True:
             groups = self.epoch(epoch)
             yield from (groups[index] for index in range(cursor, len(groups)))
             epoch, cursor = epoch + 1, 0
 
     def padding(self, epoch: int = 0) -> float:
-        """Return the fraction of an epoch's samples that are padding."""
+        """Return the fraction of the samples in an epoch that are padding."""
         return self.epoch(epoch).padding
 
 
 class _Group:
-    """A group that is cut into parts with similar numbers of utterances and at most `capacity` samples."""
+    """A group, cut into parts with similar numbers of utterances and at most `capacity` samples each."""
 
     def __init__(self, micro: MicroBatch, lengths: np.ndarray, capacity: int):
         self.micro, self.lengths, self.capacity = micro, lengths, capacity
         self._cut(-(-len(lengths) * int(lengths.max()) // capacity))
 
     def longest_part(self) -> int:
-        """Return the number of samples in the longest part, including padding."""
+        """Return the number of samples in the longest part including padding."""
         return max(map(self._padded, self.parts))
 
     def split(self) -> None:

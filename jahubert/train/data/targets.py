@@ -1,4 +1,4 @@
-"""Target store: the target symbols of every utterance of a manifest, and the vocabulary."""
+"""Target store: the target symbols of every utterance in a manifest, and the vocabulary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.phonemes import BLANK, BOUNDARY, KANA, PhonemeSet
 from jahubert.train.experiment.provenance import read_record, write_json
 
-UNKNOWN = "<unk>"  # a character that does not occur in the training data; always counts as an error
+UNKNOWN = "<unk>"  # replaces characters that do not occur in the training data; always counts as an error
 
 
 def kana_set() -> PhonemeSet:
@@ -24,7 +24,7 @@ def kana_set() -> PhonemeSet:
 def character_set(characters: Iterable[str]) -> PhonemeSet:
     """Create a character vocabulary: blank, `<unk>` and `characters`.
 
-    It has no word boundary, because Japanese text has no spaces.
+    The vocabulary has no word boundary, because Japanese text has no spaces.
     """
     return PhonemeSet((BLANK, UNKNOWN, *sorted(set(characters))))
 
@@ -37,14 +37,14 @@ def vocabulary_kind(symbols: PhonemeSet) -> str:
 
 
 def split_words(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, ...]]:
-    """Split labels into words (tuples of symbols); without a word boundary, each symbol is a word."""
+    """Split labels into words (tuples of symbols). Without a word boundary, each symbol is a word."""
     words = symbols.decode(labels)
     return words if symbols.boundary >= 0 else [(symbol,) for word in words for symbol in word]
 
 
 def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet) -> int:
-    """Write the targets of all rows of a manifest and return the total number of symbols."""
-    offsets, symbols = array("q", [0]), array("h")  # arrays, because lists would need far more memory
+    """Write the targets for all rows of a manifest, and return the total number of symbols."""
+    offsets, symbols = array("q", [0]), array("h")  # lists would need far more memory
     for row in rows:
         symbols.extend(row)
         offsets.append(len(symbols))
@@ -78,5 +78,5 @@ class TargetStore:
 
     @property
     def labeled_rows(self) -> np.ndarray:
-        """Rows that have targets."""
+        """Manifest rows of the utterances that have targets."""
         return np.flatnonzero(np.diff(self.offsets))

@@ -1,4 +1,4 @@
-"""Tokenized training text of an experiment, for n-gram language models."""
+"""Tokenized training text from an experiment, for n-gram language models."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _VOCABULARY = {"phone": "phones", "kana": "kana", "character": "characters"}  # 
 
 
 def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
-    """Yield the tokens of every utterance in split `train`.
+    """Yield the tokens of every utterance in the split `train`.
 
-    Phones, kana and characters are taken from the targets of the experiment. Words are also taken from the
-    targets. They are written as in the text if the text has the same words, otherwise in kana.
+    All tokens are taken from the targets of the experiment. Words are written as in the text if the text has
+    the same words, and otherwise in kana.
 
     Raises:
-        ConfigError: the targets have a different unit, or the unit is word and the targets are characters.
+        ConfigError: the targets have a different unit than `tokenizer`, or word tokens are requested but the
+            targets are characters.
         DataError: the experiment has no targets.
     """
     manifest, targets = Manifest(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")
@@ -48,7 +49,7 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
 
 
 def _written_words(text: str, words: Sequence[tuple[str, ...]]) -> list[str]:
-    """Write words as in the text, or in kana if the text is split into other words."""
+    """Write words as they appear in the text, or in kana if the text is split into other words."""
     if len(words) == 1 and (written := recognized_characters(text)):
         return [written]
     try:

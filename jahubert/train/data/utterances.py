@@ -1,4 +1,4 @@
-"""Items yielded by recipes: single utterances, archives of utterances, and rejected items."""
+"""Items that recipes yield: single utterances, archives of utterances, and rejected items."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, err
 
 @dataclass(frozen=True)
 class Phone:
-    """A phone of a reference alignment; positions are samples from the start of the utterance."""
+    """A phone in a reference alignment, with positions in samples from the start of the utterance."""
 
     symbol: str
     start: int
@@ -36,12 +36,12 @@ class Phone:
 
 @dataclass(frozen=True)
 class Utterance:
-    """An utterance in an audio file, with its speaker, text and reference alignment if available."""
+    """An utterance in an audio file, with the speaker, text and reference alignment if available."""
 
     id: str
     audio: AudioSource
     start: int = 0  # 16 kHz samples from the start of the audio
-    n_samples: int = 0  # 16 kHz samples; 0: until the end of the audio, measured by stage=prepare
+    n_samples: int = 0  # 16 kHz samples; 0: to the end of the audio, as measured by stage=prepare
     speaker: str = ""
     text: str = ""
     words: tuple[tuple[str, ...], ...] = ()  # the phones of each word
@@ -50,7 +50,7 @@ class Utterance:
 
     @property
     def location(self) -> str:
-        """Location of the audio, for messages."""
+        """Location of the audio, for error messages."""
         return f"{self.audio}" + (f", from sample {self.start}" if self.start else "")
 
 
@@ -96,19 +96,19 @@ class Utterances:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A rejected item."""
+    """An item that a recipe or stage=prepare rejected, with the reason."""
 
     id: str
     reason: str  # one of a few fixed phrases, because rejected items are counted per reason
-    detail: str = ""  # details of this item
-    missing: str = ""  # path of a missing file; once it exists, stage=prepare explains how to add it
+    detail: str = ""  # details about this item
+    missing: str = ""  # path of a missing file; once the file exists, stage=prepare explains how to add it
 
 
 def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike) -> T:
     """Call `read`, which reads `source`, and retry after file system errors.
 
-    Decoders report a file system error in the middle of a file as truncated audio. Therefore, before audio is
-    considered damaged, its bytes are read once without a decoder, and decoding is repeated.
+    Decoders report a file system error in the middle of a file as truncated audio. Before audio is considered
+    damaged, its bytes are therefore read once without a decoder, and the decoding is repeated.
 
     Raises:
         AudioError: the audio is missing or unusable.
@@ -144,7 +144,7 @@ def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike
 
 
 def _read_error(source: AudioSource) -> OSError | None:
-    """Read all bytes of an audio source and return the error this raises, if any."""
+    """Read all bytes of an audio source. Return the OSError raised by reading, or None."""
     try:
         with open(source.path, "rb") as file:
             file.seek(source.offset)

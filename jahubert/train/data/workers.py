@@ -1,4 +1,4 @@
-"""Ordered map over items in DataLoader worker processes: reading and decoding while a device computes."""
+"""Ordered map in DataLoader worker processes, which read and decode audio while a device computes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from jahubert.train.experiment import distributed
 T = TypeVar("T")
 R = TypeVar("R")
 
-PREFETCH = 4  # items computed ahead per worker
+PREFETCH = 4  # number of items that each worker computes ahead
 _SHUTDOWN_SECONDS = 10.0  # seconds before workers that have not exited are killed
 
 
 class SharedMemoryError(UserError):
-    """Shared memory is too small for the DataLoader workers."""
+    """Raised if the shared memory is too small for the DataLoader workers."""
 
     exit_status = 1
 
@@ -33,15 +33,16 @@ class SharedMemoryError(UserError):
 def map_in_workers(
     function: Callable[[T], R], items: Iterable[T], *, workers: int, advice: str, pin_memory: bool = False
 ) -> Generator[tuple[T, R], None, None]:
-    """Yield (item, function(item)) in order, computed ahead in worker processes.
+    """Yield (item, function(item)) in order; worker processes compute the results ahead of time.
 
-    Close the generator to end the workers: they ignore SIGTERM, so Python cannot terminate them at exit.
+    Close the generator to end the workers. They ignore SIGTERM, so Python cannot terminate them at exit.
 
     Args:
-        function: returns a tensor, a tuple, or an object whose attributes are tensors or plain values.
-        workers: number of processes; 0: each item is computed in this process when it is needed.
-        advice: advice in the error message if shared memory is too small.
-        pin_memory: return tensors in page-locked memory, allocated through the current GPU.
+        function: function that returns a tensor, a tuple, or an object whose attributes are tensors or plain
+            values.
+        workers: number of worker processes. With 0, this process computes each item when it is needed.
+        advice: advice for the error message if shared memory is too small.
+        pin_memory: whether to return tensors in page-locked memory, allocated through the current GPU.
 
     Raises:
         UserError, OSError: raised by `function`.
@@ -54,7 +55,7 @@ def map_in_workers(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=ignore_signals,
-        # By default, the DataLoader draws a seed from the global generator; a resumed run would draw again.
+        # By default, DataLoader draws a seed from the global generator, which makes resumed runs differ.
         generator=torch.Generator(),
         pin_memory=pin_memory,
     )
@@ -71,10 +72,10 @@ def map_in_workers(
 
 
 def _received(iterator: Any) -> Generator[tuple[Any, Any], None, None]:
-    """Yield what the workers send.
+    """Yield the results that the workers send.
 
-    A worker that is killed while it passes a tensor breaks the connection; torch reports a dead worker only
-    at other moments.
+    A worker that is killed while it passes a tensor breaks the connection, and torch does not report this as
+    a dead worker.
     """
     while True:
         try:
@@ -91,15 +92,15 @@ def _received(iterator: Any) -> Generator[tuple[Any, Any], None, None]:
 def ignore_signals(_: int = 0) -> None:
     """Ignore stop signals in a DataLoader worker.
 
-    Launchers and schedulers send them to every process, but the run needs its workers to finish the current
-    step and save a checkpoint.
+    Launchers and schedulers send these signals to every process, but the run needs its workers to finish the
+    current step and save a checkpoint.
     """
     for number in distributed.STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 class _Items(Dataset):
-    """Map-style dataset of function results; errors are returned as values to preserve their type."""
+    """Map-style dataset of function results. Errors are returned as values, which preserves their types."""
 
     def __init__(self, function: Callable[[Any], Any], advice: str):
         self.function, self.advice = function, advice
@@ -114,9 +115,10 @@ class _Items(Dataset):
             return item, error
 
     def _share(self, result: Any) -> None:
-        """Move the tensors of a result to shared memory, in place.
+        """Move the tensors in a result to shared memory, in place.
 
-        The queue of a worker would do this in another thread, where an error would lose the result silently.
+        Otherwise the queue of the worker would do this in another thread, where an error would silently lose
+        the result.
         """
         values = result if isinstance(result, tuple) else getattr(result, "__dict__", {}).values()
         try:
@@ -141,14 +143,14 @@ def _start(loader: DataLoader, advice: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
-    """Terminate the workers of a DataLoader immediately.
+    """Terminate the DataLoader workers immediately.
 
-    `del iterator` is not enough, because the traceback of an error keeps a reference to it. A worker that is
-    blocked in a read is killed after a timeout. Meanwhile torch's SIGCHLD handler is disabled, because it
-    would raise in the main thread.
+    `del iterator` is not sufficient, because the traceback of an error keeps a reference to the iterator. A
+    worker that is blocked in a read is killed after a timeout. Meanwhile, torch's SIGCHLD handler is
+    disabled, because it would raise an error in the main thread.
 
     Args:
-        iterator: None if it could not start all of its workers.
+        iterator: the DataLoader iterator, or None if it could not start all of its workers.
     """
     shutdown = getattr(iterator, "_shutdown_workers", None)
     if shutdown is None:

@@ -57,7 +57,7 @@ def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) 
 
 
 def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list[Pair]:
-    """Align two sequences; returns pairs of a reference item and a hypothesis item.
+    """Align two sequences, and return pairs of a reference item and a hypothesis item.
 
     The alignment is the same as in `count_errors`. The missing item of an insertion or deletion is None.
     """

@@ -42,7 +42,7 @@ def search_grid(
     lm_weights: Sequence[float],
     word_bonuses: Sequence[float],
 ) -> list[GridPoint]:
-    """Decode all batches with every weight and bonus; returns the best first, ties in the given order."""
+    """Decode all batches with every weight and bonus, and return the best first, ties in the given order."""
     grid = list(itertools.product(lm_weights, word_bonuses))
     counts = torch.zeros(len(grid), 2, dtype=torch.float64)  # errors, length
     for point, (lm_weight, word_bonus) in enumerate(grid):

@@ -119,7 +119,7 @@ class LabelDifference:
 
 
 def label_difference(first: LabelStore, second: LabelStore, manifest: Manifest) -> LabelDifference | None:
-    """Compare the units of two stores of the same manifest; returns None if they are equal.
+    """Compare the units of two stores of the same manifest, and return None if they are equal.
 
     Raises:
         DataError: a store belongs to a different manifest.

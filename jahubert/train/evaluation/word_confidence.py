@@ -27,7 +27,7 @@ def judge_words(utterances: Iterable[ScoredUtterance]) -> Judged:
 
 
 def evaluate_confidence(judged: Judged, calibration: Calibration | None) -> Reliability | None:
-    """Measure the reliability of confidences for judged words; returns None without words."""
+    """Measure the reliability of confidences for judged words, and return None without words."""
     scores, correct = judged
     if not scores:
         return None

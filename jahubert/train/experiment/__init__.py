@@ -1,1 +1,1 @@
-"""Settings, records and processes of an experiment, on which every stage builds."""
+"""Settings, provenance records and process group of an experiment, used by every stage."""

@@ -1,4 +1,4 @@
-"""Sizes and checksums of the files in a stage or checkpoint folder, and their verification."""
+"""Recording and verification of file sizes and checksums in stage and checkpoint folders."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jahubert.formats.atomic import PREFIX
 
 _CHUNK = 1 << 20  # bytes
 LARGE = 1 << 30  # bytes; larger files can optionally be verified by size only
-# Files in these folders are not read by other stages, or are checked in other ways: checkpoints have their
-# own checksums, and audio in `work` is checked by decoders.
+# Files in these folders are not read by other stages or are verified in other ways: checkpoints have their
+# own checksums, and decoding verifies the audio in `work`.
 _EXCLUDED_FOLDERS = ("checkpoints", "checkpoints_fairseq2", "tensorboard", "wandb", "work", "shards")
 _EXCLUDED_FILES = ("started.json", "provenance.json", ".running")
 
@@ -30,18 +30,19 @@ def file_crc32(path: Path) -> str:
 
 
 def content_crc32(content: Mapping[str, Any]) -> str:
-    """Compute the CRC-32 of JSON-serializable content, which does not change if it is saved and loaded."""
+    """Compute the CRC-32 of JSON-serializable content; saving and loading the content does not change it."""
     normalized = json.loads(json.dumps(content, default=str))
     return f"{zlib.crc32(json.dumps(normalized, sort_keys=True).encode()):08x}"
 
 
 def record_damaged(record: dict[str, Any], crc32: str | None, files: str) -> bool:
-    """Whether a record differs from its checksum.
+    """Return whether a record does not match its checksum.
 
     Args:
         record: the record without its checksum.
-        crc32: the checksum; None if missing, as in records of earlier versions.
-        files: key of the sizes and checksums of files, which records without a checksum do not have.
+        crc32: the checksum; None if the record has none, as in earlier versions.
+        files: key under which the sizes and checksums of files are stored. Records without a checksum do not
+            have this key.
     """
     return files in record if crc32 is None else crc32 != content_crc32(record)
 
@@ -67,13 +68,13 @@ def verify_outputs(
     below: Path | None = None,
     max_bytes: float = math.inf,
 ) -> None:
-    """Compare files with their recorded sizes and checksums.
+    """Verify files against their recorded sizes and checksums.
 
     Args:
         folder: the folder of the stage or checkpoint.
         outputs: as returned by `describe_outputs`.
-        below: compare only this file, or the files in this folder.
-        max_bytes: compare larger files by size only.
+        below: verify only this file, or the files in this folder.
+        max_bytes: verify only the sizes of files larger than this.
 
     Raises:
         DataError: a file is missing or damaged.

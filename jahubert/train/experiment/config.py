@@ -1,13 +1,13 @@
 """Conversion of plain settings to frozen dataclasses, with all errors reported at once.
 
-Misspelled keys, wrong types and values out of range are reported before any work starts. The `Config` of a
-stage declares its settings with the defaults of the paper. Some kinds of fields have a special meaning:
+Misspelled keys, wrong types and values out of range are reported before any work starts. Each stage declares
+its settings in a `Config`, with the defaults of the paper. Some kinds of fields have a special meaning:
 
 - `runtime_field`: a setting that does not change the result (device, workers, logging) and is therefore not
   part of the provenance.
-- a `Path`: an input, identified by its content and not by its location.
+- `Path`: an input, identified by its content and not by its location.
 - `model_field`: the `Path` of a model, or the name of a model on the Hub.
-- `split_field`: a split of the manifest.
+- `split_field`: the name of a split in the manifest.
 - `config_group`: a group of settings whose class depends on preceding settings.
 """
 
@@ -51,7 +51,7 @@ def model_field(default: Any = dataclasses.MISSING) -> Any:
 
 
 def split_field(default: Any) -> Any:
-    """Declare a dataclass field for a split of the config's manifest, or a tuple of splits."""
+    """Declare a dataclass field for a split, or a tuple of splits, of the manifest in the same config."""
     return dataclasses.field(default=default, metadata={"split": True})
 
 
@@ -59,14 +59,14 @@ def config_group(group_class: GroupClass) -> Any:
     """Declare a dataclass field for a group of settings.
 
     Args:
-        group_class: maps the values of the preceding fields to the class of the group, or to None if one of
-            them is invalid. Only `structure` uses it.
+        group_class: a function that maps the values of the preceding fields to the class of the group, or to
+            None if one of them is invalid. Only `structure` calls it.
     """
     return dataclasses.field(default_factory=dict, metadata={"group": group_class})
 
 
 def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return a message for each number that is out of range; None is allowed.
+    """Return one error message per number that is out of range. None is allowed.
 
     Args:
         allowed: maps a range to the names of fields, e.g. {"at least 0": ("workers",)}.
@@ -80,7 +80,7 @@ def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]
 
 
 def interval_errors(config: Any, limits: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return one message per field that is not an ascending pair of numbers within its limits.
+    """Return one error message per field that is not an ascending pair of numbers within its limits.
 
     Args:
         limits: maps field names to the lowest and highest allowed values.
@@ -95,7 +95,7 @@ def interval_errors(config: Any, limits: Mapping[str, tuple[float, float]]) -> l
 
 
 def raise_config_errors(errors: Sequence[str]) -> None:
-    """Raise ConfigError with all messages, one per line, if there are any."""
+    """Raise ConfigError with all messages, one per line, unless `errors` is empty."""
     if errors:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # iterations may report the same error
 
@@ -106,7 +106,7 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     Text is converted to the declared type, so that settings can come from the command line.
 
     Args:
-        where: the name of the group, for messages.
+        where: dotted name of the group, for error messages.
 
     Raises:
         ConfigError: some settings are invalid. The message has one line for each unknown key (with the most
@@ -120,7 +120,7 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
 
 
 def settings_error(errors: Sequence[str]) -> ConfigError:
-    """Create the error that lists errors in single settings, one per line."""
+    """Create a ConfigError that lists invalid settings, one per line."""
     count = "1 mistake" if len(errors) == 1 else f"{len(errors)} mistakes"
     error = ConfigError(f"the configuration has {count}:\n  " + "\n  ".join(errors))
     error.settings = tuple(errors)
@@ -128,7 +128,7 @@ def settings_error(errors: Sequence[str]) -> ConfigError:
 
 
 def is_null(value: Any) -> bool:
-    """Whether a setting is null, given in a file or on the command line."""
+    """Return whether a setting is null; the value can come from a file or from the command line."""
     return value is None or (isinstance(value, str) and value.lower() == "null")
 
 
@@ -142,12 +142,12 @@ def expand_user(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(
-            f"{path}: no user {Path(path).parts[0].removeprefix('~')!r} on this machine"
+            f"{path}: user {Path(path).parts[0].removeprefix('~')!r} does not exist on this machine"
         ) from None
 
 
 def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool = False) -> str:
-    """Return an error message with a suggestion for a name that is unknown or (`missing`) not given."""
+    """Return an error message, with a suggestion, for a name that is unknown or (`missing`) not given."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near and not missing else "choose one of " + ", ".join(known)
@@ -155,7 +155,7 @@ def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool
 
 
 def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
-    """Return an error message with a suggestion for a key that does not exist."""
+    """Return an error message, with a suggestion, for a key that does not exist."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {where}{near[0]}?" if near else "known keys are " + ", ".join(known)
@@ -163,7 +163,7 @@ def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
 
 
 def _build(tree: Any, cls: type, where: str, errors: list[str], base: Any = None) -> Any:
-    """Build `cls`; missing values are taken from `base` if given, otherwise from the field defaults."""
+    """Build `cls`. Missing values are taken from `base` if it is given, otherwise from the field defaults."""
     tree = {} if is_null(tree) and where else tree
     if not isinstance(tree, Mapping):
         errors.append(f"{where or 'configuration'}: expected a group of settings, found {tree!r}")
@@ -246,7 +246,7 @@ def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = 
 
 
 def _scalar(value: Any, hint: Any) -> Any:
-    """Convert a scalar to the type `hint`; returns None if this is not possible."""
+    """Convert a scalar to the type `hint`; return None if this is not possible."""
     if hint is Any:
         return untyped(value)
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
@@ -264,17 +264,17 @@ def _scalar(value: Any, hint: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """Convert to a number, also from text (YAML reads 5e-4 as text); returns None if this fails."""
+    """Convert a value to a number, or return None. Text is accepted, because YAML reads 5e-4 as text."""
     try:
         return float(value) if isinstance(value, (int, float, str)) else None
     except ValueError:
         return None
-    except OverflowError:  # an integer of hundreds of digits
+    except OverflowError:  # the integer has hundreds of digits
         return math.inf
 
 
 def untyped(value: Any) -> Any:
-    """Convert text without a declared type to null, a boolean or a number if it looks like one."""
+    """Convert text to null, a boolean or a number if it looks like one, for settings without a type."""
     if isinstance(value, Mapping):
         return {key: untyped(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -304,12 +304,12 @@ def result_fields(config: Any) -> dict[str, Any]:
 
 
 def runtime_fields(config: Any) -> set[str]:
-    """Return the names of the settings that `result_fields` omits."""
+    """Return the names of the settings that do not change the result, which `result_fields` omits."""
     return {name for name, _, metadata in _leaves(config) if metadata.get("runtime")}
 
 
 def default_fields(config: Any) -> dict[str, Any]:
-    """Return the defaults of `result_fields`, for fields that have a default."""
+    """Return the default values of all settings in `result_fields` that have one."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -326,7 +326,7 @@ def default_fields(config: Any) -> dict[str, Any]:
 
 
 def input_fields(config: Any) -> Iterator[tuple[str, Path, bool]]:
-    """Yield (dotted name, path, whether it may be a Hub name) for each input in a config."""
+    """Yield (dotted name, path, whether the path may be a Hub name) for each input in a config."""
     for name, value, metadata in _leaves(config):
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
@@ -334,7 +334,7 @@ def input_fields(config: Any) -> Iterator[tuple[str, Path, bool]]:
 
 
 def split_fields(config: Any) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, split) for each split given in a config."""
+    """Yield (dotted name, split) for each split that is set in a config."""
     for name, value, metadata in _leaves(config):
         if metadata.get("split"):
             for split in (value,) if isinstance(value, str) else value or ():

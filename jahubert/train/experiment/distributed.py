@@ -1,7 +1,7 @@
-"""Process group of a run: rank, world size, device, collectives, heartbeat and local launcher.
+"""Process group of a run: ranks, device selection, collectives, heartbeats and a local launcher.
 
 A run is distributed if it was started by torchrun or by a launcher that sets the same environment variables.
-Without a process group, all functions work as in a group of one process.
+Without a process group, all functions behave as in a group of one process.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 # Signals that stop a run; Windows has no SIGUSR1.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-_GRACE = 10.0  # seconds to wait for processes to exit before SIGTERM, and again before SIGKILL
+_GRACE = 10.0  # seconds that processes have to exit before SIGTERM is sent, and again before SIGKILL
 
 
 def process_device(name: str) -> torch.device:
-    """Select the device of this process.
+    """Select the device for this process.
 
     `cuda` selects the GPU of the local rank; `auto` selects the same GPU if available, otherwise the CPU.
     `auto` never selects an Apple GPU, because training sums losses in float64, which MPS does not support.
@@ -64,22 +64,22 @@ def _print_traceback(error: BaseException) -> int:
 
 @contextmanager
 def process_group(report: Callable[[BaseException], int] = _print_traceback) -> Iterator[None]:
-    """Initialize the process group if a launcher started several processes; destroy it at the end.
+    """Initialize the process group if a launcher started several processes, and destroy it after the block.
 
-    If one of several processes fails, it exits immediately without destroying the group, because other ranks
-    may be waiting for it in a collective, and NCCL would wait for them. They are ended by the launcher or by
-    the lost connection.
+    A process that fails exits immediately without destroying the group. Other ranks may be waiting for it in
+    a collective, and destroying an NCCL group would wait for them. The launcher or the lost connection ends
+    the other ranks.
 
     Args:
-        report: prints an error raised in the block and returns the exit status of this process.
+        report: function that prints an error raised in the block and returns the exit status.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    _stop_with_parent()  # torchrun does not do this
+    _stop_with_parent()  # torchrun does not stop its processes if it is killed
     backend = "gloo"
     if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"  # gloo is used by stages on the CPU and for Python objects
+        backend = "cpu:gloo,cuda:nccl"  # gloo serves stages on the CPU and transfers Python objects
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank < torch.cuda.device_count():
             torch.cuda.set_device(local_rank)
@@ -88,7 +88,7 @@ def process_group(report: Callable[[BaseException], int] = _print_traceback) -> 
     dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
-    except (Stopped, SystemExit):  # raised in all ranks
+    except (Stopped, SystemExit):  # all ranks raise these
         dist.destroy_process_group()
         raise
     except BaseException as error:
@@ -108,15 +108,15 @@ def world() -> int:
 
 
 class Heartbeat(NamedTuple):
-    """Progress of this process, which the watchdog compares across ranks."""
+    """Progress of one process; the watchdog compares the heartbeats of all ranks."""
 
     number: int  # number of `heartbeat` calls so far; the rank with the lowest number is the slowest
     activity: str  # current activity, e.g. "computing step 7"
-    updated: float  # time.monotonic() when progress was last recorded
-    rank0_only: bool  # whether only rank 0 is working, which has no time limit
+    updated: float  # value of time.monotonic() when progress was last recorded
+    rank0_only: bool  # whether only rank 0 is working; this has no time limit
 
 
-# Always replaced as a whole, because the watchdog thread reads it.
+# The tuple is always replaced as a whole, because the watchdog thread reads it.
 _heartbeat = Heartbeat(0, "starting", time.monotonic(), rank0_only=False)
 
 
@@ -138,7 +138,7 @@ def tick() -> None:
 
 @contextmanager
 def _rank0_only() -> Iterator[None]:
-    """Exclude work that only rank 0 does from the hang timeout."""
+    """Suspend the hang timeout while only rank 0 is working."""
     global _heartbeat
     _heartbeat = _heartbeat._replace(rank0_only=True)
     yield
@@ -147,7 +147,7 @@ def _rank0_only() -> Iterator[None]:
 
 @contextmanager
 def _waiting_for_ranks() -> Iterator[None]:
-    """Record heartbeats around a collective operation."""
+    """Record a heartbeat before and after a collective operation."""
     activity = _heartbeat.activity
     heartbeat(f"{activity}, waiting for the other ranks")
     yield
@@ -164,7 +164,8 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 and return its result on all ranks.
 
     Raises:
-        UserError, OSError: raised by `work`. Raised on all ranks, and marked as reported except on rank 0.
+        UserError, OSError: `work` raised this error. It is raised on all ranks, and marked as reported on all
+            ranks except rank 0.
     """
     if not dist.is_initialized():
         return work()
@@ -189,7 +190,7 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
 
 @contextmanager
 def rank0_reports() -> Iterator[None]:
-    """Mark a UserError as reported except on rank 0; for code that raises the same error on all ranks."""
+    """Mark a UserError as reported on all ranks except rank 0, in code that raises it on all ranks."""
     try:
         yield
     except UserError as error:
@@ -198,7 +199,7 @@ def rank0_reports() -> Iterator[None]:
 
 
 def gather_interleaved(items: list[T]) -> list[T]:
-    """Gather the results of items that were distributed round-robin over the ranks, in the original order."""
+    """Gather items that were distributed over the ranks in round-robin order, and restore their order."""
     if not dist.is_initialized():
         return items
     parts: list[Any] = [None] * world()
@@ -213,8 +214,8 @@ def launch(command: Sequence[str], n: int) -> int:
     Stop signals are forwarded to all processes. If a process fails, all other processes are stopped.
 
     Returns:
-        The exit status of the process that failed first. If several failed at the same time, the highest
-        status is returned, because a process that only lost its connection exits with status 1.
+        The exit status of the process that failed first. If several processes failed at the same time, this
+        is the highest status, because a process that only lost its connection exits with status 1.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -251,7 +252,7 @@ def launch(command: Sequence[str], n: int) -> int:
 
 
 def _exit_status(return_code: int, name: str) -> int:
-    """Convert a child's return code to an exit status; reports the signal if the child was killed by one."""
+    """Convert the return code of a child to an exit status, and report the signal if one killed the child."""
     if return_code >= 0:
         return return_code
     signum = signal.Signals(-return_code)
@@ -270,13 +271,13 @@ def _exit_status(return_code: int, name: str) -> int:
 
 
 def _stop_with_parent() -> None:
-    """Make the system send SIGTERM to this process when its parent dies, even if by SIGKILL."""
+    """Make the system send SIGTERM to this process when its parent dies, even if SIGKILL ended the parent."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _terminate(children: Sequence[subprocess.Popen]) -> None:
-    """Wait for processes to exit, then send SIGTERM, then SIGKILL, which a blocked collective requires."""
+    """Wait for processes to exit, then send SIGTERM and finally SIGKILL, which ends a blocked collective."""
     for action in (lambda _: None, subprocess.Popen.terminate, subprocess.Popen.kill):
         for child in children:
             action(child)
@@ -294,7 +295,7 @@ def all_reduce_(values: torch.Tensor) -> None:
 
 
 def all_reduce_sums(sums: dict[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
-    """Sum each value over all ranks, in float64; all ranks must pass the same keys in the same order."""
+    """Sum each value over all ranks in float64. All ranks must pass the same keys in the same order."""
     values = torch.stack(
         [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in sums.values()]
     )

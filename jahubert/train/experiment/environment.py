@@ -13,7 +13,7 @@ import jahubert
 
 
 def environment() -> dict[str, str]:
-    """Return versions, device and command line of this process, and the commit in a git checkout."""
+    """Return the package versions, device, command line and (in a git checkout) commit of this process."""
     import torch
 
     commit = git_commit()
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Return the short commit hash, followed by "+" if files were modified; None outside a git checkout."""
+    """Return the short commit hash, with "+" appended if files were modified, or None without a checkout."""
     checkout = Path(jahubert.__file__).parent.parent
     if not (checkout / ".git").exists():
         return None

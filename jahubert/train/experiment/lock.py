@@ -1,4 +1,4 @@
-"""Lock that allows only one run at a time in a stage folder; released by the system if a run is killed."""
+"""Lock on a stage folder, held by one run at a time; the system releases it if the run is killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Lock `folder` for this process; forked processes do not inherit the lock.
 
     Raises:
-        BusyError: another process holds the lock, on this machine or another with the same file system.
+        BusyError: another process, on this machine or on one that shares the file system, holds the lock.
     """
     for _ in range(_TRIES):
         with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
@@ -41,37 +41,37 @@ def run_lock(folder: Path) -> Iterator[None]:
                 finally:
                     (folder / LOCK_NAME).unlink(missing_ok=True)
                 return
-        time.sleep(0.1)  # another process may only be reading the owner, or be about to finish
+        time.sleep(0.1)  # the other process may only be querying the owner, or be about to finish
     raise BusyError(
         f"{folder}: locked by another run ({other}); wait for it, or stop it and rerun the same command"
     )
 
 
 def lock_owner(folder: Path) -> str | None:
-    """Return a description of the process that holds the lock of a folder, if any."""
+    """Return a description of the process that holds the lock on a folder, or None."""
     if not (folder / LOCK_NAME).exists():
         return None
     try:
         with (folder / LOCK_NAME).open("r+", encoding="utf-8") as file:
             return _try_lock(file)
-    except OSError:  # deleted in the meantime, or not writable
+    except OSError:  # the lock file was deleted in the meantime or is not writable
         return None
 
 
 def remove_stale_lock(folder: Path) -> None:
     """Delete the lock file that a killed run left in a finished folder."""
     if (folder / LOCK_NAME).exists() and lock_owner(folder) is None:
-        with suppress(OSError):  # no write permission for the folder
+        with suppress(OSError):  # the folder may be read-only
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _has_name(file: TextIO, path: Path) -> bool:
-    """Whether an open file still exists under its name, because the previous owner may have deleted it."""
+    """Return whether an open file still exists at `path`; the previous owner may have deleted it."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _try_lock(file: TextIO) -> str | None:
-    """Try to lock a file; returns the owner if another process holds the lock.
+    """Try to lock a file. If another process holds the lock, return a description of that process.
 
     On a file system without locks, every attempt succeeds.
     """

@@ -1,4 +1,4 @@
-"""Progress of long loops: a progress bar on a terminal, and heartbeats for the watchdog."""
+"""Progress reporting for long loops: a progress bar on a terminal, and heartbeats for the watchdog."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jahubert.train.experiment import distributed
 def progress(description: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Show a progress bar inside the block.
 
-    Rank 0 shows a bar for its own part of the work if standard error is a terminal. Output of `logging` and
-    `tqdm.write` is printed above it.
+    Rank 0 shows a bar for its own share of the work if standard error is a terminal. Output from `logging`
+    and `tqdm.write` is printed above the bar.
 
     Yields:
         A function to be called with the number of units completed since the last call.

@@ -1,11 +1,11 @@
-"""Provenance of output folders: records and fingerprints of settings and inputs.
+"""Provenance records of output folders, with fingerprints of their settings and inputs.
 
 The fingerprint of a stage covers its name, its VERSION, the settings that change its result, and the
-fingerprints of its inputs. `started.json` is written atomically before the work and `provenance.json` after
-it. When a stage runs again with the same settings, a finished folder is kept and an unfinished one is
-resumed. If the settings differ, StaleError is raised and lists the differences. A setting that is missing
-from a record, because an earlier version lacked it or did not record defaults, is assumed to have its
-default value.
+fingerprints of its inputs. `started.json` is written atomically before the stage runs, and `provenance.json`
+after it has finished. When a stage runs again with the same settings, a finished folder is kept and an
+unfinished one is resumed. If the settings differ, a StaleError lists the differences. A setting that is
+missing from a record, because an earlier version lacked it or did not record defaults, is assumed to have
+its default value.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STARTED, DONE = "started.json", "provenance.json"
 
 
 def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
-    """Return everything on which the result depends, as JSON-compatible values for `fingerprint`."""
+    """Return everything on which the result of a stage depends, as JSON-compatible values."""
     models = {name for name, _, model in input_fields(config) if model}
     fields = {}
     for name, value in result_fields(config).items():
@@ -50,12 +50,13 @@ def acquire(
     defaults: Mapping[str, Any] | None = None,
     runtime: Collection[str] = (),
 ) -> bool:
-    """Reserve the folder `out` for a stage; returns whether its result is already complete.
+    """Reserve the folder `out` for a stage, and return whether the folder already has a complete result.
 
     Args:
         recipe: the result of `stage_inputs`.
         defaults: values of settings that are missing from the folder's record (`default_fields`).
-        runtime: settings that do not change the result (`runtime_fields`), but may be in an older record.
+        runtime: names of the settings that do not change the result (`runtime_fields`). Records written by
+            earlier versions may contain them.
 
     Raises:
         StaleError: the folder was created or started with different settings.
@@ -74,7 +75,7 @@ def rollback(out: Path, seconds: float) -> None:
     """Undo `acquire` if the stage has produced no output, so that its settings can be changed.
 
     Args:
-        seconds: duration of the work so far, which is recorded if there is output.
+        seconds: duration of the stage so far, which is recorded if there is output.
     """
     if not any(_is_output(path, out) for path in out.rglob("*")):
         (out / STARTED).unlink(missing_ok=True)
@@ -84,21 +85,21 @@ def rollback(out: Path, seconds: float) -> None:
 
 
 def _is_output(path: Path, out: Path) -> bool:
-    """Whether `path` is an output file from which a failed stage can be resumed."""
+    """Return whether `path` is an output file from which a failed stage can be resumed."""
     if not path.is_file() or path.name in (STARTED, RUNNING, "rejected.jsonl"):
         return False
-    # The curves of a tracker repeat metrics.jsonl; PREFIX marks temporary files.
+    # Tracker files repeat the content of metrics.jsonl; PREFIX marks temporary files.
     ignored = ("events.out.tfevents", "wandb", PREFIX)
     return not any(part.startswith(ignored) for part in path.relative_to(out).parts)
 
 
 def elapsed_seconds(out: Path) -> float:
-    """Return the duration of earlier, unfinished runs of this stage, except those ended by SIGKILL."""
+    """Return the total duration of earlier, unfinished runs of a stage, except runs ended by SIGKILL."""
     return read_record(out / STARTED).get("seconds", 0.0) if (out / STARTED).exists() else 0.0
 
 
 def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
-    """Write the record that marks a stage folder as finished; called last."""
+    """Write the record that marks a stage folder as finished. This must be the last write to the folder."""
     from jahubert.train.experiment.environment import environment
 
     record = {
@@ -125,7 +126,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
     """
     for _, path, _ in input_fields(config):
         stages = [folder for folder in (path, *path.parents[:2]) if (folder / DONE).exists()][:1]
-        if not stages and (path / "prepare").is_dir():  # an experiment
+        if not stages and (path / "prepare").is_dir():  # `path` is the folder of an experiment
             stages = sorted(record.parent for record in path.rglob(DONE))
         for folder in stages:
             record = read_record(folder / DONE)
@@ -153,27 +154,27 @@ def write_json(path: Path, content: Any) -> None:
 def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
     """Compute the fingerprint of an input.
 
-    It is taken from the record of the stage that wrote the input. Other inputs are identified by file names
-    and sizes.
+    The fingerprint is taken from the record of the stage that wrote the input. Inputs that no stage wrote are
+    identified by file names and sizes.
 
     Args:
-        name: name of the setting, for messages.
+        name: name of the setting, for error messages.
         model: whether the path may be the name of a model on the Hub.
 
     Raises:
         DataError: the input does not exist or is not finished.
     """
-    for folder in (path, path.parent):  # the folder of a stage, or a file or folder in it
+    for folder in (path, path.parent):  # `path` is the folder of a stage, or a file or folder inside it
         if (folder / DONE).exists():
             record = read_record(folder / DONE)
-            # Recorded by stages whose result is not determined by their settings.
+            # Stages whose result is not determined by their settings record the content.
             content = record.get("metrics", {}).get("content")
             return fingerprint({record["fingerprint"]: content}) if content else record["fingerprint"]
         if (folder / STARTED).exists():
             raise DataError(f"{name}: {folder} is not finished; run that stage first (see jahubert status)")
     if path.is_file():
         return f"{path.name}:{path.stat().st_size}"
-    if path.is_dir() and (path / "config.json").exists():  # a model folder that was not written by a stage
+    if path.is_dir() and (path / "config.json").exists():  # a model folder that no stage wrote
         weights = sorted(path.glob("*.safetensors"))
         return ",".join([path.name, *(f"{file.name}:{file.stat().st_size}" for file in weights)])
     if path.is_dir():
@@ -195,11 +196,11 @@ def changed_settings(
     defaults: Mapping[str, Any],
     runtime: Collection[str] = (),
 ) -> list[str]:
-    """Return a message for each setting that differs from a record."""
+    """Return one message per setting that differs from a record."""
     new, default = (json.loads(json.dumps(dict(side), default=str)) for side in (settings, defaults))
     old: dict[str, Any] = {}
     for key, value in before.get("settings", {}).items():
-        if isinstance(value, dict) and key not in new:  # a nested group of settings in an old record
+        if isinstance(value, dict) and key not in new:  # old records contain nested groups of settings
             old |= {f"{key}.{name}": nested for name, nested in value.items()}
         else:
             old[key] = value
@@ -220,7 +221,7 @@ def _check_unchanged(
     runtime: Collection[str],
     finished: bool,
 ) -> None:
-    """Raise StaleError if the record has different settings or a different version of the stage."""
+    """Raise StaleError if the settings or the version of the stage differ from the record."""
     stage, version = recipe["stage"], recipe["version"]
     changes = changed_settings(stage, before, recipe["settings"], defaults, runtime)
     if before.get("version") != version:
@@ -245,7 +246,7 @@ def _short(value: Any) -> str:
 
 
 def stage_states(root: Path) -> list[dict[str, Any]]:
-    """Return the state of each stage of an experiment, in the order in which they were started.
+    """Return the state of each stage in an experiment, in the order in which the stages were started.
 
     Raises:
         DataError: `root` contains no stage output.
@@ -266,7 +267,7 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
 
 
 def _progress(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the progress of an unfinished stage and the process that is running it."""
+    """Return the progress of an unfinished stage and a description of the process that is running it."""
     owner = lock_owner(folder)
     last = _last_training_metrics(folder / "metrics.jsonl")
     max_steps = record.get("settings", {}).get("train.max_steps")
@@ -290,7 +291,7 @@ def _last_training_metrics(path: Path) -> dict[str, Any]:
 
 
 def _is_short(value: object) -> bool:
-    """Whether a value is a number or a short text, and not a fingerprint."""
+    """Return whether a value is a number or a short text that is not a fingerprint."""
     return isinstance(value, (int, float)) or (isinstance(value, str) and len(value) < 20)
 
 

@@ -1,4 +1,4 @@
-"""Registry of stages, feature extractors and training engines, and paths of presets and recipes.
+"""Registry of stages, feature extractors and training engines, and lookup of presets and recipes.
 
 Settings may also refer to objects as "package.module:attribute" or "folder/file.py:attribute".
 """
@@ -43,13 +43,13 @@ STAGES = {
 }
 
 
-DECODED = ("decode", "score")  # stages that can be run several times for one fine-tuned model
+DECODED = ("decode", "score")  # stages that can run several times for one fine-tuned model
 
 
 def stage_folder(stage: str, iteration: int | None, system: str | None, decoding: str | None = None) -> Path:
     """Return the output folder of a stage, relative to the folder of the experiment.
 
-    If a further decoding of the same model has a name, it is appended to the stage: decode-greedy.
+    The name of a further decoding of the same model is appended to the stage, as in `decode-greedy`.
     """
     if iteration:
         return Path(f"iter{iteration}", stage)
@@ -59,18 +59,18 @@ def stage_folder(stage: str, iteration: int | None, system: str | None, decoding
 
 
 def decoding_of(folder: Path) -> str | None:
-    """Return the name of the decoding in a folder name (see `stage_folder`); None for the default one."""
+    """Return the decoding in the name of a stage folder (see `stage_folder`), or None for the default one."""
     return folder.name.partition("-")[2] or None
 
 
 def stage_of(path: Path) -> str | None:
-    """Return the stage that writes to a path with this name, or None."""
+    """Return the stage whose folder is `path` or contains it, according to the folder names, or None."""
     names = (folder.name.partition("-")[0] for folder in (path, path.parent))
     return next((name for name in names if name in STAGES), None)
 
 
 def data_folder(kind: str) -> Path:
-    """Return the folder `conf` or `recipes`: next to the package in a checkout, inside it in a wheel."""
+    """Return the path of `conf` or `recipes`: next to the package in a checkout, inside it in a wheel."""
     package = Path(jahubert.__file__).parent
     checkout = package.parent / kind
     return checkout if (package.parent / "conf" / "config.yaml").exists() else package / f"_{kind}"
@@ -99,7 +99,7 @@ def recipe_folder(recipe: str) -> Path:
 
 
 def resolve(name: str, table: dict[str, str], what: str) -> Any:
-    """Import the object that `name` refers to: an entry of the table, or an import path.
+    """Import the object to which `name`, a key of `table` or an import path, refers.
 
     Args:
         what: the kind of object, for error messages.
@@ -132,14 +132,14 @@ def _import(name: str, what: str) -> Any:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
-    digest = hashlib.sha256(os.fsencode(str(path.resolve()))).hexdigest()  # file names need not be unique
+    digest = hashlib.sha256(os.fsencode(str(path.resolve()))).hexdigest()  # file names may not be unique
     name = f"jahubert_file_{path.stem}_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=None)
-    assert spec is not None and spec.loader is not None  # always true for a .py file
+    assert spec is not None and spec.loader is not None  # this holds for every .py file
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module
+    sys.modules[name] = module  # dataclasses look up their module here
     sys.path.insert(0, str(path.resolve().parent))  # a recipe may import files in its folder
     try:
         spec.loader.exec_module(module)
@@ -152,7 +152,7 @@ def _import_file(path: Path) -> Any:
 
 
 def by_subset(value: Any, subset: Any) -> Any:
-    """Return the value of a setting for a subset, if it is a mapping from subsets (`other`: all others)."""
+    """Return the value for a subset if `value` maps subsets (or `other`) to values, otherwise `value`."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     return value.get(str(subset), value.get("other"))
@@ -166,21 +166,21 @@ def recipe_reader(recipe: str, what: str) -> Any:
     """
     file = recipe_folder(recipe) / "prepare.py"
     if not file.is_file():
-        raise ConfigError(f"recipe {recipe}: {file} not found; it must read the corpus, see docs/recipes.md")
+        raise ConfigError(f"recipe {recipe}: {file} not found; see docs/recipes.md for how to write one")
     return resolve(f"{file}:{what}", {}, "recipe")
 
 
 def generates_corpus(recipe: str) -> bool:
-    """Return whether a recipe generates its corpus, that is, its `prepare` declares `data: None`."""
+    """Return whether a recipe generates its corpus, that is, whether `prepare` declares `data: None`."""
     parameters = inspect.signature(recipe_reader(recipe, "prepare")).parameters
     return next(iter(parameters.values())).annotation in (None, "None")
 
 
 def preset_file(preset: Any, subset: Any = None) -> Path | None:
-    """Return the file of a fine-tuning preset in conf/finetuning, or None if `preset` is None.
+    """Return the path of a fine-tuning preset in conf/finetuning, or None if `preset` is None.
 
     Args:
-        preset: the name of a preset, or a mapping from subsets of the corpus to names.
+        preset: the name of a preset, or a mapping from corpus subsets to names.
 
     Raises:
         ConfigError: the preset does not exist.

@@ -1,4 +1,4 @@
-"""Clear messages for file system errors, exhausted memory and killed DataLoader workers."""
+"""Error messages for file system errors, exhausted memory and killed DataLoader workers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from jahubert.errors import DISK_FULL, ConfigError, DiskFullError, JahubertError, file_system_error
 from jahubert.train.experiment import distributed
 
-# numpy only reports how much it wrote. "File too large" is caused by a limit on file sizes.
+# numpy only reports how many items it wrote. "File too large" is caused by a limit on file sizes.
 _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
 )
-_MIN_FREE_BYTES = 1 << 20  # with less free space, any error is attributed to a full disk
-_OOM_SUMMARY = re.compile(r".*? is free|[^\n]*")  # part of torch's message that precedes allocator details
+_MIN_FREE_BYTES = 1 << 20  # below this free space, every file system error is attributed to a full disk
+_OOM_SUMMARY = re.compile(r".*? is free|[^\n]*")  # torch's message without the allocator details
 _WORKER_KILLED = re.compile(
     r"DataLoader worker \(pid[^\n]*?\) (is killed by signal: \w+|exited unexpectedly)"
 )
@@ -27,10 +27,10 @@ _WORKER_KILLED = re.compile(
 
 @contextmanager
 def report_file_errors(out: Path) -> Iterator[None]:
-    """Convert file system errors, including those wrapped in exceptions of libraries, to clear errors.
+    """Convert file system errors, including those wrapped in library exceptions, to clear errors.
 
     Args:
-        out: output folder; named if the error does not name a file.
+        out: output folder, which is named if the error does not name a file.
 
     Raises:
         DiskFullError: no space is left at `out`.
@@ -55,7 +55,7 @@ def report_file_errors(out: Path) -> Iterator[None]:
 
 
 def _is_disk_full(error: BaseException | None, failure: OSError | None, out: Path) -> bool:
-    """Whether the error or one of its causes reports a full disk, or there is no space left."""
+    """Return whether the error or one of its causes reports a full disk, or the disk has no space left."""
     if failure is not None and failure.errno in DISK_FULL:
         return True
     while error is not None:
@@ -79,7 +79,7 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         message = _OOM_SUMMARY.findall(str(error))[0].rstrip(".")
         raise ConfigError(f"{stage}: {message}. {_memory_advice(stage, config)}") from error
-    except RuntimeError as error:  # torch raises no more specific error
+    except RuntimeError as error:  # torch does not raise a more specific error
         match = _WORKER_KILLED.search(str(error))
         trained = getattr(config, "train", None)
         workers = getattr(trained or config, "workers", 0)
@@ -95,7 +95,7 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
 
 
 def _memory_advice(stage: str, config: Any) -> str:
-    """Return advice on which setting to change to reduce GPU memory use."""
+    """Return advice on how to reduce the GPU memory that a stage uses."""
     if hasattr(config, "train"):
         train = f"{stage}.train"
         seconds = config.train.micro_seconds

@@ -1,1 +1,1 @@
-"""The stage pipeline: composition of settings, preflight checks and the stage runner."""
+"""Stage pipeline: composition of settings, preflight checks and the stage runner."""

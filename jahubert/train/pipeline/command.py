@@ -1,4 +1,4 @@
-"""The command `jahubert run`: option parsing and dispatch to the stage runner."""
+"""Entry point of `jahubert run`: option parsing and dispatch to the stage runner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jahubert.train.pipeline.reporting import configure_logging, is_rank0, repor
 from jahubert.train.pipeline.signals import StopRequested, stop_signals
 
 _DESCRIPTION = """\
-Run stages of an experiment. Each stage writes to its folder exp/NAME/STAGE. Finished stages are kept.
+Run stages of an experiment. Each stage writes to its own folder below exp/NAME. Finished stages are kept.
 
   jahubert run recipe=demo stage=all
   jahubert run recipe=csj stage=finetune data=/path/to/CSJ pretrained=rinna/japanese-hubert-base subset=core
@@ -26,9 +26,9 @@ _EPILOG = """\
 settings:
   recipe=NAME     a recipe in the package, or a folder with a recipe.yaml
   stage=STAGE     prepare, features, kmeans, label, pretrain, targets, finetune, decode, score or report;
-                  all: every stage that is not finished, in order
-  iteration=N     iteration for features, kmeans, label and pretrain (default: 1)
-  system=NAME     system for finetune, decode and score (default: all systems of the recipe)
+                  all: all unfinished stages, in order
+  iteration=N     iteration of features, kmeans, label and pretrain (default: 1)
+  system=NAME     system of finetune, decode and score (default: all systems of the recipe)
   decoding=NAME   name of another decoding of the same model
   KEY=VALUE       any other setting, e.g. kmeans.n_clusters=200; ~KEY resets a setting to its default
 
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Create the parser of `jahubert run`."""
+    """Create the argument parser of `jahubert run`."""
     parser = _Parser(
         "jahubert run",
         usage="jahubert run [options] recipe=NAME stage=STAGE [KEY=VALUE ...]",
@@ -59,17 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("-c", "--cfg", choices=["job"], help="print all settings as YAML and exit")
     options.add_argument(
         "--resolve", action="store_true", help=argparse.SUPPRESS
-    )  # accepted as in Hydra; always on
+    )  # accepted for compatibility with Hydra; settings are always resolved
     options.add_argument("--info", action="store_true", help="print the stages that would run and exit")
     options.add_argument(
         "-m", "--multirun", action="store_true",
-        help="run each combination of values: KEY=A,B or KEY='range(1,4)'; hydra/launcher=slurm submits jobs",
+        help="run all combinations of KEY=A,B or KEY='range(1,4)'; hydra/launcher=slurm submits them as jobs",
     )  # fmt: skip
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status (2 for a user error)."""
+    """Run the command, and return the exit status (2 for a user error)."""
     join_slurm(os.environ)
     with stop_signals():
         try:
@@ -107,7 +107,7 @@ def _run(argv: list[str]) -> int:
 
 
 def unknown_option(parser: argparse.ArgumentParser, word: str) -> str:
-    """Return an error message with a suggestion for an option that does not exist."""
+    """Return an error message, with a suggestion, for an option that does not exist."""
     known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
     near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
@@ -122,10 +122,10 @@ def join_slurm(environment: MutableMapping[str, str]) -> None:
     n_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if n_tasks == "1" or "WORLD_SIZE" in environment:
         return
-    # node[017-020,031],other3 -> node017
+    # For example, node[017-020,031],other3 becomes node017.
     first_node = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).partition(",")[0]
     environment["WORLD_SIZE"], environment["RANK"] = n_tasks, environment["SLURM_PROCID"]
-    # With --gpus-per-task=1, only the GPU of a task is visible to it, as device 0.
+    # With --gpus-per-task=1, each task sees only its own GPU, as device 0.
     sees_one_gpu = re.fullmatch("[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
     environment["LOCAL_RANK"] = "0" if sees_one_gpu else environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", first_node)

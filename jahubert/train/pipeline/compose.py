@@ -1,9 +1,9 @@
 """Composition of a command's settings from conf/, a recipe, a machine preset and the command line.
 
-Sources of settings, in increasing precedence: the defaults in a stage's dataclass; conf/config.yaml; the
-groups model= and iteration=; the recipe's fine-tuning preset (conf/finetuning); recipe.yaml; the preset
-selected by finetuning=; the recipe's blocks for this iteration and system; the preset selected by machine=,
-with its blocks; the command line.
+Settings come from these sources, in increasing order of precedence: the defaults in a stage's dataclass;
+conf/config.yaml; the groups model= and iteration=; the recipe's fine-tuning preset (conf/finetuning);
+recipe.yaml; the preset selected by finetuning=; the recipe's blocks for this iteration and system; the preset
+selected by machine=, with its blocks; the command line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GROUPS = ("recipe", "model", "iteration", "finetuning", "machine")
 
 @dataclass(frozen=True)
 class CommandSettings:
-    """Settings of the pipeline itself; conf/config.yaml also passes some of them to the stages."""
+    """Settings of the pipeline itself, some of which conf/config.yaml also passes to the stages."""
 
     name: str
     exp: str
@@ -53,9 +53,9 @@ class CommandSettings:
     machine: str | None = None
     pretrained: str | None = None
     iterations: int = 2
-    processes: int = 1  # number of processes on this machine
+    processes: int = 1  # number of processes per machine
     machines: int = 1
-    hang_timeout_minutes: float = 30.0  # 0: no limit
+    hang_timeout_minutes: float = 30.0  # 0: no timeout
     verify_large_inputs: bool = True
 
     def __post_init__(self) -> None:
@@ -69,11 +69,11 @@ class CommandSettings:
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
-    """Compose the tree of settings as plain values; values from the command line remain text.
+    """Compose the tree of settings as plain values. Values from the command line remain text.
 
     Args:
         overrides: `key=value` settings from the command line.
-        system: a system of the recipe, whose settings are included.
+        system: name of a system in the recipe; the settings of this system are included.
 
     Raises:
         ConfigError: an override cannot be parsed, a name or key is unknown, or a file is not valid YAML.
@@ -96,7 +96,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
     try:
         tree: Any = copy.deepcopy(_load_groups(data_folder("conf"), model, iteration))
         tree = _merge_presets(tree, presets, groups, typed, system)
-        tree.name = Path(recipe).name if recipe else "unnamed"  # the recipe may be the path of a folder
+        tree.name = Path(recipe).name if recipe else "unnamed"  # `recipe` may be the path of a folder
         for override in typed:
             _apply(tree, override)
         _finish(tree, groups, system, typed)
@@ -110,7 +110,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
 
 
 def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
-    """Return the selected preset of each group; groups set to null are omitted."""
+    """Return the selected preset of each group, omitting groups that are set to null."""
     groups: dict[str, str] = {}
     errors = []
     for override in typed:
@@ -129,14 +129,14 @@ def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
 
 @cache
 def _load_groups(conf: Path, model: str, iteration: str) -> Any:
-    """Load conf/config.yaml with its groups."""
+    """Load conf/config.yaml with the given presets of its groups."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    selected = [f"model='{model}'", f"iteration='{iteration}'"]  # quoted, because a name may be a number
-    if GlobalHydra.instance().is_initialized():  # this is a job of Hydra's multirun
+    selected = [f"model='{model}'", f"iteration='{iteration}'"]  # quoted, because names may be numbers
+    if GlobalHydra.instance().is_initialized():  # this process is a job of Hydra's multirun
         tree = hydra_compose("config", overrides=selected)
     else:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
@@ -152,7 +152,7 @@ def _merge_presets(
     typed: Sequence[Override],
     system: str | None,
 ) -> Any:
-    """Merge the presets of fine-tuning, the recipe and the machine into the tree."""
+    """Merge the presets of the fine-tuning, the recipe and the machine into the tree."""
     from omegaconf import OmegaConf
 
     recipe = presets[0]
@@ -191,7 +191,7 @@ def _block(preset: Any, group: str, name: Any) -> Any:
 
 
 def _typed_blocks(typed: Sequence[Override]) -> Any:
-    """Return the blocks for iterations and systems that are given on the command line."""
+    """Return the settings of iterations and systems given on the command line, in the form of a preset."""
     from omegaconf import OmegaConf
 
     blocks = OmegaConf.create({"by_iteration": {}, "systems": {}})
@@ -202,11 +202,11 @@ def _typed_blocks(typed: Sequence[Override]) -> Any:
 
 
 def _apply(tree: Any, override: Override) -> None:
-    """Set or delete one setting of the tree."""
+    """Set or delete one setting in the tree."""
     from omegaconf import OmegaConf
 
     key, value = override.key, override.value
-    if key in ("model", "iteration") or key.startswith("by_iteration."):  # already in the tree
+    if key in ("model", "iteration") or key.startswith("by_iteration."):  # these are already in the tree
         return
     if not override.delete:
         parent: Any = tree
@@ -262,7 +262,7 @@ def _load_settings(file: Path) -> Any:
 
 
 def _check_names(groups: Mapping[str, str]) -> None:
-    """Raise ConfigError for a name that does not exist in its group in conf/."""
+    """Raise ConfigError if a group in conf/ has no preset with the given name."""
     errors = []
     for group, name in groups.items():
         known = sorted(path.stem for path in (data_folder("conf") / group).glob("*.yaml"))
@@ -287,7 +287,7 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
         "hours",
     }
     options = tree["prepare"].get("options") if isinstance(tree["prepare"], Mapping) else None
-    if isinstance(options, Mapping):  # recipes can expose options at the top level, for example subset=core
+    if isinstance(options, Mapping):  # recipes can expose options at the top level, e.g. subset=core
         known |= set(options)
     errors = [unknown_key_error(str(key), known, "") for key in tree if key not in known]
     for group in ("systems", "by_iteration"):

@@ -1,4 +1,4 @@
-"""Output of `--cfg job` and `--info`: the settings and stages of a command that is not run."""
+"""Output of `--cfg job` and `--info`: the settings and stages of a command, without running it."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def settings_yaml(overrides: Sequence[str]) -> str:
 
 
 def _complete(stage: str, settings: Any) -> Any:
-    """Return all settings of a stage, or only the given ones if some are invalid or missing."""
+    """Return all settings of a stage including defaults, or only the given ones if some are invalid."""
     try:
         return plain(structure(settings or {}, resolve(stage, STAGES, "stage").Config, stage))
-    except ConfigError:  # reported if the stage is one of the jobs
+    except ConfigError:  # this error is reported if the stage is one of the jobs
         return untyped(settings)
 
 
 def plain(value: Any) -> Any:
-    """Convert a config to mappings, lists and scalars."""
+    """Convert a config to plain mappings, lists and scalars."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def stage_list(overrides: Sequence[str]) -> str:
-    """List the stages of a command in order, one per line with its state."""
+    """List the stages of a command in order of execution, one per line with its state."""
     return "".join(f"{job.out}  {_state(job)}\n" for job in configure_jobs(overrides))
 
 

@@ -1,4 +1,4 @@
-"""Planning of a command: the ordered stages with their validated settings and output folders."""
+"""Planning of a command: selection of its stages, validated settings and output folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PER_SYSTEM = ("finetune", "decode", "score")
 
 
 class PlannedStage(NamedTuple):
-    """A stage of an experiment, with its iteration or system if it has one."""
+    """A stage of an experiment, with the iteration or the system if the stage has one."""
 
     stage: str
     iteration: int | None = None
@@ -27,7 +27,7 @@ class PlannedStage(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A stage with its settings, ready to run in a folder."""
+    """A stage with its validated settings and its output folder."""
 
     stage: str
     config: Any  # the stage's `Config`
@@ -35,19 +35,19 @@ class Job(NamedTuple):
 
 
 def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list[Job]:
-    """Return all jobs of a command in order.
+    """Return all jobs of a command in order of execution.
 
     Args:
-        check_inputs: also run the preflight checks, for jobs that are about to run on this machine.
+        check_inputs: whether to run the preflight checks. Use this for jobs that will run on this machine.
 
     Raises:
-        ConfigError: settings are invalid; the message lists all errors in all jobs.
+        ConfigError: settings are invalid; the message lists the errors in all jobs.
     """
     tree = compose(overrides)
     planned = plan_stages(tree)
     jobs: list[Job] = []
     mistakes: list[str] = []
-    settings: dict[str, None] = {}  # ordered; iterations may report the same error
+    settings: dict[str, None] = {}  # an ordered set, because several iterations may report the same error
     for stage in planned:
         try:
             jobs.append(configure_job(stage, overrides))
@@ -70,7 +70,7 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
 
 
 def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
-    """Return an error if `pretrained=` is given but no system uses this model."""
+    """Return an error message if `pretrained=` is given but no system uses this model."""
     model, used = tree["pretrained"], [job.config.pretrained for job in jobs if job.stage == "finetune"]
     is_typed = any(override.key == "pretrained" for override in parse_overrides(overrides))
     if not is_typed or model is None or not used or Path(model) in used:
@@ -98,12 +98,12 @@ def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:
 
 
 def output_folder(tree: dict[str, Any], planned: PlannedStage) -> Path:
-    """Return the output folder of a stage."""
+    """Return the output folder of a planned stage."""
     return Path(tree["exp"]) / stage_folder(*planned, tree["decoding"])
 
 
 def _check_layer(tree: dict[str, Any], config: Any) -> None:
-    """Reject a layer that the model of the previous iteration, which may not exist yet, does not have."""
+    """Raise ConfigError for a layer that the model of the previous iteration will not have."""
     from jahubert.model.hubert import HubertConfig
 
     bundle = Path(tree["exp"]) / f"iter{tree['iteration'] - 1}" / "pretrain" / "bundle"
@@ -117,7 +117,7 @@ def _check_layer(tree: dict[str, Any], config: Any) -> None:
 
 
 def _check_pretrained(tree: dict[str, Any], config: Any) -> None:
-    """Reject fine-tuning without a pretrained model if there are no pretraining iterations."""
+    """Raise ConfigError for fine-tuning without a pretrained model and without pretraining iterations."""
     if tree["iterations"] == 0 and config.pretrained == Path(tree["exp"]) / "iter0" / "pretrain":
         raise ConfigError(
             "pretrained=... is missing: iterations=0 requires a model to fine-tune. To train from scratch, "
@@ -153,7 +153,7 @@ def plan_stages(tree: dict[str, Any]) -> list[PlannedStage]:
     planned = [PlannedStage("prepare")]
     for iteration in range(1, iterations + 1):
         planned += [PlannedStage(name, iteration) for name in PER_ITERATION]
-    if iterations:  # units of the last model, for `jahubert units` and for the report
+    if iterations:  # fit units to the last model, for `jahubert units` and the report
         planned += [PlannedStage(name, iterations + 1) for name in PER_ITERATION if name != "pretrain"]
     planned.append(PlannedStage("targets"))
     for system in systems:

@@ -1,4 +1,4 @@
-"""Multirun: one run per combination of swept settings, each in its own experiment folder."""
+"""Sweeps: one run per combination of swept settings, each in its own experiment folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jahubert.train.pipeline.signals import check_stop
 
 log = logging.getLogger("jahubert")
 
-# Settings that select a part of an experiment. Runs that differ only in these share a folder.
+# Settings that select part of an experiment. Runs that differ only in these settings share a folder.
 _SELECTORS = ("stage", "iteration", "system", "decoding", "processes", "machines")
 _MAX_NAME = 100  # maximum length of the swept settings in a folder name
 
@@ -31,9 +31,9 @@ class Run(NamedTuple):
 
 
 def run_all(arguments: Sequence[str]) -> int:
-    """Run each combination, locally or through a Hydra launcher; returns the first nonzero exit status.
+    """Run each combination locally or through a Hydra launcher, and return the first nonzero exit status.
 
-    All settings are checked before the first run starts. If a run fails, later runs are still started.
+    All settings are checked before the first run starts. If a run fails, the later runs are still started.
     """
     launcher = [word for word in arguments if word.startswith(("hydra/", "hydra."))]
     runs = expand([word for word in arguments if word not in launcher])
@@ -54,7 +54,7 @@ def run_all(arguments: Sequence[str]) -> int:
 
 
 def expand(arguments: Sequence[str]) -> list[Run]:
-    """Return the runs of a multirun in order.
+    """Return all runs of a sweep in order.
 
     If several experiments would share a folder, the swept settings are appended to the folder name.
     """
@@ -89,7 +89,7 @@ def _launch(launcher: list[str], runs: Sequence[Run]) -> int:
     from jahubert.train.experiment.registry import data_folder
 
     if other := [word for word in launcher if not word.startswith(("hydra/launcher=", "hydra.launcher."))]:
-        raise ConfigError(f"{other[0]}: only hydra/launcher and hydra.launcher settings are supported")
+        raise ConfigError(f"{other[0]}: not supported; only hydra/launcher and hydra.launcher can be set")
     overrides = [run.overrides for run in runs]
 
     @hydra.main(config_path=str(data_folder("conf").resolve()), config_name="config", version_base="1.3")

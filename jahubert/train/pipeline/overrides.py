@@ -1,8 +1,8 @@
-"""Parser of `key=value` overrides, following Hydra's notation.
+"""Parser for `key=value` overrides in Hydra's notation.
 
 Values such as `1.10`, `2024_01`, `1e5` and `null` remain text until `structure` converts them to the declared
-type of the setting, so that names and paths are not reformatted. Lists and mappings are written as in Hydra:
-`[a, b]`, `{a: 1, b: [2, 3]}`. Brackets and commas inside quotes are literal.
+type of the setting, so that names and paths are not reformatted. Lists and mappings are written as in Hydra,
+for example `[a, b]` and `{a: 1, b: [2, 3]}`. Brackets and commas inside quotes are literal.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _RANGE = re.compile(r"range\((.*)\)", re.S)
 
 @dataclass(frozen=True)
 class Override:
-    """A setting given on the command line.
+    """One setting from the command line.
 
     Attributes:
         key: dotted name.
         value: text, or a list or mapping of such values.
-        delete: whether the setting is reset to its default (`~key`).
+        delete: whether to reset the setting to its default (`~key`).
     """
 
     key: str
@@ -38,7 +38,7 @@ class Override:
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[Override]:
-    """Parse all overrides.
+    """Parse a list of overrides.
 
     Raises:
         ConfigError: some arguments are not overrides; the message lists all of them.
@@ -63,7 +63,7 @@ def parse_override(argument: str) -> Override:
     if not equals and not delete:
         raise ConfigError(f"{argument!r}: not a setting; write key=value")
     if not _KEY.fullmatch(key):
-        raise ConfigError(f"{argument}: {key!r} is not the name of a setting")
+        raise ConfigError(f"{argument}: {key!r} is not a valid name of a setting")
     return Override(key, None if delete else parse_value(text, argument), delete)
 
 
@@ -84,7 +84,7 @@ def parse_value(text: str, argument: str) -> Any:
         return text
     parts = list(split_top_level(text[1:-1], ",")) if _closes_at_end(text) else None
     if parts is None:
-        if _end_of_bracket(text, 0) is not None:  # text that starts with a bracketed part: [2024] talks
+        if _end_of_bracket(text, 0) is not None:  # the text only starts with brackets, as in "[2024] talks"
             return text
         raise ConfigError(f"{argument}: {first} without closing {closing}")
     items = [part.strip() for part in parts]
@@ -102,7 +102,7 @@ def parse_value(text: str, argument: str) -> Any:
 
 
 def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
-    """Expand sweeps to (overrides, swept settings) for each combination of values.
+    """Expand sweeps to one pair (overrides, swept settings) per combination of values.
 
     `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` are sweeps. Quoted commas do not separate values.
 
@@ -122,7 +122,7 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, s
 
 
 def _sweep_values(argument: str) -> list[str] | None:
-    """Expand an argument to one override per value; None if it is not a sweep."""
+    """Expand a sweep to one override per value; return None if the argument is not a sweep."""
     name, _, text = argument.partition("=")
     if match := _RANGE.fullmatch(text):
         values = [str(number) for number in _range(match[1], argument)]
@@ -147,7 +147,7 @@ def _range(text: str, argument: str) -> range:
 
 
 def split_top_level(text: str, separator: str) -> Iterator[str]:
-    """Split text at separators outside quotes and brackets."""
+    """Split text at the separators that are outside quotes and brackets."""
     start = position = 0
     while position < len(text):
         character = text[position]
@@ -165,7 +165,7 @@ def split_top_level(text: str, separator: str) -> Iterator[str]:
 
 
 def _end_of_quote(text: str, start: int) -> int | None:
-    """Return the position of the quote that closes the one at `start`; None if it is not closed."""
+    """Return the position of the closing quote for the quote at `start`, or None if there is none."""
     position = start + 1
     while position < len(text):
         if text[position] == "\\":
@@ -177,7 +177,7 @@ def _end_of_quote(text: str, start: int) -> int | None:
 
 
 def _end_of_bracket(text: str, start: int) -> int | None:
-    """Return the position of the bracket that closes the one at `start`; None if it is not closed."""
+    """Return the position of the closing bracket for the bracket at `start`, or None if there is none."""
     expected: list[str] = []
     position = start
     while position < len(text):

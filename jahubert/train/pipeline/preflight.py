@@ -1,8 +1,8 @@
-"""Preflight checks: inputs, model, device, engine, tracker and process count, before any stage runs.
+"""Preflight checks of inputs, model, device, engine, tracker and process count, before any stage runs.
 
-Some inputs are first used after hours, for example a model that is opened after a corpus was read. Everything
-that can be checked quickly is therefore checked before the first stage. Split names are checked as soon as
-the manifest exists. All errors are reported at once.
+A stage may use an input only after hours of work, for example when it reads a corpus before it opens a model.
+Everything that can be checked quickly is therefore checked before the first stage. Split names are checked as
+soon as the manifest exists. All errors are reported at once.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from jahubert.train.trainer.tracker import check_tracker
 def preflight_errors(
     jobs: Sequence[tuple[str, Any, Path]], outputs: Sequence[Path], processes: int
 ) -> list[str]:
-    """Find errors that would end a stage; returns one message per error.
+    """Return one message per error that would make a stage fail.
 
     Args:
-        jobs: tuples of a stage, its config and its folder.
-        outputs: output folders of the command; inputs in these folders need not exist yet.
+        jobs: tuples (stage, config, output folder).
+        outputs: output folders of the command. Inputs in these folders need not exist yet.
         processes: number of training processes.
     """
     outputs = [folder.absolute() for folder in outputs]
@@ -52,7 +52,7 @@ def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
             continue
         try:
             splits_of[path] = splits_of.get(path) or Manifest(path).counts["splits"]
-        except DataError:  # reported by the stages
+        except DataError:  # the stage itself reports a damaged manifest
             continue
         errors += [
             f"{stage}.{name}={split}: {path} has no such split; its splits are {', '.join(splits_of[path])}"
@@ -63,7 +63,7 @@ def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
 
 
 def check_splits(jobs: Sequence[tuple[str, Any, Path]]) -> None:
-    """Raise ConfigError on all ranks for splits that the manifest does not contain."""
+    """Raise ConfigError on all ranks if a stage reads splits that its manifest does not contain."""
     with distributed.rank0_reports():
         raise_config_errors(split_errors(jobs))
 
@@ -89,7 +89,7 @@ def _job_errors(stage: str, config: Any, out: Path, outputs: Sequence[Path], pro
 
 
 def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
-    """Yield errors in the device, engine, tracker and batch size; GPUs of processes are checked later."""
+    """Yield errors in the device, engine, tracker and batch size. Each process checks its GPU later."""
     train = getattr(config, "train", None)
     device = getattr(config if train is None else train, "device", None)
     kind = None
@@ -101,7 +101,7 @@ def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
             yield str(error)
     if train is None:
         return
-    longest = config.crop.max_seconds if hasattr(config, "crop") else 1.0  # unknown without a manifest
+    longest = config.crop.max_seconds if hasattr(config, "crop") else 1.0  # not known without a manifest
     for prefix, check in (
         (f"{stage}.", lambda: train.check_processes(processes, longest)),
         ("", lambda: resolve(train.engine, ENGINES, "engine")),

@@ -17,7 +17,7 @@ _LOST_RANK = re.compile(r"gloo/transport|Connection (reset|closed|refused)|Broke
 
 
 def report_error(error: BaseException) -> int:
-    """Print the error that ended the run, unless another process reports it; returns the exit status."""
+    """Print the error that ended the run, unless another process reports it. Return the exit status."""
     status, message = 1, ""
     reported = isinstance(error, JahubertError) and error.reported
     signal_name = received_signal()
@@ -33,7 +33,8 @@ def report_error(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.filename is not None:
         status, message = exit_status(error), f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     elif isinstance(error, RuntimeError) and is_distributed() and _LOST_RANK.search(str(error)):
-        # Keeps the lowest status, 1: launchers report the highest, which should be that of the failed rank.
+        # Launchers report the highest exit status, which should be that of the failed rank. This rank
+        # therefore exits with the lowest one.
         message = "exiting because another rank failed; see that rank's log"
     elif isinstance(error, KeyboardInterrupt):
         status, message = INTERRUPTED, "interrupted: rerun the same command to resume"

@@ -1,4 +1,4 @@
-"""Stage runner: runs the stages of a command in this process, or in several new processes."""
+"""Stage runner, which runs the stages of a command in this process or launches several processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("jahubert")
 
 
 def start(overrides: Sequence[str]) -> int:
-    """Run the stages in this process or launch the configured processes; returns the exit status."""
+    """Run the stages in this process or in the configured number of processes. Return the exit status."""
     n_processes = processes_to_launch(overrides)
     check_stop()
     if n_processes > 1:
@@ -33,7 +33,7 @@ def start(overrides: Sequence[str]) -> int:
 
 
 def run(overrides: Sequence[str]) -> None:
-    """Run the stages selected by a list of `key=value` overrides.
+    """Run the stages that a list of `key=value` overrides selects.
 
     Raises:
         ConfigError: an override cannot be parsed, a stage, recipe, system or key is unknown, or an input does
@@ -49,7 +49,7 @@ def run(overrides: Sequence[str]) -> None:
         timeout_minutes = settings["hang_timeout_minutes"]
         verify_large = settings["verify_large_inputs"]
     except JahubertError as error:
-        error.reported = not is_rank0()  # all ranks find the same errors
+        error.reported = not is_rank0()  # all ranks raise the same error
         raise
     with distributed.process_group(report_error), watchdog(timeout_minutes):
         for job in jobs:
@@ -60,10 +60,10 @@ def run(overrides: Sequence[str]) -> None:
 
 
 def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> dict[str, Any]:
-    """Run a stage in its folder, unless its result already exists; returns its metrics.
+    """Run a stage in its folder unless its result already exists. Return its metrics.
 
     Args:
-        verify_large: also verify the checksums of input files over 1 GB. The sizes of all files and the
+        verify_large: whether to verify the checksums of input files over 1 GB. The sizes of all files and the
             checksums of smaller files are always verified.
 
     Raises:
@@ -119,7 +119,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
 
 
 def verify_inputs(config: Any, large: bool = True) -> None:
-    """Verify the input files of a stage: sizes, checksums, and the contents of manifests.
+    """Verify the sizes and checksums of a stage's input files, and the contents of manifests.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -135,7 +135,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
 
 
 def _show_finished(module: Any, config: Any, out: Path) -> None:
-    """Print the result of a stage that was finished earlier."""
+    """Print the result of a stage that an earlier run finished."""
     if hasattr(module, "kept"):
         module.kept(config, out)
     if (out / "table.txt").is_file():
@@ -148,5 +148,5 @@ def _format_metrics(metrics: dict[str, Any]) -> str:
 
 
 def processes_to_launch(overrides: Sequence[str]) -> int:
-    """Return the number of processes to launch; 1 if a launcher has already started them."""
+    """Return the number of processes to launch, which is 1 if a launcher has already started them."""
     return 1 if "WORLD_SIZE" in os.environ else compose(overrides)["processes"]

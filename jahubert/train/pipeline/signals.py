@@ -11,13 +11,13 @@ from typing import Any
 
 from jahubert.errors import Stopped
 
-# SIGINT is not included, because Python raises KeyboardInterrupt for it. Windows has no SIGUSR1.
+# SIGINT is omitted, because Python raises KeyboardInterrupt for it. Windows has no SIGUSR1.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_received: list[str] = []  # stored here because interrupted code may replace or swallow the exception
+_received: list[str] = []  # recorded here, because interrupted code may replace or swallow the exception
 
 
 class StopRequested(BaseException):
-    """A stop signal was received outside of training. Derived from BaseException, so handlers ignore it."""
+    """Raised after a stop signal outside of training; a BaseException, so that handlers do not catch it."""
 
 
 @contextmanager
@@ -29,9 +29,9 @@ def stop_signals() -> Iterator[None]:
     main_process, previous = os.getpid(), {}
 
     def stop(number: int, _: Any) -> None:
-        if os.getpid() != main_process:  # a forked worker; the main process reports the signal
+        if os.getpid() != main_process:  # this is a forked worker; the main process reports the signal
             os._exit(Stopped.exit_status)
-        if not _received:  # both the launcher and the scheduler may send a signal
+        if not _received:  # the launcher and the scheduler may both send a signal
             _received.append(signal.Signals(number).name)
             raise StopRequested
 
@@ -51,6 +51,6 @@ def received_signal() -> str | None:
 
 
 def check_stop() -> None:
-    """Raise StopRequested if a stop signal was received; called before long steps."""
+    """Raise StopRequested if a stop signal was received. Call this before long steps."""
     if _received:
         raise StopRequested

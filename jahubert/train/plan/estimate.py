@@ -249,7 +249,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
 
 
 def _is_measured(model: HubertConfig, precision: torch.dtype, machine: Machine) -> bool:
-    """Whether the training of a model of these sizes was measured on one such device."""
+    """Return whether the training of a model of these sizes was measured on one such device."""
     measured = machine.measured_model
     if measured is None or (machine.memory_bytes is not None and precision is torch.float32):
         return False

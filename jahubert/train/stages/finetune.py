@@ -283,6 +283,6 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
 
 
 def _blanks(logp_BSV: Tensor, n_frames_B: Tensor) -> Tensor:
-    """Count the frames whose most probable symbol is blank; returns a tensor on the same device."""
+    """Count the frames whose most probable symbol is blank, and return a tensor on the same device."""
     valid_BS = torch.arange(logp_BSV.shape[1], device=logp_BSV.device) < n_frames_B[:, None]
     return (valid_BS & (logp_BSV.detach().argmax(-1) == 0)).sum(dtype=torch.float64)

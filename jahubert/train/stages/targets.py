@@ -134,7 +134,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
 
 
 def _text_to_phones(text: str, user_dictionary: Path | None) -> tuple[tuple[str, ...], ...]:
-    """Convert a text to words as phones; raises DataError if it has no reading."""
+    """Convert a text to words as phones; raise DataError if it has no reading."""
     from jahubert.train.text.japanese import text_to_words
 
     try:

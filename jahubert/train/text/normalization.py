@@ -220,7 +220,7 @@ def _simplify(char: str) -> str:
 
 
 def is_punctuation(symbol: str) -> bool:
-    """Whether a symbol is a punctuation mark; symbols with a longer name, such as `<unk>`, are not."""
+    """Return whether a symbol is a punctuation mark; symbols with a longer name, such as `<unk>`, are not."""
     return len(symbol) == 1 and unicodedata.category(symbol)[0] == "P"
 
 

@@ -86,7 +86,7 @@ class Tokenizer:
         return tokens
 
     def count(self, word: str, phones: tuple[str, ...]) -> str:
-        """Count an occurrence of a word with a pronunciation, for the lexicon; returns the word."""
+        """Count an occurrence of a word with a pronunciation, for the lexicon, and return the word."""
         self.pronunciations[word, phones] = self.pronunciations.get((word, phones), 0) + 1
         return word
 

@@ -89,7 +89,7 @@ def test_resumed_store_is_identical_for_any_order_and_shard_size(tmp_path):
 
 
 def fill_until_killed(folder: Path, n_calls: int) -> bool:
-    """Fill a store in a child process killed after `n_calls` disk operations; returns True if killed."""
+    """Fill a store in a child process killed after `n_calls` disk operations, and return True if killed."""
     child = os.fork()
     if child == 0:
         remaining = iter(range(n_calls))

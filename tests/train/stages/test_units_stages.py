@@ -101,7 +101,7 @@ def test_sample_is_uniform_over_frames(corpus):
 
 
 def killed_before_step(work: Callable[[], None], moment: int) -> bool:
-    """Run `work` in a child process killed before I/O call `moment`; returns True if killed."""
+    """Run `work` in a child process killed before I/O call `moment`, and return True if killed."""
     child = os.fork()
     if child == 0:
         left = iter(range(moment))
