@@ -1,1 +1,1 @@
-"""K-means clustering: input features, streaming feature extraction, and fitting."""
+"""K-means clustering: input features, streaming feature extraction, and fitting of centroids."""

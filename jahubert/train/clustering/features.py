@@ -1,7 +1,7 @@
-"""Input features for k-means: MFCCs (iteration 1) or the output of a HuBERT layer (later iterations).
+"""Input features for k-means: MFCCs in iteration 1, the output of a HuBERT layer in later iterations.
 
 The MFCCs are identical to those of fairseq's recipe (Kaldi MFCCs of samples in [-1, 1], with deltas and
-delta-deltas), so that labels are comparable with published ones. The sample range matters: with int16
+delta-deltas), so that labels are comparable with published ones. The range of the samples matters: with int16
 samples, as usual in Kaldi, near-silence would not reach the floor of the logarithm.
 """
 
@@ -29,7 +29,7 @@ _LOG_FLOOR = torch.finfo(torch.float32).eps
 
 
 class Feature(Protocol):
-    """A function from waveforms to frames; the frames of an utterance do not depend on other utterances."""
+    """Protocol of a feature extractor. The frames of an utterance must not depend on other utterances."""
 
     name: str
     dim: int
@@ -42,7 +42,7 @@ class Feature(Protocol):
             wavs: mono 16 kHz float32 waveforms (T,).
 
         Returns:
-            Per waveform, float32 (S, dim) with S = grid.n_frames(T), possibly 0.
+            One float32 tensor (S, dim) per waveform, with S = grid.n_frames(T), which may be 0.
         """
         ...
 
@@ -56,7 +56,7 @@ class Mfcc:
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
-        # Frames per block. On a CPU, the spectra of a block fit in the L2 cache.
+        # Number of frames per block. On a CPU, the spectra of a block fit in the L2 cache.
         self.block = 256 if self.device.type == "cpu" else 16_384
         # The tables are computed in float64, so that the rounded float32 values are equal on every machine.
         window_T = torch.hann_window(self.grid.window, periodic=False, dtype=torch.float64) ** 0.85  # "povey"
@@ -66,7 +66,7 @@ class Mfcc:
         self.cepstra_MC = _cepstra().float().to(self.device)
 
     def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the features of all utterances together; results do not depend on the batch."""
+        """Compute the features of all utterances at once. Results do not depend on the batch."""
         hop, window = self.grid.hop, self.grid.window
         # Utterances are concatenated, each starting at a multiple of the hop, so that one strided view
         # contains all frames. Frames that span two utterances are discarded.
@@ -115,13 +115,13 @@ class Mfcc:
 
 
 def deltas(x_SC: Tensor) -> Tensor:
-    """Compute deltas over five frames with repeated edge frames (torchaudio's `compute_deltas`, window 5)."""
+    """Compute deltas over five frames, repeating edge frames, like torchaudio's `compute_deltas`."""
     padded = torch.cat([x_SC[:1], x_SC[:1], x_SC, x_SC[-1:], x_SC[-1:]])
     return (2 * (padded[4:] - padded[:-4]) + padded[3:-1] - padded[1:-3]) / 10
 
 
 def _mel_filters() -> Tensor:
-    """Return triangular filters (257, 23), evenly spaced on Kaldi's mel scale 1127 ln(1 + f / 700)."""
+    """Return 23 triangular filters (257, 23), evenly spaced on Kaldi's mel scale 1127 ln(1 + f / 700)."""
     bins_F = torch.arange(_FFT // 2 + 1, dtype=torch.float64) * (SAMPLE_RATE / _FFT)
     mel_F1 = (1127.0 * torch.log1p(bins_F / 700.0))[:, None]
     low, high = (1127.0 * math.log1p(hz / 700.0) for hz in (_LOW_HZ, _HIGH_HZ))
@@ -142,10 +142,10 @@ def _cepstra() -> Tensor:
 
 
 class HubertLayer:
-    """The output of a Transformer layer of a HuBERT model.
+    """Feature extractor that returns the output of one Transformer layer of a HuBERT model.
 
     Args:
-        layer: the number of the layer, counted from 1.
+        layer: number of the layer, counted from 1.
 
     Raises:
         ConfigError: `layer` is out of range.
@@ -164,7 +164,7 @@ class HubertLayer:
 
     def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
         features = [torch.zeros(0, self.dim, device=self.device) for _ in wavs]
-        # A waveform shorter than a frame has no frames, as with MFCCs. The model would reject it.
+        # The model rejects waveforms shorter than one frame. As with MFCCs, they have no frames.
         long_enough = [i for i, wav_T in enumerate(wavs) if self.grid.n_frames(len(wav_T)) > 0]
         if not long_enough:
             return features

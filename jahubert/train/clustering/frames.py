@@ -1,4 +1,4 @@
-"""Frame sources for k-means: .npy files larger than memory, subsets, and a GPU cache."""
+"""Frame sources for k-means: .npy files that may be larger than memory, subsets of rows, and a GPU cache."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 
-Frames = Any  # (N, D): a tensor, an array, or one of the classes below, which support slices and index arrays
+Frames = Any  # (N, D): a tensor, an array or a class below; all support slices and index arrays
 
 
 class FrameFile:
-    """The frames in a .npy file, which is memory-mapped for each read.
+    """Frames in a .npy file, which is memory-mapped anew for each read.
 
     The mapping is not kept, so that the pages of a large file do not accumulate in the process.
 
@@ -64,7 +64,7 @@ class Subset:
 
 
 class CachedFrames:
-    """A frame source that caches slices on a device after their first read, up to `max_bytes` in total."""
+    """Frame source that caches slices on a device after their first read, up to `max_bytes` in total."""
 
     ndim = 2
 

@@ -1,4 +1,4 @@
-"""K-means: fitting with a choice of backends, and assignment of frames to clusters."""
+"""K-means clustering with several backends, and assignment of frames to clusters."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ class KmeansResult:
 
     centroids_KD: Tensor  # float32, on the CPU
     inertia: float  # mean squared distance of a frame to its centroid
-    counts_K: Tensor  # int64, frames per cluster
+    counts_K: Tensor  # int64, number of frames per cluster
     history: list[float]  # inertia after each pass over all frames; the last value equals `inertia`
     reseeded: int  # number of empty clusters that were moved to another frame
     backend: str
 
 
 def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
-    """Cluster frames. The result is determined by the frames and the options.
+    """Cluster frames with k-means. The frames and the options determine the result.
 
     Args:
-        frames_ND: frames (N, D) of any floating dtype, in memory or in a file; the same in every process.
+        frames_ND: frames (N, D) of any floating-point dtype, in memory or in a file. They must be the same in
+            all processes.
 
     Raises:
         ConfigError: the backend is unknown.

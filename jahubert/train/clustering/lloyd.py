@@ -1,14 +1,13 @@
 """Lloyd's algorithm and mini-batch k-means over frames that may not fit in memory.
 
-Fitting proceeds from coarse to fine. K-means++ and Lloyd's algorithm are run on a small sample with several
-initializations, of which the best is kept. Lloyd's algorithm then runs on samples that grow by a factor of
-eight, and finally on all frames.
-Most of the improvement happens on small samples, where a pass is cheap. If there are more than `lloyd_frames`
-frames, the final step is a single mini-batch pass.
+Fitting proceeds from coarse to fine. K-means++ and Lloyd's algorithm run on a small sample with several
+initializations, the best of which is kept. Lloyd's algorithm then runs on samples that grow by a factor of
+eight, and finally on all frames. Most of the improvement happens on small samples, where a pass is cheap. If
+there are more than `lloyd_frames` frames, the final step is a single mini-batch pass.
 
-Frames are read in chunks, which are cached on a GPU up to half of its free memory. Each pass is shared among
-the processes, and the results are bit-identical for any number of processes: chunks are assigned to 16 lanes,
-lanes to processes, and the sums of the lanes are added in a fixed order.
+Frames are read in chunks, which are cached on a GPU in up to half of its free memory. The processes share
+each pass, and the results are bit-identical for any number of processes: chunks are assigned to 16 lanes,
+lanes are assigned to processes, and the sums of the lanes are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from jahubert.train.experiment.progress import progress
 
 Backend = Literal["auto", "torch", "faiss", "sklearn"]
 
-_LANES = 16  # number of separate partial sums, for any number of processes
-_CHUNK_BYTES = 1 << 22  # size of a chunk; larger if one block (`_block_rows`) is larger
-_BATCH = 4096  # frames per lane in a mini-batch
+_LANES = 16  # number of separate partial sums, regardless of the number of processes
+_CHUNK_BYTES = 1 << 22  # minimum size of a chunk; a chunk contains at least one block (`_block_rows`)
+_BATCH = 4096  # number of frames per lane in a mini-batch
 
-_COARSE_FRAMES = 64  # frames per cluster in the first sample
-_COARSE_MIN = 20_000  # minimum size of the first sample (frames)
+_COARSE_FRAMES = 64  # number of frames per cluster in the first sample
+_COARSE_MIN = 20_000  # minimum number of frames in the first sample
 _COARSE_PASSES = 50  # maximum number of passes over a sample
 _GROWTH = 8  # growth factor of the samples
-_IN_MEMORY = 1 << 30  # samples up to this size (bytes) are loaded; larger ones are read in each pass
-_LAST_TOL = 10  # factor on `tol` for passes over all frames, which are expensive and gain little
+_IN_MEMORY = 1 << 30  # bytes; samples up to this size are loaded, larger ones are read in each pass
+_LAST_TOL = 10  # factor for `tol` in passes over all frames, which are expensive and improve little
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,11 @@ class KmeansOptions:
     """Options of a k-means fit, for all backends.
 
     Args:
-        n_clusters: the number of clusters K.
-        backend: "auto" selects "torch", which is implemented in this file. "sklearn" is the reference:
-            MiniBatchKMeans with fairseq's arguments, which ignores all options but `n_clusters` and `seed`.
-        n_init: number of initializations; the best one is used.
+        n_clusters: number of clusters K.
+        backend: implementation of k-means. "auto" selects "torch", which is implemented in this file.
+            "sklearn" is the reference: MiniBatchKMeans with fairseq's arguments, which ignores all options
+            except `n_clusters` and `seed`.
+        n_init: number of initializations, of which the best one is used.
         max_iter: maximum number of passes over all frames.
         tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by a smaller fraction than
             this. On all frames, the limit is ten times as high (torch only).
@@ -87,8 +87,8 @@ class PassStatistics:
     """Statistics of one pass that assigns all frames to centroids."""
 
     centroids_KD: Tensor
-    means_KD: Tensor  # mean of the frames of each cluster; the centroid itself if the cluster is empty
-    counts_K: Tensor  # int64, frames per cluster
+    means_KD: Tensor  # mean of the frames in each cluster, or the centroid if the cluster is empty
+    counts_K: Tensor  # int64, number of frames per cluster
     inertia: float  # mean squared distance of a frame to its centroid
 
 
@@ -102,10 +102,10 @@ class Fit:
 
 
 class NearestCentroid:
-    """Assigns frames to centroids, using |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c).
+    """Assignment of frames to their nearest centroids, using |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c).
 
-    The mean of the centroids is subtracted first, because the products lose precision for features far from
-    zero.
+    The mean of the centroids is subtracted first, because the products lose precision if the features are far
+    from zero.
     """
 
     def __init__(self, centroids_KD: Tensor):
@@ -125,7 +125,7 @@ class NearestCentroid:
         return torch.cat(labels) if labels else self.half_norm_K.new_zeros(0, dtype=torch.int64)
 
     def distances(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return labels (N,), squared distances (N,) and centered frames (N, D) of a block.
+        """Return labels (N,), squared distances (N,) and centered frames (N, D) for a block of frames.
 
         The centered frames are valid until the next call.
         """
@@ -147,7 +147,7 @@ class NearestCentroid:
 
 
 def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """Cluster frames from coarse to fine; must be called in all processes, which share the passes."""
+    """Cluster frames from coarse to fine. All processes must call this and share the passes."""
     device = torch.device(options.device)
     n_frames, rng = len(frames_ND), np.random.default_rng(options.seed)
     sample_ND = frames_ND
@@ -176,7 +176,7 @@ def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
 
 
 def coarse_centroids(frames_ND: Frames, order: np.ndarray, options: KmeansOptions) -> tuple[Tensor, int]:
-    """Cluster a small sample with several initializations and return the best centroids.
+    """Cluster a small sample with several initializations, and return the best centroids.
 
     Args:
         order: a permutation of the rows; the sample is a prefix of it.
@@ -198,7 +198,7 @@ def coarse_centroids(frames_ND: Frames, order: np.ndarray, options: KmeansOption
 
 
 def _plus_plus(x_ND: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-means++: draw several candidates by squared distance and keep the one that helps most."""
+    """Choose initial centroids by greedy k-means++: keep the best of several candidates in each step."""
     frames_ND, x_ND = x_ND, x_ND - x_ND.mean(dim=0)
     norm_N = x_ND.square().sum(dim=1)
     n_candidates = 2 + int(math.log(n_clusters))
@@ -226,15 +226,15 @@ def lloyd(frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, al
     """Run Lloyd's algorithm until it converges, for at most `max_iter` passes.
 
     Args:
-        tol: converged when a pass decreases the inertia by no more than this fraction.
-        all_ranks: share the passes among all processes, which must call this function together.
+        tol: the algorithm has converged when a pass decreases the inertia by no more than this fraction.
+        all_ranks: whether all processes call this function together and share the passes.
     """
     if not isinstance(frames_ND, Tensor):
         device = centroids_KD.device
         frames_ND = CachedFrames(frames_ND, device, _cache_bytes(device))
     history: list[float] = []
     reseeded = 0
-    moved = False  # whether empty clusters were moved after the last pass, which requires another pass
+    moved = False  # True if empty clusters were moved after the last pass, which requires another pass
     with progress(f"k-means over {len(frames_ND):,} frames", "passes", max_iter) as done:
         while True:
             statistics = assign_pass(frames_ND, centroids_KD, all_ranks)
@@ -254,7 +254,7 @@ def lloyd(frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, al
 
 
 def assign_pass(frames_ND: Frames, centroids_KD: Tensor, all_ranks: bool = False) -> PassStatistics:
-    """Assign all frames to centroids; with `all_ranks`, each process handles its own lanes."""
+    """Assign all frames to centroids. With `all_ranks`, each process handles its own lanes."""
     nearest = NearestCentroid(centroids_KD)
     rank, world = (distributed.rank(), distributed.world()) if all_ranks else (0, 1)
     blocks = _blocks(frames_ND, centroids_KD, rank, world)
@@ -267,9 +267,9 @@ def assign_pass(frames_ND: Frames, centroids_KD: Tensor, all_ranks: bool = False
 def mini_batch_pass(frames_ND: Frames, start: PassStatistics, all_ranks: bool = False) -> Tensor:
     """Refine centroids (K, D) with one mini-batch pass over all frames.
 
-    After each batch, a centroid is the mean of all frames assigned to it so far, including those of `start`
-    (MacQueen 1967; same learning rate as Sculley 2010). The frames of a batch come from 16 distant positions,
-    because neighboring frames belong to the same speaker.
+    After each batch, a centroid is the mean of all frames assigned to it so far, including those in `start`
+    (MacQueen 1967; the learning rate is that of Sculley 2010). The frames of a batch come from 16 distant
+    positions, because neighboring frames belong to the same speaker.
     """
     centroids_KD, counts_K = start.means_KD.double(), start.counts_K.double()
     rank, world = (distributed.rank(), distributed.world()) if all_ranks else (0, 1)
@@ -299,14 +299,14 @@ def mini_batch_pass(frames_ND: Frames, start: PassStatistics, all_ranks: bool = 
 def _sums(
     blocks: Iterable[tuple[int, Tensor]], nearest: NearestCentroid, all_ranks: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over blocks of frames, in float32 within a block and in float64 across blocks.
+    """Compute sums over blocks of frames, in float32 within a block and in float64 across blocks.
 
     Returns:
-        The sum of the centered frames of each cluster (K, D), their number (K,), and the sum of all squared
+        The sum (K, D) and the number (K,) of the centered frames in each cluster, and the sum of all squared
         distances.
     """
     n_clusters, device = len(nearest.half_norm_K), nearest.half_norm_K.device
-    shape = (_LANES, n_clusters, len(nearest.mean_D) + 2)  # the last two columns: counts and distances
+    shape = (_LANES, n_clusters, len(nearest.mean_D) + 2)  # the last two columns are counts and distances
     sums_LKD = torch.zeros(shape, dtype=torch.float64, device=device)
     for lane, block_ND in blocks:
         label_N, distance_N, x_ND = nearest.distances(block_ND)
@@ -319,7 +319,7 @@ def _sums(
             member_NK = torch.nn.functional.one_hot(label_N, n_clusters).to(x_ND.dtype)
             lane_KD[:, :-2] += member_NK.T @ x_ND
     if all_ranks:
-        distributed.all_reduce_(sums_LKD)  # exact, because each lane is non-zero in one process only
+        distributed.all_reduce_(sums_LKD)  # exact, because each lane is nonzero in only one process
     total_KD = sums_LKD[0]
     for lane_KD in sums_LKD[1:]:
         total_KD = total_KD + lane_KD
@@ -351,7 +351,7 @@ def _blocks(
     if frames_ND.shape[1] != centroids_KD.shape[1]:
         raise DataError(
             f"the frames have {frames_ND.shape[1]} dimensions, but the centroids have "
-            f"{centroids_KD.shape[1]}: they were fitted to a different feature"
+            f"{centroids_KD.shape[1]}: the centroids were fitted to a different feature"
         )
     rows = _block_rows(centroids_KD.shape, centroids_KD.device)
     chunk = rows * max(1, _CHUNK_BYTES // (4 * rows * centroids_KD.shape[1]))
@@ -372,11 +372,11 @@ def _split(frames_ND: Any, centroids_KD: Tensor, lane: int) -> Iterator[tuple[in
 
 
 def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
-    """Return the number of rows whose distances fit in the L2 cache of a CPU, or keep a GPU busy."""
+    """Return the number of rows per block: the distances fit in the L2 cache of a CPU, or keep a GPU busy."""
     budget = 1 << 18 if device.type == "cpu" else 1 << 27
     return max(1024, budget // sum(shape_KD))
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """Return the cache size (bytes): half of a GPU's free memory; 0 on a CPU, as the system caches files."""
+    """Return half of a GPU's free memory (bytes), or 0 on a CPU, where the system caches files."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""K-means backends based on faiss and scikit-learn; they run in a single process."""
+"""K-means backends based on faiss and scikit-learn, which run in a single process."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from jahubert.train.clustering.lloyd import Fit, KmeansOptions, assign_pass, coa
 
 
 def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """Run faiss's k-means on all frames; `tol` and `lloyd_frames` are ignored.
+    """Run faiss's k-means on all frames, ignoring `tol` and `lloyd_frames`.
 
     Centroids are initialized as in `fit_lloyd`, because faiss's own random initialization results in a much
     higher inertia.
 
     Raises:
         MissingExtraError: faiss is not installed.
-        ConfigError: `device` is a GPU, but faiss does not find a GPU.
+        ConfigError: `device` is a GPU, but faiss does not find one.
     """
     device = torch.device(options.device)
-    faiss = _import_faiss(gpu=device.type == "cuda")  # imported first, so that an error costs no time
+    faiss = _import_faiss(gpu=device.type == "cuda")  # imported first, so that errors are raised early
     order = np.random.default_rng(options.seed).permutation(len(frames_ND))
     initial_KD, _ = coarse_centroids(frames_ND, order, options)
     n_frames, dim = frames_ND.shape
@@ -51,20 +51,20 @@ def _import_faiss(gpu: bool) -> Any:
     except ImportError as error:
         raise MissingExtraError("faiss", "gpu") from error
     if gpu and not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
-        # without this check, faiss would silently run on the CPU
+        # Without this check, faiss would silently run on the CPU.
         raise ConfigError("faiss finds no GPU (is faiss-cpu installed?): set device=cpu or backend=torch")
     return faiss
 
 
 def fit_sklearn(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """Run scikit-learn's k-means with fairseq's settings; only `n_clusters` and `seed` are used."""
+    """Run scikit-learn's k-means with fairseq's settings, using only `n_clusters` and `seed`."""
     centroids = sklearn_centroids(_to_numpy(frames_ND), options.n_clusters, options.seed)
     statistics = assign_pass(frames_ND, torch.from_numpy(centroids).to(options.device))
     return Fit(statistics, [statistics.inertia], 0)
 
 
 def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-    """Fit MiniBatchKMeans with the arguments of fairseq's learn_kmeans.py, and return float32 (K, D).
+    """Fit MiniBatchKMeans with the arguments of fairseq's learn_kmeans.py, and return centroids (K, D).
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""Streaming feature extraction for a manifest, and the centroid file with its feature header."""
+"""Streaming feature extraction for a manifest, and centroid files with a description of their feature."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normal
 
 
 def make_feature(kind: str, model: Path | None, layer: int | None, device: torch.device) -> Feature:
-    """Create the feature `kind`.
+    """Create the feature extractor `kind`.
 
     Args:
-        model, layer: the folder of the HuBERT model and the number of its layer; only for `hubert`.
+        model, layer: folder of a HuBERT model and number of the layer (only for `hubert`).
 
     Raises:
         ConfigError: the feature is unknown, `model` or `layer` is missing, or `layer` is out of range.
@@ -52,7 +52,7 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
 
 
 def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, Any]:
-    """Describe a feature; the description is stored with the centroids and labels derived from it."""
+    """Return a description of a feature, which is stored with the centroids and labels derived from it."""
     model = feature.model if isinstance(feature, HubertLayer) else None
     return {
         "feature": kind,
@@ -64,14 +64,14 @@ def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, 
 
 
 def save_centroids(path: Path, centroids_KD: Tensor, header: dict[str, Any]) -> None:
-    """Save centroids with the `feature_header` of their frames as metadata."""
+    """Save centroids, with the `feature_header` of the clustered frames as metadata."""
     metadata = {"header": json.dumps(header)}
     with atomic_path(path) as temporary:
         save_file({"centroids_KD": centroids_KD.float().contiguous()}, temporary, metadata=metadata)
 
 
 def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Load centroids, float32 (K, D), and the `feature_header` of their feature.
+    """Load centroids, float32 (K, D), and the `feature_header` that was saved with them.
 
     Raises:
         DataError: the file is missing or is not a centroid file.
@@ -83,7 +83,7 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
         if centroids_KD.dtype != torch.float32 or centroids_KD.dim() != 2 or not centroids_KD.numel():
             raise ValueError(f"centroids_KD is {tuple(centroids_KD.shape)}, {centroids_KD.dtype}")
         if not isinstance(header, dict) or header.keys() != _HEADER_TYPES.keys():
-            raise ValueError("unknown header")
+            raise ValueError("the feature description is missing or incomplete")
         for name, kind in _HEADER_TYPES.items():
             if header[name] is not None or name == "feature":
                 typed(path, name, header[name], kind)
@@ -104,18 +104,18 @@ def stream_features(
     """Compute the features of utterances in order, while the next batches are read in the background.
 
     Args:
-        parts: row numbers in the manifest; a batch has rows of one part only.
-        batch_seconds: audio per batch, excluding padding.
-        workers: number of reading processes; 0: a few threads, which share the interpreter with the caller.
+        parts: lists of manifest rows. A batch contains rows of only one part.
+        batch_seconds: amount of audio per batch, excluding padding.
+        workers: number of reading processes, or 0 for a few threads, which share the GIL with the caller.
 
     Yields:
-        The row number and its frames (S, dim); S is 0 for an utterance shorter than a frame. On a GPU the
-        frames may still be being computed: see `to_host`.
+        The manifest row and the frames (S, dim) of each utterance. S is 0 for an utterance shorter than one
+        frame. On a GPU, the computation may not be finished yet (see `to_host`).
     """
     batches = (batch for rows in parts for batch in _batches(manifest, rows, batch_seconds))
     read = _Reader(manifest)
     if workers:
-        advice = "enlarge /dev/shm, or set workers or batch_seconds to less"
+        advice = "enlarge /dev/shm, or lower workers or batch_seconds"
         stream = map_in_workers(read, batches, workers=workers, advice=advice)
     else:
         stream = prefetch(read, batches)
@@ -125,7 +125,7 @@ def stream_features(
 
 
 class _Reader:
-    """Reads a batch as one tensor: processes exchange one tensor faster than many."""
+    """Reader that returns a batch as one tensor, which processes exchange faster than many tensors."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
@@ -136,7 +136,7 @@ class _Reader:
 
 
 def to_host(stream: Iterable[tuple[int, Tensor]]) -> Generator[tuple[int, Tensor], None, None]:
-    """Copy the tensors of a stream to the CPU; copies from a GPU overlap with computation."""
+    """Copy the tensors in a stream to the CPU. Copies from a GPU overlap with computation."""
     pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
     for row, tensor in stream:
         event = None
@@ -152,7 +152,7 @@ def to_host(stream: Iterable[tuple[int, Tensor]]) -> Generator[tuple[int, Tensor
 def _arrived(
     pending: deque[tuple[int, Tensor, torch.cuda.Event | None]], remaining: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Wait for the first pending copies until `remaining` are left."""
+    """Yield finished copies in order, waiting for each, until `remaining` copies are pending."""
     while len(pending) > remaining:
         row, tensor, event = pending.popleft()
         if event is not None:

@@ -1,1 +1,1 @@
-"""Error rates, scoring, tuning of language models, and the quality of units and layers."""
+"""Evaluation: error rates, scoring, tuning of language models, and quality of units and layers."""

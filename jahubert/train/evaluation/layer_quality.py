@@ -1,4 +1,4 @@
-"""Quality of the units of every layer, measured with k-means on a sample of frames with known phones."""
+"""Quality of units from every layer, measured with k-means on sampled frames with known phones."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.experiment.progress import progress
 
-_FRAMES_PER_CLUSTER = 50  # minimum number of frames per cluster; with fewer, clusters fit individual frames
+_FRAMES_PER_CLUSTER = 50  # minimum number of frames per cluster; fewer frames would cause overfitting
 _MAX_ITER = 30
 
 
 class PhoneFrames:
-    """Frames with known phones from randomly drawn utterances, to compare features on the same frames."""
+    """Frames with known phones from randomly drawn utterances, on which features can be compared."""
 
     def __init__(
         self, manifest: Manifest, times: Mapping[int, Sequence[Phone]], n_frames: int, seed: int = 0
     ):
-        """Draw utterances until they have `n_frames` frames.
+        """Draw utterances until they have at least `n_frames` frames.
 
         Args:
-            times: maps manifest rows to their phones.
+            times: mapping from manifest rows to the phones of the utterance.
         """
         self.manifest = manifest
         self.frames_of_row: dict[int, np.ndarray] = {}
@@ -54,7 +54,7 @@ class PhoneFrames:
         return len(self.phone_N)
 
     def mfcc(self) -> Tensor:
-        """Compute MFCCs at HuBERT's frame rate, float32 (N, 39)."""
+        """Compute MFCCs of the frames at HuBERT's frame rate, float32 (N, 39)."""
         mfcc = Mfcc()
         step = HUBERT.hop_ratio(Mfcc.grid)
         parts = []
@@ -64,7 +64,7 @@ class PhoneFrames:
         return torch.cat(parts)
 
     def layers(self, model: HubertModel, device: torch.device) -> Tensor:
-        """Compute the outputs of all layers, float32 (layers, N, D) on the CPU."""
+        """Compute the outputs of all layers for the frames, float32 (layers, N, D) on the CPU."""
         model = model.to(device).eval()
         numbers = range(1, model.config.layers + 1)
         parts = []
@@ -81,9 +81,10 @@ class PhoneFrames:
         return torch.cat(parts, dim=1).float()
 
     def quality(self, frames_ND: Tensor, n_clusters: int, seed: int = 0) -> dict[str, Any]:
-        """Fit `n_clusters` units to frames; return phone purity, cluster purity and PNMI.
+        """Fit `n_clusters` units to frames, and return phone purity, cluster purity and PNMI.
 
-        If there are few frames, fewer units are fitted; `n_units` in the result is the actual number.
+        If there are few frames, fewer units are fitted. `n_units` in the result is the actual number of
+        units.
         """
         n_clusters = max(2, min(n_clusters, len(self) // _FRAMES_PER_CLUSTER))
         fitted = fit_kmeans(frames_ND, KmeansOptions(n_clusters, max_iter=_MAX_ITER, seed=seed))

@@ -1,4 +1,4 @@
-"""Metrics: error rates with confidence intervals, and agreement of clusters with phones."""
+"""Evaluation metrics: error rates with confidence intervals, and agreement of clusters with phones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jahubert.errors import DataError, MissingExtraError
 from jahubert.frames import FrameGrid
 from jahubert.train.data.manifest import Phone
 
-Pair = tuple[Hashable | None, Hashable | None]  # (reference, hypothesis); None in an insertion or deletion
+Pair = tuple[Hashable | None, Hashable | None]  # (reference, hypothesis); None if the item is missing
 
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Hits, substitutions, insertions and deletions of one or more comparisons."""
+    """Numbers of hits, substitutions, insertions and deletions in one or more alignments."""
 
     hits: int
     substitutions: int
@@ -36,7 +36,7 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float:
-        """Errors per reference item; can exceed 1 if there are many insertions."""
+        """Errors per reference item, which can exceed 1 if there are many insertions."""
         return self.errors / max(1, self.length)
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:
@@ -49,7 +49,7 @@ class ErrorCounts:
 
 
 def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> ErrorCounts:
-    """Count the edit operations of a minimum-distance alignment; items are compared for equality."""
+    """Count the edit operations in a minimum-distance alignment of items, compared for equality."""
     if not reference or not hypothesis:
         return ErrorCounts(0, 0, len(hypothesis), len(reference))
     aligned = _jiwer_alignment(reference, hypothesis)
@@ -57,9 +57,9 @@ def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) 
 
 
 def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list[Pair]:
-    """Align two sequences, and return pairs of a reference item and a hypothesis item.
+    """Align two sequences, and return pairs (reference item, hypothesis item).
 
-    The alignment is the same as in `count_errors`. The missing item of an insertion or deletion is None.
+    The alignment is the same as in `count_errors`. The missing item in an insertion or deletion is None.
     """
     if not reference or not hypothesis:
         return [*((item, None) for item in reference), *((None, item) for item in hypothesis)]
@@ -72,7 +72,7 @@ def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list
 
 
 def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
-    """Align with jiwer, which compares the words of strings; distinct items are converted to numbers."""
+    """Align with jiwer, which compares the words of strings. Distinct items are converted to numbers."""
     try:
         import jiwer
     except ImportError as error:
@@ -88,7 +88,7 @@ def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashabl
 def error_rate(
     references: Sequence[Sequence[Hashable]], hypotheses: Sequence[Sequence[Hashable]]
 ) -> ErrorCounts:
-    """Count the errors of a whole set; `.rate` is the PER for phone sequences and the WER for word sequences.
+    """Count the errors in a whole set. `.rate` is the PER for phone sequences and the WER for word sequences.
 
     Words should be tuples of phones, because `k y o` and `ky o` would be equal as strings.
 
@@ -110,7 +110,7 @@ def bootstrap_interval(
     """Estimate a confidence interval of sum(errors) / sum(lengths) by bootstrap (Bisani and Ney 2004).
 
     Args:
-        errors, lengths: errors and reference length of each utterance.
+        errors, lengths: number of errors and reference length of each utterance.
         n: number of bootstrap samples.
 
     Raises:
@@ -178,7 +178,7 @@ def paired_bootstrap(
 
 
 def phone_frames(alignment: Sequence[Phone], n_frames: int, grid: FrameGrid) -> list[str | None]:
-    """Return the phone at the center of each frame, or None if the alignment has no phone there."""
+    """Return the phone at the center of each frame, or None where the alignment has no phone."""
     symbols: list[str | None] = []
     index = 0
     for frame in range(n_frames):
@@ -191,7 +191,7 @@ def phone_frames(alignment: Sequence[Phone], n_frames: int, grid: FrameGrid) -> 
 
 
 def joint_counts(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_units: int) -> np.ndarray:
-    """Count frames per phone and unit, int64 (P, K), given the phone and the unit of each frame (N,).
+    """Count the frames for each pair of phone and unit, int64 (P, K), given those of each frame (N,).
 
     Raises:
         DataError: there are no frames, the numbers of phones and units differ, or an index is out of range.

@@ -18,11 +18,11 @@ Words = list[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Measure:
-    """An error rate."""
+    """Definition of an error rate."""
 
     name: str
     title: str
-    items: Callable[[Words], Sequence]  # converts the words of an utterance to the items that are compared
+    items: Callable[[Words], Sequence]  # function from the words of an utterance to the compared items
     normalizer: str  # description of the normalization
 
 
@@ -43,14 +43,14 @@ _CER = Measure("cer", "CER", _without_punctuation, "NFKC, letters and digits onl
 
 
 def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
-    """Return the measures of a vocabulary."""
+    """Return the measures for a vocabulary."""
     kind = vocabulary_kind(symbols)
     if kind == "characters" and any(is_punctuation(symbol) for symbol in symbols.symbols):
         kind = "characters with punctuation"
     return MEASURES[kind]
 
 
-# Measures per vocabulary. Symbols are not joined to strings, which would be ambiguous (k y o, ky o).
+# Measures for each vocabulary. Symbols are not joined to strings, because k y o and ky o would become equal.
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "phones": (
         _word_measure("phones"),
@@ -95,7 +95,7 @@ class ScoredUtterance:
 
 @dataclass
 class SetScore:
-    """Errors of every utterance in a set, for each measure."""
+    """The errors in every utterance of a set, for each measure."""
 
     utterances: list[ScoredUtterance]
     measures: tuple[Measure, ...]
@@ -116,7 +116,7 @@ class SetScore:
         return self.measures is MEASURES["phones"]
 
     def rates(self, seed: int, n_samples: int) -> dict[str, Any]:
-        """Compute each measure of the whole set: rate, counts, bootstrap interval and normalizer."""
+        """Compute the rate, counts, bootstrap interval and normalizer of each measure for the whole set."""
         result = {}
         for measure in self.measures:
             counts = self.counts[measure.name]
@@ -139,7 +139,7 @@ class SetScore:
         }
 
     def confusions(self, n: int) -> dict[str, list[tuple[str, str, int]]]:
-        """Find the `n` most frequent errors for each measure, as (reference, hypothesis, count).
+        """Return the `n` most frequent errors for each measure, as (reference, hypothesis, count).
 
         The reference is "" in an insertion, and the hypothesis is "" in a deletion.
         """
@@ -167,7 +167,7 @@ def _totals(counts: Sequence[ErrorCounts]) -> dict[str, Any]:
 
 
 def _item_text(item: Any) -> str:
-    """Format a word or symbol as text; "" for the missing side of an insertion or a deletion."""
+    """Format a word or symbol as text. The missing side of an insertion or deletion becomes ""."""
     if item is None:
         return ""
     return item if isinstance(item, str) else " ".join(item)
@@ -200,7 +200,7 @@ def published_table(
 
 
 def phone_wer(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Return the WER (%) of each set with phones as symbols, which is comparable with published WERs."""
+    """Return the WER (%) of each set that has phones as symbols; it is comparable with published WERs."""
     return {split: 100 * score["wer"]["rate"] for split, score in scores.items() if "per" in score}
 
 
@@ -222,7 +222,7 @@ def rates_table(scores: Mapping[str, Any]) -> str:
 
 
 def details(split: str, score: Mapping[str, Any], set_score: SetScore) -> Iterator[str]:
-    """Yield the lines of the text report: rates, talks, speakers, confusions, and aligned utterances."""
+    """Yield the lines of the text report: rates, talks, speakers, confusions and aligned utterances."""
     yield from rates_table({split: score}).splitlines()
     for title, groups in (("talk", score["talks"]), ("speaker", score["speakers"])):
         if 1 < len(groups) < len(set_score.utterances):
@@ -251,7 +251,7 @@ def details(split: str, score: Mapping[str, Any], set_score: SetScore) -> Iterat
 
 
 def aligned_lines(reference: Words, hypothesis: Words, as_kana: bool) -> Iterator[str]:
-    """Yield the reference and the hypothesis with aligned columns, and a line with error marks if any."""
+    """Yield the reference and the hypothesis in aligned columns, and a line of error marks if any."""
     columns = []
     for a, b in align(reference, hypothesis):
         mark = "" if a == b else "I" if a is None else "D" if b is None else "S"
@@ -271,7 +271,7 @@ def measures_of(score: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def display_text(symbols: str, as_kana: bool) -> str:
-    """Format a word or symbol for display: kana or joined symbols; `***` if it is missing."""
+    """Format a word or symbol for display, as kana or joined symbols, or as `***` if it is missing."""
     if not symbols:
         return "***"
     parts = symbols.split(" ")
@@ -279,7 +279,7 @@ def display_text(symbols: str, as_kana: bool) -> str:
 
 
 def _width(text: str) -> int:
-    """Return the number of terminal columns of a text; wide characters occupy two columns."""
+    """Return the number of terminal columns of a text. Wide characters occupy two columns."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 

@@ -1,4 +1,4 @@
-"""Selection of the language model weight and the word bonus of decoding on a development set."""
+"""Tuning of the language model weight and the word bonus on a development set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jahubert.train.experiment import distributed
 
 @dataclass(frozen=True)
 class TuningBatch:
-    """Log-probabilities (B, S, V) of a batch, valid frames (B,), and reference labels of each row."""
+    """Log-probabilities (B, S, V), numbers of valid frames (B,) and reference labels for one batch."""
 
     logp_BSV: Tensor
     n_frames_B: Tensor
@@ -27,7 +27,7 @@ class TuningBatch:
 
 @dataclass(frozen=True)
 class GridPoint:
-    """Error rate of symbols, excluding word boundaries, for one weight and one bonus."""
+    """Error rate of the symbols, excluding word boundaries, for one weight and one bonus."""
 
     lm_weight: float
     word_bonus: float
@@ -42,9 +42,9 @@ def search_grid(
     lm_weights: Sequence[float],
     word_bonuses: Sequence[float],
 ) -> list[GridPoint]:
-    """Decode all batches with every weight and bonus, and return the best first, ties in the given order."""
+    """Decode all batches with every weight and bonus, and return the results sorted by error rate."""
     grid = list(itertools.product(lm_weights, word_bonuses))
-    counts = torch.zeros(len(grid), 2, dtype=torch.float64)  # errors, length
+    counts = torch.zeros(len(grid), 2, dtype=torch.float64)  # number of errors, number of reference symbols
     for point, (lm_weight, word_bonus) in enumerate(grid):
         weighted = fusion.reweighted(lm_weight, word_bonus)
         for batch in batches:
@@ -63,5 +63,5 @@ def search_grid(
 
 
 def _spoken(labels: Sequence[int], symbols: PhonemeSet) -> list[int]:
-    """Remove word boundaries."""
+    """Return the labels without word boundaries."""
     return [label for label in labels if label != symbols.boundary]

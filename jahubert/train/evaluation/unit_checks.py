@@ -1,7 +1,7 @@
-"""Sanity checks of units and training: unit usage, label stores, masked accuracy, and the CTC blank plateau.
+"""Sanity checks of unit usage, label stores, masked accuracy and the CTC blank plateau.
 
-Each check returns a message with advice, or None. Stages log the message as a warning, or raise it as an
-error if configured to do so. Without such checks, training on degenerate labels may go unnoticed for weeks.
+Each check returns a message with advice, or None. Stages log the message as a warning, or raise an error if
+they are configured to do so. Without these checks, training on degenerate labels may go unnoticed for weeks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ OnBadUnits = Literal["warn", "error"]
 
 _MIN_USED = 0.9  # minimum fraction of units that occur
 _MIN_PERPLEXITY = 0.25  # minimum perplexity, as a fraction of the number of units
-_MAX_SHARE = 0.3  # maximum fraction of frames of one unit; silence usually has 0.1 to 0.2
+_MAX_SHARE = 0.3  # maximum fraction of frames with the same unit; silence usually has 0.1 to 0.2
 _ROUNDING = 1e-3  # fraction of frames that may differ between devices
-_SHIFTS = (-2, -1, 1, 2)  # shifts to test (frames)
-_SCAN = 1 << 20  # number of frames to compare at once
+_SHIFTS = (-2, -1, 1, 2)  # shifts to test, in frames
+_SCAN = 1 << 20  # number of frames to compare at a time
 # Masked accuracy of HuBERT base on LibriSpeech by feature, number of units and updates (fairseq issue 4907).
 _PUBLISHED_ACCURACY = {
     ("mfcc", 100): {250_000: 0.365, 400_000: 0.390},
@@ -35,10 +35,10 @@ _POOR = 0.8  # runs below this fraction of the published accuracy are reported
 
 
 def usage_statistics(count_K: np.ndarray) -> dict[str, float]:
-    """Compute the number of used units, entropy (bits), perplexity and largest share of frames.
+    """Compute the number of used units, the entropy (bits), the perplexity and the largest share of frames.
 
     Args:
-        count_K: number of frames of each unit.
+        count_K: number of frames with each unit.
     """
     share_K = np.asarray(count_K) / max(1, np.sum(count_K))
     nonzero = share_K[share_K > 0]
@@ -52,7 +52,7 @@ def usage_statistics(count_K: np.ndarray) -> dict[str, float]:
 
 
 def usage_problem(count_K: np.ndarray) -> str | None:
-    """Return a message if one unit has too many frames or too few units occur; None if usage is normal."""
+    """Return a message if one unit has too many frames or too few units occur, otherwise None."""
     n_units, usage = len(count_K), usage_statistics(count_K)
     if usage["largest_share"] > max(_MAX_SHARE, 3 / n_units):
         return (
@@ -70,7 +70,7 @@ def usage_problem(count_K: np.ndarray) -> str | None:
 
 
 def check_units(count_K: np.ndarray, name: str, on_bad_units: OnBadUnits) -> None:
-    """Warn about poor unit usage, or raise DataError with `on_bad_units="error"`."""
+    """Warn about poor unit usage, or raise DataError if `on_bad_units` is "error"."""
     if problem := usage_problem(count_K):
         _report(f"{name}: {problem}", on_bad_units)
 
@@ -89,7 +89,8 @@ def accuracy_problem(
     Args:
         accuracy: masked accuracy after `step` updates.
         chance: accuracy of always predicting the most frequent unit.
-        feature, n_units: source of the labels; published values exist for ("mfcc", 100) and ("hubert", 500).
+        feature, n_units: source of the labels. Published accuracies exist for ("mfcc", 100) and ("hubert",
+            500).
     """
     if accuracy <= 1.05 * chance:
         return (
@@ -119,7 +120,7 @@ class LabelDifference:
 
 
 def label_difference(first: LabelStore, second: LabelStore, manifest: Manifest) -> LabelDifference | None:
-    """Compare the units of two stores of the same manifest, and return None if they are equal.
+    """Compare the units in two stores for the same manifest. Return None if they are equal.
 
     Raises:
         DataError: a store belongs to a different manifest.
@@ -162,7 +163,7 @@ def label_difference(first: LabelStore, second: LabelStore, manifest: Manifest) 
 def check_label_difference(
     first: LabelStore, second: LabelStore, manifest: Manifest, on_bad_units: OnBadUnits
 ) -> None:
-    """Warn if two stores differ, or raise DataError with `on_bad_units="error"` unless this is harmless."""
+    """Warn if two stores differ, or raise DataError for a harmful difference if `on_bad_units` is "error"."""
     difference = label_difference(first, second, manifest)
     if difference is not None:
         _report(difference.message, "warn" if difference.harmless else on_bad_units)
@@ -184,7 +185,7 @@ def _shift(first_N: np.ndarray, second_N: np.ndarray) -> int:
 
 
 _MAX_EMPTY = 0.5  # maximum fraction of empty hypotheses
-_PLATEAU = 0.1  # fraction of updates during which emitting only blanks is normal
+_PLATEAU = 0.1  # fraction of updates during which a model that emits only blanks is normal
 
 
 def blank_problem(
@@ -192,8 +193,8 @@ def blank_problem(
 ) -> str | None:
     """Return a message if a CTC model still emits mostly blanks after `step` updates.
 
-    Every CTC model starts on this plateau, and stays there longer while its encoder is frozen. Nothing is
-    therefore reported until the whole network was trained for a tenth of all updates.
+    Every CTC model starts on this plateau, and stays there longer while its encoder is frozen. The check
+    therefore reports nothing until the whole network has been trained for a tenth of all updates.
 
     Args:
         blank: fraction of frames whose most probable symbol is blank.

@@ -10,11 +10,11 @@ from jahubert.train.evaluation.scoring import ScoredUtterance
 
 Judged = tuple[
     list[list[float]], list[bool]
-]  # log-probabilities of the labels of each word; whether the word is correct
+]  # (log-probabilities of the labels in each word, whether each word is correct)
 
 
 def judge_words(utterances: Iterable[ScoredUtterance]) -> Judged:
-    """Align hypotheses with references; utterances without word scores are skipped."""
+    """Align hypotheses with references to judge each word, skipping utterances without word scores."""
     scores: list[list[float]] = []
     correct: list[bool] = []
     for utterance in utterances:
@@ -27,7 +27,7 @@ def judge_words(utterances: Iterable[ScoredUtterance]) -> Judged:
 
 
 def evaluate_confidence(judged: Judged, calibration: Calibration | None) -> Reliability | None:
-    """Measure the reliability of confidences for judged words, and return None without words."""
+    """Measure the reliability of the confidences of judged words, or return None if there are no words."""
     scores, correct = judged
     if not scores:
         return None

@@ -1,1 +1,1 @@
-"""Cost estimates of a run before it starts: FLOPs, memory, disk and hours per stage."""
+"""Cost estimates for a run before it starts: FLOPs, memory, disk space and hours per stage."""

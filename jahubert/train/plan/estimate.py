@@ -1,7 +1,7 @@
-"""Estimates of the hours, disk space and memory of every stage of a run.
+"""Estimates of the hours, disk space and memory that every stage of a run needs.
 
-Hours are FLOPs divided by the FLOP/s of a device. FLOPs are computed from the sizes of the model (`flops`).
-FLOP/s are measured on this machine, or taken from a table of GPUs (`machine`).
+The hours are the FLOPs of a stage divided by the FLOP/s of a device. The FLOPs are computed from the sizes of
+the model (`flops`). The FLOP/s are measured on this machine or taken from a table of GPUs (`machine`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from jahubert.train.trainer.micro_batch import automatic_micro_seconds, fixed_by
 from jahubert.train.trainer.optim import TrainConfig
 
 _MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 million utterances
-_CHECKPOINT = 12  # bytes per parameter
-_CARDS = (1, 8, 32)  # numbers of GPUs for which the total time is given
+_CHECKPOINT = 12  # size of a checkpoint in bytes per parameter
+_CARDS = (1, 8, 32)  # numbers of GPUs for which the total time is printed
 _TRAINING_STAGES = ("pretrain", "finetune")
-# Numeric settings of the estimate: maximum value, and a description of valid values for error messages.
+# Numeric settings of the estimate, each with its maximum and a description of valid values for errors.
 _NUMBERS = {
     "gpus": (1e6, "a whole number of GPUs, 1 or more"),
     "hours": (1e9, "a number of hours above 0"),
@@ -52,27 +52,27 @@ class Corpus:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """Cost of one stage; None if a cost is not estimated."""
+    """Estimated cost of one stage. A value of None means that this cost is not estimated."""
 
     stage: str
     hours: float | None
     disk_bytes: float | None
-    memory_bytes: float | None  # tensors on each device; a lower bound
+    memory_bytes: float | None  # size of the tensors on each device, a lower bound on the memory
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates for the stages of a run, for a certain corpus and machine."""
+    """Estimates for all stages of a run with a given corpus on a given machine."""
 
     stages: list[StageEstimate]
     corpus: Corpus
     machine: Machine
-    days: dict[int, float]  # total duration of all stages, by number of GPUs; empty for a CPU
+    days: dict[int, float]  # number of GPUs -> total duration of all stages; empty for a CPU
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate settings of the estimate from those of the stages; adds `stage=all` if no stage is given."""
+    """Separate the estimate's settings from those of the stages, and add `stage=all` if there is no stage."""
     options: dict[str, str] = {}
     overrides = []
     for setting in settings:
@@ -87,7 +87,7 @@ def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]) -> Plan:
-    """Estimate the cost of jobs on a machine.
+    """Estimate the cost of running jobs on a machine.
 
     Args:
         tree: the composed configuration.
@@ -113,7 +113,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
                 "plan: none of these stages trains a model that could be measured; use stage=all or gpu=NAME"
             )
         machine = measure(trained[0].model, [config.train for config in trained], int(gpus or 1))
-        if not gpus and machine.memory_bytes:  # on a CPU, several processes share the measured speed
+        if not gpus and machine.memory_bytes:  # processes on a CPU share the measured speed
             machine = replace(machine, n_devices=processes)
     context = _context_jobs(tree, jobs)
     days = {}
@@ -125,7 +125,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
 
 
 def _number(name: str, options: dict[str, str]) -> float | None:
-    """Parse a numeric setting of the estimate; None if it was not given."""
+    """Parse a numeric setting of the estimate, or return None if it is not given."""
     if name not in options:
         return None
     try:
@@ -139,7 +139,7 @@ def _number(name: str, options: dict[str, str]) -> float | None:
 
 
 def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
-    """Return stages that are not run but determine the sizes of a single stage of an iteration."""
+    """Return stages that are not run but determine sizes, if `jobs` is a single stage of an iteration."""
     stage, _, out = jobs[0]
     if len(jobs) > 1 or stage not in ("features", "kmeans", "label"):
         return []
@@ -149,7 +149,7 @@ def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
 
 
 def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> Corpus:
-    """Determine the size of the corpus from `hours=`, the prepared manifest, or the recipe, in this order."""
+    """Determine the size of the corpus from `hours=`, the prepared manifest or the recipe, in this order."""
     if manifest.exists() and not given_hours:
         counts = Manifest(manifest).counts
         return Corpus(counts["hours"], counts["utterances"], str(manifest))
@@ -162,14 +162,14 @@ def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> 
         )
     source = "hours=" if given_hours else "from the recipe"
     return Corpus(
-        hours, round(hours * 3600 / _MEAN_SECONDS), f"{source}; utterances of {_MEAN_SECONDS} s assumed"
+        hours, round(hours * 3600 / _MEAN_SECONDS), f"{source}; assuming {_MEAN_SECONDS} s per utterance"
     )
 
 
 def estimate_stages(
     jobs: Sequence[Job], corpus: Corpus, machine: Machine, context: Sequence[Job] = ()
 ) -> list[StageEstimate]:
-    """Estimate each job; `context` contains jobs that determine sizes but are not run (`_context_jobs`)."""
+    """Estimate each job, using the sizes of jobs in `context` that are not run (see `_context_jobs`)."""
     configs = {(stage, out.parent): config for stage, config, out in (*jobs, *context)}
     models = [config.model for (stage, _), config in configs.items() if stage in _TRAINING_STAGES]
     model = models[0] if models else HubertConfig()
@@ -224,7 +224,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
     memory = fixed_bytes(parameters, precision, machine.n_devices, train.sharded)
     memory += micro_seconds * peak_bytes(config.model, seconds, train.recompute, precision, is_gpu)
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
-    weights = 1 + hasattr(config, "dev_splits")  # the bundle, and in fine-tuning also the best weights
+    weights = 1 + hasattr(config, "dev_splits")  # the bundle, and the best weights in fine-tuning
     disk = (checkpoints * _CHECKPOINT + weights * 4) * parameters
     speed = rate / flops_per_second
     readers = math.ceil(speed / machine.decode_speed)
@@ -249,7 +249,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
 
 
 def _is_measured(model: HubertConfig, precision: torch.dtype, machine: Machine) -> bool:
-    """Return whether the training of a model of these sizes was measured on one such device."""
+    """Return whether training of a model with these sizes was measured on one such device."""
     measured = machine.measured_model
     if measured is None or (machine.memory_bytes is not None and precision is torch.float32):
         return False
@@ -257,19 +257,19 @@ def _is_measured(model: HubertConfig, precision: torch.dtype, machine: Machine) 
 
 
 def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
-    """Return the training dtype on `machine`; `optim.pick_precision` would need the actual device."""
+    """Return the training dtype on `machine`, for which `optim.pick_precision` would need the device."""
     if train.precision == "fp16":
         return torch.float16
     return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32
 
 
 def _pass_hours(seconds: float, flops_per_second: float, machine: Machine, workers: int) -> float:
-    """Estimate the hours of one pass over audio, limited by decoding or computation.
+    """Estimate the hours for one pass over audio, which is limited by decoding or by computation.
 
     Args:
         seconds: duration of the audio.
-        flops_per_second: FLOPs per second of audio; 0 for MFCCs.
-        workers: reading processes per device; 0: threads.
+        flops_per_second: FLOPs per second of audio, or 0 for MFCCs.
+        workers: number of reading processes per device, or 0 for threads.
     """
     if flops_per_second:
         compute_speed = machine.flops_fp32 / flops_per_second
@@ -280,7 +280,7 @@ def _pass_hours(seconds: float, flops_per_second: float, machine: Machine, worke
 
 
 def _feature_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
-    """Return the FLOPs per second of audio (0 for MFCCs) and the dimension of the k-means features."""
+    """Return the FLOPs per second of audio (0 for MFCCs) and the dimension of the clustered features."""
     if features.kind == "mfcc":
         return 0.0, Mfcc.dim
     return sum(forward_flops(model, _MEAN_SECONDS, features.layer)), model.width
@@ -288,7 +288,7 @@ def _feature_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
 
 def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machine: Machine) -> StageEstimate:
     flops_per_second, dim = _feature_cost(config, model)
-    sampled = 1 - math.exp(-config.sample_frames / corpus.utterances)  # fraction of utterances with a frame
+    sampled = 1 - math.exp(-config.sample_frames / corpus.utterances)  # fraction of utterances to read
     hours = _pass_hours(3600 * corpus.hours * sampled, flops_per_second, machine, config.workers)
     return StageEstimate(name, hours, 4.0 * dim * config.sample_frames, None)
 
@@ -312,7 +312,7 @@ def _label(
 
 
 def plan_table(plan: Plan) -> str:
-    """Format the plan as text."""
+    """Format a plan as a text table."""
     corpus, machine = plan.corpus, plan.machine
     head = [
         f"{machine.n_devices} x {machine.name}: {machine.source}",
@@ -321,7 +321,7 @@ def plan_table(plan: Plan) -> str:
         f"the MFCCs of {machine.mfcc_speed:,.0f} s",
     ]
     if machine.memory_bytes is None:
-        head.append(f"for an estimate for another GPU, set gpu=NAME: {', '.join(GPUS)}")
+        head.append(f"to estimate for another GPU, set gpu=NAME: {', '.join(GPUS)}")
     lines = [("stage", "hours", "disk", "memory per device, at least", "")]
     for row in plan.stages:
         sizes = (_hours(row.hours), _size(row.disk_bytes), _size(row.memory_bytes))
@@ -344,14 +344,14 @@ def plan_table(plan: Plan) -> str:
         tail = [
             "",
             f"days of all stages by number of GPUs: {days}",
-            "estimated: several GPUs, as one GPU's rate times their number, without communication;",
-            "the disk and memory columns; every rate that is not listed as measured",
+            "These are estimates: the rate of several GPUs (the rate of one GPU times their number, without",
+            "communication), the disk and memory columns, and every rate that is not listed as measured.",
         ]
     return "\n".join([*head, "", *body, *tail])
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Convert the plan to JSON-serializable values."""
+    """Convert a plan to JSON-serializable values."""
     return asdict(plan)
 
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a forward pass and of a training step."""
+"""Numbers of floating-point operations in a forward pass and in a training step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jahubert.model.hubert import HubertConfig
 def forward_flops(config: HubertConfig, seconds: float, layer: int | None = None) -> tuple[float, float]:
     """Compute the FLOPs of a forward pass per second of audio.
 
-    Counts two operations per weight and frame, and the two matrix products of attention.
+    The result counts two operations per weight and frame, and the two matrix products of attention.
 
     Args:
         seconds: length of the utterances, which determines the cost of attention.
-        layer: the last layer to compute; None: all layers.
+        layer: the last layer to compute; None means all layers.
 
     Returns:
-        FLOPs of the front end (convolutions, projection, positional convolution), and of the layers.
+        The FLOPs of the front end (convolutions, projection, positional convolution) and of the layers.
     """
     length, channels, front_end = int(seconds * SAMPLE_RATE), 1, 0.0
     for width, kernel, stride in zip(config.conv_dims, config.conv_kernels, config.conv_strides, strict=True):
@@ -32,6 +32,6 @@ def forward_flops(config: HubertConfig, seconds: float, layer: int | None = None
 
 
 def step_flops(config: HubertConfig, seconds: float, recompute: bool) -> float:
-    """Compute the FLOPs of a training step per second of audio; a backward pass costs two forward passes."""
+    """Compute the FLOPs of a training step per second of audio. A backward pass costs two forward passes."""
     front_end, blocks = forward_flops(config, seconds)
     return 3 * front_end + (4 if recompute else 3) * blocks

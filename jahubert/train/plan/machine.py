@@ -31,7 +31,7 @@ from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_prec
 class Gpu(NamedTuple):
     """Peak figures from the vendor's data sheet."""
 
-    flops_16bit: float  # dense FLOP/s, 16-bit inputs with 32-bit accumulation
+    flops_16bit: float  # dense FLOP/s with 16-bit inputs and 32-bit accumulation
     flops_fp32: float  # FLOP/s without tensor cores, because torch does not use TF32 by default
     memory_bytes: float
     has_bfloat16: bool = True
@@ -53,34 +53,34 @@ GPUS = {
 
 
 class MeasuredRates(NamedTuple):
-    """Rates of one GPU measured with HuBERT base, in audio-seconds per second (docs/performance.md)."""
+    """Rates of one GPU, measured with HuBERT base in seconds of audio per second (docs/performance.md)."""
 
-    training: float  # a step in bfloat16 on a micro-batch of at least 300 s with mixed lengths
-    features: float  # layer 6 in float32
-    mean_seconds: float  # mean length of the utterances, weighted by their length
+    training: float  # training in bfloat16 with micro-batches of at least 300 s and mixed lengths
+    features: float  # features from layer 6 in float32
+    mean_seconds: float  # mean length of the utterances, weighted by length
 
 
 MEASURED = {"H200": MeasuredRates(training=5_439.0, features=3_482.0, mean_seconds=9.9)}
-# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. The H200 reaches 0.24 by
-# `step_flops`. GPUs older than Ampere lack variable-length flash attention; 0.1 is assumed for them, as
-# published runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100) and 0.085
-# (minimal_hubert: 400,000 updates in 10 h on 16 H100).
+# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. An H200 reaches 0.24
+# according to `step_flops`. GPUs older than Ampere lack variable-length flash attention. For them, 0.1 is
+# assumed, because published runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100)
+# and 0.085 (minimal_hubert: 400,000 updates in 10 h on 16 H100).
 UTILIZATION, UTILIZATION_WITHOUT_FLASH = 0.2, 0.1
-# Assumed utilization in float32. It is higher because the lower peak makes matrix products dominate overhead.
-# The H200 reaches 0.5 in feature extraction.
+# Assumed utilization in float32, which is higher: because of the lower peak, matrix products take longer than
+# the overhead. An H200 reaches 0.5 in feature extraction.
 UTILIZATION_FP32 = 0.3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Properties of a machine used for an estimate; FLOP rates are per device, achieved in training."""
+    """Properties of the machine for which costs are estimated. FLOP rates are per device, in training."""
 
     name: str
     n_devices: int
     flops_16bit: float  # achieved FLOP/s in 16 bits
     flops_fp32: float  # achieved FLOP/s in float32
-    has_bfloat16: bool  # precision=auto selects bfloat16 if True, otherwise float32
-    memory_bytes: float | None  # memory of one GPU; None for a CPU
+    has_bfloat16: bool  # whether precision=auto selects bfloat16 rather than float32
+    memory_bytes: float | None  # memory of one GPU, or None for a CPU
     source: str  # description of the measurement or assumption
     decode_speed: float  # seconds of audio that one core decodes per second, measured on this machine
     mfcc_speed: float  # seconds of audio whose MFCCs one core computes per second, measured on this machine
@@ -88,7 +88,7 @@ class Machine:
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
-    """Time a few training steps on this machine, in each precision that the run uses."""
+    """Time a few training steps on this machine in each precision that the run uses."""
     device = distributed.process_device(trains[0].device)
     requested = [pick_precision(train, device) for train in trains]
     # Features and labels are always computed in float32.
@@ -116,10 +116,11 @@ def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int)
 
 
 def from_table(gpu: str, n_devices: int, utilization: float | None) -> Machine:
-    """Look up a GPU by name, ignoring case; its rates are measured or a fraction of its peak.
+    """Look up a GPU by name, ignoring case. Its rates are measured rates or a fraction of its peak.
 
     Args:
-        utilization: fraction of the 16-bit peak to assume; None: the measured rates, or the default fraction.
+        utilization: assumed fraction of the 16-bit peak. With None, measured rates are used if available, and
+            otherwise the default fraction.
 
     Raises:
         ConfigError: the GPU is not in the table.
@@ -169,7 +170,7 @@ def _utterance_seconds(train: TrainConfig) -> float:
 def _training_speed(
     config: HubertConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Measure the training speed in seconds of audio per second."""
+    """Measure the training speed in seconds of audio per second of computation."""
     seconds = _utterance_seconds(train)
     budget = with_micro_seconds(train, config, seconds).micro_seconds or seconds
     if device.type == "cpu":
@@ -193,7 +194,7 @@ def _training_speed(
 
 
 def _reading_speeds() -> tuple[float, float]:
-    """Measure how many seconds of audio one core decodes per second, and for how many it computes MFCCs."""
+    """Measure how many seconds of audio one core can decode per second, and how many it turns into MFCCs."""
     seconds, flac = 5, io.BytesIO()
     noise_T = np.random.default_rng(0).normal(0, 0.05, seconds * SAMPLE_RATE).astype(np.float32)
     soundfile.write(flac, noise_T, SAMPLE_RATE, format="FLAC")
@@ -209,7 +210,7 @@ def _reading_speeds() -> tuple[float, float]:
 
 
 def _median_time(work: Callable[[], Any], repeats: int = 15) -> float:
-    work()  # warm-up
+    work()  # the first call is a warm-up
     times = []
     for _ in range(repeats):
         started = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Activation memory of a training step, counted on fake tensors.
+"""Activation memory of a training step, counted with fake tensors.
 
-A GPU stores more for the backward pass than a CPU: layer norms (due to autocast) and the positional
+A GPU stores more for the backward pass than a CPU: layer norms (because of autocast) and the positional
 convolution compute in float32, and attention stores padded tensors. Without CUDA, torch cannot create fake
 CUDA tensors. The first two effects are therefore reproduced on the CPU, and the third is added. The result is
 within 1 % of the count on fake CUDA tensors (torch 2.15, fused attention; `tests/train/plan/test_plan.py`).
-In 16 bits it is an upper bound, because variable-length flash attention stores no padded tensors.
+In 16 bits, it is an upper bound, because variable-length flash attention stores no padded tensors.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ from jahubert.train.trainer.micro_batch import front_end_bytes
 from jahubert.train.trainer.parallel import wrap_blocks
 
 MASKED = 0.57  # fraction of masked frames with the paper's mask settings
-_ROWS = (
-    4  # utterances; counts for _ROWS and 2 * _ROWS are subtracted to cancel constant terms (weight copies)
-)
-# Extra values that attention stores per frame and layer on a GPU, as a multiple of the width. In 16 bits,
-# attention stores its output both packed and as a padded tensor.
+_ROWS = 4  # number of utterances; the difference between counts for _ROWS and 2 * _ROWS has no constant terms
+# Number of additional values that attention stores per frame and layer on a GPU, as a multiple of the width.
+# In 16 bits, attention stores its output both packed and as a padded tensor.
 _PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}
 
 
 def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
-    """Compute a loss with the same tensor sizes as masked prediction."""
+    """Compute a loss whose tensors have the same sizes as in masked prediction."""
     hidden_ND = model(wav_BT).hidden_BSD.flatten(0, 1)
     return head(hidden_ND[: round(len(hidden_ND) * MASKED)]).float().logsumexp(-1).sum()
 
@@ -48,8 +46,8 @@ def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
 def kept_bytes(
     config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> float:
-    """Count the bytes stored for the backward pass per second of audio, for utterances of `seconds`."""
-    if gpu:  # fused attention stores no dropout mask
+    """Count the bytes stored for the backward pass per second of audio, with utterances of `seconds`."""
+    if gpu:  # fused attention does not store a dropout mask
         config = replace(config, attention_dropout=0.0)
     once, twice = (_stored(config, rows, seconds, recompute, precision, gpu) for rows in (_ROWS, 2 * _ROWS))
     kept = (twice - once) / (_ROWS * seconds)
@@ -62,17 +60,17 @@ def kept_bytes(
 def peak_bytes(
     config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> float:
-    """Estimate the peak memory of the tensors of a micro-batch in bytes per second of audio."""
+    """Estimate the peak memory of the tensors in a micro-batch, in bytes per second of audio."""
     kept = kept_bytes(config, seconds, recompute, precision, gpu)
     frames = config.grid.n_frames(int(seconds * SAMPLE_RATE)) / seconds
-    block = 2 * precision.itemsize * config.ffn * frames  # GELU in the last block, and its gradient
-    if recompute:  # the activations of one complete layer
+    block = 2 * precision.itemsize * config.ffn * frames  # GELU output of the last block, and its gradient
+    if recompute:  # add the activations of one complete layer
         block += (kept_bytes(config, seconds, False, precision, gpu) - kept) / config.layers
     return max(kept + block, front_end_bytes(config, precision) if gpu else 0.0)
 
 
 class _GpuLayerNorm(TorchFunctionMode):
-    """Layer norms in float32, as autocast computes them on CUDA but not on a CPU."""
+    """Mode that computes layer norms in float32, as autocast does on CUDA but not on a CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.layer_norm:
@@ -84,7 +82,7 @@ class _GpuLayerNorm(TorchFunctionMode):
 def _stored(
     config: HubertConfig, rows: int, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> int:
-    """Count the bytes that a forward pass over `rows` utterances stores, excluding the weights."""
+    """Count the bytes that a forward pass over `rows` utterances stores, excluding weights."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     layer_norm = _GpuLayerNorm() if gpu else nullcontext()
@@ -92,12 +90,12 @@ def _stored(
     with FakeTensorMode(), layer_norm, autocast(precision, torch.device("cpu")):
         model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
         model.encoder.training = (
-            False  # layer drop needs the value of a random number, which is not available
+            False  # fake tensors have no values, but layer drop needs the value of a random number
         )
         wrap_blocks(list(model.encoder.layers), recompute, False)
         weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
         total = _stored_by(lambda: masked_loss(model, head, torch.zeros(rows, n_samples)), weights)
-        if gpu:  # replace the CPU's positional convolution with the GPU's
+        if gpu:  # replaces the CPU's positional convolution with the GPU's
             n_frames = config.grid.n_frames(n_samples)
             packing = Packing([n_frames] * rows, n_frames, torch.device("cpu"))
             x_ND = torch.zeros(packing.n_rows, config.width, dtype=precision, requires_grad=True)
@@ -109,7 +107,7 @@ def _stored(
 
 def _stored_by(forward: Callable[[], Tensor], weights: set[int]) -> int:
     """Count the bytes of the tensors that a function saves for its backward pass, each storage once."""
-    stored: dict[int, Any] = {}  # storages by address; the references prevent reuse of an address
+    stored: dict[int, Any] = {}  # address -> storage; the references prevent reuse of an address
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,1 +1,1 @@
-"""The report of an experiment: results, text tables, figures, example utterances and the HTML page."""
+"""Experiment report: results, text tables, figures, example utterances and the HTML page."""

@@ -1,4 +1,4 @@
-"""Example utterances of a system, with error rate, alignment, audio and figure."""
+"""Example utterances of a system, each with its error rate, alignment, audio and figure."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, Pair, align, count_errors
 from jahubert.train.report import figures
 
-MAX_SECONDS = 20.0  # maximum length of audio and figures, which limits the size of the page
+MAX_SECONDS = 20.0  # maximum length of audio and figures, to limit the size of the page
 
 
 @dataclass(frozen=True)
 class Example:
-    """An utterance with aligned reference and hypothesis."""
+    """An utterance whose reference and hypothesis are aligned."""
 
     id: str
     split: str
@@ -39,12 +39,12 @@ class Example:
     has_phones: bool  # whether symbols are phones, which are displayed as kana
     audio: str = ""  # data URI of an MP3
     figure: str = ""  # data URI of the figure
-    note: str = ""  # reason for missing audio
+    note: str = ""  # reason if audio is missing
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A line of a hypothesis file."""
+    """One line of a hypothesis file."""
 
     split: str
     line: dict[str, Any]
@@ -52,19 +52,19 @@ class _Decoded:
 
     @property
     def sort_key(self) -> tuple[float, int, str]:
-        """Sort key, best first; among utterances without errors, longer ones are considered better."""
+        """Sort key, best first. Among utterances without errors, longer ones are considered better."""
         return self.errors.rate, self.errors.errors or -self.errors.length, self.line["id"]
 
 
 def find_examples(
     decode: Path, manifest: Manifest, times: dict[int, tuple[Phone, ...]], store: LabelStore | None, n: int
 ) -> dict[str, list[Example]]:
-    """Find the `n` "worst", "median" and "best" utterances in a decode folder by symbol error rate.
+    """Return the `n` "worst", "median" and "best" utterances in a decode folder by symbol error rate.
 
-    The groups do not overlap; small sets have fewer examples.
+    The groups do not overlap, so that small sets have fewer examples.
 
     Args:
-        times: maps manifest rows to their phones, if available.
+        times: mapping from manifest rows to the phones of the utterance, where available.
         store: units of the utterances in the manifest.
     """
     phonemes = PhonemeSet.from_json(json.loads((decode / "phonemes.json").read_text(encoding="utf-8")))

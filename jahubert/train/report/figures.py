@@ -1,6 +1,6 @@
-"""Figures of the report as data URIs, so that the HTML page needs no other files.
+"""Figures for the report as data URIs, so that the HTML page needs no other files.
 
-Figures contain only numbers and phones. Captions are part of the page, in its language.
+Figures contain only numbers and phones. Captions are part of the page and in its language.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from jahubert.train.data.manifest import Phone
 
 TRAINING, VALIDATION = "#1f6fb2", "#d1603d"
 _RUN_COLORS = (TRAINING, "#c2452d", "#2e8b57", "#8a5cb8", "#b8860b", "#4a4a4a")
-_FFT = 512  # samples
-_PALETTE = 37  # colors of units; consecutive units get distant colors
+_FFT = 512  # FFT length in samples
+_PALETTE = 37  # number of colors for units; consecutive units get distant colors
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """Plot each metric over the steps, with one color per run and dashed lines for validation.
+    """Plot each metric against the step, with one color per run and dashed lines for validation.
 
     Args:
-        runs: lines of metrics.jsonl by run name. `speed` (updates per second) and `waiting` (fraction of
-            time spent waiting for data) are computed from their timing.
+        runs: mapping from run names to the lines of metrics.jsonl. `speed` (updates per second) and `waiting`
+            (fraction of time spent waiting for data) are computed from the times in these lines.
     """
     series: dict[str, dict[tuple[str, bool], list[tuple[float, float]]]] = {}
     for run, rows in runs.items():
@@ -44,7 +44,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
 
 
 def run_colors(runs: Iterable[str]) -> dict[str, str]:
-    """Assign a color to the curves of each run."""
+    """Assign a color to each run for its curves."""
     return {run: _RUN_COLORS[number % len(_RUN_COLORS)] for number, run in enumerate(runs)}
 
 
@@ -67,11 +67,11 @@ def _curve(lines: Mapping[tuple[str, bool], Sequence[tuple[float, float]]], colo
 
 
 def layer_curves(layers: Mapping[str, Any]) -> str:
-    """Plot the PNMI of the units of every layer of each model, and of MFCC units on the same frames.
+    """Plot the PNMI of units from every layer of each model, and from MFCCs on the same frames.
 
     Args:
-        layers: maps each model to a list of {"pnmi": ...} for layers 1, 2, ..., and "mfcc" to a list with one
-            entry.
+        layers: mapping from each model to a list of {"pnmi": ...} for layers 1, 2, ..., and from "mfcc" to a
+            list with one entry.
     """
 
     def draw(figure: Any) -> None:
@@ -90,10 +90,10 @@ def layer_curves(layers: Mapping[str, Any]) -> str:
 
 
 def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
-    """Plot the share of correct words against confidence; larger points have more words.
+    """Plot the fraction of correct words against confidence, with larger points for more words.
 
     Args:
-        bins: tuples of mean confidence, share of correct words, and number of words.
+        bins: tuples (mean confidence, fraction of correct words, number of words).
     """
 
     def draw(figure: Any) -> None:
@@ -111,11 +111,12 @@ def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
 
 
 def phone_order(count_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the order of rows and columns in which a matrix of phones and units is nearly diagonal.
+    """Order the rows and columns of a phone-unit matrix so that it becomes nearly diagonal.
 
     Returns:
-        The order of phones (P,), most frequent first; and the order of units (K,): by their most frequent
-        phone, then by the share of that phone in the unit. Units that never occur are last.
+        The order of the phones (P,), most frequent first, and the order of the units (K,). Units are sorted
+        by their most frequent phone, then by the fraction of their frames with this phone. Units that never
+        occur are last.
     """
     phones_P = np.argsort(-count_PK.sum(1), kind="stable")
     sorted_PK = count_PK[phones_P]
@@ -126,7 +127,7 @@ def phone_order(count_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def phone_matrix(count_PK: np.ndarray, phones: Sequence[str]) -> str:
-    """Plot P(phone | unit), whose columns sum to 1 (HuBERT paper, figure 2, transposed)."""
+    """Plot P(phone | unit) as a matrix whose columns sum to 1 (HuBERT paper, figure 2, transposed)."""
     phones_P, units_K = phone_order(count_PK)
     share_PK = count_PK / np.maximum(1, count_PK.sum(0))
 
@@ -142,7 +143,7 @@ def phone_matrix(count_PK: np.ndarray, phones: Sequence[str]) -> str:
 
 
 def unit_usage(count_K: np.ndarray) -> str:
-    """Plot the percentage of frames of each unit, most frequent first, and a line for uniform usage."""
+    """Plot the percentage of frames with each unit, most frequent first, and a line for uniform usage."""
     share_K = 100 * np.sort(count_K)[::-1] / max(1, int(count_K.sum()))
 
     def draw(figure: Any) -> None:
@@ -156,7 +157,7 @@ def unit_usage(count_K: np.ndarray) -> str:
 
 
 def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | None) -> str:
-    """Plot waveform, spectrogram (kHz) with phones, and units over time (seconds)."""
+    """Plot the waveform, the spectrogram (kHz) with phones, and the units over time (seconds)."""
     seconds = len(wav_T) / SAMPLE_RATE
     heights = [1, 3.2] + ([0.5] if unit_S is not None else [])
 
@@ -167,7 +168,7 @@ def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | N
         time_T = np.arange(len(wav_T)) / SAMPLE_RATE
         rows[0].plot(time_T, wav_T, color=TRAINING, linewidth=0.4)
         rows[0].set_yticks([])
-        floor = 1e-10  # keeps the logarithm of digital silence finite
+        floor = 1e-10  # makes the logarithm of digital silence finite
         noise_T = np.sqrt(floor) * np.random.default_rng(0).standard_normal(max(len(wav_T), 2 * _FFT))
         noise_T[: len(wav_T)] += wav_T
         spectrum = rows[1].specgram(
@@ -206,13 +207,13 @@ def _style(axes: Any) -> None:
 
 
 def _png(draw: Callable[[Any], None], width: float, height: float, layout: Any = "constrained") -> str:
-    """Render a figure (size in inches) as the data URI of a PNG; for figures with very many elements."""
+    """Render a figure (size in inches) as a PNG data URI, for figures with very many elements."""
     content = _render(draw, (width, height), layout, "png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float) -> str:
-    """Render a figure (size in inches) as the data URI of an SVG."""
+    """Render a figure (size in inches) as an SVG data URI."""
     content = _render(draw, (width, height), "constrained", "svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content).decode()
 
@@ -226,7 +227,7 @@ def _render(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train") from error
-    # Keep text as SVG text, and make equal figures byte-identical.
+    # These settings keep text as SVG text and make equal figures byte-identical.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jahubert"}):
         figure = Figure(figsize=size, layout=layout)
         FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Rendering of the report as a single HTML page, for desktop and mobile, in light and dark mode."""
+"""Renderer for the report as a single HTML page for desktop and mobile, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class PageData:
-    """Content of the page."""
+    """Content of the report page."""
 
-    experiments: Mapping[str, Path]  # by name; the first one is the experiment of the report
+    experiments: Mapping[str, Path]  # name -> folder; the report is about the first experiment
     summary: Mapping[str, Any]
     counts: UnitCounts
     examples: Mapping[str, Mapping[str, Sequence[Example]]]  # system -> "worst", "median", "best"
@@ -77,7 +77,7 @@ def render_page(data: PageData, language: str) -> str:
     return (
         f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'  # otherwise browsers request an icon from a server
+        '<link rel="icon" href="data:,">'  # prevents browsers from requesting an icon from a server
         f"<title>{title}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>"
         f"<h1>{title}</h1>{_header(data, records, strings)}<nav>{links}</nav>{sections}"
         "</body></html>\n"
@@ -104,7 +104,7 @@ def _header(data: PageData, records: Mapping[str, Any], strings: Strings) -> str
 
 
 def _headline(summary: Mapping[str, Any], strings: Strings) -> list[tuple[str, str]]:
-    """Select the most important numbers, with their captions."""
+    """Select the most important numbers and their captions."""
     cards = []
     for measure, title in (("wer", "lowest_wer"), ("per", "lowest_per"), ("cer", "lowest_cer")):
         rates = [
@@ -123,7 +123,7 @@ def _headline(summary: Mapping[str, Any], strings: Strings) -> list[tuple[str, s
 
 
 def _made_with(records: Mapping[str, Any], strings: Strings) -> str:
-    """List the distinct commands, commits, devices and versions of the stages."""
+    """Render the distinct commands, commits, devices and versions that the stages recorded."""
     values: dict[str, dict[str, None]] = {}
     ordered = sorted(records.values(), key=lambda record: record["finished"])
     for record in ordered:
@@ -171,7 +171,7 @@ def _results(data: PageData, strings: Strings) -> str:
 
 
 def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
-    """Render collapsible tables of the speakers and the most frequent errors of a system."""
+    """Render collapsible tables of a system's error rates by speaker and most frequent errors."""
     measures = {name: title for name, title in _MEASURES.items() if name in score}
     first = next(iter(measures))
     speakers = sorted(score.get("speakers", {}).items(), key=lambda item: (-item[1][first]["rate"], item[0]))
@@ -198,7 +198,7 @@ def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
 
 
 def _reliability(system: str, measured: Mapping[str, Any] | None, strings: Strings) -> str:
-    """Render a collapsible figure of the confidences of a system's words."""
+    """Render a collapsible figure of the reliability of a system's word confidences."""
     if not measured:
         return ""
     basis = measured["calibrated_on"] or strings("not_calibrated")
@@ -235,7 +235,7 @@ class _BestLayer:
 
 
 def _best_layer(layers: Mapping[str, Any], strings: Strings) -> _BestLayer | None:
-    """Find the layer with the highest PNMI among those measured with equal K."""
+    """Find the layer with the highest PNMI among the layers measured with equal K."""
     candidates = [
         (quality["pnmi"], f"{model}, {strings('layer', number)}", quality["n_units"])
         for model, blocks in layers.items()
@@ -272,7 +272,7 @@ def _units(data: PageData, strings: Strings) -> str:
 
 
 def _equal_k(layers: Mapping[str, Any], units: Mapping[str, Any], strings: Strings) -> str:
-    """Render the quality of MFCCs and layers with the same number of units, and a summary sentence."""
+    """Render the quality of MFCC and layer units for the same number of units, with a summary sentence."""
     best = _best_layer(layers, strings)
     if best is None:
         return ""
@@ -336,7 +336,7 @@ def _source(source: str, strings: Strings) -> str:
 
 
 def _unit_title(name: str, unit: Mapping[str, Any], strings: Strings) -> str:
-    """Return a title for units with their iteration and feature, e.g. "iter2: layer 6"."""
+    """Return a title that gives the iteration and feature of units, e.g. "iter2: layer 6"."""
     feature = str(unit["feature"]).upper() if unit["layer"] is None else strings("layer", unit["layer"])
     experiment, separator, iteration = name.rpartition(": ")
     return f"{experiment}{separator}{iteration if unit['learnt'] else strings('last_model')}: {feature}"
@@ -387,7 +387,7 @@ def _example(example: Example, strings: Strings) -> str:
 
 
 def _marked(pairs: Sequence[tuple[Any, Any]], side: int, as_kana: bool, tag: str) -> str:
-    """Render one side of an alignment, with a CSS class for each error."""
+    """Render one side of an alignment, marking each error with a CSS class."""
     cells = []
     for pair in pairs:
         kind = "" if pair[0] == pair[1] else "ins" if pair[0] is None else "del" if pair[1] is None else "sub"
@@ -404,7 +404,7 @@ def _marked(pairs: Sequence[tuple[Any, Any]], side: int, as_kana: bool, tag: str
 
 
 def _training(experiments: Mapping[str, Path], strings: Strings) -> str:
-    """Render collapsible training curves, with all experiments in the same figures."""
+    """Render collapsible training curves. All experiments share the same figures."""
     stages: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for experiment, exp in experiments.items():
         for path in sorted(exp.glob("**/metrics.jsonl")):
@@ -429,7 +429,7 @@ def _training(experiments: Mapping[str, Path], strings: Strings) -> str:
 
 
 def _comparison(experiments: Mapping[str, Path], strings: Strings) -> str:
-    """Render the settings that differ between the experiments, for stages present in all of them."""
+    """Render the settings that differ between the experiments, for stages that all of them have."""
     if len(experiments) < 2:
         return ""
     records = {name: stage_records(exp) for name, exp in experiments.items()}

@@ -1,4 +1,4 @@
-"""HTML building blocks of the report page: tables, figures, collapsible sections and localized text."""
+"""HTML building blocks for the report page: tables, figures, collapsible sections and localized text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 _LANGUAGES = ("en", "ja")
-Row = tuple[str, Sequence[str]]  # CSS class of a table row, and its cells as HTML
+Row = tuple[str, Sequence[str]]  # (CSS class of a table row, its cells as HTML)
 
 
 class Strings:
-    """The page's text in one language, from strings.json."""
+    """Localized text of the page in one language, from strings.json."""
 
     def __init__(self, language: str):
         column = _LANGUAGES.index(language)
@@ -22,7 +22,7 @@ class Strings:
         self._texts = {key: texts[column] for key, texts in json.loads(content).items()}
 
     def __call__(self, key: str, *values: Any, **named: Any) -> str:
-        """Return the text of a key, with its placeholders filled in."""
+        """Return the text for a key, with placeholders filled in."""
         text = self._texts[key]
         return text.format(*values, **named) if values or named else text
 
@@ -59,13 +59,13 @@ def table(header: Sequence[str], rows: Iterable[Row], style: str = "stack") -> s
 
 
 def details(summary: str, body: str, note: str = "") -> str:
-    """Render a collapsible section; an empty string if its body is empty."""
+    """Render a collapsible section, or return an empty string if the body is empty."""
     small = f" <small>{note}</small>" if note else ""
     return f"<details><summary>{summary}{small}</summary>{body}</details>" if body else ""
 
 
 def definitions(items: Mapping[str, str], style: str = "") -> str:
-    """Render a list of terms and values, which are HTML."""
+    """Render a definition list of terms and values, both given as HTML."""
     rows = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in items.items())
     return f'<dl class="{style}">{rows}</dl>'
 
@@ -75,7 +75,7 @@ def figure(uri: str, caption: str, style: str = "plot") -> str:
 
 
 def image(uri: str, alt: str, style: str = "plot") -> str:
-    """Render an image; in dark mode, colors are inverted with style "plot" but not with style "photo"."""
+    """Render an image. In dark mode, colors are inverted with style "plot" but not with style "photo"."""
     return f'<img class="{style}" alt="{escape(alt)}" src="{uri}">'
 
 

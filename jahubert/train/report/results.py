@@ -1,4 +1,4 @@
-"""Scored systems of an experiment, and their labels in tables."""
+"""Scored systems of an experiment, with the labels used for them in tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jahubert.train.experiment.registry import decoding_of, stage_folder
 
 @dataclass(frozen=True)
 class Result:
-    """One decoding of a system that has been scored."""
+    """The scores of one decoding of a system."""
 
     exp: Path
     system: str
@@ -26,11 +26,11 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Name that is unique in the experiment."""
+        """Name of the result, which is unique in the experiment."""
         return f"{self.system}, {self.decoding}" if self.decoding else self.system
 
     def summary(self) -> dict[str, Any]:
-        """Read the label, the scores, the amount of fine-tuning data, and the number of updates."""
+        """Read the label, the scores, the amount of fine-tuning data and the number of updates."""
         finetune = read_record(self.folder("finetune") / DONE)
         return {
             "label": result_label(self.folder("decode")),
@@ -42,7 +42,7 @@ class Result:
 
 
 def find_results(exp: Path) -> Iterator[Result]:
-    """Find the scored decodings of an experiment, sorted by system, with the default decoding first."""
+    """Iterate over the scored decodings of an experiment, sorted by system, default decoding first."""
     for system in sorted((exp / "systems").glob("*")):
         for folder in sorted(system.glob("score*")):
             if (folder / DONE).exists():
@@ -50,7 +50,7 @@ def find_results(exp: Path) -> Iterator[Result]:
 
 
 def name_experiments(exp: Path, others: Sequence[Path] = ()) -> dict[str, Path]:
-    """Map unique names to experiments, `exp` first; names are folder names, or paths if necessary."""
+    """Map unique names to experiments, `exp` first. Names are folder names, or paths if necessary."""
     by_path = {path.resolve(): path for path in (exp, *others)}
     names = [path.name for path in by_path]
     return {
@@ -61,7 +61,7 @@ def name_experiments(exp: Path, others: Sequence[Path] = ()) -> dict[str, Path]:
 def summarize_results(experiments: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Collect the summaries of all systems.
 
-    Systems of the first experiment are keyed by name, and others by "experiment: system".
+    The keys are names of systems for the first experiment, and "experiment: system" for all others.
 
     Raises:
         DataError: an experiment other than the first has no scores.
@@ -77,9 +77,9 @@ def summarize_results(experiments: Mapping[str, Path]) -> dict[str, dict[str, An
 
 
 def result_label(decode: Path) -> str:
-    """Return a label for the hypotheses in a decode folder: experiment, model, subset and search.
+    """Return a label for the hypotheses in a decode folder, with experiment, model, subset and search.
 
-    It is taken from the records of the stages. Without records, the label is the path of the folder.
+    The label is composed from the records of the stages. Without records, it is the path of the folder.
     """
     system, exp = decode.parent, decode.parent.parent.parent
     prepare_record, finetune_record, decode_record = (

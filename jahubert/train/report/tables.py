@@ -1,4 +1,4 @@
-"""Text tables of the report for the terminal."""
+"""Text tables of the report, for the terminal."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _units_table(units: Mapping[str, Any]) -> str:
         return ""
     source = next(iter(measured.values()))["phones"]
     lines = [
-        f"Units compared with the phones of each frame (phone times: {source}); a PNMI grows with K",
+        f"Units compared with the phone of each frame (phone times: {source}); PNMI increases with K",
         f"  {'units':<24}{'K':>5}{'PNMI':>8}{'phone purity':>14}{'cluster purity':>16}",
     ]
     for name, unit in measured.items():

@@ -1,4 +1,4 @@
-"""Units of an experiment: usage, quality against phones, and quality of every layer."""
+"""Statistics of the units in an experiment: usage, agreement with phones, and quality of every layer."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LAYER_UNITS = 100  # number of units per layer, the same as for MFCCs
 class UnitCounts:
     """Frame counts of the units of each iteration ("iter1", ...)."""
 
-    usage: dict[str, np.ndarray]  # frames per unit (K,)
+    usage: dict[str, np.ndarray]  # number of frames per unit (K,)
     phones: list[str]
     source: str  # source of the phone times
-    joint: dict[str, np.ndarray]  # frames per phone and unit (P, K), if phone times are available
+    joint: dict[str, np.ndarray]  # number of frames per phone and unit (P, K), if phone times are available
 
 
 def label_stores(exp: Path) -> dict[str, LabelStore]:
@@ -41,9 +41,9 @@ def label_stores(exp: Path) -> dict[str, LabelStore]:
 
 
 def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, ...]], str]:
-    """Return the phones of manifest rows, as far as available, and the source of their times.
+    """Return the phones of manifest rows where available, and the source of the phone times.
 
-    The source is the corpus if it has phone times, otherwise the forced alignment of stage decode.
+    The source is the corpus if it has phone times, and otherwise the forced alignment by stage decode.
     """
     times: dict[int, tuple[Phone, ...]] = {}
     with progress("phone times", "utterances", len(manifest)) as done:
@@ -62,10 +62,10 @@ def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, .
 
 
 def count_units(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> UnitCounts:
-    """Count the frames of each unit, and of each pair of phone and unit.
+    """Count the frames with each unit, and with each pair of phone and unit.
 
     Args:
-        times, source: as returned by `phone_times`.
+        times, source: the result of `phone_times`.
     """
     stores = label_stores(exp)
     usage = {name: store.unit_counts() for name, store in stores.items()}
@@ -93,9 +93,9 @@ def count_units(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> 
 def layer_curves(
     exp: Path, times: dict[int, tuple[Phone, ...]], n_frames: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Measure the quality of `LAYER_UNITS` units of MFCCs and of every layer of each iteration's model.
+    """Fit `LAYER_UNITS` units to MFCCs and to every layer of each iteration's model, and measure quality.
 
-    All are measured on the same frames. The result is empty if there are no phone times or no models.
+    All measurements use the same frames. The result is empty if there are no phone times or no models.
     """
     models = sorted(path.parent for path in exp.glob(f"iter*/pretrain/{DONE}"))
     if not (times and models and n_frames):
@@ -119,7 +119,7 @@ def layer_curves(
 
 
 def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
-    """Compute the feature, usage, purities and PNMI of the units of each iteration."""
+    """Return the feature, usage, purities and PNMI of the units in each iteration."""
     stores, result = label_stores(exp), {}
     for name, usage_K in counts.usage.items():
         header = stores[name].header
@@ -140,6 +140,6 @@ def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
 
 
 def measure_units(exp: Path) -> dict[str, Any]:
-    """Compute the `unit_quality` of an experiment, using its phone times."""
+    """Compute `unit_quality` for an experiment, using its phone times."""
     times, source = phone_times(exp, Manifest(exp / "prepare" / "manifest.arrow"))
     return unit_quality(exp, count_units(exp, times, source))

@@ -1,1 +1,1 @@
-"""Conversion of Japanese text to words and phones."""
+"""Japanese text processing: conversion of text to words and phones, and tokenization."""

@@ -1,12 +1,12 @@
 """Conversion of Japanese text to words, katakana pronunciations and phones, based on pyopenjtalk-plus.
 
-Each morpheme of its dictionary becomes a word, except that a morpheme whose pronunciation starts with `ー`
-(the う of でしょう) is joined to the preceding word. Symbols are dropped. Known errors of the dictionary are
-corrected before and after the analysis:
+Each morpheme in its dictionary becomes a word, except that a morpheme whose pronunciation starts with `ー`
+(such as う in でしょう) is joined to the preceding word. Symbols are dropped. Known errors in the dictionary
+are corrected before and after the analysis:
 
 - `normalization.py` spells out expressions that the dictionary skips or misreads: minus signs, currencies,
   units, clock times, dates and fractions;
-- `user_dictionary.py` corrects single words and adds words of the user;
+- `user_dictionary.py` corrects single words and adds the user's own words;
 - `_fix_reading` corrects readings that depend on the context or on installed packages: 何 is read ナン before
   counters and before ダ, デ, ナ, ノ and ト; 言う is read ユー, as in CSJ; ユウ and ュウ become ユー and ュー.
 
@@ -57,7 +57,7 @@ class Word:
 
 @cache
 def openjtalk() -> ModuleType:
-    """Import pyopenjtalk, suppressing the messages that it prints.
+    """Import pyopenjtalk, and suppress the messages that it prints.
 
     Raises:
         MissingExtraError: pyopenjtalk-plus is not installed.
@@ -72,11 +72,11 @@ def openjtalk() -> ModuleType:
 
 
 def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
-    """Analyze a text into morphemes with corrected readings, in the format of pyopenjtalk.run_frontend.
+    """Split a text into morphemes with corrected readings, in the format of pyopenjtalk.run_frontend.
 
     Args:
         text: any Japanese text.
-        words: a user dictionary (see `user_dictionary.read_words`).
+        words: path of a user dictionary (see `user_dictionary.read_words`).
 
     Raises:
         DataError: the dictionary has no reading for some letters.
@@ -111,7 +111,7 @@ def _fix_reading(feature: dict[str, Any], following: Feature | None) -> None:
 
 
 def _letter_names(string: str, pron: str) -> str:
-    """Normalize the pronunciation of a word with Latin letters, so that each letter has a single name."""
+    """Normalize the pronunciation of a word with Latin letters, so that each letter has only one name."""
     pron = re.sub("(ジェ|ケ)イ", r"\1ー", pron)
     if not re.search("[Ｈｈ]", string):
         return pron.replace("エイ", "エー")
@@ -119,15 +119,15 @@ def _letter_names(string: str, pron: str) -> str:
 
 
 def features_to_words(features: Sequence[Feature]) -> list[Word]:
-    """Join the morphemes returned by `analyze` into words; the result may be empty."""
+    """Join the morphemes returned by `analyze` into words. The result may be empty."""
     words: list[tuple[str, str]] = []
-    joined = False  # whether the previous morpheme is part of a word, rather than a symbol
+    joined = False  # whether the previous morpheme is part of a word rather than a symbol
     for feature in features:
         kana = "".join(_KANA.findall(feature["pron"]))
         if not kana:
             joined = False
             continue
-        if joined and feature["string"][0] in _SMALL_VOWELS:  # the analyzer reads it as full-size
+        if joined and feature["string"][0] in _SMALL_VOWELS:  # the analyzer reads these as full-size vowels
             kana = _small_vowel_reading(words[-1][1], feature["string"][0]) + kana[1:]
         if joined and (kana[0] in "ー" + _SMALL_VOWELS or _NO_VOWEL.fullmatch(kana)):
             surface, before = words[-1]
@@ -150,7 +150,7 @@ def text_to_words(text: str, words: Path | None = None) -> list[Word]:
 
     Args:
         text: any Japanese text.
-        words: a user dictionary (see `user_dictionary.read_words`).
+        words: path of a user dictionary (see `user_dictionary.read_words`).
 
     Raises:
         DataError: the text contains no words, or letters without a reading.

@@ -1,7 +1,7 @@
 """Normalization of Japanese text before morphological analysis.
 
-Spells out expressions that the dictionary of pyopenjtalk-plus skips or misreads. The groups of rules are
-applied in this order: hyphens, ordinals and versions, numeric dates, clock times, phone numbers and
+The module spells out expressions that the dictionary of pyopenjtalk-plus skips or misreads. Groups of rules
+are applied in this order: hyphens, ordinals and versions, numeric dates, clock times, phone numbers and
 addresses, fractions, ratios and scores, ranges, signs and arithmetic, currencies, units, and internet
 addresses. Numbers with counters need no rule.
 """
@@ -30,7 +30,7 @@ _SIGNS = {
     **{"½": "2分の1", "⅓": "3分の1", "⅔": "3分の2", "¼": "4分の1", "¾": "4分の3"},
     **{"ヷ": "ヴァ", "ヸ": "ヴィ", "ヹ": "ヴェ", "ヺ": "ヴォ"},
 }
-# Exponents, which NFKC would turn into further digits of a number.
+# Exponents, which NFKC would turn into additional digits of a number.
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _EXPONENT = re.compile(r"(?<=[\dA-Za-z)])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
 _METERS = re.compile(r"(?<=\d)([kcm]?)m([²³]|[23](?![\dA-Za-z]))")
@@ -46,11 +46,11 @@ _WEEKDAY = "[月火水木金土日]"
 _COUNTER = "(?:[人年月日時分秒個回本枚歳代円点台度匹週名割倍話章巻杯泊%]|[かヶカケ]月|[kcm]?m|k?g|L)"
 _PREFIXES = {"": "", "k": "キロ", "c": "センチ", "m": "ミリ", "d": "デシ"}
 _BYTES = {"K": "キロ", "M": "メガ", "G": "ギガ", "T": "テラ"}
-_SUBTITLE = r"[^~、。\s]*~(?:[\s、。」』!?)]|$)"  # a title between waves: 夏~想い出~
+_SUBTITLE = r"[^~、。\s]*~(?:[\s、。」』!?)]|$)"  # a subtitle between wave dashes: 夏~想い出~
 
 
 def _digits(match: re.Match[str]) -> str:
-    """Spell out a phone number digit by digit, with hyphens read as の."""
+    """Spell out a phone number digit by digit, reading hyphens as の."""
     return "".join("ノ" if char == "-" else _DIGIT_NAMES[int(char)] for char in match[0])
 
 
@@ -65,12 +65,12 @@ def _slash(match: re.Match[str]) -> str:
 
 
 def _hyphen(match: re.Match[str]) -> str:
-    """Spell out a hyphen between two numbers: a range before a counter, a number of a figure, or a score."""
+    """Spell out a hyphen between two numbers: in a range before a counter, a figure number, or a score."""
     before, first, second, after = match.groups()
     if re.match(_COUNTER, after) and int(first) < int(second):
         return f"{before}{first}から{second}"
     is_numbering = re.match("[図表式章節問例]|丁目", before)
-    # An address, unless there are names on both sides (日本2-1韓国) or a word such as 前半, 決勝戦, 結果.
+    # This is an address, unless there are names on both sides (日本2-1韓国) or a word such as 前半 or 結果.
     is_name = re.match("(?![半戦合果点])[一-龠ァ-ヺー]", before)
     if is_numbering or (is_name and not re.match("[一-龠ァ-ヺ]", after)):
         return f"{before}{first}の{second}"
@@ -108,7 +108,7 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
         ),
     ),
     (
-        "clock times",  # minutes must have two digits, otherwise the numbers are a score or a ratio
+        "clock times",  # minutes must have two digits; otherwise the numbers are a score or a ratio
         (
             (r"(?<![\d:])(\d{1,2}):([0-5]\d):([0-5]\d)(?![\d:])", r"\1時間\2分\3秒"),
             (_CLOCK + r"00(?![\d:])", r"\1時"),
@@ -220,15 +220,16 @@ def _simplify(char: str) -> str:
 
 
 def is_punctuation(symbol: str) -> bool:
-    """Return whether a symbol is a punctuation mark; symbols with a longer name, such as `<unk>`, are not."""
+    """Return whether a symbol is a punctuation mark. Symbols with a longer name, such as `<unk>`, are not."""
     return len(symbol) == 1 and unicodedata.category(symbol)[0] == "P"
 
 
 def recognized_characters(text: str, punctuation: bool = False) -> str:
-    """Return the characters that a character recognizer must output for a text, in NFKC, without spaces.
+    """Return the characters that a character recognizer should output for a text, in NFKC, without spaces.
 
     Args:
-        punctuation: keep punctuation marks besides letters and digits; symbols such as `+` are dropped.
+        punctuation: whether to keep punctuation marks in addition to letters and digits. Symbols such as `+`
+            are always dropped.
     """
     kept = "LNP" if punctuation else "LN"
     return "".join(

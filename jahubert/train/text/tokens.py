@@ -23,7 +23,7 @@ Unit = Literal["word", "phone", "kana", "character", "token"]
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
-    """Iterate over the non-empty lines of UTF-8 text files; `.gz` is decompressed, `-` is standard input.
+    """Iterate over the non-empty lines of UTF-8 text files, which may be `.gz` files or `-` (standard input).
 
     Raises:
         DataError: a file cannot be read or is not UTF-8.
@@ -47,17 +47,17 @@ def _open_text(path: Path) -> AbstractContextManager[TextIO]:
 
 
 class Tokenizer:
-    """Converts lines of text to tokens, and collects the pronunciations of words.
+    """Tokenizer for lines of text, which also collects the pronunciations of words.
 
     Units:
-        word: words as written; pyopenjtalk-plus determines their boundaries and readings.
-        phone, kana: the phones or kana of the words, with `|` between words.
-        character: letters and digits after NFKC, without spaces; with `punctuation` also punctuation marks.
+        word: words as written. pyopenjtalk-plus determines their boundaries and readings.
+        phone, kana: phones or kana of the words, with `|` between words.
+        character: letters and digits after NFKC, without spaces. With `punctuation`, also punctuation marks.
         token: the parts of the line between spaces, unchanged.
 
     Args:
         unit: one of the units above.
-        punctuation: keep punctuation marks (only for characters).
+        punctuation: whether to keep punctuation marks (only for characters).
     """
 
     def __init__(self, unit: Unit, punctuation: bool = False):
@@ -86,12 +86,12 @@ class Tokenizer:
         return tokens
 
     def count(self, word: str, phones: tuple[str, ...]) -> str:
-        """Count an occurrence of a word with a pronunciation, for the lexicon, and return the word."""
+        """Count one occurrence of a word with its pronunciation for the lexicon, and return the word."""
         self.pronunciations[word, phones] = self.pronunciations.get((word, phones), 0) + 1
         return word
 
     def sentences(self, lines: Iterable[str]) -> Iterator[list[str]]:
-        """Yield the tokens of each line; lines without a reading are skipped with a warning."""
+        """Yield the tokens of each line, skipping lines without a reading with a warning."""
         n_skipped = 0
         first = ""
         for line in lines:
@@ -113,5 +113,5 @@ class Tokenizer:
 
 
 def written_form(word: Word) -> str:
-    """Apply NFKC and remove spaces, which separate words in ARPA files and lexicons."""
+    """Return the NFKC spelling of a word without spaces, which separate words in ARPA files and lexicons."""
     return "".join(unicodedata.normalize("NFKC", word.surface).split()) or word.kana

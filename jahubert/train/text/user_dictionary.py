@@ -1,4 +1,4 @@
-"""User dictionary: corrections to the dictionary of pyopenjtalk-plus, and words of the user.
+"""User dictionary: corrections to the dictionary of pyopenjtalk-plus, and the user's own words.
 
 Both are compiled (3 ms) into one MeCab user dictionary. Corrected words are therefore also segmented
 correctly: 正義 is not split, and 神聖 is not read as two names.
@@ -19,9 +19,9 @@ from typing import Any
 from jahubert.errors import DataError
 from jahubert.phonemes import kana_to_phones, normalize_kana
 
-# These errors were found in 4,936 words with known readings (the file names of recipe tofugu) and in the
-# sentences of the tests. The comments show the uncorrected reading. Of 90 words that differed, 60 still do:
-# they have two readings or are suffixes (see docs/readings.md).
+# These errors were found in 4,936 words with known readings (file names in the recipe tofugu) and in test
+# sentences. The comments show the uncorrected readings. Of 90 words whose readings differed, 60 still differ,
+# because they have two readings or are suffixes (see docs/readings.md).
 NOUNS = {
     "α波": "アルファハ",  # アルファナミ
     "かき氷": "カキゴーリ",  # カキゴオリ
@@ -64,7 +64,7 @@ _ENDINGS = {
     ICHIDAN: ("ル 基本形", " 連用形", " 未然形", "レ 仮定形", "ロ 命令ｒｏ", "ヨ 未然ウ接続"),
     GODAN_RA: ("ル 基本形", "リ 連用形", "ラ 未然形", "ッ 連用タ接続", "レ 仮定形", "ロ 未然ウ接続"),
 }
-_COST = -6000  # so low that words of the user dictionary are preferred to any other segmentation
+_COST = -6000  # so low that words in the user dictionary are preferred over any other segmentation
 
 
 @cache
@@ -94,10 +94,11 @@ def dictionary(path: Path | None = None) -> Any:
 def read_words(path: Path) -> list[tuple[str, str]]:
     """Read (surface, katakana pronunciation) pairs from a user dictionary.
 
-    Each line of the file has the spelling of a word, a tab, and the reading in kana. `#` starts a comment.
+    Each line of the file consists of the spelling of a word, a tab, and the reading in kana. `#` starts a
+    comment.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a word and a reading.
+        DataError: the file cannot be read, or a line does not consist of a word and a reading.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -130,7 +131,7 @@ def _verb(stem: str, reading: str, kind: str) -> Iterator[str]:
 
 
 def _row(surface: str, grammar: str, kana: str) -> str:
-    """Format a line of a MeCab dictionary; MeCab fills in the empty context ids."""
+    """Format a line of a MeCab dictionary. MeCab fills in the empty context ids."""
     # The analyzer converts ASCII characters to full-width characters.
     wide = unicodedata.normalize("NFKC", surface)
     wide = "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in wide)
@@ -139,7 +140,7 @@ def _row(surface: str, grammar: str, kana: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress output to file descriptor 1, to which the C++ dictionary compiler prints its progress."""
+    """Suppress output to file descriptor 1, where the C++ dictionary compiler prints its progress."""
     sys.stdout.flush()
     saved = os.dup(1)
     with open(os.devnull, "wb") as null:

@@ -1,1 +1,1 @@
-"""The training loop, its engines, optimizer, parallelism, checkpoints and logs."""
+"""Training loop: engines, optimizer, parallelism, checkpoints and metric logs."""

@@ -34,7 +34,7 @@ _CLASSES = {
 
 
 class CheckpointReader(FileSystemReader):
-    """DCP's reader with a restricted unpickler for the metadata."""
+    """A FileSystemReader that loads the metadata with a restricted unpickler."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         data = Path(self.path, ".metadata").read_bytes()
@@ -49,7 +49,7 @@ class CheckpointReader(FileSystemReader):
 
 
 class CheckpointPlanner(DefaultLoadPlanner):
-    """DCP's planner, except that non-tensor values are unpickled with `weights_only=True`."""
+    """A DefaultLoadPlanner that unpickles non-tensor values with `weights_only=True`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         content = torch.load(value, weights_only=True)

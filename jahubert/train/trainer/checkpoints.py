@@ -1,9 +1,9 @@
 """Checkpoints of the default training engine.
 
-Checkpoints are written by `torch.distributed.checkpoint` (DCP) from all processes and can be loaded on any
-number of processes, sharded or not. A checkpoint folder is renamed to `step_N` once it is complete.
-`run.json`, written last, contains the sizes and checksums of all files, so that truncated or damaged
-checkpoints are detected and skipped.
+All processes write a checkpoint together with `torch.distributed.checkpoint` (DCP), and any number of
+processes can load it, sharded or not. The checkpoint folder is renamed to `step_N` once it is complete. The
+last file to be written, `run.json`, contains the sizes and checksums of all other files, so that truncated or
+damaged checkpoints are detected and skipped.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_folder(out: Path, engine: str) -> Path:
-    """Return the checkpoint folder of a training engine under `out`.
+    """Return the folder below `out` in which a training engine stores its checkpoints.
 
     Raises:
-        StaleError: `out` contains checkpoints of another engine, which this engine cannot read.
+        StaleError: `out` contains checkpoints from another engine, which this engine cannot read.
     """
     folders = {"torch": out / "checkpoints", "fairseq2": out / "checkpoints_fairseq2"}
     for other, folder in folders.items():
         if other != engine and any(folder.glob("step_*[0-9]")):
             raise StaleError(
-                f"{folder}: checkpoints of engine={other}; set train.engine={other} to resume, or delete "
+                f"{folder} was written by engine={other}; set train.engine={other} to resume, or delete "
                 f"{out} to start again with engine={engine}"
             )
     return folders[engine]
 
 
 class Checkpoints:
-    """Saves, loads and deletes the checkpoints of a run.
+    """Store for the checkpoints of a run, which saves, loads and deletes them.
 
     `save` and `load` must be called in all processes.
     """
@@ -70,7 +70,7 @@ class Checkpoints:
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
     ) -> None:
-        """Save a checkpoint and delete old ones according to `keep_last` and `keep_every`.
+        """Save a checkpoint, and delete old checkpoints according to `keep_last` and `keep_every`.
 
         Args:
             run: JSON-serializable engine state other than the weights and the optimizer state.
@@ -99,12 +99,12 @@ class Checkpoints:
         distributed.barrier()
 
     def _delete_old(self, newest: Path) -> None:
-        """Delete old checkpoints and leftovers of interrupted saves and deletions.
+        """Delete old checkpoints and the remains of interrupted saves and deletions.
 
         The newest `keep_last` checkpoints and those at multiples of `keep_every` steps are kept.
 
         Args:
-            newest: the checkpoint that was saved or loaded last. Checkpoints of later steps are kept, and do
+            newest: the checkpoint that was saved or loaded last. Checkpoints of later steps are kept and do
                 not count toward `keep_last`.
         """
         remove_leftovers(self.folder)
@@ -112,7 +112,7 @@ class Checkpoints:
         counted = [path for path in self.intact() if _step(path) <= _step(newest)]
         for old in counted[: -self.config.keep_last]:
             if not every or _step(old) % every:
-                # Renamed first, so that a partially deleted checkpoint is never loaded.
+                # The folder is renamed first, so that a partially deleted checkpoint is never loaded.
                 old.rename(old.with_name(f"{old.name}.deleted"))
         for deleted in self.folder.glob("step_*.deleted"):
             shutil.rmtree(deleted)
@@ -124,7 +124,7 @@ class Checkpoints:
             The `run` argument of the saved checkpoint, or None if there is no intact checkpoint.
 
         Raises:
-            DataError: the checkpoint could not be read.
+            DataError: the newest intact checkpoint cannot be read.
         """
         newest = distributed.rank0_broadcast(self._newest)
         if newest is None:
@@ -151,7 +151,7 @@ class Checkpoints:
         for path in reversed(_by_step(self.folder)):
             damage = checkpoint_damage(path, contents=True)
             if not damage:
-                self._delete_old(path)  # the previous run may have been killed before it did this
+                self._delete_old(path)  # the previous run may have been killed before this step
                 return path
             log.warning("%s: damaged checkpoint ignored (%s)", path, damage)
         return None
@@ -166,16 +166,16 @@ def _step(checkpoint: Path) -> int:
 
 
 def checkpoint_damage(checkpoint: Path, contents: bool = False) -> str:
-    """Describe the damage to a checkpoint; an empty string if it is intact.
+    """Return a description of the damage to a checkpoint, or an empty string if it is intact.
 
     Args:
-        contents: compare checksums of all files as well as their sizes.
+        contents: whether to verify the checksums of all files in addition to their sizes.
     """
     try:
         state = read_record(checkpoint / "run.json")
         crc32 = state.pop("crc32", None)
         if record_damaged(state, crc32, "files"):
-            return "run.json: checksum differs"
+            return "run.json: checksum does not match"
         verify_outputs(checkpoint, state.get("files", {}), max_bytes=math.inf if contents else 0)
     except (OSError, DataError) as error:
         return f"{error}"

@@ -1,6 +1,6 @@
-"""TensorBoard event files, written in the calling thread.
+"""Writer for TensorBoard event files that does not use a background thread.
 
-The writers of torch and TensorBoard use a background thread, which prints a traceback when the disk is full.
+The background thread in the writers of torch and TensorBoard prints a traceback when the disk is full.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-_number = itertools.count()  # numbers the event files of this process
+_number = itertools.count()  # running number of the event files that this process creates
 
 
 class EventFile:
-    """TensorBoard event file for scalars.
+    """A TensorBoard event file for scalar values.
 
     Args:
-        folder: log directory; created if necessary.
-        step: TensorBoard hides the values after this step in older files of the folder.
+        folder: log directory, which is created if necessary.
+        step: the last completed step. TensorBoard hides later values in older files in this folder.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -40,7 +40,7 @@ class EventFile:
         self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Write the scalar values of a step, keyed by tag."""
+        """Write the scalar values of one step, keyed by tag."""
         scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._write(step=step, summary=self._summary(value=scalars))
         self._file.flush()

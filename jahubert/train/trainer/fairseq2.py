@@ -1,16 +1,16 @@
 """Alternative training engine based on fairseq2's Trainer, gangs and checkpoint manager.
 
 If the number of processes is a power of two, results are bit-identical to those of the default engine
-(`trainer.py`), with two exceptions: fairseq2 repeats a step whose float16 gradients overflow, while the
-default engine skips it; and a non-finite gradient with a finite loss is only detected through the loss of the
-next step.
+(`trainer.py`), with two exceptions. fairseq2 repeats a step whose float16 gradients overflow, while the
+default engine skips it. If the gradient is not finite but the loss is, the error is detected only through the
+loss of the next step.
 
-Two parts of fairseq2 are not used: its recipe runner logs all environment variables, and its data pipeline
-saves decoded audio but no random state in checkpoints.
+Two parts of fairseq2 are not used: the recipe runner, because it logs all environment variables, and the data
+pipeline, because its checkpoints contain decoded audio but no random state.
 
-Files under `out`: `checkpoints_fairseq2/` (fairseq2's step_N folders and run.json), `best.safetensors`,
-`metrics.jsonl`. The checkpoints contain pickles, so resume only your own runs, and with the same number of
-processes. Written for fairseq2 0.8.1; three of the imported names are private.
+The engine writes `checkpoints_fairseq2/` (fairseq2's step_N folders and run.json), `best.safetensors` and
+`metrics.jsonl` to `out`. The checkpoints contain pickles, so resume only your own runs. Resuming requires the
+same number of processes. The engine was written for fairseq2 0.8.1 and imports three private names from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import soundfile  # noqa: F401  loads the libsndfile that fairseq2 needs
+import soundfile  # noqa: F401  this import loads the libsndfile that fairseq2 needs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ finally:
         os.environ["CONDA_PREFIX"] = _conda
 
 SUMS = "total_sums"  # the Trainer resets every metric at each publication unless its name starts with total_
-MIN_TARGETS = 1e-30  # with zero targets, a process would not take part in the all-reduce
+MIN_TARGETS = 1e-30  # a process that reports zero targets would not take part in the all-reduce
 
 
 def train(
@@ -98,10 +98,10 @@ def train(
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
 ) -> dict[str, float]:
-    """Train `module`; a drop-in replacement for `jahubert.train.trainer.trainer.train`.
+    """Train `module`, as a drop-in replacement for `jahubert.train.trainer.trainer.train`.
 
     Raises:
-        StaleError: the checkpoint was saved by a run with a different number of processes.
+        StaleError: a run with a different number of processes saved the checkpoint.
     """
     check_shared_memory(config)
     run = _TrainingRun(module, data, config, out, validate, best)
@@ -120,7 +120,7 @@ def train(
 
 
 class _TrainingRun:
-    """The state of one training run; the classes below adapt it to fairseq2's interfaces."""
+    """The state of one training run. The classes below adapt it to fairseq2's interfaces."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _TrainingRun:
     ):
         self.device = distributed.process_device(config.device)
         self.dtype = pick_precision(config, self.device)
-        self.accumulation_steps = 0  # micro-batches of the current step in this process
+        self.accumulation_steps = 0  # number of micro-batches that this process computes in the current step
         self.folder = checkpoint_folder(out, "fairseq2")
         self.module, self.data, self.config = module.to(self.device), data, config
         wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
@@ -154,19 +154,19 @@ class _TrainingRun:
         self._restore()
 
     def _restore(self) -> None:
-        """Check the checkpoint that the Trainer will load; load the state that fairseq2 does not store."""
+        """Check the checkpoint that the Trainer will load, and load what fairseq2 does not store."""
         self.folder.mkdir(parents=True, exist_ok=True)
         n_saved = len(list((self.folder / f"step_{self.step}" / "trainer").glob("rank_*.pt")))
         if self.step and n_saved != distributed.world():
             raise StaleError(
                 f"{self.folder}: step {self.step} was saved by {n_saved} processes, but this run has "
                 f"{distributed.world()}; start {n_saved} processes, or use train.engine=torch, whose "
-                "checkpoints load on any number"
+                "checkpoints can be loaded by any number"
             )
         if self.step and self.state_path.exists():
             state = read_record(self.state_path)
             self.metric_log.load_state_dict(state)
-            self.validated = min(state["validated"], self.step)  # later validations are repeated
+            self.validated = min(state["validated"], self.step)  # validations after this step are repeated
         self.metric_log.trim(self.step)
         distributed.barrier()
 
@@ -178,7 +178,7 @@ class _TrainingRun:
     def train_steps(self) -> None:
         """Run fairseq2's Trainer until the last step or until a stop signal is received."""
         config, wrapped = self.config, self.module
-        if distributed.world() > 1:  # keeps the default normalize_grads=True, because False fails
+        if distributed.world() > 1:  # normalize_grads keeps its default True, because False fails
             wrapped = to_ddp(
                 self.module, self.gangs, find_unused_parameters=self.module.has_unused_parameters
             )
@@ -211,7 +211,7 @@ class _TrainingRun:
             checkpoint_every_n_steps=config.save_every,
             keep_last_n_checkpoints=config.keep_last,
             keep_checkpoint_every_n_steps=config.keep_every or None,
-            # _Recorder logs only the steps that are due
+            # _Recorder logs only those steps that are due
             publish_metrics_every_n_steps=math.gcd(config.log_every, config.save_every),
         )
         unit.trainer = trainer
@@ -250,7 +250,7 @@ class _LazyBatch:
 
 
 class _Reader(DataReader):
-    """Endless iterator over training steps; each item is the list of this process's micro-batches."""
+    """Endless iterator over training steps. Each item is the list of micro-batches for this process."""
 
     def __init__(self, run: _TrainingRun):
         self.run, self.data_state = run, DataState(run.data.sampler)
@@ -290,7 +290,7 @@ class _Reader(DataReader):
     def reset(self) -> None: ...  # called at the end of the data, which is never reached
 
     def state_dict(self) -> dict[str, object]:
-        # The Trainer does not save gradient norms. `recent` contains those since the last publication.
+        # The Trainer does not save gradient norms. `recent` contains the norms since the last publication.
         window, recent = self.run.window, self.run.metric_bag.get("grad_norm", Mean)
         norm, steps = window.norm + float(recent.weighted_sum), window.steps + int(recent.weights)
         return {**self.data_state.state_dict(), "norm": norm, "steps": steps}
@@ -306,7 +306,7 @@ class _Reader(DataReader):
 
 
 class _Schedule(LRScheduler):
-    """Learning rate given by `lr_at`; LambdaLR multiplies by a factor, which rounds differently."""
+    """Learning-rate schedule of `lr_at`. LambdaLR would multiply by a factor and round differently."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig):
         self.config = config
@@ -346,20 +346,20 @@ class _Sums(Metric):
 
 
 class _Unit(TrainUnit):
-    """Computes micro-batches; also validates before a step, and checks losses and stop requests after it."""
+    """Training unit that validates before a step, and checks losses and stop requests after it."""
 
     def __init__(self, run: _TrainingRun, wrapped: nn.Module):
         self.run, self.wrapped = run, wrapped
         self.trainer: Trainer
         self.step = -1
-        self.stopping = False  # this step is the last one, or a stop was requested
+        self.stopping = False  # True if this step is the last one or a stop was requested
 
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         self.run.metric_bag = metric_bag
         metric_bag.add(SUMS, _Sums())
 
     def set_step_nr(self, step_nr: int) -> None:
-        """Prepare for a step (counted from 1); called again if the step is repeated."""
+        """Prepare for a step, counted from 1. The Trainer calls this again if it repeats the step."""
         self.run.overflows += self.step == step_nr - 1
         self.step = step_nr - 1
         self.run.validate(self.step)
@@ -379,7 +379,7 @@ class _Unit(TrainUnit):
         return loss.total, max(float(loss.count), MIN_TARGETS)
 
     def _synchronize(self) -> None:
-        """Check the losses and stop requests of all processes, so that all of them make the same decision."""
+        """Combine the losses and stop requests of all processes, so that all make the same decision."""
         run = self.run
         totals = distributed.all_reduce_sums({"total": self.total, "stop": len(run.stop.names)}, run.device)
         check_finite_loss(totals["total"], self.step + 1, self.losses, run.data)

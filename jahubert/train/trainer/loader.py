@@ -1,4 +1,4 @@
-"""Training data loading: micro-batches of one process, DataLoader workers, and the position in the data."""
+"""Data loading for training: the micro-batches of one process, DataLoader workers, and the data position."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Data(Protocol):
     sampler: Sampler
 
     def load(self, micro: MicroBatch) -> Any:
-        """Load a batch: an object with `.to(device)` whose attributes are tensors or plain values."""
+        """Load a batch as an object with `.to(device)` whose attributes are tensors or plain values."""
         ...
 
     def name(self, row: int) -> str:
-        """Return the utterance id of a row, for messages."""
+        """Return the utterance id of a row, for error messages."""
         ...
 
 
@@ -44,20 +44,20 @@ def _less_shared_memory(config: TrainConfig) -> str:
 
 
 def _micro_seconds(config: TrainConfig) -> float:
-    return config.micro_seconds or config.batch_seconds  # stages replace null by a size
+    return config.micro_seconds or config.batch_seconds  # stages replace null with a size
 
 
 def shared_memory_bytes(config: TrainConfig) -> int:
     """Return an upper bound on the shared memory (bytes) needed by the DataLoader workers of one process."""
-    in_flight = PREFETCH * config.workers + 1  # the training step uses one more
+    in_flight = PREFETCH * config.workers + 1  # the training step holds one more micro-batch
     return int(in_flight * _micro_seconds(config) * SAMPLE_RATE * 4) if config.workers else 0
 
 
 def check_shared_memory(config: TrainConfig) -> None:
-    """Check that there is enough free shared memory for the DataLoader workers.
+    """Check that the free shared memory is sufficient for the DataLoader workers.
 
     Raises:
-        ConfigError: there is too little.
+        ConfigError: the free shared memory is not sufficient.
     """
     if not config.workers or not SHARED_MEMORY.is_dir():
         return
@@ -75,7 +75,7 @@ def check_shared_memory(config: TrainConfig) -> None:
 
 
 class ShardedSampler:
-    """The endless sequence of micro-batches of this process, starting at (`epoch`, `cursor`)."""
+    """Endless sequence of the micro-batches for this process, starting at (`epoch`, `cursor`)."""
 
     def __init__(self, sampler: Sampler, epoch: int, cursor: int):
         self.sampler, self.epoch, self.cursor = sampler, epoch, cursor
@@ -91,7 +91,7 @@ class ShardedSampler:
 def micro_batches(
     data: Data, config: TrainConfig, device: torch.device, *, epoch: int, cursor: int
 ) -> MicroBatches:
-    """Iterate over the micro-batches of this process (`map_in_workers`); a GPU gets them in pinned memory."""
+    """Iterate over the micro-batches for this process, in pinned memory if `device` is a GPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory is allocated through the current GPU (by default GPU 0)
     return map_in_workers(
@@ -104,14 +104,14 @@ def micro_batches(
 
 
 class DataState:
-    """Position in the data, equal in all processes: the epoch and the groups consumed in it."""
+    """Data position, equal in all processes: the epoch, and the number of groups consumed in it."""
 
     def __init__(self, sampler: Sampler):
         self.sampler, self.epoch, self.cursor = sampler, 0, 0
         self._sized_epoch, self._size = -1, 0  # computing the size of an epoch is expensive
 
     def micro_batches(self) -> list[MicroBatch]:
-        """Return this process's micro-batches of the next update."""
+        """Return the micro-batches that this process computes in the next update."""
         world = distributed.world()
         return self.sampler.update(self.epoch, self.cursor, world)[distributed.rank() :: world]
 
@@ -133,5 +133,5 @@ class DataState:
 
 
 def seed_micro_batch(seed: int, micro: MicroBatch) -> None:
-    """Seed torch's random number generators for the dropout and layer drop of one micro-batch."""
+    """Seed torch's random number generators for the dropout and layer drop in one micro-batch."""
     torch.manual_seed(int(seeded_rng(seed, *micro.key, 7).integers(2**62)))

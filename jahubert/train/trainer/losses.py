@@ -1,4 +1,4 @@
-"""Loss functions. They return sums over targets; the trainer divides by the global number of targets."""
+"""Loss functions that return sums over targets; the trainer divides by the global number of targets."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 
 def unit_loss(logits_NK: Tensor, unit_N: Tensor) -> Tensor:
-    """Compute the summed cross entropy (nats) over masked frames: the masked term of HuBERT's loss (eq. 2).
+    """Compute the cross entropy (nats) summed over masked frames, the masked term of HuBERT's loss (eq. 2).
 
     Args:
-        logits_NK: (masked frames, units).
-        unit_N: target units.
+        logits_NK: logits, shape (masked frames, units).
+        unit_N: target unit of each masked frame.
     """
     return F.cross_entropy(logits_NK.float(), unit_N, reduction="sum")
 
@@ -19,13 +19,13 @@ def unit_loss(logits_NK: Tensor, unit_N: Tensor) -> Tensor:
 def ctc_loss(
     logp_BSV: Tensor, n_frames_B: Tensor, target_L: Tensor, n_target_B: Tensor, blank: int = 0
 ) -> Tensor:
-    """Compute the summed CTC loss (nats); utterances that cannot be aligned contribute zero.
+    """Compute the summed CTC loss (nats), to which utterances that cannot be aligned contribute zero.
 
     Args:
         logp_BSV: log probabilities, shape (utterances, frames, symbols).
         n_frames_B: number of frames of each utterance.
         target_L: concatenated targets of all utterances.
-        n_target_B: number of targets of each utterance.
+        n_target_B: number of targets in each utterance.
         blank: index of the blank symbol.
     """
     return F.ctc_loss(

@@ -29,7 +29,7 @@ _STATE = ("best_value", "best_metrics", "best_crc32", "last_metrics")
 
 
 class MetricLog:
-    """Writes `metrics.jsonl`, `best.safetensors` and the curves of a tracker.
+    """Writer for `metrics.jsonl`, `best.safetensors` and the curves of an experiment tracker.
 
     The methods must be called in all processes; only rank 0 writes files.
     """
@@ -37,7 +37,7 @@ class MetricLog:
     def __init__(self, module: nn.Module, config: TrainConfig, out: Path):
         self.module, self.config, self.out = module, config, out
         self.best_value, self.best_metrics = math.inf, {}
-        self.best_crc32: str | None = None  # checksum of best.safetensors, only on rank 0
+        self.best_crc32: str | None = None  # checksum of best.safetensors, set only on rank 0
         self.last_metrics: dict[str, float] = {}
         self.tracker: Tracker | None = None
         self.graphs = compiled_graphs()  # at the last log line
@@ -50,7 +50,7 @@ class MetricLog:
             setattr(self, name, state[name])
 
     def trim(self, step: int) -> None:
-        """Prepare to log from `step` on: drop the lines and events that a killed run logged after it."""
+        """Drop the lines and events that a killed run logged after `step`, so that logging can continue."""
         if distributed.rank() == 0:
             for message in self.config.warnings(distributed.world()):
                 log.warning("%s", message)
@@ -88,7 +88,7 @@ class MetricLog:
         return bool(every) and step > 0 and (step % every == 0 or step == self.config.max_steps)
 
     def validate(self, step: int, validate: Callable[[], dict[str, float]], best: str | None) -> None:
-        """Validate the module after `step`; save its weights if the metric named `best` is a new minimum."""
+        """Validate the module after `step`, and save its weights if the metric `best` has a new minimum."""
         self.module.eval()
         with torch.no_grad():
             metrics = validate()
@@ -105,7 +105,7 @@ class MetricLog:
                     self.best_crc32 = file_crc32(temporary)
 
     def close(self, best: str | None) -> dict[str, float]:
-        """Return the final metrics; if `best` is given, those of the best step, whose weights are loaded.
+        """Return the final metrics. If `best` is given, load the best weights and return their metrics.
 
         Raises:
             DataError: `best.safetensors` is missing or damaged.
@@ -130,7 +130,7 @@ class MetricLog:
 
 
 def _tag(name: str) -> str:
-    """Return the tag of a metric in a tracker."""
+    """Return the tag under which a tracker shows a metric."""
     if name.startswith("valid_"):
         return "validation/" + name.removeprefix("valid_")
     return f"training/{name}"
@@ -142,7 +142,7 @@ class Window:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.norm, self.steps, self.waiting, self.started = 0.0, 0, 0.0, time.perf_counter()
-        self.overflows = 0  # steps skipped because their float16 gradients overflowed (non-finite norm)
+        self.overflows = 0  # number of steps that were skipped because float16 gradients overflowed
 
     def add(self, totals: dict[str, float], norm: float) -> None:
         for name, value in totals.items():
@@ -154,7 +154,7 @@ class Window:
             self.overflows += 1
 
     def close(self) -> tuple[dict[str, float], float, dict[str, float], int]:
-        """Return (sums, mean gradient norm, timing, overflows) and reset the window."""
+        """Return (sums, mean gradient norm, timing, overflows), and reset the window."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         timing = {"seconds": seconds, "steps": self.steps, "waiting": self.waiting / seconds}
         result = self.sums, self.norm / max(1, self.steps - self.overflows), timing, self.overflows
@@ -172,7 +172,7 @@ class Window:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration for display, e.g. `3 h 05 min`."""
+    """Format a duration in seconds for display, e.g. `3 h 05 min`."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
@@ -182,7 +182,7 @@ def duration(seconds: float) -> str:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step` and an incomplete last line from the metrics file of a killed run."""
+    """Remove an incomplete last line and all lines after `step` from the metrics file of a killed run."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -191,7 +191,7 @@ def trim_metrics(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:  # the run was killed while writing this line
+        except ValueError:  # the run was killed while it wrote this line
             break
     with atomic_write(path) as file:
         file.writelines(line + "\n" for line in kept)

@@ -1,4 +1,4 @@
-"""Automatic micro-batch size derived from GPU memory; used by training and by `jahubert plan`."""
+"""Automatic micro-batch size, derived from GPU memory for training and for `jahubert plan`."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ ADAM = 16  # weight, gradient and two moments
 DDP_BUCKETS = 4  # gradient copies that DDP reduces over processes
 AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
 
-# Fraction of a GPU's memory that tensors may use; the rest is for CUDA itself, kernels and fragmentation.
+# Fraction of GPU memory that tensors may use. The rest is left for CUDA itself, kernels and fragmentation.
 _USABLE = 0.85
-# Limits on a CPU, where larger micro-batches are not faster: seconds, and bytes of activations.
+# Limits in seconds and in bytes of activations on a CPU, where larger micro-batches are not faster.
 _CPU_SECONDS, _CPU_BYTES = 87.5, 3.4e9
-# Values stored per frame and block for the backward pass, in multiples of width and feed-forward width; and
-# by the front end, in multiples of the values of all convolution outputs. Fitted to the counts of
-# `jahubert.train.plan.memory`, which take half a minute; one H200 used 9 % less (base, bfloat16).
+# Number of values stored for the backward pass: per frame and block, in multiples of the width and the
+# feed-forward width, and in the front end, in multiples of the size of all convolution outputs. The factors
+# were fitted to the counts of `jahubert.train.plan.memory`, which take half a minute to compute. An H200 used
+# 9 % less (base model, bfloat16).
 _PER_WIDTH, _PER_FFN = 7, 2
 _FRONT_END = {"group": 1.0, "layer": 3.3}
 
 
 def with_micro_seconds(train: TrainConfig, model: HubertConfig, longest: float) -> TrainConfig:
-    """Return `train` with `micro_seconds` set by `automatic_micro_seconds` if it is null.
+    """Return `train`, with `micro_seconds` set by `automatic_micro_seconds` if it was null.
 
-    With several processes, the device of rank 0 decides.
+    With several processes, the value is derived from the device of rank 0.
 
     Args:
-        longest: seconds of the longest utterance.
+        longest: length of the longest utterance in seconds.
     """
     if train.micro_seconds is not None:
         return train
@@ -69,12 +70,13 @@ def automatic_micro_seconds(
     precision: torch.dtype,
     n_devices: int,
 ) -> float:
-    """Return the largest useful micro-batch in seconds: a group of the sampler if it fits in memory.
+    """Return the largest useful micro-batch in seconds, which is a group of the sampler if it fits in memory.
 
-    The result is at least `longest`, the longest utterance in seconds, even if that may not fit.
+    The result is at least `longest`, even if that may not fit in memory.
 
     Args:
-        memory_bytes: memory of one GPU; None: a CPU.
+        longest: length of the longest utterance in seconds.
+        memory_bytes: memory of one GPU, or None for a CPU.
         precision: autocast dtype of the training.
         n_devices: number of processes.
     """
@@ -89,7 +91,7 @@ def automatic_micro_seconds(
 
 
 def fixed_bytes(n_parameters: int, precision: torch.dtype, n_devices: int, sharded: bool) -> float:
-    """Compute the bytes per device for weights, gradients, moments and copies, whatever the batch."""
+    """Compute the bytes per device for weights, gradients, moments and copies, for any batch size."""
     total = float(ADAM * n_parameters) / (n_devices if sharded else 1)
     if n_devices > 1 and not sharded:
         total += DDP_BUCKETS * n_parameters
@@ -106,7 +108,8 @@ def activation_bytes(model: HubertConfig, precision: torch.dtype, recompute: boo
         values += rate * width
     block = frames * (_PER_WIDTH * model.width + _PER_FFN * model.ffn)
     blocks = model.layers * frames * model.width + block if recompute else model.layers * block
-    # The GELU of the last block and its gradient are added, because nothing has been freed at this point.
+    # The GELU output of the last block and its gradient are added: no activations have been freed at this
+    # point.
     stored = _FRONT_END[model.conv_norm] * values + blocks + 2 * frames * model.ffn
     return max(precision.itemsize * stored, front_end_bytes(model, precision))
 
@@ -114,14 +117,15 @@ def activation_bytes(model: HubertConfig, precision: torch.dtype, recompute: boo
 def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
     """Estimate the peak memory of the backward pass through the convolutions in bytes per second of audio.
 
-    Only for a GPU, which processes all rows at once; a CPU processes a few rows at a time.
+    The estimate is only valid for a GPU, which processes all rows at once. A CPU processes a few rows at a
+    time.
     """
     rate, n_inputs, peak = float(SAMPLE_RATE), 0.0, 0.0
     for width, stride in zip(config.conv_dims, config.conv_strides, strict=True):
         rate /= stride
-        if n_inputs:  # input, GELU of the input, and the gradients of input and output
+        if n_inputs:  # the input, its GELU, and the gradients of input and output
             n_bytes = precision.itemsize * (3 * n_inputs + rate * width)
-            if config.conv_norm == "layer":  # additionally the input of the norm, and its float32 copy
+            if config.conv_norm == "layer":  # the input of the norm, and its float32 copy
                 n_bytes += (precision.itemsize + 4) * n_inputs
             peak = max(peak, n_bytes)
         n_inputs = rate * width

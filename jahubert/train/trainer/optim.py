@@ -20,9 +20,9 @@ class TrainConfig:
     """Settings of a training run; the defaults are those of fairseq's HuBERT BASE pretraining."""
 
     max_steps: int = 400_000  # number of updates
-    batch_seconds: float = 2800.0  # audio per step over all devices; reached by gradient accumulation
-    groups: int | None = None  # groups of utterances of similar length per step; null: 8 for 2,800 s
-    # Maximum audio per device and forward pass, including padding; null: derived from the memory of the GPU.
+    batch_seconds: float = 2800.0  # audio per step over all devices, reached by gradient accumulation
+    groups: int | None = None  # number of groups of similar utterance lengths per step; null: 8 for 2,800 s
+    # Maximum audio per device and forward pass, including padding; null: derived from the GPU memory.
     micro_seconds: float | None = runtime_field(None)
     lr: float = 5e-4  # peak learning rate
     schedule: Literal["linear", "tri_stage"] = (
@@ -30,7 +30,7 @@ class TrainConfig:
     )
     warmup: float = 0.08  # length of the warm-up, as a fraction of max_steps
     hold: float = 0.4  # tri_stage: length of the phase at the full learning rate, as a fraction of max_steps
-    final_lr: float = 0.0  # learning rate of the last step, as a fraction of lr
+    final_lr: float = 0.0  # learning rate at the last step, as a fraction of lr
     betas: tuple[float, ...] = (0.9, 0.98)  # AdamW betas
     eps: float = 1e-6  # AdamW epsilon
     weight_decay: float = 0.01  # AdamW weight decay
@@ -39,7 +39,7 @@ class TrainConfig:
         "auto"  # auto: bf16 if the device supports it, else fp32
     )
     engine: str = runtime_field("torch")
-    sharded: bool = runtime_field(False)  # FSDP2 instead of DDP: for models that do not fit one device
+    sharded: bool = runtime_field(False)  # FSDP2 instead of DDP, for models that do not fit on one device
     recompute: bool = runtime_field(False)  # activation checkpointing: less memory, a third more compute
     # torch.compile the Transformer blocks, and fill all micro-batches up to the same shape, so that this is
     # done only once.
@@ -47,12 +47,13 @@ class TrainConfig:
     device: str = runtime_field("auto")
     workers: int = runtime_field(0)  # DataLoader workers per device
     log_every: int = runtime_field(50)  # steps between log lines
-    # Curves in addition to metrics.jsonl: event files for TensorBoard, or a Weights & Biases run (offline
-    # unless the environment variable WANDB_MODE is set).
+    # Destination of training curves in addition to metrics.jsonl: TensorBoard event files, or a Weights &
+    # Biases run (offline unless the environment variable WANDB_MODE is set).
     tracker: Literal["tensorboard", "wandb"] = runtime_field("tensorboard")
     save_every: int = runtime_field(1000)  # steps between checkpoints
     keep_last: int = runtime_field(2)  # number of newest checkpoints to keep
-    keep_every: int = runtime_field(0)  # also keep one every N steps (N: multiple of save_every); 0: none
+    # Also keep the checkpoints at multiples of this number of steps, a multiple of save_every; 0: none.
+    keep_every: int = runtime_field(0)
     valid_every: int = 1000  # steps between validations; 0: never validate
 
     def __post_init__(self) -> None:
@@ -88,10 +89,10 @@ class TrainConfig:
         return BatchSizes(self.batch_seconds / groups, groups, self.micro_seconds, self.compile)
 
     def check_processes(self, processes: int, longest: float) -> None:
-        """Check that each process gets at least one utterance of an update.
+        """Check that each process gets at least one utterance per update.
 
         Args:
-            longest: seconds of the longest utterance.
+            longest: length of the longest utterance in seconds.
 
         Raises:
             ConfigError: there are too many processes.
@@ -104,7 +105,7 @@ class TrainConfig:
             )
 
     def warnings(self, processes: int) -> list[str]:
-        """Return warnings about settings that have no effect with this number of processes."""
+        """Return warnings about settings that have no effect with the given number of processes."""
         if self.sharded and processes == 1:
             return ["sharded=true has no effect with a single process"]
         return []
@@ -113,9 +114,9 @@ class TrainConfig:
 def lr_at(step: int, config: TrainConfig) -> float:
     """Compute the learning rate of a step, counted from 0.
 
-    The schedule "linear" has a linear warm-up and a linear decay to `final_lr` (fairseq's polynomial_decay
-    with power 1). "tri_stage" has a warm-up from 1 %, a constant phase, and an exponential decay to
-    `final_lr` (SpecAugment; fairseq's tri_stage).
+    The schedule "linear" consists of a linear warm-up and a linear decay to `final_lr` (fairseq's
+    polynomial_decay with power 1). The schedule "tri_stage" consists of a warm-up that starts at 1 % of `lr`,
+    a constant phase, and an exponential decay to `final_lr` (SpecAugment; fairseq's tri_stage).
     """
     warmup = max(1, round(config.warmup * config.max_steps))
     if config.schedule == "linear":
@@ -133,10 +134,10 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Create a fused AdamW over all trainable parameters, with moments initialized to zero.
+    """Create a fused AdamW optimizer for all trainable parameters, with moments initialized to zero.
 
-    By default, AdamW creates the moments of a parameter at its first gradient. A checkpoint saved while the
-    encoder is frozen or layers are dropped would lack some of them and could not be loaded.
+    By default, AdamW creates the moments of a parameter when it gets its first gradient. A checkpoint that is
+    saved while the encoder is frozen or layers are dropped would lack some moments and could not be loaded.
     """
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -149,7 +150,7 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                # the fused kernel expects the step count on the parameter's device
+                # The fused kernel expects the step count on the device of the parameter.
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),

@@ -1,6 +1,6 @@
 """Data parallelism (DDP or FSDP2), activation checkpointing and torch.compile.
 
-With FSDP2, the parameters of the module are DTensors during training; `Parallel.unshard_parameters` converts
+With FSDP2, the parameters of the module are DTensors during training. `Parallel.unshard_parameters` converts
 them back to plain parameters.
 """
 
@@ -29,17 +29,18 @@ _FULL = StateDictOptions(full_state_dict=True)
 
 
 class Parallel:
-    """A module wrapped for data-parallel training, with control over when gradients are reduced.
+    """Wrapper of a module for data-parallel training, with control over when gradients are reduced.
 
     Args:
         module: a module that is already on its device. Its `blocks` are sharded separately, so that only one
             of them is unsharded at a time.
-        sharded: use FSDP2 instead of DDP. Every process must run the same blocks in the same order.
+        sharded: whether to use FSDP2 instead of DDP. All processes must run the same blocks in the same
+            order.
     """
 
     def __init__(self, module: nn.Module, sharded: bool):
         self.module, self.wrapped = module, module
-        self.shards: list[Any] = []  # modules sharded by FSDP2, the root module last
+        self.shards: list[Any] = []  # modules sharded by FSDP2, ending with the root module
         if distributed.world() == 1:
             return
         if not sharded:
@@ -57,10 +58,11 @@ class Parallel:
         return self.wrapped(*args)
 
     def release(self) -> None:
-        """Destroy DDP's reducer, so that the process group does not outlive `destroy_process_group`.
+        """Destroy the reducer of DDP, so that the process group does not outlive `destroy_process_group`.
 
-        The reducer keeps the group alive. If it is destroyed last, it joins gloo's thread while holding the
-        GIL. That thread may need the GIL to free its last tensors, so the process would deadlock at exit.
+        The reducer keeps the group alive. If the reducer is destroyed last, it joins gloo's thread while it
+        holds the GIL. That thread may need the GIL to free its last tensors, and the process would deadlock
+        at exit.
         """
         if isinstance(self.wrapped, DistributedDataParallel):
             self.wrapped = self.module
@@ -68,7 +70,7 @@ class Parallel:
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Skip gradient synchronization except for the last micro-batch of a step."""
+        """Skip gradient synchronization unless this is the last micro-batch of a step."""
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
             with self.wrapped.no_sync():
                 yield
@@ -79,7 +81,7 @@ class Parallel:
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Keep parameters unsharded for validation, in which processes run different numbers of batches."""
+        """Keep parameters unsharded during validation, where processes run different numbers of batches."""
         for shard in self.shards:
             shard.set_reshard_after_forward(False, recurse=False)
             shard.unshard()
@@ -89,7 +91,7 @@ class Parallel:
             shard.set_reshard_after_forward(shard is not self.module, recurse=False)
 
     def unshard_parameters(self) -> None:
-        """Replace DTensors with plain parameters, so that the module can be saved; call in all processes."""
+        """Replace DTensors with plain parameters, to save the module. All processes must call this."""
         if not self.shards:
             return
         for name, value in full_state(self.module).items():
@@ -124,15 +126,15 @@ def compiled_graphs() -> int:
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict with full (unsharded) tensors; must be called in all processes."""
+    """Return the state dict with full (unsharded) tensors. This must be called in all processes."""
     return {name: value.detach() for name, value in get_model_state_dict(module, options=_FULL).items()}
 
 
 def load_full_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """Load a state dict of full tensors, which must be the same in every process."""
+    """Load a state dict of full tensors, which must be identical in all processes."""
     set_model_state_dict(module, state, options=_FULL)
 
 
 def full_norm(value: Tensor) -> float:
-    """Convert a norm, which is a DTensor with FSDP2, to a float."""
+    """Convert a gradient norm, which is a DTensor with FSDP2, to a float."""
     return float(value.full_tensor() if hasattr(value, "full_tensor") else value)

@@ -12,13 +12,13 @@ from jahubert.train.experiment import distributed
 
 
 class StopDeadlineError(JahubertError):
-    """The running code did not finish within its deadline after a stop signal."""
+    """Raised if code does not finish within its deadline after a stop signal."""
 
     exit_status = Stopped.exit_status
 
 
 class StopSignals:
-    """The stop signals received so far; false until the first signal."""
+    """The stop signals received so far; the object is false until the first signal."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -34,19 +34,19 @@ class StopSignals:
         self._start_timer()
 
     def expire(self, number: int, frame: Any) -> None:
-        """Handle the signal of the timer."""
+        """Handle the timer signal."""
         if self._seconds is not None:
             raise StopDeadlineError(f"received {self.names[0]}")
 
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
-        """Interrupt the body if it runs longer than `seconds` after a stop signal.
+        """Interrupt the `with` block if it runs longer than `seconds` after a stop signal.
 
-        If a signal was received earlier, the time counts from the start of the body. Use this for code that
-        may block (waiting for data or a file server), during which the caller cannot check `names`.
+        If a signal was received before the block, the time counts from the start of the block. Use this for
+        code that may block (waiting for data or a file server) and therefore cannot check for signals itself.
 
         Raises:
-            StopDeadlineError: the body was interrupted.
+            StopDeadlineError: the block was interrupted.
         """
         self._seconds = seconds
         self._start_timer()
@@ -64,9 +64,9 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Record stop signals inside the block; restore the previous handlers at the end.
+    """Record stop signals inside the `with` block, and restore the previous handlers after it.
 
-    If a signal was received and the block ended without an error, it is raised again for the previous
+    If the block received a signal and ended without an error, the signal is raised again for the previous
     handler. Outside the main thread, signal handling is not changed.
     """
     stop, previous = StopSignals(), {}

@@ -17,24 +17,24 @@ from jahubert.train.trainer.optim import TrainConfig
 
 
 class Tracker(Protocol):
-    """A destination of training curves, used by one process."""
+    """Protocol of a destination for training curves, used by one process."""
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Write the values of a step, by tag."""
+        """Write the values of one step, keyed by tag."""
         ...
 
     def close(self) -> None: ...
 
 
 class WandbRun:
-    """A Weights & Biases run, stored in `out/wandb`. Its id is kept, so that a resumed run continues it.
+    """A Weights & Biases run in `out/wandb`, whose id is stored so that a resumed training continues it.
 
-    The run is offline unless the environment variable WANDB_MODE is set; `wandb sync` uploads it later. The
-    other environment variables of wandb, e.g. WANDB_PROJECT and WANDB_ENTITY, are honored.
+    The run is offline unless the environment variable WANDB_MODE is set; `wandb sync` uploads it later. Other
+    environment variables of wandb, such as WANDB_PROJECT and WANDB_ENTITY, also apply.
 
     Args:
         out: folder of the stage.
-        config: training settings; recorded if `out` has no record of all settings of the stage.
+        config: training settings, which are recorded if `out` contains no record of the stage's settings.
 
     Raises:
         MissingExtraError: wandb is not installed.
@@ -54,7 +54,7 @@ class WandbRun:
                 name=os.environ.get("WANDB_NAME", "/".join(out.absolute().parts[-4:])),  # demo/iter1/pretrain
                 dir=str(out),
                 config=settings,
-                reinit="finish_previous",  # a job of a sweep that failed in this process
+                reinit="finish_previous",  # an earlier job of a sweep may have failed in this process
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.Error as error:
@@ -68,16 +68,16 @@ class WandbRun:
 
 
 def check_tracker(config: TrainConfig) -> None:
-    """Raise MissingExtraError if the package of the configured tracker is not installed."""
+    """Raise MissingExtraError if the package for the configured tracker is not installed."""
     if config.tracker == "wandb":
         _import_wandb()
 
 
 def open_tracker(config: TrainConfig, out: Path, step: int) -> Tracker | None:
-    """Open the configured tracker; None if it is TensorBoard, which is not installed.
+    """Open the configured tracker. Return None if it is TensorBoard and TensorBoard is not installed.
 
     Args:
-        step: the last completed step; TensorBoard hides later values of a killed run.
+        step: the last completed step. TensorBoard hides later values that a killed run logged.
     """
     if config.tracker == "wandb":
         return WandbRun(out, config)
@@ -88,7 +88,7 @@ def open_tracker(config: TrainConfig, out: Path, step: int) -> Tracker | None:
 
 
 def _import_wandb() -> Any:
-    """Import wandb. A folder named wandb in the current folder is importable too, but has no `init`."""
+    """Import wandb, but not a folder named wandb in the current folder, which is importable too."""
     try:
         module = importlib.import_module("wandb")
     except ImportError as error:
@@ -99,7 +99,7 @@ def _import_wandb() -> Any:
 
 
 def _run_id(path: Path) -> str:
-    """Return the run id stored in a file; create it if the file does not exist."""
+    """Return the run id that is stored in a file, and create the file if it does not exist."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

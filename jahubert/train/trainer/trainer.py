@@ -1,12 +1,13 @@
-"""The default training engine: plain PyTorch, on one or several processes.
+"""The default training engine, written in plain PyTorch, for one or several processes.
 
 The engine is not specific to speech: it trains any `Trainable` module. Gradients of summed losses are
 accumulated over micro-batches, divided by the number of targets in all processes, clipped and applied. The
-random state is seeded for every micro-batch from its position in the data, so that results do not depend on
-resuming or the number of DataLoader workers, nor on the number of processes if they divide the micro-batches.
+random state of every micro-batch is seeded from its position in the data. Results therefore do not depend on
+interruptions, on the number of DataLoader workers, or on the number of processes if it divides the number of
+micro-batches.
 
-Files under `out`: `checkpoints/step_N/`, `best.safetensors`, `metrics.jsonl`, and `tensorboard/` or
-`wandb/`.
+The engine writes `checkpoints/step_N/`, `best.safetensors`, `metrics.jsonl`, and `tensorboard/` or `wandb/`
+to `out`.
 """
 
 from __future__ import annotations
@@ -47,31 +48,31 @@ log = logging.getLogger(__name__)
 # An fp16 run ends when its loss scale falls below this value, after about thirty consecutive overflows.
 # fairseq uses the same value.
 MIN_LOSS_SCALE = 1e-4
-# How long to wait for data after a stop signal (seconds), with one process and with several. Several
-# processes wait longer to finish the step, because all of them must take part in saving a checkpoint.
+# Seconds to wait for data after a stop signal, with one process and with several. Several processes wait
+# longer to finish the step, because all of them must take part in saving a checkpoint.
 SINGLE_PROCESS_DATA_SECONDS, DATA_SECONDS = 1.0, 20.0
-VALIDATION_SECONDS = 30.0  # how long a validation may continue after a stop signal
+VALIDATION_SECONDS = 30.0  # time that a validation may continue after a stop signal
 
 
 @dataclass(frozen=True)
 class Loss:
     """The summed loss of one micro-batch and the sums from which metrics are computed."""
 
-    total: Tensor  # loss summed over targets, with gradient
+    total: Tensor  # loss summed over targets, which requires grad
     count: Tensor | float  # number of targets; gradients are divided by its sum over all micro-batches
-    sums: dict[str, Tensor | float]  # further sums for the metrics
+    sums: dict[str, Tensor | float]  # additional sums for the metrics
 
 
 class Trainable(Protocol):
-    """An `nn.Module` that computes its own loss."""
+    """Protocol of an `nn.Module` that computes its own loss."""
 
     seed: int  # random seed for dropout and layer drop
-    has_unused_parameters: bool  # some parameters may get no gradient in a step (layer drop, frozen phases)
+    has_unused_parameters: bool  # whether some parameters may get no gradient (layer drop, frozen phases)
     blocks: Sequence[nn.Module]  # units of sharding (FSDP2), activation checkpointing and torch.compile
 
     def __call__(self, batch: Any, step: int) -> Loss: ...
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Compute metrics, including "loss", from sums of `Loss.sums` and `Loss.count`."""
+        """Compute metrics, including "loss", from the totals of `Loss.sums` and `Loss.count`."""
         ...
 
 
@@ -82,7 +83,7 @@ def check_finite_loss(
 
     Args:
         total: loss summed over all processes.
-        losses: micro-batches of this process and their losses.
+        losses: the micro-batches of this process, with their losses.
     """
     if math.isfinite(total):
         return
@@ -96,7 +97,7 @@ def check_finite_loss(
                 "if there are none, lower train.lr or set train.precision=fp32"
             )
     error = JahubertError(f"step {step}: non-finite loss {total} in another process")
-    error.reported = True  # the other process reports this error and names the utterances
+    error.reported = True  # the other process reports the error and names the utterances
     raise error
 
 
@@ -139,7 +140,7 @@ def train(
 
     Args:
         validate: computes validation metrics of the module; called in all processes.
-        best: name of the validation metric to minimize. The weights with its lowest value are saved to
+        best: name of the validation metric to minimize. The weights with the lowest value are saved to
             `best.safetensors` and loaded into the module at the end.
 
     Returns:
@@ -160,7 +161,7 @@ def train(
                 run.validate(validate, best)
             if run.step % config.save_every == 0 or run.step == config.max_steps or run.stop_requested:
                 run.save()
-            if run.stop_requested:  # also after the last step, so that the stage does not continue
+            if run.stop_requested:  # checked after the last step too, so that the stage does not continue
                 raise stopped_error(run.stop, run.step)
     metrics = run.metric_log.close(best)
     run.parallel.unshard_parameters()
@@ -226,7 +227,7 @@ class _TrainingRun:
             self.metric_log.training(self.step, *self.window.close())
 
     def _next_micro_batch(self, stream: MicroBatches) -> tuple[MicroBatch, Any]:
-        """Return the next micro-batch; a stop signal interrupts a long wait for it."""
+        """Return the next micro-batch, unless a stop signal interrupts a long wait for it."""
         distributed.heartbeat(f"reading the audio of step {self.step + 1}")
         started = time.perf_counter()
         single_process = distributed.world() == 1
@@ -234,7 +235,7 @@ class _TrainingRun:
             with self.stop.deadline(SINGLE_PROCESS_DATA_SECONDS if single_process else DATA_SECONDS):
                 micro_batch = next(stream)
         except StopDeadlineError as error:
-            if single_process and self.step:  # drops the gradients so far; the resumed run repeats the step
+            if single_process and self.step:  # the gradients so far are dropped; resuming repeats the step
                 self.save()
                 raise stopped_error(self.stop, self.step) from None
             raise StopDeadlineError(
@@ -260,7 +261,7 @@ class _TrainingRun:
         torch._foreach_mul_([cast(Tensor, p.grad) for p in parameters], distributed.world() / max(count, 1.0))
         limit = self.config.clip_norm or math.inf
         norm = full_norm(torch.nn.utils.clip_grad_norm_(parameters, limit) if parameters else torch.zeros(()))
-        if not self.scaler.is_enabled():  # with fp16, the scaler skips the step and lowers the loss scale
+        if not self.scaler.is_enabled():  # with fp16, the scaler itself skips such steps
             check_finite_norm(norm, self.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, self.config)

@@ -1,11 +1,11 @@
-"""Watchdog that ends a distributed run when one of its processes hangs, and reports which one.
+"""Watchdog that ends a distributed run when one of its processes hangs, and reports that process.
 
-If one process hangs (dead file server, stuck GPU), all other processes block in a collective operation and
-cannot tell which process they are waiting for. Therefore a thread in every process publishes the latest
-heartbeat of its process in a key-value store on rank 0. If its process makes no progress within the
-time limit, the thread compares the heartbeats of all processes. A process that is behind and inactive is
-reported with its stack, and all processes exit with the status that asks a scheduler to restart the job. A
-process that is only slow still updates its heartbeat and is not reported.
+If one process hangs, for example because of a dead file server or a stuck GPU, all other processes block in a
+collective operation and cannot determine which process they are waiting for. Therefore a thread in every
+process publishes the latest heartbeat of the process in a key-value store on rank 0. If the process makes no
+progress within the time limit, the thread compares the heartbeats of all processes. A process that is behind
+and inactive is reported with its stack, and all processes exit with the status that asks a scheduler to
+restart the job. A process that is only slow still updates its heartbeat and is not reported.
 
 A second thread handles the case in which rank 0, and with it the store, stops responding.
 """
@@ -37,7 +37,7 @@ _RESUME = "saved files are kept; rerun the same command to resume"
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a process, as published in the store."""
+    """The state of one process, as published in the store."""
 
     name: str  # rank, process id and host of the process
     number: int  # heartbeat counter; the processes with the smallest number are behind
@@ -49,10 +49,10 @@ class Status:
 
 @contextmanager
 def watchdog(minutes: float) -> Iterator[None]:
-    """Watch for hanging processes inside the block; must be entered by all processes.
+    """Watch for hanging processes inside the `with` block, which all processes must enter.
 
     Args:
-        minutes: time without activity after which a process counts as hanging; 0 disables the watchdog.
+        minutes: time without activity after which a process is considered hanging; 0 disables the watchdog.
     """
     if distributed.world() == 1 or not minutes:
         yield
@@ -73,16 +73,16 @@ def watchdog(minutes: float) -> Iterator[None]:
 
 
 class _Watcher:
-    """The watchdog of one process and its connection to the store on rank 0."""
+    """The watchdog of one process, with a connection to the store on rank 0."""
 
     def __init__(self, limit: float):
         self.limit, self.interval, self.done = limit, min(10.0, limit / 10), threading.Event()
         self.rank, self.world = distributed.rank(), distributed.world()
         self.main_thread = threading.get_ident()
         self.name = f"process {self.rank} of {self.world} (pid {os.getpid()} on {socket.gethostname()})"
-        # Per rank: the last status, and the time at which it was first read.
+        # The last status of each rank, and the time at which it was first read.
         self.last_read: dict[int, tuple[bytes, float]] = {}
-        self.unanswered = 0  # number of intervals since the store last responded
+        self.unanswered = 0  # number of intervals since the last response of the store
 
         def store(port: int) -> dist.TCPStore:
             host, server = os.environ["MASTER_ADDR"], self.rank == 0
@@ -92,10 +92,10 @@ class _Watcher:
         port = distributed.rank0_broadcast(lambda: server.port if server else 0)
         self.store = server or store(port)
         self._publish()
-        distributed.barrier()  # wait until all processes have published a status
+        distributed.barrier()  # waits until all processes have published a status
 
     def watch(self) -> None:
-        """Publish this process's status; check all processes once this one has waited too long."""
+        """Publish the status of this process, and check all processes once this one has waited too long."""
         while not self.done.wait(self.interval):
             waiting = time.monotonic() - distributed.last_heartbeat().updated > self.limit
             try:
@@ -107,15 +107,15 @@ class _Watcher:
                 self.unanswered = 0
             except RuntimeError:  # rank 0 has exited, and the store with it
                 ending = waiting
-            if ending and self.rank == 0:  # keep the store until the other ranks have read the exit request
+            if ending and self.rank == 0:  # keeps the store until the other ranks have read the exit request
                 self.done.wait(2 * self.interval)
             if ending:
                 self._exit()
 
     def watch_store(self) -> None:
-        """Exit if rank 0 stops responding, in which case `watch` blocks on its store without a timeout.
+        """Exit if rank 0 stops responding. In this case, `watch` blocks on the store without a timeout.
 
-        Intervals are counted rather than seconds, so that a run is not ended after being suspended.
+        The method counts intervals instead of seconds, so that a run is not ended after it was suspended.
         """
         while not self.done.wait(self.interval):
             self.unanswered += 1
@@ -142,7 +142,7 @@ class _Watcher:
         self.store.set(str(self.rank), json.dumps(asdict(status)))
 
     def _statuses(self) -> list[Status]:
-        """Read the statuses of all processes; `seconds` includes the age of a status."""
+        """Read the statuses of all processes, and add the age of each status to its `seconds`."""
         statuses, now = [], time.monotonic()
         for rank, text in enumerate(self.store.multi_get([str(rank) for rank in range(self.world)])):
             if rank not in self.last_read or self.last_read[rank][0] != text:
@@ -152,7 +152,7 @@ class _Watcher:
         return statuses
 
     def _report(self) -> str:
-        """Describe the hanging processes; an empty string if there are none."""
+        """Return a description of the hanging processes, or an empty string if there are none."""
         statuses = self._statuses()
         least = min(status.number for status in statuses)
         behind = [status for status in statuses if status.number == least]
@@ -163,13 +163,13 @@ class _Watcher:
             f"{status.name} hangs: {status.activity} for {status.seconds:.0f} s" for status in hanging
         )
         return (
-            f"{names}; {len(statuses) - len(behind)} of {self.world} processes wait. The limit is "
+            f"{names}; {len(statuses) - len(behind)} of {self.world} processes are waiting. The limit is "
             f"hang_timeout_minutes={self.limit / 60:g}; {_RESUME}. "
             f"Stack of {hanging[0].name}:\n{hanging[0].stack}"
         )
 
     def _stack(self) -> str:
-        """Format the innermost stack frames of the main thread and of busy prefetching threads."""
+        """Format the innermost stack frames of the main thread and of the busy prefetching threads."""
         frames = sys._current_frames()
         threads = [
             thread.ident for thread in threading.enumerate() if thread.name.startswith(prefetch.THREAD_PREFIX)
