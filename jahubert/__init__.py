@@ -5,7 +5,7 @@
     transcript = jahubert.Transcriber.from_pretrained("bundle/").transcribe("audio.wav")     # .text, .words
     encoded = jahubert.HubertModel.from_pretrained("bundle/")(wav_BT, n_samples_B)           # an nn.Module
 
-Names are imported lazily, and importing has no side effects such as threads or logging.
+Names are imported lazily. Importing has no side effects: it starts no threads and configures no logging.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
-    # use a model
+    # using a model
     "FeatureExtractor",
     "LayerFeatures",
     "UnitExtractor",
@@ -37,7 +37,7 @@ __all__ = [
     "Transcript",
     "TranscriptSegment",
     "Word",
-    # build on a model
+    # building on a model
     "HubertModel",
     "HubertConfig",
     "HubertForCtc",
@@ -47,7 +47,7 @@ __all__ = [
     "Bundle",
     "load_bundle",
     "save_bundle",
-    # parts
+    # components
     "load_audio",
     "audio_length",
     "AudioSource",

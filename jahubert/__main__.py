@@ -1,4 +1,4 @@
-"""`python -m jahubert` is the command `jahubert`."""
+"""Entry point of `python -m jahubert`, which is the same command as `jahubert`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Exceptions raised by jahubert.
 
-A message states what failed, where, what was found and what to do. `UserError` covers all errors caused by
-files, options or the setup of a machine. Commands print its message without a traceback and exit with its
-`exit_status`. File system errors are `OSError`s that name the file.
+A message states what failed, where, what was found and what to do. `UserError` is the base class of all
+errors that files, options or the setup of a machine can cause. Commands print the message of a `UserError`
+without a traceback and exit with its `exit_status`. File system errors are `OSError`s that name the file.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import re
 
 
 class JahubertError(Exception):
-    """Base class; shown with a traceback unless it is a `UserError`.
+    """Base class of the errors in jahubert.
 
     Attributes:
         exit_status: exit status of the command if this error is not handled.
-        reported: whether another process has already printed the message, so that it is not repeated.
+        reported: whether another process has already printed the message, which is then not repeated.
     """
 
     exit_status: int = 1
@@ -25,10 +25,10 @@ class JahubertError(Exception):
 
 
 class Stopped(JahubertError):
-    """Training stopped after a signal and saved a checkpoint; rerunning the same command resumes it.
+    """Raised when training saved a checkpoint and stopped after a signal; rerunning the command resumes it.
 
     Attributes:
-        signal: name of the signal, e.g. "SIGTERM"; None if another process received it.
+        signal: name of the signal, e.g. "SIGTERM", or None if another process received it.
     """
 
     exit_status = 75  # EX_TEMPFAIL: a scheduler may requeue the job
@@ -39,13 +39,13 @@ class Stopped(JahubertError):
 
 
 class UserError(JahubertError):
-    """An error that a user can fix from its message, without reading code."""
+    """An error that a user can fix by following its message, without reading code."""
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """One or more errors in a configuration, all listed in one message.
+    """Raised for one or more errors in a configuration, all of which the message lists.
 
     Attributes:
         settings: one error per invalid setting, so that the errors of several stages can be merged.
@@ -55,33 +55,33 @@ class ConfigError(UserError):
 
 
 class AudioError(UserError):
-    """A file or array does not contain usable audio."""
+    """Raised if a file or array does not contain usable audio."""
 
 
 class DataError(UserError):
-    """A manifest, label store, corpus or target store is missing, corrupt or mismatched."""
+    """Raised if a manifest, label store, target store or corpus is missing, corrupt or mismatched."""
 
 
 class CheckpointError(UserError):
-    """A model folder or file cannot be read, or is not of the required kind."""
+    """Raised if a model folder or file cannot be read or is not of the required kind."""
 
 
 class DiskFullError(UserError):
-    """No space is left on a device; once there is space, rerunning the same command resumes the work."""
+    """Raised if no space is left on a device. Once there is space, rerunning the command resumes the work."""
 
     exit_status = 1
 
 
 class StaleError(UserError):
-    """An existing output folder was created with different settings."""
+    """Raised if an existing output folder was created with different settings."""
 
 
 class BusyError(UserError):
-    """Another run is using a folder."""
+    """Raised if another run is using a folder."""
 
 
 class MissingExtraError(UserError, ImportError):
-    """An optional package is not installed; the message names the extra that provides it."""
+    """Raised if an optional package is not installed. The message names the extra that provides it."""
 
     def __init__(self, package: str, extra: str):
         super().__init__(
@@ -97,22 +97,22 @@ class MissingExtraError(UserError, ImportError):
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 # OSErrors from sockets and processes, which are not related to a file.
 _NOT_FILES = (ConnectionError, BlockingIOError, InterruptedError, TimeoutError, ChildProcessError)
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages from safetensors
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # occurs in messages from safetensors
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's message, which does not name the cause
 _LIBSNDFILE_SYSTEM_ERROR = 2
 
 
 def exit_status(error: BaseException) -> int:
-    """Return the exit status of a command: 2 for user errors, 1 for a full disk or an internal error."""
+    """Return the exit status for an error: 2 for user errors, 1 for a full disk or an internal error."""
     if isinstance(error, JahubertError):
         return error.exit_status
     return UserError.exit_status if isinstance(error, OSError) and error.errno not in DISK_FULL else 1
 
 
 def file_system_error(error: BaseException | None, path: str | os.PathLike[str]) -> OSError | None:
-    """Return the file system error that `error` is or wraps, with a file name; None for any other error.
+    """Return the file system error that `error` is or wraps, with a file name, or None for other errors.
 
-    Libraries raise file system errors without a file name, or wrap them in their own exception types.
+    Some libraries raise file system errors without a file name, or wrap them in their own exception types.
 
     Args:
         path: the file or folder to name if the error does not name one.
@@ -132,9 +132,9 @@ def file_system_error(error: BaseException | None, path: str | os.PathLike[str])
         return OSError(int(match[1]), os.strerror(int(match[1])), os.fspath(path))
     if getattr(error, "code", None) == _LIBSNDFILE_SYSTEM_ERROR and type(error).__name__ == "LibsndfileError":
         return OSError(errno.EIO, f"{error}".rstrip(".").lower(), os.fspath(path))
-    if isinstance(error, RuntimeError):  # torch's archive writer, whose file is a Python object
+    if isinstance(error, RuntimeError):  # torch's archive writer raises this for Python file objects
         return file_system_error(error.__cause__ or error.__context__, path)
-    for failure, _ in getattr(error, "failures", {}).values():  # torch's CheckpointException, by rank
+    for failure, _ in getattr(error, "failures", {}).values():  # torch's CheckpointException has one per rank
         if found := file_system_error(failure, path):
             return found
     return None

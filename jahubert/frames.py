@@ -1,8 +1,8 @@
-"""Sampling rate and frame arithmetic. Window and hop lengths are defined only in this module.
+"""Sampling rate and frame arithmetic; window and hop lengths are defined only in this module.
 
-Frame `t` of HuBERT's convolutional encoder covers samples `[320 t, 320 t + 400)`; MFCC frame `t` covers
-`[160 t, 160 t + 400)`. Every second MFCC frame therefore coincides with a HuBERT frame. A crop that starts at
-a multiple of 320 samples starts at a boundary of both kinds of frames, so labels need no rounding.
+Frame `t` of HuBERT's convolutional encoder covers the samples `[320 t, 320 t + 400)`, and MFCC frame `t`
+covers `[160 t, 160 t + 400)`. Every second MFCC frame therefore coincides with a HuBERT frame. A crop that
+starts at a multiple of 320 samples starts at a frame boundary of both kinds, so that labels need no rounding.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-SAMPLE_RATE = 16_000  # Hz; all waveforms in jahubert have this rate
+SAMPLE_RATE = 16_000  # Hz, the rate of all waveforms in jahubert
 
 
 @dataclass(frozen=True)
 class FrameGrid:
     """Positions of frames in a waveform: frame `t` covers samples `[hop * t, hop * t + window)`."""
 
-    window: int  # samples
-    hop: int  # samples
+    window: int  # window length in samples
+    hop: int  # hop length in samples
 
     @classmethod
     def from_convs(cls, kernels: Sequence[int], strides: Sequence[int]) -> FrameGrid:
-        """Create the grid of a stack of unpadded convolutions, listed from the first layer to the last."""
+        """Create the frame grid of a stack of unpadded convolutions, listed from first to last."""
         window, hop = 1, 1
         for kernel, stride in zip(kernels, strides, strict=True):
             window += (kernel - 1) * hop
@@ -52,32 +52,32 @@ class FrameGrid:
         return 0 if n_frames == 0 else self.hop * (n_frames - 1) + self.window
 
     def start(self, frame: int) -> int:
-        """Return the first sample of a frame."""
+        """Return the position of the first sample in a frame."""
         return frame * self.hop
 
     def center(self, frame: int) -> int:
-        """Return the middle sample of a frame."""
+        """Return the position of the middle sample in a frame."""
         return frame * self.hop + self.window // 2
 
     def floor(self, sample: int) -> int:
-        """Return the last frame start at or before `sample`."""
+        """Return the position of the last frame start that is not after `sample`."""
         return sample - sample % self.hop
 
     def hop_ratio(self, finer: FrameGrid) -> int:
-        """Return the number of hops of `finer` per hop: frame `t` here is frame `t * ratio` of `finer`.
+        """Return the ratio of the hop lengths: frame `t` of this grid is frame `t * ratio` of `finer`.
 
         Raises:
             ConfigError: the windows differ, or this grid's hop is not a multiple of the finer hop.
         """
         if finer.window != self.window or self.hop % finer.hop:
             raise ConfigError(
-                f"{finer} does not subdivide {self}: windows must be equal and hops must be multiples"
+                f"{finer} does not subdivide {self}: windows must be equal, and the hop must be a multiple"
             )
         return self.hop // finer.hop
 
     @property
     def rate(self) -> float:
-        """Frames per second."""
+        """Number of frames per second."""
         return SAMPLE_RATE / self.hop
 
 

@@ -1,9 +1,9 @@
-"""Japanese phones: phone inventory, conversion between kana and phones, and symbol sets of CTC heads.
+"""Japanese phones: inventory, conversion between kana and phones, and symbol sets for CTC heads.
 
 The 40 phones are those of Kaldi's CSJ recipe and of Julius: short and long vowels, the moraic nasal `N`, `q`
 for the first half of a geminate, and consonants. A palatalized consonant (`ky`) is a single phone. Long
-vowels must be written with `ー`; `オオ` becomes `o o`. `normalize_kana` converts orthographic readings such
-as `せんせい` to pronunciations such as `センセー`.
+vowels must be written with `ー`, because `オオ` becomes `o o`. `normalize_kana` converts orthographic
+readings such as `せんせい` to pronunciations such as `センセー`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ PHONES: tuple[str, ...] = (*VOWELS, *(vowel + ":" for vowel in VOWELS), "N", "q"
 BOUNDARY = "|"
 BLANK = "<blank>"
 
-# Spelling of each consonant before a, i, u, e and o. `phones_to_kana` uses the whole table, so that all
-# output of a recognizer can be spelled. `kana_to_phones` uses its single kana and the rules in `_syllable`.
+# Spelling of each consonant before a, i, u, e and o. `phones_to_kana` uses the whole table, so that it can
+# spell every output of a recognizer. `kana_to_phones` uses only the single kana in the table and the rules in
+# `_syllable`.
 _SPELLING = {
     "": "ア イ ウ エ オ",
     "k": "カ キ ク ケ コ",
@@ -88,11 +89,11 @@ _READ = _single_kana()
 
 
 def _syllable(base: str, small: str) -> tuple[str, ...]:
-    """Return the phones of a kana and a small kana, usually the consonant of the kana and the small vowel."""
+    """Return the phones of a kana with a small kana, usually the consonant and the small vowel."""
     if base + small in _IRREGULAR:
         return _IRREGULAR[base + small]
     phones = _READ[base]
-    if len(phones) == 1:  # the base is a vowel: ウィ becomes w i; other bases stay (イェ becomes i e)
+    if len(phones) == 1:  # the base is a vowel: ウ becomes w (ウィ: w i), others remain (イェ: i e)
         if base == "ウ" and small in "ァィェォ":
             return ("w", _SMALL[small])
         return phones + _READ[small]
@@ -120,8 +121,8 @@ def to_katakana(kana: str) -> str:
 def kana_to_phones(kana: str) -> list[str]:
     """Convert a pronunciation in hiragana or katakana to phones.
 
-    `ー` lengthens the preceding vowel. It is ignored if it does not follow a vowel (at the start, or after ン
-    or ッ).
+    `ー` lengthens the preceding vowel. It is ignored where it does not follow a vowel, that is, at the start
+    and after ン or ッ.
 
     Raises:
         DataError: a character is not kana, or the word consists only of ッ and ー.
@@ -152,9 +153,9 @@ def kana_to_phones(kana: str) -> list[str]:
 
 
 def phones_to_kana(phones: Sequence[str]) -> str:
-    """Spell phones in katakana; `|` becomes a space.
+    """Spell phones in katakana, with a space for each `|`.
 
-    Every sequence of phones can be spelled: a consonant without a vowel, which a recognizer may output, is
+    Every sequence of phones can be spelled. A consonant without a vowel, which a recognizer may output, is
     spelled as if `u` followed.
 
     Raises:
@@ -188,7 +189,7 @@ _ROW_OF = {kana: phones[-1] for kana, phones in _READ.items() if phones[-1] in V
 # Pairs of a vowel and a following kana that form a long vowel, unless a morpheme boundary separates them.
 _LONG = {("o", "ウ"), ("o", "オ"), ("u", "ウ"), ("e", "イ"), ("e", "エ")}
 
-# Exceptions to `_LONG`. `|` marks a morpheme boundary, so the following vowel stays separate. `ー` marks a
+# Exceptions to `_LONG`. `|` marks a morpheme boundary, which keeps the following vowel separate. `ー` marks a
 # long vowel that `_LONG` does not cover, because アア and イイ are usually two vowels.
 _WORDS = (
     (r"ホノオ", "ホノ|オ"),
@@ -254,13 +255,13 @@ _NOT_A_VERB = re.compile(r"(?:難|早|向|目出度|芽出度)う$")
 def normalize_kana(reading: str, surface: str | None = None) -> str:
     """Convert an orthographic reading to its pronunciation in katakana: せんせい -> センセー.
 
-    ヂ, ヅ and ヲ become ジ, ズ and オ. Characters other than kana are not changed.
+    ヂ, ヅ and ヲ become ジ, ズ and オ. Characters other than kana remain unchanged.
 
     Args:
-        reading: kana as in a dictionary.
-        surface: the word as written, which resolves ambiguous readings (おう is オー in 王 and オウ in 追う).
-            The う that ends a verb and the first vowel of a kanji's reading are not merged with a preceding
-            vowel.
+        reading: reading in kana, as in a dictionary.
+        surface: the word as written, which resolves ambiguous readings (おう is オー in 王 but オウ in 追う).
+            The final う of a verb and the first vowel in the reading of a kanji are not merged with a
+            preceding vowel.
     """
     text = to_katakana(reading.strip())
     for pattern, replacement in _WORDS:
@@ -296,10 +297,10 @@ def _mark_parts(text: str, surface: str) -> str:
 
 @dataclass(frozen=True)
 class PhonemeSet:
-    """The symbols of a CTC head in index order: blank, word boundary and phones.
+    """The symbols of a CTC head in index order, such as blank, word boundary and phones.
 
-    In heads trained by jahubert, the first symbols are the blank and the word boundary. Other CTC models may
-    have them at any position, may lack a word boundary, and may use kana or characters instead of phones.
+    In heads trained by jahubert, the first two symbols are the blank and the word boundary. Other CTC models
+    may have them at any position, may lack a word boundary, and may use kana or characters instead of phones.
     """
 
     symbols: tuple[str, ...]
@@ -329,7 +330,7 @@ class PhonemeSet:
 
     @property
     def are_phones(self) -> bool:
-        """Whether all symbols except special ones (<unk>, [PAD]) are phones, which can be spelled in kana."""
+        """Whether all symbols except special symbols (<unk>, [PAD]) are phones and can be spelled in kana."""
         special = re.compile(r"<.*>|\[.*\]")
         return all(s in PHONES or s == BOUNDARY or special.fullmatch(s) for s in self.symbols)
 
@@ -337,7 +338,7 @@ class PhonemeSet:
         return len(self.symbols)
 
     def encode(self, words: Sequence[Sequence[str]]) -> list[int]:
-        """Convert words to labels, with a boundary between words; empty words are skipped.
+        """Convert words to labels, with a boundary between words. Empty words are skipped.
 
         Args:
             words: the phones of each word.
@@ -356,7 +357,7 @@ class PhonemeSet:
         return labels
 
     def decode(self, labels: Sequence[int]) -> list[tuple[str, ...]]:
-        """Convert labels to words (tuples of phones); blanks and empty words are dropped.
+        """Convert labels to words (tuples of phones), dropping blanks and empty words.
 
         Raises:
             DataError: a label is out of range.
@@ -364,7 +365,7 @@ class PhonemeSet:
         words: list[list[str]] = [[]]
         for label in labels:
             if not 0 <= label < len(self.symbols):
-                raise DataError(f"label {label} is outside 0..{len(self.symbols) - 1}")
+                raise DataError(f"label {label} is outside the range 0..{len(self.symbols) - 1}")
             if label == self.boundary:
                 words.append([])
             elif label != self.blank:
@@ -372,7 +373,7 @@ class PhonemeSet:
         return [tuple(word) for word in words if word]
 
     def to_json(self) -> dict[str, list[str]]:
-        """Convert to a JSON-serializable object."""
+        """Convert the set to a JSON-serializable object."""
         return {"symbols": list(self.symbols)}
 
     @classmethod

@@ -1,6 +1,6 @@
-"""The entry point `python -m jahubert.run`, the same command as `jahubert run`.
+"""Entry point of `python -m jahubert.run`, which is the same command as `jahubert run`.
 
-The command itself is in `jahubert/train/pipeline/command.py`; it is imported only when it runs.
+The implementation is in `jahubert/train/pipeline/command.py`, which is imported only when the command runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages selected by `argv` (default: the command line) and return the exit status."""
+    """Run the stages selected by `argv` (default: the command line), and return the exit status."""
     from jahubert.train.pipeline import command
 
     return command.main(sys.argv[1:] if argv is None else argv)

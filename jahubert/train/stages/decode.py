@@ -1,9 +1,9 @@
 """Decoding of the evaluation splits with beam search, and forced alignment of phones and words.
 
-Reads   a fine-tuned model, the manifest and its targets; a language model and a lexicon if configured
+Reads   a fine-tuned model, the manifest, its targets, and a language model and lexicon if configured
 Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, scores of the labels
         of each word, n-best list, and the words as written in the lexicon; alignment.jsonl: phone and word
-        times; phonemes.json: the vocabulary; tuning.json: error rates of the weights and bonuses tried
+        times; phonemes.json: the vocabulary; tuning.json: the error rate for each weight and bonus tried
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
     python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=greedy decode.search=greedy
@@ -54,7 +54,7 @@ from jahubert.train.experiment.provenance import write_json
 log = logging.getLogger(__name__)
 
 VERSION = 3
-_MAX_DISTANCE = 5  # maximum distance in frames (100 ms) between a CTC spike and a frame of its phone
+_MAX_DISTANCE = 5  # maximum distance (frames; 100 ms) between a CTC spike and a frame of its phone
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ class Config:
     model: Path = model_field()  # a finetune folder or a CTC bundle
     splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))  # splits to decode
     align_splits: tuple[str, ...] = split_field(())  # splits for forced alignment of the references
-    search: Literal["beam", "greedy"] = "beam"  # greedy: the best symbol of each frame
+    search: Literal["beam", "greedy"] = "beam"  # greedy: use the best symbol of each frame
     beam: int = 20  # width of the beam search
     n_best: int = 1  # number of hypotheses to write per utterance
-    lm: Path | None = None  # n-gram (ARPA, plain or gzip) over the symbols, or over the words of the lexicon
-    lexicon: Path | None = None  # allowed words: a file with a word and its symbols per line
-    lm_weight: float = 0.5  # factor of the log-probability of the language model
+    lm: Path | None = None  # n-gram model (ARPA, plain or gzip) over symbols, or over words of the lexicon
+    lexicon: Path | None = None  # file of the allowed words, with one word and its symbols per line
+    lm_weight: float = 0.5  # factor for the log-probability of the language model
     word_bonus: float = 0.0  # score added per word with a lexicon, otherwise per symbol
-    tune_splits: tuple[str, ...] = split_field(())  # choose lm_weight and word_bonus on these splits
+    tune_splits: tuple[str, ...] = split_field(())  # splits on which to choose lm_weight and word_bonus
     tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values of lm_weight to try
     tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values of word_bonus to try
     vad: bool = True  # remove DC offset and hum, normalize the level, and suppress phones outside speech
     device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)  # audio per batch
+    batch_seconds: float = runtime_field(80.0)  # amount of audio per batch
 
     def __post_init__(self) -> None:
         errors = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
@@ -84,7 +84,7 @@ class Config:
             errors.append(f"n_best is {self.n_best}, but must be at most beam, {self.beam}")
         fused = self.lm is not None or self.lexicon is not None
         if self.search == "greedy" and (self.n_best > 1 or fused):
-            errors.append("search=greedy has no n_best, lm or lexicon; set search=beam")
+            errors.append("search=greedy does not support n_best, lm and lexicon; set search=beam")
         if self.lm is None and self.lm_weight != Config.lm_weight:
             errors.append("lm_weight has no effect without lm; set lm or remove lm_weight")
         for name in ("word_bonus", "tune_splits"):
@@ -111,10 +111,10 @@ Search = Callable[[Tensor, Tensor], Sequence[Sequence[Hypothesis]]]
 
 
 def make_search(config: Config, symbols: PhonemeSet, fusion: Fusion | None = None) -> Search:
-    """Create a function from log-probabilities (B, S, V) and frame counts (B,) to hypotheses, best first.
+    """Create a function that maps log-probabilities (B, S, V) and frame counts (B,) to ranked hypotheses.
 
-    For n-best lists, the function returns the whole beam, because some entries differ only in word boundaries
-    at the start or end and are merged later.
+    For n-best lists, the function returns the whole beam, because entries that differ only in word boundaries
+    at the start or end are merged later.
     """
     n_best = 1 if config.n_best == 1 else config.beam
     if config.search == "greedy":
@@ -186,7 +186,7 @@ def tune(
     config: Config,
     out: Path,
 ) -> Fusion:
-    """Choose the weight and the bonus that have the lowest error rate on `config.tune_splits`."""
+    """Choose the weight and the bonus with the lowest error rate on `config.tune_splits`."""
     rows = np.concatenate([manifest.indices(split=split) for split in config.tune_splits])
     rows = np.intersect1d(rows, targets.labeled_rows)
     if not len(rows):
@@ -219,8 +219,8 @@ def log_probabilities(
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
     """Yield (rows, log-probabilities (B, S, V), frame counts (B,)) for each batch of this process.
 
-    With `config.vad`, the audio is prepared as by `Transcriber`; `suppress` also suppresses phones outside
-    speech.
+    With `config.vad`, the audio is prepared as in `Transcriber`. With `suppress`, phones outside speech are
+    suppressed as well.
     """
     longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
     data = CtcData(
@@ -237,7 +237,7 @@ def log_probabilities(
     n_rows = sum(len(micro.rows) for micro in micro_batches)
 
     def load(micro: MicroBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Load a batch: padded waveforms, their lengths, and the speech mask of each waveform."""
+        """Load a batch as padded waveforms, their lengths, and the speech mask of each waveform."""
         batch = data.load(micro)
         if not config.vad:
             return batch.wav_BT, batch.n_samples_B, []
@@ -258,7 +258,7 @@ def log_probabilities(
 
 
 def _write(path: Path, lines: list[list[str]]) -> None:
-    """Write the lines of all processes in batch order."""
+    """Gather the lines of all processes, and write them in batch order."""
     batches = distributed.gather_interleaved(lines)
     if distributed.rank() == 0:
         with atomic_write(path) as file:
@@ -296,7 +296,7 @@ def _hypothesis_line(
 
 
 def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> list[list[float]]:
-    """Return the mean log-probability of each label in the forced alignment, grouped by word."""
+    """Return the mean log-probability of each label in its forced alignment, grouped by word."""
     words: list[list[float]] = [[]]
     for span in forced_align(logp_SV, labels, symbols.blank):
         if span.label == symbols.boundary:
@@ -309,7 +309,7 @@ def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> 
 
 
 def talk_of(utterance: Utterance) -> str:
-    """Return the recording that contains an utterance; for recordings in an archive, the utterance id."""
+    """Return the recording that contains an utterance, or the utterance id if the audio is in an archive."""
     return utterance.id if utterance.audio.offset else Path(utterance.audio.path).stem
 
 
@@ -350,8 +350,8 @@ def word_times(spans: Sequence[Span], symbols: PhonemeSet) -> list[tuple[str, in
 def phone_times(spans: Sequence[Span], n_frames: int, phonemes: PhonemeSet) -> list[tuple[str, int, int]]:
     """Return (phone, first sample, end sample) for the whole utterance; pauses are called "pau".
 
-    CTC emits a phone as a spike, so each frame is assigned to the nearest spike within `_MAX_DISTANCE`
-    frames.
+    Because CTC emits each phone as a spike, every frame is assigned to the nearest spike within
+    `_MAX_DISTANCE` frames.
     """
     nearest_S = [
         min(spans, key=lambda span: max(span.start - frame, frame - span.end + 1, 0))

@@ -1,13 +1,13 @@
 """Random sample of feature frames for k-means.
 
-Reads   the manifest; from iteration 2 on, also the model of the previous iteration
-Writes  sample.npy, float32 (frames, dim); header.json (feature, layer and model)
+Reads   the manifest, and from iteration 2 on the model of the previous iteration
+Writes  sample.npy, float32 (frames, dim); header.json: feature, layer and model
 
     python -m jahubert.run recipe=demo stage=features iteration=1
 
-The sample is drawn uniformly from the frames of the split. It is determined by the lengths in the manifest,
-so it does not depend on the number of processes. All processes write their frames to the same file, so the
-sample need not fit in memory.
+The sample is drawn uniformly from the frames of the split. The lengths in the manifest and the seed determine
+it, so that it does not depend on the number of processes. All processes write their frames to the same file,
+so that the sample need not fit in memory.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import write_json
 
 VERSION = 2
-_PART_SIZE = 500  # utterances per part; a killed process loses at most the current part
+_PART_SIZE = 500  # number of utterances per part; a killed process loses at most the current part
 
 
 @dataclass(frozen=True)
 class Config:
     manifest: Path
     kind: str = "mfcc"  # mfcc, hubert, or module:attribute
-    model: Path | None = model_field(None)  # for hubert: a trained model
+    model: Path | None = model_field(None)  # for hubert: the trained model
     layer: int = 6  # for hubert: number of the Transformer layer, counted from 1
-    split: str = split_field("train")  # split to sample from
+    split: str = split_field("train")  # split from which frames are sampled
     sample_frames: int = 2_000_000  # number of frames to sample
     seed: int = 0
     device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)  # audio per batch
-    workers: int = runtime_field(0)  # reading processes per device; 0: threads
+    batch_seconds: float = runtime_field(80.0)  # amount of audio per batch
+    workers: int = runtime_field(0)  # number of reading processes per device; 0: threads
 
     def __post_init__(self) -> None:
         raise_config_errors(
@@ -78,7 +78,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     device = distributed.process_device(config.device)
     feature = make_feature(config.kind, config.model, config.layer, device)
     sample = draw_sample(manifest, feature, config)
-    done_parts = out / "parts"  # one empty file per finished part
+    done_parts = out / "parts"  # contains one empty file per finished part
     temporary = out / "tmp_sample.npy"
     final = out / "sample.npy"
     if not distributed.rank0_broadcast(final.exists):
@@ -115,13 +115,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 class Sample:
     """Positions of the sampled frames, sorted by utterance."""
 
-    rows: np.ndarray  # (U,) manifest rows of the utterances with sampled frames, ascending
+    rows: np.ndarray  # (U,) manifest rows of the utterances that have sampled frames, ascending
     bounds: np.ndarray  # (U + 1,) frames[bounds[i] : bounds[i + 1]] belong to utterance i
-    frames: np.ndarray  # (N,) index of each frame in its utterance
+    frames: np.ndarray  # (N,) index of each frame within its utterance
 
 
 def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
-    """Draw `sample_frames` frames of the split uniformly and without replacement."""
+    """Draw `sample_frames` frames from the split uniformly and without replacement."""
     rows = manifest.indices(split=config.split)
     ends = np.cumsum(feature.grid.n_frames(manifest.n_samples[rows]))
     if not len(rows) or not ends[-1]:
@@ -135,7 +135,7 @@ def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
 
 
 def _allocate(path: Path, shape: tuple[int, int]) -> int:
-    """Create or reuse a .npy file for a float32 array of this shape; return the byte offset of its data."""
+    """Create or reuse a .npy file for a float32 array of `shape`, and return the byte offset of its data."""
     path.touch()
     with path.open("r+b") as file:
         layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -148,7 +148,7 @@ def _allocate(path: Path, shape: tuple[int, int]) -> int:
 def _sampled_frames(
     sample: Sample, numbers: Iterable[int], stream: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the sampled frames of each utterance and its index, from a stream of all frames."""
+    """Select the sampled frames from a stream of all frames, and yield them with the utterance's index."""
     for number, (_, f_SD) in zip(numbers, stream, strict=True):
         index_N = torch.from_numpy(sample.frames[sample.bounds[number] : sample.bounds[number + 1]])
         yield number, f_SD.index_select(0, to_device_async(index_N, f_SD.device)).float()
@@ -157,11 +157,11 @@ def _sampled_frames(
 def _write_part(
     path: Path, start: int, frames: Iterable[tuple[int, Tensor]], done: Callable[[int], None]
 ) -> None:
-    """Write the sampled frames of some utterances at byte offset `start` and sync them to disk.
+    """Write the sampled frames of some utterances at byte offset `start`, and sync them to disk.
 
     Args:
-        frames: pairs of the index of an utterance in the sample and its sampled frames.
-        done: called with 1 after each utterance.
+        frames: pairs (index of an utterance in the sample, sampled frames of the utterance).
+        done: progress callback, which is called with 1 after each utterance.
     """
     with path.open("r+b") as file:
         file.seek(start)

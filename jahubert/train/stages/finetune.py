@@ -1,6 +1,6 @@
 """CTC fine-tuning of a pretrained encoder with a linear output layer.
 
-Reads   the manifest, its targets, and a pretrained model (none when training from scratch)
+Reads   the manifest, its targets, and a pretrained model unless training from scratch
 Writes  checkpoints/, metrics.jsonl, tensorboard/ or wandb/, best.safetensors, bundle/
 
     python -m jahubert.run recipe=demo stage=finetune system=pretrained
@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 
-# fairseq's base_10h, the only published fine-tuning settings of HuBERT; conf/finetuning has other presets.
-# The learning rate rises for 8,000 updates. It would then decay to 5 % within 72,000 updates, but training
-# ends after 17,000 of them, so final_lr is 0.05 ** (17 / 72) = 0.493.
+# The settings of fairseq's base_10h, the only published ones for fine-tuning HuBERT; conf/finetuning has
+# other presets. The learning rate rises for 8,000 updates. It would then decay to 5 % within 72,000 updates,
+# but training ends after 17,000 of them. Therefore, final_lr is 0.05 ** (17 / 72) = 0.493.
 _TRAIN = TrainConfig(
     max_steps=25_000,
     batch_seconds=1600.0,
@@ -72,22 +72,22 @@ _DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout
 class Config:
     manifest: Path
     targets: Path
-    pretrained: Path | None = model_field(None)  # None: train from scratch with the sizes given by `model`
+    pretrained: Path | None = model_field(None)  # None: train from scratch with the sizes in `model`
     model: HubertConfig = field(default_factory=HubertConfig)
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    fraction: float = 1.0  # use this fraction of the labeled training utterances, in manifest order
-    hours: float | None = None  # use a random subset of at most this many hours; null: all
-    freeze_conv: bool = True  # freeze the convolutional front end
-    head_only_steps: int = 10_000  # number of first updates that train only the CTC head
+    fraction: float = 1.0  # fraction of the labeled training utterances to use, in manifest order
+    hours: float | None = None  # maximum hours of a random subset to use; null: use all utterances
+    freeze_conv: bool = True  # whether to freeze the convolutional front end
+    head_only_steps: int = 10_000  # number of updates at the start that train only the CTC head
     dropout: float = 0.0  # overrides the value of the pretrained model
     attention_dropout: float = 0.0  # overrides the value of the pretrained model
     activation_dropout: float = 0.1  # overrides the value of the pretrained model
     input_dropout: float = 0.0  # overrides the value of the pretrained model
     layer_drop: float = 0.1  # overrides the value of the pretrained model
     dev_splits: tuple[str, ...] = split_field(("dev",))  # splits for validation
-    # Metric that selects the best step on the development set; with characters, wer and per are both the CER.
+    # Metric that selects the best step on the development set; for characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
     seed: int = 0
 
@@ -95,7 +95,7 @@ class Config:
         ranges = {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": _DROPPED}
         errors = range_errors(self, ranges)
         if self.train.sharded and self.layer_drop:
-            errors.append("train.sharded requires layer_drop=0: all processes must run the same blocks")
+            errors.append("train.sharded=true requires layer_drop=0: all processes must run the same blocks")
         if self.pretrained is None and self.freeze_conv:
             errors.append(
                 "pretrained=... is required: the model to fine-tune, given as a Hub name "
@@ -112,7 +112,7 @@ class Config:
 
 
 class FineTuner(nn.Module):
-    """Encoder and CTC head with freezing, loss and metrics, as a `Trainable` module."""
+    """Trainable module that consists of an encoder and a CTC head, with freezing, loss and metrics."""
 
     def __init__(self, ctc: HubertForCtc, *, freeze_conv: bool, head_only_steps: int, seed: int):
         super().__init__()
@@ -135,7 +135,8 @@ class FineTuner(nn.Module):
                 shape=batch.shape,
             )
         logp_BSV = self.ctc.log_probs(encoded.hidden_BSD)
-        # Computed from lengths on the CPU, because reading the encoder's result would synchronize the GPU.
+        # The frame counts are computed from lengths on the CPU, because reading them from the encoder's
+        # output would synchronize the GPU.
         n_frames_B = self.ctc.config.grid.n_frames(batch.n_samples_B)
         total = ctc_loss(logp_BSV, n_frames_B, batch.target_L, batch.n_target_B)
         sums: dict[str, Tensor | float] = {
@@ -176,8 +177,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     )
     if not len(dev_rows):
         raise DataError(
-            f"finetune.dev_splits={list(config.dev_splits)}: no utterance has a target, but these splits are "
-            "needed to select the best step"
+            f"finetune.dev_splits={list(config.dev_splits)}: no utterance in these splits has a target, but "
+            "targets are required to select the best step; set it to other splits"
         )
     dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
 
@@ -198,7 +199,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     metrics = train(module, data, train_config, out, validate=validate, best=config.best)
     if distributed.rank() == 0:
         finetuning: dict[str, Any] = {"utterances": len(rows), "metrics": metrics}
-        if config.pretrained is not None and not config.pretrained.exists():  # a Hub name
+        if config.pretrained is not None and not config.pretrained.exists():  # `pretrained` is a Hub name
             finetuning["base_model"] = str(config.pretrained)
         info = {"finetuning": finetuning}
         save_bundle(out / "bundle", ctc=module.ctc, phonemes=targets.phonemes, info=info)
@@ -208,7 +209,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def model_name(source: Path | None) -> str:
-    """Return the display name of a model: owner/model, NAME/iter2, or the last two parts of its path."""
+    """Return a name for a model in tables: owner/model, NAME/iter2, or the last two parts of its path."""
     if source is None:
         return "from scratch"
     parts = [part for part in source.parts if part not in ("/", "bundle", "pretrain")]
@@ -216,11 +217,11 @@ def model_name(source: Path | None) -> str:
 
 
 def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.ndarray:
-    """Select the manifest rows to train on, in ascending order.
+    """Select the manifest rows for training, in ascending order.
 
     `fraction` selects the first labeled utterances of the training split. `hours` draws a random subset of
-    them, so that ten minutes do not all come from one talk. With the same seed, larger subsets contain the
-    smaller ones.
+    them, so that a subset of ten minutes does not come from a single talk. With the same seed, larger subsets
+    contain the smaller ones.
     """
     rows = np.intersect1d(manifest.indices(split="train"), targets.labeled_rows)
     rows = rows[: max(1, round(config.fraction * len(rows)))]
@@ -232,7 +233,7 @@ def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.
 
 
 def build_model(config: Config, n_symbols: int) -> HubertForCtc:
-    """Create a model from the pretrained or a new encoder, a new head, and the dropout of fine-tuning."""
+    """Create a model with the pretrained or a new encoder, a new head, and the dropout for fine-tuning."""
     changes = {name: getattr(config, name) for name in _DROPPED}
     if config.pretrained is None:
         return HubertForCtc(replace(config.model, conv_grad_scale=1.0, **changes), n_symbols)
@@ -243,11 +244,11 @@ def build_model(config: Config, n_symbols: int) -> HubertForCtc:
 
 
 def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
-    """Compute metrics with greedy decoding, summed over all processes.
+    """Compute validation metrics over all processes, with greedy decoding.
 
     Returns:
-        "loss" (nats per symbol), "per", "wer", "blank" (fraction of frames) and "empty" (fraction of
-        hypotheses).
+        The metrics "loss" (nats per symbol), "per", "wer", "blank" (fraction of frames) and "empty" (fraction
+        of hypotheses).
     """
     device = next(module.parameters()).device
     phonemes = data.targets.phonemes
@@ -283,6 +284,6 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
 
 
 def _blanks(logp_BSV: Tensor, n_frames_B: Tensor) -> Tensor:
-    """Count the frames whose most probable symbol is blank, and return a tensor on the same device."""
+    """Count the frames whose most probable symbol is blank, as a tensor on the same device."""
     valid_BS = torch.arange(logp_BSV.shape[1], device=logp_BSV.device) < n_frames_B[:, None]
     return (valid_BS & (logp_BSV.detach().argmax(-1) == 0)).sum(dtype=torch.float64)

@@ -1,9 +1,9 @@
 """K-means clustering of the sampled frames.
 
-Reads   the sample written by stage features
+Reads   the sample of frames written by stage features
 Writes  centroids.safetensors, with feature, layer and model in its metadata
 
-All processes share the work. They read the sample in blocks, so it need not fit in memory.
+All processes share the work and read the sample in blocks, so that it need not fit in memory.
 
     python -m jahubert.run recipe=demo stage=kmeans iteration=1 kmeans.backend=torch
 """
@@ -32,15 +32,16 @@ VERSION = 2
 @dataclass(frozen=True)
 class Config:
     features: Path
-    n_clusters: int = 100  # number of centroids
+    n_clusters: int = 100  # number of clusters
     backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"  # auto: torch
-    n_init: int = 3  # number of initializations; the best one is used
+    n_init: int = 3  # number of initializations, of which the best one is used
     max_iter: int = 100  # maximum number of passes over all frames
-    lloyd_frames: int = 10_000_000  # a larger sample only refines the centroids, in one mini-batch pass
+    lloyd_frames: int = 10_000_000  # with more frames, one mini-batch pass over all of them is the last step
     held_out: float = 0.02  # fraction of the sample that is held out to measure the inertia
     seed: int = 0
     device: str = runtime_field("auto")
-    # Action if too few clusters are used or one is too large (see evaluation/unit_checks.py).
+    # Whether to warn or raise an error if too few clusters are used or one is too large (see
+    # evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    if config.backend in ("faiss", "sklearn"):  # single-process libraries
+    if config.backend in ("faiss", "sklearn"):  # these libraries run in a single process
         return distributed.rank0_broadcast(lambda: fit(config, out))
     metrics = fit(config, out)
     distributed.barrier()
@@ -62,7 +63,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def fit(config: Config, out: Path) -> dict[str, Any]:
-    """Fit centroids in all calling processes, write them on rank 0, and return metrics."""
+    """Fit centroids in all processes, write them on rank 0, and return metrics."""
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
     held_out = draw_rows(n_frames, round(n_frames * config.held_out), seeded_rng(config.seed, 13))

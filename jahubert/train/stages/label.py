@@ -1,13 +1,13 @@
-"""Labeling of all utterances with units: audio -> features -> nearest centroids -> label store.
+"""Labeling of all utterances with units, the nearest centroids of their features.
 
 Reads   the manifest, the centroids, and the model to whose layer they were fitted
 Writes  units.bin, offsets.npy, header.json (a LabelStore; features are not stored); for units of a HuBERT
-        layer also bundle/, which contains the model and its centroids for `jahubert units`
+        layer also bundle/, with the model and the centroids for `jahubert units`
 
     python -m jahubert.run recipe=demo stage=label iteration=2
 
-If `compare_with` is a label store of the same audio, differences between the two stores are reported. If
-`centroids` is a folder with fairseq's .tsv, .km and dict.km.txt files, their units are imported.
+If `compare_with` is a label store for the same audio, differences between the two stores are reported. If
+`centroids` is a folder with fairseq's .tsv, .km and dict.km.txt files, the units in these files are imported.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Config:
     centroids: Path  # output folder of stage kmeans, or a folder with fairseq's files
     model: Path | None = model_field(None)  # for hubert: the model to which the centroids were fitted
     layer: int | None = runtime_field(None)  # for hubert: the expected layer of the centroids
-    feature: str | None = runtime_field(None)  # a custom feature (module:attribute) that may be imported
-    compare_with: Path | None = runtime_field(None)  # a label store that should have the same units
-    shard_size: int = runtime_field(2000)  # utterances per intermediate file
+    feature: str | None = runtime_field(None)  # custom feature (module:attribute) that may be imported
+    compare_with: Path | None = runtime_field(None)  # label store that should contain the same units
+    shard_size: int = runtime_field(2000)  # number of utterances per intermediate file
     device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)  # audio per batch
-    workers: int = runtime_field(0)  # reading processes per device; 0: threads
-    # Action if too few units are used, one is too frequent, or `compare_with` differs (see
-    # evaluation/unit_checks.py).
+    batch_seconds: float = runtime_field(80.0)  # amount of audio per batch
+    workers: int = runtime_field(0)  # number of reading processes per device; 0: threads
+    # Whether to warn or raise an error if too few units are used, one is too frequent, or `compare_with`
+    # differs (see evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
     metrics: dict[str, Any] = {}
     if any(config.centroids.glob("*.tsv")):
-        # The hash of the files is recorded, because they may change while all settings stay the same.
+        # The hash of the files is recorded, because the files may change while all settings stay the same.
         metrics["content"] = distributed.rank0_broadcast(
             lambda: import_units(manifest, config.centroids, out, config.shard_size).header.centroids
         )
@@ -96,14 +96,14 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def check_store(store: LabelStore, count_K: np.ndarray, manifest: Manifest, config: Config) -> None:
-    """Warn or raise (see `on_bad_units`) if unit usage is poor or the units differ from `compare_with`."""
+    """Report poor unit usage and differences from `compare_with`, as configured by `on_bad_units`."""
     check_units(count_K, str(store.folder), config.on_bad_units)
     if config.compare_with is not None:
         check_label_difference(LabelStore(config.compare_with), store, manifest, config.on_bad_units)
 
 
 def write_units(config: Config, manifest: Manifest, out: Path) -> None:
-    """Label all utterances with the centroids of stage kmeans; runs in all processes."""
+    """Label all utterances with the centroids from stage kmeans. All processes must call this."""
     device = distributed.process_device(config.device)
     centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
     if config.layer is not None and fitted["layer"] not in (None, config.layer):
@@ -116,7 +116,7 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     if fitted["feature"] not in FEATURES and fitted["feature"] != config.feature:
         raise DataError(
             f"{config.centroids}: centroids were fitted to the custom feature {fitted['feature']!r}, but "
-            f"features.kind is {config.feature!r}; if you trust its code, set features.kind to it"
+            f"features.kind is {config.feature!r}; if you trust its code, set features.kind to this feature"
         )
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
     actual = feature_header(feature, fitted["feature"], fitted["layer"])
@@ -140,7 +140,7 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)
     step = HUBERT.hop_ratio(feature.grid)
     nearest = NearestCentroid(centroids_KD.to(device))
-    # Rank 0 lists the pending shards for all, because a process that lists them later may see fewer.
+    # Rank 0 lists the pending shards for all ranks, because a rank that lists them later may see fewer.
     shards = distributed.rank0_broadcast(writer.pending)[distributed.rank() :: distributed.world()]
     with progress("labeling", "utterances", sum(len(writer.rows(shard)) for shard in shards)) as done:
         parts = (writer.rows(shard) for shard in shards)

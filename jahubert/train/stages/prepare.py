@@ -1,8 +1,8 @@
-"""Conversion of a corpus into a manifest with the reader of its recipe.
+"""Conversion of a corpus into a manifest, with the reader in its recipe.
 
 Reads   the corpus, through `prepare()` in `recipes/<recipe>/prepare.py`
 Writes  manifest.arrow, rejected.jsonl (rejected utterances with reasons), work/ (audio that the recipe
-        creates, and the cache of decoded archive members)
+        creates, and the cache of decoding checks)
 
     python -m jahubert.run recipe=tofugu stage=prepare data=/path/to/japanese-vocabulary-pronunciation-audio
 """
@@ -48,15 +48,15 @@ _MAX_PENDING = 256  # maximum number of utterances queued for checking
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str  # the name of a folder in recipes/, or the path of a folder with a prepare.py
-    data: str | None = None  # the corpus folder
-    # Fields of the `Config` of the recipe.
+    recipe: str  # name of a folder in recipes/, or path of a folder with a prepare.py
+    data: str | None = None  # folder of the corpus
+    # The options of the recipe, which its own `Config` declares.
     options: Any = config_group(
         lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
     )
     seed: int = 0
-    # Decode every utterance and reject broken audio now, rather than fail during training. The manifest of
-    # intact audio is the same in both cases.
+    # Whether to decode every utterance and reject broken audio now, rather than fail during training. If all
+    # audio is intact, the manifest is the same in both cases.
     check_audio: bool = runtime_field(True)
 
     def __post_init__(self) -> None:
@@ -71,16 +71,16 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def prepare(config: Config, out: Path) -> dict[str, Any]:
-    """Read the corpus and write the manifest; runs in one process."""
+    """Read the corpus and write the manifest. Only rank 0 calls this."""
     options, read = config.options, recipe_reader(config.recipe, "prepare")
-    if isinstance(options, Mapping):  # the config was created without `structure`, for example in a test
+    if isinstance(options, Mapping):  # the config was created without `structure`, e.g. in a test
         options = structure(options, recipe_reader(config.recipe, "Config"), "prepare.options")
-    data = expand_user(config.data) if config.data else None  # an empty string would mean the current folder
+    data = expand_user(config.data) if config.data else None  # "" would mean the current folder
     work = out / "work"
     work.mkdir(exist_ok=True)
     cache = DecodeCache(work / "decoded") if config.check_audio else None
     items = usable(read(data, work, options, config.seed), config.check_audio, cache)
-    with progress("reading the corpus", "utterances") as done:  # the total is unknown
+    with progress("reading the corpus", "utterances") as done:  # the total number is unknown
         counts = write_manifest(out / "manifest.arrow", _counted(items, done))
     if counts["rejected"]:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in counts["rejected"].items())
@@ -90,7 +90,8 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
             reasons,
             out,
         )
-    # The fingerprint is recorded, because the corpus or its reader may change while settings stay the same.
+    # The fingerprint is recorded, because the corpus or its reader may change while all settings stay the
+    # same.
     return counts | {"content": Manifest(out / "manifest.arrow").fingerprint}
 
 
@@ -98,7 +99,7 @@ def kept(config: Config, out: Path) -> None:
     """Warn about files that were missing when the manifest was created but exist now."""
     new_files = []
     if not (out / "rejected.jsonl").is_file():
-        return  # the user has deleted it
+        return  # the user has deleted the list
     with open(out / "rejected.jsonl", encoding="utf-8") as file:
         for line in file:
             if '"missing"' in line and Path(path := json.loads(line).get("missing", "")).is_file():
@@ -121,10 +122,11 @@ def usable(
     check_audio: bool = True,
     cache: DecodeCache | None = None,
 ) -> Iterator[Utterance | Utterances | Rejected]:
-    """Yield the items of a recipe in order; utterances with unusable audio are replaced by `Rejected`.
+    """Yield the items from a recipe in order, replacing utterances with unusable audio by `Rejected`.
 
     Args:
-        check_audio: decode every utterance. The recordings of `Utterances` are then yielded one by one.
+        check_audio: whether to decode every utterance. The recordings of `Utterances` are then yielded one by
+            one.
         cache: results of earlier decoding checks, which are not repeated.
     """
     pending: deque[tuple[Future[Utterance | Rejected], DecodeRecorder | None]] = deque()
@@ -160,7 +162,7 @@ def _without_decoding(
     if not check_audio:
         return _long_enough(items)
     cached = cache.lookup(items) if cache else None
-    # Yielded one by one, as after decoding, because the manifest's fingerprint depends on this.
+    # The items are yielded one by one, as after decoding, because the manifest's fingerprint depends on it.
     return None if cached is None else chain(*cached)
 
 
@@ -190,6 +192,6 @@ def _checked(item: Utterance | Rejected, check_audio: bool) -> Utterance | Rejec
             return Rejected(item.id, "shorter than one frame", f"{item.n_samples} samples of {item.audio}")
         if check_audio:
             read_reliably(lambda: load_utterance(item), item.audio)
-    except AudioError as error:  # only for broken recordings; a file system error ends the stage
+    except AudioError as error:  # the recording is broken; a file system error would end the stage
         return Rejected(item.id, "unusable audio", str(error))
     return item

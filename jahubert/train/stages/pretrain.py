@@ -1,8 +1,8 @@
-"""HuBERT pretraining: prediction of the units of masked frames.
+"""HuBERT pretraining: masked prediction of units.
 
 Reads   the manifest and its label store
-Writes  checkpoints/, metrics.jsonl, tensorboard/ or wandb/, bundle/ (the model after the last step, as in
-        the paper, with its unit head)
+Writes  checkpoints/, metrics.jsonl, tensorboard/ or wandb/, bundle/ (the model and its unit head after the
+        last step, as in the paper)
 
     python -m jahubert.run recipe=demo stage=pretrain iteration=1 pretrain.train.max_steps=500
 
@@ -44,7 +44,7 @@ from jahubert.train.trainer.trainer import Loss
 log = logging.getLogger(__name__)
 
 VERSION = 1
-_CHANCE_FRAMES = 1 << 22  # frames (23 hours) used to estimate chance level; reading all labels is too slow
+_CHANCE_FRAMES = 1 << 22  # frames (23 hours) for estimating chance level; reading all labels is too slow
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
     manifest: Path
     labels: Path
     model: HubertConfig = field(default_factory=HubertConfig)
-    init_from: Path | None = model_field(None)  # initialize the encoder from this model
+    init_from: Path | None = model_field(None)  # model from which the encoder is initialized
     train: TrainConfig = field(default_factory=TrainConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -67,11 +67,13 @@ class Config:
         ranges = {"positive": ("temperature",), "at least 1": ("unit_dim",)}
         errors = range_errors(self, ranges | {"at least 0": ("penalty_weight",)})
         if self.train.sharded and self.model.layer_drop:
-            errors.append("train.sharded requires model.layer_drop=0: all processes must run the same blocks")
+            errors.append(
+                "train.sharded=true requires model.layer_drop=0: all processes must run the same blocks"
+            )
         if self.augment.speed_prob:
             errors.append(
-                f"augment.speed_prob is {self.augment.speed_prob}, but must be 0: units have times, which "
-                "another speed would change"
+                f"augment.speed_prob is {self.augment.speed_prob}, but must be 0: changing the speed would "
+                "change the times of the units"
             )
         sizes = self.train.batch_sizes
         for name, limit in (("micro_seconds", sizes.micro_seconds), ("batch_seconds", sizes.group_seconds)):
@@ -87,7 +89,7 @@ class Config:
 
 
 class Pretrainer(nn.Module):
-    """Encoder and unit head, with fairseq's masked prediction loss and feature penalty."""
+    """Trainable module of an encoder and a unit head, with fairseq's masked prediction loss and penalty."""
 
     def __init__(
         self,
@@ -131,7 +133,7 @@ class Pretrainer(nn.Module):
         return Loss(total, count, sums)
 
     def metrics(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Compute loss (bits per masked frame), accuracy on masked frames, penalty and padding fraction."""
+        """Compute loss (bits) and accuracy on masked frames, the feature penalty and the padding fraction."""
         return {
             "loss": sums["nats"] / count / math.log(2),
             "accuracy": sums["correct"] / count,
@@ -188,7 +190,7 @@ def check_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float]
 
 
 def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
-    """Compute loss and accuracy on a split in all processes, with the same masks every time."""
+    """Compute the loss and accuracy on a split over all processes, with the same masks every time."""
     device = next(module.parameters()).device
     sums: dict[str, Any] = dict.fromkeys(
         ("nats", "correct", "penalty", "seconds", "padded_seconds", "count"), 0.0
@@ -228,7 +230,7 @@ def _init_from(model: HubertModel, source: Path) -> None:
     if mismatches or len(weights) != len(expected):
         raise ConfigError(
             f"pretrain.init_from={source}: the sizes of this model differ from `pretrain.model` (first "
-            f"difference: {(mismatches or ['layers'])[0]}); set `model` to the same sizes"
+            f"difference: {(mismatches or ['layers'])[0]}); set `pretrain.model` to the same sizes"
         )
     model.load_state_dict(weights)
 

@@ -1,4 +1,4 @@
-"""Experiment report: tables printed to the terminal, and an HTML page.
+"""Experiment report: tables for the terminal, and an HTML page.
 
 Reads   the finished stages of the experiment
 Writes  metrics.json, table.txt, report.html
@@ -39,8 +39,8 @@ class Config:
     compare_with: tuple[Path, ...] = ()  # experiments to show in the same tables and figures
     language: Literal["en", "ja"] = "en"  # language of the HTML page
     examples: int = 2  # number of worst, median and best utterances per system (about 0.2 MB per utterance)
-    layer_frames: int = 20_000  # number of frames used to measure the units of each layer; 0: do not measure
-    seed: int = 0  # random seed for choosing these frames
+    layer_frames: int = 20_000  # number of frames for measuring the units of each layer; 0: do not measure
+    seed: int = 0  # random seed for drawing these frames
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.exp / "prepare" / "manifest.arrow")
     times, source = units.phone_times(config.exp, manifest)
     device = distributed.process_device(config.device)
-    try:  # called in all processes, which share the clustering
+    try:  # all processes call this and share the clustering
         layers = units.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
     except AudioError as error:  # the corpus may have been moved; the rest of the report needs no audio
         log.warning("report without PNMI by layer: %s", error)
@@ -94,7 +94,7 @@ def stage_seconds(exp: Path) -> dict[str, float]:
 def system_examples(
     config: Config, manifest: Manifest, times: dict[int, tuple[Phone, ...]]
 ) -> dict[str, dict[str, list[Example]]]:
-    """Find examples of every scored system, with the units of the last iteration."""
+    """Return example utterances for every scored system, with the units of the last iteration."""
     stores = units.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {

@@ -1,10 +1,10 @@
-"""Scoring of hypotheses: WER, PER and kana CER.
+"""Scoring of hypotheses: WER, PER and kana CER, or CER for characters.
 
 Reads   the hypotheses written by stage decode, and those of another system if `baseline` is set
 Writes  scores.json: all measures by set, talk and speaker, with confidence intervals, confusions, the
-        significance test against the baseline and the reliability of confidences; <split>.txt: the same as
-        text, with an alignment of every utterance; table.txt: the printed table; calibration.json: the
-        calibration of confidences
+        significance test against the baseline and the reliability of confidences; <split>.txt: the same
+        results as text, with an alignment of every utterance; table.txt: the printed table;
+        calibration.json: the calibration of confidences
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
     python -m jahubert.run recipe=demo stage=score system=pretrained decoding=greedy \
@@ -50,9 +50,9 @@ _N_CONFUSIONS = 30
 @dataclass(frozen=True)
 class Config:
     hypotheses: Path
-    baseline: Path | None = None  # hypotheses of another system for a paired significance test
+    baseline: Path | None = None  # folder with hypotheses of another system, for a paired significance test
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
-    calibration_split: str | None = None  # fit word confidences on this split of the hypotheses
+    calibration_split: str | None = None  # split of the hypotheses on which word confidences are fitted
     samples: int = 1000  # number of bootstrap samples
     seed: int = 0
 
@@ -94,10 +94,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def calibrate(config: Config) -> Calibration | None:
-    """Fit the confidences on the calibration split; None if it is not set or all its hypotheses are empty.
+    """Fit the confidences on the calibration split, or return None if it is not set or has no words.
 
     Raises:
-        DataError: the split is not among the hypotheses.
+        DataError: there are no hypotheses for the split.
     """
     if config.calibration_split is None:
         return None
@@ -139,7 +139,7 @@ def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
 
 
 def score_set(set_score: SetScore, config: Config) -> dict[str, Any]:
-    """Compute all measures of a set, its talks and its speakers, and the most frequent confusions."""
+    """Compute all measures for a set, its talks and its speakers, and the most frequent confusions."""
     return {
         "utterances": len(set_score.utterances),
         **set_score.rates(config.seed, config.samples),
@@ -150,7 +150,7 @@ def score_set(set_score: SetScore, config: Config) -> dict[str, Any]:
 
 
 def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> dict[str, Any]:
-    """Compare each measure with that of a baseline on the same utterances, using a paired bootstrap test.
+    """Compare each measure with a baseline on the same utterances, using a paired bootstrap test.
 
     Raises:
         DataError: the baseline has different utterances or references.
@@ -170,7 +170,7 @@ def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> di
     ]
     if different:
         raise DataError(
-            f"{path}: the references of {len(different)} utterances differ from the baseline's, first "
+            f"{path}: the references of {len(different)} utterances differ from those of the baseline, first "
             f"{different[0]!r}; use the same targets for both systems"
         )
     baseline = SetScore(paired, set_score.measures)

@@ -1,4 +1,4 @@
-"""Target symbols for CTC: phones or kana with word boundaries, or characters.
+"""Creation of target symbols for CTC: phones or kana with word boundaries, or characters.
 
 Reads   the manifest: the words of an utterance if available, otherwise its text
 Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (rejected utterances with reasons)
@@ -36,13 +36,13 @@ VERSION = 3
 @dataclass(frozen=True)
 class Config:
     manifest: Path
-    vocabulary: Literal["phones", "kana", "characters"] = "phones"  # the symbols to predict
-    punctuation: bool = False  # keep punctuation marks, for vocabulary=characters
-    user_dictionary: Path | None = None  # a file with words and their readings
+    vocabulary: Literal["phones", "kana", "characters"] = "phones"  # kind of symbols to predict
+    punctuation: bool = False  # whether to keep punctuation marks (only for vocabulary=characters)
+    user_dictionary: Path | None = None  # file of words with their readings
 
     def __post_init__(self) -> None:
         if self.punctuation and self.vocabulary != "characters":
-            raise ConfigError(f"punctuation=true needs vocabulary=characters, not {self.vocabulary}")
+            raise ConfigError(f"punctuation=true requires vocabulary=characters, but it is {self.vocabulary}")
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def make_targets(config: Config, out: Path) -> dict[str, Any]:
-    """Convert all utterances and write the target store; runs in one process."""
+    """Convert the text of all utterances, and write the target store. Only rank 0 calls this."""
     manifest = Manifest(config.manifest)
     if config.user_dictionary:
-        read_words(config.user_dictionary)  # fail early on an invalid dictionary
+        read_words(config.user_dictionary)  # raises an error early if the dictionary is invalid
     symbols = symbol_set(config, manifest)
     reasons: Counter[str] = Counter()
     sources: Counter[str] = Counter()
@@ -91,7 +91,7 @@ def make_targets(config: Config, out: Path) -> dict[str, Any]:
 
 
 def symbol_set(config: Config, manifest: Manifest) -> PhonemeSet:
-    """Create the vocabulary: phones, kana, or the characters of the training text."""
+    """Create the vocabulary, which consists of phones, kana, or the characters in the training text."""
     if config.vocabulary == "phones":
         return PhonemeSet.standard()
     if config.vocabulary == "kana":
@@ -109,7 +109,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
 
     Raises:
         DataError: the text has no reading or no letters, or there are more symbols than frames. The message
-            starts with the reason, followed by a colon; rejections are counted per reason.
+            starts with the reason and a colon, because rejections are counted per reason.
     """
     if config.vocabulary == "characters":
         vocabulary = set(symbols.symbols)
@@ -134,7 +134,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
 
 
 def _text_to_phones(text: str, user_dictionary: Path | None) -> tuple[tuple[str, ...], ...]:
-    """Convert a text to words as phones; raise DataError if it has no reading."""
+    """Convert a text to the phones of its words. Raise DataError if the text has no reading."""
     from jahubert.train.text.japanese import text_to_words
 
     try:
