@@ -1,12 +1,13 @@
-"""Script that builds the built-in model, from the corpora to the folder included in the wheel.
+"""Script that builds the built-in model, from the corpora to the folder that the wheel contains.
 
     python recipes/builtin/build.py data=... common_voice=... hts_voices=... texts=...
     python recipes/builtin/build.py --pack exp/builtin   # pack a finished run, possibly from another machine
 
-The script pretrains on the recordings alone in exp/builtin-pretraining, unless `pretrained=` names a model,
-and fine-tunes on recordings and synthetic voices in exp/builtin. Finished stages are kept and interrupted
-stages are resumed, so the command can be repeated until it succeeds. The script then writes the recognizer in
-float16 with a model card that contains the results of stage `score`. The folder must not exceed 15 MB.
+The script pretrains a model only on recordings (exp/builtin-pretraining), unless `pretrained=` names a model,
+and fine-tunes it on recordings and synthetic voices (exp/builtin). Finished stages are kept and interrupted
+stages are resumed, so that the command can be repeated until it succeeds. The script then writes the
+recognizer in float16, with a model card that contains the results of stage `score`. The folder must not
+exceed 15 MB.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from jahubert.train.stages import features, kmeans
 
 NAME = "japanese-small"
 LIMIT = 15_000_000  # bytes
-UNIT_FRAMES = 200_000  # number of frames used to fit the units
+UNIT_FRAMES = 200_000  # number of frames to which the units are fitted
 LICENCE = "CC-BY-SA-4.0"
 ATTRIBUTION = (
     "Trained on recordings by Tofugu and WaniKani "
@@ -57,7 +58,7 @@ SETS = {
     "test_made": "new sentences in synthetic voices that occur in training",
     "test_real": "sentences by other speakers (8 recordings)",
 }
-CALIBRATION = "dev_cv"  # split on which confidences are calibrated
+CALIBRATION = "dev_cv"  # split for the calibration of confidences
 PRETRAINING = "builtin-pretraining"  # name of the pretraining experiment
 UNITS, UNIT_LAYER = 100, 4  # number of units for `jahubert units`, and the layer that is clustered
 CARD = Path(__file__).with_name("card.md")
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> int:
 
 
 def pretrained(settings: list[str]) -> tuple[int, str]:
-    """Run pretraining, and return its exit status and the folder of the pretrained model."""
+    """Run pretraining, and return the exit status and the folder of the pretrained model."""
     given = dict(setting.partition("=")[::2] for setting in settings)
     if "pretrained" in given:
         return 0, given["pretrained"]
@@ -118,7 +119,7 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
 
 
 def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
-    """Cluster a layer of the recognizer in `exp` on the training data, and return centroids and layer."""
+    """Cluster a layer of the recognizer in `exp` on training data, and return the centroids and the layer."""
     with tempfile.TemporaryDirectory() as folder:
         sample, clusters = Path(folder, "features"), Path(folder, "kmeans")
         for out in (sample, clusters):
@@ -139,13 +140,13 @@ def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
 
 @torch.no_grad()
 def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] | None = None) -> int:
-    """Write the recognizer in `exp` with its model card, and return the size in bytes.
+    """Write the recognizer in `exp` with a model card, and return the size in bytes.
 
     Args:
         exp: folder of a finished experiment.
         target: folder to write.
-        command: command line for the model card.
-        units: centroids (K, D) of the units and the layer to which they belong, for `jahubert units`.
+        command: command line to show in the model card.
+        units: centroids (K, D) and the layer to which they belong, for `jahubert units`.
 
     Raises:
         DataError: the run is not finished, or the folder is too large.
@@ -158,7 +159,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     bundle = load_bundle(system / "finetune")
     if bundle.ctc is None:
         raise ConfigError(f"{system}: its bundle has no CTC head")
-    # Round to float16 first, so that the hash matches the weights in the file.
+    # The weights are rounded to float16 first, so that the hash matches the weights in the file.
     for tensor in bundle.ctc.state_dict().values():
         tensor.copy_(tensor.half().float())
     info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
@@ -176,12 +177,12 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
         (folder / "README.md").write_text(page, encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > LIMIT:
-            raise DataError(f"{target}: {size / 1e6:.1f} MB, but at most {LIMIT / 1e6:.0f} go into the wheel")
+            raise DataError(f"{target} has {size / 1e6:.1f} MB, but the limit is {LIMIT / 1e6:.0f} MB")
     return size
 
 
 def examples(exp: Path, split: str = "test_cv", count: int = 10) -> str:
-    """Format a table of evenly spaced texts and transcripts from a test set; empty without this set."""
+    """Format a table of evenly spaced texts and transcripts from a test set, or "" without this set."""
     path = exp / "systems" / "main" / "decode" / f"{split}.jsonl"
     if not path.exists():
         return ""

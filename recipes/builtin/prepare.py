@@ -1,18 +1,18 @@
-"""Training and test data of the built-in model: recorded words and sentences, synthetic voices.
+"""Training and test data for the built-in model: recorded words and sentences, and synthetic voices.
 
-The sources are
+The data come from these sources:
 
 - the words of recipe `tofugu`, single and joined, and copies of the joined words at other speeds, which
-  changes vocal tract length and speaking rate;
-- sentences from Common Voice by many speakers;
+  differ in vocal tract length and speaking rate;
+- sentences from Common Voice, read by many speakers;
 - recordings in other languages without text, for pretraining;
 - sentences in the mixed voices of recipe `voices`;
 - the sentences of recipe `demo` in its synthetic voices, and the training words in random order in the same
-  voices, which have more different phone sequences than sentence patterns.
+  voices, which contain more different phone sequences than the sentence patterns.
 
-Test splits are the held-out words per voice, these words joined, sentences by held-out speakers from Common
-Voice, these sentences over a simulated telephone line and in noise, synthetic sentences that do not occur in
-training, and real sentences if their folder is given.
+The test splits are the held-out words of each voice, the same words joined, sentences from Common Voice by
+held-out speakers, the same sentences over a simulated telephone line and in noise, synthetic sentences that
+do not occur in training, and real sentences if their folder is given.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ def _recipe(name: str) -> ModuleType:
 tofugu, demo, voices = _recipe("tofugu"), _recipe("demo"), _recipe("voices")
 Words, Voices, Speakers = tofugu.Config, demo.Config, voices.Config
 
-# The files do not identify the speaker. The pitch of one voice is about 125 Hz, of the other about 240 Hz.
+# The files do not identify the speaker. One voice has a pitch of about 125 Hz, the other of about 240 Hz.
 LOW_VOICE = 175.0  # Hz; words with a lower median pitch belong to the low voice
-_FLOOR, _CEILING = 70.0, 400.0  # Hz, lower and upper limit of the pitch tracker
-_WINDOW, _STEP = 1024, 256  # samples
+_FLOOR, _CEILING = 70.0, 400.0  # lower and upper limit of the pitch tracker in Hz
+_WINDOW, _STEP = 1024, 256  # window and hop of the pitch tracker in samples
 _JOINS = ("、", "、", "と", "の", "は", "が", "を", "に", "も")  # text between synthetic words
 
 
 @dataclass(frozen=True)
 class Config:
-    sentences: str | None = None  # folder with transcripts.tsv (columns file, text): split test_real
+    sentences: str | None = None  # folder with transcripts.tsv (columns file, text), for test_real
     common_voice: str | None = None  # folder with transcripts.tsv (columns file, text, speaker)
     other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for pretraining
     clips: read_speech.Config = field(default_factory=read_speech.Config)
-    synthetic: bool = True  # false: recordings only
+    synthetic: bool = True  # whether to add synthetic voices to the recordings
     hts_voices: str | None = None  # folder with HTS voices; null: only the voice of pyopenjtalk-plus
-    texts: str | None = None  # sentences for the mixed voices, a file as in recipe voices
+    texts: str | None = None  # file of sentences for the mixed voices, as in recipe voices
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(
         default_factory=Speakers
-    )  # the sentences of the corpora are added to `exclude`
+    )  # the sentences in the corpora are added to `exclude`
     reading: float = 35.0  # minutes of training words in synthetic voices
-    speeds: tuple[float, ...] = (0.87, 1.15)  # speeds of copies of joined training utterances
+    speeds: tuple[float, ...] = (0.87, 1.15)  # speeds at which joined training utterances are copied
 
     def __post_init__(self) -> None:
         if not all(0.5 <= speed <= 2 for speed in self.speeds):
@@ -77,13 +77,13 @@ class Config:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield the splits train, dev, dev_joined, dev_cv, dev_made and the test sets.
+    """Yield the utterances of the splits train, dev, dev_joined, dev_cv, dev_made and the test sets.
 
     The test sets are test_low, test_high, test_joined, test_cv, test_cv_phone, test_cv_noise, test_made and
     test_real. `data` is the corpus of recipe `tofugu`.
 
     Raises:
-        DataError: the corpus was not found.
+        DataError: the corpus is not found.
     """
     words: list[str] = []
     for number, item in enumerate(tofugu.prepare(data, work / "tofugu", config.words, seed)):
@@ -110,7 +110,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 
 def _synthetic(words: list[str], work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield sentences and training words in synthetic voices."""
+    """Yield sentences and training words spoken by synthetic voices."""
     for item in demo.synthesize(demo.sentences(seed), work / "voices", config.voices, seed):
         yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
     tables = [
@@ -146,10 +146,10 @@ def _voice(item: Utterance) -> str:
 
 
 def _texts(words: list[str], seed: int) -> Iterator[str]:
-    """Yield endless texts of three to seven random words, excluding words that Open JTalk misreads."""
+    """Endlessly yield texts of three to seven random words, excluding words that Open JTalk misreads."""
     readable = [word for word in words if _is_readable(word)]
     if not readable:
-        raise DataError("pyopenjtalk can read none of the training words, so no voice can be synthesized")
+        raise DataError("pyopenjtalk cannot read any of the training words; check the readings of the corpus")
     rng = random.Random(f"reading {seed}")
     seen: set[str] = set()
     while True:
@@ -163,7 +163,7 @@ def _texts(words: list[str], seed: int) -> Iterator[str]:
 
 
 def _is_readable(text: str) -> bool:
-    """Return whether the phones of the words agree with those of the synthetic voice."""
+    """Return whether the phones of the words in a text agree with those of the synthetic voice."""
     try:
         words, labels = demo._labels(text)
         demo.align(words, labels, [1] * len(labels))
@@ -173,11 +173,11 @@ def _is_readable(text: str) -> bool:
 
 
 def _sentences(folder: Path) -> Iterator[Utterance]:
-    """Yield test recordings with their texts."""
+    """Yield the test recordings with their texts."""
     table = folder / "transcripts.tsv"
     if not table.is_file():
         raise DataError(
-            f"{table}: file not found; give sentences=FOLDER with a table that has the columns file and text"
+            f"{table}: file not found; set sentences= to a folder with this table (columns file and text)"
         )
     with table.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):

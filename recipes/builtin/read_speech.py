@@ -1,10 +1,11 @@
-"""Reader for read sentences with speakers, and for recordings without text, in the format of Common Voice.
+"""Reader for read sentences with speaker labels, and for recordings without text, from Common Voice.
 
-Both are folders with a table in tab-separated values: `transcripts.tsv` with the columns file, text, speaker,
+Each input is a folder with a tab-separated table: `transcripts.tsv` with the columns file, text, speaker,
 gender and age, or `clips.tsv` with file, language and speaker. Recordings are converted to 16 kHz FLAC files.
 
-No speaker and no sentence occurs in two splits. The speakers of the splits test_cv and dev_cv are drawn by
-seed from those with a client id (a name that starts with `block` was guessed from neighboring file names).
+No speaker and no sentence occurs in two splits. The speakers in the splits test_cv and dev_cv are drawn,
+depending on the seed, from the speakers with a client id. A name that starts with `block` is not a client id,
+but was guessed from neighboring file names.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.data.utterances import read_reliably
 
-_FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # limits on the clips per speaker in held-out splits
+_FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # limits on the number of clips per speaker in held-out splits
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Config:
     test_speakers: int = 12
     dev_speakers: int = 6
     cap_minutes: float = 20.0  # maximum duration per training speaker
-    speeds: tuple[float, ...] = (0.9, 1.1)  # every training sentence is repeated at each of these speeds
+    speeds: tuple[float, ...] = (0.9, 1.1)  # speeds at which every training sentence is repeated
     snr_db: float = 10.0  # signal-to-noise ratio of test_cv_noise
 
     def __post_init__(self) -> None:
@@ -54,15 +55,15 @@ class Config:
 def sentences(
     folder: Path, work: Path, config: Config, seed: int, held_out: set[str]
 ) -> Iterator[Utterance | Rejected]:
-    """Yield the splits train, dev_cv, test_cv, test_cv_phone and test_cv_noise.
+    """Yield the utterances of the splits train, dev_cv, test_cv, test_cv_phone and test_cv_noise.
 
     Args:
-        folder: with `transcripts.tsv`.
-        work: folder of the converted recordings; existing files are kept.
-        held_out: sentences of other test sets, which are excluded from training and development.
+        folder: folder that contains `transcripts.tsv`.
+        work: folder for the converted recordings. Existing files are kept.
+        held_out: sentences in other test sets, which are excluded from training and development.
 
     Raises:
-        DataError: the table was not found, a row has no file or text, or there are too few speakers.
+        DataError: the table is not found, a row has no file or text, or there are too few speakers.
     """
     rows = _rows(folder / "transcripts.tsv", ("file", "text", "speaker"))
     split_of = _split_speakers(rows, config, seed)
@@ -100,14 +101,14 @@ def sentences(
 
 
 def other_languages(folder: Path, work: Path) -> Iterator[Utterance | Rejected]:
-    """Yield recordings without text for pretraining, all in split `train`."""
+    """Yield recordings without text for pretraining, all in the split `train`."""
     rows = _rows(folder / "clips.tsv", ("file", "speaker"))
     for _, item in _converted(folder, rows, work / "other", "other"):
         yield item if isinstance(item, Rejected) else replace(item, split="train")
 
 
 def at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
-    """Play an utterance faster or slower, which also shifts pitch and formants."""
+    """Return a faster or slower copy of an utterance, whose pitch and formants are shifted as well."""
     wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
     path = folder / f"{Path(item.audio.path).stem}-{speed}.flac"
     n_samples = _write_once(path, lambda: soxr.resample(wave_T, SAMPLE_RATE * speed, SAMPLE_RATE))
@@ -115,7 +116,7 @@ def at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
 
 
 def telephone(wave_T: np.ndarray) -> np.ndarray:
-    """Simulate the public telephone network: 300 to 3400 Hz, 8-bit mu-law coding (ITU-T G.711)."""
+    """Simulate a telephone line: 300 to 3400 Hz with 8-bit mu-law coding (ITU-T G.711)."""
     spectrum = np.fft.rfft(wave_T)
     hertz = np.fft.rfftfreq(len(wave_T), 1 / SAMPLE_RATE)
     inside = np.clip((hertz - 200) / 100, 0, 1) * np.clip((3600 - hertz) / 200, 0, 1)
@@ -126,7 +127,7 @@ def telephone(wave_T: np.ndarray) -> np.ndarray:
 
 
 def noisy(wave_T: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
-    """Add pink noise at a signal-to-noise ratio measured over the whole utterance."""
+    """Add pink noise at a signal-to-noise ratio that is measured over the whole utterance."""
     spectrum = np.fft.rfft(rng.standard_normal(len(wave_T)))
     spectrum /= np.sqrt(np.maximum(1.0, np.arange(len(spectrum))))
     noise_T = np.fft.irfft(spectrum, len(wave_T))
@@ -177,7 +178,7 @@ def _id(prefix: str, row: dict[str, str]) -> str:
 def _converted(
     folder: Path, rows: list[dict[str, str]], work: Path, prefix: str
 ) -> Iterator[tuple[dict[str, str], Utterance | Rejected]]:
-    """Yield the recordings in a table, converted to 16 kHz FLAC files."""
+    """Convert the recordings in a table to 16 kHz FLAC files, and yield them with their rows."""
 
     def convert(row: dict[str, str]) -> Utterance | Rejected:
         source, id = folder / row["file"], _id(prefix, row)
@@ -195,7 +196,7 @@ def _converted(
 
 
 def _derived(item: Utterance, split: str, folder: Path, change) -> Utterance:
-    """Return a changed copy of a test utterance; its noise depends only on the utterance id."""
+    """Return a copy of a test utterance modified by `change`. Its noise depends only on the utterance id."""
     wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
     rng = np.random.default_rng(list(item.id.encode()))
     path = folder / Path(item.audio.path).name
@@ -206,7 +207,7 @@ def _derived(item: Utterance, split: str, folder: Path, change) -> Utterance:
 
 
 def _write_once(path: Path, make) -> int:
-    """Write the waveform that `make` returns unless the file exists, and return the number of samples."""
+    """Write the waveform returned by `make` unless the file exists. Return the number of samples."""
     if not path.exists():
         wave_T = make()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""File layouts of the CSJ editions, and assignment of talks to sets.
+"""File layouts of the CSJ editions, and assignment of talks to splits.
 
 USB (3rd and 4th edition)  MORPH/SDB/{core,noncore}/ID.sdb  WAV/{core,noncore}/ID.wav, ID-L.wav, ID-R.wav
                            XML/BaseXML/{core,noncore}/ID.xml  TRN/Form1/{core,noncore}/ID.trn  fileList.csv
@@ -37,8 +37,9 @@ _LAYOUTS = (
     ("(CSJ2004)?", "SDB|WAV|XML|TRN", _FILE),
     ("(CSJ2004)?", "SPEECH", _ID, _FILE),
 )
-TALKS = 3302  # number of talks in the whole corpus, according to NINJAL
-# Accepted values in fileList.csv. Public readers expect コア for core talks and ノンコア for others.
+TALKS = 3302  # number of talks in the whole corpus according to NINJAL
+# Values in fileList.csv that mark a core talk. Public readers expect コア for core talks and ノンコア for
+# others.
 _CORE = ("コア", "core", "○", "◯", "〇", "1")
 _NOT_CORE = ("", "ノンコア", "非コア", "noncore", "non-core", "×", "-", "0")
 
@@ -48,13 +49,13 @@ class Talk:
     """The files of a talk."""
 
     id: str
-    audio: dict[str, Path] = field(default_factory=dict)  # keyed by channel; "" if the name has no channel
-    transcripts: dict[str, Path] = field(default_factory=dict)  # keyed by kind: sdb, xml or trn
+    audio: dict[str, Path] = field(default_factory=dict)  # channel ("" if the name has none) -> path
+    transcripts: dict[str, Path] = field(default_factory=dict)  # kind (sdb, xml or trn) -> path
     core: bool = False
 
 
 def find_talks(data: Path) -> dict[str, Talk]:
-    """Find all talks in the folder `data`, which may have any of the layouts above, and return them by id.
+    """Find all talks in the folder `data`, which may have any of the layouts above. Keys are talk ids.
 
     Raises:
         DataError: no talks were found, two files of a talk have the same kind, or a talk is in two subsets.
@@ -83,12 +84,12 @@ def find_talks(data: Path) -> dict[str, Talk]:
     listed = _read_file_list(data)
     _mark_core(talks, {id: side for id, (side, _) in sides.items() if side}, listed)
     if missing := sorted(listed.keys() - talks.keys()):
-        log.warning("csj: %d talks of fileList.csv not found: %s", len(missing), _abbreviated(missing))
+        log.warning("csj: %d talks in fileList.csv not found: %s", len(missing), _abbreviated(missing))
     return dict(sorted(talks.items()))
 
 
 def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapping[str, bool]) -> None:
-    """Set `core` of all talks, using the folder, fileList.csv or lists/core.txt, in this order."""
+    """Set `core` for all talks, using the folder name, fileList.csv or lists/core.txt, in this order."""
     core = set(read_list("core"))
     sources = {
         "folder": {id: side == "core" for id, side in sides.items()},
@@ -111,7 +112,7 @@ def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapp
 
 
 def _abbreviated(names: Sequence[str]) -> str:
-    """Join the first 40 names; only the list of core talks is longer."""
+    """Join the first 40 names. Only the list of core talks is longer."""
     return " ".join(names[:40]) + (" ..." if len(names) > 40 else "")
 
 
@@ -136,7 +137,7 @@ def _names(folder: Path, part: str) -> list[str]:
 
 
 def _read_file_list(data: Path) -> dict[str, bool]:
-    """Map each talk listed in fileList.csv to whether it is in the core."""
+    """Return whether each talk listed in fileList.csv is in the core, keyed by talk id."""
     path = data / "fileList.csv"
     if not path.is_file():
         return {}
@@ -165,10 +166,10 @@ def _read_file_list(data: Path) -> dict[str, bool]:
 
 
 def read_list(name: str | Path) -> list[str]:
-    """Read a list of talks with one talk per line; `#` starts a comment.
+    """Read a list of talks with one talk per line, where `#` starts a comment.
 
     Args:
-        name: the path of a file, or the name (str) of a file in lists/.
+        name: path of a file, or name (str) of a file in lists/.
     """
     path = LISTS / f"{name}.txt" if isinstance(name, str) else name
     try:
@@ -183,13 +184,13 @@ def read_list(name: str | Path) -> list[str]:
 
 
 def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, str]:
-    """Assign talks to train, dev, eval1, eval2 or eval3; talks outside the subset are omitted.
+    """Assign talks to train, dev, eval1, eval2 or eval3, omitting talks outside the subset.
 
     Args:
         talks: all talks found in the corpus folder.
-        subset: core, all, or the path of a list of talks to train on.
+        subset: core, all, or the path of a list of training talks.
         dev: lhotse or kaldi. With kaldi, the first utterances of the training data are used for development,
-            so no talk is assigned to `dev` here.
+            so that no talk is assigned to `dev` here.
 
     Raises:
         DataError: a talk is in two sets, a listed talk was not found, or a listed training talk is held out.
@@ -205,20 +206,20 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
     for name, entries in expected.items():
         if missing := sorted(entries - talks.keys()):
             log.warning(
-                "csj: %d of the %d talks of %s not found: %s",
+                "csj: %d of the %d talks in %s not found: %s",
                 len(missing),
                 len(entries),
                 name,
                 _abbreviated(missing),
             )
     if subset == "all" and len(talks) < TALKS:
-        log.warning("csj: found %d of the %d talks of the corpus", len(talks), TALKS)
+        log.warning("csj: found %d of the %d talks in the corpus", len(talks), TALKS)
     sets = {id: name for id, name in held.items() if name != "excluded" and id in talks}
     return sets | dict.fromkeys(sorted(train), "train")
 
 
 def held_out(dev: str) -> dict[str, str]:
-    """Map each talk that is excluded from training to its set.
+    """Return the set of each talk that is excluded from training, keyed by talk id.
 
     The sets are eval1, eval2, eval3, excluded and, with `dev="lhotse"`, dev.
 
@@ -238,7 +239,7 @@ def held_out(dev: str) -> dict[str, str]:
 
 
 def _read_training_list(subset: str, talks: Mapping[str, Talk], held: Mapping[str, str]) -> set[str]:
-    """Read a list of training talks; raise DataError if it contains held-out or missing talks."""
+    """Read a list of training talks. Raise DataError if it contains held-out or missing talks."""
     path = expand_user(subset)
     if not path.exists():
         matches = difflib.get_close_matches(subset, ("core", "all"), n=1)

@@ -1,11 +1,11 @@
 """Mapping from the phoneme labels in the XML files to the 40 phones.
 
 The labels are described in NINJAL's manual on segments (Maekawa et al., 2011). Two public readers show which
-of them occur in the XML of the core: bootphon/abkhazia (corpora/prepare_csj.py) and
+labels occur in the XML files of the core: bootphon/abkhazia (corpora/prepare_csj.py) and
 labphonlab/forced-alignment-validity-ja-ko (mapping/csj_mfa_map.tsv). The label of a palatalized consonant
 ends in `y` if the kana show palatalization (キャ is ky a), and in `j` before i (キ is kj i). A label must be
-mapped to the phones of the kana of its mora, so that alignments and words agree. Some phones therefore depend
-on the following vowel.
+mapped to the phones of the kana that spell its mora, so that alignments and words agree. Some phones
+therefore depend on the following vowel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from jahubert.phonemes import VOWELS
 
 LONG = "H"  # lengthens the preceding vowel
-# Vocal fry, a hum and an unidentifiable sound, for which transcribed words have no phones either.
+# Labels of vocal fry, a hum and an unidentifiable sound, which have no phones in transcribed words either.
 SILENT = ("FV", "VN", "?")
 # Phone labels that are not speech: pauses, noise, breath and the start of an utterance.
 OUTSIDE = ("SpzS", "SNS", "SbS", "#")
@@ -25,11 +25,11 @@ PHONES |= {"sj": "sh", "zj": "j", "cj": "ch", "tj": "t", "dj": "d", "Fj": "f"}
 PHONES |= {"sy": "sh", "zy": "j", "cy": "ch", "ty": "t", "dy": "d", "Fy": "hy"}
 PHONES |= {"c": "ts", "F": "f", "v": "b", "kw": "k", "gw": "g", "Q": "q"}
 
-# Maps (label, following vowel) to a phone if it depends on the vowel: スィ, ズィ, テュ, イェ, ニェ (n e).
+# (label, following vowel) -> phone, for phones that depend on the vowel: スィ, ズィ, テュ, イェ, ニェ (n e).
 _BEFORE = {("s", "i"): "sh", ("z", "i"): "j", ("ty", "u"): "ts", ("y", "e"): "i"}
 _BEFORE |= {(label + "y", "e"): label for label in _PALATAL}
 
 
 def phone_of(label: str, vowel: str = "") -> str:
-    """Return the phone of a label, given the label of the following vowel."""
+    """Return the phone for a label, given the label of the following vowel."""
     return _BEFORE.get((label, vowel), PHONES[label])

@@ -1,4 +1,4 @@
-"""Conversion of transcript segments to words in phones, and joining of segments into utterances."""
+"""Conversion of transcript segments to phonetic words, and joining of segments into utterances."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from jahubert.phonemes import kana_to_phones, to_katakana
 class JoinOptions:
     max_gap: float = 0.5  # maximum silence between joined segments (seconds)
     max_seconds: float = 10.0  # maximum length of joined segments; a single segment may be longer
-    # kaldi: the rule of egs/csj/s5, for comparison with Kaldi. A segment is joined if the utterance so far is
-    # not longer than max_seconds. An utterance to which a masked name is joined is rejected. Segments are not
-    # joined across a segment of the other channel.
+    # kaldi: the rule of egs/csj/s5, for comparison with Kaldi. This rule joins a segment if the utterance so
+    # far is not longer than max_seconds. It rejects an utterance to which a masked name is joined, and it
+    # does not join segments across a segment of the other channel.
     join: Literal["strict", "kaldi"] = "strict"
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class SpokenSegment:
     end: int  # exclusive
     words: tuple[tuple[str, ...], ...]  # the phones of each word
     text: str  # orthography
-    masked: bool  # contains a masked name, whose audio is noise
+    masked: bool  # whether the segment contains a masked name, whose audio is noise
     problems: tuple[str, ...]  # problems in the pronunciation, each with file:line
     text_problems: tuple[str, ...] = ()  # problems in the orthography, which is not used for training
     channel: str = "L"
@@ -65,7 +65,7 @@ class SpokenSegment:
 
 
 def resolve_segments(segments: Sequence[Segment], path: Path, options: TagOptions) -> list[SpokenSegment]:
-    """Resolve the tags of all channels of a transcript, and return segments in transcript order."""
+    """Resolve the tags in all channels of a transcript, and return segments in transcript order."""
     resolved: dict[int, SpokenSegment] = {}
     for channel in {segment.channel for segment in segments}:
         rows = [i for i, segment in enumerate(segments) if segment.channel == channel]
@@ -116,13 +116,13 @@ def _resolve_channel(segments: Sequence[Segment], path: Path, options: TagOption
 
 
 def merge_dependent_words(words: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Merge words that cannot be pronounced alone into the preceding word of the segment.
+    """Merge words that cannot be pronounced alone with the preceding word in the segment.
 
-    Such words start with ー or consist of ッ (行こ + う, pronounced イコ + ー). Without a preceding word, the
-    ー is dropped. Words without sound are dropped.
+    Such words start with ー or consist of ッ, as in 行こ + う, pronounced イコ + ー. If there is no preceding
+    word, the ー is dropped. Words without any sound are dropped, too.
 
     Args:
-        words: pairs of kana and line number.
+        words: pairs (kana, line number).
     """
     result: list[tuple[str, int]] = []
     for kana, line in words:
@@ -140,18 +140,18 @@ def _phones(kana: str) -> tuple[str, ...]:
 
 
 def join_segments(segments: Iterable[SpokenSegment], options: JoinOptions) -> list[SpokenSegment]:
-    """Join neighboring segments into utterances, as far as the limits on gaps and length allow.
+    """Join neighboring segments into utterances within the limits on gaps and length.
 
-    A segment that contains only an event may overlap a speech segment. It is returned unchanged and does not
-    affect the joining of other segments.
+    A segment that contains only an event may overlap a speech segment. Such a segment is returned unchanged
+    and does not affect the joining of other segments.
 
     Args:
         segments: the segments of all channels, in transcript order.
-        options: the joining rule and its limits.
+        options: rule and limits for joining.
     """
     max_gap, max_samples = round(options.max_gap * SAMPLE_RATE), round(options.max_seconds * SAMPLE_RATE)
     result: list[SpokenSegment] = []
-    open_utterances: dict[str, int] = {}  # per channel: index of the utterance that can still be extended
+    open_utterances: dict[str, int] = {}  # channel -> index of the utterance that can still be extended
     for segment in segments:
         if segment.event_only:
             result.append(segment)

@@ -20,18 +20,19 @@ def _hours(hours: int, minutes: int, seconds: int = 0) -> float:
     return hours + minutes / 60 + seconds / 3600
 
 
-# Recipes join segments differently, so hours agree within a few percent at best, and numbers of utterances
-# are only comparable with the same rule. Kaldi: utterances of egs/csj/s5 without masked names (join=kaldi).
+# Other recipes join segments differently, so that hours agree within a few percent at best, and numbers of
+# utterances are only comparable if the rule is the same. KALDI has the numbers of utterances without masked
+# names in egs/csj/s5 (join=kaldi).
 KALDI = {"eval1": 1272, "eval2": 1292, "eval3": 1385}
 KALDI_DEV = _hours(6, 31)  # duration of 4,000 utterances
 LHOTSE_DEV = (3743, _hours(6, 40, 15))  # number of utterances, hours
-# Hours in icefall (egs/csj/ASR), where utterances contain silences of up to 1 s.
+# Hours in icefall (egs/csj/ASR), where utterances may contain silences of up to 1 s.
 ICEFALL = {"eval1": _hours(1, 55, 40), "eval2": _hours(2, 2, 7), "eval3": _hours(1, 26, 44)}
-PAPER_HOURS = {"core": 32.0, "all": 552.0}  # training data of rinna/japanese-hubert-base
+PAPER_HOURS = {"core": 32.0, "all": 552.0}  # fine-tuning data in the paper of rinna/japanese-hubert-base
 
 
 class SummaryOptions(Protocol):
-    """Options that determine which figures are comparable."""
+    """Options that determine which published figures are comparable."""
 
     subset: str
     dev: str
@@ -40,7 +41,7 @@ class SummaryOptions(Protocol):
 
 @dataclass
 class SplitCount:
-    """Counts of a split."""
+    """Numbers of talks, utterances, hours and words in a split."""
 
     talks: set[str] = field(default_factory=set)
     utterances: int = 0
@@ -59,7 +60,7 @@ class SplitCount:
 
 
 def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config: SummaryOptions) -> None:
-    """Log the size of every split with published figures, and rejected items; warn about missing talks."""
+    """Log the size of every split, compared with published figures, rejected items, and missing talks."""
     expected = expected_talks(config.subset, config.dev)
     for name, count in counts.items():
         talks = count.talks
@@ -78,7 +79,7 @@ def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config
 
 
 def expected_talks(subset: str, dev: str) -> dict[str, int]:
-    """Return the number of talks of each split in a complete copy of the corpus, as far as known."""
+    """Return the number of talks in each split of a complete copy of the corpus, where it is known."""
     set_of = held_out(dev)
     expected = {name: sum(other == name for other in set_of.values()) for name in (*EVALS, "dev")}
     if dev == "kaldi":
@@ -91,7 +92,7 @@ def expected_talks(subset: str, dev: str) -> dict[str, int]:
 
 
 def comparison(name: str, count: SplitCount, config: SummaryOptions) -> str:
-    """Describe the size of a split relative to other recipes; "" if no figure is comparable."""
+    """Return a comparison of a split's size with other recipes, or "" if no figure is comparable."""
     figures = []
     if name in KALDI and config.join == "kaldi":
         figures.append(("Kaldi", f"{KALDI[name]:,} utterances", count.utterances / KALDI[name]))

@@ -1,7 +1,8 @@
-"""Resolution of the tags of CSJ transcripts.
+"""Resolution of the tags in CSJ transcripts.
 
-A tag is written `(NAME text)` or `(NAME one;other)`. Tags can be nested, and can be closed in a later word or
-segment than they are opened. An event is written `<NAME>` or `<NAME:detail>`. They are resolved as follows:
+A tag is written `(NAME text)` or `(NAME one;other)`. Tags can be nested, and a tag can be closed in a later
+word or segment than the one that opens it. An event is written `<NAME>` or `<NAME:detail>`. Tags and events
+are resolved as follows:
 
 | tag                            | pronunciation                         | orthography |
 |--------------------------------|---------------------------------------|-------------|
@@ -37,13 +38,13 @@ FILLER, FRAGMENTS, MASK, UNCERTAIN, METALINGUISTIC = "F", ("D", "D2"), "R", "?",
 SLIPS, SPELLINGS = ("W", "B"), ("A", "K")
 TAGS = (FILLER, *FRAGMENTS, MASK, UNCERTAIN, *SLIPS, *SPELLINGS, *KEPT)
 SOUNDS = {"H": "ー", "VN": "ウン"}  # events whose sounds are spelled out with pron=actual
-# The names of pauses are followed by times, and in dialogues include the channel: <P:..>, <PL:..>, <PR:..>.
+# The name of a pause is followed by times, and in dialogues includes the channel: <P:..>, <PL:..>, <PR:..>.
 EVENTS = (
     *SOUNDS,
     *("Q", "FV", "P", "PL", "PR", "笑", "咳", "息", "泣", "拍手", "雑音"),
     *("フロア発話", "フロア笑", "デモ", "ベル", "朗読間違い"),
 )
-# For each separator, the tags whose alternatives it separates, in search order.
+# Each separator with the tags whose alternatives it separates, in search order.
 _SEPARATES = {";": ((*SLIPS, *SPELLINGS), (METALINGUISTIC,)), ",": ((UNCERTAIN,),)}
 _TOKEN = re.compile(
     # A mask may follow its tag without a space: (R×××), (F×××).
@@ -53,7 +54,7 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class TagOptions:
-    pron: Literal["canonical", "actual"] = "canonical"  # the intended or the actual pronunciation
+    pron: Literal["canonical", "actual"] = "canonical"  # use the intended or the actual pronunciation
     fillers: Literal["keep", "drop"] = "keep"
     fragments: Literal["keep", "drop"] = "keep"
 
@@ -62,18 +63,18 @@ class TagOptions:
 class Resolved:
     """Result of resolving tags."""
 
-    texts: list[str]  # text of each word without tags
+    texts: list[str]  # the text of each word without tags
     masked: set[int] = field(default_factory=set)  # indices of masked words
     problems: list[tuple[int, str]] = field(default_factory=list)  # (index of the word, description)
 
 
 def resolve_tags(texts: Sequence[str], segment_N: Sequence[int], options: TagOptions, side: Side) -> Resolved:
-    """Resolve the tags of one side of a channel's transcript.
+    """Resolve the tags on one side of a channel's transcript.
 
     Args:
         texts: the words with their tags.
-        segment_N: the segment of each word. A tag that is never closed only affects the rest of its segment.
-        options: select alternatives.
+        segment_N: the segment of each word. A tag that is never closed affects only the rest of its segment.
+        options: options that select between alternatives.
         side: the column of the transcript from which the words come.
     """
     result = Resolved([""] * len(texts))
@@ -101,13 +102,13 @@ class _Tag:
     """An open tag."""
 
     name: str
-    word: int  # index of the word that opens it
-    # Pieces of text of each alternative so far, as (index of the word, text).
+    word: int  # index of the word that opens the tag
+    # The pieces of text in each alternative so far, as (index of the word, text).
     alternatives: list[list[tuple[int, str]]] = field(default_factory=lambda: [[]])
 
 
 class _Parser:
-    """Incremental parser. Each piece of text is assigned to its word, even if a later word closes the tag."""
+    """Incremental parser that assigns each piece of text to its word, even if a later word closes the tag."""
 
     def __init__(self, options: TagOptions, side: Side):
         self.options, self.side = options, side
@@ -116,7 +117,7 @@ class _Parser:
         self._stack = [_Tag("", 0)]
 
     def unclosed(self) -> _Tag | None:
-        """Return the outermost open tag, if any."""
+        """Return the outermost open tag, or None."""
         return self._stack[1] if len(self._stack) > 1 else None
 
     def pieces(self) -> list[tuple[int, str]]:
@@ -158,14 +159,14 @@ class _Parser:
             tag = self._stack.pop()
             self._stack[-1].alternatives[-1] += self._chosen(tag)
         elif not any(self._split(names) for names in _SEPARATES.get(mark, ())):
-            self.problems.append((word, f"unexpected {mark} outside of a tag that allows it"))
+            self.problems.append((word, f"{mark} is not inside a tag that allows it"))
 
     def _split(self, names: Sequence[str]) -> bool:
         """Start the next alternative of the innermost open tag in `names`; return False if there is none."""
         depth = next((i for i in range(len(self._stack) - 1, 0, -1) if self._stack[i].name in names), None)
         if depth is None:
             return False
-        # The content of nested tags so far belongs to the alternative that ends here.
+        # The content of nested tags up to this point belongs to the alternative that ends here.
         for i in range(len(self._stack) - 1, depth, -1):
             inner = self._stack[i]
             self._stack[i - 1].alternatives[-1] += self._chosen(inner)

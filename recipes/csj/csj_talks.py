@@ -1,4 +1,4 @@
-"""Conversion of a talk to utterances, using its best transcript and its audio."""
+"""Conversion of a talk to utterances, based on its best transcript and its audio."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.data.utterances import read_reliably
 
-BROKEN, NO_TIMES = "broken transcript", "broken phone times"  # reasons of rejection
+BROKEN, NO_TIMES = "broken transcript", "broken phone times"  # reasons for rejection
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TalkOptions(TagOptions, JoinOptions):
 
 @dataclass
 class Transcript:
-    """The best transcript of a talk, and the phone times from its XML."""
+    """The best transcript of a talk, with the phone times from its XML file."""
 
     path: Path
     segments: list[Segment]
@@ -43,10 +43,10 @@ class Transcript:
 
 
 def read_transcript(talk: Talk, phones: bool = True) -> Transcript | None:
-    """Read the SDB, XML or TRN of a talk, in this order of preference; None if it has no transcript.
+    """Read the SDB, XML or TRN file of a talk, in this order of preference, or return None without one.
 
     Args:
-        phones: also read the phone times of core talks. Errors in them are recorded and not raised.
+        phones: whether to read the phone times of core talks. Errors in phone times are recorded, not raised.
 
     Raises:
         DataError: the transcript is unreadable.
@@ -76,10 +76,10 @@ class TranscriptCheck:
 
     n_segments: int = 0
     n_broken: int = 0  # number of segments that cannot be read
-    problems: list[str] = field(default_factory=list)  # each with file:line
+    problems: list[str] = field(default_factory=list)  # problems in the pronunciation, with file:line
     text_problems: list[str] = field(
         default_factory=list
-    )  # problems in the orthography, which is not trained on
+    )  # problems in the orthography, which is not used for training
     unreadable: bool = False  # whether the whole transcript is unreadable
 
 
@@ -101,7 +101,7 @@ def check_transcript(talk: Talk, options: TagOptions) -> TranscriptCheck:
 
 
 def read_talk(talk: Talk, work: Path, options: TalkOptions) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of a talk, channel by channel; the caller assigns their split."""
+    """Yield the utterances of a talk, channel by channel, without assigning a split."""
     try:
         transcript = read_transcript(talk)
     except DataError as error:
@@ -138,7 +138,7 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
     """
     path = talk.audio.get(channel) or talk.audio.get("")
     if path is None:
-        raise AudioError(f"talk {talk.id} has no file for its channel {channel}")
+        raise AudioError(f"talk {talk.id}: no audio file found for channel {channel}")
     if channel not in talk.audio:
         file = path
         n_file_channels = read_reliably(lambda: _n_channels(file), file)
@@ -147,7 +147,7 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
             path = read_reliably(lambda: _extract_channel(file, "LR".index(channel), target), file)
         elif n_channels > 1:
             raise AudioError(
-                f"{path} contains one channel of a dialogue, but two are required: {talk.id}-L.wav and "
+                f"{path} contains only one channel of a dialogue; provide both {talk.id}-L.wav and "
                 f"{talk.id}-R.wav"
             )
     source = AudioSource(str(path))
@@ -162,7 +162,7 @@ def _n_channels(path: Path) -> int:
 
 
 def _extract_channel(path: Path, index: int, target: Path) -> Path:
-    """Write one channel of a stereo file to `target`, unless this file exists."""
+    """Write one channel of a stereo file to `target`, unless `target` exists."""
     if not target.is_file():
         try:
             frames_TC, rate = soundfile.read(path, dtype="int16", always_2d=True)
@@ -199,7 +199,7 @@ def _utterance(
 
 
 def _alignment(times: Sequence[PhoneTime], start: int, end: int) -> tuple[Phone, ...]:
-    """Select the phones between two samples, clipped and relative to `start`; () if any is UNKNOWN."""
+    """Return the phones between two samples, clipped and relative to `start`, or () if one is UNKNOWN."""
     phones: list[Phone] = []
     for time in times[max(0, bisect_left(times, start, key=lambda time: time.start) - 1) :]:
         if time.start >= end:

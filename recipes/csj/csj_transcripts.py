@@ -1,8 +1,8 @@
 """Readers for CSJ transcripts: SDB and TRN (Shift_JIS) and XML (UTF-8).
 
-A transcript is a list of segments, which are the timed units of the corpus: speech between pauses of 0.2 s.
-The words of a segment, which contain tags, are short unit words in SDB and XML and phrases (bunsetsu) in TRN.
-A malformed line only affects the segments to which it may belong; `Word.problem` describes it.
+A transcript is a list of segments, the timed units of the corpus: speech between pauses of 0.2 s. The words
+of a segment contain tags. They are short unit words in SDB and XML, and phrases (bunsetsu) in TRN. A
+malformed line, which `Word.problem` describes, affects only the segments to which it may belong.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ _TIME, _ORTHOGRAPHY, _PRONUNCIATION = 3, 5, 10  # columns of an SDB file, counte
 _SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _TRN_TIME = re.compile(r"(\d{4,}) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
-UNKNOWN = ""  # a phone whose label could not be read, but whose time is known
-_BAD = "\ufffd"  # replaces bytes that cannot be decoded
+UNKNOWN = ""  # symbol of a phone whose time is known, but whose label is not
+_BAD = "\ufffd"  # replacement for bytes that cannot be decoded
 
 
 @dataclass
 class Word:
-    """A word with its tags."""
+    """A word, including its tags."""
 
     line: int
     orthography: str
     pronunciation: str
     masked: bool = False
-    problem: str = ""  # problem in the pronunciation
-    text_problem: str = ""  # problem in the orthography
+    problem: str = ""  # description of a problem in the pronunciation
+    text_problem: str = ""  # description of a problem in the orthography
 
 
 @dataclass
 class Segment:
-    """Words between two pauses."""
+    """The words between two pauses."""
 
     start: int  # 16 kHz samples from the start of the talk
     end: int  # exclusive
@@ -51,7 +51,7 @@ class Segment:
 
 @dataclass
 class PhoneTime:
-    """A phone with its time."""
+    """A phone with its start and end."""
 
     symbol: str  # one of the 40 phones, or UNKNOWN
     start: int  # 16 kHz samples from the start of the talk
@@ -60,14 +60,14 @@ class PhoneTime:
 
 
 def read_sdb(path: Path) -> list[Segment]:
-    """Read the segments of an SDB file in file order; the channels of a dialogue are interleaved.
+    """Read the segments of an SDB file in file order, with interleaved channels in dialogues.
 
     Raises:
         DataError: no line has a time.
     """
     segments: dict[tuple[str, str], Segment] = {}
-    latest: dict[str, Segment] = {}  # last segment of each channel
-    unplaced: list[Word] = []  # lines without a time, which may belong to the next segment
+    latest: dict[str, Segment] = {}  # channel -> its last segment
+    unplaced: list[Word] = []  # words from lines without a time, which may belong to the next segment
     for number, line in _lines(path):
         columns = line.split("\t")
         match = _SDB_TIME.fullmatch(columns[_TIME]) if len(columns) > _TIME else None
@@ -117,7 +117,7 @@ def read_trn(path: Path) -> list[Segment]:
             continue
         orthography, ampersand, pronunciation = (part.strip() for part in line.partition("&"))
         is_header = not ampersand and re.match(r"\d{4,} ", line)
-        if is_header or not segments:  # a segment whose time is unknown
+        if is_header or not segments:  # the line starts a segment whose time is unknown
             time = segments[-1].end if segments else 0
             problem = f"expected a time, such as '0001 00000.113-00006.570 L:'; found {line[:60]!r}"
             word = Word(number, "", "", problem=problem)
@@ -133,7 +133,7 @@ def read_trn(path: Path) -> list[Segment]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield numbered non-empty lines; bytes that are not Shift_JIS (CP932) are replaced with `_BAD`."""
+    """Yield (number, line) of non-empty lines, with `_BAD` for bytes that are not Shift_JIS (CP932)."""
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         line = raw.rstrip(b"\r\x1a").decode("cp932", errors="replace")
         if line.strip():
@@ -149,7 +149,7 @@ def _check_encoding(word: Word) -> Word:
 
 
 def _check_times(segments: Iterable[Segment]) -> list[Segment]:
-    """Mark segments that end before they start."""
+    """Add a problem to each segment that ends before it starts."""
     result = list(segments)
     for segment in result:
         if segment.end <= segment.start and not any(word.problem for word in segment.words):
@@ -174,11 +174,11 @@ def _samples(seconds: str) -> int:
 
 @dataclass
 class XmlTranscript:
-    """Content of an XML file."""
+    """The content of an XML file."""
 
     segments: list[Segment] = field(default_factory=list)
-    phones: list[PhoneTime] = field(default_factory=list)  # only in core talks; UNKNOWN if unreadable
-    problems: list[str] = field(default_factory=list)  # phones that cannot be read, each with file:line
+    phones: list[PhoneTime] = field(default_factory=list)  # only core talks have phones
+    problems: list[str] = field(default_factory=list)  # phone labels that cannot be read, with file:line
 
 
 def read_xml(path: Path) -> XmlTranscript:
@@ -201,7 +201,7 @@ class _XmlReader:
     def __init__(self, path: Path):
         self.path, self.result = path, XmlTranscript()
         self._label, self._line = "", 0  # label and line of the current phoneme
-        self._before = ""  # label of the last phone
+        self._before = ""  # label of the previous phone
         self._times: list[int] = []
         self.parser = expat.ParserCreate()
         self.parser.StartElementHandler = self._start
@@ -246,7 +246,7 @@ class _XmlReader:
             self._add(self._label, min(self._times), max(self._times))
 
     def _add(self, label: str, start: int, end: int) -> None:
-        """Add a phoneme that extends from the start of its first phone to the end of its last phone."""
+        """Add a phoneme that lasts from the start of its first phone to the end of its last phone."""
         channel, phones = self.result.segments[-1].channel, self.result.phones
         label_before, self._before = self._before, ""
         before = phones[-1] if phones and phones[-1].channel == channel else None
@@ -277,6 +277,6 @@ class _XmlReader:
             return _samples(attributes[key])
         except (KeyError, ValueError):
             raise DataError(
-                f"{self.path}:{self.parser.CurrentLineNumber}: {key} must be a time in seconds, found "
+                f"{self.path}:{self.parser.CurrentLineNumber}: {key} must be a time in seconds; found "
                 f"{attributes.get(key)!r}"
             ) from None

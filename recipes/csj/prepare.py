@@ -1,9 +1,9 @@
 """Reader for CSJ, the Corpus of Spontaneous Japanese (NINJAL): fine-tuning data and the three test sets.
 
-Reads the USB, DVD and merl layouts (csj_files.py) and SDB, XML or TRN transcripts (csj_transcripts.py),
-resolves tags (csj_tags.py), and joins segments with short gaps into utterances (csj_speech.py). Each word is
-the sequence of phones of a short unit word. The splits are train, dev, eval1, eval2 and eval3. Phone times in
-the XML of core talks are stored as the alignment of their utterances.
+The recipe reads the USB, DVD and merl layouts (csj_files.py) with SDB, XML or TRN transcripts
+(csj_transcripts.py), resolves tags (csj_tags.py), and joins segments with short gaps into utterances
+(csj_speech.py). Each word is the phone sequence of a short unit word. The splits are train, dev, eval1, eval2
+and eval3. Phone times in the XML files of core talks are stored as the alignments of the utterances.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MAX_LISTED = 20  # maximum number of problems in a message
 
 @dataclass(frozen=True)
 class Config(TalkOptions):
-    subset: str = "core"  # core, all, or a file with the talks to train on, one per line
-    dev: Literal["lhotse", "kaldi"] = "lhotse"  # 39 talks, or the first 4,000 utterances of the training data
-    # Maximum share of segments, and of talks, with unreadable transcripts, which are rejected. The run ends
-    # if more than this share (and more than one) are unreadable. 0: any problem ends the run.
+    subset: str = "core"  # core, all, or a file that lists the training talks, one per line
+    dev: Literal["lhotse", "kaldi"] = "lhotse"  # lhotse: 39 talks; kaldi: the first 4,000 training utterances
+    # Maximum fraction of segments, and of talks, whose transcripts are unreadable. These are rejected. The
+    # run ends if more than this fraction (and more than one) are unreadable. 0: any problem ends the run.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:
@@ -43,15 +43,15 @@ class Config(TalkOptions):
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield utterances `<talk>_<start>_<end>` (milliseconds; `<talk>-L` in dialogues) and rejected items.
+    """Yield rejected items, and utterances `<talk>_<start>_<end>` (milliseconds; `<talk>-L` in dialogues).
 
     All transcripts are checked before any audio is read, so that problems are reported within minutes. The
-    test sets are yielded first, then dev, then the training talks in random order, so that the first part of
-    the training data is a representative sample. Channels of stereo files are written to `work` as FLAC
-    files. The talks, utterances, hours and words of every split are logged.
+    test sets are yielded first, followed by dev and by the training talks in random order, so that the first
+    part of the training data is a representative sample. Channels of stereo files are written to `work` as
+    FLAC files. The numbers of talks, utterances, hours and words in every split are logged.
 
     Raises:
-        DataError: the corpus was not found, a talk is in two sets, a training talk is held out, or too many
+        DataError: the corpus is not found, a talk is in two sets, a training talk is held out, or too many
             transcripts are unreadable.
     """
     if data is None:
@@ -91,7 +91,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 
 def _check_transcripts(talks: Mapping[str, Talk], config: Config) -> None:
-    """Log unreadable segments and talks; raise DataError if there are more than `max_broken` allows."""
+    """Log unreadable segments and talks. Raise DataError if there are more than `max_broken` allows."""
     log.info("csj: checking the transcripts of %d talks", len(talks))
     checks = [check_transcript(talk, config) for talk in talks.values()]
     n_segments, n_broken = sum(check.n_segments for check in checks), sum(check.n_broken for check in checks)
@@ -116,7 +116,7 @@ def _check_transcripts(talks: Mapping[str, Talk], config: Config) -> None:
             f"{message}\nFix the files, or raise prepare.options.max_broken={config.max_broken} to reject "
             "these utterances"
         )
-    log.warning("%s\nTheir utterances are rejected", message)
+    log.warning("%s\nThe utterances in them are rejected", message)
 
 
 def _too_many(n_broken: int, total: int, config: Config) -> bool:
@@ -125,9 +125,9 @@ def _too_many(n_broken: int, total: int, config: Config) -> bool:
 
 
 def _ordered_talks(sets: dict[str, str], seed: int, shuffle: Callable[[], bool]) -> Iterator[str]:
-    """Yield the talks of the test sets, of dev, and of train, ordered by id.
+    """Yield the talks in the test sets, in dev and in train, each ordered by id.
 
-    Training talks are in random order from the first time `shuffle` returns True.
+    Once `shuffle` returns True, the remaining training talks are yielded in random order.
     """
     for name in (*EVALS, "dev"):
         yield from (talk for talk in sets if sets[talk] == name)

@@ -1,4 +1,4 @@
-"""Recording level and background noise of synthetic speech."""
+"""Recording level and background noise for synthetic speech."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import numpy as np
 
 
 def add_noise(wave_T: np.ndarray, *, level_db: float, snr_db: float, tilt: float, seed: int) -> np.ndarray:
-    """Scale speech to a level and add stationary noise.
+    """Scale speech to a given level, and add stationary noise.
 
     Args:
         wave_T: speech, float32 (T,).
         level_db: RMS level of the speech (dBFS).
         snr_db: signal-to-noise ratio (dB).
-        tilt: spectral slope of the noise: 0 is white, 1 is pink.
-        seed: random seed of the noise.
+        tilt: spectral slope of the noise; 0 is white, 1 is pink.
+        seed: random seed for the noise.
 
     Returns:
-        The mixture, int16 (T,), scaled down if it would clip.
+        The mixture, int16 (T,), which is scaled down if it would clip.
     """
     wave_T = wave_T * np.float32(10 ** (level_db / 20) / np.sqrt(np.mean(wave_T**2)))
     n = len(wave_T)

@@ -1,10 +1,10 @@
-"""Synthetic corpus: sentences composed from the project's word lists, spoken by Open JTalk.
+"""Synthetic corpus of sentences composed from the project's word lists and spoken by Open JTalk.
 
 Nothing is downloaded. The voice is part of pyopenjtalk-plus (HTS voice "Mei", CC BY 3.0, MMDAgent Project
-Team). All phone times are exact: at speed 1.0, the number of 5 ms frames of a phone only depends on its
-context label, so a copy of the voice with a frame length of one sample yields the frame counts of labels
-almost instantly. A speaker is a copy with a certain frame length, which scales all durations, a certain
-frequency warping, which changes the vocal tract length, and a certain pitch.
+Team). All phone times are exact: at speed 1.0, the number of 5 ms frames of a phone depends only on its
+context label, so that a copy of the voice with a frame length of one sample yields the frame counts of labels
+almost instantly. A speaker is a copy of the voice with its own pitch, frame length, which scales all
+durations, and frequency warping, which changes the vocal tract length.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.text.japanese import Word, analyze, features_to_words, openjtalk
 
 VERSION = 1  # version of the generated audio; part of every file name
-_VOICE_RATE = 48_000  # Hz
+_VOICE_RATE = 48_000  # sampling rate of the voice in Hz
 _STEP = _VOICE_RATE // SAMPLE_RATE
-_PARALLEL_SECONDS = 300  # several processes are used for at least this much audio
+_PARALLEL_SECONDS = 300  # minimum amount of audio for which several processes are used
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A variant of the voice with a certain speaking rate, pitch and vocal tract length."""
+    """A variant of the voice with its own speaking rate, pitch and vocal tract length."""
 
     name: str
-    frame: int  # frame length in 48 kHz samples (original: 240); a multiple of 3, so that times are integers
-    half_tones: float  # pitch shift
-    warping: float  # original: 0.55; a larger value is a longer vocal tract
+    frame: int  # frame length in 48 kHz samples (original: 240); multiples of 3 make times integers
+    half_tones: float  # pitch shift in semitones
+    warping: float  # frequency warping (original: 0.55); larger values mean a longer vocal tract
 
 
 SPEAKERS = (
@@ -68,9 +68,9 @@ SPEAKERS = (
 
 @dataclass(frozen=True)
 class Config:
-    minutes: float = 35.0  # duration of all splits together
-    dev_share: float = 0.085  # fraction of the minutes
-    test_share: float = 0.115  # fraction of the minutes
+    minutes: float = 35.0  # total duration of all splits
+    dev_share: float = 0.085  # fraction of the minutes in dev
+    test_share: float = 0.115  # fraction of the minutes in test
     processes: int = 0  # number of processes; 0: one per core, at most 8
 
 
@@ -80,12 +80,12 @@ class Line:
 
     text: str
     speaker: int  # index into SPEAKERS
-    lead: int  # frames removed from the silence at the start
-    tail: int  # frames removed from the silence at the end
+    lead: int  # number of frames removed from the silence at the start
+    tail: int  # number of frames removed from the silence at the end
     level_db: float  # RMS level of the speech (dBFS)
     snr_db: float
-    tilt: float  # spectral slope of the noise: 0 is white, 1 is pink
-    noise: int  # random seed of the noise
+    tilt: float  # spectral slope of the noise; 0 is white, 1 is pink
+    noise: int  # random seed for the noise
 
     def path(self, work: Path) -> Path:
         key = json.dumps([VERSION, asdict(self), asdict(SPEAKERS[self.speaker])], ensure_ascii=False)
@@ -93,9 +93,9 @@ class Line:
 
 
 def prepare(data: None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield utterances `demo-<split>-NNNNN` in the splits train, dev and test; no sentence is in two splits.
+    """Yield utterances `demo-<split>-NNNNN` in the splits train, dev and test, which share no sentences.
 
-    Audio is written to `work` as 16 kHz FLAC; existing files are kept.
+    Audio is written to `work` as 16 kHz FLAC. Existing files are kept.
 
     Raises:
         ConfigError: durations or shares are out of range.
@@ -103,12 +103,14 @@ def prepare(data: None, work: Path, config: Config, seed: int) -> Iterator[Utter
     """
     shares = (config.dev_share, config.test_share)
     if config.minutes <= 0 or min(shares) < 0 or sum(shares) >= 1:
-        raise ConfigError(f"demo: minutes must be above 0, dev_share + test_share below 1; found {config}")
+        raise ConfigError(
+            f"demo: minutes must be above 0, and dev_share + test_share below 1; found {config}"
+        )
     yield from synthesize(sentences(seed), work, config, seed)
 
 
 def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
-    """Synthesize texts with alternating speakers, until `minutes` are reached or the texts end."""
+    """Synthesize texts with alternating speakers until `minutes` are reached or the texts end."""
     plan: list[tuple[Line, Utterance]] = list(_plan(texts, work, config, seed))
     missing = [line for line, item in plan if not _exists(item)]
     seconds = sum(item.n_samples for _, item in plan) / SAMPLE_RATE
@@ -119,7 +121,7 @@ def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> I
 
 
 def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[tuple[Line, Utterance]]:
-    """Yield lines and their utterances until `minutes` are reached: first test, then dev, then train."""
+    """Yield lines with their utterances for test, dev and train, in this order, for `minutes` in total."""
     total = config.minutes * 60 * SAMPLE_RATE
     left = {"test": total * config.test_share, "dev": total * config.dev_share}
     left["train"] = total - left["test"] - left["dev"]
@@ -162,7 +164,7 @@ def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterat
 
 
 def _labels(text: str) -> tuple[list[Word], list[str]]:
-    """Analyze a sentence, and return its words and full-context labels."""
+    """Analyze a sentence, and return its words and its full-context labels."""
     features = analyze(text)
     return features_to_words(features), openjtalk().make_label(features)
 
@@ -175,10 +177,10 @@ def _phone_of(label: str) -> str:
 
 
 def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) -> tuple[Phone, ...]:
-    """Align the phones of words with labels. A long vowel has two labels; silence is `pau`.
+    """Align the phones of words with labels. A long vowel has two labels, and silence is labeled `pau`.
 
     Args:
-        samples: number of samples of each label.
+        samples: number of samples for each label.
     """
     label_phones = [_phone_of(label) for label in labels]
     kana = " ".join(word.kana for word in words)
@@ -193,12 +195,12 @@ def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) 
             parts = [symbol[0]] * 2 if symbol.endswith(":") else [symbol]
         actual = label_phones[i : i + len(parts)]
         if [_phone_class(phone) for phone in actual] != [_phone_class(phone) for phone in parts]:
-            raise JahubertError(f"labels have {actual} for the phone {symbol} of the words {kana}")
+            raise JahubertError(f"the labels have {actual} instead of the phone {symbol} in the words {kana}")
         end = start + sum(samples[i : i + len(parts)])
         phones.append(Phone(symbol, start, end))
         start, i = end, i + len(parts)
     if (missing := next(remaining, None)) is not None:
-        raise JahubertError(f"labels end before the phone {missing} of the words {kana}")
+        raise JahubertError(f"the labels end before the phone {missing} in the words {kana}")
     return tuple(phones)
 
 
@@ -216,7 +218,7 @@ def _phone_class(phone: str) -> str:
 
 @cache
 def _engine(frame: int, warping: float) -> Any:
-    """Create an HTS engine with a copy of the voice that has this frame length and warping."""
+    """Create an HTS engine with a copy of the voice that has the given frame length and warping."""
     pyopenjtalk = openjtalk()
     voice = Path(os.fsdecode(pyopenjtalk.DEFAULT_HTS_VOICE)).read_bytes()
     voice, n_frame = re.subn(rb"FRAME_PERIOD:\d+", b"FRAME_PERIOD:%d" % frame, voice, count=1)
@@ -230,7 +232,7 @@ def _engine(frame: int, warping: float) -> Any:
 
 
 def frames_of(labels: Sequence[str]) -> list[int]:
-    """Return the number of frames of each label, which is the same for all speakers."""
+    """Return the number of frames for each label, which is the same for all speakers."""
     engine = _engine(1, 0.55)
     return [len(engine.synthesize([label])) for label in labels]
 
@@ -254,7 +256,7 @@ def _exists(item: Utterance) -> bool:
 
 
 def _render(lines: Sequence[Line], work: Path, processes: int) -> None:
-    """Write the audio of lines; with `processes` > 1, in subprocesses that run this file."""
+    """Write the audio of lines, using subprocesses that run this file if `processes` > 1."""
     if processes <= 1 or len(lines) < 2 * processes:
         for line in lines:
             _write(line, work)

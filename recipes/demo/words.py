@@ -153,7 +153,7 @@ PATTERNS: tuple[str, ...] = (
 
 
 class _Deck:
-    """Draws words without replacement until a list is empty, so that all words are about equally frequent."""
+    """Drawing of words without replacement, which makes all words of a list about equally frequent."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -166,7 +166,7 @@ class _Deck:
 
 
 def sentences(seed: int) -> Iterator[str]:
-    """Generate distinct sentences endlessly, with alternating patterns; determined by `seed`."""
+    """Endlessly generate distinct sentences with alternating patterns, determined by `seed`."""
     rng = random.Random(f"demo {seed}")
     deck, seen = _Deck(rng), set()
     while True:

@@ -1,4 +1,4 @@
-"""Reader for corpora prepared with fairseq's HuBERT recipe: each `.tsv` in a folder is a split."""
+"""Reader for corpora prepared with fairseq's HuBERT recipe, in which each `.tsv` file is a split."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from jahubert.train.data.manifest import Rejected, Utterance
 
 @dataclass(frozen=True)
 class Config:
-    root: str | None = None  # folder of the audio; replaces the one in the first line of each .tsv
+    root: str | None = None  # folder of the audio, which replaces the first line of each .tsv
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
@@ -21,5 +21,5 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         )
     for tsv in find_tsv_files(data):
         for entry in read_tsv(tsv, config.root):
-            # The length is not taken from the .tsv but measured, because units are later checked against it.
+            # The length is measured and not taken from the .tsv, because units are later checked against it.
             yield Utterance(entry.id, entry.audio, split=tsv.stem)

@@ -10,17 +10,17 @@ from torch.nn import functional as F
 from jahubert.audio import AudioSource, load_audio
 from jahubert.frames import SAMPLE_RATE
 
-_BLOCK = SAMPLE_RATE // 100  # samples per energy value
+_BLOCK = SAMPLE_RATE // 100  # number of samples per energy value
 _PAUSE = 30  # number of energy values to average (0.3 s)
 
 
 def cut_at_pauses(audio: AudioSource, start: int, end: int, max_samples: int) -> Iterator[tuple[int, int]]:
-    """Split a recording into parts of at most `max_samples` samples, at the quietest 0.3 s.
+    """Split a recording into parts of at most `max_samples` samples, cutting at the quietest 0.3 s.
 
     A cut is always in the second half of the longest possible part, so that no part is very short.
 
     Yields:
-        The first and the end sample of each part, at 16 kHz.
+        The start and the end of each part in 16 kHz samples.
     """
     while end - start > max_samples:
         wav_T = load_audio(audio, start=start, n_samples=max_samples)

@@ -1,8 +1,8 @@
-"""Reader for your own recordings: tables, corpus folders, and manifests of other toolkits.
+"""Reader for your own recordings: tables, corpus folders, and manifests from other toolkits.
 
 `data` is a csv, tsv, jsonl or parquet file, a Common Voice release, a Kaldi data directory, an ESPnet dump, a
-lhotse cut manifest, or a folder of audio with .txt or .lab files (table_sources.py). If the input has no
-splits, speakers are assigned to train, dev and test.
+lhotse cut manifest, or a folder of audio files with .txt or .lab files (table_sources.py). If the input does
+not define splits, speakers are assigned to train, dev and test.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from jahubert.train.data.utterances import read_reliably
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = SAMPLE_RATE // 10  # samples by which a time may exceed its audio, because times may be rounded
+_TOLERANCE = SAMPLE_RATE // 10  # samples by which a time may exceed the audio; times may be rounded
 
 
 @dataclass(frozen=True)
 class Config:
-    dev_share: float = 0.1  # share of the training utterances for dev, if the input has no dev split
-    test_share: float = 0.1  # share of the training utterances for test, if the input has no test split
-    # Maximum length of an utterance (seconds). A longer recording is cut at pauses if it has no text. If it
-    # has text, it is rejected, because its words cannot be assigned to the parts.
+    dev_share: float = 0.1  # fraction of the training utterances to use as dev, if the input has no dev split
+    test_share: float = 0.1  # fraction of the training utterances to use as test, if there is no test split
+    # Maximum length of an utterance in seconds. A longer recording is cut at pauses if it has no text. A
+    # longer recording with text is rejected, because its words cannot be assigned to the parts.
     max_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Config:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of the input and rejected rows, and log the size of each split.
+    """Yield the utterances in the input and the rejected rows, and log the size of each split.
 
     Raises:
         DataError: the input is unsupported or malformed.
@@ -108,14 +108,14 @@ def _split_duplicates(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
 
 
 def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
-    """Return the split of each row. A missing test or dev split is taken from the training data by speaker.
+    """Return the split of each row. A missing test or dev split is formed from training data by speaker.
 
-    A speaker with most of the data stays in training if others suffice. If there are too few speakers, single
-    utterances are assigned instead.
+    A speaker with most of the data remains in training if the others suffice. If there are too few speakers,
+    single utterances are assigned instead.
     """
     splits = [row.split or "train" for row in rows]
     shares = {"test": config.test_share, "dev": config.dev_share}
-    if set(splits) - {"train", "dev"}:  # any other split is a test set
+    if set(splits) - {"train", "dev"}:  # every other split counts as a test set
         del shares["test"]
     missing = {split: share for split, share in shares.items() if split not in splits}
     train = [i for i, split in enumerate(splits) if split == "train"]

@@ -1,7 +1,7 @@
-"""Input readers of recipe table: tables, corpus folders and manifests of other toolkits.
+"""Input readers for recipe table: tables, corpus folders, and manifests from other toolkits.
 
-All readers yield `Row` objects. A row with a problem becomes a `Rejected` with file and line. A problem of a
-whole file, such as a missing column, raises DataError.
+All readers yield `Row` objects. A row with a problem becomes a `Rejected` that names the file and line. A
+problem with a whole file, such as a missing column, raises a DataError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Rejected
 from jahubert.train.data.utterances import read_reliably
 
-# Accepted names of each column, in order of preference (case-insensitive).
+# Accepted names for each column, in order of preference; case is ignored.
 COLUMNS = {
     "path": ("path", "audio", "audio_path", "audio_filepath", "file", "wav"),
     "text": ("text", "sentence", "transcription", "transcript"),
@@ -39,21 +39,21 @@ AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".aac")
 
 @dataclass(frozen=True)
 class Row:
-    """A recording or part of a recording, as specified in the input."""
+    """A recording, or a part of one, as specified in the input."""
 
-    where: str  # file:line, for messages
+    where: str  # file:line, for error messages
     path: Path
     id: str = ""  # if empty, the id is derived from the path
     text: str = ""
     kana: str = ""
     start: float = 0.0  # seconds
-    end: float | None = None  # seconds; None: until the end of the file
+    end: float | None = None  # seconds; None means the end of the file
     speaker: str = ""
     split: str = ""
 
 
 def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
-    """Read an input of any supported kind; audio inside a table is written to `work`.
+    """Read an input of any supported kind, writing audio inside a table to `work`.
 
     Raises:
         DataError: the input is not supported, a column is missing, or a file is not UTF-8.
@@ -85,7 +85,7 @@ def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
 def read_table(
     path: Path, folder: Path | None = None, split: str = "", work: Path | None = None
 ) -> Iterator[Row | Rejected]:
-    """Read a csv, tsv, jsonl or parquet file; relative audio paths are relative to `folder`."""
+    """Read a csv, tsv, jsonl or parquet file. Relative audio paths are resolved against `folder`."""
     suffix = path.suffix.lower()
     if suffix not in TABLES:
         raise DataError(f"{path}: unknown file type; expected {', '.join(TABLES)}")
@@ -108,7 +108,7 @@ def read_table(
 
 
 def _extract(audio: Mapping[str, Any], folder: Path, row: int) -> Path:
-    """Write the audio of a row of a Hugging Face dataset to a file, unless the file exists."""
+    """Write the audio in a row of a Hugging Face dataset to a file, unless the file exists."""
     name = Path(audio.get("path") or "audio").name
     path = folder.absolute() / f"{row:07d}-{name}"
     if not path.is_file() or path.stat().st_size != len(audio["bytes"]):
@@ -138,7 +138,7 @@ def _row(
 ) -> Row | Rejected:
     def cell(column: str) -> str:
         value = record.get(names[column]) if column in names else None
-        if isinstance(value, Mapping):  # the audio struct of Hugging Face datasets
+        if isinstance(value, Mapping):  # this is the audio struct of Hugging Face datasets
             value = value.get("path")
         return "" if value is None else str(value).strip()
 
@@ -220,7 +220,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_common_voice(folder: Path) -> Iterator[Row | Rejected]:
-    """Read a Common Voice release: clips/ with train.tsv, dev.tsv and test.tsv, or with validated.tsv."""
+    """Read a Common Voice release: clips/ and train.tsv, dev.tsv and test.tsv, or validated.tsv."""
     tables = [folder / f"{split}.tsv" for split in ("train", "dev", "test")]
     tables = [path for path in tables if path.is_file()]
     for path in tables or sorted(folder.glob("validated.tsv")):
@@ -229,7 +229,7 @@ def read_common_voice(folder: Path) -> Iterator[Row | Rejected]:
 
 
 def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
-    """Read a Kaldi data directory: wav.scp with plain paths, optional segments, text and utt2spk."""
+    """Read a Kaldi data directory: wav.scp with plain paths, and optionally segments, text and utt2spk."""
     recordings = dict(_kaldi_lines(folder / "wav.scp"))
     text, speakers = (
         {key: value for key, (_, value) in _kaldi_lines(folder / name)} for name in ("text", "utt2spk")
@@ -250,7 +250,8 @@ def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
             record = {"path": audio, "id": id, "text": text.get(id, ""), "speaker": speakers.get(id, "")}
             if times:
                 record["start"], _, record["end"] = times.partition(" ")
-            # Kaldi resolves paths from the working directory. Paths relative to the folder are also accepted.
+            # Kaldi resolves paths against the working directory. Paths relative to the folder are accepted,
+            # too.
             base = Path() if Path(audio).exists() else folder
             yield _row(record, {name: name for name in record}, where, base, split)
 
@@ -311,7 +312,7 @@ def read_cuts(path: Path) -> Iterator[Row | Rejected]:
 
 
 def read_audio_folder(folder: Path) -> Iterator[Row | Rejected]:
-    """Read a folder of audio with transcripts in .txt or .lab files; each subfolder is a speaker."""
+    """Read a folder of audio files with transcripts in .txt or .lab files. Each subfolder is a speaker."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO)
     if not paths:
         raise DataError(f"{folder}: no audio found; expected files such as {', '.join(AUDIO[:4])}")
@@ -329,9 +330,9 @@ def normalize_split(split: str) -> str:
 
 
 def unique_ids(rows: Iterable[Row], root: Path) -> Callable[[Row], str]:
-    """Create a function from rows to ids.
+    """Create a function that returns the id of a row.
 
-    Rows without an id get the file name, or the relative path if file names are not unique.
+    The id of a row that has none is the file name, or the relative path if file names are not unique.
     """
     rows = list(rows)
     stems = [row.path.stem for row in rows if not row.id]
