@@ -1,9 +1,9 @@
 """Conversion of parquet shards from the Hugging Face Hub to tar shards with a table of captions.
 
 Recordings in compressed parquet pages cannot be read by byte range. They are therefore copied once, without
-decoding, to an uncompressed tar. Next to the tar, an Arrow file with the name, caption, byte range and length
-of each recording makes a second pass over the tar unnecessary. A shard is converted again if the size or
-modification time of its parquet file changes.
+decoding, to an uncompressed tar file. An Arrow file next to the tar file contains the name, caption, byte
+range and length of each recording, so that the tar file need not be read again. A shard is converted again if
+the size or modification time of its parquet file changes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.parquet import parquet_batches, parquet_schema
 
 VERSION = 2
-CAPTIONS = ("transcription", "text", "sentence")  # accepted names of the caption column
+CAPTIONS = ("transcription", "text", "sentence")  # accepted names for the caption column
 _TAR_BLOCK = 512  # bytes
-_NAME_BYTES = 100  # length of the name field of a tar header
-_MAX_SIZE = 8**11  # exclusive bound of the size field of a tar header
+_NAME_BYTES = 100  # length of the name field in a tar header
+_MAX_SIZE = 8**11  # exclusive upper bound on the size field in a tar header
 _SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -42,7 +42,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Shard:
-    """A converted shard: a table with one row per usable recording, and the unusable recordings."""
+    """A converted shard, with one table row per usable recording, and the unusable recordings."""
 
     tar: Path
     recordings: pa.Table  # columns as in _SCHEMA
@@ -56,7 +56,7 @@ class Shard:
 
 
 def find_parquet(data: Path, subset: str) -> list[Path]:
-    """Find the parquet shards of a release: in `data`, or in its folder `<subset>` or `data`."""
+    """Find the parquet shards of a release in `data`, or in the folder `<subset>` or `data` inside it."""
     for folder in (data / subset, data, data / "data"):
         if shards := sorted(folder.glob("*.parquet")):
             return shards
@@ -64,7 +64,7 @@ def find_parquet(data: Path, subset: str) -> list[Path]:
 
 
 def to_tar(shard: Path, folder: Path) -> Shard:
-    """Convert a shard to a tar file in `folder`, unless this was done before.
+    """Convert a shard to a tar file in `folder`, unless an earlier run did so.
 
     Raises:
         DataError: the shard is not parquet, or has no audio or caption column.
@@ -88,7 +88,7 @@ def to_tar(shard: Path, folder: Path) -> Shard:
 
 
 def _strings(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Convert a column of strings to a list, ten times as fast as `to_pylist`."""
+    """Convert a column of strings to a list, ten times faster than `to_pylist`."""
     return column.to_numpy(zero_copy_only=False).tolist()
 
 
@@ -106,7 +106,7 @@ def _read_table(path: Path, state: bytes) -> tuple[pa.Table, list[list[str]]] | 
 
 
 def _copy_recordings(shard: Path, archive: BinaryIO) -> pa.Table:
-    """Copy the recordings of a shard to a tar file and return their table."""
+    """Copy the recordings in a shard to a tar file, and return their table."""
     schema = parquet_schema(shard)
     caption_column = next((name for name in CAPTIONS if name in schema.names), None)
     is_audio = "audio" in schema.names and pa.types.is_struct(schema.field("audio").type)
@@ -130,9 +130,9 @@ def _copy_recordings(shard: Path, archive: BinaryIO) -> pa.Table:
 
 
 def _unique_names(stem: str, paths: list[str | None], names: set[str]) -> list[str]:
-    """Return member names for the next rows and add them to `names`.
+    """Return the member names of the next rows, and add them to `names`.
 
-    Rows without a path, or with one that occurred before, are named after the row number.
+    A row without a path, or with a path that occurred before, is named after its row number.
     """
     new = []
     for row, path in enumerate(paths, len(names)):
@@ -147,7 +147,7 @@ def _unique_names(stem: str, paths: list[str | None], names: set[str]) -> list[s
 def _write_members(
     archive: BinaryIO, names: list[str], captions: list[str], contents: pa.LargeBinaryArray
 ) -> pa.RecordBatch:
-    """Append recordings to a tar file and return their rows."""
+    """Append recordings to a tar file, and return their table rows."""
     bounds = np.frombuffer(contents.buffers()[1], np.int64)[contents.offset :][: len(contents) + 1]
     data = memoryview(contents.buffers()[2] or b"")
     length_N = np.diff(bounds)
@@ -159,14 +159,14 @@ def _write_members(
     parts: list[bytes | memoryview] = []
     for header, start, end, padding in zip(headers, bounds, bounds[1:], padding_N.tolist(), strict=False):
         parts += (header, data[start:end], zeros[:padding])
-    archive.write(b"".join(parts))  # a write per recording would release the GIL for each
+    archive.write(b"".join(parts))  # one write per recording would release the GIL each time
     n_samples_N = _flac_samples(np.frombuffer(data, np.uint8), bounds[:-1], length_N)
     columns = [names, captions, end_N - padding_N - length_N, length_N, n_samples_N]
     return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=_SCHEMA)
 
 
 def _headers(names: list[str], length_N: np.ndarray) -> list[bytes]:
-    """Create one tar header per recording, all at once; `tarfile` is used for long names and large files."""
+    """Create all tar headers at once, using `tarfile` only for long names and large files."""
     raw = [name.encode() for name in names]
     header_NB = np.zeros((len(raw), _TAR_BLOCK), np.uint8)
     fields = b"0000644\0" + b"0000000\0" * 2 + bytes(12) + b"00000000000\0" + b" " * 8 + b"0"
@@ -186,18 +186,18 @@ def _headers(names: list[str], length_N: np.ndarray) -> list[bytes]:
 
 
 def _octal(value_N: np.ndarray, n_digits: int) -> np.ndarray:
-    """Return the octal digits of each value as ASCII codes, (N, n_digits)."""
+    """Return the octal digits of each value as an array of ASCII codes, (N, n_digits)."""
     shifts = 3 * np.arange(n_digits - 1, -1, -1)
     return (value_N[:, None] >> shifts & 7) + ord("0")
 
 
 def _flac_samples(data_B: np.ndarray, start_N: np.ndarray, length_N: np.ndarray) -> np.ndarray:
-    """Read the numbers of samples from FLAC headers; 0 for other audio, and for other rates than 16 kHz."""
+    """Read the numbers of samples from FLAC headers. The result is 0 for audio that is not 16 kHz FLAC."""
     n_samples_N = np.zeros(len(start_N), np.int64)
     row_M = np.flatnonzero(length_N >= FLAC_HEAD)
     head_MB = data_B[start_N[row_M, None] + np.arange(FLAC_HEAD)]
     is_flac_M = (head_MB[:, :4] == np.frombuffer(b"fLaC", np.uint8)).all(1) & (head_MB[:, 4] & 0x7F == 0)
-    # 20 bits of rate, 3 of channels, 5 of sample size and 36 of samples
+    # 20 bits for the rate, 3 for the channels, 5 for the sample size and 36 for the number of samples
     numbers_M = np.ascontiguousarray(head_MB[:, 18:26]).view(">u8")[:, 0].astype(np.uint64)
     is_flac_M &= numbers_M >> np.uint64(44) == SAMPLE_RATE
     n_samples_N[row_M[is_flac_M]] = (numbers_M & np.uint64((1 << 36) - 1))[is_flac_M]

@@ -1,8 +1,9 @@
 """Reader for ReazonSpeech v1 and v2 (Reazon Human Interaction Laboratory): television speech with captions.
 
-Reads `tsv/<subset>.tsv` (name, tab, caption; no header) and `data/000.tar` ... `data/fff.tar` as downloaded,
-or the parquet files on the Hugging Face Hub. Tar shards are not unpacked: the manifest contains byte ranges.
-Captions are stored as text; stage=targets converts them to phones, and pretraining ignores them.
+The recipe reads `tsv/<subset>.tsv` (name, tab, caption; no header) and `data/000.tar` ... `data/fff.tar` as
+downloaded, or the parquet files from the Hugging Face Hub. Tar shards are not unpacked, because the manifest
+contains byte ranges. Captions are stored as text, which stage=targets converts to phones and pretraining
+ignores.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from jahubert.train.data.manifest import Rejected, Utterances
 log = logging.getLogger(__name__)
 
 _SHARD = re.compile(rb"[0-9a-f]{3}")
-_LOG_EVERY = 256  # shards
+_LOG_EVERY = 256  # number of shards between log lines
 
 
 @dataclass(frozen=True)
 class Config:
-    subset: str = "all"  # tiny, small, medium, large or all: the name of a .tsv
+    subset: str = "all"  # name of a .tsv: tiny, small, medium, large or all
     dev: int = 1000  # number of utterances at the start of the corpus
     test: int = 100  # number of utterances after the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
@@ -45,13 +46,13 @@ class Config:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterances | Rejected]:
-    """Yield recordings with ids `<shard>/<name>`, shard by shard, and rejected items.
+    """Yield recordings with ids `<shard>/<name>` and rejected items, shard by shard.
 
-    `work/index` caches the members of each shard, so that an interrupted run resumes, and only new shards are
-    read when shards are added.
+    `work/index` caches the members of each shard. An interrupted run can therefore be resumed, and only new
+    shards are read if shards are added.
 
     Raises:
-        DataError: the table of the subset, or all of its shards, are missing.
+        DataError: the table of the subset or all of its shards are missing.
     """
     if data is not None and (parquet := find_parquet(data, config.subset)):
         yield from _prepare_parquet(parquet, work, config)
@@ -85,7 +86,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 
 def _prepare_parquet(parquet: Sequence[Path], work: Path, config: Config) -> Iterator[Utterances | Rejected]:
-    """Yield the recordings of parquet shards, which are converted to tar shards in `work/shards`."""
+    """Convert parquet shards to tar shards in `work/shards`, and yield their recordings."""
     n_rows = n_samples = 0
     for number, (_, shard) in enumerate(prefetch(partial(to_tar, folder=work / "shards"), parquet), 1):
         yield from (Rejected(*item) for item in shard.broken)
@@ -108,10 +109,10 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
     """Find the table of a subset and the folder of its shards.
 
     Args:
-        data: a release, or the folder that contains it.
+        data: folder of a release, or the folder that contains it.
 
     Raises:
-        DataError: no release or more than one release was found, or the table does not exist.
+        DataError: there is no release or more than one, or the table does not exist.
     """
     if data is None:
         raise DataError(
@@ -121,7 +122,7 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
     if len(releases) != 1:
         contents = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"
         raise DataError(
-            f"{data}: found {contents}; set data= to a folder with tsv/*.tsv and data/*.tar of one release"
+            f"{data}: found {contents}; set data= to the folder of one release, with tsv/*.tsv and data/*.tar"
         )
     tables = _tables(releases[0])
     if subset not in tables:
@@ -138,9 +139,9 @@ def _tables(folder: Path) -> dict[str, Path]:
 def _match_captions(
     path: Path, index: dict[str, Any], texts: dict[str, str], table: Path
 ) -> tuple[Utterances, list[Rejected]]:
-    """Return the recordings of a shard that have a caption, and rejected recordings and captions.
+    """Return the recordings in a shard that have a caption, and the rejected recordings and captions.
 
-    `texts` is empty afterwards.
+    This empties `texts`.
     """
     rejected = [Rejected(*item) for item in index["broken"]]
     for name, _, _ in index["broken"]:
@@ -163,10 +164,10 @@ def _match_captions(
 
 
 def _assign_splits(rows: Utterances, n_before: int, config: Config) -> Iterator[Utterances]:
-    """Assign rows to dev, test and train by position; `n_before` rows precede them."""
+    """Assign rows to dev, test and train by position, given that `n_before` rows precede them."""
     bounds = np.clip(np.array([0, config.dev, config.dev + config.test]) - n_before, 0, len(rows)).tolist()
     for split, first, last in zip(("dev", "test", "train"), bounds, [*bounds[1:], len(rows)], strict=True):
-        if last - first == len(rows) > 0:  # almost always
+        if last - first == len(rows) > 0:  # all rows belong to one split, which is almost always the case
             yield replace(rows, split=split)
         elif first < last:
             yield rows.take(np.arange(first, last), split)
@@ -174,13 +175,13 @@ def _assign_splits(rows: Utterances, n_before: int, config: Config) -> Iterator[
 
 @dataclass
 class Captions:
-    """Captions of a table, read shard by shard.
+    """The captions in a table, read shard by shard.
 
-    Rows may have any order. Only their positions are kept in memory.
+    The rows may have any order. Only their positions are kept in memory.
     """
 
     table: Path
-    # Maps a shard to the start byte, end byte and first line of each run of consecutive rows.
+    # Shard -> start byte, end byte and first line of each run of consecutive rows.
     runs: dict[str, array] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)  # rows without a valid shard name
 
@@ -203,11 +204,11 @@ class Captions:
                         self.rejected.append(Rejected(f"line {number}", "row without a shard", detail))
 
     def count(self, shard: str) -> int:
-        """Return the number of rows of a shard."""
+        """Return the number of rows for a shard."""
         return sum(block.count(b"\n") + (not block.endswith(b"\n")) for block, _ in self._blocks(shard))
 
     def of(self, shard: str) -> tuple[dict[str, str], list[Rejected]]:
-        """Return the captions of a shard by recording name, and its unusable rows."""
+        """Return the captions for a shard, keyed by recording name, and the unusable rows."""
         texts: dict[str, str] = {}
         rejected: list[Rejected] = []
         for block, first in self._blocks(shard):

@@ -1,7 +1,7 @@
-"""Index of the recordings in tar shards, created from the tar headers without unpacking.
+"""Index of the recordings in tar shards, created from the tar headers without unpacking the shards.
 
-The index of a shard is a JSON file of columns. It is recreated when the size or modification time of the
-shard changes. Several machines with a shared file system can each index a part of the shards:
+The index of a shard is a JSON file that consists of columns. It is created again if the size or modification
+time of the shard changes. Several machines with a shared file system can each index a part of the shards:
 
     python recipes/reazonspeech/tar_index.py corpus/data exp/reazonspeech/prepare/work/index --part 1/4
 
@@ -26,22 +26,22 @@ from jahubert.errors import AudioError, DataError, JahubertError, UserError, exi
 from jahubert.formats.atomic import atomic_write
 
 VERSION = 1
-_BLOCK = 512  # bytes; headers and contents in a tar start at multiples of this
-FLAC_HEAD = 26  # bytes from the start of a FLAC file to the end of its sample count
+_BLOCK = 512  # bytes; headers and contents in a tar file start at multiples of this
+FLAC_HEAD = 26  # bytes from the start of a FLAC file to the end of the sample count
 _RATE = 16_000
 _FILES = (b"0", b"\0", b"7")  # type flags of regular files
 _PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]+)\n")
 
 
 def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterator[dict[str, Any]]:
-    """Yield the indices of all shards in order; missing ones are created by several processes.
+    """Yield the indices of all shards in order. Several processes create those that are missing.
 
-    An index has the columns `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz) with one row per
-    recording, and a list `broken` with [name, reason, detail] of unusable recordings.
+    An index has the columns `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz), with one row per
+    recording, and a list `broken` with [name, reason, detail] of each unusable recording.
 
     Raises:
         DataError: a shard cannot be read.
-        JahubertError: a process failed; the message contains its output.
+        JahubertError: a process failed. The message contains its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in shards if _read_index(shard, folder) is None]
@@ -70,7 +70,7 @@ class _Worker:
             "import runpy, sys; file, *sys.path[:] = sys.argv[1:]; sys.argv[:] = [file]; "
             "runpy.run_path(file, run_name='__main__')"
         )
-        self.errors = tempfile.TemporaryFile("w+")  # a pipe could fill up and block  # noqa: SIM115
+        self.errors = tempfile.TemporaryFile("w+")  # a pipe could become full and block  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, __file__, *sys.path],
             stdin=subprocess.PIPE,
@@ -102,7 +102,7 @@ class _Worker:
 
 
 def _state(shard: Path) -> list[int]:
-    """Return the index version, shard size and modification time; a change invalidates the index."""
+    """Return the index version, shard size and modification time. A change invalidates the index."""
     status = shard.stat()
     return [VERSION, status.st_size, status.st_mtime_ns]
 
@@ -134,7 +134,7 @@ def index_shard(shard: Path) -> dict[str, Any]:
     try:
         return _index_members(shard)
     except OSError:
-        from jahubert.train.data.utterances import read_reliably  # imports torch, which few shards need
+        from jahubert.train.data.utterances import read_reliably  # imports torch, which is rarely needed
 
         return read_reliably(lambda: _index_members(shard), shard)
 
@@ -168,14 +168,14 @@ def _members(
         file.seek(position)
         header = file.read(_BLOCK + FLAC_HEAD)
         if header[:_BLOCK].count(0) == _BLOCK:
-            return  # end of archive
+            return  # a zero block ends the archive
         length = _length(header[:_BLOCK])
         if length is None:
             broken.append([shard, "damaged shard", f"no tar header at byte {position}; the rest is skipped"])
             return
         offset, kind = position + _BLOCK, header[156:157]
         position = offset + -(-length // _BLOCK) * _BLOCK
-        if kind in (b"L", b"x"):  # the long name of the next file, in GNU or POSIX format
+        if kind in (b"L", b"x"):  # the entry is the long name of the next file, in GNU or POSIX format
             file.seek(offset)
             body = file.read(length)
             match = _PATH.search(body) if kind == b"x" else None
@@ -192,7 +192,7 @@ def _members(
 
 
 def _length(header: bytes) -> int | None:
-    """Return the length of a file's content (bytes), or None if the checksum of the header is wrong."""
+    """Return the length (bytes) of a file from its tar header, or None if the header's checksum is wrong."""
     try:
         checksum = int(header[148:156].rstrip(b"\0 "), 8)
         if len(header) < _BLOCK or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
@@ -210,7 +210,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _flac_samples(head: bytes) -> int:
-    """Read the number of samples from a FLAC header; 0 if it is missing or the file is not 16 kHz FLAC."""
+    """Read the number of samples from a FLAC header, or return 0 if the file is not 16 kHz FLAC."""
     if len(head) < FLAC_HEAD or head[:4] != b"fLaC" or head[4] & 0x7F:
         return 0
     numbers = int.from_bytes(head[18:26], "big")  # rate 20 bits, channels 3, sample size 5, samples 36
@@ -218,7 +218,7 @@ def _flac_samples(head: bytes) -> int:
 
 
 def measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
-    """Measure other audio, and return its length in 16 kHz samples, or 0 and the reason."""
+    """Return the length of other audio in 16 kHz samples, or 0 with the reason if it is unreadable."""
     from jahubert.audio import AudioSource, audio_length  # imported here, because it imports torch
     from jahubert.train.data.utterances import read_reliably
 
@@ -230,9 +230,9 @@ def measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Index some of the shards in a folder."""
+    """Run the script, which indexes a part of the shards in a folder."""
     parser = argparse.ArgumentParser(
-        description="Index a part of the shards; see the docstring of this file."
+        description="Index a part of the shards, e.g. on one of several machines."
     )
     parser.add_argument("shards", type=Path, help="folder with 000.tar ... fff.tar")
     parser.add_argument("index", type=Path, help="work/index of stage=prepare, on a shared file system")

@@ -1,10 +1,10 @@
-"""Reader for Japanese words by two native speakers: single words, and words joined into longer utterances.
+"""Reader for words by two native speakers of Japanese, single and joined into longer utterances.
 
-Reads a clone of the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio (CC BY-SA 4.0, Tofugu
-and WaniKani): `lib/ogg/<surface>【<reading>】.ogg`. Phones are derived from the reading. Each reading is in
-only one of the splits train, dev and test. Joined utterances have known word boundaries. They are in the
-splits train, dev_joined and test_joined; the latter two consist of held-out words. `speaker` is empty,
-because the files do not identify it.
+The recipe reads `lib/ogg/<surface>【<reading>】.ogg` from a clone of the GitHub repository
+tofugu/japanese-vocabulary-pronunciation-audio (CC BY-SA 4.0, Tofugu and WaniKani). Phones are derived from
+the reading. Each reading is in only one of the splits train, dev and test. Joined utterances have known word
+boundaries. They are in the splits train, dev_joined and test_joined, the latter two of which consist of
+held-out words. `speaker` is empty, because the files do not identify the speaker.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.data.utterances import read_reliably
 
-VERSION = 1  # version of the generated audio; part of every file name
-_BLOCK = SAMPLE_RATE // 100  # samples per level measurement
-_QUIET_DB = 45  # a block whose level is lower than the loudest one by this much is silence
-_KEEP = SAMPLE_RATE // 20  # samples of silence to keep around a word
-_FADE = SAMPLE_RATE // 200  # samples to fade in and out, to avoid clicks
+VERSION = 1  # version of the generated audio, which is part of every file name
+_BLOCK = SAMPLE_RATE // 100  # number of samples per level measurement
+_QUIET_DB = 45  # blocks whose level is this far below the loudest block are silence
+_KEEP = SAMPLE_RATE // 20  # number of samples of silence to keep around a word
+_FADE = SAMPLE_RATE // 200  # number of samples for fading in and out, which avoids clicks
 
 
 @dataclass(frozen=True)
 class Config:
-    dev_share: float = 0.05  # share of the distinct readings
-    test_share: float = 0.10  # share of the distinct readings
-    uses: int = 2  # number of joined utterances with each training word; 0: no joined training utterances
+    dev_share: float = 0.05  # fraction of the distinct readings in dev
+    test_share: float = 0.10  # fraction of the distinct readings in test
+    uses: int = 2  # number of joined utterances per training word; 0: no joined training utterances
     min_seconds: float = 2.0  # minimum length of a joined utterance
     max_seconds: float = 12.0  # maximum length of a joined utterance
 
@@ -62,25 +62,25 @@ class _Word:
     surface: str
     phones: tuple[str, ...]
     n_samples: int
-    start: int  # first sample of the word, without silence
-    end: int  # end sample (exclusive)
+    start: int  # first sample of the word without silence
+    end: int  # end of the word without silence, exclusive
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Yield utterances `word-<split>-NNNNN` and `joined-<split>-NNNNN`, and rejected files.
 
-    Training words are divided at random into ten parts, each followed by its joined utterances. The first
-    tenth of the training utterances therefore contains only a tenth of the words, as required for training
-    with few labels. Audio is written to `work` as 16 kHz FLAC; existing files are kept.
+    Training words are randomly divided into ten parts, each of which is followed by its joined utterances.
+    The first tenth of the training utterances therefore contains only a tenth of the words, as required for
+    training with few labels. Audio is written to `work` as 16 kHz FLAC, and existing files are kept.
     `work/word-times.jsonl` contains the start and end samples of the words in joined utterances.
 
     Raises:
-        DataError: the corpus was not found.
+        DataError: the corpus is not found.
         ConfigError: lengths or shares are inconsistent.
     """
     if not 0 < config.min_seconds * 2 <= config.max_seconds or config.dev_share + config.test_share >= 1:
         raise ConfigError(
-            "tofugu: max_seconds must be at least twice min_seconds, and dev_share + test_share below 1; "
+            "tofugu: max_seconds must be at least 2 * min_seconds, and dev_share + test_share below 1; "
             f"found {config}"
         )
     parsed = [_parse_name(path) for path in _files(data)]
@@ -164,10 +164,10 @@ def _single(word: _Word, split: str, number: int) -> Utterance:
 
 
 def _speech(wave_T: np.ndarray) -> tuple[int, int] | None:
-    """Return the start and end sample of a word with some silence around it; None if all is silent."""
+    """Return the start and end of a word with some silence around it, or None if there is only silence."""
     n = len(wave_T) // _BLOCK
     level = np.square(wave_T[: n * _BLOCK].reshape(n, _BLOCK).astype(np.float32)).mean(axis=1)
-    if n == 0 or level.max() < 100.0:  # an RMS of 10 in 16-bit samples, about -70 dBFS
+    if n == 0 or level.max() < 100.0:  # corresponds to an RMS of 10 in 16-bit samples, about -70 dBFS
         return None
     loud = np.flatnonzero(level > level.max() * 10 ** (-_QUIET_DB / 10))
     return max(0, int(loud[0]) * _BLOCK - _KEEP), min(len(wave_T), (int(loud[-1]) + 1) * _BLOCK + _KEEP)
@@ -178,7 +178,7 @@ def _to_int16(wave_T: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """Read a file written by an earlier run; None if it is missing or unreadable."""
+    """Read a file written by an earlier run, or return None if it is missing or unreadable."""
     try:
         return soundfile.read(path, dtype="int16")[0]
     except (OSError, RuntimeError):
@@ -190,17 +190,17 @@ def _read(path: Path) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Parameters of a joined utterance."""
+    """The parameters of a joined utterance."""
 
     words: tuple[_Word, ...]
-    pauses: tuple[int, ...]  # samples between words
+    pauses: tuple[int, ...]  # lengths of the pauses between words in samples
     gains_db: tuple[float, ...]
     noise_db: float
-    noise: int  # seed of the noise
+    noise: int  # random seed for the noise
 
     @property
     def times(self) -> list[tuple[int, int]]:
-        """Start and end samples of the words."""
+        """Start and end samples of each word."""
         times, start = [], 0
         for word, pause in zip(self.words, (*self.pauses, 0), strict=True):
             times.append((start, start + word.end - word.start))
@@ -217,7 +217,7 @@ class _Plan:
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
 
     def render(self) -> np.ndarray:
-        """Mix the words, with faded ends, and low noise, and return int16 (T,)."""
+        """Mix the words, faded at both ends, with low noise, and return int16 (T,)."""
         rng = np.random.default_rng(self.noise)
         wave_T = rng.standard_normal(self.n_samples, dtype=np.float32) * np.float32(
             10 ** (self.noise_db / 20)
@@ -273,7 +273,7 @@ def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:
 
 
 def _plans(words: Sequence[_Word], config: Config, rng: random.Random) -> Iterator[_Plan]:
-    """Yield plans of random length within the limits that together contain each word once."""
+    """Yield plans that together contain each word once, with random lengths within the limits."""
     longest, shortest = config.max_seconds * SAMPLE_RATE, config.min_seconds * SAMPLE_RATE
     order = [(word, _pause(rng)) for word in rng.sample(words, len(words))]
     groups: list[list[tuple[_Word, int]]] = []
@@ -300,7 +300,7 @@ def _plans(words: Sequence[_Word], config: Config, rng: random.Random) -> Iterat
 
 
 def _pause(rng: random.Random) -> int:
-    """Draw the pause between two words (samples): zero in 30 % of cases, otherwise 0.05 to 0.4 s."""
+    """Draw the pause between two words (samples), which is 0 in 30 % of cases, otherwise 0.05 to 0.4 s."""
     return 0 if rng.random() < 0.3 else round(rng.uniform(0.05, 0.4) * SAMPLE_RATE)
 
 

@@ -1,8 +1,9 @@
 """Interface to the HTS engine inside pyopenjtalk-plus, with functions that its Python class does not provide.
 
-The extension module exports the C functions of hts_engine API 1.10, which are called through ctypes: the
-interpolation weights of several voices, the all-pass constant (vocal tract length), pitch, speed, and state
-durations, which are exact phone times. Only documented functions are used, never the memory layout.
+The extension module exports the C functions of hts_engine API 1.10, which this file calls through ctypes.
+They set the interpolation weights of several voices, the all-pass constant (vocal tract length), the pitch
+and the speed, and return state durations, which are exact phone times. The file uses only documented
+functions and makes no assumption about the memory layout.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import numpy as np
 
 from jahubert.errors import DataError, JahubertError, MissingExtraError
 
-_ENGINE_BYTES = 1 << 14  # the size of HTS_Engine is not exported, but is less than 1 KiB
-_VOLUME_DB = -6.0  # headroom: the engine clips to 16 bits
+_ENGINE_BYTES = 1 << 14  # size of the buffer for HTS_Engine, whose actual size is below 1 KiB
+_VOLUME_DB = -6.0  # headroom, because the engine clips to 16 bits
 _HANDLE, _SIZE, _REAL = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_double
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
-_FUNCTIONS: dict[str, tuple[type | None, tuple]] = {  # result type, and argument types after the engine
+_FUNCTIONS: dict[str, tuple[type | None, tuple]] = {  # (result type, argument types after the engine)
     "initialize": (None, ()),
     "load": (ctypes.c_bool, (_STRINGS, _SIZE)),
     "clear": (None, ()),
@@ -49,16 +50,16 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple]] = {  # result type, and argumen
 
 @dataclass(frozen=True)
 class Style:
-    """Speaking style: mixture of voices, vocal tract length, pitch and speed."""
+    """A speaking style: mixture of voices, vocal tract length, pitch and speed."""
 
-    weights: tuple[float, ...]  # weights of the voices; the sum is 1
-    alpha: float  # all-pass constant; larger is a longer vocal tract
+    weights: tuple[float, ...]  # weights of the voices, which sum to 1
+    alpha: float  # all-pass constant; larger values mean a longer vocal tract
     half_tones: float
     speed: float
 
 
 class HtsEngine:
-    """An engine that mixes compatible voices.
+    """An HTS engine that mixes compatible voices.
 
     Args:
         voices: voice files with equal headers (`voice_header`).
@@ -87,7 +88,7 @@ class HtsEngine:
         return [sum(states[i : i + n_states]) for i in range(0, len(states), n_states)]
 
     def synthesize(self, labels: Sequence[str], style: Style) -> np.ndarray:
-        """Synthesize full-context labels, and return float32 (T,) at `sample_rate`, below full scale."""
+        """Synthesize full-context labels as float32 (T,) at `sample_rate`, below full scale."""
         self._generate_states(labels, style)
         self._call("add_half_tone", style.half_tones)
         if not self._call("generate_parameter_sequence") or not self._call("generate_sample_sequence"):
@@ -109,10 +110,10 @@ class HtsEngine:
                 self._call("set_gv_interpolation_weight", voice, stream, weight)
         encoded = _strings([label.encode() for label in labels])
         if not self._call("generate_state_sequence_from_strings", encoded, len(labels)):
-            raise JahubertError("the HTS engine rejects the labels")
+            raise JahubertError("the HTS engine rejected the labels")
 
     def _speech(self) -> np.ndarray:
-        """Read the generated samples, int16 (T,), through a file, the engine's only bulk access."""
+        """Read the generated samples, int16 (T,), through a file, the engine's only way of bulk access."""
         libc = ctypes.CDLL(None)
         libc.fopen.restype, libc.fopen.argtypes = _HANDLE, (ctypes.c_char_p, ctypes.c_char_p)
         libc.fclose.argtypes = (_HANDLE,)
@@ -135,7 +136,7 @@ class HtsEngine:
 
 
 def voice_header(path: Path) -> bytes:
-    """Read the header of a voice file (streams, sizes and options), which must be equal in mixed voices.
+    """Read the header of a voice file (streams, sizes, options), which must be equal for mixed voices.
 
     Raises:
         DataError: the file is not an HTS voice.

