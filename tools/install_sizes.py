@@ -1,4 +1,4 @@
-"""Disk usage of the package and of each extra, measured on the installed distributions.
+"""Disk usage of the package and of each extra, measured from the installed distributions.
 
     python tools/install_sizes.py train onnx
 
@@ -18,7 +18,7 @@ LARGEST = 4
 
 
 def requirements(name: str, extras: set[str]) -> list[Requirement]:
-    """Return the requirements of a distribution with `extras` that apply to this machine."""
+    """Return the requirements that a distribution with `extras` has on this machine."""
     requirements = [Requirement(text) for text in metadata.requires(name) or ()]
     environments = [{"extra": extra} for extra in (*extras, "")]
     return [r for r in requirements if r.marker is None or any(r.marker.evaluate(e) for e in environments)]
@@ -38,7 +38,7 @@ def closure(extras: set[str]) -> set[str]:
 
 
 def megabytes(name: str) -> float:
-    """Return the size of the files of a distribution in MB."""
+    """Return the total size of a distribution's files in MB."""
     paths = [file.locate() for file in metadata.files(name) or ()]
     return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6  # type: ignore[attr-defined]
 

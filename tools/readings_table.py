@@ -2,8 +2,8 @@
 
     python tools/readings_table.py [tests/fixtures/readings.tsv]
 
-The script prints a Markdown table by class of rule and the texts with a wrong reading. Before comparison,
-long vowels (エイ and エー, オウ and オー), ヲ and ユウ are normalized.
+The script prints a Markdown table with one row per class of rules, and the texts whose reading is wrong. Long
+vowels (エイ and エー, オウ and オー), ヲ and ユウ are normalized before the comparison.
 """
 
 import argparse
@@ -20,7 +20,7 @@ O_ROW = "オコソトノホモヨロゴゾドボポョォ"
 
 
 def unify(kana: str) -> str:
-    """Normalize kana that are different spellings of the same pronunciation."""
+    """Normalize different kana spellings of the same pronunciation."""
     kana = "".join(re.findall("[ァ-ヺー]", kana)).replace("ヲ", "オ")
     kana = re.sub(f"([{E_ROW}])イ", r"\1ー", kana)
     kana = re.sub(f"([{O_ROW}])ウ", r"\1ー", kana)

@@ -1,4 +1,4 @@
-"""Screenshots of a report on a wide screen, in light and dark mode, and on a phone.
+"""Screenshots of a report on a wide screen (in light and dark mode) and on a phone.
 
     python tools/report_pictures.py exp/tofugu/report/report.html docs/pictures
 
@@ -13,17 +13,17 @@ import io
 import shutil
 from pathlib import Path
 
-from PIL import Image  # a dependency of matplotlib
+from PIL import Image  # installed with matplotlib
 from playwright.sync_api import Page, sync_playwright
 
-# Maps the name to the width and height of the window and the color scheme.
+# Name -> width and height of the window, and color scheme.
 VIEWS = {"screen": (1100, 1500, "light"), "dark": (1100, 1500, "dark"), "phone": (390, 844, "light")}
 SECTIONS = ("results", "units", "examples", "training")
 MAX_WIDTH = 2000
 
 
 def section_picture(page: Page, section: str) -> Image.Image:
-    """Take a screenshot after following the link to a section; the first shows the top of the page."""
+    """Take a screenshot after following the link to a section. The first one shows the top of the page."""
     page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
     if section == SECTIONS[0]:
         page.evaluate("scrollTo(0, 0)")

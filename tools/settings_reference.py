@@ -50,7 +50,7 @@ change it when a stage is resumed.
 
 
 def comments(cls: type) -> dict[str, str]:
-    """Map each field of a class to its end-of-line comment or the comment lines above it."""
+    """Return the comment of each field in a class, from the end of its line or from the lines above it."""
     source = textwrap.dedent(inspect.getsource(cls))
     by_line = {
         token.start[0]: (token.string.lstrip("# "), not token.line[: token.start[1]].strip())
@@ -83,7 +83,7 @@ def dataclass_in(hint: Any) -> type | None:
 
 
 def type_name(hint: Any) -> str:
-    """Describe an annotation in YAML terms: `int or null`, `list of str`, or the choices of a Literal."""
+    """Describe an annotation in YAML terms, e.g. `int or null`, `list of str` or the choices of a Literal."""
     if hint is type(None):
         return "null"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -111,7 +111,7 @@ def yaml_value(value: Any) -> str:
 
 
 def default_of(field: dataclasses.Field[Any], parent: Any) -> Any:
-    """Return the default from the group's default instance or the field; MISSING if required."""
+    """Return the default from the group's default instance or from the field, or MISSING if required."""
     if parent is not None:
         return getattr(parent, field.name)
     if field.default_factory is not dataclasses.MISSING:
@@ -120,7 +120,7 @@ def default_of(field: dataclasses.Field[Any], parent: Any) -> Any:
 
 
 def in_conf(name: str) -> str | None:
-    """Return the value of a dotted setting in conf/config.yaml if it refers to another setting."""
+    """Return the value of a dotted setting in conf/config.yaml if this value refers to another setting."""
     value: Any = CONF
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -128,7 +128,7 @@ def in_conf(name: str) -> str | None:
 
 
 def rows(cls: type, prefix: str, parent: Any = None) -> Iterator[str]:
-    """Return one table row per setting of a dataclass and its nested groups."""
+    """Yield one table row per setting in a dataclass and its nested groups."""
     hints, about = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
         name, default = f"{prefix}{field.name}", default_of(field, parent)
@@ -156,7 +156,7 @@ def table(lines: Iterator[str]) -> str:
 
 
 def common_settings() -> Iterator[str]:
-    """Return the top-level settings of conf/config.yaml with their comments."""
+    """Yield one table row per top-level setting in conf/config.yaml, with its comment."""
     text = (REPO / "conf" / "config.yaml").read_text(encoding="utf-8")
     text = text.partition("defaults:\n")[2]
     for key, value, comment in re.findall(r"^(\w+): ([^#\n{]*(?:\$\{\w+\})?)(?:\s+# (.*))?$", text, re.M):
@@ -178,13 +178,13 @@ def reference() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare only; exit status 1 if out of date")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if the page is out of date")
     args = parser.parse_args()
     page = reference()
     if args.check:
         if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page:
             return 0
-        print("docs/settings.md is out of date: run python tools/settings_reference.py", file=sys.stderr)
+        print("docs/settings.md is out of date; run python tools/settings_reference.py", file=sys.stderr)
         return 1
     PAGE.write_text(page, encoding="utf-8")
     return 0

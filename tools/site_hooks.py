@@ -1,7 +1,7 @@
-"""MkDocs hooks that add pages from outside docs/ and the API reference, and adapt links.
+"""MkDocs hooks that add the API reference and pages from outside docs/, and adapt links.
 
-Markdown files of the repository outside docs/ (README, recipes, CONTRIBUTING, ...) become pages below about/.
-Links to other files of the repository, such as source code, become plain text.
+Markdown files outside docs/ (README, recipes, CONTRIBUTING, ...) become pages below about/. Links to other
+files in the repository, such as source code, become plain text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import jahubert
 
 REPO = Path(__file__).resolve().parents[1]
-OUTSIDE = "about"  # folder of the pages from outside docs/
+OUTSIDE = "about"  # folder for the pages from outside docs/
 PATTERNS = ("README.md", "README.ja.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "SECURITY.md")
 PATTERNS += ("tests/README.md", "recipes/*/*.md")
 LINK = re.compile(r"(!?)\[((?:[^\]\\]|\\.)*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
@@ -22,7 +22,7 @@ FENCE = re.compile(r"^(```.*?^```)", re.S | re.M)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add pages from outside docs/, and the API reference, to the files of the site."""
+    """Add the API reference and the pages from outside docs/ to the files of the site."""
     from mkdocs.structure.files import File
 
     for pattern in PATTERNS:
@@ -34,7 +34,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def reference() -> str:
-    """Return a page with a mkdocstrings directive per public name."""
+    """Return a page with one mkdocstrings directive per public name."""
     sections = ["# API reference\n\nGenerated from docstrings. See [Python and the command line](api.md).\n"]
     for name in jahubert.__all__:
         if name in jahubert._MODULE_OF:
@@ -43,16 +43,16 @@ def reference() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
-    """Redirect links outside of code blocks to the pages of the site."""
+    """Redirect all links outside of code blocks to pages of the site."""
     source = page.file.src_uri
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else redirect(part, source, files) for part in parts)
 
 
 def redirect(markdown: str, source: str, files: Any) -> str:
-    """Rewrite the links of the page `source` to pages of the site; other links become plain text."""
+    """Rewrite the links in the page `source` to pages of the site. Other links become plain text."""
     outside = source.startswith(f"{OUTSIDE}/")
-    # the page's folder in the repository
+    # The folder of the page in the repository.
     folder = posixpath.dirname(source.removeprefix(f"{OUTSIDE}/") if outside else f"docs/{source}")
 
     def replaced(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Check of this checkout's wheel in an environment with only the dependencies of the core package.
+"""Check of the wheel built from this checkout, in an environment without any extras.
 
     python tools/wheel_check.py torch==2.15.0                  # a CUDA build: 6 GB of temporary space
     python tools/wheel_check.py --work DIR torch==2.6.0        # keep the environment in DIR
@@ -6,17 +6,17 @@
     python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
 
 Run the script in the development environment. It builds the sdist and then the wheel, creates tiny models, a
-recording and the expected results, and installs the wheel with the given requirements and without extras in
-an empty environment. There it runs itself (`--inside`) and checks that
+recording and the expected results, and installs the wheel in an empty environment, without extras but with
+the given requirements. In this environment, it runs itself (`--inside`) and checks that
 
 - all modules of the core package ("ring 1" in docs/layout.md) can be imported, and conf/ and recipes/ are
   included,
 - features, units and a transcript equal the results of the development environment,
 - the commands work, and models converted to other formats give the same results,
-- no package of an extra can be imported, and commands that need an extra report it.
+- no package of an extra can be imported, and commands that need an extra name it in their error message.
 
-With `--work` the environment is kept, and later calls install their requirements into it.
-Exit status: 0 if all checks pass, else 1.
+With `--work`, the environment is kept, and later calls install their requirements into it. The exit status is
+0 if all checks pass, and otherwise 1.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Imports only the standard library, because `--inside` must start in an incomplete environment.
+# This file imports only the standard library, because `--inside` must start in an incomplete environment.
 
 REPO = Path(__file__).resolve().parent.parent
 CORE = ("torch", "numpy", "safetensors", "soundfile", "soxr")
-# Modules that belong to the extras and to some of their dependencies.
+# Modules from the extras and from some of their dependencies.
 OPTIONAL = (
     "faiss", "fairseq2", "huggingface_hub", "hydra", "jiwer", "librosa", "matplotlib", "omegaconf", "onnx",
     "onnxruntime", "pyarrow", "pyopenjtalk", "pytest", "scipy", "sklearn", "tensorboard", "torchaudio",
@@ -54,17 +54,17 @@ MODELS = ("base", "large")  # both HuBERT architectures, in tiny sizes
 
 
 class CheckFailed(Exception):
-    """A failed check."""
+    """Raised if a check fails."""
 
 
 def require(condition: object, message: str) -> None:
-    """Raise CheckFailed with this message unless the condition is true."""
+    """Raise CheckFailed with `message` unless the condition is true."""
     if not condition:
         raise CheckFailed(message)
 
 
 def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess[str]:
-    """Run a command without the Python variables of this environment and capture its output."""
+    """Run a command without the Python variables of this environment, and capture its output."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     command = [str(part) for part in command]
     return subprocess.run(
@@ -73,7 +73,7 @@ def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess
 
 
 def checked_output(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
-    """Return the standard output of a command; raise CheckFailed unless it exits with `status`."""
+    """Return the standard output of a command. Raise CheckFailed unless it exited with `status`."""
     require(
         result.returncode == status,
         f"{' '.join(result.args)}\nended with {result.returncode}, not {status}:\n"
@@ -86,7 +86,7 @@ def checked_output(result: subprocess.CompletedProcess[str], status: int = 0) ->
 
 
 def build_wheel(into: Path, source: Path = REPO) -> Path:
-    """Build the wheel of this checkout or of an sdist into a folder; downloads hatchling if necessary."""
+    """Build the wheel from this checkout or an sdist into a folder, downloading hatchling if necessary."""
     isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
     options = ["--no-deps", "--disable-pip-version-check", *isolation, "--wheel-dir", into]
     checked_output(run([sys.executable, "-m", "pip", "wheel", *options, source]))
@@ -95,7 +95,7 @@ def build_wheel(into: Path, source: Path = REPO) -> Path:
 
 
 def build_sdist(into: Path) -> Path:
-    """Build the sdist of this checkout into a folder; installs hatchling in a temporary folder."""
+    """Build the sdist from this checkout into a folder, with hatchling installed in a temporary folder."""
     with tempfile.TemporaryDirectory() as tool:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         checked_output(run([*pip, "--target", tool, "hatchling"]))
@@ -106,7 +106,7 @@ def build_sdist(into: Path) -> Path:
 
 
 def make_material(folder: Path) -> None:
-    """Create two tiny models, a 44.1 kHz stereo recording, and the results in this environment."""
+    """Create two tiny models, a 44.1 kHz stereo recording, and the results of this environment."""
     import numpy as np
     import soundfile
     import soxr
@@ -122,7 +122,7 @@ def make_material(folder: Path) -> None:
     sizes |= {"pos_conv_kernel": 8, "pos_conv_groups": 2}
     for name in MODELS:
         ctc = jahubert.HubertForCtc(getattr(jahubert.HubertConfig, name)(**sizes), 42)
-        torch.nn.init.normal_(ctc.lm_head.weight, std=1.5)  # gives a non-empty transcript
+        torch.nn.init.normal_(ctc.lm_head.weight, std=1.5)  # makes the transcript non-empty
         jahubert.save_bundle(
             folder / name,
             ctc=ctc,
@@ -157,7 +157,7 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
         arrays[f"{name}.stream"] = next(extractor.stream(audio)).numpy()
         arrays[f"{name}.many"] = next(extractor.many([audio])).numpy()  # type: ignore[union-attr]
         arrays[f"{name}.units"] = jahubert.UnitExtractor.from_pretrained(source, device="cpu")(audio).numpy()
-        options = {"device": "cpu", "dtype": torch.float32}  # supported by all versions of torch
+        options = {"device": "cpu", "dtype": torch.float32}  # all versions of torch support these
         transcript = jahubert.Transcriber.from_pretrained(source, **options).transcribe(audio)
         require(transcript.words, f"the transcript of the model {name} is empty")
         texts[name] = transcript.text
@@ -168,13 +168,13 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
 
 
 def check_package() -> None:
-    """Check that the core package and all public names can be imported and that data files are included."""
+    """Check that the core package and all public names can be imported, and that data files are included."""
     import jahubert
 
     home = Path(jahubert.__file__).parent
     require(REPO not in home.parents, f"jahubert is imported from the checkout, {home}")
     for module in pkgutil.iter_modules(jahubert.__path__, "jahubert."):
-        if not module.ispkg and module.name != "jahubert.__main__":  # runs the command
+        if not module.ispkg and module.name != "jahubert.__main__":  # importing __main__ runs the command
             importlib.import_module(module.name)
     for name in jahubert.__all__:
         getattr(jahubert, name)
@@ -184,7 +184,7 @@ def check_package() -> None:
 
 
 def check_results(folder: Path) -> float:
-    """Check features, units and transcripts, and return the largest difference of a feature."""
+    """Check features, units and transcripts, and return the largest difference between features."""
     import numpy as np
 
     arrays, texts = results(folder)
@@ -193,16 +193,16 @@ def check_results(folder: Path) -> float:
     for name, array in arrays.items():
         largest = max(largest, compare(name, array, expected[name]))
     expected_texts = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
-    require(texts == expected_texts, f"the transcripts are {texts}, expected {expected_texts}")
+    require(texts == expected_texts, f"the transcripts are {texts}, but {expected_texts} was expected")
     return largest
 
 
 def compare(name: str, actual, expected) -> float:
-    """Return the largest difference of two arrays; raise CheckFailed above the tolerance."""
+    """Return the largest difference between two arrays. Raise CheckFailed if it exceeds the tolerance."""
     import numpy as np
 
     for what, a, b in (("type", actual.dtype, expected.dtype), ("shape", actual.shape, expected.shape)):
-        require(a == b, f"{name} has {what} {a}, expected {b}")
+        require(a == b, f"{name} has {what} {a}, but {b} was expected")
     difference = float(np.abs(actual - expected).max())
     allowed = TOLERANCE if actual.dtype == np.float32 else 0
     require(difference <= allowed, f"{name} differs by {difference}, more than {allowed}")
@@ -217,22 +217,22 @@ def check_environment() -> None:
     here = {plain(d.metadata["Name"]) for d in importlib.metadata.distributions()}
     require(not extras & here, f"installed without any extra: {sorted(extras & here)}")
     importable = [name for name in OPTIONAL if importlib.util.find_spec(name)]
-    require(not importable, f"can be imported without any extra: {importable}")
+    require(not importable, f"importable without any extra: {importable}")
 
 
 def plain(requirement: str) -> str:
-    """Return the normalized package name of a requirement."""
+    """Return the normalized name of the package in a requirement."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
 
 
 def check_commands(folder: Path, out: Path) -> None:
-    """Check the `jahubert` command and its messages about missing extras."""
+    """Check the `jahubert` command, including its messages about missing extras."""
     import numpy as np
 
     from jahubert.inference.transcribe import builtin_model
 
     executable = shutil.which("jahubert", path=str(Path(sys.executable).parent))
-    require(executable, "the wheel installed no command `jahubert`")
+    require(executable, "the wheel did not install the command `jahubert`")
     command, audio = str(executable), folder / "audio.wav"
     transcribe: list[str | Path] = [command, "transcribe", "--device", "cpu", "--dtype", "float32"]
     expected = np.load(folder / "expected.npz")
@@ -258,7 +258,7 @@ def check_commands(folder: Path, out: Path) -> None:
     written = {(path.name.partition(".")[0], path.name.partition(".")[2]) for path in (out / "all").iterdir()}
     require(len(written) == 7 * len(FORMATS), f"jahubert transcribe -f all wrote {sorted(written)}")
     printed = (out / "all" / "flac.txt").read_text(encoding="utf-8")
-    require(printed == texts["base"] + "\n", f"jahubert transcribe printed {printed!r} of the FLAC")
+    require(printed == texts["base"] + "\n", f"jahubert transcribe printed {printed!r} for the FLAC file")
     checked_output(run([command, "info", folder / "base"], cwd=out))
     if builtin_model() is not None:
         check_speed([command, "transcribe", "--device", "cpu"], folder / "formats", out)
@@ -299,7 +299,7 @@ def inside(folder: Path) -> dict[str, str]:
 
 
 def outside(requirements: Sequence[str], work: Path, interpreter: str) -> str:
-    """Create an environment in `work`, run the checks in it and return their report."""
+    """Create an environment in `work`, run the checks in it, and return their report."""
     for name in ("wheel", "material"):
         shutil.rmtree(work / name, ignore_errors=True)
         (work / name).mkdir(parents=True)
@@ -313,7 +313,7 @@ def outside(requirements: Sequence[str], work: Path, interpreter: str) -> str:
     checked_output(run([*pip, *requirements, wheel]))
     checked_output(
         run([*pip, "--force-reinstall", "--no-deps", wheel])
-    )  # replaces an older wheel of the same version
+    )  # this replaces an older wheel with the same version
     return checked_output(
         run([python, "-I", Path(__file__).resolve(), "--inside", work / "material"], cwd=work)
     )

@@ -1,8 +1,8 @@
-"""CPU cost of the augmentation of training data, per effect, on one thread.
+"""Benchmark of the CPU time that each effect of the training data augmentation takes on one thread.
 
     python tools/bench/augmentation.py
 
-The script prints CPU milliseconds per second of audio, for utterances of modulated noise in memory.
+The script prints milliseconds of CPU time per second of audio. The utterances are modulated noise in memory.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=6.0, help="of an utterance")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of an utterance")
     parser.add_argument("--utterances", type=int, default=100)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

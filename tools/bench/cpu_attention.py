@@ -1,9 +1,9 @@
-"""Benchmark of attention on a CPU, forward and backward: torch's fused kernel against unfused operations.
+"""Benchmark of attention on a CPU: torch's fused kernel against unfused operations, forward and backward.
 
-    python tools/bench/cpu_attention.py            # one thread, milliseconds, interleaved
+    python tools/bench/cpu_attention.py            # times in milliseconds on one thread, interleaved
 
-The result explains why `jahubert/model/kernels/attention.py` uses unfused operations in bfloat16 and the
-fused kernel, which has no dropout, in float32 without dropout.
+The result explains why `jahubert/model/kernels/attention.py` uses unfused operations in bfloat16, but the
+fused kernel, which does not support dropout, in float32 without dropout.
 """
 
 import statistics

@@ -3,16 +3,16 @@
     python tools/bench/decode.py                   # 32 rows of 500 frames, beam 20, 42 symbols, two threads
     python tools/bench/decode.py --frames 1500 --threads 1
 
-The script prints milliseconds per utterance: medians of runs that alternate between jahubert in batches,
+The script prints median milliseconds per utterance from runs that alternate between jahubert in batches,
 jahubert row by row, and flashlight, which uses one thread. The log-probabilities resemble the output of a
-trained model: mostly blank, with confident labels of random sentences and noise. The symbol n-gram (order 6)
-and the word n-gram (order 3, with a lexicon of 5,000 words) are trained on other random sentences.
-flashlight reads them from the same ARPA files through KenLM.
+trained model: they are mostly blank, with confident labels from random sentences and noise. The symbol n-gram
+(order 6) and the word n-gram (order 3, with a lexicon of 5,000 words) are trained on other random sentences.
+flashlight reads the n-grams from the same ARPA files through KenLM.
 
-`at least as good` is the share of utterances in which the exact score of jahubert's answer (CTC probability
-by `ctc_loss`, plus the weighted n-gram) is not lower than the score of flashlight's answer. Both decoders sum
-over the paths of a sequence. Without flashlight (`pip install flashlight-text kenlm`, Python up to 3.12) only
-jahubert is timed.
+`at least as good` is the fraction of utterances for which the exact score of jahubert's answer (CTC
+probability by `ctc_loss`, plus the weighted n-gram) is not lower than the score of flashlight's answer. Both
+decoders sum over the paths of a sequence. Without flashlight (`pip install flashlight-text kenlm`, Python up
+to 3.12), only jahubert is timed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Answer = tuple[tuple[int, ...], tuple[str, ...]]  # (labels, words)
 
 @dataclass(frozen=True)
 class Task:
-    """A search task: jahubert's models, and the files from which flashlight reads the same models."""
+    """A search task, with jahubert's models and the files from which flashlight reads the same models."""
 
     name: str
     fusion: Fusion | None
@@ -81,7 +81,7 @@ def log_probs(labels: list[list[int]], n_frames: int, seed: int) -> Tensor:
 
 
 def make_tasks(folder: Path) -> tuple[list[Task], list[list[int]]]:
-    """Create the tasks, and the labels of further random sentences."""
+    """Create the tasks, and the labels of additional random sentences."""
     rng = np.random.default_rng(0)
     words = random_words(rng)
     text = random_sentences(words, N_SENTENCES, rng)
@@ -112,7 +112,7 @@ def make_tasks(folder: Path) -> tuple[list[Task], list[list[int]]]:
 
 
 def flashlight(task: Task, folder: Path, beam: int) -> Callable[[Tensor], list[Answer]]:
-    """Run the search of a task with flashlight-text."""
+    """Create a function that runs the search of a task with flashlight-text."""
     from flashlight.lib.text import decoder
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
@@ -173,7 +173,7 @@ def flashlight(task: Task, folder: Path, beam: int) -> Callable[[Tensor], list[A
 
 
 def exact_scores(logp_BSV: Tensor, answers: list[Answer], task: Task) -> Tensor:
-    """Compute the CTC log-probability of the labels plus the n-gram score of the answer."""
+    """Compute the CTC log-probability of the labels plus the n-gram score, for each answer."""
     n_B = torch.tensor([len(labels) for labels, _ in answers])
     target = torch.tensor([label for labels, _ in answers for label in labels], dtype=torch.long)
     frames = torch.full((len(answers),), logp_BSV.shape[1])
@@ -195,7 +195,7 @@ def main() -> None:
     defaults = {"rows": 32, "frames": 500, "beam": 20, "repeats": 5, "threads": 2}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu", help="device of jahubert; the peer runs on the CPU")
+    parser.add_argument("--device", default="cpu", help="device for jahubert; the peer runs on the CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with_peer = importable("flashlight.lib.text.decoder")

@@ -2,12 +2,12 @@
 
     python tools/bench/extract.py                      # six recordings of 10 s, fp32, two threads
     python tools/bench/extract.py --device cuda --precision bf16
-    python tools/bench/extract.py --blocks 2 --layers 1 2 --lengths 2 3 --rounds 1     # a quick check
+    python tools/bench/extract.py --blocks 2 --layers 1 2 --lengths 2 3 --rounds 1     # quick check
 
-All models have the same random weights. Each measurement runs in a separate process, and processes are
-interleaved, so that the peak memory (above the memory of the loaded model) belongs to one model. The outputs
+All models have the same random weights. Each measurement runs in a separate process, so that the peak memory
+(above the memory of the loaded model) belongs to a single model. The processes are interleaved. The outputs
 for the longest recording, which has no padding, must agree. transformers computes the hidden states of all
-layers; torchaudio stops early with `num_layers`, as jahubert does.
+layers, whereas torchaudio, with `num_layers`, and jahubert stop early.
 """
 
 import argparse
@@ -53,14 +53,14 @@ BUILDERS = {
 
 
 def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load jahubert's weights into a model; torchaudio nests the encoder one level deeper."""
+    """Load jahubert's weights into a model. torchaudio nests the encoder one level deeper."""
     names = set(model.state_dict())
     renamed = {}
     for name, value in weights.items():
         if name not in names:
             name = name.replace("encoder.", "encoder.transformer.", 1)
             name = name.replace("feature_projection.", "encoder.feature_projection.", 1)
-        if name not in names:  # weight norm parameters before torch 2.0
+        if name not in names:  # weight norm parameters have names from before torch 2.0
             name = name.replace("parametrizations.weight.original0", "weight_g")
             name = name.replace("parametrizations.weight.original1", "weight_v")
         if name in names:
@@ -80,13 +80,13 @@ def features(kind: str, model: nn.Module, wav_BT: Tensor, n_samples: list[int], 
 
 
 def resident(field: str) -> float:
-    """Return this process's memory in MB: VmRSS (current) or VmHWM (peak since `reset_peak`); Linux only."""
+    """Return the current (VmRSS) or peak (VmHWM) memory of this process in MB; only on Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def reset_peak(device: torch.device) -> float:
-    """Reset the peak memory counter and return the MB in use."""
+    """Reset the peak memory counter, and return the memory in use in MB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
@@ -99,7 +99,7 @@ def peak(device: torch.device) -> float:
 
 
 def work(kind: str, layer: int, folder: Path, args) -> None:
-    """Measure one model and print the result as JSON on the last line."""
+    """Measure one model, and print the result as JSON on the last line."""
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision for all models
     device = torch.device(args.device)
@@ -158,7 +158,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--lengths", type=float, nargs="+", default=[10.0] * 6, help="seconds of each recording"
+        "--lengths", type=float, nargs="+", default=[10.0] * 6, help="length of each recording in seconds"
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 12])
     parser.add_argument("--blocks", type=int, default=12, help="Transformer blocks; fewer for quick checks")

@@ -1,10 +1,10 @@
-"""Benchmark of the convolutional front end, forward and backward: kernels against plain modules.
+"""Benchmark of the convolutional front end: kernels against plain modules, forward and backward.
 
     python tools/bench/front_end.py                # one thread, tiny and base, group and layer norms
     python tools/bench/front_end.py --device cuda
 
-The script prints median milliseconds per second of audio from interleaved runs. The plain modules compute the
-whole padded batch; `--lengths` (seconds) determines the amount of padding.
+The script prints the median milliseconds per second of audio from interleaved runs. The plain modules compute
+the whole padded batch, whose amount of padding depends on `--lengths` (seconds).
 """
 
 import argparse

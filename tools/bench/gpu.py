@@ -1,15 +1,16 @@
-"""Benchmark of training, kernels, features and decoding on one GPU, in a run of less than four minutes.
+"""Benchmark of training, kernels, features and decoding on one GPU, which takes less than four minutes.
 
-    tools/bench/gpu.sh                    # one table, and gpu_bench.json
-    tools/bench/gpu.sh --only step large  # some of the sections
-    tools/bench/gpu.sh --small            # a quick check of the script on a CPU; the figures mean nothing
+    tools/bench/gpu.sh                    # prints a table and writes gpu_bench.json
+    tools/bench/gpu.sh --only step large  # runs only these sections
+    tools/bench/gpu.sh --small            # quick check of the script on a CPU, whose figures are meaningless
 
-The script needs torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are measured for
-comparison if they can be imported. The device tests need pytest; the training engine, labels and k-means need
-the extra `train`. Sections whose packages are missing or that would take too long (--minutes) are listed as
-skipped. Steps of all models are interleaved in one process, and times are medians. Memory is the peak above
-weights, gradients and optimizer. "Of peak" is the FLOP/s required for the valid frames, divided by the FLOP/s
-of a large matrix product in the same run. The column "goal" contains the project's goals.
+The script requires torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are measured
+for comparison if they can be imported. The device tests require pytest, and the training engine, labels and
+k-means require the extra `train`. Sections whose packages are missing or that would take too long (--minutes)
+are listed as skipped. Steps of all models are interleaved in one process, and times are medians. Memory is
+the peak in addition to weights, gradients and optimizer state. "Of peak" is the FLOP/s required for the valid
+frames, divided by the FLOP/s of a large matrix product in the same run. The column "goal" contains the
+project's goals.
 """
 
 import argparse
@@ -44,7 +45,8 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("transformers", "torchaudio")
 MIXED = (2.0, 3.0, 5.0, 8.0, 15.0)
-# Patterns that assign kernels to groups by name; the first match counts. All others are "between products".
+# Patterns that assign kernels to groups by name, by the first match. All other kernels are "between
+# products".
 GROUPS = {
     "attention": re.compile(r"flash|fmha|attention|softmax", re.IGNORECASE),
     "products": re.compile(r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|conv|addmm|\bmm\b|bmm|matmul", re.I),
@@ -52,12 +54,12 @@ GROUPS = {
 
 
 class Skipped(Exception):
-    """A section of the benchmark cannot run on this machine; the message states the reason."""
+    """Raised if a section of the benchmark cannot run on this machine. The message states the reason."""
 
 
 @dataclass
 class Report:
-    """The rows of the table, printed as they are measured."""
+    """The rows of the table, each of which is printed when it is measured."""
 
     has_goals: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -65,7 +67,7 @@ class Report:
     def add(
         self, name: str, value: float | None, unit: str, goal: float | None = None, **details: float | str
     ) -> None:
-        """Add a row; the value None marks a failed peer or measurement, with the reason in `details`."""
+        """Add a row. A value of None marks a failed peer or measurement, with the reason in `details`."""
         row = {"name": name, "value": value, "unit": unit, **details}
         if self.has_goals and goal is not None and value is not None:
             row |= {"goal": goal, "reached": value >= goal}
@@ -87,7 +89,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 @dataclass
 class Settings:
-    """Device, precision and sizes of a run."""
+    """Device, precision and sizes for a run of the benchmark."""
 
     device: torch.device
     small: bool
@@ -99,7 +101,7 @@ class Settings:
 
     @property
     def peers(self) -> list[str]:
-        """The peer projects that can be imported; importing them takes long."""
+        """The peer projects that can be imported. Importing them takes a long time."""
         return [] if self.small else list(filter(importable, PEERS))
 
     @property
@@ -137,7 +139,7 @@ def cached_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_megabytes(trainer: pretrain_step.Trainer, batch: pretrain_step.Batch) -> float:
-    """Measure the peak memory of the activations of a step in MB, with existing gradients and moments."""
+    """Measure the peak memory of a step's activations in MB, once gradients and moments exist."""
     if trainer.device.type == "cpu":
         return 0.0
     trainer.step(batch, keep_gradients=True)
@@ -151,7 +153,7 @@ def peak_megabytes(trainer: pretrain_step.Trainer, batch: pretrain_step.Batch) -
 def compare_steps(
     report: Report, run: Settings, name: str, config: HubertConfig, lengths: list[float], **goals: float
 ) -> pretrain_step.Trainer:
-    """Time a training step of all models in alternation, and return jahubert's trainer."""
+    """Time training steps of all models in alternation, and return jahubert's trainer."""
     batch, peak = make_batch(lengths, run.device), cached_peak(run.device, run.dtype)
     trainers, failures = {}, {}
     for kind in ("jahubert", *PEERS):
@@ -201,7 +203,7 @@ def large(report: Report, run: Settings) -> None:
 def kernels(
     report: Report, run: Settings, trainer: pretrain_step.Trainer, batch: pretrain_step.Batch
 ) -> None:
-    """Profile the CUDA time of jahubert's training step by kernel group (on a CPU, by operator)."""
+    """Profile the CUDA time of jahubert's training step by kernel group, or by operator on a CPU."""
     on_gpu = run.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
@@ -228,7 +230,7 @@ def kernels(
 
 
 def features(report: Report, run: Settings) -> None:
-    """Time feature extraction from 292 s in one batch, with the same weights in all models."""
+    """Time feature extraction from 292 s of audio in one batch, with the same weights in all models."""
     blocks, layers = (1, (1,)) if run.small else (12, (6, 12))
     options = argparse.Namespace(blocks=blocks)
     lengths = [0.5, 0.9] if run.small else np.linspace(3.0, 15.2, 32).tolist()
@@ -308,7 +310,7 @@ def mostly_blank(rows: int, frames: int, symbols: int = 42) -> torch.Tensor:
 
 
 def beam(report: Report, run: Settings) -> None:
-    """Time CTC beam search with beam 20 on mostly blank log-probabilities."""
+    """Time CTC beam search with a beam of 20 on mostly blank log-probabilities."""
     frames = 50 if run.small else 500
     for device, rows in ((torch.device("cpu"), 32), (run.device, 32), (run.device, 128)):
         if run.small and rows > 32:
@@ -371,7 +373,7 @@ def check_train_extra() -> None:
 
 
 def engine(report: Report, run: Settings) -> None:
-    """Time 20 updates of 2,800 s in the training engine, after 5 warm-up updates."""
+    """Time 20 updates of 2,800 s in the training engine after 5 warm-up updates."""
     check_train_extra()
     from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainData
     from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
@@ -430,7 +432,7 @@ def engine(report: Report, run: Settings) -> None:
 
 
 def labels(report: Report, run: Settings) -> None:
-    """Time the stage `label` with layer 6 in float32 on FLAC files."""
+    """Time the stage `label` for layer 6 in float32 on FLAC files."""
     check_train_extra()
     from jahubert.formats.bundle import save_bundle
     from jahubert.train.clustering.features import HubertLayer
@@ -500,7 +502,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--small", action="store_true", help="use tiny sizes on the CPU")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--minutes", type=float, default=3.5, help="start no section after this time")
     parser.add_argument("--out", type=Path, default=Path("gpu_bench.json"))
@@ -520,7 +522,7 @@ def main() -> None:
             outcome = "done"
         except Skipped as reason:
             outcome = f"skipped: {reason}"
-        except Exception as error:  # the remaining sections are still useful
+        except Exception as error:  # the remaining sections still run
             outcome = f"failed: {type(error).__name__}: {str(error)[:500]}"
         seconds = time.monotonic() - section_started
         sections[name] = {"outcome": outcome, "seconds": round(seconds, 1)}

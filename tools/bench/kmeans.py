@@ -4,10 +4,10 @@
     python tools/bench/kmeans.py --frames 300000 --dim 768 --clusters 500    # scikit-learn takes half an hour
     python tools/bench/kmeans.py --sample exp/demo/iter1/features/sample.npy # real features
 
-The script prints the median fitting times of interleaved runs and the inertia of held-out frames. Times are
-the wall time and the CPU time of all threads, which depends less on the load of the machine. It then compares
-the assignment of frames, as one array and in utterances of 500 frames, with the numpy code of fairseq's
-recipe, which must give the same labels.
+The script prints the median fitting times of interleaved runs and the inertia of held-out frames. Both the
+wall time and the CPU time of all threads are measured, because CPU time depends less on the load of the
+machine. The script then assigns frames to clusters, as one array and in utterances of 500 frames, and
+compares the time and the labels with the numpy code in fairseq's recipe. The labels must be the same.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from jahubert.train.clustering.peers import sklearn_centroids
 
 
 def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:
-    """Draw frames from 300 clusters of unequal weight and width, with correlated dimensions."""
+    """Draw frames from 300 clusters of different weights and widths, with correlated dimensions."""
     rng = np.random.default_rng(seed)
     mixing = rng.standard_normal((dim, dim)) / np.sqrt(dim)
     centers, width = 2 * rng.standard_normal((300, dim)), rng.uniform(0.5, 1.5, 300)
@@ -38,14 +38,14 @@ def mixture(frames: int, dim: int, seed: int = 0) -> np.ndarray:
 
 
 def fairseq_assign(x_ND: np.ndarray, centroids_KD: np.ndarray) -> np.ndarray:
-    """Assign labels as fairseq's recipe does: argmin over all squared distances in numpy."""
+    """Assign labels as in fairseq's recipe, by the argmin over all squared distances in numpy."""
     products_NK = np.matmul(x_ND, centroids_KD.T)
     norm_K = (centroids_KD.T**2).sum(0, keepdims=True)
     return ((x_ND**2).sum(1, keepdims=True) - 2 * products_NK + norm_K).argmin(1)
 
 
 def inertia(x_ND: np.ndarray, centroids_KD: np.ndarray) -> float:
-    """Compute the mean squared distance in float64, in blocks."""
+    """Compute the mean squared distance to the nearest centroid in float64, in blocks."""
     total, centroids_KD = 0.0, centroids_KD.astype(np.float64)
     for start in range(0, len(x_ND), 10_000):
         block = x_ND[start : start + 10_000].astype(np.float64)
@@ -55,7 +55,7 @@ def inertia(x_ND: np.ndarray, centroids_KD: np.ndarray) -> float:
 
 
 def timed(work: Callable[[], Any]) -> tuple[np.ndarray, Any]:
-    """Run `work` and return the wall time and CPU time in seconds, and the result."""
+    """Run `work`, and return the wall and CPU times in seconds and the result."""
     started = np.array([time.perf_counter(), time.process_time()])
     result = work()
     return np.array([time.perf_counter(), time.process_time()]) - started, result
@@ -68,14 +68,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=2_000_000)
     parser.add_argument("--dim", type=int, default=39)
     parser.add_argument("--clusters", type=int, default=100)
-    parser.add_argument("--sample", help=".npy file of frames that replace the synthetic ones")
+    parser.add_argument("--sample", help=".npy file with frames to use instead of synthetic ones")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
-        "--n-init", type=int, default=3, help="initializations of jahubert; stage=kmeans uses 3"
+        "--n-init", type=int, default=3, help="initializations for jahubert; stage=kmeans uses 3"
     )
-    parser.add_argument("--device", default="cpu", help="device of jahubert")
+    parser.add_argument("--device", default="cpu", help="device for jahubert")
     parser.add_argument(
-        "--threads", type=int, default=2, help="threads of jahubert; scikit-learn reads OMP_NUM_THREADS"
+        "--threads", type=int, default=2, help="threads for jahubert; scikit-learn reads OMP_NUM_THREADS"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def assignment(frames_ND: np.ndarray, size: int, centroids_KD: torch.Tensor) -> None:
-    """Compare labels and time of assigning all frames, `size` frames at a time."""
+    """Assign all frames, `size` frames at a time, and compare the labels and the times."""
     parts = [frames_ND[start : start + size] for start in range(0, len(frames_ND), size)]
     peer_KD, times = centroids_KD.cpu().numpy(), []
     for _ in range(6):

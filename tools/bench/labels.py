@@ -5,10 +5,11 @@
     python tools/bench/labels.py --read-delay 0.02       # a slow file system: 20 ms per utterance
     python tools/bench/labels.py --utterances 40         # a quick check
 
-FLAC files of synthetic noise, 6 s each, are read and decoded while a simulated GPU computes: it sleeps 0.12 s
-for 120 s of audio at 1,000 audio-s/s. The script prints the audio-seconds per second of reading alone, of
-computing alone, of both in sequence (calculated from the first two), and of both overlapped, with threads
-(the default) and with worker processes. It also prints the overlapped speed relative to the slower part.
+FLAC files with 6 s of synthetic noise each are read and decoded while a simulated GPU computes, which means
+that it sleeps 0.12 s for 120 s of audio at 1,000 audio-s/s. The script prints the speed in seconds of audio
+per second for reading alone, for computing alone, for both in sequence (calculated from the first two), and
+for both overlapped, with threads (the default) and with worker processes. It also prints the overlapped speed
+relative to the slower part.
 """
 
 import argparse
@@ -31,12 +32,12 @@ SECONDS = 6.0  # length of an utterance
 
 
 class SleepingFeature:
-    """Simulated feature whose computation takes time, as on a GPU, but no CPU time."""
+    """Simulated feature whose computation takes time but no CPU time, as on a GPU."""
 
     name, dim, grid = "sleep", 1, MFCC
 
     def __init__(self, rate: float):
-        self.rate = rate  # audio-seconds per second
+        self.rate = rate  # seconds of audio per second
 
     def __call__(self, wavs: list[Tensor]) -> list[Tensor]:
         time.sleep(sum(map(len, wavs)) / SAMPLE_RATE / self.rate)
@@ -44,7 +45,7 @@ class SleepingFeature:
 
 
 class SlowManifest(Manifest):
-    """A manifest on a slow file system."""
+    """A manifest whose audio is on a simulated slow file system."""
 
     delay = 0.0
 
@@ -64,7 +65,7 @@ def make_corpus(folder: Path, utterances: int) -> Path:
 
 
 def rate(manifest: Manifest, device_rate: float, workers: int) -> float:
-    """Measure the audio-seconds per second of a pass, excluding the start of the workers."""
+    """Measure the speed of a pass in seconds of audio per second, excluding the start of the workers."""
     started, after_first = time.perf_counter(), 0.0
     stream = stream_features(manifest, SleepingFeature(device_rate), [range(len(manifest))], 80.0, workers)
     with closing(stream):
@@ -80,8 +81,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--utterances", type=int, default=400)
-    parser.add_argument("--device-rate", type=float, default=1000.0, help="audio-seconds per second")
-    parser.add_argument("--read-delay", type=float, default=0.0, help="seconds per utterance")
+    parser.add_argument("--device-rate", type=float, default=1000.0, help="seconds of audio per second")
+    parser.add_argument("--read-delay", type=float, default=0.0, help="delay per utterance in seconds")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0: threads")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -3,8 +3,9 @@
     python tools/bench/mfcc.py                     # 600 s of modulated noise, one thread
     python tools/bench/mfcc.py --seconds 1932 --device cuda
 
-The script prints medians of interleaved runs. Without torchaudio, the peer is librosa with similar features
-(23 HTK filters, two deltas). The parity check uses a float64 implementation of Kaldi's MFCCs in this file.
+The script prints medians of interleaved runs. If torchaudio is not installed, the peer is librosa with
+similar features (23 HTK filters, two deltas). The parity check compares the features with a float64
+implementation of Kaldi's MFCCs in this file.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def mel(hz):
 
 
 def reference(wav_T: np.ndarray) -> np.ndarray:
-    """Compute Kaldi's MFCCs of samples in [-1, 1] with two deltas, float64 (frames, 39)."""
+    """Compute Kaldi's MFCCs with two deltas from samples in [-1, 1], float64 (frames, 39)."""
     frames = np.lib.stride_tricks.sliding_window_view(wav_T.astype(np.float64), WINDOW)[::HOP]
     frames = frames - frames.mean(1, keepdims=True)
     frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
@@ -54,7 +55,7 @@ def slope(x: np.ndarray) -> np.ndarray:
 
 
 def peer() -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Return the name of the peer and a function that computes its features of a waveform."""
+    """Return the name of the peer, and a function that computes its features for a waveform."""
     if importable("torchaudio"):
         import torchaudio
 
@@ -79,7 +80,7 @@ def peer() -> tuple[str, Callable[[Tensor], Tensor]]:
 
 
 def waveforms(seconds: float) -> list[Tensor]:
-    """Generate noise with a sinusoidal envelope, 2 to 15 s per waveform."""
+    """Generate waveforms of 2 to 15 s of noise with a sinusoidal envelope, `seconds` in total."""
     rng, wavs = np.random.default_rng(0), []
     while seconds > 0:
         n_samples = int(SAMPLE_RATE * min(max(seconds, 1.0), rng.uniform(2, 15)))
@@ -103,7 +104,7 @@ def main() -> None:
     seconds = sum(map(len, wavs)) / SAMPLE_RATE
     exact = reference(wavs[0].numpy())
     for label, features in (("jahubert", own_mfcc(wavs[:1])[0].cpu()), (name, peer_mfcc(wavs[0]))):
-        if features.shape != exact.shape:  # librosa's windows are longer, so it has fewer frames
+        if features.shape != exact.shape:  # librosa has fewer frames, because its windows are longer
             continue
         error = np.abs(features.numpy() - exact).max()
         print(f"largest difference to Kaldi: {error:.2g}  {label}")

@@ -4,13 +4,14 @@
     python tools/bench/pretrain_step.py --device cuda --copies 4 --repeats 20
     python tools/bench/pretrain_step.py --blocks 1 --similar 2 2.1 --mixed 2 3 --repeats 2   # a quick check
 
-A step consists of forward, loss over 500 units with the feature penalty, backward, clipping and fused AdamW,
-with the published dropout and layer drop, on the same padded batch and masks. transformers' HubertModel gets
-jahubert's unit head on the masked frames; torchaudio's hubert_pretrain_base keeps its own masks and head. The
-steps of the models are interleaved, and medians of times and of ratios per round are printed. Memory (above
-weights, gradients and optimizer) is measured in a separate process per model. `of peak` is the FLOP/s
-required for the valid frames, divided by the FLOP/s of a large matrix product in the same run. Before
-measuring, loss and gradient norm are compared with transformers on the same weights without dropout.
+A step consists of the forward pass, the loss over 500 units with the feature penalty, the backward pass,
+clipping and fused AdamW, with the published dropout and layer drop, on the same padded batch and masks.
+transformers' HubertModel gets jahubert's unit head on the masked frames, while torchaudio's
+hubert_pretrain_base keeps its own masks and head. The steps of the models are interleaved, and the script
+prints medians of the times and of the ratios per round. Memory (in addition to weights, gradients and
+optimizer state) is measured in a separate process per model. `of peak` is the FLOP/s required for the valid
+frames, divided by the FLOP/s of a large matrix product in the same run. Before the measurement, the loss and
+the gradient norm are compared with those of transformers for the same weights without dropout.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Jahubert(nn.Module):
 
 
 class Transformers(nn.Module):
-    """HubertModel called module by module, because the loss needs the conv features."""
+    """transformers' HubertModel, called module by module because the loss needs the convolution outputs."""
 
     def __init__(self, config: HubertConfig):
         super().__init__()
@@ -139,7 +140,7 @@ def make_batch(lengths: list[float], device: torch.device) -> Batch:
 
 
 def flops(config: HubertConfig, n_samples: list[int]) -> float:
-    """Compute the FLOPs of a step on valid frames; the backward pass counts as two forward passes."""
+    """Compute the FLOPs of a step on valid frames, counting the backward pass as two forward passes."""
     total = 0.0
     for frames in n_samples:
         dim_in = 1
@@ -162,7 +163,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a large matrix product, and return the best of several runs."""
+    """Measure the FLOP/s of a large matrix product, taking the best of several runs."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -176,7 +177,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Trainer:
-    """A model, its optimizer, and a training step."""
+    """A model with its optimizer, and the training step."""
 
     def __init__(self, kind: str, config: HubertConfig, device: torch.device, dtype: torch.dtype):
         torch.manual_seed(0)
@@ -185,7 +186,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.module, TrainConfig(lr=1e-5))
 
     def step(self, batch: Batch, keep_gradients: bool = False) -> float:
-        """Run a step and return its seconds; `keep_gradients` does not release the gradients afterwards."""
+        """Run a step and return its duration in seconds. Gradients are released unless `keep_gradients`."""
         synchronize(self.device)
         started = time.perf_counter()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
@@ -199,9 +200,9 @@ class Trainer:
 
 
 def check(config: HubertConfig) -> None:
-    """Compare loss and gradient norm with transformers on one utterance, without dropout.
+    """Compare the loss and gradient norm with those of transformers on one utterance, without dropout.
 
-    Runs on the CPU, because convolutions on a GPU use TF32 by default.
+    The comparison runs on the CPU, because convolutions on a GPU use TF32 by default.
     """
     names = ("dropout", "attention_dropout", "input_dropout", "layer_drop")
     config = HubertConfig.base(layers=config.layers, **dict.fromkeys(names, 0.0))
@@ -221,7 +222,7 @@ def check(config: HubertConfig) -> None:
 
 
 def memory(kind: str, lengths: list[float], precision: str, args) -> float:
-    """Measure the peak memory of activations in a step (MB) in a separate process."""
+    """Measure the peak memory of the activations in a step (MB), in a separate process."""
     worker = ["--worker", kind, precision, *map(str, lengths)]
     command = [sys.executable, __file__, "--device", args.device, "--blocks", str(args.blocks)]
     done = subprocess.run([*command, "--threads", str(args.threads), *worker], capture_output=True, text=True)
@@ -231,9 +232,9 @@ def memory(kind: str, lengths: list[float], precision: str, args) -> float:
 
 
 def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, device: torch.device) -> None:
-    """Print the peak of two steps above the memory in use between steps (CPU: Linux only)."""
+    """Print the peak memory of two steps above the memory in use between steps (on a CPU only for Linux)."""
     trainer, batch = Trainer(kind, config, device, DTYPES[precision]), make_batch(lengths, device)
-    trainer.step(batch, keep_gradients=True)  # the difference from the peak then consists of activations
+    trainer.step(batch, keep_gradients=True)  # so that the difference from the peak consists of activations
     if device.type == "cuda":
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -252,7 +253,7 @@ PRODUCTS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}
 
 
 def products(trainer: Trainer, batch: Batch) -> tuple[float, float]:
-    """Return the CPU seconds of a step and of its matrix products and convolutions."""
+    """Return the CPU time in seconds of a step, and of the matrix products and convolutions in it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         seconds = trainer.step(batch)
     return seconds, sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in PRODUCTS) / 1e6
@@ -298,7 +299,7 @@ def main() -> None:
         type=float,
         nargs="*",
         default=[4.4, 4.4, 4.3, 4.3],
-        help="lengths in s; empty to skip",
+        help="lengths of the utterances in seconds; empty to skip",
     )
     parser.add_argument("--mixed", type=float, nargs="*", default=[2.0, 3.0, 5.0, 8.0, 15.0])
     parser.add_argument("--copies", type=int, default=1, help="copies of each length, to fill a GPU")

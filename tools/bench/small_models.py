@@ -1,6 +1,6 @@
-"""Benchmark of pretraining on one CPU thread, for small models that train on two cores in minutes.
+"""Benchmark of pretraining small models, which train on two cores in minutes, on one CPU thread.
 
-python tools/bench/small_models.py             # seconds of audio per CPU second, forward and backward
+python tools/bench/small_models.py             # prints seconds of audio per CPU second, forward and backward
 """
 
 import time

@@ -1,9 +1,10 @@
-"""Benchmark of the time and memory of training steps with activation checkpointing and torch.compile.
+"""Benchmark of training steps with activation checkpointing and torch.compile: time and memory.
 
     python tools/bench/training_options.py --model base --seconds 24 --repeats 5
 
-A step consists of forward, loss over 500 units, backward and AdamW. The steps of the variants are interleaved
-on the same batches. "stored" is the number of bytes that the forward pass keeps for the backward pass.
+A step consists of the forward pass, the loss over 500 units, the backward pass and AdamW. The steps of the
+variants are interleaved on the same batches. "stored" is the number of bytes that the forward pass keeps for
+the backward pass.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Benchmark of transcription: jahubert in several precisions against transformers' HubertForCTC.
+"""Benchmark of transcription with jahubert in several precisions against transformers' HubertForCTC.
 
     python tools/bench/transcribe.py audio.wav                        # base size, random weights, two threads
     python tools/bench/transcribe.py --model MODEL audio.wav          # another model
     python tools/bench/transcribe.py --model exp/tofugu/systems/pretrained/finetune \\
         --exp exp/tofugu --splits test test_joined                    # PER of each precision
 
-All variants transcribe the same recording with the same weights in interleaved rounds; medians are printed.
-jahubert reads the file, detects speech, encodes chunks of 30 s with 4 s of overlap and decodes with a beam of
-20. transformers encodes chunks of 30 s without overlap and decodes greedily, which is less work.
+All variants transcribe the same recording with the same weights in interleaved rounds, and medians are
+printed. jahubert reads the file, detects speech, encodes chunks of 30 s with an overlap of 4 s, and decodes
+with a beam of 20. transformers encodes chunks of 30 s without overlap and decodes greedily, which is less
+work.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.targets import TargetStore
 from jahubert.train.evaluation.metrics import error_rate
 
-CHUNK = 30 * 16_000  # samples
+CHUNK = 30 * 16_000  # chunk length of transformers in samples
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # int8 runs on the CPU only
 
 
 def base(folder: Path) -> Path:
-    """Write a bundle of HuBERT base with random weights."""
+    """Write a bundle with a HuBERT base model that has random weights."""
     torch.manual_seed(0)
     phonemes = jahubert.PhonemeSet.standard()
     ctc = jahubert.HubertForCtc(jahubert.HubertConfig.base(), len(phonemes))
@@ -39,7 +40,7 @@ def base(folder: Path) -> Path:
 
 
 def transformers_transcriber(source: Path, dtype: torch.dtype, device: str) -> Callable[[str], object]:
-    """Return a function that reads a file and decodes it greedily with transformers."""
+    """Return a function that reads an audio file and decodes it greedily with transformers."""
     from transformers import HubertForCTC
 
     model = HubertForCTC.from_pretrained(source, dtype=dtype).eval().to(device)
@@ -88,7 +89,7 @@ def name(dtype: torch.dtype) -> str:
 
 
 def cost(source: Path, exp: Path, splits: list[str], device: str) -> None:
-    """Print the PER and speed on splits of an experiment for every precision."""
+    """Print the PER and the speed on splits of an experiment for every precision."""
     manifest, targets = Manifest(exp / "prepare" / "manifest.arrow"), TargetStore(exp / "targets")
     for dtype in dtypes(device):
         asr = jahubert.Transcriber.from_pretrained(source, device=device, vad=False, dtype=dtype)
@@ -110,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("audio", nargs="?", help="recording of a few minutes")
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--exp", type=Path, help="experiment with the splits to transcribe")
+    parser.add_argument("--exp", type=Path, help="experiment that contains the splits to transcribe")
     parser.add_argument("--splits", nargs="+", default=["test"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)

@@ -1,11 +1,11 @@
-"""Benchmark of the time and peak memory of features, kmeans and label for corpora of different sizes.
+"""Benchmark of the stages features, kmeans and label on corpora of different sizes: time and peak memory.
 
     python tools/bench/units_scale.py exp/tofugu --hours 2 20  # MFCC, 100 units
     python tools/bench/units_scale.py exp/tofugu --hours 2 20 --layer 3  # HuBERT layer 3, 500 units
 
-Random crops of the utterances of a finished `prepare` stage are drawn until the corpus is long enough. Each
-stage runs in a separate process with one thread (OMP_NUM_THREADS=1). The script prints the CPU seconds and
-the peak memory of that process; CPU seconds depend least on the load of the machine.
+Random crops of the utterances from a finished `prepare` stage are drawn until the corpus is long enough. Each
+stage runs in a separate process with one thread (OMP_NUM_THREADS=1). The script prints the peak memory and
+the CPU time of this process, because CPU time depends least on the load of the machine.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHORTEST = 8_000  # minimum crop length in samples
 
 
 def repeated(source: Manifest, hours: float):
-    """Draw random crops of the utterances of a corpus with `hours` in total."""
+    """Draw random crops from the utterances of a corpus, `hours` in total."""
     rng, left, number = np.random.default_rng(0), hours * 3600 * 16_000, 0
     rows = source.indices(split="train")
     while left > 0:
@@ -39,7 +39,7 @@ def repeated(source: Manifest, hours: float):
 
 
 def run_stage(stage: str, out: str, settings: str) -> None:
-    """Run a stage and print its seconds, CPU seconds, peak memory and disk usage as JSON."""
+    """Run a stage, and print its wall time, CPU time, peak memory and disk usage as JSON."""
     from jahubert.train.experiment.config import structure
     from jahubert.train.experiment.registry import STAGES, resolve
 
@@ -64,8 +64,8 @@ def main() -> None:
     )
     parser.add_argument("exp", type=Path)
     parser.add_argument("--hours", type=float, nargs="+", default=[2.0, 20.0])
-    parser.add_argument("--layer", type=int, help="layer of the iteration 1 model (default: MFCC)")
-    parser.add_argument("--frames", type=int, default=200_000, help="frames in the sample for k-means")
+    parser.add_argument("--layer", type=int, help="layer of the model from iteration 1 (default: MFCC)")
+    parser.add_argument("--frames", type=int, default=200_000, help="number of frames sampled for k-means")
     args = parser.parse_args()
     source = Manifest(args.exp / "prepare" / "manifest.arrow")
     model = None if args.layer is None else str(args.exp / "iter1" / "pretrain" / "bundle")

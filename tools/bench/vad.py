@@ -2,10 +2,11 @@
 
     python tools/bench/vad.py shared/data/sentences shared/data/tofugu/lib/ogg
 
-Transcribes `--files` evenly spaced recordings of each folder with the built-in model (or `--model`), with and
-without distortions. For each distortion it prints the phoneme error rate against the undistorted transcripts,
-the number of recordings that became empty, and the share of loud frames detected as speech. It also prints
-the share of frames detected as speech in generated sounds, and the speed in times real time on one thread.
+The script transcribes `--files` evenly spaced recordings from each folder with the built-in model (or
+`--model`), with and without distortions. For each distortion, it prints the phoneme error rate against the
+undistorted transcripts, the number of transcripts that became empty, and the fraction of loud frames that are
+detected as speech. It also prints the fraction of frames that are detected as speech in generated sounds, and
+the speed on one thread as a multiple of real time.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SUFFIXES = (".wav", ".ogg", ".mp3", ".flac")
 
 
 def distortions(wav_T: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Return distorted copies of a waveform by name."""
+    """Yield the name of each distortion with a distorted copy of a waveform."""
     time_T = torch.arange(len(wav_T), dtype=torch.float64) / SAMPLE_RATE
     for offset in (0.03, 0.1, 0.3):
         yield f"DC offset {offset}", wav_T + offset
@@ -50,7 +51,7 @@ def phones(transcript: jahubert.Transcript) -> list[str]:
 
 
 def detected(asr: jahubert.Transcriber, wav_T: Tensor, original_T: Tensor) -> float:
-    """Return the share of frames within 20 dB of the loudest frame that are detected as speech."""
+    """Return the fraction of frames detected as speech, among those within 20 dB of the loudest frame."""
     _, speech_S = prepare_speech(wav_T, asr.grid, asr.vad == "silero")
     level_S = original_T.unfold(0, asr.grid.window, asr.grid.hop).square().mean(1)[: len(speech_S)]
     return float(speech_S[level_S > 0.01 * level_S.max()].float().mean())
@@ -62,7 +63,7 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--files", type=int, default=20, help="recordings per folder")
-    parser.add_argument("--model", help="a CTC model; default: the built-in one")
+    parser.add_argument("--model", help="CTC model (default: the built-in model)")
     parser.add_argument("--silero", action="store_true", help="use silero-vad after the built-in detector")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,15 +1,15 @@
-"""Check that damaged files are detected, for every file of a tiny experiment and several kinds of damage.
+"""Check that damage to any file of a tiny experiment is detected, for several kinds of damage.
 
     python tools/checks/corruption_sweep.py               # 5 trials per file and kind of damage
     python tools/checks/corruption_sweep.py --trials 1
 
 Every file is damaged and then read as the next stage would read it. The kinds of damage are a flipped bit, a
-zeroed block, a missing tail, and a swap with the same file of an experiment with another seed. Files of
-stages are read by the input verification of all stages, bundles by `load_bundle`, checkpoints as for
-resuming, and FLAC files by the decoder. Damage counts as detected if it is reported by an error that names
-the file. The script prints the figures per kind of file; the exit status is 1 if any damage was not detected.
-Files that no stage reads are not damaged: TensorBoard events, started.json of a finished stage, and the
-report.
+zeroed block, a missing tail, and a swap with the same file from an experiment with a different seed. The
+input verification of all stages reads the files of stages, `load_bundle` reads bundles, the code for resuming
+reads checkpoints, and the decoder reads FLAC files. Damage counts as detected if an error that names the file
+reports it. The script prints the figures for each kind of file, and its exit status is 1 if any damage is not
+detected. Files that no stage reads are not damaged: TensorBoard events, started.json of a finished stage, and
+the report.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jahubert.train.pipeline.runner import run_stage, verify_inputs
 from jahubert.train.trainer.checkpoints import checkpoint_damage
 
 UNREAD = ("started.json", "events.out.tfevents")
-BLOCK = 64  # number of bytes that are zeroed
+BLOCK = 64  # number of bytes in a zeroed block
 
 
 def flip_bit(content: bytes, other: bytes, rng: random.Random) -> bytes:
@@ -67,7 +67,7 @@ DAMAGES: tuple[Damage, ...] = (flip_bit, zero_block, cut_tail, swap)
 
 
 class Sweep:
-    """Counts of trials and of detected damage per kind of file."""
+    """Numbers of trials and of detected cases of damage, per kind of file."""
 
     def __init__(self, trials: int):
         self.trials = trials
@@ -82,7 +82,7 @@ class Sweep:
         read: Callable[[], str],
         damages: Sequence[Damage] = DAMAGES,
     ) -> None:
-        """Damage a file in several ways; `read` returns the message of the error, or an empty string."""
+        """Damage a file in several ways. `read` returns the message of the error, or an empty string."""
         content, rng = path.read_bytes(), random.Random(str(path.name))
         for damage in damages:
             for _ in range(1 if damage is swap else self.trials):
@@ -122,7 +122,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 
 def sweep_stages(sweep: Sweep, exp: Path, other: Path) -> None:
-    """Damage the files of all stages; stage `report`, which verifies the experiment, reads them last."""
+    """Damage the files of all stages, which the stages that read them and then stage `report` verify."""
     *jobs, report = stage_jobs(exp)
     for job in jobs:
         for path in files_of(job.out):
@@ -143,7 +143,7 @@ def _reads(job: Job, path: Path) -> bool:
 
 
 def _records_equal_files(path: Path, other: Path) -> bool:
-    """Return whether two files are records of stages with equal output files, so that a swap is no damage."""
+    """Return whether two files are records of stages with equal outputs, for which a swap is harmless."""
     return path.name == DONE and read_record(path)["outputs"] == read_record(other)["outputs"]
 
 
@@ -154,7 +154,7 @@ def _verify(job: Job) -> str:
 def sweep_bundles(sweep: Sweep, exp: Path, other: Path) -> None:
     for bundle in sorted(path.parent for path in exp.rglob(INFO)):
         for path in files_of(bundle):
-            if path.name != "README.md":  # the model card is never read
+            if path.name != "README.md":  # no code reads the model card
                 read = partial(error_of, partial(load_bundle, bundle))
                 sweep.damage("bundles", path, other / path.relative_to(exp), read)
 
@@ -171,7 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=5, help="trials per file and kind of damage")
+    parser.add_argument("--trials", type=int, default=5, help="number of trials per file and kind of damage")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,17 +1,17 @@
-"""Fault injection at every file operation of every stage and command: a kill or a file system error.
+"""Injection of faults (a kill or a file system error) at every file operation of every stage and command.
 
     python tools/checks/fault_sweep.py                                  # every operation, every fault
     python tools/checks/fault_sweep.py --points 2                       # two trials per task
     python tools/checks/fault_sweep.py --only label pretrain --faults kill ENOSPC
 
 A task is a stage of a tiny experiment or a command that writes files (see `small_experiment.py`). Each task
-runs once without faults, to count its file operations (create, write, sync, rename, delete, by any library).
-The task then runs in an empty folder once for each n, and at the n-th operation the process is killed or the
-operation fails. With `--points N`, only N evenly spaced operations get a fault each. A failed operation must
-result in a message without a traceback, and a full disk (ENOSPC) in exit status 1. After the fault, the task
-is rerun and must succeed; all files must equal those of the run without faults, and no temporary files may
-remain. The script prints the results per task and exits with status 1 if any run differs. It needs Linux and
-a C compiler.
+first runs without faults, which counts its file operations (create, write, sync, rename and delete, by any
+library). The task then runs in an empty folder once for each n, and at the n-th operation, the process is
+killed or the operation fails. With `--points N`, faults occur only at N evenly spaced operations. A failed
+operation must result in a message without a traceback, and a full disk (ENOSPC) in exit status 1. After the
+fault, the task is rerun and must succeed. All files must then equal those of the run without faults, and no
+temporary files may remain. The script prints the results for each task and exits with status 1 if any run
+differs. It requires Linux and a C compiler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
-# Allowed exit statuses of a run with each fault; 0 is allowed because some operations are optional.
+# Allowed exit statuses of a run for each fault. 0 is allowed because some operations are optional.
 STATUSES = {"kill": (-signal.SIGKILL,), "ENOSPC": (0, 1), "EIO": (0, 1, 2), "EACCES": (0, 1, 2)}
 
 
@@ -46,10 +46,10 @@ def compiled_shim(folder: Path) -> Path:
 
 
 def trials(n_operations: int, faults: list[str], points: int | None, first: int) -> list[tuple[str, int]]:
-    """Return pairs of a fault and an operation, counted from 1: all pairs, or `points` evenly spaced pairs.
+    """Return all pairs (fault, operation), with operations counted from 1, or `points` evenly spaced pairs.
 
     Args:
-        first: index of the fault at the first operation; later operations use the next faults in turn.
+        first: index of the fault at the first operation. Later operations use the next faults in turn.
     """
     if points is None:
         return [(fault, operation) for fault in faults for operation in range(1, n_operations + 1)]
@@ -58,14 +58,14 @@ def trials(n_operations: int, faults: list[str], points: int | None, first: int)
 
 
 class Sweep:
-    """Sweep over tasks with faults, whose results are compared with a run without faults."""
+    """Sweep over tasks with faults, which compares the results with those of a run without faults."""
 
     def __init__(self, shim: ctypes.CDLL, folder: Path):
         self.shim, self.log, self.counted = shim, folder / "log", folder / "count"
         self.n_tasks = 0
 
     def count(self, task: Any) -> int:
-        """Run a task without faults, and return its number of file operations."""
+        """Run a task without faults, and return the number of file operations."""
         from small_experiment import run_child
 
         def work() -> int:
@@ -80,7 +80,7 @@ class Sweep:
         return int(self.counted.read_text())
 
     def run(self, task: Any, faults: list[str], points: int | None) -> int:
-        """Sweep one task and print its figures and failures, and return the number of failures."""
+        """Sweep one task, print its figures and failures, and return the number of failures."""
         from small_experiment import contents
 
         started, failures, results = time.monotonic(), [], Counter[str]()
@@ -102,7 +102,7 @@ class Sweep:
         return len(failures)
 
     def trial(self, task: Any, fault: str, operation: int, expected: dict[str, Any]) -> str:
-        """Run a task with one fault, rerun it, and compare, and return a description of any failure."""
+        """Run a task with one fault, rerun it, and compare the results. Describe any failure."""
         from small_experiment import contents, run_child
 
         def work() -> int:
@@ -112,7 +112,7 @@ class Sweep:
         status = run_child(work, self.log)
         first_log = self.log.read_text(errors="replace")
         where = next((line for line in first_log.splitlines() if line.startswith("fault at ")), "")
-        allowed = STATUSES[fault] if where else (0,)  # the fault may not occur
+        allowed = STATUSES[fault] if where else (0,)  # `where` is empty if the fault did not occur
         if status not in allowed or "Traceback" in first_log:
             return f"{where}\nended with status {status}: {first_log[-2500:]}"
         status = run_child(task.work, self.log)
@@ -136,7 +136,7 @@ def sweep_all(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         exp = folder / "exp"
-        with contextlib.redirect_stdout(io.StringIO()):  # imports all modules before forking
+        with contextlib.redirect_stdout(io.StringIO()):  # this imports all modules before forking
             for task in stage_tasks(folder / "warm-up"):
                 task.work()
         sweep = Sweep(ctypes.CDLL(os.environ["FAULT_SHIM"]), folder)
@@ -156,9 +156,9 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", default=[], help="parts of task names (default: all)")
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS))
-    parser.add_argument("--points", type=int, help="trials per task (default: all)")
+    parser.add_argument("--points", type=int, help="number of trials per task (default: all)")
     args = parser.parse_args()
-    if "FAULT_SHIM" not in os.environ:  # restart with the library loaded
+    if "FAULT_SHIM" not in os.environ:  # restarts the script with the library loaded
         with tempfile.TemporaryDirectory() as folder:
             shim = str(compiled_shim(Path(folder)))
             environment = {**os.environ, "FAULT_SHIM": shim, "LD_PRELOAD": shim, "OMP_NUM_THREADS": "1"}

@@ -1,12 +1,12 @@
-"""Stop signals in every stage of a tiny experiment, sent while the stage reads its input.
+"""Check of stop signals that are sent to each stage of a tiny experiment while it reads its input.
 
     python tools/checks/signal_sweep.py            # SIGTERM and SIGINT in every stage
     python tools/checks/signal_sweep.py --in-turn  # one signal per stage, in turn
 
-Opening the first input file (audio, where the stage reads audio) takes 1.5 seconds, in which the process
-receives the signal. It must end within 30 seconds, with status 75 (SIGTERM) or 130 (SIGINT) and without a
-traceback. The stage is then rerun, and all files must equal those of an uninterrupted run. The exit status is
-1 if any run differs. Needs Linux.
+Opening the first input file (audio, if the stage reads audio) is delayed by 1.5 seconds, during which the
+process receives the signal. The process must end within 30 seconds, with status 75 (SIGTERM) or 130 (SIGINT)
+and without a traceback. The stage is then rerun, and all files must equal those of an uninterrupted run. The
+exit status of the script is 1 if any run differs. The script requires Linux.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ READ_SECONDS, DEADLINE_SECONDS = 1.5, 30.0
 
 
 def slow_reads(ending: str, marker: Path) -> None:
-    """Delay the first opening of a file with this ending; creates `marker` when it begins."""
+    """Delay the first opening of a file whose name ends with `ending`, and create `marker` at that point."""
 
     def hook(event: str, arguments: tuple) -> None:
         if event != "open" or marker.exists() or not isinstance(arguments[0], (str, bytes)):
@@ -47,7 +47,7 @@ def slow_reads(ending: str, marker: Path) -> None:
 
 
 def overrides_of(job: Job) -> list[str]:
-    """Return the command that runs one stage of the experiment."""
+    """Return the overrides with which `jahubert run` runs one stage of the experiment."""
     exp = next(folder.parent for folder in (job.out, *job.out.parents) if folder.parent.name == "exp")
     iteration = job.out.parent.name.removeprefix("iter")
     return [
@@ -59,17 +59,17 @@ def overrides_of(job: Job) -> list[str]:
 
 
 def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, str]:
-    """Run a stage and send it a signal while it reads, and return its exit status and output."""
+    """Run a stage, send it a signal while it reads, and return its exit status and output."""
     marker, log = folder / "reading", folder / "log"
     marker.unlink(missing_ok=True)
 
     def work() -> int:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore SIGINT by default
         slow_reads(NO_AUDIO.get(job.stage, ".wav"), marker)
         return run.main(overrides_of(job))
 
     sender = os.fork()
-    if not sender:  # the stage, in a child that this process can wait for
+    if not sender:  # this child runs the stage, so that the parent can wait for it
         os._exit(run_child(work, log) % 256)
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not marker.exists() and time.monotonic() < deadline:
@@ -82,7 +82,7 @@ def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, st
 
 
 def trial(job: Job, number: signal.Signals, folder: Path, expected: dict) -> str:
-    """Interrupt a stage, rerun it and compare, and return a description of the failure, if any."""
+    """Interrupt a stage, rerun it and compare the results. Return a description of any failure."""
     started = time.monotonic()
     status, output = interrupted(job, number, folder)
     seconds = time.monotonic() - started
@@ -102,13 +102,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--in-turn", action="store_true", help="one signal per stage")
+    parser.add_argument("--in-turn", action="store_true", help="send only one signal per stage, in turn")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     n_failures = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
-        with contextlib.redirect_stdout(io.StringIO()):  # imports everything; the trials follow in children
+        with contextlib.redirect_stdout(io.StringIO()):  # imports all modules; the trials run in children
             for task in stage_tasks(folder / "exp"):
                 task.work()
         for index, job in enumerate(stage_jobs(folder / "exp")):

@@ -1,8 +1,8 @@
-"""A tiny experiment, and the stages and commands that write files, for the sweeps in this folder.
+"""Tiny experiment for the sweeps in this folder, with all stages and commands that write files.
 
-The experiment has five recordings of one second and a model of width 16, so each stage takes a fraction of a
-second. Stages and commands run in forked children of one process that has imported all modules, so that a
-trial costs little more than the work itself.
+The experiment has five recordings of one second and a model of width 16, so that each stage takes a fraction
+of a second. Stages and commands run in forked children of one process that has imported all modules, so that
+a trial takes little more time than the stage or command itself.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SETTINGS = [
     "pretrain.train.valid_every=2", "finetune.train.max_steps=4", "finetune.train.save_every=2",
     "finetune.train.valid_every=2",
 ]  # fmt: skip
-TIMEOUT_SECONDS = 120  # a stage or command that takes longer is considered hanging
-# Fields of JSON files that contain times, or checksums of files with such fields.
+TIMEOUT_SECONDS = 120  # stages and commands that take longer are considered hanging
+# Fields in JSON files that contain times, or checksums of files with such fields.
 _TIMED = {"seconds", "finished", "timing", "window", "outputs", "record_crc32", "crc32", "files", "made_with"}
 
 
@@ -40,7 +40,7 @@ class Task(NamedTuple):
     Attributes:
         out: output folder, which does not exist before the first run.
         work: function that runs the task; returns an exit status or None, and may raise an exception.
-        refuses_existing: whether running the task again is an error if the output is complete.
+        refuses_existing: whether it is an error to run the task again if the output is complete.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 
 def stage_jobs(exp: Path, *overrides: str) -> list[Job]:
-    """Return the stages of the experiment in the folder `exp`, in order."""
+    """Return the stages of the experiment in folder `exp` in order."""
     return configure_jobs([*SETTINGS, "stage=all", f"exp={exp}", *overrides])
 
 
@@ -67,7 +67,7 @@ def _finish_stage(job: Job) -> None:
 
 
 def command_tasks(exp: Path, out: Path) -> list[Task]:
-    """Return tasks for commands that read a finished experiment; each writes to its own folder."""
+    """Return tasks for commands that read a finished experiment, each of which has its own output folder."""
     audio = [str(exp / "prepare" / "work" / f"{number}.wav") for number in range(2)]
     asr, units = exp / "systems" / "main" / "finetune" / "bundle", exp / "iter2" / "label" / "bundle"
     pretrained, corpus = exp / "iter1" / "pretrain" / "bundle", exp / "prepare"
@@ -132,10 +132,10 @@ def run_child(work: Callable[[], Any], log: Path) -> int:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Read a folder, keyed by relative path: JSON without times; omits TensorBoard events and lock files.
+    """Return the content of the files in a folder, keyed by relative path, without the times in JSON files.
 
-    Only the presence of report pages and DCP metadata is compared, because their content depends on times or
-    on the order of a pickled dictionary.
+    TensorBoard events and lock files are omitted. For report pages and DCP metadata, only their presence is
+    recorded, because their content depends on times or on the order of a pickled dictionary.
     """
     files: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):

@@ -1,10 +1,11 @@
-"""Benchmark of the verification of input files, per stage of a finished experiment.
+"""Benchmark of input file verification for each stage of a finished experiment.
 
     python tools/checks/verification_cost.py exp/demo recipe=demo
     python tools/checks/verification_cost.py exp/tofugu recipe=tofugu data=/path/to/corpus
 
-For each stage, the script prints the size of its inputs in bytes, the time to verify them (the shortest of
-three runs, so the files are in the page cache), and this time as a share of the stage's recorded time.
+For each stage, the script prints the size of the inputs in bytes, the time to verify them (the shortest of
+three runs, so that the files are in the page cache), and this time as a fraction of the recorded time of the
+stage.
 """
 
 from __future__ import annotations
