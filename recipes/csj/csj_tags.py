@@ -159,7 +159,7 @@ class _Parser:
             tag = self._stack.pop()
             self._stack[-1].alternatives[-1] += self._chosen(tag)
         elif not any(self._split(names) for names in _SEPARATES.get(mark, ())):
-            self.problems.append((word, f"{mark} is not inside a tag that allows it"))
+            self.problems.append((word, f"unexpected {mark} outside of a tag that allows it"))
 
     def _split(self, names: Sequence[str]) -> bool:
         """Start the next alternative of the innermost open tag in `names`; return False if there is none."""
