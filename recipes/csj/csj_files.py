@@ -206,7 +206,7 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
     for name, entries in expected.items():
         if missing := sorted(entries - talks.keys()):
             log.warning(
-                "csj: %d of the %d talks in %s not found: %s",
+                "csj: %d of the %d talks of %s not found: %s",
                 len(missing),
                 len(entries),
                 name,
