@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-# Set before torch or a hub client is imported; subprocesses inherit these variables. One thread is required
-# because some tests fork, and a forked child would wait forever for its parent's threads.
+# These variables are set before torch or a hub client is imported, and subprocesses inherit them. One thread
+# is required because some tests fork, and a forked child would wait forever for the threads of its parent.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-# Tests run on the CPU. JAHUBERT_TEST_CUDA makes GPUs visible to them.
+# Tests run on the CPU, unless JAHUBERT_TEST_CUDA makes GPUs visible to them.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("JAHUBERT_TEST_CUDA", "")
 
 import importlib.util
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-# Lets the subprocesses of tests import `fixtures`.
+# With this path, subprocesses of tests can import `fixtures`.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(REPO / "tests"), str(REPO), os.environ.get("PYTHONPATH")])
 )
@@ -27,7 +27,7 @@ LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `stack` tests without the full stack and name the command that runs them."""
+    """Skip `stack` tests without the full stack, and name the command that runs them."""
     if importlib.util.find_spec("fairseq2") is not None:
         return
     skip = pytest.mark.skip(reason="needs the full stack: make test-stack")
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reject connections to other machines; torch.distributed may connect locally."""
+    """Reject connections to other machines. torch.distributed may connect locally."""
     connect = socket.socket.connect
 
     def guarded(self, address):
@@ -51,13 +51,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
-    """Root folder of the checkout."""
+    """Return the root folder of the checkout."""
     return REPO
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with copies of public corpora; tests that use it are skipped without it."""
+    """Return the folder with copies of public corpora, or skip the test if the folder does not exist."""
     folder = Path(os.environ.get("JAHUBERT_SHARED_DATA", REPO.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"needs {folder}")
@@ -66,7 +66,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Experiment folder of one uninterrupted run of all stages on `tests/fixtures/tones`."""
+    """Run all stages on `tests/fixtures/tones` without interruption, and return the experiment folder."""
     from jahubert.train.pipeline import runner
 
     exp = tmp_path_factory.mktemp("whole") / "exp"

@@ -1,4 +1,4 @@
-"""Tests that errors can be pickled between processes."""
+"""Tests that errors can be pickled, to be passed between processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of kana and phones, long vowels, and phoneme sets."""
+"""Tests of conversion between kana and phones, long vowels, and phoneme sets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_inventory_is_the_forty_phones_of_the_csj_recipe():
         ("ニェ ヒェ ミェ ブィ スィ ズィ クヮ グヮ ヮ", "n e h e m e b i sh i j i k a g a w a"),
         ("キャ シュ チョ ニャ ヒュ ミョ", "ky a sh u ch o ny a hy u my o"),
         ("リャ ギュ ジョ ビャ ピュ", "ry a gy u j o by a py u"),
-        # rare syllables: consonant and small vowel
+        # Rare syllables, which consist of a consonant and a small vowel.
         ("ビェ リェ キェ ギェ ピェ グェ クェ デェ", "b e r e k e g e p e g e k e d e"),
         ("デャ テャ デョ テョ グァ クァ クォ グォ", "d a t a d o t o g a k a k o g o"),
         ("クィ グィ クゥ グゥ シィ", "k i g i k u g u sh i"),

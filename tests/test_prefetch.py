@@ -1,4 +1,4 @@
-"""Tests of background prefetching: order, limits, errors, and termination of threads."""
+"""Tests of background prefetching: order, limits, errors, and the end of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of files with wrong headers: concatenated, piped, tagged and truncated files."""
+"""Tests of files with wrong headers, e.g. concatenated, piped, tagged and truncated files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jahubert.errors import AudioError
 
 RNG = np.random.default_rng(11)
 NOISE = (RNG.standard_normal(24_000) * 0.1).astype(np.float32)
-# The level changes like speech, so that a variable-bitrate encoder starts with small frames.
+# The level changes as in speech, so that a variable-bitrate encoder starts with small frames.
 QUIET_THEN_LOUD = np.concatenate([NOISE * 1e-4, NOISE, NOISE]).astype(np.float32)
 
 
@@ -52,7 +52,7 @@ def id3(title: str) -> bytes:
 
 
 def seconds(data: bytes, tmp_path: Path) -> float:
-    """Return the duration of a file and check that every reader returns the same duration."""
+    """Return the duration of a file, and check that every reader returns the same duration."""
     path = tmp_path / "audio"
     path.write_bytes(data)
     wav_T = load_audio(path)
@@ -187,7 +187,7 @@ def test_stale_wav_header_is_rejected(tmp_path):
     data[4:8], data[40:44] = struct.pack("<I", 10_036), struct.pack("<I", 10_000)
     with pytest.raises(AudioError, match="header states"):
         seconds(bytes(data), tmp_path)
-    assert seconds(encode(NOISE) + bytes(9_000), tmp_path) == 1.5  # padding
+    assert seconds(encode(NOISE) + bytes(9_000), tmp_path) == 1.5  # zeros count as padding
 
 
 def test_bw64_is_read(tmp_path):

@@ -68,7 +68,7 @@ def test_length_is_exact_for_every_length_and_rate():
     for rate in (7350, 8000, 11_025, 12_000, 16_001, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000):
         for n in [*range(8, 200), *rng.integers(200, 100_000, 10)]:
             samples = np.zeros(n, np.float32)
-            soxr_length = len(soxr.resample(samples, rate, 16_000, quality="HQ"))  # independent reference
+            soxr_length = len(soxr.resample(samples, rate, 16_000, quality="HQ"))  # an independent reference
             assert audio_length(samples, rate) == soxr_length == len(load_audio(samples, rate)), (rate, n)
 
 
@@ -178,7 +178,7 @@ def test_files_of_unknown_length_are_read_to_the_end():
     piped[4:8] = piped[40:44] = b"\xff\xff\xff\xff"
     assert len(load_audio(io.BytesIO(piped))) == audio_length(io.BytesIO(piped)) == 32_000
     flac = bytearray(encode(NOISE, fmt="FLAC"))
-    flac[21] &= 0xF0  # STREAMINFO: 0 total samples means unknown
+    flac[21] &= 0xF0  # in STREAMINFO, a total of 0 samples means an unknown length
     flac[22:26] = bytes(4)
     assert len(load_audio(io.BytesIO(flac))) == audio_length(io.BytesIO(flac)) == 32_000
     assert len(load_audio(io.BytesIO(flac), start=31_000, n_samples=3000)) == 1000

@@ -1,4 +1,4 @@
-"""Tests of media formats that need an optional decoder, PyAV or ffmpeg."""
+"""Tests of media formats that require an optional decoder, PyAV or ffmpeg."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jahubert.errors import AudioError
 
 RATE = 44_100
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(3 * RATE) / RATE)).astype(np.float32)
-FORMATS = {  # file format and codec
+FORMATS = {  # suffix -> file format and codec
     "m4a": ("mp4", "aac"),
     "webm": ("webm", "libopus"),
     "aac": ("adts", "aac"),
@@ -59,7 +59,7 @@ def use_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_media_files_are_decoded(tmp_path, monkeypatch, suffix, decoder):
     data = encode(suffix)
     use_decoder(decoder, monkeypatch)
-    path = tmp_path / f"録音 {suffix}"  # no suffix: detected by content
+    path = tmp_path / f"録音 {suffix}"  # without a suffix, the format is detected from the content
     path.write_bytes(data)
     wav_T = load_audio(path)
     assert len(wav_T) / 16_000 == pytest.approx(3.0, abs=0.1)

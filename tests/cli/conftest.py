@@ -1,4 +1,4 @@
-"""Fixtures of the command-line tests: a tiny bundle and a folder of recordings."""
+"""Fixtures for the command-line tests: a tiny bundle and a folder of recordings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bundle(tmp_path_factory) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Working directory with data/a.wav, data/sub/日本語 名前.flac and data/notes.txt."""
+    """Return a working directory with data/a.wav, data/sub/日本語 名前.flac and data/notes.txt."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/sub").mkdir(parents=True)
     noise = syllables(0.75).numpy()  # voice activity detection would discard steady noise

@@ -93,7 +93,7 @@ def test_segments_of_a_long_recording_are_lines(bundle, folder, capsys):
 
 
 def test_segments_are_printed_before_the_recording_is_complete(bundle, folder, capsys, monkeypatch):
-    """A reader that fails after two minutes: the text up to there is on standard output."""
+    """A recording fails after two minutes, and its text up to this point is on standard output."""
     from jahubert.inference import transcribe
 
     wav = torch.from_numpy(np.tile(syllables(2.0).numpy(), 15))  # 30 s
@@ -235,7 +235,7 @@ def test_glob_patterns_are_expanded(bundle, folder, capsys):
     assert out.startswith("data/sub/日本語 名前.flac\t") and out.count("\n") == 1
     assert "*.mp3: no file matches" in err
     Path("odd[1].wav").write_bytes(Path("data/a.wav").read_bytes())
-    assert main(["transcribe", "--model", bundle, "odd[1].wav"]) == 0  # an existing file, not a pattern
+    assert main(["transcribe", "--model", bundle, "odd[1].wav"]) == 0  # this file exists and is not a pattern
     assert "\t" not in capsys.readouterr().out
 
 
@@ -311,7 +311,7 @@ def test_head_reads_the_first_line_and_ends_the_command(bundle, folder):
         ["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True, timeout=120
     )
     assert done.stdout.startswith("audio\tstart") and done.stdout.count("\n") == 1
-    assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0: all was written before head ended
+    assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if head ended after all output
 
 
 def test_public_names_exist():
@@ -376,7 +376,7 @@ def test_full_disk_affects_one_recording_only(bundle, folder, capsys):
 
 
 def test_help_takes_less_than_half_a_second():
-    """Takes the fastest of five runs, because other processes may slow down some of them."""
+    """The test takes the fastest of five runs, because other processes may slow down some of them."""
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
@@ -389,7 +389,7 @@ def test_help_takes_less_than_half_a_second():
 
 def test_undecodable_m4a_is_reported_and_macos_metadata_is_skipped(bundle, folder, capsys):
     (folder / "data" / "__MACOSX").mkdir()
-    for name in ("._a.wav", "__MACOSX/a.wav"):  # macOS metadata
+    for name in ("._a.wav", "__MACOSX/a.wav"):  # these files contain macOS metadata
         (folder / "data" / name).write_bytes(b"\0\x05\x16\x07")
     (folder / "data" / "memo.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
     assert main(["transcribe", "--model", bundle, "data"]) == 2

@@ -1,4 +1,4 @@
-"""Completion scripts: shells accept them, and bash completes commands, formats, recipes and stages."""
+"""Tests that shells accept the completion scripts, and that bash completes commands and their arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ shtab = pytest.importorskip("shtab", reason="extra completion")
 
 
 def candidates(line: str, folder) -> list[str]:
-    """Completions in bash at the end of a line; as in a terminal, "=" separates words."""
+    """Return bash's completions at the end of a line. As in a terminal, "=" separates words."""
     words = line.replace("=", " = ").split(" ")
     quoted = " ".join(f"'{word}'" for word in words)
     code = f"""
@@ -49,7 +49,7 @@ def test_scripts_are_printed_and_valid(shell, capsys, tmp_path):
     assert main(["completion", shell]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("transcribe", "recipe=demo", "stage=kmeans", "textgrid"))
-    if shell == "tcsh" or shutil.which(shell) is None:  # tcsh has no syntax check
+    if shell == "tcsh" or shutil.which(shell) is None:  # tcsh cannot check the syntax of a script
         return
     (tmp_path / "script").write_text(text)
     done = subprocess.run([shell, "-n", "script"], capture_output=True, text=True, cwd=tmp_path, timeout=30)

@@ -36,7 +36,7 @@ def test_features_of_several_layers_match_the_python_api(bundle, folder, capsys)
 
 
 def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, capsys, monkeypatch):
-    """Complete files are kept; missing, outdated and partial files are written."""
+    """Complete files are kept, while missing, outdated and partial files are written."""
     run = ["features", "--model", bundle, "-o", "out", "data"]
     assert main(run) == 0
     first, second = Path("out/a.npy"), Path("out/sub/日本語 名前.npy")
@@ -58,7 +58,7 @@ def test_features_are_written_to_one_safetensors_file(bundle, folder, capsys):
 
     Path("data/bad.wav").write_bytes(b"RIFFnothing")
     run = ["features", "--model", bundle, "--layer", "1", "-o", "all.safetensors", "data"]
-    assert main(run) == 2  # bad.wav fails, the other files are written
+    assert main(run) == 2  # bad.wav fails, and the other files are written
     features = load_file("all.safetensors")
     assert sorted(features) == ["a", "sub/日本語 名前"] and not Path("all.safetensors.parts").exists()
     extractor = jahubert.FeatureExtractor.from_pretrained(bundle, 1)
@@ -73,7 +73,7 @@ def test_unwritable_output_leaves_no_partial_files(bundle, folder, capsys):
     assert main(["features", "--model", bundle, "-o", "/proc/out", "data/a.wav"]) == 2
     assert "-o /proc/out cannot be written" in capsys.readouterr().err
     assert main(["features", "--model", bundle, "--chunk", "8", "-o", "out", "data/notes.txt"]) == 2
-    assert [p.name for p in Path("out").iterdir()] == ["features.json"]  # no partial file
+    assert [p.name for p in Path("out").iterdir()] == ["features.json"]  # there is no partial file
 
 
 def test_parts_left_next_to_a_complete_file_are_deleted_by_the_next_run(bundle, folder, monkeypatch):

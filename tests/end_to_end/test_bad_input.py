@@ -1,4 +1,4 @@
-"""End-to-end tests of user errors: one-line message, exit status 2, and no lost results."""
+"""End-to-end tests that user errors give a one-line message and exit status 2, and keep results."""
 
 import json
 import logging
@@ -27,20 +27,20 @@ ROUGH = FIXTURES / "rough"
 
 @pytest.fixture(autouse=True)
 def warnings(caplog):
-    """Capture warnings regardless of the log handlers that an earlier test has set."""
+    """Capture warnings, regardless of the log handlers that an earlier test has set."""
     caplog.set_level(logging.WARNING)
     return caplog
 
 
 def run_stage(capsys, exp: Path, stage: str, *overrides: str) -> tuple[int, str]:
-    """Run a stage of the rough recipe and return its exit status and standard error."""
+    """Run a stage of the recipe `rough`, and return its exit status and standard error."""
     capsys.readouterr()
     status = run.main([f"recipe={ROUGH}", f"stage={stage}", f"exp={exp}", *overrides])
     return status, capsys.readouterr().err
 
 
 def rejected(capsys, exp: Path, stage: str, *overrides: str) -> str:
-    """Run a stage that must fail with a user error and return the message."""
+    """Run a stage that must fail with a user error, and return the message."""
     status, printed = run_stage(capsys, exp, stage, *overrides)
     assert status == 2 and "Traceback" not in printed
     assert printed.count("jahubert: error: ") == 1
@@ -58,7 +58,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Experiment folder of an uninterrupted run of all stages."""
+    """Run all stages without interruption, and return the experiment folder."""
     exp = tmp_path_factory.mktemp("whole") / "exp"
     assert run.main([f"recipe={ROUGH}", "stage=all", f"exp={exp}"]) == 0
     return exp
@@ -146,7 +146,7 @@ def test_status_of_a_folder_without_stages_is_an_error(capsys, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["csj", "reazonspeech", "tofugu", "fairseq"])
 def test_missing_data_does_not_default_to_the_working_directory(capsys, tmp_path, recipe):
-    for data in ([], ["data="]):  # an unset shell variable gives the second
+    for data in ([], ["data="]):  # an unset shell variable results in the second form
         message = rejected(capsys, tmp_path / "exp", "prepare", f"recipe={recipe}", *data)
         assert message.startswith("data=") and recipe in message
 
@@ -156,7 +156,7 @@ def test_run_with_a_missing_corpus_can_be_corrected(capsys, tmp_path, recipe):
     """The message names the folder, and a second run with another folder is accepted."""
     args = f"recipe={recipe}", "data=/no/such/folder"
     assert "/no/such/folder" in rejected(capsys, tmp_path / "exp", "prepare", *args)
-    other = tmp_path / "コーパス (日本語)"  # Hydra's grammar has neither parentheses nor kana
+    other = tmp_path / "コーパス (日本語)"  # Hydra's grammar allows neither parentheses nor kana
     if recipe == "tofugu":
         assert "needs data=FOLDER" in rejected(capsys, tmp_path / "exp", "prepare", "recipe=tofugu")
         assert "コーパス" in rejected(capsys, tmp_path / "exp", "prepare", "recipe=tofugu", f"data={other}")
@@ -251,7 +251,7 @@ def test_changed_setting_in_a_finished_folder_is_rejected(capsys, copy):
 
 
 def test_failed_run_does_not_bind_the_folder_to_its_settings(capsys, copy):
-    """A model size that does not match init_from fails the run, but the folder stays usable."""
+    """A run fails because the model size does not match init_from, but the folder remains usable."""
     other = (copy / "iter1/pretrain/bundle").rename(copy / "other")
     shutil.rmtree(copy / "iter1/pretrain")
     wrong = f"pretrain.init_from={other}", "model.ffn=32"
@@ -266,7 +266,7 @@ def test_damaged_record_is_named(capsys, copy):
 
 
 def fill_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make writes to `path` fail with a full disk, and return the link to remove afterwards."""
+    """Make writes to `path` fail as on a full disk, and return the link to remove afterwards."""
     monkeypatch.setattr(atomic, "remove_leftovers", lambda folder: None)  # keeps the link
     path.parent.mkdir(parents=True, exist_ok=True)
     link = path if path.name == "tmp_sample.npy" else temporary_path(path)
@@ -303,7 +303,7 @@ def test_full_disk_is_reported_and_the_stage_can_be_rerun(capsys, copy, monkeypa
     after = files(copy / folder)
     names = [[name for name in made if not name.startswith("tensorboard/")] for made in (after, before)]
     assert names[0] == names[1]
-    for name in before:  # other files contain times of day
+    for name in before:  # all other files contain times of day
         if name.endswith((".arrow", ".npy", ".safetensors", "scores.json", "test.jsonl")):
             assert after[name] == before[name], name
 
@@ -364,14 +364,14 @@ def test_out_of_memory_error_names_a_setting(capsys, copy, monkeypatch, stage):
         message = rejected(capsys, copy, stage)
     assert message.startswith(f"{stage}: CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. ")
     assert advice in message
-    succeed(capsys, copy, stage, *smaller)  # in the same folder
+    succeed(capsys, copy, stage, *smaller)  # the same folder can be used
 
 
 def test_error_in_one_process_is_printed_once(whole, tmp_path):
-    """Only the failing process prints the error; the other exits without a traceback or a hang."""
+    """Only the failing process prints the error. The other exits without a traceback or a hang."""
     exp = Path(shutil.copytree(whole, tmp_path / "exp"))
     shutil.rmtree(exp / "iter1/label")
-    (exp / "prepare/work/4.wav").unlink()  # in the second of four shards
+    (exp / "prepare/work/4.wav").unlink()  # this recording is in the second of four shards
     command = [sys.executable, "-m", "jahubert.run", f"recipe={ROUGH}", "stage=label", f"exp={exp}"]
     command += ["processes=2", "label.shard_size=3"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROUGH.parent.parent, timeout=300)
@@ -395,7 +395,7 @@ def test_transcribe_reports_files_that_are_not_audio(capsys, whole, tmp_path):
         assert cli.main(["transcribe", "--model", model, str(path), good]) == 2
         printed = capsys.readouterr()
         assert str(path) in printed.err and expected in printed.err and "Traceback" not in printed.err
-        assert good in printed.out  # other files are transcribed
+        assert good in printed.out  # the other files are transcribed
     assert cli.main(["transcribe", "--model", str(tmp_path), good]) == 2
     assert "not a model folder, config.json is missing" in capsys.readouterr().err
     assert cli.main(["transcribe", "--model", str(whole / "iter1/pretrain"), good]) == 2

@@ -1,4 +1,4 @@
-"""Damage to every kind of file of an experiment is detected; see tools/checks."""
+"""Test that damage to every kind of file in an experiment is detected (see tools/checks)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "checks" / "corruption_sweep.py"
 
 
 def test_damage_to_every_kind_of_file_is_detected():
-    """One trial per file and kind of damage."""
+    """The sweep makes one trial per file and kind of damage."""
     done = subprocess.run(
         [sys.executable, TOOL, "--trials", "1"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

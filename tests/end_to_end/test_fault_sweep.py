@@ -1,4 +1,4 @@
-"""Kills and file system errors during every stage and writing command; see tools/checks."""
+"""Test of kills and file system errors during every stage and command that writes (see tools/checks)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "checks" / "fault_sweep.py"
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
 def test_stages_and_commands_recover_from_faults():
-    """Two trials per task; the complete sweep takes hours."""
+    """The test makes two trials per task, because the complete sweep takes hours."""
     done = subprocess.run(
         [sys.executable, TOOL, "--points", "2"],
         capture_output=True,

@@ -37,7 +37,7 @@ WORKERS = (0, 2, 1)
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run `work` in a forked child, which need not import torch again, and return its process ID."""
+    """Run `work` in a forked child, which need not import torch again, and return the process ID."""
     if pid := os.fork():
         return pid
     try:
@@ -53,7 +53,7 @@ def status_of(pid: int) -> int:
 
 
 def train_until_fsync(out: Path, model: str, last: int) -> None:
-    """Train and kill the process in the fsync call number `last`, which saves a checkpoint."""
+    """Train, and kill the process in fsync call number `last`, while it saves a checkpoint."""
     calls, fsync = iter(range(1, 10_000)), os.fsync
 
     def killing(number: int) -> None:
@@ -66,14 +66,14 @@ def train_until_fsync(out: Path, model: str, last: int) -> None:
 
 
 def kill(folder: Path, trials: int, model: str) -> None:
-    """Kill runs at random moments and while saving checkpoints; prints the number of kills per run."""
+    """Kill runs at random moments and while they save checkpoints, and print the number of kills per run."""
     started = time.monotonic()
     assert status_of(forked(lambda: train_model(folder / "whole", model))) == 0
     whole = time.monotonic() - started
     rng = random.Random(trials)
     for trial in range(trials):
         out, killed = folder / str(trial), 0
-        if trial % 4 == 3:  # while saving the second or a later checkpoint
+        if trial % 4 == 3:  # kill while the second or a later checkpoint is saved
             last = rng.randrange(4, 16)
             killed += status_of(forked(partial(train_until_fsync, out, model, last))) == -signal.SIGKILL
         for attempt in range(3):
@@ -102,7 +102,7 @@ def check_kills(folder: Path, trials: int, model: str) -> None:
 
 
 def test_killed_run_resumes_bit_identically(tmp_path):
-    """Includes kills while saving a checkpoint and resuming with a different number of workers."""
+    """Runs are also killed while saving a checkpoint, and resumed with a different number of workers."""
     check_kills(tmp_path, 4, "toy")
 
 
@@ -134,7 +134,7 @@ def fill(out: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A 512 kB file system."""
+    """Mount a file system of 512 kB."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs permission to mount a tmpfs")
@@ -154,7 +154,7 @@ def test_full_disk_during_a_checkpoint_keeps_the_previous_one(small_disk):
 
 
 def test_file_size_limit_is_reported_as_a_full_disk(tmp_path):
-    """A file size limit simulates a full disk without mounting a file system."""
+    """A file size limit simulates a full disk without a mounted file system."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, -1))"
     folder = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {folder!r}); import test_kill_and_resume; {limit}"
@@ -180,7 +180,7 @@ class Stuck(Data):
 def hang(out: Path) -> None:
     config = replace(TOY, batch_seconds=24.0, save_every=1)
     with distributed.process_group():
-        # A first run completes the slow imports before the watchdog starts.
+        # A first run makes the slow imports before the watchdog starts.
         train(Toy(), Data(groups=4), replace(config, max_steps=1), out / "before")
         with watchdog(2 / 60):
             train(Toy(), Stuck(groups=4), config, out)
@@ -197,11 +197,11 @@ def test_hanging_process_is_named(tmp_path, capfd):
     assert (tmp_path / "checkpoints" / "step_0000002").is_dir()
 
 
-LIMIT = 4.0  # seconds
+LIMIT = 4.0  # hang timeout in seconds
 
 
 def hang_in_a_stage(folder: Path) -> None:
-    """Rank 1 reads slowly, then rank 0 works while rank 1 waits, then rank 1 hangs."""
+    """Make rank 1 read slowly, then rank 0 work while rank 1 waits, and finally rank 1 hang."""
     from fixtures.unit_stages import stages
 
     from jahubert.train.data.manifest import Manifest
@@ -236,7 +236,7 @@ def test_hanging_process_in_a_stage_is_named_and_a_slow_one_is_not(tmp_path, cap
         rf"error: process 1 of 2 \(.+\) hangs: running stage {tmp_path}/label for \d+ s", stderr
     ), stderr
     assert "time.sleep(delay)" in stderr
-    assert (tmp_path / "label/shards/000000.bin").exists()  # written by the other process
+    assert (tmp_path / "label/shards/000000.bin").exists()  # the other process wrote this shard
 
 
 def main(arguments: list[str]) -> int:

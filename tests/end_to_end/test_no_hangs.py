@@ -1,6 +1,6 @@
-"""Tests that no run waits forever: full shared memory, late data, stopped and orphaned processes.
+"""Tests that no run waits forever, with full shared memory, late data, and stopped or orphaned processes.
 
-The tests also run this file as a script: `FILE KIND FOLDER [WORKERS]`, see `main`.
+The tests also run this file as a script with the arguments `KIND FOLDER [WORKERS]` (see `main`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jahubert.train.trainer.stop import StopDeadlineError, stop_signals
 from jahubert.train.trainer.trainer import train
 from jahubert.train.trainer.watchdog import watchdog
 
-SHORT = 30  # seconds; time limit of a run
+SHORT = 30  # time limit of a run in seconds
 
 
 @dataclass
@@ -38,14 +38,14 @@ class LargeBatch(Batch):
 
 
 class LargeData(Data):
-    """Micro-batches of 200 kB, far more than the shared memory estimated for `TOY`."""
+    """Data source of 200 kB micro-batches, which are far larger than estimated for `TOY`."""
 
     def load(self, micro):
         return LargeBatch(super().load(micro).x_BD, torch.zeros(50_000))
 
 
 class LateData(Data):
-    """Data source that blocks after step 5 until `out/resume` exists."""
+    """Data source that blocks after step 5 until the file `out/resume` exists."""
 
     def __init__(self, out: Path):
         super().__init__()
@@ -60,7 +60,7 @@ class LateData(Data):
 
 
 def start(*arguments: object, shm: str = "") -> subprocess.Popen:
-    """Start this file as a script, with a private /dev/shm of size `shm` if given."""
+    """Start this file as a script, with a private /dev/shm of size `shm` if it is given."""
     command = [sys.executable, __file__, *map(str, arguments)]
     if shm:
         mount = f"mount -t tmpfs -o size={shm} none /dev/shm && exec " + " ".join(map(repr, command))
@@ -96,7 +96,7 @@ def test_small_shared_memory_is_rejected_before_the_start(tmp_path, size, worker
 @needs_mount
 @pytest.mark.parametrize("size", ["64k", "2m"])
 def test_full_shared_memory_ends_the_run(tmp_path, size):
-    """As if another program filled it after the check."""
+    """The shared memory becomes full after the check, as if another program used it."""
     child = start("full-shm", tmp_path, 4, shm=size)
     stderr = child.communicate(timeout=60)[1]
     assert child.returncode == 1, stderr
@@ -128,7 +128,7 @@ def test_deadline_interrupts_only_after_a_signal():
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(StopDeadlineError), stop.deadline(0.05):
             time.sleep(10)
-        time.sleep(0.1)  # no timer is left
+        time.sleep(0.1)  # shows that no timer is left
         stop.names.clear()
 
 
@@ -144,7 +144,7 @@ def test_stopped_rank_0_is_reported_by_another_rank(tmp_path, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["jahubert", "torchrun"])
 def test_processes_of_a_killed_launcher_end(tmp_path, launcher):
-    """Rank 0 is computing while rank 1 waits for data."""
+    """When the launcher is killed, rank 0 is computing and rank 1 is waiting for data."""
     child = start(launcher, tmp_path)
     pids = []
     for rank in range(2):

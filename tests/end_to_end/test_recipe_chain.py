@@ -1,4 +1,4 @@
-"""End-to-end tests of the csj and reazonspeech recipes on synthetic corpora."""
+"""End-to-end tests of the recipes csj and reazonspeech on synthetic corpora."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_csj_run_ends_with_the_published_table(tmp_path, capsys):
     wer = [f"{100 * scores[f'eval{i}']['wer']['rate']:.2f}" for i in (1, 2, 3)]
     label = f"here: exp, {tmp_path.name}/pretrained, core, beam 2 "
     rows = [line.split()[-3:] for line in output.splitlines() if label in line]
-    assert rows == [wer, wer]  # from stage=score and from the report
+    assert rows == [wer, wer]  # stage=score and the report each print the row
     assert list(scores["eval1"]["talks"]) == ["A01M0110"] == list(scores["eval1"]["speakers"])
     assert "A01M0110_" in (folder / "score/eval1.txt").read_text()
     settings = read_record(folder / "finetune/provenance.json")["settings"]
@@ -83,7 +83,7 @@ def test_reazonspeech_run_with_both_iterations_and_fine_tuning(tmp_path, capsys,
     small += ["finetune.head_only_steps=0", "pretrain.unit_dim=8", "pretrain.crop.min_seconds=0"]
     assert run.main([*command, *options, *MODEL, *SMALL, *small, *quick]) == 0, capsys.readouterr().err
     assert "Recognition on test" in capsys.readouterr().out
-    # Most of the generated recordings are too short for their captions, which is reported.
+    # Most of the generated recordings are too short for their captions, and the run reports this.
     scored = json.loads((tmp_path / "exp/systems/main/score/scores.json").read_text())
     for split, score in scored.items():
         missing = 4 - score["utterances"]

@@ -1,4 +1,4 @@
-"""Stop signals in every stage while it reads its input; see tools/checks."""
+"""Test of stop signals that are sent to every stage while it reads its input (see tools/checks)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "checks" / "signal_sweep.py"
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_every_stage_stops_while_reading_and_resumes():
-    """One signal per stage, SIGTERM and SIGINT in turn."""
+    """Each stage receives one signal, SIGTERM or SIGINT in turn."""
     done = subprocess.run(
         [sys.executable, TOOL, "--in-turn"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""Tests of runs that end early: stop signals, killed DataLoader workers, an error in one process.
+"""Tests of runs that end early because of stop signals, killed DataLoader workers or failed processes.
 
 The tests also run this file as a script: `FILE slow-workers FOLDER [ROW]`,
 `FILE killed-worker FOLDER STAGE`, and with two processes `FILE failing-rank FOLDER ERROR`.
@@ -38,7 +38,7 @@ TONES = FIXTURES / "tones"
 
 
 class SlowData(Data):
-    """Data source with slow DataLoader workers; each creates a file named after its process ID."""
+    """Data source with slow DataLoader workers, each of which creates a file named after its process ID."""
 
     def __init__(self, out: Path, bad: int | None):
         super().__init__(bad=bad)
@@ -51,7 +51,7 @@ class SlowData(Data):
 
 
 def slow_workers(out: Path, bad: int | None = None) -> int:
-    """Train with two DataLoader workers; `bad` is a row with a non-finite loss. Returns the exit status."""
+    """Train with two DataLoader workers, and return the exit status. Row `bad` has a non-finite loss."""
     module, _, config = make_training("toy")
     try:
         train(module, SlowData(out, bad), replace(config, workers=2), out)
@@ -62,7 +62,7 @@ def slow_workers(out: Path, bad: int | None = None) -> int:
 
 
 def start_slow_workers(out: Path) -> subprocess.Popen:
-    """Start `slow_workers` in a process and wait for its first checkpoint."""
+    """Start `slow_workers` in a process, and wait for its first checkpoint."""
     child = subprocess.Popen(
         [sys.executable, __file__, "slow-workers", str(out)],
         stderr=subprocess.PIPE,
@@ -79,7 +79,7 @@ def start_slow_workers(out: Path) -> subprocess.Popen:
     ("number", "each"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
 )
 def test_signal_to_main_process_and_workers_stops_the_run(tmp_path, number, each):
-    """Launchers and schedulers signal the process group or each process."""
+    """Launchers and schedulers send signals to the process group or to each process."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     stopped.mkdir()
     child = start_slow_workers(stopped)
@@ -90,7 +90,7 @@ def test_signal_to_main_process_and_workers_stops_the_run(tmp_path, number, each
         os.kill(child.pid, number)
     else:
         os.killpg(child.pid, number)
-    stderr = child.communicate(timeout=30)[1]  # returns once the last worker has ended
+    stderr = child.communicate(timeout=30)[1]  # this returns once the last worker has ended
     assert child.returncode == 75 and number.name in stderr, stderr
     train_model(whole, "toy")
     train_model(stopped, "toy")
@@ -118,7 +118,7 @@ def test_workers_end_when_their_process_is_killed(tmp_path):
 
 
 class KillsWorker(Data):
-    """Data source whose workers are killed in the third epoch, as by the kernel when out of memory."""
+    """Data source whose workers are killed in the third epoch, as the kernel does when out of memory."""
 
     def load(self, micro):
         if micro.epoch == 2:
@@ -127,7 +127,7 @@ class KillsWorker(Data):
 
 
 def killed_worker(out: Path, stage: str) -> int:
-    """Train with workers that are killed, and return the exit status of the resulting error."""
+    """Train with workers that are killed, and return the exit status for the resulting error."""
     module, _, config = make_training("toy")
     config = replace(config, workers=2)
     crop = {"crop": CropConfig()} if stage == "pretrain" else {}
@@ -142,7 +142,7 @@ def killed_worker(out: Path, stage: str) -> int:
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_killed_worker_names_the_settings_to_change(tmp_path, stage):
-    """Runs in a separate process because torch may raise the worker error at any moment."""
+    """The training runs in a separate process, because torch may raise the worker error at any moment."""
     command = [sys.executable, __file__, "killed-worker", str(tmp_path), stage]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
@@ -187,7 +187,7 @@ def test_signal_outside_of_training_exits_with_75(tmp_path, number, processes):
     while not (tmp_path / "slow.called").exists():
         assert child.poll() is None, child.communicate()[1]
         time.sleep(0.02)
-    os.killpg(child.pid, number)  # schedulers also signal the launcher
+    os.killpg(child.pid, number)  # schedulers send the signal to the launcher, too
     stderr = child.communicate(timeout=30)[1]
     assert child.returncode == 75 and "Traceback" not in stderr, stderr
     assert stderr.count(number.name) == 1, stderr
@@ -223,7 +223,7 @@ def test_signal_is_reported_even_if_interrupted_code_fails_or_swallows_it(capsys
     def broken(_):
         try:
             signal.raise_signal(signal.SIGTERM)
-        except BaseException:  # some extension modules do this on import
+        except BaseException:  # some extension modules replace exceptions like this on import
             if fails:
                 raise AttributeError("partially initialized") from None
         return {"processes": 1}
@@ -246,8 +246,8 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 
 
 def failing_rank(folder: Path, error: str) -> None:
-    """Raise an error on rank 1 while rank 0 waits; destroying the process group would block."""
-    dist.destroy_process_group = lambda: time.sleep(1000)  # blocks as with NCCL
+    """Raise an error on rank 1 while rank 0 waits and destroying the process group would block."""
+    dist.destroy_process_group = lambda: time.sleep(1000)  # blocks, as it does with NCCL
     with distributed.process_group(report_error):
         if distributed.rank() == 1:
             raise ERRORS[error]()
@@ -291,7 +291,7 @@ def test_processes_that_ignore_sigterm_are_killed_together(monkeypatch):
     [(signal.SIGKILL, 1, "memory"), (signal.SIGSEGV, 1, ""), (signal.SIGUSR1, 75, "")],
 )
 def test_process_killed_by_a_signal_is_named(capfd, monkeypatch, number, status, advice):
-    """SIGUSR1 kills a process before it has installed its handlers."""
+    """SIGUSR1 kills a process that has not yet installed its handlers."""
     dies = f"import os, time; os.environ['RANK'] == '0' and time.sleep(1000); os.kill(os.getpid(), {number})"
     monkeypatch.setattr(distributed, "_GRACE", 0.2)
     assert distributed.launch([sys.executable, "-c", dies], 2) == status

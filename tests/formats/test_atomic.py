@@ -63,7 +63,7 @@ def test_longest_file_name_can_be_written(tmp_path):
 
 
 def test_files_get_ordinary_permissions(tmp_path):
-    """safetensors makes its files readable for their owner only."""
+    """safetensors makes its files readable only for their owner."""
     umask = os.umask(0o027)
     try:
         with atomic_path(tmp_path / "a.safetensors") as temporary:
@@ -97,7 +97,7 @@ def test_temporary_files_of_a_library_are_removed(tmp_path):
 
 
 class CheckpointError(BaseException):
-    """As torch's CheckpointException, which holds the errors of the ranks."""
+    """Error like torch's CheckpointException, which contains the errors of all ranks."""
 
     failures: ClassVar = {0: (OSError(errno.EIO, "Input/output error"), None)}
 
@@ -180,7 +180,7 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
 
 
 def test_folder_is_replaced_as_a_whole(tmp_path):
-    for name in ("b.tmp", "b.old", "b.new"):  # user files with similar names
+    for name in ("b.tmp", "b.old", "b.new"):  # these are user files with similar names
         (tmp_path / name).mkdir()
     for content in ("1", "2"):
         with atomic_folder(tmp_path / "b") as folder:

@@ -74,7 +74,7 @@ def test_fairseq_file_is_bit_equal_after_a_round_trip(tmp_path, kind, dictionary
     torch.save({"model": state, "cfg": {"model": settings, "task": task}}, tmp_path / "a.pt")
     assert convert(tmp_path / "a.pt", tmp_path / "b", "hf").difference == 0
     assert convert(tmp_path / "b", tmp_path / "c.pt", "fairseq").difference == 0
-    again = torch.load(tmp_path / "c.pt", weights_only=False)  # unpickles a substitute for fairseq's class
+    again = torch.load(tmp_path / "c.pt", weights_only=False)  # this needs a substitute for fairseq's class
     assert again["model"].keys() == state.keys()
     assert all(again["model"][name].equal(state[name]) for name in state)
     exported = again["task_state"]["dictionaries"][0]
@@ -91,7 +91,7 @@ CHANGED = ("conv_feature_layers", "label_rate")
 
 
 def test_fairseq_dictionary_begins_with_its_special_symbols(tmp_path, dictionary):
-    """The blank comes first as <s>; special symbols missing from the model get probability zero."""
+    """The blank comes first as <s>, and special symbols that the model lacks get probability zero."""
     symbols = PhonemeSet(("あ", "|", "い", "[UNK]", BLANK))
     ctc = HubertForCtc(KINDS["base"], 5, model_of(KINDS["base"])).eval()
     save_bundle(tmp_path / "a", ctc=ctc, phonemes=symbols)
@@ -122,7 +122,7 @@ def test_zero_biases_of_the_front_end_are_dropped(tmp_path):
 
 @pytest.mark.parametrize("kind", ["base", "large"])
 def test_front_end_as_wide_as_the_encoder_round_trips(tmp_path, dictionary, kind):
-    """fairseq has a projection only between different widths, so the channels are duplicated."""
+    """The channels are duplicated, because fairseq has a projection only between different widths."""
     model = model_of(replace(KINDS[kind], conv_dims=(48,) * 7, normalize_eps=FAIRSEQ_EPS))
     save_bundle(tmp_path / "a", model=model)
     done = convert(tmp_path / "a", tmp_path / "a.pt", "fairseq")
@@ -146,7 +146,7 @@ def test_identity_projection_is_left_out_in_fairseq(tmp_path, dictionary):
 
 @pytest.mark.parametrize("identity", [False, True])
 def test_transformers_computes_the_same_with_equal_widths(tmp_path, dictionary, identity):
-    """Through fairseq and back: Hugging Face's model always has a projection."""
+    """The model is converted to fairseq and back. Hugging Face's model always has a projection."""
     transformers = pytest.importorskip("transformers", reason="extra dev")
     model = model_of(replace(KINDS["base"], conv_dims=(48,) * 7))
     if identity:
@@ -163,7 +163,7 @@ def test_transformers_computes_the_same_with_equal_widths(tmp_path, dictionary, 
 
 
 def test_normalization_epsilons_differ_on_quiet_audio(tmp_path):
-    """fairseq's larger epsilon reduces the level of quiet audio after normalization."""
+    """The larger epsilon of fairseq reduces the level of quiet audio after normalization."""
     model = model_of(KINDS["large"])
     other = HubertModel(replace(KINDS["large"], normalize_eps=FAIRSEQ_EPS)).eval()
     other.load_state_dict(model.state_dict())
@@ -196,7 +196,7 @@ def test_convert_command_prints_the_difference_and_writes_settings(tmp_path, cap
 
 
 def test_interrupted_conversion_to_torchaudio_can_be_repeated(tmp_path):
-    """The settings are written before the weights; another file of that name is never replaced."""
+    """The settings are written before the weights. An unrelated file with their name is never replaced."""
     save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
     convert(tmp_path / "a", tmp_path / "b.pt", "torchaudio")
     (tmp_path / "b.pt").unlink()

@@ -1,4 +1,4 @@
-"""Tests of reading models of other projects: synthetic files, parity with transformers, and the Hub cache."""
+"""Tests of reading other projects' models: synthetic files, parity with transformers, and the Hub cache."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_pretrained_fairseq_model_is_read(tmp_path, kind, style, dictionary):
 
 
 def test_codebook_rows_follow_the_dictionary(tmp_path, dictionary):
-    """Row 4 + j belongs to line j of dict.km.txt, which may be sorted by frequency."""
+    """Row 4 + j of the codebook belongs to line j of dict.km.txt, which may be sorted by frequency."""
     model = model_of(KINDS["base"])
     state, head, _ = fairseq_state(model)
     settings, task = fairseq_settings(model.config)
@@ -171,7 +171,7 @@ def hf_config(config: HubertConfig, **more) -> transformers.HubertConfig:
 def save_hf(
     model, folder, safe: bool, normalize: bool, old_names: bool = False, shards: bool = False
 ) -> None:
-    """Save as current transformers versions do, or as older ones did, to pytorch_model.bin."""
+    """Save a model as current versions of transformers do, or as older ones did, to pytorch_model.bin."""
     model.save_pretrained(folder, **({"max_shard_size": "50KB"} if shards else {}))
     transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize).save_pretrained(folder)
     if not safe:
@@ -202,14 +202,15 @@ def test_hugging_face_model_equals_transformers(tmp_path, kind, files):
         inputs = processor(wav_T.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
         with torch.no_grad():
             expected = reference(inputs, output_hidden_states=True).hidden_states
-        # For large, transformers applies the final norm to the last hidden state.
+        # In the large model, transformers applies the final norm to the last hidden state.
         for layer in range(KINDS[kind].layers + (kind == "base")):
             hidden_SD = FeatureExtractor(bundle.model, layer, device="cpu")(wav_T)
             torch.testing.assert_close(hidden_SD, expected[layer][0], rtol=1e-5, atol=1e-5)
 
 
 VOCABULARIES = {
-    # The fine-tuning tutorial of transformers puts the delimiter in the middle, and [UNK] and [PAD] last.
+    # The fine-tuning tutorial of transformers places the delimiter in the middle, and [UNK] and [PAD] at the
+    # end.
     "hiragana": (["あ", "い", "|", "か", "きゃ", "ー", "[UNK]", "[PAD]"], 7),
     "fairseq": (["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T", "A"], 0),
 }
@@ -221,7 +222,7 @@ def test_hugging_face_ctc_model_transcribes_as_transformers(tmp_path, name):
     torch.manual_seed(5)
     config = hf_config(KINDS["base"], vocab_size=len(symbols), pad_token_id=blank)
     reference = transformers.HubertForCTC(config).eval()
-    reference.lm_head.weight.data *= 40  # gives a non-empty transcript
+    reference.lm_head.weight.data *= 40  # makes the transcript non-empty
     save_hf(reference, tmp_path / "hf", True, False)
     vocabulary = {symbol: row for row, symbol in enumerate(symbols)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -241,7 +242,7 @@ def test_hugging_face_ctc_model_transcribes_as_transformers(tmp_path, name):
     transcript = asr.transcribe(wav_T)
     assert not transcript.text or set(transcript.text) <= set("".join(symbols) + " ")
 
-    # The bundle gives the same result in transformers.
+    # The bundle must give the same result in transformers.
     convert(tmp_path / "hf", tmp_path / "ours", "hf")
     again = transformers.HubertForCTC.from_pretrained(tmp_path / "ours").eval()
     assert same_state(again, reference) and again.config.pad_token_id == blank
@@ -267,7 +268,7 @@ def test_bundle_opens_in_transformers(tmp_path, kind):
 
 # --- Hugging Face Hub -------------------------------------------------------------------------------------
 
-# config.json of rinna/japanese-hubert-base with smaller sizes.
+# The config.json of rinna/japanese-hubert-base, with smaller sizes.
 RINNA = {
     "activation_dropout": 0.1, "architectures": ["HubertModel"], "attention_dropout": 0.1, "bos_token_id": 1,
     "conv_bias": False, "conv_dim": [24] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2],

@@ -1,4 +1,4 @@
-"""Tests that hostile files are rejected quickly, with little memory and one message, without running code."""
+"""Tests that hostile files are rejected quickly, with little memory and one message, and run no code."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jahubert.cli.main import main
 from jahubert.errors import CheckpointError
 from jahubert.formats.bundle import load_bundle
 
-CPU_SECONDS = 3.0  # without limits some files take minutes; CPU time varies on a busy machine
+CPU_SECONDS = 3.0  # without limits, some files take minutes; CPU time varies on a busy machine
 MEMORY = 200 << 20  # bytes
-TIMEOUT = 20  # seconds; a file that takes longer counts as hanging
+TIMEOUT = 20  # seconds; a file that takes longer is considered hanging
 
 
 def open_in_child(path: Path) -> dict:
-    """Run `jahubert info` in a forked process, and return status, output, CPU seconds and peak memory."""
+    """Run `jahubert info` in a forked process, and return its status, output, CPU time and peak memory."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -76,7 +76,7 @@ def problems(path: Path, statuses: tuple[int, ...]) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Use one thread, because forked processes would wait for threads of their parent."""
+    """Use one thread, because forked processes would wait for the threads of their parent."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

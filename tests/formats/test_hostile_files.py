@@ -1,4 +1,4 @@
-"""Tests that damaged model files give one error with the file and setting, and that no code in them runs."""
+"""Tests that damaged model files give one error that names the file, and that no code in them runs."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def bundle_folder(tmp_path_factory):
 
 @pytest.fixture
 def signed(bundle_folder, tmp_path):
-    """A bundle with checksums."""
+    """Return a bundle with checksums."""
     return shutil.copytree(bundle_folder, tmp_path / "b")
 
 
 @pytest.fixture
 def folder(signed):
-    """A bundle without checksums."""
+    """Return a bundle without checksums."""
     return unsign(signed)
 
 
 def assert_rejected(source, *names: str) -> None:
-    """Check that the error is one line with these names and that the command exits with status 2."""
+    """Check that the error is one line that contains `names`, and that the command exits with status 2."""
     with pytest.raises(CheckpointError) as caught:
         load_bundle(source)
     for name in names:
@@ -118,7 +118,7 @@ def test_truncated_files_are_rejected(folder, tmp_path):
 
 
 def test_missing_values_are_rejected(tmp_path):
-    """The storage in the archive is truncated or missing."""
+    """The storage in the archive is either truncated or missing."""
     torch.save(fairseq_content(), tmp_path / "a.pt")
     for change in ("short", "gone"):
         source = zipfile.ZipFile(tmp_path / "a.pt")
@@ -260,7 +260,7 @@ def test_files_older_than_pytorch_1_6_are_read(tmp_path):
 
 
 def test_tensors_that_share_a_storage_are_read(tmp_path):
-    """All tensors are views of one flat parameter buffer."""
+    """In this file, all tensors are views of one flat parameter buffer."""
     model = model_of(replace(KINDS["base"], width=128, heads=2))
     state = torchaudio_state(model)
     flat = torch.cat([value.flatten() for value in state.values()])
@@ -297,7 +297,7 @@ def test_mismatched_vocabularies_are_rejected(folder):
 
 @pytest.mark.parametrize("changes", [{}, {"conv_bias": True}, {"conv_norm": "layer", "layers": 1}])
 def test_expected_shapes_are_those_of_the_model(changes):
-    """`load_bundle` skips random initialization, so the state dict must contain every tensor."""
+    """The state dict must contain every tensor, because `load_bundle` skips random initialization."""
     config = replace(KINDS["base"], **changes)
     model = HubertModel(config)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])

@@ -1,4 +1,4 @@
-"""Tests of the YAML header of model cards, which the Hub reads: language, task and metrics."""
+"""Tests of the YAML header in model cards, from which the Hub reads language, task and metrics."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Tests that tensors stay on the selected device and that the results equal those of the CPU.
+"""Tests that tensors stay on the selected device, and that the results equal those on the CPU.
 
-The device is simulated on the CPU (`fixtures.fake_device`), or a GPU if JAHUBERT_TEST_CUDA names one.
+The device is simulated on the CPU (`fixtures.fake_device`), unless JAHUBERT_TEST_CUDA names a GPU.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def test_fine_tuning_step_equals_that_on_the_cpu(masked, device):
 
 
 def test_fine_tuning_step_synchronizes_in_ctc_loss_only(device, monkeypatch):
-    """Lengths are computed on the host; on CUDA `F.ctc_loss` copies them and synchronizes in any case."""
+    """Lengths are computed on the host. On CUDA, `F.ctc_loss` copies them and synchronizes in any case."""
     module, batch = fine_tuner().to(device), ctc_batch(masked=False)
     expected, device_batch = fine_tuner()(batch, 0), batch.to(device)
     if device.type == "cuda":
@@ -180,7 +180,7 @@ def test_resumed_training_equals_that_on_the_cpu(device, tmp_path):
     expected = train_briefly(tmp_path / "cpu", "cpu")
     for name, value in train_briefly(tmp_path / "device", device).items():
         assert_close(value, expected[name])
-    shutil.rmtree(tmp_path / "device" / "checkpoints" / "step_0000006")  # as after an earlier kill
+    shutil.rmtree(tmp_path / "device" / "checkpoints" / "step_0000006")  # as if killed before this step
     for name, value in train_briefly(tmp_path / "device", device).items():
         assert_close(value, expected[name])
 
@@ -231,7 +231,7 @@ class CountingFrames:
 
 @pytest.mark.parametrize(("n_cached", "rows"), [(12, 3000), (4, 3000 + 3 * 1976), (0, 4 * 3000)])
 def test_frames_that_fit_on_the_device_are_read_once(device, monkeypatch, n_cached, rows):
-    """Four passes over 12 blocks of 256 frames; the device caches `n_cached` of the blocks."""
+    """K-means makes four passes over 12 blocks of 256 frames, of which the device caches `n_cached`."""
     monkeypatch.setattr(lloyd_module, "_block_rows", lambda shape, device: 256)
     monkeypatch.setattr(lloyd_module, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(lloyd_module, "_cache_bytes", lambda device: 4 * 6 * 256 * n_cached)

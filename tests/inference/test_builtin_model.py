@@ -23,7 +23,7 @@ SETS = (
     "test_made",
     "test_real",
 )
-LIMIT = 15_000_000  # maximum size in the wheel, bytes
+LIMIT = 15_000_000  # maximum size of the model in bytes
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Word confidences: calibration on data of a known distribution, reliability, and their way to the output."""
+"""Tests of word confidences: calibration on data with a known distribution, reliability, and output."""
 
 from __future__ import annotations
 

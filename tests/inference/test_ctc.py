@@ -20,7 +20,7 @@ def random_logp(*shape: int, seed: int, sharpness: float = 1.0, dtype=torch.floa
 
 
 def peaky_logp(n_rows: int, n_frames: int, n_symbols: int, seed: int) -> torch.Tensor:
-    """Log-probabilities similar to a trained model: mostly blank, with isolated confident labels."""
+    """Return log-probabilities like a trained model's: mostly blank, with isolated confident labels."""
     generator = torch.Generator().manual_seed(seed)
     winner = torch.randint(1, n_symbols, (n_rows, n_frames), generator=generator)
     winner[torch.rand(n_rows, n_frames, generator=generator) < 0.6] = 0
@@ -43,7 +43,7 @@ def ctc_score(logp_SV: torch.Tensor, labels, blank: int = 0) -> float:
 
 
 def every_sequence(logp_SV: torch.Tensor, blank: int) -> list[Hypothesis]:
-    """Enumerate all paths and return every label sequence with its probability."""
+    """Enumerate all paths, and return every label sequence with its probability."""
     scores = defaultdict(list)
     n_frames, n_symbols = logp_SV.shape
     values = logp_SV.double().tolist()
@@ -55,7 +55,7 @@ def every_sequence(logp_SV: torch.Tensor, blank: int) -> list[Hypothesis]:
 
 
 def dictionary_search(logp_SV: torch.Tensor, beam: int) -> list[Hypothesis]:
-    """Reference prefix beam search with dictionaries in float64."""
+    """Run a reference prefix beam search, which uses dictionaries and float64."""
     prefixes = {(): (0.0, -math.inf)}
     for frame in logp_SV.double().tolist():
         grown = defaultdict(lambda: [-math.inf, -math.inf])
@@ -87,14 +87,14 @@ def test_wide_beam_finds_every_sequence_in_order(seed, blank):
     logp = random_logp(1, 6, 3, seed=seed, sharpness=1.5, dtype=torch.float64)
     expected = every_sequence(logp[0], blank)
     hypotheses = beam_search(logp, [6], beam=200, n_best=200, blank=blank)[0]
-    assert_same(hypotheses, expected, 1e-9)  # n_best exceeds the number of sequences
+    assert_same(hypotheses, expected, 1e-9)  # all sequences are returned
     assert add_log(*(h.score for h in hypotheses)) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5, 20])
 @pytest.mark.parametrize("kind", ["random", "sharp", "peaky"])
 def test_beam_search_equals_dictionary_search(kind, beam):
-    n_rows, n_frames, n_symbols = 6, 30, 7  # 216 cases over all kinds and beams
+    n_rows, n_frames, n_symbols = 6, 30, 7  # 216 cases for all kinds and beams together
     for seed in range(3):
         if kind == "peaky":
             logp = peaky_logp(n_rows, n_frames, n_symbols, seed)
@@ -125,7 +125,7 @@ def test_rows_do_not_depend_on_their_batch():
     counts = [17, 40, 0, 33, 1]
     logp = random_logp(len(counts), 40, 9, seed=2, sharpness=2)
     for row, n in enumerate(counts):
-        logp[row, n:] = float("nan")  # padding, must not be read
+        logp[row, n:] = float("nan")  # this is padding, which must not be read
     for decode in (greedy, lambda x, n: [h for row in beam_search(x, n, beam=6, n_best=4) for h in row]):
         together = decode(logp, torch.tensor(counts))
         separate = [h for row, n in enumerate(counts) for h in decode(logp[row : row + 1, :n], [n])]

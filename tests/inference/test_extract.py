@@ -79,7 +79,7 @@ def test_batches_are_bounded(model, monkeypatch):
 @pytest.mark.parametrize("n_samples", [0, 399, 160_000, 160_001, 257_000, 256_000, 1_000_003])
 @pytest.mark.parametrize("grid", [HUBERT, FrameGrid(1000, 300)])
 def test_joined_chunks_equal_the_whole(n_samples, grid):
-    """The fake encoder returns the first sample index of each frame, so any misalignment is detected."""
+    """A fake encoder returns the index of the first sample in each frame, which reveals misalignment."""
     wav = torch.arange(n_samples, dtype=torch.float64)
 
     def encode(wav_BT, n_frames):
@@ -127,7 +127,7 @@ def test_layer_features_is_trainable(model):
     features_BSD.pow(2).sum().backward()
     assert module.mix_L is not None and module.mix_L.grad is not None and module.mix_L.grad.abs().sum() > 0
     assert encoder.encoder.layers[1].attention.q_proj.weight.grad is not None
-    assert encoder.encoder.layers[2].attention.q_proj.weight.grad is None  # higher layers are not computed
+    assert encoder.encoder.layers[2].attention.q_proj.weight.grad is None  # this layer is not computed
     weights_L = module.weights_L
     assert weights_L is not None and weights_L.tolist() == [0.5, 0.5]
     encoder.eval()
@@ -198,7 +198,7 @@ def test_stream_equals_chunked_features(model, tmp_path, rate):
 
 
 def test_memory_does_not_grow_with_the_recording(model, tmp_path):
-    """Compares the peak memory of streaming 2 and 20 minutes of audio in separate processes."""
+    """The peak memory of streaming 2 and 20 minutes of audio is compared, in separate processes."""
     save_bundle(tmp_path / "b", model=model)
     code = """
 import sys, jahubert
@@ -209,19 +209,20 @@ print(frames, next(line.split()[1] for line in open("/proc/self/status") if line
     peaks = []
     for minutes in (2, 20):
         path = tmp_path / f"{minutes}.wav"
-        soundfile.write(path, np.tile(noise(16_000).numpy(), 60 * minutes), 16_000)  # 38 MB for 20 minutes
+        soundfile.write(path, np.tile(noise(16_000).numpy(), 60 * minutes), 16_000)  # at most 38 MB
         done = subprocess.run(
             [sys.executable, "-c", code, tmp_path / "b", path], capture_output=True, text=True, check=True
         )
         frames, peak = map(int, done.stdout.split())
         assert frames == HUBERT.n_frames(60 * minutes * 16_000)
         peaks.append(peak / 1024)
-    assert peaks[1] - peaks[0] < 20, peaks  # MB; storing all samples would add 69 MB
+    assert peaks[1] - peaks[0] < 20, peaks  # in MB; storing all samples would add 69 MB
 
 
 def test_input_of_the_first_block_does_not_depend_on_chunks():
-    """Layer norms see one frame and the positional convolution 64 on each side, less than half an overlap;
-    attention, above them, sees a chunk instead of the whole recording."""
+    """Layer norms depend on one frame, and the positional convolution on 64 frames on each side, which is
+    less than half an overlap. Only attention, which comes after them, depends on the whole chunk.
+    """
     torch.manual_seed(0)
     config = HubertConfig(
         conv_dims=(8,) * 7,

@@ -1,4 +1,4 @@
-"""Beam search with language models and lexicons compared with enumeration of all label sequences."""
+"""Tests of beam search with language models and lexicons against enumeration of all label sequences."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def word_model():
 
 
 def every_sequence(logp_SV: torch.Tensor) -> dict[tuple[int, ...], float]:
-    """CTC log-probability of all label sequences, by enumeration of all paths."""
+    """Return the CTC log-probability of every label sequence, by enumeration of all paths."""
     rows = logp_SV.tolist()
     scores: dict[tuple[int, ...], float] = defaultdict(lambda: -math.inf)
     for path in itertools.product(range(len(SYMBOLS)), repeat=len(rows)):
@@ -67,7 +67,7 @@ def every_sequence(logp_SV: torch.Tensor) -> dict[tuple[int, ...], float]:
 
 
 def word_sequences(labels: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """All words with these labels; one boundary before the first and after the last word is possible."""
+    """Return all word sequences with these labels, which may start and end with one word boundary."""
     if labels in ((), (SYMBOLS.boundary,)):
         return [()]
     spelled = " ".join(SYMBOLS.symbols[label] for label in labels).removeprefix("| ").removesuffix(" |")
@@ -105,7 +105,7 @@ def test_lexicon_fusion_finds_every_word_sequence_in_order(word_model, seed, wit
             for words in word_sequences(labels):
                 lm = word_model.sentence_logp(words).sum() if with_model else 0.0
                 expected[labels, words] = score + weight * lm + bonus * len(words)
-        # Of homophones at the end, without a boundary after them, only the best one is listed.
+        # If the last word has homophones and no boundary after it, only the best one is listed.
         listed: dict[tuple, float] = {}
         for (labels, words), score in expected.items():
             open_end = words and labels[-1] != SYMBOLS.boundary
@@ -126,7 +126,7 @@ def test_results_do_not_depend_on_batch_or_cache(symbol_model, word_model, monke
     ):
         together = beam_search(logp, counts, beam=8, fusion=make())
         copied = pickle.loads(pickle.dumps(make()))
-        monkeypatch.setattr(fusion_module, "MAX_CACHED", 0)  # the cache is emptied again and again
+        monkeypatch.setattr(fusion_module, "MAX_CACHED", 0)  # this empties the cache repeatedly
         for row, n in enumerate(counts):
             (alone,) = beam_search(logp[row : row + 1], [n], beam=8, fusion=copied)
             assert [(h.labels, h.words) for h in alone] == [(h.labels, h.words) for h in together[row]]

@@ -1,4 +1,4 @@
-"""Tests of pickling, deep copies, spawned DataLoader workers and other default devices."""
+"""Tests of public objects under pickling, deep copies, spawned workers and other default devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("features", "layers", "units", "transcriber", "int8 transcriber")
 
 
 def make_extractor(kind: str):
-    """Return a public object, or a wrapper of one, that maps a waveform to a result."""
+    """Return a public object, or a wrapper around one, that maps a waveform to a result."""
     torch.manual_seed(0)
     encoder = HubertModel(TINY).eval()
     if kind == "layers":
@@ -87,7 +87,7 @@ def test_spawned_workers_give_the_same_result(kind):
 def test_default_device_does_not_change_the_result(kind):
     item = make_extractor(kind)
     expected = result(item)
-    torch.set_default_device("meta")  # meta tensors have no data, so any use fails
+    torch.set_default_device("meta")  # any use of a meta tensor fails, because it has no data
     try:
         assert_same(result(item), expected)
         if kind == "transcriber":

@@ -53,7 +53,7 @@ def random_asr(ctc) -> Transcriber:
 
 
 class Planted(Transcriber):
-    """Transcriber that reads labels from the waveform: sample 320 t is 0.01 times the label of frame t."""
+    """Transcriber that reads labels from the waveform, in which sample 320 t is 0.01 times label t."""
 
     def __init__(self):
         model = HubertForCtc(TINY, len(PHONEMES))
@@ -68,7 +68,7 @@ class Planted(Transcriber):
 
 
 def speech(frames: str, repeat: int = 1) -> torch.Tensor:
-    """Waveform for `Planted` with one symbol per frame; `-` is the blank."""
+    """Return a waveform for `Planted` with one symbol per frame, where `-` is the blank."""
     index = {symbol: i for i, symbol in enumerate(PHONEMES.symbols)} | {"-": 0}
     wav = torch.zeros(len(frames.split()) * repeat * 320 + 80)
     wav[:-80:320] = torch.tensor([index[symbol] for symbol in frames.split()] * repeat) * 0.01
@@ -170,7 +170,7 @@ def test_long_recordings_are_cut_at_pauses():
 
 @pytest.mark.parametrize("seconds", [0.4, 1.0, 29.99, 30.0, 30.02, 61.3, 200.0])
 def test_chunks_keep_every_frame_once(seconds):
-    """Sample values are indices, so the kept frames must be 0, 1, 2, ... for any block size."""
+    """Sample values are indices, so that the kept frames must be 0, 1, 2, ... for any block size."""
     grid, n = TINY.grid, round(seconds * 16_000)
     wav = torch.arange(n, dtype=torch.float64)
     for size in (999, 16_000, 10**7):
@@ -183,12 +183,12 @@ def test_chunks_keep_every_frame_once(seconds):
 
 
 def test_streaming_equals_one_pass(random_asr, tmp_path):
-    """Compares block-wise reading, encoding and decoding with a single pass."""
+    """Reading, encoding and decoding in blocks gives the same result as a single pass."""
     generator = torch.Generator().manual_seed(2)
     wav = torch.randn(100 * 16_000, generator=generator) * 0.1
     soundfile.write(tmp_path / "long.wav", wav.numpy(), 16_000, subtype="FLOAT")
     streamed = random_asr.transcribe(tmp_path / "long.wav")
-    (logp,) = random_asr.log_probs([wav])  # joins 30 s chunks without streaming
+    (logp,) = random_asr.log_probs([wav])  # this joins 30 s chunks without streaming
     cut = list(cut_at_pauses([logp], 1500, 25))
     parts = [part.spans for part in join_cut_words(random_asr._decode(cut), PHONEMES.boundary)]
     words = [word for spans in parts for word in words_of(spans, PHONEMES, random_asr.grid)]
@@ -200,7 +200,7 @@ def test_streaming_equals_one_pass(random_asr, tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in SOUNDS if kind != "beeps"])  # VAD keeps the first beep
 def test_no_words_outside_of_speech(ctc, kind):
-    """The random model outputs phones for any sound; only phones within speech are kept."""
+    """The random model outputs phones for any sound, but only phones within speech are kept."""
     asr = Transcriber(ctc, PHONEMES, beam=2, device="cpu")
     sound = nonspeech(kind)
     assert asr.transcribe(sound).words == ()
@@ -228,7 +228,7 @@ def test_real_speech_is_detected(shared_data):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_recording(ctc, tmp_path):
-    """Compares 4 and 24 minutes of 44.1 kHz stereo, which would need 85 and 508 MB if read at once."""
+    """The memory for 4 and 24 minutes of 44.1 kHz stereo is compared; at once, they need 85 and 508 MB."""
     save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
     code = """
 import resource, sys, jahubert

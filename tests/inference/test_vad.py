@@ -1,4 +1,4 @@
-"""Tests of voice activity detection and conditioning: offset, hum, gain, and sounds without speech."""
+"""Tests of voice activity detection and conditioning with offset, hum, gain and non-speech sounds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_conditioning_removes_offset_and_hum_and_sets_the_level(name):
     conditioned = condition(DISTORTIONS[name](wav_T), speech_S, HUBERT)
     assert float((conditioned - expected).std() / expected.std()) < 0.02
     level = 10 * math.log10(float(expected.square().mean()))
-    assert level == pytest.approx(SPEECH_LEVEL, abs=6)  # average over speech and pauses
+    assert level == pytest.approx(SPEECH_LEVEL, abs=6)  # `level` is the average over speech and pauses
 
 
 def test_conditioning_changes_only_the_level_of_clean_speech():

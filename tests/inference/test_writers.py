@@ -125,7 +125,7 @@ def test_phonemes_replace_kana():
     assert writers.render(TRANSCRIPT, "text", phonemes=True) == "a s a | w a | k i r e:\n"
     assert "a s a | w a |\n" in writers.render(TRANSCRIPT, "srt", phonemes=True)
     assert writers.render(TRANSCRIPT, "audacity", phonemes=True).splitlines()[1].split("\t")[2] == "w a"
-    for format in ("json", "tsv", "textgrid"):  # formats with both kana and phonemes
+    for format in ("json", "tsv", "textgrid"):  # these formats contain both kana and phonemes
         assert writers.render(TRANSCRIPT, format, phonemes=True) == writers.render(TRANSCRIPT, format)
 
 
@@ -134,7 +134,7 @@ LONG = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(8000)), 
 
 @pytest.mark.parametrize("transcript", [TRANSCRIPT, EMPTY, LONG], ids=["known", "empty", "long"])
 class TestOtherPrograms:
-    """Independent parsers read the written files."""
+    """Tests that independent parsers can read the written files."""
 
     def test_srt_is_parsed_by_another_program(self, transcript, tmp_path):
         srt = pytest.importorskip("srt", reason="extra dev")
@@ -151,7 +151,7 @@ class TestOtherPrograms:
         expected = rounded(writers._cues(transcript.words))
         assert [text for *_, text in parsed] == [text for *_, text in expected]
         for one, other in zip(parsed, expected, strict=True):
-            assert one[:2] == pytest.approx(other[:2], abs=1.0)  # this parser drops milliseconds
+            assert one[:2] == pytest.approx(other[:2], abs=1.0)  # the parser drops milliseconds
 
     def test_textgrid_is_parsed_by_another_program(self, transcript, tmp_path):
         praatio = pytest.importorskip("praatio.textgrid", reason="extra dev")
@@ -166,7 +166,7 @@ class TestOtherPrograms:
         assert grid.maxTimestamp == pytest.approx(transcript.duration)
 
     def test_audacity_labels_are_tab_separated(self, transcript, tmp_path):
-        """Audacity labels are tab-separated: start, end, text."""
+        """Each line consists of start, end and text."""
         (path,) = writers.save(transcript, tmp_path / "a", ["audacity"])
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -177,7 +177,7 @@ class TestOtherPrograms:
 
 
 def rounded(cues: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Round cue times to milliseconds."""
+    """Round the times of cues to milliseconds."""
     return [(round(start, 3), round(end, 3), text) for start, end, text in cues]
 
 

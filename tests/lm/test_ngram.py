@@ -121,7 +121,7 @@ def test_probabilities_sum_to_one_in_every_context(order):
 
 
 def test_orders_without_ngrams_are_omitted():
-    assert train_ngram([["a"], ["b"]], 5).order == 3  # <s> a </s>
+    assert train_ngram([["a"], ["b"]], 5).order == 3  # the longest n-gram is <s> a </s>
 
 
 @pytest.mark.parametrize("sentences", [[], [[]], [["a", "</s>"]], [["<s>"]]])
@@ -147,7 +147,7 @@ def test_backoff_weights_of_the_file_are_used(arpa):
     model = read_arpa(arpa)
     assert (model.order, model.counts) == (3, (5, 3, 1))
     logps = model.sentence_logp(["ア", "カ", "カ", "x"]) / math.log(10)
-    # <s> ア and <s> ア カ are in the file; the other words back off to bigrams, unigrams or <unk>.
+    # <s> ア and <s> ア カ are in the file. The other words back off to bigrams, unigrams or <unk>.
     assert logps == pytest.approx([-0.125, -0.03125, -0.375 - 0.125 - 0.75, -0.125 - 2.0, -1.0], abs=1e-5)
 
 
@@ -207,7 +207,7 @@ def test_hostile_files_are_rejected(tmp_path):
 
 def test_perplexity_includes_or_excludes_unknown_words(arpa):
     found = perplexity(read_arpa(arpa), [["ア", "x"], ["カ"]])
-    logps = [-0.125, -0.0625 - 0.25 - 2.0, -1.0, -0.5 - 0.75, -0.125 - 1.0]  # ア x </s> カ </s>
+    logps = [-0.125, -0.0625 - 0.25 - 2.0, -1.0, -0.5 - 0.75, -0.125 - 1.0]  # of ア, x, </s>, カ and </s>
     assert (found.sentences, found.words, found.unknown) == (2, 3, 1)
     assert found.including_unknown == pytest.approx(10 ** (-sum(logps) / 5), rel=1e-4)
     assert found.excluding_unknown == pytest.approx(10 ** (-(sum(logps) - logps[1]) / 4), rel=1e-4)

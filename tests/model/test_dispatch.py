@@ -1,4 +1,4 @@
-"""Tests of the model as an ordinary nn.Module: adapters, hooks, transforms, export, pickling, devices."""
+"""Tests that the model is an ordinary nn.Module, for adapters, hooks, transforms, export and pickling."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Lora(nn.Module):
 
 
 def replace_modules(model: nn.Module, kind: type, replacement) -> int:
-    """Replace every module of exactly this type and return their number."""
+    """Replace every module whose type is exactly `kind`, and return the number of replacements."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -109,7 +109,7 @@ def test_hooks_of_every_module_are_called_and_change_nothing(model, wav_BT, regi
         if not isinstance(module, nn.ModuleList | nn.ModuleDict):
             names.append(name)
             getattr(module, register)(partial(hook, name))
-    wav_BT.requires_grad_(True)  # gives the backward hook of the model itself an input gradient
+    wav_BT.requires_grad_(True)  # without it, the model's own backward hook would get no input gradient
     encoded = model(wav_BT, LENGTHS)
     encoded.hidden_BSD.sum().backward()
     assert set(names) - {""} <= set(called)
@@ -243,7 +243,7 @@ def test_torch_func_grad_and_vmap_equal_autograd(model, wav_BT):
 
 
 def second_order_gradients(module: nn.Module, output, inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
-    """Gradients of a gradient penalty: of the squared norm of the gradient of a random weighting."""
+    """Return the gradients of a gradient penalty, the squared gradient norm of a random weighting."""
     grads = torch.autograd.grad((output() * weights).sum(), inputs, create_graph=True)
     penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
     parameters = [p for name, p in module.named_parameters() if name != "masked_spec_embed"]
@@ -251,7 +251,7 @@ def second_order_gradients(module: nn.Module, output, inputs: list[Tensor], weig
 
 
 def assert_equal_to_scale(grads: list[Tensor], expected_grads: list[Tensor], tolerance: float) -> None:
-    """Compare gradients relative to the largest value of each; some are zero except for rounding."""
+    """Compare gradients relative to their largest values; some are zero except for rounding."""
     largest = max(float(grad.abs().max()) for grad in expected_grads)
     for grad, expected in zip(grads, expected_grads, strict=True):
         scale = max(float(expected.abs().max()), 1e-2 * largest)
@@ -292,7 +292,7 @@ def test_gradient_penalty_with_adapters_equals_the_unfused_model(model, wav_BT):
 
 
 def test_loss_with_gradient_penalty_has_finite_gradients(model, wav_BT):
-    """Backward through a sum of first-order and second-order terms, with dropout."""
+    """The loss is a sum of first-order and second-order terms, with dropout."""
     config = HubertConfig(**{**vars(model.config), "dropout": 0.1, "attention_dropout": 0.1})
     module = HubertModel(config).train()
     wav_BT.requires_grad_(True)
@@ -315,7 +315,7 @@ def test_vectorized_jacobian_equals_the_rowwise_one(base, wav_BT):
 
 def test_torch_func_jvp_equals_jacrev_and_finite_differences(wav_BT):
     torch.manual_seed(0)
-    model = HubertModel(CONFIGS["large"]).eval()  # its gradient into the conv stack is not scaled
+    model = HubertModel(CONFIGS["large"]).eval()  # here, the gradient into the conv stack is not scaled
     direction_BT = torch.randn_like(wav_BT)
 
     def output(wav_BT: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ def test_torch_func_jvp_equals_jacrev_and_finite_differences(wav_BT):
 
 
 def test_hessian_by_torch_func_equals_double_backward(base, wav_BT):
-    """By torch.func, which uses the plain modules, and by double backward through the kernels."""
+    """torch.func uses the plain modules, and double backward goes through the kernels."""
     mask_BS = torch.arange(24).expand(2, -1) < 4
 
     def loss(embedding_D: Tensor) -> Tensor:
@@ -362,7 +362,7 @@ def test_exported_program_equals_the_model(base, wav_BT, lengths):
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "lengths"])
 def test_one_exported_program_serves_all_sizes(model, wav_BT, padded):
-    """One program for any number of utterances and samples, and for any lengths."""
+    """The program works for any number of utterances and samples, and for any lengths."""
     model.eval()
     sizes = {0: torch.export.Dim("utterances", max=64), 1: torch.export.Dim("samples", min=720)}
     lengths = torch.tensor(LENGTHS) if padded else None
@@ -396,7 +396,7 @@ def test_copies_compute_the_same(model, wav_BT, copied):
 
 
 class FramesOf(Dataset):
-    """Output of a model, computed in a worker process."""
+    """Dataset of the outputs of a model, which a worker process computes."""
 
     def __init__(self, model: nn.Module, wav_BT: Tensor):
         self.model, self.wav_BT = model, wav_BT
@@ -436,7 +436,7 @@ def default_meta_device():
 @pytest.mark.usefixtures("default_meta_device")
 @pytest.mark.parametrize("context", [torch.enable_grad, kernels.disabled])
 def test_default_device_does_not_change_the_result(context):
-    """A step creates its tensors on the device of the model or explicitly on the CPU."""
+    """A step creates all tensors on the device of the model or explicitly on the CPU."""
     assert HubertModel(CONFIGS["base"]).masked_spec_embed.is_meta
     with torch.device("cpu"):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tests of the model against Hugging Face's on the same weights, and of batches, configs and heads."""
+"""Tests of the model against Hugging Face's with the same weights, and of batches, configs and heads."""
 
 import math
 
@@ -32,7 +32,7 @@ def reference_model(config: HubertConfig, source: HubertModel) -> HfModel:
             do_stable_layer_norm=config.pre_norm,
         )
     ).eval()
-    model.load_state_dict(source.state_dict())  # strict, because the parameter names are equal
+    model.load_state_dict(source.state_dict())  # loading is strict, because the parameter names are equal
     return model
 
 
@@ -74,8 +74,8 @@ def test_padding_options_reproduce_hugging_face(config, padding):
     wav_BT = torch.randn(4, 16_000)
     valid_BT = torch.arange(16_000) < torch.tensor(lengths)[:, None]
     mask_BS = torch.rand(4, HUBERT.n_frames(16_000)) < 0.5
-    mask_BS[:, 0] = False  # the shortest row has only this frame
-    keep = range(config.layers + (not config.pre_norm))  # excludes the hidden state with the final norm
+    mask_BS[:, 0] = False  # this is the only frame of the shortest row
+    keep = range(config.layers + (not config.pre_norm))  # the hidden state with the final norm is excluded
     with torch.no_grad():
         actual = model(wav_BT, lengths, mask_BS=mask_BS, keep_layers=keep, padding=padding)
         exact = model(wav_BT, lengths, mask_BS=mask_BS)
@@ -91,7 +91,7 @@ def test_padding_options_reproduce_hugging_face(config, padding):
         pairs += [(actual.layers[number], expected.hidden_states[number]) for number in keep]
         for output, expected_output in pairs:
             torch.testing.assert_close(output[row, :n], expected_output[row, :n], rtol=1e-5, atol=1e-5)
-    if config.conv_norm == "group" or padding == "unmasked":  # cases in which padding changes the result
+    if config.conv_norm == "group" or padding == "unmasked":  # in these cases, padding changes the result
         assert float((actual.hidden_BSD[1, 0] - exact.hidden_BSD[1, 0]).abs().max()) > 1e-3
     else:
         torch.testing.assert_close(actual.hidden_BSD, exact.hidden_BSD, rtol=1e-5, atol=1e-5)
@@ -104,7 +104,7 @@ def test_utterance_does_not_depend_on_its_batch(config, normalize):
     model = HubertModel(HubertConfig(**{**vars(config), "normalize": normalize})).eval()
     lengths = [16_000, 400, 9_999, 25_600]
     wavs = [torch.randn(n) for n in lengths]
-    batch_BT = torch.full((4, 30_000), 7.0)  # arbitrary samples after each utterance
+    batch_BT = torch.full((4, 30_000), 7.0)  # the samples after each utterance are arbitrary
     for row, wav_T in enumerate(wavs):
         batch_BT[row, : len(wav_T)] = wav_T
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_utterance_does_not_depend_on_its_batch(config, normalize):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [2, 4, 16], ids="{} groups".format)
 def test_autocast_is_close_to_float32(groups, dtype):
-    """Covers gradients and groups of 96, 48 and 12 channels in the positional convolution."""
+    """The test covers gradients, and groups of 96, 48 and 12 channels in the positional convolution."""
     torch.manual_seed(0)
     sizes = SMALL | {"width": 192, "pos_conv_groups": groups}
     model = HubertModel(HubertConfig(**sizes, pos_conv_kernel=32)).eval()

@@ -1,4 +1,4 @@
-"""Tests of the kernels' outputs and gradients against the plain modules, together and one by one."""
+"""Tests of the outputs and gradients of all kernels, together and one by one, against plain modules."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ODD_CONVS = ((7, 2, 5, 1), (3, 3, 2, 2))  # wide, narrow and one-tap kernels
 
 
 def randomized(module: nn.Module) -> nn.Module:
-    """Randomize norms and biases, which are initialized to one and zero."""
+    """Randomize the norms and biases of a module, which are initialized to one and zero."""
     for name, parameter in module.named_parameters():
         if "norm" in name or name.endswith("bias"):
             nn.init.normal_(parameter, 0.5, 0.3)
@@ -45,7 +45,7 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 def assert_same_gradients(output: Tensor, expected: Tensor, inputs: list[Tensor], tolerance: float) -> None:
-    """Compare the gradients of a random weighting of two outputs, relative to the largest value of each.
+    """Compare the gradients of a random weighting of two outputs, relative to their largest values.
 
     The gradients of a bias before a group norm and of the key bias in attention are zero except for rounding.
     """
@@ -117,7 +117,7 @@ def front_end_config(norm: str, bias: bool, convs) -> HubertConfig:
 @pytest.mark.parametrize("convs", [HUBERT_CONVS, ODD_CONVS], ids=["hubert", "odd"])
 @pytest.mark.parametrize("cached", [1, 2**20], ids=["parts", ""])
 def test_front_end_equals_the_plain_modules(norm, bias, convs, cached, monkeypatch):
-    monkeypatch.setattr(conv_frontend, "CACHED", cached)  # one row at a time, or all rows at once
+    monkeypatch.setattr(conv_frontend, "CACHED", cached)  # computes one row at a time, or all rows at once
     torch.manual_seed(0)
     stack = randomized(ConvFrontEnd(front_end_config(norm, bias, convs)))
     wavs = [torch.randn(n, requires_grad=True) for n in (5000, 400, 12_345, 719, 3201)]
@@ -193,7 +193,7 @@ def test_attention_equals_the_plain_module(dtype):
 
 @pytest.mark.parametrize("cached", [1, 5000, 2**19])
 def test_attention_with_dropout_is_plain_attention_with_the_same_mask(cached, monkeypatch):
-    monkeypatch.setattr(attention, "CACHED", cached)  # limits the heads computed at once
+    monkeypatch.setattr(attention, "CACHED", cached)  # limits the number of heads computed at once
     torch.manual_seed(0)
     packing = Packing([33, 5, 64, 40], 70, CPU)
     q, k, v = (torch.randn(packing.n_rows, 2, 8, requires_grad=True) for _ in range(3))
@@ -214,7 +214,7 @@ def test_attention_with_dropout_is_plain_attention_with_the_same_mask(cached, mo
 
 @pytest.mark.parametrize("n_frames", [[33, 5, 64, 40, 64, 1], [64, 64]], ids=["mixed", "no filler"])
 def test_flash_attention_gets_the_utterances_as_sequences(n_frames, monkeypatch):
-    """Uses a CPU implementation in place of torch's CUDA-only operator."""
+    """A CPU implementation replaces torch's CUDA-only operator."""
 
     def reference(q_NHE, k_NHE, v_NHE, offsets, longest, dropout):
         assert offsets.dtype is torch.int32 and longest == 64 and dropout == 0.0
@@ -233,7 +233,7 @@ def test_flash_attention_gets_the_utterances_as_sequences(n_frames, monkeypatch)
     torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
     assert_same_gradients(output, expected, inputs, 0.02)
     in_float32 = [x.detach().float() for x in inputs]
-    monkeypatch.setattr(attention, "flash_attention", None)  # not called in float32
+    monkeypatch.setattr(attention, "flash_attention", None)  # must not be called in float32
     assert attend(*in_float32, packing, 0.0).dtype == torch.float32
 
 
@@ -279,7 +279,7 @@ def test_dropout_has_the_right_rate_mean_and_gradient(p):
     dropped = (y == 0).float()
     n = x.numel()
     assert abs(dropped.mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5
-    # Neighbors share a 64-bit random number but must be independent.
+    # Neighboring values share a 64-bit random number, but must be independent.
     both = (dropped[:, 1:] * dropped[:, :-1]).mean().item()
     assert abs(both - p * p) < 5 * (p * p / n) ** 0.5
     torch.testing.assert_close(y, (x / (1 - p)) * (1 - dropped), rtol=1e-3, atol=0)

@@ -1,6 +1,7 @@
-"""Tests of the published sizes, base and large, against Hugging Face's models with the same random weights.
+"""Tests of the published sizes base and large against Hugging Face's models with the same random weights.
 
-They cover every hidden state, masked frames, padded batches and the CTC head for recordings of 25 ms to 15 s.
+The tests cover every hidden state, masked frames, padded batches and the CTC head, for recordings of 25 ms to
+15 s.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="module", params=["base", "large"])
 def pair(request) -> tuple[HubertForCtc, HfForCtc]:
-    """The model of this package and Hugging Face's model with the same weights."""
+    """Return the model of this package and Hugging Face's model with the same weights."""
     # Hugging Face normalizes waveforms in the processor, not in the model.
     changes = {"conv_bias": True, "normalize": False} if request.param == "large" else {}
     config: HubertConfig = getattr(HubertConfig, request.param)(**changes)
     torch.manual_seed(0)
     model = HubertForCtc(config, SYMBOLS).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:  # initial norms and biases have no effect
+        if "norm" in name or "bias" in name:  # the initial norms and biases have no effect
             parameter.data += 0.1 * torch.randn_like(parameter)
     with torch.device("meta"):
         reference = HfForCtc(
@@ -47,7 +48,7 @@ def pair(request) -> tuple[HubertForCtc, HfForCtc]:
 
 
 def waveforms(*lengths: int) -> torch.Tensor:
-    """Random waveforms (B, T), padded with zeros."""
+    """Return random waveforms (B, T), padded with zeros."""
     generator = torch.Generator().manual_seed(1)
     wavs = [0.1 * torch.randn(n, generator=generator) for n in lengths]
     return torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
@@ -66,7 +67,7 @@ def test_every_hidden_state_equals_hugging_face(pair, n_samples):
     with torch.inference_mode():
         actual = model.hubert(wav_BT, mask_BS=mask_BS, keep_layers=range(config.layers + 1))
         expected = reference.hubert(wav_BT, mask_time_indices=mask_BS, output_hidden_states=True)
-    for number in range(config.layers + (not config.pre_norm)):  # Hugging Face normalizes the last one
+    for number in range(config.layers + (not config.pre_norm)):  # Hugging Face normalizes the last state
         assert difference(actual.layers[number], expected.hidden_states[number]) < 1e-5, number
     assert difference(actual.hidden_BSD, expected.last_hidden_state) < 1e-5
 

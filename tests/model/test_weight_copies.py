@@ -1,4 +1,4 @@
-"""Low-precision and joined copies of weights, shared by the micro-batches of an update."""
+"""Tests of low-precision and joined copies of weights, which the micro-batches of an update share."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_shared_copies_give_the_same_bits(model, precision):
 
 
 class Operations(TorchDispatchMode):
-    """Counts copies of parameters, to another dtype or into a joined tensor, and matrix products."""
+    """Mode that counts matrix products, and copies of parameters to another dtype or a joined tensor."""
 
     def __init__(self, model: HubertModel):
         super().__init__()
@@ -72,7 +72,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_weights_of_the_blocks_are_copied_once_per_update(model, shared):
-    """Per block: one joined weight and bias, and three layers with weight and bias."""
+    """Each block has one joined weight and bias, and three layers with weight and bias."""
     counts = []
     with kernels.shared_weight_copies(shared):
         for number in range(3):
@@ -131,11 +131,11 @@ def test_gradient_penalty_with_shared_copies(model):
 
 
 def test_compiled_blocks_are_not_recompiled_for_shared_copies(model):
-    """A compiled block makes its own copies, which the compiler can fuse."""
+    """A compiled block makes separate copies, which the compiler can fuse."""
     block, counter = model.encoder.layers[0], CompileCounter()
     block.compile(backend=counter)
     packing = Packing([20, 12], 20, torch.device("cpu"))
-    packing.fused_attention = True  # the path of a GPU
+    packing.fused_attention = True  # selects the code path of a GPU
     for shared in (False, True, False):
         with kernels.shared_weight_copies(shared):
             block(torch.randn(packing.n_rows, 48), packing)

@@ -1,4 +1,4 @@
-"""Tests that both engines give bit-identical results, uninterrupted or resumed, in one process or two.
+"""Tests that both engines give bit-identical results, uninterrupted or resumed, in one or two processes.
 
 The tests also run this file as a script: `torchrun --nproc-per-node 2 FILE FOLDER`.
 """
@@ -43,7 +43,7 @@ MODEL = HubertConfig(
 )
 CONFIG = TrainConfig(
     max_steps=6,
-    batch_seconds=8.0,  # four micro-batches per step, two for each process
+    batch_seconds=8.0,  # a step has four micro-batches, two for each process
     groups=4,
     lr=3e-3,
     clip_norm=0.5,
@@ -68,7 +68,7 @@ class Batch:
 
 
 class Tones:
-    """Data source of utterances made of short tones; the unit of a frame is its pitch."""
+    """Data source of utterances made of short tones, where the unit of a frame is its pitch."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -100,7 +100,7 @@ class Tones:
 
 
 class Learner(nn.Module):
-    """Masked prediction that sends a signal to the last process in step `stop_at`."""
+    """Masked prediction model that sends a signal to the last process in step `stop_at`."""
 
     seed = 7
     has_unused_parameters = True
@@ -127,7 +127,7 @@ class Learner(nn.Module):
 
 
 def train_model(engine: str, out: Path, *, config: TrainConfig = CONFIG, best=None, **stop):
-    """Train with validation and return the state dict and metrics; None for the metrics of a stopped run."""
+    """Train with validation, and return the state dict and the metrics, which are None for a stopped run."""
     out.mkdir(parents=True, exist_ok=True)
     module, data = Learner(**stop), Tones()
 
@@ -157,13 +157,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def metric_rows(out: Path) -> list[dict]:
-    """Read the metrics without their timing."""
+    """Return the logged metrics without the times."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
 
 
 def assert_close_metrics(a: Path, b: Path) -> None:
-    """Compare metrics with a tolerance for sums in another order."""
+    """Compare metrics with a tolerance for sums in a different order."""
     assert [list(row) for row in metric_rows(a)] == [list(row) for row in metric_rows(b)]
     for row_a, row_b in zip(metric_rows(a), metric_rows(b), strict=True):
         assert row_a == pytest.approx(row_b, rel=1e-6)
@@ -181,7 +181,7 @@ def test_import_restores_conda_prefix():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Reference run: six steps of the torch engine in one process."""
+    """Run six steps of the torch engine in one process, as a reference."""
     folder = tmp_path_factory.mktemp("torch")
     state, result = train_model("torch", folder)
     save_file(state, folder / "end.safetensors")
@@ -225,7 +225,7 @@ def test_stopped_run_is_resumed(whole, tmp_path):
     assert_close_metrics(tmp_path, whole)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
     again, result_again = train_model("fairseq2", tmp_path)
-    assert same(again, state) and result_again == result  # no further steps
+    assert same(again, state) and result_again == result  # no more steps were run
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
     assert_close_metrics(tmp_path, whole)
 
@@ -264,11 +264,11 @@ def test_killed_run_is_resumed(whole, tmp_path):
 @pytest.mark.stack
 def test_best_weights_are_kept(tmp_path):
     config = replace(CONFIG, valid_every=1)
-    best = "accuracy"  # lower is better, so the best step comes before accuracy improves
+    best = "accuracy"  # `best` is minimized, so that the best step comes early
     wanted, metrics = train_model("torch", tmp_path / "torch", config=config, best=best)
     assert metrics["best_step"] < 6
     train_model("fairseq2", tmp_path / "ours", config=config, best=best, stop_at=4)
-    for _ in range(2):  # resumed, then finished
+    for _ in range(2):  # the second run finds a finished one
         state, result = train_model("fairseq2", tmp_path / "ours", config=config, best=best)
         assert same(state, wanted) and result == pytest.approx(metrics)
     assert_close_metrics(tmp_path / "ours", tmp_path / "torch")
@@ -306,7 +306,7 @@ def test_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch):
 
 @pytest.mark.stack
 def test_fp16_overflows_are_counted_and_end_a_run_without_other_steps(tmp_path, monkeypatch):
-    """Runs on the CPU, where fairseq2's loss scaler must be enabled explicitly."""
+    """The test runs on the CPU, where fairseq2's loss scaler must be enabled explicitly."""
     from jahubert.train.trainer import fairseq2 as engine_fairseq2
     from jahubert.train.trainer import trainer as engine
 
@@ -349,14 +349,14 @@ def test_two_processes_equal_the_torch_engine(whole, tmp_path):
         try:
             status = torchrun.wait(timeout=120)
         except subprocess.TimeoutExpired:
-            torchrun.terminate()  # ends its processes, which kill would leave running
+            torchrun.terminate()  # this also ends its processes, which `kill` would leave running
             status = torchrun.wait(timeout=60)
     assert status == 0, (tmp_path / "log").read_text()[-3000:]
     wanted = load_file(tmp_path / "torch.safetensors")
     for name in ("fairseq2", "torch-stopped", "fairseq2-stopped"):
         assert same(load_file(tmp_path / f"{name}.safetensors"), wanted), name
         assert_close_metrics(tmp_path / name, tmp_path / "torch")
-    # A single process sums the gradients in another order.
+    # A single process sums the gradients in a different order.
     for name, value in load_file(whole / "end.safetensors").items():
         torch.testing.assert_close(wanted[name], value, rtol=1e-3, atol=1e-4)
     with pytest.raises(StaleError, match="saved by 2 processes"):
@@ -364,7 +364,7 @@ def test_two_processes_equal_the_torch_engine(whole, tmp_path):
 
 
 def main(folder: Path) -> None:
-    """Run all cases of the two-process test; hangs if one process stops a step before the other."""
+    """Run all cases of the two-process test, which hangs if one process stops a step before the other."""
     with distributed.process_group():
         for engine in ("torch", "fairseq2"):
             runs = {engine: train_model(engine, folder / engine)}

@@ -1,4 +1,4 @@
-"""Parity of the encoder with torchaudio's on the same random weights."""
+"""Tests that the encoder equals torchaudio's with the same random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from jahubert.model.hubert import HubertConfig, HubertModel
 
 SMALL = {"conv_dims": (24,) * 7, "width": 48, "layers": 3, "heads": 4, "ffn": 96, "pos_conv_groups": 4}
-# Both settings are independent; the first and the last combination are those of base and large.
+# The two settings are independent. The first and the last combination are those of base and large.
 CONFIGS = {
     f"{conv_norm} norm, {'pre' if pre_norm else 'post'}-norm": HubertConfig(
         **SMALL, conv_norm=conv_norm, pre_norm=pre_norm, conv_bias=conv_norm == "layer"
@@ -19,7 +19,7 @@ CONFIGS = {
     for conv_norm in ("group", "layer")
     for pre_norm in (False, True)
 }
-# Hugging Face's parameter names, which this package uses, to torchaudio's.
+# Mapping from Hugging Face's parameter names, which this package uses, to torchaudio's.
 NAMES = [
     (r"^feature_projection\.", "encoder.feature_projection."),
     (r"^encoder\.(pos_conv_embed|layer_norm|layers)\b", r"encoder.transformer.\1"),
@@ -30,7 +30,7 @@ NAMES = [
 
 def renamed(ours: HubertModel) -> dict[str, Tensor]:
     state = ours.state_dict()
-    del state["masked_spec_embed"]  # torchaudio stores it in the pretraining wrapper
+    del state["masked_spec_embed"]  # torchaudio stores this tensor in the pretraining wrapper
     result = {}
     for name, value in state.items():
         for pattern, replacement in NAMES:
@@ -95,7 +95,7 @@ def test_equals_torchaudio(config):
 @pytest.mark.stack
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_padded_batch_equals_torchaudio(config):
-    """torchaudio's group norm includes padding, which this package does only on request."""
+    """torchaudio's group norm includes padding, whereas this package includes it only on request."""
     ours = model_of(config)
     lengths = torch.tensor([16_000, 4_567, 401])
     wav_BT = torch.randn(3, 16_000) * (torch.arange(16_000) < lengths[:, None])

@@ -1,4 +1,4 @@
-"""Tests that torchaudio's state dicts can be loaded and that exported ones load into torchaudio's models."""
+"""Tests that torchaudio's state dicts can be loaded, and that exported ones load into torchaudio's models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNITS = 11
 
 
 def load_torchaudio_model(path):
-    """Build the torchaudio model described by the JSON file of a state dict and load its weights."""
+    """Build the torchaudio model that a state dict's JSON file describes, and load the weights."""
     import torchaudio
 
     settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def test_exported_pretraining_head_and_loss_equal_torchaudio(tmp_path, config):
         want = F.cross_entropy(logit_m, torch.zeros(len(logit_m), dtype=torch.int64), reduction="sum")
         logit_NK = head(hidden_BSD[mask_BS])
         got = F.cross_entropy(logit_NK, unit_BS[mask_BS], reduction="sum")
-    # torchaudio returns the target logit first, then all logits with the target masked.
+    # torchaudio returns the target logit first, followed by all logits with the target masked.
     right_N1 = unit_BS[mask_BS][:, None]
     again = logit_NK.scatter(1, right_N1, float("-inf"))
     torch.testing.assert_close(

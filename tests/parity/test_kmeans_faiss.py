@@ -23,7 +23,7 @@ def test_faiss_gpu_wheel_works_without_a_gpu():
     second = fit_kmeans(frames_ND, KmeansOptions(6, backend="faiss", n_init=3, seed=1))
     assert first.backend == "faiss" and torch.equal(first.centroids_KD, second.centroids_KD)
     assert first.counts_K.tolist() == [500] * 6
-    torch.testing.assert_close(first.inertia, 13.0, rtol=0.05, atol=0)  # 13 dimensions with unit variance
+    torch.testing.assert_close(first.inertia, 13.0, rtol=0.05, atol=0)  # 13 dimensions have unit variance
     unit_of = assign(centers_KD, first.centroids_KD)
     assert torch.equal(assign(frames_ND, first.centroids_KD), unit_of[label_N])
     ours = fit_kmeans(frames_ND, KmeansOptions(6, backend="torch", n_init=3, seed=1))

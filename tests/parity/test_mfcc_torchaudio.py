@@ -1,8 +1,9 @@
-"""Parity of the MFCCs with torchaudio's, which equal Kaldi's.
+"""Tests that the MFCCs equal torchaudio's, which equal Kaldi's.
 
-torchaudio computes its DCT table in float32, and the lifter magnifies the rounding errors of the table: near
-the floor of the logarithm (-16), its last cepstra are off by 1.6e-4. The MFCCs are therefore compared twice:
-with the original table, and with an exact table and float64 samples, where only our own rounding remains.
+torchaudio computes its DCT table in float32, and the lifter magnifies the rounding errors in the table: near
+the floor of the logarithm (-16), the last cepstra have an error of 1.6e-4. The MFCCs are therefore compared
+twice: with the original table, and with an exact table and float64 samples, where only the rounding errors of
+this package remain.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def noise(n_samples: int, level: float) -> Tensor:
 
 SIGNALS = {
     "speech": lambda n: speech_like(n, n),
-    # Noise is added because filters with nothing but the rounding error of the tone differ by 1e-2.
+    # Noise is added because filters that contain only the rounding error of the tone differ by 1e-2.
     "tone": lambda n: 0.3 * torch.sin(0.17 * torch.arange(n)) + noise(n, 0.03),
     "tones and an offset": lambda n: (
         0.1 + 0.2 * (torch.sin(0.05 * torch.arange(n)) + torch.sin(1.9 * torch.arange(n))) + noise(n, 0.03)
     ),
     "loud noise": lambda n: noise(n, 1.0).clamp(-1, 1),
-    # Below one step of 16-bit audio, and partly at the floor of the logarithm.
+    # The level is below one step of 16-bit audio, and partly at the floor of the logarithm.
     "near silence": lambda n: noise(n, 1e-5),
     "nearer silence": lambda n: noise(n, 1e-8),
     "silence": torch.zeros,
@@ -58,7 +59,7 @@ def wanted(wav_T: Tensor) -> Tensor:
 
 
 def exact_table(n_mfcc: int, n_mels: int) -> Tensor:
-    """Orthonormal DCT-II matrix (mels, cepstra)."""
+    """Return the orthonormal DCT-II matrix (mels, cepstra)."""
     angle_MC = math.pi / n_mels * torch.outer(torch.arange(n_mels) + 0.5, torch.arange(n_mfcc).double())
     return torch.cos(angle_MC) * torch.tensor([1.0] + [2.0] * (n_mfcc - 1)).double().div(n_mels).sqrt()
 

@@ -36,7 +36,7 @@ RATE = 16_000
 
 
 def buzz(hz: float, seconds: float = 0.6) -> np.ndarray:
-    """Harmonics of `hz` between two silences."""
+    """Return harmonics of `hz` between two silences."""
     time_T = np.arange(round(seconds * RATE)) / RATE
     wav_T = sum(np.sin(2 * np.pi * hz * k * time_T) / k for k in range(1, 12)) * np.hanning(len(time_T))
     return np.concatenate([np.zeros(2000), 0.2 * wav_T, np.zeros(2000)])
@@ -67,7 +67,7 @@ def test_speed_changes_length_and_pitch(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> list[Utterance]:
-    """Synthetic corpus of 40 words in two voices and one sentence."""
+    """Prepare a synthetic corpus of 40 words in two voices and one sentence."""
     root = tmp_path_factory.mktemp("corpus")
     ogg = root / "lib" / "ogg"
     ogg.mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_real_sentences_are_a_test_split(corpus):
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory) -> list[Utterance | Rejected]:
-    """Sentences of ten speakers and one guessed speaker, and one sentence read by every speaker."""
+    """Prepare sentences by ten known and one guessed speaker, one of which every speaker reads."""
     root = tmp_path_factory.mktemp("common_voice")
     lines = ["file\ttext\tspeaker"]
     for speaker in range(11):
@@ -202,7 +202,7 @@ def test_sentences_folder_without_its_table_is_rejected(tmp_path):
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch) -> Path:
-    """Experiment folder with the files that packing reads."""
+    """Create an experiment folder with the files that packing reads."""
     torch.manual_seed(0)
     monkeypatch.setattr(build, "cluster_units", lambda exp: (torch.randn(5, 16), 1))
     sizes = {"conv_dims": (8,) * 7, "width": 16, "layers": 2, "heads": 2, "ffn": 16, "pos_conv_kernel": 8}
@@ -250,7 +250,7 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     assert "seed=3" in page and "somebody" not in page
     size = sum(path.stat().st_size for path in target.iterdir())
     assert f"{size / 1e6:.1f} MB" in capsys.readouterr().out
-    assert build.main(arguments) == 0  # replaces the existing model
+    assert build.main(arguments) == 0  # this replaces the existing model
     assert sorted(path.name for path in target.parent.iterdir()) == [build.NAME]
 
 

@@ -69,7 +69,7 @@ def test_every_layout_is_read_as_planned(tmp_path, caplog, layout, kinds):
     assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected_items
     assert all(item.split == SETS[item.speaker] for item in items)
     assert counts["hours"] == pytest.approx(sum(n for _, n, _ in expected_items.values()) / RATE / 3600)
-    events = 6 * len(SETS)  # two events per utterance
+    events = 6 * len(SETS)  # each utterance has two events
     assert counts["rejected"] == {"masked name": len(SETS), "no words": events}
     assert {name: split["utterances"] for name, split in counts["splits"].items()} == {
         "dev": 6, "eval1": 3, "eval2": 3, "eval3": 3, "train": 6
@@ -92,7 +92,7 @@ def test_command_of_the_readme_prepares_targets(usb, tmp_path, capsys):
     store = TargetStore(tmp_path / "targets")
     for row in store.labeled_rows:
         assert tuple(store.words(row)) == manifest[row].words
-    # The utterances last one second, and some are too short for their phones.
+    # The utterances last one second, which is too short for the phones of some of them.
     assert len(store.labeled_rows) > 10
     capsys.readouterr()
     assert run.main([*command, "subset=core", "stage=prepare"]) == 2
@@ -177,7 +177,7 @@ def test_dev_kaldi_is_the_first_part_of_the_training_data(usb, tmp_path, monkeyp
     monkeypatch.setattr(csj, "read_list", lambda name: ["4"] if name == "dev-kaldi" else read_list(name))
     items, _ = read(usb, tmp_path, dev="kaldi")
     dev = [item.id for item in items if item.split == "dev"]
-    # Without lhotse's list, its talks are training data.
+    # Without lhotse's list, the talks in it are training data.
     train = sorted(
         id for id in expected(talks()) if SETS.get(id[:8]) in ("train", "dev") and id[:8] != "S02F0122"
     )
@@ -231,7 +231,7 @@ def test_dialogue_with_one_channel_missing_is_rejected(tmp_path):
 
 
 def broken_sdb(root: Path, change) -> Path:
-    """Write an intact talk and one with SDB lines modified by `change`."""
+    """Write an intact talk, and one whose SDB lines are modified by `change`."""
     write_talk(root, "usb", planned("A01F0055"))
     write_talk(root, "usb", planned("S00M0075"))
     path = root / "MORPH" / "SDB" / "core" / "S00M0075.sdb"

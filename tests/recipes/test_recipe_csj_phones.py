@@ -1,4 +1,4 @@
-"""Tests of CSJ phone times from XML: alignments, the phoneme mapping, and unreadable times."""
+"""Tests of CSJ phone times from XML files: alignments, the phoneme mapping, and unreadable times."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MORAS += ["キー", "ヒッシ", "チャッツ", "ンー", "ニョーゴ"]
 
 @pytest.mark.parametrize("kana", MORAS)
 def test_phonemes_of_the_xml_equal_the_phones_of_the_kana(tmp_path, kana):
-    """The aligned phones of an utterance equal those of its words."""
+    """The aligned phones of an utterance equal the phones of its words."""
     (tmp_path / "a.xml").write_text(xml_text(Talk("A01F0055", [Segment(0, 900, [(kana, kana)])])), "utf-8")
     xml = transcripts.read_xml(tmp_path / "a.xml")
     assert not xml.problems

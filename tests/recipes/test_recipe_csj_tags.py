@@ -13,7 +13,7 @@ from jahubert.errors import ConfigError
 from jahubert.train.experiment.registry import resolve
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "csj" / "prepare.py"
-resolve(f"{RECIPE}:prepare", {}, "recipe")  # also loads the modules next to it
+resolve(f"{RECIPE}:prepare", {}, "recipe")  # this also loads the modules next to the recipe
 speech, tags, transcripts = (sys.modules[f"csj_{name}"] for name in ("speech", "tags", "transcripts"))
 
 
@@ -99,13 +99,13 @@ def test_tags_are_handled_according_to_the_options(pronunciation, canonical, oth
 def test_tags_span_words_and_segments():
     assert words("(F エ", "エット)", "ハイ") == "e | e q t o | h a i"
     assert words("(F エ", "エット)", "ハイ", fillers="drop") == "h a i"
-    # Text in a tag belongs to the word in which it is written.
+    # Text inside a tag belongs to the word in which it is written.
     assert words("(W コイ", "ショ;コレ", "デショ)", pron="actual") == "k o i | sh o"
     assert words("(W コイ", "ショ;コレ", "デショ)") == "k o r e | d e sh o"
     pieces = [("(R ×", "L"), ("", "L"), ("×)サン", "L"), ("ハイ", "L")]
     segments = [segment_of(pronunciation, channel=channel) for pronunciation, channel in pieces]
     assert [segment.masked for segment in resolved(*segments)] == [True, True, True, False]
-    # An unclosed tag affects only its segment.
+    # An unclosed tag affects only its own segment.
     unclosed = resolved(segment_of("ア", "(F イ", "ウ"), segment_of("エ"), segment_of("(笑 オ", "カ)"))
     assert [bool(segment.problems) for segment in unclosed] == [True, False, False]
     assert [segment.words for segment in unclosed[1:]] == [(("e",),), (("o",), ("k", "a"))]
@@ -195,7 +195,7 @@ def test_kaldi_does_not_join_across_the_other_channel():
 
 
 def test_events_neither_end_nor_bridge_nor_lengthen_an_utterance():
-    """Segments without words are ignored; the first case has the times of a public sample."""
+    """Segments without words are ignored. The first case has the times of a public sample."""
 
     def segments(*times: tuple[float, float, str]) -> list[tuple[float, float, str]]:
         spoken = [
@@ -220,10 +220,10 @@ def test_events_neither_end_nor_bridge_nor_lengthen_an_utterance():
 
 
 def joined_by_description(segments, join: str, max_gap: int, max_length: int):
-    """Reference implementation of the joining rule, and return the segment indices of each utterance.
+    """Join segments with a reference implementation, and return the segment indices of each utterance.
 
-    Segments without speech are ignored. A segment starts a new utterance if the gap to the previous speech is
-    too long, or if the utterance is too long, either before (kaldi) or after adding the segment. Masked
+    Segments without speech are ignored. A segment starts a new utterance if the gap after the previous speech
+    is too long, or if the utterance is too long either before (kaldi) or after the segment is added. Masked
     segments and segments with problems are not joined, except with kaldi.
     """
     utterances: list[list[int]] = []
@@ -258,7 +258,7 @@ def test_joining_matches_its_description_on_random_segments(join, kinds):
         now, segments = 0, []
         for _ in range(rng.randint(1, 30)):
             kind, length = rng.choice(kinds), rng.choice((200, 1000, 3000, 11_000))
-            inside = kind == "event" and segments and rng.random() < 0.5  # within the previous segment
+            inside = kind == "event" and segments and rng.random() < 0.5  # place it in the previous segment
             start = (
                 rng.randint(*segments[-1][:2]) if inside else now + rng.choice((0, 100, 499, 500, 501, 900))
             )

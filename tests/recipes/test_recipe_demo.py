@@ -29,7 +29,7 @@ def corpus(tmp_path_factory) -> tuple[Path, list[Utterance]]:
 
 
 def levels(item: Utterance) -> dict[str, list[float]]:
-    """Return the level of the middle half of every phone, in dB relative to the whole utterance."""
+    """Return the level in the middle half of every phone, in dB relative to the whole utterance."""
     wave, rate = soundfile.read(item.audio.path)
     assert rate == 16_000
     assert len(wave) == item.n_samples
@@ -52,7 +52,7 @@ def test_alignment_covers_the_audio_with_the_words_and_pauses(corpus):
 
 
 def test_phone_times_match_the_audio(corpus):
-    """Silence and closures are quiet, vowels are loud."""
+    """Silence and closures are quiet, and vowels are loud."""
     all_levels: dict[str, list[float]] = {}
     for item in corpus[1]:
         for symbol, values in levels(item).items():

@@ -33,7 +33,7 @@ tar_index, parquet_shards = sys.modules["tar_index"], sys.modules["parquet_shard
 
 
 def read(data: Path | None, work: Path, **options):
-    """Return the utterances and the rejected items by ID."""
+    """Return the utterances and the rejected items, keyed by ID."""
     config = recipe.Config(**{"subset": "tiny", "processes": 1, **options})
     items = list(recipe.prepare(data, work, config, 0))
     rows = [item for batch in items if isinstance(batch, Utterances) for item in batch]
@@ -50,7 +50,7 @@ def content(rows) -> dict[str, tuple[int, str]]:
 def test_captions_are_matched_with_recordings(tmp_path, dot, form, end):
     release = Release(tmp_path / "reazonspeech-v1", shards=2, rows=3, dot=dot)
     release.write(end=end, form=form)
-    rows, rejected = read(tmp_path, tmp_path)  # finds the release folder
+    rows, rejected = read(tmp_path, tmp_path)  # this finds the release folder
     assert not rejected
     assert list(content(rows).items()) == list(release.rows.items())
     for item in rows:
@@ -128,7 +128,7 @@ def test_only_a_later_shard_is_read(tmp_path, monkeypatch):
 
 
 def test_finished_manifest_is_extended_without_reading_other_shards(tmp_path, monkeypatch):
-    """Follows the README: delete the records of the stage, keep its work folder, and rerun it."""
+    """As in the README, the records of the stage are deleted, its work folder is kept, and it is rerun."""
     release = Release(tmp_path / "corpus", shards=3, rows=4)
     data, exp = release.write(), tmp_path / "exp"
     third = release.shard(2).rename(tmp_path / "002.tar")
@@ -152,7 +152,7 @@ def test_finished_manifest_is_extended_without_reading_other_shards(tmp_path, mo
 
 
 def test_late_shard_is_reported_and_only_it_is_decoded(tmp_path, monkeypatch, capsys, caplog):
-    """The reported commands add the shard without decoding others."""
+    """The reported commands add the shard without decoding the other shards."""
     release = Release(tmp_path / "corpus", shards=3, rows=4)
     release.add(0, name_of(0, 90), flac(8000)[:-3000], "途中まで")
     data, exp = release.write(), tmp_path / "exp"
@@ -227,9 +227,9 @@ def test_damaged_members_are_rejected(tmp_path):
     recording = flac(8000)
     release.add(0, name_of(0, 90), b"", "空です")
     release.add(0, name_of(0, 91), b"not audio" * 200, "違います")
-    release.add(0, name_of(0, 92), recording[: len(recording) // 2], "途中まで")  # detected by decoding only
+    release.add(0, name_of(0, 92), recording[: len(recording) // 2], "途中まで")  # only decoding detects this
     release.add(0, name_of(0, 93), recording, None)
-    release.add(0, name_of(0, 0), recording, None)  # duplicate member name
+    release.add(0, name_of(0, 0), recording, None)  # a duplicate member name
     release.add(0, name_of(0, 94), flac(4000, 8000), "八キロヘルツ", 8000)
     release.add(0, name_of(0, 95), flac(100), "短い", 100)
     release.table += [f"{name_of(0, 96)}\tありません".encode(), name_of(0, 97).encode()]
@@ -265,7 +265,7 @@ def test_damaged_members_are_rejected(tmp_path):
 
 
 def test_parquet_shards_equal_tar_shards(tmp_path, monkeypatch):
-    """Parquet files from the Hub give the same utterances; a second run converts only changed files."""
+    """Parquet files from the Hub give the same utterances, and a second run converts only changed files."""
     release = Release(tmp_path / "corpus", shards=3, rows=6)
     data = release.write_parquet()
     options = {"dev": 7, "test": 4}
@@ -337,7 +337,7 @@ def test_damaged_shard_yields_the_members_before_the_damage(tmp_path, damage, us
 
 
 class FailingMembers:
-    """`_members` that fails for shard 001 a number of times, after its first recording."""
+    """Replacement for `_members` that fails several times for shard 001, after the first recording."""
 
     def __init__(self, failures: int):
         self.failures, self.members = failures, tar_index._members
@@ -377,7 +377,7 @@ def test_parquet_is_read_again_after_an_error_of_the_file_system(tmp_path, monke
     opened, reads = pq.ParquetFile, [0]
 
     class Failing:
-        """A file whose second batch cannot be read a number of times."""
+        """A file whose second batch cannot be read the first few times."""
 
         def __init__(self, path):
             self.file, self.schema_arrow = opened(path), opened(path).schema_arrow
@@ -474,7 +474,7 @@ def test_indexing_is_fast_and_needs_little_memory(tmp_path, shards, rows, write)
     assert n_rows == opened == shards * rows
     assert opening < 1
     assert gib < 2
-    assert rate > 20_000 or n_rows < 100_000  # startup dominates for few rows
+    assert rate > 20_000 or n_rows < 100_000  # with few rows, startup dominates the time
 
 
 def test_missing_data_is_reported(tmp_path):

@@ -33,7 +33,7 @@ SPLITS = ("train", "train", "train", "dev", "test")
 
 
 def recordings() -> list[dict]:
-    """100 recordings by 10 speakers with unique file names."""
+    """Return 100 recordings by 10 speakers with unique file names."""
     return [
         {"id": f"s{i % 10}-{i:03d}", "speaker": f"s{i % 10}", "text": TEXTS[i % 5], "split": SPLITS[i % 5]}
         for i in range(100)
@@ -155,7 +155,7 @@ def test_all_input_kinds_yield_the_same_utterances(tmp_path, audio, kind):
 
 
 def test_inputs_without_splits_yield_the_same_utterances(tmp_path, audio):
-    """Kaldi data directories and folders with .txt or .lab files; speakers are assigned to splits."""
+    """For Kaldi data directories and folders with .txt or .lab files, speakers are assigned to splits."""
     kaldi, rejected = prepared(write_kaldi(tmp_path / "kaldi", audio, recordings()))
     assert not rejected and len(kaldi) == 100
     folder = tmp_path / "folder"
@@ -171,7 +171,7 @@ def test_inputs_without_splits_yield_the_same_utterances(tmp_path, audio):
 
 
 def write_validated(root: Path, audio: Path, speakers: list[str]) -> Path:
-    """A Common Voice release with only validated.tsv."""
+    """Write a Common Voice release with only validated.tsv."""
     (root / "clips").mkdir(parents=True)
     lines = ["client_id\tpath\tsentence"]
     for r, speaker in zip(recordings(), speakers, strict=True):
@@ -214,7 +214,7 @@ def test_missing_dev_split_is_taken_from_training_speakers(tmp_path, audio):
     speakers = {split: {i.speaker for i in items if i.split == split} for split in ("train", "dev", "test")}
     assert speakers["test"] == {"s0"} and len(speakers["dev"]) == 1 and len(speakers["train"]) == 8
     assert not speakers["dev"] & speakers["train"]
-    lines = [line.replace(",test", ",eval1") for line in lines]  # another name for the test set
+    lines = [line.replace(",test", ",eval1") for line in lines]  # the test set has another name
     assert {i.split for i in prepared(write(tmp_path / "b.csv", lines))[0]} == {"train", "dev", "eval1"}
 
 
@@ -311,7 +311,7 @@ def test_kana_become_words(tmp_path, audio):
 
 
 def test_long_recordings_are_cut_at_pauses(tmp_path):
-    """Cuts six bursts of 3 s at pauses of 0.5 s; a long recording with text is rejected."""
+    """Six bursts of 3 s are cut at pauses of 0.5 s. A long recording with text is rejected."""
     noise = np.random.default_rng(0).standard_normal(3 * RATE) * 0.1
     wav = np.concatenate([part for _ in range(6) for part in (noise, np.zeros(RATE // 2))])
     soundfile.write(tmp_path / "long.wav", wav, RATE)
@@ -320,7 +320,7 @@ def test_long_recordings_are_cut_at_pauses(tmp_path):
     assert [i.start for i in items] == [0, *(i.start + i.n_samples for i in items[:-1])]
     assert items[-1].start + items[-1].n_samples == len(wav)
     for item in items[1:]:
-        assert 3 * RATE < item.start % (3.5 * RATE) < 3.5 * RATE  # within a pause
+        assert 3 * RATE < item.start % (3.5 * RATE) < 3.5 * RATE  # the cut is within a pause
     _, rejected = prepared(write(tmp_path / "b.csv", ["path,text", "long.wav,長い"]), max_seconds=8.0)
     assert [item.reason for item in rejected] == ["text for a recording longer than max_seconds"]
 

@@ -24,7 +24,7 @@ KANA = "かきくけこさしすせそたちつてとなにぬねの"
 
 
 def tone(seconds: float, silence: float = 0.2) -> np.ndarray:
-    """A stereo tone between two silences, at 44.1 kHz."""
+    """Return a stereo tone between two silences, at 44.1 kHz."""
     wave = 0.3 * np.sin(2 * np.pi * 300 * np.arange(round(seconds * RATE)) / RATE)
     quiet = np.zeros(round(silence * RATE))
     return np.stack([np.concatenate([quiet, wave, quiet])] * 2, axis=1)
@@ -32,7 +32,7 @@ def tone(seconds: float, silence: float = 0.2) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Synthetic corpus of 60 words, two of them homophones, and four unusable files."""
+    """Write a synthetic corpus of 60 words, two of which are homophones, and four unusable files."""
     root = tmp_path_factory.mktemp("corpus")
     ogg = root / "lib" / "ogg"
     ogg.mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_word_times_match_the_tones(prepared):
         assert len(wave) == item.n_samples == row["words"][-1][1]
         assert len(row["words"]) == len(item.words)
         for start, end in row["words"]:
-            # The 0.2 s of silence around each tone are cut to about 50 ms.
+            # The 0.2 s of silence around each tone are shortened to about 50 ms.
             assert np.std(wave[start + 960 : end - 960]) > 0.05
             assert np.std(wave[start + 80 : start + 560]) < 0.01
             assert np.std(wave[end - 560 : end - 80]) < 0.01

@@ -63,7 +63,7 @@ def test_alignment_covers_the_audio_with_the_words_and_pauses(corpus):
 
 
 def test_phone_times_match_the_audio(corpus):
-    """Pauses are quiet and vowels are loud at every speed."""
+    """At every speed, pauses are quiet and vowels are loud."""
     levels: dict[str, list[float]] = {"pau": [], "vowel": []}
     for item in corpus[1]:
         wave = read(item).astype(float)

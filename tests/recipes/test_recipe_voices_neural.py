@@ -1,4 +1,4 @@
-"""Neural voices of recipe voices: symbols, phone times, mixed styles, and synthesis with the model."""
+"""Tests of the neural voices in recipe voices: symbols, phone times, mixed styles, and synthesis."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_alignment_has_the_phones_and_covers_all_frames():
     alignment = neural.align(pairs, [3, *range(1, n_tokens + 1), 4])
     assert [phone.symbol for phone in alignment] == ["pau", "k", "i", "o:", "pau", "N", "pau"]
     assert alignment[-1].end == 400 * (7 + n_tokens * (n_tokens + 1) // 2)
-    assert alignment[1].end - alignment[1].start == 400 * (1 + 2)  # k and its palatalization
-    assert alignment[2].end - alignment[2].start == 400 * (3 + 4)  # i and the space
+    assert alignment[1].end - alignment[1].start == 400 * (1 + 2)  # frames of k and its palatalization
+    assert alignment[2].end - alignment[2].start == 400 * (3 + 4)  # frames of i and the space
     with pytest.raises(DataError):
         neural.align(pairs, [1, 2, 3])
 

@@ -1,8 +1,8 @@
-"""Tests that every command in the documentation is executed, or marked with what it needs.
+"""Tests that every command in the documentation is executed, or marked with what it requires.
 
-A comment `<!-- needs: corpus -->` before a ```sh block marks commands that cannot run here. All other blocks
-run from top to bottom in a folder with a tiny model (`bundle/`), recordings and a small finished experiment
-`exp/demo`; test_tutorials.py runs those of the tutorials.
+A comment `<!-- needs: corpus -->` before a ```sh block marks commands that cannot run in a test. All other
+blocks run from top to bottom in a folder with a tiny model (`bundle/`), recordings and a small finished
+experiment (`exp/demo`), except those in the tutorials, which test_tutorials.py runs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_marks_are_known(path):
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """A folder with the files that the commands mention, and the environment to run them in."""
+    """Return a folder with the files that the commands mention, and the environment for running them."""
     folder = tmp_path_factory.mktemp("commands")
     torch.manual_seed(0)
     config = jahubert.HubertConfig(**SIZES | {"layers": 6}, pos_conv_groups=2)
@@ -92,7 +92,7 @@ def run(script: str, folder: Path, env: dict[str, str]) -> None:
 
 
 def copy_experiment(words: list[str], folder: Path) -> None:
-    """Before a single stage of a new experiment runs, create its inputs as a copy of exp/demo."""
+    """Create the inputs for a single stage of a new experiment as a copy of exp/demo."""
     settings = dict(word.partition("=")[::2] for word in words if "=" in word)
     name, stage = settings.get("name"), settings.get("stage", "all")
     if name is None or stage in ("all", "prepare") or (folder / "exp" / name).exists():
@@ -116,6 +116,6 @@ def test_commands_run(path, sandbox):
             copy_experiment(shlex.split(line, comments=True), folder)
             run(line, folder, env)
         for result in ("model.pt", "model.onnx", "fairseq", "kaldi", "lhotse", "datasets"):
-            target = folder / result  # the same target may be shown on another page
+            target = folder / result  # another page may use the same target
             if target.exists():
                 shutil.rmtree(target) if target.is_dir() else target.unlink()

@@ -1,4 +1,4 @@
-"""Tests of the import contracts, the dependencies of ring 1, and rules for every file of the repository."""
+"""Tests of the import contracts, the dependencies of ring 1, and the rules for every file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fixtures.ring1 import BLOCKER
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "jahubert"
 
-# Window and hop lengths belong in frames.py. Maps (path, number) to another meaning of the same number.
+# Window and hop lengths belong in frames.py. OTHER_NUMBERS lists other meanings of the same numbers.
 FRAME_NUMBERS = {160, 320, 400}
 OTHER_NUMBERS = {("jahubert/audio/mpeg.py", number): "bit rate, kbit/s" for number in FRAME_NUMBERS - {400}}
 
@@ -46,7 +46,7 @@ def name_of(path: Path) -> str:
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new interpreter in the checkout."""
+    """Run `code` with a new interpreter in the checkout."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=REPO, timeout=120
     )
@@ -79,7 +79,7 @@ def test_command_line_starts_without_torch() -> None:
 
 
 def imported(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """Return the full dotted names of an import statement."""
+    """Return the full dotted names in an import statement."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -203,7 +203,7 @@ def test_no_file_names_a_machine() -> None:
 def test_constraints_hold_only_pins(name: str) -> None:
     lines = (REPO / name).read_text(encoding="utf-8").splitlines()
     wrong = [line for line in lines if not re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[A-Za-z0-9.!]+|", line)]
-    assert not wrong  # local versions such as +cpu are missing from most package indexes
+    assert not wrong  # most package indexes lack local versions such as +cpu
 
 
 def stages() -> list[Path]:

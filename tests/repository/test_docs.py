@@ -1,8 +1,8 @@
-"""Tests that documentation examples run, commands parse, links resolve and generated pages are current.
+"""Tests that documentation examples run, commands parse, links resolve, and generated pages are current.
 
 Every ```python block in README.md and docs/ is executed in a folder with a tiny random model (`bundle/`) and
-noise (`audio.wav`); the blocks of a page share a namespace. Blocks marked ```py are not executed.
-The `jahubert` commands in README.md are executed; those of other pages are parsed.
+noise (`audio.wav`). The blocks on a page share a namespace. Blocks marked ```py are not executed. The
+`jahubert` commands in README.md are executed, and those on other pages are parsed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PAGES = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "recipes/*/*.md")
     for path in REPO.glob(pattern)
-    if path.name not in ("LOG.md", "CHANGELOG.md")  # they describe earlier versions
+    if path.name not in ("LOG.md", "CHANGELOG.md")  # these describe earlier versions
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
@@ -54,7 +54,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path, program: str) -> list[tuple[str, ...]]:
-    """Return the arguments of every `program` command on a page; inline code counts for stages."""
+    """Return the arguments of every `program` command on a page, including stage commands in inline code."""
     lines = "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
     if program == "jahubert.run":
         lines += re.findall(r"`(python -m jahubert\.run [^`\n]*)`", path.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def commands(path: Path, program: str) -> list[tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> Path:
-    """Folder with the `bundle/` and `audio.wav` that the examples use."""
+    """Return a folder with the `bundle/` and `audio.wav` that the examples use."""
     folder = tmp_path_factory.mktemp("docs")
     torch.manual_seed(0)
     config = HubertConfig(
@@ -84,7 +84,7 @@ def examples(tmp_path_factory) -> Path:
     return folder
 
 
-# Pages that test_tutorials.py executes completely.
+# test_tutorials.py executes these pages completely.
 TUTORIALS = [path for path in PAGES if path.parent.name == "tutorials" and path.name != "features.md"]
 
 
@@ -93,7 +93,7 @@ TUTORIALS = [path for path in PAGES if path.parent.name == "tutorials" and path.
 )
 def test_examples_run(path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(examples)
-    namespace: dict = {"__name__": __name__}  # dataclasses look up their module
+    namespace: dict = {"__name__": __name__}  # dataclasses look up their module by this name
     for number, code in enumerate(blocks(path, "python"), start=1):
         exec(compile(code, f"{name_of(path)}, example {number}", "exec"), namespace)
 
@@ -117,7 +117,7 @@ def test_tutorial_recipe_reads_a_corpus(tmp_path: Path) -> None:
     texts = ["これは音です"] * 5 + ["", "これは"]
     lines = [f"{n}.wav\tspeaker{n % 3}\t{text}" for n, text in enumerate(texts)]
     (corpus / "transcripts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for n in range(6):  # the seventh file is missing
+    for n in range(6):  # the seventh file remains missing
         soundfile.write(corpus / f"{n}.wav", 0.1 * torch.randn(16_000).numpy(), 8_000)
     command = [f"recipe={recipe}", f"data={corpus}", f"exp={tmp_path}/exp"]
     runner.run([*command, "stage=prepare"])
@@ -155,7 +155,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
 
 
 def lines_of(program: str) -> dict[tuple[str, ...], str]:
-    """Map every distinct command to the first page that contains it."""
+    """Return every distinct command, with the first page that contains it."""
     lines = [(words, name_of(path)) for path in PAGES for words in commands(path, program)]
     return dict(reversed(lines))
 
@@ -168,7 +168,7 @@ STAGE_LINES, CLI_LINES = lines_of("jahubert.run"), lines_of("jahubert")
 def test_stage_commands_compose(arguments: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     tutorial_recipe(tmp_path)
     monkeypatch.chdir(tmp_path)  # docs/tutorials/own-corpus.md uses `recipe=mine`
-    # A sweep over seeds is one run per seed.
+    # A sweep over seeds starts one run per seed.
     overrides = [re.sub(r"^(seed=\d+),.*", r"\1", word) for word in arguments]
     assert not checked(overrides), f"in {STAGE_LINES[arguments]}"
 
@@ -176,13 +176,13 @@ def test_stage_commands_compose(arguments: tuple[str, ...], tmp_path: Path, monk
 @pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("path", sorted(REPO.glob("recipes/*/README.md")), ids=name_of)
 def test_commands_of_a_page_can_run_in_order(path: Path) -> None:
-    """The same or an earlier command on the page creates every experiment that a command reads."""
+    """Every experiment that a command reads is created by the same or an earlier command on the page."""
     made: list[Path] = []
     for arguments in commands(path, "jahubert.run"):
         tree = compose(list(arguments))
         planned = jobs.plan_stages(tree)
         made += [jobs.output_folder(tree, job) for job in planned]
-        experiments = {folder.parts[:2] for folder in made}  # other experiments belong to other pages
+        experiments = {folder.parts[:2] for folder in made}  # all other experiments belong to other pages
         for job in planned:
             _, config, _ = jobs.configure_job(job, arguments)
             for name, read, _ in input_fields(config):
@@ -221,7 +221,7 @@ README_LINES = [
 
 @pytest.fixture
 def readme_folder(examples: Path) -> Path:
-    """The `examples` folder with the recordings that README.md mentions."""
+    """Add the recordings that README.md mentions to the `examples` folder, and return the folder."""
     (examples / "recordings").mkdir(exist_ok=True)
     soundfile.write(examples / "recordings" / "talk.wav", syllables(2.0, 0).numpy(), 16_000)
     return examples
@@ -230,7 +230,7 @@ def readme_folder(examples: Path) -> Path:
 @pytest.mark.parametrize("line", README_LINES, ids=lambda line: line.partition("#")[0].strip())
 def test_command_of_the_readme_runs(line: str, readme_folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(readme_folder)
-    if transcribe.builtin_model() is None:  # a recipe builds it, so it may be missing
+    if transcribe.builtin_model() is None:  # the model may be missing, because a recipe builds it
         monkeypatch.setattr(transcribe, "builtin_model", lambda: readme_folder / "bundle")
     words = shlex.split(line, comments=True)
     if words[0] == "pip":

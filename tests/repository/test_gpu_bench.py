@@ -1,4 +1,4 @@
-"""The benchmark of a GPU runs on a CPU with tiny sizes."""
+"""Test that runs the GPU benchmark on a CPU with tiny sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other operating systems and devices: modules import without POSIX, and Apple GPUs are selected."""
+"""Tests for other platforms: modules can be imported without POSIX, and Apple GPUs are selected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jahubert.errors import ConfigError
 from jahubert.model.device import pick_device
 
-# The second import happens in a Python that lacks what Windows lacks.
+# The second import uses a Python without the modules and functions that Windows lacks.
 IMPORT_WITHOUT_POSIX = """
 import importlib, os, pkgutil, signal, sys
 
@@ -23,7 +23,7 @@ def import_all():
             continue
         try:
             imported[module.name] = importlib.import_module(module.name)
-        except ImportError as error:  # an optional package
+        except ImportError as error:  # an optional package is missing
             imported[module.name] = str(error)
     return imported
 

@@ -1,4 +1,4 @@
-"""Tests that the public names are documented and typed."""
+"""Tests that all public names are documented and typed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def members(name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the public object of this name and, for a class, its own methods and properties."""
+    """Yield the public object with the given name and, for a class, its own methods and properties."""
     value = getattr(jahubert, name)
     yield name, value
     for member, attribute in vars(value).items() if inspect.isclass(value) else ():
@@ -66,7 +66,7 @@ def test_public_name_has_a_docstring(name: str) -> None:
     missing = [
         path
         for path, value in members(name)
-        # a dataclass without a docstring gets its signature as one
+        # A dataclass without a docstring gets its signature as docstring.
         if not (value.__doc__ or "").strip() or value.__doc__.startswith(f"{name}(")
     ]
     assert not missing

@@ -1,7 +1,7 @@
 """Tests that execute the tutorials from top to bottom on small corpora.
 
-Scripts at the front of PATH replace `python`, `jahubert` and the cluster commands; they run this checkout
-with small sizes. Otherwise only paths to the reader's own folders are changed.
+Scripts at the front of PATH replace `python`, `jahubert` and the cluster commands, and run this checkout with
+small sizes. Apart from this, only paths to the reader's own folders are changed.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_tutorial_runs(name, tmp_path):
         elif kind == "python":
             session += content
             run([sys.executable, "-c", session], tmp_path, env)
-        elif kind == "sh" and "recipe=demo" not in content:  # an alternative in own-corpus.md
+        elif kind == "sh" and "recipe=demo" not in content:  # recipe=demo is an alternative in own-corpus.md
             run(["bash", "-e", "-c", content], tmp_path, env)
         file = None
     for leaf in leaves:

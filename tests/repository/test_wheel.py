@@ -1,4 +1,4 @@
-"""Tests of the wheel: contents, metadata, and running ring 1 with only the declared dependencies."""
+"""Tests of the wheel: contents, metadata, and use of ring 1 with only the declared dependencies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import jahubert
 REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "wheel_check.py"
 INFO = f"jahubert-{jahubert.__version__}.dist-info"
-# Maps folders of the checkout to folders of the wheel.
+# Folder in the checkout -> folder in the wheel.
 PACKAGED = {"jahubert": "jahubert", "conf": "jahubert/_conf", "recipes": "jahubert/_recipes"}
 
 spec = importlib.util.spec_from_file_location("wheel_check", TOOL)
@@ -54,7 +54,7 @@ def metadata(unpacked) -> Message:
 
 
 def from_wheel(unpacked: Path, code: str) -> str:
-    """Run `code` in a new interpreter with the unpacked wheel and return its standard output."""
+    """Run `code` in a new interpreter with the unpacked wheel, and return the standard output."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=unpacked, timeout=300
     )
@@ -81,7 +81,7 @@ def test_wheel_contains_package_conf_and_recipes_only(unpacked):
 
 @pytest.mark.slow
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
-    """Needs a package index for hatchling. The sdist also contains tests, tools and documentation."""
+    """The sdist also contains tests, tools and documentation. Building requires a package index."""
     sdist = wheel_check.build_sdist(tmp_path)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -111,7 +111,7 @@ def test_plain_install_requires_only_the_core_packages(metadata):
         "2.6.0",
         "2.13.0",
         "99.0",
-    ):  # no upper bound
+    ):  # there is no upper bound
         assert core["torch"].specifier.contains(version)
     assert not core["torch"].specifier.contains("2.5.1")
     assert {"train", "onnx", "fairseq2"} <= set(metadata.get_all("Provides-Extra"))
@@ -157,7 +157,7 @@ def test_wheel_check_detects_deviations(tmp_path):
 
 @pytest.mark.slow
 def test_wheel_works_in_an_empty_environment():
-    """Needs a package index for torch."""
+    """The test requires a package index that has torch."""
     done = subprocess.run(
         [sys.executable, TOOL, "torch==2.13.0"], capture_output=True, text=True, timeout=3600
     )
@@ -168,7 +168,7 @@ def test_wheel_works_in_an_empty_environment():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("docker") is None, reason="docker is not installed")
 def test_docker_image_builds_and_runs():
-    """Needs a package index."""
+    """The test requires a package index."""
     tag = "jahubert:test"
     subprocess.run(["docker", "build", "--tag", tag, REPO], check=True, timeout=3600)
     done = subprocess.run(["docker", "run", "--rm", tag, "--version"], capture_output=True, text=True)

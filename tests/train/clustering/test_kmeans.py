@@ -19,7 +19,7 @@ from jahubert.train.clustering.lloyd import KmeansOptions, PassStatistics, lloyd
 def planted(n_clusters: int, per_cluster: int, dim: int, spread: float = 0.1, seed: int = 0):
     """Return shuffled frames around well-separated centers, the centers, and the cluster of each frame."""
     rng = np.random.default_rng(seed)
-    centers = rng.standard_normal((n_clusters, dim)) * 5 + 100  # far from zero
+    centers = rng.standard_normal((n_clusters, dim)) * 5 + 100  # all centers are far from zero
     cluster = rng.permutation(np.repeat(np.arange(n_clusters), per_cluster))
     frames = centers[cluster] + spread * rng.standard_normal((len(cluster), dim))
     return torch.from_numpy(frames.astype(np.float32)), torch.from_numpy(centers).float(), cluster
@@ -50,7 +50,7 @@ def test_coarse_to_fine_converges_to_a_fixed_point_of_lloyd(monkeypatch):
     result = fit_kmeans(frames, KmeansOptions(10, tol=0, max_iter=300))
     assert all(a >= b - 1e-6 for a, b in zip(result.history, result.history[1:], strict=False))
     labels = assign(frames, result.centroids_KD)
-    for k in range(10):  # each centroid is the mean of its frames
+    for k in range(10):  # each centroid must be the mean of its frames
         mean = frames[labels == k].double().mean(dim=0)
         torch.testing.assert_close(result.centroids_KD[k].double(), mean, atol=1e-5, rtol=0)
     exact = (frames.double() - result.centroids_KD[labels].double()).square().sum(dim=1).mean()
@@ -97,7 +97,7 @@ def test_distances_far_from_zero_keep_their_precision():
 def test_empty_clusters_are_reseeded_at_the_farthest_frames():
     frames, centers, _ = planted(4, 20, 3)
     start = centers.clone()
-    start[2:] = 1e4  # far from every frame
+    start[2:] = 1e4  # these centroids are far from every frame
     fit = lloyd(frames, start, max_iter=20, tol=1e-4)
     assert fit.reseeded >= 2
     assert torch.cdist(centers, fit.statistics.centroids_KD).min(dim=1).values.max() < 0.1
@@ -122,7 +122,7 @@ def test_as_many_clusters_as_frames_reproduce_the_frames():
 def test_faiss_uses_every_frame():
     pytest.importorskip("faiss")
     torch.manual_seed(0)
-    frames = torch.randn(30_000, 2)  # faiss uses 256 per centroid by default
+    frames = torch.randn(30_000, 2)  # by default, faiss uses 256 frames per centroid
     result = fit_kmeans(frames, KmeansOptions(2, backend="faiss", max_iter=200))
     labels = assign(frames, result.centroids_KD)
     for k in range(2):
@@ -172,7 +172,7 @@ def test_drawing_few_rows_of_many_needs_little_memory():
 
 
 def overlapping(n: int, seed: int = 0) -> np.ndarray:
-    """Frames of 40 overlapping clusters, of which only 20 occur in the first half."""
+    """Return frames from 40 overlapping clusters, only 20 of which occur in the first half."""
     rng = np.random.default_rng(seed)
     centers = 3 * np.random.default_rng(5).standard_normal((40, 8))
     cluster = np.where(np.arange(n) < n // 2, rng.integers(20, size=n), rng.integers(40, size=n))
@@ -180,7 +180,7 @@ def overlapping(n: int, seed: int = 0) -> np.ndarray:
 
 
 def test_mini_batch_pass_improves_on_lloyd_over_a_sample(tmp_path, monkeypatch):
-    """One pass over a file achieves most of the improvement of Lloyd's algorithm on the whole file."""
+    """One pass over a file achieves most of the improvement that Lloyd's algorithm makes on it."""
     monkeypatch.setattr(lloyd_module, "_COARSE_MIN", 500)
     monkeypatch.setattr(lloyd_module, "_COARSE_FRAMES", 10)
     monkeypatch.setattr(lloyd_module, "_BATCH", 256)
@@ -192,7 +192,7 @@ def test_mini_batch_pass_improves_on_lloyd_over_a_sample(tmp_path, monkeypatch):
     refined_KD = mini_batch_pass(frames, first)
     best = inertia(test, lloyd(frames, first.means_KD, 50, 1e-4).statistics.centroids_KD)
     from_sample, refined = inertia(test, first.means_KD), inertia(test, refined_KD)
-    assert from_sample - best > 0.05  # room for improvement
+    assert from_sample - best > 0.05  # there is room for improvement
     assert refined - best < 0.3 * (from_sample - best)
     result = fit_kmeans(frames, KmeansOptions(40, n_init=3, lloyd_frames=1000))
     assert inertia(test, result.centroids_KD) - best < 0.5 * (from_sample - best)
@@ -204,7 +204,7 @@ def test_mini_batch_pass_improves_on_lloyd_over_a_sample(tmp_path, monkeypatch):
 
 
 def test_mini_batch_pass_gives_the_mean_of_all_frames_of_a_cluster():
-    """The clusters are so far apart that frames never change theirs; initial frames count too."""
+    """The clusters are so far apart that no frame changes its cluster. Initial frames count, too."""
     frames, centers, cluster = planted(4, 5000, 6)
     start = PassStatistics(centers, centers + 0.5, torch.tensor([5000, 0, 2500, 10_000]), 0.0)
     means_KD = torch.stack([frames[cluster == k].double().mean(0) for k in range(4)])

@@ -13,7 +13,7 @@ from jahubert.train.clustering.features import HubertLayer, Mfcc, deltas
 
 
 def speech_like(n: int, seed: int) -> torch.Tensor:
-    """Harmonics with a moving envelope, noise, an offset, and a silent section."""
+    """Return harmonics with a moving envelope, noise, an offset, and a silent section."""
     rng = np.random.default_rng(seed)
     t = np.arange(n) / 16_000
     tone = sum(np.sin(2 * np.pi * 120 * k * t + rng.uniform(0, 6)) / k for k in range(1, 30))
@@ -23,7 +23,7 @@ def speech_like(n: int, seed: int) -> torch.Tensor:
 
 
 def slow_mfcc(wav: np.ndarray) -> np.ndarray:
-    """Reference implementation of Kaldi's MFCC in float64, one frame and filter at a time."""
+    """Compute Kaldi's MFCCs in float64, one frame and filter at a time, as a reference."""
     wav = wav.astype(np.float64)
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** 0.85
     mel = lambda hz: 1127 * np.log(1 + hz / 700)  # noqa: E731
@@ -65,7 +65,7 @@ def test_mfcc_equals_the_slow_reference():
     (actual,) = Mfcc()([wav_T])
     assert actual.shape == (MFCC.n_frames(8000), 39)
     assert actual.dtype == torch.float32
-    # The tolerance covers float32 rounding in quiet frames; feature values reach 90.
+    # The tolerance covers float32 rounding in quiet frames, where feature values reach 90.
     np.testing.assert_allclose(actual.numpy(), expected, atol=1e-3)
     assert np.sqrt(np.mean((actual.numpy() - expected) ** 2)) < 1e-4
 
@@ -74,7 +74,7 @@ def test_silence_reaches_the_floor_of_the_logarithm():
     (actual,) = Mfcc()([torch.zeros(1600)])
     np.testing.assert_allclose(actual[:, 0].numpy(), np.log(2.0**-23) * np.sqrt(23), rtol=1e-5)
     assert actual[:, 1:].abs().max() < 1e-3
-    (offset,) = Mfcc()([torch.full((1600,), 0.5)])  # the mean is subtracted first
+    (offset,) = Mfcc()([torch.full((1600,), 0.5)])  # this is silence, because the mean is subtracted
     torch.testing.assert_close(offset, actual, atol=1e-3, rtol=0)
 
 

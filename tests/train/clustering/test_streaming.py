@@ -1,4 +1,4 @@
-"""Streaming of features: order, batches, reading in worker processes, and errors."""
+"""Tests of streaming feature extraction: order, batches, worker processes, and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 class Recorder(Mfcc):
-    """Records the lengths of the waveforms in each batch."""
+    """Feature that records the lengths of the waveforms in each batch."""
 
     def __init__(self) -> None:
         super().__init__()

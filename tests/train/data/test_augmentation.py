@@ -1,4 +1,4 @@
-"""Tests of data augmentation: reproducible choices, predicted lengths, and the individual effects."""
+"""Tests of data augmentation: reproducible choices, predicted lengths, and individual effects."""
 
 from __future__ import annotations
 
@@ -181,12 +181,12 @@ def test_reverberation_is_aligned_and_keeps_the_power():
     response = augmentation.room_response(0.5, 6.0, np.random.default_rng(0))
     assert np.sum(response[1:] ** 2) == pytest.approx(10**-0.6, rel=1e-3)
     wet = augmentation.filter_with(wave, response)
-    assert np.abs(wet[:7_999]).max() < 1e-6  # silence before the direct sound
+    assert np.abs(wet[:7_999]).max() < 1e-6  # there is silence before the direct sound
     assert db(wet, wave) == pytest.approx(0, abs=0.01)
     reference = np.convolve(wave, response)[:16_000]
     assert np.allclose(wet / np.linalg.norm(wet), reference / np.linalg.norm(reference), atol=1e-5)
     decay = augmentation.room_response(1.0, 0.0, np.random.default_rng(1))
-    assert db(decay[12_000:13_000], decay[4_000:5_000]) == pytest.approx(-30, abs=2)  # 60 dB per second
+    assert db(decay[12_000:13_000], decay[4_000:5_000]) == pytest.approx(-30, abs=2)  # 60 dB in one second
 
 
 def test_noise_and_other_speech_have_the_given_ratio():

@@ -1,4 +1,4 @@
-"""Tests of training batches: alignment of labels and crops, padding, and reproducible randomness."""
+"""Tests of training batches: alignment of labels with crops, padding, and reproducible randomness."""
 
 import logging
 
@@ -23,7 +23,7 @@ LENGTHS = (20_000, 47_777, 33_333, 64_001, 300)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Corpus of ramps: sample t is about t / 100000, and the unit of frame s is s % 200."""
+    """Write a corpus of ramps, where sample t is about t / 100000 and the unit of frame s is s % 200."""
     folder = tmp_path_factory.mktemp("corpus")
     items = []
     for number, length in enumerate(LENGTHS):
@@ -54,7 +54,7 @@ def test_units_match_the_cropped_frames(corpus):
         batch = data.load(MicroBatch(epoch, 0, (0, 1, 2, 3)))
         units = iter(batch.unit_N.tolist())
         for wav_T, n_samples, mask_S in zip(batch.wav_BT, batch.n_samples_B, batch.mask_BS, strict=True):
-            first = round(wav_T[0].item() * 100_000)  # first sample of the crop
+            first = round(wav_T[0].item() * 100_000)  # position of the crop in the utterance
             assert first % HUBERT.hop == 0
             assert n_samples <= 24_000 and not wav_T[n_samples:].any()
             for frame in mask_S.nonzero()[:, 0].tolist():
@@ -106,7 +106,7 @@ def test_inconsistent_batch_is_rejected():
 
 
 def test_pinning_leaves_lengths_unchanged(monkeypatch):
-    """Pinning needs a GPU, so a fake pin_memory changes the values instead."""
+    """Because pinning requires a GPU, a fake pin_memory changes the values instead."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     batch = PretrainBatch(torch.zeros(1, 800), torch.tensor([800]), torch.tensor([[True]]), torch.zeros(1))
     micro, pinned = pin_memory((MicroBatch(0, 0, (3, 1)), batch))

@@ -1,4 +1,4 @@
-"""Tests of manifests exported to Kaldi, lhotse and Hugging Face datasets, read back where possible."""
+"""Tests of exports to Kaldi, lhotse and Hugging Face datasets, which are read back where possible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATE = 16_000
 
 @pytest.fixture
 def manifest(tmp_path) -> Manifest:
-    """Manifest with parts of a recording, a 22.05 kHz recording and a tar member, in two splits."""
+    """Write a manifest with parts of a recording, a 22.05 kHz recording and a tar member, in two splits."""
     (tmp_path / "corpus").mkdir()
     noise = 0.1 * np.random.default_rng(0).standard_normal(3 * RATE)
     for name, rate in (("talk.wav", RATE), ("word.wav", 22_050), ("member.flac", RATE)):
@@ -49,7 +49,7 @@ def manifest(tmp_path) -> Manifest:
 
 
 def read_back(data: Path) -> list[tuple]:
-    """Read the utterances with recipe table, without their splits."""
+    """Return the utterances that recipe table reads, without their splits."""
     items = list(table.prepare(data, Path("unused"), table.Config(), 0))
     return sorted((i.id, i.start, i.n_samples, i.speaker, i.text) for i in items)
 
@@ -62,7 +62,7 @@ def expected(manifest: Manifest, split: str) -> list[tuple]:
 def test_kaldi_directories_are_read_back(manifest, tmp_path):
     assert export_corpus(manifest, tmp_path / "kaldi", "kaldi") == {"eval1": 2, "train": 2}
     assert read_back(tmp_path / "kaldi" / "train") == expected(manifest, "train")
-    assert len(read_back(tmp_path / "kaldi")) == 4  # like an ESPnet dump folder
+    assert len(read_back(tmp_path / "kaldi")) == 4  # the folder can be read as an ESPnet dump
     assert [item[:3] for item in read_back(tmp_path / "kaldi" / "eval1")] == [
         ("s2-w-1", 0, manifest[2].n_samples),
         ("t1", 0, 3 * RATE),
@@ -111,7 +111,7 @@ def test_unrepresentable_utterances_are_rejected(tmp_path):
     manifest = Manifest(tmp_path / "m.arrow")
     with pytest.raises(DataError, match=r"'a b'.*white space"):
         export_corpus(manifest, tmp_path / "k", "kaldi")
-    export_corpus(manifest, tmp_path / "l", "lhotse")  # as one channel
+    export_corpus(manifest, tmp_path / "l", "lhotse")  # the audio becomes one channel
     assert soundfile.info(tmp_path / "l" / "audio" / "train" / "a b.flac").channels == 1
     with pytest.raises(DataError, match="espnet"):
         export_corpus(manifest, tmp_path / "x", "espnet")
@@ -127,7 +127,7 @@ def test_ids_that_become_one_file_name_are_rejected(tmp_path):
 
 
 def with_audio(manifest: Manifest, split: str) -> dict[str, tuple]:
-    """Text, speaker and samples of the utterances of a split, by the last character of their ids."""
+    """Return text, speaker and samples of a split's utterances, keyed by the last character of the id."""
     return {
         manifest[i].id[-1]: (manifest[i].text, manifest[i].speaker, manifest.load(i).numpy())
         for i in manifest.indices(split)
@@ -165,7 +165,7 @@ def test_lhotse_reads_the_same_utterances(manifest, tmp_path, split):
     for segment in segments:
         recording = recordings[segment.recording_id]
         wav_T = recording.load_audio(offset=segment.start, duration=segment.duration)[0]
-        speaker = "" if segment.speaker == segment.id else segment.speaker  # Kaldi requires a speaker
+        speaker = "" if segment.speaker == segment.id else segment.speaker  # in Kaldi, speakers are required
         actual[segment.id[-1]] = (segment.text, speaker, wav_T)
     assert_equal(actual, expected)
 

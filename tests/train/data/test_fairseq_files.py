@@ -1,4 +1,4 @@
-"""Tests of fairseq's .tsv, .km and dictionary files: exact round trips and mismatched files."""
+"""Tests of fairseq's .tsv, .km and dictionary files: exact round trips, and mismatched files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 from jahubert.train.pipeline import runner
 
-# Ideographic spaces at both ends, and two characters that `str.splitlines` treats as line ends.
+# The first name has ideographic spaces at both ends. Two names contain characters at which `str.splitlines`
+# splits.
 NAMES = ("話者 一/\u3000朝\u2028の声\u3000.wav", "話者 一/日本語 名前.wav", "b\x85.wav", "c:1.wav", "d.wav")
 LENGTHS = (4000, 8000, 12_345, 720, 32_000)
 SPLITS = ("train", "train", "valid", "train", "valid")
@@ -26,7 +27,7 @@ SPLITS = ("train", "train", "valid", "train", "valid")
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """Audio files in `audio/` with a manifest and a label store."""
+    """Write audio files to `audio/`, a manifest and a label store."""
     items = []
     for name, n_samples, split in zip(NAMES, LENGTHS, SPLITS, strict=True):
         path = tmp_path / "audio" / name
@@ -54,7 +55,7 @@ def test_convert_command_writes_the_files_of_export(corpus, capsys):
     assert cli(["convert", str(corpus / "label"), str(corpus / "again"), *options]) == 0
     assert "train: 3 utterances\nvalid: 2 utterances\n" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (corpus / "again").iterdir()} == expected
-    (corpus / "exp" / "prepare").mkdir(parents=True)  # standard layout, needs no --manifest
+    (corpus / "exp" / "prepare").mkdir(parents=True)  # the standard layout does not require --manifest
     (corpus / "audio").rename(corpus / "exp" / "prepare" / "audio")
     (corpus / "m.arrow").rename(corpus / "exp" / "prepare" / "manifest.arrow")
     (corpus / "exp" / "iter1").mkdir()
@@ -96,12 +97,12 @@ def test_round_trip_keeps_the_units(corpus):
     assert store.header.n_units == 100 and store.header.feature == "fairseq"
     for row, i in enumerate((0, 1, 3, 2, 4)):
         assert store[row].tolist() == before[i].tolist()
-    again = import_units(manifest, folder, corpus / "back")  # already finished
+    again = import_units(manifest, folder, corpus / "back")  # this store is already finished
     assert again.header == store.header
 
 
 def rewrite(path: Path, number: int, change) -> None:
-    """Modify the units of one line."""
+    """Modify the units in one line."""
     lines = path.read_text().split("\n")
     lines[number] = " ".join(map(str, change(list(map(int, lines[number].split())))))
     path.write_text("\n".join(lines))
@@ -185,7 +186,7 @@ def test_tsv_and_dictionary_are_parsed(tmp_path):
     one, two = read_tsv(tmp_path / "train.tsv")
     assert one.audio == AudioSource("/根/a.zip", 10, 400) and one.id == "train/a.zip:10:400"
     assert two.audio == AudioSource("/other/b.wav") and two.n_samples == 5
-    (tmp_path / "dict.km.txt").write_text("2 90\n0 40\n1 3\n\n")  # sorted by frequency
+    (tmp_path / "dict.km.txt").write_text("2 90\n0 40\n1 3\n\n")  # the units are sorted by frequency
     assert read_dict(tmp_path / "dict.km.txt") == 3
 
 
@@ -219,7 +220,7 @@ def test_utterances_that_a_tsv_cannot_represent_are_rejected(corpus, item, probl
 
 
 def test_imported_units_train(corpus):
-    """Runs the commands from the README of the recipe."""
+    """The test runs the commands in the README of the recipe."""
     folder = exported(corpus)
     settings = [
         f"data={folder}", f"exp={corpus}/exp", "model=tiny", "device=cpu",
@@ -229,7 +230,7 @@ def test_imported_units_train(corpus):
         "pretrain.train.valid_every=2", "pretrain.train.precision=fp32",
     ]  # fmt: skip
     runner.run(["recipe=fairseq", "stage=prepare", *settings])
-    with pytest.raises(DataError, match=r"iter1/label: only \d\d of 100 units occur"):  # too few frames
+    with pytest.raises(DataError, match=r"iter1/label: only \d\d of 100 units occur"):  # few frames
         runner.run(["recipe=fairseq", "stage=label", "label.on_bad_units=error", *settings])
     with pytest.raises(ConfigError, match="iter1/label is not finished"):
         runner.run(["recipe=fairseq", "stage=pretrain", *settings])

@@ -1,4 +1,4 @@
-"""Tests that label stores are complete or absent, resumable, and tied to their manifest."""
+"""Tests that label stores are complete or absent, resumable, and bound to their manifest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_units_are_read_back(tmp_path, n_units, dtype):
     header = replace(HEADER, n_units=n_units)
     fill(tmp_path, header).finish()
-    store = pickle.loads(pickle.dumps(LabelStore(tmp_path)))  # as in DataLoader workers
+    store = pickle.loads(pickle.dumps(LabelStore(tmp_path)))  # DataLoader workers get such a copy
     assert store.header == header
     assert len(store) == 53
     for row in range(53):
@@ -75,7 +75,7 @@ def test_resumed_store_is_identical_for_any_order_and_shard_size(tmp_path):
     assert writer.pending() == [2, 3, 4, 5]
     with pytest.raises(DataError, match=r"shards \[2, 3, 4, 5\] are missing"):
         writer.finish()
-    again = LabelWriter(tmp_path / "parts", HEADER, N_FRAMES, shard_size=7)  # keeps the shard size of 10
+    again = LabelWriter(tmp_path / "parts", HEADER, N_FRAMES, shard_size=7)  # the shard size remains 10
     assert again.pending() == [2, 3, 4, 5]
     for shard in (5, 3, 2, 4):
         again.write(shard, [units(row) for row in again.rows(shard)])
@@ -89,7 +89,7 @@ def test_resumed_store_is_identical_for_any_order_and_shard_size(tmp_path):
 
 
 def fill_until_killed(folder: Path, n_calls: int) -> bool:
-    """Fill a store in a child process killed after `n_calls` disk operations, and return True if killed."""
+    """Fill a store in a child process killed after `n_calls` disk operations. Return whether it was."""
     child = os.fork()
     if child == 0:
         remaining = iter(range(n_calls))

@@ -37,7 +37,7 @@ FULL = Utterance(
 
 
 def test_rows_are_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_ROWS", 7)  # forces several record batches
+    monkeypatch.setattr(module, "_BATCH_ROWS", 7)  # results in several record batches
     items = [utterance(i) for i in range(30)] + [FULL]
     rejected = [Rejected("x", "too short"), Rejected("y", "too short"), Rejected("z", "no audio")]
     counts = write_manifest(tmp_path / "m.arrow", iter(items[:10] + rejected + items[10:]))
@@ -218,7 +218,7 @@ def test_loading_checks_the_length(tmp_path):
     write_manifest(tmp_path / "m.arrow", items)
     manifest = pickle.loads(
         pickle.dumps(Manifest(tmp_path / "m.arrow"))
-    )  # DataLoader workers receive a pickle
+    )  # DataLoader workers receive a pickled manifest
     assert manifest.load(0).numpy().tolist() == samples[100:600].tolist()
     with pytest.raises(AudioError, match=r"'long'.*100 samples.* 200:"):
         manifest.load(1)
@@ -227,7 +227,7 @@ def test_loading_checks_the_length(tmp_path):
 
 
 def test_transient_read_errors_are_retried(tmp_path, monkeypatch, caplog):
-    """Retries end with the last error; missing files and files without audio are not retried."""
+    """Retries end with the last error. Missing files and files without audio are not retried."""
     caplog.set_level(logging.WARNING)
     wav, text = tmp_path / "a.wav", tmp_path / "a.m4a"
     soundfile.write(wav, np.zeros(400), 16000)

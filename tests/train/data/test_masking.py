@@ -7,7 +7,7 @@ from jahubert.train.data.masking import seeded_rng, span_mask
 
 
 def test_masked_share_matches_fairseq():
-    """Reference values from a simulation of fairseq's rule: 56.6 % of 781 frames and 57.3 % of 99."""
+    """A simulation of fairseq's rule masks 56.6 % of 781 frames and 57.3 % of 99 frames."""
     for length, share in ((781, 0.566), (99, 0.573)):
         shares = [span_mask(length, 0.8, 10, seeded_rng(seed), 2).mean() for seed in range(400)]
         assert np.mean(shares) == pytest.approx(share, abs=0.01)

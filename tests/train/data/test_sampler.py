@@ -1,4 +1,4 @@
-"""Tests of the micro-batch sampler: every row once per epoch, little padding, little memory."""
+"""Tests of the micro-batch sampler: one occurrence per row and epoch, little padding, little memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jahubert.train.pipeline.jobs import PlannedStage, configure_job
 
 
 def reference_batches(rows, length, capacity, seed, epoch, max_rows=0):
-    """Reference implementation: sort by noisy length, fill groups, balance the last two, shuffle them."""
+    """Sort by noisy length, fill groups, balance the last two and shuffle all, as a reference."""
     rng = seeded_rng(seed, epoch, 0)
     groups, longest = [[]], 0
     for position in np.argsort(length * rng.uniform(0.97, 1.03, len(rows)), kind="stable"):
@@ -80,7 +80,7 @@ def test_update_does_not_depend_on_micro_batches_and_processes():
     rng = np.random.default_rng(0)
     length = np.clip(rng.lognormal(1.5, 0.5, 12_000) * 16_000, 32_000, 250_000).astype(int)
     whole = Sampler(np.arange(12_000), length, BatchSizes(350.0, 8), seed=1)
-    for cursor in (0, 8, len(whole.epoch(0)) - 3):  # the last one continues in the next epoch
+    for cursor in (0, 8, len(whole.epoch(0)) - 3):  # the last update continues in the next epoch
         rows = sorted(row for micro in whole.update(0, cursor) for row in micro.rows)
         for micro_seconds, processes in (
             (350.0, 1),
@@ -109,7 +109,7 @@ def test_too_many_processes_are_rejected():
 
 
 def bytes_per_row(n: int) -> tuple[float, float]:
-    """Return the retained and the peak memory per row of an epoch with `n` rows."""
+    """Return the retained and the peak memory per row for an epoch with `n` rows."""
     length = np.random.default_rng(0).integers(16_000, 100_000, n)
     sampler = Sampler(np.arange(n), length, BatchSizes(350.0, 8), seed=1)
     tracemalloc.start()
@@ -129,14 +129,14 @@ def test_epoch_needs_little_memory():
 
 @pytest.mark.slow
 def test_epoch_of_five_million_rows_needs_little_memory():
-    retained, peak = bytes_per_row(5_000_000)  # tuples of Python integers need 40 or more
+    retained, peak = bytes_per_row(5_000_000)  # tuples of Python integers need 40 bytes or more per row
     assert retained < 12 and peak < 32
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tofugu", "demo"])
 def test_recipes_have_little_padding(recipe, tmp_path, request):
-    """Padding is below 3 % for real length distributions and the recipe's batch sizes."""
+    """Padding is below 3 % for realistic length distributions and the batch sizes in the recipe."""
     overrides = [f"recipe={recipe}", f"exp={tmp_path}", "stage=prepare", "prepare.check_audio=false"]
     if recipe == "tofugu":
         data = request.getfixturevalue("shared_data") / "tofugu"

@@ -1,4 +1,4 @@
-"""Measures of characters with and without punctuation marks."""
+"""Tests of the error rates of characters, with and without punctuation marks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_punctuation_counts_in_its_own_measure_only():
     reference = [(symbol,) for symbol in "今日は、雨。"]
     hypothesis = [("今",), ("日",), ("は",), (UNKNOWN,), ("。",)]
     rates = SetScore([ScoredUtterance("u", "t", "s", reference, hypothesis)], measures).rates(0, 10)
-    assert rates["cer"]["rate"] == pytest.approx(1 / 4)  # <unk> for 雨
+    assert rates["cer"]["rate"] == pytest.approx(1 / 4)  # the hypothesis has <unk> for 雨
     assert rates["cer_punctuation"]["rate"] == pytest.approx(2 / 6)
     assert "punctuation" in rates["cer_punctuation"]["normaliser"]
 

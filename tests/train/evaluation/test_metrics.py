@@ -96,7 +96,7 @@ def test_bootstrap_interval_has_nominal_coverage():
 
 
 def test_cluster_quality_of_a_small_table_is_correct():
-    # frames        unit 0   unit 1   unit 2
+    # Frames:       unit 0   unit 1   unit 2
     # phone 0          6        2        0
     # phone 1          1        1        2
     table = [[6, 2, 0], [1, 1, 2]]

@@ -26,7 +26,7 @@ def words(text: str) -> list[tuple[str, ...]]:
     return [tuple(word.split()) for word in text.split(" | ")] if text else []
 
 
-LINES = [  # talk, speaker, reference, hypothesis
+LINES = [  # (talk, speaker, reference, hypothesis)
     ("T1", "anna", "k a | k i | o:", "k a | k u | o:"),
     ("T1", "bo", "k a", ""),
     ("T2", "anna", "s a k e", "s a k e | o:"),
@@ -100,7 +100,7 @@ def test_paired_bootstrap_detects_a_difference():
 
 
 def test_paired_bootstrap_is_more_sensitive_than_separate_intervals():
-    """Errors shared by both systems do not hide a small, consistent gain."""
+    """Errors that both systems make do not hide a small, consistent improvement."""
     rng = np.random.default_rng(1)
     hard = rng.random(400) ** 4
     baseline = rng.binomial(20, hard)
@@ -117,7 +117,7 @@ def test_published_rows_come_before_own_results():
     assert lines[2].split() == ["published:", "paper", "9.30", "7.07"]
     assert lines[3].split() == ["here:", "main", "12.35", "-"]
     assert published_table({}, [("main", {"eval1": 1.0})]) == ""
-    assert published_table(published, [("main", {})]) == ""  # kana and character words are not comparable
+    assert published_table(published, [("main", {})]) == ""  # kana and characters are not comparable
 
 
 # --- score stage ------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_score_writes_json_and_text(tmp_path, capsys):
     assert (out / "table.txt").read_text() in printed
     assert (
         f"here: {tmp_path / 'decode'} " in printed and "57.14" in printed
-    )  # named by its folder, because it has no records
+    )  # the system is named after its folder, because it has no records
 
 
 def test_measures_depend_on_vocabulary(tmp_path):

@@ -19,7 +19,7 @@ from jahubert.train.pipeline.runner import run_stage, verify_inputs
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Path:
-    """Experiment folder with a corpus and the finished stages features, kmeans and label."""
+    """Create an experiment folder with a corpus and the finished stages features, kmeans and label."""
     exp = tmp_path_factory.mktemp("experiment")
     make_corpus(exp)
     for stage, config in stages(exp, exp).items():
@@ -115,7 +115,7 @@ def test_damaged_manifest_without_a_record_never_crashes(experiment, tmp_path):
         except DataError as error:
             assert "manifest.arrow" in str(error)
             detected += 1
-        else:  # the damage is in padding or in an unread part of the file
+        else:  # the damage is in padding or in a part of the file that is not read
             read = [*map(str, manifest)]
             assert [row.replace(str(tmp_path), str(experiment)) for row in read] == rows
     assert detected > 200

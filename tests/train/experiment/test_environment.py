@@ -1,4 +1,4 @@
-"""Tests of the environment recorded with a stage: commit, device and command line."""
+"""Tests of the environment that a stage records: commit, device and command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the run lock and of launched processes that end with their launcher."""
+"""Tests of the run lock, and of launched processes that end with their launcher."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_folder_is_locked_until_its_process_ends(tmp_path):
     finally:
         child.kill()
         child.wait()
-    assert lock_owner(tmp_path) is None  # released by the kill
+    assert lock_owner(tmp_path) is None  # the kill released the lock
     with run_lock(tmp_path):
         pass
     assert not (tmp_path / LOCK_NAME).exists()

@@ -1,4 +1,4 @@
-"""Tests of progress bars: shown on a terminal by rank 0 only, and removed at the end."""
+"""Tests that only rank 0 shows progress bars, only on a terminal, and removes them at the end."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_bar_is_removed_before_an_error_is_printed():
 
 def test_log_lines_do_not_garble_the_bar():
     with terminal_stderr() as terminal:
-        handler = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # as jahubert.run sets it up
+        handler = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # jahubert.run uses the same handler
         with progress("outer", "layers", 2) as outer, progress("inner", "passes") as inner:
             handler.emit(logging.makeLogRecord({"msg": "a log line"}))
             inner(1)

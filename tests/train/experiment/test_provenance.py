@@ -1,4 +1,4 @@
-"""Tests of stage records: fingerprints, changed settings, inputs and status."""
+"""Tests of stage records: fingerprints, changed settings, inputs, and status."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_acquire_is_true_only_after_finish(tmp_path, source):
     out = tmp_path / "out"
     recipe = stage_inputs("kmeans", 1, Config(source))
     assert acquire(out, recipe) is False
-    assert acquire(out, recipe) is False  # restarted after a kill
+    assert acquire(out, recipe) is False  # the stage restarts after a kill
     finish(out, recipe, {"inertia": 2.5}, seconds=1.25)
     assert acquire(out, recipe) is True
     record = json.loads((out / DONE).read_text())
@@ -96,7 +96,7 @@ def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
     with pytest.raises(DataError, match=r"kmeans.source: .*/nowhere/features .*stage=features"):
         stage_inputs("kmeans", 1, Config(tmp_path / "nowhere/features"))
     with pytest.raises(DataError, match=r"kmeans.source: a/b "):
-        stage_inputs("kmeans", 1, Config(Path("a/b")))  # Hub names are only valid for models
+        stage_inputs("kmeans", 1, Config(Path("a/b")))  # Hub names are valid only for models
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     write_json(unfinished / STARTED, {})

@@ -1,4 +1,4 @@
-"""Tests of several decodings of one model and of reports that compare experiments."""
+"""Tests of several decodings of one model, and of reports that compare experiments."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def twice(whole) -> Path:
-    """The same experiment with a second, greedy decoding that is compared with the first."""
+    """Add a second, greedy decoding that is compared with the first to the same experiment."""
     baseline = f"score.baseline={whole}/systems/main/decode"
     assert run.main(command(whole, "all", "decoding=greedy", "decode.search=greedy", baseline)) == 0
     return whole

@@ -1,4 +1,4 @@
-"""Tests of the machine presets and of the translation of SLURM variables for torch.distributed."""
+"""Tests of the machine presets, and of the conversion of SLURM variables for torch.distributed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_machine_preset_divides_the_published_batch(recipe, machine, proce
 
 
 def test_model_presets_have_published_sizes():
-    """Compares with fairseq's hubert_base_librispeech, hubert_large_librivox and hubert_xlarge_librivox."""
+    """The sizes are those of fairseq's hubert_{base_librispeech,large_librivox,xlarge_librivox}."""
     sizes = {
         "base": (HubertConfig.base(), 256, 5e-4, 10.0, 2800.0),
         "large": (HubertConfig.large(), 768, 1.5e-3, 1.0, 7200.0),
@@ -91,7 +91,7 @@ def test_srun_tasks_become_processes(nodes):
     ("visible", "local"), [("0", "0"), ("GPU-8932f937", "0"), ("0,1,2,3", "3"), ("", "3"), (None, "3")]
 )
 def test_task_with_one_visible_gpu_uses_it(visible, local):
-    """With `srun --gpus-per-task=1` each task sees one GPU, which has index 0."""
+    """With `srun --gpus-per-task=1`, each task sees one GPU, which has index 0."""
     environment = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
     environment |= {"SLURM_JOB_ID": "41", "SLURM_STEP_NODELIST": "node1"}
     if visible is not None:

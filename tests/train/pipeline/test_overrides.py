@@ -1,4 +1,4 @@
-"""Tests of command-line overrides, of the commands that show settings, and of multirun."""
+"""Tests of command-line overrides, of the commands that show settings, and of sweeps."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_help_shows_the_settings_of_the_command(capsys):
 
 @pytest.mark.parametrize("recipe", ["builtin", "csj", "demo", "fairseq", "reazonspeech", "table", "tofugu"])
 def test_pretrained_takes_effect_in_every_recipe(recipe):
-    data = [] if recipe == "demo" else ["data=/c"]  # demo generates its corpus
+    data = [] if recipe == "demo" else ["data=/c"]  # recipe demo generates its corpus
     jobs = configure_jobs([f"recipe={recipe}", "stage=all", *data, "pretrained=owner/model"])
     finetune = [job.config.pretrained for job in jobs if job.stage == "finetune"]
     assert set(finetune) - {None} == {Path("owner/model")}
@@ -206,7 +206,7 @@ def test_sweeps_are_expanded_in_order():
         ("machine=1gpu,laptop", ["exp/demo-machine=1gpu", "exp/demo-machine=laptop"]),
         ("model=tiny,base", ["exp/demo-model=tiny", "exp/demo-model=base"]),
         ("name=1.10,1.1", ["exp/1.10", "exp/1.1"]),
-        ("iteration=1,2", ["exp/demo", "exp/demo"]),  # two iterations of one experiment
+        ("iteration=1,2", ["exp/demo", "exp/demo"]),  # these are two iterations of one experiment
     ],
 )
 def test_each_run_has_its_own_experiment_folder(sweep, folders):

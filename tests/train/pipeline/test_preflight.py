@@ -1,4 +1,4 @@
-"""Tests of the preflight checks: all errors are reported at once, before any stage runs."""
+"""Tests that the preflight checks report all errors at once, before any stage runs."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ SCRATCH = "finetune.pretrained=null"
 
 
 def rejected(capsys, exp: Path, *overrides: str) -> str:
-    """Run a command that must fail without writing anything and return the message."""
+    """Run a command that must fail without writing anything, and return the message."""
     before = sorted(exp.rglob("*"))
     capsys.readouterr()
     assert run.main([f"recipe={ROUGH}", f"exp={exp}", *overrides]) == 2
@@ -32,7 +32,7 @@ def rejected(capsys, exp: Path, *overrides: str) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """Experiment folder with a finished `prepare` stage."""
+    """Create an experiment folder with a finished `prepare` stage."""
     exp = tmp_path_factory.mktemp("prepared") / "exp"
     assert run.main([f"recipe={ROUGH}", "stage=prepare", f"exp={exp}"]) == 0
     return exp
@@ -67,7 +67,7 @@ def test_csj_requires_a_pretrained_model(capsys, tmp_path):
 
 
 def test_hub_check_downloads_at_most_config_json(tmp_path, monkeypatch):
-    """Cached models need no request; others request config.json only, and errors fit on one line."""
+    """Only config.json is requested, unless the model is cached, and errors fit on one line."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -138,7 +138,7 @@ def test_missing_engine_is_reported_before_the_corpus_is_read(capsys, tmp_path, 
 
 
 def test_finished_stages_are_not_checked_against_the_device(tmp_path):
-    """An experiment trained on a GPU can be scored on a laptop."""
+    """An experiment that was trained on a GPU can be scored on a laptop."""
     exp = tmp_path / "exp"
     (exp / "iter1/pretrain").mkdir(parents=True)
     write_json(exp / "iter1/pretrain" / DONE, {})
@@ -234,7 +234,7 @@ def test_explicit_default_does_not_change_the_record(capsys, copy):
 
 
 def test_record_with_fewer_settings_is_accepted(capsys, copy):
-    """Records of earlier versions contain only options given on the command line."""
+    """Records of earlier versions contain only the options given on the command line."""
     record = read_record(copy / "prepare" / DONE)
     assert record["settings"]["options.n_samples"] == 0
     del record["settings"]["options.n_samples"], record["settings"]["seed"]

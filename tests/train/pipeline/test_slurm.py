@@ -21,7 +21,7 @@ SCRIPTS = {
 }
 REQUEUE_FUNCTION = re.compile(r"^again\(\).*?^}\n", re.S | re.M)
 
-# Options of sbatch(1). It rejects jobs with other options, such as those of srun only.
+# Options of sbatch(1), which rejects jobs with other options, such as those that only srun has.
 SBATCH = {
     "account", "array", "comment", "constraint", "cpus-per-gpu", "cpus-per-task", "dependency", "error",
     "exclude", "exclusive", "gpus-per-node", "gpus-per-task", "gres", "job-name", "mem", "mem-per-cpu",
@@ -70,7 +70,7 @@ def test_all_scripts_share_the_requeue_function():
 
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_srun_signals_the_processes_without_torchrun(page):
-    """SIGUSR1 would kill torchrun and leave its processes running."""
+    """If torchrun started the processes, SIGUSR1 would kill it and leave its processes running."""
     assert "--signal=USR1@" in SCRIPTS[page] and "torchrun" not in SCRIPTS[page]
 
 
@@ -84,7 +84,7 @@ def test_srun_signals_the_processes_without_torchrun(page):
         (75, "99", True),
         (75, "100", False),
         (1, "3", True),
-        (137, None, True),  # a killed task
+        (137, None, True),  # a task was killed
     ],
 )
 def test_job_is_requeued_unless_its_settings_are_wrong(page, status, count, requeued, tmp_path):
@@ -102,7 +102,7 @@ def test_job_is_requeued_unless_its_settings_are_wrong(page, status, count, requ
     assert (calls.read_text() if calls.exists() else "") == ("requeue 41\n" if requeued else "")
     started = (tmp_path / "srun.log").read_text().splitlines()
     assert all(line.startswith("--kill-on-bad-exit=0 --wait=60 python -m jahubert.run ") for line in started)
-    assert status == 0 or len(started) == 1  # a failed command ends the script
+    assert status == 0 or len(started) == 1  # the script ends after a failed command
 
 
 def test_multi_node_torchrun_commands_set_a_rendezvous():

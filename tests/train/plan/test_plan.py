@@ -1,4 +1,4 @@
-"""Tests of cost estimates (FLOPs, memory, hours, disk) and of the command that prints them."""
+"""Tests of cost estimates (FLOPs, memory, hours, disk space), and of the command that prints them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ONE = Machine("test", 1, 1e13, 1e12, True, 80e9, "a test", 1000.0, 1000.0)
 
 @pytest.mark.parametrize("layer", [None, 2])
 def test_flops_equal_those_that_torch_counts(layer):
-    """Uses plain modules because torch counts neither in-place products nor fused attention."""
+    """The test uses plain modules, because torch counts neither in-place products nor fused attention."""
     config = HubertConfig(conv_dims=(8,) * 7, width=32, layers=4, heads=2, ffn=64, pos_conv_groups=2)
     n_samples = HUBERT.n_samples(128)
     seconds = n_samples / 16_000
@@ -55,7 +55,7 @@ def test_flops_equal_those_that_torch_counts(layer):
 
 
 def test_memory_equals_that_of_a_real_step():
-    """Compares the memory of four additional utterances on fake and real tensors."""
+    """The memory of four additional utterances is the same for fake and real tensors."""
     config = HubertConfig(conv_dims=(8,) * 7, width=32, layers=4, heads=2, ffn=64, layer_drop=0.0)
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -87,13 +87,13 @@ def test_memory_equals_that_of_a_real_step():
     ],
 )
 def test_gpu_memory_matches_the_measured_values(config, recompute, precision, megabytes):
-    """Compares the memory per audio-second of 5.7 s utterances with fake CUDA tensors (LOG.md)."""
+    """The memory per second of audio for 5.7 s utterances is compared with fake CUDA tensors (LOG.md)."""
     counted = kept_bytes(config, 5.7, recompute, precision, gpu=True)
     assert counted / 1e6 == pytest.approx(megabytes, rel=0.01)
 
 
 def test_front_end_memory_equals_peak_of_backward(monkeypatch):
-    """Uses fake tensors, a wide front end and a narrow Transformer."""
+    """The test uses fake tensors, a wide front end and a narrow Transformer."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr("jahubert.model.kernels.conv_frontend.CACHED", 2**60)  # all rows at once, as on a GPU
@@ -114,7 +114,7 @@ def test_front_end_memory_equals_peak_of_backward(monkeypatch):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Records the peak number of bytes in tensor storages."""
+    """Mode that records the peak number of bytes in tensor storages."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ def planned(settings, corpus=CORPUS, machine=ONE):
 
 
 def test_estimates_match_values_computed_by_hand():
-    """All expected numbers are computed from the paper's sizes."""
+    """All expected numbers are computed from the sizes in the paper."""
     rows = planned(PAPER)
     assert rows["iter1/features"].disk_bytes == 5e6 * 39 * 4
     assert rows["iter1/label"].disk_bytes == 19_000 * 3600 * 50 + 8 * 12_000_000
@@ -145,24 +145,25 @@ def test_estimates_match_values_computed_by_hand():
     # kernel 3, and 100 and 50 Hz after those with kernel 2. Each weight costs two operations per frame.
     convolutions = 2 * 512 * (3200 * 10 + 512 * (3 * (1600 + 800 + 400 + 200) + 2 * (100 + 50)))
     front_end = convolutions + 2 * 50 * (512 * 768 + 768 * 48 * 128)  # projection, positional convolution
-    block = 2 * 50 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 285 * 768)  # 285 frames in 5.7 s
-    step = 3 * (front_end + 12 * block)  # backward costs two forward passes
+    block = 2 * 50 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 285 * 768)  # 5.7 s have 285 frames
+    step = 3 * (front_end + 12 * block)  # a backward pass costs two forward passes
     parameters = 94.4e6
     pretrain = rows["iter1/pretrain"]
     assert pretrain.hours == pytest.approx(250_000 * 2800 * step / 1e13 / 3600, rel=0.01)
-    # Saved activations plus the GELU of the last block with its gradient; weights as in docs/scale.md.
+    # Memory of saved activations, the GELU of the last block with its gradient, and weights (see
+    # docs/scale.md).
     assert pretrain.memory_bytes == pytest.approx(
         (16 + 2) * parameters + 350 * (19.59e6 + 2 * 50 * 3072 * 2), rel=0.01
     )
     assert pretrain.disk_bytes == pytest.approx((2 * 12 + 4) * parameters, rel=0.01)
-    finetune = rows["main/finetune"]  # 10,000 of 25,000 updates train only the head
+    finetune = rows["main/finetune"]  # 10,000 of the 25,000 updates train only the head
     assert finetune.hours == pytest.approx(step * 1600 * (15_000 + 10_000 / 3) / 1e13 / 3600, rel=0.01)
     assert rows["report"].hours is None
     # Labels are computed in float32, at one tenth of the assumed 16-bit rate.
     label = 19_000 * (front_end + 6 * block) / 1e12
     assert rows["iter2/label"].hours == pytest.approx(label, rel=0.01)
     fast = planned(PAPER, machine=replace(ONE, flops_fp32=1e15))
-    # The limit is decoding in the recipe's six workers.
+    # Decoding in the recipe's six workers limits the speed.
     assert fast["iter2/label"].hours == pytest.approx(19_000 / 1000 / 6)
     eight = planned(PAPER, machine=replace(ONE, n_devices=8))
     for stage in ("iter1/label", "iter1/pretrain", "main/finetune"):
@@ -189,7 +190,7 @@ def test_no_hours_if_an_update_cannot_be_shared_by_the_devices(capsys):
 
 
 def test_hours_depend_on_precision():
-    """The machine ONE is ten times slower in float32."""
+    """The machine `ONE` is ten times slower in float32."""
     pretrain = [*PAPER[:1], "stage=pretrain"]
     hours = planned(pretrain)["iter1/pretrain"].hours
     whole = planned([*pretrain, "pretrain.train.precision=fp32"])["iter1/pretrain"]
@@ -214,7 +215,7 @@ def test_single_stage_has_same_estimate_as_within_all(capsys):
         "hours=100",
         "gpu=H100",
         "utilization=1e-6",
-    ]  # computation is the bottleneck at this speed
+    ]  # at this speed, computation is the bottleneck
     _, among = hours_of(capsys, *settings)
     for stage in ("features", "kmeans", "label"):
         _, single = hours_of(capsys, *settings, f"stage={stage}", "iteration=2")

@@ -1,4 +1,4 @@
-"""Stage decode: the same hypotheses as `Transcriber` for the same recording."""
+"""Test that stage decode gives the same hypotheses as `Transcriber` for the same recordings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def recordings() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def corpus(tmp_path) -> dict[str, Path]:
-    """Manifest and targets of the recordings."""
+    """Write a manifest and targets for the recordings."""
     items = []
     for name, wav_T in recordings().items():
         path = tmp_path / f"{name}.wav"
@@ -59,7 +59,7 @@ def corpus(tmp_path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("vad", [True, False])
 def test_stage_and_transcriber_agree(recognizer, corpus, tmp_path, vad):
-    """Also on recordings with DC offset, hum and low level, and without speech."""
+    """The recordings include some with DC offset, hum and low level, and one without speech."""
     (tmp_path / "out").mkdir()
     config = decode.Config(**corpus, model=recognizer, splits=("test",), beam=5, device="cpu", vad=vad)
     decode.run(config, tmp_path / "out")

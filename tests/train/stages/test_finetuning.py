@@ -40,7 +40,7 @@ def settings(*overrides: str) -> finetune.Config:
 
 
 def fairseq_tri_stage(step: int, peak: float, warmup: int, hold: int, decay: int) -> float:
-    """fairseq's tri-stage schedule: warmup from 1 %, hold, exponential decay to 5 %, then constant."""
+    """Compute fairseq's tri-stage schedule: warm-up from 1 %, hold, exponential decay to 5 %, constant."""
     if step < warmup:
         return peak * (0.01 + 0.99 * step / warmup)
     if step < warmup + hold:
@@ -120,7 +120,7 @@ def test_hours_draw_random_nested_subsets():
 
 def test_blank_plateau_is_reported_only_if_it_lasts():
     long = {"max_steps": 25_000, "head_only_steps": 10_000}
-    assert blank_problem(1.0, 1.0, 12_000, **long) is None  # too early: the encoder has hardly been trained
+    assert blank_problem(1.0, 1.0, 12_000, **long) is None  # the encoder has hardly been trained yet
     message = blank_problem(0.999, 0.97, 20_000, **long)
     assert message is not None and "97%" in message
     for setting in ("finetune.train.lr", "finetune.head_only_steps", "finetune.mask.prob"):
@@ -131,7 +131,7 @@ def test_blank_plateau_is_reported_only_if_it_lasts():
 
 
 def test_run_on_blank_plateau_logs_a_warning(tmp_path, caplog):
-    """Trains on noise with a learning rate that is too low to learn anything."""
+    """The learning rate is too low to learn anything from the noise."""
     caplog.set_level(logging.WARNING)
     rough = FIXTURES / "rough"
     command = [f"recipe={rough}", f"exp={tmp_path}", "finetune.pretrained=null", "finetune.train.lr=1e-9"]
@@ -147,7 +147,7 @@ def test_warmup_and_hold_must_not_exceed_all_steps():
 
 
 class LabeledNoise(Noise):
-    """Data source of noise utterances with three symbols each."""
+    """Data source of noise utterances that have three symbols each."""
 
     def load(self, micro: MicroBatch) -> CtcBatch:  # type: ignore[override]
         wavs = [

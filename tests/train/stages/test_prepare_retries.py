@@ -32,7 +32,7 @@ def recording(tmp_path) -> Utterance:
 
 
 class FlakyOpen:
-    """Replacement for `open` that fails a number of times."""
+    """Replacement for `open` that fails the first `failures` times."""
 
     def __init__(self, number: int, failures: int):
         self.number, self.failures = number, failures
@@ -83,7 +83,7 @@ def test_missing_and_damaged_recordings_are_rejected_at_once(recording, delays, 
 
 @pytest.fixture
 def table(recording, tmp_path):
-    """The reader of recipe table for a folder with two recordings, one of them longer than `max_seconds`."""
+    """Return the reader of recipe table for two recordings, one of which is longer than `max_seconds`."""
     noise_T = 0.1 * np.random.default_rng(1).standard_normal(48_000)
     soundfile.write(tmp_path / "long.flac", noise_T, 16_000)
     read, Config = (recipe_reader("table", name) for name in ("prepare", "Config"))

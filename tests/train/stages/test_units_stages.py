@@ -1,4 +1,4 @@
-"""Tests that features, kmeans and label give identical output if killed or run in several processes."""
+"""Tests that features, kmeans and label give the same output if killed or run in several processes."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def test_sample_is_uniform_over_frames(corpus):
         seen[sample.rows] += np.diff(sample.bounds)
     expected = 200 * 40 * n_frames / n_frames.sum()
     assert np.abs(seen - expected).max() < 5 * np.sqrt(expected.max())
-    assert seen[5] == 0  # it is shorter than a frame
+    assert seen[5] == 0  # this utterance is shorter than a frame
 
 
 def killed_before_step(work: Callable[[], None], moment: int) -> bool:
-    """Run `work` in a child process killed before I/O call `moment`, and return True if killed."""
+    """Run `work` in a child process, kill it before I/O call `moment`, and return whether it was killed."""
     child = os.fork()
     if child == 0:
         left = iter(range(moment))
@@ -151,7 +151,7 @@ def test_stage_killed_at_any_moment_is_resumed(corpus, whole, tmp_path, stage, a
             "started.json",
             "provenance.json",
             ".running",
-        }  # a process killed at the end leaves .running
+        }  # a process that is killed at the end leaves .running behind
         assert {path.name for path in (exp / stage).iterdir()} - records == set(results(whole / stage))
         moment += 1
     assert moment > at_least
@@ -168,7 +168,7 @@ def test_finished_parts_are_not_computed_again(corpus, whole, tmp_path, monkeypa
         config = stages(corpus, exp)[stage]
         with monkeypatch.context() as patch:
             calls = iter(range(N))
-            sync, stop = os.fsync, 3  # one or two calls write records
+            sync, stop = os.fsync, 3  # the first one or two calls write records
 
             def full(descriptor, calls=calls, sync=sync, stop=stop):
                 if next(calls) >= stop:
@@ -192,13 +192,13 @@ def test_finished_parts_are_not_computed_again(corpus, whole, tmp_path, monkeypa
     [("features", 30_000), ("label", 120)],
 )
 def test_full_disk_keeps_finished_parts(corpus, whole, tmp_path, stage, limit):
-    """The long recording exceeds a file size limit: one error, and finished parts are kept."""
+    """The long recording exceeds a file size limit. There is one error, and finished parts are kept."""
     (tmp_path / "kmeans").symlink_to(whole / "kmeans")
     config, load = stages(corpus, tmp_path)[stage], Manifest.load
     child = os.fork()
     if child == 0:
 
-        def limited(self, row):  # later, because records may be larger
+        def limited(self, row):  # the limit is set late, because records may be larger
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             return load(self, row)
 
@@ -226,7 +226,7 @@ def test_centroids_store_their_feature_header(corpus, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def layer_centroids(corpus, tmp_path_factory) -> Path:
-    """Centroids of layer 1 of the model."""
+    """Fit centroids to layer 1 of the model."""
     exp = tmp_path_factory.mktemp("layer")
     config = stages(corpus, exp)["features"]
     config = replace(config, kind="hubert", model=corpus / "model", layer=1, sample_frames=100)
@@ -311,7 +311,7 @@ def test_feature_with_wrong_frame_count_is_rejected(corpus):
 
 
 def test_layer_quality_distinguishes_phones_from_noise(corpus, monkeypatch):
-    """Features that encode the phone have a PNMI of 1, random features almost 0."""
+    """Features that encode the phone have a PNMI of 1, and random features have almost 0."""
     manifest = Manifest(corpus / "manifest.arrow")
     times = {
         row: tuple(
@@ -328,7 +328,7 @@ def test_layer_quality_distinguishes_phones_from_noise(corpus, monkeypatch):
     noise = torch.randn(len(frames), 5, generator=generator)
     assert (
         frames.quality(one_hot, n_clusters=100)["n_units"] == len(frames) // 50
-    )  # fewer units for so few frames
+    )  # there are fewer units, because there are few frames
     monkeypatch.setattr(layer_quality, "_FRAMES_PER_CLUSTER", 10)
     got = frames.quality(one_hot + 0.01 * noise, n_clusters=10)
     assert got == pytest.approx({"n_units": 10, "phone_purity": 1, "pnmi": 1, "cluster_purity": 0.5}, abs=0.2)

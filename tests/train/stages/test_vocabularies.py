@@ -1,4 +1,4 @@
-"""Tests of the vocabularies (phones, kana, characters) from targets to scores, and of decode options."""
+"""Tests of phones, kana and characters from targets to scores, and of the options of stage decode."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from jahubert.train.pipeline.jobs import configure_job, plan_stages
 from jahubert.train.stages import decode, score, targets
 
 TONES = FIXTURES / "tones"
-STEPS = {"characters": 140, "phones": 600, "kana": 600}  # fewer for characters, which have no word boundaries
+STEPS = {"characters": 140, "phones": 600, "kana": 600}  # characters have no word boundaries to learn
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("phones", "kana")]
 
 
@@ -46,7 +46,7 @@ def command(exp: Path, vocabulary: str, steps: int, *overrides: str) -> list[str
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return a cached function that trains an experiment with a given vocabulary."""
+    """Return a cached function that trains an experiment with the given vocabulary."""
 
     @cache
     def make(vocabulary: str, steps: int = 0) -> Path:
@@ -111,7 +111,7 @@ def decoded(exp: Path, out: Path, **settings) -> list[dict]:
     out.mkdir()
     paths = {"manifest": exp / "prepare/manifest.arrow", "targets": exp / "targets"}
     model = exp / "systems/pretrained/finetune"
-    config = decode.Config(**paths, model=model, splits=("test",), device="cpu", vad=False)  # chords
+    config = decode.Config(**paths, model=model, splits=("test",), device="cpu", vad=False)  # not speech
     decode.run(replace(config, **settings), out)
     return sorted(hypotheses(out), key=lambda line: line["id"])
 
@@ -263,7 +263,7 @@ def test_invalid_target_has_a_reason(item, settings, message):
 
 
 def test_too_long_targets_are_rejected_and_counted(tmp_path, caplog):
-    """Utterances with more phones than frames are rejected without renumbering the others."""
+    """Utterances with more phones than frames are rejected, and the others keep their rows."""
     import numpy as np
     import soundfile
 

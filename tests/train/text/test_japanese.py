@@ -214,13 +214,13 @@ def test_checked_readings_are_numerous():
     assert len({text for text, _ in READINGS}) == len(READINGS) >= 300
 
 
-# Words that the analyzer misreads only after certain other words.
+# The analyzer misreads these words only after certain other words.
 CONTEXTS = {"三日月": "鼻血と三日月", "零時": "午前零時", "真水": "塩水と真水"}
 
 
 @pytest.mark.parametrize("surface", user_dictionary.NOUNS)
 def test_known_errors_of_the_dictionary_are_corrected(surface):
-    """Without an entry, the analyzer returns another reading, so every entry is needed."""
+    """Every entry is needed, because the analyzer returns another reading without it."""
     text = CONTEXTS.get(surface, surface)
     uncorrected = text_module.openjtalk().run_frontend(text, predict_nani=False)
     assert "".join(kana(text)).endswith(user_dictionary.NOUNS[surface])

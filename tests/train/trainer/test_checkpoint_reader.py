@@ -1,4 +1,4 @@
-"""Tests that resuming from an untrusted checkpoint never runs code from it."""
+"""Tests that resuming from an untrusted checkpoint never runs code in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches: the update and its gradients do not depend on them; automatic sizes."""
+"""Tests that an update does not depend on its micro-batches, and tests of automatic sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def corpus(tmp_path_factory):
 
 
 def gradients(corpus, micro_seconds: float | None, processes: int = 1):
-    """Number of micro-batches, sorted rows, mean loss and gradients of the second update."""
+    """Return the number of micro-batches, sorted rows, mean loss and gradients of the second update."""
     torch.manual_seed(0)
     module = Pretrainer(QUIET, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
     data = noise_pretraining(corpus, micro_seconds)
@@ -78,7 +78,7 @@ def test_training_does_not_depend_on_micro_seconds(corpus, tmp_path):
     ],
 )
 def test_activation_bytes_match_the_counted_ones(model, recompute, counted):
-    """MB per audio-second in bfloat16, as counted by `plan.memory.peak_bytes`."""
+    """`counted` is in MB per second of audio in bfloat16, as computed by `plan.memory.peak_bytes`."""
     assert activation_bytes(model, torch.bfloat16, recompute) / 1e6 == pytest.approx(counted, rel=0.06)
 
 
@@ -91,7 +91,7 @@ def test_activation_bytes_match_the_counted_ones(model, recompute, counted):
         (HubertConfig.large(), 7200.0, 80, 450.0),
         (HubertConfig.xlarge(), 5760.0, 80, 360.0),
         (HubertConfig.base(), 30.0, None, 30.0),
-        (HubertConfig.xlarge(), 5760.0, 16, 15.6),  # the longest utterance, although that may not fit
+        (HubertConfig.xlarge(), 5760.0, 16, 15.6),  # the longest utterance, which may not fit
     ],
 )
 def test_automatic_micro_seconds(model, batch_seconds, gigabytes, expected):

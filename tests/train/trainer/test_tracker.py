@@ -1,4 +1,4 @@
-"""Tests of the tracker setting, with a stand-in for the package wandb."""
+"""Tests of the setting `tracker`, with a replacement for the package wandb."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ CONFIG = TrainConfig(
 
 
 class FakeWandb(SimpleNamespace):
-    """Records the arguments of `init`, and the values of each run."""
+    """Replacement for wandb that records the arguments of `init` and the values of each run."""
 
     class Error(Exception):
         pass

@@ -58,7 +58,7 @@ def test_loss_falls_and_checkpoints_are_kept(tmp_path):
 
 
 def test_one_step_equals_plain_pytorch(tmp_path):
-    """The reference sums two micro-batch losses, divides by the targets, clips, and applies AdamW."""
+    """The reference sums two losses, divides by the number of targets, clips, and applies AdamW."""
     module, plain, data = toy(), toy(), Data()
     for m in (module, plain):
         m.net[1].p = 0.0
@@ -88,7 +88,7 @@ def test_tensorboard_shows_the_curve_of_a_resumed_run(tmp_path, monkeypatch):
 
         patch.setattr(trainer._TrainingRun, "train_step", until_14)
         train(toy(), Data(), replace(QUICK, save_every=100), tmp_path)
-    time.sleep(1.1)  # event file names have a resolution of one second
+    time.sleep(1.1)  # the time in event file names has a resolution of one second
     train(toy(), Data(), QUICK, tmp_path)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     shown = [(event.step, event.value) for event in board.Scalars("training/loss")]
@@ -108,9 +108,9 @@ def test_unfinished_checkpoint_is_ignored_and_deleted(tmp_path):
     (half / "__0_0.distcp").write_bytes(b"half")
     again = toy()
     with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')  # partially written row
+        file.write('{"step": 9, "lo')  # the last row is incomplete
     train(again, Data(), QUICK, tmp_path / "b")
-    # The learning rate depends on max_steps, so only steps and files are compared.
+    # Only steps and files are compared, because the learning rate depends on max_steps.
     assert curve(tmp_path / "b")[-1]["step"] == 20
     assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == [
         "step_0000016",
@@ -131,7 +131,7 @@ def test_truncated_checkpoint_is_ignored(name, tmp_path, caplog):
     assert f"{newest}: damaged checkpoint" in caplog.text
     assert torch.equal(weights(module), weights(whole)) and curve(out) == curve(tmp_path / "whole")
     caplog.clear()
-    train(toy(), Data(), QUICK, out)  # the checkpoint was saved again
+    train(toy(), Data(), QUICK, out)  # works, because the checkpoint was saved again
     assert "damaged" not in caplog.text
 
 
@@ -164,7 +164,7 @@ def test_damaged_best_weights_are_rejected(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_deleted(tmp_path):
-    """Covers runs killed before and while deleting an old checkpoint."""
+    """The run may be killed before or while it deletes an old checkpoint."""
     train(toy(), Data(), replace(QUICK, keep_last=9), tmp_path)
     folder = tmp_path / "checkpoints"
     (folder / "step_0000004").rename(folder / "step_0000004.deleted")
@@ -241,7 +241,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, sharded):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_are_resumed_by_one(tmp_path, sharded):
-    """Resumes within a phase that trains only some parameters."""
+    """The run is resumed within a phase that trains only some parameters."""
     config = replace(QUICK, batch_seconds=24.0, valid_every=5, sharded=sharded)
     data = Data(groups=4)
     ends = {}
@@ -287,7 +287,7 @@ def test_sigterm_saves_a_checkpoint(tmp_path):
 
 
 def test_signal_in_the_last_step_stops_the_stage(tmp_path):
-    """The stage stays unfinished, and rerunning it needs no further steps."""
+    """The stage remains unfinished, and rerunning it requires no more steps."""
     validate = {"validate": lambda: {"per": 1.0}, "best": "per"}
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()

@@ -1,4 +1,4 @@
-"""Tests of training options with a small HuBERT model: recomputation, compilation, precision, processes."""
+"""Tests of recomputation, compilation, precision and processes in training a small HuBERT model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TONES = FIXTURES / "tones"
 
 
 def pretrain(out: Path, model: HubertConfig = MODEL, **changes) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Pretrain for a few steps and return the weights and metrics."""
+    """Pretrain for a few steps, and return the weights and metrics."""
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     module = Pretrainer(model, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
@@ -58,14 +58,14 @@ def plain(tmp_path_factory):
 
 
 def test_activation_checkpointing_does_not_change_the_result(plain, tmp_path):
-    """With dropout and layer drop, the recomputation must draw the same random numbers."""
+    """With dropout and layer drop, recomputation must draw the same random numbers."""
     weights, metrics = pretrain(tmp_path, recompute=True)
     assert all(torch.equal(weights[name], value) for name, value in plain[0].items())
     assert weights.keys() == plain[0].keys() and metrics == plain[1]
 
 
 def saved_bytes(recompute: bool) -> int:
-    """Return the bytes saved by a forward pass, counting each storage once."""
+    """Return the number of bytes that a forward pass saves, counting each storage once."""
     torch.manual_seed(0)
     module = Pretrainer(
         replace(MODEL, layers=6, layer_drop=0.0), UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3
@@ -105,10 +105,10 @@ def test_compiled_block_is_not_recompiled_for_every_batch_of_another_shape():
 
 @pytest.mark.slow
 def test_compilation_does_not_change_the_result(plain, tmp_path):
-    """Dropout is disabled because inductor draws different random numbers."""
+    """Dropout is disabled, because inductor draws different random numbers."""
     eager = pretrain(tmp_path / "eager", QUIET)
     compiled = pretrain(tmp_path / "compiled", QUIET, compile=True)
-    assert compiled[0].keys() == plain[0].keys()  # parameter names in a checkpoint are equal
+    assert compiled[0].keys() == plain[0].keys()  # the parameter names in a checkpoint are equal
     for name, value in eager[0].items():
         torch.testing.assert_close(compiled[0][name], value, rtol=1e-3, atol=1e-4)
     for one, other in zip(eager[1], compiled[1], strict=True):
@@ -196,7 +196,7 @@ def test_precision_follows_the_device(monkeypatch):
 
 
 def test_bf16_loss_is_close_to_fp32(tmp_path):
-    """Dropout is disabled because it draws different random numbers in bfloat16."""
+    """Dropout is disabled, because it draws different random numbers in bfloat16."""
     (_, exactly), (_, metrics) = (
         pretrain(tmp_path / precision, QUIET, precision=precision) for precision in ("fp32", "bf16")
     )
@@ -205,7 +205,7 @@ def test_bf16_loss_is_close_to_fp32(tmp_path):
 
 
 def test_fp16_skips_overflows_and_resumes_with_its_scale(tmp_path, monkeypatch, caplog):
-    """Runs fp16 on the CPU, bypassing its check; the loss scaler works the same as on a GPU."""
+    """The test runs fp16 on the CPU, bypassing a check. The loss scaler works as on a GPU."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(trainer, "pick_precision", lambda config, device: torch.float16)
     config = replace(CONFIG, max_steps=6, save_every=3, log_every=3)
@@ -237,7 +237,7 @@ def test_fp16_skips_overflows_and_resumes_with_its_scale(tmp_path, monkeypatch, 
                 else:
                     train(module, ToyData(), config, tmp_path / name)
         ends[name] = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-    assert scales[0] < 65_536.0  # the initial scale overflows with these losses
+    assert scales[0] < 65_536.0  # with these losses, the initial scale overflows
     assert scales[6:] == scales[:6] and torch.equal(ends["whole"], ends["resumed"])
     assert ends["whole"].isfinite().all()
     first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
@@ -260,7 +260,7 @@ def test_fp16_that_always_overflows_ends_the_run(tmp_path, monkeypatch):
 
 
 def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Pretrain the first iteration of the tones recipe and return the weights and the metrics."""
+    """Pretrain the first iteration of recipe tones, and return the weights and the metrics."""
     command = [f"recipe={TONES}", "stage=pretrain", f"exp={exp}", "pretrain.train.micro_seconds=5", *settings]
     done = subprocess.run([sys.executable, "-m", "jahubert.run", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -272,7 +272,7 @@ def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list
 
 @pytest.mark.slow
 def test_ddp_and_fsdp_equal_one_process(tmp_path):
-    """Runs the command with DDP, with FSDP2, and with FSDP2 killed and resumed by one process."""
+    """The command runs with DDP, with FSDP2, and with FSDP2 killed and resumed by one process."""
     labelled = tmp_path / "labelled"
     for stage in ("prepare", "features", "kmeans", "label"):
         runner.run([f"recipe={TONES}", f"stage={stage}", f"exp={labelled}"])

@@ -1,4 +1,4 @@
-"""Tests of stopping several processes together and of choosing an engine without fairseq2.
+"""Tests of stopping several processes together, and of choosing an engine without fairseq2.
 
 The tests also run this file as a script: `torchrun --nproc-per-node 2 FILE FOLDER`.
 """
@@ -30,7 +30,7 @@ CONFIG = TrainConfig(
 
 
 class StopsAtStep(Toy):
-    """Toy module that sends SIGTERM to the last process only, in step `stop_at`."""
+    """Toy module that sends SIGTERM only to the last process, in step `stop_at`."""
 
     def __init__(self, stop_at: int | None):
         torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
         try:
             status = torchrun.wait(timeout=60)
         except subprocess.TimeoutExpired:  # a hang fails the test
-            torchrun.terminate()  # ends its processes, which kill would leave running
+            torchrun.terminate()  # this also ends its processes, which `kill` would leave running
             status = torchrun.wait(timeout=60)
     assert status == 0, (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "stopped" / "checkpoints" / "step_0000002").is_dir()
@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
             state = train_toy(folder / name)
             if distributed.rank() == 0:
                 save_file(state, folder / f"{name}.safetensors")
-        # Each step has one all-reduce for losses and stop requests; the stopped run needs three more steps.
+        # Each step has one all-reduce for losses and stop requests. The stopped run needs three more steps.
         assert len(sums) == 3 + CONFIG.max_steps
 
 
