@@ -36,22 +36,22 @@ class AugmentConfig:
     """Probabilities of the effects (default: 0), and ranges from which the effect parameters are drawn."""
 
     speed_prob: float = 0.0  # resampling, which changes length and pitch; not allowed if labels have times
-    speed: tuple[float, float] = (0.9, 1.1)
-    reverb_prob: float = 0.0
+    speed: tuple[float, float] = (0.9, 1.1)  # factor of the speed
+    reverb_prob: float = 0.0  # reverberation of a synthetic room
     reverb_seconds: tuple[float, float] = (0.1, 0.7)  # reverberation time (RT60)
     reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # direct sound relative to the reverberation
     mix_prob: float = 0.0  # adds 1 to 3 other training utterances, each for at most half of the duration
-    mix_snr_db: tuple[float, float] = (5.0, 20.0)
+    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # speech relative to the other utterances
     noise_prob: float = 0.0  # stationary noise
-    noise_snr_db: tuple[float, float] = (5.0, 30.0)
+    noise_snr_db: tuple[float, float] = (5.0, 30.0)  # speech relative to the noise
     noise_tilt: tuple[float, float] = (0.0, 2.0)  # spectral slope of the noise: 0 white, 1 pink, 2 brown
     band_prob: float = 0.0  # band-pass filtering, e.g. 300 to 3400 Hz as in telephone speech
-    band_low_hz: tuple[float, float] = (50.0, 300.0)
-    band_high_hz: tuple[float, float] = (3400.0, 7600.0)
+    band_low_hz: tuple[float, float] = (50.0, 300.0)  # lower cutoff frequency
+    band_high_hz: tuple[float, float] = (3400.0, 7600.0)  # upper cutoff frequency
     codec_prob: float = 0.0  # mu-law quantization
-    codec_bits: tuple[int, int] = (5, 8)
+    codec_bits: tuple[int, int] = (5, 8)  # bits per sample
     gain_prob: float = 0.0  # gain, with clipping at full scale
-    gain_db: tuple[float, float] = (-20.0, 6.0)
+    gain_db: tuple[float, float] = (-20.0, 6.0)  # change of the level
 
     def __post_init__(self) -> None:
         shares = tuple(field.name for field in fields(self) if field.name.endswith("_prob"))

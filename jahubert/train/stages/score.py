@@ -54,7 +54,7 @@ class Config:
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
     calibration_split: str | None = None  # split of the hypotheses on which word confidences are fitted
     samples: int = 1000  # number of bootstrap samples
-    seed: int = 0
+    seed: int = 0  # random seed of the bootstrap
 
     def __post_init__(self) -> None:
         raise_config_errors(range_errors(self, {"at least 1": ("samples",)}))
