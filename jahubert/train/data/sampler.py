@@ -45,6 +45,16 @@ class BatchSizes:
     one_shape: bool = False  # give all micro-batches one shape (see `Sampler.shape`)
 
 
+def too_few_utterances(fewest: int, sizes: BatchSizes, processes: int) -> str:
+    """Return the error message for processes that cannot share an update of `fewest` utterances."""
+    groups, seconds = sizes.groups, sizes.group_seconds
+    return (
+        f"an update of {groups} group{'s'[: groups > 1]} of {seconds:g} s may have only {fewest} utterance"
+        f"{'s'[: fewest > 1]}, which {processes} processes cannot share; start fewer processes, or increase "
+        "train.groups or train.batch_seconds"
+    )
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Manifest rows that are processed together: a group from the sampler, or a part of one."""
@@ -166,13 +176,23 @@ class Sampler:
         while sum(len(group.parts) for group in groups) % processes:
             divisible = [group for group in groups if len(group.parts) < len(group.lengths)]
             if not divisible:
-                n_utterances = sum(len(group.lengths) for group in groups)
-                raise DataError(
-                    f"an update has {n_utterances} utterances, which {processes} processes cannot share; "
-                    "start fewer processes or increase train.batch_seconds"
-                )
+                fewest = sum(len(group.lengths) for group in groups)
+                raise DataError(too_few_utterances(fewest, self.sizes, processes))
             max(divisible, key=_Group.longest_part).split()
         return [part for group in groups for part in group.micro_batches()]
+
+    def check_processes(self, processes: int) -> None:
+        """Check before a training that its processes can share every update.
+
+        Raises:
+            ConfigError: an update may have fewer utterances than there are processes.
+        """
+        n_rows, groups = np.diff(self.epoch(0).starts), self.sizes.groups
+        # The order differs between epochs, so a group may be the last of one epoch and the first of the next.
+        occurrences = 1 + -(-(groups - 1) // len(n_rows))
+        fewest = int(np.sort(np.repeat(n_rows, occurrences))[:groups].sum())
+        if processes > fewest:
+            raise ConfigError(too_few_utterances(fewest, self.sizes, processes))
 
     def single_pass(self, rank: int = 0, processes: int = 1) -> Iterator[MicroBatch]:
         """Iterate over one process's share of the micro-batches in epoch 0, for an evaluation."""

@@ -103,6 +103,7 @@ def train(
     Raises:
         StaleError: a run with a different number of processes saved the checkpoint.
     """
+    data.sampler.check_processes(distributed.world())
     check_shared_memory(config)
     run = _TrainingRun(module, data, config, out, validate, best)
     with stop_signals() as run.stop, closing(run.reader):

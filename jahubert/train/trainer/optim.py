@@ -11,7 +11,7 @@ from torch import nn
 
 from jahubert.errors import ConfigError
 from jahubert.model.precision import preferred_dtype
-from jahubert.train.data.sampler import BatchSizes, groups_per_update
+from jahubert.train.data.sampler import BatchSizes, groups_per_update, too_few_utterances
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 
 
@@ -89,7 +89,9 @@ class TrainConfig:
         return BatchSizes(self.batch_seconds / groups, groups, self.micro_seconds, self.compile)
 
     def check_processes(self, processes: int, longest: float) -> None:
-        """Check that each process gets at least one utterance per update.
+        """Check that each process gets at least one utterance per update of full groups.
+
+        `Sampler.check_processes` checks the groups of a corpus, of which the last one may not be full.
 
         Args:
             longest: length of the longest utterance in seconds.
@@ -97,12 +99,10 @@ class TrainConfig:
         Raises:
             ConfigError: there are too many processes.
         """
-        if processes * longest > self.batch_seconds:
-            raise ConfigError(
-                f"train.batch_seconds: an update of {self.batch_seconds:g} s may consist of "
-                f"{max(1, int(self.batch_seconds / longest))} utterances of {longest:g} s, which {processes} "
-                f"processes cannot share; start fewer processes"
-            )
+        sizes = self.batch_sizes
+        fewest = max(1, sizes.groups * int(sizes.group_seconds / longest))
+        if processes > fewest:
+            raise ConfigError(f"train.batch_seconds: {too_few_utterances(fewest, sizes, processes)}")
 
     def warnings(self, processes: int) -> list[str]:
         """Return warnings about settings that have no effect with the given number of processes."""

@@ -148,9 +148,11 @@ def train(
 
     Raises:
         Stopped: SIGTERM, SIGUSR1 or SIGINT was received, and a checkpoint was saved.
-        ConfigError: there is too little shared memory for the DataLoader workers.
+        ConfigError: there is too little shared memory for the DataLoader workers, or an update may have fewer
+            utterances than there are processes.
         JahubertError: the loss or the gradient norm is not finite; the step was not applied.
     """
+    data.sampler.check_processes(distributed.world())
     check_shared_memory(config)
     run = _TrainingRun(module, data, config, out)
     run.restore()

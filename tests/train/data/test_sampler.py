@@ -108,6 +108,21 @@ def test_too_many_processes_are_rejected():
         sampler.update(0, 0, 5)
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "groups", "fewest"),
+    [(7, 1, 1), (8, 1, 2), (7, 2, 2), (8, 2, 4), (1, 1, 1), (1, 3, 3), (3, 4, 5)],
+)
+def test_processes_that_cannot_share_every_update_are_rejected_before_the_training(n_rows, groups, fewest):
+    """The groups have two utterances of 2 s each, except that the last one may have only one."""
+    sampler = Sampler(np.arange(n_rows), np.full(n_rows, 32_000), BatchSizes(4.0, groups), seed=1)
+    n_groups = len(sampler.epoch(0))
+    updates = [sampler.update(epoch, cursor) for epoch in range(30) for cursor in range(n_groups)]
+    assert min(sum(len(micro.rows) for micro in update) for update in updates) == fewest
+    sampler.check_processes(fewest)
+    with pytest.raises(ConfigError, match=rf"only {fewest} utt.* {fewest + 1} processes.*train\.groups"):
+        sampler.check_processes(fewest + 1)
+
+
 def bytes_per_row(n: int) -> tuple[float, float]:
     """Return the retained and the peak memory per row for an epoch with `n` rows."""
     length = np.random.default_rng(0).integers(16_000, 100_000, n)
