@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jahubert.frames import SAMPLE_RATE, FrameGrid
-from jahubert.inference.vad import power_spectrum, speech_frames
+from jahubert.inference.vad import power, power_spectrum, speech_frames
 
 SPEECH_LEVEL = -20.0  # dBFS, mean over speech
 _RANGE = 20.0  # frames more than this many dB below the loudest frame are pauses
@@ -67,7 +67,8 @@ def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor
     if power_SK is None:
         power_SK = power_spectrum(wav_T, grid)
     wav_T = _remove_hum(wav_T - wav_T.mean(), power_SK, grid)
-    power_S = F.avg_pool1d(wav_T.square()[None], grid.window, grid.hop)[0, : len(speech_S)][speech_S]
+    frames_SW = wav_T.unfold(0, grid.window, grid.hop)[: len(speech_S)]
+    power_S = (torch.linalg.vector_norm(frames_SW, dim=1)[speech_S]).square() / grid.window
     level = 10 * torch.log10(power_S[power_S >= power_S.max() * 10 ** (-_RANGE / 10)].mean() + _TINY)
     return wav_T * 10 ** ((SPEECH_LEVEL - level) / 20)
 
@@ -84,11 +85,10 @@ def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
     low_N = _downsample(wav_T)
     equalized_N = _equalize(low_N)
     position_N = torch.arange(len(low_N), device=wav_T.device) * _DECIMATION + (_TAPS - 1) / 2
-    first = math.ceil(_CUTOFF * grid.window / SAMPLE_RATE)  # bin above the hum
     frequencies: list[float] = []
     clean_T = wav_T
     for sharpness in (1, 2):
-        weight_N = _quietness(power_SK[:, first:].sum(1), sharpness, position_N, grid)
+        weight_N = _quietness(power_SK, sharpness, position_N, grid)
         frequencies, amplitudes_K = _fit(low_N, equalized_N, weight_N, position_N, len(wav_T), frequencies)
         if frequencies:
             position_T = torch.arange(len(wav_T), device=wav_T.device)
@@ -102,7 +102,11 @@ def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
 def _downsample(wav_T: Tensor) -> Tensor:
     """Apply a low-pass filter to a waveform and downsample it to float64 (N,), without padding."""
     taps = torch.hann_window(_TAPS, periodic=False, device=wav_T.device)
-    return F.conv1d(wav_T[None, None], (taps / taps.sum())[None, None], stride=_DECIMATION)[0, 0].double()
+    taps_BD = (taps / taps.sum()).view(-1, _DECIMATION)
+    n_blocks = len(wav_T) // _DECIMATION
+    products_BN = taps_BD @ wav_T[: n_blocks * _DECIMATION].view(n_blocks, _DECIMATION).T
+    n_low = n_blocks - len(taps_BD) + 1
+    return sum(products_N[b : b + n_low] for b, products_N in enumerate(products_BN)).double()
 
 
 def _filter_gain(hz: Tensor) -> Tensor:
@@ -168,9 +172,10 @@ def _frequency_error(
     return max(-limit, min(limit, error))
 
 
-def _quietness(power_S: Tensor, sharpness: int, position_N: Tensor, grid: FrameGrid) -> Tensor:
-    """Return weights at sample positions (N,), mean 1, that decrease with the power of the frames."""
-    power_S = F.max_pool1d(power_S[None], 5, 1, 2)[0].double()
+def _quietness(power_SK: Tensor, sharpness: int, position_N: Tensor, grid: FrameGrid) -> Tensor:
+    """Return weights at sample positions (N,), mean 1, that decrease with the power above the hum."""
+    first = math.ceil(_CUTOFF * grid.window / SAMPLE_RATE)  # bin above the hum
+    power_S = F.max_pool1d(power_SK[:, first:].sum(1)[None], 5, 1, 2)[0].double()
     weight_S = (power_S + 1e-4 * power_S.max() + _TINY) ** -sharpness
     weight_N = weight_S[(position_N / grid.hop).long().clamp(max=len(weight_S) - 1)]
     return weight_N / weight_N.mean()
@@ -199,8 +204,7 @@ def _strongest_line(low_N: Tensor, weight_N: Tensor, bands: list[tuple[float, fl
     """Return the frequency in Hz of the strongest line in the bands, or None if no line stands out."""
     rate = SAMPLE_RATE // _DECIMATION
     n_fft = _fft_size(2 * len(low_N))
-    spectrum = torch.fft.rfft((low_N * weight_N).float(), n_fft)
-    power_K = (spectrum * spectrum.conj()).real
+    power_K = power(torch.fft.rfft((low_N * weight_N).float(), n_fft))
     total = float((weight_N * low_N.square()).sum() * weight_N.sum()) / 2 + _TINY
     best = None
     best_share = _MIN_SHARE

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 from jahubert.inference.fusion import Fusion, RowCache
+from jahubert.model.precision import at_least_float32
 
 _LOG_ZERO = -float("inf")
 
@@ -407,14 +408,13 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
         )
     if not labels:
         return []
-    logp = logp_SV.detach().cpu().double().numpy()
+    logp = at_least_float32(logp_SV.detach()).cpu().numpy()
     path = _viterbi(logp, labels, blank)
-    spans = []
-    for index, label in enumerate(labels):
-        frames = np.flatnonzero(path == 2 * index + 1)
-        score = float(logp[frames, label].mean())
-        spans.append(Span(label, int(frames[0]), int(frames[-1]) + 1, score))
-    return spans
+    bounds = np.searchsorted(path, np.arange(1, 2 * len(labels) + 1)).reshape(-1, 2).tolist()
+    return [
+        Span(label, start, end, float(logp[start:end, label].mean(dtype=np.float64)))
+        for label, (start, end) in zip(labels, bounds, strict=True)
+    ]
 
 
 def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:
@@ -422,31 +422,30 @@ def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:
     n_frames, n_states = len(logp), 2 * len(labels) + 1
     symbols = np.full(n_states, blank)
     symbols[1::2] = labels
-    may_skip = np.zeros(n_states, bool)  # the blank between two different labels is optional
-    may_skip[3::2] = symbols[3::2] != symbols[1:-2:2]
-    skip_cost = np.where(may_skip, 0.0, _LOG_ZERO)[2:]
-    emit = logp[:, symbols]
-    moves = np.zeros((n_frames, n_states), np.int8)
-    score = np.full(n_states, _LOG_ZERO)
-    score[:2] = emit[0, :2]
-    for frame in range(1, n_frames):
-        step = moves[frame]
-        best = score.copy()
-        from_one = score[:-1] > best[1:]
-        np.copyto(best[1:], score[:-1], where=from_one)
-        step[1:] = from_one
-        skipped = score[:-2] + skip_cost
-        from_two = skipped > best[2:]
-        np.copyto(best[2:], skipped, where=from_two)
-        step[2:][from_two] = 2
-        score = best + emit[frame]
-    state = n_states - 1 if score[-1] >= score[-2] else n_states - 2
-    if not score[state] > _LOG_ZERO:
+    skip_cost = np.full(n_states, _LOG_ZERO)  # the blank between two different labels is optional
+    skip_cost[3::2][symbols[3::2] != symbols[1:-2:2]] = 0.0
+    # Two columns before the first state make its missing predecessors impossible.
+    score = np.full((n_frames, n_states + 2), _LOG_ZERO)
+    score[0, 2:4] = logp[0, symbols[:2]]
+    skipped = np.empty(n_states)
+    for (before, after), logp_V in zip(pairwise(score), logp[1:], strict=True):
+        best = after[2:]
+        np.add(before[:-2], skip_cost, out=skipped)
+        np.maximum(before[2:], before[1:-1], out=best)
+        np.maximum(best, skipped, out=best)
+        best += logp_V[symbols]
+    state = n_states - 1 if score[-1, -1] >= score[-1, -2] else n_states - 2
+    if not score[-1, state + 2] > _LOG_ZERO:
         raise DataError(
-            "no path is possible for these labels: some have log-probability -inf or NaN in every frame"
+            "no path is possible for these labels: some have log-probability -inf in every frame, or NaN"
         )
     path = np.empty(n_frames, np.int64)
-    for frame in range(n_frames - 1, -1, -1):
+    path[-1] = state
+    for frame in range(n_frames - 2, -1, -1):
+        from_two, from_one, from_same = score[frame, state : state + 3].tolist()
+        if from_two + skip_cost[state] > max(from_one, from_same):
+            state -= 2
+        elif from_one > from_same:
+            state -= 1
         path[frame] = state
-        state -= int(moves[frame, state])
     return path

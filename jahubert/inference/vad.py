@@ -36,6 +36,7 @@ _PITCH = (80.0, 420.0, 250.0, 3000.0)  # pitch range, and band searched for it, 
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
 MARGIN = 12  # frames added around speech for quiet consonants and CTC spikes
+_BLOCK = 256  # frames transformed together: larger temporaries leave the cache and are allocated anew
 _TINY = 1e-13  # power that keeps logarithms and quotients finite
 _SUPPRESSED = -1e4  # log-probability of phones outside speech
 
@@ -137,16 +138,19 @@ def suppress_nonspeech(logp_SV: Tensor, speech_S: Tensor, phonemes: PhonemeSet) 
 def power_spectrum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
     """Return the power (S, K) of frames in bins of 16000 / window Hz; a full-scale sine has power 0.5."""
     n_samples = grid.n_samples(int(grid.n_frames(len(wav_T))))
-    frames_SW = wav_T[:n_samples].float().unfold(0, grid.window, grid.hop)
-    frames_SW = frames_SW - frames_SW.mean(1, keepdim=True)
     hann_W = torch.hann_window(grid.window, device=wav_T.device)
     hann_W *= (2 / hann_W.square().sum() / grid.window).sqrt()
-    return _power(torch.fft.rfft(frames_SW * hann_W))
+    return _windowed_power(wav_T[:n_samples].float().unfold(0, grid.window, grid.hop), hann_W, grid.window)
 
 
-def _power(spectrum: Tensor) -> Tensor:
-    """Return the squared magnitude without computing the square root of `abs`."""
-    return (spectrum * spectrum.conj()).real
+def _windowed_power(frames_SW: Tensor, window_W: Tensor, n_fft: int) -> Tensor:
+    """Return the power spectrum (S, K) of frames whose mean is removed before they are windowed."""
+    return power(torch.fft.rfft((frames_SW - frames_SW.mean(1, keepdim=True)).mul_(window_W), n_fft))
+
+
+def power(spectrum: Tensor) -> Tensor:
+    """Return the squared magnitude of a complex tensor without computing the square root of `abs`."""
+    return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
 
 
 @lru_cache
@@ -194,23 +198,36 @@ def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
     periodicity_S = wav_T.new_zeros(len(frames_S), dtype=torch.float32)
     if not frames_S.any():
         return periodicity_S
-    min_hz, max_hz, low, high = _PITCH
-    first, last = round(SAMPLE_RATE / max_hz), round(SAMPLE_RATE / min_hz)
-    n_fft = _PITCH_FFT
-    before = (_PITCH_WINDOW - grid.window) // 2
-    padded_T = F.pad(wav_T.float(), (before, _PITCH_WINDOW))
-    frames_SW = padded_T.unfold(0, _PITCH_WINDOW, grid.hop)[: len(frames_S)][frames_S]
-    frames_SW = frames_SW - frames_SW.mean(1, keepdim=True)
-    hann_W = torch.hann_window(_PITCH_WINDOW, device=wav_T.device)
-    hz = torch.arange(n_fft // 2 + 1, device=wav_T.device) * SAMPLE_RATE / n_fft
-    power_SK = _power(torch.fft.rfft(frames_SW * hann_W, n_fft))
-    correlation_SL = torch.fft.irfft(power_SK * ((hz > low) & (hz < high)), n_fft)
-    taper_L = torch.fft.irfft(_power(torch.fft.rfft(hann_W, n_fft)), n_fft)
-    taper_L = taper_L[first:last] / taper_L[0]
-    periodicity_S[frames_S] = (
-        correlation_SL[:, first:last] / (correlation_SL[:, :1] + _TINY) / taper_L
-    ).amax(1)
+    window_W, bins, cos_KL = _pitch_transform(wav_T.device)
+    padded_T = F.pad(wav_T.float(), ((_PITCH_WINDOW - grid.window) // 2, _PITCH_WINDOW))
+    frames_SW = padded_T.unfold(0, _PITCH_WINDOW, grid.hop)
+    for index_N in frames_S.nonzero()[:, 0].split(_BLOCK):
+        power_NK = _windowed_power(frames_SW[index_N], window_W, _PITCH_FFT)
+        correlation_NL = power_NK[:, bins] @ cos_KL
+        periodicity_S[index_N] = correlation_NL[:, 1:].amax(1) / (correlation_NL[:, 0] + _TINY)
     return periodicity_S
+
+
+@lru_cache
+def _pitch_transform(device: torch.device) -> tuple[Tensor, slice, Tensor]:
+    """Return the constants with which the autocorrelation over pitch lags is computed from a power spectrum.
+
+    Returns:
+        The window (W,); the bins of the band that is searched; and a matrix (bins, 1 + lags) that transforms
+        their power to the autocorrelation at lag 0 and at the pitch lags, divided by that of the window.
+    """
+    min_hz, max_hz, low, high = _PITCH
+    n_fft = _PITCH_FFT
+    hz = torch.arange(n_fft // 2 + 1, dtype=torch.float64, device="cpu") * SAMPLE_RATE / n_fft
+    (bin_K,) = torch.where((hz > low) & (hz < high))
+    lags = torch.arange(round(SAMPLE_RATE / max_hz), round(SAMPLE_RATE / min_hz), device="cpu")
+    lags = torch.cat([lags.new_zeros(1), lags])
+    cos_KL = (2 * math.pi / n_fft * bin_K[:, None] * lags).cos() * 2 / n_fft
+    window_W = torch.hann_window(_PITCH_WINDOW, dtype=torch.float64, device="cpu")
+    taper_L = torch.fft.irfft(power(torch.fft.rfft(window_W, n_fft)), n_fft)[lags]
+    cos_KL *= taper_L[0] / taper_L
+    bins = slice(int(bin_K[0]), int(bin_K[-1]) + 1)
+    return window_W.float().to(device), bins, cos_KL.float().to(device)
 
 
 def _is_periodic(loud_NW: Tensor, periodicity_NW: Tensor) -> Tensor:

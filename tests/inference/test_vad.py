@@ -13,9 +13,9 @@ from fixtures.sounds import SOUNDS, nonspeech, syllables
 import jahubert
 from jahubert.errors import MissingExtraError
 from jahubert.frames import HUBERT
-from jahubert.inference.conditioning import SPEECH_LEVEL, condition, prepare_speech
+from jahubert.inference.conditioning import SPEECH_LEVEL, _downsample, condition, prepare_speech
 from jahubert.inference.transcribe import Transcriber
-from jahubert.inference.vad import speech_frames
+from jahubert.inference.vad import _periodicity, speech_frames
 
 
 def hum(wav_T: torch.Tensor, hz: float, level: float) -> torch.Tensor:
@@ -87,6 +87,32 @@ def test_missing_speech_is_reported_unless_the_audio_is_silent(caplog):
     asr.transcribe(torch.zeros(16_000))
     asr.transcribe(syllables(1.0))
     assert not caplog.messages
+
+
+def test_periodicity_is_the_normalized_autocorrelation_of_the_pitch_band():
+    wav_T = syllables(2.0)
+    n_frames = int(HUBERT.n_frames(len(wav_T)))
+    selected_S = torch.arange(n_frames) % 3 > 0
+    padded_T = torch.nn.functional.pad(wav_T.double(), (120, 640))
+    frames_SW = padded_T.unfold(0, 640, 320)[:n_frames]
+    window_W = torch.hann_window(640, dtype=torch.float64)
+    spectrum_SK = torch.fft.rfft((frames_SW - frames_SW.mean(1, keepdim=True)) * window_W, 1024)
+    hz = torch.arange(513) * 16_000 / 1024
+    autocorrelation_SL = torch.fft.irfft(spectrum_SK.abs().square() * ((hz > 250) & (hz < 3000)), 1024)
+    of_window_L = torch.fft.irfft(torch.fft.rfft(window_W, 1024).abs().square(), 1024)
+    normalized_SL = autocorrelation_SL / autocorrelation_SL[:, :1] / (of_window_L / of_window_L[0])
+    expected_S = normalized_SL[:, round(16_000 / 420) : round(16_000 / 80)].amax(1) * selected_S
+    periodicity_S = _periodicity(wav_T, selected_S, HUBERT)
+    torch.testing.assert_close(periodicity_S.double(), expected_S, atol=1e-4, rtol=1e-4)
+    assert not _periodicity(wav_T, selected_S & False, HUBERT).any()
+
+
+def test_downsampling_is_a_strided_convolution():
+    for n_samples in (128, 400, 5_003):
+        wav_T = torch.randn(n_samples, generator=torch.Generator().manual_seed(0))
+        taps_W = torch.hann_window(64, periodic=False)
+        expected = torch.conv1d(wav_T[None, None], (taps_W / taps_W.sum())[None, None], stride=16)[0, 0]
+        torch.testing.assert_close(_downsample(wav_T).float(), expected)
 
 
 @pytest.mark.parametrize("name", ["offset 0.3", "hum 50 Hz", "hum 100 Hz", "quiet", "loud"])
