@@ -90,6 +90,13 @@ def model_source(args: argparse.Namespace) -> str | Path:
     return path
 
 
+def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the given options of the language model; the model supplies the others."""
+    names = ("lm", "lexicon", "lm_weight", "word_bonus")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return options | ({"lm": None} if args.no_lm else {})
+
+
 def transcribe(args: argparse.Namespace) -> int:
     single_file = output_format(args)
     formats = list(writers.FORMATS) if args.format == "all" else [args.format]
@@ -116,10 +123,7 @@ def transcribe(args: argparse.Namespace) -> int:
         device=args.device,
         vad={"builtin": True, "silero": "silero", "off": False}[args.vad],
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-        lm=args.lm,
-        lexicon=args.lexicon,
-        lm_weight=args.lm_weight,
-        word_bonus=args.word_bonus,
+        **fusion_options(args),
     )
     if args.model is None:
         print(BUILTIN_NOTE, file=sys.stderr)
@@ -521,15 +525,20 @@ def audio_commands(command: Command) -> None:
     sub.add_argument(
         "--verbose", nargs="?", type=str.lower, choices=["true", "false"], help=argparse.SUPPRESS
     )
-    sub.add_argument(
+    lm = sub.add_mutually_exclusive_group()
+    lm.add_argument(
         "--lm", metavar="FILE",
-        help="n-gram model in ARPA format, over the model's symbols or the words in --lexicon (see ngram)",
+        help="n-gram model in ARPA format, over the model's symbols or the words in --lexicon (see ngram; "
+        "default: the n-gram of the model, if it has one)",
     )  # fmt: skip
+    lm.add_argument("--no-lm", action="store_true", help="do not use the n-gram of the model")
     sub.add_argument("--lexicon", metavar="FILE", help="recognize only these words and write them as listed")
-    sub.add_argument("--lm-weight", type=float, default=0.5, metavar="W", help="n-gram weight (default: 0.5)")
     sub.add_argument(
-        "--word-bonus", type=float, default=0.0, metavar="B",
-        help="score added per word, or per symbol without --lexicon (default: 0)",
+        "--lm-weight", type=float, metavar="W", help="n-gram weight (default: that of the model, or 0.5)"
+    )
+    sub.add_argument(
+        "--word-bonus", type=float, metavar="B",
+        help="score added per word, or per symbol without --lexicon (default: that of the model, or 0)",
     )  # fmt: skip
     sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")

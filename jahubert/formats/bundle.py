@@ -4,6 +4,7 @@
     vocab.json                                                  CTC models: symbol -> index
     jahubert.json                                               format, symbols, unit layer, origin, checksums
     centroids.safetensors  pretraining_heads.safetensors        if present
+    language_model.arpa.gz                                      if present: n-gram over the symbols
     README.md                                                   model card
 
 `load_bundle` opens models of all formats in four steps: `resolve_model` finds the file or folder, one reader
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,10 +63,23 @@ from jahubert.phonemes import PhonemeSet
 
 FORMAT = 1
 INFO, CENTROIDS, HEADS = "jahubert.json", "centroids.safetensors", "pretraining_heads.safetensors"
+LANGUAGE_MODEL = "language_model.arpa.gz"
 # Keys of jahubert.json that `save_bundle` sets itself.
-INFO_KEYS = ("format", "config", "temperature", "phonemes", "centroid_layer", "weights", "files", "checksum")
+INFO_KEYS = (
+    "format", "config", "temperature", "phonemes", "centroid_layer", "language_model", "weights", "files",
+    "checksum",
+)  # fmt: skip
 _CONFIG_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")  # fields without a Hugging Face key
 _SPECIAL_ROWS = "special_rows"  # stored with the tensors of the pretraining head
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """An n-gram over the symbols of a CTC model, and its parameters in beam search."""
+
+    path: Path  # ARPA file, gzip
+    weight: float  # factor of its log-probability
+    word_bonus: float  # score added per symbol
 
 
 @dataclass
@@ -80,6 +96,7 @@ class Bundle:
     info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or the file that was read
     special_rows: Tensor | None = None  # (4, dim): fairseq's special codebook rows, for conversion back
     notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
+    language_model: LanguageModel | None = None  # used by `Transcriber` unless another one is given
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -96,6 +113,7 @@ def save_bundle(
     centroid_layer: int | None = None,
     info: dict[str, Any] | None = None,
     special_rows: Tensor | None = None,
+    language_model: LanguageModel | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a bundle; an existing bundle is replaced once the new one is complete.
@@ -103,6 +121,7 @@ def save_bundle(
     Args:
         path: folder to write.
         info: additional content of jahubert.json.
+        language_model: the n-gram is copied into the bundle.
         dtype: dtype of the weights in model.safetensors; they are converted to float32 when read.
 
     Raises:
@@ -122,6 +141,9 @@ def save_bundle(
         "temperature": None if unit_head is None else unit_head.temperature,
         "phonemes": None if phonemes is None else phonemes.to_json(),
         "centroid_layer": centroid_layer,
+        "language_model": None
+        if language_model is None
+        else {"weight": language_model.weight, "word_bonus": language_model.word_bonus},
         "weights": weights_hash(hubert),
         **(info or {}),
     }
@@ -140,6 +162,8 @@ def save_bundle(
             save_file(_savable(heads), folder / HEADS)
         if centroids_KD is not None:
             save_file(_savable({"centroids_KD": centroids_KD}), folder / CENTROIDS)
+        if language_model is not None:
+            shutil.copyfile(language_model.path, folder / LANGUAGE_MODEL)
         card = model_card(path.name, hubert, extra, ctc is not None)
         extra["files"] = {file.name: _describe(file) for file in sorted(folder.iterdir())}
         extra["checksum"] = _checksum(extra)
@@ -183,6 +207,7 @@ def load_bundle(source: str | os.PathLike[str]) -> Bundle:
     else:
         raw = read_huggingface(path)
     bundle = _build(path, raw)
+    bundle.language_model = _language_model(path, raw.info)
     recorded = raw.info.get("weights")
     if recorded and "files" not in raw.info and recorded != weights_hash(bundle.model):
         raise CheckpointError(f"{path}: the weights do not match the hash in {INFO}; copy the bundle again")
@@ -242,6 +267,20 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
             f"{raw.config.layers}"
         )
     return centroids_KD.float()
+
+
+def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
+    """Check that the language model recorded in jahubert.json exists and has finite parameters."""
+    stored = typed_item(folder / INFO, info, "language_model", dict)
+    if stored is None:
+        return None
+    numbers = [typed_item(folder / INFO, stored, name, float) for name in ("weight", "word_bonus")]
+    if any(number is None or not math.isfinite(number) for number in numbers):
+        raise CheckpointError(f"{folder / INFO}: language_model needs a finite weight and word_bonus")
+    path = folder / LANGUAGE_MODEL
+    if not path.is_file():
+        raise CheckpointError(f"{path}: file not found, but {INFO} names it; copy the bundle again")
+    return LanguageModel(path, *numbers)
 
 
 def _read_file(path: Path) -> RawModel:

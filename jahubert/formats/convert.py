@@ -128,6 +128,7 @@ def _write_bundle(target: Path, bundle: Bundle) -> None:
         centroid_layer=bundle.centroid_layer,
         info={name: value for name, value in bundle.info.items() if name not in INFO_KEYS},
         special_rows=bundle.special_rows,
+        language_model=bundle.language_model,
     )
 
 

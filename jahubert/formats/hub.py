@@ -23,7 +23,7 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
     except ImportError:
         raise MissingExtraError("huggingface_hub", "train") from None
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.arpa.gz"]))
         if not list(folder.glob("*.safetensors")):  # .bin files are large and only needed without safetensors
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
         return folder

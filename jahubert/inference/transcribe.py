@@ -155,14 +155,15 @@ class Transcriber:
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
             hardware supports it, otherwise float32.
         lm: an ARPA file with an n-gram model over the symbols, or over the words of `lexicon` if given.
+            Without a lexicon, `from_pretrained` uses the n-gram of the model if it has one, unless lm=None.
         lexicon: a file of the words to recognize: one word and its symbols per line.
-        lm_weight: factor of the language model's log-probability.
-        word_bonus: score added per word, or per symbol without a lexicon.
+        lm_weight: factor of the language model's log-probability. Default: 0.5.
+        word_bonus: score added per word, or per symbol without a lexicon. Default: 0.
         calibration: coefficients of the word confidences. `from_pretrained` reads them from the model.
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
-        ConfigError: the beam, vad, device or dtype is invalid.
+        ConfigError: the beam, vad, device or dtype is invalid, or a weight or bonus has no effect.
         DataError: the language model or lexicon is invalid.
         MissingExtraError: silero-vad is not installed.
     """
@@ -178,8 +179,8 @@ class Transcriber:
         dtype: torch.dtype | None = None,
         lm: str | os.PathLike[str] | None = None,
         lexicon: str | os.PathLike[str] | None = None,
-        lm_weight: float = 0.5,
-        word_bonus: float = 0.0,
+        lm_weight: float | None = None,
+        word_bonus: float | None = None,
         calibration: Calibration | None = None,
     ):
         if model.lm_head.out_features != len(phonemes):
@@ -195,12 +196,16 @@ class Transcriber:
             raise ConfigError(f"vad is {vad!r}, but must be True, False or 'silero'")
         if vad == "silero":
             check_silero()
+        if lm_weight is not None and lm is None:
+            raise ConfigError("lm_weight has no effect without a language model (lm)")
+        if word_bonus is not None and lm is None and lexicon is None:
+            raise ConfigError("word_bonus has no effect without a language model (lm) or a lexicon")
         self.fusion = load_fusion(
             phonemes,
             None if lm is None else Path(lm),
             None if lexicon is None else Path(lexicon),
-            lm_weight,
-            word_bonus,
+            0.5 if lm_weight is None else lm_weight,
+            0.0 if word_bonus is None else word_bonus,
         )
         self.calibration = calibration
         self.device = pick_device(device)
@@ -231,6 +236,10 @@ class Transcriber:
             )
         if (stored := bundle.info.get("confidence")) is not None:
             options.setdefault("calibration", Calibration.from_json(stored))
+        if bundle.language_model is not None and "lm" not in options and options.get("lexicon") is None:
+            options["lm"] = bundle.language_model.path
+            options.setdefault("lm_weight", bundle.language_model.weight)
+            options.setdefault("word_bonus", bundle.language_model.word_bonus)
         return cls(bundle.ctc, bundle.phonemes, **options)
 
     @property

@@ -8,6 +8,7 @@ import io
 import pytest
 
 from jahubert.cli.main import main
+from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
 from jahubert.lm.arpa import read_arpa
 from jahubert.lm.lexicon import read_lexicon
 from jahubert.phonemes import PhonemeSet
@@ -82,3 +83,19 @@ def test_unreadable_files_are_rejected(tmp_path, text, capsys):
     assert "none.txt" in capsys.readouterr().err
     assert main(["perplexity", text, text]) == 2
     assert "text.txt" in capsys.readouterr().err
+
+
+def test_ngram_of_the_model_can_be_disabled(tmp_path, text, bundle, folder, capsys):
+    assert main(["ngram", text, "--unit", "phone", "--order", "2", "-o", "phones.arpa.gz"]) == 0
+    model = load_bundle(bundle)
+    ngram = LanguageModel(tmp_path / "phones.arpa.gz", weight=30.0, word_bonus=0.0)
+    save_bundle("with-ngram", ctc=model.ctc, phonemes=model.phonemes, language_model=ngram)
+
+    def transcribe(model: str, *options: str) -> str:
+        assert main(["transcribe", "--model", model, "data/a.wav", *options]) == 0
+        return capsys.readouterr().out
+
+    plain = transcribe(bundle)
+    assert transcribe("with-ngram", "--no-lm") == plain != transcribe("with-ngram")
+    assert main(["transcribe", "--model", "with-ngram", "data/a.wav", "--no-lm", "--lm-weight", "1"]) == 2
+    assert "lm_weight" in capsys.readouterr().err

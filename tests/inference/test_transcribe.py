@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +17,8 @@ from torch.nn import functional as F
 
 import jahubert
 from jahubert.errors import AudioError, CheckpointError, ConfigError
-from jahubert.formats.bundle import save_bundle
+from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
+from jahubert.formats.convert import convert
 from jahubert.inference.chunking import chunks
 from jahubert.inference.transcribe import (
     CHUNK_SECONDS,
@@ -341,6 +344,66 @@ def test_lexicon_writes_kanji(ctc, tmp_path):
     assert PlantedWords(lexicon=lexicon).transcribe(wav).phonemes == with_lexicon.phonemes
     assert PlantedWords().transcribe(wav).text == "アサ ワ アメ"
     assert pickle.loads(pickle.dumps(Transcriber(ctc, PHONEMES, lexicon=lexicon))).fusion.words
+
+
+@pytest.fixture(scope="module")
+def with_ngram(ctc, tmp_path_factory):
+    """A bundle with a bigram in which every phone is followed by `a`."""
+    folder = tmp_path_factory.mktemp("ngram")
+    write_arpa(train_ngram([["k", "a", "s", "a"], ["a", "a"]], 2), folder / "phones.arpa.gz")
+    ngram = LanguageModel(folder / "phones.arpa.gz", weight=0.7, word_bonus=1.5)
+    return save_bundle(folder / "bundle", ctc=ctc, phonemes=PHONEMES, language_model=ngram)
+
+
+def test_ngram_of_the_model_is_used_unless_another_is_given(with_ngram, tmp_path):
+    fusion = Transcriber.from_pretrained(with_ngram, device="cpu").fusion
+    assert (fusion.lm_weight, fusion.word_bonus) == (0.7, 1.5)
+    fusion = Transcriber.from_pretrained(with_ngram, device="cpu", lm_weight=0.2).fusion
+    assert (fusion.lm_weight, fusion.word_bonus) == (0.2, 1.5)
+    assert Transcriber.from_pretrained(with_ngram, device="cpu", lm=None).fusion is None
+    write_arpa(train_ngram([["a", "k", "a"]], 2), tmp_path / "other.arpa")
+    fusion = Transcriber.from_pretrained(with_ngram, device="cpu", lm=tmp_path / "other.arpa").fusion
+    assert (fusion.lm_weight, fusion.word_bonus) == (0.5, 0.0)
+    (tmp_path / "words.txt").write_text("雨 a m e\n", encoding="utf-8")
+    with_lexicon = Transcriber.from_pretrained(with_ngram, device="cpu", lexicon=tmp_path / "words.txt")
+    assert with_lexicon.fusion.words == ("雨",)
+
+
+def test_ngram_changes_the_transcript(ctc, with_ngram):
+    fused = Transcriber.from_pretrained(with_ngram, device="cpu", vad=False, lm_weight=30.0)
+    plain = Transcriber.from_pretrained(with_ngram, device="cpu", vad=False, lm=None)
+    audio = torch.randn(16_000, generator=torch.Generator().manual_seed(0))
+    assert fused.transcribe(audio).phonemes != plain.transcribe(audio).phonemes
+
+
+def test_converted_bundle_keeps_the_ngram(with_ngram, tmp_path):
+    convert(with_ngram, tmp_path / "copy", "hf")
+    ngram = load_bundle(tmp_path / "copy").language_model
+    assert (ngram.weight, ngram.word_bonus) == (0.7, 1.5) and ngram.path.parent == tmp_path / "copy"
+
+
+@pytest.mark.parametrize("content", [{"weight": "big", "word_bonus": 0}, {"weight": 1.0}, [0.5, 1.0]])
+def test_invalid_parameters_of_the_ngram_are_reported(with_ngram, tmp_path, content):
+    folder = shutil.copytree(with_ngram, tmp_path / "bundle")
+    info = json.loads((folder / "jahubert.json").read_text(encoding="utf-8"))
+    info = {key: value for key, value in info.items() if key not in ("files", "checksum")}
+    info["language_model"] = content
+    (folder / "jahubert.json").write_text(json.dumps(info), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"jahubert\.json"):
+        load_bundle(folder)
+
+
+def test_missing_ngram_file_is_reported(with_ngram, tmp_path):
+    folder = shutil.copytree(with_ngram, tmp_path / "bundle")
+    (folder / "language_model.arpa.gz").unlink()
+    with pytest.raises(CheckpointError, match=r"language_model\.arpa\.gz"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("option", ["lm_weight", "word_bonus"])
+def test_weights_without_a_language_model_are_refused(ctc, option):
+    with pytest.raises(ConfigError, match=option):
+        Transcriber(ctc, PHONEMES, **{option: 0.5})
 
 
 def test_calibration_is_read_from_the_model(ctc, tmp_path):
