@@ -179,7 +179,7 @@ def _aiff_end(file: BinaryIO) -> int:
         chunk = file.read(8)
         if len(chunk) < 8:
             return 0
-        length = struct.unpack(">I", chunk[4:])[0]
+        length: int = struct.unpack(">I", chunk[4:])[0]
         if chunk[:4] == b"SSND":
             return position + 8 + length
         position += 8 + length + (length & 1)
@@ -193,7 +193,7 @@ def _caf_end(file: BinaryIO) -> int:
         chunk = file.read(12)
         if len(chunk) < 12:
             return 0
-        length = struct.unpack(">q", chunk[4:])[0]
+        length: int = struct.unpack(">q", chunk[4:])[0]
         if length < 0:  # -1 means to the end of the file
             return 0
         if chunk[:4] == b"data":

@@ -102,7 +102,7 @@ class _Bytes(io.RawIOBase):
         return len(data)
 
 
-class _Sequential(soundfile.SoundFile):
+class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
     """SoundFile that does not seek between reads.
 
     soundfile seeks to the current position after each read of a seekable file. This fails if the length is
@@ -142,7 +142,8 @@ class SoundFileDecoder:
         # MP3 decoders deviate from the stated length, and FLAC files written to a pipe do not state it.
         if self.file.format == "MP3" or self.file.frames >= _UNKNOWN:
             return sum(len(block) for block in self.blocks(_BLOCK))
-        return self.file.frames
+        n_frames: int = self.file.frames
+        return n_frames
 
     def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
         file = self.file
@@ -154,7 +155,7 @@ class SoundFileDecoder:
         try:
             if start:
                 file.seek(start)
-            samples = file.read(n_expected, dtype="float32", always_2d=True)
+            samples: np.ndarray = file.read(n_expected, dtype="float32", always_2d=True)
         except _SOUNDFILE_ERRORS as error:
             raise self._damaged() from error
         if len(samples) < n_expected:

@@ -228,9 +228,9 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def _mono(frames_TC: np.ndarray) -> np.ndarray:
-    if frames_TC.shape[1] == 1:
-        return frames_TC[:, 0]
-    return frames_TC.mean(axis=1, dtype=np.float32)
+    wav_T: np.ndarray
+    wav_T = frames_TC[:, 0] if frames_TC.shape[1] == 1 else frames_TC.mean(axis=1, dtype=np.float32)
+    return wav_T
 
 
 def _check_finite(wav_T: np.ndarray, name: str, start: int = 0) -> None:
@@ -246,9 +246,9 @@ def _to_16k(wav_T: np.ndarray, rate: int, name: str) -> np.ndarray:
     length = _resampled_length(len(wav_T), rate)
     if length == 0:
         return wav_T[:0]
-    resampled = soxr.resample(wav_T, rate, SAMPLE_RATE, quality="HQ")
+    resampled: np.ndarray = soxr.resample(wav_T, rate, SAMPLE_RATE, quality="HQ")
     if len(resampled) < length:  # `audio_length` relies on the exact length
-        resampled = np.pad(resampled, (0, length - len(resampled)))
+        return np.pad(resampled, (0, length - len(resampled)))
     return resampled[:length]
 
 

@@ -41,7 +41,8 @@ class OnnxGraph(nn.Module):
 
     def forward(self, wav: Tensor) -> Tensor:
         if isinstance(self.model, HubertForCtc):
-            return self.model(wav)[0]
+            log_probs: Tensor = self.model(wav)[0]
+            return log_probs
         blocks = self.model.config.layers
         encoded = self.model(wav, keep_layers=range(blocks))
         return torch.cat([*encoded.layers.values(), encoded.hidden_BSD])
@@ -107,7 +108,8 @@ def expected(bundle: Bundle, wav_1T: Tensor) -> Tensor:
     """Compute the reference output with the bundle's model."""
     with torch.inference_mode():
         if bundle.ctc is not None:
-            return bundle.ctc(wav_1T)[0]
+            log_probs: Tensor = bundle.ctc(wav_1T)[0]
+            return log_probs
         top = bundle.config.layers
         encoded = bundle.model(wav_1T, keep_layers=range(top + 1))
         return torch.cat([*(encoded.layers[number] for number in range(top)), encoded.hidden_BSD])

@@ -271,7 +271,8 @@ class _Dispatch(dict[Any, Any]):
         self.executed += 1
         if self.executed > self.allowed:
             self.count(0)
-        return super().__getitem__(instruction)
+        function: Callable[..., Any] = super().__getitem__(instruction)
+        return function
 
     def count(self, n: int) -> None:
         self.executed += n
@@ -279,7 +280,7 @@ class _Dispatch(dict[Any, Any]):
             raise ValueError(f"more than {self.allowed:,} instructions; {VARIABLE} raises the limit")
 
 
-class _Unpickler(_PythonUnpickler):
+class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     """Unpickler limited to containers, numbers, records and descriptions of tensors.
 
     Args:

@@ -155,7 +155,8 @@ def _fit(
 
 def _solve(basis_NK: Tensor, x_N: Tensor, weight_N: Tensor) -> Tensor:
     weighted_KN = (basis_NK * weight_N[:, None]).T
-    return torch.linalg.lstsq(weighted_KN @ basis_NK, weighted_KN @ x_N).solution
+    solution_K: Tensor = torch.linalg.lstsq(weighted_KN @ basis_NK, weighted_KN @ x_N).solution
+    return solution_K
 
 
 def _frequency_error(
@@ -168,7 +169,7 @@ def _frequency_error(
     basis_NK = torch.stack([cos_N, sin_N, time_N * cos_N, time_N * sin_N], 1)
     a, b, c, d = _solve(basis_NK, x_N, weight_N).tolist()
     limit = SAMPLE_RATE / n_samples / 2
-    error = (b * c - a * d) / (a * a + b * b + _TINY) / (2 * math.pi)
+    error: float = (b * c - a * d) / (a * a + b * b + _TINY) / (2 * math.pi)
     return max(-limit, min(limit, error))
 
 
@@ -226,7 +227,8 @@ def _equalize(low_N: Tensor) -> Tensor:
     gain_K = F.interpolate(_filter_gain(hz)[None, None], n_bins, mode="linear", align_corners=True)[0, 0]
     spectrum[:n_bins] /= gain_K
     spectrum[n_bins:] = 0
-    return torch.fft.irfft(spectrum, n_fft)[: len(low_N)]
+    filtered_N: Tensor = torch.fft.irfft(spectrum, n_fft)[: len(low_N)]
+    return filtered_N
 
 
 def _fft_size(n: int) -> int:

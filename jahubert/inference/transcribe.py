@@ -328,7 +328,8 @@ class Transcriber:
 
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
             with autocast(self.dtype, self.device):
-                return self.model(wav_BT.to(self.device), n_samples)
+                encoded: tuple[Tensor, Tensor] = self.model(wav_BT.to(self.device), n_samples)
+            return encoded
 
         return encode_all(wavs, encode, self.grid, (len(self.phonemes),), CHUNK_SECONDS)
 

@@ -205,7 +205,8 @@ def concatenate_ranges(first_R: np.ndarray, last_R: np.ndarray) -> np.ndarray:
     """Concatenate the ranges [first, last)."""
     length_R = last_R - first_R
     offset_R = np.cumsum(length_R) - length_R
-    return np.arange(int(length_R.sum())) + np.repeat(first_R - offset_R, length_R)
+    index_N: np.ndarray = np.arange(int(length_R.sum())) + np.repeat(first_R - offset_R, length_R)
+    return index_N
 
 
 @dataclass(frozen=True)

@@ -77,4 +77,5 @@ class HubertForCtc(nn.Module):
         """Return log-probabilities (B, S, V), at least float32, of the encoder's frames (B, S, D)."""
         # Use float32, because nearly equal probabilities would become equal in 16 bits.
         with autocast(torch.float32, hidden_BSD.device):
-            return self.lm_head(at_least_float32(hidden_BSD)).log_softmax(-1)
+            log_probs_BSV: Tensor = self.lm_head(at_least_float32(hidden_BSD)).log_softmax(-1)
+            return log_probs_BSV

@@ -122,7 +122,8 @@ class FeatureProjection(nn.Module):
         self.dropout = nn.Dropout(config.input_dropout)
 
     def forward(self, x_BSC: Tensor) -> Tensor:
-        return self.dropout(self.projection(self.layer_norm(x_BSC)))
+        out_BSD: Tensor = self.dropout(self.projection(self.layer_norm(x_BSC)))
+        return out_BSD
 
 
 class PositionalConv(nn.Module):
@@ -166,7 +167,8 @@ class Attention(nn.Module):
         mask_B11S = None if valid_BS is None else valid_BS[:, None, None]
         dropout = self.dropout if self.training else 0.0
         out_BHSE = kernels.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, mask_B11S, dropout)
-        return self.out_proj(out_BHSE.transpose(1, 2).flatten(2))
+        out_BSD: Tensor = self.out_proj(out_BHSE.transpose(1, 2).flatten(2))
+        return out_BSD
 
 
 class FeedForward(nn.Module):
@@ -177,7 +179,8 @@ class FeedForward(nn.Module):
         self.intermediate_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.output_dense(self.intermediate_dropout(F.gelu(self.intermediate_dense(x_BSD))))
+        out_BSD: Tensor = self.output_dense(self.intermediate_dropout(F.gelu(self.intermediate_dense(x_BSD))))
+        return out_BSD
 
 
 class EncoderLayer(nn.Module):
@@ -198,9 +201,11 @@ class EncoderLayer(nn.Module):
             return kernels.encoder_layer(self, x, frames)
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.layer_norm(x), frames))
-            return x + self.dropout(self.feed_forward(self.final_layer_norm(x)))
-        x = self.layer_norm(x + self.dropout(self.attention(x, frames)))
-        return self.final_layer_norm(x + self.dropout(self.feed_forward(x)))
+            x = x + self.dropout(self.feed_forward(self.final_layer_norm(x)))
+        else:
+            x = self.layer_norm(x + self.dropout(self.attention(x, frames)))
+            x = self.final_layer_norm(x + self.dropout(self.feed_forward(x)))
+        return x
 
 
 class Encoder(nn.Module):

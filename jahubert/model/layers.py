@@ -58,7 +58,8 @@ class WeightNormConv1d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.parametrizations["weight"]()
+        weight: Tensor = self.parametrizations["weight"]()
+        return weight
 
     def forward(self, x_BDS: Tensor) -> Tensor:
         return F.conv1d(x_BDS, self.weight, self.bias, padding=self.padding, groups=self.groups)

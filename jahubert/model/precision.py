@@ -64,7 +64,10 @@ def quantize_int8(model: T, device: torch.device) -> T:
             raise ConfigError(
                 f"torch {torch.__version__} has no dynamic quantization; use float32 or bfloat16"
             ) from error
-        return quantize_dynamic(copy.deepcopy(model).eval().cpu(), {nn.Linear: per_channel_dynamic_qconfig})
+        quantized: T = quantize_dynamic(
+            copy.deepcopy(model).eval().cpu(), {nn.Linear: per_channel_dynamic_qconfig}
+        )
+        return quantized
 
 
 def _cpu_has_bf16() -> bool:

@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
 def _has_fused_kernels() -> bool:
     """Return whether any fused kernel is enabled (see `sdpa_kernel`)."""
     cuda = torch.backends.cuda
-    return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
+    return bool(cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
 
 
 def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[..., Tensor]:
@@ -125,9 +125,9 @@ def flash_attention(
 
     `torch.nn.attention.varlen` has offered this operator since torch 2.10, but without dropout.
     """
-    out_NHE, *_ = torch.ops.aten._flash_attention_forward(
+    out_NHE: Tensor = torch.ops.aten._flash_attention_forward(
         q_NHE, k_NHE, v_NHE, offsets, offsets, longest, longest, dropout, False, False
-    )
+    )[0]
     return out_NHE
 
 
@@ -168,7 +168,8 @@ def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing
         keep = keep_mask((len(q), q.shape[1], q.shape[1]), dropout) if dropout else None
         out = _RectangleAttention.apply(q, k, v, bias_G1S, keep)
         outs.append(with_double_backward(out, partial(_biased_attention, bias_G1S, keep), q, k, v))
-    return _FromRectangles.apply(layout, *outs)
+    out_NHE: Tensor = _FromRectangles.apply(layout, *outs)
+    return out_NHE
 
 
 class _ToRectangles(torch.autograd.Function):
@@ -203,7 +204,7 @@ class _FromRectangles(torch.autograd.Function):
         ctx.layout = layout
         rows = [x_GSE.reshape(-1, x_GSE.shape[2]) for x_GSE in parts]
         flat = rows[0] if len(rows) == 1 else torch.cat(rows)
-        out_NHE = flat.index_select(0, layout.row_NH.flatten()).unflatten(0, layout.row_NH.shape)
+        out_NHE: Tensor = flat.index_select(0, layout.row_NH.flatten()).unflatten(0, layout.row_NH.shape)
         out_NHE[layout.n_valid :] = 0
         return out_NHE
 

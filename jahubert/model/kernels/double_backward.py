@@ -21,7 +21,8 @@ def with_double_backward(output: Tensor, plain: Callable[..., Tensor], *inputs: 
     """
     if not torch.is_grad_enabled() or not output.requires_grad or is_recorded() or is_transformed():
         return output
-    return _Switch.apply(output, plain, *inputs)
+    switched: Tensor = _Switch.apply(output, plain, *inputs)
+    return switched
 
 
 class _Switch(torch.autograd.Function):

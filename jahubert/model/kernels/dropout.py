@@ -20,7 +20,8 @@ def dropout(module: nn.Dropout, x: Tensor) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, module.p)
-    return _Dropout.apply(x, module.p)
+    dropped: Tensor = _Dropout.apply(x, module.p)
+    return dropped
 
 
 def keep_probability(p: float) -> float:

@@ -81,6 +81,8 @@ def encoder_layer(block: EncoderLayer, x_ND: Tensor, packing: Packing) -> Tensor
     attention, ffn = block.attention, block.feed_forward
     if block.pre_norm:
         x_ND = x_ND + dropout(block.dropout, self_attention(attention, block.layer_norm(x_ND), packing))
-        return x_ND + dropout(block.dropout, feed_forward(ffn, block.final_layer_norm(x_ND)))
-    x_ND = block.layer_norm(x_ND + dropout(block.dropout, self_attention(attention, x_ND, packing)))
-    return block.final_layer_norm(x_ND + dropout(block.dropout, feed_forward(ffn, x_ND)))
+        x_ND = x_ND + dropout(block.dropout, feed_forward(ffn, block.final_layer_norm(x_ND)))
+    else:
+        x_ND = block.layer_norm(x_ND + dropout(block.dropout, self_attention(attention, x_ND, packing)))
+        x_ND = block.final_layer_norm(x_ND + dropout(block.dropout, feed_forward(ffn, x_ND)))
+    return x_ND

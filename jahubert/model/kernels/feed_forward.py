@@ -27,7 +27,8 @@ def feed_forward(module: FeedForward, x_ND: Tensor) -> Tensor:
     ):
         inputs = inner, weight_copy(inner.dtype, output.weight), weight_copy(inner.dtype, output.bias)
         return with_double_backward(_GeluLinear.apply(*inputs), _gelu_linear, *inputs)
-    return output(dropout(inner_dropout, F.gelu(inner)))
+    out: Tensor = output(dropout(inner_dropout, F.gelu(inner)))
+    return out
 
 
 def _gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

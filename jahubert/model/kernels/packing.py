@@ -144,7 +144,8 @@ class Packing:
         flat = x_ND.new_zeros(self.n_utterances * self.width, *x_ND.shape[1:])
         # `index_copy_` would store all of x for its backward pass.
         flat[self.index_N[: self.n_valid]] = x_ND[: self.n_valid]
-        return flat.unflatten(0, (self.n_utterances, self.width))
+        padded: Tensor = flat.unflatten(0, (self.n_utterances, self.width))
+        return padded
 
     @cached_property
     def rectangles(self) -> tuple[list[Rectangle], Tensor]:

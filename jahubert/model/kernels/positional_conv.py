@@ -78,7 +78,8 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
     y_real, y_imag = by_real[0] + by_imag[1], by_real[1] - by_imag[0]
     y_XE = inverse_PXF[0] @ y_real.reshape(freqs, -1) + inverse_PXF[1] @ y_imag.reshape(freqs, -1)
     y_WXD = y_XE.view(kernel, groups, -1, channels).permute(2, 0, 1, 3).reshape(-1, width)
-    return y_WXD.index_select(0, position_N)
+    out_ND: Tensor = y_WXD.index_select(0, position_N)
+    return out_ND
 
 
 def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
