@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is Python 3.11 with venv and pip, and make. No GPU, no system packages.
 #   make demo        install, then run the whole pipeline on a corpus that it synthesizes
 #   make test        install, then run the default test suite on all cores
-#   make lint        formatting, lint, types, import contracts
+#   make lint        formatting, lint, types, import contracts, Dockerfile
 #   make check       lint and test: what a change must pass
 #   make format      fix formatting and what ruff can fix
 #   make slow        the long tests
@@ -78,6 +78,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/hadolint Dockerfile
 
 check: lint test
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -165,10 +166,37 @@ def test_wheel_works_in_an_empty_environment():
     assert "2.13.0" in done.stdout
 
 
+def test_dockerfile_copies_existing_files_that_the_context_includes():
+    included = {line[1:] for line in (REPO / ".dockerignore").read_text().split() if line.startswith("!")}
+    lines = (REPO / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert copied and all((REPO / name).exists() for name in copied)
+    assert set(copied) == included
+
+
+def test_docker_image_has_pinned_versions_and_runs_the_command_without_root():
+    instructions = [line for line in (REPO / "Dockerfile").read_text(encoding="utf-8").splitlines() if line]
+    values = dict(line.split(" ", 1) for line in instructions)  # of the last instruction of each kind
+    assert int(values["USER"].partition(":")[0]) > 0
+    assert json.loads(values["ENTRYPOINT"]) == ["jahubert"]
+    assert not values["FROM"].endswith("latest") and ":" in values["FROM"]
+    installs = [line for line in instructions if line.startswith("RUN pip install")]
+    assert installs and all("--constraint constraints.txt" in line for line in installs)
+
+
+def has_docker() -> bool:
+    """Whether a Docker client and its engine are available."""
+    return (
+        bool(shutil.which("docker"))
+        and not subprocess.run(["docker", "info"], capture_output=True).returncode
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("docker") is None, reason="docker is not installed")
 def test_docker_image_builds_and_runs():
-    """The test requires a package index."""
+    """Needs a package index."""
+    if not has_docker():
+        pytest.skip("no Docker engine is running")
     tag = "jahubert:test"
     subprocess.run(["docker", "build", "--tag", tag, REPO], check=True, timeout=3600)
     done = subprocess.run(["docker", "run", "--rm", tag, "--version"], capture_output=True, text=True)
