@@ -106,7 +106,7 @@ def yaml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(yaml_value, value))}]"
     if isinstance(value, int):
-        return str(value) if abs(value) < 10_000 else f"{value:,}"
+        return str(value) if abs(value) < 10_000 else f"{value:_}"
     return str(value)
 
 
@@ -151,8 +151,9 @@ def rows(cls: type, prefix: str, parent: Any = None) -> Iterator[str]:
         yield f"| `{name}`{star} | {type_name(hints[field.name])} | {shown} | {text} |"
 
 
-def table(lines: Iterator[str]) -> str:
-    return "\n".join(("| setting | type | default | description |", "|---|---|---|---|", *lines)) + "\n"
+def table(lines: Iterator[str], columns: str = "setting | type | default | description") -> str:
+    rule = "|---" * len(columns.split("|")) + "|"
+    return "\n".join((f"| {columns} |", rule, *lines)) + "\n"
 
 
 def common_settings() -> Iterator[str]:
@@ -160,12 +161,12 @@ def common_settings() -> Iterator[str]:
     text = (REPO / "conf" / "config.yaml").read_text(encoding="utf-8")
     text = text.partition("defaults:\n")[2]
     for key, value, comment in re.findall(r"^(\w+): ([^#\n{]*(?:\$\{\w+\})?)(?:\s+# (.*))?$", text, re.M):
-        yield f"| `{key}` | | `{value.strip()}` | {comment} |"
+        yield f"| `{key}` | `{value.strip()}` | {comment} |"
 
 
 def reference() -> str:
     """Return the generated page as Markdown."""
-    parts = [HEAD, "\n## Common settings\n\n", table(common_settings())]
+    parts = [HEAD, "\n## Common settings\n\n", table(common_settings(), "setting | default | description")]
     for name, module in STAGES.items():
         stage = importlib.import_module(module)
         parts += [f"\n## {name}\n\n", table(rows(stage.Config, f"{name}."))]

@@ -35,7 +35,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def reference() -> str:
     """Return a page with one mkdocstrings directive per public name."""
-    sections = ["# API reference\n\nGenerated from docstrings. See [Python and the command line](api.md).\n"]
+    intro = "Generated from docstrings. All names are imported from `jahubert`."
+    sections = [f"# API reference\n\n{intro} See [Python and the command line](api.md).\n"]
     for name in jahubert.__all__:
         if name in jahubert._MODULE_OF:
             sections.append(f"::: jahubert.{jahubert._MODULE_OF[name]}.{name}\n")
