@@ -236,13 +236,26 @@ def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = 
             return None
     converted = _scalar(value, hint)
     if converted is None:
-        not_finite = hint is float and _number(value) is not None
-        expected = "a finite number" if not_finite else getattr(hint, "__name__", str(hint))
-        advice = "; set a value" if is_null(value) else ""
-        if isinstance(value, str) and "," in value:
-            advice = "; use --multirun for several values"
-        errors.append(f"{where}: expected {expected}, found {value!r}{advice}")
+        errors.append(f"{where}: {_type_error(value, hint)}")
     return converted
+
+
+def _type_error(value: Any, hint: Any) -> str:
+    """Return the error message for a value that cannot be converted to its declared type."""
+    origin = typing.get_origin(hint)
+    expected = {tuple: "a list", dict: "a group of settings"}.get(
+        origin, getattr(hint, "__name__", str(hint))
+    )
+    if hint is float and _number(value) is not None:
+        expected = "a finite number"
+    advice = ""
+    if is_null(value):
+        advice = "; set a value"
+    elif origin is tuple and isinstance(value, str):
+        advice = f"; write [{value}]"
+    elif isinstance(value, str) and "," in value:
+        advice = "; use --multirun for several values"
+    return f"expected {expected}, found {value!r}{advice}"
 
 
 def _scalar(value: Any, hint: Any) -> Any:
@@ -260,7 +273,8 @@ def _scalar(value: Any, hint: Any) -> Any:
         return number if number is not None and math.isfinite(number) else None
     if hint is str and isinstance(value, int):  # a name in a YAML file may be a number
         return str(value)
-    return value if isinstance(hint, type) and isinstance(value, hint) else None
+    is_class = typing.get_origin(hint) is None and isinstance(hint, type)  # tuple[int, ...] is no class
+    return value if is_class and isinstance(value, hint) else None
 
 
 def _number(value: Any) -> float | None:

@@ -49,7 +49,7 @@ def test_all_mistakes_are_reported_with_the_nearest_name():
     assert "stage.kind: must be one of mfcc, hubert, found 'mfc'; did you mean mfcc?" in text
     assert "stage.layer: expected int, found 2.5" in text
     assert "stage.inner.rates: no such key; did you mean stage.inner.rate?" in text
-    assert "stage.inner.sizes: expected" in text
+    assert "stage.inner.sizes: expected a list, found 'x'" in text
 
 
 def test_error_in_post_init_names_the_nested_setting():
