@@ -106,7 +106,8 @@ def _downsample(wav_T: Tensor) -> Tensor:
     n_blocks = len(wav_T) // _DECIMATION
     products_BN = taps_BD @ wav_T[: n_blocks * _DECIMATION].view(n_blocks, _DECIMATION).T
     n_low = n_blocks - len(taps_BD) + 1
-    return sum(products_N[b : b + n_low] for b, products_N in enumerate(products_BN)).double()
+    low_N: Tensor = sum(products_N[b : b + n_low] for b, products_N in enumerate(products_BN)).double()
+    return low_N
 
 
 def _filter_gain(hz: Tensor) -> Tensor:
