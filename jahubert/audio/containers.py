@@ -1,7 +1,8 @@
 """Checks of audio containers: sizes in headers, concatenated streams and truncated files.
 
-Decoders trust headers: they silently accept a file that is shorter than its header states, and ignore audio
-beyond the stated length. `split` compares the structure of a file with its size before anything is decoded.
+Decoders rely on headers: they silently accept a file that is shorter than its header states, and ignore audio
+beyond the stated length. `split` therefore compares the structure of a file with its size before any
+decoding.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
-# Placeholder sizes from programs that cannot seek back to correct them (SoX, arecord and others); some
+# Placeholder sizes from programs that cannot seek back to correct them (SoX, arecord and others). Some
 # programs add the size of the header.
 _PLACEHOLDERS = (0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 _MAX_U32 = 0xFFFFFFFF
-_MAX_PADDING = 4096  # bytes of unknown content tolerated after the samples
+_MAX_PADDING = 4096  # maximum number of bytes of unknown content after the samples
 
 
 @dataclass(frozen=True)
 class Part:
-    """Separately decoded stream within a file: a `prefix` followed by a byte range."""
+    """Stream within a file that is decoded separately: a `prefix`, followed by a byte range."""
 
-    start: int  # bytes
-    length: int  # bytes
-    prefix: bytes = b""  # a corrected header
-    min_frames: int = 0  # minimum number of frames that an intact part decodes to
+    start: int  # start of the byte range
+    length: int  # length of the byte range
+    prefix: bytes = b""  # corrected header
+    min_frames: int = 0  # minimum number of frames in an intact part after decoding
 
 
 def split(source: AudioBytes) -> list[Part]:
-    """Return the streams in a file; most files contain only one.
+    """Return the streams in a file. Most files contain only one.
 
     Raises:
         AudioError: the file is shorter than its header states, or contains bytes that belong to no stream.
@@ -71,7 +72,7 @@ def _is_placeholder(length: int, header: int) -> bool:
 
 
 def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """Return one part per WAV file, as several WAV files may be concatenated."""
+    """Return one part per WAV file, because several WAV files may be concatenated."""
     parts: list[Part] = []
     start = 0
     while start < size:
@@ -90,7 +91,7 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
     while True:
         file.seek(position)
         chunk = file.read(8)
-        if len(chunk) < 8:  # no samples; the decoder rejects the file
+        if len(chunk) < 8:  # there are no samples, and the decoder will reject the file
             return Part(start, size - start), size
         kind = chunk[:4]
         length = struct.unpack(order + "I", chunk[4:])[0]
@@ -117,7 +118,7 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
         return Part(data_start, size - data_start, prefix), size
     _check_end(data_start + length, size, name)
     end = _riff_end(file, data_start + length, size, name)
-    if magic == b"BW64":  # libsndfile only accepts the older name RF64
+    if magic == b"BW64":  # libsndfile accepts only the older name RF64
         return Part(start + 4, end - start - 4, b"RF64"), end
     return Part(start, end - start), end
 
@@ -186,7 +187,7 @@ def _aiff_end(file: BinaryIO) -> int:
 
 
 def _caf_end(file: BinaryIO) -> int:
-    """Return the end of a Core Audio file's samples according to its header; 0 if not stated."""
+    """Return the end of a Core Audio file's samples according to its header, or 0 if it is not stated."""
     position = 8
     while True:
         file.seek(position)
@@ -202,7 +203,7 @@ def _caf_end(file: BinaryIO) -> int:
 
 
 def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """Split an Ogg file into its chained streams (RFC 3533); each starts with beginning-of-stream pages."""
+    """Split an Ogg file into its chained streams (RFC 3533), which start with beginning-of-stream pages."""
     starts: list[int] = []
     position = 0
     last_flags = 2
@@ -210,7 +211,7 @@ def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
         file.seek(position)
         header = file.read(27 + 255)
         if header[:4] != b"OggS":
-            if find(file, b"OggS", position) < 0:  # trailing data, for example an ID3 tag
+            if find(file, b"OggS", position) < 0:  # there is trailing data, for example an ID3 tag
                 break
             raise AudioError(f"{name} is damaged: no Ogg page at byte {position}")
         n_segments = header[26] if len(header) > 26 else 0

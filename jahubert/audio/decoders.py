@@ -1,4 +1,4 @@
-"""Decoding of audio files with soundfile (libsndfile) or an optional decoder."""
+"""Decoders for audio files, based on soundfile (libsndfile) or an optional decoder."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from jahubert.audio.containers import Part, find, split
 from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
-_BLOCK = 60 * 48_000  # frames decoded at a time from a file of unknown length
-_UNKNOWN = 1 << 48  # frame counts from this value on mean that the length is unknown
+_BLOCK = 60 * 48_000  # number of frames to decode at a time from a file of unknown length
+_UNKNOWN = 1 << 48  # frame counts of this value or more mean that the length is unknown
 _FLAC = b"fLaC\0\0\0\x22"  # start of a FLAC stream
-_READ_AHEAD = 65_536  # bytes; upper bound on a decoder's read-ahead
+_READ_AHEAD = 65_536  # maximum number of bytes that a decoder reads ahead
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeError)
 
 
 class Decoder(Protocol):
     """An open stream with a fixed sampling rate."""
 
-    rate: int  # Hz
+    rate: int  # sampling rate in Hz
 
     def length(self) -> int:
         """Return the number of samples per channel, decoding the stream if its header is unreliable."""
 
     def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
-        """Read up to `n` frames (None: all) from frame `start` on as float32 (frames, channels)."""
+        """Read up to `n` frames (None: all) from frame `start` on, as float32 (frames, channels)."""
 
     def blocks(self, n: int) -> Iterator[np.ndarray]:
         """Yield all samples in blocks of up to `n` frames."""
@@ -41,7 +41,7 @@ class Decoder(Protocol):
 
 @contextmanager
 def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
-    """Open decoders for the streams of a file, in order.
+    """Open decoders for all streams in a file, in order.
 
     Raises:
         AudioError: the file is not audio, has an unsupported format, or is truncated.
@@ -66,7 +66,7 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
 
 
 class _Bytes(io.RawIOBase):
-    """File object for a `Part`: its prefix followed by a byte range of the file."""
+    """File object for a `Part`, which consists of its prefix and a byte range of the file."""
 
     def __init__(self, file: BinaryIO, part: Part):
         self.file = file
@@ -124,7 +124,7 @@ class SoundFileDecoder:
         self.rate = self.file.samplerate
 
     def _target(self) -> int | BinaryIO:
-        """Return the argument for soundfile: a descriptor for a whole regular file, else a file object."""
+        """Return the argument for soundfile: a descriptor for a whole regular file, or else a file object."""
         file = self.source.file
         file.seek(0)
         if self.part.prefix or self.part.length != self.source.size:
@@ -139,7 +139,7 @@ class SoundFileDecoder:
         self.file.close()
 
     def length(self) -> int:
-        # MP3 decoders deviate from the stated length, and FLAC files written to a pipe do not state it.
+        # MP3 decoders deviate from the stated length, and FLAC files written to a pipe do not state a length.
         if self.file.format == "MP3" or self.file.frames >= _UNKNOWN:
             return sum(len(block) for block in self.blocks(_BLOCK))
         n_frames: int = self.file.frames

@@ -19,8 +19,8 @@ from jahubert.audio.sources import AudioSource, open_bytes
 from jahubert.errors import AudioError
 from jahubert.frames import SAMPLE_RATE
 
-# A file, byte range or binary stream; samples; or samples with their rate as (rate, samples) or
-# {"array": samples, "sampling_rate": rate}.
+# A file, byte range or binary stream, samples, or samples with their sampling rate in the form
+# (rate, samples) or {"array": samples, "sampling_rate": rate}.
 AudioLike = (
     str
     | os.PathLike[str]
@@ -41,17 +41,17 @@ _EXPECTED = (
 def load_audio(
     source: AudioLike, sample_rate: float | None = None, *, start: int = 0, n_samples: int | None = None
 ) -> torch.Tensor:
-    """Load audio as a float32 tensor (T,): mono, 16 kHz, full scale = 1.
+    """Load audio as a mono float32 tensor (T,) at 16 kHz, in which full scale is 1.
 
-    Arrays are (T,), (channels, T) or (T, channels); the smaller dimension is taken as the channels. Integers
-    are divided by their full scale.
+    Arrays have the shape (T,), (channels, T) or (T, channels), where the smaller dimension is assumed to be
+    the channels. Integers are divided by their full scale.
 
     Args:
         source: see `AudioLike`.
-        sample_rate: sampling rate of an array in Hz (default: 16,000); ignored for files, whose
+        sample_rate: sampling rate of an array in Hz (default: 16,000). It is ignored for files, whose
             headers specify the rate.
         start: first sample to return, at 16 kHz.
-        n_samples: number of samples to return, at 16 kHz; fewer are returned at the end of the audio.
+        n_samples: number of samples to return, at 16 kHz. Fewer are returned at the end of the audio.
 
     Raises:
         AudioError: the file is missing, empty, truncated or not audio, or has NaN or infinite samples.
@@ -80,7 +80,7 @@ def load_audio(
 def stream_audio(
     source: AudioLike, sample_rate: float | None = None, *, block_seconds: float = 10.0
 ) -> Iterator[torch.Tensor]:
-    """Yield the samples of `load_audio(source)` in blocks (T,), with memory independent of the length.
+    """Yield the samples of `load_audio(source)` in blocks (T,), using memory independent of the length.
 
     The concatenated blocks are bit-identical to `load_audio(source)`, or equal up to rounding (1e-7) for MP3.
     An error in a file is raised when decoding reaches it. Byte ranges, pipes and open streams are kept in
@@ -116,8 +116,7 @@ def stream_audio(
 def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     """Return the number of 16 kHz samples in `load_audio(source)`.
 
-    The length stated in the header is used if the format allows it to be verified; otherwise the file is
-    decoded.
+    The length in the header is used if the format allows it to be verified. Otherwise, the file is decoded.
 
     Raises:
         AudioError: as for `load_audio`, except for errors that only decoding detects.
@@ -146,7 +145,7 @@ def _open(source: Any) -> Iterator[tuple[str, list[Decoder]]]:
 
 
 def _samples(source: Any, sample_rate: float | None) -> tuple[Any, int]:
-    """Return the array in `source` and its sampling rate; the array is None for files and streams."""
+    """Return the array in `source` (None for files and streams) and its sampling rate."""
     stated: Any = None
     if isinstance(source, Mapping):
         array = source.get("array", source.get("raw"))
@@ -192,7 +191,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _rate(value: Any) -> int:
-    """Check a sampling rate and convert it to an integer."""
+    """Check a sampling rate, and convert it to an integer."""
     if value is None:
         return SAMPLE_RATE
     if not _is_number(value) or not math.isfinite(value) or value != int(value):
@@ -217,7 +216,7 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
     elif source.dtype in (np.int8, np.int16, np.int32):
         samples = source.astype(np.float32) / -float(np.iinfo(source.dtype).min)
     elif np.issubdtype(source.dtype, np.floating):
-        samples = source.astype(np.float32)  # copies, so the result never shares memory with the argument
+        samples = source.astype(np.float32)  # a copy, so that the result shares no memory with the argument
     else:
         raise AudioError(
             f"audio arrays must contain floats or 8, 16 or 32 bit integers, but the dtype is {source.dtype}"
@@ -253,5 +252,5 @@ def _to_16k(wav_T: np.ndarray, rate: int, name: str) -> np.ndarray:
 
 
 def _resampled_length(n: int, rate: int) -> int:
-    """Return soxr's output length: n * 16,000 / rate, with halves rounded up."""
+    """Return the output length of soxr, which is n * 16,000 / rate with halves rounded up."""
     return n if rate == SAMPLE_RATE else (2 * n * SAMPLE_RATE + rate) // (2 * rate)

@@ -1,4 +1,4 @@
-"""Optional decoding of m4a, mp4, webm, aac, wma and similar formats with PyAV or the ffmpeg program."""
+"""Optional decoders for m4a, mp4, webm, aac, wma and similar formats, based on PyAV or ffmpeg."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
-_FORMATS = (  # offset, magic bytes, name
+_FORMATS = (  # (offset, magic bytes, name of the format)
     (4, b"ftyp", "MPEG-4 (m4a, mp4)"),
     (4, b"moov", "QuickTime"),
     (4, b"mdat", "QuickTime"),
@@ -32,13 +32,13 @@ _FORMATS = (  # offset, magic bytes, name
 )
 # Containers that libsndfile opens only if it supports the codec inside.
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
-_TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # in ffmpeg's error messages
-_SLACK_SECONDS = 1.0  # tolerated difference between the stated and the decoded length
+_TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # matches ffmpeg's error messages
+_SLACK_SECONDS = 1.0  # maximum difference between the stated and the decoded length
 INSTALL = "pip install 'jahubert[media]' (PyAV), or install ffmpeg"
 
 
 def sniff(source: AudioBytes) -> str | None:
-    """Return the name of a format that needs the optional decoder; None for other content."""
+    """Return the name of the format if it requires the optional decoder, otherwise None."""
     source.file.seek(0)
     head = source.file.read(16)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -167,7 +167,7 @@ class AvDecoder(_MediaDecoder):
             yield converted.to_ndarray().T
 
     def _stated_seconds(self) -> float:
-        """Return the duration in the header; 0 for formats that only estimate it from the bitrate."""
+        """Return the duration in the header, or 0 for formats that only estimate it from the bitrate."""
         if self.container.format.name in ("aac", "amr", "mpegts"):
             return 0.0
         if self.stream.duration is not None and self.stream.time_base is not None:
@@ -177,7 +177,7 @@ class AvDecoder(_MediaDecoder):
 
 
 class FfmpegDecoder(_MediaDecoder):
-    """Decoder that runs the ffmpeg program and reads float WAV from its output."""
+    """Decoder that runs the ffmpeg program and reads floating-point WAV from its output."""
 
     def __init__(self, source: AudioBytes, program: str):
         self.name = source.name
@@ -204,7 +204,7 @@ class FfmpegDecoder(_MediaDecoder):
         self.errors.append(self.process.stderr.read())
 
     def _read_header(self) -> tuple[int, int]:
-        """Read the sampling rate and number of channels, and advance the pipe to the first sample."""
+        """Read the sampling rate and the number of channels, and advance the pipe to the first sample."""
         assert self.process.stdout is not None
         head = self.process.stdout.read(12)
         rate = channels = 0
@@ -248,7 +248,7 @@ class FfmpegDecoder(_MediaDecoder):
 
 
 def _rechunk(waiting: list[np.ndarray], n: int) -> Iterator[np.ndarray]:
-    """Yield blocks of `n` frames from a list of arrays; the remainder stays in the list."""
+    """Yield blocks of `n` frames from a list of arrays, in which the remainder is kept."""
     samples = np.concatenate(waiting)
     n_full = len(samples) - len(samples) % n
     waiting[:] = [samples[n_full:]] if n_full < len(samples) else []

@@ -1,8 +1,8 @@
 """Parser for MPEG audio files (MP3): frames, tags, and the streams of concatenated files.
 
-Files without a header frame (Xing, Info, VBRI) do not state their length, so decoders guess it from the first
-frame. Concatenated files state only the length of their first part. Scanning the frame headers gives the true
-length at about a hundredth of the cost of decoding.
+Files without a header frame (Xing, Info, VBRI) do not state their length, and decoders guess it from the
+first frame. Concatenated files state only the length of their first part. Scanning the frame headers
+determines the true length in about a hundredth of the time that decoding takes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 from jahubert.errors import AudioError
 
-_BITRATES = {  # kbit/s by (MPEG 1, layer) and index 1 to 14
+_BITRATES = {  # (whether MPEG 1, layer) -> kbit/s for index 1 to 14
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -24,14 +24,14 @@ _BITRATES = {  # kbit/s by (MPEG 1, layer) and index 1 to 14
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
-_TOLERANCE = 4 * 1152  # samples of encoder delay and padding that decoders remove
+_TOLERANCE = 4 * 1152  # maximum number of samples of encoder delay and padding, which decoders remove
 
 
 class _Header(NamedTuple):
-    kind: tuple[int, int, int]  # version bits, layer, sampling rate: constant within a stream
+    kind: tuple[int, int, int]  # (version bits, layer, sampling rate), constant within a stream
     length: int  # frame length in bytes
     n_samples: int
-    side_info: int  # bytes
+    side_info: int  # length of the side information in bytes
 
 
 @dataclass
@@ -41,13 +41,13 @@ class Stream:
     start: int  # first byte of the stream
     end: int
     n_frames: int  # number of frames, excluding the header frame
-    n_samples: int  # samples per channel and frame
-    tagged: bool  # whether a header frame states its length correctly
-    prefix: bytes  # header frame to prepend if the stream has no header frame
+    n_samples: int  # number of samples per channel and frame
+    tagged: bool  # whether a header frame states the length correctly
+    prefix: bytes  # header frame to prepend if the stream has none
 
     @property
     def min_frames(self) -> int:
-        """Minimum number of samples per channel that an intact stream decodes to."""
+        """Minimum number of samples per channel in an intact stream after decoding."""
         return max(0, self.n_frames * self.n_samples - _TOLERANCE)
 
 
@@ -57,14 +57,14 @@ def is_mpeg(head: bytes) -> bool:
 
 
 def split(file: BinaryIO, name: str) -> list[Stream]:
-    """Return the streams in a file, in order; a file without frames has none.
+    """Return the streams in a file in order. A file without frames has none.
 
     Raises:
         AudioError: a stream has fewer frames than its header frame states.
     """
     try:
         data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError:  # the file is in memory
+    except OSError:  # the file is in memory and cannot be mapped
         file.seek(0)
         data = file.read()
     streams: list[Stream] = []
@@ -97,7 +97,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
             incomplete = True
             break
         if n_frames and _stated_frames(data, position, header) is not None:
-            break  # the header frame of the next stream
+            break  # this is the header frame of the next stream
         n_frames += 1
         position += header.length
         end = position
@@ -106,7 +106,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
     if stated is not None and (n_frames < stated - 1 or (incomplete and n_frames < stated)):
         raise AudioError(f"{name} is truncated: its header states {stated} MP3 frames, but it has {n_frames}")
     tagged = stated is not None and n_frames <= stated + 1
-    # Layers 1 and 2 have no header frame; decoders compute the length from the constant bitrate.
+    # Layers 1 and 2 have no header frame. Decoders compute the length from the constant bitrate.
     prefix = b"" if tagged or first.kind[1] != 3 else _header_frame(data[start : start + 4], n_frames)
     if stated is not None and not tagged:
         start += first.length
@@ -138,7 +138,7 @@ def _resync(data: mmap.mmap | bytes, position: int, kind: tuple[int, int, int]) 
 
 
 def _skip_tags(data: mmap.mmap | bytes, position: int) -> int:
-    """Return the position after ID3 and APE tags."""
+    """Return the position after any ID3 and APE tags at `position`."""
     while True:
         head = data[position : position + 32]
         if head[:3] == b"ID3" and len(head) >= 10 and not any(byte & 0x80 for byte in head[6:10]):
@@ -155,7 +155,7 @@ def _skip_tags(data: mmap.mmap | bytes, position: int) -> int:
 
 
 def _parse(head: bytes) -> _Header | None:
-    """Parse a four-byte frame header; return None if it is invalid or free-format."""
+    """Parse a four-byte frame header, or return None if it is invalid or free-format."""
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
     return _parse_bits(int.from_bytes(head, "big") & 0xFFFFFFC0)
@@ -191,7 +191,7 @@ def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> i
     if header.kind[1] != 3:
         return None
     frame = data[position : position + min(header.length, 64)]
-    for offset in (4 + header.side_info, 6 + header.side_info):  # without and with a checksum
+    for offset in (4 + header.side_info, 6 + header.side_info):  # frames without and with a checksum
         if frame[offset : offset + 4] in (b"Xing", b"Info") and len(frame) >= offset + 12:
             flags, n_frames = struct.unpack(">II", frame[offset + 4 : offset + 12])
             return int(n_frames) if flags & 1 else None
@@ -201,8 +201,8 @@ def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> i
 
 
 def _header_frame(head: bytes, n_frames: int) -> bytes:
-    """Create a Xing header frame with the number of frames; `head` is the first frame's header."""
-    bits = int.from_bytes(head, "big") | 1 << 16  # header bits of a frame without a checksum
+    """Create a Xing header frame with the number of frames, given the header `head` of the first frame."""
+    bits = int.from_bytes(head, "big") | 1 << 16  # marks the frame as having no checksum
     for bitrate_index in range(1, 15):
         candidate = (bits & ~0xF200 & 0xFFFFFFFF) | bitrate_index << 12
         header = _parse_bits(candidate & 0xFFFFFFC0)

@@ -18,8 +18,8 @@ class AudioSource:
     """An audio file, or a byte range in an uncompressed tar or zip archive."""
 
     path: str
-    offset: int = 0  # bytes
-    length: int = -1  # bytes; -1: to the end of the file
+    offset: int = 0  # start of the byte range
+    length: int = -1  # length of the byte range; -1: to the end of the file
 
     def __str__(self) -> str:
         if self.offset == 0 and self.length < 0:
@@ -31,9 +31,9 @@ class AudioSource:
 class AudioBytes(NamedTuple):
     """Encoded recording as a seekable binary file."""
 
-    name: str  # name of the source in messages
-    file: BinaryIO  # seekable: an open regular file, or the bytes in memory
-    size: int  # bytes
+    name: str  # name of the source, for error messages
+    file: BinaryIO  # seekable file: an open regular file, or the bytes in memory
+    size: int  # size in bytes
 
 
 @contextmanager
@@ -57,13 +57,13 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
         source = AudioSource(os.fsdecode(source))
     name = str(source)
     try:
-        # Unbuffered, because decoders move the descriptor's position.
+        # The file is not buffered, because decoders move the position of its descriptor.
         file = cast(BinaryIO, open(source.path, "rb", buffering=0))  # noqa: SIM115
     except FileNotFoundError as error:
         raise AudioError(f"no such audio file: {source.path}") from error
     except IsADirectoryError:
         raise AudioError(f"{name} is a folder, not an audio file") from None
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+    except (OSError, ValueError) as error:  # a NUL in the path causes a ValueError
         reason = getattr(error, "strerror", None) or error
         raise AudioError(f"{name} cannot be read: {reason}") from error
     with file:

@@ -1,1 +1,1 @@
-"""Command `jahubert`: subcommands, console output, feature files and shell completion."""
+"""The command `jahubert`: subcommands, console output, feature files and shell completion."""

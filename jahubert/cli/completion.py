@@ -8,7 +8,7 @@ from types import ModuleType
 from jahubert.errors import MissingExtraError
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
-# bash splits words at "=", so a candidate must not repeat the text before it.
+# Candidates must not repeat the text before "=", because bash splits words there.
 _BASH_SETTINGS = """
 _jahubert_settings() {
   local line="${COMP_LINE:0:COMP_POINT}" prefix="" candidate
@@ -50,7 +50,7 @@ def _paths(shtab: ModuleType, action: argparse.Action) -> dict:
 
 
 def _settings() -> dict:
-    """Return the completion of `recipe=` and `stage=` settings for each shell."""
+    """Return the completion of the settings `recipe=` and `stage=` for each shell."""
     from jahubert.train.experiment.registry import STAGES, recipe_names
 
     values = [f"recipe={name}" for name in recipe_names()]

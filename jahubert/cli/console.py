@@ -22,12 +22,12 @@ AUDIO_ENDINGS = (
     ".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka",  # these formats need an optional decoder
 )  # fmt: skip
 STDIN = "-"
-BAR = 20  # characters
+BAR = 20  # length of the progress bar in characters
 
 
 @dataclass(frozen=True)
 class Input:
-    """A recording, its label in messages, and its path in the output folder without a suffix."""
+    """A recording, with its label in messages and its path in the output folder without a suffix."""
 
     label: str
     base: Path
@@ -43,11 +43,11 @@ def find_inputs(
     """Expand arguments (files, folders, patterns, `-` for standard input) into recordings.
 
     Args:
-        into: output folder or None.
-        ending: suffix of the result files.
+        into: output folder, or None.
+        ending: suffix of the output files.
 
     Returns:
-        The recordings, and an error for each argument that contains no audio.
+        The recordings, and one error for each argument that contains no audio.
 
     Raises:
         ConfigError: `into` is not writable, or two recordings would be written to the same file.
@@ -108,7 +108,7 @@ def _check_output(folder: Path) -> None:
 
 
 def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
-    """Expand a pattern that the shell did not expand; other arguments are returned unchanged."""
+    """Expand a pattern that the shell did not expand. Other arguments are returned unchanged."""
     if Path(argument).exists() or not glob.has_magic(argument):
         return [argument]
     paths = sorted(glob.glob(argument, recursive=True))
@@ -118,14 +118,14 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
 
 
 def print_names(arguments: Sequence[str]) -> bool:
-    """Return whether result lines need recording names because the arguments may match several files."""
+    """Return whether output lines need the names of recordings, because there may be several."""
     first = arguments[0]
     is_pattern = glob.has_magic(first) and not Path(first).exists()
     return len(arguments) > 1 or Path(first).is_dir() or is_pattern
 
 
 class Report:
-    """Progress bar (if standard error is a terminal), failure messages and exit status of a command."""
+    """Progress bar (if standard error is a terminal), error messages and exit status of a command."""
 
     def __init__(self, inputs: Sequence[Input], empty: dict[str, AudioError]):
         self.n_inputs, self.n_seen, self.failed, self.status = len(inputs) + len(empty), 0, 0, 0
@@ -154,7 +154,7 @@ class Report:
         minutes, seconds = divmod(round(self.seconds), 60)
         audio = f"  {minutes}:{seconds:02d} of audio, {speed:.0f}x real time" if self.seconds else ""
         line = f"[{'#' * filled}{'.' * (BAR - filled)}] [{self.n_seen}/{self.n_inputs}]{audio}  {self.label}"
-        width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be cleared
+        width = shutil.get_terminal_size().columns - 1  # a line that is wrapped could not be cleared
         print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
@@ -194,7 +194,7 @@ def printable(text: str) -> str:
     escaped = []
     for character in text:
         if character != "\n" and unicodedata.category(character) in ("Cc", "Cf"):
-            utf16 = character.encode("utf-16-be").hex()  # JSON escape, so JSON output stays valid
+            utf16 = character.encode("utf-16-be").hex()  # a JSON escape keeps JSON output valid
             character = "".join(f"\\u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4))
         escaped.append(character)
     return "".join(escaped)

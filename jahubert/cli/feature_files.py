@@ -37,7 +37,7 @@ class FeatureFiles:
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
         self.folder = parts_folder(output)
-        # Parts next to a complete file were left by a run that ended before deleting them.
+        # Parts next to a complete file are from a run that ended before it deleted them.
         if self.folder != output and output.exists() and not self.folder.exists():
             raise ConfigError(f"-o {output} already exists; remove it or choose another name")
         record = self.folder / RECORD
@@ -50,7 +50,7 @@ class FeatureFiles:
             ]
             if differences:
                 raise StaleError(
-                    f"{self.folder} has features with {', '.join(differences)}; "
+                    f"{self.folder} contains features with {', '.join(differences)}; "
                     "remove it or choose another folder"
                 )
         else:
@@ -81,11 +81,11 @@ class FeatureFiles:
             for chunk in chunks:
                 file.write(chunk.contiguous().numpy().tobytes())
                 n_frames += len(chunk)
-            file.seek(0)  # numpy pads the header, so a larger frame count fits
+            file.seek(0)  # a larger frame count fits in the header, because numpy pads it
             _header(file, (n_frames, *shape))
 
     def finish(self) -> None:
-        """Assemble the output if it is a safetensors file."""
+        """Assemble the output file if the output is a safetensors file."""
         if self.folder == self.output:
             return
         files = sorted(self.folder.rglob("*.npy"))
@@ -120,7 +120,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def parts_folder(output: Path) -> Path:
-    """Return the folder for the .npy files of an output."""
+    """Return the folder for the .npy files from which an output is assembled."""
     return output.with_name(output.name + ".parts") if output.suffix == SINGLE else output
 
 
@@ -136,5 +136,5 @@ def _header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def _key(path: Path) -> str:
-    """Return the tensor name for the safetensors file, which must be valid UTF-8."""
+    """Return the name of a tensor in the safetensors file, which must be valid UTF-8."""
     return path.with_suffix("").as_posix().encode("utf-8", "backslashreplace").decode()

@@ -13,12 +13,12 @@ from jahubert.errors import ConfigError
 if TYPE_CHECKING:
     from jahubert.cli.main import Command
 
-UNITS = ("word", "phone", "kana", "character", "token")  # the units in train/text/tokens.py
+UNITS = ("word", "phone", "kana", "character", "token")  # the same units as in train/text/tokens.py
 
 
 def add_commands(command: Command) -> None:
     """Add the subcommands to the parser."""
-    sub = command(ngram, "train an n-gram language model (modified Kneser-Ney) and write it as ARPA")
+    sub = command(ngram, "train an n-gram language model (modified Kneser-Ney) and write an ARPA file")
     _add_text_options(sub)
     sub.add_argument(
         "-o", "--output", metavar="FILE", required=True, help="ARPA file, compressed if it ends in .gz"
@@ -87,7 +87,7 @@ def perplexity(args: argparse.Namespace) -> int:
 
 
 def _read_text(args: argparse.Namespace):
-    """Return the tokenizer and the tokenized sentences of the texts."""
+    """Return the tokenizer and the tokenized sentences in the texts."""
     from jahubert.train.data.training_text import training_sentences
     from jahubert.train.text.tokens import Tokenizer, read_lines
 

@@ -1,8 +1,8 @@
-"""The command line `jahubert`: transcription, features, units, models and experiments.
+"""Entry point of the command `jahubert`: transcription, features, units, models and experiments.
 
-Results go to standard output or to the path given with -o, everything else to standard error. Failed files
-are reported, and the other files are still processed. Exit status: 0 success, 2 an error that the user can
-fix (a missing file, a wrong option), 1 an internal error, 130 interrupted.
+Results are written to standard output or to the path given with -o, and everything else to standard error.
+Failed files are reported, and the other files are still processed. The exit status is 0 for success, 2 for an
+error that the user can fix (a missing file, a wrong option), 1 for an internal error, and 130 if interrupted.
 
 Heavy packages are imported only when a command needs them, which keeps `--help` fast.
 """
@@ -46,7 +46,7 @@ from jahubert.inference import writers
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript
 
-MAX_BEAM = 1000  # hypotheses; memory and time grow with the beam
+MAX_BEAM = 1000  # maximum number of hypotheses in the beam, which determines memory and time
 
 # Modules of the extra `train`, and the packages that provide them.
 TRAIN_PACKAGES = {
@@ -61,7 +61,7 @@ TRAIN_PACKAGES = {
     "yaml": "hydra-core",
 }
 
-# A function that adds a subcommand, given the function to run and a short description.
+# Type of a function that adds a subcommand, given the function to run and a short description.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 PLAN = (
     "settings of jahubert run; gpus=N (default: processes=), gpu=NAME (default: this machine), "
@@ -71,12 +71,12 @@ BUILTIN_NOTE = (
     "transcribing with the built-in model, a small one for trying jahubert on clear Japanese speech; for "
     "other purposes, fine-tune a model on your speakers and give it with --model"
 )
-MODEL = "a model folder or file, or a Hub name"  # help text of model arguments
-CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # as in train/data/export.py (extra train)
+MODEL = "a model folder or file, or a Hub name"  # help text for model arguments
+CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # the formats that train/data/export.py supports
 
 
 def model_source(args: argparse.Namespace) -> str | Path:
-    """Return the selected model, or the built-in one by default."""
+    """Return the selected model, or by default the built-in one."""
     if args.model is not None:
         return args.model
     from jahubert.inference.transcribe import builtin_model
@@ -131,7 +131,7 @@ def transcribe(args: argparse.Namespace) -> int:
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
     label = ""  # the recording that is being transcribed
-    n_printed = 0  # number of segments of this recording that were already printed
+    n_printed = 0  # number of segments of this recording that have been printed
 
     def print_text(transcript: Transcript) -> None:
         if sys.stdout.isatty():
@@ -171,7 +171,7 @@ def transcribe(args: argparse.Namespace) -> int:
             print_text(result)
         elif args.output is None and not streams_text:
             report.clear()
-            if args.format == "tsv":  # print one header for all recordings
+            if args.format == "tsv":  # one header is printed for all recordings
                 content = writers.tsv_rows(result)
             else:
                 content = writers.render(result, args.format, args.phonemes)
@@ -224,7 +224,7 @@ def save_text(content: str, path: Path) -> None:
 
 
 def each(inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[Input], str | None]) -> int:
-    """Call `work` for every input and print the line returned by each call."""
+    """Call `work` for every input, and print the line that each call returns."""
     report = Report(inputs, empty)
     for item in inputs:
         line = None
@@ -277,7 +277,7 @@ def features(args: argparse.Namespace) -> int:
             report.failure(item.label, error)
             all_written &= not isinstance(error, OSError)
         report.add_file(item.label)
-    if all_written:  # otherwise a rerun writes the missing features first
+    if all_written:  # if features are missing, a rerun must first write them
         files.finish()
     return report.finish()
 
@@ -359,7 +359,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def convert_labels(args: argparse.Namespace) -> int:
-    """Export the units of an experiment as training files for fairseq."""
+    """Export the units in an experiment as training files for fairseq."""
     if args.to != "fairseq":
         raise ConfigError(f"{args.source} contains units, which can only be converted with --to fairseq")
     from jahubert.train.data.fairseq_files import export_experiment
@@ -384,7 +384,7 @@ def export_corpus(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve as a placeholder for help and completion; `main` passes the arguments to `jahubert.run`."""
+    """Serve as a placeholder for help and completion. `main` passes the arguments to `jahubert.run`."""
     raise NotImplementedError
 
 
@@ -431,12 +431,12 @@ def beam_width(text: str) -> int:
 
 
 def transcript_format(text: str) -> str:
-    """Parse a format name, ignoring case; `txt` is an alias of `text`."""
+    """Parse the name of a format, ignoring case. `txt` is an alias of `text`."""
     return "text" if text.lower() == "txt" else text.lower()
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser with one-line errors that suggest the nearest option name."""
+    """Argument parser with one-line errors that suggest the nearest option name."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -457,7 +457,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def layers(text: str) -> int | list[int] | str:
-    """Parse layers: `6`, `3,6,9` or `all`."""
+    """Parse layers, given as `6`, `3,6,9` or `all`."""
     if text == "all":
         return text
     indices = [int(part) for part in text.split(",")]
@@ -615,7 +615,7 @@ def experiment_commands(command: Command) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status."""
+    """Run a command, and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:
         from jahubert.run import main as run_stages
@@ -645,7 +645,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.filename is None:  # Python would report the error of standard output again at exit
+        if error.filename is None:  # Python would report an error of standard output again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`| head`)
             return 141

@@ -1,1 +1,1 @@
-"""Checkpoint formats: bundles, Hugging Face, fairseq, torchaudio, s3prl and ONNX, one file per format."""
+"""Checkpoint formats (bundles, Hugging Face, fairseq, s3prl, torchaudio and ONNX), one file per format."""

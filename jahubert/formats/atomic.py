@@ -1,4 +1,4 @@
-"""Atomic file and folder writes.
+"""Atomic writing of files and folders.
 
 Content is written under a temporary name in the same folder, flushed to disk and renamed. Readers see either
 the old or the new content, even if the writer is killed or the disk is full. The temporary name starts with
@@ -27,7 +27,7 @@ if sys.platform != "win32":
     import fcntl
 
 PREFIX = ".tmp-"
-_FOLDER, _REPLACED = ".new", ".old"  # suffixes of temporary folders: new content, replaced content
+_FOLDER, _REPLACED = ".new", ".old"  # suffixes of temporary folders for new and for replaced content
 _CONTENT = "content"  # name of a file in a temporary folder
 
 
@@ -42,9 +42,9 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
     """Open a temporary file that replaces `path` at the end of the `with` block, unless it raises.
 
     Args:
-        path: the file to write; its folder must exist.
-        mode: "w" for UTF-8 text, "wb" for bytes.
-        errors: error handler for characters that UTF-8 cannot encode, as in `open` (text mode only).
+        path: the file to write, whose folder must exist.
+        mode: "w" for UTF-8 text, or "wb" for bytes.
+        errors: error handler for characters that UTF-8 cannot encode, as in `open` (only in text mode).
     """
     with temporary_file(path) as temporary:
         encoding = None if "b" in mode else "utf-8"
@@ -73,7 +73,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Replacing a folder takes two renames. If the process is killed between them, the next write first restores
     the old folder.
     """
-    path = path.resolve()  # for a symbolic link, replace its target
+    path = path.resolve()  # for a symbolic link, the target is replaced
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _new_folder(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _restore(path: Path, replaced: Path) -> None:
-    """Undo the first of the two renames of a folder."""
+    """Undo the first of the two renames that replace a folder."""
     if replaced.exists() and not path.exists():
         replaced.rename(path)
 
@@ -127,21 +127,21 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder with its content, if it exists.
+    """Delete a folder and its content if it exists.
 
     Raises:
-        OSError: part of the folder could not be deleted; the error names `folder`.
+        OSError: part of the folder could not be deleted. The error names `folder`.
     """
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
         pass
-    except OSError as error:  # the error names a file without its path
+    except OSError as error:  # the error names only a file inside the folder
         raise OSError(error.errno, os.strerror(error.errno or errno.EIO), str(folder)) from error
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the temporary name of a file or folder; concurrent writers use different names."""
+    """Return the temporary name for a file or folder. Concurrent writers use different names."""
     return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
 
 

@@ -1,4 +1,4 @@
-"""Bundles: self-describing model folders that Hugging Face `transformers` can open.
+"""Bundles, which are self-describing model folders that Hugging Face `transformers` can open.
 
     config.json  model.safetensors  preprocessor_config.json     Hugging Face's layout
     vocab.json                                                  CTC models: symbol -> index
@@ -7,8 +7,8 @@
     language_model.arpa.gz                                      if present: n-gram over the symbols
     README.md                                                   model card
 
-`load_bundle` opens models of all formats in four steps: `resolve_model` finds the file or folder, one reader
-turns it into a `RawModel`, its tensors are checked, and modules are built.
+`load_bundle` opens models in all formats in four steps: `resolve_model` finds the file or folder, one reader
+converts it to a `RawModel`, the tensors are checked, and modules are built.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Bundle:
     unit_head: UnitHead | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
-    info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or the file that was read
-    special_rows: Tensor | None = None  # (4, dim): fairseq's special codebook rows, for conversion back
+    info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of the model
+    special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion back
     notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
     language_model: LanguageModel | None = None  # used by `Transcriber` unless another one is given
 
@@ -116,7 +116,7 @@ def save_bundle(
     language_model: LanguageModel | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a bundle; an existing bundle is replaced once the new one is complete.
+    """Write a bundle. An existing bundle is replaced once the new one is complete.
 
     Args:
         path: folder to write.
@@ -125,13 +125,13 @@ def save_bundle(
         dtype: dtype of the weights in model.safetensors; they are converted to float32 when read.
 
     Raises:
-        ConfigError: no model was given, or `path` exists and is not a bundle.
+        ConfigError: no model is given, or `path` exists and is not a bundle.
     """
     hubert = ctc.hubert if ctc is not None else model
     if hubert is None:
         raise ConfigError("save_bundle needs a model or a ctc model")
     if centroids_KD is not None and centroid_layer is None:
-        raise ConfigError("save_bundle needs centroid_layer, the layer that the centroids belong to")
+        raise ConfigError("save_bundle needs centroid_layer, the layer to which the centroids belong")
     path = Path(path)
     if path.exists() and not (path / INFO).exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: exists and is not a bundle; remove it or choose another name")
@@ -220,7 +220,7 @@ def _read_bundle(folder: Path) -> RawModel:
     info = read_json(path)
     if typed_item(path, info, "format", int, 0) > FORMAT:
         raise CheckpointError(
-            f"{folder}: written in format {info['format']}, but this version reads up to {FORMAT}; "
+            f"{folder}: the format is {info['format']}, but this version can read only up to {FORMAT}; "
             "update jahubert"
         )
     _verify(folder, info)
@@ -252,7 +252,7 @@ def _read_bundle(folder: Path) -> RawModel:
 
 
 def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
-    """Check the centroids (K, D) and their layer."""
+    """Check the centroids and their layer, and return the centroids (K, D)."""
     centroids_KD = tensors.get("centroids_KD")
     if centroids_KD is None or centroids_KD.dim() != 2 or not len(centroids_KD):
         raise CheckpointError(f"{path}: centroids_KD is missing or not a matrix")
@@ -284,7 +284,7 @@ def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
 
 
 def _read_file(path: Path) -> RawModel:
-    """Read a fairseq, s3prl or torchaudio file; tensor names determine the format."""
+    """Read a fairseq, s3prl or torchaudio file, whose tensor names determine the format."""
     content = read_tensors(path)
     tables = [content[key] for key in ("model_weight", "model", "state_dict") if key in content]
     loaded = load_tensors(path, tables[0] if tables else content)
@@ -293,8 +293,8 @@ def _read_file(path: Path) -> RawModel:
     prefixes = {match[1] for name in tensors if (match := front_end.match(name))}
     if len(prefixes) != 1:
         raise CheckpointError(
-            f"{path}: {len(tensors)} tensors with {len(prefixes)} HuBERT front ends, so this is not a HuBERT "
-            "model; give a fairseq, s3prl or torchaudio file, or a Hugging Face folder"
+            f"{path}: not a HuBERT model ({len(tensors)} tensors, {len(prefixes)} HuBERT front ends); give a "
+            "fairseq, s3prl or torchaudio file, or a Hugging Face folder"
         )
     (prefix,) = prefixes
     if f"{prefix}encoder.layers.0.self_attn.q_proj.weight" in tensors:
@@ -312,11 +312,13 @@ def _read_file(path: Path) -> RawModel:
 
 
 def _build(path: Path, raw: RawModel) -> Bundle:
-    """Build modules and load their weights; all shapes are checked before allocation."""
+    """Build modules and load their weights, checking all shapes before allocation."""
     config = raw.config
     n_symbols = count_symbols(path, raw.weights, config.width)
     if raw.phonemes is not None and len(raw.phonemes) != n_symbols:
-        raise CheckpointError(f"{path}: {len(raw.phonemes)} symbols, but {n_symbols} outputs of the CTC head")
+        raise CheckpointError(
+            f"{path}: there are {len(raw.phonemes)} symbols, but the CTC head has {n_symbols} outputs"
+        )
     shapes = encoder_shapes(config)
     ctc, unit_head = None, None
     with torch.device("cpu"), _SkipRandomInit():
@@ -417,5 +419,5 @@ def _describe(file: Path) -> dict[str, Any]:
 def _checksum(info: dict[str, Any]) -> str:
     """Return the SHA-256 of jahubert.json without its own checksum."""
     content = {key: value for key, value in info.items() if key != "checksum"}
-    content = json.loads(json.dumps(content))  # converts all keys to strings, as reading does
+    content = json.loads(json.dumps(content))  # converts all keys to strings, as reading the file does
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Conversion of models to other formats, verified by reading the result back and running it."""
+"""Conversion of models to other formats, which is verified by reading and running the result."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jahubert.formats.typed_fields import read_json
 from jahubert.frames import SAMPLE_RATE
 
 FORMATS = ("hf", "fairseq", "torchaudio", "onnx")
-SUFFIXES = (".pt", ".pth")  # excludes .json, which torchaudio's settings use
-TOLERANCE = 1e-3  # permuted rows may be rounded differently
+SUFFIXES = (".pt", ".pth")  # .json is reserved for the settings of torchaudio models
+TOLERANCE = 1e-3  # maximum difference of outputs, because permuted rows may be rounded differently
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,18 @@ def convert(
         difference = largest_difference(bundle, load_bundle(target))
     if not difference <= TOLERANCE:
         raise CheckpointError(
-            f"{target}: written, but its outputs differ from those of {source} by up to {difference:.2g}; "
-            "do not use it, and report this"
+            f"{target} was written, but its outputs differ from those of {source} by up to {difference:.2g}; "
+            "do not use it, and report this problem"
         )
     return Conversion(tuple(notes), difference)
 
 
 def largest_difference(first: Bundle, second: Bundle) -> float:
-    """Compute the largest absolute difference of layers, log-probabilities and unit logits on random audio.
+    """Compute the largest absolute difference between the outputs of two models on random audio.
 
-    The noise has unit variance, so the epsilon of waveform normalization has no effect. Heads that
-    only one model has are not compared; CTC symbols are matched by name.
+    The outputs of layers, CTC heads and unit heads are compared. The noise has unit variance, so that the
+    epsilon of waveform normalization has no effect. Heads that only one model has are not compared. CTC
+    symbols are matched by name.
     """
     wav_BT = torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     n_samples = [SAMPLE_RATE, SAMPLE_RATE * 5 // 8]
@@ -156,7 +157,7 @@ def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
 
 
 def _matching_rows(first: Bundle, second: Bundle) -> dict[int, int]:
-    """Map rows of the first CTC head to rows of the second with the same symbol."""
+    """Return the row in the second CTC head with the same symbol for each row in the first."""
     if first.phonemes is None or second.phonemes is None:
         return {row: row for row in range(first.ctc.lm_head.out_features)} if first.ctc else {}
     rows = {symbol: row for row, symbol in enumerate(second.phonemes.symbols)}

@@ -2,8 +2,8 @@
 
 A checkpoint contains settings (`cfg`, or `args` in older files), weights (`model`) and the dictionaries of
 its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, including settings.
-s3prl keeps the same weights under `model_weight`. Dictionaries begin with four special symbols, so a codebook
-of K units has K + 4 rows; the first special symbol, `<s>`, is the CTC blank.
+s3prl keeps the same weights under `model_weight`. Dictionaries begin with four special symbols, so that a
+codebook of K units has K + 4 rows. The first special symbol, `<s>`, is the CTC blank.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _NAMES = [
     (r"^masked_spec_embed$", "mask_emb"),
     *WEIGHT_NORM,
 ]
-# HubertConfig field -> fairseq's setting, for fields that differ only in name.
+# HubertConfig field -> setting in fairseq, for fields that differ only in name.
 _FIELDS = {
     "conv_bias": "conv_bias",
     "width": "encoder_embed_dim",
@@ -82,7 +82,7 @@ _FIELDS = {
 # Pretraining settings -> names of the fine-tuning settings that override them.
 _FINE_TUNED = {name: name for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_input")}
 _FINE_TUNED |= {"feature_grad_mult": "feature_grad_mult", "encoder_layerdrop": "layerdrop"}
-# Settings with only one supported value.
+# Settings for which only one value is supported.
 _FIXED = {
     "layer_type": "transformer",
     "pos_conv_depth": 1,
@@ -105,10 +105,10 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
     """Read a fairseq or s3prl checkpoint.
 
     Args:
-        path: the file, for messages.
-        content: the unpickled file.
+        path: path of the file, for error messages.
+        content: content of the unpickled file.
         tensors: weights in the file.
-        prefix: prefix of the encoder's names in `tensors`.
+        prefix: prefix of encoder tensor names in `tensors`.
 
     Raises:
         CheckpointError: the settings or weights are not those of a HuBERT model.
@@ -126,7 +126,7 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
         inner["mask_emb"] = new_mask_embedding(config.width)
         notes.append("mask embedding: missing in the source, initialized at random")
     if "post_extract_proj.weight" not in inner and config.conv_dims[-1] == config.width:
-        # fairseq has no projection between equal widths, so add an identity projection.
+        # An identity projection is added, because fairseq has no projection between equal widths.
         inner["post_extract_proj.weight"] = torch.eye(config.width)
         inner["post_extract_proj.bias"] = torch.zeros(config.width)
     ctc = {}
@@ -158,7 +158,7 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the model and task settings; a fine-tuned model contains the settings of the pretrained model."""
+    """Read the settings of model and task. A fine-tuned model contains those of the pretrained model."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
     settings: Any = to_plain(path, content.get("cfg")) or to_plain(path, content.get("args"))
@@ -174,7 +174,7 @@ def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any],
     kind = model.get("_name") or model.get("arch") or "hubert"
     if not isinstance(kind, str) or "hubert" not in kind:
         raise CheckpointError(
-            f"{path}: a fairseq model of kind {short_repr(kind)}, but only HuBERT is supported"
+            f"{path}: the fairseq model is of kind {short_repr(kind)}, but only HuBERT is supported"
         )
     pretrained_settings = typed_item(path, model, "w2v_args", dict)
     if pretrained_settings is not None:
@@ -185,7 +185,7 @@ def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any],
 
 
 def _config_fields(path: Path, model: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
-    """Convert fairseq's settings to HubertConfig fields; missing settings get fairseq's defaults."""
+    """Convert fairseq's settings to HubertConfig fields, using fairseq's defaults for missing settings."""
     fixed = dict(_FIXED)
     conv_norm = "layer" if model.get("extractor_mode") == "layer_norm" else "group"
     fixed["extractor_mode"] = "layer_norm" if conv_norm == "layer" else "default"
@@ -241,14 +241,14 @@ def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
 
 
 def _read_dictionaries(path: Path, content: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
-    """Read the symbols of each codebook and of the CTC head; empty lists if the file has none."""
+    """Read the symbols of each codebook and of the CTC head, or return empty lists if there are none."""
     if "model_weight" in content:
         names = to_plain(path, content.get("dictionaries_symbols"))
         return [symbols for symbols in names if _are_symbols(symbols)] if isinstance(names, list) else [], []
     state = to_plain(path, content.get("task_state"))
     dictionaries: dict[str, list[list[str]]] = {}
     for name, value in state.items() if isinstance(state, dict) else ():
-        # A dictionary, a list of them, or (some versions) a table keyed by the suffix of the label files.
+        # The value is a dictionary, a list of them, or (in some versions) a table keyed by label file suffix.
         if isinstance(value, dict) and "symbols" not in value:
             value = list(value.values())
         dictionaries[name] = [
@@ -295,7 +295,7 @@ def _take_head(
 
 
 def _unit_order(symbols: list[str], n_units: int) -> list[int]:
-    """Return the codebook row of each unit; dictionary lines may be sorted by frequency."""
+    """Return the codebook row of each unit. Lines in a dictionary may be sorted by frequency."""
     rows = {symbol: row for row, symbol in enumerate(symbols)}
     names = [str(unit) for unit in range(n_units)]
     if len(symbols) == n_units and all(name in rows for name in names):
@@ -328,7 +328,7 @@ def write_fairseq(
     unit_head: UnitHead | None = None,
     special_rows: Tensor | None = None,
 ) -> list[str]:
-    """Write the checkpoint of a pretrained model or, with `ctc`, of a fine-tuned model.
+    """Write the checkpoint for a pretrained model or, with `ctc`, for a fine-tuned model.
 
     Returns:
         One sentence per dropped or newly initialized item.
@@ -381,10 +381,10 @@ def write_fairseq(
 
 
 def _encoder_tensors(model: HubertModel, notes: list[str]) -> tuple[HubertConfig, dict[str, Tensor]]:
-    """Return the encoder tensors under fairseq's names and the matching configuration."""
+    """Return the encoder tensors under fairseq's names, and the matching configuration."""
     state = portable_state(model, "fairseq", notes)
     config = replace(model.config, conv_bias="feature_extractor.conv_layers.0.conv.bias" in state)
-    if config.conv_dims[-1] == config.width:  # fairseq then has no projection between them
+    if config.conv_dims[-1] == config.width:  # in this case, fairseq has no projection
         weight, bias = (state[f"feature_projection.projection.{part}"] for part in ("weight", "bias"))
         if not bias.any() and weight.equal(torch.eye(config.width)):
             del state["feature_projection.projection.weight"], state["feature_projection.projection.bias"]
@@ -422,7 +422,7 @@ def _duplicate_channels(
 def _drop_duplicate_channels(
     config: HubertConfig, state: dict[str, Tensor]
 ) -> tuple[HubertConfig, dict[str, Tensor]]:
-    """Undo `_duplicate_channels`; other models are returned unchanged."""
+    """Undo `_duplicate_channels`. Other models are returned unchanged."""
     n = config.width
     names = [name for name in _duplicated_tensors(config) if name in state]
     projection = state["feature_projection.projection.weight"]
@@ -442,7 +442,7 @@ def _head_tensors(
     special_rows: Tensor | None,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """Return codebook and projection; tensors that fairseq requires but the model lacks are initialized."""
+    """Return codebook and projection, initializing tensors that fairseq requires but the model lacks."""
     random = torch.Generator().manual_seed(0)
     if head is None:
         dim, rows = _FINAL_DIM, torch.zeros(0, _FINAL_DIM)
@@ -484,7 +484,7 @@ def _model_settings(config: HubertConfig, final_dim: int, temperature: float) ->
 
 
 def _fine_tuned_cfg(pretrained: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a CTC model that wraps a pretrained model."""
+    """Return the settings for a CTC model that wraps a pretrained model."""
     settings, task = pretrained["model"], pretrained["task"]
     model = {tuned: settings[name] for name, tuned in _FINE_TUNED.items()}
     model |= {"_name": "hubert_ctc", "w2v_path": "", "w2v_args": pretrained, "final_dropout": 0.0, "data": ""}

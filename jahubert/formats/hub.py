@@ -9,7 +9,7 @@ from jahubert.errors import CheckpointError, MissingExtraError
 
 
 def resolve_model(source: str | os.PathLike[str]) -> Path:
-    """Return the file or folder of a model; a Hub name is looked up in the cache and on the Hub.
+    """Return the file or folder of a model, looking up a Hub name in the cache and on the Hub.
 
     Raises:
         CheckpointError: the file, folder or name does not exist, or the Hub cannot be reached.
@@ -40,7 +40,7 @@ def check_exists(source: str | os.PathLike[str]) -> None:
     and is accessible.
 
     Raises:
-        CheckpointError: `resolve_model` would raise one, or the folder is not a model.
+        CheckpointError: `resolve_model` would raise this error, or the folder is not a model.
     """
     path = _local_path(source)
     if path is not None:
@@ -68,14 +68,14 @@ def check_exists(source: str | os.PathLike[str]) -> None:
 
 
 def _local_path(source: str | os.PathLike[str]) -> Path | None:
-    """Return the file or folder named `source`; None if it can only be a name on the Hub.
+    """Return the file or folder named `source`, or None if it can only be a name on the Hub.
 
     Raises:
         CheckpointError: `source` is neither an existing file or folder nor a valid Hub name.
     """
     path, name = Path(source), str(source)
     if path.is_dir():
-        inner = path / "bundle"  # a training stage's output folder contains its bundle
+        inner = path / "bundle"  # the output folder of a training stage contains a bundle
         return path if (path / "config.json").exists() or not (inner / "config.json").exists() else inner
     if path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""Reader and writer for Hugging Face HuBERT folders: configuration, weights and vocabulary.
+"""Reader and writer for Hugging Face HuBERT folders with configuration, weights and vocabulary.
 
 Weights are in one file or in shards, as safetensors or PyTorch `.bin` files. This package uses the same
 tensor names, except for the prefix `hubert.` of an encoder under a head and older weight norm names.
@@ -32,7 +32,7 @@ from jahubert.phonemes import BLANK, BOUNDARY, PhonemeSet
 
 SAFE, BIN = "model.safetensors", "pytorch_model.bin"
 CONFIG, PREPROCESSOR, VOCABULARY = "config.json", "preprocessor_config.json", "vocab.json"
-# HubertConfig field -> Hugging Face's key.
+# HubertConfig field -> key in Hugging Face's configuration.
 _KEYS = {
     "conv_dims": "conv_dim",
     "conv_kernels": "conv_kernel",
@@ -53,7 +53,7 @@ _KEYS = {
     "input_dropout": "feat_proj_dropout",
     "layer_drop": "layerdrop",
 }
-# Settings with only one supported value.
+# Settings for which only one value is supported.
 _FIXED = {
     "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
@@ -67,7 +67,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
 
     Args:
         folder: path of the folder.
-        fields: values of HubertConfig fields without a Hugging Face key, if known.
+        fields: values of HubertConfig fields that have no Hugging Face key, if known.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not belong to a HuBERT model.
@@ -81,7 +81,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
     from_shapes = fields_from_shapes(folder, weights, str)
     config = make_config(folder, from_shapes, _config_fields(folder, settings) | dict(fields or {}))
     raw = RawModel(config, weights)
-    if "masked_spec_embed" not in weights:  # models saved without masking have no mask embedding
+    if "masked_spec_embed" not in weights:  # models that were saved without masking have no mask embedding
         weights["masked_spec_embed"] = new_mask_embedding(config.width)
         raw.notes.append("mask embedding: missing in the source, initialized at random")
     n_symbols = count_symbols(folder, weights, config.width)
@@ -93,7 +93,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
 def huggingface_config(
     config: HubertConfig, phonemes: PhonemeSet | None, n_symbols: int | None
 ) -> dict[str, Any]:
-    """Return the content of config.json; `n_symbols` is the CTC output size, None without a CTC head."""
+    """Return the content of config.json. `n_symbols` is the CTC output size, or None without a CTC head."""
     settings = {key: getattr(config, name) for name, key in _KEYS.items()}
     return settings | {
         "model_type": "hubert",
@@ -127,13 +127,13 @@ def preprocessor_config(config: HubertConfig) -> dict[str, Any]:
 def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
     """Return the content of vocab.json, in which the blank is named `<pad>`."""
     names = {BLANK: "<pad>"}
-    # Models converted from fairseq have two such symbols: <s> is the blank, and <pad> is an ordinary symbol.
+    # Models converted from fairseq have both symbols: <s> is the blank, and <pad> is an ordinary symbol.
     names["<pad>"] = "<pad >" if "<s>" in phonemes.symbols else "<s>"
     return {names.get(symbol, symbol): row for row, symbol in enumerate(phonemes.symbols)}
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a folder, from one file or from the shards listed in an index."""
+    """Read the tensors in a folder from one file or from the shards listed in an index."""
     for name in (SAFE, BIN):
         if (folder / name).exists():
             return load_tensors(folder / name, read_tensors(folder / name))
@@ -156,7 +156,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def _our_name(name: str) -> str:
-    """Convert Hugging Face's tensor name to the name in this package."""
+    """Convert a tensor name of Hugging Face to the name in this package."""
     for suffix, own in (("weight_g", "original0"), ("weight_v", "original1")):
         name = name.replace(
             f"pos_conv_embed.conv.{suffix}", f"pos_conv_embed.conv.parametrizations.weight.{own}"
@@ -175,7 +175,7 @@ def _config_fields(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     fields = {
         name: config_field(path, name, key, settings[key]) for name, key in _KEYS.items() if key in settings
     }
-    # Hugging Face's conversion script for pretrained models writes no preprocessor_config.json.
+    # The conversion script of Hugging Face writes no preprocessor_config.json for pretrained models.
     fields["normalize"] = fields.get("pre_norm", False)
     processor = folder / PREPROCESSOR
     if processor.exists():
@@ -184,10 +184,10 @@ def _config_fields(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_symbols(folder: Path, settings: dict[str, Any], n_rows: int) -> PhonemeSet | None:
-    """Read the symbols of a CTC head in row order; None if the folder has no vocabulary.
+    """Read the symbols of a CTC head in row order, or return None if the folder has no vocabulary.
 
-    The blank is row `pad_token_id` of config.json, whatever its name; the word delimiter is taken from
-    tokenizer_config.json. A row without a name in the vocabulary is named by its number.
+    The blank is the row `pad_token_id` in config.json, whatever its name. The word delimiter is taken from
+    tokenizer_config.json. A row that has no name in the vocabulary is named after its number.
     """
     path = folder / VOCABULARY
     if not path.is_file():
@@ -212,6 +212,6 @@ def _read_symbols(folder: Path, settings: dict[str, Any], n_rows: int) -> Phonem
 
 
 def _content(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Return a token as a string; tokenizer files may store it as an object with `content`."""
+    """Return each token as a string. Tokenizer files may store it as an object with `content`."""
     token = tokenizer.get("word_delimiter_token")
     return tokenizer | ({"word_delimiter_token": token.get("content")} if isinstance(token, dict) else {})

@@ -1,4 +1,4 @@
-"""Limits on the memory and time spent on opening a model file.
+"""Limits on the memory and time for opening a model file.
 
 Real models stay far below these limits. For larger files from a trusted source, the environment variable
 `JAHUBERT_LIMITS` multiplies all of them.
@@ -11,13 +11,13 @@ import os
 from jahubert.errors import ConfigError
 
 VARIABLE = "JAHUBERT_LIMITS"
-JSON_BYTES = 4 << 20  # parsed JSON can use fifty times the size of the file in memory
-PICKLE_BYTES = 16 << 20  # size of the pickle without its tensors
-INSTRUCTIONS = 500_000  # maximum per pickle; 300 tensors and 50,000 symbols need 270,000
-DEPTH = 100  # levels of nested settings
-EXPANSION = 4  # tensor bytes per byte of the file
-CONVS = 64  # layers of the front end
-LAYERS = 512  # Transformer blocks
+JSON_BYTES = 4 << 20  # size of a JSON file, which can take fifty times as much memory when parsed
+PICKLE_BYTES = 16 << 20  # size of a pickle without its tensors
+INSTRUCTIONS = 500_000  # instructions in a pickle; 300 tensors and 50,000 symbols need 270,000
+DEPTH = 100  # number of levels of nested settings
+EXPANSION = 4  # number of tensor bytes per byte of the file
+CONVS = 64  # number of layers in the front end
+LAYERS = 512  # number of Transformer blocks
 
 
 def limit(value: int) -> int:

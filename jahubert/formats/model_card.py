@@ -1,4 +1,4 @@
-"""Model card of a bundle: README.md with a YAML header for the Hugging Face Hub."""
+"""Model card of a bundle, a README.md with a YAML header for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from jahubert.model.hubert import HubertModel
 from jahubert.phonemes import PhonemeSet
 
-_METRICS = ("wer", "per")  # development set metrics from fine-tuning
+_METRICS = ("wer", "per")  # metrics of fine-tuning on the development set
 
 
 def model_card(name: str, model: HubertModel, info: dict[str, Any], has_ctc: bool) -> str:
-    """Render the card of a model.
+    """Render the model card of a model.
 
     Args:
-        name: title of the card, and the model name in the results.
+        name: title of the card, which is also the name of the model in the results.
         info: content of jahubert.json.
         has_ctc: whether the model has a CTC head.
     """

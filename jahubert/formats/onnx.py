@@ -1,4 +1,4 @@
-"""ONNX export: the graph maps one recording of any length to log-probabilities or all layers."""
+"""ONNX export of a graph that maps one recording of any length to log-probabilities or all layers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from jahubert.formats.bundle import Bundle
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
 
-INPUT = "wav"  # float32 (1, samples), 16 kHz, full scale 1
-OUTPUTS = {True: "log_probs", False: "layers"}  # name of the output, with and without a CTC head
-CHECKED = (1.0, 0.31, 4.0)  # lengths in seconds of the random recordings used to check a written file
+INPUT = "wav"  # name of the input, float32 (1, samples) at 16 kHz with a full scale of 1
+OUTPUTS = {True: "log_probs", False: "layers"}  # name of the output with and without a CTC head
+CHECKED = (1.0, 0.31, 4.0)  # lengths in seconds of the random recordings for checking a written file
 
 
 class OnnxGraph(nn.Module):
@@ -35,7 +35,7 @@ class OnnxGraph(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(bundle.model if bundle.ctc is None else bundle.ctc).eval()
         hubert = self.model.hubert if isinstance(self.model, HubertForCtc) else self.model
-        # Fold the weight norm, which would otherwise be computed for every recording.
+        # The weight norm is folded, because it would otherwise be computed for every recording.
         positional = hubert.encoder.pos_conv_embed
         positional.conv = cast(Any, positional.conv.folded())
 
@@ -49,7 +49,7 @@ class OnnxGraph(nn.Module):
 
 
 def write_onnx(path: Path, bundle: Bundle) -> float:
-    """Write a bundle's model and return its largest difference from onnxruntime's output on random audio.
+    """Write the model of a bundle. Return its largest difference from onnxruntime's output on random audio.
 
     The metadata of the file contains the symbols, the sample rate and the kind of output.
 
@@ -58,7 +58,7 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401  # torch.onnx needs it
+        import onnxscript  # noqa: F401  # torch.onnx requires it
     except ImportError as error:
         raise MissingExtraError(str(error.name), "onnx") from error
     grid, name = bundle.config.grid, OUTPUTS[bundle.ctc is not None]
@@ -67,7 +67,7 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
     loggers = [logging.getLogger(each) for each in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # exporter warnings about its own code
+        warnings.simplefilter("ignore")  # the exporter warns about its own code
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
@@ -89,7 +89,7 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
 
 
 def difference(path: Path, bundle: Bundle) -> float:
-    """Compute the largest absolute difference from the bundle's outputs on random audio."""
+    """Compute the largest absolute difference from the outputs of the bundle on random audio."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -38,7 +38,7 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Packages whose objects become records, and further single names.
+# Packages whose objects become records, and additional single names.
 _FAMILIES = {"argparse", "omegaconf", "fairseq", "numpy", "pathlib", "typing"}
 _FAMILIES |= {"lightning", "lightning_fabric", "pytorch_lightning"}
 _NAMES = {"torch.device", "torch.Size", "_codecs.encode", "collections.defaultdict", "collections.Counter"}
@@ -48,11 +48,11 @@ _REBUILD_TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object in files from before PyTorch 1.6
 _LEGACY_PROTOCOL = 1001
-_PythonUnpickler: Any = pickle._Unpickler  # the pure-Python unpickler; the type stubs lack its attributes
+_PythonUnpickler: Any = pickle._Unpickler  # the type stubs lack attributes of the Python unpickler
 
 
 class Record(dict[Any, Any]):
-    """Inert object of a foreign class with its constructor arguments and state."""
+    """Inert replacement for an object of a foreign class, with its constructor arguments and state."""
 
     args: tuple[Any, ...] = ()
     state: Any = None
@@ -70,7 +70,7 @@ class Record(dict[Any, Any]):
 
 @dataclass
 class Storage:
-    """Bytes of one or more tensors, read from the file on first use."""
+    """Bytes of one or more tensors, which are read from the file on first use."""
 
     dtype: torch.dtype
     read: Callable[[], bytes]
@@ -93,7 +93,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file that has not been read yet."""
+    """A tensor in a file whose values have not been read yet."""
 
     path: Path
     storage: Storage
@@ -107,7 +107,7 @@ class Stored:
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def load(self) -> Tensor:
-        """Read the values into CPU memory; tensors with the same storage share memory.
+        """Read the values into CPU memory, which tensors with the same storage share.
 
         Raises:
             CheckpointError: the file contains no bytes, or too few bytes, for the tensor.
@@ -118,7 +118,7 @@ class Stored:
             if math.prod(self.shape) > len(values):
                 raise ValueError(f"{values.nbytes} bytes")
             return values.as_strided(self.shape, self.stride, self.offset)
-        except Exception as error:  # raised by zipfile, zlib or torch
+        except Exception as error:  # zipfile, zlib and torch raise various errors
             raise CheckpointError(
                 f"{self.path}: the values of a tensor of shape {self.shape} are damaged ({error}); "
                 "download or copy the file again"
@@ -126,7 +126,7 @@ class Stored:
 
 
 def read_pickled(path: Path) -> Any:
-    """Read a file written by `torch.save`: tensors become `Stored`, other objects `Record`.
+    """Read a file written by `torch.save`, in which tensors become `Stored` and other objects `Record`.
 
     Raises:
         CheckpointError: the file is damaged, too complex, in an unknown format, or refers to a class or
@@ -146,7 +146,7 @@ def read_pickled(path: Path) -> Any:
 
 
 def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
-    """Load the tensors of a table read from `path`, dropping other values.
+    """Load the tensors in a table that was read from `path`, dropping other values.
 
     Raises:
         CheckpointError: the values are damaged, or the total size far exceeds the file size.
@@ -155,7 +155,7 @@ def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
     declared = sum(value.n_bytes for value in items.values() if isinstance(value, Stored))
     if declared > _max_bytes(path):
         raise CheckpointError(
-            f"{path}: {declared:,} bytes of tensors in a file of {path.stat().st_size:,} bytes; it is "
+            f"{path}: a file of {path.stat().st_size:,} bytes that declares {declared:,} bytes of tensors is "
             f"damaged or malicious ({VARIABLE} raises the limit)"
         )
     tensors = {name: value.load() if isinstance(value, Stored) else value for name, value in items.items()}
@@ -168,7 +168,7 @@ def to_plain(where: object, value: Any) -> Any:
     Raises:
         CheckpointError: the value is nested too deeply.
     """
-    converted: dict[int, Any] = {}  # converts shared objects once
+    converted: dict[int, Any] = {}  # ensures that shared objects are converted only once
 
     def convert(value: Any, depth: int) -> Any:
         if depth > limit(DEPTH):
@@ -186,7 +186,7 @@ def to_plain(where: object, value: Any) -> Any:
             for content in ("_content", "_val"):
                 if content in state:
                     return convert(state[content], depth)
-            if value.args and not state and not len(value):  # an enum member
+            if value.args and not state and not len(value):  # the record is an enum member
                 return convert(value.args[0], depth)
             value = {**value, **state}
         if isinstance(value, dict):
@@ -197,7 +197,7 @@ def to_plain(where: object, value: Any) -> Any:
 
 
 def _read_archive(path: Path) -> Any:
-    """Read a file of PyTorch 1.6 or later, a zip archive with a pickle and one entry per storage."""
+    """Read a file from PyTorch 1.6 or later, a zip archive with a pickle and one entry per storage."""
     archive = zipfile.ZipFile(path)
     entries = {info.filename: info for info in archive.infolist()}
     (program,) = (name for name in entries if name.endswith("/data.pkl") or name == "data.pkl")
@@ -227,7 +227,7 @@ def _read_archive(path: Path) -> Any:
 
 
 def _read_legacy(path: Path) -> Any:
-    """Read a file from before PyTorch 1.6: several pickles, then the values of all storages."""
+    """Read a file from before PyTorch 1.6: several pickles, followed by the values of all storages."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         storages: dict[str, Storage] = {}
         n_values: dict[str, int] = {}
@@ -284,9 +284,9 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     """Unpickler limited to containers, numbers, records and descriptions of tensors.
 
     Args:
-        path: the file, for messages.
-        file: the pickle.
-        storage: returns the storage for a key, dtype and number of values.
+        path: path of the file, for error messages.
+        file: file object of the pickle.
+        storage: function that returns the storage for a key, dtype and number of values.
     """
 
     def __init__(self, path: Path, file: Any, storage: Callable[[str, torch.dtype, int], Storage]):
@@ -311,8 +311,8 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         if builtin or full in _NAMES or module.partition(".")[0] in _FAMILIES:
             return Record
         raise CheckpointError(
-            f"{self.path}: it refers to {full[:100]!r}, which is not allowed; opening it with torch.load "
-            "could run malicious code. Nothing was run; ask for the weights as safetensors"
+            f"{self.path}: the file refers to {full[:100]!r}, which is not allowed, because opening it with "
+            "torch.load could run malicious code. Nothing was run; ask for the weights as safetensors"
         )
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -336,7 +336,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return data
 
     def call(self, function: Any, args: Any) -> Any:
-        """Create an object; `function` was returned by `find_class`."""
+        """Create an object by calling `function`, which `find_class` returned."""
         if function is Record:
             record = Record()
             record.args = tuple(args)  # `tuple` does not copy a tuple, which may be large and shared
@@ -355,12 +355,12 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     # --- replacements for instructions that could run code or take unbounded time --------------------------
 
     def make(self) -> None:
-        """Execute REDUCE or NEWOBJ: function and arguments are on the stack."""
+        """Execute REDUCE or NEWOBJ, whose function and arguments are on the stack."""
         args = self.stack.pop()
         self.stack[-1] = self.call(self.stack[-1], args)
 
     def make_with_keywords(self) -> None:
-        """Execute NEWOBJ_EX; keyword arguments of foreign classes are dropped."""
+        """Execute NEWOBJ_EX, dropping keyword arguments of foreign classes."""
         self.stack.pop()
         self.make()
 
@@ -379,7 +379,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         state = self.stack.pop()
         if isinstance(self.stack[-1], Record):
             self.stack[-1].state = state
-        elif not isinstance(self.stack[-1], OrderedDict):  # ignores attributes such as `_metadata`
+        elif not isinstance(self.stack[-1], OrderedDict):  # attributes such as `_metadata` are ignored
             raise ValueError("the pickle sets attributes of an object")
 
     def set_item(self) -> None:
@@ -406,7 +406,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
 
 def _integers(value: Any) -> tuple[int, ...]:
-    """Check a shape or stride; a torch.Size is a record with one argument."""
+    """Check a shape or stride, which is a tuple or, for torch.Size, a record with one argument."""
     if isinstance(value, Record):
         value = value.args[0]
     if type(value) not in (tuple, list) or len(value) > 8:
@@ -419,7 +419,7 @@ def _checked_key(key: Any) -> Any:
     simple = (str, int, float, bool, bytes, type(None), Record)
     parts = key if type(key) is tuple and len(key) < 10 else (key,)
     if not all(type(part) in simple for part in parts):
-        raise ValueError("a dict key that is neither a string nor a number")
+        raise ValueError("a dict key is neither a string nor a number")
     return key
 
 

@@ -1,4 +1,4 @@
-"""Raw contents of model files, and checks of tensors and configuration shared by all formats.
+"""Raw contents of model files, and checks of tensors and configuration that all formats share.
 
 Every reader converts a file to a `RawModel`: a `HubertConfig` and tensors under Hugging Face's names, which
 this package also uses. Each other format has a function that maps these tensor names to its own names, which
@@ -25,9 +25,9 @@ from jahubert.formats.typed_fields import typed
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 
-NORMALIZE_EPS = 1e-5  # fairseq and torchaudio normalize waveforms with layer_norm
+NORMALIZE_EPS = 1e-5  # epsilon of waveform normalization (layer_norm) in fairseq and torchaudio
 TORCH_NORM_EPS = 1e-5  # epsilon of all norms in fairseq and torchaudio models
-HEAD = "lm_head.weight"  # CTC models only
+HEAD = "lm_head.weight"  # name of the CTC head, which only CTC models have
 WEIGHT_NORM = [
     (r"parametrizations\.weight\.original0$", "weight_g"),
     (r"parametrizations\.weight\.original1$", "weight_v"),
@@ -40,9 +40,9 @@ class RawModel:
 
     config: HubertConfig
     weights: dict[str, Tensor]  # encoder tensors, and `lm_head.*` for a CTC model
-    head: dict[str, Tensor] = field(default_factory=dict)  # UnitHead's tensors; empty without a unit head
+    head: dict[str, Tensor] = field(default_factory=dict)  # tensors of the unit head, if there is one
     temperature: float = 0.1  # temperature of `head`
-    special_rows: Tensor | None = None  # (4, dim): codebook rows of fairseq's special symbols
+    special_rows: Tensor | None = None  # codebook rows (4, dim) of fairseq's special symbols
     phonemes: PhonemeSet | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
@@ -54,7 +54,7 @@ class RawModel:
 
 
 def rename(name: str, rules: list[tuple[str, str]]) -> str:
-    """Apply (pattern, replacement) rules to the name of a tensor, in order."""
+    """Apply rules (pattern, replacement) to the name of a tensor, in order."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
@@ -69,7 +69,7 @@ def weight_norm_name(name: str) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Read a `.safetensors`, `.pt` or `.bin` file; tensors of pickled files are returned as `Stored`.
+    """Read a `.safetensors`, `.pt` or `.bin` file. Tensors in pickled files are returned as `Stored`.
 
     Raises:
         CheckpointError: the file is missing, damaged or does not contain a table.
@@ -112,7 +112,7 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
 
 
 def config_field(where: object, field: str, name: str, value: Any) -> Any:
-    """Check that a value has the type of a HubertConfig field; `name` is its name in the file.
+    """Check that a value, named `name` in the file, has the type of a HubertConfig field.
 
     Raises:
         CheckpointError: the value has another type.
@@ -127,9 +127,9 @@ def fields_from_shapes(
     """Derive HubertConfig fields from the shapes of encoder tensors.
 
     Args:
-        where: the file, for messages.
+        where: path of the file, for error messages.
         tensors: encoder tensors under their names in the file.
-        name_of: maps tensor names of this package to those in the file.
+        name_of: function from tensor names in this package to those in the file.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong number of dimensions.
@@ -179,7 +179,7 @@ def make_config(where: object, from_shapes: Mapping[str, Any], settings: Mapping
         for name in from_shapes
         if settings.get(name, from_shapes[name]) != from_shapes[name]
     ]
-    if wrong:  # checked before a model of arbitrary size is built
+    if wrong:  # this is checked before a model of arbitrary size is built
         raise CheckpointError(
             f"{where}: weights and settings do not match; the settings specify {', '.join(wrong)}. Use both "
             "as they were published"
@@ -194,7 +194,7 @@ def make_config(where: object, from_shapes: Mapping[str, Any], settings: Mapping
 
 
 def encoder_shapes(config: HubertConfig) -> dict[str, tuple[int, ...]]:
-    """Compute names and shapes of encoder tensors without building the encoder."""
+    """Compute the names and shapes of encoder tensors without building the encoder."""
     width, ffn, kernel = config.width, config.ffn, config.pos_conv_kernel
     shapes: dict[str, tuple[int, ...]] = {"masked_spec_embed": (width,)}
 
@@ -230,7 +230,7 @@ def encoder_shapes(config: HubertConfig) -> dict[str, tuple[int, ...]]:
 
 
 def count_symbols(where: object, weights: Mapping[str, Tensor], width: int) -> int | None:
-    """Return the number of outputs of the CTC head; None without a CTC head.
+    """Return the number of outputs of the CTC head, or None if there is none.
 
     Raises:
         CheckpointError: the widths of head and encoder differ, or the head has fewer than two outputs.
@@ -254,10 +254,10 @@ def select_tensors(
     """Select the tensors with the given names and shapes, in float32.
 
     Args:
-        where: the file, for messages.
-        shapes: shapes by tensor name in this package.
+        where: path of the file, for error messages.
+        shapes: shape of each tensor, keyed by its name in this package.
         tensors: tensors under their names in the file.
-        name_of: maps tensor names of this package to those in the file.
+        name_of: function from tensor names in this package to those in the file.
 
     Raises:
         CheckpointError: a tensor is missing or unexpected, has another shape or is not floating-point.
@@ -286,7 +286,7 @@ def select_tensors(
 
 
 def new_mask_embedding(width: int) -> Tensor:
-    """Create a missing mask embedding (D,), initialized as in training, but with a fixed seed."""
+    """Create a mask embedding (D,) for a model that lacks it, as in training but with a fixed seed."""
     return torch.rand(width, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,7 +1,7 @@
 """Reader and writer for torchaudio HuBERT state dicts.
 
-torchaudio stores model settings in code, not in files. The writer therefore adds a JSON file with the call
-that builds the model, under the same name.
+torchaudio stores the settings of models in code and not in files. The writer therefore adds a JSON file, with
+the same name except for the suffix, that contains the call that builds the model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NAMES = [
     (r"^encoder\.(pos_conv_embed|layer_norm|layers)\b", r"encoder.transformer.\1"),
     *WEIGHT_NORM,
 ]
-# HubertConfig field -> argument of torchaudio's model factories.
+# HubertConfig field -> argument of torchaudio's model functions.
 _ARGUMENTS = {
     "conv_bias": "extractor_conv_bias",
     "width": "encoder_embed_dim",
@@ -58,7 +58,7 @@ _ARGUMENTS = {
 }
 _CONVS = "extractor_conv_layer_config"
 _MODES = {"group": "group_norm", "layer": "layer_norm"}
-# Additional arguments of hubert_pretrain_model, with the paper's values.
+# Additional arguments of hubert_pretrain_model, with the values in the paper.
 _PRETRAINING: dict[str, Any] = {
     "mask_prob": 0.8, "mask_selection": "static", "mask_other": 0.0, "mask_length": 10,
     "no_mask_overlap": False, "mask_min_space": 1, "mask_channel_prob": 0.0,
@@ -68,11 +68,11 @@ _PRETRAINING: dict[str, Any] = {
 _PUBLISHED_HEADS = {
     1024: 16,
     1280: 16,
-}  # attention heads by width (large, xlarge); models of other widths have heads of width 64
+}  # width -> number of attention heads (large, xlarge); otherwise heads have a width of 64
 
 
 def torchaudio_name(name: str) -> str:
-    """Convert an encoder tensor name to torchaudio's name; the mask embedding has no name there."""
+    """Convert an encoder tensor name to torchaudio's name. The mask embedding has no name there."""
     return rename(name, _NAMES)
 
 
@@ -83,9 +83,9 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
     """Read a state dict of wav2vec2_model or hubert_pretrain_model, including Lightning checkpoints.
 
     Args:
-        path: the file; its settings may be in a JSON file next to it.
+        path: path of the file, whose settings may be in a JSON file next to it.
         tensors: weights in the file.
-        prefix: prefix of the encoder's names in `tensors`.
+        prefix: prefix of encoder tensor names in `tensors`.
 
     Raises:
         CheckpointError: the settings or weights are not those of a HuBERT model.
@@ -129,10 +129,10 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
 
 
 def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tuple[HubertConfig, list[Any]]:
-    """Determine configuration and CTC symbols from shapes and from the JSON file next to `path`.
+    """Determine the configuration and CTC symbols from shapes and from the JSON file next to `path`.
 
     Without the JSON file, strides as in the published models and attention heads of width 64 (xlarge: 80) are
-    assumed; layer norms in the front end imply pre-norm and normalized waveforms, as in torchaudio's models.
+    assumed. Layer norms in the front end imply pre-norm and normalized waveforms, as in torchaudio's models.
     """
     from_shapes = fields_from_shapes(path, inner, torchaudio_name)
     layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in inner
@@ -148,8 +148,8 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
         return make_config(path, from_shapes, fields), labels
     if from_shapes["conv_kernels"] != HubertConfig().conv_kernels:
         raise CheckpointError(
-            f"{path}: the strides of the non-standard front end are unknown; specify them in "
-            f"{settings_file.name} next to it (see docs/formats.md)"
+            f"{path}: the front end is not standard, and its strides are unknown; specify them in "
+            f"{settings_file.name} next to this file (see docs/formats.md)"
         )
     heads = _PUBLISHED_HEADS.get(from_shapes["width"], max(1, from_shapes["width"] // 64))
     fields |= {"heads": heads, "pre_norm": layer_norms, "normalize": layer_norms}
@@ -161,7 +161,7 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
 
 
 def _settings_fields(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read HubertConfig fields from the JSON file."""
+    """Convert the settings in the JSON file to HubertConfig fields."""
     arguments = typed(path, "arguments", settings.get("arguments"), dict)
     fields = {
         field: config_field(path, field, name, arguments.get(name)) for field, name in _ARGUMENTS.items()
@@ -186,7 +186,7 @@ def write_torchaudio(
     phonemes: PhonemeSet | None = None,
     unit_head: UnitHead | None = None,
 ) -> list[str]:
-    """Write a state dict and a JSON file with the call that builds the model.
+    """Write a state dict, and a JSON file with the call that builds the model.
 
     Returns:
         One sentence per dropped item.
@@ -215,9 +215,9 @@ def write_torchaudio(
         arguments["feature_grad_mult"] = config.conv_grad_scale
     else:
         factory = "wav2vec2_model"
-        notes.append("mask embedding: dropped, because torchaudio has it in pretraining models only")
+        notes.append("mask embedding: dropped, because torchaudio has it only in pretraining models")
         if unit_head is not None:
-            notes.append("pretraining head: dropped, as torchaudio has no model with both heads")
+            notes.append("pretraining head: dropped, because torchaudio has no model with both heads")
         arguments["aux_num_out"] = None if ctc is None else ctc.lm_head.out_features
         if ctc is not None:
             output = ctc.lm_head.state_dict()
@@ -227,7 +227,7 @@ def write_torchaudio(
     with atomic_write(path, "wb") as file:
         torch.save(tensors, file)
         file.flush()
-        with atomic_write(path.with_suffix(".json")) as text:  # written before the weights appear
+        with atomic_write(path.with_suffix(".json")) as text:  # written before the weights
             json.dump(call, text, indent=2, ensure_ascii=False)
             text.write("\n")
     return notes

@@ -1,6 +1,6 @@
 """Typed access to JSON files and model settings.
 
-Model files are untrusted input. `typed` checks the type of every field once, so later code never gets a
+Model files are untrusted input. `typed` checks the type of every field once, so that later code never gets a
 string or NaN instead of a number.
 """
 
@@ -29,13 +29,14 @@ _NAMES = {
 
 
 def typed(where: object, name: str, value: Any, kind: type) -> Any:
-    """Check the type of a field and return its value.
+    """Check the type of a field, and return its value.
 
     Args:
-        where: the file, for the message.
-        name: the field, for the message.
+        where: path of the file, for the error message.
+        name: name of the field, for the error message.
         value: the value to check.
-        kind: bool, int, float, str, list or dict; tuple: a list of integers, which is returned as a tuple.
+        kind: bool, int, float, str, list, dict, or tuple for a list of integers, which is returned as a
+            tuple.
 
     Raises:
         CheckpointError: the value has another type, is not finite or is too large for any model setting.
@@ -55,7 +56,7 @@ def typed(where: object, name: str, value: Any, kind: type) -> Any:
 
 
 def typed_item(where: object, table: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    """Return the checked field `name` of a table; `default` if it is missing or null."""
+    """Return the checked field `name` of a table, or `default` if it is missing or null."""
     value = table.get(name)
     return default if value is None else typed(where, name, value, kind)
 
@@ -72,18 +73,18 @@ def read_json(path: Path) -> dict[str, Any]:
         if len(data) > limit(JSON_BYTES):
             raise ValueError(f"more than {limit(JSON_BYTES):,} bytes; {VARIABLE} raises the limit")
         content = json.loads(data.decode("utf-8"))
-        json.dumps(content, ensure_ascii=False).encode("utf-8")  # fails on lone surrogates
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # raises an error for lone surrogates
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: not a model folder, {path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy the file again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object as `read_json` does, but return an empty dict if the file does not exist."""
+    """Read a JSON object like `read_json`, but return an empty dict if the file does not exist."""
     return read_json(path) if path.is_file() else {}
 
 
@@ -91,7 +92,7 @@ def short_repr(value: Any) -> str:
     """Return the `repr` of a value with limited length and depth."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # an integer with thousands of digits
+    except ValueError:  # the value is an integer with thousands of digits
         return f"a huge {type(value).__name__}"
 
 

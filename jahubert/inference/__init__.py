@@ -1,1 +1,1 @@
-"""Inference: features, units and transcripts of recordings, and their output formats."""
+"""Inference: features, units and transcripts of recordings, and output formats for transcripts."""

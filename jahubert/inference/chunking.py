@@ -1,8 +1,8 @@
-"""Batched encoding of recordings of any length; long recordings are split into overlapping chunks.
+"""Batched encoding of recordings of any length, in which long recordings are split into overlapping chunks.
 
-Chunks start on frame boundaries and are joined in the middle of their overlap, so every frame is returned
-exactly once. A frame at a joint has only half an overlap of context on one side; docs/frames.md has
-measurements of the effect.
+Chunks start on frame boundaries and are joined in the middle of their overlap, so that every frame is
+returned exactly once. A frame at a joint has only half an overlap of context on one side. docs/frames.md
+shows measurements of the effect.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 
 T = TypeVar("T")
 
-OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks; half of it only provides context
-BATCH_SECONDS = 120.0  # padded audio per forward pass
+OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks, half of which only provides context
+BATCH_SECONDS = 120.0  # maximum padded audio per forward pass
 
-# Encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, ...), n_frames_B).
+# Function that encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, ...), n_frames_B).
 Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a recording that starts on a frame boundary; its frames `[keep, end)` are kept."""
+    """Part of a recording that starts on a frame boundary, whose frames `[keep, end)` are kept."""
 
     wav_T: Tensor
     start: int  # first sample, within the recording
-    keep: int  # first frame that is kept; earlier frames come from the previous chunk
+    keep: int  # first frame that is kept; the previous chunk provides earlier frames
     end: int
 
 
@@ -53,7 +53,7 @@ def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
 
 
 def chunks(blocks: Iterable[Tensor], grid: FrameGrid, seconds: float | None) -> Iterator[Chunk]:
-    """Split the blocks (T,) of a recording into overlapping chunks; one chunk if `seconds` is None."""
+    """Split the blocks (T,) of a recording into overlapping chunks, or into one if `seconds` is None."""
     start, keep = 0, 0
     buffer = torch.zeros(0, device="cpu")
     if seconds is None:
@@ -84,14 +84,14 @@ def encode_all(
     Args:
         wavs: 16 kHz waveforms (T,).
         shape: shape of one frame.
-        chunk_seconds: length of the chunks; None encodes every waveform as a whole.
+        chunk_seconds: length of the chunks. With None, every waveform is encoded as a whole.
 
     Returns:
-        Frames (S, *shape) of each waveform, on the CPU; S is 0 for audio shorter than one frame.
+        Frames (S, *shape) of each waveform, on the CPU. S is 0 for audio shorter than one frame.
     """
     chunks_of = [list(chunks([wav], grid, chunk_seconds)) for wav in wavs]
     parts = [[torch.zeros(0, *shape, device="cpu")] * len(own) for own in chunks_of]
-    # Sort (waveform, chunk) pairs by descending chunk length to reduce padding.
+    # The (waveform, chunk) pairs are sorted by descending chunk length to reduce padding.
     pairs = [
         (i, j) for i, own in enumerate(chunks_of) for j, chunk in enumerate(own) if chunk.end > chunk.keep
     ]
@@ -108,7 +108,7 @@ def encode_stream(
 ) -> Iterator[Tensor]:
     """Encode the blocks (T,) of one waveform chunk by chunk, and yield frames (S, ...) on the CPU.
 
-    The concatenated frames equal the result of `encode_all`; memory is bounded by one chunk. Nothing is
+    The concatenated frames equal the result of `encode_all`. At most one chunk is in memory. Nothing is
     yielded for audio shorter than one frame.
     """
     for chunk in chunks(blocks, grid, chunk_seconds):
@@ -129,7 +129,7 @@ def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
 
 
 def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
-    """Encode a batch of chunks and return the kept frames of each chunk on the CPU."""
+    """Encode a batch of chunks, and return the kept frames of each chunk on the CPU."""
     lengths = [len(chunk.wav_T) for chunk in batch]
     wav_BT = torch.zeros(len(batch), max(lengths), device="cpu")
     for row, chunk in zip(wav_BT, batch, strict=True):
@@ -140,7 +140,7 @@ def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
 
 
 def _batches(pairs: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Group pairs in order, longest first, into padded batches of up to `BATCH_SECONDS`."""
+    """Group pairs, which are sorted by length, into padded batches of up to `BATCH_SECONDS`."""
     batch: list[tuple[int, int]] = []
     longest = 0
     for pair, length in zip(pairs, lengths, strict=True):

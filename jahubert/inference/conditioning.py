@@ -1,8 +1,9 @@
 """Conditioning of speech before recognition: DC offset, mains hum and level.
 
-Encoders are trained on audio at normal levels. The epsilon of their first norm distorts the features of quiet
+Encoders are trained on audio at normal levels. The epsilon in the first norm distorts the features of quiet
 audio, and hum at -40 dBFS already changes a third of the phonemes that the built-in model recognizes. Hum is
-estimated as sinusoids and subtracted: a high-pass filter would remove the pitch of low voices as well.
+estimated as a sum of sinusoids and subtracted, because a high-pass filter would also remove the pitch of low
+voices.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from torch.nn import functional as F
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.vad import power, power_spectrum, speech_frames
 
-SPEECH_LEVEL = -20.0  # dBFS, mean over speech
+SPEECH_LEVEL = -20.0  # mean level of speech in dBFS
 _RANGE = 20.0  # frames more than this many dB below the loudest frame are pauses
-_MAINS = (50.0, 60.0)  # Hz
-_MAX_HUM = 250.0  # Hz, highest harmonic
-_TOLERANCE = 0.005  # relative to the mains frequency
-_MIN_SHARE = 0.2  # minimum share of a hum line in the power below _CUTOFF in quiet parts
-_CUTOFF = 270.0  # Hz, upper end of the band that is searched
+_MAINS = (50.0, 60.0)  # mains frequencies in Hz
+_MAX_HUM = 250.0  # maximum frequency of a harmonic in Hz
+_TOLERANCE = 0.005  # maximum relative deviation from the mains frequency
+_MIN_SHARE = 0.2  # minimum fraction of a hum line in the power below _CUTOFF in quiet parts
+_CUTOFF = 270.0  # upper end of the searched band in Hz
 _MAX_LINES = 5
 _DECIMATION = 16  # downsampling factor of the signal in which hum is estimated
-_TAPS = 64  # length of the low-pass filter before downsampling, a Hann window
-_LONG = 4.0  # seconds; above this length, amplitude and phase may drift
+_TAPS = 64  # length of the low-pass filter (a Hann window) before downsampling
+_LONG = 4.0  # seconds; in longer recordings, amplitude and phase may drift
 _TINY = 1e-12
 
 
@@ -36,10 +37,10 @@ def prepare_speech(wav_T: Tensor, grid: FrameGrid, silero: bool = False) -> tupl
     Args:
         wav_T: 16 kHz waveform.
         grid: mapping between frames and samples.
-        silero: keep only the speech that silero-vad also detects.
+        silero: whether to keep only the speech that silero-vad also detects.
 
     Returns:
-        The conditioned waveform (T,), and the mask (S,) of the frames with speech.
+        The conditioned waveform (T,) and the mask (S,) of the frames with speech.
     """
     if not int(grid.n_frames(len(wav_T))):
         return wav_T, speech_frames(wav_T, grid)
@@ -47,18 +48,18 @@ def prepare_speech(wav_T: Tensor, grid: FrameGrid, silero: bool = False) -> tupl
     speech_S = speech_frames(wav_T, grid, power_SK)
     conditioned_T = condition(wav_T, speech_S, grid, power_SK)
     if silero and speech_S.any():
-        from jahubert.inference.silero import silero_speech_frames  # optional package
+        from jahubert.inference.silero import silero_speech_frames  # requires an optional package
 
         speech_S = speech_S & silero_speech_frames(conditioned_T, grid)
     return conditioned_T, speech_S
 
 
 def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor | None = None) -> Tensor:
-    """Remove DC offset and mains hum from a waveform (T,) and scale its speech to `SPEECH_LEVEL`.
+    """Remove DC offset and mains hum from a waveform (T,), and scale its speech to `SPEECH_LEVEL`.
 
     Args:
         wav_T: 16 kHz waveform.
-        speech_S: mask of the frames with speech; without speech, the waveform is returned unchanged.
+        speech_S: mask of the frames with speech. Without speech, the waveform is returned unchanged.
         grid: mapping between frames and samples.
         power_SK: `vad.power_spectrum` of the waveform, if already computed.
     """
@@ -76,8 +77,8 @@ def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor
 def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
     """Subtract the mains hum from a waveform (T,) with the given `power_spectrum`.
 
-    The hum is fitted by weighted least squares on the downsampled waveform. Parts with little power above
-    the hum, and thus without speech, have the largest weights. Harmonics are added one by one, strongest
+    The hum is fitted by weighted least squares on the downsampled waveform. Parts with little power above the
+    hum, and thus without speech, have the largest weights. Harmonics are added one by one, the strongest
     first, as long as they stand out from the residual.
     """
     if len(wav_T) < 2 * _TAPS:
@@ -94,13 +95,13 @@ def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
             position_T = torch.arange(len(wav_T), device=wav_T.device)
             hum_T = _basis(frequencies, position_T, len(wav_T)) @ amplitudes_K
             clean_T = wav_T - hum_T.to(wav_T)
-            if sharpness == 1:  # hum leaks into higher bins: recompute the weights without hum
+            if sharpness == 1:  # the weights are computed again without hum, which leaks into higher bins
                 power_SK = power_spectrum(clean_T, grid)
     return clean_T
 
 
 def _downsample(wav_T: Tensor) -> Tensor:
-    """Apply a low-pass filter to a waveform and downsample it to float64 (N,), without padding."""
+    """Apply a low-pass filter to a waveform without padding, and downsample it to float64 (N,)."""
     taps = torch.hann_window(_TAPS, periodic=False, device=wav_T.device)
     taps_BD = (taps / taps.sum()).view(-1, _DECIMATION)
     n_blocks = len(wav_T) // _DECIMATION
@@ -125,7 +126,7 @@ def _fit(
     n_samples: int,
     initial: list[float],
 ) -> tuple[list[float], Tensor]:
-    """Fit mains harmonics in a downsampled waveform, starting with the `initial` frequencies.
+    """Fit mains harmonics in a downsampled waveform, starting from the `initial` frequencies.
 
     Returns:
         The frequencies of the harmonics in Hz, and the amplitudes (K,) of their `_basis`.
@@ -163,7 +164,7 @@ def _solve(basis_NK: Tensor, x_N: Tensor, weight_N: Tensor) -> Tensor:
 def _frequency_error(
     frequency: float, x_N: Tensor, weight_N: Tensor, position_N: Tensor, n_samples: int
 ) -> float:
-    """Return the frequency correction (Hz) of one Gauss-Newton step, at most half a resolution cell."""
+    """Return the frequency correction (Hz) by one Gauss-Newton step, at most half a resolution cell."""
     time_N = position_N.double() / SAMPLE_RATE
     phase_N = 2 * math.pi * frequency * time_N
     cos_N, sin_N = phase_N.cos(), phase_N.sin()
@@ -220,11 +221,11 @@ def _strongest_line(low_N: Tensor, weight_N: Tensor, bands: list[tuple[float, fl
 
 
 def _equalize(low_N: Tensor) -> Tensor:
-    """Undo the gain of the filter in `_downsample` up to `_CUTOFF`; remove all higher frequencies."""
+    """Undo the gain of the filter in `_downsample` up to `_CUTOFF`, and remove all higher frequencies."""
     n_fft = _fft_size(len(low_N))
     n_bins = round(_CUTOFF * n_fft / (SAMPLE_RATE // _DECIMATION))
     spectrum = torch.fft.rfft(low_N, n_fft)
-    hz = torch.linspace(0, _CUTOFF, 28, device=low_N.device)  # the gain is smooth: interpolate it
+    hz = torch.linspace(0, _CUTOFF, 28, device=low_N.device)  # the gain is smooth and can be interpolated
     gain_K = F.interpolate(_filter_gain(hz)[None, None], n_bins, mode="linear", align_corners=True)[0, 0]
     spectrum[:n_bins] /= gain_K
     spectrum[n_bins:] = 0
@@ -233,7 +234,7 @@ def _equalize(low_N: Tensor) -> Tensor:
 
 
 def _fft_size(n: int) -> int:
-    """Round up to an even number without large prime factors, for which FFTs are slow."""
+    """Round up to an even number without large prime factors, which would make FFTs slow."""
     step = max(2, 1 << (n.bit_length() - 4))
     return -(-n // step) * step
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from jahubert.errors import CheckpointError, DataError
 
-LOW_CONFIDENCE = 0.5  # below this, a word is more likely wrong than correct
+LOW_CONFIDENCE = 0.5  # below this confidence, a word is more likely wrong than correct
 _FLOOR = -10.0  # lower log-probabilities are clipped to this value
-_RIDGE = 1e-2  # keeps the fit finite if the features separate correct from wrong words
+_RIDGE = 1e-2  # regularization, which keeps the fit finite if the words are separable
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Calibration:
     """Coefficients of the logistic function, valid for one model and one search configuration.
 
     Attributes:
-        bias, mean, lowest: intercept, and weights of the mean and the lowest log-probability.
+        bias, mean, lowest: intercept, weight of the mean and weight of the lowest log-probability.
     """
 
     bias: float
@@ -38,7 +38,7 @@ class Calibration:
         return _sigmoid(self.bias + self.mean * mean + self.lowest * lowest)
 
     def to_json(self) -> dict[str, float]:
-        """Return a JSON-serializable form; `from_json` is the inverse."""
+        """Return a JSON-serializable form, from which `from_json` restores the calibration."""
         return asdict(self)
 
     @classmethod
@@ -74,7 +74,7 @@ def features(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) -> Calibration:
-    """Fit the logistic function to words known to be correct or wrong (Newton's method).
+    """Fit the logistic function to words that are known to be correct or wrong, with Newton's method.
 
     Args:
         scores: log-probabilities of the labels of each word.
@@ -104,12 +104,14 @@ def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Agreement of confidences with the share of correct words.
+    """Agreement of confidences with the fraction of correct words.
 
     Attributes:
-        words, accuracy, confidence: number of words, share of correct words, and mean confidence.
-        calibration_error: difference of confidence and accuracy, averaged over the words of all bins (ECE).
-        bins: (mean confidence, accuracy, number of words) per non-empty bin, from ten bins of equal width.
+        words, accuracy, confidence: number of words, fraction of correct words, and mean confidence.
+        calibration_error: difference between confidence and accuracy, averaged over the words in all bins
+            (ECE).
+        bins: (mean confidence, accuracy, number of words) of each non-empty bin, out of ten bins of equal
+            width.
     """
 
     words: int
@@ -120,7 +122,7 @@ class Reliability:
 
 
 def reliability(confidences: Sequence[float], correct: Sequence[bool], n_bins: int = 10) -> Reliability:
-    """Measure how well confidences agree with the correctness of the words.
+    """Measure how well confidences agree with the correctness of words.
 
     Raises:
         DataError: there are no words.

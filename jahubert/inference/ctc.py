@@ -1,7 +1,7 @@
 """CTC decoding: greedy search, prefix beam search and forced alignment.
 
 All three functions take plain tensors and are independent of the phoneme set. The result for a row does not
-depend on its batch, because frames beyond `n_frames_B` are never read.
+depend on the batch, because frames beyond `n_frames_B` are never read.
 
 Shapes: B batch (rows), S frames, V symbols, K beam, C = K * V candidates.
 """
@@ -25,10 +25,10 @@ _LOG_ZERO = -float("inf")
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A label sequence without blanks and the natural log of its CTC probability.
+    """A label sequence without blanks, and the natural logarithm of its CTC probability.
 
-    Greedy search scores a single path; beam search sums over all paths kept in the beam. With fusion, the
-    score includes the language model score. With a lexicon, `words` are the words as written in the lexicon.
+    Greedy search scores a single path, whereas beam search sums over all paths kept in the beam. With fusion,
+    the score includes the language model score. With a lexicon, `words` contains the words as written there.
     """
 
     labels: tuple[int, ...]
@@ -38,7 +38,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Span:
-    """An aligned label: its frames `[start, end)` and their mean log-probability."""
+    """An aligned label with its frames `[start, end)` and their mean log-probability."""
 
     label: int
     start: int
@@ -47,7 +47,7 @@ class Span:
 
 
 def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: int) -> list[int]:
-    """Check the arguments of a search and return the number of frames of each row."""
+    """Check the arguments of a search, and return the number of frames in each row."""
     if logp_BSV.dim() != 3:
         raise ValueError(f"log-probabilities must be (batch, frames, symbols), not {tuple(logp_BSV.shape)}")
     n_rows, n_frames, n_symbols = logp_BSV.shape
@@ -64,14 +64,14 @@ def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: i
             if bool(bad_BS[row, :n].any()):
                 frame = int(bad_BS[row, :n].nonzero()[0, 0])
                 raise DataError(
-                    f"row {row} has NaN log-probabilities from frame {frame} on: corrupt weights or input, "
-                    "or overflow in low precision; check the checkpoint, or use float32"
+                    f"row {row} has NaN log-probabilities from frame {frame} on (corrupt weights or input, "
+                    "or overflow in low precision); check the checkpoint, or use float32"
                 )
     return counts
 
 
 def greedy(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: int = 0) -> list[Hypothesis]:
-    """Find the most probable path of each row; repeats are merged and blanks removed.
+    """Find the most probable path of each row, merge repeats and remove blanks.
 
     Args:
         logp_BSV: log-probabilities.
@@ -103,23 +103,23 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Run CTC prefix beam search (Hannun et al. 2014, arXiv 1408.2873), optionally with a language model.
 
-    A prefix accumulates the probability of all its paths, whether or not they end in blank, so a
-    sequence is scored by its CTC probability, not by its best path; with a sufficiently wide beam the
-    score equals `-ctc_loss`. Runs on the device of `logp_BSV` and in its dtype (half precision is converted
-    to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so batches of 16 or
-    more rows are several times faster than single rows.
+    A prefix accumulates the probability of all its paths, whether or not they end in blank, so that a
+    sequence is scored by its CTC probability and not by its best path. With a sufficiently wide beam, the
+    score equals `-ctc_loss`. The search runs on the device of `logp_BSV` and in its dtype (half precision is
+    converted to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so that batches
+    of 16 or more rows are several times faster than single rows.
 
     Args:
         logp_BSV: log-probabilities.
         n_frames_B: valid frames of each row.
-        beam: prefixes kept after each frame.
-        n_best: hypotheses returned per row.
+        beam: number of prefixes that are kept after each frame.
+        n_best: number of hypotheses to return per row.
         blank: index of the blank symbol.
         fusion: language model and lexicon, which take part in the ranking at every frame.
 
     Returns:
-        The hypotheses of each row, best first; fewer than `n_best` if fewer sequences are possible. With a
-        lexicon, an incomplete last word is dropped if no hypothesis in the beam ends with a complete one.
+        The hypotheses of each row, best first, and fewer than `n_best` if fewer sequences are possible. With
+        a lexicon, an incomplete last word is dropped if no hypothesis in the beam ends with a complete word.
 
     Raises:
         DataError: NaN log-probabilities in a valid frame.
@@ -133,7 +133,7 @@ def beam_search(
         return []
     if logp_BSV.dtype in (torch.float16, torch.bfloat16):
         logp_BSV = logp_BSV.float()
-    # Sort rows by length, longest first, so that the active rows come first and padding is never read.
+    # Rows are sorted by length, longest first, so that the active rows come first and padding is never read.
     order = sorted(range(len(counts)), key=lambda row: -counts[row])
     with torch.inference_mode():
         logp_SBV = logp_BSV[order].transpose(0, 1).contiguous()
@@ -146,15 +146,15 @@ def beam_search(
 
 @dataclass
 class _Beam:
-    """Prefixes in the beam of each row, best first; all fields have shape (rows, beam)."""
+    """The prefixes in the beam of each row, best first. All fields have the shape (rows, beam)."""
 
     blank: Tensor  # log-probability of paths that end in blank, relative to the row's best prefix
     label: Tensor  # log-probability of paths that end in the prefix's last label
-    last: Tensor  # last label (with fusion, its column); blank for the empty prefix
+    last: Tensor  # last label (with fusion, its column), or blank for the empty prefix
     key: Tensor  # 63-bit hash that identifies the prefix
     parent: Tensor  # key of the prefix without its last label
     lm: Tensor | None = None  # with fusion: score of the prefix, relative to the row's best prefix
-    state: Tensor | None = None  # with fusion: row of the `RowCache`
+    state: Tensor | None = None  # with fusion: row in the `RowCache`
 
     def first(self, n_rows: int) -> _Beam:
         lm = None if self.lm is None else self.lm[:n_rows]
@@ -163,27 +163,27 @@ class _Beam:
         return _Beam(blank, label, last, self.key[:n_rows], self.parent[:n_rows], lm, state)
 
 
-# Keys of an unused slot and of its parent; keys of prefixes are never negative.
+# Keys of an unused slot and of its parent. Keys of prefixes are never negative.
 _NO_KEY, _NO_PARENT = -1, -2
 _KEY_MASK = 2**63 - 1
 
 
 @dataclass
 class _History:
-    """Choices and scores of all frames, kept for backtracing."""
+    """Choices and scores of all frames, which are kept for backtracing."""
 
-    chosen: list[Tensor] = field(default_factory=list)  # candidate of each slot, per frame
-    shifts: list[Tensor] = field(default_factory=list)  # value subtracted from all scores, per frame
-    words: list[Tensor] = field(default_factory=list)  # word that each candidate completes, with a lexicon
-    slots: dict[int, Tensor] = field(default_factory=dict)  # by row: final slots, best first
-    scores: dict[int, Tensor] = field(default_factory=dict)  # by row: final scores, without the shifts
-    last_words: dict[int, Tensor] = field(default_factory=dict)  # by row: words that end with the utterance
+    chosen: list[Tensor] = field(default_factory=list)  # candidate in each slot, for each frame
+    shifts: list[Tensor] = field(default_factory=list)  # value subtracted from all scores, for each frame
+    words: list[Tensor] = field(default_factory=list)  # with a lexicon: word that each candidate completes
+    slots: dict[int, Tensor] = field(default_factory=dict)  # row -> final slots, best first
+    scores: dict[int, Tensor] = field(default_factory=dict)  # row -> final scores, without the shifts
+    last_words: dict[int, Tensor] = field(default_factory=dict)  # row -> words that end with the utterance
 
 
 def _search(
     logp_SBV: Tensor, counts: list[int], beam: int, n_best: int, blank: int, fusion: Fusion | None
 ) -> list[list[Hypothesis]]:
-    """Run the beam search on rows sorted by descending length."""
+    """Run the beam search on rows that are sorted by descending length."""
     _, n_rows, n_columns = logp_SBV.shape
     state = _empty_beam(logp_SBV, beam, blank)
     cache = None
@@ -223,7 +223,7 @@ def _hash_constants(n_columns: int) -> list[int]:
 
 
 def _empty_beam(logp_SBV: Tensor, beam: int, blank: int) -> _Beam:
-    """Create a beam with the empty prefix (probability 1) in the first slot and unused other slots."""
+    """Create a beam with the empty prefix (probability 1) in the first slot and no prefixes in the others."""
     shape = (logp_SBV.shape[1], beam)
     log_zero = logp_SBV.new_full(shape, _LOG_ZERO)
     ends_blank = log_zero.clone()
@@ -256,9 +256,9 @@ def _step(
     candidate_BKC.scatter_(2, state.last[:, :, None], (state.blank + repeat_BK)[:, :, None])
     flat_BN = candidate_BKC.view(n_rows, -1)
 
-    # If prefix k plus a label equals prefix j of the beam, the candidate's probability moves to j.
-    # Slots without a parent in the beam all point to candidate 0, hence scatter_add_ instead of scatter_.
-    # It adds instead of taking a maximum, because a max over a dimension wakes the thread pool every frame.
+    # If prefix k plus a label equals prefix j in the beam, the probability of the candidate is moved to j.
+    # Because all slots without a parent in the beam point to candidate 0, scatter_add_ replaces scatter_. A
+    # sum replaces the maximum, because a max over a dimension wakes up the thread pool in every frame.
     is_parent_BKK = state.parent[:, :, None] == state.key[:, None, :]
     parent_slot_BK = (is_parent_BKK * slot_K).sum(-1)
     has_parent_BK = parent_slot_BK > 0
@@ -286,7 +286,7 @@ def _step(
     stays_BK = column_BK == blank
     key_BK = state.key.gather(1, source_BK)
     grown_BK = (key_BK ^ (key_BK >> 29)) * 0x2545F4914F6CDD1D + hash_C[column_BK]
-    # Scores are relative to the best one, so that long recordings lose no precision.
+    # Scores are relative to the best score, so that long recordings lose no precision.
     best_B1 = score_BK[:, :1].clamp(min=-3e38)
     shift_B = best_B1[:, 0]
     advanced = _Beam(
@@ -330,9 +330,9 @@ def _end_row(state: _Beam, row: int, n_best: int, cache: RowCache | None, histor
 def _backtrace(
     history: _History, counts: list[int], n_columns: int, n_best: int, blank: int, fusion: Fusion | None
 ) -> list[list[Hypothesis]]:
-    """Trace the hypotheses of all rows back together, from the last frame to the first."""
+    """Trace back the hypotheses of all rows at once, from the last frame to the first."""
     n_rows, n_frames = len(counts), len(history.chosen)
-    # Shorter rows keep their slots until their last frame.
+    # Shorter rows keep their slots until their last frame is reached.
     slots = np.stack([history.slots[row].cpu().numpy() for row in range(n_rows)])
     columns = np.full((n_frames, n_rows, n_best), blank)
     words = np.full((n_frames + 1, n_rows, n_best), -1)
@@ -379,13 +379,13 @@ def _complete_words(labels: list[int], boundary: int) -> list[int]:
 def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list[Span]:
     """Find the frames of each label on the most probable CTC path for `labels` (Viterbi alignment).
 
-    Computed in float64 on the CPU.
+    The alignment is computed in float64 on the CPU.
 
     Args:
         logp_SV: log-probabilities of one utterance.
 
     Returns:
-        One span per label; frames between spans are blank.
+        One span per label. Frames between spans are blank.
 
     Raises:
         DataError: a label is blank or unknown, there are too few frames, or every path is impossible.
@@ -418,7 +418,7 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
 
 
 def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:
-    """Return the state of each frame on the best path: state 2i + 1 is label i, even states are blank."""
+    """Return the state of each frame on the best path. State 2i + 1 is label i, and even states are blank."""
     n_frames, n_states = len(logp), 2 * len(labels) + 1
     symbols = np.full(n_states, blank)
     symbols[1::2] = labels

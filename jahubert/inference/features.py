@@ -1,4 +1,4 @@
-"""Frame-level features of one or more encoder layers, and discrete units (nearest centroids)."""
+"""Frame-level features from one or more encoder layers, and discrete units (nearest centroids)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from jahubert.prefetch import prefetch
 
 Layers = int | Sequence[int] | Literal["all"] | None
 STREAM_SECONDS = 30.0  # default chunk length of `FeatureExtractor.stream`
-PREFETCH = 32  # recordings decoded ahead
+PREFETCH = 32  # number of recordings to decode ahead
 
 
 def prefetch_audio(
     audio: Iterable[AudioLike], sample_rate: int | None = None
 ) -> Iterator[tuple[AudioLike, Tensor | Exception]]:
-    """Yield recordings in order with their 16 kHz waveform (T,) or the exception raised while reading it.
+    """Yield recordings in order, each with its 16 kHz waveform (T,) or the exception raised by reading it.
 
     The next `PREFETCH` recordings are decoded in background threads.
     """
@@ -42,19 +42,20 @@ def prefetch_audio(
 
 
 class LayerFeatures(nn.Module):
-    """Trainable module that returns one encoder layer, several layers or their weighted sum.
+    """Trainable module that returns the output of one encoder layer, several layers or a weighted sum.
 
     Use it as a submodule of a downstream model: `self.speech = LayerFeatures(hubert, "all", "learn")`. Its
     parameters are those of the encoder and, for learned weights, the logits `mix_L` (SUPERB, Yang et al.
     2021, section 3). Blocks above the highest requested layer are not computed.
 
     Args:
-        model: the encoder, left in its current mode (train or eval).
-        layer: 1-based block whose output is taken, after residual and norm (Hugging Face and s3prl:
-            `hidden_states[layer]`); 0 is the input of block 1. Several layers as a sequence, or "all" for 0
-            to the last. Default: the encoder's output, which includes the final norm of pre-norm models.
-        weights: one factor per layer, or "learn" for a learned softmax, uniform at initialization.
-            Default: layers are stacked, not summed.
+        model: the encoder, which remains in its current mode (train or eval).
+        layer: number of the block, counted from 1, whose output after residual and norm is returned
+            (`hidden_states[layer]` in Hugging Face and s3prl); 0 is the input of block 1. A sequence selects
+            several layers, and "all" selects 0 to the last. By default, the output of the encoder is
+            returned, which includes the final norm of pre-norm models.
+        weights: one factor per layer, or "learn" for a learned softmax, which is uniform at initialization.
+            By default, layers are stacked and not summed.
 
     Raises:
         ConfigError: the model lacks a layer, or the weights do not match the layers.
@@ -96,12 +97,12 @@ class LayerFeatures(nn.Module):
 
     @property
     def weights_L(self) -> Tensor | None:
-        """Weights of the layers in the weighted sum; None if layers are not summed."""
+        """Weights of the layers in the weighted sum, or None if layers are not summed."""
         return self.factors_L if self.mix_L is None else self.mix_L.softmax(0)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one frame: (D,), or (L, D) for several layers that are not summed."""
+        """Shape of one frame, which is (D,), or (L, D) for several layers that are not summed."""
         width = self.hubert.config.width
         return (width,) if self.single or self.weights_L is not None else (len(self.layers), width)
 
@@ -110,7 +111,7 @@ class LayerFeatures(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return features (B, S, D) or (B, S, L, D), zero in padding, and the number of valid frames (B,).
 
-        Takes the arguments and raises the errors of `HubertModel.forward`.
+        The method takes the arguments and raises the errors of `HubertModel.forward`.
         """
         last = max(self.layers) if self.layers else None
         encoded = self.hubert(
@@ -128,15 +129,15 @@ class LayerFeatures(nn.Module):
 class FeatureExtractor:
     """Feature extractor: `extractor("a.wav")` returns float32 (frames, dim) on the CPU, without gradient.
 
-    Several layers give (frames, layers, dim); their weighted sum gives (frames, dim).
+    For several layers, the result is (frames, layers, dim), or (frames, dim) for their weighted sum.
 
     Args:
         model: the encoder, which is set to eval mode and moved to `device`.
         layer, weights: see `LayerFeatures`.
-        device: default: a GPU if available.
-        dtype: autocast dtype: torch.float32, bfloat16 or float16. Results are float32.
-        chunk_seconds: encode longer recordings in overlapping chunks of this length, to bound memory.
-            Default: encode every recording as a whole.
+        device: device of the model (default: a GPU if available).
+        dtype: autocast dtype, which is torch.float32, bfloat16 or float16. Results are float32.
+        chunk_seconds: length of the overlapping chunks in which longer recordings are encoded to bound
+            memory. By default, every recording is encoded as a whole.
 
     Raises:
         ConfigError: the layer, device, dtype or chunk length is invalid.
@@ -165,12 +166,12 @@ class FeatureExtractor:
     def from_pretrained(
         cls, source: str | os.PathLike[str], layer: Layers = None, **options: Any
     ) -> FeatureExtractor:
-        """Load any model that `HubertModel.from_pretrained` opens; `options` go to the constructor."""
+        """Load any model that `HubertModel.from_pretrained` opens, and pass `options` to the constructor."""
         return cls(HubertModel.from_pretrained(source), layer, **options)
 
     @property
     def model(self) -> HubertModel:
-        """The encoder."""
+        """The encoder whose features are extracted."""
         return self.features.hubert
 
     @property
@@ -208,7 +209,7 @@ class FeatureExtractor:
 
         Args:
             audio: any input of `load_audio`, or a list of them.
-            sample_rate: sampling rate of arrays in Hz. Default: 16,000.
+            sample_rate: sampling rate of arrays in Hz (default: 16,000).
         """
         if is_recording(audio):
             return self.encode([load_audio(audio, sample_rate)])[0]
@@ -222,13 +223,13 @@ class FeatureExtractor:
         batch_seconds: float = 60.0,
         errors: Literal["raise", "return"] = "raise",
     ) -> Iterator[Tensor | Exception]:
-        """Extract the features of many recordings in order, decoding the next ones in the background.
+        """Extract the features of many recordings in order, while decoding the next ones in the background.
 
         Args:
             audio: files or arrays.
-            sample_rate: sampling rate of arrays in Hz. Default: 16,000.
+            sample_rate: sampling rate of arrays in Hz (default: 16,000).
             batch_seconds: seconds of audio per batch.
-            errors: "return" yields the exception of an unreadable recording in its place and continues.
+            errors: "return" yields the exception for an unreadable recording in its place and continues.
         """
         waiting: list[Tensor | Exception] = []
         seconds = 0.0
@@ -244,15 +245,15 @@ class FeatureExtractor:
         yield from self._encode_valid(waiting)
 
     def _encode_valid(self, wavs: list[Tensor | Exception]) -> Iterator[Tensor | Exception]:
-        """Encode waveforms, passing exceptions through in their positions."""
+        """Encode waveforms, and pass exceptions through in their positions."""
         features = iter(self.encode([wav for wav in wavs if isinstance(wav, Tensor)]))
         for wav in wavs:
             yield wav if isinstance(wav, Exception) else next(features)
 
     def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
-        """Yield the features of one recording of any length chunk by chunk, in bounded memory.
+        """Yield the features of one recording of any length chunk by chunk, using bounded memory.
 
-        The concatenated chunks equal the features extracted with the same `chunk_seconds` (30 if not set).
+        The concatenated chunks equal the features extracted with the same `chunk_seconds` (default: 30).
         """
         blocks = stream_audio(audio, sample_rate)
         return encode_stream(blocks, self._forward, self.grid, self.chunk_seconds or STREAM_SECONDS)
@@ -268,10 +269,10 @@ class FeatureExtractor:
 
 
 class UnitExtractor:
-    """Unit extractor: `units("a.wav")` returns int64 (frames,), the index of the nearest centroid per frame.
+    """Unit extractor: `units("a.wav")` returns the index of the nearest centroid per frame, int64 (frames,).
 
     Args:
-        features: extractor for the layer to which the centroids belong.
+        features: feature extractor for the layer to which the centroids belong.
         centroids_KD: k-means centroids.
 
     Raises:
@@ -289,12 +290,12 @@ class UnitExtractor:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> UnitExtractor:
-        """Load a bundle with centroids; `options` are those of `FeatureExtractor`, except `layer`."""
+        """Load a bundle with centroids. `options` are those of `FeatureExtractor`, except `layer`."""
         return cls.from_bundle(load_bundle(source), os.fspath(source), **options)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, name: str = "the model", **options: Any) -> UnitExtractor:
-        """Use a loaded bundle; `name` is shown in error messages."""
+        """Create a unit extractor from a loaded bundle. Error messages show `name`."""
         if bundle.centroids_KD is None or bundle.centroid_layer is None:
             raise CheckpointError(
                 f"{name} has no centroids, so it cannot extract units; use a bundle with centroids (stage "
@@ -308,7 +309,7 @@ class UnitExtractor:
         return self.centroids_KD.shape[0]
 
     def to(self, device: str | torch.device) -> UnitExtractor:
-        """Move the encoder to another device, in place; units are computed on the CPU."""
+        """Move the encoder to another device, in place. Units are still computed on the CPU."""
         self.features.to(device)
         return self
 

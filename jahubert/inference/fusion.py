@@ -1,11 +1,11 @@
 """Shallow fusion of n-gram language models and lexicons with CTC beam search.
 
-A fusion is an automaton over the symbols of the CTC head. Each state has a row with the score of every
-possible continuation and the next state. Rows are computed in batches when the search first reaches their
-states, and are then cached, so at each frame the search only indexes a table.
+A fusion is an automaton over the symbols of the CTC head. Each state has a row with the score and the next
+state of every possible continuation. Rows are computed in batches when the search first reaches their states,
+and are then cached, so that the search only indexes a table at each frame.
 
-Shapes: R rows (states), C columns. Column v is symbol v; with a lexicon, further columns are alternatives of
-the word boundary that complete other words with the same symbols.
+Shapes: R rows (states), C columns. Column v is symbol v. With a lexicon, additional columns are alternatives
+to the word boundary that complete other words with the same symbols.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from jahubert.phonemes import BLANK, PhonemeSet
 
 log = logging.getLogger(__name__)
 
-MAX_CACHED = 1 << 24  # cells (rows x columns) of the cache, 16 bytes each
+MAX_CACHED = 1 << 24  # maximum number of cells (rows x columns) in the cache, 16 bytes each
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a set of states.
+    """The rows of a set of states.
 
     Attributes:
-        score_RC: score that each continuation adds to the log-probability; -inf if it is impossible.
+        score_RC: score that each continuation adds to the log-probability, or -inf if it is impossible.
         next_RC: state after each continuation.
-        word_RC: index of the word that the continuation completes, or -1; None without a lexicon.
-        final_R: score added at the end of the utterance; -inf if a word is incomplete.
+        word_RC: index of the word that each continuation completes, or -1. None without a lexicon.
+        final_R: score added at the end of the utterance, or -inf if a word is incomplete.
         final_word_R: index of the word that the end of the utterance completes, or -1.
     """
 
@@ -57,14 +57,14 @@ class Fusion(ABC):
     """Language model scores for `beam_search`.
 
     Args:
-        lm_weight: factor of the language model's log-probability.
+        lm_weight: factor for the log-probability of the language model.
         word_bonus: score added per word with a lexicon, otherwise per symbol.
 
     Attributes:
         start: the initial state.
-        blank, boundary: columns of the blank and the word boundary (-1 if the head has no boundary).
+        blank, boundary: columns of the blank and of the word boundary (-1 if the head has no boundary).
         symbol_C: symbol of each column.
-        words: the words that indices in `Rows` refer to; empty without a lexicon.
+        words: the words to which indices in `Rows` refer, which are empty without a lexicon.
     """
 
     start: int
@@ -104,7 +104,7 @@ class Fusion(ABC):
 
 
 class SymbolFusion(Fusion):
-    """Fusion of an n-gram over symbols: phones or kana (with `|` between words), or characters.
+    """Fusion with an n-gram model over symbols: phones or kana (with `|` between words), or characters.
 
     Raises:
         DataError: the model contains none of the symbols.
@@ -146,15 +146,16 @@ class SymbolFusion(Fusion):
         return Rows(score_RC, next_RC, None, final_R, np.full(shape[0], -1))
 
 
-# Root nodes of the prefix tree: at the start, where a boundary is allowed, and after a boundary.
+# Root nodes of the prefix tree for the start, where a boundary is allowed, and for the position after a
+# boundary.
 _BEGIN, _ROOT = 0, 1
 
 
 class Lexicon:
-    """Prefix tree of words spelled in the symbols of a head that has a word boundary.
+    """Prefix tree of words that are spelled in the symbols of a head with a word boundary.
 
     Args:
-        entries: words with their symbols; a word may have several spellings, and a spelling several words.
+        entries: words with their symbols. A word may have several spellings, and a spelling several words.
 
     Raises:
         ConfigError: the symbols have no word boundary.
@@ -164,7 +165,7 @@ class Lexicon:
         if symbols.boundary < 0:
             raise ConfigError("a lexicon needs a vocabulary with word boundaries: phones or kana")
         n_symbols = len(symbols)
-        arcs: dict[int, int] = {}  # node * V + symbol -> node
+        arcs: dict[int, int] = {}  # node * V + symbol -> next node
         depths = [0, 0]
         ends, words = [], []
         self.words = tuple(dict.fromkeys(word for word, _ in entries))
@@ -198,7 +199,7 @@ class Lexicon:
         self.max_homophones = int(np.diff(self.first_end).max())
 
     def best_below(self, score_W: np.ndarray) -> np.ndarray:
-        """Return the highest score of the words that each node can become; 0 between words."""
+        """Return the highest score of the words that each node can become, which is 0 between words."""
         best = np.full(self.n_nodes, -np.inf)
         np.maximum.at(best, self.end_E, score_W[self.word_E])
         order = np.argsort(-self.depth, kind="stable")
@@ -209,10 +210,10 @@ class Lexicon:
 
 
 class LexiconFusion(Fusion):
-    """Fusion that restricts the output to the words of a lexicon, scored by a word n-gram if one is given.
+    """Fusion that restricts the output to the words of a lexicon, which a word n-gram scores if it is given.
 
-    A word is scored when the boundary after it, or the end of the utterance, completes it; before that, the
-    unigram score of the best word that can still follow ranks the prefix (look-ahead). A boundary is also
+    A word is scored when the boundary after it, or the end of the utterance, completes it. Before that, a
+    prefix is ranked by the unigram score of the best word that it can become (look-ahead). A boundary is also
     possible before the first word and after the last one.
     """
 
@@ -288,14 +289,14 @@ class LexiconFusion(Fusion):
         return Rows(score_RC, next_RC, word_RC, final_R, final_word_R)
 
     def _final(self, lm_R: np.ndarray) -> np.ndarray:
-        """Score the sentence end after each language model state."""
+        """Return the score of the sentence end after each language model state."""
         if self.model is None:
             return np.zeros(len(lm_R))
         return self.lm_weight * _end_logp(self.model, lm_R)
 
 
 def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:
-    """Return the log-probability of the sentence end; 0 if the model has no sentence end."""
+    """Return the log-probability of the sentence end, or 0 if the model has no sentence end."""
     if model.end_word < 0:
         return np.zeros(len(state_R))
     return model.score(state_R, np.full(len(state_R), model.end_word))[0]
@@ -321,8 +322,8 @@ def load_fusion(
 
     Args:
         symbols: the symbols of the CTC head.
-        lm: an ARPA file, whose tokens are the words of the lexicon, or the symbols without a lexicon.
-        lexicon: a file for `read_lexicon`, to whose words the output is restricted.
+        lm: path of an ARPA file, whose tokens are the words of the lexicon, or the symbols without a lexicon.
+        lexicon: path of a file for `read_lexicon`, to whose words the output is restricted.
         lm_weight, word_bonus: see `Fusion`.
 
     Returns:
@@ -352,7 +353,7 @@ class RowCache:
     """Cache of the rows of all states that searches have reached, addressed by row number.
 
     Args:
-        fusion: computes missing rows.
+        fusion: fusion that computes missing rows.
         device, dtype: device and dtype of the scores.
     """
 
@@ -376,12 +377,12 @@ class RowCache:
         self.final_word_R = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def start(self, n_rows: int, beam: int) -> Tensor:
-        """Return the row of the initial state for every slot, (B, K)."""
+        """Return the row of the initial state, (B, K), for every slot."""
         row = int(self.rows(np.array([self.fusion.start]))[0])
         return torch.full((n_rows, beam), row, device=self.device)
 
     def rows(self, states: np.ndarray) -> np.ndarray:
-        """Return the row of each state; missing rows are computed."""
+        """Return the row of each state, computing missing rows."""
         keys = states.tolist()
         missing = [key for key in dict.fromkeys(keys) if key not in self._row_of]
         if missing:
@@ -418,7 +419,7 @@ class RowCache:
         self.next_RC[first:last] = rows.next_RC
         score_RC = torch.from_numpy(rows.score_RC).to(self.device, self.dtype)
         self.score_RC[first:last] = score_RC
-        # Blank and impossible continuations do not change the state.
+        # The blank and impossible continuations do not change the state.
         own_R = torch.arange(first, last, device=self.device)
         next_row_RC = torch.where(score_RC.isinf(), own_R[:, None], -1)
         next_row_RC[:, self.fusion.blank] = own_R

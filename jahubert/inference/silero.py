@@ -15,7 +15,7 @@ from jahubert.errors import MissingExtraError
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.vad import MARGIN
 
-_lock = threading.Lock()  # the network is shared and has internal state
+_lock = threading.Lock()  # required because the network is shared and has internal state
 
 
 def check_silero() -> None:
@@ -26,7 +26,8 @@ def check_silero() -> None:
 def silero_speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
     """Return a mask (S,) of the frames of a 16 kHz waveform (T,) that are in or next to speech.
 
-    The network expects speech at a normal level; `conditioning.prepare_speech` passes it conditioned audio.
+    The network expects speech at a normal level. `conditioning.prepare_speech` therefore passes conditioned
+    audio.
 
     Raises:
         MissingExtraError: silero-vad is not installed.
@@ -44,14 +45,14 @@ def silero_speech_frames(wav_T: Tensor, grid: FrameGrid) -> Tensor:
 
 @lru_cache
 def _load() -> tuple[Any, Any]:
-    """Load silero-vad and return its speech detection function and the network."""
+    """Load silero-vad, and return the speech detection function and the network."""
     n_threads = torch.get_num_threads()
     try:
         import silero_vad
     except ModuleNotFoundError:
         raise MissingExtraError("silero-vad", "vad") from None
     finally:
-        torch.set_num_threads(n_threads)  # importing the package sets one thread
+        torch.set_num_threads(n_threads)  # importing silero-vad sets the number of threads to one
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
         return silero_vad.get_speech_timestamps, silero_vad.load_silero_vad()

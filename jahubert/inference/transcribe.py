@@ -1,4 +1,4 @@
-"""Speech recognition: audio of any length to phonemes, kana and words with times."""
+"""Speech recognition, from audio of any length to phonemes, kana and words with times."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
 CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # minimum run of blanks at which a long recording is split for decoding
-MAX_CUT_WORD = 40  # labels; a longer part without a word boundary does not continue the previous word
-BEAM_ROWS = 32  # segments per beam search
+MAX_CUT_WORD = 40  # maximum number of labels that can continue a word from the previous part
+BEAM_ROWS = 32  # number of segments per beam search
 SILENCE = 1e-3  # peak amplitude (-60 dBFS) below which no warning about missing speech is logged
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[float], None]  # receives the seconds of audio completed since the last call
+Progress = Callable[[float], None]  # called with the seconds of audio completed since the last call
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ class Word:
     score: float  # mean natural log-probability per frame
     times: tuple[tuple[float, float], ...]  # start and end of each phoneme
     confidence: float = math.nan  # estimated probability that the word is correct
-    written: str = ""  # the word as written in the lexicon; empty without a lexicon
+    written: str = ""  # the word as written in the lexicon, or empty without a lexicon
 
     @property
     def text(self) -> str:
-        """The word as written in the lexicon, otherwise its kana."""
+        """The word as written in the lexicon, or in kana without a lexicon."""
         return self.written or self.kana
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Aligned labels of a part of a recording, their log-probability and, with a lexicon, their words."""
+    """Aligned labels of part of a recording, with their log-probability and, with a lexicon, words."""
 
     spans: list[Span]
     score: float
@@ -98,9 +98,9 @@ class Transcript:
     """Recognition result for one recording."""
 
     words: tuple[Word, ...]
-    duration: float  # seconds
-    score: float  # natural log of the CTC probability of all labels
-    audio: str = ""  # file name; empty for arrays and streams
+    duration: float  # duration in seconds
+    score: float  # natural logarithm of the CTC probability of all labels
+    audio: str = ""  # file name, or empty for arrays and streams
     segment_starts: tuple[int, ...] = (0,)  # index of the first word of each segment
 
     @property
@@ -110,7 +110,7 @@ class Transcript:
 
     @property
     def confidence(self) -> float | None:
-        """Expected share of correct words, weighted by their numbers of phonemes; None without words."""
+        """Expected fraction of correct words, weighted by number of phonemes, or None without words."""
         if not self.words:
             return None
         lengths = [len(word.phonemes) for word in self.words]
@@ -119,14 +119,14 @@ class Transcript:
 
     @property
     def segments(self) -> tuple[TranscriptSegment, ...]:
-        """Words grouped at pauses: one segment for recordings of up to 30 s, none without words."""
+        """Words grouped at pauses, as one segment for recordings of up to 30 s, and none without words."""
         ends = (*self.segment_starts[1:], len(self.words))
         ranges = zip(self.segment_starts, ends, strict=True)
         return tuple(TranscriptSegment(self.words[start:end]) for start, end in ranges if start < end)
 
     @property
     def phonemes(self) -> tuple[str, ...]:
-        """All phonemes, with `|` between words."""
+        """All phonemes in the transcript, with `|` between words."""
         out: list[str] = []
         for word in self.words:
             if out:
@@ -136,7 +136,7 @@ class Transcript:
 
 
 def builtin_model() -> Path | None:
-    """Return the folder of the model shipped with the package; None if the package contains no model."""
+    """Return the folder of the model in the package, or None if the package does not contain one."""
     configs = sorted((Path(__file__).parents[1] / "assets").glob("*/config.json"))
     return configs[0].parent if configs else None
 
@@ -146,10 +146,10 @@ class Transcriber:
 
     Args:
         model: encoder with a CTC head, which is set to eval mode and moved to `device`.
-        phonemes: the symbols of the head.
+        phonemes: symbols of the head.
         beam: width of the beam search.
-        device: default: a GPU if available.
-        vad: detect speech, suppress phones outside speech, remove DC offset and hum, and normalize
+        device: device of the model (default: a GPU if available).
+        vad: whether to detect speech, suppress phones outside speech, remove DC offset and hum, and normalize
             the level (`conditioning.prepare_speech`). "silero" keeps only the speech that silero-vad also
             detects (extra `vad`). False leaves the audio unchanged.
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
@@ -220,7 +220,7 @@ class Transcriber:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> Transcriber:
-        """Load a fine-tuned model (default: the built-in one); `options` go to the constructor."""
+        """Load a fine-tuned model (default: the built-in one), and pass `options` to the constructor."""
         source = builtin_model() if source is None else source
         if source is None:
             raise CheckpointError(
@@ -265,7 +265,7 @@ class Transcriber:
 
         Args:
             audio: any input of `load_audio`.
-            sample_rate: sampling rate of an array in Hz. Default: 16,000.
+            sample_rate: sampling rate of an array in Hz (default: 16,000).
         """
         (transcript,) = self.transcribe_many([audio], sample_rate)
         assert isinstance(transcript, Transcript)  # errors="raise"
@@ -283,17 +283,17 @@ class Transcriber:
     ) -> Iterator[Transcript | Exception]:
         """Transcribe many recordings, in order.
 
-        Recordings of up to 30 s are batched; longer ones are read and recognized chunk by chunk in bounded
-        memory.
+        Recordings of up to 30 s are batched. Longer ones are read and recognized chunk by chunk, using
+        bounded memory.
 
         Args:
             audio: files or arrays.
-            sample_rate: sampling rate of arrays in Hz. Default: 16,000.
+            sample_rate: sampling rate of arrays in Hz (default: 16,000).
             batch_seconds: seconds of audio per batch of short recordings.
-            errors: "return" yields the exception of a failed recording in its place and continues.
-            progress: called with the seconds of audio completed since its last call.
-            on_segment: called with each segment of a recording longer than 30 s as soon as it is recognized,
-                before the transcript of the recording is yielded.
+            errors: "return" yields the exception for a failed recording in its place and continues.
+            progress: function that is called with the seconds of audio completed since the last call.
+            on_segment: function that is called with each segment of a recording longer than 30 s as soon as
+                the segment is recognized, before the transcript of the recording is yielded.
         """
         batch: list[tuple[str, Tensor]] = []
         for item in audio:
@@ -324,7 +324,7 @@ class Transcriber:
         yield from self._transcribe_batch(batch, errors, progress)
 
     def log_probs(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Compute log-probabilities (S, V), float32 on the CPU, of 16 kHz waveforms (T,) of any length."""
+        """Compute log-probabilities (S, V) for 16 kHz waveforms (T,) of any length, in float32 on the CPU."""
 
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
             with autocast(self.dtype, self.device):
@@ -346,7 +346,7 @@ class Transcriber:
             if errors == "raise":
                 raise
             results = [error] if len(recordings) == 1 else []
-        if not results:  # a recording failed: retry the recordings one by one, so that the others succeed
+        if not results:  # because one recording failed, all are retried one by one
             for recording in recordings:
                 yield from self._transcribe_batch([recording], errors, progress)
             return
@@ -408,7 +408,7 @@ class Transcriber:
         return Transcript(tuple(words), n_samples / SAMPLE_RATE, total_score, name, tuple(starts or [0]))
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
-        """Return log-probabilities, with phones suppressed outside speech, and whether there is speech."""
+        """Return log-probabilities with phones suppressed outside speech, and whether there is any speech."""
         if not self.vad:
             return self.log_probs(wavs), [True] * len(wavs)
         prepared = [prepare_speech(wav_T, self.grid, self.vad == "silero") for wav_T in wavs]
@@ -420,7 +420,7 @@ class Transcriber:
         return gated, [bool(speech_S.any()) for _, speech_S in prepared]
 
     def _decode(self, segments: list[Segment]) -> list[Decoded]:
-        """Decode segments into labels with their log-probabilities, aligned to frames of the recording."""
+        """Decode segments into labels that are aligned to the frames of the recording."""
         results = []
         best = self._search([segment.logp_SV for segment in segments])
         for segment, hypothesis in zip(segments, best, strict=True):
@@ -437,7 +437,7 @@ class Transcriber:
         return tuple(replace(word, written=written) for word, written in zip(words, part.words, strict=True))
 
     def _search(self, logps: list[Tensor]) -> list[Hypothesis]:
-        """Find the best hypothesis of each segment, searching segments of similar length together."""
+        """Find the best hypothesis for each segment, searching segments of similar length together."""
         order = sorted(range(len(logps)), key=lambda i: len(logps[i]))
         best: dict[int, Hypothesis] = {}
         for rows in batched(order, BEAM_ROWS):
@@ -455,7 +455,7 @@ class Transcriber:
 
 
 def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decoded]:
-    """Join words that were cut between two parts of a recording by moving their end to the earlier part.
+    """Join words that were cut between two parts of a recording, by moving the end of the word to the first.
 
     Each part is yielded as soon as the beginning of the next part is known. A part without labels (a long
     pause) ends the preceding word. With a lexicon, parts consist of complete words and are not changed.
@@ -525,5 +525,5 @@ def _report_no_speech(name: str, n_samples: int, peak: float) -> None:
 
 
 def _name(audio: AudioLike) -> str:
-    """Return the file name of a source; empty for arrays and streams."""
+    """Return the file name of a source, or an empty string for arrays and streams."""
     return str(audio) if isinstance(audio, str | os.PathLike | AudioSource) else ""

@@ -4,7 +4,7 @@ A CTC model trained only on speech also outputs phones for silence, noise and cl
 and at any level, speech differs from them in three ways: its level varies (unlike steady noise and tones);
 its spectral shape varies and changes within 60 ms (unlike wind, beeps and music); and some of its frames are
 periodic or, in whispered speech, sustained for 80 ms (unlike key clicks, knocks and steps). All features are
-measured above 250 Hz, so a DC offset and mains hum have no effect.
+measured above 250 Hz, so that DC offset and mains hum have no effect.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from torch.nn import functional as F
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.phonemes import PhonemeSet
 
-# Durations are in frames of 20 ms, levels in dB unless noted. Thresholds were chosen with tools/bench/vad.py.
+# Durations are in frames of 20 ms, and levels in dB, unless noted otherwise. The thresholds were chosen with
+# tools/bench/vad.py.
 _WINDOW, _STEP = 64, 16  # length and hop of the analysis windows, in frames
-_BANDS = (250.0, 7000.0, 14)  # lowest and highest frequency in Hz, number of bands
-_MIN_LEVEL = -100.0  # dBFS; quieter frames are ignored
+_BANDS = (250.0, 7000.0, 14)  # lowest and highest frequency in Hz, and number of bands
+_MIN_LEVEL = -100.0  # level in dBFS below which frames are ignored
 _ACTIVE = 30.0  # frames more than this many dB below the loudest frame in the window are ignored
 _MIN_LEVEL_STD = 2.5  # minimum standard deviation of the level
 _MIN_SHAPE_STD = 1.6  # minimum mean standard deviation of the relative band levels
 _MIN_CHANGE = 1.6  # minimum median change of the relative band levels within _LAG frames
 _LAG = 3
-_PERIODIC = (20.0, 0.6, 2, 3)  # level below the loudest, autocorrelation, length of a run, frames in runs
-_SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, length of a run, frames in runs and their share
-_PITCH = (80.0, 420.0, 250.0, 3000.0)  # pitch range, and band searched for it, in Hz
+_PERIODIC = (20.0, 0.6, 2, 3)  # level below the loudest, autocorrelation, run length, frames in runs
+_SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, run length, frames in runs, fraction in runs
+_PITCH = (80.0, 420.0, 250.0, 3000.0)  # range of the pitch and range of the searched band in Hz
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
 MARGIN = 12  # frames added around speech for quiet consonants and CTC spikes
@@ -43,7 +44,7 @@ _SUPPRESSED = -1e4  # log-probability of phones outside speech
 
 @dataclass(frozen=True)
 class Segment:
-    """Log-probabilities of a part of a recording, decoded separately."""
+    """Log-probabilities of a part of a recording that is decoded separately."""
 
     start: int  # first frame, within the recording
     logp_SV: Tensor
@@ -56,8 +57,8 @@ def cut_at_pauses(blocks: Iterable[Tensor], max_frames: int, pause: int, blank: 
 
     Args:
         blocks: log-probabilities (S, V) of consecutive frames.
-        max_frames: upper bound on the length of a segment; cuts are in its last third.
-        pause: length in frames of the window whose mean blank probability is maximized; cuts are at its
+        max_frames: upper bound on the length of a segment. Cuts are in its last third.
+        pause: length in frames of the window whose mean blank probability is maximized. Cuts are at its
             center.
         blank: index of the blank symbol.
     """
@@ -113,7 +114,7 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None
     periodicity_S = _periodicity(wav_T, undecided_S, grid)
     periodicity_NW = F.pad(periodicity_S, (0, n_padding)).unfold(0, _WINDOW, _STEP)
     speech_N = varies_N & (sustained_N | _is_periodic(loud_NW, periodicity_NW))
-    # Windows with speech vote for their active frames; a frame needs votes from 1 in `_VOTES` windows.
+    # Windows with speech vote for their active frames. A frame needs votes from one in `_VOTES` windows.
     votes_S = _overlap_add((active_NW & speech_N[:, None]).float())
     windows_S = _overlap_add(torch.ones_like(level_NW))
     speech_S = (_VOTES * votes_S >= windows_S.clamp(min=1)).float()[None, :n_frames]
@@ -121,13 +122,13 @@ def speech_frames(wav_T: Tensor, grid: FrameGrid, power_SK: Tensor | None = None
 
 
 def _overlap_add(values_NW: Tensor) -> Tensor:
-    """Add overlapping windows (N, W) at their positions and return the sum (S,)."""
+    """Add overlapping windows (N, W) at their positions, and return the sum (S,)."""
     n_frames = (len(values_NW) - 1) * _STEP + _WINDOW
     return F.fold(values_NW.T[None], (1, n_frames), (1, _WINDOW), stride=(1, _STEP))[0, 0, 0]
 
 
 def suppress_nonspeech(logp_SV: Tensor, speech_S: Tensor, phonemes: PhonemeSet) -> Tensor:
-    """Suppress phones outside speech in log-probabilities; blank and word boundary are unchanged."""
+    """Suppress phones outside speech in log-probabilities, without changing blank and word boundary."""
     phone_V = torch.ones(len(phonemes), dtype=torch.bool, device=logp_SV.device)
     phone_V[phonemes.blank] = False
     if phonemes.boundary >= 0:
@@ -136,7 +137,7 @@ def suppress_nonspeech(logp_SV: Tensor, speech_S: Tensor, phonemes: PhonemeSet) 
 
 
 def power_spectrum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Return the power (S, K) of frames in bins of 16000 / window Hz; a full-scale sine has power 0.5."""
+    """Return the power (S, K) of frames in bins of 16000 / window Hz. A full-scale sine has power 0.5."""
     n_samples = grid.n_samples(int(grid.n_frames(len(wav_T))))
     hann_W = torch.hann_window(grid.window, device=wav_T.device)
     hann_W *= (2 / hann_W.square().sum() / grid.window).sqrt()
@@ -186,7 +187,7 @@ def _spectral_change(shape_SF: Tensor) -> Tensor:
 
 
 def _std(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the standard deviation of the masked values over the last dimension; NaN for an empty mask."""
+    """Return the standard deviation of masked values over the last dimension (NaN for an empty mask)."""
     n = mask.sum(-1, keepdim=True)
     values = values.where(mask, 0.0)
     deviation = (values - values.sum(-1, keepdim=True) / n) * mask
@@ -194,7 +195,7 @@ def _std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
-    """Return the maximum normalized autocorrelation (S,) over pitch lags; 0 outside the mask."""
+    """Return the maximum normalized autocorrelation (S,) over pitch lags, which is 0 outside the mask."""
     periodicity_S = wav_T.new_zeros(len(frames_S), dtype=torch.float32)
     if not frames_S.any():
         return periodicity_S
@@ -231,13 +232,13 @@ def _pitch_transform(device: torch.device) -> tuple[Tensor, slice, Tensor]:
 
 
 def _is_periodic(loud_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
-    """Return whether a window has voiced frames among its loud frames."""
+    """Return whether each window has voiced frames among its loud frames."""
     _, threshold, run, n_min = _PERIODIC
     return _in_runs(loud_NW & (periodicity_NW > threshold), run).sum(1) >= n_min
 
 
 def _is_sustained(level_NW: Tensor) -> Tensor:
-    """Return whether most loud frames of a window are in runs of loud frames."""
+    """Return whether most loud frames of each window are in runs of loud frames."""
     below, run, n_min, share = _SUSTAINED
     loud_NW = level_NW > level_NW.amax(1, keepdim=True) - below
     n_N = _in_runs(loud_NW, run).sum(1)

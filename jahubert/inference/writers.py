@@ -1,6 +1,6 @@
-"""Output formats of transcripts: text, JSON, TSV, subtitles, Praat TextGrid and Audacity labels.
+"""Output formats for transcripts: text, JSON, TSV, subtitles, Praat TextGrid and Audacity labels.
 
-Each writer converts one `Transcript` to the content of a file; times are in seconds.
+Each writer converts one `Transcript` to the content of a file. Times are in seconds.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript, Word
 
 # A subtitle cue ends at a pause, or before it becomes too long to read.
-CUE_PAUSE = 0.6  # seconds
-CUE_LENGTH = 7.0  # seconds
-CUE_KANA = 40  # characters
-CUE_MIN_LENGTH = 0.8  # seconds on screen, if the next cue allows
+CUE_PAUSE = 0.6  # minimum length of such a pause in seconds
+CUE_LENGTH = 7.0  # maximum duration of a cue in seconds
+CUE_KANA = 40  # maximum number of characters in a cue
+CUE_MIN_LENGTH = 0.8  # minimum duration of a cue in seconds, if the next cue allows it
 
 TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
 
 
 def join_words(words: Iterable[Word]) -> str:
-    """Join the text of words: lexicon spellings without spaces, kana with a space between words."""
+    """Join the text of words, without spaces for lexicon spellings and with spaces for kana."""
     words = list(words)
     separator = "" if any(word.written for word in words) else " "
     return separator.join(word.text for word in words)
 
 
 def text(transcript: Transcript) -> str:
-    """Return one line of kana per segment, with spaces between words; an empty line if there are no words."""
+    """Return one line of kana per segment, with spaces between words, or an empty line without words."""
     return "\n".join(segment.text for segment in transcript.segments) + "\n"
 
 
@@ -80,7 +80,7 @@ def _word_fields(word: Word) -> dict[str, Any]:
 
 
 def _rounded(confidence: float | None) -> float | None:
-    """Round a confidence for JSON; an unknown confidence is None."""
+    """Round a confidence for JSON. An unknown confidence becomes None."""
     return None if confidence is None or math.isnan(confidence) else round(confidence, 3)
 
 
@@ -143,7 +143,7 @@ def audacity(transcript: Transcript) -> str:
     return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.text}\n" for word in transcript.words)
 
 
-# Format name -> file name suffix and writer.
+# Format name -> suffix of the file name, and writer.
 FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {
     "text": (".txt", text),
     "json": (".json", jsonl),
@@ -153,7 +153,7 @@ FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {
     "textgrid": (".TextGrid", textgrid),
     "audacity": (".labels.txt", audacity),
 }
-# Formats that contain either kana or phonemes; other formats contain both.
+# Formats that contain either kana or phonemes. All other formats contain both.
 SINGLE_SPELLING = ("text", "srt", "vtt", "audacity")
 
 
@@ -161,7 +161,7 @@ def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
     """Render the transcript in one of `FORMATS`.
 
     Args:
-        phonemes: write phonemes instead of kana in formats that contain only one of them.
+        phonemes: whether to write phonemes instead of kana in formats that contain only one of them.
 
     Raises:
         ConfigError: the format is unknown.
@@ -176,7 +176,7 @@ def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
 def save(
     transcript: Transcript, base: str | os.PathLike[str], formats: Iterable[str], phonemes: bool = False
 ) -> list[Path]:
-    """Write one UTF-8 file per format, named `base` plus the format's suffix, and return the paths."""
+    """Write one UTF-8 file per format, named `base` plus the suffix of the format. Return the paths."""
     written = []
     for format in formats:
         content = render(transcript, format, phonemes)
@@ -190,7 +190,7 @@ def save(
 
 
 def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
-    """Replace kana with phonemes and a boundary after each word except the last of a segment."""
+    """Replace kana with phonemes, and add a boundary after each word except the last in a segment."""
     words = []
     for index, word in enumerate(transcript.words, start=1):
         spelling = " ".join(word.phonemes)

@@ -1,4 +1,4 @@
-"""Reading and writing of n-gram language models in ARPA format, plain or gzip-compressed."""
+"""Reader and writer for n-gram language models in ARPA format, plain or gzip-compressed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path
 from jahubert.lm.ngram import Entries, NGram, NGramError
 
-MAX_LINE = 1 << 16  # bytes
+MAX_LINE = 1 << 16  # maximum length of a line in bytes
 MAX_ORDER = 20
 _LN10 = math.log(10.0)
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_arpa(path: Path) -> NGram:
-    """Read an ARPA file; memory is proportional to the number of n-grams.
+    """Read an ARPA file, using memory proportional to the number of n-grams.
 
     Raises:
-        DataError: the file cannot be read or is not a valid ARPA file; the message names the line.
+        DataError: the file cannot be read or is not a valid ARPA file. The message names the line.
     """
     try:
         with path.open("rb") as raw:
@@ -86,7 +86,7 @@ class _Reader:
         return line
 
     def _header(self) -> list[int]:
-        """Read the header and return the number of n-grams of each order."""
+        """Read the header, and return the number of n-grams of each order."""
         while self._line() != b"\\data\\":
             pass
         counts: list[int] = []
@@ -100,7 +100,7 @@ class _Reader:
         return counts
 
     def _section(self, order: int, count: int, is_last: bool) -> Entries:
-        """Read the n-grams of one order, after the line that names the order."""
+        """Read the n-grams of one order, from the line after the name of the order on."""
         ids, logps, backoffs = array("i"), array("f"), array("f")
         for parts in self._rows():
             if not order + 1 <= len(parts) <= order + 2:
@@ -148,7 +148,7 @@ class _Reader:
 
 
 def _shown(text: bytes) -> str:
-    """Format text from the file for messages."""
+    """Format text from the file for error messages."""
     return repr(text[:60].decode(errors="replace"))
 
 

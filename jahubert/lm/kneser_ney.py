@@ -1,4 +1,4 @@
-"""Estimation of n-grams with interpolated modified Kneser-Ney smoothing.
+"""Estimation of n-gram models with interpolated modified Kneser-Ney smoothing.
 
 The method is that of Chen and Goodman 1998, "An empirical study of smoothing techniques for language
 modeling", with the conventions of KenLM's lmplz (Heafield et al. 2013): n-grams that start with `<s>` keep
@@ -21,7 +21,7 @@ from jahubert.lm.ngram import END, START, UNKNOWN, Entries, NGram
 
 log = logging.getLogger(__name__)
 
-FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # used if a text is too small to estimate discounts, as in lmplz
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # used, as in lmplz, if a text is too small to estimate discounts
 _START_LOGP = -99.0 * np.log(10.0)  # <s> is never predicted
 
 
@@ -30,10 +30,10 @@ class _Counts:
     """The distinct n-grams of one order, sorted by context and word.
 
     Attributes:
-        position_N: one position in the text at which the n-gram starts.
-        context_N, suffix_N: row, in the counts of the next lower order, of the n-gram without its last or
-            first word.
-        count_N: number of occurrences.
+        position_N: one position in the text at which each n-gram starts.
+        context_N, suffix_N: row of each n-gram without its last or first word in the counts of the next lower
+            order.
+        count_N: number of occurrences of each n-gram.
     """
 
     position_N: np.ndarray
@@ -58,10 +58,10 @@ def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3) -> NGram:
     words, token_T = _encode(sentences)
     all_counts = _count(token_T, len(words), order)
     entries: list[Entries] = []
-    lower_N = np.full(len(words), 1.0 / (len(words) - 1))  # uniform, without <s>
+    lower_N = np.full(len(words), 1.0 / (len(words) - 1))  # uniform distribution over all words but <s>
     for n, counts in enumerate(all_counts, 1):
         adjusted_N = counts.count_N
-        if n < len(all_counts):  # continuation count: number of distinct words before the n-gram
+        if n < len(all_counts):  # use the continuation count, the number of distinct words before the n-gram
             adjusted_N = np.bincount(all_counts[n].suffix_N, minlength=len(adjusted_N))
             if n > 1:
                 starts_N = token_T[counts.position_N] == 0
@@ -132,8 +132,9 @@ def _interpolate(
     """Compute smoothed probabilities of n-grams, and the weight of the lower order in each context.
 
     Args:
-        adjusted_N: counts, or continuation counts.
-        lower_N: probabilities of the n-grams of the next lower order; for unigrams, the uniform distribution.
+        adjusted_N: counts or continuation counts.
+        lower_N: probabilities of the n-grams of the next lower order, or the uniform distribution for
+            unigrams.
     """
     discount_N = np.array([0.0, *_discounts(adjusted_N, order)])[np.minimum(adjusted_N, 3)]
     n_contexts = len(lower_N) if order > 1 else 1
@@ -146,7 +147,7 @@ def _interpolate(
 
 
 def _discounts(adjusted_N: np.ndarray, order: int) -> tuple[float, float, float]:
-    """Compute discounts of n-grams with one, two and more occurrences (Chen and Goodman, eq. 26)."""
+    """Compute the discounts for n-grams with one, two and more occurrences (Chen and Goodman, eq. 26)."""
     n1, n2, n3, n4 = (int((adjusted_N == k).sum()) for k in range(1, 5))
     if n1 and n2 and n3:
         y = n1 / (n1 + 2 * n2)
@@ -154,7 +155,7 @@ def _discounts(adjusted_N: np.ndarray, order: int) -> tuple[float, float, float]
         if all(0 < discount <= k for k, discount in enumerate(discounts, 1)):
             return discounts
     log.warning(
-        "%d-grams: the text is too small to estimate the discounts; %s are used",
+        "%d-grams: the text is too small to estimate the discounts; using %s",
         order, "/".join(map(str, FALLBACK_DISCOUNTS)),
     )  # fmt: skip
     return FALLBACK_DISCOUNTS

@@ -1,7 +1,7 @@
 """Lexicons: the words that decoding may output, with their pronunciations.
 
-A lexicon has one pronunciation per line: a word as it is written in the output, then its symbols, separated
-by white space (`東京 t o: ky o:`). A word with several pronunciations has several lines.
+A lexicon has one pronunciation per line: a word as it is written in the output, followed by its symbols,
+separated by white space (`東京 t o: ky o:`). A word with several pronunciations has several lines.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Entry = tuple[str, tuple[str, ...]]  # a word and its symbols
 
 
 def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
-    """Read a lexicon; repeated lines count once.
+    """Read a lexicon, ignoring repeated lines.
 
     Raises:
-        DataError: the file cannot be read or has no words, or a line (named by its number) has no symbols or
-            symbols outside the vocabulary.
+        DataError: the file cannot be read or has no words, or a line, whose number is given, has no symbols
+            or symbols outside the vocabulary.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -47,7 +47,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
 
 
 def write_lexicon(entries: Iterable[tuple[str, Sequence[str]]], path: Path) -> int:
-    """Write a lexicon and return the number of lines."""
+    """Write a lexicon, and return the number of lines."""
     n_lines = 0
     with atomic_write(path) as file:
         for word, spelling in entries:

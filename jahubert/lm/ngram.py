@@ -1,8 +1,8 @@
-"""Back-off n-gram language model in sorted arrays.
+"""Back-off n-gram language model, stored in sorted arrays.
 
-The n-grams form a prefix tree: node 0 is the empty context, and every other node is an n-gram, a word
-appended to the node of its context. A node is found by binary search for its key, `context * V + word`. A
-language model state is the node of the longest context that matters for the next word.
+The n-grams form a prefix tree. Node 0 is the empty context, and every other node is an n-gram, that is, a
+word appended to the node of its context. A node is found by binary search for its key, `context * V + word`.
+A language model state is the node of the longest context that affects the next word.
 
 Shapes: V words, N n-grams, M = N + 1 nodes, R rows (queries). All probabilities are natural logarithms.
 """
@@ -23,7 +23,7 @@ UNSEEN_LOGP = -100.0 * np.log(
 
 
 class NGramError(DataError):
-    """An n-gram is inconsistent with the others; `order` and `row` locate it in the arguments."""
+    """Raised if an n-gram is inconsistent with the others; `order` and `row` locate it in the arguments."""
 
     def __init__(self, message: str, order: int, row: int):
         super().__init__(message)
@@ -36,7 +36,7 @@ class Entries:
     """The n-grams of one order.
 
     Attributes:
-        words_Nn: word indices, int (N, order).
+        words_Nn: word indices of each n-gram, int (N, order).
         logp_N: log-probability of the last word after the preceding words.
         backoff_N: log back-off weight of the n-gram as a context.
     """
@@ -47,11 +47,11 @@ class Entries:
 
 
 class NGram:
-    """Back-off language model; states and words are integers, queries are batched.
+    """Back-off language model with batched queries, in which states and words are integers.
 
     Args:
-        words: vocabulary; the indices in `entries` are positions in this list.
-        entries: the n-grams of each order, from 1; every word needs a unigram.
+        words: vocabulary. The indices in `entries` are positions in this list.
+        entries: the n-grams of each order, starting from 1. Every word requires a unigram.
 
     Raises:
         NGramError: an n-gram occurs twice, or its context is missing.
@@ -101,7 +101,7 @@ class NGram:
         return key_N, sort_N
 
     def _find(self, context_R: np.ndarray, word_R: np.ndarray) -> np.ndarray:
-        """Return the node of each context with a word appended; -1 if the model lacks this n-gram."""
+        """Return the node of each context with a word appended, or -1 if the model lacks this n-gram."""
         if not len(self.key_N):
             return np.full(len(context_R), -1, np.int64)
         key_R = context_R * len(self.words) + word_R
@@ -126,7 +126,7 @@ class NGram:
         return suffix_M
 
     def _states(self) -> np.ndarray:
-        """Return the state of each node: the node if it affects the next word, else its suffix's state."""
+        """Return the state of each node: the node if it affects the next word, or else its suffix's state."""
         matters_M = (np.diff(self.first_child_M) > 0) | (self.backoff_M != 0)
         n_contexts = len(self.key_N) + 1 - self.counts[-1]
         matters_M[n_contexts:] = False
@@ -141,11 +141,11 @@ class NGram:
 
     @property
     def n_states(self) -> int:
-        """Upper bound on state numbers (exclusive)."""
+        """Exclusive upper bound on state numbers."""
         return len(self.state_M)
 
     def word_ids(self, words: Iterable[str]) -> np.ndarray:
-        """Return the indices of words; unknown words get the index of `<unk>`, or -1 without `<unk>`."""
+        """Return the indices of words. Unknown words get the index of `<unk>`, or -1 without `<unk>`."""
         return np.array([self.index.get(word, self.unknown_word) for word in words], np.int64)
 
     def score(self, state_R: np.ndarray, word_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +215,7 @@ class Perplexity:
 
     Attributes:
         logp: sum of the natural log-probabilities of all words and sentence ends.
-        sentences, words: numbers of sentences, and of words without sentence ends.
+        sentences, words: number of sentences, and number of words without sentence ends.
         unknown: number of words outside the vocabulary, which are scored as `<unk>`.
         unknown_logp: part of `logp` contributed by unknown words.
     """
@@ -233,7 +233,7 @@ class Perplexity:
 
     @property
     def excluding_unknown(self) -> float:
-        """Perplexity without the unknown words."""
+        """Perplexity per word and sentence end, without unknown words."""
         return float(np.exp(-(self.logp - self.unknown_logp) / (self.words + self.sentences - self.unknown)))
 
 

@@ -1,1 +1,1 @@
-"""The HuBERT model and its heads; `kernels` contains fast implementations of the parts of the model."""
+"""The HuBERT model and its heads. `kernels` contains fast implementations of the model's parts."""

@@ -1,4 +1,4 @@
-"""Sizes and regularization of a HuBERT model."""
+"""Configuration of a HuBERT model: sizes and regularization."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from jahubert.frames import FrameGrid
 
 @dataclass(frozen=True)
 class HubertConfig:
-    """Sizes and regularization of a model; the defaults are those of the paper's BASE model (Table I)."""
+    """Configuration of a HuBERT model. The defaults are those of the BASE model in the paper (Table I)."""
 
     conv_dims: tuple[int, ...] = (512,) * 7  # channels of each conv layer
-    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # samples, then frames of the previous layer
-    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)  # samples, then frames of the previous layer
-    conv_bias: bool = False  # biases in the conv layers
-    conv_norm: Literal["group", "layer"] = "group"  # group: one group per channel, after the first conv only
+    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # kernel size of each conv layer
+    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)  # stride of each conv layer
+    conv_bias: bool = False  # whether the conv layers have biases
+    conv_norm: Literal["group", "layer"] = "group"  # group: one group per channel, only after the first conv
     width: int = 768  # model dimension of the Transformer
-    layers: int = 12  # Transformer blocks
-    heads: int = 12  # attention heads per block
+    layers: int = 12  # number of Transformer blocks
+    heads: int = 12  # number of attention heads per block
     ffn: int = 3072  # inner dimension of the feed-forward blocks
-    pre_norm: bool = False  # layer norms before (large, xlarge) or after (base) each sublayer
-    pos_conv_kernel: int = 128  # frames
-    pos_conv_groups: int = 16  # channel groups of the positional convolution
+    pre_norm: bool = False  # whether layer norms are before (large, xlarge) or after (base) each sublayer
+    pos_conv_kernel: int = 128  # kernel size of the positional convolution in frames
+    pos_conv_groups: int = 16  # number of channel groups in the positional convolution
     norm_eps: float = 1e-5  # epsilon of layer and group norms
-    normalize: bool = False  # standardize each waveform to zero mean and unit variance
-    # Added to the variance of the waveform: 1e-7 for weights from Hugging Face, 1e-5 for weights from fairseq
-    # and torchaudio. It is a property of the weights and therefore not part of stage records.
+    normalize: bool = False  # whether each waveform is normalized to zero mean and unit variance
+    # Epsilon that is added to the variance of the waveform: 1e-7 for weights from Hugging Face, 1e-5 for
+    # weights from fairseq and torchaudio. It is a property of the weights and therefore not part of stage
+    # records.
     normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
-    dropout: float = 0.1  # dropout after attention and feed-forward
-    attention_dropout: float = 0.1  # dropout of the attention weights
+    dropout: float = 0.1  # dropout after the attention and feed-forward blocks
+    attention_dropout: float = 0.1  # dropout on the attention weights
     activation_dropout: float = 0.0  # dropout inside the feed-forward blocks
-    input_dropout: float = 0.1  # dropout of the projected conv features
+    input_dropout: float = 0.1  # dropout on the projected conv features
     layer_drop: float = 0.05  # probability that a block is skipped in training
-    conv_grad_scale: float = 0.1  # factor applied to gradients into the conv stack
+    conv_grad_scale: float = 0.1  # factor that is applied to gradients into the conv stack
 
     def __post_init__(self) -> None:
         errors = []
@@ -72,12 +73,12 @@ class HubertConfig:
 
     @classmethod
     def large(cls, **changes: Any) -> HubertConfig:
-        """Return the LARGE configuration: 316 M parameters, 24 blocks of width 1024, pre-norm, no dropout."""
+        """Return the LARGE configuration: 316 M parameters, 24 pre-norm blocks of width 1024, no dropout."""
         return replace(cls(**_LARGE), **changes)
 
     @classmethod
     def xlarge(cls, **changes: Any) -> HubertConfig:
-        """Return the X-LARGE configuration: 962 M parameters, 48 blocks of width 1280, otherwise as LARGE."""
+        """Return the X-LARGE configuration: like LARGE, but 962 M parameters and 48 blocks of width 1280."""
         return replace(cls(**_LARGE | {"width": 1280, "layers": 48, "ffn": 5120}), **changes)
 
 

@@ -1,4 +1,4 @@
-"""Choice of the compute device."""
+"""Selection of the compute device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jahubert.errors import ConfigError
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """Return the requested device; None and "auto" select a CUDA GPU, else an Apple GPU (MPS) or the CPU.
+    """Return the requested device. None and "auto" select a CUDA GPU, an Apple GPU (MPS) or the CPU.
 
     Raises:
         ConfigError: the device is unknown or unavailable.

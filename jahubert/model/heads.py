@@ -1,4 +1,4 @@
-"""Output heads of the encoder: unit prediction for pretraining, CTC for recognition."""
+"""Output heads for the encoder: unit prediction for pretraining, and CTC for recognition."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from jahubert.model.precision import at_least_float32, autocast
 
 
 class UnitHead(nn.Module):
-    """Logits over units: cosine of the projected frame and each unit's embedding, divided by a temperature.
+    """Head that predicts units by the cosine of the projected frame and each unit's embedding.
 
-    Implements eq. 3 of the HuBERT paper (section II-C) as one matrix product of normalized vectors. The
-    result equals fairseq's softmax over one positive and all negatives, without its four unused classes.
+    The head implements eq. 3 of the HuBERT paper (section II-C) as one matrix product of normalized vectors,
+    divided by a temperature. The result equals fairseq's softmax over one positive and all negatives, without
+    its four unused classes.
     """
 
     def __init__(self, width: int, n_units: int, dim: int = 256, temperature: float = 0.1):
         super().__init__()
         self.temperature = temperature
         self.final_proj = nn.Linear(width, dim)
-        # fairseq draws from [0, 1), where all embeddings point in similar directions. The loss decreases
-        # sooner if they are spread over the sphere.
+        # fairseq draws embeddings from [0, 1), so that all of them point in similar directions. The loss
+        # decreases sooner if they are spread over the sphere.
         self.label_embeddings = nn.Parameter(torch.randn(n_units, dim))
 
     @property
@@ -36,12 +37,12 @@ class UnitHead(nn.Module):
         return self.label_embeddings.shape[0]
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        """Return the logits (N, K), at least float32, of frames (N, D)."""
+        """Return the logits (N, K) for frames (N, D), in float32 or higher precision."""
         n = len(hidden_ND)
-        if kernels.usable(self):  # oneDNN compiles a kernel for every new size
+        if kernels.usable(self):  # sizes are rounded up, because oneDNN compiles a kernel for every new size
             hidden_ND = F.pad(hidden_ND, (0, 0, 0, -n % kernels.BLOCK))
         projected_ND = self.final_proj(hidden_ND)
-        # Use float32, because a 16-bit cosine divided by the temperature would be off by up to 0.02.
+        # Float32 is used, because a 16-bit cosine divided by the temperature would have errors of up to 0.02.
         with autocast(torch.float32, hidden_ND.device):
             frames_ND = F.normalize(at_least_float32(projected_ND), dim=-1)
             units_KD = F.normalize(at_least_float32(self.label_embeddings), dim=-1)
@@ -49,7 +50,7 @@ class UnitHead(nn.Module):
 
 
 class HubertForCtc(nn.Module):
-    """Encoder and a linear layer over symbols; module names are those of Hugging Face's HubertForCTC."""
+    """Encoder with a linear layer over symbols. Module names are those of Hugging Face's HubertForCTC."""
 
     def __init__(self, config: HubertConfig, n_symbols: int, hubert: HubertModel | None = None):
         super().__init__()
@@ -63,19 +64,19 @@ class HubertForCtc(nn.Module):
 
     @property
     def config(self) -> HubertConfig:
-        """Sizes of the encoder."""
+        """Configuration of the encoder."""
         return self.hubert.config
 
     def forward(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities (B, S, V) and valid frame counts (B,); arguments: see `HubertModel`."""
+        """Return log-probabilities (B, S, V) and valid frame counts (B,); see `HubertModel` for arguments."""
         encoded = self.hubert(wav_BT, n_samples_B, **options)
         return self.log_probs(encoded.hidden_BSD), encoded.n_frames_B
 
     def log_probs(self, hidden_BSD: Tensor) -> Tensor:
-        """Return log-probabilities (B, S, V), at least float32, of the encoder's frames (B, S, D)."""
-        # Use float32, because nearly equal probabilities would become equal in 16 bits.
+        """Return log-probabilities (B, S, V) for encoder frames (B, S, D), in float32 or higher precision."""
+        # Float32 is used, because nearly equal probabilities would become equal in 16 bits.
         with autocast(torch.float32, hidden_BSD.device):
             log_probs_BSV: Tensor = self.lm_head(at_least_float32(hidden_BSD)).log_softmax(-1)
             return log_probs_BSV

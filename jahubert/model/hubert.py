@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from jahubert.model.kernels.packing import PackedShape, Packing
 
 
-# Effect of padding on valid frames. "ignored" means no effect; the other values reproduce other projects.
+# Effect of padding on valid frames. "ignored" means no effect, and the other values reproduce other projects:
 # "masked" includes padding in the group norm of base models (fairseq, torchaudio, and Hugging Face with an
-# attention mask); "unmasked" treats padding as audio (Hugging Face without an attention mask).
+# attention mask), and "unmasked" treats padding as audio (Hugging Face without an attention mask).
 Padding = Literal["ignored", "masked", "unmasked"]
 
 
@@ -54,12 +54,12 @@ class Encoded:
     """Output of the encoder. Frames after the end of an utterance are zero (unless `padding="unmasked"`)."""
 
     hidden_BSD: Tensor  # output of the last computed block (after the closing norm if all were computed)
-    n_frames_B: Tensor  # valid frames of each utterance, int64
+    n_frames_B: Tensor  # number of valid frames in each utterance, int64
     layers: dict[int, Tensor] = field(default_factory=dict)  # kept block outputs; 0 is the input of block 1
-    conv_penalty: Tensor | None = None  # mean square of the conv features, float32 scalar; in training only
+    conv_penalty: Tensor | None = None  # mean square of the conv features (float32), only in training
 
 
-register_pytree_node(  # needed by torch.export
+register_pytree_node(  # torch.export requires this
     Encoded, lambda encoded: (list(vars(encoded).values()), None), lambda values, _: Encoded(*values)
 )
 
@@ -78,7 +78,7 @@ class ConvLayer(nn.Module):
             self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x_BCS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
-        """Apply the layer to `x_BCS`; `valid_BS` marks the valid output frames."""
+        """Apply the layer to `x_BCS`, where `valid_BS` marks the valid output frames."""
         x_BCS = self.conv(x_BCS)
         if self.norm == "group":
             x_BCS = self.layer_norm(x_BCS, None if valid_BS is None else valid_BS[:, None])
@@ -88,7 +88,7 @@ class ConvLayer(nn.Module):
 
 
 class ConvFrontEnd(nn.Module):
-    """Convolutional encoder: 16 kHz waveforms to features at 50 Hz."""
+    """Convolutional encoder from 16 kHz waveforms to features at 50 Hz."""
 
     def __init__(self, config: HubertConfig):
         super().__init__()
@@ -99,7 +99,7 @@ class ConvFrontEnd(nn.Module):
             self.conv_layers.append(ConvLayer(dims[i], dims[i + 1], kernel, stride, config.conv_bias, norm))
 
     def forward(self, wav_BT: Tensor, n_samples: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Return features (B, S, C); `n_samples` are the lengths if the batch is padded."""
+        """Return features (B, S, C). If the batch is padded, `n_samples` contains the utterance lengths."""
         if kernels.usable(self):
             return kernels.front_end_padded(self, wav_BT, n_samples)
         x_BCS, valid_BS = wav_BT[:, None], None
@@ -138,9 +138,9 @@ class PositionalConv(nn.Module):
         self.conv = WeightNormConv1d(conv)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return embeddings (B, S, D); `x_BSD` must be zero after the end of each utterance."""
+        """Return embeddings (B, S, D) of `x_BSD`, which must be zero after the end of each utterance."""
         n_frames, lower = x_BSD.shape[1], torch.is_autocast_enabled(x_BSD.device.type)
-        # Use float32, because oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) returns wrong
+        # Float32 is used, because oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) returns wrong
         # results for groups of 4 to 14 channels, and a GPU would use TF32.
         with autocast(torch.float32, x_BSD.device):
             y_BDS = self.conv((x_BSD.float() if lower else x_BSD).transpose(1, 2))
@@ -184,7 +184,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Transformer block, with layer norms after (post-norm) or before (pre-norm) its two parts."""
+    """Transformer block with layer norms after (post-norm) or before (pre-norm) its two parts."""
 
     def __init__(self, config: HubertConfig):
         super().__init__()
@@ -219,7 +219,7 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
         for module in self.layers.modules():
-            if isinstance(module, nn.Linear):  # initialized as in BERT
+            if isinstance(module, nn.Linear):  # the initialization is the same as in BERT
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
@@ -230,7 +230,7 @@ class Encoder(nn.Module):
         last_layer: int | None = None,
         keep_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the output of the last computed block, and the kept outputs by block number."""
+        """Return the output of the last computed block, and the kept outputs keyed by block number."""
         if valid_BS is not None:
             x_BSD = x_BSD.masked_fill(~valid_BS[..., None], 0.0)
         x_BSD = x_BSD + self.pos_conv_embed(x_BSD)
@@ -244,7 +244,8 @@ class Encoder(nn.Module):
         """Apply the blocks to a padded batch or to packed frames (see `EncoderLayer.forward`)."""
         kept = {0: x} if 0 in keep_layers else {}
         for number, layer in enumerate(self.layers[:last_layer], start=1):
-            # Layer drop is drawn on the CPU, so skipped blocks cost nothing and the GPU is not synchronized.
+            # Layer drop is drawn on the CPU, so that skipped blocks cost nothing and the GPU is not
+            # synchronized.
             skipped = self.training and torch.rand((), device="cpu").item() < self.layer_drop
             if not skipped:
                 x = layer(x, frames)
@@ -288,14 +289,17 @@ class HubertModel(nn.Module):
         """Encode a padded batch of 16 kHz waveforms.
 
         Args:
-            wav_BT: float waveforms; samples after `n_samples_B` are ignored.
-            n_samples_B: valid samples of each utterance (default: all).
-            mask_BS: frames replaced by the mask embedding before the encoder (True = masked).
-            channel_mask_BD: channels set to zero over the whole utterance (True = zero).
-            last_layer: stop after this block, counted from 1; its output, after residual and norm,
-                is `hidden_BSD`. Default: all blocks and, for pre-norm models, the closing norm.
-            keep_layers: block numbers whose outputs are returned in `layers`; 0 is the input of block 1.
-            padding: reproduces the effect of padding in other projects (see `Padding`); for comparisons only.
+            wav_BT: floating-point waveforms. Samples after `n_samples_B` are ignored.
+            n_samples_B: number of valid samples in each utterance (default: all).
+            mask_BS: mask of the frames that the mask embedding replaces before the encoder (True = masked).
+            channel_mask_BD: mask of the channels that are set to zero in the whole utterance (True = zero).
+            last_layer: number of the last block to compute, counted from 1. `hidden_BSD` is its output after
+                residual and norm. By default, all blocks are computed and, in pre-norm models, the closing
+                norm.
+            keep_layers: numbers of the blocks whose outputs are returned in `layers`; 0 is the input of block
+                1.
+            padding: effect of padding (see `Padding`), which can be changed for comparisons with other
+                projects.
             shape: sizes that kernels fill the batch up to, so that the shapes of batches do not differ. It
                 never changes a result.
 
@@ -347,12 +351,12 @@ class HubertModel(nn.Module):
     def _check_lengths(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None
     ) -> Tensor | Sequence[int] | None:
-        """Check the lengths; return integers, a tensor (while recording operations), or None (no padding)."""
+        """Check the lengths. Return integers, a tensor (while recording operations) or None (no padding)."""
         if wav_BT.ndim != 2 or wav_BT.shape[0] == 0:
             raise AudioError(f"waveforms must be (batch >= 1, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape
         if isinstance(n_samples_B, Tensor) and kernels.is_recorded():
-            return n_samples_B  # the values of a recorded tensor are unknown
+            return n_samples_B  # the values of a recorded tensor are not known
         n_samples = [width] if n_samples_B is None else [int(n) for n in n_samples_B]
         if n_samples_B is not None and (len(n_samples) != batch or max(n_samples) > width):
             raise AudioError(f"lengths {n_samples} do not fit waveforms of shape {tuple(wav_BT.shape)}")
@@ -365,14 +369,14 @@ class HubertModel(nn.Module):
         return None if n_samples_B is None or shortest == width else n_samples
 
     def normalize(self, wav: Tensor) -> Tensor:
-        """Normalize to zero mean and unit variance if the model was trained on such waveforms."""
+        """Normalize a waveform to zero mean and unit variance if the model was trained on such waveforms."""
         if not self.config.normalize:
             return wav
         deviation = torch.sqrt(wav.var(-1, unbiased=False, keepdim=True) + self.config.normalize_eps)
         return (wav - wav.mean(-1, keepdim=True)) / deviation
 
     def _normalize_padded(self, wav_BT: Tensor, n_samples_B: Tensor) -> Tensor:
-        """Apply `normalize` to a padded batch; samples after each utterance become zero."""
+        """Apply `normalize` to a padded batch, and set the samples after each utterance to zero."""
         valid_BT = length_mask(n_samples_B, wav_BT.shape[1])
         if not self.config.normalize:
             return wav_BT.masked_fill(~valid_BT, 0.0)

@@ -1,4 +1,4 @@
-"""Layers and functions missing from torch: masked group norm, picklable weight norm, masks."""
+"""Layers and functions that torch lacks: masked group norm, picklable weight norm, and masks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class WeightNorm(nn.Module):
-    """A convolution's weight as norm (1, 1, K) times direction (D, D / groups, K), normalized per tap."""
+    """Convolution weight computed as a norm (1, 1, K) times a direction (D, D / groups, K) per tap."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -44,8 +44,8 @@ class WeightNorm(nn.Module):
 class WeightNormConv1d(nn.Module):
     """Convolution whose weight is computed by `WeightNorm`.
 
-    State-dict names and arithmetic are those of `torch.nn.utils.parametrizations.weight_norm`, which cannot
-    be pickled.
+    State-dict names and arithmetic are the same as in `torch.nn.utils.parametrizations.weight_norm`, which
+    cannot be pickled.
     """
 
     def __init__(self, conv: nn.Conv1d):
@@ -76,7 +76,7 @@ class WeightNormConv1d(nn.Module):
 
 
 def standardize(x: Tensor, valid: Tensor, eps: float) -> Tensor:
-    """Normalize the valid values of the last dimension to mean 0 and variance 1; set all others to zero."""
+    """Normalize the valid values in the last dimension to mean 0 and variance 1, and set others to zero."""
     count = valid.sum(-1, keepdim=True)
     mean = x.masked_fill(~valid, 0.0).sum(-1, keepdim=True) / count
     centered = (x - mean).masked_fill(~valid, 0.0)
@@ -85,7 +85,7 @@ def standardize(x: Tensor, valid: Tensor, eps: float) -> Tensor:
 
 
 def length_tensor(lengths: Iterable[int] | Tensor, device: torch.device) -> Tensor:
-    """Return lengths as an int64 tensor (B,) on a device."""
+    """Return lengths as an int64 tensor (B,) on `device`."""
     if isinstance(lengths, Tensor):
         return lengths.to(device, torch.int64)
     (length_B,) = index_tensors(device, list(lengths))
@@ -98,14 +98,14 @@ def length_mask(length_B: Tensor, width: int) -> Tensor:
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Return `x` unchanged, but multiply its gradient by `scale`."""
+    """Return `x` unchanged, but multiply its gradient by `scale` in the backward pass."""
     if scale == 1.0 or not x.requires_grad:
         return x
     return x * scale + x.detach() * (1 - scale)
 
 
 def mean_square(x_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
-    """Return the mean square of the valid frames, float32."""
+    """Return the mean square of the valid frames in float32."""
     if valid_BS is None:
         return x_BSC.float().square().mean()
     return x_BSC.float().square().mean(-1).masked_fill(~valid_BS, 0.0).sum() / valid_BS.sum()

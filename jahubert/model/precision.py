@@ -1,7 +1,7 @@
 """Compute precision: autocast dtypes and int8 quantization.
 
-Lower precision applies to matrix products and convolutions only (autocast); norms, softmax, cosines and
-log-probabilities stay in float32. The weights themselves are not changed.
+Lower precision applies only to matrix products and convolutions (autocast). Norms, softmax, cosines and
+log-probabilities remain in float32. The weights themselves are not changed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the device supports it in hardware, else float32, which is then faster."""
+    """Return bfloat16 if the device supports it in hardware, and otherwise float32, which is then faster."""
     if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(False)  # False: without emulation
+        supported = torch.cuda.is_bf16_supported(False)  # False excludes emulation
     else:
         supported = _cpu_has_bf16()
     return torch.bfloat16 if supported else torch.float32
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Enable autocast to `dtype`; float32 and int8 (implemented by quantized layers) need no autocast."""
+    """Enable autocast to `dtype`, unless it is float32 or int8, which do not need autocast."""
     lower = dtype in PRECISIONS[1:]
     if not lower and not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -38,7 +38,7 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the autocast dtype for a tensor, or its own dtype; for operations that autocast ignores."""
+    """Return the autocast dtype for a tensor, or its own dtype, for operations that autocast ignores."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
@@ -49,10 +49,10 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_int8(model: T, device: torch.device) -> T:
-    """Return a copy of the model with int8 linear layers (weights per channel, dynamic activations).
+    """Return a copy of the model whose linear layers use int8 weights and dynamically quantized activations.
 
     Raises:
-        ConfigError: the device is not a CPU, or this torch has no dynamic quantization.
+        ConfigError: the device is not a CPU, or the installed torch has no dynamic quantization.
     """
     if device.type != "cpu":
         raise ConfigError(f"int8 needs a CPU, but the device is {device}; use the CPU, or bfloat16")
@@ -75,5 +75,5 @@ def _cpu_has_bf16() -> bool:
     cpu = torch.cpu
     try:
         return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-    except (AttributeError, RuntimeError):  # private functions, missing in some versions
+    except (AttributeError, RuntimeError):  # some versions of torch lack these private functions
         return False

@@ -1,4 +1,4 @@
-"""Self-attention within each utterance of packed frames."""
+"""Self-attention on packed frames, within each utterance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CACHED = 2**19  # number of attention weights computed at a time on a CPU, so th
 
 
 def fused_kernels(device: torch.device) -> AbstractContextManager[Any]:
-    """Enable all of a GPU's attention kernels except cuDNN's, which makes a new plan for every size."""
+    """Enable all attention kernels of a GPU except cuDNN's, which needs a new plan for every size."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -40,7 +40,7 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
         # One product yields queries, keys and values; the backward pass needs three products instead of nine.
         q_NHE, k_NHE, v_NHE = linear(x_ND, *projections).unflatten(1, (3, module.heads, -1)).unbind(1)
     else:
-        x_ND = x_ND.to(autocast_dtype(x_ND))  # cast once instead of in each of the three products
+        x_ND = x_ND.to(autocast_dtype(x_ND))  # one cast here replaces a cast in each of the three products
         q_NHE, k_NHE, v_NHE = (project(x_ND).unflatten(1, (module.heads, -1)) for project in projections)
     dropout = module.dropout if module.training else 0.0
     out_ND = attend(q_NHE, k_NHE, v_NHE, packing, dropout).flatten(1)
@@ -48,7 +48,7 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
 
 
 def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
-    """Scaled dot-product attention of packed queries, keys and values (N, heads, head width)."""
+    """Compute scaled dot-product attention on packed queries, keys and values (N, heads, head width)."""
     if (
         packing.flash is not None
         and q_NHE.dtype in (torch.bfloat16, torch.float16)
@@ -63,7 +63,7 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
         return packing.pack(out.transpose(1, 2))
     if q_NHE.dtype is torch.bfloat16 or dropout:
         return _in_rectangles(q_NHE, k_NHE, v_NHE, packing, dropout)
-    # One call per utterance computes no padding, but torch's fused CPU kernel has no dropout.
+    # One call per utterance avoids computing padding, but torch's fused CPU kernel has no dropout.
     by_utterance = partial(_by_utterance, packing=packing)
     out_NHE = by_utterance(q_NHE, k_NHE, v_NHE)
     return with_double_backward(out_NHE, _unfused(by_utterance), q_NHE, k_NHE, v_NHE)
@@ -72,7 +72,7 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
 def scaled_dot_product_attention(
     q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Call torch's function, with derivatives of any order and in forward mode.
+    """Call torch's function, and support derivatives of any order and in forward mode.
 
     torch's fused kernels provide only the first derivative.
     """
@@ -95,13 +95,13 @@ def _has_fused_kernels() -> bool:
 
 
 def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[..., Tensor]:
-    """Wrap `compute` to use differentiable operators instead of a fused kernel."""
+    """Wrap `compute` so that it uses differentiable operators instead of a fused kernel."""
 
     def unfused(*inputs: Tensor) -> Tensor:
         if dropout:
             raise RuntimeError(
-                "fused attention with dropout has no double backward, as its dropout mask is not stored; set "
-                "attention_dropout to 0 or run the forward pass inside "
+                "fused attention with dropout has no double backward, because its dropout mask is lost. "
+                "Set attention_dropout to 0, or run the forward pass inside "
                 "`with jahubert.model.kernels.disabled():`"
             )
         with sdpa_kernel(SDPBackend.MATH):
@@ -111,7 +111,7 @@ def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[.
 
 
 def _by_utterance(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing) -> Tensor:
-    """Compute attention with one call per utterance, and one for the filler rows."""
+    """Compute attention with one call per utterance and one for the filler rows."""
     parts = [*packing.n_frames, packing.n_rows - packing.n_valid]
     rows = zip(*(x.transpose(0, 1)[None].split(parts, dim=2) for x in (q_NHE, k_NHE, v_NHE)), strict=True)
     outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v in rows]
@@ -132,12 +132,12 @@ def flash_attention(
 
 
 class _Layout(NamedTuple):
-    """Positions of packed frames in rectangles, per head."""
+    """Positions of packed frames in rectangles, for each head."""
 
     rectangles: list[Rectangle]
-    indices: list[Tensor]  # for each rectangle, the row in (N, H) of each head, utterance and frame
+    indices: list[Tensor]  # row in (N, H) of each head, utterance and frame, for each rectangle
     row_NH: Tensor  # row of each frame and head in the concatenated rectangles
-    n_valid: int  # packed rows without the filler rows
+    n_valid: int  # number of packed rows without the filler rows
 
     @classmethod
     def of(cls, packing: Packing, heads: int) -> _Layout:
@@ -156,10 +156,10 @@ class _Layout(NamedTuple):
 
 
 def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
-    """Compute attention with batched matrix products, per rectangle of G heads padded to S frames."""
+    """Compute attention with batched matrix products, on rectangles of G heads padded to S frames."""
     _, heads, width = q_NHE.shape
     layout = _Layout.of(packing, heads)
-    # Scale queries and, to keep the mean under dropout, values before the products.
+    # Queries and, to preserve the mean under dropout, values are scaled before the products.
     scaled = q_NHE * width**-0.5, k_NHE, v_NHE * (1 / keep_probability(dropout)) if dropout else v_NHE
     inputs = zip(*(_ToRectangles.apply(x, layout, False) for x in scaled), strict=True)
     outs = []
@@ -173,7 +173,7 @@ def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing
 
 
 class _ToRectangles(torch.autograd.Function):
-    """Conversion of packed rows (N, H, E) to rectangles (G, S, E), padded with zeros or with the first row.
+    """Function from packed rows (N, H, E) to rectangles (G, S, E), padded with zeros or with the first row.
 
     The padding has no gradient: the weights of its keys are zero, and the outputs of its queries are unused.
     """
@@ -197,7 +197,7 @@ class _ToRectangles(torch.autograd.Function):
 
 
 class _FromRectangles(torch.autograd.Function):
-    """Conversion of rectangles (G, S, E) to packed rows (N, H, E); filler rows become zero."""
+    """Function from rectangles (G, S, E) to packed rows (N, H, E), in which filler rows are zero."""
 
     @staticmethod
     def forward(ctx: Any, layout: _Layout, *parts: Tensor) -> Tensor:
@@ -221,10 +221,10 @@ def _biased_attention(
 
 
 class _RectangleAttention(torch.autograd.Function):
-    """`_biased_attention` for a CPU, where torch's fused kernel has no dropout and is slow in bfloat16.
+    """`_biased_attention` for CPUs, where torch's fused kernel has no dropout and is slow in bfloat16.
 
-    A few heads are computed at a time, so that intermediate results stay in the cache. One byte of dropout
-    mask per weight is stored for the backward pass, and the weights are recomputed.
+    A few heads are computed at a time, so that intermediate results remain in the cache. For the backward
+    pass, one byte of dropout mask per weight is stored, and the weights are recomputed.
     """
 
     @staticmethod

@@ -4,7 +4,7 @@ All waveforms of a batch are concatenated in (time, channel) order, each padded 
 8 output frames. A convolution with stride `s` is then a matrix product over rows of `s` input frames, plus a
 product over the same rows shifted by one for the remaining taps. This needs no copies and no padded batch,
 and matrix products are the fastest kernels on every device. Rows that extend past the end of an utterance
-contain garbage; no valid frame depends on them, and they are dropped at the end.
+contain arbitrary values. No valid frame depends on these rows, and they are dropped at the end.
 
 The group norm after the first layer (HuBERT base) scales every channel by its statistics over the whole
 utterance. As this layer is linear in its few taps, the statistics follow from the mean and covariance of the
@@ -36,12 +36,12 @@ from jahubert.model.precision import autocast_dtype
 if TYPE_CHECKING:
     from jahubert.model.hubert import ConvFrontEnd, ConvLayer
 
-TILES_AT_ONCE = 128  # tiles processed together when no gradient is needed
+TILES_AT_ONCE = 128  # number of tiles that are processed together when no gradient is needed
 CACHED = 2**20  # number of values processed at a time on a CPU, so that they fit in its caches
 
 
 def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[int] | Tensor | None) -> Tensor:
-    """Compute `ConvFrontEnd.forward`; features (B, S, C) are zero after the end of each utterance."""
+    """Compute `ConvFrontEnd.forward`, with features (B, S, C) that are zero after each utterance."""
     convs = [cast("ConvLayer", layer).conv for layer in stack.conv_layers]
     grid = FrameGrid.from_convs([conv.kernel_size[0] for conv in convs], [conv.stride[0] for conv in convs])
     batch, width = wav_BT.shape
@@ -52,22 +52,22 @@ def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[in
 
 
 def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor], shape: PackedShape | None = None) -> Tensor:
-    """Compute packed features (N, C) of waveforms that have at least one frame each.
+    """Compute packed features (N, C) for waveforms that have at least one frame each.
 
     Args:
-        shape: sizes to fill all tensors up to; see `Packing`.
+        shape: sizes up to which all tensors are filled (see `Packing`).
     """
     layers = [cast("ConvLayer", layer) for layer in stack.conv_layers]
     strides = [layer.conv.stride[0] for layer in layers]
     device, lengths = wavs[0].device, [len(wav) for wav in wavs]
-    hop = math.prod(strides)  # samples per output frame
+    hop = math.prod(strides)  # number of samples per output frame
     tiles = [-(-n // (hop * TILE)) for n in lengths]
     first = [TILE * n for n in accumulate(tiles, initial=0)]
     total = TILE * filled(sum(tiles), shape and shape.n_tiles, "tiles", BLOCK // TILE)
     parts = [F.pad(w, (0, n * TILE * hop - len(w))) for w, n in zip(wavs, tiles, strict=True)]
     x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * hop)])[:, None]
     x: Tensor | _Product = x_NC
-    n_frames = []  # per layer, the output length of each utterance
+    n_frames = []  # output length of each utterance, for each layer
     for layer, stride in zip(layers, strides, strict=True):
         lengths = [(n - layer.conv.kernel_size[0]) // stride + 1 for n in lengths]
         n_frames.append(lengths)
@@ -81,7 +81,7 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor], shape: PackedShape | 
         np.append(n_frames[0], np.ones(n_utterances - len(wavs))),
         np.append(concat_ranges(first[:-1], lengths), np.zeros(n_rows - sum(lengths))),
     )
-    if layers[0].norm == "group":  # the statistics of the norm need the whole utterance
+    if layers[0].norm == "group":  # the statistics of the norm depend on the whole utterance
         x, layers = _group_normed(layers[0], x_NC, _Tiles(owner_T, position_T, n_frames_B)), layers[1:]
     blocks = [(x, total)] if torch.is_grad_enabled() else _blocks(x, len(owner_T))
     x_NC = torch.cat([_run_layers(layers, block)[:n] for block, n in blocks])
@@ -93,7 +93,7 @@ class _Tiles(NamedTuple):
 
     owner_T: Tensor  # index of the utterance of each tile
     position_T: Tensor  # index of each tile within its utterance
-    n_frames_B: Tensor  # valid rows of each utterance
+    n_frames_B: Tensor  # number of valid rows in each utterance
 
 
 class _Product(NamedTuple):
@@ -128,14 +128,14 @@ def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
         variance_BC = torch.einsum("ck,bkl,cl->bc", weight_CK, covariance_BKK, weight_CK)
         scale_BC = norm.weight * torch.rsqrt(variance_BC.clamp_min(0.0) + norm.eps)
         shift_BC = norm.bias - mean_BK @ weight_CK.T * scale_BC
-        if layer.conv.bias is not None:  # the norm cancels the bias, which still needs a gradient (zero)
+        if layer.conv.bias is not None:  # the norm cancels the bias, but a zero gradient is still required
             shift_BC = shift_BC + 0.0 * layer.conv.bias
         weight_BKC = torch.cat([weight_CK.T * scale_BC[:, None], shift_BC[:, None]], dim=1)
-        taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # a column of ones, which is multiplied by the shift
+        taps_TRK = F.pad(taps_TRK, (0, 1), value=1.0)  # the column of ones is multiplied by the shift
         if x_NC.device.type != "cpu":  # a GPU multiplies 16 taps faster than 11
             weight_BKC = F.pad(weight_BKC, (0, 0, 0, -(kernel + 1) % 8))
             taps_TRK = F.pad(taps_TRK, (0, -(kernel + 1) % 8))
-        # Reduce the precision after `index_select`, whose gradient sums over the tiles of an utterance.
+        # The precision is reduced after `index_select`, whose gradient sums over the tiles of an utterance.
         weight_BKC = weight_BKC.to(torch.promote_types(dtype, torch.float32))
         weight_TKC = weight_BKC.index_select(0, tiles.owner_T)
         return _Product(taps_TRK.to(dtype), weight_TKC.to(dtype))
@@ -152,7 +152,7 @@ def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Prod
     """Yield blocks of a few tiles, each with its number of output frames.
 
     If all tiles were processed at once, the first layers would need a hundred times the memory of the output.
-    Each block contains one more tile than it outputs, because its last frames extend into that tile.
+    Each block contains one more tile than its output, because its last frames extend into this tile.
     """
     inputs: Sequence[Tensor] = x if isinstance(x, _Product) else [x.unflatten(0, (n_tiles, -1))]
     tensors = [torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in inputs]
@@ -164,11 +164,11 @@ def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Prod
 
 
 def _moments(taps_TRK: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
-    """Compute mean (B, K) and covariance (B, K, K) of the taps over each utterance's valid rows.
+    """Compute the mean (B, K) and covariance (B, K, K) of the taps over the valid rows of each utterance.
 
-    This uses float64, because a channel may pass only a small part of the power of its taps.
+    The sums are in float64, because a channel may pass only a small part of the power of its taps.
     """
-    exact = torch.float32 if taps_TRK.device.type == "mps" else torch.float64  # mps has no float64
+    exact = torch.float32 if taps_TRK.device.type == "mps" else torch.float64  # MPS does not support float64
     count_B = tiles.n_frames_B.to(exact)
     row_TR = tiles.position_T[:, None] * taps_TRK.shape[1] + torch.arange(
         taps_TRK.shape[1], device=taps_TRK.device
@@ -201,10 +201,10 @@ def _gelu_conv(x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int
 
 
 class _GeluConv(torch.autograd.Function):
-    """`_gelu_conv` as matrix products (see the module's docstring).
+    """`_gelu_conv` implemented by matrix products (see the docstring of the module).
 
-    Only x, or its two factors, are stored for the backward pass. A CPU processes some of the rows at a time,
-    so that intermediate results stay in the cache.
+    Only x or its two factors are stored for the backward pass. A CPU processes some of the rows at a time, so
+    that intermediate results remain in the cache.
     """
 
     @staticmethod
@@ -212,7 +212,7 @@ class _GeluConv(torch.autograd.Function):
         ctx: Any, x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool
     ) -> Tensor:
         outs, channels = weight_OCK.shape[:2]
-        # Split the weights by input row: taps in the same row as the output, in the next row, and so on.
+        # The weights are split by input row: taps in the same row as the output, in the next row, and so on.
         taps = weight_OCK.to(x.dtype).permute(2, 1, 0).reshape(-1, outs).split(stride * channels)
         ctx.shape, ctx.width, ctx.gelu = weight_OCK.shape, stride * channels, gelu
         n, parts = _parts(x, factor, ctx.width)
@@ -270,7 +270,7 @@ def _tiles(x: Tensor, factor: Tensor, width: int, start: int, stop: int) -> slic
 
 
 def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -> Tensor:
-    """Return the rows `start` to `stop` of the input, with `width` values each."""
+    """Return rows `start` to `stop` of the input, with `width` values each."""
     if factor is None:
         return x.view(-1, width)[start:stop]
     tiles = _tiles(x, factor, width, start, stop)

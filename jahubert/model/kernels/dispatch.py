@@ -1,4 +1,4 @@
-"""Selection between the plain modules and the kernels."""
+"""Selection of the plain modules or the kernels."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def is_transformed() -> bool:
 
 
 def usable(part: nn.Module) -> bool:
-    """Return whether kernels may compute `part`, a model or its front end; checked in every forward pass.
+    """Return whether kernels may compute `part` (a model or its front end) in the current forward pass.
 
     Kernels read the weights of modules without calling the modules, and compute on packed frames instead of a
     padded batch. They are used except in these cases:
 
-    - they are switched off (`disabled`);
+    - the kernels are switched off (`disabled`);
     - operations are recorded or transformed, as in export, torch.compile of the whole model and torch.func;
     - a module inside `part` is not exactly of its standard type (LoRA and other wrappers, quantized layers,
       parametrizations), has a hook (pruning uses one) or a patched `forward`, or has a weight that is a
       tensor subclass with its own arithmetic.
 
-    Transformer blocks are called as modules either way, so activation checkpointing, torch.compile and FSDP2
-    may wrap them. Double backward, which the forward pass cannot foresee, differentiates plain operators
-    (`double_backward`).
+    Transformer blocks are called as modules in any case, so that activation checkpointing, torch.compile and
+    FSDP2 may wrap them. Double backward, which the forward pass cannot foresee, differentiates plain
+    operators (`double_backward`).
     """
     if not _enabled or is_recorded() or is_transformed():
         return False
@@ -78,7 +78,7 @@ def usable(part: nn.Module) -> bool:
 
 
 def _is_standard(module: nn.Module) -> bool:
-    """Return whether this module itself, without its submodules, is as `jahubert.model.hubert` creates it."""
+    """Return whether a module, apart from its submodules, is as `jahubert.model.hubert` creates it."""
     if module._backward_hooks or module._backward_pre_hooks:
         return False
     for weight in module._parameters.values():
@@ -112,7 +112,7 @@ def _is_block(kind: type[nn.Module]) -> bool:
 def _has_own_arithmetic(kind: type) -> bool:
     """Return whether a tensor type overrides torch's functions, as quantized weights do."""
     if not issubclass(kind, Tensor):
-        return False  # NoneType, of an unset parameter
+        return False  # the type is NoneType if a parameter is not set
     override, default = kind.__torch_function__, Tensor.__torch_function__
     is_default = getattr(override, "__func__", None) is getattr(default, "__func__", default)
     return not is_default and override is not torch._C._disabled_torch_function_impl

@@ -1,4 +1,4 @@
-"""Dropout on a CPU with sixteen random bits per element.
+"""Dropout on a CPU that uses sixteen random bits per element.
 
 torch draws a Bernoulli sample per element on a CPU, which takes longer than the preceding matrix product
 (5 ns compared with 1 ns per element). Other devices use torch's own dropout.
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def dropout(module: nn.Dropout, x: Tensor) -> Tensor:
-    """Apply the dropout `module` to `x`; on a CPU, `p` is rounded to a multiple of 2**-16."""
+    """Apply the dropout `module` to `x`. On a CPU, `p` is rounded to a multiple of 2**-16."""
     if not module.training or module.p == 0.0:
         return x
     if x.device.type != "cpu":
@@ -30,7 +30,7 @@ def keep_probability(p: float) -> float:
 
 
 def keep_mask(shape: Sequence[int], p: float) -> Tensor:
-    """Draw a mask of one byte per element: 1 with probability `keep_probability(p)`, otherwise 0."""
+    """Draw a mask of one byte per element, which is 1 with probability `keep_probability(p)`, otherwise 0."""
     count, threshold = torch.Size(shape).numel(), round(p * 2**16)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     number = bits.view(torch.int16)[:count].view(shape)

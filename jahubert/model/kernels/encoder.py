@@ -36,7 +36,7 @@ def encode(
     padding: Padding,
     shape: PackedShape | None,
 ) -> Encoded:
-    """Compute `HubertModel.forward` on packed frames; `n_samples` are the lengths if the batch is padded."""
+    """Compute `HubertModel.forward` on packed frames. `n_samples` contains the lengths in a padded batch."""
     from jahubert.model.hubert import Encoded
     from jahubert.model.layers import scale_gradient
 

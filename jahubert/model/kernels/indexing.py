@@ -7,16 +7,16 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-BLOCK = 64  # row counts are rounded up to a multiple of this: oneDNN compiles a kernel for every new size
+BLOCK = 64  # row counts are rounded up to multiples of this, because oneDNN compiles a kernel per size
 
 
 def round_up(n: int, multiple: int) -> int:
-    """Round `n` up to a multiple."""
+    """Round `n` up to a multiple of `multiple`."""
     return -(-n // multiple) * multiple
 
 
 def concat_ranges(starts: ArrayLike, counts: ArrayLike) -> np.ndarray:
-    """Concatenate the ranges `starts[i], starts[i] + 1, ...` of length `counts[i]`."""
+    """Concatenate the ranges `starts[i], starts[i] + 1, ...`, which have lengths `counts[i]`."""
     count = np.asarray(counts, np.int64)
     end = count.cumsum()
     return np.repeat(np.asarray(starts, np.int64) - end + count, count) + np.arange(count.sum())

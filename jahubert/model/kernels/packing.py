@@ -1,4 +1,4 @@
-"""Packed representation of a padded batch: the valid frames of all utterances, concatenated."""
+"""Packed representation of a padded batch: the concatenated valid frames of all utterances."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from jahubert.errors import ConfigError
 from jahubert.frames import FrameGrid
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up, to_device_async
 
-TILE = 8  # frames per tile of the front end; each utterance starts at a tile boundary
-SPAN = 32  # frames; attention and positional convolution round lengths up to a multiple of this
+TILE = 8  # number of frames per tile of the front end; each utterance starts at a tile boundary
+SPAN = 32  # frames; attention and positional convolution round lengths up to multiples of this
 
 
 class PackedShape(NamedTuple):
-    """Sizes that every packed batch is filled up to, so that all batches of a training have equal shapes.
+    """Sizes up to which every packed batch is filled, so that all batches in a training have equal shapes.
 
-    The windows of the positional convolution are not filled up: a batch may have twice as many as the average
-    one.
+    The windows of the positional convolution are not filled up, because a batch may have twice as many
+    windows as the average batch.
     """
 
     n_utterances: int
-    n_rows: int  # packed frames and filler rows
-    n_tiles: int  # tiles of the front end
-    longest: int  # frames of the longest utterance
+    n_rows: int  # number of packed frames and filler rows
+    n_tiles: int  # number of tiles in the front end
+    longest: int  # number of frames in the longest utterance
 
     @classmethod
     def largest(cls, grid: FrameGrid, shortest: int, longest: int, capacity: int) -> PackedShape:
-        """Return the smallest shape that holds every batch of at most `capacity` samples including padding.
+        """Return the smallest shape for all batches of at most `capacity` samples including padding.
 
         Args:
-            shortest, longest: range of the lengths of utterances (samples).
+            shortest, longest: range of utterance lengths in samples.
         """
         # A batch has at most `capacity // n` utterances if its longest one has n samples.
         n_samples = np.arange(shortest, longest + 1)
@@ -52,7 +52,7 @@ class PackedShape(NamedTuple):
 
 
 def filled(size: int, limit: int | None, what: str, multiple: int = 1) -> int:
-    """Return the size that a dimension is filled up to: `limit`, or if it is None, the next `multiple`.
+    """Return the size up to which a dimension is filled: `limit`, or the next `multiple` if it is None.
 
     Raises:
         ConfigError: `size` exceeds the limit.
@@ -65,25 +65,25 @@ def filled(size: int, limit: int | None, what: str, multiple: int = 1) -> int:
 
 
 class Rectangle(NamedTuple):
-    """Utterances of similar length as a padded batch, gathered from packed frames."""
+    """Padded batch of utterances of similar length, gathered from packed frames."""
 
     index_P: Tensor  # packed row of each position
-    shape: tuple[int, int]  # utterances, frames
+    shape: tuple[int, int]  # (number of utterances, number of frames)
     bias_U1S: Tensor  # attention bias, minus infinity after the end of an utterance
 
 
 class FlashSequences(NamedTuple):
-    """Sequences for variable-length flash attention: one per utterance, and one with the filler rows."""
+    """Sequences for variable-length flash attention: one per utterance, and others with filler rows."""
 
-    offsets: Tensor  # first row of each sequence, and the end of the last one, int32
-    longest: int  # frames of the longest sequence
+    offsets: Tensor  # first row of each sequence, followed by the end of the last one, int32
+    longest: int  # number of frames in the longest sequence
 
     @classmethod
     def of(cls, packing: Packing, shape: PackedShape | None = None) -> FlashSequences:
         longest = filled(max(packing.n_frames), shape and shape.longest, "frames in an utterance")
         n_utterances = filled(packing.n_utterances, shape and shape.n_utterances, "utterances")
-        # Filler rows are cut into sequences no longer than the longest utterance. The number of sequences
-        # follows from the shape, so some of them may be empty.
+        # Filler rows are cut into sequences that are not longer than the longest utterance. The number of
+        # sequences depends on the shape, so that some of them may be empty.
         most_filler = packing.n_rows - (packing.n_valid if shape is None else 0)
         n_filler = -(-most_filler // longest) + n_utterances - packing.n_utterances
         ends = packing.n_valid + longest * np.arange(1, n_filler + 1)
@@ -93,7 +93,7 @@ class FlashSequences(NamedTuple):
 
 
 def has_flash_attention(device: torch.device) -> bool:
-    """Return whether torch has flash attention for this device and it is enabled."""
+    """Return whether torch has flash attention for a device, and whether it is enabled."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     cuda = torch.backends.cuda
@@ -104,14 +104,14 @@ def has_flash_attention(device: torch.device) -> bool:
 class Packing:
     """Conversion between a padded batch (B, S, D) and packed frames (N, D).
 
-    Packed tensors have the valid frames first, then filler rows that no result depends on: up to `BLOCK` - 1,
-    or as many as a fixed shape needs.
+    Packed tensors consist of the valid frames, followed by filler rows on which no result depends: up to
+    `BLOCK` - 1 rows, or as many as a fixed shape requires.
 
     Args:
-        n_frames: valid frames of each utterance.
-        width: S, the number of frames of the padded batch.
+        n_frames: number of valid frames in each utterance.
+        width: S, the number of frames in the padded batch.
         device: device of the packed tensors.
-        shape: sizes to fill the packed tensors up to.
+        shape: sizes up to which the packed tensors are filled.
     """
 
     def __init__(
@@ -123,7 +123,8 @@ class Packing:
         n_rows = filled(self.n_valid, shape and shape.n_rows, "frames", BLOCK)
         filler = np.full(n_rows - self.n_valid, index[0])
         self.index_N, n_frames_B = index_tensors(device, np.append(index, filler), n_frames)
-        # Used by torch's fused attention; computed here so that compiled blocks get only tensors and numbers.
+        # torch's fused attention uses these. They are computed here, so that compiled blocks get only tensors
+        # and numbers.
         self.fused_attention, self.mask_B11S = device.type != "cpu", None
         if self.fused_attention and min(n_frames) < width:
             self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]
@@ -133,14 +134,14 @@ class Packing:
 
     @property
     def n_rows(self) -> int:
-        """N, the number of valid frames and filler rows."""
+        """Number N of valid frames and filler rows."""
         return len(self.index_N)
 
     def pack(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.flatten(0, 1).index_select(0, self.index_N)
 
     def unpack(self, x_ND: Tensor) -> Tensor:
-        """Return packed frames as a padded batch, which is zero after the end of each utterance."""
+        """Return packed frames as a padded batch that is zero after the end of each utterance."""
         flat = x_ND.new_zeros(self.n_utterances * self.width, *x_ND.shape[1:])
         # `index_copy_` would store all of x for its backward pass.
         flat[self.index_N[: self.n_valid]] = x_ND[: self.n_valid]

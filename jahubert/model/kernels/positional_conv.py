@@ -1,10 +1,10 @@
-"""Positional convolution on packed frames, in the frequency domain.
+"""Positional convolution on packed frames, computed in the frequency domain.
 
-The method is overlap-save with windows of twice the kernel size. Each frequency is one small matrix product
-per group, and the Fourier transforms are matrix products as well. This needs a quarter of the operations of
-a direct convolution with 128 taps and has smaller rounding errors. It always computes in float32, whereas a
-GPU's own convolution would use TF32. The direct convolution is used where it is faster: in bfloat16 on a CPU,
-and on short batches.
+The method is overlap-save with windows of twice the kernel size. Each frequency requires one small matrix
+product per group, and the Fourier transforms are matrix products as well. This takes a quarter of the
+operations of a direct convolution with 128 taps and has smaller rounding errors. The computation is always in
+float32, whereas a GPU's own convolution would use TF32. The direct convolution is used where it is faster: in
+bfloat16 on a CPU, and on short batches.
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     """Apply `module` to packed frames, with zero padding around each utterance."""
-    # For short batches, transforming the weights would cost more than it saves.
+    # For short batches, transforming the weights would take more time than it saves.
     short = len(x_ND) < 4 * module.conv.kernel_size[0]
     if x_ND.device.type == "cpu" and (short or autocast_dtype(x_ND) is not torch.float32):
         return _direct(module, x_ND, packing)
@@ -41,7 +41,7 @@ def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     x_BSD = F.pad(packing.unpack(x_ND), (0, 0, 0, -packing.width % SPAN))
     n_frames, dtype = x_BSD.shape[1], x_BSD.dtype
     # oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) returns wrong results for groups of 4 to
-    # 14 channels; tests/model/test_hubert.py covers this.
+    # 14 channels, as tests/model/test_hubert.py shows.
     lower = torch.is_autocast_enabled("cpu")
     exact = module.conv.weight.shape[1] < 16
     with torch.autocast("cpu", enabled=lower and not exact):
@@ -73,7 +73,8 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
         for part in range(2)
     )
     spectra = (forward_PFX.flatten(0, 1) @ x_WXD).view(-1, freqs * groups, channels).transpose(0, 1)
-    # Multiply by the complex conjugate of the weights, as torch's convolution is a correlation.
+    # The spectra are multiplied by the complex conjugate of the weights, because torch's convolution is a
+    # correlation.
     by_real, by_imag = (torch.bmm(spectra, part).unflatten(1, (-1, 2)).unbind(2) for part in (real, imag))
     y_real, y_imag = by_real[0] + by_imag[1], by_real[1] - by_imag[0]
     y_XE = inverse_PXF[0] @ y_real.reshape(freqs, -1) + inverse_PXF[1] @ y_imag.reshape(freqs, -1)
@@ -85,8 +86,8 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
 def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
     """Place windows of 2 * `kernel` frames every `kernel` frames, from `kernel` / 2 before each utterance on.
 
-    Returns the packed row of every frame in all windows (for frames outside the utterance, the row after the
-    last valid row), and for each packed row its position among the first halves of the windows.
+    The result is the packed row of every frame in all windows (for frames outside the utterance, the row
+    after the last valid row), and the position of each packed row among the first halves of the windows.
     """
     n_frames, outside = np.array(packing.n_frames), packing.n_rows
     counts = -(-n_frames // kernel)
@@ -102,13 +103,13 @@ def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
     return row_X, position_N
 
 
-@lru_cache(maxsize=4)  # numpy arrays, because cached tensors keep their mode (inference, fake)
+@lru_cache(maxsize=4)  # returns numpy arrays, because cached tensors keep their mode (inference, fake)
 def _fourier(kernel: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a window's transform (2, F, 2K) and half of its inverse (2, K, F), real and imaginary parts."""
+    """Return the transform (2, F, 2K) of a window and half of its inverse (2, K, F), real and imaginary."""
     size = 2 * kernel
     angle_FX = np.outer(np.arange(kernel + 1), np.arange(size)) % size * (2 * math.pi / size)
     wave_PFX = np.stack([np.cos(angle_FX), -np.sin(angle_FX)])
-    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # counts a frequency and its mirror frequency
+    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # each frequency also stands for its mirror frequency
     weight_F1[[0, -1]] = 1 / size  # the first and the last frequency have no mirror frequency
     inverse_PXF = (wave_PFX * weight_F1)[:, :, :kernel].transpose(0, 2, 1)
     return wave_PFX.astype(np.float32), np.ascontiguousarray(inverse_PXF, np.float32)

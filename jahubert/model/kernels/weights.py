@@ -16,8 +16,8 @@ from jahubert.model.precision import autocast_dtype
 
 class _Copy(NamedTuple):
     tensor: Tensor
-    weights: tuple[Tensor, ...]  # referenced so that their ids are not reused
-    versions: list[int]  # version counters of the weights when the copy was made
+    weights: tuple[Tensor, ...]  # the original weights; the references prevent reuse of their ids
+    versions: list[int]  # version counters of the weights at the time of the copy
 
 
 _shared: dict[tuple[Any, ...], _Copy] | None = None
@@ -27,8 +27,8 @@ _shared: dict[tuple[Any, ...], _Copy] | None = None
 def shared_weight_copies(enabled: bool = True) -> Iterator[None]:
     """Reuse weight copies across all forward and backward passes in the `with` block.
 
-    Intended for the micro-batches of one update. A copy is replaced if an operation changes its weight in
-    place; changes through `weight.data` go unnoticed.
+    This is intended for the micro-batches of one update. A copy is replaced if an operation changes the
+    weight in place. Changes through `weight.data` are not detected.
     """
     global _shared
     before, _shared = _shared, {} if enabled else None
@@ -39,7 +39,7 @@ def shared_weight_copies(enabled: bool = True) -> Iterator[None]:
 
 
 def weight_copy(dtype: torch.dtype, *weights: Tensor) -> Tensor:
-    """Convert weights to a dtype and concatenate them along the first dimension; differentiable.
+    """Convert weights to a dtype, and concatenate them along the first dimension (differentiable).
 
     Inside `shared_weight_copies`, the same tensor is returned until a weight changes.
     """
@@ -59,7 +59,7 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 
 
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
-    """Compute the concatenated outputs of linear layers with the same input by one matrix product."""
+    """Compute the concatenated outputs of linear layers that have the same input, by one matrix product."""
     if len(modules) == 1 and (is_recorded() or _shared is None):
         out: Tensor = modules[0](x)  # autocast makes the copies
         return out
