@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from language_model import write_language_model
 
 import jahubert
 from jahubert import run
 from jahubert.errors import ConfigError, DataError, UserError
 from jahubert.formats.atomic import atomic_folder
-from jahubert.formats.bundle import load_bundle, save_bundle
+from jahubert.formats.bundle import LANGUAGE_MODEL, LanguageModel, load_bundle, save_bundle
 from jahubert.train.clustering.streaming import load_centroids
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.evaluation.scoring import display_text
+from jahubert.train.experiment.config import expand_user
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import PER_ITERATION
@@ -58,7 +60,8 @@ SETS = {
     "test_made": "new sentences in synthetic voices that occur in training",
     "test_real": "sentences by other speakers (8 recordings)",
 }
-CALIBRATION = "dev_cv"  # split for the calibration of confidences
+CALIBRATION = "dev_cv"  # split on which confidences are calibrated and the n-gram is tuned
+NGRAM = "ngram"  # name of the decoding with the n-gram
 PRETRAINING = "builtin-pretraining"  # name of the pretraining experiment
 UNITS, UNIT_LAYER = 100, 4  # number of units for `jahubert units`, and the layer that is clustered
 CARD = Path(__file__).with_name("card.md")
@@ -92,7 +95,8 @@ def main(argv: list[str]) -> int:
             if "data" not in given or "common_voice" not in given:
                 raise ConfigError("data= and common_voice= are required; see recipes/builtin/README.md")
             status, source = pretrained(args.settings)
-            status = status or run.main([*overrides, f"pretrained={source}", "stage=all"])
+            overrides.append(f"pretrained={source}")
+            status = status or run.main([*overrides, "stage=all"]) or decode_with_ngram(overrides)
             if status:
                 return status
         exp = Path(args.pack or compose(overrides)["exp"])
@@ -116,6 +120,20 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
     jobs = [["stage=prepare"], *([f"stage={stage}", number] for number in each for stage in PER_ITERATION)]
     status = next((failed for job in jobs if (failed := run.main([*overrides, *job]))), 0)
     return status, str(Path(tree["exp"], f"iter{tree['iterations']}", "pretrain"))
+
+
+def decode_with_ngram(overrides: list[str]) -> int:
+    """Estimate the n-gram, tune it, decode with it and score the result; returns the exit status."""
+    tree = compose(overrides)
+    exp = Path(tree["exp"])
+    if not (exp / LANGUAGE_MODEL).exists():
+        texts = Path(expand_user(tree["texts"])) if tree["texts"] else None
+        write_language_model(exp, texts, exp / LANGUAGE_MODEL)
+    decode = [f"decode.lm={exp / LANGUAGE_MODEL}", f"decode.tune_splits=[{CALIBRATION}]"]
+    score = [f"score.baseline={exp}/systems/main/decode"]
+    common = [*overrides, "system=main", f"decoding={NGRAM}"]
+    jobs = ([*common, "stage=decode", *decode], [*common, "stage=score", *score])
+    return next((status for job in jobs if (status := run.main(job))), 0)
 
 
 def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
@@ -152,9 +170,12 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
         DataError: the run is not finished, or the folder is too large.
     """
     system = exp / "systems" / "main"
-    if not (system / "score" / DONE).exists():
-        raise DataError(f"{exp}: stage score is not finished; run recipe=builtin stage=all first")
-    scores = json.loads((system / "score" / "scores.json").read_text(encoding="utf-8"))
+    score, decode = (system / f"{stage}-{NGRAM}" for stage in ("score", "decode"))
+    if not (score / DONE).exists():
+        raise DataError(f"{score}: not finished; build the model with recipes/builtin/build.py first")
+    scores = json.loads((score / "scores.json").read_text(encoding="utf-8"))
+    tuned = read_record(decode / DONE)["metrics"]
+    ngram = LanguageModel(exp / LANGUAGE_MODEL, tuned["lm_weight"], tuned["word_bonus"])
     record = read_record(system / "finetune" / DONE)
     bundle = load_bundle(system / "finetune")
     if bundle.ctc is None:
@@ -163,7 +184,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     for tensor in bundle.ctc.state_dict().values():
         tensor.copy_(tensor.half().float())
     info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
-    calibration = system / "score" / "calibration.json"
+    calibration = score / "calibration.json"
     if calibration.is_file():
         info["confidence"] = json.loads(calibration.read_text(encoding="utf-8"))
     info["per"] = {name: round(scores[name]["per"]["rate"], 4) for name in SETS if name in scores}
@@ -171,7 +192,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
         centroids_KD, layer = units or (None, None)
         save_bundle(
             folder, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info, dtype=torch.float16,
-            centroids_KD=centroids_KD, centroid_layer=layer,
+            centroids_KD=centroids_KD, centroid_layer=layer, language_model=ngram,
         )  # fmt: skip
         page = card(bundle, scores, record, examples(exp), command)
         (folder / "README.md").write_text(page, encoding="utf-8")
@@ -183,7 +204,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
 
 def examples(exp: Path, split: str = "test_cv", count: int = 10) -> str:
     """Format a table of evenly spaced texts and transcripts from a test set, or "" without this set."""
-    path = exp / "systems" / "main" / "decode" / f"{split}.jsonl"
+    path = exp / "systems" / "main" / f"decode-{NGRAM}" / f"{split}.jsonl"
     if not path.exists():
         return ""
     hypotheses = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -207,7 +228,7 @@ def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], transcript
     rows = [
         f"| {SETS[name]} | {score['utterances']} | "
         + " | ".join(cell(score[measure]) for measure in ("per", "wer", "kana_cer"))
-        + " |"
+        + f" | {100 * score['against']['per']['baseline']:.1f} |"
         for name, score in ((name, scores[name]) for name in SETS if name in scores)
     ]
     return CARD.read_text(encoding="utf-8").format(

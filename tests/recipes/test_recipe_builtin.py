@@ -19,17 +19,23 @@ from fixtures.unit_stages import make_corpus
 import jahubert
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
+from jahubert.formats.bundle import LANGUAGE_MODEL
+from jahubert.lm.arpa import read_arpa, write_arpa
+from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Rejected, Utterance, write_manifest
 from jahubert.train.experiment.provenance import DONE
 from jahubert.train.experiment.registry import resolve
+from jahubert.train.stages import targets
 
 HOME = Path(__file__).parents[2] / "recipes" / "builtin"
 builtin = sys.modules[resolve(f"{HOME / 'prepare.py'}:prepare", {}, "recipe").__module__]
 read_speech = builtin.read_speech
 spec = importlib.util.spec_from_file_location("builtin_build", HOME / "build.py")
 assert spec and spec.loader
+sys.path.insert(0, str(HOME))  # build.py is a script and imports its neighbor
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
+language_model = sys.modules["language_model"]
 cluster_units = build.cluster_units
 KANA = "かきくけこさしすせそたちつてとなにぬねの"
 RATE = 16_000
@@ -209,13 +215,19 @@ def finished(tmp_path, monkeypatch) -> Path:
     ctc = jahubert.HubertForCtc(jahubert.HubertConfig(**sizes, pos_conv_groups=2), 42)
     system = tmp_path / "exp" / "systems" / "main"
     jahubert.save_bundle(system / "finetune" / "bundle", ctc=ctc, phonemes=jahubert.PhonemeSet.standard())
-    (system / "score").mkdir()
     rate = {"rate": 0.1234, "low": 0.1, "high": 0.2}
-    score = {"utterances": 17, "per": rate, "wer": rate, "kana_cer": rate}
-    (system / "score" / "scores.json").write_text(json.dumps({"test_low": score, "test_made": score}))
-    record = {"fingerprint": "abcdef", "metrics": {"hours": 12.34}}
-    for stage in ("finetune", "score"):
-        (system / stage / DONE).write_text(json.dumps(record))
+    against = {"per": {"baseline": 0.1567}}
+    score = {"utterances": 17, "per": rate, "wer": rate, "kana_cer": rate, "against": against}
+    metrics = {
+        "finetune": {"hours": 12.34},
+        "score-ngram": {},
+        "decode-ngram": {"lm_weight": 0.4, "word_bonus": 2},
+    }
+    for stage, values in metrics.items():
+        (system / stage).mkdir(exist_ok=True)
+        (system / stage / DONE).write_text(json.dumps({"fingerprint": "abcdef", "metrics": values}))
+    (system / "score-ngram" / "scores.json").write_text(json.dumps({"test_low": score, "test_made": score}))
+    write_arpa(train_ngram([["a", "m", "e"]], 2), tmp_path / "exp" / LANGUAGE_MODEL)
     return tmp_path / "exp"
 
 
@@ -242,11 +254,13 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     for name, tensor in bundle.ctc.state_dict().items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name].half().float()), name
     assert bundle.centroids_KD.shape == (5, 16) and bundle.centroid_layer == 1
+    assert (bundle.language_model.weight, bundle.language_model.word_bonus) == (0.4, 2)
+    assert jahubert.Transcriber.from_pretrained(target).fusion is not None
     assert bundle.info["licence"] == "CC-BY-SA-4.0" and "Tofugu and WaniKani" in bundle.info["attribution"]
     assert bundle.info["weights"] == jahubert.formats.bundle.weights_hash(bundle.model)
     page = (target / "README.md").read_text(encoding="utf-8")
-    assert "12.3 [10.0, 20.0]" in page and "| 17 |" in page and "12.3 hours" in page
-    assert "CC BY-SA 4.0" in page and "not good for" in page
+    assert "12.3 [10.0, 20.0]" in page and "| 15.7 |" in page and "| 17 |" in page and "12.3 hours" in page
+    assert "CC BY-SA 4.0" in page and "## Intended use" in page
     assert "seed=3" in page and "somebody" not in page
     size = sum(path.stat().st_size for path in target.iterdir())
     assert f"{size / 1e6:.1f} MB" in capsys.readouterr().out
@@ -266,8 +280,7 @@ def test_card_has_evenly_spaced_transcripts(finished, tmp_path):
         )
         lines.append({"id": items[-1].id, "hypothesis": ["a m e", "g a"]})
     write_manifest(finished / "prepare" / "manifest.arrow", items)
-    decode = finished / "systems" / "main" / "decode"
-    decode.mkdir()
+    decode = finished / "systems" / "main" / "decode-ngram"
     (decode / "test_cv.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     table = build.examples(finished)
     assert (
@@ -284,10 +297,10 @@ def test_unfinished_or_large_models_are_not_packed(finished, tmp_path, capsys, m
     target = tmp_path / "assets" / build.NAME
     monkeypatch.setattr(build, "LIMIT", 1000)
     assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
-    assert "at most" in capsys.readouterr().err and not target.exists()
-    (finished / "systems" / "main" / "score" / DONE).unlink()
+    assert " MB" in capsys.readouterr().err and not target.exists()
+    (finished / "systems" / "main" / "score-ngram" / DONE).unlink()
     assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
-    assert "stage score" in capsys.readouterr().err
+    assert "score-ngram" in capsys.readouterr().err
 
 
 def test_pretraining_runs_on_recordings_unless_a_model_is_given(monkeypatch):
@@ -327,3 +340,36 @@ def test_sentences_are_decoded_only_if_given(monkeypatch):
 def test_required_corpora(capsys):
     assert build.main(["data=/corpus"]) == 2
     assert "common_voice=" in capsys.readouterr().err
+
+
+def test_ngram_counts_distinct_sentences_without_held_out_ones(tmp_path, monkeypatch):
+    """Targets of two copies and one test sentence; the file of texts repeats the test sentence."""
+    soundfile.write(tmp_path / "a.wav", buzz(200), RATE)
+    audio = AudioSource(str(tmp_path / "a.wav"))
+    ame, kasa = (("a", "m", "e"),), (("k", "a", "s", "a"),)
+    items = [
+        Utterance("one", audio, n_samples=16_000, text="雨", split="train", words=ame),
+        Utterance("copy", audio, n_samples=16_000, text="雨", split="train", words=ame),
+        Utterance("test", audio, n_samples=16_000, text="傘。", split="test_cv", words=kasa),
+    ]
+    (tmp_path / "prepare").mkdir()
+    write_manifest(tmp_path / "prepare" / "manifest.arrow", items)
+    (tmp_path / "targets").mkdir()
+    targets.run(targets.Config(tmp_path / "prepare" / "manifest.arrow"), tmp_path / "targets")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("傘\n犬\n", encoding="utf-8")
+    monkeypatch.setattr(language_model, "ORDER", 2)
+    language_model.write_language_model(tmp_path, texts, tmp_path / "a.arpa.gz")
+    assert set(read_arpa(tmp_path / "a.arpa.gz").words) == {"<s>", "</s>", "<unk>", *"amein", "u"}
+
+
+def test_decoding_with_the_ngram_is_tuned_and_scored_against_the_plain_one(monkeypatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(build, "write_language_model", lambda exp, texts, target: commands.append([texts]))
+    monkeypatch.setattr(build.run, "main", lambda overrides: commands.append(list(overrides)) or 0)
+    assert build.decode_with_ngram(["recipe=builtin", "exp=e", "texts=/t.txt"]) == 0
+    (texts,), decode, score = commands
+    assert texts == Path("/t.txt")
+    assert {"stage=decode", "decoding=ngram", "decode.tune_splits=[dev_cv]"} <= set(decode)
+    assert "decode.lm=e/language_model.arpa.gz" in decode
+    assert {"stage=score", "decoding=ngram", "score.baseline=e/systems/main/decode"} <= set(score)

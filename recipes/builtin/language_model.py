@@ -1,0 +1,47 @@
+"""Phone n-gram of the built-in model, estimated from its training text and from further sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jahubert.formats.atomic import atomic_path
+from jahubert.lm.arpa import write_arpa
+from jahubert.lm.kneser_ney import train_ngram
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.training_text import training_sentences
+from jahubert.train.experiment.registry import recipe_folder, resolve
+from jahubert.train.text.tokens import Tokenizer
+
+ORDER = 6
+
+_VOICES = recipe_folder("voices") / "prepare.py"
+normalize_sentence = resolve(f"{_VOICES}:normalize_sentence", {}, "recipe")
+read_sentences = resolve(f"{_VOICES}:read_sentences", {}, "recipe")
+
+
+def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
+    """Estimate the n-gram and write it as ARPA.
+
+    Every sentence is counted once, although it may occur in several voices and at several speeds. Sentences
+    of the development and test splits are left out.
+
+    Args:
+        exp: experiment with finished stages prepare and targets.
+        texts: file with further sentences, as for recipe voices.
+        target: ARPA file; compressed if the name ends in .gz.
+    """
+    tokenizer = Tokenizer("phone")
+    sentences = {tuple(sentence) for sentence in training_sentences(exp, tokenizer)}
+    if texts is not None:
+        held_out = held_out_sentences(Manifest(exp / "prepare" / "manifest.arrow"))
+        lines = [line for line in read_sentences(texts) if normalize_sentence(line) not in held_out]
+        sentences.update(map(tuple, tokenizer.sentences(lines)))
+    with atomic_path(target) as temporary:
+        write_arpa(train_ngram(sorted(sentences), ORDER), temporary)
+
+
+def held_out_sentences(manifest: Manifest) -> set[str]:
+    """Return the normalized texts of all splits except `train`."""
+    training = set(manifest.indices(split="train").tolist())
+    rows = (row for row in range(len(manifest)) if row not in training)
+    return {normalize_sentence(manifest[row].text) for row in rows}
