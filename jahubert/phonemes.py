@@ -381,7 +381,7 @@ class PhonemeSet:
         """Create a set from the output of `to_json`.
 
         Raises:
-            DataError: `data` has a different structure.
+            DataError: `data` does not have the structure of that output.
         """
         symbols = data.get("symbols") if isinstance(data, dict) else None
         if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):

@@ -91,7 +91,7 @@ def model_source(args: argparse.Namespace) -> str | Path:
 
 
 def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the given options of the language model; the model supplies the others."""
+    """Return the language model options that are given. The model supplies the others."""
     names = ("lm", "lexicon", "lm_weight", "word_bonus")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return options | ({"lm": None} if args.no_lm else {})

@@ -75,10 +75,10 @@ _SPECIAL_ROWS = "special_rows"  # stored with the tensors of the pretraining hea
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """An n-gram over the symbols of a CTC model, and its parameters in beam search."""
+    """An n-gram model over the symbols of a CTC model, with its parameters for beam search."""
 
     path: Path  # ARPA file, gzip
-    weight: float  # factor of its log-probability
+    weight: float  # factor for the log-probability
     word_bonus: float  # score added per symbol
 
 
@@ -96,7 +96,7 @@ class Bundle:
     info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of the model
     special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion back
     notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
-    language_model: LanguageModel | None = None  # used by `Transcriber` unless another one is given
+    language_model: LanguageModel | None = None  # `Transcriber` uses it unless another one is given
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -121,8 +121,8 @@ def save_bundle(
     Args:
         path: folder to write.
         info: additional content of jahubert.json.
-        language_model: the n-gram is copied into the bundle.
-        dtype: dtype of the weights in model.safetensors; they are converted to float32 when read.
+        language_model: n-gram model that is copied into the bundle.
+        dtype: dtype of the weights in model.safetensors. Readers convert the weights to float32.
 
     Raises:
         ConfigError: no model is given, or `path` exists and is not a bundle.
@@ -270,7 +270,7 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
 
 
 def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
-    """Check that the language model recorded in jahubert.json exists and has finite parameters."""
+    """Check that the language model in jahubert.json exists and has finite parameters, and return it."""
     stored = typed_item(folder / INFO, info, "language_model", dict)
     if stored is None:
         return None

@@ -281,7 +281,7 @@ class _Dispatch(dict[Any, Any]):
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickler limited to containers, numbers, records and descriptions of tensors.
+    """Unpickler that is limited to containers, numbers, records and descriptions of tensors.
 
     Args:
         path: path of the file, for error messages.

@@ -227,7 +227,7 @@ def write_torchaudio(
     with atomic_write(path, "wb") as file:
         torch.save(tensors, file)
         file.flush()
-        with atomic_write(path.with_suffix(".json")) as text:  # written before the weights
+        with atomic_write(path.with_suffix(".json")) as text:  # this file is written before the weights
             json.dump(call, text, indent=2, ensure_ascii=False)
             text.write("\n")
     return notes

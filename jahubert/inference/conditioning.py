@@ -176,8 +176,8 @@ def _frequency_error(
 
 
 def _quietness(power_SK: Tensor, sharpness: int, position_N: Tensor, grid: FrameGrid) -> Tensor:
-    """Return weights at sample positions (N,), mean 1, that decrease with the power above the hum."""
-    first = math.ceil(_CUTOFF * grid.window / SAMPLE_RATE)  # bin above the hum
+    """Return weights at sample positions (N,) with mean 1, which decrease with the power above the hum."""
+    first = math.ceil(_CUTOFF * grid.window / SAMPLE_RATE)  # first bin above the hum
     power_S = F.max_pool1d(power_SK[:, first:].sum(1)[None], 5, 1, 2)[0].double()
     weight_S = (power_S + 1e-4 * power_S.max() + _TINY) ** -sharpness
     weight_N = weight_S[(position_N / grid.hop).long().clamp(max=len(weight_S) - 1)]

@@ -75,7 +75,7 @@ def greedy(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: int = 0)
 
     Args:
         logp_BSV: log-probabilities.
-        n_frames_B: valid frames of each row.
+        n_frames_B: number of valid frames in each row.
         blank: index of the blank symbol.
 
     Raises:
@@ -111,7 +111,7 @@ def beam_search(
 
     Args:
         logp_BSV: log-probabilities.
-        n_frames_B: valid frames of each row.
+        n_frames_B: number of valid frames in each row.
         beam: number of prefixes that are kept after each frame.
         n_best: number of hypotheses to return per row.
         blank: index of the blank symbol.

@@ -152,13 +152,14 @@ class Transcriber:
         vad: whether to detect speech, suppress phones outside speech, remove DC offset and hum, and normalize
             the level (`conditioning.prepare_speech`). "silero" keeps only the speech that silero-vad also
             detects (extra `vad`). False leaves the audio unchanged.
-        dtype: torch.float32, bfloat16, float16 (autocast), or int8 (CPU only). Default: bfloat16 where the
-            hardware supports it, otherwise float32.
-        lm: an ARPA file with an n-gram model over the symbols, or over the words of `lexicon` if given.
-            Without a lexicon, `from_pretrained` uses the n-gram of the model if it has one, unless lm=None.
-        lexicon: a file of the words to recognize: one word and its symbols per line.
-        lm_weight: factor of the language model's log-probability. Default: 0.5.
-        word_bonus: score added per word, or per symbol without a lexicon. Default: 0.
+        dtype: torch.float32, bfloat16, float16 (autocast), or int8 (only on a CPU). By default, bfloat16 if
+            the hardware supports it, otherwise float32.
+        lm: path of an ARPA file with an n-gram model over the symbols, or over the words in `lexicon` if
+            given. Without a lexicon, `from_pretrained` uses the n-gram of the model if it has one, unless
+            lm=None.
+        lexicon: path of a file of the words to recognize, with one word and its symbols per line.
+        lm_weight: factor for the log-probability of the language model (default: 0.5).
+        word_bonus: score added per word, or per symbol without a lexicon (default: 0).
         calibration: coefficients of the word confidences. `from_pretrained` reads them from the model.
 
     Raises:

@@ -36,9 +36,9 @@ _SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, run length, frames in
 _PITCH = (80.0, 420.0, 250.0, 3000.0)  # range of the pitch and range of the searched band in Hz
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
-MARGIN = 12  # frames added around speech for quiet consonants and CTC spikes
-_BLOCK = 256  # frames transformed together: larger temporaries leave the cache and are allocated anew
-_TINY = 1e-13  # power that keeps logarithms and quotients finite
+MARGIN = 12  # number of frames added around speech for quiet consonants and CTC spikes
+_BLOCK = 256  # number of frames to transform at once; larger temporaries do not fit in the cache
+_TINY = 1e-13  # added power, which keeps logarithms and quotients finite
 _SUPPRESSED = -1e4  # log-probability of phones outside speech
 
 
@@ -150,7 +150,7 @@ def _windowed_power(frames_SW: Tensor, window_W: Tensor, n_fft: int) -> Tensor:
 
 
 def power(spectrum: Tensor) -> Tensor:
-    """Return the squared magnitude of a complex tensor without computing the square root of `abs`."""
+    """Return the squared magnitude of a complex tensor, without the square root that `abs` computes."""
     return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
 
 
@@ -211,7 +211,7 @@ def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
 
 @lru_cache
 def _pitch_transform(device: torch.device) -> tuple[Tensor, slice, Tensor]:
-    """Return the constants with which the autocorrelation over pitch lags is computed from a power spectrum.
+    """Return constants for computing the autocorrelation over pitch lags from a power spectrum.
 
     Returns:
         The window (W,); the bins of the band that is searched; and a matrix (bins, 1 + lags) that transforms

@@ -112,7 +112,7 @@ def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapp
 
 
 def _abbreviated(names: Sequence[str]) -> str:
-    """Join the first 40 names. Only the list of core talks is longer."""
+    """Join the first 40 names for a log message."""
     return " ".join(names[:40]) + (" ..." if len(names) > 40 else "")
 
 

@@ -113,7 +113,7 @@ class HtsEngine:
             raise JahubertError("the HTS engine rejected the labels")
 
     def _speech(self) -> np.ndarray:
-        """Read the generated samples, int16 (T,), through a file, the engine's only way of bulk access."""
+        """Return the generated samples, int16 (T,), which the engine can only write to a file as a whole."""
         libc = ctypes.CDLL(None)
         libc.fopen.restype, libc.fopen.argtypes = _HANDLE, (ctypes.c_char_p, ctypes.c_char_p)
         libc.fclose.argtypes = (_HANDLE,)

@@ -180,7 +180,7 @@ class Stuck(Data):
 def hang(out: Path) -> None:
     config = replace(TOY, batch_seconds=24.0, save_every=1)
     with distributed.process_group():
-        # A first run makes the slow imports before the watchdog starts.
+        # The first run performs the slow imports before the watchdog starts.
         train(Toy(), Data(groups=4), replace(config, max_steps=1), out / "before")
         with watchdog(2 / 60):
             train(Toy(), Stuck(groups=4), config, out)

@@ -66,7 +66,7 @@ def test_public_name_has_a_docstring(name: str) -> None:
     missing = [
         path
         for path, value in members(name)
-        # A dataclass without a docstring gets its signature as docstring.
+        # A dataclass without a docstring gets its signature as its docstring.
         if not (value.__doc__ or "").strip() or value.__doc__.startswith(f"{name}(")
     ]
     assert not missing

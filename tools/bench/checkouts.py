@@ -53,7 +53,7 @@ class Process:
         )
 
     def measure(self) -> float:
-        """Return the CPU seconds of `--passes` repetitions of the workload."""
+        """Return the CPU time in seconds of `--passes` repetitions of the workload."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
@@ -63,7 +63,7 @@ class Process:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Measure the workload once for each line on stdin."""
+    """Measure the workload once for each line on standard input."""
     import torch
 
     import jahubert
@@ -73,7 +73,7 @@ def worker(args: argparse.Namespace) -> None:
         raise SystemExit(f"jahubert was imported from {imported}, not from the checkout {args.second}")
     torch.set_num_threads(args.threads)
     run = workload(args)
-    run()  # warm-up
+    run()  # the first run is a warm-up
     for _ in sys.stdin:
         started = time.process_time()
         for _ in range(args.passes):

@@ -1,10 +1,11 @@
-"""Comparison of recipe csj with Kaldi's own scripts on invented transcripts.
+"""Comparison of recipe csj with Kaldi's scripts on invented transcripts.
 
     python tools/checks/kaldi_csj.py /path/to/kaldi
 
 The transcripts are random SDB files in the format of the corpus. Kaldi's scripts (egs/csj/s5) are run
-unchanged from the given checkout, which is not part of this repository; they need perl, and nkf or iconv. The
-utterances of recipe csj with `join=kaldi` must have the same times and phones; the exit status is 1 if not.
+unchanged from the given checkout, which is not part of this repository, and require perl and nkf or iconv.
+The utterances of recipe csj with `join=kaldi` must have the same times and phones, otherwise the exit status
+is 1.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TAGGED = """
 技術 (W_ギーツ;ギジュツ)|正 (B_ゴ;セイ)|ちゃんと (W_チャト;チャント)<H>|です デ<P:00012.345-00012.678>ス
 はい<笑> ハイ<笑><咳><息><泣>|ここで (W_コ(L_デ;ココデ))|そう (W_(笑_ソ;ソー))
 (K_たち(F_えー)ばな;橘) タチ(F_エー)バナ"""
-# Words that have other phones in Kaldi by its conventions (recipes/csj/README.md).
+# Words to which Kaldi's conventions assign other phones (see recipes/csj/README.md).
 CONVENTIONS = "\n亜 (?_ア,イ)|う ー|クヮ クヮ|(F_うん) (F_<VN>)"
 MASKS = "\n(R_××) (R_××)|(R×××××) (R×××××)|(F×××) (F×××)|×さん ×サン"
 EVENTS = ["<雑音>", "<拍手>", "<咳>", "<笑>", "<フロア発話>"]
@@ -53,16 +54,16 @@ KINDS = ("plain", "masks", "events", "events inside speech", "dialogues", *WORDS
 
 
 def word_list(text: str) -> list[tuple[str, str]]:
-    """Return (orthography, pronunciation) of each word; _ stands for a blank inside a tag."""
+    """Return (orthography, pronunciation) of each word. An underscore stands for a space inside a tag."""
     words = [word.split() for word in re.split(r"[|\n]", text) if word]
     return [(one.replace("_", " "), other.replace("_", " ")) for one, other in words]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A word of a transcript; an event has no part of speech."""
+    """A word in a transcript, or an event, which has no part of speech."""
 
-    start: int  # milliseconds
+    start: int  # start in milliseconds
     end: int
     channel: str
     orthography: str
@@ -102,7 +103,7 @@ def write_sdb(path: Path, segments: list[list[Line]]) -> None:
         for index, line in enumerate(segment, 1):
             times = f"{line.start / 1000:09.3f}-{line.end / 1000:09.3f}"
             time = f"{number:04d} {times} {line.channel}:-001-{index:03d}"
-            # The column of numbers has no tags.
+            # The second orthography column has no tags.
             plain = re.sub(r"\([^ ]* |[^;]*;|[)<>A-Za-z:.0-9-]", "", line.orthography)
             columns = ["0", "0", path.stem, time, "", line.orthography, "", "", "", plain]
             columns += [line.pronunciation, *([""] * 6 if line.is_event else ["名詞", "", "", "", "", ""])]
@@ -114,7 +115,7 @@ Spoken = tuple[float, float, tuple[tuple[str, ...], ...]]  # start and end (seco
 
 
 def kaldi_utterances(sdb: Path, scripts: Path, env: dict[str, str]) -> Iterator[Spoken]:
-    """Yield the utterances that Kaldi's scripts make of a transcript."""
+    """Yield the utterances that Kaldi's scripts create from a transcript."""
     lexicon, words, phones = (sdb.with_suffix(suffix) for suffix in (".4lex", ".4trn", ".phones"))
 
     def perl(script: str, *arguments: object) -> str:
@@ -136,7 +137,7 @@ def kaldi_utterances(sdb: Path, scripts: Path, env: dict[str, str]) -> Iterator[
 
 
 def our_utterances(sdb: Path, audio: Path) -> Iterator[Spoken]:
-    """Yield the utterances of recipe csj."""
+    """Yield the utterances that recipe csj creates from a transcript."""
     resolve(f"{REPO / 'recipes' / 'csj' / 'prepare.py'}:prepare", {}, "recipe")
     files, talks = sys.modules["csj_files"], sys.modules["csj_talks"]
     channels = dict.fromkeys("LR" if sdb.stem.startswith("D") else ("",), audio)
@@ -147,7 +148,7 @@ def our_utterances(sdb: Path, audio: Path) -> Iterator[Spoken]:
 
 
 def compare(kind: str, scripts: Path, folder: Path, env: dict[str, str]) -> tuple[Counter[str], list[str]]:
-    """Count the utterances of both and those that agree; also describe the differences."""
+    """Count all utterances and those on which both agree, and describe the differences."""
     counts: Counter[str] = Counter()
     differences = []
     for number in range(TALKS):
@@ -186,7 +187,7 @@ def main() -> int:
     print("| segments | Kaldi | jahubert | same times | same times and phones |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         env = dict(os.environ)
-        if shutil.which("nkf") is None:  # iconv does the same conversion
+        if shutil.which("nkf") is None:  # a script replaces nkf with iconv
             nkf = Path(name, "nkf")
             nkf.write_text('#!/bin/sh\niconv -f CP932 -t UTF-8 "$3" | tr -d "\\r"\n')
             nkf.chmod(0o755)

@@ -1,7 +1,7 @@
 """Positional convolution on packed frames, computed in the frequency domain.
 
 The method is overlap-save with windows of twice the kernel size. Each frequency requires one small matrix
-product per group, and the Fourier transforms are matrix products as well. This takes a quarter of the
+product per group, and the Fourier transforms are matrix products as well. The method takes a quarter of the
 operations of a direct convolution with 128 taps and has smaller rounding errors. The computation is always in
 float32, whereas a GPU's own convolution would use TF32. The direct convolution is used where it is faster: in
 bfloat16 on a CPU, and on short batches.

@@ -100,7 +100,7 @@ class Augmenter:
         return _length(self.n_samples[rows], self.speeds(epoch, rows))
 
     def length_bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute lower and upper bounds of `lengths` over all epochs, int64."""
+        """Compute lower and upper bounds of the `lengths` of `rows` in any epoch, int64."""
         slowest, fastest = self.config.speed if self.config.speed_prob else (1.0, 1.0)
         n_samples = self.n_samples[rows]
         return _length(n_samples, max(1.0, fastest)), _length(n_samples, min(1.0, slowest))

@@ -84,12 +84,12 @@ class PretrainBatch(_Batch):
     """Pretraining batch: waveforms, frame masks, and the units of the masked frames."""
 
     mask_BS: Tensor  # bool
-    unit_N: Tensor  # int64, units of the masked frames, row by row
-    # Weight of the feature penalty, as a number of targets. For a part of a group, it is the number of masked
-    # frames in the group times the part's fraction of the group's frames, so that the penalties of the parts
-    # add up to that of the group.
-    penalty_count: float | None = None  # None: the masked frames
-    shape: PackedShape | None = None  # passed to the model
+    unit_N: Tensor  # int64, units of the masked frames, in row-major order
+    # Weight of the feature penalty, as a number of targets. For a part of a group, the weight is the number
+    # of masked frames in the group times the part's fraction of the group's frames, so that the penalties of
+    # all parts add up to the penalty of the group.
+    penalty_count: float | None = None  # None: the number of masked frames
+    shape: PackedShape | None = None  # shape that is passed to the model
     masked_index_N: Tensor = field(init=False)  # int64, indices of the masked frames in the flattened mask
 
     def __post_init__(self) -> None:

@@ -41,8 +41,8 @@ class BatchSizes:
 
     group_seconds: float  # audio per group, including padding
     groups: int = 1  # number of groups per update
-    micro_seconds: float | None = None  # maximum audio per micro-batch, including padding; None: whole groups
-    one_shape: bool = False  # give all micro-batches one shape (see `Sampler.shape`)
+    micro_seconds: float | None = None  # maximum audio per micro-batch, with padding; None: whole groups
+    one_shape: bool = False  # whether all micro-batches have the same shape (see `Sampler.shape`)
 
 
 def too_few_utterances(fewest: int, sizes: BatchSizes, processes: int) -> str:
@@ -123,11 +123,11 @@ class Sampler:
         """Create a sampler.
 
         Args:
-            rows: manifest rows to sample from.
-            n_samples: length of each row after cropping, or an upper bound of it.
-            max_rows: maximum number of rows per group; 0: no limit.
-            shortest: lower bound of the length of each row; None: `n_samples`.
-            epoch_lengths: maps an epoch to the lengths in it, if they change between epochs.
+            rows: manifest rows from which groups are sampled.
+            n_samples: length of each row after cropping, or an upper bound on the length.
+            max_rows: maximum number of rows per group; 0 means no limit.
+            shortest: lower bound on the length of each row; None means `n_samples`.
+            epoch_lengths: function that maps an epoch to the lengths in this epoch, if they change.
         """
         self.rows, self.n_samples = np.asarray(rows), np.asarray(n_samples)
         self.sizes, self.seed, self.max_rows = sizes, seed, max_rows

@@ -56,7 +56,7 @@ def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: Phoneme
 
 
 class TargetStore:
-    """Targets written by `write_targets`, memory-mapped."""
+    """Memory-mapped targets that `write_targets` has written."""
 
     def __init__(self, folder: Path):
         try:

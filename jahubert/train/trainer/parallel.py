@@ -107,8 +107,8 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
     Parameter names do not change, and results differ only by rounding.
 
     Args:
-        recompute: store only the input of a block and recompute the block in the backward pass.
-        compiled: torch.compile the blocks. All of them share one graph if the shapes of batches are equal.
+        recompute: whether to store only the input of a block and recompute the block in the backward pass.
+        compiled: whether to compile the blocks. All of them share one graph if batches have equal shapes.
     """
     for block in blocks:
         if recompute:
