@@ -63,6 +63,11 @@ SETS = {
 CALIBRATION = "dev_cv"  # split on which confidences are calibrated and the n-gram is tuned
 NGRAM = "ngram"  # name of the decoding with the n-gram
 PRETRAINING = "builtin-pretraining"  # name of the pretraining experiment
+# Folders of the stages whose outputs are packed.
+FINISHED = (
+    "prepare",
+    *(f"systems/main/{stage}" for stage in ("finetune", f"decode-{NGRAM}", f"score-{NGRAM}")),
+)
 UNITS, UNIT_LAYER = 100, 4  # number of units for `jahubert units`, and the layer that is clustered
 CARD = Path(__file__).with_name("card.md")
 # Settings with paths, which are replaced by "..." in the model card.
@@ -100,6 +105,7 @@ def main(argv: list[str]) -> int:
             if status:
                 return status
         exp = Path(args.pack or compose(overrides)["exp"])
+        check_finished(exp)
         size = pack(exp, args.to, command, cluster_units(exp))
     except UserError as error:
         print(f"build.py: error: {error}", file=sys.stderr)
@@ -136,6 +142,15 @@ def decode_with_ngram(overrides: list[str]) -> int:
     return next((status for job in jobs if (status := run.main(job))), 0)
 
 
+def check_finished(exp: Path) -> None:
+    """Raise DataError if a stage whose output is packed is not finished."""
+    for stage in FINISHED:
+        if not (exp / stage / DONE).exists():
+            raise DataError(
+                f"{exp / stage}: not finished; build the model with recipes/builtin/build.py first"
+            )
+
+
 def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
     """Cluster a layer of the recognizer in `exp` on training data, and return the centroids and the layer."""
     with tempfile.TemporaryDirectory() as folder:
@@ -161,18 +176,16 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     """Write the recognizer in `exp` with a model card, and return the size in bytes.
 
     Args:
-        exp: folder of a finished experiment.
+        exp: folder of a finished experiment (`check_finished`).
         target: folder to write.
         command: command line to show in the model card.
         units: centroids (K, D) and the layer to which they belong, for `jahubert units`.
 
     Raises:
-        DataError: the run is not finished, or the folder is too large.
+        DataError: the folder is too large.
     """
     system = exp / "systems" / "main"
     score, decode = (system / f"{stage}-{NGRAM}" for stage in ("score", "decode"))
-    if not (score / DONE).exists():
-        raise DataError(f"{score}: not finished; build the model with recipes/builtin/build.py first")
     scores = json.loads((score / "scores.json").read_text(encoding="utf-8"))
     tuned = read_record(decode / DONE)["metrics"]
     ngram = LanguageModel(exp / LANGUAGE_MODEL, tuned["lm_weight"], tuned["word_bonus"])

@@ -10,13 +10,12 @@ from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.training_text import training_sentences
 from jahubert.train.experiment.registry import recipe_folder, resolve
+from jahubert.train.text.normalization import recognized_characters
 from jahubert.train.text.tokens import Tokenizer
 
 ORDER = 6
 
-_VOICES = recipe_folder("voices") / "prepare.py"
-normalize_sentence = resolve(f"{_VOICES}:normalize_sentence", {}, "recipe")
-read_sentences = resolve(f"{_VOICES}:read_sentences", {}, "recipe")
+read_sentences = resolve(f"{recipe_folder('voices') / 'prepare.py'}:read_sentences", {}, "recipe")
 
 
 def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
@@ -34,14 +33,14 @@ def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
     sentences = {tuple(sentence) for sentence in training_sentences(exp, tokenizer)}
     if texts is not None:
         held_out = held_out_sentences(Manifest(exp / "prepare" / "manifest.arrow"))
-        lines = [line for line in read_sentences(texts) if normalize_sentence(line) not in held_out]
+        lines = [line for line in read_sentences(texts) if recognized_characters(line) not in held_out]
         sentences.update(map(tuple, tokenizer.sentences(lines)))
     with atomic_path(target) as temporary:
         write_arpa(train_ngram(sorted(sentences), ORDER), temporary)
 
 
 def held_out_sentences(manifest: Manifest) -> set[str]:
-    """Return the normalized texts of all splits except `train`."""
+    """Return the letters and digits of the texts of all splits except `train`."""
     training = set(manifest.indices(split="train").tolist())
     rows = (row for row in range(len(manifest)) if row not in training)
-    return {normalize_sentence(manifest[row].text) for row in rows}
+    return {recognized_characters(manifest[row].text) for row in rows}

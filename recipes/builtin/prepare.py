@@ -10,14 +10,14 @@ The data come from these sources:
 - the sentences of recipe `demo` in its synthetic voices, and the training words in random order in the same
   voices, which contain more different phone sequences than the sentence patterns.
 
-The test splits are the held-out words of each voice, the same words joined, sentences from Common Voice by
-held-out speakers, the same sentences over a simulated telephone line and in noise, synthetic sentences that
-do not occur in training, and real sentences if their folder is given.
+Test splits are the held-out words per voice, these words joined, sentences by held-out speakers from Common
+Voice, copies of these recordings over a simulated telephone line and in noise, synthetic sentences that do
+not occur in training, and real sentences if their folder is given. Sentences are compared by their letters
+and digits, so that one with other punctuation or character widths counts as the same.
 """
 
 from __future__ import annotations
 
-import csv
 import random
 import sys
 from collections.abc import Iterator
@@ -35,6 +35,7 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.experiment.config import expand_user
 from jahubert.train.experiment.registry import recipe_folder, resolve
+from jahubert.train.text.normalization import recognized_characters
 
 
 def _recipe(name: str) -> ModuleType:
@@ -63,9 +64,7 @@ class Config:
     texts: str | None = None  # file of sentences for the mixed voices, as in recipe voices
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
-    speakers: Speakers = field(
-        default_factory=Speakers
-    )  # the sentences in the corpora are added to `exclude`
+    speakers: Speakers = field(default_factory=Speakers)  # sentences of all other sources are excluded
     reading: float = 35.0  # minutes of training words in synthetic voices
     speeds: tuple[float, ...] = (0.87, 1.15)  # speeds at which joined training utterances are copied
 
@@ -98,37 +97,46 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             words.append(item.text)
         if item.split == "train" and joined and config.speeds:
             yield read_speech.at_speed(item, config.speeds[number % len(config.speeds)], work / "speeds")
-    real = list(_sentences(expand_user(config.sentences))) if config.sentences else []
+    real = list(_test_recordings(expand_user(config.sentences))) if config.sentences else []
     yield from real
+    recorded = {item.text for item in real}
     if config.common_voice:
-        folder, held_out = expand_user(config.common_voice), {item.text for item in real}
-        yield from read_speech.sentences(folder, work / "common_voice", config.clips, seed, held_out)
+        folder, held_out = expand_user(config.common_voice), set(recorded)
+        for item in read_speech.sentences(folder, work / "common_voice", config.clips, seed, held_out):
+            if isinstance(item, Utterance):
+                recorded.add(item.text)
+            yield item
     if config.other_languages:
         yield from read_speech.other_languages(expand_user(config.other_languages), work / "common_voice")
     if config.synthetic:
-        yield from _synthetic(words, work, config, seed)
+        yield from _synthetic(words, recorded, work, config, seed)
 
 
-def _synthetic(words: list[str], work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield sentences and training words spoken by synthetic voices."""
-    for item in demo.synthesize(demo.sentences(seed), work / "voices", config.voices, seed):
+def _synthetic(
+    words: list[str], recorded: set[str], work: Path, config: Config, seed: int
+) -> Iterator[Utterance | Rejected]:
+    """Yield sentences and training words in synthetic voices.
+
+    Args:
+        words: training words.
+        recorded: recorded sentences, which are not synthesized.
+    """
+    seen = voices.excluded_sentences(config.speakers).union(map(recognized_characters, recorded))
+    own = (text for text in demo.sentences(seed) if recognized_characters(text) not in seen)
+    for item in demo.synthesize(own, work / "voices", config.voices, seed):
+        seen.add(recognized_characters(item.text))
         yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
-    tables = [
-        Path(expand_user(folder), "transcripts.tsv")
-        for folder in (config.sentences, config.common_voice)
-        if folder
-    ]
-    exclude = (*config.speakers.exclude, *map(str, tables))
-    speakers = replace(config.speakers, texts=config.texts, exclude=exclude)
+    # Recipe voices also draws from the sentences of recipe demo, some of which are now a test set.
+    speakers = replace(config.speakers, texts=config.texts)
     folder = expand_user(config.hts_voices) if config.hts_voices else None
-    for item in voices.prepare(folder, work / "speakers", speakers, seed):
+    for item in voices.prepare(folder, work / "speakers", speakers, seed, seen):
         if isinstance(item, Rejected) or item.split == "train":
             yield item
         else:
             yield replace(item, split=f"{item.split}_made")
     reading = replace(config.voices, minutes=config.reading, dev_share=0.0, test_share=0.0)
     if config.reading:
-        for item in demo.synthesize(_texts(words, seed), work / "reading", reading, seed):
+        for item in demo.synthesize(_texts(words, seen, seed), work / "reading", reading, seed):
             yield replace(item, id=item.id.replace("demo", "reading"))
 
 
@@ -145,20 +153,22 @@ def _voice(item: Utterance) -> str:
     return "low" if np.median(pitch_S[level_S > 0.3 * level_S.max()]) < LOW_VOICE else "high"
 
 
-def _texts(words: list[str], seed: int) -> Iterator[str]:
-    """Endlessly yield texts of three to seven random words, excluding words that Open JTalk misreads."""
+def _texts(words: list[str], seen: set[str], seed: int) -> Iterator[str]:
+    """Yield endless texts of three to seven random words, excluding words that Open JTalk misreads.
+
+    Texts whose letters and digits are in `seen` are skipped, and those of the others are added to it.
+    """
     readable = [word for word in words if _is_readable(word)]
     if not readable:
         raise DataError("pyopenjtalk cannot read any of the training words; check the readings of the corpus")
     rng = random.Random(f"reading {seed}")
-    seen: set[str] = set()
     while True:
         deck = rng.sample(readable, len(readable))
         while deck:
             taken = [deck.pop() for _ in range(min(len(deck), rng.randint(3, 7)))]
             text = "".join(word + rng.choice(_JOINS) for word in taken[:-1]) + taken[-1] + "。"
-            if text not in seen and _is_readable(text):
-                seen.add(text)
+            if (characters := recognized_characters(text)) not in seen and _is_readable(text):
+                seen.add(characters)
                 yield text
 
 
@@ -172,18 +182,10 @@ def _is_readable(text: str) -> bool:
     return bool(words)
 
 
-def _sentences(folder: Path) -> Iterator[Utterance]:
-    """Yield the test recordings with their texts."""
-    table = folder / "transcripts.tsv"
-    if not table.is_file():
-        raise DataError(
-            f"{table}: file not found; set sentences= to a folder with this table (columns file and text)"
+def _test_recordings(folder: Path) -> Iterator[Utterance]:
+    """Yield test recordings with their texts."""
+    for row in read_speech.read_rows(folder / "transcripts.tsv", ("file", "text")):
+        path = folder / row["file"]
+        yield Utterance(
+            id=f"real-{path.stem}", audio=AudioSource(str(path)), text=row["text"], split="test_real"
         )
-    with table.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            if not row.get("file") or not row.get("text"):
-                raise DataError(f"{table}: a row without file or text: {row}")
-            path = folder / row["file"]
-            yield Utterance(
-                id=f"real-{path.stem}", audio=AudioSource(str(path)), text=row["text"], split="test_real"
-            )

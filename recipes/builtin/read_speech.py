@@ -3,9 +3,13 @@
 Each input is a folder with a tab-separated table: `transcripts.tsv` with the columns file, text, speaker,
 gender and age, or `clips.tsv` with file, language and speaker. Recordings are converted to 16 kHz FLAC files.
 
-No speaker and no sentence occurs in two splits. The speakers in the splits test_cv and dev_cv are drawn,
-depending on the seed, from the speakers with a client id. A name that starts with `block` is not a client id,
-but was guessed from neighboring file names.
+No speaker occurs in two splits, and no sentence, even with other punctuation or character widths. The
+speakers of the splits test_cv and dev_cv are drawn by seed from those with a client id (a name that starts
+with `block` was guessed from neighboring file names).
+
+Each utterance of test_cv has two copies, with the same text: in test_cv_phone as over a telephone
+(`telephone`), and in test_cv_noise with pink noise (`noisy`). The training augmentation has similar effects,
+but does not share their code, so that the test sets do not change with it.
 """
 
 from __future__ import annotations
@@ -13,21 +17,23 @@ from __future__ import annotations
 import csv
 import random
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 
 from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import AudioError, ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
-from jahubert.train.data.flac import write_flac
+from jahubert.prefetch import prefetch
+from jahubert.train.data.augmentation import change_speed
+from jahubert.train.data.flac import write_flac_once
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.data.utterances import read_reliably
+from jahubert.train.text.normalization import recognized_characters
 
 _FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # limits on the number of clips per speaker in held-out splits
 
@@ -53,7 +59,7 @@ class Config:
 
 
 def sentences(
-    folder: Path, work: Path, config: Config, seed: int, held_out: set[str]
+    folder: Path, work: Path, config: Config, seed: int, held_out: Collection[str]
 ) -> Iterator[Utterance | Rejected]:
     """Yield the utterances of the splits train, dev_cv, test_cv, test_cv_phone and test_cv_noise.
 
@@ -65,15 +71,18 @@ def sentences(
     Raises:
         DataError: the table is not found, a row has no file or text, or there are too few speakers.
     """
-    rows = _rows(folder / "transcripts.tsv", ("file", "text", "speaker"))
+    rows = read_rows(folder / "transcripts.tsv", ("file", "text", "speaker"))
     split_of = _split_speakers(rows, config, seed)
-    texts = {row["text"] for row in rows if split_of[row["speaker"]] == "test_cv"} | held_out
+    texts: dict[str, set[str]] = {"train": set(), "dev_cv": set(), "test_cv": set()}
+    for row in rows:
+        texts[split_of[row["speaker"]]].add(recognized_characters(row["text"]))
+    tested = texts["test_cv"].union(map(recognized_characters, held_out))
     usable = []
     for row in rows:
-        split = split_of[row["speaker"]]
-        if split != "test_cv" and row["text"] in texts:
+        split, text = split_of[row["speaker"]], recognized_characters(row["text"])
+        if split != "test_cv" and text in tested:
             yield Rejected(_id("cv", row), "sentence of a test set")
-        elif split == "train" and row["text"] in _texts(rows, split_of, "dev_cv"):
+        elif split == "train" and text in texts["dev_cv"]:
             yield Rejected(_id("cv", row), "sentence of the development set")
         else:
             usable.append(row)
@@ -94,29 +103,36 @@ def sentences(
         if split == "train":
             yield from (at_speed(item, speed, work / "speeds") for speed in config.speeds)
         if split == "test_cv":
-            yield _derived(item, "test_cv_phone", work / "phone", lambda wave_T, _: telephone(wave_T))
-            yield _derived(
-                item, "test_cv_noise", work / "noise", lambda wave_T, rng: noisy(wave_T, config.snr_db, rng)
-            )
+            yield _copy(item, "test_cv_phone", work / "phone", lambda wave_T, _: telephone(wave_T))
+            yield _copy(item, "test_cv_noise", work / "noise", partial(noisy, snr_db=config.snr_db))
 
 
 def other_languages(folder: Path, work: Path) -> Iterator[Utterance | Rejected]:
-    """Yield recordings without text for pretraining, all in the split `train`."""
-    rows = _rows(folder / "clips.tsv", ("file", "speaker"))
+    """Yield recordings without text for pretraining, all in split `train`."""
+    rows = read_rows(folder / "clips.tsv", ("file", "speaker"))
     for _, item in _converted(folder, rows, work / "other", "other"):
         yield item if isinstance(item, Rejected) else replace(item, split="train")
 
 
 def at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
-    """Return a faster or slower copy of an utterance, whose pitch and formants are shifted as well."""
-    wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
+    """Play an utterance faster or slower, which also shifts pitch and formants."""
     path = folder / f"{Path(item.audio.path).stem}-{speed}.flac"
-    n_samples = _write_once(path, lambda: soxr.resample(wave_T, SAMPLE_RATE * speed, SAMPLE_RATE))
+    n_samples = write_flac_once(path, lambda: change_speed(_read(item), speed))
     return replace(item, id=f"{item.id}-{speed}", audio=AudioSource(str(path)), n_samples=n_samples)
 
 
 def telephone(wave_T: np.ndarray) -> np.ndarray:
-    """Simulate a telephone line: 300 to 3400 Hz with 8-bit mu-law coding (ITU-T G.711)."""
+    """Simulate the public telephone network: 300 to 3400 Hz, 8-bit mu-law coding (ITU-T G.711).
+
+    The band has linear slopes from 200 to 300 and from 3400 to 3600 Hz. The peak is set to half of full scale
+    before coding.
+
+    Args:
+        wave_T: float32 (T,) at 16 kHz.
+
+    Returns:
+        float32 (T,) at 16 kHz, aligned with the input.
+    """
     spectrum = np.fft.rfft(wave_T)
     hertz = np.fft.rfftfreq(len(wave_T), 1 / SAMPLE_RATE)
     inside = np.clip((hertz - 200) / 100, 0, 1) * np.clip((3600 - hertz) / 200, 0, 1)
@@ -126,8 +142,17 @@ def telephone(wave_T: np.ndarray) -> np.ndarray:
     return (np.sign(code_T) * np.expm1(np.abs(code_T) * np.log(256)) / 255).astype(np.float32)
 
 
-def noisy(wave_T: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
-    """Add pink noise at a signal-to-noise ratio that is measured over the whole utterance."""
+def noisy(wave_T: np.ndarray, rng: np.random.Generator, snr_db: float) -> np.ndarray:
+    """Add pink noise at a signal-to-noise ratio (dB) that is measured over the whole utterance.
+
+    Args:
+        wave_T: float32 (T,) at 16 kHz.
+        rng: draws the noise.
+        snr_db: signal-to-noise ratio.
+
+    Returns:
+        float32 (T,), scaled down if its peak would exceed 0.99 of full scale.
+    """
     spectrum = np.fft.rfft(rng.standard_normal(len(wave_T)))
     spectrum /= np.sqrt(np.maximum(1.0, np.arange(len(spectrum))))
     noise_T = np.fft.irfft(spectrum, len(wave_T))
@@ -136,7 +161,12 @@ def noisy(wave_T: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.nda
     return (mixed_T * min(1.0, 0.99 / float(np.abs(mixed_T).max()))).astype(np.float32)
 
 
-def _rows(table: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def read_rows(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Read the rows of a table in tab-separated values.
+
+    Raises:
+        DataError: the table was not found, or a row has no value in one of the columns.
+    """
     if not table.is_file():
         raise DataError(f"{table}: file not found; it needs the columns {', '.join(columns)}")
     with table.open(encoding="utf-8-sig", newline="") as file:
@@ -167,10 +197,6 @@ def _split_speakers(rows: list[dict[str, str]], config: Config, seed: int) -> di
     return splits | dict.fromkeys(drawn[config.test_speakers :], "dev_cv")
 
 
-def _texts(rows: list[dict[str, str]], split_of: dict[str, str], split: str) -> set[str]:
-    return {row["text"] for row in rows if split_of[row["speaker"]] == split}
-
-
 def _id(prefix: str, row: dict[str, str]) -> str:
     return f"{prefix}-{Path(row['file']).stem}"
 
@@ -178,38 +204,35 @@ def _id(prefix: str, row: dict[str, str]) -> str:
 def _converted(
     folder: Path, rows: list[dict[str, str]], work: Path, prefix: str
 ) -> Iterator[tuple[dict[str, str], Utterance | Rejected]]:
-    """Convert the recordings in a table to 16 kHz FLAC files, and yield them with their rows."""
+    """Yield the rows of a table with their recordings, converted to 16 kHz FLAC files."""
 
     def convert(row: dict[str, str]) -> Utterance | Rejected:
         source, id = folder / row["file"], _id(prefix, row)
         path = work / f"{Path(row['file']).stem}.flac"
         try:
-            n_samples = _write_once(path, lambda: read_reliably(lambda: load_audio(source), source).numpy())
+            n_samples = write_flac_once(
+                path, lambda: read_reliably(lambda: load_audio(source), source).numpy()
+            )
         except AudioError as error:
             return Rejected(id, "unreadable audio", str(error))
         return Utterance(
             id=id, audio=AudioSource(str(path)), n_samples=n_samples, speaker=row["speaker"], split=""
         )
 
-    with ThreadPoolExecutor(2) as pool:
-        yield from zip(rows, pool.map(convert, rows), strict=True)
+    return prefetch(convert, rows)
 
 
-def _derived(item: Utterance, split: str, folder: Path, change) -> Utterance:
-    """Return a copy of a test utterance modified by `change`. Its noise depends only on the utterance id."""
-    wave_T = soundfile.read(item.audio.path, dtype="float32")[0]
+def _copy(
+    item: Utterance, split: str, folder: Path, change: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+) -> Utterance:
+    """Return a changed copy of a test utterance; its noise depends only on the utterance id."""
     rng = np.random.default_rng(list(item.id.encode()))
     path = folder / Path(item.audio.path).name
-    n_samples = _write_once(path, lambda: change(wave_T, rng))
+    n_samples = write_flac_once(path, lambda: change(_read(item), rng))
     return replace(
         item, id=f"{split}-{item.id}", audio=AudioSource(str(path)), n_samples=n_samples, split=split
     )
 
 
-def _write_once(path: Path, make) -> int:
-    """Write the waveform returned by `make` unless the file exists. Return the number of samples."""
-    if not path.exists():
-        wave_T = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_flac(path, np.round(np.clip(wave_T, -1, 1) * 32767).astype(np.int16))
-    return soundfile.info(path).frames
+def _read(item: Utterance) -> np.ndarray:
+    return soundfile.read(item.audio.path, dtype="float32")[0]

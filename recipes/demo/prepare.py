@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 from noise import add_noise
 from words import sentences
@@ -34,7 +33,7 @@ from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
-from jahubert.train.data.flac import write_flac
+from jahubert.train.data.flac import flac_length, write_flac
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.text.japanese import Word, analyze, features_to_words, openjtalk
 
@@ -112,7 +111,7 @@ def prepare(data: None, work: Path, config: Config, seed: int) -> Iterator[Utter
 def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
     """Synthesize texts with alternating speakers until `minutes` are reached or the texts end."""
     plan: list[tuple[Line, Utterance]] = list(_plan(texts, work, config, seed))
-    missing = [line for line, item in plan if not _exists(item)]
+    missing = [line for line, item in plan if flac_length(line.path(work)) != item.n_samples]
     seconds = sum(item.n_samples for _, item in plan) / SAMPLE_RATE
     processes = 1 if seconds < _PARALLEL_SECONDS else config.processes or min(8, os.cpu_count() or 1)
     _render(missing, work, processes)
@@ -248,13 +247,6 @@ def waveform(line: Line) -> np.ndarray:
     return add_noise(wave_T, level_db=line.level_db, snr_db=line.snr_db, tilt=line.tilt, seed=line.noise)
 
 
-def _exists(item: Utterance) -> bool:
-    try:
-        return soundfile.info(item.audio.path).frames == item.n_samples
-    except (OSError, RuntimeError):
-        return False
-
-
 def _render(lines: Sequence[Line], work: Path, processes: int) -> None:
     """Write the audio of lines, using subprocesses that run this file if `processes` > 1."""
     if processes <= 1 or len(lines) < 2 * processes:
@@ -275,9 +267,7 @@ def _render(lines: Sequence[Line], work: Path, processes: int) -> None:
 
 
 def _write(line: Line, work: Path) -> None:
-    path = line.path(work)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_flac(path, waveform(line))
+    write_flac(line.path(work), waveform(line))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,12 @@ from jahubert.errors import AudioError, ConfigError, DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
-from jahubert.train.data.flac import write_flac
+from jahubert.prefetch import prefetch
+from jahubert.train.data.flac import write_flac_once
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.data.utterances import read_reliably
 
-VERSION = 1  # version of the generated audio, which is part of every file name
+VERSION = 2  # version of the generated audio, which is part of every file name
 _BLOCK = SAMPLE_RATE // 100  # number of samples per level measurement
 _QUIET_DB = 45  # blocks whose level is this far below the loudest block are silence
 _KEEP = SAMPLE_RATE // 20  # number of samples of silence to keep around a word
@@ -88,13 +88,10 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     sources = [item for item in parsed if isinstance(item, _Source)]
     split_of = _split(sources, config, seed)
     words: dict[str, list[_Word]] = {"train": [], "dev": [], "test": []}
-    (work / "words").mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        decoded = pool.map(lambda source: _decode(source, work / "words"), sources)
-        for source, word in zip(sources, decoded, strict=True):
-            if isinstance(word, Rejected):
-                yield word
-                continue
+    for source, word in prefetch(partial(_decode, folder=work / "words"), sources):
+        if isinstance(word, Rejected):
+            yield word
+        else:
             words[split_of[source.phones]].append(word)
     yield from _utterances(words, work, config, seed)
 
@@ -140,12 +137,10 @@ def _decode(source: _Source, folder: Path) -> _Word | Rejected:
     try:
         key = f"{VERSION} {name} {source.path.stat().st_size}"
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
-        wave_T = _read(path)
-        if wave_T is None:
-            wave_T = _to_int16(read_reliably(lambda: load_audio(source.path), source.path).numpy())
-            write_flac(path, wave_T)
+        write_flac_once(path, lambda: read_reliably(lambda: load_audio(source.path), source.path).numpy())
     except AudioError:
         return Rejected(name, "unreadable audio")
+    wave_T = soundfile.read(path, dtype="int16")[0]
     bounds = _speech(wave_T)
     if bounds is None:
         return Rejected(name, "silent audio")
@@ -171,18 +166,6 @@ def _speech(wave_T: np.ndarray) -> tuple[int, int] | None:
         return None
     loud = np.flatnonzero(level > level.max() * 10 ** (-_QUIET_DB / 10))
     return max(0, int(loud[0]) * _BLOCK - _KEEP), min(len(wave_T), (int(loud[-1]) + 1) * _BLOCK + _KEEP)
-
-
-def _to_int16(wave_T: np.ndarray) -> np.ndarray:
-    return np.round(np.clip(wave_T, -1, 1) * 32767).astype(np.int16)
-
-
-def _read(path: Path) -> np.ndarray | None:
-    """Read a file written by an earlier run, or return None if it is missing or unreadable."""
-    try:
-        return soundfile.read(path, dtype="int16")[0]
-    except (OSError, RuntimeError):
-        return None
 
 
 # --- joined words ---------------------------------------------------------------------------------------
@@ -217,7 +200,7 @@ class _Plan:
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
 
     def render(self) -> np.ndarray:
-        """Mix the words, faded at both ends, with low noise, and return int16 (T,)."""
+        """Mix the words, with faded ends, and low noise; returns float32 (T,)."""
         rng = np.random.default_rng(self.noise)
         wave_T = rng.standard_normal(self.n_samples, dtype=np.float32) * np.float32(
             10 ** (self.noise_db / 20)
@@ -228,7 +211,7 @@ class _Plan:
             part[:_FADE] *= fade
             part[-_FADE:] *= fade[::-1]
             wave_T[start:end] += part * np.float32(10 ** (gain / 20))
-        return _to_int16(wave_T * min(1.0, 0.99 / float(np.abs(wave_T).max())))
+        return wave_T * np.float32(min(1.0, 0.99 / float(np.abs(wave_T).max())))
 
 
 def _utterances(words: dict[str, list[_Word]], work: Path, config: Config, seed: int) -> Iterator[Utterance]:
@@ -239,7 +222,6 @@ def _utterances(words: dict[str, list[_Word]], work: Path, config: Config, seed:
     ]
     counts: Counter[str] = Counter()
     folder = work / "joined"
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(work / "word-times.jsonl") as file:
         for number, (name, part, rounds) in enumerate(parts):
             for word in part:
@@ -256,12 +238,7 @@ def _utterances(words: dict[str, list[_Word]], work: Path, config: Config, seed:
 
 def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:
     path = plan.path(folder)
-    try:
-        exists = soundfile.info(path).frames == plan.n_samples
-    except (OSError, RuntimeError):
-        exists = False
-    if not exists:
-        write_flac(path, plan.render())
+    write_flac_once(path, plan.render)
     return Utterance(
         id=id,
         audio=AudioSource(str(path)),

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 from rendering import add_noise, read_job, run_lines
 
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
-from jahubert.formats.atomic import atomic_path, atomic_write
+from jahubert.formats.atomic import atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
+from jahubert.train.data.flac import flac_length, write_flac
 from jahubert.train.data.utterances import Phone, Rejected, Utterance
 
 VERSION = 1  # version of the generated audio, which is part of every file name
@@ -276,9 +276,7 @@ def write(line: NeuralLine, work: Path) -> None:
     wave_T = soxr.resample(wave.astype(np.float32), _MODEL_RATE, SAMPLE_RATE)
     wave_T = add_noise(wave_T, level_db=line.level_db, snr_db=line.snr_db, tilt=line.tilt, seed=line.noise)
     path = line.path(work)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        soundfile.write(temporary, wave_T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    write_flac(path, wave_T)
     with atomic_write(path.with_suffix(".json")) as file:
         json.dump(frames, file)
 
@@ -287,9 +285,9 @@ def read_frames(path: Path) -> list[int] | None:
     """Read the frames of the tokens in a finished line, or return None if the line is not finished."""
     try:
         frames = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return frames if soundfile.info(path).frames == sum(frames) * _FRAME_SAMPLES else None
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError):
         return None
+    return frames if flac_length(path) == sum(frames) * _FRAME_SAMPLES else None
 
 
 def _package(name: str) -> Path:

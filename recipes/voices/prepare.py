@@ -16,23 +16,23 @@ import os
 import random
 import re
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import neural
-import soundfile
 from hts_engine import Style, voice_header
 from rendering import Line, engine, render
 
 from jahubert.audio import AudioSource
 from jahubert.errors import DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.flac import flac_length
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.experiment.config import expand_user, interval_errors, raise_config_errors
 from jahubert.train.experiment.registry import recipe_folder, resolve
 from jahubert.train.text.japanese import analyze, features_to_words, openjtalk
+from jahubert.train.text.normalization import recognized_characters
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +100,18 @@ class Speaker:
     style: Style
 
 
-def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield utterances `voices-<split>-NNNNN` in splits that share neither sentences nor speakers.
+def prepare(
+    data: Path | None, work: Path, config: Config, seed: int, seen: set[str] | None = None
+) -> Iterator[Utterance | Rejected]:
+    """Yield utterances `voices-<split>-NNNNN`; the splits share neither sentences nor speakers.
 
     `data` is a folder that contains HTS voices at any depth. Without it, only the voice of pyopenjtalk-plus
     is used. Audio is written to `work` as 16 kHz FLAC, and existing files are kept.
 
     With `neural_minutes`, utterances `neural-train-NNNNN` with other sentences follow.
+
+    Args:
+        seen: see `synthesize`.
 
     Raises:
         ConfigError: a package for the neural voices is not installed.
@@ -117,7 +122,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         neural.check_installed()
     given = read_sentences(expand_user(config.texts)) if config.texts else []
     random.Random(f"voices {seed}").shuffle(given)
-    texts, seen = _mix(given, config.own_share, seed), _excluded(config)
+    texts = _mix(given, config.own_share, seed)
+    seen = excluded_sentences(config) if seen is None else seen
     yield from synthesize(texts, work, config, seed, data, seen)
     if config.neural_minutes:
         yield from neural.synthesize(
@@ -149,17 +155,21 @@ def synthesize(
         config: the options, of which `texts`, `own_share` and `neural_minutes` are not used.
         seed: seed for all random choices.
         data: folder with HTS voices.
-        seen: normalized sentences to skip (default: those in `config.exclude`). The sentences in `texts` are
-            added to them.
+        seen: letters and digits of each sentence to skip, to which those of `texts` are added; default:
+            `excluded_sentences`.
 
     Yields:
         Utterances, whose audio exists, and rejected sentences.
     """
-    seen = _excluded(config) if seen is None else seen
+    seen = excluded_sentences(config) if seen is None else seen
     plan = _plan(texts, work, config, seed, find_voices(data), seen)
     while batch := list(itertools.islice(plan, _BATCH_LINES)):
         render(
-            [entry[0] for entry in batch if isinstance(entry, tuple) and not _exists(entry[1])],
+            [
+                line
+                for line, item in (entry for entry in batch if isinstance(entry, tuple))
+                if flac_length(line.path(work)) != item.n_samples
+            ],
             work,
             _n_processes(config),
         )
@@ -226,9 +236,9 @@ def _plan(
     for i, text in enumerate(texts):
         if not splits:
             break
-        if (normalized := normalize_sentence(text)) in seen:
+        if (characters := recognized_characters(text)) in seen:
             continue
-        seen.add(normalized)
+        seen.add(characters)
         split = splits[0]
         rng = random.Random(f"voices {seed} {i}")
         n_speakers = config.speakers if split == "train" else max(1, config.speakers // 10)
@@ -301,13 +311,6 @@ def _n_processes(config: Config) -> int:
     return config.processes or min(8, os.cpu_count() or 1)
 
 
-def _exists(item: Utterance) -> bool:
-    try:
-        return soundfile.info(item.audio.path).frames == item.n_samples
-    except (OSError, RuntimeError):
-        return False
-
-
 # --- texts ----------------------------------------------------------------------------------------------
 
 
@@ -338,13 +341,10 @@ def _text_of(line: str) -> str:
     return _FURIGANA.sub("", match["text"]) if match else line
 
 
-def normalize_sentence(text: str) -> str:
-    """Remove spaces and punctuation from a sentence, so that repeated sentences can be found."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] in "LNM")
-
-
-def _excluded(config: Config) -> set[str]:
-    return {normalize_sentence(text) for file in config.exclude for text in read_sentences(expand_user(file))}
+def excluded_sentences(config: Config) -> set[str]:
+    """Read the files `config.exclude`; returns the letters and digits of each sentence."""
+    files = map(expand_user, config.exclude)
+    return {recognized_characters(text) for file in files for text in read_sentences(file)}
 
 
 def _phrases(texts: Iterable[str], seen: set[str]) -> Iterator[tuple[str, list[list[tuple[str, ...]]]]]:
@@ -353,10 +353,10 @@ def _phrases(texts: Iterable[str], seen: set[str]) -> Iterator[tuple[str, list[l
     A text with a part that has no reading is skipped.
     """
     for text in texts:
-        if (normalized := normalize_sentence(text)) in seen:
+        if (characters := recognized_characters(text)) in seen:
             continue
-        seen.add(normalized)
-        parts = [part for part in _PUNCTUATION.split(text) if normalize_sentence(part)]
+        seen.add(characters)
+        parts = [part for part in _PUNCTUATION.split(text) if recognized_characters(part)]
         try:
             phrases = [[word.phones for word in features_to_words(analyze(part))] for part in parts]
         except DataError:

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 from hts_engine import HtsEngine, Style
 
 from jahubert.errors import JahubertError
-from jahubert.formats.atomic import atomic_path
 from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.flac import write_flac
 from jahubert.train.experiment.registry import recipe_folder, resolve
 
 VERSION = 1  # version of the generated audio, which is part of every file name
@@ -122,10 +121,7 @@ def waveform(line: Line) -> np.ndarray:
 
 
 def _write(line: Line, work: Path) -> None:
-    path = line.path(work)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        soundfile.write(temporary, waveform(line), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    write_flac(line.path(work), waveform(line))
 
 
 def _read_line(fields: dict) -> Line:

@@ -26,6 +26,7 @@ from jahubert.train.data.manifest import Rejected, Utterance, write_manifest
 from jahubert.train.experiment.provenance import DONE
 from jahubert.train.experiment.registry import resolve
 from jahubert.train.stages import targets
+from jahubert.train.text.normalization import recognized_characters
 
 HOME = Path(__file__).parents[2] / "recipes" / "builtin"
 builtin = sys.modules[resolve(f"{HOME / 'prepare.py'}:prepare", {}, "recipe").__module__]
@@ -84,11 +85,14 @@ def corpus(tmp_path_factory) -> list[Utterance]:
     sentences.mkdir()
     soundfile.write(sentences / "one.wav", buzz(200, 3.0), RATE)
     (sentences / "transcripts.tsv").write_text("file\ttext\tnote\none.wav\t雨が降る。\tx\n", encoding="utf-8")
+    texts = root / "texts.txt"
+    texts.write_text("雨が降る！\n雨　が降る\n雪が積もる。\n", encoding="utf-8")
     config = builtin.Config(
         sentences=str(sentences),
+        texts=str(texts),
         words=builtin.Words(dev_share=0.1, test_share=0.4, uses=1),
         voices=builtin.Voices(minutes=0.6, dev_share=0.2, test_share=0.2),
-        speakers=builtin.Speakers(minutes=0.3, dev_share=0.0, test_share=0.0),
+        speakers=builtin.Speakers(minutes=0.6, dev_share=0.2, test_share=0.0, own_share=0.9),
         reading=0.3,
     )
     return list(builtin.prepare(root, tmp_path_factory.mktemp("work"), config, 0))
@@ -108,6 +112,17 @@ def test_splits_are_complete_and_disjoint(corpus):
         if item.split in ("test_low", "test_high"):
             number = next(k for k in range(40) if KANA[k % 20] + KANA[(k * 7 + k // 20) % 20] == item.text)
             assert item.split == ("test_low" if number % 2 else "test_high")
+
+
+def test_no_held_out_sentence_is_synthesized_for_training(corpus):
+    sentences = {"train": set(), "held out": set()}
+    for item in corpus:
+        if not item.id.startswith(("word", "joined")):
+            group = "train" if item.split == "train" else "held out"
+            sentences[group].add(recognized_characters(item.text))
+    assert "雪が積もる" in sentences["train"] | sentences["held out"]
+    assert "雨が降る" in sentences["held out"]
+    assert not sentences["train"] & sentences["held out"]
 
 
 def test_synthetic_voices_read_training_words_with_exact_times(corpus):
@@ -136,12 +151,12 @@ def read(tmp_path_factory) -> list[Utterance | Rejected]:
         for number in range(6):
             path = root / f"{speaker}-{number}.wav"
             soundfile.write(path, buzz(120 + 10 * speaker + number), RATE)
-            text = f"{KANA[speaker]}{KANA[number]}" if number else "あ"
+            text = f"{KANA[speaker]}{KANA[number]}" if number else "あ２" if speaker % 2 else "あ、2。"
             lines.append(f"{path.name}\t{text}\t{name}")
     (root / "transcripts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = read_speech.Config(test_speakers=2, dev_speakers=2, cap_minutes=0.04, speeds=(0.9, 1.1))
     work = tmp_path_factory.mktemp("work")
-    return list(read_speech.sentences(root, work, config, 0, {"さき"}))
+    return list(read_speech.sentences(root, work, config, 0, {"さき！"}))
 
 
 def test_no_speaker_or_sentence_is_in_two_splits(read):
@@ -150,7 +165,7 @@ def test_no_speaker_or_sentence_is_in_two_splits(read):
         split: [item for item in items if item.split == split] for split in ("train", "dev_cv", "test_cv")
     }
     speakers = {split: {item.speaker for item in part} for split, part in by_split.items()}
-    texts = {split: {item.text for item in part} for split, part in by_split.items()}
+    texts = {split: {recognized_characters(item.text) for item in part} for split, part in by_split.items()}
     assert {split: len(names) for split, names in speakers.items()} == {"train": 7, "dev_cv": 2, "test_cv": 2}
     assert "block001" in speakers["train"]
     for one, other in (("train", "dev_cv"), ("train", "test_cv"), ("dev_cv", "test_cv")):
@@ -166,6 +181,24 @@ def test_one_speaker_is_capped(read):
             minutes[item.speaker] += item.n_samples / RATE / 60
     assert max(minutes.values()) <= 0.04
     assert any(isinstance(item, Rejected) and "cap_minutes" in item.reason for item in read)
+
+
+def test_other_languages_keep_the_order_of_their_table(tmp_path):
+    names = [f"{number}.wav" for number in (3, 1, 4, 0, 5, 2)]
+    for number, name in enumerate(names):
+        soundfile.write(tmp_path / name, buzz(200, 0.2 + 0.1 * number), RATE)
+    (tmp_path / "4.wav").write_bytes(b"RIFF")
+    lines = ["file\tlanguage\tspeaker", *(f"{name}\tfr\tx" for name in [*names, "missing.wav"])]
+    (tmp_path / "clips.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    items = list(read_speech.other_languages(tmp_path, tmp_path / "work"))
+    assert [item.id for item in items] == [f"other-{Path(name).stem}" for name in [*names, "missing.wav"]]
+    assert [item.id for item in items if isinstance(item, Rejected)] == ["other-4", "other-missing"]
+    for item in items:
+        if isinstance(item, Utterance):
+            audio, rate = soundfile.read(item.audio.path)
+            assert rate == RATE and len(audio) == item.n_samples
+            assert (item.split, item.text) == ("train", "")
+    assert list(read_speech.other_languages(tmp_path, tmp_path / "work")) == items
 
 
 def test_telephone_and_noise_versions_are_added(read):
@@ -203,7 +236,7 @@ def test_invalid_settings_are_rejected(options):
 
 def test_sentences_folder_without_its_table_is_rejected(tmp_path):
     with pytest.raises(DataError, match=r"transcripts\.tsv"):
-        list(builtin._sentences(tmp_path))
+        list(builtin._test_recordings(tmp_path))
 
 
 @pytest.fixture
@@ -223,6 +256,8 @@ def finished(tmp_path, monkeypatch) -> Path:
         "score-ngram": {},
         "decode-ngram": {"lm_weight": 0.4, "word_bonus": 2},
     }
+    (tmp_path / "exp" / "prepare").mkdir()
+    (tmp_path / "exp" / "prepare" / DONE).write_text(json.dumps({"fingerprint": "abc", "metrics": {}}))
     for stage, values in metrics.items():
         (system / stage).mkdir(exist_ok=True)
         (system / stage / DONE).write_text(json.dumps({"fingerprint": "abcdef", "metrics": values}))
@@ -235,7 +270,6 @@ def test_packing_adds_units_of_a_layer(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "cluster_units", cluster_units)
     monkeypatch.setattr(build, "UNITS", 5)
     monkeypatch.setattr(build, "UNIT_LAYER", 1)
-    (finished / "prepare").mkdir()
     make_corpus(finished / "prepare")
     target = tmp_path / "assets" / build.NAME
     assert build.main(["--pack", str(finished), "--to", str(target)]) == 0
@@ -293,14 +327,19 @@ def test_card_has_evenly_spaced_transcripts(finished, tmp_path):
     assert table.strip() in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
 
 
-def test_unfinished_or_large_models_are_not_packed(finished, tmp_path, capsys, monkeypatch):
+def test_large_model_is_not_packed(finished, tmp_path, capsys, monkeypatch):
     target = tmp_path / "assets" / build.NAME
     monkeypatch.setattr(build, "LIMIT", 1000)
     assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
     assert " MB" in capsys.readouterr().err and not target.exists()
-    (finished / "systems" / "main" / "score-ngram" / DONE).unlink()
-    assert build.main(["--pack", str(finished), "--to", str(target)]) == 2
-    assert "score-ngram" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", build.FINISHED)
+def test_unfinished_stage_is_reported_before_clustering(stage, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "cluster_units", lambda exp: pytest.fail("clustered"))
+    (finished / stage / DONE).unlink()
+    assert build.main(["--pack", str(finished), "--to", str(tmp_path / "model")]) == 2
+    assert str(finished / stage) in capsys.readouterr().err
 
 
 def test_pretraining_runs_on_recordings_unless_a_model_is_given(monkeypatch):

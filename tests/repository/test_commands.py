@@ -34,7 +34,7 @@ NEEDS = {
 BLOCK = re.compile(r"(?:^<!-- needs: (?P<need>.*?) -->\n)?^```sh\n(?P<text>.*?)^```", re.S | re.M)
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "recipes/*/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "recipes/*/*.md", "tests/*.md", "tools/*/*.md")
     for path in REPO.glob(pattern)
     if path.name not in ("LOG.md", "CHANGELOG.md") and path.parent.name != "tutorials"
 )
@@ -71,6 +71,7 @@ def sandbox(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     jahubert.save_bundle(
         folder / "bundle", ctc=ctc, phonemes=phonemes, centroids_KD=torch.randn(9, 16), centroid_layer=2
     )
+    (folder / "tools").symlink_to(REPO / "tools")
     (folder / "recordings" / "deep").mkdir(parents=True)
     for name in ("audio.wav", "talk.wav", "recordings/a.wav", "recordings/deep/b.mp3"):
         soundfile.write(folder / name, syllables(2.0).numpy(), 16_000)

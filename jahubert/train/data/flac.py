@@ -1,8 +1,9 @@
-"""Writer for FLAC files."""
+"""FLAC files of generated or converted audio: 16 bits, written atomically, and kept by later runs."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,40 @@ from jahubert.frames import SAMPLE_RATE
 
 
 def write_flac(path: Path, samples: np.ndarray, rate: int = SAMPLE_RATE) -> None:
-    """Write samples (T,) atomically to a 16-bit FLAC file.
+    """Write samples (T,) as 16-bit FLAC, atomically; the folder is created if it does not exist.
 
-    The samples are encoded in memory, because libsndfile ignores a write error while it completes the header.
+    The file is encoded in memory, because libsndfile ignores a write error when it completes the header.
+
+    Args:
+        path: the file to write.
+        samples: int16, or floating-point numbers with full scale 1, which are clipped. Audio that was loaded
+            from 16 bits is written without loss.
+        rate: sampling rate (Hz).
     """
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb") as file:
         file.write(buffer.getbuffer())
+
+
+def flac_length(path: Path) -> int | None:
+    """Return the number of samples of a file of `write_flac`; None if it is missing or unreadable."""
+    try:
+        return soundfile.info(path).frames
+    except (OSError, RuntimeError):
+        return None
+
+
+def write_flac_once(path: Path, make: Callable[[], np.ndarray]) -> int:
+    """Write the 16 kHz waveform that `make` returns (see `write_flac`), unless the file exists.
+
+    Returns:
+        The number of samples.
+    """
+    n_samples = flac_length(path)
+    if n_samples is None:
+        wave_T = make()
+        write_flac(path, wave_T)
+        n_samples = len(wave_T)
+    return n_samples
