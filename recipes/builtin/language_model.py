@@ -9,13 +9,13 @@ from jahubert.lm.arpa import write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.training_text import training_sentences
-from jahubert.train.experiment.registry import recipe_folder, resolve
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.normalization import recognized_characters
 from jahubert.train.text.tokens import Tokenizer
 
 ORDER = 6
 
-read_sentences = resolve(f"{recipe_folder('voices') / 'prepare.py'}:read_sentences", {}, "recipe")
+read_sentences = recipe_module("voices").read_sentences
 
 
 def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:

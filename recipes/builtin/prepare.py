@@ -19,11 +19,9 @@ and digits, so that one with other punctuation or character widths counts as the
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import read_speech
@@ -34,16 +32,10 @@ from jahubert.errors import ConfigError, DataError, JahubertError, MissingExtraE
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.experiment.config import expand_user
-from jahubert.train.experiment.registry import recipe_folder, resolve
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.normalization import recognized_characters
 
-
-def _recipe(name: str) -> ModuleType:
-    """Import the corpus reader of another recipe."""
-    return sys.modules[resolve(f"{recipe_folder(name) / 'prepare.py'}:prepare", {}, "recipe").__module__]
-
-
-tofugu, demo, voices = _recipe("tofugu"), _recipe("demo"), _recipe("voices")
+tofugu, demo, voices = map(recipe_module, ("tofugu", "demo", "voices"))
 Words, Voices, Speakers = tofugu.Config, demo.Config, voices.Config
 
 # The files do not identify the speaker. One voice has a pitch of about 125 Hz, the other of about 240 Hz.

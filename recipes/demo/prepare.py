@@ -14,11 +14,8 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -35,12 +32,12 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 from jahubert.train.data.flac import flac_length, write_flac
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
+from jahubert.train.experiment.script_processes import run_in_processes, run_items
 from jahubert.train.text.japanese import Word, analyze, features_to_words, openjtalk
 
 VERSION = 1  # version of the generated audio; part of every file name
 _VOICE_RATE = 48_000  # sampling rate of the voice in Hz
 _STEP = _VOICE_RATE // SAMPLE_RATE
-_PARALLEL_SECONDS = 300  # minimum amount of audio for which several processes are used
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,8 @@ def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> I
     """Synthesize texts with alternating speakers until `minutes` are reached or the texts end."""
     plan: list[tuple[Line, Utterance]] = list(_plan(texts, work, config, seed))
     missing = [line for line, item in plan if flac_length(line.path(work)) != item.n_samples]
-    seconds = sum(item.n_samples for _, item in plan) / SAMPLE_RATE
-    processes = 1 if seconds < _PARALLEL_SECONDS else config.processes or min(8, os.cpu_count() or 1)
-    _render(missing, work, processes)
+    processes = config.processes or min(8, os.cpu_count() or 1)
+    run_in_processes(Path(__file__), missing, work, processes, _write)
     for _, item in plan:
         yield item
 
@@ -247,29 +243,9 @@ def waveform(line: Line) -> np.ndarray:
     return add_noise(wave_T, level_db=line.level_db, snr_db=line.snr_db, tilt=line.tilt, seed=line.noise)
 
 
-def _render(lines: Sequence[Line], work: Path, processes: int) -> None:
-    """Write the audio of lines, using subprocesses that run this file if `processes` > 1."""
-    if processes <= 1 or len(lines) < 2 * processes:
-        for line in lines:
-            _write(line, work)
-        return
-    code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-    command = [sys.executable, "-c", code, __file__, str(Path(__file__).parent), *sys.path]
-
-    def run(share: Sequence[Line]) -> subprocess.CompletedProcess:
-        job = json.dumps([str(work), [asdict(line) for line in share]])
-        return subprocess.run(command, input=job, capture_output=True, text=True, encoding="utf-8")
-
-    with ThreadPoolExecutor(processes) as pool:
-        for done in pool.map(run, [lines[i::processes] for i in range(processes)]):
-            if done.returncode:
-                raise JahubertError(f"a process that synthesizes the demo failed:\n{done.stderr[-2000:]}")
-
-
 def _write(line: Line, work: Path) -> None:
     write_flac(line.path(work), waveform(line))
 
 
 if __name__ == "__main__":
-    folder, job = json.load(sys.stdin)
-    _render([Line(**line) for line in job], Path(folder), 1)
+    run_items(lambda fields: Line(**fields), _write)

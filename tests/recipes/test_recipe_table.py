@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,9 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.formats.bundle import save_bundle
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance
-from jahubert.train.experiment.registry import resolve
-from jahubert.train.pipeline.jobs import configure_jobs
+from jahubert.train.experiment.registry import recipe_module
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "table" / "prepare.py"
-table = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+table = recipe_module("table")
 RATE = 16_000
 TEXTS = ("今日は晴れです", "明日は雨", "駅へ行く", "水を飲む", "本を読む")
 SPLITS = ("train", "train", "train", "dev", "test")

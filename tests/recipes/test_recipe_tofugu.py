@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,9 @@ import soundfile
 from jahubert.errors import ConfigError, DataError
 from jahubert.phonemes import kana_to_phones
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, write_manifest
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tofugu" / "prepare.py"
-tofugu = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+tofugu = recipe_module("tofugu")
 TOFUGU = Path(os.environ.get("JAHUBERT_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tofugu"
 RATE = 44_100
 KANA = "かきくけこさしすせそたちつてとなにぬねの"

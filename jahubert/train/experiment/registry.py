@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jahubert
@@ -43,7 +44,8 @@ STAGES = {
 }
 
 
-DECODED = ("decode", "score")  # stages that can run several times for one fine-tuned model
+_FOLDERS: set[Path] = set()  # folders of imported files, whose other files can be imported by name
+DECODED = ("decode", "score")  # stages that can be run several times for one fine-tuned model
 
 
 def stage_folder(stage: str, iteration: int | None, system: str | None, decoding: str | None = None) -> Path:
@@ -114,13 +116,17 @@ def resolve(name: str, table: dict[str, str], what: str) -> Any:
             unknown_name_error(what, name, table) + " (or use module:attribute or file.py:attribute)"
         )
     module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name, what)
+    return _attribute(module, attribute, what) if attribute else module
+
+
+def _attribute(module: ModuleType, name: str, what: str) -> Any:
     try:
-        return getattr(module, attribute) if attribute else module
+        return getattr(module, name)
     except AttributeError:
-        raise ConfigError(f"{what}: {module_name} has no {attribute!r}") from None
+        raise ConfigError(f"{what}: {module.__file__ or module.__name__} has no {name!r}") from None
 
 
-def _import(name: str, what: str) -> Any:
+def _import(name: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -129,7 +135,7 @@ def _import(name: str, what: str) -> Any:
         raise
 
 
-def _import_file(path: Path) -> Any:
+def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     digest = hashlib.sha256(os.fsencode(str(path.resolve()))).hexdigest()  # file names may not be unique
@@ -139,16 +145,27 @@ def _import_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=None)
     assert spec is not None and spec.loader is not None  # this holds for every .py file
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module here
-    sys.path.insert(0, str(path.resolve().parent))  # a recipe may import files in its folder
+    sys.modules[name] = module  # dataclasses look up their module
+    folder = path.resolve().parent
+    _forget_other_folders(folder)
+    sys.path.insert(0, str(folder))  # a recipe may import files in its folder
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     finally:
-        sys.path.remove(str(path.resolve().parent))
+        sys.path.remove(str(folder))
     return module
+
+
+def _forget_other_folders(folder: Path) -> None:
+    """Remove modules from `sys.modules` that a file in another folder imported under a name used here."""
+    _FOLDERS.add(folder)
+    for file in folder.glob("*.py"):
+        origin = getattr(sys.modules.get(file.stem), "__file__", None)
+        if origin and Path(origin).resolve().parent in _FOLDERS - {folder}:
+            del sys.modules[file.stem]
 
 
 def by_subset(value: Any, subset: Any) -> Any:
@@ -158,16 +175,29 @@ def by_subset(value: Any, subset: Any) -> Any:
     return value.get(str(subset), value.get("other"))
 
 
-def recipe_reader(recipe: str, what: str) -> Any:
-    """Import `prepare` or `Config` from the prepare.py of a recipe.
+def recipe_module(recipe: str, name: str = "prepare") -> ModuleType:
+    """Import a file of a recipe, for example the reader of another recipe.
+
+    Args:
+        recipe: see `recipe_folder`.
+        name: the name of the file without `.py`.
 
     Raises:
-        ConfigError: the recipe does not exist or has no prepare.py.
+        ConfigError: the recipe or the file does not exist.
     """
-    file = recipe_folder(recipe) / "prepare.py"
+    file = recipe_folder(recipe) / f"{name}.py"
     if not file.is_file():
-        raise ConfigError(f"recipe {recipe}: {file} not found; see docs/recipes.md for how to write one")
-    return resolve(f"{file}:{what}", {}, "recipe")
+        raise ConfigError(f"recipe {recipe}: {file} not found; see docs/recipes.md")
+    return _import_file(file)
+
+
+def recipe_reader(recipe: str, what: str) -> Any:
+    """Import `prepare` or `Config` from the prepare.py of a recipe, which reads the corpus.
+
+    Raises:
+        ConfigError: the recipe does not exist, or has no prepare.py that defines `what`.
+    """
+    return _attribute(recipe_module(recipe), what, f"recipe {recipe}")
 
 
 def generates_corpus(recipe: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from jahubert.cli.main import main as cli
 from jahubert.errors import DataError
 from jahubert.train.data.export import export_corpus
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
-from jahubert.train.experiment.registry import resolve
+from jahubert.train.experiment.registry import recipe_module
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "table" / "prepare.py"
-table = sys.modules[resolve(f"{RECIPE}:prepare", {}, "recipe").__module__]
+table = recipe_module("table")
 RATE = 16_000
 
 

@@ -8,7 +8,14 @@ import pytest
 
 from jahubert.errors import ConfigError
 from jahubert.train.experiment.config import result_fields, runtime_field, structure
-from jahubert.train.experiment.registry import FEATURES, STAGES, recipe_folder, resolve
+from jahubert.train.experiment.registry import (
+    FEATURES,
+    STAGES,
+    recipe_folder,
+    recipe_module,
+    recipe_reader,
+    resolve,
+)
 
 
 @dataclass(frozen=True)
@@ -179,3 +186,16 @@ def test_files_in_equally_named_folders_are_distinct(tmp_path):
         folder.mkdir(parents=True)
         (folder / "prepare.py").write_text(f"number = {number}\n")
         assert resolve(f"{folder}/prepare.py:number", FEATURES, "features.kind") == number
+
+
+def test_each_recipe_imports_the_files_of_its_own_folder(tmp_path):
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "recipe.yaml").write_text("{}")
+        (tmp_path / str(number) / "equally_named.py").write_text(f"number = {number}\n")
+        (tmp_path / str(number) / "prepare.py").write_text("from equally_named import number\n")
+        assert recipe_module(str(tmp_path / str(number))).number == number
+    with pytest.raises(ConfigError, match=r"other\.py"):
+        recipe_module(str(tmp_path / "1"), "other")
+    with pytest.raises(ConfigError, match="Config"):
+        recipe_reader(str(tmp_path / "1"), "Config")
