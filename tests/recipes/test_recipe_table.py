@@ -22,6 +22,7 @@ from jahubert.formats.bundle import save_bundle
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance
 from jahubert.train.experiment.registry import recipe_module
+from jahubert.train.pipeline.jobs import configure_jobs
 
 table = recipe_module("table")
 RATE = 16_000
