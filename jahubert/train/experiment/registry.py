@@ -116,14 +116,14 @@ def resolve(name: str, table: dict[str, str], what: str) -> Any:
             unknown_name_error(what, name, table) + " (or use module:attribute or file.py:attribute)"
         )
     module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name, what)
-    return _attribute(module, attribute, what) if attribute else module
+    return _attribute(module, attribute, f"{what}: {module_name}") if attribute else module
 
 
 def _attribute(module: ModuleType, name: str, what: str) -> Any:
     try:
         return getattr(module, name)
     except AttributeError:
-        raise ConfigError(f"{what}: {module.__file__ or module.__name__} has no {name!r}") from None
+        raise ConfigError(f"{what} has no {name!r}") from None
 
 
 def _import(name: str, what: str) -> ModuleType:
@@ -197,7 +197,7 @@ def recipe_reader(recipe: str, what: str) -> Any:
     Raises:
         ConfigError: the recipe does not exist, or has no prepare.py that defines `what`.
     """
-    return _attribute(recipe_module(recipe), what, f"recipe {recipe}")
+    return _attribute(recipe_module(recipe), what, f"recipe {recipe}: prepare.py")
 
 
 def generates_corpus(recipe: str) -> bool:
