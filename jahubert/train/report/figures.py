@@ -19,6 +19,7 @@ from jahubert.train.data.manifest import Phone
 TRAINING, VALIDATION = "#1f6fb2", "#d1603d"
 _RUN_COLORS = (TRAINING, "#c2452d", "#2e8b57", "#8a5cb8", "#b8860b", "#4a4a4a")
 _FFT = 512  # FFT length in samples
+_INCHES_PER_SECOND = 3.0  # enough for the labels of short phones
 _PALETTE = 37  # number of colors for units; consecutive units get distant colors
 
 
@@ -194,7 +195,7 @@ def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | N
             axes.tick_params(labelsize=7, length=2)
             axes.set_xlim(0, seconds)
 
-    return _png(draw, float(np.clip(2.2 * seconds, 4.5, 22)), 2.6, layout=None)
+    return _png(draw, float(np.clip(_INCHES_PER_SECOND * seconds, 4.5, 30)), 2.6, layout=None)
 
 
 _LABEL = {"fontsize": 7, "ha": "center", "color": VALIDATION, "weight": "bold"}

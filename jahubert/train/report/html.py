@@ -137,7 +137,8 @@ def _made_with(records: Mapping[str, Any], strings: Strings) -> str:
     for key in ("command", "commit", "device", "versions"):
         if key in values:
             tag = "code" if key in ("command", "commit") else "span"
-            items[strings(key)] = "<br>".join(f"<{tag}>{escape(value)}</{tag}>" for value in values[key])
+            lines = "<br>".join(f"<{tag}>{escape(value)}</{tag}>" for value in values[key])
+            items[strings(key)] = f'<div class="long">{lines}</div>' if key == "command" else lines
     items[strings("finished")] = ordered[-1]["finished"]
     return definitions(items)
 
@@ -310,16 +311,19 @@ def _qualities(quality: Mapping[str, Any]) -> list[str]:
 
 
 def _units_table(units: Mapping[str, Any], strings: Strings) -> str:
-    header = [
-        strings("units"),
-        "K",
-        "PNMI",
-        strings("phone_purity"),
-        strings("cluster_purity"),
-        strings("used"),
-    ]
+    measures = ["PNMI", strings("phone_purity"), strings("cluster_purity")]
+    if not any("pnmi" in unit for unit in units.values()):  # the times of the phones are unknown
+        measures = []
+    header = [strings("units"), "K", *measures, strings("used")]
     rows: list[Row] = [
-        ("", [escape(_unit_title(name, unit, strings)), *_qualities(unit), str(unit["used"])])
+        (
+            "",
+            [
+                escape(_unit_title(name, unit, strings)),
+                *_qualities(unit)[: 1 + len(measures)],
+                str(unit["used"]),
+            ],
+        )
         for name, unit in units.items()
     ]
     sources = {unit["phones"] for unit in units.values() if "phones" in unit}

@@ -22,7 +22,7 @@ from jahubert.train.experiment.config import raise_config_errors, range_errors
 from jahubert.train.experiment.provenance import DONE, read_record, write_json
 from jahubert.train.report import units
 from jahubert.train.report.examples import Example, find_examples
-from jahubert.train.report.html import PageData, render_page
+from jahubert.train.report.html import PageData, render_page, stage_records
 from jahubert.train.report.results import find_results, name_experiments, summarize_results
 from jahubert.train.report.tables import text_tables
 
@@ -68,7 +68,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         "systems": systems,
         "units": units.unit_quality(config.exp, counts),
         "others": {name: {"units": units.measure_units(exp)} for name, exp in list(experiments.items())[1:]},
-        "seconds": stage_seconds(config.exp),
+        "seconds": {folder: record["seconds"] for folder, record in stage_records(config.exp).items()},
         "layers": layers,
         "published": config.published,
     }
@@ -81,14 +81,6 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         file.write(render_page(page, config.language))
     print(f"{table}\n\nReport: {out / 'report.html'}")
     return {}
-
-
-def stage_seconds(exp: Path) -> dict[str, float]:
-    """Return the duration of each finished stage, keyed by its folder."""
-    return {
-        str(path.parent.relative_to(exp)): read_record(path)["seconds"]
-        for path in sorted(exp.glob(f"**/{DONE}"))
-    }
 
 
 def system_examples(

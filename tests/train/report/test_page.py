@@ -95,6 +95,15 @@ def test_units_are_compared_at_equal_k(tmp_path):
     assert "statement" not in page(exp).partition("<body>")[2]
 
 
+def test_units_without_phone_times_have_no_columns_of_quality():
+    unit = {"learnt": True, "feature": "hubert", "layer": 6, "used": 9, "n_units": 500}
+    measured = unit | quality(0.5, 500)
+    strings = Strings("en")
+    assert html._units_table({"iter2": unit}, strings).count("<th>") == 3
+    both = html._units_table({"iter1": unit, "iter2": measured}, strings)
+    assert both.count("<th>") == both.count("<td") / 2 == 6
+
+
 def test_several_experiments_are_compared(tmp_path):
     first, second = make_experiment(tmp_path / "a"), make_experiment(tmp_path / "b", lr=2e-3)
     text = page(first, (second,))
