@@ -8,6 +8,7 @@ not define splits, speakers are assigned to train, dev and test.
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,9 @@ class Config:
     # Maximum length of an utterance in seconds. A longer recording is cut at pauses if it has no text. A
     # longer recording with text is rejected, because its words cannot be assigned to the parts.
     max_seconds: float = 30.0
+    # Maximum share of rows that are rejected. The run ends if more than this share (and more than one) are
+    # rejected, or if no row is left.
+    max_rejected: float = 0.2
 
     def __post_init__(self) -> None:
         if min(self.dev_share, self.test_share) <= 0 or self.dev_share + self.test_share >= 1:
@@ -46,47 +50,67 @@ class Config:
             )
         if self.max_seconds < 1:
             raise ConfigError(f"max_seconds must be at least 1; found {self.max_seconds}")
+        if not 0 <= self.max_rejected <= 1:
+            raise ConfigError(f"max_rejected must be in [0, 1]; found {self.max_rejected}")
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Yield the utterances in the input and the rejected rows, and log the size of each split.
 
     Raises:
-        DataError: the input is unsupported or malformed.
+        DataError: the input is unsupported or malformed, or too many rows are rejected.
     """
     if data is None:
         raise DataError("data= is required: recipe table needs data=PATH of a table or a corpus folder")
     rows: list[Row] = []
-    rejected: Counter[str] = Counter()
+    rejected: list[Rejected] = []
     for item in (checked for row in read_rows(data, work) for checked in _check(row)):
-        if isinstance(item, Rejected):
-            rejected[item.reason] += 1
-            yield item
-        else:
-            rows.append(item)
+        rejected.append(item) if isinstance(item, Rejected) else rows.append(item)
     root = data if data.is_dir() else data.parent
     id_of = unique_ids(rows, root)
     rows = sorted((replace(row, id=id_of(row)) for row in rows), key=lambda row: row.id)
     rows, duplicates = _split_duplicates(rows)
-    rejected["duplicate id"] += len(duplicates)
-    yield from duplicates
+    rejected += duplicates
+    _check_share(data, rejected, len(rows), config)
+    yield from rejected
     splits = _assign_splits(rows, config, seed)
     counts: dict[str, Counter[str]] = {}
+    n_usable = len(rows)
     for row, split in zip(rows, splits, strict=True):
         for item in _utterances(row, split, config):
             if isinstance(item, Rejected):
-                rejected[item.reason] += 1
+                rejected.append(item)
+                n_usable -= 1
             else:
                 count = counts.setdefault(split, Counter())
                 count.update(utterances=1, samples=item.n_samples, labeled=bool(item.text or item.words))
             yield item
+    _check_share(data, rejected, n_usable, config)
     _log_report(counts, rejected, rows, splits)
+
+
+def _check_share(data: Path, rejected: Sequence[Rejected], n_usable: int, config: Config) -> None:
+    """Raise DataError if too many rows are rejected, or if no row is left."""
+    if not n_usable and not rejected:
+        raise DataError(f"{data}: no rows found")
+    n_allowed = max(1.0, config.max_rejected * (n_usable + len(rejected)))
+    if n_usable and len(rejected) <= n_allowed:
+        return
+    reasons = Counter(item.reason for item in rejected)
+    counted = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
+    remedy = "fix the input"
+    if n_usable:
+        remedy += f", or raise prepare.options.max_rejected={config.max_rejected:g} to leave these rows out"
+    raise DataError(
+        f"{data}: {len(rejected)} of {n_usable + len(rejected)} rows are unusable ({counted}); first "
+        f"problem: {rejected[0].detail or rejected[0].id}; {remedy}"
+    )
 
 
 def _check(row: Row | Rejected) -> Iterator[Row | Rejected]:
     if isinstance(row, Rejected):
         yield row
-    elif not row.path.is_file():
+    elif not os.path.isfile(row.path):  # False for names that the file system cannot represent
         yield Rejected(row.id or row.where, "audio file not found", f"{row.where}: {row.path}")
     elif row.start < 0 or (row.end is not None and row.end <= row.start):
         times = f"start {row.start:g} s, end {row.end} s"
@@ -197,7 +221,7 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
 
 
 def _log_report(
-    counts: dict[str, Counter[str]], rejected: Counter[str], rows: Sequence[Row], splits: Sequence[str]
+    counts: dict[str, Counter[str]], rejected: Sequence[Rejected], rows: Sequence[Row], splits: Sequence[str]
 ) -> None:
     speakers_of: dict[str, set[str]] = {}
     for row, split in zip(rows, splits, strict=True):
@@ -218,9 +242,8 @@ def _log_report(
             "accuracy on unseen speakers",
             len(shared),
         )
-    for reason, n in rejected.most_common():
-        if n:
-            log.warning("table rejected, %s: %d", reason, n)
+    for reason, n in Counter(item.reason for item in rejected).most_common():
+        log.warning("table rejected, %s: %d", reason, n)
     if characters := {character for row in rows for character in row.text}:
         log.info("table: %d different characters in the text", len(characters))
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
+import math
+import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ COLUMNS = {
 }
 SPLITS = {"validation": "dev", "valid": "dev", "val": "dev", "eval": "test", "training": "train"}
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_UNDECODED = range(0xDC80, 0xDD00)  # characters that stand for bytes that are not UTF-8
+_QUOTED_LINES = 20  # maximum number of lines of a row with line breaks in quotes
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".aac")
 
 
@@ -98,10 +102,18 @@ def read_table(
         if isinstance(record, str):
             yield Rejected(where, "malformed line", f"{where}: {record}")
             continue
-        if names is None or suffix not in (".csv", ".tsv", ".parquet"):
-            names = _column_names(record, where)
+        if names is None or suffix in (".jsonl", ".json"):
+            names = _column_names(record)
+        if "path" not in names:
+            expected = f"expected one of {', '.join(COLUMNS['path'])}, found {', '.join(map(str, record))}"
+            problem = f"{where}: no column with the audio; {expected}"
+            if suffix not in (".jsonl", ".json"):
+                raise DataError(problem)
+            yield Rejected(where, "no audio path", problem)
+            continue
         audio = record.get(names["path"])
-        if isinstance(audio, Mapping) and audio.get("bytes") and work is not None:
+        content = audio.get("bytes") if isinstance(audio, Mapping) else None
+        if isinstance(content, bytes) and content and work is not None:
             audio_path = _extract(audio, work / "audio" / path.stem, line)
             record = {**record, names["path"]: audio_path}
         yield _row(record, names, where, folder or path.parent, split)
@@ -109,7 +121,7 @@ def read_table(
 
 def _extract(audio: Mapping[str, Any], folder: Path, row: int) -> Path:
     """Write the audio in a row of a Hugging Face dataset to a file, unless the file exists."""
-    name = Path(audio.get("path") or "audio").name
+    name = Path(str(audio.get("path") or "audio")).name[-60:]
     path = folder.absolute() / f"{row:07d}-{name}"
     if not path.is_file() or path.stat().st_size != len(audio["bytes"]):
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,19 +130,14 @@ def _extract(audio: Mapping[str, Any], folder: Path, row: int) -> Path:
     return path
 
 
-def _column_names(record: Mapping[str, Any], where: str) -> dict[str, str]:
+def _column_names(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the name of each known column in a record."""
     lower = {str(name).strip().lower(): name for name in record if name is not None}
-    names = {
+    return {
         column: next(lower[name] for name in accepted if name in lower)
         for column, accepted in COLUMNS.items()
         if any(name in lower for name in accepted)
     }
-    if "path" not in names:
-        raise DataError(
-            f"{where}: no column with the audio; expected one of {', '.join(COLUMNS['path'])}, found "
-            f"{', '.join(map(str, record))}"
-        )
-    return names
 
 
 def _row(
@@ -142,13 +149,20 @@ def _row(
             value = value.get("path")
         return "" if value is None else str(value).strip()
 
+    for column, name in names.items():
+        value = record.get(name)
+        if isinstance(value, (list, bytes)) or (isinstance(value, Mapping) and column != "path"):
+            problem = f"{where}: {name} must be text or a number; found a {type(value).__name__}"
+            return Rejected(where, "malformed line", problem)
+        if not cell(column).isprintable() and not _is_unicode(cell(column)):
+            return Rejected(where, "malformed line", f"{where}: {name} is not Unicode text")
     if not cell("path"):
         return Rejected(where, "no audio path", where)
     try:
-        start = float(cell("start") or 0)
-        end = float(cell("end")) if cell("end") else None
+        start = _seconds(cell("start") or "0")
+        end = _seconds(cell("end")) if cell("end") else None
         if end is None and cell("duration") and cell("start"):
-            end = start + float(cell("duration"))
+            end = start + _seconds(cell("duration"))
     except ValueError as error:
         return Rejected(where, "invalid time", f"{where}: {error}")
     return Row(
@@ -164,29 +178,76 @@ def _row(
     )
 
 
+def _seconds(value: str | float) -> float:
+    seconds = float(value)
+    if not math.isfinite(seconds):
+        raise ValueError(f"not a time: {value}")
+    return seconds
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded, unlike one with half of a surrogate pair."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 _Records = Iterator[tuple[int, "Mapping[str, Any] | str"]]
 
 
 def _delimited_records(path: Path, delimiter: str) -> _Records:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.DictReader(io.StringIO(_read_text(path)), delimiter=delimiter, quoting=quoting)
-    for record in reader:
-        if None in record:
-            yield (
-                reader.line_num,
-                f"more fields than the {len(reader.fieldnames or ())} columns in the header",
-            )
+    """Yield the rows of a csv or tsv file, with their fields by column, and the number of their last line."""
+    lines = list(_read_lines(path))
+    header: list[str] | None = None
+    position = 0
+    while position < len(lines):
+        number, line = lines[position]
+        position += 1
+        if not line.strip():
+            continue
+        fields, problem = _split_fields(line, delimiter)
+        # A quoted field may contain line breaks. An unclosed quote only rejects its own line.
+        for n_more in range(1, _QUOTED_LINES):
+            if fields is not None or not problem.startswith("unexpected end") or delimiter == "\t":
+                break
+            following = [text for _, text in lines[position : position + n_more]]
+            fields, further = _split_fields("\n".join((line, *following)), delimiter)
+            if fields is not None:
+                number, position = number + n_more, position + n_more
+            elif not further.startswith("unexpected end"):
+                break
+        if fields is None:
+            yield number, problem
+        elif header is None:
+            header = [name.strip() for name in fields]
+            if duplicates := sorted({name for name in header if name and header.count(name) > 1}):
+                raise DataError(f"{path}:{number}: duplicate columns: {', '.join(duplicates)}")
+        elif len(fields) != len(header):
+            yield number, f"{len(fields)} fields, but the header has {len(header)} columns"
         else:
-            yield reader.line_num, record
+            yield number, dict(zip(header, fields, strict=True))
+
+
+def _split_fields(line: str, delimiter: str) -> tuple[list[str] | None, str]:
+    """Return the fields of a row, or None and the problem."""
+    if problem := _encoding_problem(line):
+        return None, problem
+    if delimiter == "\t":  # quotes have no meaning in Common Voice and similar tables
+        return line.split("\t"), ""
+    try:
+        return next(csv.reader([line], strict=True)), ""
+    except csv.Error as error:
+        return None, str(error)
 
 
 def _json_records(path: Path) -> _Records:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in _read_lines(path):
         if not line.strip():
+            continue
+        if problem := _encoding_problem(line):
+            yield number, problem
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield number, f"invalid JSON ({error})"
             continue
         yield number, record if isinstance(record, dict) else "not a JSON object"
@@ -202,18 +263,32 @@ def _parquet_records(path: Path) -> _Records:
             yield number, record
 
 
-def _read_text(path: Path) -> str:
-    """Read a UTF-8 file, which may have a byte order mark or be compressed with gzip."""
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the numbered lines of a UTF-8 file, which may have a byte order mark or be gzip-compressed.
+
+    Bytes that are not UTF-8 become the characters `_UNDECODED`.
+
+    Raises:
+        DataError: the file is UTF-16, or a damaged gzip file.
+    """
     raw = read_reliably(path.read_bytes, path)
     if path.suffix == ".gz":
-        raw = gzip.decompress(raw)
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8; convert a Shift_JIS file with: iconv -f CP932 -t UTF-8"
-        ) from error
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: damaged gzip file ({error}); copy the file again") from error
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}:1: not UTF-8; convert a UTF-16 file with: iconv -f UTF-16 -t UTF-8")
+    text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
+        yield number, line.removesuffix("\r")
+
+
+def _encoding_problem(line: str) -> str:
+    """Describe the first byte of a line that is not UTF-8, or return ""."""
+    if line.isprintable() or not any(ord(char) in _UNDECODED for char in line):
+        return ""
+    return "not UTF-8; convert a Shift_JIS file with: iconv -f CP932 -t UTF-8"
 
 
 # --- corpora and other toolkits -----------------------------------------------------------------------------
@@ -229,46 +304,65 @@ def read_common_voice(folder: Path) -> Iterator[Row | Rejected]:
 
 
 def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
-    """Read a Kaldi data directory: wav.scp with plain paths, and optionally segments, text and utt2spk."""
-    recordings = dict(_kaldi_lines(folder / "wav.scp"))
-    text, speakers = (
-        {key: value for key, (_, value) in _kaldi_lines(folder / name)} for name in ("text", "utt2spk")
-    )
-    if (folder / "segments").is_file():
-        utterances = _kaldi_segments(folder, recordings)
-    else:
-        utterances = ((id, line, value, "") for id, (line, value) in recordings.items())
-    for id, line, audio, times in utterances:
-        where = f"{folder / ('segments' if times else 'wav.scp')}:{line}"
-        if not audio:
+    """Read a Kaldi data directory: wav.scp with plain paths, optional segments, text and utt2spk."""
+    names = ("wav.scp", "segments", "text", "utt2spk")
+    wav, segments, text, speaker = (_KaldiTable(folder / name) for name in names)
+    for table in (wav, segments, text, speaker):
+        yield from table.rejected
+    is_segmented = segments.path.is_file()
+    for id, (line, value) in (segments if is_segmented else wav).lines.items():
+        where = f"{(segments if is_segmented else wav).path}:{line}"
+        recording, _, times = value.partition(" ") if is_segmented else (id, "", "")
+        if recording not in wav.lines:
             yield Rejected(id, "recording not in wav.scp", where)
-        elif audio.endswith("|"):
+            continue
+        audio = wav.lines[recording][1]
+        if id in text.broken or id in speaker.broken:
+            continue  # reported above
+        if audio.endswith("|"):
             yield Rejected(id, "wav.scp has a command instead of a path", f"{where}: {audio[:80]}")
         elif ".ark:" in audio:
             yield Rejected(id, "wav.scp has a Kaldi archive instead of a path", f"{where}: {audio[:80]}")
         else:
-            record = {"path": audio, "id": id, "text": text.get(id, ""), "speaker": speakers.get(id, "")}
-            if times:
-                record["start"], _, record["end"] = times.partition(" ")
-            # Kaldi resolves paths against the working directory. Paths relative to the folder are accepted,
-            # too.
-            base = Path() if Path(audio).exists() else folder
+            record = {"path": audio, "id": id, "text": text.get(id), "speaker": speaker.get(id)}
+            if is_segmented:
+                record["start"], record["end"] = [*times.split(), "?", "?"][:2]
+            # Kaldi resolves paths from the working directory. Paths relative to the folder are also accepted.
+            base = Path() if os.path.exists(audio) else folder
             yield _row(record, {name: name for name in record}, where, base, split)
+    for id in sorted(text.lines.keys() - (segments if is_segmented else wav).lines.keys()):
+        yield Rejected(id, "text without audio", f"{text.path}:{text.lines[id][0]}")
 
 
-def _kaldi_segments(
-    folder: Path, recordings: Mapping[str, tuple[int, str]]
-) -> Iterator[tuple[str, int, str, str]]:
-    for id, (line, value) in _kaldi_lines(folder / "segments"):
-        recording, _, times = value.partition(" ")
-        yield id, line, recordings.get(recording, (0, ""))[1], " ".join(times.split()) or "? ?"
+class _KaldiTable:
+    """A file of a Kaldi data directory; a missing file has no lines.
 
+    Attributes:
+        lines: number and value of each line, by key.
+        broken: keys of the rejected lines.
+    """
 
-def _kaldi_lines(path: Path) -> Iterator[tuple[str, tuple[int, str]]]:
-    if path.is_file():
-        for number, line in enumerate(_read_text(path).splitlines(), 1):
-            key, *value = line.split(maxsplit=1)
-            yield key, (number, value[0].strip() if value else "")
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: dict[str, tuple[int, str]] = {}
+        self.broken: set[str] = set()
+        self.rejected: list[Rejected] = []
+        for number, line in _read_lines(path) if path.is_file() else ():
+            key, _, value = line.strip().replace("\t", " ").partition(" ")
+            if not key:
+                continue
+            reason, detail = "malformed line", _encoding_problem(line)
+            if not detail and key in self.lines:
+                reason, detail = "duplicate id", f"{key!r} is already at line {self.lines[key][0]}"
+            if detail:
+                self.broken.add(key)
+                shown = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                self.rejected.append(Rejected(shown, reason, f"{path}:{number}: {detail}"))
+            else:
+                self.lines[key] = (number, value.strip())
+
+    def get(self, key: str) -> str:
+        return self.lines.get(key, (0, ""))[1]
 
 
 def read_espnet(folder: Path) -> Iterator[Row | Rejected]:
@@ -281,7 +375,7 @@ def read_espnet(folder: Path) -> Iterator[Row | Rejected]:
 def _is_cut_manifest(path: Path) -> bool:
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         return False
-    first = _read_text(path).lstrip().partition("\n")[0]
+    first = next((line for _, line in _read_lines(path) if line.strip()), "")
     return '"recording"' in first and '"start"' in first
 
 
@@ -292,23 +386,34 @@ def read_cuts(path: Path) -> Iterator[Row | Rejected]:
         if isinstance(record, str):
             yield Rejected(where, "malformed line", f"{where}: {record}")
             continue
-        supervisions = record.get("supervisions") or [{}]
-        sources = record.get("recording", {}).get("sources", [])
-        if len(supervisions) > 1 or len(sources) != 1 or sources[0].get("type") != "file":
-            yield Rejected(str(record.get("id", where)), "cut without a single file and supervision", where)
-            continue
-        start, duration = float(record.get("start", 0)), float(record.get("duration", 0))
-        is_part = start > 0 or duration < float(record["recording"].get("duration", duration)) - 1e-4
-        row = {
-            "path": sources[0]["source"],
-            "id": record.get("id"),
-            "text": supervisions[0].get("text"),
-            "speaker": supervisions[0].get("speaker"),
-            "start": start,
-            "end": start + duration if is_part else None,
-            "split": (record.get("custom") or {}).get("split"),
-        }
-        yield _row(row, {name: name for name in row}, where, path.parent, "")
+        try:
+            yield _cut_row(record, where, path.parent)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            detail = f"{where}: not a lhotse cut ({type(error).__name__}: {error})"
+            yield Rejected(where, "malformed line", detail)
+
+
+def _cut_row(record: Mapping[str, Any], where: str, folder: Path) -> Row | Rejected:
+    """Convert a lhotse cut, which may lack any field or have fields of other types."""
+    supervisions = record.get("supervisions") or [{}]
+    recording = record.get("recording") or {}
+    sources = recording.get("sources") or []
+    if len(supervisions) > 1 or len(sources) != 1 or sources[0].get("type") != "file":
+        return Rejected(str(record.get("id", where)), "cut without a single file and supervision", where)
+    if recording.get("transforms"):
+        return Rejected(str(record.get("id", where)), "cut with audio transforms", where)
+    start, duration = _seconds(record.get("start", 0)), _seconds(record["duration"])
+    is_part = start > 0 or duration < _seconds(recording.get("duration", duration)) - 1e-4
+    row = {
+        "path": sources[0]["source"],
+        "id": record.get("id"),
+        "text": supervisions[0].get("text"),
+        "speaker": supervisions[0].get("speaker"),
+        "start": start,
+        "end": start + duration if is_part else None,
+        "split": (record.get("custom") or {}).get("split"),
+    }
+    return _row(row, {name: name for name in row}, where, folder, "")
 
 
 def read_audio_folder(folder: Path) -> Iterator[Row | Rejected]:
@@ -319,7 +424,11 @@ def read_audio_folder(folder: Path) -> Iterator[Row | Rejected]:
     for path in paths:
         transcripts = [path.with_suffix(suffix) for suffix in (".txt", ".lab")]
         transcript = next((candidate for candidate in transcripts if candidate.is_file()), None)
-        text = " ".join(_read_text(transcript).split()) if transcript else ""
+        text = " ".join(line for _, line in _read_lines(transcript)) if transcript else ""
+        if problem := _encoding_problem(text):
+            yield Rejected(str(path), "malformed line", f"{transcript}: {problem}")
+            continue
+        text = " ".join(text.split())
         speaker = path.parent.name if path.parent != folder else ""
         yield Row(str(path), path, text=text, speaker=speaker)
 

@@ -244,7 +244,7 @@ def test_malformed_rows_are_rejected_with_their_line(tmp_path, audio):
         ",無名,,,empty",
     ]
     lines += [f"{good},多い,,,many,fields", f"{good},部分,0.05,0.15,part"]
-    items, rejected = prepared(write(tmp_path / "a.csv", lines))
+    items, rejected = prepared(write(tmp_path / "a.csv", lines), max_rejected=1.0)
     assert [(i.id, i.start, i.n_samples) for i in items] == [("good", 0, 4000), ("part", 800, 1600)]
     details = {item.reason: item.detail for item in rejected}
     for reason, line in {
@@ -301,10 +301,9 @@ def test_kaldi_commands_and_archives_are_rejected(tmp_path, audio):
 
 def test_kana_become_words(tmp_path, audio):
     good = path_of(audio, recordings()[0])
-    lines = ["path\tkana", f"{good}\tきょう わ", f"{good}\t漢字"]
-    items, rejected = prepared(write(tmp_path / "a.tsv", [*lines[:2]]))
+    lines = ["path\tid\tkana", f"{good}\ta\tきょう わ", f"{good}\tb\t漢字"]
+    items, rejected = prepared(write(tmp_path / "a.tsv", lines))
     assert items[0].words == (("ky", "o:"), ("w", "a")) and items[0].text == "きょう わ"
-    _, rejected = prepared(write(tmp_path / "b.tsv", [lines[0], lines[2]]))
     assert [item.reason for item in rejected] == ["invalid kana"]
 
 
@@ -319,7 +318,10 @@ def test_long_recordings_are_cut_at_pauses(tmp_path):
     assert items[-1].start + items[-1].n_samples == len(wav)
     for item in items[1:]:
         assert 3 * RATE < item.start % (3.5 * RATE) < 3.5 * RATE  # the cut is within a pause
-    _, rejected = prepared(write(tmp_path / "b.csv", ["path,text", "long.wav,長い"]), max_seconds=8.0)
+    soundfile.write(tmp_path / "short.wav", wav[: 2 * RATE], RATE)
+    lines = ["path,text", "long.wav,長い", "short.wav,短い"]
+    items, rejected = prepared(write(tmp_path / "b.csv", lines), max_seconds=8.0)
+    assert [item.id for item in items] == ["short"]
     assert [item.reason for item in rejected] == ["text for a recording longer than max_seconds"]
 
 
