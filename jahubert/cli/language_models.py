@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jahubert.errors import ConfigError
+from jahubert.formats.text_lines import read_lines
 
 if TYPE_CHECKING:
     from jahubert.cli.main import Command
@@ -89,7 +90,7 @@ def perplexity(args: argparse.Namespace) -> int:
 def _read_text(args: argparse.Namespace):
     """Return the tokenizer and the tokenized sentences in the texts."""
     from jahubert.train.data.training_text import training_sentences
-    from jahubert.train.text.tokens import Tokenizer, read_lines
+    from jahubert.train.text.tokens import Tokenizer
 
     if args.punctuation and args.unit != "character":
         raise ConfigError(f"--punctuation requires --unit character, but the unit is {args.unit}")
@@ -98,7 +99,8 @@ def _read_text(args: argparse.Namespace):
 
     def sentences() -> Iterable[list[str]]:
         texts = [path for path in paths if not path.is_dir()]
-        yield from tokenizer.sentences(read_lines(texts))
+        lines = (line.strip() for path in texts for _, line in read_lines(path, "text"))
+        yield from tokenizer.sentences(line for line in lines if line)
         for path in paths:
             if path.is_dir():
                 yield from training_sentences(path, tokenizer)

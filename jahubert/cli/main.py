@@ -139,7 +139,11 @@ def transcribe(args: argparse.Namespace) -> int:
         content = writers.render(transcript, "text", args.phonemes)
         prefix = f"{label}\t" if named else ""
         report.clear()
-        print("".join(f"{prefix}{line}\n" for line in content.splitlines()), end="", flush=True)
+        print(
+            "".join(f"{prefix}{line}\n" for line in content.removesuffix("\n").split("\n")),
+            end="",
+            flush=True,
+        )
 
     def print_segment(segment: TranscriptSegment) -> None:
         nonlocal n_printed

@@ -107,7 +107,7 @@ class SymbolFusion(Fusion):
     """Fusion with an n-gram model over symbols: phones or kana (with `|` between words), or characters.
 
     Raises:
-        DataError: the model contains none of the symbols.
+        DataError: most tokens of the model, by their unigram probabilities, are not symbols of the head.
     """
 
     def __init__(self, model: NGram, symbols: PhonemeSet, lm_weight: float = 1.0, word_bonus: float = 0.0):
@@ -121,11 +121,14 @@ class SymbolFusion(Fusion):
         labels = [label for label in range(len(symbols)) if label != symbols.blank]
         self.label_C = np.array(labels)
         names = [symbols.symbols[label] for label in labels]
-        if not any(name in model.index for name in names):
-            raise DataError(
-                "the language model has none of the model's symbols; a word-level model needs a lexicon"
-            )
         self.word_C = model.word_ids(names)
+        share = _unigram_share(model, self.word_C)
+        if share < 0.5:
+            raise DataError(
+                f"only {100 * share:.0f} % of the tokens that the language model expects are symbols of the "
+                f"model, such as {names[0]!r}; train it on text in these symbols (a word-level model needs a "
+                "lexicon)"
+            )
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> SymbolFusion:
         return SymbolFusion(self.model, self.symbols, lm_weight, word_bonus)
@@ -293,6 +296,16 @@ class LexiconFusion(Fusion):
         if self.model is None:
             return np.zeros(len(lm_R))
         return self.lm_weight * _end_logp(self.model, lm_R)
+
+
+def _unigram_share(model: NGram, word_C: np.ndarray) -> float:
+    """Return the share of the given words in the unigram probability of all words except special ones."""
+    special = (model.start_word, model.end_word, model.unknown_word)
+    words = np.array([word for word in range(len(model.words)) if word not in special], np.int64)
+    if not len(words):
+        return 0.0
+    probability = np.exp(model.score(np.zeros(len(words), np.int64), words)[0])
+    return float(probability[np.isin(words, word_C)].sum() / max(probability.sum(), 1e-30))
 
 
 def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:

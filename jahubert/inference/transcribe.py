@@ -361,7 +361,8 @@ class Transcriber:
         transcripts = []
         for (name, wav_T), part, speech in zip(recordings, decoded, has_speech, strict=True):
             if not speech:
-                _report_no_speech(name, len(wav_T), float(wav_T.abs().max()) if len(wav_T) else 0.0)
+                peak = float(wav_T.abs().max()) if len(wav_T) else 0.0
+                _report_no_speech(name, len(wav_T), self.grid.window, peak)
             transcripts.append(Transcript(self._words(part), len(wav_T) / SAMPLE_RATE, part.score, name))
         return transcripts
 
@@ -405,7 +406,7 @@ class Transcriber:
                 if on_segment is not None:
                     on_segment(segment)
         if not any_speech:
-            _report_no_speech(name, n_samples, peak)
+            _report_no_speech(name, n_samples, self.grid.window, peak)
         return Transcript(tuple(words), n_samples / SAMPLE_RATE, total_score, name, tuple(starts or [0]))
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
@@ -512,9 +513,13 @@ def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid, calibration:
     return Word(kana, phones, times[0][0], times[-1][1], score, times, estimate)
 
 
-def _report_no_speech(name: str, n_samples: int, peak: float) -> None:
-    """Log a warning if a recording without detected speech is not silent."""
-    if peak < SILENCE or not n_samples:
+def _report_no_speech(name: str, n_samples: int, window: int, peak: float) -> None:
+    """Log a warning if a recording without detected speech is too short or not silent."""
+    if 0 < n_samples < window:
+        seconds = (n_samples / SAMPLE_RATE, window / SAMPLE_RATE)
+        log.warning("%s: %.4f s of audio is less than a frame (%.3f s)", name or "the audio", *seconds)
+        return
+    if peak < SILENCE:
         return
     log.warning(
         "%s: no speech detected in %.1f s of audio with a peak of %.0f dBFS; use "

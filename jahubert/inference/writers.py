@@ -5,6 +5,7 @@ Each writer converts one `Transcript` to the content of a file. Times are in sec
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -108,7 +109,10 @@ def srt(transcript: Transcript) -> str:
 
 def vtt(transcript: Transcript) -> str:
     """Return WebVTT subtitles."""
-    cues = (f"{_clock(a, '.')} --> {_clock(b, '.')}\n{line}\n" for a, b, line in _cues(transcript.words))
+    cues = (
+        f"{_clock(start, '.')} --> {_clock(end, '.')}\n{html.escape(line, quote=False)}\n"
+        for start, end, line in _cues(transcript.words)
+    )
     return "\n".join(["WEBVTT\n", *cues])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import re
@@ -87,8 +88,9 @@ class _Reader:
 
     def _header(self) -> list[int]:
         """Read the header, and return the number of n-grams of each order."""
-        while self._line() != b"\\data\\":
-            pass
+        line = self._line().removeprefix(codecs.BOM_UTF8)
+        while line != b"\\data\\":
+            line = self._line()
         counts: list[int] = []
         while (line := self._next_content()) != b"\\1-grams:":
             match = re.fullmatch(rb"ngram\s+(\d+)\s*=\s*(\d{1,18})", line)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
+from jahubert.formats.text_lines import read_lines
 from jahubert.phonemes import PhonemeSet
 
 Entry = tuple[str, tuple[str, ...]]  # a word and its symbols
@@ -20,15 +21,11 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
     """Read a lexicon, ignoring repeated lines.
 
     Raises:
-        DataError: the file cannot be read or has no words, or a line, whose number is given, has no symbols
-            or symbols outside the vocabulary.
+        DataError: the file cannot be read or has no words, or a line, whose number is given, is not UTF-8,
+            has no symbols, or has symbols outside the vocabulary.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the lexicon ({error})") from error
     entries: dict[Entry, None] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path, "lexicon"):
         if not line.strip():
             continue
         word, *spelling = line.split()

@@ -220,7 +220,7 @@ def examples(exp: Path, split: str = "test_cv", count: int = 10) -> str:
     path = exp / "systems" / "main" / f"decode-{NGRAM}" / f"{split}.jsonl"
     if not path.exists():
         return ""
-    hypotheses = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    hypotheses = [json.loads(line) for line in path.read_bytes().splitlines()]
     hypotheses.sort(key=lambda item: item["id"])
     manifest = Manifest(exp / "prepare" / "manifest.arrow")
     text_of = {item.id: item.text for item in map(manifest.__getitem__, manifest.indices(split=split))}

@@ -58,7 +58,7 @@ def test_lexicon_lists_the_words_with_their_pronunciations(tmp_path, text, optio
 def test_text_is_read_from_gzip_and_standard_input(tmp_path, text, monkeypatch):
     packed = tmp_path / "text.txt.gz"
     packed.write_bytes(gzip.compress("雨\n".encode()))
-    monkeypatch.setattr("sys.stdin", io.StringIO("雪\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("雪\n".encode())))
     out = tmp_path / "lm.arpa"
     assert main(["ngram", text, str(packed), "-", "--unit", "character", "-o", str(out)]) == 0
     assert {"雨", "雪", "降"} <= set(read_arpa(out).words)

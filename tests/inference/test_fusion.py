@@ -17,7 +17,7 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.inference import fusion as fusion_module
 from jahubert.inference.ctc import beam_search
 from jahubert.inference.fusion import Lexicon, LexiconFusion, SymbolFusion, load_fusion
-from jahubert.lm.arpa import write_arpa
+from jahubert.lm.arpa import read_arpa, write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.lm.lexicon import read_lexicon, write_lexicon
 from jahubert.phonemes import BLANK, PhonemeSet
@@ -193,9 +193,38 @@ def test_files_are_loaded_and_checked(tmp_path, symbol_model, word_model):
         beam_search(random_logp(0, 1, 4)[..., :3], [4], fusion=load_fusion(SYMBOLS, symbols))
 
 
+def test_language_model_of_another_unit_is_rejected(tmp_path):
+    path = tmp_path / "kana.arpa"
+    write_arpa(train_ngram([["ア", "|", "イ"], ["ウ", "|", "エ"]], 2), path)  # shares only the boundary
+    with pytest.raises(DataError, match=r"kana\.arpa"):
+        load_fusion(SYMBOLS, path)
+
+
+def test_byte_order_mark_is_skipped(tmp_path, symbol_model):
+    lexicon, arpa = tmp_path / "words.txt", tmp_path / "lm.arpa"
+    lexicon.write_bytes("\ufeffア a\r\nキ k i\r\n".encode())
+    assert read_lexicon(lexicon, SYMBOLS) == [("ア", ("a",)), ("キ", ("k", "i"))]
+    write_arpa(symbol_model, arpa)
+    arpa.write_bytes("\ufeff".encode() + arpa.read_bytes())
+    assert read_arpa(arpa).words == symbol_model.words
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "utf-16"])
+def test_lexicon_in_another_encoding_is_rejected_with_its_line(tmp_path, encoding):
+    path = tmp_path / "words.txt"
+    path.write_bytes("ア a\n".encode(encoding))
+    with pytest.raises(DataError, match=r"words\.txt:1: not UTF-8"):
+        read_lexicon(path, SYMBOLS)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("ア a\nイ\n", r"words.txt:2: 'イ'"), ("ア a\nウ u\n", r"words.txt:2: 'u'"), ("\n", "words.txt")],
+    [
+        ("ア a\nイ\n", r"words.txt:2: 'イ'"),
+        ("ア\u2028 a\nイ\n", r"words.txt:2: 'イ'"),
+        ("ア a\nウ u\n", r"words.txt:2: 'u'"),
+        ("\n", "words.txt"),
+    ],
 )
 def test_invalid_lexicon_is_rejected(tmp_path, text, message):
     path = tmp_path / "words.txt"

@@ -79,6 +79,11 @@ def test_vtt_is_rendered():
     assert writers.render(EMPTY, "vtt") == "WEBVTT\n"
 
 
+def test_vtt_escapes_markup():
+    transcript = replace(TRANSCRIPT, words=(replace(TRANSCRIPT.words[0], kana="<unk>&-->"),))
+    assert "&lt;unk&gt;&amp;--&gt;" in writers.render(transcript, "vtt").splitlines()[3]
+
+
 def test_subtitle_cues_are_bounded():
     steady = Transcript(tuple(word("アサ", "a s a", i * 0.5) for i in range(60)), 31.0, 0.0)
     times = re.findall(r"00:00:(\S+) --> 00:00:(\S+)", writers.render(steady, "vtt"))

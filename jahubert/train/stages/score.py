@@ -126,7 +126,7 @@ def _measures(folder: Path) -> tuple[Measure, ...]:
 
 def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
     """Iterate over the utterances in a hypothesis file written by stage decode."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         item = json.loads(line)
         yield ScoredUtterance(
             id=item["id"],

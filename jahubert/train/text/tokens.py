@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
-import sys
 import unicodedata
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 from jahubert.errors import DataError
 from jahubert.phonemes import BOUNDARY, phones_to_kana
@@ -20,30 +15,6 @@ from jahubert.train.text.normalization import recognized_characters
 log = logging.getLogger(__name__)
 
 Unit = Literal["word", "phone", "kana", "character", "token"]
-
-
-def read_lines(paths: Iterable[Path]) -> Iterator[str]:
-    """Iterate over the non-empty lines of UTF-8 text files, which may be `.gz` files or `-` (standard input).
-
-    Raises:
-        DataError: a file cannot be read or is not UTF-8.
-    """
-    for path in paths:
-        try:
-            with _open_text(path) as file:
-                for line in file:
-                    if line := line.strip():
-                        yield line
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot read the text ({error})") from error
-
-
-def _open_text(path: Path) -> AbstractContextManager[TextIO]:
-    if str(path) == "-":
-        return nullcontext(sys.stdin)
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
 
 
 class Tokenizer:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.errors import DataError
+from jahubert.formats.text_lines import read_lines
 from jahubert.phonemes import kana_to_phones, normalize_kana
 
 # These errors were found in 4,936 words with known readings (file names in the recipe tofugu) and in test
@@ -100,12 +101,8 @@ def read_words(path: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: the file cannot be read, or a line does not consist of a word and a reading.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the user dictionary ({error})") from error
     words = []
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path, "user dictionary"):
         line = line.partition("#")[0].rstrip()
         if not line.strip():
             continue

@@ -1,0 +1,43 @@
+"""Lines of text files that people write: lexicons, dictionaries and texts, plain or gzip-compressed."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from jahubert.errors import DataError
+
+
+def read_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
+    """Iterate over the lines of a UTF-8 file with their numbers; a byte order mark is skipped.
+
+    Args:
+        path: a text file, compressed if its name ends in `.gz`; `-` is standard input.
+        content: what the file contains, for messages, such as "lexicon".
+
+    Raises:
+        DataError: the file cannot be read, or a line, named by its number, is not UTF-8.
+    """
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}:{number}: not UTF-8; convert the {content} to UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{path}: cannot read the {content} ({reason})") from error
+
+
+def _open(path: Path) -> AbstractContextManager[BinaryIO]:
+    if str(path) == "-":
+        return nullcontext(sys.stdin.buffer)
+    if path.suffix == ".gz":
+        return cast("AbstractContextManager[BinaryIO]", gzip.open(path, "rb"))
+    return path.open("rb")
