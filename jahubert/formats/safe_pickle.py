@@ -85,7 +85,7 @@ class Storage:
         if self.content is None:
             raw = bytearray(self.read())
             if len(raw) % self.dtype.itemsize:
-                raise ValueError(f"{len(raw)} bytes")
+                raise ValueError(f"{len(raw)} bytes are not a whole number of values")
             empty = torch.empty(0, dtype=self.dtype)
             self.content = torch.frombuffer(raw, dtype=self.dtype) if raw else empty
         return self.content
@@ -116,7 +116,7 @@ class Stored:
             values = self.storage.values()
             # A stride of zero would let a tensor have more values than its storage.
             if math.prod(self.shape) > len(values):
-                raise ValueError(f"{values.nbytes} bytes")
+                raise ValueError(f"the file contains only {values.nbytes} bytes for it")
             return values.as_strided(self.shape, self.stride, self.offset)
         except Exception as error:  # zipfile, zlib and torch raise various errors
             raise CheckpointError(

@@ -72,7 +72,7 @@ _PUBLISHED_HEADS = {
 
 
 def torchaudio_name(name: str) -> str:
-    """Convert an encoder tensor name to torchaudio's name. The mask embedding has no name there."""
+    """Convert an encoder tensor name to torchaudio's name. torchaudio has no name for the mask embedding."""
     return rename(name, _NAMES)
 
 

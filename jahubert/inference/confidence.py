@@ -128,7 +128,10 @@ def reliability(confidences: Sequence[float], correct: Sequence[bool], n_bins: i
         DataError: there are no words.
     """
     if not len(confidences) or len(confidences) != len(correct):
-        raise DataError(f"reliability: {len(confidences)} confidences and {len(correct)} judgments")
+        raise DataError(
+            f"reliability: {len(confidences)} confidences and {len(correct)} judgments, but one of each is "
+            "required per word, and at least one word"
+        )
     p_N, y_N = np.asarray(confidences, float), np.asarray(correct, float)
     bin_N = np.minimum((p_N * n_bins).astype(int), n_bins - 1)
     bins = []

@@ -1,4 +1,4 @@
-"""Phone n-gram of the built-in model, estimated from its training text and from further sentences."""
+"""Phone n-gram model for the built-in model, estimated from its training text and other sentences."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ read_sentences = recipe_module("voices").read_sentences
 
 
 def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
-    """Estimate the n-gram and write it as ARPA.
+    """Estimate the n-gram model, and write it to an ARPA file.
 
     Every sentence is counted once, although it may occur in several voices and at several speeds. Sentences
-    of the development and test splits are left out.
+    in the development and test splits are omitted.
 
     Args:
-        exp: experiment with finished stages prepare and targets.
-        texts: file with further sentences, as for recipe voices.
-        target: ARPA file; compressed if the name ends in .gz.
+        exp: experiment folder with the finished stages prepare and targets.
+        texts: file with additional sentences, as for recipe voices.
+        target: path of the ARPA file, which is compressed if the name ends in .gz.
     """
     tokenizer = Tokenizer("phone")
     sentences = {tuple(sentence) for sentence in training_sentences(exp, tokenizer)}

@@ -1,4 +1,4 @@
-"""Conversion of transcript segments to phonetic words, and joining of segments into utterances."""
+"""Conversion of transcript segments to words in phones, and joining of segments into utterances."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device without making the host wait for a GPU.
 
     The tensor is copied from page-locked memory, because the host would wait for a copy from ordinary
-    memory, which only starts after all queued work.
+    memory, which starts only after all queued work.
     """
     if device.type != "cuda":
         return tensor.to(device)

@@ -33,7 +33,7 @@ _ZIP_MEMBER = re.compile(r"(.+\.zip):(\d+):(\d+)", re.DOTALL)  # path, offset an
 
 @dataclass(frozen=True)
 class TsvEntry:
-    """An utterance listed in a `.tsv`."""
+    """An utterance that is listed in a `.tsv` file."""
 
     id: str  # split/path, with the path as it is listed in the file
     audio: AudioSource

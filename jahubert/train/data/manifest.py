@@ -144,7 +144,8 @@ class _ManifestBuilder:
     def __init__(self, folder: Path):
         self.prefix = os.path.abspath(folder) + os.sep
         self.sha = hashlib.sha256()
-        self.id_hashes = array("q")  # takes 8 bytes per utterance; a set of strings would take over 100
+        # An array takes 8 bytes per utterance; a set of the ids would take over 100.
+        self.id_hashes = array("q")
         self.n_samples = 0
         self.rejected: dict[str, int] = {}
         self.splits: dict[str, dict] = {}

@@ -41,7 +41,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of these c
 
 
 def runtime_field(default: Any) -> Any:
-    """Declare a dataclass field that does not change the result."""
+    """Declare a dataclass field for a setting that does not change the result of a stage."""
     return dataclasses.field(default=default, metadata={"runtime": True})
 
 

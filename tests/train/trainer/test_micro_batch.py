@@ -1,4 +1,4 @@
-"""Tests that an update does not depend on its micro-batches, and tests of automatic sizes."""
+"""Tests of micro-batches: updates that do not depend on them, and automatic sizes."""
 
 from __future__ import annotations
 

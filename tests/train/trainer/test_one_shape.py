@@ -1,4 +1,4 @@
-"""Micro-batches filled up to one shape: equal results, equal shapes, and a single compilation."""
+"""Tests of micro-batches that are filled up to one shape: results, shapes and compilations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pretrainer(model: HubertConfig = QUIET) -> Pretrainer:
 def by_mask(
     q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, offsets: Tensor, longest: int, dropout: float
 ) -> Tensor:
-    """Flash attention without dropout on a CPU, with operators whose shapes do not depend on the offsets."""
+    """Compute flash attention without dropout, with operators whose shapes do not depend on the offsets."""
     sequence_N = torch.searchsorted(offsets[1:], torch.arange(len(q_NHE)), right=True)
     mask_NN = sequence_N[:, None] == sequence_N
     q, k, v = (x.transpose(0, 1)[None] for x in (q_NHE, k_NHE, v_NHE))
@@ -80,7 +80,7 @@ def test_the_largest_shape_holds_every_batch():
 
 
 def test_little_of_the_shape_is_filler():
-    """The shares of rows and tiles that hold speech, as stated in docs/performance.md."""
+    """The fractions of rows and tiles that contain speech are those in docs/performance.md."""
     rng, sizes = np.random.default_rng(0), BatchSizes(350.0, 8, None, one_shape=True)
     length = np.clip(rng.lognormal(1.5, 0.5, 12_000) * 16_000, 32_000, 250_000).astype(int)
     for micro_seconds, rows, tiles in ((None, 0.95, 0.91), (175.0, 0.78, 0.74)):
@@ -141,7 +141,7 @@ def gradient(module: nn.Module) -> Tensor:
 
 
 class Shapes(TorchDispatchMode):
-    """Records the shapes of the results of matrix products and pointwise operators."""
+    """Mode that records the shapes of the results of matrix products and pointwise operators."""
 
     NAMES = ("mm", "addmm", "addmm_", "bmm", "gelu", "gelu_backward", "native_layer_norm", "native_dropout")
 
@@ -160,7 +160,7 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("model", [QUIET, LARGE], ids=["base", "large"])
 def test_all_micro_batches_have_one_shape(corpus, model, flash, monkeypatch):
-    """From the tiles of the front end to the last block, without the positional convolution."""
+    """The shapes are compared from the front end to the last block, without the positional convolution."""
     monkeypatch.setattr(encoder, "positional_conv", lambda module, x_ND, packing: torch.zeros_like(x_ND))
     hubert, data, shapes, sizes = HubertModel(model).train(), noise_pretraining(corpus, 3.0, True), [], set()
     for micro in data.sampler.update(0, 0):
@@ -176,7 +176,7 @@ def test_all_micro_batches_have_one_shape(corpus, model, flash, monkeypatch):
 
 @pytest.fixture
 def counter(monkeypatch) -> Iterator[CompileCounterWithBackend]:
-    """Count graphs, and compile them without inductor, which takes minutes."""
+    """Count graphs, and compile them without inductor, which would take minutes."""
     counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter))
     torch._dynamo.reset()
