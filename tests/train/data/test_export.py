@@ -125,18 +125,17 @@ def test_ids_that_become_one_file_name_are_rejected(tmp_path):
 
 
 def with_audio(manifest: Manifest, split: str) -> dict[str, tuple]:
-    """Return text, speaker and samples of a split's utterances, keyed by the last character of the id."""
+    """Speaker and samples of the utterances of a split, by their texts."""
     return {
-        manifest[i].id[-1]: (manifest[i].text, manifest[i].speaker, manifest.load(i).numpy())
-        for i in manifest.indices(split)
+        manifest[i].text: (manifest[i].speaker, manifest.load(i).numpy()) for i in manifest.indices(split)
     }
 
 
 def assert_equal(actual: dict[str, tuple], expected: dict[str, tuple]) -> None:
     assert actual.keys() == expected.keys()
-    for id, (text, speaker, wav_T) in expected.items():
-        assert actual[id][:2] == (text, speaker)
-        assert actual[id][2].shape == wav_T.shape and np.allclose(actual[id][2], wav_T, atol=1e-4)
+    for text, (speaker, wav_T) in expected.items():
+        assert actual[text][0] == speaker
+        assert actual[text][1].shape == wav_T.shape and np.allclose(actual[text][1], wav_T, atol=1e-4)
 
 
 @pytest.mark.parametrize("split", ["train", "eval1"])
@@ -147,15 +146,10 @@ def test_lhotse_reads_the_same_utterances(manifest, tmp_path, split):
     export_corpus(manifest, tmp_path / "lhotse", "lhotse")
     cuts = lhotse.load_manifest(tmp_path / "lhotse" / f"cuts_{split}.jsonl.gz")
     lhotse.validate(cuts)
-    supervisions = {cut.id[-1]: cut.supervisions[0] for cut in cuts}
-    actual = {
-        cut.id[-1]: (
-            supervisions[cut.id[-1]].text,
-            supervisions[cut.id[-1]].speaker or "",
-            cut.load_audio()[0],
-        )
-        for cut in cuts
-    }
+    actual = {}
+    for cut in cuts:
+        (supervision,) = cut.supervisions
+        actual[supervision.text] = (supervision.speaker or "", cut.load_audio()[0])
     assert_equal(actual, expected)
     export_corpus(manifest, tmp_path / "kaldi", "kaldi")
     recordings, segments, _ = kaldi.load_kaldi_data_dir(tmp_path / "kaldi" / split, sampling_rate=RATE)
@@ -164,12 +158,14 @@ def test_lhotse_reads_the_same_utterances(manifest, tmp_path, split):
         recording = recordings[segment.recording_id]
         wav_T = recording.load_audio(offset=segment.start, duration=segment.duration)[0]
         speaker = "" if segment.speaker == segment.id else segment.speaker  # in Kaldi, speakers are required
-        actual[segment.id[-1]] = (segment.text, speaker, wav_T)
+        actual[segment.text] = (speaker, wav_T)
     assert_equal(actual, expected)
 
 
 def test_datasets_reads_the_same_utterances(manifest, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
+    if int(datasets.__version__.split(".")[0]) >= 4:
+        pytest.importorskip("torchcodec", reason="datasets 4 and later cannot build audio folders without it")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     export_corpus(manifest, tmp_path / "hf", "datasets")
     for split in ("train", "eval1"):
@@ -181,5 +177,5 @@ def test_datasets_reads_the_same_utterances(manifest, tmp_path, monkeypatch):
         for row in rows:
             wav_T, rate = soundfile.read(row["audio"]["path"], dtype="float32")
             assert rate == RATE
-            actual[row["id"][-1]] = (row["text"], row["speaker"] or "", wav_T)
+            actual[row["text"]] = (row["speaker"] or "", wav_T)
         assert_equal(actual, with_audio(manifest, split))
