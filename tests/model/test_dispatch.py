@@ -446,3 +446,24 @@ def test_default_device_does_not_change_the_result(context):
         hidden_BSD = model(wav_BT, LENGTHS, mask_BS=mask_BS).hidden_BSD
     head(hidden_BSD.flatten(0, 1)).sum().backward()
     assert model.masked_spec_embed.grad.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_hook_for_all_modules_switches_kernels_off_in_every_version_of_torch(model, register, monkeypatch):
+    """torch 2.6 has the dictionaries of hooks but not the function that reads them all."""
+    monkeypatch.delattr(nn.modules.module, "_has_any_global_hook", raising=False)
+    assert kernels.usable(model)
+    handle = register(lambda *_: None)
+    try:
+        assert not kernels.usable(model)
+    finally:
+        handle.remove()
+    assert kernels.usable(model)

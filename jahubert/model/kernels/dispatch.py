@@ -19,6 +19,13 @@ _enabled = os.environ.get("JAHUBERT_KERNELS", "1") != "0"
 _TORCH_MODULES = {nn.Conv1d, nn.Dropout, nn.LayerNorm, nn.Linear, nn.Module, nn.ModuleDict, nn.ModuleList}
 _FSDP = "torch.distributed.fsdp"
 _OWN_MODULES = {"jahubert.model.hubert", "jahubert.model.layers"}
+# Dictionaries of hooks for all modules; torch 2.6 has no function that reads them all.
+_GLOBAL_HOOKS = (
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+)
 
 
 @contextmanager
@@ -64,7 +71,7 @@ def usable(part: nn.Module) -> bool:
     """
     if not _enabled or is_recorded() or is_transformed():
         return False
-    if module_globals._has_any_global_hook():
+    if any(getattr(module_globals, name) for name in _GLOBAL_HOOKS):
         return False
     modules = list(part._modules.values())
     while modules:
