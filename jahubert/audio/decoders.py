@@ -105,8 +105,9 @@ class _Bytes(io.RawIOBase):
 class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
     """SoundFile that does not seek between reads.
 
-    soundfile seeks to the current position after each read of a seekable file. This fails if the length is
-    unknown, and the MP3 decoder loses its bit reservoir, which is audible at each block boundary.
+    soundfile seeks to the current position after each read of a seekable file. Such a seek fails if the
+    length is unknown, and it clears the bit reservoir of the MP3 decoder, which is audible at each block
+    boundary.
     """
 
     def seekable(self) -> bool:

@@ -28,7 +28,7 @@ class UnitHead(nn.Module):
         self.temperature = temperature
         self.final_proj = nn.Linear(width, dim)
         # fairseq draws embeddings from [0, 1), so that all of them point in similar directions. The loss
-        # decreases sooner if they are spread over the sphere.
+        # decreases sooner if the embeddings are spread over the sphere.
         self.label_embeddings = nn.Parameter(torch.randn(n_units, dim))
 
     @property

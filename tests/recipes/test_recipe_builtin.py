@@ -374,7 +374,7 @@ def test_required_corpora(capsys):
 
 
 def test_ngram_counts_distinct_sentences_without_held_out_ones(tmp_path, monkeypatch):
-    """Targets of two copies and one test sentence; the file of texts repeats the test sentence."""
+    """The training text contains a sentence twice, and the file of texts repeats the test sentence."""
     soundfile.write(tmp_path / "a.wav", buzz(200), RATE)
     audio = AudioSource(str(tmp_path / "a.wav"))
     ame, kasa = (("a", "m", "e"),), (("k", "a", "s", "a"),)

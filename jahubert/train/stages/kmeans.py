@@ -55,7 +55,7 @@ class Config:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    if config.backend in ("faiss", "sklearn"):  # these libraries run in a single process
+    if config.backend in ("faiss", "sklearn"):  # faiss and sklearn run in a single process
         return distributed.rank0_broadcast(lambda: fit(config, out))
     metrics = fit(config, out)
     distributed.barrier()
