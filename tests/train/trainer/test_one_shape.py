@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from fixtures.small_training import CONFIG, QUIET, UNITS, noise_corpus, noise_pretraining
+from fixtures.traceable_flash import by_mask
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jahubert.errors import ConfigError
@@ -39,16 +39,6 @@ def corpus(tmp_path_factory):
 def pretrainer(model: HubertConfig = QUIET) -> Pretrainer:
     torch.manual_seed(0)
     return Pretrainer(model, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
-
-
-def by_mask(
-    q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, offsets: Tensor, longest: int, dropout: float
-) -> Tensor:
-    """Compute flash attention without dropout, with operators whose shapes do not depend on the offsets."""
-    sequence_N = torch.searchsorted(offsets[1:], torch.arange(len(q_NHE)), right=True)
-    mask_NN = sequence_N[:, None] == sequence_N
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_NHE, k_NHE, v_NHE))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_NN)[0].transpose(0, 1)
 
 
 @pytest.fixture
