@@ -28,6 +28,9 @@ def test_gpu_benchmark_ends_with_a_table_and_a_json_file(tmp_path):
     assert outcomes and set(outcomes.values()) == {"done"}
     values = {row["name"]: row["value"] for row in result["rows"]}
     assert values["base, mixed, 350 s: jahubert"] > 0 and values["engine: waiting for data"] >= 0
+    assert (
+        values["compiled engine: waiting for data"] >= 0 and values["compiled engine: compiled graphs"] == 0
+    )
     assert result["environment"]["device"] == "CPU"
     table = done.stdout[done.stdout.rindex("measurement ") :]
     assert all(name in table for name in values)
