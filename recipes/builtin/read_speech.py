@@ -15,6 +15,7 @@ but does not share their code, so that the test sets do not change with it.
 from __future__ import annotations
 
 import csv
+import io
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -32,7 +33,7 @@ from jahubert.prefetch import prefetch
 from jahubert.train.data.augmentation import change_speed
 from jahubert.train.data.flac import write_flac_once
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.data.utterances import read_reliably
+from jahubert.train.data.utterances import read_reliably, read_text
 from jahubert.train.text.normalization import recognized_characters
 
 _FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # limits on the number of clips per speaker in held-out splits
@@ -165,12 +166,12 @@ def read_rows(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Read the rows of a table in tab-separated values.
 
     Raises:
-        DataError: the table was not found, or a row has no value in one of the columns.
+        DataError: the table was not found or is not UTF-8, or a row has no value in one of the columns.
     """
-    if not table.is_file():
+    if not read_reliably(table.is_file, table):
         raise DataError(f"{table}: file not found; it needs the columns {', '.join(columns)}")
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    lines = io.StringIO(read_text(table), newline="")
+    rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     for number, row in enumerate(rows, start=2):
         if any(not row.get(column) for column in columns):
             raise DataError(f"{table}, line {number}: {' or '.join(columns)} is missing: {row}")

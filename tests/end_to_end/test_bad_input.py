@@ -1,5 +1,6 @@
 """End-to-end tests that user errors give a one-line message and exit status 2, and keep results."""
 
+import errno
 import json
 import logging
 import os
@@ -323,6 +324,13 @@ def test_full_disk_errors_of_torch_and_safetensors_are_recognized(tmp_path):
             raise error
     with pytest.raises(KeyError), report_file_errors(tmp_path):
         raise KeyError("something else")
+
+
+def test_full_disk_is_recognized_in_the_language_of_the_system(tmp_path, monkeypatch):
+    message = "デバイスに空き領域がありません"
+    monkeypatch.setattr(os, "strerror", lambda code: message if code == errno.ENOSPC else f"error {code}")
+    with pytest.raises(DiskFullError), report_file_errors(tmp_path):
+        raise RuntimeError(f"a.flac: {message}")
 
 
 def test_ctrl_c_saves_a_checkpoint(tmp_path):

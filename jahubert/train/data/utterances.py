@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -141,6 +143,27 @@ def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike
                 ) from error
             log.warning("%s: %s; retrying in %g s", source, failure, delay)
             time.sleep(delay)
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, which may have a byte order mark or be compressed with gzip, with retries.
+
+    Raises:
+        DataError: the file cannot be read or is not UTF-8.
+    """
+    try:
+        raw = read_reliably(path.read_bytes, path)
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8; convert a Shift_JIS file with: iconv -f CP932 -t UTF-8"
+        ) from error
 
 
 def _read_error(source: AudioSource) -> OSError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import torch
 from jahubert.errors import DISK_FULL, ConfigError, DiskFullError, JahubertError, file_system_error
 from jahubert.train.experiment import distributed
 
-# numpy only reports how many items it wrote. "File too large" is caused by a limit on file sizes.
+# English messages. numpy only reports how many items it wrote, and "File too large" is caused by a limit on
+# file sizes.
 _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
 )
@@ -41,7 +43,7 @@ def report_file_errors(out: Path) -> Iterator[None]:
     except (DiskFullError, KeyboardInterrupt):
         raise
     except BaseException as error:  # torch's CheckpointException is not an Exception
-        if isinstance(error, JahubertError) and not _DISK_FULL.search(str(error)):
+        if isinstance(error, JahubertError) and not _reports_full_disk(error):
             raise
         failure = file_system_error(error, out)
         if _is_disk_full(error, failure, out):
@@ -59,11 +61,18 @@ def _is_disk_full(error: BaseException | None, failure: OSError | None, out: Pat
     if failure is not None and failure.errno in DISK_FULL:
         return True
     while error is not None:
-        if _DISK_FULL.search(str(error)):
+        if _reports_full_disk(error):
             return True
         error = error.__cause__ or error.__context__
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free < _MIN_FREE_BYTES
+
+
+def _reports_full_disk(error: BaseException) -> bool:
+    """Return whether the message of an error reports a full disk, in English or the current locale."""
+    message = str(error)
+    localized = any(os.strerror(code) in message for code in DISK_FULL)
+    return localized or _DISK_FULL.search(message) is not None
 
 
 @contextmanager

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from fixtures.csj_tree import planned, write_talk
 
 from jahubert.audio import AudioSource, sources
 from jahubert.errors import AudioError, DataError
 from jahubert.train.data import utterances
 from jahubert.train.data.utterances import Rejected, Utterance
-from jahubert.train.experiment.registry import recipe_reader
+from jahubert.train.experiment.registry import recipe_module, recipe_reader
 from jahubert.train.stages.prepare import usable
 
 
@@ -116,3 +120,72 @@ def test_full_disk_is_not_retried(delays, tmp_path):
     with pytest.raises(OSError, match="copy"):
         utterances.read_reliably(write, tmp_path / "source")
     assert not delays
+
+
+def read_csj(folder, work):
+    talk = planned("A01F0055", core=True)
+    write_talk(folder, "usb", talk, ("sdb", "xml"))
+    return lambda: recipe_module("csj").prepare(folder, work, recipe_module("csj").Config(), 0)
+
+
+def read_builtin(folder, work):
+    write_audio(folder / "a.wav")
+    (folder / "transcripts.tsv").write_text("file\ttext\na.wav\t雨\n", encoding="utf-8")
+    (folder / "clips.tsv").write_text("file\tspeaker\na.wav\tx\n", encoding="utf-8")
+    builtin = recipe_module("builtin")
+    return lambda: [
+        *builtin._test_recordings(folder), *builtin.read_speech.other_languages(folder, work / "wav")
+    ]  # fmt: skip
+
+
+def read_tofugu(folder, work):
+    for kana in ("か", "き", "く", "け"):
+        write_audio(folder / f"{kana}【{kana}】.ogg")
+    return lambda: recipe_module("tofugu").prepare(folder, work, recipe_module("tofugu").Config(), 0)
+
+
+def read_voices(folder, work):
+    voices = recipe_module("voices")
+    shutil.copy(os.fsdecode(voices.openjtalk().DEFAULT_HTS_VOICE), folder / "a.htsvoice")
+    (folder / "texts.txt").write_text("雨が降る。\n", encoding="utf-8")
+    options = {"texts": str(folder / "texts.txt"), "own_share": 0.0, "dev_share": 0.0, "test_share": 0.0}
+    return lambda: voices.prepare(folder, work, voices.Config(**options), 0)
+
+
+def read_table(folder, work):
+    write_audio(folder / "a.wav")
+    (folder / "table.csv").write_text("path\na.wav\n", encoding="utf-8")
+    prepare, config = recipe_module("table").prepare, recipe_module("table").Config()
+    recipe_module("table")._length.cache_clear()
+    return lambda: prepare(folder / "table.csv", work, config, 0)
+
+
+def write_audio(path):
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
+
+
+@pytest.mark.parametrize("corpus", [read_csj, read_builtin, read_tofugu, read_voices, read_table])
+def test_every_recipe_reads_its_source_again(corpus, delays, tmp_path, monkeypatch):
+    """The first read of every file of the source fails. Recipe demo has no source."""
+    pytest.importorskip("pyopenjtalk")
+    folder = tmp_path / "source"
+    folder.mkdir()
+    failed: set[str] = set()
+
+    def flaky(function, path, *args):
+        if str(path).startswith(str(folder)) and str(path) not in failed:
+            failed.add(str(path))
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return function(path, *args)
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    expected = list(corpus(folder, tmp_path / "first")())
+    read = corpus(folder, tmp_path / "second")
+    read_bytes, open_file = Path.read_bytes, open
+    monkeypatch.setattr(Path, "read_bytes", lambda path: flaky(read_bytes, path))
+    opened = lambda path, *args, **options: flaky(lambda p: open_file(p, *args, **options), path)  # noqa: E731
+    monkeypatch.setattr(sources, "open", opened, raising=False)
+    items = list(read())
+    assert [(type(item), item.id) for item in items] == [(type(item), item.id) for item in expected]
+    assert failed and delays == [1.0] * len(failed)

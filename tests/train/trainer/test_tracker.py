@@ -7,26 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 from fixtures import FIXTURES
-from fixtures.toy import Data, Toy
+from fixtures.toy import TOY, Data, Toy
 
 from jahubert import run
 from jahubert.errors import ConfigError, MissingExtraError
 from jahubert.train.experiment.checksums import describe_outputs
-from jahubert.train.trainer.optim import TrainConfig
 from jahubert.train.trainer.tracker import check_tracker
 from jahubert.train.trainer.trainer import train
 
-CONFIG = TrainConfig(
-    max_steps=4,
-    batch_seconds=12.0,
-    micro_seconds=6.0,
-    precision="fp32",
-    device="cpu",
-    log_every=2,
-    save_every=2,
-    valid_every=0,
-    tracker="wandb",
-)
+CONFIG = replace(TOY, max_steps=4, micro_seconds=6.0, log_every=2, save_every=2, tracker="wandb")
 
 
 class FakeWandb(SimpleNamespace):

@@ -11,7 +11,7 @@ from itertools import islice
 
 import pytest
 import torch
-from fixtures.toy import Data, HeadFirst, Toy, evaluate
+from fixtures.toy import TOY, Data, HeadFirst, Toy, evaluate
 from safetensors.torch import load_file
 
 from jahubert.errors import ConfigError, DataError, JahubertError
@@ -21,17 +21,7 @@ from jahubert.train.trainer.metric_log import trim_metrics
 from jahubert.train.trainer.optim import TrainConfig, lr_at, pick_precision
 from jahubert.train.trainer.trainer import Stopped, train
 
-QUICK = TrainConfig(
-    max_steps=20,
-    batch_seconds=12.0,
-    groups=2,
-    lr=0.01,
-    precision="fp32",
-    device="cpu",
-    log_every=3,
-    save_every=4,
-    valid_every=0,
-)
+QUICK = replace(TOY, groups=2)
 
 
 def toy():
