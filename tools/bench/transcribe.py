@@ -59,9 +59,11 @@ def transformers_transcriber(source: Path, dtype: torch.dtype, device: str) -> C
 def speed(source: Path, audio: str, rounds: int, device: str) -> None:
     variants: dict[str, Callable[[str], object]] = {}
     for dtype in dtypes(device):
-        variants[f"jahubert, {name(dtype)}"] = jahubert.Transcriber.from_pretrained(
-            source, device=device, dtype=dtype
-        ).transcribe
+        asr = jahubert.Transcriber.from_pretrained(source, device=device, dtype=dtype, lm=None)
+        variants[f"jahubert, {name(dtype)}"] = asr.transcribe
+    if jahubert.load_bundle(source).language_model is not None:
+        with_ngram = jahubert.Transcriber.from_pretrained(source, device=device)
+        variants[f"jahubert, {name(with_ngram.dtype)}, n-gram"] = with_ngram.transcribe
     for dtype in DTYPES[:2]:
         variants[f"transformers, {name(dtype)}"] = transformers_transcriber(source, dtype, device)
     times: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -77,7 +79,7 @@ def speed(source: Path, audio: str, rounds: int, device: str) -> None:
     for variant in variants:
         took = statistics.median(times[variant])
         rate = f"{seconds / took:7.1f} times real time  {peer / took:5.2f} times transformers in float32"
-        print(f"{variant:22} {took:8.2f} s  {rate}")
+        print(f"{variant:26} {took:8.2f} s  {rate}")
 
 
 def dtypes(device: str) -> tuple[torch.dtype, ...]:
@@ -92,7 +94,7 @@ def cost(source: Path, exp: Path, splits: list[str], device: str) -> None:
     """Print the PER and the speed on splits of an experiment for every precision."""
     manifest, targets = Manifest(exp / "prepare" / "manifest.arrow"), TargetStore(exp / "targets")
     for dtype in dtypes(device):
-        asr = jahubert.Transcriber.from_pretrained(source, device=device, vad=False, dtype=dtype)
+        asr = jahubert.Transcriber.from_pretrained(source, device=device, vad=False, dtype=dtype, lm=None)
         for split in splits:
             rows = [int(row) for row in manifest.indices(split=split)]
             started = time.perf_counter()

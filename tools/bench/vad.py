@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     asr = jahubert.Transcriber.from_pretrained(
-        args.model, device="cpu", dtype=torch.float32, vad="silero" if args.silero else True
+        args.model, device="cpu", dtype=torch.float32, vad="silero" if args.silero else True, lm=None
     )
     for folder in args.folders:
         files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
