@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jahubert.formats.atomic import atomic_path
 from jahubert.lm.arpa import write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Manifest
@@ -35,8 +34,7 @@ def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
         held_out = held_out_sentences(Manifest(exp / "prepare" / "manifest.arrow"))
         lines = [line for line in read_sentences(texts) if recognized_characters(line) not in held_out]
         sentences.update(map(tuple, tokenizer.sentences(lines)))
-    with atomic_path(target) as temporary:
-        write_arpa(train_ngram(sorted(sentences), ORDER), temporary)
+    write_arpa(train_ngram(sorted(sentences), ORDER), target)
 
 
 def held_out_sentences(manifest: Manifest) -> set[str]:
