@@ -60,7 +60,7 @@ SETS = {
     "test_made": "new sentences in synthetic voices that occur in training",
     "test_real": "sentences by other speakers (8 recordings)",
 }
-CALIBRATION = "dev_cv"  # split on which confidences are calibrated and the n-gram is tuned
+CALIBRATION = "dev_cv"  # split for the calibration of confidences
 NGRAM = "ngram"  # name of the decoding with the n-gram
 PRETRAINING = "builtin-pretraining"  # name of the pretraining experiment
 # Folders of the stages whose outputs are packed.
@@ -135,7 +135,10 @@ def decode_with_ngram(overrides: list[str]) -> int:
     if not (exp / LANGUAGE_MODEL).exists():
         texts = Path(expand_user(tree["texts"])) if tree["texts"] else None
         write_language_model(exp, texts, exp / LANGUAGE_MODEL)
-    decode = [f"decode.lm={exp / LANGUAGE_MODEL}", f"decode.tune_splits=[{CALIBRATION}]"]
+    decode = [
+        f"decode.lm={exp / LANGUAGE_MODEL}",
+        f"decode.tune_splits=[{','.join(tree['finetune']['dev_splits'])}]",
+    ]
     score = [f"score.baseline={exp}/systems/main/decode"]
     common = [*overrides, "system=main", f"decoding={NGRAM}"]
     jobs = ([*common, "stage=decode", *decode], [*common, "stage=score", *score])

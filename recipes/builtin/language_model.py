@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from jahubert.lm.arpa import write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.data.training_text import training_sentences
+from jahubert.train.data.targets import TargetStore
 from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.normalization import recognized_characters
 from jahubert.train.text.tokens import Tokenizer
@@ -28,13 +29,23 @@ def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
         texts: file with additional sentences, as for recipe voices.
         target: path of the ARPA file, which is compressed if the name ends in .gz.
     """
-    tokenizer = Tokenizer("phone")
-    sentences = {tuple(sentence) for sentence in training_sentences(exp, tokenizer)}
+    manifest = Manifest(exp / "prepare" / "manifest.arrow")
+    held_out = held_out_sentences(manifest)
+    sentences = set(training_sentences(manifest, TargetStore(exp / "targets"), held_out))
     if texts is not None:
-        held_out = held_out_sentences(Manifest(exp / "prepare" / "manifest.arrow"))
         lines = [line for line in read_sentences(texts) if recognized_characters(line) not in held_out]
-        sentences.update(map(tuple, tokenizer.sentences(lines)))
+        sentences.update(map(tuple, Tokenizer("phone").sentences(lines)))
     write_arpa(train_ngram(sorted(sentences), ORDER), target)
+
+
+def training_sentences(
+    manifest: Manifest, targets: TargetStore, held_out: set[str]
+) -> Iterator[tuple[str, ...]]:
+    """Yield the phones and word boundaries of the utterances in split `train` that are not in `held_out`."""
+    for row in manifest.indices(split="train").tolist():
+        labels = targets[row]
+        if len(labels) and recognized_characters(manifest[row].text) not in held_out:
+            yield tuple(targets.phonemes.symbols[label] for label in labels)
 
 
 def held_out_sentences(manifest: Manifest) -> set[str]:

@@ -374,13 +374,14 @@ def test_required_corpora(capsys):
 
 
 def test_ngram_counts_distinct_sentences_without_held_out_ones(tmp_path, monkeypatch):
-    """The training text contains a sentence twice, and the file of texts repeats the test sentence."""
+    """A test sentence also occurs in the training split and in the file of texts."""
     soundfile.write(tmp_path / "a.wav", buzz(200), RATE)
     audio = AudioSource(str(tmp_path / "a.wav"))
     ame, kasa = (("a", "m", "e"),), (("k", "a", "s", "a"),)
     items = [
         Utterance("one", audio, n_samples=16_000, text="雨", split="train", words=ame),
         Utterance("copy", audio, n_samples=16_000, text="雨", split="train", words=ame),
+        Utterance("leak", audio, n_samples=16_000, text="傘", split="train", words=kasa),
         Utterance("test", audio, n_samples=16_000, text="傘。", split="test_cv", words=kasa),
     ]
     (tmp_path / "prepare").mkdir()
@@ -401,6 +402,8 @@ def test_decoding_with_the_ngram_is_tuned_and_scored_against_the_plain_one(monke
     assert build.decode_with_ngram(["recipe=builtin", "exp=e", "texts=/t.txt"]) == 0
     (texts,), decode, score = commands
     assert texts == Path("/t.txt")
-    assert {"stage=decode", "decoding=ngram", "decode.tune_splits=[dev_cv]"} <= set(decode)
+    assert {"stage=decode", "decoding=ngram", "decode.tune_splits=[dev_joined,dev_cv,dev_made]"} <= set(
+        decode
+    )
     assert "decode.lm=e/language_model.arpa.gz" in decode
     assert {"stage=score", "decoding=ngram", "score.baseline=e/systems/main/decode"} <= set(score)
