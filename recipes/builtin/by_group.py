@@ -1,0 +1,61 @@
+"""PER of Common Voice speakers by gender and by age, as far as the corpus states them.
+
+    python recipes/builtin/by_group.py exp/builtin/systems/main/decode/test_cv.jsonl /path/to/transcripts.tsv
+
+A speaker has the gender and age of the first of its recordings that states one. The 95 % intervals are
+bootstrapped over utterances, so they do not cover the choice of speakers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+from jahubert.train.evaluation.metrics import bootstrap_interval
+from jahubert.train.evaluation.scoring import MEASURES, ScoredUtterance, SetScore
+from jahubert.train.stages.score import read_hypotheses
+
+UNKNOWN = "not stated"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("hypotheses", type=Path, help="a file of stage decode: <split>.jsonl")
+    parser.add_argument("table", type=Path, help="transcripts.tsv with the columns speaker, gender and age")
+    args = parser.parse_args()
+    utterances = list(read_hypotheses(args.hypotheses))
+    print("| group | speakers | utterances | PER, % |\n|---|---|---|---|")
+    for column in ("gender", "age"):
+        value_of = stated(args.table, column)
+        groups: dict[str, list[ScoredUtterance]] = defaultdict(list)
+        for utterance in utterances:
+            groups[value_of.get(utterance.speaker, UNKNOWN)].append(utterance)
+        for value, members in sorted(groups.items()):
+            speakers = len({utterance.speaker for utterance in members})
+            print(f"| {column}: {value} | {speakers} | {len(members)} | {per(members)} |")
+
+
+def stated(table: Path, column: str) -> dict[str, str]:
+    """Map speakers to their first value in a column."""
+    values: dict[str, str] = {}
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            if row[column]:
+                values.setdefault(row["speaker"], row[column])
+    return values
+
+
+def per(utterances: list[ScoredUtterance]) -> str:
+    """Format the PER with its interval, in percent."""
+    counts = SetScore(utterances, MEASURES["phones"]).counts["per"]
+    errors, lengths = [count.errors for count in counts], [count.length for count in counts]
+    low, high = bootstrap_interval(errors, lengths)
+    return f"{100 * sum(errors) / max(1, sum(lengths)):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+if __name__ == "__main__":
+    main()

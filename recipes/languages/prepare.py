@@ -1,0 +1,81 @@
+"""Training data for the comparison of pretraining languages: Common Voice in Japanese or in other languages.
+
+Development and test splits are Japanese in both cases, so that units and models can be compared on the same
+utterances.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jahubert.errors import ConfigError, DataError
+from jahubert.frames import SAMPLE_RATE
+from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.experiment.config import expand_user
+from jahubert.train.experiment.registry import recipe_module
+
+read_speech = recipe_module("builtin").read_speech
+Clips = read_speech.Config
+
+
+@dataclass(frozen=True)
+class Config:
+    language: str = "japanese"  # language of the training split: japanese or other
+    other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for language=other
+    minutes: float = 90.0  # duration of the training split
+    clips: Clips = field(default_factory=lambda: Clips(speeds=()))
+
+    def __post_init__(self) -> None:
+        if self.language not in ("japanese", "other"):
+            raise ConfigError(f"language must be japanese or other; found {self.language!r}")
+        if self.language == "other" and not self.other_languages:
+            raise ConfigError("language=other requires other_languages=FOLDER")
+        if self.minutes <= 0:
+            raise ConfigError(f"minutes must be positive; found {self.minutes}")
+        if self.clips.speeds:
+            raise ConfigError("clips.speeds must be empty: copies at other speeds would count as minutes")
+
+
+def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+    """Yield the splits train, dev_cv and test_cv.
+
+    `data` is a folder with `transcripts.tsv` (columns file, text, speaker). The training split has `minutes`
+    of randomly drawn utterances; further ones are rejected.
+
+    Raises:
+        DataError: a corpus was not found, or it is shorter than `minutes`.
+    """
+    if data is None:
+        raise DataError("recipe languages needs data=FOLDER, a folder with transcripts.tsv")
+    read, found = 0, False
+    for item in _utterances(data, work, config, seed):
+        if isinstance(item, Rejected) or item.split != "train":
+            yield item
+        elif found:
+            yield Rejected(item.id, "beyond the number of minutes")
+        else:
+            read += item.n_samples
+            found = read >= config.minutes * 60 * SAMPLE_RATE
+            yield item
+    if not found:
+        raise DataError(
+            f"the training split ({config.language}) has only {read / SAMPLE_RATE / 60:.1f} minutes, but "
+            f"minutes={config.minutes:g}; set minutes to at most this duration"
+        )
+
+
+def _utterances(data: Path, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
+    """Yield the utterances of all splits; those of split train in random order."""
+    for item in read_speech.sentences(data, work, config.clips, seed, set()):
+        japanese_training = isinstance(item, Utterance) and item.split == "train"
+        if isinstance(item, Utterance) and item.split not in ("train", "dev_cv", "test_cv"):
+            continue
+        if config.language == "japanese" or not japanese_training:
+            yield item
+    if config.language == "other":
+        others = list(read_speech.other_languages(expand_user(config.other_languages), work))
+        random.Random(f"other languages {seed}").shuffle(others)
+        yield from others

@@ -1,0 +1,105 @@
+"""Tests of recipe languages: training splits by language and duration, and the compared systems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from jahubert.errors import ConfigError, DataError
+from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.experiment.registry import recipe_module
+from jahubert.train.pipeline.compose import compose
+from jahubert.train.pipeline.jobs import configure_jobs
+
+languages = recipe_module("languages")
+compare = recipe_module("languages", "compare")
+RATE = 16_000
+KANA = "かきくけこさしすせそ"
+CLIPS = languages.Clips(test_speakers=2, dev_speakers=2, speeds=())
+
+
+def tone(hz: float) -> np.ndarray:
+    return 0.2 * np.sin(2 * np.pi * hz * np.arange(RATE) / RATE)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> tuple[Path, Path]:
+    """Ten speakers with five sentences each, and thirty recordings without text."""
+    japanese, other = tmp_path_factory.mktemp("japanese"), tmp_path_factory.mktemp("other")
+    lines = ["file\ttext\tspeaker"]
+    for speaker in range(10):
+        for number in range(5):
+            name = f"{speaker}-{number}.wav"
+            soundfile.write(japanese / name, tone(100 + 20 * speaker + number), RATE)
+            lines.append(f"{name}\t{KANA[speaker]}{KANA[number]}\tspeaker{speaker}")
+    (japanese / "transcripts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = ["file\tlanguage\tspeaker"]
+    for number in range(30):
+        soundfile.write(other / f"o{number}.wav", tone(400 + number), RATE)
+        lines.append(f"o{number}.wav\tfr\tother{number}")
+    (other / "clips.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return japanese, other
+
+
+def prepare(corpora: tuple[Path, Path], work: Path, **options) -> list[Utterance | Rejected]:
+    config = languages.Config(other_languages=str(corpora[1]), clips=CLIPS, **options)
+    return list(languages.prepare(corpora[0], work, config, 0))
+
+
+def test_training_splits_differ_and_test_splits_agree(corpora, tmp_path):
+    splits = {}
+    for language in ("japanese", "other"):
+        items = prepare(corpora, tmp_path, language=language, minutes=0.3)
+        for item in items:
+            if isinstance(item, Utterance):
+                splits.setdefault((language, item.split), set()).add(item.id)
+        assert {item.split for item in items if isinstance(item, Utterance)} == {"train", "dev_cv", "test_cv"}
+    for split in ("dev_cv", "test_cv"):
+        assert len(splits["japanese", split]) == 10
+        assert splits["japanese", split] == splits["other", split]
+    assert all(id.startswith("cv") for id in splits["japanese", "train"])
+    assert all(id.startswith("other") for id in splits["other", "train"])
+    assert len(splits["japanese", "train"]) == len(splits["other", "train"]) == 18  # 0.3 minutes of 1 s each
+
+
+def test_utterances_beyond_the_duration_are_rejected_with_a_reason(corpora, tmp_path):
+    items = prepare(corpora, tmp_path, language="other", minutes=0.3)
+    assert sum(isinstance(item, Rejected) for item in items) == 30 - 18
+
+
+def test_too_little_audio_and_wrong_options_are_reported(corpora, tmp_path):
+    with pytest.raises(DataError, match=r"0\.5 minutes.*minutes=5"):
+        prepare(corpora, tmp_path, language="other", minutes=5)
+    with pytest.raises(ConfigError, match="language"):
+        languages.Config(language="english")
+    with pytest.raises(ConfigError, match="other_languages"):
+        languages.Config(language="other")
+    with pytest.raises(ConfigError, match="speeds"):
+        languages.Config(clips=languages.read_speech.Config())
+    with pytest.raises(DataError, match="data="):
+        list(languages.prepare(None, tmp_path, languages.Config(), 0))
+
+
+def test_every_system_has_a_paired_baseline_and_the_same_schedule_per_share():
+    systems = compose(["recipe=languages"])["systems"]
+    for suffix in ("", "-30", "-10"):
+        ours, other, scratch = (systems[f"{name}{suffix}"] for name in ("japanese", "other", "scratch"))
+        assert other["score"]["baseline"] == scratch["score"]["baseline"]
+        assert other["score"]["baseline"].endswith(f"/systems/japanese{suffix}/decode")
+        without_model = [
+            {key: value for key, value in system.get("finetune", {}).items() if key != "pretrained"}
+            for system in (ours, other, scratch)
+        ]
+        assert without_model[0] == without_model[1] == without_model[2]
+
+
+def test_pretraining_runs_both_languages_with_valid_settings(tmp_path):
+    settings = ["recipe=languages", f"data={tmp_path}", f"other_languages={tmp_path}", f"exp={tmp_path}/x"]
+    jobs = compare.pretraining_jobs(compose(settings))
+    assert len(jobs) == 2 * (1 + 2 * 4)
+    folders = {configure_jobs([*settings, *job])[0].out for job in jobs}
+    assert len(folders) == len(jobs)
+    assert {folder.relative_to(tmp_path).parts[0] for folder in folders} == {"x-japanese", "x-other"}
