@@ -115,9 +115,14 @@ def _restore(path: Path, replaced: Path) -> None:
         replaced.rename(path)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders that killed processes left in `folder`."""
-    for temporary in folder.glob(PREFIX + "*"):
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files and folders that killed processes left in `folder`.
+
+    Args:
+        name: the file or folder in `folder` that they were writing (default: any).
+    """
+    start = PREFIX if name is None else temporary_path(folder / name).name
+    for temporary in folder.glob(start + "*"):
         if temporary.suffix in (_FOLDER, _REPLACED):
             continue
         with suppress(OSError), temporary.open("r+b") as file:
@@ -166,9 +171,11 @@ def temporary_file(path: Path) -> Iterator[Path]:
                 os.ftruncate(descriptor, 0)
             yield temporary
         finally:
-            if _has_name(descriptor, temporary):
-                temporary.unlink(missing_ok=True)
-            os.close(descriptor)
+            try:
+                if _has_name(descriptor, temporary):
+                    temporary.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
     except BaseException as error:  # torch's CheckpointException is not an Exception
         failure = file_system_error(error, path)
         if failure is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, ConfigError
-from jahubert.formats.atomic import atomic_path
+from jahubert.formats.atomic import atomic_path, remove_leftovers
 from jahubert.formats.bundle import INFO_KEYS, Bundle, load_bundle, save_bundle
 from jahubert.formats.fairseq import write_fairseq
 from jahubert.formats.torchaudio import write_torchaudio
@@ -101,6 +101,7 @@ def _check_target(target: Path, to: str) -> None:
     if to != "hf" and target.suffix not in suffixes:
         raise ConfigError(f"{target}: {to} files end in {' or '.join(suffixes)}; choose another name")
     for path in (target, target.with_suffix(".json")) if to == "torchaudio" else (target,):
+        remove_leftovers(path.parent, path.name)  # no later write does, because an existing target is kept
         if path.exists() and not _is_leftover(path):
             raise ConfigError(f"{path} already exists; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)

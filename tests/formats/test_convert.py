@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fixtures.foreign import (
 
 from jahubert.cli import main as cli
 from jahubert.errors import ConfigError
+from jahubert.formats.atomic import temporary_path
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.convert import convert, largest_difference
 from jahubert.model.heads import HubertForCtc, UnitHead
@@ -206,6 +209,26 @@ def test_interrupted_conversion_to_torchaudio_can_be_repeated(tmp_path):
         (tmp_path / "b.json").write_text(content)
         with pytest.raises(ConfigError, match=r"b\.json"):
             convert(tmp_path / "a", tmp_path / "b.pt", "torchaudio")
+
+
+def test_temporary_file_of_a_complete_folder_is_removed_by_the_next_run(tmp_path, monkeypatch):
+    """The complete folder is kept, as any existing target."""
+    save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(PermissionError):
+            convert(tmp_path / "a", tmp_path / "b", "hf")
+    other = temporary_path(tmp_path / "c")
+    other.touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    with pytest.raises(ConfigError, match="already exists"):
+        convert(tmp_path / "a", tmp_path / "b", "hf")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", other.name}
+    assert largest_difference(load_bundle(tmp_path / "a"), load_bundle(tmp_path / "b")) == 0
 
 
 def test_largest_difference_detects_a_changed_bias(tmp_path):
