@@ -294,7 +294,7 @@ def test_missing_input_is_reported(tmp_path):
 def test_kaldi_commands_and_archives_are_rejected(tmp_path, audio):
     good = path_of(audio, recordings()[0])
     (tmp_path / "wav.scp").write_text(f"a {good}\nb sox x.wav -t wav - |\nc raw.ark:123\n")
-    items, rejected = prepared(tmp_path)
+    items, rejected = prepared(tmp_path, max_rejected=1.0)
     assert [item.id for item in items] == ["a"] and [item.id for item in rejected] == ["b", "c"]
     assert "wav.scp:2" in rejected[0].detail and "wav.scp:3" in rejected[1].detail
 
