@@ -315,10 +315,12 @@ def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:
     return model.score(state_R, np.full(len(state_R), model.end_word))[0]
 
 
-def _warn_unknown(model: NGram | None, names: Sequence[str], kind: str) -> None:
+def _report_unknown(model: NGram | None, names: Sequence[str], kind: str) -> None:
+    """Log names that are missing in the model, as a warning if they are more than 5 %."""
     unknown = [name for name in names if model is not None and name not in model.index]
     if 0 < len(unknown) < len(names):
-        log.warning(
+        log.log(
+            logging.WARNING if len(unknown) > 0.05 * len(names) else logging.INFO,
             "%d of %d %s are not in the language model and have the probability of <unk>, first %r",
             len(unknown), len(names), kind, unknown[0],
         )  # fmt: skip
@@ -350,11 +352,11 @@ def load_fusion(
     try:
         if lexicon is not None:
             tree = Lexicon(read_lexicon(lexicon, symbols), symbols)
-            _warn_unknown(model, tree.words, "words of the lexicon")
+            _report_unknown(model, tree.words, "words of the lexicon")
             return LexiconFusion(tree, model, lm_weight, word_bonus)
         if model is None:
             return None
-        _warn_unknown(model, [name for name in symbols.symbols if name != BLANK], "symbols")
+        _report_unknown(model, [name for name in symbols.symbols if name != BLANK], "symbols")
         return SymbolFusion(model, symbols, lm_weight, word_bonus)
     except DataError as error:
         if lm is None or str(error).startswith(f"{lexicon}:"):

@@ -200,6 +200,16 @@ def test_language_model_of_another_unit_is_rejected(tmp_path):
         load_fusion(SYMBOLS, path)
 
 
+@pytest.mark.parametrize(("missing", "level"), [(1, "INFO"), (20, "WARNING")])
+def test_many_missing_symbols_are_a_warning(tmp_path, caplog, missing, level):
+    symbols = PhonemeSet.standard()
+    names = [name for name in symbols.symbols if name != BLANK]
+    write_arpa(train_ngram([names[missing:]], 1), tmp_path / "a.arpa")
+    with caplog.at_level("INFO"):
+        load_fusion(symbols, tmp_path / "a.arpa")
+    assert [record.levelname for record in caplog.records if "symbols" in record.message] == [level]
+
+
 def test_byte_order_mark_is_skipped(tmp_path, symbol_model):
     lexicon, arpa = tmp_path / "words.txt", tmp_path / "lm.arpa"
     lexicon.write_bytes("\ufeffア a\r\nキ k i\r\n".encode())
