@@ -72,6 +72,12 @@ class DiskFullError(UserError):
     exit_status = 1
 
 
+class SharedMemoryError(UserError):
+    """Shared memory is full; once there is space, rerunning the same command resumes the work."""
+
+    exit_status = 1
+
+
 class StaleError(UserError):
     """Raised if an existing output folder was created with different settings."""
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from jahubert.errors import JahubertError
 from jahubert.train.experiment import distributed
+from jahubert.train.experiment.resource_errors import report_file_errors
 from jahubert.train.trainer import trainer
 from jahubert.train.trainer.stop import StopDeadlineError, stop_signals
 from jahubert.train.trainer.trainer import train
@@ -42,6 +44,17 @@ class LargeData(Data):
 
     def load(self, micro):
         return LargeBatch(super().load(micro).x_BD, torch.zeros(50_000))
+
+
+class FillingData(LargeData):
+    """Data source that fills /dev/shm in the third step, as another program could."""
+
+    def load(self, micro):
+        if micro.index == 4:
+            with suppress(OSError), open("/dev/shm/other", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        return super().load(micro)
 
 
 class LateData(Data):
@@ -101,6 +114,16 @@ def test_full_shared_memory_ends_the_run(tmp_path, size):
     stderr = child.communicate(timeout=60)[1]
     assert child.returncode == 1, stderr
     assert "shared memory" in stderr and "train.workers" in stderr, stderr
+    assert "Traceback" not in stderr
+
+
+@needs_mount
+def test_shared_memory_that_fills_up_during_a_run_is_named(tmp_path):
+    """It is not mistaken for a full disk."""
+    child = start("fill-shm", tmp_path, 2, shm="64m")
+    stderr = child.communicate(timeout=60)[1]
+    assert child.returncode == 1 and "Traceback" not in stderr, stderr
+    assert "/dev/shm" in stderr and "train.workers" in stderr and str(tmp_path) not in stderr, stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -196,12 +219,13 @@ def main(kind: str, folder: str, workers: str = "0") -> int:
     data = {
         "shm": LargeData,
         "full-shm": LargeData,
+        "fill-shm": FillingData,
         "late": lambda: LateData(out),
         "stop-rank-0": lambda: Stopping(groups=4),
         "announce": lambda: Announcing(out),
     }[kind]()
     try:
-        with distributed.process_group():
+        with distributed.process_group(), report_file_errors(out):
             if kind == "stop-rank-0":
                 config = replace(config, batch_seconds=24.0)
                 train(Toy(), Data(groups=4), replace(config, max_steps=1), out / "before")

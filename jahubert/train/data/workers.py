@@ -7,14 +7,16 @@ import multiprocessing
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from jahubert.errors import UserError
+from jahubert.errors import SharedMemoryError, UserError
 from jahubert.train.experiment import distributed
 
 T = TypeVar("T")
@@ -22,12 +24,6 @@ R = TypeVar("R")
 
 PREFETCH = 4  # number of items that each worker computes ahead
 _SHUTDOWN_SECONDS = 10.0  # seconds before workers that have not exited are killed
-
-
-class SharedMemoryError(UserError):
-    """Raised if the shared memory is too small for the DataLoader workers."""
-
-    exit_status = 1
 
 
 def map_in_workers(
@@ -45,6 +41,7 @@ def map_in_workers(
         pin_memory: whether to return tensors in page-locked memory, allocated through the current GPU.
 
     Raises:
+        SharedMemoryError: there is too little shared memory, or another program has filled it.
         UserError, OSError: raised by `function`.
         RuntimeError: a worker died (raised by torch).
     """
@@ -137,6 +134,9 @@ def _start(loader: DataLoader, advice: str) -> Iterator[tuple[Any, Any]]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(partial := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
+                partial._shutdown = True  # its destructor would fail and print a traceback
         raise SharedMemoryError(
             f"not enough shared memory for the queues of DataLoader workers; {advice}"
         ) from None

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from jahubert.errors import DISK_FULL, ConfigError, DiskFullError, JahubertError, file_system_error
+from jahubert.errors import (
+    DISK_FULL,
+    ConfigError,
+    DiskFullError,
+    JahubertError,
+    SharedMemoryError,
+    file_system_error,
+)
 from jahubert.train.experiment import distributed
 
 # English messages. numpy only reports how many items it wrote, and "File too large" is caused by a limit on
@@ -40,7 +47,7 @@ def report_file_errors(out: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (DiskFullError, KeyboardInterrupt):
+    except (DiskFullError, SharedMemoryError, KeyboardInterrupt):
         raise
     except BaseException as error:  # torch's CheckpointException is not an Exception
         if isinstance(error, JahubertError) and not _reports_full_disk(error):
