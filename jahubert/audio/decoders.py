@@ -14,12 +14,14 @@ import soundfile
 
 from jahubert.audio import media
 from jahubert.audio.containers import Part, find, split
+from jahubert.audio.integrity import flac_samples, is_truncated
 from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _BLOCK = 60 * 48_000  # number of frames to decode at a time from a file of unknown length
 _UNKNOWN = 1 << 48  # frame counts of this value or more mean that the length is unknown
 _FLAC = b"fLaC\0\0\0\x22"  # start of a FLAC stream
+_MIN_RATE, _MAX_RATE = 1_000, 3_072_000  # Hz; other rates are those of damaged headers
 _READ_AHEAD = 65_536  # maximum number of bytes that a decoder reads ahead
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeError)
 
@@ -44,11 +46,13 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
     """Open decoders for all streams in a file, in order.
 
     Raises:
-        AudioError: the file is not audio, has an unsupported format, or is truncated.
+        AudioError: the file is not audio, has an unsupported format or an impossible sampling rate, or is
+            truncated.
     """
     magic = media.sniff(source)
     if magic is not None:
         with media.open_media(source, magic) as media_decoder:
+            _check_rate(source.name, media_decoder.rate)
             yield [media_decoder]
         return
     parts = split(source)
@@ -59,10 +63,20 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
         except _SOUNDFILE_ERRORS as error:
             unsupported = media.explain(source, getattr(error, "error_string", "") or str(error))
             raise unsupported from error
+        for decoder in decoders:
+            _check_rate(source.name, decoder.rate)
         yield list(decoders)
     finally:
         for decoder in decoders:
             decoder.close()
+
+
+def _check_rate(name: str, rate: int) -> None:
+    if not _MIN_RATE <= rate <= _MAX_RATE:
+        raise AudioError(
+            f"{name}: its header states a sampling rate of {rate} Hz, which must be between {_MIN_RATE} and "
+            f"{_MAX_RATE}; the file is damaged or not audio"
+        )
 
 
 class _Bytes(io.RawIOBase):
@@ -123,6 +137,9 @@ class SoundFileDecoder:
         self.part = part
         self.file = _Sequential(self._target(), closefd=False)
         self.rate = self.file.samplerate
+        if is_truncated(self.file, source.file):
+            self.file.close()
+            raise AudioError(f"{self.name} is truncated: its header states more samples than it contains")
 
     def _target(self) -> int | BinaryIO:
         """Return the argument for soundfile: a descriptor for a whole regular file, or else a file object."""
@@ -143,6 +160,7 @@ class SoundFileDecoder:
         # MP3 decoders deviate from the stated length, and FLAC files written to a pipe do not state a length.
         if self.file.format == "MP3" or self.file.frames >= _UNKNOWN:
             return sum(len(block) for block in self.blocks(_BLOCK))
+        self._check_flac_length()
         n_frames: int = self.file.frames
         return n_frames
 
@@ -159,6 +177,8 @@ class SoundFileDecoder:
             samples: np.ndarray = file.read(n_expected, dtype="float32", always_2d=True)
         except _SOUNDFILE_ERRORS as error:
             raise self._damaged() from error
+        except MemoryError:  # the stated length is impossible
+            raise self._truncated(n_expected, 0) from None
         if len(samples) < n_expected:
             raise self._truncated(n_expected, len(samples))
         if n is None:
@@ -168,8 +188,12 @@ class SoundFileDecoder:
     def blocks(self, n: int) -> Iterator[np.ndarray]:
         file = self.file
         n_read = 0
+        n_stated = _UNKNOWN if file.format == "MP3" else file.frames
         try:
-            while len(block := file.read(n, dtype="float32", always_2d=True)):
+            while n_read < n_stated:  # reading on would decode what follows the last sample
+                block = file.read(min(n, n_stated - n_read), dtype="float32", always_2d=True)
+                if not len(block):
+                    break
                 n_read += len(block)
                 yield block
         except _SOUNDFILE_ERRORS as error:
@@ -188,6 +212,7 @@ class SoundFileDecoder:
         """Reject concatenated FLAC files, because decoders stop after the first one."""
         if self.file.format != "FLAC":
             return
+        self._check_flac_length()
         file = self.source.file
         in_memory = isinstance(file, io.BytesIO)
         position = file.tell() if in_memory else os.lseek(file.fileno(), 0, os.SEEK_CUR)
@@ -195,6 +220,20 @@ class SoundFileDecoder:
             raise AudioError(
                 f"{self.name} contains several FLAC streams, but decoders read only the first; split "
                 "the file, or convert it with ffmpeg"
+            )
+
+    def _check_flac_length(self) -> None:
+        """Compare the stated length of a FLAC stream with the position of its last frame."""
+        if self.file.format != "FLAC" or self.file.frames >= _UNKNOWN:
+            return
+        file = self.source.file
+        position = file.tell()  # libsndfile moves the same descriptor
+        n_samples = flac_samples(file, self.source.size)
+        file.seek(position)
+        if n_samples is not None and n_samples != self.file.frames:
+            raise AudioError(
+                f"{self.name}: its header states {self.file.frames} samples, but its last FLAC frame ends at "
+                f"sample {n_samples}; encode it again, for example with ffmpeg"
             )
 
     def _damaged(self) -> AudioError:

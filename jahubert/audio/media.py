@@ -33,7 +33,7 @@ _FORMATS = (  # (offset, magic bytes, name of the format)
 # Containers that libsndfile opens only if it supports the codec inside.
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
 _TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # matches ffmpeg's error messages
-_SLACK_SECONDS = 1.0  # maximum difference between the stated and the decoded length
+_SLACK_SECONDS = 0.25  # maximum difference between the stated and the decoded length
 INSTALL = "pip install 'jahubert[media]' (PyAV), or install ffmpeg"
 
 

@@ -240,3 +240,58 @@ def test_shared_cases_have_their_full_length(shared_data):
         assert audio_length(path) == len(load_audio(path)) == 89_280
     for path in sorted((cases / "concatenated").iterdir()):
         assert audio_length(path) == len(load_audio(path)) == pytest.approx(15.6 * 16_000, rel=0.01)
+
+
+@pytest.mark.parametrize("fmt", ["AVR", "MAT4", "MAT5", "MPC2K", "NIST", "SVX", "VOC", "W64"])
+def test_truncated_files_of_rare_formats_are_rejected(tmp_path, fmt):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, NOISE[:16_000], 16_000, format=fmt, subtype="PCM_16")
+    expected, _ = soundfile.read(path, dtype="float32")
+    assert audio_length(path) == len(expected) == 16_000
+    np.testing.assert_array_equal(load_audio(path), expected)
+    content = path.read_bytes()
+    for size in (len(content) // 2, len(content) - 300):
+        path.write_bytes(content[:size])
+        for read in (load_audio, audio_length, lambda path: list(stream_audio(path))):
+            with pytest.raises(AudioError, match=r"a\.wav is truncated"):
+                read(path)
+
+
+@pytest.mark.parametrize("rate", [1, 7, 999, 2**31 - 1])
+def test_impossible_sampling_rates_are_rejected(tmp_path, rate):
+    """Resampling them would take minutes."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, NOISE[:1_600], 16_000)
+    content = bytearray(path.read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    path.write_bytes(content)
+    for read in (load_audio, audio_length, lambda path: list(stream_audio(path))):
+        with pytest.raises(AudioError, match=f"sampling rate of {rate} Hz"):
+            read(path)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
+@pytest.mark.parametrize(("stated", "error"), [
+    ("half", "last FLAC frame"), ("one less", "last FLAC frame"), ("one more", "FLAC frame|truncated"),
+    ("all bits set", "FLAC frame|truncated"), ("unknown", None), ("right", None),
+])  # fmt: skip
+def test_stated_length_of_flac_is_compared_with_the_last_frame(tmp_path, rate, stated, error):
+    path, n_samples = tmp_path / "a.flac", 3 * rate + 17
+    soundfile.write(path, np.resize(NOISE, n_samples), rate)
+    count = {
+        "half": n_samples // 2, "one less": n_samples - 1, "one more": n_samples + 1,
+        "all bits set": 2**36 - 1, "unknown": 0, "right": n_samples,
+    }[stated]  # fmt: skip
+    content = bytearray(path.read_bytes())
+    fields = int.from_bytes(content[18:26], "big") >> 36 << 36 | count
+    content[18:26] = fields.to_bytes(8, "big")
+    path.write_bytes(bytes(content) + (b"TAG" + bytes(125) if error is None and count else b""))
+    for read in (load_audio, audio_length, lambda path: torch.cat(list(stream_audio(path)))):
+        if error is None:
+            length = read(path)
+            assert (length if isinstance(length, int) else len(length)) == (
+                2 * n_samples * 16_000 + rate
+            ) // (2 * rate)
+        else:
+            with pytest.raises(AudioError, match=error):
+                read(path)
