@@ -68,7 +68,7 @@ def table(exp: Path, systems: list[str]) -> str:
         row = [
             f"`{system}`",
             f"{60 * record['metrics']['hours']:.0f}",
-            f"{record['config']['train']['max_steps']:,}",
+            f"{record['settings']['train.max_steps']:,}",
             interval(score["per"], "rate"),
             interval(against, "difference", "+") if against else "",
             f"{against['p']:.3f}" if against else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import soundfile
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.experiment import provenance
 from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import configure_jobs
+from jahubert.train.stages import finetune
+from jahubert.train.trainer.optim import TrainConfig
 
 languages = recipe_module("languages")
 compare = recipe_module("languages", "compare")
@@ -103,3 +107,22 @@ def test_pretraining_runs_both_languages_with_valid_settings(tmp_path):
     folders = {configure_jobs([*settings, *job])[0].out for job in jobs}
     assert len(folders) == len(jobs)
     assert {folder.relative_to(tmp_path).parts[0] for folder in folders} == {"x-japanese", "x-other"}
+
+
+def test_table_shows_the_difference_from_the_baseline(tmp_path):
+    rate = {"rate": 0.5, "low": 0.4, "high": 0.6}
+    against = {"per": {"difference": 0.25, "low": 0.2, "high": 0.3, "p": 0.001}}
+    for system in ("japanese", "scratch"):
+        score = {"per": rate, "kana_cer": rate} | ({"against": against} if system == "scratch" else {})
+        folder = tmp_path / "systems" / system
+        (folder / "score").mkdir(parents=True)
+        (folder / "score" / "scores.json").write_text(json.dumps({"test_cv": score}))
+        (folder / "finetune").mkdir()
+        train = TrainConfig(max_steps=2500)
+        config = finetune.Config(tmp_path, tmp_path, head_only_steps=0, freeze_conv=False, train=train)
+        inputs = provenance.stage_inputs("finetune", finetune.VERSION, config)
+        provenance.finish(folder / "finetune", inputs, {"hours": 1.5}, seconds=1.0)
+    rows = compare.table(tmp_path, ["japanese", "scratch"]).splitlines()[2:]
+    first, second = ([cell.strip() for cell in row.split("|")] for row in rows)
+    assert first[1:5] == ["`japanese`", "90", "2,500", "50.0 [40.0, 60.0]"]
+    assert second[5:7] == ["+25.0 [20.0, 30.0]", "0.001"]
