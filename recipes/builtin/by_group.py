@@ -9,9 +9,10 @@ bootstrapped over utterances, so they do not cover the choice of speakers.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from pathlib import Path
+
+from read_speech import read_rows
 
 from jahubert.train.evaluation.metrics import bootstrap_interval
 from jahubert.train.evaluation.scoring import MEASURES, ScoredUtterance, SetScore
@@ -42,10 +43,9 @@ def main() -> None:
 def stated(table: Path, column: str) -> dict[str, str]:
     """Map speakers to their first value in a column."""
     values: dict[str, str] = {}
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            if row[column]:
-                values.setdefault(row["speaker"], row[column])
+    for row in read_rows(table, ("speaker",)):
+        if row[column]:
+            values.setdefault(row["speaker"], row[column])
     return values
 
 

@@ -15,7 +15,7 @@ Frames = Any  # (N, D): a tensor, an array or a class below; all support slices 
 
 
 class FrameFile:
-    """Frames in a .npy file, which is memory-mapped anew for each read.
+    """Frames in a .npy file, which is memory-mapped again for each read.
 
     The mapping is not kept, so that the pages of a large file do not accumulate in the process.
 
