@@ -1,8 +1,8 @@
-"""Checks of stated lengths that libsndfile does not make.
+"""Detection of truncated files and wrong FLAC lengths, which libsndfile accepts without an error.
 
-libsndfile shortens a truncated file of a rare format and only mentions it in its log. It ends a FLAC stream
-at the sample count in its header, even if more frames follow. The headers of IRCAM, PAF and PVF files state
-no length, so their truncation cannot be detected.
+libsndfile shortens a truncated file of a rare format and only mentions it in its log. It stops reading a FLAC
+stream at the sample count in the header, even if more frames follow. The headers of IRCAM, PAF and PVF files
+state no length, so their truncation cannot be detected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_truncated(sound: soundfile.SoundFile, file: BinaryIO) -> bool:
 
     Args:
         sound: the file, opened with soundfile.
-        file: its bytes.
+        file: the same file, opened in binary mode.
     """
     if sound.format == "NIST":
         position = file.tell()  # libsndfile continues from here
@@ -81,7 +81,7 @@ def flac_samples(file: BinaryIO, size: int) -> int | None:
 
 
 def _frame_end(head: bytes, max_block: int, channels: int) -> int | None:
-    """Return the number of the sample after a FLAC frame, or None if `head` is not a frame header."""
+    """Return the position of the first sample after a FLAC frame, or None if `head` is not a frame header."""
     if len(head) < 6 or head[3] & 1:
         return None
     block_code, rate_code, assignment = head[2] >> 4, head[2] & 15, head[3] >> 4

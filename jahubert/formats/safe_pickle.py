@@ -207,9 +207,13 @@ def _read_archive(path: Path) -> Any:
     def read(name: str) -> bytes:
         nonlocal bytes_left
         entry = entries[name]
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} has an unsupported compression type ({entry.compress_type})")
         bytes_left -= entry.file_size
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or bytes_left < 0:
-            raise ValueError(f"{name} has {entry.file_size:,} bytes ({VARIABLE} raises the limit)")
+        if bytes_left < 0:
+            raise ValueError(
+                f"with {name}, its content exceeds {_max_bytes(path):,} bytes; {VARIABLE} raises the limit"
+            )
         return archive.read(entry)
 
     if folder + "byteorder" in entries and read(folder + "byteorder") != b"little":
@@ -221,8 +225,10 @@ def _read_archive(path: Path) -> Any:
         new = Storage(dtype, lambda: read(f"{folder}data/{key}"))
         return storages.setdefault((key, dtype), new)
 
-    if entries[program].file_size > limit(PICKLE_BYTES):
-        raise ValueError(f"a pickle of {entries[program].file_size:,} bytes; {VARIABLE} raises the limit")
+    if (size := entries[program].file_size) > limit(PICKLE_BYTES):
+        raise ValueError(
+            f"its pickle has {size:,} bytes, more than {limit(PICKLE_BYTES):,}; {VARIABLE} raises the limit"
+        )
     return _Unpickler(path, BytesIO(read(program)), storage).load()
 
 

@@ -1,4 +1,4 @@
-"""Lines of text files that people write: lexicons, dictionaries and texts, plain or gzip-compressed."""
+"""Line reader for text files from users: lexicons, dictionaries and texts, plain or gzip-compressed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
         content: what the file contains, for messages, such as "lexicon".
 
     Raises:
-        DataError: the file cannot be read, or a line, named by its number, is not UTF-8.
+        DataError: the file cannot be read, or a line is not UTF-8. The message gives the line number.
     """
     try:
         with _open(path) as file:

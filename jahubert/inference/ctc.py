@@ -276,7 +276,7 @@ def _step(
         dead_BK = score_BK == _LOG_ZERO
     else:
         assert state.lm is not None and state.state is not None
-        state.state = cache.bounded(state.state)
+        state.state = cache.evict_if_full(state.state)
         lm_BN = (state.lm[:, :, None] + cache.score_RC[state.state]).view(n_rows, -1)
         rank_BK, chosen_BK = (flat_BN + lm_BN).topk(state.last.shape[1], dim=1)
         dead_BK = rank_BK == _LOG_ZERO

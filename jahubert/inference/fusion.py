@@ -64,7 +64,7 @@ class Fusion(ABC):
         start: the initial state.
         blank, boundary: columns of the blank and of the word boundary (-1 if the head has no boundary).
         symbol_C: symbol of each column.
-        words: the words to which indices in `Rows` refer, which are empty without a lexicon.
+        words: the words to which the indices in `Rows` refer; empty without a lexicon.
     """
 
     start: int
@@ -125,9 +125,9 @@ class SymbolFusion(Fusion):
         share = _unigram_share(model, self.word_C)
         if share < 0.5:
             raise DataError(
-                f"only {100 * share:.0f} % of the tokens that the language model expects are symbols of the "
-                f"model, such as {names[0]!r}; train it on text in these symbols (a word-level model needs a "
-                "lexicon)"
+                f"the symbols of the CTC head, such as {names[0]!r}, have only {100 * share:.0f} % of the "
+                "unigram probability of the language model; train it on text in these symbols (a word-level "
+                "model needs a lexicon)"
             )
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> SymbolFusion:
@@ -149,7 +149,7 @@ class SymbolFusion(Fusion):
         return Rows(score_RC, next_RC, None, final_R, np.full(shape[0], -1))
 
 
-# Root nodes of the prefix tree for the start, where a boundary is allowed, and for the position after a
+# Root nodes of the prefix tree: at the start of the utterance, where a boundary is allowed, and after a
 # boundary.
 _BEGIN, _ROOT = 0, 1
 
@@ -202,7 +202,7 @@ class Lexicon:
         self.max_homophones = int(np.diff(self.first_end).max())
 
     def best_below(self, score_W: np.ndarray) -> np.ndarray:
-        """Return the highest score of the words that each node can become, which is 0 between words."""
+        """Return the highest score of the words below each node, which is 0 for the roots."""
         best = np.full(self.n_nodes, -np.inf)
         np.maximum.at(best, self.end_E, score_W[self.word_E])
         order = np.argsort(-self.depth, kind="stable")
@@ -213,11 +213,11 @@ class Lexicon:
 
 
 class LexiconFusion(Fusion):
-    """Fusion that restricts the output to the words of a lexicon, which a word n-gram scores if it is given.
+    """Fusion that restricts the output to the words of a lexicon and scores them with an optional n-gram.
 
     A word is scored when the boundary after it, or the end of the utterance, completes it. Before that, a
-    prefix is ranked by the unigram score of the best word that it can become (look-ahead). A boundary is also
-    possible before the first word and after the last one.
+    prefix is ranked by the unigram score of its best completion (look-ahead). A boundary is also possible
+    before the first word and after the last one.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class LexiconFusion(Fusion):
         else:
             self.model_word_W = model.word_ids(self.words)
             if not any(word in model.index for word in self.words):
-                raise DataError("the language model has none of the lexicon's words")
+                raise DataError("the language model contains none of the lexicon's words")
             unigram_W, _ = model.score(np.zeros(len(self.words), np.int64), self.model_word_W)
         self.look_ahead = lexicon.best_below(lm_weight * unigram_W + word_bonus)
 
@@ -286,7 +286,7 @@ class LexiconFusion(Fusion):
         next_RC[row, column] = _ROOT * self.n_states + lm_next
         word_RC[row, column] = word
         final = score + self._final(lm_next)
-        order = np.argsort(final, kind="stable")  # the last assignment to a row is its best word
+        order = np.argsort(final, kind="stable")  # ascending, so that the best word of a row is assigned last
         final_R[row[order]] = final[order]
         final_word_R[row[order]] = word[order]
         return Rows(score_RC, next_RC, word_RC, final_R, final_word_R)
@@ -316,12 +316,12 @@ def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:
 
 
 def _report_unknown(model: NGram | None, names: Sequence[str], kind: str) -> None:
-    """Log names that are missing in the model, as a warning if they are more than 5 %."""
+    """Log the names that the model lacks, as a warning if these are more than 5 % of all names."""
     unknown = [name for name in names if model is not None and name not in model.index]
     if 0 < len(unknown) < len(names):
         log.log(
             logging.WARNING if len(unknown) > 0.05 * len(names) else logging.INFO,
-            "%d of %d %s are not in the language model and have the probability of <unk>, first %r",
+            "%d of %d %s are not in the language model and have the probability of <unk>, for example %r",
             len(unknown), len(names), kind, unknown[0],
         )  # fmt: skip
 
@@ -337,8 +337,8 @@ def load_fusion(
 
     Args:
         symbols: the symbols of the CTC head.
-        lm: path of an ARPA file, whose tokens are the words of the lexicon, or the symbols without a lexicon.
-        lexicon: path of a file for `read_lexicon`, to whose words the output is restricted.
+        lm: path of an ARPA file. Its tokens are words if a lexicon is given, and otherwise symbols.
+        lexicon: path of a lexicon (see `read_lexicon`), to whose words the output is restricted.
         lm_weight, word_bonus: see `Fusion`.
 
     Returns:
@@ -392,7 +392,7 @@ class RowCache:
         self.final_word_R = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def start(self, n_rows: int, beam: int) -> Tensor:
-        """Return the row of the initial state, (B, K), for every slot."""
+        """Return the row of the initial state for every slot of the beam, (B, K)."""
         row = int(self.rows(np.array([self.fusion.start]))[0])
         return torch.full((n_rows, beam), row, device=self.device)
 
@@ -416,7 +416,7 @@ class RowCache:
             next_BK[pending_BK] = new
         return next_BK
 
-    def bounded(self, row_BK: Tensor) -> Tensor:
+    def evict_if_full(self, row_BK: Tensor) -> Tensor:
         """Keep only the given rows if the cache is full, and return their new numbers."""
         if len(self._row_of) <= max(self.max_rows, 2 * row_BK.numel()):
             return row_BK

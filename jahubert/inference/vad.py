@@ -31,9 +31,13 @@ _MIN_LEVEL_STD = 2.5  # minimum standard deviation of the level
 _MIN_SHAPE_STD = 1.6  # minimum mean standard deviation of the relative band levels
 _MIN_CHANGE = 1.6  # minimum median change of the relative band levels within _LAG frames
 _LAG = 3
-_PERIODIC = (20.0, 0.6, 2, 3)  # level below the loudest, autocorrelation, run length, frames in runs
-_SUSTAINED = (12.0, 4, 6, 0.7)  # level below the loudest, run length, frames in runs, fraction in runs
-_PITCH = (80.0, 420.0, 250.0, 3000.0)  # range of the pitch and range of the searched band in Hz
+# Periodic windows: maximum distance to the loudest frame, minimum autocorrelation, minimum length of a run of
+# such frames, and minimum number of frames in runs.
+_PERIODIC = (20.0, 0.6, 2, 3)
+# Sustained windows: maximum distance to the loudest frame, minimum length of a run of such frames, minimum
+# number of frames in runs, and minimum fraction of such frames in runs.
+_SUSTAINED = (12.0, 4, 6, 0.7)
+_PITCH = (80.0, 420.0, 250.0, 3000.0)  # range of the pitch, and band in which it is searched, in Hz
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
 MARGIN = 12  # number of frames added around speech for quiet consonants and CTC spikes

@@ -102,11 +102,14 @@ class _Reader:
         return counts
 
     def _section(self, order: int, count: int, is_last: bool) -> Entries:
-        """Read the n-grams of one order, from the line after the name of the order on."""
+        """Read the n-grams of one order, starting with the line after the section header."""
         ids, logps, backoffs = array("i"), array("f"), array("f")
         for parts in self._rows():
             if not order + 1 <= len(parts) <= order + 2:
-                self._fail(f"expected a log-probability, {order} words and an optional back-off weight")
+                self._fail(
+                    f"expected a log-probability, {order} words and an optional back-off weight, "
+                    f"found {len(parts)} fields"
+                )
             logps.append(self._number(parts[0], "log-probability", highest=1e-4))
             backoffs.append(self._number(parts[-1], "back-off weight") if len(parts) == order + 2 else 0.0)
             if order == 1:
@@ -145,7 +148,7 @@ class _Reader:
         except ValueError:
             self._fail(f"the {name} {_shown(text)} is not a number")
         if math.isnan(value) or value > highest or value == math.inf:
-            self._fail(f"the {name} is {_shown(text)}")
+            self._fail(f"the {name} {_shown(text)} is out of range")
         return value
 
 

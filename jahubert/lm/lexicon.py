@@ -21,8 +21,8 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
     """Read a lexicon, ignoring repeated lines.
 
     Raises:
-        DataError: the file cannot be read or has no words, or a line, whose number is given, is not UTF-8,
-            has no symbols, or has symbols outside the vocabulary.
+        DataError: the file cannot be read or has no words, or a line is not UTF-8, has no symbols, or has
+            symbols outside the vocabulary. The message gives the line number.
     """
     entries: dict[Entry, None] = {}
     for number, line in read_lines(path, "lexicon"):

@@ -17,9 +17,8 @@ import numpy as np
 from jahubert.errors import DataError
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
-UNSEEN_LOGP = -100.0 * np.log(
-    10.0
-)  # log-probability of an unknown word if the model has no <unk>, as in KenLM
+# Log-probability of an unknown word if the model has no <unk>, as in KenLM.
+UNSEEN_LOGP = -100.0 * np.log(10.0)
 
 
 class NGramError(DataError):
@@ -67,7 +66,9 @@ class NGram:
         self.end_word = self.index.get(END, -1)
         self.unknown_word = self.index.get(UNKNOWN, -1)
         if self.counts[0] != len(self.words):
-            raise DataError(f"{len(self.words)} words, but {self.counts[0]} unigrams")
+            raise DataError(
+                f"the vocabulary has {len(self.words)} words, but there are {self.counts[0]} unigrams"
+            )
         self.key_N = np.empty(0, np.int64)
         logps, backoffs = [], [np.zeros(1, np.float32)]
         for order, entry in enumerate(entries, 1):
@@ -92,12 +93,12 @@ class NGram:
             if len(missing := np.flatnonzero(node_N < 0)):
                 row = int(missing[0])
                 context = " ".join(self.words[w] for w in words_Nn[row, : column + 1])
-                raise NGramError(f"its context {context!r} is missing", order, row)
+                raise NGramError(f"the context {context!r} of this n-gram is missing", order, row)
         key_N = node_N * len(self.words) + words_Nn[:, order - 1]
         sort_N = np.argsort(key_N, kind="stable")
         key_N = key_N[sort_N]
         if len(repeated := np.flatnonzero(key_N[1:] == key_N[:-1])):
-            raise NGramError("it is a duplicate", order, int(sort_N[repeated[0] + 1]))
+            raise NGramError("this n-gram is a duplicate", order, int(sort_N[repeated[0] + 1]))
         return key_N, sort_N
 
     def _find(self, context_R: np.ndarray, word_R: np.ndarray) -> np.ndarray:
@@ -211,7 +212,7 @@ def concatenate_ranges(first_R: np.ndarray, last_R: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Total log-probability of a text and the numbers of its tokens.
+    """Total log-probability of a text, and its token counts.
 
     Attributes:
         logp: sum of the natural log-probabilities of all words and sentence ends.

@@ -300,7 +300,7 @@ class HubertModel(nn.Module):
                 1.
             padding: effect of padding (see `Padding`), which can be changed for comparisons with other
                 projects.
-            shape: sizes that kernels fill the batch up to, so that the shapes of batches do not differ. It
+            shape: sizes to which the kernels pad the packed batch, so that all batches have equal shapes. It
                 never changes a result.
 
         Raises:

@@ -53,7 +53,7 @@ ATTRIBUTION = (
 SETS = {
     "test_low": "held-out words, lower of the two recorded voices",
     "test_high": "held-out words, higher of the two recorded voices",
-    "test_joined": "held-out words of both voices, joined to utterances of 2 to 12 s",
+    "test_joined": "held-out words of both voices, joined into utterances of 2 to 12 s",
     "test_cv": "Common Voice sentences by 12 held-out speakers",
     "test_cv_phone": "the same sentences, band-limited and coded as on a telephone",
     "test_cv_noise": "the same sentences, with pink noise at 10 dB",

@@ -31,7 +31,7 @@ def main() -> None:
     utterances = list(read_hypotheses(args.hypotheses))
     print("| group | speakers | utterances | PER, % |\n|---|---|---|---|")
     for column in ("gender", "age"):
-        value_of = stated(args.table, column)
+        value_of = first_values(args.table, column)
         groups: dict[str, list[ScoredUtterance]] = defaultdict(list)
         for utterance in utterances:
             groups[value_of.get(utterance.speaker, UNKNOWN)].append(utterance)
@@ -40,7 +40,7 @@ def main() -> None:
             print(f"| {column}: {value} | {speakers} | {len(members)} | {per(members)} |")
 
 
-def stated(table: Path, column: str) -> dict[str, str]:
+def first_values(table: Path, column: str) -> dict[str, str]:
     """Map speakers to their first value in a column."""
     values: dict[str, str] = {}
     for row in read_rows(table, ("speaker",)):

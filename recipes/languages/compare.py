@@ -1,10 +1,10 @@
-"""Comparison of a network pretrained on Japanese, pretrained on other languages, and not pretrained.
+"""Comparison of networks pretrained on Japanese, pretrained on other languages, and not pretrained.
 
     python recipes/languages/compare.py data=/path/to/common_voice_ja other_languages=/path/to/others
 
 The script pretrains in exp/languages-japanese and exp/languages-other, fine-tunes and scores the systems of
 the recipe in exp/languages, and prints a table of their error rates. Finished stages are kept and interrupted
-stages are resumed, so the command can be repeated until it succeeds. Any other setting may follow.
+stages are resumed, so the command can be repeated until it succeeds. It accepts all settings of the stages.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Clips = read_speech.Config
 class Config:
     language: str = "japanese"  # language of the training split: japanese or other
     other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for language=other
-    minutes: float = 90.0  # duration of the training split
+    minutes: float = 90.0  # duration of the training split in minutes
     clips: Clips = field(default_factory=lambda: Clips(speeds=()))
 
     def __post_init__(self) -> None:
@@ -42,33 +42,34 @@ class Config:
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Yield the splits train, dev_cv and test_cv.
 
-    `data` is a folder with `transcripts.tsv` (columns file, text, speaker). The training split has `minutes`
-    of randomly drawn utterances; further ones are rejected.
+    `data` is a folder with `transcripts.tsv` (columns file, text, speaker). Utterances are assigned to the
+    training split in random order until it has `minutes`; the rest are rejected.
 
     Raises:
         DataError: a corpus was not found, or it is shorter than `minutes`.
     """
     if data is None:
         raise DataError("recipe languages needs data=FOLDER, a folder with transcripts.tsv")
-    read, found = 0, False
+    n_samples, is_complete = 0, False
     for item in _utterances(data, work, config, seed):
         if isinstance(item, Rejected) or item.split != "train":
             yield item
-        elif found:
-            yield Rejected(item.id, "beyond the number of minutes")
+        elif is_complete:
+            yield Rejected(item.id, "training split is complete")
         else:
-            read += item.n_samples
-            found = read >= config.minutes * 60 * SAMPLE_RATE
+            n_samples += item.n_samples
+            is_complete = n_samples >= config.minutes * 60 * SAMPLE_RATE
             yield item
-    if not found:
+    if not is_complete:
+        found = n_samples / SAMPLE_RATE / 60
         raise DataError(
-            f"the training split ({config.language}) has only {read / SAMPLE_RATE / 60:.1f} minutes, but "
+            f"the training split ({config.language}) has {found:.1f} minutes, less than "
             f"minutes={config.minutes:g}; set minutes to at most this duration"
         )
 
 
 def _utterances(data: Path, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of all splits; those of split train in random order."""
+    """Yield the utterances of all splits, those of the training split in random order."""
     for item in read_speech.sentences(data, work, config.clips, seed, set()):
         japanese_training = isinstance(item, Utterance) and item.split == "train"
         if isinstance(item, Utterance) and item.split not in ("train", "dev_cv", "test_cv"):

@@ -156,8 +156,8 @@ def synthesize(
         config: the options, of which `texts`, `own_share` and `neural_minutes` are not used.
         seed: seed for all random choices.
         data: folder with HTS voices.
-        seen: letters and digits of each sentence to skip, to which those of `texts` are added; default:
-            `excluded_sentences`.
+        seen: letters and digits of the sentences to skip (default: `excluded_sentences`). Those of `texts`
+            are added.
 
     Yields:
         Utterances, whose audio exists, and rejected sentences.

@@ -6,13 +6,13 @@
     python tools/bench/checkouts.py ../before . pretrain --lengths 4.4 4.4 4.3 4.3 --blocks 4
 
 Each checkout runs in its own process. The processes take turns, and the order is reversed in every other
-round, so that changes of the machine's speed affect both. The script prints the medians of
+round, so that changes in the machine's speed affect both. The script prints the medians of
 `time.process_time` over the rounds, their ratio (second checkout relative to the first) and the median of the
-ratios per round. Pass the same checkout twice to see the noise of the measurement.
+ratios per round. Pass the same checkout twice to determine the noise of the measurement.
 
 `transcribe` and `features` (layer 6) read `--audio` with `--model`, which both checkouts must be able to
 open. Its default is the built-in model of the first checkout for `transcribe`, and HuBERT base with random
-weights for `features`. `pretrain` is a step of `tools/bench/pretrain_step.py` of each checkout.
+weights for `features`. `pretrain` runs a step of each checkout's `tools/bench/pretrain_step.py`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def default_model(args: argparse.Namespace, folder: Path) -> str:
     if args.workload == "transcribe":
         configs = sorted((args.first / "jahubert" / "assets").glob("*/config.json"))
         if not configs:
-            raise SystemExit(f"{args.first} has no built-in model; give --model")
+            raise SystemExit(f"{args.first} has no built-in model; specify one with --model")
         return str(configs[0].parent)
     torch.manual_seed(0)
     return str(
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--audio", type=Path, help="recording for transcribe and features")
     parser.add_argument("--model", help="model for transcribe and features")
-    parser.add_argument("--lengths", type=float, nargs="+", default=[4.4, 4.4, 4.3, 4.3], help="in s")
+    parser.add_argument("--lengths", type=float, nargs="+", default=[4.4, 4.4, 4.3, 4.3], help="in seconds")
     parser.add_argument("--blocks", type=int, default=4, help="Transformer blocks for pretrain")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=1)

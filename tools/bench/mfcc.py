@@ -107,7 +107,7 @@ def main() -> None:
         if features.shape != exact.shape:  # librosa has fewer frames, because its windows are longer
             continue
         error = np.abs(features.numpy() - exact).max()
-        print(f"largest difference to Kaldi: {error:.2g}  {label}")
+        print(f"largest difference from Kaldi: {error:.2g}  {label}")
         if label == "jahubert" and not error < 1e-3:
             raise SystemExit("parity check failed")
     times = []

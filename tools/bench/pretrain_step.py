@@ -216,7 +216,7 @@ def check(config: HubertConfig) -> None:
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         results.append(torch.stack([loss.detach(), torch.nn.utils.get_total_norm(gradients)]))
     difference = float(((results[0] - results[1]) / results[1]).abs().max())
-    print(f"largest relative difference to transformers in loss and gradient norm: {difference:.1e}")
+    print(f"largest relative difference from transformers in loss and gradient norm: {difference:.1e}")
     if difference > 1e-3:
         raise SystemExit("parity check failed")
 

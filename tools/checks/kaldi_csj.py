@@ -1,11 +1,11 @@
-"""Comparison of recipe csj with Kaldi's scripts on invented transcripts.
+"""Comparison of recipe csj with Kaldi's scripts on synthetic transcripts.
 
     python tools/checks/kaldi_csj.py /path/to/kaldi
 
 The transcripts are random SDB files in the format of the corpus. Kaldi's scripts (egs/csj/s5) are run
 unchanged from the given checkout, which is not part of this repository, and require perl and nkf or iconv.
-The utterances of recipe csj with `join=kaldi` must have the same times and phones, otherwise the exit status
-is 1.
+If the utterances of recipe csj with `join=kaldi` do not have the same times and phones, the exit status is 1.
+Words to which Kaldi's conventions assign other phones are in a separate row and do not affect it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TAGGED = """
 技術 (W_ギーツ;ギジュツ)|正 (B_ゴ;セイ)|ちゃんと (W_チャト;チャント)<H>|です デ<P:00012.345-00012.678>ス
 はい<笑> ハイ<笑><咳><息><泣>|ここで (W_コ(L_デ;ココデ))|そう (W_(笑_ソ;ソー))
 (K_たち(F_えー)ばな;橘) タチ(F_エー)バナ"""
-# Words to which Kaldi's conventions assign other phones (see recipes/csj/README.md).
+# Words to which Kaldi's conventions assign other phones than recipe csj (see recipes/csj/README.md).
 CONVENTIONS = "\n亜 (?_ア,イ)|う ー|クヮ クヮ|(F_うん) (F_<VN>)"
 MASKS = "\n(R_××) (R_××)|(R×××××) (R×××××)|(F×××) (F×××)|×さん ×サン"
 EVENTS = ["<雑音>", "<拍手>", "<咳>", "<笑>", "<フロア発話>"]
@@ -148,7 +148,7 @@ def our_utterances(sdb: Path, audio: Path) -> Iterator[Spoken]:
 
 
 def compare(kind: str, scripts: Path, folder: Path, env: dict[str, str]) -> tuple[Counter[str], list[str]]:
-    """Count all utterances and those on which both agree, and describe the differences."""
+    """Count the utterances of both and those that agree, and describe the differences."""
     counts: Counter[str] = Counter()
     differences = []
     for number in range(TALKS):

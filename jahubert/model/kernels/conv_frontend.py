@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from jahubert.frames import FrameGrid
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors
-from jahubert.model.kernels.packing import TILE, PackedShape, Packing, filled
+from jahubert.model.kernels.packing import TILE, PackedShape, Packing, padded_size
 from jahubert.model.precision import autocast_dtype
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor], shape: PackedShape | 
     """Compute packed features (N, C) for waveforms that have at least one frame each.
 
     Args:
-        shape: sizes up to which all tensors are filled (see `Packing`).
+        shape: sizes to which all tensors are padded (see `Packing`).
     """
     layers = [cast("ConvLayer", layer) for layer in stack.conv_layers]
     strides = [layer.conv.stride[0] for layer in layers]
@@ -63,7 +63,7 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor], shape: PackedShape | 
     hop = math.prod(strides)  # number of samples per output frame
     tiles = [-(-n // (hop * TILE)) for n in lengths]
     first = [TILE * n for n in accumulate(tiles, initial=0)]
-    total = TILE * filled(sum(tiles), shape and shape.n_tiles, "tiles", BLOCK // TILE)
+    total = TILE * padded_size(sum(tiles), shape and shape.n_tiles, "tiles", BLOCK // TILE)
     parts = [F.pad(w, (0, n * TILE * hop - len(w))) for w, n in zip(wavs, tiles, strict=True)]
     x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * hop)])[:, None]
     x: Tensor | _Product = x_NC
@@ -72,8 +72,8 @@ def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor], shape: PackedShape | 
         lengths = [(n - layer.conv.kernel_size[0]) // stride + 1 for n in lengths]
         n_frames.append(lengths)
     filler = total // TILE - sum(tiles)  # tiles after the last utterance, assigned to the first utterance
-    n_utterances = filled(len(wavs), shape and shape.n_utterances, "utterances")
-    n_rows = filled(sum(lengths), shape and shape.n_rows, "frames", BLOCK)
+    n_utterances = padded_size(len(wavs), shape and shape.n_utterances, "utterances")
+    n_rows = padded_size(sum(lengths), shape and shape.n_rows, "frames", BLOCK)
     owner_T, position_T, n_frames_B, valid_N = index_tensors(
         device,
         np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(filler)),

@@ -20,10 +20,10 @@ SPAN = 32  # frames; attention and positional convolution round lengths up to mu
 
 
 class PackedShape(NamedTuple):
-    """Sizes up to which every packed batch is filled, so that all batches in a training have equal shapes.
+    """Sizes to which every packed batch is padded, so that all batches of a training run have equal shapes.
 
-    The windows of the positional convolution are not filled up, because a batch may have twice as many
-    windows as the average batch.
+    The windows of the positional convolution are not padded, because a batch may have twice as many windows
+    as the average batch.
     """
 
     n_utterances: int
@@ -51,8 +51,8 @@ class PackedShape(NamedTuple):
         )
 
 
-def filled(size: int, limit: int | None, what: str, multiple: int = 1) -> int:
-    """Return the size up to which a dimension is filled: `limit`, or the next `multiple` if it is None.
+def padded_size(size: int, limit: int | None, what: str, multiple: int = 1) -> int:
+    """Return the size to which a dimension is padded: `limit`, or the next `multiple` if it is None.
 
     Raises:
         ConfigError: `size` exceeds the limit.
@@ -80,8 +80,8 @@ class FlashSequences(NamedTuple):
 
     @classmethod
     def of(cls, packing: Packing, shape: PackedShape | None = None) -> FlashSequences:
-        longest = filled(max(packing.n_frames), shape and shape.longest, "frames in an utterance")
-        n_utterances = filled(packing.n_utterances, shape and shape.n_utterances, "utterances")
+        longest = padded_size(max(packing.n_frames), shape and shape.longest, "frames in an utterance")
+        n_utterances = padded_size(packing.n_utterances, shape and shape.n_utterances, "utterances")
         # Filler rows are cut into sequences that are not longer than the longest utterance. The number of
         # sequences depends on the shape, so that some of them may be empty.
         most_filler = packing.n_rows - (packing.n_valid if shape is None else 0)
@@ -111,7 +111,7 @@ class Packing:
         n_frames: number of valid frames in each utterance.
         width: S, the number of frames in the padded batch.
         device: device of the packed tensors.
-        shape: sizes up to which the packed tensors are filled.
+        shape: sizes to which the packed tensors are padded.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Packing:
         self.n_frames, self.width = list(n_frames), width
         self.n_utterances, self.n_valid = len(self.n_frames), sum(n_frames)
         index = concat_ranges(width * np.arange(self.n_utterances), n_frames)
-        n_rows = filled(self.n_valid, shape and shape.n_rows, "frames", BLOCK)
+        n_rows = padded_size(self.n_valid, shape and shape.n_rows, "frames", BLOCK)
         filler = np.full(n_rows - self.n_valid, index[0])
         self.index_N, n_frames_B = index_tensors(device, np.append(index, filler), n_frames)
         # torch's fused attention uses these. They are computed here, so that compiled blocks get only tensors

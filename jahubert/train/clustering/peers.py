@@ -36,7 +36,8 @@ def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
         seed=options.seed,
         gpu=device.type == "cuda",
         min_points_per_centroid=1,
-        max_points_per_centroid=math.ceil(n_frames / options.n_clusters) + 1,  # use all frames (default 256)
+        max_points_per_centroid=math.ceil(n_frames / options.n_clusters)
+        + 1,  # all frames, instead of 256 per cluster
     )
     kmeans.train(_to_numpy(frames_ND), init_centroids=_to_numpy(initial_KD))
     history = [float(total) / n_frames for total in kmeans.obj]

@@ -25,7 +25,7 @@ from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.workers import map_in_workers
 from jahubert.train.experiment.registry import FEATURES, resolve
 
-_IN_FLIGHT = 64  # utterances whose results are being copied to the CPU (several batches)
+_IN_FLIGHT = 64  # maximum number of utterances (several batches) whose frames are being copied to the CPU
 _HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normalize": bool}
 
 

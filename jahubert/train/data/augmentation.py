@@ -36,14 +36,14 @@ class AugmentConfig:
     """Probabilities of the effects (default: 0), and ranges from which the effect parameters are drawn."""
 
     speed_prob: float = 0.0  # resampling, which changes length and pitch; not allowed if labels have times
-    speed: tuple[float, float] = (0.9, 1.1)  # factor of the speed
+    speed: tuple[float, float] = (0.9, 1.1)  # speed factor
     reverb_prob: float = 0.0  # reverberation of a synthetic room
     reverb_seconds: tuple[float, float] = (0.1, 0.7)  # reverberation time (RT60)
-    reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # direct sound relative to the reverberation
+    reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # direct-to-reverberant ratio
     mix_prob: float = 0.0  # adds 1 to 3 other training utterances, each for at most half of the duration
-    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # speech relative to the other utterances
+    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # level relative to the other utterances
     noise_prob: float = 0.0  # stationary noise
-    noise_snr_db: tuple[float, float] = (5.0, 30.0)  # speech relative to the noise
+    noise_snr_db: tuple[float, float] = (5.0, 30.0)  # level relative to the noise
     noise_tilt: tuple[float, float] = (0.0, 2.0)  # spectral slope of the noise: 0 white, 1 pink, 2 brown
     band_prob: float = 0.0  # band-pass filtering, e.g. 300 to 3400 Hz as in telephone speech
     band_low_hz: tuple[float, float] = (50.0, 300.0)  # lower cutoff frequency
@@ -51,7 +51,7 @@ class AugmentConfig:
     codec_prob: float = 0.0  # mu-law quantization
     codec_bits: tuple[int, int] = (5, 8)  # bits per sample
     gain_prob: float = 0.0  # gain, with clipping at full scale
-    gain_db: tuple[float, float] = (-20.0, 6.0)  # change of the level
+    gain_db: tuple[float, float] = (-20.0, 6.0)  # change in level
 
     def __post_init__(self) -> None:
         shares = tuple(field.name for field in fields(self) if field.name.endswith("_prob"))
@@ -157,7 +157,7 @@ class Augmenter:
         return np.clip(wave_T * gain, -1.0, 1.0)
 
     def _other_speech(self, row: int, n_samples: int, rng: np.random.Generator) -> np.ndarray:
-        """Mix parts of other utterances at random times (WavLM, section III-B), float32 (T,)."""
+        """Return parts of other utterances, mixed at random times (WavLM, section III-B), float32 (T,)."""
         total = np.zeros(n_samples, np.float32)
         for _ in range(int(rng.integers(1, _MAX_OTHERS, endpoint=True))):
             other = int(self.rows[rng.integers(len(self.rows))])

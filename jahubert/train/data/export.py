@@ -176,7 +176,7 @@ def _file_name(item: Utterance) -> str:
 
 
 def _check_unique(name: str, names: set[str], item: Utterance) -> None:
-    """Add a name to `names`. Raise DataError if it exists, as for ids that differ only in / and -."""
+    """Add a name to `names`. Raise DataError if it is taken, for example if ids differ only in / and -."""
     if name in names:
         raise DataError(f"utterance {item.id!r}: another utterance is exported as {name} too; rename one")
     names.add(name)

@@ -1,4 +1,4 @@
-"""FLAC files of generated or converted audio: 16 bits, written atomically, and kept by later runs."""
+"""Writer for generated and converted audio as 16-bit FLAC files, which later runs reuse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_flac(path: Path, samples: np.ndarray, rate: int = SAMPLE_RATE) -> None
 
 
 def flac_length(path: Path) -> int | None:
-    """Return the number of samples of a file of `write_flac`; None if it is missing or unreadable."""
+    """Return the number of samples in a file written by `write_flac`; None if it is missing or unreadable."""
     try:
         return soundfile.info(path).frames
     except (OSError, RuntimeError):

@@ -113,7 +113,9 @@ class LabelWriter:
         """Concatenate the shards and write the header, which marks the store as complete."""
         if not (self.folder / "header.json").exists():
             if missing := self.pending():
-                raise DataError(f"{self.folder}: shards {missing[:5]} are missing; rerun stage=label")
+                raise DataError(
+                    f"{self.folder}: {len(missing)} shards are missing, first {missing[0]}; rerun stage=label"
+                )
             offsets = np.concatenate([[0], np.cumsum(self.n_frames)]).astype(np.int64)
             _write(self.folder / "units.bin", self._concatenate)
             _write(self.folder / "offsets.npy", lambda out: np.save(out, offsets))

@@ -153,7 +153,7 @@ class Sampler:
 
     @cached_property
     def shape(self) -> PackedShape | None:
-        """The shape that all micro-batches are filled up to; None: each has its own shape."""
+        """Shape to which all micro-batches are padded; None: each has its own shape."""
         if not self.sizes.one_shape:
             return None
         shortest, longest = int(self.shortest.min()), int(self.n_samples.max())
@@ -167,7 +167,9 @@ class Sampler:
         return self._epochs[epoch]
 
     def update(self, epoch: int, cursor: int, processes: int = 1) -> list[MicroBatch]:
-        """Return the micro-batches of the update at group `cursor`, as a multiple of `processes`.
+        """Return the micro-batches of the update at group `cursor`.
+
+        Groups are cut into more parts until the number of micro-batches is a multiple of `processes`.
 
         Raises:
             DataError: the update has fewer utterances than there are processes.
@@ -182,7 +184,7 @@ class Sampler:
         return [part for group in groups for part in group.micro_batches()]
 
     def check_processes(self, processes: int) -> None:
-        """Check before a training that its processes can share every update.
+        """Check before training that its processes can share every update.
 
         Raises:
             ConfigError: an update may have fewer utterances than there are processes.
@@ -228,9 +230,9 @@ class Sampler:
         return np.array(starts)
 
     def _balanced(self, length: np.ndarray, first: int, second: int, end: int) -> int:
-        """Return the start of the last group, moved back until it has up to half of the rows of both groups.
+        """Return a start of the last group that gives it up to half of the rows of the last two groups.
 
-        Otherwise the last group may be a single utterance, which several processes cannot share.
+        Otherwise, the last group may be a single utterance, which several processes cannot share.
         """
         while second - first > end - second + 1:
             rows, longest = end - second + 1, int(length[second - 1 : end].max())

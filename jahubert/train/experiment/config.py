@@ -273,7 +273,7 @@ def _scalar(value: Any, hint: Any) -> Any:
         return number if number is not None and math.isfinite(number) else None
     if hint is str and isinstance(value, int):  # a name in a YAML file may be a number
         return str(value)
-    is_class = typing.get_origin(hint) is None and isinstance(hint, type)  # tuple[int, ...] is no class
+    is_class = typing.get_origin(hint) is None and isinstance(hint, type)  # tuple[int, ...] is not a class
     return value if is_class and isinstance(value, hint) else None
 
 

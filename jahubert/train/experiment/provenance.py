@@ -40,20 +40,20 @@ def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
     return {"stage": stage, "version": version, "settings": fields}
 
 
-def fingerprint(recipe: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+def fingerprint(inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def acquire(
     out: Path,
-    recipe: dict[str, Any],
+    inputs: dict[str, Any],
     defaults: Mapping[str, Any] | None = None,
     runtime: Collection[str] = (),
 ) -> bool:
     """Reserve the folder `out` for a stage, and return whether the folder already has a complete result.
 
     Args:
-        recipe: the result of `stage_inputs`.
+        inputs: the result of `stage_inputs`.
         defaults: values of settings that are missing from the folder's record (`default_fields`).
         runtime: names of the settings that do not change the result (`runtime_fields`). Records written by
             earlier versions may contain them.
@@ -64,10 +64,10 @@ def acquire(
     for name in (DONE, STARTED):
         if (out / name).exists():
             before = read_record(out / name)
-            _check_unchanged(out, before, recipe, defaults or {}, runtime, finished=name == DONE)
+            _check_unchanged(out, before, inputs, defaults or {}, runtime, finished=name == DONE)
             return name == DONE
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / STARTED, {"fingerprint": fingerprint(recipe), **recipe})
+    write_json(out / STARTED, {"fingerprint": fingerprint(inputs), **inputs})
     return False
 
 
@@ -98,13 +98,13 @@ def elapsed_seconds(out: Path) -> float:
     return read_record(out / STARTED).get("seconds", 0.0) if (out / STARTED).exists() else 0.0
 
 
-def finish(out: Path, recipe: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
+def finish(out: Path, inputs: dict[str, Any], metrics: dict[str, Any], seconds: float) -> None:
     """Write the record that marks a stage folder as finished. This must be the last write to the folder."""
     from jahubert.train.experiment.environment import environment
 
     record = {
-        "fingerprint": fingerprint(recipe),
-        **recipe,
+        "fingerprint": fingerprint(inputs),
+        **inputs,
         "metrics": metrics,
         "seconds": round(seconds, 1),
         "outputs": checksums.describe_outputs(out),
@@ -216,14 +216,14 @@ def changed_settings(
 def _check_unchanged(
     out: Path,
     before: dict[str, Any],
-    recipe: dict[str, Any],
+    inputs: dict[str, Any],
     defaults: Mapping[str, Any],
     runtime: Collection[str],
     finished: bool,
 ) -> None:
     """Raise StaleError if the settings or the version of the stage differ from the record."""
-    stage, version = recipe["stage"], recipe["version"]
-    changes = changed_settings(stage, before, recipe["settings"], defaults, runtime)
+    stage, version = inputs["stage"], inputs["version"]
+    changes = changed_settings(stage, before, inputs["settings"], defaults, runtime)
     if before.get("version") != version:
         changes.append(f"{stage} changed from version {before.get('version')} to {version}")
     if not changes:

@@ -1,4 +1,4 @@
-"""Processes that run a file of a recipe on a share of its work.
+"""Worker processes that run a script of a recipe, each on a share of the work.
 
 The file receives its job as JSON on standard input, so that neither the file nor its classes need to be
 importable by name, and it only imports what the job needs. When it is run as a script, it calls `run_job` or
@@ -41,7 +41,7 @@ class ScriptProcess:
 
     def __init__(self, script: Path, job: Any) -> None:
         self._script = script
-        # Files, because a pipe could fill up: that of the job while the process starts, that of errors later.
+        # Pipes could fill up: with the job while the process starts, or with errors. Files cannot.
         self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115
         with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
             json.dump(job, file)
@@ -107,7 +107,7 @@ def run_job(function: Callable[[Any], Iterable[object]]) -> None:
 
 
 def run_items(read: Callable[[dict[str, Any]], T], write: Callable[[T, Path], None]) -> None:
-    """Run the share of a process that was started by `run_in_processes`.
+    """Write the items that `run_in_processes` has assigned to this process.
 
     Args:
         read: creates an item from its fields.

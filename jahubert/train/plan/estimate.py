@@ -30,7 +30,7 @@ from jahubert.train.trainer.optim import TrainConfig
 
 _MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 million utterances
 _CHECKPOINT = 12  # size of a checkpoint in bytes per parameter
-_CARDS = (1, 8, 32)  # numbers of GPUs for which the total time is printed
+_GPU_COUNTS = (1, 8, 32)  # numbers of GPUs for which the total time is printed
 _TRAINING_STAGES = ("pretrain", "finetune")
 # Numeric settings of the estimate, each with its maximum and a description of valid values for errors.
 _NUMBERS = {
@@ -117,7 +117,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
             machine = replace(machine, n_devices=processes)
     context = _context_jobs(tree, jobs)
     days = {}
-    for n in _CARDS if machine.memory_bytes else ():
+    for n in _GPU_COUNTS if machine.memory_bytes else ():
         rows = estimate_stages(jobs, corpus, replace(machine, n_devices=n), context)
         if not any(row.hours is None and row.memory_bytes is not None for row in rows):
             days[n] = sum(row.hours or 0 for row in rows) / 24

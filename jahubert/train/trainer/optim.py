@@ -41,8 +41,8 @@ class TrainConfig:
     engine: str = runtime_field("torch")
     sharded: bool = runtime_field(False)  # FSDP2 instead of DDP, for models that do not fit on one device
     recompute: bool = runtime_field(False)  # activation checkpointing: less memory, a third more compute
-    # torch.compile the Transformer blocks, and fill all micro-batches up to the same shape, so that this is
-    # done only once.
+    # Whether to compile the Transformer blocks with torch.compile. All micro-batches are then padded to the
+    # same shape, so that the blocks are compiled only once.
     compile: bool = runtime_field(False)
     device: str = runtime_field("auto")
     workers: int = runtime_field(0)  # DataLoader workers per device
@@ -52,7 +52,7 @@ class TrainConfig:
     tracker: Literal["tensorboard", "wandb"] = runtime_field("tensorboard")
     save_every: int = runtime_field(1000)  # steps between checkpoints
     keep_last: int = runtime_field(2)  # number of newest checkpoints to keep
-    # Also keep the checkpoints at multiples of this number of steps, a multiple of save_every; 0: none.
+    # Also keep the checkpoints at multiples of this number of steps, which save_every must divide; 0: none.
     keep_every: int = runtime_field(0)
     valid_every: int = 1000  # steps between validations; 0: never validate
 

@@ -64,7 +64,7 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Record stop signals inside the `with` block, and restore the previous handlers after it.
+    """Record stop signals during the `with` block, and restore the previous handlers after it.
 
     If the block received a signal and ended without an error, the signal is raised again for the previous
     handler. Outside the main thread, signal handling is not changed.

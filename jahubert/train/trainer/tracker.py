@@ -34,7 +34,7 @@ class WandbRun:
 
     Args:
         out: folder of the stage.
-        config: training settings, which are recorded if `out` contains no record of the stage's settings.
+        config: training settings, which the run records if `out` contains no record of the stage's settings.
 
     Raises:
         MissingExtraError: wandb is not installed.

@@ -49,7 +49,7 @@ class Status:
 
 @contextmanager
 def watchdog(minutes: float) -> Iterator[None]:
-    """Watch for hanging processes inside the `with` block, which all processes must enter.
+    """Watch for hanging processes during the `with` block, which all processes must enter.
 
     Args:
         minutes: time without activity after which a process is considered hanging; 0 disables the watchdog.

@@ -73,7 +73,7 @@ def test_resumed_store_is_identical_for_any_order_and_shard_size(tmp_path):
     fill(tmp_path / "complete").finish()
     writer = fill(tmp_path / "parts", shards=2)
     assert writer.pending() == [2, 3, 4, 5]
-    with pytest.raises(DataError, match=r"shards \[2, 3, 4, 5\] are missing"):
+    with pytest.raises(DataError, match="4 shards are missing"):
         writer.finish()
     again = LabelWriter(tmp_path / "parts", HEADER, N_FRAMES, shard_size=7)  # the shard size remains 10
     assert again.pending() == [2, 3, 4, 5]

@@ -43,23 +43,23 @@ def source(tmp_path):
 
 def test_acquire_is_true_only_after_finish(tmp_path, source):
     out = tmp_path / "out"
-    recipe = stage_inputs("kmeans", 1, Config(source))
-    assert acquire(out, recipe) is False
-    assert acquire(out, recipe) is False  # the stage restarts after a kill
-    finish(out, recipe, {"inertia": 2.5}, seconds=1.25)
-    assert acquire(out, recipe) is True
+    inputs = stage_inputs("kmeans", 1, Config(source))
+    assert acquire(out, inputs) is False
+    assert acquire(out, inputs) is False  # the stage restarts after a kill
+    finish(out, inputs, {"inertia": 2.5}, seconds=1.25)
+    assert acquire(out, inputs) is True
     record = json.loads((out / DONE).read_text())
-    assert record["fingerprint"] == fingerprint(recipe)
+    assert record["fingerprint"] == fingerprint(inputs)
     assert record["metrics"] == {"inertia": 2.5}
     assert record["settings"] == {"source": "f" * 64, "size": 3}
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_changed_setting_is_named(tmp_path, source, finished):
-    out, recipe = tmp_path / "out", stage_inputs("kmeans", 1, Config(source))
-    acquire(out, recipe)
+    out, inputs = tmp_path / "out", stage_inputs("kmeans", 1, Config(source))
+    acquire(out, inputs)
     if finished:
-        finish(out, recipe, {}, 0.0)
+        finish(out, inputs, {}, 0.0)
     with pytest.raises(StaleError, match=r"kmeans\.size was 3, now 4") as caught:
         acquire(out, stage_inputs("kmeans", 1, Config(source, size=4)))
     assert ("was created" if finished else "was started") in str(caught.value)
@@ -106,10 +106,10 @@ def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
 
 def test_status_shows_state_and_metrics(tmp_path, source):
     exp = tmp_path / "exp"
-    recipe = stage_inputs("kmeans", 1, Config(source))
-    acquire(exp / "iter1" / "kmeans", recipe)
-    finish(exp / "iter1" / "kmeans", recipe, {"inertia": 2.5, "backend": "torch"}, 3.0)
-    acquire(exp / "iter1" / "label", recipe)
+    inputs = stage_inputs("kmeans", 1, Config(source))
+    acquire(exp / "iter1" / "kmeans", inputs)
+    finish(exp / "iter1" / "kmeans", inputs, {"inertia": 2.5, "backend": "torch"}, 3.0)
+    acquire(exp / "iter1" / "label", inputs)
     header, *lines = status_table(stage_states(exp)).splitlines()
     assert header.split() == ["stage", "state", "time", "result"]
     assert lines[0].split() == ["iter1/kmeans", "done", "3", "s", "inertia", "2.5", "backend", "torch"]

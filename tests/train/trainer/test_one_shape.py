@@ -1,4 +1,4 @@
-"""Tests of micro-batches that are filled up to one shape: results, shapes and compilations."""
+"""Tests of micro-batches that are padded to one shape: results, shapes and compilations."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_largest_shape_holds_every_batch():
         assert (fullest >= 0.85 * np.array(shape) - packing.BLOCK).all()
 
 
-def test_little_of_the_shape_is_filler():
+def test_the_shape_adds_little_padding():
     """The fractions of rows and tiles that contain speech are those in docs/performance.md."""
     rng, sizes = np.random.default_rng(0), BatchSizes(350.0, 8, None, one_shape=True)
     length = np.clip(rng.lognormal(1.5, 0.5, 12_000) * 16_000, 32_000, 250_000).astype(int)
@@ -105,7 +105,7 @@ def test_sequences_of_flash_attention_have_one_shape():
 
 @pytest.mark.parametrize("model", [QUIET, LARGE], ids=["base", "large"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_loss_and_gradients_equal_those_of_the_batch_itself(corpus, model, precision, flash):
+def test_loss_and_gradients_equal_those_without_a_fixed_shape(corpus, model, precision, flash):
     results = []
     for one_shape in (False, True):
         module, values = pretrainer(model), []
