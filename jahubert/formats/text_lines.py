@@ -7,10 +7,13 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from jahubert.errors import DataError
+
+MAX_LINE = 1 << 20  # maximum length of a line in bytes
 
 
 def read_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
@@ -21,11 +24,16 @@ def read_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
         content: what the file contains, for messages, such as "lexicon".
 
     Raises:
-        DataError: the file cannot be read, or a line is not UTF-8. The message gives the line number.
+        DataError: the file cannot be read, or a line is not UTF-8 or too long. The message gives the line
+            number.
     """
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    raise DataError(
+                        f"{path}:{number}: the line is longer than {MAX_LINE} bytes; is this a {content}?"
+                    )
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:

@@ -20,6 +20,7 @@ from jahubert.lm.ngram import Entries, NGram, NGramError
 
 MAX_LINE = 1 << 16  # maximum length of a line in bytes
 MAX_ORDER = 20
+_MAX_SKIPPED = 10_000  # maximum number of lines before the header, and of empty lines between sections
 _LN10 = math.log(10.0)
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -62,6 +63,7 @@ class _Reader:
             entries.append(self._section(order, count, is_last=order == len(counts)))
         if self._next_content() != b"\\end\\":
             self._fail("expected \\end\\")
+        self._read_to_end()
         try:
             return NGram(self.words, entries)
         except NGramError as error:
@@ -82,15 +84,24 @@ class _Reader:
 
     def _next_content(self) -> bytes:
         """Return the next line that is not empty."""
-        while not (line := self._line()):
-            pass
-        return line
+        return next(line for line in self._skippable("only empty lines follow") if line)
+
+    def _skippable(self, problem: str) -> Iterator[bytes]:
+        """Yield lines of which most are skipped, and report `problem` if there are too many of them."""
+        for _ in range(_MAX_SKIPPED):
+            yield self._line()
+        self._fail(f"{problem}; is this an ARPA file?")
+
+    def _read_to_end(self) -> None:
+        """Check that nothing follows the model. A gzip file has its checksum at the end."""
+        while block := self.file.read(MAX_LINE):
+            if block.strip():
+                self._fail(f"unexpected content after \\end\\: {_shown(block.strip())}")
 
     def _header(self) -> list[int]:
         """Read the header, and return the number of n-grams of each order."""
-        line = self._line().removeprefix(codecs.BOM_UTF8)
-        while line != b"\\data\\":
-            line = self._line()
+        start = (b"\\data\\", codecs.BOM_UTF8 + b"\\data\\")
+        next(line for line in self._skippable("no line \\data\\ at the start") if line in start)
         counts: list[int] = []
         while (line := self._next_content()) != b"\\1-grams:":
             match = re.fullmatch(rb"ngram\s+(\d+)\s*=\s*(\d{1,18})", line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -141,6 +142,36 @@ def arpa(tmp_path) -> Path:
     path = tmp_path / "hand.arpa"
     path.write_text(ARPA, encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize("damage", ["flip", "zero", "cut"])
+def test_damage_to_a_compressed_file_is_detected(tmp_path, damage):
+    """The checksum at the end of a gzip file is compared."""
+    path, rng = tmp_path / "lm.arpa.gz", np.random.default_rng(0)
+    write_arpa(train_ngram(random_text(0, 40), 3), path)
+    content = path.read_bytes()
+    for position in rng.integers(10, len(content), 40).tolist():  # the header contains only the time
+        damaged = bytearray(content)
+        if damage == "cut":
+            del damaged[position:]
+        else:
+            damaged[position] = 0 if damage == "zero" else damaged[position] ^ 1
+        path.write_bytes(damaged)
+        if damaged != content:
+            with pytest.raises(DataError, match=re.escape(str(path))):
+                read_arpa(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["\n" * 30_000, ARPA + "more", ARPA + ARPA, ARPA.replace("\n", "\n" * 20_000)]
+)
+def test_other_content_is_rejected(tmp_path, content):
+    path = tmp_path / "lm.arpa"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        read_arpa(path)
+    path.write_text(ARPA + "\n \n", encoding="utf-8")
+    assert read_arpa(path).order == 3
 
 
 def test_backoff_weights_of_the_file_are_used(arpa):

@@ -2,14 +2,15 @@
 
 A finished store consists of `units.bin` (uint8 for up to 256 units, otherwise uint16), `offsets.npy` (the
 first frame of each utterance, followed by the total number of frames) and `header.json`, which describes the
-units. While labels are computed, shards are written atomically to `shards/`. A run that is killed or fills
-the disk therefore loses at most one shard, and rerunning it produces the same bytes.
+units. While labels are computed, shards are written atomically to `shards/`, each followed by its CRC-32. A
+run that is killed or fills the disk therefore loses at most one shard, and rerunning it produces the same
+bytes.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ class LabelWriter:
                 raise DataError(f"utterance {row}: units outside 0..{self.header.n_units - 1}")
             packed.append(unit_S.astype(self.header.dtype))
         content = np.concatenate(packed).tobytes()
-        _write(self._path(shard), lambda out: out.write(content))
+        _write(self._path(shard), lambda out: out.write(content + _crc32(content)))
 
     def finish(self) -> None:
         """Concatenate the shards and write the header, which marks the store as complete."""
@@ -125,8 +126,7 @@ class LabelWriter:
 
     def _concatenate(self, out: BinaryIO) -> None:
         for shard in range(len(self)):
-            with self._path(shard).open("rb") as file:
-                shutil.copyfileobj(file, out)
+            out.write(self._path(shard).read_bytes()[: -len(_crc32(b""))])
 
     def _path(self, shard: int) -> Path:
         return self.shards / f"{shard:06d}.bin"
@@ -135,7 +135,10 @@ class LabelWriter:
         rows = self.rows(shard)
         size = int(self.n_frames[rows.start : rows.stop].sum()) * self.header.dtype.itemsize
         path = self._path(shard)
-        return path.exists() and path.stat().st_size == size
+        if not path.exists():
+            return False
+        stored = path.read_bytes()
+        return stored[size:] == _crc32(stored[:size])
 
 
 class LabelStore:
@@ -226,6 +229,10 @@ class LabelStore:
         for start in range(0, len(self.unit_N), 1 << 20):
             counts_K += np.bincount(self.unit_N[start : start + (1 << 20)], minlength=self.header.n_units)
         return counts_K
+
+
+def _crc32(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def _check_header(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ from jahubert.train.experiment.lock import lock_owner
 from jahubert.train.experiment.registry import DECODED, stage_of
 
 STARTED, DONE = "started.json", "provenance.json"
+_FILE_CRC32 = re.compile(r"(:\d+):[0-9a-f]{8}(?=,|$)")  # in the result of `_file_fingerprint`
 
 
 def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
@@ -154,8 +156,8 @@ def write_json(path: Path, content: Any) -> None:
 def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
     """Compute the fingerprint of an input.
 
-    The fingerprint is taken from the record of the stage that wrote the input. Inputs that no stage wrote are
-    identified by file names and sizes.
+    The fingerprint is taken from the record of the stage that wrote the input. Files and models that no stage
+    wrote are identified by names, sizes and checksums, and other folders by their paths.
 
     Args:
         name: name of the setting, for error messages.
@@ -173,10 +175,9 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
         if (folder / STARTED).exists():
             raise DataError(f"{name}: {folder} is not finished; run that stage first (see jahubert status)")
     if path.is_file():
-        return f"{path.name}:{path.stat().st_size}"
+        return _file_fingerprint(path)
     if path.is_dir() and (path / "config.json").exists():  # a model folder that no stage wrote
-        weights = sorted(path.glob("*.safetensors"))
-        return ",".join([path.name, *(f"{file.name}:{file.stat().st_size}" for file in weights)])
+        return ",".join([path.name, *map(_file_fingerprint, sorted(path.glob("*.safetensors")))])
     if path.is_dir():
         return str(path)
     if model and len(path.parts) == 2 and not path.is_absolute():
@@ -187,6 +188,10 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
         )
     expected = "a folder, a model file or a Hub name (owner/model)" if model else "an existing file or folder"
     raise DataError(f"{name}: {path} not found; set it to {expected}")
+
+
+def _file_fingerprint(path: Path) -> str:
+    return f"{path.name}:{path.stat().st_size}:{checksums.file_crc32(path)}"
 
 
 def changed_settings(
@@ -208,9 +213,14 @@ def changed_settings(
     for key in sorted((old.keys() - set(runtime)) | new.keys()):
         before_value = old.get(key, default.get(key))
         value = new.get(key, default.get(key))
-        if before_value != value:
+        if before_value != value and before_value != _without_checksums(value):
             changes.append(f"{stage}.{key} was {_short(before_value)}, now {_short(value)}")
     return changes
+
+
+def _without_checksums(value: Any) -> Any:
+    """Return the fingerprint of files as earlier versions recorded it, from names and sizes."""
+    return _FILE_CRC32.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def _check_unchanged(

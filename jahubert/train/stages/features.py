@@ -13,6 +13,7 @@ so that the sample need not fit in memory.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import DataError
-from jahubert.formats.atomic import remove_folder
+from jahubert.formats.atomic import atomic_write, remove_folder
 from jahubert.model.kernels.indexing import to_device_async
 from jahubert.train.clustering.features import Feature
 from jahubert.train.clustering.frames import draw_rows
@@ -78,18 +79,19 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     device = distributed.process_device(config.device)
     feature = make_feature(config.kind, config.model, config.layer, device)
     sample = draw_sample(manifest, feature, config)
-    done_parts = out / "parts"  # contains one empty file per finished part
     temporary = out / "tmp_sample.npy"
     final = out / "sample.npy"
     if not distributed.rank0_broadcast(final.exists):
         data_start = distributed.rank0_broadcast(
             lambda: _allocate(temporary, (len(sample.frames), feature.dim))
         )
-        parts = {
-            part: range(part * _PART_SIZE, min((part + 1) * _PART_SIZE, len(sample.rows)))
-            for part in range(distributed.rank(), -(-len(sample.rows) // _PART_SIZE), distributed.world())
-            if not (done_parts / f"{part:06d}").exists()
-        }
+        starts = data_start + 4 * feature.dim * sample.bounds  # byte offset of each utterance
+        _marker(out, 0).parent.mkdir(exist_ok=True)
+        parts = {}
+        for part in range(distributed.rank(), -(-len(sample.rows) // _PART_SIZE), distributed.world()):
+            chosen = range(part * _PART_SIZE, min((part + 1) * _PART_SIZE, len(sample.rows)))
+            if not _is_written(temporary, starts[chosen.start], starts[chosen.stop], _marker(out, part)):
+                parts[part] = chosen
         with progress("features", "utterances", sum(map(len, parts.values()))) as done:
             rows = (sample.rows[chosen.start : chosen.stop].tolist() for chosen in parts.values())
             with closing(
@@ -97,16 +99,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             ) as stream:
                 frames = to_host(_sampled_frames(sample, chain.from_iterable(parts.values()), stream))
                 for part, chosen in parts.items():
-                    start = data_start + 4 * feature.dim * int(sample.bounds[chosen.start])
-                    _write_part(temporary, start, islice(frames, len(chosen)), done)
-                    done_parts.mkdir(exist_ok=True)
-                    (done_parts / f"{part:06d}").touch()
+                    crc32 = _write_part(temporary, starts[chosen.start], islice(frames, len(chosen)), done)
+                    with atomic_write(_marker(out, part)) as marker:
+                        marker.write(crc32)
         distributed.barrier()
     if distributed.rank() == 0:
         write_json(out / "header.json", feature_header(feature, config.kind, config.layer))
         if not final.exists():
             temporary.replace(final)
-        remove_folder(done_parts)
+        remove_folder(_marker(out, 0).parent)
     distributed.barrier()
     return {"frames": len(sample.frames), "dim": feature.dim, "utterances": len(sample.rows)}
 
@@ -154,19 +155,37 @@ def _sampled_frames(
         yield number, f_SD.index_select(0, to_device_async(index_N, f_SD.device)).float()
 
 
+def _marker(out: Path, part: int) -> Path:
+    """Return the file that marks a part as finished and contains its CRC-32."""
+    return out / "parts" / f"{part:06d}"
+
+
+def _is_written(path: Path, start: int, stop: int, marker: Path) -> bool:
+    """Return whether the bytes from `start` to `stop` match the checksum in the marker of their part."""
+    if not marker.exists():
+        return False
+    with path.open("rb") as file:
+        file.seek(start)
+        return f"{zlib.crc32(file.read(stop - start)):08x}".encode() == marker.read_bytes()
+
+
 def _write_part(
     path: Path, start: int, frames: Iterable[tuple[int, Tensor]], done: Callable[[int], None]
-) -> None:
-    """Write the sampled frames of some utterances at byte offset `start`, and sync them to disk.
+) -> str:
+    """Write the sampled frames of some utterances at byte offset `start`, and return their CRC-32.
 
     Args:
         frames: pairs (index of an utterance in the sample, sampled frames of the utterance).
         done: progress callback, which is called with 1 after each utterance.
     """
+    crc32 = 0
     with path.open("r+b") as file:
         file.seek(start)
         for _, f_ND in frames:
-            file.write(f_ND.numpy().astype("<f4").tobytes())
+            content = f_ND.numpy().astype("<f4").tobytes()
+            file.write(content)
+            crc32 = zlib.crc32(content, crc32)
             done(1)
         file.flush()
         os.fsync(file.fileno())
+    return f"{crc32:08x}"

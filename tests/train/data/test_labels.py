@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ import pytest
 from jahubert.audio import AudioSource
 from jahubert.errors import DataError, StaleError
 from jahubert.frames import HUBERT, MFCC
-from jahubert.train.data import labels as module
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 
@@ -107,8 +107,8 @@ def fill_until_killed(folder: Path, n_calls: int) -> bool:
             (Path, "replace"),
             (Path, "mkdir"),
             (Path, "unlink"),
-            (module.shutil, "rmtree"),
-            (module.shutil, "copyfileobj"),
+            (Path, "read_bytes"),
+            (shutil, "rmtree"),
         ):
             setattr(owner, name, counted(getattr(owner, name)))
         try:
@@ -158,11 +158,14 @@ def test_full_disk_leaves_no_complete_file(tmp_path, monkeypatch):
     assert len(LabelStore(tmp_path)) == 53
 
 
-def test_shard_of_the_wrong_size_is_written_again(tmp_path):
+def test_damaged_shards_are_written_again(tmp_path):
     fill(tmp_path)
-    shard = tmp_path / "shards" / "000002.bin"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert LabelWriter(tmp_path, HEADER, N_FRAMES).pending() == [2]
+    for number in (1, 2, 4):
+        shard = tmp_path / "shards" / f"{number:06d}.bin"
+        content = bytearray(shard.read_bytes())
+        content[number] ^= 1
+        shard.write_bytes(content if number != 2 else content[:-1])
+    assert LabelWriter(tmp_path, HEADER, N_FRAMES).pending() == [1, 2, 4]
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -249,4 +252,4 @@ def test_store_without_frames_is_empty(tmp_path):
     writer.write(0, [np.zeros(0, int)] * 3)
     writer.finish()
     assert len(LabelStore(tmp_path)) == 3
-    assert module.LabelStore(tmp_path)[1].tolist() == []
+    assert LabelStore(tmp_path)[1].tolist() == []

@@ -92,6 +92,25 @@ def test_external_content_is_part_of_the_inputs(tmp_path, source):
     assert stage_inputs("kmeans", 1, Config(source)) != before
 
 
+def test_files_and_models_of_no_stage_are_identified_by_their_content(tmp_path):
+    file, model, out = tmp_path / "words.txt", tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").touch()
+    for path, content in ((file, file), (model, model / "model.safetensors")):
+        content.write_text("one")
+        before = stage_inputs("kmeans", 1, Config(path))
+        acquire(out / path.name, before)
+        acquire(out / path.name, stage_inputs("kmeans", 1, Config(path)))
+        content.write_text("two")
+        after = stage_inputs("kmeans", 1, Config(path))
+        with pytest.raises(StaleError, match=r"kmeans\.source was .*, now "):
+            acquire(out / path.name, after)
+        # Earlier versions did not record checksums.
+        name = ",".join(part.rsplit(":", 1)[0] for part in before["settings"]["source"].split(","))
+        acquire(out / f"{path.name}-old", before | {"settings": before["settings"] | {"source": name}})
+        acquire(out / f"{path.name}-old", after)
+
+
 def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
     with pytest.raises(DataError, match=r"kmeans.source: .*/nowhere/features .*stage=features"):
         stage_inputs("kmeans", 1, Config(tmp_path / "nowhere/features"))

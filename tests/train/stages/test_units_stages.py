@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,6 @@ from jahubert.model.hubert import HubertModel
 from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.clustering.features import HubertLayer, Mfcc
 from jahubert.train.clustering.streaming import load_centroids, save_centroids, stream_features
-from jahubert.train.data import labels as labels_module
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.evaluation import layer_quality
@@ -120,8 +120,8 @@ def killed_before_step(work: Callable[[], None], moment: int) -> bool:
             (Path, "mkdir"),
             (Path, "touch"),
             (Path, "unlink"),
-            (labels_module.shutil, "rmtree"),
-            (labels_module.shutil, "copyfileobj"),
+            (Path, "read_bytes"),
+            (shutil, "rmtree"),
             (Manifest, "load"),
             (lloyd_module, "assign_pass"),
         ):
@@ -214,6 +214,23 @@ def test_full_disk_keeps_finished_parts(corpus, whole, tmp_path, stage, limit):
     assert kept == {"features": ["000000"], "label": ["000000.bin", "000001.bin"]}[stage]
     runner.run_stage(stage, config, tmp_path / stage)
     assert results(tmp_path / stage) == results(whole / stage)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 10_000)])
+def test_damaged_part_of_a_sample_is_computed_again(corpus, whole, tmp_path, monkeypatch, damage):
+    (config, real) = stages(corpus, tmp_path)["features"], features._write_part
+
+    def stop_in_second_part(path, start, *rest):
+        if (tmp_path / "features/parts/000000").exists():
+            raise DiskFullError("stop")
+        return real(path, start, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(DiskFullError):
+        patch.setattr(features, "_write_part", stop_in_second_part)
+        runner.run_stage("features", config, tmp_path / "features")
+    damage(tmp_path / "features/tmp_sample.npy")
+    runner.run_stage("features", config, tmp_path / "features")
+    assert results(tmp_path / "features") == results(whole / "features")
 
 
 def test_centroids_store_their_feature_header(corpus, whole, tmp_path):

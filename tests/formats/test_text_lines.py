@@ -1,0 +1,25 @@
+"""Tests of reading text files line by line."""
+
+import gzip
+
+import pytest
+
+from jahubert.errors import DataError
+from jahubert.formats.text_lines import MAX_LINE, read_lines
+
+
+def test_lines_are_numbered(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("\ufeffあ\r\n\nb".encode())
+    assert list(read_lines(path, "text")) == [(1, "あ"), (2, ""), (3, "b")]
+    with gzip.open(tmp_path / "text.txt.gz", "wb") as file:
+        file.write(path.read_bytes())
+    assert list(read_lines(tmp_path / "text.txt.gz", "text")) == [(1, "あ"), (2, ""), (3, "b")]
+
+
+def test_line_of_unlimited_length_is_rejected(tmp_path):
+    path = tmp_path / "text.txt.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b"a\n" + bytes(8 * MAX_LINE))
+    with pytest.raises(DataError, match=r"text\.txt\.gz:2: "):
+        list(read_lines(path, "text"))
