@@ -61,7 +61,7 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
         try:
             decoders += (SoundFileDecoder(source, part) for part in parts)
         except _SOUNDFILE_ERRORS as error:
-            unsupported = media.explain(source, getattr(error, "error_string", "") or str(error))
+            unsupported = media.unreadable_error(source, getattr(error, "error_string", "") or str(error))
             raise unsupported from error
         for decoder in decoders:
             _check_rate(source.name, decoder.rate)

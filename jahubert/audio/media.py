@@ -54,7 +54,7 @@ def sniff(source: AudioBytes) -> str | None:
     return None
 
 
-def explain(source: AudioBytes, reason: str) -> AudioError:
+def unreadable_error(source: AudioBytes, reason: str) -> AudioError:
     """Create an error for a file that libsndfile cannot open."""
     source.file.seek(0)
     head = source.file.read(4)

@@ -117,14 +117,14 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
     return paths
 
 
-def print_names(arguments: Sequence[str]) -> bool:
+def needs_names(arguments: Sequence[str]) -> bool:
     """Return whether output lines need the names of recordings, because there may be several."""
     first = arguments[0]
     is_pattern = glob.has_magic(first) and not Path(first).exists()
     return len(arguments) > 1 or Path(first).is_dir() or is_pattern
 
 
-class Report:
+class CommandProgress:
     """Progress bar (if standard error is a terminal), error messages and exit status of a command."""
 
     def __init__(self, inputs: Sequence[Input], empty: dict[str, AudioError]):
@@ -132,7 +132,7 @@ class Report:
         self.shows, self.label = sys.stderr.isatty(), ""
         self.seconds, self.started = 0.0, time.monotonic()
         for label, error in empty.items():
-            self.failure(label, error)
+            self.add_failure(label, error)
             self.add_file(label)
 
     def add_file(self, label: str) -> None:
@@ -162,14 +162,14 @@ class Report:
         if self.shows:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def failure(self, label: str, error: Exception) -> None:
+    def add_failure(self, label: str, error: Exception) -> None:
         self.clear()
         self.failed += 1
         if not isinstance(error, UserError | OSError):
             traceback.print_exception(error, file=sys.stderr)
         if self.status != 1:
             self.status = exit_status(error)
-        message = reason(error)
+        message = message_of(error)
         print_error(message if label in message and label != STDIN else f"{label}: {message}")
 
     def finish(self) -> int:
@@ -178,7 +178,7 @@ class Report:
         return self.status
 
 
-def reason(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Return the message of an error on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror

@@ -25,13 +25,13 @@ from jahubert.cli import language_models
 from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.console import (
     STDIN,
+    CommandProgress,
     Input,
-    Report,
     find_inputs,
+    message_of,
+    needs_names,
     print_error,
-    print_names,
     printable,
-    reason,
 )
 from jahubert.errors import (
     AudioError,
@@ -100,7 +100,7 @@ def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
 def transcribe(args: argparse.Namespace) -> int:
     single_file = output_format(args)
     formats = list(writers.FORMATS) if args.format == "all" else [args.format]
-    named = print_names(args.audio)
+    named = needs_names(args.audio)
     if single_file is not None and named:
         raise ConfigError(f"-o {single_file} is one file, but there are several recordings; give a folder")
     inputs, empty = find_inputs(
@@ -127,7 +127,7 @@ def transcribe(args: argparse.Namespace) -> int:
     )
     if args.model is None:
         print(BUILTIN_NOTE, file=sys.stderr)
-    report = Report(inputs, empty)
+    progress = CommandProgress(inputs, empty)
     if args.output is None and args.format == "tsv":
         print(writers.TSV_HEADER, end="")
     label = ""  # the recording that is being transcribed
@@ -138,7 +138,7 @@ def transcribe(args: argparse.Namespace) -> int:
             transcript = mark_uncertain(transcript)
         content = writers.render(transcript, "text", args.phonemes)
         prefix = f"{label}\t" if named else ""
-        report.clear()
+        progress.clear()
         print(
             "".join(f"{prefix}{line}\n" for line in content.removesuffix("\n").split("\n")),
             end="",
@@ -154,7 +154,7 @@ def transcribe(args: argparse.Namespace) -> int:
     transcripts = asr.transcribe_many(
         (item.open() for item in inputs),
         errors="return",
-        progress=report.add_audio,
+        progress=progress.add_audio,
         on_segment=print_segment if streams_text else None,
     )
     for item in inputs:
@@ -170,18 +170,18 @@ def transcribe(args: argparse.Namespace) -> int:
             except OSError as error:
                 result = error
         if isinstance(result, Exception):
-            report.failure(item.label, result)
+            progress.add_failure(item.label, result)
         elif streams_text and not n_printed:
             print_text(result)
         elif args.output is None and not streams_text:
-            report.clear()
+            progress.clear()
             if args.format == "tsv":  # one header is printed for all recordings
                 content = writers.tsv_rows(result)
             else:
                 content = writers.render(result, args.format, args.phonemes)
             print(content, end="", flush=True)
-        report.add_file(item.label)
-    return report.finish()
+        progress.add_file(item.label)
+    return progress.finish()
 
 
 def mark_uncertain(transcript: Transcript) -> Transcript:
@@ -227,20 +227,22 @@ def save_text(content: str, path: Path) -> None:
         file.write(content)
 
 
-def each(inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[Input], str | None]) -> int:
+def for_each_input(
+    inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[Input], str | None]
+) -> int:
     """Call `work` for every input, and print the line that each call returns."""
-    report = Report(inputs, empty)
+    progress = CommandProgress(inputs, empty)
     for item in inputs:
         line = None
         try:
             line = work(item)
         except Exception as error:
-            report.failure(item.label, error)
+            progress.add_failure(item.label, error)
         if line is not None:
-            report.clear()
+            progress.clear()
             print(line, flush=True)
-        report.add_file(item.label)
-    return report.finish()
+        progress.add_file(item.label)
+    return progress.finish()
 
 
 def features(args: argparse.Namespace) -> int:
@@ -260,11 +262,11 @@ def features(args: argparse.Namespace) -> int:
     names = ("layer", "weights", "dtype", "chunk_seconds")
     settings = {"model": weights_hash(extractor.model)} | {name: getattr(args, name) for name in names}
     files = FeatureFiles(Path(args.output), settings)
-    report = Report(inputs, empty)
+    progress = CommandProgress(inputs, empty)
     todo = [item for item in inputs if item.label == STDIN or not files.has(item.base, Path(item.label))]
     if n_existing := len(inputs) - len(todo):
         print(f"{n_existing} of {len(inputs)} already exist", file=sys.stderr)
-        report.n_seen += n_existing
+        progress.n_seen += n_existing
     whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
     all_written = True
     for item in todo:
@@ -278,17 +280,17 @@ def features(args: argparse.Namespace) -> int:
                 pieces = extractor.stream(item.open())
             files.write(item.base, pieces, extractor.features.shape)
         except Exception as error:
-            report.failure(item.label, error)
+            progress.add_failure(item.label, error)
             all_written &= not isinstance(error, OSError)
-        report.add_file(item.label)
+        progress.add_file(item.label)
     if all_written:  # if features are missing, a rerun must first write them
         files.finish()
-    return report.finish()
+    return progress.finish()
 
 
 def units(args: argparse.Namespace) -> int:
     inputs, empty = find_inputs(args.audio, args.output, ".npy")
-    named = print_names(args.audio)
+    named = needs_names(args.audio)
     source = model_source(args)
     from jahubert.cli.feature_files import save_array
     from jahubert.inference.features import UnitExtractor
@@ -304,7 +306,7 @@ def units(args: argparse.Namespace) -> int:
         line = " ".join(map(str, unit_ids.tolist()))
         return f"{item.label}\t{line}" if named else line
 
-    return each(inputs, empty, work)
+    return for_each_input(inputs, empty, work)
 
 
 def info(args: argparse.Namespace) -> int:
@@ -653,5 +655,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`| head`)
             return 141
-        print_error(reason(error))
+        print_error(message_of(error))
         return exit_status(error)

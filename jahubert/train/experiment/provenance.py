@@ -26,7 +26,7 @@ from jahubert.train.experiment import checksums
 from jahubert.train.experiment.config import input_fields, result_fields
 from jahubert.train.experiment.lock import LOCK_NAME as RUNNING
 from jahubert.train.experiment.lock import lock_owner
-from jahubert.train.experiment.registry import DECODED, stage_of
+from jahubert.train.experiment.registry import PER_DECODING, stage_of
 
 STARTED, DONE = "started.json", "provenance.json"
 _FILE_CRC32 = re.compile(r"(:\d+):[0-9a-f]{8}(?=,|$)")  # in the result of `_file_fingerprint`
@@ -240,7 +240,9 @@ def _check_unchanged(
         return
     state = "was created" if finished else "was started"
     alternative = (
-        "decoding=NAME for another decoding of the same model" if stage in DECODED else "a different name=..."
+        "decoding=NAME for another decoding of the same model"
+        if stage in PER_DECODING
+        else "a different name=..."
     )
     raise StaleError(
         f"{out} {state} with different settings:\n  "

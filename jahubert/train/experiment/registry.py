@@ -45,7 +45,7 @@ STAGES = {
 
 
 _FOLDERS: set[Path] = set()  # folders of imported files, whose other files can be imported by name
-DECODED = ("decode", "score")  # stages that can be run several times for one fine-tuned model
+PER_DECODING = ("decode", "score")  # stages that can be run several times for one fine-tuned model
 
 
 def stage_folder(stage: str, iteration: int | None, system: str | None, decoding: str | None = None) -> Path:
@@ -56,7 +56,7 @@ def stage_folder(stage: str, iteration: int | None, system: str | None, decoding
     if iteration:
         return Path(f"iter{iteration}", stage)
     if system:
-        return Path("systems", system, f"{stage}-{decoding}" if decoding and stage in DECODED else stage)
+        return Path("systems", system, f"{stage}-{decoding}" if decoding and stage in PER_DECODING else stage)
     return Path(stage)
 
 
@@ -168,7 +168,7 @@ def _forget_other_folders(folder: Path) -> None:
             del sys.modules[file.stem]
 
 
-def by_subset(value: Any, subset: Any) -> Any:
+def value_for_subset(value: Any, subset: Any) -> Any:
     """Return the value for a subset if `value` maps subsets (or `other`) to values, otherwise `value`."""
     if value is None or isinstance(value, (str, int, float)):
         return value
@@ -215,7 +215,7 @@ def preset_file(preset: Any, subset: Any = None) -> Path | None:
     Raises:
         ConfigError: the preset does not exist.
     """
-    name = by_subset(preset, subset)
+    name = value_for_subset(preset, subset)
     files = {path.stem: path for path in data_folder("conf").glob("finetuning/*.yaml")}
     if name is not None and str(name) not in files:
         raise ConfigError(unknown_name_error("finetuning", str(name), sorted(files)))

@@ -21,7 +21,7 @@ from jahubert.model.hubert import HubertConfig
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment.config import structure
-from jahubert.train.experiment.registry import STAGES, by_subset, resolve
+from jahubert.train.experiment.registry import STAGES, resolve, value_for_subset
 from jahubert.train.plan.flops import forward_flops, step_flops
 from jahubert.train.plan.machine import GPUS, Machine, from_table, measure
 from jahubert.train.plan.memory import peak_bytes
@@ -154,7 +154,7 @@ def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> 
         counts = Manifest(manifest).counts
         return Corpus(counts["hours"], counts["utterances"], str(manifest))
     subset = tree.get("subset")
-    hours = given_hours or by_subset(tree.get("hours"), subset)
+    hours = given_hours or value_for_subset(tree.get("hours"), subset)
     if not hours:
         unknown = f" and the recipe has no hours for subset={subset}" if tree.get("hours") else ""
         raise ConfigError(

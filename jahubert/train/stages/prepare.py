@@ -79,7 +79,7 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     work = out / "work"
     work.mkdir(exist_ok=True)
     cache = DecodeCache(work / "decoded") if config.check_audio else None
-    items = usable(read(data, work, options, config.seed), config.check_audio, cache)
+    items = check_items(read(data, work, options, config.seed), config.check_audio, cache)
     with progress("reading the corpus", "utterances") as done:  # the total number is unknown
         counts = write_manifest(out / "manifest.arrow", _counted(items, done))
     if counts["rejected"]:
@@ -117,7 +117,7 @@ def kept(config: Config, out: Path) -> None:
         )
 
 
-def usable(
+def check_items(
     items: Iterable[Utterance | Utterances | Rejected],
     check_audio: bool = True,
     cache: DecodeCache | None = None,

@@ -36,7 +36,7 @@ from jahubert.train.experiment import distributed
 from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.trainer.checkpoints import checkpoint_folder
 from jahubert.train.trainer.loader import (
-    Data,
+    DataSource,
     DataState,
     MicroBatches,
     check_shared_memory,
@@ -91,7 +91,7 @@ MIN_TARGETS = 1e-30  # a process that reports zero targets would not take part i
 
 def train(
     module: nn.Module,
-    data: Data,
+    data: DataSource,
     config: TrainConfig,
     out: Path,
     *,
@@ -126,7 +126,7 @@ class _TrainingRun:
     def __init__(
         self,
         module: nn.Module,
-        data: Data,
+        data: DataSource,
         config: TrainConfig,
         out: Path,
         validation: Callable[[], dict[str, float]] | None,

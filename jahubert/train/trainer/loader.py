@@ -22,7 +22,7 @@ MicroBatches = Generator[tuple[MicroBatch, Any], None, None]
 SHARED_MEMORY = Path("/dev/shm")
 
 
-class Data(Protocol):
+class DataSource(Protocol):
     """A source of micro-batches."""
 
     sampler: Sampler
@@ -89,7 +89,7 @@ class ShardedSampler:
 
 
 def micro_batches(
-    data: Data, config: TrainConfig, device: torch.device, *, epoch: int, cursor: int
+    data: DataSource, config: TrainConfig, device: torch.device, *, epoch: int, cursor: int
 ) -> MicroBatches:
     """Iterate over the micro-batches for this process, in pinned memory if `device` is a GPU."""
     if device.type == "cuda":

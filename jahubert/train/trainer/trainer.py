@@ -31,7 +31,7 @@ from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.checkpoints import Checkpoints, checkpoint_folder
 from jahubert.train.trainer.loader import (
-    Data,
+    DataSource,
     DataState,
     MicroBatches,
     check_shared_memory,
@@ -77,7 +77,7 @@ class Trainable(Protocol):
 
 
 def check_finite_loss(
-    total: float, step: int, losses: Sequence[tuple[MicroBatch, Tensor | float]], data: Data
+    total: float, step: int, losses: Sequence[tuple[MicroBatch, Tensor | float]], data: DataSource
 ) -> None:
     """Raise an error that names the utterances if the summed loss of a step is not finite.
 
@@ -129,7 +129,7 @@ def stopped_error(stop: StopSignals, step: int) -> Stopped:
 
 def train(
     module: nn.Module,
-    data: Data,
+    data: DataSource,
     config: TrainConfig,
     out: Path,
     *,
@@ -173,7 +173,7 @@ def train(
 class _TrainingRun:
     """The state of one training run."""
 
-    def __init__(self, module: nn.Module, data: Data, config: TrainConfig, out: Path):
+    def __init__(self, module: nn.Module, data: DataSource, config: TrainConfig, out: Path):
         self.device = distributed.pick_device(config.device)
         self.dtype = pick_precision(config, self.device)
         self.module, self.data, self.config = module.to(self.device), data, config

@@ -18,7 +18,7 @@ from jahubert.errors import AudioError, DataError
 from jahubert.train.data import utterances
 from jahubert.train.data.utterances import Rejected, Utterance
 from jahubert.train.experiment.registry import recipe_module, recipe_reader
-from jahubert.train.stages.prepare import usable
+from jahubert.train.stages.prepare import check_items
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ class FlakyOpen:
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
 def test_transient_error_is_retried(recording, delays, monkeypatch, number):
     monkeypatch.setattr(sources, "open", FlakyOpen(number, 2), raising=False)
-    (item,) = usable([recording])
+    (item,) = check_items([recording])
     assert isinstance(item, Utterance) and item.n_samples == 16_000 and delays == [1.0, 5.0]
 
 
@@ -59,7 +59,7 @@ def test_transient_error_is_retried(recording, delays, monkeypatch, number):
 def test_lasting_error_stops_the_stage(recording, delays, monkeypatch, number):
     monkeypatch.setattr(sources, "open", FlakyOpen(number, 99), raising=False)
     with pytest.raises(DataError, match=r"a\.flac"):
-        list(usable([recording]))
+        list(check_items([recording]))
     assert delays == [1.0, 5.0, 20.0]
 
 
@@ -81,7 +81,7 @@ def test_missing_and_damaged_recordings_are_rejected_at_once(recording, delays, 
     damaged.write_bytes(b"not audio " * 99)
     missing = tmp_path / "c.flac"
     items = [Utterance(path.name, AudioSource(str(path)), split="train") for path in (damaged, missing)]
-    assert [type(item) for item in usable([recording, *items])] == [Utterance, Rejected, Rejected]
+    assert [type(item) for item in check_items([recording, *items])] == [Utterance, Rejected, Rejected]
     assert not delays
 
 
