@@ -232,7 +232,7 @@ def check_commands(folder: Path, out: Path) -> None:
     from jahubert.inference.transcribe import builtin_model
 
     executable = shutil.which("jahubert", path=str(Path(sys.executable).parent))
-    require(executable, "the wheel did not install the command `jahubert`")
+    require(executable, "the wheel did not install the `jahubert` command")
     command, audio = str(executable), folder / "audio.wav"
     transcribe: list[str | Path] = [command, "transcribe", "--device", "cpu", "--dtype", "float32"]
     expected = np.load(folder / "expected.npz")

@@ -1,1 +1,1 @@
-"""The command `jahubert`: subcommands, console output, feature files and shell completion."""
+"""The `jahubert` command: subcommands, console output, feature files and shell completion."""

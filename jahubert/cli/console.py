@@ -27,7 +27,7 @@ BAR = 20  # length of the progress bar in characters
 
 @dataclass(frozen=True)
 class Input:
-    """A recording, with its label in messages and its path in the output folder without a suffix."""
+    """A recording, its label for messages, and its path in the output folder without the suffix."""
 
     label: str
     base: Path

@@ -1,4 +1,4 @@
-"""Entry point of the command `jahubert`: transcription, features, units, models and experiments.
+"""Entry point of the `jahubert` command: transcription, features, units, models and experiments.
 
 Results are written to standard output or to the path given with -o, and everything else to standard error.
 Failed files are reported, and the other files are still processed. The exit status is 0 for success, 2 for an

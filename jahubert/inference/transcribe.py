@@ -233,7 +233,7 @@ class Transcriber:
             missing = "CTC head" if bundle.ctc is None else "symbols (vocab.json)"
             raise CheckpointError(
                 f"{os.fspath(source)} has no {missing}, so it cannot transcribe; use a bundle written by "
-                "stage finetune, or another CTC model"
+                "the finetune stage, or another CTC model"
             )
         if (stored := bundle.info.get("confidence")) is not None:
             options.setdefault("calibration", Calibration.from_json(stored))

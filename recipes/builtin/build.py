@@ -6,7 +6,7 @@
 The script pretrains a model only on recordings (exp/builtin-pretraining), unless `pretrained=` names a model,
 and fine-tunes it on recordings and synthetic voices (exp/builtin). Finished stages are kept and interrupted
 stages are resumed, so that the command can be repeated until it succeeds. The script then writes the
-recognizer in float16, with a model card that contains the results of stage `score`. The folder must not
+recognizer in float16, with a model card that contains the results of the `score` stage. The folder must not
 exceed 15 MB.
 """
 

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("hypotheses", type=Path, help="a file of stage decode: <split>.jsonl")
+    parser.add_argument("hypotheses", type=Path, help="a file of the decode stage: <split>.jsonl")
     parser.add_argument("table", type=Path, help="transcripts.tsv with the columns speaker, gender and age")
     args = parser.parse_args()
     utterances = list(read_hypotheses(args.hypotheses))

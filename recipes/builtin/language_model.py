@@ -26,7 +26,7 @@ def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
 
     Args:
         exp: experiment folder with the finished stages prepare and targets.
-        texts: file with additional sentences, as for recipe voices.
+        texts: file with additional sentences, as for the voices recipe.
         target: path of the ARPA file, which is compressed if the name ends in .gz.
     """
     manifest = Manifest(exp / "prepare" / "manifest.arrow")
@@ -41,7 +41,7 @@ def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
 def training_sentences(
     manifest: Manifest, targets: TargetStore, held_out: set[str]
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the phones and word boundaries of the utterances in split `train` that are not in `held_out`."""
+    """Yield the phones and word boundaries of the training utterances that are not in `held_out`."""
     for row in manifest.indices(split="train").tolist():
         labels = targets[row]
         if len(labels) and recognized_characters(manifest[row].text) not in held_out:

@@ -2,13 +2,13 @@
 
 The data come from these sources:
 
-- the words of recipe `tofugu`, single and joined, and copies of the joined words at other speeds, which
+- the words of the `tofugu` recipe, single and joined, and copies of the joined words at other speeds, which
   differ in vocal tract length and speaking rate;
 - sentences from Common Voice, read by many speakers;
 - recordings in other languages without text, for pretraining;
-- sentences in the mixed voices of recipe `voices`;
-- the sentences of recipe `demo` in its synthetic voices, and the training words in random order in the same
-  voices, which contain more different phone sequences than the sentence patterns.
+- sentences in the mixed voices of the `voices` recipe;
+- the sentences of the `demo` recipe in its synthetic voices, and the training words in random order in the
+  same voices, which contain more different phone sequences than the sentence patterns.
 
 Test splits are the held-out words per voice, these words joined, sentences by held-out speakers from Common
 Voice, copies of these recordings over a simulated telephone line and in noise, synthetic sentences that do
@@ -53,7 +53,7 @@ class Config:
     clips: read_speech.Config = field(default_factory=read_speech.Config)
     synthetic: bool = True  # whether to add synthetic voices to the recordings
     hts_voices: str | None = None  # folder with HTS voices; null: only the voice of pyopenjtalk-plus
-    texts: str | None = None  # file of sentences for the mixed voices, as in recipe voices
+    texts: str | None = None  # file of sentences for the mixed voices, as in the voices recipe
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(default_factory=Speakers)  # sentences of all other sources are excluded
@@ -71,7 +71,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     """Yield the utterances of the splits train, dev, dev_joined, dev_cv, dev_made and the test sets.
 
     The test sets are test_low, test_high, test_joined, test_cv, test_cv_phone, test_cv_noise, test_made and
-    test_real. `data` is the corpus of recipe `tofugu`.
+    test_real. `data` is the corpus of the `tofugu` recipe.
 
     Raises:
         DataError: the corpus is not found.
@@ -118,7 +118,7 @@ def _synthetic(
     for item in demo.synthesize(own, work / "voices", config.voices, seed):
         seen.add(recognized_characters(item.text))
         yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
-    # Recipe voices also draws from the sentences of recipe demo, some of which are now a test set.
+    # The voices recipe also draws from the sentences of the demo recipe, some of which are now a test set.
     speakers = replace(config.speakers, texts=config.texts)
     folder = expand_user(config.hts_voices) if config.hts_voices else None
     for item in voices.prepare(folder, work / "speakers", speakers, seed, seen):
@@ -148,7 +148,7 @@ def _voice(item: Utterance) -> str:
 def _texts(words: list[str], seen: set[str], seed: int) -> Iterator[str]:
     """Yield endless texts of three to seven random words, excluding words that Open JTalk misreads.
 
-    Texts whose letters and digits are in `seen` are skipped, and those of the others are added to it.
+    Texts whose letters and digits are in `seen` are skipped; those of all other texts are added to `seen`.
     """
     readable = [word for word in words if _is_readable(word)]
     if not readable:

@@ -109,7 +109,7 @@ def sentences(
 
 
 def other_languages(folder: Path, work: Path) -> Iterator[Utterance | Rejected]:
-    """Yield recordings without text for pretraining, all in split `train`."""
+    """Yield recordings without text for pretraining, all in the `train` split."""
     rows = read_rows(folder / "clips.tsv", ("file", "speaker"))
     for _, item in _converted(folder, rows, work / "other", "other"):
         yield item if isinstance(item, Rejected) else replace(item, split="train")

@@ -55,9 +55,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             transcripts are unreadable.
     """
     if data is None:
-        raise DataError(
-            "data= is required: recipe csj needs data=FOLDER, a copy of the Corpus of Spontaneous Japanese"
-        )
+        raise DataError("data= is required: the csj recipe needs data=FOLDER, a copy of the corpus")
     talks = find_talks(data)
     sets = assign_sets(talks, config.subset, config.dev)
     if phrases := [talk for talk in sets if list(talks[talk].transcripts) == ["trn"]]:

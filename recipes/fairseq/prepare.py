@@ -17,7 +17,7 @@ class Config:
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     if data is None:
         raise DataError(
-            "data= is required: recipe fairseq needs data=FOLDER with fairseq's train.tsv and valid.tsv"
+            "data= is required: the fairseq recipe needs data=FOLDER with fairseq's train.tsv and valid.tsv"
         )
     for tsv in find_tsv_files(data):
         for entry in read_tsv(tsv, config.root):

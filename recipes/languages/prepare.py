@@ -49,7 +49,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         DataError: a corpus was not found, or it is shorter than `minutes`.
     """
     if data is None:
-        raise DataError("recipe languages needs data=FOLDER, a folder with transcripts.tsv")
+        raise DataError("the languages recipe needs data=FOLDER, a folder with transcripts.tsv")
     n_samples, is_complete = 0, False
     for item in _utterances(data, work, config, seed):
         if isinstance(item, Rejected) or item.split != "train":

@@ -116,7 +116,7 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
     """
     if data is None:
         raise DataError(
-            "data= is required: recipe reazonspeech needs data=FOLDER with tsv/*.tsv and data/*.tar"
+            "data= is required: the reazonspeech recipe needs data=FOLDER with tsv/*.tsv and data/*.tar"
         )
     releases = [folder for folder in (data, *sorted(data.glob("reazonspeech-v*"))) if _tables(folder)]
     if len(releases) != 1:

@@ -61,7 +61,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         DataError: the input is unsupported or malformed, or too many rows are rejected.
     """
     if data is None:
-        raise DataError("data= is required: recipe table needs data=PATH of a table or a corpus folder")
+        raise DataError("data= is required: the table recipe needs data=PATH of a table or a corpus folder")
     rows: list[Row] = []
     rejected: list[Rejected] = []
     for item in (checked for row in read_rows(data, work) for checked in _check(row)):

@@ -1,4 +1,4 @@
-"""Input readers for recipe table: tables, corpus folders, and manifests from other toolkits.
+"""Input readers for the table recipe: tables, corpus folders, and manifests from other toolkits.
 
 All readers yield `Row` objects. A row with a problem becomes a `Rejected` that names the file and line. A
 problem with a whole file, such as a missing column, raises a DataError.

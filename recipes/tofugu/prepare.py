@@ -99,7 +99,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 def _files(data: Path | None) -> list[Path]:
     repository = "the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio"
     if data is None:
-        raise DataError(f"data= is required: recipe tofugu needs data=FOLDER, a clone of {repository}")
+        raise DataError(f"data= is required: the tofugu recipe needs data=FOLDER, a clone of {repository}")
     folder = data / "lib" / "ogg" if (data / "lib" / "ogg").is_dir() else data
     files = sorted(folder.glob("*.ogg"), key=lambda path: unicodedata.normalize("NFC", path.name))
     if not files:

@@ -168,7 +168,7 @@ def _library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, (_HANDLE, *arguments)
     except (IndexError, OSError, AttributeError) as error:
         message = f"pyopenjtalk-plus in {package_folder()} does not export the HTS engine ({error})"
-        raise JahubertError(f"{message}; recipe voices needs version 0.4.1 on Linux or macOS") from None
+        raise JahubertError(f"{message}; the voices recipe needs version 0.4.1 on Linux or macOS") from None
     return library
 
 

@@ -103,7 +103,7 @@ def synthesize(
     seed: int,
     processes: int,
 ) -> Iterator[Utterance | Rejected]:
-    """Synthesize sentences in order until `minutes` are reached, all for the split train.
+    """Synthesize sentences in order until `minutes` are reached, all for the train split.
 
     Args:
         sentences: pairs (text, phrases). A phrase is a list of words as phones. Phrases are separated by

@@ -3,7 +3,7 @@
 The recipe uses the voices in a folder and the voice of pyopenjtalk-plus. A speaker is a random mixture of one
 or two compatible voices with a random vocal tract length, pitch and speed, determined by the seed. Phone
 times are exact, because they are the state durations of the engine. Sentences come from a file and from the
-word lists of recipe `demo`.
+word lists of the `demo` recipe.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Config:
     texts: str | None = None  # file with one sentence per line, which may have the form ID:漢字(かんじ),カナ
     # Files with sentences to exclude, either with one sentence per line or .tsv with a column text.
     exclude: tuple[str, ...] = ()
-    own_share: float = 0.25  # fraction of the utterances whose sentences come from recipe demo
+    own_share: float = 0.25  # fraction of the utterances whose sentences come from the demo recipe
     minutes: float = 60.0  # total duration of all splits
     dev_share: float = 0.03  # fraction of the minutes in dev
     test_share: float = 0.05  # fraction of the minutes in test
@@ -365,9 +365,9 @@ def _phrases(texts: Iterable[str], seen: set[str]) -> Iterator[tuple[str, list[l
 
 
 def _mix(given: Sequence[str], own_share: float, seed: int) -> Iterator[str]:
-    """Yield each given sentence once, randomly mixed with sentences from recipe demo.
+    """Yield each given sentence once, randomly mixed with sentences from the demo recipe.
 
-    The iterator never ends, because recipe demo has endless sentences, unless `own_share` is 0.
+    The iterator never ends, because the demo recipe has endless sentences, unless `own_share` is 0.
     """
     rng = random.Random(f"texts {seed}")
     own = demo.sentences(seed) if own_share > 0 else iter(())

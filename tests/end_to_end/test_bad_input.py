@@ -34,7 +34,7 @@ def warnings(caplog):
 
 
 def run_stage(capsys, exp: Path, stage: str, *overrides: str) -> tuple[int, str]:
-    """Run a stage of the recipe `rough`, and return its exit status and standard error."""
+    """Run a stage of the `rough` recipe, and return its exit status and standard error."""
     capsys.readouterr()
     status = run.main([f"recipe={ROUGH}", f"stage={stage}", f"exp={exp}", *overrides])
     return status, capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Tests of ONNX export: equal results in onnxruntime, the command `convert`, and its errors."""
+"""Tests of ONNX export: equal results in onnxruntime, the `convert` command, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of recipe builtin: voices, speeds, synthetic readings, recordings, and packing for the wheel."""
+"""Tests of the builtin recipe: voices, speeds, synthetic readings, recordings, and packing for the wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of recipe csj on synthetic corpora: layouts, channels, sets, and malformed transcripts."""
+"""Tests of the csj recipe on synthetic corpora: layouts, channels, sets, and malformed transcripts."""
 
 from __future__ import annotations
 
@@ -362,7 +362,7 @@ def test_talk_in_two_subsets_or_sets_is_rejected(tmp_path, monkeypatch):
 
 def test_missing_files_are_reported(usb, tmp_path):
     for data in (None, tmp_path):
-        with pytest.raises(DataError, match=r"Corpus of Spontaneous Japanese|no CSJ talks"):
+        with pytest.raises(DataError, match=r"data=FOLDER|no CSJ talks"):
             read(data, tmp_path)
     write_talk(tmp_path, "usb", planned("A01F0055"))
     write_talk(tmp_path, "usb", planned("S00M0075"))

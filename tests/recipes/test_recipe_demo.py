@@ -1,4 +1,4 @@
-"""Tests of recipe demo: exact phone times, disjoint splits, and reproducible audio."""
+"""Tests of the demo recipe: exact phone times, disjoint splits, and reproducible audio."""
 
 from __future__ import annotations
 
@@ -134,5 +134,5 @@ def test_inconsistent_sizes_are_rejected(options, tmp_path):
 
 def test_data_of_a_generated_corpus_is_refused(tmp_path):
     configure_jobs(["recipe=demo", "stage=prepare"])
-    with pytest.raises(ConfigError, match=r"data is .*recipe demo"):
+    with pytest.raises(ConfigError, match=r"data is .*demo"):
         configure_jobs(["recipe=demo", "stage=prepare", f"data={tmp_path}"])

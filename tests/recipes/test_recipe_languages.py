@@ -1,4 +1,4 @@
-"""Tests of recipe languages: training splits by language and duration, and the compared systems."""
+"""Tests of the languages recipe: training splits by language and duration, and the compared systems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of recipe reazonspeech on synthetic releases: captions, damaged shards, and cached indices."""
+"""Tests of the reazonspeech recipe on synthetic releases: captions, damaged shards, and cached indices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of recipe table: all kinds of input, malformed input, splits, and long recordings."""
+"""Tests of the table recipe: all kinds of input, malformed input, splits, and long recordings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of recipe tofugu: splits by reading, trimmed and joined words, and rejected files."""
+"""Tests of the tofugu recipe: splits by reading, trimmed and joined words, and rejected files."""
 
 from __future__ import annotations
 

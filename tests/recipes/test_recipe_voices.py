@@ -1,4 +1,4 @@
-"""Tests of recipe voices: speakers, exact phone times, sentences, and reuse of existing files."""
+"""Tests of the voices recipe: speakers, exact phone times, sentences, and reuse of existing files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the neural voices in recipe voices: symbols, phone times, mixed styles, and synthesis."""
+"""Tests of the neural voices in the voices recipe: symbols, phone times, mixed styles, and synthesis."""
 
 from __future__ import annotations
 

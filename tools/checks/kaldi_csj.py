@@ -1,11 +1,11 @@
-"""Comparison of recipe csj with Kaldi's scripts on synthetic transcripts.
+"""Comparison of the csj recipe with Kaldi's scripts on synthetic transcripts.
 
     python tools/checks/kaldi_csj.py /path/to/kaldi
 
 The transcripts are random SDB files in the format of the corpus. Kaldi's scripts (egs/csj/s5) are run
 unchanged from the given checkout, which is not part of this repository, and require perl and nkf or iconv.
-If the utterances of recipe csj with `join=kaldi` do not have the same times and phones, the exit status is 1.
-Words to which Kaldi's conventions assign other phones are in a separate row and do not affect it.
+If the utterances of the csj recipe with `join=kaldi` do not have the same times and phones, the exit status
+is 1. Words to which Kaldi's conventions assign other phones are in a separate row and do not affect it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TAGGED = """
 技術 (W_ギーツ;ギジュツ)|正 (B_ゴ;セイ)|ちゃんと (W_チャト;チャント)<H>|です デ<P:00012.345-00012.678>ス
 はい<笑> ハイ<笑><咳><息><泣>|ここで (W_コ(L_デ;ココデ))|そう (W_(笑_ソ;ソー))
 (K_たち(F_えー)ばな;橘) タチ(F_エー)バナ"""
-# Words to which Kaldi's conventions assign other phones than recipe csj (see recipes/csj/README.md).
+# Words to which Kaldi's conventions assign other phones than the csj recipe (see recipes/csj/README.md).
 CONVENTIONS = "\n亜 (?_ア,イ)|う ー|クヮ クヮ|(F_うん) (F_<VN>)"
 MASKS = "\n(R_××) (R_××)|(R×××××) (R×××××)|(F×××) (F×××)|×さん ×サン"
 EVENTS = ["<雑音>", "<拍手>", "<咳>", "<笑>", "<フロア発話>"]
@@ -137,7 +137,7 @@ def kaldi_utterances(sdb: Path, scripts: Path, env: dict[str, str]) -> Iterator[
 
 
 def our_utterances(sdb: Path, audio: Path) -> Iterator[Spoken]:
-    """Yield the utterances that recipe csj creates from a transcript."""
+    """Yield the utterances that the csj recipe creates from a transcript."""
     resolve(f"{REPO / 'recipes' / 'csj' / 'prepare.py'}:prepare", {}, "recipe")
     files, talks = sys.modules["csj_files"], sys.modules["csj_talks"]
     channels = dict.fromkeys("LR" if sdb.stem.startswith("D") else ("",), audio)

@@ -191,7 +191,7 @@ def phone_frames(alignment: Sequence[Phone], n_frames: int, grid: FrameGrid) -> 
 
 
 def joint_counts(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_units: int) -> np.ndarray:
-    """Count the frames for each pair of phone and unit, int64 (P, K), given those of each frame (N,).
+    """Count the frames for each pair of phone and unit, int64 (P, K), given the phone and unit of each frame.
 
     Raises:
         DataError: there are no frames, the numbers of phones and units differ, or an index is out of range.

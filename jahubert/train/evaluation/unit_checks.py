@@ -96,7 +96,7 @@ def accuracy_problem(
         return (
             f"accuracy on masked frames is {accuracy:.3f} after {step} updates; predicting the most frequent "
             f"unit everywhere has an accuracy of {chance:.3f}. The model has not learned anything: check the "
-            "usage of the units (stage label) and that the labels belong to this audio, and try a lower "
+            "unit usage (logged by stage=label) and that the labels belong to this audio, and try a lower "
             "pretrain.train.lr or a longer warm-up"
         )
     published = _PUBLISHED_ACCURACY.get((feature, n_units), {})

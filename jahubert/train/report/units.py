@@ -43,7 +43,7 @@ def label_stores(exp: Path) -> dict[str, LabelStore]:
 def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, ...]], str]:
     """Return the phones of manifest rows where available, and the source of the phone times.
 
-    The source is the corpus if it has phone times, and otherwise the forced alignment by stage decode.
+    The source is the corpus if it has phone times, and otherwise the forced alignment by the decode stage.
     """
     times: dict[int, tuple[Phone, ...]] = {}
     with progress("phone times", "utterances", len(manifest)) as done:

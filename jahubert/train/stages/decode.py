@@ -61,7 +61,7 @@ _MAX_DISTANCE = 5  # maximum distance (frames; 100 ms) between a CTC spike and a
 class Config:
     manifest: Path
     targets: Path
-    model: Path = model_field()  # a finetune folder or a CTC bundle
+    model: Path = model_field()  # output folder of the finetune stage, or a CTC bundle
     splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))  # splits to decode
     align_splits: tuple[str, ...] = split_field(())  # splits for forced alignment of the references
     search: Literal["beam", "greedy"] = "beam"  # greedy: use the best symbol of each frame

@@ -1,6 +1,6 @@
 """K-means clustering of the sampled frames.
 
-Reads   the sample of frames written by stage features
+Reads   the sample of frames written by the features stage
 Writes  centroids.safetensors, with feature, layer and model in its metadata
 
 All processes share the work and read the sample in blocks, so that it need not fit in memory.

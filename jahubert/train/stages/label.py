@@ -53,7 +53,7 @@ VERSION = 1
 @dataclass(frozen=True)
 class Config:
     manifest: Path
-    centroids: Path  # output folder of stage kmeans, or a folder with fairseq's files
+    centroids: Path  # output folder of the kmeans stage, or a folder with fairseq's files
     model: Path | None = model_field(None)  # for hubert: the model to which the centroids were fitted
     layer: int | None = runtime_field(None)  # for hubert: the expected layer of the centroids
     feature: str | None = runtime_field(None)  # custom feature (module:attribute) that may be imported
@@ -103,7 +103,7 @@ def check_store(store: LabelStore, count_K: np.ndarray, manifest: Manifest, conf
 
 
 def write_units(config: Config, manifest: Manifest, out: Path) -> None:
-    """Label all utterances with the centroids from stage kmeans. All processes must call this."""
+    """Label all utterances with the centroids from the kmeans stage. All processes must call this."""
     device = distributed.process_device(config.device)
     centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
     if config.layer is not None and fitted["layer"] not in (None, config.layer):

@@ -62,7 +62,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.recipe and self.data and generates_corpus(self.recipe):
             raise_config_errors(
-                [f"data is {self.data}, but recipe {self.recipe} generates its corpus: omit data="]
+                [f"data is {self.data}, but the {self.recipe} recipe generates its corpus: omit data="]
             )
 
 

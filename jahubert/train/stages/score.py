@@ -1,6 +1,6 @@
 """Scoring of hypotheses: WER, PER and kana CER, or CER for characters.
 
-Reads   the hypotheses written by stage decode, and those of another system if `baseline` is set
+Reads   the hypotheses written by the decode stage, and those of another system if `baseline` is set
 Writes  scores.json: all measures by set, talk and speaker, with confidence intervals, confusions, the
         significance test against the baseline and the reliability of confidences; <split>.txt: the same
         results as text, with an alignment of every utterance; table.txt: the printed table;
@@ -125,7 +125,7 @@ def _measures(folder: Path) -> tuple[Measure, ...]:
 
 
 def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
-    """Iterate over the utterances in a hypothesis file written by stage decode."""
+    """Iterate over the utterances in a hypothesis file written by the decode stage."""
     for line in path.read_bytes().splitlines():
         item = json.loads(line)
         yield ScoredUtterance(

@@ -47,7 +47,7 @@ def manifest(tmp_path) -> Manifest:
 
 
 def read_back(data: Path) -> list[tuple]:
-    """Return the utterances that recipe table reads, without their splits."""
+    """Return the utterances that the table recipe reads, without their splits."""
     items = list(table.prepare(data, Path("unused"), table.Config(), 0))
     return sorted((i.id, i.start, i.n_samples, i.speaker, i.text) for i in items)
 

@@ -170,7 +170,7 @@ def test_help_shows_the_settings_of_the_command(capsys):
 
 @pytest.mark.parametrize("recipe", ["builtin", "csj", "demo", "fairseq", "reazonspeech", "table", "tofugu"])
 def test_pretrained_takes_effect_in_every_recipe(recipe):
-    data = [] if recipe == "demo" else ["data=/c"]  # recipe demo generates its corpus
+    data = [] if recipe == "demo" else ["data=/c"]  # the demo recipe generates its corpus
     jobs = configure_jobs([f"recipe={recipe}", "stage=all", *data, "pretrained=owner/model"])
     finetune = [job.config.pretrained for job in jobs if job.stage == "finetune"]
     assert set(finetune) - {None} == {Path("owner/model")}

@@ -1,4 +1,4 @@
-"""Test that stage decode gives the same hypotheses as `Transcriber` for the same recordings."""
+"""Test that the decode stage gives the same hypotheses as `Transcriber` for the same recordings."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_missing_and_damaged_recordings_are_rejected_at_once(recording, delays, 
 
 @pytest.fixture
 def table(recording, tmp_path):
-    """Return the reader of recipe table for two recordings, one of which is longer than `max_seconds`."""
+    """Return the reader of the table recipe for two recordings, one of which is longer than `max_seconds`."""
     noise_T = 0.1 * np.random.default_rng(1).standard_normal(48_000)
     soundfile.write(tmp_path / "long.flac", noise_T, 16_000)
     read, Config = (recipe_reader("table", name) for name in ("prepare", "Config"))
@@ -166,7 +166,7 @@ def write_audio(path):
 
 @pytest.mark.parametrize("corpus", [read_csj, read_builtin, read_tofugu, read_voices, read_table])
 def test_every_recipe_reads_its_source_again(corpus, delays, tmp_path, monkeypatch):
-    """The first read of every file of the source fails. Recipe demo has no source."""
+    """The first read of every file of the source fails. The demo recipe has no source."""
     pytest.importorskip("pyopenjtalk")
     folder = tmp_path / "source"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Tests of phones, kana and characters from targets to scores, and of the options of stage decode."""
+"""Tests of phones, kana and characters from targets to scores, and of the options of the decode stage."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def test_fp16_that_always_overflows_ends_the_run(tmp_path, monkeypatch):
 
 
 def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Pretrain the first iteration of recipe tones, and return the weights and the metrics."""
+    """Pretrain the first iteration of the tones recipe, and return the weights and the metrics."""
     command = [f"recipe={TONES}", "stage=pretrain", f"exp={exp}", "pretrain.train.micro_seconds=5", *settings]
     done = subprocess.run([sys.executable, "-m", "jahubert.run", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
