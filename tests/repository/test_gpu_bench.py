@@ -1,4 +1,4 @@
-"""Test that runs the GPU benchmark on a CPU with tiny sizes."""
+"""Tests of the GPU benchmark, which runs on a CPU with tiny sizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.autograd import DeviceType
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -27,10 +31,51 @@ def test_gpu_benchmark_ends_with_a_table_and_a_json_file(tmp_path):
     assert outcomes.pop("tests").startswith("skipped: needs a GPU")
     assert outcomes and set(outcomes.values()) == {"done"}
     values = {row["name"]: row["value"] for row in result["rows"]}
-    assert values["base, mixed, 350 s: jahubert"] > 0 and values["engine: waiting for data"] >= 0
-    assert (
-        values["compiled engine: waiting for data"] >= 0 and values["compiled engine: compiled graphs"] == 0
-    )
+    assert values["base, mixed, one micro-batch: jahubert"] > 0 and values["kernels: products"] > 0
+    assert values["engine: waiting for data"] >= 0 and values["compiled engine: waiting for data"] >= 0
+    assert values["compiled engine: graphs compiled later"] == 0
     assert result["environment"]["device"] == "CPU"
     table = done.stdout[done.stdout.rindex("measurement ") :]
     assert all(name in table for name in values)
+
+
+@pytest.fixture
+def bench_folder(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "tools/bench"))
+
+
+def test_only_kernels_are_counted_as_time_of_the_gpu(bench_folder):
+    from kernel_profile import by_group, kernel_times
+
+    def event(key: str, device: int, microseconds: float, is_range: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key,
+            device_type=DeviceType(device),  # a new object, as in the profiler's events
+            is_user_annotation=is_range,
+            self_device_time_total=microseconds,
+            self_cpu_time_total=7_000.0,
+        )
+
+    cpu, cuda = int(DeviceType.CPU), int(DeviceType.CUDA)
+    events = [
+        event("aten::mm", cpu, 0.0),
+        event("nvjet_tst_192x192", cuda, 2_000.0),
+        event("void pytorch_flash::flash_fwd_kernel<cutlass>", cuda, 500.0),
+        event("void at::native::vectorized_elementwise_kernel<gelu>", cuda, 1_500.0),
+        event("Optimizer.step#AdamW.step", cuda, 9_000.0, is_range=True),
+    ]
+    groups = {"products": 2.0, "attention": 0.5, "between products": 1.5}
+    assert by_group(kernel_times(events, on_gpu=True)) == groups
+    assert kernel_times(events, on_gpu=False) == {"aten::mm": 7.0}
+
+
+def test_a_limit_is_reached_from_below(bench_folder):
+    from gpu_report import Report
+
+    report = Report(has_goals=True)
+    for value in (0.5, 1.5):
+        report.add("share", value, "%", goal=1)
+        report.add("waiting", value, "%", limit=1)
+    assert [row["reached"] for row in report.rows] == [False, True, True, False]
+    report.add("peer", None, "%", goal=1)
+    assert "goal" not in report.rows[-1]

@@ -159,7 +159,7 @@ def flops(config: HubertConfig, n_samples: list[int]) -> float:
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:

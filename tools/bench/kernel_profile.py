@@ -1,0 +1,54 @@
+"""Device time of a training step by kernel and by group of kernels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+# Patterns that assign kernels to groups by name, by the first match. All other kernels are "between
+# products".
+GROUPS = {
+    "attention": re.compile(r"flash|fmha|attention|softmax", re.IGNORECASE),
+    "products": re.compile(r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|conv|addmm|\bmm\b|bmm|matmul", re.I),
+}
+STEPS = 3  # number of profiled steps
+
+
+def profile_steps(step: Callable[[], Any], on_gpu: bool) -> dict[str, float]:
+    """Return the mean time per step of each kernel in ms, or of each operator on a CPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(STEPS):
+            step()
+    return {name: ms / STEPS for name, ms in kernel_times(profile.key_averages(), on_gpu).items()}
+
+
+def kernel_times(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
+    """Sum the time of profiler events in ms by name, for the kernels of a GPU or the operators of a CPU.
+
+    Ranges that a program marks, such as `Optimizer.step`, also appear on a GPU. They contain kernels, and are
+    therefore excluded.
+    """
+    times: dict[str, float] = {}
+    for event in events:
+        # The profiler creates these values, so they equal the members of the enum, but are other objects.
+        if event.device_type != (DeviceType.CUDA if on_gpu else DeviceType.CPU) or event.is_user_annotation:
+            continue
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        times[event.key] = times.get(event.key, 0.0) + microseconds / 1e3
+    return times
+
+
+def by_group(times: dict[str, float]) -> dict[str, float]:
+    """Return the total time of each group of kernels."""
+    groups = dict.fromkeys(("products", "attention", "between products"), 0.0)
+    for name, milliseconds in times.items():
+        group = next((group for group, pattern in GROUPS.items() if pattern.search(name)), "between products")
+        groups[group] += milliseconds
+    return groups
