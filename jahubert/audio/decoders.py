@@ -21,7 +21,7 @@ from jahubert.errors import AudioError
 _BLOCK = 60 * 48_000  # number of frames to decode at a time from a file of unknown length
 _UNKNOWN = 1 << 48  # frame counts of this value or more mean that the length is unknown
 _FLAC = b"fLaC\0\0\0\x22"  # start of a FLAC stream
-_MIN_RATE, _MAX_RATE = 1_000, 3_072_000  # Hz; other rates are those of damaged headers
+_MIN_RATE, _MAX_RATE = 1_000, 3_072_000  # Hz; files with other rates are considered damaged
 _READ_AHEAD = 65_536  # maximum number of bytes that a decoder reads ahead
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeError)
 

@@ -299,7 +299,7 @@ class LexiconFusion(Fusion):
 
 
 def _unigram_share(model: NGram, word_C: np.ndarray) -> float:
-    """Return the share of the given words in the unigram probability of all words except special ones."""
+    """Return the fraction of the unigram probability, without special words, that the given words have."""
     special = (model.start_word, model.end_word, model.unknown_word)
     words = np.array([word for word in range(len(model.words)) if word not in special], np.int64)
     if not len(words):

@@ -87,7 +87,7 @@ class _Reader:
         return next(line for line in self._skippable("only empty lines follow") if line)
 
     def _skippable(self, problem: str) -> Iterator[bytes]:
-        """Yield lines of which most are skipped, and report `problem` if there are too many of them."""
+        """Yield lines until the caller has found the one it needs. Fail with `problem` after too many lines."""
         for _ in range(_MAX_SKIPPED):
             yield self._line()
         self._fail(f"{problem}; is this an ARPA file?")

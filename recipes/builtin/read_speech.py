@@ -4,8 +4,8 @@ Each input is a folder with a tab-separated table: `transcripts.tsv` with the co
 gender and age, or `clips.tsv` with file, language and speaker. Recordings are converted to 16 kHz FLAC files.
 
 No speaker occurs in two splits, and no sentence, even with other punctuation or character widths. The
-speakers of the splits test_cv and dev_cv are drawn by seed from those with a client id (a name that starts
-with `block` was guessed from neighboring file names).
+speakers of the splits test_cv and dev_cv are drawn at random, determined by the seed, from those with a
+client id. A name that starts with `block` is not a client id, but was guessed from neighboring file names.
 
 Each utterance of test_cv has two copies, with the same text: in test_cv_phone as over a telephone
 (`telephone`), and in test_cv_noise with pink noise (`noisy`). The training augmentation has similar effects,
