@@ -120,8 +120,8 @@ class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has n
     """SoundFile that does not seek between reads.
 
     soundfile seeks to the current position after each read of a seekable file. Such a seek fails if the
-    length is unknown, and it clears the bit reservoir of the MP3 decoder, which is audible at each block
-    boundary.
+    length is unknown, and it clears the bit reservoir of the MP3 decoder, which causes an audible glitch at
+    each block boundary.
     """
 
     def seekable(self) -> bool:

@@ -1,4 +1,4 @@
-"""Conversion of models to other formats, which is verified by reading and running the result."""
+"""Conversion of models to other formats, verified by reading and running the result."""
 
 from __future__ import annotations
 

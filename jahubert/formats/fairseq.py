@@ -304,7 +304,7 @@ def _unit_order(symbols: list[str], n_units: int) -> list[int]:
 
 
 def _drop_unused_specials(ctc: dict[str, Tensor], symbols: list[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Drop special symbols with probability zero, which `write_fairseq` adds."""
+    """Drop the special symbols with probability zero that `write_fairseq` adds."""
     weight, bias = ctc[HEAD], ctc.get("lm_head.bias")
     if bias is None or len(symbols) != len(weight) or bias.shape != weight.shape[:1]:
         return ctc, symbols

@@ -87,7 +87,8 @@ class _Reader:
         return next(line for line in self._skippable("only empty lines follow") if line)
 
     def _skippable(self, problem: str) -> Iterator[bytes]:
-        """Yield lines until the caller has found the one it needs. Fail with `problem` after too many lines."""
+        """Yield lines until the caller finds the one it needs. Fail with `problem` after too many."""
+
         for _ in range(_MAX_SKIPPED):
             yield self._line()
         self._fail(f"{problem}; is this an ARPA file?")

@@ -3,8 +3,8 @@
 Nothing is downloaded. The voice is part of pyopenjtalk-plus (HTS voice "Mei", CC BY 3.0, MMDAgent Project
 Team). All phone times are exact: at speed 1.0, the number of 5 ms frames of a phone depends only on its
 context label, so that a copy of the voice with a frame length of one sample yields the frame counts of labels
-almost instantly. A speaker is a copy of the voice with its own pitch, frame length, which scales all
-durations, and frequency warping, which changes the vocal tract length.
+almost instantly. A speaker is a copy of the voice with its own pitch, frame length (which scales all
+durations) and frequency warping (which changes the vocal tract length).
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
     python tools/bench/labels.py --read-delay 0.02       # a slow file system: 20 ms per utterance
     python tools/bench/labels.py --utterances 40         # a quick check
 
-FLAC files with 6 s of synthetic noise each are read and decoded while a simulated GPU computes, which means
-that it sleeps 0.12 s for 120 s of audio at 1,000 audio-s/s. The script prints the speed in seconds of audio
-per second for reading alone, for computing alone, for both in sequence (calculated from the first two), and
-for both overlapped, with threads (the default) and with worker processes. It also prints the overlapped speed
-relative to the slower part.
+FLAC files with 6 s of synthetic noise each are read and decoded while a simulated GPU computes. This GPU
+sleeps 0.12 s for 120 s of audio at 1,000 audio-s/s. The script prints the speed in audio-seconds per second
+for reading alone, for computing alone, for both in sequence (calculated from the first two), and for both
+overlapped, with threads (the default) and with worker processes. It also prints the overlapped speed relative
+to the slower part.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Benchmark of pretraining small models, which train on two cores in minutes, on one CPU thread.
+"""Benchmark of pretraining on one CPU thread, for small models that train within minutes on two cores.
 
 python tools/bench/small_models.py             # prints seconds of audio per CPU second, forward and backward
 """

@@ -122,7 +122,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 
 def sweep_stages(sweep: Sweep, exp: Path, other: Path) -> None:
-    """Damage the files of all stages, which the stages that read them and then the `report` stage verify."""
+    """Damage the files of all stages. The first stage that reads a file, or else `report`, verifies it."""
     *jobs, report = stage_jobs(exp)
     for job in jobs:
         for path in files_of(job.out):

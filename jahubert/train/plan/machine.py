@@ -66,8 +66,8 @@ MEASURED = {"H200": MeasuredRates(training=5_439.0, features=3_482.0, mean_secon
 # assumed, because published runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100)
 # and 0.085 (minimal_hubert: 400,000 updates in 10 h on 16 H100).
 UTILIZATION, UTILIZATION_WITHOUT_FLASH = 0.2, 0.1
-# Assumed utilization in float32, which is higher: because of the lower peak, matrix products take longer than
-# the overhead. An H200 reaches 0.5 in feature extraction.
+# Assumed utilization in float32, which is higher, because matrix products take longer compared with the
+# overhead. An H200 reaches 0.5 in feature extraction.
 UTILIZATION_FP32 = 0.3
 
 

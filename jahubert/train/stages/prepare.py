@@ -1,4 +1,4 @@
-"""Conversion of a corpus into a manifest, with the reader in its recipe.
+"""Conversion of a corpus into a manifest by the reader in its recipe.
 
 Reads   the corpus, through `prepare()` in `recipes/<recipe>/prepare.py`
 Writes  manifest.arrow, rejected.jsonl (rejected utterances with reasons), work/ (audio that the recipe
