@@ -164,7 +164,9 @@ def _samples(source: Any, sample_rate: float | None) -> tuple[Any, int]:
         array = _from_sequence(array)
     rate = _rate(sample_rate if stated is None else stated)
     if stated is not None and sample_rate is not None and _rate(sample_rate) != rate:
-        raise AudioError(f"the audio has a sampling rate of {rate} Hz, but sample_rate is {sample_rate}")
+        raise AudioError(
+            f"the audio has a stated rate of {rate} Hz, but sample_rate is {sample_rate}; omit sample_rate"
+        )
     return array, rate
 
 

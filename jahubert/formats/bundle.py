@@ -227,7 +227,7 @@ def _read_bundle(folder: Path) -> RawModel:
     fields = typed_item(path, info, "config", dict, {})
     for name in fields:
         if name not in _CONFIG_FIELDS:
-            raise CheckpointError(f"{path}: unknown field {name!r} in config")
+            raise CheckpointError(f"{path}: unknown field {name!r} in config; copy the bundle again")
     raw = read_huggingface(folder, {name: config_field(path, name, name, fields[name]) for name in fields})
     raw.info = info
     phonemes = typed_item(path, info, "phonemes", dict)
@@ -353,7 +353,9 @@ def _build(path: Path, raw: RawModel) -> Bundle:
 def _build_unit_head(path: Path, raw: RawModel) -> UnitHead:
     table = raw.head["label_embeddings"]
     if table.dim() != 2 or not table.numel():
-        raise CheckpointError(f"{path}: label_embeddings, the codebook, has shape {tuple(table.shape)}")
+        raise CheckpointError(
+            f"{path}: label_embeddings has shape {tuple(table.shape)}, but must be a matrix (units, dim)"
+        )
     n_units, dim = table.shape
     shapes = {
         "label_embeddings": (n_units, dim),

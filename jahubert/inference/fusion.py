@@ -239,7 +239,10 @@ class LexiconFusion(Fusion):
         else:
             self.model_word_W = model.word_ids(self.words)
             if not any(word in model.index for word in self.words):
-                raise DataError("the language model contains none of the lexicon's words")
+                raise DataError(
+                    "the language model contains none of the lexicon's words; use an n-gram of these words"
+                )
+
             unigram_W, _ = model.score(np.zeros(len(self.words), np.int64), self.model_word_W)
         self.look_ahead = lexicon.best_below(lm_weight * unigram_W + word_bonus)
 

@@ -198,9 +198,9 @@ class Transcriber:
         if vad == "silero":
             check_silero()
         if lm_weight is not None and lm is None:
-            raise ConfigError("lm_weight has no effect without a language model (lm)")
+            raise ConfigError("lm_weight has no effect without lm; set lm or omit lm_weight")
         if word_bonus is not None and lm is None and lexicon is None:
-            raise ConfigError("word_bonus has no effect without a language model (lm) or a lexicon")
+            raise ConfigError("word_bonus has no effect without lm or lexicon; set one or omit word_bonus")
         self.fusion = load_fusion(
             phonemes,
             None if lm is None else Path(lm),

@@ -54,7 +54,9 @@ def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterat
         worker_of = {shard: workers[i % n] for i, shard in enumerate(pending) if workers}
         for shard in shards:
             if shard in worker_of and (done := worker_of[shard].readline()) != shard.name:
-                raise JahubertError(f"the process that indexes {shard} has indexed {done or 'nothing'}")
+                raise JahubertError(
+                    f"{shard}: the process that indexes it has instead indexed {done or 'nothing'}"
+                )
             index = _read_index(shard, folder)
             if index is None:
                 index = index_shard(shard)

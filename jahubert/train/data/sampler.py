@@ -147,7 +147,8 @@ class Sampler:
             )
         if self.n_samples.max() > self.capacity:
             raise ConfigError(
-                f"micro_seconds={micro_seconds:g} is shorter than the longest utterance ({longest:.2f} s)"
+                f"micro_seconds={micro_seconds:g} is shorter than the longest utterance ({longest:.2f} s); "
+                "increase micro_seconds"
             )
         self._epochs: dict[int, Epoch] = {}
 

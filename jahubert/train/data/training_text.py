@@ -34,7 +34,9 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
     else:
         fits = _VOCABULARY.get(tokenizer.unit) == vocabulary
     if not fits:
-        raise ConfigError(f"the targets of {exp} are {vocabulary}, but the unit is {tokenizer.unit}")
+        raise ConfigError(
+            f"the targets of {exp} are {vocabulary}, but the unit is {tokenizer.unit}; use the same unit"
+        )
     for row in manifest.indices(split="train").tolist():
         if not len(labels := targets[row]):
             continue

@@ -128,7 +128,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if bundle.ctc is None:
         raise CheckpointError(f"decode.model: {config.model} has no CTC head; set it to a fine-tuned model")
     if bundle.phonemes != targets.phonemes:
-        raise CheckpointError(f"decode.model: {config.model} and {config.targets} have different symbols")
+        raise CheckpointError(
+            f"decode.model: {config.model} and {config.targets} have different symbols; set decode.targets "
+            "to targets with the symbols of the model"
+        )
     device = distributed.process_device(config.device)
     bundle.ctc.to(device)
     fusion = load_fusion(targets.phonemes, config.lm, config.lexicon, config.lm_weight, config.word_bonus)
@@ -142,7 +145,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         rows = np.intersect1d(split_rows, targets.labeled_rows)
         if not len(rows):
             raise DataError(
-                f"decode.splits: no utterance of split {split!r} in {config.manifest} has a target"
+                f"decode.splits: no utterance of split {split!r} in {config.manifest} has a target; "
+                "choose other splits"
             )
         if len(rows) < len(split_rows):
             log.warning(
@@ -190,7 +194,10 @@ def tune(
     rows = np.concatenate([manifest.indices(split=split) for split in config.tune_splits])
     rows = np.intersect1d(rows, targets.labeled_rows)
     if not len(rows):
-        raise DataError(f"decode.tune_splits: no utterance of {config.tune_splits} has a target")
+        raise DataError(
+            f"decode.tune_splits: no utterance of {list(config.tune_splits)} has a target; "
+            "choose other splits"
+        )
     batches = [
         TuningBatch(logp_BSV, n_frames_B, [targets[row].tolist() for row in rows_B])
         for rows_B, logp_BSV, n_frames_B in log_probs(rows, "tuning", suppress=config.vad)

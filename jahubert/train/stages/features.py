@@ -126,7 +126,9 @@ def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
     rows = manifest.indices(split=config.split)
     ends = np.cumsum(feature.grid.n_frames(manifest.n_samples[rows]))
     if not len(rows) or not ends[-1]:
-        raise DataError(f"features.split: split {config.split!r} of {config.manifest} has no frames")
+        raise DataError(
+            f"features.split: split {config.split!r} of {config.manifest} has no frames; choose another split"
+        )
     size = min(config.sample_frames, int(ends[-1]))
     taken = draw_rows(int(ends[-1]), size, seeded_rng(config.seed, 11))
     where = np.searchsorted(ends, taken, side="right")
