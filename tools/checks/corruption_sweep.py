@@ -163,7 +163,8 @@ def sweep_flac(sweep: Sweep, folder: Path) -> None:
     paths = [folder / f"{number}.flac" for number in range(2)]
     for number, path in enumerate(paths):
         write_flac(path, 0.1 * np.random.default_rng(number).standard_normal(16_000))
-    damages = [damage for damage in DAMAGES if damage is not swap]  # a FLAC file does not identify itself
+    damages = [damage for damage in DAMAGES if damage is not swap]  # another intact FLAC file is not detected
+
     sweep.damage("FLAC", paths[0], paths[1], partial(error_of, partial(load_audio, paths[0])), damages)
 
 

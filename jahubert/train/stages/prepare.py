@@ -122,7 +122,7 @@ def check_items(
     check_audio: bool = True,
     cache: DecodeCache | None = None,
 ) -> Iterator[Utterance | Utterances | Rejected]:
-    """Yield the items from a recipe in order, replacing utterances with unusable audio by `Rejected`.
+    """Yield the items from a recipe in order, with a `Rejected` for each utterance whose audio is unusable.
 
     Args:
         check_audio: whether to decode every utterance. The recordings of `Utterances` are then yielded one by
