@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jahubert.model import kernels
 from jahubert.model.hubert import (
@@ -105,6 +106,12 @@ def test_autocast_of_both_is_equally_close_to_float32(config, precision):
             assert 0 < float((near_BSD - exact_BSD).norm() / exact_BSD.norm()) < 0.05
 
 
+def packed_front_end(stack: ConvFrontEnd, wavs: list[Tensor]) -> Tensor:
+    """Apply the front end to a padded batch with NaN after the end of each waveform."""
+    wav_BT = nn.utils.rnn.pad_sequence(wavs, batch_first=True, padding_value=float("nan"))
+    return front_end(stack, wav_BT, [len(wav_T) for wav_T in wavs])
+
+
 def front_end_config(norm: str, bias: bool, convs) -> HubertConfig:
     dims = (8, 6, 10, 4, 6, 8, 12)[: len(convs[0])]
     return HubertConfig(
@@ -123,9 +130,33 @@ def test_front_end_equals_the_plain_modules(norm, bias, convs, cached, monkeypat
     wavs = [torch.randn(n, requires_grad=True) for n in (5000, 400, 12_345, 719, 3201)]
     with kernels.disabled():
         expected = torch.cat([stack(wav_T[None])[0] for wav_T in wavs])
-    output = front_end(stack, wavs)[: len(expected)]
+    output = packed_front_end(stack, wavs)[: len(expected)]
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     assert_same_gradients(output, expected, [*wavs, *stack.parameters()], 1e-3)
+
+
+class CountCalls(TorchDispatchMode):
+    """Mode that counts the calls of operators."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_number_of_operators_does_not_depend_on_the_number_of_utterances(norm, monkeypatch):
+    monkeypatch.setattr(conv_frontend, "CACHED", 2**30)  # computes all rows at once, as on a GPU
+    stack, counts = ConvFrontEnd(front_end_config(norm, False, HUBERT_CONVS)), set()
+    for n_utterances in (2, 30):
+        lengths = [3_000 + 100 * i for i in range(n_utterances)]
+        wav_BT = torch.randn(n_utterances, lengths[-1])
+        stack.zero_grad()
+        with CountCalls() as count:
+            front_end(stack, wav_BT, lengths).sum().backward()
+        counts.add(count.calls)
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize("norm", ["group", "layer"])
@@ -150,13 +181,15 @@ def test_group_norm_is_exact_for_quiet_sound_on_a_loud_offset():
         wav_T = quiet + offset
         with kernels.disabled():
             expected = exact(wav_T.double()[None])[0].float()
-        torch.testing.assert_close(front_end(stack, [wav_T])[: len(expected)], expected, rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            packed_front_end(stack, [wav_T])[: len(expected)], expected, rtol=0, atol=2e-3
+        )
 
 
 def test_silence_stays_finite():
     torch.manual_seed(0)
     stack = ConvFrontEnd(HubertConfig(conv_dims=(8, 8), conv_kernels=(10, 3), conv_strides=(5, 2)))
-    output = front_end(stack, [torch.zeros(1000), torch.full((1000,), 0.25)])
+    output = packed_front_end(stack, [torch.zeros(1000), torch.full((1000,), 0.25)])
     assert output.isfinite().all()
     output.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in stack.parameters())
@@ -169,7 +202,7 @@ def test_gradient_of_a_long_utterance_is_summed_in_float32():
     wav_T, grads = torch.randn(480_000), []
     for lower in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=lower):
-            total = front_end(stack, [wav_T]).float().sum()
+            total = packed_front_end(stack, [wav_T]).float().sum()
         grads.append(torch.autograd.grad(total, stack.conv_layers[0].layer_norm.bias)[0])
     assert (grads[1] - grads[0]).norm() < 5e-4 * grads[0].norm()
 

@@ -43,7 +43,7 @@ def main() -> None:
             with kernels.disabled():
                 expected = stack(wav_BT, n_samples)
             torch.testing.assert_close(
-                front_end(stack, wavs)[: grid.n_frames(n_samples[0])],
+                front_end(stack, wav_BT, n_samples)[: grid.n_frames(n_samples[0])],
                 expected[0, : grid.n_frames(n_samples[0])],
                 rtol=1e-3,
                 atol=1e-4,
@@ -56,7 +56,7 @@ def main() -> None:
                         started = time.perf_counter()
                         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
                             if fast:
-                                out = front_end(stack, wavs)
+                                out = front_end(stack, wav_BT, n_samples)
                             else:
                                 with kernels.disabled():
                                     out = stack(wav_BT, n_samples)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -47,43 +46,46 @@ def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[in
     batch, width = wav_BT.shape
     lengths = [width] * batch if n_samples is None else [int(n) for n in n_samples]
     packing = Packing([grid.n_frames(n) for n in lengths], grid.n_frames(width), wav_BT.device)
-    wavs = [wav_T[:n] for wav_T, n in zip(wav_BT, lengths, strict=True)]
-    return packing.unpack(front_end(stack, wavs))
+    return packing.unpack(front_end(stack, wav_BT, lengths))
 
 
-def front_end(stack: ConvFrontEnd, wavs: Sequence[Tensor], shape: PackedShape | None = None) -> Tensor:
-    """Compute packed features (N, C) for waveforms that have at least one frame each.
+def front_end(
+    stack: ConvFrontEnd, wav_BT: Tensor, lengths: Sequence[int], shape: PackedShape | None = None
+) -> Tensor:
+    """Compute packed features (N, C) for a padded batch of waveforms that have at least one frame each.
 
     Args:
+        lengths: number of samples in each waveform. Samples after the end of a waveform are ignored.
         shape: sizes to which all tensors are padded (see `Packing`).
     """
     layers = [cast("ConvLayer", layer) for layer in stack.conv_layers]
-    strides = [layer.conv.stride[0] for layer in layers]
-    device, lengths = wavs[0].device, [len(wav) for wav in wavs]
-    hop = math.prod(strides)  # number of samples per output frame
-    tiles = [-(-n // (hop * TILE)) for n in lengths]
-    first = [TILE * n for n in accumulate(tiles, initial=0)]
-    total = TILE * padded_size(sum(tiles), shape and shape.n_tiles, "tiles", BLOCK // TILE)
-    parts = [F.pad(w, (0, n * TILE * hop - len(w))) for w, n in zip(wavs, tiles, strict=True)]
-    x_NC = torch.cat([*parts, parts[0].new_zeros((total - first[-1]) * hop)])[:, None]
-    x: Tensor | _Product = x_NC
-    n_frames = []  # output length of each utterance, for each layer
-    for layer, stride in zip(layers, strides, strict=True):
-        lengths = [(n - layer.conv.kernel_size[0]) // stride + 1 for n in lengths]
-        n_frames.append(lengths)
-    filler = total // TILE - sum(tiles)  # tiles after the last utterance, assigned to the first utterance
-    n_utterances = padded_size(len(wavs), shape and shape.n_utterances, "utterances")
-    n_rows = padded_size(sum(lengths), shape and shape.n_rows, "frames", BLOCK)
-    owner_T, position_T, n_frames_B, valid_N = index_tensors(
-        device,
-        np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(filler)),
-        np.append(concat_ranges(np.zeros(len(tiles)), tiles), np.full(filler, tiles[0])),
-        np.append(n_frames[0], np.ones(n_utterances - len(wavs))),
-        np.append(concat_ranges(first[:-1], lengths), np.zeros(n_rows - sum(lengths))),
+    size = TILE * math.prod(layer.conv.stride[0] for layer in layers)  # number of samples per tile
+    tiles = [-(-n // size) for n in lengths]
+    n_tiles = padded_size(sum(tiles), shape and shape.n_tiles, "tiles", BLOCK // TILE)
+    n_frames: list[Sequence[int]] = [lengths]  # length of each utterance before and after each layer
+    for layer in layers:
+        kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+        n_frames.append([(n - kernel) // stride + 1 for n in n_frames[-1]])
+    n_utterances = padded_size(len(lengths), shape and shape.n_utterances, "utterances")
+    n_rows = padded_size(sum(n_frames[-1]), shape and shape.n_rows, "frames", BLOCK)
+    filler = n_tiles - sum(tiles)  # tiles after the last utterance, placed after the end of the first one
+    owner = np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(filler, np.int64))
+    position = np.append(concat_ranges(np.zeros(len(tiles)), tiles), np.full(filler, tiles[0]))
+    first_row = TILE * (np.cumsum(tiles) - tiles)
+    *of_tiles, valid_N = index_tensors(
+        wav_BT.device,
+        owner,
+        position,
+        np.asarray(lengths)[owner] - size * position,
+        np.append(n_frames[1], np.ones(n_utterances - len(lengths))),
+        np.append(concat_ranges(first_row, n_frames[-1]), np.zeros(n_rows - sum(n_frames[-1]))),
     )
+    placement = _Tiles(*of_tiles)
+    x_NC = _concatenate(wav_BT, size, placement)[:, None]
+    x: Tensor | _Product = x_NC
     if layers[0].norm == "group":  # the statistics of the norm depend on the whole utterance
-        x, layers = _group_normed(layers[0], x_NC, _Tiles(owner_T, position_T, n_frames_B)), layers[1:]
-    blocks = [(x, total)] if torch.is_grad_enabled() else _blocks(x, len(owner_T))
+        x, layers = _group_normed(layers[0], x_NC, placement), layers[1:]
+    blocks = [(x, TILE * n_tiles)] if torch.is_grad_enabled() else _blocks(x, n_tiles)
     x_NC = torch.cat([_run_layers(layers, block)[:n] for block, n in blocks])
     return F.gelu(x_NC.index_select(0, valid_N))
 
@@ -93,7 +95,18 @@ class _Tiles(NamedTuple):
 
     owner_T: Tensor  # index of the utterance of each tile
     position_T: Tensor  # index of each tile within its utterance
+    n_samples_T: Tensor  # number of samples from the start of a tile to the end of its utterance
     n_frames_B: Tensor  # number of valid rows in each utterance
+
+
+def _concatenate(wav_BT: Tensor, size: int, tiles: _Tiles) -> Tensor:
+    """Concatenate the tiles of `size` samples of all waveforms (N,), with zeros after each waveform."""
+    padded_BT = F.pad(wav_BT, (0, -wav_BT.shape[1] % size))
+    per_row = padded_BT.shape[1] // size
+    index_T = per_row * tiles.owner_T + tiles.position_T.clamp(max=per_row - 1)
+    wav_TS = padded_BT.reshape(-1, size).index_select(0, index_T)
+    valid_TS = torch.arange(size, device=wav_BT.device) < tiles.n_samples_T[:, None]
+    return torch.where(valid_TS, wav_TS, 0.0).flatten()
 
 
 class _Product(NamedTuple):
@@ -238,13 +251,14 @@ class _GeluConv(torch.autograd.Function):
         for start, stop in _parts(x, factor, ctx.width)[1]:
             rows = _rows(x, factor, ctx.width, start, stop)
             active = F.gelu(rows) if ctx.gelu else rows
-            grad_rows = torch.zeros_like(rows)
+            # The first product covers whole rows, unless the kernel is narrower than the stride.
+            grad_rows = torch.empty_like(rows) if len(taps[0]) == ctx.width else torch.zeros_like(rows)
             for j, (tap, grad_tap) in enumerate(zip(taps, grad_taps, strict=True)):
                 begin = max(start, j)
                 grad = grad_NO[begin - j : stop - j]
                 _add_product(grad_tap, active[begin - start :, : len(tap)].T, grad)
                 if needs:
-                    grad_rows[begin - start :, : len(tap)].addmm_(grad, tap.T)
+                    grad_rows[begin - start :, : len(tap)].addmm_(grad, tap.T, beta=int(j > 0))
             if ctx.gelu and needs:
                 torch.ops.aten.gelu_backward.grad_input(grad_rows, rows, grad_input=grad_rows)
             if factor is not None and grad_factor is not None:

@@ -43,14 +43,15 @@ def encode(
     config, device = model.config, wav_BT.device
     batch, width = wav_BT.shape
     lengths = [width] * batch if n_samples is None else [int(n) for n in n_samples]
-    wavs = [model.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, lengths, strict=True)]
     n_frames, padded_frames = [config.grid.n_frames(n) for n in lengths], config.grid.n_frames(width)
-    if padding != "ignored":
-        wavs = [F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs]
+    conv_lengths = lengths if padding == "ignored" else [width] * batch
+    if config.normalize or padding != "ignored":
+        wavs = [model.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, lengths, strict=True)]
+        wav_BT = torch.stack([F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs])
     visible = [padded_frames] * batch if padding == "unmasked" else n_frames
     packing = Packing(visible, padded_frames, device, shape)
     (n_frames_B,) = index_tensors(device, n_frames)
-    features_NC = front_end(model.feature_extractor, wavs, shape)
+    features_NC = front_end(model.feature_extractor, wav_BT, conv_lengths, shape)
     if padding == "masked":
         features_NC = features_NC.index_select(0, packing.index_N)
     features_NC = scale_gradient(features_NC, config.conv_grad_scale)
