@@ -1,4 +1,4 @@
-# Everything a fresh machine needs is Python 3.11 with venv and pip, and make. No GPU, no system packages.
+# The targets need only make and Python 3.11 with venv and pip, but neither a GPU nor system packages.
 #   make demo        install, then run the whole pipeline on a corpus that it synthesizes
 #   make test        install, then run the default test suite on all cores
 #   make lint        formatting, lint, types, import contracts, Dockerfile
@@ -13,7 +13,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 STACK ?= .venv-stack
-# Other versions than the pinned ones, for example: make test PYTHON=python3.10 CONSTRAINTS= TORCH=torch==2.6.0
+# Versions other than the pinned ones, for example: make test PYTHON=python3.10 CONSTRAINTS= TORCH=torch==2.6.0
 CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
 PIN = $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -21,7 +21,7 @@ PIN = $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 ARGS ?=
 # Arguments for pytest, for example: make test PYTEST_ARGS='-k audio -x'
 PYTEST_ARGS ?=
-# Processes of pytest. Each test file runs in one of them, so that its fixtures are made once.
+# Number of pytest processes. Each test file runs in one process, so that its fixtures are created once.
 JOBS ?= auto
 PARALLEL = -n $(JOBS) --dist loadfile
 
@@ -40,7 +40,7 @@ help:
 define need
 	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 	if [ "$$free" -lt $(1) ]; then \
-		echo "Not enough disk space for $(2): $$free GB free in $$(pwd), $(1) GB needed. Free some, or build in another place." >&2; \
+		echo "Not enough disk space for $(2): $$free GB free in $$(pwd), $(1) GB needed. Free some space, or build in another folder." >&2; \
 		exit 1; \
 	fi
 endef
