@@ -62,6 +62,13 @@ class DataError(UserError):
     """Raised if a manifest, label store, target store or corpus is missing, corrupt or mismatched."""
 
 
+class ReadError(DataError):
+    """Raised if the file system still fails to read a file after several attempts.
+
+    The content of the file is unknown and not known to be damaged, so the file must not be skipped.
+    """
+
+
 class CheckpointError(UserError):
     """Raised if a model folder or file cannot be read or is not of the required kind."""
 

@@ -19,24 +19,26 @@ from itertools import product
 from pathlib import Path
 
 from jahubert.errors import DataError
-from jahubert.train.data.utterances import read_reliably, read_text
+from jahubert.train.data.manifest import Rejected
+from jahubert.train.data.utterances import is_file, read_bytes, read_reliably, read_text, same_content
 from jahubert.train.experiment.config import expand_user
 
 log = logging.getLogger(__name__)
 
 LISTS = Path(__file__).parent / "lists"
 EVALS = ("eval1", "eval2", "eval3")
-_ID = r"[A-Z]\d\d[FM]\d{4}"
+DIFFERENT_COPIES = "different copies"  # reason for rejection
+TALK_ID = r"[A-Z]\d\d[FM]\d{4}"
 _SIDE = r"(?P<side>core|noncore)"
-_FILE = rf"(?P<talk>{_ID})(-(?P<channel>[LR]))?\.(?P<kind>sdb|xml|trn|wav)"
+_FILE = rf"(?P<talk>{TALK_ID})(-(?P<channel>[LR]))?\.(?P<kind>sdb|xml|trn|wav)"
 _LAYOUTS = (
     ("MORPH", "SDB", _SIDE, _FILE),
     ("XML", "BaseXML", _SIDE, _FILE),
     ("TRN", "Form1", _SIDE, _FILE),
     ("WAV", _SIDE, _FILE),
-    (r"dvd\d+", _ID, _FILE),
+    (r"dvd\d+", TALK_ID, _FILE),
     ("(CSJ2004)?", "SDB|WAV|XML|TRN", _FILE),
-    ("(CSJ2004)?", "SPEECH", _ID, _FILE),
+    ("(CSJ2004)?", "SPEECH", TALK_ID, _FILE),
 )
 TALKS = 3302  # number of talks in the whole corpus according to NINJAL
 # Values in fileList.csv that mark a core talk. Public readers expect コア for core talks and ノンコア for
@@ -53,40 +55,56 @@ class Talk:
     audio: dict[str, Path] = field(default_factory=dict)  # channel ("" if the name has none) -> path
     transcripts: dict[str, Path] = field(default_factory=dict)  # kind (sdb, xml or trn) -> path
     core: bool = False
+    # Pairs of a file above and a file of the same kind in another folder.
+    copies: list[tuple[Path, Path]] = field(default_factory=list)
 
 
 def find_talks(data: Path) -> dict[str, Talk]:
     """Find all talks in the folder `data`, which may have any of the layouts above. Keys are talk ids.
 
     Raises:
-        DataError: no talks were found, two files of a talk have the same kind, or a talk is in two subsets.
+        DataError: no talks were found.
     """
     talks: dict[str, Talk] = {}
-    sides: dict[str, tuple[str, Path]] = {}
+    sides: dict[str, set[str]] = {}
     for path, groups in _matches(data):
         talk = talks.setdefault(groups["talk"].upper(), Talk(groups["talk"].upper()))
-        side = (groups.get("side") or "").lower()
-        first_side, first_path = sides.setdefault(talk.id, (side, path))
-        if side and first_side and first_side != side:
-            raise DataError(f"talk {talk.id} is in two subsets: {first_path} and {path}. Remove one of them")
+        if side := (groups.get("side") or "").lower():
+            sides.setdefault(talk.id, set()).add(side)
         kind = groups["kind"].lower()
         if kind == "wav":
             files, key = talk.audio, (groups["channel"] or "").upper()
         else:
             files, key = talk.transcripts, kind
-        if key in files:
-            raise DataError(f"talk {talk.id} exists twice: {files[key]} and {path}. Remove one of them")
-        files[key] = path
+        if (first := files.setdefault(key, path)) != path:
+            talk.copies.append((first, path))
     if not talks:
         raise DataError(
             f"{data}: no CSJ talks found; set data= to a folder with WAV and MORPH/SDB (USB), dvd3 ... dvd17 "
             "(DVD), or CSJ2004 with SDB and WAV"
         )
     listed = _read_file_list(data)
-    _mark_core(talks, {id: side for id, (side, _) in sides.items() if side}, listed)
+    if ambiguous := sorted(id for id, names in sides.items() if len(names) > 1):
+        log.warning(
+            "csj: %d talks are in a folder core and in a folder noncore; fileList.csv or lists/core.txt is "
+            "used for them: %s",
+            len(ambiguous),
+            _abbreviated(ambiguous),
+        )
+    _mark_core(talks, {id: min(names) for id, names in sides.items() if len(names) == 1}, listed)
     if missing := sorted(listed.keys() - talks.keys()):
         log.warning("csj: %d talks in fileList.csv not found: %s", len(missing), _abbreviated(missing))
     return dict(sorted(talks.items()))
+
+
+def compare_copies(talk: Talk) -> Iterator[Rejected]:
+    """Yield the unused copies of the files of a talk, and the talk itself if a copy has other content."""
+    for used, other in talk.copies:
+        if same_content(used, other):
+            yield Rejected(str(other), "duplicate file", f"same content as {used}")
+        else:
+            detail = f"{used} and {other} have different content; remove one of them"
+            yield Rejected(talk.id, DIFFERENT_COPIES, detail)
 
 
 def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapping[str, bool]) -> None:
@@ -110,6 +128,19 @@ def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapp
                 source,
                 _abbreviated(differing),
             )
+
+
+def decoded_lines(raw: bytes) -> list[str]:
+    """Split a text file of the corpus into lines, including empty ones.
+
+    The encoding is Shift_JIS (CP932), or UTF-8 if the file was converted. Bytes that are invalid in Shift_JIS
+    become U+FFFD.
+    """
+    try:
+        lines = raw.decode("utf-8-sig").split("\n")  # Japanese text in Shift_JIS is not valid UTF-8
+    except UnicodeDecodeError:
+        lines = [line.decode("cp932", errors="replace") for line in raw.split(b"\n")]
+    return [line.rstrip("\r\x1a") for line in lines]
 
 
 def _abbreviated(names: Sequence[str]) -> str:
@@ -140,14 +171,15 @@ def _names(folder: Path, part: str) -> list[str]:
 def _read_file_list(data: Path) -> dict[str, bool]:
     """Return whether each talk listed in fileList.csv is in the core, keyed by talk id."""
     path = data / "fileList.csv"
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
-        rows = list(csv.reader(read_reliably(path.read_bytes, path).decode("cp932").splitlines()))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not Shift_JIS at byte {error.start}") from error
+        rows = list(csv.reader(line.replace("\0", "") for line in decoded_lines(read_bytes(path))))
+    except csv.Error:
+        rows = []
     header = [name.strip() for name in rows[0]] if rows else []
     if "講演ID" not in header or "コア" not in header:
+        log.warning("%s: no columns 講演ID and コア; lists/core.txt is used instead of this file", path)
         return {}
     talk, core = header.index("講演ID"), header.index("コア")
     cells = {row[talk].strip(): row[core].strip().lower() for row in rows[1:] if len(row) > max(talk, core)}

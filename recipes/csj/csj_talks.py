@@ -8,19 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import soundfile
-from csj_files import Talk
+from csj_files import DIFFERENT_COPIES, Talk, compare_copies
 from csj_speech import JoinOptions, SpokenSegment, join_segments, resolve_segments
 from csj_tags import TagOptions
 from csj_transcripts import UNKNOWN, PhoneTime, Segment, read_sdb, read_trn, read_xml
 
 from jahubert.audio import AudioSource, audio_length
-from jahubert.errors import AudioError, DataError
+from jahubert.errors import AudioError, DataError, ReadError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.data.utterances import read_reliably
 
-BROKEN, NO_TIMES = "broken transcript", "broken phone times"  # reasons for rejection
+# Reasons for rejection
+BROKEN, NO_TIMES = "broken transcript", "broken phone times"
+NO_AUDIO, NO_TRANSCRIPT, UNUSABLE = "no audio", "no transcript", "unusable audio"
+_TOLERANCE = SAMPLE_RATE // 10  # samples by which a segment may exceed the audio
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,16 @@ def read_transcript(talk: Talk, phones: bool = True) -> Transcript | None:
         try:
             xml = xml or read_xml(files["xml"])
             transcript.phones, transcript.phone_problems = xml.phones, xml.problems
+        except ReadError:
+            raise
         except DataError as error:
             transcript.phone_problems = [str(error)]
     return transcript
 
 
 @dataclass
-class TranscriptCheck:
-    """Result of checking the transcript of a talk."""
+class TalkCheck:
+    """Result of checking the transcript and the files of a talk."""
 
     n_segments: int = 0
     n_broken: int = 0  # number of segments that cannot be read
@@ -80,35 +85,47 @@ class TranscriptCheck:
     text_problems: list[str] = field(
         default_factory=list
     )  # problems in the orthography, which is not used for training
-    unreadable: bool = False  # whether the whole transcript is unreadable
+    rejected: Rejected | None = None  # the reason, if the whole talk is unusable
+    duplicates: list[Rejected] = field(default_factory=list)  # copies of the files of the talk
 
 
-def check_transcript(talk: Talk, options: TagOptions) -> TranscriptCheck:
-    """Check the transcript of a talk without reading its audio."""
+def check_talk(talk: Talk, options: TagOptions) -> TalkCheck:
+    """Check the files and the transcript of a talk without decoding its audio."""
+    check = TalkCheck()
+    for copy in compare_copies(talk):
+        if copy.reason == DIFFERENT_COPIES:
+            check.rejected = copy
+            return check
+        check.duplicates.append(copy)
     try:
         transcript = read_transcript(talk, phones=False)
+    except ReadError:
+        raise
     except DataError as error:
-        return TranscriptCheck(problems=[str(error)], unreadable=True)
-    check = TranscriptCheck()
-    if transcript is None:
+        check.rejected = Rejected(talk.id, BROKEN, str(error))
+        return check
+    if transcript is None or not talk.audio:
+        check.rejected = _missing(talk)
         return check
     for segment in resolve_segments(transcript.segments, transcript.path, options):
-        check.n_segments += 1
+        check.n_segments += not segment.event_only
         check.n_broken += bool(segment.problems)
         check.problems += segment.problems
         check.text_problems += segment.text_problems
     return check
 
 
+def _missing(talk: Talk) -> Rejected:
+    """Reject a talk without a transcript or without audio."""
+    found = next(iter((*talk.transcripts.values(), *talk.audio.values())))
+    return Rejected(talk.id, NO_AUDIO if talk.transcripts else NO_TRANSCRIPT, f"found only {found}")
+
+
 def read_talk(talk: Talk, work: Path, options: TalkOptions) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of a talk, channel by channel, without assigning a split."""
-    try:
-        transcript = read_transcript(talk)
-    except DataError as error:
-        yield Rejected(talk.id, BROKEN, str(error))
-        return
-    if transcript is None or not talk.audio:
-        yield Rejected(talk.id, "no audio" if transcript else "no transcript")
+    """Yield the utterances of a talk that passed `check_talk`, by channel, without assigning a split."""
+    transcript = read_transcript(talk)
+    if transcript is None:
+        yield _missing(talk)
         return
     if problems := transcript.phone_problems:
         more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -121,7 +138,7 @@ def read_talk(talk: Talk, work: Path, options: TalkOptions) -> Iterator[Utteranc
         try:
             audio, n_samples = _channel_audio(talk, channel, len(channels), work)
         except AudioError as error:
-            yield Rejected(speaker, "unusable audio", str(error))
+            yield Rejected(speaker, UNUSABLE, str(error))
             continue
         phones = [phone for phone in transcript.phones if phone.channel == channel]
         phones.sort(key=lambda phone: phone.start)
@@ -136,12 +153,12 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
     Raises:
         AudioError: the file is missing, or the audio is unreadable.
     """
-    path = talk.audio.get(channel) or talk.audio.get("")
-    if path is None:
+    file = talk.audio.get(channel) or talk.audio.get("")
+    if file is None:
         raise AudioError(f"talk {talk.id}: no audio file found for channel {channel}")
+    path = file
+    n_file_channels = read_reliably(lambda: _n_channels(file), file)
     if channel not in talk.audio:
-        file = path
-        n_file_channels = read_reliably(lambda: _n_channels(file), file)
         if n_file_channels > 1:
             target = work / f"{talk.id}-{channel}.flac"
             path = read_reliably(lambda: _extract_channel(file, "LR".index(channel), target), file)
@@ -155,10 +172,18 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
 
 
 def _n_channels(path: Path) -> int:
+    """Return the number of channels. Another format than that of the corpus is a damaged header."""
     try:
-        return soundfile.info(path).channels
+        info = soundfile.info(path)
     except RuntimeError as error:
         raise AudioError(f"{path}: cannot be read as audio ({error})") from error
+    found = (info.samplerate, info.subtype)
+    if found != (SAMPLE_RATE, "PCM_16") or info.channels not in (1, 2):
+        raise AudioError(
+            f"{path}: expected one or two channels of 16-bit audio at {SAMPLE_RATE} Hz, as in the corpus; "
+            f"found {info.channels} channels, {info.subtype} and {info.samplerate} Hz"
+        )
+    return info.channels
 
 
 def _extract_channel(path: Path, index: int, target: Path) -> Path:
@@ -184,7 +209,7 @@ def _utterance(
     if not segment.words:
         return Rejected(name, "no words")
     end = min(segment.end, n_samples)
-    if end <= segment.start:
+    if segment.end > n_samples + _TOLERANCE or end <= segment.start:
         return Rejected(name, "after the end of the audio", f"{audio} has {n_samples / SAMPLE_RATE:.3f} s")
     return Utterance(
         id=name,

@@ -13,19 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
+from csj_files import TALK_ID, decoded_lines
 from csj_phonemes import LONG, OUTSIDE, PHONES, SILENT, phone_of
 
 from jahubert.errors import DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
-from jahubert.train.data.utterances import read_reliably
+from jahubert.train.data.utterances import read_bytes
 
-_TIME, _ORTHOGRAPHY, _PRONUNCIATION = 3, 5, 10  # columns of an SDB file, counted from 0
+_TALK, _TIME, _ORTHOGRAPHY, _PRONUNCIATION = 2, 3, 5, 10  # columns of an SDB file, counted from 0
 _SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _TRN_TIME = re.compile(r"(\d{4,}) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
 UNKNOWN = ""  # symbol of a phone whose time is known, but whose label is not
-_BAD = "\ufffd"  # replacement for bytes that cannot be decoded
+# Replacement for bytes that cannot be decoded, and half-width kana, to which other encodings are decoded.
+_BAD = re.compile("[\ufffd\uff61-\uff9f]")
+_TALK_ID = re.compile(TALK_ID, re.IGNORECASE)
 
 
 @dataclass
@@ -64,13 +67,16 @@ def read_sdb(path: Path) -> list[Segment]:
     """Read the segments of an SDB file in file order, with interleaved channels in dialogues.
 
     Raises:
-        DataError: no line has a time.
+        DataError: no line has a time, or the lines belong to another talk.
     """
     segments: dict[tuple[str, str], Segment] = {}
     latest: dict[str, Segment] = {}  # channel -> its last segment
     unplaced: list[Word] = []  # words from lines without a time, which may belong to the next segment
+    numbers: dict[str, int] = {}  # number of the first occurrence of each line
+    talks: set[str] = set()
     for number, line in _lines(path):
         columns = line.split("\t")
+        talks.update(columns[_TALK : _TALK + 1])
         match = _SDB_TIME.fullmatch(columns[_TIME]) if len(columns) > _TIME else None
         if match is None:
             found = repr(columns[_TIME]) if len(columns) > _TIME else f"{len(columns)} columns"
@@ -81,15 +87,31 @@ def read_sdb(path: Path) -> list[Segment]:
             unplaced.append(word)
             continue
         name, start, end, channel = match.groups()
-        segment = segments.setdefault((name, channel), Segment(_samples(start), _samples(end), channel))
+        times = (_samples(start), _samples(end))
+        segment = segments.setdefault((name, channel), Segment(*times, channel))
         latest[channel] = segment
         segment.words += unplaced
         unplaced = []
-        segment.words.append(_sdb_word(number, columns))
+        word = _sdb_word(number, columns)
+        first = numbers.setdefault(line, number)
+        if times != (segment.start, segment.end):
+            word.problem = f"the times of segment {name} differ from those in line {segment.words[0].line}"
+        elif first != number and not _is_event(word.orthography):
+            word.problem = f"the line repeats line {first}"
+        segment.words.append(word)
     if not segments:
         reason = unplaced[0].problem if unplaced else "the file is empty"
         raise DataError(f"{path}:{unplaced[0].line if unplaced else 1}: {reason}")
+    _check_talk(path, talks)
     return _check_times(segments.values())
+
+
+def _check_talk(path: Path, talks: Iterable[str]) -> None:
+    """Raise DataError if a transcript, named after its talk, contains the ids of other talks only."""
+    own = _TALK_ID.match(path.name)
+    others = {talk.upper() for talk in talks if _TALK_ID.fullmatch(talk)}
+    if own and others and own[0].upper() not in others:
+        raise DataError(f"{path}: the file contains the transcript of talk {min(others)}; rename it")
 
 
 def _sdb_word(line: int, columns: list[str]) -> Word:
@@ -104,15 +126,21 @@ def read_trn(path: Path) -> list[Segment]:
     """Read the segments of a TRN (Form1) file, whose words are phrases.
 
     Raises:
-        DataError: no line has a time.
+        DataError: no line has a time, or the header names another talk.
     """
     segments: list[Segment] = []
+    numbers: dict[tuple[str, str], int] = {}  # (segment, channel) -> line
     for number, line in _lines(path):
         if line.startswith("%"):
+            if line.startswith("%講演ID:"):
+                _check_talk(path, [line.partition(":")[2].strip()])
             continue
         if match := _TRN_TIME.fullmatch(line):
-            _, start, end, channel = match.groups()
+            name, start, end, channel = match.groups()
             segments.append(Segment(_samples(start), _samples(end), channel))
+            if (first := numbers.setdefault((name, channel), number)) != number:
+                word = Word(number, "", "", problem=f"segment {name} occurs again; it starts at line {first}")
+                segments[-1].words.append(word)
             continue
         if _EVENTS.fullmatch(line):
             continue
@@ -135,16 +163,15 @@ def read_trn(path: Path) -> list[Segment]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number, line) of non-empty lines, with `_BAD` for bytes that are not Shift_JIS (CP932)."""
-    for number, raw in enumerate(read_reliably(path.read_bytes, path).split(b"\n"), 1):
-        line = raw.rstrip(b"\r\x1a").decode("cp932", errors="replace")
+    for number, line in enumerate(decoded_lines(read_bytes(path)), 1):
         if line.strip():
             yield number, line
 
 
 def _check_encoding(word: Word) -> Word:
-    if _BAD in word.pronunciation and not word.problem:
+    if _BAD.search(word.pronunciation) and not word.problem:
         word.problem = f"not Shift_JIS (CP932): {word.pronunciation!r}"
-    if _BAD in word.orthography:
+    if _BAD.search(word.orthography):
         word.text_problem = f"not Shift_JIS (CP932): {word.orthography!r}"
     return word
 
@@ -186,13 +213,15 @@ def read_xml(path: Path) -> XmlTranscript:
     """Read the segments and phone times of an XML file.
 
     Raises:
-        DataError: the file is not well-formed XML.
+        DataError: the file is not well-formed XML, has no segment, or contains another talk.
     """
     reader = _XmlReader(path)
     try:
-        reader.parser.Parse(read_reliably(path.read_bytes, path), True)
+        reader.parser.Parse(read_bytes(path), True)
     except expat.ExpatError as error:
         raise DataError(f"{path}:{error.lineno}: not well-formed XML ({error})") from error
+    if not reader.result.segments:
+        raise DataError(f"{path}: no segment (IPU)")
     _check_times(reader.result.segments)
     return reader.result
 
@@ -203,13 +232,16 @@ class _XmlReader:
         self._label, self._line = "", 0  # label and line of the current phoneme
         self._before = ""  # label of the previous phone
         self._times: list[int] = []
+        self._lines: dict[tuple[str, str], int] = {}  # (IPUID, channel) -> line
         self.parser = expat.ParserCreate()
         self.parser.StartElementHandler = self._start
         self.parser.EndElementHandler = self._end
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         segments, line = self.result.segments, self.parser.CurrentLineNumber
-        if name == "IPU":
+        if name == "Talk":
+            _check_talk(self.path, [attributes.get("TalkID", "")])
+        elif name == "IPU":
             self._add_segment(attributes, line)
             self._before = ""
         elif name == "SUW" and segments:
@@ -239,6 +271,10 @@ class _XmlReader:
         except DataError as error:
             segment.start = segment.end = segments[-1].end if segments else 0
             segment.words.append(Word(line, "", "", problem=str(error).partition(": ")[2]))
+        name = attributes.get("IPUID", f"line {line}")
+        if (first := self._lines.setdefault((name, segment.channel), line)) != line:
+            problem = f"IPU {name} occurs again; it starts at line {first}"
+            segment.words.append(Word(line, "", "", problem=problem))
         segments.append(segment)
 
     def _end(self, name: str) -> None:

@@ -11,17 +11,18 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from csj_files import EVALS, Talk, assign_sets, find_talks, read_list
 from csj_summary import SplitCount, log_summary
-from csj_talks import NO_TIMES, TalkOptions, check_transcript, read_talk
+from csj_talks import NO_TIMES, UNUSABLE, TalkOptions, check_talk, read_talk
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.train.data.manifest import Rejected, Utterance
+from jahubert.train.data.utterances import too_many
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ _MAX_LISTED = 20  # maximum number of problems in a message
 class Config(TalkOptions):
     subset: str = "core"  # core, all, or a file that lists the training talks, one per line
     dev: Literal["lhotse", "kaldi"] = "lhotse"  # lhotse: 39 talks; kaldi: the first 4,000 training utterances
-    # Maximum fraction of segments, and of talks, whose transcripts are unreadable. These are rejected. The
-    # run ends if more than this fraction (and more than one) are unreadable. 0: any problem ends the run.
+    # Maximum fraction of damaged talks, and of unreadable segments in the others. A talk is damaged if it has
+    # no usable transcript or audio, or if more than this fraction of its segments are unreadable. The run
+    # ends if more than this fraction (and more than one) are damaged. 0: any problem ends the run.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:
@@ -52,7 +54,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
     Raises:
         DataError: the corpus is not found, a talk is in two sets, a training talk is held out, or too many
-            transcripts are unreadable.
+            segments or talks are unusable.
     """
     if data is None:
         raise DataError("data= is required: the csj recipe needs data=FOLDER, a copy of the corpus")
@@ -61,17 +63,24 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     if phrases := [talk for talk in sets if list(talks[talk].transcripts) == ["trn"]]:
         examples = " ".join(phrases[:5])
         log.warning("csj: %d talks have only a TRN, whose words are phrases: %s ...", len(phrases), examples)
-    _check_transcripts({name: talks[name] for name in sets}, config)
+    unusable, damaged = _check_talks({name: talks[name] for name in sets}, config)
+    yield from unusable
     n_kaldi_dev = int(read_list("dev-kaldi")[0]) if config.dev == "kaldi" else 0
     counts = {name: SplitCount() for name in ("train", "dev", *EVALS)}
-    rejected: Counter[str] = Counter()
+    rejected = Counter(item.reason for item in unusable)
+    skipped = {item.id for item in unusable}
     without_times: list[str] = []
     for talk in _ordered_talks(sets, seed, shuffle=lambda: counts["dev"].utterances >= n_kaldi_dev):
+        if talk in skipped:
+            continue
         for item in read_talk(talks[talk], work, config):
             if isinstance(item, Rejected):
                 rejected[item.reason] += 1
                 if item.reason == NO_TIMES:
                     without_times.append(item.detail)
+                if item.reason == UNUSABLE:
+                    damaged[talk] = item.detail
+                    _check_share(damaged, len(sets), config)
                 yield item
                 continue
             is_kaldi_dev = sets[talk] == "train" and counts["dev"].utterances < n_kaldi_dev
@@ -88,38 +97,63 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     log_summary(counts, rejected, config)
 
 
-def _check_transcripts(talks: Mapping[str, Talk], config: Config) -> None:
-    """Log unreadable segments and talks. Raise DataError if there are more than `max_broken` allows."""
-    log.info("csj: checking the transcripts of %d talks", len(talks))
-    checks = [check_transcript(talk, config) for talk in talks.values()]
-    n_segments, n_broken = sum(check.n_segments for check in checks), sum(check.n_broken for check in checks)
-    n_unreadable = sum(check.unreadable for check in checks)
-    if text_problems := [problem for check in checks for problem in check.text_problems]:
+def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Rejected], dict[str, str]]:
+    """Check all files before audio is decoded, and log the problems.
+
+    Returns:
+        Unusable talks and duplicate files, and the first problem of each damaged talk. A talk is damaged if
+        it is unusable or if the share of its unreadable segments exceeds `max_broken`.
+
+    Raises:
+        DataError: the share of damaged talks, or of unreadable segments in the others, exceeds `max_broken`.
+    """
+    log.info("csj: checking the files of %d talks", len(talks))
+    checks = {id: check_talk(talk, config) for id, talk in talks.items()}
+    damaged = {}
+    for id, check in checks.items():
+        if check.rejected:
+            damaged[id] = f"{check.rejected.reason}: {check.rejected.detail}"
+        elif too_many(check.n_broken, check.n_segments, config.max_broken):
+            damaged[id] = f"{check.n_broken} of {check.n_segments} segments: {check.problems[0]}"
+    if damaged:
+        _check_share(damaged, len(talks), config)
+    if text_problems := [problem for check in checks.values() for problem in check.text_problems]:
         log.warning(
             "csj: %d problems in the orthography, which is not used for training; the text of these "
             "utterances is incomplete. First problem: %s",
             len(text_problems),
             text_problems[0],
         )
-    problems = [problem for check in checks for problem in check.problems]
-    if not problems:
-        return
-    listed = "\n  ".join([*problems[:_MAX_LISTED], *["..."][: max(0, len(problems) - _MAX_LISTED)]])
-    message = (
-        f"csj: {n_broken} of {n_segments} segments and {n_unreadable} of {len(talks)} transcripts cannot be "
-        f"read:\n  {listed}"
+    others = [check for id, check in checks.items() if id not in damaged]
+    n_segments, n_broken = sum(check.n_segments for check in others), sum(check.n_broken for check in others)
+    if n_broken:
+        problems = [problem for check in others for problem in check.problems]
+        message = f"csj: {n_broken} of {n_segments} segments cannot be read:{_listed(problems)}"
+        if too_many(n_broken, n_segments, config.max_broken):
+            raise DataError(f"{message}\n{_remedy(config)}")
+        log.warning("%s\nThe utterances in them are rejected", message)
+    unusable = [check.rejected for check in checks.values() if check.rejected]
+    return [*unusable, *(copy for check in checks.values() for copy in check.duplicates)], damaged
+
+
+def _check_share(damaged: Mapping[str, str], n_talks: int, config: Config) -> None:
+    """Log the damaged talks, or raise DataError if their share exceeds `max_broken`."""
+    problems = [f"{id}: {problem}" for id, problem in damaged.items()]
+    message = f"csj: {len(damaged)} of {n_talks} talks are damaged:{_listed(problems)}"
+    if too_many(len(damaged), n_talks, config.max_broken):
+        raise DataError(f"{message}\n{_remedy(config)}")
+    log.warning("%s\nTheir unusable utterances are rejected", message)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = ["..."] if len(problems) > _MAX_LISTED else []
+    return "".join(f"\n  {problem}" for problem in [*problems[:_MAX_LISTED], *more])
+
+
+def _remedy(config: Config) -> str:
+    return (
+        f"Fix the files, or raise prepare.options.max_broken={config.max_broken} to reject these utterances"
     )
-    if _too_many(n_broken, n_segments, config) or _too_many(n_unreadable, len(talks), config):
-        raise DataError(
-            f"{message}\nFix the files, or raise prepare.options.max_broken={config.max_broken} to reject "
-            "these utterances"
-        )
-    log.warning("%s\nThe utterances in them are rejected", message)
-
-
-def _too_many(n_broken: int, total: int, config: Config) -> bool:
-    allowed = max(1.0, config.max_broken * total) if config.max_broken else 0
-    return n_broken > allowed
 
 
 def _ordered_talks(sets: dict[str, str], seed: int, shuffle: Callable[[], bool]) -> Iterator[str]:

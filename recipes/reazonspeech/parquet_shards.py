@@ -58,7 +58,8 @@ class Shard:
 def find_parquet(data: Path, subset: str) -> list[Path]:
     """Find the parquet shards of a release in `data`, or in the folder `<subset>` or `data` inside it."""
     for folder in (data / subset, data, data / "data"):
-        if shards := sorted(folder.glob("*.parquet")):
+        paths = sorted(folder.glob("*.parquet"))
+        if shards := [path for path in paths if not path.name.startswith(".")]:  # macOS adds ._ files
             return shards
     return []
 

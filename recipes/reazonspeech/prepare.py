@@ -19,18 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parquet_shards import find_parquet, to_tar
-from tar_index import index_shards
+from parquet_shards import Shard, find_parquet, to_tar
+from tar_index import DAMAGED, TRUNCATED, index_shards
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import ConfigError, DataError, ReadError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
 from jahubert.train.data.manifest import Rejected, Utterances
+from jahubert.train.data.utterances import is_file, read_reliably, same_content, too_many
 
 log = logging.getLogger(__name__)
 
 _SHARD = re.compile(rb"[0-9a-f]{3}")
 _LOG_EVERY = 256  # number of shards between log lines
+# Reasons for rejection
+NO_AUDIO, NO_CAPTION, INCOMPLETE = "no audio in its shard", "no caption", "incomplete shard"
+DAMAGES = (DAMAGED, TRUNCATED, INCOMPLETE)  # of a shard
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,14 @@ class Config:
     dev: int = 1000  # number of utterances at the start of the corpus
     test: int = 100  # number of utterances after the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
+    # Maximum fraction of damaged shards, and of unusable recordings and table rows in the others. These are
+    # rejected. The run ends if more than this fraction (and more than one) are unusable. 0: any problem ends
+    # the run.
+    max_broken: float = 0.05
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_broken <= 1:
+            raise ConfigError(f"max_broken must be in [0, 1]; found {self.max_broken}")
         if min(self.dev, self.test, self.processes) < 0:
             raise ConfigError(f"dev, test and processes must be at least 0; found {self}")
 
@@ -52,17 +62,17 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     shards are read if shards are added.
 
     Raises:
-        DataError: the table of the subset or all of its shards are missing.
+        DataError: the table of the subset or all of its shards are missing, or too many shards or recordings
+            are unusable.
     """
     if data is not None and (parquet := find_parquet(data, config.subset)):
         yield from _prepare_parquet(parquet, work, config)
         return
     table, folder = find_release(data, config.subset)
     captions = Captions(table)
-    yield from captions.rejected
     shards = {name: folder / f"{name}.tar" for name in sorted(captions.runs)}
     for name, path in list(shards.items()):
-        if not path.is_file():
+        if not is_file(path):
             detail = f"{captions.count(name)} rows of {table.name}"
             yield Rejected(f"{name}.tar", "missing shard", detail, missing=str(path.absolute()))
             del shards[name]
@@ -73,24 +83,35 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             f"{example}.tar); download them to this folder"
         )
     n_rows = n_samples = 0
+    limit = _Limit(len(shards), config.max_broken)
+    yield from limit.count(captions.rejected)
     indices = index_shards(list(shards.values()), work / "index", config.processes or os.cpu_count() or 1)
     for number, ((name, path), index) in enumerate(zip(shards.items(), indices, strict=True), 1):
         texts, rejected_rows = captions.of(name)
         rows, rejected = _match_captions(path, index, texts, table)
-        yield from (*rejected_rows, *rejected)
+        yield from limit.count([*rejected_rows, *rejected], len(rows), path.name)
         yield from _assign_splits(rows, n_rows, config)
         n_rows += len(rows)
         n_samples += int(rows.n_samples_N.sum())
         if number % _LOG_EVERY == 0 or number == len(shards):
             _log_progress(number, len(shards), n_rows, n_samples)
+    limit.check()
 
 
 def _prepare_parquet(parquet: Sequence[Path], work: Path, config: Config) -> Iterator[Utterances | Rejected]:
     """Convert parquet shards to tar shards in `work/shards`, and yield their recordings."""
     n_rows = n_samples = 0
-    for number, (_, shard) in enumerate(prefetch(partial(to_tar, folder=work / "shards"), parquet), 1):
-        yield from (Rejected(*item) for item in shard.broken)
+    copies = list(_find_copies(parquet))
+    yield from copies
+    parquet = [path for path in parquet if str(path) not in {copy.id for copy in copies}]
+    limit = _Limit(len(parquet), config.max_broken)
+    convert = partial(_convert, folder=work / "shards")
+    for number, (_, shard) in enumerate(prefetch(convert, parquet), 1):
+        if isinstance(shard, Rejected):
+            yield from limit.count([shard])
+            continue
         names, captions = shard.strings("name"), shard.strings("caption")
+        yield from limit.count([Rejected(*item) for item in shard.broken], len(names))
         ids = [name.rpartition(".")[0] or name for name in names]
         numbers = (shard.numbers(name) for name in ("offset", "length", "n_samples"))
         yield from _assign_splits(Utterances(str(shard.tar), ids, *numbers, captions), n_rows, config)
@@ -98,6 +119,80 @@ def _prepare_parquet(parquet: Sequence[Path], work: Path, config: Config) -> Ite
         n_samples += int(shard.numbers("n_samples").sum())
         if number % _LOG_EVERY == 0 or number == len(parquet):
             _log_progress(number, len(parquet), n_rows, n_samples)
+    limit.check()
+
+
+def _convert(parquet: Path, folder: Path) -> Shard | Rejected:
+    if not is_file(parquet):
+        return Rejected(parquet.name, DAMAGED, f"{parquet}: a folder or a broken link, not a file")
+    try:
+        return to_tar(parquet, folder)
+    except ReadError:
+        raise
+    except DataError as error:
+        return Rejected(parquet.name, DAMAGED, str(error))
+
+
+def _find_copies(parquet: Sequence[Path]) -> Iterator[Rejected]:
+    """Yield copies of other files, which have shorter names, as after a second download."""
+    by_size: dict[int, list[Path]] = {}
+    for path in sorted(filter(is_file, parquet), key=lambda path: (len(path.name), path)):
+        size = read_reliably(path.stat, path).st_size
+        others = by_size.setdefault(size, [])
+        if size and (first := next((other for other in others if same_content(path, other)), None)):
+            yield Rejected(str(path), "duplicate file", f"same content as {first}")
+        else:
+            others.append(path)
+
+
+@dataclass
+class _Limit:
+    """Numbers of damaged shards and of unusable recordings, whose shares must not exceed `max_broken`."""
+
+    n_shards: int
+    max_broken: float
+    damaged: list[Rejected] = field(default_factory=list)  # shards
+    n_usable: int = 0  # recordings
+    n_broken: int = 0  # recordings and table rows
+    first_broken: Rejected | None = None
+
+    def count(self, rejected: Sequence[Rejected], n_usable: int = 0, shard: str = "") -> Iterator[Rejected]:
+        """Count and yield rejected items, usually all of a shard. An incomplete shard is added to them.
+
+        Raises:
+            DataError: too many shards are damaged.
+        """
+        self.n_usable += n_usable
+        damage = [item for item in rejected if item.reason in DAMAGES]
+        n_lost = sum(item.reason == NO_AUDIO for item in rejected)
+        if not damage and too_many(n_lost, n_lost + n_usable, self.max_broken or 1.0):
+            detail = f"{n_lost} of {n_lost + n_usable} captions have no audio"
+            damage = [Rejected(shard, INCOMPLETE, detail)]
+            yield damage[0]
+        self.damaged += damage[:1]
+        if too_many(len(self.damaged), self.n_shards, self.max_broken):
+            raise DataError(self._message(len(self.damaged), self.n_shards, "shards", self.damaged[0]))
+        ignored = {*DAMAGES, NO_CAPTION, *([NO_AUDIO] if damage else [])}
+        for item in rejected:
+            if item.reason not in ignored:
+                self.n_broken += 1
+                self.first_broken = self.first_broken or item
+            yield item
+
+    def check(self) -> None:
+        """Raise DataError if too many recordings are unusable, or if no shard is usable."""
+        total = self.n_broken + self.n_usable
+        if self.first_broken and too_many(self.n_broken, total, self.max_broken):
+            raise DataError(self._message(self.n_broken, total, "recordings", self.first_broken))
+        if not self.n_usable and (first := next(iter(self.damaged), self.first_broken)):
+            raise DataError(self._message(len(self.damaged), self.n_shards, "shards", first))
+
+    def _message(self, n: int, total: int, items: str, first: Rejected) -> str:
+        return (
+            f"reazonspeech: {n} of {total} {items} are unusable; first problem: {first.id}: {first.reason} "
+            f"({first.detail}). Download the files again, or raise prepare.options.max_broken="
+            f"{self.max_broken} to reject them"
+        )
 
 
 def _log_progress(n_shards: int, total: int, n_rows: int, n_samples: int) -> None:
@@ -125,6 +220,9 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
             f"{data}: found {contents}; set data= to the folder of one release, with tsv/*.tsv and data/*.tar"
         )
     tables = _tables(releases[0])
+    copies = [path for path in _table_files(releases[0]) if path.stem == subset]
+    if len(copies) > 1 and not same_content(*copies):
+        raise DataError(f"{copies[0]} and {copies[1]} have different content; remove one of them")
     if subset not in tables:
         available = ", ".join(sorted(tables))
         raise DataError(f"{releases[0]}: table {subset}.tsv not found; available subsets: {available}")
@@ -133,7 +231,11 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
 
 
 def _tables(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in (*folder.glob("*.tsv"), *folder.glob("tsv/*.tsv"))}
+    return {path.stem: path for path in _table_files(folder)}
+
+
+def _table_files(folder: Path) -> list[Path]:
+    return [*folder.glob("*.tsv"), *folder.glob("tsv/*.tsv")]
 
 
 def _match_captions(
@@ -152,12 +254,12 @@ def _match_captions(
     for row, name in enumerate(index["names"]):
         text = texts.pop(name, None)
         if text is None:
-            reason = "duplicate name" if name in captioned else "no caption"
+            reason = "duplicate name" if name in captioned else NO_CAPTION
             rejected.append(Rejected(name, reason, str(path)))
             continue
         matched.append(row)
         captions.append(text)
-    rejected += [Rejected(name, "no audio in its shard", table.name) for name in texts]
+    rejected += [Rejected(name, NO_AUDIO, table.name) for name in texts]
     columns = (np.array(index[name], np.int64)[matched] for name in ("offsets", "lengths", "n_samples"))
     ids = [index["names"][row].rpartition(".")[0] or index["names"][row] for row in matched]
     return Utterances(str(path), ids, *columns, captions), rejected
@@ -183,15 +285,16 @@ class Captions:
     table: Path
     # Shard -> start byte, end byte and first line of each run of consecutive rows.
     runs: dict[str, array] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)  # rows without a valid shard name
+    # Rows without a valid shard name, and a last row without a line end, which may be truncated.
+    rejected: list[Rejected] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         last, run, end = b"", array("q"), 0
         with open(self.table, "rb") as file:
             for number, line in enumerate(file, 1):
                 start, end = end, end + len(line)
-                shard = line.removeprefix(b"./").partition(b"/")[0]
-                if shard == last:
+                shard = line.removeprefix(b"./").partition(b"/")[0] if line.endswith(b"\n") else b""
+                if shard == last != b"":
                     run[-2] = end
                 elif _SHARD.fullmatch(shard):
                     run = self.runs.setdefault(shard.decode(), array("q"))
@@ -201,7 +304,8 @@ class Captions:
                     last = b""
                     if line.strip():
                         detail = f"{self.table.name}:{number}: {line[:60]!r}"
-                        self.rejected.append(Rejected(f"line {number}", "row without a shard", detail))
+                        reason = "row without a shard" if line.endswith(b"\n") else "row without a line end"
+                        self.rejected.append(Rejected(f"line {number}", reason, detail))
 
     def count(self, shard: str) -> int:
         """Return the number of rows for a shard."""

@@ -29,6 +29,7 @@ VERSION = 1
 _BLOCK = 512  # bytes; headers and contents in a tar file start at multiples of this
 FLAC_HEAD = 26  # bytes from the start of a FLAC file to the end of the sample count
 _RATE = 16_000
+DAMAGED, TRUNCATED = "damaged shard", "truncated"  # reasons for rejection
 _FILES = (b"0", b"\0", b"7")  # type flags of regular files
 _PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]+)\n")
 
@@ -75,7 +76,7 @@ def _read_index(shard: Path, folder: Path) -> dict[str, Any] | None:
         index = json.loads((folder / f"{shard.stem}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return index if index.get("state") == _state(shard) else None
+    return index if isinstance(index, dict) and index.get("state") == _state(shard) else None
 
 
 def _write_index(index: dict[str, Any], shard: Path, folder: Path) -> None:
@@ -134,7 +135,7 @@ def _members(
             return  # a zero block ends the archive
         length = _length(header[:_BLOCK])
         if length is None:
-            broken.append([shard, "damaged shard", f"no tar header at byte {position}; the rest is skipped"])
+            broken.append([shard, DAMAGED, f"no tar header at byte {position}; the rest is skipped"])
             return
         offset, kind = position + _BLOCK, header[156:157]
         position = offset + -(-length // _BLOCK) * _BLOCK
@@ -149,7 +150,7 @@ def _members(
         if kind not in _FILES:
             continue
         if offset + length > size:
-            broken.append([name, "truncated", f"{shard} ends inside this file, at byte {size}"])
+            broken.append([name, TRUNCATED, f"{shard} ends inside this file, at byte {size}"])
             return
         yield name, offset, length, header[_BLOCK : _BLOCK + length]
 

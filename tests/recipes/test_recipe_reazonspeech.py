@@ -239,7 +239,7 @@ def test_damaged_members_are_rejected(tmp_path):
         f"{name_of(0, 98)}\t".encode() + b"\xff",
     ]
     data = release.write()
-    rows, rejected = read(data, tmp_path)
+    rows, rejected = read(data, tmp_path, max_broken=1.0)
     assert content(rows) == release.rows | {name_of(0, 92): (8000, "途中まで")}
     assert {(item.id, item.reason) for item in rejected} == {
         ("line 11", "row without a shard"),
@@ -256,7 +256,7 @@ def test_damaged_members_are_rejected(tmp_path):
     for check, n in ((True, 4), (False, 5)):
         out = tmp_path / f"out {check}"
         out.mkdir()
-        options = {"subset": "tiny", "processes": 2}
+        options = {"subset": "tiny", "processes": 2, "max_broken": 1.0}
         config = stage.Config(recipe="reazonspeech", data=str(data), options=options, check_audio=check)
         counts = stage.run(config, out)
         assert counts["utterances"] == n
@@ -302,17 +302,18 @@ def test_damaged_parquet_recordings_and_files_are_rejected(tmp_path):
     release.add(0, "text.flac", b"not audio" * 200, "違います")
     release.add(0, "長い" * 40 + ".flac", flac(4000), "長い名前")
     data = release.write_parquet()
-    rows, rejected = read(data, tmp_path / "work")
+    with pytest.raises(DataError, match=r"2 of 5 recordings.*empty\.flac.*max_broken"):
+        read(data, tmp_path / "work")
+    rows, rejected = read(data, tmp_path / "work", max_broken=1.0)
     assert [item.text for item in rows][2:] == ["長い名前"]
     assert len(rows) == 3 and [item.reason for item in rejected] == ["unusable audio"] * 2
-    for name, content in (("a", b"PAR1"), ("b", b"")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.parquet").write_bytes(content)
-        with pytest.raises(DataError, match=r"x.parquet.*parquet"):
-            read(tmp_path / name, tmp_path / "work2")
-    pq.write_table(pa.table({"audio": [b""]}), tmp_path / "a" / "x.parquet")
-    with pytest.raises(DataError, match=r"x.parquet.*transcription"):
-        read(tmp_path / "a", tmp_path / "work2")
+    pq.write_table(pa.table({"audio": [b""]}), tmp_path / "columns.parquet")
+    for number, content in enumerate((b"PAR1", b"", (tmp_path / "columns.parquet").read_bytes())):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "x.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=r"x.parquet.*(parquet|transcription)"):
+            read(folder, tmp_path / "work2")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import logging
 import os
+import stat
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 
 from jahubert.audio import AudioSource, load_audio
-from jahubert.errors import DISK_FULL, AudioError, DataError
+from jahubert.errors import DISK_FULL, AudioError, DataError, ReadError
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +109,14 @@ class Rejected:
     missing: str = ""  # path of a missing file; once the file exists, stage=prepare explains how to add it
 
 
+def too_many(n_rejected: int, n_total: int, max_share: float) -> bool:
+    """Return whether more than a share of the items, and more than one, are rejected.
+
+    A single rejected item is always accepted, unless `max_share` is 0.
+    """
+    return n_rejected > (max(1.0, max_share * n_total) if max_share else 0)
+
+
 def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike) -> T:
     """Call `read`, which reads `source`, and retry after file system errors.
 
@@ -114,7 +125,7 @@ def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike
 
     Raises:
         AudioError: the audio is missing or unusable.
-        DataError: the file system still fails after several attempts.
+        ReadError: the file system still fails after several attempts.
         OSError: the file does not exist, or the error concerns another file, such as an output file.
     """
     if not isinstance(source, AudioSource):
@@ -137,12 +148,57 @@ def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike
                 raise
             delay = next(delays, None)
             if delay is None:
-                raise DataError(
+                raise ReadError(
                     f"{source}: read error ({failure.strerror or failure}); rerun the same command "
                     "once the file is readable"
                 ) from error
             log.warning("%s: %s; retrying in %g s", source, failure, delay)
             time.sleep(delay)
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """Return whether a file exists, with retries after file system errors, which are not a missing file.
+
+    Raises:
+        ReadError: the file system still fails after several attempts.
+    """
+    try:
+        return stat.S_ISREG(read_reliably(lambda: os.stat(path), path).st_mode)
+    except (OSError, ValueError):  # ValueError: the name contains a null character
+        return False
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file with retries.
+
+    Raises:
+        ReadError: the file system still fails after several attempts.
+        DataError: the path does not exist or is not a file.
+    """
+    try:
+        return read_reliably(path.read_bytes, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def same_content(first: Path, second: Path) -> bool:
+    """Return whether two paths are files with the same content, with retries after file system errors."""
+    try:
+        sizes = [read_reliably(path.stat, path).st_size for path in (first, second)]
+        return sizes[0] == sizes[1] and _digest(first) == _digest(second)
+    except OSError:  # a path is a folder or a broken link
+        return False
+
+
+def _digest(path: Path) -> bytes:
+    def digest() -> bytes:
+        sha = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+        return sha.digest()
+
+    return read_reliably(digest, path)
 
 
 def read_text(path: Path) -> str:
@@ -152,11 +208,11 @@ def read_text(path: Path) -> str:
         DataError: the file cannot be read or is not UTF-8.
     """
     try:
-        raw = read_reliably(path.read_bytes, path)
+        raw = read_bytes(path)
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
