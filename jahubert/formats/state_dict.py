@@ -1,8 +1,8 @@
 """Raw contents of model files, and checks of tensors and configuration that all formats share.
 
 Every reader converts a file to a `RawModel`: a `HubertConfig` and tensors under Hugging Face's names, which
-this package also uses. Each other format has a function that maps these tensor names to its own names, which
-readers, writers and error messages use.
+this package also uses. Each other format has a function that maps these tensor names to its own names, for
+its reader, its writer and error messages.
 """
 
 from __future__ import annotations

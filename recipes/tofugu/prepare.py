@@ -201,7 +201,7 @@ class _Plan:
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
 
     def render(self) -> np.ndarray:
-        """Mix the words, with faded ends, and low noise; returns float32 (T,)."""
+        """Mix the words, with faded ends, and low noise, and return float32 (T,)."""
         rng = np.random.default_rng(self.noise)
         wave_T = rng.standard_normal(self.n_samples, dtype=np.float32) * np.float32(
             10 ** (self.noise_db / 20)

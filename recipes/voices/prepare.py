@@ -341,7 +341,7 @@ def _text_of(line: str) -> str:
 
 
 def excluded_sentences(config: Config) -> set[str]:
-    """Read the files `config.exclude`; returns the letters and digits of each sentence."""
+    """Read the files in `config.exclude`, and return the letters and digits of each sentence."""
     files = map(expand_user, config.exclude)
     return {recognized_characters(text) for file in files for text in read_sentences(file)}
 

@@ -1,4 +1,4 @@
-"""Measurement of the training engine and of the stage `label` on generated FLAC files."""
+"""Measurement of the training engine and of the `label` stage on generated FLAC files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_flac(path: Path, seconds: float, seed: int) -> int:
 
 
 def make_corpus(run: Settings, rows: int) -> Path:
-    """Write a manifest of `rows` utterances from about a hundred noise FLAC files, and return its path."""
+    """Write a manifest of `rows` utterances in 800 FLAC files of noise (8 if small), and return its path."""
     from jahubert.audio import AudioSource
     from jahubert.train.data.manifest import Utterance, write_manifest
 
@@ -134,10 +134,10 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
 
 
 def labels(report: Report, run: Settings) -> None:
-    """Time the stage `label` for layer 6 in float32 on FLAC files.
+    """Time the `label` stage for layer 6 in float32 on FLAC files.
 
-    The rate is that between the ends of a short and a long run, because starting the workers and saving the
-    bundle take seconds, but do not depend on the amount of audio.
+    The rate is computed from the difference between a long and a short run, because the time for starting the
+    workers and saving the bundle does not depend on the amount of audio.
     """
     check_train_extra()
     from jahubert.formats.bundle import save_bundle
