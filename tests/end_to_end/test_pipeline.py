@@ -60,7 +60,7 @@ def test_model_learns_the_corpus(whole):
     # The comparison of layers measures layer 2 with more units than those on which iteration 2 is trained.
     assert layers["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
     assert 3 < summary["units"]["iter1"]["entropy"] <= np.log2(12)
-    assert [units["learnt"] for units in summary["units"].values()] == [True, True, False]
+    assert [units["pretrained_on"] for units in summary["units"].values()] == [True, True, False]
     assert summary["corpus"]["rejected"] == {"always rejected": 1}
 
 

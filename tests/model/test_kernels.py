@@ -23,7 +23,7 @@ from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout, keep_mask
 from jahubert.model.kernels.feed_forward import feed_forward
 from jahubert.model.kernels.packing import FlashSequences, Packing
-from jahubert.model.kernels.positional_conv import by_frequencies, positional_conv
+from jahubert.model.kernels.positional_conv import frequency_domain_conv, positional_conv
 
 CPU = torch.device("cpu")
 SIZES = {"conv_dims": (24,) * 7, "width": 48, "layers": 3, "heads": 4, "ffn": 96, "pos_conv_groups": 4}
@@ -289,13 +289,13 @@ def test_feed_forward_equals_the_plain_module():
 
 
 @pytest.mark.parametrize("kernel", [8, 9, 128])
-@pytest.mark.parametrize("function", [positional_conv, by_frequencies])
+@pytest.mark.parametrize("function", [positional_conv, frequency_domain_conv])
 def test_positional_convolution_equals_the_plain_module(kernel, function):
     torch.manual_seed(0)
     module = randomized(
         PositionalConv(HubertConfig(width=24, heads=4, pos_conv_kernel=kernel, pos_conv_groups=4))
     )
-    n_frames = [300, 7, 128, 256, 129] if function is by_frequencies else [30, 7, 12]
+    n_frames = [300, 7, 128, 256, 129] if function is frequency_domain_conv else [30, 7, 12]
     packing = Packing(n_frames, max(n_frames), CPU)
     x_ND = torch.randn(packing.n_rows, 24, requires_grad=True)
     output = function(module, x_ND, packing)[: packing.n_valid]

@@ -34,7 +34,7 @@ def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> T
     short = len(x_ND) < 4 * module.conv.kernel_size[0]
     if x_ND.device.type == "cpu" and (short or autocast_dtype(x_ND) is not torch.float32):
         return _direct(module, x_ND, packing)
-    return by_frequencies(module, x_ND, packing)
+    return frequency_domain_conv(module, x_ND, packing)
 
 
 def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
@@ -50,7 +50,7 @@ def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     return packing.pack(y_BDS.transpose(1, 2)[:, : packing.width])
 
 
-def by_frequencies(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
+def frequency_domain_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     """Compute `PositionalConv.forward` on packed frames as a product of spectra."""
     dtype = torch.promote_types(x_ND.dtype, torch.float32)
     with torch.autocast(x_ND.device.type, enabled=False):

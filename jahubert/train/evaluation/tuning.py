@@ -52,7 +52,9 @@ def search_grid(
                 batch.logp_BSV, batch.n_frames_B, beam=beam, blank=symbols.blank, fusion=weighted
             )
             for (best,), reference in zip(results, batch.references, strict=True):
-                errors = count_errors(_spoken(reference, symbols), _spoken(best.labels, symbols))
+                errors = count_errors(
+                    _without_boundaries(reference, symbols), _without_boundaries(best.labels, symbols)
+                )
                 counts[point, 0] += errors.errors
                 counts[point, 1] += errors.length
         distributed.tick()
@@ -62,6 +64,6 @@ def search_grid(
     return sorted(points, key=lambda point: point.rate)
 
 
-def _spoken(labels: Sequence[int], symbols: PhonemeSet) -> list[int]:
+def _without_boundaries(labels: Sequence[int], symbols: PhonemeSet) -> list[int]:
     """Return the labels without word boundaries."""
     return [label for label in labels if label != symbols.boundary]

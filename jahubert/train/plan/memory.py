@@ -24,7 +24,7 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.model.kernels.packing import Packing
-from jahubert.model.kernels.positional_conv import by_frequencies, positional_conv
+from jahubert.model.kernels.positional_conv import frequency_domain_conv, positional_conv
 from jahubert.model.precision import autocast
 from jahubert.train.trainer.micro_batch import front_end_bytes
 from jahubert.train.trainer.parallel import wrap_blocks
@@ -101,7 +101,7 @@ def _stored(
             x_ND = torch.zeros(packing.n_rows, config.width, dtype=precision, requires_grad=True)
             conv = model.encoder.pos_conv_embed
             total -= _stored_by(lambda: positional_conv(conv, x_ND, packing), weights)
-            total += _stored_by(lambda: by_frequencies(conv, x_ND, packing), weights)
+            total += _stored_by(lambda: frequency_domain_conv(conv, x_ND, packing), weights)
         return total
 
 

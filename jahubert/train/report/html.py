@@ -343,7 +343,8 @@ def _unit_title(name: str, unit: Mapping[str, Any], strings: Strings) -> str:
     """Return a title that gives the iteration and feature of units, e.g. "iter2: layer 6"."""
     feature = str(unit["feature"]).upper() if unit["layer"] is None else strings("layer", unit["layer"])
     experiment, separator, iteration = name.rpartition(": ")
-    return f"{experiment}{separator}{iteration if unit['learnt'] else strings('last_model')}: {feature}"
+    model = iteration if unit["pretrained_on"] else strings("last_model")
+    return f"{experiment}{separator}{model}: {feature}"
 
 
 # --- examples ---------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def _units_table(units: Mapping[str, Any]) -> str:
         f"  {'units':<24}{'K':>5}{'PNMI':>8}{'phone purity':>14}{'cluster purity':>16}",
     ]
     for name, unit in measured.items():
-        model = name if unit["learnt"] else "last model"
+        model = name if unit["pretrained_on"] else "last model"
         feature = unit["feature"] if unit["layer"] is None else f"layer {unit['layer']}"
         lines.append(
             f"  {model + ': ' + feature:<24}{unit['n_units']:>5}{unit['pnmi']:>8.3f}"

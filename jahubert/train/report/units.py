@@ -129,7 +129,8 @@ def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:
             against_phones = {"frames": int(count_PK.sum()), "phones": counts.source}
             against_phones |= cluster_quality(count_PK)
         result[name] = {
-            "learnt": (exp / name / "pretrain" / DONE).exists(),  # False for the units of the last model
+            # False for the units of the last model
+            "pretrained_on": (exp / name / "pretrain" / DONE).exists(),
             "feature": header.feature,
             "layer": header.layer,
             "n_units": header.n_units,

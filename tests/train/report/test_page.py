@@ -49,7 +49,7 @@ def make_experiment(exp: Path, lr: float = 1e-3) -> Path:
 
 
 def page(exp: Path, others: tuple[Path, ...] = (), language: str = "en", layers: dict | None = None) -> str:
-    unit = {"learnt": True, "feature": "hubert", "layer": 6, "used": 9, **quality(0.5, 500)}
+    unit = {"pretrained_on": True, "feature": "hubert", "layer": 6, "used": 9, **quality(0.5, 500)}
     mfcc = unit | {"feature": "mfcc", "layer": None} | quality(0.4)
     summary = {
         "systems": {"main": system(0.1)} | {f"{other.name}: main": system(0.2) for other in others},
@@ -96,7 +96,7 @@ def test_units_are_compared_at_equal_k(tmp_path):
 
 
 def test_units_without_phone_times_have_no_columns_of_quality():
-    unit = {"learnt": True, "feature": "hubert", "layer": 6, "used": 9, "n_units": 500}
+    unit = {"pretrained_on": True, "feature": "hubert", "layer": 6, "used": 9, "n_units": 500}
     measured = unit | quality(0.5, 500)
     strings = Strings("en")
     assert html._units_table({"iter2": unit}, strings).count("<th>") == 3
