@@ -56,6 +56,8 @@ def split(source: AudioBytes) -> list[Part]:
         _check_end(_caf_end(file), size, name)
     elif mpeg.is_mpeg(head):
         streams = mpeg.split(file, name)
+        if not streams and head[:3] != b"ID3":  # a tag may also precede other formats
+            raise AudioError(f"{name} contains no complete MPEG audio frame: it is truncated or not audio")
         if len(streams) == 1 and streams[0].tagged:
             return [Part(0, size, min_frames=streams[0].min_frames)]
         return [Part(s.start, s.end - s.start, s.prefix, s.min_frames) for s in streams] or whole

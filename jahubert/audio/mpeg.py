@@ -7,7 +7,7 @@ determines the true length in about a hundredth of the time that decoding takes.
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +24,7 @@ _BITRATES = {  # (whether MPEG 1, layer) -> kbit/s for index 1 to 14
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+_BLOCK = 1 << 16  # bytes to read at a time
 _TOLERANCE = 4 * 1152  # maximum number of samples of encoder delay and padding, which decoders remove
 
 
@@ -32,6 +33,46 @@ class _Header(NamedTuple):
     length: int  # frame length in bytes
     n_samples: int
     side_info: int  # length of the side information in bytes
+
+
+class _Window:
+    """Bytes of a file, of which one block is in memory.
+
+    The file is not mapped into memory, because truncation of a mapped file or a disk error would end the
+    process with SIGBUS instead of raising an exception.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.size = file.seek(0, os.SEEK_END)
+        self.start = 0  # position of the block
+        self.block = b""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytes:
+        """Return up to `_BLOCK` bytes. The step of the slice is ignored."""
+        if not self.start <= part.start <= part.stop <= self.start + len(self.block):
+            self._load(part.start)
+        return self.block[part.start - self.start : part.stop - self.start]
+
+    def find(self, byte: bytes, position: int) -> int:
+        """Return the first position of a byte from `position` on, or -1."""
+        while position < self.size:
+            if not self.start <= position < self.start + len(self.block):
+                self._load(position)
+                if not self.block:
+                    break
+            found = self.block.find(byte, position - self.start)
+            if found >= 0:
+                return self.start + found
+            position = self.start + len(self.block)
+        return -1
+
+    def _load(self, position: int) -> None:
+        self.file.seek(position)
+        self.start, self.block = position, self.file.read(_BLOCK)
 
 
 @dataclass
@@ -62,22 +103,16 @@ def split(file: BinaryIO, name: str) -> list[Stream]:
     Raises:
         AudioError: a stream has fewer frames than its header frame states.
     """
-    try:
-        data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError:  # the file is in memory and cannot be mapped
-        file.seek(0)
-        data = file.read()
+    data = _Window(file)
     streams: list[Stream] = []
     position = 0
     while (position := _next_frame(data, position)) >= 0:
         stream, position = _read_stream(data, position, name)
         streams.append(stream)
-    if not isinstance(data, bytes):
-        data.close()
     return streams
 
 
-def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream, int]:
+def _read_stream(data: _Window, start: int, name: str) -> tuple[Stream, int]:
     """Return the stream whose first frame is at `start`, and the position after the stream."""
     first = _parse(data[start : start + 4])
     assert first is not None
@@ -113,7 +148,7 @@ def _read_stream(data: mmap.mmap | bytes, start: int, name: str) -> tuple[Stream
     return Stream(start, end, n_frames, first.n_samples, tagged, prefix), end
 
 
-def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
+def _next_frame(data: _Window, position: int) -> int:
     """Return the position of the next two consecutive valid frames, or of a valid last frame, or -1."""
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
@@ -128,7 +163,7 @@ def _next_frame(data: mmap.mmap | bytes, position: int) -> int:
     return -1
 
 
-def _resync(data: mmap.mmap | bytes, position: int, kind: tuple[int, int, int]) -> int:
+def _resync(data: _Window, position: int, kind: tuple[int, int, int]) -> int:
     """Return the position of the next frame of a stream after invalid bytes, or -1 if the stream ends."""
     if _skip_tags(data, position) != position:
         return -1
@@ -137,7 +172,7 @@ def _resync(data: mmap.mmap | bytes, position: int, kind: tuple[int, int, int]) 
     return following if header is not None and header.kind == kind else -1
 
 
-def _skip_tags(data: mmap.mmap | bytes, position: int) -> int:
+def _skip_tags(data: _Window, position: int) -> int:
     """Return the position after any ID3 and APE tags at `position`."""
     while True:
         head = data[position : position + 32]
@@ -186,7 +221,7 @@ def _parse_bits(bits: int) -> _Header | None:
     return _Header((version, layer, rate), length, n_samples, side_info)
 
 
-def _stated_frames(data: mmap.mmap | bytes, position: int, header: _Header) -> int | None:
+def _stated_frames(data: _Window, position: int, header: _Header) -> int | None:
     """Return the number of frames that a header frame states, or None for an audio frame."""
     if header.kind[1] != 3:
         return None

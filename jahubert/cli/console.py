@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 import shutil
 import sys
@@ -13,14 +12,10 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from jahubert.errors import AudioError, ConfigError, UserError, exit_status
 
-AUDIO_ENDINGS = (
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".w64",
-    ".rf64", ".bw64", ".caf", ".sph", ".nist",
-    ".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka",  # these formats need an optional decoder
-)  # fmt: skip
 STDIN = "-"
 BAR = 20  # length of the progress bar in characters
 
@@ -32,9 +27,20 @@ class Input:
     label: str
     base: Path
 
-    def open(self) -> Path | io.BytesIO:
+    def open(self) -> Path | BinaryIO:
         """Return the source for `load_audio`."""
-        return io.BytesIO(sys.stdin.buffer.read()) if self.label == STDIN else Path(self.label)
+        return cast(BinaryIO, _StandardInput()) if self.label == STDIN else Path(self.label)
+
+
+class _StandardInput:
+    """Stream that accesses standard input only when it is read, where errors are caught."""
+
+    name = "standard input"
+
+    def read(self) -> bytes:
+        if sys.stdin is None:
+            raise AudioError("standard input is closed")
+        return sys.stdin.buffer.read()
 
 
 def find_inputs(
@@ -47,7 +53,7 @@ def find_inputs(
         ending: suffix of the output files.
 
     Returns:
-        The recordings, and one error for each argument that contains no audio.
+        The recordings, and one error for each argument without audio and for each unreadable folder.
 
     Raises:
         ConfigError: `into` is not writable, or two recordings would be written to the same file.
@@ -56,24 +62,18 @@ def find_inputs(
     empty: dict[str, AudioError] = {}
     matches = [match for argument in arguments for match in expand_patterns(argument, empty)]
     for argument in matches:
-        path = Path(argument)
         if argument == STDIN:
             recordings.append(Input(STDIN, Path("stdin")))
-        elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-            empty[argument] = AudioError(f"{argument}: no permission to read this folder")
-        elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if _is_audio(p, path))
-            recordings += [Input(str(p), p.relative_to(path).with_suffix("")) for p in files]
-            if not files:
-                empty[argument] = AudioError(
-                    f"{argument}: no audio files found (endings: {' '.join(AUDIO_ENDINGS)})"
-                )
+        elif argument == "":
+            empty[argument] = AudioError("a file name is empty")
+        elif os.path.isdir(argument):
+            recordings += _files_in(argument, empty)
         elif "://" in argument:
             empty[argument] = AudioError(f"{argument}: URLs are not supported; download the file first")
-        elif argument.endswith(("/", os.sep)) and not path.exists():
+        elif argument.endswith(("/", os.sep)) and not os.path.exists(argument):
             empty[argument] = AudioError(f"{argument}: no such folder")
         else:
-            recordings.append(Input(argument, Path(path.stem)))
+            recordings.append(Input(argument, Path(Path(argument).stem)))
     if [item.label for item in recordings].count(STDIN) > 1:
         raise ConfigError("standard input (-) can be given only once")
     if into == "":
@@ -91,11 +91,17 @@ def find_inputs(
     return recordings, empty
 
 
-def _is_audio(path: Path, folder: Path) -> bool:
-    """Return whether a file below `folder` has an audio suffix and is not macOS metadata."""
-    if path.name.startswith("._") or "__MACOSX" in path.relative_to(folder).parts:
-        return False
-    return path.suffix.lower() in AUDIO_ENDINGS and path.is_file()
+def _files_in(folder: str, empty: dict[str, AudioError]) -> list[Input]:
+    """Return the recordings below a folder, and add what cannot be read to `empty`."""
+    from jahubert.audio.search import AUDIO_ENDINGS, find_audio
+
+    paths, errors = find_audio(folder)
+    for error in errors:
+        name = os.fsdecode(error.filename)
+        empty[name] = AudioError(f"{name}: this folder cannot be read: {error.strerror}")
+    if not paths and not errors:
+        empty[folder] = AudioError(f"{folder}: no audio files found (endings: {' '.join(AUDIO_ENDINGS)})")
+    return [Input(str(path), path.relative_to(folder).with_suffix("")) for path in paths]
 
 
 def _check_output(folder: Path) -> None:
@@ -109,7 +115,7 @@ def _check_output(folder: Path) -> None:
 
 def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
     """Expand a pattern that the shell did not expand. Other arguments are returned unchanged."""
-    if Path(argument).exists() or not glob.has_magic(argument):
+    if os.path.exists(argument) or not glob.has_magic(argument):
         return [argument]
     paths = sorted(glob.glob(argument, recursive=True))
     if not paths:
@@ -120,8 +126,8 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
 def needs_names(arguments: Sequence[str]) -> bool:
     """Return whether output lines need the names of recordings, because there may be several."""
     first = arguments[0]
-    is_pattern = glob.has_magic(first) and not Path(first).exists()
-    return len(arguments) > 1 or Path(first).is_dir() or is_pattern
+    is_pattern = glob.has_magic(first) and not os.path.exists(first)
+    return len(arguments) > 1 or os.path.isdir(first) or is_pattern
 
 
 class CommandProgress:
@@ -170,7 +176,8 @@ class CommandProgress:
         if self.status != 1:
             self.status = exit_status(error)
         message = message_of(error)
-        print_error(message if label in message and label != STDIN else f"{label}: {message}")
+        message = message if label in message and label != STDIN else f"{label}: {message}"
+        print_error(message.replace("\n", "\\n"))
 
     def finish(self) -> int:
         if self.failed and self.n_inputs > 1:

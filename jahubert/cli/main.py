@@ -137,7 +137,7 @@ def transcribe(args: argparse.Namespace) -> int:
         if sys.stdout.isatty():
             transcript = mark_uncertain(transcript)
         content = writers.render(transcript, "text", args.phonemes)
-        prefix = f"{label}\t" if named else ""
+        prefix = f"{writers.escape_controls(label)}\t" if named else ""
         progress.clear()
         print(
             "".join(f"{prefix}{line}\n" for line in content.removesuffix("\n").split("\n")),
@@ -304,7 +304,7 @@ def units(args: argparse.Namespace) -> int:
             save_array(unit_ids, Path(args.output, f"{item.base}.npy"))
             return None
         line = " ".join(map(str, unit_ids.tolist()))
-        return f"{item.label}\t{line}" if named else line
+        return f"{writers.escape_controls(item.label)}\t{line}" if named else line
 
     return for_each_input(inputs, empty, work)
 
@@ -445,9 +445,15 @@ class Parser(argparse.ArgumentParser):
     """Argument parser with one-line errors that suggest the nearest option name."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            raise ConfigError("; ".join(self._unknown(word, parsed.command) for word in unknown))
+        try:
+            parsed, unknown = self.parse_known_args(args, namespace)
+            if unknown:
+                raise ConfigError("; ".join(self._unknown(word, parsed.command) for word in unknown))
+        except ConfigError as error:
+            files = [word for word in args or () if word.startswith("-") and os.path.isfile(word)]
+            if files:
+                raise ConfigError(f"{files[0]} is read as an option; write ./{files[0]}") from error
+            raise
         return parsed
 
     def error(self, message: str) -> NoReturn:

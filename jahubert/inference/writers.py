@@ -9,6 +9,7 @@ import html
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,9 @@ CUE_LENGTH = 7.0  # maximum duration of a cue in seconds
 CUE_KANA = 40  # maximum number of characters in a cue
 CUE_MIN_LENGTH = 0.8  # minimum duration of a cue in seconds, if the next cue allows it
 
-TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\n"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
+TSV_HEADER = "audio\tstart\tend\tkana\tphonemes\twritten\n"
 
 
 def join_words(words: Iterable[Word]) -> str:
@@ -64,7 +67,8 @@ def jsonl(transcript: Transcript) -> str:
         "words": words,
         "segments": segments,
     }
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    # A name that is not valid UTF-8 contains lone surrogates, which cannot be encoded.
+    return _SURROGATES.sub(_json_escape, json.dumps(content, ensure_ascii=False)) + "\n"
 
 
 def _word_fields(word: Word) -> dict[str, Any]:
@@ -87,11 +91,20 @@ def _rounded(confidence: float | None) -> float | None:
 
 def tsv_rows(transcript: Transcript) -> str:
     """Return one line of tab-separated values per word, without the header."""
-    name = " ".join(transcript.audio.split())
+    name = escape_controls(transcript.audio)
     return "".join(
-        f"{name}\t{word.start:.3f}\t{word.end:.3f}\t{word.kana}\t{' '.join(word.phonemes)}\n"
+        f"{name}\t{word.start:.3f}\t{word.end:.3f}\t{word.kana}\t{' '.join(word.phonemes)}\t{word.written}\n"
         for word in transcript.words
     )
+
+
+def escape_controls(name: str) -> str:
+    """Escape the control characters of a file name, which would break a line of tab-separated values."""
+    return _CONTROL.sub(_json_escape, name)
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 def tsv(transcript: Transcript) -> str:

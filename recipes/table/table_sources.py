@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jahubert.audio.search import AUDIO_ENDINGS, find_audio
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Rejected
@@ -38,7 +39,6 @@ SPLITS = {"validation": "dev", "valid": "dev", "val": "dev", "eval": "test", "tr
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _UNDECODED = range(0xDC80, 0xDD00)  # characters that stand for bytes that are not UTF-8
 _QUOTED_LINES = 20  # maximum number of lines of a row with line breaks in quotes
-AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".aac")
 
 
 @dataclass(frozen=True)
@@ -418,9 +418,11 @@ def _cut_row(record: Mapping[str, Any], where: str, folder: Path) -> Row | Rejec
 
 def read_audio_folder(folder: Path) -> Iterator[Row | Rejected]:
     """Read a folder of audio files with transcripts in .txt or .lab files. Each subfolder is a speaker."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO)
+    paths, errors = find_audio(folder)
     if not paths:
-        raise DataError(f"{folder}: no audio found; expected files such as {', '.join(AUDIO[:4])}")
+        raise DataError(f"{folder}: no audio found; expected files such as {', '.join(AUDIO_ENDINGS[:4])}")
+    for error in errors:
+        yield Rejected(os.fsdecode(error.filename), "unreadable folder", str(error))
     for path in paths:
         transcripts = [path.with_suffix(suffix) for suffix in (".txt", ".lab")]
         transcript = next((candidate for candidate in transcripts if candidate.is_file()), None)

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import torch
 
-from jahubert.audio import AudioSource, audio_length, load_audio, stream_audio
+from jahubert.audio import AudioSource, audio_length, load_audio, mpeg, stream_audio
 from jahubert.errors import AudioError
 
 RNG = np.random.default_rng(11)
@@ -107,6 +107,31 @@ def test_truncated_mp3_is_rejected(tmp_path):
     for cut in (0.3, 0.7, 0.97):
         with pytest.raises(AudioError, match="truncated"):
             seconds(data[: int(cut * len(data))], tmp_path)
+
+
+@pytest.mark.parametrize("size", [4, 20, 44, 100])
+def test_incomplete_first_frame_of_mp3_is_named(tmp_path, capfd, size):
+    path = tmp_path / "a.mp3"
+    path.write_bytes(mp3()[:size])
+    with pytest.raises(AudioError, match=r"a\.mp3 .*(truncated|not audio)"):
+        load_audio(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_file_that_shrinks_while_it_is_read_is_rejected(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp3"
+    data = mp3(np.tile(NOISE, 40))
+    assert len(data) > 3 * mpeg._BLOCK
+    path.write_bytes(data)
+    load = mpeg._Window._load
+
+    def shrink(window, position):
+        load(window, position)
+        os.truncate(path, mpeg._BLOCK)
+
+    monkeypatch.setattr(mpeg._Window, "_load", shrink)
+    with pytest.raises(AudioError, match=r"a\.mp3"):
+        load_audio(path)
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])

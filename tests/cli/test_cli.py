@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -339,6 +340,82 @@ def test_every_bad_recording_gives_one_line_and_the_rest_is_processed(bundle, fo
             assert line.startswith("jahubert: error: ") and "Traceback" not in line
         written = {path.name for path in Path(command).iterdir()} - {"features.json"}
         assert {name.partition(".")[0] for name in written} == {"a"}
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x" * 300 + ".wav", "loop.wav", "data/a.wav/b.wav", "a\0.wav", "locked/a.wav"]
+)
+def test_unusable_names_are_reported_and_the_rest_is_processed(bundle, folder, capsys, monkeypatch, name):
+    Path("loop.wav").symlink_to("loop.wav")
+    stat = os.stat
+
+    def locked(path, *args, **options):
+        if str(path).startswith("locked/"):  # root may read every folder
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", locked)
+    assert main(["units", "--model", bundle, name, "data/a.wav"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("data/a.wav\t") and len(err.splitlines()) == 2 and "Traceback" not in err
+
+
+def test_entries_of_folders_are_transcribed_or_named_or_not_files(bundle, folder, capsys, monkeypatch):
+    Path("data/dangling.wav").symlink_to("nowhere")
+    Path("data/folder.wav").mkdir()
+    os.mkfifo("data/pipe.wav")
+    Path("data/locked").mkdir()
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert main(["units", "--model", bundle, "data"]) == 2
+    out, err = capsys.readouterr()
+    assert [line.partition("\t")[0] for line in out.splitlines()] == [
+        "data/a.wav",
+        "data/sub/日本語 名前.flac",
+    ]
+    assert "data/dangling.wav" in err and "data/locked" in err and "2 of 4 failed" in err
+
+
+@pytest.mark.parametrize("name", ["new\nline.wav", "tab\t.wav", "esc\x1b[31m.wav", "cr\r.wav"])
+def test_control_characters_in_names_do_not_break_lines(bundle, folder, capsys, name):
+    shutil.copy("data/a.wav", name)
+    outputs = [["transcribe", "--vad", "off"], ["transcribe", "--vad", "off", "-f", "tsv"], ["units"]]
+    for command, *options in outputs:
+        assert main([command, "--model", bundle, *options, name, "gone" + name]) == 2
+        out, err = capsys.readouterr()
+        lines = [line for line in out.splitlines() if not line.startswith("audio\t")]
+        escaped = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in name)
+        assert lines and all(line.partition("\t")[0] == escaped for line in lines)
+        assert len(err.splitlines()) == 2 and "\x1b" not in err
+
+
+def test_name_that_is_not_utf8_gives_valid_json(bundle, folder, capsys):
+    name = os.fsdecode(b"bad\xff.wav")
+    shutil.copy("data/a.wav", name)
+    assert main(["transcribe", "--model", bundle, "-f", "json", name]) == 0
+    line = capsys.readouterr().out
+    assert json.loads(line.encode())["audio"] == name
+
+
+@pytest.mark.parametrize("command", ["transcribe", "units"])
+def test_closed_standard_input_is_reported(bundle, folder, capsys, monkeypatch, command):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main([command, "--model", bundle, "-", "data/a.wav"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("data/a.wav\t") and "Traceback" not in err and "standard input" in err
+
+
+def test_file_name_that_starts_with_a_dash_is_explained(bundle, folder, capsys):
+    shutil.copy("data/a.wav", "-dash.wav")
+    assert main(["units", "--model", bundle, "-dash.wav"]) == 2
+    assert "./-dash.wav" in capsys.readouterr().err
+    assert main(["units", "--model", bundle, "./-dash.wav"]) == 0
 
 
 def test_output_folder_without_permission_is_rejected(bundle, folder, capsys, monkeypatch):

@@ -61,9 +61,11 @@ def test_text_has_a_line_and_json_an_entry_per_segment():
 
 def test_tsv_has_one_row_per_word():
     lines = writers.render(TRANSCRIPT, "tsv").splitlines()
-    assert lines[0].split("\t") == ["audio", "start", "end", "kana", "phonemes"]
-    assert lines[1].split("\t") == ["朝 の/a.wav", "0.500", "0.800", "アサ", "a s a"]
+    assert lines[0].split("\t") == ["audio", "start", "end", "kana", "phonemes", "written"]
+    assert lines[1].split("\t") == ["朝 の/a.wav", "0.500", "0.800", "アサ", "a s a", ""]
     assert len(lines) == 4
+    spelled = replace(TRANSCRIPT, words=(replace(TRANSCRIPT.words[0], written="朝"),))
+    assert writers.render(spelled, "tsv").splitlines()[1].split("\t")[3:] == ["アサ", "a s a", "朝"]
 
 
 def test_srt_is_rendered():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +216,29 @@ def test_missing_dev_split_is_taken_from_training_speakers(tmp_path, audio):
     assert not speakers["dev"] & speakers["train"]
     lines = [line.replace(",test", ",eval1") for line in lines]  # the test set has another name
     assert {i.split for i in prepared(write(tmp_path / "b.csv", lines))[0]} == {"train", "dev", "eval1"}
+
+
+def test_folder_with_unusual_entries_is_read_or_named(tmp_path, audio, caplog):
+    data = tmp_path / "data"
+    for speaker in ("a", "b", "c", "d"):
+        (data / speaker).mkdir(parents=True)
+        for r in recordings()[:3]:
+            shutil.copy(path_of(audio, r), data / speaker / f"{r['id']}.WAV")
+    for name in ("._a.wav", "__MACOSX/a.wav", "notes.txt"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text("no audio")
+    soundfile.write(data / "a" / "b.aiff", np.zeros(RATE), RATE)
+    (data / "folder.wav").mkdir()
+    os.mkfifo(data / "pipe.wav")
+    (data / "dangling.wav").symlink_to("nowhere")
+    shutil.copy(data / "a" / "b.aiff", data / os.fsdecode(b"bad\xff.wav"))
+    command = ["recipe=table", "stage=prepare", f"data={data}", f"exp={tmp_path / 'exp'}"]
+    assert run.main(command) == 0
+    manifest = Manifest(tmp_path / "exp" / "prepare" / "manifest.arrow")
+    assert len(manifest) == 13 and "b" in {manifest[row].id.rpartition("/")[2] for row in range(13)}
+    lines = (tmp_path / "exp" / "prepare" / "rejected.jsonl").read_text().splitlines()
+    ids = {Path(json.loads(line)["id"]).stem for line in lines}
+    assert ids == {"dangling", os.fsdecode(b"bad\xff")}
 
 
 def test_audio_inside_parquet_is_extracted(tmp_path, audio):

@@ -185,6 +185,10 @@ def _checked(item: Utterance | Rejected, check_audio: bool) -> Utterance | Rejec
     if isinstance(item, Rejected):
         return item
     try:
+        "\n".join((item.id, item.audio.path, item.text, item.speaker)).encode()
+    except UnicodeEncodeError:
+        return Rejected(item.id, "name or text is not Unicode", str(item.audio))
+    try:
         if item.n_samples == 0:
             length = read_reliably(lambda: audio_length(item.audio), item.audio)
             item = replace(item, n_samples=length - item.start)
