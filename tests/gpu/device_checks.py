@@ -8,13 +8,15 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fixtures.sounds import syllables
+from fixtures.traceable_flash import by_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,8 @@ from jahubert.frames import HUBERT
 from jahubert.inference.ctc import beam_search, forced_align, greedy
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.model.kernels import PackedShape, attention, packing
+from jahubert.model.precision import autocast
 from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.clustering.features import HubertLayer, Mfcc
 from jahubert.train.clustering.kmeans import assign, fit_kmeans
@@ -95,9 +99,84 @@ def pretrain_batch(seed: int = 0) -> PretrainBatch:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pretraining_step_equals_that_on_the_cpu(name, device):
+    assert_same_step(pretrainer(MODELS[name]), pretrain_batch(), device)
+
+
+@pytest.fixture
+def flash_calls(device, monkeypatch) -> list[float]:
+    """Return a list to which calls of flash attention append their dropout. Only a GPU has the operator."""
+    compute, calls = attention.flash_attention, []
+    if device.type != "cuda":
+        monkeypatch.setattr(packing, "has_flash_attention", lambda device: device.type != "cpu")
+        compute = by_mask
+    elif not packing.has_flash_attention(device):
+        pytest.skip("this GPU has no flash attention")
+
+    def recorded(q_NHE, k_NHE, v_NHE, offsets, longest, dropout):
+        assert offsets.dtype is torch.int32 and offsets.device == q_NHE.device
+        calls.append(dropout)
+        return compute(q_NHE, k_NHE, v_NHE, offsets, longest, dropout)
+
+    monkeypatch.setattr(attention, "flash_attention", recorded)
+    return calls
+
+
+def pretrainer(config: HubertConfig) -> Pretrainer:
     torch.manual_seed(0)
-    module = Pretrainer(MODELS[name], UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
-    assert_same_step(module.train(), pretrain_batch(), device)
+    return Pretrainer(config, UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3).train()
+
+
+@pytest.mark.parametrize("one_shape", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_step_is_close_to_the_float32_step(name, one_shape, device, flash_calls):
+    module, batch = pretrainer(MODELS[name]), pretrain_batch()
+    on_device = copy.deepcopy(module).to(device)
+    expected_loss, expected_grads = gradients(module, batch)
+    shape = PackedShape.largest(HUBERT, 8_000, 30_000, 120_000) if one_shape else None
+    batch = replace(batch, shape=shape).to(device)
+    with autocast(torch.bfloat16, device):
+        loss = on_device(batch, 0).total
+    loss.backward()
+    assert flash_calls == [0.0] * 2
+    assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=0.01)
+    grads = {name: p.grad for name, p in on_device.named_parameters() if p.grad is not None}
+    assert grads.keys() == expected_grads.keys()
+    grad, expected = (
+        torch.cat([g.flatten().cpu() for g in each.values()]) for each in (grads, expected_grads)
+    )
+    assert float((grad - expected).norm() / expected.norm()) < 0.05
+
+
+def test_pretraining_step_with_dropout_does_not_synchronize(device, flash_calls):
+    dropout = dict.fromkeys(("dropout", "attention_dropout", "input_dropout"), 0.1)
+    module = pretrainer(replace(MODELS["base"], **dropout)).to(device)
+    batch, losses = pretrain_batch().to(device), []
+    for _ in range(2):  # kernels may be loaded in the first step, which can synchronize
+        torch.manual_seed(5)
+        with no_synchronization(device) if losses else nullcontext():
+            with autocast(torch.bfloat16, device):
+                loss = module(batch, 0).total
+            loss.backward()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1]) and flash_calls == [0.1] * 4
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@contextmanager
+def no_synchronization(device: torch.device) -> Iterator[None]:
+    """Fail if the host waits for the device in the `with` block."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    from fixtures.fake_device import SYNCS
+
+    SYNCS.clear()
+    yield
+    assert SYNCS == []
 
 
 def fine_tuner() -> FineTuner:
@@ -134,17 +213,8 @@ def test_fine_tuning_step_synchronizes_in_ctc_loss_only(device, monkeypatch):
                 torch.cuda.set_sync_debug_mode("error")
 
         monkeypatch.setattr(F, "ctc_loss", unchecked)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            loss = module(device_batch, 0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    else:
-        from fixtures.fake_device import SYNCS
-
-        SYNCS.clear()
+    with no_synchronization(device):
         loss = module(device_batch, 0)
-        assert SYNCS == []
     assert {name: float(value) for name, value in loss.sums.items()} == {
         name: float(value) for name, value in expected.sums.items()
     }
@@ -166,8 +236,7 @@ class Speech:
 
 def train_briefly(out: Path, device: torch.device | str) -> dict[str, Tensor]:
     """Train for a few steps, or resume the run in `out`, and return the weights."""
-    torch.manual_seed(0)
-    module = Pretrainer(MODELS["base"], UNITS, unit_dim=8, temperature=0.1, penalty=10.0, seed=3)
+    module = pretrainer(MODELS["base"])
     every = {"save_every": 3, "valid_every": 3, "log_every": 1}
     size = {"max_steps": 6, "batch_seconds": 8.0, "micro_seconds": 8.0}
     config = TrainConfig(**size, **every, precision="fp32", device=str(device))

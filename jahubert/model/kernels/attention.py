@@ -23,6 +23,7 @@ from jahubert.model.precision import autocast_dtype
 if TYPE_CHECKING:
     from jahubert.model.hubert import Attention
 
+MAX_FLASH_WIDTH = 192  # largest head width for which all GPUs have a backward pass of flash attention
 CACHED = 2**19  # number of attention weights computed at a time on a CPU, so that they fit in its caches
 
 
@@ -49,11 +50,7 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
 
 def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
     """Compute scaled dot-product attention on packed queries, keys and values (N, heads, head width)."""
-    if (
-        packing.flash is not None
-        and q_NHE.dtype in (torch.bfloat16, torch.float16)
-        and q_NHE.shape[2] % 8 == 0
-    ):
+    if packing.flash is not None and _has_flash_attention(q_NHE):
         out_NHE = flash_attention(q_NHE, k_NHE, v_NHE, *packing.flash, dropout)
         plain = _unfused(partial(_by_utterance, packing=packing), dropout)
         return with_double_backward(out_NHE, plain, q_NHE, k_NHE, v_NHE)
@@ -67,6 +64,12 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
     by_utterance = partial(_by_utterance, packing=packing)
     out_NHE = by_utterance(q_NHE, k_NHE, v_NHE)
     return with_double_backward(out_NHE, _unfused(by_utterance), q_NHE, k_NHE, v_NHE)
+
+
+def _has_flash_attention(q_NHE: Tensor) -> bool:
+    """Return whether flash attention supports the dtype and the head width of a tensor."""
+    width = q_NHE.shape[2]
+    return q_NHE.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= MAX_FLASH_WIDTH
 
 
 def scaled_dot_product_attention(

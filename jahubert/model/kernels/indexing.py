@@ -35,6 +35,6 @@ def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     The tensor is copied from page-locked memory, because the host would wait for a copy from ordinary
     memory, which starts only after all queued work.
     """
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))

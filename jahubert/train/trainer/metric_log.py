@@ -19,7 +19,7 @@ from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.checksums import file_crc32
 from jahubert.train.trainer.optim import TrainConfig, lr_at
-from jahubert.train.trainer.parallel import compiled_graphs, full_state, load_full_state
+from jahubert.train.trainer.parallel import compiled_graphs, full_state, load_full_state, uncompiled
 from jahubert.train.trainer.tracker import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class MetricLog:
     def validate(self, step: int, validate: Callable[[], dict[str, float]], best: str | None) -> None:
         """Validate the module after `step`, and save its weights if the metric `best` has a new minimum."""
         self.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(self.config.compile):
             metrics = validate()
         self.module.train()
         if distributed.rank() == 0:

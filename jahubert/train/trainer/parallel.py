@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -104,7 +104,7 @@ class Parallel:
 def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) -> None:
     """Apply activation checkpointing and torch.compile to blocks in place.
 
-    Parameter names do not change, and results differ only by rounding.
+    Parameter names do not change. Compilation changes rounding and, on a GPU, the random numbers of dropout.
 
     Args:
         recompute: whether to store only the input of a block and recompute the block in the backward pass.
@@ -117,6 +117,15 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
             block.forward = partial(checkpoint, forward, use_reentrant=False)  # type: ignore[method-assign]
         elif compiled:
             block.compile()
+
+
+def uncompiled(enabled: bool) -> AbstractContextManager[Any]:
+    """Run compiled blocks without compilation in the `with` block if `enabled`.
+
+    Validation has another precision and other shapes than training, which would require more graphs.
+    """
+    # Importing torch.compile takes a second.
+    return torch.compiler.set_stance("force_eager") if enabled else nullcontext()
 
 
 def compiled_graphs() -> int:

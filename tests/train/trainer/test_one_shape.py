@@ -21,7 +21,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.model.kernels import PackedShape, attention, encoder, packing
 from jahubert.model.kernels.packing import FlashSequences, Packing
 from jahubert.train.data.sampler import BatchSizes, Sampler
-from jahubert.train.stages.pretrain import Pretrainer
+from jahubert.train.stages.pretrain import Pretrainer, evaluate
 from jahubert.train.trainer.parallel import wrap_blocks
 from jahubert.train.trainer.trainer import train
 
@@ -199,8 +199,11 @@ def test_compilations_are_logged(corpus, tmp_path, flash, counter, caplog):
     caplog.set_level("INFO")
     config = replace(CONFIG, batch_seconds=24.0, groups=2, micro_seconds=3.0, precision="bf16", compile=True)
     data = noise_pretraining(corpus, 3.0, config.batch_sizes.one_shape)
-    train(pretrainer(replace(QUIET, layer_drop=0.3)), data, replace(config, log_every=1), tmp_path)
+    module = pretrainer(replace(QUIET, layer_drop=0.3))
+    config = replace(config, log_every=1, valid_every=1)
+    train(module, data, config, tmp_path, validate=lambda: evaluate(module, data))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["timing"]["compiled_graphs"] for row in rows] == [1, 0, 0, 0]
-    messages = [record.message for record in caplog.records if record.message.startswith("step ")]
+    assert [row["timing"]["compiled_graphs"] for row in rows if "timing" in row] == [1, 0, 0, 0]
+    assert sum("valid_loss" in row for row in rows) == 4
+    messages = [record.message for record in caplog.records if "audio-h/h" in record.message]
     assert ["graphs compiled" in message for message in messages] == [True, False, False, False]
