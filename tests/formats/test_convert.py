@@ -41,13 +41,13 @@ def kind(request):
 
 
 @pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio"])
-@pytest.mark.parametrize("what", ["encoder", "pretrained", "recogniser"])
+@pytest.mark.parametrize("what", ["encoder", "pretrained", "recognizer"])
 def test_round_trips_are_bit_equal(tmp_path, kind, to, what):
     model, phonemes = model_of(KINDS[kind]), PhonemeSet.standard()
     parts: dict = {"model": model}
     if what == "pretrained":
         parts["unit_head"] = UnitHead(48, UNITS)
-    elif what == "recogniser":
+    elif what == "recognizer":
         parts = {"ctc": HubertForCtc(model.config, len(phonemes), model), "phonemes": phonemes}
     save_bundle(tmp_path / "first", **parts)
     first = load_bundle(tmp_path / "first")

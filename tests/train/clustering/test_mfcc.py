@@ -36,10 +36,10 @@ def slow_mfcc(wav: np.ndarray) -> np.ndarray:
         power = np.abs(np.fft.fft((frame - 0.97 * before) * window, 512)) ** 2
         energies = np.zeros(23)
         for m in range(23):
-            left, centre, right = edges[m : m + 3]
+            left, center, right = edges[m : m + 3]
             for k in range(256):
                 at = mel(k * 16000 / 512)
-                weight = min((at - left) / (centre - left), (right - at) / (right - centre))
+                weight = min((at - left) / (center - left), (right - at) / (right - center))
                 energies[m] += max(0.0, weight) * power[k]
         logs = np.log(np.maximum(energies, 2.0**-23))
         row = []

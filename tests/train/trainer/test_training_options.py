@@ -273,11 +273,11 @@ def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list
 @pytest.mark.slow
 def test_ddp_and_fsdp_equal_one_process(tmp_path):
     """The command runs with DDP, with FSDP2, and with FSDP2 killed and resumed by one process."""
-    labelled = tmp_path / "labelled"
+    labeled = tmp_path / "labeled"
     for stage in ("prepare", "features", "kmeans", "label"):
-        runner.run([f"recipe={TONES}", f"stage={stage}", f"exp={labelled}"])
+        runner.run([f"recipe={TONES}", f"stage={stage}", f"exp={labeled}"])
     for name in ("one", "ddp", "fsdp", "moved"):
-        shutil.copytree(labelled, tmp_path / name)
+        shutil.copytree(labeled, tmp_path / name)
     weights, curve = pretrained(tmp_path / "one")
     sharded = "pretrain.train.sharded=true"
     ends = {
