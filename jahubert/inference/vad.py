@@ -29,7 +29,7 @@ _MIN_LEVEL = -100.0  # level in dBFS below which frames are ignored
 _ACTIVE = 30.0  # frames more than this many dB below the loudest frame in the window are ignored
 _MIN_LEVEL_STD = 2.5  # minimum standard deviation of the level
 _MIN_SHAPE_STD = 1.6  # minimum mean standard deviation of the relative band levels
-_MIN_CHANGE = 1.6  # minimum median change of the relative band levels within _LAG frames
+_MIN_CHANGE = 1.6  # minimum median change in the relative band levels within _LAG frames
 _LAG = 3
 # Periodic windows: maximum distance to the loudest frame, minimum autocorrelation, minimum length of a run of
 # such frames, and minimum number of frames in runs.
@@ -182,7 +182,7 @@ def _relative_levels(band_SF: Tensor) -> Tensor:
 
 
 def _spectral_change(shape_SF: Tensor) -> Tensor:
-    """Return the mean absolute change of the relative band levels within `_LAG` frames in dB, (S,)."""
+    """Return the mean absolute change in the relative band levels within `_LAG` frames in dB, (S,)."""
     change_S = shape_SF.new_zeros(len(shape_SF))
     if len(shape_SF) > _LAG:
         change_S[:-_LAG] = (shape_SF[_LAG:] - shape_SF[:-_LAG]).abs().mean(1)

@@ -172,7 +172,7 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
 
 
 def _n_channels(path: Path) -> int:
-    """Return the number of channels. Another format than that of the corpus is a damaged header."""
+    """Return the number of channels. A format that differs from the corpus indicates a damaged header."""
     try:
         info = soundfile.info(path)
     except RuntimeError as error:

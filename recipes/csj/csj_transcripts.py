@@ -26,7 +26,7 @@ _SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _TRN_TIME = re.compile(r"(\d{4,}) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
 UNKNOWN = ""  # symbol of a phone whose time is known, but whose label is not
-# Replacement for bytes that cannot be decoded, and half-width kana, to which other encodings are decoded.
+# Signs of a wrong encoding: the replacement for bytes that cannot be decoded, and half-width kana.
 _BAD = re.compile("[\ufffd\uff61-\uff9f]")
 _TALK_ID = re.compile(TALK_ID, re.IGNORECASE)
 

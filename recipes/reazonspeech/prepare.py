@@ -134,7 +134,8 @@ def _convert(parquet: Path, folder: Path) -> Shard | Rejected:
 
 
 def _find_copies(parquet: Sequence[Path]) -> Iterator[Rejected]:
-    """Yield copies of other files, which have shorter names, as after a second download."""
+    """Yield copies of files with shorter names, as a second download creates them."""
+
     by_size: dict[int, list[Path]] = {}
     for path in sorted(filter(is_file, parquet), key=lambda path: (len(path.name), path)):
         size = read_reliably(path.stat, path).st_size

@@ -1,4 +1,4 @@
-"""Damaged copies of CSJ: one damaged file costs utterances of its talk only, and every loss is reported.
+"""Tests of damaged copies of CSJ: damage affects only the talk of the file, and every loss is reported.
 
 Each test changes one file of a corpus of five talks. The run must not end, the utterances of the other talks
 must stay the same, and those of the damaged talk must be unchanged or missing and reported.

@@ -1,4 +1,4 @@
-"""Damaged copies of ReazonSpeech: one damaged shard costs only its recordings, and every loss is reported.
+"""Tests of damaged copies of ReazonSpeech: damage affects only one shard, and every loss is reported.
 
 Each test changes one file of a release of four shards, as tar or parquet files. The run must not end, the
 recordings in the other shards must stay the same, and those in the damaged shard must be unchanged or missing

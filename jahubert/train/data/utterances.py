@@ -110,7 +110,7 @@ class Rejected:
 
 
 def too_many(n_rejected: int, n_total: int, max_share: float) -> bool:
-    """Return whether more than a share of the items, and more than one, are rejected.
+    """Return whether more than one item and more than the share `max_share` of the items are rejected.
 
     A single rejected item is always accepted, unless `max_share` is 0.
     """
@@ -157,7 +157,7 @@ def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """Return whether a file exists, with retries after file system errors, which are not a missing file.
+    """Return whether a file exists, and retry after file system errors other than a missing file.
 
     Raises:
         ReadError: the file system still fails after several attempts.
