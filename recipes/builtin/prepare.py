@@ -179,5 +179,5 @@ def _test_recordings(folder: Path) -> Iterator[Utterance]:
     for row in read_speech.read_rows(folder / "transcripts.tsv", ("file", "text")):
         path = folder / row["file"]
         yield Utterance(
-            id=f"real-{path.stem}", audio=AudioSource(str(path)), text=row["text"], split="test_real"
+            id=f"real-{row['name']}", audio=AudioSource(str(path)), text=row["text"], split="test_real"
         )

@@ -15,6 +15,7 @@ but does not share their code, so that the test sets do not change with it.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import random
 from collections import Counter
@@ -33,7 +34,7 @@ from jahubert.prefetch import prefetch
 from jahubert.train.data.augmentation import change_speed
 from jahubert.train.data.flac import write_flac_once
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.data.utterances import read_reliably, read_text
+from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_file, read_reliably, read_text
 from jahubert.train.text.normalization import recognized_characters
 
 _FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # limits on the number of clips per speaker in held-out splits
@@ -165,16 +166,25 @@ def noisy(wave_T: np.ndarray, rng: np.random.Generator, snr_db: float) -> np.nda
 def read_rows(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Read the rows of a table in tab-separated values.
 
+    Returns:
+        The columns of each row and, if `columns` contains file, a unique `name`: the stem of the file, with a
+        hash of its path if several files have this stem.
+
     Raises:
         DataError: the table was not found or is not UTF-8, or a row has no value in one of the columns.
     """
-    if not read_reliably(table.is_file, table):
+    if not is_file(table):
         raise DataError(f"{table}: file not found; it needs the columns {', '.join(columns)}")
     lines = io.StringIO(read_text(table), newline="")
     rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     for number, row in enumerate(rows, start=2):
         if any(not row.get(column) for column in columns):
             raise DataError(f"{table}, line {number}: {' or '.join(columns)} is missing: {row}")
+    stems = Counter(Path(row["file"]).stem for row in rows) if "file" in columns else {}
+    for row in rows if stems else ():
+        stem = row["name"] = Path(row["file"]).stem
+        if stems[stem] > 1:
+            row["name"] = f"{stem}-{hashlib.sha256(row['file'].encode()).hexdigest()[:8]}"
     return rows
 
 
@@ -199,7 +209,7 @@ def _split_speakers(rows: list[dict[str, str]], config: Config, seed: int) -> di
 
 
 def _id(prefix: str, row: dict[str, str]) -> str:
-    return f"{prefix}-{Path(row['file']).stem}"
+    return f"{prefix}-{row['name']}"
 
 
 def _converted(
@@ -209,13 +219,13 @@ def _converted(
 
     def convert(row: dict[str, str]) -> Utterance | Rejected:
         source, id = folder / row["file"], _id(prefix, row)
-        path = work / f"{Path(row['file']).stem}.flac"
+        path = work / f"{row['name']}.flac"
         try:
             n_samples = write_flac_once(
                 path, lambda: read_reliably(lambda: load_audio(source), source).numpy()
             )
         except AudioError as error:
-            return Rejected(id, "unreadable audio", str(error))
+            return Rejected(id, UNUSABLE_AUDIO, str(error))
         return Utterance(
             id=id, audio=AudioSource(str(path)), n_samples=n_samples, speaker=row["speaker"], split=""
         )

@@ -20,7 +20,14 @@ from pathlib import Path
 
 from jahubert.errors import DataError
 from jahubert.train.data.manifest import Rejected
-from jahubert.train.data.utterances import is_file, read_bytes, read_reliably, read_text, same_content
+from jahubert.train.data.utterances import (
+    is_file,
+    is_folder,
+    read_bytes,
+    read_reliably,
+    read_text,
+    same_content,
+)
 from jahubert.train.experiment.config import expand_user
 
 log = logging.getLogger(__name__)
@@ -163,7 +170,7 @@ def _matches(data: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def _names(folder: Path, part: str) -> list[str]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     return sorted(read_reliably(lambda: os.listdir(folder), folder)) + ([""] if part.endswith(")?") else [])
 

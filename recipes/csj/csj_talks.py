@@ -18,11 +18,11 @@ from jahubert.errors import AudioError, DataError, ReadError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
-from jahubert.train.data.utterances import read_reliably
+from jahubert.train.data.utterances import UNUSABLE_AUDIO, read_reliably
 
 # Reasons for rejection
 BROKEN, NO_TIMES = "broken transcript", "broken phone times"
-NO_AUDIO, NO_TRANSCRIPT, UNUSABLE = "no audio", "no transcript", "unusable audio"
+NO_AUDIO, NO_TRANSCRIPT = "no audio", "no transcript"
 _TOLERANCE = SAMPLE_RATE // 10  # samples by which a segment may exceed the audio
 
 
@@ -138,7 +138,7 @@ def read_talk(talk: Talk, work: Path, options: TalkOptions) -> Iterator[Utteranc
         try:
             audio, n_samples = _channel_audio(talk, channel, len(channels), work)
         except AudioError as error:
-            yield Rejected(speaker, UNUSABLE, str(error))
+            yield Rejected(speaker, UNUSABLE_AUDIO, str(error))
             continue
         phones = [phone for phone in transcript.phones if phone.channel == channel]
         phones.sort(key=lambda phone: phone.start)

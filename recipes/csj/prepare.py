@@ -18,11 +18,11 @@ from typing import Literal
 
 from csj_files import EVALS, Talk, assign_sets, find_talks, read_list
 from csj_summary import SplitCount, log_summary
-from csj_talks import NO_TIMES, UNUSABLE, TalkOptions, check_talk, read_talk
+from csj_talks import NO_TIMES, TalkOptions, check_talk, read_talk
 
 from jahubert.errors import ConfigError, DataError
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.data.utterances import too_many
+from jahubert.train.data.utterances import UNUSABLE_AUDIO, too_many
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
                 rejected[item.reason] += 1
                 if item.reason == NO_TIMES:
                     without_times.append(item.detail)
-                if item.reason == UNUSABLE:
+                if item.reason == UNUSABLE_AUDIO:
                     damaged[talk] = item.detail
                     _check_share(damaged, len(sets), config)
                 yield item

@@ -23,6 +23,7 @@ from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.parquet import parquet_batches, parquet_schema
+from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_sidecar
 
 VERSION = 2
 CAPTIONS = ("transcription", "text", "sentence")  # accepted names for the caption column
@@ -59,7 +60,7 @@ def find_parquet(data: Path, subset: str) -> list[Path]:
     """Find the parquet shards of a release in `data`, or in the folder `<subset>` or `data` inside it."""
     for folder in (data / subset, data, data / "data"):
         paths = sorted(folder.glob("*.parquet"))
-        if shards := [path for path in paths if not path.name.startswith(".")]:  # macOS adds ._ files
+        if shards := [path for path in paths if not is_sidecar(path)]:
             return shards
     return []
 
@@ -213,7 +214,7 @@ def _measure_others(table: pa.Table, tar: Path) -> tuple[pa.Table, list[list[str
         offset, length = table["offset"][row].as_py(), table["length"][row].as_py()
         n_samples_N[row], reason = measure(tar, offset, length)
         if reason:
-            broken.append([table["name"][row].as_py(), "unusable audio", reason])
+            broken.append([table["name"][row].as_py(), UNUSABLE_AUDIO, reason])
     table = table.set_column(_SCHEMA.get_field_index("n_samples"), _SCHEMA.field("n_samples"), [n_samples_N])
     if broken:
         table = table.filter(pc.invert(pc.is_in(table["name"], pa.array([name for name, *_ in broken]))))

@@ -26,7 +26,14 @@ from jahubert.errors import ConfigError, DataError, ReadError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
 from jahubert.train.data.manifest import Rejected, Utterances
-from jahubert.train.data.utterances import is_file, read_reliably, same_content, too_many
+from jahubert.train.data.utterances import (
+    is_file,
+    is_folder,
+    read_lines,
+    read_reliably,
+    same_content,
+    too_many,
+)
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +235,7 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
         available = ", ".join(sorted(tables))
         raise DataError(f"{releases[0]}: table {subset}.tsv not found; available subsets: {available}")
     shards = releases[0] / "data"
-    return tables[subset], shards if shards.is_dir() else releases[0]
+    return tables[subset], shards if is_folder(shards) else releases[0]
 
 
 def _tables(folder: Path) -> dict[str, Path]:
@@ -291,22 +298,21 @@ class Captions:
 
     def __post_init__(self) -> None:
         last, run, end = b"", array("q"), 0
-        with open(self.table, "rb") as file:
-            for number, line in enumerate(file, 1):
-                start, end = end, end + len(line)
-                shard = line.removeprefix(b"./").partition(b"/")[0] if line.endswith(b"\n") else b""
-                if shard == last != b"":
-                    run[-2] = end
-                elif _SHARD.fullmatch(shard):
-                    run = self.runs.setdefault(shard.decode(), array("q"))
-                    run.extend((start, end, number))
-                    last = shard
-                else:
-                    last = b""
-                    if line.strip():
-                        detail = f"{self.table.name}:{number}: {line[:60]!r}"
-                        reason = "row without a shard" if line.endswith(b"\n") else "row without a line end"
-                        self.rejected.append(Rejected(f"line {number}", reason, detail))
+        for number, line in enumerate(read_lines(self.table), 1):
+            start, end = end, end + len(line)
+            shard = line.removeprefix(b"./").partition(b"/")[0] if line.endswith(b"\n") else b""
+            if shard == last != b"":
+                run[-2] = end
+            elif _SHARD.fullmatch(shard):
+                run = self.runs.setdefault(shard.decode(), array("q"))
+                run.extend((start, end, number))
+                last = shard
+            else:
+                last = b""
+                if line.strip():
+                    detail = f"{self.table.name}:{number}: {line[:60]!r}"
+                    reason = "row without a shard" if line.endswith(b"\n") else "row without a line end"
+                    self.rejected.append(Rejected(f"line {number}", reason, detail))
 
     def count(self, shard: str) -> int:
         """Return the number of rows for a shard."""
@@ -336,7 +342,10 @@ class Captions:
 
     def _blocks(self, shard: str) -> Iterator[tuple[bytes, int]]:
         run = self.runs[shard]
+        for start, end, number in zip(run[::3], run[1::3], run[2::3], strict=True):
+            yield read_reliably(partial(self._read, start, end), self.table), number
+
+    def _read(self, start: int, end: int) -> bytes:
         with open(self.table, "rb") as file:
-            for start, end, number in zip(run[::3], run[1::3], run[2::3], strict=True):
-                file.seek(start)
-                yield file.read(end - start), number
+            file.seek(start)
+            return file.read(end - start)

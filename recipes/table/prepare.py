@@ -8,7 +8,6 @@ not define splits, speakers are assigned to train, dev and test.
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from jahubert.errors import AudioError, ConfigError, DataError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.data.utterances import read_reliably
+from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_file, is_folder, read_reliably, too_many
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Config:
     # longer recording with text is rejected, because its words cannot be assigned to the parts.
     max_seconds: float = 30.0
     # Maximum share of rows that are rejected. The run ends if more than this share (and more than one) are
-    # rejected, or if no row is left.
+    # rejected, or if no row is left. 0: any rejected row ends the run.
     max_rejected: float = 0.2
 
     def __post_init__(self) -> None:
@@ -66,7 +65,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     rejected: list[Rejected] = []
     for item in (checked for row in read_rows(data, work) for checked in _check(row)):
         rejected.append(item) if isinstance(item, Rejected) else rows.append(item)
-    root = data if data.is_dir() else data.parent
+    root = data if is_folder(data) else data.parent
     id_of = unique_ids(rows, root)
     rows = sorted((replace(row, id=id_of(row)) for row in rows), key=lambda row: row.id)
     rows, duplicates = _split_duplicates(rows)
@@ -93,8 +92,7 @@ def _check_share(data: Path, rejected: Sequence[Rejected], n_usable: int, config
     """Raise DataError if too many rows are rejected, or if no row is left."""
     if not n_usable and not rejected:
         raise DataError(f"{data}: no rows found")
-    n_allowed = max(1.0, config.max_rejected * (n_usable + len(rejected)))
-    if n_usable and len(rejected) <= n_allowed:
+    if n_usable and not too_many(len(rejected), n_usable + len(rejected), config.max_rejected):
         return
     reasons = Counter(item.reason for item in rejected)
     counted = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
@@ -110,7 +108,7 @@ def _check_share(data: Path, rejected: Sequence[Rejected], n_usable: int, config
 def _check(row: Row | Rejected) -> Iterator[Row | Rejected]:
     if isinstance(row, Rejected):
         yield row
-    elif not os.path.isfile(row.path):  # False for names that the file system cannot represent
+    elif not is_file(row.path):
         yield Rejected(row.id or row.where, "audio file not found", f"{row.where}: {row.path}")
     elif row.start < 0 or (row.end is not None and row.end <= row.start):
         times = f"start {row.start:g} s, end {row.end} s"
@@ -177,7 +175,7 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
     try:
         length = _length(row.path)
     except AudioError as error:
-        yield Rejected(row.id, "unusable audio", f"{row.where}: {error}")
+        yield Rejected(row.id, UNUSABLE_AUDIO, f"{row.where}: {error}")
         return
     end = length if row.end is None else round(row.end * SAMPLE_RATE)
     if end > length + _TOLERANCE or start >= length:
@@ -214,7 +212,7 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
                 lambda: list(cut_at_pauses(item.audio, start, end, max_samples)), item.audio
             )
         except AudioError as error:
-            yield Rejected(row.id, "unusable audio", f"{row.where}: {error}")
+            yield Rejected(row.id, UNUSABLE_AUDIO, f"{row.where}: {error}")
             return
         for number, (first, last) in enumerate(parts):
             yield replace(item, id=f"{row.id}-{number:04d}", start=first, n_samples=last - first)

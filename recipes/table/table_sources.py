@@ -21,7 +21,7 @@ from jahubert.audio.search import AUDIO_ENDINGS, find_audio
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Rejected
-from jahubert.train.data.utterances import read_reliably
+from jahubert.train.data.utterances import is_file, is_folder, read_reliably
 
 # Accepted names for each column, in order of preference; case is ignored.
 COLUMNS = {
@@ -62,17 +62,17 @@ def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
     Raises:
         DataError: the input is not supported, a column is missing, or a file is not UTF-8.
     """
-    if data.is_file():
+    if is_file(data):
         if not _is_cut_manifest(data):
             return read_table(data, work=work)
         reader = read_cuts
-    elif (data / "wav.scp").is_file():
+    elif is_file(data / "wav.scp"):
         reader = read_kaldi
-    elif (data / "clips").is_dir() and any(data.glob("*.tsv")):
+    elif is_folder(data / "clips") and any(data.glob("*.tsv")):
         reader = read_common_voice
     elif any(data.glob("*/wav.scp")) or any(data.glob("raw/*/wav.scp")):
         reader = read_espnet
-    elif data.is_dir():
+    elif is_folder(data):
         reader = read_audio_folder
     else:
         raise DataError(
@@ -297,7 +297,7 @@ def _encoding_problem(line: str) -> str:
 def read_common_voice(folder: Path) -> Iterator[Row | Rejected]:
     """Read a Common Voice release: clips/ and train.tsv, dev.tsv and test.tsv, or validated.tsv."""
     tables = [folder / f"{split}.tsv" for split in ("train", "dev", "test")]
-    tables = [path for path in tables if path.is_file()]
+    tables = [path for path in tables if is_file(path)]
     for path in tables or sorted(folder.glob("validated.tsv")):
         split = "" if path.stem == "validated" else path.stem
         yield from read_table(path, folder / "clips", split)
@@ -309,7 +309,7 @@ def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
     wav, segments, text, speaker = (_KaldiTable(folder / name) for name in names)
     for table in (wav, segments, text, speaker):
         yield from table.rejected
-    is_segmented = segments.path.is_file()
+    is_segmented = is_file(segments.path)
     for id, (line, value) in (segments if is_segmented else wav).lines.items():
         where = f"{(segments if is_segmented else wav).path}:{line}"
         recording, _, times = value.partition(" ") if is_segmented else (id, "", "")
@@ -328,7 +328,7 @@ def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
             if is_segmented:
                 record["start"], record["end"] = [*times.split(), "?", "?"][:2]
             # Kaldi resolves paths from the working directory. Paths relative to the folder are also accepted.
-            base = Path() if os.path.exists(audio) else folder
+            base = Path() if is_file(audio) else folder
             yield _row(record, {name: name for name in record}, where, base, split)
     for id in sorted(text.lines.keys() - (segments if is_segmented else wav).lines.keys()):
         yield Rejected(id, "text without audio", f"{text.path}:{text.lines[id][0]}")
@@ -347,7 +347,7 @@ class _KaldiTable:
         self.lines: dict[str, tuple[int, str]] = {}
         self.broken: set[str] = set()
         self.rejected: list[Rejected] = []
-        for number, line in _read_lines(path) if path.is_file() else ():
+        for number, line in _read_lines(path) if is_file(path) else ():
             key, _, value = line.strip().replace("\t", " ").partition(" ")
             if not key:
                 continue
@@ -425,7 +425,7 @@ def read_audio_folder(folder: Path) -> Iterator[Row | Rejected]:
         yield Rejected(os.fsdecode(error.filename), "unreadable folder", str(error))
     for path in paths:
         transcripts = [path.with_suffix(suffix) for suffix in (".txt", ".lab")]
-        transcript = next((candidate for candidate in transcripts if candidate.is_file()), None)
+        transcript = next((candidate for candidate in transcripts if is_file(candidate)), None)
         text = " ".join(line for _, line in _read_lines(transcript)) if transcript else ""
         if problem := _encoding_problem(text):
             yield Rejected(str(path), "malformed line", f"{transcript}: {problem}")

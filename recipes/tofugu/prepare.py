@@ -31,7 +31,7 @@ from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.prefetch import prefetch
 from jahubert.train.data.flac import write_flac_once
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.data.utterances import read_reliably
+from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_folder, is_sidecar, read_reliably
 
 VERSION = 2  # version of the generated audio, which is part of every file name
 _BLOCK = SAMPLE_RATE // 100  # number of samples per level measurement
@@ -100,8 +100,9 @@ def _files(data: Path | None) -> list[Path]:
     repository = "the GitHub repository tofugu/japanese-vocabulary-pronunciation-audio"
     if data is None:
         raise DataError(f"data= is required: the tofugu recipe needs data=FOLDER, a clone of {repository}")
-    folder = data / "lib" / "ogg" if (data / "lib" / "ogg").is_dir() else data
-    files = sorted(folder.glob("*.ogg"), key=lambda path: unicodedata.normalize("NFC", path.name))
+    folder = data / "lib" / "ogg" if is_folder(data / "lib" / "ogg") else data
+    files = [path for path in folder.glob("*.ogg") if not is_sidecar(path)]
+    files.sort(key=lambda path: unicodedata.normalize("NFC", path.name))
     if not files:
         raise DataError(f"{data}: no lib/ogg/*.ogg found; set data= to a clone of {repository}")
     return files
@@ -140,7 +141,7 @@ def _decode(source: _Source, folder: Path) -> _Word | Rejected:
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
         write_flac_once(path, lambda: read_reliably(lambda: load_audio(source.path), source.path).numpy())
     except AudioError:
-        return Rejected(name, "unreadable audio")
+        return Rejected(name, UNUSABLE_AUDIO)
     wave_T = soundfile.read(path, dtype="int16")[0]
     bounds = _speech(wave_T)
     if bounds is None:

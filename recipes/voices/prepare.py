@@ -29,7 +29,7 @@ from jahubert.errors import DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import flac_length
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.data.utterances import read_reliably, read_text
+from jahubert.train.data.utterances import is_folder, is_sidecar, read_reliably, read_text
 from jahubert.train.experiment.config import expand_user, interval_errors, raise_config_errors
 from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.japanese import analyze, features_to_words, openjtalk
@@ -184,7 +184,9 @@ def find_voices(folder: Path | None) -> list[list[Voice]]:
     Raises:
         DataError: the folder has no voices, or two voices have the same file name.
     """
-    paths = sorted(folder.rglob("*.htsvoice")) if folder else []
+    if folder and not is_folder(folder):
+        raise DataError(f"{folder}: folder not found; set data= to a folder with HTS voices (*.htsvoice)")
+    paths = sorted(path for path in folder.rglob("*.htsvoice") if not is_sidecar(path)) if folder else []
     if folder and not paths:
         raise DataError(f"{folder}: no file *.htsvoice found")
     named = {path.stem: path for path in paths}

@@ -11,6 +11,7 @@ import builtins
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,10 +20,11 @@ import pytest
 from fixtures.reazonspeech_tree import TEXTS, Release
 
 from jahubert.audio import load_audio
-from jahubert.errors import AudioError, DataError, ReadError
+from jahubert.errors import AudioError, ConfigError, DataError, ReadError
 from jahubert.train.data import parquet, utterances
 from jahubert.train.data.manifest import Rejected
 from jahubert.train.experiment.registry import recipe_module
+from jahubert.train.stages import prepare as stage
 
 recipe = recipe_module("reazonspeech")
 SHARDS, ROWS = 4, 12
@@ -116,7 +118,7 @@ def test_damaged_shard_costs_its_recordings(releases, intact, tmp_path, form, da
 
 @pytest.mark.parametrize("form", FORMS)
 def test_missing_shard_or_folder_or_link_is_reported(releases, intact, tmp_path, form):
-    for name, replace in (
+    for name, put in (
         ("missing", lambda path: None),
         ("folder", lambda path: path.mkdir()),
         ("broken link", lambda path: path.symlink_to("none")),
@@ -124,7 +126,7 @@ def test_missing_shard_or_folder_or_link_is_reported(releases, intact, tmp_path,
         data = shutil.copytree(releases[form], tmp_path / name)
         path = shard_path(data, form)
         path.unlink()
-        replace(path)
+        put(path)
         found, rejected = prepared(data, tmp_path / f"{name} work")
         assert len(found) == (SHARDS - 1) * ROWS
         expected = ["missing shard"] if form == "tar" else ["damaged shard"] * (name != "missing")
@@ -276,3 +278,30 @@ def test_parquet_rows_without_audio_or_caption(releases, tmp_path):
     found, rejected = prepared(data, tmp_path / "work")
     assert len(found) == SHARDS * ROWS - 2
     assert [item.reason for item in rejected] == ["unusable audio"] * 2
+
+
+def test_share_of_recordings_that_cannot_be_decoded_is_limited(releases, tmp_path):
+    """The headers of these recordings are intact, so that only decoding detects the damage."""
+    data = shutil.copytree(releases["tar"], tmp_path / "copy")
+    path = shard_path(data, "tar")
+    content = path.read_bytes()
+    for n_damaged in (1, 3):
+        raw, position = bytearray(content), 0
+        for _ in range(n_damaged):
+            position = raw.index(b"fLaC", position + 1)
+            raw[position + 2000] ^= 1
+        path.write_bytes(raw)
+        out = tmp_path / str(n_damaged)
+        out.mkdir()
+        config = stage.Config("reazonspeech", str(data), {"subset": "tiny", "processes": 1})
+        if n_damaged == 1:
+            assert stage.prepare(config, out)["rejected"] == {"unusable audio": 1}
+            with pytest.raises(DataError, match=r"1 of 48.*max_unusable=0 "):
+                stage.prepare(replace(config, max_unusable=0.0), out)
+            continue
+        with pytest.raises(DataError, match=r"3 of 48 .*rejected\.jsonl.*prepare.max_unusable=0.05"):
+            stage.prepare(config, out)
+        assert len((out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+        assert stage.prepare(replace(config, max_unusable=0.1), out)["utterances"] == 45
+    with pytest.raises(ConfigError, match="max_unusable"):
+        stage.Config("reazonspeech", max_unusable=2.0)

@@ -148,6 +148,8 @@ def test_many_malformed_rows_are_left_out_on_request(root):
     data = write_csv(root, rows(), lambda raw: raw.replace(b"audio/u0", b"wrong/u0"))
     ids, rejected = prepared(data, max_rejected=0.6)
     assert len(ids) == 10 and len(rejected) == 10
+    with pytest.raises(DataError, match="audio file not found: 1"):
+        prepared(write_csv(root, changed(7, 1, "none.wav")), max_rejected=0.0)
 
 
 def json_records() -> list[dict]:
@@ -342,6 +344,8 @@ def test_malformed_transcript_in_a_folder_rejects_its_recording(root):
     for name in NAMES:
         (root / "audio" / f"{name}.txt").write_bytes("今日\n".encode("cp932" if name == "u07" else "utf-8"))
     (root / "audio" / "folder.wav").mkdir()
+    for name in NAMES:
+        (root / "audio" / f"._{name}.wav").write_bytes(b"metadata of macOS")
     ids, rejected = prepared(root / "audio")
     assert ids == {*NAMES} - {"u07"}
     assert sorted(Path(item["detail"].split(": ")[0]).name for item in rejected) == ["u07.txt"]

@@ -126,3 +126,18 @@ def test_table_shows_the_difference_from_the_baseline(tmp_path):
     first, second = ([cell.strip() for cell in row.split("|")] for row in rows)
     assert first[1:5] == ["`japanese`", "90", "2,500", "50.0 [40.0, 60.0]"]
     assert second[5:7] == ["+25.0 [20.0, 30.0]", "0.001"]
+
+
+def test_recordings_with_the_same_file_name_are_not_confused(tmp_path):
+    """Files in different folders or formats are converted separately."""
+    rows = ["a/x.wav", "b/x.wav", "b/x.flac", "y.wav"]
+    for number, name in enumerate(rows):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, tone(100 * (number + 1)), RATE)
+    lines = ["file\tspeaker", *(f"{name}\ts" for name in rows)]
+    (tmp_path / "clips.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    items = list(languages.read_speech.other_languages(tmp_path, tmp_path / "work"))
+    assert len({item.id for item in items}) == 4 and items[3].id == "other-y"
+    for number, item in enumerate(items):
+        wave_T = soundfile.read(item.audio.path)[0]
+        assert np.abs(np.fft.rfft(wave_T)).argmax() == 100 * (number + 1)

@@ -62,7 +62,7 @@ def words_in(items: list[Utterance], prefix: str) -> list[tuple[str, ...]]:
 
 def test_unusable_files_are_rejected_with_a_reason(prepared):
     assert {(item.id, item.reason) for item in prepared[2]} == {
-        ("壊【こわれ】", "unreadable audio"),
+        ("壊【こわれ】", "unusable audio"),
         ("漢【漢字】", "reading that is not kana"),
         ("無名", "file name without a reading in 【】"),
         ("静【しずか】", "silent audio"),

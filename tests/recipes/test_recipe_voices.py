@@ -128,8 +128,11 @@ def test_all_invalid_settings_are_reported():
 
 
 def test_folder_without_voices_is_rejected(tmp_path):
-    with pytest.raises(DataError, match=r"htsvoice"):
+    (tmp_path / "._a.htsvoice").touch()  # metadata of macOS
+    with pytest.raises(DataError, match=r"no file \*\.htsvoice"):
         voices.find_voices(tmp_path)
+    with pytest.raises(DataError, match=r"missing: folder not found"):
+        voices.find_voices(tmp_path / "missing")
 
 
 def test_voices_are_mixed_within_their_group(shared_data, tmp_path):

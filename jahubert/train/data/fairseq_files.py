@@ -25,6 +25,7 @@ from jahubert.formats.atomic import atomic_write, remove_folder
 from jahubert.frames import HUBERT, MFCC, FrameGrid
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance
+from jahubert.train.data.utterances import is_file, is_sidecar, read_blocks, read_bytes, read_lines
 from jahubert.train.experiment.progress import progress
 
 DICT = "dict.km.txt"
@@ -46,7 +47,7 @@ def find_tsv_files(folder: Path) -> list[Path]:
     Raises:
         DataError: the folder has no `.tsv` file.
     """
-    paths = sorted(Path(folder).expanduser().glob("*.tsv"))
+    paths = sorted(path for path in Path(folder).expanduser().glob("*.tsv") if not is_sidecar(path))
     if not paths:
         raise DataError(f"{folder}: no .tsv file found; use the folder of fairseq's train.tsv and valid.tsv")
     return paths
@@ -61,20 +62,20 @@ def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
     Raises:
         DataError: a line does not have the form `path<TAB>samples`.
     """
-    with path.open("rb") as lines:
-        first_line = os.fsdecode(next(lines, b"").rstrip(b"\r\n"))
-        for number, line in enumerate(lines, start=2):
-            name_bytes, tab, count = line.rstrip(b"\r\n").rpartition(b"\t")
-            if not (tab and name_bytes and count.isdigit()):
-                raise DataError(
-                    f"{path}, line {number}: expected path<TAB>samples, found {line[:80]!r}; only line 1 may "
-                    "be a folder"
-                )
-            name = os.fsdecode(name_bytes)
-            member = _ZIP_MEMBER.fullmatch(name)
-            file, offset, length = member.groups() if member else (name, 0, -1)
-            audio = AudioSource(os.path.join(root or first_line, file), int(offset), int(length))
-            yield TsvEntry(f"{path.stem}/{name}", audio, int(count))
+    lines = read_lines(path)
+    first_line = os.fsdecode(next(lines, b"").rstrip(b"\r\n"))
+    for number, line in enumerate(lines, start=2):
+        name_bytes, tab, count = line.rstrip(b"\r\n").rpartition(b"\t")
+        if not (tab and name_bytes and count.isdigit()):
+            raise DataError(
+                f"{path}, line {number}: expected path<TAB>samples, found {line[:80]!r}; only line 1 may "
+                "be a folder"
+            )
+        name = os.fsdecode(name_bytes)
+        member = _ZIP_MEMBER.fullmatch(name)
+        file, offset, length = member.groups() if member else (name, 0, -1)
+        audio = AudioSource(os.path.join(root or first_line, file), int(offset), int(length))
+        yield TsvEntry(f"{path.stem}/{name}", audio, int(count))
 
 
 def read_dict(path: Path) -> int:
@@ -83,9 +84,9 @@ def read_dict(path: Path) -> int:
     Raises:
         DataError: the file is missing, a unit is missing or listed twice, or a line is not a unit.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path}: file not found; copy it from the folder where the .km files were created")
-    units = [line.split()[:1] for line in path.read_bytes().splitlines() if line.strip()]
+    units = [line.split()[:1] for line in read_bytes(path).splitlines() if line.strip()]
     if sorted(int(unit) if unit.isdigit() else -1 for (unit,) in units) != list(range(len(units))):
         raise DataError(
             f"{path}: expected each unit from 0 to {len(units) - 1} once on {len(units)} lines; create the "
@@ -137,7 +138,7 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
 
 def _km(tsv: Path) -> Path:
     path = tsv.with_suffix(".km")
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path}: file not found; if there are no units for {tsv.name}, remove that file")
     return path
 
@@ -145,9 +146,8 @@ def _km(tsv: Path) -> Path:
 def _hash(paths: list[Path]) -> str:
     sha = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
+        for block in read_blocks(path):
+            sha.update(block)
     return sha.hexdigest()
 
 
@@ -157,29 +157,29 @@ def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarra
     item: Utterance | None = manifest[0]
     for tsv in find_tsv_files(folder):
         km, grids = _km(tsv), [HUBERT, MFCC]
-        with km.open("rb") as lines:
-            for number, entry in enumerate(read_tsv(tsv), start=1):
-                line = next(lines, None)
-                if line is None:
-                    raise DataError(
-                        f"{km}: line {number} (units of {entry.id!r}) is missing: the file is truncated or "
-                        f"belongs to a different {tsv.name}"
-                    )
-                if item is None or entry.id != item.id:
-                    continue
-                if entry.n_samples != item.n_samples:
-                    raise DataError(
-                        f"utterance {entry.id!r}: {entry.n_samples} samples in {tsv.name}, but the audio has "
-                        f"{item.n_samples} at 16 kHz: the units were computed from different audio"
-                    )
-                where = f"utterance {entry.id!r} ({km.name}, line {number})"
-                unit_N = _parse_units(line, n_units, where)
-                grids = [grid for grid in grids if grid.n_frames(entry.n_samples) == len(unit_N)]
-                yield unit_N[:: _units_per_frame(grids, len(unit_N), entry.n_samples, where)]
-                row += 1
-                item = manifest[row] if row < len(manifest) else None
-            if any(line.strip() for line in lines):
-                raise DataError(f"{km} has more lines than {tsv.name} has utterances: the files do not match")
+        lines = read_lines(km)
+        for number, entry in enumerate(read_tsv(tsv), start=1):
+            line = next(lines, None)
+            if line is None:
+                raise DataError(
+                    f"{km}: line {number} (units of {entry.id!r}) is missing: the file is truncated or "
+                    f"belongs to a different {tsv.name}"
+                )
+            if item is None or entry.id != item.id:
+                continue
+            if entry.n_samples != item.n_samples:
+                raise DataError(
+                    f"utterance {entry.id!r}: {entry.n_samples} samples in {tsv.name}, but the audio has "
+                    f"{item.n_samples} at 16 kHz: the units were computed from different audio"
+                )
+            where = f"utterance {entry.id!r} ({km.name}, line {number})"
+            unit_N = _parse_units(line, n_units, where)
+            grids = [grid for grid in grids if grid.n_frames(entry.n_samples) == len(unit_N)]
+            yield unit_N[:: _units_per_frame(grids, len(unit_N), entry.n_samples, where)]
+            row += 1
+            item = manifest[row] if row < len(manifest) else None
+        if any(line.strip() for line in lines):
+            raise DataError(f"{km} has more lines than {tsv.name} has utterances: the files do not match")
     if item is not None:
         raise DataError(
             f"utterance {item.id!r} of the manifest is missing from the .tsv files in {folder}, or they have "

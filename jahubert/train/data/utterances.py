@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import gzip
-import hashlib
 import logging
+import operator
 import os
 import stat
 import time
@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+UNUSABLE_AUDIO = "unusable audio"  # reason for rejecting recordings that cannot be decoded
 RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds to wait before retrying a read after a file system error
+_BLOCK = 1 << 20  # bytes
 # Errors caused by the path or by writing, for which retrying does not help.
 _PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *DISK_FULL)
 
@@ -162,10 +164,25 @@ def is_file(path: str | os.PathLike) -> bool:
     Raises:
         ReadError: the file system still fails after several attempts.
     """
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Return whether a path is a folder, in the same way as `is_file`."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: str | os.PathLike) -> int:
+    """Return the file type and permission bits of a path, or 0 if it does not exist."""
     try:
-        return stat.S_ISREG(read_reliably(lambda: os.stat(path), path).st_mode)
+        return read_reliably(lambda: os.stat(path), path).st_mode
     except (OSError, ValueError):  # ValueError: the name contains a null character
-        return False
+        return 0
+
+
+def is_sidecar(path: Path) -> bool:
+    """Return whether a file contains metadata that macOS stores next to another file."""
+    return path.name.startswith("._")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -181,24 +198,46 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """Yield a file in blocks, with retries.
+
+    Raises:
+        ReadError: the file system still fails after several attempts.
+        OSError: the path does not exist or is not a file.
+    """
+    position = 0
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            file.seek(position)
+            return file.read(_BLOCK)
+
+    while block := read_reliably(read, path):
+        yield block
+        position += len(block)
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file with their line ends, in the same way as `read_blocks`."""
+    start: list[bytes] = []  # the parts of a line that ends in a later block
+    for block in read_blocks(path):
+        *lines, end = block.split(b"\n")
+        if lines:
+            yield b"".join((*start, lines[0], b"\n"))
+            yield from (line + b"\n" for line in lines[1:])
+            start = []
+        start.append(end)
+    if last := b"".join(start):
+        yield last
+
+
 def same_content(first: Path, second: Path) -> bool:
     """Return whether two paths are files with the same content, with retries after file system errors."""
     try:
         sizes = [read_reliably(path.stat, path).st_size for path in (first, second)]
-        return sizes[0] == sizes[1] and _digest(first) == _digest(second)
+        return sizes[0] == sizes[1] and all(map(operator.eq, read_blocks(first), read_blocks(second)))
     except OSError:  # a path is a folder or a broken link
         return False
-
-
-def _digest(path: Path) -> bytes:
-    def digest() -> bytes:
-        sha = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-        return sha.digest()
-
-    return read_reliably(digest, path)
 
 
 def read_text(path: Path) -> str:

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from jahubert.audio import audio_length
-from jahubert.errors import AudioError
+from jahubert.errors import AudioError, DataError
 from jahubert.frames import HUBERT
 from jahubert.train.data.decode_cache import DecodeCache, DecodeRecorder
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
-from jahubert.train.data.utterances import load_utterance, read_reliably
+from jahubert.train.data.utterances import UNUSABLE_AUDIO, load_utterance, read_reliably, too_many
 from jahubert.train.experiment import distributed, provenance
 from jahubert.train.experiment.config import (
     config_group,
@@ -58,8 +58,13 @@ class Config:
     # Whether to decode every utterance and reject broken audio now, rather than fail during training. If all
     # audio is intact, the manifest is the same in both cases.
     check_audio: bool = runtime_field(True)
+    # Maximum share of utterances that are rejected because of unusable audio. The stage ends with an error if
+    # more than this share (and more than one) are rejected. 0: any unusable audio ends the stage.
+    max_unusable: float = runtime_field(0.05)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_unusable <= 1:
+            raise_config_errors([f"max_unusable must be in [0, 1]; found {self.max_unusable}"])
         if self.recipe and self.data and generates_corpus(self.recipe):
             raise_config_errors(
                 [f"data is {self.data}, but the {self.recipe} recipe generates its corpus: omit data="]
@@ -89,6 +94,13 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
             sum(counts["rejected"].values()),
             reasons,
             out,
+        )
+    n_unusable = counts["rejected"].get(UNUSABLE_AUDIO, 0)
+    n_audio = n_unusable + counts["utterances"]
+    if too_many(n_unusable, n_audio, config.max_unusable):
+        raise DataError(
+            f"{n_unusable} of {n_audio} utterances have unusable audio; see {out}/rejected.jsonl. Replace "
+            f"the files, or raise prepare.max_unusable={config.max_unusable:g} to leave these utterances out"
         )
     # The fingerprint is recorded, because the corpus or its reader may change while all settings stay the
     # same.
@@ -197,5 +209,5 @@ def _checked(item: Utterance | Rejected, check_audio: bool) -> Utterance | Rejec
         if check_audio:
             read_reliably(lambda: load_utterance(item), item.audio)
     except AudioError as error:  # the recording is broken; a file system error would end the stage
-        return Rejected(item.id, "unusable audio", str(error))
+        return Rejected(item.id, UNUSABLE_AUDIO, str(error))
     return item

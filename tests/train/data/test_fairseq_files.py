@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jahubert.audio import AudioSource
 from jahubert.cli.main import main as cli
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT, MFCC
+from jahubert.train.data import utterances
 from jahubert.train.data.fairseq_files import export, import_units, read_dict, read_tsv
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
@@ -237,3 +239,26 @@ def test_imported_units_train(corpus):
     for stage in ("label", "pretrain"):
         runner.run(["recipe=fairseq", f"stage={stage}", *settings])
     assert (corpus / "exp/iter1/pretrain/bundle/model.safetensors").is_file()
+
+
+def test_units_are_read_again_after_an_error_of_the_file_system(corpus, monkeypatch):
+    folder = exported(corpus)
+    manifest = prepared(folder, corpus / "exp")
+    monkeypatch.setattr(utterances, "_BLOCK", 64)  # lines continue in the next block
+    delays: list[float] = []
+    monkeypatch.setattr(utterances.time, "sleep", delays.append)
+    failed: dict[str, int] = {}
+
+    def flaky(path, *args):
+        name = Path(path).name
+        failed[name] = failed.get(name, 0) + 1
+        if failed[name] == 2 and name.endswith((".km", ".tsv")):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return open(path, *args)
+
+    monkeypatch.setattr(utterances, "open", flaky, raising=False)
+    store = import_units(manifest, folder, corpus / "back")
+    expected = LabelStore(corpus / "label")
+    order = [Manifest(corpus / "m.arrow").ids().index(id.partition("/")[2]) for id in manifest.ids()]
+    assert [store[row].tolist() for row in range(5)] == [expected[row].tolist() for row in order]
+    assert delays == [1.0] * 4

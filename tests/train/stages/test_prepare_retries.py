@@ -6,17 +6,19 @@ import errno
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from fixtures.csj_tree import planned, write_talk
+from fixtures.reazonspeech_tree import Release
 
 from jahubert.audio import AudioSource, sources
 from jahubert.errors import AudioError, DataError
 from jahubert.train.data import utterances
-from jahubert.train.data.utterances import Rejected, Utterance
+from jahubert.train.data.utterances import Rejected, Utterance, Utterances
 from jahubert.train.experiment.registry import recipe_module, recipe_reader
 from jahubert.train.stages.prepare import check_items
 
@@ -160,21 +162,60 @@ def read_table(folder, work):
     return lambda: prepare(folder / "table.csv", work, config, 0)
 
 
+def read_fairseq(folder, work):
+    write_audio(folder / "a.wav")
+    (folder / "train.tsv").write_text(f"{folder}\na.wav\t16000\n", encoding="utf-8")
+    fairseq = recipe_module("fairseq")
+    return lambda: check_items(fairseq.prepare(folder, work, fairseq.Config(), 0))
+
+
+def read_reazonspeech(folder, work, parquet=False):
+    release = Release(folder, shards=2, rows=2)
+    data = release.write_parquet() if parquet else release.write()
+    recipe = recipe_module("reazonspeech")
+    config = recipe.Config(subset="tiny", processes=1)
+    return lambda: recipe.prepare(data, work, config, 0)
+
+
 def write_audio(path):
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
 
 
-@pytest.mark.parametrize("corpus", [read_csj, read_builtin, read_tofugu, read_voices, read_table])
+def ids_of(items) -> list[tuple]:
+    return [
+        (type(item), item.ids if isinstance(item, Utterances) else item.id, getattr(item, "reason", ""))
+        for item in items
+    ]
+
+
+class FlakyStat:
+    """Replacement for the module `os`, in which the first `stat` of each path fails with ESTALE."""
+
+    def __init__(self, flaky):
+        self.flaky = flaky
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def stat(self, path):
+        return self.flaky(os.stat, path)
+
+
+READERS = [read_csj, read_builtin, read_tofugu, read_voices, read_table, read_fairseq, read_reazonspeech]
+
+
+@pytest.mark.parametrize("corpus", [*READERS, partial(read_reazonspeech, parquet=True)])
 def test_every_recipe_reads_its_source_again(corpus, delays, tmp_path, monkeypatch):
     """The first read of every file of the source fails. The demo recipe has no source."""
     pytest.importorskip("pyopenjtalk")
     folder = tmp_path / "source"
     folder.mkdir()
-    failed: set[str] = set()
+    failed: set[tuple] = set()
 
     def flaky(function, path, *args):
-        if str(path).startswith(str(folder)) and str(path) not in failed:
-            failed.add(str(path))
+        key = (getattr(function, "__name__", ""), str(path))
+        if str(path).startswith(str(folder)) and key not in failed:
+            failed.add(key)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         return function(path, *args)
 
@@ -186,6 +227,7 @@ def test_every_recipe_reads_its_source_again(corpus, delays, tmp_path, monkeypat
     monkeypatch.setattr(Path, "read_bytes", lambda path: flaky(read_bytes, path))
     opened = lambda path, *args, **options: flaky(lambda p: open_file(p, *args, **options), path)  # noqa: E731
     monkeypatch.setattr(sources, "open", opened, raising=False)
-    items = list(read())
-    assert [(type(item), item.id) for item in items] == [(type(item), item.id) for item in expected]
+    monkeypatch.setattr(utterances, "open", opened, raising=False)
+    monkeypatch.setattr(utterances, "os", FlakyStat(flaky))
+    assert ids_of(read()) == ids_of(expected)
     assert failed and delays == [1.0] * len(failed)
