@@ -169,13 +169,11 @@ class HubertLayer:
         if not long_enough:
             return features
         n_samples = [len(wavs[i]) for i in long_enough]
-        wav_BT = torch.zeros(len(long_enough), max(n_samples))
-        for row, i in enumerate(long_enough):
-            wav_BT[row, : n_samples[row]] = wavs[i]
+        # The waveforms are padded on the device, so that the host copies no padding.
+        wav_T = to_device_async(torch.cat([wavs[i] for i in long_enough]), self.device)
+        wav_BT = torch.nn.utils.rnn.pad_sequence(list(wav_T.split(n_samples)), batch_first=True)
         with torch.no_grad():
-            encoded = self.model(
-                to_device_async(wav_BT, self.device), torch.tensor(n_samples), last_layer=self.layer
-            )
+            encoded = self.model(wav_BT, n_samples, last_layer=self.layer)
         for row, i in enumerate(long_enough):
             features[i] = encoded.hidden_BSD[row, : self.grid.n_frames(n_samples[row])].float()
         return features

@@ -139,10 +139,10 @@ def to_host(stream: Iterable[tuple[int, Tensor]]) -> Generator[tuple[int, Tensor
     """Copy the tensors in a stream to the CPU. Copies from a GPU overlap with computation."""
     pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
     for row, tensor in stream:
-        event = None
-        if tensor.device.type == "cuda":
+        event, device = None, tensor.device
+        if device.type == "cuda":
             tensor, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(device))  # by default, the stream of the current GPU
         pending.append((row, tensor, event))
         if event is None or len(pending) > _IN_FLIGHT:
             yield from _arrived(pending, 0 if event is None else _IN_FLIGHT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,27 @@ def test_workers_do_not_change_the_features(corpus, kind):
     )
     for (row, one_SD), (other_row, other_SD) in zip(threads, processes, strict=True):
         assert row == other_row and torch.equal(one_SD, other_SD)
+
+
+def test_copies_are_awaited_on_the_gpu_of_the_tensor(monkeypatch):
+    """The current GPU may be another one, whose stream would report the copy as finished too early."""
+    gpu, recorded = torch.device("cuda", 1), []
+
+    class Event:
+        def record(self, stream: object = None) -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None:
+            assert recorded
+
+    def tensor(value: int) -> SimpleNamespace:
+        return SimpleNamespace(device=gpu, to=lambda device, non_blocking: torch.tensor([value]))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    copies = list(to_host((row, tensor(10 * row)) for row in range(100)))
+    assert [(row, int(copy)) for row, copy in copies] == [(row, 10 * row) for row in range(100)]
+    assert recorded == [gpu] * 100
 
 
 def test_workers_do_not_change_the_stages(corpus, tmp_path, monkeypatch):
