@@ -8,7 +8,9 @@ decoding.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import BinaryIO
 
 from jahubert.audio import mpeg
@@ -20,7 +22,11 @@ _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 # programs add the size of the header.
 _PLACEHOLDERS = (0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 _MAX_U32 = 0xFFFFFFFF
+_CHUNK = {order: struct.Struct(order + "4sI") for order in "<>"}  # kind and length of a RIFF or AIFF chunk
+_CAF_CHUNK = struct.Struct(">4sq")
 _MAX_PADDING = 4096  # maximum number of bytes of unknown content after the samples
+_MAX_CHUNKS = 10_000  # maximum number of chunks before or after the samples; real files have a few
+_MAX_FILES = 10_000  # maximum number of concatenated WAV files
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,9 @@ def split(source: AudioBytes) -> list[Part]:
     if magic in (b".snd", b"dns.") and len(head) == 12:
         return [_check_au(file, size, name)]
     if magic == b"FORM":
-        _check_end(_aiff_end(file), size, name)
+        _check_end(_aiff_end(file, name), size, name)
     elif magic == b"caff":
-        _check_end(_caf_end(file), size, name)
+        _check_end(_caf_end(file, name), size, name)
     elif mpeg.is_mpeg(head):
         streams = mpeg.split(file, name)
         if not streams and head[:3] != b"ID3":  # a tag may also precede other formats
@@ -73,11 +79,41 @@ def _is_placeholder(length: int, header: int) -> bool:
     return any(abs(length - value) <= header for value in _PLACEHOLDERS)
 
 
+def _chunks(
+    file: BinaryIO, position: int, header: struct.Struct, name: str
+) -> Iterator[tuple[int, bytes, int]]:
+    """Yield (start of the content, kind, length) of the chunks from a position on, up to the end of the file.
+
+    Args:
+        header: layout of the kind and the length at the start of a chunk. A chunk with a length of 4 bytes is
+            followed by a padding byte if its length is odd.
+
+    Raises:
+        AudioError: there are too many chunks. Reading the chunks of a large file of zeros would take hours.
+    """
+    is_padded = header.size == 8
+    for number in count():
+        file.seek(position)
+        stored = file.read(header.size)
+        if len(stored) < header.size:
+            return
+        if number == _MAX_CHUNKS:
+            raise AudioError(f"{name} is damaged: it has more than {_MAX_CHUNKS} chunks")
+        kind, length = header.unpack(stored)
+        position += header.size
+        yield position, kind, length
+        if length < 0:
+            return
+        position += length + (length & 1 if is_padded else 0)
+
+
 def _split_riff(file: BinaryIO, size: int, name: str) -> list[Part]:
     """Return one part per WAV file, because several WAV files may be concatenated."""
     parts: list[Part] = []
     start = 0
     while start < size:
+        if len(parts) == _MAX_FILES:
+            raise AudioError(f"{name} is damaged: it consists of more than {_MAX_FILES} WAV files")
         part, start = _riff_part(file, start, size, name)
         parts.append(part)
     return parts
@@ -89,21 +125,15 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
     magic, riff_size = struct.unpack("4sI", file.read(8))
     order = ">" if magic == b"RIFX" else "<"
     data_size_64 = 0
-    position = start + 12
-    while True:
-        file.seek(position)
-        chunk = file.read(8)
-        if len(chunk) < 8:  # there are no samples, and the decoder will reject the file
-            return Part(start, size - start), size
-        kind = chunk[:4]
-        length = struct.unpack(order + "I", chunk[4:])[0]
+    for content, kind, n_bytes in _chunks(file, start + 12, _CHUNK[order], name):
         if kind == b"ds64":
             sizes = file.read(16)
             data_size_64 = struct.unpack("<QQ", sizes)[1] if len(sizes) == 16 else 0
         if kind == b"data":
+            data_start, length = content, n_bytes
             break
-        position += 8 + length + (length & 1)
-    data_start = position + 8
+    else:  # there are no samples, and the decoder will reject the file
+        return Part(start, size - start), size
     header_size = data_start - start
     is_64 = magic in (b"RF64", b"BW64") and length == _MAX_U32
     if is_64:
@@ -142,16 +172,13 @@ def _riff_end(file: BinaryIO, position: int, size: int, name: str) -> int:
     """Return the end of the WAV file whose samples end at `position`: the next WAV file or `size`."""
     data_end = position
     position += position & 1
-    while position + 8 <= size:
-        file.seek(position)
-        chunk = file.read(12)
-        kind = chunk[:4]
-        if kind in _RIFF and chunk[8:] == b"WAVE":
+    for content, kind, length in _chunks(file, position, _CHUNK["<"], name):
+        position = content - 8
+        if kind in _RIFF and file.read(4) == b"WAVE":
             return position
         if not all(0x20 <= byte < 0x7F for byte in kind):
             break
-        position += 8 + struct.unpack("<I", chunk[4:8])[0]
-        position += position & 1
+        position = content + length + (length & 1)
     file.seek(position)
     if position < size and size - position > _MAX_PADDING and any(file.read(_MAX_PADDING)):
         raise AudioError(
@@ -174,34 +201,18 @@ def _check_au(file: BinaryIO, size: int, name: str) -> Part:
     return Part(0, size)
 
 
-def _aiff_end(file: BinaryIO) -> int:
+def _aiff_end(file: BinaryIO, name: str) -> int:
     """Return the end of an AIFF file's samples according to its header, or 0 if it has no samples."""
-    position = 12
-    while True:
-        file.seek(position)
-        chunk = file.read(8)
-        if len(chunk) < 8:
-            return 0
-        length: int = struct.unpack(">I", chunk[4:])[0]
-        if chunk[:4] == b"SSND":
-            return position + 8 + length
-        position += 8 + length + (length & 1)
+    ends = (start + length for start, kind, length in _chunks(file, 12, _CHUNK[">"], name) if kind == b"SSND")
+    return next(ends, 0)
 
 
-def _caf_end(file: BinaryIO) -> int:
+def _caf_end(file: BinaryIO, name: str) -> int:
     """Return the end of a Core Audio file's samples according to its header, or 0 if it is not stated."""
-    position = 8
-    while True:
-        file.seek(position)
-        chunk = file.read(12)
-        if len(chunk) < 12:
-            return 0
-        length: int = struct.unpack(">q", chunk[4:])[0]
-        if length < 0:  # -1 means to the end of the file
-            return 0
-        if chunk[:4] == b"data":
-            return position + 12 + length
-        position += 12 + length
+    for start, kind, length in _chunks(file, 8, _CAF_CHUNK, name):
+        if length >= 0 and kind == b"data":  # -1 means to the end of the file
+            return start + length
+    return 0
 
 
 def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:

@@ -382,7 +382,7 @@ def export_corpus(args: argparse.Namespace) -> int:
     from jahubert.train.data.manifest import Manifest
 
     source = Path(args.source)
-    manifest = Manifest(source / "manifest.arrow" if source.is_dir() else source)
+    manifest = Manifest.verified(source / "manifest.arrow" if source.is_dir() else source)
     for split, count in export.export_corpus(manifest, Path(args.target), args.to).items():
         print(f"{split}: {count} utterances")
     print(f"done: {args.target}")

@@ -31,7 +31,7 @@ from jahubert.train.clustering.streaming import load_centroids
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.evaluation.scoring import display_text
 from jahubert.train.experiment.config import expand_user
-from jahubert.train.experiment.provenance import DONE, read_record
+from jahubert.train.experiment.provenance import DONE, read_record, verify_files
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import PER_ITERATION
 from jahubert.train.stages import features, kmeans
@@ -146,12 +146,13 @@ def decode_with_ngram(overrides: list[str]) -> int:
 
 
 def check_finished(exp: Path) -> None:
-    """Raise DataError if a stage whose output is packed is not finished."""
+    """Raise DataError if a stage whose output is packed is not finished, or if a file of it is damaged."""
     for stage in FINISHED:
         if not (exp / stage / DONE).exists():
             raise DataError(
                 f"{exp / stage}: not finished; build the model with recipes/builtin/build.py first"
             )
+        verify_files(exp / stage)
 
 
 def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from jahubert import run
 from jahubert.errors import UserError
-from jahubert.train.experiment.provenance import DONE, read_record
+from jahubert.train.experiment.provenance import DONE, read_record, verify_files
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import PER_ITERATION
 
@@ -62,6 +62,7 @@ def table(exp: Path, systems: list[str]) -> str:
     ]
     for system in systems:
         folder = exp / "systems" / system
+        verify_files(folder / "score")
         score = json.loads((folder / "score" / "scores.json").read_text(encoding="utf-8"))[SPLIT]
         record = read_record(folder / "finetune" / DONE)
         against = score.get("against", {}).get("per")

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -320,3 +321,27 @@ def test_stated_length_of_flac_is_compared_with_the_last_frame(tmp_path, rate, s
         else:
             with pytest.raises(AudioError, match=error):
                 read(path)
+
+
+SPARSE = {
+    "RIFF": b"RIFF\0\0\0\0WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16_000, 32_000, 2, 16),
+    "RF64": b"RF64\xff\xff\xff\xffWAVE",
+    "AIFF": b"FORM\0\0\0\0AIFFCOMM" + struct.pack(">IHIH", 18, 1, 100, 16) + bytes(10),
+    "CAF": b"caff\0\1\0\0desc" + struct.pack(">q", 32) + bytes(32),
+    "chunks after the samples": encode(NOISE) + b"LIST\0\0\0\0" * 20_000,
+    "concatenated": encode(NOISE[:0]) * 20_000,
+}
+
+
+@pytest.mark.parametrize("head", SPARSE.values(), ids=SPARSE)
+def test_file_of_millions_of_chunks_is_rejected_at_once(tmp_path, head):
+    """A chunk without content takes 8 bytes, and a sparse file of them takes no space."""
+    path = tmp_path / "audio"
+    path.write_bytes(head)
+    if len(head) < 1000:
+        os.truncate(path, 1 << 31)
+    for read in (audio_length, load_audio):
+        started = time.process_time()
+        with pytest.raises(AudioError, match="more than"):
+            read(path)
+        assert time.process_time() - started < 5

@@ -5,42 +5,61 @@
 
 Every file is damaged and then read as the next stage would read it. The kinds of damage are a flipped bit, a
 zeroed block, a missing tail, and a swap with the same file from an experiment with a different seed. The
-input verification of all stages reads the files of stages, `load_bundle` reads bundles, the code for resuming
-reads checkpoints, and the decoder reads FLAC files. Damage counts as detected if an error that names the file
-reports it. The script prints the figures for each kind of file, and its exit status is 1 if any damage is not
-detected. Files that no stage reads are not damaged: TensorBoard events, started.json of a finished stage, and
-the report.
+input verification of all stages reads the files of stages, `Transcriber` and `load_bundle` read bundles, the
+code for resuming reads checkpoints and unfinished stages, and the decoder reads FLAC files. Lexicons and
+n-grams are read by the stage that used them and, if compressed, by their readers. Damage counts as detected
+if an error that names the file or its setting reports it, or if a stage computes the damaged part again, and
+as harmless if the content is read correctly. The script prints the figures for each kind of file, and its
+exit status is 1 if any damage is neither. Files that no stage reads are not damaged: TensorBoard events,
+started.json of a finished stage, and the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import io
 import logging
+import pickle
 import random
+import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-from small_experiment import stage_jobs
+from small_experiment import NGRAM, contents, stage_jobs, write_language_models, write_model
 
 from jahubert.audio import load_audio
 from jahubert.errors import UserError
 from jahubert.formats.bundle import INFO, load_bundle
+from jahubert.inference.transcribe import Transcriber
+from jahubert.lm.arpa import read_arpa
+from jahubert.lm.lexicon import read_lexicon
+from jahubert.phonemes import PhonemeSet
+from jahubert.train.data.fairseq_files import export_experiment
 from jahubert.train.data.flac import write_flac
+from jahubert.train.data.labels import LabelWriter
+from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.training_text import training_sentences
 from jahubert.train.experiment.config import input_fields
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.pipeline.jobs import Job
 from jahubert.train.pipeline.runner import run_stage, verify_inputs
+from jahubert.train.stages import features
+from jahubert.train.text.tokens import Tokenizer
 from jahubert.train.trainer.checkpoints import checkpoint_damage
 
 UNREAD = ("started.json", "events.out.tfevents")
 BLOCK = 64  # number of bytes in a zeroed block
+HARMLESS = "harmless"  # returned by `read` instead of a message
 
 
 def flip_bit(content: bytes, other: bytes, rng: random.Random) -> bytes:
@@ -92,8 +111,8 @@ class Sweep:
                 path.write_bytes(damaged)
                 self.counts[kind][damage.__name__] += 1
                 message = read()
-                if path.name in message or path.parent.name in message:
-                    self.counts[kind]["detected"] += 1
+                if message == HARMLESS or path.name in message or path.parent.name in message:
+                    self.counts[kind]["harmless" if message == HARMLESS else "detected"] += 1
                 else:
                     self.missed.append(f"{path}, {damage.__name__}: {message or 'not detected'}")
         path.write_bytes(content)
@@ -102,7 +121,8 @@ class Sweep:
         for kind, counts in self.counts.items():
             total = sum(counts[damage.__name__] for damage in DAMAGES)
             shown = ", ".join(f"{damage.__name__} {counts[damage.__name__]}" for damage in DAMAGES)
-            print(f"{kind}: {counts['detected']} of {total} detected ({shown})")
+            harmless = f", {counts['harmless']} harmless" if counts["harmless"] else ""
+            print(f"{kind}: {counts['detected']} of {total} detected{harmless} ({shown})")
         print(*self.missed, sep="\n")
 
 
@@ -152,11 +172,78 @@ def _verify(job: Job) -> str:
 
 
 def sweep_bundles(sweep: Sweep, exp: Path, other: Path) -> None:
+    for folder in (exp, other):
+        write_model(folder, folder / "recognizer")
     for bundle in sorted(path.parent for path in exp.rglob(INFO)):
+        read = Transcriber.from_pretrained if bundle.name == "recognizer" else load_bundle
         for path in files_of(bundle):
             if path.name != "README.md":  # no code reads the model card
-                read = partial(error_of, partial(load_bundle, bundle))
-                sweep.damage("bundles", path, other / path.relative_to(exp), read)
+                check = partial(error_of, partial(read, bundle))  # type: ignore[arg-type]
+                sweep.damage("bundles", path, other / path.relative_to(exp), check)
+
+
+def sweep_unfinished(sweep: Sweep, exp: Path) -> None:
+    """Damage the files of unfinished stages, which must end with the same results."""
+    for stage, owner, last in (("features", features, "write_json"), ("label", LabelWriter, "finish")):
+        job = next(job for job in stage_jobs(exp) if job.stage == stage)
+        unfinished, expected = exp / f"unfinished-{stage}", contents(job.out)
+        with suppress(KeyboardInterrupt), patch.object(owner, last, side_effect=KeyboardInterrupt):
+            run_stage(job.stage, job.config, unfinished)
+
+        def resume(path: Path, job: Job = job, folder: Path = unfinished, expected: dict = expected) -> str:
+            copy = Path(shutil.copytree(folder, exp / "resumed"))
+            message = error_of(lambda: run_stage(job.stage, job.config, copy))
+            is_equal = not message and contents(copy) == expected
+            shutil.rmtree(copy)
+            return path.name if is_equal else message
+
+        for path in files_of(unfinished):
+            sweep.damage(f"unfinished {stage}", path, path, partial(resume, path))
+
+
+def sweep_language_models(sweep: Sweep, exp: Path) -> None:
+    """Damage lexicons and n-grams, which are read by a rerun of stage decode and by their readers."""
+    decode = next(job for job in stage_jobs(exp) if job.out.name == f"decode-{NGRAM}")
+    ngram, words, compressed = decode.config.lm, decode.config.lexicon, exp / "words.txt.gz"
+    for path, setting in ((ngram, "decode.lm"), (words, "decode.lexicon")):
+
+        def rerun(name: str = path.name, setting: str = setting) -> str:
+            return error_of(lambda: run_stage(*decode)).replace(f"{setting} was", name)
+
+        sweep.damage("inputs of decode", path, exp / "phones.arpa.gz", rerun)
+    compressed.write_bytes(gzip.compress(words.read_bytes()))
+    symbols = PhonemeSet.standard()
+    readers: tuple[tuple[Path, Callable[[], Any]], ...] = (
+        (ngram, lambda: pickle.dumps(read_arpa(ngram))),
+        (compressed, lambda: read_lexicon(compressed, symbols)),
+    )
+    damages = [damage for damage in DAMAGES if damage is not swap]  # these files do not identify themselves
+    for path, read in readers:
+        expected = read()
+
+        def check(read: Callable[[], Any] = read, expected: Any = expected) -> str:
+            return error_of(lambda: check_equal(read(), expected)) or HARMLESS
+
+        sweep.damage("compressed", path, path, check, damages)
+
+
+def sweep_commands(sweep: Sweep, exp: Path) -> None:
+    """Damage the files of stages that the commands `convert` and `ngram` read."""
+    labels, corpus, out = exp / "iter1" / "label", exp / "prepare" / "manifest.arrow", exp / "exported"
+    commands: dict[Path, Callable[[], object]] = {
+        labels: lambda: export_experiment(str(labels), str(out), None),
+        exp / "targets": lambda: list(training_sentences(exp, Tokenizer("phone"))),
+        corpus: lambda: Manifest.verified(corpus),
+    }
+    damages = [damage for damage in DAMAGES if damage is not swap]  # a folder may come from anywhere
+    for source, command in commands.items():
+        for path in files_of(source) if source.is_dir() else [source]:
+            sweep.damage("inputs of commands", path, path, partial(error_of, command), damages)
+
+
+def check_equal(content: Any, expected: Any) -> None:
+    if content != expected:
+        raise UserError("read as other content")
 
 
 def sweep_flac(sweep: Sweep, folder: Path) -> None:
@@ -179,11 +266,15 @@ def main() -> int:
         folder = Path(temporary).resolve()
         with contextlib.redirect_stdout(io.StringIO()):
             for name, seed in (("exp", 0), ("other", 1)):
+                write_language_models(folder / name)
                 for job in stage_jobs(folder / name, f"seed={seed}")[:-1]:  # all stages except the report
                     run_stage(*job)
         sweep = Sweep(args.trials)
         sweep_stages(sweep, folder / "exp", folder / "other")
         sweep_bundles(sweep, folder / "exp", folder / "other")
+        sweep_unfinished(sweep, folder / "exp")
+        sweep_language_models(sweep, folder / "exp")
+        sweep_commands(sweep, folder / "exp")
         sweep_flac(sweep, folder)
     sweep.report()
     return 1 if sweep.missed else 0

@@ -23,13 +23,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from small_experiment import SETTINGS, contents, run_child, stage_jobs, stage_tasks
+from small_experiment import NGRAM, contents, overrides_of, run_child, stage_jobs, stage_tasks
 
 from jahubert import run
 from jahubert.train.pipeline.jobs import Job
 
 SIGNALS = {signal.SIGTERM: (75,), signal.SIGINT: (130, 75)}  # accepted exit statuses
-NO_AUDIO = {"kmeans": "sample.npy", "targets": "manifest.arrow", "score": "test.jsonl"}
+# Stages that read no audio, and the decoding that reads a language model first.
+FIRST_INPUT = {
+    "kmeans": "sample.npy",
+    "targets": "manifest.arrow",
+    "score": "test.jsonl",
+    f"score-{NGRAM}": "test.jsonl",
+    f"decode-{NGRAM}": "words.arpa.gz",
+}
 READ_SECONDS, DEADLINE_SECONDS = 1.5, 30.0
 
 
@@ -46,18 +53,6 @@ def slow_reads(ending: str, marker: Path) -> None:
     sys.addaudithook(hook)
 
 
-def overrides_of(job: Job) -> list[str]:
-    """Return the overrides with which `jahubert run` runs one stage of the experiment."""
-    exp = next(folder.parent for folder in (job.out, *job.out.parents) if folder.parent.name == "exp")
-    iteration = job.out.parent.name.removeprefix("iter")
-    return [
-        *SETTINGS,
-        f"exp={exp}",
-        f"stage={job.stage}",
-        *([f"iteration={iteration}"] if iteration.isdigit() else []),
-    ]
-
-
 def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, str]:
     """Run a stage, send it a signal while it reads, and return its exit status and output."""
     marker, log = folder / "reading", folder / "log"
@@ -65,7 +60,7 @@ def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, st
 
     def work() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore SIGINT by default
-        slow_reads(NO_AUDIO.get(job.stage, ".wav"), marker)
+        slow_reads(FIRST_INPUT.get(job.out.name, ".wav"), marker)
         return run.main(overrides_of(job))
 
     sender = os.fork()

@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jahubert.cli import main as cli
+from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
+from jahubert.inference.confidence import Calibration
+from jahubert.lm.arpa import write_arpa
+from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.pipeline.jobs import Job, configure_jobs
 from jahubert.train.pipeline.reporting import report_error
 from jahubert.train.pipeline.runner import run_stage
@@ -29,6 +33,7 @@ SETTINGS = [
     "pretrain.train.valid_every=2", "finetune.train.max_steps=4", "finetune.train.save_every=2",
     "finetune.train.valid_every=2",
 ]  # fmt: skip
+NGRAM = "ngram"  # name of the decoding with a lexicon and a tuned n-gram, and with calibrated confidences
 TIMEOUT_SECONDS = 120  # stages and commands that take longer are considered hanging
 # Fields in JSON files that contain times, or checksums of files with such fields.
 _TIMED = {"seconds", "finished", "timing", "window", "outputs", "record_crc32", "crc32", "files", "made_with"}
@@ -50,12 +55,63 @@ class Task(NamedTuple):
 
 
 def stage_jobs(exp: Path, *overrides: str) -> list[Job]:
-    """Return the stages of the experiment in folder `exp` in order."""
-    return configure_jobs([*SETTINGS, "stage=all", f"exp={exp}", *overrides])
+    """Return the stages of the experiment in folder `exp` in order; the last one is the report."""
+    common = [*SETTINGS, f"exp={exp}", *overrides]
+    *jobs, report = configure_jobs([*common, "stage=all"])
+    for stage in ("decode", "score"):
+        jobs += configure_jobs([*common, *ngram_overrides(exp), f"stage={stage}"])
+    return [*jobs, report]
+
+
+def ngram_overrides(exp: Path) -> list[str]:
+    """Return the overrides of the decoding with an n-gram, whose files `write_language_models` writes."""
+    return [
+        f"decoding={NGRAM}",
+        f"decode.lm={exp / 'words.arpa.gz'}",
+        f"decode.lexicon={exp / 'words.txt'}",
+        "decode.splits=[dev,test]",
+        "decode.tune_splits=[dev]",
+        "decode.tune_word_bonuses=[20]",  # with 20, the untrained model outputs words
+        "score.calibration_split=dev",
+    ]
+
+
+def overrides_of(job: Job) -> list[str]:
+    """Return the overrides with which `jahubert run` runs one stage of the experiment."""
+    exp = next(folder.parent for folder in (job.out, *job.out.parents) if folder.parent.name == "exp")
+    iteration = job.out.parent.name.removeprefix("iter")
+    return [
+        *SETTINGS,
+        f"exp={exp}",
+        f"stage={job.stage}",
+        *([f"iteration={iteration}"] if iteration.isdigit() else []),
+        *(ngram_overrides(exp) if job.out.name.endswith(f"-{NGRAM}") else []),
+    ]
+
+
+def write_language_models(exp: Path) -> None:
+    """Write a lexicon and n-grams over words and over phones to the folder of the experiment."""
+    exp.mkdir(parents=True, exist_ok=True)
+    (exp / "words.txt").write_text("愛\ta i\n青\ta o\n家\ti e\n", encoding="utf-8")
+    for name, words in (("words", ["愛", "青", "家"]), ("phones", ["a", "i", "o", "e", "|"])):
+        write_arpa(train_ngram([[word] for word in words] + [words], 2), exp / f"{name}.arpa.gz")
+
+
+def write_model(exp: Path, folder: Path) -> None:
+    """Write the recognizer of a finished experiment with an n-gram and calibrated confidences."""
+    bundle = load_bundle(exp / "systems" / "main" / "finetune")
+    save_bundle(
+        folder,
+        ctc=bundle.ctc,
+        phonemes=bundle.phonemes,
+        info={"confidence": Calibration(1.0, 2.0, 0.5).to_json()},
+        language_model=LanguageModel(exp / "phones.arpa.gz", 0.5, 20.0),
+    )
 
 
 def stage_tasks(exp: Path) -> list[Task]:
     """Return the stages of the experiment as tasks."""
+    write_language_models(exp)
     return [
         Task(str(job.out.relative_to(exp)), job.out, lambda job=job: _finish_stage(job))  # type: ignore[misc]
         for job in stage_jobs(exp)
@@ -70,38 +126,39 @@ def command_tasks(exp: Path, out: Path) -> list[Task]:
     """Return tasks for commands that read a finished experiment, each of which has its own output folder."""
     audio = [str(exp / "prepare" / "work" / f"{number}.wav") for number in range(2)]
     asr, units = exp / "systems" / "main" / "finetune" / "bundle", exp / "iter2" / "label" / "bundle"
-    pretrained, corpus = exp / "iter1" / "pretrain" / "bundle", exp / "prepare"
-    vad = "--no-vad"
+    pretrained, corpus, ngram = exp / "iter1" / "pretrain" / "bundle", exp / "prepare", out / "model"
+    texts, table = out / "texts.txt", out / "table.csv"
+    out.mkdir(exist_ok=True)
+    write_model(exp, ngram)
+    texts.write_text("青い家\n家の愛\n", encoding="utf-8")
+    table.write_text("path,text\n" + "".join(f"{path},青い家\n" for path in audio), encoding="utf-8")
+    transcribe = ["transcribe", *audio, "--no-vad", "-f", "all", "-o", "OUT"]
+    words = ["--lexicon", exp / "words.txt", "--lm", exp / "words.arpa.gz", "--word-bonus", "20"]
     commands: dict[str, list[object]] = {
         "features folder": ["features", *audio, "--model", asr, "-o", "OUT"],
         "features safetensors": ["features", *audio, "--model", asr, "-o", "OUT/all.safetensors"],
         "features chunked": ["features", *audio, "--model", asr, "--chunk", "8", "-o", "OUT"],
         "units folder": ["units", *audio, "--model", units, "-o", "OUT"],
-        "transcribe all formats": [
-            "transcribe",
-            *audio,
-            "--model",
-            asr,
-            "-f",
-            "all",
-            "-o",
-            "OUT",
-            "--no-vad",
-        ],
-        "transcribe file": ["transcribe", audio[0], "--model", asr, "-o", "OUT/0.srt", vad],
-        "convert hf": ["convert", asr, "OUT/model", "--to", "hf"],
+        "transcribe all formats": [*transcribe, "--model", asr],
+        "transcribe file": ["transcribe", audio[0], "--model", asr, "-o", "OUT/0.srt", "--no-vad"],
+        "transcribe n-gram": [*transcribe, "--model", ngram],
+        "transcribe lexicon": [*transcribe, "--model", asr, *words],
+        "ngram": ["ngram", texts, "-o", "OUT/words.arpa.gz", "--lexicon", "OUT/words.txt"],
+        "ngram experiment": ["ngram", exp, "--unit", "phone", "-o", "OUT/phones.arpa"],
+        "convert hf": ["convert", ngram, "OUT/model", "--to", "hf"],
         "convert fairseq": ["convert", pretrained, "OUT/model.pt", "--to", "fairseq"],
         "convert torchaudio": ["convert", asr, "OUT/model.pt", "--to", "torchaudio"],
         "convert units": ["convert", exp / "iter1" / "label", "OUT/labels", "--to", "fairseq"],
         "convert kaldi": ["convert", corpus, "OUT/kaldi", "--to", "kaldi"],
         "convert lhotse": ["convert", corpus, "OUT/lhotse", "--to", "lhotse"],
         "convert datasets": ["convert", corpus, "OUT/datasets", "--to", "datasets"],
+        "prepare table": ["run", "recipe=table", f"data={table}", "stage=prepare", "exp=OUT"],
     }
     tasks = []
-    for name, words in commands.items():
+    for name, arguments in commands.items():
         folder = out / name.replace(" ", "-")
-        arguments = [str(word).replace("OUT", str(folder), 1) for word in words]
-        refuses_existing = words[0] == "convert" or name == "features safetensors"
+        arguments = [str(word).replace("OUT", str(folder)) for word in arguments]
+        refuses_existing = arguments[0] == "convert" or name == "features safetensors"
         tasks.append(Task(name, folder, lambda a=arguments: cli.main(a), refuses_existing))  # type: ignore[misc]
     return tasks
 

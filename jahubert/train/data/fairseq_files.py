@@ -27,6 +27,7 @@ from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.utterances import is_file, is_sidecar, read_blocks, read_bytes, read_lines
 from jahubert.train.experiment.progress import progress
+from jahubert.train.experiment.provenance import verify_files
 
 DICT = "dict.km.txt"
 _ZIP_MEMBER = re.compile(r"(.+\.zip):(\d+):(\d+)", re.DOTALL)  # path, offset and length in bytes
@@ -217,9 +218,14 @@ def _units_per_frame(grids: list[FrameGrid], n_units: int, n_samples: int, where
 
 
 def export_experiment(labels: str, folder: str, manifest: str | None) -> dict[str, int]:
-    """Export the labels in `exp/NAME/iterN/label`. By default, the manifest of the experiment is used."""
+    """Export the labels in `exp/NAME/iterN/label`. By default, the manifest of the experiment is used.
+
+    Raises:
+        DataError: a file is damaged, or cannot be exported (see `export`).
+    """
     path = Path(manifest) if manifest else Path(labels).absolute().parent.parent / "prepare/manifest.arrow"
-    return export(Manifest(path), LabelStore(Path(labels)), Path(folder))
+    verify_files(Path(labels))
+    return export(Manifest.verified(path), LabelStore(Path(labels)), Path(folder))
 
 
 def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, int]:

@@ -64,11 +64,11 @@ class LabelWriter:
         done, started = self.folder / "header.json", self.shards / "plan.json"
         self.shard_size = shard_size
         if done.exists():
-            _check_header(self.folder, _read_json(done), plan)
+            _check_header(done, _read_json(done), plan)
         elif started.exists():
             before = _read_json(started)
             self.shard_size = before.pop("shard_size", shard_size)
-            _check_header(self.folder, before, plan)
+            _check_header(started, before, plan)
         else:
             self.shards.mkdir(parents=True, exist_ok=True)
             _write_json(started, plan | {"shard_size": shard_size})
@@ -235,13 +235,14 @@ def _crc32(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "little")
 
 
-def _check_header(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+def _check_header(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     changed = [
         f"{key} was {old!r}, now {after.get(key)!r}" for key, old in before.items() if old != after.get(key)
     ]
     if changed:
         raise StaleError(
-            f"{folder} contains different units: {'; '.join(changed)}. Delete it to compute the units again"
+            f"{path} describes different units: {'; '.join(changed)}. Delete the folder of the stage to "
+            "compute the units again"
         )
 
 

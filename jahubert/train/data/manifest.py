@@ -37,6 +37,7 @@ from jahubert.train.data.utterances import (
     Utterances,
     load_utterance,
 )
+from jahubert.train.experiment.provenance import verify_files
 
 log = logging.getLogger(__name__)
 
@@ -354,9 +355,22 @@ class Manifest:
         try:
             self.fingerprint: str = metadata[b"fingerprint"].decode()
             self.counts: dict = json.loads(metadata[b"counts"])
-        except (KeyError, ValueError) as error:
+            self.counts["splits"].keys()  # other code relies on a table
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
         self._crc32 = metadata.get(b"crc32")  # None in manifests written by earlier versions
+
+    @classmethod
+    def verified(cls, path: str | os.PathLike) -> Manifest:
+        """Open a manifest, and verify it and the record of stage prepare.
+
+        Raises:
+            DataError: the manifest is missing or damaged.
+        """
+        verify_files(Path(path).absolute())
+        manifest = cls(path)
+        manifest.validate()
+        return manifest
 
     def validate(self) -> None:
         """Validate all Arrow buffers and their checksum, which reads the whole file.

@@ -9,6 +9,7 @@ from jahubert.errors import ConfigError, DataError
 from jahubert.phonemes import kana_to_phones, phones_to_kana
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.targets import TargetStore, vocabulary_kind
+from jahubert.train.experiment.provenance import verify_files
 from jahubert.train.text.japanese import text_to_words
 from jahubert.train.text.normalization import recognized_characters
 from jahubert.train.text.tokens import Tokenizer, written_form
@@ -25,9 +26,10 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
     Raises:
         ConfigError: the targets have a different unit than `tokenizer`, or word tokens are requested but the
             targets are characters.
-        DataError: the experiment has no targets.
+        DataError: the experiment has no targets, or a file is damaged.
     """
-    manifest, targets = Manifest(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")
+    verify_files(exp / "targets")
+    manifest, targets = Manifest.verified(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")
     vocabulary = vocabulary_kind(targets.phonemes)
     if tokenizer.unit == "word":
         fits = vocabulary != "characters"

@@ -127,17 +127,30 @@ def verify_inputs(config: Any, large: bool = True) -> None:
         DataError: a file or record is missing or damaged.
     """
     for _, path, _ in input_fields(config):
-        stages = [folder for folder in (path, *path.parents[:2]) if (folder / DONE).exists()][:1]
-        if not stages and (path / "prepare").is_dir():  # `path` is the folder of an experiment
-            stages = sorted(record.parent for record in path.rglob(DONE))
-        for folder in stages:
-            record = read_record(folder / DONE)
-            crc32 = record.pop("record_crc32", None)
-            if checksums.record_damaged(record, crc32, "outputs"):
-                raise DataError(f"{folder / DONE}: damaged record; delete {folder} and rerun its stage")
-            below = path if folder in path.parents else None
-            max_bytes = math.inf if large else checksums.LARGE
-            checksums.verify_outputs(folder, record.get("outputs", {}), below, max_bytes)
+        verify_files(path, large)
+
+
+def verify_files(path: Path, large: bool = True) -> None:
+    """Verify a file or folder against the record of the stage that wrote it, if there is one.
+
+    Args:
+        path: a file of a stage, the folder of a stage, or the folder of an experiment.
+        large: also verify the checksums of files over 1 GB; otherwise only their sizes.
+
+    Raises:
+        DataError: a file or record is missing or damaged.
+    """
+    stages = [folder for folder in (path, *path.parents[:2]) if (folder / DONE).exists()][:1]
+    if not stages and (path / "prepare").is_dir():  # `path` is the folder of an experiment
+        stages = sorted(record.parent for record in path.rglob(DONE))
+    for folder in stages:
+        record = read_record(folder / DONE)
+        crc32 = record.pop("record_crc32", None)
+        if checksums.record_damaged(record, crc32, "outputs"):
+            raise DataError(f"{folder / DONE}: damaged record; delete {folder} and rerun its stage")
+        below = path if folder in path.parents else None
+        max_bytes = math.inf if large else checksums.LARGE
+        checksums.verify_outputs(folder, record.get("outputs", {}), below, max_bytes)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -71,6 +71,13 @@ def test_kaldi_directories_are_read_back(manifest, tmp_path):
     assert [line.split()[0] for line in (folder / "segments").read_text().splitlines()] == ["s1_a", "s1_b"]
 
 
+def test_damaged_manifest_is_not_exported(manifest, tmp_path, capsys):
+    content = manifest.path.read_bytes()
+    manifest.path.write_bytes(content.replace("一つ目".encode(), "二つ目".encode()))
+    assert cli(["convert", str(manifest.path), str(tmp_path / "kaldi"), "--to", "kaldi"]) == 2
+    assert str(manifest.path) in capsys.readouterr().err and not (tmp_path / "kaldi").exists()
+
+
 def test_lhotse_cuts_are_read_back(manifest, tmp_path):
     export_corpus(manifest, tmp_path / "lhotse", "lhotse")
     assert read_back(tmp_path / "lhotse" / "cuts_train.jsonl.gz") == expected(manifest, "train")
