@@ -158,47 +158,55 @@ def unit_usage(count_K: np.ndarray) -> str:
 
 
 def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | None) -> str:
-    """Plot the waveform, the spectrogram (kHz) with phones, and the units over time (seconds)."""
+    """Plot the waveform, the phones, the spectrogram (kHz), and the units over time (seconds)."""
     seconds = len(wav_T) / SAMPLE_RATE
     heights = [1, 3.2] + ([0.5] if unit_S is not None else [])
+    if phones:
+        heights.insert(1, 0.5)
 
     def draw(figure: Any) -> None:
         rows = figure.subplots(
             len(heights), 1, sharex=True, height_ratios=heights, gridspec_kw={"hspace": 0.06}
         )
+        spectrogram = rows[2 if phones else 1]
         time_T = np.arange(len(wav_T)) / SAMPLE_RATE
         rows[0].plot(time_T, wav_T, color=TRAINING, linewidth=0.4)
         rows[0].set_yticks([])
         floor = 1e-10  # makes the logarithm of digital silence finite
         noise_T = np.sqrt(floor) * np.random.default_rng(0).standard_normal(max(len(wav_T), 2 * _FFT))
         noise_T[: len(wav_T)] += wav_T
-        spectrum = rows[1].specgram(
+        spectrum = spectrogram.specgram(
             noise_T, NFFT=_FFT, noverlap=_FFT * 3 // 4, Fs=SAMPLE_RATE / 1000, cmap="gray_r",
             xextent=(0, len(noise_T) / SAMPLE_RATE),
         )[0]  # fmt: skip
         level = 10 * np.log10(spectrum.max() + floor)
-        rows[1].images[0].set_clim(level - 70, level)
-        rows[1].set_ylim(0, SAMPLE_RATE / 2000)
+        spectrogram.images[0].set_clim(level - 70, level)
+        spectrogram.set_ylim(0, SAMPLE_RATE / 2000)
         for phone in phones:
             start, end = phone.start / SAMPLE_RATE, phone.end / SAMPLE_RATE
-            rows[1].axvline(start, color=VALIDATION, linewidth=0.5)
+            for axes in rows[1:3]:
+                axes.axvline(start, color=VALIDATION, linewidth=0.5)
             if phone.symbol != "pau" and end <= seconds:
-                rows[1].text((start + end) / 2, SAMPLE_RATE / 2000 - 0.6, phone.symbol, **_LABEL)
+                rows[1].text((start + end) / 2, 0.5, phone.symbol, **_LABEL)
+        if phones:
+            rows[1].set_yticks([])
         if unit_S is not None:
             extent = (0, len(unit_S) * HUBERT.hop / SAMPLE_RATE, 0, 1)
             color_S = unit_S[None].astype(np.int64) * 11 % _PALETTE
-            rows[2].imshow(
+            rows[-1].imshow(
                 color_S, aspect="auto", cmap="nipy_spectral", extent=extent, interpolation="nearest"
             )
-            rows[2].set_yticks([])
+            rows[-1].set_yticks([])
         for axes in rows:
             axes.tick_params(labelsize=7, length=2)
             axes.set_xlim(0, seconds)
 
-    return _png(draw, float(np.clip(_INCHES_PER_SECOND * seconds, 4.5, 30)), 2.6, layout=None)
+    return _png(
+        draw, float(np.clip(_INCHES_PER_SECOND * seconds, 4.5, 30)), 2.8 if phones else 2.6, layout=None
+    )
 
 
-_LABEL = {"fontsize": 7, "ha": "center", "color": VALIDATION, "weight": "bold"}
+_LABEL = {"fontsize": 7, "ha": "center", "va": "center"}
 
 
 def _style(axes: Any) -> None:

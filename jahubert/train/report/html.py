@@ -378,16 +378,24 @@ def _example(example: Example, strings: Strings) -> str:
         f"{escape(example.id)} · {escape(example.split)} · {strings('seconds', f'{example.seconds:.1f}')} · "
         f"{measure} {100 * errors.rate:.0f} % ({errors.errors}/{errors.length})"
     )
-    sides = [(strings("reference"), 0), (strings("hypothesis"), 1)]
-    words = {title: _marked(example.word_pairs, side, example.has_phones, "span") for title, side in sides}
+    if example.word_pairs:
+        n_errors = sum(a != b for a, b in example.word_pairs)
+        n_words = sum(a is not None for a, _ in example.word_pairs)
+        about += f" · WER {100 * n_errors / max(1, n_words):.0f} % ({n_errors}/{n_words})"
+    sides = [strings("reference"), strings("hypothesis")]
+    columns = [f'<span class="note">{"".join(f"<span>{title}</span>" for title in sides)}</span>']
+    for pair in example.word_pairs:
+        cells = "".join(_marked([pair], side, example.has_phones, "span") for side in (0, 1))
+        columns.append(f"<span>{cells}</span>")
     symbols = "".join(
         f"<tr><th>{title}</th>{_marked(example.symbol_pairs, side, False, 'td')}</tr>"
-        for title, side in sides
+        for side, title in enumerate(sides)
     )
     symbol_table = f'<div class="scroll"><table class="symbols">{symbols}</table></div>'
     return (
         f'<div class="example"><p><b>{escape(example.text or example.id)}</b></p><p class="note">{about}</p>'
-        f"{definitions(words, 'kana')}{audio}{picture}{details(strings('symbols'), symbol_table)}</div>"
+        f'<div class="pairs">{"".join(columns)}</div>'
+        f"{audio}{picture}{details(strings('symbols'), symbol_table)}</div>"
     )
 
 

@@ -64,10 +64,10 @@ def details(summary: str, body: str, note: str = "") -> str:
     return f"<details><summary>{summary}{small}</summary>{body}</details>" if body else ""
 
 
-def definitions(items: Mapping[str, str], style: str = "") -> str:
+def definitions(items: Mapping[str, str]) -> str:
     """Render a definition list of terms and values, both given as HTML."""
     rows = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in items.items())
-    return f'<dl class="{style}">{rows}</dl>'
+    return f"<dl>{rows}</dl>"
 
 
 def figure(uri: str, caption: str, style: str = "plot") -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jahubert.phonemes import PhonemeSet
+from jahubert.train.evaluation.metrics import count_errors
 from jahubert.train.report import html
-from jahubert.train.report.examples import find_examples
+from jahubert.train.report.examples import Example, find_examples
 from jahubert.train.report.html import PageData, render_page
 from jahubert.train.report.markup import Strings
 from jahubert.train.report.results import name_experiments
@@ -115,6 +117,16 @@ def test_several_experiments_are_compared(tmp_path):
 def test_experiments_with_equal_names_stay_apart(tmp_path):
     names = name_experiments(tmp_path / "x/a", [tmp_path / "y/a", tmp_path / "z/b"])
     assert list(names) == [str(tmp_path / "x/a"), str(tmp_path / "y/a"), "b"]
+
+
+def test_aligned_words_are_one_above_the_other_with_both_error_rates():
+    pairs = [(("a",), ("a",)), (("k", "i"), ("k", "u")), (None, ("o:",)), (("e",), None)]
+    errors = count_errors(["a", "k", "i", "e"], ["a", "k", "u", "o:"])
+    example = Example("u1", "test", "text", 1.0, errors, pairs, pairs, True)
+    page = html._examples({"main": {"worst": [example]}}, Strings("en"))
+    assert "PER 50 % (2/4)" in page and "WER 100 % (3/3)" in page
+    columns = re.findall(r'<span><span class="(\w*)">(.*?)</span><span class="\w*">(.*?)</span></span>', page)
+    assert columns == [("", "ア", "ア"), ("sub", "キ", "ク"), ("ins", "–", "オー"), ("del", "エ", "–")]
 
 
 def test_examples_are_worst_median_and_best(tmp_path, monkeypatch):
