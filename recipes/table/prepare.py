@@ -149,7 +149,7 @@ def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
         log.warning(
             "table: too few speakers (%d) to split by speaker: %s drawn at random from all utterances; error "
             "rates will not measure accuracy on unseen speakers",
-            n_speakers,
+            n_speakers if any(groups.values()) else 0,
             " and ".join(missing),
         )
         groups = {i: rows[i].id for i in train}

@@ -222,47 +222,60 @@ def joined_by_description(segments, join: str, max_gap: int, max_length: int):
     """Join segments with a reference implementation, and return the segment indices of each utterance.
 
     Segments without speech are ignored. A segment starts a new utterance if the gap after the previous speech
-    is too long, or if the utterance is too long either before (kaldi) or after the segment is added. Masked
-    segments and segments with problems are not joined, except with kaldi.
+    of its channel is too long, or if the utterance is too long either before (kaldi) or after the segment is
+    added. Masked segments and segments with problems are not joined, except with kaldi, where a segment after
+    speech in the other channel starts a new utterance.
     """
     utterances: list[list[int]] = []
-    for i, (start, end, kind) in enumerate(segments):
+    for i, (start, end, kind, channel) in enumerate(segments):
         if kind == "event":
             continue
         new = True
-        if utterances:
-            members = [segments[j] for j in utterances[-1]]
-            first, reached = members[0][0], max(e for _, e, _ in members)
+        candidates = utterances[-1:] if join == "kaldi" else utterances
+        candidates = [candidate for candidate in candidates if segments[candidate[0]][3] == channel]
+        if candidates:
+            members = [segments[j] for j in candidates[-1]]
+            first, reached = members[0][0], max(e for _, e, _, _ in members)
             new = start - reached > max_gap
             if join == "kaldi":
                 new |= reached - first > max_length
             else:
                 new |= max(reached, end) - first > max_length
-                new |= any(k in ("mask", "problem") for _, _, k in (*members, segments[i]))
+                new |= any(k in ("mask", "problem") for _, _, k, _ in (*members, segments[i]))
         if new:
-            utterances.append([])
-        utterances[-1].append(i)
+            utterances.append([i])
+        else:
+            candidates[-1].append(i)
     return utterances
 
 
+def random_segments(rng: random.Random, kinds: tuple[str, ...], channels: str):
+    """Draw (start, end, kind, channel) of segments, in milliseconds and sorted by start."""
+    segments = []
+    for channel in channels:
+        now = 0
+        for _ in range(rng.randint(1, 30)):
+            kind, length = rng.choice(kinds), rng.choice((200, 1000, 3000, 11_000))
+            inside = kind == "event" and now and rng.random() < 0.5  # place it in the previous segment
+            start = (
+                rng.randint(*segments[-1][:2]) if inside else now + rng.choice((0, 100, 499, 500, 501, 900))
+            )
+            segments.append((start, start + rng.randint(1, length), kind, channel))
+            now = max(now, segments[-1][1])
+    return sorted(segments, key=lambda segment: segment[0]) if len(channels) > 1 else segments
+
+
 @pytest.mark.parametrize("join", ["strict", "kaldi"])
+@pytest.mark.parametrize("channels", ["L", "LR"])
 @pytest.mark.parametrize(
     "kinds",
     [("speech",), ("speech", "mask"), ("speech", "event"), ("speech", "speech", "mask", "event", "problem")],
 )
-def test_joining_matches_its_description_on_random_segments(join, kinds):
+def test_joining_matches_its_description_on_random_segments(join, channels, kinds):
     rng = random.Random(f"{join} {kinds}")
     options = speech.JoinOptions(join=join)
-    for _ in range(1000):
-        now, segments = 0, []
-        for _ in range(rng.randint(1, 30)):
-            kind, length = rng.choice(kinds), rng.choice((200, 1000, 3000, 11_000))
-            inside = kind == "event" and segments and rng.random() < 0.5  # place it in the previous segment
-            start = (
-                rng.randint(*segments[-1][:2]) if inside else now + rng.choice((0, 100, 499, 500, 501, 900))
-            )
-            segments.append((start, start + rng.randint(1, length), kind))
-            now = max(now, segments[-1][1])
+    for _ in range(1000 if channels == "L" else 300):
+        segments = random_segments(rng, kinds, channels)
         spoken = [
             speech.SpokenSegment(
                 start * 16,
@@ -271,8 +284,9 @@ def test_joining_matches_its_description_on_random_segments(join, kinds):
                 str(i),
                 kind == "mask",
                 ("broken",) if kind == "problem" else (),
+                channel=channel,
             )
-            for i, (start, end, kind) in enumerate(segments)
+            for i, (start, end, kind, channel) in enumerate(segments)
         ]
         utterances = [u for u in speech.join_segments(spoken, options) if not u.event_only]
         expected = joined_by_description(segments, join, 500, 10_000)

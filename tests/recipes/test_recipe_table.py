@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from fixtures.shims import SMALL
 from fixtures.sounds import syllables
 
 from jahubert import run
+from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
 from jahubert.formats.bundle import save_bundle
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.train.data.manifest import Manifest, Rejected, Utterance
+from jahubert.train.data.manifest import Manifest, Rejected, Utterance, write_manifest
 from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.pipeline.jobs import configure_jobs
 
@@ -152,6 +154,15 @@ def test_all_input_kinds_yield_the_same_utterances(tmp_path, audio, kind):
         (r["id"], 0, 4000 + 16 * i, r["speaker"], r["text"], r["split"]) for i, r in enumerate(recordings())
     ]
     assert content(items) == sorted(expected)
+    real = [replace(i, audio=AudioSource(os.path.realpath(i.audio.path))) for i in items]
+    reference = [
+        Utterance(id, AudioSource(str(audio / speaker / f"{id}.wav")), *times, speaker, text, split=split)
+        for id, *times, speaker, text, split in sorted(expected)
+    ]
+    write_manifest(tmp_path / "manifest.arrow", real)
+    write_manifest(tmp_path / "reference.arrow", reference)
+    manifests = [Manifest(tmp_path / f"{name}.arrow") for name in ("manifest", "reference")]
+    assert manifests[0].fingerprint == manifests[1].fingerprint
 
 
 def test_inputs_without_splits_yield_the_same_utterances(tmp_path, audio):
