@@ -45,10 +45,19 @@ class Batch:
     mask_BS: Tensor
     unit_BS: Tensor
     masked_index_N: Tensor  # flat indices of the masked frames
+    valid_BS: Tensor | None  # mask of the valid frames; None: all frames are valid
 
     @property
     def seconds(self) -> float:
         return sum(self.n_samples) / 16_000
+
+
+def masked_frames(batch: Batch, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hidden states and units of the masked frames, without synchronizing a GPU."""
+    hidden_ND, unit_N = (
+        x.flatten(0, 1).index_select(0, batch.masked_index_N) for x in (hidden_BSD, batch.unit_BS)
+    )
+    return hidden_ND, unit_N
 
 
 class Jahubert(nn.Module):
@@ -58,9 +67,7 @@ class Jahubert(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         encoded = self.hubert(batch.wav_BT, batch.n_samples, mask_BS=batch.mask_BS)
-        hidden_ND, unit_N = (
-            x.flatten(0, 1).index_select(0, batch.masked_index_N) for x in (encoded.hidden_BSD, batch.unit_BS)
-        )
+        hidden_ND, unit_N = masked_frames(batch, encoded.hidden_BSD)
         loss = unit_loss(self.head(hidden_ND), unit_N) / len(unit_N)
         return loss + PENALTY * encoded.conv_penalty
 
@@ -97,13 +104,9 @@ class Transformers(nn.Module):
         penalty = conv_BCS.float().pow(2).mean()  # fairseq scales this gradient too
         hidden_BSD = self.hubert.feature_projection(conv_BCS.transpose(1, 2))
         hidden_BSD = self.hubert._mask_hidden_states(hidden_BSD, mask_time_indices=batch.mask_BS)
-        valid_BS = None
-        if len(set(batch.n_samples)) > 1:
-            count_B = self.hubert._get_feat_extract_output_lengths(torch.tensor(batch.n_samples))
-            valid_BS = (torch.arange(hidden_BSD.shape[1]) < count_B[:, None]).to(hidden_BSD.device)
-        hidden_BSD = self.hubert.encoder(hidden_BSD, attention_mask=valid_BS)[0]
-        unit_N = batch.unit_BS[batch.mask_BS]
-        return unit_loss(self.head(hidden_BSD[batch.mask_BS]), unit_N) / len(unit_N) + PENALTY * penalty
+        hidden_BSD = self.hubert.encoder(hidden_BSD, attention_mask=batch.valid_BS)[0]
+        hidden_ND, unit_N = masked_frames(batch, hidden_BSD)
+        return unit_loss(self.head(hidden_ND), unit_N) / len(unit_N) + PENALTY * penalty
 
 
 class Torchaudio(nn.Module):
@@ -136,7 +139,13 @@ def make_batch(lengths: list[float], device: torch.device) -> Batch:
     unit_BS = torch.from_numpy(rng.integers(0, UNITS, mask_BS.shape))
     wav_BT = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
     masked_index_N = mask_BS.flatten().nonzero()[:, 0]
-    return Batch(wav_BT.to(device), n_samples, *(x.to(device) for x in (mask_BS, unit_BS, masked_index_N)))
+    valid_BS = nn.utils.rnn.pad_sequence([torch.ones(len(mask), dtype=torch.bool) for mask in masks], True)
+    return Batch(
+        wav_BT.to(device),
+        n_samples,
+        *(x.to(device) for x in (mask_BS, unit_BS, masked_index_N)),
+        None if valid_BS.all() else valid_BS.to(device),
+    )
 
 
 def flops(config: HubertConfig, n_samples: list[int]) -> float:
