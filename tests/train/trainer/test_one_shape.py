@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT
-from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.model.kernels import PackedShape, attention, encoder, packing
+from jahubert.model.hubert import EncoderLayer, HubertConfig, HubertModel
+from jahubert.model.kernels import PackedShape, attention, encoder, packing, weights
 from jahubert.model.kernels.packing import FlashSequences, Packing
 from jahubert.train.data.sampler import BatchSizes, Sampler
 from jahubert.train.stages.pretrain import Pretrainer, evaluate
@@ -193,6 +193,29 @@ def test_blocks_are_compiled_once_and_results_do_not_change(corpus, recompute, f
     torch.testing.assert_close(
         results[1][1], results[0][1], rtol=0.02, atol=0.02 * float(results[0][1].abs().max())
     )
+
+
+def test_flash_attention_of_torch_is_compiled_once(counter, monkeypatch):
+    """Only GPUs have the operator, but it can be traced on the meta device, where autocast does not exist."""
+    monkeypatch.setattr(packing, "has_flash_attention", lambda device: True)
+    for module in (attention, weights):
+        monkeypatch.setattr(module, "autocast_dtype", lambda tensor: torch.bfloat16)
+    meta, shape = torch.device("meta"), PackedShape(n_utterances=5, n_rows=256, n_tiles=32, longest=60)
+    config = replace(QUIET, dropout=0.1, attention_dropout=0.1, heads=4)
+    blocks = [EncoderLayer(config).to(meta, torch.bfloat16).train() for _ in range(2)]
+    wrap_blocks(blocks, recompute=False, compiled=True)
+    for n_frames in ([60, 30], [60, 2, 60, 17]):
+        x_ND = hidden_ND = torch.empty(
+            256, config.width, device=meta, dtype=torch.bfloat16, requires_grad=True
+        )
+        packed = Packing(n_frames, 60, meta, shape)
+        for block in blocks:
+            hidden_ND = block(hidden_ND, packed)
+        hidden_ND.sum().backward()
+        assert x_ND.grad is not None and x_ND.grad.shape == x_ND.shape
+    assert counter.frame_count == 1
+    calls = [node for node in counter.graphs[0].graph.nodes if "_flash_attention_forward" in str(node.target)]
+    assert len(calls) == 1 and calls[0].args[5:] == (60, 60, 0.1, False, False)
 
 
 def test_compilations_are_logged(corpus, tmp_path, flash, counter, caplog):
