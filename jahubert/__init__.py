@@ -3,9 +3,10 @@
     features = jahubert.FeatureExtractor.from_pretrained("bundle/", layer=6)("audio.wav")    # (frames, dim)
     units = jahubert.UnitExtractor.from_pretrained("bundle/")("audio.wav")                   # (frames,)
     transcript = jahubert.Transcriber.from_pretrained("bundle/").transcribe("audio.wav")     # .text, .words
-    encoded = jahubert.HubertModel.from_pretrained("bundle/")(wav_BT, n_samples_B)           # an nn.Module
+    encoded = jahubert.HubertModel.from_pretrained("bundle/")(wav_BT, n_samples_B)           # .hidden_BSD
 
-Names are imported lazily. Importing has no side effects: it starts no threads and configures no logging.
+`HubertModel` is an `nn.Module`. Names are imported lazily. Importing jahubert has no side effects: it starts
+no threads and configures no logging.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Exceptions raised by jahubert.
+"""Exception classes of jahubert.
 
-A message states what failed, where, what was found and what to do. `UserError` is the base class of all
-errors that files, options or the setup of a machine can cause. Commands print the message of a `UserError`
-without a traceback and exit with its `exit_status`. File system errors are `OSError`s that name the file.
+A message states what failed, where, what was found and what to do. `UserError` is the base class of the
+errors that files, options or the setup of a machine can cause. Other file system errors are `OSError`s that
+name the file. Commands print the message of either kind without a traceback and exit with `exit_status`.
+Invalid arguments of a function may raise a ValueError or TypeError.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import re
 
 
 class JahubertError(Exception):
-    """Base class of the errors in jahubert.
+    """Base class of the exceptions in this module.
 
     Attributes:
-        exit_status: exit status of the command if this error is not handled.
+        exit_status: exit status of a command that ends with this error.
         reported: whether another process has already printed the message, which is then not repeated.
     """
 
@@ -25,7 +26,7 @@ class JahubertError(Exception):
 
 
 class Stopped(JahubertError):
-    """Raised when training saved a checkpoint and stopped after a signal; rerunning the command resumes it.
+    """Raised if training stopped after a signal, with a checkpoint from which the same command resumes.
 
     Attributes:
         signal: name of the signal, e.g. "SIGTERM", or None if another process received it.
@@ -48,7 +49,7 @@ class ConfigError(UserError):
     """Raised for one or more errors in a configuration, all of which the message lists.
 
     Attributes:
-        settings: one error per invalid setting, so that the errors of several stages can be merged.
+        settings: one message per invalid setting, if known, so that errors of several stages can be merged.
     """
 
     settings: tuple[str, ...] = ()
@@ -70,23 +71,23 @@ class ReadError(DataError):
 
 
 class CheckpointError(UserError):
-    """Raised if a model folder or file cannot be read or is not of the required kind."""
+    """Raised if a model folder or file cannot be read or converted, or is not of the required kind."""
 
 
 class DiskFullError(UserError):
-    """Raised if no space is left on a device. Once there is space, rerunning the command resumes the work."""
+    """Raised if no space is left on a disk. Once there is space, rerunning the command resumes the work."""
 
     exit_status = 1
 
 
 class SharedMemoryError(UserError):
-    """Shared memory is full; once there is space, rerunning the same command resumes the work."""
+    """Raised if shared memory is full. Once there is space, rerunning the command resumes the work."""
 
     exit_status = 1
 
 
 class StaleError(UserError):
-    """Raised if an existing output folder was created with different settings."""
+    """Raised if an existing output was created with different settings or by a different engine."""
 
 
 class BusyError(UserError):
@@ -108,7 +109,7 @@ class MissingExtraError(UserError, ImportError):
 
 
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
-# OSErrors from sockets and processes, which are not related to a file.
+# OSErrors that concern sockets and processes rather than files.
 _NOT_FILES = (ConnectionError, BlockingIOError, InterruptedError, TimeoutError, ChildProcessError)
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # occurs in messages from safetensors
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's message, which does not name the cause
@@ -116,14 +117,18 @@ _LIBSNDFILE_SYSTEM_ERROR = 2
 
 
 def exit_status(error: BaseException) -> int:
-    """Return the exit status for an error: 2 for user errors, 1 for a full disk or an internal error."""
+    """Return the exit status for an error.
+
+    A `JahubertError` has its own. Among other errors, a full disk and internal errors (anything but an
+    OSError) have status 1, and all other OSErrors have status 2.
+    """
     if isinstance(error, JahubertError):
         return error.exit_status
     return UserError.exit_status if isinstance(error, OSError) and error.errno not in DISK_FULL else 1
 
 
 def file_system_error(error: BaseException | None, path: str | os.PathLike[str]) -> OSError | None:
-    """Return the file system error that `error` is or wraps, with a file name, or None for other errors.
+    """Return the file system error that `error` is or wraps, with a file name, or None if there is none.
 
     Some libraries raise file system errors without a file name, or wrap them in their own exception types.
 

@@ -1,4 +1,4 @@
-"""Sampling rate and frame arithmetic; window and hop lengths are defined only in this module.
+"""Sampling rate, and frame arithmetic for HuBERT and MFCC features.
 
 Frame `t` of HuBERT's convolutional encoder covers the samples `[320 t, 320 t + 400)`, and MFCC frame `t`
 covers `[160 t, 160 t + 400)`. Every second MFCC frame therefore coincides with a HuBERT frame. A crop that

@@ -22,8 +22,8 @@ BOUNDARY = "|"
 BLANK = "<blank>"
 
 # Spelling of each consonant before a, i, u, e and o. `phones_to_kana` uses the whole table, so that it can
-# spell every output of a recognizer. `kana_to_phones` uses only the single kana in the table and the rules in
-# `_syllable`.
+# spell every output of a recognizer. `kana_to_phones` uses only the entries that are a single kana, to which
+# `_single_kana` adds the kana that are not in the table; `_syllable` handles combinations with small kana.
 _SPELLING = {
     "": "ア イ ウ エ オ",
     "k": "カ キ ク ケ コ",
@@ -57,12 +57,12 @@ _SPELLING = {
 }
 _WRITE = {(c, v): kana for c, row in _SPELLING.items() for v, kana in zip(VOWELS, row.split(), strict=True)}
 
-# All characters that `phones_to_kana` can output.
+# All kana that `phones_to_kana` can output.
 KANA: tuple[str, ...] = tuple(sorted({*"".join(_WRITE.values()), *"ンッー"}))
 
 _SMALL = {"ァ": "a", "ィ": "i", "ゥ": "u", "ェ": "e", "ォ": "o", "ヮ": "a"}
 _SMALL_Y = {"ャ": "a", "ュ": "u", "ョ": "o"}
-# Consonants whose palatalized form is not spelled with an added y.
+# Consonant -> its form before a small ャ, ュ or ョ, where that form is not the consonant with an added y.
 _BEFORE_Y = {"f": "hy", "s": "sh", "z": "j", "sh": "sh", "j": "j", "ch": "ch", "t": "t", "d": "d", "ts": "ts"}
 # Exceptions to the rules in `_syllable`.
 _IRREGULAR = {
@@ -89,11 +89,11 @@ _READ = _single_kana()
 
 
 def _syllable(base: str, small: str) -> tuple[str, ...]:
-    """Return the phones of a kana with a small kana, usually the consonant and the small vowel."""
+    """Return the phones of a kana and the small kana after it, usually a consonant and the small vowel."""
     if base + small in _IRREGULAR:
         return _IRREGULAR[base + small]
     phones = _READ[base]
-    if len(phones) == 1:  # the base is a vowel: ウ becomes w (ウィ: w i), others remain (イェ: i e)
+    if len(phones) == 1:  # the base is a vowel; only ウ becomes a consonant (ウィ: w i, but イェ: i e)
         if base == "ウ" and small in "ァィェォ":
             return ("w", _SMALL[small])
         return phones + _READ[small]
@@ -121,8 +121,8 @@ def to_katakana(kana: str) -> str:
 def kana_to_phones(kana: str) -> list[str]:
     """Convert a pronunciation in hiragana or katakana to phones.
 
-    `ー` lengthens the preceding vowel. It is ignored where it does not follow a vowel, that is, at the start
-    and after ン or ッ.
+    `ー` lengthens the preceding vowel. It is ignored at the start and after ン, ッ or another `ー`, where
+    there is no vowel to lengthen.
 
     Raises:
         DataError: a character is not kana, or the word consists only of ッ and ー.
@@ -189,8 +189,9 @@ _ROW_OF = {kana: phones[-1] for kana, phones in _READ.items() if phones[-1] in V
 # Pairs of a vowel and a following kana that form a long vowel, unless a morpheme boundary separates them.
 _LONG = {("o", "ウ"), ("o", "オ"), ("u", "ウ"), ("e", "イ"), ("e", "エ")}
 
-# Exceptions to `_LONG`. `|` marks a morpheme boundary, which keeps the following vowel separate. `ー` marks a
-# long vowel that `_LONG` does not cover, because アア and イイ are usually two vowels.
+# Exceptions to `_LONG`, and words that end in the particle ハ. `|` marks a morpheme boundary, which keeps the
+# following vowel separate. `ー` marks a long vowel that `_LONG` does not cover, because アア and イイ are
+# usually two vowels.
 _WORDS = (
     (r"ホノオ", "ホノ|オ"),
     (r"オノオノ", "オノ|オノ"),
@@ -215,7 +216,7 @@ _WORDS = (
 # Verbs with readings that no noun has. Other verbs are distinguished from nouns by their surface form: 追う
 # from 王, 酔う from 用.
 _VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
-# Kanji whose reading starts with a vowel that is not merged with the preceding vowel.
+# Kanji -> regular expression for its reading, whose initial vowel is not merged with a preceding vowel.
 _KANJI_STARTS = {
     "売": "ウリ|ウル",
     "打": "ウチ|ウツ",
@@ -255,13 +256,13 @@ _NOT_A_VERB = re.compile(r"(?:難|早|向|目出度|芽出度)う$")
 def normalize_kana(reading: str, surface: str | None = None) -> str:
     """Convert an orthographic reading to its pronunciation in katakana: せんせい -> センセー.
 
-    ヂ, ヅ and ヲ become ジ, ズ and オ. Characters other than kana remain unchanged.
+    ヂ, ヅ and ヲ become ジ, ズ and オ. Characters other than kana are only normalized (NFKC).
 
     Args:
         reading: reading in kana, as in a dictionary.
         surface: the word as written, which resolves ambiguous readings (おう is オー in 王 but オウ in 追う).
-            The final う of a verb and the first vowel in the reading of a kanji are not merged with a
-            preceding vowel.
+            The final う of a verb and the first vowel of some kanji readings (such as 売 and 音) are not
+            merged with a preceding vowel.
     """
     text = to_katakana(reading.strip())
     for pattern, replacement in _WORDS:
@@ -279,7 +280,7 @@ def normalize_kana(reading: str, surface: str | None = None) -> str:
 
 
 def _mark_parts(text: str, surface: str) -> str:
-    """Insert `|` into `text` at morpheme boundaries inferred from the surface form."""
+    """Insert `|` into `text` at morpheme boundaries inferred from the surface form. 言う becomes ユー."""
     if surface in ("言う", "云う", "いう") and text == "イウ":
         return "ユー"
     if "H" in unicodedata.normalize("NFKC", surface).upper():
@@ -299,8 +300,9 @@ def _mark_parts(text: str, surface: str) -> str:
 class PhonemeSet:
     """The symbols of a CTC head in index order, such as blank, word boundary and phones.
 
-    In heads trained by jahubert, the first two symbols are the blank and the word boundary. Other CTC models
-    may have them at any position, may lack a word boundary, and may use kana or characters instead of phones.
+    In heads for phones or kana that jahubert trains, the first two symbols are the blank and the word
+    boundary. Other CTC models may have these two at any position, may lack a word boundary, and may use
+    characters instead of phones.
     """
 
     symbols: tuple[str, ...]
@@ -330,7 +332,7 @@ class PhonemeSet:
 
     @property
     def are_phones(self) -> bool:
-        """Whether all symbols except special symbols (<unk>, [PAD]) are phones and can be spelled in kana."""
+        """Whether every symbol is a phone, the word boundary or a special symbol such as <unk> or [PAD]."""
         special = re.compile(r"<.*>|\[.*\]")
         return all(s in PHONES or s == BOUNDARY or special.fullmatch(s) for s in self.symbols)
 
@@ -338,13 +340,13 @@ class PhonemeSet:
         return len(self.symbols)
 
     def encode(self, words: Sequence[Sequence[str]]) -> list[int]:
-        """Convert words to labels, with a boundary between words. Empty words are skipped.
+        """Convert words to labels, with a boundary between words if the set has one, skipping empty words.
 
         Args:
             words: the phones of each word.
 
         Raises:
-            DataError: a phone is not in the set.
+            DataError: a phone is not in the set, or is the blank or the boundary.
         """
         labels: list[int] = []
         for word in words:
@@ -381,7 +383,7 @@ class PhonemeSet:
         """Create a set from the output of `to_json`.
 
         Raises:
-            DataError: `data` does not have the structure of that output.
+            DataError: `data` does not have the structure of that output, or its symbols are not a valid set.
         """
         symbols = data.get("symbols") if isinstance(data, dict) else None
         if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):

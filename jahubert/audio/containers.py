@@ -18,24 +18,24 @@ from jahubert.audio.sources import AudioBytes
 from jahubert.errors import AudioError
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
-# Placeholder sizes from programs that cannot seek back to correct them (SoX, arecord and others). Some
-# programs add the size of the header.
+# Placeholder sizes from programs that cannot seek back to correct them (SoX, arecord and others). Sizes in
+# files may differ from these by up to the size of the header.
 _PLACEHOLDERS = (0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 _MAX_U32 = 0xFFFFFFFF
 _CHUNK = {order: struct.Struct(order + "4sI") for order in "<>"}  # kind and length of a RIFF or AIFF chunk
 _CAF_CHUNK = struct.Struct(">4sq")
-_MAX_PADDING = 4096  # maximum number of bytes of unknown content after the samples
+_MAX_PADDING = 4096  # bytes; longer unknown content after the samples must start with this many zeros
 _MAX_CHUNKS = 10_000  # maximum number of chunks before or after the samples; real files have a few
 _MAX_FILES = 10_000  # maximum number of concatenated WAV files
 
 
 @dataclass(frozen=True)
 class Part:
-    """Stream within a file that is decoded separately: a `prefix`, followed by a byte range."""
+    """A separately decoded stream: `prefix`, followed by a byte range of the file."""
 
     start: int  # start of the byte range
     length: int  # length of the byte range
-    prefix: bytes = b""  # corrected header
+    prefix: bytes = b""  # corrected or added header
     min_frames: int = 0  # minimum number of frames in an intact part after decoding
 
 
@@ -43,7 +43,7 @@ def split(source: AudioBytes) -> list[Part]:
     """Return the streams in a file. Most files contain only one.
 
     Raises:
-        AudioError: the file is shorter than its header states, or contains bytes that belong to no stream.
+        AudioError: the file is shorter than its header states, or its structure is damaged or unknown.
     """
     name, file, size = source
     whole = [Part(0, size)]
@@ -82,14 +82,14 @@ def _is_placeholder(length: int, header: int) -> bool:
 def _chunks(
     file: BinaryIO, position: int, header: struct.Struct, name: str
 ) -> Iterator[tuple[int, bytes, int]]:
-    """Yield (start of the content, kind, length) of the chunks from a position on, up to the end of the file.
+    """Yield (start of the content, kind, length) of each chunk from a position to the end of the file.
 
     Args:
-        header: layout of the kind and the length at the start of a chunk. A chunk with a length of 4 bytes is
-            followed by a padding byte if its length is odd.
+        header: layout of the kind and the length at the start of a chunk. If the length field has 4 bytes
+            (RIFF, AIFF), a padding byte follows chunks of odd length. A negative length ends the iteration.
 
     Raises:
-        AudioError: there are too many chunks. Reading the chunks of a large file of zeros would take hours.
+        AudioError: there are too many chunks, as in a large file of zeros, which would take hours to read.
     """
     is_padded = header.size == 8
     for number in count():
@@ -169,7 +169,7 @@ def _riff_header(file: BinaryIO, start: int, data_start: int, n_bytes: int, orde
 
 
 def _riff_end(file: BinaryIO, position: int, size: int, name: str) -> int:
-    """Return the end of the WAV file whose samples end at `position`: the next WAV file or `size`."""
+    """Return the start of the WAV file that follows samples ending at `position`, or `size` if none does."""
     data_end = position
     position += position & 1
     for content, kind, length in _chunks(file, position, _CHUNK["<"], name):
@@ -210,13 +210,13 @@ def _aiff_end(file: BinaryIO, name: str) -> int:
 def _caf_end(file: BinaryIO, name: str) -> int:
     """Return the end of a Core Audio file's samples according to its header, or 0 if it is not stated."""
     for start, kind, length in _chunks(file, 8, _CAF_CHUNK, name):
-        if length >= 0 and kind == b"data":  # -1 means to the end of the file
+        if length >= 0 and kind == b"data":  # if the length is -1, the samples extend to the end of the file
             return start + length
     return 0
 
 
 def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
-    """Split an Ogg file into its chained streams (RFC 3533), which start with beginning-of-stream pages."""
+    """Split an Ogg file into its chained streams (RFC 3533) at its beginning-of-stream pages."""
     starts: list[int] = []
     position = 0
     last_flags = 2

@@ -46,8 +46,8 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
     """Open decoders for all streams in a file, in order.
 
     Raises:
-        AudioError: the file is not audio, has an unsupported format or an impossible sampling rate, or is
-            truncated.
+        AudioError: the file is not audio, has an unsupported format or an impossible sampling rate, is
+            truncated, or needs an optional decoder that is not installed.
     """
     magic = media.sniff(source)
     if magic is not None:
@@ -209,7 +209,7 @@ class SoundFileDecoder:
         return self.part.min_frames if self.file.format == "MP3" else self.file.frames
 
     def _check_end(self) -> None:
-        """Reject concatenated FLAC files, because decoders stop after the first one."""
+        """Reject a FLAC file with a wrong length, or with streams after the first, which decoders ignore."""
         if self.file.format != "FLAC":
             return
         self._check_flac_length()

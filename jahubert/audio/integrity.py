@@ -1,8 +1,8 @@
 """Detection of truncated files and wrong FLAC lengths, which libsndfile accepts without an error.
 
-libsndfile shortens a truncated file of a rare format and only mentions it in its log. It stops reading a FLAC
-stream at the sample count in the header, even if more frames follow. The headers of IRCAM, PAF and PVF files
-state no length, so their truncation cannot be detected.
+libsndfile reads a truncated file of some rare formats as a shorter one and reports this only in its log. It
+stops reading a FLAC stream at the sample count in the header, even if more frames follow. The headers of
+IRCAM, PAF and PVF files state no length, so their truncation cannot be detected.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ _FRAMES = re.compile(r"\b(?:Frames|Cols)\s*: (\d+)")
 _LOGGED = ("AVR", "MAT4", "MAT5", "MPC2K", "SVX", "VOC", "W64")  # formats whose log shows the stated length
 _NIST_FRAMES = re.compile(rb"\bsample_count -i (\d+)")
 _NIST_HEADER = 1024  # bytes
-_TAGS = 4096  # bytes; upper bound on the size of tags after the last FLAC frame
+_TAGS = 4096  # bytes; assumed maximum size of tags after the last FLAC frame
 _MAX_FRAME = 1 << 17  # bytes; assumed size of a FLAC frame if the header does not state it
 
 
 def is_truncated(sound: soundfile.SoundFile, file: BinaryIO) -> bool:
     """Return whether the header of an open file states more samples than the file contains.
+
+    Only the formats NIST and `_LOGGED` are examined; others have checks of their own.
 
     Args:
         sound: the file, opened with soundfile.
@@ -57,7 +59,7 @@ def flac_samples(file: BinaryIO, size: int) -> int | None:
         size: size of the file in bytes.
 
     Returns:
-        None if the last frame is not found.
+        The number, or None if the file has no FLAC header or the last frame is not found.
     """
     file.seek(0)
     head = file.read(42)

@@ -44,17 +44,18 @@ def load_audio(
     """Load audio as a mono float32 tensor (T,) at 16 kHz, in which full scale is 1.
 
     Arrays have the shape (T,), (channels, T) or (T, channels), where the smaller dimension is assumed to be
-    the channels. Integers are divided by their full scale.
+    the channels. Integers are divided by their full scale, after centering in the case of uint8.
 
     Args:
         source: see `AudioLike`.
-        sample_rate: sampling rate of an array in Hz (default: 16,000). It is ignored for files, whose
-            headers specify the rate.
+        sample_rate: sampling rate of an array in Hz (default: the rate in `source`, or 16,000). It is ignored
+            for files, whose headers specify the rate.
         start: first sample to return, at 16 kHz.
         n_samples: number of samples to return, at 16 kHz. Fewer are returned at the end of the audio.
 
     Raises:
-        AudioError: the file is missing, empty, truncated or not audio, or has NaN or infinite samples.
+        AudioError: the source is missing, empty, truncated or not audio, or has NaN or infinite samples; or
+            an argument is invalid.
     """
     if start < 0 or (n_samples is not None and n_samples < 0):
         raise AudioError(f"start and n_samples must not be negative, but are {start} and {n_samples}")
@@ -80,7 +81,7 @@ def load_audio(
 def stream_audio(
     source: AudioLike, sample_rate: float | None = None, *, block_seconds: float = 10.0
 ) -> Iterator[torch.Tensor]:
-    """Yield the samples of `load_audio(source)` in blocks (T,), using memory independent of the length.
+    """Yield the samples of `load_audio(source)` in blocks (T,), using memory independent of a file's length.
 
     The concatenated blocks are bit-identical to `load_audio(source)`, or equal up to rounding (1e-7) for MP3.
     An error in a file is raised when decoding reaches it. Byte ranges, pipes and open streams are kept in
@@ -119,7 +120,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     The length in the header is used if the format allows it to be verified. Otherwise, the file is decoded.
 
     Raises:
-        AudioError: as for `load_audio`, except for errors that only decoding detects.
+        AudioError: as for `load_audio`, except for errors that are detected only in the samples.
     """
     array, rate = _samples(source, sample_rate)
     if array is not None:
@@ -193,7 +194,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _rate(value: Any) -> int:
-    """Check a sampling rate, and convert it to an integer."""
+    """Check a sampling rate (None: the default), and convert it to an integer."""
     if value is None:
         return SAMPLE_RATE
     if not _is_number(value) or not math.isfinite(value) or value != int(value):

@@ -30,10 +30,10 @@ _FORMATS = (  # (offset, magic bytes, name of the format)
     (0, b"FLV", "Flash Video"),
     (0, b".RMF", "RealMedia"),
 )
-# Containers that libsndfile opens only if it supports the codec inside.
+# First bytes of files that libsndfile opens only if it supports the codec inside.
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
-_TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # matches ffmpeg's error messages
-_SLACK_SECONDS = 0.25  # maximum difference between the stated and the decoded length
+_TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # ffmpeg's messages about truncated files
+_SLACK_SECONDS = 0.25  # maximum by which the decoded audio may be shorter than stated
 INSTALL = "pip install 'jahubert[media]' (PyAV), or install ffmpeg"
 
 
@@ -167,7 +167,7 @@ class AvDecoder(_MediaDecoder):
             yield converted.to_ndarray().T
 
     def _stated_seconds(self) -> float:
-        """Return the duration in the header, or 0 for formats that only estimate it from the bitrate."""
+        """Return the duration in the header, or 0 if it is missing or only estimated from the bitrate."""
         if self.container.format.name in ("aac", "amr", "mpegts"):
             return 0.0
         if self.stream.duration is not None and self.stream.time_base is not None:
@@ -248,7 +248,7 @@ class FfmpegDecoder(_MediaDecoder):
 
 
 def _rechunk(waiting: list[np.ndarray], n: int) -> Iterator[np.ndarray]:
-    """Yield blocks of `n` frames from a list of arrays, in which the remainder is kept."""
+    """Yield blocks of `n` frames from a list of arrays, and leave the remaining frames in the list."""
     samples = np.concatenate(waiting)
     n_full = len(samples) - len(samples) % n
     waiting[:] = [samples[n_full:]] if n_full < len(samples) else []

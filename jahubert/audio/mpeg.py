@@ -31,7 +31,7 @@ _TOLERANCE = 4 * 1152  # maximum number of samples of encoder delay and padding,
 class _Header(NamedTuple):
     kind: tuple[int, int, int]  # (version bits, layer, sampling rate), constant within a stream
     length: int  # frame length in bytes
-    n_samples: int
+    n_samples: int  # number of samples per channel
     side_info: int  # length of the side information in bytes
 
 
@@ -80,11 +80,11 @@ class Stream:
     """Consecutive frames with the same encoding parameters."""
 
     start: int  # first byte of the stream
-    end: int
+    end: int  # position after the last frame
     n_frames: int  # number of frames, excluding the header frame
     n_samples: int  # number of samples per channel and frame
     tagged: bool  # whether a header frame states the length correctly
-    prefix: bytes  # header frame to prepend if the stream has none
+    prefix: bytes  # header frame to prepend if the stream has no correct one, otherwise empty
 
     @property
     def min_frames(self) -> int:
@@ -149,7 +149,7 @@ def _read_stream(data: _Window, start: int, name: str) -> tuple[Stream, int]:
 
 
 def _next_frame(data: _Window, position: int) -> int:
-    """Return the position of the next two consecutive valid frames, or of a valid last frame, or -1."""
+    """Return the position of the next frame with another frame, a tag or the end of file after it, or -1."""
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
         header = _parse(data[position : position + 4])
@@ -222,7 +222,7 @@ def _parse_bits(bits: int) -> _Header | None:
 
 
 def _stated_frames(data: _Window, position: int, header: _Header) -> int | None:
-    """Return the number of frames that a header frame states, or None for an audio frame."""
+    """Return the number of frames that the header frame at `position` states, or None if there is none."""
     if header.kind[1] != 3:
         return None
     frame = data[position : position + min(header.length, 64)]

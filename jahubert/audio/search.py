@@ -16,8 +16,8 @@ AUDIO_ENDINGS = (
 def find_audio(folder: str | os.PathLike[str]) -> tuple[list[Path], list[OSError]]:
     """Find the audio files below a folder by their suffixes.
 
-    Metadata of macOS, pipes, sockets and devices are skipped. Broken links are included, so that opening them
-    reports the problem. Links to folders are not followed.
+    macOS metadata files, pipes, sockets and devices are skipped. Broken links are included, so that opening
+    them reports the problem. Links to folders are not followed.
 
     Returns:
         The files, sorted by path, and one error for each folder that cannot be read.

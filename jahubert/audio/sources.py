@@ -15,7 +15,7 @@ from jahubert.errors import AudioError
 
 @dataclass(frozen=True)
 class AudioSource:
-    """An audio file, or a byte range in an uncompressed tar or zip archive."""
+    """An audio file, or a byte range of a file such as an uncompressed tar or zip archive."""
 
     path: str
     offset: int = 0  # start of the byte range
@@ -43,7 +43,7 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
     The file name never affects the result. Pipes, streams and byte ranges are read into memory.
 
     Raises:
-        AudioError: the file is missing, unreadable or empty, the byte range is outside the file, or the
+        AudioError: the source is missing, unreadable or empty, the byte range is outside the file, or the
             stream is a text stream.
     """
     if hasattr(source, "read"):

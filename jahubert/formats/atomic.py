@@ -1,10 +1,10 @@
 """Atomic writing of files and folders.
 
-Content is written under a temporary name in the same folder, flushed to disk and renamed. Readers see either
-the old or the new content, even if the writer is killed or the disk is full. The temporary name starts with
-`.tmp-` and is derived from the final name without exceeding the maximum length of names. The temporary file
-is locked while in use, so that concurrent writers do not interfere, and the next writer reuses the temporary
-file of a killed process.
+Content is written under a temporary name in the same folder, flushed to disk and renamed. Readers of a file
+see either the old or the new content, even if the writer is killed or the disk is full. The temporary name
+starts with `.tmp-` and is derived from the final name without exceeding the maximum length of names. The
+temporary file is locked while in use (except on Windows), so that concurrent writers do not interfere, and
+the next writer reuses the temporary file of a killed process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def atomic_write(
 def atomic_write(path: Path, mode: Literal["wb"]) -> AbstractContextManager[BinaryIO]: ...
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iterator[Any]:
-    """Open a temporary file that replaces `path` at the end of the `with` block, unless it raises.
+    """Open a temporary file that replaces `path` after the `with` block, unless the block raises an error.
 
     Args:
         path: the file to write, whose folder must exist.
@@ -56,9 +56,9 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` after the block, for libraries that open files by name.
+    """Yield a temporary path for libraries that open files by name. The file replaces `path` after the block.
 
-    The path is in a temporary folder, because some libraries create temporary files next to it.
+    The temporary path is in its own folder, because some libraries create more files next to it.
     """
     with _new_folder(path) as (folder, mode):
         yield folder / _CONTENT
@@ -110,7 +110,7 @@ def _new_folder(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _restore(path: Path, replaced: Path) -> None:
-    """Undo the first of the two renames that replace a folder."""
+    """Undo the first of the two renames that replace a folder if the second one is missing."""
     if replaced.exists() and not path.exists():
         replaced.rename(path)
 
@@ -119,7 +119,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove temporary files and folders that killed processes left in `folder`.
 
     Args:
-        name: the file or folder in `folder` that they were writing (default: any).
+        name: the file or folder in `folder` that the processes were writing (default: any).
     """
     start = PREFIX if name is None else temporary_path(folder / name).name
     for temporary in folder.glob(start + "*"):
@@ -146,7 +146,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the temporary name for a file or folder. Concurrent writers use different names."""
+    """Return the temporary path for a file or folder, to which concurrent writers append a random suffix."""
     return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
 
 

@@ -2,13 +2,13 @@
 
     config.json  model.safetensors  preprocessor_config.json     Hugging Face's layout
     vocab.json                                                  CTC models: symbol -> index
-    jahubert.json                                               format, symbols, unit layer, origin, checksums
+    jahubert.json                                               format, symbols, centroid layer, checksums
     centroids.safetensors  pretraining_heads.safetensors        if present
     language_model.arpa.gz                                      if present: n-gram over the symbols
     README.md                                                   model card
 
-`load_bundle` opens models in all formats in four steps: `resolve_model` finds the file or folder, one reader
-converts it to a `RawModel`, the tensors are checked, and modules are built.
+`load_bundle` opens models in all formats except ONNX, in four steps: `resolve_model` finds the file or
+folder, the reader for its format converts it to a `RawModel`, the tensors are checked, and modules are built.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Bundle:
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
     info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of the model
-    special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion back
+    special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion to fairseq
     notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
     language_model: LanguageModel | None = None  # `Transcriber` uses it unless another one is given
 
@@ -120,12 +120,15 @@ def save_bundle(
 
     Args:
         path: folder to write.
+        centroid_layer: layer to whose output the centroids belong.
         info: additional content of jahubert.json.
+        special_rows: codebook rows of fairseq's special symbols, stored with `unit_head`.
         language_model: n-gram model that is copied into the bundle.
         dtype: dtype of the weights in model.safetensors. Readers convert the weights to float32.
 
     Raises:
-        ConfigError: no model is given, or `path` exists and is not a bundle.
+        ConfigError: no model is given, centroids are given without their layer, or `path` exists and is
+            neither a bundle nor an empty folder.
     """
     hubert = ctc.hubert if ctc is not None else model
     if hubert is None:
@@ -173,7 +176,7 @@ def save_bundle(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 of all tensor names, shapes and values, which is the same in every file format."""
+    """Return the SHA-256 of the names, shapes, dtypes and values of all tensors, whatever the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()
@@ -197,7 +200,8 @@ def load_bundle(source: str | os.PathLike[str]) -> Bundle:
     """Open a bundle, a Hugging Face HuBERT folder or Hub name, or a fairseq, s3prl or torchaudio file.
 
     Raises:
-        CheckpointError: the folder, a file in it or a tensor is missing, damaged or of the wrong shape.
+        CheckpointError: the model is missing, damaged, inconsistent or in an unsupported format.
+        MissingExtraError: a Hub name is given, but huggingface_hub is not installed.
     """
     path = resolve_model(source)
     if not path.is_dir():
@@ -270,7 +274,7 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
 
 
 def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
-    """Check that the language model in jahubert.json exists and has finite parameters, and return it."""
+    """Return the language model in jahubert.json, if any, after checking its parameters and its file."""
     stored = typed_item(folder / INFO, info, "language_model", dict)
     if stored is None:
         return None
@@ -388,10 +392,10 @@ class _SkipRandomInit(TorchFunctionMode):
 
 
 def _verify(folder: Path, info: dict[str, Any]) -> None:
-    """Compare the files of a bundle with the sizes and SHA-256 hashes in jahubert.json, if present.
+    """Compare jahubert.json, and the files whose sizes and SHA-256 hashes it records, with their checksums.
 
     Raises:
-        CheckpointError: a file is missing or its content differs.
+        CheckpointError: a file is missing, or its content differs from the record.
     """
     path, advice = folder / INFO, "copy the bundle again"
     if ("checksum" in info or "files" in info) and info.get("checksum") != _checksum(info):

@@ -20,7 +20,7 @@ from jahubert.frames import SAMPLE_RATE
 
 FORMATS = ("hf", "fairseq", "torchaudio", "onnx")
 SUFFIXES = (".pt", ".pth")  # .json is reserved for the settings of torchaudio models
-TOLERANCE = 1e-3  # maximum difference of outputs, because permuted rows may be rounded differently
+TOLERANCE = 1e-3  # maximum difference of outputs; permuted rows may be rounded differently
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,15 @@ def convert(
     target: str | os.PathLike[str],
     to: Literal["hf", "fairseq", "torchaudio", "onnx"],
 ) -> Conversion:
-    """Convert any model that `load_bundle` opens to a folder (hf) or file in another format.
+    """Convert a model in any format that `load_bundle` reads, and verify the outputs of the result.
+
+    The target is a folder for "hf", and a file for the other formats.
 
     Raises:
         CheckpointError: the source cannot be read, the target format cannot represent the model, or the
             outputs of the written model differ from the outputs of the source.
         ConfigError: the target exists, has the wrong suffix or cannot be written, or the format is unknown.
+        MissingExtraError: a package that ONNX export or a Hub name needs is not installed.
         OSError: writing failed, for example because the disk is full.
     """
     target = Path(target)
@@ -67,9 +70,9 @@ def convert(
 def largest_difference(first: Bundle, second: Bundle) -> float:
     """Compute the largest absolute difference between the outputs of two models on random audio.
 
-    The outputs of layers, CTC heads and unit heads are compared. The noise has unit variance, so that the
-    epsilon of waveform normalization has no effect. Heads that only one model has are not compared. CTC
-    symbols are matched by name.
+    The outputs of layers, CTC heads and unit heads are compared, except for heads that only one of the models
+    has. CTC symbols are matched by name. The audio is noise with unit variance, so that the epsilon of
+    waveform normalization has no effect.
     """
     wav_BT = torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     n_samples = [SAMPLE_RATE, SAMPLE_RATE * 5 // 8]
@@ -101,7 +104,8 @@ def _check_target(target: Path, to: str) -> None:
     if to != "hf" and target.suffix not in suffixes:
         raise ConfigError(f"{target}: {to} files end in {' or '.join(suffixes)}; choose another name")
     for path in (target, target.with_suffix(".json")) if to == "torchaudio" else (target,):
-        remove_leftovers(path.parent, path.name)  # no later write does, because an existing target is kept
+        # A later write would not remove leftovers next to an existing target, because the target is kept.
+        remove_leftovers(path.parent, path.name)
         if path.exists() and not _is_leftover(path):
             raise ConfigError(f"{path} already exists; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Reader and writer for fairseq and s3prl HuBERT checkpoints, without a dependency on fairseq.
 
 A checkpoint contains settings (`cfg`, or `args` in older files), weights (`model`) and the dictionaries of
-its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one, including settings.
+its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one and its settings.
 s3prl keeps the same weights under `model_weight`. Dictionaries begin with four special symbols, so that a
 codebook of K units has K + 4 rows. The first special symbol, `<s>`, is the CTC blank.
 """
@@ -62,7 +62,7 @@ _NAMES = [
     (r"^masked_spec_embed$", "mask_emb"),
     *WEIGHT_NORM,
 ]
-# HubertConfig field -> setting in fairseq, for fields that differ only in name.
+# HubertConfig field -> setting in fairseq, for fields whose values are the same.
 _FIELDS = {
     "conv_bias": "conv_bias",
     "width": "encoder_embed_dim",
@@ -158,7 +158,7 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the settings of model and task. A fine-tuned model contains those of the pretrained model."""
+    """Read the settings of model and task, resolving those that a fine-tuned model inherits."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
     settings: Any = to_plain(path, content.get("cfg")) or to_plain(path, content.get("args"))
@@ -205,7 +205,7 @@ def _config_fields(path: Path, model: dict[str, Any], task: dict[str, Any]) -> d
 
 
 def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
-    """Parse a list that fairseq evaluates as Python code, accepting only lists, `+` and `*`."""
+    """Parse a list that fairseq evaluates as Python code, accepting only lists, tuples, integers, + and *."""
 
     def build(node: ast.AST) -> Any:
         if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -442,7 +442,7 @@ def _head_tensors(
     special_rows: Tensor | None,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """Return codebook and projection, initializing tensors that fairseq requires but the model lacks."""
+    """Return codebook and (if pretrained) projection, initializing required tensors that the model lacks."""
     random = torch.Generator().manual_seed(0)
     if head is None:
         dim, rows = _FINAL_DIM, torch.zeros(0, _FINAL_DIM)

@@ -13,6 +13,7 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
 
     Raises:
         CheckpointError: the file, folder or name does not exist, or the Hub cannot be reached.
+        MissingExtraError: a Hub name is given, but huggingface_hub is not installed.
     """
     path = _local_path(source)
     if path is not None:
@@ -41,6 +42,7 @@ def check_exists(source: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: `resolve_model` would raise this error, or the folder is not a model.
+        MissingExtraError: as for `resolve_model`.
     """
     path = _local_path(source)
     if path is not None:

@@ -1,7 +1,8 @@
 """Reader and writer for Hugging Face HuBERT folders with configuration, weights and vocabulary.
 
 Weights are in one file or in shards, as safetensors or PyTorch `.bin` files. This package uses the same
-tensor names, except for the prefix `hubert.` of an encoder under a head and older weight norm names.
+tensor names. The reader removes the prefix `hubert.` of an encoder under a head, and converts the older names
+of weight norm tensors.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def preprocessor_config(config: HubertConfig) -> dict[str, Any]:
 def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
     """Return the content of vocab.json, in which the blank is named `<pad>`."""
     names = {BLANK: "<pad>"}
-    # Models converted from fairseq have both symbols: <s> is the blank, and <pad> is an ordinary symbol.
+    # In a model from fairseq, <pad> is an ordinary symbol. It takes the name <s>, which was fairseq's blank.
     names["<pad>"] = "<pad >" if "<s>" in phonemes.symbols else "<s>"
     return {names.get(symbol, symbol): row for row, symbol in enumerate(phonemes.symbols)}
 
@@ -175,7 +176,8 @@ def _config_fields(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     fields = {
         name: config_field(path, name, key, settings[key]) for name, key in _KEYS.items() if key in settings
     }
-    # The conversion script of Hugging Face writes no preprocessor_config.json for pretrained models.
+    # Hugging Face's conversion script writes no preprocessor_config.json for pretrained models, of which the
+    # pre-norm ones (large, xlarge) expect normalized waveforms.
     fields["normalize"] = fields.get("pre_norm", False)
     processor = folder / PREPROCESSOR
     if processor.exists():
@@ -212,6 +214,6 @@ def _read_symbols(folder: Path, settings: dict[str, Any], n_rows: int) -> Phonem
 
 
 def _content(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Return each token as a string. Tokenizer files may store it as an object with `content`."""
+    """Replace a word delimiter that the tokenizer file stores as an object by the object's `content`."""
     token = tokenizer.get("word_delimiter_token")
     return tokenizer | ({"word_delimiter_token": token.get("content")} if isinstance(token, dict) else {})

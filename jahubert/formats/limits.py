@@ -1,6 +1,6 @@
 """Limits on the memory and time for opening a model file.
 
-Real models stay far below these limits. For larger files from a trusted source, the environment variable
+Real models stay below these limits. For larger files from a trusted source, the environment variable
 `JAHUBERT_LIMITS` multiplies all of them.
 """
 
@@ -21,7 +21,7 @@ LAYERS = 512  # number of Transformer blocks
 
 
 def limit(value: int) -> int:
-    """Return a limit multiplied by the value of `JAHUBERT_LIMITS`.
+    """Return a limit multiplied by the value of `JAHUBERT_LIMITS` (default: 1).
 
     Raises:
         ConfigError: the variable is not a positive number.

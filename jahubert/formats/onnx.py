@@ -49,9 +49,10 @@ class OnnxGraph(nn.Module):
 
 
 def write_onnx(path: Path, bundle: Bundle) -> float:
-    """Write the model of a bundle. Return its largest difference from onnxruntime's output on random audio.
+    """Write the model of a bundle, and return the `difference` between file and bundle.
 
-    The metadata of the file contains the symbols, the sample rate and the kind of output.
+    The metadata of the file contains the sample rate, the hop and window lengths, the name of the output and
+    the CTC symbols with the index of the blank.
 
     Raises:
         MissingExtraError: a package of the extra `onnx` is not installed.
@@ -89,7 +90,7 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
 
 
 def difference(path: Path, bundle: Bundle) -> float:
-    """Compute the largest absolute difference from the outputs of the bundle on random audio."""
+    """Compute the largest absolute difference between outputs of a file and a bundle on random audio."""
     try:
         import onnxruntime
     except ImportError as error:

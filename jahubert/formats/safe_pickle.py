@@ -1,10 +1,10 @@
 """Restricted reader for PyTorch's `.pt` and `.bin` files.
 
 A pickle is a program that can call any function of any package, run for exponential time, and declare sizes
-larger than the file. This reader calls only the constructors defined in this module. Tensors are views of the
-bytes in the file. Objects of known packages (settings of argparse, omegaconf and Lightning, dictionaries of
-fairseq) become inert records, and everything else is rejected. Time and memory are limited by the number of
-instructions and by the file size.
+larger than the file. This reader calls only OrderedDict and the constructors defined in this module. Tensors
+are views of bytes read from the file. Objects of known packages (settings of argparse, omegaconf and
+Lightning, dictionaries of fairseq) become inert records, and everything else is rejected. Time and memory are
+limited by the number of instructions and by the file size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Packages whose objects become records, and additional single names.
+# Packages whose objects become records, and single names from other packages.
 _FAMILIES = {"argparse", "omegaconf", "fairseq", "numpy", "pathlib", "typing"}
 _FAMILIES |= {"lightning", "lightning_fabric", "pytorch_lightning"}
 _NAMES = {"torch.device", "torch.Size", "_codecs.encode", "collections.defaultdict", "collections.Counter"}
@@ -58,7 +58,7 @@ class Record(dict[Any, Any]):
     state: Any = None
 
     def append(self, _: Any) -> None:
-        """Ignore the items of foreign lists and sets, which contain no settings."""
+        """Ignore an item of a foreign list, which contains no settings."""
 
     def extend(self, _: Iterable[Any]) -> None:
         """Ignore the items, like `append`."""
@@ -287,7 +287,7 @@ class _Dispatch(dict[Any, Any]):
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickler that is limited to containers, numbers, records and descriptions of tensors.
+    """Unpickler that is limited to containers, numbers, strings, records and descriptions of tensors.
 
     Args:
         path: path of the file, for error messages.

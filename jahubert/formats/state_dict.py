@@ -27,7 +27,7 @@ from jahubert.phonemes import PhonemeSet
 
 NORMALIZE_EPS = 1e-5  # epsilon of waveform normalization (layer_norm) in fairseq and torchaudio
 TORCH_NORM_EPS = 1e-5  # epsilon of all norms in fairseq and torchaudio models
-HEAD = "lm_head.weight"  # name of the CTC head, which only CTC models have
+HEAD = "lm_head.weight"  # weight of the CTC head, which only CTC models have
 WEIGHT_NORM = [
     (r"parametrizations\.weight\.original0$", "weight_g"),
     (r"parametrizations\.weight\.original1$", "weight_v"),
@@ -61,7 +61,7 @@ def rename(name: str, rules: list[tuple[str, str]]) -> str:
 
 
 def weight_norm_name(name: str) -> str:
-    """Convert a name to `weight_g` or `weight_v` of torch's older weight normalization API."""
+    """Convert the name of a weight norm tensor to that of torch's older API, `weight_g` or `weight_v`."""
     return rename(name, WEIGHT_NORM)
 
 
@@ -92,10 +92,11 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
-    """Check the symbols of a CTC head.
+    """Check the symbols of a CTC head, and create the set of them.
 
     Raises:
-        CheckpointError: there are fewer than two symbols, or a symbol is duplicated or unprintable.
+        CheckpointError: there are fewer than two symbols, the blank is missing, or a symbol is duplicated,
+            unprintable or not a string.
     """
     for symbol in symbols:
         if not typed(where, "a symbol", symbol, str).isprintable():
@@ -112,7 +113,7 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
 
 
 def config_field(where: object, field: str, name: str, value: Any) -> Any:
-    """Check that a value, named `name` in the file, has the type of a HubertConfig field.
+    """Check that a value, named `name` in the file, has the type of a HubertConfig field, and return it.
 
     Raises:
         CheckpointError: the value has another type.
@@ -132,7 +133,8 @@ def fields_from_shapes(
         name_of: function from tensor names in this package to those in the file.
 
     Raises:
-        CheckpointError: a tensor is missing or has the wrong number of dimensions.
+        CheckpointError: a tensor is missing or has the wrong number of dimensions, or there are too many
+            layers.
     """
 
     def shape(name: str, dims: int) -> torch.Size:
@@ -149,7 +151,9 @@ def fields_from_shapes(
         while name_of(name.format(n)) in tensors:
             n += 1
         if n > limit(most):
-            raise CheckpointError(f"{where}: {n} layers {name.format('N')}, but at most {most} are supported")
+            raise CheckpointError(
+                f"{where}: {n} layers {name.format('N')}, but at most {limit(most)} are supported"
+            )
         return n
 
     conv, ffn = "feature_extractor.conv_layers.{}.conv.", "encoder.layers.{}.feed_forward.intermediate_dense."
@@ -294,7 +298,7 @@ def new_mask_embedding(width: int) -> Tensor:
 
 
 def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[str, Tensor]:
-    """Return the encoder tensors for fairseq or torchaudio, and append dropped items to `notes`.
+    """Return the encoder tensors for fairseq or torchaudio, and append to `notes` what is changed.
 
     Raises:
         CheckpointError: the target would compute different outputs with these weights.

@@ -17,15 +17,15 @@ MAX_LINE = 1 << 20  # maximum length of a line in bytes
 
 
 def read_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
-    """Iterate over the lines of a UTF-8 file with their numbers; a byte order mark is skipped.
+    """Yield (number, line) for each line of a UTF-8 file, skipping a byte order mark.
 
     Args:
         path: a text file, compressed if its name ends in `.gz`; `-` is standard input.
         content: what the file contains, for messages, such as "lexicon".
 
     Raises:
-        DataError: the file cannot be read, or a line is not UTF-8 or too long. The message gives the line
-            number.
+        DataError: the file cannot be read, or a line is not UTF-8 or too long. The message about a line gives
+            its number.
     """
     try:
         with _open(path) as file:

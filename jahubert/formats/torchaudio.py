@@ -65,10 +65,8 @@ _PRETRAINING: dict[str, Any] = {
     "mask_channel_selection": "static", "mask_channel_other": 0.0, "mask_channel_length": 10,
     "no_mask_channel_overlap": False, "mask_channel_min_space": 1, "skip_masked": False, "skip_nomask": False,
 }  # fmt: skip
-_PUBLISHED_HEADS = {
-    1024: 16,
-    1280: 16,
-}  # width -> number of attention heads (large, xlarge); otherwise heads have a width of 64
+# Width -> number of attention heads (large, xlarge). Heads of other models are assumed to have a width of 64.
+_PUBLISHED_HEADS = {1024: 16, 1280: 16}
 
 
 def torchaudio_name(name: str) -> str:

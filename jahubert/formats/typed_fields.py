@@ -39,7 +39,8 @@ def typed(where: object, name: str, value: Any, kind: type) -> Any:
             tuple.
 
     Raises:
-        CheckpointError: the value has another type, is not finite or is too large for any model setting.
+        CheckpointError: the value has another type, is not finite, is too large for any model setting, or is
+            text that UTF-8 cannot encode.
     """
     if kind is float and type(value) is int and abs(value) <= MAX_INT:
         value = float(value)
