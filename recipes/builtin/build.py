@@ -146,7 +146,7 @@ def decode_with_ngram(overrides: list[str]) -> int:
 
 
 def check_finished(exp: Path) -> None:
-    """Raise DataError if a stage whose output is packed is not finished, or if a file of it is damaged."""
+    """Raise DataError if a stage whose output is packed is not finished or one of its files is damaged."""
     for stage in FINISHED:
         if not (exp / stage / DONE).exists():
             raise DataError(
@@ -186,7 +186,8 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
         units: centroids (K, D) and the layer to which they belong, for `jahubert units`.
 
     Raises:
-        DataError: the folder is too large.
+        DataError: the folder would be too large.
+        ConfigError: the recognizer has no CTC head.
     """
     system = exp / "systems" / "main"
     score, decode = (system / f"{stage}-{NGRAM}" for stage in ("score", "decode"))
@@ -215,7 +216,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
         (folder / "README.md").write_text(page, encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > LIMIT:
-            raise DataError(f"{target} has {size / 1e6:.1f} MB, but the limit is {LIMIT / 1e6:.0f} MB")
+            raise DataError(f"{target} would take {size / 1e6:.1f} MB, but the limit is {LIMIT / 1e6:.0f} MB")
     return size
 
 

@@ -2,8 +2,8 @@
 
     python recipes/builtin/by_group.py exp/builtin/systems/main/decode/test_cv.jsonl /path/to/transcripts.tsv
 
-A speaker has the gender and age of the first of its recordings that states one. The 95 % intervals are
-bootstrapped over utterances, so they do not cover the choice of speakers.
+The gender and the age of a speaker are those in the first row of the table that states them. The 95 %
+intervals are bootstrapped over utterances, so they do not reflect the variation between speakers.
 """
 
 from __future__ import annotations

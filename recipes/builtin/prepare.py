@@ -7,8 +7,9 @@ The data come from these sources:
 - sentences from Common Voice, read by many speakers;
 - recordings in other languages without text, for pretraining;
 - sentences in the mixed voices of the `voices` recipe;
-- the sentences of the `demo` recipe in its synthetic voices, and the training words in random order in the
-  same voices, which contain more different phone sequences than the sentence patterns.
+- the sentences of the `demo` recipe in its synthetic voices;
+- the training words in random order in the same voices, for more distinct phone sequences than the sentence
+  patterns of the `demo` recipe contain.
 
 Test splits are the held-out words per voice, these words joined, sentences by held-out speakers from Common
 Voice, copies of these recordings over a simulated telephone line and in noise, synthetic sentences that do
@@ -58,7 +59,10 @@ class Config:
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(default_factory=Speakers)  # sentences of all other sources are excluded
     reading: float = 35.0  # minutes of training words in synthetic voices
-    speeds: tuple[float, ...] = (0.87, 1.15)  # speeds at which joined training utterances are copied
+    speeds: tuple[float, ...] = (
+        0.87,
+        1.15,
+    )  # each joined training utterance is copied at one of these speeds
 
     def __post_init__(self) -> None:
         if not all(0.5 <= speed <= 2 for speed in self.speeds):
@@ -74,7 +78,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     test_real. `data` is the corpus of the `tofugu` recipe.
 
     Raises:
-        DataError: the corpus is not found.
+        DataError: a corpus is not found or unusable.
+        MissingExtraError: librosa or, for synthetic voices, pyopenjtalk-plus is not installed.
     """
     words: list[str] = []
     for number, item in enumerate(tofugu.prepare(data, work / "tofugu", config.words, seed)):
@@ -133,7 +138,7 @@ def _synthetic(
 
 
 def _voice(item: Utterance) -> str:
-    """Classify a voice as "low" or "high" by the median pitch of the loud part of the word."""
+    """Classify the voice of a word as "low" or "high" by the median pitch of its loud part."""
     try:
         import librosa
     except ImportError as error:

@@ -1,15 +1,16 @@
 """Reader for read sentences with speaker labels, and for recordings without text, from Common Voice.
 
-Each input is a folder with a tab-separated table: `transcripts.tsv` with the columns file, text, speaker,
-gender and age, or `clips.tsv` with file, language and speaker. Recordings are converted to 16 kHz FLAC files.
+Each input is a folder with a tab-separated table: `transcripts.tsv` with the columns file, text and speaker,
+or `clips.tsv` with the columns file and speaker. Recordings are converted to 16 kHz FLAC files.
 
-No speaker occurs in two splits, and no sentence, even with other punctuation or character widths. The
-speakers of the splits test_cv and dev_cv are drawn at random, determined by the seed, from those with a
-client id. A name that starts with `block` is not a client id, but was guessed from neighboring file names.
+The splits train, dev_cv and test_cv share neither speakers nor sentences. Sentences that differ only in
+punctuation or character widths count as equal. The speakers of test_cv and dev_cv are drawn at random,
+determined by the seed, from those with a client id and 5 to 70 recordings. A name that starts with `block` is
+not a client id, but was guessed from neighboring file names.
 
-Each utterance of test_cv has two copies, with the same text: in test_cv_phone as over a telephone
-(`telephone`), and in test_cv_noise with pink noise (`noisy`). The training augmentation has similar effects,
-but does not share their code, so that the test sets do not change with it.
+Each utterance of test_cv has two copies with the same text: one over a simulated telephone line (`telephone`)
+in test_cv_phone, and one with pink noise (`noisy`) in test_cv_noise. The training augmentation has similar
+effects, but shares no code with these functions, so that changes to it do not affect the test sets.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Config:
     dev_speakers: int = 6
     cap_minutes: float = 20.0  # maximum duration per training speaker
     speeds: tuple[float, ...] = (0.9, 1.1)  # speeds at which every training sentence is repeated
-    snr_db: float = 10.0  # signal-to-noise ratio of test_cv_noise
+    snr_db: float = 10.0  # signal-to-noise ratio of test_cv_noise in dB
 
     def __post_init__(self) -> None:
         if self.test_speakers < 1 or self.dev_speakers < 1:
@@ -71,7 +72,7 @@ def sentences(
         held_out: sentences in other test sets, which are excluded from training and development.
 
     Raises:
-        DataError: the table is not found, a row has no file or text, or there are too few speakers.
+        DataError: the table is not found, a row has no file, text or speaker, or there are too few speakers.
     """
     rows = read_rows(folder / "transcripts.tsv", ("file", "text", "speaker"))
     split_of = _split_speakers(rows, config, seed)
@@ -117,7 +118,7 @@ def other_languages(folder: Path, work: Path) -> Iterator[Utterance | Rejected]:
 
 
 def at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
-    """Play an utterance faster or slower, which also shifts pitch and formants."""
+    """Return a copy of an utterance played faster or slower, which also shifts pitch and formants."""
     path = folder / f"{Path(item.audio.path).stem}-{speed}.flac"
     n_samples = write_flac_once(path, lambda: change_speed(_read(item), speed))
     return replace(item, id=f"{item.id}-{speed}", audio=AudioSource(str(path)), n_samples=n_samples)
@@ -236,7 +237,10 @@ def _converted(
 def _copy(
     item: Utterance, split: str, folder: Path, change: Callable[[np.ndarray, np.random.Generator], np.ndarray]
 ) -> Utterance:
-    """Return a changed copy of a test utterance; its noise depends only on the utterance id."""
+    """Return a copy of a test utterance with changed audio.
+
+    The random numbers that `change` receives depend only on the id of the utterance.
+    """
     rng = np.random.default_rng(list(item.id.encode()))
     path = folder / Path(item.audio.path).name
     n_samples = write_flac_once(path, lambda: change(_read(item), rng))

@@ -3,7 +3,7 @@
 USB (3rd and 4th edition)  MORPH/SDB/{core,noncore}/ID.sdb  WAV/{core,noncore}/ID.wav, ID-L.wav, ID-R.wav
                            XML/BaseXML/{core,noncore}/ID.xml  TRN/Form1/{core,noncore}/ID.trn  fileList.csv
 DVD                        dvd3 ... dvd17/ID/ID.{sdb,wav,xml,trn}
-merl                       CSJ2004/{SDB,WAV,XML,TRN}/ID.*  or  CSJ2004/SPEECH/ID/ID.*
+merl (Kaldi's name)        CSJ2004/{SDB,WAV,XML,TRN}/ID.*  or  CSJ2004/SPEECH/ID/ID.*
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Talk:
     audio: dict[str, Path] = field(default_factory=dict)  # channel ("" if the name has none) -> path
     transcripts: dict[str, Path] = field(default_factory=dict)  # kind (sdb, xml or trn) -> path
     core: bool = False
-    # Pairs of a file above and a file of the same kind in another folder.
+    # Pairs of a file in `audio` or `transcripts` and a file with the same name in another folder.
     copies: list[tuple[Path, Path]] = field(default_factory=list)
 
 
@@ -230,7 +230,8 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
             so that no talk is assigned to `dev` here.
 
     Raises:
-        DataError: a talk is in two sets, a listed talk was not found, or a listed training talk is held out.
+        DataError: a talk is in two sets, or the list `subset` is missing or contains a talk that is held out
+            or was not found.
     """
     held = held_out(dev)
     if subset in ("core", "all"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from jahubert.phonemes import VOWELS
 
 LONG = "H"  # lengthens the preceding vowel
-# Labels of vocal fry, a hum and an unidentifiable sound, which have no phones in transcribed words either.
+# Labels of vocal fry, a hum and an unidentifiable sound, which are not mapped to phones.
 SILENT = ("FV", "VN", "?")
 # Phone labels that are not speech: pauses, noise, breath and the start of an utterance.
 OUTSIDE = ("SpzS", "SNS", "SbS", "#")

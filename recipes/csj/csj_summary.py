@@ -21,8 +21,8 @@ def _hours(hours: int, minutes: int, seconds: int = 0) -> float:
 
 
 # Other recipes join segments differently, so that hours agree within a few percent at best, and numbers of
-# utterances are only comparable if the rule is the same. KALDI has the numbers of utterances without masked
-# names in egs/csj/s5 (join=kaldi).
+# utterances are comparable only if the rule is the same. KALDI contains the numbers of utterances without
+# masked names in egs/csj/s5, whose rule is join=kaldi.
 KALDI = {"eval1": 1272, "eval2": 1292, "eval3": 1385}
 KALDI_DEV = _hours(6, 31)  # duration of 4,000 utterances
 LHOTSE_DEV = (3743, _hours(6, 40, 15))  # number of utterances, hours
@@ -60,7 +60,10 @@ class SplitCount:
 
 
 def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config: SummaryOptions) -> None:
-    """Log the size of every split, compared with published figures, rejected items, and missing talks."""
+    """Log the size of every split next to published figures, the rejected items, and the empty splits.
+
+    A split without all of its expected talks is a warning.
+    """
     expected = expected_talks(config.subset, config.dev)
     for name, count in counts.items():
         talks = count.talks
@@ -92,18 +95,22 @@ def expected_talks(subset: str, dev: str) -> dict[str, int]:
 
 
 def comparison(name: str, count: SplitCount, config: SummaryOptions) -> str:
-    """Return a comparison of a split's size with other recipes, or "" if no figure is comparable."""
-    figures = []
+    """Compare the size of a split with the published sizes, or return "" if none is comparable."""
+    figures = []  # (source, its figures, quantity, this split's quantity relative to the source's)
     if name in KALDI and config.join == "kaldi":
-        figures.append(("Kaldi", f"{KALDI[name]:,} utterances", count.utterances / KALDI[name]))
+        ratio = count.utterances / KALDI[name]
+        figures.append(("Kaldi", f"{KALDI[name]:,} utterances", "utterances", ratio))
     if name in ICEFALL:
-        figures.append(("icefall", f"{ICEFALL[name]:.2f} h", count.hours / ICEFALL[name]))
+        figures.append(("icefall", f"{ICEFALL[name]:.2f} h", "hours", count.hours / ICEFALL[name]))
     if name == "dev" and config.dev == "lhotse":
         utterances, hours = LHOTSE_DEV
-        figures.append(("lhotse", f"{utterances:,} utterances, {hours:.2f} h", count.hours / hours))
+        figures.append(("lhotse", f"{utterances:,} utterances, {hours:.2f} h", "hours", count.hours / hours))
     if name == "dev" and config.dev == "kaldi":
-        figures.append(("Kaldi", f"4,000 utterances, {KALDI_DEV:.2f} h", count.hours / KALDI_DEV))
+        figures.append(("Kaldi", f"4,000 utterances, {KALDI_DEV:.2f} h", "hours", count.hours / KALDI_DEV))
     if name == "train" and config.subset in PAPER_HOURS:
         hours = PAPER_HOURS[config.subset]
-        figures.append(("the paper", f"{hours:.0f} h", count.hours / hours))
-    return "".join(f"; {source}: {figure} (this split has {share:.1%})" for source, figure, share in figures)
+        figures.append(("the paper", f"{hours:.0f} h", "hours", count.hours / hours))
+    return "".join(
+        f"; {source}: {figure} (this split: {ratio:.1%} of these {quantity})"
+        for source, figure, quantity, ratio in figures
+    )

@@ -12,7 +12,7 @@ are resolved as follows:
 | (A x;y) Latin and numbers      | x                                     | y           |
 | (K x;y) kanji broken by a tag  | x                                     | y           |
 | (? x) (? x,y) uncertain        | x; the empty (?) is nothing           | the same    |
-| (M x) metalinguistic           | x; of (M x;y) x                       | x; y        |
+| (M x) (M x;y) metalinguistic   | x                                     | x; y if any |
 | (O x) (X x) (L x)              | x                                     | the same    |
 | (笑 x) (泣 x) (咳 x)           | x                                     | the same    |
 | (R x) masked name, and ×       | the utterance is rejected             | the same    |
@@ -54,7 +54,7 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class TagOptions:
-    pron: Literal["canonical", "actual"] = "canonical"  # use the intended or the actual pronunciation
+    pron: Literal["canonical", "actual"] = "canonical"  # intended or actual pronunciation of slips and events
     fillers: Literal["keep", "drop"] = "keep"
     fragments: Literal["keep", "drop"] = "keep"
 

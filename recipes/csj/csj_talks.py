@@ -1,4 +1,4 @@
-"""Conversion of a talk to utterances, based on its best transcript and its audio."""
+"""Conversion of the preferred transcript and the audio of a talk to utterances."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TalkOptions(TagOptions, JoinOptions):
 
 @dataclass
 class Transcript:
-    """The best transcript of a talk, with the phone times from its XML file."""
+    """The preferred transcript of a talk, with the phone times from its XML file."""
 
     path: Path
     segments: list[Segment]
@@ -46,7 +46,7 @@ class Transcript:
 
 
 def read_transcript(talk: Talk, phones: bool = True) -> Transcript | None:
-    """Read the SDB, XML or TRN file of a talk, in this order of preference, or return None without one.
+    """Read the SDB, XML or TRN file of a talk, in this order of preference, or return None if it has none.
 
     Args:
         phones: whether to read the phone times of core talks. Errors in phone times are recorded, not raised.
@@ -82,11 +82,10 @@ class TalkCheck:
     n_segments: int = 0
     n_broken: int = 0  # number of segments that cannot be read
     problems: list[str] = field(default_factory=list)  # problems in the pronunciation, with file:line
-    text_problems: list[str] = field(
-        default_factory=list
-    )  # problems in the orthography, which is not used for training
+    # Problems in the orthography, which is not used for training.
+    text_problems: list[str] = field(default_factory=list)
     rejected: Rejected | None = None  # the reason, if the whole talk is unusable
-    duplicates: list[Rejected] = field(default_factory=list)  # copies of the files of the talk
+    duplicates: list[Rejected] = field(default_factory=list)  # identical copies of the files, not used
 
 
 def check_talk(talk: Talk, options: TagOptions) -> TalkCheck:
@@ -151,7 +150,7 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
     """Return the mono audio of a channel and its length in 16 kHz samples.
 
     Raises:
-        AudioError: the file is missing, or the audio is unreadable.
+        AudioError: the file is missing, its audio is unusable, or it contains only the other channel.
     """
     file = talk.audio.get(channel) or talk.audio.get("")
     if file is None:
@@ -172,7 +171,12 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
 
 
 def _n_channels(path: Path) -> int:
-    """Return the number of channels. A format that differs from the corpus indicates a damaged header."""
+    """Return the number of channels of an audio file.
+
+    Raises:
+        AudioError: the file is unreadable, or its format is not that of the corpus, which indicates a damaged
+            header.
+    """
     try:
         info = soundfile.info(path)
     except RuntimeError as error:
@@ -210,7 +214,9 @@ def _utterance(
         return Rejected(name, "no words")
     end = min(segment.end, n_samples)
     if segment.end > n_samples + _TOLERANCE or end <= segment.start:
-        return Rejected(name, "after the end of the audio", f"{audio} has {n_samples / SAMPLE_RATE:.3f} s")
+        return Rejected(
+            name, "after the end of the audio", f"{audio} ends at {n_samples / SAMPLE_RATE:.3f} s"
+        )
     return Utterance(
         id=name,
         audio=audio,

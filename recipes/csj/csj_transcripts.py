@@ -1,8 +1,9 @@
 """Readers for CSJ transcripts: SDB and TRN (Shift_JIS) and XML (UTF-8).
 
-A transcript is a list of segments, the timed units of the corpus: speech between pauses of 0.2 s. The words
-of a segment contain tags. They are short unit words in SDB and XML, and phrases (bunsetsu) in TRN. A
-malformed line, which `Word.problem` describes, affects only the segments to which it may belong.
+A transcript is a list of segments, the timed units of the corpus: speech between pauses of at least 0.2 s.
+The words of a segment contain tags. In SDB and XML, they are short unit words; in TRN, they are phrases
+(bunsetsu). A malformed line, which `Word.problem` describes, affects only the segments to which it may
+belong.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def read_sdb(path: Path) -> list[Segment]:
     segments: dict[tuple[str, str], Segment] = {}
     latest: dict[str, Segment] = {}  # channel -> its last segment
     unplaced: list[Word] = []  # words from lines without a time, which may belong to the next segment
-    numbers: dict[str, int] = {}  # number of the first occurrence of each line
+    numbers: dict[str, int] = {}  # content of a line -> number of its first occurrence
     talks: set[str] = set()
     for number, line in _lines(path):
         columns = line.split("\t")
@@ -162,7 +163,7 @@ def read_trn(path: Path) -> list[Segment]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number, line) of non-empty lines, with `_BAD` for bytes that are not Shift_JIS (CP932)."""
+    """Yield the non-empty lines as (number, line), with U+FFFD for bytes that are not Shift_JIS (CP932)."""
     for number, line in enumerate(decoded_lines(read_bytes(path)), 1):
         if line.strip():
             yield number, line
@@ -177,7 +178,10 @@ def _check_encoding(word: Word) -> Word:
 
 
 def _check_times(segments: Iterable[Segment]) -> list[Segment]:
-    """Add a problem to each segment that ends before it starts."""
+    """Add a problem to each segment that does not end after its start, and set its length to 0.
+
+    Segments that already have a problem remain unchanged.
+    """
     result = list(segments)
     for segment in result:
         if segment.end <= segment.start and not any(word.problem for word in segment.words):

@@ -62,7 +62,9 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     sets = assign_sets(talks, config.subset, config.dev)
     if phrases := [talk for talk in sets if list(talks[talk].transcripts) == ["trn"]]:
         examples = " ".join(phrases[:5])
-        log.warning("csj: %d talks have only a TRN, whose words are phrases: %s ...", len(phrases), examples)
+        log.warning(
+            "csj: %d talks have only a TRN file, whose words are phrases: %s ...", len(phrases), examples
+        )
     unusable, damaged = _check_talks({name: talks[name] for name in sets}, config)
     yield from unusable
     n_kaldi_dev = int(read_list("dev-kaldi")[0]) if config.dev == "kaldi" else 0

@@ -72,7 +72,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Line:
-    """All parameters that determine the audio of an utterance."""
+    """A line to be spoken: all parameters that determine the audio of an utterance."""
 
     text: str
     speaker: int  # index into SPEAKERS
@@ -116,7 +116,10 @@ def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> I
 
 
 def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[tuple[Line, Utterance]]:
-    """Yield lines with their utterances for test, dev and train, in this order, for `minutes` in total."""
+    """Yield the parameters and the utterance of each sentence for test, dev and train, in this order.
+
+    The utterances have a total duration of `minutes`, unless the texts end.
+    """
     total = config.minutes * 60 * SAMPLE_RATE
     left = {"test": total * config.test_share, "dev": total * config.dev_share}
     left["train"] = total - left["test"] - left["dev"]
@@ -176,6 +179,9 @@ def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) 
 
     Args:
         samples: number of samples for each label.
+
+    Raises:
+        JahubertError: the labels have other phones than the words.
     """
     label_phones = [_phone_of(label) for label in labels]
     kana = " ".join(word.kana for word in words)

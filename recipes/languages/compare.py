@@ -55,7 +55,11 @@ def pretraining_jobs(tree: dict[str, Any]) -> list[list[str]]:
 
 
 def table(exp: Path, systems: list[str]) -> str:
-    """Format the PER of all systems, with the difference from the system pretrained on Japanese."""
+    """Format the error rates of all systems in Markdown.
+
+    The difference of a PER is from the system that was pretrained on Japanese and fine-tuned on as many
+    labels.
+    """
     lines = [
         "| system | labels, min | updates | PER, % | difference from `japanese` | p | kana CER, % |",
         "|---|---|---|---|---|---|---|",

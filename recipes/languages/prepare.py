@@ -63,7 +63,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     if not is_complete:
         found = n_samples / SAMPLE_RATE / 60
         raise DataError(
-            f"the training split ({config.language}) has {found:.1f} minutes, less than "
+            f"the training split ({config.language}) contains {found:.1f} minutes of audio, less than "
             f"minutes={config.minutes:g}; set minutes to at most this duration"
         )
 

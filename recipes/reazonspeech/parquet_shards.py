@@ -207,7 +207,11 @@ def _flac_samples(data_B: np.ndarray, start_N: np.ndarray, length_N: np.ndarray)
 
 
 def _measure_others(table: pa.Table, tar: Path) -> tuple[pa.Table, list[list[str]]]:
-    """Measure recordings without a 16 kHz FLAC header, and return the usable and the unusable rows."""
+    """Determine the lengths of recordings without a 16 kHz FLAC header.
+
+    Returns:
+        The usable rows, and [name, reason, detail] of each unusable recording.
+    """
     n_samples_N = table["n_samples"].to_numpy().copy()
     broken: list[list[str]] = []
     for row in np.flatnonzero(n_samples_N == 0).tolist():

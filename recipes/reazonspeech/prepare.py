@@ -41,18 +41,18 @@ _SHARD = re.compile(rb"[0-9a-f]{3}")
 _LOG_EVERY = 256  # number of shards between log lines
 # Reasons for rejection
 NO_AUDIO, NO_CAPTION, INCOMPLETE = "no audio in its shard", "no caption", "incomplete shard"
-DAMAGES = (DAMAGED, TRUNCATED, INCOMPLETE)  # of a shard
+DAMAGES = (DAMAGED, TRUNCATED, INCOMPLETE)  # reasons that concern a whole shard
 
 
 @dataclass(frozen=True)
 class Config:
-    subset: str = "all"  # name of a .tsv: tiny, small, medium, large or all
+    subset: str = "all"  # tiny, small, medium, large or all: name of a table (.tsv) or a parquet folder
     dev: int = 1000  # number of utterances at the start of the corpus
     test: int = 100  # number of utterances after the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
-    # Maximum fraction of damaged shards, and of unusable recordings and table rows in the others. These are
-    # rejected. The run ends if more than this fraction (and more than one) are unusable. 0: any problem ends
-    # the run.
+    # Maximum fraction of damaged shards, and of unusable recordings and table rows in the other shards. All
+    # of them are rejected. The run ends if more than this fraction (and more than one) are unusable. 0: any
+    # problem ends the run.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:
@@ -141,8 +141,7 @@ def _convert(parquet: Path, folder: Path) -> Shard | Rejected:
 
 
 def _find_copies(parquet: Sequence[Path]) -> Iterator[Rejected]:
-    """Yield copies of files with shorter names, as a second download creates them."""
-
+    """Yield the files whose content is that of a file with a shorter name, as after a second download."""
     by_size: dict[int, list[Path]] = {}
     for path in sorted(filter(is_file, parquet), key=lambda path: (len(path.name), path)):
         size = read_reliably(path.stat, path).st_size
@@ -165,7 +164,9 @@ class _Limit:
     first_broken: Rejected | None = None
 
     def count(self, rejected: Sequence[Rejected], n_usable: int = 0, shard: str = "") -> Iterator[Rejected]:
-        """Count and yield rejected items, usually all of a shard. An incomplete shard is added to them.
+        """Count and yield rejected items, usually all of a shard.
+
+        If too many captions of a shard have no audio, the shard itself is yielded as well.
 
         Raises:
             DataError: too many shards are damaged.

@@ -1,6 +1,6 @@
 """Index of the recordings in tar shards, created from the tar headers without unpacking the shards.
 
-The index of a shard is a JSON file that consists of columns. It is created again if the size or modification
+The index of a shard is a JSON file (see `index_shards`), which is created again if the size or modification
 time of the shard changes. Several machines with a shared file system can each index a part of the shards:
 
     python recipes/reazonspeech/tar_index.py corpus/data exp/reazonspeech/prepare/work/index --part 1/4
@@ -42,7 +42,7 @@ def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterat
 
     Raises:
         DataError: a shard cannot be read.
-        JahubertError: a process failed. The message contains its output.
+        JahubertError: a process failed; the message contains its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in shards if _read_index(shard, folder) is None]
@@ -92,7 +92,7 @@ def index_shard(shard: Path) -> dict[str, Any]:
     """Create the index of a shard, in the format described in `index_shards`.
 
     Raises:
-        DataError: the shard cannot be read after several attempts.
+        ReadError: the shard cannot be read after several attempts.
         OSError: the shard does not exist.
     """
     try:
@@ -182,7 +182,11 @@ def _flac_samples(head: bytes) -> int:
 
 
 def measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
-    """Return the length of other audio in 16 kHz samples, or 0 with the reason if it is unreadable."""
+    """Determine the length of audio that is not 16 kHz FLAC.
+
+    Returns:
+        The length in 16 kHz samples and "", or 0 and the reason if the audio is unusable.
+    """
     from jahubert.audio import AudioSource, audio_length  # imported here, because it imports torch
     from jahubert.train.data.utterances import read_reliably
 

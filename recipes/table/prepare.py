@@ -27,7 +27,7 @@ from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_file, is_folder, r
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = SAMPLE_RATE // 10  # samples by which a time may exceed the audio; times may be rounded
+_TOLERANCE = SAMPLE_RATE // 10  # samples by which an end time may exceed the audio, because of rounding
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,9 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
     end = length if row.end is None else round(row.end * SAMPLE_RATE)
     if end > length + _TOLERANCE or start >= length:
         seconds = length / SAMPLE_RATE
-        detail = f"{row.where}: {row.start:g} to {end / SAMPLE_RATE:g} s, but the audio has {seconds:.3f} s"
+        detail = (
+            f"{row.where}: {row.start:g} to {end / SAMPLE_RATE:g} s, but the audio is {seconds:.3f} s long"
+        )
         yield Rejected(row.id, "time after the end of the audio", detail)
         return
     end = min(end, length)
@@ -236,8 +238,8 @@ def _log_report(
     training_speakers = speakers_of.pop("train", set())
     if shared := training_speakers & set().union(*speakers_of.values()):
         log.warning(
-            "table: %d speakers are in train and in another split, whose error rates thus do not measure "
-            "accuracy on unseen speakers",
+            "table: %d speakers are in train and in another split; the error rates of that split thus do not "
+            "measure accuracy on unseen speakers",
             len(shared),
         )
     for reason, n in Counter(item.reason for item in rejected).most_common():

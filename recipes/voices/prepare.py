@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 demo = recipe_module("demo")
 
-_BATCH_LINES = 1000  # utterances to plan at a time: enough for the start of the processes to be negligible
+_BATCH_LINES = 1000  # utterances per batch; with so many, the time to start the processes is negligible
 _ALPHA = 0.55  # all-pass constant of an unchanged voice at 48 kHz
 _HALF_TONES_PER_ALPHA = -50.0  # a longer vocal tract goes with a lower pitch
 _CORPUS_LINE = re.compile(r"[\w-]+:(?P<text>[^,]+),[ァ-ヺー、。！？]+$")  # ID:text with furigana,kana
@@ -58,7 +58,8 @@ class Config:
     test_share: float = 0.05  # fraction of the minutes in test
     speakers: int = 200  # number of speakers in train; dev and test each have a tenth as many other speakers
     alpha: tuple[float, float] = (0.49, 0.62)  # range of the all-pass constant; 0.55 means no change
-    half_tones: tuple[float, float] = (-4.0, 4.0)  # range of the pitch shift, in addition to that from alpha
+    # Range of the pitch shift in semitones, in addition to the shift that depends on alpha.
+    half_tones: tuple[float, float] = (-4.0, 4.0)
     speed: tuple[float, float] = (0.8, 1.25)  # range of speeds
     snr_db: tuple[float, float] = (20.0, 50.0)  # range of signal-to-noise ratios (stationary noise)
     neural_minutes: float = 0.0  # duration of the speech by neural voices (neural.py), all in train
@@ -116,7 +117,7 @@ def prepare(
 
     Raises:
         ConfigError: a package for the neural voices is not installed.
-        DataError: no voice or no sentence is found.
+        DataError: the folder has no voices or equally named ones, or a file of sentences cannot be read.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     if config.neural_minutes:
@@ -231,7 +232,11 @@ def _plan(
     groups: Sequence[Sequence[Voice]],
     seen: set[str],
 ) -> Iterator[tuple[Line, Utterance] | Rejected]:
-    """Yield lines with their utterances for test, dev and train, in this order, for `minutes` in total."""
+    """Yield the parameters and the utterance of each sentence for test, dev and train, in this order.
+
+    The utterances have a total duration of `minutes`, unless the texts end. A sentence that cannot be
+    synthesized is yielded as rejected.
+    """
     total = config.minutes * 60 * SAMPLE_RATE
     remaining = {"test": total * config.test_share, "dev": total * config.dev_share}
     remaining["train"] = total - sum(remaining.values())

@@ -1,7 +1,7 @@
-"""Synthesis of audio files for planned lines in several processes.
+"""Synthesis of the audio files of utterances, in several processes.
 
-The processes run this file. They import neither torch nor the text front end, because a line contains its
-labels.
+The processes run this file. They import neither torch nor the text front end, because the parameters of an
+utterance (`Line`) include the labels of its sentence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ add_noise = recipe_module("demo", "noise").add_noise
 
 @dataclass(frozen=True)
 class Line:
-    """All parameters that determine the audio of an utterance."""
+    """A line to be spoken: all parameters that determine the audio of an utterance."""
 
     labels: tuple[str, ...]  # full-context labels of Open JTalk
     voices: tuple[str, ...]  # paths of the voice files
@@ -51,7 +51,7 @@ class Line:
 
 
 def render(lines: Sequence[Line], work: Path, processes: int) -> None:
-    """Write the audio of the lines to `work`.
+    """Synthesize lines, and write their audio to `work`.
 
     Raises:
         DataError, JahubertError: a process failed.

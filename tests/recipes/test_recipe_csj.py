@@ -77,8 +77,8 @@ def test_every_layout_is_read_as_planned(tmp_path, caplog, layout, kinds):
     assert f"csj train: 2 of 186 talks, 6 utterances, 0.00 h, {n_words} words" in caplog.text
     assert "csj rejected, masked name: 7" in caplog.text
     hours = sum(n for id, (_, n, _) in expected_items.items() if SETS[id[:8]] == "train") / RATE / 3600
-    assert f"words; the paper: 32 h (this split has {hours / 32:.1%})" in caplog.text
-    assert re.search(r"; lhotse: 3,743 utterances, 6.67 h \(this split has 0\.\d%\)", caplog.text)
+    assert f"words; the paper: 32 h (this split: {hours / 32:.1%} of these hours)" in caplog.text
+    assert re.search(r"; lhotse: 3,743 utterances, 6.67 h \(this split: 0\.\d% of these hours\)", caplog.text)
     assert "髙い" in "".join(item.text for item in items)
     assert "ＩＢＭ" in "".join(item.text for item in items)
 
@@ -375,15 +375,16 @@ def test_summary_compares_with_figures_of_other_recipes():
         return summary.comparison(name, count, csj.Config(**options))
 
     hours = 2 + 2 / 60 + 7 / 3600
-    icefall = "; icefall: 2.04 h (this split has 100.0%)"
+    icefall = "; icefall: 2.04 h (this split: 100.0% of these hours)"
     assert compared("eval2", 1292, hours, join="kaldi") == (
-        "; Kaldi: 1,292 utterances (this split has 100.0%)" + icefall
+        "; Kaldi: 1,292 utterances (this split: 100.0% of these utterances)" + icefall
     )
     assert compared("eval2", 1292, hours) == icefall
-    assert compared("train", 9, 276, subset="all") == "; the paper: 552 h (this split has 50.0%)"
+    assert compared("train", 9, 276, subset="all") == "; the paper: 552 h (this split: 50.0% of these hours)"
     assert compared("train", 9, 276, subset="talks.txt") == ""
     assert (
-        compared("dev", 4000, 6.5, dev="kaldi") == "; Kaldi: 4,000 utterances, 6.52 h (this split has 99.7%)"
+        compared("dev", 4000, 6.5, dev="kaldi")
+        == "; Kaldi: 4,000 utterances, 6.52 h (this split: 99.7% of these hours)"
     )
 
 
