@@ -328,7 +328,7 @@ def main() -> None:
         sections[name] = {"outcome": outcome, "seconds": round(seconds, 1)}
         print(f"-- {name}: {outcome} ({seconds:.1f} s)", flush=True)
         free_memory(device)
-    print(f"\n{'measurement':<44}{'value':>10} {'unit':<14}{'goal':<22}details")
+    print(f"\n{'measurement':<46}{'value':>10} {'unit':<14}{'goal':<22}details")
     for row in report.rows:
         print(format_row({key: value for key, value in row.items() if key != "kernels"}))
     args.out.write_text(

@@ -13,7 +13,7 @@ from jahubert.model.hubert import HubertConfig
 
 PEERS = ("transformers", "torchaudio")
 MIXED = (2.0, 3.0, 5.0, 8.0, 15.0)
-MICRO_BATCH = "base, mixed, one micro-batch"  # name of the rows for 350 s
+MICRO_BATCH = "base, micro-batch"  # name of the rows for 350 s
 
 
 class Skipped(Exception):
@@ -43,9 +43,10 @@ class Report:
             limit: the highest value that reaches it.
         """
         row = {"name": name, "value": value, "unit": unit, **details}
-        if self.has_goals and value is not None and (goal is not None or limit is not None):
-            reached = (goal is None or value >= goal) and (limit is None or value <= limit)
-            row |= {"goal": f">= {goal:,.4g}" if limit is None else f"<= {limit:,.4g}", "reached": reached}
+        if self.has_goals and value is not None and goal is not None:
+            row |= {"at_least": goal, "reached": value >= goal}
+        if self.has_goals and value is not None and limit is not None:
+            row |= {"at_most": limit, "reached": value <= limit}
         self.rows.append(row)
         print(format_row(row), flush=True)
 
@@ -56,10 +57,12 @@ class Report:
 
 def format_row(row: dict[str, Any]) -> str:
     value = "-" if row["value"] is None else f"{row['value']:,.4g}"
-    goal = f"{row['goal']} {'reached' if row['reached'] else 'not reached'}" if "goal" in row else ""
-    rest = {k: v for k, v in row.items() if k not in ("name", "value", "unit", "goal", "reached")}
+    goals = [f"{sign} {row[k]:,.4g}" for sign, k in ((">=", "at_least"), ("<=", "at_most")) if k in row]
+    goal = f"{goals[0]} {'reached' if row['reached'] else 'not reached'}" if goals else ""
+    shown = ("name", "value", "unit", "at_least", "at_most", "reached")
+    rest = {k: v for k, v in row.items() if k not in shown}
     details = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
-    return f"{row['name']:<44}{value:>10} {row['unit']:<14}{goal:<22}{details}".rstrip()
+    return f"{row['name']:<46}{value:>10} {row['unit']:<14}{goal:<22}{details}".rstrip()
 
 
 @dataclass
