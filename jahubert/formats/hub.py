@@ -7,6 +7,8 @@ from pathlib import Path
 
 from jahubert.errors import CheckpointError, MissingExtraError
 
+_TIMEOUT = 10.0  # seconds to wait for the Hub before it is considered unreachable
+
 
 def resolve_model(source: str | os.PathLike[str]) -> Path:
     """Return the file or folder of a model, looking up a Hub name in the cache and on the Hub.
@@ -22,16 +24,14 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise MissingExtraError("huggingface_hub", "train") from None
+        raise MissingExtraError("huggingface_hub", "hub") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.arpa.gz"]))
         if not list(folder.glob("*.safetensors")):  # .bin files are large and only needed without safetensors
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
         return folder
     except Exception as error:  # Hub errors have no common base class
-        raise CheckpointError(
-            f"{name}: no such file or folder, and not available on the Hub: {error}"
-        ) from error
+        raise _unavailable(name, error) from error
 
 
 def check_exists(source: str | os.PathLike[str]) -> None:
@@ -54,19 +54,26 @@ def check_exists(source: str | os.PathLike[str]) -> None:
         import huggingface_hub
         from huggingface_hub.errors import RepositoryNotFoundError
     except ImportError:
-        raise MissingExtraError("huggingface_hub", "train") from None
+        raise MissingExtraError("huggingface_hub", "hub") from None
     try:
         if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            huggingface_hub.model_info(name, timeout=_TIMEOUT)  # a download would retry for up to a minute
             huggingface_hub.hf_hub_download(name, "config.json")
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name}: no such folder or file, and no accessible model of that name on the Hub"
         ) from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{name}: not on this machine, and not available on the Hub: {reason}"
-        ) from error
+        raise _unavailable(name, error) from error
+
+
+def _unavailable(name: str, error: Exception) -> CheckpointError:
+    """Return an error with the cause in one line, which the messages of huggingface_hub may hide."""
+    reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+    return CheckpointError(
+        f"{name}: no such file or folder, and not available on the Hub ({reason}); without internet access, "
+        "give the folder of a downloaded model"
+    )
 
 
 def _local_path(source: str | os.PathLike[str]) -> Path | None:

@@ -58,6 +58,7 @@ def test_marks_are_known(path):
     assert set(needs) <= set(NEEDS)
     marked = [match["need"] for match in BLOCK.finditer(text) if match["need"]]
     assert len(marked) == len(needs), "a mark is not directly before a ```sh block"
+    assert not re.search(r"/path/to|you/your-model", "".join(unmarked(path))), "a mark is missing"
 
 
 @pytest.fixture(scope="module")

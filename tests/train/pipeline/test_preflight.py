@@ -94,11 +94,35 @@ def test_hub_check_downloads_at_most_config_json(tmp_path, monkeypatch):
         (http(RepositoryNotFoundError), "owner/gone"),
         (http(HfHubHTTPError), "owner/gone: .*404"),
     ):
+        monkeypatch.setattr(huggingface_hub, "model_info", lambda name, timeout: None)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer(error))
         with pytest.raises(CheckpointError, match=expected) as caught:
             hub_check("owner/gone")
         assert "much more" not in str(caught.value)
     assert requests == [("owner/gone", "config.json")] * 2
+
+
+def test_unreachable_hub_is_reported_without_retries(monkeypatch):
+    """A request that is not retried fails first, and the message has one line."""
+    import huggingface_hub
+
+    from jahubert.formats import hub
+
+    def unreachable(name, timeout):
+        assert timeout <= 10
+        raise ConnectionError("Name or service not known\nplease check your connection")
+
+    def download(*_, **__):
+        raise RuntimeError("an error happened\nmuch more") from ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("a retried request"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for function in (hub.check_exists, hub.resolve_model):
+        with pytest.raises(CheckpointError, match=r"owner/model: .*not known") as caught:
+            function("owner/model")
+        assert "\n" not in str(caught.value)
 
 
 # --- processes --------------------------------------------------------------------------------------------
