@@ -22,10 +22,10 @@ BAR = 20  # length of the progress bar in characters
 
 @dataclass(frozen=True)
 class Input:
-    """A recording, its label for messages, and its path in the output folder without the suffix."""
+    """A recording to process."""
 
-    label: str
-    base: Path
+    label: str  # path of the file, or `-` for standard input; also used in messages
+    base: Path  # path of the output file in the output folder, without the suffix
 
     def open(self) -> Path | BinaryIO:
         """Return the source for `load_audio`."""
@@ -33,7 +33,7 @@ class Input:
 
 
 class _StandardInput:
-    """Stream that accesses standard input only when it is read, where errors are caught."""
+    """Stream that accesses standard input only in `read`, whose errors are reported for the recording."""
 
     name = "standard input"
 
@@ -53,10 +53,12 @@ def find_inputs(
         ending: suffix of the output files.
 
     Returns:
-        The recordings, and one error for each argument without audio and for each unreadable folder.
+        The recordings, and one error for each argument that is invalid or matches no audio, and for each
+        unreadable folder.
 
     Raises:
-        ConfigError: `into` is not writable, or two recordings would be written to the same file.
+        ConfigError: `into` is empty or not writable, two recordings would be written to the same file, or
+            standard input is given twice.
     """
     recordings: list[Input] = []
     empty: dict[str, AudioError] = {}
@@ -92,7 +94,7 @@ def find_inputs(
 
 
 def _files_in(folder: str, empty: dict[str, AudioError]) -> list[Input]:
-    """Return the recordings below a folder, and add what cannot be read to `empty`."""
+    """Return the recordings below a folder, and add errors for empty and unreadable folders to `empty`."""
     from jahubert.audio.search import AUDIO_ENDINGS, find_audio
 
     paths, errors = find_audio(folder)
@@ -114,7 +116,10 @@ def _check_output(folder: Path) -> None:
 
 
 def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
-    """Expand a pattern that the shell did not expand. Other arguments are returned unchanged."""
+    """Expand a pattern that the shell did not expand, and return other arguments unchanged.
+
+    An error for a pattern without matches is added to `empty`.
+    """
     if os.path.exists(argument) or not glob.has_magic(argument):
         return [argument]
     paths = sorted(glob.glob(argument, recursive=True))
@@ -186,7 +191,7 @@ class CommandProgress:
 
 
 def message_of(error: Exception) -> str:
-    """Return the message of an error on one line."""
+    """Return the message of an error, which for a file system error is the file name and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

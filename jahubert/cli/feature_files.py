@@ -1,7 +1,7 @@
 """Output files of `jahubert features`: one .npy per recording, or a single safetensors file.
 
-Each file is written atomically, and `features.json` records the model and layers. An interrupted run can
-therefore resume, and a folder never mixes features with different settings.
+Each file is written atomically, and `features.json` records the model and the settings. An interrupted run
+can therefore resume, and a folder never mixes features that were computed with different settings.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ class FeatureFiles:
     """Writer for the features of one run, or of several runs with the same settings.
 
     Args:
-        output: a folder or a .safetensors file, which `finish` assembles from `OUT.safetensors.parts`.
-        settings: all JSON-compatible settings that affect the features.
+        output: a folder, or a .safetensors file that `finish` assembles from the folder
+            `OUT.safetensors.parts`.
+        settings: all settings that affect the features, as JSON-compatible values.
 
     Raises:
         ConfigError: the output file already exists, or the folder cannot be created.
-        StaleError: the folder contains features with other settings.
+        DataError: `features.json` is damaged.
+        StaleError: the features in the folder were computed with different settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
@@ -50,8 +52,8 @@ class FeatureFiles:
             ]
             if differences:
                 raise StaleError(
-                    f"{self.folder} contains features with {', '.join(differences)}; "
-                    "remove it or choose another folder"
+                    f"{self.folder} contains features that were computed with {', '.join(differences)}; "
+                    "remove the folder or choose another one"
                 )
         else:
             try:
@@ -81,7 +83,7 @@ class FeatureFiles:
             for chunk in chunks:
                 file.write(chunk.contiguous().numpy().tobytes())
                 n_frames += len(chunk)
-            file.seek(0)  # a larger frame count fits in the header, because numpy pads it
+            file.seek(0)  # numpy pads the header, so that it has room for the final frame count
             _header(file, (n_frames, *shape))
 
     def finish(self) -> None:
@@ -120,7 +122,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def parts_folder(output: Path) -> Path:
-    """Return the folder for the .npy files from which an output is assembled."""
+    """Return the folder for the .npy files, which is a separate one if the output is a .safetensors file."""
     return output.with_name(output.name + ".parts") if output.suffix == SINGLE else output
 
 
@@ -136,5 +138,5 @@ def _header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def _key(path: Path) -> str:
-    """Return the name of a tensor in the safetensors file, which must be valid UTF-8."""
+    """Return the name of a recording's tensor in the safetensors file. Names must be valid UTF-8."""
     return path.with_suffix("").as_posix().encode("utf-8", "backslashreplace").decode()

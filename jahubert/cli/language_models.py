@@ -24,7 +24,9 @@ def add_commands(command: Command) -> None:
     sub.add_argument(
         "-o", "--output", metavar="FILE", required=True, help="ARPA file, compressed if it ends in .gz"
     )
-    sub.add_argument("--order", type=int, default=4, metavar="N", help="longest n-gram (default: 4)")
+    sub.add_argument(
+        "--order", type=int, default=4, metavar="N", help="length of the longest n-grams (default: 4)"
+    )
     sub.add_argument(
         "--lexicon", metavar="FILE", help="also write the words and their pronunciations (--unit word)"
     )

@@ -2,7 +2,8 @@
 
 Results are written to standard output or to the path given with -o, and everything else to standard error.
 Failed files are reported, and the other files are still processed. The exit status is 0 for success, 2 for an
-error that the user can fix (a missing file, a wrong option), 1 for an internal error, and 130 if interrupted.
+error that the user can fix (a missing file, a wrong option), 1 for an internal error or a full disk, 130
+after an interrupt, and 141 if the reader of a pipe ends early.
 
 Heavy packages are imported only when a command needs them, which keeps `--help` fast.
 """
@@ -46,7 +47,7 @@ from jahubert.inference import writers
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript
 
-MAX_BEAM = 1000  # maximum number of hypotheses in the beam, which determines memory and time
+MAX_BEAM = 1000  # maximum width of the beam, which determines memory and time
 
 # Modules of the extra `train`, and the packages that provide them.
 TRAIN_PACKAGES = {
@@ -91,7 +92,7 @@ def model_source(args: argparse.Namespace) -> str | Path:
 
 
 def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the language model options that are given. The model supplies the others."""
+    """Return the language model options on the command line. The model supplies the others."""
     names = ("lm", "lexicon", "lm_weight", "word_bonus")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return options | ({"lm": None} if args.no_lm else {})
@@ -198,7 +199,9 @@ def mark_uncertain(transcript: Transcript) -> Transcript:
 
 
 def output_format(args: argparse.Namespace) -> Path | None:
-    """Return the output file if the suffix of `-o` selects a format, otherwise None.
+    """Return the output file if the suffix of `-o` selects a format, otherwise None, and set `args.format`.
+
+    The format is that of the suffix, or else the one given with `-f` (default: text).
 
     Raises:
         ConfigError: the suffix contradicts the format given with `-f`.
@@ -230,7 +233,7 @@ def save_text(content: str, path: Path) -> None:
 def for_each_input(
     inputs: Sequence[Input], empty: dict[str, AudioError], work: Callable[[Input], str | None]
 ) -> int:
-    """Call `work` for every input, and print the line that each call returns."""
+    """Call `work` for every input, print the lines that the calls return, and return the exit status."""
     progress = CommandProgress(inputs, empty)
     for item in inputs:
         line = None
@@ -283,7 +286,7 @@ def features(args: argparse.Namespace) -> int:
             progress.add_failure(item.label, error)
             all_written &= not isinstance(error, OSError)
         progress.add_file(item.label)
-    if all_written:  # if features are missing, a rerun must first write them
+    if all_written:  # after a file system error, a rerun must first write the missing features
         files.finish()
     return progress.finish()
 
@@ -586,7 +589,7 @@ def model_commands(command: Command) -> None:
     """Add the subcommands for models."""
     sub = command(info, "show model information")
     sub.add_argument("source", metavar="SRC", help=MODEL)
-    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+    sub.add_argument("--json", action="store_true", help="print all information as JSON")
 
     sub = command(convert, "convert a model to another format and verify it, or export units or a corpus")
     sub.add_argument(
@@ -620,7 +623,7 @@ def experiment_commands(command: Command) -> None:
 
     sub = command(status, "show which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="experiment folder, exp/NAME")
-    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+    sub.add_argument("--json", action="store_true", help="print the state of each stage as JSON")
 
     sub = command(completion, "print a script that completes this command in your shell")
     sub.add_argument("shell", choices=SHELLS)
@@ -634,7 +637,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_stages(argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        # File names may not be valid text, and results are UTF-8 regardless of the locale.
+        # File names need not be valid text. Files and pipes receive UTF-8 regardless of the locale.
         if isinstance(stream, io.TextIOWrapper):
             if stream.isatty():
                 stream.reconfigure(errors="replace")

@@ -20,7 +20,7 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 T = TypeVar("T")
 
 OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks, half of which only provides context
-BATCH_SECONDS = 120.0  # maximum padded audio per forward pass
+BATCH_SECONDS = 120.0  # maximum length of a batch of several chunks, including padding
 
 # Function that encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, ...), n_frames_B).
 Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
@@ -28,12 +28,12 @@ Encode = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a recording that starts on a frame boundary, whose frames `[keep, end)` are kept."""
+    """Part of a recording, starting on a frame boundary. Of its frames, `[keep, end)` are kept."""
 
     wav_T: Tensor
     start: int  # first sample, within the recording
     keep: int  # first frame that is kept; the previous chunk provides earlier frames
-    end: int
+    end: int  # end of the frames that are kept
 
 
 def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
@@ -108,8 +108,8 @@ def encode_stream(
 ) -> Iterator[Tensor]:
     """Encode the blocks (T,) of one waveform chunk by chunk, and yield frames (S, ...) on the CPU.
 
-    The concatenated frames equal the result of `encode_all`. At most one chunk is in memory. Nothing is
-    yielded for audio shorter than one frame.
+    The concatenated frames equal the result of `encode_all` up to rounding. Only one chunk and one block are
+    in memory at a time. Nothing is yielded for audio shorter than one frame.
     """
     for chunk in chunks(blocks, grid, chunk_seconds):
         if chunk.end > chunk.keep:

@@ -22,9 +22,9 @@ _RANGE = 20.0  # frames more than this many dB below the loudest frame are pause
 _MAINS = (50.0, 60.0)  # mains frequencies in Hz
 _MAX_HUM = 250.0  # maximum frequency of a harmonic in Hz
 _TOLERANCE = 0.005  # maximum relative deviation from the mains frequency
-_MIN_SHARE = 0.2  # minimum fraction of a hum line in the power below _CUTOFF in quiet parts
+_MIN_SHARE = 0.2  # a line is hum if it has at least this share of the power below _CUTOFF in quiet parts
 _CUTOFF = 270.0  # upper end of the searched band in Hz
-_MAX_LINES = 5
+_MAX_LINES = 5  # maximum number of hum lines
 _DECIMATION = 16  # downsampling factor of the signal in which hum is estimated
 _TAPS = 64  # length of the low-pass filter (a Hann window) before downsampling
 _LONG = 4.0  # seconds; in longer recordings, amplitude and phase may drift
@@ -77,9 +77,9 @@ def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor
 def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
     """Subtract the mains hum from a waveform (T,) with the given `power_spectrum`.
 
-    The hum is fitted by weighted least squares on the downsampled waveform. Parts with little power above the
-    hum, and thus without speech, have the largest weights. Harmonics are added one by one, the strongest
-    first, as long as they stand out from the residual.
+    The hum is fitted by weighted least squares on the downsampled waveform. Parts with little power at
+    frequencies above `_CUTOFF`, and thus without speech, have the largest weights. Harmonics are added one by
+    one, the strongest first, as long as they stand out from the residual.
     """
     if len(wav_T) < 2 * _TAPS:
         return wav_T
@@ -95,13 +95,13 @@ def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
             position_T = torch.arange(len(wav_T), device=wav_T.device)
             hum_T = _basis(frequencies, position_T, len(wav_T)) @ amplitudes_K
             clean_T = wav_T - hum_T.to(wav_T)
-            if sharpness == 1:  # the weights are computed again without hum, which leaks into higher bins
+            if sharpness == 1:  # hum leaks into higher bins, so the weights of the second pass exclude it
                 power_SK = power_spectrum(clean_T, grid)
     return clean_T
 
 
 def _downsample(wav_T: Tensor) -> Tensor:
-    """Apply a low-pass filter to a waveform without padding, and downsample it to float64 (N,)."""
+    """Low-pass filter a waveform (T,) without padding, and downsample it by `_DECIMATION` to float64 (N,)."""
     taps = torch.hann_window(_TAPS, periodic=False, device=wav_T.device)
     taps_BD = (taps / taps.sum()).view(-1, _DECIMATION)
     n_blocks = len(wav_T) // _DECIMATION
@@ -128,8 +128,17 @@ def _fit(
 ) -> tuple[list[float], Tensor]:
     """Fit mains harmonics in a downsampled waveform, starting from the `initial` frequencies.
 
+    Args:
+        low_N: the downsampled waveform.
+        equalized_N: `_equalize` of the downsampled waveform, in which harmonics are searched.
+        weight_N: weight of each value in the fit.
+        position_N: position of each value in the original waveform.
+        n_samples: length of the original waveform.
+        initial: known frequencies, to which harmonics are added.
+
     Returns:
-        The frequencies of the harmonics in Hz, and the amplitudes (K,) of their `_basis`.
+        The frequencies of the harmonics in Hz, and the factors (K,) by which the columns of their `_basis`
+        must be multiplied to give the hum in the original waveform.
     """
     frequencies: list[float] = []
     amplitudes_K = low_N.new_zeros(0)
@@ -164,7 +173,7 @@ def _solve(basis_NK: Tensor, x_N: Tensor, weight_N: Tensor) -> Tensor:
 def _frequency_error(
     frequency: float, x_N: Tensor, weight_N: Tensor, position_N: Tensor, n_samples: int
 ) -> float:
-    """Return the frequency correction (Hz) by one Gauss-Newton step, at most half a resolution cell."""
+    """Return the correction in Hz of one Gauss-Newton step, limited to half the frequency resolution."""
     time_N = position_N.double() / SAMPLE_RATE
     phase_N = 2 * math.pi * frequency * time_N
     cos_N, sin_N = phase_N.cos(), phase_N.sin()
@@ -176,8 +185,8 @@ def _frequency_error(
 
 
 def _quietness(power_SK: Tensor, sharpness: int, position_N: Tensor, grid: FrameGrid) -> Tensor:
-    """Return weights at sample positions (N,) with mean 1, which decrease with the power above the hum."""
-    first = math.ceil(_CUTOFF * grid.window / SAMPLE_RATE)  # first bin above the hum
+    """Return weights (N,) with mean 1 that decrease with the power at frequencies above the hum."""
+    first = math.ceil(_CUTOFF * grid.window / SAMPLE_RATE)  # first bin above the frequencies of the hum
     power_S = F.max_pool1d(power_SK[:, first:].sum(1)[None], 5, 1, 2)[0].double()
     weight_S = (power_S + 1e-4 * power_S.max() + _TINY) ** -sharpness
     weight_N = weight_S[(position_N / grid.hop).long().clamp(max=len(weight_S) - 1)]

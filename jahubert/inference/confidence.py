@@ -68,7 +68,7 @@ def confidence(scores: Sequence[float], calibration: Calibration | None) -> floa
 
 
 def features(scores: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the lowest log-probability of the labels of a word."""
+    """Return the mean and the minimum of a word's label log-probabilities, clipped to [`_FLOOR`, 0]."""
     clipped = [max(_FLOOR, min(0.0, score)) for score in scores]
     return sum(clipped) / len(clipped), min(clipped)
 
@@ -81,7 +81,7 @@ def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) 
         correct: whether each word is correct.
 
     Raises:
-        DataError: there are no words.
+        DataError: there are no words, or the numbers of words and judgments differ.
     """
     if not scores or len(scores) != len(correct):
         raise DataError(
@@ -110,8 +110,7 @@ class Reliability:
         words, accuracy, confidence: number of words, fraction of correct words, and mean confidence.
         calibration_error: difference between confidence and accuracy, averaged over the words in all bins
             (ECE).
-        bins: (mean confidence, accuracy, number of words) of each non-empty bin, out of ten bins of equal
-            width.
+        bins: (mean confidence, accuracy, number of words) of each non-empty bin. All bins have equal widths.
     """
 
     words: int
@@ -122,10 +121,10 @@ class Reliability:
 
 
 def reliability(confidences: Sequence[float], correct: Sequence[bool], n_bins: int = 10) -> Reliability:
-    """Measure how well confidences agree with the correctness of words.
+    """Compare the confidences of words with their correctness.
 
     Raises:
-        DataError: there are no words.
+        DataError: there are no words, or the numbers of confidences and judgments differ.
     """
     if not len(confidences) or len(confidences) != len(correct):
         raise DataError(

@@ -1,7 +1,7 @@
 """CTC decoding: greedy search, prefix beam search and forced alignment.
 
 All three functions take plain tensors and are independent of the phoneme set. The result for a row does not
-depend on the batch, because frames beyond `n_frames_B` are never read.
+depend on the batch, because frames beyond `n_frames_B` are never used.
 
 Shapes: B batch (rows), S frames, V symbols, K beam, C = K * V candidates.
 """
@@ -79,7 +79,8 @@ def greedy(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: int = 0)
         blank: index of the blank symbol.
 
     Raises:
-        DataError: NaN log-probabilities in a valid frame.
+        DataError: a log-probability in a valid frame is NaN.
+        ValueError: the shapes, frame counts or blank are invalid.
     """
     counts = _frame_counts(logp_BSV, n_frames_B, blank)
     if logp_BSV.shape[1] == 0:
@@ -122,7 +123,9 @@ def beam_search(
         a lexicon, an incomplete last word is dropped if no hypothesis in the beam ends with a complete word.
 
     Raises:
-        DataError: NaN log-probabilities in a valid frame.
+        DataError: a log-probability in a valid frame is NaN.
+        ValueError: the shapes, frame counts, beam, `n_best` or blank are invalid, or `fusion` was created for
+            other symbols.
     """
     if beam < 1 or not 1 <= n_best <= beam:
         raise ValueError(f"beam must be at least 1 and n_best between 1 and beam, not {beam} and {n_best}")
@@ -256,9 +259,10 @@ def _step(
     candidate_BKC.scatter_(2, state.last[:, :, None], (state.blank + repeat_BK)[:, :, None])
     flat_BN = candidate_BKC.view(n_rows, -1)
 
-    # If prefix k plus a label equals prefix j in the beam, the probability of the candidate is moved to j.
-    # Because all slots without a parent in the beam point to candidate 0, scatter_add_ replaces scatter_. A
-    # sum replaces the maximum, because a max over a dimension wakes up the thread pool in every frame.
+    # If prefix k plus a label equals prefix j in the beam, the probability of the candidate is moved to j. A
+    # slot without a parent in the beam points to some candidate of slot 0, which must not change; therefore,
+    # scatter_add_ (of 0) is used instead of scatter_. The parent is found with a sum instead of a maximum,
+    # because max over a dimension wakes up the thread pool in every frame.
     is_parent_BKK = state.parent[:, :, None] == state.key[:, None, :]
     parent_slot_BK = (is_parent_BKK * slot_K).sum(-1)
     has_parent_BK = parent_slot_BK > 0
@@ -370,7 +374,7 @@ def _backtrace(
 
 
 def _complete_words(labels: list[int], boundary: int) -> list[int]:
-    """Return the labels before the last boundary."""
+    """Return the labels before the last boundary, or none without a boundary."""
     if boundary not in labels:
         return []
     return labels[: len(labels) - 1 - labels[::-1].index(boundary)]
@@ -383,12 +387,15 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
 
     Args:
         logp_SV: log-probabilities of one utterance.
+        labels: labels without blanks.
+        blank: index of the blank symbol.
 
     Returns:
-        One span per label. Frames between spans are blank.
+        One span per label. Frames outside the spans are blank.
 
     Raises:
         DataError: a label is blank or unknown, there are too few frames, or every path is impossible.
+        ValueError: `logp_SV` does not have two dimensions.
     """
     if logp_SV.dim() != 2:
         raise ValueError(f"log-probabilities must be (frames, symbols), not {tuple(logp_SV.shape)}")

@@ -42,7 +42,7 @@ def prefetch_audio(
 
 
 class LayerFeatures(nn.Module):
-    """Trainable module that returns the output of one encoder layer, several layers or a weighted sum.
+    """Trainable module that returns the output of one encoder layer, several layers or their weighted sum.
 
     Use it as a submodule of a downstream model: `self.speech = LayerFeatures(hubert, "all", "learn")`. Its
     parameters are those of the encoder and, for learned weights, the logits `mix_L` (SUPERB, Yang et al.
@@ -58,7 +58,7 @@ class LayerFeatures(nn.Module):
             By default, layers are stacked and not summed.
 
     Raises:
-        ConfigError: the model lacks a layer, or the weights do not match the layers.
+        ConfigError: the model lacks a layer, no layer is given, or the weights do not match the layers.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class LayerFeatures(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return features (B, S, D) or (B, S, L, D), zero in padding, and the number of valid frames (B,).
 
-        The method takes the arguments and raises the errors of `HubertModel.forward`.
+        `HubertModel.forward` documents the arguments and errors.
         """
         last = max(self.layers) if self.layers else None
         encoded = self.hubert(
@@ -140,7 +140,7 @@ class FeatureExtractor:
             memory. By default, every recording is encoded as a whole.
 
     Raises:
-        ConfigError: the layer, device, dtype or chunk length is invalid.
+        ConfigError: the layers, weights, device, dtype or chunk length are invalid.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class FeatureExtractor:
         Args:
             audio: files or arrays.
             sample_rate: sampling rate of arrays in Hz (default: 16,000).
-            batch_seconds: seconds of audio per batch.
+            batch_seconds: seconds of audio at which a batch is complete.
             errors: "return" yields the exception for an unreadable recording in its place and continues.
         """
         waiting: list[Tensor | Exception] = []
@@ -253,7 +253,8 @@ class FeatureExtractor:
     def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
         """Yield the features of one recording of any length chunk by chunk, using bounded memory.
 
-        The concatenated chunks equal the features extracted with the same `chunk_seconds` (default: 30).
+        The concatenated chunks equal the result of `__call__` with the same `chunk_seconds`, up to rounding.
+        Without `chunk_seconds`, chunks of 30 s are used.
         """
         blocks = stream_audio(audio, sample_rate)
         return encode_stream(blocks, self._forward, self.grid, self.chunk_seconds or STREAM_SECONDS)

@@ -31,7 +31,7 @@ from jahubert.phonemes import BLANK, PhonemeSet
 
 log = logging.getLogger(__name__)
 
-MAX_CACHED = 1 << 24  # maximum number of cells (rows x columns) in the cache, 16 bytes each
+MAX_CACHED = 1 << 24  # cells (rows x columns) in a full cache; each has 16 bytes on the device, 8 on the host
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Rows:
     Attributes:
         score_RC: score that each continuation adds to the log-probability, or -inf if it is impossible.
         next_RC: state after each continuation.
-        word_RC: index of the word that each continuation completes, or -1. None without a lexicon.
+        word_RC: index of the word that each continuation completes, or -1; None without a lexicon.
         final_R: score added at the end of the utterance, or -inf if a word is incomplete.
         final_word_R: index of the word that the end of the utterance completes, or -1.
     """
@@ -162,6 +162,7 @@ class Lexicon:
 
     Raises:
         ConfigError: the symbols have no word boundary.
+        DataError: a word has a symbol that is not in `symbols`.
     """
 
     def __init__(self, entries: Sequence[Entry], symbols: PhonemeSet):
@@ -218,6 +219,9 @@ class LexiconFusion(Fusion):
     A word is scored when the boundary after it, or the end of the utterance, completes it. Before that, a
     prefix is ranked by the unigram score of its best completion (look-ahead). A boundary is also possible
     before the first word and after the last one.
+
+    Raises:
+        DataError: the n-gram contains none of the words.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
 CHUNKS_PER_BATCH = 4
-PAUSE_SECONDS = 0.5  # minimum run of blanks at which a long recording is split for decoding
+PAUSE_SECONDS = 0.5  # window that selects the clearest pause, at which a long recording is cut
 MAX_CUT_WORD = 40  # maximum number of labels that can continue a word from the previous part
 BEAM_ROWS = 32  # number of segments per beam search
 SILENCE = 1e-3  # peak amplitude (-60 dBFS) below which no warning about missing speech is logged
@@ -99,7 +99,7 @@ class Transcript:
 
     words: tuple[Word, ...]
     duration: float  # duration in seconds
-    score: float  # natural logarithm of the CTC probability of all labels
+    score: float  # natural log-probability of all labels, including the score of a language model
     audio: str = ""  # file name, or empty for arrays and streams
     segment_starts: tuple[int, ...] = (0,)  # index of the first word of each segment
 
@@ -119,7 +119,7 @@ class Transcript:
 
     @property
     def segments(self) -> tuple[TranscriptSegment, ...]:
-        """Words grouped at pauses, as one segment for recordings of up to 30 s, and none without words."""
+        """Words grouped at pauses. Recordings of up to 30 s have one segment, or none without words."""
         ends = (*self.segment_starts[1:], len(self.words))
         ranges = zip(self.segment_starts, ends, strict=True)
         return tuple(TranscriptSegment(self.words[start:end]) for start, end in ranges if start < end)
@@ -164,7 +164,8 @@ class Transcriber:
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
-        ConfigError: the beam, vad, device or dtype is invalid, or a weight or bonus has no effect.
+        ConfigError: the beam, vad, device or dtype is invalid, a weight or bonus has no effect, or a lexicon
+            is given for symbols without a word boundary.
         DataError: the language model or lexicon is invalid.
         MissingExtraError: silero-vad is not installed.
     """
@@ -290,7 +291,7 @@ class Transcriber:
         Args:
             audio: files or arrays.
             sample_rate: sampling rate of arrays in Hz (default: 16,000).
-            batch_seconds: seconds of audio per batch of short recordings.
+            batch_seconds: seconds of audio at which a batch of short recordings is complete.
             errors: "return" yields the exception for a failed recording in its place and continues.
             progress: function that is called with the seconds of audio completed since the last call.
             on_segment: function that is called with each segment of a recording longer than 30 s as soon as
@@ -347,7 +348,7 @@ class Transcriber:
             if errors == "raise":
                 raise
             results = [error] if len(recordings) == 1 else []
-        if not results:  # because one recording failed, all are retried one by one
+        if not results:  # a recording failed, so all recordings are retried one by one
             for recording in recordings:
                 yield from self._transcribe_batch([recording], errors, progress)
             return
@@ -457,10 +458,11 @@ class Transcriber:
 
 
 def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decoded]:
-    """Join words that were cut between two parts of a recording, by moving the end of the word to the first.
+    """Rejoin words that were cut between two parts of a recording.
 
-    Each part is yielded as soon as the beginning of the next part is known. A part without labels (a long
-    pause) ends the preceding word. With a lexicon, parts consist of complete words and are not changed.
+    The rest of such a word is moved to the earlier part, unless it is longer than `MAX_CUT_WORD`. Each part
+    is yielded as soon as the beginning of the next part is known. A part without labels (a long pause) ends
+    the preceding word. With a lexicon, parts consist of complete words and are not changed.
     """
     waiting: Decoded | None = None
     for part in decoded:

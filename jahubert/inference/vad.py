@@ -141,7 +141,7 @@ def suppress_nonspeech(logp_SV: Tensor, speech_S: Tensor, phonemes: PhonemeSet) 
 
 
 def power_spectrum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
-    """Return the power (S, K) of frames in bins of 16000 / window Hz. A full-scale sine has power 0.5."""
+    """Return the power (S, K) of frames in bins of 16000 / window Hz (in total 0.5 for a full-scale sine)."""
     n_samples = grid.n_samples(int(grid.n_frames(len(wav_T))))
     hann_W = torch.hann_window(grid.window, device=wav_T.device)
     hann_W *= (2 / hann_W.square().sum() / grid.window).sqrt()
@@ -199,7 +199,7 @@ def _std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
-    """Return the maximum normalized autocorrelation (S,) over pitch lags, which is 0 outside the mask."""
+    """Return the maximum normalized autocorrelation (S,) over pitch lags in the frames `frames_S`, else 0."""
     periodicity_S = wav_T.new_zeros(len(frames_S), dtype=torch.float32)
     if not frames_S.any():
         return periodicity_S
@@ -236,13 +236,13 @@ def _pitch_transform(device: torch.device) -> tuple[Tensor, slice, Tensor]:
 
 
 def _is_periodic(loud_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
-    """Return whether each window has voiced frames among its loud frames."""
+    """Return whether each window has enough loud, periodic frames in runs (`_PERIODIC`)."""
     _, threshold, run, n_min = _PERIODIC
     return _in_runs(loud_NW & (periodicity_NW > threshold), run).sum(1) >= n_min
 
 
 def _is_sustained(level_NW: Tensor) -> Tensor:
-    """Return whether most loud frames of each window are in runs of loud frames."""
+    """Return whether the loud frames in runs reach the minimum number and share in each window."""
     below, run, n_min, share = _SUSTAINED
     loud_NW = level_NW > level_NW.amax(1, keepdim=True) - below
     n_N = _in_runs(loud_NW, run).sum(1)

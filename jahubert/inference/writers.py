@@ -1,6 +1,6 @@
 """Output formats for transcripts: text, JSON, TSV, subtitles, Praat TextGrid and Audacity labels.
 
-Each writer converts one `Transcript` to the content of a file. Times are in seconds.
+Each writer converts one `Transcript` to the content of a file. Times are in seconds, except in subtitles.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def join_words(words: Iterable[Word]) -> str:
 
 
 def text(transcript: Transcript) -> str:
-    """Return one line of kana per segment, with spaces between words, or an empty line without words."""
+    """Return one line of text per segment (see `TranscriptSegment.text`), or an empty line without words."""
     return "\n".join(segment.text for segment in transcript.segments) + "\n"
 
 
@@ -130,7 +130,7 @@ def vtt(transcript: Transcript) -> str:
 
 
 def textgrid(transcript: Transcript) -> str:
-    """Return a Praat TextGrid with the interval tiers `words` (kana) and `phones`."""
+    """Return a Praat TextGrid with the interval tiers `words` (kana or written words) and `phones`."""
     words = [(word.start, word.end, word.text) for word in transcript.words]
     phones = [
         (start, end, phone)

@@ -29,7 +29,8 @@ def read_arpa(path: Path) -> NGram:
     """Read an ARPA file, using memory proportional to the number of n-grams.
 
     Raises:
-        DataError: the file cannot be read or is not a valid ARPA file. The message names the line.
+        DataError: the file cannot be read or is not a valid ARPA file. A message about a line gives its
+            number.
     """
     try:
         with path.open("rb") as raw:
@@ -87,14 +88,14 @@ class _Reader:
         return next(line for line in self._skippable("only empty lines follow") if line)
 
     def _skippable(self, problem: str) -> Iterator[bytes]:
-        """Yield lines until the caller finds the one it needs. Fail with `problem` after too many."""
+        """Yield lines until the caller stops, and raise a DataError with `problem` after too many lines."""
 
         for _ in range(_MAX_SKIPPED):
             yield self._line()
         self._fail(f"{problem}; is this an ARPA file?")
 
     def _read_to_end(self) -> None:
-        """Check that nothing follows the model. A gzip file has its checksum at the end."""
+        """Check that nothing follows the model. In a gzip file, this also verifies the final checksum."""
         while block := self.file.read(MAX_LINE):
             if block.strip():
                 self._fail(f"unexpected content after \\end\\: {_shown(block.strip())}")

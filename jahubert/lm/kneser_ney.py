@@ -31,8 +31,8 @@ class _Counts:
 
     Attributes:
         position_N: one position in the text at which each n-gram starts.
-        context_N, suffix_N: row of each n-gram without its last or first word in the counts of the next lower
-            order.
+        context_N, suffix_N: row, in the counts of the next lower order, of each n-gram without its last word
+            (context) or without its first word (suffix).
         count_N: number of occurrences of each n-gram.
     """
 
@@ -147,7 +147,7 @@ def _interpolate(
 
 
 def _discounts(adjusted_N: np.ndarray, order: int) -> tuple[float, float, float]:
-    """Compute the discounts for n-grams with one, two and more occurrences (Chen and Goodman, eq. 26)."""
+    """Compute the discounts for counts of one, two, and three or more (Chen and Goodman, eq. 26)."""
     n1, n2, n3, n4 = (int((adjusted_N == k).sum()) for k in range(1, 5))
     if n1 and n2 and n3:
         y = n1 / (n1 + 2 * n2)

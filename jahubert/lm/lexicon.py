@@ -22,7 +22,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
 
     Raises:
         DataError: the file cannot be read or has no words, or a line is not UTF-8, has no symbols, or has
-            symbols outside the vocabulary. The message gives the line number.
+            symbols outside the vocabulary. The message about a line gives its number.
     """
     entries: dict[Entry, None] = {}
     for number, line in read_lines(path, "lexicon"):

@@ -22,7 +22,7 @@ UNSEEN_LOGP = -100.0 * np.log(10.0)
 
 
 class NGramError(DataError):
-    """Raised if an n-gram is inconsistent with the others; `order` and `row` locate it in the arguments."""
+    """Raised if an n-gram is inconsistent with the others; `order` and `row` locate it in `entries`."""
 
     def __init__(self, message: str, order: int, row: int):
         super().__init__(message)
@@ -50,7 +50,7 @@ class NGram:
 
     Args:
         words: vocabulary. The indices in `entries` are positions in this list.
-        entries: the n-grams of each order, starting from 1. Every word requires a unigram.
+        entries: the n-grams of each order, starting with order 1. Every word requires a unigram.
 
     Raises:
         NGramError: an n-gram occurs twice, or its context is missing.
@@ -111,7 +111,7 @@ class NGram:
         return np.where(self.key_N[position_R] == key_R, position_R + 1, -1)
 
     def _suffixes(self) -> np.ndarray:
-        """Return the node of the longest proper suffix of each node that the model contains."""
+        """Return, for each node, the node of its longest proper suffix that is in the model."""
         suffix_M = np.zeros(len(self.key_N) + 1, np.int64)
         start = 1 + self.counts[0]
         for count in self.counts[1:]:

@@ -8,7 +8,7 @@ from jahubert.errors import ConfigError
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """Return the requested device. None and "auto" select a CUDA GPU, an Apple GPU (MPS) or the CPU.
+    """Return the requested device, or for None and "auto" the first of cuda, mps and cpu that is available.
 
     Raises:
         ConfigError: the device is unknown or unavailable.

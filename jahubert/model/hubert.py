@@ -7,7 +7,7 @@ masks padding frames, and the input of the positional convolution is zero there.
 `jahubert.model.kernels` computes the same function on packed frames, several times faster, and is used by
 default; `kernels.usable` documents the exceptions.
 
-Modules carry the names of Hugging Face's `HubertModel`, so either state dict loads into the other.
+Modules have the names of Hugging Face's `HubertModel`, so that each loads the state dict of the other.
 
 Shapes: B utterances, T samples, S frames, C conv channels, D model width, H heads, E head width, K taps.
 """
@@ -230,7 +230,7 @@ class Encoder(nn.Module):
         last_layer: int | None = None,
         keep_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the output of the last computed block, and the kept outputs keyed by block number."""
+        """Return the final output, and the outputs of the blocks in `keep_layers`, keyed by block number."""
         if valid_BS is not None:
             x_BSD = x_BSD.masked_fill(~valid_BS[..., None], 0.0)
         x_BSD = x_BSD + self.pos_conv_embed(x_BSD)
@@ -294,8 +294,8 @@ class HubertModel(nn.Module):
             mask_BS: mask of the frames that the mask embedding replaces before the encoder (True = masked).
             channel_mask_BD: mask of the channels that are set to zero in the whole utterance (True = zero).
             last_layer: number of the last block to compute, counted from 1. `hidden_BSD` is its output after
-                residual and norm. By default, all blocks are computed and, in pre-norm models, the closing
-                norm.
+                residual and norm. By default, all blocks are computed, followed by the closing norm in
+                pre-norm models.
             keep_layers: numbers of the blocks whose outputs are returned in `layers`; 0 is the input of block
                 1.
             padding: effect of padding (see `Padding`), which can be changed for comparisons with other

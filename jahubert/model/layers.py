@@ -28,7 +28,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class WeightNorm(nn.Module):
-    """Convolution weight computed as a norm (1, 1, K) times a direction (D, D / groups, K) per tap."""
+    """Convolution weight, for each tap the product of a norm (1, 1, K) and a direction (D, D / groups, K)."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -93,7 +93,7 @@ def length_tensor(lengths: Iterable[int] | Tensor, device: torch.device) -> Tens
 
 
 def length_mask(length_B: Tensor, width: int) -> Tensor:
-    """Return a mask (B, width) that is True up to each length."""
+    """Return a mask (B, width) that is True at positions below each length."""
     return torch.arange(width, device=length_B.device) < length_B[:, None]
 
 

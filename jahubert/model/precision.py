@@ -1,7 +1,7 @@
 """Compute precision: autocast dtypes and int8 quantization.
 
-Lower precision applies only to matrix products and convolutions (autocast). Norms, softmax, cosines and
-log-probabilities remain in float32. The weights themselves are not changed.
+With autocast, only matrix products and convolutions are computed in lower precision. Norms, softmax, cosines
+and log-probabilities remain in float32, and the weights of the model are not changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Enable autocast to `dtype`, unless it is float32 or int8, which do not need autocast."""
+    """Enable autocast to bfloat16 or float16, or for float32 and int8, disable any enclosing autocast."""
     lower = dtype in PRECISIONS[1:]
     if not lower and not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -38,7 +38,7 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the autocast dtype for a tensor, or its own dtype, for operations that autocast ignores."""
+    """Return the autocast dtype, or a tensor's own without autocast, for operations that autocast ignores."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 

@@ -23,7 +23,7 @@ from jahubert.model.precision import autocast_dtype
 if TYPE_CHECKING:
     from jahubert.model.hubert import Attention
 
-MAX_FLASH_WIDTH = 192  # largest head width for which all GPUs have a backward pass of flash attention
+MAX_FLASH_WIDTH = 192  # largest head width for which flash attention has a backward pass on all GPUs
 CACHED = 2**19  # number of attention weights computed at a time on a CPU, so that they fit in its caches
 
 
@@ -38,7 +38,7 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
     """Apply the attention layer `module` to packed frames."""
     projections = module.q_proj, module.k_proj, module.v_proj
     if torch.is_grad_enabled():
-        # One product yields queries, keys and values; the backward pass needs three products instead of nine.
+        # Queries, keys and values need one product instead of three, and two instead of six in backward.
         q_NHE, k_NHE, v_NHE = linear(x_ND, *projections).unflatten(1, (3, module.heads, -1)).unbind(1)
     else:
         x_ND = x_ND.to(autocast_dtype(x_ND))  # one cast here replaces a cast in each of the three products
@@ -58,9 +58,10 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
         q, k, v = (packing.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
         out = scaled_dot_product_attention(q, k, v, packing.mask_B11S, dropout)
         return packing.pack(out.transpose(1, 2))
+    # torch's fused CPU kernel has no dropout, and it is slow in bfloat16.
     if q_NHE.dtype is torch.bfloat16 or dropout:
         return _in_rectangles(q_NHE, k_NHE, v_NHE, packing, dropout)
-    # One call per utterance avoids computing padding, but torch's fused CPU kernel has no dropout.
+    # Calling the fused kernel once per utterance avoids computing attention for padding.
     by_utterance = partial(_by_utterance, packing=packing)
     out_NHE = by_utterance(q_NHE, k_NHE, v_NHE)
     return with_double_backward(out_NHE, _unfused(by_utterance), q_NHE, k_NHE, v_NHE)
@@ -75,9 +76,10 @@ def _has_flash_attention(q_NHE: Tensor) -> bool:
 def scaled_dot_product_attention(
     q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Call torch's function, and support derivatives of any order and in forward mode.
+    """Call torch's function, with support for forward-mode and higher derivatives.
 
-    torch's fused kernels provide only the first derivative.
+    torch's fused kernels provide only the first derivative. After a fused kernel with dropout, a double
+    backward raises a RuntimeError.
     """
     compute = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
     if is_recorded() or not _has_fused_kernels():
@@ -98,7 +100,7 @@ def _has_fused_kernels() -> bool:
 
 
 def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[..., Tensor]:
-    """Wrap `compute` so that it uses differentiable operators instead of a fused kernel."""
+    """Wrap `compute` to use differentiable operators instead of a fused kernel, or to raise with dropout."""
 
     def unfused(*inputs: Tensor) -> Tensor:
         if dropout:
@@ -138,7 +140,7 @@ class _Layout(NamedTuple):
     """Positions of packed frames in rectangles, for each head."""
 
     rectangles: list[Rectangle]
-    indices: list[Tensor]  # row in (N, H) of each head, utterance and frame, for each rectangle
+    indices: list[Tensor]  # row in (N, H) of each utterance, head and frame, for each rectangle
     row_NH: Tensor  # row of each frame and head in the concatenated rectangles
     n_valid: int  # number of packed rows without the filler rows
 
@@ -159,7 +161,7 @@ class _Layout(NamedTuple):
 
 
 def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
-    """Compute attention with batched matrix products, on rectangles of G heads padded to S frames."""
+    """Compute attention with batched matrix products on rectangles (G = utterances * heads, S frames, E)."""
     _, heads, width = q_NHE.shape
     layout = _Layout.of(packing, heads)
     # Queries and, to preserve the mean under dropout, values are scaled before the products.

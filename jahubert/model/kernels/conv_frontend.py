@@ -56,7 +56,7 @@ def front_end(
 
     Args:
         lengths: number of samples in each waveform. Samples after the end of a waveform are ignored.
-        shape: sizes to which all tensors are padded (see `Packing`).
+        shape: sizes to which all tensors are padded (see `PackedShape`).
     """
     layers = [cast("ConvLayer", layer) for layer in stack.conv_layers]
     size = TILE * math.prod(layer.conv.stride[0] for layer in layers)  # number of samples per tile
@@ -68,7 +68,7 @@ def front_end(
         n_frames.append([(n - kernel) // stride + 1 for n in n_frames[-1]])
     n_utterances = padded_size(len(lengths), shape and shape.n_utterances, "utterances")
     n_rows = padded_size(sum(n_frames[-1]), shape and shape.n_rows, "frames", BLOCK)
-    filler = n_tiles - sum(tiles)  # tiles after the last utterance, placed after the end of the first one
+    filler = n_tiles - sum(tiles)  # tiles of zeros, which are taken from after the end of the first utterance
     owner = np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(filler, np.int64))
     position = np.append(concat_ranges(np.zeros(len(tiles)), tiles), np.full(filler, tiles[0]))
     first_row = TILE * (np.cumsum(tiles) - tiles)
@@ -96,7 +96,7 @@ class _Tiles(NamedTuple):
     owner_T: Tensor  # index of the utterance of each tile
     position_T: Tensor  # index of each tile within its utterance
     n_samples_T: Tensor  # number of samples from the start of a tile to the end of its utterance
-    n_frames_B: Tensor  # number of valid rows in each utterance
+    n_frames_B: Tensor  # number of valid output frames of the first layer in each utterance
 
 
 def _concatenate(wav_BT: Tensor, size: int, tiles: _Tiles) -> Tensor:
@@ -214,10 +214,10 @@ def _gelu_conv(x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int
 
 
 class _GeluConv(torch.autograd.Function):
-    """`_gelu_conv` implemented by matrix products (see the docstring of the module).
+    """`_gelu_conv` implemented with matrix products (see the docstring of the module).
 
-    Only x or its two factors are stored for the backward pass. A CPU processes some of the rows at a time, so
-    that intermediate results remain in the cache.
+    Only x (or its two factors) and the weights are stored for the backward pass. On a CPU, only some of the
+    rows are processed at a time, so that intermediate results remain in the cache.
     """
 
     @staticmethod
@@ -292,7 +292,7 @@ def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -
 
 
 def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """Return the number of rows, and the row ranges to process in turn, which fit in a CPU's cache."""
+    """Return the number of rows, and the row ranges to process in turn. On a CPU, each fits in the cache."""
     unit = BLOCK if factor is None else _tile(x, factor, width)
     n = x.numel() // width if factor is None else len(x) * unit
     step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n
@@ -300,7 +300,7 @@ def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tupl
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to `total`, accumulating in float32."""
+    """Add a @ b to `total`, which is float32."""
     if a.dtype is total.dtype:
         total.addmm_(a, b)
     else:

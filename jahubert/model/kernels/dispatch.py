@@ -63,7 +63,8 @@ def usable(part: nn.Module) -> bool:
     - operations are recorded or transformed, as in export, torch.compile of the whole model and torch.func;
     - a module inside `part` is not exactly of its standard type (LoRA and other wrappers, quantized layers,
       parametrizations), has a hook (pruning uses one) or a patched `forward`, or has a weight that is a
-      tensor subclass with its own arithmetic.
+      tensor subclass with its own arithmetic;
+    - torch has a global hook for all modules.
 
     Transformer blocks are called as modules in any case, so that activation checkpointing, torch.compile and
     FSDP2 may wrap them. Double backward, which the forward pass cannot foresee, differentiates plain
@@ -101,7 +102,7 @@ def _is_standard(module: nn.Module) -> bool:
     return from_fsdp and (forward is None or (isinstance(forward, partial) and forward.func is checkpoint))
 
 
-# Types do not change, so these answers can be cached.
+# Types do not change, so that the results of the following functions can be cached.
 @lru_cache(maxsize=64)
 def _is_standard_type(kind: type[nn.Module]) -> bool:
     return kind in _TORCH_MODULES or kind.__module__ in _OWN_MODULES

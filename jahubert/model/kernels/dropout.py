@@ -1,4 +1,4 @@
-"""Dropout on a CPU that uses sixteen random bits per element.
+"""CPU dropout that uses sixteen random bits per element.
 
 torch draws a Bernoulli sample per element on a CPU, which takes longer than the preceding matrix product
 (5 ns compared with 1 ns per element). Other devices use torch's own dropout.
@@ -30,7 +30,7 @@ def keep_probability(p: float) -> float:
 
 
 def keep_mask(shape: Sequence[int], p: float) -> Tensor:
-    """Draw a mask of one byte per element, which is 1 with probability `keep_probability(p)`, otherwise 0."""
+    """Draw a uint8 mask whose elements are 1 with probability `keep_probability(p)`, and otherwise 0."""
     count, threshold = torch.Size(shape).numel(), round(p * 2**16)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     number = bits.view(torch.int16)[:count].view(shape)

@@ -1,4 +1,4 @@
-"""Feed-forward network that recomputes GELU in the backward pass instead of storing it."""
+"""Feed-forward network that, without inner dropout, recomputes GELU in the backward pass to save memory."""
 
 from __future__ import annotations
 

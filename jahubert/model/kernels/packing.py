@@ -52,7 +52,7 @@ class PackedShape(NamedTuple):
 
 
 def padded_size(size: int, limit: int | None, what: str, multiple: int = 1) -> int:
-    """Return the size to which a dimension is padded: `limit`, or the next `multiple` if it is None.
+    """Return the size to which a dimension is padded: `limit`, or for None, `size` rounded up to `multiple`.
 
     Raises:
         ConfigError: `size` exceeds the limit.
@@ -93,7 +93,7 @@ class FlashSequences(NamedTuple):
 
 
 def has_flash_attention(device: torch.device) -> bool:
-    """Return whether torch has flash attention for a device, and whether it is enabled."""
+    """Return whether torch has flash attention for a device and it is enabled."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     cuda = torch.backends.cuda
@@ -123,8 +123,8 @@ class Packing:
         n_rows = padded_size(self.n_valid, shape and shape.n_rows, "frames", BLOCK)
         filler = np.full(n_rows - self.n_valid, index[0])
         self.index_N, n_frames_B = index_tensors(device, np.append(index, filler), n_frames)
-        # torch's fused attention uses these. They are computed here, so that compiled blocks get only tensors
-        # and numbers.
+        # These attributes for torch's fused attention are computed here, so that compiled blocks get only
+        # tensors and numbers.
         self.fused_attention, self.mask_B11S = device.type != "cpu", None
         if self.fused_attention and min(n_frames) < width:
             self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]

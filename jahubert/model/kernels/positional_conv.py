@@ -3,8 +3,8 @@
 The method is overlap-save with windows of twice the kernel size. Each frequency requires one small matrix
 product per group, and the Fourier transforms are matrix products as well. The method takes a quarter of the
 operations of a direct convolution with 128 taps and has smaller rounding errors. The computation is always in
-float32, whereas a GPU's own convolution would use TF32. The direct convolution is used where it is faster: in
-bfloat16 on a CPU, and on short batches.
+float32, whereas a GPU's own convolution would use TF32. On a CPU, the direct convolution is used where it is
+faster, that is, in lower precision (autocast) and for short batches.
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """
@@ -86,8 +86,9 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
 def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
     """Place windows of 2 * `kernel` frames every `kernel` frames, from `kernel` / 2 before each utterance on.
 
-    The result is the packed row of every frame in all windows (for frames outside the utterance, the row
-    after the last valid row), and the position of each packed row among the first halves of the windows.
+    The result is the packed row of every frame in all windows, and the position of each packed row among the
+    first halves of the windows. Frames outside the utterance get the number of the row of zeros that the
+    caller appends to the packed rows.
     """
     n_frames, outside = np.array(packing.n_frames), packing.n_rows
     counts = -(-n_frames // kernel)

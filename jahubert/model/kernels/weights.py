@@ -59,7 +59,7 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 
 
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
-    """Compute the concatenated outputs of linear layers that have the same input, by one matrix product."""
+    """Compute the concatenated outputs of linear layers for `x`, as one product if all have biases."""
     if len(modules) == 1 and (is_recorded() or _shared is None):
         out: Tensor = modules[0](x)  # autocast copies the weight itself
         return out
