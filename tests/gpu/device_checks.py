@@ -158,7 +158,7 @@ def test_pretraining_step_with_dropout_does_not_synchronize(device, flash_calls)
                 loss = module(batch, 0).total
             loss.backward()
         losses.append(float(loss.detach()))
-    assert losses[0] == pytest.approx(losses[1]) and flash_calls == [0.1] * 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and flash_calls == [0.1] * 4
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 

@@ -156,8 +156,10 @@ def kernels(
     times = profile_steps(same_step, run.device.type == "cuda")
     groups = by_group(times)
     total = sum(groups.values())
+    if not total:  # for example, if users may not read the GPU's performance counters
+        return report.add("kernels: products", None, "ms", reason="the profiler recorded no kernels")
     for group, ms in groups.items():
-        report.add(f"kernels: {group}", ms, "ms", share=f"{ms / max(total, 1e-9):.0%}")
+        report.add(f"kernels: {group}", ms, "ms", share=f"{ms / total:.0%}")
     report.add("kernels: none running", max(0.0, milliseconds - total), "ms", step_ms=milliseconds)
     longest = sorted(times.items(), key=lambda item: -item[1])[:25]
     report.rows[-1]["kernels"] = {name[:120]: round(ms, 3) for name, ms in longest}
