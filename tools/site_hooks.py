@@ -1,7 +1,7 @@
 """MkDocs hooks that add the API reference and pages from outside docs/, and adapt links.
 
-Markdown files outside docs/ (README, recipes, CONTRIBUTING, ...) become pages below about/. Links to other
-files in the repository, such as source code, become plain text.
+Markdown files outside docs/ (README, recipes, CONTRIBUTING, ...) become pages below about/. Links to files
+that are not pages, such as source code, become plain text.
 """
 
 from __future__ import annotations
@@ -44,14 +44,17 @@ def reference() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
-    """Redirect all links outside of code blocks to pages of the site."""
+    """Rewrite the relative links outside of code blocks (see `redirect`)."""
     source = page.file.src_uri
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else redirect(part, source, files) for part in parts)
 
 
 def redirect(markdown: str, source: str, files: Any) -> str:
-    """Rewrite the links in the page `source` to pages of the site. Other links become plain text."""
+    """Make the relative links in the page `source` refer to pages of the site.
+
+    Links to files that are not pages become plain text. URLs remain unchanged.
+    """
     outside = source.startswith(f"{OUTSIDE}/")
     # The folder of the page in the repository.
     folder = posixpath.dirname(source.removeprefix(f"{OUTSIDE}/") if outside else f"docs/{source}")

@@ -5,12 +5,12 @@
     python tools/wheel_check.py --python python3.14            # another Python with venv
     python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
 
-Run the script in the development environment. It builds the sdist and then the wheel, creates tiny models, a
-recording and the expected results, and installs the wheel in an empty environment, without extras but with
+Run the script in the development environment. It builds the sdist and the wheel from it, creates tiny models,
+a recording and the expected results, and installs the wheel in an empty environment, without extras but with
 the given requirements. In this environment, it runs itself (`--inside`) and checks that
 
-- all modules of the core package ("ring 1" in docs/layout.md) can be imported, and conf/ and recipes/ are
-  included,
+- the top-level modules and all public names can be imported and do not import jahubert.train ("ring 2" in
+  docs/layout.md), and conf/ and recipes/ are included,
 - features, units and a transcript equal the results of the development environment,
 - the commands work, and models converted to other formats give the same results,
 - no package of an extra can be imported, and commands that need an extra name it in their error message.
@@ -106,7 +106,7 @@ def build_sdist(into: Path) -> Path:
 
 
 def make_material(folder: Path) -> None:
-    """Create two tiny models, a 44.1 kHz stereo recording, and the results of this environment."""
+    """Create two tiny models, a 44.1 kHz stereo recording in several formats, and the expected results."""
     import numpy as np
     import soundfile
     import soxr
@@ -168,7 +168,7 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
 
 
 def check_package() -> None:
-    """Check that the core package and all public names can be imported, and that data files are included."""
+    """Check that top-level modules and public names can be imported, and that data files are included."""
     import jahubert
 
     home = Path(jahubert.__file__).parent
@@ -273,7 +273,7 @@ def check_commands(folder: Path, out: Path) -> None:
 
 
 def check_speed(transcribe: list[str], formats: Path, out: Path) -> None:
-    """Check that the built-in model transcribes a folder and a ten-minute recording within 30 s."""
+    """Check that the built-in model transcribes a folder, and a ten-minute recording in less than 30 s."""
     import soundfile
 
     checked_output(run([*transcribe, formats], cwd=out))
@@ -311,9 +311,8 @@ def outside(requirements: Sequence[str], work: Path, interpreter: str) -> str:
         checked_output(run([interpreter, "-m", "venv", folder]))
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     checked_output(run([*pip, *requirements, wheel]))
-    checked_output(
-        run([*pip, "--force-reinstall", "--no-deps", wheel])
-    )  # this replaces an older wheel with the same version
+    # This replaces an older wheel with the same version.
+    checked_output(run([*pip, "--force-reinstall", "--no-deps", wheel]))
     return checked_output(
         run([python, "-I", Path(__file__).resolve(), "--inside", work / "material"], cwd=work)
     )

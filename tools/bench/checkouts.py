@@ -10,9 +10,10 @@ round, so that changes in the machine's speed affect both. The script prints the
 `time.process_time` over the rounds, their ratio (second checkout relative to the first) and the median of the
 ratios per round. Pass the same checkout twice to determine the noise of the measurement.
 
-`transcribe` and `features` (layer 6) read `--audio` with `--model`, which both checkouts must be able to
-open. Its default is the built-in model of the first checkout for `transcribe`, and HuBERT base with random
-weights for `features`. `pretrain` runs a step of each checkout's `tools/bench/pretrain_step.py`.
+`transcribe` and `features` (layer 6) process the recording `--audio` with the model `--model`, which both
+checkouts must be able to load. The default model is the built-in model of the first checkout for
+`transcribe`, and HuBERT base with random weights for `features`. `pretrain` runs a step of each checkout's
+`tools/bench/pretrain_step.py`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python tools/bench/cpu_attention.py            # times in milliseconds on one thread, interleaved
 
-The result explains why `jahubert/model/kernels/attention.py` uses unfused operations in bfloat16, but the
-fused kernel, which does not support dropout, in float32 without dropout.
+The result explains why `jahubert/model/kernels/attention.py` uses unfused operations in bfloat16 and the
+fused kernel in float32. With dropout, which the fused kernel does not support, the operations are always
+unfused.
 """
 
 import statistics

@@ -8,9 +8,10 @@ The script requires torch, numpy, safetensors, soundfile and soxr. transformers 
 for comparison if they can be imported. The device tests require pytest, and the training engine, labels and
 k-means require the extra `train`. Sections whose packages are missing or that would take too long (--minutes)
 are listed as skipped. Steps of all models are interleaved in one process, and times are medians. Memory is
-the peak in addition to weights, gradients and optimizer state. "Of peak" is the FLOP/s required for the valid
-frames, divided by the FLOP/s of a large matrix product in the same run. The column "goal" contains the
-project's goals, which are lower or upper limits. The exit status is 1 if a section or a device test failed.
+the peak above the memory of weights, gradients and optimizer state. "Of peak" is the FLOP/s required for
+the valid frames, divided by the FLOP/s of a large matrix product in the same run. The column "goal" contains
+the project's goals, which are lower or upper limits. The exit status is 1 if a section or a device test
+failed.
 """
 
 import argparse

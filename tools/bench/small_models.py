@@ -1,6 +1,8 @@
 """Benchmark of pretraining on one CPU thread, for small models that train within minutes on two cores.
 
-python tools/bench/small_models.py             # prints seconds of audio per CPU second, forward and backward
+    python tools/bench/small_models.py
+
+The script prints the seconds of audio that are processed per second of CPU time, forward and backward.
 """
 
 import time

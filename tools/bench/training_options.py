@@ -2,9 +2,9 @@
 
     python tools/bench/training_options.py --model base --seconds 24 --repeats 5
 
-A step consists of the forward pass, the loss over 500 units, the backward pass and AdamW. The steps of the
-variants are interleaved on the same batches. "stored" is the number of bytes that the forward pass keeps for
-the backward pass.
+A step consists of the forward pass, a loss over 500 units, the backward pass and AdamW. The steps of the
+variants are interleaved on the same batches. "stored" is the memory, per second of audio, that the forward
+pass keeps for the backward pass.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python tools/bench/units_scale.py exp/tofugu --hours 2 20  # MFCC, 100 units
     python tools/bench/units_scale.py exp/tofugu --hours 2 20 --layer 3  # HuBERT layer 3, 500 units
 
-Random crops of the utterances from a finished `prepare` stage are drawn until the corpus is long enough. Each
-stage runs in a separate process with one thread (OMP_NUM_THREADS=1). The script prints the peak memory and
-the CPU time of this process, because CPU time depends least on the load of the machine.
+The corpora consist of the training utterances of a finished `prepare` stage and, if these are too short, of
+random crops of them. Each stage runs in a separate process; set OMP_NUM_THREADS=1 for one thread. The script
+prints the wall time, CPU time, peak memory and disk usage of each stage. The CPU time depends least on the
+load of the machine.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SHORTEST = 8_000  # minimum crop length in samples
 
 
 def repeated(source: Manifest, hours: float):
-    """Draw random crops from the utterances of a corpus, `hours` in total."""
+    """Yield the training utterances of a corpus, and then random crops of them, `hours` in total."""
     rng, left, number = np.random.default_rng(0), hours * 3600 * 16_000, 0
     rows = source.indices(split="train")
     while left > 0:

@@ -1,12 +1,12 @@
 """Benchmark of voice activity detection: speed, and robustness of transcripts to offset, hum and gain.
 
-    python tools/bench/vad.py shared/data/sentences shared/data/tofugu/lib/ogg
+    python tools/bench/vad.py /path/to/sentences /path/to/words
 
 The script transcribes `--files` evenly spaced recordings from each folder with the built-in model (or
 `--model`), with and without distortions. For each distortion, it prints the phoneme error rate against the
-undistorted transcripts, the number of transcripts that became empty, and the fraction of loud frames that are
-detected as speech. It also prints the fraction of frames that are detected as speech in generated sounds, and
-the speed on one thread as a multiple of real time.
+transcripts without distortion, the number of empty transcripts, and the lowest fraction of the loud frames of
+a recording that are detected as speech. It also prints the fraction of frames that are detected as speech in
+generated sounds, and the speed on one thread as a multiple of real time.
 """
 
 from __future__ import annotations

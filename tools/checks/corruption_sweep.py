@@ -1,4 +1,4 @@
-"""Check that damage to any file of a tiny experiment is detected, for several kinds of damage.
+"""Sweep over all files of a tiny experiment, which checks that several kinds of damage are detected.
 
     python tools/checks/corruption_sweep.py               # 5 trials per file and kind of damage
     python tools/checks/corruption_sweep.py --trials 1
@@ -8,10 +8,10 @@ zeroed block, a missing tail, and a swap with the same file from an experiment w
 input verification of all stages reads the files of stages, `Transcriber` and `load_bundle` read bundles, the
 code for resuming reads checkpoints and unfinished stages, and the decoder reads FLAC files. Lexicons and
 n-grams are read by the stage that used them and, if compressed, by their readers. Damage counts as detected
-if an error that names the file or its setting reports it, or if a stage computes the damaged part again, and
-as harmless if the content is read correctly. The script prints the figures for each kind of file, and its
-exit status is 1 if any damage is neither. Files that no stage reads are not damaged: TensorBoard events,
-started.json of a finished stage, and the report.
+if an error that names the file, its folder or its setting reports it, or if a stage computes the damaged part
+again. It counts as harmless if the content is read correctly. The script prints the figures for each kind of
+file, and its exit status is 1 if any damage is neither detected nor harmless. Files that no stage reads are
+not damaged: TensorBoard events, started.json of a finished stage, the model card and the report.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Sweep:
         read: Callable[[], str],
         damages: Sequence[Damage] = DAMAGES,
     ) -> None:
-        """Damage a file in several ways. `read` returns the message of the error, or an empty string."""
+        """Damage a file in several ways. `read` returns an error message, HARMLESS or an empty string."""
         content, rng = path.read_bytes(), random.Random(str(path.name))
         for damage in damages:
             for _ in range(1 if damage is swap else self.trials):
@@ -183,7 +183,7 @@ def sweep_bundles(sweep: Sweep, exp: Path, other: Path) -> None:
 
 
 def sweep_unfinished(sweep: Sweep, exp: Path) -> None:
-    """Damage the files of unfinished stages, which must end with the same results."""
+    """Damage the files of unfinished stages, which must then report an error or end with the same results."""
     for stage, owner, last in (("features", features, "write_json"), ("label", LabelWriter, "finish")):
         job = next(job for job in stage_jobs(exp) if job.stage == stage)
         unfinished, expected = exp / f"unfinished-{stage}", contents(job.out)

@@ -5,7 +5,8 @@
 The transcripts are random SDB files in the format of the corpus. Kaldi's scripts (egs/csj/s5) are run
 unchanged from the given checkout, which is not part of this repository, and require perl and nkf or iconv.
 If the utterances of the csj recipe with `join=kaldi` do not have the same times and phones, the exit status
-is 1. Words to which Kaldi's conventions assign other phones are in a separate row and do not affect it.
+is 1. Words to which Kaldi's conventions assign other phones are in a separate row and do not affect the exit
+status.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from jahubert.train.experiment.registry import resolve
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = Path("egs", "csj", "s5", "local", "csj_make_trans")
 TALKS, SEGMENTS = 8, 119
-# Orthography and pronunciation of words with a part of speech, and event lines, which have none.
+# Orthography and pronunciation of words. An underscore stands for a space inside a tag.
 PLAIN = """
 今日 キョー|は ワ|切手 キッテ|本 ホン|新聞 シンブン|時期 ジキ|人 ヒト|日本 ニホン|三つ ミッツ|義理 ギリ
 地図 チズ|指 ユビ|社長 シャチョー|百 ヒャク|ファン ファン|続く ツズク|髙い タカイ"""
@@ -54,7 +55,7 @@ KINDS = ("plain", "masks", "events", "events inside speech", "dialogues", *WORDS
 
 
 def word_list(text: str) -> list[tuple[str, str]]:
-    """Return (orthography, pronunciation) of each word. An underscore stands for a space inside a tag."""
+    """Return (orthography, pronunciation) of each word in one of the lists above."""
     words = [word.split() for word in re.split(r"[|\n]", text) if word]
     return [(one.replace("_", " "), other.replace("_", " ")) for one, other in words]
 
@@ -148,7 +149,7 @@ def our_utterances(sdb: Path, audio: Path) -> Iterator[Spoken]:
 
 
 def compare(kind: str, scripts: Path, folder: Path, env: dict[str, str]) -> tuple[Counter[str], list[str]]:
-    """Count the utterances of both and those that agree, and describe the differences."""
+    """Count the utterances of Kaldi and of the csj recipe and those that agree, and list the differences."""
     counts: Counter[str] = Counter()
     differences = []
     for number in range(TALKS):

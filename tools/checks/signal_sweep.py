@@ -4,8 +4,8 @@
     python tools/checks/signal_sweep.py --in-turn  # one signal per stage, in turn
 
 Opening the first input file (audio, if the stage reads audio) is delayed by 1.5 seconds, during which the
-process receives the signal. The process must end within 30 seconds, with status 75 (SIGTERM) or 130 (SIGINT)
-and without a traceback. The stage is then rerun, and all files must equal those of an uninterrupted run. The
+process receives the signal. The process must end within 30 seconds, with status 75 (or 130 after SIGINT) and
+without a traceback. The stage is then rerun, and all files must equal those of an uninterrupted run. The
 exit status of the script is 1 if any run differs. The script requires Linux.
 """
 
@@ -29,7 +29,7 @@ from jahubert import run
 from jahubert.train.pipeline.jobs import Job
 
 SIGNALS = {signal.SIGTERM: (75,), signal.SIGINT: (130, 75)}  # accepted exit statuses
-# Stages that read no audio, and the decoding that reads a language model first.
+# First input of the stages that read no audio, and of the decoding that reads a language model first.
 FIRST_INPUT = {
     "kmeans": "sample.npy",
     "targets": "manifest.arrow",

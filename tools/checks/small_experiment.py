@@ -1,8 +1,8 @@
 """Tiny experiment for the sweeps in this folder, with all stages and commands that write files.
 
-The experiment has five recordings of one second and a model of width 16, so that each stage takes a fraction
-of a second. Stages and commands run in forked children of one process that has imported all modules, so that
-a trial takes little more time than the stage or command itself.
+The experiment consists of five recordings of one second and a model of width 16, so that each stage takes a
+fraction of a second. Stages and commands run in forked children of one process that has imported all modules,
+so that a trial takes little more time than the stage or command itself.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def run_child(work: Callable[[], Any], log: Path) -> int:
 def contents(folder: Path) -> dict[str, Any]:
     """Return the content of the files in a folder, keyed by relative path, without the times in JSON files.
 
-    TensorBoard events and lock files are omitted. For report pages and DCP metadata, only their presence is
+    TensorBoard events are omitted. For report pages, DCP metadata and gzip files, only their presence is
     recorded, because their content depends on times or on the order of a pickled dictionary.
     """
     files: dict[str, Any] = {}

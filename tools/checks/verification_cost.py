@@ -3,9 +3,9 @@
     python tools/checks/verification_cost.py exp/demo recipe=demo
     python tools/checks/verification_cost.py exp/tofugu recipe=tofugu data=/path/to/corpus
 
-For each stage, the script prints the size of the inputs in bytes, the time to verify them (the shortest of
-three runs, so that the files are in the page cache), and this time as a fraction of the recorded time of the
-stage.
+For each finished stage, the script prints the size of its inputs in MB, the time to verify them (the shortest
+of three runs, so that the files are in the page cache), and this time as a fraction of the recorded time of
+the stage.
 """
 
 from __future__ import annotations
