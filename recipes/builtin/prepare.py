@@ -59,10 +59,7 @@ class Config:
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(default_factory=Speakers)  # sentences of all other sources are excluded
     reading: float = 35.0  # minutes of training words in synthetic voices
-    speeds: tuple[float, ...] = (
-        0.87,
-        1.15,
-    )  # each joined training utterance is copied at one of these speeds
+    speeds: tuple[float, ...] = (0.87, 1.15)  # each joined training utterance is copied at one of them
 
     def __post_init__(self) -> None:
         if not all(0.5 <= speed <= 2 for speed in self.speeds):

@@ -208,7 +208,7 @@ def test_truncated_files_are_rejected_and_empty_ones_are_empty(tmp_path):
 
 
 def test_stale_wav_header_is_rejected(tmp_path):
-    """A killed recorder leaves the length of its last header update."""
+    """The header that a killed recorder leaves contains the length at its last update."""
     data = bytearray(encode(NOISE, subtype="PCM_16"))
     data[4:8], data[40:44] = struct.pack("<I", 10_036), struct.pack("<I", 10_000)
     with pytest.raises(AudioError, match="header states"):
@@ -285,7 +285,7 @@ def test_truncated_files_of_rare_formats_are_rejected(tmp_path, fmt):
 
 @pytest.mark.parametrize("rate", [1, 7, 999, 2**31 - 1])
 def test_impossible_sampling_rates_are_rejected(tmp_path, rate):
-    """Resampling them would take minutes."""
+    """Resampling from such a rate would take minutes."""
     path = tmp_path / "a.wav"
     soundfile.write(path, NOISE[:1_600], 16_000)
     content = bytearray(path.read_bytes())

@@ -94,7 +94,7 @@ def test_segments_of_a_long_recording_are_lines(bundle, folder, capsys):
 
 
 def test_segments_are_printed_before_the_recording_is_complete(bundle, folder, capsys, monkeypatch):
-    """A recording fails after two minutes, and its text up to this point is on standard output."""
+    """Reading fails after four minutes of audio, and the text up to this point is on standard output."""
     from jahubert.inference import transcribe
 
     wav = torch.from_numpy(np.tile(syllables(2.0).numpy(), 15))  # 30 s

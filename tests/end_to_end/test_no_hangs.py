@@ -119,7 +119,7 @@ def test_full_shared_memory_ends_the_run(tmp_path, size):
 
 @needs_mount
 def test_shared_memory_that_fills_up_during_a_run_is_named(tmp_path):
-    """It is not mistaken for a full disk."""
+    """Full shared memory is not mistaken for a full disk."""
     child = start("fill-shm", tmp_path, 2, shm="64m")
     stderr = child.communicate(timeout=60)[1]
     assert child.returncode == 1 and "Traceback" not in stderr, stderr

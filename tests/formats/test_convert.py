@@ -212,7 +212,7 @@ def test_interrupted_conversion_to_torchaudio_can_be_repeated(tmp_path):
 
 
 def test_temporary_file_of_a_complete_folder_is_removed_by_the_next_run(tmp_path, monkeypatch):
-    """The complete folder is kept, as any existing target."""
+    """The complete folder is kept, like any existing target."""
     save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
 
     def refuse(*_, **__):

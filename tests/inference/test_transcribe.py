@@ -231,7 +231,7 @@ def test_real_speech_is_detected(shared_data):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_recording(ctc, tmp_path):
-    """The memory for 4 and 24 minutes of 44.1 kHz stereo is compared; at once, they need 85 and 508 MB."""
+    """The samples of the recordings, 4 and 24 minutes of 44.1 kHz stereo, would need 85 and 508 MB."""
     save_bundle(tmp_path / "ctc", ctc=ctc, phonemes=PHONEMES)
     code = """
 import resource, sys, jahubert
@@ -348,7 +348,7 @@ def test_lexicon_writes_kanji(ctc, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_ngram(ctc, tmp_path_factory):
-    """A bundle with a bigram in which every phone is followed by `a`."""
+    """Return a bundle with a bigram model that was trained on two sentences."""
     folder = tmp_path_factory.mktemp("ngram")
     write_arpa(train_ngram([["k", "a", "s", "a"], ["a", "a"]], 2), folder / "phones.arpa.gz")
     ngram = LanguageModel(folder / "phones.arpa.gz", weight=0.7, word_bonus=1.5)

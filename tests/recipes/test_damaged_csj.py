@@ -32,7 +32,7 @@ Content = dict[str, tuple]
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory) -> dict[str, Path]:
-    """One corpus per kind of transcript, with core talks only."""
+    """Write one corpus per kind of transcript, with core talks only."""
     roots = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     for kind, root in roots.items():
         talks = [planned(id, n_utterances=2) for id in IDS]
@@ -233,7 +233,7 @@ def test_many_damaged_talks_end_the_run(trees, tmp_path):
 
 @pytest.mark.parametrize("kind", [*KINDS, "wav"])
 def test_file_that_cannot_be_read_ends_the_run(trees, tmp_path, monkeypatch, kind):
-    """The content of such a file is unknown, and it can be read by the next run."""
+    """The content of such a file is unknown, and the next run may be able to read it."""
     root = trees["sdb" if kind == "wav" else kind]
     path = path_of(root, kind)
     read_bytes, open_ = Path.read_bytes, open

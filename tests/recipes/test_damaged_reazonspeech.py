@@ -202,7 +202,7 @@ def test_unusable_release_ends_the_run(releases, tmp_path):
 
 
 def test_shard_that_cannot_be_read_ends_the_run(releases, tmp_path, monkeypatch):
-    """The content of such a shard is unknown, and it can be read by the next run."""
+    """The content of such a shard is unknown, and the next run may be able to read it."""
     for form in FORMS:
         path = shard_path(releases[form], form)
         open_, file = builtins.open, parquet.pq.ParquetFile

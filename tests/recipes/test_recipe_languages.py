@@ -31,7 +31,7 @@ def tone(hz: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> tuple[Path, Path]:
-    """Ten speakers with five sentences each, and thirty recordings without text."""
+    """Write five sentences by each of ten speakers, and thirty recordings without text."""
     japanese, other = tmp_path_factory.mktemp("japanese"), tmp_path_factory.mktemp("other")
     lines = ["file\ttext\tspeaker"]
     for speaker in range(10):

@@ -33,7 +33,7 @@ tar_index, parquet_shards = sys.modules["tar_index"], sys.modules["parquet_shard
 
 
 def read(data: Path | None, work: Path, **options):
-    """Return the utterances and the rejected items, keyed by ID."""
+    """Return the utterances and the rejected items."""
     config = recipe.Config(**{"subset": "tiny", "processes": 1, **options})
     items = list(recipe.prepare(data, work, config, 0))
     rows = [item for batch in items if isinstance(batch, Utterances) for item in batch]
@@ -128,7 +128,7 @@ def test_only_a_later_shard_is_read(tmp_path, monkeypatch):
 
 
 def test_finished_manifest_is_extended_without_reading_other_shards(tmp_path, monkeypatch):
-    """As in the README, the records of the stage are deleted, its work folder is kept, and it is rerun."""
+    """As in the README, the records of the stage are deleted, and the stage is rerun with its work folder."""
     release = Release(tmp_path / "corpus", shards=3, rows=4)
     data, exp = release.write(), tmp_path / "exp"
     third = release.shard(2).rename(tmp_path / "002.tar")

@@ -185,7 +185,7 @@ def test_docker_image_has_pinned_versions_and_runs_the_command_without_root():
 
 
 def has_docker() -> bool:
-    """Whether a Docker client and its engine are available."""
+    """Return whether a Docker client and its engine are available."""
     return (
         bool(shutil.which("docker"))
         and not subprocess.run(["docker", "info"], capture_output=True).returncode
@@ -194,7 +194,7 @@ def has_docker() -> bool:
 
 @pytest.mark.slow
 def test_docker_image_builds_and_runs():
-    """Needs a package index."""
+    """The test requires a package index."""
     if not has_docker():
         pytest.skip("no Docker engine is running")
     tag = "jahubert:test"

@@ -132,7 +132,7 @@ def test_ids_that_become_one_file_name_are_rejected(tmp_path):
 
 
 def with_audio(manifest: Manifest, split: str) -> dict[str, tuple]:
-    """Speaker and samples of the utterances of a split, by their texts."""
+    """Return the speaker and the samples of the utterances of a split, keyed by text."""
     return {
         manifest[i].text: (manifest[i].speaker, manifest.load(i).numpy()) for i in manifest.indices(split)
     }

@@ -89,7 +89,11 @@ def test_resumed_store_is_identical_for_any_order_and_shard_size(tmp_path):
 
 
 def fill_until_killed(folder: Path, n_calls: int) -> bool:
-    """Fill a store in a child process killed after `n_calls` disk operations. Return whether it was."""
+    """Fill a store in a child process that is killed after `n_calls` disk operations, if it gets that far.
+
+    Returns:
+        Whether the child process was killed.
+    """
     child = os.fork()
     if child == 0:
         remaining = iter(range(n_calls))

@@ -216,9 +216,8 @@ def test_loading_checks_the_length(tmp_path):
         Utterance("gone", AudioSource("/no/such.wav"), 0, 5),
     ]
     write_manifest(tmp_path / "m.arrow", items)
-    manifest = pickle.loads(
-        pickle.dumps(Manifest(tmp_path / "m.arrow"))
-    )  # DataLoader workers receive a pickled manifest
+    # DataLoader workers receive a pickled manifest.
+    manifest = pickle.loads(pickle.dumps(Manifest(tmp_path / "m.arrow")))
     assert manifest.load(0).numpy().tolist() == samples[100:600].tolist()
     with pytest.raises(AudioError, match=r"'long'.*100 samples.* 200:"):
         manifest.load(1)

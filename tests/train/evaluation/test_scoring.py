@@ -167,9 +167,8 @@ def test_score_writes_json_and_text(tmp_path, capsys):
     assert scores["test"]["wer"]["normaliser"] in text
     printed = capsys.readouterr().out
     assert (out / "table.txt").read_text() in printed
-    assert (
-        f"here: {tmp_path / 'decode'} " in printed and "57.14" in printed
-    )  # the system is named after its folder, because it has no records
+    # The system is named after its folder, because it has no records.
+    assert f"here: {tmp_path / 'decode'} " in printed and "57.14" in printed
 
 
 def test_measures_depend_on_vocabulary(tmp_path):

@@ -29,7 +29,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def twice(whole) -> Path:
-    """Add a second, greedy decoding that is compared with the first to the same experiment."""
+    """Add a second, greedy decoding to the experiment, and compare it with the first one."""
     baseline = f"score.baseline={whole}/systems/main/decode"
     assert run.main(command(whole, "all", "decoding=greedy", "decode.search=greedy", baseline)) == 0
     return whole

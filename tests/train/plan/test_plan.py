@@ -145,7 +145,7 @@ def test_estimates_match_values_computed_by_hand():
     # kernel 3, and 100 and 50 Hz after those with kernel 2. Each weight costs two operations per frame.
     convolutions = 2 * 512 * (3200 * 10 + 512 * (3 * (1600 + 800 + 400 + 200) + 2 * (100 + 50)))
     front_end = convolutions + 2 * 50 * (512 * 768 + 768 * 48 * 128)  # projection, positional convolution
-    block = 2 * 50 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 285 * 768)  # 5.7 s have 285 frames
+    block = 2 * 50 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 285 * 768)  # 285 frames in 5.7 s
     step = 3 * (front_end + 12 * block)  # a backward pass costs two forward passes
     parameters = 94.4e6
     pretrain = rows["iter1/pretrain"]
@@ -210,12 +210,8 @@ def hours_of(capsys, *settings):
 
 
 def test_single_stage_has_same_estimate_as_within_all(capsys):
-    settings = [
-        "recipe=tofugu",
-        "hours=100",
-        "gpu=H100",
-        "utilization=1e-6",
-    ]  # at this speed, computation is the bottleneck
+    # At this utilization, computation is the bottleneck.
+    settings = ["recipe=tofugu", "hours=100", "gpu=H100", "utilization=1e-6"]
     _, among = hours_of(capsys, *settings)
     for stage in ("features", "kmeans", "label"):
         _, single = hours_of(capsys, *settings, f"stage={stage}", "iteration=2")

@@ -147,11 +147,8 @@ def test_stage_killed_at_any_moment_is_resumed(corpus, whole, tmp_path, stage, a
         killed = killed_before_step(lambda c=config, e=exp: runner.run_stage(stage, c, e / stage), moment)
         runner.run_stage(stage, config, exp / stage)
         assert results(exp / stage) == results(whole / stage)
-        records = {
-            "started.json",
-            "provenance.json",
-            ".running",
-        }  # a process that is killed at the end leaves .running behind
+        # A process that is killed at the end does not delete .running.
+        records = {"started.json", "provenance.json", ".running"}
         assert {path.name for path in (exp / stage).iterdir()} - records == set(results(whole / stage))
         moment += 1
     assert moment > at_least
@@ -343,9 +340,8 @@ def test_layer_quality_distinguishes_phones_from_noise(corpus, monkeypatch):
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(frames.phone_N), 5).float()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(frames), 5, generator=generator)
-    assert (
-        frames.quality(one_hot, n_clusters=100)["n_units"] == len(frames) // 50
-    )  # there are fewer units, because there are few frames
+    # There are fewer units than requested, because there are few frames.
+    assert frames.quality(one_hot, n_clusters=100)["n_units"] == len(frames) // 50
     monkeypatch.setattr(layer_quality, "_FRAMES_PER_CLUSTER", 10)
     got = frames.quality(one_hot + 0.01 * noise, n_clusters=10)
     assert got == pytest.approx({"n_units": 10, "phone_purity": 1, "pnmi": 1, "cluster_purity": 0.5}, abs=0.2)

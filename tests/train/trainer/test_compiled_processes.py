@@ -1,4 +1,4 @@
-"""Compiled blocks together with activation checkpointing, DDP and FSDP2.
+"""Tests of compiled blocks together with activation checkpointing, DDP and FSDP2.
 
 The test also runs this file as a script: `torchrun --nproc-per-node 2 FILE FOLDER`.
 """

@@ -90,7 +90,7 @@ def test_activation_checkpointing_saves_memory():
 
 
 def test_compiled_block_is_not_recompiled_for_every_batch_of_another_shape():
-    """Uses the GPU attention path of float32 on the CPU."""
+    """On the CPU, the test uses the attention path that a GPU takes in float32."""
     still = replace(MODEL, dropout=0.0, attention_dropout=0.0)
     block, counter, rng = EncoderLayer(still), CompileCounter(), np.random.default_rng(0)
     block.compile(backend=counter)
