@@ -14,7 +14,7 @@ import re
 
 
 class JahubertError(Exception):
-    """Base class of the exceptions in this module.
+    """Base class of jahubert's own exceptions.
 
     Attributes:
         exit_status: exit status of a command that ends with this error.
@@ -46,7 +46,7 @@ class UserError(JahubertError):
 
 
 class ConfigError(UserError):
-    """Raised for one or more errors in a configuration, all of which the message lists.
+    """Raised for one or more invalid settings or arguments, all of which the message lists.
 
     Attributes:
         settings: one message per invalid setting, if known, so that errors of several stages can be merged.
@@ -56,17 +56,17 @@ class ConfigError(UserError):
 
 
 class AudioError(UserError):
-    """Raised if a file or array does not contain usable audio."""
+    """Raised if a file, stream or array is missing or contains no usable audio."""
 
 
 class DataError(UserError):
-    """Raised if a manifest, label store, target store or corpus is missing, corrupt or mismatched."""
+    """Raised if input data, such as a corpus, manifest or lexicon, is missing, invalid or mismatched."""
 
 
 class ReadError(DataError):
     """Raised if the file system still fails to read a file after several attempts.
 
-    The content of the file is unknown and not known to be damaged, so the file must not be skipped.
+    As the file is not known to be damaged, it must not be skipped.
     """
 
 

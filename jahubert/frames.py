@@ -71,7 +71,8 @@ class FrameGrid:
         """
         if finer.window != self.window or self.hop % finer.hop:
             raise ConfigError(
-                f"{finer} does not subdivide {self}: windows must be equal, and the hop must be a multiple"
+                f"{finer} does not subdivide {self}: the windows must be equal, and hop {self.hop} must be a "
+                f"multiple of hop {finer.hop}"
             )
         return self.hop // finer.hop
 

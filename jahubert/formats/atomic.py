@@ -110,7 +110,7 @@ def _new_folder(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _restore(path: Path, replaced: Path) -> None:
-    """Undo the first of the two renames that replace a folder if the second one is missing."""
+    """Undo the first of the two renames that replace a folder if the second one did not happen."""
     if replaced.exists() and not path.exists():
         replaced.rename(path)
 

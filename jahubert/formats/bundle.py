@@ -95,7 +95,7 @@ class Bundle:
     centroid_layer: int | None = None
     info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of the model
     special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion to fairseq
-    notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
+    notes: list[str] = field(default_factory=list)  # one sentence per change to the model
     language_model: LanguageModel | None = None  # `Transcriber` uses it unless another one is given
 
 
@@ -132,7 +132,7 @@ def save_bundle(
     """
     hubert = ctc.hubert if ctc is not None else model
     if hubert is None:
-        raise ConfigError("save_bundle needs a model or a ctc model")
+        raise ConfigError("save_bundle needs `model` or `ctc`")
     if centroids_KD is not None and centroid_layer is None:
         raise ConfigError("save_bundle needs centroid_layer, the layer to which the centroids belong")
     path = Path(path)

@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # maximum difference of outputs; permuted rows may be rounded 
 class Conversion:
     """Result of a verified conversion."""
 
-    notes: tuple[str, ...]  # one sentence per dropped or newly initialized item
+    notes: tuple[str, ...]  # one sentence per change to the model
     difference: float  # largest absolute difference over all layers and heads, on random audio
 
 
@@ -162,7 +162,7 @@ def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
 
 
 def _matching_rows(first: Bundle, second: Bundle) -> dict[int, int]:
-    """Return the row in the second CTC head with the same symbol for each row in the first."""
+    """Return, for rows of the first CTC head, the row of the second with the same symbol, if there is one."""
     if first.phonemes is None or second.phonemes is None:
         return {row: row for row in range(first.ctc.lm_head.out_features)} if first.ctc else {}
     rows = {symbol: row for row, symbol in enumerate(second.phonemes.symbols)}

@@ -47,7 +47,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import BLANK, PhonemeSet
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-_NEVER = -1e4  # bias of a symbol that only fairseq needs, which makes its probability exactly zero
+_NEVER = -1e4  # bias that gives a symbol that only fairseq needs a probability of exactly zero
 _WRAPPED = "w2v_encoder.w2v_model."  # prefix of the pretrained model inside a fine-tuned one
 _FINAL_DIM = 256  # output width of a newly initialized projection
 _NAMES = [
@@ -331,7 +331,7 @@ def write_fairseq(
     """Write the checkpoint for a pretrained model or, with `ctc`, for a fine-tuned model.
 
     Returns:
-        One sentence per dropped or newly initialized item.
+        One sentence per change to the model.
 
     Raises:
         CheckpointError: fairseq cannot represent the model.

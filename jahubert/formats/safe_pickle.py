@@ -2,9 +2,9 @@
 
 A pickle is a program that can call any function of any package, run for exponential time, and declare sizes
 larger than the file. This reader calls only OrderedDict and the constructors defined in this module. Tensors
-are views of bytes read from the file. Objects of known packages (settings of argparse, omegaconf and
-Lightning, dictionaries of fairseq) become inert records, and everything else is rejected. Time and memory are
-limited by the number of instructions and by the file size.
+are views of bytes read from the file. Objects of known packages (such as settings of argparse and
+omegaconf, and dictionaries of fairseq) become inert records, and everything else is rejected. Time and memory
+are limited by the number of instructions and by the file size.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Stored:
 
 
 def read_pickled(path: Path) -> Any:
-    """Read a file written by `torch.save`, in which tensors become `Stored` and other objects `Record`.
+    """Read a file written by `torch.save`, in which tensors become `Stored` and foreign objects `Record`.
 
     Raises:
         CheckpointError: the file is damaged, too complex, in an unknown format, or refers to a class or
@@ -421,7 +421,7 @@ def _integers(value: Any) -> tuple[int, ...]:
 
 
 def _checked_key(key: Any) -> Any:
-    """Check a dict key, because hashing nested tuples can take exponential time."""
+    """Return a dict key if it is simple. Hashing nested tuples could take exponential time."""
     simple = (str, int, float, bool, bytes, type(None), Record)
     parts = key if type(key) is tuple and len(key) < 10 else (key,)
     if not all(type(part) in simple for part in parts):

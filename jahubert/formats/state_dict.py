@@ -47,7 +47,7 @@ class RawModel:
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
     info: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # one sentence per dropped or newly initialized item
+    notes: list[str] = field(default_factory=list)  # one sentence per change to the model
 
 
 # --- names ------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """Read a `.safetensors`, `.pt` or `.bin` file. Tensors in pickled files are returned as `Stored`.
 
     Raises:
-        CheckpointError: the file is missing, damaged or does not contain a table.
+        CheckpointError: the file is missing or damaged, or its content is not a dict.
     """
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: {path.name} is missing; download or copy the folder again")

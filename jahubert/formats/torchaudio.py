@@ -187,7 +187,7 @@ def write_torchaudio(
     """Write a state dict, and a JSON file with the call that builds the model.
 
     Returns:
-        One sentence per dropped item.
+        One sentence per change to the model.
 
     Raises:
         CheckpointError: torchaudio cannot represent the model.

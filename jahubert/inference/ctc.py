@@ -3,7 +3,7 @@
 All three functions take plain tensors and are independent of the phoneme set. The result for a row does not
 depend on the batch, because frames beyond `n_frames_B` are never used.
 
-Shapes: B batch (rows), S frames, V symbols, K beam, C = K * V candidates.
+Shapes: B rows, S frames, V symbols, K beam, C columns (V, or more with a lexicon), N = K * C candidates.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: i
             if bool(bad_BS[row, :n].any()):
                 frame = int(bad_BS[row, :n].nonzero()[0, 0])
                 raise DataError(
-                    f"row {row} has NaN log-probabilities from frame {frame} on (corrupt weights or input, "
+                    f"row {row} has NaN log-probabilities, first in frame {frame} (corrupt weights or input, "
                     "or overflow in low precision); check the checkpoint, or use float32"
                 )
     return counts
@@ -180,7 +180,7 @@ class _History:
     words: list[Tensor] = field(default_factory=list)  # with a lexicon: word that each candidate completes
     slots: dict[int, Tensor] = field(default_factory=dict)  # row -> final slots, best first
     scores: dict[int, Tensor] = field(default_factory=dict)  # row -> final scores, without the shifts
-    last_words: dict[int, Tensor] = field(default_factory=dict)  # row -> words that end with the utterance
+    last_words: dict[int, Tensor] = field(default_factory=dict)  # row -> words completed at its end
 
 
 def _search(

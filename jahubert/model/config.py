@@ -17,19 +17,21 @@ class HubertConfig:
     conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)  # kernel size of each conv layer
     conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)  # stride of each conv layer
     conv_bias: bool = False  # whether the conv layers have biases
-    conv_norm: Literal["group", "layer"] = "group"  # group: one group per channel, only after the first conv
+    # group: group norm with one group per channel, only after the first conv layer; layer: layer norm after
+    # every conv layer
+    conv_norm: Literal["group", "layer"] = "group"
     width: int = 768  # model dimension of the Transformer
     layers: int = 12  # number of Transformer blocks
     heads: int = 12  # number of attention heads per block
     ffn: int = 3072  # inner dimension of the feed-forward blocks
-    pre_norm: bool = False  # whether layer norms are before (large, xlarge) or after (base) each sublayer
+    pre_norm: bool = False  # whether layer norms precede each sublayer (large, xlarge) or follow it (base)
     pos_conv_kernel: int = 128  # kernel size of the positional convolution in frames
     pos_conv_groups: int = 16  # number of channel groups in the positional convolution
     norm_eps: float = 1e-5  # epsilon of layer and group norms
     normalize: bool = False  # whether each waveform is normalized to zero mean and unit variance
     # Epsilon that is added to the variance of the waveform: 1e-7 for weights from Hugging Face, 1e-5 for
-    # weights from fairseq and torchaudio. It is a property of the weights and therefore not part of stage
-    # records.
+    # weights from fairseq and torchaudio. As the value belongs to the weights, it is not recorded as a
+    # setting of a stage.
     normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
     dropout: float = 0.1  # dropout after the attention and feed-forward blocks
     attention_dropout: float = 0.1  # dropout on the attention weights

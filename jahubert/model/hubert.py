@@ -1,8 +1,8 @@
 """HuBERT (Hsu et al. 2021, https://arxiv.org/abs/2106.07447): modules and forward pass.
 
 The forward pass follows the paper, with ordinary torch modules on a padded batch of waveforms and their
-lengths. Padding never affects a result: the group norm computes its statistics over valid frames, attention
-masks padding frames, and the input of the positional convolution is zero there.
+lengths. By default, padding never affects a result: the group norm computes its statistics over valid frames,
+attention masks padding frames, and the input of the positional convolution is zero there.
 
 `jahubert.model.kernels` computes the same function on packed frames, several times faster, and is used by
 default; `kernels.usable` documents the exceptions.
@@ -53,7 +53,7 @@ Padding = Literal["ignored", "masked", "unmasked"]
 class Encoded:
     """Output of the encoder. Frames after the end of an utterance are zero (unless `padding="unmasked"`)."""
 
-    hidden_BSD: Tensor  # output of the last computed block (after the closing norm if all were computed)
+    hidden_BSD: Tensor  # output of the last computed block (by default in pre-norm models: closing norm)
     n_frames_B: Tensor  # number of valid frames in each utterance, int64
     layers: dict[int, Tensor] = field(default_factory=dict)  # kept block outputs; 0 is the input of block 1
     conv_penalty: Tensor | None = None  # mean square of the conv features (float32), only in training
@@ -293,9 +293,9 @@ class HubertModel(nn.Module):
             n_samples_B: number of valid samples in each utterance (default: all).
             mask_BS: mask of the frames that the mask embedding replaces before the encoder (True = masked).
             channel_mask_BD: mask of the channels that are set to zero in the whole utterance (True = zero).
-            last_layer: number of the last block to compute, counted from 1. `hidden_BSD` is its output after
-                residual and norm. By default, all blocks are computed, followed by the closing norm in
-                pre-norm models.
+            last_layer: number of the last block to compute, counted from 1 (0: none). `hidden_BSD` is its
+                output after residual and norm. By default, all blocks are computed, followed by the closing
+                norm in pre-norm models.
             keep_layers: numbers of the blocks whose outputs are returned in `layers`; 0 is the input of block
                 1.
             padding: effect of padding (see `Padding`), which can be changed for comparisons with other
@@ -341,9 +341,7 @@ class HubertModel(nn.Module):
     def _check_layers(self, last_layer: int | None, keep_layers: Collection[int]) -> None:
         top = self.config.layers if last_layer is None else last_layer
         if not 0 <= top <= self.config.layers:
-            raise ConfigError(
-                f"last_layer is {last_layer}, but the model has blocks 1 to {self.config.layers}"
-            )
+            raise ConfigError(f"last_layer is {last_layer}, but must be between 0 and {self.config.layers}")
         wrong = [number for number in keep_layers if not 0 <= number <= top]
         if wrong:
             raise ConfigError(f"keep_layers has {wrong}, but only layers 0 to {top} are computed")

@@ -100,7 +100,7 @@ def _has_fused_kernels() -> bool:
 
 
 def _unfused(compute: Callable[..., Tensor], dropout: float = 0.0) -> Callable[..., Tensor]:
-    """Wrap `compute` to use differentiable operators instead of a fused kernel, or to raise with dropout."""
+    """Wrap `compute` so that it uses differentiable operators or, with dropout, raises a RuntimeError."""
 
     def unfused(*inputs: Tensor) -> Tensor:
         if dropout:
@@ -161,7 +161,7 @@ class _Layout(NamedTuple):
 
 
 def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
-    """Compute attention with batched matrix products on rectangles (G = utterances * heads, S frames, E)."""
+    """Compute attention with matrix products on rectangles of G = utterances * heads, padded to S frames."""
     _, heads, width = q_NHE.shape
     layout = _Layout.of(packing, heads)
     # Queries and, to preserve the mean under dropout, values are scaled before the products.
