@@ -223,9 +223,9 @@ def test_fine_tuning_step_synchronizes_in_ctc_loss_only(device, monkeypatch):
 class Speech:
     """A data source that repeats one micro-batch with new masks in every epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, micro_seconds: float | None = None) -> None:
         lengths = np.array([len(wav_T) for wav_T in wavs()])
-        self.sampler = Sampler(np.arange(3), lengths, BatchSizes(8.0), seed=1)
+        self.sampler = Sampler(np.arange(3), lengths, BatchSizes(8.0, 1, micro_seconds), seed=1)
 
     def name(self, row: int) -> str:
         return f"row-{row}"
@@ -243,6 +243,25 @@ def train_briefly(out: Path, device: torch.device | str) -> dict[str, Tensor]:
     out.mkdir(exist_ok=True)
     train(module, Speech(), config, out, validate=lambda: {"loss": -float(module.updates)}, best="loss")
     return {name: value.cpu() for name, value in module.state_dict().items()}
+
+
+def test_additional_micro_batches_do_not_synchronize(device, tmp_path):
+    if device.type == "cuda":
+        pytest.skip("counts the synchronizations of the simulated device")
+    from fixtures.fake_device import SYNCS
+
+    n_parts, n_syncs = [], []
+    for micro_seconds in (8.0, 1.6):
+        data, out = Speech(micro_seconds), tmp_path / str(micro_seconds)
+        config = TrainConfig(
+            max_steps=1, batch_seconds=8.0, micro_seconds=micro_seconds, valid_every=0, device=str(device)
+        )
+        out.mkdir()
+        SYNCS.clear()
+        train(pretrainer(MODELS["base"]), data, config, out)
+        n_parts.append(len(data.sampler.update(0, 0)))
+        n_syncs.append(len(SYNCS))
+    assert n_parts == [1, 3] and n_syncs[0] == n_syncs[1]
 
 
 def test_resumed_training_equals_that_on_the_cpu(device, tmp_path):

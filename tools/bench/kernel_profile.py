@@ -38,7 +38,8 @@ def kernel_times(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
     times: dict[str, float] = {}
     for event in events:
         # The profiler creates these values, so they equal the members of the enum, but are other objects.
-        if event.device_type != (DeviceType.CUDA if on_gpu else DeviceType.CPU) or event.is_user_annotation:
+        is_range = getattr(event, "is_user_annotation", False)  # missing in old versions of torch
+        if is_range or event.device_type != (DeviceType.CUDA if on_gpu else DeviceType.CPU):
             continue
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         times[event.key] = times.get(event.key, 0.0) + microseconds / 1e3
