@@ -49,7 +49,7 @@ class HubertConfig:
             if parts < 1 or self.width % parts:
                 errors.append(f"width {self.width} is not divisible by {name} {parts}")
         if self.conv_norm not in ("group", "layer"):
-            errors.append(f"conv_norm is {self.conv_norm!r}, but must be 'group' or 'layer'")
+            errors.append(f"conv_norm is {self.conv_norm[:20]!r}, but must be 'group' or 'layer'")
         sizes = (*self.conv_dims, *self.conv_kernels, *self.conv_strides)
         if min(self.layers, self.width, self.ffn, self.pos_conv_kernel, *sizes) < 1:
             errors.append(

@@ -8,6 +8,7 @@ for example `[a, b]` and `{a: 1, b: [2, 3]}`. Brackets and commas inside quotes 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _QUOTES = "'\""
 _CHOICE = re.compile(r"choice\((.*)\)", re.S)
 _RANGE = re.compile(r"range\((.*)\)", re.S)
+_MAX_LENGTH = 10_000  # maximum number of characters of an override
+_MAX_DEPTH = 20  # maximum number of levels of nested lists and mappings
+_MAX_RUNS = 10_000  # maximum number of combinations in a sweep
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
 
 def parse_override(argument: str) -> Override:
     """Parse `key=value`, `+key=value`, `++key=value` or `~key`."""
+    _check_length(argument)
     name, equals, text = argument.partition("=")
     delete = name.startswith("~")
     key = name[1:] if delete else name.removeprefix("+").removeprefix("+")
@@ -67,13 +72,23 @@ def parse_override(argument: str) -> Override:
     return Override(key, None if delete else parse_value(text, argument), delete)
 
 
-def parse_value(text: str, argument: str) -> Any:
+def _check_length(argument: str) -> None:
+    if len(argument) > _MAX_LENGTH:
+        raise ConfigError(
+            f"{argument[:60]}...: {len(argument)} characters, but a setting may have at most {_MAX_LENGTH}"
+        )
+
+
+def parse_value(text: str, argument: str, depth: int = 0) -> Any:
     """Parse a value into text, a list or a mapping.
 
     Args:
         text: the value as given on the command line.
         argument: the whole override, for error messages.
+        depth: number of lists and mappings that contain the value.
     """
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"{argument}: more than {_MAX_DEPTH} levels of brackets")
     first, closing = text[:1], _CLOSING.get(text[:1])
     if first and first in _QUOTES:
         end = _end_of_quote(text, 0)
@@ -91,13 +106,16 @@ def parse_value(text: str, argument: str) -> Any:
     if items == [""]:
         items = []
     if first == "[":
-        return [parse_value(item, argument) for item in items]
+        return [parse_value(item, argument, depth + 1) for item in items]
     mapping = {}
     for item in items:
         name, *rest = split_top_level(item, ":")
         if not rest:
             raise ConfigError(f"{argument}: {item!r} is not of the form key: value")
-        mapping[parse_value(name.strip(), argument)] = parse_value(":".join(rest).strip(), argument)
+        key = parse_value(name.strip(), argument, depth + 1)
+        if not isinstance(key, str):
+            raise ConfigError(f"{argument}: {name.strip()!r} is not a name")
+        mapping[key] = parse_value(":".join(rest).strip(), argument, depth + 1)
     return mapping
 
 
@@ -107,10 +125,12 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, s
     `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` are sweeps. Quoted commas do not separate values.
 
     Raises:
-        ConfigError: an argument is not an override, or a range is invalid.
+        ConfigError: an argument is not an override, a range is invalid, or there are too many combinations.
     """
     parse_overrides([argument for argument in arguments if not _sweep_values(argument)])
     options = [_sweep_values(argument) or [argument] for argument in arguments]
+    if math.prod(map(len, options)) > _MAX_RUNS:
+        raise ConfigError(f"the sweep has more than {_MAX_RUNS} combinations; divide it")
     swept = [len(values) > 1 for values in options]
     jobs = []
     for combination in itertools.product(*options):
@@ -123,6 +143,7 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, s
 
 def _sweep_values(argument: str) -> list[str] | None:
     """Expand a sweep to one override per value; return None if the argument is not a sweep."""
+    _check_length(argument)
     name, _, text = argument.partition("=")
     if match := _RANGE.fullmatch(text):
         values = [str(number) for number in _range(match[1], argument)]
@@ -138,12 +159,14 @@ def _sweep_values(argument: str) -> list[str] | None:
 
 def _range(text: str, argument: str) -> range:
     try:
-        bounds = [int(part) for part in text.split(",")]
-        return range(*bounds)
+        numbers = range(*[int(part) for part in text.split(",")])
     except (ValueError, TypeError):
         raise ConfigError(
             f"{argument}: write range(START,STOP) or range(START,STOP,STEP) with integers"
         ) from None
+    if len(numbers[: _MAX_RUNS + 1]) > _MAX_RUNS:
+        raise ConfigError(f"{argument}: more than {_MAX_RUNS} values")
+    return numbers
 
 
 def split_top_level(text: str, separator: str) -> Iterator[str]:

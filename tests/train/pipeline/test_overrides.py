@@ -112,17 +112,18 @@ TYPOS = [
     "processes=0", "processes=1.5", "machines=0", "hang_timeout_minutes=-1", "hang_timeout_minutes=nan",
     "data=${nothing}", "data=${", "name=${name}", "pretrained=~no-such-user", "hydra.job.name=x",
     "hydra/launcher=slurm", "subset={a: 1}", "finetune.mask=3", "finetune.mask.prob=", "decode.splits=3",
-    "--cfg", "--cfg=jb", "--mutlirun", "-x", "--info=3",
+    "kmeans={[1]: 2}", "kmeans.n_clusters=" + 3000 * "[" + 3000 * "]", 30_000 * "[1,", "name=" + 30_000 * "x",
+    "score.published=" + 30 * "{a: " + 30 * "}", "--cfg", "--cfg=jb", "--mutlirun", "-x", "--info=3",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("typo", TYPOS)
+@pytest.mark.parametrize("typo", TYPOS, ids=lambda typo: typo[:60])
 def test_typo_gives_one_message_without_a_traceback(typo, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run.main([f"recipe={ROUGH}", "stage=all", "--info", typo]) == 2
     error = capsys.readouterr().err
     assert error.startswith("jahubert: error: ") and error.count("jahubert: ") == 1
-    assert "Traceback" not in error
+    assert "Traceback" not in error and len(error) < 20_000
 
 
 # --- inspection ---------------------------------------------------------------------------------------------
@@ -189,6 +190,12 @@ def test_without_iterations_a_model_to_fine_tune_is_required():
 
 
 # --- multirun -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sweep", [["a=range(0,1000000000)"], ["a=range(0,9999)", "b=1,2"], [30_000 * "[1,"]])
+def test_excessive_sweep_is_rejected(sweep):
+    with pytest.raises(ConfigError):
+        expand_sweeps(sweep)
 
 
 def test_sweeps_are_expanded_in_order():
