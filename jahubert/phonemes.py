@@ -256,7 +256,7 @@ _NOT_A_VERB = re.compile(r"(?:難|早|向|目出度|芽出度)う$")
 def normalize_kana(reading: str, surface: str | None = None) -> str:
     """Convert an orthographic reading to its pronunciation in katakana: せんせい -> センセー.
 
-    ヂ, ヅ and ヲ become ジ, ズ and オ. Characters other than kana are only normalized (NFKC).
+    ヂ, ヅ and ヲ become ジ, ズ and オ. Characters other than kana are normalized (NFKC), and `|` is dropped.
 
     Args:
         reading: reading in kana, as in a dictionary.

@@ -223,7 +223,7 @@ class SoundFileDecoder:
             )
 
     def _check_flac_length(self) -> None:
-        """Compare the stated length of a FLAC stream with the position of its last frame."""
+        """Raise AudioError if the stated length of a FLAC stream differs from the end of its last frame."""
         if self.file.format != "FLAC" or self.file.frames >= _UNKNOWN:
             return
         file = self.source.file

@@ -71,8 +71,8 @@ def largest_difference(first: Bundle, second: Bundle) -> float:
     """Compute the largest absolute difference between the outputs of two models on random audio.
 
     The outputs of layers, CTC heads and unit heads are compared, except for heads that only one of the models
-    has. CTC symbols are matched by name. The audio is noise with unit variance, so that the epsilon of
-    waveform normalization has no effect.
+    has. CTC symbols are matched by name if both models name them. The audio is noise with unit variance, so
+    that the epsilon of waveform normalization has no effect.
     """
     wav_BT = torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     n_samples = [SAMPLE_RATE, SAMPLE_RATE * 5 // 8]

@@ -290,7 +290,7 @@ def select_tensors(
 
 
 def new_mask_embedding(width: int) -> Tensor:
-    """Create a mask embedding (D,) for a model that lacks it, as in training but with a fixed seed."""
+    """Create a mask embedding (D,) for a model that lacks it, with random values from a fixed seed."""
     return torch.rand(width, generator=torch.Generator().manual_seed(0))
 
 

@@ -55,7 +55,7 @@ def prepare_speech(wav_T: Tensor, grid: FrameGrid, silero: bool = False) -> tupl
 
 
 def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor | None = None) -> Tensor:
-    """Remove DC offset and mains hum from a waveform (T,), and scale its speech to `SPEECH_LEVEL`.
+    """Remove DC offset and mains hum from a waveform (T,), and scale it so that speech has `SPEECH_LEVEL`.
 
     Args:
         wav_T: 16 kHz waveform.

@@ -50,10 +50,10 @@ class LayerFeatures(nn.Module):
 
     Args:
         model: the encoder, which remains in its current mode (train or eval).
-        layer: number of the block, counted from 1, whose output after residual and norm is returned
-            (`hidden_states[layer]` in Hugging Face and s3prl); 0 is the input of block 1. A sequence selects
-            several layers, and "all" selects 0 to the last. By default, the output of the encoder is
-            returned, which includes the final norm of pre-norm models.
+        layer: number of the block, counted from 1, whose output is returned (`hidden_states[layer]` in
+            Hugging Face and s3prl); 0 is the input of block 1. A sequence selects several layers, and "all"
+            selects 0 to the last. By default, the output of the encoder is returned, which, unlike that of
+            the last block, includes the closing norm of pre-norm models.
         weights: one factor per layer, or "learn" for a learned softmax, which is uniform at initialization.
             By default, layers are stacked and not summed.
 

@@ -293,9 +293,9 @@ class HubertModel(nn.Module):
             n_samples_B: number of valid samples in each utterance (default: all).
             mask_BS: mask of the frames that the mask embedding replaces before the encoder (True = masked).
             channel_mask_BD: mask of the channels that are set to zero in the whole utterance (True = zero).
-            last_layer: number of the last block to compute, counted from 1 (0: none). `hidden_BSD` is its
-                output after residual and norm. By default, all blocks are computed, followed by the closing
-                norm in pre-norm models.
+            last_layer: number of the last block to compute, counted from 1 (0: none), whose output is
+                `hidden_BSD`. By default, all blocks are computed, followed by the closing norm in pre-norm
+                models.
             keep_layers: numbers of the blocks whose outputs are returned in `layers`; 0 is the input of block
                 1.
             padding: effect of padding (see `Padding`), which can be changed for comparisons with other

@@ -68,7 +68,7 @@ def front_end(
         n_frames.append([(n - kernel) // stride + 1 for n in n_frames[-1]])
     n_utterances = padded_size(len(lengths), shape and shape.n_utterances, "utterances")
     n_rows = padded_size(sum(n_frames[-1]), shape and shape.n_rows, "frames", BLOCK)
-    filler = n_tiles - sum(tiles)  # tiles of zeros, which are taken from after the end of the first utterance
+    filler = n_tiles - sum(tiles)  # tiles of zeros, read from beyond the end of the first utterance
     owner = np.append(np.repeat(np.arange(len(tiles)), tiles), np.zeros(filler, np.int64))
     position = np.append(concat_ranges(np.zeros(len(tiles)), tiles), np.full(filler, tiles[0]))
     first_row = TILE * (np.cumsum(tiles) - tiles)
