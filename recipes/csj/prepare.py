@@ -117,8 +117,9 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
             damaged[id] = f"{check.rejected.reason}: {check.rejected.detail}"
         elif too_many(check.n_broken, check.n_segments, config.max_broken):
             damaged[id] = f"{check.n_broken} of {check.n_segments} segments: {check.problems[0]}"
+    _check_share(damaged, len(talks), config)
     if damaged:
-        _check_share(damaged, len(talks), config)
+        log.warning("%s\nTheir unusable utterances are rejected", _damage(damaged, len(talks)))
     if text_problems := [problem for check in checks.values() for problem in check.text_problems]:
         log.warning(
             "csj: %d problems in the orthography, which is not used for training; the text of these "
@@ -139,12 +140,14 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
 
 
 def _check_share(damaged: Mapping[str, str], n_talks: int, config: Config) -> None:
-    """Log the damaged talks, or raise DataError if their share exceeds `max_broken`."""
-    problems = [f"{id}: {problem}" for id, problem in damaged.items()]
-    message = f"csj: {len(damaged)} of {n_talks} talks are damaged:{_listed(problems)}"
+    """Raise DataError if the share of damaged talks exceeds `max_broken`."""
     if too_many(len(damaged), n_talks, config.max_broken):
-        raise DataError(f"{message}\n{_remedy(config)}")
-    log.warning("%s\nTheir unusable utterances are rejected", message)
+        raise DataError(f"{_damage(damaged, n_talks)}\n{_remedy(config)}")
+
+
+def _damage(damaged: Mapping[str, str], n_talks: int) -> str:
+    problems = [f"{id}: {problem}" for id, problem in damaged.items()]
+    return f"csj: {len(damaged)} of {n_talks} talks are damaged:{_listed(problems)}"
 
 
 def _listed(problems: Sequence[str]) -> str:
