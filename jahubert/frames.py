@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-SAMPLE_RATE = 16_000  # Hz, the rate of all waveforms in jahubert
+SAMPLE_RATE = 16_000  # Hz, the rate to which all audio is converted
 
 
 @dataclass(frozen=True)
