@@ -256,3 +256,9 @@ def test_settings_reference_is_current() -> None:
         [sys.executable, REPO / "tools" / "settings_reference.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_setting_has_a_description() -> None:
+    """The description of a setting is a comment at its field."""
+    rows = (REPO / "docs" / "settings.md").read_text(encoding="utf-8").splitlines()
+    assert not [row for row in rows if row.endswith("|  |")]

@@ -1,6 +1,6 @@
 """Input features for k-means: MFCCs in iteration 1, the output of a HuBERT layer in later iterations.
 
-The MFCCs are identical to those of fairseq's recipe (Kaldi MFCCs of samples in [-1, 1], with deltas and
+The MFCCs are defined as in fairseq's recipe (Kaldi MFCCs of samples in [-1, 1], with deltas and
 delta-deltas), so that labels are comparable with published ones. The range of the samples matters: with int16
 samples, as usual in Kaldi, near-silence would not reach the floor of the logarithm.
 """

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 
-Frames = Any  # (N, D): a tensor, an array or a class below; all support slices and index arrays
+# (N, D): a tensor, an array or a class below. All support slices, and all except CachedFrames index arrays.
+Frames = Any
 
 
 class FrameFile:
@@ -40,7 +41,7 @@ class FrameFile:
             return np.load(self.path, mmap_mode="r")
         except ValueError as error:
             raise DataError(
-                f"{self.path}: not a .npy file ({error}); delete its folder and rerun the stage"
+                f"{self.path}: not a .npy file ({error}); delete {self.path.parent} and rerun the stage"
             ) from error
 
 

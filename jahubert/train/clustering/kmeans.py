@@ -34,8 +34,8 @@ def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
             all processes.
 
     Raises:
-        ConfigError: the backend is unknown.
-        DataError: there are fewer frames than clusters, or the frames contain NaN.
+        ConfigError: the backend is unknown, or finds no GPU although `device` is one.
+        DataError: the frames have a wrong shape, are fewer than the clusters, or are not finite.
         MissingExtraError: the backend is not installed.
     """
     backend = options.backend

@@ -3,11 +3,12 @@
 Fitting proceeds from coarse to fine. K-means++ and Lloyd's algorithm run on a small sample with several
 initializations, the best of which is kept. Lloyd's algorithm then runs on samples that grow by a factor of
 eight, and finally on all frames. Most of the improvement happens on small samples, where a pass is cheap. If
-there are more than `lloyd_frames` frames, the final step is a single mini-batch pass.
+there are more than `lloyd_frames` frames, the last sample has this size, and a single mini-batch pass over
+all frames follows.
 
-Frames are read in chunks, which are cached on a GPU in up to half of its free memory. The processes share
-each pass, and the results are bit-identical for any number of processes: chunks are assigned to 16 lanes,
-lanes are assigned to processes, and the sums of the lanes are added in a fixed order.
+Frames are read in chunks. A GPU caches chunks in up to half of its free memory. After the small sample, the
+processes share each pass. The results are bit-identical for any number of processes: chunks are assigned to
+16 lanes, lanes are assigned to processes, and the sums of the lanes are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from jahubert.train.experiment.progress import progress
 Backend = Literal["auto", "torch", "faiss", "sklearn"]
 
 _LANES = 16  # number of separate partial sums, regardless of the number of processes
-_CHUNK_BYTES = 1 << 22  # minimum size of a chunk; a chunk contains at least one block (`_block_rows`)
+_CHUNK_BYTES = 1 << 22  # maximum size of a chunk, unless a single block (`_block_rows`) is larger
 _BATCH = 4096  # number of frames per lane in a mini-batch
 
 _COARSE_FRAMES = 64  # number of frames per cluster in the first sample
 _COARSE_MIN = 20_000  # minimum number of frames in the first sample
 _COARSE_PASSES = 50  # maximum number of passes over a sample
 _GROWTH = 8  # growth factor of the samples
-_IN_MEMORY = 1 << 30  # bytes; samples up to this size are loaded, larger ones are read in each pass
+_IN_MEMORY = 1 << 30  # bytes; larger samples are not loaded into memory, but read in each pass
 _LAST_TOL = 10  # factor for `tol` in passes over all frames, which are expensive and improve little
 
 
@@ -48,14 +49,15 @@ class KmeansOptions:
     Args:
         n_clusters: number of clusters K.
         backend: implementation of k-means. "auto" selects "torch", which is implemented in this file.
-            "sklearn" is the reference: MiniBatchKMeans with fairseq's arguments, which ignores all options
-            except `n_clusters` and `seed`.
+            "sklearn" is fairseq's implementation, for reference: MiniBatchKMeans with fairseq's arguments,
+            for which only `n_clusters` and `seed` of these options are used.
         n_init: number of initializations, of which the best one is used.
         max_iter: maximum number of passes over all frames.
-        tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by a smaller fraction than
-            this. On all frames, the limit is ten times as high (torch only).
+        tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by at most this fraction.
+            On all frames, the limit is ten times as high (torch only).
         lloyd_frames: maximum number of frames for Lloyd's algorithm. If there are more, a uniform sample of
             this size is clustered, and one mini-batch pass over all frames refines the result (torch only).
+        seed: seed of all random choices.
         device: the device on which distances are computed.
 
     Raises:
@@ -147,7 +149,7 @@ class NearestCentroid:
 
 
 def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """Cluster frames from coarse to fine. All processes must call this and share the passes."""
+    """Cluster frames from coarse to fine. All processes must call this function; they share the passes."""
     device = torch.device(options.device)
     n_frames, rng = len(frames_ND), np.random.default_rng(options.seed)
     sample_ND = frames_ND
@@ -182,7 +184,8 @@ def coarse_centroids(frames_ND: Frames, order: np.ndarray, options: KmeansOption
         order: a permutation of the rows; the sample is a prefix of it.
 
     Returns:
-        The centroids (K, D) on `options.device`, and the length of the prefix.
+        The centroids (K, D) on `options.device`, and the intended size of the sample, which can exceed the
+        number of rows.
     """
     size = max(_COARSE_FRAMES * options.n_clusters, _COARSE_MIN)
     sample_ND = load_frames(Subset(frames_ND, np.sort(order[:size])), torch.device(options.device))
@@ -226,7 +229,8 @@ def lloyd(frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, al
     """Run Lloyd's algorithm until it converges, for at most `max_iter` passes.
 
     Args:
-        tol: the algorithm has converged when a pass decreases the inertia by no more than this fraction.
+        tol: the algorithm has converged when a pass decreases the inertia by no more than this fraction,
+            unless empty clusters were moved before the pass.
         all_ranks: whether all processes call this function together and share the passes.
     """
     if not isinstance(frames_ND, Tensor):
@@ -299,7 +303,7 @@ def mini_batch_pass(frames_ND: Frames, start: PassStatistics, all_ranks: bool = 
 def _sums(
     blocks: Iterable[tuple[int, Tensor]], nearest: NearestCentroid, all_ranks: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute sums over blocks of frames, in float32 within a block and in float64 across blocks.
+    """Compute sums over blocks: frames are added in float32 within a block, everything else in float64.
 
     Returns:
         The sum (K, D) and the number (K,) of the centered frames in each cluster, and the sum of all squared
@@ -372,7 +376,7 @@ def _split(frames_ND: Any, centroids_KD: Tensor, lane: int) -> Iterator[tuple[in
 
 
 def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
-    """Return the number of rows per block: the distances fit in the L2 cache of a CPU, or keep a GPU busy."""
+    """Return the number of rows per block, so that distances fit in a CPU's L2 cache or keep a GPU busy."""
     budget = 1 << 18 if device.type == "cpu" else 1 << 27
     return max(1024, budget // sum(shape_KD))
 

@@ -29,6 +29,8 @@ def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
     order = np.random.default_rng(options.seed).permutation(len(frames_ND))
     initial_KD, _ = coarse_centroids(frames_ND, order, options)
     n_frames, dim = frames_ND.shape
+    # Use all frames; the default is 256 per cluster.
+    max_points = math.ceil(n_frames / options.n_clusters) + 1
     kmeans = faiss.Kmeans(
         dim,
         options.n_clusters,
@@ -36,8 +38,7 @@ def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
         seed=options.seed,
         gpu=device.type == "cuda",
         min_points_per_centroid=1,
-        max_points_per_centroid=math.ceil(n_frames / options.n_clusters)
-        + 1,  # all frames, instead of 256 per cluster
+        max_points_per_centroid=max_points,
     )
     kmeans.train(_to_numpy(frames_ND), init_centroids=_to_numpy(initial_KD))
     history = [float(total) / n_frames for total in kmeans.obj]

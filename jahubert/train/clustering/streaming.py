@@ -89,7 +89,7 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
                 typed(path, name, header[name], kind)
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError, CheckpointError) as error:
         raise DataError(
-            f"{path}: not a centroid file ({error}); delete its folder and rerun stage=kmeans"
+            f"{path}: not a centroid file ({error}); delete {path.parent} and rerun stage=kmeans"
         ) from error
     return centroids_KD, header
 
@@ -105,7 +105,7 @@ def stream_features(
 
     Args:
         parts: lists of manifest rows. A batch contains rows of only one part.
-        batch_seconds: amount of audio per batch, excluding padding.
+        batch_seconds: maximum audio per batch, excluding padding, unless an utterance is longer.
         workers: number of reading processes, or 0 for a few threads, which share the GIL with the caller.
 
     Yields:
@@ -142,7 +142,8 @@ def to_host(stream: Iterable[tuple[int, Tensor]]) -> Generator[tuple[int, Tensor
         event, device = None, tensor.device
         if device.type == "cuda":
             tensor, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))  # by default, the stream of the current GPU
+            # Without a stream, the event would be recorded on the stream of the current GPU.
+            event.record(torch.cuda.current_stream(device))
         pending.append((row, tensor, event))
         if event is None or len(pending) > _IN_FLIGHT:
             yield from _arrived(pending, 0 if event is None else _IN_FLIGHT)

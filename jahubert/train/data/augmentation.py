@@ -1,9 +1,9 @@
 """On-the-fly waveform augmentation: speed, reverberation, other speech, noise, band limits, codec and gain.
 
 Like crops and masks, all random choices are determined by (seed, epoch, row), so that results depend neither
-on the number of workers nor on interruptions. The speed of an utterance can be computed without reading its
-audio, because the sampler needs the resulting length. All effects are synthetic and need no recordings of
-rooms or noise.
+on the number of workers nor on interruptions. The speed of an utterance is drawn without reading its audio,
+so that the sampler knows the resulting length. All effects are synthetic and need no recordings of rooms or
+noise.
 """
 
 from __future__ import annotations
@@ -28,30 +28,33 @@ _MAX_OTHERS = 3  # maximum number of utterances that are mixed into an utterance
 _FFT_BLOCK = 4096  # FFT lengths are multiples of this and therefore have no large prime factors
 _MIN_POWER = 1e-12  # waveforms with less power are considered silent
 _MU = 255.0  # parameter of the mu-law (ITU-T G.711)
-_SPEED_STEPS = 100  # speeds are multiples of 1 / _SPEED_STEPS
+_SPEED_STEPS = 100  # speeds are rounded to multiples of 1 / _SPEED_STEPS
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     """Probabilities of the effects (default: 0), and ranges from which the effect parameters are drawn."""
 
-    speed_prob: float = 0.0  # resampling, which changes length and pitch; not allowed if labels have times
-    speed: tuple[float, float] = (0.9, 1.1)  # speed factor
-    reverb_prob: float = 0.0  # reverberation of a synthetic room
-    reverb_seconds: tuple[float, float] = (0.1, 0.7)  # reverberation time (RT60)
-    reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # direct-to-reverberant ratio
-    mix_prob: float = 0.0  # adds 1 to 3 other training utterances, each for at most half of the duration
-    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # level relative to the other utterances
-    noise_prob: float = 0.0  # stationary noise
-    noise_snr_db: tuple[float, float] = (5.0, 30.0)  # level relative to the noise
-    noise_tilt: tuple[float, float] = (0.0, 2.0)  # spectral slope of the noise: 0 white, 1 pink, 2 brown
-    band_prob: float = 0.0  # band-pass filtering, e.g. 300 to 3400 Hz as in telephone speech
-    band_low_hz: tuple[float, float] = (50.0, 300.0)  # lower cutoff frequency
-    band_high_hz: tuple[float, float] = (3400.0, 7600.0)  # upper cutoff frequency
-    codec_prob: float = 0.0  # mu-law quantization
-    codec_bits: tuple[int, int] = (5, 8)  # bits per sample
-    gain_prob: float = 0.0  # gain, with clipping at full scale
-    gain_db: tuple[float, float] = (-20.0, 6.0)  # change in level
+    # Probability of resampling, which changes length and pitch. It must be 0 in pretraining, because a change
+    # of speed would change the times of the units.
+    speed_prob: float = 0.0
+    speed: tuple[float, float] = (0.9, 1.1)  # range of the speed factor
+    reverb_prob: float = 0.0  # probability of reverberation in a synthetic room
+    reverb_seconds: tuple[float, float] = (0.1, 0.7)  # range of the reverberation time (RT60)
+    reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # range of the direct-to-reverberant ratio
+    # Probability of mixing in 1 to 3 other training utterances, each for at most half of the duration.
+    mix_prob: float = 0.0
+    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # range of the level relative to the other utterances
+    noise_prob: float = 0.0  # probability of stationary noise
+    noise_snr_db: tuple[float, float] = (5.0, 30.0)  # range of the level relative to the noise
+    noise_tilt: tuple[float, float] = (0.0, 2.0)  # range of the spectral slope: 0 white, 1 pink, 2 brown
+    band_prob: float = 0.0  # probability of band-pass filtering, e.g. 300 to 3400 Hz as in telephone speech
+    band_low_hz: tuple[float, float] = (50.0, 300.0)  # range of the lower cutoff frequency
+    band_high_hz: tuple[float, float] = (3400.0, 7600.0)  # range of the upper cutoff frequency
+    codec_prob: float = 0.0  # probability of mu-law quantization
+    codec_bits: tuple[int, int] = (5, 8)  # range of the number of bits per sample
+    gain_prob: float = 0.0  # probability of a gain, with clipping at full scale
+    gain_db: tuple[float, float] = (-20.0, 6.0)  # range of the change in level
 
     def __post_init__(self) -> None:
         shares = tuple(field.name for field in fields(self) if field.name.endswith("_prob"))
@@ -157,7 +160,7 @@ class Augmenter:
         return np.clip(wave_T * gain, -1.0, 1.0)
 
     def _other_speech(self, row: int, n_samples: int, rng: np.random.Generator) -> np.ndarray:
-        """Return parts of other utterances, mixed at random times (WavLM, section III-B), float32 (T,)."""
+        """Add up parts of other utterances at random times (WavLM, section III-B), float32 (T,)."""
         total = np.zeros(n_samples, np.float32)
         for _ in range(int(rng.integers(1, _MAX_OTHERS, endpoint=True))):
             other = int(self.rows[rng.integers(len(self.rows))])
@@ -186,7 +189,7 @@ def room_response(seconds: float, direct_db: float, rng: np.random.Generator) ->
     Args:
         seconds: reverberation time, during which the reverberation decays by 60 dB.
         direct_db: energy of the direct sound relative to the reverberation.
-        rng: draws the noise, and a delay of 1 to 20 ms before the first reflection.
+        rng: generator for the noise, and for a delay of 1 to 20 ms before the first reflection.
 
     Returns:
         The impulse response, float32 (T,).

@@ -35,12 +35,15 @@ B = TypeVar("B", bound="_Batch")
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Span masks over frames and channels; the defaults are those of HuBERT pretraining."""
+    """Span masks over frames and channels.
 
-    prob: float = 0.8  # expected fraction of masked frames if spans did not overlap
+    The defaults are those of HuBERT pretraining; the finetune stage has its own.
+    """
+
+    prob: float = 0.8  # fraction of frames that would be masked if spans did not overlap
     length: int = 10  # length of a span (frames)
     min_spans: int = 2  # minimum number of spans per utterance
-    channel_prob: float = 0.0  # expected fraction of masked channels if spans did not overlap
+    channel_prob: float = 0.0  # fraction of channels that would be masked if spans did not overlap
     channel_length: int = 64  # length of a span (channels)
 
     def __post_init__(self) -> None:
@@ -60,7 +63,7 @@ class _Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: B) -> B:
-        """Return a copy in pinned memory, so that `to` overlaps with computation. DataLoader calls this."""
+        """Return a copy in pinned memory (for DataLoader), so that `to` overlaps with computation."""
         return self._map(Tensor.pin_memory)
 
     def _map(self: B, change: Callable[[Tensor], Tensor]) -> B:
@@ -122,7 +125,7 @@ def pad(rows: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class CropConfig:
-    """Length limits of pretraining utterances; the defaults are those of the paper."""
+    """Length limits of pretraining utterances; the defaults are those of fairseq's HuBERT BASE."""
 
     min_seconds: float = 2.0  # shorter utterances are skipped
     max_seconds: float = 15.625  # longer utterances are cropped at random frame positions
@@ -135,7 +138,7 @@ class CropConfig:
         if not HUBERT.n_samples(1) / SAMPLE_RATE <= self.max_seconds or self.min_seconds > self.max_seconds:
             errors.append(
                 f"max_seconds is {self.max_seconds}, but must be at least min_seconds ({self.min_seconds}) "
-                "and at least one frame (0.025)"
+                "and at least one frame (0.025 s)"
             )
         raise_config_errors(errors)
 
@@ -239,7 +242,7 @@ class PretrainData:
         )
 
     def _draw(self, epoch: int, row: int) -> tuple[int, int, np.ndarray]:
-        """Draw the length (samples) of an utterance, the first frame of its crop, and its mask (S,)."""
+        """Draw a crop. Return the length (samples) of the utterance, the first frame, and the mask (S,)."""
         rng = seeded_rng(self.seed, epoch, row, 1)
         length = int(self.manifest.n_samples[row])
         n_samples = min(length, self.max_samples)

@@ -1,4 +1,4 @@
-"""Cache of decoding checks, which ensures that no recording in an archive is decoded twice.
+"""Cache of decoding checks, so that an archive need not be decoded again after it has been checked.
 
 One JSON file per archive lists the offsets of the decoded recordings and the reasons for rejecting some of
 them. It is valid as long as the size and modification time of the archive do not change. `stage=prepare`

@@ -1,9 +1,9 @@
 """Export of a prepared corpus for Kaldi and ESPnet, lhotse and icefall, and Hugging Face datasets.
 
-All splits contain the same utterances as the manifest, so that results are comparable. Kaldi data directories
-and lhotse manifests refer to the original audio files if these are 16 kHz mono. Other utterances, and those
-inside archives, are written as 16 kHz FLAC files. An export for Hugging Face datasets always writes FLAC
-files.
+Each split contains the same utterances as in the manifest, so that results are comparable. Kaldi data
+directories and lhotse manifests refer to an original audio file if it is 16 kHz mono and not inside an
+archive. All other utterances are written as 16 kHz FLAC files. An export for Hugging Face datasets always
+writes FLAC files.
 """
 
 from __future__ import annotations
@@ -176,9 +176,9 @@ def _file_name(item: Utterance) -> str:
 
 
 def _check_unique(name: str, names: set[str], item: Utterance) -> None:
-    """Add a name to `names`. Raise DataError if it is taken, for example if ids differ only in / and -."""
+    """Add a name to `names`. Raise DataError if it is taken, e.g. because two ids differ only in / and -."""
     if name in names:
-        raise DataError(f"utterance {item.id!r}: another utterance is exported as {name} too; rename one")
+        raise DataError(f"utterance {item.id!r}: another one is exported as {name} too; rename one of them")
     names.add(name)
 
 

@@ -107,9 +107,9 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
         shard_size: number of utterances per shard.
 
     Raises:
-        DataError: the length of an utterance differs between `.tsv` and manifest, its number of units does
-            not match its number of frames, a unit is not in the dictionary, or the `.tsv` and `.km` have
-            different numbers of lines.
+        DataError: a file is missing or malformed, an utterance of the manifest is missing or has a different
+            length in the `.tsv`, its number of units does not match its number of frames, a unit is not in
+            the dictionary, or the `.tsv` and `.km` have different numbers of lines.
         StaleError: `out` contains units with a different origin.
     """
     folder = Path(folder).expanduser()
@@ -183,8 +183,8 @@ def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarra
             raise DataError(f"{km} has more lines than {tsv.name} has utterances: the files do not match")
     if item is not None:
         raise DataError(
-            f"utterance {item.id!r} of the manifest is missing from the .tsv files in {folder}, or they have "
-            "a different order"
+            f"utterance {item.id!r} of the manifest is missing from the .tsv files in {folder}, or the order "
+            "of the utterances differs"
         )
 
 
@@ -232,9 +232,8 @@ def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, in
     """Write fairseq's training files with 50 Hz units, and return the number of utterances per split.
 
     Raises:
-        DataError: the store belongs to a different manifest, or a `.tsv` file cannot represent an utterance
-            because the utterance is part of a recording, is inside a tar file, or has a tab or a line feed in
-            its name.
+        DataError: the store belongs to a different manifest, or a `.tsv` file cannot represent an utterance,
+            for example because the utterance is part of a recording or is inside a tar file.
     """
     labels.check(manifest)
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 A finished store consists of `units.bin` (uint8 for up to 256 units, otherwise uint16), `offsets.npy` (the
 first frame of each utterance, followed by the total number of frames) and `header.json`, which describes the
 units. While labels are computed, shards are written atomically to `shards/`, each followed by its CRC-32. A
-run that is killed or fills the disk therefore loses at most one shard, and rerunning it produces the same
-bytes.
+run that is killed or fills the disk therefore loses at most one shard per process, and rerunning it produces
+the same bytes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class LabelHeader:
 
     n_units: int
     feature: str  # name of the feature, e.g. mfcc or hubert
-    layer: int | None  # number of the HuBERT layer, or None for mfcc
+    layer: int | None  # number of the HuBERT layer, or None for other features
     centroids: str  # SHA-256 of the centroids
-    model: str | None  # SHA-256 of the HuBERT weights, or None for mfcc
+    model: str | None  # SHA-256 of the HuBERT weights, or None for other features
     manifest: str  # fingerprint of the manifest
-    normalize: bool
+    normalize: bool  # whether the HuBERT model normalizes each waveform
     hop: int = HUBERT.hop  # samples
     window: int = HUBERT.window  # samples
     format: int = 1
@@ -91,8 +91,8 @@ class LabelWriter:
         """Write the units of all utterances in a shard.
 
         Raises:
-            DataError: an utterance does not have one unit per frame, a unit is out of range, or the shard
-                cannot be written.
+            DataError: the number of utterances is wrong, an utterance does not have one unit per frame, a
+                unit is out of range or not an integer, or the shard cannot be written.
         """
         rows = self.rows(shard)
         if len(units) != len(rows):
@@ -115,7 +115,8 @@ class LabelWriter:
         if not (self.folder / "header.json").exists():
             if missing := self.pending():
                 raise DataError(
-                    f"{self.folder}: {len(missing)} shards are missing, first {missing[0]}; rerun stage=label"
+                    f"{self.folder}: {len(missing)} shards are missing or incomplete, the first is "
+                    f"{missing[0]}; rerun stage=label"
                 )
             offsets = np.concatenate([[0], np.cumsum(self.n_frames)]).astype(np.int64)
             _write(self.folder / "units.bin", self._concatenate)

@@ -69,7 +69,7 @@ _SCHEMA = pa.schema(
 
 
 def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utterances | Rejected]) -> dict:
-    """Write a manifest atomically, using bounded memory.
+    """Write a manifest and its `rejected.jsonl` atomically, without keeping all rows in memory.
 
     Returns:
         Statistics: {"utterances", "hours", "rejected": {reason: n}, "splits": {split: {"utterances", "hours",
@@ -121,7 +121,7 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
 def _copy_with_metadata(
     table: pa.ipc.RecordBatchFileReader, path: Path, metadata: dict[bytes, bytes]
 ) -> None:
-    """Copy the draft to `path` and add `metadata`, which includes the fingerprint of the complete draft."""
+    """Copy the draft to `path`, adding `metadata` that is known only when the draft is complete."""
     schema = _SCHEMA.with_metadata(metadata)
     with open(path, "wb") as file, pa.ipc.new_file(file, schema) as out:
         for i in range(table.num_record_batches):
@@ -338,8 +338,8 @@ class Manifest:
         self.path = Path(path).absolute()
         if not self.path.is_file():
             raise DataError(
-                f"{self.path}: manifest not found; run stage=prepare (if it reports that it is done, delete "
-                f"{self.path.parent} first)"
+                f"{self.path}: manifest not found; run stage=prepare (if the stage is reported as done, "
+                f"delete {self.path.parent} first)"
             )
         try:
             self._source = pa.memory_map(str(self.path))
@@ -355,14 +355,14 @@ class Manifest:
         try:
             self.fingerprint: str = metadata[b"fingerprint"].decode()
             self.counts: dict = json.loads(metadata[b"counts"])
-            self.counts["splits"].keys()  # other code relies on a table
+            self.counts["splits"].keys()  # raises an error unless it is a mapping, on which other code relies
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
         self._crc32 = metadata.get(b"crc32")  # None in manifests written by earlier versions
 
     @classmethod
     def verified(cls, path: str | os.PathLike) -> Manifest:
-        """Open a manifest, and verify it and the record of stage prepare.
+        """Open a manifest after verifying it against the record of the prepare stage and its own checksum.
 
         Raises:
             DataError: the manifest is missing or damaged.

@@ -15,7 +15,8 @@ def span_mask(
 ) -> np.ndarray:
     """Draw a bool mask (length,) that is True inside randomly placed spans.
 
-    The number of spans is `prob * length / span`, randomly rounded up or down, and at least `min_spans`.
+    The number of spans is `prob * length / span`, randomly rounded up or down, and at least `min_spans`, or
+    zero if `prob` is zero.
     Start positions are drawn without replacement. Because spans may overlap, `prob=0.8` with `span=10` masks
     about 57 % of the positions. The mask is drawn as in fairseq's `compute_mask_indices` with "static" spans,
     except that the rows of a batch may have different numbers of masked positions. At least one position

@@ -2,8 +2,8 @@
 
 An epoch is a sequence of groups of utterances with similar lengths. An update consists of a fixed number of
 consecutive groups, so that its content depends neither on the memory of a GPU nor on the number of processes.
-Each group is one micro-batch, which one device processes in one forward pass. The group is cut into several
-micro-batches if it is longer than `micro_seconds`, or if the processes could not share the update otherwise.
+A device processes one micro-batch in one forward pass. A group is a single micro-batch, unless it is longer
+than `micro_seconds` or the processes could not share the update otherwise: then it is cut into several.
 The state of the sampler consists of two integers: the epoch, and the number of groups consumed in that epoch.
 """
 
@@ -39,7 +39,7 @@ def groups_per_update(batch_seconds: float) -> int:
 class BatchSizes:
     """Sizes of the sampler's groups, updates and micro-batches."""
 
-    group_seconds: float  # audio per group, including padding
+    group_seconds: float  # maximum audio per group, including padding
     groups: int = 1  # number of groups per update
     micro_seconds: float | None = None  # maximum audio per micro-batch, with padding; None: whole groups
     one_shape: bool = False  # whether all micro-batches have the same shape (see `Sampler.shape`)
@@ -107,7 +107,7 @@ class Epoch:
 
 
 class Sampler:
-    """Sampler for groups of similar lengths, each at most `group_seconds` long including padding."""
+    """Sampler of groups of utterances with similar lengths and at most `group_seconds` with padding."""
 
     def __init__(
         self,
@@ -142,8 +142,9 @@ class Sampler:
         longest = self.n_samples.max() / SAMPLE_RATE
         if self.n_samples.max() > self.group_capacity:
             raise ConfigError(
-                f"batch_seconds: each of the {sizes.groups} groups in an update has {sizes.group_seconds:g} "
-                f"s, but the longest utterance has {longest:.2f} s; increase batch_seconds"
+                f"batch_seconds: each of the {sizes.groups} groups in an update can hold "
+                f"{sizes.group_seconds:g} s, but the longest utterance has {longest:.2f} s; increase "
+                "batch_seconds"
             )
         if self.n_samples.max() > self.capacity:
             raise ConfigError(
@@ -168,7 +169,7 @@ class Sampler:
         return self._epochs[epoch]
 
     def update(self, epoch: int, cursor: int, processes: int = 1) -> list[MicroBatch]:
-        """Return the micro-batches of the update at group `cursor`.
+        """Return the micro-batches of the update that starts at group `cursor` of an epoch.
 
         Groups are cut into more parts until the number of micro-batches is a multiple of `processes`.
 
@@ -209,8 +210,8 @@ class Sampler:
 
     def _build(self, epoch: int) -> Epoch:
         rng = seeded_rng(self.seed, epoch, 0)
-        # Adding noise to the lengths varies which utterances share a group, with almost no extra padding.
         n_samples = self.n_samples if self.epoch_lengths is None else self.epoch_lengths(epoch)
+        # Noise in the lengths varies which utterances share a group, with almost no extra padding.
         by_length = np.argsort(n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
         starts = self._boundaries(n_samples[by_length])
         order = rng.permutation(len(starts) - 1)
@@ -231,9 +232,9 @@ class Sampler:
         return np.array(starts)
 
     def _balanced(self, length: np.ndarray, first: int, second: int, end: int) -> int:
-        """Return a start of the last group that gives it up to half of the rows of the last two groups.
+        """Return a new start of the last group, which gives it up to half of the rows of the last two groups.
 
-        Otherwise, the last group may be a single utterance, which several processes cannot share.
+        Otherwise, the last group could be a single utterance, which several processes cannot share.
         """
         while second - first > end - second + 1:
             rows, longest = end - second + 1, int(length[second - 1 : end].max())
@@ -248,7 +249,7 @@ class Sampler:
         return min(limit, self.max_rows) if self.max_rows else limit
 
     def stream(self, epoch: int, cursor: int) -> Iterator[MicroBatch]:
-        """Iterate over groups endlessly, starting from a saved state."""
+        """Iterate over groups endlessly, starting at group `cursor` of an epoch."""
         while True:
             groups = self.epoch(epoch)
             yield from (groups[index] for index in range(cursor, len(groups)))

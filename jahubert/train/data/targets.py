@@ -63,7 +63,7 @@ class TargetStore:
             self.symbol_L = np.load(folder / "symbols.npy", mmap_mode="r")
             self.offsets = np.load(folder / "offsets.npy")
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: targets not found ({error}); run stage=targets first") from error
+            raise DataError(f"{folder}: no readable targets ({error}); run stage=targets first") from error
         self.phonemes = PhonemeSet.from_json(read_record(folder / "phonemes.json"))
 
     def __len__(self) -> int:

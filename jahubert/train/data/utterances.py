@@ -1,4 +1,4 @@
-"""Items that recipes yield: single utterances, archives of utterances, and rejected items."""
+"""Items that recipes yield (utterances, archives, rejected items), and reading of files with retries."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Utterances:
 
     path: str
     ids: Sequence[str]
-    offset_N: np.ndarray  # int64, bytes into the archive
+    offset_N: np.ndarray  # int64, byte offsets in the archive
     length_N: np.ndarray  # int64, bytes
     n_samples_N: np.ndarray  # int64, 16 kHz samples
     texts: Sequence[str]

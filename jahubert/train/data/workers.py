@@ -43,7 +43,7 @@ def map_in_workers(
     Raises:
         SharedMemoryError: there is too little shared memory, or another program has filled it.
         UserError, OSError: raised by `function`.
-        RuntimeError: a worker died (raised by torch).
+        RuntimeError: a worker died.
     """
     loader = DataLoader(
         _Items(function, advice),
@@ -89,8 +89,8 @@ def _received(iterator: Any) -> Generator[tuple[Any, Any], None, None]:
 def ignore_signals(_: int = 0) -> None:
     """Ignore stop signals in a DataLoader worker.
 
-    Launchers and schedulers send these signals to every process, but the run needs its workers to finish the
-    current step and save a checkpoint.
+    Launchers and schedulers send these signals to every process, but the run needs its workers until it has
+    finished the current step and saved a checkpoint.
     """
     for number in distributed.STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -143,11 +143,11 @@ def _start(loader: DataLoader, advice: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _close(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
-    """Terminate the DataLoader workers immediately.
+    """Shut down the DataLoader workers, and kill those that do not exit in time.
 
-    `del iterator` is not sufficient, because the traceback of an error keeps a reference to the iterator. A
-    worker that is blocked in a read is killed after a timeout. Meanwhile, torch's SIGCHLD handler is
-    disabled, because it would raise an error in the main thread.
+    `del iterator` is not sufficient, because the traceback of an error keeps a reference to the iterator.
+    During the shutdown, torch's SIGCHLD handler is disabled, because it would raise an error in the main
+    thread.
 
     Args:
         iterator: the DataLoader iterator, or None if it could not start all of its workers.

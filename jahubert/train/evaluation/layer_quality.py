@@ -19,7 +19,7 @@ from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.metrics import cluster_quality, joint_counts, phone_frames
 from jahubert.train.experiment.progress import progress
 
-_FRAMES_PER_CLUSTER = 50  # minimum number of frames per cluster; fewer frames would cause overfitting
+_FRAMES_PER_CLUSTER = 50  # minimum mean number of frames per cluster; fewer would cause overfitting
 _MAX_ITER = 30
 
 
@@ -29,10 +29,11 @@ class PhoneFrames:
     def __init__(
         self, manifest: Manifest, times: Mapping[int, Sequence[Phone]], n_frames: int, seed: int = 0
     ):
-        """Draw utterances until they have at least `n_frames` frames.
+        """Draw utterances until they contain `n_frames` frames with phones, or all utterances are drawn.
 
         Args:
             times: mapping from manifest rows to the phones of the utterance.
+            n_frames: maximum number of frames. The excess frames of the last utterance are dropped.
         """
         self.manifest = manifest
         self.frames_of_row: dict[int, np.ndarray] = {}
@@ -83,8 +84,8 @@ class PhoneFrames:
     def quality(self, frames_ND: Tensor, n_clusters: int, seed: int = 0) -> dict[str, Any]:
         """Fit `n_clusters` units to frames, and return phone purity, cluster purity and PNMI.
 
-        If there are few frames, fewer units are fitted. `n_units` in the result is the actual number of
-        units.
+        If there are too few frames for `n_clusters`, fewer units are fitted. `n_units` in the result is the
+        actual number.
         """
         n_clusters = max(2, min(n_clusters, len(self) // _FRAMES_PER_CLUSTER))
         fitted = fit_kmeans(frames_ND, KmeansOptions(n_clusters, max_iter=_MAX_ITER, seed=seed))

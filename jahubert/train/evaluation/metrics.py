@@ -49,7 +49,7 @@ class ErrorCounts:
 
 
 def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> ErrorCounts:
-    """Count the edit operations in a minimum-distance alignment of items, compared for equality."""
+    """Count hits and errors in a minimum-distance alignment. Items are compared for equality."""
     if not reference or not hypothesis:
         return ErrorCounts(0, 0, len(hypothesis), len(reference))
     aligned = _jiwer_alignment(reference, hypothesis)
@@ -72,7 +72,7 @@ def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list
 
 
 def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
-    """Align with jiwer, which compares the words of strings. Distinct items are converted to numbers."""
+    """Align with jiwer, which only compares words in strings: each distinct item becomes a number."""
     try:
         import jiwer
     except ImportError as error:
@@ -90,7 +90,7 @@ def error_rate(
 ) -> ErrorCounts:
     """Count the errors in a whole set. `.rate` is the PER for phone sequences and the WER for word sequences.
 
-    Words should be tuples of phones, because `k y o` and `ky o` would be equal as strings.
+    Words should be tuples of phones, because `k y o` and `ky o` would be equal if they were joined.
 
     Raises:
         DataError: the numbers of references and hypotheses differ.
@@ -157,8 +157,8 @@ def paired_bootstrap(
 ) -> PairedTest:
     """Compare two systems on the same utterances with a paired bootstrap test (Bisani and Ney 2004).
 
-    The p-value is two-sided: the fraction of bootstrap differences that deviate from the measured difference
-    by at least its absolute value (Efron and Tibshirani 1993, chapter 16).
+    The p-value is two-sided: (e + 1) / (n + 1), where e of n bootstrap differences deviate from the measured
+    difference by at least the absolute value of that difference (Efron and Tibshirani 1993, chapter 16).
 
     Raises:
         DataError: there are no utterances, or the sequences have different lengths.
@@ -194,7 +194,7 @@ def joint_counts(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_units
     """Count the frames for each pair of phone and unit, int64 (P, K), given the phone and unit of each frame.
 
     Raises:
-        DataError: there are no frames, the numbers of phones and units differ, or an index is out of range.
+        DataError: there are no frames, `phone_N` and `unit_N` differ in length, or an index is out of range.
     """
     phone_N, unit_N = np.asarray(phone_N, np.int64), np.asarray(unit_N, np.int64)
     if phone_N.shape != unit_N.shape or not len(phone_N):

@@ -50,7 +50,7 @@ def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
     return MEASURES[kind]
 
 
-# Measures for each vocabulary. Symbols are not joined to strings, because k y o and ky o would become equal.
+# Measures for each vocabulary. The phones of a word are not joined, because k y o and ky o would be equal.
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "phones": (
         _word_measure("phones"),
@@ -112,7 +112,7 @@ class SetScore:
 
     @property
     def has_phones(self) -> bool:
-        """Whether words are phones, which are displayed as kana."""
+        """Whether words consist of phones, which are displayed as kana."""
         return self.measures is MEASURES["phones"]
 
     def rates(self, seed: int, n_samples: int) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def published_table(
 ) -> str:
     """Format published WERs and `results` (name, WER by set) as a table with one column per set.
 
-    The table is empty if there are no published rows or no results.
+    Return an empty string if there are no published rows or no results.
     """
     results = [(f"here: {name}", row) for name, row in results if row]
     if not published or not results:
@@ -200,12 +200,12 @@ def published_table(
 
 
 def phone_wer(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Return the WER (%) of each set that has phones as symbols; it is comparable with published WERs."""
+    """Return the WER (%) of each set whose symbols are phones, for comparison with published WERs."""
     return {split: 100 * score["wer"]["rate"] for split, score in scores.items() if "per" in score}
 
 
 def rates_table(scores: Mapping[str, Any]) -> str:
-    """Format all measures of all sets with their intervals, and the comparison with the baseline."""
+    """Format all measures of all sets with their intervals, and comparisons with the baseline if any."""
     lines = []
     for split, score in scores.items():
         lines.append(f"{split}: {score['utterances']} utterances")
@@ -251,7 +251,7 @@ def details(split: str, score: Mapping[str, Any], set_score: SetScore) -> Iterat
 
 
 def aligned_lines(reference: Words, hypothesis: Words, as_kana: bool) -> Iterator[str]:
-    """Yield the reference and the hypothesis in aligned columns, and a line of error marks if any."""
+    """Yield the reference and the hypothesis in aligned columns, and a line that marks errors, if any."""
     columns = []
     for a, b in align(reference, hypothesis):
         mark = "" if a == b else "I" if a is None else "D" if b is None else "S"

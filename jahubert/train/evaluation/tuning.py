@@ -42,7 +42,7 @@ def search_grid(
     lm_weights: Sequence[float],
     word_bonuses: Sequence[float],
 ) -> list[GridPoint]:
-    """Decode all batches with every weight and bonus, and return the results sorted by error rate."""
+    """Decode all batches with each combination of weight and bonus, and sort the results by error rate."""
     grid = list(itertools.product(lm_weights, word_bonuses))
     counts = torch.zeros(len(grid), 2, dtype=torch.float64)  # number of errors, number of reference symbols
     for point, (lm_weight, word_bonus) in enumerate(grid):

@@ -1,7 +1,8 @@
 """Sanity checks of unit usage, label stores, masked accuracy and the CTC blank plateau.
 
-Each check returns a message with advice, or None. Stages log the message as a warning, or raise an error if
-they are configured to do so. Without these checks, training on degenerate labels may go unnoticed for weeks.
+Functions named `*_problem` return a message with advice, or None. Functions named `check_*` log the message
+as a warning, or raise an error if `on_bad_units` is "error". Without these checks, training on degenerate
+labels may go unnoticed for weeks.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def usage_statistics(count_K: np.ndarray) -> dict[str, float]:
 
 
 def usage_problem(count_K: np.ndarray) -> str | None:
-    """Return a message if one unit has too many frames or too few units occur, otherwise None."""
+    """Return a message if units are used too rarely or too unevenly, otherwise None."""
     n_units, usage = len(count_K), usage_statistics(count_K)
     if usage["largest_share"] > max(_MAX_SHARE, 3 / n_units):
         return (
@@ -62,9 +63,10 @@ def usage_problem(count_K: np.ndarray) -> str | None:
         )
     if usage["used"] < _MIN_USED * n_units or usage["perplexity"] < _MIN_PERPLEXITY * n_units:
         return (
-            f"only {usage['used']} of {n_units} units occur (perplexity {usage['perplexity']:.0f}). The "
-            "centroids belong to a different feature, layer or normalization, or were fitted to too few "
-            "frames: check features.sample_frames and kmeans.n_init, or lower kmeans.n_clusters"
+            f"units are used too rarely or too unevenly: {usage['used']} of {n_units} occur (perplexity "
+            f"{usage['perplexity']:.0f}). The centroids may belong to a different feature, layer or "
+            "normalization, or were fitted to too few frames: check features.sample_frames and "
+            "kmeans.n_init, or lower kmeans.n_clusters"
         )
     return None
 
@@ -104,8 +106,9 @@ def accuracy_problem(
     if reached and accuracy < _POOR * published[max(reached)]:
         return (
             f"accuracy on masked frames is {accuracy:.3f} after {step} updates; the published run on "
-            f"LibriSpeech has {published[max(reached)]:.3f} after {max(reached)}. Check batch_seconds "
-            "(2,800), the crop lengths and the amount of audio in the manifest"
+            f"LibriSpeech has {published[max(reached)]:.3f} after {max(reached)}. Check "
+            "pretrain.train.batch_seconds (2,800 in the published run), the crop lengths and the amount of "
+            "audio in the manifest"
         )
     return None
 
@@ -148,8 +151,9 @@ def label_difference(first: LabelStore, second: LabelStore, manifest: Manifest) 
     ]
     shift = _shift(first.unit_N, second.unit_N)
     if shift:
+        distance = "1 frame" if abs(shift) == 1 else f"{abs(shift)} frames"
         direction = "late" if shift > 0 else "early"
-        reason = f": the second is the first, {abs(shift)} frames {direction}; find out which one is correct"
+        reason = f": the second equals the first, but {distance} {direction}; find out which one is correct"
     elif different_fields:
         reason = f"; they were computed from different inputs: {'; '.join(different_fields)}"
     elif share < _ROUNDING:
@@ -184,17 +188,18 @@ def _shift(first_N: np.ndarray, second_N: np.ndarray) -> int:
     return best if 1 - agreement[best] < (1 - agreement[0]) / 2 else 0
 
 
-_MAX_EMPTY = 0.5  # maximum fraction of empty hypotheses
+_MAX_EMPTY = 0.5  # fraction of empty hypotheses from which a model is reported
 _PLATEAU = 0.1  # fraction of updates during which a model that emits only blanks is normal
 
 
 def blank_problem(
     blank: float, empty: float, step: int, *, max_steps: int, head_only_steps: int = 0
 ) -> str | None:
-    """Return a message if a CTC model still emits mostly blanks after `step` updates.
+    """Return a message if at least half of a CTC model's hypotheses are still empty after `step` updates.
 
-    Every CTC model starts on this plateau, and stays there longer while its encoder is frozen. The check
-    therefore reports nothing until the whole network has been trained for a tenth of all updates.
+    Every CTC model starts on a plateau where it emits only blanks, and stays there longer while its encoder
+    is frozen. Before the last update, the check therefore reports nothing until the whole network has been
+    trained for a tenth of all updates.
 
     Args:
         blank: fraction of frames whose most probable symbol is blank.

@@ -8,9 +8,8 @@ from jahubert.inference.confidence import Calibration, Reliability, confidence, 
 from jahubert.train.evaluation.metrics import align
 from jahubert.train.evaluation.scoring import ScoredUtterance
 
-Judged = tuple[
-    list[list[float]], list[bool]
-]  # (log-probabilities of the labels in each word, whether each word is correct)
+# (log-probabilities of the labels in each word, whether each word is correct)
+Judged = tuple[list[list[float]], list[bool]]
 
 
 def judge_words(utterances: Iterable[ScoredUtterance]) -> Judged:

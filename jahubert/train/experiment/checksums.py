@@ -41,14 +41,17 @@ def record_damaged(record: dict[str, Any], crc32: str | None, files: str) -> boo
     Args:
         record: the record without its checksum.
         crc32: the checksum; None if the record has none, as in earlier versions.
-        files: key under which the sizes and checksums of files are stored. Records without a checksum do not
-            have this key.
+        files: key under which the sizes and checksums of files are stored. Intact records without a checksum
+            do not have this key.
     """
     return files in record if crc32 is None else crc32 != content_crc32(record)
 
 
 def describe_outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the size and checksum of every output file of a stage, keyed by path relative to `folder`."""
+    """Return the size and checksum of each output file of a stage, keyed by path relative to `folder`.
+
+    Files in `_EXCLUDED_FOLDERS`, records and temporary files are omitted.
+    """
     outputs = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)

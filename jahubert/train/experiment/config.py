@@ -1,11 +1,11 @@
 """Conversion of plain settings to frozen dataclasses, with all errors reported at once.
 
 Misspelled keys, wrong types and values out of range are reported before any work starts. Each stage declares
-its settings in a `Config`, with the defaults of the paper. Some kinds of fields have a special meaning:
+its settings and their defaults in a `Config`. Some kinds of fields have a special meaning:
 
 - `runtime_field`: a setting that does not change the result (device, workers, logging) and is therefore not
   part of the provenance.
-- `Path`: an input, identified by its content and not by its location.
+- `Path`: an input, which provenance records identify by its content if possible (`input_fingerprint`).
 - `model_field`: the `Path` of a model, or the name of a model on the Hub.
 - `split_field`: the name of a split in the manifest.
 - `config_group`: a group of settings whose class depends on preceding settings.
@@ -323,7 +323,7 @@ def runtime_fields(config: Any) -> set[str]:
 
 
 def default_fields(config: Any) -> dict[str, Any]:
-    """Return the default values of all settings in `result_fields` that have one."""
+    """Return the default values of settings, keyed as in `result_fields`. Required settings are omitted."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -164,8 +164,8 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 and return its result on all ranks.
 
     Raises:
-        UserError, OSError: `work` raised this error. It is raised on all ranks, and marked as reported on all
-            ranks except rank 0.
+        UserError, OSError: `work` raised this error on rank 0. The other ranks raise a copy that is marked as
+            reported, or a JahubertError with the same message in place of an OSError.
     """
     if not dist.is_initialized():
         return work()
@@ -214,8 +214,9 @@ def launch(command: Sequence[str], n: int) -> int:
     Stop signals are forwarded to all processes. If a process fails, all other processes are stopped.
 
     Returns:
-        The exit status of the process that failed first. If several processes failed at the same time, this
-        is the highest status, because a process that only lost its connection exits with status 1.
+        0 if all processes succeed, otherwise the exit status of the process that failed first. If several
+        processes failed at the same time, this is the highest status, because a process that only lost its
+        connection exits with status 1.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -271,7 +272,7 @@ def _exit_status(return_code: int, name: str) -> int:
 
 
 def _stop_with_parent() -> None:
-    """Make the system send SIGTERM to this process when its parent dies, even if SIGKILL ended the parent."""
+    """Make Linux send SIGTERM to this process when its parent dies, even if SIGKILL ended the parent."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

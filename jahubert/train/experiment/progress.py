@@ -13,6 +13,7 @@ from jahubert.train.experiment import distributed
 @contextmanager
 def progress(description: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Show a progress bar while the `with` block runs.
+
     Rank 0 shows a bar for its own share of the work if standard error is a terminal. Output from `logging`
     and `tqdm.write` is printed above the bar.
 

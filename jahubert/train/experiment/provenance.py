@@ -52,7 +52,10 @@ def acquire(
     defaults: Mapping[str, Any] | None = None,
     runtime: Collection[str] = (),
 ) -> bool:
-    """Reserve the folder `out` for a stage, and return whether the folder already has a complete result.
+    """Record that a stage starts in the folder `out`, unless it was started or finished there before.
+
+    Returns:
+        Whether the folder has the complete result of the stage.
 
     Args:
         inputs: the result of `stage_inputs`.
@@ -170,14 +173,15 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
     """Compute the fingerprint of an input.
 
     The fingerprint is taken from the record of the stage that wrote the input. Files and models that no stage
-    wrote are identified by names, sizes and checksums, and other folders by their paths.
+    wrote are identified by names, sizes and checksums, models on the Hub by their names, and other folders by
+    their paths.
 
     Args:
         name: name of the setting, for error messages.
         model: whether the path may be the name of a model on the Hub.
 
     Raises:
-        DataError: the input does not exist or is not finished.
+        DataError: the input does not exist, or the stage that writes it is not finished.
     """
     for folder in (path, path.parent):  # `path` is the folder of a stage, or a file or folder inside it
         if (folder / DONE).exists():
@@ -232,7 +236,7 @@ def changed_settings(
 
 
 def _without_checksums(value: Any) -> Any:
-    """Return the fingerprint of files as earlier versions recorded it, from names and sizes."""
+    """Return a fingerprint in the form that earlier versions recorded, without the checksums of files."""
     return _FILE_CRC32.sub(r"\1", value) if isinstance(value, str) else value
 
 

@@ -1,6 +1,7 @@
 """Registry of stages, feature extractors and training engines, and lookup of presets and recipes.
 
-Settings may also refer to objects as "package.module:attribute" or "folder/file.py:attribute".
+Settings may also refer to feature extractors and training engines by import path, as
+"package.module:attribute" or "folder/file.py:attribute".
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _forget_other_folders(folder: Path) -> None:
-    """Remove modules from `sys.modules` that a file in another folder imported under a name used here."""
+    """Remove modules of other folders from `sys.modules` if a file in `folder` has the same name."""
     _FOLDERS.add(folder)
     for file in folder.glob("*.py"):
         origin = getattr(sys.modules.get(file.stem), "__file__", None)
@@ -207,7 +208,7 @@ def generates_corpus(recipe: str) -> bool:
 
 
 def preset_file(preset: Any, subset: Any = None) -> Path | None:
-    """Return the path of a fine-tuning preset in conf/finetuning, or None if `preset` is None.
+    """Return the path of a fine-tuning preset in conf/finetuning, or None if there is none for the subset.
 
     Args:
         preset: the name of a preset, or a mapping from corpus subsets to names.

@@ -1,8 +1,8 @@
 """Worker processes that run a script of a recipe, each on a share of the work.
 
-The file receives its job as JSON on standard input, so that neither the file nor its classes need to be
-importable by name, and it only imports what the job needs. When it is run as a script, it calls `run_job` or
-`run_items`.
+The script receives its job as JSON on standard input, so that neither the script nor its classes need to be
+importable by name, and each process only imports what the job needs. When the script is executed, it calls
+`run_job` or `run_items`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _START = (
 )
 T = TypeVar("T")
 
-_MIN_SHARE = 8  # items; a process takes about as long to start as to synthesize 8 sentences
+_MIN_SHARE = 8  # minimum number of items per process; starting one takes as long as synthesizing 8 sentences
 
 
 class ScriptProcess:
-    """A Python process that runs a file with the module search path of this process.
+    """A Python process that runs a script with the module search path of this process.
 
     As a context manager, it is killed at the end of the block if it is still running.
 
     Args:
-        script: the file; it may import other files in its folder.
+        script: the script, which may import other files in its folder.
         job: JSON-compatible input of `run_job`.
     """
 
     def __init__(self, script: Path, job: Any) -> None:
         self._script = script
-        # Pipes could fill up: with the job while the process starts, or with errors. Files cannot.
+        # Files are used instead of pipes, which a long job or long error messages could fill up.
         self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115
         with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
             json.dump(job, file)
@@ -58,7 +58,7 @@ class ScriptProcess:
         self._output = self._process.stdout
 
     def readline(self) -> str:
-        """Return the next line that the file prints; "" after its successful end.
+        """Return the next line that the script prints, or "" after the process has ended successfully.
 
         Raises:
             DataError: the process ended with a user error, whose message is passed on.
@@ -126,10 +126,10 @@ def run_items(read: Callable[[dict[str, Any]], T], write: Callable[[T, Path], No
 def run_in_processes(
     script: Path, items: Sequence[Any], folder: Path, processes: int, write: Callable[[Any, Path], None]
 ) -> None:
-    """Call `write(item, folder)` for each item, in this process or, if there are many, in several.
+    """Call `write(item, folder)` for each item, in this process or, if there are many, in several processes.
 
     Args:
-        script: the file to run, which calls `run_items`.
+        script: the script to run, which calls `run_items`.
         items: dataclasses whose fields are JSON-compatible.
         folder: folder of the output.
         processes: maximum number of processes.

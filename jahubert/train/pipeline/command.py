@@ -32,7 +32,8 @@ settings:
   decoding=NAME   name of another decoding of the same model
   KEY=VALUE       any other setting, e.g. kmeans.n_clusters=200; ~KEY resets a setting to its default
 
-exit status: 0 success, 2 error in the settings or the data, 75 stopped by a signal (rerun to resume)"""
+exit status: 0 success, 1 other error, 2 error in the settings or the data, 75 stopped by a signal, 130
+stopped by Ctrl-C (rerun to resume)"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,9 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         "-h", "--help", action="store_true", help="print this help, and the settings if any are given"
     )
     options.add_argument("-c", "--cfg", choices=["job"], help="print all settings as YAML and exit")
-    options.add_argument(
-        "--resolve", action="store_true", help=argparse.SUPPRESS
-    )  # accepted for compatibility with Hydra; settings are always resolved
+    # Accepted for compatibility with Hydra; settings are always resolved.
+    options.add_argument("--resolve", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--info", action="store_true", help="print the stages that would run and exit")
     options.add_argument(
         "-m", "--multirun", action="store_true",
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command, and return the exit status (2 for a user error)."""
+    """Run the command, and return the exit status (see `report_error`)."""
     join_slurm(os.environ)
     with stop_signals():
         try:

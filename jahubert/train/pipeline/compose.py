@@ -76,7 +76,8 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         system: name of a system in the recipe; the settings of this system are included.
 
     Raises:
-        ConfigError: an override cannot be parsed, a name or key is unknown, or a file is not valid YAML.
+        ConfigError: an override cannot be parsed, a name or key is unknown, a setting of the pipeline is
+            invalid, or a file is not valid YAML.
     """
     try:
         from omegaconf import OmegaConf
@@ -117,8 +118,10 @@ def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
         if override.key not in _GROUPS:
             continue
         if override.delete or not isinstance(override.value, str):
-            example = f"{override.key}.width=256" if override.key == "model" else f"{override.key}=NAME"
-            errors.append(f"{override.key}=... must be the name of a preset; write {example}")
+            advice = f"write {override.key}=NAME"
+            if override.key == "model":
+                advice += ", or model.width=256 to change a single size"
+            errors.append(f"{override.key}=... must be the name of a preset; {advice}")
         elif is_null(override.value):
             groups.pop(override.key, None)
         else:
@@ -152,7 +155,7 @@ def _merge_presets(
     typed: Sequence[Override],
     system: str | None,
 ) -> Any:
-    """Merge the presets of the fine-tuning, the recipe and the machine into the tree."""
+    """Merge the presets of fine-tuning, recipe and machine into the tree, then the command line's blocks."""
     from omegaconf import OmegaConf
 
     recipe = presets[0]

@@ -14,6 +14,7 @@ from jahubert.train.experiment.registry import STAGES, resolve
 from jahubert.train.pipeline.compose import CommandSettings, compose
 from jahubert.train.pipeline.jobs import Job, configure_jobs
 
+# Settings that `compose` has converted or that remain text.
 _TEXT = {
     "data",
     "vocabulary",
@@ -21,7 +22,7 @@ _TEXT = {
     "engine",
     "subset",
     *CommandSettings.__dataclass_fields__,
-}  # typed by `compose`
+}
 
 
 def settings_yaml(overrides: Sequence[str]) -> str:

@@ -31,9 +31,13 @@ class Run(NamedTuple):
 
 
 def run_all(arguments: Sequence[str]) -> int:
-    """Run each combination locally or through a Hydra launcher, and return the first nonzero exit status.
+    """Run each combination locally, or submit all of them through a Hydra launcher.
 
-    All settings are checked before the first run starts. If a run fails, the later runs are still started.
+    All settings are checked before the first run starts. If a local run fails, the later runs are still
+    started.
+
+    Returns:
+        The first nonzero exit status of the local runs, or 0.
     """
     launcher = [word for word in arguments if word.startswith(("hydra/", "hydra."))]
     runs = expand([word for word in arguments if word not in launcher])

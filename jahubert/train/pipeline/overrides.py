@@ -68,7 +68,7 @@ def parse_override(argument: str) -> Override:
     if not equals and not delete:
         raise ConfigError(f"{argument!r}: not a setting; write key=value")
     if not _KEY.fullmatch(key):
-        raise ConfigError(f"{argument}: {key!r} is not a valid name of a setting")
+        raise ConfigError(f"{argument}: {key!r} is not a valid setting name")
     return Override(key, None if delete else parse_value(text, argument), delete)
 
 
@@ -99,7 +99,7 @@ def parse_value(text: str, argument: str, depth: int = 0) -> Any:
         return text
     parts = list(split_top_level(text[1:-1], ",")) if _closes_at_end(text) else None
     if parts is None:
-        if _end_of_bracket(text, 0) is not None:  # the text only starts with brackets, as in "[2024] talks"
+        if _end_of_bracket(text, 0) is not None:  # the brackets enclose only the start, as in "[2024] talks"
             return text
         raise ConfigError(f"{argument}: {first} without closing {closing}")
     items = [part.strip() for part in parts]
@@ -125,7 +125,8 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, s
     `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` are sweeps. Quoted commas do not separate values.
 
     Raises:
-        ConfigError: an argument is not an override, a range is invalid, or there are too many combinations.
+        ConfigError: an argument is not an override, a sweep has an invalid range or an empty value, or there
+            are too many combinations.
     """
     parse_overrides([argument for argument in arguments if not _sweep_values(argument)])
     options = [_sweep_values(argument) or [argument] for argument in arguments]

@@ -27,7 +27,7 @@ from jahubert.train.trainer.tracker import check_tracker
 def preflight_errors(
     jobs: Sequence[tuple[str, Any, Path]], outputs: Sequence[Path], processes: int
 ) -> list[str]:
-    """Return one message per error that would make a stage fail.
+    """Return one message per detected error that would make a stage fail.
 
     Args:
         jobs: tuples (stage, config, output folder).
@@ -89,7 +89,7 @@ def _job_errors(stage: str, config: Any, out: Path, outputs: Sequence[Path], pro
 
 
 def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
-    """Yield errors in the device, engine, tracker and batch size. Each process checks its GPU later."""
+    """Yield errors in device, engine, precision, tracker and batch size. Processes check their GPUs later."""
     train = getattr(config, "train", None)
     device = getattr(config if train is None else train, "device", None)
     kind = None

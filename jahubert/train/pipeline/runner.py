@@ -60,14 +60,14 @@ def run(overrides: Sequence[str]) -> None:
 
 
 def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> dict[str, Any]:
-    """Run a stage in its folder unless its result already exists. Return its metrics.
+    """Run a stage in its folder unless an existing result is kept. Return its metrics.
 
     Args:
         verify_large: whether to verify the checksums of input files over 1 GB. The sizes of all files and the
             checksums of smaller files are always verified.
 
     Raises:
-        StaleError: the folder was created with different settings.
+        StaleError: the folder was created or started with different settings.
         BusyError: another run is using the folder.
         DataError: an input file is missing or damaged.
     """

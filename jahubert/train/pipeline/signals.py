@@ -17,7 +17,7 @@ _received: list[str] = []  # recorded here, because interrupted code may replace
 
 
 class StopRequested(BaseException):
-    """Raised after a stop signal outside of training; a BaseException, so that handlers do not catch it."""
+    """Raised after a stop signal outside of training; `except Exception` does not catch it."""
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Estimates of the hours, disk space and memory that every stage of a run needs.
 
-The hours are the FLOPs of a stage divided by the FLOP/s of a device. The FLOPs are computed from the sizes of
-the model (`flops`). The FLOP/s are measured on this machine or taken from a table of GPUs (`machine`).
+The hours of a stage are its FLOPs divided by the FLOP/s of all devices, unless decoding the audio takes
+longer. The FLOPs are computed from the sizes of the model (`flops`). The FLOP/s are measured on this machine
+or taken from a table of GPUs (`machine`).
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
         options: settings of the estimate (see `split_settings`).
 
     Raises:
-        ConfigError: a number is invalid, the GPU is unknown, or the size of the corpus is unknown.
+        ConfigError: a number is invalid, the GPU or the size of the corpus is unknown, or `gpu` is not given
+            and no job trains a model that could be measured.
     """
     numbers = {name: _number(name, options) for name in _NUMBERS}
     corpus = _corpus(Path(tree["exp"], "prepare", "manifest.arrow"), numbers["hours"], tree)
@@ -189,7 +191,7 @@ def estimate_stages(
             estimate = _label(name, features, kmeans, model, corpus, machine)
         elif stage == "prepare":
             hours = corpus.hours / machine.decode_speed / 8 if config.check_audio else None
-            note = "decodes all audio in 8 threads"
+            note = "decodes all audio in 8 threads" if config.check_audio else "does not decode audio"
             estimate = StageEstimate(name, hours, 250.0 * corpus.utterances, None, note)
         else:
             estimate = StageEstimate(name, None, None, None, "short compared with other stages")

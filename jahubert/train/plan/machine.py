@@ -53,7 +53,7 @@ GPUS = {
 
 
 class MeasuredRates(NamedTuple):
-    """Rates of one GPU, measured with HuBERT base in seconds of audio per second (docs/performance.md)."""
+    """Rates of one GPU with HuBERT base, measured in seconds of audio per second (docs/performance.md)."""
 
     training: float  # training in bfloat16 with micro-batches of at least 300 s and mixed lengths
     features: float  # features from layer 6 in float32
@@ -63,17 +63,17 @@ class MeasuredRates(NamedTuple):
 MEASURED = {"H200": MeasuredRates(training=5_439.0, features=3_482.0, mean_seconds=9.9)}
 # Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. An H200 reaches 0.24
 # according to `step_flops`. GPUs older than Ampere lack variable-length flash attention. For them, 0.1 is
-# assumed, because published runs of HuBERT base reach 0.088 (the paper: 100,000 updates in 9.5 h on 32 V100)
-# and 0.085 (minimal_hubert: 400,000 updates in 10 h on 16 H100).
+# assumed, because published runs of HuBERT base without it reach 0.088 (the paper: 100,000 updates in 9.5 h
+# on 32 V100) and 0.085 (minimal_hubert: 400,000 updates in 10 h on 16 H100).
 UTILIZATION, UTILIZATION_WITHOUT_FLASH = 0.2, 0.1
-# Assumed utilization in float32, which is higher, because matrix products take longer compared with the
-# overhead. An H200 reaches 0.5 in feature extraction.
+# Assumed fraction of the float32 peak. It is higher than in 16 bits, because matrix products take longer
+# compared with the overhead. An H200 reaches 0.5 in feature extraction.
 UTILIZATION_FP32 = 0.3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Properties of the machine for which costs are estimated. FLOP rates are per device, in training."""
+    """Properties of the machine for which costs are estimated. FLOP rates are per device."""
 
     name: str
     n_devices: int
@@ -88,7 +88,7 @@ class Machine:
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
-    """Time a few training steps on this machine in each precision that the run uses."""
+    """Measure training in each precision that the run uses, decoding, and MFCCs on this machine."""
     device = distributed.process_device(trains[0].device)
     requested = [pick_precision(train, device) for train in trains]
     # Features and labels are always computed in float32.
@@ -194,7 +194,7 @@ def _training_speed(
 
 
 def _reading_speeds() -> tuple[float, float]:
-    """Measure how many seconds of audio one core can decode per second, and how many it turns into MFCCs."""
+    """Measure the seconds of audio that one core can decode, and convert to MFCCs, per second."""
     seconds, flac = 5, io.BytesIO()
     noise_T = np.random.default_rng(0).normal(0, 0.05, seconds * SAMPLE_RATE).astype(np.float32)
     soundfile.write(flac, noise_T, SAMPLE_RATE, format="FLAC")

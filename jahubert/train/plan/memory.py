@@ -1,10 +1,11 @@
 """Activation memory of a training step, counted with fake tensors.
 
 A GPU stores more for the backward pass than a CPU: layer norms (because of autocast) and the positional
-convolution compute in float32, and attention stores padded tensors. Without CUDA, torch cannot create fake
-CUDA tensors. The first two effects are therefore reproduced on the CPU, and the third is added. The result is
-within 1 % of the count on fake CUDA tensors (torch 2.15, fused attention; `tests/train/plan/test_plan.py`).
-In 16 bits, it is an upper bound, because variable-length flash attention stores no padded tensors.
+convolution compute in float32, and attention in 16 bits stores padded tensors. Without CUDA, torch cannot
+create fake CUDA tensors. The first two effects are therefore reproduced on the CPU, and the third is added.
+The result is within 1 % of the count on fake CUDA tensors (torch 2.15, fused attention;
+`tests/train/plan/test_plan.py`). In 16 bits, it is an upper bound, because variable-length flash attention
+stores no padded tensors.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
 def kept_bytes(
     config: HubertConfig, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> float:
-    """Count the bytes stored for the backward pass per second of audio, with utterances of `seconds`."""
+    """Count the bytes stored for the backward pass, per second of audio in utterances of length `seconds`."""
     if gpu:  # fused attention does not store a dropout mask
         config = replace(config, attention_dropout=0.0)
     once, twice = (_stored(config, rows, seconds, recompute, precision, gpu) for rows in (_ROWS, 2 * _ROWS))
@@ -89,9 +90,8 @@ def _stored(
     n_samples = int(seconds * SAMPLE_RATE)
     with FakeTensorMode(), layer_norm, autocast(precision, torch.device("cpu")):
         model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
-        model.encoder.training = (
-            False  # fake tensors have no values, but layer drop needs the value of a random number
-        )
+        # Fake tensors have no values, but layer drop would need the value of a random number.
+        model.encoder.training = False
         wrap_blocks(list(model.encoder.layers), recompute, False)
         weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *head.parameters())}
         total = _stored_by(lambda: masked_loss(model, head, torch.zeros(rows, n_samples)), weights)

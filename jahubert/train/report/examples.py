@@ -61,7 +61,7 @@ def find_examples(
 ) -> dict[str, list[Example]]:
     """Return the `n` "worst", "median" and "best" utterances in a decode folder by symbol error rate.
 
-    The groups do not overlap, so that small sets have fewer examples.
+    The groups do not overlap, so small sets have fewer examples.
 
     Args:
         times: mapping from manifest rows to the phones of the utterance, where available.

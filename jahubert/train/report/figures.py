@@ -1,6 +1,6 @@
 """Figures for the report as data URIs, so that the HTML page needs no other files.
 
-Figures contain only numbers and phones. Captions are part of the page and in its language.
+Figures contain only numbers, phones and names, so that they suit every language. The page has the captions.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def _results(data: PageData, strings: Strings) -> str:
 
 
 def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
-    """Render collapsible tables of a system's error rates by speaker and most frequent errors."""
+    """Render a system's error rates by speaker, most frequent errors and reliability, all collapsible."""
     measures = {name: title for name, title in _MEASURES.items() if name in score}
     first = next(iter(measures))
     speakers = sorted(score.get("speakers", {}).items(), key=lambda item: (-item[1][first]["rate"], item[0]))

@@ -77,9 +77,10 @@ def summarize_results(experiments: Mapping[str, Path]) -> dict[str, dict[str, An
 
 
 def result_label(decode: Path) -> str:
-    """Return a label for the hypotheses in a decode folder, with experiment, model, subset and search.
+    """Return a label for the hypotheses in a decode folder.
 
-    The label is composed from the records of the stages. Without records, it is the path of the folder.
+    The label names the experiment, system, model, subset, decoding and search, according to the records of
+    the stages. Without a record of the decode stage, it is the path of the folder.
     """
     system, exp = decode.parent, decode.parent.parent.parent
     prepare_record, finetune_record, decode_record = (

@@ -43,7 +43,8 @@ def label_stores(exp: Path) -> dict[str, LabelStore]:
 def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, ...]], str]:
     """Return the phones of manifest rows where available, and the source of the phone times.
 
-    The source is the corpus if it has phone times, and otherwise the forced alignment by the decode stage.
+    The source is the corpus if it has phone times, otherwise the forced alignment by the first system that
+    has one, and "" if there are no phone times.
     """
     times: dict[int, tuple[Phone, ...]] = {}
     with progress("phone times", "utterances", len(manifest)) as done:
@@ -93,9 +94,9 @@ def count_units(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> 
 def layer_curves(
     exp: Path, times: dict[int, tuple[Phone, ...]], n_frames: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Fit `LAYER_UNITS` units to MFCCs and to every layer of each iteration's model, and measure quality.
+    """Fit `LAYER_UNITS` units to MFCCs and to each layer of each iteration's model, and evaluate the units.
 
-    All measurements use the same frames. The result is empty if there are no phone times or no models.
+    All measurements use the same frames. The result is empty if there are no models or no frames with phones.
     """
     models = sorted(path.parent for path in exp.glob(f"iter*/pretrain/{DONE}"))
     if not (times and models and n_frames):

@@ -1,9 +1,10 @@
-"""Decoding of the evaluation splits with beam search, and forced alignment of phones and words.
+"""Decoding of the evaluation splits with beam or greedy search, and forced alignment of phones and words.
 
 Reads   a fine-tuned model, the manifest, its targets, and a language model and lexicon if configured
-Writes  <split>.jsonl: id, reference and hypothesis words as symbols, log-probability, scores of the labels
-        of each word, n-best list, and the words as written in the lexicon; alignment.jsonl: phone and word
-        times; phonemes.json: the vocabulary; tuning.json: the error rate for each weight and bonus tried
+Writes  <split>.jsonl: id, talk, speaker, reference and hypothesis words as symbols, log-probability, scores
+        of the labels of each word, and if configured the n-best list and the words as written in the lexicon;
+        phonemes.json: the vocabulary; with `align_splits` also alignment.jsonl: phone and word times; with
+        `tune_splits` also tuning.json: the error rate for each weight and bonus tried
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
     python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=greedy decode.search=greedy
@@ -59,8 +60,8 @@ _MAX_DISTANCE = 5  # maximum distance (frames; 100 ms) between a CTC spike and a
 
 @dataclass(frozen=True)
 class Config:
-    manifest: Path
-    targets: Path
+    manifest: Path  # manifest.arrow of the prepare stage
+    targets: Path  # output folder of the targets stage
     model: Path = model_field()  # output folder of the finetune stage, or a CTC bundle
     splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))  # splits to decode
     align_splits: tuple[str, ...] = split_field(())  # splits for forced alignment of the references
@@ -75,8 +76,8 @@ class Config:
     tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values of lm_weight to try
     tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values of word_bonus to try
     vad: bool = True  # remove DC offset and hum, normalize the level, and suppress phones outside speech
-    device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)  # amount of audio per batch
+    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    batch_seconds: float = runtime_field(80.0)  # maximum audio per batch, unless an utterance is longer
 
     def __post_init__(self) -> None:
         errors = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
@@ -226,8 +227,8 @@ def log_probabilities(
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
     """Yield (rows, log-probabilities (B, S, V), frame counts (B,)) for each batch of this process.
 
-    With `config.vad`, the audio is prepared as in `Transcriber`. With `suppress`, phones outside speech are
-    suppressed as well.
+    With `config.vad`, the audio is prepared as in `Transcriber`. With `suppress`, which requires
+    `config.vad`, phones outside speech are suppressed as well.
     """
     longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
     data = CtcData(
@@ -316,7 +317,7 @@ def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> 
 
 
 def talk_of(utterance: Utterance) -> str:
-    """Return the recording that contains an utterance, or the utterance id if the audio is in an archive."""
+    """Return the file name of the recording without suffix, or the utterance id if it is in an archive."""
     return utterance.id if utterance.audio.offset else Path(utterance.audio.path).stem
 
 
@@ -357,8 +358,8 @@ def word_times(spans: Sequence[Span], symbols: PhonemeSet) -> list[tuple[str, in
 def phone_times(spans: Sequence[Span], n_frames: int, phonemes: PhonemeSet) -> list[tuple[str, int, int]]:
     """Return (phone, first sample, end sample) for the whole utterance; pauses are called "pau".
 
-    Because CTC emits each phone as a spike, every frame is assigned to the nearest spike within
-    `_MAX_DISTANCE` frames.
+    Because CTC emits each phone as a spike, every frame is assigned to the nearest spike. A frame whose
+    nearest spike is more than `_MAX_DISTANCE` frames away, or is a word boundary, belongs to a pause.
     """
     nearest_S = [
         min(spans, key=lambda span: max(span.start - frame, frame - span.end + 1, 0))

@@ -50,16 +50,16 @@ _PART_SIZE = 500  # number of utterances per part; a killed process loses at mos
 
 @dataclass(frozen=True)
 class Config:
-    manifest: Path
-    kind: str = "mfcc"  # mfcc, hubert, or module:attribute
+    manifest: Path  # manifest.arrow of the prepare stage
+    kind: str = "mfcc"  # mfcc, hubert, or the import path of another feature extractor (module:attribute)
     model: Path | None = model_field(None)  # for hubert: the trained model
     layer: int = 6  # for hubert: number of the Transformer layer, counted from 1
     split: str = split_field("train")  # split from which frames are sampled
-    sample_frames: int = 2_000_000  # number of frames to sample
-    seed: int = 0
-    device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)  # amount of audio per batch
-    workers: int = runtime_field(0)  # number of reading processes per device; 0: threads
+    sample_frames: int = 2_000_000  # number of frames to sample; all frames if the split has fewer
+    seed: int = 0  # random seed for drawing the frames
+    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    batch_seconds: float = runtime_field(80.0)  # maximum audio per batch, unless an utterance is longer
+    workers: int = runtime_field(0)  # number of reading processes per device; 0: threads in this process
 
     def __post_init__(self) -> None:
         raise_config_errors(
@@ -122,7 +122,7 @@ class Sample:
 
 
 def draw_sample(manifest: Manifest, feature: Feature, config: Config) -> Sample:
-    """Draw `sample_frames` frames from the split uniformly and without replacement."""
+    """Draw `sample_frames` frames (or all, if there are fewer) from the split without replacement."""
     rows = manifest.indices(split=config.split)
     ends = np.cumsum(feature.grid.n_frames(manifest.n_samples[rows]))
     if not len(rows) or not ends[-1]:
@@ -151,7 +151,11 @@ def _allocate(path: Path, shape: tuple[int, int]) -> int:
 def _sampled_frames(
     sample: Sample, numbers: Iterable[int], stream: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Select the sampled frames from a stream of all frames, and yield them with the utterance's index."""
+    """Yield (number, sampled frames) for each utterance in a stream of complete utterances.
+
+    Args:
+        numbers: indices of the utterances in the sample, in the order of the stream.
+    """
     for number, (_, f_SD) in zip(numbers, stream, strict=True):
         index_N = torch.from_numpy(sample.frames[sample.bounds[number] : sample.bounds[number + 1]])
         yield number, f_SD.index_select(0, to_device_async(index_N, f_SD.device)).float()

@@ -5,9 +5,9 @@ Writes  checkpoints/, metrics.jsonl, tensorboard/ or wandb/, best.safetensors, b
 
     python -m jahubert.run recipe=demo stage=finetune system=pretrained
 
-The convolutional front end is frozen. During the first updates, the whole encoder is frozen and only the CTC
-head is trained (HuBERT paper, section IV-D; fairseq's base_10h). Utterances are not cropped. The weights with
-the best result on the development set are kept.
+By default, the convolutional front end stays frozen, and the first updates only train the CTC head (HuBERT
+paper, section IV-D; fairseq's base_10h). Utterances are not cropped. The weights with the best result on the
+development set are kept.
 """
 
 from __future__ import annotations
@@ -70,26 +70,31 @@ _DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout
 
 @dataclass(frozen=True)
 class Config:
-    manifest: Path
-    targets: Path
-    pretrained: Path | None = model_field(None)  # None: train from scratch with the sizes in `model`
+    manifest: Path  # manifest.arrow of the prepare stage
+    targets: Path  # output folder of the targets stage
+    # Model to fine-tune (folder, file or Hub name); null: train from scratch, with the sizes in `model`.
+    pretrained: Path | None = model_field(None)
     model: HubertConfig = field(default_factory=HubertConfig)
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fraction: float = 1.0  # fraction of the labeled training utterances to use, in manifest order
-    hours: float | None = None  # maximum hours of a random subset to use; null: use all utterances
+    hours: float | None = None  # maximum hours of a random subset of these utterances to use; null: no limit
     freeze_conv: bool = True  # whether to freeze the convolutional front end
     head_only_steps: int = 10_000  # number of updates at the start that train only the CTC head
-    dropout: float = 0.0  # overrides the value of the pretrained model
-    attention_dropout: float = 0.0  # overrides the value of the pretrained model
-    activation_dropout: float = 0.1  # overrides the value of the pretrained model
-    input_dropout: float = 0.0  # overrides the value of the pretrained model
-    layer_drop: float = 0.1  # overrides the value of the pretrained model
+    dropout: float = 0.0  # replaces the value of the pretrained model or of model.dropout
+    attention_dropout: float = 0.0  # replaces the value of the pretrained model or of model.attention_dropout
+    activation_dropout: float = (
+        0.1  # replaces the value of the pretrained model or of model.activation_dropout
+    )
+    input_dropout: float = 0.0  # replaces the value of the pretrained model or of model.input_dropout
+    layer_drop: float = 0.1  # replaces the value of the pretrained model or of model.layer_drop
     dev_splits: tuple[str, ...] = split_field(("dev",))  # splits for validation
     # Metric that selects the best step on the development set; for characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
-    seed: int = 0
+    seed: int = (
+        0  # random seed for the `hours` subset, the CTC head, batches, masks, augmentation and dropout
+    )
 
     def __post_init__(self) -> None:
         ranges = {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": _DROPPED}
@@ -178,7 +183,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if not len(dev_rows):
         raise DataError(
             f"finetune.dev_splits={list(config.dev_splits)}: no utterance in these splits has a target, but "
-            "targets are required to select the best step; set it to other splits"
+            "targets are required to select the best step; choose other splits"
         )
     dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
 

@@ -3,7 +3,8 @@
 Reads   the sample of frames written by the features stage
 Writes  centroids.safetensors, with feature, layer and model in its metadata
 
-All processes share the work and read the sample in blocks, so that it need not fit in memory.
+With the backend `torch`, all processes share the work and read the sample in blocks, so that it need not fit
+in memory.
 
     python -m jahubert.run recipe=demo stage=kmeans iteration=1 kmeans.backend=torch
 """
@@ -31,15 +32,17 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Config:
-    features: Path
+    features: Path  # output folder of the features stage
     n_clusters: int = 100  # number of clusters
-    backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"  # auto: torch
+    backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"  # k-means implementation; auto: torch
     n_init: int = 3  # number of initializations, of which the best one is used
     max_iter: int = 100  # maximum number of passes over all frames
-    lloyd_frames: int = 10_000_000  # with more frames, one mini-batch pass over all of them is the last step
-    held_out: float = 0.02  # fraction of the sample that is held out to measure the inertia
-    seed: int = 0
-    device: str = runtime_field("auto")
+    # Maximum number of frames for Lloyd's algorithm. If there are more, it runs on a sample of this size, and
+    # one mini-batch pass over all frames follows (backend torch only).
+    lloyd_frames: int = 10_000_000
+    held_out: float = 0.02  # fraction of the frames that are held out to evaluate the centroids
+    seed: int = 0  # random seed for held-out frames, samples and initial centroids
+    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
     # Whether to warn or raise an error if too few clusters are used or one is too large (see
     # evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
@@ -63,7 +66,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def fit(config: Config, out: Path) -> dict[str, Any]:
-    """Fit centroids in all processes, write them on rank 0, and return metrics."""
+    """Fit centroids, write them on rank 0, and return metrics."""
     sample_ND = FrameFile(config.features / "sample.npy")
     n_frames = len(sample_ND)
     held_out = draw_rows(n_frames, round(n_frames * config.held_out), seeded_rng(config.seed, 13))

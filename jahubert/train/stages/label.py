@@ -1,12 +1,12 @@
-"""Labeling of all utterances with units, the nearest centroids of their features.
+"""Labeling of all utterances with units: the unit of a frame is the index of the nearest centroid.
 
-Reads   the manifest, the centroids, and the model to whose layer they were fitted
+Reads   the manifest, the centroids, and for units of a HuBERT layer the model to which they were fitted
 Writes  units.bin, offsets.npy, header.json (a LabelStore; features are not stored); for units of a HuBERT
         layer also bundle/, with the model and the centroids for `jahubert units`
 
     python -m jahubert.run recipe=demo stage=label iteration=2
 
-If `compare_with` is a label store for the same audio, differences between the two stores are reported. If
+If `compare_with` is a label store for the same manifest, differences between the two stores are reported. If
 `centroids` is a folder with fairseq's .tsv, .km and dict.km.txt files, the units in these files are imported.
 """
 
@@ -52,16 +52,17 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Config:
-    manifest: Path
+    manifest: Path  # manifest.arrow of the prepare stage
     centroids: Path  # output folder of the kmeans stage, or a folder with fairseq's files
     model: Path | None = model_field(None)  # for hubert: the model to which the centroids were fitted
     layer: int | None = runtime_field(None)  # for hubert: the expected layer of the centroids
-    feature: str | None = runtime_field(None)  # custom feature (module:attribute) that may be imported
+    # Custom feature extractor (module:attribute), whose code is imported if the centroids were fitted to it.
+    feature: str | None = runtime_field(None)
     compare_with: Path | None = runtime_field(None)  # label store that should contain the same units
     shard_size: int = runtime_field(2000)  # number of utterances per intermediate file
-    device: str = runtime_field("auto")
-    batch_seconds: float = runtime_field(80.0)  # amount of audio per batch
-    workers: int = runtime_field(0)  # number of reading processes per device; 0: threads
+    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    batch_seconds: float = runtime_field(80.0)  # maximum audio per batch, unless an utterance is longer
+    workers: int = runtime_field(0)  # number of reading processes per device; 0: threads in this process
     # Whether to warn or raise an error if too few units are used, one is too frequent, or `compare_with`
     # differs (see evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
@@ -103,7 +104,7 @@ def check_store(store: LabelStore, count_K: np.ndarray, manifest: Manifest, conf
 
 
 def write_units(config: Config, manifest: Manifest, out: Path) -> None:
-    """Label all utterances with the centroids from the kmeans stage. All processes must call this."""
+    """Label all utterances with the centroids of the kmeans stage. All processes must call this function."""
     device = distributed.process_device(config.device)
     centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
     if config.layer is not None and fitted["layer"] not in (None, config.layer):

@@ -54,12 +54,12 @@ class Config:
     options: Any = config_group(
         lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
     )
-    seed: int = 0
+    seed: int = 0  # random seed that is passed to the recipe
     # Whether to decode every utterance and reject broken audio now, rather than fail during training. If all
-    # audio is intact, the manifest is the same in both cases.
+    # audio is intact, the manifest lists the same utterances in both cases.
     check_audio: bool = runtime_field(True)
-    # Maximum share of utterances that are rejected because of unusable audio. The stage ends with an error if
-    # more than this share (and more than one) are rejected. 0: any unusable audio ends the stage.
+    # Maximum share of utterances that are rejected for unusable audio. If more than this share (and more than
+    # one) are rejected, the stage ends with an error. 0: any unusable audio ends the stage.
     max_unusable: float = runtime_field(0.05)
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ def _without_decoding(
     if not check_audio:
         return _long_enough(items)
     cached = cache.lookup(items) if cache else None
-    # The items are yielded one by one, as after decoding, because the manifest's fingerprint depends on it.
+    # The utterances are yielded one by one, as after decoding, so that the manifest has the same fingerprint.
     return None if cached is None else chain(*cached)
 
 

@@ -44,15 +44,15 @@ from jahubert.train.trainer.trainer import Loss
 log = logging.getLogger(__name__)
 
 VERSION = 1
-_CHANCE_FRAMES = 1 << 22  # frames (23 hours) for estimating chance level; reading all labels is too slow
+_CHANCE_FRAMES = 1 << 22  # frames (23 hours) for estimating chance level; reading all would be too slow
 
 
 @dataclass(frozen=True)
 class Config:
-    manifest: Path
-    labels: Path
+    manifest: Path  # manifest.arrow of the prepare stage
+    labels: Path  # output folder of the label stage
     model: HubertConfig = field(default_factory=HubertConfig)
-    init_from: Path | None = model_field(None)  # model from which the encoder is initialized
+    init_from: Path | None = model_field(None)  # model with the initial weights of the encoder; null: random
     train: TrainConfig = field(default_factory=TrainConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -61,7 +61,7 @@ class Config:
     temperature: float = 0.1  # temperature of the cosine similarities between frames and units
     penalty_weight: float = 10.0  # weight of the feature penalty (mean square of the convolutional features)
     valid_split: str | None = split_field("dev")  # split for validation; null: no validation
-    seed: int = 0
+    seed: int = 0  # random seed for initial weights, batches, crops, masks, augmentation and dropout
 
     def __post_init__(self) -> None:
         ranges = {"positive": ("temperature",), "at least 1": ("unit_dim",)}

@@ -34,14 +34,19 @@ KEEP = False  # the report is always regenerated, because it depends on all fini
 
 @dataclass(frozen=True)
 class Config:
-    exp: Path
+    exp: Path  # folder of the experiment
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
     compare_with: tuple[Path, ...] = ()  # experiments to show in the same tables and figures
     language: Literal["en", "ja"] = "en"  # language of the HTML page
-    examples: int = 2  # number of worst, median and best utterances per system (about 0.2 MB per utterance)
-    layer_frames: int = 20_000  # number of frames for measuring the units of each layer; 0: do not measure
-    seed: int = 0  # random seed for drawing these frames
-    device: str = "auto"
+    # Number of utterances per system in each of the groups worst, median and best. An utterance adds about
+    # 0.2 MB to the page.
+    examples: int = 2
+    # Number of frames with known phones on which units of every layer are evaluated; 0: no evaluation.
+    layer_frames: int = 20_000
+    seed: int = 0  # random seed for drawing the frames of the evaluation, and for its clustering
+    device: str = (
+        "auto"  # cpu, cuda, or one GPU such as cuda:1, for this evaluation; auto: a GPU if available
+    )
 
     def __post_init__(self) -> None:
         raise_config_errors(range_errors(self, {"at least 0": ("examples", "layer_frames")}))

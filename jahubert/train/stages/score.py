@@ -1,10 +1,10 @@
 """Scoring of hypotheses: WER, PER and kana CER, or CER for characters.
 
 Reads   the hypotheses written by the decode stage, and those of another system if `baseline` is set
-Writes  scores.json: all measures by set, talk and speaker, with confidence intervals, confusions, the
+Writes  scores.json: all measures by set (with confidence intervals), talk and speaker, confusions, the
         significance test against the baseline and the reliability of confidences; <split>.txt: the same
-        results as text, with an alignment of every utterance; table.txt: the printed table;
-        calibration.json: the calibration of confidences
+        results as text, with an alignment of every utterance; table.txt: the printed table; with
+        `calibration_split` also calibration.json: the calibration of confidences
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
     python -m jahubert.run recipe=demo stage=score system=pretrained decoding=greedy \
@@ -49,7 +49,7 @@ _N_CONFUSIONS = 30
 
 @dataclass(frozen=True)
 class Config:
-    hypotheses: Path
+    hypotheses: Path  # output folder of the decode stage
     baseline: Path | None = None  # folder with hypotheses of another system, for a paired significance test
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
     calibration_split: str | None = None  # split whose hypotheses are used to fit the word confidences
@@ -94,7 +94,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def calibrate(config: Config) -> Calibration | None:
-    """Fit the confidences on the calibration split, or return None if it is not set or has no words.
+    """Fit the calibration of confidences, or return None if no split is set or its hypotheses have no words.
 
     Raises:
         DataError: there are no hypotheses for the split.
@@ -153,7 +153,7 @@ def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> di
     """Compare each measure with a baseline on the same utterances, using a paired bootstrap test.
 
     Raises:
-        DataError: the baseline has different utterances or references.
+        DataError: the baseline has no hypotheses for the set, or has different utterances or references.
     """
     if not path.is_file():
         raise DataError(f"{path}: the baseline has no hypotheses for this set; decode the same splits")

@@ -1,6 +1,6 @@
 """Creation of target symbols for CTC: phones or kana with word boundaries, or characters.
 
-Reads   the manifest: the words of an utterance if available, otherwise its text
+Reads   the manifest: for phones and kana the words of an utterance if available, otherwise its text
 Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (rejected utterances with reasons)
 
     python -m jahubert.run recipe=demo stage=targets
@@ -35,14 +35,16 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class Config:
-    manifest: Path
+    manifest: Path  # manifest.arrow of the prepare stage
     vocabulary: Literal["phones", "kana", "characters"] = "phones"  # kind of symbols to predict
     punctuation: bool = False  # whether to keep punctuation marks (only for vocabulary=characters)
     user_dictionary: Path | None = None  # file of words with their readings
 
     def __post_init__(self) -> None:
         if self.punctuation and self.vocabulary != "characters":
-            raise ConfigError(f"punctuation=true requires vocabulary=characters, but it is {self.vocabulary}")
+            raise ConfigError(
+                f"punctuation=true requires vocabulary=characters, but vocabulary is {self.vocabulary}"
+            )
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -108,8 +110,9 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
     """Convert the words or the text of an utterance to symbols.
 
     Raises:
-        DataError: the text has no reading or no letters, or there are more symbols than frames. The message
-            starts with the reason and a colon, because rejections are counted per reason.
+        DataError: the text has no reading or no letters, a symbol is not in the vocabulary, or CTC needs more
+            frames than there are. The message starts with the reason and a colon, because rejections are
+            counted per reason.
     """
     if config.vocabulary == "characters":
         vocabulary = set(symbols.symbols)

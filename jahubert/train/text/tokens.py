@@ -40,7 +40,7 @@ class Tokenizer:
         """Convert a line to tokens.
 
         Raises:
-            DataError: the line has no words or no reading.
+            DataError: the line has no words or no reading, which word, phone and kana tokens need.
         """
         if self.unit == "token":
             return line.split()
@@ -62,7 +62,7 @@ class Tokenizer:
         return word
 
     def sentences(self, lines: Iterable[str]) -> Iterator[list[str]]:
-        """Yield the tokens of each line, skipping lines without a reading with a warning."""
+        """Yield the tokens of each line. Lines without a reading are skipped, and reported at the end."""
         n_skipped = 0
         first = ""
         for line in lines:

@@ -1,7 +1,7 @@
 """Safe loading of `torch.distributed.checkpoint` (DCP) folders.
 
 DCP unpickles `.metadata` and every value that is not a tensor, which can run arbitrary code. Checkpoints may
-come from an untrusted source, so only DCP's own metadata classes, plain values and tensors are accepted.
+come from an untrusted source, so only tensors, plain values and a few harmless classes are accepted.
 """
 
 from __future__ import annotations

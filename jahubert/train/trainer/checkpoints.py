@@ -64,7 +64,7 @@ class Checkpoints:
         self.folder, self.config = folder, config
 
     def intact(self) -> list[Path]:
-        """Return the paths of the undamaged checkpoints, oldest first."""
+        """Return the paths of the checkpoints whose files have the recorded sizes, oldest first."""
         return [path for path in _by_step(self.folder) if not checkpoint_damage(path)]
 
     def save(
@@ -136,7 +136,7 @@ class Checkpoints:
                 warnings.simplefilter("ignore")
                 reader = CheckpointReader(newest)
                 dcp.load(state, storage_reader=reader, planner=CheckpointPlanner())
-        except (Exception, CheckpointException) as error:  # the latter is not an Exception
+        except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise DataError(
                 f"{newest}: unreadable checkpoint ({reason.strip()}); delete this folder to resume from the "
@@ -151,7 +151,7 @@ class Checkpoints:
         for path in reversed(_by_step(self.folder)):
             damage = checkpoint_damage(path, contents=True)
             if not damage:
-                self._delete_old(path)  # the previous run may have been killed before this step
+                self._delete_old(path)  # the previous run may have been killed before it did this
                 return path
             log.warning("%s: damaged checkpoint ignored (%s)", path, damage)
         return None

@@ -8,9 +8,10 @@ loss of the next step.
 Two parts of fairseq2 are not used: the recipe runner, because it logs all environment variables, and the data
 pipeline, because its checkpoints contain decoded audio but no random state.
 
-The engine writes `checkpoints_fairseq2/` (fairseq2's step_N folders and run.json), `best.safetensors` and
-`metrics.jsonl` to `out`. The checkpoints contain pickles, so resume only your own runs. Resuming requires the
-same number of processes. The engine was written for fairseq2 0.8.1 and imports three private names from it.
+The engine writes `checkpoints_fairseq2/` (fairseq2's step_N folders and run.json), `best.safetensors`,
+`metrics.jsonl`, and `tensorboard/` or `wandb/` to `out`. The checkpoints contain pickles, so resume only your
+own runs. Resuming requires the same number of processes. The engine was written for fairseq2 0.8.1 and
+imports three private names from it.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def train(
 
     Raises:
         StaleError: a run with a different number of processes saved the checkpoint.
+        Stopped, ConfigError, JahubertError: as in the default engine.
     """
     data.sampler.check_processes(distributed.world())
     check_shared_memory(config)
@@ -162,7 +164,7 @@ class _TrainingRun:
             raise StaleError(
                 f"{self.folder}: step {self.step} was saved by {n_saved} processes, but this run has "
                 f"{distributed.world()}; start {n_saved} processes, or use train.engine=torch, whose "
-                "checkpoints can be loaded by any number"
+                "checkpoints can be loaded by any number of processes"
             )
         if self.step and self.state_path.exists():
             state = read_record(self.state_path)

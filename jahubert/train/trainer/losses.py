@@ -1,4 +1,4 @@
-"""Loss functions that return sums over targets; the trainer divides by the global number of targets."""
+"""Loss functions that return sums; the trainer divides gradients by the global sum of `Loss.count`."""
 
 from __future__ import annotations
 

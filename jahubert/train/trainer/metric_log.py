@@ -31,7 +31,7 @@ _STATE = ("best_value", "best_metrics", "best_crc32", "last_metrics")
 class MetricLog:
     """Writer for `metrics.jsonl`, `best.safetensors` and the curves of an experiment tracker.
 
-    The methods must be called in all processes; only rank 0 writes files.
+    Only rank 0 writes files, but `validate` and `close` must be called in all processes.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig, out: Path):
@@ -50,7 +50,7 @@ class MetricLog:
             setattr(self, name, state[name])
 
     def trim(self, step: int) -> None:
-        """Drop the lines and events that a killed run logged after `step`, so that logging can continue."""
+        """Drop what a killed run logged after `step`, and open the tracker, so that logging can continue."""
         if distributed.rank() == 0:
             for message in self.config.warnings(distributed.world()):
                 log.warning("%s", message)
@@ -105,7 +105,9 @@ class MetricLog:
                     self.best_crc32 = file_crc32(temporary)
 
     def close(self, best: str | None) -> dict[str, float]:
-        """Return the final metrics. If `best` is given, load the best weights and return their metrics.
+        """Close the tracker, and return the last training metrics.
+
+        If `best` is given and there was a validation, load the best weights and return their metrics instead.
 
         Raises:
             DataError: `best.safetensors` is missing or damaged.

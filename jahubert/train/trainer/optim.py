@@ -17,17 +17,21 @@ from jahubert.train.experiment.config import raise_config_errors, range_errors, 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run; the defaults are those of fairseq's HuBERT BASE pretraining."""
+    """Settings of a training run.
+
+    The defaults are those of fairseq's HuBERT BASE pretraining; the finetune stage has its own.
+    """
 
     max_steps: int = 400_000  # number of updates
     batch_seconds: float = 2800.0  # audio per step over all devices, reached by gradient accumulation
-    groups: int | None = None  # number of groups of similar utterance lengths per step; null: 8 for 2,800 s
+    # Number of groups per step, each of utterances with similar lengths; null: derived from batch_seconds (8
+    # for 2,800 s).
+    groups: int | None = None
     # Maximum audio per device and forward pass, including padding; null: derived from the GPU memory.
     micro_seconds: float | None = runtime_field(None)
     lr: float = 5e-4  # peak learning rate
-    schedule: Literal["linear", "tri_stage"] = (
-        "linear"  # linear: warm-up and decay; tri_stage: warm-up, hold, decay
-    )
+    # Learning-rate schedule. linear: warm-up and decay; tri_stage: warm-up, hold, decay.
+    schedule: Literal["linear", "tri_stage"] = "linear"
     warmup: float = 0.08  # length of the warm-up, as a fraction of max_steps
     hold: float = 0.4  # tri_stage: length of the phase at the full learning rate, as a fraction of max_steps
     final_lr: float = 0.0  # learning rate at the last step, as a fraction of lr
@@ -35,17 +39,18 @@ class TrainConfig:
     eps: float = 1e-6  # AdamW epsilon
     weight_decay: float = 0.01  # AdamW weight decay
     clip_norm: float = 10.0  # maximum gradient norm; 0: no clipping
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto: bf16 if the device supports it, else fp32
-    )
-    engine: str = runtime_field("torch")
-    sharded: bool = runtime_field(False)  # FSDP2 instead of DDP, for models that do not fit on one device
-    recompute: bool = runtime_field(False)  # activation checkpointing: less memory, a third more compute
+    # Number format in training. auto: bf16 if the device supports it, otherwise fp32.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    engine: str = runtime_field("torch")  # training engine: torch, fairseq2, or an import path
+    # Whether to use FSDP2 instead of DDP, for models that do not fit on one device.
+    sharded: bool = runtime_field(False)
+    # Whether to use activation checkpointing, which needs less memory but a third more computation.
+    recompute: bool = runtime_field(False)
     # Whether to compile the Transformer blocks with torch.compile. All micro-batches are then padded to the
     # same shape, so that the blocks are compiled only once.
     compile: bool = runtime_field(False)
-    device: str = runtime_field("auto")
-    workers: int = runtime_field(0)  # DataLoader workers per device
+    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    workers: int = runtime_field(0)  # number of DataLoader workers per process; 0: the process reads audio
     log_every: int = runtime_field(50)  # steps between log lines
     # Destination of training curves in addition to metrics.jsonl: TensorBoard event files, or a Weights &
     # Biases run (offline unless the environment variable WANDB_MODE is set).

@@ -122,9 +122,9 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
 def uncompiled(enabled: bool) -> AbstractContextManager[Any]:
     """Run compiled blocks without compilation in the `with` block if `enabled`.
 
-    Validation has another precision and other shapes than training, which would require more graphs.
+    In validation, precision and shapes differ from those in training, which would require more graphs.
     """
-    # Importing torch.compile takes a second.
+    # set_stance imports torch.compile, which takes a second.
     return torch.compiler.set_stance("force_eager") if enabled else nullcontext()
 
 

@@ -27,7 +27,7 @@ class Tracker(Protocol):
 
 
 class WandbRun:
-    """A Weights & Biases run in `out/wandb`, whose id is stored so that a resumed training continues it.
+    """A Weights & Biases run in `out/wandb`. Its id is stored, so that resumed training continues the run.
 
     The run is offline unless the environment variable WANDB_MODE is set; `wandb sync` uploads it later. Other
     environment variables of wandb, such as WANDB_PROJECT and WANDB_ENTITY, also apply.
@@ -68,7 +68,10 @@ class WandbRun:
 
 
 def check_tracker(config: TrainConfig) -> None:
-    """Raise MissingExtraError if the package for the configured tracker is not installed."""
+    """Raise MissingExtraError if the tracker is wandb and wandb is not installed.
+
+    TensorBoard is optional: without it, `open_tracker` returns None.
+    """
     if config.tracker == "wandb":
         _import_wandb()
 
@@ -77,7 +80,7 @@ def open_tracker(config: TrainConfig, out: Path, step: int) -> Tracker | None:
     """Open the configured tracker. Return None if it is TensorBoard and TensorBoard is not installed.
 
     Args:
-        step: the last completed step. TensorBoard hides later values that a killed run logged.
+        step: the last completed step. TensorBoard then hides values of later steps that a killed run logged.
     """
     if config.tracker == "wandb":
         return WandbRun(out, config)

@@ -1,7 +1,7 @@
 """The default training engine, written in plain PyTorch, for one or several processes.
 
 The engine is not specific to speech: it trains any `Trainable` module. Gradients of summed losses are
-accumulated over micro-batches, divided by the number of targets in all processes, clipped and applied. The
+accumulated over micro-batches, divided by the sum of `Loss.count` in all processes, clipped and applied. The
 random state of every micro-batch is seeded from its position in the data. Results therefore do not depend on
 interruptions, on the number of DataLoader workers, or on the number of processes if it divides the number of
 micro-batches.
@@ -58,8 +58,9 @@ VALIDATION_SECONDS = 30.0  # time that a validation may continue after a stop si
 class Loss:
     """The summed loss of one micro-batch and the sums from which metrics are computed."""
 
-    total: Tensor  # loss summed over targets, which requires grad
-    count: Tensor | float  # number of targets; gradients are divided by its sum over all micro-batches
+    total: Tensor  # summed loss of the micro-batch; its gradient is computed
+    # Number of targets or, in CTC training, of utterances. Gradients are divided by its sum over a step.
+    count: Tensor | float
     sums: dict[str, Tensor | float]  # additional sums for the metrics
 
 

@@ -44,7 +44,7 @@ class Status:
     activity: str  # current activity, e.g. "computing step 7"
     seconds: float  # time since the heartbeat was last updated
     rank0_only: bool  # rank 0 is doing work that has no time limit while the others wait
-    stack: str  # stack of the main thread; empty unless the process seems to hang
+    stack: str  # stacks of the main thread and of prefetching threads; empty unless the process seems to hang
 
 
 @contextmanager

@@ -232,7 +232,7 @@ def test_imported_units_train(corpus):
         "pretrain.train.valid_every=2", "pretrain.train.precision=fp32",
     ]  # fmt: skip
     runner.run(["recipe=fairseq", "stage=prepare", *settings])
-    with pytest.raises(DataError, match=r"iter1/label: only \d\d of 100 units occur"):  # few frames
+    with pytest.raises(DataError, match=r"iter1/label: .* \d\d of 100 occur"):  # few frames
         runner.run(["recipe=fairseq", "stage=label", "label.on_bad_units=error", *settings])
     with pytest.raises(ConfigError, match="iter1/label is not finished"):
         runner.run(["recipe=fairseq", "stage=pretrain", *settings])

@@ -118,14 +118,14 @@ def test_label_stores_are_compared(tmp_path, caplog, monkeypatch):
     assert message("same units of other centroids", lambda unit_N: unit_N, centroids="d" * 64) == ""
     three = message("three", changed(50, 51, 150))
     assert "3 frames (1.50%) of 2 utterances" in three and "'u2'" in three and "headers agree" in three
-    assert "1 frames late" in message("late", lambda unit_N: np.roll(unit_N, 1))
+    assert "1 frame late" in message("late", lambda unit_N: np.roll(unit_N, 1))
     assert "2 frames early" in message("early", lambda unit_N: np.roll(unit_N, -2))
     assert "centroids 'ccc" in message("other", lambda unit_N: 99 - unit_N, centroids="d" * 64)
     stores = {name: LabelStore(tmp_path / name) for name in ("same", "three", "late")}
     check_label_difference(one, stores["same"], manifest, "error")
     assert not caplog.records
     check_label_difference(one, stores["late"], manifest, "warn")
-    assert "1 frames late" in caplog.text
+    assert "1 frame late" in caplog.text
     with pytest.raises(DataError, match="on_bad_units=warn"):
         check_label_difference(one, stores["three"], manifest, "error")
     monkeypatch.setattr(unit_checks, "_ROUNDING", 0.05)
