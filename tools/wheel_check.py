@@ -133,8 +133,9 @@ def make_material(folder: Path) -> None:
     left, right = (soxr.resample(syllables(3, seed).numpy(), 16_000, 44_100) for seed in (0, 1))
     soundfile.write(folder / "audio.wav", np.stack([left, right], axis=1), 44_100)
     (folder / "formats").mkdir()
+    samples, rate = soundfile.read(folder / "audio.wav", dtype="int16")  # lossless copies must be identical
     for ending in FORMATS:
-        soundfile.write(folder / "formats" / f"{ending}.{ending}", np.stack([left, right], axis=1), 44_100)
+        soundfile.write(folder / "formats" / f"{ending}.{ending}", samples, rate)
     arrays, texts = results(folder)
     np.savez(folder / "expected.npz", **arrays)
     (folder / "expected.json").write_text(json.dumps(texts), encoding="utf-8")
@@ -262,18 +263,21 @@ def check_commands(folder: Path, out: Path) -> None:
     checked_output(run([command, "info", folder / "base"], cwd=out))
     if builtin_model() is not None:
         check_speed([command, "transcribe", "--device", "cpu"], folder / "formats", out)
-    for needs in (
-        [sys.executable, "-m", "jahubert.run", "recipe=demo", "stage=prepare"],
-        [command, "transcribe", "--model", "owner/model", audio],
+    for extra, needs in (
+        ("train", [sys.executable, "-m", "jahubert.run", "recipe=demo", "stage=prepare"]),
+        ("hub", [command, "transcribe", "--model", "owner/model", audio]),
     ):
         result = run(needs, cwd=out)
         checked_output(result, status=2)
-        message = "jahubert[train]" in result.stderr and "Traceback" not in result.stderr
+        message = f"jahubert[{extra}]" in result.stderr and "Traceback" not in result.stderr
         require(message, f"{' '.join(map(str, needs))} does not name the missing extra:\n{result.stderr}")
 
 
 def check_speed(transcribe: list[str], formats: Path, out: Path) -> None:
-    """Check that the built-in model transcribes a folder, and a ten-minute recording in less than 30 s."""
+    """Check that the built-in model transcribes a folder, and a ten-minute recording in less than 30 s.
+
+    On a busy machine, the processor time is compared with this limit instead.
+    """
     import soundfile
 
     checked_output(run([*transcribe, formats], cwd=out))
@@ -281,9 +285,12 @@ def check_speed(transcribe: list[str], formats: Path, out: Path) -> None:
     with soundfile.SoundFile(out / "long.wav", "w", rate, 1) as file:
         for _ in range(600 * rate // len(wav) + 1):
             file.write(wav[:, 0])
-    started = time.monotonic()
+    started, before = time.monotonic(), os.times()
     checked_output(run([*transcribe, out / "long.wav"], cwd=out))
-    took = time.monotonic() - started
+    took, after = time.monotonic() - started, os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
+    if processor:  # always 0 on Windows
+        took = min(took, processor)
     require(took < 30, f"jahubert transcribe took {took:.0f} s for ten minutes")
 
 
