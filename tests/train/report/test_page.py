@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jahubert.audio import AudioSource
 from jahubert.phonemes import PhonemeSet
+from jahubert.train.data.manifest import Phone, Utterance
 from jahubert.train.evaluation.metrics import count_errors
 from jahubert.train.report import html
 from jahubert.train.report.examples import Example, find_examples
 from jahubert.train.report.html import PageData, render_page
 from jahubert.train.report.markup import Strings
 from jahubert.train.report.results import name_experiments
-from jahubert.train.report.units import UnitCounts
+from jahubert.train.report.units import UnitCounts, phone_times
 
 
 def quality(pnmi: float, n_units: int = 100) -> dict:
@@ -104,6 +106,15 @@ def test_units_without_phone_times_have_no_columns_of_quality():
     assert html._units_table({"iter2": unit}, strings).count("<th>") == 3
     both = html._units_table({"iter1": unit, "iter2": measured}, strings)
     assert both.count("<th>") == both.count("<td") / 2 == 6
+
+
+def test_ids_with_unicode_line_separators_are_read(tmp_path):
+    path = tmp_path / "systems/main/decode/alignment.jsonl"
+    path.parent.mkdir(parents=True)
+    line = {"row": 0, "id": "a\u2028b\x85c", "phones": [["a", 0, 320]]}
+    path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    times, source = phone_times(tmp_path, [Utterance("a\u2028b\x85c", AudioSource("a.wav"))])
+    assert times == {0: (Phone("a", 0, 320),)} and "main" in source
 
 
 def test_several_experiments_are_compared(tmp_path):
