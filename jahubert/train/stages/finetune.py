@@ -79,22 +79,19 @@ class Config:
     mask: MaskConfig = _MASK
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fraction: float = 1.0  # fraction of the labeled training utterances to use, in manifest order
-    hours: float | None = None  # maximum hours of a random subset of these utterances to use; null: no limit
+    hours: float | None = None  # maximum hours to use, drawn at random after `fraction`; null: no limit
     freeze_conv: bool = True  # whether to freeze the convolutional front end
     head_only_steps: int = 10_000  # number of updates at the start that train only the CTC head
     dropout: float = 0.0  # replaces the value of the pretrained model or of model.dropout
     attention_dropout: float = 0.0  # replaces the value of the pretrained model or of model.attention_dropout
-    activation_dropout: float = (
-        0.1  # replaces the value of the pretrained model or of model.activation_dropout
-    )
+    # Replaces the value of the pretrained model or of model.activation_dropout.
+    activation_dropout: float = 0.1
     input_dropout: float = 0.0  # replaces the value of the pretrained model or of model.input_dropout
     layer_drop: float = 0.1  # replaces the value of the pretrained model or of model.layer_drop
     dev_splits: tuple[str, ...] = split_field(("dev",))  # splits for validation
     # Metric that selects the best step on the development set; for characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
-    seed: int = (
-        0  # random seed for the `hours` subset, the CTC head, batches, masks, augmentation and dropout
-    )
+    seed: int = 0  # random seed for `hours`, the CTC head, batches, masks, augmentation and dropout
 
     def __post_init__(self) -> None:
         ranges = {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": _DROPPED}

@@ -44,9 +44,7 @@ class Config:
     # Number of frames with known phones on which units of every layer are evaluated; 0: no evaluation.
     layer_frames: int = 20_000
     seed: int = 0  # random seed for drawing the frames of the evaluation, and for its clustering
-    device: str = (
-        "auto"  # cpu, cuda, or one GPU such as cuda:1, for this evaluation; auto: a GPU if available
-    )
+    device: str = "auto"  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
 
     def __post_init__(self) -> None:
         raise_config_errors(range_errors(self, {"at least 0": ("examples", "layer_frames")}))
