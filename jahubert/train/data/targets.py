@@ -13,7 +13,7 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.phonemes import BLANK, BOUNDARY, KANA, PhonemeSet
 from jahubert.train.experiment.provenance import read_record, write_json
 
-UNKNOWN = "<unk>"  # replaces characters that do not occur in the training data; always counts as an error
+UNKNOWN = "<unk>"  # replaces characters that do not occur in the training data; the model never learns it
 
 
 def kana_set() -> PhonemeSet:
