@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All measurements on one GPU in under four minutes: one table and gpu_bench.json (see gpu.py for options).
+# Runs the benchmark gpu.py on one GPU in less than four minutes. It prints a table and writes gpu_bench.json.
 #   tools/bench/gpu.sh                  # on the first GPU
 #   tools/bench/gpu.sh --small          # a quick check of the script on a CPU
 set -euo pipefail
