@@ -189,12 +189,15 @@ class _Limit:
             yield item
 
     def check(self) -> None:
-        """Raise DataError if too many recordings are unusable, or if no shard is usable."""
+        """Raise DataError if too many recordings are unusable, or if no recording is left."""
         total = self.n_broken + self.n_usable
-        if self.first_broken and too_many(self.n_broken, total, self.max_broken):
+        is_empty = not self.n_usable
+        if self.first_broken and (
+            too_many(self.n_broken, total, self.max_broken) or (is_empty and not self.damaged)
+        ):
             raise DataError(self._message(self.n_broken, total, "recordings", self.first_broken))
-        if not self.n_usable and (first := next(iter(self.damaged), self.first_broken)):
-            raise DataError(self._message(len(self.damaged), self.n_shards, "shards", first))
+        if is_empty and self.damaged:
+            raise DataError(self._message(len(self.damaged), self.n_shards, "shards", self.damaged[0]))
 
     def _message(self, n: int, total: int, items: str, first: Rejected) -> str:
         return (

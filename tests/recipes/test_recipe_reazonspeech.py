@@ -264,6 +264,13 @@ def test_damaged_members_are_rejected(tmp_path):
         assert counts["rejected"]["unusable audio"] == 2 + check
 
 
+def test_release_with_only_an_unusable_recording_ends_the_run(tmp_path):
+    release = Release(tmp_path / "corpus", shards=1, rows=0)
+    release.add(0, name_of(0, 0), b"not audio" * 200, "違います")
+    with pytest.raises(DataError, match=r"1 of 1 recordings.*unusable audio"):
+        read(release.write(), tmp_path)
+
+
 def test_parquet_shards_equal_tar_shards(tmp_path, monkeypatch):
     """Parquet files from the Hub give the same utterances, and a second run converts only changed files."""
     release = Release(tmp_path / "corpus", shards=3, rows=6)
