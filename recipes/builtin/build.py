@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
 
 
 def pretrained(settings: list[str]) -> tuple[int, str]:
-    """Run pretraining, and return the exit status and the folder of the pretrained model."""
+    """Run pretraining unless `pretrained=` is given, and return the exit status and the pretrained model."""
     given = dict(setting.partition("=")[::2] for setting in settings)
     if "pretrained" in given:
         return 0, given["pretrained"]

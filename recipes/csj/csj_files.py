@@ -257,9 +257,9 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
 
 
 def held_out(dev: str) -> dict[str, str]:
-    """Return the set of each talk that is excluded from training, keyed by talk id.
+    """Map the id of each talk that is not used for training to the name of its set.
 
-    The sets are eval1, eval2, eval3, excluded and, with `dev="lhotse"`, dev.
+    The names are eval1, eval2, eval3, excluded and, with `dev="lhotse"`, dev.
 
     Raises:
         DataError: a talk is in two sets.

@@ -2,8 +2,9 @@
 
 The recipe reads the USB, DVD and merl layouts (csj_files.py) with SDB, XML or TRN transcripts
 (csj_transcripts.py), resolves tags (csj_tags.py), and joins segments with short gaps into utterances
-(csj_speech.py). Each word is the phone sequence of a short unit word. The splits are train, dev, eval1, eval2
-and eval3. Phone times in the XML files of core talks are stored as the alignments of the utterances.
+(csj_speech.py). Each word is the phone sequence of a short unit word, or of a phrase in TRN files. The splits
+are train, dev, eval1, eval2 and eval3. Phone times in the XML files of core talks are stored as the
+alignments of the utterances.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def _remedy(config: Config) -> str:
 
 
 def _ordered_talks(sets: dict[str, str], seed: int, shuffle: Callable[[], bool]) -> Iterator[str]:
-    """Yield the talks in the test sets, in dev and in train, each ordered by id.
+    """Yield the talks in the test sets, in dev and in train. The talks of each set are ordered by id.
 
     Once `shuffle` returns True, the remaining training talks are yielded in random order.
     """

@@ -126,7 +126,10 @@ def _index_members(shard: Path) -> dict[str, Any]:
 def _members(
     file: BinaryIO, size: int, broken: list[list[str]], shard: str
 ) -> Iterator[tuple[str, int, int, bytes]]:
-    """Yield (name, offset, length, first bytes) of each file in a tar, with one read per file."""
+    """Yield (name, offset, length, first bytes) of each file in a tar shard, with one read per header.
+
+    Damage ends the iteration and is appended to `broken`.
+    """
     position, long_name = 0, b""
     while position < size:
         file.seek(position)

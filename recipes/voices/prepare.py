@@ -61,7 +61,7 @@ class Config:
     # Range of the pitch shift in semitones, in addition to the shift that depends on alpha.
     half_tones: tuple[float, float] = (-4.0, 4.0)
     speed: tuple[float, float] = (0.8, 1.25)  # range of speeds
-    snr_db: tuple[float, float] = (20.0, 50.0)  # range of signal-to-noise ratios (stationary noise)
+    snr_db: tuple[float, float] = (20.0, 50.0)  # range of signal-to-noise ratios in dB (stationary noise)
     neural_minutes: float = 0.0  # duration of the speech by neural voices (neural.py), all in train
     processes: int = 0  # number of processes; 0: one per core, at most 8
 

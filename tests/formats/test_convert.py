@@ -199,7 +199,7 @@ def test_convert_command_prints_the_difference_and_writes_settings(tmp_path, cap
 
 
 def test_interrupted_conversion_to_torchaudio_can_be_repeated(tmp_path):
-    """The settings are written before the weights. An unrelated file with their name is never replaced."""
+    """The settings are written before the weights. An unrelated file in place of them is never replaced."""
     save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
     convert(tmp_path / "a", tmp_path / "b.pt", "torchaudio")
     (tmp_path / "b.pt").unlink()

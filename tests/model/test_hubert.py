@@ -67,7 +67,7 @@ def test_masked_frames_equal_hugging_face(config):
 @pytest.mark.parametrize("padding", ["masked", "unmasked"])
 @pytest.mark.parametrize("config", [BASE_LIKE, LARGE_LIKE], ids=["base", "large"])
 def test_padding_options_reproduce_hugging_face(config, padding):
-    """The output for a padded batch with masked frames equals Hugging Face's, with and without a mask."""
+    """The output for padded batches equals Hugging Face's, with and without an attention mask."""
     torch.manual_seed(0)
     model, lengths = HubertModel(config).eval(), [16_000, 400, 9_999, 12_345]
     reference = reference_model(config, model)

@@ -109,7 +109,7 @@ def workload(args: argparse.Namespace) -> Callable[[], object]:
 
 
 def default_model(args: argparse.Namespace, folder: Path) -> str:
-    """Return the built-in model of the first checkout, or write a model with random weights."""
+    """Return the path of the default model, which is written to `folder` if it has random weights."""
     import torch
 
     import jahubert

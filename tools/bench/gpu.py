@@ -106,7 +106,7 @@ def compare_steps(
                 raise
             failures[kind] = f"{type(error).__name__}: {str(error)[:80]}"
             trainers.pop(kind, None)
-        if kind in failures:  # now that the traceback no longer refers to the activations
+        if kind in failures:  # after the `except` block, no traceback refers to the activations any more
             free_memory(run.device)
     memory = {kind: peak_megabytes(trainer, batch) for kind, trainer in trainers.items()}
     turns = [{kind: trainer.step(batch) for kind, trainer in trainers.items()} for _ in range(run.repeats)]

@@ -123,7 +123,7 @@ def _finish_stage(job: Job) -> None:
 
 
 def command_tasks(exp: Path, out: Path) -> list[Task]:
-    """Return tasks for commands that read a finished experiment, each of which has its own output folder."""
+    """Return tasks for commands that read a finished experiment. Each task has its own output folder."""
     audio = [str(exp / "prepare" / "work" / f"{number}.wav") for number in range(2)]
     asr, units = exp / "systems" / "main" / "finetune" / "bundle", exp / "iter2" / "label" / "bundle"
     pretrained, corpus, ngram = exp / "iter1" / "pretrain" / "bundle", exp / "prepare", out / "model"
