@@ -257,7 +257,9 @@ def test_damaged_members_are_rejected(tmp_path):
         out = tmp_path / f"out {check}"
         out.mkdir()
         options = {"subset": "tiny", "processes": 2, "max_broken": 1.0}
-        config = stage.Config(recipe="reazonspeech", data=str(data), options=options, check_audio=check)
+        config = stage.Config(
+            recipe="reazonspeech", data=str(data), options=options, check_audio=check, max_unusable=1.0
+        )
         counts = stage.run(config, out)
         assert counts["utterances"] == n
         assert counts["rejected"]["shorter than one frame"] == 1
