@@ -267,7 +267,7 @@ def _parquet_records(path: Path) -> _Records:
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the numbered lines of a UTF-8 file, which may have a byte order mark or be gzip-compressed.
 
-    Bytes that are not UTF-8 become the characters `_UNDECODED`.
+    Bytes that are not UTF-8 become characters in the range `_UNDECODED`.
 
     Raises:
         DataError: the file is UTF-16, or a damaged gzip file.

@@ -87,7 +87,7 @@ def test_memory_equals_that_of_a_real_step():
     ],
 )
 def test_gpu_memory_matches_the_measured_values(config, recompute, precision, megabytes):
-    """The memory per second of audio for 5.7 s utterances is compared with fake CUDA tensors (LOG.md)."""
+    """The expected memory per second of audio was measured with fake CUDA tensors of 5.7 s (LOG.md)."""
     counted = kept_bytes(config, 5.7, recompute, precision, gpu=True)
     assert counted / 1e6 == pytest.approx(megabytes, rel=0.01)
 
