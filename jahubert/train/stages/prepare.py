@@ -49,7 +49,7 @@ _MAX_PENDING = 256  # maximum number of utterances queued for checking
 @dataclass(frozen=True)
 class Config:
     recipe: str  # name of a folder in recipes/, or path of a folder with a prepare.py
-    data: str | None = None  # folder of the corpus
+    data: str | None = None  # folder of the corpus, or a file that describes it
     # The options of the recipe, which its own `Config` declares.
     options: Any = config_group(
         lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
