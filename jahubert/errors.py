@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import unicodedata
 
 
 class JahubertError(Exception):
@@ -114,6 +115,17 @@ _NOT_FILES = (ConnectionError, BlockingIOError, InterruptedError, TimeoutError, 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # occurs in messages from safetensors
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's message, which does not name the cause
 _LIBSNDFILE_SYSTEM_ERROR = 2
+
+
+def printable(text: str) -> str:
+    """Escape control and formatting characters, which could manipulate the terminal."""
+    escaped = []
+    for character in text:
+        if character != "\n" and unicodedata.category(character) in ("Cc", "Cf"):
+            utf16 = character.encode("utf-16-be").hex()  # a JSON escape keeps JSON output valid
+            character = "".join(f"\\u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4))
+        escaped.append(character)
+    return "".join(escaped)
 
 
 def exit_status(error: BaseException) -> int:

@@ -8,13 +8,12 @@ import shutil
 import sys
 import time
 import traceback
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from jahubert.errors import AudioError, ConfigError, UserError, exit_status
+from jahubert.errors import AudioError, ConfigError, UserError, exit_status, printable
 
 STDIN = "-"
 BAR = 20  # length of the progress bar in characters
@@ -199,14 +198,3 @@ def message_of(error: Exception) -> str:
 
 def print_error(message: object) -> None:
     print(f"jahubert: error: {printable(str(message))}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Escape control and formatting characters, which could manipulate the terminal."""
-    escaped = []
-    for character in text:
-        if character != "\n" and unicodedata.category(character) in ("Cc", "Cf"):
-            utf16 = character.encode("utf-16-be").hex()  # a JSON escape keeps JSON output valid
-            character = "".join(f"\\u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4))
-        escaped.append(character)
-    return "".join(escaped)

@@ -32,7 +32,6 @@ from jahubert.cli.console import (
     message_of,
     needs_names,
     print_error,
-    printable,
 )
 from jahubert.errors import (
     AudioError,
@@ -41,6 +40,7 @@ from jahubert.errors import (
     MissingExtraError,
     UserError,
     exit_status,
+    printable,
 )
 from jahubert.inference import writers
 

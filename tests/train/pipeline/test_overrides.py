@@ -112,7 +112,8 @@ TYPOS = [
     "processes=0", "processes=1.5", "machines=0", "hang_timeout_minutes=-1", "hang_timeout_minutes=nan",
     "data=${nothing}", "data=${", "name=${name}", "pretrained=~no-such-user", "hydra.job.name=x",
     "hydra/launcher=slurm", "subset={a: 1}", "finetune.mask=3", "finetune.mask.prob=", "decode.splits=3",
-    "kmeans={[1]: 2}", "kmeans.n_clusters=" + 3000 * "[" + 3000 * "]", 30_000 * "[1,", "name=" + 30_000 * "x",
+    "kmeans={[1]: 2}", "kmeans.n_clusters=\x1b[2J",
+    "kmeans.n_clusters=" + 3000 * "[" + 3000 * "]", 30_000 * "[1,", "name=" + 30_000 * "x",
     "score.published=" + 30 * "{a: " + 30 * "}", "--cfg", "--cfg=jb", "--mutlirun", "-x", "--info=3",
 ]  # fmt: skip
 
@@ -123,7 +124,7 @@ def test_typo_gives_one_message_without_a_traceback(typo, capsys, tmp_path, monk
     assert run.main([f"recipe={ROUGH}", "stage=all", "--info", typo]) == 2
     error = capsys.readouterr().err
     assert error.startswith("jahubert: error: ") and error.count("jahubert: ") == 1
-    assert "Traceback" not in error and len(error) < 20_000
+    assert "Traceback" not in error and len(error) < 20_000 and "\x1b" not in error
 
 
 # --- inspection ---------------------------------------------------------------------------------------------
