@@ -1,1 +1,1 @@
-"""Checkpoint formats (bundles, Hugging Face, fairseq, s3prl, torchaudio and ONNX), one file per format."""
+"""Checkpoint formats, each in one module, and helpers that read and write files safely."""

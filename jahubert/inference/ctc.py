@@ -107,8 +107,8 @@ def beam_search(
     A prefix accumulates the probability of all its paths, whether or not they end in blank, so that a
     sequence is scored by its CTC probability and not by its best path. With a sufficiently wide beam, the
     score equals `-ctc_loss`. The search runs on the device of `logp_BSV` and in its dtype (half precision is
-    converted to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so that batches
-    of 16 or more rows are several times faster than single rows.
+    converted to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so the time per
+    row is several times shorter in batches of 16 or more rows.
 
     Args:
         logp_BSV: log-probabilities.

@@ -171,7 +171,10 @@ def _mel_filters(window: int) -> Tensor:
 
 
 def _relative_levels(band_SF: Tensor) -> Tensor:
-    """Return band levels in dB relative to their mean, smoothed over 3 frames and limited to 40 dB."""
+    """Return the band levels of each frame in dB relative to the mean over its bands.
+
+    The power is smoothed over 3 frames, and a floor is added 40 dB below the loudest band of each frame.
+    """
     n_frames_S1 = band_SF.new_full((len(band_SF), 1), 3.0)
     n_frames_S1[0] -= 1
     n_frames_S1[-1] -= 1

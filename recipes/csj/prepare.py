@@ -108,7 +108,7 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
         it is unusable or if the share of its unreadable segments exceeds `max_broken`.
 
     Raises:
-        DataError: the share of damaged talks, or of unreadable segments in the others, exceeds `max_broken`.
+        DataError: too many talks, or segments of the other talks, are damaged (see `too_many`).
     """
     log.info("csj: checking the files of %d talks", len(talks))
     checks = {id: check_talk(talk, config) for id, talk in talks.items()}
@@ -135,13 +135,13 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
         message = f"csj: {n_broken} of {n_segments} segments cannot be read:{_listed(problems)}"
         if too_many(n_broken, n_segments, config.max_broken):
             raise DataError(f"{message}\n{_remedy(config)}")
-        log.warning("%s\nThe utterances in them are rejected", message)
+        log.warning("%s\nThe utterances in these segments are rejected", message)
     unusable = [check.rejected for check in checks.values() if check.rejected]
     return [*unusable, *(copy for check in checks.values() for copy in check.duplicates)], damaged
 
 
 def _check_share(damaged: Mapping[str, str], n_talks: int, config: Config) -> None:
-    """Raise DataError if the share of damaged talks exceeds `max_broken`."""
+    """Raise DataError if too many talks are damaged (see `too_many`)."""
     if too_many(len(damaged), n_talks, config.max_broken):
         raise DataError(f"{_damage(damaged, n_talks)}\n{_remedy(config)}")
 
@@ -158,7 +158,8 @@ def _listed(problems: Sequence[str]) -> str:
 
 def _remedy(config: Config) -> str:
     return (
-        f"Fix the files, or raise prepare.options.max_broken={config.max_broken} to reject these utterances"
+        f"Fix the files, or increase prepare.options.max_broken (now {config.max_broken}) to reject these "
+        "utterances"
     )
 
 

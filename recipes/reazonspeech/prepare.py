@@ -202,8 +202,8 @@ class _Limit:
     def _message(self, n: int, total: int, items: str, first: Rejected) -> str:
         return (
             f"reazonspeech: {n} of {total} {items} are unusable; first problem: {first.id}: {first.reason} "
-            f"({first.detail}). Download the files again, or raise prepare.options.max_broken="
-            f"{self.max_broken} to reject them"
+            f"({first.detail}). Download the files again, or increase prepare.options.max_broken (now "
+            f"{self.max_broken}) to reject them"
         )
 
 

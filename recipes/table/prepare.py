@@ -98,7 +98,8 @@ def _check_share(data: Path, rejected: Sequence[Rejected], n_usable: int, config
     counted = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
     remedy = "fix the input"
     if n_usable:
-        remedy += f", or raise prepare.options.max_rejected={config.max_rejected:g} to leave these rows out"
+        limit = f"prepare.options.max_rejected (now {config.max_rejected:g})"
+        remedy += f", or increase {limit} to leave these rows out"
     raise DataError(
         f"{data}: {len(rejected)} of {n_usable + len(rejected)} rows are unusable ({counted}); first "
         f"problem: {rejected[0].detail or rejected[0].id}; {remedy}"
@@ -205,7 +206,7 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
         yield item
     elif item.text:
         seconds = item.n_samples / SAMPLE_RATE
-        detail = f"{row.where}: {seconds:.1f} s; cut it, or raise prepare.options.max_seconds"
+        detail = f"{row.where}: {seconds:.1f} s; cut it, or increase prepare.options.max_seconds"
         yield Rejected(row.id, "text for a recording longer than max_seconds", detail)
     else:
         try:

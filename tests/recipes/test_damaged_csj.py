@@ -222,12 +222,12 @@ def test_many_damaged_talks_end_the_run(trees, tmp_path):
             path.unlink()
             if content is not None:
                 path.write_bytes(content)
-        with pytest.raises(DataError, match=r"2 of 5 talks(.|\n)*A01F0055(.|\n)*max_broken=0.05"):
+        with pytest.raises(DataError, match=r"2 of 5 talks(.|\n)*A01F0055(.|\n)*max_broken"):
             prepared(root)
         found, rejected = prepared(root, max_broken=0.5)
         assert {id[:8] for id in found} == set(IDS[2:])
         assert {item.id for item in rejected if item.reason not in ("masked name", "no words")} == {*IDS[:2]}
-        with pytest.raises(DataError, match=r"max_broken=0.0"):
+        with pytest.raises(DataError, match="max_broken"):
             prepared(root, max_broken=0.0)
 
 

@@ -181,13 +181,13 @@ def test_many_damaged_shards_end_the_run(releases, tmp_path, form):
     paths = sorted(path for path in data.rglob(f"*.{form}") if "parquet/" not in str(path.relative_to(data)))
     for path in paths[:2]:
         path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(DataError, match=rf"2 of 4 shards.*{paths[0].name}.*max_broken=0.05"):
+    with pytest.raises(DataError, match=rf"2 of 4 shards.*{paths[0].name}.*max_broken"):
         prepared(data, tmp_path / "work")
     found, rejected = prepared(data, tmp_path / "work", max_broken=0.5)
     assert len(found) == 2 * ROWS
     assert sum(item.reason in ("damaged shard", "truncated") for item in rejected) == 2
     paths[0].unlink()
-    with pytest.raises(DataError, match=r"max_broken=0\.0"):
+    with pytest.raises(DataError, match="max_broken"):
         prepared(data, tmp_path / "work", max_broken=0.0)
 
 
@@ -296,10 +296,10 @@ def test_share_of_recordings_that_cannot_be_decoded_is_limited(releases, tmp_pat
         config = stage.Config("reazonspeech", str(data), {"subset": "tiny", "processes": 1})
         if n_damaged == 1:
             assert stage.prepare(config, out)["rejected"] == {"unusable audio": 1}
-            with pytest.raises(DataError, match=r"1 of 48.*max_unusable=0 "):
+            with pytest.raises(DataError, match=r"1 of 48.*max_unusable"):
                 stage.prepare(replace(config, max_unusable=0.0), out)
             continue
-        with pytest.raises(DataError, match=r"3 of 48 .*rejected\.jsonl.*prepare.max_unusable=0.05"):
+        with pytest.raises(DataError, match=r"3 of 48 .*rejected\.jsonl.*prepare.max_unusable"):
             stage.prepare(config, out)
         assert len((out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 3
         assert stage.prepare(replace(config, max_unusable=0.1), out)["utterances"] == 45

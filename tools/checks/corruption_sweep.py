@@ -235,7 +235,7 @@ def sweep_commands(sweep: Sweep, exp: Path) -> None:
         exp / "targets": lambda: list(training_sentences(exp, Tokenizer("phone"))),
         corpus: lambda: Manifest.verified(corpus),
     }
-    damages = [damage for damage in DAMAGES if damage is not swap]  # a folder may come from anywhere
+    damages = [damage for damage in DAMAGES if damage is not swap]  # any intact folder is valid
     for source, command in commands.items():
         for path in files_of(source) if source.is_dir() else [source]:
             sweep.damage("inputs of commands", path, path, partial(error_of, command), damages)
@@ -243,14 +243,14 @@ def sweep_commands(sweep: Sweep, exp: Path) -> None:
 
 def check_equal(content: Any, expected: Any) -> None:
     if content != expected:
-        raise UserError("read as other content")
+        raise UserError("was read without an error, but its content differs")
 
 
 def sweep_flac(sweep: Sweep, folder: Path) -> None:
     paths = [folder / f"{number}.flac" for number in range(2)]
     for number, path in enumerate(paths):
         write_flac(path, 0.1 * np.random.default_rng(number).standard_normal(16_000))
-    damages = [damage for damage in DAMAGES if damage is not swap]  # another intact FLAC file is not detected
+    damages = [damage for damage in DAMAGES if damage is not swap]  # any intact FLAC file is valid
 
     sweep.damage("FLAC", paths[0], paths[1], partial(error_of, partial(load_audio, paths[0])), damages)
 

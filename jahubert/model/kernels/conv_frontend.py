@@ -206,7 +206,10 @@ def _taps(x_NC: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 def _gelu_conv(x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int, gelu: bool) -> Tensor:
-    """Compute `_GeluConv` as an ordinary convolution."""
+    """Apply GELU, if `gelu`, and a strided convolution to x (N, C), or to the product x @ factor.
+
+    This plain version is used for second derivatives; `_GeluConv` is faster.
+    """
     _, channels, kernel = weight_OCK.shape
     x_NC = x if factor is None else torch.bmm(x, factor).view(-1, channels)
     x_CN = F.pad((F.gelu(x_NC) if gelu else x_NC).T, (0, max(0, kernel - stride)))

@@ -88,7 +88,9 @@ def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashabl
 def error_rate(
     references: Sequence[Sequence[Hashable]], hypotheses: Sequence[Sequence[Hashable]]
 ) -> ErrorCounts:
-    """Count the errors in a whole set. `.rate` is the PER for phone sequences and the WER for word sequences.
+    """Count the errors in all utterances of a set.
+
+    `.rate` is the PER for phone sequences and the WER for word sequences.
 
     Words should be tuples of phones, because `k y o` and `ky o` would be equal if they were joined.
 

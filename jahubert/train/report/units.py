@@ -55,7 +55,7 @@ def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, .
     if times:
         return times, "corpus"
     for path in sorted(exp.glob("systems/*/decode/alignment.jsonl")):
-        for line in path.read_bytes().splitlines():  # ids may contain the line separators of Unicode
+        for line in path.read_bytes().splitlines():  # ids may contain Unicode line separators
             item = json.loads(line)
             times[item["row"]] = tuple(Phone(*phone) for phone in item["phones"])
         return times, f"forced alignment by {path.parent.parent.name}"

@@ -51,7 +51,7 @@ _PART_SIZE = 500  # number of utterances per part; a killed process loses at mos
 @dataclass(frozen=True)
 class Config:
     manifest: Path  # manifest.arrow of the prepare stage
-    kind: str = "mfcc"  # mfcc, hubert, or the import path of another feature extractor (module:attribute)
+    kind: str = "mfcc"  # mfcc, hubert, or a feature extractor as module:attribute or file.py:attribute
     model: Path | None = model_field(None)  # for hubert: the trained model
     layer: int = 6  # for hubert: number of the Transformer layer, counted from 1
     split: str = split_field("train")  # split from which frames are sampled

@@ -56,7 +56,8 @@ class Config:
     centroids: Path  # output folder of the kmeans stage, or a folder with fairseq's files
     model: Path | None = model_field(None)  # for hubert: the model to which the centroids were fitted
     layer: int | None = runtime_field(None)  # for hubert: the expected layer of the centroids
-    # Custom feature extractor (module:attribute), whose code is imported if the centroids were fitted to it.
+    # Custom feature extractor (module:attribute or file.py:attribute), whose code is imported if the
+    # centroids were fitted to it.
     feature: str | None = runtime_field(None)
     compare_with: Path | None = runtime_field(None)  # label store that should contain the same units
     shard_size: int = runtime_field(2000)  # number of utterances per intermediate file

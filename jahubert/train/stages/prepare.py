@@ -100,7 +100,8 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     if too_many(n_unusable, n_audio, config.max_unusable):
         raise DataError(
             f"{n_unusable} of {n_audio} utterances have unusable audio; see {out}/rejected.jsonl. Replace "
-            f"the files, or raise prepare.max_unusable={config.max_unusable:g} to leave these utterances out"
+            f"the files, or increase prepare.max_unusable (now {config.max_unusable:g}) to leave these "
+            "utterances out"
         )
     # The fingerprint is recorded, because the corpus or its reader may change while all settings stay the
     # same.
@@ -119,7 +120,7 @@ def kept(config: Config, out: Path) -> None:
     if new_files:
         records = " ".join(shlex.quote(str(out / name)) for name in (provenance.DONE, provenance.STARTED))
         log.warning(
-            "%s: %d files that were missing when the manifest was created exist now, for example %s. To add "
+            "%s: files that were missing when the manifest was created exist now: %d, for example %s. To add "
             "them, run\n  rm -f %s\nand rerun the same command; only new files are read. Then rerun stages "
             "that used the old manifest",
             out,

@@ -65,12 +65,13 @@ def _slash(match: re.Match[str]) -> str:
 
 
 def _hyphen(match: re.Match[str]) -> str:
-    """Spell out a hyphen between two numbers: in a range before a counter, a figure number, or a score."""
+    """Spell out a hyphen between two numbers, that is, in a range, figure number, address or score."""
     before, first, second, after = match.groups()
     if re.match(_COUNTER, after) and int(first) < int(second):
         return f"{before}{first}から{second}"
     is_numbering = re.match("[図表式章節問例]|丁目", before)
-    # This is an address, unless there are names on both sides (日本2-1韓国) or a word such as 前半 or 結果.
+    # Numbers after a name are an address (銀座4-5), unless a name follows (日本2-1韓国) or the word before
+    # the numbers refers to a result (前半, 結果).
     is_name = re.match("(?![半戦合果点])[一-龠ァ-ヺー]", before)
     if is_numbering or (is_name and not re.match("[一-龠ァ-ヺ]", after)):
         return f"{before}{first}の{second}"

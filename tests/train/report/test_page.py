@@ -99,7 +99,7 @@ def test_units_are_compared_at_equal_k(tmp_path):
     assert "statement" not in page(exp).partition("<body>")[2]
 
 
-def test_units_without_phone_times_have_no_columns_of_quality():
+def test_units_without_phone_times_have_no_quality_columns():
     unit = {"pretrained_on": True, "feature": "hubert", "layer": 6, "used": 9, "n_units": 500}
     measured = unit | quality(0.5, 500)
     strings = Strings("en")
