@@ -3,7 +3,7 @@
 A message states what failed, where, what was found and what to do. `UserError` is the base class of the
 errors that files, options or the setup of a machine can cause. Other file system errors are `OSError`s that
 name the file. Commands print the message of either kind without a traceback and exit with `exit_status`.
-Invalid arguments of a function may raise a ValueError or TypeError.
+Functions may raise a ValueError or TypeError for invalid arguments.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
-    """Check the symbols of a CTC head, and create the set of them.
+    """Check the symbols of a CTC head, and return them as a PhonemeSet.
 
     Raises:
         CheckpointError: there are fewer than two symbols, the blank is missing, or a symbol is duplicated,
@@ -100,7 +100,7 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
     """
     for symbol in symbols:
         if not typed(where, "a symbol", symbol, str).isprintable():
-            raise CheckpointError(f"{where}: symbol {symbol!r} has control characters")
+            raise CheckpointError(f"{where}: symbol {symbol!r} has unprintable characters")
     if len(symbols) < 2:
         raise CheckpointError(f"{where}: a CTC model needs at least two symbols, found {len(symbols)}")
     try:

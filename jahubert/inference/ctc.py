@@ -431,7 +431,7 @@ def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:
     symbols[1::2] = labels
     skip_cost = np.full(n_states, _LOG_ZERO)  # the blank between two different labels is optional
     skip_cost[3::2][symbols[3::2] != symbols[1:-2:2]] = 0.0
-    # Two columns before the first state make its missing predecessors impossible.
+    # Two columns of `_LOG_ZERO` take the place of the predecessors that the first two states lack.
     score = np.full((n_frames, n_states + 2), _LOG_ZERO)
     score[0, 2:4] = logp[0, symbols[:2]]
     skipped = np.empty(n_states)

@@ -38,7 +38,10 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the autocast dtype, or a tensor's own without autocast, for operations that autocast ignores."""
+    """Return the autocast dtype if autocast is enabled, and otherwise the dtype of the tensor.
+
+    This is used in operations that autocast does not convert.
+    """
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 

@@ -42,9 +42,10 @@ SIGNALS = {
         0.1 + 0.2 * (torch.sin(0.05 * torch.arange(n)) + torch.sin(1.9 * torch.arange(n))) + noise(n, 0.03)
     ),
     "loud noise": lambda n: noise(n, 1.0).clamp(-1, 1),
-    # The level is below one step of 16-bit audio, and partly at the floor of the logarithm.
+    # The amplitude is below one step of 16-bit audio, and the energy of some filters is below the floor of
+    # the logarithm.
     "near silence": lambda n: noise(n, 1e-5),
-    "nearer silence": lambda n: noise(n, 1e-8),
+    "fainter noise": lambda n: noise(n, 1e-8),
     "silence": torch.zeros,
     "a click": lambda n: torch.nn.functional.one_hot(torch.tensor(n // 2), n).float(),
 }

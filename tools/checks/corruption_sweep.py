@@ -228,7 +228,7 @@ def sweep_language_models(sweep: Sweep, exp: Path) -> None:
 
 
 def sweep_commands(sweep: Sweep, exp: Path) -> None:
-    """Damage the files of stages that the commands `convert` and `ngram` read."""
+    """Damage the outputs of stages that are inputs of the commands `convert` and `ngram`."""
     labels, corpus, out = exp / "iter1" / "label", exp / "prepare" / "manifest.arrow", exp / "exported"
     commands: dict[Path, Callable[[], object]] = {
         labels: lambda: export_experiment(str(labels), str(out), None),

@@ -110,7 +110,7 @@ def _fourier(kernel: int) -> tuple[np.ndarray, np.ndarray]:
     size = 2 * kernel
     angle_FX = np.outer(np.arange(kernel + 1), np.arange(size)) % size * (2 * math.pi / size)
     wave_PFX = np.stack([np.cos(angle_FX), -np.sin(angle_FX)])
-    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # each frequency also stands for its mirror frequency
-    weight_F1[[0, -1]] = 1 / size  # the first and the last frequency have no mirror frequency
+    weight_F1 = np.full((kernel + 1, 1), 2 / size)  # each bin also represents its negative frequency
+    weight_F1[[0, -1]] = 1 / size  # except for zero and the Nyquist frequency
     inverse_PXF = (wave_PFX * weight_F1)[:, :, :kernel].transpose(0, 2, 1)
     return wave_PFX.astype(np.float32), np.ascontiguousarray(inverse_PXF, np.float32)

@@ -44,9 +44,9 @@ class AugmentConfig:
     reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # range of the direct-to-reverberant ratio
     # Probability of mixing in 1 to 3 other training utterances, each for at most half of the duration.
     mix_prob: float = 0.0
-    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # range of the level relative to the other utterances
+    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # range of the level relative to the other utterances in dB
     noise_prob: float = 0.0  # probability of stationary noise
-    noise_snr_db: tuple[float, float] = (5.0, 30.0)  # range of the level relative to the noise
+    noise_snr_db: tuple[float, float] = (5.0, 30.0)  # range of the signal-to-noise ratio in dB
     noise_tilt: tuple[float, float] = (0.0, 2.0)  # range of the spectral slope: 0 white, 1 pink, 2 brown
     band_prob: float = 0.0  # probability of band-pass filtering, e.g. 300 to 3400 Hz as in telephone speech
     band_low_hz: tuple[float, float] = (50.0, 300.0)  # range of the lower cutoff frequency

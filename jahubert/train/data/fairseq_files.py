@@ -99,8 +99,8 @@ def read_dict(path: Path) -> int:
 def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 2000) -> LabelStore:
     """Convert the `.km` files of `folder` to a label store in `out`.
 
-    If the units have a rate of 100 Hz (units of MFCCs), every second unit is used, which is exact. Utterances
-    that are missing from the manifest are skipped.
+    If the units have a rate of 100 Hz (units of MFCCs), every second unit is used, because every second MFCC
+    frame coincides with a frame of the model. Utterances that are missing from the manifest are skipped.
 
     Args:
         manifest: a manifest created from the `.tsv` files of `folder`.

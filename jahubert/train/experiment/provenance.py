@@ -54,14 +54,14 @@ def acquire(
 ) -> bool:
     """Record that a stage starts in the folder `out`, unless it was started or finished there before.
 
-    Returns:
-        Whether the folder has the complete result of the stage.
-
     Args:
         inputs: the result of `stage_inputs`.
         defaults: values of settings that are missing from the folder's record (`default_fields`).
         runtime: names of the settings that do not change the result (`runtime_fields`). Records written by
             earlier versions may contain them.
+
+    Returns:
+        Whether the folder has the complete result of the stage.
 
     Raises:
         StaleError: the folder was created or started with different settings.

@@ -52,7 +52,7 @@ PER_DECODING = ("decode", "score")  # stages that can be run several times for o
 def stage_folder(stage: str, iteration: int | None, system: str | None, decoding: str | None = None) -> Path:
     """Return the output folder of a stage, relative to the folder of the experiment.
 
-    The name of a further decoding of the same model is appended to the stage, as in `decode-greedy`.
+    The name of an additional decoding of the same model is appended to the stage, as in `decode-greedy`.
     """
     if iteration:
         return Path(f"iter{iteration}", stage)

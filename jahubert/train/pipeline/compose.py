@@ -155,7 +155,10 @@ def _merge_presets(
     typed: Sequence[Override],
     system: str | None,
 ) -> Any:
-    """Merge the presets of fine-tuning, recipe and machine into the tree, then the command line's blocks."""
+    """Merge presets and the `by_iteration` and `systems` settings of the command line into the tree.
+
+    The presets are those of fine-tuning, of the recipe and of the machine, in this order.
+    """
     from omegaconf import OmegaConf
 
     recipe = presets[0]

@@ -362,7 +362,7 @@ class _Unit(TrainUnit):
         metric_bag.add(SUMS, _Sums())
 
     def set_step_nr(self, step_nr: int) -> None:
-        """Prepare for a step, counted from 1. The Trainer calls this again if it repeats the step."""
+        """Prepare for step `step_nr`, counted from 1. The Trainer calls this again if it repeats the step."""
         self.run.overflows += self.step == step_nr - 1
         self.step = step_nr - 1
         self.run.validate(self.step)

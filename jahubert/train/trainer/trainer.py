@@ -51,7 +51,7 @@ MIN_LOSS_SCALE = 1e-4
 # Seconds to wait for data after a stop signal, with one process and with several. Several processes wait
 # longer to finish the step, because all of them must take part in saving a checkpoint.
 SINGLE_PROCESS_DATA_SECONDS, DATA_SECONDS = 1.0, 20.0
-VALIDATION_SECONDS = 30.0  # time that a validation may continue after a stop signal
+VALIDATION_SECONDS = 30.0  # maximum time for which validation continues after a stop signal
 
 
 @dataclass(frozen=True)
