@@ -95,7 +95,8 @@ def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
             position_T = torch.arange(len(wav_T), device=wav_T.device)
             hum_T = _basis(frequencies, position_T, len(wav_T)) @ amplitudes_K
             clean_T = wav_T - hum_T.to(wav_T)
-            if sharpness == 1:  # hum leaks into higher bins, so it is excluded from the second weights
+            if sharpness == 1:
+                # Hum leaks into higher bins, so it is removed before the new weights are computed.
                 power_SK = power_spectrum(clean_T, grid)
     return clean_T
 

@@ -146,7 +146,7 @@ class _Parser:
 
     def _open(self, word: int, name: str) -> None:
         content = ""
-        if name.startswith(UNCERTAIN):  # (?x) may be written without a space
+        if name.startswith(UNCERTAIN):  # (? x) may also be written (?x)
             name, content = UNCERTAIN, name[1:]
         if name not in TAGS:
             self.problems.append((word, f"unknown tag ({name}; known tags: {' '.join(TAGS)}"))

@@ -100,7 +100,8 @@ def prepare(data: None, work: Path, config: Config, seed: int) -> Iterator[Utter
     shares = (config.dev_share, config.test_share)
     if config.minutes <= 0 or min(shares) < 0 or sum(shares) >= 1:
         raise ConfigError(
-            f"demo: minutes must be above 0, and dev_share + test_share below 1; found {config}"
+            f"demo: minutes must be above 0, dev_share and test_share at least 0, and their sum below 1; "
+            f"found {config}"
         )
     yield from synthesize(sentences(seed), work, config, seed)
 

@@ -133,8 +133,9 @@ def _split_duplicates(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
 def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     """Return the split of each row. A missing test or dev split is formed from training data by speaker.
 
-    A speaker with most of the data remains in training if the others suffice. If there are too few speakers,
-    single utterances are assigned instead.
+    Speakers are drawn at random. A speaker who would make a split more than twice as large as requested is
+    skipped; if every remaining one would, the speaker with the fewest utterances is used. If there are too
+    few speakers, single utterances are assigned instead.
     """
     splits = [row.split or "train" for row in rows]
     shares = {"test": config.test_share, "dev": config.dev_share}

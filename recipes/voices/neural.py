@@ -275,7 +275,8 @@ def write(line: NeuralLine, work: Path) -> None:
     wave = audio.ravel()
     if len(wave) != sum(frames) * _FRAME:
         raise DataError(
-            f"the neural voices returned {len(wave)} samples, but durations of {sum(frames)} frames"
+            f"the neural voice model returned {len(wave)} samples, but its durations add up to "
+            f"{sum(frames) * _FRAME}"
         )
     wave = np.pad(wave, (_LEAD, 0))[: len(wave)]  # this removes only silence at the end
     lead, tail = max(0, frames[0] - line.lead), max(0, frames[-1] - line.tail)

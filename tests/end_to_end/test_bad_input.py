@@ -304,7 +304,7 @@ def test_full_disk_is_reported_and_the_stage_can_be_rerun(capsys, copy, monkeypa
     after = files(copy / folder)
     names = [[name for name in made if not name.startswith("tensorboard/")] for made in (after, before)]
     assert names[0] == names[1]
-    for name in before:  # all other files contain times of day
+    for name in before:  # all other files contain timestamps
         if name.endswith((".arrow", ".npy", ".safetensors", "scores.json", "test.jsonl")):
             assert after[name] == before[name], name
 

@@ -26,7 +26,7 @@ from jahubert.errors import StaleError
 from jahubert.train.pipeline import runner
 
 TONES = FIXTURES / "tones"
-# Files that the next stage reads. Logs and records contain times of day and are not compared.
+# Files that the next stage reads. Logs and records contain timestamps and are not compared.
 RESULTS = ("*.arrow", "*.npy", "*.safetensors", "units.bin", "*.jsonl", "scores.json", "table.txt")
 
 

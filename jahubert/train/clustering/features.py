@@ -164,7 +164,7 @@ class HubertLayer:
 
     def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
         features = [torch.zeros(0, self.dim, device=self.device) for _ in wavs]
-        # The model rejects waveforms shorter than one frame. As with MFCCs, they have no frames.
+        # The model rejects waveforms shorter than one frame. They yield no frames, as with MFCCs.
         long_enough = [i for i, wav_T in enumerate(wavs) if self.grid.n_frames(len(wav_T)) > 0]
         if not long_enough:
             return features

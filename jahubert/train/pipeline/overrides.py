@@ -114,7 +114,7 @@ def parse_value(text: str, argument: str, depth: int = 0) -> Any:
             raise ConfigError(f"{argument}: {item!r} is not of the form key: value")
         key = parse_value(name.strip(), argument, depth + 1)
         if not isinstance(key, str):
-            raise ConfigError(f"{argument}: {name.strip()!r} is not a name")
+            raise ConfigError(f"{argument}: key {name.strip()!r} is not a string")
         mapping[key] = parse_value(":".join(rest).strip(), argument, depth + 1)
     return mapping
 

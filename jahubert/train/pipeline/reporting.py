@@ -33,8 +33,8 @@ def report_error(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.filename is not None:
         status, message = exit_status(error), f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     elif isinstance(error, RuntimeError) and is_distributed() and _LOST_RANK.search(str(error)):
-        # Launchers report the highest exit status, which should be that of the failed rank. This rank
-        # therefore exits with the lowest one.
+        # Some launchers, such as srun, report the highest exit status of all ranks. This rank exits with
+        # the lowest error status, so that they report that of the failed rank.
         message = "exiting because another rank failed; see that rank's log"
     elif isinstance(error, KeyboardInterrupt):
         status, message = INTERRUPTED, "interrupted: rerun the same command to resume"

@@ -17,7 +17,7 @@ from jahubert.train.trainer.optim import TrainConfig
 
 
 class Tracker(Protocol):
-    """Protocol of a destination for training curves, used by one process."""
+    """Interface for recording training curves. Only one process uses it."""
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
         """Write the values of one step, keyed by tag."""
