@@ -31,8 +31,13 @@ def find_audio(folder: str | os.PathLike[str]) -> tuple[list[Path], list[OSError
     return sorted(paths), errors
 
 
+def is_sidecar(path: Path) -> bool:
+    """Return whether a file contains metadata that macOS stores next to another file."""
+    return path.name.startswith("._")
+
+
 def _is_audio(path: Path) -> bool:
-    if path.suffix.lower() not in AUDIO_ENDINGS or path.name.startswith("._"):
+    if path.suffix.lower() not in AUDIO_ENDINGS or is_sidecar(path):
         return False
     try:
         return stat.S_ISREG(path.stat().st_mode)

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tar_index import FLAC_HEAD, measure
 
+from jahubert.audio.search import is_sidecar
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.parquet import parquet_batches, parquet_schema
-from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_sidecar
+from jahubert.train.data.utterances import UNUSABLE_AUDIO
 
 VERSION = 2
 CAPTIONS = ("transcription", "text", "sentence")  # accepted names for the caption column

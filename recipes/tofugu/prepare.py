@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 
 from jahubert.audio import AudioSource, load_audio
+from jahubert.audio.search import is_sidecar
 from jahubert.errors import AudioError, ConfigError, DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.frames import SAMPLE_RATE
@@ -31,7 +32,7 @@ from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.prefetch import prefetch
 from jahubert.train.data.flac import write_flac_once
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_folder, is_sidecar, read_reliably
+from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_folder, read_reliably
 
 VERSION = 2  # version of the generated audio, which is part of every file name
 _BLOCK = SAMPLE_RATE // 100  # number of samples per level measurement

@@ -25,11 +25,12 @@ from hts_engine import Style, voice_header
 from rendering import Line, engine, render
 
 from jahubert.audio import AudioSource
+from jahubert.audio.search import is_sidecar
 from jahubert.errors import DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import flac_length
 from jahubert.train.data.manifest import Rejected, Utterance
-from jahubert.train.data.utterances import is_folder, is_sidecar, read_reliably, read_text
+from jahubert.train.data.utterances import is_folder, read_reliably, read_text
 from jahubert.train.experiment.config import expand_user, interval_errors, raise_config_errors
 from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.japanese import analyze, features_to_words, openjtalk

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from fixtures.csj_tree import planned, sdb_lines, write_file_list, write_talk
+from fixtures.damage import DAMAGES, flip_bit
 
 from jahubert.errors import DataError, ReadError
 from jahubert.train.data import utterances
@@ -104,16 +105,8 @@ def decoded(raw: bytes, kind: str) -> str:
 # --- whole files ------------------------------------------------------------------------------------------
 
 FILES: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda raw: b"",
-    "one byte": lambda raw: raw[:1],
-    "half": lambda raw: raw[: len(raw) // 2],
+    **DAMAGES,
     "last byte missing": lambda raw: raw[:-1],
-    "zeros": lambda raw: bytes(len(raw)),
-    "zeros at the end": lambda raw: raw[: len(raw) // 2] + bytes(len(raw) // 2),
-    "noise": lambda raw: random.Random(0).randbytes(len(raw)),
-    "second half only": lambda raw: raw[len(raw) // 2 :],
-    "html page": lambda raw: b"<html><body>404 Not Found</body></html>\n",
-    "twice": lambda raw: raw + raw,
     "lines end with LF": lambda raw: raw.replace(b"\r\n", b"\n"),
 }
 
@@ -258,10 +251,7 @@ def test_flipped_bytes_change_at_most_one_utterance(trees, intact, tmp_path, kin
     path = path_of(root, kind)
     raw = path.read_bytes()
     for _ in range(25):
-        position = rng.randrange(len(raw))
-        damaged = bytearray(raw)
-        damaged[position] ^= 1 << rng.randrange(8)
-        rewrite(path, bytes(damaged))
+        rewrite(path, flip_bit(raw, rng))
         check(root, intact[kind], changes=1)
 
 

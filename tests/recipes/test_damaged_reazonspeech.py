@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fixtures.damage import DAMAGES, flip_bit
 from fixtures.reazonspeech_tree import TEXTS, Release
 
 from jahubert.audio import load_audio
@@ -86,17 +87,9 @@ def check(data: Path, work: Path, intact: Content, changes: int = 0) -> list[Rej
 
 
 FILES: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda raw: b"",
-    "one byte": lambda raw: raw[:1],
-    "half": lambda raw: raw[: len(raw) // 2],
+    **DAMAGES,
     "end of a member": lambda raw: raw[: len(raw) // 2 // 512 * 512],
-    "zeros": lambda raw: bytes(len(raw)),
-    "zeros at the end": lambda raw: raw[: len(raw) // 2] + bytes(len(raw) // 2),
     "zeros at the start": lambda raw: bytes(len(raw) // 2) + raw[len(raw) // 2 :],
-    "noise": lambda raw: random.Random(0).randbytes(len(raw)),
-    "second half only": lambda raw: raw[len(raw) // 2 :],
-    "html page": lambda raw: b"<html><body>404 Not Found</body></html>\n",
-    "twice": lambda raw: raw + raw,
 }
 
 
@@ -168,10 +161,7 @@ def test_flipped_bytes_are_detected_or_change_one_caption(releases, intact, tmp_
     path = shard_path(data, form)
     raw = path.read_bytes()
     for trial in range(25):
-        position = rng.randrange(len(raw))
-        damaged = bytearray(raw)
-        damaged[position] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged)
+        path.write_bytes(flip_bit(raw, rng))
         check(data, tmp_path / f"work {trial}", intact[form], changes=1)
 
 

@@ -18,10 +18,8 @@ compiler.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import errno
-import io
 import logging
 import os
 import shutil
@@ -127,7 +125,7 @@ class Sweep:
 
 
 def sweep_all(args: argparse.Namespace) -> int:
-    from small_experiment import command_tasks, stage_tasks
+    from small_experiment import command_tasks, run_stages, stage_tasks
 
     def selected(task: Any) -> bool:
         return not args.only or any(word in task.name for word in args.only)
@@ -137,9 +135,7 @@ def sweep_all(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         exp = folder / "exp"
-        with contextlib.redirect_stdout(io.StringIO()):  # this imports all modules before forking
-            for task in stage_tasks(folder / "warm-up"):
-                task.work()
+        run_stages(folder / "warm-up")
         sweep = Sweep(ctypes.CDLL(os.environ["FAULT_SHIM"]), folder)
         for task in stage_tasks(exp):
             if selected(task):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import io
 import logging
 import shutil
 import sys
@@ -22,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from small_experiment import contents, overrides_of, run_child, stage_jobs, stage_tasks
+from small_experiment import contents, overrides_of, run_child, run_stages, stage_jobs
 
 from jahubert import run
 from jahubert.train.pipeline.jobs import Job
@@ -80,9 +79,7 @@ def main() -> int:
     n_failures = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
-        with contextlib.redirect_stdout(io.StringIO()):  # imports all modules; the trials run in children
-            for task in stage_tasks(folder / "exp"):
-                task.work()
+        run_stages(folder / "exp")
         for job in stage_jobs(folder / "exp"):
             if job.stage not in args.only:
                 continue

@@ -12,8 +12,6 @@ exit status of the script is 1 if any run differs. The script requires Linux.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import logging
 import os
 import shutil
@@ -23,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from small_experiment import NGRAM, contents, overrides_of, run_child, stage_jobs, stage_tasks
+from small_experiment import NGRAM, contents, overrides_of, run_child, run_stages, stage_jobs
 
 from jahubert import run
 from jahubert.train.pipeline.jobs import Job
@@ -103,9 +101,7 @@ def main() -> int:
     n_failures = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
-        with contextlib.redirect_stdout(io.StringIO()):  # imports all modules; the trials run in children
-            for task in stage_tasks(folder / "exp"):
-                task.work()
+        run_stages(folder / "exp")
         for index, job in enumerate(stage_jobs(folder / "exp")):
             finished, expected = job.out.with_name(job.out.name + ".finished"), contents(job.out)
             numbers = [list(SIGNALS)[index % 2]] if args.in_turn else list(SIGNALS)

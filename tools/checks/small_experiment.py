@@ -7,7 +7,9 @@ so that a trial takes little more time than the stage or command itself.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import io
 import json
 import os
 import signal
@@ -116,6 +118,13 @@ def stage_tasks(exp: Path) -> list[Task]:
         Task(str(job.out.relative_to(exp)), job.out, lambda job=job: _finish_stage(job))  # type: ignore[misc]
         for job in stage_jobs(exp)
     ]
+
+
+def run_stages(exp: Path) -> None:
+    """Run all stages of the experiment without output, which also imports all modules before a fork."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        for task in stage_tasks(exp):
+            task.work()
 
 
 def _finish_stage(job: Job) -> None:

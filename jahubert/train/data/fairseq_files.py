@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from jahubert.audio import AudioSource, audio_length
+from jahubert.audio.search import is_sidecar
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write, remove_folder
 from jahubert.frames import HUBERT, MFCC, FrameGrid
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance
-from jahubert.train.data.utterances import is_file, is_sidecar, read_blocks, read_bytes, read_lines
+from jahubert.train.data.utterances import is_file, read_blocks, read_bytes, read_lines
 from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import verify_files
 

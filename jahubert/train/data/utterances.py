@@ -180,11 +180,6 @@ def _mode(path: str | os.PathLike) -> int:
         return 0
 
 
-def is_sidecar(path: Path) -> bool:
-    """Return whether a file contains metadata that macOS stores next to another file."""
-    return path.name.startswith("._")
-
-
 def read_bytes(path: Path) -> bytes:
     """Read a file with retries.
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fixtures.damage import flip_bit
 from fixtures.unit_stages import make_corpus, stages
 
 from jahubert.errors import CheckpointError, DataError, UserError
@@ -28,9 +29,7 @@ def experiment(tmp_path_factory) -> Path:
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
+    path.write_bytes(flip_bit(path.read_bytes(), rng))
 
 
 def zero(path: Path, rng: random.Random) -> None:
