@@ -39,7 +39,7 @@ class FrameFile:
     def _map(self) -> np.ndarray:
         try:
             return np.load(self.path, mmap_mode="r")
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise DataError(
                 f"{self.path}: not a .npy file ({error}); delete {self.path.parent} and rerun the stage"
             ) from error

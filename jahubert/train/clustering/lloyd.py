@@ -328,8 +328,13 @@ def _sums(
     for lane_KD in sums_LKD[1:]:
         total_KD = total_KD + lane_KD
     if not math.isfinite(float(total_KD[0, -1])):
-        raise DataError("the frames contain NaN or infinite values; check the audio for broken recordings")
+        raise not_finite_error()
     return total_KD[:, :-2], total_KD[:, -2], total_KD[0, -1]
+
+
+def not_finite_error() -> DataError:
+    """Create the error for frames that contain NaN or infinite values."""
+    return DataError("the frames contain NaN or infinite values; check the audio for broken recordings")
 
 
 def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from jahubert.errors import ConfigError, MissingExtraError
 from jahubert.train.clustering.frames import Frames
-from jahubert.train.clustering.lloyd import Fit, KmeansOptions, assign_pass, coarse_centroids
+from jahubert.train.clustering.lloyd import (
+    Fit,
+    KmeansOptions,
+    assign_pass,
+    coarse_centroids,
+    not_finite_error,
+)
 
 
 def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
@@ -92,6 +98,10 @@ def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.n
 
 
 def _to_numpy(frames_ND: Frames) -> np.ndarray:
+    """Load frames into a float32 array, and raise DataError unless all of them are finite."""
     if isinstance(frames_ND, Tensor):
         frames_ND = frames_ND.cpu().float().numpy()
-    return np.ascontiguousarray(frames_ND[:], dtype=np.float32)
+    loaded_ND = np.ascontiguousarray(frames_ND[:], dtype=np.float32)
+    if not np.isfinite(loaded_ND).all():
+        raise not_finite_error()
+    return loaded_ND

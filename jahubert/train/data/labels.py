@@ -160,7 +160,7 @@ class LabelStore:
             raise DataError(
                 f"{self.folder}: no finished label store ({error.filename} not found); run stage=label"
             ) from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, EOFError) as error:
             raise DataError(f"{self.folder}: not a label store ({error}); rerun stage=label") from error
         if self.header.format != LabelHeader.format:
             raise DataError(

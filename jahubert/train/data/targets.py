@@ -62,7 +62,7 @@ class TargetStore:
         try:
             self.symbol_L = np.load(folder / "symbols.npy", mmap_mode="r")
             self.offsets = np.load(folder / "offsets.npy")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{folder}: no readable targets ({error}); run stage=targets first") from error
         self.phonemes = PhonemeSet.from_json(read_record(folder / "phonemes.json"))
 

@@ -141,9 +141,11 @@ def test_invalid_input_is_rejected(monkeypatch):
         fit_kmeans(frames[0], KmeansOptions(2))
     with pytest.raises(DataError, match="dimensions"):
         assign(frames, frames[:2, :3])
-    frames[7, 1] = torch.nan
-    with pytest.raises(DataError, match="NaN"):
-        fit_kmeans(frames, KmeansOptions(2))
+    broken = frames.clone()
+    broken[7, 1] = torch.nan
+    for backend in ("torch", "sklearn"):
+        with pytest.raises(DataError, match="NaN"):
+            fit_kmeans(broken, KmeansOptions(2, backend=backend))
     for package, backend, extra in (("faiss", "faiss", "gpu"), ("sklearn.cluster", "sklearn", "train")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingExtraError, match=rf"jahubert\[{extra}\]"):
@@ -240,8 +242,9 @@ def test_frame_file_is_never_loaded_as_a_whole(tmp_path):
     assert float(done.stdout) < 40
 
 
-def test_invalid_frame_file_is_named(tmp_path):
-    (tmp_path / "sample.npy").write_bytes(b"not an array")
+@pytest.mark.parametrize("content", [b"not an array", b""])
+def test_invalid_frame_file_is_named(tmp_path, content):
+    (tmp_path / "sample.npy").write_bytes(content)
     with pytest.raises(DataError, match=r"sample\.npy"):
         FrameFile(tmp_path / "sample.npy")
 

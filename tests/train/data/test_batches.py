@@ -142,3 +142,10 @@ def test_fine_tuning_batches_are_padded_and_never_cropped(corpus, tmp_path):
     assert data.load(MicroBatch(0, 0, (3, 0))).to(torch.device("cpu")).seconds == pytest.approx(
         84_001 / 16_000
     )
+
+
+def test_empty_target_file_is_rejected(tmp_path):
+    write_targets(tmp_path, [[1]], PhonemeSet.standard())
+    (tmp_path / "symbols.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="stage=targets"):
+        TargetStore(tmp_path)

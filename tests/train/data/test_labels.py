@@ -208,6 +208,7 @@ def test_damaged_stores_are_rejected(tmp_path):
         ("header.json", b"{", "header.json"),
         ("header.json", b'{"n_units": 3}', "not a label store"),
         ("offsets.npy", original["offsets.npy"][:50], "not a label store"),
+        ("offsets.npy", b"", "not a label store"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=message):
