@@ -94,7 +94,7 @@ class Mfcc:
         for start in range(0, rows, self.block):
             block_T = raw_T[start * hop : (start + self.block - 1) * hop + window]
             # Kaldi subtracts the mean of a frame and then applies pre-emphasis. Because pre-emphasis is
-            # linear, it can be applied to the whole waveform first, and (1 - 0.97) * mean subtracted later.
+            # linear, it can be applied to a whole block, before (1 - 0.97) * mean is subtracted per frame.
             emphasized_T = F.pad(torch.sub(block_T[1:], block_T[:-1], alpha=_PREEMPHASIS), (1, 0))
             mel_SM = self._mel(block_T.unfold(0, window, hop), emphasized_T.unfold(0, window, hop))
             log_SM = mel_SM.clamp_(min=_LOG_FLOOR).log_()

@@ -21,8 +21,8 @@ class KmeansResult:
     centroids_KD: Tensor  # float32, on the CPU
     inertia: float  # mean squared distance of a frame to its centroid
     counts_K: Tensor  # int64, number of frames per cluster
-    history: list[float]  # inertia after each pass over all frames; the last value equals `inertia`
-    reseeded: int  # number of empty clusters that were moved to another frame
+    history: list[float]  # inertia in each pass over all frames; the last value equals `inertia`
+    reseeded: int  # number of times that an empty cluster was moved to another frame
     backend: str
 
 
@@ -45,8 +45,8 @@ def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
         raise DataError(f"frames must have shape (N, D), but have shape {tuple(frames_ND.shape)}")
     if len(frames_ND) < options.n_clusters:
         raise DataError(
-            f"n_clusters={options.n_clusters} needs at least as many frames, but there are {len(frames_ND)}: "
-            "use more audio or fewer clusters"
+            f"n_clusters={options.n_clusters} needs at least as many frames, but their number is "
+            f"{len(frames_ND)}: use more audio or fewer clusters"
         )
     fitted = _BACKENDS[backend](frames_ND, options)
     return KmeansResult(

@@ -1,10 +1,10 @@
 """Lloyd's algorithm and mini-batch k-means over frames that may not fit in memory.
 
-Fitting proceeds from coarse to fine. K-means++ and Lloyd's algorithm run on a small sample with several
-initializations, the best of which is kept. Lloyd's algorithm then runs on samples that grow by a factor of
-eight, and finally on all frames. Most of the improvement happens on small samples, where a pass is cheap. If
-there are more than `lloyd_frames` frames, the last sample has this size, and a single mini-batch pass over
-all frames follows.
+Fitting proceeds from coarse to fine. K-means++ and Lloyd's algorithm run on a small sample with `n_init`
+initializations, and the best result is kept. Lloyd's algorithm then runs on samples that grow by a factor of
+eight, and finally on all frames. If there are more than `lloyd_frames` frames, the last run uses a sample of
+this size instead, and a single mini-batch pass over all frames follows. Most of the improvement happens on
+small samples, where a pass is cheap.
 
 Frames are read in chunks. A GPU caches chunks in up to half of its free memory. After the small sample, the
 processes share each pass. The results are bit-identical for any number of processes: chunks are assigned to
@@ -36,10 +36,10 @@ _BATCH = 4096  # number of frames per lane in a mini-batch
 
 _COARSE_FRAMES = 64  # number of frames per cluster in the first sample
 _COARSE_MIN = 20_000  # minimum number of frames in the first sample
-_COARSE_PASSES = 50  # maximum number of passes over a sample
+_COARSE_PASSES = 50  # maximum number of passes over each sample except the last
 _GROWTH = 8  # growth factor of the samples
 _IN_MEMORY = 1 << 30  # bytes; larger samples are not loaded into memory, but read in each pass
-_LAST_TOL = 10  # factor for `tol` in passes over all frames, which are expensive and improve little
+_LAST_TOL = 10  # factor for `tol` on the last of several samples, where passes are expensive
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class KmeansOptions:
     Args:
         n_clusters: number of clusters K.
         backend: implementation of k-means. "auto" selects "torch", which is implemented in this file.
-            "sklearn" is fairseq's implementation, for reference: MiniBatchKMeans with fairseq's arguments,
-            for which only `n_clusters` and `seed` of these options are used.
+            "sklearn" is for reference: it runs MiniBatchKMeans with fairseq's arguments, and ignores
+            `n_init`, `max_iter`, `tol` and `lloyd_frames`.
         n_init: number of initializations, of which the best one is used.
-        max_iter: maximum number of passes over all frames.
-        tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by at most this fraction.
-            On all frames, the limit is ten times as high (torch only).
+        max_iter: maximum number of passes over all frames, or over the sample of `lloyd_frames` frames.
+        tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by at most this fraction,
+            or by at most ten times this fraction on the last of several samples (torch only).
         lloyd_frames: maximum number of frames for Lloyd's algorithm. If there are more, a uniform sample of
             this size is clustered, and one mini-batch pass over all frames refines the result (torch only).
         seed: seed of all random choices.
@@ -99,8 +99,8 @@ class Fit:
     """The result of Lloyd's algorithm or of a backend."""
 
     statistics: PassStatistics  # statistics of the last pass
-    history: list[float]  # inertia after each pass
-    reseeded: int  # number of empty clusters that were moved to another frame
+    history: list[float]  # inertia in each pass
+    reseeded: int  # number of times that an empty cluster was moved to another frame
 
 
 class NearestCentroid:
@@ -178,7 +178,7 @@ def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
 
 
 def coarse_centroids(frames_ND: Frames, order: np.ndarray, options: KmeansOptions) -> tuple[Tensor, int]:
-    """Cluster a small sample with several initializations, and return the best centroids.
+    """Cluster a small sample with `n_init` initializations, and return the best centroids.
 
     Args:
         order: a permutation of the rows; the sample is a prefix of it.

@@ -65,7 +65,7 @@ def _import_faiss(gpu: bool) -> Any:
 
 
 def fit_sklearn(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """Run scikit-learn's k-means with fairseq's settings, using only `n_clusters` and `seed`."""
+    """Run scikit-learn's MiniBatchKMeans with the arguments of fairseq, `n_clusters` and `seed`."""
     centroids = sklearn_centroids(_to_numpy(frames_ND), options.n_clusters, options.seed)
     statistics = assign_pass(frames_ND, torch.from_numpy(centroids).to(options.device))
     return Fit(statistics, [statistics.inertia], 0)

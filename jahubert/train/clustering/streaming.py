@@ -37,6 +37,7 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
 
     Raises:
         ConfigError: the feature is unknown, `model` or `layer` is missing, or `layer` is out of range.
+        CheckpointError: the model cannot be loaded.
     """
     cls = resolve(kind, FEATURES, "features.kind")
     if kind != "hubert":
@@ -81,7 +82,7 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
             centroids_KD = file.get_tensor("centroids_KD")
             header = json.loads((file.metadata() or {})["header"])
         if centroids_KD.dtype != torch.float32 or centroids_KD.dim() != 2 or not centroids_KD.numel():
-            raise ValueError(f"centroids_KD is {tuple(centroids_KD.shape)}, {centroids_KD.dtype}")
+            raise ValueError(f"shape {tuple(centroids_KD.shape)}, dtype {centroids_KD.dtype}")
         if not isinstance(header, dict) or header.keys() != _HEADER_TYPES.keys():
             raise ValueError("the feature description is missing or incomplete")
         for name, kind in _HEADER_TYPES.items():

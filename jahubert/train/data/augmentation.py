@@ -42,7 +42,7 @@ class AugmentConfig:
     reverb_prob: float = 0.0  # probability of reverberation in a synthetic room
     reverb_seconds: tuple[float, float] = (0.1, 0.7)  # range of the reverberation time (RT60)
     reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # range of the direct-to-reverberant ratio
-    # Probability of mixing in 1 to 3 other training utterances, each for at most half of the duration.
+    # Probability of mixing in up to 3 other training utterances, each for at most half of the duration.
     mix_prob: float = 0.0
     mix_snr_db: tuple[float, float] = (5.0, 20.0)  # range of the level relative to the other utterances in dB
     noise_prob: float = 0.0  # probability of stationary noise

@@ -88,9 +88,9 @@ class PretrainBatch(_Batch):
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, in row-major order
-    # Weight of the feature penalty, as a number of targets. For a part of a group, the weight is the number
-    # of masked frames in the group times the part's fraction of the group's frames, so that the penalties of
-    # all parts add up to the penalty of the group.
+    # Weight of the feature penalty, as a number of targets. If a group of the sampler was cut into parts, the
+    # weight of a part is the number of masked frames in the group times the part's fraction of the group's
+    # frames, so that the penalties of all parts add up to the penalty of the group.
     penalty_count: float | None = None  # None: the number of masked frames
     shape: PackedShape | None = None  # shape that is passed to the model
     masked_index_N: Tensor = field(init=False)  # int64, indices of the masked frames in the flattened mask
@@ -98,7 +98,9 @@ class PretrainBatch(_Batch):
     def __post_init__(self) -> None:
         vars(self)["masked_index_N"] = self.mask_BS.flatten().nonzero()[:, 0]
         if len(self.masked_index_N) != len(self.unit_N):
-            raise DataError(f"{len(self.masked_index_N)} masked frames, but {len(self.unit_N)} units")
+            raise DataError(
+                f"expected one unit per masked frame ({len(self.masked_index_N)}), found {len(self.unit_N)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class CtcBatch(_Batch):
     def __post_init__(self) -> None:
         if int(self.n_target_B.sum()) != len(self.target_L):
             raise DataError(
-                f"{len(self.target_L)} target symbols, but the lengths add up to {int(self.n_target_B.sum())}"
+                f"target_L has length {len(self.target_L)}, but n_target_B adds up to "
+                f"{int(self.n_target_B.sum())}"
             )
 
 
@@ -130,7 +133,7 @@ class CropConfig:
     min_seconds: float = 2.0  # shorter utterances are skipped
     max_seconds: float = 15.625  # longer utterances are cropped at random frame positions
     # If a split has at most this many hours, each data worker caches its decoded audio in memory (0.23 GB per
-    # hour). A larger split is not cached at all, because a partial cache would save very little decoding.
+    # hour). A larger split is not cached at all.
     keep_in_memory_hours: float = runtime_field(4.0)
 
     def __post_init__(self) -> None:
@@ -180,9 +183,8 @@ def _long_enough(manifest: Manifest, split: str, min_seconds: float) -> np.ndarr
     keep = n_samples >= max(min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
     if len(rows) and not keep.any():
         raise DataError(
-            f"pretrain.crop.min_seconds is {min_seconds:g}, but the longest of the {len(rows)} utterances of "
-            f"split {split} has {n_samples.max() / SAMPLE_RATE:.2f} s; set a smaller value or use longer "
-            "recordings"
+            f"pretrain.crop.min_seconds is {min_seconds:g}, but the longest utterance of split {split} has "
+            f"{n_samples.max() / SAMPLE_RATE:.2f} s; set a smaller value or use longer recordings"
         )
     if not keep.all():
         log.log(

@@ -178,7 +178,9 @@ def _file_name(item: Utterance) -> str:
 def _check_unique(name: str, names: set[str], item: Utterance) -> None:
     """Add a name to `names`. Raise DataError if it is taken, e.g. because two ids differ only in / and -."""
     if name in names:
-        raise DataError(f"utterance {item.id!r}: another one is exported as {name} too; rename one of them")
+        raise DataError(
+            f"utterance {item.id!r}: another utterance is exported as {name} too; rename one of them"
+        )
     names.add(name)
 
 

@@ -91,8 +91,8 @@ def read_dict(path: Path) -> int:
     units = [line.split()[:1] for line in read_bytes(path).splitlines() if line.strip()]
     if sorted(int(unit) if unit.isdigit() else -1 for (unit,) in units) != list(range(len(units))):
         raise DataError(
-            f"{path}: expected each unit from 0 to {len(units) - 1} once on {len(units)} lines; create the "
-            "file again (the command that appends to it was probably run twice)"
+            f"{path}: each unit from 0 to {len(units) - 1} must be on exactly one line; create the file "
+            "again (the command that appends to it was probably run twice)"
         )
     return len(units)
 
@@ -110,7 +110,7 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
     Raises:
         DataError: a file is missing or malformed, an utterance of the manifest is missing or has a different
             length in the `.tsv`, its number of units does not match its number of frames, a unit is not in
-            the dictionary, or the `.tsv` and `.km` have different numbers of lines.
+            the dictionary, or a `.km` does not have one line per utterance in its `.tsv`.
         StaleError: `out` contains units with a different origin.
     """
     folder = Path(folder).expanduser()
@@ -258,12 +258,16 @@ def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, in
 
 
 def _sampled_rows(manifest: Manifest) -> range:
-    """Return about 1000 evenly spaced rows, enough to find a folder that contains most audio files."""
+    """Return up to 2000 evenly spaced rows, enough to find a folder that contains most audio files."""
     return range(0, len(manifest), max(1, len(manifest) // 1000))
 
 
 def _tsv_name(item: Utterance, root: str) -> str:
-    """Return the audio path of an utterance relative to `root`, or the absolute path if it is outside."""
+    """Return the `.tsv` name of an utterance: its path, relative if below `root`, and its position in a .zip.
+
+    Raises:
+        DataError: a `.tsv` file cannot represent the utterance.
+    """
     audio, problem = item.audio, ""
     if item.start or audio_length(audio) != item.n_samples:
         problem = "is only part of its recording; split the recordings into files first"

@@ -1,4 +1,4 @@
-"""Writer for generated and converted audio as 16-bit FLAC files, which later runs reuse."""
+"""Writer for 16-bit FLAC files of generated and converted audio."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def flac_length(path: Path) -> int | None:
 
 
 def write_flac_once(path: Path, make: Callable[[], np.ndarray]) -> int:
-    """Write the 16 kHz waveform that `make` returns (see `write_flac`), unless the file exists.
+    """Write the 16 kHz waveform that `make` returns (see `write_flac`), unless a readable file exists.
 
     Returns:
         The number of samples.

@@ -96,7 +96,9 @@ class LabelWriter:
         """
         rows = self.rows(shard)
         if len(units) != len(rows):
-            raise DataError(f"shard {shard}: expected units for {len(rows)} utterances, found {len(units)}")
+            raise DataError(
+                f"shard {shard}: wrong number of utterances (expected {len(rows)}, found {len(units)})"
+            )
         packed = []
         for row, unit_S in zip(rows, units, strict=True):
             unit_S = np.asarray(unit_S)
@@ -105,7 +107,7 @@ class LabelWriter:
             if len(unit_S) and not np.issubdtype(unit_S.dtype, np.integer):
                 raise DataError(f"utterance {row}: units must be integers, found {unit_S.dtype}")
             if len(unit_S) and not 0 <= np.min(unit_S) <= np.max(unit_S) < self.header.n_units:
-                raise DataError(f"utterance {row}: units outside 0..{self.header.n_units - 1}")
+                raise DataError(f"utterance {row}: units must be in 0..{self.header.n_units - 1}")
             packed.append(unit_S.astype(self.header.dtype))
         content = np.concatenate(packed).tobytes()
         _write(self._path(shard), lambda out: out.write(content + _crc32(content)))
@@ -115,7 +117,7 @@ class LabelWriter:
         if not (self.folder / "header.json").exists():
             if missing := self.pending():
                 raise DataError(
-                    f"{self.folder}: {len(missing)} shards are missing or incomplete, the first is "
+                    f"{self.folder}: missing or incomplete shards: {len(missing)}, starting with shard "
                     f"{missing[0]}; rerun stage=label"
                 )
             offsets = np.concatenate([[0], np.cumsum(self.n_frames)]).astype(np.int64)
@@ -169,8 +171,8 @@ class LabelStore:
             )
         if size != self.offsets[-1] * self.header.dtype.itemsize:
             raise DataError(
-                f"{self.folder}/units.bin: {size} bytes, but offsets.npy has {self.offsets[-1]} units of "
-                f"{self.header.dtype.itemsize} bytes; rerun stage=label"
+                f"{self.folder}/units.bin: size is {size} bytes, but according to offsets.npy it must be "
+                f"{self.offsets[-1] * self.header.dtype.itemsize}; rerun stage=label"
             )
         # An empty file cannot be mapped. A plain array avoids the overhead of np.memmap on every access.
         self.unit_N: np.ndarray = np.zeros(0, self.header.dtype)
@@ -219,9 +221,9 @@ class LabelStore:
         if len(wrong):
             row = int(wrong[0])
             raise DataError(
-                f"{self.folder}: {len(wrong)} utterances have different numbers of units and frames, for "
-                f"example {manifest[row].id!r} (row {row}): {len(self[row])} units, {expected[row]} frames; "
-                "rerun stage=label"
+                f"{self.folder}: the numbers of units and frames differ in {len(wrong)} of {len(self)} "
+                f"utterances, for example {manifest[row].id!r} (row {row}): {len(self[row])} units, "
+                f"{expected[row]} frames; rerun stage=label"
             )
 
     def unit_counts(self) -> np.ndarray:
@@ -265,7 +267,7 @@ def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
     """Write a file atomically.
 
     Raises:
-        DataError: the disk is full, or the folder is not writable.
+        DataError: the file cannot be written, for example because the disk is full.
     """
     try:
         with atomic_write(path, "wb") as out:

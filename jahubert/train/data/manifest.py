@@ -267,7 +267,8 @@ class _ManifestBuilder:
         if not self.rejected:
             return "the recipe yielded no utterances"
         reason, n = max(self.rejected.items(), key=lambda pair: pair[1])
-        return f"all {sum(self.rejected.values())} were rejected, most often ({n} times) because: {reason}"
+        total = sum(self.rejected.values())
+        return f"everything was rejected; the most frequent reason ({n} of {total}) is: {reason}"
 
 
 def _check(item: Utterance) -> None:
@@ -284,7 +285,10 @@ def _check(item: Utterance) -> None:
         end = 0
         for phone in item.alignment:
             if not end <= phone.start < phone.end <= item.n_samples:
-                problem = f"has an overlapping alignment or one longer than {item.n_samples} samples: {phone}"
+                problem = (
+                    "has an alignment with a phone that is empty, overlaps the previous one or ends after "
+                    f"{item.n_samples} samples: {phone}"
+                )
                 break
             end = phone.end
     if problem:

@@ -28,7 +28,7 @@ def parquet_schema(path: Path) -> pa.Schema:
 
 
 def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a parquet file in batches of 256 rows.
+    """Yield the rows of a parquet file in batches of at most 256 rows.
 
     Raises:
         DataError: the file is damaged, or the file system still fails after several attempts.

@@ -3,7 +3,7 @@
 An epoch is a sequence of groups of utterances with similar lengths. An update consists of a fixed number of
 consecutive groups, so that its content depends neither on the memory of a GPU nor on the number of processes.
 A device processes one micro-batch in one forward pass. A group is a single micro-batch, unless it is longer
-than `micro_seconds` or the processes could not share the update otherwise: then it is cut into several.
+than `micro_seconds` or the processes could not share the update evenly: then it is cut into several.
 The state of the sampler consists of two integers: the epoch, and the number of groups consumed in that epoch.
 """
 
@@ -46,7 +46,7 @@ class BatchSizes:
 
 
 def too_few_utterances(fewest: int, sizes: BatchSizes, processes: int) -> str:
-    """Return the error message for processes that cannot share an update of `fewest` utterances."""
+    """Return the error message for an update of only `fewest` utterances that processes cannot share."""
     groups, seconds = sizes.groups, sizes.group_seconds
     return (
         f"an update of {groups} group{'s'[: groups > 1]} of {seconds:g} s may have only {fewest} utterance"
@@ -142,9 +142,8 @@ class Sampler:
         longest = self.n_samples.max() / SAMPLE_RATE
         if self.n_samples.max() > self.group_capacity:
             raise ConfigError(
-                f"batch_seconds: each of the {sizes.groups} groups in an update can hold "
-                f"{sizes.group_seconds:g} s, but the longest utterance has {longest:.2f} s; increase "
-                "batch_seconds"
+                f"batch_seconds: a group ({sizes.groups} per update) can hold {sizes.group_seconds:g} s, but "
+                f"the longest utterance has {longest:.2f} s; increase batch_seconds"
             )
         if self.n_samples.max() > self.capacity:
             raise ConfigError(

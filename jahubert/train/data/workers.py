@@ -97,7 +97,7 @@ def ignore_signals(_: int = 0) -> None:
 
 
 class _Items(Dataset):
-    """Map-style dataset of function results. Errors are returned as values, which preserves their types."""
+    """Map-style dataset of function results. UserErrors and OSErrors are returned, to keep their types."""
 
     def __init__(self, function: Callable[[Any], Any], advice: str):
         self.function, self.advice = function, advice

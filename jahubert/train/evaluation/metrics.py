@@ -99,7 +99,8 @@ def error_rate(
     """
     if len(references) != len(hypotheses):
         raise DataError(
-            f"{len(references)} references, but {len(hypotheses)} hypotheses: match them by id first"
+            f"the numbers of references ({len(references)}) and hypotheses ({len(hypotheses)}) differ: match "
+            "them by id first"
         )
     pairs = zip(references, hypotheses, strict=True)
     counts = (count_errors(reference, hypothesis) for reference, hypothesis in pairs)

@@ -65,7 +65,7 @@ def usage_problem(count_K: np.ndarray) -> str | None:
         return (
             f"units are used too rarely or too unevenly: {usage['used']} of {n_units} occur (perplexity "
             f"{usage['perplexity']:.0f}). The centroids may belong to a different feature, layer or "
-            "normalization, or were fitted to too few frames: check features.sample_frames and "
+            "normalization, or may have been fitted to too few frames: check features.sample_frames and "
             "kmeans.n_init, or lower kmeans.n_clusters"
         )
     return None
@@ -140,8 +140,8 @@ def label_difference(first: LabelStore, second: LabelStore, manifest: Manifest) 
         return None
     share = n_different / len(first.unit_N)
     summary = (
-        f"{first.folder} and {second.folder} differ in {n_different} frames ({share:.2%}) of {len(rows)} "
-        f"utterances, first in {manifest[int(rows[0])].id!r}"
+        f"{first.folder} and {second.folder} differ in {share:.2%} of all frames ({n_different}) and in "
+        f"{len(rows)} of {len(manifest)} utterances, first in {manifest[int(rows[0])].id!r}"
     )
     headers = asdict(first.header), asdict(second.header)
     different_fields = [

@@ -30,7 +30,7 @@ def file_crc32(path: Path) -> str:
 
 
 def content_crc32(content: Mapping[str, Any]) -> str:
-    """Compute the CRC-32 of JSON-serializable content; saving and loading the content does not change it."""
+    """Compute a CRC-32 of JSON-serializable content, which is the same for the saved and loaded content."""
     normalized = json.loads(json.dumps(content, default=str))
     return f"{zlib.crc32(json.dumps(normalized, sort_keys=True).encode()):08x}"
 

@@ -66,7 +66,7 @@ def config_group(group_class: GroupClass) -> Any:
 
 
 def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return one error message per number that is out of range. None is allowed.
+    """Return one error message per number that is out of range. The value None is always allowed.
 
     Args:
         allowed: maps a range to the names of fields, e.g. {"at least 0": ("workers",)}.

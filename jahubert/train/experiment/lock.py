@@ -14,7 +14,7 @@ from typing import TextIO
 
 from jahubert.errors import BusyError
 
-if sys.platform != "win32":  # no POSIX locks
+if sys.platform != "win32":  # Windows has no POSIX locks
     import fcntl
 
 LOCK_NAME = ".running"
@@ -73,7 +73,7 @@ def _has_name(file: TextIO, path: Path) -> bool:
 def _try_lock(file: TextIO) -> str | None:
     """Try to lock a file. If another process holds the lock, return a description of that process.
 
-    On a file system without locks, every attempt succeeds.
+    On Windows and on a file system without locks, every attempt succeeds.
     """
     if sys.platform == "win32":
         return None

@@ -64,7 +64,7 @@ def acquire(
         Whether the folder has the complete result of the stage.
 
     Raises:
-        StaleError: the folder was created or started with different settings.
+        StaleError: the stage was run in the folder with different settings or by another version of its code.
     """
     for name in (DONE, STARTED):
         if (out / name).exists():
@@ -271,7 +271,7 @@ def _check_unchanged(
 
 def _short(value: Any) -> str:
     text = str(value)
-    return f"another input ({text[:8]})" if len(text) == 64 and " " not in text else text
+    return f"input {text[:8]}" if len(text) == 64 and " " not in text else text
 
 
 def stage_states(root: Path) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ STAGES = {
 }
 
 
-_FOLDERS: set[Path] = set()  # folders of imported files, whose other files can be imported by name
+_FOLDERS: set[Path] = set()  # folders of the files that `_import_file` has imported
 PER_DECODING = ("decode", "score")  # stages that can be run several times for one fine-tuned model
 
 

@@ -69,7 +69,9 @@ class CommandSettings:
 
 
 def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, Any]:
-    """Compose the tree of settings as plain values. Values from the command line remain text.
+    """Compose the tree of settings as plain values.
+
+    Values from the command line remain text, except those of `CommandSettings`.
 
     Args:
         overrides: `key=value` settings from the command line.
@@ -157,7 +159,8 @@ def _merge_presets(
 ) -> Any:
     """Merge presets and the `by_iteration` and `systems` settings of the command line into the tree.
 
-    The presets are those of fine-tuning, of the recipe and of the machine, in this order.
+    The presets are those of fine-tuning, of the recipe and of the machine (for their order, see the docstring
+    of this module).
     """
     from omegaconf import OmegaConf
 
@@ -278,7 +281,7 @@ def _check_names(groups: Mapping[str, str]) -> None:
 
 
 def _check_keys(tree: Mapping[str, Any]) -> None:
-    """Raise ConfigError for unknown top-level keys."""
+    """Raise ConfigError for unknown top-level keys, and for `systems` or `by_iteration` without a mapping."""
     known = {*STAGES, *_GROUPS, *CommandSettings.__dataclass_fields__, "decode_folder"}
     known |= {
         "systems",

@@ -76,8 +76,8 @@ def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Seq
     if not is_typed or model is None or not used or Path(model) in used:
         return []
     return [
-        f"pretrained={model} has no effect: the recipe, its systems or the command line "
-        f"set finetune.pretrained={', '.join(sorted({str(other) for other in used}))}"
+        f"pretrained={model} has no effect: the recipe, one of its systems or the command line "
+        f"sets finetune.pretrained={', '.join(sorted({str(other) for other in used}))}"
     ]
 
 
@@ -111,8 +111,8 @@ def _check_layer(tree: dict[str, Any], config: Any) -> None:
     is_too_high = isinstance(config.layer, int) and isinstance(n_layers, int) and config.layer > n_layers
     if config.model == bundle and is_too_high:
         raise ConfigError(
-            f"features.layer: iteration {tree['iteration']} uses layer {config.layer}, but the model has "
-            f"{n_layers}; set it in by_iteration or on the command line"
+            f"features.layer: iteration {tree['iteration']} uses layer {config.layer}, but the last layer of "
+            f"the model is {n_layers}; set features.layer in by_iteration or on the command line"
         )
 
 

@@ -36,8 +36,8 @@ def run(overrides: Sequence[str]) -> None:
     """Run the stages that a list of `key=value` overrides selects.
 
     Raises:
-        ConfigError: an override cannot be parsed, a stage, recipe, system or key is unknown, or an input does
-            not exist and is not an output of the command.
+        ConfigError: an override cannot be parsed, a stage, recipe, system or key is unknown, a setting is
+            invalid, or an input does not exist and is not an output of the command.
     """
     from jahubert.train.experiment import distributed
     from jahubert.train.pipeline import preflight
@@ -67,7 +67,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
             checksums of smaller files are always verified.
 
     Raises:
-        StaleError: the folder was created or started with different settings.
+        StaleError: the stage was run in the folder with different settings or by another version of its code.
         BusyError: another run is using the folder.
         DataError: an input file is missing or damaged.
     """

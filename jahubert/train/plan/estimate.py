@@ -1,8 +1,8 @@
 """Estimates of the hours, disk space and memory that every stage of a run needs.
 
-The hours of a stage are its FLOPs divided by the FLOP/s of all devices, unless decoding the audio takes
-longer. The FLOPs are computed from the sizes of the model (`flops`). The FLOP/s are measured on this machine
-or taken from a table of GPUs (`machine`).
+The hours of training and k-means are their FLOPs divided by the FLOP/s of all devices. In the other stages, a
+pass over the audio can also be limited by decoding. The FLOPs are computed from the sizes of the model
+(`flops`). The FLOP/s are measured on this machine or taken from a table of GPUs (`machine`).
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Machine:
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
-    """Measure training in each precision that the run uses, decoding, and MFCCs on this machine."""
+    """Measure training in float32 and in the 16-bit precisions of the run, decoding, and MFCCs."""
     device = distributed.process_device(trains[0].device)
     requested = [pick_precision(train, device) for train in trains]
     # Features and labels are always computed in float32.

@@ -92,7 +92,9 @@ class Config:
             if not fused and getattr(self, name):
                 errors.append(f"{name} has no effect without lm or lexicon; set one or remove {name}")
         if self.tune_splits and not (self.tune_lm_weights and self.tune_word_bonuses):
-            errors.append("tune_splits needs at least one value in tune_lm_weights and tune_word_bonuses")
+            errors.append(
+                "tune_splits needs at least one value each in tune_lm_weights and tune_word_bonuses"
+            )
         raise_config_errors(errors)
 
     @property
@@ -207,7 +209,7 @@ def tune(
     points = search_grid(fusion, batches, targets.phonemes, config.beam, lm_weights, config.tune_word_bonuses)
     best = points[0]
     log.info(
-        "lm_weight %g and word_bonus %g have the lowest error rate, %.2f %%, of %d on %s",
+        "lm_weight %g and word_bonus %g have the lowest error rate, %.2f %%, of %d combinations on %s",
         best.lm_weight, best.word_bonus, 100 * best.rate, len(points), ", ".join(config.tune_splits),
     )  # fmt: skip
     if distributed.rank() == 0:
@@ -317,7 +319,7 @@ def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> 
 
 
 def talk_of(utterance: Utterance) -> str:
-    """Return the file name of the recording without suffix, or the utterance id if it is in an archive."""
+    """Return the name of the audio file without suffix, or the utterance id if the file is an archive."""
     return utterance.id if utterance.audio.offset else Path(utterance.audio.path).stem
 
 

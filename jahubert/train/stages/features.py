@@ -5,9 +5,9 @@ Writes  sample.npy, float32 (frames, dim); header.json: feature, layer and model
 
     python -m jahubert.run recipe=demo stage=features iteration=1
 
-The sample is drawn uniformly from the frames of the split. The lengths in the manifest and the seed determine
-it, so that it does not depend on the number of processes. All processes write their frames to the same file,
-so that the sample need not fit in memory.
+The sample is drawn uniformly from the frames of the split. The positions of the sampled frames depend only on
+the settings and on the lengths in the manifest, not on the number of processes. All processes write their
+frames to the same file, so that the sample need not fit in memory.
 """
 
 from __future__ import annotations

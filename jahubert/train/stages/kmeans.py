@@ -36,7 +36,7 @@ class Config:
     n_clusters: int = 100  # number of clusters
     backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"  # k-means implementation; auto: torch
     n_init: int = 3  # number of initializations, of which the best one is used
-    max_iter: int = 100  # maximum number of passes over all frames
+    max_iter: int = 100  # maximum number of passes over all frames (or the sample of lloyd_frames)
     # Maximum number of frames for Lloyd's algorithm. If there are more, it runs on a sample of this size, and
     # one mini-batch pass over all frames follows (backend torch only).
     lloyd_frames: int = 10_000_000

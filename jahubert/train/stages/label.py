@@ -1,6 +1,6 @@
 """Labeling of all utterances with units: the unit of a frame is the index of the nearest centroid.
 
-Reads   the manifest, the centroids, and for units of a HuBERT layer the model to which they were fitted
+Reads   the manifest, the centroids, and for units of a HuBERT layer the model whose features were clustered
 Writes  units.bin, offsets.npy, header.json (a LabelStore; features are not stored); for units of a HuBERT
         layer also bundle/, with the model and the centroids for `jahubert units`
 
@@ -54,7 +54,7 @@ VERSION = 1
 class Config:
     manifest: Path  # manifest.arrow of the prepare stage
     centroids: Path  # output folder of the kmeans stage, or a folder with fairseq's files
-    model: Path | None = model_field(None)  # for hubert: the model to which the centroids were fitted
+    model: Path | None = model_field(None)  # for hubert: the model whose features were clustered
     layer: int | None = runtime_field(None)  # for hubert: the expected layer of the centroids
     # Custom feature extractor (module:attribute or file.py:attribute), whose code is imported if the
     # centroids were fitted to it.
@@ -127,7 +127,8 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     ]
     if mismatches:
         raise DataError(
-            f"{config.model}: {config.centroids} was fitted to different features: {'; '.join(mismatches)}"
+            f"{config.centroids}: the centroids were fitted to different features than those of label.model="
+            f"{config.model}: {'; '.join(mismatches)}"
         )
     header = LabelHeader(
         n_units=len(centroids_KD),

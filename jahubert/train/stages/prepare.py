@@ -99,9 +99,9 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     n_audio = n_unusable + counts["utterances"]
     if too_many(n_unusable, n_audio, config.max_unusable):
         raise DataError(
-            f"{n_unusable} of {n_audio} utterances have unusable audio; see {out}/rejected.jsonl. Replace "
-            f"the files, or increase prepare.max_unusable (now {config.max_unusable:g}) to leave these "
-            "utterances out"
+            f"the audio of {n_unusable} of {n_audio} utterances is unusable; see {out}/rejected.jsonl. "
+            f"Replace the files, or increase prepare.max_unusable (now {config.max_unusable:g}) to leave out "
+            "utterances with unusable audio"
         )
     # The fingerprint is recorded, because the corpus or its reader may change while all settings stay the
     # same.

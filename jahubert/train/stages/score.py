@@ -1,4 +1,4 @@
-"""Scoring of hypotheses: WER, PER and kana CER, or CER for characters.
+"""Scoring of hypotheses: WER, PER, kana CER or CER, depending on the vocabulary.
 
 Reads   the hypotheses written by the decode stage, and those of another system if `baseline` is set
 Writes  scores.json: all measures by set (with confidence intervals), talk and speaker, confusions, the
@@ -170,8 +170,8 @@ def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> di
     ]
     if different:
         raise DataError(
-            f"{path}: the references of {len(different)} utterances differ from those of the baseline, first "
-            f"{different[0]!r}; use the same targets for both systems"
+            f"{path}: the references of {len(different)} of {len(paired)} utterances differ from those of "
+            f"the baseline, for example {different[0]!r}; use the same targets for both systems"
         )
     baseline = SetScore(paired, set_score.measures)
     result = {}

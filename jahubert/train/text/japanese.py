@@ -1,8 +1,8 @@
 """Conversion of Japanese text to words, katakana pronunciations and phones, based on pyopenjtalk-plus.
 
-Each morpheme in its dictionary becomes a word, except that a morpheme whose pronunciation starts with `ー`
-(such as う in でしょう) is joined to the preceding word. Symbols are dropped. Known errors in the dictionary
-are corrected before and after the analysis:
+Each morpheme becomes a word, except that a morpheme whose pronunciation starts with `ー` or a small vowel, or
+has no vowel, is joined to the preceding word (such as う in でしょう). Symbols are dropped. Known errors in
+the dictionary of pyopenjtalk-plus are corrected before and after the analysis:
 
 - `normalization.py` spells out expressions that the dictionary skips or misreads: minus signs, currencies,
   units, clock times, dates and fractions;

@@ -21,8 +21,8 @@ from jahubert.formats.text_lines import read_lines
 from jahubert.phonemes import kana_to_phones, normalize_kana
 
 # These errors were found in 4,936 words with known readings (file names in the tofugu recipe) and in test
-# sentences. The comments show the uncorrected readings. Of 90 words whose readings differed, 60 still differ,
-# because they have two readings or are suffixes (see docs/readings.md).
+# sentences. The comments show the uncorrected readings. Of 90 words whose readings differed from the known
+# ones, 60 still differ, because they have two readings or are suffixes (see docs/readings.md).
 NOUNS = {
     "α波": "アルファハ",  # アルファナミ
     "かき氷": "カキゴーリ",  # カキゴオリ

@@ -1,7 +1,7 @@
 """Checkpoints of the default training engine.
 
-All processes write a checkpoint together with `torch.distributed.checkpoint` (DCP), and any number of
-processes can load it, sharded or not. The checkpoint folder is renamed to `step_N` once it is complete. The
+Each process writes a part of a checkpoint with `torch.distributed.checkpoint` (DCP). Any number of processes,
+with or without sharding, can load it. The checkpoint folder is renamed to `step_N` once it is complete. The
 last file to be written, `run.json`, contains the sizes and checksums of all other files, so that truncated or
 damaged checkpoints are detected and skipped.
 """

@@ -102,8 +102,8 @@ def train(
     """Train `module`, as a drop-in replacement for `jahubert.train.trainer.trainer.train`.
 
     Raises:
-        StaleError: a run with a different number of processes saved the checkpoint.
-        Stopped, ConfigError, JahubertError: as in the default engine.
+        StaleError: the checkpoints were saved by another engine or by a different number of processes.
+        Stopped, ConfigError, DataError, JahubertError: as in the default engine.
     """
     data.sampler.check_processes(distributed.world())
     check_shared_memory(config)
@@ -162,9 +162,9 @@ class _TrainingRun:
         n_saved = len(list((self.folder / f"step_{self.step}" / "trainer").glob("rank_*.pt")))
         if self.step and n_saved != distributed.world():
             raise StaleError(
-                f"{self.folder}: step {self.step} was saved by {n_saved} processes, but this run has "
-                f"{distributed.world()}; start {n_saved} processes, or use train.engine=torch, whose "
-                "checkpoints can be loaded by any number of processes"
+                f"{self.folder}: the number of processes is {distributed.world()}, but was {n_saved} when "
+                f"step {self.step} was saved; change it to {n_saved}, or start again with "
+                "train.engine=torch, whose checkpoints can be loaded by any number of processes"
             )
         if self.step and self.state_path.exists():
             state = read_record(self.state_path)
@@ -349,7 +349,7 @@ class _Sums(Metric):
 
 
 class _Unit(TrainUnit):
-    """Training unit that validates before a step, and checks losses and stop requests after it."""
+    """Training unit that validates before a step, and checks losses and stop requests before the update."""
 
     def __init__(self, run: _TrainingRun, wrapped: nn.Module):
         self.run, self.wrapped = run, wrapped

@@ -72,7 +72,7 @@ def automatic_micro_seconds(
 ) -> float:
     """Return the largest useful micro-batch in seconds, which is a group of the sampler if it fits in memory.
 
-    The result is at least `longest`, even if that may not fit in memory.
+    Unless a group is shorter, the result is at least `longest`, even if that may not fit in memory.
 
     Args:
         longest: length of the longest utterance in seconds.

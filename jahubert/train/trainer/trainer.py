@@ -2,9 +2,9 @@
 
 The engine is not specific to speech: it trains any `Trainable` module. Gradients of summed losses are
 accumulated over micro-batches, divided by the sum of `Loss.count` in all processes, clipped and applied. The
-random state of every micro-batch is seeded from its position in the data. Results therefore do not depend on
-interruptions, on the number of DataLoader workers, or on the number of processes if it divides the number of
-micro-batches.
+random state of every micro-batch is seeded from its position in the data. Results therefore depend neither on
+interruptions nor on the number of DataLoader workers. If the number of processes divides the number of
+micro-batches, it changes only the order of additions, that is, the rounding.
 
 The engine writes `checkpoints/step_N/`, `best.safetensors`, `metrics.jsonl`, and `tensorboard/` or `wandb/`
 to `out`.
@@ -122,10 +122,8 @@ def overflow_error(step: int) -> JahubertError:
 def stopped_error(stop: StopSignals, step: int) -> Stopped:
     """Create the error that ends a run after this or another process received a stop signal."""
     signal_name = stop.names[0] if stop else None
-    received = signal_name or "a stop signal in another process"
-    return Stopped(
-        f"received {received}: checkpoint saved at step {step}; rerun the same command to resume", signal_name
-    )
+    cause = f"received {signal_name}" if signal_name else "another process received a stop signal"
+    return Stopped(f"{cause}: checkpoint saved at step {step}; rerun the same command to resume", signal_name)
 
 
 def train(
@@ -145,13 +143,17 @@ def train(
             `best.safetensors` and loaded into the module at the end.
 
     Returns:
-        The metrics of the best step if `best` is given, otherwise the last training metrics.
+        The metrics of the best step if `best` is given and there was a validation, otherwise the last
+        training metrics.
 
     Raises:
         Stopped: SIGTERM, SIGUSR1 or SIGINT was received, and a checkpoint was saved.
         ConfigError: there is too little shared memory for the DataLoader workers, or an update may have fewer
             utterances than there are processes.
-        JahubertError: the loss or the gradient norm is not finite; the step was not applied.
+        StaleError: `out` contains checkpoints from another engine.
+        DataError: the newest intact checkpoint or `best.safetensors` cannot be read.
+        JahubertError: the loss or the gradient norm is not finite, float16 gradients overflow at every loss
+            scale, or a stop signal was received and no checkpoint could be saved in time.
     """
     data.sampler.check_processes(distributed.world())
     check_shared_memory(config)

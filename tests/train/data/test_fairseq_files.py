@@ -150,7 +150,7 @@ def test_mismatched_files_are_rejected(corpus):
     assert_rejected(km, None, "train.km")
     assert_rejected(words, None, "dict.km.txt")
     assert_rejected(words, good[words] * 2, "dict.km.txt.* 199 ")
-    assert_rejected(words, good[words] + b"<unk> 1\n", "dict.km.txt.* 101 ")
+    assert_rejected(words, good[words] + b"<unk> 1\n", "dict.km.txt.* 0 to 100 ")
     assert_rejected(words, good[words][: good[words].index(b"50 1")], "dict.km.txt has units 0 to 49")
     assert_rejected(km, good[km].replace(b" ", b" x ", 1), "train.km, line 1.*integers")
     assert_rejected(

@@ -73,7 +73,7 @@ def test_resumed_store_is_identical_for_any_order_and_shard_size(tmp_path):
     fill(tmp_path / "complete").finish()
     writer = fill(tmp_path / "parts", shards=2)
     assert writer.pending() == [2, 3, 4, 5]
-    with pytest.raises(DataError, match="4 shards are missing"):
+    with pytest.raises(DataError, match="incomplete shards: 4"):
         writer.finish()
     again = LabelWriter(tmp_path / "parts", HEADER, N_FRAMES, shard_size=7)  # the shard size remains 10
     assert again.pending() == [2, 3, 4, 5]
@@ -190,9 +190,9 @@ def test_invalid_units_are_rejected(tmp_path):
     good = [units(row) for row in range(10)]
     row = int(np.flatnonzero(N_FRAMES[:10])[0])
     for bad, message in (
-        (good[:-1], "10 utterances, found 9"),
+        (good[:-1], r"utterances \(expected 10, found 9\)"),
         ([*good[:row], good[row][1:], *good[row + 1 :]], rf"utterance {row}: {N_FRAMES[row] - 1} units, but"),
-        ([*good[:row], good[row] + 100, *good[row + 1 :]], rf"utterance {row}: units outside 0\.\.99"),
+        ([*good[:row], good[row] + 100, *good[row + 1 :]], rf"utterance {row}: units must be in 0\.\.99"),
         ([*good[:row], good[row] * 0.5, *good[row + 1 :]], rf"utterance {row}: .*float64"),
     ):
         with pytest.raises(DataError, match=message):

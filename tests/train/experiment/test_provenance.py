@@ -79,9 +79,7 @@ def test_input_is_identified_by_its_fingerprint(tmp_path, source):
     assert stage_inputs("kmeans", 1, Config(moved)) == before
     write_json(moved / DONE, {"fingerprint": "e" * 64})
     acquire(tmp_path / "out", before)
-    with pytest.raises(
-        StaleError, match=r"kmeans.source was another input \(ffffffff\), now another input \(eeeeeeee\)"
-    ):
+    with pytest.raises(StaleError, match=r"kmeans.source was input ffffffff, now input eeeeeeee"):
         acquire(tmp_path / "out", stage_inputs("kmeans", 1, Config(moved)))
 
 
