@@ -1,6 +1,6 @@
-"""Limits on the memory and time for opening a model file.
+"""Limits on the memory and time for opening a model or data file.
 
-Real models stay below these limits. For larger files from a trusted source, the environment variable
+Real files stay below these limits. For larger files from a trusted source, the environment variable
 `JAHUBERT_LIMITS` multiplies all of them.
 """
 
@@ -16,6 +16,8 @@ PICKLE_BYTES = 16 << 20  # size of a pickle without its tensors
 INSTRUCTIONS = 500_000  # instructions in a pickle; 300 tensors and 50,000 symbols need 270,000
 DEPTH = 100  # number of levels of nested settings
 EXPANSION = 4  # number of tensor bytes per byte of the file
+GZIP_EXPANSION = 100  # number of decompressed bytes per byte of a gzip file; text needs 3 to 40
+GZIP_BYTES = 16 << 20  # decompressed size of a gzip file that is allowed in any case
 CONVS = 64  # number of layers in the front end
 LAYERS = 512  # number of Transformer blocks
 

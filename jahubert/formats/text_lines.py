@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from jahubert.errors import DataError
+from jahubert.formats.gzip_files import open_gzip
 
 MAX_LINE = 1 << 20  # maximum length of a line in bytes
 
@@ -43,9 +43,10 @@ def read_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot read the {content} ({reason})") from error
 
 
-def _open(path: Path) -> AbstractContextManager[BinaryIO]:
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
     if str(path) == "-":
-        return nullcontext(sys.stdin.buffer)
-    if path.suffix == ".gz":
-        return cast("AbstractContextManager[BinaryIO]", gzip.open(path, "rb"))
-    return path.open("rb")
+        yield sys.stdin.buffer
+        return
+    with path.open("rb") as file:
+        yield open_gzip(file, path) if path.suffix == ".gz" else file

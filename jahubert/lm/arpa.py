@@ -16,6 +16,7 @@ import numpy as np
 
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path
+from jahubert.formats.gzip_files import open_gzip
 from jahubert.lm.ngram import Entries, NGram, NGramError
 
 MAX_LINE = 1 << 16  # maximum length of a line in bytes
@@ -37,8 +38,7 @@ def read_arpa(path: Path) -> NGram:
             compressed = raw.read(2) == _GZIP_MAGIC
             raw.seek(0)
             if compressed:
-                with gzip.open(raw) as file:
-                    return _Reader(path, file).read()
+                return _Reader(path, open_gzip(raw, path)).read()
             return _Reader(path, raw).read()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot read the language model ({error})") from error
@@ -47,7 +47,7 @@ def read_arpa(path: Path) -> NGram:
 class _Reader:
     """Parser for one ARPA file."""
 
-    def __init__(self, path: Path, file: BinaryIO | gzip.GzipFile):
+    def __init__(self, path: Path, file: BinaryIO):
         self.path = path
         self.file = file
         self.number = 0  # number of the current line

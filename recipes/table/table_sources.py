@@ -7,19 +7,23 @@ problem with a whole file, such as a missing column, raises a DataError.
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import json
 import math
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jahubert.audio.search import AUDIO_ENDINGS, find_audio
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
+from jahubert.formats.gzip_files import open_gzip
 from jahubert.train.data.manifest import Rejected
 from jahubert.train.data.utterances import is_file, is_folder, read_reliably
 
@@ -39,6 +43,7 @@ SPLITS = {"validation": "dev", "valid": "dev", "val": "dev", "eval": "test", "tr
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _UNDECODED = range(0xDC80, 0xDD00)  # characters that stand for bytes that are not UTF-8
 _QUOTED_LINES = 20  # maximum number of lines of a row with line breaks in quotes
+_MAX_LINE = 4 << 20  # maximum length of a line in bytes
 
 
 @dataclass(frozen=True)
@@ -196,12 +201,11 @@ _Records = Iterator[tuple[int, "Mapping[str, Any] | str"]]
 
 def _delimited_records(path: Path, delimiter: str) -> _Records:
     """Yield the rows of a csv or tsv file, with their fields by column, and the number of their last line."""
-    lines = list(_read_lines(path))
+    lines = _read_lines(path)
+    ahead: deque[tuple[int, str]] = deque()  # lines that have been read to complete a quoted field
     header: list[str] | None = None
-    position = 0
-    while position < len(lines):
-        number, line = lines[position]
-        position += 1
+    while _peek(lines, ahead, 1):
+        number, line = ahead.popleft()
         if not line.strip():
             continue
         fields, problem = _split_fields(line, delimiter)
@@ -209,10 +213,12 @@ def _delimited_records(path: Path, delimiter: str) -> _Records:
         for n_more in range(1, _QUOTED_LINES):
             if fields is not None or not problem.startswith("unexpected end") or delimiter == "\t":
                 break
-            following = [text for _, text in lines[position : position + n_more]]
+            following = _peek(lines, ahead, n_more)
             fields, further = _split_fields("\n".join((line, *following)), delimiter)
             if fields is not None:
-                number, position = number + n_more, position + n_more
+                number += n_more
+                for _ in following:
+                    ahead.popleft()
             elif not further.startswith("unexpected end"):
                 break
         if fields is None:
@@ -225,6 +231,12 @@ def _delimited_records(path: Path, delimiter: str) -> _Records:
             yield number, f"{len(fields)} fields, but the header has {len(header)} columns"
         else:
             yield number, dict(zip(header, fields, strict=True))
+
+
+def _peek(lines: Iterator[tuple[int, str]], ahead: deque[tuple[int, str]], n: int) -> list[str]:
+    """Return up to `n` next lines, which remain in `ahead`."""
+    ahead.extend(islice(lines, max(0, n - len(ahead))))
+    return [text for _, text in islice(ahead, n)]
 
 
 def _split_fields(line: str, delimiter: str) -> tuple[list[str] | None, str]:
@@ -270,19 +282,23 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     Bytes that are not UTF-8 become characters in the range `_UNDECODED`.
 
     Raises:
-        DataError: the file is UTF-16, or a damaged gzip file.
+        DataError: the file is UTF-16, a damaged gzip file, or one that decompresses to an excessive size; or
+            a line is too long.
     """
-    raw = read_reliably(path.read_bytes, path)
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: damaged gzip file ({error}); copy the file again") from error
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path}:1: not UTF-8; convert a UTF-16 file with: iconv -f UTF-16 -t UTF-8")
-    text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    for number, line in enumerate(text.split("\n"), 1):
-        yield number, line.removesuffix("\r")
+    file = io.BytesIO(read_reliably(path.read_bytes, path))
+    lines = open_gzip(file, path) if path.suffix == ".gz" else file
+    try:
+        for number, raw in enumerate(iter(partial(lines.readline, _MAX_LINE), b""), 1):
+            if number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise DataError(f"{path}:1: not UTF-8; convert a UTF-16 file with: iconv -f UTF-16 -t UTF-8")
+            if len(raw) == _MAX_LINE:
+                raise DataError(
+                    f"{path}:{number}: the line is longer than {_MAX_LINE} bytes; is this a table?"
+                )
+            text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            yield number, text.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged gzip file ({error}); copy the file again") from error
 
 
 def _encoding_problem(line: str) -> str:

@@ -5,6 +5,7 @@ import gzip
 import pytest
 
 from jahubert.errors import DataError
+from jahubert.formats.limits import GZIP_BYTES, GZIP_EXPANSION, VARIABLE
 from jahubert.formats.text_lines import MAX_LINE, read_lines
 
 
@@ -23,3 +24,20 @@ def test_line_of_unlimited_length_is_rejected(tmp_path):
         file.write(b"a\n" + bytes(8 * MAX_LINE))
     with pytest.raises(DataError, match=r"text\.txt\.gz:2: "):
         list(read_lines(path, "text"))
+
+
+def test_gzip_bomb_is_rejected(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt.gz"
+    content = b"a\n" * (GZIP_BYTES // 2 + 1)
+    path.write_bytes(gzip.compress(content))
+    assert len(content) > GZIP_EXPANSION * path.stat().st_size
+    with pytest.raises(DataError, match=rf"text\.txt\.gz.*{VARIABLE}"):
+        sum(1 for _ in read_lines(path, "text"))
+    monkeypatch.setenv(VARIABLE, "2")
+    assert sum(1 for _ in read_lines(path, "text")) == len(content) // 2
+
+
+def test_gzip_file_of_several_members_is_read(tmp_path):
+    path = tmp_path / "text.txt.gz"
+    path.write_bytes(gzip.compress(b"a\nb") + gzip.compress(b"\nc\n"))
+    assert [line for _, line in read_lines(path, "text")] == ["a", "b", "c"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jahubert.errors import ConfigError, DataError
+from jahubert.formats.limits import GZIP_BYTES
 from jahubert.lm.arpa import read_arpa, write_arpa
 from jahubert.lm.kneser_ney import FALLBACK_DISCOUNTS, train_ngram
 from jahubert.lm.ngram import END, START, UNKNOWN, perplexity
@@ -228,6 +229,7 @@ def test_hostile_files_are_rejected(tmp_path):
         b"\x00" * 1000,
         gzip.compress(ARPA.encode())[:-30],
         b"\x1f\x8bnothing",
+        gzip.compress(ARPA.encode() + b" " * GZIP_BYTES),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"bad\.arpa"):

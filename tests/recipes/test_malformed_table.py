@@ -19,6 +19,7 @@ import pytest
 import soundfile
 
 from jahubert.errors import DataError
+from jahubert.formats.limits import GZIP_BYTES, VARIABLE
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.stages import prepare as stage
 
@@ -338,6 +339,19 @@ def test_damaged_gzip_ends_with_one_sentence(root):
         (root / "cuts.jsonl.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"cuts\.jsonl\.gz"):
             prepared(root / "cuts.jsonl.gz")
+
+
+def test_gzip_bomb_is_rejected(root):
+    (root / "cuts.jsonl.gz").write_bytes(gzip.compress(b"\n" * (GZIP_BYTES + 1)))
+    with pytest.raises(DataError, match=rf"cuts\.jsonl\.gz.*{VARIABLE}"):
+        prepared(root / "cuts.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl"])
+def test_line_of_unlimited_length_is_rejected(root, name):
+    (root / name).write_bytes(b"path\n" + b"x" * (5 << 20))
+    with pytest.raises(DataError, match=rf"{name}:2"):
+        prepared(root / name)
 
 
 def test_malformed_transcript_in_a_folder_rejects_its_recording(root):

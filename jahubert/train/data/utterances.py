@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import gzip
+import io
 import logging
 import operator
 import os
@@ -20,6 +20,7 @@ import torch
 
 from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import DISK_FULL, AudioError, DataError, ReadError
+from jahubert.formats.gzip_files import open_gzip
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ def read_text(path: Path) -> str:
     try:
         raw = read_bytes(path)
         if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+            raw = open_gzip(io.BytesIO(raw), path).read()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     try:
