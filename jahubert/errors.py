@@ -19,7 +19,7 @@ class JahubertError(Exception):
 
     Attributes:
         exit_status: exit status of a command that ends with this error.
-        reported: whether another process has already printed the message, which is then not repeated.
+        reported: whether another process prints the message, so that this one does not.
     """
 
     exit_status: int = 1
@@ -118,7 +118,7 @@ _LIBSNDFILE_SYSTEM_ERROR = 2
 
 
 def printable(text: str) -> str:
-    """Escape control and formatting characters, which could manipulate the terminal."""
+    """Escape formatting and control characters, which could manipulate a terminal, but not newlines."""
     escaped = []
     for character in text:
         if character != "\n" and unicodedata.category(character) in ("Cc", "Cf"):
@@ -131,8 +131,8 @@ def printable(text: str) -> str:
 def exit_status(error: BaseException) -> int:
     """Return the exit status for an error.
 
-    A `JahubertError` has its own. Among other errors, a full disk and internal errors (anything but an
-    OSError) have status 1, and all other OSErrors have status 2.
+    A `JahubertError` has its own status. OSErrors have status 2, except for a full disk. A full disk and all
+    other errors, which are internal errors, have status 1.
     """
     if isinstance(error, JahubertError):
         return error.exit_status
@@ -140,12 +140,12 @@ def exit_status(error: BaseException) -> int:
 
 
 def file_system_error(error: BaseException | None, path: str | os.PathLike[str]) -> OSError | None:
-    """Return the file system error that `error` is or wraps, with a file name, or None if there is none.
+    """Return the file system error that `error` is or wraps, or None if it is another error.
 
     Some libraries raise file system errors without a file name, or wrap them in their own exception types.
 
     Args:
-        path: the file or folder to name if the error does not name one.
+        path: the file or folder that the result names if `error` names none.
     """
     if isinstance(error, JahubertError):
         return None

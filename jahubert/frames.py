@@ -2,7 +2,7 @@
 
 Frame `t` of HuBERT's convolutional encoder covers the samples `[320 t, 320 t + 400)`, and MFCC frame `t`
 covers `[160 t, 160 t + 400)`. Every second MFCC frame therefore coincides with a HuBERT frame. A crop that
-starts at a multiple of 320 samples starts at a frame boundary of both kinds, so that labels need no rounding.
+starts at a multiple of 320 samples starts at a frame boundary of both grids, so its labels need no rounding.
 """
 
 from __future__ import annotations

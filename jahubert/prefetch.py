@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 THREAD_PREFIX = "prefetch"
 MAX_THREADS = 4  # one core decodes 80 s of FLAC in 60 to 80 ms, which a GPU encodes in 30 ms
-N_THREADS = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))  # half of the cores are left for computation
+N_THREADS = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))  # the other cores are left for computation
 
 
 def prefetch(

@@ -43,7 +43,8 @@ def split(source: AudioBytes) -> list[Part]:
     """Return the streams in a file. Most files contain only one.
 
     Raises:
-        AudioError: the file is shorter than its header states, or its structure is damaged or unknown.
+        AudioError: the file is shorter than its header states, its structure is damaged, or unknown content
+            follows its samples.
     """
     name, file, size = source
     whole = [Part(0, size)]
@@ -182,7 +183,7 @@ def _riff_end(file: BinaryIO, position: int, size: int, name: str) -> int:
     file.seek(position)
     if position < size and size - position > _MAX_PADDING and any(file.read(_MAX_PADDING)):
         raise AudioError(
-            f"{name}: its header states {data_end} bytes of header and samples, but {size - position} bytes "
+            f"{name}: its header states that the samples end at byte {data_end}, but {size - position} bytes "
             "of unknown content follow; repair the header (for example with sox --ignore-length)"
         )
     return size
@@ -234,7 +235,9 @@ def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
         flags = header[5]
         if not starts or (flags & 2 and not last_flags & 2):
             if starts and not last_flags & 4:
-                raise AudioError(f"{name} is truncated: no last Ogg page before byte {position}")
+                raise AudioError(
+                    f"{name} is truncated: the Ogg stream before byte {position} has no page marked as last"
+                )
             starts.append(position)
         last_flags = flags
         position = end

@@ -27,7 +27,7 @@ _MAX_FRAME = 1 << 17  # bytes; assumed size of a FLAC frame if the header does n
 def is_truncated(sound: soundfile.SoundFile, file: BinaryIO) -> bool:
     """Return whether the header of an open file states more samples than the file contains.
 
-    Only the formats NIST and `_LOGGED` are examined.
+    Only NIST files and those in the formats of `_LOGGED` are examined.
 
     Args:
         sound: the file, opened with soundfile.
@@ -72,7 +72,7 @@ def flac_samples(file: BinaryIO, size: int) -> int | None:
     file.seek(start)
     tail = file.read(size - start)
     ends = []
-    for sync in (b"\xff\xf8", b"\xff\xf9"):  # the header contains a frame number or a sample number
+    for sync in (b"\xff\xf8", b"\xff\xf9"):  # frame headers that contain a frame number or a sample number
         position = len(tail)
         while (position := tail.rfind(sync, 0, position)) >= 0:
             end = _frame_end(tail[position : position + 17], max_block, channels)

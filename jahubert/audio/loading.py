@@ -178,9 +178,9 @@ def _from_sequence(values: Any) -> np.ndarray:
     except ValueError:  # the lists have different lengths
         array = np.zeros(0, object)
     if not isinstance(values, list | tuple) or array.dtype.kind not in "fi":
-        raise AudioError(f"audio is a {type(values).__name__} that is not a list of floats: {_EXPECTED}")
+        raise AudioError(f"audio of type {type(values).__name__} does not consist of floats: {_EXPECTED}")
     if array.dtype.kind == "i":
-        raise AudioError("audio is a list of integers with unknown full scale: pass an int16 array")
+        raise AudioError("audio is a list of integers, whose full scale is unknown: pass an int16 array")
     return array
 
 
@@ -222,7 +222,7 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
         samples = source.astype(np.float32)  # a copy, so that the result shares no memory with the argument
     else:
         raise AudioError(
-            f"audio arrays must contain floats or 8, 16 or 32 bit integers, but the dtype is {source.dtype}"
+            f"audio arrays must contain floats, uint8, int8, int16 or int32, but the dtype is {source.dtype}"
         )
     if samples.ndim == 1:
         return samples[:, None]

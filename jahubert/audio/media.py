@@ -78,8 +78,8 @@ def open_media(source: AudioBytes, format_name: str) -> Iterator[AvDecoder | Ffm
         decoder = FfmpegDecoder(source, program)
     else:
         raise AudioError(
-            f"{source.name} is a {format_name} file, which needs an optional decoder: {INSTALL}; or convert "
-            "it to WAV or FLAC"
+            f"{source.name} has the format {format_name}, which needs an optional decoder: {INSTALL}; or "
+            "convert the file to WAV or FLAC"
         )
     try:
         yield decoder
@@ -167,7 +167,7 @@ class AvDecoder(_MediaDecoder):
             yield converted.to_ndarray().T
 
     def _stated_seconds(self) -> float:
-        """Return the duration in the header, or 0 if it is missing or only estimated from the bitrate."""
+        """Return the duration in the header, or 0 if it is missing or unreliable."""
         if self.container.format.name in ("aac", "amr", "mpegts"):
             return 0.0
         if self.stream.duration is not None and self.stream.time_base is not None:

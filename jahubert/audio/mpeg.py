@@ -82,7 +82,7 @@ class Stream:
     start: int  # first byte of the stream
     end: int  # position after the last frame
     n_frames: int  # number of frames, excluding the header frame
-    n_samples: int  # number of samples per channel and frame
+    n_samples: int  # number of samples per channel in a frame
     tagged: bool  # whether a header frame states the length correctly
     prefix: bytes  # header frame to prepend if the stream has no correct one, otherwise empty
 
@@ -149,7 +149,7 @@ def _read_stream(data: _Window, start: int, name: str) -> tuple[Stream, int]:
 
 
 def _next_frame(data: _Window, position: int) -> int:
-    """Return the position of the next frame with another frame, a tag or the end of file after it, or -1."""
+    """Return the position of the next frame that precedes another frame, a tag or the file's end, or -1."""
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
         header = _parse(data[position : position + 4])

@@ -40,7 +40,7 @@ class AudioBytes(NamedTuple):
 def open_bytes(source: Any) -> Iterator[AudioBytes]:
     """Open the bytes of a file, a byte range or a binary stream.
 
-    The file name never affects the result. Pipes, streams and byte ranges are read into memory.
+    Pipes, streams and byte ranges are read into memory.
 
     Raises:
         AudioError: the source is missing, unreadable or empty, the byte range is outside the file, or the
@@ -74,7 +74,7 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
 
 
 def _range(file: BinaryIO, source: AudioSource, name: str) -> AudioBytes:
-    """Read the byte range of an open file that `source` specifies."""
+    """Return the part of an open file that `source` specifies."""
     whole = source.offset == 0 and source.length < 0
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         data = file.read()

@@ -83,7 +83,7 @@ class FeatureFiles:
             for chunk in chunks:
                 file.write(chunk.contiguous().numpy().tobytes())
                 n_frames += len(chunk)
-            file.seek(0)  # numpy pads the header, so that it has room for the final frame count
+            file.seek(0)  # numpy pads the header, so it has room for the final frame count
             _header(file, (n_frames, *shape))
 
     def finish(self) -> None:

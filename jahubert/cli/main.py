@@ -2,8 +2,8 @@
 
 Results are written to standard output or to the path given with -o, and everything else to standard error.
 Failed files are reported, and the other files are still processed. The exit status is 0 for success, 2 for an
-error that the user can fix (a missing file, a wrong option), 1 for an internal error or a full disk, 130
-after an interrupt, and 141 if the reader of a pipe ends early.
+error that the user can fix (a missing file, a wrong option), 1 for an internal error or a full disk, 75 if a
+training run was stopped by a signal, 130 after an interrupt, and 141 if the reader of a pipe ends early.
 
 Heavy packages are imported only when a command needs them, which keeps `--help` fast.
 """
@@ -216,7 +216,7 @@ def output_format(args: argparse.Namespace) -> Path | None:
         return None
     format = suffixes[max(matches, key=len)]
     if args.format not in (None, format):
-        raise ConfigError(f"-o {args.output} is a {format} file, but -f asks for {args.format}")
+        raise ConfigError(f"-o {args.output} has the suffix of {format}, but -f asks for {args.format}")
     args.format = format
     return Path(args.output)
 
@@ -268,7 +268,7 @@ def features(args: argparse.Namespace) -> int:
     progress = CommandProgress(inputs, empty)
     todo = [item for item in inputs if item.label == STDIN or not files.has(item.base, Path(item.label))]
     if n_existing := len(inputs) - len(todo):
-        print(f"{n_existing} of {len(inputs)} already exist", file=sys.stderr)
+        print(f"the features of {n_existing} of {len(inputs)} recordings already exist", file=sys.stderr)
         progress.n_seen += n_existing
     whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
     all_written = True
@@ -428,7 +428,7 @@ def numbers(text: str) -> list[float]:
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+        raise argparse.ArgumentTypeError(f"must be at least 1, but is {text}")
     return number
 
 

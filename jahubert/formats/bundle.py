@@ -77,7 +77,7 @@ _SPECIAL_ROWS = "special_rows"  # stored with the tensors of the pretraining hea
 class LanguageModel:
     """An n-gram model over the symbols of a CTC model, with its parameters for beam search."""
 
-    path: Path  # ARPA file, gzip
+    path: Path  # gzip-compressed ARPA file
     weight: float  # factor for the log-probability
     word_bonus: float  # score added per symbol
 
@@ -93,7 +93,7 @@ class Bundle:
     unit_head: UnitHead | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
-    info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of the model
+    info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of a model file
     special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion to fairseq
     notes: list[str] = field(default_factory=list)  # one sentence per change to the model
     language_model: LanguageModel | None = None  # `Transcriber` uses it unless another one is given
@@ -262,8 +262,8 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
         raise CheckpointError(f"{path}: centroids_KD is missing or not a matrix")
     if not centroids_KD.is_floating_point() or centroids_KD.shape[1] != raw.config.width:
         raise CheckpointError(
-            f"{path}: centroids_KD is {tuple(centroids_KD.shape)}, {centroids_KD.dtype}, but the model has "
-            f"width {raw.config.width}"
+            f"{path}: centroids_KD has shape {tuple(centroids_KD.shape)} and type {centroids_KD.dtype}, but "
+            f"must be a floating-point tensor of width {raw.config.width}"
         )
     if raw.centroid_layer is None or not 0 <= raw.centroid_layer <= raw.config.layers:
         raise CheckpointError(
@@ -297,8 +297,8 @@ def _read_file(path: Path) -> RawModel:
     prefixes = {match[1] for name in tensors if (match := front_end.match(name))}
     if len(prefixes) != 1:
         raise CheckpointError(
-            f"{path}: not a HuBERT model ({len(tensors)} tensors, {len(prefixes)} HuBERT front ends); give a "
-            "fairseq, s3prl or torchaudio file, or a Hugging Face folder"
+            f"{path}: not a HuBERT model (tensors: {len(tensors)}, HuBERT front ends: {len(prefixes)}); give "
+            "a fairseq, s3prl or torchaudio file, or a Hugging Face folder"
         )
     (prefix,) = prefixes
     if f"{prefix}encoder.layers.0.self_attn.q_proj.weight" in tensors:
@@ -320,9 +320,8 @@ def _build(path: Path, raw: RawModel) -> Bundle:
     config = raw.config
     n_symbols = count_symbols(path, raw.weights, config.width)
     if raw.phonemes is not None and len(raw.phonemes) != n_symbols:
-        raise CheckpointError(
-            f"{path}: there are {len(raw.phonemes)} symbols, but the CTC head has {n_symbols} outputs"
-        )
+        found = "no CTC head" if n_symbols is None else f"a CTC head with {n_symbols} outputs"
+        raise CheckpointError(f"{path}: the model has {len(raw.phonemes)} symbols, but {found}")
     shapes = encoder_shapes(config)
     ctc, unit_head = None, None
     with torch.device("cpu"), _SkipRandomInit():

@@ -28,7 +28,7 @@ class Conversion:
     """Result of a verified conversion."""
 
     notes: tuple[str, ...]  # one sentence per change to the model
-    difference: float  # largest absolute difference over all layers and heads, on random audio
+    difference: float  # largest absolute difference between the compared outputs, on random audio
 
 
 def convert(

@@ -2,8 +2,8 @@
 
 A checkpoint contains settings (`cfg`, or `args` in older files), weights (`model`) and the dictionaries of
 its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one and its settings.
-s3prl keeps the same weights under `model_weight`. Dictionaries begin with four special symbols, so that a
-codebook of K units has K + 4 rows. The first special symbol, `<s>`, is the CTC blank.
+s3prl keeps the same weights under `model_weight`. Dictionaries begin with four special symbols, so a codebook
+of K units has K + 4 rows. The first special symbol, `<s>`, is the CTC blank.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import BLANK, PhonemeSet
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-_NEVER = -1e4  # bias that gives a symbol that only fairseq needs a probability of exactly zero
+_NEVER = -1e4  # bias for symbols that only fairseq needs, whose probabilities thereby become exactly zero
 _WRAPPED = "w2v_encoder.w2v_model."  # prefix of the pretrained model inside a fine-tuned one
 _FINAL_DIM = 256  # output width of a newly initialized projection
 _NAMES = [
@@ -144,7 +144,10 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
         if len(symbols) == len(ctc[HEAD]) and len(set(symbols)) == len(symbols):
             phonemes = symbol_set(path, symbols)
         else:
-            notes.append(f"symbols: the file lists {len(symbols)}, but its CTC head has {len(ctc[HEAD])}")
+            notes.append(
+                "symbols: omitted, because the number of different symbols in the file "
+                f"({len(set(symbols))}) is not the number of CTC outputs ({len(ctc[HEAD])})"
+            )
     temperature = typed_item(path, model, "logit_temp", float, 0.1)
     return RawModel(
         config,
@@ -442,7 +445,7 @@ def _head_tensors(
     special_rows: Tensor | None,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """Return codebook and (if pretrained) projection, initializing required tensors that the model lacks."""
+    """Return the codebook and, if `pretrained`, the projection, initializing tensors that the model lacks."""
     random = torch.Generator().manual_seed(0)
     if head is None:
         dim, rows = _FINAL_DIM, torch.zeros(0, _FINAL_DIM)

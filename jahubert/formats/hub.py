@@ -47,7 +47,7 @@ def check_exists(source: str | os.PathLike[str]) -> None:
     path = _local_path(source)
     if path is not None:
         if path.is_dir() and not (path / "config.json").exists():
-            raise CheckpointError(f"{path}: not a model folder, config.json is missing")
+            raise CheckpointError(f"{path}: not a model folder (config.json is missing)")
         return
     name = str(source)
     try:

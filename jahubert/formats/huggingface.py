@@ -128,7 +128,7 @@ def preprocessor_config(config: HubertConfig) -> dict[str, Any]:
 def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
     """Return the content of vocab.json, in which the blank is named `<pad>`."""
     names = {BLANK: "<pad>"}
-    # In a model from fairseq, <pad> is an ordinary symbol. It takes the name <s>, which was fairseq's blank.
+    # In a model from fairseq, <pad> is an ordinary symbol. It takes the name <s>, which the blank had there.
     names["<pad>"] = "<pad >" if "<s>" in phonemes.symbols else "<s>"
     return {names.get(symbol, symbol): row for row, symbol in enumerate(phonemes.symbols)}
 

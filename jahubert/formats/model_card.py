@@ -15,7 +15,7 @@ def model_card(name: str, model: HubertModel, info: dict[str, Any], has_ctc: boo
     """Render the model card of a model.
 
     Args:
-        name: title of the card and name of the model in the results; "HuBERT" is used for "bundle".
+        name: title of the card and name of the model in the results; "bundle" is replaced by "HuBERT".
         info: content of jahubert.json.
         has_ctc: whether the model has a CTC head.
     """

@@ -28,7 +28,7 @@ class OnnxGraph(nn.Module):
     """Wrapper that maps one recording (1, T) to the single output of the ONNX graph.
 
     The output is log-probabilities (1, S, V) for a CTC model, otherwise layers (L + 1, S, D): the input of
-    block 1, the outputs of blocks 1 to L - 1, and the encoder's output after its final norm.
+    block 1, the outputs of blocks 1 to L - 1, and the output of the encoder.
     """
 
     def __init__(self, bundle: Bundle):

@@ -93,7 +93,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file whose values have not been read yet."""
+    """Reference to a tensor in a file, whose values are read by `load`."""
 
     path: Path
     storage: Storage
@@ -110,7 +110,7 @@ class Stored:
         """Read the values into CPU memory, which tensors with the same storage share.
 
         Raises:
-            CheckpointError: the file contains no bytes, or too few bytes, for the tensor.
+            CheckpointError: the values are missing, incomplete or damaged.
         """
         try:
             values = self.storage.values()
@@ -212,7 +212,7 @@ def _read_archive(path: Path) -> Any:
         bytes_left -= entry.file_size
         if bytes_left < 0:
             raise ValueError(
-                f"with {name}, its content exceeds {_max_bytes(path):,} bytes; {VARIABLE} raises the limit"
+                f"the entries up to {name} exceed {_max_bytes(path):,} bytes; {VARIABLE} raises the limit"
             )
         return archive.read(entry)
 
@@ -257,7 +257,7 @@ def _read_legacy(path: Path) -> Any:
             size = int.from_bytes(content.read(8), "little")
             n_bytes = size * storages[key].dtype.itemsize
             if size != n_values[key] or content.tell() + n_bytes > len(content):
-                raise ValueError(f"storage {key} has {size} values")
+                raise ValueError(f"storage {key} is truncated or has a wrong size ({size} values)")
             data[key] = content.read(n_bytes)
         return result
 
@@ -425,7 +425,7 @@ def _checked_key(key: Any) -> Any:
     simple = (str, int, float, bool, bytes, type(None), Record)
     parts = key if type(key) is tuple and len(key) < 10 else (key,)
     if not all(type(part) in simple for part in parts):
-        raise ValueError("a dict key is neither a string nor a number")
+        raise ValueError("a dict key has an unsupported type")
     return key
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, ConfigError, DataError
-from jahubert.formats.limits import CONVS, LAYERS, limit
+from jahubert.formats.limits import CONVS, LAYERS, VARIABLE, limit
 from jahubert.formats.safe_pickle import read_pickled
 from jahubert.formats.typed_fields import typed
 from jahubert.model.hubert import HubertConfig, HubertModel
@@ -61,7 +61,7 @@ def rename(name: str, rules: list[tuple[str, str]]) -> str:
 
 
 def weight_norm_name(name: str) -> str:
-    """Convert the name of a weight norm tensor to that of torch's older API, `weight_g` or `weight_v`."""
+    """Convert the name of a weight norm tensor to that in torch's older API, `weight_g` or `weight_v`."""
     return rename(name, WEIGHT_NORM)
 
 
@@ -81,7 +81,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors" and start[8:] != b"{":
         content = read_pickled(path)
         if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: contains a {type(content).__name__} instead of weights")
+            raise CheckpointError(
+                f"{path}: contains data of type {type(content).__name__} instead of weights"
+            )
         return content
     try:
         return dict(load_file(path))
@@ -152,7 +154,8 @@ def fields_from_shapes(
             n += 1
         if n > limit(most):
             raise CheckpointError(
-                f"{where}: {n} layers {name.format('N')}, but at most {limit(most)} are supported"
+                f"{where}: {n} layers {name.format('N')}, but at most {limit(most)} are allowed; {VARIABLE} "
+                "raises the limit"
             )
         return n
 
@@ -244,7 +247,8 @@ def count_symbols(where: object, weights: Mapping[str, Tensor], width: int) -> i
     shape = weights[HEAD].shape
     if len(shape) != 2 or shape[0] < 2 or shape[1] != width:
         raise CheckpointError(
-            f"{where}: {HEAD}, the CTC head, has shape {tuple(shape)}, but needs (symbols, {width})"
+            f"{where}: {HEAD}, the CTC head, has shape {tuple(shape)}, but needs (symbols, {width}) with at "
+            "least two symbols"
         )
     return shape[0]
 
@@ -311,7 +315,7 @@ def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[st
         )
     if config.normalize and config.normalize_eps != NORMALIZE_EPS:
         notes.append(
-            f"epsilon of waveform normalization: {target} uses {NORMALIZE_EPS}, the source "
+            f"epsilon of waveform normalization: {target} uses {NORMALIZE_EPS} instead of the source's "
             f"{config.normalize_eps}; results differ for very quiet audio only"
         )
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}

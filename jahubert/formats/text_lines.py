@@ -32,7 +32,8 @@ def read_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
                     raise DataError(
-                        f"{path}:{number}: the line is longer than {MAX_LINE} bytes; is this a {content}?"
+                        f"{path}:{number}: the line is longer than {MAX_LINE} bytes; check that the "
+                        f"{content} is a text file"
                     )
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")

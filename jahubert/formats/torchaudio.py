@@ -122,7 +122,10 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
     if n_symbols is not None and n_symbols == len(labels):
         phonemes = symbol_set(path.with_suffix(".json"), labels)
     elif n_symbols is not None:
-        notes.append("symbols: torchaudio's files do not contain the CTC symbols")
+        notes.append(
+            f"symbols: omitted, because their number in the source ({len(labels)}) is not the number of CTC "
+            f"outputs ({n_symbols})"
+        )
     return RawModel(config, weights | ctc, head, phonemes=phonemes, notes=notes)
 
 
@@ -152,8 +155,8 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
     heads = _PUBLISHED_HEADS.get(from_shapes["width"], max(1, from_shapes["width"] // 64))
     fields |= {"heads": heads, "pre_norm": layer_norms, "normalize": layer_norms}
     notes.append(
-        f"settings: the file has none; assumed {heads} heads and waveforms "
-        f"{'normalized' if layer_norms else 'not normalized'}, as in torchaudio's own models"
+        f"settings: the file has none; assumed {heads} heads and "
+        f"{'normalized' if layer_norms else 'unnormalized'} waveforms, as in torchaudio's own models"
     )
     return make_config(path, from_shapes, fields), []
 
@@ -225,7 +228,8 @@ def write_torchaudio(
     with atomic_write(path, "wb") as file:
         torch.save(tensors, file)
         file.flush()
-        with atomic_write(path.with_suffix(".json")) as text:  # this file is written before the weights
+        # The settings are complete before the weights get their final name.
+        with atomic_write(path.with_suffix(".json")) as text:
             json.dump(call, text, indent=2, ensure_ascii=False)
             text.write("\n")
     return notes

@@ -19,10 +19,10 @@ from jahubert.formats.limits import JSON_BYTES, VARIABLE, limit
 MAX_INT = 2**31 - 1
 _NAMES = {
     bool: "true or false",
-    int: "an integer",
+    int: "an integer of at most 31 bits",
     float: "a finite number",
     str: "text",
-    tuple: "a list of integers",
+    tuple: "a list of integers of at most 31 bits",
     list: "a list",
     dict: "an object",
 }
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(data.decode("utf-8"))
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # raises an error for lone surrogates
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: not a model folder, {path.name} is missing") from None
+        raise CheckpointError(f"{path.parent}: not a model folder ({path.name} is missing)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); copy the file again") from error
     if not isinstance(content, dict):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jahubert.frames import SAMPLE_RATE, FrameGrid
+from jahubert.inference.silero import silero_speech_frames
 from jahubert.inference.vad import power, power_spectrum, speech_frames
 
 SPEECH_LEVEL = -20.0  # mean level of speech in dBFS
@@ -48,8 +49,6 @@ def prepare_speech(wav_T: Tensor, grid: FrameGrid, silero: bool = False) -> tupl
     speech_S = speech_frames(wav_T, grid, power_SK)
     conditioned_T = condition(wav_T, speech_S, grid, power_SK)
     if silero and speech_S.any():
-        from jahubert.inference.silero import silero_speech_frames  # requires an optional package
-
         speech_S = speech_S & silero_speech_frames(conditioned_T, grid)
     return conditioned_T, speech_S
 

@@ -52,7 +52,9 @@ class Calibration:
         values = [data.get(name) for name in names] if isinstance(data, dict) else []
         numbers = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
         if len(numbers) != len(names):
-            raise CheckpointError(f"a calibration has the numbers {', '.join(names)}; found {data!r}")
+            raise CheckpointError(
+                f"a confidence calibration must have the finite numbers {', '.join(names)}; found {data!r}"
+            )
         return cls(*numbers)
 
 
@@ -85,8 +87,8 @@ def fit_calibration(scores: Sequence[Sequence[float]], correct: Sequence[bool]) 
     """
     if not scores or len(scores) != len(correct):
         raise DataError(
-            f"calibration needs words and one judgment per word, but got {len(scores)} words and "
-            f"{len(correct)} judgments"
+            "calibration needs at least one word and one judgment per word, but found "
+            f"(words, judgments) = {(len(scores), len(correct))}"
         )
     x_N3 = np.array([(1.0, *features(word)) for word in scores])
     y_N = np.array(correct, float)
@@ -108,8 +110,8 @@ class Reliability:
 
     Attributes:
         words, accuracy, confidence: number of words, fraction of correct words, and mean confidence.
-        calibration_error: difference between confidence and accuracy, averaged over the words in all bins
-            (ECE).
+        calibration_error: absolute difference between the mean confidence and the accuracy of a bin, averaged
+            over all words (ECE).
         bins: (mean confidence, accuracy, number of words) of each non-empty bin. All bins have equal widths.
     """
 
@@ -128,8 +130,8 @@ def reliability(confidences: Sequence[float], correct: Sequence[bool], n_bins: i
     """
     if not len(confidences) or len(confidences) != len(correct):
         raise DataError(
-            f"reliability: {len(confidences)} confidences and {len(correct)} judgments, but one of each is "
-            "required per word, and at least one word"
+            "reliability needs at least one word, and a confidence and a judgment per word, but found "
+            f"(confidences, judgments) = {(len(confidences), len(correct))}"
         )
     p_N, y_N = np.asarray(confidences, float), np.asarray(correct, float)
     bin_N = np.minimum((p_N * n_bins).astype(int), n_bins - 1)

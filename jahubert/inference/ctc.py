@@ -57,7 +57,7 @@ def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: i
             f"frame counts {counts} do not match log-probabilities of shape {tuple(logp_BSV.shape)}"
         )
     if not 0 <= blank < n_symbols:
-        raise ValueError(f"blank is {blank}, but must be below the number of symbols, {n_symbols}")
+        raise ValueError(f"blank is {blank}, but must be the index of one of the symbols ({n_symbols})")
     bad_BS = logp_BSV.isnan().any(-1)
     if bool(bad_BS.any()):
         for row, n in enumerate(counts):
@@ -107,8 +107,8 @@ def beam_search(
     A prefix accumulates the probability of all its paths, whether or not they end in blank, so that a
     sequence is scored by its CTC probability and not by its best path. With a sufficiently wide beam, the
     score equals `-ctc_loss`. The search runs on the device of `logp_BSV` and in its dtype (half precision is
-    converted to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so the time per
-    row is several times shorter in batches of 16 or more rows.
+    converted to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so a row takes
+    several times less time in a batch of 16 or more rows than alone.
 
     Args:
         logp_BSV: log-probabilities.
@@ -410,8 +410,8 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
     repeats = sum(a == b for a, b in pairwise(labels))
     if n_frames < len(labels) + repeats:
         raise DataError(
-            f"{len(labels)} labels need at least {len(labels) + repeats} frames (one more per repeated "
-            f"label), but the audio has {n_frames}: it is too short for its text"
+            f"the audio is too short for its text: the number of frames is {n_frames}, but must be at least "
+            f"{len(labels) + repeats} (one per label, and one more between equal labels)"
         )
     if not labels:
         return []
@@ -444,7 +444,7 @@ def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:
     state = n_states - 1 if score[-1, -1] >= score[-1, -2] else n_states - 2
     if not score[-1, state + 2] > _LOG_ZERO:
         raise DataError(
-            "no path is possible for these labels: some have log-probability -inf in every frame, or NaN"
+            "no path is possible for these labels, because too many log-probabilities are -inf or NaN"
         )
     path = np.empty(n_frames, np.int64)
     path[-1] = state

@@ -92,7 +92,10 @@ class LayerFeatures(nn.Module):
             self.mix_L = nn.Parameter(torch.zeros(len(self.layers)))
         elif weights is not None:
             if len(weights) != len(self.layers):
-                raise ConfigError(f"{len(weights)} weights for {len(self.layers)} layers: give one per layer")
+                raise ConfigError(
+                    f"weights and layers differ in number ({len(weights)} and {len(self.layers)}); give one "
+                    "weight per layer"
+                )
             self.factors_L = torch.tensor([float(w) for w in weights])
 
     @property
@@ -228,7 +231,7 @@ class FeatureExtractor:
         Args:
             audio: files or arrays.
             sample_rate: sampling rate of arrays in Hz (default: 16,000).
-            batch_seconds: seconds of audio at which a batch is complete.
+            batch_seconds: seconds of audio at which a batch is complete; 32 recordings also complete it.
             errors: "return" yields the exception for an unreadable recording in its place and continues.
         """
         waiting: list[Tensor | Exception] = []

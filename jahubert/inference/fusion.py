@@ -75,7 +75,7 @@ class Fusion(ABC):
 
     def __init__(self, lm_weight: float, word_bonus: float):
         if not (math.isfinite(lm_weight) and math.isfinite(word_bonus)):
-            raise ConfigError(f"lm_weight is {lm_weight} and word_bonus {word_bonus}, but must be finite")
+            raise ConfigError(f"lm_weight ({lm_weight}) and word_bonus ({word_bonus}) must be finite")
         self.lm_weight = lm_weight
         self.word_bonus = word_bonus
         self._local = threading.local()  # each thread fills its own cache
@@ -203,7 +203,7 @@ class Lexicon:
         self.max_homophones = int(np.diff(self.first_end).max())
 
     def best_below(self, score_W: np.ndarray) -> np.ndarray:
-        """Return the highest score of the words below each node, which is 0 for the roots."""
+        """Return the highest score of the words that end at or below each node; roots get 0."""
         best = np.full(self.n_nodes, -np.inf)
         np.maximum.at(best, self.end_E, score_W[self.word_E])
         order = np.argsort(-self.depth, kind="stable")
@@ -323,13 +323,13 @@ def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:
 
 
 def _report_unknown(model: NGram | None, names: Sequence[str], kind: str) -> None:
-    """Log the names that the model lacks, as a warning if these are more than 5 % of all names."""
+    """Log how many names the model lacks, as a warning if it lacks more than 5 %."""
     unknown = [name for name in names if model is not None and name not in model.index]
     if 0 < len(unknown) < len(names):
         log.log(
             logging.WARNING if len(unknown) > 0.05 * len(names) else logging.INFO,
-            "%d of %d %s are not in the language model and have the probability of <unk>, for example %r",
-            len(unknown), len(names), kind, unknown[0],
+            "%s that the language model lacks and scores as unknown: %d of %d, for example %r",
+            kind, len(unknown), len(names), unknown[0],
         )  # fmt: skip
 
 
@@ -353,7 +353,8 @@ def load_fusion(
 
     Raises:
         DataError: a file is invalid, or the language model does not match the lexicon or the symbols.
-        ConfigError: a lexicon is given, but the symbols have no word boundary.
+        ConfigError: a lexicon is given, but the symbols have no word boundary; or the weight or bonus is not
+            finite.
     """
     model = None if lm is None else read_arpa(lm)
     try:

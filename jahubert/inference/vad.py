@@ -202,7 +202,7 @@ def _std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _periodicity(wav_T: Tensor, frames_S: Tensor, grid: FrameGrid) -> Tensor:
-    """Return the maximum normalized autocorrelation (S,) over pitch lags in the frames `frames_S`, else 0."""
+    """Return the maximum normalized autocorrelation (S,) over pitch lags, which is 0 outside `frames_S`."""
     periodicity_S = wav_T.new_zeros(len(frames_S), dtype=torch.float32)
     if not frames_S.any():
         return periodicity_S
@@ -245,7 +245,7 @@ def _is_periodic(loud_NW: Tensor, periodicity_NW: Tensor) -> Tensor:
 
 
 def _is_sustained(level_NW: Tensor) -> Tensor:
-    """Return whether the loud frames in runs reach the minimum number and share in each window."""
+    """Return whether enough of the loud frames of each window are in runs (`_SUSTAINED`)."""
     below, run, n_min, share = _SUSTAINED
     loud_NW = level_NW > level_NW.amax(1, keepdim=True) - below
     n_N = _in_runs(loud_NW, run).sum(1)

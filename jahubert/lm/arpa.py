@@ -120,8 +120,8 @@ class _Reader:
         for parts in self._rows():
             if not order + 1 <= len(parts) <= order + 2:
                 self._fail(
-                    f"expected a log-probability, {order} words and an optional back-off weight, "
-                    f"found {len(parts)} fields"
+                    f"expected {order + 1} or {order + 2} fields (log-probability, n-gram and optional "
+                    f"back-off weight), found {len(parts)}"
                 )
             logps.append(self._number(parts[0], "log-probability", highest=1e-4))
             backoffs.append(self._number(parts[-1], "back-off weight") if len(parts) == order + 2 else 0.0)
@@ -134,7 +134,10 @@ class _Reader:
             except KeyError as error:
                 self._fail(f"{_shown(error.args[0])} is not among the 1-grams")
         if len(logps) != count:
-            self._fail(f"the header states {count} {order}-grams, but the section has {len(logps)}")
+            self._fail(
+                f"according to the header, the number of {order}-grams is {count}, but the section has "
+                f"{len(logps)}"
+            )
         if is_last:
             backoffs = array("f", bytes(4 * len(logps)))
         words_Nn = np.frombuffer(ids, np.int32).reshape(-1, order) if ids else np.zeros((0, order), np.int32)

@@ -42,21 +42,25 @@ class HubertConfig:
 
     def __post_init__(self) -> None:
         errors = []
-        if not len(self.conv_dims) == len(self.conv_kernels) == len(self.conv_strides) > 0:
-            errors.append("conv_dims, conv_kernels and conv_strides must have one entry per layer")
+        n_convs = len(self.conv_dims), len(self.conv_kernels), len(self.conv_strides)
+        if min(n_convs) == 0 or len(set(n_convs)) > 1:
+            errors.append(
+                "conv_dims, conv_kernels and conv_strides must have one entry per conv layer, but their "
+                f"lengths are {n_convs}"
+            )
         for name in ("heads", "pos_conv_groups"):
             parts = getattr(self, name)
             if parts < 1 or self.width % parts:
                 errors.append(f"width {self.width} is not divisible by {name} {parts}")
         if self.conv_norm not in ("group", "layer"):
             errors.append(f"conv_norm is {self.conv_norm[:20]!r}, but must be 'group' or 'layer'")
-        sizes = (*self.conv_dims, *self.conv_kernels, *self.conv_strides)
-        if min(self.layers, self.width, self.ffn, self.pos_conv_kernel, *sizes) < 1:
-            errors.append(
-                "layers, width, ffn, pos_conv_kernel, conv_dims, conv_kernels, conv_strides must be positive"
-            )
-        if not min(self.norm_eps, self.normalize_eps, self.conv_grad_scale) >= 0:
-            errors.append("norm_eps, normalize_eps and conv_grad_scale must be at least 0")
+        for name in ("layers", "width", "ffn", "pos_conv_kernel", *_CONV_FIELDS):
+            value = getattr(self, name)
+            if min(value if name in _CONV_FIELDS else [value], default=1) < 1:
+                errors.append(f"{name} is {value}, but must be positive")
+        for name in ("norm_eps", "normalize_eps", "conv_grad_scale"):
+            if not getattr(self, name) >= 0:
+                errors.append(f"{name} is {getattr(self, name)}, but must be at least 0")
         for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"):
             if not 0 <= getattr(self, name) < 1:
                 errors.append(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
@@ -84,6 +88,7 @@ class HubertConfig:
         return replace(cls(**_LARGE | {"width": 1280, "layers": 48, "ffn": 5120}), **changes)
 
 
+_CONV_FIELDS = ("conv_dims", "conv_kernels", "conv_strides")
 _LARGE: dict[str, Any] = {
     "conv_norm": "layer",
     "width": 1024,

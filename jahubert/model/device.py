@@ -24,7 +24,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if picked.type == "cuda":
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (picked.index or 0) >= n_gpus:
-            raise ConfigError(f"device={device} is not available: torch sees {n_gpus} GPUs; use auto or cpu")
+            found = "1 GPU" if n_gpus == 1 else f"{n_gpus} GPUs"
+            raise ConfigError(f"device={device} is not available: torch sees {found}; use auto or cpu")
         return picked
     if picked.type == "mps":
         if not torch.backends.mps.is_available():

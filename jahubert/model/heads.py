@@ -70,7 +70,10 @@ class HubertForCtc(nn.Module):
     def forward(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities (B, S, V) and valid frame counts (B,); see `HubertModel` for arguments."""
+        """Return log-probabilities (B, S, V) and valid frame counts (B,).
+
+        The arguments are those of `HubertModel.forward`.
+        """
         encoded = self.hubert(wav_BT, n_samples_B, **options)
         return self.log_probs(encoded.hidden_BSD), encoded.n_frames_B
 

@@ -2,10 +2,10 @@
 
 The forward pass follows the paper, with ordinary torch modules on a padded batch of waveforms and their
 lengths. By default, padding never affects a result: the group norm computes its statistics over valid frames,
-attention masks padding frames, and the input of the positional convolution is zero there.
+attention masks padding frames, and the positional convolution gets zeros in their place.
 
-`jahubert.model.kernels` computes the same function on packed frames, several times faster, and is used by
-default; `kernels.usable` documents the exceptions.
+`jahubert.model.kernels` computes the same function faster on packed frames. The kernels are used wherever
+possible; `kernels.usable` documents the exceptions.
 
 Modules have the names of Hugging Face's `HubertModel`, so that each loads the state dict of the other.
 
@@ -53,7 +53,8 @@ Padding = Literal["ignored", "masked", "unmasked"]
 class Encoded:
     """Output of the encoder. Frames after the end of an utterance are zero (unless `padding="unmasked"`)."""
 
-    hidden_BSD: Tensor  # output of the last computed block (by default in pre-norm models: closing norm)
+    # Output of the last computed block; in pre-norm models without `last_layer`, after the closing norm
+    hidden_BSD: Tensor
     n_frames_B: Tensor  # number of valid frames in each utterance, int64
     layers: dict[int, Tensor] = field(default_factory=dict)  # kept block outputs; 0 is the input of block 1
     conv_penalty: Tensor | None = None  # mean square of the conv features (float32), only in training
@@ -304,7 +305,8 @@ class HubertModel(nn.Module):
                 never changes a result.
 
         Raises:
-            AudioError: an utterance is shorter than one frame, or lengths and waveforms do not match.
+            AudioError: the shape of the waveforms is not (B, T), an utterance is shorter than one frame, or
+                lengths and waveforms do not match.
             ConfigError: a layer number is out of range, or the batch does not fit in `shape`.
         """
         keep_layers = set(keep_layers)
@@ -349,7 +351,10 @@ class HubertModel(nn.Module):
     def _check_lengths(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None
     ) -> Tensor | Sequence[int] | None:
-        """Check the lengths. Return integers, a tensor (while recording operations) or None (no padding)."""
+        """Check the waveforms and lengths, and return the lengths, or None if there is no padding.
+
+        The lengths are integers, except while torch records operations on a tensor of lengths.
+        """
         if wav_BT.ndim != 2 or wav_BT.shape[0] == 0:
             raise AudioError(f"waveforms must be (batch >= 1, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape

@@ -1,4 +1,4 @@
-"""Layers and functions that torch lacks: masked group norm, picklable weight norm, and masks."""
+"""Layers and functions that torch lacks, such as masked group norm and picklable weight norm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class WeightNorm(nn.Module):
-    """Convolution weight, for each tap the product of a norm (1, 1, K) and a direction (D, D / groups, K)."""
+    """Convolution weight with one norm per tap (1, 1, K) and a separate direction (D, D / groups, K)."""
 
     def __init__(self, weight: Tensor):
         super().__init__()

@@ -1,7 +1,8 @@
 """Compute precision: autocast dtypes and int8 quantization.
 
-With autocast, only matrix products and convolutions are computed in lower precision. Norms, softmax, cosines
-and log-probabilities remain in float32, and the weights of the model are not changed.
+Autocast lowers the precision of matrix products, convolutions and, depending on the device, operations on
+their outputs. The cosines and log-probabilities of the heads remain in float32, and the weights of the model
+are not changed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Enable autocast to bfloat16 or float16, or for float32 and int8, disable any enclosing autocast."""
+    """Return a context with autocast to bfloat16 or float16, or for other dtypes, one without autocast."""
     lower = dtype in PRECISIONS[1:]
     if not lower and not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -40,7 +41,7 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Return the autocast dtype if autocast is enabled, and otherwise the dtype of the tensor.
 
-    This is used in operations that autocast does not convert.
+    The kernels need this for operations that autocast does not convert.
     """
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
@@ -60,7 +61,7 @@ def quantize_int8(model: T, device: torch.device) -> T:
     if device.type != "cpu":
         raise ConfigError(f"int8 needs a CPU, but the device is {device}; use the CPU, or bfloat16")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that the torchao package replaces this function
+        warnings.simplefilter("ignore")  # torch warns that the torchao package replaces `quantize_dynamic`
         try:
             from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
         except ImportError as error:

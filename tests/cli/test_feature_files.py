@@ -43,7 +43,7 @@ def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, caps
     first.write_bytes(b"kept as it is")
     second.rename(temporary_path(second))
     assert main(run) == 0
-    assert "1 of 2 already exist" in capsys.readouterr().err
+    assert "1 of 2 recordings" in capsys.readouterr().err
     assert first.read_bytes() == b"kept as it is" and np.load(second).shape[1] == 16
     os.utime(first, (1, 1))
     assert main(run) == 0

@@ -405,7 +405,7 @@ def test_transcribe_reports_files_that_are_not_audio(capsys, whole, tmp_path):
         assert str(path) in printed.err and expected in printed.err and "Traceback" not in printed.err
         assert good in printed.out  # the other files are transcribed
     assert cli.main(["transcribe", "--model", str(tmp_path), good]) == 2
-    assert "not a model folder, config.json is missing" in capsys.readouterr().err
+    assert "not a model folder (config.json is missing)" in capsys.readouterr().err
     assert cli.main(["transcribe", "--model", str(whole / "iter1/pretrain"), good]) == 2
     assert "has no CTC head" in capsys.readouterr().err
 

@@ -264,7 +264,7 @@ def test_invalid_arguments_are_rejected(model, tmp_path):
         ([1, 4], None, "layer 4"),
         ([], None, "empty list"),
         (2, [1.0], "several layers"),
-        ([1, 2], [1.0], "1 weights for 2 layers"),
+        ([1, 2], [1.0], r"\(1 and 2\); give one weight per layer"),
         ([1, 2], "teach", "'teach'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,6 @@
 """Fast implementations of the parts of HuBERT, equivalent to the plain modules in `jahubert.model.hubert`.
 
-`usable` decides where they are used; `disabled` switches them off."""
+`usable` decides whether they are used; `disabled` switches them off."""
 
 from jahubert.model.kernels.attention import scaled_dot_product_attention
 from jahubert.model.kernels.conv_frontend import front_end_padded

@@ -28,7 +28,7 @@ CACHED = 2**19  # number of attention weights computed at a time on a CPU, so th
 
 
 def fused_kernels(device: torch.device) -> AbstractContextManager[Any]:
-    """Enable all attention kernels of a GPU except cuDNN's, which needs a new plan for every size."""
+    """Return a context without cuDNN's attention kernel, which needs a new plan for every size."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -38,7 +38,8 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
     """Apply the attention layer `module` to packed frames."""
     projections = module.q_proj, module.k_proj, module.v_proj
     if torch.is_grad_enabled():
-        # Queries, keys and values need one product instead of three, and two instead of six in backward.
+        # Queries, keys and values need one product instead of three, and two instead of six in the backward
+        # pass.
         q_NHE, k_NHE, v_NHE = linear(x_ND, *projections).unflatten(1, (3, module.heads, -1)).unbind(1)
     else:
         x_ND = x_ND.to(autocast_dtype(x_ND))  # one cast here replaces a cast in each of the three products
@@ -140,7 +141,7 @@ class _Layout(NamedTuple):
     """Positions of packed frames in rectangles, for each head."""
 
     rectangles: list[Rectangle]
-    indices: list[Tensor]  # row in (N, H) of each utterance, head and frame, for each rectangle
+    indices: list[Tensor]  # for each rectangle, the row in (N, H) of each utterance, head and frame
     row_NH: Tensor  # row of each frame and head in the concatenated rectangles
     n_valid: int  # number of packed rows without the filler rows
 
@@ -161,7 +162,7 @@ class _Layout(NamedTuple):
 
 
 def _in_rectangles(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
-    """Compute attention with matrix products on rectangles of G = utterances * heads, padded to S frames."""
+    """Compute attention with matrix products on rectangles (G, S, E), where G = utterances * heads."""
     _, heads, width = q_NHE.shape
     layout = _Layout.of(packing, heads)
     # Queries and, to preserve the mean under dropout, values are scaled before the products.

@@ -1,14 +1,13 @@
-"""Convolutional front end on concatenated waveforms, as matrix products without padding or transposition.
+"""Convolutional front end on concatenated waveforms, computed with matrix products.
 
 All waveforms of a batch are concatenated in (time, channel) order, each padded with zeros to whole tiles of
-8 output frames. A convolution with stride `s` is then a matrix product over rows of `s` input frames, plus a
-product over the same rows shifted by one for the remaining taps. This needs no copies and no padded batch,
-and matrix products are the fastest kernels on every device. Rows that extend past the end of an utterance
-contain arbitrary values. No valid frame depends on these rows, and they are dropped at the end.
+8 output frames. A convolution with stride `s` is then a matrix product over rows of `s` input frames, plus,
+for the remaining taps, products over the same rows shifted by one or more. Rows that extend past the end of
+an utterance contain arbitrary values. No valid frame depends on these rows, and they are dropped at the end.
 
 The group norm after the first layer (HuBERT base) scales every channel by its statistics over the whole
-utterance. As this layer is linear in its few taps, the statistics follow from the mean and covariance of the
-taps, and convolution and norm become one product with separate weights for each utterance.
+utterance. As the convolution is linear in its few taps, the statistics follow from the mean and covariance of
+the taps, and convolution and norm become one product with separate weights for each utterance.
 
 Shapes: B utterances, N frames of the concatenation, T tiles of R rows, C channels, K taps.
 """
@@ -100,7 +99,7 @@ class _Tiles(NamedTuple):
 
 
 def _concatenate(wav_BT: Tensor, size: int, tiles: _Tiles) -> Tensor:
-    """Concatenate the tiles of `size` samples of all waveforms (N,), with zeros after each waveform."""
+    """Concatenate all waveforms as a tensor (N,), each padded with zeros to whole tiles of `size` samples."""
     padded_BT = F.pad(wav_BT, (0, -wav_BT.shape[1] % size))
     per_row = padded_BT.shape[1] // size
     index_T = per_row * tiles.owner_T + tiles.position_T.clamp(max=per_row - 1)
@@ -110,14 +109,17 @@ def _concatenate(wav_BT: Tensor, size: int, tiles: _Tiles) -> Tensor:
 
 
 class _Product(NamedTuple):
-    """Output of the first layer as two factors. The product, the largest activation, is never stored."""
+    """Output of the first layer as two factors, because their product would be the largest activation."""
 
     taps_TRK: Tensor
     weight_TKC: Tensor
 
 
 def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
-    """Apply the previous layer's GELU, then this layer's convolution and layer norm, but not its GELU."""
+    """Apply the previous layer's GELU (if `gelu`), then this layer's convolution and any layer norm.
+
+    The GELU of this layer is applied later.
+    """
     dtype = autocast_dtype(layer.conv.weight)
     factors = x if isinstance(x, _Product) else (x.to(dtype), None)
     inputs, stride = (*factors, layer.conv.weight), layer.conv.stride[0]
@@ -131,7 +133,7 @@ def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
 
 
 def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
-    """Express convolution and group norm as products of tiles with weights and shifts per utterance."""
+    """Express convolution and group norm as the product of each tile and the weights of its utterance."""
     norm, kernel = cast(nn.GroupNorm, layer.layer_norm), layer.conv.weight.shape[2]
     dtype = autocast_dtype(layer.conv.weight)
     taps_TRK = _taps(x_NC, kernel, layer.conv.stride[0]).unflatten(0, (len(tiles.owner_T), -1))
@@ -155,7 +157,7 @@ def _group_normed(layer: ConvLayer, x_NC: Tensor, tiles: _Tiles) -> _Product:
 
 
 def _run_layers(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:
-    """Apply all layers to a waveform, or all but the first to the `_Product` of a group-normed layer."""
+    """Apply `layers` to a waveform, or to the `_Product` of a group-normed layer that precedes them."""
     for i, layer in enumerate(layers):
         x = _conv_layer(layer, x, gelu=i > 0 or isinstance(x, _Product))
     return torch.bmm(*x).flatten(0, 1) if isinstance(x, _Product) else x
@@ -165,7 +167,7 @@ def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Prod
     """Yield blocks of a few tiles, each with its number of output frames.
 
     If all tiles were processed at once, the first layers would need a hundred times the memory of the output.
-    Each block contains one more tile than its output, because its last frames extend into this tile.
+    Each block contains one tile more than its output, because its last frames extend into this tile.
     """
     inputs: Sequence[Tensor] = x if isinstance(x, _Product) else [x.unflatten(0, (n_tiles, -1))]
     tensors = [torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in inputs]
@@ -179,7 +181,8 @@ def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Prod
 def _moments(taps_TRK: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
     """Compute the mean (B, K) and covariance (B, K, K) of the taps over the valid rows of each utterance.
 
-    The sums are in float64, because a channel may pass only a small part of the power of its taps.
+    The sums are in float64 if the device supports it, because a channel may pass only a small part of the
+    power of its taps.
     """
     exact = torch.float32 if taps_TRK.device.type == "mps" else torch.float64  # MPS does not support float64
     count_B = tiles.n_frames_B.to(exact)
@@ -217,7 +220,7 @@ def _gelu_conv(x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int
 
 
 class _GeluConv(torch.autograd.Function):
-    """`_gelu_conv` implemented with matrix products (see the docstring of the module).
+    """`_gelu_conv` implemented with matrix products, as the module docstring describes.
 
     Only x (or its two factors) and the weights are stored for the backward pass. On a CPU, only some of the
     rows are processed at a time, so that intermediate results remain in the cache.
@@ -295,7 +298,7 @@ def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -
 
 
 def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """Return the number of rows, and the row ranges to process in turn. On a CPU, each fits in the cache."""
+    """Return the number of rows, and the ranges of rows to process in turn, which fit in a CPU's cache."""
     unit = BLOCK if factor is None else _tile(x, factor, width)
     n = x.numel() // width if factor is None else len(x) * unit
     step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n

@@ -19,7 +19,7 @@ _enabled = os.environ.get("JAHUBERT_KERNELS", "1") != "0"
 _TORCH_MODULES = {nn.Conv1d, nn.Dropout, nn.LayerNorm, nn.Linear, nn.Module, nn.ModuleDict, nn.ModuleList}
 _FSDP = "torch.distributed.fsdp"
 _OWN_MODULES = {"jahubert.model.hubert", "jahubert.model.layers"}
-# Dictionaries of hooks for all modules; torch 2.6 has no function that reads them all.
+# Names of torch's dictionaries of hooks that apply to all modules; torch 2.6 has no function that reads them.
 _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
     "_global_backward_hooks",
@@ -102,7 +102,7 @@ def _is_standard(module: nn.Module) -> bool:
     return from_fsdp and (forward is None or (isinstance(forward, partial) and forward.func is checkpoint))
 
 
-# Types do not change, so that the results of the following functions can be cached.
+# Types do not change, so the results of the following functions can be cached.
 @lru_cache(maxsize=64)
 def _is_standard_type(kind: type[nn.Module]) -> bool:
     return kind in _TORCH_MODULES or kind.__module__ in _OWN_MODULES

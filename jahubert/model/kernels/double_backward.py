@@ -12,7 +12,7 @@ from jahubert.model.kernels.dispatch import is_recorded, is_transformed
 
 
 def with_double_backward(output: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """Return `output` of a kernel, with a double backward that differentiates `plain(*inputs)`.
+    """Return the output of a kernel, with a double backward that differentiates `plain(*inputs)`.
 
     An ordinary backward pass uses the gradient of the kernel. With `create_graph=True` (or
     `is_grads_batched=True`), the backward pass recomputes the output with `plain`, which consists of

@@ -36,7 +36,7 @@ def _gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _GeluLinear(torch.autograd.Function):
-    """Linear layer applied to GELU(x). Recomputing GELU saves a third of the activation memory of a block."""
+    """Linear layer applied to GELU(x), which is recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

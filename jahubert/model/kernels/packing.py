@@ -16,14 +16,14 @@ from jahubert.frames import FrameGrid
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, round_up, to_device_async
 
 TILE = 8  # number of frames per tile of the front end; each utterance starts at a tile boundary
-SPAN = 32  # frames; attention and positional convolution round lengths up to multiples of this
+SPAN = 32  # frames; on a CPU, attention and positional convolution round lengths up to multiples of this
 
 
 class PackedShape(NamedTuple):
     """Sizes to which every packed batch is padded, so that all batches of a training run have equal shapes.
 
-    The windows of the positional convolution are not padded, because a batch may have twice as many windows
-    as the average batch.
+    The number of windows of the positional convolution is not fixed, because a batch may have twice as many
+    windows as the average batch.
     """
 
     n_utterances: int
@@ -33,7 +33,7 @@ class PackedShape(NamedTuple):
 
     @classmethod
     def largest(cls, grid: FrameGrid, shortest: int, longest: int, capacity: int) -> PackedShape:
-        """Return the smallest shape for all batches of at most `capacity` samples including padding.
+        """Return the smallest shape that fits every batch of at most `capacity` samples, including padding.
 
         Args:
             shortest, longest: range of utterance lengths in samples.
@@ -52,7 +52,7 @@ class PackedShape(NamedTuple):
 
 
 def padded_size(size: int, limit: int | None, what: str, multiple: int = 1) -> int:
-    """Return the size to which a dimension is padded: `limit`, or for None, `size` rounded up to `multiple`.
+    """Return the padded size of a dimension: `limit`, or without a limit, `size` rounded up to `multiple`.
 
     Raises:
         ConfigError: `size` exceeds the limit.
@@ -60,7 +60,7 @@ def padded_size(size: int, limit: int | None, what: str, multiple: int = 1) -> i
     if limit is None:
         return round_up(size, multiple)
     if size > limit:
-        raise ConfigError(f"a batch with {size} {what} does not fit in a fixed shape with {limit}")
+        raise ConfigError(f"a batch has {size} {what}, but its `PackedShape` has room for only {limit}")
     return limit
 
 
@@ -76,14 +76,14 @@ class FlashSequences(NamedTuple):
     """Sequences for variable-length flash attention: one per utterance, and others with filler rows."""
 
     offsets: Tensor  # first row of each sequence, followed by the end of the last one, int32
-    longest: int  # number of frames in the longest sequence
+    longest: int  # upper limit of the number of frames in a sequence
 
     @classmethod
     def of(cls, packing: Packing, shape: PackedShape | None = None) -> FlashSequences:
         longest = padded_size(max(packing.n_frames), shape and shape.longest, "frames in an utterance")
         n_utterances = padded_size(packing.n_utterances, shape and shape.n_utterances, "utterances")
-        # Filler rows are cut into sequences that are not longer than the longest utterance. The number of
-        # sequences depends on the shape, so that some of them may be empty.
+        # Filler rows are cut into sequences of at most `longest` rows. If a shape is given, it determines the
+        # number of sequences, and some of them may be empty.
         most_filler = packing.n_rows - (packing.n_valid if shape is None else 0)
         n_filler = -(-most_filler // longest) + n_utterances - packing.n_utterances
         ends = packing.n_valid + longest * np.arange(1, n_filler + 1)

@@ -84,7 +84,7 @@ def _correlate(x_ND: Tensor, weight_DCK: Tensor, packing: Packing) -> Tensor:
 
 
 def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
-    """Place windows of 2 * `kernel` frames every `kernel` frames, from `kernel` / 2 before each utterance on.
+    """Place windows of 2 K frames every K frames, starting K / 2 frames before each utterance (K: `kernel`).
 
     The result is the packed row of every frame in all windows, and the position of each packed row among the
     first halves of the windows. Frames outside the utterance get the number of the row of zeros that the
@@ -104,7 +104,7 @@ def _windows(packing: Packing, kernel: int) -> tuple[Tensor, Tensor]:
     return row_X, position_N
 
 
-@lru_cache(maxsize=4)  # returns numpy arrays, because cached tensors keep their mode (inference, fake)
+@lru_cache(maxsize=4)  # numpy arrays are cached, because a cached tensor could be an inference or fake tensor
 def _fourier(kernel: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the transform (2, F, 2K) of a window and half of its inverse (2, K, F), real and imaginary."""
     size = 2 * kernel

@@ -61,7 +61,7 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
     """Compute the concatenated outputs of linear layers for `x`, as one product if all have biases."""
     if len(modules) == 1 and (is_recorded() or _shared is None):
-        out: Tensor = modules[0](x)  # autocast copies the weight itself
+        out: Tensor = modules[0](x)  # if autocast is enabled, it converts the weight
         return out
     if any(module.bias is None for module in modules):
         return torch.cat([module(x) for module in modules], dim=-1)

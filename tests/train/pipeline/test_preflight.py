@@ -52,7 +52,7 @@ def copy(prepared, tmp_path) -> Path:
         ("nope", "finetune.pretrained: nope"),
         ("/no/such/model", "finetune.pretrained: /no/such/model"),
         ("rinna/japanese-hubert-bas", "finetune.pretrained: rinna/japanese-hubert-bas: "),
-        (str(ROUGH), "not a model folder, config.json is missing"),
+        (str(ROUGH), "not a model folder (config.json is missing)"),
     ],
 )
 def test_misspelled_model_is_named_before_the_corpus_is_read(capsys, tmp_path, name, expected):
