@@ -273,7 +273,7 @@ def mini_batch_pass(frames_ND: Frames, start: PassStatistics, all_ranks: bool = 
 
     After each batch, a centroid is the mean of all frames assigned to it so far, including those in `start`
     (MacQueen 1967; the learning rate is that of Sculley 2010). The frames of a batch come from 16 distant
-    positions, because neighboring frames belong to the same speaker.
+    positions, because neighboring frames usually belong to the same speaker.
     """
     centroids_KD, counts_K = start.means_KD.double(), start.counts_K.double()
     rank, world = (distributed.rank(), distributed.world()) if all_ranks else (0, 1)

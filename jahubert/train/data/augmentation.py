@@ -41,7 +41,7 @@ class AugmentConfig:
     speed: tuple[float, float] = (0.9, 1.1)  # range of the speed factor
     reverb_prob: float = 0.0  # probability of reverberation in a synthetic room
     reverb_seconds: tuple[float, float] = (0.1, 0.7)  # range of the reverberation time (RT60)
-    reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # range of the direct-to-reverberant ratio
+    reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # range of the direct-to-reverberant ratio in dB
     # Probability of mixing in up to 3 other training utterances, each for at most half of the duration.
     mix_prob: float = 0.0
     mix_snr_db: tuple[float, float] = (5.0, 20.0)  # range of the level relative to the other utterances in dB
@@ -54,7 +54,7 @@ class AugmentConfig:
     codec_prob: float = 0.0  # probability of mu-law quantization
     codec_bits: tuple[int, int] = (5, 8)  # range of the number of bits per sample
     gain_prob: float = 0.0  # probability of a gain, with clipping at full scale
-    gain_db: tuple[float, float] = (-20.0, 6.0)  # range of the change in level
+    gain_db: tuple[float, float] = (-20.0, 6.0)  # range of the change in level in dB
 
     def __post_init__(self) -> None:
         shares = tuple(field.name for field in fields(self) if field.name.endswith("_prob"))

@@ -128,7 +128,7 @@ def pad(rows: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class CropConfig:
-    """Length limits of pretraining utterances; the defaults are those of fairseq's HuBERT BASE."""
+    """Length limits and caching of pretraining utterances; the limits are those of fairseq's HuBERT BASE."""
 
     min_seconds: float = 2.0  # shorter utterances are skipped
     max_seconds: float = 15.625  # longer utterances are cropped at random frame positions

@@ -32,7 +32,7 @@ class LabelHeader:
     n_units: int
     feature: str  # name of the feature, e.g. mfcc or hubert
     layer: int | None  # number of the HuBERT layer, or None for other features
-    centroids: str  # SHA-256 of the centroids
+    centroids: str  # SHA-256 of the centroids, or of the files from which the units were imported
     model: str | None  # SHA-256 of the HuBERT weights, or None for other features
     manifest: str  # fingerprint of the manifest
     normalize: bool  # whether the HuBERT model normalizes each waveform

@@ -197,7 +197,7 @@ class _ManifestBuilder:
         try:
             self.sha.update(json.dumps(content, ensure_ascii=False).encode() + b"\n")
         except UnicodeEncodeError as error:
-            raise DataError(f"{items.path} contains a name or text that is not valid Unicode") from error
+            raise DataError(f"{items.path}: a name or text is not valid Unicode; correct it") from error
         self.id_hashes.extend(map(_id_hash, items.ids))
         self._count(items.split, n, int(items.n_samples_N.sum()), 0)
         columns: dict[str, Any] = {

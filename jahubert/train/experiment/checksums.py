@@ -30,7 +30,10 @@ def file_crc32(path: Path) -> str:
 
 
 def content_crc32(content: Mapping[str, Any]) -> str:
-    """Compute a CRC-32 of JSON-serializable content, which is the same for the saved and loaded content."""
+    """Compute the CRC-32 of JSON-serializable content.
+
+    Content that was saved and loaded again has the same CRC-32.
+    """
     normalized = json.loads(json.dumps(content, default=str))
     return f"{zlib.crc32(json.dumps(normalized, sort_keys=True).encode()):08x}"
 

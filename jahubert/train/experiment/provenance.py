@@ -186,7 +186,7 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
     for folder in (path, path.parent):  # `path` is the folder of a stage, or a file or folder inside it
         if (folder / DONE).exists():
             record = read_record(folder / DONE)
-            # Stages whose result is not determined by their settings record the content.
+            # Stages whose result is not determined by their settings record a hash of the content.
             content = record.get("metrics", {}).get("content")
             return fingerprint({record["fingerprint"]: content}) if content else record["fingerprint"]
         if (folder / STARTED).exists():

@@ -26,7 +26,8 @@ _START = (
 )
 T = TypeVar("T")
 
-_MIN_SHARE = 8  # minimum number of items per process; starting one takes as long as synthesizing 8 sentences
+# Minimum number of items per process. Starting a process takes as long as synthesizing this many sentences.
+_MIN_SHARE = 8
 
 
 class ScriptProcess:

@@ -281,7 +281,7 @@ def _check_names(groups: Mapping[str, str]) -> None:
 
 
 def _check_keys(tree: Mapping[str, Any]) -> None:
-    """Raise ConfigError for unknown top-level keys, and for `systems` or `by_iteration` without a mapping."""
+    """Raise ConfigError for unknown top-level keys, and if `systems` or `by_iteration` is not a mapping."""
     known = {*STAGES, *_GROUPS, *CommandSettings.__dataclass_fields__, "decode_folder"}
     known |= {
         "systems",

@@ -106,7 +106,7 @@ def _stored(
 
 
 def _stored_by(forward: Callable[[], Tensor], weights: set[int]) -> int:
-    """Count the bytes of the tensors that a function saves for its backward pass, each storage once."""
+    """Count the bytes that a function saves for its backward pass, each storage once, except `weights`."""
     stored: dict[int, Any] = {}  # address -> storage; the references prevent reuse of an address
 
     def save(tensor: Tensor) -> Tensor:

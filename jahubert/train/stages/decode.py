@@ -85,7 +85,7 @@ class Config:
             errors.append(f"n_best is {self.n_best}, but must be at most beam, {self.beam}")
         fused = self.lm is not None or self.lexicon is not None
         if self.search == "greedy" and (self.n_best > 1 or fused):
-            errors.append("search=greedy does not support n_best, lm and lexicon; set search=beam")
+            errors.append("search=greedy does not support n_best > 1, lm and lexicon; set search=beam")
         if self.lm is None and self.lm_weight != Config.lm_weight:
             errors.append("lm_weight has no effect without lm; set lm or remove lm_weight")
         for name in ("word_bonus", "tune_splits"):

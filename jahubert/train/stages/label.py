@@ -110,7 +110,7 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     centroids_KD, fitted = load_centroids(config.centroids / "centroids.safetensors")
     if config.layer is not None and fitted["layer"] not in (None, config.layer):
         raise DataError(
-            f"{config.centroids}: centroids were fitted to layer {fitted['layer']}, but features.layer="
+            f"{config.centroids}: centroids were fitted to layer {fitted['layer']}, but features.layer is "
             f"{config.layer}; set label.centroids to centroids of layer {config.layer}, or rerun stages "
             "features and kmeans"
         )

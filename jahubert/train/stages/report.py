@@ -59,7 +59,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     try:  # all processes call this and share the clustering
         layers = units.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
     except AudioError as error:  # the corpus may have been moved; the rest of the report needs no audio
-        log.warning("report without PNMI by layer: %s", error)
+        log.warning("the report omits the PNMI of each layer: %s", error)
         layers = {}
     if distributed.rank():
         return {}

@@ -108,7 +108,10 @@ def calibrate(config: Config) -> Calibration | None:
         )
     scores, correct = judge_words(read_hypotheses(path))
     if not scores:
-        log.warning("score.calibration_split: the hypotheses of %s are empty", config.calibration_split)
+        log.warning(
+            "score.calibration_split: confidences are not calibrated, because all hypotheses of %s are empty",
+            config.calibration_split,
+        )
         return None
     return fit_calibration(scores, correct)
 

@@ -58,7 +58,7 @@ VALIDATION_SECONDS = 30.0  # maximum time for which validation continues after a
 class Loss:
     """The summed loss of one micro-batch and the sums from which metrics are computed."""
 
-    total: Tensor  # summed loss of the micro-batch; its gradient is computed
+    total: Tensor  # summed loss of the micro-batch
     # Number of targets or, in CTC training, of utterances. Gradients are divided by its sum over a step.
     count: Tensor | float
     sums: dict[str, Tensor | float]  # additional sums for the metrics
@@ -244,8 +244,8 @@ class _TrainingRun:
                 self.save()
                 raise stopped_error(self.stop, self.step) from None
             raise StopDeadlineError(
-                f"{error} while waiting for the data of step {self.step + 1}, which was not saved; rerun the "
-                "same command to resume from the last checkpoint"
+                f"{error} while waiting for the data of step {self.step + 1}; rerun the same command to "
+                "resume from the last checkpoint"
             ) from None
         self.window.waiting += time.perf_counter() - started
         return micro_batch
@@ -284,8 +284,8 @@ class _TrainingRun:
                 self.metric_log.validate(self.step, validate, best)
         except StopDeadlineError as error:
             raise StopDeadlineError(
-                f"{error} during the validation after step {self.step}, which was not saved; rerun the same "
-                "command to resume from the last checkpoint"
+                f"{error} during the validation after step {self.step}; rerun the same command to resume "
+                "from the last checkpoint"
             ) from None
         self.window.started += time.perf_counter() - started
 

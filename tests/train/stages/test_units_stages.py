@@ -251,7 +251,7 @@ def layer_centroids(corpus, tmp_path_factory) -> Path:
 
 def test_mismatched_centroids_are_rejected(corpus, layer_centroids, tmp_path):
     config = replace(stages(corpus, layer_centroids)["label"], model=corpus / "model", layer=1)
-    with pytest.raises(DataError, match=r"layer 1.*features.layer=2"):
+    with pytest.raises(DataError, match=r"layer 1.*features.layer is 2"):
         label.run(replace(config, layer=2), tmp_path / "a")
     torch.manual_seed(1)
     save_bundle(tmp_path / "other", model=HubertModel(HubertModel.from_pretrained(corpus / "model").config))
