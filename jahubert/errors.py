@@ -47,7 +47,7 @@ class UserError(JahubertError):
 
 
 class ConfigError(UserError):
-    """Raised for one or more invalid settings or arguments, all of which the message lists.
+    """Raised for one or more invalid settings or arguments.
 
     Attributes:
         settings: one message per invalid setting, if known, so that errors of several stages can be merged.

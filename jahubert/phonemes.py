@@ -354,7 +354,7 @@ class PhonemeSet:
                 labels.append(self.boundary)
             for phone in word:
                 if phone in (BLANK, BOUNDARY) or phone not in self._index:
-                    raise DataError(f"{phone!r} in {' '.join(word)!r} is not a phone of this model")
+                    raise DataError(f"{phone!r} in {' '.join(word)!r} is not a symbol of this model's words")
                 labels.append(self._index[phone])
         return labels
 

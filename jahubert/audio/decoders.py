@@ -47,7 +47,7 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
 
     Raises:
         AudioError: the file is not audio, has an unsupported format or an impossible sampling rate, is
-            truncated, or needs an optional decoder that is not installed.
+            truncated or damaged, or needs an optional decoder that is not installed.
     """
     magic = media.sniff(source)
     if magic is not None:

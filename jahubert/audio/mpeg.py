@@ -79,7 +79,7 @@ class _Window:
 class Stream:
     """Consecutive frames with the same encoding parameters."""
 
-    start: int  # first byte of the stream
+    start: int  # position of the first byte of the stream
     end: int  # position after the last frame
     n_frames: int  # number of frames, excluding the header frame
     n_samples: int  # number of samples per channel in a frame

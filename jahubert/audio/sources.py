@@ -90,8 +90,8 @@ def _range(file: BinaryIO, source: AudioSource, name: str) -> AudioBytes:
     data = file.read(source.length)
     if source.offset > size or len(data) < source.length:
         raise AudioError(
-            f"{name} exceeds the file, which has {size} bytes: the archive is truncated, or the manifest "
-            "belongs to another archive"
+            f"{name} exceeds the file size ({size} bytes): the archive is truncated, or the manifest belongs "
+            "to another archive"
         )
     return _in_memory(name, data)
 

@@ -271,7 +271,10 @@ def _are_symbols(value: Any) -> bool:
 def _take_head(
     path: Path, inner: dict[str, Tensor], codebooks: list[list[str]], notes: list[str]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Remove the pretraining head from `inner`, and return UnitHead's tensors and the special rows."""
+    """Remove the pretraining head from `inner`, and return UnitHead's tensors and the special rows.
+
+    Nothing is returned for a head that is incomplete or not supported.
+    """
     table = inner.pop("label_embs", None)  # codebook in the oldest files
     table = inner.pop("label_embs_concat", table)
     weight, bias = (inner.pop(f"final_proj.{part}", None) for part in ("weight", "bias"))

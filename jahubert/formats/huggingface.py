@@ -214,6 +214,6 @@ def _read_symbols(folder: Path, settings: dict[str, Any], n_rows: int) -> Phonem
 
 
 def _content(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Replace a word delimiter that the tokenizer file stores as an object by the object's `content`."""
+    """Unwrap the word delimiter if the tokenizer file stores it as an object with the key `content`."""
     token = tokenizer.get("word_delimiter_token")
     return tokenizer | ({"word_delimiter_token": token.get("content")} if isinstance(token, dict) else {})

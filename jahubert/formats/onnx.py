@@ -51,8 +51,8 @@ class OnnxGraph(nn.Module):
 def write_onnx(path: Path, bundle: Bundle) -> float:
     """Write the model of a bundle, and return the `difference` between file and bundle.
 
-    The metadata of the file contains the sample rate, the hop and window lengths, the name of the output and
-    the CTC symbols with the index of the blank.
+    The metadata of the file contains the sample rate, the hop and window lengths, the name of the output and,
+    if the bundle has CTC symbols, the symbols and the index of the blank.
 
     Raises:
         MissingExtraError: a package of the extra `onnx` is not installed.

@@ -85,7 +85,7 @@ class Storage:
         if self.content is None:
             raw = bytearray(self.read())
             if len(raw) % self.dtype.itemsize:
-                raise ValueError(f"{len(raw)} bytes are not a whole number of values")
+                raise ValueError(f"their size ({len(raw)} bytes) is not that of a whole number of values")
             empty = torch.empty(0, dtype=self.dtype)
             self.content = torch.frombuffer(raw, dtype=self.dtype) if raw else empty
         return self.content
@@ -116,7 +116,7 @@ class Stored:
             values = self.storage.values()
             # A stride of zero would let a tensor have more values than its storage.
             if math.prod(self.shape) > len(values):
-                raise ValueError(f"the file contains only {values.nbytes} bytes for it")
+                raise ValueError(f"their size in the file is only {values.nbytes} bytes")
             return values.as_strided(self.shape, self.stride, self.offset)
         except Exception as error:  # zipfile, zlib and torch raise various errors
             raise CheckpointError(
@@ -257,7 +257,7 @@ def _read_legacy(path: Path) -> Any:
             size = int.from_bytes(content.read(8), "little")
             n_bytes = size * storages[key].dtype.itemsize
             if size != n_values[key] or content.tell() + n_bytes > len(content):
-                raise ValueError(f"storage {key} is truncated or has a wrong size ({size} values)")
+                raise ValueError(f"storage {key} is truncated or has the wrong number of values ({size})")
             data[key] = content.read(n_bytes)
         return result
 

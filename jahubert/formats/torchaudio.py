@@ -155,8 +155,8 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
     heads = _PUBLISHED_HEADS.get(from_shapes["width"], max(1, from_shapes["width"] // 64))
     fields |= {"heads": heads, "pre_norm": layer_norms, "normalize": layer_norms}
     notes.append(
-        f"settings: the file has none; assumed {heads} heads and "
-        f"{'normalized' if layer_norms else 'unnormalized'} waveforms, as in torchaudio's own models"
+        f"settings: the file has none, so heads={heads} and normalize={layer_norms} were assumed, as in "
+        "torchaudio's own models"
     )
     return make_config(path, from_shapes, fields), []
 

@@ -18,7 +18,7 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.silero import silero_speech_frames
 from jahubert.inference.vad import power, power_spectrum, speech_frames
 
-SPEECH_LEVEL = -20.0  # mean level of speech in dBFS
+SPEECH_LEVEL = -20.0  # mean level of conditioned speech in dBFS
 _RANGE = 20.0  # frames more than this many dB below the loudest frame are pauses
 _MAINS = (50.0, 60.0)  # mains frequencies in Hz
 _MAX_HUM = 250.0  # maximum frequency of a harmonic in Hz

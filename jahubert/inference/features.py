@@ -58,7 +58,7 @@ class LayerFeatures(nn.Module):
             By default, layers are stacked and not summed.
 
     Raises:
-        ConfigError: the model lacks a layer, no layer is given, or the weights do not match the layers.
+        ConfigError: the model lacks a layer, the sequence of layers is empty, or the weights do not match it.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Aligned labels of part of a recording, with their log-probability and, with a lexicon, words."""
+    """Aligned labels of part of a recording, their log-probability and, if there is a lexicon, the words."""
 
     spans: list[Span]
     score: float
@@ -164,8 +164,8 @@ class Transcriber:
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
-        ConfigError: the beam, vad, device or dtype is invalid, a weight or bonus has no effect, or a lexicon
-            is given for symbols without a word boundary.
+        ConfigError: the beam, vad, device or dtype is invalid, a weight or bonus has no effect or is not
+            finite, or a lexicon is given for symbols without a word boundary.
         DataError: the language model or lexicon is invalid.
         MissingExtraError: silero-vad is not installed.
     """

@@ -194,7 +194,7 @@ def _spectral_change(shape_SF: Tensor) -> Tensor:
 
 
 def _std(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the standard deviation of masked values over the last dimension (NaN for an empty mask)."""
+    """Return the standard deviation of the values that `mask` selects in the last dimension (NaN if none)."""
     n = mask.sum(-1, keepdim=True)
     values = values.where(mask, 0.0)
     deviation = (values - values.sum(-1, keepdim=True) / n) * mask

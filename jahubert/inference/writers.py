@@ -99,7 +99,7 @@ def tsv_rows(transcript: Transcript) -> str:
 
 
 def escape_controls(name: str) -> str:
-    """Escape the control characters of a file name, which would break a line of tab-separated values."""
+    """Escape control characters in a file name, because they would break a line of tab-separated values."""
     return _CONTROL.sub(_json_escape, name)
 
 

@@ -67,7 +67,8 @@ class NGram:
         self.unknown_word = self.index.get(UNKNOWN, -1)
         if self.counts[0] != len(self.words):
             raise DataError(
-                f"the vocabulary has {len(self.words)} words, but there are {self.counts[0]} unigrams"
+                f"the number of words in the vocabulary ({len(self.words)}) differs from the number of "
+                f"unigrams ({self.counts[0]})"
             )
         self.key_N = np.empty(0, np.int64)
         logps, backoffs = [], [np.zeros(1, np.float32)]

@@ -23,22 +23,22 @@ class HubertConfig:
     width: int = 768  # model dimension of the Transformer
     layers: int = 12  # number of Transformer blocks
     heads: int = 12  # number of attention heads per block
-    ffn: int = 3072  # inner dimension of the feed-forward blocks
-    pre_norm: bool = False  # whether layer norms precede each sublayer (large, xlarge) or follow it (base)
+    ffn: int = 3072  # inner dimension of the feed-forward sublayers
+    pre_norm: bool = False  # whether a layer norm precedes each sublayer (large, xlarge) or follows it (base)
     pos_conv_kernel: int = 128  # kernel size of the positional convolution in frames
     pos_conv_groups: int = 16  # number of channel groups in the positional convolution
-    norm_eps: float = 1e-5  # epsilon of layer and group norms
+    norm_eps: float = 1e-5  # epsilon of all norms except those in the conv layers, which use 1e-5
     normalize: bool = False  # whether each waveform is normalized to zero mean and unit variance
     # Epsilon that is added to the variance of the waveform: 1e-7 for weights from Hugging Face, 1e-5 for
     # weights from fairseq and torchaudio. As the value belongs to the weights, it is not recorded as a
     # setting of a stage.
     normalize_eps: float = field(default=1e-7, metadata={"runtime": True})
-    dropout: float = 0.1  # dropout after the attention and feed-forward blocks
+    dropout: float = 0.1  # dropout after each sublayer and before the first block
     attention_dropout: float = 0.1  # dropout on the attention weights
-    activation_dropout: float = 0.0  # dropout inside the feed-forward blocks
+    activation_dropout: float = 0.0  # dropout inside the feed-forward sublayers
     input_dropout: float = 0.1  # dropout on the projected conv features
     layer_drop: float = 0.05  # probability that a block is skipped in training
-    conv_grad_scale: float = 0.1  # factor that is applied to gradients into the conv stack
+    conv_grad_scale: float = 0.1  # factor for the gradient that enters the conv layers
 
     def __post_init__(self) -> None:
         errors = []

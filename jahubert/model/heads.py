@@ -16,7 +16,7 @@ from jahubert.model.precision import at_least_float32, autocast
 
 
 class UnitHead(nn.Module):
-    """Head that predicts units by the cosine of the projected frame and each unit's embedding.
+    """Head that predicts units by the cosine similarity of the projected frame and each unit's embedding.
 
     The head implements eq. 3 of the HuBERT paper (section II-C) as one matrix product of normalized vectors,
     divided by a temperature. The result equals fairseq's softmax over one positive and all negatives, without

@@ -366,8 +366,8 @@ class HubertModel(nn.Module):
         shortest, window = min(n_samples), self.config.grid.window
         if shortest < window:
             raise AudioError(
-                f"utterance {n_samples.index(shortest)} of the batch has {shortest} samples, but one frame "
-                f"needs {window}; drop it or pad it with silence"
+                f"the length of utterance {n_samples.index(shortest)} of the batch is {shortest}, but one "
+                f"frame needs {window} samples; drop the utterance or pad it with silence"
             )
         return None if n_samples_B is None or shortest == width else n_samples
 

@@ -245,7 +245,7 @@ def test_invalid_configs_are_rejected(changes, setting):
 
 def test_invalid_batches_and_layers_are_rejected():
     model = HubertModel(BASE_LIKE).eval()
-    with pytest.raises(AudioError, match=r"utterance 1 .* 399 samples"):
+    with pytest.raises(AudioError, match=r"utterance 1 .* 399,"):
         model(torch.zeros(2, 800), [800, 399])
     with pytest.raises(AudioError, match="lengths"):
         model(torch.zeros(2, 800), [800, 801])
@@ -253,7 +253,7 @@ def test_invalid_batches_and_layers_are_rejected():
         model(torch.zeros(2, 800), [800])
     with pytest.raises(AudioError, match="shape"):
         model(torch.zeros(800))
-    with pytest.raises(AudioError, match="399 samples"):
+    with pytest.raises(AudioError, match="is 399,"):
         model(torch.zeros(1, 399))
     with pytest.raises(ConfigError, match="last_layer"):
         model(torch.zeros(1, 800), last_layer=4)

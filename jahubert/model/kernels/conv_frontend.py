@@ -164,7 +164,7 @@ def _run_layers(layers: Sequence[ConvLayer], x: Tensor | _Product) -> Tensor:
 
 
 def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Product, int]]:
-    """Yield blocks of a few tiles, each with its number of output frames.
+    """Yield blocks for up to `TILES_AT_ONCE` tiles of output, each with its number of output frames.
 
     If all tiles were processed at once, the first layers would need a hundred times the memory of the output.
     Each block contains one tile more than its output, because its last frames extend into this tile.

@@ -1,4 +1,4 @@
-"""Selection of the plain modules or the kernels."""
+"""Selection between the plain modules and the kernels."""
 
 from __future__ import annotations
 
