@@ -29,6 +29,7 @@ def fit_faiss(frames_ND: Frames, options: KmeansOptions) -> Fit:
     Raises:
         MissingExtraError: faiss is not installed.
         ConfigError: `device` is a GPU, but faiss does not find one.
+        DataError: the frames are not finite.
     """
     device = torch.device(options.device)
     faiss = _import_faiss(gpu=device.type == "cuda")  # imported first, so that errors are raised early

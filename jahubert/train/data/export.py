@@ -34,6 +34,7 @@ def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]
 
     Raises:
         DataError: `kind` is unknown, or the format cannot represent an utterance.
+        AudioError: the audio of an utterance cannot be read.
     """
     if kind not in WRITERS:
         raise DataError(f"unknown corpus format {kind}; expected one of {', '.join(WRITERS)}")

@@ -222,7 +222,7 @@ def export_experiment(labels: str, folder: str, manifest: str | None) -> dict[st
     """Export the labels in `exp/NAME/iterN/label`. By default, the manifest of the experiment is used.
 
     Raises:
-        DataError: a file is damaged, or cannot be exported (see `export`).
+        AudioError, DataError: a file is missing or damaged, or the labels cannot be exported (see `export`).
     """
     path = Path(manifest) if manifest else Path(labels).absolute().parent.parent / "prepare/manifest.arrow"
     verify_files(Path(labels))
@@ -235,6 +235,7 @@ def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, in
     Raises:
         DataError: the store belongs to a different manifest, or a `.tsv` file cannot represent an utterance,
             for example because the utterance is part of a recording or is inside a tar file.
+        AudioError: an audio file is missing or unusable.
     """
     labels.check(manifest)
     folder.mkdir(parents=True, exist_ok=True)

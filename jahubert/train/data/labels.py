@@ -57,6 +57,7 @@ class LabelWriter:
 
         Raises:
             StaleError: the folder contains units with a different header.
+            DataError: a file of the store is damaged or cannot be written.
         """
         self.folder, self.header, self.n_frames = Path(folder), header, np.asarray(n_frames, np.int64)
         self.shards = self.folder / "shards"

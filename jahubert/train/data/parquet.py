@@ -23,6 +23,7 @@ def parquet_schema(path: Path) -> pa.Schema:
 
     Raises:
         DataError: the file is not parquet, or the file system still fails after several attempts.
+        OSError: the file does not exist.
     """
     return read_reliably(lambda: _read(path, lambda: pq.ParquetFile(path).schema_arrow), path)
 
@@ -32,6 +33,7 @@ def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
 
     Raises:
         DataError: the file is damaged, or the file system still fails after several attempts.
+        OSError: the file does not exist.
     """
     n_read = 0
     batches: Iterator[pa.RecordBatch] | None = None

@@ -65,6 +65,7 @@ def acquire(
 
     Raises:
         StaleError: the stage was run in the folder with different settings or by another version of its code.
+        DataError: the record in the folder is unreadable.
     """
     for name in (DONE, STARTED):
         if (out / name).exists():
@@ -278,7 +279,7 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
     """Return the state of each stage in an experiment, in the order in which the stages were started.
 
     Raises:
-        DataError: `root` contains no stage output.
+        DataError: `root` contains no stage output, or a record is unreadable.
     """
     states = []
     for started in sorted(root.glob("**/" + STARTED), key=lambda path: path.stat().st_mtime):

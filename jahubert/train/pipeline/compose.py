@@ -80,6 +80,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
     Raises:
         ConfigError: an override cannot be parsed, a name or key is unknown, a setting of the pipeline is
             invalid, or a file is not valid YAML.
+        MissingExtraError: hydra-core is not installed.
     """
     try:
         from omegaconf import OmegaConf

@@ -38,6 +38,7 @@ def run(overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: an override cannot be parsed, a stage, recipe, system or key is unknown, a setting is
             invalid, or an input does not exist and is not an output of the command.
+        StaleError, BusyError, DataError: see `run_stage`.
     """
     from jahubert.train.experiment import distributed
     from jahubert.train.pipeline import preflight
@@ -61,6 +62,8 @@ def run(overrides: Sequence[str]) -> None:
 
 def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> dict[str, Any]:
     """Run a stage in its folder unless an existing result is kept. Return its metrics.
+
+    Errors of the stage itself are raised as well.
 
     Args:
         verify_large: whether to verify the checksums of input files over 1 GB. The sizes of all files and the

@@ -75,7 +75,8 @@ class Config:
     tune_splits: tuple[str, ...] = split_field(())  # splits on which to choose lm_weight and word_bonus
     tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values of lm_weight to try
     tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values of word_bonus to try
-    vad: bool = True  # remove DC offset and hum, normalize the level, and suppress phones outside speech
+    # Whether to remove DC offset and hum, normalize the level, and suppress phones outside speech.
+    vad: bool = True
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
     batch_seconds: float = runtime_field(80.0)  # maximum audio per batch, unless an utterance is longer
 

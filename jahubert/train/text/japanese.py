@@ -79,7 +79,8 @@ def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
         words: path of a user dictionary (see `user_dictionary.read_words`).
 
     Raises:
-        DataError: the dictionary has no reading for some letters.
+        DataError: the dictionary has no reading for some letters, or the user dictionary is invalid.
+        MissingExtraError: pyopenjtalk-plus is not installed.
     """
     pyopenjtalk = openjtalk()
     normalized = normalize_text(text)
@@ -153,7 +154,8 @@ def text_to_words(text: str, words: Path | None = None) -> list[Word]:
         words: path of a user dictionary (see `user_dictionary.read_words`).
 
     Raises:
-        DataError: the text contains no words, or letters without a reading.
+        DataError: the text has no words or has letters without a reading, or the user dictionary is invalid.
+        MissingExtraError: pyopenjtalk-plus is not installed.
     """
     result = features_to_words(analyze(text, words))
     if not result:
@@ -165,6 +167,7 @@ def text_to_phones(text: str) -> tuple[tuple[str, ...], ...]:
     """Convert a Japanese text to the phones of its words, in the format of `Utterance.words`.
 
     Raises:
-        DataError: the text contains no words, or letters without a reading.
+        DataError: the text has no words or has letters without a reading.
+        MissingExtraError: pyopenjtalk-plus is not installed.
     """
     return tuple(word.phones for word in text_to_words(text))

@@ -23,11 +23,12 @@ class TrainConfig:
     """
 
     max_steps: int = 400_000  # number of updates
-    batch_seconds: float = 2800.0  # audio per step over all devices, reached by gradient accumulation
+    batch_seconds: float = 2800.0  # audio per step over all devices, with gradient accumulation if necessary
     # Number of groups per step, each of utterances with similar lengths; null: derived from batch_seconds (8
     # for 2,800 s).
     groups: int | None = None
-    # Maximum audio per device and forward pass, including padding; null: derived from the GPU memory.
+    # Maximum audio per device and forward pass, including padding; null: derived from the memory of a GPU, or
+    # a fixed limit on a CPU.
     micro_seconds: float | None = runtime_field(None)
     lr: float = 5e-4  # peak learning rate
     # Learning-rate schedule. linear: warm-up and decay; tri_stage: warm-up, hold, decay.
