@@ -5,9 +5,9 @@
     python tools/wheel_check.py --python python3.14            # another Python with venv
     python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
 
-Run the script in the development environment. It builds the sdist and the wheel from it, creates tiny models,
-a recording and the expected results, and installs the wheel in an empty environment, without extras but with
-the given requirements. In this environment, it runs itself (`--inside`) and checks that
+Run the script in the development environment. It builds the sdist and, from the sdist, the wheel, creates
+tiny models, a recording and the expected results, and installs the wheel in an empty environment, without
+extras but with the given requirements. In this environment, it runs itself (`--inside`) and checks that
 
 - the top-level modules and all public names can be imported and do not import jahubert.train ("ring 2" in
   docs/layout.md), and conf/ and recipes/ are included,
@@ -165,7 +165,7 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
     return arrays, texts
 
 
-# --- in the empty environment; test_wheel.py also runs the first two in the unpacked wheel ---
+# --- in the empty environment; test_wheel.py also runs the first two functions in the unpacked wheel ---
 
 
 def check_package() -> None:

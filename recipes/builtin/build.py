@@ -3,11 +3,11 @@
     python recipes/builtin/build.py data=... common_voice=... hts_voices=... texts=...
     python recipes/builtin/build.py --pack exp/builtin   # pack a finished run, possibly from another machine
 
-The script pretrains a model only on recordings (exp/builtin-pretraining), unless `pretrained=` names a model,
-and fine-tunes it on recordings and synthetic voices (exp/builtin). Finished stages are kept and interrupted
-stages are resumed, so that the command can be repeated until it succeeds. The script then writes the
-recognizer in float16, with a model card that contains the results of the `score` stage. The folder must not
-exceed 15 MB.
+Unless `pretrained=` names a model, the script pretrains one on recordings alone (exp/builtin-pretraining). It
+fine-tunes the model on recordings and synthetic voices (exp/builtin). Finished stages are kept and
+interrupted stages are resumed, so that the command can be repeated until it succeeds. The script then writes
+the recognizer in float16, with a model card that contains the results of the `score` stage. The folder must
+not exceed 15 MB.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ The data come from these sources:
 
 Test splits are the held-out words per voice, these words joined, sentences by held-out speakers from Common
 Voice, copies of these recordings over a simulated telephone line and in noise, synthetic sentences that do
-not occur in training, and real sentences if their folder is given. Sentences are compared by their letters
-and digits, so that one with other punctuation or character widths counts as the same.
+not occur in training, and recordings of sentences if their folder is given. Only the letters and digits of
+sentences are compared, so punctuation and character widths make no difference.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Config:
     texts: str | None = None  # file of sentences for the mixed voices, as in the voices recipe
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
-    speakers: Speakers = field(default_factory=Speakers)  # sentences of all other sources are excluded
+    speakers: Speakers = field(default_factory=Speakers)  # mixed voices, with none of the other sentences
     reading: float = 35.0  # minutes of training words in synthetic voices
     speeds: tuple[float, ...] = (0.87, 1.15)  # each joined training utterance is copied at one of them
 
@@ -148,7 +148,7 @@ def _voice(item: Utterance) -> str:
 
 
 def _texts(words: list[str], seen: set[str], seed: int) -> Iterator[str]:
-    """Yield endless texts of three to seven random words, excluding words that Open JTalk misreads.
+    """Yield endless texts of up to seven random words, excluding words that Open JTalk misreads.
 
     Texts whose letters and digits are in `seen` are skipped; those of all other texts are added to `seen`.
     """

@@ -1,4 +1,4 @@
-"""Reader for read sentences with speaker labels, and for recordings without text, from Common Voice.
+"""Reader for recordings from Common Voice: sentences with speaker labels, and recordings without text.
 
 Each input is a folder with a tab-separated table: `transcripts.tsv` with the columns file, text and speaker,
 or `clips.tsv` with the columns file and speaker. Recordings are converted to 16 kHz FLAC files.
@@ -165,22 +165,22 @@ def noisy(wave_T: np.ndarray, rng: np.random.Generator, snr_db: float) -> np.nda
 
 
 def read_rows(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read the rows of a table in tab-separated values.
+    """Read the rows of a tab-separated table.
 
     Returns:
         The columns of each row and, if `columns` contains file, a unique `name`: the stem of the file, with a
         hash of its path if several files have this stem.
 
     Raises:
-        DataError: the table was not found or is not UTF-8, or a row has no value in one of the columns.
+        DataError: the table was not found or is not UTF-8, or a row has no value in one of `columns`.
     """
     if not is_file(table):
         raise DataError(f"{table}: file not found; it needs the columns {', '.join(columns)}")
     lines = io.StringIO(read_text(table), newline="")
     rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     for number, row in enumerate(rows, start=2):
-        if any(not row.get(column) for column in columns):
-            raise DataError(f"{table}, line {number}: {' or '.join(columns)} is missing: {row}")
+        if missing := [column for column in columns if not row.get(column)]:
+            raise DataError(f"{table}:{number}: no value in the column {' and '.join(missing)}; found {row}")
     stems = Counter(Path(row["file"]).stem for row in rows) if "file" in columns else {}
     for row in rows if stems else ():
         stem = row["name"] = Path(row["file"]).stem

@@ -93,14 +93,14 @@ def find_talks(data: Path) -> dict[str, Talk]:
     listed = _read_file_list(data)
     if ambiguous := sorted(id for id, names in sides.items() if len(names) > 1):
         log.warning(
-            "csj: %d talks are in a folder core and in a folder noncore; fileList.csv or lists/core.txt is "
-            "used for them: %s",
+            "csj: talks both in a folder core and in a folder noncore, for which fileList.csv or "
+            "lists/core.txt is used (%d): %s",
             len(ambiguous),
-            _abbreviated(ambiguous),
+            abbreviated(ambiguous),
         )
     _mark_core(talks, {id: min(names) for id, names in sides.items() if len(names) == 1}, listed)
     if missing := sorted(listed.keys() - talks.keys()):
-        log.warning("csj: %d talks in fileList.csv not found: %s", len(missing), _abbreviated(missing))
+        log.warning("csj: talks in fileList.csv not found (%d): %s", len(missing), abbreviated(missing))
     return dict(sorted(talks.items()))
 
 
@@ -128,12 +128,12 @@ def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapp
         differing = sorted(id for id in talks if is_core.get(id) is value and talks[id].core is not value)
         if differing:
             log.warning(
-                "csj: %d talks are %s according to %s, but a source with precedence (folder, fileList.csv) "
-                "differs: %s",
-                len(differing),
+                "csj: talks that are %s according to %s, but not according to a source that takes precedence "
+                "(folder, fileList.csv) (%d): %s",
                 "core" if value else "not core",
                 source,
-                _abbreviated(differing),
+                len(differing),
+                abbreviated(differing),
             )
 
 
@@ -150,7 +150,7 @@ def decoded_lines(raw: bytes) -> list[str]:
     return [line.rstrip("\r\x1a") for line in lines]
 
 
-def _abbreviated(names: Sequence[str]) -> str:
+def abbreviated(names: Sequence[str]) -> str:
     """Join the first 40 names for a log message."""
     return " ".join(names[:40]) + (" ..." if len(names) > 40 else "")
 
@@ -192,12 +192,13 @@ def _read_file_list(data: Path) -> dict[str, bool]:
     cells = {row[talk].strip(): row[core].strip().lower() for row in rows[1:] if len(row) > max(talk, core)}
     if unknown := sorted({cell for cell in cells.values() if cell not in _CORE + _NOT_CORE}):
         log.warning(
-            "%s: column コア of %d talks is neither %s nor %s, but %s; lists/core.txt is used for them",
+            "%s: unknown values in column コア: %s (expected %s or %s); lists/core.txt is used for the talks "
+            "with these values (%d)",
             path,
-            sum(cell in unknown for cell in cells.values()),
+            abbreviated([repr(cell) for cell in unknown]),
             _CORE[0],
             _NOT_CORE[1],
-            _abbreviated([repr(cell) for cell in unknown]),
+            sum(cell in unknown for cell in cells.values()),
         )
     return {id: cell in _CORE for id, cell in cells.items() if cell not in unknown}
 
@@ -226,8 +227,8 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
     Args:
         talks: all talks found in the corpus folder.
         subset: core, all, or the path of a list of training talks.
-        dev: lhotse or kaldi. With kaldi, the first utterances of the training data are used for development,
-            so that no talk is assigned to `dev` here.
+        dev: lhotse or kaldi. With kaldi, no talk is assigned to `dev`, because the first utterances of the
+            training data are used for development.
 
     Raises:
         DataError: a talk is in two sets, or the list `subset` is missing or contains a talk that is held out
@@ -244,11 +245,11 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
     for name, entries in expected.items():
         if missing := sorted(entries - talks.keys()):
             log.warning(
-                "csj: %d of the %d talks of %s not found: %s",
+                "csj: %d of the %d talks of %s were not found: %s",
                 len(missing),
                 len(entries),
                 name,
-                _abbreviated(missing),
+                abbreviated(missing),
             )
     if subset == "all" and len(talks) < TALKS:
         log.warning("csj: found %d of the %d talks in the corpus", len(talks), TALKS)

@@ -62,7 +62,7 @@ class SplitCount:
 def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config: SummaryOptions) -> None:
     """Log the size of every split next to published figures, the rejected items, and the empty splits.
 
-    A split without all of its expected talks is a warning.
+    The line of a split with an unexpected number of talks is a warning.
     """
     expected = expected_talks(config.subset, config.dev)
     for name, count in counts.items():

@@ -150,7 +150,7 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
     """Return the mono audio of a channel and its length in 16 kHz samples.
 
     Raises:
-        AudioError: the file is missing, its audio is unusable, or it contains only the other channel.
+        AudioError: the file is missing, its audio is unusable, or it contains only one channel of a dialogue.
     """
     file = talk.audio.get(channel) or talk.audio.get("")
     if file is None:
@@ -185,7 +185,7 @@ def _n_channels(path: Path) -> int:
     if found != (SAMPLE_RATE, "PCM_16") or info.channels not in (1, 2):
         raise AudioError(
             f"{path}: expected one or two channels of 16-bit audio at {SAMPLE_RATE} Hz, as in the corpus; "
-            f"found {info.channels} channels, {info.subtype} and {info.samplerate} Hz"
+            f"found {info.subtype} at {info.samplerate} Hz, number of channels: {info.channels}"
         )
     return info.channels
 

@@ -140,7 +140,7 @@ def read_trn(path: Path) -> list[Segment]:
             name, start, end, channel = match.groups()
             segments.append(Segment(_samples(start), _samples(end), channel))
             if (first := numbers.setdefault((name, channel), number)) != number:
-                word = Word(number, "", "", problem=f"segment {name} occurs again; it starts at line {first}")
+                word = Word(number, "", "", problem=f"segment {name} already occurs in line {first}")
                 segments[-1].words.append(word)
             continue
         if _EVENTS.fullmatch(line):
@@ -277,7 +277,7 @@ class _XmlReader:
             segment.words.append(Word(line, "", "", problem=str(error).partition(": ")[2]))
         name = attributes.get("IPUID", f"line {line}")
         if (first := self._lines.setdefault((name, segment.channel), line)) != line:
-            problem = f"IPU {name} occurs again; it starts at line {first}"
+            problem = f"IPU {name} already occurs in line {first}"
             segment.words.append(Word(line, "", "", problem=problem))
         segments.append(segment)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from csj_files import EVALS, Talk, assign_sets, find_talks, read_list
+from csj_files import EVALS, Talk, abbreviated, assign_sets, find_talks, read_list
 from csj_summary import SplitCount, log_summary
 from csj_talks import NO_TIMES, TalkOptions, check_talk, read_talk
 
@@ -46,7 +46,9 @@ class Config(TalkOptions):
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield rejected items, and utterances `<talk>_<start>_<end>` (milliseconds; `<talk>-L` in dialogues).
+    """Yield rejected items, and utterances `<talk>_<start>_<end>`, with times in milliseconds.
+
+    In dialogues, `<talk>` is followed by `-L` or `-R`.
 
     All transcripts are checked before any audio is read, so that problems are reported within minutes. The
     test sets are yielded first, followed by dev and by the training talks in random order, so that the first
@@ -62,9 +64,10 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     talks = find_talks(data)
     sets = assign_sets(talks, config.subset, config.dev)
     if phrases := [talk for talk in sets if list(talks[talk].transcripts) == ["trn"]]:
-        examples = " ".join(phrases[:5])
         log.warning(
-            "csj: %d talks have only a TRN file, whose words are phrases: %s ...", len(phrases), examples
+            "csj: talks with only a TRN file, whose words are phrases (%d): %s",
+            len(phrases),
+            abbreviated(phrases),
         )
     unusable, damaged = _check_talks({name: talks[name] for name in sets}, config)
     yield from unusable
@@ -92,8 +95,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
             yield replace(item, split=split)
     if without_times:
         log.warning(
-            "csj: unreadable phone times in %d talks; the affected utterances are kept without an alignment. "
-            "First problem: %s",
+            "csj: number of talks with unreadable phone times: %d; the affected utterances are kept without "
+            "an alignment. First problem: %s",
             len(without_times),
             without_times[0],
         )
@@ -123,8 +126,8 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
         log.warning("%s\nTheir unusable utterances are rejected", _damage(damaged, len(talks)))
     if text_problems := [problem for check in checks.values() for problem in check.text_problems]:
         log.warning(
-            "csj: %d problems in the orthography, which is not used for training; the text of these "
-            "utterances is incomplete. First problem: %s",
+            "csj: number of problems in the orthography, which is not used for training: %d; the text of the "
+            "affected utterances is incomplete. First problem: %s",
             len(text_problems),
             text_problems[0],
         )

@@ -45,7 +45,7 @@ class Speaker:
     """A variant of the voice with its own speaking rate, pitch and vocal tract length."""
 
     name: str
-    frame: int  # frame length in 48 kHz samples (original: 240); multiples of 3 make times integers
+    frame: int  # frame length in 48 kHz samples (original: 240); a multiple of 3, for exact 16 kHz times
     half_tones: float  # pitch shift in semitones
     warping: float  # frequency warping (original: 0.55); larger values mean a longer vocal tract
 
@@ -176,7 +176,7 @@ def _phone_of(label: str) -> str:
 
 
 def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) -> tuple[Phone, ...]:
-    """Align the phones of words with labels. A long vowel has two labels, and silence is labeled `pau`.
+    """Align the phones of words with labels. A long vowel has two labels. The phone of a silence is `pau`.
 
     Args:
         samples: number of samples for each label.

@@ -50,9 +50,8 @@ class Config:
     dev: int = 1000  # number of utterances at the start of the corpus
     test: int = 100  # number of utterances after the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
-    # Maximum fraction of damaged shards, and of unusable recordings and table rows in the other shards. All
-    # of them are rejected. The run ends if more than this fraction (and more than one) are unusable. 0: any
-    # problem ends the run.
+    # Maximum fraction of damaged shards, and of unusable recordings and table rows in the other shards. The
+    # run ends if more than this fraction (and more than one) are unusable. 0: one is enough.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:
@@ -164,7 +163,7 @@ class _Limit:
     first_broken: Rejected | None = None
 
     def count(self, rejected: Sequence[Rejected], n_usable: int = 0, shard: str = "") -> Iterator[Rejected]:
-        """Count and yield rejected items, usually all of a shard.
+        """Count and yield rejected items, usually all those of one shard.
 
         If too many captions of a shard have no audio, the shard itself is yielded as well.
 
@@ -203,7 +202,7 @@ class _Limit:
         return (
             f"reazonspeech: {n} of {total} {items} are unusable; first problem: {first.id}: {first.reason} "
             f"({first.detail}). Download the files again, or increase prepare.options.max_broken (now "
-            f"{self.max_broken}) to reject them"
+            f"{self.max_broken}) to leave out these {items}"
         )
 
 
@@ -255,7 +254,7 @@ def _match_captions(
 ) -> tuple[Utterances, list[Rejected]]:
     """Return the recordings in a shard that have a caption, and the rejected recordings and captions.
 
-    This empties `texts`.
+    The captions of the recordings are removed from `texts`.
     """
     rejected = [Rejected(*item) for item in index["broken"]]
     for name, _, _ in index["broken"]:

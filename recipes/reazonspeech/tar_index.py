@@ -35,7 +35,7 @@ _PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]+)\n")
 
 
 def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterator[dict[str, Any]]:
-    """Yield the indices of all shards in order. Several processes create those that are missing.
+    """Yield the indices of all shards in order. Up to `processes` processes create those that are missing.
 
     An index has the columns `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz), with one row per
     recording, and a list `broken` with [name, reason, detail] of each unusable recording.
@@ -56,7 +56,7 @@ def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterat
         for shard in shards:
             if shard in worker_of and (done := worker_of[shard].readline()) != shard.name:
                 raise JahubertError(
-                    f"{shard}: the process that indexes it has instead indexed {done or 'nothing'}"
+                    f"{shard}: the process for this shard indexed {done or 'nothing'} instead"
                 )
             index = _read_index(shard, folder)
             if index is None:
@@ -215,7 +215,7 @@ def main() -> None:
         parser.error(f"--part {args.part}: expected a form such as 1/4 ... 4/4")
     shards = sorted(args.shards.glob("*.tar"))[int(part[1]) - 1 :: int(part[2])]
     if not shards:
-        parser.error(f"{args.shards}: no shards in part {args.part}, such as 000.tar")
+        parser.error(f"{args.shards}: no shards such as 000.tar in part {args.part}")
     rows = sum(len(index["names"]) for index in index_shards(shards, args.index, args.processes))
     print(f"{len(shards)} shards with {rows} recordings indexed in {args.index}")
 

@@ -134,8 +134,8 @@ def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     """Return the split of each row. A missing test or dev split is formed from training data by speaker.
 
     Speakers are drawn at random. A speaker who would make a split more than twice as large as requested is
-    skipped; if every remaining one would, the speaker with the fewest utterances is used. If there are too
-    few speakers, single utterances are assigned instead.
+    skipped. If this is true of every remaining speaker, the one with the fewest utterances is used. If there
+    are too few speakers, single utterances are assigned instead.
     """
     splits = [row.split or "train" for row in rows]
     shares = {"test": config.test_share, "dev": config.dev_share}
@@ -240,7 +240,7 @@ def _log_report(
     training_speakers = speakers_of.pop("train", set())
     if shared := training_speakers & set().union(*speakers_of.values()):
         log.warning(
-            "table: %d speakers are in train and in another split; the error rates of that split thus do not "
+            "table: number of speakers who are both in train and in another split: %d; error rates will not "
             "measure accuracy on unseen speakers",
             len(shared),
         )

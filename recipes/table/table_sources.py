@@ -95,7 +95,14 @@ def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
 def read_table(
     path: Path, folder: Path | None = None, split: str = "", work: Path | None = None
 ) -> Iterator[Row | Rejected]:
-    """Read a csv, tsv, jsonl or parquet file. Relative audio paths are resolved against `folder`."""
+    """Read a csv, tsv, jsonl or parquet file.
+
+    Args:
+        path: the table.
+        folder: folder against which relative audio paths are resolved (default: the folder of the table).
+        split: split of the rows without one.
+        work: folder for audio that the table contains.
+    """
     suffix = path.suffix.lower()
     if suffix not in TABLES:
         raise DataError(f"{path}: unknown file type; expected {', '.join(TABLES)}")
@@ -111,7 +118,8 @@ def read_table(
         if names is None or suffix in (".jsonl", ".json"):
             names = _column_names(record)
         if "path" not in names:
-            expected = f"expected one of {', '.join(COLUMNS['path'])}, found {', '.join(map(str, record))}"
+            found = ", ".join(map(str, record)) or "no columns"
+            expected = f"expected one of {', '.join(COLUMNS['path'])}, found {found}"
             problem = f"{where}: no column with the audio; {expected}"
             if suffix not in (".jsonl", ".json"):
                 raise DataError(problem)
@@ -158,7 +166,7 @@ def _row(
     for column, name in names.items():
         value = record.get(name)
         if isinstance(value, (list, bytes)) or (isinstance(value, Mapping) and column != "path"):
-            problem = f"{where}: {name} must be text or a number; found a {type(value).__name__}"
+            problem = f"{where}: {name} must be text or a number; found {type(value).__name__}"
             return Rejected(where, "malformed line", problem)
         if not cell(column).isprintable() and not _is_unicode(cell(column)):
             return Rejected(where, "malformed line", f"{where}: {name} is not Unicode text")
@@ -200,7 +208,7 @@ _Records = Iterator[tuple[int, "Mapping[str, Any] | str"]]
 
 
 def _delimited_records(path: Path, delimiter: str) -> _Records:
-    """Yield the rows of a csv or tsv file, with their fields by column, and the number of their last line."""
+    """Yield the number of the last line of each row, and its fields by column or a problem."""
     lines = _read_lines(path)
     ahead: deque[tuple[int, str]] = deque()  # lines that have been read to complete a quoted field
     header: list[str] | None = None
@@ -209,7 +217,7 @@ def _delimited_records(path: Path, delimiter: str) -> _Records:
         if not line.strip():
             continue
         fields, problem = _split_fields(line, delimiter)
-        # A quoted field may contain line breaks. An unclosed quote only rejects its own line.
+        # A quoted field may contain line breaks. If a quote is never closed, only its line is rejected.
         for n_more in range(1, _QUOTED_LINES):
             if fields is not None or not problem.startswith("unexpected end") or delimiter == "\t":
                 break
@@ -228,7 +236,7 @@ def _delimited_records(path: Path, delimiter: str) -> _Records:
             if duplicates := sorted({name for name in header if name and header.count(name) > 1}):
                 raise DataError(f"{path}:{number}: duplicate columns: {', '.join(duplicates)}")
         elif len(fields) != len(header):
-            yield number, f"{len(fields)} fields, but the header has {len(header)} columns"
+            yield number, f"the number of fields is {len(fields)}, but the header has {len(header)}"
         else:
             yield number, dict(zip(header, fields, strict=True))
 
@@ -416,7 +424,8 @@ def _cut_row(record: Mapping[str, Any], where: str, folder: Path) -> Row | Rejec
     recording = record.get("recording") or {}
     sources = recording.get("sources") or []
     if len(supervisions) > 1 or len(sources) != 1 or sources[0].get("type") != "file":
-        return Rejected(str(record.get("id", where)), "cut with several supervisions or files", where)
+        reason = "cut with several supervisions, or with audio that is not one file"
+        return Rejected(str(record.get("id", where)), reason, where)
     if recording.get("transforms"):
         return Rejected(str(record.get("id", where)), "cut with audio transforms", where)
     start, duration = _seconds(record.get("start", 0)), _seconds(record["duration"])
@@ -460,8 +469,8 @@ def normalize_split(split: str) -> str:
 def unique_ids(rows: Iterable[Row], root: Path) -> Callable[[Row], str]:
     """Create a function that returns the id of a row.
 
-    The id of a row that has none is the file name. If file names are not unique, it is the relative path,
-    followed by the times if the row is a part of a recording.
+    The id of a row that has none is the file name without its ending. If these names are not unique, the id
+    is the relative path without the ending, followed by the times if the row has an end time.
     """
     rows = list(rows)
     stems = [row.path.stem for row in rows if not row.id]

@@ -36,7 +36,7 @@ from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_folder, read_relia
 
 VERSION = 2  # version of the generated audio, which is part of every file name
 _BLOCK = SAMPLE_RATE // 100  # number of samples per level measurement
-_QUIET_DB = 45  # blocks whose level is this far below the loudest block are silence
+_QUIET_DB = 45  # blocks at least this many dB below the loudest block are silence
 _KEEP = SAMPLE_RATE // 20  # number of samples of silence to keep around a word
 _FADE = SAMPLE_RATE // 200  # number of samples for fading in and out, which avoids clicks
 
@@ -45,9 +45,8 @@ _FADE = SAMPLE_RATE // 200  # number of samples for fading in and out, which avo
 class Config:
     dev_share: float = 0.05  # fraction of the distinct readings in dev
     test_share: float = 0.10  # fraction of the distinct readings in test
-    uses: int = (
-        2  # number of joined utterances that contain a given training word; 0: no joined training data
-    )
+    # Number of joined utterances that contain a given training word. 0: no joined training data.
+    uses: int = 2
     min_seconds: float = 2.0  # minimum length of a joined utterance
     max_seconds: float = 12.0  # maximum length of a joined utterance
 

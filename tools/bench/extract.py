@@ -60,7 +60,7 @@ def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
         if name not in names:
             name = name.replace("encoder.", "encoder.transformer.", 1)
             name = name.replace("feature_projection.", "encoder.feature_projection.", 1)
-        if name not in names:  # weight norm parameters have names from before torch 2.0
+        if name not in names:  # older names of the weight norm parameters
             name = name.replace("parametrizations.weight.original0", "weight_g")
             name = name.replace("parametrizations.weight.original1", "weight_v")
         if name in names:

@@ -1,4 +1,4 @@
-"""Benchmark of training, kernels, features and decoding on one GPU, which takes less than four minutes.
+"""Benchmark of training, kernels, features and decoding on one GPU in less than four minutes.
 
     tools/bench/gpu.sh                    # prints a table and writes gpu_bench.json
     tools/bench/gpu.sh --only step large  # runs only these sections
@@ -6,12 +6,12 @@
 
 The script requires torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are measured
 for comparison if they can be imported. The device tests require pytest, and the training engine, labels and
-k-means require the extra `train`. Sections whose packages are missing or that would take too long (--minutes)
-are listed as skipped. Steps of all models are interleaved in one process, and times are medians. Memory is
-the peak above the memory of weights, gradients and optimizer state. "Of peak" is the FLOP/s required for
-the valid frames, divided by the FLOP/s of a large matrix product in the same run. The column "goal" contains
-the project's goals, which are lower or upper limits. The exit status is 1 if a section or a device test
-failed.
+k-means require the extra `train`. Sections whose packages are missing, and sections that would start after
+`--minutes`, are listed as skipped. Steps of all models are interleaved in one process, and times are medians.
+Memory is the peak above the memory of weights, gradients and optimizer state. "Of peak" is the FLOP/s
+required for the valid frames, divided by the FLOP/s of a large matrix product in the same run. The column
+"goal" contains the project's goals, which are lower or upper limits. The exit status is 1 if a section or a
+device test failed.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-# Patterns that assign kernels to groups by name, by the first match. All other kernels are "between
+# The first pattern that occurs in the name of a kernel determines its group. All other kernels are "between
 # products".
 GROUPS = {
     "attention": re.compile(r"flash|fmha|attention|softmax", re.IGNORECASE),

@@ -4,11 +4,11 @@
     python tools/bench/kmeans.py --frames 300000 --dim 768 --clusters 500    # scikit-learn takes half an hour
     python tools/bench/kmeans.py --sample exp/demo/iter1/features/sample.npy # real features
 
-The script prints the median fitting times of interleaved runs and the inertia of held-out frames. Both the
-wall time and the CPU time of all threads are measured, because CPU time depends less on the load of the
-machine. The script then assigns frames to clusters, as one array and in utterances of 500 frames, and
-compares the time and the labels with those of the numpy code in fairseq's recipe. At least 99.9 % of the
-labels must be the same; rounding explains the others.
+The script prints the fitting times and the inertia of held-out frames for interleaved runs with different
+seeds, and the ratios of the medians. Both the wall time and the CPU time of all threads are measured, because
+CPU time depends less on the load of the machine. The script then assigns frames to clusters, as one array and
+in utterances of 500 frames, and compares the time and the labels with those of the numpy code in fairseq's
+recipe. At least 99.9 % of the labels must be the same; rounding explains the others.
 """
 
 import argparse

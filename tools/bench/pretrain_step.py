@@ -243,7 +243,7 @@ def memory(kind: str, lengths: list[float], precision: str, args) -> float:
 def work(kind: str, precision: str, lengths: list[float], config: HubertConfig, device: torch.device) -> None:
     """Print the peak memory of two steps above the memory in use between steps (on a CPU: only on Linux)."""
     trainer, batch = Trainer(kind, config, device, DTYPES[precision]), make_batch(lengths, device)
-    trainer.step(batch, keep_gradients=True)  # so that the difference from the peak consists of activations
+    trainer.step(batch, keep_gradients=True)  # creates gradients and moments, which are not to be measured
     if device.type == "cuda":
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -34,7 +34,7 @@ def prepare(data: str, out: str, processes: str) -> None:
     started, cpu_before = time.perf_counter(), cpu_seconds()
     rows = stage.run(config, Path(out))["utterances"]
     seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_before
-    # The peak of this process, as its resource usage includes the memory of its parent before exec.
+    # The peak memory of this process. Its ru_maxrss would also include the memory of its parent before exec.
     status = Path("/proc/self/status").read_text().splitlines()
     own = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

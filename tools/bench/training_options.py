@@ -4,7 +4,7 @@
 
 A step consists of the forward pass, a loss over 500 units, the backward pass and AdamW. The steps of the
 variants are interleaved on the same batches. "stored" is the memory, per second of audio, that the forward
-pass keeps for the backward pass.
+pass keeps for the backward pass, as `jahubert plan` computes it.
 """
 
 from __future__ import annotations
