@@ -335,7 +335,7 @@ SPARSE = {
 
 @pytest.mark.parametrize("head", SPARSE.values(), ids=SPARSE)
 def test_file_of_millions_of_chunks_is_rejected_at_once(tmp_path, head):
-    """A chunk without content takes 8 bytes, and a sparse file of them takes no space."""
+    """A chunk without content takes 8 bytes, and a sparse file of such chunks takes no space."""
     path = tmp_path / "audio"
     path.write_bytes(head)
     if len(head) < 1000:

@@ -1,4 +1,4 @@
-"""End-to-end tests that user errors give a one-line message and exit status 2, and keep results."""
+"""End-to-end tests of errors: exit status, message without a traceback, and results that are kept."""
 
 import errno
 import json
@@ -154,7 +154,7 @@ def test_missing_data_does_not_default_to_the_working_directory(capsys, tmp_path
 
 @pytest.mark.parametrize("recipe", ["tofugu", str(ROUGH)])
 def test_run_with_a_missing_corpus_can_be_corrected(capsys, tmp_path, recipe):
-    """The message names the folder, and a second run with another folder is accepted."""
+    """The message names the folder, and the failed run does not bind the experiment to this folder."""
     args = f"recipe={recipe}", "data=/no/such/folder"
     assert "/no/such/folder" in rejected(capsys, tmp_path / "exp", "prepare", *args)
     other = tmp_path / "コーパス (日本語)"  # Hydra's grammar allows neither parentheses nor kana

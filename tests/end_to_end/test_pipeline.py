@@ -57,7 +57,7 @@ def test_model_learns_the_corpus(whole):
     assert summary["units"]["iter1"]["pnmi"] > 0.9  # each phone has its own chord
     layers = summary["layers"]
     assert len(layers["iter1"]) == len(layers["iter2"]) == 3 and layers["mfcc"][0]["pnmi"] > 0.9
-    # The comparison of layers measures layer 2 with more units than those on which iteration 2 is trained.
+    # The comparison of layers clusters layer 2 into more units than iteration 2 is trained on.
     assert layers["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
     assert 3 < summary["units"]["iter1"]["entropy"] <= np.log2(12)
     assert [units["pretrained_on"] for units in summary["units"].values()] == [True, True, False]

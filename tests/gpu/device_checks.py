@@ -104,7 +104,10 @@ def test_pretraining_step_equals_that_on_the_cpu(name, device):
 
 @pytest.fixture
 def flash_calls(device, monkeypatch) -> list[float]:
-    """Return a list to which calls of flash attention append their dropout. Only a GPU has the operator."""
+    """Return a list to which calls of flash attention append their dropout.
+
+    Without a GPU, `by_mask` computes flash attention.
+    """
     compute, calls = attention.flash_attention, []
     if device.type != "cuda":
         monkeypatch.setattr(packing, "has_flash_attention", lambda device: device.type != "cpu")

@@ -220,8 +220,10 @@ print(frames, next(line.split()[1] for line in open("/proc/self/status") if line
 
 
 def test_input_of_the_first_block_does_not_depend_on_chunks():
-    """Layer norms depend on one frame, and the positional convolution on 64 frames on each side, which is
-    less than half an overlap. Only attention, which comes after them, depends on the whole chunk.
+    """Everything before the first block depends on few frames, and only attention on the whole chunk.
+
+    Layer norms depend on one frame. The positional convolution depends on 64 frames on each side, and half of
+    an overlap between chunks is longer.
     """
     torch.manual_seed(0)
     config = HubertConfig(

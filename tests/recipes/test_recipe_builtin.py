@@ -135,7 +135,7 @@ def test_real_sentences_are_a_test_split(corpus):
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory) -> list[Utterance | Rejected]:
-    """Prepare sentences by ten known and one guessed speaker, one of which every speaker reads."""
+    """Prepare sentences by ten known speakers and a guessed one, who all read one common sentence."""
     root = tmp_path_factory.mktemp("common_voice")
     lines = ["file\ttext\tspeaker"]
     for speaker in range(11):

@@ -1,4 +1,4 @@
-"""Tests that file system errors during `prepare` never reject a recording."""
+"""Tests that no recording is rejected because of a file system error during `prepare`."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_finished_parts_are_not_computed_again(corpus, whole, tmp_path, monkeypa
     [("features", 30_000), ("label", 120)],
 )
 def test_full_disk_keeps_finished_parts(corpus, whole, tmp_path, stage, limit):
-    """The long recording exceeds a file size limit. There is one error, and finished parts are kept."""
+    """The output for the long recording exceeds a file size limit. Finished parts are kept."""
     (tmp_path / "kmeans").symlink_to(whole / "kmeans")
     config, load = stages(corpus, tmp_path)[stage], Manifest.load
     child = os.fork()

@@ -272,7 +272,7 @@ def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list
 
 @pytest.mark.slow
 def test_ddp_and_fsdp_equal_one_process(tmp_path):
-    """The command runs with DDP, with FSDP2, and with FSDP2 killed and resumed by one process."""
+    """The command runs with DDP and FSDP2. Another run with FSDP2 is killed and resumed by one process."""
     labeled = tmp_path / "labeled"
     for stage in ("prepare", "features", "kmeans", "label"):
         runner.run([f"recipe={TONES}", f"stage={stage}", f"exp={labeled}"])
