@@ -5,7 +5,7 @@
     python tools/wheel_check.py --python python3.14            # another Python with venv
     python tools/wheel_check.py --work DIR numpy==1.26.4 safetensors==0.4.3 soundfile==0.12.1 soxr==0.5.0
 
-Run the script in the development environment. It builds the sdist and, from the sdist, the wheel, creates
+Run the script in the development environment. It builds the sdist, builds the wheel from the sdist, creates
 tiny models, a recording and the expected results, and installs the wheel in an empty environment, without
 extras but with the given requirements. In this environment, it runs itself (`--inside`) and checks that
 

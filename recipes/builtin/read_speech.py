@@ -180,7 +180,7 @@ def read_rows(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     for number, row in enumerate(rows, start=2):
         if missing := [column for column in columns if not row.get(column)]:
-            raise DataError(f"{table}:{number}: no value in the column {' and '.join(missing)}; found {row}")
+            raise DataError(f"{table}:{number}: no value for {' and '.join(missing)}; found {row}")
     stems = Counter(Path(row["file"]).stem for row in rows) if "file" in columns else {}
     for row in rows if stems else ():
         stem = row["name"] = Path(row["file"]).stem

@@ -128,10 +128,10 @@ def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapp
         differing = sorted(id for id in talks if is_core.get(id) is value and talks[id].core is not value)
         if differing:
             log.warning(
-                "csj: talks that are %s according to %s, but not according to a source that takes precedence "
-                "(folder, fileList.csv) (%d): %s",
-                "core" if value else "not core",
+                "csj: according to %s, these talks are %s, but the folder or fileList.csv takes precedence "
+                "(%d): %s",
                 source,
+                "core" if value else "not core",
                 len(differing),
                 abbreviated(differing),
             )
@@ -210,7 +210,7 @@ def read_list(name: str | Path) -> list[str]:
     """Read a list of talks with one talk per line, where `#` starts a comment.
 
     Args:
-        name: path of a file, or name (str) of a file in lists/.
+        name: path of a file (Path), or name of a file in lists/ without .txt (str).
     """
     path = LISTS / f"{name}.txt" if isinstance(name, str) else name
     lines = read_text(path).splitlines()
@@ -245,7 +245,7 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
     for name, entries in expected.items():
         if missing := sorted(entries - talks.keys()):
             log.warning(
-                "csj: %d of the %d talks of %s were not found: %s",
+                "csj: %d of the %d talks of %s not found: %s",
                 len(missing),
                 len(entries),
                 name,

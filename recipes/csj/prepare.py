@@ -36,7 +36,7 @@ class Config(TalkOptions):
     dev: Literal["lhotse", "kaldi"] = "lhotse"  # lhotse: 39 talks; kaldi: the first 4,000 training utterances
     # Maximum fraction of damaged talks, and of unreadable segments in the others. A talk is damaged if it has
     # no usable transcript or audio, or if more than this fraction of its segments are unreadable. The run
-    # ends if more than this fraction (and more than one) are damaged. 0: one is enough.
+    # ends if more than this fraction (and more than one) are damaged. 0: a single one ends the run.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:

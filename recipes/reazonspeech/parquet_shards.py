@@ -58,7 +58,7 @@ class Shard:
 
 
 def find_parquet(data: Path, subset: str) -> list[Path]:
-    """Find the parquet shards of a release in `data`, or in the folder `<subset>` or `data` inside it."""
+    """Find the parquet shards of a release in `data`/<subset>, `data` or `data`/data, in this order."""
     for folder in (data / subset, data, data / "data"):
         paths = sorted(folder.glob("*.parquet"))
         if shards := [path for path in paths if not is_sidecar(path)]:
@@ -135,7 +135,7 @@ def _copy_recordings(shard: Path, archive: BinaryIO) -> pa.Table:
 def _unique_names(stem: str, paths: list[str | None], names: set[str]) -> list[str]:
     """Return the member names of the next rows, and add them to `names`.
 
-    A row without a path, or with a path that occurred before, is named after its row number.
+    A row without a path is named after its row number, which is also added to a path that occurred before.
     """
     new = []
     for row, path in enumerate(paths, len(names)):

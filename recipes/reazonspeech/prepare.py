@@ -51,7 +51,7 @@ class Config:
     test: int = 100  # number of utterances after the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
     # Maximum fraction of damaged shards, and of unusable recordings and table rows in the other shards. The
-    # run ends if more than this fraction (and more than one) are unusable. 0: one is enough.
+    # run ends if more than this fraction (and more than one) are unusable. 0: a single one ends the run.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:
@@ -85,8 +85,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     if not shards:
         example = next(iter(sorted(captions.runs)), "000")
         raise DataError(
-            f"{folder}: none of the {len(captions.runs)} shards of {table.name} found (for example "
-            f"{example}.tar); download them to this folder"
+            f"{folder}: found no shard of {table.name}, such as {example}.tar; download the shards to this "
+            "folder"
         )
     n_rows = n_samples = 0
     limit = _Limit(len(shards), config.max_broken)

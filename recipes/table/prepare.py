@@ -149,8 +149,8 @@ def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     n_speakers = len(set(groups.values()))
     if n_speakers <= len(missing):
         log.warning(
-            "table: too few speakers (%d) to split by speaker: %s drawn at random from all utterances; error "
-            "rates will not measure accuracy on unseen speakers",
+            "table: too few speakers (%d) to split by speaker; the utterances of %s are drawn at random, so "
+            "error rates will not measure accuracy on unseen speakers",
             n_speakers if any(groups.values()) else 0,
             " and ".join(missing),
         )
@@ -247,7 +247,7 @@ def _log_report(
     for reason, n in Counter(item.reason for item in rejected).most_common():
         log.warning("table rejected, %s: %d", reason, n)
     if characters := {character for row in rows for character in row.text}:
-        log.info("table: %d different characters in the text", len(characters))
+        log.info("table: number of different characters in the text: %d", len(characters))
 
 
 @lru_cache(maxsize=1)  # the segments of a recording are consecutive

@@ -336,7 +336,8 @@ def read_sentences(path: Path) -> list[str]:
     if path.suffix == ".tsv":
         table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if "text" not in (table.fieldnames or ()):
-            raise DataError(f"{path}: no column text; found {', '.join(table.fieldnames or ())}")
+            found = ", ".join(table.fieldnames or ()) or "no columns"
+            raise DataError(f"{path}: no column text; found {found}")
         lines = [row["text"] or "" for row in table]
     else:
         lines = [line.strip() for line in file]
@@ -375,7 +376,7 @@ def _phrases(texts: Iterable[str], seen: set[str]) -> Iterator[tuple[str, list[l
 def _mix(given: Sequence[str], own_share: float, seed: int) -> Iterator[str]:
     """Yield each given sentence once, randomly mixed with sentences from the demo recipe.
 
-    The iterator never ends, because the demo recipe has endless sentences, unless `own_share` is 0.
+    Unless `own_share` is 0, the iterator never ends, because the demo recipe has endless sentences.
     """
     rng = random.Random(f"texts {seed}")
     own = demo.sentences(seed) if own_share > 0 else iter(())

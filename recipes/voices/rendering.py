@@ -54,7 +54,8 @@ def render(lines: Sequence[Line], work: Path, processes: int) -> None:
     """Synthesize lines, and write their audio to `work`.
 
     Raises:
-        DataError, JahubertError: a process failed.
+        DataError: a process ended with a user error.
+        JahubertError: a process failed.
     """
     run_in_processes(Path(__file__), lines, work, processes, _write)
 

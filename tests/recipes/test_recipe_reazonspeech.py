@@ -489,7 +489,7 @@ def test_indexing_is_fast_and_needs_little_memory(tmp_path, shards, rows, write)
 
 def test_missing_data_is_reported(tmp_path):
     for data in (None, tmp_path):
-        with pytest.raises(DataError, match=r"set data=|needs data=FOLDER|none of the"):
+        with pytest.raises(DataError, match=r"set data=|needs data=FOLDER|found no shard"):
             read(data, tmp_path)
     release = Release(tmp_path / "reazonspeech-v2", shards=1, rows=1)
     release.write()

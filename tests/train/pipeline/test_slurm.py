@@ -80,7 +80,7 @@ def test_srun_signals_the_processes_without_torchrun(page):
     ("status", "count", "requeued"),
     [
         (0, None, False),
-        (2, None, False),  # a user error fails again
+        (2, None, False),  # a user error would occur again
         (75, None, True),
         (75, "99", True),
         (75, "100", False),

@@ -91,4 +91,4 @@ def test_width_of_utterance_figure_follows_its_duration():
     )
     assert 2.5 < long[0] / short[0] < 3.5 and abs(long[1] - short[1]) < 5
     for wav_T in (np.zeros(16_000, np.float32), np.ones(450, np.float32)):
-        png_size(utterance(wav_T, (), None))  # this is digital silence, shorter than a window
+        png_size(utterance(wav_T, (), None))  # digital silence, and audio shorter than a window
