@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from jahubert.errors import AudioError
+from jahubert.limits import STREAM_BYTES, VARIABLE, limit
+
+_BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,12 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
     Pipes, streams and byte ranges are read into memory.
 
     Raises:
-        AudioError: the source is missing, unreadable or empty, the byte range is outside the file, or the
-            stream is a text stream.
+        AudioError: the source is missing, unreadable, empty or a device, the byte range is outside the file,
+            or the stream is a text stream or exceeds the limit.
     """
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "the stream"))
-        data = source.read()
-        if not isinstance(data, bytes):
-            raise AudioError(f"{name} is a text stream: open the file in binary mode, or pass its path")
-        yield _in_memory(name, data)
+        yield _in_memory(name, _read_stream(source, name))
         return
     if not isinstance(source, AudioSource):
         source = AudioSource(os.fsdecode(source))
@@ -76,8 +76,11 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
 def _range(file: BinaryIO, source: AudioSource, name: str) -> AudioBytes:
     """Return the part of an open file that `source` specifies."""
     whole = source.offset == 0 and source.length < 0
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        data = file.read()
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise AudioError(f"{name} is a device; only files and pipes can be read")
+    if not stat.S_ISREG(mode):
+        data = _read_stream(file, name)
         end = None if source.length < 0 else source.offset + source.length
         return _in_memory(name, data[source.offset : end])
     size = file.seek(0, os.SEEK_END)
@@ -86,14 +89,33 @@ def _range(file: BinaryIO, source: AudioSource, name: str) -> AudioBytes:
         if size == 0:
             raise AudioError(f"{name} is empty (0 bytes)")
         return AudioBytes(name, file, size)
-    file.seek(source.offset)
-    data = file.read(source.length)
-    if source.offset > size or len(data) < source.length:
+    if source.offset > size or source.offset + source.length > size:
         raise AudioError(
             f"{name} exceeds the file size ({size} bytes): the archive is truncated, or the manifest belongs "
             "to another archive"
         )
-    return _in_memory(name, data)
+    file.seek(source.offset)
+    return _in_memory(name, file.read(source.length))
+
+
+def _read_stream(stream: Any, name: str) -> bytes:
+    """Read a pipe or binary stream to its end.
+
+    Raises:
+        AudioError: the stream is a text stream or exceeds the limit, as an endless stream does.
+    """
+    max_bytes = limit(STREAM_BYTES)
+    content = io.BytesIO()
+    while block := stream.read(_BLOCK):
+        if not isinstance(block, bytes):
+            raise AudioError(f"{name} is a text stream: open the file in binary mode, or pass its path")
+        if content.tell() + len(block) > max_bytes:
+            raise AudioError(
+                f"{name} has more than {max_bytes:,} bytes, the limit for pipes and streams; "
+                f"write it to a file, or raise the limit with {VARIABLE}"
+            )
+        content.write(block)
+    return content.getvalue()
 
 
 def _in_memory(name: str, data: bytes) -> AudioBytes:

@@ -36,10 +36,10 @@ class _StandardInput:
 
     name = "standard input"
 
-    def read(self) -> bytes:
+    def read(self, size: int) -> bytes:
         if sys.stdin is None:
             raise AudioError("standard input is closed")
-        return sys.stdin.buffer.read()
+        return sys.stdin.buffer.read(size)
 
 
 def find_inputs(

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from jahubert.errors import CheckpointError
 from jahubert.formats.atomic import atomic_write
-from jahubert.formats.limits import CONVS
 from jahubert.formats.safe_pickle import to_plain
 from jahubert.formats.state_dict import (
     HEAD,
@@ -42,6 +41,7 @@ from jahubert.formats.state_dict import (
 )
 from jahubert.formats.typed_fields import short_repr, typed_item
 from jahubert.frames import SAMPLE_RATE
+from jahubert.limits import CONVS
 from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import BLANK, PhonemeSet

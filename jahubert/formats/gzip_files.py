@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from jahubert.errors import DataError
-from jahubert.formats.limits import GZIP_BYTES, GZIP_EXPANSION, VARIABLE, limit
+from jahubert.limits import GZIP_BYTES, GZIP_EXPANSION, VARIABLE, limit
 
 
 class _LimitedGzip(io.RawIOBase):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, JahubertError
-from jahubert.formats.limits import DEPTH, EXPANSION, INSTRUCTIONS, PICKLE_BYTES, VARIABLE, limit
+from jahubert.limits import DEPTH, EXPANSION, INSTRUCTIONS, PICKLE_BYTES, VARIABLE, limit
 
 _STORAGES = {
     "FloatStorage": torch.float32,

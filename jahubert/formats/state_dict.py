@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, ConfigError, DataError
-from jahubert.formats.limits import CONVS, LAYERS, VARIABLE, limit
 from jahubert.formats.safe_pickle import read_pickled
 from jahubert.formats.typed_fields import typed
+from jahubert.limits import CONVS, LAYERS, VARIABLE, limit
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.errors import CheckpointError
-from jahubert.formats.limits import JSON_BYTES, VARIABLE, limit
+from jahubert.limits import JSON_BYTES, VARIABLE, limit
 
 MAX_INT = 2**31 - 1
 _NAMES = {

@@ -17,8 +17,9 @@ import pytest
 import soundfile
 import torch
 
-from jahubert.audio import AudioSource, audio_length, load_audio, mpeg, stream_audio
+from jahubert.audio import AudioSource, audio_length, load_audio, mpeg, sources, stream_audio
 from jahubert.errors import AudioError
+from jahubert.limits import VARIABLE
 
 RNG = np.random.default_rng(11)
 NOISE = (RNG.standard_normal(24_000) * 0.1).astype(np.float32)
@@ -256,6 +257,19 @@ def test_pipes_are_read(tmp_path):
         code = "import jahubert; print(jahubert.audio_length('/dev/stdin'))"
         done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
         assert int(done.stdout) == 24_000
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_endless_sources_are_rejected(monkeypatch):
+    with pytest.raises(AudioError, match="/dev/zero"):
+        audio_length("/dev/zero")
+    monkeypatch.setattr(sources, "STREAM_BYTES", 1 << 20)
+    with open("/dev/zero", "rb") as stream, pytest.raises(AudioError, match=VARIABLE):
+        audio_length(stream)
+    with subprocess.Popen(["cat", "/dev/zero"], stdout=subprocess.PIPE) as process:
+        with pytest.raises(AudioError, match=VARIABLE):
+            audio_length(f"/dev/fd/{process.stdout.fileno()}")
+        process.stdout.close()
 
 
 def test_shared_cases_have_their_full_length(shared_data):

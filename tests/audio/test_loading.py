@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tarfile
 
@@ -115,7 +116,11 @@ def test_byte_range_inside_a_tar_is_read(tmp_path):
             assert torch.equal(load_audio(source), expected)
             assert torch.equal(load_audio(source, start=320, n_samples=640), expected[320:960])
             assert audio_length(source) == len(expected)
-    for outside in (AudioSource(str(path), 10**6, 500), AudioSource(str(path), 512, 10**7)):
+    for outside in (
+        AudioSource(str(path), 10**6, 500),
+        AudioSource(str(path), 512, 10**7),
+        AudioSource(str(path), 512, 10**15),
+    ):
         with pytest.raises(AudioError, match=r"shard 一.tar.*exceeds the file"):
             load_audio(outside)
 
@@ -195,6 +200,8 @@ def test_invalid_sources_are_rejected(tmp_path):
         load_audio(tmp_path / "nothing.wav")
     with pytest.raises(AudioError, match="folder"):
         load_audio(tmp_path)
+    with pytest.raises(AudioError, match="device"):
+        load_audio(os.devnull)
     with pytest.raises(AudioError, match="text stream"):
         load_audio(io.StringIO("text"))
     with pytest.raises(AudioError, match="negative"):

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from jahubert.cli import main as cli
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.bundle import load_bundle, save_bundle
-from jahubert.formats.limits import VARIABLE
 from jahubert.formats.safe_pickle import Record, read_pickled
 from jahubert.formats.state_dict import encoder_shapes
+from jahubert.limits import VARIABLE
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertModel
 from jahubert.phonemes import PhonemeSet

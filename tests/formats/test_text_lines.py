@@ -5,8 +5,8 @@ import gzip
 import pytest
 
 from jahubert.errors import DataError
-from jahubert.formats.limits import GZIP_BYTES, GZIP_EXPANSION, VARIABLE
 from jahubert.formats.text_lines import MAX_LINE, read_lines
+from jahubert.limits import GZIP_BYTES, GZIP_EXPANSION, VARIABLE
 
 
 def test_lines_are_numbered(tmp_path):

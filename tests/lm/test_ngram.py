@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jahubert.errors import ConfigError, DataError
-from jahubert.formats.limits import GZIP_BYTES
+from jahubert.limits import GZIP_BYTES
 from jahubert.lm.arpa import read_arpa, write_arpa
 from jahubert.lm.kneser_ney import FALLBACK_DISCOUNTS, train_ngram
 from jahubert.lm.ngram import END, START, UNKNOWN, perplexity

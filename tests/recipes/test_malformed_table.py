@@ -19,7 +19,7 @@ import pytest
 import soundfile
 
 from jahubert.errors import DataError
-from jahubert.formats.limits import GZIP_BYTES, VARIABLE
+from jahubert.limits import GZIP_BYTES, VARIABLE
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.stages import prepare as stage
 
@@ -339,6 +339,15 @@ def test_damaged_gzip_ends_with_one_sentence(root):
         (root / "cuts.jsonl.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"cuts\.jsonl\.gz"):
             prepared(root / "cuts.jsonl.gz")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_devices_and_pipes_are_not_read(root):
+    os.mkfifo(root / "audio" / "pipe")
+    lines = rows()
+    lines[7][1], lines[8][1] = "/dev/zero", "audio/pipe"
+    ids, rejected = prepared(write_csv(root, lines))
+    assert ids == {*NAMES} - {"u07", "u08"} and {row["id"] for row in rejected} == {"u07", "u08"}
 
 
 def test_gzip_bomb_is_rejected(root):

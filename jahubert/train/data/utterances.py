@@ -261,6 +261,8 @@ def _read_error(source: AudioSource) -> OSError | None:
     """Read all bytes of an audio source. Return the OSError raised by reading, or None."""
     try:
         with open(source.path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # reading a device might never end
+                return None
             file.seek(source.offset)
             remaining = source.length
             while chunk := file.read(1 << 20 if remaining < 0 else min(1 << 20, remaining)):

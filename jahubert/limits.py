@@ -1,4 +1,4 @@
-"""Limits on the memory and time for opening a model or data file.
+"""Limits on the memory and time for opening a model, data file or stream.
 
 Real files stay below these limits. For larger files from a trusted source, the environment variable
 `JAHUBERT_LIMITS` multiplies all of them.
@@ -18,6 +18,9 @@ DEPTH = 100  # number of levels of nested settings
 EXPANSION = 4  # number of tensor bytes per byte of the file
 GZIP_EXPANSION = 100  # number of decompressed bytes per byte of a gzip file; text needs 3 to 40
 GZIP_BYTES = 16 << 20  # decompressed size of a gzip file that is allowed in any case
+STREAM_BYTES = (
+    1 << 30
+)  # size of a recording that is read from a pipe or stream into memory; 9 h of 16-bit WAV
 CONVS = 64  # number of layers in the front end
 LAYERS = 512  # number of Transformer blocks
 
