@@ -138,7 +138,7 @@ def test_keep_every_keeps_checkpoints(tmp_path):
     train(Toy(), ToyData(), replace(CONFIG, max_steps=11, save_every=2, keep_every=4, keep_last=1), tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_0000004", "step_0000008", "step_0000011"]
-    with pytest.raises(ConfigError, match=r"keep_every.* 5.*save_every 2"):
+    with pytest.raises(ConfigError, match=r"keep_every is 5.*save_every"):
         replace(CONFIG, keep_every=5)
 
 
