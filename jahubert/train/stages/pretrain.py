@@ -167,7 +167,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         return metrics
 
     validate = None if valid is None else lambda: checked(evaluate(module, valid))
-    metrics = checked(train(module, data, config.train, out, validate=validate))
+    metrics = train(module, data, config.train, out, validate=validate)
+    if validate is None or not config.train.valid_every:  # validation includes the last step
+        checked(metrics)
     if distributed.rank() == 0:
         _export(config, module, labels, metrics, out)
     distributed.barrier()
