@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from jahubert.errors import ConfigError, JahubertError, Stopped, UserError
-from jahubert.model.device import pick_device
+from jahubert.model import device as devices
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def process_device(name: str) -> torch.device:
             f"device={name}: process {local_rank} on this machine needs GPU {local_rank}, but torch finds "
             f"{n_gpus}; start one process per GPU, or set device=cpu"
         )
-    return pick_device(f"cuda:{local_rank}" if name == "cuda" else name)
+    return devices.pick_device(f"cuda:{local_rank}" if name == "cuda" else name)
 
 
 def _print_traceback(error: BaseException) -> int:

@@ -177,7 +177,7 @@ class _TrainingRun:
     """The state of one training run."""
 
     def __init__(self, module: nn.Module, data: DataSource, config: TrainConfig, out: Path):
-        self.device = distributed.pick_device(config.device)
+        self.device = distributed.process_device(config.device)
         self.dtype = pick_precision(config, self.device)
         self.module, self.data, self.config = module.to(self.device), data, config
         wrap_blocks(module.blocks, config.recompute, config.compile)  # type: ignore[arg-type]
