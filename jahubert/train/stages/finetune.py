@@ -1,7 +1,7 @@
 """CTC fine-tuning of a pretrained encoder with a linear output layer.
 
 Reads   the manifest, its targets, and a pretrained model unless training from scratch
-Writes  checkpoints/, metrics.jsonl, tensorboard/ or wandb/, best.safetensors, bundle/
+Writes  checkpoints/, metrics.jsonl, tensorboard/ or wandb/, best_N.safetensors, bundle/
 
     python -m jahubert.run recipe=demo stage=finetune system=pretrained
 

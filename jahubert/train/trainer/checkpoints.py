@@ -62,10 +62,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder, self.config = folder, config
+        self.damaged: set[Path] = set()  # checkpoints that `load` found damaged, set only on rank 0
 
     def intact(self) -> list[Path]:
-        """Return the paths of the checkpoints whose files have the recorded sizes, oldest first."""
-        return [path for path in _by_step(self.folder) if not checkpoint_damage(path)]
+        """Return the paths of the checkpoints that are not known to be damaged, oldest first.
+
+        Only the sizes of the files are compared with the record; `load` also verified the checksums.
+        """
+        return [p for p in _by_step(self.folder) if p not in self.damaged and not checkpoint_damage(p)]
+
+    def states(self) -> list[dict[str, Any]]:
+        """Return the engine state (see `save`) of each intact checkpoint."""
+        return [read_record(path / "run.json") for path in self.intact()]
 
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
@@ -76,7 +84,9 @@ class Checkpoints:
             run: JSON-serializable engine state other than the weights and the optimizer state.
         """
         final = self.folder / f"step_{step:07d}"
-        if distributed.rank0_broadcast(lambda: final.exists() and not checkpoint_damage(final)):
+        if distributed.rank0_broadcast(
+            lambda: final.exists() and not checkpoint_damage(final, contents=True)
+        ):
             return
         try:
             with ExitStack() as stack:  # rank 0 creates and renames the folder; all ranks write into it
@@ -95,6 +105,7 @@ class Checkpoints:
                 log.error("saving the checkpoint of step %d failed; %s", step, kept)
             raise
         if distributed.rank() == 0:
+            self.damaged.discard(final)
             self._delete_old(final)
         distributed.barrier()
 
@@ -154,6 +165,7 @@ class Checkpoints:
                 self._delete_old(path)  # the previous run may have been killed before it did this
                 return path
             log.warning("%s: damaged checkpoint ignored (%s)", path, damage)
+            self.damaged.add(path)
         return None
 
 

@@ -8,7 +8,7 @@ loss of the next step.
 Two parts of fairseq2 are not used: the recipe runner, because it logs all environment variables, and the data
 pipeline, because its checkpoints contain decoded audio but no random state.
 
-The engine writes `checkpoints_fairseq2/` (fairseq2's step_N folders and run.json), `best.safetensors`,
+The engine writes `checkpoints_fairseq2/` (fairseq2's step_N folders and run.json), `best_N.safetensors`,
 `metrics.jsonl`, and `tensorboard/` or `wandb/` to `out`. The checkpoints contain pickles, so resume only your
 own runs. Resuming requires the same number of processes. The engine was written for fairseq2 0.8.1 and
 imports three private names from it.
@@ -177,6 +177,7 @@ class _TrainingRun:
         """Save the state that fairseq2's checkpoints do not contain."""
         if distributed.rank() == 0:
             write_json(self.state_path, {"validated": self.validated, **self.metric_log.state_dict()})
+            self.metric_log.delete_old_best([])
 
     def train_steps(self) -> None:
         """Run fairseq2's Trainer until the last step or until a stop signal is received."""

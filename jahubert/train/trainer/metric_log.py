@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,19 @@ _STATE = ("best_value", "best_metrics", "best_crc32", "last_metrics")
 
 
 class MetricLog:
-    """Writer for `metrics.jsonl`, `best.safetensors` and the curves of an experiment tracker.
+    """Writer for `metrics.jsonl`, `best_N.safetensors` and the curves of an experiment tracker.
+
+    The weights of each new best step get a file of their own. The previous file is kept until no checkpoint
+    refers to it, because a killed run resumes from the last checkpoint and its best weights.
 
     Only rank 0 writes files, but `validate` and `close` must be called in all processes.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig, out: Path):
         self.module, self.config, self.out = module, config, out
-        self.best_value, self.best_metrics = math.inf, {}
-        self.best_crc32: str | None = None  # checksum of best.safetensors, set only on rank 0
+        self.best_value = math.inf
+        self.best_metrics: dict[str, float] = {}  # with "best_step"; empty before the first validation
+        self.best_crc32: str | None = None  # checksum of the best weights, set only on rank 0
         self.last_metrics: dict[str, float] = {}
         self.tracker: Tracker | None = None
         self.graphs = compiled_graphs()  # at the last log line
@@ -100,9 +104,16 @@ class MetricLog:
             self.best_value, self.best_metrics = metrics[best], {**metrics, "best_step": float(step)}
             state = full_state(self.module)
             if distributed.rank() == 0:
-                with atomic_path(self.out / "best.safetensors") as temporary:
+                with atomic_path(best_path(self.out, self.best_metrics)) as temporary:
                     save_file({name: value.cpu().clone() for name, value in state.items()}, temporary)
                     self.best_crc32 = file_crc32(temporary)
+
+    def delete_old_best(self, states: Iterable[dict[str, Any]]) -> None:
+        """Delete best weights to which neither this log nor one of the saved `states` refers."""
+        all_metrics = [self.best_metrics, *(state["best_metrics"] for state in states)]
+        kept = {best_path(self.out, metrics) for metrics in all_metrics if metrics}
+        for path in set(self.out.glob("best_*.safetensors")) - kept:
+            path.unlink()
 
     def close(self, best: str | None) -> dict[str, float]:
         """Close the tracker, and return the last training metrics.
@@ -110,12 +121,12 @@ class MetricLog:
         If `best` is given and there was a validation, load the best weights and return their metrics instead.
 
         Raises:
-            DataError: `best.safetensors` is missing or damaged.
+            DataError: the file of the best weights is missing or damaged.
         """
         if self.tracker is not None:
             self.tracker.close()
-        path = self.out / "best.safetensors"
         if best is not None and self.best_metrics:
+            path = best_path(self.out, self.best_metrics)
             if self.best_crc32 is not None and (not path.exists() or file_crc32(path) != self.best_crc32):
                 raise DataError(f"{path}: missing or damaged; delete {self.out} and rerun its stage")
             load_full_state(self.module, load_file(path))
@@ -129,6 +140,11 @@ class MetricLog:
             timing = {f"timing/{name}": value for name, value in row.get("timing", {}).items()}
             metrics = {_tag(name): value for name, value in row.items() if name not in ("step", "timing")}
             self.tracker.add_scalars(metrics | timing, row["step"])
+
+
+def best_path(out: Path, best_metrics: dict[str, float]) -> Path:
+    """Return the path of the best weights, whose metrics contain the step as "best_step"."""
+    return out / f"best_{best_metrics['best_step']:07.0f}.safetensors"
 
 
 def _tag(name: str) -> str:

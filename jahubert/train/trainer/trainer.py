@@ -6,7 +6,7 @@ random state of every micro-batch is seeded from its position in the data. Resul
 interruptions nor on the number of DataLoader workers. If the number of processes divides the number of
 micro-batches, it changes only the order of additions, that is, the rounding.
 
-The engine writes `checkpoints/step_N/`, `best.safetensors`, `metrics.jsonl`, and `tensorboard/` or `wandb/`
+The engine writes `checkpoints/step_N/`, `best_N.safetensors`, `metrics.jsonl`, and `tensorboard/` or `wandb/`
 to `out`.
 """
 
@@ -140,7 +140,7 @@ def train(
     Args:
         validate: computes validation metrics of the module; called in all processes.
         best: name of the validation metric to minimize. The weights with the lowest value are saved to
-            `best.safetensors` and loaded into the module at the end.
+            `best_N.safetensors`, where N is the step, and loaded into the module at the end.
 
     Returns:
         The metrics of the best step if `best` is given and there was a validation, otherwise the last
@@ -151,7 +151,7 @@ def train(
         ConfigError: there is too little shared memory for the DataLoader workers, or an update may have fewer
             utterances than there are processes.
         StaleError: `out` contains checkpoints from another engine.
-        DataError: the newest intact checkpoint or `best.safetensors` cannot be read.
+        DataError: the newest intact checkpoint or the file of the best weights cannot be read.
         JahubertError: the loss or the gradient norm is not finite, float16 gradients overflow at every loss
             scale, or a stop signal was received and no checkpoint could be saved in time.
     """
@@ -299,6 +299,8 @@ class _TrainingRun:
             "scaler": self.scaler.state_dict(),
         }
         self.checkpoints.save(self.step, self.module, self.optimizer, state)
+        if distributed.rank() == 0:
+            self.metric_log.delete_old_best(self.checkpoints.states())
 
     def restore(self) -> None:
         """Load the newest intact checkpoint, if any."""

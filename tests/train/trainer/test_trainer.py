@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from itertools import islice
 
 import pytest
 import torch
+from fixtures.damage import flip_bit
 from fixtures.toy import TOY, Data, HeadFirst, Toy, evaluate
 from safetensors.torch import load_file
 
 from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.formats.atomic import temporary_path
 from jahubert.train.trainer import trainer
+from jahubert.train.trainer.checkpoints import checkpoint_damage
 from jahubert.train.trainer.metric_log import trim_metrics
 from jahubert.train.trainer.optim import TrainConfig, lr_at, pick_precision
 from jahubert.train.trainer.trainer import Stopped, train
@@ -141,15 +144,26 @@ def test_checkpoint_with_a_flipped_bit_is_ignored(name, tmp_path, caplog):
     assert torch.equal(weights(module), weights(complete)) and curve(out) == curve(tmp_path / "complete")
 
 
+def test_damaged_checkpoint_does_not_count_as_kept(tmp_path):
+    """A checkpoint with a flipped bit must be written again and must not displace a good one."""
+    train(toy(), Data(), QUICK, tmp_path)
+    for step in (16, 20):
+        path = tmp_path / "checkpoints" / f"step_{step:07d}" / "__0_0.distcp"
+        path.write_bytes(flip_bit(path.read_bytes(), random.Random(0)))
+    train(toy(), Data(), QUICK, tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert not checkpoint_damage(path, contents=True)
+
+
 def test_damaged_best_weights_are_rejected(tmp_path):
     validate = {"validate": lambda: {"per": 1.0}, "best": "per"}
     config = replace(QUICK, valid_every=5)
     train(toy(), Data(), config, tmp_path, **validate)
-    path = tmp_path / "best.safetensors"
+    path = tmp_path / "best_0000005.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"best\.safetensors"):
+    with pytest.raises(DataError, match=r"best_0000005\.safetensors"):
         train(toy(), Data(), config, tmp_path, **validate)
 
 
@@ -328,12 +342,54 @@ def test_best_weights_are_kept(tmp_path, best):
     metrics = train(module, Data(), config, tmp_path, validate=validate, best=best)
     if best:
         kept = toy()
-        kept.load_state_dict(load_file(tmp_path / "best.safetensors"))
+        kept.load_state_dict(load_file(tmp_path / "best_0000010.safetensors"))
         assert torch.equal(weights(kept), seen[1])
         assert metrics == {"per": 1.0, "best_step": 10.0} and torch.equal(weights(module), seen[1])
     else:
-        assert not (tmp_path / "best.safetensors").exists()
+        assert not list(tmp_path.glob("best*"))
         assert metrics["loss"] == curve(tmp_path)[-2]["loss"] and torch.equal(weights(module), seen[3])
+
+
+def test_best_weights_of_the_last_checkpoint_survive_a_kill(tmp_path, monkeypatch):
+    """Validation may give a worse value when it is repeated, e.g. on another GPU."""
+    config = replace(QUICK, valid_every=5, save_every=8)
+    module, seen = toy(), []
+
+    def validate(values):
+        seen.append(weights(module).clone())
+        return {"per": next(values)}
+
+    train_step = trainer._TrainingRun.train_step
+
+    def until_12(self):
+        if self.step == 12:
+            raise RuntimeError("killed after a better validation at step 10")
+        train_step(self)
+
+    first, repeated = iter([3.0, 1.0]), iter([4.0, 5.0, 6.0])
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(trainer._TrainingRun, "train_step", until_12)
+        train(module, Data(), config, tmp_path, validate=lambda: validate(first), best="per")
+    module = toy()
+    metrics = train(module, Data(), config, tmp_path, validate=lambda: validate(repeated), best="per")
+    assert metrics == {"per": 3.0, "best_step": 5.0} and torch.equal(weights(module), seen[0])
+    assert [path.name for path in tmp_path.glob("best*")] == ["best_0000005.safetensors"]
+
+
+def test_default_engine_trains_on_the_gpu_of_its_rank(tmp_path, monkeypatch):
+    class MovedError(Exception):
+        pass
+
+    def to(self, device):
+        raise MovedError(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(Toy, "to", to)
+    with pytest.raises(MovedError) as moved:
+        train(toy(), Data(), replace(QUICK, device="auto"), tmp_path)
+    assert moved.value.args == (torch.device("cuda", 1),)
 
 
 def test_learning_rate_follows_the_schedule():
