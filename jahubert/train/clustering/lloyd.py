@@ -36,10 +36,10 @@ _BATCH = 4096  # number of frames per lane in a mini-batch
 
 _COARSE_FRAMES = 64  # number of frames per cluster in the first sample
 _COARSE_MIN = 20_000  # minimum number of frames in the first sample
-_COARSE_PASSES = 50  # maximum number of passes over each sample except the last
+_COARSE_PASSES = 50  # maximum number of passes in each run except the final one
 _GROWTH = 8  # growth factor of the samples
 _IN_MEMORY = 1 << 30  # bytes; larger samples are not loaded into memory, but read in each pass
-_LAST_TOL = 10  # factor for `tol` on the last of several samples, where passes are expensive
+_LAST_TOL = 10  # factor for `tol` in the final run if runs on smaller samples precede it
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class KmeansOptions:
             `n_init`, `max_iter`, `tol` and `lloyd_frames`.
         n_init: number of initializations, of which the best one is used.
         max_iter: maximum number of passes over all frames, or over the sample of `lloyd_frames` frames.
-        tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by at most this fraction,
-            or by at most ten times this fraction on the last of several samples (torch only).
+        tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by at most this fraction.
+            If smaller samples precede the final run, its limit is ten times as high (torch only).
         lloyd_frames: maximum number of frames for Lloyd's algorithm. If there are more, a uniform sample of
             this size is clustered, and one mini-batch pass over all frames refines the result (torch only).
         seed: seed of all random choices.

@@ -64,7 +64,7 @@ _TRAIN = TrainConfig(
 _MASK = MaskConfig(prob=0.75, min_spans=0, channel_prob=0.5)
 
 
-# Fields of HubertConfig that fine-tuning overrides.
+# Fields of HubertConfig for which fine-tuning has its own settings.
 _DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop")
 
 

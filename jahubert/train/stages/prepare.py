@@ -135,7 +135,7 @@ def check_items(
     check_audio: bool = True,
     cache: DecodeCache | None = None,
 ) -> Iterator[Utterance | Utterances | Rejected]:
-    """Yield the items from a recipe in order, with a `Rejected` for each utterance whose audio is unusable.
+    """Yield the items from a recipe in order, with a `Rejected` for each unusable utterance.
 
     Args:
         check_audio: whether to decode every utterance. The recordings of `Utterances` are then yielded one by

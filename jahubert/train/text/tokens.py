@@ -62,7 +62,7 @@ class Tokenizer:
         return word
 
     def sentences(self, lines: Iterable[str]) -> Iterator[list[str]]:
-        """Yield the tokens of each line. Lines without a reading are skipped, and reported at the end."""
+        """Yield the tokens of each line. Lines without words or a reading are skipped with a warning."""
         n_skipped = 0
         first = ""
         for line in lines:
@@ -75,7 +75,7 @@ class Tokenizer:
             if tokens:
                 yield tokens
         if n_skipped:
-            log.warning("%d lines without a reading were skipped; first reason: %s", n_skipped, first)
+            log.warning("skipped lines without words or a reading: %d (first reason: %s)", n_skipped, first)
 
     def lexicon(self, kana: bool = False) -> Iterator[tuple[str, Sequence[str]]]:
         """Yield the words in sorted order with their phones or kana."""

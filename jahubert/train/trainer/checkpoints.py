@@ -55,7 +55,7 @@ def checkpoint_folder(out: Path, engine: str) -> Path:
 
 
 class Checkpoints:
-    """Store for the checkpoints of a run, which saves, loads and deletes them.
+    """Store that saves, loads and deletes the checkpoints of a run.
 
     `save` and `load` must be called in all processes.
     """
