@@ -2,7 +2,7 @@
 
 Chunks start on frame boundaries and are joined in the middle of their overlap, so that every frame is
 returned exactly once. A frame at a joint has only half an overlap of context on one side. docs/frames.md
-shows measurements of the effect.
+describes the effects.
 """
 
 from __future__ import annotations
