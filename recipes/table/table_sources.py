@@ -65,8 +65,8 @@ def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
     """Read an input of any supported kind. Audio that a table contains is written to `work`.
 
     Raises:
-        DataError: the input is not supported, a table has no column with the audio or a duplicate column, or
-            a file is damaged or encoded in UTF-16.
+        DataError: the input is not supported, or a whole file is unusable, for example because it is damaged
+            or has no column with the audio.
     """
     if is_file(data):
         if not _is_cut_manifest(data):
@@ -301,7 +301,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise DataError(f"{path}:1: not UTF-8; convert a UTF-16 file with: iconv -f UTF-16 -t UTF-8")
             if len(raw) == _MAX_LINE:
                 raise DataError(
-                    f"{path}:{number}: the line is longer than {_MAX_LINE} bytes; is this a table?"
+                    f"{path}:{number}: the line does not end within {_MAX_LINE} bytes; check that the file "
+                    "is a table"
                 )
             text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             yield number, text.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")

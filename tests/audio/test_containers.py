@@ -1,4 +1,4 @@
-"""Tests of files with wrong headers, e.g. concatenated, piped, tagged and truncated files."""
+"""Tests of files with unusual or wrong headers, e.g. concatenated, piped, tagged and truncated files."""
 
 from __future__ import annotations
 

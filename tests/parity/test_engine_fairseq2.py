@@ -1,4 +1,4 @@
-"""Tests that both engines give bit-identical results, uninterrupted or resumed, in one or two processes.
+"""Tests that both engines give bit-identical weights, uninterrupted or resumed, in one or two processes.
 
 The tests also run this file as a script: `torchrun --nproc-per-node 2 FILE FOLDER`.
 """

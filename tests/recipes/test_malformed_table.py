@@ -1,4 +1,4 @@
-"""Tests of malformed tables: one malformed row is rejected with its file and line, many end the run.
+"""Tests of malformed tables: one malformed row is rejected with its file and line, and many end the run.
 
 Every test changes a corpus of 20 recordings in one place. A local change must cost one row; a change of the
 whole input must end the stage with one sentence that names the file.
