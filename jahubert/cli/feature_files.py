@@ -1,12 +1,14 @@
 """Output files of `jahubert features`: one .npy per recording, or a single safetensors file.
 
-Each file is written atomically, and `features.json` records the model and the settings. An interrupted run
-can therefore resume, and a folder never mixes features that were computed with different settings.
+Each file is written atomically. `features.json` records the model and the settings, and `sources.jsonl` the
+recording of each file. An interrupted run can therefore resume, a folder never mixes features that were
+computed with different settings, and features are never taken for those of another recording.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +17,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
+from jahubert.cli.console import STDIN
 from jahubert.errors import DISK_FULL, ConfigError, DataError, StaleError
 from jahubert.formats.atomic import atomic_write, remove_folder
 
 SINGLE = ".safetensors"
 RECORD = "features.json"
+SOURCES = "sources.jsonl"
+
+Source = dict[str, Any]  # absolute path, size in bytes and modification time (ns) of a recording
 
 
 class FeatureFiles:
@@ -64,14 +70,28 @@ class FeatureFiles:
                 if error.errno in DISK_FULL:
                     raise
                 raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
+        self.written = _read_sources(self.folder / SOURCES)
+        self.sources: dict[str, Source] = {}  # of the recordings that `has` was called for
 
-    def has(self, base: Path, audio: Path) -> bool:
-        """Return whether the features of `audio` exist and are not older than the recording."""
-        path = self._path(base)
-        try:
-            return path.stat().st_mtime >= audio.stat().st_mtime
-        except OSError:
+    def has(self, base: Path, audio: str) -> bool:
+        """Return whether the features of `audio` exist and the recording has not changed since.
+
+        Features of standard input are always computed.
+
+        Raises:
+            StaleError: the file contains the features of a recording with another path.
+        """
+        path, key = self._path(base), os.fspath(base)
+        source = self.sources[key] = _source_of(audio)
+        written = self.written.get(key)
+        if written is None or not path.exists():
             return False
+        if written.get("path") != source["path"]:
+            raise StaleError(
+                f"{path} contains the features of {written.get('path')}, not of {source['path']}; use "
+                "another output, or delete this file"
+            )
+        return source["size"] is not None and written == source
 
     def write(self, base: Path, chunks: Iterable[Tensor], shape: tuple[int, ...]) -> None:
         """Write chunks of frames (S, *shape) to a float32 .npy file."""
@@ -85,6 +105,7 @@ class FeatureFiles:
                 n_frames += len(chunk)
             file.seek(0)  # numpy pads the header, so it has room for the final frame count
             _header(file, (n_frames, *shape))
+        _append_line(self.folder / SOURCES, {"file": os.fspath(base), **self.sources[os.fspath(base)]})
 
     def finish(self) -> None:
         """Assemble the output file if the output is a safetensors file."""
@@ -119,6 +140,41 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(recorded, dict):
         raise DataError(f"{path}: damaged (no JSON object); delete its folder and rerun the command")
     return recorded
+
+
+def _source_of(audio: str) -> Source:
+    """Return the identity of a recording. Size and time are None for standard input and missing files."""
+    path = STDIN if audio == STDIN else os.path.abspath(audio)
+    try:
+        status = None if audio == STDIN else os.stat(path)
+    except OSError:
+        status = None
+    if status is None:
+        return {"path": path, "size": None, "mtime_ns": None}
+    return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _read_sources(path: Path) -> dict[str, Source]:
+    """Return the last source recorded for each file. Incomplete lines, as after a full disk, are skipped."""
+    sources: dict[str, Source] = {}
+    if not path.exists():
+        return sources
+    for line in path.read_bytes().splitlines():
+        try:
+            source = json.loads(line)
+            sources[source.pop("file")] = source
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            continue
+    return sources
+
+
+def _append_line(path: Path, content: dict[str, Any]) -> None:
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # the previous line is incomplete
+                file.write(b"\n")
+        file.write(json.dumps(content).encode() + b"\n")
 
 
 def parts_folder(output: Path) -> Path:

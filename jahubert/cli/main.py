@@ -25,7 +25,6 @@ import jahubert
 from jahubert.cli import language_models
 from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.console import (
-    STDIN,
     CommandProgress,
     Input,
     find_inputs,
@@ -266,7 +265,7 @@ def features(args: argparse.Namespace) -> int:
     settings = {"model": weights_hash(extractor.model)} | {name: getattr(args, name) for name in names}
     files = FeatureFiles(Path(args.output), settings)
     progress = CommandProgress(inputs, empty)
-    todo = [item for item in inputs if item.label == STDIN or not files.has(item.base, Path(item.label))]
+    todo = [item for item in inputs if not files.has(item.base, item.label)]
     if n_existing := len(inputs) - len(todo):
         print(f"the features of {n_existing} of {len(inputs)} recordings already exist", file=sys.stderr)
         progress.n_seen += n_existing
@@ -295,8 +294,11 @@ def units(args: argparse.Namespace) -> int:
     inputs, empty = find_inputs(args.audio, args.output, ".npy")
     named = needs_names(args.audio)
     source = model_source(args)
-    from jahubert.cli.feature_files import save_array
+    from jahubert.cli.feature_files import RECORD, save_array
     from jahubert.inference.features import UnitExtractor
+
+    if args.output is not None and Path(args.output, RECORD).exists():
+        raise ConfigError(f"-o {args.output} contains features of layers; use another folder for the units")
 
     extractor = UnitExtractor.from_pretrained(source, device=args.device, chunk_seconds=args.chunk_seconds)
 

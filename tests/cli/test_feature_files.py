@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_features_of_several_layers_match_the_python_api(bundle, folder, capsys)
 
 
 def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, capsys, monkeypatch):
-    """Complete files are kept, while missing, outdated and partial files are written."""
+    """Complete files are kept, while missing and partial files, and changed recordings, are written."""
     run = ["features", "--model", bundle, "-o", "out", "data"]
     assert main(run) == 0
     first, second = Path("out/a.npy"), Path("out/sub/日本語 名前.npy")
@@ -45,12 +46,70 @@ def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, caps
     assert main(run) == 0
     assert "1 of 2 recordings" in capsys.readouterr().err
     assert first.read_bytes() == b"kept as it is" and np.load(second).shape[1] == 16
-    os.utime(first, (1, 1))
+    os.utime("data/a.wav", (1, 1))  # replaced by an older file
     assert main(run) == 0
     assert np.load(first).shape[1] == 16
+    soundfile.write("data/a.wav", np.ones(8_000) * 0.1, 16_000)
+    os.utime("data/a.wav", (1, 1))
+    assert main(run) == 0
+    assert len(np.load(first)) == 24
     capsys.readouterr()
     assert main([*run, "--layer", "1"]) == 2
     assert "layer=None" in capsys.readouterr().err
+
+
+def test_features_of_another_recording_of_the_same_name_are_refused(bundle, folder, capsys):
+    Path("b").mkdir()
+    soundfile.write("b/a.wav", np.random.default_rng(0).normal(0, 0.1, 8_000), 16_000)
+    run = ["features", "--model", bundle, "-o", "out"]
+    assert main([*run, "data/a.wav"]) == 0
+    content = Path("out/a.npy").read_bytes()
+    assert main([*run, "b/a.wav"]) == 2
+    err = capsys.readouterr().err
+    assert "out/a.npy" in err and str(folder / "data/a.wav") in err and str(folder / "b/a.wav") in err
+    assert Path("out/a.npy").read_bytes() == content
+    Path("out/a.npy").unlink()
+    assert main([*run, "b/a.wav"]) == 0
+    extractor = jahubert.FeatureExtractor.from_pretrained(bundle)
+    np.testing.assert_allclose(np.load("out/a.npy"), extractor("b/a.wav").numpy(), atol=1e-5)
+
+
+def test_features_without_a_complete_record_of_their_source_are_computed_again(bundle, folder, capsys):
+    run = ["features", "--model", bundle, "-o", "out", "data"]
+    assert main(run) == 0
+    sources = Path("out/sources.jsonl")
+    lines = sources.read_text().splitlines()
+    for damaged in (
+        lines[0] + "\n" + lines[1][:-5],
+        lines[0] + "\n[]\n\xff",
+        lines[0] + "\n" + "[" * 100_000,
+    ):
+        sources.write_text(damaged)
+        capsys.readouterr()
+        assert main(run) == 0
+        assert "1 of 2 recordings" in capsys.readouterr().err
+        assert main(run) == 0
+        assert "2 of 2 recordings" in capsys.readouterr().err
+
+
+def test_features_of_standard_input_are_kept_apart_from_those_of_files(bundle, folder, capsys, monkeypatch):
+    wav = Path("data/a.wav").read_bytes()
+    Path("stdin.wav").write_bytes(wav)
+    run = ["features", "--model", bundle, "-o", "out"]
+    for _ in range(2):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(wav)))
+        assert main([*run, "-"]) == 0
+        assert np.load("out/stdin.npy").shape[1] == 16  # the second time, computed again
+        Path("out/stdin.npy").write_bytes(b"old")
+    assert main([*run, "stdin.wav"]) == 2
+    assert "out/stdin.npy" in capsys.readouterr().err
+
+
+def test_units_are_not_written_into_a_folder_of_features(bundle, folder, capsys):
+    assert main(["features", "--model", bundle, "-o", "out", "data/a.wav"]) == 0
+    assert main(["units", "--model", bundle, "-o", "out", "data/a.wav"]) == 2
+    assert "-o out" in capsys.readouterr().err
+    assert np.load("out/a.npy").shape[1] == 16
 
 
 def test_features_are_written_to_one_safetensors_file(bundle, folder, capsys):
