@@ -107,11 +107,11 @@ class FeatureFiles:
             _header(file, (n_frames, *shape))
         _append_line(self.folder / SOURCES, {"file": os.fspath(base), **self.sources[os.fspath(base)]})
 
-    def finish(self) -> None:
-        """Assemble the output file if the output is a safetensors file."""
+    def finish(self, bases: Iterable[Path]) -> None:
+        """Assemble the output file from the features of `bases` if the output is a safetensors file."""
         if self.folder == self.output:
             return
-        files = sorted(self.folder.rglob("*.npy"))
+        files = sorted({self._path(base) for base in bases})
         arrays = {_key(file.relative_to(self.folder)): np.load(file, mmap_mode="r") for file in files}
         header: dict[str, Any] = {"__metadata__": {k: json.dumps(v) for k, v in self.settings.items()}}
         end = 0

@@ -270,7 +270,6 @@ def features(args: argparse.Namespace) -> int:
         print(f"the features of {n_existing} of {len(inputs)} recordings already exist", file=sys.stderr)
         progress.n_seen += n_existing
     whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
-    all_written = True
     for item in todo:
         try:
             if args.chunk_seconds is None:
@@ -283,10 +282,14 @@ def features(args: argparse.Namespace) -> int:
             files.write(item.base, pieces, extractor.features.shape)
         except Exception as error:
             progress.add_failure(item.label, error)
-            all_written &= not isinstance(error, OSError)
         progress.add_file(item.label)
-    if all_written:  # after a file system error, a rerun must first write the missing features
-        files.finish()
+    if not progress.failed:
+        files.finish(item.base for item in inputs)
+    elif files.folder != files.output:
+        print_error(
+            f"{files.output} was not written, because recordings failed; the features of the others are kept "
+            f"in {files.folder}. Repeat the command after repairing the failed recordings, or without them."
+        )
     return progress.finish()
 
 

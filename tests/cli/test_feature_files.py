@@ -115,9 +115,8 @@ def test_units_are_not_written_into_a_folder_of_features(bundle, folder, capsys)
 def test_features_are_written_to_one_safetensors_file(bundle, folder, capsys):
     from safetensors.numpy import load_file
 
-    Path("data/bad.wav").write_bytes(b"RIFFnothing")
     run = ["features", "--model", bundle, "--layer", "1", "-o", "all.safetensors", "data"]
-    assert main(run) == 2  # bad.wav fails, and the other files are written
+    assert main(run) == 0
     features = load_file("all.safetensors")
     assert sorted(features) == ["a", "sub/日本語 名前"] and not Path("all.safetensors.parts").exists()
     extractor = jahubert.FeatureExtractor.from_pretrained(bundle, 1)
@@ -159,17 +158,43 @@ def test_damaged_record_is_named(bundle, folder, capsys, content):
     assert "features.json" in capsys.readouterr().err
 
 
-def test_single_file_is_not_assembled_after_a_write_error(bundle, folder, capsys, monkeypatch):
+@pytest.mark.parametrize("cause", ["write", "encode", "damaged", "missing"])
+def test_single_file_is_assembled_only_after_all_recordings_succeeded(
+    bundle, folder, capsys, monkeypatch, cause
+):
+    """The features of the other recordings are kept and not computed again."""
+    from safetensors.numpy import load_file
+
     run = ["features", "--model", bundle, "-o", "all.safetensors", "data"]
     write = FeatureFiles.write
 
     def failing(self, base, chunks, shape):
         if base.name == "a":
-            raise OSError(errno.EIO, "Input/output error", str(base))
+            raise OSError(errno.EIO, "I/O error", str(base)) if cause == "write" else RuntimeError("encode")
         write(self, base, chunks, shape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureFiles, "write", failing)
-        assert main(run) == 2
+        if cause in ("write", "encode"):
+            patch.setattr(FeatureFiles, "write", failing)
+        elif cause == "damaged":
+            Path("data/bad.wav").write_bytes(b"RIFFnothing")
+        assert main([*run, *(["missing.wav"] if cause == "missing" else [])]) == (
+            1 if cause == "encode" else 2
+        )
     assert not Path("all.safetensors").exists()
-    assert main(run) == 0 and Path("all.safetensors").exists()
+    kept = Path("all.safetensors.parts/sub/日本語 名前.npy")
+    assert kept.exists() and str(kept.parents[1]) in capsys.readouterr().err
+    Path("data/bad.wav").unlink(missing_ok=True)
+    assert main(run) == 0
+    assert f"{1 if cause in ('write', 'encode') else 2} of 2 recordings" in capsys.readouterr().err
+    assert sorted(load_file("all.safetensors")) == ["a", "sub/日本語 名前"]
+    assert not Path("all.safetensors.parts").exists()
+
+
+def test_single_file_contains_only_the_given_recordings(bundle, folder):
+    from safetensors.numpy import load_file
+
+    run = ["features", "--model", bundle, "-o", "all.safetensors"]
+    assert main([*run, "data", "missing.wav"]) == 2
+    assert main([*run, "data/a.wav"]) == 0
+    assert list(load_file("all.safetensors")) == ["a"]
