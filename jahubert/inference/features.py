@@ -232,7 +232,7 @@ class FeatureExtractor:
             audio: files or arrays.
             sample_rate: sampling rate of arrays in Hz (default: 16,000).
             batch_seconds: seconds of audio at which a batch is complete; 32 recordings also complete it.
-            errors: "return" yields the exception for an unreadable recording in its place and continues.
+            errors: "return" yields the exception for a failed recording in its place and continues.
         """
         waiting: list[Tensor | Exception] = []
         seconds = 0.0
@@ -242,16 +242,27 @@ class FeatureExtractor:
             waiting.append(wav)
             seconds += 0 if isinstance(wav, Exception) else len(wav) / SAMPLE_RATE
             if seconds >= batch_seconds or len(waiting) == PREFETCH:
-                yield from self._encode_valid(waiting)
+                yield from self._encode_valid(waiting, errors)
                 waiting = []
                 seconds = 0.0
-        yield from self._encode_valid(waiting)
+        yield from self._encode_valid(waiting, errors)
 
-    def _encode_valid(self, wavs: list[Tensor | Exception]) -> Iterator[Tensor | Exception]:
+    def _encode_valid(self, wavs: list[Tensor | Exception], errors: str) -> Iterator[Tensor | Exception]:
         """Encode waveforms, and pass exceptions through in their positions."""
-        features = iter(self.encode([wav for wav in wavs if isinstance(wav, Tensor)]))
+        features = iter(self._encode_batch([wav for wav in wavs if isinstance(wav, Tensor)], errors))
         for wav in wavs:
             yield wav if isinstance(wav, Exception) else next(features)
+
+    def _encode_batch(self, wavs: list[Tensor], errors: str) -> Sequence[Tensor | Exception]:
+        """Encode a batch. If this fails and errors are to be returned, encode each waveform separately."""
+        try:
+            return self.encode(wavs)
+        except Exception as error:
+            if errors == "raise":
+                raise
+            if len(wavs) == 1:
+                return [error]
+        return [result for wav in wavs for result in self._encode_batch([wav], errors)]
 
     def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
         """Yield the features of one recording of any length chunk by chunk, using bounded memory.

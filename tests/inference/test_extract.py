@@ -169,6 +169,28 @@ def test_many_preserves_order_and_reports_errors_in_place(model, tmp_path):
         list(extractor.many(items))
 
 
+def test_encoding_errors_are_returned_for_the_recordings_that_cause_them(model, monkeypatch):
+    """A failed batch is encoded again one by one, and later recordings are not affected."""
+    extractor = FeatureExtractor(model, 1, device="cpu")
+    encode = extractor.encode
+
+    def failing(wavs):
+        if any(len(wav) == 9_000 for wav in wavs):
+            raise MemoryError("too long")
+        return encode(wavs)
+
+    monkeypatch.setattr(extractor, "encode", failing)
+    wavs = [noise(n) for n in (5_000, 9_000, 6_000, 9_000, 7_000)]
+    for seconds in (0.1, 1.0, 60.0):
+        outputs = list(extractor.many(wavs, batch_seconds=seconds, errors="return"))
+        assert [isinstance(output, MemoryError) for output in outputs] == [False, True, False, True, False]
+        for wav, output in zip(wavs, outputs, strict=True):
+            if len(wav) != 9_000:
+                torch.testing.assert_close(output, encode([wav])[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(MemoryError):
+        list(extractor.many(wavs))
+
+
 def test_prefetching_is_bounded(monkeypatch):
     monkeypatch.setattr("jahubert.inference.features.PREFETCH", 4)
     taken = 0
