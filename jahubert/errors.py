@@ -19,7 +19,7 @@ class JahubertError(Exception):
 
     Attributes:
         exit_status: exit status of a command that ends with this error.
-        reported: whether another process prints the message, so that this one does not.
+        reported: whether another process prints the message, in which case this one does not.
     """
 
     exit_status: int = 1

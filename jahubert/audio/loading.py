@@ -73,7 +73,7 @@ def load_audio(
                 wav_T = np.concatenate(streams)[start:end]
     if wav_T.size == 0 and n_samples != 0:
         position = f" from sample {start} on" if start else ""
-        raise AudioError(f"{name} contains no audio{position} (0 samples)")
+        raise AudioError(f"{name} contains no audio{position} (0 samples at 16 kHz)")
     _check_finite(wav_T, name)
     return torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
 
@@ -111,7 +111,7 @@ def stream_audio(
                     n_samples += len(wav_T)
                     yield torch.from_numpy(np.ascontiguousarray(wav_T, dtype=np.float32))
         if n_samples == 0:
-            raise AudioError(f"{name} contains no audio (0 samples)")
+            raise AudioError(f"{name} contains no audio (0 samples at 16 kHz)")
 
 
 def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
@@ -128,7 +128,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     with _open(source) as (name, decoders):
         length = sum(_resampled_length(decoder.length(), decoder.rate) for decoder in decoders)
         if length == 0:
-            raise AudioError(f"{name} contains no audio (0 samples)")
+            raise AudioError(f"{name} contains no audio (0 samples at 16 kHz)")
         return length
 
 
@@ -238,7 +238,7 @@ def _mono(frames_TC: np.ndarray) -> np.ndarray:
 def _check_finite(wav_T: np.ndarray, name: str, start: int = 0) -> None:
     if not np.isfinite(wav_T).all():
         bad = start + int(np.flatnonzero(~np.isfinite(wav_T))[0])
-        raise AudioError(f"{name} has a NaN or infinite sample (the first at position {bad})")
+        raise AudioError(f"{name} contains a NaN or infinite value, first at sample {bad}")
 
 
 def _to_16k(wav_T: np.ndarray, rate: int, name: str) -> np.ndarray:

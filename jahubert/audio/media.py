@@ -152,8 +152,8 @@ class AvDecoder(_MediaDecoder):
         stated = self._stated_seconds()
         if n_read < (stated - _SLACK_SECONDS) * self.rate:
             raise AudioError(
-                f"{self.name} is truncated: its header states {stated:.2f} s, but {n_read / self.rate:.2f} s "
-                "could be decoded"
+                f"{self.name} is truncated: its header states {stated:.2f} s, but only "
+                f"{n_read / self.rate:.2f} s could be decoded"
             )
 
     def _frames(self) -> Iterator[np.ndarray]:

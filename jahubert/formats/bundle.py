@@ -137,7 +137,7 @@ def save_bundle(
         raise ConfigError("save_bundle needs centroid_layer, the layer to which the centroids belong")
     path = Path(path)
     if path.exists() and not (path / INFO).exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path}: exists and is not a bundle; remove it or choose another name")
+        raise ConfigError(f"{path} exists and is not a bundle; remove it or choose another name")
     extra = {
         "format": FORMAT,
         "config": {name: getattr(hubert.config, name) for name in _CONFIG_FIELDS},

@@ -361,7 +361,10 @@ def write_fairseq(
     task_state: dict[str, Any] = {"dictionaries": [_Dictionary([*SPECIALS, *units])]}
     if ctc is not None:
         if phonemes is None:
-            raise CheckpointError("the CTC head has no symbols, but fairseq needs a dictionary of them")
+            raise CheckpointError(
+                "the model does not name the symbols of its CTC head, which fairseq needs; add them, for "
+                "example as vocab.json"
+            )
         projection, symbols = _ctc_tensors(ctc, phonemes, notes)
         tensors = {_WRAPPED + name: value for name, value in tensors.items()} | projection
         cfg = _fine_tuned_cfg(cfg)

@@ -104,11 +104,11 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Run CTC prefix beam search (Hannun et al. 2014, arXiv 1408.2873), optionally with a language model.
 
-    A prefix accumulates the probability of all its paths, whether or not they end in blank, so that a
-    sequence is scored by its CTC probability and not by its best path. With a sufficiently wide beam, the
-    score equals `-ctc_loss`. The search runs on the device of `logp_BSV` and in its dtype (half precision is
-    converted to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so a row takes
-    several times less time in a batch of 16 or more rows than alone.
+    A prefix accumulates the probability of all its paths, whether or not they end in blank, so a sequence is
+    scored by its CTC probability and not by its best path. With a sufficiently wide beam and without
+    `fusion`, the score equals `-ctc_loss`. The search runs on the device of `logp_BSV` and in its dtype (half
+    precision is converted to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so
+    a row takes several times less time in a batch of 16 or more rows than alone.
 
     Args:
         logp_BSV: log-probabilities.

@@ -27,8 +27,8 @@ class UnitHead(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.final_proj = nn.Linear(width, dim)
-        # fairseq draws embeddings from [0, 1), so that all of them point in similar directions. The loss
-        # decreases sooner if the embeddings are spread over the sphere.
+        # fairseq draws embeddings from [0, 1), so all of them point in similar directions. The loss decreases
+        # sooner if the embeddings are spread over the sphere.
         self.label_embeddings = nn.Parameter(torch.randn(n_units, dim))
 
     @property

@@ -145,7 +145,7 @@ BROKEN = {
     "cut header.wav": (encode(NOISE)[:20], "not audio"),
     "nan.wav": (
         encode(np.where(np.arange(32_000) == 77, np.nan, NOISE), subtype="FLOAT"),
-        "NaN.*position 77",
+        "NaN.*sample 77",
     ),
     "nan 8k.wav": (
         encode(np.where(np.arange(32_000) == 77, np.nan, NOISE), 8000, subtype="FLOAT"),
@@ -153,7 +153,7 @@ BROKEN = {
     ),
     "inf.wav": (
         encode(np.where(np.arange(32_000) == 5, np.inf, NOISE), subtype="DOUBLE"),
-        "infinite.*position 5",
+        "infinite.*sample 5",
     ),
 }
 
@@ -249,7 +249,7 @@ def test_blocks_of_broken_files_are_rejected(fmt, tmp_path):
     bad = np.tile(NOISE, 2)
     bad[40_000] = np.nan
     path.write_bytes(encode(bad, subtype="FLOAT"))
-    with pytest.raises(AudioError, match="position 40000"):
+    with pytest.raises(AudioError, match="sample 40000"):
         list(stream_audio(path, block_seconds=1.0))
 
 
