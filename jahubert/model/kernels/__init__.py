@@ -8,9 +8,10 @@ from jahubert.model.kernels.dispatch import disabled, is_recorded, usable
 from jahubert.model.kernels.encoder import encode, encoder_layer
 from jahubert.model.kernels.indexing import BLOCK, index_tensors
 from jahubert.model.kernels.packing import PackedShape, Packing
-from jahubert.model.kernels.weights import shared_weight_copies
+from jahubert.model.kernels.weights import discard_weight_copies, shared_weight_copies
 
 __all__ = [
-    "BLOCK", "PackedShape", "Packing", "disabled", "encode", "encoder_layer", "front_end_padded",
-    "index_tensors", "is_recorded", "scaled_dot_product_attention", "shared_weight_copies", "usable",
+    "BLOCK", "PackedShape", "Packing", "disabled", "discard_weight_copies", "encode", "encoder_layer",
+    "front_end_padded", "index_tensors", "is_recorded", "scaled_dot_product_attention",
+    "shared_weight_copies", "usable",
 ]  # fmt: skip

@@ -38,6 +38,12 @@ def shared_weight_copies(enabled: bool = True) -> Iterator[None]:
         _shared = before
 
 
+def discard_weight_copies() -> None:
+    """Make new copies in the next forward pass inside `shared_weight_copies`."""
+    if _shared is not None:
+        _shared.clear()
+
+
 def weight_copy(dtype: torch.dtype, *weights: Tensor) -> Tensor:
     """Convert weights to a dtype, and concatenate them along the first dimension (differentiable).
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from jahubert.model import kernels
 from jahubert.train.experiment import distributed
 
 _FULL = StateDictOptions(full_state_dict=True)
@@ -70,11 +71,18 @@ class Parallel:
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Skip gradient synchronization unless this is the last micro-batch of a step."""
-        if isinstance(self.wrapped, DistributedDataParallel) and not last:
-            with self.wrapped.no_sync():
-                yield
-            return
+        """Skip gradient synchronization unless this is the last micro-batch of a step.
+
+        With DDP, the last micro-batch makes its own weight copies. autograd runs nodes of earlier forward
+        passes last, so that the gradients of copies made by another micro-batch would reach the weights at
+        the end of the backward pass, too late for their reduction to overlap with it.
+        """
+        if isinstance(self.wrapped, DistributedDataParallel):
+            if not last:
+                with self.wrapped.no_sync():
+                    yield
+                return
+            kernels.discard_weight_copies()
         if self.shards:
             self.shards[-1].set_requires_gradient_sync(last)
         yield
